@@ -1,4 +1,4 @@
-"""Imports only go down: cli 4, pipelines and training 3, files and presets 2, models and maths 1, ops 0."""
+"""Imports only go down: cli, then pipelines, then files, then models and maths, then ops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KERNELS_MAY_IMPORT = {"torch", "triton"}
 
 def room(module: str) -> str:
     """``fastdiff.models.unet`` -> ``models``; the package itself (version, re-exports) -> ''."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
