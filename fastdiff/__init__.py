@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`fastdiff.backend`, the context manager, without importing torch for ``fastdiff.__version__``."""
+    """`fastdiff.backend`, the context manager; torch is not imported before it is asked for."""
     if name == "backend":
         from fastdiff.kernels import backend
 
