@@ -30,7 +30,7 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Module:
-    """Make a module ready for inference, in place: device, dtype, layout, eval mode, no gradients."""
+    """Make a module ready for inference, in place: device, dtype, layout, eval, no gradients."""
     module.to(device=device, dtype=dtype)
     if channels_last:
         module.to(memory_format=torch.channels_last)
@@ -75,7 +75,7 @@ def in_blocks(
 class Denoiser:
     """A U-Net with its class labels: the ``predict(x, t, guided)`` that the sampling loop calls.
 
-    The embeddings of all (timestep, class) pairs are computed once, here; a step only looks them up.
+    The embeddings of all (timestep, class) pairs are computed once, here; a step looks them up.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Denoiser:
         block: samples per evaluation; see :func:`block_size`.
 
         Raises:
-            ValueError: a label out of range; no class, or guidance, without a null class to stand for it.
+            ValueError: a label out of range; no class, or guidance, without a null class for it.
         """
         config = unet.config
         if config.context_dim is not None or config.added_condition_dim is not None:
             raise ValueError(
-                "expected a U-Net conditioned on classes or on nothing, got one with context tokens; "
-                "call UNet.forward with context="
+                "expected a U-Net conditioned on classes or on nothing, got one with context "
+                "tokens; call UNet.forward with context="
             )
         self.unet, self.block = unet, block
         weight = next(unet.parameters())
@@ -121,7 +121,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: float, guided: bool) -> Tensor:
-        """x: (N, C, H, W) fp32. Returns fp32 (N, ...), or (2N, ...) = [unconditional; conditional]."""
+        """x: (N, C, H, W). Returns fp32 (N, ...), or (2N, ...) = [unconditional; conditional]."""
         assert len(x) == len(self.index), f"{len(self.index)} labels for {len(x)} samples"
         assert not guided or self.null is not None, "made without guided=True"
         emb = self.embeddings[self.place[t]]
@@ -147,7 +147,7 @@ def check_label(label: int | None, num_classes: int | None, null_class: bool) ->
             return None
         if not null_class:
             raise ValueError(
-                f"this model knows no 'no class', got None; give a class from 0 to {num_classes - 1}"
+                f"this model has no null class, got None; give a class from 0 to {num_classes - 1}"
             )
         return num_classes
     if num_classes is None:

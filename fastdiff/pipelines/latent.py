@@ -1,6 +1,6 @@
-"""From classes and seeds to images: latent diffusion, and pixel diffusion as the case without decoder.
+"""From classes and seeds to images: latent diffusion, or pixel diffusion without a decoder.
 
-    seeds -> noise -> table rows: Denoiser, sampler_step -> z / scale_factor -> decode -> images
+seeds -> noise -> table rows: Denoiser, sampler_step -> z / scale_factor -> decode -> images
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.kernels.dispatch import selected_backend
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.unet import UNet
-from fastdiff.runtime import Denoiser, block_size, check_guidance, check_label, in_blocks, prepare
+from fastdiff.runtime import Denoiser, block_size, check_label, in_blocks, prepare
 
 MAX_SEED = 2**63 - 1
 NOT_IN_RECIPE = ("batch",)  # changes memory and time, not the image
@@ -84,8 +84,8 @@ class SampleSettings:
 class LatentDiffusion:
     """A trained model that makes images; on pixels where it has no autoencoder.
 
-    On the CPU an image depends on its class, its seed and the settings only, bit for bit: not on the
-    number of images, its place among them, or ``settings.batch``.
+    On the CPU an image depends on its class, its seed and the settings only, bit for bit: not on
+    the number of images, its place among them, or ``settings.batch``.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class LatentDiffusion:
         """Raises ValueError if the bundle holds an autoencoder only."""
         if bundle.unet is None:
             raise ValueError(
-                f"{bundle.folder} holds an autoencoder only, expected a denoiser (unet) to sample from;"
-                " train one with 'fastdiff train diffusion'"
+                f"{bundle.folder} holds an autoencoder only, expected a denoiser (unet) too; "
+                "train one with 'fastdiff train diffusion'"
             )
         return cls(
             bundle.config,
@@ -134,7 +134,7 @@ class LatentDiffusion:
         side = size // ae.downsample_factor
         return ae.config.latent_channels, side, side
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         classes: Sequence[int | None],
@@ -159,7 +159,7 @@ class LatentDiffusion:
         parts = z.split(settings.batch)
         return torch.cat([self.decode(part, tile=settings.tile).cpu() for part in parts])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def latents(
         self,
         classes: Sequence[int | None],
@@ -212,7 +212,7 @@ class LatentDiffusion:
             )
         return torch.cat(passes)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, z: Tensor, *, tile: int | None = 96) -> Tensor:
         """Turn what was sampled into images.
 
@@ -289,7 +289,9 @@ def from_recipe(
     """
     for key in ("seed", "class", "settings", "weights"):
         if key not in recipe:
-            raise ValueError(f"the recipe lacks {key!r}; give an image written by 'fastdiff sample'")
+            raise ValueError(
+                f"the recipe lacks {key!r}; give an image written by 'fastdiff sample'"
+            )
     if weights_hash is not None and recipe["weights"] != weights_hash:
         raise ValueError(
             f"the image was made by weights {str(recipe['weights'])[:12]} "
