@@ -151,7 +151,43 @@ def _compiler(name: str) -> str | None:
 
 
 def _ops() -> dict[str, Any]:
-    return {}
+    """Op -> device -> who runs an ordinary call there, and what stands against the others."""
+    import torch
+
+    from fastdiff.kernels import OPS, explain
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    report: dict[str, Any] = {}
+    for op in sorted(OPS):
+        report[op] = {}
+        for device in devices:
+            args, kwargs = ordinary_call(op, device)
+            told = explain(op, *args, **kwargs)
+            against = {name: why for name, why in told.reasons.items() if name != told.chosen}
+            report[op][device] = {"backend": told.chosen, "others": against}
+    return report
+
+
+def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Small arguments of the kind a U-Net gives the op: fp32, contiguous, channels a multiple of 8."""
+    import torch
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device)
+
+    x, tokens, heads = zeros(2, 64, 8, 8), zeros(2, 64, 64), zeros(2, 64, 4, 16)
+    seeds = torch.zeros(2, dtype=torch.int64, device=device)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "group_norm_silu": ((x, 32, zeros(64), zeros(64)), {}),
+        "add_group_norm_silu": ((x, 32, zeros(64), zeros(64)), {"channel_add": zeros(2, 64)}),
+        "attention": ((heads, heads, heads), {}),
+        "geglu": ((tokens,), {}),
+        "layer_norm": ((tokens, zeros(64), zeros(64)), {}),
+        "add_layer_norm": ((tokens, tokens, zeros(64), zeros(64)), {}),
+        "sampler_step": ((x, x, zeros(3, *x.shape), zeros(4, 16), seeds[0], seeds), {}),
+        "philox_normal": ((seeds, (64, 8, 8)), {}),
+    }
+    return calls[op]
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -192,4 +228,26 @@ def _print(report: dict[str, Any]) -> None:
     if report["environment"]:
         print("\nenvironment")
         print_pairs(list(report["environment"].items()), indent=2)
-    print("\nops: which backend serves each, and why not the others")
+    _print_ops(report["ops"])
+
+
+def _print_ops(ops: dict[str, Any]) -> None:
+    """Ops about which the same is to be said share a paragraph."""
+    paragraphs: dict[str, list[str]] = {}
+    for op, devices in ops.items():
+        for device, told in devices.items():
+            against = {
+                # The op's name stands above; with it in every reason no two would be equal.
+                name: (why or "would run; comes later, or another was asked for").replace(
+                    f" of {op}", ""
+                )
+                for name, why in told["others"].items()
+            }
+            same = json.dumps([device, told["backend"] or "nobody", against])
+            paragraphs.setdefault(same, []).append(op)
+    for same, names in paragraphs.items():
+        device, chosen, against = json.loads(same)
+        print(f"\nops on {device} served by {chosen}")
+        print_pairs([("", ", ".join(names))])
+        print("  why not the others")
+        print_pairs(list(against.items()), indent=2)

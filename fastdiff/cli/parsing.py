@@ -10,6 +10,8 @@ import difflib
 import inspect
 import io
 import re
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -18,11 +20,11 @@ import tyro
 
 T = TypeVar("T")
 
-# `None` is spelled by leaving the option out; the help shows the kind of value only.
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+# Left out is how nothing is spelled: the help names the kind of value and no default.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 
 
 class UsageError(ValueError):
@@ -46,6 +48,8 @@ def parse(
         UsageError: a word that cannot be read.
     """
     description, _, examples = (inspect.getdoc(options) or "").partition("\nExamples:\n")
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(f"{_wrapped(description)}\n")
     errors = io.StringIO()
     extra: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -55,7 +59,7 @@ def parse(
                 tyro.cli(
                     options,
                     prog=prog,
-                    description=description.strip(),
+                    description="",
                     args=list(words),
                     config=(tyro.conf.FlagCreatePairsOff,),
                     **extra,
@@ -66,14 +70,14 @@ def parse(
             if examples:
                 print(f"\nexamples:\n{examples.rstrip()}")
             return None
-        raise UsageError(f"{_unboxed(errors.getvalue())}; see {prog} --help") from None
+        raise UsageError(f"{_unboxed(errors.getvalue())} (see {prog} --help)") from None
 
 
 def closest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'dpmpp-2m'?"``, or ``";"`` where no known word is close."""
     names = {name.lower(): name for name in known}
-    best = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
-    return f"; did you mean {names[best[0]]!r}?" if best else ";"
+    best = difflib.get_close_matches(word.lower(), names, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(names[name]) for name in best)}?" if best else ";"
 
 
 def choose(word: str, known: Iterable[str], what: str) -> str:
@@ -99,32 +103,42 @@ def one_line(message: object) -> str:
     return text or type(message).__name__
 
 
+def _wrapped(text: str) -> str:
+    """Paragraphs wrapped to the terminal, which tyro does for options only."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = (textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
+    return "\n\n".join(paragraphs).strip()
+
+
 def _unboxed(text: str) -> str:
     """The first section of tyro's error box, and the options it proposes, in one line."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line.strip("│|+ ").strip() for line in plain.splitlines()]
     sections: list[list[str]] = [[]]
-    for line in lines:
-        if re.fullmatch(r"[─╭╮╰╯\-+ ]+", line):
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        inner = line.strip().removeprefix("│").removesuffix("│")[1:].rstrip()
+        if re.fullmatch(r"[─╭╮╰╯ ]+", inner):
             sections.append([])
-        elif line and not line.startswith(("╭", "╰")):
-            sections[-1].append(line)
-    kept = [section for section in sections if section]
-    if not kept:
-        return "the command line cannot be read"
-    message = " ".join(kept[0])
-    message = re.sub(r"^Error parsing (\S+):", r"\1:", message)
-    message = re.sub(
-        r"invalid literal for int\(\) with base 10: (.*)$", r"expected a whole number, got \1", message
-    )
-    message = re.sub(r"could not convert string to float: (.*)$", r"expected a number, got \1", message)
-    message = message.replace("Expected 1 values", "Expected one value")
+        elif inner and not line.startswith(("╭", "╰")):
+            sections[-1].append(inner)
+    told, *more = [section for section in sections if section] or [["this cannot be read"]]
+    if told[0].startswith("Missing from"):  # names are indented by 4, their help by 8
+        names = [line.strip() for line in told if re.match(r" {4}\S", line)]
+        return f"missing: {', '.join(names)}"
+    message = " ".join(line.strip() for line in told).rstrip(".")
+    for pattern, better in (
+        (r"^Error parsing (\S+):", r"\1:"),
+        (r"invalid literal for int\(\) with base 10: (.*)$", r"expected a whole number, got \1"),
+        (r"could not convert string to float: (.*)$", r"expected a number, got \1"),
+        (r"no type matching .*Got errors:.*: (expected .*)$", r"\1"),
+        (r"\. Expected 1 values", ""),
+        (r"'\. Expected one of \((.*)\)", r"'; expected one of \1"),
+    ):
+        message = re.sub(pattern, better, message)
     meant = [
         line.split()[0]
-        for section in kept[1:]
+        for section in more
         if section[0].startswith("Perhaps you meant")
         for line in section[1:]
-        if line.startswith("--")
+        if line.lstrip().startswith("--")
     ]
     if meant:
         message += f"; did you mean {' or '.join(meant[:3])}?"

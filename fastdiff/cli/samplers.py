@@ -38,7 +38,7 @@ class Samplers:
     """
 
     names: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]")
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")
     ] = ()
     """Samplers to show."""
     steps: int = 10
@@ -106,7 +106,7 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
 
 
 def _print_table(table: SamplerTable, sampler: Any) -> None:
-    heading, *rows = table.describe()
+    heading, *rows = [["0" if cell == "-0" else cell for cell in row] for row in table.describe()]
     if all(row[0] == row[1] for row in rows):  # one evaluation per step: say it once
         heading, rows = [heading[0], *heading[2:]], [[row[0], *row[2:]] for row in rows]
     constant = [
