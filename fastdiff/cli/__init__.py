@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fastdiff samplers | head`: the reader has left, and that is fine
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except Exception as error:  # noqa: BLE001 - what is not the user's is raised again
+    except Exception as error:
         message = _users_mistake(error)
         if message is None:
             raise

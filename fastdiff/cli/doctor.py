@@ -169,7 +169,7 @@ def _ops() -> dict[str, Any]:
 
 
 def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Small arguments of the kind a U-Net gives the op: fp32, contiguous, channels a multiple of 8."""
+    """Small arguments of the kind a U-Net gives the op: fp32, contiguous, 64 channels."""
     import torch
 
     def zeros(*shape: int) -> torch.Tensor:
@@ -201,7 +201,9 @@ def _print(report: dict[str, Any]) -> None:
     )
     print("\npackages")
     for extra, versions in report["packages"].items():
-        found = ", ".join(f"{name}{NO_BREAK}{version}" for name, version in versions.items() if version)
+        found = ", ".join(
+            f"{name}{NO_BREAK}{version}" for name, version in versions.items() if version
+        )
         absent = [name for name, version in versions.items() if version is None]
         missing = f"missing: {', '.join(absent)}" if absent else ""
         if absent and extra != "required":
@@ -209,14 +211,24 @@ def _print(report: dict[str, Any]) -> None:
         print_pairs([(extra.ljust(9), "; ".join(filter(None, [found, missing])))], indent=2)
     print("\ndevices")
     pairs = [
-        ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads used by torch, "
-         f"{cpu['memory_gib']:g} GiB"),
-        ("", f"torch runs {cpu['torch_capability']}; the CPU has {' '.join(cpu['features']) or 'no known feature'}"),
+        (
+            "cpu",
+            f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads used by torch, "
+            f"{cpu['memory_gib']:g} GiB",
+        ),
+        (
+            "",
+            f"torch runs {cpu['torch_capability']}; "
+            f"the CPU has {' '.join(cpu['features']) or 'no feature known here'}",
+        ),
     ]
     for gpu in report["gpus"]:
         pairs.append(
-            (gpu["device"], f"{gpu['name']}, compute capability {gpu['capability']}, "
-             f"{gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']:g} GiB")
+            (
+                gpu["device"],
+                f"{gpu['name']}, compute capability {gpu['capability']}, "
+                f"{gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']:g} GiB",
+            )
         )
     if not report["gpus"]:
         built = report["torch_cuda"]
@@ -224,7 +236,9 @@ def _print(report: dict[str, Any]) -> None:
         pairs.append(("cuda", f"none: {why}"))
     print_pairs(pairs, indent=2)
     print("\ncompilers")
-    print_pairs([(name, found or "not found") for name, found in report["compilers"].items()], indent=2)
+    print_pairs(
+        [(name, found or "not found") for name, found in report["compilers"].items()], indent=2
+    )
     if report["environment"]:
         print("\nenvironment")
         print_pairs(list(report["environment"].items()), indent=2)

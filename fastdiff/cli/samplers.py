@@ -28,8 +28,8 @@ and where slot is not -1: h[slot] <- p x + q x0. sigma is the noise per signal, 
 class Samplers:
     """List the samplers, print the table of one, or draw the tables of several.
 
-    A sampler is a table: one row per network evaluation, every row a linear update. Without a name all
-    samplers are listed; with names their tables are printed, or drawn with --plot.
+    A sampler is a table: one row per network evaluation, every row a linear update. Without a name
+    all samplers are listed; with names their tables are printed, or drawn with --plot.
 
     Examples:
       fastdiff samplers
@@ -38,7 +38,8 @@ class Samplers:
     """
 
     names: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint=""),
     ] = ()
     """Samplers to show."""
     steps: int = 10
@@ -110,7 +111,9 @@ def _print_table(table: SamplerTable, sampler: Any) -> None:
     if all(row[0] == row[1] for row in rows):  # one evaluation per step: say it once
         heading, rows = [heading[0], *heading[2:]], [[row[0], *row[2:]] for row in rows]
     constant = [
-        index for index in range(1, len(heading)) if len({row[index] for row in rows}) == 1 < len(rows)
+        index
+        for index in range(1, len(heading))
+        if len({row[index] for row in rows}) == 1 < len(rows)
     ]
     kept = [index for index in range(len(heading)) if index not in constant]
     print(f"{table.name}: {_headline(sampler)}")
