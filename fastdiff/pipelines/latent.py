@@ -151,8 +151,8 @@ class LatentDiffusion:
         Returns (N, image_channels, H, W) fp32 on the CPU, in [-1, 1].
 
         Raises:
-            ValueError: classes, seeds or settings that do not fit the model, or a result that is not
-                finite.
+            ValueError: classes, seeds or settings that do not fit the model, or a result that is
+                not finite.
         """
         settings = settings or SampleSettings()
         z = self.latents(classes, seeds, settings, progress=progress)
