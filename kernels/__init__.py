@@ -1,4 +1,4 @@
-"""Fused ops for diffusion models, each with a readable reference. Installed as ``fastdiff.kernels``."""
+"""Fused ops for diffusion models, each with a readable reference: ``fastdiff.kernels``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which any target makes first. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test lint types format bench wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit((3, 10) <= v < (3, 14) and 0 or f"Python 3.10 to 3.13 is needed, got {v.major}.{v.minor}; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+venv: $(STAMP) ## make .venv with what constraints.txt pins
+
+demo: $(STAMP) ## sample a labelled sheet of digits from the shipped weights into out/
+	$(BIN)/fastdiff sample --out out/demo
+
+test: $(STAMP) ## pass the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## time every op and the whole pipeline on this machine
+	$(BIN)/python -m pytest benchmarks
+
+wheel: $(STAMP) ## build the wheel and the sdist into dist/
+	$(BIN)/python -m build --outdir dist .
+
+clean: ## remove what make and the tools made (not runs/ and out/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,148 @@
+"""Atomic writes: what stands under a name is the old content or the new one, never half of it.
+
+A temporary sibling (same folder, so the rename stays on one filesystem) is written, flushed to the
+disk and renamed. An error, a full disk or Ctrl-C removes the sibling and leaves the old content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to; it is renamed to ``path`` when the block ends well.
+
+    The parent folder is made if it is missing.
+
+    Raises:
+        OSError: the file cannot be written; says so in one line when the disk is full.
+    """
+    path = Path(path)
+    with _clear_errors(path):
+        temporary = _temporary_sibling(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder to fill; it replaces ``path`` when the block ends well.
+
+    An existing folder is moved aside first and moved back if the second rename fails; only a power
+    cut between the two renames can leave it under its ``.<name>.old-`` name.
+
+    Raises:
+        OSError: as for :func:`atomic_file`; also when ``path`` is a file.
+    """
+    path = Path(path)
+    with _clear_errors(path):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(
+                errno.ENOTDIR, f"a folder is to be written, got a file: {path}; choose another name"
+            )
+        temporary = _temporary_sibling(path, folder=True)
+        try:
+            yield temporary
+            for entry in sorted(temporary.rglob("*")):
+                _sync(entry)
+            _sync(temporary)
+            _replace_folder(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path``, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Write ``data`` to ``path`` as indented JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _temporary_sibling(path: Path, *, folder: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = f".{path.name}.", f".tmp{path.suffix}"
+    if folder:
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent))
+    else:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+    # mkstemp and mkdtemp make private files; the result should have the usual permissions.
+    temporary.chmod((0o777 if folder else 0o666) & ~_umask())
+    return temporary
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only portable way to read it is to set it
+    os.umask(mask)
+    return mask
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.replace(temporary, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    try:
+        os.replace(path, aside)  # renaming onto an empty folder is allowed
+        os.replace(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(aside, path)
+        else:
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk into one line that says which file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(
+            error.errno,
+            f"no space left to write {path} (nothing half-written was kept); "
+            "free some space or choose another folder",
+        ) from error

@@ -1,0 +1,67 @@
+"""The wheel and the sdist hold each file once; `kernels` refuses a wrong name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "fastdiff" / "assets"
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel and sdist of a copy of what git tracks: leftovers of this tree stay out."""
+    source = tmp_path_factory.mktemp("source")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    names = [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).exists()]
+    archive = tmp_path_factory.mktemp("archive") / "tree.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in names:
+            tar.add(ROOT / name, name)
+    with tarfile.open(archive) as tar:
+        tar.extractall(source, filter="data")
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return out
+
+
+def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
+    names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
+    assert len(names) == len(set(names))
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+    shipped = {name for name in names if name.startswith("fastdiff/kernels/")}
+    assert shipped == {f"fastdiff/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    assert "fastdiff/py.typed" in names
+
+
+def test_wheel_holds_every_asset(dist: Path) -> None:
+    names = set(zipfile.ZipFile(next(dist.glob("*.whl"))).namelist())
+    assets = {str(p.relative_to(ROOT)) for p in ASSETS.rglob("*") if p.is_file()}
+    assert assets <= names
+
+
+def test_sdist_holds_kernels_once(dist: Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as tar:
+        files = [Path(*Path(m.name).parts[1:]) for m in tar.getmembers() if not m.isdir()]
+    assert len(files) == len(set(files))
+    assert Path("kernels/__init__.py") in files
+    assert not [f for f in files if f.parts[:2] == ("fastdiff", "kernels")]
+
+
+def test_kernels_refuses_a_wrong_name() -> None:
+    command = [sys.executable, "-c", "import kernels"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "its name is 'fastdiff.kernels'" in ran.stderr
