@@ -95,25 +95,25 @@ def collect(
         OSError: the temporary file does not fit on its disk.
     """
     labels: list[str | int] = []
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - the mapping below keeps it open
-    try:
-        for image, label in decoded:
-            assert image.dtype == np.uint8, image.dtype
-            file.write(np.ascontiguousarray(image).data)
-            labels.append(label)
-        file.flush()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot hold the decoded images of {where} in {tempfile.gettempdir()}: "
-            f"{error.strerror}; set TMPDIR to a larger disk",
-        ) from error
-    report(skipped, where)
-    if not labels:
-        found = f"all {len(skipped)} unreadable" if skipped else "it holds none"
-        raise ValueError(f"no image could be read from {where}: {found}")
-    shape = (len(labels), channels, image_size, image_size)
-    pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)
+    with tempfile.TemporaryFile() as file:
+        try:
+            for image, label in decoded:
+                assert image.dtype == np.uint8, image.dtype
+                file.write(np.ascontiguousarray(image).data)
+                labels.append(label)
+            file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot hold the decoded images of {where} in {tempfile.gettempdir()}: "
+                f"{error.strerror}; set TMPDIR to a larger disk",
+            ) from error
+        report(skipped, where)
+        if not labels:
+            found = f"all {len(skipped)} unreadable" if skipped else "it holds none"
+            raise ValueError(f"no image could be read from {where}: {found}")
+        shape = (len(labels), channels, image_size, image_size)
+        pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file
     return torch.from_numpy(pixels), labels
 
 
@@ -125,4 +125,6 @@ def report(skipped: list[Skipped], where: str) -> None:
     rest = len(skipped) - _NAMED_IN_WARNING
     more = f"; and {rest} more" if rest > 0 else ""
     files = "file" if len(skipped) == 1 else "files"
-    warnings.warn(f"skipped {len(skipped)} unreadable {files} in {where}: {named}{more}", stacklevel=4)
+    warnings.warn(
+        f"skipped {len(skipped)} unreadable {files} in {where}: {named}{more}", stacklevel=4
+    )

@@ -36,7 +36,9 @@ def open_folder(config: DataConfig) -> ImageDataset:
         raise ValueError(f"expected a folder of images, got the file {root}")
     files = list_images(root)
     if not files:
-        raise ValueError(f"no image in {root}: expected files that Pillow reads, such as .png, .jpg")
+        raise ValueError(
+            f"no image in {root}: expected files that Pillow reads, such as .png, .jpg"
+        )
     top_level = [path for path in files if len(path.parts) == 1]
     if top_level and len(top_level) != len(files):
         raise ValueError(

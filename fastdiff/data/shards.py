@@ -59,28 +59,32 @@ def _decoded(
     paths: list[Path], config: DataConfig, skipped: list[Skipped]
 ) -> Iterator[tuple[np.ndarray, str]]:
     """Pixels and class name of each readable sample. Members are never unpickled or executed."""
-    webdataset = import_extra("webdataset", extra="train")
     endings = {ending.lower().lstrip(".") for ending in Image.registered_extensions()}
     for path in paths:
-
-        def note(error: Exception, path: Path = path) -> bool:
-            skipped.append(Skipped(path.name, reason(error)))
-            return True
-
-        # An absolute path: webdataset would run a name such as "pipe:command" in a shell.
-        shard = webdataset.WebDataset(
-            [str(path.resolve())], shardshuffle=False, handler=note, empty_check=False
-        )
-        for sample in shard:
-            name = f"{path.name}:{sample['__key__']}"
-            members = {key.lower(): value for key, value in sample.items()}
-            image = next((key for key in members if key.rpartition(".")[2] in endings), None)
+        for sample in _samples(path, skipped):
+            image = next((key for key in sample if key.rpartition(".")[2] in endings), None)
             try:
                 if image is None:
                     raise ValueError("no image among its members")
-                yield decode(members[image], config), _label(members)
+                yield decode(sample[image], config), _label(sample)
             except UNREADABLE as error:
-                skipped.append(Skipped(name, reason(error)))
+                skipped.append(Skipped(f"{path.name}:{sample['__key__']}", reason(error)))
+
+
+def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
+    """The members of one shard, grouped by webdataset.
+
+    The file is opened here, since webdataset runs a name such as "pipe:command" in a shell.
+    """
+    tar = import_extra("webdataset.tariterators", extra="train")
+
+    def note(error: Exception) -> bool:
+        skipped.append(Skipped(path.name, reason(error)))
+        return True
+
+    with path.open("rb") as file:
+        members = tar.tar_file_expander([{"url": str(path), "stream": file}], handler=note)
+        yield from tar.group_by_keys(members, handler=note)
 
 
 def _label(members: dict[str, Any]) -> str:
