@@ -275,3 +275,21 @@ def test_nothing_warns_on_a_clean_folder(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_dataset(folder_config(tmp_path)).skipped == []
+
+
+def test_a_truncated_shard_keeps_what_can_be_read(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        for number in range(4):
+            png = png_bytes(np.full((8, 8), number * 50, np.uint8))
+            info = tarfile.TarInfo(f"image{number}.png")
+            info.size = len(png)
+            tar.addfile(info, io.BytesIO(png))
+    whole = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: 2 * 1024 + 520])  # a member is 512 + 512 bytes
+    with pytest.warns(UserWarning, match=r"skipped 1 unreadable file .*cut\.tar"):
+        data = open_dataset(
+            DataConfig(source="shards", path=str(tmp_path / "cut.tar"), image_size=8, channels=1)
+        )
+    assert data.images[:, 0, 0, 0].tolist() == [0, 50]
+    assert data.classes == ()
