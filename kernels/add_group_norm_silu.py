@@ -1,0 +1,97 @@
+"""Convolution bias, time embedding and residual added up, then GroupNorm and SiLU.
+
+    total = x + channel_add + residual          rounded to the dtype of x
+    y     = group_norm_silu(total, ...)
+
+The convolution's bias and the time embedding are both constant over space, so the caller adds them
+up first (N * C numbers) and passes one `channel_add`. The sum comes back since the next residual
+adds to it.
+
+Bytes that must move: x and residual in, total and y out, 4 * N * C * H * W * itemsize (3 without
+residual). Eager moves 2 or 3 per addition on top of the norm.
+
+y is the norm of the *rounded* total: that is the tensor the backward pass has, so both see the same
+numbers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import check_shape, compute_dtype, define_op
+from fastdiff.kernels.group_norm_silu import check_group_norm, group_norm_silu_reference
+
+
+def add_group_norm_silu_reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch; see `add_group_norm_silu`."""
+    dtype = compute_dtype(x)
+    total = x.to(dtype)
+    if channel_add is not None:
+        total = total + channel_add.to(dtype).reshape(*channel_add.shape, *[1] * (x.ndim - 2))
+    if residual is not None:
+        total = total + residual.to(dtype)
+    total = total.to(x.dtype)
+    y = group_norm_silu_reference(
+        total, num_groups, weight, bias, scale_shift=scale_shift, eps=eps, activation=activation
+    )
+    return y, total
+
+
+_op = define_op("add_group_norm_silu", add_group_norm_silu_reference)
+
+
+def add_group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """Add, then norm: ``total = x + channel_add + residual``, ``y = group_norm_silu(total, ...)``.
+
+    Args:
+        x: (N, C, *spatial), fp64/fp32/fp16/bf16, any strides; channels_last in gives channels_last
+            out.
+        num_groups, weight, bias, scale_shift, eps, activation: as in `group_norm_silu`.
+        channel_add: (N, C) or (C,), added to every position, or None.
+        residual: the shape of x, or None.
+
+    Returns:
+        (y, total), both (N, C, *spatial) in the dtype of x; the sum is taken in fp32 and rounded
+        once. With nothing to add `total` may be x itself. Differentiable in every tensor.
+
+    Raises:
+        ValueError: a shape, dtype or option that does not fit.
+    """
+    op = "add_group_norm_silu"
+    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation)
+    check_shape(op, "channel_add", channel_add, tuple(x.shape[:2]), (x.shape[1],))
+    check_shape(op, "residual", residual, tuple(x.shape))
+    result: tuple[Tensor, Tensor] = _op(
+        x,
+        num_groups,
+        weight,
+        bias,
+        channel_add=channel_add,
+        residual=residual,
+        scale_shift=scale_shift,
+        eps=eps,
+        activation=activation,
+    )
+    return result

@@ -1,0 +1,224 @@
+"""Which implementation of an op runs: the order, the objections, the reasons.
+
+Every op has a readable `reference` and may have faster implementations. In `auto` the first one in
+`ORDER` that has no objection (`why_not`) runs; a backend that was forced, by ``with
+fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND``, runs or raises
+`BackendError`. A fallback is never silent: when an implementation made for the tensor's device
+objects, `auto` warns once per (op, reason).
+
+Under `torch.compile` the choice is made while tracing and stays in the compiled graph.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+BACKENDS = (*ORDER, "auto")
+ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
+
+_forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
+_warned: set[tuple[str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """The forced backend cannot run this op; `reasons` has one sentence per backend."""
+
+    def __init__(self, message: str, reasons: dict[str, str | None]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
+class BackendWarning(UserWarning):
+    """`auto` passed by an implementation made for this device; the message says why."""
+
+
+def _no_objection(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to run an op. `function` and `why_not` take the arguments of the public function."""
+
+    backend: str
+    function: Callable[..., Any]
+    why_not: Callable[..., str | None] = _no_objection
+    """What stands against these arguments, as one sentence with got and expected, or None."""
+    devices: tuple[str, ...] = ()
+    """Device types it is made for; empty: all. On others it is no candidate: no fallback warns."""
+
+    def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if not self.serves(args):
+            return f"it runs on {' and '.join(self.devices)}, got tensors on {args[0].device.type}"
+        return self.why_not(*args, **kwargs)
+
+    def serves(self, args: tuple[Any, ...]) -> bool:
+        return not self.devices or args[0].device.type in self.devices
+
+
+@dataclass
+class Op:
+    """A named op and its implementations in the order of preference; call it to run it."""
+
+    name: str
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    def register(self, implementation: Implementation) -> None:
+        """Add an implementation (a second one of the same backend replaces the first)."""
+        if implementation.backend not in ORDER:
+            raise ValueError(f"backend must be one of {ORDER}, got {implementation.backend!r}")
+        known = {**self.implementations, implementation.backend: implementation}
+        self.implementations = {name: known[name] for name in ORDER if name in known}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.choose(args, kwargs).function(*args, **kwargs)
+
+    def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation:
+        """The implementation that these arguments get. Raises BackendError."""
+        name = selected_backend()
+        candidates = self.implementations if name == "auto" else (name,)
+        for candidate in candidates:
+            implementation = self.implementations.get(candidate)
+            if implementation is None:
+                continue
+            reason = implementation.objection(args, kwargs)
+            if reason is None:
+                return implementation
+            if name == "auto" and implementation.serves(args):
+                self._warn_once(candidate, reason)
+        reasons = self.reasons(args, kwargs)
+        listed = "; ".join(f"{key}: {value or 'would run'}" for key, value in reasons.items())
+        raise BackendError(
+            f"backend {name!r} cannot run {self.name} ({listed}); use backend='auto'", reasons
+        )
+
+    def reasons(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
+        """Backend -> why it would not run these arguments, None where it would."""
+        return {
+            name: self.implementations[name].objection(args, kwargs)
+            if name in self.implementations
+            else self.missing(name)
+            for name in ORDER
+        }
+
+    def missing(self, backend_name: str) -> str:
+        return f"no {backend_name} implementation of {self.name} is registered"
+
+    def _warn_once(self, backend_name: str, reason: str) -> None:
+        if (self.name, reason) not in _warned:
+            _warned.add((self.name, reason))
+            message = f"{self.name}: {backend_name} does not run here, the next one does: {reason}"
+            warnings.warn(message, BackendWarning, stacklevel=5)
+
+
+OPS: dict[str, Op] = {}
+
+
+def define_op(name: str, reference: Callable[..., Any]) -> Op:
+    """A new op in OPS, with its reference implementation."""
+    assert name not in OPS, f"op {name} is defined twice"
+    op = OPS[name] = Op(name)
+    op.register(Implementation(backend="reference", function=reference))
+    return op
+
+
+# Dynamo cannot trace a ContextVar: it runs this function while tracing and keeps the answer
+@torch.compiler.assume_constant_result
+def selected_backend() -> str:
+    """The backend asked for: the innermost `backend()`, else FASTDIFF_BACKEND, else "auto"."""
+    name = _forced.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        if name not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {BACKENDS}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` block on one backend; "auto" gives the choice back.
+
+    It holds for the thread or asyncio task that entered it, and comes before FASTDIFF_BACKEND.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run (None: it would raise BackendError), and why each other one not."""
+
+    op: str
+    selected: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} (backend {self.selected!r}): {self.chosen or 'cannot run'}"]
+        for name, reason in self.reasons.items():
+            if name != self.chosen:
+                lines.append(
+                    f"  {name:<9} {reason or 'could run; it comes later or was not asked'}"
+                )
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which implementation of `op` these arguments would get, and why the others would not run.
+
+    Args:
+        op: name of the op or its public function; args, kwargs: what the public function takes.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise ValueError(f"op must be one of {tuple(sorted(OPS))}, got {name!r}")
+    selected, reasons = selected_backend(), OPS[name].reasons(args, kwargs)
+    order = ORDER if selected == "auto" else (selected,)
+    chosen = next((candidate for candidate in order if reasons[candidate] is None), None)
+    return Explanation(name, selected, chosen, reasons)
+
+
+def available() -> dict[str, dict[str, str | None]]:
+    """Op -> backend -> why it is not there, None where an implementation is registered."""
+    return {
+        op.name: {name: None if name in op.implementations else op.missing(name) for name in ORDER}
+        for op in OPS.values()
+    }
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """fp64 for fp64, else fp32: the dtype in which every op takes its sums and statistics."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_floating(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless x is a floating-point tensor."""
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}; use {name}.float()")
+
+
+def check_shape(op: str, name: str, x: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Raise ValueError unless x is None or has one of the shapes."""
+    if x is not None and tuple(x.shape) not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")

@@ -1,0 +1,200 @@
+"""One row of a sampler table: guidance, x0 estimate, clamp, update, noise and history in one pass.
+
+    F  = F_uncond + W (F_cond - F_uncond)                        Ho & Salimans 2022, eq. 6
+    F  = phi F std(F_cond) / std(F) + (1 - phi) F                Lin et al. 2023, eq. 15-16
+    D  = clamp(U x + V F, -CLAMP, CLAMP)                         the x0 estimate
+    x' = A x + B D + C1 H_1 + C2 H_2 + C3 H_3 + S noise
+    H' = P x + Q D                                               into slot SLOT, after x'
+
+phi is guidance_rescale; x and H on the right hand sides are the old ones. A network that learns the
+variance gives 2C channels, the second half v in [-1, 1]; the factor of the noise is then exp(logvar
+/ 2), logvar = f LOGVAR_MAX + (1 - f) LOGVAR_MIN with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq.
+15), in rows where S is not 0. With guidance it is the conditional half's.
+
+Bytes that must move, in fp32 numbers per element of x: x in and out, the prediction (1; 2 with
+guidance), one per history slot that is read or written; the noise is made on the spot. Eager
+schedulers make 10 to 40 passes.
+
+A coefficient of 0 means that its tensor is not read: a history slot may hold anything before it is
+first written.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import check_shape, define_op
+from fastdiff.kernels.philox import SAMPLER_NOISE, philox_normal_reference
+
+HISTORY_SLOTS = 3
+
+
+class Column(IntEnum):
+    """The columns of a sampler table."""
+
+    U = 0
+    """x0 estimate: factor of x."""
+    V = 1
+    """x0 estimate: factor of the prediction."""
+    A = 2
+    """Update: factor of x."""
+    B = 3
+    """Update: factor of the x0 estimate."""
+    C1 = 4
+    """Update: factor of history slot 0."""
+    C2 = 5
+    """Update: factor of history slot 1."""
+    C3 = 6
+    """Update: factor of history slot 2."""
+    S = 7
+    """Update: factor of the noise."""
+    P = 8
+    """History: factor of x."""
+    Q = 9
+    """History: factor of the x0 estimate."""
+    SLOT = 10
+    """History slot to write, 0 to 2, or -1 for none."""
+    W = 11
+    """Guidance scale."""
+    CLAMP = 12
+    """Bound of the x0 estimate; inf for none."""
+    LOGVAR_MIN = 13
+    """Learned variance: log variance at v = -1."""
+    LOGVAR_MAX = 14
+    """Learned variance: log variance at v = 1."""
+    RESERVED = 15
+    """Zero."""
+
+
+COLUMNS = Column
+
+
+@torch.no_grad()
+def sampler_step_reference(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
+    """The op in plain PyTorch; see `sampler_step`. On a GPU it waits to read the row."""
+    if x.numel() == 0:
+        return
+    index = int(step)
+    if not 0 <= index < len(table):
+        raise ValueError(f"sampler_step: step must be in [0, {len(table)}), got {index}")
+    row = dict(zip(Column, table[index].tolist(), strict=True))
+
+    prediction = prediction.to(x.dtype)
+    f, v = prediction[:, : x.shape[1]], prediction[-len(x) :, x.shape[1] :]
+    if len(prediction) == 2 * len(x):
+        uncond, cond = f.chunk(2)
+        f = _guide(uncond, cond, row[Column.W], guidance_rescale)
+    d = row[Column.U] * x + row[Column.V] * f
+    if row[Column.CLAMP] < math.inf:
+        d = d.clamp(-row[Column.CLAMP], row[Column.CLAMP])
+
+    new = row[Column.A] * x + row[Column.B] * d
+    for slot, column in enumerate((Column.C1, Column.C2, Column.C3)):
+        if row[column] != 0:
+            new += row[column] * history[slot]
+    if row[Column.S] != 0:
+        factor: float | Tensor = row[Column.S]
+        if v.shape[1]:
+            fraction = (v + 1) / 2
+            low, high = row[Column.LOGVAR_MIN], row[Column.LOGVAR_MAX]
+            factor = torch.exp(0.5 * (fraction * high + (1 - fraction) * low))
+        noise = philox_normal_reference(seeds, x.shape[1:], step=index, stream=SAMPLER_NOISE)
+        new += factor * noise
+    if row[Column.SLOT] >= 0:
+        history[int(row[Column.SLOT])] = row[Column.P] * x + row[Column.Q] * d
+    x.copy_(new)
+
+
+def _guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor:
+    """Classifier-free guidance; rescale > 0 goes back towards the conditional's deviation."""
+    guided = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return rescale * guided * ratio + (1 - rescale) * guided
+
+
+_op = define_op("sampler_step", sampler_step_reference)
+
+
+def _check(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    guidance_rescale: float,
+) -> None:
+    op = "sampler_step"
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"{op}: x must be (N, C, *spatial) fp32, got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    n, c, *space = x.shape
+    shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]
+    check_shape(op, "prediction", prediction, *shapes)
+    check_shape(op, "history", history, (HISTORY_SLOTS, *x.shape))
+    check_shape(op, "seeds", seeds, (n,))
+    check_shape(op, "step", step, ())
+    for name, tensor in (("step", step), ("seeds", seeds)):
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{op}: {name} must be int64, got {tensor.dtype}")
+    for name, tensor in (("history", history), ("table", table)):
+        if tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}"
+            )
+    if table.ndim != 2 or table.shape[1] != len(Column):
+        raise ValueError(f"{op}: table must be (rows, {len(Column)}), got {tuple(table.shape)}")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"{op}: guidance_rescale must be in [0, 1], got {guidance_rescale}")
+
+
+def sampler_step(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
+    """Apply row `step` of a sampler table to x and history, in place.
+
+    Args:
+        x: (N, C, *spatial) fp32, the noisy sample; overwritten by the next one.
+        prediction: what the network returned, any float dtype: (N or 2N, C or 2C, *spatial). 2N is
+            [uncond; cond] and is combined by column W; the second C channels are the learned
+            variance.
+        history: (3, N, C, *spatial) in the dtype of x; one slot may be overwritten.
+        table: (rows, 16) in the dtype of x, on its device; the columns are `COLUMNS`.
+        step: () int64, the row, on the device of x; it also keys the noise.
+        seeds: (N,) int64, the seed of each image's noise.
+        guidance_rescale: phi of Lin et al. 2023; 0 leaves the guided prediction alone.
+
+    x and the table may be fp64 (for tests); the noise is fp32 numbers always. Not differentiable.
+
+    Raises:
+        ValueError: a shape, dtype or option that does not fit; with the reference also a step
+            beyond the table.
+
+    Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
+    """
+    _check(x, prediction, history, table, step, seeds, guidance_rescale)
+    _op(x, prediction, history, table, step, seeds, guidance_rescale=guidance_rescale)
