@@ -79,7 +79,8 @@ def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
     tar = import_extra("webdataset.tariterators", extra="train")
 
     def note(error: Exception) -> bool:
-        skipped.append(Skipped(path.name, reason(error)))
+        if not any(item.name == path.name for item in skipped):  # one fault is raised twice
+            skipped.append(Skipped(path.name, f"damaged archive: {type(error).__name__}"))
         return True
 
     with path.open("rb") as file:
