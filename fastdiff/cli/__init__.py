@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 
 from fastdiff import __version__
-from fastdiff.cli.parsing import UsageError, closest, one_line
+from fastdiff.cli.parsing import UsageError, one_line
 
 COMMANDS = {
     "sample": "make new images: PNGs with their recipe inside, and a contact sheet",
@@ -75,8 +75,7 @@ def _dispatch(arguments: list[str]) -> int:
     if first not in COMMANDS:
         kind = "option" if first.startswith("-") else "command"
         raise UsageError(
-            f"unknown {kind} {first!r}{closest(first, COMMANDS)} "
-            f"expected one of: {', '.join(COMMANDS)}; see fastdiff --help"
+            f"unknown {kind} {first!r}; expected one of {', '.join(COMMANDS)} (see fastdiff --help)"
         )
     command = importlib.import_module(f"fastdiff.cli.{first}")
     code: int = command.main(rest)

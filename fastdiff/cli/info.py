@@ -47,6 +47,8 @@ def run(options: Info) -> int:
     for number, (title, facts) in enumerate(report.items()):
         if number:
             print()
+        if title == "parameters":
+            facts = {part: f"{count:,}" for part, count in facts.items()}
         if isinstance(facts, Mapping):
             print(title)
             print_pairs(_flat(facts) or [("none", "")], indent=2)
@@ -94,8 +96,6 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 100_000 else str(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_text, value)) or "none"
     if isinstance(value, Mapping):
