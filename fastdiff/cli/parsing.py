@@ -106,8 +106,8 @@ def one_line(message: object) -> str:
     if listed is None:
         return text
     word, names = listed[1].lower(), re.findall(r"[\w:.-]+", listed[2])
-    close = difflib.get_close_matches(word, {name.lower(): name for name in names}, n=2)
-    if not close:
+    close = difflib.get_close_matches(word, [name.lower() for name in names], n=2)
+    if not close or len(word) < 3:
         return text
     proposal = " or ".join(name for name in names if name.lower() in close)
     return text.replace("; expected one of", f"; did you mean {proposal}? Expected one of", 1)
@@ -135,7 +135,8 @@ def _unboxed(text: str) -> str:
         return f"missing: {', '.join(names)}"
     message = " ".join(line.strip() for line in told).rstrip(".")
     for pattern, better in (
-        (r"^Error parsing (\S+):", r"\1:"),
+        (r"^Error parsing (--\S+):", r"\1:"),
+        (r"^Error parsing [^:]+: ", ""),  # what a config says about itself
         (r"invalid literal for int\(\) with base 10: (.*)$", r"expected a whole number, got \1"),
         (r"could not convert string to float: (.*)$", r"expected a number, got \1"),
         (r"no type matching .*Got errors:.*: (expected .*)$", r"\1"),
