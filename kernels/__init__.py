@@ -20,6 +20,7 @@ from fastdiff.kernels.dispatch import (
     available,
     backend,
     explain,
+    record_backends,
     selected_backend,
 )
 from fastdiff.kernels.geglu import geglu
@@ -58,6 +59,7 @@ __all__ = [
     "layer_norm",
     "philox4x32",
     "philox_normal",
+    "record_backends",
     "sampler_step",
     "selected_backend",
 ]

@@ -26,6 +26,7 @@ BACKENDS = (*ORDER, "auto")
 ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
+_served: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
 _warned: set[tuple[str, str]] = set()
 
 
@@ -80,7 +81,11 @@ class Op:
         self.implementations = {name: known[name] for name in ORDER if name in known}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.choose(args, kwargs).function(*args, **kwargs)
+        implementation = self.choose(args, kwargs)
+        served = _served.get()
+        if served is not None:
+            served.setdefault(self.name, set()).add(implementation.backend)
+        return implementation.function(*args, **kwargs)
 
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation:
         """The implementation that these arguments get. Raises BackendError."""
@@ -159,6 +164,17 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def record_backends() -> Iterator[dict[str, set[str]]]:
+    """Op -> the backends that ran it inside the ``with`` block; filled as the ops are called."""
+    served: dict[str, set[str]] = {}
+    token = _served.set(served)
+    try:
+        yield served
+    finally:
+        _served.reset(token)
 
 
 @dataclass(frozen=True)

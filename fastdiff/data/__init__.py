@@ -1,0 +1,33 @@
+"""Images to train on: scikit-learn's digits, a folder of files, webdataset shards."""
+
+from __future__ import annotations
+
+from fastdiff.data.augment import AugmentConfig, augment
+from fastdiff.data.config import DataConfig
+from fastdiff.data.dataset import ImageDataset, Skipped
+from fastdiff.data.digits import digits_split, open_digits
+from fastdiff.data.folder import open_folder
+from fastdiff.data.order import DataOrder, derive_seed, generator
+from fastdiff.data.shards import open_shards
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "DataOrder",
+    "ImageDataset",
+    "Skipped",
+    "augment",
+    "derive_seed",
+    "digits_split",
+    "generator",
+    "open_dataset",
+    "open_digits",
+    "open_folder",
+    "open_shards",
+]
+
+
+def open_dataset(config: DataConfig) -> ImageDataset:
+    """Read the images that `config` describes."""
+    openers = {"digits": open_digits, "folder": open_folder, "shards": open_shards}
+    return openers[config.source](config)

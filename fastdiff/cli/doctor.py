@@ -1,0 +1,267 @@
+"""``fastdiff doctor``: what this machine has, and who computes each op on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff import __version__
+from fastdiff.cli.console import NO_BREAK, print_pairs
+from fastdiff.cli.parsing import parse
+
+PACKAGES = {
+    "": ("torch", "triton", "numpy", "safetensors", "pillow", "rich", "tyro", "cattrs"),
+    "train": ("scikit-learn", "tensorboard", "torchmetrics", "webdataset", "matplotlib"),
+    "diffusers": ("diffusers", "transformers", "peft"),
+}
+COMPILERS = ("c++", "g++", "clang++", "nvcc", "hipcc", "ninja", "cmake")
+CPU_FEATURES = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "sve"),
+)
+VARIABLES = (
+    *("FASTDIFF_BACKEND", "FASTDIFF_DEBUG", "OMP_NUM_THREADS", "TRITON_INTERPRET"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_HOME"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Show versions, devices, CPU features, compilers, and which backend serves each op.
+
+    For an op that a backend does not serve here, the reason is given. Nothing is changed.
+
+    Examples:
+      fastdiff doctor
+      fastdiff doctor --json > doctor.json
+      FASTDIFF_BACKEND=reference fastdiff doctor
+    """
+
+    json: bool = False
+    """Print one JSON object, for programs and bug reports."""
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Doctor, words, prog="fastdiff doctor")
+    return 0 if options is None else run(options)
+
+
+def run(options: Doctor) -> int:
+    report = diagnose()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything ``doctor`` prints, in plain dictionaries, lists, strings and numbers."""
+    import torch
+
+    return {
+        "fastdiff": __version__,
+        "folder": str(Path(__file__).resolve().parent.parent),
+        "python": f"{platform.python_version()} {sys.executable}",
+        "system": f"{platform.platform()} {platform.machine()}",
+        "packages": {
+            extra or "required": {name: _version(name) for name in names}
+            for extra, names in PACKAGES.items()
+        },
+        "torch_cuda": torch.version.cuda,
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "compilers": {name: _compiler(name) for name in COMPILERS},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "ops": _ops(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    fields: dict[str, str] = {}
+    memory = 0
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": usable,
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "features": [name for name in CPU_FEATURES if name in flags],
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return gpus
+
+
+def _compiler(name: str) -> str | None:
+    """The line of ``name --version`` that holds the version, and the path; None if not found."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run ({type(error).__name__}) {path}"
+    lines = (done.stdout or done.stderr).strip().splitlines() or ["no version"]
+    told = next((line for line in lines if "release" in line), lines[0])  # nvcc: the fourth line
+    return f"{told.strip()} {path}"
+
+
+def _ops() -> dict[str, Any]:
+    """Op -> device -> who runs an ordinary call there, and what stands against the others."""
+    import torch
+
+    from fastdiff.kernels import OPS, explain
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    report: dict[str, Any] = {}
+    for op in sorted(OPS):
+        report[op] = {}
+        for device in devices:
+            args, kwargs = ordinary_call(op, device)
+            told = explain(op, *args, **kwargs)
+            against = {name: why for name, why in told.reasons.items() if name != told.chosen}
+            report[op][device] = {"backend": told.chosen, "others": against}
+    return report
+
+
+def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Small arguments of the kind a U-Net gives the op: fp32, contiguous, 64 channels."""
+    import torch
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device)
+
+    x, tokens, heads = zeros(2, 64, 8, 8), zeros(2, 64, 64), zeros(2, 64, 4, 16)
+    seeds = torch.zeros(2, dtype=torch.int64, device=device)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "group_norm_silu": ((x, 32, zeros(64), zeros(64)), {}),
+        "add_group_norm_silu": ((x, 32, zeros(64), zeros(64)), {"channel_add": zeros(2, 64)}),
+        "attention": ((heads, heads, heads), {}),
+        "geglu": ((tokens,), {}),
+        "layer_norm": ((tokens, zeros(64), zeros(64)), {}),
+        "add_layer_norm": ((tokens, tokens, zeros(64), zeros(64)), {}),
+        "sampler_step": ((x, x, zeros(3, *x.shape), zeros(4, 16), seeds[0], seeds), {}),
+        "philox_normal": ((seeds, (64, 8, 8)), {}),
+    }
+    return calls[op]
+
+
+def _print(report: dict[str, Any]) -> None:
+    cpu = report["cpu"]
+    print_pairs(
+        [
+            ("fastdiff", f"{report['fastdiff']}  {report['folder']}"),
+            ("Python", report["python"]),
+            ("system", report["system"]),
+        ]
+    )
+    print("\npackages")
+    for extra, versions in report["packages"].items():
+        found = ", ".join(
+            f"{name}{NO_BREAK}{version}" for name, version in versions.items() if version
+        )
+        absent = [name for name, version in versions.items() if version is None]
+        missing = f"missing: {', '.join(absent)}" if absent else ""
+        if absent and extra != "required":
+            missing += f" (pip install 'fastdiff[{extra}]')"
+        print_pairs([(extra.ljust(9), "; ".join(filter(None, [found, missing])))], indent=2)
+    print("\ndevices")
+    pairs = [
+        (
+            "cpu",
+            f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads used by torch, "
+            f"{cpu['memory_gib']:g} GiB",
+        ),
+        (
+            "",
+            f"torch runs {cpu['torch_capability']}; "
+            f"the CPU has {' '.join(cpu['features']) or 'no feature known here'}",
+        ),
+    ]
+    for gpu in report["gpus"]:
+        pairs.append(
+            (
+                gpu["device"],
+                f"{gpu['name']}, compute capability {gpu['capability']}, "
+                f"{gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']:g} GiB",
+            )
+        )
+    if not report["gpus"]:
+        built = report["torch_cuda"]
+        why = "no GPU found" if built else "this torch is built without CUDA"
+        pairs.append(("cuda", f"none: {why}"))
+    print_pairs(pairs, indent=2)
+    print("\ncompilers")
+    print_pairs(
+        [(name, found or "not found") for name, found in report["compilers"].items()], indent=2
+    )
+    if report["environment"]:
+        print("\nenvironment")
+        print_pairs(list(report["environment"].items()), indent=2)
+    _print_ops(report["ops"])
+
+
+def _print_ops(ops: dict[str, Any]) -> None:
+    """Ops about which the same is to be said share a paragraph."""
+    paragraphs: dict[str, list[str]] = {}
+    for op, devices in ops.items():
+        for device, told in devices.items():
+            against = {
+                # The op's name stands above; with it in every reason no two would be equal.
+                name: (why or "would run; comes later, or another was asked for").replace(
+                    f" of {op}", ""
+                )
+                for name, why in told["others"].items()
+            }
+            same = json.dumps([device, told["backend"] or "nobody", against])
+            paragraphs.setdefault(same, []).append(op)
+    for same, names in paragraphs.items():
+        device, chosen, against = json.loads(same)
+        print(f"\nops on {device} served by {chosen}")
+        print_pairs([("", ", ".join(names))])
+        print("  why not the others")
+        print_pairs(list(against.items()), indent=2)

@@ -1,0 +1,103 @@
+"""``fastdiff info``: what stands in a model's folder, or in a picture that this program made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastdiff.cli.console import print_pairs
+from fastdiff.cli.parsing import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Show a model's config, parameters, hash and provenance, or the recipe inside a PNG.
+
+    A model's weights are checked against the hashes in its config on the way.
+
+    Examples:
+      fastdiff info digits
+      fastdiff info runs/diffusion/model --json
+      fastdiff info out/sheet.png
+    """
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH|NAME")]
+    """A bundle's or a run's folder, the name of a shipped bundle, or a PNG."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Info, words, prog="fastdiff info")
+    return 0 if options is None else run(options)
+
+
+def run(options: Info) -> int:
+    path = Path(options.what)
+    is_picture = path.is_file() or path.suffix.lower() == ".png"
+    report = _picture(path) if is_picture else _bundle(options.what)
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for number, (title, facts) in enumerate(report.items()):
+        if number:
+            print()
+        if isinstance(facts, Mapping):
+            print(title)
+            print_pairs(_flat(facts) or [("none", "")], indent=2)
+        else:
+            print_pairs([(title, str(facts))])
+    return 0
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    from fastdiff.images import read_recipe
+
+    return {"picture": str(path), "recipe": read_recipe(path)}
+
+
+def _bundle(name: str) -> dict[str, Any]:
+    from fastdiff.checkpoint.bundle import load_bundle
+    from fastdiff.checkpoint.config import to_dict
+
+    bundle = load_bundle(name)
+    modules = {"autoencoder": bundle.autoencoder, "unet": bundle.unet}
+    return {
+        "folder": str(bundle.folder),
+        "weights hash": bundle.weights_hash,
+        "parameters": {
+            part: sum(parameter.numel() for parameter in module.parameters())
+            for part, module in modules.items()
+            if module is not None
+        },
+        "config": to_dict(bundle.config),
+        "provenance": bundle.provenance,
+    }
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dictionaries as ``unet.channels  64`` lines."""
+    lines: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            lines += _flat(value, f"{prefix}{name}.")
+        else:
+            lines.append((f"{prefix}{name}", _text(value)))
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value)) or "none"
+    if isinstance(value, Mapping):
+        return "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,145 @@
+"""From words to a typed options object, and every mistake on the way to one clear line.
+
+tyro draws a box of five to ten lines around each mistake. Its text is kept, its box is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import io
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import tyro
+
+T = TypeVar("T")
+
+# Left out is how nothing is spelled: the help names the kind of value and no default.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+
+
+class UsageError(ValueError):
+    """The command line cannot be read: one line, exit code 2."""
+
+
+def parse(
+    options: type[T], words: Sequence[str], *, prog: str, default: T | None = None
+) -> T | None:
+    """Read ``words`` into a dataclass.
+
+    Args:
+        options: a frozen dataclass; the line under a field is its help, "Examples:" in its
+            docstring goes to the end of the help.
+        default: where the defaults come from, instead of the class.
+
+    Returns:
+        The options, or None when help was asked for and has been printed.
+
+    Raises:
+        UsageError: a word that cannot be read.
+    """
+    description, _, examples = (inspect.getdoc(options) or "").partition("\nExamples:\n")
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(f"{_wrapped(description)}\n")
+    errors = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return cast(
+                T,
+                tyro.cli(
+                    options,
+                    prog=prog,
+                    description="",
+                    args=list(words),
+                    config=(tyro.conf.FlagCreatePairsOff,),
+                    **extra,
+                ),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            if examples:
+                print(f"\nexamples:\n{examples.rstrip()}")
+            return None
+        raise UsageError(f"{_unboxed(errors.getvalue())} (see {prog} --help)") from None
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'dpmpp-2m'?"``, or ``";"`` where no known word is close."""
+    names = {name.lower(): name for name in known}
+    best = difflib.get_close_matches(word.lower(), names, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(names[name]) for name in best)}?" if best else ";"
+
+
+def choose(word: str, known: Iterable[str], what: str) -> str:
+    """``word`` if it is one of the known names.
+
+    Raises:
+        ValueError: it is not; the message lists them and the closest.
+    """
+    names = list(known)
+    if word in names:
+        return word
+    raise ValueError(
+        f"unknown {what} {word!r}{closest(word, names)} expected one of: {', '.join(names)}"
+    )
+
+
+def one_line(message: object) -> str:
+    """The text of an error without line breaks; an OSError names its file."""
+    if isinstance(message, OSError) and message.strerror:
+        named = f": {message.filename}" if message.filename is not None else ""
+        return f"{message.strerror}{named}"
+    text = " ".join(str(message).split())
+    return text or type(message).__name__
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs wrapped to the terminal, which tyro does for options only."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = (textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
+    return "\n\n".join(paragraphs).strip()
+
+
+def _unboxed(text: str) -> str:
+    """The first section of tyro's error box, and the options it proposes, in one line."""
+    sections: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        inner = line.strip().removeprefix("│").removesuffix("│")[1:].rstrip()
+        if re.fullmatch(r"[─╭╮╰╯ ]+", inner):
+            sections.append([])
+        elif inner and not line.startswith(("╭", "╰")):
+            sections[-1].append(inner)
+    told, *more = [section for section in sections if section] or [["this cannot be read"]]
+    if told[0].startswith("Missing from"):  # names are indented by 4, their help by 8
+        names = [line.strip() for line in told if re.match(r" {4}\S", line)]
+        return f"missing: {', '.join(names)}"
+    message = " ".join(line.strip() for line in told).rstrip(".")
+    for pattern, better in (
+        (r"^Error parsing (\S+):", r"\1:"),
+        (r"invalid literal for int\(\) with base 10: (.*)$", r"expected a whole number, got \1"),
+        (r"could not convert string to float: (.*)$", r"expected a number, got \1"),
+        (r"no type matching .*Got errors:.*: (expected .*)$", r"\1"),
+        (r"\. Expected 1 values", ""),
+        (r"'\. Expected one of \((.*)\)", r"'; expected one of \1"),
+    ):
+        message = re.sub(pattern, better, message)
+    meant = [
+        line.split()[0]
+        for section in more
+        if section[0].startswith("Perhaps you meant")
+        for line in section[1:]
+        if line.lstrip().startswith("--")
+    ]
+    if meant:
+        message += f"; did you mean {' or '.join(meant[:3])}?"
+    return message[:1].lower() + message[1:] if message[:2].istitle() else message

@@ -1,0 +1,167 @@
+"""``fastdiff samplers``: which samplers there are, and what each does in every step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastdiff.cli.console import print_numbers, print_pairs
+from fastdiff.cli.parsing import OptionalFloat, OptionalPath, choose, parse
+
+if TYPE_CHECKING:
+    from fastdiff.diffusion.samplers import SamplerTable
+
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+SpacingName = Literal["trailing", "leading", "linspace", "simple", "karras", "exponential"]
+PredictionName = Literal["eps", "v", "x0"]
+COLUMNS_LEGEND = """\
+x0 = u x + v F from the network's output F; then x <- a x + b x0 + c1 h1 + c2 h2 + c3 h3 + s noise,
+and where slot is not -1: h[slot] <- p x + q x0. sigma is the noise per signal, w the guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samplers:
+    """List the samplers, print the table of one, or draw the tables of several.
+
+    A sampler is a table: one row per network evaluation, every row a linear update. Without a name
+    all samplers are listed; with names their tables are printed, or drawn with --plot.
+
+    Examples:
+      fastdiff samplers
+      fastdiff samplers dpmpp-2m --steps 20 --spacing karras
+      fastdiff samplers ddim heun dpmpp-2m-sde --steps 20 --plot out/samplers.png
+    """
+
+    names: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint=""),
+    ] = ()
+    """Samplers to show."""
+    steps: int = 10
+    """Steps from noise to image."""
+    spacing: SpacingName = "trailing"
+    """Where the steps lie among the training timesteps, or among the noise levels."""
+    schedule: ScheduleName = "scaled_linear"
+    """The noise a model was trained with; "scaled_linear" is Stable Diffusion's."""
+    prediction: PredictionName = "eps"
+    """What the network returns: the noise, the velocity or the clean image."""
+    eta: OptionalFloat = None
+    """How much fresh noise, 0 to 1, where the sampler has a choice."""
+    guidance_scale: float = 1.0
+    """Weight of classifier-free guidance; 1 is none."""
+    plot: OptionalPath = None
+    """Draw instead of print: a PNG, SVG or PDF file."""
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Samplers, words, prog="fastdiff samplers")
+    return 0 if options is None else run(options)
+
+
+def run(options: Samplers) -> int:
+    from fastdiff.diffusion.samplers import SAMPLERS
+
+    for name in options.names:
+        choose(name, SAMPLERS, "sampler")
+    if options.plot is not None:
+        names = options.names or tuple(SAMPLERS)
+        _draw([_table(name, options, SAMPLERS[name]) for name in names], options.plot)
+        print(options.plot)
+    elif options.names:
+        for number, name in enumerate(options.names):
+            if number:
+                print()
+            _print_table(_table(name, options, SAMPLERS[name]), SAMPLERS[name])
+    else:
+        print_pairs([(name, _headline(sampler)) for name, sampler in SAMPLERS.items()])
+    return 0
+
+
+def _headline(sampler: Any) -> str:
+    """The first sentence of the sampler's docstring: what it is, and the paper."""
+    return " ".join((inspect.getdoc(sampler) or "").partition("\n\n")[0].split())
+
+
+def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
+    from fastdiff.diffusion.samplers import build_table
+    from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+
+    # Stable Diffusion's ends for its own kind; the class's defaults are DDPM's.
+    ends = {"beta_start": 0.00085, "beta_end": 0.012} if options.schedule == "scaled_linear" else {}
+    # With several names, --eta goes to those that have one.
+    takes_eta = "eta" in inspect.signature(sampler).parameters or len(options.names) == 1
+    return build_table(
+        name,
+        NoiseSchedule(ScheduleConfig(kind=options.schedule, **ends)),
+        options.steps,
+        prediction=options.prediction,
+        spacing=options.spacing,
+        guidance_scale=options.guidance_scale,
+        eta=options.eta if takes_eta else None,
+    )
+
+
+def _print_table(table: SamplerTable, sampler: Any) -> None:
+    heading, *rows = [["0" if cell == "-0" else cell for cell in row] for row in table.describe()]
+    if all(row[0] == row[1] for row in rows):  # one evaluation per step: say it once
+        heading, rows = [heading[0], *heading[2:]], [[row[0], *row[2:]] for row in rows]
+    constant = [
+        index
+        for index in range(1, len(heading))
+        if len({row[index] for row in rows}) == 1 < len(rows)
+    ]
+    kept = [index for index in range(len(heading)) if index not in constant]
+    print(f"{table.name}: {_headline(sampler)}")
+    print(COLUMNS_LEGEND)
+    if constant:
+        print("In every row:", ", ".join(f"{heading[i]} = {rows[0][i]}" for i in constant))
+    print()
+    print_numbers([[line[index] for index in kept] for line in [heading, *rows]])
+
+
+def _draw(tables: Sequence[SamplerTable], path: Path) -> None:
+    """Noise level, weight of the estimate and fresh noise over the network evaluations."""
+    from fastdiff.checkpoint.files import atomic_file
+    from fastdiff.extras import import_extra
+
+    kinds = (".png", ".svg", ".pdf")
+    if path.suffix.lower() not in kinds:
+        raise ValueError(f"--plot must end in {', '.join(kinds)}, got {str(path)!r}")
+    figure_module = import_extra("matplotlib.figure", extra="train")
+    figure = figure_module.Figure(figsize=(9, 8.4), layout="constrained", dpi=140)
+    axes = figure.subplots(3, 1, sharex=True)
+    # Tables that are equal (ddim and euler) would hide each other: the earlier lines are thicker.
+    markers = "osD^vP*X"
+    for number, table in enumerate(tables):
+        evaluations = range(1, len(table) + 1)
+        style = {
+            "label": table.name,
+            "linewidth": 1.2 + 1.6 * (len(tables) - 1 - number) / max(len(tables) - 1, 1),
+            "marker": markers[number % len(markers)],
+            "markersize": 3 + 4 * (len(tables) - 1 - number) / max(len(tables) - 1, 1),
+            "color": f"C{number}",
+        }
+        axes[0].plot([*evaluations], table.sigmas, **style)
+        axes[1].plot([*evaluations], table.column("B"), **style)
+        axes[2].plot([*evaluations], table.column("S"), **style)
+    axes[0].set_yscale("log")
+    titles = (
+        ("noise level", "sigma / alpha the network sees"),
+        ("weight of the new estimate of the clean image", "b"),
+        ("fresh noise", "s"),
+    )
+    for axis, (title, label) in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("network evaluation")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower()[1:])

@@ -1,0 +1,130 @@
+"""A data set that has been read: pixels, labels, class names, and what could not be read."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NAMED_IN_WARNING = 10
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class ImageDataset:
+    """Images of one size with a class each.
+
+    Attributes:
+        images: (N, C, H, W), uint8 (0 to 255) or fp32 in [-1, 1].
+        labels: (N,) int64; all 0 where there are no classes.
+        classes: their names; empty for data without classes.
+        skipped: the files that could not be read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] = ()
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image (C, H, W), fp32 in [-1, 1], and its label."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return to_float(self.images[index]), int(self.labels[index])
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W), fp32 in [-1, 1], and labels (N,) of `indices` (N,)."""
+        return to_float(self.images[indices]), self.labels[indices]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0 to 255 -> fp32 -1 to 1; fp32 passes through."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
+
+
+def collect(
+    decoded: Iterable[tuple[np.ndarray, str | int]],
+    skipped: list[Skipped],
+    *,
+    where: str,
+    channels: int,
+    image_size: int,
+) -> tuple[Tensor, list[str | int]]:
+    """Write decoded images one after another into an unnamed temporary file and map it.
+
+    A set larger than the memory therefore works, and random access costs a page fault at most. The
+    file lies where Python's `tempfile` puts it (`TMPDIR` moves it) and disappears with the process.
+
+    Args:
+        decoded: (C, H, W) uint8 images with their labels, in order.
+        skipped: filled by `decoded` while it is being read; reported here, once.
+        where: what was read, for messages.
+        channels: C.
+        image_size: H = W.
+
+    Returns:
+        Images (N, C, H, W) uint8, and the labels.
+
+    Raises:
+        ValueError: no image could be read.
+        OSError: the temporary file does not fit on its disk.
+    """
+    labels: list[str | int] = []
+    with tempfile.TemporaryFile() as file:
+        try:
+            for image, label in decoded:
+                assert image.dtype == np.uint8, image.dtype
+                file.write(np.ascontiguousarray(image).data)
+                labels.append(label)
+            file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot hold the decoded images of {where} in {tempfile.gettempdir()}: "
+                f"{error.strerror}; set TMPDIR to a larger disk",
+            ) from error
+        report(skipped, where)
+        if not labels:
+            found = f"all {len(skipped)} unreadable" if skipped else "it holds none"
+            raise ValueError(f"no image could be read from {where}: {found}")
+        shape = (len(labels), channels, image_size, image_size)
+        pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file
+    return torch.from_numpy(pixels), labels
+
+
+def report(skipped: list[Skipped], where: str) -> None:
+    """One warning that counts and names the files that were left out."""
+    if not skipped:
+        return
+    named = "; ".join(f"{item.name} ({item.reason})" for item in skipped[:_NAMED_IN_WARNING])
+    rest = len(skipped) - _NAMED_IN_WARNING
+    more = f"; and {rest} more" if rest > 0 else ""
+    files = "file" if len(skipped) == 1 else "files"
+    warnings.warn(
+        f"skipped {len(skipped)} unreadable {files} in {where}: {named}{more}", stacklevel=4
+    )

@@ -1,0 +1,82 @@
+"""One image file of any kind -> uint8 pixels of one size."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fastdiff.data.config import DataConfig
+
+# What Pillow's plugins raise on damaged files, found by feeding them truncated and garbled ones.
+UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+)
+_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def decode(source: Path | bytes, config: DataConfig) -> np.ndarray:
+    """Read, turn upright, flatten, resize and crop one image.
+
+    The first frame of an animation counts. EXIF orientation is applied. Transparent pixels lie on
+    `config.background`. 16-bit grey is rounded to 8 bits, CMYK and palettes become RGB. The largest
+    centred square is resized with Pillow's antialiased bicubic filter.
+
+    Args:
+        source: a file, or its bytes.
+        config: size, channels and background.
+
+    Returns:
+        (C, H, W) uint8.
+
+    Raises:
+        any of `UNREADABLE`: the file is damaged, of an unknown kind, or too large to be true.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        image.seek(0)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        flat = _flatten(upright, config.background).convert("L" if config.channels == 1 else "RGB")
+        side = min(flat.size)
+        left, top = (flat.width - side) / 2, (flat.height - side) / 2
+        size = (config.image_size, config.image_size)
+        box = (left, top, left + side, top + side)
+        square = flat.resize(size, Image.Resampling.BICUBIC, box=box)
+        pixels = np.asarray(square, dtype=np.uint8).reshape(*size, config.channels)
+        return pixels.transpose(2, 0, 1)
+
+
+def reason(error: BaseException) -> str:
+    """An unreadable file's error in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    text = str(error).splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """8 bits per channel, no palette, no transparency."""
+    if image.mode in _SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"integer values outside 16 bits: {values.min()} to {values.max()}")
+        return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point images have no known range")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)
+    return image.convert("RGB") if image.mode not in ("L", "RGB") else image

@@ -1,0 +1,110 @@
+"""A folder of images, a class per sub-folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastdiff.data.config import DataConfig
+from fastdiff.data.dataset import ImageDataset, Skipped, collect
+from fastdiff.data.decode import UNREADABLE, decode, reason
+
+_AHEAD = 256  # decoded images waiting to be written, at most
+
+
+def open_folder(config: DataConfig) -> ImageDataset:
+    """Read all images below `config.path`.
+
+    With sub-folders, each is a class (its own sub-folders belong to it); with image files at the
+    top, there are no classes. Order: by class, then by path, whatever the file system says.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no readable image, or both images and sub-folders with images.
+    """
+    root = Path(config.path)
+    if not root.exists():
+        raise FileNotFoundError(f"no folder at {root}")
+    if not root.is_dir():
+        raise ValueError(f"expected a folder of images, got the file {root}")
+    files = list_images(root)
+    if not files:
+        raise ValueError(
+            f"no image in {root}: expected files that Pillow reads, such as .png, .jpg"
+        )
+    top_level = [path for path in files if len(path.parts) == 1]
+    if top_level and len(top_level) != len(files):
+        raise ValueError(
+            f"{root} holds both images ({top_level[0]}) and folders of images; "
+            "put every image in its class's folder, or all at the top"
+        )
+    skipped: list[Skipped] = []
+    names = [() if top_level else (path.parts[0],) for path in files]
+    pixels, labels = collect(
+        _decoded(root, files, config, skipped),
+        skipped,
+        where=str(root),
+        channels=config.channels,
+        image_size=config.image_size,
+    )
+    classes = tuple(sorted({name for parts in names for name in parts}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return ImageDataset(
+        pixels, torch.tensor([numbers.get(str(label), 0) for label in labels]), classes, skipped
+    )
+
+
+def list_images(root: Path) -> list[Path]:
+    """Files below `root` whose ending Pillow knows, as sorted relative paths; hidden ones are left.
+
+    Links are followed, each real folder once.
+    """
+    endings = {ending.lower() for ending in Image.registered_extensions()}
+    found: list[Path] = []
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found.extend(
+            Path(folder, name).relative_to(root)
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in endings
+        )
+    return sorted(found, key=lambda path: path.parts)
+
+
+def _decoded(
+    root: Path, files: list[Path], config: DataConfig, skipped: list[Skipped]
+) -> Iterator[tuple[np.ndarray, str]]:
+    """Pixels and class name of each readable file, decoded by threads, in order."""
+
+    def read(path: Path) -> np.ndarray | Skipped:
+        try:
+            return decode(root / path, config)
+        except UNREADABLE as error:
+            return Skipped(path.as_posix(), reason(error))
+
+    with ThreadPoolExecutor() as pool:
+        for chunk in _chunks(files, _AHEAD):
+            for path, result in zip(chunk, pool.map(read, chunk), strict=True):
+                if isinstance(result, Skipped):
+                    skipped.append(result)
+                else:
+                    yield result, path.parts[0] if len(path.parts) > 1 else ""
+
+
+def _chunks(items: Iterable[Path], size: int) -> Iterator[list[Path]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

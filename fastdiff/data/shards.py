@@ -1,0 +1,105 @@
+"""webdataset shards: tar files whose members `name.jpg` and `name.cls` belong together."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastdiff.data.config import DataConfig
+from fastdiff.data.dataset import ImageDataset, Skipped, collect
+from fastdiff.data.decode import UNREADABLE, decode, reason
+from fastdiff.extras import import_extra
+
+_LABEL_KEYS = ("label", "class", "cls")
+
+
+def open_shards(config: DataConfig) -> ImageDataset:
+    """Read all samples of the shards that match `config.path`, in the order of their names.
+
+    The class is the text of the sample's `.cls` (or `.txt`) member, or `label`, `class` or `cls`
+    of its `.json`. Without any of them there are no classes; a mixture is an error.
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: no readable image in them, or only some samples have a class.
+    """
+    paths = [Path(name) for name in sorted(glob.glob(config.path, recursive=True))]
+    if not paths:
+        raise FileNotFoundError(f"no shard matches {config.path!r}")
+    skipped: list[Skipped] = []
+    pixels, labels = collect(
+        _decoded(paths, config, skipped),
+        skipped,
+        where=config.path,
+        channels=config.channels,
+        image_size=config.image_size,
+    )
+    names = {str(label) for label in labels}
+    if "" in names and len(names) > 1:
+        count = sum(label == "" for label in labels)
+        raise ValueError(
+            f"{count} of {len(labels)} samples of {config.path} have no class; "
+            "give each a .cls member, or none"
+        )
+    classes = tuple(sorted(names - {""}, key=_natural))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return ImageDataset(
+        pixels, torch.tensor([numbers.get(str(label), 0) for label in labels]), classes, skipped
+    )
+
+
+def _decoded(
+    paths: list[Path], config: DataConfig, skipped: list[Skipped]
+) -> Iterator[tuple[np.ndarray, str]]:
+    """Pixels and class name of each readable sample. Members are never unpickled or executed."""
+    endings = {ending.lower().lstrip(".") for ending in Image.registered_extensions()}
+    for path in paths:
+        for sample in _samples(path, skipped):
+            image = next((key for key in sample if key.rpartition(".")[2] in endings), None)
+            try:
+                if image is None:
+                    raise ValueError("no image among its members")
+                yield decode(sample[image], config), _label(sample)
+            except UNREADABLE as error:
+                skipped.append(Skipped(f"{path.name}:{sample['__key__']}", reason(error)))
+
+
+def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
+    """The members of one shard, grouped by webdataset.
+
+    The file is opened here, since webdataset runs a name such as "pipe:command" in a shell.
+    """
+    tar = import_extra("webdataset.tariterators", extra="train")
+
+    def note(error: Exception) -> bool:
+        if not any(item.name == path.name for item in skipped):  # one fault is raised twice
+            skipped.append(Skipped(path.name, f"damaged archive: {type(error).__name__}"))
+        return True
+
+    with path.open("rb") as file:
+        members = tar.tar_file_expander([{"url": str(path), "stream": file}], handler=note)
+        yield from tar.group_by_keys(members, handler=note)
+
+
+def _label(members: dict[str, Any]) -> str:
+    for ending in ("cls", "txt"):
+        if ending in members:
+            return str(members[ending].decode()).strip()
+    if "json" in members:
+        record = json.loads(members["json"])
+        for key in _LABEL_KEYS:
+            if isinstance(record, dict) and key in record:
+                return str(record[key])
+    return ""
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Numbers by value and before words, so that class 10 follows class 9."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)

@@ -1,0 +1,63 @@
+"""What the network predicts, and how that becomes an estimate of x0: the one place where they meet.
+
+With x = alpha * x0 + sigma * n:
+
+    eps  F = n                           D = (x - sigma * F) / alpha     (DDPM eq. 9)
+    v    F = alpha * n - sigma * x0      D = alpha * x - sigma * F       (Salimans and Ho 2022, eq.
+    10) x0   F = x0                          D = F
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Prediction = Literal["eps", "v", "x0"]
+
+
+def to_denoised(alpha: float, sigma: float, prediction: Prediction) -> tuple[float, float]:
+    """The (u, v) with D = u * x + v * F, at one noise level.
+
+    Raises:
+        ValueError: an unknown prediction, or "eps" where no signal is left: x is the noise there,
+            and says nothing about x0.
+    """
+    if prediction == "eps":
+        if alpha == 0:
+            raise ValueError(
+                "prediction 'eps' says nothing about x0 at alpha = 0 (a zero-terminal-SNR schedule "
+                "from its last timestep); use prediction 'v' or 'x0', or spacing 'leading'"
+            )
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v":
+        return alpha, -sigma
+    if prediction == "x0":
+        return 0.0, 1.0
+    raise _unknown(prediction)
+
+
+def target(
+    prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """What the network should return for x = alpha * x0 + sigma * noise.
+
+    x0, noise: (N, ...), any float dtype. alpha, sigma: () or (N,) or anything that broadcasts.
+    Returns x0's shape and dtype.
+    """
+    if prediction == "eps":
+        return noise
+    if prediction == "x0":
+        return x0
+    if prediction == "v":
+        alpha, sigma = (
+            c.to(x0).reshape(c.shape + (1,) * (x0.ndim - c.ndim)) for c in (alpha, sigma)
+        )
+        return alpha * noise - sigma * x0
+    raise _unknown(prediction)
+
+
+def _unknown(prediction: str) -> ValueError:
+    return ValueError(
+        f"unknown prediction {prediction!r}; expected one of {', '.join(get_args(Prediction))}"
+    )

@@ -1,0 +1,486 @@
+"""Samplers as tables: one row per network evaluation, linear in what the network returns.
+
+    F   = F_uncond + W * (F_cond - F_uncond)                      guidance
+    D   = clamp(U * x + V * F, -CLAMP, CLAMP)                     estimate of x0
+    x'  = A * x + B * D + C1 * H_1 + C2 * H_2 + C3 * H_3 + S * noise
+    H'  = P * x + Q * D                                           into slot SLOT, if it is not -1
+
+`fastdiff.kernels.sampler_step` executes a row. All samplers live in the variance-preserving space
+x = alpha * x0 + sigma * n, those from variance-exploding papers too (their x is ours divided by
+alpha), so the network's input needs no scaling, and Euler and DDIM are the same table.
+
+A sampler is a function from noise levels to rows. `levels` holds one `Level` per step, the noisiest
+first, and the level to end at last. In comments, a prime marks the level a step goes to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.guidance import GuidanceConfig
+from fastdiff.diffusion.predictions import Prediction, to_denoised
+from fastdiff.diffusion.schedules import (
+    NoiseSchedule,
+    TimestepSpacing,
+    sigma_spacing,
+    timestep_spacing,
+)
+from fastdiff.kernels import COLUMNS
+
+NO_SLOT = -1
+COLUMN = {column.name: int(column) for column in COLUMNS}
+Spacing = Literal["leading", "trailing", "linspace", "simple", "karras", "exponential"]
+SPACINGS: tuple[str, ...] = ("trailing", "leading", "linspace", "simple", "karras", "exponential")
+Variance = Literal["fixed_small", "fixed_large", "learned"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level: x = alpha * x0 + sigma * n at timestep t (real; -1 for the clean image)."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ve_sigma(self) -> float:
+        """sigma / alpha: the noise level of Karras et al. 2022; inf where no signal is left."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+
+CLEAN = Level(-1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network evaluation at a level and the update after it (letters: module docstring)."""
+
+    at: Level
+    step: int
+    a: float
+    b: float
+    c: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    s: float = 0.0
+    slot: int = NO_SLOT
+    p: float = 0.0
+    q: float = 0.0
+    log_variance: tuple[float, float] | None = None
+    """Bounds that a network with learned variance interpolates; None: the noise is s, always."""
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """A sampler's rows, ready for `sampler_step`, and what plots and messages need to know of them.
+
+    Attributes:
+        name: the sampler's name in SAMPLERS.
+        columns: (rows, 16), fp64, CPU; the columns are `fastdiff.kernels.sampler_step.COLUMNS`.
+        timesteps: (rows,), fp64: the t the network is given; real numbers with sigma spacings.
+        sigmas: (rows,), fp64: sigma / alpha where the network is evaluated.
+        steps: (rows,), int64: the step each row belongs to (Heun's steps have two rows).
+        final_sigma: sigma / alpha of the result, 0 for a clean image.
+        initial_sigma: standard deviation of the noise that x starts as.
+    """
+
+    name: str
+    columns: Tensor
+    timesteps: Tensor
+    sigmas: Tensor
+    steps: Tensor
+    final_sigma: float
+    initial_sigma: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def column(self, name: str) -> Tensor:
+        """One named column, such as "A" or "W". Returns (rows,), fp64, CPU."""
+        return self.columns[:, COLUMN[name]]
+
+    @property
+    def guided(self) -> list[bool]:
+        """For each row, whether it needs the unconditional half of the network's output too."""
+        return [weight != 1 for weight in self.column("W").tolist()]
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The columns as `sampler_step` takes them: (rows, 16) on the device."""
+        return self.columns.to(device=device, dtype=dtype)
+
+    def describe(self) -> list[list[str]]:
+        """The table to print: a row of headings, then one row of strings per network evaluation.
+
+        Columns that say nothing (all zero, or no clamp anywhere) are left out.
+        """
+        shown = [
+            name
+            for name, idle in _IDLE.items()
+            if not bool((self.column(name) == idle).all()) or name in "UVAB"
+        ]
+        lines = [["row", "step", "t", "sigma", *(name.lower() for name in shown)]]
+        for row in range(len(self)):
+            t, sigma = float(self.timesteps[row]), float(self.sigmas[row])
+            numbers = [t, sigma, *(float(self.column(name)[row]) for name in shown)]
+            lines.append([str(row), str(int(self.steps[row])), *(f"{n:.5g}" for n in numbers)])
+        return lines
+
+
+_IDLE = {
+    **dict.fromkeys(("U", "V", "A", "B", "C1", "C2", "C3", "S", "P", "Q"), 0.0),
+    "SLOT": NO_SLOT,
+    "W": 1.0,
+    "CLAMP": math.inf,
+}
+
+
+# --- samplers: from levels to rows ---
+
+
+def ddpm(levels: Sequence[Level], *, variance: Variance = "fixed_small") -> list[Row]:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) on any timesteps (IDDPM section 4).
+
+    x' = mean of q(x' | x, D) (eq. 7) + sqrt(variance) * noise. The variance is eq. 7's beta-tilde
+    ("fixed_small"), the step's beta ("fixed_large"), or between the two in log space as the network
+    says ("learned", IDDPM eq. 15; the network then returns 2C channels).
+    """
+    if variance not in ("fixed_small", "fixed_large", "learned"):
+        raise ValueError(
+            f"unknown variance {variance!r}; expected one of fixed_small, fixed_large, learned"
+        )
+    rows = []
+    for step, (now, to) in enumerate(pairwise(levels)):
+        beta = 1 - (now.alpha / to.alpha) ** 2
+        small = beta * (to.sigma / now.sigma) ** 2
+        s, log_variance = math.sqrt(beta if variance == "fixed_large" else small), None
+        if to.sigma == 0 or beta == 0:  # algorithm 2, line 3: no noise in the last step
+            s = 0.0
+        elif variance == "learned":
+            s, log_variance = 1.0, (math.log(small), math.log(beta))
+        a = (now.alpha / to.alpha) * (to.sigma / now.sigma) ** 2
+        b = to.alpha * beta / now.sigma**2
+        rows.append(Row(at=now, step=step, a=a, b=b, s=s, log_variance=log_variance))
+    return rows
+
+
+def ddim(levels: Sequence[Level], *, eta: float = 0.0) -> list[Row]:
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
+
+    x' = alpha' * D + sqrt(sigma'² - s²) * eps_hat + s * noise,
+    s = eta * sigma' / sigma * sqrt(1 - alpha² / alpha'²). eta = 0 is an ODE solver of order 1, eta
+    = 1 is DDPM.
+    """
+    _check_eta(eta)
+    rows = []
+    for step, (now, to) in enumerate(pairwise(levels)):
+        s = eta * to.sigma / now.sigma * math.sqrt(1 - (now.alpha / to.alpha) ** 2)
+        a = math.sqrt(max(to.sigma**2 - s**2, 0.0)) / now.sigma  # eps_hat = (x - alpha * D) / sigma
+        rows.append(Row(at=now, step=step, a=a, b=to.alpha - now.alpha * a, s=s))
+    return rows
+
+
+def euler(levels: Sequence[Level]) -> list[Row]:
+    """Euler steps of the probability-flow ODE in sigma / alpha (Karras et al. 2022, eq. 4).
+
+    y' = y + (sigma_ve' - sigma_ve) * (y - D) / sigma_ve with y = x / alpha. Multiplied by alpha'
+    that is DDIM at eta = 0, term by term, and so it is the same table.
+    """
+    return ddim(levels, eta=0.0)
+
+
+def euler_ancestral(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
+    """Euler to sigma_down, then noise of sigma_up, as in k-diffusion.
+
+    sigma_up² = eta² * sigma_ve'² * (1 - sigma_ve'² / sigma_ve²), sigma_down² = sigma_ve'² -
+    sigma_up². Multiplied by alpha', sigma_up is DDIM's s and sigma_down its sqrt(sigma'² - s²): the
+    same table again, with eta = 1.
+    """
+    return ddim(levels, eta=eta)
+
+
+def heun(levels: Sequence[Level]) -> list[Row]:
+    """Heun's second-order method (Karras et al. 2022, alg. 1 without churn): two rows per step.
+
+    The first row makes an Euler step and keeps y + (sigma_ve' - sigma_ve) / 2 * d, all of the
+    result that is known by then; the second adds the other half of the slope, taken at the end. The
+    step to sigma = 0 is Euler's, as there.
+    """
+    rows = []
+    for step, (now, to) in enumerate(pairwise(levels)):
+        a = to.sigma / now.sigma
+        first = Row(at=now, step=step, a=a, b=to.alpha - now.alpha * a)
+        if to.sigma == 0:
+            rows.append(first)
+            continue
+        p = (to.alpha / now.alpha + a) / 2
+        q = to.alpha * (1 - to.ve_sigma / now.ve_sigma) / 2
+        rows.append(Row(at=now, step=step, a=a, b=first.b, slot=0, p=p, q=q))
+        half = (1 - now.ve_sigma / to.ve_sigma) / 2
+        rows.append(Row(at=to, step=step, a=half, b=-to.alpha * half, c=(1.0, 0.0, 0.0)))
+    return rows
+
+
+def plms(levels: Sequence[Level]) -> list[Row]:
+    """Pseudo linear multistep (PNDM, Liu et al. 2022, eq. 11-14), started as in Stable Diffusion.
+
+    x' = alpha' / alpha * x + g * e with g = sigma' - sigma * alpha' / alpha and e a combination of
+    the last four eps_hat. The first step is taken twice, so there is one row more than steps: row 1
+    evaluates at its end and redoes it with the mean slope, x + g * (e_1 - e_0) / 2, since x already
+    holds g * e_0.
+    """
+    weights = (
+        (1.0,),
+        (1.5, -0.5),
+        (23 / 12, -16 / 12, 5 / 12),
+        (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+    )
+    rows: list[Row] = []
+    for step, (now, to) in enumerate(pairwise(levels)):
+        ratio = to.alpha / now.alpha
+        g = to.sigma - now.sigma * ratio
+        newest, *older = weights[min(step, 3)]
+        c = [0.0, 0.0, 0.0]
+        for back, weight in enumerate(older, start=1):
+            c[(step - back) % 3] = g * weight
+        a, b = _eps_weights(now, g * newest)
+        p, q = _eps_weights(now, 1.0)
+        rows.append(
+            Row(at=now, step=step, a=ratio + a, b=b, c=(c[0], c[1], c[2]), slot=step % 3, p=p, q=q)
+        )
+        if step == 0 and to.sigma > 0:
+            a, b = _eps_weights(to, g / 2)
+            rows.append(Row(at=to, step=step, a=1 + a, b=b, c=(-g / 2, 0.0, 0.0)))
+    return rows
+
+
+def dpmpp_2m(levels: Sequence[Level], *, lower_order_final: bool = True) -> list[Row]:
+    """DPM-Solver++(2M): order 2, one evaluation per step (Lu et al. 2022b, algorithm 2)."""
+    return dpmpp_2m_sde(levels, eta=0.0, lower_order_final=lower_order_final)
+
+
+def dpmpp_2m_sde(
+    levels: Sequence[Level], *, eta: float = 1.0, lower_order_final: bool = True
+) -> list[Row]:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 17-18, midpoint form), k-diffusion's eta.
+
+    With h = log-SNR step / 2, r = h_previous / h and e^-h = sigma_ve' / sigma_ve:
+    x' = sigma' / sigma * e^(-eta h) * x + alpha' * (1 - e^(-(1 + eta) h)) * (D + (D - D_previous) /
+    (2 r))
+         + sigma' * sqrt(1 - e^(-2 eta h)) * noise.
+    The first step and, with lower_order_final, the last are of order 1 (the last has to be where it
+    ends at sigma = 0, since h is infinite there).
+    """
+    _check_eta(eta)
+    rows: list[Row] = []
+    for step, (now, to) in enumerate(pairwise(levels)):
+        decay = to.sigma * now.alpha / (to.alpha * now.sigma)  # e^-h without infinities
+        b = to.alpha * (1 - decay ** (1 + eta))
+        last = step == len(levels) - 2
+        extrapolation = 0.0
+        if step > 0 and not (last and (lower_order_final or to.sigma == 0)):
+            h, h_before = -math.log(decay), math.log(levels[step - 1].ve_sigma / now.ve_sigma)
+            extrapolation = h / h_before / 2
+        rows.append(
+            Row(
+                at=now,
+                step=step,
+                a=to.sigma / now.sigma * decay**eta,
+                b=b * (1 + extrapolation),
+                c=(-b * extrapolation, 0.0, 0.0),
+                s=to.sigma * math.sqrt(1 - decay ** (2 * eta)),
+                slot=NO_SLOT if last else 0,
+                p=0.0,
+                q=0.0 if last else 1.0,
+            )
+        )
+    return rows
+
+
+def _eps_weights(level: Level, weight: float) -> tuple[float, float]:
+    """(a, b) with a * x + b * D = weight * eps_hat, eps_hat = (x - alpha * D) / sigma."""
+    return weight / level.sigma, -weight * level.alpha / level.sigma
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(
+            f"eta must lie in [0, 1], got {eta}; 0 adds no noise, 1 all that the posterior has"
+        )
+
+
+SAMPLERS: dict[str, Callable[..., list[Row]]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "euler-ancestral": euler_ancestral,
+    "heun": heun,
+    "plms": plms,
+    "dpmpp-2m": dpmpp_2m,
+    "dpmpp-2m-sde": dpmpp_2m_sde,
+}
+NEEDS_SIGNAL = ("heun", "plms")
+"""Samplers whose formulas divide by alpha at every level."""
+
+
+# --- from a name to a table ---
+
+
+def build_table(
+    name: str,
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    prediction: Prediction = "eps",
+    spacing: Spacing | Sequence[float] = "trailing",
+    steps_offset: int = 0,
+    final: Literal["zero", "sigma_min"] = "zero",
+    clamp: float | None = None,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[int, int] | None = None,
+    **options: float | str | bool | None,
+) -> SamplerTable:
+    """Build a sampler's table.
+
+    Args:
+        name: a key of SAMPLERS.
+        schedule: the noise the network was trained with.
+        steps: steps from noise to image; `len(table)` is the number of network evaluations.
+        prediction: what the network returns.
+        spacing: where the steps lie: timesteps "trailing", "leading" (with `steps_offset`),
+            "linspace", "simple", noise levels "karras", "exponential", or the timesteps themselves,
+            descending reals.
+        final: end at the clean image, or at the noise of t = 0 (diffusers' final_sigmas_type; its
+            set_alpha_to_one=False).
+        clamp: limit of |D|, 1 for pixels. x' is made from the clamped D alone, eps_hat included
+            (diffusers' DDIM keeps the unclamped eps_hat unless use_clipped_model_output).
+        guidance_scale, guidance_interval: see GuidanceConfig; the interval counts steps.
+        options: the sampler's own: eta (ddim, euler-ancestral, dpmpp-2m-sde), variance (ddpm),
+            lower_order_final (dpmpp-2m, dpmpp-2m-sde). None means the sampler's default.
+
+    Raises:
+        ValueError: an unknown name or option, steps out of range, or a spacing, prediction or
+            sampler that cannot start where the schedule has no signal.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
+    guidance = GuidanceConfig(scale=guidance_scale, interval=guidance_interval)
+    if guidance_interval is not None and guidance_interval[1] > steps:
+        raise ValueError(
+            f"guidance_interval {guidance_interval} goes beyond the {steps} steps; "
+            f"the last possible one ends at {steps}"
+        )
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"clamp must be positive, got {clamp}; 1 fits images, None is no clamp")
+    levels = spaced_levels(schedule, steps, spacing, steps_offset=steps_offset)
+    if levels[0].alpha == 0 and name in NEEDS_SIGNAL:
+        raise ValueError(
+            f"sampler {name!r} divides by alpha, which is 0 at t = {levels[0].t:g} of this "
+            "zero-terminal-SNR schedule; use 'ddim' or 'dpmpp-2m', or spacing 'leading'"
+        )
+    levels.append(_final_level(schedule, final))
+    rows = SAMPLERS[name](levels, **_options(name, options))
+
+    columns = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        u, v = to_denoised(row.at.alpha, row.at.sigma, prediction)
+        # A network with a variance of its own still gets this row's s: both bounds are its log.
+        fixed = 2 * math.log(row.s) if row.s > 0 else 0.0
+        low, high = row.log_variance or (fixed, fixed)
+        values = {
+            "U": u,
+            "V": v,
+            "A": row.a,
+            "B": row.b,
+            "S": row.s,
+            "P": row.p,
+            "Q": row.q,
+            "C1": row.c[0],
+            "C2": row.c[1],
+            "C3": row.c[2],
+            "SLOT": row.slot,
+            "W": guidance.weight(row.step),
+            "CLAMP": math.inf if clamp is None else clamp,
+            "LOGVAR_MIN": low,
+            "LOGVAR_MAX": high,
+        }
+        for column, value in values.items():
+            columns[i, COLUMN[column]] = value
+    return SamplerTable(
+        name=name,
+        columns=columns,
+        timesteps=torch.tensor([row.at.t for row in rows], dtype=torch.float64),
+        sigmas=torch.tensor([row.at.ve_sigma for row in rows], dtype=torch.float64),
+        steps=torch.tensor([row.step for row in rows]),
+        final_sigma=levels[-1].ve_sigma,
+    )
+
+
+def spaced_levels(
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: Spacing | Sequence[float],
+    *,
+    steps_offset: int = 0,
+) -> list[Level]:
+    """The noise levels of the steps, the noisiest first, without the one to end at."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}; 20 to 50 are usual")
+    last = schedule.num_timesteps - 1
+    if not isinstance(spacing, str):
+        timesteps = [float(t) for t in spacing]
+        if len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
+            raise ValueError(
+                f"timesteps given as spacing must be {steps} descending numbers, one per step, "
+                f"got {len(timesteps)}: {timesteps[:4]}..."
+            )
+    elif spacing in ("karras", "exponential"):
+        if steps_offset:
+            raise ValueError(
+                f"steps_offset is for spacing 'leading', got {steps_offset} with "
+                f"{spacing!r}; leave it out"
+            )
+        ends = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (0, last))
+        sigmas = sigma_spacing(spacing, steps, *ends)
+        ts = schedule.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
+        return [
+            Level(t, 1 / math.hypot(1, s), s / math.hypot(1, s))
+            for t, s in zip(ts, sigmas, strict=True)
+        ]
+    elif spacing in SPACINGS:
+        kind = cast(TimestepSpacing, spacing)
+        whole = timestep_spacing(kind, steps, schedule.num_timesteps, offset=steps_offset)
+        timesteps = [float(t) for t in whole]
+    else:
+        raise ValueError(
+            f"unknown spacing {spacing!r}; expected one of {', '.join(SPACINGS)}, or timesteps"
+        )
+    return [_level(schedule, t) for t in timesteps]
+
+
+def _level(schedule: NoiseSchedule, t: float) -> Level:
+    return Level(t, float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+
+def _final_level(schedule: NoiseSchedule, final: str) -> Level:
+    if final == "zero":
+        return CLEAN
+    if final != "sigma_min":
+        raise ValueError(f"unknown final {final!r}; expected one of zero, sigma_min")
+    # The last step of "leading" without an offset is there already and then goes nowhere.
+    return _level(schedule, 0.0)
+
+
+def _options(name: str, options: dict[str, float | str | bool | None]) -> dict[str, object]:
+    given: dict[str, object] = {key: value for key, value in options.items() if value is not None}
+    known = [key for key in inspect.signature(SAMPLERS[name]).parameters if key != "levels"]
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(
+            f"sampler {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+        )
+    return given
