@@ -33,7 +33,7 @@ def prepare(
     """Make a module ready for inference, in place: device, dtype, layout, eval, no gradients."""
     module.to(device=device, dtype=dtype)
     if channels_last:
-        module.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.eval().requires_grad_(False)
 
 
@@ -112,9 +112,9 @@ class Denoiser:
         self.place = {float(t): row for row, t in enumerate(dict.fromkeys(_floats(timesteps)))}
         with torch.inference_mode():
             t = torch.tensor(list(self.place), dtype=torch.float32, device=device)
-            ys = [torch.full((len(t),), y, device=device) for y in kinds] or [None]
+            ys: list[Tensor | None] = [torch.full((len(t),), y, device=device) for y in kinds]
             # (rows, labels, E); one call per label, so that each has the same shape in any batch
-            self.embeddings = torch.stack([unet.embed(t, y) for y in ys], dim=1)
+            self.embeddings = torch.stack([unet.embed(t, y) for y in ys or [None]], dim=1)
         index = torch.tensor([0 if y is None else kinds.index(y) for y in used], device=device)
         self.index = index[: len(labels)]
         self.null = index[-1] if guided else None
