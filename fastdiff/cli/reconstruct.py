@@ -103,7 +103,10 @@ def run(options: Reconstruct) -> int:
     ratio = images[0].numel() / torch.Size(result.latent_shape).numel()
     print_pairs(
         [
-            ("images", f"{len(images)} of {shape}, latents {latents}, {ratio:.3g} times fewer numbers"),
+            (
+                "images",
+                f"{len(images)} of {shape}, latents {latents}, {ratio:.3g} times fewer numbers",
+            ),
             ("PSNR", told),
             ("backends", backends_line(served)),
             ("time", clock.report()),
