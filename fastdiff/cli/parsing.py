@@ -32,7 +32,12 @@ class UsageError(ValueError):
 
 
 def parse(
-    options: type[T], words: Sequence[str], *, prog: str, default: T | None = None
+    options: type[T],
+    words: Sequence[str],
+    *,
+    prog: str,
+    default: T | None = None,
+    text: str | None = None,
 ) -> T | None:
     """Read ``words`` into a dataclass.
 
@@ -40,6 +45,7 @@ def parse(
         options: a frozen dataclass; the line under a field is its help, "Examples:" in its
             docstring goes to the end of the help.
         default: where the defaults come from, instead of the class.
+        text: the help's words, instead of the class's docstring.
 
     Returns:
         The options, or None when help was asked for and has been printed.
@@ -47,7 +53,7 @@ def parse(
     Raises:
         UsageError: a word that cannot be read.
     """
-    description, _, examples = (inspect.getdoc(options) or "").partition("\nExamples:\n")
+    description, _, examples = (text or inspect.getdoc(options) or "").partition("\nExamples:\n")
     if not {"-h", "--help"}.isdisjoint(words):
         print(f"{_wrapped(description)}\n")
     errors = io.StringIO()
@@ -61,7 +67,6 @@ def parse(
                     prog=prog,
                     description="",
                     args=list(words),
-                    config=(tyro.conf.FlagCreatePairsOff,),
                     **extra,
                 ),
             )
