@@ -187,7 +187,7 @@ def test_timestep_spacings_are_diffusers(kind: str, steps: int) -> None:
         timestep_spacing=kind, steps_offset=0
     )
     if kind == "linspace" and steps == 1:
-        return  # numpy's linspace of one point is its start, t = 0: an image would not be made at all
+        return  # numpy's linspace of one point is its start, t = 0, which makes no image
     ours = timestep_spacing(kind, steps, 1000)
     assert all(a > b for a, b in pairwise(ours))
     scheduler.set_timesteps(steps)
