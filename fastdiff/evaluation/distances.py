@@ -54,8 +54,8 @@ class Neighbours:
     """For each point: its nearest training image, how far, and how far compared with others.
 
     index: (N,) of the training set. distance: (N,), Euclidean, in pixels from -1 to 1.
-    ratio: (N,), distance over the mean distance to the 50 nearest: a copy has 0, an image that is
-    as near to one training image as to many has 1. Unlike the distance it does not call a plain shape,
+    ratio: (N,), distance over the mean distance to the 50 nearest: a copy has 0, an image as near
+    to one training image as to many has 1. Unlike the distance it does not call a plain shape,
     near to everything, a copy (Carlini et al. 2023, section 4.2).
     """
 

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def write_report(
     return folder / "results.md"
 
 
-def _markdown(evaluation: Evaluation, provenance: dict[str, object], title: str) -> str:
+def _markdown(evaluation: Evaluation, provenance: Mapping[str, object], title: str) -> str:
     results, settings = evaluation.results, evaluation.settings
     samples, real = results.samples, results.held_out
     failures = results.failures()
@@ -118,7 +119,7 @@ def _markdown(evaluation: Evaluation, provenance: dict[str, object], title: str)
     return f"""# {title}
 
 Written by `{provenance["command"]}` at commit {provenance["commit"]}, {provenance["date"]}
-(fastdiff {provenance["fastdiff"]}, torch {provenance["torch"]}, {provenance["machine"]}). Do not edit.
+(fastdiff {provenance["fastdiff"]}, torch {provenance["torch"]}, {provenance["machine"]}).
 
 Model `{evaluation.model}`, weights `{evaluation.weights_hash[:16]}`; sampler {settings.sampler},
 {settings.steps} steps, {guidance}, seeds {evaluation.seeds[0]} to {evaluation.seeds[-1]}.

@@ -124,9 +124,9 @@ def test_nearest_neighbours_by_hand() -> None:
     training = np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
     near = nearest_training(np.array([[3.0, 4.0], [0.0, 1.0]]), training, crowd=3)
     assert near.index.tolist() == [1, 0]
-    np.testing.assert_allclose(near.distance, [0.0, 1.0])
+    np.testing.assert_allclose(near.distance, [0.0, 1.0], atol=1e-12)
     second = [1.0, math.hypot(3, 3), math.hypot(6, 7)]
-    np.testing.assert_allclose(near.ratio, [0.0, 3 / sum(second)])
+    np.testing.assert_allclose(near.ratio, [0.0, 3 / sum(second)], atol=1e-12)
 
 
 def test_images_that_do_not_fit_are_refused(reference: Reference, judge: Judge) -> None:
