@@ -1,0 +1,446 @@
+"""The first stage of latent diffusion: an image autoencoder with KL or VQ regularisation.
+
+Esser et al. 2021 (arXiv 2012.09841), Rombach et al. 2022 (2112.10752), section 3.1 and appendix G. Every norm has
+epsilon 1e-6; there is one attention of one head in the middle.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.models.layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The architecture of an autoencoder; a level is a resolution, level 0 the image's."""
+
+    regularization: Literal["kl", "vq"] = "kl"  # Gaussian posterior or codebook
+    image_channels: int = 3  # channels of the image, values in [-1, 1]
+    model_channels: int = 128  # width of the first convolution
+    channel_mult: tuple[int, ...] = (1, 2, 4)  # one factor per level; each level but the last halves
+    num_res_blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    latent_channels: int = 4  # channels of z
+    attention: tuple[bool, ...] = ()  # per level: attention behind each residual block; () for none
+    codebook_size: int = 0  # entries of the codebook, vq only
+    norm_groups: int = 32  # groups of every GroupNorm
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, message: str) -> None:
+            if not holds:
+                raise ValueError(f"AutoencoderConfig: {message}")
+
+        require(len(self.channel_mult) > 0, "channel_mult must name at least one level, got ()")
+        require(
+            self.regularization in ("kl", "vq"),
+            f"regularization must be 'kl' or 'vq', got {self.regularization!r}",
+        )
+        for name in ("image_channels", "model_channels", "num_res_blocks", "latent_channels"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+        require(
+            len(self.attention) in (0, len(self.channel_mult)),
+            f"attention must be () or have {len(self.channel_mult)} entries, one per level of "
+            f"channel_mult, got {self.attention}",
+        )
+        require(
+            (self.codebook_size > 0) == (self.regularization == "vq"),
+            f"codebook_size must be positive for 'vq' and 0 for 'kl', got {self.codebook_size} "
+            f"for {self.regularization!r}",
+        )
+        for width in self.widths:
+            require(
+                self.norm_groups > 0 and width % self.norm_groups == 0,
+                f"norm_groups must divide every level's width, got {self.norm_groups} and {width}",
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.model_channels * factor for factor in self.channel_mult)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels per latent pixel, along one side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def has_attention(self, level: int) -> bool:
+        return bool(self.attention) and self.attention[level]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents. mean, logvar: (N, latent_channels, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def mode(self) -> Tensor:
+        """The most likely latent: the mean."""
+        return self.mean
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise. noise: standard normal, shape of mean."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence to the standard normal in nats, (N,) fp32.
+
+        1/2 sum(mean^2 + var - 1 - log var) (Kingma & Welling 2014, appendix B).
+        """
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Latents and their nearest codes.
+
+    z: (N, D, h, w) before, z_q: the codes, with the gradient of z (straight-through); indices: (N, h, w)
+    int64; codebook_loss = mean((sg(z) - z_q)^2) moves codes to latents, commitment_loss = mean((z - sg(z_q))^2) latents to codes, scalars
+    (van den Oord et al. 2017, eq. 3).
+    """
+
+    z: Tensor
+    z_q: Tensor
+    indices: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+    codebook_size: int
+
+    def loss(self, beta: float = 0.25, order: Literal["paper", "legacy"] = "paper") -> Tensor:
+        """codebook + beta * commitment.
+
+        `legacy` is the order the published CompVis models were trained with: beta weighs the codebook
+        term and the commitment term has weight 1.
+        """
+        if order == "legacy":
+            return beta * self.codebook_loss + self.commitment_loss
+        return self.codebook_loss + beta * self.commitment_loss
+
+    def usage(self) -> Tensor:
+        """Share of the codebook that occurs among the indices, scalar in (0, 1]."""
+        return (self._counts() > 0).float().mean()
+
+    def perplexity(self) -> Tensor:
+        """exp(entropy) of the codes' frequencies, scalar from 1 (one code) to codebook_size."""
+        p = self._counts() / self.indices.numel()
+        return torch.exp(torch.special.entr(p).sum())
+
+    def _counts(self) -> Tensor:
+        return torch.bincount(self.indices.flatten(), minlength=self.codebook_size).float()
+
+
+class Codebook(nn.Module):
+    """Replace each latent vector by the nearest of `size` learned codes."""
+
+    CHUNK = 16384  # latent vectors per distance matrix: 0.5 GB fp32 with 8192 codes
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """vectors: (M, D) -> (M,) int64, argmin of |v - e|^2; |v|^2 is the same for all codes."""
+        half_norms = 0.5 * self.weight.square().sum(1)
+        chunks = [(half_norms - v @ self.weight.T).argmin(1) for v in vectors.split(self.CHUNK)]
+        return torch.cat(chunks)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices: (N, h, w) int64 -> (N, D, h, w)."""
+        return F.embedding(indices, self.weight).permute(0, 3, 1, 2)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """z: (N, D, h, w)."""
+        n, d, h, w = z.shape
+        vectors = z.permute(0, 2, 3, 1).reshape(-1, d)  # (N*h*w, D)
+        indices = self.nearest(vectors).view(n, h, w)
+        codes = self.lookup(indices)
+        return Quantized(
+            z=z,
+            z_q=z + (codes - z).detach(),
+            indices=indices,
+            codebook_loss=F.mse_loss(codes, z.detach()),
+            commitment_loss=F.mse_loss(z, codes.detach()),
+            codebook_size=len(self.weight),
+        )
+
+
+def _res_block(in_channels: int, out_channels: int, config: AutoencoderConfig) -> ResBlock:
+    return ResBlock(in_channels, out_channels, num_groups=config.norm_groups, eps=NORM_EPS)
+
+
+def _attention(channels: int, config: AutoencoderConfig) -> AttentionBlock:
+    return AttentionBlock(channels, 1, num_groups=config.norm_groups, eps=NORM_EPS)
+
+
+def _middle(channels: int, config: AutoencoderConfig) -> list[nn.Module]:
+    return [
+        _res_block(channels, channels, config),
+        _attention(channels, config),
+        _res_block(channels, channels, config),
+    ]
+
+
+class Chain(nn.Module):
+    """conv_in, a row of blocks, norm and SiLU, conv_out: the shape of encoder and decoder alike."""
+
+    def __init__(
+        self, in_channels: int, blocks: list[nn.Module], out_channels: int, config: AutoencoderConfig
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False  # recompute each block in the backward pass
+        first, last = blocks[0], blocks[-1]
+        assert isinstance(first, ResBlock)
+        assert isinstance(last, ResBlock)
+        self.conv_in = nn.Conv2d(in_channels, first.conv1.in_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm_out = GroupNorm(last.conv2.out_channels, config.norm_groups, NORM_EPS)
+        self.conv_out = nn.Conv2d(last.conv2.out_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, residual = self.conv_in(x), None
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, residual = checkpoint(_step, block, x, residual, use_reentrant=False)
+            else:
+                x, residual = _step(block, x, residual)
+        x, _ = self.norm_out(x, residual=residual)
+        return self.conv_out(x)
+
+
+def _step(block: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One block of a chain; what changes the resolution needs the sum."""
+    if isinstance(block, ResBlock | AttentionBlock):
+        return block(x, residual)
+    return block(x if residual is None else x + residual), None
+
+
+def encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
+    """The encoder's blocks, finest level first, then the middle."""
+    blocks: list[nn.Module] = []
+    width = config.model_channels
+    for level, out in enumerate(config.widths):
+        for _ in range(config.num_res_blocks):
+            blocks.append(_res_block(width, out, config))
+            if config.has_attention(level):
+                blocks.append(_attention(out, config))
+            width = out
+        if level < len(config.widths) - 1:
+            blocks.append(Downsample(width, "asymmetric"))
+    return blocks + _middle(width, config)
+
+
+def decoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
+    """The decoder's blocks: the middle, then the coarsest level first."""
+    width = config.widths[-1]
+    blocks = _middle(width, config)
+    for level in reversed(range(len(config.widths))):
+        for _ in range(config.num_res_blocks + 1):
+            blocks.append(_res_block(width, config.widths[level], config))
+            width = config.widths[level]
+            if config.has_attention(level):
+                blocks.append(_attention(width, config))
+        if level > 0:
+            blocks.append(Upsample(width))
+    return blocks
+
+
+class Autoencoder(nn.Module):
+    """Encoder, quant convolutions, KL posterior or codebook, decoder.
+
+    Latents here are as the encoder makes them; multiplying by `scale_factor` is the caller's business.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        z = config.latent_channels
+        moments = 2 * z if config.regularization == "kl" else z
+        self.encoder = Chain(config.image_channels, encoder_blocks(config), moments, config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1)
+        if config.regularization == "vq":
+            self.codebook = Codebook(config.codebook_size, z)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.decoder = Chain(z, decoder_blocks(config), config.image_channels, config)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels per latent pixel, along one side."""
+        return self.config.downsample_factor
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight at which the adversarial loss is balanced (Esser et al. 2021, eq. 7)."""
+        return self.decoder.conv_out.weight
+
+    def encode(self, x: Tensor) -> Posterior | Quantized:
+        """Distribution (kl) or quantised latents (vq) of an image.
+
+        Args:
+            x: (N, image_channels, H, W) in [-1, 1], H and W multiples of `downsample_factor`.
+
+        Raises:
+            ValueError: wrong number of channels, or a size that does not divide.
+        """
+        moments = self._encode(x)
+        return self.codebook(moments) if self.config.regularization == "vq" else _posterior(moments)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        channels, factor = self.config.image_channels, self.downsample_factor
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"image must be (N, {channels}, H, W), got {tuple(x.shape)}; "
+                f"convert it to {channels} channel{'s' if channels > 1 else ''}"
+            )
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"image sides must be multiples of {factor}, got {x.shape[2]} x {x.shape[3]}; "
+                "resize, crop or pad the image"
+            )
+        return self.quant_conv(self.encoder(x))
+
+    def encode_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The latents that diffusion works on, one call for both kinds.
+
+        kl: a sample of the posterior with the given noise, its mode without. vq: the latents before quantisation,
+        which `decode` quantises (Rombach et al. 2022, section 3.1).
+
+        Args:
+            x: (N, image_channels, H, W). noise: (N, latent_channels, H/f, W/f) standard normal.
+
+        Returns:
+            (N, latent_channels, H/f, W/f).
+        """
+        moments = self._encode(x)
+        if self.config.regularization == "vq":
+            return moments
+        posterior = _posterior(moments)
+        return posterior.mode() if noise is None else posterior.sample(noise)
+
+    def decode(self, z: Tensor, *, quantize: bool = True) -> Tensor:
+        """Latents to an image.
+
+        Args:
+            z: (N, latent_channels, h, w).
+            quantize: vq only; False when z already consists of codes, as in training.
+
+        Returns:
+            (N, image_channels, h*f, w*f), roughly in [-1, 1], not clamped.
+
+        Raises:
+            ValueError: wrong number of channels.
+        """
+        self._check_latent(z)
+        if self.config.regularization == "vq" and quantize:
+            z = self.codebook(z).z_q
+        return self.decoder(self.post_quant_conv(z))
+
+    def _check_latent(self, z: Tensor) -> None:
+        channels = self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels:
+            raise ValueError(
+                f"latents must be (N, {channels}, h, w), got {tuple(z.shape)}; "
+                "check that the autoencoder and the U-Net belong together"
+            )
+
+    @torch.no_grad()
+    def decode_tiled(self, z: Tensor, tile: int, overlap: int) -> Tensor:
+        """Decode a large latent in overlapping tiles, blended linearly.
+
+        Peak memory: the image, plus the decoder's activations for one tile, whatever the size of z. The
+        norms and the attention see one tile instead of the whole, so the result differs slightly from `decode`; a
+        latent that fits into one tile is decoded at once, bit for bit as by `decode`.
+
+        Args:
+            z: (N, latent_channels, h, w).
+            tile: side of a tile in latent pixels.
+            overlap: latent pixels shared by neighbours, 0 <= overlap < tile; about tile/4 hides the seams.
+
+        Returns:
+            (N, image_channels, h*f, w*f).
+
+        Raises:
+            ValueError: tile or overlap out of range, wrong number of channels.
+        """
+        if not 0 <= overlap < tile:
+            raise ValueError(
+                f"overlap must be in [0, tile), got {overlap} with tile {tile}; a quarter of the tile is usual"
+            )
+        self._check_latent(z)
+        height, width = z.shape[2:]
+        if height <= tile and width <= tile:
+            return self.decode(z)
+        f = self.downsample_factor
+        shape = (len(z), self.config.image_channels, height * f, width * f)
+        image = z.new_zeros(shape)
+        rows = _tile_weights(height, tile, overlap, f, z)
+        columns = _tile_weights(width, tile, overlap, f, z)
+        for top, bottom, row_weight in rows:
+            for left, right, column_weight in columns:
+                part = self.decode(z[:, :, top:bottom, left:right])
+                part *= row_weight[:, None] * column_weight
+                image[:, :, top * f : bottom * f, left * f : right * f] += part
+        return image
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior | Quantized]:
+        """Reconstruct x; both results feed the training losses.
+
+        Args:
+            x: (N, image_channels, H, W). noise: as in `encode_latent`.
+        """
+        latent = self.encode(x)
+        if isinstance(latent, Quantized):
+            return self.decode(latent.z_q, quantize=False), latent
+        z = latent.mode() if noise is None else latent.sample(noise)
+        return self.decode(z), latent
+
+
+def _posterior(moments: Tensor) -> Posterior:
+    mean, logvar = moments.chunk(2, dim=1)
+    return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+
+def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """First latent pixel of each tile, evenly spread so that neighbours share `overlap` or more."""
+    if size <= tile:
+        return [0]
+    count = math.ceil((size - overlap) / (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def _tile_weights(
+    size: int, tile: int, overlap: int, factor: int, like: Tensor
+) -> list[tuple[int, int, Tensor]]:
+    """(first, end, blending weight per image pixel) of each tile along one side.
+
+    The weight ramps linearly over what two neighbours share; all weights at a pixel sum to 1.
+    """
+    starts = _tile_starts(size, tile, overlap)
+    spans = [(start, min(start + tile, size)) for start in starts]
+    ramps = []
+    for start, end in spans:
+        ramps.append(torch.ones((end - start) * factor, dtype=torch.float64))
+    for i, ((_, end), (start, _)) in enumerate(pairwise(spans)):
+        shared = (end - start) * factor
+        up = (torch.arange(shared, dtype=torch.float64) + 0.5) / max(shared, 1)
+        ramps[i][len(ramps[i]) - shared :] *= 1 - up
+        ramps[i + 1][:shared] *= up
+    total = torch.zeros(size * factor, dtype=torch.float64)
+    for (start, end), ramp in zip(spans, ramps, strict=True):
+        total[start * factor : end * factor] += ramp
+    return [
+        (start, end, (ramp / total[start * factor : end * factor]).to(like))
+        for (start, end), ramp in zip(spans, ramps, strict=True)
+    ]

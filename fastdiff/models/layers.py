@@ -1,0 +1,393 @@
+"""The layers that the U-Net and the autoencoder share.
+
+Blocks exchange a pair `(h, residual)` whose sum is the activation: the addition is left to the norm
+that reads it next, where `add_group_norm_silu` and `add_layer_norm` do it without another trip through
+memory. `residual=None` means there is nothing to add.
+
+The convolutions keep their biases: cuDNN and oneDNN add them for free in most kernels, and a bias moved
+into `channel_add` would hide it from every tool that reads the state dict.
+
+Shapes: N batch, C channels, H W pixels, L = H*W tokens, T context tokens, D context width, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.kernels import (
+    add_group_norm_silu,
+    add_layer_norm,
+    attention,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+)
+
+TimeEmbedding = Literal["openai", "ddpm"]
+QKVOrder = Literal["legacy", "new"]
+DownsamplePadding = Literal["symmetric", "asymmetric"]
+
+
+def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> Tensor:
+    """Sinusoidal embedding of the timestep, angles t * 10000^(-i / n) for i = 0 .. dim/2 - 1.
+
+    `openai` (ADM, LDM, Stable Diffusion): [cos | sin] with n = dim/2. `ddpm` (Ho et al. 2020, after
+    Vaswani et al. 2017): [sin | cos] with n = dim/2 - 1. The angles are fp32 whatever the model's dtype, in the
+    order of operations of the original code: published weights were trained on these very numbers.
+
+    Args:
+        t: (N,), integer or real, in units of the training schedule's steps.
+        dim: even width of the embedding.
+
+    Returns:
+        (N, dim) fp32.
+    """
+    half = dim // 2
+    spread = half if kind == "openai" else half - 1
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([cos, sin] if kind == "openai" else [sin, cos], dim=1)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set every parameter to zero: the block starts as the identity (Ho et al. 2020, appendix B)."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H*W, C); a view when x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
+    """(N, H*W, C) -> (N, C, H, W) in the memory format of `like`; a view when that is channels_last."""
+    x = tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    return x if is_channels_last(like) else x.contiguous()
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm with the additions before it and the activation behind it, as one op."""
+
+    def __init__(
+        self, channels: int, num_groups: int, eps: float, activation: Literal["silu", "none"] = "silu"
+    ) -> None:
+        super().__init__()
+        self.num_groups, self.eps, self.activation = num_groups, eps, activation
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        channel_add: Tensor | None = None,
+        residual: Tensor | None = None,
+        scale_shift: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (y, total): total = x + channel_add + residual, y = activation(GN(total), FiLM).
+
+        Args:
+            x: (N, C, H, W). channel_add: (N, C). residual: like x. scale_shift: (N, 2C).
+        """
+        if channel_add is None and residual is None:
+            y = group_norm_silu(
+                x,
+                self.num_groups,
+                self.weight,
+                self.bias,
+                scale_shift=scale_shift,
+                eps=self.eps,
+                activation=self.activation,
+            )
+            return y, x
+        return add_group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            channel_add=channel_add,
+            residual=residual,
+            scale_shift=scale_shift,
+            eps=self.eps,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}, {self.activation}"
+        )
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension with the residual addition before it."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (y, total): total = x + residual, y = LN(total). x: (..., C)."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, eps=self.eps), x
+        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
+
+
+class Downsample(nn.Module):
+    """Halve H and W with a 3x3 convolution of stride 2.
+
+    `asymmetric` pads one row below and one column to the right (DDPM: TensorFlow's SAME; every CompVis
+    autoencoder); `symmetric` pads one on each side (ADM, LDM, Stable Diffusion).
+    """
+
+    def __init__(self, channels: int, padding: DownsamplePadding = "symmetric") -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=int(padding == "symmetric"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding == "asymmetric":
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)  # (N, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Double H and W: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(upsample_nearest(x))  # (N, C, 2H, 2W)
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def downsample_mean(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, H/2, W/2), mean of each 2x2 square."""
+    return F.avg_pool2d(x, 2)
+
+
+class ResBlock(nn.Module):
+    """norm-SiLU-conv, time embedding, norm-SiLU-conv, plus the skip path.
+
+    The embedding is added before the second norm (DDPM, LDM, Stable Diffusion) or, with `scale_shift_norm`,
+    modulates it: GN(h) * (1 + scale) + shift (Dhariwal & Nichol 2021, section 3.1, AdaGN). With `resample`
+    both paths change resolution between the first activation and the first convolution (BigGAN blocks).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_groups: int,
+        eps: float,
+        emb_dim: int | None = None,
+        scale_shift_norm: bool = False,
+        dropout: float = 0.0,
+        resample: Literal["up", "down"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift_norm, self.resample = scale_shift_norm, resample
+        self.norm1 = GroupNorm(in_channels, num_groups, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if emb_dim is not None:
+            self.emb = nn.Linear(emb_dim, (2 if scale_shift_norm else 1) * out_channels)
+        self.norm2 = GroupNorm(out_channels, num_groups, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, emb: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: (N, C, H, W); emb: (N, E), activated -> (h, residual), each (N, C', H', W')."""
+        h, x = self.norm1(x, residual=residual)
+        if self.resample is not None:
+            resample = upsample_nearest if self.resample == "up" else downsample_mean
+            h, x = resample(h), resample(x)
+        h = self.conv1(h)  # (N, C', H', W')
+        if emb is None:
+            h, _ = self.norm2(h)
+        elif self.scale_shift_norm:
+            h, _ = self.norm2(h, scale_shift=self.emb(emb))
+        else:
+            h, _ = self.norm2(h, channel_add=self.emb(emb))
+        return self.conv2(self.dropout(h)), self.skip(x)
+
+
+def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q, k, v of a packed projection.
+
+    The rows of OpenAI's qkv weights come as (H, 3, d), `legacy`, or as (3, H, d), `new`.
+
+    Args:
+        qkv: (N, L, 3*C).
+
+    Returns:
+        three (N, L, num_heads, C/num_heads) views.
+    """
+    if order == "legacy":
+        q, k, v = qkv.unflatten(2, (num_heads, 3, -1)).unbind(3)
+    else:
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
+    return q, k, v
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels: norm, packed qkv, attention, projection (DDPM, ADM, autoencoders)."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        num_groups: int,
+        eps: float,
+        qkv_order: QKVOrder = "new",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qkv_order = num_heads, qkv_order
+        self.norm = GroupNorm(channels, num_groups, eps, activation="none")
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual: (N, C, H, W) -> (h, residual), each (N, C, H, W)."""
+        h, x = self.norm(x, residual=residual)
+        q, k, v = split_qkv(self.qkv(to_tokens(h)), self.num_heads, self.qkv_order)
+        h = self.proj(attention(q, k, v).flatten(2))  # (N, L, C)
+        return from_tokens(h, x), x
+
+
+class SelfAttention(nn.Module):
+    """Attention of the tokens to themselves, one packed projection without bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, L, C) -> (N, L, C)."""
+        q, k, v = split_qkv(self.qkv(x), self.num_heads, "new")
+        return self.out(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the tokens to the context.
+
+    `project(context)` does not depend on the step: `UNet.project_context` computes it once per prompt.
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, context: Tensor) -> Tensor:
+        """context: (N, T, D) -> packed keys and values (N, T, 2, H, d)."""
+        return self.kv(context).unflatten(2, (2, self.num_heads, -1))
+
+    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
+        """x: (N, L, C); kv: what `project` returns -> (N, L, C)."""
+        q = self.q(x).unflatten(2, (self.num_heads, -1))  # (N, L, H, d)
+        k, v = kv.unbind(2)
+        return self.out(attention(q, k, v).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear to twice 4C, GEGLU, linear back (Shazeer 2020)."""
+
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 8 * dim)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dropout(geglu(self.proj(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each with its LayerNorm before it."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
+        self.attn1 = SelfAttention(dim, num_heads)
+        self.attn2 = CrossAttention(dim, context_dim, num_heads)
+        self.ff = FeedForward(dim, dropout)
+
+    def forward(self, x: Tensor, residual: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual: (N, L, C); kv: (N, T, 2, H, d) -> (h, residual), each (N, L, C)."""
+        h, x = self.norm1(x, residual)
+        h, x = self.norm2(self.attn1(h), x)
+        h, x = self.norm3(self.attn2(h, kv), x)
+        return self.ff(h), x
+
+
+class SpatialTransformer(nn.Module):
+    """A stack of transformer blocks over the pixels (Rombach et al. 2022, section 3.3).
+
+    The 1x1 convolutions around it in Stable Diffusion 1 and the linear layers of 2 and XL are the same
+    matrix on channels_last data: one linear layer serves both.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_dim: int,
+        num_heads: int,
+        *,
+        depth: int,
+        num_groups: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.index = 0  # place among the U-Net's transformers, set by it: which keys and values are ours
+        self.norm = GroupNorm(channels, num_groups, eps=1e-6, activation="none")
+        self.proj_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, context_dim, num_heads, dropout) for _ in range(depth)
+        )
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def project_context(self, context: Tensor) -> list[Tensor]:
+        """context: (N, T, D) -> for each block the packed keys and values (N, T, 2, H, d)."""
+        return [block.attn2.project(context) for block in self.blocks]
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, kvs: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: (N, C, H, W); kvs: what `project_context` returns -> (h, residual)."""
+        h, x = self.norm(x, residual=residual)
+        h = self.proj_in(to_tokens(h))  # (N, L, C)
+        pending: Tensor | None = None
+        for block, kv in zip(self.blocks, kvs, strict=True):
+            h, pending = block(h, pending, kv)
+        h = self.proj_out(h if pending is None else h + pending)
+        return from_tokens(h, x), x

@@ -1,0 +1,396 @@
+"""One U-Net for DDPM, IDDPM, ADM, latent diffusion and Stable Diffusion 1, 2 and XL.
+
+Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal & Nichol 2021 (2105.05233),
+Rombach et al. 2022 (2112.10752), Podell et al. 2023 (2307.01952). They differ in what `UNetConfig` says and in
+nothing else. Parameters are named after OpenAI's flat lists: `input_blocks.N.M`, `middle_block.M`,
+`output_blocks.N.M`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.models.layers import (
+    AttentionBlock,
+    Downsample,
+    DownsamplePadding,
+    GroupNorm,
+    QKVOrder,
+    ResBlock,
+    SpatialTransformer,
+    TimeEmbedding,
+    Upsample,
+    timestep_embedding,
+    zero_init,
+)
+
+ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The architecture of a U-Net; a level is a resolution, level 0 the finest."""
+
+    in_channels: int  # channels of x, image or latent (plus what is concatenated to it)
+    out_channels: int  # channels of the prediction; with learned_sigma twice those of the image
+    model_channels: int  # width of the first convolution; level i has model_channels * channel_mult[i]
+    channel_mult: tuple[int, ...]  # one factor per level
+    num_res_blocks: int  # residual blocks per level on the way down; one more on the way up
+    attention_depth: tuple[int, ...]  # per level: 0 none, else attention or k transformer blocks
+    middle_depth: int = 1  # the same for the middle block
+    num_heads: int | None = None  # heads of every attention; give this or head_dim
+    head_dim: int | None = None  # width of a head; give this or num_heads
+    context_dim: int | None = None  # width of the context tokens: transformers instead of attention
+    added_condition_dim: int | None = None  # width of the vector added to the time embedding (SDXL)
+    num_classes: int | None = None  # class labels 0 .. num_classes - 1
+    null_class: bool = False  # one more label, index num_classes: "no class", for guidance
+    scale_shift_norm: bool = False  # the embedding modulates the second norm instead of being added
+    resblock_updown: bool = False  # residual blocks change the resolution instead of convolutions
+    downsample_padding: DownsamplePadding = "symmetric"  # asymmetric: DDPM
+    time_embedding: TimeEmbedding = "openai"  # openai: [cos | sin]; ddpm: [sin | cos], half - 1
+    qkv_order: QKVOrder = "new"  # rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)
+    learned_sigma: bool = False  # the second half of the output interpolates the log variance
+    norm_groups: int = 32  # groups of every GroupNorm
+    norm_eps: float = 1e-5  # epsilon of every GroupNorm but the transformers' (1e-6)
+    dropout: float = 0.0  # probability, in residual blocks and feed-forwards
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, message: str) -> None:
+            if not holds:
+                raise ValueError(f"UNetConfig: {message}")
+
+        levels = len(self.channel_mult)
+        require(levels > 0, "channel_mult must name at least one level, got ()")
+        require(
+            len(self.attention_depth) == levels,
+            f"attention_depth must have {levels} entries, one per level of channel_mult, "
+            f"got {self.attention_depth}",
+        )
+        for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "norm_groups"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+        depths = (*self.attention_depth, self.middle_depth)
+        require(min(depths) >= 0, f"attention depths must be 0 or more, got {depths}")
+        require(
+            self.context_dim is not None or max(depths) <= 1,
+            f"attention depths must be 0 or 1 without context_dim, got {depths}; set context_dim",
+        )
+        require(
+            (self.num_heads is None) != (self.head_dim is None),
+            f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}",
+        )
+        require(self.model_channels % 2 == 0, f"model_channels must be even, got {self.model_channels}")
+        require(
+            not self.null_class or self.num_classes is not None,
+            "null_class needs num_classes, got None",
+        )
+        require(
+            not self.learned_sigma or self.out_channels % 2 == 0,
+            f"out_channels must be even with learned_sigma, got {self.out_channels}",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        for width, depth in zip(
+            (*self.widths, self.widths[-1]), (*self.attention_depth, self.middle_depth), strict=True
+        ):
+            require(
+                width % self.norm_groups == 0,
+                f"norm_groups must divide every level's width, got {self.norm_groups} and {width}",
+            )
+            split = self.num_heads or self.head_dim or 1
+            require(
+                depth == 0 or width % split == 0,
+                f"num_heads or head_dim must divide the width {width} of a level, got {split}",
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.model_channels * factor for factor in self.channel_mult)
+
+    @property
+    def emb_dim(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.model_channels
+
+    @property
+    def downsample_factor(self) -> int:
+        """H and W must be multiples of this."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def heads(self, width: int) -> int:
+        """Heads of an attention over `width` channels."""
+        if self.num_heads is not None:
+            return self.num_heads
+        assert self.head_dim is not None
+        return width // self.head_dim
+
+
+class Stage(nn.ModuleList):
+    """Blocks in a row at one place of the U-Net; the sum is only formed where a block needs it."""
+
+    def forward(self, x: Tensor, emb: Tensor, kvs: ContextKV) -> Tensor:
+        residual: Tensor | None = None
+        for block in self:
+            if isinstance(block, ResBlock):
+                x, residual = block(x, residual, emb)
+            elif isinstance(block, AttentionBlock):
+                x, residual = block(x, residual)
+            elif isinstance(block, SpatialTransformer):
+                x, residual = block(x, residual, kvs[block.index])
+            else:
+                x, residual = block(x if residual is None else x + residual), None
+        return x if residual is None else x + residual
+
+
+class UNet(nn.Module):
+    """Predict the noise (or v, or x0) in x at timestep t.
+
+    Memory format: channels_last from the first convolution to the last when x and the weights are.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each stage in the backward pass
+        self.time_embed = self._embedder(config.model_channels)
+        if config.num_classes is not None:
+            self.label_embed = nn.Embedding(config.num_classes + config.null_class, config.emb_dim)
+        if config.added_condition_dim is not None:
+            self.added_embed = self._embedder(config.added_condition_dim)
+
+        widths, last = config.widths, len(config.widths) - 1
+        width = config.model_channels
+        self.input_blocks = nn.ModuleList(
+            [Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])]
+        )
+        skips = [width]
+        for level, depth in enumerate(config.attention_depth):
+            for _ in range(config.num_res_blocks):
+                stage = [self._res_block(width, widths[level]), *self._attention(widths[level], depth)]
+                self.input_blocks.append(Stage(stage))
+                width = widths[level]
+                skips.append(width)
+            if level < last:
+                self.input_blocks.append(Stage([self._resample(width, "down")]))
+                skips.append(width)
+
+        self.middle_block = Stage(
+            [
+                self._res_block(width, width),
+                *self._attention(width, config.middle_depth),
+                self._res_block(width, width),
+            ]
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(last + 1)):
+            for index in range(config.num_res_blocks + 1):
+                stage = [
+                    self._res_block(width + skips.pop(), widths[level]),
+                    *self._attention(widths[level], config.attention_depth[level]),
+                ]
+                width = widths[level]
+                if level > 0 and index == config.num_res_blocks:
+                    stage.append(self._resample(width, "up"))
+                self.output_blocks.append(Stage(stage))
+
+        self.norm_out = GroupNorm(width, config.norm_groups, config.norm_eps)
+        self.conv_out = zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        for index, transformer in enumerate(self.transformers()):
+            transformer.index = index
+
+    def _embedder(self, in_features: int) -> nn.Sequential:
+        width = self.config.emb_dim
+        return nn.Sequential(nn.Linear(in_features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def _res_block(
+        self, in_channels: int, out_channels: int, resample: Literal["up", "down"] | None = None
+    ) -> nn.Module:
+        config = self.config
+        return ResBlock(
+            in_channels,
+            out_channels,
+            num_groups=config.norm_groups,
+            eps=config.norm_eps,
+            emb_dim=config.emb_dim,
+            scale_shift_norm=config.scale_shift_norm,
+            dropout=config.dropout,
+            resample=resample,
+        )
+
+    def _attention(self, width: int, depth: int) -> list[nn.Module]:
+        config = self.config
+        if depth == 0:
+            return []
+        heads, groups = config.heads(width), config.norm_groups
+        if config.context_dim is None:
+            return [
+                AttentionBlock(
+                    width, heads, num_groups=groups, eps=config.norm_eps, qkv_order=config.qkv_order
+                )
+            ]
+        return [
+            SpatialTransformer(
+                width,
+                config.context_dim,
+                heads,
+                depth=depth,
+                num_groups=groups,
+                dropout=config.dropout,
+            )
+        ]
+
+    def _resample(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
+        if self.config.resblock_updown:
+            return self._res_block(width, width, resample=direction)
+        if direction == "up":
+            return Upsample(width)
+        return Downsample(width, self.config.downsample_padding)
+
+    def transformers(self) -> list[SpatialTransformer]:
+        """The spatial transformers, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+
+    def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Everything that conditions the residual blocks, as one vector per sample.
+
+        It does not depend on x: the runtime computes it once for all rows of a sampler's table.
+
+        Args:
+            t: (N,) timesteps, integer or real.
+            y: (N,) int64 class labels, where the model has classes.
+            added: (N, added_condition_dim), where the model has it.
+
+        Returns:
+            (N, emb_dim), after the SiLU with which every residual block begins.
+
+        Raises:
+            ValueError: a condition is missing, superfluous or of the wrong shape.
+        """
+        config = self.config
+        self._check_condition("y", y, config.num_classes, (len(t),), "int64 class labels")
+        self._check_condition(
+            "added", added, config.added_condition_dim, (len(t), config.added_condition_dim), "vectors"
+        )
+        dtype = self.time_embed[0].weight.dtype
+        emb = timestep_embedding(t, config.model_channels, config.time_embedding)
+        emb = self.time_embed(emb.to(dtype))  # (N, emb_dim)
+        if y is not None:
+            emb = emb + self.label_embed(y)
+        if added is not None:
+            emb = emb + self.added_embed(added.to(dtype))
+        return F.silu(emb)
+
+    def _check_condition(
+        self,
+        name: str,
+        value: Tensor | None,
+        size: int | None,
+        shape: tuple[int | None, ...],
+        kind: str,
+    ) -> None:
+        if size is None and value is not None:
+            raise ValueError(
+                f"{name} must be None for a model without it, got {tuple(value.shape)}; leave it out"
+            )
+        if size is not None and (value is None or value.shape != shape):
+            got = None if value is None else tuple(value.shape)
+            raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}; pass {name}=")
+
+    def project_context(self, context: Tensor) -> ContextKV:
+        """Keys and values of every cross-attention: they depend on the prompt only, not on the step.
+
+        Args:
+            context: (N, T, context_dim).
+
+        Returns:
+            what `forward` takes in place of `context`.
+        """
+        width = self.config.context_dim
+        if width is None:
+            raise ValueError("context must be None for a model without it; leave it out")
+        if context.ndim != 3 or context.shape[2] != width:
+            raise ValueError(
+                f"context must be (N, T, {width}), got {tuple(context.shape)}; "
+                "use the text encoder that the model was trained with"
+            )
+        return [transformer.project_context(context) for transformer in self.transformers()]
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        context: Tensor | ContextKV | None = None,
+        y: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: (N, in_channels, H, W), any strides; H and W multiples of `config.downsample_factor`.
+            t: () or (N,), integer or real timesteps.
+            context: (N, T, context_dim), or what `project_context` returned for it.
+            y: (N,) int64 class labels; the null class is `config.num_classes`.
+            added: (N, added_condition_dim).
+
+        Returns:
+            (N, out_channels, H, W), dtype of x.
+
+        Raises:
+            ValueError: a size does not fit, or a condition is missing or superfluous.
+        """
+        self._check_input(x, context)
+        if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
+            raise ValueError(
+                f"t must be () or ({len(x)},), got {tuple(t.shape)}; pass one timestep per sample"
+            )
+        return self.body(x, self.embed(t.expand(len(x)), y, added), context)
+
+    def _check_input(self, x: Tensor, context: Tensor | ContextKV | None) -> None:
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(
+                f"x must be (N, {config.in_channels}, H, W), got {tuple(x.shape)}; "
+                "check that the model and the image or latent belong together"
+            )
+        factor = config.downsample_factor
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"H and W of x must be multiples of {factor}, got {x.shape[2]} x {x.shape[3]}; "
+                "resize or pad the input"
+            )
+        if (context is None) != (config.context_dim is None):
+            expected = f"(N, T, {config.context_dim})" if config.context_dim is not None else "None"
+            got = "None" if context is None else "one"
+            raise ValueError(f"context must be {expected} for this model, got {got}; check context=")
+
+    def body(self, x: Tensor, emb: Tensor, context: Tensor | ContextKV | None = None) -> Tensor:
+        """The network behind the embedding.
+
+        Args:
+            x: (N, in_channels, H, W).
+            emb: (N, emb_dim), what `embed` returned.
+            context: as in `forward`.
+        """
+        kvs = self.project_context(context) if isinstance(context, Tensor) else context or []
+        skips: list[Tensor] = []
+        for stage in self.input_blocks:
+            x = self._run(stage, x, emb, kvs)
+            skips.append(x)
+        x = self._run(self.middle_block, x, emb, kvs)
+        for stage in self.output_blocks:
+            x = self._run(stage, torch.cat([x, skips.pop()], dim=1), emb, kvs)
+        x, _ = self.norm_out(x)
+        return self.conv_out(x)  # (N, out_channels, H, W)
+
+    def _run(self, stage: nn.Module, x: Tensor, emb: Tensor, kvs: ContextKV) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, x, emb, kvs, use_reentrant=False)
+        return stage(x, emb, kvs)
