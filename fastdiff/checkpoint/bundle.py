@@ -315,7 +315,8 @@ def _tensor_end(key: str, entry: Any) -> int:
         raise ValueError(
             f"{key}: expected a tensor of {', '.join(WEIGHT_DTYPES)}, got {entry!r:.60}"
         )
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{key}: expected a list of whole numbers, got {numbers!r:.60}")

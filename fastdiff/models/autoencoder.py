@@ -1,7 +1,7 @@
 """The first stage of latent diffusion: an image autoencoder with KL or VQ regularisation.
 
-Esser et al. 2021 (arXiv 2012.09841), Rombach et al. 2022 (2112.10752), section 3.1 and appendix G. Every norm has
-epsilon 1e-6; there is one attention of one head in the middle.
+Esser et al. 2021 (arXiv 2012.09841), Rombach et al. 2022 (2112.10752), section 3.1 and appendix G.
+Every norm has epsilon 1e-6; there is one attention of one head in the middle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ class AutoencoderConfig:
     regularization: Literal["kl", "vq"] = "kl"  # Gaussian posterior or codebook
     image_channels: int = 3  # channels of the image, values in [-1, 1]
     model_channels: int = 128  # width of the first convolution
-    channel_mult: tuple[int, ...] = (1, 2, 4)  # one factor per level; each level but the last halves
+    channel_mult: tuple[int, ...] = (
+        1,
+        2,
+        4,
+    )  # one factor per level; each level but the last halves
     num_res_blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
     latent_channels: int = 4  # channels of z
     attention: tuple[bool, ...] = ()  # per level: attention behind each residual block; () for none
@@ -106,9 +110,11 @@ class Posterior:
 class Quantized:
     """Latents and their nearest codes.
 
-    z: (N, D, h, w) before, z_q: the codes, with the gradient of z (straight-through); indices: (N, h, w)
-    int64; codebook_loss = mean((sg(z) - z_q)^2) moves codes to latents, commitment_loss = mean((z - sg(z_q))^2) latents to codes, scalars
-    (van den Oord et al. 2017, eq. 3).
+    z, z_q: (N, D, h, w), z_q the codes with the gradient of z (straight-through).
+    indices: (N, h, w) int64.
+    codebook_loss: scalar mean((sg(z) - z_q)^2), moves codes to latents.
+    commitment_loss: scalar mean((z - sg(z_q))^2), moves latents to codes (van den Oord et al. 2017,
+    eq. 3).
     """
 
     z: Tensor
@@ -121,8 +127,8 @@ class Quantized:
     def loss(self, beta: float = 0.25, order: Literal["paper", "legacy"] = "paper") -> Tensor:
         """codebook + beta * commitment.
 
-        `legacy` is the order the published CompVis models were trained with: beta weighs the codebook
-        term and the commitment term has weight 1.
+        `legacy` is the order the published CompVis models were trained with: beta weighs the
+        codebook term and the commitment term has weight 1.
         """
         if order == "legacy":
             return beta * self.codebook_loss + self.commitment_loss
@@ -197,17 +203,20 @@ class Chain(nn.Module):
     """conv_in, a row of blocks, norm and SiLU, conv_out: the shape of encoder and decoder alike."""
 
     def __init__(
-        self, in_channels: int, blocks: list[nn.Module], out_channels: int, config: AutoencoderConfig
+        self,
+        in_channels: int,
+        blocks: list[nn.Module],
+        out_channels: int,
+        config: AutoencoderConfig,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False  # recompute each block in the backward pass
-        first, last = blocks[0], blocks[-1]
+        first, last = blocks[0], [b for b in blocks if isinstance(b, ResBlock)][-1]
         assert isinstance(first, ResBlock)
-        assert isinstance(last, ResBlock)
-        self.conv_in = nn.Conv2d(in_channels, first.conv1.in_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, first.in_channels, 3, padding=1)
         self.blocks = nn.ModuleList(blocks)
-        self.norm_out = GroupNorm(last.conv2.out_channels, config.norm_groups, NORM_EPS)
-        self.conv_out = nn.Conv2d(last.conv2.out_channels, out_channels, 3, padding=1)
+        self.norm_out = GroupNorm(last.out_channels, config.norm_groups, NORM_EPS)
+        self.conv_out = nn.Conv2d(last.out_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x, residual = self.conv_in(x), None
@@ -260,7 +269,7 @@ def decoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
 class Autoencoder(nn.Module):
     """Encoder, quant convolutions, KL posterior or codebook, decoder.
 
-    Latents here are as the encoder makes them; multiplying by `scale_factor` is the caller's business.
+    Latents here are as the encoder makes them; multiplying by `scale_factor` is the caller's.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -314,8 +323,8 @@ class Autoencoder(nn.Module):
     def encode_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents that diffusion works on, one call for both kinds.
 
-        kl: a sample of the posterior with the given noise, its mode without. vq: the latents before quantisation,
-        which `decode` quantises (Rombach et al. 2022, section 3.1).
+        kl: a sample of the posterior with the given noise, its mode without. vq: the latents before
+        quantisation, which `decode` quantises (Rombach et al. 2022, section 3.1).
 
         Args:
             x: (N, image_channels, H, W). noise: (N, latent_channels, H/f, W/f) standard normal.
@@ -359,14 +368,15 @@ class Autoencoder(nn.Module):
     def decode_tiled(self, z: Tensor, tile: int, overlap: int) -> Tensor:
         """Decode a large latent in overlapping tiles, blended linearly.
 
-        Peak memory: the image, plus the decoder's activations for one tile, whatever the size of z. The
-        norms and the attention see one tile instead of the whole, so the result differs slightly from `decode`; a
-        latent that fits into one tile is decoded at once, bit for bit as by `decode`.
+        Peak memory: the image, plus the decoder's activations for one tile, whatever the size of z.
+        The norms and the attention see one tile instead of the whole, so the result differs a bit
+        from `decode`; a latent that fits into one tile is decoded at once, bit for bit as there.
 
         Args:
             z: (N, latent_channels, h, w).
             tile: side of a tile in latent pixels.
-            overlap: latent pixels shared by neighbours, 0 <= overlap < tile; about tile/4 hides the seams.
+            overlap: latent pixels that neighbours share at least, 0 <= overlap < tile; about tile/4
+                hides the seams.
 
         Returns:
             (N, image_channels, h*f, w*f).
@@ -376,7 +386,8 @@ class Autoencoder(nn.Module):
         """
         if not 0 <= overlap < tile:
             raise ValueError(
-                f"overlap must be in [0, tile), got {overlap} with tile {tile}; a quarter of the tile is usual"
+                f"overlap must be in [0, tile), got {overlap} with tile {tile}; "
+                "a quarter of the tile is usual"
             )
         self._check_latent(z)
         height, width = z.shape[2:]
@@ -394,7 +405,9 @@ class Autoencoder(nn.Module):
                 image[:, :, top * f : bottom * f, left * f : right * f] += part
         return image
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior | Quantized]:
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Posterior | Quantized]:
         """Reconstruct x; both results feed the training losses.
 
         Args:

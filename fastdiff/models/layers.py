@@ -1,13 +1,13 @@
 """The layers that the U-Net and the autoencoder share.
 
 Blocks exchange a pair `(h, residual)` whose sum is the activation: the addition is left to the norm
-that reads it next, where `add_group_norm_silu` and `add_layer_norm` do it without another trip through
-memory. `residual=None` means there is nothing to add.
+that reads it next, where `add_group_norm_silu` and `add_layer_norm` do it without another trip
+through memory. `residual=None` means there is nothing to add.
 
-The convolutions keep their biases: cuDNN and oneDNN add them for free in most kernels, and a bias moved
-into `channel_add` would hide it from every tool that reads the state dict.
+The convolutions still add their own biases; the one before a norm could ride in its `channel_add`.
 
-Shapes: N batch, C channels, H W pixels, L = H*W tokens, T context tokens, D context width, E embedding.
+Shapes: N batch, C channels, H W pixels, L = H*W tokens, T context tokens, D context width,
+E embedding width, d head width.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> T
     """Sinusoidal embedding of the timestep, angles t * 10000^(-i / n) for i = 0 .. dim/2 - 1.
 
     `openai` (ADM, LDM, Stable Diffusion): [cos | sin] with n = dim/2. `ddpm` (Ho et al. 2020, after
-    Vaswani et al. 2017): [sin | cos] with n = dim/2 - 1. The angles are fp32 whatever the model's dtype, in the
-    order of operations of the original code: published weights were trained on these very numbers.
+    Vaswani et al. 2017): [sin | cos] with n = dim/2 - 1. The angles are fp32 whatever the model's
+    dtype, in the order of operations of the original code: published weights were trained on these
+    very numbers.
 
     Args:
         t: (N,), integer or real, in units of the training schedule's steps.
@@ -56,7 +57,7 @@ def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> T
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Set every parameter to zero: the block starts as the identity (Ho et al. 2020, appendix B)."""
+    """Set every parameter to zero: the block starts as the identity (Ho et al. 2020, app. B)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -72,7 +73,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
-    """(N, H*W, C) -> (N, C, H, W) in the memory format of `like`; a view when that is channels_last."""
+    """(N, H*W, C) -> (N, C, H, W), memory format of `like`; a view when that is channels_last."""
     x = tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
     return x if is_channels_last(like) else x.contiguous()
 
@@ -81,7 +82,11 @@ class GroupNorm(nn.Module):
     """GroupNorm with the additions before it and the activation behind it, as one op."""
 
     def __init__(
-        self, channels: int, num_groups: int, eps: float, activation: Literal["silu", "none"] = "silu"
+        self,
+        channels: int,
+        num_groups: int,
+        eps: float,
+        activation: Literal["silu", "none"] = "silu",
     ) -> None:
         super().__init__()
         self.num_groups, self.eps, self.activation = num_groups, eps, activation
@@ -125,9 +130,8 @@ class GroupNorm(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}, {self.activation}"
-        )
+        channels = self.weight.numel()
+        return f"{channels}, num_groups={self.num_groups}, eps={self.eps}, {self.activation}"
 
 
 class LayerNorm(nn.Module):
@@ -149,8 +153,8 @@ class LayerNorm(nn.Module):
 class Downsample(nn.Module):
     """Halve H and W with a 3x3 convolution of stride 2.
 
-    `asymmetric` pads one row below and one column to the right (DDPM: TensorFlow's SAME; every CompVis
-    autoencoder); `symmetric` pads one on each side (ADM, LDM, Stable Diffusion).
+    `asymmetric` pads one row below and one column to the right (DDPM: TensorFlow's SAME; every
+    CompVis autoencoder); `symmetric` pads one on each side (ADM, LDM, Stable Diffusion).
     """
 
     def __init__(self, channels: int, padding: DownsamplePadding = "symmetric") -> None:
@@ -188,9 +192,10 @@ def downsample_mean(x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """norm-SiLU-conv, time embedding, norm-SiLU-conv, plus the skip path.
 
-    The embedding is added before the second norm (DDPM, LDM, Stable Diffusion) or, with `scale_shift_norm`,
-    modulates it: GN(h) * (1 + scale) + shift (Dhariwal & Nichol 2021, section 3.1, AdaGN). With `resample`
-    both paths change resolution between the first activation and the first convolution (BigGAN blocks).
+    The embedding is added before the second norm (DDPM, LDM, Stable Diffusion) or, with
+    `scale_shift_norm`, modulates it: GN(h) * (1 + scale) + shift (Dhariwal & Nichol 2021,
+    section 3, AdaGN). With `resample` both paths change resolution between the first activation
+    and the first convolution (BigGAN's blocks).
     """
 
     def __init__(
@@ -206,6 +211,7 @@ class ResBlock(nn.Module):
         resample: Literal["up", "down"] | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.scale_shift_norm, self.resample = scale_shift_norm, resample
         self.norm1 = GroupNorm(in_channels, num_groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -215,13 +221,15 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
         )
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, emb: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W); emb: (N, E), activated -> (h, residual), each (N, C', H', W')."""
+        """x, residual: (N, C, H, W); emb: (N, E), activated -> (h, residual): (N, C', H', W')."""
         h, x = self.norm1(x, residual=residual)
         if self.resample is not None:
             resample = upsample_nearest if self.resample == "up" else downsample_mean
@@ -255,7 +263,7 @@ def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Ten
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels: norm, packed qkv, attention, projection (DDPM, ADM, autoencoders)."""
+    """Self-attention over the pixels: norm, packed qkv, attention, projection (DDPM, ADM, VAEs)."""
 
     def __init__(
         self,
@@ -298,7 +306,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the tokens to the context.
 
-    `project(context)` does not depend on the step: `UNet.project_context` computes it once per prompt.
+    `project(context)` does not depend on the step: `UNet.project_context` runs it once per prompt.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
@@ -353,8 +361,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A stack of transformer blocks over the pixels (Rombach et al. 2022, section 3.3).
 
-    The 1x1 convolutions around it in Stable Diffusion 1 and the linear layers of 2 and XL are the same
-    matrix on channels_last data: one linear layer serves both.
+    The 1x1 convolutions around it in Stable Diffusion 1 and the linear layers of 2 and XL are the
+    same matrix on channels_last data: one linear layer serves both.
     """
 
     def __init__(
@@ -368,17 +376,20 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.index = 0  # place among the U-Net's transformers, set by it: which keys and values are ours
+        self.index = (
+            0  # place among the U-Net's transformers, set by it: which keys and values are ours
+        )
         self.norm = GroupNorm(channels, num_groups, eps=1e-6, activation="none")
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, context_dim, num_heads, dropout) for _ in range(depth)
+            [TransformerBlock(channels, context_dim, num_heads, dropout) for _ in range(depth)]
         )
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def project_context(self, context: Tensor) -> list[Tensor]:
         """context: (N, T, D) -> for each block the packed keys and values (N, T, 2, H, d)."""
-        return [block.attn2.project(context) for block in self.blocks]
+        blocks = (block for block in self.blocks if isinstance(block, TransformerBlock))
+        return [block.attn2.project(context) for block in blocks]
 
     def forward(
         self, x: Tensor, residual: Tensor | None, kvs: list[Tensor]

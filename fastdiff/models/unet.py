@@ -1,9 +1,9 @@
 """One U-Net for DDPM, IDDPM, ADM, latent diffusion and Stable Diffusion 1, 2 and XL.
 
-Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal & Nichol 2021 (2105.05233),
-Rombach et al. 2022 (2112.10752), Podell et al. 2023 (2307.01952). They differ in what `UNetConfig` says and in
-nothing else. Parameters are named after OpenAI's flat lists: `input_blocks.N.M`, `middle_block.M`,
-`output_blocks.N.M`.
+Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal & Nichol 2021
+(2105.05233), Rombach et al. 2022 (2112.10752), Podell et al. 2023 (2307.01952). They differ in what
+`UNetConfig` says and in nothing else. Parameters are named after OpenAI's flat lists:
+`input_blocks.N.M`, `middle_block.M`, `output_blocks.N.M`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class UNetConfig:
 
     in_channels: int  # channels of x, image or latent (plus what is concatenated to it)
     out_channels: int  # channels of the prediction; with learned_sigma twice those of the image
-    model_channels: int  # width of the first convolution; level i has model_channels * channel_mult[i]
+    model_channels: (
+        int  # width of the first convolution; level i has model_channels * channel_mult[i]
+    )
     channel_mult: tuple[int, ...]  # one factor per level
     num_res_blocks: int  # residual blocks per level on the way down; one more on the way up
     attention_depth: tuple[int, ...]  # per level: 0 none, else attention or k transformer blocks
@@ -72,7 +74,13 @@ class UNetConfig:
             f"attention_depth must have {levels} entries, one per level of channel_mult, "
             f"got {self.attention_depth}",
         )
-        for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "norm_groups"):
+        for name in (
+            "in_channels",
+            "out_channels",
+            "model_channels",
+            "num_res_blocks",
+            "norm_groups",
+        ):
             value = getattr(self, name)
             require(value > 0, f"{name} must be positive, got {value}")
         depths = (*self.attention_depth, self.middle_depth)
@@ -85,7 +93,9 @@ class UNetConfig:
             (self.num_heads is None) != (self.head_dim is None),
             f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}",
         )
-        require(self.model_channels % 2 == 0, f"model_channels must be even, got {self.model_channels}")
+        require(
+            self.model_channels % 2 == 0, f"model_channels must be even, got {self.model_channels}"
+        )
         require(
             not self.null_class or self.num_classes is not None,
             "null_class needs num_classes, got None",
@@ -172,7 +182,10 @@ class UNet(nn.Module):
         skips = [width]
         for level, depth in enumerate(config.attention_depth):
             for _ in range(config.num_res_blocks):
-                stage = [self._res_block(width, widths[level]), *self._attention(widths[level], depth)]
+                stage = [
+                    self._res_block(width, widths[level]),
+                    *self._attention(widths[level], depth),
+                ]
                 self.input_blocks.append(Stage(stage))
                 width = widths[level]
                 skips.append(width)
@@ -201,7 +214,8 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(stage))
 
         self.norm_out = GroupNorm(width, config.norm_groups, config.norm_eps)
-        self.conv_out = zero_init(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        zero_init(self.conv_out)
         for index, transformer in enumerate(self.transformers()):
             transformer.index = index
 
@@ -276,9 +290,13 @@ class UNet(nn.Module):
         config = self.config
         self._check_condition("y", y, config.num_classes, (len(t),), "int64 class labels")
         self._check_condition(
-            "added", added, config.added_condition_dim, (len(t), config.added_condition_dim), "vectors"
+            "added",
+            added,
+            config.added_condition_dim,
+            (len(t), config.added_condition_dim),
+            "vectors",
         )
-        dtype = self.time_embed[0].weight.dtype
+        dtype = self.conv_out.weight.dtype
         emb = timestep_embedding(t, config.model_channels, config.time_embedding)
         emb = self.time_embed(emb.to(dtype))  # (N, emb_dim)
         if y is not None:
@@ -297,14 +315,14 @@ class UNet(nn.Module):
     ) -> None:
         if size is None and value is not None:
             raise ValueError(
-                f"{name} must be None for a model without it, got {tuple(value.shape)}; leave it out"
+                f"{name} must be None for this model, got {tuple(value.shape)}; leave it out"
             )
         if size is not None and (value is None or value.shape != shape):
             got = None if value is None else tuple(value.shape)
             raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}; pass {name}=")
 
     def project_context(self, context: Tensor) -> ContextKV:
-        """Keys and values of every cross-attention: they depend on the prompt only, not on the step.
+        """Keys and values of every cross-attention: they depend on the prompt, not on the step.
 
         Args:
             context: (N, T, context_dim).
@@ -369,7 +387,9 @@ class UNet(nn.Module):
         if (context is None) != (config.context_dim is None):
             expected = f"(N, T, {config.context_dim})" if config.context_dim is not None else "None"
             got = "None" if context is None else "one"
-            raise ValueError(f"context must be {expected} for this model, got {got}; check context=")
+            raise ValueError(
+                f"context must be {expected} for this model, got {got}; check context="
+            )
 
     def body(self, x: Tensor, emb: Tensor, context: Tensor | ContextKV | None = None) -> Tensor:
         """The network behind the embedding.

@@ -1,0 +1,168 @@
+"""Images out of the house: tensors to bytes, PNGs that know how they were made, contact sheets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from fastdiff.checkpoint.files import atomic_file
+
+RECIPE_KEY = "fastdiff"
+"""Name of the PNG text chunk that holds the recipe."""
+
+BACKGROUND, FRAME, INK, FAINT = "#fafaf8", "#d8d8d2", "#26262a", "#77777f"
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Turn images into bytes: -1 becomes 0, 1 becomes 255, values outside are clipped.
+
+    images: (..., H, W), floating point, in [-1, 1]. Returns the same shape, uint8, on the CPU.
+
+    Raises:
+        ValueError: a pixel is NaN or infinite, or the images are not floating point.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"expected floating-point images in [-1, 1], got {images.dtype}")
+    images = images.detach().float().cpu()
+    if not images.isfinite().all():
+        bad = int(images.isfinite().logical_not().sum())
+        raise ValueError(
+            f"expected finite pixels, got {bad} NaN or infinite of {images.numel()}; "
+            "sample in float32 or with less guidance"
+        )
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Turn one image, (1 or 3, H, W) in [-1, 1], into a Pillow image, grey or RGB."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"expected an image (1 or 3, H, W), got shape {tuple(image.shape)}")
+    pixels = to_uint8(image)
+    if len(pixels) == 1:
+        return Image.fromarray(pixels[0].numpy())
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_png(
+    path: str | os.PathLike[str],
+    image: Tensor | Image.Image,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a PNG, atomically, with the recipe as JSON in its text chunk ``fastdiff``.
+
+    image: (1 or 3, H, W) in [-1, 1], or a Pillow image.
+
+    Raises:
+        ValueError: the image has another shape or is not finite.
+        OSError: the file cannot be written.
+    """
+    picture = image if isinstance(image, Image.Image) else to_pil(image)
+    info = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        info.add_text(RECIPE_KEY, json.dumps(dict(recipe), sort_keys=True))  # ASCII: fits tEXt
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the recipe that :func:`save_png` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a PNG, is damaged, or carries no recipe.
+    """
+    way_out = "give a PNG written by 'fastdiff sample' that no other program has saved again"
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()  # text chunks may stand behind the pixels
+            text = getattr(picture, "text", {}).get(RECIPE_KEY)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}; {way_out}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a PNG; {way_out}") from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's three ways to say "damaged"
+        raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
+    if text is None:
+        raise ValueError(f"{path} carries no recipe; {way_out}")
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the recipe in {path} is not valid JSON ({error}); {way_out}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe in {path} is no object, got {text!r:.60}; {way_out}")
+    return recipe
+
+
+def contact_sheet(
+    images: Tensor,
+    row_labels: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    column_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    caption: str | None = None,
+    cell: int = 72,
+    resample: Literal["nearest", "bicubic"] = "bicubic",
+) -> Image.Image:
+    """Lay images out in a labelled grid, row by row.
+
+    images: (N, 1 or 3, H, W) in [-1, 1].
+    row_labels: one per row, written on the left; the last row may be short.
+    columns: images per row; with row_labels it follows from them, else about square.
+    cell: least edge of a shown image in pixels; images are enlarged by a whole factor to reach it.
+
+    Raises:
+        ValueError: no images, or labels that do not fit the grid.
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"expected images (N, C, H, W), at least one, got {tuple(images.shape)}")
+    count = len(images)
+    if columns is None:
+        rows = len(row_labels) if row_labels else round(math.sqrt(count))
+        columns = math.ceil(count / max(rows, 1))
+    rows = math.ceil(count / columns)
+    for name, labels, expected in (("row", row_labels, rows), ("column", column_labels, columns)):
+        if labels is not None and len(labels) != expected:
+            raise ValueError(
+                f"expected {expected} {name} labels for {count} images, got {len(labels)}"
+            )
+    factor = max(1, math.ceil(cell / max(images.shape[2:])))
+    height, width = (edge * factor for edge in images.shape[2:])
+    gap, margin = max(4, height // 16), max(16, height // 4)
+    font, small, large = (ImageFont.load_default(size) for size in (20, 14, 26))
+
+    left = margin + max(
+        (math.ceil(font.getlength(t)) + margin // 2 for t in row_labels or ()), default=0
+    )
+    top = margin + (44 if title else 0) + (26 if column_labels else 0)
+    right = left + columns * width + (columns - 1) * gap
+    bottom = top + rows * height + (rows - 1) * gap
+    texts = [(title, large), (caption, small)]
+    needed = max((math.ceil(f.getlength(t)) + 2 * margin for t, f in texts if t), default=0)
+    size = (max(right + margin, needed), bottom + margin + (22 if caption else 0))
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((margin, margin), title, fill=INK, font=large)
+    if caption:
+        draw.text((margin, bottom + margin // 2 + 4), caption, fill=FAINT, font=small)
+    for column, label in enumerate(column_labels or ()):
+        centre = left + column * (width + gap) + width // 2
+        draw.text((centre, top - 8), label, fill=FAINT, font=small, anchor="ms")
+    for row, label in enumerate(row_labels or ()):
+        middle = top + row * (height + gap) + height // 2
+        draw.text((margin, middle), label, fill=INK, font=font, anchor="lm")
+    method = Image.Resampling.NEAREST if resample == "nearest" else Image.Resampling.BICUBIC
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        x, y = left + column * (width + gap), top + row * (height + gap)
+        sheet.paste(to_pil(image).resize((width, height), method), (x, y))
+        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
+    return sheet

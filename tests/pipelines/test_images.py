@@ -1,0 +1,117 @@
+"""Pixels, PNGs with their recipe, contact sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.images import contact_sheet, read_recipe, save_png, to_pil, to_uint8
+
+RECIPE = {"seed": 2**63 - 1, "class": "sept ✓", "guidance_scale": 2.5, "interval": None}
+
+
+def ramp(channels: int = 1, height: int = 5, width: int = 7) -> torch.Tensor:
+    """An image whose pixels all differ, so that a swapped axis or channel shows."""
+    return torch.linspace(-1, 1, channels * height * width).reshape(channels, height, width)
+
+
+def test_bytes_round_to_nearest_and_clip() -> None:
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
+    expected = [0, 0, 64, 128, 191, 255, 255]  # (x + 1) * 127.5 rounded half to even
+    assert to_uint8(values.reshape(1, 7)).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_pixel_that_is_no_number_is_refused(bad: float) -> None:
+    image = ramp()
+    image[0, 2, 3] = bad
+    with pytest.raises(ValueError, match="expected finite pixels, got 1 NaN or infinite of 35"):
+        to_uint8(image)
+
+
+def test_bytes_are_not_taken_for_unit_images() -> None:
+    with pytest.raises(ValueError, match=r"in \[-1, 1\], got torch.uint8"):
+        to_uint8(torch.zeros(1, 2, 2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_keeps_every_pixel_and_the_recipe(tmp_path: Path, channels: int) -> None:
+    image = ramp(channels)
+    save_png(tmp_path / "a.png", image, RECIPE)
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture)
+    expected = to_uint8(image).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(pixels.reshape(expected.shape), expected)
+    assert read_recipe(tmp_path / "a.png") == RECIPE
+
+
+def test_two_writes_of_one_image_are_the_same_file(tmp_path: Path) -> None:
+    for name in "ab":
+        save_png(tmp_path / name, ramp(), dict(reversed(RECIPE.items())) if name == "b" else RECIPE)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_files_without_a_recipe_say_so(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", ramp(), RECIPE)
+    whole = (tmp_path / "a.png").read_bytes()
+    save_png(tmp_path / "bare.png", ramp())
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "list.png").write_bytes(whole)
+    to_pil(ramp()).save(tmp_path / "photo.jpg")
+    info = Image.open(tmp_path / "a.png")
+    from PIL.PngImagePlugin import PngInfo
+
+    for name, text in (("list.png", "[1]"), ("broken.png", "{")):
+        chunk = PngInfo()
+        chunk.add_text("fastdiff", text)
+        info.save(tmp_path / name, pnginfo=chunk)
+    info.close()
+    for name, message in [
+        ("bare.png", "carries no recipe"),
+        ("cut.png", "damaged"),
+        ("text.png", "not a PNG"),
+        ("photo.jpg", "not a PNG"),
+        ("list.png", "no object"),
+        ("broken.png", "not valid JSON"),
+    ]:
+        with pytest.raises(
+            ValueError, match=rf"^[^\n]*{message}[^\n]*give a PNG written by[^\n]*$"
+        ):
+            read_recipe(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"no image at .*none\.png"):
+        read_recipe(tmp_path / "none.png")
+
+
+def test_a_contact_sheet_shows_each_image_enlarged_in_its_place() -> None:
+    """Six flat images of different grey: the sheet must show them row by row, at least 72 wide."""
+    greys = torch.linspace(-0.9, 0.9, 6)
+    images = greys.reshape(6, 1, 1, 1).expand(6, 1, 8, 8)
+    sheet = contact_sheet(images, ["zero", "one"], title="digits", resample="nearest")
+    pixels = np.asarray(sheet.convert("L")).astype(int)
+    centres = []
+    for grey in to_uint8(greys.reshape(6, 1)).flatten().tolist():
+        # Whole lines of one grey: letters' soft edges may hold a pixel of any grey.
+        rows = np.flatnonzero((pixels == grey).sum(1) >= 70)
+        columns = np.flatnonzero((pixels == grey).sum(0) >= 70)
+        assert len(rows) == len(columns) == 72
+        assert (pixels[np.ix_(rows, columns)] == grey).all()
+        centres.append((int(rows[36]), int(columns[36])))
+    top, bottom = centres[:3], centres[3:]
+    assert len({y for y, _ in top}) == len({y for y, _ in bottom}) == 1
+    assert top[0][0] < bottom[0][0]
+    assert [x for _, x in top] == [x for _, x in bottom] == sorted(x for _, x in top)
+    # The labels are drawn: there is ink left of the first image, on both rows.
+    for y, x in (centres[0], centres[3]):
+        assert (pixels[y - 15 : y + 15, : x - 50] < 100).any()
+
+
+def test_a_contact_sheet_refuses_labels_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="expected 3 row labels for 6 images, got 2"):
+        contact_sheet(ramp().expand(6, 1, 5, 7), ["a", "b"], columns=2)
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet(torch.zeros(0, 1, 4, 4))
