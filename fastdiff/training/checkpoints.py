@@ -73,8 +73,8 @@ def latest_checkpoint(root: Path) -> Path | None:
     folder = root / name
     if Path(name).name != name or not (folder / "state.json").is_file():
         raise ValueError(
-            f"{root / LATEST} names {name!r}, which is no checkpoint; write the name of another one "
-            f"of {root} into it, or train in a new folder"
+            f"{root / LATEST} names {name!r}, which is no checkpoint; write the name of another "
+            f"one of {root} into it, or train in a new folder"
         )
     return folder
 

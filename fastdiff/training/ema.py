@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_decay(update: int, decay: float, *, warmup: bool) -> float:
@@ -30,8 +30,8 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self._shadow = list(self.network.parameters())
-        self._weights = list(network.parameters())
+        self._shadow: list[Tensor] = [parameter.data for parameter in self.network.parameters()]
+        self._weights: list[Tensor] = list(network.parameters())
         self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()

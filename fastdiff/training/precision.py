@@ -24,7 +24,9 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used ({first}); try 'cpu' or 'auto'") from error
+        raise ValueError(
+            f"device {name!r} cannot be used ({first}); try 'cpu' or 'auto'"
+        ) from error
     return device
 
 

@@ -1,7 +1,8 @@
 """The training loop of both stages.
 
-A `Task` says what a batch is and what it costs; the loop does the rest: learning rate, accumulation,
-mixed precision, clipping, averaged weights, logging, checkpoints, interruption, resuming.
+A `Task` says what a batch is and what it costs; the loop does the rest: learning rate,
+accumulation, mixed precision, clipping, averaged weights, logging, checkpoints, interruption,
+resuming.
 
 Everything random is a function of (seed, purpose, step), so a checkpoint holds weights, moments and
 counters but no generator's state, and a resumed run repeats an uninterrupted one bit for bit.
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.config import to_dict
-from fastdiff.checkpoint.files import write_json
+from fastdiff.checkpoint.files import atomic_file, write_json
 from fastdiff.data import DataConfig, derive_seed
 from fastdiff.training import checkpoints
 from fastdiff.training.config import OptimizationConfig, OutputConfig
@@ -108,9 +110,7 @@ class Trainer:
         self.ema = EMA(
             task.networks[task.averaged], decay=config.ema_decay, warmup=config.ema_warmup
         )
-        self.scaler = torch.amp.GradScaler(
-            task.device.type, enabled=config.precision == "fp16"
-        )
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=config.precision == "fp16")
         self.done = 0
         self._skipped = 0
         self._pending: list[dict[str, Tensor]] = []
@@ -129,7 +129,7 @@ class Trainer:
             with autocast(config.precision, self.task.device):
                 losses, logged = self.task.losses(part, step)
             for name, loss in losses.items():
-                # inputs=: the autoencoder's loss passes through the discriminator but must not move it
+                # inputs=: the autoencoder's loss goes through the discriminator, but not into it
                 scaled = self.scaler.scale(loss / config.accumulate)
                 torch.autograd.backward(scaled, inputs=self.parameters[name])
             active = list(losses)
@@ -174,8 +174,8 @@ class Trainer:
             if not finite and (not self.scaler.is_enabled() or self._skipped >= MAX_SKIPPED):
                 bad = {name: value for name, value in named.items() if not _finite(value)}
                 raise ValueError(
-                    f"step {step + 1}: not finite: {bad}; lower the learning rate, set clip_norm or "
-                    "use precision fp32, then resume from the last checkpoint"
+                    f"step {step + 1}: not finite: {bad}; start again with a lower learning rate, "
+                    "with clip_norm or with precision fp32"
                 )
             for name, value in named.items():
                 if finite:
@@ -279,7 +279,7 @@ def fit(task: Task, run: Run, *, resume: bool) -> Path:
 
 def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
     """A step, and whatever is due after it."""
-    run, output, config = trainer.run, trainer.run.output, trainer.config
+    output, config = trainer.run.output, trainer.config
     rate = learning_rate(trainer.done, config)
     trainer.step()
     done = trainer.done
@@ -297,7 +297,6 @@ def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
         preview(trainer, monitor, folder)
     if due["save"]:
         save(trainer, monitor, folder)
-    assert run is trainer.run
 
 
 def preview(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
@@ -367,10 +366,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 
 def write_sheet(path: Path, sheet: Tensor) -> None:
     """Write (C, H, W) in [0, 1], C = 1 or 3, as a PNG."""
-    from PIL import Image
-
-    from fastdiff.checkpoint.files import atomic_file
-
     pixels = (sheet.clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     with atomic_file(path) as temporary:
@@ -378,7 +373,7 @@ def write_sheet(path: Path, sheet: Tensor) -> None:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """(N, C, H, W) in [-1, 1] -> one sheet (C, rows * H, columns * W) in [0, 1], black where empty."""
+    """(N, C, H, W) in [-1, 1] -> a sheet (C, rows * H, columns * W) in [0, 1], empty is black."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     padded = images.new_full((rows * columns, channels, height, width), -1)
