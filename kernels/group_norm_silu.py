@@ -9,7 +9,10 @@ Bytes that must move: x once in, y once out, so 2 * N * C * H * W * itemsize (3 
 does not fit on the chip, since the statistics come first); weight, bias, scale_shift and statistics
 are N * C numbers.
 
-Statistics are fp32 (fp64 for fp64 input), whatever the dtype of x.
+Statistics are fp32 (fp64 for fp64 input), whatever the dtype of x. The reference goes through a
+contiguous copy: PyTorch's CPU kernel for channels_last takes the variance as E[x^2] - E[x]^2 (at
+mean 100 and std 0.01 the result is wrong by 20, where the right one lies within 5), and its
+backward pass crashes the process when x needs no gradient (torch 2.13).
 """
 
 from __future__ import annotations
@@ -37,36 +40,42 @@ def group_norm_silu_reference(
     if x.numel() == 0:
         return x.clone()
     dtype = compute_dtype(x)
-    centered = _subtract_first(x.to(dtype), num_groups)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    y = F.group_norm(centered, num_groups, weight, bias, eps)
+    centered = _subtract_mean(x.to(dtype).contiguous(), num_groups)
+    y = torch.group_norm(centered, num_groups, weight, bias, eps)
     if scale_shift is not None:
-        channels = scale_shift.to(dtype).unflatten(1, (2, *_per_channel(x)))
-        y = torch.addcmul(channels[:, 1], y, 1 + channels[:, 0])
+        scale, shift = (_over_space(half, x) for half in scale_shift.to(dtype).chunk(2, dim=1))
+        y = torch.addcmul(shift, y, 1 + scale)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
 
 
-def _subtract_first(x: Tensor, num_groups: int) -> Tensor:
-    """Subtract from every group its first element.
+def _subtract_mean(x: Tensor, num_groups: int) -> Tensor:
+    """Subtract from every group its mean.
 
-    GroupNorm does not change under a shift of a group, and neither does its gradient, so the shift
-    is a constant to autograd. It is there because PyTorch's CPU kernel for channels_last takes the
-    variance as E[x^2] - E[x]^2: at mean 100 and std 0.01 its output is wrong by 20 where the right
-    one lies within 5. An element of the group is at most sqrt(n) standard deviations from the mean
-    of its n, which bounds what is left of that error.
+    GroupNorm and its gradient do not change when a group is shifted, so the shift is a constant to
+    autograd. It keeps the digits where the mean is large: the mean has an error of its own, and
+    PyTorch's dweight is a difference of two sums that grow with it.
     """
     size = x.shape[1] // num_groups
-    first = x.detach()[:, ::size]
-    while first.ndim > 2:
-        first = first[..., 0]  # in the end (N, G)
-    return x - first.repeat_interleave(size, dim=1).reshape(len(x), *_per_channel(x))
+    mean = x.detach().reshape(len(x), num_groups, -1).mean(2)  # (N, G)
+    return x - _over_space(mean.repeat_interleave(size, dim=1), x)
 
 
-def _per_channel(x: Tensor) -> tuple[int, ...]:
-    """The shape (C, 1, 1, ...) that broadcasts per-channel numbers over the space of x."""
-    return (x.shape[1], *[1] * (x.ndim - 2))
+def _over_space(numbers: Tensor, x: Tensor) -> Tensor:
+    """(N, C) as (N, C, 1, 1, ...), to broadcast over the space of x."""
+    return numbers.reshape(*numbers.shape, *[1] * (x.ndim - 2))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where x is stored so (and could not as well be called contiguous)."""
+    if not x.is_contiguous():
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def check_group_norm(

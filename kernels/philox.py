@@ -102,7 +102,7 @@ def philox_normal_reference(
         radius, angle = torch.sqrt(-2 * torch.log(u0)), 2 * math.pi * u1
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     flat = torch.stack(normals, dim=-1).float().flatten(1)  # (N, 4 * blocks)
-    return flat[:, :elements].reshape(len(seeds), *shape)
+    return flat[:, :elements].reshape(len(seeds), *shape).contiguous()
 
 
 _op = define_op("philox_normal", philox_normal_reference)

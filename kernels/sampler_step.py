@@ -112,7 +112,7 @@ def sampler_step_reference(
             low, high = row[Column.LOGVAR_MIN], row[Column.LOGVAR_MAX]
             factor = torch.exp(0.5 * (fraction * high + (1 - fraction) * low))
         noise = philox_normal_reference(seeds, x.shape[1:], step=index, stream=SAMPLER_NOISE)
-        new += factor * noise
+        new += factor * noise.to(x.dtype)
     if row[Column.SLOT] >= 0:
         history[int(row[Column.SLOT])] = row[Column.P] * x + row[Column.Q] * d
     x.copy_(new)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 
 from fastdiff import __version__
-from fastdiff.cli.parsing import UsageError, closest, one_line
+from fastdiff.cli.parsing import UsageError, one_line
 
 COMMANDS = {
     "sample": "make new images: PNGs with their recipe inside, and a contact sheet",
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `fastdiff samplers | head`: the reader has left, and that is fine
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return EXIT_BROKEN_PIPE
     except Exception as error:
         message = _users_mistake(error)
@@ -59,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain(message)
         return EXIT_MISTAKE
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # said above; Python would try again on its way out, and complain
+            _abandon_stdout()
+
+
+def _abandon_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -75,8 +84,7 @@ def _dispatch(arguments: list[str]) -> int:
     if first not in COMMANDS:
         kind = "option" if first.startswith("-") else "command"
         raise UsageError(
-            f"unknown {kind} {first!r}{closest(first, COMMANDS)} "
-            f"expected one of: {', '.join(COMMANDS)}; see fastdiff --help"
+            f"unknown {kind} {first!r}; expected one of {', '.join(COMMANDS)} (see fastdiff --help)"
         )
     command = importlib.import_module(f"fastdiff.cli.{first}")
     code: int = command.main(rest)

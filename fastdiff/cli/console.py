@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 GAP = "  "
@@ -68,6 +68,15 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def backends_line(served: Mapping[str, set[str]]) -> str:
+    """Who ran which ops, as ``reference: attention, geglu; triton: ...``."""
+    names = sorted({name for backends in served.values() for name in backends})
+    return "; ".join(
+        f"{name}: {', '.join(op for op, backends in sorted(served.items()) if name in backends)}"
+        for name in names
+    )
+
+
 @dataclass
 class Clock:
     """Wall time per stage, in the order the stages were first entered."""
@@ -88,7 +97,7 @@ class Clock:
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that the given function advances; nothing where stderr is no terminal."""
+    """A bar on stderr that is told how much is done; nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -112,4 +121,4 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+        yield lambda done: bar.update(task, completed=done)

@@ -73,34 +73,44 @@ def parse(
         raise UsageError(f"{_unboxed(errors.getvalue())} (see {prog} --help)") from None
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'dpmpp-2m'?"``, or ``";"`` where no known word is close."""
-    names = {name.lower(): name for name in known}
-    best = difflib.get_close_matches(word.lower(), names, n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(names[name]) for name in best)}?" if best else ";"
+def option_value(words: Sequence[str], flag: str) -> str | None:
+    """What follows ``flag``, before the words are parsed: it decides on the others' defaults."""
+    value = None
+    for index, word in enumerate(words):
+        if word == flag and index + 1 < len(words):
+            value = words[index + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
-def choose(word: str, known: Iterable[str], what: str) -> str:
-    """``word`` if it is one of the known names.
-
-    Raises:
-        ValueError: it is not; the message lists them and the closest.
-    """
+def one_of(word: str, known: Iterable[str], what: str) -> str:
+    """``word`` if it is one of the known names; else a ValueError that lists them."""
     names = list(known)
-    if word in names:
-        return word
-    raise ValueError(
-        f"unknown {what} {word!r}{closest(word, names)} expected one of: {', '.join(names)}"
-    )
+    if word not in names:
+        raise ValueError(f"unknown {what} {word!r}; expected one of {', '.join(names)}")
+    return word
 
 
 def one_line(message: object) -> str:
-    """The text of an error without line breaks; an OSError names its file."""
+    """The text of an error without line breaks; a mistyped name is told what it is close to.
+
+    All rooms say ``unknown sampler 'ddmi'; expected one of ddpm, ddim, ...``: the proposal is made
+    here for all of them. An OSError names its file.
+    """
     if isinstance(message, OSError) and message.strerror:
         named = f": {message.filename}" if message.filename is not None else ""
         return f"{message.strerror}{named}"
-    text = " ".join(str(message).split())
-    return text or type(message).__name__
+    text = " ".join(str(message).split()) or type(message).__name__
+    listed = re.search(r"'([^']+)'.*?; expected one of:? ([\w, :.'-]+)", text)
+    if listed is None:
+        return text
+    word, names = listed[1].lower(), re.findall(r"[\w:.-]+", listed[2])
+    close = difflib.get_close_matches(word, [name.lower() for name in names], n=2)
+    if not close or len(word) < 3:
+        return text
+    proposal = " or ".join(name for name in names if name.lower() in close)
+    return text.replace("; expected one of", f"; did you mean {proposal}? Expected one of", 1)
 
 
 def _wrapped(text: str) -> str:
@@ -125,7 +135,8 @@ def _unboxed(text: str) -> str:
         return f"missing: {', '.join(names)}"
     message = " ".join(line.strip() for line in told).rstrip(".")
     for pattern, better in (
-        (r"^Error parsing (\S+):", r"\1:"),
+        (r"^Error parsing (--\S+):", r"\1:"),
+        (r"^Error parsing [^:]+: ", ""),  # what a config says about itself
         (r"invalid literal for int\(\) with base 10: (.*)$", r"expected a whole number, got \1"),
         (r"could not convert string to float: (.*)$", r"expected a number, got \1"),
         (r"no type matching .*Got errors:.*: (expected .*)$", r"\1"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastdiff.cli.console import print_numbers, print_pairs
-from fastdiff.cli.parsing import OptionalFloat, OptionalPath, choose, parse
+from fastdiff.cli.parsing import OptionalFloat, OptionalPath, one_of, parse
 
 if TYPE_CHECKING:
     from fastdiff.diffusion.samplers import SamplerTable
@@ -67,7 +67,7 @@ def run(options: Samplers) -> int:
     from fastdiff.diffusion.samplers import SAMPLERS
 
     for name in options.names:
-        choose(name, SAMPLERS, "sampler")
+        one_of(name, SAMPLERS, "sampler")
     if options.plot is not None:
         names = options.names or tuple(SAMPLERS)
         _draw([_table(name, options, SAMPLERS[name]) for name in names], options.plot)

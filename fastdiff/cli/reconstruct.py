@@ -1,0 +1,152 @@
+"""``fastdiff reconstruct``: images through the autoencoder and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from fastdiff.cli.console import Clock, backends_line, print_pairs
+from fastdiff.cli.machine import BackendName, DtypeName, device_and_dtype, output_folder
+from fastdiff.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastdiff.checkpoint.bundle import ModelConfig
+
+SHEET_COLUMNS = 12
+SHEET = "reconstruction.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """Pass images through the autoencoder and back, and measure what is lost.
+
+    Writes reconstruction.png, the originals above what came back, and for each image given by name
+    NAME-reconstructed.png. Without images the held-out digits are taken.
+
+    Examples:
+      fastdiff reconstruct
+      fastdiff reconstruct photo.jpg other.png --model runs/autoencoder --out out/pairs
+      fastdiff reconstruct photos/ --model runs/autoencoder --batch 8
+    """
+
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="[PATH ...]", help_behavior_hint=""),
+    ] = ()
+    """Image files, or one folder of them; they are cropped and resized to the model's size."""
+    model: str = "digits"
+    """A bundle's or a run's folder, or the name of a shipped bundle."""
+    out: Path = Path("out")
+    """Folder for the pictures; made if it is missing."""
+    batch: int = 64
+    """Images at once: bounds memory, has no influence on the images."""
+    backend: BackendName = "auto"
+    """Who computes the ops."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    dtype: DtypeName = "fp32"
+    """Number format of the autoencoder."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Reconstruct, words, prog="fastdiff reconstruct")
+    return 0 if options is None else run(options)
+
+
+def run(options: Reconstruct) -> int:
+    import torch
+
+    from fastdiff.checkpoint.bundle import load_bundle
+    from fastdiff.images import contact_sheet, save_png
+    from fastdiff.kernels import backend, record_backends
+    from fastdiff.pipelines.reconstruction import reconstruct
+
+    device, dtype = device_and_dtype(options.device, options.dtype)
+    clock = Clock()
+    with output_folder(options.out), backend(options.backend), record_backends() as served:
+        with clock("load"):
+            bundle = load_bundle(options.model, device=device, dtype=dtype)
+            if bundle.autoencoder is None:
+                raise ValueError(
+                    f"{bundle.folder} works on pixels and has no autoencoder to reconstruct with"
+                )
+            images, names = _read(options.images, bundle.config)
+        with clock("reconstruct"):
+            result = reconstruct(bundle.autoencoder, images, batch=options.batch)
+        recipe = {"model": bundle.folder.name, "weights": bundle.weights_hash}
+        count = min(len(images), SHEET_COLUMNS)
+        latents = " x ".join(map(str, result.latent_shape))
+        told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
+        with clock("write"):
+            for name, image in zip(names, result.images, strict=False):
+                path = options.out / f"{name}-reconstructed.png"
+                save_png(path, image, {**recipe, "reconstruction_of": name})
+            sheet = contact_sheet(
+                torch.cat([images[:count], result.images[:count]]),
+                ["original", "decoded"],
+                title=bundle.folder.name,
+                caption=f"{told} over {len(images)} images, latents {latents}",
+            )
+            save_png(options.out / SHEET, sheet, recipe)
+    print(options.out / SHEET)
+    shape = " x ".join(map(str, images.shape[1:]))
+    ratio = images[0].numel() / torch.Size(result.latent_shape).numel()
+    print_pairs(
+        [
+            (
+                "images",
+                f"{len(images)} of {shape}, latents {latents}, {ratio:.3g} times fewer numbers",
+            ),
+            ("PSNR", told),
+            ("backends", backends_line(served)),
+            ("time", clock.report()),
+        ]
+    )
+    return 0
+
+
+def _read(paths: Sequence[Path], config: ModelConfig) -> tuple[Tensor, list[str]]:
+    """Images (N, C, H, W) at the model's size, and the names of those given one by one."""
+    import torch
+
+    from fastdiff.data import DataConfig, open_dataset
+    from fastdiff.data.dataset import to_float
+    from fastdiff.data.decode import UNREADABLE, decode, reason
+
+    def data(path: Path) -> DataConfig:
+        return DataConfig(
+            source="folder",
+            path=str(path),
+            image_size=config.image_size,
+            channels=config.image_channels,
+        )
+
+    if not paths:
+        if config.image_channels != 1:
+            raise ValueError("the digits are grey and this model takes RGB; name images")
+        digits = open_dataset(DataConfig(split="held-out", image_size=config.image_size))
+        return to_float(digits.images), []
+    if len(paths) == 1 and paths[0].is_dir():
+        return to_float(open_dataset(data(paths[0])).images), []
+    images = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no image at {path}; give image files, or one folder of them")
+        try:
+            pixels = decode(path, data(path.parent))
+        except UNREADABLE as error:
+            raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+        images.append(torch.tensor(pixels))
+    stems = [path.stem for path in paths]
+    names = [f"{n}-{s}" if stems.count(s) > 1 else s for n, s in enumerate(stems)]
+    return to_float(torch.stack(images)), names

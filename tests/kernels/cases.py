@@ -1,0 +1,551 @@
+"""Inputs, formulas and the parity check that every backend of an op has to pass.
+
+A `Case` is one row: which input, and why it is there. `check(op, case, dtype, backend)` runs the
+public function on one backend, asserts that this backend ran, and compares results and gradients
+with the formula in fp64 by the rule of tests/parity.py. The tests of a Triton, CUDA or CPU
+implementation call it with their backend's name.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import kernels
+from tests.parity import assert_gradient_parity, assert_parity
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws the numbers of a case, rounded to its dtype so that fp64 sees the same ones."""
+
+    dtype: torch.dtype
+    device: str
+    generator: torch.Generator
+
+    def __call__(self, *shape: int, mean: float = 0.3, std: float = 1.0) -> Tensor:
+        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return (numbers * std + mean).to(self.dtype).to(self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a parity test."""
+
+    name: str
+    reason: str
+    build: Callable[[Draw], Inputs]
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        return self.build(Draw(dtype, device, generator))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# The formulas: what each op means, written so that it can be compared with the paper. Any dtype,
+# fp64 in the tests.
+
+
+def group_norm_silu_formula(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    n, c = x.shape[:2]
+    if x.numel() == 0:
+        return x * 1
+    groups = x.reshape(n, num_groups, -1)
+    mean = groups.mean(2, keepdim=True)
+    variance = ((groups - mean) ** 2).mean(2, keepdim=True)
+    y = ((groups - mean) / torch.sqrt(variance + eps)).reshape(n, c, -1)
+    if weight is not None:
+        y = y * weight[None, :, None]
+    if bias is not None:
+        y = y + bias[None, :, None]
+    if scale_shift is not None:
+        scale, shift = scale_shift[:, :c, None], scale_shift[:, c:, None]
+        y = y * (1 + scale) + shift
+    if activation == "silu":
+        y = y / (1 + torch.exp(-y))
+    return y.reshape(x.shape)
+
+
+def add_group_norm_silu_formula(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor]:
+    total = x
+    if channel_add is not None:
+        total = total + channel_add.reshape(*channel_add.shape, *[1] * (x.ndim - 2))
+    if residual is not None:
+        total = total + residual
+    return group_norm_silu_formula(total, num_groups, weight, bias, **rest), total
+
+
+def attention_formula(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    scores = torch.einsum("nlhd,nshd->nhls", q, k) * (
+        q.shape[3] ** -0.5 if scale is None else scale
+    )
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    if scores.shape[3] == 0:
+        return q * 0
+    weights = torch.exp(scores - scores.amax(3, keepdim=True).clamp(min=-1e300))
+    total = weights.sum(3, keepdim=True)
+    return torch.einsum("nhls,nshd->nlhd", weights / total.where(total > 0, 1.0), v)
+
+
+def geglu_formula(x: Tensor) -> Tensor:
+    d = x.shape[-1] // 2
+    value, gate = x[..., :d], x[..., d:]
+    return value * gate * (1 + torch.erf(gate / 2**0.5)) / 2
+
+
+def layer_norm_formula(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    y = (x - mean) / torch.sqrt(variance + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def add_layer_norm_formula(
+    x: Tensor, residual: Tensor, *parameters: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return layer_norm_formula(total, *parameters, eps=eps), total
+
+
+# Eager PyTorch: what people write today, in the dtype of the input. GroupNorm gets a contiguous
+# copy, because PyTorch's own CPU kernel for channels_last loses all digits when the mean is large,
+# and would prove nothing.
+
+
+def group_norm_silu_eager(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    if x.numel() == 0:
+        return x * 1
+    y = torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+    if scale_shift is not None:
+        shape = (len(x), x.shape[1], *[1] * (x.ndim - 2))
+        scale, shift = (half.reshape(shape) for half in scale_shift.chunk(2, dim=1))
+        y = y * (1 + scale) + shift
+    return F.silu(y) if activation == "silu" else y
+
+
+def add_group_norm_silu_eager(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor]:
+    if channel_add is not None:
+        x = x + channel_add.reshape(*channel_add.shape, *[1] * (x.ndim - 2))
+    if residual is not None:
+        x = x + residual
+    return group_norm_silu_eager(x, num_groups, weight, bias, **rest), x
+
+
+def attention_eager(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    if q.numel() == 0 or k.numel() == 0:
+        return q * 0
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+
+
+def geglu_eager(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def layer_norm_eager(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm_eager(
+    x: Tensor, residual: Tensor, *parameters: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    return layer_norm_eager(x + residual, *parameters, eps=eps), x + residual
+
+
+# The check
+
+
+@contextmanager
+def recording(op: str) -> Iterator[list[str]]:
+    """The backends that really ran `op` inside the block, in order."""
+    ran: list[str] = []
+
+    def recorded(implementation: kernels.Implementation) -> kernels.Implementation:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            ran.append(implementation.backend)
+            return implementation.function(*args, **kwargs)
+
+        return replace(implementation, function=function)
+
+    registered = kernels.OPS[op].implementations
+    kernels.OPS[op].implementations = {name: recorded(i) for name, i in registered.items()}
+    try:
+        yield ran
+    finally:
+        kernels.OPS[op].implementations = registered
+
+
+def tensors_in(inputs: Inputs) -> list[Tensor]:
+    """The floating-point tensors among the arguments, in order: those that get a gradient."""
+    args, kwargs = inputs
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    return [t for t in tensors if t.is_floating_point()]
+
+
+def with_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """The arguments as fresh leaves that want a gradient, strides kept; `dtype` converts."""
+
+    def leaf(a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        return (a if dtype is None else a.to(dtype)).detach().requires_grad_()
+
+    args, kwargs = inputs
+    return tuple(leaf(a) for a in args), {name: leaf(a) for name, a in kwargs.items()}
+
+
+def run(function: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of their sum weighted with fixed numbers."""
+    args, kwargs = inputs
+    outputs = function(*args, **kwargs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in outputs]
+    gradients = torch.autograd.grad(outputs, tensors_in(inputs), weights, allow_unused=True)
+    leaves = tensors_in(inputs)
+    filled = [
+        torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)
+    ]
+    return [o.detach() for o in outputs], filled
+
+
+def check(op: str, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """Results and gradients of one op on one backend, against the formula in fp64."""
+    check_inputs(op, case.inputs(dtype, device), backend)
+
+
+def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
+    """`check` for inputs at hand."""
+    with kernels.backend(backend), recording(op) as ran:
+        outputs, gradients = run(getattr(kernels, op), with_gradients(inputs))
+    assert ran == [backend]
+    expected, expected_gradients = run(
+        globals()[f"{op}_formula"], with_gradients(inputs, torch.float64)
+    )
+    eager, eager_gradients = run(globals()[f"{op}_eager"], with_gradients(inputs))
+    leaves = tensors_in(inputs)
+    for index, output in enumerate(outputs):
+        assert output.dtype == leaves[0].dtype
+        assert_parity(output, expected[index], eager[index], name=f"output {index}")
+    for index, gradient in enumerate(gradients):
+        assert gradient.dtype == leaves[index].dtype
+        assert_gradient_parity(
+            gradient, expected_gradients[index], eager_gradients[index], name=f"gradient {index}"
+        )
+
+
+# The rows
+
+
+def norm_case(
+    name: str,
+    reason: str,
+    shape: Sequence[int],
+    groups: int,
+    *,
+    affine: bool = True,
+    film: bool = False,
+    layout: Callable[[Tensor], Tensor] = lambda x: x,
+    mean: float = 0.3,
+    std: float = 1.0,
+    add: str = "",
+    **options: Any,
+) -> Case:
+    """A row for `group_norm_silu`; `add` ("channel", "vector", "residual") for the op that adds."""
+
+    def build(draw: Draw) -> Inputs:
+        x = layout(draw(*shape, mean=mean, std=std))
+        n, c = x.shape[:2]
+        weight, bias = (draw(c, mean=1.0), draw(c)) if affine else (None, None)
+        kwargs = dict(options)
+        if film:
+            kwargs["scale_shift"] = draw(n, 2 * c)
+        if "channel" in add:
+            kwargs["channel_add"] = draw(n, c)
+        if "vector" in add:
+            kwargs["channel_add"] = draw(c)
+        if "residual" in add:
+            kwargs["residual"] = layout(draw(*shape))
+        return (x, groups, weight, bias), kwargs
+
+    return Case(name, reason, build)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_3d(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+GROUP_NORM_SILU = [
+    norm_case("sd-320", "SD 1.x first level: 10 channels a group", (2, 320, 8, 8), 32),
+    norm_case("sd-1280", "SD 1.x middle: the widest residual block", (2, 1280, 4, 4), 32),
+    norm_case("sd-skip-1920", "SD 1.x decoder, after the skip joins", (1, 1920, 4, 4), 32),
+    norm_case(
+        "sd-transformer",
+        "SpatialTransformer's norm: 1e-6 and no activation",
+        (2, 320, 8, 8),
+        32,
+        eps=1e-6,
+        activation="none",
+        layout=channels_last,
+    ),
+    norm_case("vae-128", "KL-f8 last level", (1, 128, 32, 32), 32, eps=1e-6, layout=channels_last),
+    norm_case("ldm-224", "LDM-4 FFHQ: 7 channels a group", (1, 224, 8, 8), 32),
+    norm_case("adm-film", "ADM: scale and shift after the norm", (3, 256, 8, 8), 32, film=True),
+    norm_case(
+        "adm-film-channels-last",
+        "as above, NHWC",
+        (3, 64, 8, 8),
+        32,
+        film=True,
+        layout=channels_last,
+    ),
+    norm_case("digits-32", "the shipped digits model", (4, 32, 8, 8), 32),
+    norm_case(
+        "tiny-eps", "input of std 0.01: a wrong eps shows", (2, 32, 4, 4), 8, std=1e-2, mean=0
+    ),
+    norm_case("no-affine", "weight and bias are optional", (2, 24, 5, 3), 8, affine=False),
+    norm_case("odd", "no power of two anywhere", (3, 21, 5, 7), 7),
+    norm_case("odd-channels-last", "the same in NHWC", (3, 21, 5, 7), 7, layout=channels_last),
+    norm_case("one-group", "G = 1 is LayerNorm over C, H, W", (2, 6, 5, 5), 1),
+    norm_case("instance", "G = C is InstanceNorm", (2, 6, 5, 5), 6),
+    norm_case("no-space", "(N, C): a norm of vectors", (5, 48), 6),
+    norm_case("sequence", "(N, C, L): 1-D attention blocks", (2, 24, 17), 8),
+    norm_case("video", "(N, C, T, H, W) in NDHWC", (1, 12, 3, 4, 5), 4, layout=channels_last_3d),
+    norm_case(
+        "sliced", "a view: every other column", (2, 16, 6, 10), 4, layout=lambda x: x[..., ::2]
+    ),
+    norm_case("half", "channels of a wider tensor", (2, 32, 6, 6), 4, layout=lambda x: x[:, :16]),
+    norm_case("transposed", "W and H swapped by a view", (2, 16, 6, 5), 4, layout=lambda x: x.mT),
+    norm_case(
+        "mean-100", "E[x^2] - E[x]^2 loses every digit", (2, 32, 8, 8), 8, mean=100, std=0.01
+    ),
+    norm_case(
+        "mean-100-channels-last",
+        "PyTorch's NHWC kernel on a CPU is wrong by 20 here",
+        (2, 32, 8, 8),
+        8,
+        mean=100,
+        std=0.01,
+        layout=channels_last,
+    ),
+    norm_case(
+        "near-overflow", "fp16 squares overflow from 256 on", (2, 32, 4, 4), 8, mean=2e4, std=1e4
+    ),
+    norm_case("constant", "variance 0: eps alone carries it", (2, 8, 4, 4), 4, std=0.0, mean=3.0),
+    norm_case("empty-batch", "nothing to do", (0, 8, 4, 4), 4),
+    norm_case("empty-space", "nothing to do", (2, 8, 0, 4), 4),
+]
+
+ADD_GROUP_NORM_SILU = [
+    norm_case("block", "bias + time embedding, SD 1.x", (2, 320, 8, 8), 32, add="channel"),
+    norm_case("bias", "a convolution's bias alone, (C,)", (2, 64, 8, 8), 32, add="vector"),
+    norm_case(
+        "residual", "skip connection", (2, 64, 8, 8), 32, add="residual", layout=channels_last
+    ),
+    norm_case("all", "everything, with FiLM", (3, 21, 5, 7), 7, add="channel residual", film=True),
+    norm_case("nothing", "no addend: total is x", (2, 24, 5, 3), 8),
+    norm_case("sequence", "(N, C, L)", (2, 24, 17), 8, add="vector residual"),
+    norm_case("no-space", "(N, C)", (5, 48), 6, add="channel residual", activation="none"),
+    norm_case("sliced", "views", (2, 16, 6, 10), 4, add="residual", layout=lambda x: x[..., ::2]),
+    norm_case("near-overflow", "2e4 + 0.3", (2, 32, 4, 4), 8, mean=2e4, std=1e4, add="residual"),
+    norm_case("empty-batch", "nothing to do", (0, 8, 4, 4), 4, add="channel residual"),
+]
+
+
+def attention_case(
+    name: str,
+    reason: str,
+    shape: tuple[int, int, int, int, int],
+    *,
+    packed: bool = False,
+    heads_first: bool = False,
+    mask: Callable[[Draw, tuple[int, int, int, int]], Tensor] | None = None,
+    std: float = 1.0,
+    scale: float | None = None,
+) -> Case:
+    """A row for `attention`; shape is (N, L, S, H, D)."""
+    n, length, keys, heads, dim = shape
+
+    def build(draw: Draw) -> Inputs:
+        if packed:
+            q, k, v = draw(n, length, 3, heads, dim, std=std).unbind(2)
+        elif heads_first:
+            q, k, v = (draw(n, heads, s, dim).transpose(1, 2) for s in (length, keys, keys))
+        else:
+            q, k, v = (draw(n, s, heads, dim, std=std) for s in (length, keys, keys))
+        kwargs: dict[str, Any] = {"scale": scale}
+        if mask is not None:
+            kwargs["mask"] = mask(draw, (n, heads, length, keys))
+        return (q, k, v), kwargs
+
+    return Case(name, reason, build)
+
+
+def causal(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    return torch.ones(full[2:], dtype=torch.bool, device=draw.device).tril()
+
+
+def padding(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    """Sample i sees its first i + 1 keys."""
+    seen = torch.arange(full[3]) <= torch.arange(full[0])[:, None]
+    return seen[:, None, None].to(draw.device)
+
+
+def additive(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    return draw(1, *full[1:])
+
+
+ATTENTION = [
+    attention_case("sd-40", "SD 1.x first level, self", (2, 64, 64, 8, 40), packed=True),
+    attention_case("sd-40-text", "SD 1.x first level, 77 tokens of text", (2, 64, 77, 8, 40)),
+    attention_case("sd-80", "SD 1.x second level", (1, 64, 64, 8, 80), packed=True),
+    attention_case("sd-160", "SD 1.x third level", (1, 16, 16, 8, 160), packed=True),
+    attention_case("sd2-64", "SD 2.x, SDXL, ADM", (1, 48, 77, 5, 64)),
+    attention_case("vae-512", "the VAE's middle: one head of 512", (1, 64, 64, 1, 512)),
+    attention_case("ddpm-256", "DDPM CIFAR-10: one head of 256", (2, 16, 16, 1, 256)),
+    attention_case("cin-384", "cin256-v2: one head of 384", (1, 16, 1, 1, 384)),
+    attention_case("dit-72", "DiT-XL, U-ViT-H: 72", (1, 32, 32, 4, 72), packed=True),
+    attention_case("odd", "no power of two, not even", (3, 13, 29, 3, 7)),
+    attention_case("long", "several tiles of queries and of keys", (1, 300, 270, 2, 24)),
+    attention_case("one-key", "softmax of one number", (2, 5, 1, 2, 8)),
+    attention_case("one-query", "decoding", (2, 1, 19, 2, 8)),
+    attention_case(
+        "heads-first", "(N, H, L, D) seen as (N, L, H, D)", (2, 9, 12, 3, 16), heads_first=True
+    ),
+    attention_case("causal", "a text encoder", (2, 17, 17, 2, 16), mask=causal),
+    attention_case("padding", "prompts of several lengths", (3, 6, 9, 2, 16), mask=padding),
+    attention_case("additive", "a learned position bias", (2, 7, 9, 3, 16), mask=additive),
+    attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
+    attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
+    attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
+    attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
+    attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),
+]
+
+GEGLU = [
+    Case("sd-320", "SD 1.x first level: 320 -> 2 x 1280", lambda d: ((d(2, 16, 2560),), {})),
+    Case("odd", "no power of two", lambda d: ((d(3, 5, 2 * 37),), {})),
+    Case("vector", "one row", lambda d: ((d(10),), {})),
+    Case("strided", "a view: every other row", lambda d: ((d(6, 24)[::2],), {})),
+    Case("transposed", "the last dimension is not dense", lambda d: ((d(24, 6).mT,), {})),
+    Case("tails", "gates where erf is flat", lambda d: ((d(4, 64, std=6.0),), {})),
+    Case(
+        "near-overflow", "products beyond fp16 are infinite", lambda d: ((d(4, 64, std=300.0),), {})
+    ),
+    Case("empty", "nothing to do", lambda d: ((d(0, 8),), {})),
+    Case("no-features", "nothing to do", lambda d: ((d(3, 0),), {})),
+]
+
+
+def layer_norm_case(
+    name: str,
+    reason: str,
+    shape: Sequence[int],
+    *,
+    affine: bool = True,
+    layout: Callable[[Tensor], Tensor] = lambda x: x,
+    residual: bool = False,
+    mean: float = 0.3,
+    std: float = 1.0,
+    **options: Any,
+) -> Case:
+    """A row for `layer_norm`, or with `residual` for `add_layer_norm`."""
+
+    def build(draw: Draw) -> Inputs:
+        x = layout(draw(*shape, mean=mean, std=std))
+        addend = (layout(draw(*shape)),) if residual else ()
+        d = x.shape[-1]
+        parameters = (draw(d, mean=1.0), draw(d)) if affine else ()
+        return (x, *addend, *parameters), options
+
+    return Case(name, reason, build)
+
+
+LAYER_NORM = [
+    layer_norm_case("sd-320", "SD 1.x first level", (2, 16, 320)),
+    layer_norm_case("sd-1280", "SD 1.x third level", (2, 8, 1280)),
+    layer_norm_case("dit-1152", "DiT: 1e-6, no affine", (2, 8, 1152), affine=False, eps=1e-6),
+    layer_norm_case("odd", "no power of two", (3, 5, 37)),
+    layer_norm_case("vector", "one row", (48,)),
+    layer_norm_case("strided", "every other row", (6, 24), layout=lambda x: x[::2]),
+    layer_norm_case(
+        "transposed", "the last dimension is not dense", (24, 6), layout=lambda x: x.mT
+    ),
+    layer_norm_case("tiny-eps", "a wrong eps shows", (4, 64), mean=0, std=1e-2),
+    layer_norm_case("mean-100", "E[x^2] - E[x]^2 loses every digit", (4, 64), mean=100, std=0.01),
+    layer_norm_case("near-overflow", "squares overflow fp16", (4, 64), mean=2e4, std=1e4),
+    layer_norm_case("empty", "nothing to do", (0, 8)),
+]
+
+ADD_LAYER_NORM = [
+    layer_norm_case("sd-320", "SD 1.x first level", (2, 16, 320), residual=True),
+    layer_norm_case("odd", "no power of two", (3, 5, 37), residual=True, affine=False),
+    layer_norm_case("strided", "views", (6, 24), residual=True, layout=lambda x: x[::2]),
+    layer_norm_case("near-overflow", "2e4", (4, 64), residual=True, mean=2e4, std=1e4),
+    layer_norm_case("empty", "nothing to do", (0, 8), residual=True),
+]

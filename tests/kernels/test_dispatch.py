@@ -1,0 +1,230 @@
+"""The dispatcher: order, forcing, reasons, warnings, threads, compilation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import kernels
+from fastdiff.kernels import BackendError, BackendWarning, Implementation, dispatch
+from tests.kernels.cases import recording
+
+X = torch.randn(2, 8)
+
+
+@pytest.fixture
+def op() -> Iterator[dispatch.Op]:
+    """An op of our own, whose implementations return their backend's name."""
+    new = dispatch.define_op("probe", lambda x: "reference")
+    yield new
+    del dispatch.OPS["probe"]
+    dispatch._warned.clear()
+
+
+def add(op: dispatch.Op, backend: str, reason: str | None = None, devices: tuple = ()) -> None:
+    op.register(
+        Implementation(
+            backend=backend,
+            function=lambda x: backend,
+            why_not=lambda x: reason,
+            devices=devices,
+        )
+    )
+
+
+def test_auto_takes_the_first_without_an_objection(op: dispatch.Op) -> None:
+    assert op(X) == "reference"
+    add(op, "cpu")
+    assert op(X) == "cpu"
+    add(op, "triton")
+    add(op, "cuda")
+    assert op(X) == "cuda"
+    assert tuple(op.implementations) == dispatch.ORDER
+
+
+def test_a_fallback_warns_once_per_reason(op: dispatch.Op) -> None:
+    def public(x: torch.Tensor) -> str:
+        return op(x)
+
+    add(op, "triton", "D must be at most 4, got 8")
+    with pytest.warns(
+        BackendWarning, match=r"probe: triton .* D must be at most 4, got 8"
+    ) as caught:
+        assert public(X) == "reference"
+    assert caught[0].filename == __file__  # the caller of the public function
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert public(X) == "reference"
+    add(op, "triton", "another reason")
+    with pytest.warns(BackendWarning, match="another reason"):
+        public(X)
+
+
+def test_an_implementation_for_another_device_is_passed_in_silence(op: dispatch.Op) -> None:
+    add(op, "cuda", devices=("cuda",))
+    assert op(X) == "reference"
+    assert "runs on cuda, got tensors on cpu" in str(kernels.explain("probe", X))
+    with kernels.backend("cuda"), pytest.raises(BackendError, match="it runs on cuda, got"):
+        op(X)
+
+
+def test_a_forced_backend_runs_or_raises_with_each_reason(op: dispatch.Op) -> None:
+    add(op, "triton", "D must be at most 4, got 8")
+    add(op, "cpu")
+    with kernels.backend("reference"):
+        assert op(X) == "reference"
+    with kernels.backend("triton"), pytest.raises(BackendError) as caught:
+        op(X)
+    assert caught.value.reasons == {
+        "cuda": "no cuda implementation of probe is registered",
+        "triton": "D must be at most 4, got 8",
+        "cpu": None,
+        "reference": None,
+    }
+    assert "D must be at most 4, got 8" in str(caught.value)
+    assert "use backend='auto'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_op_says_what_is_missing() -> None:
+    q = torch.zeros(1, 2, 1, 4)
+    with (
+        kernels.backend("triton"),
+        pytest.raises(BackendError, match="no triton implementation of attention is registered"),
+    ):
+        kernels.attention(q, q, q)
+
+
+def test_contexts_nest_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTDIFF_BACKEND", raising=False)
+    assert kernels.selected_backend() == "auto"
+    with kernels.backend("triton"):
+        with kernels.backend("auto"):
+            assert kernels.selected_backend() == "auto"
+        assert kernels.selected_backend() == "triton"
+        with pytest.raises(KeyError), kernels.backend("cpu"):
+            raise KeyError
+        assert kernels.selected_backend() == "triton"
+    assert kernels.selected_backend() == "auto"
+    assert fastdiff.backend is kernels.backend
+
+
+def test_the_environment_is_read_at_call_time(
+    op: dispatch.Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(op, "cpu")
+    monkeypatch.setenv("FASTDIFF_BACKEND", "reference")
+    assert op(X) == "reference"
+    with kernels.backend("cpu"):
+        assert op(X) == "cpu"
+    monkeypatch.setenv("FASTDIFF_BACKEND", "")
+    assert op(X) == "cpu"
+    monkeypatch.setenv("FASTDIFF_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"FASTDIFF_BACKEND must be one of .* got 'gpu'"):
+        op(X)
+
+
+def test_threads_do_not_see_each_other(op: dispatch.Op) -> None:
+    add(op, "cpu")
+    inside, seen = threading.Event(), []
+
+    def other() -> None:
+        inside.wait(10)
+        seen.append(op(X))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with kernels.backend("reference"):
+        inside.set()
+        thread.join()
+        assert op(X) == "reference"
+    assert seen == ["cpu"]
+
+
+def test_tasks_do_not_see_each_other() -> None:
+    async def task(name: str) -> str:
+        with kernels.backend(name):
+            await asyncio.sleep(0)
+            return kernels.selected_backend()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(task("cpu"), task("triton"))
+
+    assert asyncio.run(both()) == ["cpu", "triton"]
+
+
+def test_explain_prints_the_choice_and_the_reasons(op: dispatch.Op) -> None:
+    add(op, "triton", "D must be at most 4, got 8")
+    add(op, "cpu")
+    explanation = kernels.explain("probe", X)
+    assert (explanation.selected, explanation.chosen) == ("auto", "cpu")
+    first, *rest = str(explanation).splitlines()
+    assert first == "probe (backend 'auto'): cpu"
+    assert [line.split(maxsplit=1)[0] for line in rest] == ["cuda", "triton", "reference"]
+    assert rest[1].endswith("D must be at most 4, got 8")
+    with kernels.backend("triton"):
+        assert kernels.explain("probe", X).chosen is None
+        assert "cannot run" in str(kernels.explain("probe", X))
+
+
+def test_explain_takes_the_public_function() -> None:
+    assert kernels.explain(kernels.geglu, X).chosen == "reference"
+    with pytest.raises(ValueError, match=r"op must be one of .*'attention'.* got 'conv'"):
+        kernels.explain("conv", X)
+
+
+def test_available_lists_every_public_op() -> None:
+    table = kernels.available()
+    assert set(table) == {
+        "add_group_norm_silu",
+        "add_layer_norm",
+        "attention",
+        "geglu",
+        "group_norm_silu",
+        "layer_norm",
+        "philox_normal",
+        "sampler_step",
+    }
+    for name, backends in table.items():
+        assert callable(getattr(kernels, name))
+        assert backends["reference"] is None
+        assert backends["cuda"] == f"no cuda implementation of {name} is registered"
+
+
+def test_unknown_names() -> None:
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"),
+        kernels.backend("gpu"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="got 'auto'"):
+        kernels.OPS["geglu"].register(Implementation(backend="auto", function=lambda x: x))
+
+
+CALLS = {
+    "group_norm_silu": lambda x: kernels.group_norm_silu(x, 4, scale_shift=x.flatten(1)[:, :16]),
+    "add_group_norm_silu": lambda x: kernels.add_group_norm_silu(x, 4, residual=x)[0],
+    "attention": lambda x: kernels.attention(x, x, x),
+    "geglu": kernels.geglu,
+    "layer_norm": kernels.layer_norm,
+    "add_layer_norm": lambda x: kernels.add_layer_norm(x, x)[0],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_graph_break(name: str) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    with recording(name) as ran:
+        actual, expected = compiled(x), CALLS[name](x)
+    assert set(ran) == {"reference"}
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)]
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,44 @@
+"""geglu: parity, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fastdiff.kernels import geglu
+from tests.kernels import cases
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.GEGLU, ids=str)
+def test_parity(case: cases.Case, dtype: torch.dtype) -> None:
+    cases.check("geglu", case, dtype, "reference")
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
+    rows, half, dtype = data.draw(
+        st.tuples(st.integers(1, 9), st.integers(1, 70), st.sampled_from(cases.DTYPES))
+    )
+    assume(rows * half >= 100)  # the largest error of a handful is luck
+    case = cases.Case("drawn", "any shape", lambda draw: ((draw(rows, 2 * half),), {}))
+    cases.check("geglu", case, dtype, "reference")
+
+
+def test_the_gate_is_the_second_half_and_the_gelu_is_exact() -> None:
+    x = torch.tensor([2.0, 3.0, -1.0, 0.5], dtype=torch.float64)
+    # Phi(-1) and Phi(1/2) from a table of the normal distribution
+    expected = torch.tensor([2 * -1 * 0.15865525393145705, 3 * 0.5 * 0.6914624612740131])
+    torch.testing.assert_close(geglu(x), expected.double(), rtol=1e-7, atol=0)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"must be even, got shape \(2, 7\)"):
+        geglu(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="must be even"):
+        geglu(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="x must be floating point"):
+        geglu(torch.zeros(2, 8, dtype=torch.int32))
