@@ -126,13 +126,18 @@ def _wrapped(text: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The first section of tyro's error box, and the options it proposes, in one line."""
+    """The first section of tyro's error box, and the options it proposes, in one line.
+
+    The box is drawn without lines at its sides where the output's encoding has none.
+    """
     sections: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
-        inner = line.strip().removeprefix("│").removesuffix("│")[1:].rstrip()
-        if re.fullmatch(r"[─╭╮╰╯ ]+", inner):
+        if not line.startswith(("│ ", "  ")):  # the title, or the frame
+            continue
+        inner = line[2:].removesuffix("│").rstrip()
+        if re.fullmatch(r"[─-]+", inner):
             sections.append([])
-        elif inner and not line.startswith(("╭", "╰")):
+        elif inner:
             sections[-1].append(inner)
     told, *more = [section for section in sections if section] or [["this cannot be read"]]
     if told[0].startswith("Missing from"):  # names are indented by 4, their help by 8
