@@ -171,14 +171,18 @@ def _images(
 ) -> Iterator[tuple[int | None, int, Tensor]]:
     """(class, seed, image) of each job, a batch at a time."""
     evaluations = len(pipeline.table(settings))
-    with progress("sampling", math.ceil(total / settings.batch) * evaluations) as tell:
-        before = 0
+    every = math.ceil(total / settings.batch) * evaluations
+    before = 0
+    with progress("sampling") as tell:
         while chunk := list(itertools.islice(jobs, settings.batch)):
             labels, seeds = zip(*chunk, strict=True)
             with clock("sample"):
                 done = before
                 z = pipeline.latents(
-                    labels, seeds, settings, progress=lambda now, _, done=done: tell(done + now)
+                    labels,
+                    seeds,
+                    settings,
+                    progress=lambda now, _, done=done: tell(done + now, every),
                 )
             with clock("decode"):
                 images = pipeline.decode(z, tile=settings.tile).cpu()
