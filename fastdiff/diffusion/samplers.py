@@ -386,39 +386,40 @@ def build_table(
     levels.append(_final_level(schedule, final))
     rows = SAMPLERS[name](levels, **_options(name, options))
 
-    columns = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64)
-    for i, row in enumerate(rows):
-        u, v = to_denoised(row.at.alpha, row.at.sigma, prediction)
-        # A network with a variance of its own still gets this row's s: both bounds are its log.
-        fixed = 2 * math.log(row.s) if row.s > 0 else 0.0
-        low, high = row.log_variance or (fixed, fixed)
-        values = {
-            "U": u,
-            "V": v,
-            "A": row.a,
-            "B": row.b,
-            "S": row.s,
-            "P": row.p,
-            "Q": row.q,
-            "C1": row.c[0],
-            "C2": row.c[1],
-            "C3": row.c[2],
-            "SLOT": row.slot,
-            "W": guidance.weight(row.step),
-            "CLAMP": math.inf if clamp is None else clamp,
-            "LOGVAR_MIN": low,
-            "LOGVAR_MAX": high,
-        }
-        for column, value in values.items():
-            columns[i, COLUMN[column]] = value
+    columns = [_columns(row, prediction, guidance.weight(row.step), clamp) for row in rows]
     return SamplerTable(
         name=name,
-        columns=columns,
+        columns=torch.tensor(columns, dtype=torch.float64),
         timesteps=torch.tensor([row.at.t for row in rows], dtype=torch.float64),
         sigmas=torch.tensor([row.at.ve_sigma for row in rows], dtype=torch.float64),
         steps=torch.tensor([row.step for row in rows]),
         final_sigma=levels[-1].ve_sigma,
     )
+
+
+def _columns(row: Row, prediction: Prediction, weight: float, clamp: float | None) -> list[float]:
+    """A row as the numbers of its line of the table."""
+    u, v = to_denoised(row.at.alpha, row.at.sigma, prediction)
+    # A network with a variance of its own still gets this row's s: both bounds are its log.
+    fixed = 2 * math.log(row.s) if row.s > 0 else 0.0
+    low, high = row.log_variance or (fixed, fixed)
+    values = {
+        "U": u,
+        "V": v,
+        "A": row.a,
+        "B": row.b,
+        "S": row.s,
+        "P": row.p,
+        "Q": row.q,
+        **dict(zip(("C1", "C2", "C3"), row.c, strict=True)),
+        "SLOT": row.slot,
+        "W": weight,
+        "CLAMP": math.inf if clamp is None else clamp,
+        "LOGVAR_MIN": low,
+        "LOGVAR_MAX": high,
+        "RESERVED": 0.0,
+    }
+    return [values[name] for name in COLUMN]
 
 
 def spaced_levels(
@@ -460,11 +461,13 @@ def spaced_levels(
         raise ValueError(
             f"unknown spacing {spacing!r}; expected one of {', '.join(SPACINGS)}, or timesteps"
         )
-    return [_level(schedule, t) for t in timesteps]
+    return _levels_at(schedule, timesteps)
 
 
-def _level(schedule: NoiseSchedule, t: float) -> Level:
-    return Level(t, float(schedule.alpha(t)), float(schedule.sigma(t)))
+def _levels_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[Level]:
+    t = torch.tensor(timesteps, dtype=torch.float64)
+    alphas, sigmas = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
+    return [Level(*numbers) for numbers in zip(timesteps, alphas, sigmas, strict=True)]
 
 
 def _final_level(schedule: NoiseSchedule, final: str) -> Level:
@@ -473,7 +476,7 @@ def _final_level(schedule: NoiseSchedule, final: str) -> Level:
     if final != "sigma_min":
         raise ValueError(f"unknown final {final!r}; expected one of zero, sigma_min")
     # The last step of "leading" without an offset is there already and then goes nowhere.
-    return _level(schedule, 0.0)
+    return _levels_at(schedule, [0.0])[0]
 
 
 def _options(name: str, options: dict[str, float | str | bool | None]) -> dict[str, object]:

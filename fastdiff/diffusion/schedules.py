@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -308,9 +309,12 @@ def timestep_spacing(
     if kind == "leading":
         timesteps = [i * (num_timesteps // steps) + offset for i in reversed(range(steps))]
     elif kind == "trailing":
-        timesteps = [round(num_timesteps - i * stride) - 1 for i in range(steps)]
+        # np.arange and np.linspace, because half-way cases then round as in diffusers; [:steps]
+        # cuts off a timestep too many, which an inexact stride can give.
+        timesteps = [int(t) - 1 for t in np.arange(num_timesteps, 0, -stride)[:steps].round()]
     elif kind == "linspace":
-        timesteps = [round(i * last / max(steps - 1, 1)) for i in reversed(range(steps))]
+        first = 0 if steps > 1 else last
+        timesteps = [int(t) for t in np.linspace(first, last, steps).round()[::-1]]
     elif kind == "simple":
         timesteps = [last - int(i * stride) for i in range(steps)]
     else:

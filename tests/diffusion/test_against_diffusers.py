@@ -1,8 +1,8 @@
 """Every sampler's trajectory equals diffusers' scheduler on the same network and the same noise.
 
-diffusers keeps its coefficients in fp32, so 1e-5 relative is what can be asked; our side runs in fp64.
-Its schedulers get our alphas_cumprod in fp64 where they read it (1 - alphas_cumprod loses half its digits in fp32
-at the last timesteps); test_schedules.py compares the betas.
+diffusers keeps its coefficients in fp32, so 1e-5 relative is what can be asked; our side runs in
+fp64. Its schedulers get our alphas_cumprod in fp64 where they read it (1 - alphas_cumprod loses
+half its digits in fp32 at the last timesteps); test_schedules.py compares the betas.
 """
 
 from __future__ import annotations
@@ -74,9 +74,12 @@ def merged(base: dict[str, Any], *, ours: Any = None, theirs: Any = None) -> dic
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
 CASES = [
-    # DDPM. diffusers adds noise in the last step too, unless that is t = 0 ("trailing" is not): its fixed_small is
-    # 1e-10 then and does not show, its fixed_large and learned differ from algorithm 2, so they run "leading".
-    Case(sampler="ddpm", scheduler="DDPMScheduler", **merged(TRAILING, theirs={"clip_sample": False})),
+    # DDPM. diffusers adds noise in the last step too, unless that is t = 0 ("trailing" is not):
+    # its fixed_small is 1e-10 then and does not show, its fixed_large and learned differ from
+    # algorithm 2, so they run "leading".
+    Case(
+        sampler="ddpm", scheduler="DDPMScheduler", **merged(TRAILING, theirs={"clip_sample": False})
+    ),
     *(
         Case(
             sampler="ddpm",
@@ -110,7 +113,8 @@ CASES = [
         for eta in (0.0, 0.4, 1.0)
         for spacing in (TRAILING, leading())
     ),
-    # Zero terminal SNR: DDIM keeps alpha = 0. (diffusers' Euler and DPM-Solver++ put 2^-24 there: not compared.)
+    # Zero terminal SNR: DDIM keeps alpha = 0. (diffusers' Euler and DPM-Solver++ put 2^-24
+    # there: not compared.)
     Case(
         sampler="ddim",
         scheduler="DDIMScheduler",
@@ -118,7 +122,8 @@ CASES = [
         zero_terminal_snr=True,
         predictions=("v", "x0"),
     ),
-    # Euler and Heun end at sigma = 0 whatever the spacing, and space "linspace" without rounding (27 divides 999).
+    # Euler and Heun end at sigma = 0 whatever the spacing, and space "linspace" without rounding
+    # (27 divides 999).
     *(
         Case(sampler=sampler, scheduler=scheduler, steps=steps, ours=ours, theirs=theirs)
         for sampler, scheduler in (
@@ -150,8 +155,9 @@ CASES = [
         )
         for spacing in ("karras", "exponential")
     ),
-    # PNDM: both ends of its spacing, and each of its starting formulas as the last one. With v prediction diffusers
-    # combines the v's of different timesteps and turns the sum into eps; PNDM combines eps, and so do we.
+    # PNDM: both ends of its spacing, and each of its starting formulas as the last one. With v
+    # prediction diffusers combines the v's of different timesteps and turns the sum into eps;
+    # PNDM combines eps, and so do we.
     *(
         Case(
             sampler="plms",
@@ -168,8 +174,9 @@ CASES = [
         **merged(TRAILING, theirs={"skip_prk_steps": True, "set_alpha_to_one": True}),
         predictions=("eps",),
     ),
-    # DPM-Solver++. diffusers' "leading" and "linspace" leave out one point more than its other schedulers, so these
-    # timesteps are given to ours. It gives the network rounded timesteps with Karras sigmas.
+    # DPM-Solver++. diffusers' "leading" and "linspace" leave out one point more than its other
+    # schedulers, so these timesteps are given to ours. It gives the network rounded timesteps
+    # with Karras sigmas.
     *(
         case
         for sampler, kind in (("dpmpp-2m", {}), ("dpmpp-2m-sde", SDE))
@@ -197,7 +204,8 @@ CASES = [
                     **kind,
                 },
             ),
-            # lower_order_final takes effect below 15 steps only in diffusers; ours says what it does
+            # lower_order_final takes effect below 15 steps only in diffusers; ours says what it
+            # does
             Case(
                 sampler=sampler,
                 scheduler="DPMSolverMultistepScheduler",
@@ -223,7 +231,9 @@ CASES = [
 
 
 def network(x: torch.Tensor, t: float, channels: int) -> torch.Tensor:
-    """A smooth function of x and t in place of a network, with a different answer in each channel."""
+    """A smooth function of x and t in place of a network, with a different answer in each
+    channel.
+    """
     phase = torch.arange(channels, dtype=x.dtype).reshape(-1, 1, 1)
     x = x.repeat(1, channels // x.shape[1], 1, 1)
     return 0.8 * torch.tanh(x + phase / 3) * torch.cos(phase + t / 400) + 0.2 * torch.sin(2 * x)
@@ -238,7 +248,9 @@ def their_trajectory(
     exploding = type(scheduler).__name__.startswith(("Euler", "Heun"))
 
     def growth(row: int) -> torch.Tensor | float:
-        """Their x over ours: 1 / alpha in the schedulers that live in the variance-exploding space."""
+        """Their x over ours: 1 / alpha in the schedulers that live in the variance-exploding
+        space.
+        """
         return (sigmas[row].double().square() + 1).sqrt() if exploding else 1.0
 
     x = x * growth(0)
@@ -256,7 +268,7 @@ def their_trajectory(
 @pytest.mark.parametrize(
     ("case", "prediction"),
     [(c, p) for c in CASES for p in c.predictions],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = NoiseSchedule(
@@ -284,9 +296,13 @@ def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch
     table = build_table(case.sampler, schedule, case.steps, prediction=prediction, **ours)
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     channels = 2 * SHAPE[1] if case.learned else SHAPE[1]
+
+    def predict(x: torch.Tensor, t: float, guided: bool) -> torch.Tensor:
+        return network(x, round(t) if case.rounds_t else t, channels)
+
     trajectory: list[torch.Tensor] = []
     sample(
-        lambda x, t, guided: network(x, round(t) if case.rounds_t else t, channels),
+        predict,
         table,
         x,
         SEEDS,

@@ -1,0 +1,154 @@
+"""Samplers on a Gaussian mixture with its exact denoiser: order of convergence, and the right
+distribution.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.samplers import COLUMN, build_table
+from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig, sigma_spacing
+from tests.diffusion.mixture import (
+    MEAN,
+    MEANS,
+    STDS,
+    VARIANCE,
+    WEIGHTS,
+    exact_end,
+    exact_network,
+    responsibilities,
+)
+
+# sigma / alpha from 12 down to 0.14 only: at t = 0 of a usual schedule the error of the last
+# steps would be too small to have a slope.
+COARSE = NoiseSchedule(
+    ScheduleConfig(kind="linear", beta_start=0.02, beta_end=0.05, num_timesteps=140)
+)
+
+
+def smooth_timesteps(kind: str, steps: int) -> list[float]:
+    """steps descending timesteps from T - 1 that reach t = 0 with the next one, along a smooth
+    curve.
+    """
+    last = COARSE.num_timesteps - 1
+    if kind == "even":
+        return [last * (1 - i / steps) for i in range(steps)]
+    ends = (float(COARSE.sigma(t) / COARSE.alpha(t)) for t in (0, last))
+    sigmas = torch.tensor(sigma_spacing(kind, steps + 1, *ends), dtype=torch.float64)
+    return COARSE.timestep(sigmas).tolist()[:-1]
+
+
+@pytest.fixture(scope="module")
+def ode() -> tuple[Tensor, Tensor]:
+    """Noise, and where the ODE leads it: from T - 1 to t = 0, as every table below does."""
+    x = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x, exact_end(x, build_table("euler", COARSE, 2, spacing="karras", final="sigma_min"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "order"),
+    [
+        ("euler", {}, "karras", 1),
+        ("ddim", {}, "even", 1),
+        ("heun", {}, "karras", 2),
+        ("dpmpp-2m", {}, "exponential", 2),
+        ("dpmpp-2m", {"lower_order_final": False}, "karras", 2),
+        # Its weights are Adams and Bashforth's for even steps in sigma / alpha; on other steps
+        # only order 2 is left.
+        ("plms", {}, "karras", 2),
+    ],
+)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_order(
+    name: str, options: dict, kind: str, order: int, prediction: str, ode: tuple[Tensor, Tensor]
+) -> None:
+    x, exact = ode
+    network = exact_network(COARSE, prediction)
+    counts, errors = [64, 91, 128, 181], []
+    for steps in counts:
+        table = build_table(
+            name,
+            COARSE,
+            steps,
+            prediction=prediction,
+            spacing=smooth_timesteps(kind, steps),
+            final="sigma_min",
+            **options,
+        )
+        result = sample(network, table, x, range(64))
+        errors.append(float((result - exact).square().mean().sqrt()))
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert abs(slope - order) < 0.15, f"order {slope:.3f}, expected {order}; errors {errors}"
+
+
+STOCHASTIC = [
+    ("ddpm", {}, 1),
+    ("ddpm", {"variance": "fixed_large"}, 1),
+    ("ddim", {"eta": 0.5}, 1),
+    ("euler-ancestral", {}, 1),
+    ("dpmpp-2m-sde", {}, 2),
+    ("dpmpp-2m-sde", {"eta": 0.5}, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "order"), STOCHASTIC, ids=str)
+def test_distribution(name: str, options: dict, order: int) -> None:
+    """From the mixture's own marginal at T - 1 to that at t = 0: mean, variance and weights of
+    the parts.
+
+    Within 5 standard errors, which 42 such numbers pass by chance all but once in 40,000 (and
+    the samples are the same each time). test_variance_of_a_gaussian gives the bias of the steps:
+    half a standard error.
+    """
+    n, steps = 3000, 300
+    generator = torch.Generator().manual_seed(2)
+    part = torch.multinomial(WEIGHTS, n, replacement=True, generator=generator)
+    noise = torch.randn(2, n, 2, dtype=torch.float64, generator=generator)
+    x0 = MEANS[part] + STDS[part, None] * noise[0]
+    x = COARSE.add_noise(x0, noise[1], COARSE.num_timesteps - 1)
+    spacing = smooth_timesteps("exponential", steps)
+    table = build_table(name, COARSE, steps, spacing=spacing, final="sigma_min", **options)
+    x = sample(exact_network(COARSE), table, x, range(n))
+    alpha, sigma = COARSE.alpha(0), COARSE.sigma(0)
+    for what, values, expected in (
+        ("mean", x, alpha * MEAN),
+        ("variance", (x - alpha * MEAN).square(), alpha**2 * VARIANCE + sigma**2),
+        ("weights", responsibilities(x / alpha, float(sigma / alpha)), WEIGHTS),
+    ):
+        z = (values.mean(0) - expected) / (values.std(0) / n**0.5)
+        assert z.abs().max() < 5, f"{what}: {values.mean(0)}, expected {expected}; z = {z}"
+
+
+@pytest.mark.parametrize(("name", "options", "order"), STOCHASTIC, ids=str)
+def test_variance_of_a_gaussian(name: str, options: dict, order: int) -> None:
+    """On Gaussian data D is linear in x, so the samples' variance follows from the table without
+    sampling.
+
+    It must tend to the data's with the sampler's weak order: 1, and 2 for the midpoint
+    extrapolation of 2M.
+    """
+    data = 0.3**2
+    counts, errors = [64, 128, 256], []
+    for steps in counts:
+        spacing = smooth_timesteps("exponential", steps)
+        table = build_table(name, COARSE, steps, spacing=spacing, final="sigma_min", **options)
+        alphas, sigmas = (f(table.timesteps) for f in (COARSE.alpha, COARSE.sigma))
+        shrink = alphas * data / (alphas**2 * data + sigmas**2)  # D = shrink * x
+        covariance = torch.zeros(4, 4, dtype=torch.float64)  # of x and three history slots
+        covariance[0, 0] = alphas[0] ** 2 * data + sigmas[0] ** 2
+        for row, k in enumerate(shrink):
+            at = {name: float(table.column(name)[row]) for name in COLUMN}
+            step = torch.eye(4, dtype=torch.float64)
+            step[0] = torch.tensor([at["A"] + at["B"] * k, at["C1"], at["C2"], at["C3"]])
+            if at["SLOT"] >= 0:
+                step[1 + int(at["SLOT"])] = torch.tensor([at["P"] + at["Q"] * k, 0, 0, 0])
+            covariance = step @ covariance @ step.T
+            covariance[0, 0] += at["S"] ** 2
+        expected = float(COARSE.alpha(0) ** 2 * data + COARSE.sigma(0) ** 2)
+        errors.append(float(covariance[0, 0]) / expected - 1)
+    slope = -np.polyfit(np.log(counts), np.log(np.abs(errors)), 1)[0]
+    assert abs(slope - order) < 0.15, f"order {slope:.3f}; relative errors of the variance {errors}"

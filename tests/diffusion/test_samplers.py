@@ -1,0 +1,319 @@
+"""Tables and the loop: exact identities, guidance, learned variance, seeds, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdiff.diffusion.guidance import GuidanceConfig
+from fastdiff.diffusion.samplers import COLUMN, NEEDS_SIGNAL, SAMPLERS, SPACINGS, build_table
+from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.kernels import INITIAL_NOISE, SAMPLER_NOISE, philox_normal
+
+LINEAR = NoiseSchedule(ScheduleConfig())
+ZERO_SNR = NoiseSchedule(ScheduleConfig(kind="scaled_linear", zero_terminal_snr=True))
+SHORT = NoiseSchedule(ScheduleConfig(kind="cosine", num_timesteps=20))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None)
+@given(
+    name=st.sampled_from(sorted(SAMPLERS)),
+    steps=st.integers(1, 60),
+    spacing=st.sampled_from(SPACINGS),
+    prediction=st.sampled_from(["eps", "v", "x0"]),
+    zero_snr=st.booleans(),
+)
+def test_a_point_is_hit_exactly(
+    name: str, steps: int, spacing: str, prediction: str, zero_snr: bool
+) -> None:
+    """If all data is one point and the network knows it, every sampler ends on it, noise or not."""
+    schedule = ZERO_SNR if zero_snr else LINEAR
+    if zero_snr and (name in NEEDS_SIGNAL or prediction == "eps" or spacing in SPACINGS[-2:]):
+        return  # errors, tested below
+    point = torch.tensor([[0.7], [-0.4]], dtype=torch.float64)
+
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        eps_hat = (x - alpha * point) / sigma
+        return {"eps": eps_hat, "v": alpha * eps_hat - sigma * point, "x0": point.expand_as(x)}[
+            prediction
+        ]
+
+    table = build_table(name, schedule, steps, prediction=prediction, spacing=spacing)
+    result = sample(predict, table, noise(3, 2, 4), [5, 6, 7])
+    torch.testing.assert_close(result, point.expand(3, 2, 4), rtol=1e-6, atol=1e-6)
+    assert (table.sigmas.diff() <= 1e-12).all()
+    assert table.final_sigma == 0
+
+
+@given(steps=st.integers(1, 200), spacing=st.sampled_from(SPACINGS))
+def test_ddim_with_all_noise_is_ddpm(steps: int, spacing: str) -> None:
+    """Song et al. 2021, section 4.1: eta = 1 is DDPM's posterior step, column by column."""
+    ddim = build_table("ddim", LINEAR, steps, spacing=spacing, eta=1.0)
+    ddpm = build_table("ddpm", LINEAR, steps, spacing=spacing)
+    torch.testing.assert_close(ddim.columns, ddpm.columns, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+def test_ddpm_step_is_the_posterior(variance: str) -> None:
+    """Each row over all timesteps is DDPM eq. 7 with the schedule's own posterior (IDDPM eq. 15
+    if learned).
+    """
+    table = build_table("ddpm", SHORT, 20, prediction="x0", spacing="leading", variance=variance)
+    seeds = torch.tensor([4, 9])
+    d, v = noise(2, 3, 5, seed=1), noise(2, 3, 5, seed=2).clamp(-1, 1)
+    states = [noise(2, 3, 5)]
+    output = torch.cat([d, v], 1) if variance == "learned" else d
+    sample(
+        lambda x, t, guided: output,
+        table,
+        states[0],
+        seeds,
+        on_step=lambda i, x, _: states.append(x.clone()),
+    )
+    for row, t in enumerate(range(19, -1, -1)):
+        x, x_next = states[row], states[row + 1]
+        mean, small, _ = SHORT.posterior(x, d, torch.tensor(t))
+        beta = SHORT.betas[t]
+        std = {"fixed_small": small.sqrt(), "fixed_large": beta.sqrt()}.get(variance)
+        if std is None:
+            f = (v + 1) / 2
+            std = (0.5 * (f * beta.log() + (1 - f) * small.log())).exp()
+        z = philox_normal(seeds, (3, 5), step=row, stream=SAMPLER_NOISE)
+        expected = mean + std * z if t > 0 else mean
+        torch.testing.assert_close(x_next, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_fixed_noise_ignores_a_learned_variance() -> None:
+    """A network with 2C channels can be sampled by DDIM(eta) and the others: they bring their
+    own noise.
+    """
+    d, v = noise(2, 3, 5, seed=1), noise(2, 3, 5, seed=2)
+    for name in ("ddim", "euler-ancestral", "dpmpp-2m-sde"):
+        options = {} if name == "dpmpp-2m-sde" else {"eta": 0.7}
+        table = build_table(name, LINEAR, 7, prediction="v", **options)
+        results = [
+            sample(lambda x, t, guided, f=f: f, table, noise(2, 3, 5), [1, 2])
+            for f in (d, torch.cat([d, v], 1))
+        ]
+        # exp(log s) in place of s, and the product with the fp32 noise rounded to fp32
+        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_guidance() -> None:
+    """W applies in its steps, both halves are asked for only there, and F is the combination."""
+    asked = []
+    uncond, cond = noise(2, 2, 3, seed=1), noise(2, 2, 3, seed=2)
+
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        asked.append(guided)
+        return torch.cat([uncond, cond]) if guided else cond
+
+    settings = {"prediction": "x0", "guidance_scale": 3.0, "guidance_interval": (1, 3)}
+    table = build_table("heun", LINEAR, 4, **settings)
+    estimates = []
+    sample(predict, table, noise(2, 2, 3), [1, 2], on_step=lambda *a: estimates.append(a[2]))
+    assert table.steps.tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert asked == [False, False, True, True, True, True, False]
+    for guided, d in zip(asked, estimates, strict=True):
+        torch.testing.assert_close(d, uncond + 3 * (cond - uncond) if guided else cond)
+
+    # Lin et al. 2023, eq. 15-16
+    sample(
+        predict,
+        build_table("ddim", LINEAR, 1, prediction="x0", guidance_scale=3.0),
+        noise(2, 2, 3),
+        [1, 2],
+        guidance_rescale=0.7,
+        on_step=lambda *a: estimates.append(a[2]),
+    )
+    combined = uncond + 3 * (cond - uncond)
+    std = cond.std((1, 2), keepdim=True) / combined.std((1, 2), keepdim=True)
+    torch.testing.assert_close(estimates[-1], 0.7 * combined * std + 0.3 * combined)
+
+
+def test_clamp() -> None:
+    table = build_table("ddim", LINEAR, 5, prediction="x0", clamp=0.5)
+    result = sample(lambda x, t, guided: 3 * torch.sign(x), table, noise(2, 2, 3), [1, 2])
+    assert (result.abs() == 0.5).all()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_batch_and_seeds(name: str) -> None:
+    """A seed gives the same bits alone and at any place of a batch, and other seeds give other
+    samples.
+    """
+    table = build_table(name, LINEAR, 6)
+    seeds = [11, 5, 2**62 + 3, 0, 5, 8, 13]
+
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        return torch.tanh(x) * math.cos(t)
+
+    batch = sample(predict, table, (3, 4, 4), seeds)
+    assert batch.dtype == torch.float32
+    for i, seed in enumerate(seeds):
+        assert torch.equal(sample(predict, table, (3, 4, 4), [seed])[0], batch[i])
+    assert torch.equal(batch[1], batch[4])
+    assert not torch.equal(batch[0], batch[1])
+    start = philox_normal(torch.tensor(seeds), (3, 4, 4), step=0, stream=INITIAL_NOISE)
+    before = start.clone()
+    assert torch.equal(sample(predict, table, start, seeds), batch)
+    assert torch.equal(start, before), "the caller's noise is left as it is"
+
+
+def test_fp32_follows_fp64() -> None:
+    """The fp32 table costs rounding only: every sampler stays within 1e-4 of its fp64 result."""
+    for name in SAMPLERS:
+        table = build_table(name, LINEAR, 20, spacing="karras")
+        x = noise(2, 3, 8).float()
+        results = [
+            sample(lambda x, t, g: torch.tanh(x) * math.cos(t / 300), table, start, [1, 2])
+            for start in (x, x.double())
+        ]
+        error = (results[0].double() - results[1]).norm() / results[1].norm()
+        assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("check", ["end", "step"])
+def test_not_finite(check: str) -> None:
+    calls = []
+
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        calls.append(t)
+        output = torch.zeros_like(x)
+        if len(calls) == 4:
+            output[1, 0, 2] = float("nan") if check == "end" else float("inf")
+        return output
+
+    table = build_table("heun", LINEAR, 10)
+    with pytest.raises(ValueError, match=r"NaN or infinity at step 1 \(row 3 of 19, t = 7\d\d\)"):
+        sample(predict, table, (2, 3), [1, 2], check=check)
+    assert len(calls) == (4 if check == "step" else 19)
+
+
+def test_describe() -> None:
+    lines = build_table("plms", LINEAR, 4, guidance_scale=2.0).describe()
+    assert lines[0] == [
+        "row",
+        "step",
+        "t",
+        "sigma",
+        "u",
+        "v",
+        "a",
+        "b",
+        "c1",
+        "c2",
+        "c3",
+        "p",
+        "q",
+        "slot",
+        "w",
+    ]
+    assert [line[:3] for line in lines[1:]] == [
+        ["0", "0", "999"],
+        ["1", "0", "749"],
+        ["2", "1", "749"],
+        ["3", "2", "499"],
+        ["4", "3", "249"],
+    ]
+    assert all(len(line) == len(lines[0]) for line in lines)
+    assert lines[1][-1] == "2"
+    table = build_table("ddim", LINEAR, 4)
+    assert table.describe()[0] == ["row", "step", "t", "sigma", "u", "v", "a", "b"]
+    assert len(table) == 4
+    assert table.to("cpu").dtype == torch.float32
+    assert table.column("A").tolist() == table.columns[:, COLUMN["A"]].tolist()
+
+
+BAD = [
+    (("ddmp", LINEAR, 10), {}, "unknown sampler 'ddmp'; expected one of ddpm, ddim, euler"),
+    (("ddim", LINEAR, 0), {}, "steps must be at least 1, got 0"),
+    (("ddim", LINEAR, -3), {"spacing": "karras"}, "steps must be at least 1, got -3"),
+    (("ddim", LINEAR, 1001), {}, "steps must be 1 to 1000 with spacing 'trailing', got 1001; "),
+    (("ddim", LINEAR, 10), {"spacing": "odd"}, "unknown spacing 'odd'; expected one of trailing"),
+    (("ddim", LINEAR, 3), {"spacing": [5, 9, 1]}, "must be 3 descending numbers.* got 3"),
+    (
+        ("ddim", LINEAR, 2),
+        {"spacing": [1000, 1]},
+        r"timesteps must lie in \[0, 999\], got 1 to 1000",
+    ),
+    (
+        ("ddim", LINEAR, 10),
+        {"spacing": "karras", "steps_offset": 1},
+        "steps_offset is for .*'leading'",
+    ),
+    (("ddim", LINEAR, 10), {"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
+    (("ddpm", LINEAR, 10), {"eta": 1.0}, "'ddpm' has no option 'eta'; it has variance"),
+    (("heun", LINEAR, 10), {"eta": 1.0}, "'heun' has no option 'eta'; it has none"),
+    (
+        ("ddpm", LINEAR, 10),
+        {"variance": "big"},
+        "unknown variance 'big'; expected one of fixed_small",
+    ),
+    (
+        ("ddim", LINEAR, 10),
+        {"prediction": "flow"},
+        "unknown prediction 'flow'; expected one of eps",
+    ),
+    (("ddim", LINEAR, 10), {"clamp": 0.0}, "clamp must be positive, got 0"),
+    (
+        ("ddim", LINEAR, 10),
+        {"final": "one"},
+        "unknown final 'one'; expected one of zero, sigma_min",
+    ),
+    (
+        ("ddim", LINEAR, 10),
+        {"guidance_scale": -1.0},
+        "guidance scale must be a number >= 0, got -1",
+    ),
+    (("ddim", LINEAR, 10), {"guidance_interval": (3, 11)}, "goes beyond the 10 steps"),
+    (
+        ("ddim", LINEAR, 10),
+        {"guidance_interval": (3, 3)},
+        "interval must be steps .* got \\(3, 3\\)",
+    ),
+    (("ddim", ZERO_SNR, 10), {}, "'eps' says nothing about x0 at alpha = 0.* use prediction 'v'"),
+    (("heun", ZERO_SNR, 10), {"prediction": "v"}, "'heun' divides by alpha.* use 'ddim'"),
+    (
+        ("ddim", ZERO_SNR, 10),
+        {"prediction": "v", "spacing": "karras"},
+        "'karras' needs .*'trailing'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "options", "message"), BAD, ids=[b[2] for b in BAD])
+def test_bad_tables(args: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        build_table(*args, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_none_is_the_samplers_default() -> None:
+    a = build_table("euler-ancestral", LINEAR, 5, eta=None)
+    assert torch.equal(a.columns, build_table("euler-ancestral", LINEAR, 5, eta=1.0).columns)
+
+
+def test_bad_sampling() -> None:
+    table = build_table("ddim", LINEAR, 3, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="got 3 seeds for 2 samples; give each sample one"):
+        sample(lambda x, t, g: x, table, noise(2, 3), [1, 2, 3])
+    with pytest.raises(ValueError, match=r"row 0 is guided.* return 4 outputs.* got 2; "):
+        sample(lambda x, t, g: x, table, noise(2, 3), [1, 2])
+
+
+def test_bad_guidance() -> None:
+    for options in ({"scale": math.nan}, {"rescale": 1.5}, {"interval": (-1, 3)}):
+        with pytest.raises(ValueError, match=r"guidance .* got "):
+            GuidanceConfig(**options)
