@@ -1,0 +1,41 @@
+"""Training of both stages: typed runs, one loop, exact resume."""
+
+from __future__ import annotations
+
+from fastdiff.training.autoencoder import (
+    AutoencoderLossConfig,
+    AutoencoderRun,
+    adaptive_weight,
+    hinge_loss,
+    train_autoencoder,
+)
+from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.describe import describe
+from fastdiff.training.diffusion import (
+    DenoiserLossConfig,
+    DiffusionRun,
+    PreviewConfig,
+    train_diffusion,
+)
+from fastdiff.training.ema import EMA, ema_decay
+from fastdiff.training.presets import TRAINING_PRESETS
+from fastdiff.training.rates import learning_rate
+
+__all__ = [
+    "EMA",
+    "TRAINING_PRESETS",
+    "AutoencoderLossConfig",
+    "AutoencoderRun",
+    "DenoiserLossConfig",
+    "DiffusionRun",
+    "OptimizationConfig",
+    "OutputConfig",
+    "PreviewConfig",
+    "adaptive_weight",
+    "describe",
+    "ema_decay",
+    "hinge_loss",
+    "learning_rate",
+    "train_autoencoder",
+    "train_diffusion",
+]

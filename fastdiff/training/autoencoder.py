@@ -1,0 +1,295 @@
+"""First stage: the autoencoder, trained to reconstruct and to look real.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G; the adversarial part is VQGAN's,
+Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.checkpoint.bundle import ModelConfig, save_bundle
+from fastdiff.data import DataConfig, generator, open_dataset
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
+from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from fastdiff.models.perceptual import LPIPS, LocalFeatureLoss
+from fastdiff.training.batches import Batches, check_model_fits
+from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.precision import check_precision, resolve_device
+from fastdiff.training.provenance import EXPORT_DTYPES, provenance
+from fastdiff.training.trainer import Batch, fit, open_run, tile
+
+_PREVIEWED = 32
+_MAX_ADAPTIVE_WEIGHT = 1e4
+_HALF_PRECISION_SCALE = 1024.0  # keeps fp16 gradients of the balance above underflow
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLossConfig:
+    """Weights of the first stage's losses, all relative to the L1 distance per pixel."""
+
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual distance."""
+
+    lpips: tuple[str, ...] = ()
+    """Files with LPIPS weights (VGG16's and the linear ones); without them the perceptual distance
+    is that of `fastdiff.models.perceptual.LocalFeatureLoss`."""
+
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence, divided by the number of pixel values: LDM's 1e-6 (kl)."""
+
+    codebook_weight: float = 1.0
+    """Weight of the codebook loss (vq models)."""
+
+    commitment: float = 0.25
+    """Share of the commitment term in the codebook loss, beta."""
+
+    adversarial_weight: float = 0.5
+    """Weight of the discriminator's verdict after balancing; 0 trains without a discriminator."""
+
+    adversarial_start: int = 50_000
+    """Finished steps before the discriminator takes part; earlier it only disturbs."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "perceptual_weight",
+            "kl_weight",
+            "codebook_weight",
+            "commitment",
+            "adversarial_weight",
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        if self.adversarial_start < 0:
+            raise ValueError(f"adversarial_start must be 0 or more, got {self.adversarial_start}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRun:
+    """Everything that decides an autoencoder's training."""
+
+    model: AutoencoderConfig
+    """The autoencoder."""
+
+    optimization: OptimizationConfig
+    """Steps, rates, precision; also of the discriminator."""
+
+    output: OutputConfig
+    """The run's folder and how often it is written to."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images."""
+
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The patch discriminator; unused with adversarial_weight 0."""
+
+    loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    """The weights of the losses."""
+
+    seed: int = 0
+    """All randomness of the run follows from it."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto for cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.loss.adversarial_weight:
+            expected, got = self.model.image_channels, self.discriminator.image_channels
+            if expected != got:
+                raise ValueError(
+                    f"the discriminator must take the autoencoder's {expected} image channels, "
+                    f"got {got}; set discriminator image_channels to {expected}"
+                )
+
+
+def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:
+    """Train the autoencoder of a run; see `fastdiff.training.trainer.fit`."""
+    check_precision(run.optimization.precision, resolve_device(run.device))
+    task = AutoencoderTask(run)
+    open_run(run, resume=resume)
+    return fit(task, run, resume=resume)
+
+
+class AutoencoderTask:
+    """The first stage's networks, batches and losses (a `trainer.Task`)."""
+
+    averaged = "autoencoder"
+
+    def __init__(self, run: AutoencoderRun) -> None:
+        self.run = run
+        self.device = resolve_device(run.device)
+        dataset = open_dataset(run.data)
+        check_model_fits(dataset, run.data, channels=run.model.image_channels, what="autoencoder")
+        factor = run.model.downsample_factor
+        if run.data.image_size % factor:
+            raise ValueError(
+                f"image_size must be a multiple of {factor} for this autoencoder, "
+                f"got {run.data.image_size}"
+            )
+        self.classes = dataset.classes
+        self.batches = Batches(
+            dataset, run.data, run.optimization.batch_size, seed=run.seed, device=self.device
+        )
+        torch.manual_seed(generator(run.seed, "weights").initial_seed())
+        self.autoencoder = Autoencoder(run.model).to(self.device)
+        checkpointing = run.optimization.gradient_checkpointing
+        self.autoencoder.encoder.gradient_checkpointing = checkpointing
+        self.autoencoder.decoder.gradient_checkpointing = checkpointing
+        self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        if run.loss.adversarial_weight:
+            self.networks["discriminator"] = PatchDiscriminator(run.discriminator).to(self.device)
+        if run.optimization.channels_last:
+            for network in self.networks.values():
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.perceptual = perceptual_distance(run.loss).to(self.device)
+
+    def batch(self, step: int) -> Batch:
+        """images (N, C, H, W) in [-1, 1]; noise (N, z, h, w) for the posterior's sample."""
+        images, _ = self.batches.images(step)
+        model = self.run.model
+        side = self.run.data.image_size // model.downsample_factor
+        shape = (len(images), model.latent_channels, side, side)
+        source = generator(self.run.seed, "posterior", step, device=self.device)
+        return {
+            "images": images,
+            "noise": torch.randn(shape, generator=source, device=self.device),
+        }
+
+    def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Reconstruction, regularisation and, from its start on, the discriminator's part."""
+        config, images = self.run.loss, part["images"]
+        if self.run.optimization.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        reconstruction, latent = self.autoencoder(images, part["noise"])
+        reconstruction = reconstruction.float()
+        distance = F.l1_loss(reconstruction, images)
+        perceptual = self.perceptual(reconstruction, images).mean()
+        restored = distance + config.perceptual_weight * perceptual
+        regularization, scalars = regularization_loss(latent, images[0].numel(), config)
+        scalars |= {"l1": distance, "perceptual": perceptual}
+        losses = {"autoencoder": restored + regularization}
+        discriminator = self.networks.get("discriminator")
+        if discriminator is not None and step >= config.adversarial_start:
+            verdict = -discriminator(reconstruction).float().mean()
+            weight = config.adversarial_weight * adaptive_weight(
+                restored, verdict, self.autoencoder.last_layer, scale=self._gradient_scale
+            )
+            losses["autoencoder"] = losses["autoencoder"] + weight * verdict
+            real = discriminator(images).float()
+            fake = discriminator(reconstruction.detach()).float()
+            losses["discriminator"] = hinge_loss(real, fake)
+            scalars |= {
+                "adversarial_weight": weight,
+                "logits/real": real.mean(),
+                "logits/fake": fake.mean(),
+            }
+        return losses, scalars
+
+    @property
+    def _gradient_scale(self) -> float:
+        return _HALF_PRECISION_SCALE if self.run.optimization.precision == "fp16" else 1.0
+
+    @torch.no_grad()
+    def preview(self, network: nn.Module) -> Tensor:
+        """A sheet of pairs: images in one row, their reconstructions in the row below."""
+        images = self.batches.fixed(_PREVIEWED)
+        reconstructions, _ = network(images)
+        columns = 8
+        rows = [
+            tensor
+            for original, restored in zip(
+                images.split(columns), reconstructions.clamp(-1, 1).split(columns), strict=True
+            )
+            for tensor in (original, restored)
+        ]
+        if len(images) % columns:  # an uneven last row would shift its reconstructions
+            return tile(torch.cat([images, reconstructions.clamp(-1, 1)]), columns=len(images))
+        return tile(torch.cat(rows), columns=columns)
+
+    def export(self, network: nn.Module, step: int) -> None:
+        """Write model/: the averaged autoencoder."""
+        run = self.run
+        config = ModelConfig(
+            image_size=run.data.image_size,
+            image_channels=run.model.image_channels,
+            autoencoder=run.model,
+            class_names=self.classes,
+        )
+        save_bundle(
+            Path(run.output.folder) / "model",
+            config,
+            autoencoder=network,
+            dtype=EXPORT_DTYPES[run.output.export_dtype],
+            provenance=provenance(run, step),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beyond the networks."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing beyond the networks."""
+
+
+def perceptual_distance(config: AutoencoderLossConfig) -> nn.Module:
+    """LPIPS with the user's weights, or the local feature loss without."""
+    return LPIPS.from_files(*config.lpips) if config.lpips else LocalFeatureLoss()
+
+
+def regularization_loss(
+    latent: Posterior | Quantized, values: int, config: AutoencoderLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The latents' part of the loss, and what to log of it.
+
+    LDM sums the distance over an image's pixel values where this trainer takes the mean, so the KL
+    divergence is divided by their number; the balance of the two is LDM's.
+
+    Args:
+        latent: what the encoder gave.
+        values: C * H * W of the image.
+        config: the weights.
+    """
+    if isinstance(latent, Posterior):
+        kl = latent.kl().mean()
+        return config.kl_weight * kl / values, {"kl": kl}
+    codebook = latent.loss(config.commitment)
+    return config.codebook_weight * codebook, {"codebook": codebook, "usage": latent.usage()}
+
+
+def adaptive_weight(
+    restored: Tensor, verdict: Tensor, last_layer: Tensor, *, scale: float = 1.0
+) -> Tensor:
+    """|grad restored| / (|grad verdict| + 1e-4) at the decoder's last layer, at most 1e4.
+
+    Equation 7 of Esser et al. 2021: both losses then pull equally hard at what they share.
+
+    Args:
+        restored: (), the reconstruction loss.
+        verdict: (), the adversarial loss.
+        last_layer: the weight at which the gradients are compared.
+        scale: both losses are multiplied by it before the gradients are taken (fp16).
+
+    Returns:
+        (), without gradient.
+    """
+    (by_restored,) = torch.autograd.grad(restored * scale, last_layer, retain_graph=True)
+    (by_verdict,) = torch.autograd.grad(verdict * scale, last_layer, retain_graph=True)
+    ratio = by_restored.norm() / scale / (by_verdict.norm() / scale + 1e-4)
+    return ratio.clamp(0.0, _MAX_ADAPTIVE_WEIGHT).detach()
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean of max(0, 1 - real) / 2 + max(0, 1 + fake) / 2 (Lim and Ye 2017), for the discriminator.
+
+    real, fake: logits of any shape. Returns ().
+    """
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

@@ -1,0 +1,56 @@
+"""The images of a step: order, augmentation and the way to the device in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.data import DataConfig, DataOrder, ImageDataset, augment
+
+
+class Batches:
+    """Images and labels of any step, as a function of (config, seed, step)."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        config: DataConfig,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.seed = seed
+        self.device = device
+        self.order = DataOrder(len(dataset), batch_size, seed=seed)
+
+    def images(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (batch_size, C, H, W), fp32 in [-1, 1], and labels (batch_size,) int64."""
+        indices, epochs = self.order.batch(step)
+        labels = self.dataset.labels[indices].to(self.device, non_blocking=True)
+        return self.augmented(indices, epochs), labels
+
+    def augmented(self, indices: Tensor, epochs: Tensor) -> Tensor:
+        """Images (N, C, H, W) as epochs (N,) see them, on the device."""
+        images, _ = self.dataset.batch(indices)
+        images = images.to(self.device, non_blocking=True)
+        return augment(images, indices, epochs, seed=self.seed, config=self.config.augment)
+
+    def fixed(self, count: int) -> Tensor:
+        """`count` images spread over the data set, unchanged, for previews."""
+        indices = torch.linspace(0, len(self.dataset) - 1, min(count, len(self.dataset))).long()
+        return self.dataset.batch(indices)[0].to(self.device)
+
+
+def check_model_fits(
+    dataset: ImageDataset, config: DataConfig, *, channels: int, what: str
+) -> None:
+    """Raise ValueError if a model for `channels` image channels cannot take the data."""
+    if channels != config.channels:
+        raise ValueError(
+            f"the {what} takes images of {channels} channels, the data has {config.channels}; "
+            f"set data channels to {channels} or choose another model"
+        )
+    assert dataset.channels == config.channels

@@ -1,0 +1,132 @@
+"""Checkpoints of a run: folders that are complete or absent.
+
+    checkpoints/step_00001000/networks.safetensors    weights of every trained network
+                              ema.safetensors         averaged weights
+                              optimizers.safetensors  AdamW's moments, by parameter name
+                              state.json              step, counters, loss scale
+    checkpoints/latest                                the newest one's name
+
+No random state is kept: all randomness is a function of (seed, purpose, step).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fastdiff.checkpoint.files import atomic_folder, write_text
+
+FORMAT = "fastdiff training state 1"
+LATEST = "latest"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return root / f"step_{step:08d}"
+
+
+def save_checkpoint(
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    """Write one checkpoint: everything or nothing.
+
+    Args:
+        root: the run's folder checkpoints/.
+        step: finished steps.
+        tensors: file stem -> name -> tensor.
+        state: JSON-able counters.
+
+    Raises:
+        OSError: a full disk, say; earlier checkpoints are as they were.
+    """
+    with atomic_folder(step_folder(root, step)) as folder:
+        for stem, named in tensors.items():
+            # Serialised in memory: safetensors' own writer hides which OSError it met.
+            packed = to_bytes({name: _packed(tensor) for name, tensor in named.items()})
+            (folder / f"{stem}.safetensors").write_bytes(packed)
+        text = json.dumps({"format": FORMAT, "step": step, **state}, indent=2)
+        (folder / "state.json").write_text(text + "\n")
+    write_text(root / LATEST, step_folder(root, step).name + "\n")
+
+
+def delete_old(root: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`."""
+    for folder in sorted(root.glob("step_*"))[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint's folder, or None."""
+    try:
+        name = (root / LATEST).read_text().strip()
+    except FileNotFoundError:
+        return None
+    folder = root / name
+    if Path(name).name != name or not (folder / "state.json").is_file():
+        raise ValueError(
+            f"{root / LATEST} names {name!r}, which is no checkpoint; write the name of another "
+            f"one of {root} into it, or train in a new folder"
+        )
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, stems: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file stem and name, on the CPU, and the counters.
+
+    Raises:
+        ValueError: a file is missing, truncated or of another format.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}, got {state.get('format')!r}")
+        tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read: {error}; write an older one's name into "
+            f"{folder.parent / LATEST}"
+        ) from error
+    return tensors, state
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], prefix: str
+) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors, `prefix/parameter/slot`; `names` in its order."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}/{names[index]}/{slot}": torch.as_tensor(value)
+        for index, slots in states.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`. A network that was not stepped yet has no state."""
+    index_of = {name: index for index, name in enumerate(names)}
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, rest = key.partition("/")
+        if owner == prefix:
+            name, _, slot = rest.rpartition("/")
+            states.setdefault(index_of[name], {})[slot] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    # A copy on the CPU in plain order: safetensors stores no strides and refuses shared memory.
+    return tensor.detach().to("cpu", copy=True).contiguous()

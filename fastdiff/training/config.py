@@ -1,0 +1,129 @@
+"""The parts of a run's config that both stages share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How long, how fast and how exactly the weights are learned (AdamW)."""
+
+    steps: int
+    """Optimizer steps in all."""
+
+    batch_size: int
+    """Images per optimizer step."""
+
+    accumulate: int = 1
+    """Pieces a batch is computed in, to save memory; the gradient stays that of the whole batch."""
+
+    learning_rate: float = 1e-4
+    """Highest learning rate of AdamW."""
+
+    beta1: float = 0.9
+    """Decay of AdamW's first moment; 0.5 is usual against a discriminator."""
+
+    beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rate grows linearly from 0; a shorter run ends within."""
+
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or half a cosine down to final_learning_rate at the end."""
+
+    final_learning_rate: float = 0.0
+    """Where the cosine ends."""
+
+    clip_norm: float = 0.0
+    """Largest norm of each network's gradient; 0 does not clip."""
+
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights, which are the ones exported; 0 keeps the latest weights."""
+
+    ema_warmup: bool = True
+    """Let the decay grow as (1 + n) / (10 + n) over the updates n, as LDM does."""
+
+    precision: PrecisionName = "fp32"
+    """fp32, or autocast to bf16 or fp16 (with a loss scale); an error where the device cannot."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    channels_last: bool = False
+    """Keep images and weights in the channels_last layout."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} and "
+                f"{self.accumulate}; the pieces must be equal for an exact mean"
+            )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate must be 0 to learning_rate ({self.learning_rate}), "
+                f"got {self.final_learning_rate}"
+            )
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "clip_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay must be constant or cosine, got {self.decay!r}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """The run's folder and what is written into it, how often."""
+
+    folder: str
+    """config.json, log.jsonl, checkpoints/, samples/, tensorboard/ and model/ come here."""
+
+    log_every: int = 50
+    """Steps between two lines of the log; each holds the means since the line before."""
+
+    preview_every: int = 1000
+    """Steps between two sheets of samples or reconstructions; 0 for none."""
+
+    save_every: int = 1000
+    """Steps between two checkpoints; 0 saves only at the end and when interrupted."""
+
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+    tensorboard: bool = True
+    """Write TensorBoard scalars and sheets as well."""
+
+    export_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Precision of the weights in model/."""
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise ValueError("the run needs an output folder, got an empty name")
+        for name in ("log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("preview_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.export_dtype not in ("fp32", "fp16"):
+            raise ValueError(f"export_dtype must be fp32 or fp16, got {self.export_dtype!r}")

@@ -1,0 +1,39 @@
+"""What a run would do, without doing it."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from fastdiff.checkpoint.config import to_dict
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.discriminator import PatchDiscriminator
+from fastdiff.models.unet import UNet
+from fastdiff.training.autoencoder import AutoencoderRun
+from fastdiff.training.diffusion import DiffusionRun
+
+
+def describe(run: AutoencoderRun | DiffusionRun) -> str:
+    """The whole config as JSON, and what follows from it, as text for `--dry-run`.
+
+    Nothing is read or written and no weights are made.
+    """
+    config = run.optimization
+    lines = [json.dumps(to_dict(run), indent=2), ""]
+    with torch.device("meta"):
+        networks: dict[str, torch.nn.Module]
+        if isinstance(run, AutoencoderRun):
+            networks = {"autoencoder": Autoencoder(run.model)}
+            if run.loss.adversarial_weight:
+                networks["discriminator"] = PatchDiscriminator(run.discriminator)
+        else:
+            networks = {"unet": UNet(run.model)}
+    for name, network in networks.items():
+        count = sum(parameter.numel() for parameter in network.parameters())
+        lines.append(f"{name}: {count:,} parameters")
+    lines.append(
+        f"{config.steps:,} steps of {config.batch_size} images "
+        f"({config.steps * config.batch_size:,} in all), {config.precision}, to {run.output.folder}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Averaged weights: what is sampled from and exported."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_decay(update: int, decay: float, *, warmup: bool) -> float:
+    """Decay of the `update`-th update, counted from 1.
+
+    With warm-up min(decay, (1 + n) / (10 + n)), as LDM and diffusers do: an average that starts
+    from random weights must forget them quickly.
+    """
+    return min(decay, (1 + update) / (10 + update)) if warmup else decay
+
+
+class EMA:
+    """shadow <- decay * shadow + (1 - decay) * weights, after every optimizer step.
+
+    Attributes:
+        network: a copy of the averaged network that holds the shadow, in eval mode.
+        updates: how often it was updated.
+    """
+
+    def __init__(self, network: nn.Module, *, decay: float, warmup: bool) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self._shadow: list[Tensor] = [parameter.data for parameter in self.network.parameters()]
+        self._weights: list[Tensor] = list(network.parameters())
+        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the shadow towards the weights; buffers are copied."""
+        self.updates += 1
+        weight = 1 - ema_decay(self.updates, self.decay, warmup=self.warmup)
+        torch._foreach_lerp_(self._shadow, self._weights, weight)
+        for shadow, value in self._buffers:
+            shadow.copy_(value)

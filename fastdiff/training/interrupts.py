@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C end a run after the step at hand; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """While entered, remembers the first signal in `received` and lets the second one kill.
+
+    Python hands signals to the main thread only, so elsewhere nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells count: 143 for SIGTERM, 130 for Ctrl-C."""
+        assert self.received is not None
+        return 128 + self.received
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

@@ -1,0 +1,136 @@
+"""What a run tells while it goes: log.jsonl, TensorBoard, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastdiff.extras import import_extra
+
+LOG_FILE = "log.jsonl"
+
+
+class Monitor:
+    """Writes and shows a run's scalars and sheets; entered for the time of training.
+
+    A terminal gets a progress bar with loss, it/s and ETA; anything else gets a line per record.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        steps: int,
+        tensorboard: bool,
+        console: Console | None = None,
+    ) -> None:
+        self.folder = folder
+        self.steps = steps
+        self.console = console or Console()
+        _drop_lines_after(folder / LOG_FILE, first_step)
+        self._log = (folder / LOG_FILE).open("a")
+        self._board: Any = None
+        if tensorboard:
+            import_extra("tensorboard", extra="train")
+            module = import_extra("torch.utils.tensorboard", extra="train")
+            self._board = module.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step or None
+            )
+        self._progress: Progress | None = None
+        self._since = (first_step, time.perf_counter())
+        self._done = first_step
+
+    def __enter__(self) -> Monitor:
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                self.folder.name, total=self.steps, completed=self._done, text=""
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        self._log.close()
+
+    def tick(self, done: int) -> None:
+        """`done` steps are finished."""
+        self._done = done
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+
+    def record(self, done: int, scalars: dict[str, float]) -> None:
+        """Scalars after `done` steps, into every channel."""
+        now = time.perf_counter()
+        rate = (done - self._since[0]) / max(now - self._since[1], 1e-9)
+        self._since = (done, now)
+        self._log.write(json.dumps({"step": done, **scalars, "steps_per_second": rate}) + "\n")
+        self._log.flush()
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, done)
+            self._board.add_scalar("steps_per_second", rate, done)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        if self._progress is not None:
+            self._progress.update(
+                self._task, text=f"loss {scalars.get('loss', 0):.4g}  {rate:.2f} it/s"
+            )
+        else:
+            left = (self.steps - done) / rate
+            eta = f"{int(left) // 60}:{int(left) % 60:02d}"
+            self.say(f"step {done}/{self.steps}  {shown}  {rate:.2f} it/s  ETA {eta}")
+
+    def sheet(self, done: int, image: Tensor, name: str) -> None:
+        """A sheet of images (C, H, W) in [0, 1] for TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, done)
+
+    def pause(self) -> None:
+        """Leave out the time until now (previews, saving) from the next rate."""
+        self._since = (self._done, time.perf_counter())
+
+    def say(self, text: str) -> None:
+        """One line for the user, above the progress bar where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl; a last line that was cut off is left out."""
+    records = []
+    for line in (folder / LOG_FILE).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their old lines go."""
+    if not path.exists():
+        return
+    kept = [record for record in read_log(path.parent) if record["step"] <= step]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))

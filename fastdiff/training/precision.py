@@ -1,0 +1,48 @@
+"""Devices and number formats: what was asked for, or an error."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from fastdiff.training.config import PrecisionName
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is any, else the CPU.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {name!r} cannot be used ({first}); try 'cpu' or 'auto'"
+        ) from error
+    return device
+
+
+def check_precision(precision: PrecisionName, device: torch.device) -> None:
+    """Raise ValueError if `device` cannot train in `precision`."""
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(
+            f"precision 'fp16' needs a CUDA device, got {device.type!r}; use 'bf16' or 'fp32'"
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"precision 'bf16' is not supported by {name}; use 'fp16' or 'fp32'")
+
+
+def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextManager[object]:
+    """The autocast context of `precision`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST[precision])

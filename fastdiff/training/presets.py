@@ -1,0 +1,70 @@
+"""Runs that are known to work, by name; `dataclasses.replace` or the command line change them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastdiff.data import AugmentConfig, DataConfig
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.models.discriminator import DiscriminatorConfig
+from fastdiff.presets import AUTOENCODERS, UNETS
+from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
+from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.diffusion import DenoiserLossConfig, DiffusionRun, PreviewConfig
+
+# Small changes that a hand makes anyway; a quarter of the images stay as they are, so that the
+# model sees the real distribution too.
+_HANDWRITING = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.75)
+
+TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
+    "digits-autoencoder": AutoencoderRun(
+        model=AUTOENCODERS["digits"],
+        data=DataConfig(augment=_HANDWRITING),
+        discriminator=DiscriminatorConfig(
+            image_channels=1, model_channels=32, num_layers=2, norm="group"
+        ),
+        loss=AutoencoderLossConfig(
+            perceptual_weight=0.25, kl_weight=1e-3, adversarial_weight=0.1, adversarial_start=1500
+        ),
+        optimization=OptimizationConfig(
+            steps=2000,
+            batch_size=64,
+            learning_rate=5e-4,
+            final_learning_rate=5e-5,
+            beta1=0.5,
+            beta2=0.9,
+            warmup_steps=100,
+            decay="cosine",
+            clip_norm=1.0,
+            ema_decay=0.995,
+        ),
+        output=OutputConfig(
+            folder="runs/digits-autoencoder", preview_every=500, save_every=500, export_dtype="fp16"
+        ),
+    ),
+    "digits-diffusion": DiffusionRun(
+        model=replace(UNETS["digits"], dropout=0.1),
+        autoencoder="runs/digits-autoencoder",
+        data=DataConfig(augment=_HANDWRITING),
+        schedule=ScheduleConfig(kind="cosine"),
+        prediction="v",
+        loss=DenoiserLossConfig(timesteps="stratified"),
+        class_dropout=0.1,
+        latent_views=32,
+        optimization=OptimizationConfig(
+            steps=8000,
+            batch_size=64,
+            learning_rate=4e-4,
+            final_learning_rate=1e-5,
+            weight_decay=0.01,
+            warmup_steps=200,
+            decay="cosine",
+            clip_norm=1.0,
+            ema_decay=0.999,
+        ),
+        preview=PreviewConfig(guidance_scale=2.0),
+        output=OutputConfig(
+            folder="runs/digits-diffusion", preview_every=1000, save_every=1000, export_dtype="fp16"
+        ),
+    ),
+}

@@ -1,0 +1,34 @@
+"""Where exported weights come from, for the people who will use them."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdiff
+from fastdiff.checkpoint.config import to_dict
+from fastdiff.training.trainer import Run
+
+EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def provenance(run: Run, step: int) -> dict[str, Any]:
+    """Command, version, steps, data, date and the run's whole config. No paths of this machine."""
+    config = to_dict(run)
+    config["output"]["folder"] = Path(run.output.folder).name
+    if config.get("autoencoder") and not isinstance(config["autoencoder"], dict):
+        config["autoencoder"] = Path(config["autoencoder"]).name
+    config["data"]["path"] = Path(run.data.path).name
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "fastdiff": fastdiff.__version__,
+        "torch": torch.__version__,
+        "steps": step,
+        "data": run.data.source,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "run": config,
+    }

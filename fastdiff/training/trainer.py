@@ -1,0 +1,386 @@
+"""The training loop of both stages.
+
+A `Task` says what a batch is and what it costs; the loop does the rest: learning rate,
+accumulation, mixed precision, clipping, averaged weights, logging, checkpoints, interruption,
+resuming.
+
+Everything random is a function of (seed, purpose, step), so a checkpoint holds weights, moments and
+counters but no generator's state, and a resumed run repeats an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastdiff.checkpoint.config import to_dict
+from fastdiff.checkpoint.files import atomic_file, write_json
+from fastdiff.data import DataConfig, derive_seed
+from fastdiff.training import checkpoints
+from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.ema import EMA
+from fastdiff.training.interrupts import Interrupts
+from fastdiff.training.monitor import Monitor
+from fastdiff.training.precision import autocast, check_precision
+from fastdiff.training.rates import learning_rate
+
+Batch = dict[str, Tensor]
+MAX_SKIPPED = 50  # fp16 steps in a row that overflow before the run is given up
+
+
+class Run(Protocol):
+    """What the configs of both stages have in common."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def optimization(self) -> OptimizationConfig: ...
+    @property
+    def output(self) -> OutputConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Task(Protocol):
+    """One stage: its networks, its batches, its losses.
+
+    Attributes:
+        networks: what is trained, each with its own optimizer.
+        averaged: the name of the network whose averaged weights are sampled from and exported.
+        device: where all of it lives.
+    """
+
+    networks: dict[str, nn.Module]
+    averaged: str
+    device: torch.device
+
+    def batch(self, step: int) -> Batch:
+        """Tensors (batch_size, ...) of step `step`, on the device."""
+        ...
+
+    def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss per network (a network left out rests in this step), and scalars to log."""
+        ...
+
+    def preview(self, network: nn.Module) -> Tensor:
+        """A sheet (C, H, W) in [0, 1] made with the averaged network."""
+        ...
+
+    def export(self, network: nn.Module, step: int) -> None:
+        """Write the bundle model/ with the averaged network."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able facts that a resumed run must share."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, or raise ValueError if it cannot be the same run."""
+        ...
+
+
+class Trainer:
+    """Weights, optimizers, averages and counters of a run, and the loop over its steps."""
+
+    def __init__(self, task: Task, run: Run) -> None:
+        self.task = task
+        self.run = run
+        self.config = config = run.optimization
+        check_precision(config.precision, task.device)
+        self.names: dict[str, list[str]] = {}
+        self.parameters: dict[str, list[nn.Parameter]] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, network in task.networks.items():
+            named = dict(network.named_parameters())
+            self.names[name] = list(named)
+            self.parameters[name] = list(named.values())
+            self.optimizers[name] = torch.optim.AdamW(
+                named.values(),
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+                weight_decay=config.weight_decay,
+                fused=task.device.type in ("cpu", "cuda"),
+            )
+        self.ema = EMA(
+            task.networks[task.averaged], decay=config.ema_decay, warmup=config.ema_warmup
+        )
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=config.precision == "fp16")
+        self.done = 0
+        self._skipped = 0
+        self._pending: list[dict[str, Tensor]] = []
+        self._sums: dict[str, list[float]] = {}
+
+    def step(self) -> None:
+        """One optimizer step of every network that has a loss."""
+        config, step = self.config, self.done
+        batch = self.task.batch(step)
+        size = config.batch_size // config.accumulate
+        scalars: dict[str, Tensor] = {}
+        active: list[str] = []
+        for index in range(config.accumulate):
+            part = {name: value[index * size : (index + 1) * size] for name, value in batch.items()}
+            torch.manual_seed(derive_seed(self.run.seed, "dropout", step, index))
+            with autocast(config.precision, self.task.device):
+                losses, logged = self.task.losses(part, step)
+            for name, loss in losses.items():
+                # inputs=: the autoencoder's loss goes through the discriminator, but not into it
+                scaled = self.scaler.scale(loss / config.accumulate)
+                torch.autograd.backward(scaled, inputs=self.parameters[name])
+            active = list(losses)
+            total = torch.stack([loss.detach().float() for loss in losses.values()]).sum()
+            for name, value in {"loss": total, **logged}.items():
+                scalars[name] = scalars.get(name, 0) + value.detach().float() / config.accumulate
+        for name in active:
+            scalars[f"grad_norm/{name}"] = self._update(name, learning_rate(step, config))
+        self.scaler.update()
+        self.ema.update()
+        self.done += 1
+        self._pending.append(scalars)
+
+    def _update(self, name: str, rate: float) -> Tensor:
+        """Clip and apply one network's gradient; returns its norm before clipping."""
+        optimizer, parameters = self.optimizers[name], self.parameters[name]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(optimizer)
+        limit = self.config.clip_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def settle(self) -> None:
+        """Bring the scalars of the steps since the last call to the CPU and check them.
+
+        Raises:
+            ValueError: a loss that is not finite; the message names the step. With fp16, whose loss
+                scale skips such steps, only when many in a row were skipped.
+        """
+        if not self._pending:
+            return
+        first = self.done - len(self._pending)
+        pending, self._pending = self._pending, []
+        for step, scalars in enumerate(pending, start=first):
+            values = torch.stack(list(scalars.values())).tolist()  # one transfer per step
+            named = dict(zip(scalars, values, strict=True))
+            finite = bool(torch.tensor(values).isfinite().all())
+            self._skipped = 0 if finite else self._skipped + 1
+            if not finite and (not self.scaler.is_enabled() or self._skipped >= MAX_SKIPPED):
+                bad = {name: value for name, value in named.items() if not _finite(value)}
+                raise ValueError(
+                    f"step {step + 1}: not finite: {bad}; start again with a lower learning rate, "
+                    "with clip_norm or with precision fp32"
+                )
+            for name, value in named.items():
+                if finite:
+                    entry = self._sums.setdefault(name, [0.0, 0.0])
+                    entry[0] += value
+                    entry[1] += 1
+
+    def take_means(self) -> dict[str, float]:
+        """Mean of every scalar since the last call."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def save(self, root: Path) -> None:
+        """Write a checkpoint below `root` and delete the oldest."""
+        networks = {
+            f"{name}/{key}": value
+            for name, network in self.task.networks.items()
+            for key, value in network.state_dict().items()
+        }
+        optimizers: dict[str, Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            optimizers |= checkpoints.optimizer_tensors(optimizer, self.names[name], name)
+        tensors = {
+            "networks": networks,
+            "ema": self.ema.network.state_dict(),
+            "optimizers": optimizers,
+        }
+        state = {
+            "ema_updates": self.ema.updates,
+            "skipped": self._skipped,
+            "scaler": self.scaler.state_dict(),
+            "sums": self._sums,
+            "task": self.task.state(),
+            "torch": torch.__version__,
+        }
+        checkpoints.save_checkpoint(root, self.done, tensors, state)
+        checkpoints.delete_old(root, self.run.output.keep)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        tensors, state = checkpoints.load_checkpoint(folder, ("networks", "ema", "optimizers"))
+        self.task.load_state(state["task"])
+        for name, network in self.task.networks.items():
+            prefix = f"{name}/"
+            network.load_state_dict(
+                {
+                    key.removeprefix(prefix): value
+                    for key, value in tensors["networks"].items()
+                    if key.startswith(prefix)
+                }
+            )
+            checkpoints.load_optimizer(
+                self.optimizers[name], self.names[name], name, tensors["optimizers"]
+            )
+        self.ema.network.load_state_dict(tensors["ema"])
+        self.ema.updates = state["ema_updates"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self._skipped = state["skipped"]
+        self._sums = {name: list(entry) for name, entry in state["sums"].items()}
+        self.done = state["step"]
+
+
+def fit(task: Task, run: Run, *, resume: bool) -> Path:
+    """Train to the last step of `run`, from its newest checkpoint if `resume`.
+
+    Returns:
+        the run's folder; its model/ is the bundle of the averaged weights.
+
+    Raises:
+        ValueError: a loss that is not finite, or a checkpoint that does not fit.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both after saving.
+        OSError: a full disk; the checkpoints written before are as they were.
+    """
+    folder = Path(run.output.folder)
+    root = folder / "checkpoints"
+    trainer = Trainer(task, run)
+    checkpoint = checkpoints.latest_checkpoint(root) if resume else None
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    monitor = Monitor(
+        folder,
+        first_step=trainer.done,
+        steps=run.optimization.steps,
+        tensorboard=run.output.tensorboard,
+    )
+    with monitor, Interrupts() as interrupts:
+        if checkpoint is not None:
+            monitor.say(f"resumed {folder} at step {trainer.done}")
+        while trainer.done < run.optimization.steps and interrupts.received is None:
+            _one_step(trainer, monitor, folder)
+        trainer.settle()
+        save(trainer, monitor, folder)
+        if interrupts.received is not None:
+            monitor.say(f"stopped at step {trainer.done}; resume to go on")
+            raise SystemExit(interrupts.exit_code)
+        monitor.say(f"finished: {folder / 'model'}")
+    return folder
+
+
+def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
+    """A step, and whatever is due after it."""
+    output, config = trainer.run.output, trainer.config
+    rate = learning_rate(trainer.done, config)
+    trainer.step()
+    done = trainer.done
+    monitor.tick(done)
+    due = {
+        "log": done % output.log_every == 0 or done == config.steps,
+        "save": bool(output.save_every) and done % output.save_every == 0 and done < config.steps,
+    }
+    # Reading a loss waits for the device: on a GPU only when somebody looks at it.
+    if trainer.task.device.type == "cpu" or any(due.values()):
+        trainer.settle()
+    if due["log"]:
+        monitor.record(done, {**trainer.take_means(), "learning_rate": rate})
+    if output.preview_every and (done % output.preview_every == 0 or done == config.steps):
+        preview(trainer, monitor, folder)
+    if due["save"]:
+        save(trainer, monitor, folder)
+
+
+def preview(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
+    """Write samples/step_N.png with the averaged weights."""
+    sheet = trainer.task.preview(trainer.ema.network)
+    write_sheet(folder / "samples" / f"step_{trainer.done:08d}.png", sheet)
+    monitor.sheet(trainer.done, sheet, "samples")
+    monitor.pause()
+
+
+def save(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
+    """Write a checkpoint and the bundle model/."""
+    root = folder / "checkpoints"
+    if checkpoints.latest_checkpoint(root) != checkpoints.step_folder(root, trainer.done):
+        trainer.save(root)
+    trainer.task.export(trainer.ema.network, trainer.done)
+    monitor.pause()
+
+
+def open_run(run: Run, *, resume: bool) -> None:
+    """Make the run's folder and its config.json, or check that they belong to this run.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is not set, or that run's config differs
+            (all differing fields are named; the folder itself may have moved).
+        FileNotFoundError: nothing to resume.
+    """
+    folder = Path(run.output.folder)
+    path = folder / "config.json"
+    config = json.loads(json.dumps(to_dict(run)))
+    if not path.exists():
+        if resume:
+            raise FileNotFoundError(f"nothing to resume in {folder}: it has no config.json")
+        write_json(path, config)
+        return
+    if not resume:
+        if checkpoints.latest_checkpoint(folder / "checkpoints") is not None:
+            raise ValueError(f"{folder} already holds a run; resume it or choose another folder")
+        write_json(path, config)
+        return
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    different = [
+        f"{name}: {old!r} there, {new!r} now"
+        for name, (old, new) in differences(saved, config).items()
+        if name != "output.folder"
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} was started with another config; resume with the same one or choose another "
+            f"folder; {'; '.join(different)}"
+        )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted field name -> (old, new) wherever two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(old.keys() | new.keys()):
+            name = f"{prefix}.{key}" if prefix else key
+            found |= differences(old.get(key, "(absent)"), new.get(key, "(absent)"), name)
+        return found
+    return {} if old == new else {prefix: (old, new)}
+
+
+def write_sheet(path: Path, sheet: Tensor) -> None:
+    """Write (C, H, W) in [0, 1], C = 1 or 3, as a PNG."""
+    pixels = (sheet.clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    with atomic_file(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def tile(images: Tensor, columns: int) -> Tensor:
+    """(N, C, H, W) in [-1, 1] -> a sheet (C, rows * H, columns * W) in [0, 1], empty is black."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    padded = images.new_full((rows * columns, channels, height, width), -1)
+    padded[:count] = images
+    grid = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    return (grid.reshape(channels, rows * height, columns * width) + 1) / 2
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
