@@ -82,9 +82,10 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         implementation = self.choose(args, kwargs)
-        served = _served.get()
-        if served is not None:
-            served.setdefault(self.name, set()).add(implementation.backend)
+        if not torch.compiler.is_compiling():  # Dynamo cannot trace a ContextVar
+            served = _served.get()
+            if served is not None:
+                served.setdefault(self.name, set()).add(implementation.backend)
         return implementation.function(*args, **kwargs)
 
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation:
@@ -168,7 +169,10 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def record_backends() -> Iterator[dict[str, set[str]]]:
-    """Op -> the backends that ran it inside the ``with`` block; filled as the ops are called."""
+    """Op -> the backends that ran it inside the ``with`` block; filled as the ops are called.
+
+    What a graph of `torch.compile` runs is not recorded: it does not come by the dispatcher.
+    """
     served: dict[str, set[str]] = {}
     token = _served.set(served)
     try:

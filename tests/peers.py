@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from types import ModuleType
 
 
 def import_diffusers(*names: str) -> ModuleType:
-    """diffusers, with the classes that a test needs already imported: it imports them when first
-    asked for.
+    """diffusers, with the classes that a test needs already imported: it does so when first asked.
 
-    What diffusers and the packages it tries (transformers, torchvision, ...) warn about while
-    they are imported is not ours, and must not become an error; warnings while the test runs
-    still do.
+    What diffusers and the packages it tries (transformers, torchvision, ...) warn about while they
+    are imported is not ours, and must not become an error; warnings while the test runs still do.
+    They also look for the package `kernels` of another project; with the repository's root on the
+    path they would find our directory of that name, so during the import there is none.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import diffusers
+    absent = sys.modules.setdefault("kernels", None) is None  # type: ignore[arg-type]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import diffusers
 
-        for name in names:
-            getattr(diffusers, name)
+            for name in names:
+                getattr(diffusers, name)
+    finally:
+        if absent:
+            del sys.modules["kernels"]
     return diffusers

@@ -98,11 +98,12 @@ class Posterior:
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """KL divergence to the standard normal in nats, (N,) fp32.
+        """KL divergence to the standard normal in nats, (N,), fp32 or wider.
 
         1/2 sum(mean^2 + var - 1 - log var) (Kingma & Welling 2014, appendix B).
         """
-        mean, logvar = self.mean.float(), self.logvar.float()
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 

@@ -68,7 +68,7 @@ class LPIPS(nn.Module):
         """Load the weights from the user's own files, which together must hold all of them.
 
         Read are torchvision's VGG16 (`features.0.weight` ...), the linear weights of the `lpips`
-        package (`lin0.model.1.weight` ...), and a full LPIPS state dict (`net.slice1.0.weight` ...).
+        package (`lin0.model.1.weight` ...), a full LPIPS state dict (`net.slice1.0.weight` ...).
 
         Args:
             paths: safetensors files, or PyTorch files, which are read with `weights_only=True`.

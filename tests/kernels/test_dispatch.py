@@ -197,6 +197,18 @@ def test_available_lists_every_public_op() -> None:
         assert backends["cuda"] == f"no cuda implementation of {name} is registered"
 
 
+def test_record_backends_tells_what_ran(op: dispatch.Op) -> None:
+    with kernels.record_backends() as served:
+        assert served == {}
+        op(X)
+        add(op, "cpu")
+        op(X)
+        kernels.geglu(X)
+    assert served == {"probe": {"reference", "cpu"}, "geglu": {"reference"}}
+    kernels.layer_norm(X)
+    assert "layer_norm" not in served
+
+
 def test_unknown_names() -> None:
     with (
         pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"),

@@ -1,0 +1,457 @@
+"""diffusers' configs and state dicts, read as ours.
+
+Understood: `UNet2DConditionModel`, `UNet2DModel`, `AutoencoderKL`, `VQModel`. Everything else, and
+every option that our models do not have, is an error that names it. Nothing here imports diffusers:
+a config is what its `config.json` holds, weights are a dictionary of tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Chain
+from fastdiff.models.layers import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    TimeEmbedding,
+    Upsample,
+)
+from fastdiff.models.unet import UNet, UNetConfig
+
+# What has no bearing on the network, or is the pipeline's business.
+IGNORED_OPTIONS = {
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+    "force_upcast",
+    "upcast_attention",
+    "addition_embed_type_num_heads",
+    "num_train_timesteps",
+    "mid_block_only_cross_attention",
+}
+# Options that our models have in one way only.
+FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "mid_block_add_attention": (True,),
+    "mid_block_scale_factor": (1,),
+    "norm_type": ("group",),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
+
+
+class _Options:
+    """A config whose every entry must be read, fixed or switched off."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = {key: value for key, value in data.items() if not key.startswith("_")}
+        self.read: set[str] = set(IGNORED_OPTIONS)
+        self.class_name = data.get("_class_name")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        value = self.data.get(name, default)
+        return default if value is None else value
+
+    def fail(self, name: str, expected: str) -> ValueError:
+        return ValueError(
+            f"{self.class_name}: {name} must be {expected}, got {self.data.get(name)!r}; "
+            "fastdiff has no such model"
+        )
+
+    def finish(self) -> None:
+        """Raise unless all that was not read is at the only value we have, or off."""
+        for name, value in self.data.items():
+            if name in self.read:
+                continue
+            if name in FIXED_OPTIONS:
+                if value not in FIXED_OPTIONS[name]:
+                    raise self.fail(name, " or ".join(map(repr, FIXED_OPTIONS[name])))
+            elif value not in (None, False):
+                raise self.fail(name, "absent or off")
+
+
+def unet_config(data: Mapping[str, Any]) -> UNetConfig:
+    """Our config for the `config.json` of a UNet2DConditionModel or UNet2DModel.
+
+    Raises:
+        ValueError: another class, or an option that our U-Net does not have.
+    """
+    options = _Options(data)
+    if options.class_name == "UNet2DConditionModel":
+        specific = _condition_options(options)
+    elif options.class_name == "UNet2DModel":
+        specific = _unconditional_options(options)
+    else:
+        raise ValueError(
+            "_class_name must be 'UNet2DConditionModel' or 'UNet2DModel', "
+            f"got {options.class_name!r}; give the config.json of a U-Net"
+        )
+    widths = options.get("block_out_channels")
+    if any(width % widths[0] for width in widths):
+        raise options.fail("block_out_channels", "multiples of the first")
+    config = UNetConfig(
+        in_channels=options.get("in_channels"),
+        out_channels=options.get("out_channels"),
+        model_channels=widths[0],
+        channel_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=_constant(options, "layers_per_block"),
+        time_embedding=_time_embedding(options),
+        num_classes=options.get("num_class_embeds"),
+        scale_shift_norm=_one_of(
+            options, "resnet_time_scale_shift", {"default": False, "scale_shift": True}, "default"
+        ),
+        downsample_padding=_one_of(
+            options, "downsample_padding", {1: "symmetric", 0: "asymmetric"}, 1
+        ),
+        norm_groups=options.get("norm_num_groups", 32),
+        norm_eps=options.get("norm_eps", 1e-5),
+        dropout=options.get("dropout", 0.0),
+        **specific,
+    )
+    options.finish()
+    return config
+
+
+def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
+    """Our config for the `config.json` of an AutoencoderKL or VQModel.
+
+    Raises:
+        ValueError: another class, or an option that our autoencoder does not have.
+    """
+    options = _Options(data)
+    if options.class_name not in ("AutoencoderKL", "VQModel"):
+        raise ValueError(
+            f"_class_name must be 'AutoencoderKL' or 'VQModel', got {options.class_name!r}; "
+            "give the config.json of an autoencoder"
+        )
+    vq = options.class_name == "VQModel"
+    widths = options.get("block_out_channels")
+    latent_channels = options.get("latent_channels")
+    if any(width % widths[0] for width in widths):
+        raise options.fail("block_out_channels", "multiples of the first")
+    if options.get("out_channels") != options.get("in_channels"):
+        raise options.fail("out_channels", f"{options.get('in_channels')}, as in_channels")
+    if vq and options.get("vq_embed_dim", latent_channels) != latent_channels:
+        raise options.fail("vq_embed_dim", f"{latent_channels}, as latent_channels")
+    config = AutoencoderConfig(
+        regularization="vq" if vq else "kl",
+        image_channels=options.get("in_channels"),
+        model_channels=widths[0],
+        channel_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=options.get("layers_per_block"),
+        latent_channels=latent_channels,
+        attention=_levels(
+            options,
+            {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True},
+            {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True},
+        ),
+        codebook_size=options.get("num_vq_embeddings", 256) if vq else 0,
+        norm_groups=options.get("norm_num_groups", 32),
+    )
+    options.finish()
+    return config
+
+
+def _condition_options(options: _Options) -> dict[str, Any]:
+    """What only UNet2DConditionModel has: transformers, their depth, SDXL's added condition."""
+    options.get("use_linear_projection")  # one linear layer of ours serves both
+    levels = len(options.get("block_out_channels"))
+    attention = _levels(
+        options,
+        {"DownBlock2D": False, "CrossAttnDownBlock2D": True},
+        {"UpBlock2D": False, "CrossAttnUpBlock2D": True},
+    )
+    depths = _per_level(options.get("transformer_layers_per_block", 1), levels)
+    if options.get("mid_block_type", "UNetMidBlock2DCrossAttn") != "UNetMidBlock2DCrossAttn":
+        raise options.fail("mid_block_type", "'UNetMidBlock2DCrossAttn'")
+    kind = options.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        raise options.fail("addition_embed_type", "None or 'text_time'")
+    options.get("addition_time_embed_dim")  # the caller embeds sizes and crops
+    added = options.get("projection_class_embeddings_input_dim")
+    return {
+        "attention_depth": tuple(
+            depth if on else 0 for depth, on in zip(depths, attention, strict=True)
+        ),
+        "middle_depth": depths[-1],
+        "context_dim": _constant(options, "cross_attention_dim", 1280),
+        "added_condition_dim": added if kind == "text_time" else None,
+        **_heads(options, attention),
+    }
+
+
+def _heads(options: _Options, attention: tuple[bool, ...]) -> dict[str, int]:
+    """`attention_head_dim` of UNet2DConditionModel is the number of heads, one or one per level."""
+    widths = options.get("block_out_channels")
+    heads = _per_level(options.get("attention_head_dim", 8), len(widths))
+    if len(set(heads)) == 1:
+        return {"num_heads": heads[0]}
+    used = [*attention[:-1], True]  # the middle block has the last level's heads
+    dims = {width / count for width, count, on in zip(widths, heads, used, strict=True) if on}
+    if len(dims) != 1:
+        raise options.fail("attention_head_dim", "one number of heads, or one width of head")
+    return {"head_dim": int(dims.pop())}
+
+
+def _unconditional_options(options: _Options) -> dict[str, Any]:
+    """What only UNet2DModel has: self-attention, residual blocks that change the resolution."""
+    attention = _levels(
+        options,
+        {"DownBlock2D": 0, "ResnetDownsampleBlock2D": 0, "AttnDownBlock2D": 1},
+        {"UpBlock2D": 0, "ResnetUpsampleBlock2D": 0, "AttnUpBlock2D": 1},
+    )
+    blocks = (
+        (options.get("down_block_types")[:-1], options.get("downsample_type", "conv")),
+        (options.get("up_block_types")[:-1], options.get("upsample_type", "conv")),
+    )
+    updown = {
+        name.startswith("Resnet") or (name.startswith("Attn") and attention_type == "resnet")
+        for names, attention_type in blocks
+        for name in names
+    }
+    if len(updown) > 1:
+        raise options.fail("down_block_types", "all with or all without residual resampling")
+    groups = options.get("norm_num_groups", 32)
+    scale_shift = options.get("resnet_time_scale_shift", "default") == "scale_shift"
+    if options.get("attn_norm_num_groups", None if scale_shift else groups) != groups:
+        raise options.fail("attn_norm_num_groups", f"{groups}, as norm_num_groups")
+    if options.get("mid_block_type", "UNetMidBlock2D") != "UNetMidBlock2D":
+        raise options.fail("mid_block_type", "'UNetMidBlock2D'")
+    # None means one head of the level's width
+    one_head = "attention_head_dim" in options.data and options.data["attention_head_dim"] is None
+    head_dim = options.get("attention_head_dim", 8)
+    return {
+        "attention_depth": attention,
+        "middle_depth": int(options.get("add_attention", True)),
+        "resblock_updown": updown == {True},
+        **({"num_heads": 1} if one_head else {"head_dim": head_dim}),
+    }
+
+
+def _levels(options: _Options, down: dict[str, Any], up: dict[str, Any]) -> tuple[Any, ...]:
+    """The meaning of each level's block type; the way up must mirror the way down."""
+    for name, known in (("down_block_types", down), ("up_block_types", up)):
+        if not set(options.get(name, ())) <= set(known):
+            raise options.fail(name, f"of {', '.join(known)}")
+    levels = tuple(down[name] for name in options.get("down_block_types"))
+    mirrored = tuple(up[name] for name in reversed(options.get("up_block_types")))
+    if levels != mirrored:
+        raise options.fail("up_block_types", "the mirror image of down_block_types")
+    return levels
+
+
+def _per_level(value: Any, levels: int) -> list[Any]:
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def _constant(options: _Options, name: str, default: Any = None) -> Any:
+    """An option that may be one number per level, where all must be the same."""
+    value = options.get(name, default)
+    values = {value} if isinstance(value, int) else set(value)
+    if len(values) != 1:
+        raise options.fail(name, "the same at every level")
+    return values.pop()
+
+
+def _one_of(options: _Options, name: str, meaning: dict[Any, Any], default: Any) -> Any:
+    value = options.get(name, default)
+    if value not in meaning:
+        raise options.fail(name, " or ".join(map(repr, meaning)))
+    return meaning[value]
+
+
+def _time_embedding(options: _Options) -> TimeEmbedding:
+    kind = (options.get("flip_sin_to_cos", True), options.get("freq_shift", 0))
+    if kind == (True, 0):
+        return "openai"
+    if kind == (False, 1):
+        return "ddpm"
+    raise options.fail("freq_shift", "0 with flip_sin_to_cos, 1 without")
+
+
+# Our layer inside a block -> diffusers'; several are concatenated along the rows.
+LAYERS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
+    ResBlock: {"emb": ("time_emb_proj",), "skip": ("conv_shortcut",)},
+    AttentionBlock: {
+        "norm": ("group_norm",),
+        "qkv": ("to_q", "to_k", "to_v"),
+        "proj": ("to_out.0",),
+    },
+    SpatialTransformer: {
+        "attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "attn1.out": ("attn1.to_out.0",),
+        "attn2.q": ("attn2.to_q",),
+        "attn2.kv": ("attn2.to_k", "attn2.to_v"),
+        "attn2.out": ("attn2.to_out.0",),
+        "ff.proj": ("ff.net.0.proj",),
+        "ff.out": ("ff.net.2",),
+    },
+}
+# Names that diffusers gave its attention before 0.15; Stable Diffusion 1's files still have them.
+OLD_ATTENTION_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
+Place = tuple[str, nn.Module, str]  # our prefix, our module, diffusers' prefix
+
+
+def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -> dict[str, Tensor]:
+    """diffusers' weights under our names, shaped for `model.load_state_dict`.
+
+    Args:
+        state: the state dict of the diffusers model whose config `model` was built from.
+        model: may be on the meta device; only its names and shapes are read.
+
+    Raises:
+        ValueError: keys are unknown, missing or of the wrong shape; all of them are listed.
+    """
+    state = {_current_name(key): value for key, value in state.items()}
+    ours = model.state_dict()
+    sources = dict(_sources(model))
+    assert sources.keys() == ours.keys(), sources.keys() ^ ours.keys()
+    needed = {key for keys in sources.values() for key in keys}
+    problems = [f"{key} is unknown" for key in sorted(state.keys() - needed)]
+    problems += [f"{key} is missing" for key in sorted(needed - state.keys())]
+    converted = {}
+    for name, keys in sources.items():
+        if any(key not in state for key in keys):
+            continue
+        value = torch.cat([state[key] for key in keys])
+        if value.ndim == 4 and ours[name].ndim == 2 and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]  # a 1x1 convolution is a linear layer on tokens
+        if value.shape != ours[name].shape:
+            got, expected = tuple(value.shape), tuple(ours[name].shape)
+            problems.append(f"{' + '.join(keys)} has shape {got}, expected {expected}")
+        converted[name] = value
+    if problems:
+        raise ValueError(
+            f"these are not the weights of this {type(model).__name__}: {'; '.join(problems)}; "
+            "check that the config and the weights belong together"
+        )
+    return converted
+
+
+def _current_name(key: str) -> str:
+    for old, new in OLD_ATTENTION_NAMES.items():
+        key = key.replace(old, new)
+    return key
+
+
+def _sources(model: UNet | Autoencoder) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(our parameter, diffusers' parameters) of a whole model."""
+    places = _unet_places(model) if isinstance(model, UNet) else _autoencoder_places(model)
+    for ours, module, theirs in places:
+        layers = LAYERS.get(type(module), {})
+        for name, _ in module.named_parameters():
+            stem, _, leaf = name.rpartition(".")
+            # "blocks.3.attn1.qkv" -> "transformer_blocks.3." and "attn1.qkv"
+            match = re.match(r"blocks(\.\d+\.)(.*)", stem)
+            prefix, stem = (f"transformer_blocks{match[1]}", match[2]) if match else ("", stem)
+            yield (
+                f"{ours}.{name}",
+                tuple(
+                    ".".join(filter(None, (theirs, prefix + layer, leaf)))
+                    for layer in layers.get(stem, (stem,))
+                ),
+            )
+
+
+def _unet_places(unet: UNet) -> Iterator[Place]:
+    config, last = unet.config, len(unet.config.channel_mult) - 1
+    yield "time_embed.0", unet.time_embed[0], "time_embedding.linear_1"
+    yield "time_embed.2", unet.time_embed[2], "time_embedding.linear_2"
+    if config.num_classes is not None:
+        yield "label_embed", unet.label_embed, "class_embedding"
+    if config.added_condition_dim is not None:
+        yield "added_embed.0", unet.added_embed[0], "add_embedding.linear_1"
+        yield "added_embed.2", unet.added_embed[2], "add_embedding.linear_2"
+
+    stages = enumerate(unet.input_blocks)
+    index, stage = next(stages)
+    yield f"input_blocks.{index}.0", next(stage.children()), "conv_in"
+    for level in range(last + 1):
+        for j in range(config.num_res_blocks):
+            index, stage = next(stages)
+            yield from _stage_places(f"input_blocks.{index}", stage, f"down_blocks.{level}", j)
+        if level < last:
+            index, stage = next(stages)
+            theirs = f"down_blocks.{level}.downsamplers.0"
+            yield f"input_blocks.{index}.0", next(stage.children()), theirs
+
+    first, *attention, second = unet.middle_block
+    yield "middle_block.0", first, "mid_block.resnets.0"
+    for block in attention:
+        yield "middle_block.1", block, "mid_block.attentions.0"
+    yield f"middle_block.{len(unet.middle_block) - 1}", second, "mid_block.resnets.1"
+
+    for index, stage in enumerate(unet.output_blocks):
+        level, j = divmod(index, config.num_res_blocks + 1)
+        yield from _stage_places(f"output_blocks.{index}", stage, f"up_blocks.{level}", j)
+    yield "norm_out", unet.norm_out, "conv_norm_out"
+    yield "conv_out", unet.conv_out, "conv_out"
+
+
+def _stage_places(ours: str, stage: nn.Module, theirs: str, index: int) -> Iterator[Place]:
+    """A residual block, perhaps attention, perhaps what doubles the resolution."""
+    for position, (_, block) in enumerate(stage.named_children()):
+        if isinstance(block, AttentionBlock | SpatialTransformer):
+            name = f"attentions.{index}"
+        elif position == 0:
+            name = f"resnets.{index}"
+        else:
+            name = "upsamplers.0"
+        yield f"{ours}.{position}", block, f"{theirs}.{name}"
+
+
+def _autoencoder_places(model: Autoencoder) -> Iterator[Place]:
+    for name, chain, blocks, sampler in (
+        ("encoder", model.encoder, "down_blocks", "downsamplers"),
+        ("decoder", model.decoder, "up_blocks", "upsamplers"),
+    ):
+        assert isinstance(chain, Chain)
+        yield f"{name}.conv_in", chain.conv_in, f"{name}.conv_in"
+        yield from _chain_places(name, chain, blocks, sampler)
+        yield f"{name}.norm_out", chain.norm_out, f"{name}.conv_norm_out"
+        yield f"{name}.conv_out", chain.conv_out, f"{name}.conv_out"
+    yield "quant_conv", model.quant_conv, "quant_conv"
+    yield "post_quant_conv", model.post_quant_conv, "post_quant_conv"
+    if model.config.regularization == "vq":
+        yield "codebook", model.codebook, "quantize.embedding"
+
+
+def _chain_places(name: str, chain: Chain, levels: str, sampler: str) -> Iterator[Place]:
+    """The three blocks of the middle come last in the encoder and first in the decoder."""
+    middle = len(chain.blocks) - 3 if name == "encoder" else 0
+    level = resnets = attentions = 0
+    for index, block in enumerate(chain.blocks):
+        ours = f"{name}.blocks.{index}"
+        if middle <= index < middle + 3:
+            position = ("resnets.0", "attentions.0", "resnets.1")[index - middle]
+            yield ours, block, f"{name}.mid_block.{position}"
+        elif isinstance(block, ResBlock):
+            yield ours, block, f"{name}.{levels}.{level}.resnets.{resnets}"
+            resnets += 1
+        elif isinstance(block, AttentionBlock):
+            yield ours, block, f"{name}.{levels}.{level}.attentions.{attentions}"
+            attentions += 1
+        else:
+            assert isinstance(block, Downsample | Upsample)
+            yield ours, block, f"{name}.{levels}.{level}.{sampler}.0"
+            level, resnets, attentions = level + 1, 0, 0

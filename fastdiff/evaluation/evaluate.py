@@ -1,0 +1,259 @@
+"""How good samples are, with what real images score beside each number.
+
+Chosen before any model was trained: what counts as a near-copy, the sizes of the subsets, the
+limits. Every number of the samples stands beside the same number of the held-out images, which no
+model has seen: the floor that a perfect model would reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdiff.checkpoint.bundle import Bundle
+from fastdiff.evaluation.classifier import Judge, Reference, digits_reference, pixels_of
+from fastdiff.evaluation.distances import (
+    Neighbours,
+    frechet_distance,
+    nearest_training,
+    precision_recall,
+)
+from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings
+
+NEAR_COPY_QUANTILE = 0.05
+"""A near-copy is nearer to a training image than this share of the held-out images are."""
+SUBSETS = 5
+"""Random subsets, of the held-out split's size, over which equal-size numbers are averaged."""
+MIN_ACCURACY = 0.95
+MAX_FRECHET_RATIO = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a set of images scores."""
+
+    count: int
+    """Images."""
+    accuracy: float
+    """Share in which the judge sees the class that was asked for."""
+    class_accuracy: tuple[float | None, ...]
+    """The same per class; None for a class without images."""
+    frechet: float
+    """Fréchet distance to the training images, with all images of the set."""
+    frechet_equal: float
+    """The same with as many images as the held-out split has, the mean over random subsets."""
+    precision: float
+    """Share inside the manifold of training images, equal sizes."""
+    recall: float
+    """Share of training images inside the set's manifold, equal sizes."""
+    near_copies: float
+    """Share nearer to one training image than the near-copy limit."""
+    nearest_median: float
+    """Median distance to the nearest training image, Euclidean, pixels from -1 to 1."""
+    nearest_5_percent: float
+    """Distance below which the nearest 5% lie."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The outcome of an evaluation; JSON by fastdiff.checkpoint.config.to_dict."""
+
+    samples: Scores
+    held_out: Scores
+    """The floor: real images that neither the model nor the judge has seen."""
+    near_copy_limit: float
+    """Ratio of distances below which an image counts as a near-copy."""
+    frechet_ratio: float
+    """samples.frechet / held_out.frechet; flattered when there are more samples than held-out."""
+    frechet_equal_ratio: float
+    """samples.frechet_equal / held_out.frechet_equal: the fair one."""
+    feature_dim: int
+    """Dimensions of the feature space."""
+    training_images: int
+    """Images the samples are compared with."""
+
+    def failures(self) -> tuple[str, ...]:
+        """What misses its limit, one line each; empty if nothing does."""
+        checks = [
+            (
+                self.samples.accuracy >= MIN_ACCURACY,
+                f"class accuracy {self.samples.accuracy:.1%}, expected at least {MIN_ACCURACY:.0%}",
+            ),
+            (
+                max(self.frechet_ratio, self.frechet_equal_ratio) <= MAX_FRECHET_RATIO,
+                f"Fréchet distance {self.frechet_ratio:.2f} times the floor "
+                f"({self.frechet_equal_ratio:.2f} at equal size), "
+                f"expected at most {MAX_FRECHET_RATIO:g}",
+            ),
+            (
+                self.samples.near_copies <= self.held_out.near_copies,
+                f"near-copies {self.samples.near_copies:.1%}, expected at most the held-out "
+                f"images' {self.held_out.near_copies:.1%}",
+            ),
+        ]
+        return tuple(message for holds, message in checks if not holds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Results and what they were made from, for the report."""
+
+    results: Results
+    images: Tensor
+    labels: Tensor
+    seeds: tuple[int, ...]
+    neighbours: Neighbours
+    reference: Reference
+    settings: SampleSettings
+    weights_hash: str
+    model: str
+
+
+def evaluate(
+    bundle: Bundle,
+    *,
+    count: int = 1000,
+    settings: SampleSettings | None = None,
+    first_seed: int = 0,
+    reference: Reference | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Sample from a model, class after class, and measure the samples.
+
+    count: samples; a class gets every num_classes-th. first_seed: the i-th sample has seed
+    first_seed + i. reference: real images; None takes the digits. progress: called as
+    progress(done, total) after each network evaluation.
+
+    Raises:
+        ValueError: the model does not fit the reference, or the count is too small to measure.
+    """
+    pipeline = LatentDiffusion.from_bundle(bundle)
+    config = bundle.config
+    if reference is None:
+        reference = digits_reference(config.image_size)
+    classes, shape = len(reference.class_names), tuple(reference.train_images.shape[1:])
+    assert bundle.unet is not None
+    if bundle.unet.config.num_classes != classes:
+        raise ValueError(
+            f"expected a model of the {classes} classes {', '.join(reference.class_names)}, got "
+            f"{bundle.unet.config.num_classes or 'no'}; evaluate a model trained on this data"
+        )
+    if (config.image_channels, config.image_size, config.image_size) != shape:
+        raise ValueError(
+            f"expected a model of images of shape {shape}, got {config.image_channels} x "
+            f"{config.image_size} x {config.image_size}; evaluate a model trained on this data"
+        )
+    minimum = len(reference.held_out_images)
+    if count < minimum:
+        raise ValueError(
+            f"expected at least {minimum} samples, as many as held-out images to compare with, "
+            f"got {count}"
+        )
+    settings = settings or SampleSettings()
+    labels = [index % classes for index in range(count)]
+    seeds = [first_seed + index for index in range(count)]
+    images = pipeline(labels, seeds, settings, progress=progress)
+    wanted = torch.tensor(labels)
+    results, neighbours = evaluate_images(images, wanted, reference)
+    return Evaluation(
+        results=results,
+        images=images,
+        labels=wanted,
+        seeds=tuple(seeds),
+        neighbours=neighbours,
+        reference=reference,
+        settings=settings,
+        weights_hash=bundle.weights_hash,
+        model=bundle.folder.name,
+    )
+
+
+def evaluate_images(
+    images: Tensor, labels: Tensor, reference: Reference, *, judge: Judge | None = None
+) -> tuple[Results, Neighbours]:
+    """Measure any images, wherever they come from.
+
+    images: (N, C, H, W) in [-1, 1], N at least the size of the held-out split. labels: (N,) int64,
+    the class that each should show. judge: fitted to the reference already; None fits one.
+
+    Returns the results and each image's nearest training image.
+    """
+    judge = judge or Judge(reference)
+    judge.check(images)
+    training = pixels_of(reference.train_images)
+    training_features = judge.features(reference.train_images)
+    sets = {
+        "samples": (images, labels),
+        "held_out": (reference.held_out_images, reference.held_out_labels),
+    }
+    size = len(reference.held_out_images)
+    if len(images) < size:
+        raise ValueError(f"expected at least {size} images to compare, got {len(images)}")
+    near = {name: nearest_training(pixels_of(x), training) for name, (x, _) in sets.items()}
+    limit = float(np.quantile(near["held_out"].ratio, NEAR_COPY_QUANTILE))
+    scores = {
+        name: _scores(x, y, judge, training_features, near[name], limit, size)
+        for name, (x, y) in sets.items()
+    }
+    samples, held_out = scores["samples"], scores["held_out"]
+    results = Results(
+        samples=samples,
+        held_out=held_out,
+        near_copy_limit=limit,
+        frechet_ratio=samples.frechet / held_out.frechet,
+        frechet_equal_ratio=samples.frechet_equal / held_out.frechet_equal,
+        feature_dim=training_features.shape[1],
+        training_images=len(training),
+    )
+    return results, near["samples"]
+
+
+def _scores(
+    images: Tensor,
+    labels: Tensor,
+    judge: Judge,
+    training: NDArray[np.float64],
+    near: Neighbours,
+    limit: float,
+    size: int,
+) -> Scores:
+    """size: of the subsets that equal-size numbers are taken on."""
+    features = judge.features(images)
+    right = judge.predict(images) == labels.numpy()
+    rng = np.random.default_rng(0)
+    rows: list[tuple[float, float, float]] = []
+    for _ in range(SUBSETS):
+        mine = features[_subset(rng, len(features), size)]
+        real = training[_subset(rng, len(training), size)]
+        rows.append((frechet_distance(training, mine), *precision_recall(real, mine)))
+    frechet_equal, precision, recall = np.mean(rows, axis=0).tolist()
+    return Scores(
+        count=len(images),
+        accuracy=float(right.mean()),
+        class_accuracy=_per_class(right, labels.numpy(), judge.classes),
+        frechet=frechet_distance(training, features),
+        frechet_equal=frechet_equal,
+        precision=precision,
+        recall=recall,
+        near_copies=float((near.ratio < limit).mean()),
+        nearest_median=float(np.median(near.distance)),
+        nearest_5_percent=float(np.quantile(near.distance, 0.05)),
+    )
+
+
+def _subset(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
+    return rng.permutation(count)[:size]
+
+
+def _per_class(
+    right: NDArray[np.bool_], labels: NDArray[np.int64], classes: int
+) -> tuple[float | None, ...]:
+    return tuple(
+        float(right[labels == label].mean()) if (labels == label).any() else None
+        for label in range(classes)
+    )

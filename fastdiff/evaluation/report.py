@@ -1,0 +1,211 @@
+"""docs/results.md and its pictures, written from an evaluation and never by hand."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastdiff
+from fastdiff.checkpoint.config import to_dict
+from fastdiff.checkpoint.files import write_json, write_text
+from fastdiff.evaluation.evaluate import (
+    MAX_FRECHET_RATIO,
+    MIN_ACCURACY,
+    NEAR_COPY_QUANTILE,
+    Evaluation,
+    Scores,
+)
+from fastdiff.images import contact_sheet, save_png
+
+SAMPLES_PICTURE = "evaluation-samples.png"
+NEIGHBOURS_PICTURE = "evaluation-neighbours.png"
+SHOWN = 12
+
+
+def write_report(
+    evaluation: Evaluation, folder: str | os.PathLike[str], *, command: str, title: str = "Results"
+) -> Path:
+    """Write results.md, results.json and images/*.png into a folder.
+
+    command: the command line that made the evaluation, to repeat it.
+
+    Returns the path of results.md.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    provenance = {
+        "command": command,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "fastdiff": fastdiff.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "model": evaluation.model,
+        "weights": evaluation.weights_hash,
+        "seeds": [evaluation.seeds[0], evaluation.seeds[-1]],
+        "settings": to_dict(evaluation.settings),
+    }
+    _write_samples(evaluation, folder / "images" / SAMPLES_PICTURE)
+    _write_neighbours(evaluation, folder / "images" / NEIGHBOURS_PICTURE)
+    results = to_dict(evaluation.results)
+    failures = list(evaluation.results.failures())
+    write_json(
+        folder / "results.json",
+        {"provenance": provenance, "results": results, "failures": failures},
+    )
+    write_text(folder / "results.md", _markdown(evaluation, provenance, title))
+    return folder / "results.md"
+
+
+def _markdown(evaluation: Evaluation, provenance: Mapping[str, object], title: str) -> str:
+    results, settings = evaluation.results, evaluation.settings
+    samples, real = results.samples, results.held_out
+    failures = results.failures()
+    verdict = (
+        "All limits are met."
+        if not failures
+        else "**Not met:**\n\n" + "\n".join(f"- {failure}" for failure in failures)
+    )
+    guidance = f"guidance {settings.guidance_scale:g}"
+    if settings.guidance_interval:
+        guidance += f" in steps {settings.guidance_interval[0]} to {settings.guidance_interval[1]}"
+    rows = [
+        ("images", f"{samples.count}", f"{real.count}", ""),
+        (
+            "class accuracy",
+            _share(samples.accuracy),
+            _share(real.accuracy),
+            f"≥ {MIN_ACCURACY:.0%}",
+        ),
+        (
+            "Fréchet distance, all images",
+            f"{samples.frechet:.3f} ({results.frechet_ratio:.2f} x)",
+            f"{real.frechet:.3f}",
+            f"≤ {MAX_FRECHET_RATIO:g} x",
+        ),
+        (
+            f"Fréchet distance, {real.count} images",
+            f"{samples.frechet_equal:.3f} ({results.frechet_equal_ratio:.2f} x)",
+            f"{real.frechet_equal:.3f}",
+            f"≤ {MAX_FRECHET_RATIO:g} x",
+        ),
+        ("precision", _share(samples.precision), _share(real.precision), ""),
+        ("recall", _share(samples.recall), _share(real.recall), ""),
+        ("near-copies", _share(samples.near_copies), _share(real.near_copies), "≤ held-out"),
+        (
+            "distance to the nearest training image, median",
+            f"{samples.nearest_median:.2f}",
+            f"{real.nearest_median:.2f}",
+            "",
+        ),
+        (
+            "the same, lowest 5%",
+            f"{samples.nearest_5_percent:.2f}",
+            f"{real.nearest_5_percent:.2f}",
+            "",
+        ),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    names = evaluation.reference.class_names
+    return f"""# {title}
+
+Written by `{provenance["command"]}` at commit {provenance["commit"]}, {provenance["date"]}
+(fastdiff {provenance["fastdiff"]}, torch {provenance["torch"]}, {provenance["machine"]}).
+
+Model `{evaluation.model}`, weights `{evaluation.weights_hash[:16]}`; sampler {settings.sampler},
+{settings.steps} steps, {guidance}, seeds {evaluation.seeds[0]} to {evaluation.seeds[-1]}.
+
+{verdict}
+
+| | samples | held-out real images | limit |
+|---|---:|---:|---:|
+{table}
+
+Accuracy per class, samples: {_classes(samples, names)}.
+Held-out: {_classes(real, names)}.
+
+- The judge is scikit-learn's multilayer perceptron, trained on the {results.training_images} real
+  training images only; its accuracy on the {real.count} held-out images is what the table says.
+  Distances, precision and recall are taken on the {results.feature_dim} principal components of its
+  last hidden layer.
+- Each number of the held-out images is the floor: what real images, which neither the model nor the
+  judge has seen, score against the training images.
+- The Fréchet distance falls with the number of images. The line "all images" flatters the larger
+  set; the line "{real.count} images" compares equal sizes (mean over random subsets of both sets).
+  Precision and recall (Kynkäänniemi et al. 2019, k = 3) are taken at equal sizes too.
+- A near-copy is an image whose distance to its nearest training image, divided by the mean distance
+  to its 50 nearest (Carlini et al. 2023), lies below {results.near_copy_limit:.3f}, the lowest
+  {NEAR_COPY_QUANTILE:.0%} of the held-out images; a training image has 0.
+
+![Samples, one class per row](images/{SAMPLES_PICTURE})
+
+Samples, one class per row, in the order of their seeds: nothing was picked.
+
+![The samples nearest to a training image](images/{NEIGHBOURS_PICTURE})
+
+The {SHOWN} samples with the smallest ratio, and below each its nearest training image.
+"""
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _classes(scores: Scores, names: tuple[str, ...]) -> str:
+    return ", ".join(
+        f"{name} {_share(value)}"
+        for name, value in zip(names, scores.class_accuracy, strict=True)
+        if value is not None
+    )
+
+
+def _write_samples(evaluation: Evaluation, path: Path) -> None:
+    names = evaluation.reference.class_names
+    rows = [
+        torch.nonzero(evaluation.labels == label).flatten()[:SHOWN] for label in range(len(names))
+    ]
+    columns = min(len(row) for row in rows)
+    if columns == 0:
+        raise ValueError(f"expected samples of all {len(names)} classes for the picture")
+    index = torch.cat([row[:columns] for row in rows])
+    sheet = contact_sheet(evaluation.images[index], names, cell=64)
+    save_png(path, sheet)
+
+
+def _write_neighbours(evaluation: Evaluation, path: Path) -> None:
+    near = evaluation.neighbours
+    closest = np.argsort(near.ratio, kind="stable")[:SHOWN]
+    pairs = torch.cat(
+        [
+            evaluation.images[torch.from_numpy(closest)],
+            evaluation.reference.train_images[torch.from_numpy(near.index[closest])],
+        ]
+    )
+    labels = [f"{near.ratio[i]:.2f}" for i in closest]
+    sheet = contact_sheet(pairs, ["sample", "nearest"], column_labels=labels, cell=64)
+    save_png(path, sheet)
+
+
+def _commit() -> str:
+    """Short hash of the checkout that the package runs from; says so where there is none."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (no checkout)"
+    return done.stdout.strip()
