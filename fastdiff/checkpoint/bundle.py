@@ -172,7 +172,7 @@ def load_bundle(
     try:
         config = from_dict(ModelConfig, data["model"])
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}; fetch the bundle again") from error
     modules: dict[str, Any] = {}
     for name in MODULES:
         part_config = getattr(config, name)
@@ -279,13 +279,15 @@ def _read_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        fits = 2 <= length <= min(size - 8, MAX_HEADER_BYTES)
+        # Only where no header fits: a length too may begin with the bytes of a zip or a pickle.
+        if not fits and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise ValueError(
                 f"{path}: expected safetensors, got a pickle (torch.save), which could run code "
                 "and is not opened; write it again with safetensors"
             )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        if not fits:
             raise ValueError(
                 f"{path}: expected safetensors, got {size} bytes whose header claims {length}; "
                 "the file is truncated or something else: fetch the bundle again"

@@ -28,7 +28,7 @@ def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None
 
 
 def min_snr_weight(snr: Tensor, prediction: Prediction, *, gamma: float = 5.0) -> Tensor:
-    """Min-SNR-gamma weights (Hang et al. 2023, section 3.4).
+    """Min-SNR-gamma weights (Hang et al. 2023).
 
     min(SNR, gamma) for a loss on x0. A loss on eps is 1 / SNR of it, since |n - n_hat|² = SNR |x0 -
     D|², and one on v 1 / (SNR + 1). snr: any shape, alpha² / sigma², 0 allowed. Returns its shape

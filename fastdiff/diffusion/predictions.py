@@ -2,9 +2,9 @@
 
 With x = alpha * x0 + sigma * n:
 
-    eps  F = n                           D = (x - sigma * F) / alpha     (DDPM eq. 9)
-    v    F = alpha * n - sigma * x0      D = alpha * x - sigma * F       (Salimans and Ho 2022, eq.
-    10) x0   F = x0                          D = F
+    eps  F = n                           D = (x - sigma * F) / alpha     (DDPM eq. 15)
+    v    F = alpha * n - sigma * x0      D = alpha * x - sigma * F       (Salimans and Ho 2022)
+    x0   F = x0                          D = F
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ def ddim(levels: Sequence[Level], *, eta: float = 0.0) -> list[Row]:
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
 
     x' = alpha' * D + sqrt(sigma'² - s²) * eps_hat + s * noise,
-    s = eta * sigma' / sigma * sqrt(1 - alpha² / alpha'²). eta = 0 is an ODE solver of order 1, eta
-    = 1 is DDPM.
+    s = eta * sigma' / sigma * sqrt(1 - alpha² / alpha'²).
+    eta = 0 is an ODE solver of order 1, eta = 1 is DDPM.
     """
     _check_eta(eta)
     rows = []
@@ -205,7 +205,7 @@ def euler_ancestral(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
 
 
 def heun(levels: Sequence[Level]) -> list[Row]:
-    """Heun's second-order method (Karras et al. 2022, alg. 1 without churn): two rows per step.
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): two rows per step.
 
     The first row makes an Euler step and keeps y + (sigma_ve' - sigma_ve) / 2 * d, all of the
     result that is known by then; the second adds the other half of the slope, taken at the end. The
@@ -227,7 +227,7 @@ def heun(levels: Sequence[Level]) -> list[Row]:
 
 
 def plms(levels: Sequence[Level]) -> list[Row]:
-    """Pseudo linear multistep (PNDM, Liu et al. 2022, eq. 11-14), started as in Stable Diffusion.
+    """Pseudo linear multistep (PNDM, Liu et al. 2022, F-PNDM), started as in Stable Diffusion.
 
     x' = alpha' / alpha * x + g * e with g = sigma' - sigma * alpha' / alpha and e a combination of
     the last four eps_hat. The first step is taken twice, so there is one row more than steps: row 1
@@ -267,12 +267,14 @@ def dpmpp_2m(levels: Sequence[Level], *, lower_order_final: bool = True) -> list
 def dpmpp_2m_sde(
     levels: Sequence[Level], *, eta: float = 1.0, lower_order_final: bool = True
 ) -> list[Row]:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, eq. 17-18, midpoint form), k-diffusion's eta.
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b; midpoint form) with k-diffusion's eta.
 
-    With h = log-SNR step / 2, r = h_previous / h and e^-h = sigma_ve' / sigma_ve:
-    x' = sigma' / sigma * e^(-eta h) * x + alpha' * (1 - e^(-(1 + eta) h)) * (D + (D - D_previous) /
-    (2 r))
-         + sigma' * sqrt(1 - e^(-2 eta h)) * noise.
+    h is half the step in log-SNR, so e^-h = sigma_ve' / sigma_ve; r = h_previous / h.
+
+        x' = sigma' / sigma * e^(-eta h) * x
+             + alpha' * (1 - e^(-(1 + eta) h)) * (D + (D - D_previous) / (2 r))
+             + sigma' * sqrt(1 - e^(-2 eta h)) * noise
+
     The first step and, with lower_order_final, the last are of order 1 (the last has to be where it
     ends at sigma = 0, since h is infinite there).
     """

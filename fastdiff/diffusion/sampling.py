@@ -23,6 +23,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each row with (row, x, denoised); denoised is the D of that row."""
 
 
+@torch.no_grad()
 def sample(
     predict: Predict,
     table: SamplerTable,
@@ -33,7 +34,7 @@ def sample(
     on_step: OnStep | None = None,
     check: Literal["end", "step", "never"] = "end",
 ) -> Tensor:
-    """Run a sampler from noise to samples.
+    """Run a sampler from noise to samples, without recording gradients.
 
     Args:
         predict: called once per row as predict(x, t, guided); see Predict.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdiff.extras import import_extra
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.runtime import block_size, in_blocks, prepare
 
@@ -65,3 +66,14 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """
     error = (images.double() - reference.double()).square().flatten(1).mean(1)
     return 10 * (4 / error).log10()
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004), by torchmetrics; 1 for equal images.
+
+    images, reference: (N, C, H, W) in [-1, 1], H and W at least 11. Returns (N,), fp64.
+    """
+    similarity = import_extra("torchmetrics.functional.image", extra="train")
+    return similarity.structural_similarity_index_measure(
+        images.double(), reference.double(), data_range=2.0, reduction="none"
+    )

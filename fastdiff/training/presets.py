@@ -14,7 +14,7 @@ from fastdiff.training.diffusion import DenoiserLossConfig, DiffusionRun, Previe
 
 # Small changes that a hand makes anyway; a quarter of the images stay as they are, so that the
 # model sees the real distribution too.
-_HANDWRITING = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.75)
+_HANDWRITING = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 
 TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
     "digits-autoencoder": AutoencoderRun(
@@ -24,12 +24,12 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
             image_channels=1, model_channels=32, num_layers=2, norm="group"
         ),
         loss=AutoencoderLossConfig(
-            perceptual_weight=0.25, kl_weight=1e-3, adversarial_weight=0.1, adversarial_start=1500
+            perceptual_weight=0.25, kl_weight=1e-2, adversarial_weight=0.1, adversarial_start=1200
         ),
         optimization=OptimizationConfig(
-            steps=2000,
-            batch_size=64,
-            learning_rate=5e-4,
+            steps=1600,
+            batch_size=48,
+            learning_rate=1e-3,
             final_learning_rate=5e-5,
             beta1=0.5,
             beta2=0.9,
@@ -54,7 +54,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
         optimization=OptimizationConfig(
             steps=8000,
             batch_size=64,
-            learning_rate=4e-4,
+            learning_rate=6e-4,
             final_learning_rate=1e-5,
             weight_decay=0.01,
             warmup_steps=200,
@@ -62,7 +62,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
             clip_norm=1.0,
             ema_decay=0.999,
         ),
-        preview=PreviewConfig(guidance_scale=2.0),
+        preview=PreviewConfig(guidance_scale=1.5),
         output=OutputConfig(
             folder="runs/digits-diffusion", preview_every=1000, save_every=1000, export_dtype="fp16"
         ),

@@ -133,8 +133,8 @@ class Trainer:
                 scaled = self.scaler.scale(loss / config.accumulate)
                 torch.autograd.backward(scaled, inputs=self.parameters[name])
             active = list(losses)
-            total = torch.stack([loss.detach().float() for loss in losses.values()]).sum()
-            for name, value in {"loss": total, **logged}.items():
+            shown = {_loss_name(name, self.task): loss for name, loss in losses.items()}
+            for name, value in {**shown, **logged}.items():
                 scalars[name] = scalars.get(name, 0) + value.detach().float() / config.accumulate
         for name in active:
             scalars[f"grad_norm/{name}"] = self._update(name, learning_rate(step, config))
@@ -380,6 +380,11 @@ def tile(images: Tensor, columns: int) -> Tensor:
     padded[:count] = images
     grid = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     return (grid.reshape(channels, rows * height, columns * width) + 1) / 2
+
+
+def _loss_name(network: str, task: Task) -> str:
+    """The averaged network's loss is the run's loss; a discriminator's is another matter."""
+    return "loss" if network == task.averaged else f"loss/{network}"
 
 
 def _finite(value: float) -> bool:

@@ -38,7 +38,7 @@ def test_simple_loss() -> None:
 
 @given(st.floats(1e-4, 1e4), st.floats(0.5, 20))
 def test_min_snr_weight(snr: float, gamma: float) -> None:
-    """Hang et al. 2023: min(SNR, gamma) on x0 (eq. 8), over SNR on eps, over SNR + 1 on v."""
+    """Hang et al. 2023: min(SNR, gamma) on x0, over SNR on eps, over SNR + 1 on v."""
     ratio = torch.tensor(snr, dtype=torch.float64)
     expected = {
         "x0": min(snr, gamma),

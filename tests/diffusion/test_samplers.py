@@ -317,3 +317,17 @@ def test_bad_guidance() -> None:
     for options in ({"scale": math.nan}, {"rescale": 1.5}, {"interval": (-1, 3)}):
         with pytest.raises(ValueError, match=r"guidance .* got "):
             GuidanceConfig(**options)
+
+
+def test_no_gradients_are_recorded() -> None:
+    """Parameters in training want gradients; sampling must not keep a graph of all its steps."""
+    scale = torch.tensor(0.5, requires_grad=True)
+    seen = []
+
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        seen.append((x * scale).requires_grad)
+        return torch.tanh(x * scale)
+
+    result = sample(predict, build_table("ddim", LINEAR, 2), (2, 3), [1])
+    assert seen == [False, False]
+    assert not result.requires_grad

@@ -20,7 +20,11 @@ from fastdiff.models.unet import UNet
 from tests.peers import import_diffusers
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-DTYPES = [pytest.param(torch.float64, id="fp64"), pytest.param(torch.float32, id="fp32")]
+CASES = [
+    pytest.param(torch.float64, 1.0, id="fp64"),
+    pytest.param(torch.float64, 1e-2, id="fp64-small"),
+    pytest.param(torch.float32, 1.0, id="fp32"),
+]
 
 SD = {  # Stable Diffusion 1: two of its four levels with attention, one without, d = 8
     "sample_size": 16,
@@ -130,8 +134,7 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     assert error <= TOLERANCE[ours.dtype], f"relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "size"), CASES)
 @pytest.mark.parametrize("name", UNETS)
 @torch.no_grad()
 def test_unet(name: str, dtype: torch.dtype, size: float) -> None:
@@ -166,8 +169,7 @@ def test_unet(name: str, dtype: torch.dtype, size: float) -> None:
         assert_equal(ours(x, t, **conditions), expected)
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "size"), CASES)
 @pytest.mark.parametrize("name", AUTOENCODERS)
 @torch.no_grad()
 def test_autoencoder(name: str, dtype: torch.dtype, size: float) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest benchmarks/``; see harness.py. Not installed."""

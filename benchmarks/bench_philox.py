@@ -1,0 +1,34 @@
+"""Noise: nothing in, one fp32 number per element out; 64 digits' latents and four of SD's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import Work, measure
+from fastdiff import kernels
+from fastdiff.presets import UNETS
+
+
+@pytest.mark.parametrize(("preset", "size", "batch"), [("digits", 8, 64), ("sd1", 64, 4)])
+@pytest.mark.parametrize("provider", ["reference", "eager"])
+def test_philox_normal(benchmark: Any, provider: str, preset: str, size: int, batch: int) -> None:
+    shape = (UNETS[preset].in_channels, size, size)
+    seeds = torch.arange(batch)
+    generator = torch.Generator().manual_seed(0)
+    providers = {
+        "reference": lambda: kernels.philox_normal(seeds, shape),
+        "eager": lambda: torch.randn(batch, *shape, generator=generator),
+    }
+    work = Work(bytes=4 * batch * torch.Size(shape).numel())
+    with kernels.backend("reference"):
+        measure(
+            benchmark,
+            providers[provider],
+            name="philox_normal",
+            shape=f"{preset} {(batch, *shape)}",
+            provider=provider,
+            work=work,
+        )

@@ -1,0 +1,53 @@
+"""Parameter counts of the published models, counted on the meta device: exact or wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.unet import UNet
+from fastdiff.presets import AUTOENCODERS, UNETS
+
+UNET_PARAMETERS = {
+    "sd1": 859_520_964,
+    "sd1-inpaint": 859_535_364,
+    "sd2": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "ldm4-ffhq256": 274_056_163,
+    "ldm4-cin256-v2": 400_920_579,
+    "adm-imagenet256": 553_838_086,
+    "ddpm-cifar10": 35_746_307,
+    "iddpm-imagenet64": 121_063_942,
+    "digits": 1_698_628,
+}
+# kl-f4 is vq-f4 with a Gaussian instead of 8192 codes of 3: less the codebook (24,576), plus
+# the second half of the moments in conv_out (3 * (512*9 + 1)) and in the 1x1 quant_conv (42 - 12)
+AUTOENCODER_PARAMETERS = {
+    "kl-f4": 55_322_782 - 8192 * 3 + 3 * (512 * 9 + 1) + 30,
+    "kl-f8": 83_653_863,
+    "vq-f4": 55_322_782,
+    "vq-f8": 67_717_295,
+    "digits": 681_333,
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = UNet(UNETS[name])
+    assert sum(p.numel() for p in model.parameters()) == UNET_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoder_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = Autoencoder(AUTOENCODERS[name])
+    assert sum(p.numel() for p in model.parameters()) == AUTOENCODER_PARAMETERS[name]
+
+
+def test_digits_models_fit_together_and_into_the_package() -> None:
+    unet, autoencoder = UNETS["digits"], AUTOENCODERS["digits"]
+    assert unet.in_channels == unet.out_channels == autoencoder.latent_channels
+    assert 32 // autoencoder.downsample_factor % unet.downsample_factor == 0
+    assert 2 * (UNET_PARAMETERS["digits"] + AUTOENCODER_PARAMETERS["digits"]) < 7e6  # bytes, fp16
