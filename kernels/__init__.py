@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-if __name__ != "fastdiff.kernels":
-    raise ImportError(
-        f"this package was imported as {__name__!r}; its name is 'fastdiff.kernels' "
-        "(a top-level 'kernels' belongs to another project): use 'from fastdiff import kernels'"
-    )
+from typing import TYPE_CHECKING
 
-from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu
-from fastdiff.kernels.attention import attention
-from fastdiff.kernels.dispatch import (
-    BACKENDS,
-    OPS,
-    BackendError,
-    BackendWarning,
-    Explanation,
-    Implementation,
-    available,
-    backend,
-    explain,
-    record_backends,
-    selected_backend,
-)
-from fastdiff.kernels.geglu import geglu
-from fastdiff.kernels.group_norm_silu import group_norm_silu
-from fastdiff.kernels.layer_norm import add_layer_norm, layer_norm
-from fastdiff.kernels.philox import (
-    INITIAL_NOISE,
-    POSTERIOR_NOISE,
-    SAMPLER_NOISE,
-    Stream,
-    philox4x32,
-    philox_normal,
-)
-from fastdiff.kernels.sampler_step import COLUMNS, sampler_step
+if TYPE_CHECKING or __name__ == "fastdiff.kernels":
+    from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu
+    from fastdiff.kernels.attention import attention
+    from fastdiff.kernels.dispatch import (
+        BACKENDS,
+        OPS,
+        BackendError,
+        BackendWarning,
+        Explanation,
+        Implementation,
+        available,
+        backend,
+        explain,
+        record_backends,
+        selected_backend,
+    )
+    from fastdiff.kernels.geglu import geglu
+    from fastdiff.kernels.group_norm_silu import group_norm_silu
+    from fastdiff.kernels.layer_norm import add_layer_norm, layer_norm
+    from fastdiff.kernels.philox import (
+        INITIAL_NOISE,
+        POSTERIOR_NOISE,
+        SAMPLER_NOISE,
+        Stream,
+        philox4x32,
+        philox_normal,
+    )
+    from fastdiff.kernels.sampler_step import COLUMNS, sampler_step
+else:
+    # In a checkout's root this folder can be seen as a top-level `kernels`, a name that belongs to
+    # another project and that transformers probes by importing it. So the import is let pass,
+    # submodules are out of reach, and the first use says what is wrong.
+    __path__ = []
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        raise ImportError(
+            f"{name!r} was asked of {__name__!r}, but this package is called 'fastdiff.kernels' "
+            "(a top-level 'kernels' belongs to another project): use 'from fastdiff import kernels'"
+        )
+
 
 __all__ = [
     "BACKENDS",

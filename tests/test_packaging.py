@@ -60,8 +60,31 @@ def test_sdist_holds_kernels_once(dist: Path) -> None:
     assert not [f for f in files if f.parts[:2] == ("fastdiff", "kernels")]
 
 
-def test_kernels_refuses_a_wrong_name() -> None:
-    command = [sys.executable, "-c", "import kernels"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from kernels import attention",
+        "import kernels; kernels.get_kernel",
+        "from kernels import *",
+    ],
+)
+def test_kernels_refuses_a_wrong_name(statement: str) -> None:
+    ran = in_the_root(statement)
     assert ran.returncode == 1
-    assert "its name is 'fastdiff.kernels'" in ran.stderr
+    assert "this package is called 'fastdiff.kernels'" in ran.stderr
+
+
+def test_kernels_submodules_have_no_second_name() -> None:
+    ran = in_the_root("import kernels.attention")
+    assert ran.returncode == 1
+    assert "No module named 'kernels.attention'" in ran.stderr
+
+
+def test_peers_that_probe_for_kernels_work_in_the_root() -> None:
+    ran = in_the_root("from diffusers import UNet2DModel")
+    assert ran.returncode == 0, ran.stderr
+
+
+def in_the_root(statement: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", statement]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _dispatch(arguments)
             sys.stdout.flush()
             return code
+    except SystemExit as stop:  # a training run that was told to stop: 143 or 130, saved
+        return stop.code if isinstance(stop.code, int) else EXIT_MISTAKE
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED

@@ -23,8 +23,8 @@ def width() -> int:
     return UNLIMITED
 
 
-def print_numbers(rows: Sequence[Sequence[str]]) -> None:
-    """Right-aligned columns under the headings of the first row.
+def print_numbers(rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
+    """Right-aligned columns under the headings of the first row; ``left``: but for the first.
 
     A table wider than the terminal is printed in blocks of columns, the first column in each.
     """
@@ -41,7 +41,9 @@ def print_numbers(rows: Sequence[Sequence[str]]) -> None:
         if number:
             print()
         for row in rows:
-            print(GAP.join(row[index].rjust(widths[index]) for index in [0, *block]))
+            first = row[0].ljust(widths[0]) if left else row[0].rjust(widths[0])
+            cells = [first, *(row[index].rjust(widths[index]) for index in block)]
+            print(GAP.join(cells).rstrip())
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]], *, indent: int = 0) -> None:
@@ -96,10 +98,10 @@ class Clock:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that is told how much is done; nothing where stderr is no terminal."""
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is told (done, total); nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -120,5 +122,5 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from fastdiff import __version__
 from fastdiff.cli.console import NO_BREAK, print_pairs
 from fastdiff.cli.parsing import parse
@@ -46,7 +48,7 @@ class Doctor:
       FASTDIFF_BACKEND=reference fastdiff doctor
     """
 
-    json: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object, for programs and bug reports."""
 
 

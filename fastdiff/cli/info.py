@@ -28,7 +28,7 @@ class Info:
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH|NAME")]
     """A bundle's or a run's folder, the name of a shipped bundle, or a PNG."""
-    json: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
 
 

@@ -32,7 +32,12 @@ class UsageError(ValueError):
 
 
 def parse(
-    options: type[T], words: Sequence[str], *, prog: str, default: T | None = None
+    options: type[T],
+    words: Sequence[str],
+    *,
+    prog: str,
+    default: T | None = None,
+    text: str | None = None,
 ) -> T | None:
     """Read ``words`` into a dataclass.
 
@@ -40,6 +45,7 @@ def parse(
         options: a frozen dataclass; the line under a field is its help, "Examples:" in its
             docstring goes to the end of the help.
         default: where the defaults come from, instead of the class.
+        text: the help's words, instead of the class's docstring.
 
     Returns:
         The options, or None when help was asked for and has been printed.
@@ -47,7 +53,7 @@ def parse(
     Raises:
         UsageError: a word that cannot be read.
     """
-    description, _, examples = (inspect.getdoc(options) or "").partition("\nExamples:\n")
+    description, _, examples = (text or inspect.getdoc(options) or "").partition("\nExamples:\n")
     if not {"-h", "--help"}.isdisjoint(words):
         print(f"{_wrapped(description)}\n")
     errors = io.StringIO()
@@ -61,7 +67,6 @@ def parse(
                     prog=prog,
                     description="",
                     args=list(words),
-                    config=(tyro.conf.FlagCreatePairsOff,),
                     **extra,
                 ),
             )
@@ -121,13 +126,18 @@ def _wrapped(text: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The first section of tyro's error box, and the options it proposes, in one line."""
+    """The first section of tyro's error box, and the options it proposes, in one line.
+
+    The box is drawn without lines at its sides where the output's encoding has none.
+    """
     sections: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
-        inner = line.strip().removeprefix("│").removesuffix("│")[1:].rstrip()
-        if re.fullmatch(r"[─╭╮╰╯ ]+", inner):
+        if not line.startswith(("│ ", "  ")):  # the title, or the frame
+            continue
+        inner = line[2:].removesuffix("│").rstrip()
+        if re.fullmatch(r"[─-]+", inner):
             sections.append([])
-        elif inner and not line.startswith(("╭", "╰")):
+        elif inner:
             sections[-1].append(inner)
     told, *more = [section for section in sections if section] or [["this cannot be read"]]
     if told[0].startswith("Missing from"):  # names are indented by 4, their help by 8

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -69,8 +68,10 @@ def run(options: Samplers) -> int:
     for name in options.names:
         one_of(name, SAMPLERS, "sampler")
     if options.plot is not None:
+        from fastdiff.pipelines.plots import plot_tables
+
         names = options.names or tuple(SAMPLERS)
-        _draw([_table(name, options, SAMPLERS[name]) for name in names], options.plot)
+        plot_tables([_table(name, options, SAMPLERS[name]) for name in names], options.plot)
         print(options.plot)
     elif options.names:
         for number, name in enumerate(options.names):
@@ -91,13 +92,14 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
     from fastdiff.diffusion.samplers import build_table
     from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
-    # Stable Diffusion's ends for its own kind; the class's defaults are DDPM's.
-    ends = {"beta_start": 0.00085, "beta_end": 0.012} if options.schedule == "scaled_linear" else {}
+    config = ScheduleConfig(kind=options.schedule)
+    if options.schedule == "scaled_linear":  # with Stable Diffusion's ends; the defaults are DDPM's
+        config = replace(config, beta_start=0.00085, beta_end=0.012)
     # With several names, --eta goes to those that have one.
     takes_eta = "eta" in inspect.signature(sampler).parameters or len(options.names) == 1
     return build_table(
         name,
-        NoiseSchedule(ScheduleConfig(kind=options.schedule, **ends)),
+        NoiseSchedule(config),
         options.steps,
         prediction=options.prediction,
         spacing=options.spacing,
@@ -122,46 +124,3 @@ def _print_table(table: SamplerTable, sampler: Any) -> None:
         print("In every row:", ", ".join(f"{heading[i]} = {rows[0][i]}" for i in constant))
     print()
     print_numbers([[line[index] for index in kept] for line in [heading, *rows]])
-
-
-def _draw(tables: Sequence[SamplerTable], path: Path) -> None:
-    """Noise level, weight of the estimate and fresh noise over the network evaluations."""
-    from fastdiff.checkpoint.files import atomic_file
-    from fastdiff.extras import import_extra
-
-    kinds = (".png", ".svg", ".pdf")
-    if path.suffix.lower() not in kinds:
-        raise ValueError(f"--plot must end in {', '.join(kinds)}, got {str(path)!r}")
-    figure_module = import_extra("matplotlib.figure", extra="train")
-    figure = figure_module.Figure(figsize=(9, 8.4), layout="constrained", dpi=140)
-    axes = figure.subplots(3, 1, sharex=True)
-    # Tables that are equal (ddim and euler) would hide each other: the earlier lines are thicker.
-    markers = "osD^vP*X"
-    for number, table in enumerate(tables):
-        evaluations = range(1, len(table) + 1)
-        style = {
-            "label": table.name,
-            "linewidth": 1.2 + 1.6 * (len(tables) - 1 - number) / max(len(tables) - 1, 1),
-            "marker": markers[number % len(markers)],
-            "markersize": 3 + 4 * (len(tables) - 1 - number) / max(len(tables) - 1, 1),
-            "color": f"C{number}",
-        }
-        axes[0].plot([*evaluations], table.sigmas, **style)
-        axes[1].plot([*evaluations], table.column("B"), **style)
-        axes[2].plot([*evaluations], table.column("S"), **style)
-    axes[0].set_yscale("log")
-    titles = (
-        ("noise level", "sigma / alpha the network sees"),
-        ("weight of the new estimate of the clean image", "b"),
-        ("fresh noise", "s"),
-    )
-    for axis, (title, label) in zip(axes, titles, strict=True):
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("network evaluation")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lower()[1:])

@@ -12,14 +12,15 @@ from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DenoiserLossConfig, DiffusionRun, PreviewConfig
 
-# Small changes that a hand makes anyway; a quarter of the images stay as they are, so that the
-# model sees the real distribution too.
-_HANDWRITING = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
+# Small changes that a hand makes anyway; some images stay as they are, so that the models see the
+# real distribution too. The autoencoder may see more than digits, the denoiser should make digits.
+_WIDE = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.75)
+_NARROW = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 
 TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
     "digits-autoencoder": AutoencoderRun(
         model=AUTOENCODERS["digits"],
-        data=DataConfig(augment=_HANDWRITING),
+        data=DataConfig(augment=_WIDE),
         discriminator=DiscriminatorConfig(
             image_channels=1, model_channels=32, num_layers=2, norm="group"
         ),
@@ -45,7 +46,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
     "digits-diffusion": DiffusionRun(
         model=replace(UNETS["digits"], dropout=0.1),
         autoencoder="runs/digits-autoencoder",
-        data=DataConfig(augment=_HANDWRITING),
+        data=DataConfig(augment=_NARROW),
         schedule=ScheduleConfig(kind="cosine"),
         prediction="v",
         loss=DenoiserLossConfig(timesteps="stratified"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 pytest.importorskip("sklearn", reason="the evaluation needs fastdiff[train]")
 pytest.importorskip("torchmetrics", reason="the evaluation needs fastdiff[train]")
 
+from fastdiff.checkpoint.bundle import Bundle
 from fastdiff.checkpoint.config import from_dict, to_dict
 from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_reference
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
-from fastdiff.evaluation.evaluate import evaluate_images
+from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
 from fastdiff.pipelines.latent import SampleSettings
+from tests.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +170,38 @@ def test_the_report_says_what_was_measured(
     data = json.loads((tmp_path / "results.json").read_text())
     assert from_dict(Results, data["results"]) == results
     assert to_dict(results) == data["results"]
+
+
+def test_a_random_model_is_sampled_and_fails(reference: Reference) -> None:
+    """The whole of `evaluate`: labels and seeds go round, and a model that knows nothing fails."""
+    unet = replace(UNET, num_classes=10)
+    names = reference.class_names
+    config = replace(LATENT, image_size=32, unet=unet, class_names=names)
+    bundle = Bundle(config=config, autoencoder=tiny_autoencoder(), unet=tiny_unet(unet))
+    quick = SampleSettings(steps=1, guidance_scale=1.0)
+    evaluation = evaluate(bundle, count=360, settings=quick, first_seed=5)
+    assert evaluation.labels.tolist() == [index % 10 for index in range(360)]
+    assert evaluation.seeds == tuple(range(5, 365))
+    assert evaluation.results.samples.accuracy < 0.5
+    assert len(evaluation.results.failures()) >= 2
+    with pytest.raises(ValueError, match="at least 360 samples"):
+        evaluate(bundle, count=10)
+    other = Bundle(config=LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    with pytest.raises(ValueError, match=r"expected a model of the 10 classes .* got 4"):
+        evaluate(other, reference=reference)
+
+
+def test_subsets_keep_the_share_of_each_class() -> None:
+    labels = np.repeat([0, 1, 2], [500, 300, 200])
+    rng = np.random.default_rng(0)
+    first, second = (_subset(rng, labels, 100) for _ in range(2))
+    assert np.bincount(labels[first]).tolist() == [50, 30, 20]
+    assert len(set(first)) == 100
+    assert set(first) != set(second)
+
+
+def test_a_subset_of_training_images_is_no_farther_than_held_out_ones(
+    reference: Reference, judge: Judge
+) -> None:
+    results = measure(reference, judge, reference.train_images, reference.train_labels)
+    assert results.samples.frechet_equal < results.held_out.frechet_equal

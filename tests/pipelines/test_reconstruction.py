@@ -34,7 +34,7 @@ def test_psnr_of_a_known_error() -> None:
 
 
 def test_ssim_of_flat_images_is_the_formula() -> None:
-    """Wang et al. 2004, eq. 13, without variance: (2 a b + c1) / (a² + b² + c1), c1 = (0.01 * 2)²."""
+    """Wang et al. 2004, eq. 13, without variance: (2ab + c1) / (a² + b² + c1), c1 = (0.01 * 2)²."""
     pytest.importorskip("torchmetrics", reason="SSIM needs fastdiff[train]")
     a, b, c1 = 0.1, 0.3, 0.0004
     flat = torch.ones(2, 1, 16, 16, dtype=torch.float64)

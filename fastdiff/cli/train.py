@@ -1,0 +1,150 @@
+"""``fastdiff train``: one typed config per run; a preset or a file gives it, flags change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from fastdiff.cli.parsing import OptionalName, OptionalPath, UsageError, one_of, option_value, parse
+
+if TYPE_CHECKING:
+    from fastdiff.training import AutoencoderRun, DiffusionRun
+
+RunT = TypeVar("RunT", "AutoencoderRun", "DiffusionRun")
+STAGES = {
+    "autoencoder": "the first stage: images to latents and back",
+    "diffusion": "the second stage: a denoiser on the latents, or on pixels",
+}
+HELP = """\
+Train an autoencoder, or a denoiser on its latents.
+
+usage: fastdiff train STAGE [OPTIONS]
+       fastdiff train STAGE --help
+
+{stages}
+
+examples:
+  fastdiff train autoencoder
+  fastdiff train diffusion --autoencoder runs/digits-autoencoder
+  fastdiff train diffusion --resume"""
+STAGE_HELP = """\
+Train {line}.
+
+Every field of the run's config is an option. The values to start from are those of a preset
+({presets}), of a config.json, or with --resume of the run in output.folder. Ctrl-C and SIGTERM
+save before they end the run. The folder gets config.json, log.jsonl, checkpoints/, samples/,
+tensorboard/ and model/, which the other commands take.
+
+Examples:
+{examples}
+"""
+EXAMPLES = {
+    "autoencoder": """\
+  fastdiff train autoencoder
+  fastdiff train autoencoder --optimization.steps 4000 --output.folder runs/longer --dry-run
+  fastdiff train autoencoder --resume""",
+    "diffusion": """\
+  fastdiff train diffusion --autoencoder runs/digits-autoencoder
+  fastdiff train diffusion --preset digits-diffusion --prediction eps --seed 1 --dry-run
+  fastdiff train diffusion --resume --output.folder runs/digits-diffusion""",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Generic[RunT]):
+    """A run's config and what to do with it."""
+
+    run: Annotated[RunT, tyro.conf.arg(name="")]
+    preset: OptionalName = None
+    """A run that is known to work, to start from."""
+    config: OptionalPath = None
+    """A run's config.json to start from, or the folder it lies in."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint in output.folder, to the same numbers as without a stop."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the config and what follows from it; write nothing."""
+
+
+def main(words: Sequence[str]) -> int:
+    stages = "\n".join(f"  {name:11}  {line}" for name, line in STAGES.items())
+    if words and words[0] in ("-h", "--help"):
+        print(HELP.format(stages=stages))
+        return 0
+    if not words:
+        raise UsageError(
+            "missing: autoencoder or diffusion, and options (see fastdiff train --help)"
+        )
+    stage, *rest = words
+    one_of(stage, STAGES, "stage")
+    from fastdiff.training import TRAINING_PRESETS, AutoencoderRun, DiffusionRun
+
+    kind: Any = AutoencoderRun if stage == "autoencoder" else DiffusionRun
+    presets = {name: run for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)}
+    options = parse(
+        Train[kind],
+        rest,
+        prog=f"fastdiff train {stage}",
+        default=Train(run=_start(kind, presets, rest)),
+        text=STAGE_HELP.format(
+            line=STAGES[stage], presets=", ".join(presets), examples=EXAMPLES[stage]
+        ),
+    )
+    return 0 if options is None else run(options)
+
+
+def run(options: Train[Any]) -> int:
+    from fastdiff.training import AutoencoderRun, describe, train_autoencoder, train_diffusion
+
+    if options.dry_run:
+        print(describe(options.run))
+    elif isinstance(options.run, AutoencoderRun):
+        train_autoencoder(options.run, resume=options.resume)
+    else:
+        train_diffusion(options.run, resume=options.resume)
+    return 0
+
+
+def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) -> RunT:
+    """The config that the options change: of --config, of --preset, of the run to resume.
+
+    Raises:
+        FileNotFoundError, ValueError: no such preset, no such file, or not a run of this stage.
+    """
+    preset, config = option_value(words, "--preset"), option_value(words, "--config")
+    if preset is not None and config is not None:
+        raise ValueError("--preset and --config both give the whole run; leave one of them out")
+    if config is not None:
+        return _read(kind, Path(config))
+    default = (
+        next(iter(presets.values()))
+        if preset is None
+        else presets[one_of(preset, presets, "preset")]
+    )
+    if "--resume" in words and preset is None:
+        folder = Path(option_value(words, "--output.folder") or default.output.folder)
+        if (folder / "config.json").is_file():
+            return _read(kind, folder)
+    return default
+
+
+def _read(kind: type[RunT], path: Path) -> RunT:
+    from fastdiff.checkpoint.config import from_dict
+
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no config at {path}; give the config.json of a run, or the run's folder"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    try:
+        return from_dict(kind, data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the config of such a run: {error}") from error
