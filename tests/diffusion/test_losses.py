@@ -97,7 +97,7 @@ def test_predictions_without_signal() -> None:
 
 
 def test_variational_bound_is_the_divergence() -> None:
-    """IDDPM eq. 5 and 15 with torch's normal distributions, in bits per dimension."""
+    """IDDPM eq. 6 and 15 with torch's normal distributions, in bits per dimension."""
     t = torch.tensor([1, 40, 99])
     x0, noise, d = torch.randn(3, 3, 2, 4, dtype=torch.float64)
     variance = torch.rand(3, 2, 4, dtype=torch.float64) * 2 - 1

@@ -11,6 +11,7 @@ from scipy import stats
 
 from fastdiff import kernels
 from fastdiff.kernels import philox4x32, philox_normal
+from fastdiff.kernels.philox import _normals_of_blocks
 from tests.kernels.cases import recording
 
 ONES = 0xFFFFFFFF
@@ -70,6 +71,16 @@ def test_the_normals_follow_the_counter_scheme() -> None:
         radius, angle = math.sqrt(-2 * math.log(u0)), 2 * math.pi * u1
         expected = radius * (math.sin(angle) if element % 2 else math.cos(angle))
         assert z[element] == np.float32(expected)
+
+
+def test_blocks_beyond_32_bits_count_on_in_the_second_word() -> None:
+    """Element 2^34 and those after it: an image too large to draw here."""
+    block, seed = 2**32 + 5, torch.tensor([11])
+    z = _normals_of_blocks(seed, torch.tensor([block, 5]), 3, 1)[0].tolist()
+    words = philox4x32(torch.tensor([5, 1, 3, 1]), torch.tensor([11, 0])).tolist()
+    u0, u1 = (((w >> 9) + 0.5) / 2**23 for w in words[:2])
+    assert z[0] == np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
+    assert z[4:] == philox_normal(seed, (24,), step=3, stream=1)[0, 20:].tolist()
 
 
 def test_the_noise_of_an_image_does_not_depend_on_its_batch() -> None:

@@ -90,6 +90,20 @@ def test_codebook_picks_the_nearest_code_and_states_both_losses() -> None:
     assert dcodes is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_nearest_code_is_found_in_every_precision(dtype: torch.dtype) -> None:
+    """New codes lie within 1 / size of 0: half precision cannot tell their distances apart."""
+    torch.manual_seed(0)
+    codebook = Codebook(512, 4).to(dtype)
+    vectors = (1e-3 * torch.randn(1000, 4)).to(dtype)
+    exact = (vectors.double()[:, None] - codebook.weight.double()).square().sum(-1)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = codebook.nearest(vectors)
+        excess = exact.gather(1, found[:, None])[:, 0] / exact.min(1).values
+        assert excess.max() < 1 + 1e-4
+
+
 @pytest.mark.parametrize(
     ("order", "on_codes", "on_latents"), [("paper", 1, 0.25), ("legacy", 0.25, 1)]
 )
@@ -193,7 +207,9 @@ def test_channels_last_is_kept() -> None:
             lambda m: m.encode(randn(1, 3, 8, 8)),
             r"image must be \(N, 1, H, W\), got \(1, 3, 8, 8\)",
         ),
-        (lambda m: m.encode(randn(1, 1, 9, 8)), "must be multiples of 2, got 9 x 8"),
+        (lambda m: m.encode(randn(1, 1, 9, 8)), "must be positive multiples of 2, got 9 x 8"),
+        (lambda m: m.encode(randn(1, 1, 0, 8)), "must be positive multiples of 2, got 0 x 8"),
+        (lambda m: m.decode(randn(1, 2, 0, 4)), r"latents must be \(N, 2, h, w\)"),
         (lambda m: m.decode(randn(1, 4, 4, 4)), r"latents must be \(N, 2, h, w\)"),
         (lambda m: m.decode_tiled(randn(1, 4, 9, 9), 4, 1), r"latents must be \(N, 2, h, w\)"),
         (lambda m: m.decode_tiled(randn(1, 2, 4, 4), 4, 4), "overlap must be in"),
@@ -213,6 +229,8 @@ def test_wrong_input_is_one_clear_line(call: Any, message: str) -> None:
         ({"codebook_size": 8}, "codebook_size must be positive for 'vq' and 0 for 'kl'"),
         ({"attention": (True,)}, "attention must be"),
         ({"norm_groups": 3}, "norm_groups must divide"),
+        ({"model_channels": 6, "channel_mult": (2, 4)}, "norm_groups must divide"),
+        ({"channel_mult": (0, 2)}, r"channel_mult must be positive, got \(0, 2\)"),
         ({"latent_channels": 0}, "latent_channels must be positive"),
     ],
 )
