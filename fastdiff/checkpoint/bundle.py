@@ -375,6 +375,14 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
             if f"os error {number})" in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from error
         raise
+    path.chmod(0o666 & ~_umask())  # safetensors leaves it readable by its owner only
+
+
+def _umask() -> int:
+    """The process's umask, which can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sha256(path: Path) -> str:

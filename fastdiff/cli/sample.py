@@ -176,14 +176,12 @@ def _images(
     with progress("sampling") as tell:
         while chunk := list(itertools.islice(jobs, settings.batch)):
             labels, seeds = zip(*chunk, strict=True)
+
+            def advance(now: int, _: int, before: int = before) -> None:
+                tell(before + now, every)
+
             with clock("sample"):
-                done = before
-                z = pipeline.latents(
-                    labels,
-                    seeds,
-                    settings,
-                    progress=lambda now, _, done=done: tell(done + now, every),
-                )
+                z = pipeline.latents(labels, seeds, settings, progress=advance)
             with clock("decode"):
                 images = pipeline.decode(z, tile=settings.tile).cpu()
             yield from zip(labels, seeds, images, strict=True)
@@ -247,14 +245,14 @@ def _save_sheet(
     """A row per class and a column per seed; with one seed the classes share the row."""
     classes = [_class_name(label, pipeline) for label in labels]
     columns = [f"seed {seed}" for seed in seeds]
-    if len(seeds) == 1:
-        layout = {"columns": len(classes), "column_labels": classes}
-        if len(classes) > SHEET_COLUMNS:
-            layout = {"columns": SHEET_COLUMNS}
-    else:
-        layout = {"row_labels": classes, "column_labels": columns}
+    named = len(classes) <= SHEET_COLUMNS
     sheet = contact_sheet(
-        images, **layout, title=pipeline.name, caption=_caption(pipeline, options)
+        images,
+        row_labels=None if len(seeds) == 1 else classes,
+        columns=min(len(classes), SHEET_COLUMNS) if len(seeds) == 1 else None,
+        column_labels=columns if len(seeds) > 1 else classes if named else None,
+        title=pipeline.name,
+        caption=_caption(pipeline, options),
     )
     recipe = pipeline.recipe(labels[0], seeds[0], options.settings)
     for key in ("class", "class_name", "seed"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -92,13 +92,14 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
     from fastdiff.diffusion.samplers import build_table
     from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
-    # Stable Diffusion's ends for its own kind; the class's defaults are DDPM's.
-    ends = {"beta_start": 0.00085, "beta_end": 0.012} if options.schedule == "scaled_linear" else {}
+    config = ScheduleConfig(kind=options.schedule)
+    if options.schedule == "scaled_linear":  # with Stable Diffusion's ends; the defaults are DDPM's
+        config = replace(config, beta_start=0.00085, beta_end=0.012)
     # With several names, --eta goes to those that have one.
     takes_eta = "eta" in inspect.signature(sampler).parameters or len(options.names) == 1
     return build_table(
         name,
-        NoiseSchedule(ScheduleConfig(kind=options.schedule, **ends)),
+        NoiseSchedule(config),
         options.steps,
         prediction=options.prediction,
         spacing=options.spacing,

@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from fastdiff.cli.parsing import OptionalName, OptionalPath, UsageError, one_of, option_value, parse
 
-RunT = TypeVar("RunT")
+if TYPE_CHECKING:
+    from fastdiff.training import AutoencoderRun, DiffusionRun
+
+RunT = TypeVar("RunT", "AutoencoderRun", "DiffusionRun")
 STAGES = {
     "autoencoder": "the first stage: images to latents and back",
     "diffusion": "the second stage: a denoiser on the latents, or on pixels",

@@ -46,7 +46,8 @@ class Scores:
     frechet: float
     """Fréchet distance to the training images, with all images of the set."""
     frechet_equal: float
-    """The same with as many images as the held-out split has, the mean over random subsets."""
+    """The same with as many images as the held-out split has, the mean over random
+    subsets that keep the share of each class."""
     precision: float
     """Share inside the manifold of training images, equal sizes."""
     recall: float
@@ -187,6 +188,7 @@ def evaluate_images(
     judge.check(images)
     training = pixels_of(reference.train_images)
     training_features = judge.features(reference.train_images)
+    training_labels = reference.train_labels.numpy()
     sets = {
         "samples": (images, labels),
         "held_out": (reference.held_out_images, reference.held_out_labels),
@@ -197,7 +199,7 @@ def evaluate_images(
     near = {name: nearest_training(pixels_of(x), training) for name, (x, _) in sets.items()}
     limit = float(np.quantile(near["held_out"].ratio, NEAR_COPY_QUANTILE))
     scores = {
-        name: _scores(x, y, judge, training_features, near[name], limit, size)
+        name: _scores(x, y, judge, training_features, training_labels, near[name], limit, size)
         for name, (x, y) in sets.items()
     }
     samples, held_out = scores["samples"], scores["held_out"]
@@ -218,6 +220,7 @@ def _scores(
     labels: Tensor,
     judge: Judge,
     training: NDArray[np.float64],
+    training_labels: NDArray[np.int64],
     near: Neighbours,
     limit: float,
     size: int,
@@ -228,8 +231,8 @@ def _scores(
     rng = np.random.default_rng(0)
     rows: list[tuple[float, float, float]] = []
     for _ in range(SUBSETS):
-        mine = features[_subset(rng, len(features), size)]
-        real = training[_subset(rng, len(training), size)]
+        mine = features[_subset(rng, labels.numpy(), size)]
+        real = training[_subset(rng, training_labels, size)]
         rows.append((frechet_distance(training, mine), *precision_recall(real, mine)))
     frechet_equal, precision, recall = np.mean(rows, axis=0).tolist()
     return Scores(
@@ -246,8 +249,17 @@ def _scores(
     )
 
 
-def _subset(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
-    return rng.permutation(count)[:size]
+def _subset(rng: np.random.Generator, labels: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Indices of a random subset that keeps the share of each class.
+
+    The held-out images were drawn that way; shares left to chance would count as distance.
+    """
+    order = rng.permutation(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.argsort(place, kind="stable")[:size]
 
 
 def _per_class(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def provenance(run: Run, step: int) -> dict[str, Any]:
         config["autoencoder"] = Path(config["autoencoder"]).name
     config["data"]["path"] = Path(run.data.path).name
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([program(), *sys.argv[1:]]),
         "fastdiff": fastdiff.__version__,
         "torch": torch.__version__,
         "steps": step,
@@ -32,3 +33,9 @@ def provenance(run: Run, step: int) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "run": config,
     }
+
+
+def program() -> str:
+    """What to type to run this process's program again; ``python -m fastdiff`` is ``fastdiff``."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name

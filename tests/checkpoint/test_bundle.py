@@ -307,3 +307,13 @@ def test_model_configs_that_make_no_sense() -> None:
             replace(LATENT, **change)  # type: ignore[arg-type]
     assert isinstance(LATENT, ModelConfig)
     assert isinstance(UNET, UNetConfig)
+
+
+def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    """safetensors alone writes files that only their owner may read."""
+    plain = tmp_path / "plain"
+    plain.touch()
+    folder = tmp_path / "bundle"
+    save_bundle(folder, LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, plain.stat().st_mode)

@@ -18,7 +18,7 @@ from fastdiff.checkpoint.bundle import Bundle
 from fastdiff.checkpoint.config import from_dict, to_dict
 from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_reference
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
-from fastdiff.evaluation.evaluate import evaluate, evaluate_images
+from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
 from fastdiff.pipelines.latent import SampleSettings
 from tests.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
@@ -189,3 +189,19 @@ def test_a_random_model_is_sampled_and_fails(reference: Reference) -> None:
     other = Bundle(config=LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
     with pytest.raises(ValueError, match=r"expected a model of the 10 classes .* got 4"):
         evaluate(other, reference=reference)
+
+
+def test_subsets_keep_the_share_of_each_class() -> None:
+    labels = np.repeat([0, 1, 2], [500, 300, 200])
+    rng = np.random.default_rng(0)
+    first, second = (_subset(rng, labels, 100) for _ in range(2))
+    assert np.bincount(labels[first]).tolist() == [50, 30, 20]
+    assert len(set(first)) == 100
+    assert set(first) != set(second)
+
+
+def test_a_subset_of_training_images_is_no_farther_than_held_out_ones(
+    reference: Reference, judge: Judge
+) -> None:
+    results = measure(reference, judge, reference.train_images, reference.train_labels)
+    assert results.samples.frechet_equal < results.held_out.frechet_equal

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from fastdiff.checkpoint.bundle import ASSETS, load_bundle
+from fastdiff.checkpoint.config import from_dict
 from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings
+from fastdiff.training import TRAINING_PRESETS
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "digits").is_dir(), reason="fastdiff/assets/digits is not there"
-)
+SHIPPED = ASSETS / "digits"
+
+pytestmark = pytest.mark.skipif(not SHIPPED.is_dir(), reason="fastdiff/assets/digits is not there")
 
 
 def test_the_shipped_bundle_is_small_and_whole() -> None:
@@ -32,3 +36,21 @@ def test_the_shipped_digits_are_digits() -> None:
     labels = list(range(10)) * 2
     images = pipeline(labels, list(range(20)), SampleSettings(steps=15))
     assert Judge(digits_reference(32)).accuracy(images, torch.tensor(labels)) >= 0.85
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_the_documented_command_is_the_one_that_trained_them(stage: str) -> None:
+    """The preset is what the run that made the weights was told; its log goes to the end."""
+    preset = TRAINING_PRESETS[f"digits-{stage}"]
+    run = from_dict(type(preset), json.loads((SHIPPED / f"{stage}-run.json").read_text()))
+    assert run == preset
+    last = json.loads((SHIPPED / f"{stage}-log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == preset.optimization.steps
+
+
+def test_the_evaluation_is_of_these_weights_and_meets_its_limits() -> None:
+    record = json.loads((SHIPPED / "evaluation.json").read_text())
+    assert record["provenance"]["weights"] == load_bundle("digits").weights_hash
+    assert record["results"]["samples"]["count"] >= 1000
+    assert record["provenance"]["settings"]["steps"] <= 50
+    assert record["failures"] == []
