@@ -11,7 +11,6 @@ from torch import Tensor
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT, SamplerTable
 from fastdiff.kernels import INITIAL_NOISE, philox_normal, sampler_step
 
-
 MAX_SEED = 2**63 - 1
 
 
@@ -55,8 +54,9 @@ def sample(
     Returns (N, *shape) in the noise's dtype.
 
     Raises:
-        ValueError: a seed is no whole number below 2^63, seeds and noise do not match, or the network's output has the wrong shape or is
-            not finite; the message names the first such row.
+        ValueError: a seed is no whole number below 2^63, seeds and noise do not match, or the
+            network's output has the wrong shape or is not finite; the message names the first such
+            row.
     """
     if not isinstance(seeds, Tensor):
         device = noise_or_shape.device if isinstance(noise_or_shape, Tensor) else None

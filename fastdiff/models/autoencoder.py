@@ -327,8 +327,8 @@ class Autoencoder(nn.Module):
             )
         if any(side % factor or side == 0 for side in x.shape[2:]):
             raise ValueError(
-                f"image sides must be positive multiples of {factor}, got {x.shape[2]} x {x.shape[3]}; "
-                "resize, crop or pad the image"
+                f"image sides must be positive multiples of {factor}, "
+                f"got {x.shape[2]} x {x.shape[3]}; resize, crop or pad the image"
             )
         return self.quant_conv(self.encoder(x))
 

@@ -408,8 +408,8 @@ class UNet(nn.Module):
         factor = config.downsample_factor
         if any(side % factor or side == 0 for side in x.shape[2:]):
             raise ValueError(
-                f"H and W of x must be positive multiples of {factor}, got {x.shape[2]} x {x.shape[3]}; "
-                "resize or pad the input"
+                f"H and W of x must be positive multiples of {factor}, "
+                f"got {x.shape[2]} x {x.shape[3]}; resize or pad the input"
             )
         if (context is None) != (config.context_dim is None):
             expected = f"(N, T, {config.context_dim})" if config.context_dim is not None else "None"

@@ -107,9 +107,12 @@ def test_step_may_be_a_tensor() -> None:
 
 def test_a_negative_seed_is_read_by_its_bits() -> None:
     low, high = -5 & ONES, (-5 >> 32) & ONES
-    word = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high]))[0].item()
-    assert 0 <= word <= ONES
+    words = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high])).tolist()
+    word, second, *_ = words
+    assert all(0 <= w <= ONES for w in words)
+    u0, u1 = (((w >> 9) + 0.5) / 2**23 for w in (word, second))
     z = philox_normal(torch.tensor([-5, 5]), (64,))
+    assert z[0, 0] == np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
     assert abs(np.corrcoef(z)[0, 1]) < 0.5
 
 

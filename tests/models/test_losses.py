@@ -33,6 +33,17 @@ def test_a_logit_judges_its_patch_and_nothing_else(layers: int, patch: int) -> N
     assert rows[-1] - rows[0] + 1 == patch
 
 
+def test_discriminator_is_the_published_one() -> None:
+    """2,768,705 parameters: what pix2pix prints for its pairs of RGB images, 70x70 patches."""
+    model = PatchDiscriminator(DiscriminatorConfig(image_channels=6))
+    assert sum(p.numel() for p in model.parameters()) == 2_768_705
+    deep = PatchDiscriminator(DiscriminatorConfig(model_channels=8, num_layers=5))
+    widths = [layer.out_channels for layer in deep.layers if isinstance(layer, nn.Conv2d)]
+    assert widths == [8, 16, 32, 64, 64, 64, 1]  # eight times the first at most
+    slopes = [layer.negative_slope for layer in model.layers if isinstance(layer, nn.LeakyReLU)]
+    assert slopes == [0.2] * 4
+
+
 def test_discriminator_groups_do_not_mix_samples_and_errors_are_clear() -> None:
     config = DiscriminatorConfig(image_channels=1, model_channels=8, num_layers=1, norm="group")
     model = PatchDiscriminator(config).double()

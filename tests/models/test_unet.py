@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.layers import AttentionBlock, timestep_embedding
+from fastdiff.models.layers import AttentionBlock, FeedForward, ResBlock, timestep_embedding
 from fastdiff.models.unet import UNet, UNetConfig
 
 CONFIGS = {
@@ -97,6 +97,38 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(name: st
     assert not zero
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("checkpointing", "calls"), [(False, 1), (True, 2)])
+def test_checkpointing_runs_a_block_again_in_the_backward_pass(
+    checkpointing: bool, calls: int
+) -> None:
+    model, seen = build("ddpm"), []
+    model.gradient_checkpointing = checkpointing
+    for block in (model.input_blocks[1][0], model.middle_block[1], model.output_blocks[0][0]):
+        block.register_forward_pre_hook(lambda module, _: seen.append(module))
+    model(**inputs("ddpm")).sum().backward()
+    assert len(seen) == 3 * calls
+
+
+@torch.no_grad()
+def test_dropout_is_in_both_kinds_of_block_and_only_while_training() -> None:
+    config = dataclasses.replace(CONFIGS["sdxl"], dropout=0.5)
+    places = [m for m in UNet(config).modules() if isinstance(m, ResBlock | FeedForward)]
+    for block in places:
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        if isinstance(block, ResBlock):
+            arguments = (torch.ones(1, block.in_channels, 4, 4), None, torch.ones(1, 64))
+        else:
+            arguments = (torch.ones(1, 4, block.proj.in_features),)
+        runs = [block(*arguments) for _ in range(2)]
+        runs = [run[0] if isinstance(run, tuple) else run for run in runs]
+        assert not torch.equal(*runs)
+        block.eval()
+        still = [block(*arguments) for _ in range(2)]
+        still = [run[0] if isinstance(run, tuple) else run for run in still]
+        assert torch.equal(*still)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
