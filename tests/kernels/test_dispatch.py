@@ -68,7 +68,7 @@ def test_a_fallback_warns_once_per_reason(op: dispatch.Op) -> None:
     dispatch._warned.add(("other", "another reason"))
     with pytest.warns(
         BackendWarning, match="another reason"
-    ):  # another op has a warning of its own
+    ):  # each op warns
         public(X)
 
 
