@@ -66,9 +66,7 @@ def test_a_fallback_warns_once_per_reason(op: dispatch.Op) -> None:
         public(X)
     dispatch._warned.remove(("probe", "another reason"))
     dispatch._warned.add(("other", "another reason"))
-    with pytest.warns(
-        BackendWarning, match="another reason"
-    ):  # each op warns
+    with pytest.warns(BackendWarning, match="another reason"):  # each op warns
         public(X)
 
 
