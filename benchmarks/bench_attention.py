@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.harness import Work, measure
+from benchmarks.harness import Work, compare
 from fastdiff import kernels
-
-SHAPES = [("digits", 8, 8), ("sd1", 32, 1)]
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,25 +24,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-PROVIDERS: dict[str, Callable[..., Tensor]] = {
-    "reference": kernels.attention,
-    "eager": written_out,
-    "library": sdpa,
-}
+def declared(q: Tensor, k: Tensor) -> Work:
+    return Work(bytes=2 * (q.nbytes + k.nbytes), flops=4 * q.numel() * k.shape[1])
 
 
-@pytest.mark.parametrize(("preset", "size", "batch"), SHAPES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_attention(benchmark: Any, provider: str, preset: str, size: int, batch: int) -> None:
-    of_q, of_k, of_v = shapes.largest("attention", preset, size, batch)
+@pytest.mark.parametrize("job", shapes.jobs_with("attention"))
+@pytest.mark.parametrize("provider", ["reference", "eager", "compile", "library", "sgemm"])
+def test_attention(benchmark: Any, provider: str, job: str) -> None:
+    of_q, of_k, of_v = shapes.JOBS[job].largest("attention").tensors
     q, k, v = torch.randn(of_q), torch.randn(of_k), torch.randn(of_v)
-    work = Work(bytes=2 * (q.nbytes + k.nbytes), flops=4 * q.numel() * k.shape[1])
-    with torch.inference_mode(), kernels.backend("reference"):
-        measure(
-            benchmark,
-            lambda: PROVIDERS[provider](q, k, v),
-            name="attention",
-            shape=f"{preset} {of_q}",
-            provider=provider,
-            work=work,
-        )
+    compare(
+        benchmark,
+        provider,
+        {"reference": kernels.attention, "eager": written_out, "library": sdpa},
+        (q, k, v),
+        name="attention",
+        job=job,
+        shape=str(of_q),
+        work=declared(q, k),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.harness import Work, measure
+from benchmarks.harness import Work, compare
 from fastdiff import kernels
-
-SHAPES = [("sd1", 64, 1)]
 
 
 def eager(x: Tensor) -> Tensor:
@@ -22,21 +19,18 @@ def eager(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
-PROVIDERS: dict[str, Callable[..., Tensor]] = {"reference": kernels.geglu, "eager": eager}
-
-
-@pytest.mark.parametrize(("preset", "size", "batch"), SHAPES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_geglu(benchmark: Any, provider: str, preset: str, size: int, batch: int) -> None:
-    (shape,) = shapes.largest("geglu", preset, size, batch)
+@pytest.mark.parametrize("job", shapes.jobs_with("geglu"))
+@pytest.mark.parametrize("provider", ["reference", "eager", "compile", "copy"])
+def test_geglu(benchmark: Any, provider: str, job: str) -> None:
+    (shape,) = shapes.JOBS[job].largest("geglu").tensors
     x = torch.randn(shape)
-    work = Work(bytes=x.nbytes * 3 // 2)
-    with torch.inference_mode(), kernels.backend("reference"):
-        measure(
-            benchmark,
-            lambda: PROVIDERS[provider](x),
-            name="geglu",
-            shape=f"{preset} {shape}",
-            provider=provider,
-            work=work,
-        )
+    compare(
+        benchmark,
+        provider,
+        {"reference": kernels.geglu, "eager": eager},
+        (x,),
+        name="geglu",
+        job=job,
+        shape=str(shape),
+        work=Work(bytes=x.nbytes * 3 // 2),
+    )

@@ -1,8 +1,7 @@
-"""LayerNorm: x once in, y once out."""
+"""LayerNorm: x once in, y once out; with the residual x and residual in, total and y out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,31 +10,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.harness import Work, measure
+from benchmarks.harness import Work, compare
 from fastdiff import kernels
 
-SHAPES = [("sd1", 64, 1)]
+PROVIDERS = ["reference", "eager", "compile", "copy"]
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
-PROVIDERS: dict[str, Callable[..., Tensor]] = {"reference": kernels.layer_norm, "eager": eager}
+def add_eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias), total
 
 
-@pytest.mark.parametrize(("preset", "size", "batch"), SHAPES)
+@pytest.mark.parametrize("job", shapes.jobs_with("layer_norm"))
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_layer_norm(benchmark: Any, provider: str, preset: str, size: int, batch: int) -> None:
-    shape = shapes.largest("layer_norm", preset, size, batch)[0]
+def test_layer_norm(benchmark: Any, provider: str, job: str) -> None:
+    shape = shapes.JOBS[job].largest("layer_norm").tensors[0]
     x, weight, bias = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
-    work = Work(bytes=2 * x.nbytes)
-    with torch.inference_mode(), kernels.backend("reference"):
-        measure(
-            benchmark,
-            lambda: PROVIDERS[provider](x, weight, bias),
-            name="layer_norm",
-            shape=f"{preset} {shape}",
-            provider=provider,
-            work=work,
-        )
+    compare(
+        benchmark,
+        provider,
+        {"reference": kernels.layer_norm, "eager": eager},
+        (x, weight, bias),
+        name="layer_norm",
+        job=job,
+        shape=str(shape),
+        work=Work(bytes=2 * x.nbytes),
+    )
+
+
+@pytest.mark.parametrize("job", shapes.jobs_with("add_layer_norm"))
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_add_layer_norm(benchmark: Any, provider: str, job: str) -> None:
+    shape = shapes.JOBS[job].largest("add_layer_norm").tensors[0]
+    x, residual = torch.randn(shape), torch.randn(shape)
+    weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1])
+    compare(
+        benchmark,
+        provider,
+        {"reference": kernels.add_layer_norm, "eager": add_eager},
+        (x, residual, weight, bias),
+        name="add_layer_norm",
+        job=job,
+        shape=str(shape),
+        work=Work(bytes=4 * x.nbytes),
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import Work, measure
+from benchmarks.harness import Work, compare
 from fastdiff import kernels
 from fastdiff.presets import UNETS
 
@@ -18,17 +18,15 @@ def test_philox_normal(benchmark: Any, provider: str, preset: str, size: int, ba
     shape = (UNETS[preset].in_channels, size, size)
     seeds = torch.arange(batch)
     generator = torch.Generator().manual_seed(0)
-    providers = {
-        "reference": lambda: kernels.philox_normal(seeds, shape),
-        "eager": lambda: torch.randn(batch, *shape, generator=generator),
-    }
-    work = Work(bytes=4 * batch * torch.Size(shape).numel())
-    with kernels.backend("reference"):
-        measure(
-            benchmark,
-            providers[provider],
-            name="philox_normal",
-            shape=f"{preset} {(batch, *shape)}",
-            provider=provider,
-            work=work,
-        )
+    compare(
+        benchmark,
+        provider,
+        {
+            "reference": lambda: kernels.philox_normal(seeds, shape),
+            "eager": lambda: torch.randn(batch, *shape, generator=generator),
+        },
+        (),
+        name="philox_normal",
+        shape=str((batch, *shape)),
+        work=Work(bytes=4 * batch * torch.Size(shape).numel()),
+    )

@@ -1,4 +1,4 @@
-"""Saves the records of a run when asked to."""
+"""Chooses the providers; saves the records of a run when asked to."""
 
 from __future__ import annotations
 
@@ -13,8 +13,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the timings to benchmarks/results/<device>/<commit>.json",
     )
+    parser.addoption(
+        "--providers",
+        default=",".join(p for p in harness.PROVIDERS if p != "compile"),
+        help="comma-separated; compile is left out by default, since it takes minutes: %(default)s",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--providers").split(",")
+    if unknown := set(chosen) - set(harness.PROVIDERS):
+        raise pytest.UsageError(
+            f"--providers must be of {','.join(harness.PROVIDERS)}, got {','.join(unknown)}"
+        )
+    dropped = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("provider", chosen[0]) not in chosen
+    ]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--save-records") and harness.RECORDS:
-        print(f"\nrecords: {harness.save_records(harness.RECORDS)}")
+        print(f"\nrecords: {harness.save_records(harness.RECORDS, harness.SHARES)}")

@@ -1,27 +1,46 @@
 """What one benchmark declares and the record it leaves.
 
 A benchmark names its op, the shape (from shapes.py), the provider, and the bytes and FLOPs that
-have to move, whatever the provider moves in fact. `measure` times it with pytest-benchmark and adds
-the bandwidth that the declared bytes make. With ``--save-records`` the run leaves
-``benchmarks/results/<device>/<commit>.json``; a plain run leaves the tree as it was.
+have to move, whatever the provider moves in fact. `measure` times it with pytest-benchmark.
+`compare` does so for one provider of several:
+
+    reference   the op through `fastdiff.kernels`
+    eager       what people write with PyTorch today
+    compile     the same through `torch.compile`
+    library     the best ready-made kernel, where there is one
+    copy        the limit of an op that memory bounds: a copy that moves the same bytes
+    sgemm       the limit of an op that arithmetic bounds: a square product of the same FLOPs
+
+With ``--save-records`` the run leaves ``benchmarks/results/<device>/<commit>.json``, from which
+report.py makes docs/performance.md; a plain run leaves the tree as it was.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 import fastdiff
+from fastdiff import kernels
 
+LIMITS = ("copy", "sgemm")
+PROVIDERS = ("reference", "eager", "compile", "library", *LIMITS, "auto")
+BUDGET_S = 1.0
+"""How long the timed rounds of one benchmark may take together."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,6 +59,8 @@ class Record:
     """One timing: seconds are per call; quartiles and median over the rounds."""
 
     benchmark: str
+    job: str
+    """The job in shapes.JOBS that this call is part of, or ""."""
     shape: str
     provider: str
     dtype: str
@@ -52,12 +73,45 @@ class Record:
     flops: int
 
     @property
-    def gigabytes_per_second(self) -> float:
-        return self.bytes / self.median_s / 1e9
+    def bytes_per_second(self) -> float:
+        return self.bytes / self.median_s
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.flops / self.median_s
+
+    def share_of(self, limit: Record) -> float:
+        """The rate as a share of what the limit reaches: of a copy's bytes, of sgemm's FLOPs."""
+        if limit.provider == "sgemm":
+            return self.flops_per_second / limit.flops_per_second
+        return self.bytes_per_second / limit.bytes_per_second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one op takes of a job, on the reference backend."""
+
+    job: str
+    op: str
+    calls: int
+    seconds: float
+    """In all calls of one evaluation."""
+    total_s: float
+    """The whole evaluation."""
+
+    @property
+    def share(self) -> float:
+        return self.seconds / self.total_s
+
+
+def amdahl(share: float, ratio: float) -> float:
+    """How much faster the job is when a `share` of it becomes `ratio` times as fast."""
+    return 1 / (1 - share + share / ratio)
 
 
 RECORDS: list[Record] = []
-"""The records of this run, in the order of the benchmarks."""
+SHARES: list[Share] = []
+"""What this run measured, in the order of the benchmarks."""
 
 
 def measure(
@@ -68,16 +122,18 @@ def measure(
     shape: str,
     provider: str,
     work: Work,
+    job: str = "",
     dtype: torch.dtype = torch.float32,
-    rounds: int = 7,
+    rounds: int | None = None,
 ) -> Record:
-    """Time ``function()`` after one warm-up call and keep the record.
+    """Time ``function()`` after a warm-up call (two where it takes less than a second).
 
     Args:
         benchmark: the fixture of pytest-benchmark.
-        name: the op or job; shape: its row in shapes.py; provider: who does the work.
+        name: the op or what is done; shape: its row in shapes.py; provider: who does the work.
         work: the declared bytes and FLOPs.
-        rounds: timed calls.
+        job: the name in shapes.JOBS that it is a part of.
+        rounds: timed calls; None: as many as fit into `BUDGET_S`, from 2 to 50.
     """
 
     def timed() -> None:
@@ -85,11 +141,20 @@ def measure(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    benchmark.group = f"{name} {shape}"
-    benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=1)
+    for _ in range(2):
+        start = time.perf_counter()
+        timed()
+        taken = time.perf_counter() - start
+        if taken > BUDGET_S:
+            break
+    if rounds is None:
+        rounds = min(50, max(2, int(BUDGET_S / taken)))
+    benchmark.group = f"{name} {job} {shape}"
+    benchmark.pedantic(timed, rounds=rounds, iterations=1)
     stats = benchmark.stats.stats
     record = Record(
         benchmark=name,
+        job=job,
         shape=shape,
         provider=provider,
         dtype=str(dtype).removeprefix("torch."),
@@ -101,10 +166,67 @@ def measure(
         bytes=work.bytes,
         flops=work.flops,
     )
-    benchmark.extra_info["declared_bytes"] = work.bytes
-    benchmark.extra_info["GB/s"] = round(record.gigabytes_per_second, 3)
+    benchmark.extra_info["GB/s"] = round(record.bytes_per_second / 1e9, 3)
+    benchmark.extra_info["GFLOP/s"] = round(record.flops_per_second / 1e9, 3)
     RECORDS.append(record)
     return record
+
+
+def compare(
+    benchmark: Any,
+    provider: str,
+    functions: dict[str, Callable[..., Any]],
+    arguments: tuple[Any, ...],
+    *,
+    work: Work,
+    **options: Any,
+) -> Record:
+    """`measure` one provider of an op, without gradients, the op on its reference backend.
+
+    Args:
+        functions: provider -> function of the arguments; "compile" is made of "eager", the limits
+            of the declared work.
+        options: name, job, shape and what else `measure` takes.
+    """
+    if provider in LIMITS:
+        function, arguments = limit(provider, work), ()
+    elif provider == "compile":
+        function = compiled(functions["eager"], arguments)
+    else:
+        function = functions[provider]
+    with torch.inference_mode(), kernels.backend("reference"):
+        return measure(
+            benchmark, lambda: function(*arguments), provider=provider, work=work, **options
+        )
+
+
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """``torch.compile(function)``, compiled for these shapes; skips where it cannot compile."""
+    torch.compiler.reset()
+    result = torch.compile(function, dynamic=False, fullgraph=True)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inductor's own imports use what PyTorch deprecates
+        try:
+            result(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            pytest.skip(f"torch.compile does not work here: {' '.join(str(error).split())[:200]}")
+    return result
+
+
+def limit(kind: str, work: Work) -> Callable[[], Tensor]:
+    """What the hardware needs for the declared work; its own rate is the 100%."""
+    if kind == "copy":
+        source = torch.ones(max(1, work.bytes // 2), dtype=torch.uint8)
+        target = torch.zeros_like(source)
+        return lambda: target.copy_(source)
+    side = round((work.flops / 2) ** (1 / 3))
+    a, b, out = torch.randn(side, side), torch.randn(side, side), torch.zeros(side, side)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def channels_last(*shape: int) -> Tensor:
+    """Standard normal numbers in the layout of `runtime.prepare`."""
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
 def device_name() -> str:
@@ -135,18 +257,25 @@ def environment() -> dict[str, Any]:
         "clean": git("status", "--porcelain", "--untracked-files=no") == "",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastdiff": fastdiff.__version__,
     }
 
 
-def save_records(records: list[Record], results: Path = RESULTS) -> Path:
+def save_records(
+    records: list[Record], shares: Sequence[Share] = (), results: Path = RESULTS
+) -> Path:
     """Write the records of one run as ``results/<device>/<commit>.json`` and return the path."""
     facts = environment()
     folder = results / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['commit'][:12]}.json"
-    content = {"environment": facts, "records": [asdict(record) for record in records]}
+    content = {
+        "environment": facts,
+        "shares": [asdict(share) for share in shares],
+        "records": [asdict(record) for record in records],
+    }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -1,43 +1,55 @@
 """The shapes that the presets send through each op, read off a forward pass on the meta device.
 
-No shape is typed in: `collect` runs a preset's network without data and notes what every public op
-of `fastdiff.kernels` is given.
+No shape is typed in: `Job.collect` runs a preset's network without data and notes what every public
+op of `fastdiff.kernels` is given.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastdiff import kernels
+from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.unet import UNet
-from fastdiff.presets import UNETS
+from fastdiff.presets import AUTOENCODERS, UNETS
 
-Call = tuple[str, tuple[tuple[int, ...], ...]]
-"""An op and the shapes of its positional tensors."""
+Shape = tuple[int, ...]
+Function = Callable[..., Any]
+CONTEXT_TOKENS = 77  # Stable Diffusion's text encoder
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op and the shapes of what it is given."""
+
+    op: str
+    tensors: tuple[Shape, ...]
+    """Of the positional tensors, in order."""
+    options: tuple[tuple[str, Shape], ...] = ()
+    """Names and shapes of the keyword tensors."""
+
+    @property
+    def numbers(self) -> int:
+        return sum(torch.Size(s).numel() for s in (*self.tensors, *dict(self.options).values()))
 
 
 @contextmanager
-def noting(calls: Counter[Call]) -> Iterator[None]:
-    """Count each op's calls by the shapes of its positional tensors."""
-
-    def noted(name: str, implementation: kernels.Implementation) -> kernels.Implementation:
-        def function(*args: Any, **kwargs: Any) -> Any:
-            calls[name, tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))] += 1
-            return implementation.function(*args, **kwargs)
-
-        return replace(implementation, function=function)
-
+def wrapped(wrap: Callable[[str, Function], Function]) -> Iterator[None]:
+    """Put ``wrap(op, function)`` in the place of every implementation's function."""
     before = {name: op.implementations for name, op in kernels.OPS.items()}
     for name, op in kernels.OPS.items():
-        op.implementations = {key: noted(name, i) for key, i in op.implementations.items()}
+        op.implementations = {
+            key: replace(known, function=wrap(name, known.function))
+            for key, known in op.implementations.items()
+        }
     try:
         yield
     finally:
@@ -45,28 +57,97 @@ def noting(calls: Counter[Call]) -> Iterator[None]:
             op.implementations = before[name]
 
 
-@lru_cache
-def collect(preset: str, size: int, batch: int = 1, tokens: int = 77) -> Counter[Call]:
-    """How often each op gets which shapes in one evaluation of a U-Net preset.
+@contextmanager
+def noting(calls: Counter[Call]) -> Iterator[None]:
+    """Count each op's calls by the shapes of its tensors."""
 
-    Args:
-        preset: a name in UNETS; size: height and width of x; tokens: length of the context.
-    """
-    config = UNETS[preset]
-    calls: Counter[Call] = Counter()
-    with torch.device("meta"), torch.no_grad(), noting(calls):
-        network = UNet(config)
-        options: dict[str, Tensor] = {}
-        if config.context_dim:
-            options["context"] = torch.empty(batch, tokens, config.context_dim)
-        if config.num_classes:
-            options["y"] = torch.zeros(batch, dtype=torch.int64)
-        x = torch.empty(batch, config.in_channels, size, size)
-        network(x, torch.zeros(batch), **options)
-    return calls
+    def noted(name: str, function: Function) -> Function:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
+            options = [(k, tuple(v.shape)) for k, v in kwargs.items() if isinstance(v, Tensor)]
+            calls[Call(name, tensors, tuple(sorted(options)))] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    with wrapped(noted):
+        yield
 
 
-def largest(op: str, preset: str, size: int, batch: int = 1) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the call of `op` with the most numbers in its tensors."""
-    calls = [shapes for name, shapes in collect(preset, size, batch) if name == op]
-    return max(calls, key=lambda shapes: sum(torch.Size(s).numel() for s in shapes))
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One evaluation of a preset's network: what an op's time is a share of."""
+
+    network: Literal["unet", "decoder"]
+    preset: str
+    size: int
+    """Height and width of x or z."""
+    batch: int
+
+    @property
+    def norm_groups(self) -> int:
+        if self.network == "unet":
+            return UNETS[self.preset].norm_groups
+        return AUTOENCODERS[self.preset].norm_groups
+
+    def build(self, device: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+        """The network, channels_last as `runtime.prepare` makes it, and what its forward takes.
+
+        Weights and data are small random numbers: time does not depend on them.
+        """
+        with torch.device("meta"):
+            if self.network == "unet":
+                module: torch.nn.Module = UNet(UNETS[self.preset])
+            else:
+                module = Autoencoder(AUTOENCODERS[self.preset]).decoder
+        if device != "meta":
+            generator = torch.Generator(device).manual_seed(0)
+            module = module.to_empty(device=device)
+            for parameter in module.parameters():
+                parameter.data.normal_(0, 0.02, generator=generator)
+        module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.device(device):
+            return module, self._inputs()
+
+    def _inputs(self) -> dict[str, Tensor]:
+        if self.network == "decoder":
+            channels = AUTOENCODERS[self.preset].latent_channels
+        else:
+            channels = UNETS[self.preset].in_channels
+        x = torch.zeros(self.batch, channels, self.size, self.size)
+        inputs = {"x": x.contiguous(memory_format=torch.channels_last)}
+        if self.network == "unet":
+            config = UNETS[self.preset]
+            inputs["t"] = torch.zeros(self.batch)
+            if config.context_dim:
+                inputs["context"] = torch.zeros(self.batch, CONTEXT_TOKENS, config.context_dim)
+            if config.num_classes:
+                inputs["y"] = torch.zeros(self.batch, dtype=torch.int64)
+        return inputs
+
+    @lru_cache  # noqa: B019 - the jobs are constants
+    def collect(self) -> Counter[Call]:
+        """How often each op gets which shapes."""
+        calls: Counter[Call] = Counter()
+        module, inputs = self.build("meta")
+        with torch.device("meta"), torch.no_grad(), noting(calls):
+            module(**inputs)
+        return calls
+
+    def largest(self, op: str) -> Call:
+        """The call of `op` with the most numbers in its tensors."""
+        return max((c for c in self.collect() if c.op == op), key=lambda call: call.numbers)
+
+
+JOBS = {
+    "digits U-Net": Job(network="unet", preset="digits", size=8, batch=16),
+    "digits decoder": Job(network="decoder", preset="digits", size=8, batch=8),
+    "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=1),
+    "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=32, batch=1),
+}
+"""The digits' batches are the blocks in which runtime.py evaluates: 8 images, guided 16 rows."""
+
+
+def jobs_with(op: str) -> list[str]:
+    """The jobs in which an op occurs."""
+    return [name for name, job in JOBS.items() if any(call.op == op for call in job.collect())]

@@ -87,7 +87,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no image at {path}; {way_out}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG; {way_out}") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's three ways to say "damaged"
+    # Pillow's ways to say "damaged"; the last one for sizes that would not fit into memory
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
     if text is None:
         raise ValueError(f"{path} carries no recipe; {way_out}")

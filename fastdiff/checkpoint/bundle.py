@@ -37,6 +37,8 @@ Prediction = Literal["eps", "v", "x0"]
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE = "config.json"
 FORMAT = "fastdiff bundle 1"
+MAX_IMAGE_SIZE = 2**16
+MAX_TIMESTEPS = 10**6  # a thousand are usual; the schedule's tables are built in memory
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 WEIGHT_DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 MODULES: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "unet": UNet}
@@ -68,6 +70,20 @@ class ModelConfig:
             raise ValueError(
                 "image_size and image_channels must be positive, got "
                 f"{self.image_size} and {self.image_channels}"
+            )
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"image_size must be at most {MAX_IMAGE_SIZE} pixels, got {self.image_size}"
+            )
+        if self.schedule is not None and self.schedule.num_timesteps > MAX_TIMESTEPS:
+            raise ValueError(
+                f"expected at most {MAX_TIMESTEPS} timesteps, got {self.schedule.num_timesteps}"
+            )
+        first = self.autoencoder.image_channels if self.autoencoder is not None else None
+        if first is not None and first != self.image_channels:
+            raise ValueError(
+                f"the autoencoder has {first} image channels, got image_channels "
+                f"{self.image_channels}"
             )
         if self.autoencoder is None and self.unet is None:
             raise ValueError("expected an autoencoder, a unet or both, got neither")
@@ -180,7 +196,7 @@ def load_bundle(
             continue
         path = folder / f"{name}.safetensors"
         record = data["weights"].get(path.name)
-        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+        if record is None:
             raise ValueError(
                 f"{folder / CONFIG_FILE}: no sha256 of {path.name} in it; fetch the bundle again"
             )
@@ -238,6 +254,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in ("model", "weights", "provenance"):
         if not isinstance(data.get(key), dict):
             raise ValueError(f"{path}: expected an object under {key!r}, got {data.get(key)!r:.60}")
+    for name, record in data["weights"].items():
+        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+            raise ValueError(f"{path}: no sha256 of {name:.60} in it; fetch the bundle again")
     return data
 
 
@@ -250,6 +269,7 @@ def _load_module(
     device: torch.device | str,
 ) -> nn.Module:
     header = _read_header(path)
+    _check_blocks(path, config, len(header))
     found = _sha256(path)
     if found != sha256:
         raise ValueError(
@@ -330,12 +350,30 @@ def _tensor_end(key: str, entry: Any) -> int:
     return offsets[1]
 
 
+def _check_blocks(path: Path, config: Any, tensors: int) -> None:
+    """Refuse a config of more blocks than the file has tensors: building it might never end."""
+    per_level = [1 + max(depth, 0) for depth in getattr(config, "attention_depth", ())]
+    blocks = config.num_res_blocks * max(sum(per_level), len(config.channel_mult))
+    blocks += getattr(config, "middle_depth", 0)
+    if blocks > tensors:
+        raise ValueError(
+            f"{path}: the config asks for {blocks} blocks or more, the file has {tensors} tensors; "
+            "use the weights that belong to this config"
+        )
+
+
 def _check_names_and_shapes(
     file: str, shapes: Mapping[str, tuple[int, ...]], name: str, config: Any
 ) -> nn.Module:
     """Compare with the module the config describes, built without memory; return the module."""
-    with torch.device("meta"):
-        module = MODULES[name](config)
+    try:
+        with torch.device("meta"):
+            module = MODULES[name](config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise ValueError(
+            f"{file}: the config describes a network that cannot be built "
+            f"({str(error).splitlines()[0]:.120}); use the config that belongs to these weights"
+        ) from error
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     missing, unknown = sorted(expected.keys() - shapes), sorted(shapes.keys() - expected)
     if missing or unknown:

@@ -10,12 +10,15 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# the names of _temporary_sibling and _replace_folder, with tempfile's eight characters
+_LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,7 +49,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder to fill; it replaces ``path`` when the block ends well.
 
     An existing folder is moved aside first and moved back if the second rename fails; only a power
-    cut between the two renames can leave it under its ``.<name>.old-`` name.
+    cut between the two renames can leave it under its ``.<name>.old-`` name, from where
+    :func:`remove_leftovers` brings it back.
 
     Raises:
         OSError: as for :func:`atomic_file`; also when ``path`` is a file.
@@ -84,6 +88,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write ``data`` to ``path`` as indented JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clean up in ``folder`` after a process that was killed (kill -9, power) while it wrote.
+
+    Unfinished temporaries are deleted; a folder that had been moved aside comes back.
+    """
+    for entry in sorted(folder.glob(".*")):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None:
+            continue
+        if match["aside"] and not (folder / match["aside"]).exists():
+            os.replace(entry, folder / match["aside"])
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _temporary_sibling(path: Path, *, folder: bool = False) -> Path:

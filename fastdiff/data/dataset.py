@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,12 +33,15 @@ class ImageDataset:
         labels: (N,) int64; all 0 where there are no classes.
         classes: their names; empty for data without classes.
         skipped: the files that could not be read.
+        fingerprint: a hash of pixels and class names in their order; empty for the digits, which
+            do not change.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
     skipped: list[Skipped] = field(default_factory=list)
+    fingerprint: str = ""
 
     @property
     def channels(self) -> int:
@@ -74,7 +79,7 @@ def collect(
     where: str,
     channels: int,
     image_size: int,
-) -> tuple[Tensor, list[str | int]]:
+) -> tuple[Tensor, list[str | int], str]:
     """Write decoded images one after another into an unnamed temporary file and map it.
 
     A set larger than the memory therefore works, and random access costs a page fault at most. The
@@ -88,33 +93,44 @@ def collect(
         image_size: H = W.
 
     Returns:
-        Images (N, C, H, W) uint8, and the labels.
+        Images (N, C, H, W) uint8, the labels, and a hash of both.
 
     Raises:
         ValueError: no image could be read.
         OSError: the temporary file does not fit on its disk.
     """
     labels: list[str | int] = []
+    digest = hashlib.blake2b(digest_size=16)
     with tempfile.TemporaryFile() as file:
-        try:
-            for image, label in decoded:
-                assert image.dtype == np.uint8, image.dtype
-                file.write(np.ascontiguousarray(image).data)
-                labels.append(label)
+        for image, label in decoded:
+            assert image.dtype == np.uint8, image.dtype
+            pixels = np.ascontiguousarray(image).data
+            digest.update(pixels)
+            digest.update(repr(label).encode(errors="backslashreplace"))
+            with _room_for(where):
+                file.write(pixels)
+            labels.append(label)
+        with _room_for(where):
             file.flush()
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot hold the decoded images of {where} in {tempfile.gettempdir()}: "
-                f"{error.strerror}; set TMPDIR to a larger disk",
-            ) from error
         report(skipped, where)
         if not labels:
             found = f"all {len(skipped)} unreadable" if skipped else "it holds none"
             raise ValueError(f"no image could be read from {where}: {found}")
         shape = (len(labels), channels, image_size, image_size)
-        pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file
-    return torch.from_numpy(pixels), labels
+        mapped = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file
+    return torch.from_numpy(mapped), labels, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _room_for(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot hold the decoded images of {where} in {tempfile.gettempdir()}: "
+            f"{error.strerror}; set TMPDIR to a larger disk",
+        ) from error
 
 
 def report(skipped: list[Skipped], where: str) -> None:

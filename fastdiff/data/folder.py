@@ -47,7 +47,7 @@ def open_folder(config: DataConfig) -> ImageDataset:
         )
     skipped: list[Skipped] = []
     names = [() if top_level else (path.parts[0],) for path in files]
-    pixels, labels = collect(
+    pixels, labels, fingerprint = collect(
         _decoded(root, files, config, skipped),
         skipped,
         where=str(root),
@@ -56,9 +56,8 @@ def open_folder(config: DataConfig) -> ImageDataset:
     )
     classes = tuple(sorted({name for parts in names for name in parts}))
     numbers = {name: number for number, name in enumerate(classes)}
-    return ImageDataset(
-        pixels, torch.tensor([numbers.get(str(label), 0) for label in labels]), classes, skipped
-    )
+    label_numbers = torch.tensor([numbers.get(str(label), 0) for label in labels])
+    return ImageDataset(pixels, label_numbers, classes, skipped, fingerprint)
 
 
 def list_images(root: Path) -> list[Path]:

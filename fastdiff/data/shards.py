@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastdiff.data.dataset import ImageDataset, Skipped, collect
 from fastdiff.data.decode import UNREADABLE, decode, reason
 from fastdiff.extras import import_extra
 
+MAX_MEMBER_BYTES = 256 * 2**20
 _LABEL_KEYS = ("label", "class", "cls")
 
 
@@ -34,7 +36,7 @@ def open_shards(config: DataConfig) -> ImageDataset:
     if not paths:
         raise FileNotFoundError(f"no shard matches {config.path!r}")
     skipped: list[Skipped] = []
-    pixels, labels = collect(
+    pixels, labels, fingerprint = collect(
         _decoded(paths, config, skipped),
         skipped,
         where=config.path,
@@ -50,9 +52,8 @@ def open_shards(config: DataConfig) -> ImageDataset:
         )
     classes = tuple(sorted(names - {""}, key=_natural))
     numbers = {name: number for number, name in enumerate(classes)}
-    return ImageDataset(
-        pixels, torch.tensor([numbers.get(str(label), 0) for label in labels]), classes, skipped
-    )
+    label_numbers = torch.tensor([numbers.get(str(label), 0) for label in labels])
+    return ImageDataset(pixels, label_numbers, classes, skipped, fingerprint)
 
 
 def _decoded(
@@ -66,6 +67,8 @@ def _decoded(
             try:
                 if image is None:
                     raise ValueError("no image among its members")
+                if sample[image] is None:
+                    raise ValueError(f"larger than {MAX_MEMBER_BYTES >> 20} MiB")
                 yield decode(sample[image], config), _label(sample)
             except UNREADABLE as error:
                 skipped.append(Skipped(f"{path.name}:{sample['__key__']}", reason(error)))
@@ -74,18 +77,32 @@ def _decoded(
 def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
     """The members of one shard, grouped by webdataset.
 
-    The file is opened here, since webdataset runs a name such as "pipe:command" in a shell.
+    The file is opened and read here: webdataset runs a name such as "pipe:command" in a shell, and
+    would unpack a compressed shard's gigabytes of zeros into memory.
     """
     tar = import_extra("webdataset.tariterators", extra="train")
 
     def note(error: Exception) -> bool:
         if not any(item.name == path.name for item in skipped):  # one fault is raised twice
-            skipped.append(Skipped(path.name, f"damaged archive: {type(error).__name__}"))
+            skipped.append(Skipped(path.name, f"damaged archive: {reason(error)}"))
         return True
 
-    with path.open("rb") as file:
-        members = tar.tar_file_expander([{"url": str(path), "stream": file}], handler=note)
-        yield from tar.group_by_keys(members, handler=note)
+    yield from tar.group_by_keys(_members(path, note), handler=note)
+
+
+def _members(path: Path, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """Name and content of each file in the shard; None for the content of one that is too large."""
+    try:
+        with tarfile.open(path, mode="r|*") as archive:
+            for member in archive:
+                if not member.isreg() or member.name.startswith("__"):  # webdataset's own records
+                    continue
+                file = archive.extractfile(member) if member.size <= MAX_MEMBER_BYTES else None
+                data = file.read() if file is not None else None
+                yield {"fname": member.name, "data": data, "__url__": str(path)}
+                archive.members = []  # type: ignore[attr-defined]  # or it keeps every header
+    except UNREADABLE as error:
+        note(error)
 
 
 def _label(members: dict[str, Any]) -> str:

@@ -233,11 +233,12 @@ class AutoencoderTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """Nothing beyond the networks."""
-        return {}
+        """Which images it is trained on."""
+        return self.batches.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing beyond the networks."""
+        """The images must be the same ones."""
+        self.batches.check_state(state)
 
 
 def perceptual_distance(config: AutoencoderLossConfig) -> nn.Module:

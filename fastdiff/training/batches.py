@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,20 @@ class Batches:
         self.seed = seed
         self.device = device
         self.order = DataOrder(len(dataset), batch_size, seed=seed)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged: how many images, and their hash."""
+        return {"images": len(self.dataset), "data": self.dataset.fingerprint}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if the data is not that of `state`; an older one without it passes."""
+        now = self.state()
+        if any(state.get(key, now[key]) != now[key] for key in now):
+            raise ValueError(
+                f"the images of {self.config.path or self.config.source} have changed since this "
+                f"run was started (it had {state.get('images')}, there are {now['images']}); put "
+                "the old ones back, or train in a new folder"
+            )
 
     def images(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (batch_size, C, H, W), fp32 in [-1, 1], and labels (batch_size,) int64."""

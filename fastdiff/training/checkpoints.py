@@ -89,8 +89,8 @@ def load_checkpoint(
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        if state.get("format") != FORMAT:
-            raise ValueError(f"expected format {FORMAT!r}, got {state.get('format')!r}")
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}, got {str(state)!r:.60}")
         tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(

@@ -155,6 +155,11 @@ class DiffusionRun:
             )
         if self.prediction not in ("eps", "v", "x0"):
             raise ValueError(f"prediction must be eps, v or x0, got {self.prediction!r}")
+        if self.model.learned_sigma and self.loss.timesteps == "logit-normal":
+            raise ValueError(
+                "the bound of a learned variance needs whole timesteps, got timesteps "
+                "'logit-normal'; use 'uniform' or 'stratified'"
+            )
         if self.model.context_dim is not None or self.model.added_condition_dim is not None:
             raise ValueError(
                 "training conditions on classes or on nothing, this model wants context or an "
@@ -278,7 +283,10 @@ class DiffusionTask:
         config = self.run.preview
         seeds = torch.arange(config.count, device=self.device)
         labels = self._preview_labels(config.count)
-        return tile(self.sample(network, seeds, labels), columns=max(len(self.classes), 1))
+        columns = self.run.model.num_classes or 0
+        if not 0 < columns <= config.count:  # no classes, or more than images
+            columns = math.ceil(math.sqrt(config.count))
+        return tile(self.sample(network, seeds, labels), columns=columns)
 
     @torch.no_grad()
     def sample(self, network: nn.Module, seeds: Tensor, labels: Tensor | None) -> Tensor:
@@ -334,11 +342,13 @@ class DiffusionTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """The scale factor, and which first stage it belongs to."""
-        return {"scale_factor": self.scale_factor, "autoencoder": self._first_stage_hash()}
+        """The scale factor, and which first stage and images it belongs to."""
+        first_stage = {"scale_factor": self.scale_factor, "autoencoder": self._first_stage_hash()}
+        return first_stage | self.batches.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the scale factor; the first stage must be the same one."""
+        """Take over the scale factor; the first stage and the images must be the same ones."""
+        self.batches.check_state(state)
         if state["autoencoder"] != self._first_stage_hash():
             raise ValueError(
                 f"the autoencoder in {self.run.autoencoder} has changed since this run was "

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastdiff.checkpoint.files import write_text
 from fastdiff.extras import import_extra
 
 LOG_FILE = "log.jsonl"
@@ -133,4 +134,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_log(path.parent) if record["step"] <= step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

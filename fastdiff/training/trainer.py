@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.config import to_dict
-from fastdiff.checkpoint.files import atomic_file, write_json
+from fastdiff.checkpoint.files import atomic_file, remove_leftovers, write_json
 from fastdiff.data import DataConfig, derive_seed
 from fastdiff.training import checkpoints
 from fastdiff.training.config import OptimizationConfig, OutputConfig
@@ -31,6 +31,7 @@ from fastdiff.training.precision import autocast, check_precision
 from fastdiff.training.rates import learning_rate
 
 Batch = dict[str, Tensor]
+_LOWER_THE_RATE = "start again with a lower learning rate, with clip_norm or with precision fp32"
 MAX_SKIPPED = 50  # fp16 steps in a row that overflow before the run is given up
 
 
@@ -173,10 +174,7 @@ class Trainer:
             self._skipped = 0 if finite else self._skipped + 1
             if not finite and (not self.scaler.is_enabled() or self._skipped >= MAX_SKIPPED):
                 bad = {name: value for name, value in named.items() if not _finite(value)}
-                raise ValueError(
-                    f"step {step + 1}: not finite: {bad}; start again with a lower learning rate, "
-                    "with clip_norm or with precision fp32"
-                )
+                raise ValueError(f"step {step + 1}: not finite: {bad}; {_LOWER_THE_RATE}")
             for name, value in named.items():
                 if finite:
                     entry = self._sums.setdefault(name, [0.0, 0.0])
@@ -190,12 +188,21 @@ class Trainer:
         return means
 
     def save(self, root: Path) -> None:
-        """Write a checkpoint below `root` and delete the oldest."""
+        """Write a checkpoint below `root` and delete the oldest.
+
+        Raises:
+            ValueError: a weight is not finite: good checkpoints do not make room for a useless one.
+        """
         networks = {
             f"{name}/{key}": value
             for name, network in self.task.networks.items()
             for key, value in network.state_dict().items()
         }
+        bad = [key for key, value in networks.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(
+                f"step {self.done}: {len(bad)} weights are not finite ({bad[0]}); {_LOWER_THE_RATE}"
+            )
         optimizers: dict[str, Tensor] = {}
         for name, optimizer in self.optimizers.items():
             optimizers |= checkpoints.optimizer_tensors(optimizer, self.names[name], name)
@@ -216,8 +223,21 @@ class Trainer:
         checkpoints.delete_old(root, self.run.output.keep)
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: it is damaged, or of another run.
+        """
         tensors, state = checkpoints.load_checkpoint(folder, ("networks", "ema", "optimizers"))
+        try:
+            self._take_over(tensors, state)
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"checkpoint {folder} does not fit this run: {' '.join(str(error).split()):.200}; "
+                f"write an older one's name into {folder.parent / checkpoints.LATEST}"
+            ) from error
+
+    def _take_over(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         self.task.load_state(state["task"])
         for name, network in self.task.networks.items():
             prefix = f"{name}/"
@@ -253,6 +273,8 @@ def fit(task: Task, run: Run, *, resume: bool) -> Path:
     """
     folder = Path(run.output.folder)
     root = folder / "checkpoints"
+    for place in (folder, root, folder / "samples"):
+        remove_leftovers(place)
     trainer = Trainer(task, run)
     checkpoint = checkpoints.latest_checkpoint(root) if resume else None
     if checkpoint is not None:

@@ -255,6 +255,16 @@ def test_weights_of_another_model_are_not_read_into_memory(folder: Path) -> None
         (lambda d: d["model"].update(class_names=["a"]), "the unet has 4 classes, got 1"),
         (lambda d: d["weights"].pop(UNET_FILE), "no sha256 of unet.safetensors"),
         (lambda d: d["weights"].update({UNET_FILE: "x"}), "no sha256 of unet.safetensors"),
+        (lambda d: d["weights"].update(extra="x"), "no sha256 of extra"),
+        (lambda d: d["model"].update(image_size=10**9), "image_size must be at most 65536"),
+        (lambda d: d["model"].update(image_channels=3), "the autoencoder has 1 image channels"),
+        (lambda d: d["model"]["schedule"].update(num_timesteps=10**9), "at most 1000000 timesteps"),
+        # networks that would take for ever to build, or whose sizes do not fit into 64 bits
+        (lambda d: d["model"]["unet"].update(num_res_blocks=10**9), "blocks or more"),
+        (lambda d: d["model"]["autoencoder"].update(num_res_blocks=10**9), "blocks or more"),
+        (lambda d: d["model"]["autoencoder"].update(channel_mult=[1] * 10**5), "blocks or more"),
+        (lambda d: d["model"]["unet"].update(model_channels=16 * 10**9), "cannot be built"),
+        (lambda d: d["model"]["unet"].update(in_channels=10**30), "cannot be built"),
     ],
 )
 def test_a_changed_config(folder: Path, change: Callable[[Any], Any], message: str) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastdiff.checkpoint.files import atomic_file, atomic_folder, write_json, write_text
+from fastdiff.checkpoint.files import (
+    atomic_file,
+    atomic_folder,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -133,3 +140,80 @@ def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
         os.umask(mask)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastdiff.checkpoint import files
+count = 0
+def die_at(call, real):
+    def maybe(*args):
+        global count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+    return maybe
+root, call = Path(sys.argv[1]), int(sys.argv[3])
+target = os if sys.argv[2] == "replace" else files
+setattr(target, sys.argv[2], die_at(call, getattr(target, sys.argv[2])))
+with files.atomic_folder(root / "model") as temporary:
+    (temporary / "a.bin").write_text("new")
+files.write_text(root / "latest", "new")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "model", "latest"),
+    [
+        ("_sync", 1, "old", "old"),  # before the first file of the folder is on the disk
+        ("replace", 1, "old", "old"),  # before the old folder is moved aside
+        ("replace", 2, "old", "old"),  # between the two renames: nothing under the name
+        ("_sync", 4, "new", "old"),  # the folder stands, the file is being written
+        ("replace", 3, "new", "old"),
+    ],
+)
+def test_kill_9_while_writing_leaves_old_or_new_and_nothing_else(
+    tmp_path: Path, function: str, call: int, model: str, latest: str
+) -> None:
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a.bin").write_text("old")
+    write_text(tmp_path / "latest", "old")
+    (tmp_path / ".hidden").write_text("the user's own")
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", KILLED, str(tmp_path), function, str(call)], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert len(listing(tmp_path)) > 3, "the kill came too late to leave anything"
+    remove_leftovers(tmp_path)
+    assert listing(tmp_path) == [".hidden", "latest", "model"]
+    assert listing(tmp_path / "model") == ["a.bin"]
+    assert (tmp_path / "model/a.bin").read_text() == model
+    assert (tmp_path / "latest").read_text() == latest
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a renamed file must not be empty: content, then rename, then the folder."""
+    calls: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(handle: int) -> None:
+        calls.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def note_replace(source: Path, to: Path) -> None:
+        calls.append(f"rename {Path(to).name}")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with atomic_folder(tmp_path / "m") as temporary:
+        (temporary / "a.bin").write_text("1")
+    assert calls == ["sync a.bin", f"sync {temporary.name}", "rename m", f"sync {tmp_path.name}"]
+    calls.clear()
+    with atomic_file(tmp_path / "f") as file:
+        file.write_text("1")
+    assert calls == [f"sync {file.name}", "rename f", f"sync {tmp_path.name}"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import os
+import struct
 import tarfile
 import warnings
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.data import DataConfig, DataOrder, digits_split, open_dataset
+from fastdiff.data import DataConfig, DataOrder, digits_split, open_dataset, shards
 
 
 def folder_config(path: Path, **changes: object) -> DataConfig:
@@ -293,3 +296,100 @@ def test_a_truncated_shard_keeps_what_can_be_read(tmp_path: Path) -> None:
         )
     assert data.images[:, 0, 0, 0].tolist() == [0, 50]
     assert data.classes == ()
+
+
+def shard_config(path: Path) -> DataConfig:
+    return DataConfig(source="shards", path=str(path), image_size=8, channels=1)
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_a_compressed_bomb_in_a_shard_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("webdataset")
+    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 2**20)
+    good = png_bytes(halves(0, 255))
+    plain = tar_of(tmp_path / "a.tar", [("one.png", b"\0" * 2**21), ("two.png", good)])
+    (tmp_path / "bomb.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.warns(UserWarning, match=r"skipped 1 .*bomb\.tar\.gz:one \(larger than 1 MiB\)"):
+        data = open_dataset(shard_config(tmp_path / "bomb.tar.gz"))
+    assert len(data) == 1
+
+
+def test_names_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
+    """Members are read, never unpacked: paths, links and webdataset's own keys are only names."""
+    pytest.importorskip("webdataset")
+    good = png_bytes(halves(0, 255))
+    names = ["../../evil.png", "/tmp/evil.png", "a.__key__", "a.__url__", "pipe:touch x.png"]
+    path = tar_of(tmp_path / "a.tar", [(name, good) for name in names])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.warns(UserWarning, match="duplicate"):
+        data = open_dataset(shard_config(path))
+    assert len(data) == 3
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.tar"]
+
+
+def test_a_folder_that_matches_as_a_shard_is_named_as_what_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    (tmp_path / "a.tar").mkdir()
+    tar_of(tmp_path / "b.tar", [("x.png", png_bytes(halves(0, 255)))])
+    with pytest.warns(UserWarning, match=r"a\.tar .*Is a directory"):
+        assert len(open_dataset(shard_config(tmp_path / "*.tar"))) == 1
+
+
+def test_whatever_a_plugin_raises_the_file_is_skipped_and_nothing_waits(tmp_path: Path) -> None:
+    good = png_bytes(halves(0, 255))
+    (tmp_path / "good.png").write_bytes(good)
+    file = io.BytesIO()
+    Image.fromarray(halves(0, 255)).convert("RGB").save(file, "DDS")
+    raw = bytearray(file.getvalue())
+    raw[80:84] = struct.pack("<I", 0)  # pixel format flags: NotImplementedError in Pillow
+    (tmp_path / "a.dds").write_bytes(raw)
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    # PostScript is a program that Pillow would give to Ghostscript, whatever the file is called
+    Image.fromarray(halves(0, 255)).save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
+    with pytest.warns(UserWarning, match="skipped 5 unreadable files"):
+        data = open_dataset(folder_config(tmp_path))
+    reasons = {item.name: item.reason for item in data.skipped}
+    assert reasons["pipe.png"] == reasons["endless.png"] == "not a regular file"
+    assert reasons["program.png"] == "not an image"
+    assert len(data) == 1
+
+
+def test_a_full_disk_for_the_decoded_images_says_where_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(png_bytes(halves(0, 255)))
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: full)
+    with pytest.raises(OSError, match=r"decoded images of .*No space left.*set TMPDIR"):
+        open_dataset(folder_config(tmp_path))
+
+
+def test_the_fingerprint_names_pixels_classes_and_order(tmp_path: Path) -> None:
+    def fingerprint(name: str, files: dict[str, np.ndarray]) -> str:
+        for file, pixels in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(png_bytes(pixels))
+        return open_dataset(folder_config(tmp_path / name)).fingerprint
+
+    one, other = halves(0, 255), halves(255, 0)
+    first = fingerprint("1", {"a/1.png": one, "b/2.png": other})
+    assert first == fingerprint("2", {"a/x.png": one, "b/y.png": other})
+    assert first != fingerprint("3", {"a/1.png": other, "b/2.png": one})
+    assert first != fingerprint("4", {"a/1.png": one, "c/2.png": other})
+    assert first != fingerprint("5", {"a/1.png": one, "b/2.png": other, "b/3.png": one})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,14 @@ def test_a_contact_sheet_refuses_labels_that_do_not_fit() -> None:
         contact_sheet(ramp().expand(6, 1, 5, 7), ["a", "b"], columns=2)
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet(torch.zeros(0, 1, 4, 4))
+
+
+def test_a_png_of_absurd_size_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    save_png(path, torch.zeros(1, 8, 8), {"seed": 1})
+    raw = bytearray(path.read_bytes())
+    raw[16:24] = struct.pack(">II", 60_000, 60_000)  # IHDR: width and height
+    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"bomb\.png is damaged .*3600000000 pixels"):
+        read_recipe(path)

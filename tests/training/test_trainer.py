@@ -361,3 +361,91 @@ def test_tensorboard_has_scalars_and_sheets(images: Path, tmp_path: Path) -> Non
     logged = [record["loss"] for record in runs.losses(tmp_path / "run")]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged, rel=1e-6)
     assert [event.step for event in events.Images("samples")] == [3]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastdiff.checkpoint import files
+from fastdiff.training import train_diffusion
+from tests.training import runs
+folder, call = Path(sys.argv[1]), int(sys.argv[2])
+seen, real = [], files._sync
+def killing(path):
+    if path.name == "optimizers.safetensors":
+        seen.append(path)
+        if len(seen) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+    real(path)
+files._sync = killing
+run = runs.diffusion_run(folder / "images", folder / "cut")
+train_diffusion(runs.with_output(run, save_every=2))
+"""
+
+
+def test_kill_9_in_the_middle_of_a_save_resumes_bit_for_bit(tmp_path: Path) -> None:
+    images = runs.image_folder(tmp_path / "images")
+    whole = runs.with_output(runs.diffusion_run(images, tmp_path / "whole"), save_every=2)
+    train_diffusion(whole)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "2"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    root = tmp_path / "cut/checkpoints"
+    assert (root / "latest").read_text().strip() == "step_00000002", "killed while saving step 4"
+    assert [path for path in root.iterdir() if path.name.startswith(".step_00000004.")]
+    train_diffusion(
+        runs.with_output(whole, folder=str(tmp_path / "cut")),
+        resume=True,
+    )
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    names = sorted(path.name for path in root.iterdir())
+    assert names == ["latest", "step_00000004", "step_00000006"], "the unfinished one is gone"
+
+
+def test_useless_weights_do_not_replace_a_good_checkpoint(images: Path, tmp_path: Path) -> None:
+    """The loss was finite, the update was not."""
+    run = runs.with_output(runs.diffusion_run(images, tmp_path / "run"), keep=1)
+    trainer = Trainer(DiffusionTask(run), run)
+    root = tmp_path / "run/checkpoints"
+    trainer.step()
+    trainer.save(root)
+    trainer.step()
+    trainer.parameters["unet"][3].data[0] = float("inf")
+    with pytest.raises(ValueError, match=r"^step 2: 1 weights are not finite \(unet/.*lower"):
+        trainer.save(root)
+    assert (root / "latest").read_text().strip() == "step_00000001"
+    Trainer(DiffusionTask(run), run).load(root / "step_00000001")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", b"[]", "expected format"),
+        ("state.json", b"{", "cannot be read"),
+        ("state.json", b'{"format": "fastdiff training state 1"}', "does not fit this run"),
+        ("networks.safetensors", b"", "cannot be read"),
+        ("optimizers.safetensors", None, "cannot be read"),
+        ("networks.safetensors", "ema.safetensors", "does not fit this run"),
+    ],
+)
+def test_every_damage_to_a_checkpoint_is_one_line_with_a_way_out(
+    images: Path, tmp_path: Path, file: str, content: bytes | str | None, message: str
+) -> None:
+    run = runs.diffusion_run(images, tmp_path / "run")
+    trainer = Trainer(DiffusionTask(run), run)
+    root = tmp_path / "run/checkpoints"
+    trainer.step()
+    trainer.save(root)
+    path = root / "step_00000001" / file
+    if content is None:
+        path.unlink()
+    else:
+        new = content if isinstance(content, bytes) else (path.parent / content).read_bytes()
+        path.write_bytes(new)
+    with pytest.raises(ValueError, match=message) as error:
+        Trainer(DiffusionTask(run), run).load(root / "step_00000001")
+    assert "\n" not in str(error.value)
+    assert "older one's name" in str(error.value)
