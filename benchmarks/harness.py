@@ -267,15 +267,27 @@ def environment() -> dict[str, Any]:
 def save_records(
     records: list[Record], shares: Sequence[Share] = (), results: Path = RESULTS
 ) -> Path:
-    """Write the records of one run as ``results/<device>/<commit>.json`` and return the path."""
+    """Write the records of one run as ``results/<device>/<commit>.json`` and return the path.
+
+    Another run of the same commit on the same device adds to the file; what was measured again
+    replaces what it was.
+    """
     facts = environment()
     folder = results / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['commit'][:12]}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"shares": [], "records": []}
     content = {
         "environment": facts,
-        "shares": [asdict(share) for share in shares],
-        "records": [asdict(record) for record in records],
+        "shares": _merged(known["shares"], shares, ("job", "op")),
+        "records": _merged(known["records"], records, ("benchmark", "job", "shape", "provider")),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _merged(
+    known: list[dict[str, Any]], new: Sequence[Record | Share], key: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    rows = [*known, *map(asdict, new)]
+    return list({tuple(row[name] for name in key): row for row in rows}.values())
