@@ -142,3 +142,48 @@ def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: 
     torch.testing.assert_close(preview, sampled.clamp(-1, 1), rtol=1e-4, atol=1e-4)
     unguided = pipeline([0, 1, 1], [0, 1, 7], dataclasses.replace(settings, guidance_scale=1.0))
     assert (unguided - sampled).abs().max() > 1e-3, "guidance did nothing: the test sees nothing"
+
+
+def test_dropout_and_dropped_classes_are_drawn_anew_for_every_step_and_piece(
+    images: Path, tmp_path: Path
+) -> None:
+    run = runs.diffusion_run(
+        images,
+        tmp_path / "run",
+        class_dropout=0.5,
+        optimization=runs.optimization(batch_size=32, accumulate=2),
+    )
+    trainer = Trainer(DiffusionTask(run), run)
+    task, seen = trainer.task, []
+    losses = task.losses
+
+    def note(part: dict[str, torch.Tensor], step: int) -> object:
+        seen.append(torch.random.get_rng_state())  # what the dropout layers will draw from
+        return losses(part, step)
+
+    task.losses = note  # type: ignore[method-assign, assignment]
+    trainer.step()
+    trainer.step()
+    assert len({state.numpy().tobytes() for state in seen}) == 4
+    dropped = [task.batch(step)["y"] == 2 for step in range(3)]
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(dropped[1], task.batch(1)["y"] == 2)
+
+
+def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
+    run = runs.diffusion_run(
+        images, tmp_path / "run", optimization=runs.optimization(steps=3, ema_decay=0.9)
+    )
+    task = DiffusionTask(run)
+    shown = []
+    preview = task.preview
+    task.preview = lambda network: shown.append(network) or preview(network)  # type: ignore
+    open_run(run, resume=False)
+    fit(task, run, resume=False)
+    exported = load_bundle(tmp_path / "run").unet
+    assert exported is not None
+    assert len(shown) == 1
+    assert not shown[0].training
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, shown[0].state_dict()[name])
+    assert not torch.equal(shown[0].conv_out.weight, task.unet.conv_out.weight)
