@@ -14,6 +14,8 @@ written-out formula stands in the tests, in fp64.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +34,16 @@ def attention_reference(
         mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         mask = mask if mask.dtype == torch.bool else mask.to(dtype)
     q_heads, k_heads, v_heads = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (N, H, ., D)
-    out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, scale=scale)
+    with _without_autocast(q.device.type):
+        out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, scale=scale)
     return out.transpose(1, 2).to(q.dtype).contiguous()  # (N, L, H, D)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would take the fp32 products back to half precision."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 _op = define_op("attention", attention_reference)
@@ -58,6 +68,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention: mask must be bool or floating point, got {mask.dtype}; "
+                "use mask.bool() if 1 marks the keys that may be seen"
+            )
         full = (n, heads, length, keys)
         last = zip(reversed(mask.shape), reversed(full), strict=False)
         if mask.ndim > 4 or any(have not in (1, want) for have, want in last):
@@ -74,9 +89,8 @@ def attention(
     Args:
         q: (N, L, H, D), fp64/fp32/fp16/bf16, any strides (a view of a packed QKV is fine).
         k, v: (N, S, H, D), the dtype of q, any strides.
-        mask: broadcasts to (N, H, L, S); bool, True where a key may be seen, or a number added to
-            the
-            score. A query that may see no key gets zeros.
+        mask: broadcasts to (N, H, L, S); bool, True where a key may be seen, or floating point,
+            added to the score. A query that may see no key gets zeros.
         scale: factor of the scores; None is 1 / sqrt(D).
 
     Returns:

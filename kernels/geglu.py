@@ -1,6 +1,6 @@
 """GEGLU: the gated activation of a transformer block's feed-forward layer.
 
-    y = a * gelu(g),   x = [a | g]                      Shazeer 2020, eq. 6
+    y = a * gelu(g),   x = [a | g]                      Shazeer 2020, eq. 5
     gelu(g) = g * (1 + erf(g / sqrt(2))) / 2
 
 Bytes that must move: 2D numbers in, D out, 3 * rows * D * itemsize; eager moves 5.
@@ -35,7 +35,7 @@ def geglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: the last dimension is odd, or x is not floating point.
 
-    Shazeer 2020 (GLU Variants Improve Transformer), eq. 6.
+    Shazeer 2020 (GLU Variants Improve Transformer), eq. 5.
     """
     check_floating("geglu", "x", x)
     if x.ndim < 1 or x.shape[-1] % 2:

@@ -92,6 +92,12 @@ def philox_normal_reference(
     """The op in plain PyTorch; see `philox_normal`."""
     elements = math.prod(shape)
     block = torch.arange((elements + 3) // 4, device=seeds.device)  # (blocks,)
+    flat = _normals_of_blocks(seeds, block, step, stream)[:, :elements]
+    return flat.reshape(len(seeds), *shape).contiguous()
+
+
+def _normals_of_blocks(seeds: Tensor, block: Tensor, step: int | Tensor, stream: int) -> Tensor:
+    """seeds: (N,); block: (blocks,), int64 both -> the normals (N, 4 * blocks) fp32."""
     key = (seeds[:, None] & MASK32, (seeds[:, None] >> 32) & MASK32)  # (N, 1) each
     step = torch.as_tensor(step, dtype=torch.int64, device=seeds.device) & MASK32
     counter = (block & MASK32, block >> 32, step, torch.full_like(step, int(stream)))
@@ -101,8 +107,7 @@ def philox_normal_reference(
     for u0, u1 in (uniform[:2], uniform[2:]):
         radius, angle = torch.sqrt(-2 * torch.log(u0)), 2 * math.pi * u1
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    flat = torch.stack(normals, dim=-1).float().flatten(1)  # (N, 4 * blocks)
-    return flat[:, :elements].reshape(len(seeds), *shape).contiguous()
+    return torch.stack(normals, dim=-1).float().flatten(1)
 
 
 _op = define_op("philox_normal", philox_normal_reference)
@@ -115,12 +120,10 @@ def philox_normal(
 
     Args:
         seeds: (N,) int64, on the device where the noise is wanted. Seeds are meant to be >= 0; a
-            negative
-            one is taken by its 64 bits, as 2^64 + seed, and so is a stream of its own.
+            negative one is taken by its 64 bits, as 2^64 + seed, and so is a stream of its own.
         shape: the shape of one image, without N.
         step: which noise of the image, such as the row of the sampler table; an int or a () int64
-            tensor on the
-            device of the seeds (no host synchronisation), 0 <= step < 2^32.
+            tensor on the device of the seeds (no host synchronisation), 0 <= step < 2^32.
         stream: what it is for, a `Stream` (0 <= stream < 2^32).
 
     Returns:

@@ -119,12 +119,16 @@ def sampler_step_reference(
 
 
 def _guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor:
-    """Classifier-free guidance; rescale > 0 goes back towards the conditional's deviation."""
+    """Classifier-free guidance; rescale > 0 goes back towards the conditional's deviation.
+
+    A constant F has no deviation to rescale and stays as it is, where the formula says 0 / 0.
+    """
     guided = uncond + scale * (cond - uncond)
     if rescale == 0:
         return guided
     dims = tuple(range(1, guided.ndim))
-    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    wanted, have = (t.std(dims, correction=0, keepdim=True) for t in (cond, guided))
+    ratio = torch.where(have > 0, wanted / have, 1.0)
     return rescale * guided * ratio + (1 - rescale) * guided
 
 
@@ -141,9 +145,10 @@ def _check(
     guidance_rescale: float,
 ) -> None:
     op = "sampler_step"
-    if x.ndim < 2 or not x.is_floating_point():
+    if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{op}: x must be (N, C, *spatial) fp32, got {x.dtype} of shape {tuple(x.shape)}"
+            f"{op}: x must be (N, C, *spatial) fp32, got {x.dtype} of shape {tuple(x.shape)}; "
+            "keep x in fp32 whatever the network's dtype"
         )
     n, c, *space = x.shape
     shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]

@@ -36,7 +36,6 @@ IGNORED_OPTIONS = {
     "upcast_attention",
     "addition_embed_type_num_heads",
     "num_train_timesteps",
-    "mid_block_only_cross_attention",
 }
 # Options that our models have in one way only.
 FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -66,6 +65,14 @@ class _Options:
         self.read.add(name)
         value = self.data.get(name, default)
         return default if value is None else value
+
+    def require(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(
+                f"{self.class_name}: {name} is missing; give the whole config.json of the model"
+            )
+        return value
 
     def fail(self, name: str, expected: str) -> ValueError:
         return ValueError(
@@ -101,12 +108,12 @@ def unet_config(data: Mapping[str, Any]) -> UNetConfig:
             "_class_name must be 'UNet2DConditionModel' or 'UNet2DModel', "
             f"got {options.class_name!r}; give the config.json of a U-Net"
         )
-    widths = options.get("block_out_channels")
+    widths = options.require("block_out_channels")
     if any(width % widths[0] for width in widths):
         raise options.fail("block_out_channels", "multiples of the first")
     config = UNetConfig(
-        in_channels=options.get("in_channels"),
-        out_channels=options.get("out_channels"),
+        in_channels=options.require("in_channels"),
+        out_channels=options.require("out_channels"),
         model_channels=widths[0],
         channel_mult=tuple(width // widths[0] for width in widths),
         num_res_blocks=_constant(options, "layers_per_block"),
@@ -140,20 +147,20 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
             "give the config.json of an autoencoder"
         )
     vq = options.class_name == "VQModel"
-    widths = options.get("block_out_channels")
-    latent_channels = options.get("latent_channels")
+    widths = options.require("block_out_channels")
+    latent_channels = options.require("latent_channels")
     if any(width % widths[0] for width in widths):
         raise options.fail("block_out_channels", "multiples of the first")
-    if options.get("out_channels") != options.get("in_channels"):
+    if options.require("out_channels") != options.require("in_channels"):
         raise options.fail("out_channels", f"{options.get('in_channels')}, as in_channels")
     if vq and options.get("vq_embed_dim", latent_channels) != latent_channels:
         raise options.fail("vq_embed_dim", f"{latent_channels}, as latent_channels")
     config = AutoencoderConfig(
         regularization="vq" if vq else "kl",
-        image_channels=options.get("in_channels"),
+        image_channels=options.require("in_channels"),
         model_channels=widths[0],
         channel_mult=tuple(width // widths[0] for width in widths),
-        num_res_blocks=options.get("layers_per_block"),
+        num_res_blocks=options.require("layers_per_block"),
         latent_channels=latent_channels,
         attention=_levels(
             options,
@@ -170,7 +177,7 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
 def _condition_options(options: _Options) -> dict[str, Any]:
     """What only UNet2DConditionModel has: transformers, their depth, SDXL's added condition."""
     options.get("use_linear_projection")  # one linear layer of ours serves both
-    levels = len(options.get("block_out_channels"))
+    levels = len(options.require("block_out_channels"))
     attention = _levels(
         options,
         {"DownBlock2D": False, "CrossAttnDownBlock2D": True},
@@ -197,7 +204,7 @@ def _condition_options(options: _Options) -> dict[str, Any]:
 
 def _heads(options: _Options, attention: tuple[bool, ...]) -> dict[str, int]:
     """`attention_head_dim` of UNet2DConditionModel is the number of heads, one or one per level."""
-    widths = options.get("block_out_channels")
+    widths = options.require("block_out_channels")
     heads = _per_level(options.get("attention_head_dim", 8), len(widths))
     if len(set(heads)) == 1:
         return {"num_heads": heads[0]}
@@ -216,8 +223,8 @@ def _unconditional_options(options: _Options) -> dict[str, Any]:
         {"UpBlock2D": 0, "ResnetUpsampleBlock2D": 0, "AttnUpBlock2D": 1},
     )
     blocks = (
-        (options.get("down_block_types")[:-1], options.get("downsample_type", "conv")),
-        (options.get("up_block_types")[:-1], options.get("upsample_type", "conv")),
+        (options.require("down_block_types")[:-1], options.get("downsample_type", "conv")),
+        (options.require("up_block_types")[:-1], options.get("upsample_type", "conv")),
     )
     updown = {
         name.startswith("Resnet") or (name.startswith("Attn") and attention_type == "resnet")
@@ -248,8 +255,8 @@ def _levels(options: _Options, down: dict[str, Any], up: dict[str, Any]) -> tupl
     for name, known in (("down_block_types", down), ("up_block_types", up)):
         if not set(options.get(name, ())) <= set(known):
             raise options.fail(name, f"of {', '.join(known)}")
-    levels = tuple(down[name] for name in options.get("down_block_types"))
-    mirrored = tuple(up[name] for name in reversed(options.get("up_block_types")))
+    levels = tuple(down[name] for name in options.require("down_block_types"))
+    mirrored = tuple(up[name] for name in reversed(options.require("up_block_types")))
     if levels != mirrored:
         raise options.fail("up_block_types", "the mirror image of down_block_types")
     return levels
@@ -261,7 +268,7 @@ def _per_level(value: Any, levels: int) -> list[Any]:
 
 def _constant(options: _Options, name: str, default: Any = None) -> Any:
     """An option that may be one number per level, where all must be the same."""
-    value = options.get(name, default)
+    value = options.require(name) if default is None else options.get(name, default)
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:
         raise options.fail(name, "the same at every level")

@@ -186,7 +186,7 @@ def ddim(levels: Sequence[Level], *, eta: float = 0.0) -> list[Row]:
 
 
 def euler(levels: Sequence[Level]) -> list[Row]:
-    """Euler steps of the probability-flow ODE in sigma / alpha (Karras et al. 2022, eq. 4).
+    """Euler steps of the probability-flow ODE in sigma / alpha (Karras et al. 2022, eq. 1 and 3).
 
     y' = y + (sigma_ve' - sigma_ve) * (y - D) / sigma_ve with y = x / alpha. Multiplied by alpha'
     that is DDIM at eta = 0, term by term, and so it is the same table.

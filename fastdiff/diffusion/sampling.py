@@ -11,6 +11,8 @@ from torch import Tensor
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT, SamplerTable
 from fastdiff.kernels import INITIAL_NOISE, philox_normal, sampler_step
 
+MAX_SEED = 2**63 - 1
+
 
 class Predict(Protocol):
     """The network with its conditioning."""
@@ -52,11 +54,15 @@ def sample(
     Returns (N, *shape) in the noise's dtype.
 
     Raises:
-        ValueError: seeds and noise do not match, or the network's output has the wrong shape or is
-            not finite; the message names the first such row.
+        ValueError: a seed is no whole number below 2^63, seeds and noise do not match, or the
+            network's output has the wrong shape or is not finite; the message names the first such
+            row.
     """
     if not isinstance(seeds, Tensor):
         device = noise_or_shape.device if isinstance(noise_or_shape, Tensor) else None
+        for seed in seeds:
+            if not isinstance(seed, int) or not -MAX_SEED <= seed <= MAX_SEED:
+                raise ValueError(f"a seed must be a whole number below 2^63, got {seed!r:.40}")
         seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
     if isinstance(noise_or_shape, Tensor):
         if len(noise_or_shape) != len(seeds):

@@ -62,7 +62,10 @@ class AutoencoderConfig:
             f"codebook_size must be positive for 'vq' and 0 for 'kl', got {self.codebook_size} "
             f"for {self.regularization!r}",
         )
-        for width in self.widths:
+        require(
+            min(self.channel_mult) > 0, f"channel_mult must be positive, got {self.channel_mult}"
+        )
+        for width in (self.model_channels, *self.widths):
             require(
                 self.norm_groups > 0 and width % self.norm_groups == 0,
                 f"norm_groups must divide every level's width, got {self.norm_groups} and {width}",
@@ -159,9 +162,17 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """vectors: (M, D) -> (M,) int64, argmin of |v - e|^2; |v|^2 is the same for all codes."""
-        half_norms = 0.5 * self.weight.square().sum(1)
-        chunks = [(half_norms - v @ self.weight.T).argmin(1) for v in vectors.split(self.CHUNK)]
+        """vectors: (M, D) -> (M,) int64, argmin of |v - e|^2; |v|^2 is the same for all codes.
+
+        In fp32 at least, under autocast too: codes differ by less than half precision can tell.
+        """
+        codes = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        half_norms = 0.5 * codes.square().sum(1)
+        with torch.autocast(codes.device.type, enabled=False):
+            chunks = [
+                (half_norms - v.to(codes.dtype) @ codes.T).argmin(1)
+                for v in vectors.split(self.CHUNK)
+            ]
         return torch.cat(chunks)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -314,10 +325,10 @@ class Autoencoder(nn.Module):
                 f"image must be (N, {channels}, H, W), got {tuple(x.shape)}; "
                 f"convert it to {channels} channel{'s' if channels > 1 else ''}"
             )
-        if x.shape[2] % factor or x.shape[3] % factor:
+        if any(side % factor or side == 0 for side in x.shape[2:]):
             raise ValueError(
-                f"image sides must be multiples of {factor}, got {x.shape[2]} x {x.shape[3]}; "
-                "resize, crop or pad the image"
+                f"image sides must be positive multiples of {factor}, "
+                f"got {x.shape[2]} x {x.shape[3]}; resize, crop or pad the image"
             )
         return self.quant_conv(self.encoder(x))
 
@@ -359,7 +370,7 @@ class Autoencoder(nn.Module):
 
     def _check_latent(self, z: Tensor) -> None:
         channels = self.config.latent_channels
-        if z.ndim != 4 or z.shape[1] != channels:
+        if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape[2:]:
             raise ValueError(
                 f"latents must be (N, {channels}, h, w), got {tuple(z.shape)}; "
                 "check that the autoencoder and the U-Net belong together"

@@ -9,7 +9,7 @@ Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,12 @@ from fastdiff.models.layers import (
 )
 
 ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
+
+_CHOICES = {
+    "downsample_padding": get_args(DownsamplePadding),
+    "time_embedding": get_args(TimeEmbedding),
+    "qkv_order": get_args(QKVOrder),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,27 @@ class UNetConfig:
         ):
             value = getattr(self, name)
             require(value > 0, f"{name} must be positive, got {value}")
+        for name in (
+            "num_heads",
+            "head_dim",
+            "context_dim",
+            "added_condition_dim",
+            "num_classes",
+        ):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be None or positive, got {value}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(value in choices, f"{name} must be one of {choices}, got {value!r}")
+        require(
+            min(self.channel_mult) > 0, f"channel_mult must be positive, got {self.channel_mult}"
+        )
+        require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
+        require(
+            self.model_channels % self.norm_groups == 0,
+            f"norm_groups must divide model_channels, got {self.norm_groups} and "
+            f"{self.model_channels}",
+        )
         depths = (*self.attention_depth, self.middle_depth)
         require(min(depths) >= 0, f"attention depths must be 0 or more, got {depths}")
         require(
@@ -379,10 +406,10 @@ class UNet(nn.Module):
                 "check that the model and the image or latent belong together"
             )
         factor = config.downsample_factor
-        if x.shape[2] % factor or x.shape[3] % factor:
+        if any(side % factor or side == 0 for side in x.shape[2:]):
             raise ValueError(
-                f"H and W of x must be multiples of {factor}, got {x.shape[2]} x {x.shape[3]}; "
-                "resize or pad the input"
+                f"H and W of x must be positive multiples of {factor}, "
+                f"got {x.shape[2]} x {x.shape[3]}; resize or pad the input"
             )
         if (context is None) != (config.context_dim is None):
             expected = f"(N, T, {config.context_dim})" if config.context_dim is not None else "None"

@@ -97,7 +97,7 @@ def test_predictions_without_signal() -> None:
 
 
 def test_variational_bound_is_the_divergence() -> None:
-    """IDDPM eq. 5 and 15 with torch's normal distributions, in bits per dimension."""
+    """IDDPM eq. 6 and 15 with torch's normal distributions, in bits per dimension."""
     t = torch.tensor([1, 40, 99])
     x0, noise, d = torch.randn(3, 3, 2, 4, dtype=torch.float64)
     variance = torch.rand(3, 2, 4, dtype=torch.float64) * 2 - 1
@@ -120,19 +120,21 @@ def test_variational_bound_is_the_divergence() -> None:
     torch.testing.assert_close((0.5 * log_variance[2]).exp(), std)
 
 
+@pytest.mark.parametrize("estimate", [0.123, 1.0, -1.0])  # at the ends their open bins count
 @pytest.mark.parametrize("levels", [17, 256])
-def test_variational_bound_of_the_last_step(levels: int) -> None:
+def test_variational_bound_of_the_last_step(levels: int, estimate: float) -> None:
     """DDPM eq. 13: the probabilities of all grey levels sum to 1, and each is that of its bin."""
     width = 2 / (levels - 1)
     grey = torch.linspace(-1, 1, levels, dtype=torch.float64).reshape(levels, 1)
-    t, d = torch.zeros(levels, dtype=torch.int64), torch.full_like(grey, 0.123)
+    t, d = torch.zeros(levels, dtype=torch.int64), torch.full_like(grey, estimate)
     variance = torch.full_like(grey, 0.4)
     bits = variational_bound(SCHEDULE, grey, grey, d, variance, t, bin_width=width)
     # the posterior mean at t = 0 is D, and its variance that of t = 1 (clipped) up to beta_0
     low, high = SCHEDULE.posterior_variance[1].log(), SCHEDULE.betas[0].log()
-    normal = Normal(torch.tensor(0.123), (0.5 * (0.7 * high + 0.3 * low)).exp())
+    normal = Normal(torch.tensor(estimate), (0.5 * (0.7 * high + 0.3 * low)).exp())
     edges = torch.linspace(-1 + width / 2, 1 - width / 2, levels - 1, dtype=torch.float64)
     cdf = torch.cat([torch.zeros(1), normal.cdf(edges), torch.ones(1)])
     torch.testing.assert_close(torch.exp2(-bits), cdf.diff().clamp(min=1e-12), rtol=1e-6, atol=1e-9)
+    assert float(bits.max()) == pytest.approx(-math.log2(1e-12))  # as bad as it can be
     with pytest.raises(ValueError, match="bin_width must be positive, got 0"):
         variational_bound(SCHEDULE, grey, grey, d, variance, t, bin_width=0)

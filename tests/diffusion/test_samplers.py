@@ -144,8 +144,16 @@ def test_guidance() -> None:
 
 def test_clamp() -> None:
     table = build_table("ddim", LINEAR, 5, prediction="x0", clamp=0.5)
-    result = sample(lambda x, t, guided: 3 * torch.sign(x), table, noise(2, 2, 3), [1, 2])
+    estimates = []
+    result = sample(
+        lambda x, t, guided: 3 * torch.sign(x),
+        table,
+        noise(2, 2, 3),
+        [1, 2],
+        on_step=lambda row, x, d: estimates.append(d),
+    )
     assert (result.abs() == 0.5).all()
+    assert all((d.abs() == 0.5).all() for d in estimates)  # previews are of the clamped D
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -311,6 +319,12 @@ def test_bad_sampling() -> None:
         sample(lambda x, t, g: x, table, noise(2, 3), [1, 2, 3])
     with pytest.raises(ValueError, match=r"row 0 is guided.* return 4 outputs.* got 2; "):
         sample(lambda x, t, g: x, table, noise(2, 3), [1, 2])
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63), 1.5])
+def test_bad_seeds(seed: float) -> None:
+    with pytest.raises(ValueError, match=r"whole number below 2\^63, got -?(92|1\.5)"):
+        sample(lambda x, t, g: x, build_table("ddim", LINEAR, 1), (2, 3), [seed])
 
 
 def test_bad_guidance() -> None:

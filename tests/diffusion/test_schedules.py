@@ -106,6 +106,10 @@ def test_alpha_and_sigma(key: tuple[str, bool]) -> None:
     # log-SNR linear between two timesteps
     same(schedule.log_snr(417.25), 0.75 * schedule.log_snr(417) + 0.25 * schedule.log_snr(418))
     assert schedule.alpha(torch.tensor(3.0)).dtype == torch.float64
+    if key[1]:  # before the timestep without signal alpha / sigma is linear instead
+        ratio = schedule.snr(torch.tensor([998.0, 998.25])).sqrt()
+        same(ratio[1], 0.75 * ratio[0])
+        same(schedule.timestep(1 / ratio), [998.0, 998.25], 1e-9)
 
 
 @given(st.sampled_from(sorted(SCHEDULES)), st.floats(0, 999))

@@ -84,5 +84,18 @@ def test_bad_dtypes_and_masks() -> None:
         ValueError, match=r"broadcast to \(N, H, L, S\) = \(2, 2, 4, 4\), got \(3, 4\)"
     ):
         attention(q, q, q, mask=torch.ones(3, 4))
+    # a tokenizer's 0 and 1 must not be added to the scores
+    with pytest.raises(ValueError, match=r"bool or floating point, got torch.int64; use mask.bool"):
+        attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="broadcast"):
         attention(q, q, q, mask=torch.ones(1, 1, 1, 1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_reach_inside(dtype: torch.dtype) -> None:
+    """Mixed-precision training must not take the fp32 scores and sums back to bf16."""
+    q, k, v = torch.randn(3, 2, 9, 3, 8).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attention(q, k, v)
+    assert inside.dtype == dtype
+    assert torch.equal(inside, attention(q, k, v))

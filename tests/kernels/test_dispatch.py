@@ -64,6 +64,10 @@ def test_a_fallback_warns_once_per_reason(op: dispatch.Op) -> None:
     add(op, "triton", "another reason")
     with pytest.warns(BackendWarning, match="another reason"):
         public(X)
+    dispatch._warned.remove(("probe", "another reason"))
+    dispatch._warned.add(("other", "another reason"))
+    with pytest.warns(BackendWarning, match="another reason"):  # each op warns
+        public(X)
 
 
 def test_an_implementation_for_another_device_is_passed_in_silence(op: dispatch.Op) -> None:

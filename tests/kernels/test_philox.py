@@ -11,6 +11,7 @@ from scipy import stats
 
 from fastdiff import kernels
 from fastdiff.kernels import philox4x32, philox_normal
+from fastdiff.kernels.philox import _normals_of_blocks
 from tests.kernels.cases import recording
 
 ONES = 0xFFFFFFFF
@@ -72,6 +73,16 @@ def test_the_normals_follow_the_counter_scheme() -> None:
         assert z[element] == np.float32(expected)
 
 
+def test_blocks_beyond_32_bits_count_on_in_the_second_word() -> None:
+    """Element 2^34 and those after it: an image too large to draw here."""
+    block, seed = 2**32 + 5, torch.tensor([11])
+    z = _normals_of_blocks(seed, torch.tensor([block, 5]), 3, 1)[0].tolist()
+    words = philox4x32(torch.tensor([5, 1, 3, 1]), torch.tensor([11, 0])).tolist()
+    u0, u1 = (((w >> 9) + 0.5) / 2**23 for w in words[:2])
+    assert z[0] == np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
+    assert z[4:] == philox_normal(seed, (24,), step=3, stream=1)[0, 20:].tolist()
+
+
 def test_the_noise_of_an_image_does_not_depend_on_its_batch() -> None:
     seeds = torch.tensor([5, 0, 2**63 - 1, 2**32, 5, 1, 77])
     for shape in ((4, 8, 8), (1, 5, 7), (3,)):
@@ -96,9 +107,12 @@ def test_step_may_be_a_tensor() -> None:
 
 def test_a_negative_seed_is_read_by_its_bits() -> None:
     low, high = -5 & ONES, (-5 >> 32) & ONES
-    word = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high]))[0].item()
-    assert 0 <= word <= ONES
+    words = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high])).tolist()
+    word, second, *_ = words
+    assert all(0 <= w <= ONES for w in words)
+    u0, u1 = (((w >> 9) + 0.5) / 2**23 for w in (word, second))
     z = philox_normal(torch.tensor([-5, 5]), (64,))
+    assert z[0, 0] == np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
     assert abs(np.corrcoef(z)[0, 1]) < 0.5
 
 

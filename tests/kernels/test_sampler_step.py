@@ -210,3 +210,28 @@ def test_bad_input(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         sampler_step(x, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1,)])
+def test_rescaling_a_constant_prediction_leaves_it_alone(shape: tuple[int, ...]) -> None:
+    """A new model predicts 0 everywhere: std 0, and 0 / 0 in the formula."""
+    x, history = torch.ones(2, *shape), torch.zeros(3, 2, *shape)
+    f = torch.cat([torch.full_like(x, 1.0), torch.full_like(x, 3.0)])
+    table = make_table({C.V: 1.0, C.B: 1.0, C.W: 2.0}, dtype=torch.float32)
+    sampler_step(x, f, history, table, torch.tensor(0), SEEDS[:2], guidance_rescale=0.7)
+    assert torch.equal(x, torch.full_like(x, 5.0))
+
+
+def test_guided_half_precision_predictions_are_combined_in_fp32() -> None:
+    x, f, history = (t.float() for t in drawn(guided=True, learned=False))
+    other, table = x.clone(), make_table(ROWS["guided"], dtype=torch.float32)
+    sampler_step(x, f.bfloat16(), history, table, torch.tensor(0), SEEDS)
+    sampler_step(other, f.bfloat16().float(), history, table, torch.tensor(0), SEEDS)
+    assert torch.equal(x, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_is_kept_in_single_precision(dtype: torch.dtype) -> None:
+    x, f, history = (t.to(dtype) for t in drawn(guided=False, learned=False))
+    with pytest.raises(ValueError, match=r"fp32, got torch\.\w+ of .*keep x in fp32"):
+        sampler_step(x, f, history, make_table({}, dtype=dtype), torch.tensor(0), SEEDS)

@@ -243,6 +243,19 @@ def test_attention_names_of_old_files_are_read() -> None:
         ("UNet2DConditionModel", {"dual_cross_attention": True}, "dual_cross_attention must be"),
         ("UNet2DConditionModel", {"freq_shift": 1}, "freq_shift must be 0 with flip_sin_to_cos"),
         ("UNet2DConditionModel", {"class_embed_type": "timestep"}, "class_embed_type must be"),
+        (
+            "UNet2DConditionModel",
+            {"mid_block_only_cross_attention": True},
+            "mid_block_only_cross_attention must be absent or off",
+        ),
+        # the last level has no attention, but the middle has its heads: 32 wide, the others 8
+        (
+            "UNet2DConditionModel",
+            {"attention_head_dim": (4, 8, 2)},
+            "attention_head_dim must be one number of heads, or one width of head",
+        ),
+        ("UNet2DConditionModel", {"block_out_channels": None}, "block_out_channels is missing"),
+        ("UNet2DConditionModel", {"layers_per_block": None}, "layers_per_block is missing"),
         ("UNet2DConditionModel", {"_class_name": "DiT"}, "_class_name must be"),
     ],
 )

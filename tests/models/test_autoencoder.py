@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastdiff.models.autoencoder import (
     Codebook,
     Posterior,
     Quantized,
+    _tile_starts,
 )
 
 SMALL = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
@@ -43,7 +45,9 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(
     config: AutoencoderConfig,
 ) -> None:
     model, x, noise = build(config), randn(2, 1, 8, 8), randn(2, 2, 4, 4, seed=2)
-    gradients = []
+    gradients, calls = [], []
+    for chain in (model.encoder, model.decoder):
+        chain.blocks[0].register_forward_pre_hook(lambda module, _: calls.append(module))
     for checkpointing in (False, True):
         model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = checkpointing
         model.zero_grad()
@@ -51,6 +55,7 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(
         loss = latent.loss() if isinstance(latent, Quantized) else 1e-3 * latent.kl().mean()
         ((image - x).abs().mean() + loss).backward()
         gradients.append({k: p.grad.clone() for k, p in model.named_parameters()})
+    assert len(calls) == 2 + 4  # with checkpointing once more in the backward pass
     assert not [key for key, gradient in gradients[0].items() if not gradient.any()]
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-12, atol=1e-15)
@@ -64,6 +69,24 @@ def test_posterior_is_the_gaussian_it_says() -> None:
     torch.testing.assert_close(posterior.kl(), expected.sum((1, 2, 3)), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(posterior.sample(noise), mean + normal.stddev * noise)
     assert posterior.mode() is mean
+
+
+@torch.no_grad()
+def test_log_variance_is_kept_between_minus_30_and_20() -> None:
+    """The limits of every CompVis autoencoder (their `DiagonalGaussianDistribution`)."""
+    model = build(KL)
+    model.quant_conv.weight[2:] = 0
+    for bias, expected in ((-31.0, -30.0), (-29.0, -29.0), (19.0, 19.0), (21.0, 20.0)):
+        model.quant_conv.bias[2:] = bias
+        assert (model.encode(randn(1, 1, 8, 8)).logvar == expected).all()
+
+
+@pytest.mark.parametrize(("size", "tile", "overlap"), [(19, 4, 1), (23, 8, 2), (100, 16, 5)])
+def test_neighbouring_tiles_share_the_overlap_or_more(size: int, tile: int, overlap: int) -> None:
+    starts = _tile_starts(size, tile, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + tile == size
+    assert all(a + tile - b >= overlap for a, b in pairwise(starts))
 
 
 def test_codebook_picks_the_nearest_code_and_states_both_losses() -> None:
@@ -88,6 +111,20 @@ def test_codebook_picks_the_nearest_code_and_states_both_losses() -> None:
     )
     assert torch.equal(dz, weights)
     assert dcodes is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_nearest_code_is_found_in_every_precision(dtype: torch.dtype) -> None:
+    """New codes lie within 1 / size of 0: half precision cannot tell their distances apart."""
+    torch.manual_seed(0)
+    codebook = Codebook(512, 4).to(dtype)
+    vectors = (1e-3 * torch.randn(1000, 4)).to(dtype)
+    exact = (vectors.double()[:, None] - codebook.weight.double()).square().sum(-1)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = codebook.nearest(vectors)
+        excess = exact.gather(1, found[:, None])[:, 0] / exact.min(1).values
+        assert excess.max() < 1 + 1e-4
 
 
 @pytest.mark.parametrize(
@@ -193,7 +230,9 @@ def test_channels_last_is_kept() -> None:
             lambda m: m.encode(randn(1, 3, 8, 8)),
             r"image must be \(N, 1, H, W\), got \(1, 3, 8, 8\)",
         ),
-        (lambda m: m.encode(randn(1, 1, 9, 8)), "must be multiples of 2, got 9 x 8"),
+        (lambda m: m.encode(randn(1, 1, 9, 8)), "must be positive multiples of 2, got 9 x 8"),
+        (lambda m: m.encode(randn(1, 1, 0, 8)), "must be positive multiples of 2, got 0 x 8"),
+        (lambda m: m.decode(randn(1, 2, 0, 4)), r"latents must be \(N, 2, h, w\)"),
         (lambda m: m.decode(randn(1, 4, 4, 4)), r"latents must be \(N, 2, h, w\)"),
         (lambda m: m.decode_tiled(randn(1, 4, 9, 9), 4, 1), r"latents must be \(N, 2, h, w\)"),
         (lambda m: m.decode_tiled(randn(1, 2, 4, 4), 4, 4), "overlap must be in"),
@@ -213,6 +252,8 @@ def test_wrong_input_is_one_clear_line(call: Any, message: str) -> None:
         ({"codebook_size": 8}, "codebook_size must be positive for 'vq' and 0 for 'kl'"),
         ({"attention": (True,)}, "attention must be"),
         ({"norm_groups": 3}, "norm_groups must divide"),
+        ({"model_channels": 6, "channel_mult": (2, 4)}, "norm_groups must divide"),
+        ({"channel_mult": (0, 2)}, r"channel_mult must be positive, got \(0, 2\)"),
         ({"latent_channels": 0}, "latent_channels must be positive"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.layers import AttentionBlock, timestep_embedding
+from fastdiff.models.layers import AttentionBlock, FeedForward, ResBlock, timestep_embedding
 from fastdiff.models.unet import UNet, UNetConfig
 
 CONFIGS = {
@@ -97,6 +97,38 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(name: st
     assert not zero
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("checkpointing", "calls"), [(False, 1), (True, 2)])
+def test_checkpointing_runs_a_block_again_in_the_backward_pass(
+    checkpointing: bool, calls: int
+) -> None:
+    model, seen = build("ddpm"), []
+    model.gradient_checkpointing = checkpointing
+    for block in (model.input_blocks[1][0], model.middle_block[1], model.output_blocks[0][0]):
+        block.register_forward_pre_hook(lambda module, _: seen.append(module))
+    model(**inputs("ddpm")).sum().backward()
+    assert len(seen) == 3 * calls
+
+
+@torch.no_grad()
+def test_dropout_is_in_both_kinds_of_block_and_only_while_training() -> None:
+    config = dataclasses.replace(CONFIGS["sdxl"], dropout=0.5)
+    places = [m for m in UNet(config).modules() if isinstance(m, ResBlock | FeedForward)]
+    for block in places:
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        if isinstance(block, ResBlock):
+            arguments = (torch.ones(1, block.in_channels, 4, 4), None, torch.ones(1, 64))
+        else:
+            arguments = (torch.ones(1, 4, block.proj.in_features),)
+        runs = [block(*arguments) for _ in range(2)]
+        runs = [run[0] if isinstance(run, tuple) else run for run in runs]
+        assert not torch.equal(*runs)
+        block.eval()
+        still = [block(*arguments) for _ in range(2)]
+        still = [run[0] if isinstance(run, tuple) else run for run in still]
+        assert torch.equal(*still)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -197,7 +229,8 @@ def test_classes_and_the_null_class_differ() -> None:
     ("name", "change", "message"),
     [
         ("ddpm", {"x": torch.zeros(2, 4, 8, 4)}, r"x must be \(N, 3, H, W\), got \(2, 4, 8, 4\)"),
-        ("ddpm", {"x": torch.zeros(2, 3, 7, 4)}, "must be multiples of 2, got 7 x 4"),
+        ("ddpm", {"x": torch.zeros(2, 3, 7, 4)}, "must be positive multiples of 2, got 7 x 4"),
+        ("ddpm", {"x": torch.zeros(2, 3, 0, 4)}, "must be positive multiples of 2, got 0 x 4"),
         ("ddpm", {"t": torch.zeros(3)}, r"t must be \(\) or \(2,\), got \(3,\)"),
         ("ddpm", {"y": torch.zeros(2, dtype=torch.int64)}, "y must be None for this model"),
         ("ddpm", {"context": torch.zeros(2, 5, 12)}, "context must be None for this model"),
@@ -225,6 +258,15 @@ def test_wrong_input_is_one_clear_line(name: str, change: dict[str, Any], messag
         ({"num_heads": None}, "give one of num_heads and head_dim"),
         ({"num_heads": 5}, "must divide the width"),
         ({"norm_groups": 7}, "norm_groups must divide"),
+        ({"model_channels": 4, "channel_mult": (2, 4)}, "norm_groups must divide model_channels"),
+        ({"num_heads": 0}, "num_heads must be None or positive, got 0"),
+        ({"num_heads": None, "head_dim": -8}, "head_dim must be None or positive, got -8"),
+        ({"num_classes": 0}, "num_classes must be None or positive, got 0"),
+        ({"channel_mult": (0, 2)}, r"channel_mult must be positive, got \(0, 2\)"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive, got 0"),
+        ({"downsample_padding": "same"}, "downsample_padding must be one of .* got 'same'"),
+        ({"time_embedding": "adm"}, "time_embedding must be one of .* got 'adm'"),
+        ({"qkv_order": "old"}, "qkv_order must be one of .* got 'old'"),
         ({"null_class": True}, "null_class needs num_classes"),
         ({"learned_sigma": True}, "out_channels must be even with learned_sigma, got 3"),
         ({"dropout": 1.0}, "dropout must be in"),
