@@ -16,6 +16,7 @@ from fastdiff.training import (
     PreviewConfig,
     adaptive_weight,
     train_autoencoder,
+    train_diffusion,
 )
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.diffusion import DiffusionTask
@@ -187,3 +188,24 @@ def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     for name, value in exported.state_dict().items():
         assert torch.equal(value, shown[0].state_dict()[name])
     assert not torch.equal(shown[0].conv_out.weight, task.unet.conv_out.weight)
+
+
+def test_resuming_on_another_first_stage_is_refused(images: Path, tmp_path: Path) -> None:
+    short = runs.optimization(steps=1)
+    first = runs.autoencoder_run(images, tmp_path / "first", optimization=short)
+    train_autoencoder(first)
+    run = runs.diffusion_run(
+        images,
+        tmp_path / "second",
+        data=first.data,
+        autoencoder=str(tmp_path / "first"),
+        model=runs.denoiser_model(2),
+        optimization=short,
+    )
+    train_diffusion(run)
+    other = runs.with_output(dataclasses.replace(first, seed=1), folder=str(tmp_path / "other"))
+    train_autoencoder(other)
+    (tmp_path / "first").rename(tmp_path / "away")
+    (tmp_path / "other").rename(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"autoencoder in .* has changed since"):
+        train_diffusion(run, resume=True)
