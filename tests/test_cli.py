@@ -267,6 +267,19 @@ def test_forced_backend_that_cannot_run(run, tiny: str, monkeypatch: pytest.Monk
     )
 
 
+def test_the_environment_chooses_the_backend_too(
+    run, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("sample", "--model", tiny, "--classes", "1", "--count", "1", "--steps", "1")
+    monkeypatch.setenv("FASTDIFF_BACKEND", "nonsense")
+    code, _, err = run(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "FASTDIFF_BACKEND must be one of" in err
+    monkeypatch.setenv("FASTDIFF_BACKEND", "reference")
+    assert run(*words)[0] == 0
+    assert read_recipe("out/1-seed0.png")["backend"] == "reference"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -11,7 +11,13 @@ from typing import Annotated
 import tyro
 
 from fastdiff.cli.console import Clock, backends_line, print_numbers, print_pairs, progress
-from fastdiff.cli.machine import BackendName, DtypeName, device_and_dtype, output_folder
+from fastdiff.cli.machine import (
+    BackendName,
+    DtypeName,
+    chosen_backend,
+    device_and_dtype,
+    output_folder,
+)
 from fastdiff.cli.parsing import parse
 from fastdiff.evaluation import Results, evaluate, write_report
 from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
@@ -69,11 +75,11 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Evaluate, words: Sequence[str]) -> int:
     from fastdiff.checkpoint.bundle import load_bundle
-    from fastdiff.kernels import backend, record_backends
+    from fastdiff.kernels import record_backends
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
-    with output_folder(options.out), backend(options.backend), record_backends() as served:
+    with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
             bundle = load_bundle(options.model, device=device, dtype=dtype)
         with clock("sample and measure"), progress("sampling") as tell:

@@ -45,6 +45,18 @@ def device_and_dtype(device: str, dtype: DtypeName) -> tuple[torch.device, torch
     return torch.device(f"{kind}:{index}" if index else kind), getattr(torch, TORCH_NAMES[dtype])
 
 
+def chosen_backend(name: BackendName) -> contextlib.AbstractContextManager[None]:
+    """``--backend`` for a block of code; "auto" leaves the choice to FASTDIFF_BACKEND if it is set.
+
+    Raises:
+        ValueError: FASTDIFF_BACKEND names no backend.
+    """
+    from fastdiff.kernels import backend
+    from fastdiff.kernels.dispatch import selected_backend
+
+    return backend(selected_backend() if name == "auto" else name)
+
+
 @contextlib.contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """Make a folder before the work starts; take it away again if the work leaves it empty.

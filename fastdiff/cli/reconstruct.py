@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastdiff.cli.console import Clock, backends_line, print_pairs
-from fastdiff.cli.machine import BackendName, DtypeName, device_and_dtype, output_folder
+from fastdiff.cli.machine import (
+    BackendName,
+    DtypeName,
+    chosen_backend,
+    device_and_dtype,
+    output_folder,
+)
 from fastdiff.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -68,12 +74,12 @@ def run(options: Reconstruct) -> int:
 
     from fastdiff.checkpoint.bundle import load_bundle
     from fastdiff.images import contact_sheet, save_png
-    from fastdiff.kernels import backend, record_backends
+    from fastdiff.kernels import record_backends
     from fastdiff.pipelines.reconstruction import reconstruct
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
-    with output_folder(options.out), backend(options.backend), record_backends() as served:
+    with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
             bundle = load_bundle(options.model, device=device, dtype=dtype)
             if bundle.autoencoder is None:

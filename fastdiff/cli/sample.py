@@ -20,6 +20,7 @@ from fastdiff.cli.machine import (
     TORCH_NAMES,
     BackendName,
     DtypeName,
+    chosen_backend,
     device_and_dtype,
     output_folder,
 )
@@ -90,11 +91,11 @@ def main(words: Sequence[str]) -> int:
 def run(options: Sample, recipe: Sample | None = None) -> int:
     """``recipe``: the options that the picture given as --like was made with."""
     from fastdiff.checkpoint.bundle import load_bundle
-    from fastdiff.kernels import backend, record_backends
+    from fastdiff.kernels import record_backends
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
-    with output_folder(options.out), backend(options.backend), record_backends() as served:
+    with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
             bundle = load_bundle(options.model, device=device, dtype=dtype)
             pipeline = LatentDiffusion.from_bundle(bundle)

@@ -204,18 +204,29 @@ def euler_ancestral(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
     return ddim(levels, eta=eta)
 
 
+OUT_OF_NOISE = 20.0
+"""A step from above this sigma / alpha that also divides it by more starts from noise alone, as the
+first one of a cosine schedule does (20,000 to 13 in 20 steps). A method that corrects the step by
+the slope at its end, d1 - d0 = (D0 - D1) / sigma', weighted with the step's length, would multiply
+a small difference of estimates by half this ratio: such a step is Euler's instead."""
+
+
+def _out_of_noise(now: Level, to: Level) -> bool:
+    return now.ve_sigma > OUT_OF_NOISE * max(to.ve_sigma, 1.0)
+
+
 def heun(levels: Sequence[Level]) -> list[Row]:
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two rows per step.
 
     The first row makes an Euler step and keeps y + (sigma_ve' - sigma_ve) / 2 * d, all of the
     result that is known by then; the second adds the other half of the slope, taken at the end. The
-    step to sigma = 0 is Euler's, as there.
+    step to sigma = 0 is Euler's, as there, and so is one out of noise alone (`OUT_OF_NOISE`).
     """
     rows = []
     for step, (now, to) in enumerate(pairwise(levels)):
         a = to.sigma / now.sigma
         first = Row(at=now, step=step, a=a, b=to.alpha - now.alpha * a)
-        if to.sigma == 0:
+        if to.sigma == 0 or _out_of_noise(now, to):
             rows.append(first)
             continue
         p = (to.alpha / now.alpha + a) / 2
@@ -232,7 +243,8 @@ def plms(levels: Sequence[Level]) -> list[Row]:
     x' = alpha' / alpha * x + g * e with g = sigma' - sigma * alpha' / alpha and e a combination of
     the last four eps_hat. The first step is taken twice, so there is one row more than steps: row 1
     evaluates at its end and redoes it with the mean slope, x + g * (e_1 - e_0) / 2, since x already
-    holds g * e_0.
+    holds g * e_0. A first step out of noise alone (`OUT_OF_NOISE`) is Euler's; the start is then
+    the second step.
     """
     weights = (
         (1.0,),
@@ -241,10 +253,11 @@ def plms(levels: Sequence[Level]) -> list[Row]:
         (55 / 24, -59 / 24, 37 / 24, -9 / 24),
     )
     rows: list[Row] = []
+    start = 1 if _out_of_noise(levels[0], levels[1]) else 0
     for step, (now, to) in enumerate(pairwise(levels)):
         ratio = to.alpha / now.alpha
         g = to.sigma - now.sigma * ratio
-        newest, *older = weights[min(step, 3)]
+        newest, *older = weights[min(max(step - start, 0), 3)]
         c = [0.0, 0.0, 0.0]
         for back, weight in enumerate(older, start=1):
             c[(step - back) % 3] = g * weight
@@ -253,9 +266,11 @@ def plms(levels: Sequence[Level]) -> list[Row]:
         rows.append(
             Row(at=now, step=step, a=ratio + a, b=b, c=(c[0], c[1], c[2]), slot=step % 3, p=p, q=q)
         )
-        if step == 0 and to.sigma > 0:
+        if step == start and to.sigma > 0:
             a, b = _eps_weights(to, g / 2)
-            rows.append(Row(at=to, step=step, a=1 + a, b=b, c=(-g / 2, 0.0, 0.0)))
+            c = [0.0, 0.0, 0.0]
+            c[step % 3] = -g / 2
+            rows.append(Row(at=to, step=step, a=1 + a, b=b, c=(c[0], c[1], c[2])))
     return rows
 
 

@@ -152,3 +152,21 @@ def test_variance_of_a_gaussian(name: str, options: dict, order: int) -> None:
         errors.append(float(covariance[0, 0]) / expected - 1)
     slope = -np.polyfit(np.log(counts), np.log(np.abs(errors)), 1)[0]
     assert abs(slope - order) < 0.15, f"order {slope:.3f}; relative errors of the variance {errors}"
+
+
+@pytest.mark.parametrize("name", ["heun", "plms"])
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [4, 12, 50])
+def test_a_first_step_out_of_noise_alone(name: str, kind: str, steps: int) -> None:
+    """A cosine schedule begins at sigma / alpha 20,000 and its first step goes to 10: the slope
+    there, weighted with the whole length of the step, would drown the image.
+    """
+    schedule = NoiseSchedule(ScheduleConfig(kind=kind))  # type: ignore[arg-type]
+    x = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    network, seeds = exact_network(schedule, "v"), torch.arange(64)
+    exact = exact_end(x, build_table("euler", schedule, steps, final="sigma_min"))
+    errors = {}
+    for sampler in (name, "euler"):
+        table = build_table(sampler, schedule, steps, prediction="v")
+        errors[sampler] = float((sample(network, table, x, seeds) - exact).square().mean().sqrt())
+    assert errors[name] < errors["euler"]
