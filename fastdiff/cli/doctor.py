@@ -89,6 +89,10 @@ def diagnose() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        import torch
+
+        return str(torch.__version__)  # names the build too, which the wheel's metadata may not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
