@@ -38,5 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--save-records") and harness.RECORDS:
-        print(f"\nrecords: {harness.save_records(harness.RECORDS, harness.SHARES)}")
+    measured = harness.RECORDS, harness.SHARES, harness.PEAKS
+    if session.config.getoption("--save-records") and any(measured):
+        print(f"\nrecords: {harness.save_records(*measured)}")

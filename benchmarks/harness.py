@@ -104,13 +104,35 @@ class Share:
         return self.seconds / self.total_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The most memory that a fresh process, doing nothing but one job, had resident."""
+
+    benchmark: str
+    shape: str
+    threads: int
+    bytes: int
+
+
 def amdahl(share: float, ratio: float) -> float:
     """How much faster the job is when a `share` of it becomes `ratio` times as fast."""
     return 1 / (1 - share + share / ratio)
 
 
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 0.001234 -> 1.23 ms."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 0.9995 or unit == "µs":
+            value = seconds * factor
+            return (
+                f"{value:#.3g}".rstrip(".") + f" {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+            )
+    raise AssertionError(seconds)
+
+
 RECORDS: list[Record] = []
 SHARES: list[Share] = []
+PEAKS: list[Peak] = []
 """What this run measured, in the order of the benchmarks."""
 
 
@@ -265,29 +287,38 @@ def environment() -> dict[str, Any]:
 
 
 def save_records(
-    records: list[Record], shares: Sequence[Share] = (), results: Path = RESULTS
+    records: Sequence[Record] = (),
+    shares: Sequence[Share] = (),
+    peaks: Sequence[Peak] = (),
+    *,
+    results: Path = RESULTS,
 ) -> Path:
-    """Write the records of one run as ``results/<device>/<commit>.json`` and return the path.
+    """Write what one run measured as ``results/<device>/<commit>.json`` and return the path.
 
-    Another run of the same commit on the same device adds to the file; what was measured again
-    replaces what it was.
+    Another run of the same commit on the same device adds to the file: what was measured again
+    replaces what it was, and the file is clean only if all its runs were.
     """
     facts = environment()
     folder = results / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['commit'][:12]}.json"
-    known = json.loads(path.read_text()) if path.exists() else {"shares": [], "records": []}
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known:
+        facts["clean"] = facts["clean"] and known["environment"]["clean"]
     content = {
         "environment": facts,
-        "shares": _merged(known["shares"], shares, ("job", "op")),
-        "records": _merged(known["records"], records, ("benchmark", "job", "shape", "provider")),
+        "shares": _merged(known.get("shares", []), shares, ("job", "op")),
+        "peaks": _merged(known.get("peaks", []), peaks, ("benchmark", "shape")),
+        "records": _merged(
+            known.get("records", []), records, ("benchmark", "job", "shape", "provider")
+        ),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
 def _merged(
-    known: list[dict[str, Any]], new: Sequence[Record | Share], key: tuple[str, ...]
+    known: list[dict[str, Any]], new: Sequence[Record | Share | Peak], key: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     rows = [*known, *map(asdict, new)]
     return list({tuple(row[name] for name in key): row for row in rows}.values())

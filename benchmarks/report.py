@@ -1,47 +1,125 @@
-"""``python -m benchmarks.report``: docs/performance.md's tables and picture from the records.
+"""``python -m benchmarks.report``: docs/performance.md's tables and pictures from the records.
 
-Each text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is rewritten from the newest
-record of every device in benchmarks/results/; what stands outside is written by hand and kept.
+The text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is rewritten from the records in
+benchmarks/results/<device>/: of each case the newest, with the commit it was measured at. What
+stands outside is written by hand and kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from benchmarks.harness import LIMITS, RESULTS, Record, Share, amdahl
+from benchmarks.harness import LIMITS, RESULTS, Peak, Record, Share, amdahl, duration
+from benchmarks.plot import draw_shares
 from fastdiff.checkpoint.files import write_text
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
+IMAGES = DOCUMENT.parent / "images"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One file of results."""
+    """One file of results: one commit on one device."""
 
-    folder: str
     environment: dict[str, Any]
     records: list[Record]
     shares: list[Share]
+    peaks: list[Peak]
 
     @classmethod
     def load(cls, path: Path) -> Run:
         content = json.loads(path.read_text())
         return cls(
-            path.parent.name,
             content["environment"],
             [Record(**record) for record in content["records"]],
             [Share(**share) for share in content["shares"]],
+            [Peak(**peak) for peak in content.get("peaks", [])],
         )
 
-    def share(self, record: Record) -> Share | None:
-        """What the record's op takes of the job it belongs to."""
-        found = [s for s in self.shares if (s.job, s.op) == (record.job, record.benchmark)]
-        return found[0] if found else None
+    @property
+    def commit(self) -> str:
+        """Its first seven digits."""
+        return str(self.environment["commit"][:7])
+
+    def describe(self) -> str:
+        facts = self.environment
+        threads = {r.threads for r in self.records} | {p.threads for p in self.peaks}
+        dtypes = sorted({record.dtype for record in self.records})
+        work = ["/".join(map(str, sorted(threads))) + " threads", *dtypes]
+        changed = "" if facts["clean"] else " with uncommitted changes"
+        return (
+            f"- {self.commit}{changed}, {facts['date'][:10]}: fastdiff {facts['fastdiff']}, torch "
+            f"{facts['torch']}, Python {facts['python']}; {facts['cores']} cores, "
+            f"{', '.join(work)}"
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """All runs of one device, the oldest first; of each case the newest run counts."""
+
+    folder: str
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        return str(self.runs[-1].environment["device"])
+
+    def records(self) -> list[tuple[Run, Record]]:
+        return newest(
+            ((run, record) for run in self.runs for record in run.records),
+            lambda record: (record.benchmark, record.job, record.shape, record.provider),
+        )
+
+    def peaks(self) -> list[tuple[Run, Peak]]:
+        return newest(
+            ((run, peak) for run in self.runs for peak in run.peaks),
+            lambda peak: (peak.benchmark, peak.shape),
+        )
+
+    def shares(self) -> list[tuple[Run, Share]]:
+        """All ops of a job are of one run: its clock ran around one evaluation."""
+        last = {share.job: run for run in self.runs for share in run.shares}
+        return [(run, s) for job, run in last.items() for s in run.shares if s.job == job]
+
+    def rows(self) -> list[tuple[Run, Row]]:
+        """Providers beside the reference of their own run, never of another."""
+        shares = [share for _, share in self.shares()]
+        return newest(
+            ((run, row) for run in self.runs for row in compared(run.records, shares)),
+            lambda row: (
+                row.record.benchmark,
+                row.record.job,
+                row.record.shape,
+                row.record.provider,
+            ),
+        )
+
+
+def newest(pairs: Iterable[tuple[Run, T]], key: Callable[[T], Hashable]) -> list[tuple[Run, T]]:
+    """Of the items with the same key the last; in the order in which the keys first appeared."""
+    return list({key(item): (run, item) for run, item in pairs}.values())
+
+
+def devices(results: Path = RESULTS) -> list[Device]:
+    """What the records hold. Raises FileNotFoundError if there are none."""
+    runs: dict[str, list[Run]] = {}
+    for path in sorted(results.glob("*/*.json")):
+        runs.setdefault(path.parent.name, []).append(Run.load(path))
+    if not runs:
+        raise FileNotFoundError(
+            f"no records in {results}/<device>/; make them: pytest benchmarks --save-records"
+        )
+    return [
+        Device(folder, sorted(found, key=lambda run: run.environment["date"]))
+        for folder, found in runs.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -57,21 +135,11 @@ class Row:
     """How many times as fast the whole job would be with this provider in the reference's place."""
 
 
-def newest(results: Path = RESULTS) -> list[Run]:
-    """The newest run of each device."""
-    runs: dict[str, Run] = {}
-    for path in sorted(results.glob("*/*.json")):
-        run = Run.load(path)
-        known = runs.get(run.folder)
-        if known is None or run.environment["date"] > known.environment["date"]:
-            runs[run.folder] = run
-    return list(runs.values())
-
-
-def compared(run: Run) -> list[Row]:
-    """Every record that has a reference beside it, limits left out."""
+def compared(records: Sequence[Record], shares: Sequence[Share]) -> list[Row]:
+    """Every record of one run that has a reference beside it, limits left out."""
+    of_job = {(share.job, share.op): share.share for share in shares}
     groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in run.records:
+    for record in records:
         groups.setdefault((record.benchmark, record.job, record.shape), []).append(record)
     rows = []
     for group in groups.values():
@@ -80,47 +148,47 @@ def compared(run: Run) -> list[Row]:
             continue
         reference = by_provider["reference"]
         limits = [by_provider[name] for name in LIMITS if name in by_provider]
-        share = run.share(reference)
+        share = of_job.get((reference.job, reference.benchmark))
         for record in group:
             if record.provider in LIMITS:
                 continue
             ratio = reference.median_s / record.median_s
             of_limit = record.share_of(limits[0]) if limits else None
-            job_ratio = amdahl(share.share, ratio) if share else None
+            job_ratio = None if share is None else amdahl(share, ratio)
             rows.append(Row(record, ratio, of_limit, job_ratio))
     return rows
 
 
-def section(run: Run) -> str:
-    """The tables of one device."""
-    facts = run.environment
-    threads = sorted({record.threads for record in run.records})
-    rows = compared(run)
-    alone = [r for r in run.records if not any(r.benchmark == row.record.benchmark for row in rows)]
-    changed = "" if facts["clean"] else ", with uncommitted changes"
+def section(device: Device) -> str:
+    """The picture and the tables of one device."""
+    rows, shares, peaks = device.rows(), device.shares(), device.peaks()
+    ops = {row.record.benchmark for _, row in rows}
+    alone = [(run, record) for run, record in device.records() if record.benchmark not in ops]
+    shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *alone)}
+    used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
     return "\n\n".join(
         [
-            f"### {facts['device']}",
-            f"Commit {facts['commit'][:12]}{changed}, {facts['date'][:10]}; fastdiff "
-            f"{facts['fastdiff']}, torch {facts['torch']}, Python {facts['python']}; "
-            f"{facts['cores']} cores, {'/'.join(map(str, threads))} threads, "
-            f"{'/'.join(sorted({r.dtype for r in run.records}))}.",
+            f"### {device.name}",
+            "\n".join(run.describe() for run in used),
+            f"![How much of an evaluation each op takes](images/{picture(device).name})",
             "#### Whole jobs",
-            table(("job", "shape", "median", "quartiles", "rounds", "GFLOP/s"), map(whole, alone)),
+            table(
+                (
+                    "job",
+                    "shape",
+                    "median",
+                    "quartiles",
+                    "rounds",
+                    "GFLOP/s",
+                    "peak memory",
+                    "commit",
+                ),
+                [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks],
+            ),
             "#### Share of each op",
             table(
-                ("job", "op", "calls", "time", "share", "job, if the op were free"),
-                [
-                    (
-                        s.job,
-                        s.op,
-                        str(s.calls),
-                        duration(s.seconds),
-                        f"{s.share:.1%}",
-                        f"{1 / (1 - s.share):.2f} x",
-                    )
-                    for s in run.shares
-                ],
+                ("job", "op", "calls", "time", "share", "job, if the op were free", "commit"),
+                [share_row(*pair) for pair in shares],
             ),
             "#### Ops",
             table(
@@ -134,21 +202,51 @@ def section(run: Run) -> str:
                     "GB/s",
                     "of the limit",
                     "whole job",
+                    "commit",
                 ),
-                map(op_row, rows),
+                [op_row(*pair) for pair in rows],
             ),
         ]
     )
 
 
-def whole(record: Record) -> tuple[str, ...]:
+def picture(device: Device) -> Path:
+    return IMAGES / f"shares-{device.folder}.png"
+
+
+def whole(run: Run, record: Record) -> tuple[str, ...]:
     quartiles = f"{duration(record.q1_s)} to {duration(record.q3_s)}"
     rate = f"{record.flops_per_second / 1e9:.1f}" if record.flops else ""
-    name = record.job or record.benchmark
-    return name, record.shape, duration(record.median_s), quartiles, str(record.rounds), rate
+    return (
+        record.job or record.benchmark,
+        record.shape,
+        duration(record.median_s),
+        quartiles,
+        str(record.rounds),
+        rate,
+        "",
+        run.commit,
+    )
 
 
-def op_row(row: Row) -> tuple[str, ...]:
+def peak_row(run: Run, peak: Peak) -> tuple[str, ...]:
+    memory = f"{peak.bytes / 2**20:.0f} MiB"
+    return peak.benchmark, peak.shape, "", "", "1", "", memory, run.commit
+
+
+def share_row(run: Run, share: Share) -> tuple[str, ...]:
+    return (
+        share.job,
+        share.op,
+        str(share.calls),
+        duration(share.seconds),
+        f"{share.share:.1%}",
+        f"{1 / (1 - share.share):.2f} x",
+        run.commit,
+    )
+
+
+def op_row(run: Run, row: Row) -> tuple[str, ...]:
     record = row.record
     return (
         record.benchmark,
@@ -160,23 +258,13 @@ def op_row(row: Row) -> tuple[str, ...]:
         f"{record.bytes_per_second / 1e9:.2f}",
         "" if row.of_limit is None else f"{row.of_limit:.0%}",
         "" if row.job_ratio is None else f"{row.job_ratio:.2f} x",
+        run.commit,
     )
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit: 0.001234 -> 1.23 ms."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 0.9995 or unit == "µs":
-            value = seconds * factor
-            return (
-                f"{value:#.3g}".rstrip(".") + f" {unit}" if value < 999.5 else f"{value:.0f} {unit}"
-            )
-    raise AssertionError(seconds)
 
 
 def fill(document: str, tables: str) -> str:
@@ -189,9 +277,13 @@ def fill(document: str, tables: str) -> str:
 
 
 def main() -> None:
-    runs = newest()
-    tables = "\n\n".join(map(section, runs))
-    write_text(DOCUMENT, fill(DOCUMENT.read_text(), tables))
+    found = devices()
+    for device in found:
+        shares = [share for _, share in device.shares()]
+        if shares:
+            draw_shares(shares, device.name, picture(device))
+            print(picture(device))
+    write_text(DOCUMENT, fill(DOCUMENT.read_text(), "\n\n".join(map(section, found))))
     print(DOCUMENT)
 
 

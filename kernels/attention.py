@@ -41,9 +41,14 @@ def attention_reference(
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast would take the fp32 products back to half precision."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not _autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's Dynamo cannot trace the call
+def _autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 _op = define_op("attention", attention_reference)

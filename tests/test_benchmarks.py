@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import bench_attention, harness, report, shapes
-from benchmarks.harness import Record, Share, Work
+from benchmarks.harness import Peak, Record, Share, Work
 from fastdiff import kernels
 
 EAGER = Record(
@@ -29,6 +31,7 @@ EAGER = Record(
 REFERENCE = replace(EAGER, provider="reference", median_s=0.030)
 COPY = replace(EAGER, provider="copy", median_s=0.005)
 SHARE = Share(job="SD 1.5 U-Net", op="geglu", calls=16, seconds=0.5, total_s=2.0)
+PEAK = Peak(benchmark="sample", shape="64 digits", threads=2, bytes=300 * 2**20)
 
 
 def test_rates_and_shares() -> None:
@@ -67,27 +70,90 @@ def test_noting_leaves_the_ops_as_they_were() -> None:
     assert kernels.OPS["geglu"].implementations == before
 
 
-def test_the_report_says_what_the_records_hold(tmp_path: Path) -> None:
-    path = harness.save_records([REFERENCE, EAGER, COPY], [SHARE], tmp_path)
-    (run,) = report.newest(tmp_path)
-    assert run.records == [REFERENCE, EAGER, COPY]
-    assert run.shares == [SHARE]
-    text = report.section(run)
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Save records as a run of some commit and day would."""
+
+    def save(commit: str, day: int, *measured: Sequence[Any], clean: bool = True) -> Path:
+        facts = {
+            **harness.environment(),
+            "commit": commit,
+            "clean": clean,
+            "date": f"2026-01-{day:02d}T00:00:00+00:00",
+            "device": "Test CPU",
+        }
+        monkeypatch.setattr(harness, "environment", lambda: facts)
+        return harness.save_records(*measured, results=tmp_path)
+
+    return save
+
+
+def test_the_report_says_what_the_records_hold(at: Callable[..., Path], tmp_path: Path) -> None:
+    path = at("c0ffee" * 6, 1, [REFERENCE, EAGER, COPY], [SHARE], [PEAK])
+    assert path == tmp_path / "test-cpu" / "c0ffeec0ffee.json"
+    (device,) = report.devices(tmp_path)
+    (run,) = device.runs
+    assert (run.records, run.shares, run.peaks) == ([REFERENCE, EAGER, COPY], [SHARE], [PEAK])
+    text = report.section(device)
     # ratio 30/20; 60 MB in 20 ms; a copy takes 5 ms; a quarter of the job 1.5 times as fast
-    row = "| eager | 20.0 ms | 1.50 x | 3.00 | 25% | 1.09 x |"
-    assert row in text
-    assert "| geglu | 16 | 500 ms | 25.0% | 1.33 x |" in text
-    assert run.environment["commit"][:12] in text
-    assert path.stem in text
+    assert "| eager | 20.0 ms | 1.50 x | 3.00 | 25% | 1.09 x | c0ffeec |" in text
+    assert "| geglu | 16 | 500 ms | 25.0% | 1.33 x | c0ffeec |" in text
+    assert "| sample | 64 digits |  |  | 1 |  | 300 MiB | c0ffeec |" in text
+    assert "- c0ffeec, 2026-01-01: fastdiff" in text
+    assert "2 threads, float32" in text
     assert "| copy |" not in text
 
 
-def test_the_newest_run_of_a_device_counts(tmp_path: Path) -> None:
-    path = harness.save_records([REFERENCE], [], tmp_path)
-    older = path.read_text().replace('"date": "2', '"date": "1').replace("0.03", "0.04")
-    (path.parent / "zzz.json").write_text(older)
-    (run,) = report.newest(tmp_path)
-    assert run.records == [REFERENCE]
+def test_runs_of_one_commit_add_up(at: Callable[..., Path], tmp_path: Path) -> None:
+    slower, more = replace(EAGER, median_s=0.040), replace(PEAK, bytes=400 * 2**20)
+    other = replace(SHARE, op="attention")
+    first = at("c0ffee" * 6, 1, [REFERENCE, EAGER], [SHARE], [PEAK], clean=False)
+    assert at("c0ffee" * 6, 2, [slower, COPY], [other], [more]) == first
+    (device,) = report.devices(tmp_path)
+    (run,) = device.runs
+    assert run.records == [REFERENCE, slower, COPY]
+    assert run.shares == [SHARE, other]
+    assert run.peaks == [more]
+    assert run.environment["date"].startswith("2026-01-02")
+    assert "- c0ffeec with uncommitted changes, 2026-01-02" in report.section(device)
+
+
+def test_the_newest_run_of_a_case_wins(at: Callable[..., Path], tmp_path: Path) -> None:
+    compiled = replace(EAGER, provider="compile", median_s=0.010)
+    unfused = replace(SHARE, op="layer_norm")
+    # file names in another order than the dates
+    at("bbbbbbb", 1, [REFERENCE, EAGER, compiled], [SHARE, unfused], [PEAK])
+    at("aaaaaaa", 2, [replace(REFERENCE, median_s=0.060), EAGER], [SHARE])
+    (device,) = report.devices(tmp_path)
+    text = report.section(device)
+    assert "| eager | 20.0 ms | 3.00 x | 3.00 |  | 1.20 x | aaaaaaa |" in text
+    # not measured again: as it was, beside the reference of its own run
+    assert "| compile | 10.0 ms | 3.00 x | 6.00 |  | 1.20 x | bbbbbbb |" in text
+    assert "| 300 MiB | bbbbbbb |" in text
+    assert text.count("| eager |") == text.count("| reference |") == 1
+    # the ops of a job stay together: one that the newer evaluation lacks is gone
+    assert device.shares() == [(device.runs[1], SHARE)]
+    assert text.index("- aaaaaaa, 2026-01-02") < text.index("- bbbbbbb, 2026-01-01")
+
+    at("ccccccc", 3, [replace(REFERENCE, median_s=0.050), EAGER, compiled], [SHARE], [PEAK])
+    text = report.section(report.devices(tmp_path)[0])
+    assert "| compile | 10.0 ms | 5.00 x |" in text
+    assert "- ccccccc" in text
+    assert "aaaaaaa" not in text  # nothing of it counts any more
+    assert "bbbbbbb" not in text
+
+
+def test_without_records_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "astray.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="pytest benchmarks --save-records"):
+        report.devices(tmp_path)
+
+
+def test_the_document_is_what_the_records_say() -> None:
+    text = report.DOCUMENT.read_text()
+    found = report.devices()
+    assert text == report.fill(text, "\n\n".join(map(report.section, found)))
+    assert all(report.picture(device).is_file() for device in found)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +161,7 @@ def test_the_newest_run_of_a_device_counts(tmp_path: Path) -> None:
     [(12.345, "12.3 s"), (0.9999, "1.00 s"), (0.02, "20.0 ms"), (4.2e-7, "0.420 µs")],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+    assert harness.duration(seconds) == text
 
 
 def test_what_is_written_by_hand_stays() -> None:
