@@ -608,6 +608,9 @@ def test_reconstruct(run, tiny: str) -> None:
     assert told is not None
     assert float(told[1]) == pytest.approx(sum(values) / 2, abs=0.1)
     assert float(told[2]) == pytest.approx(min(values), abs=0.1)
+    similarity = re.search(r"SSIM +(-?[\d.]+) on average, (-?[\d.]+) at worst", out)
+    assert similarity is not None
+    assert -1 <= float(similarity[2]) <= float(similarity[1]) < 1
 
 
 SMALL_RUN = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ from fastdiff.cli.machine import (
     device_and_dtype,
     output_folder,
 )
-from fastdiff.cli.parsing import parse
+from fastdiff.cli.parsing import one_line, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHEET_COLUMNS = 12
 SHEET = "reconstruction.png"
+SSIM_WINDOW = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def run(options: Reconstruct) -> int:
     from fastdiff.checkpoint.bundle import load_bundle
     from fastdiff.images import contact_sheet, save_png
     from fastdiff.kernels import record_backends
-    from fastdiff.pipelines.reconstruction import reconstruct
+    from fastdiff.pipelines.reconstruction import reconstruct, ssim
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
@@ -93,6 +94,7 @@ def run(options: Reconstruct) -> int:
         count = min(len(images), SHEET_COLUMNS)
         latents = " x ".join(map(str, result.latent_shape))
         told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
+        similar = _similarity(images, result.images, ssim)
         with clock("write"):
             for name, image in zip(names, result.images, strict=False):
                 path = options.out / f"{name}-reconstructed.png"
@@ -114,11 +116,22 @@ def run(options: Reconstruct) -> int:
                 f"{len(images)} of {shape}, latents {latents}, {ratio:.3g} times fewer numbers",
             ),
             ("PSNR", told),
+            ("SSIM", similar),
             ("backends", backends_line(served)),
             ("time", clock.report()),
         ]
     )
     return 0
+
+
+def _similarity(images: Tensor, back: Tensor, ssim: Callable[[Tensor, Tensor], Tensor]) -> str:
+    if min(images.shape[2:]) < SSIM_WINDOW:
+        return f"none: it needs images of {SSIM_WINDOW} x {SSIM_WINDOW} or more"
+    try:
+        values = ssim(back, images)
+    except ImportError as error:  # the rest of the command does without
+        return f"none: {one_line(error)}"
+    return f"{values.mean():.4f} on average, {values.min():.4f} at worst"
 
 
 def _read(paths: Sequence[Path], config: ModelConfig) -> tuple[Tensor, list[str]]:
