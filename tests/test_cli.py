@@ -267,6 +267,13 @@ def test_forced_backend_that_cannot_run(run, tiny: str, monkeypatch: pytest.Monk
     )
 
 
+def test_more_images_than_the_disk_holds(run, tiny: str) -> None:
+    code, _, err = run("sample", "--model", tiny, "--count", str(10**15), "--steps", "1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "images need" in err
+    assert not Path("out").exists()
+
+
 def test_the_environment_chooses_the_backend_too(
     run, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 BackendName = Literal["auto", "reference", "triton", "cuda", "cpu"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
+BLOCK_BYTES = 4096
+"""What the smallest file takes on a usual disk."""
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -55,6 +58,16 @@ def chosen_backend(name: BackendName) -> contextlib.AbstractContextManager[None]
     from fastdiff.kernels.dispatch import selected_backend
 
     return backend(selected_backend() if name == "auto" else name)
+
+
+def check_room(folder: Path, files: int) -> None:
+    """Raise ValueError if so many small files cannot fit on the disk that ``folder`` lies on."""
+    free = shutil.disk_usage(folder).free
+    if files * BLOCK_BYTES > free:
+        raise ValueError(
+            f"{files:,} images need {files * BLOCK_BYTES / 2**30:,.0f} GiB or more, {folder} has "
+            f"{free / 2**30:,.0f} GiB free; a smaller --count, or another --out"
+        )
 
 
 @contextlib.contextmanager

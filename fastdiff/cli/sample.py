@@ -20,6 +20,7 @@ from fastdiff.cli.machine import (
     TORCH_NAMES,
     BackendName,
     DtypeName,
+    check_room,
     chosen_backend,
     device_and_dtype,
     output_folder,
@@ -119,6 +120,7 @@ def _make(pipeline: LatentDiffusion, options: Sample, clock: Clock) -> tuple[int
     path = options.out
     jobs = ((label, seed) for label in labels for seed in seeds)
     total = len(labels) * len(seeds)
+    check_room(options.out, total)
     for label, seed, image in _images(pipeline, jobs, total, options.settings, clock):
         path = options.out / f"{names[label]}-seed{seed}.png"
         with clock("write"):
