@@ -502,6 +502,10 @@ def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     code, _, err = run("sample", "--like", "strange.png", "--model", tiny)
     assert code == 2
     assert "unknown dtype: 'float8'" in err
+    save_png("strange.png", torch.zeros(1, 32, 32), {**recipe, "dtype": []})
+    code, _, err = run("sample", "--like", "strange.png", "--model", tiny)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unknown dtype: []" in err
 
 
 # --- the other commands -------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def _options_of(path: Path) -> Sample:
     label, seed, settings = from_recipe(recipe)
     short = {long: name for name, long in TORCH_NAMES.items()}
     for key, known in (("dtype", short), ("backend", get_args(BackendName)), ("device", DEVICES)):
-        if recipe.get(key) not in known:
+        if recipe.get(key) not in tuple(known):  # a list is no key of a dictionary
             raise ValueError(f"the recipe in {path} has an unknown {key}: {recipe.get(key)!r:.40}")
     return Sample(
         model=str(recipe.get("model", "")),
