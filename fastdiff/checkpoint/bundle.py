@@ -36,6 +36,7 @@ Prediction = Literal["eps", "v", "x0"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE = "config.json"
+RUN_MODEL = "model"  # the bundle inside a training run's folder
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
 MAX_TIMESTEPS = 10**6  # a thousand are usual; the schedule's tables are built in memory
@@ -111,6 +112,12 @@ class Bundle:
     """sha256 over the model's config and the sha256 of each weights file: names these numbers."""
     folder: Path = Path()
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its folder's name, or the run's if it is the model/ of a run."""
+        folder = self.folder.absolute()
+        return folder.parent.name if folder.name == RUN_MODEL else folder.name
 
 
 def save_bundle(
@@ -218,9 +225,8 @@ def shipped_bundles() -> tuple[str, ...]:
 def _find(folder_or_name: str | os.PathLike[str]) -> Path:
     folder = Path(folder_or_name)
     if folder.is_dir():
-        if not (folder / "model" / CONFIG_FILE).is_file():
-            return folder
-        return folder / "model"  # a run's folder: its model is inside
+        inside = folder / RUN_MODEL
+        return inside if (inside / CONFIG_FILE).is_file() else folder
     if folder.is_file():
         raise ValueError(
             f"{folder}: expected a bundle's folder (holding {CONFIG_FILE}), got a file; "

@@ -90,7 +90,7 @@ def run(options: Reconstruct) -> int:
             images, names = _read(options.images, bundle.config)
         with clock("reconstruct"):
             result = reconstruct(bundle.autoencoder, images, batch=options.batch)
-        recipe = {"model": bundle.folder.name, "weights": bundle.weights_hash}
+        recipe = {"model": bundle.name, "weights": bundle.weights_hash}
         count = min(len(images), SHEET_COLUMNS)
         latents = " x ".join(map(str, result.latent_shape))
         told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
@@ -102,7 +102,7 @@ def run(options: Reconstruct) -> int:
             sheet = contact_sheet(
                 torch.cat([images[:count], result.images[:count]]),
                 ["original", "decoded"],
-                title=bundle.folder.name,
+                title=bundle.name,
                 caption=f"{told} over {len(images)} images, latents {latents}",
             )
             save_png(options.out / SHEET, sheet, recipe)

@@ -170,7 +170,7 @@ def evaluate(
         reference=reference,
         settings=settings,
         weights_hash=bundle.weights_hash,
-        model=bundle.folder.name,
+        model=bundle.name,
     )
 
 

@@ -122,7 +122,7 @@ class LatentDiffusion:
             bundle.unet,
             bundle.autoencoder,
             weights_hash=bundle.weights_hash,
-            name=bundle.folder.name,
+            name=bundle.name,
         )
 
     @property

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.bundle import ModelConfig, save_bundle
+from fastdiff.checkpoint.bundle import RUN_MODEL, ModelConfig, save_bundle
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -225,7 +225,7 @@ class AutoencoderTask:
             class_names=self.classes,
         )
         save_bundle(
-            Path(run.output.folder) / "model",
+            Path(run.output.folder) / RUN_MODEL,
             config,
             autoencoder=network,
             dtype=EXPORT_DTYPES[run.output.export_dtype],

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.bundle import Bundle, ModelConfig, load_bundle, save_bundle
+from fastdiff.checkpoint.bundle import RUN_MODEL, Bundle, ModelConfig, load_bundle, save_bundle
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.diffusion.losses import min_snr_weight, simple_loss, variational_bound
 from fastdiff.diffusion.predictions import Prediction, target, to_denoised
@@ -333,7 +333,7 @@ class DiffusionTask:
         if bundle is not None:
             facts |= {"autoencoder": bundle.provenance, "autoencoder_hash": bundle.weights_hash}
         save_bundle(
-            Path(run.output.folder) / "model",
+            Path(run.output.folder) / RUN_MODEL,
             config,
             autoencoder=self.autoencoder,
             unet=network,

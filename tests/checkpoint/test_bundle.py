@@ -327,3 +327,12 @@ def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
     save_bundle(folder, LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
     modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
     assert modes == dict.fromkeys(modes, plain.stat().st_mode)
+
+
+def test_a_run_s_model_is_called_after_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "photos"
+    run.mkdir()
+    save_bundle(run / "model", LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    assert load_bundle(run).name == load_bundle(run / "model").name == "photos"
+    shutil.copytree(run / "model", tmp_path / "mine")
+    assert load_bundle(tmp_path / "mine").name == "mine"
