@@ -19,7 +19,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,11 +28,10 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.config import from_dict, to_dict
 from fastdiff.checkpoint.files import NO_SPACE, atomic_folder, write_json
+from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
-
-Prediction = Literal["eps", "v", "x0"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE = "config.json"
