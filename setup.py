@@ -13,5 +13,9 @@ assets = [f"fastdiff.assets.{p.name}" for p in sorted(Path("fastdiff/assets").it
 setup(
     packages=packages + kernel_packages + assets,
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["py.typed"], **{name: ["*"] for name in assets}},
+    package_data={
+        "fastdiff": ["py.typed"],
+        "fastdiff.kernels": ["tuned/*.json"],
+        **{name: ["*"] for name in assets},
+    },
 )

@@ -28,6 +28,8 @@ ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
 _forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
 _served: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
 _warned: set[tuple[str, str]] = set()
+UNAVAILABLE: dict[str, str] = {}
+"""Backend -> why this installation has none of its implementations."""
 
 
 class BackendError(RuntimeError):
@@ -56,9 +58,12 @@ class Implementation:
     """What stands against these arguments, as one sentence with got and expected, or None."""
     devices: tuple[str, ...] = ()
     """Device types it is made for; empty: all. On others it is no candidate: no fallback warns."""
+    emulated_on: tuple[str, ...] = ()
+    """Device types on which it runs too, slowly, but only when it is forced by name."""
 
     def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if not self.serves(args):
+        emulates = args[0].device.type in self.emulated_on and selected_backend() == self.backend
+        if not self.serves(args) and not emulates:
             return f"it runs on {' and '.join(self.devices)}, got tensors on {args[0].device.type}"
         return self.why_not(*args, **kwargs)
 
@@ -117,7 +122,9 @@ class Op:
         }
 
     def missing(self, backend_name: str) -> str:
-        return f"no {backend_name} implementation of {self.name} is registered"
+        return UNAVAILABLE.get(
+            backend_name, f"no {backend_name} implementation of {self.name} is registered"
+        )
 
     def _warn_once(self, backend_name: str, reason: str) -> None:
         if (self.name, reason) not in _warned:

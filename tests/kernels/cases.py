@@ -8,21 +8,39 @@ implementation call it with their backend's name.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import kernels
+from fastdiff.kernels import _triton
+from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
 from tests.parity import assert_gradient_parity, assert_parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+needs_triton = pytest.mark.skipif(
+    not torch.cuda.is_available() and not _triton.INTERPRETED,
+    reason="Triton kernels need a GPU, or triton and TRITON_INTERPRET=1",
+)
+needs_interpreter = pytest.mark.skipif(
+    not _triton.INTERPRETED, reason="what is counted here needs Triton's interpreter"
+)
+BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+"""For parametrize: the backends that have an implementation of every op."""
+
+
+def device_of(backend: str) -> str:
+    """Where the tests run a backend: on the GPU if it is made for one and there is one."""
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -270,9 +288,9 @@ def run(function: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor], lis
     return [o.detach() for o in outputs], filled
 
 
-def check(op: str, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     """Results and gradients of one op on one backend, against the formula in fp64."""
-    check_inputs(op, case.inputs(dtype, device), backend)
+    check_inputs(op, case.inputs(dtype, device_of(backend)), backend)
 
 
 def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
@@ -293,6 +311,34 @@ def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
         assert_gradient_parity(
             gradient, expected_gradients[index], eager_gradients[index], name=f"gradient {index}"
         )
+
+
+def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]]) -> None:
+    """The Triton implementation traces whole, forward and backward, once for all batch sizes.
+
+    Traced by Dynamo and AOTAutograd; the graph's ops run as they are ("aot_eager"), since Inductor
+    has nothing to add to opaque ops and no code for CPU tensors under the interpreter.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 3, 7):
+        inputs = with_gradients((arguments(n), {}))
+        inputs = (tuple(a.detach().to(device_of("triton")).requires_grad_() for a in inputs[0]), {})
+        with kernels.backend("triton"):
+            outputs, gradients = run(compiled, inputs)
+            expected, expected_gradients = run(op, inputs)
+        for have, want in zip(outputs + gradients, expected + expected_gradients, strict=True):
+            assert torch.equal(have, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def check_gradients(function: Callable[..., Any], *arguments: Tensor) -> None:
+    """`gradcheck` of an fp32 function: central differences at 1e-2 are good to about 1e-3."""
+    leaves = tuple(a.to(device_of("triton")).requires_grad_() for a in arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Input #", UserWarning)  # it would like fp64
+        assert torch.autograd.gradcheck(function, leaves, eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
 # The rows

@@ -7,25 +7,29 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastdiff.kernels import geglu
+from fastdiff.kernels import backend, geglu
+from fastdiff.kernels.geglu import geglu_triton
 from tests.kernels import cases
+from tests.kernels.interpreter import counting_traffic
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.GEGLU, ids=str)
-def test_parity(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check("geglu", case, dtype, "reference")
+def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    cases.check("geglu", case, dtype, backend)
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
+def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
     rows, half, dtype = data.draw(
         st.tuples(st.integers(1, 9), st.integers(1, 70), st.sampled_from(cases.DTYPES))
     )
     assume(rows * half >= 100)  # the largest error of a handful is luck
     case = cases.Case("drawn", "any shape", lambda draw: ((draw(rows, 2 * half),), {}))
-    cases.check("geglu", case, dtype, "reference")
+    cases.check("geglu", case, dtype, backend)
 
 
 def test_the_gate_is_the_second_half_and_the_gelu_is_exact() -> None:
@@ -42,3 +46,33 @@ def test_bad_input() -> None:
         geglu(torch.tensor(1.0))
     with pytest.raises(ValueError, match="x must be floating point"):
         geglu(torch.zeros(2, 8, dtype=torch.int32))
+
+
+@cases.needs_triton
+def test_triton_op_is_registered_right() -> None:
+    x = torch.randn(3, 5, 74, device=cases.device_of("triton"), requires_grad=True)
+    torch.library.opcheck(geglu_triton, (x,))
+    torch.library.opcheck(geglu_triton, (x.detach().mT.contiguous().mT,))
+
+
+@cases.needs_triton
+def test_triton_gradients() -> None:
+    cases.check_gradients(geglu_triton, torch.randn(2, 6))
+
+
+@cases.needs_triton
+def test_triton_compiles_without_break_for_any_batch() -> None:
+    cases.check_compiles(geglu, lambda n: (torch.randn(n, 5, 24),))
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_traffic_is_what_the_docstring_says(dtype: torch.dtype) -> None:
+    rows, d = 8, 512
+    x = torch.randn(rows, 2 * d, dtype=dtype, requires_grad=True)
+    with backend("triton"), counting_traffic() as forward:
+        y = geglu(x)
+    assert forward.total == pytest.approx(3 * rows * d * x.itemsize, rel=0.05)
+    with counting_traffic() as backward:
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    assert backward.total == pytest.approx(5 * rows * d * x.itemsize, rel=0.05)

@@ -1,0 +1,414 @@
+"""What every Triton kernel takes of a GPU: registers, spills, shared memory, occupancy.
+
+    python -m benchmarks.resources                          a table for all architectures
+    python -m benchmarks.resources --architecture sm_90 --op geglu
+    python -m benchmarks.resources --json > resources.json
+    python -m benchmarks.resources --docs                   write docs/resources.md
+
+Each config of `kernels/tuned/<architecture>.json` is compiled ahead of time, in the signature that
+a call on real shapes gives it (the calls of the op's `Tunable`, recorded on meta tensors). No GPU
+is needed: ptxas and the AMD backend come with triton.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from fastdiff.kernels import _triton
+from fastdiff.kernels._triton import TUNABLES, Launch
+
+DOCS = Path(__file__).parent.parent / "docs" / "resources.md"
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+INTEGERS = {"int64": "i64", "int32": "i32", "uint8": "u8", "bool": "i1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """The limits of one multiprocessor (compute unit)."""
+
+    backend: str
+    warp_size: int = 32
+    warps: int
+    """Resident warps."""
+    blocks: int = 32
+    shared_per_block: int
+    """Bytes of shared memory that one block can have."""
+    shared: int
+    """Bytes of shared memory of all resident blocks."""
+    registers: int = 65536
+    """32-bit registers."""
+    matrix: str
+    """The matrix instruction that a product of tiles must become."""
+
+    def target(self, architecture: str) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        name = architecture if self.backend == "hip" else int(architecture.removeprefix("sm_"))
+        return GPUTarget(self.backend, name, self.warp_size)
+
+    def occupancy(self, *, registers: int, shared: int, warps: int) -> float:
+        """Resident warps as a share of the most possible."""
+        granted = max(1, -(-registers // 8) * 8) * self.warp_size
+        blocks = min(self.blocks, self.warps // warps, self.registers // (granted * warps))
+        if shared:
+            blocks = min(blocks, self.shared // (shared + 1024))  # 1 KiB a block is the system's
+        return blocks * warps / self.warps
+
+
+KIB = 1024
+CHIPS = {
+    "sm_80": Chip(
+        backend="cuda",
+        warps=64,
+        shared_per_block=163 * KIB,
+        shared=164 * KIB,
+        matrix=r"mma\.sync",
+    ),
+    "sm_90": Chip(
+        backend="cuda",
+        warps=64,
+        shared_per_block=227 * KIB,
+        shared=228 * KIB,
+        matrix=r"wgmma\.mma_async",
+    ),
+    "sm_100": Chip(
+        backend="cuda",
+        warps=64,
+        shared_per_block=227 * KIB,
+        shared=228 * KIB,
+        matrix=r"tcgen05\.mma|mma\.sync",
+    ),
+    "sm_120": Chip(
+        backend="cuda",
+        warps=48,
+        blocks=24,
+        shared_per_block=99 * KIB,
+        shared=100 * KIB,
+        matrix=r"mma\.sync",
+    ),
+    # 4 SIMDs with 8 waves and 512 vector registers a lane each
+    "gfx942": Chip(
+        backend="hip",
+        warp_size=64,
+        warps=32,
+        shared_per_block=64 * KIB,
+        shared=65 * KIB,
+        registers=4 * 512 * 64,
+        matrix="v_mfma",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """One compiled kernel."""
+
+    tunable: str
+    shape_class: str
+    dtype: str
+    architecture: str
+    kernel: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int
+    """Of one thread."""
+    spills: int
+    """Bytes of one thread's registers and arrays that went to memory."""
+    shared: int
+    """Bytes of one block."""
+    shared_limit: int
+    occupancy: float
+    dots: int
+    """Products of tiles in the kernel."""
+    matrix: str
+    """The matrix instructions that they became, "" if none."""
+    widest_load: int
+    """Bytes that the widest load from global memory moves in one thread."""
+    narrow_loads: int
+    """Loads from global memory that move less than 16 bytes in one thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One compilation, in plain values that another process can take."""
+
+    tunable: str
+    shape_class: str
+    dtype: str
+    architecture: str
+    index: int
+    """Which of the recorded launches of this class."""
+
+
+def launches(tunable: str, shape_class: str, dtype: str, architecture: str) -> list[Launch]:
+    """The different kernels that the calls of a shape class start."""
+    calls = TUNABLES[tunable].calls(shape_class, getattr(torch, dtype), "meta")
+    with _triton.recording_launches(architecture) as recorded:
+        for call in calls:
+            call()
+    unique = {(launch.kernel.__name__, str(_source(launch))): launch for launch in recorded}
+    return list(unique.values())
+
+
+def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and attributes, as triton's own launcher would specialise them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        divisible = False
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            signature[name] = "*" + (DTYPES.get(dtype) or INTEGERS[dtype])
+            divisible = value.storage_offset() * value.element_size() % 16 == 0
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if divisible:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_one(task: Task) -> Resources:
+    """Compile one launch and read what it takes off the binary."""
+    import triton
+    from triton.compiler import ASTSource
+
+    launch = launches(task.tunable, task.shape_class, task.dtype, task.architecture)[task.index]
+    chip = CHIPS[task.architecture]
+    signature, constants, attributes = _source(launch)
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    try:
+        compiled = triton.compile(source, target=chip.target(task.architecture), options=options)
+    except Exception as error:
+        raise RuntimeError(f"{task}: {launch.kernel.__name__} does not compile: {error}") from error
+    if chip.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spills = _amd_usage(text)
+        loads = [4 * int(width or 1) for width in re.findall(r"global_load_dword(?:x(\d))?", text)]
+        loads += [2] * len(re.findall(r"global_load_(?:ushort|short)", text))
+        loads += [4 * int(width or 1) for width in re.findall(r"buffer_load_dword(?:x(\d))?", text)]
+    else:
+        text = compiled.asm["ptx"]
+        registers, spills = _nvidia_usage(compiled.asm["cubin"])
+        loads = _ptx_loads(text)
+    shared = compiled.metadata.shared
+    return Resources(
+        tunable=task.tunable,
+        shape_class=task.shape_class,
+        dtype=task.dtype,
+        architecture=task.architecture,
+        kernel=launch.kernel.__name__,
+        constants=constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        shared_limit=chip.shared_per_block,
+        occupancy=chip.occupancy(registers=registers, shared=shared, warps=launch.num_warps),
+        dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        matrix=" ".join(sorted(set(re.findall(chip.matrix, text)))),
+        widest_load=max(loads, default=0),
+        narrow_loads=sum(width < 16 for width in loads),
+    )
+
+
+def _ptx_loads(text: str) -> list[int]:
+    """Bytes per thread of each load from global memory."""
+    widths = []
+    for vector, bits in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bfus](\d+)\b", text):
+        widths.append(int(vector or 1) * int(bits) // 8)
+    widths += [
+        int(size, 0) for size in re.findall(r"cp\.async\.\w+\.shared\.global.*?, (\w+)", text)
+    ]
+    if "cp.async.bulk" in text:
+        widths.append(16)
+    return widths
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _amd_usage(text: str) -> tuple[int, int]:
+    found = {
+        name: int(value)
+        for name, value in re.findall(
+            r"\.(vgpr_count|agpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text
+        )
+    }
+    spilled = max(4 * found["vgpr_spill_count"], found["private_segment_fixed_size"])
+    return found["vgpr_count"], spilled  # vgpr_count holds the accumulation registers too
+
+
+def tasks(
+    tunables: Sequence[str], dtypes: Sequence[str], architectures: Sequence[str]
+) -> list[Task]:
+    """Every kernel of every config that ships."""
+    return [
+        Task(
+            tunable=name,
+            shape_class=shape_class,
+            dtype=dtype,
+            architecture=architecture,
+            index=index,
+        )
+        for name in tunables
+        for shape_class in TUNABLES[name].shape_classes
+        for dtype in dtypes
+        if getattr(torch, dtype) in TUNABLES[name].dtypes
+        for architecture in architectures
+        for index in range(len(launches(name, shape_class, dtype, architecture)))
+    ]
+
+
+def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:
+    """Compile in parallel; a progress bar on stderr."""
+    workers = workers or len(os.sched_getaffinity(0))
+    console = Console(stderr=True)
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(compile_one, todo, chunksize=4)
+        return list(track(results, "compiling", total=len(todo), console=console))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compile every kernel ahead of time and list what it takes of each GPU.
+
+    Examples:
+      python -m benchmarks.resources
+      python -m benchmarks.resources --architecture sm_90 --op geglu --dtype bfloat16
+      python -m benchmarks.resources --docs
+    """
+
+    architecture: tuple[str, ...] = tuple(CHIPS)
+    """Which GPUs."""
+    op: tuple[str, ...] = ()
+    """Which tunables of `kernels`; none: all."""
+    dtype: tuple[str, ...] = ("bfloat16", "float32")
+    """Which dtypes; fp16 differs from bf16 in conversions only."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print a JSON list."""
+    docs: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write docs/resources.md."""
+
+
+def main(options: Options) -> int:
+    if _triton.triton is None or _triton.INTERPRETED:
+        print("benchmarks.resources: needs triton, without TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    for kind, chosen, known in (
+        ("architecture", options.architecture, CHIPS),
+        ("op", options.op, TUNABLES),
+        ("dtype", options.dtype, DTYPES),
+    ):
+        if unknown := set(chosen) - set(known):
+            print(
+                f"{kind} must be of {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr
+            )
+            return 2
+    todo = tasks(options.op or tuple(TUNABLES), options.dtype, options.architecture)
+    found = compile_all(todo)
+    if options.json:
+        print(json.dumps([asdict(row) for row in found]))
+    elif options.docs:
+        DOCS.write_text(document(found))
+        print(DOCS)
+    else:
+        Console().print(table(found))
+    return 0
+
+
+HEADINGS = (
+    "kernel",
+    "class",
+    "dtype",
+    "GPU",
+    "config",
+    "registers",
+    "spills",
+    "shared",
+    "occupancy",
+)
+
+
+def cells(row: Resources) -> tuple[str, ...]:
+    """One row as text."""
+    numbers = {k: v for k, v in row.constants.items() if type(v) is int and k.isupper()}
+    config = " ".join(f"{k}={v}" for k, v in numbers.items())
+    return (
+        row.kernel.strip("_").removesuffix("_kernel"),
+        row.shape_class,
+        DTYPES[row.dtype],
+        row.architecture,
+        f"{config} warps={row.num_warps} stages={row.num_stages}",
+        str(row.registers),
+        f"{row.spills} B",
+        f"{row.shared / KIB:.1f} KiB",
+        f"{row.occupancy:.0%}",
+    )
+
+
+def table(found: Sequence[Resources]) -> Table:
+    """For the terminal."""
+    shown = Table(*HEADINGS)
+    for row in found:
+        shown.add_row(*cells(row))
+    return shown
+
+
+def document(found: Sequence[Resources]) -> str:
+    """docs/resources.md."""
+    lines = [
+        "# What the Triton kernels take of a GPU",
+        "",
+        "Made by `python -m benchmarks.resources --docs`, which compiles every config of",
+        "`kernels/tuned/<architecture>.json` ahead of time; no GPU was used. Registers are those",
+        "of one thread; occupancy is resident warps as a share of the most possible. A test holds",
+        "that nothing spills and that shared memory fits.",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "---|" * len(HEADINGS),
+        *("| " + " | ".join(cells(row)) + " |" for row in found),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))

@@ -1,0 +1,335 @@
+"""What the Triton kernels of all ops share: the launch, the configs, the registration, small device
+functions.
+
+Every kernel is started by `launch`. That makes the launches visible: `recording_launches` keeps
+them instead of running them, so that a call on meta tensors tells which kernels, grids and
+constants a real one would use. `benchmarks.resources` compiles those ahead of time for GPUs that
+this machine does not have.
+
+A launch config (tile sizes, warps, pipeline stages) is looked up by (op, GPU, dtype, shape class):
+in the user's cache, written by ``fastdiff tune``; in ``tuned/<gpu>.json``; in the file of the GPU's
+architecture. Nothing is searched on first use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+    UNAVAILABLE["triton"] = "the package triton is not installed (its wheels are for Linux)"
+
+Config = dict[str, int]
+"""Constants of a kernel by name, with num_warps and num_stages among them."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+"""True under TRITON_INTERPRET=1: kernels run in Python, on CPU tensors too. Fixed at import."""
+TUNED = Path(__file__).parent / "tuned"
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`; without triton the function as it is, never to be called."""
+    return function if triton is None else triton.jit(function)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n (1 for n <= 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# Launches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One start of a kernel: what it was given, by parameter name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    """Tensors, numbers and None, then constants."""
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+_architecture: str | None = None
+
+
+@contextmanager
+def recording_launches(architecture: str | None = None) -> Iterator[list[Launch]]:
+    """Keep the launches in a list instead of running them; configs are those of `architecture`.
+
+    For calls on meta tensors: what a launcher returns holds no data.
+    """
+    global _recorded, _architecture
+    before = _recorded, _architecture
+    _recorded, _architecture = [], architecture
+    try:
+        yield _recorded
+    finally:
+        _recorded, _architecture = before
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Run a kernel on the device and the current stream of its first tensor.
+
+    Args:
+        kernel: a function under `jit`.
+        grid: programs along up to three axes; nothing runs if one is 0.
+        arguments: the kernel's tensors and numbers, in order.
+        constants: its `tl.constexpr` parameters.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = kernel.arg_names
+        bound = {**dict(zip(names, arguments, strict=False)), **constants}
+        assert set(bound) == set(names), f"{set(names) ^ set(bound)} of {kernel.__name__}"
+        _recorded.append(
+            Launch(
+                kernel=kernel,
+                grid=tuple(grid),
+                arguments=bound,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+        )
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[tuple(grid)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+# Configs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """The kernels of one op that share a config, and how to search for it.
+
+    `fastdiff tune` times ``calls(...)[0]`` under every candidate; `benchmarks.resources` compiles
+    what all the calls launch, for every architecture.
+    """
+
+    name: str
+    """Key in the JSON files; the op's name, or that with "_backward"."""
+    shape_classes: tuple[str, ...]
+    candidates: Callable[[str, torch.dtype], Iterable[Config]]
+    """(shape class, dtype) -> the configs to try."""
+    calls: Callable[[str, torch.dtype, str], list[Callable[[], Any]]]
+    """(shape class, dtype, device) -> calls on tensors of that class: the one that is timed, then
+    other variants of the kernels (layouts, options)."""
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+TUNABLES: dict[str, Tunable] = {}
+
+
+def define_tunable(tunable: Tunable) -> None:
+    """Enter a tunable in TUNABLES."""
+    assert tunable.name not in TUNABLES, f"tunable {tunable.name} is defined twice"
+    TUNABLES[tunable.name] = tunable
+
+
+_overrides: dict[str, Config] = {}
+
+
+@contextmanager
+def override_config(name: str, config: Config) -> Iterator[None]:
+    """Use one config for a tunable, whatever the files say: the search tries candidates by it."""
+    before = _overrides.get(name)
+    _overrides[name] = config
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[name]
+        else:
+            _overrides[name] = before
+
+
+def config(name: str, x: Tensor, shape_class: str) -> Config:
+    """The launch config of a tunable for x's device and dtype.
+
+    Raises:
+        LookupError: no file has the class (our bug: a test holds that all files have all classes).
+    """
+    if name in _overrides:
+        return _overrides[name]
+    return _lookup(name, _gpu(x.device), x.dtype, shape_class)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What configs are kept for: the GPU's name and its architecture."""
+
+    name: str
+    architecture: str
+    """Such as "sm_90" or "gfx942"."""
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+def _gpu(device: torch.device) -> Gpu:
+    if device.type == "cuda":
+        return _gpu_of(device.index if device.index is not None else torch.cuda.current_device())
+    return Gpu("", _architecture or "sm_90")  # interpreted or recorded
+
+
+@lru_cache
+def _gpu_of(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
+    return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
+
+
+def tuned_cache() -> Path:
+    """Where ``fastdiff tune`` writes: FASTDIFF_CACHE or the user's cache folder."""
+    root = os.environ.get("FASTDIFF_CACHE")
+    if root:
+        return Path(root) / "tuned"
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "fastdiff" / "tuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """One file of configs."""
+
+    path: Path
+    measured: dict[str, Any] | None
+    """Where, when and with which versions it was searched; None: chosen without measurement."""
+    configs: dict[str, dict[str, Config]] = field(repr=False)
+    """Tunable -> "dtype/shape class" ("*/shape class" for all dtypes) -> config."""
+
+    def find(self, name: str, dtype: torch.dtype, shape_class: str) -> Config | None:
+        known = self.configs.get(name, {})
+        exact = f"{str(dtype).removeprefix('torch.')}/{shape_class}"
+        return known.get(exact) or known.get(f"*/{shape_class}")
+
+
+def read_tuned(path: Path) -> Tuned:
+    """Read a file of configs. Raises ValueError when it is not one."""
+    try:
+        content = json.loads(path.read_text())
+        return Tuned(path=path, measured=content["measured"], configs=content["configs"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no file of launch configs ({type(error).__name__}: {error}); "
+            "remove it or run 'fastdiff tune' again"
+        ) from error
+
+
+def architectures() -> tuple[str, ...]:
+    """The architectures with a file of their own."""
+    names = sorted(path.stem for path in TUNED.glob("*.json"))
+    return tuple(name for name in names if re.fullmatch(r"sm_\d+|gfx\w+", name))
+
+
+def nearest_architecture(architecture: str) -> str:
+    """The one itself; else the last earlier one of the same vendor, else the first later one."""
+    vendor = architecture[:2]
+    known = [name for name in architectures() if name.startswith(vendor)]
+    if architecture in known or not known:
+        return architecture
+    number = lambda name: int(re.sub(r"\D", "", name) or 0)  # noqa: E731
+    earlier = [name for name in known if number(name) <= number(architecture)]
+    return max(earlier, key=number) if earlier else min(known, key=number)
+
+
+@lru_cache
+def tuned_files(gpu: Gpu) -> tuple[Tuned, ...]:
+    """The files that hold for a GPU, first come first served."""
+    paths = [tuned_cache() / f"{gpu.slug}.json", TUNED / f"{gpu.slug}.json"] if gpu.name else []
+    paths.append(TUNED / f"{nearest_architecture(gpu.architecture)}.json")
+    return tuple(read_tuned(path) for path in paths if path.exists())
+
+
+@cache
+def _lookup(name: str, gpu: Gpu, dtype: torch.dtype, shape_class: str) -> Config:
+    for tuned in tuned_files(gpu):
+        found = tuned.find(name, dtype, shape_class)
+        if found is not None:
+            return found
+    raise LookupError(f"no launch config of {name} for {dtype} {shape_class} on {gpu}")
+
+
+def forget_configs() -> None:
+    """Read the files anew on the next call (after a search wrote one)."""
+    tuned_files.cache_clear()
+    _lookup.cache_clear()
+
+
+# Registration
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """What stands against these tensors in every Triton kernel, or None."""
+    for x in tensors:
+        if x is not None and x.is_floating_point() and x.dtype not in DTYPES:
+            return f"it takes fp32, fp16 and bf16, got {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+def register(
+    op: Op,
+    function: Callable[..., Any],
+    objection: Callable[..., str | None],
+) -> None:
+    """Enter the Triton implementation of an op, if there is a triton to run it.
+
+    On CPU tensors it runs only when it is asked for by name and under TRITON_INTERPRET=1.
+    """
+    if triton is None:
+        return
+    op.register(
+        Implementation(
+            backend="triton",
+            function=function,
+            why_not=objection,
+            devices=("cuda",),
+            emulated_on=("cpu",) if INTERPRETED else (),
+        )
+    )
+
+
+# Device functions
+
+
+@jit
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    """1 / (1 + exp(-x)) in fp32: exact to the last places, no overflow (exp goes to inf or 0)."""
+    return 1.0 / (1.0 + tl.exp(-x))

@@ -1,0 +1,93 @@
+"""Triton's interpreter, made to round as GPUs do and to count the bytes that kernels move.
+
+Imported by tests/kernels/cases.py; without triton, or on a GPU, nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdiff.kernels import _triton
+
+
+@dataclass
+class Traffic:
+    """Bytes of the lanes whose mask is set, summed over all programs and kernels."""
+
+    loaded: int = 0
+    stored: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.loaded + self.stored
+
+
+_counting: list[Traffic] = []
+
+
+@contextmanager
+def counting_traffic() -> Iterator[Traffic]:
+    """Count what every kernel inside the block loads and stores. Needs the interpreter."""
+    assert _triton.INTERPRETED, "only the interpreter counts"
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counting.remove(traffic)
+
+
+def round_as_gpus_do(data: np.ndarray) -> np.ndarray:
+    """fp32 as the bits of bf16, to nearest and ties to even (PTX: cvt.rn.bf16.f32)."""
+    rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+
+
+def _patch() -> None:
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+    execute = GridExecutor.__call__
+    cast = InterpreterBuilder.cast_impl
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        """Triton 3.7's own drops the low bits, and takes a loop over bits to do so."""
+        have, want = source.dtype.scalar, target.scalar
+        if have == float32 and want == bfloat16:
+            return TensorHandle(round_as_gpus_do(source.data), want)
+        if have == bfloat16 and want == float32:
+            wide = source.data.astype(np.uint32) << 16
+            return TensorHandle(wide.view(np.float32), want)
+        return cast(self, source, target)
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        for traffic in _counting:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            traffic.loaded += int(np.count_nonzero(mask.data)) * size
+        return load(self, pointers, mask, *rest)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        for traffic in _counting:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            traffic.stored += int(np.count_nonzero(mask.data)) * size
+        return store(self, pointers, value, mask, *rest)
+
+    def quiet(self: Any, *arguments: Any, **options: Any) -> None:
+        with np.errstate(all="ignore"):  # a GPU goes on with inf and nan
+            execute(self, *arguments, **options)
+
+    GridExecutor.__call__ = quiet
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+if _triton.INTERPRETED:
+    _patch()

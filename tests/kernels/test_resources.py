@@ -1,0 +1,85 @@
+"""Every kernel, in every config that ships, compiled ahead of time for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdiff.kernels import _triton
+from fastdiff.kernels._triton import TUNABLES
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+PRODUCTS = ("attention",)
+"""Tunables whose kernels multiply tiles; the others move bytes."""
+
+pytestmark = pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """What `python -m benchmarks.resources --json` prints, in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.resources", "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def failing(rows: list[dict[str, Any]], fails: Callable[[dict[str, Any]], bool]) -> list[str]:
+    return [str(row) for row in rows if fails(row)]
+
+
+def test_every_tunable_is_compiled_for_every_architecture(rows: list[dict[str, Any]]) -> None:
+    assert {(r["tunable"], r["architecture"]) for r in rows} == {
+        (name, architecture) for name in TUNABLES for architecture in ARCHITECTURES
+    }
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert not failing(rows, lambda r: r["spills"] > 0)
+
+
+def test_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
+    assert not failing(rows, lambda r: r["shared"] > r["shared_limit"])
+
+
+def test_products_of_half_precision_run_on_the_matrix_unit(rows: list[dict[str, Any]]) -> None:
+    half = [r for r in rows if r["dots"] and r["dtype"] != "float32"]
+    assert not failing(half, lambda r: not r["matrix"])
+    assert {r["tunable"].removesuffix("_backward") for r in half} <= set(PRODUCTS)
+
+
+def test_norm_and_pointwise_kernels_load_16_bytes(rows: list[dict[str, Any]]) -> None:
+    moving = [r for r in rows if r["tunable"].removesuffix("_backward") not in PRODUCTS]
+    assert not failing(moving, lambda r: r["widest_load"] < 16)
+
+
+def test_every_file_of_configs_has_every_class() -> None:
+    assert set(_triton.architectures()) == set(ARCHITECTURES)
+    for architecture in ARCHITECTURES:
+        tuned = _triton.read_tuned(_triton.TUNED / f"{architecture}.json")
+        for name, tunable in TUNABLES.items():
+            for shape_class in tunable.shape_classes:
+                for dtype in tunable.dtypes:
+                    assert tuned.find(name, dtype, shape_class), (architecture, name, shape_class)
+        known = {
+            f"{name}/{shape_class}"
+            for name in TUNABLES
+            for shape_class in TUNABLES[name].shape_classes
+        }
+        listed = {
+            f"{name}/{key.partition('/')[2]}"
+            for name, keys in tuned.configs.items()
+            for key in keys
+        }
+        assert listed <= known, listed - known
