@@ -42,7 +42,8 @@ def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
     assert len(names) == len(set(names))
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
     shipped = {name for name in names if name.startswith("fastdiff/kernels/")}
-    assert shipped == {f"fastdiff/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    sources = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "kernels").rglob("*.json")]
+    assert shipped == {f"fastdiff/{path.relative_to(ROOT)}" for path in sources}
     assert "fastdiff/py.typed" in names
 
 
