@@ -49,9 +49,32 @@ def round_as_gpus_do(data: np.ndarray) -> np.ndarray:
     return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
 
+def sum_as_lanes_do(data: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
+    """The sum of powers of two of numbers by halves, as the lanes and warps of a GPU add them up.
+
+    numpy adds the rows of a tile one after the other, which loses digits that a GPU keeps.
+    """
+    shape = data.shape
+    data = data.reshape(-1) if axis is None else np.moveaxis(data, axis, 0)
+    while len(data) > 1:
+        half = len(data) // 2
+        data = data[:half] + data[half:]
+    if keepdims:
+        return data[0].reshape([1 if axis in (None, i) else n for i, n in enumerate(shape)])
+    return data[0]
+
+
 def _patch() -> None:
+    import triton.language as tl
     from triton.language import bfloat16, float32
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import (
+        GridExecutor,
+        InterpretedFunction,
+        InterpreterBuilder,
+        ReduceOps,
+        TensorHandle,
+    )
 
     execute = GridExecutor.__call__
     cast = InterpreterBuilder.cast_impl
@@ -79,10 +102,28 @@ def _patch() -> None:
             traffic.stored += int(np.count_nonzero(mask.data)) * size
         return store(self, pointers, value, mask, *rest)
 
+    patched: set[tuple[bool, ...]] = set()
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        """A device function; Triton's own patches the language anew at every call, for 1 ms."""
+        seen = self.fn.__globals__.values()
+        languages = tuple(any(v is module for v in seen) for module in (tl, tl.core))
+        if languages not in patched:
+            patched.add(languages)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **options)
+
     def quiet(self: Any, *arguments: Any, **options: Any) -> None:
+        patched.clear()
         with np.errstate(all="ignore"):  # a GPU goes on with inf and nan
             execute(self, *arguments, **options)
 
+    def sum_(self: Any, source: Any) -> Any:
+        data = sum_as_lanes_do(source.handle.data, self.axis, self.keep_dims)
+        return self.to_tensor(data, source.dtype)
+
+    InterpretedFunction.__call__ = call
+    ReduceOps.sum = sum_
     GridExecutor.__call__ = quiet
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_masked_load = create_masked_load

@@ -1,27 +1,44 @@
-"""add_group_norm_silu: parity, the rounded total, bad input."""
+"""add_group_norm_silu: parity, the rounded total, bad input; gradients and traffic in Triton."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastdiff.kernels import add_group_norm_silu, group_norm_silu
+from fastdiff.kernels import add_group_norm_silu, backend, group_norm_silu
+from fastdiff.kernels._group_norm_backward import norm_backward_triton
+from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu_triton
 from tests.kernels import cases
+from tests.kernels.interpreter import counting_traffic
+from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_GROUP_NORM_SILU, ids=str)
-def test_parity(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check("add_group_norm_silu", case, dtype, "reference")
+def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    with regime("small"):
+        cases.check("add_group_norm_silu", case, dtype, backend)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@cases.needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", cases.ADD_GROUP_NORM_SILU, ids=str)
+def test_parity_in_the_large_regime(case: cases.Case, dtype: torch.dtype) -> None:
+    with regime("large", COLUMNS=256, FINALIZE=8192):
+        cases.check("add_group_norm_silu", case, dtype, "triton")
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
+def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
     n, groups, size, h, w = (data.draw(st.integers(1, top)) for top in (3, 9, 5, 7, 7))
-    assume(n * groups * size * h * w >= 100)  # the largest error of a handful is luck
+    assume(n * groups * size * h * w >= 400)  # the largest error of a handful is luck
     case = cases.norm_case(
         "drawn",
         "any shape",
@@ -30,23 +47,154 @@ def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
         layout=data.draw(st.sampled_from([lambda x: x, cases.channels_last])),
         add=data.draw(st.sampled_from(["", "channel", "vector residual", "residual"])),
     )
-    cases.check("add_group_norm_silu", case, data.draw(st.sampled_from(cases.DTYPES)), "reference")
+    with regime(data.draw(st.sampled_from(REGIMES))):
+        dtype = data.draw(st.sampled_from(cases.DTYPES))
+        cases.check("add_group_norm_silu", case, dtype, backend)
 
 
-def test_y_is_the_norm_of_the_rounded_total() -> None:
-    x, residual = torch.randn(2, 2, 8, 5, 5).bfloat16()
-    channel_add = torch.randn(2, 8)
-    y, total = add_group_norm_silu(x, 4, channel_add=channel_add, residual=residual)
-    exact = x.double() + channel_add.double()[:, :, None, None] + residual.double()
-    assert torch.equal(total, exact.bfloat16())  # the sum is rounded once
-    assert torch.equal(y, group_norm_silu(total, 4))
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("kind", REGIMES)
+def test_y_is_the_norm_of_the_rounded_total(kind: str, name: str) -> None:
+    x, residual = torch.randn(2, 2, 8, 5, 5).bfloat16().to(cases.device_of(name))
+    channel_add = torch.randn(2, 8).to(x.device)
+    with backend(name), regime(kind):
+        y, total = add_group_norm_silu(x, 4, channel_add=channel_add, residual=residual)
+        exact = x.double() + channel_add.double()[:, :, None, None] + residual.double()
+        assert torch.equal(total, exact.bfloat16())  # the sum is rounded once
+        assert torch.equal(y, group_norm_silu(total, 4))
 
 
-def test_channels_last_stays() -> None:
-    x = cases.channels_last(torch.randn(2, 8, 5, 6))
-    for result in add_group_norm_silu(x, 4, channel_add=torch.ones(8), residual=x):
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("kind", REGIMES)
+def test_channels_last_stays(kind: str, name: str) -> None:
+    x = cases.channels_last(torch.randn(2, 8, 5, 6)).to(cases.device_of(name))
+    channel_add = torch.ones(8, device=x.device)
+    with backend(name), regime(kind):
+        results = add_group_norm_silu(x, 4, channel_add=channel_add, residual=x)
+    for result in results:
         assert result.is_contiguous(memory_format=torch.channels_last)
         assert not result.is_contiguous()
+
+
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("kind", REGIMES)
+@pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
+@pytest.mark.parametrize("used", ["y", "total"])
+def test_gradients_where_one_result_is_used(used: str, shared: bool, kind: str, name: str) -> None:
+    device = cases.device_of(name)
+    draw = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
+    x, residual, weight = draw(3, 8, 4, 5), draw(3, 8, 4, 5), draw(8)
+    channel_add = draw(8) if shared else draw(3, 8)
+    leaves = x, residual, channel_add
+    dy = torch.randn(3, 8, 4, 5, device=device)
+
+    def gradients(op: Any, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, residual, channel_add = leaves
+        options = {"channel_add": channel_add, "residual": residual}
+        outputs = op(x, 4, weight.to(x.dtype), **options)
+        output = outputs[0] if used == "y" else outputs[1]
+        return torch.autograd.grad(output, leaves, dy.to(x.dtype))
+
+    with backend(name), regime(kind):
+        have = gradients(add_group_norm_silu, *leaves)
+    doubled = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    for got, want in zip(have, gradients(cases.add_group_norm_silu_formula, *doubled), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases.BACKENDS)
+def test_each_gradient_has_the_dtype_of_its_tensor(name: str) -> None:
+    device = cases.device_of(name)
+    x = torch.randn(2, 8, 6, device=device).bfloat16().requires_grad_()
+    residual = torch.randn(2, 8, 6, device=device).requires_grad_()
+    channel_add = torch.randn(8, device=device).requires_grad_()
+    leaves = x, residual, channel_add
+    with backend(name):
+        y, total = add_group_norm_silu(x, 4, channel_add=channel_add, residual=residual)
+        assert y.dtype == total.dtype == torch.bfloat16
+        found = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert [g.dtype for g in found] == [leaf.dtype for leaf in leaves]
+    assert torch.equal(found[1].bfloat16(), found[0])
+
+
+@cases.needs_triton
+def test_the_gradients_that_nobody_wants_are_not_made() -> None:
+    x = torch.randn(2, 8, 4, 4, device=cases.device_of("triton"))
+    weight = torch.randn(8, device=x.device)
+    residual = torch.randn_like(x).requires_grad_()
+    with backend("triton"), regime("small"):
+        y, _ = add_group_norm_silu(x, 4, weight, residual=residual)
+        ran = kernels_of(lambda: torch.autograd.grad(y, residual, torch.ones_like(y)))
+    assert ran == ["_small_backward_kernel"]
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("kind", REGIMES)
+def test_triton_ops_are_registered_right(kind: str) -> None:
+    device = cases.device_of("triton")
+    draw = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
+    x, weight, film, add = draw(3, 12, 4, 5), draw(12), draw(3, 24), draw(12)
+    residual = cases.channels_last(torch.randn(3, 12, 4, 5, device=device)).requires_grad_()
+    options = (film, 1e-5, "silu")
+    with regime(kind):
+        for channel_add, addend in ((add, residual), (None, residual), (add, None)):
+            arguments = (x, 3, weight, weight, channel_add, addend, *options)
+            torch.library.opcheck(add_group_norm_silu_triton, arguments)
+        x, weight, film, add = (t.detach() for t in (x, weight, film, add))
+        y, total, *statistics = add_group_norm_silu_triton(
+            x, 3, weight, None, add, residual.detach(), film, 1e-5, "none"
+        )
+        rest = (*statistics, "none", torch.float32, [True] * 4)
+        torch.library.opcheck(
+            norm_backward_triton, (y, y, total, 3, weight, None, add, film, *rest)
+        )
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("kind", REGIMES)
+def test_triton_gradients(kind: str) -> None:
+    def call(x: torch.Tensor, channel_add: torch.Tensor, residual: torch.Tensor) -> Any:
+        with backend("triton"):
+            return add_group_norm_silu(x, 2, channel_add=channel_add, residual=residual)
+
+    with regime(kind):
+        cases.check_gradients(call, torch.randn(1, 4, 3), torch.randn(4), torch.randn(1, 4, 3))
+
+
+@cases.needs_triton
+def test_triton_compiles_without_break_for_any_batch() -> None:
+    def call(x: torch.Tensor, channel_add: torch.Tensor, residual: torch.Tensor) -> Any:
+        return add_group_norm_silu(x, 4, channel_add=channel_add, residual=residual)
+
+    cases.check_compiles(
+        call, lambda n: (torch.randn(n, 8, 5, 3), torch.randn(n, 8), torch.randn(n, 8, 5, 3))
+    )
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", REGIMES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_traffic_is_what_the_docstring_says(
+    with_residual: bool, kind: str, dtype: torch.dtype
+) -> None:
+    size, groups = (16, 8) if kind == "small" else (64, 4)
+    c = 64 if kind == "large" or with_residual else 128
+    x = cases.channels_last(torch.randn(1, c, size, size)).to(dtype).requires_grad_()
+    options = {"channel_add": torch.randn(c, dtype=dtype)}
+    if with_residual:
+        options["residual"] = torch.randn_like(x.detach())
+    with backend("triton"), counting_traffic() as forward:
+        y, total = add_group_norm_silu(x, groups, **options)
+    ran = kernels_of(lambda: add_group_norm_silu(x.detach(), groups, **options))
+    assert set(ran) <= KERNELS[kind]
+    own = (20 / 128 + 12 / 64, 16 / 128 + 20 / 32) if kind == "large" else (0, 0)
+    trips = 3 + with_residual + (kind == "large")
+    assert forward.total == pytest.approx(trips * x.nbytes + own[0] * x.numel(), rel=0.05)
+    with counting_traffic() as backward:
+        torch.autograd.grad((y, total), x, (torch.ones_like(y), torch.ones_like(y)))
+    trips = 4 if kind == "small" else 6
+    assert backward.total == pytest.approx(trips * x.nbytes + own[1] * x.numel(), rel=0.05)
 
 
 def test_bad_input() -> None:

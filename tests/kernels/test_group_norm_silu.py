@@ -1,4 +1,4 @@
-"""group_norm_silu: parity, layouts, bad input."""
+"""group_norm_silu: parity, layouts, bad input; the Triton kernels' regimes, traffic, bits."""
 
 from __future__ import annotations
 
@@ -7,27 +7,77 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastdiff.kernels import group_norm_silu
+from fastdiff.kernels import BackendError, backend, group_norm_silu
+from fastdiff.kernels._group_norm_backward import norm_backward_triton
+from fastdiff.kernels.group_norm_silu import group_norm_silu_triton
 from tests.kernels import cases
+from tests.kernels.interpreter import counting_traffic
+from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
+
+COSTLY = ("sd-320", "sd-1280", "sd-skip-1920", "ldm-224", "adm-film")
+"""Many channels: `test_parity_at_every_group_size` has them on fewer pixels."""
+LAYOUTS = {"nchw": lambda x: x, "nhwc": cases.channels_last}
+GROUP_SIZES = {
+    4: "KL-f8, ADM: 128 channels",
+    6: "cin256: 192",
+    7: "LDM-4: 224",
+    8: "ADM: 256",
+    10: "SD: 320",
+    14: "LDM-4: 448",
+    20: "SD: 640",
+    21: "LDM-4: 672",
+    28: "LDM-4: 896",
+    30: "SD: 960, after the skip joins",
+    35: "LDM-4: 1120",
+    40: "SD: 1280",
+    60: "SD: 1920",
+    80: "SD: 2560",
+}
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.GROUP_NORM_SILU, ids=str)
-def test_parity(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check("group_norm_silu", case, dtype, "reference")
+def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    with regime("small"):
+        cases.check("group_norm_silu", case, dtype, backend)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@cases.needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in cases.GROUP_NORM_SILU if case.name not in COSTLY], ids=str
+)
+def test_parity_in_the_large_regime(case: cases.Case, dtype: torch.dtype) -> None:
+    with regime("large"):
+        cases.check("group_norm_silu", case, dtype, "triton")
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_parity_at_every_group_size(size: int, layout: str) -> None:
+    for index, name in enumerate(REGIMES):
+        case = cases.norm_case(
+            "size", GROUP_SIZES[size], (2, 32 * size, 2, 3), 32, layout=LAYOUTS[layout]
+        )
+        with regime(name, COLUMNS=512, FINALIZE=8192):
+            cases.check("group_norm_silu", case, cases.DTYPES[(size + index) % 3], "triton")
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
+def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
     n, groups, size, h, w = (data.draw(st.integers(1, top)) for top in (3, 9, 5, 7, 7))
-    assume(n * groups * size * h * w >= 100)  # the largest error of a handful is luck
+    assume(n * groups * size * h * w >= 400)  # the largest error of a handful is luck
     layout = data.draw(st.sampled_from([lambda x: x, cases.channels_last, lambda x: x.mT]))
     options = {"film": data.draw(st.booleans()), "affine": data.draw(st.booleans())}
     case = cases.norm_case(
         "drawn", "any shape", (n, groups * size, h, w), groups, layout=layout, **options
     )
-    cases.check("group_norm_silu", case, data.draw(st.sampled_from(cases.DTYPES)), "reference")
+    with regime(data.draw(st.sampled_from(REGIMES))):
+        cases.check("group_norm_silu", case, data.draw(st.sampled_from(cases.DTYPES)), backend)
 
 
 def test_fp64_is_exact() -> None:
@@ -47,31 +97,52 @@ def test_second_derivative() -> None:
     assert torch.autograd.gradgradcheck(call, (x, film))
 
 
+@pytest.mark.parametrize("name", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("film", [False, True])
-def test_channels_last_stays(dtype: torch.dtype, film: bool) -> None:
-    x = cases.channels_last(torch.randn(2, 8, 5, 6)).to(dtype)
-    scale_shift = torch.randn(2, 16).to(dtype) if film else None
-    y = group_norm_silu(x, 4, torch.ones(8), torch.zeros(8), scale_shift=scale_shift)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert not y.is_contiguous()
-    assert group_norm_silu(x.contiguous(), 4).is_contiguous()
+def test_channels_last_stays(dtype: torch.dtype, film: bool, name: str) -> None:
+    device = cases.device_of(name)
+    x = cases.channels_last(torch.randn(2, 8, 5, 6)).to(device, dtype).requires_grad_()
+    scale_shift = torch.randn(2, 16).to(x) if film else None
+    weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+    with backend(name):
+        y = group_norm_silu(x, 4, weight, bias, scale_shift=scale_shift)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert not y.is_contiguous()
+        assert group_norm_silu(x.contiguous(), 4).is_contiguous()
+        if name == "triton":
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_sample_does_not_depend_on_its_batch() -> None:
-    x = torch.randn(7, 32, 9, 9)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        together = group_norm_silu(x.contiguous(memory_format=layout), 8)
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("kind", REGIMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_does_not_depend_on_its_batch(layout: str, kind: str, name: str) -> None:
+    x = LAYOUTS[layout](torch.randn(7, 32, 9, 9)).to(cases.device_of(name))
+    film = torch.randn(7, 64).to(x)
+    with backend(name), regime(kind):
+        together = group_norm_silu(x, 8, scale_shift=film)
+        assert torch.equal(together, group_norm_silu(x, 8, scale_shift=film))
         for i in range(7):
-            alone = group_norm_silu(x[i : i + 1].contiguous(memory_format=layout), 8)
-            assert torch.equal(together[i : i + 1], alone)
+            part = slice(i, i + 1)
+            alone = group_norm_silu(LAYOUTS[layout](x[part]), 8, scale_shift=film[part])
+            assert torch.equal(together[part], alone)
 
 
-def test_parameters_in_fp32_serve_half_precision_input() -> None:
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("kind", REGIMES)
+def test_parameters_in_fp32_serve_half_precision_input(kind: str, name: str) -> None:
     x, weight, bias = torch.randn(2, 8, 4, 4), torch.randn(8), torch.randn(8)
-    y = group_norm_silu(x.bfloat16(), 4, weight, bias)
-    expected = group_norm_silu(x.bfloat16().float(), 4, weight, bias)
-    assert torch.equal(y, expected.bfloat16())
+    x, weight, bias = (t.to(cases.device_of(name)) for t in (x.bfloat16(), weight, bias))
+    weight.requires_grad_()
+    with backend(name), regime(kind):
+        y = group_norm_silu(x, 4, weight, bias)
+        assert torch.equal(y, group_norm_silu(x.float(), 4, weight, bias).bfloat16())
+        (dweight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    twin = weight.detach().double().requires_grad_()
+    cases.group_norm_silu_formula(x.double(), 4, twin, bias.double()).sum().backward()
+    torch.testing.assert_close(dweight, twin.grad.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -104,3 +175,162 @@ def test_training_a_norm_of_a_channels_last_constant() -> None:
     twin = weight.detach().double().requires_grad_()
     cases.group_norm_silu_formula(x.double(), 4, twin).sum().backward()
     torch.testing.assert_close(weight.grad.double(), twin.grad, rtol=1e-5, atol=1e-5)
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_in_fp32_is_good_to_the_last_places(layout: str) -> None:
+    """A mean far from 0: what rounding takes off it must not reach the result of a small sample."""
+    device = cases.device_of("triton")
+    x = LAYOUTS[layout](torch.randn(1, 64, 16, 16) * 0.1 + 1000).to(device)
+    with backend("triton"), regime("small"):
+        y = group_norm_silu(x, 8, activation="none")
+    expected = cases.group_norm_silu_formula(x.double(), 8, activation="none")
+    assert (y - expected).abs().max() < 2e-6
+
+
+def expected_regimes() -> list[tuple[tuple[int, ...], str]]:
+    """Shapes of SD 1.5, SDXL and KL-f8, and the regime in which bf16 in NHWC belongs."""
+    return [
+        ((2, 1280, 8, 8), "small"),
+        ((2, 2560, 8, 8), "small"),
+        ((2, 1280, 16, 16), "small"),
+        ((2, 128, 32, 32), "small"),
+        ((2, 640, 32, 32), "large"),  # in a power of two of columns it would be 65536 numbers
+        ((2, 320, 64, 64), "large"),
+        ((1, 320, 128, 128), "large"),
+        ((1, 128, 512, 512), "large"),
+    ]
+
+
+@cases.needs_triton
+@pytest.mark.parametrize(("shape", "kind"), expected_regimes(), ids=str)
+def test_regime_at_real_sizes(shape: tuple[int, ...], kind: str) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    ran = kernels_of(lambda: group_norm_silu_triton._init_fn(x, 32, None, None, None, 1e-5, "silu"))
+    assert ran
+    assert set(ran) <= KERNELS[kind]
+
+
+@cases.needs_triton
+def test_large_batches_go_in_parts_that_fit_in_the_l2() -> None:
+    x = torch.randn(5, 32, 8, 8).to(cases.device_of("triton")).requires_grad_()
+    weight = torch.randn(32).to(x).requires_grad_()
+    results = []
+    for mebibytes in (0, 1):  # 0: sample by sample
+        with backend("triton"), regime("large", L2_MIB=mebibytes):
+            ran = kernels_of(lambda: group_norm_silu(x.detach(), 8))
+            assert ran.count("_apply_kernel") == (1 if mebibytes else 5)
+            y = group_norm_silu(x, 8, weight)
+            results.append((y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))))
+    for together, apart in zip(*results, strict=True):
+        assert torch.equal(together, apart)
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("kind", REGIMES)
+def test_triton_takes_gradients_of_any_strides(kind: str) -> None:
+    device = cases.device_of("triton")
+    x = cases.channels_last(torch.randn(2, 12, 3, 4)).to(device).requires_grad_()
+    twin = x.detach().double().requires_grad_()
+    for gradient in (torch.ones(1, 1, 1, 1).expand(2, 12, 3, 4), torch.randn(2, 12, 4, 3).mT):
+        dy = gradient.to(device)
+        with backend("triton"), regime(kind):
+            (dx,) = torch.autograd.grad(group_norm_silu(x, 3), x, dy)
+        expected = cases.group_norm_silu_formula(twin, 3)
+        (expected,) = torch.autograd.grad(expected, twin, dy.double())
+        torch.testing.assert_close(dx.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("kind", REGIMES)
+def test_groups_wider_than_a_tile(kind: str) -> None:
+    """G = 1 over 300 channels: the merge goes over the columns in steps."""
+    case = cases.norm_case("wide", "LayerNorm over C, H, W", (2, 300, 2, 3), 1, film=True)
+    with regime(kind, FINALIZE=64):
+        cases.check("group_norm_silu", case, torch.float32, "triton")
+
+
+@cases.needs_triton
+def test_triton_objects_to_fp64() -> None:
+    x = torch.randn(2, 8, 4, device=cases.device_of("triton"))
+    with backend("triton"):
+        for arguments in ((x.double(), 4), (x, 4, torch.ones(8).double().to(x.device))):
+            with pytest.raises(BackendError, match="takes fp32, fp16 and bf16, got float64"):
+                group_norm_silu(*arguments)
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("kind", REGIMES)
+def test_triton_ops_are_registered_right(kind: str) -> None:
+    device = cases.device_of("triton")
+    leaf = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
+    x, weight, film = leaf(3, 12, 4, 5), leaf(12), leaf(3, 24)
+    nhwc = cases.channels_last(x.detach()).requires_grad_()
+    with regime(kind):
+        for input_ in (x, nhwc):
+            arguments = (input_, 3, weight, None, film, 1e-5, "silu")
+            torch.library.opcheck(group_norm_silu_triton, arguments)
+        x, weight, film = x.detach(), weight.detach(), film.detach()
+        y, mean, rstd = group_norm_silu_triton(x, 3, weight, None, film, 1e-5, "silu")
+        for wanted in ([True] * 4, [False] * 4):
+            saved = (x, 3, weight, None, None, film, mean, rstd, "silu", torch.float32, wanted)
+            torch.library.opcheck(norm_backward_triton, (y, None, *saved))
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("kind", REGIMES)
+def test_triton_gradients(kind: str) -> None:
+    def call(x: torch.Tensor, weight: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        with backend("triton"):
+            return group_norm_silu(x, 2, weight, scale_shift=film)
+
+    with regime(kind):
+        cases.check_gradients(call, torch.randn(1, 4, 3), torch.randn(4), torch.randn(1, 8))
+
+
+@cases.needs_triton
+def test_triton_compiles_without_break_for_any_batch() -> None:
+    def call(x: torch.Tensor, weight: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        return group_norm_silu(cases.channels_last(x), 4, weight, None, scale_shift=film)
+
+    cases.check_compiles(
+        call, lambda n: (torch.randn(n, 8, 5, 3), torch.randn(8), torch.randn(n, 16))
+    )
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_of_a_small_tensor(layout: str, dtype: torch.dtype) -> None:
+    x = LAYOUTS[layout](torch.randn(2, 64, 16, 16)).to(dtype).requires_grad_()
+    forward, backward = count_traffic(x, 8, "small")
+    assert forward == pytest.approx(2 * x.nbytes, rel=0.05)
+    assert backward == pytest.approx(3 * x.nbytes, rel=0.05)
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_of_a_large_tensor(layout: str, dtype: torch.dtype) -> None:
+    x = LAYOUTS[layout](torch.randn(1, 64, 64, 64)).to(dtype).requires_grad_()
+    forward, backward = count_traffic(x, 4, "large")
+    if layout == "nhwc":
+        sums, table = (20 / 128, 16 / 128), (12 / 64, 20 / 32)
+    else:  # a chunk is 4096 positions here, a tile 4096 (backward 2048)
+        sums, table = (20 / 4096, 16 / 4096), (12 / 4096, 20 / 2048)
+    own = [s + t for s, t in zip(sums, table, strict=True)]
+    assert forward == pytest.approx(3 * x.nbytes + own[0] * x.numel(), rel=0.05)
+    assert backward == pytest.approx(5 * x.nbytes + own[1] * x.numel(), rel=0.05)
+
+
+def count_traffic(x: torch.Tensor, groups: int, kind: str) -> tuple[int, int]:
+    """Bytes that the forward and the backward pass move."""
+    weight, bias = torch.randn(2, x.shape[1], dtype=x.dtype).requires_grad_().unbind()
+    assert set(kernels_of(lambda: group_norm_silu(x.detach(), groups))) <= KERNELS[kind]
+    with backend("triton"), counting_traffic() as forward:
+        y = group_norm_silu(x, groups, weight, bias)
+    with counting_traffic() as backward:
+        torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    return forward.total, backward.total
