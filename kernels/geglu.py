@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
+    as_rows,
     cdiv,
     config,
     define_tunable,
@@ -84,15 +85,9 @@ def _geglu_backward_kernel(
     tl.store(target + d, dgate.to(dx.dtype.element_ty), inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) as (rows, D) with the last dimension dense; a view where the strides allow it."""
-    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _geglu(x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
-    flat = _rows(x)
+    flat = as_rows(x)
     y = x.new_empty(*x.shape[:-1], d)
     chosen = config("geglu", x, "rows")
     grid = (cdiv(len(flat), chosen["ROWS"]), cdiv(d, chosen["COLUMNS"]))
@@ -102,7 +97,7 @@ def _geglu(x: Tensor) -> Tensor:
 
 def _geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
-    flat, flat_dy = _rows(x), _rows(dy)
+    flat, flat_dy = as_rows(x), as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chosen = config("geglu", x, "rows")
     grid = (cdiv(len(flat), chosen["ROWS"]), cdiv(d, chosen["COLUMNS"]))
