@@ -252,6 +252,19 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("d", [600, 4500])
+def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
+    d: int, backend_name: str
+) -> None:
+    """What eager loses, 1e-3 here: the mean itself rounds to more than a thousandth of std."""
+    x = (1000 + 0.01 * torch.randn(8, d)).to(cases.device_of(backend_name))
+    with backend(backend_name):
+        y = layer_norm(x)
+    expected = cases.layer_norm_formula(x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
+
+
 def test_bad_input() -> None:
     x = torch.zeros(2, 6)
     with pytest.raises(ValueError, match=r"weight must have shape \(6,\), got \(5,\)"):
