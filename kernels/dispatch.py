@@ -60,15 +60,24 @@ class Implementation:
     """Device types it is made for; empty: all. On others it is no candidate: no fallback warns."""
     emulated_on: tuple[str, ...] = ()
     """Device types on which it runs too, slowly, but only when it is forced by name."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Dtypes of the first tensor it is made for; empty: all. Others are treated as devices are."""
 
     def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         emulates = args[0].device.type in self.emulated_on and selected_backend() == self.backend
         if not self.serves(args) and not emulates:
             return f"it runs on {' and '.join(self.devices)}, got tensors on {args[0].device.type}"
+        if self.dtypes and args[0].dtype not in self.dtypes:
+            *known, got = (str(d).removeprefix("torch.") for d in (*self.dtypes, args[0].dtype))
+            return f"it takes {', '.join(known)}, got {got}"
         return self.why_not(*args, **kwargs)
 
     def serves(self, args: tuple[Any, ...]) -> bool:
         return not self.devices or args[0].device.type in self.devices
+
+    def made_for(self, args: tuple[Any, ...]) -> bool:
+        """True where passing it by has to be told."""
+        return self.serves(args) and (not self.dtypes or args[0].dtype in self.dtypes)
 
 
 @dataclass
@@ -104,7 +113,7 @@ class Op:
             reason = implementation.objection(args, kwargs)
             if reason is None:
                 return implementation
-            if name == "auto" and implementation.serves(args):
+            if name == "auto" and implementation.made_for(args):
                 self._warn_once(candidate, reason)
         reasons = self.reasons(args, kwargs)
         listed = "; ".join(f"{key}: {value or 'would run'}" for key, value in reasons.items())
