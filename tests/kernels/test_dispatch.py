@@ -27,6 +27,17 @@ def op() -> Iterator[dispatch.Op]:
     dispatch._warned.clear()
 
 
+def test_an_implementation_for_other_dtypes_is_passed_in_silence(op: dispatch.Op) -> None:
+    op.register(
+        Implementation(backend="cpu", function=lambda x: "cpu", dtypes=(torch.float32, torch.half))
+    )
+    assert (op(X), op(X.half()), op(X.double())) == ("cpu", "cpu", "reference")
+    explained = str(kernels.explain("probe", X.double()))
+    assert "it takes float32, float16, got float64" in explained
+    with kernels.backend("cpu"), pytest.raises(BackendError, match="got float64"):
+        op(X.double())
+
+
 def add(op: dispatch.Op, backend: str, reason: str | None = None, devices: tuple = ()) -> None:
     op.register(
         Implementation(
@@ -179,6 +190,9 @@ def test_explain_prints_the_choice_and_the_reasons(op: dispatch.Op) -> None:
 
 def test_explain_takes_the_public_function() -> None:
     assert kernels.explain(kernels.geglu, X).chosen == "reference"
+    assert kernels.explain(kernels.geglu, x=X).chosen == "reference"
+    with pytest.raises(ValueError, match="needs the arguments of geglu"):
+        kernels.explain("geglu")
     with pytest.raises(ValueError, match=r"op must be one of .*'attention'.* got 'conv'"):
         kernels.explain("conv", X)
 
@@ -198,7 +212,7 @@ def test_available_lists_every_public_op() -> None:
     for name, backends in table.items():
         assert callable(getattr(kernels, name))
         assert backends["reference"] is None
-        assert backends["cuda"] == f"no cuda implementation of {name} is registered"
+        assert backends["cuda"] == dispatch.OPS[name].missing("cuda")
 
 
 def test_record_backends_tells_what_ran(op: dispatch.Op) -> None:
