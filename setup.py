@@ -129,9 +129,7 @@ def find_cuda() -> Cuda | None:
             [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
         )
         known = set(re.findall(r"sm_(\w+)", told.stdout))
-        names = tuple(
-            name for name in ARCHITECTURES if name.replace(".", "").rstrip("a") in known
-        )
+        names = tuple(name for name in ARCHITECTURES if name.replace(".", "").rstrip("a") in known)
     return Cuda(nvcc=nvcc, architectures=names)
 
 

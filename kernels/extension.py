@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op
 native: Any = None
 """The module; None where it is not built or does not load."""
 try:
-    from fastdiff.kernels import _native as native
+    native = import_module("fastdiff.kernels._native")
 except ImportError as error:
     if find_spec("fastdiff.kernels._native") is None:
         MISSING = (
@@ -57,7 +58,9 @@ def _find_parallel_for() -> int:
 if native is not None:
     native.set_parallel_for(_find_parallel_for())
     if not native.build()["cuda_architectures"]:
-        UNAVAILABLE["cuda"] = "the compiled module was built without CUDA: no nvcc was found, or no kernels"
+        UNAVAILABLE["cuda"] = (
+            "the compiled module was built without CUDA: no nvcc was found, or no kernels"
+        )
 
 
 def describe() -> dict[str, Any]:
@@ -68,7 +71,9 @@ def describe() -> dict[str, Any]:
         "path": native.__file__,
         **native.build(),
         "isa": native.isa(),
-        "threads": "torch's pool" if native.has_parallel_for() else "one: torch lacks its C function",
+        "threads": "torch's pool"
+        if native.has_parallel_for()
+        else "one: torch lacks its C function",
         "stale": stale(),
     }
 
@@ -136,6 +141,4 @@ def reference_gradients(
     y = reference(*inputs)
     outputs = y if isinstance(y, tuple) else (y,)
     found = iter(torch.autograd.grad(outputs, leaves, outputs_gradient, create_graph=True))
-    return tuple(
-        next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs
-    )
+    return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
