@@ -265,12 +265,13 @@ kernel_packages = ["fastdiff.kernels", *(f"fastdiff.kernels.{p}" for p in find_p
 # folders of data, without code: named as packages, since setuptools warns about them otherwise
 assets = [f"fastdiff.assets.{p.name}" for p in sorted(Path("fastdiff/assets").iterdir())]
 
+assets.append("fastdiff.kernels.tuned")
+
 setup(
     packages=packages + kernel_packages + assets,
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
     package_data={
         "fastdiff": ["py.typed"],
-        "fastdiff.kernels": ["tuned/*.json"],
         **{name: ["*"] for name in assets},
     },
     ext_modules=[Extension("fastdiff.kernels._native", sources=[], optional=True)],
