@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _triton
+from fastdiff.kernels import _triton, extension
 from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
 from tests.parity import assert_gradient_parity, assert_parity
 
@@ -34,7 +34,14 @@ needs_triton = pytest.mark.skipif(
 needs_interpreter = pytest.mark.skipif(
     not _triton.INTERPRETED, reason="what is counted here needs Triton's interpreter"
 )
-BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+needs_native = pytest.mark.skipif(
+    extension.native is None, reason="the compiled module is not built here"
+)
+BACKENDS = [
+    "reference",
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("cpu", marks=needs_native),
+]
 """For parametrize: the backends that have an implementation of every op."""
 
 
@@ -295,6 +302,8 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
 
 def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
     """`check` for inputs at hand."""
+    if backend == "cpu" and "cpu" not in kernels.OPS[op].implementations:
+        pytest.skip(f"{op} has no CPU kernel yet")
     with kernels.backend(backend), recording(op) as ran:
         outputs, gradients = run(getattr(kernels, op), with_gradients(inputs))
     assert ran == [backend]
