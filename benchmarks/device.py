@@ -91,7 +91,7 @@ class Failed(Exception):
 
 
 def environment_stage(plan: Plan) -> list[str]:
-    """What the numbers depend on, into environment.json for the other stages."""
+    """What the numbers depend on, into facts.json for the other stages."""
     import torch
 
     from benchmarks import harness
@@ -117,7 +117,7 @@ def environment_stage(plan: Plan) -> list[str]:
         }
     elif not plan.dry_run:
         raise Failed("no GPU that torch can use")
-    (plan.out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (plan.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     return [f"{name} {value}" for name, value in facts.items()]
 
 
@@ -369,7 +369,7 @@ def save(plan: Plan, records: Sequence[Any], shares: Sequence[Any]) -> None:
     """Into <out>/results/<device>/<commit>.json."""
     from benchmarks import harness
 
-    known = plan.out / "environment.json"
+    known = plan.out / "facts.json"
     facts = json.loads(known.read_text()) if known.exists() else {}
     facts.pop("date", None)
     if plan.commit:
