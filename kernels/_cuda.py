@@ -114,7 +114,7 @@ def register(
 @contextmanager
 def using_library(library: ctypes.CDLL) -> Iterator[None]:
     """Run the launchers of another library, on CPU tensors when "cuda" is asked for by name."""
-    global _library
+    global _library  # noqa: PLW0603
     before = _library, {name: op.implementations for name, op in OPS.items()}
     _library = library
     _functions.clear()

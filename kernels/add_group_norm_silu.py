@@ -59,7 +59,7 @@ def add_group_norm_silu_reference(
     return y, total
 
 
-# CUDA (csrc/group_norm_silu.cu)
+# The CUDA kernels, whose launchers are in csrc/group_norm_silu.cu
 
 
 @torch.library.custom_op("fastdiff::add_group_norm_silu_cuda", mutates_args=())
@@ -89,7 +89,7 @@ def _add_group_norm_silu_cuda_fake(
 
 
 def _keep_cuda(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, weight, bias, scale_shift, channel_add, residual, _, ctx.silu = inputs
+    _, _, weight, bias, scale_shift, channel_add, residual, _, ctx.silu = inputs
     _, total, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.channel_add = None if channel_add is None else (channel_add.ndim, channel_add.dtype)

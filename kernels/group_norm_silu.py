@@ -111,11 +111,11 @@ def check_group_norm(
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-# CUDA (csrc/group_norm_silu.cu)
+# The CUDA kernels, whose launchers are in csrc/group_norm_silu.cu
 
 _cuda.declare("group_norm_plan", "iiiqiqiiqp")
-_cuda.declare("group_norm_silu", "ipiiqiqi" "ppppp" "pipipi" "piqpp" "fi")
-_cuda.declare("group_norm_silu_backward", "ipiiqiqi" "ppppppp" "pipipi" "pppi")
+_cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
+_cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
 
 ON_CHIP: int | None = None
 """Bytes of shared memory that a block of the CUDA kernel may fill; None: what the device has."""
@@ -131,11 +131,13 @@ class _CudaLayout:
     s: int
     channels_last: bool
 
+    def dense(self, t: Tensor) -> Tensor:
+        """A tensor of x's shape in its layout and dtype."""
+        return t.to(self.x.dtype).contiguous(memory_format=_memory_format(self.x))
+
     def like(self, t: Tensor | None) -> Tensor | None:
-        """A tensor of x's shape in its layout."""
-        if t is None or t.dtype != self.x.dtype:
-            t = None if t is None else t.to(self.x.dtype)
-        return None if t is None else t.contiguous(memory_format=_memory_format(self.x))
+        """`dense` of a tensor that may be None."""
+        return None if t is None else self.dense(t)
 
     def plan(self, groups: int, on_chip: int | None, *tensors: Tensor | None) -> Any:
         """How the kernels cut it up: see fastdiff_cuda_group_norm_plan."""
@@ -226,8 +228,7 @@ def norm_backward_cuda(
         dscale_shift = dscale_shift.view(scale_shift.shape)
     if x.numel() == 0:
         return dx, dweight, dbias, dscale_shift
-    dy, dtotal = layout.like(dy), layout.like(dtotal)
-    assert dy is not None
+    dy, dtotal = layout.dense(dy), layout.like(dtotal)
     plan = layout.plan(groups, 0, dy, dtotal, dx)
     numbers = plan[8] + 2 * layout.n * (c + groups)
     workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)

@@ -29,7 +29,10 @@ FLAGS = (
     "-std=c++17 -O1 -g1 -march=native -ffp-contract=fast -fPIC -fvisibility=hidden "
     "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
 )
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+SANITIZERS = (
+    "-fsanitize=address,undefined -fsanitize-recover=address -fno-sanitize-recover=undefined "
+    "-fno-omit-frame-pointer"
+)
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled anew": (2, 2)}
 """Names of the orders in which the threads of a block run: (kind, seed)."""
 
@@ -40,7 +43,8 @@ needs_compiler = pytest.mark.skipif(
 
 def sources() -> list[Path]:
     """What the library is made of."""
-    return [*sorted((ROOT / "csrc").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    folders = ((ROOT / "csrc", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
+    return [path for folder, names in folders for path in sorted(folder.glob(names))]
 
 
 def build(flags: str = "") -> Path:
