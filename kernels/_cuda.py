@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.kernels import extension
 from fastdiff.kernels.dispatch import OPS, Implementation, Op
+from fastdiff.kernels.extension import plain
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 """The codes of csrc/common.cuh; fp64 for parameters only."""
-SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
+SUPPORTED = tuple(DTYPES)[:3]
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 """Op -> its CUDA implementation, whether or not the module has the kernels."""
 
@@ -32,6 +34,8 @@ _TYPES = {
     "f": ctypes.c_float,
 }
 _library: ctypes.CDLL | None = None
+if extension.native is not None and extension.native.build()["cuda_architectures"]:
+    _library = ctypes.CDLL(extension.native.__file__)
 _declared: dict[str, str] = {}
 _functions: dict[str, Any] = {}
 
@@ -91,20 +95,19 @@ def aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def why_not(*tensors: Tensor | None) -> str | None:
-    """What stands against these tensors in every CUDA kernel, or None."""
-    for x in tensors:
-        if x is not None and x.is_floating_point() and x.dtype not in SUPPORTED:
-            return f"it takes fp32, fp16 and bf16, got {str(x.dtype).removeprefix('torch.')}"
-    return None
+def register(op: Op, function: Callable[..., Any], registered: Callable[..., Any]) -> None:
+    """Enter the CUDA implementation of an op; into the dispatcher if there are kernels to run.
 
+    function: what plain tensors go to; registered: the same, known to PyTorch, for those that want
+    a gradient or are traced.
+    """
 
-def register(
-    op: Op, function: Callable[..., Any], objection: Callable[..., str | None] = why_not
-) -> None:
-    """Enter the CUDA implementation of an op; into the dispatcher if there are kernels to run."""
+    def run(*args: Any, **kwargs: Any) -> Any:
+        straight = plain(*args, *kwargs.values())
+        return (function if straight else registered)(*args, **kwargs)
+
     implementation = Implementation(
-        backend="cuda", function=function, why_not=objection, devices=("cuda",)
+        backend="cuda", function=run, devices=("cuda",), dtypes=SUPPORTED
     )
     IMPLEMENTATIONS[op.name] = implementation
     if _library is not None:

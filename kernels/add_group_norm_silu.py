@@ -125,7 +125,7 @@ def add_group_norm_silu_cuda(
     eps: float = 1e-5,
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """The op on the CUDA kernels; see `add_group_norm_silu`."""
+    """The op on the CUDA kernels, as PyTorch knows it; see `add_group_norm_silu`."""
     silu = activation == "silu"
     y, total, _ = _add_group_norm_silu_cuda(
         x, num_groups, weight, bias, scale_shift, channel_add, residual, eps, silu
@@ -133,12 +133,23 @@ def add_group_norm_silu_cuda(
     return y, total
 
 
-def _why_not_cuda(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return _cuda.why_not(x)
+def _plain_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    **addends: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    parameters, silu = (weight, bias, scale_shift), activation == "silu"
+    return norm_cuda(x, num_groups, parameters, eps, silu, add=True, **addends)[:2]
 
 
 _op = define_op("add_group_norm_silu", add_group_norm_silu_reference)
-_cuda.register(_op, add_group_norm_silu_cuda, _why_not_cuda)
+_cuda.register(_op, _plain_cuda, add_group_norm_silu_cuda)
 
 
 def add_group_norm_silu(

@@ -322,6 +322,19 @@ def _backward_cuda(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 _group_norm_silu_cuda.register_autograd(_backward_cuda, setup_context=_keep_cuda)
 
 
+def _plain_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    return norm_cuda(x, num_groups, (weight, bias, scale_shift), eps, activation == "silu")[0]
+
+
 def group_norm_silu_cuda(
     x: Tensor,
     num_groups: int,
@@ -332,19 +345,14 @@ def group_norm_silu_cuda(
     eps: float = 1e-5,
     activation: str = "silu",
 ) -> Tensor:
-    """The op on the CUDA kernels; see `group_norm_silu`."""
-    y: Tensor = _group_norm_silu_cuda(
-        x, num_groups, weight, bias, scale_shift, eps, activation == "silu"
-    )[0]
+    """The op on the CUDA kernels, as PyTorch knows it; see `group_norm_silu`."""
+    silu = activation == "silu"
+    y: Tensor = _group_norm_silu_cuda(x, num_groups, weight, bias, scale_shift, eps, silu)[0]
     return y
 
 
-def _why_not_cuda(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return _cuda.why_not(x)
-
-
 _op = define_op("group_norm_silu", group_norm_silu_reference)
-_cuda.register(_op, group_norm_silu_cuda, _why_not_cuda)
+_cuda.register(_op, _plain_cuda, group_norm_silu_cuda)
 
 
 def group_norm_silu(
