@@ -137,9 +137,7 @@ def test_parameters_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 def test_fp64_goes_to_another_backend() -> None:
-    with pytest.raises(
-        kernels.BackendError, match="float16, bfloat16, got float64"
-    ):
+    with pytest.raises(kernels.BackendError, match="float16, bfloat16, got float64"):
         run_cuda(lambda: kernels.group_norm_silu(torch.zeros(2, 8, 4).double(), 4))
 
 
