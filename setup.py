@@ -197,10 +197,8 @@ def write_ninja(build: Path, target: Path, version: str) -> None:
         if stem in CPU_KERNELS:
             for isa, isa_flags in isas().items():
                 compile_(source, f"{stem}.{isa}", f"-DFASTDIFF_ISA={isa} {isa_flags}")
-        elif stem == "bindings_cuda" and not cuda:
-            continue
         elif stem.startswith("bindings"):
-            compile_(source, stem, f"{binding} {'-DFASTDIFF_CUDA' if cuda else ''}")
+            compile_(source, stem, binding)
         else:
             compile_(source, stem, facts if stem == "build_info" else "")
     for source in sorted(SOURCES.glob("*.cu")) if cuda else ():
