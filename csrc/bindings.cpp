@@ -14,10 +14,6 @@
 namespace py = pybind11;
 using namespace fastdiff;
 
-#if defined(FASTDIFF_CUDA)
-void bind_cuda(py::module_& m);  // bindings_cuda.cpp
-#endif
-
 namespace {
 
 using Address = uintptr_t;
@@ -75,7 +71,4 @@ PYBIND11_MODULE(_native, m) {
   m.def("philox4x32", &philox, "Ten rounds on four words with a key of two.");
   m.def("geglu", &geglu, Release());
   m.def("geglu_backward", &geglu_backward, Release());
-#if defined(FASTDIFF_CUDA)
-  bind_cuda(m);
-#endif
 }
