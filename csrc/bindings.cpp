@@ -60,6 +60,29 @@ void geglu_backward(int dtype, Address dy, Address x, Address dx, int64_t rows, 
   run(GegluBackward{Dtype(dtype), in(dy), in(x), out(dx), rows, d, dy_stride, x_stride});
 }
 
+void group_norm_silu(int dtype, bool channels_last, bool silu, Address x, Address residual,
+                     Address channel_add, int64_t channel_add_stride, Address total, Address y,
+                     Address weight, Address bias, Address scale_shift, Address stats, int64_t n,
+                     int64_t c, int64_t groups, int64_t space, double eps) {
+  run(GroupNorm{Dtype(dtype), channels_last, silu, in(x), in(residual),
+                pointer<const float>(channel_add), channel_add_stride, out(total), out(y),
+                pointer<const float>(weight), pointer<const float>(bias),
+                pointer<const float>(scale_shift), pointer<float>(stats), n, c, groups, space, eps});
+}
+
+void group_norm_silu_backward(int dtype, bool channels_last, bool silu, Address dy, Address dtotal,
+                              Address x, Address dx, Address weight, Address bias,
+                              Address scale_shift, Address stats, Address dweight, Address dbias,
+                              Address dscale_shift, Address dchannel, int64_t n, int64_t c,
+                              int64_t groups, int64_t space) {
+  run(GroupNormBackward{Dtype(dtype), channels_last, silu, in(dy), in(dtotal), in(x), out(dx),
+                        pointer<const float>(weight), pointer<const float>(bias),
+                        pointer<const float>(scale_shift), pointer<const float>(stats),
+                        pointer<float>(dweight), pointer<float>(dbias),
+                        pointer<float>(dscale_shift), pointer<float>(dchannel), n, c, groups,
+                        space});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -75,6 +98,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("philox4x32", &philox, "Ten rounds on four words with a key of two.");
   m.def("geglu", &geglu, Release());
   m.def("geglu_backward", &geglu_backward, Release());
+  m.def("group_norm_silu", &group_norm_silu, Release());
+  m.def("group_norm_silu_backward", &group_norm_silu_backward, Release());
 #if defined(FASTDIFF_CUDA)
   bind_cuda(m);
 #endif
