@@ -563,6 +563,7 @@ def layer_norm_case(
     shape: Sequence[int],
     *,
     affine: bool = True,
+    parameters: str = "weight bias",
     layout: Callable[[Tensor], Tensor] = lambda x: x,
     residual: bool = False,
     mean: float = 0.3,
@@ -575,8 +576,9 @@ def layer_norm_case(
         x = layout(draw(*shape, mean=mean, std=std))
         addend = (layout(draw(*shape)),) if residual else ()
         d = x.shape[-1]
-        parameters = (draw(d, mean=1.0), draw(d)) if affine else ()
-        return (x, *addend, *parameters), options
+        weight = draw(d, mean=1.0) if affine and "weight" in parameters else None
+        bias = draw(d) if affine and "bias" in parameters else None
+        return (x, *addend, weight, bias), options
 
     return Case(name, reason, build)
 
@@ -585,8 +587,21 @@ LAYER_NORM = [
     layer_norm_case("sd-320", "SD 1.x first level", (2, 16, 320)),
     layer_norm_case("sd-1280", "SD 1.x third level", (2, 8, 1280)),
     layer_norm_case("dit-1152", "DiT: 1e-6, no affine", (2, 8, 1152), affine=False, eps=1e-6),
+    layer_norm_case("sd-640", "SD 1.x second level", (2, 8, 640)),
+    layer_norm_case("u-vit-1152", "U-ViT-H: affine, more rows than programs", (2, 70, 1152)),
+    layer_norm_case("karlo-2048", "karlo's prior; as wide as a power of two", (1, 5, 2048)),
+    layer_norm_case("t5-4096", "the widest row of a real model", (1, 3, 4096)),
+    layer_norm_case("wide", "wider than registers hold: several tiles", (2, 3, 8200)),
+    layer_norm_case(
+        "wide-mean-100", "Chan's merge keeps the digits", (2, 8192), mean=100, std=0.01
+    ),
     layer_norm_case("odd", "no power of two", (3, 5, 37)),
+    layer_norm_case("one-above", "a tile with one number in its last part", (70, 33)),
     layer_norm_case("vector", "one row", (48,)),
+    layer_norm_case("sliced", "columns of a wider tensor", (9, 80), layout=lambda x: x[:, 3:43]),
+    layer_norm_case("every-other", "columns with a step", (9, 80), layout=lambda x: x[:, ::2]),
+    layer_norm_case("weight", "no bias", (6, 40), parameters="weight"),
+    layer_norm_case("bias", "no weight", (6, 40), parameters="bias"),
     layer_norm_case("strided", "every other row", (6, 24), layout=lambda x: x[::2]),
     layer_norm_case(
         "transposed", "the last dimension is not dense", (24, 6), layout=lambda x: x.mT
@@ -600,6 +615,10 @@ LAYER_NORM = [
 ADD_LAYER_NORM = [
     layer_norm_case("sd-320", "SD 1.x first level", (2, 16, 320), residual=True),
     layer_norm_case("odd", "no power of two", (3, 5, 37), residual=True, affine=False),
+    layer_norm_case("dit-1152", "DiT: 1e-6", (2, 8, 1152), residual=True, affine=False, eps=1e-6),
+    layer_norm_case("wide", "wider than registers hold", (2, 3, 8200), residual=True),
+    layer_norm_case("weight", "no bias", (6, 40), residual=True, parameters="weight"),
+    layer_norm_case("mean-100", "large mean", (4, 64), residual=True, mean=100, std=0.01),
     layer_norm_case("strided", "views", (6, 24), residual=True, layout=lambda x: x[::2]),
     layer_norm_case("near-overflow", "2e4", (4, 64), residual=True, mean=2e4, std=1e4),
     layer_norm_case("empty", "nothing to do", (0, 8), residual=True),
