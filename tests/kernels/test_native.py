@@ -23,6 +23,8 @@ native = extension.native
 ISAS = native.build()["isas"] if native else ("portable", "avx2", "avx512")
 ROWS = {
     "geglu": cases.GEGLU,
+    "group_norm_silu": cases.GROUP_NORM_SILU,
+    "add_group_norm_silu": cases.ADD_GROUP_NORM_SILU,
 }
 """Op -> its rows, for the ops with a CPU kernel that a tolerance can judge."""
 
