@@ -9,9 +9,6 @@
 // low part goes into the shift.
 #include "cpu.h"
 
-#include <cstdlib>
-#include <new>
-
 namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
@@ -20,17 +17,6 @@ constexpr int64_t CHUNK = 32768;             // numbers; 128 KB as fp32
 constexpr int64_t ROW = 256;                 // short rows are joined up to this many numbers
 constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
 constexpr int64_t SMALL_SAMPLE = 262144;     // numbers; a smaller one is one thread's, start to end
-
-// Memory of a call, given back at its end.
-template <class T> struct Scratch {
-  T* data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::malloc(sizeof(T) * size_t(n + 1)))) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
 
 struct Moments {
   double mean, m2;  // m2: sum of squared distances from the mean
@@ -121,15 +107,20 @@ template <class T> struct Forward {
   const Affine affine;
   const int64_t size, numbers;  // channels of a group, numbers of a sample
   const bool adds;
-  const T *x, *residual;
+  const T* x;
   T *total, *y;
   const T* normed;  // what is normed: x, or the total
 
   explicit Forward(const GroupNorm& arguments)
       : a(arguments), affine{a.weight, a.bias, a.scale_shift, a.c}, size(a.c / a.groups),
         numbers(a.c * a.space), adds(a.total != nullptr), x(static_cast<const T*>(a.x)),
-        residual(static_cast<const T*>(a.residual)), total(static_cast<T*>(a.total)),
+        total(static_cast<T*>(a.total)),
         y(static_cast<T*>(a.y)), normed(adds ? total : x) {}
+
+  const float* widen_residual(int64_t at, float* buffer, int64_t n) const {
+    if (a.wide_residual) return static_cast<const float*>(a.residual) + at;
+    return widen(static_cast<const T*>(a.residual) + at, buffer, n);
+  }
 
   const float* channel_add(int64_t n) const { return a.channel_add + a.channel_add_stride * n; }
 
@@ -179,11 +170,11 @@ template <class T> struct Forward {
       const float* RESTRICT in = widen(x + at, buffer, count);
       float* RESTRICT out = target(total + at, out_buffer);
       const float* RESTRICT add = columns + column;
-      if (residual && a.channel_add) {
-        const float* RESTRICT more = widen(residual + at, residual_buffer, count);
+      if (a.residual && a.channel_add) {
+        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
         SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i] + more[i];
-      } else if (residual) {
-        const float* RESTRICT more = widen(residual + at, residual_buffer, count);
+      } else if (a.residual) {
+        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
         SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + more[i];
       } else {
         SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i];
@@ -310,8 +301,8 @@ template <class T> struct Forward {
       const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
       const float* RESTRICT in = widen(x + at, buffer, count);
       float* RESTRICT out = target(total + at, out_buffer);
-      if (residual) {
-        const float* RESTRICT more = widen(residual + at, residual_buffer, count);
+      if (a.residual) {
+        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
         SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add + more[i];
       } else {
         SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add;
@@ -326,22 +317,14 @@ template <class T> struct Forward {
     for (int64_t j = 0; j < length; j += PIECE) {
       const int64_t count = smaller(PIECE, length - j);
       const float* RESTRICT in = widen(run + j, buffer, count);
-      float part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int64_t i = 0; i < count; ++i) part += in[i];
-      s += part;
+      s += sum(in, count);
     }
     const float center = float(s / double(length));
     for (int64_t j = 0; j < length; j += PIECE) {
       const int64_t count = smaller(PIECE, length - j);
       const float* RESTRICT in = widen(run + j, buffer, count);
-      float part = 0, squares = 0;
-#pragma omp simd reduction(+ : part, squares)
-      for (int64_t i = 0; i < count; ++i) {
-        const float d = in[i] - center;
-        part += d;
-        squares += d * d;
-      }
+      float part, squares;
+      sums_around(in, count, center, &part, &squares);
       off += part;
       q += squares;
     }
@@ -618,7 +601,7 @@ template <class T> struct Backward {
 
   void channel_dx(int64_t n, int64_t c, const float* v, float k1, float k2, float k3) const {
     alignas(64) float buffer[PIECE], dy_buffer[PIECE], more_buffer[PIECE], out_buffer[PIECE];
-    double sum = 0;
+    double total = 0;
     for (int64_t j = 0; j < a.space; j += PIECE) {
       const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
       const float* RESTRICT in = widen(x + at, buffer, count);
@@ -642,14 +625,11 @@ template <class T> struct Backward {
         SIMD for (int64_t i = 0; i < count; ++i) out[i] += more[i];
       }
       if (a.dchannel) {
-        float part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t i = 0; i < count; ++i) part += out[i];
-        sum += part;
+        total += sum(out, count);
       }
       narrow(out, dx + at, count);
     }
-    if (a.dchannel) a.dchannel[n * a.c + c] = float(sum);
+    if (a.dchannel) a.dchannel[n * a.c + c] = float(total);
   }
 
   void channels_first() const {

@@ -105,14 +105,15 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, channel_add, residual, scale_shift, ctx.eps, ctx.silu = inputs
     _, total, stats = output
-    ctx.has = channel_add is not None, residual is not None
+    ctx.added = channel_add is not None
+    ctx.residual_dtype = None if residual is None else residual.dtype
     kept = channel_add if channel_add is not None else x[:0]
     ctx.save_for_backward(total, weight, bias, scale_shift, stats, kept)
 
 
 def _gradient(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     total, weight, bias, scale_shift, stats, channel_add = ctx.saved_tensors
-    added, has_residual = ctx.has
+    added = ctx.added
     if torch.is_grad_enabled():
 
         def reference(total: Tensor, w: Any, b: Any, s: Any) -> Tensor:
@@ -139,7 +140,8 @@ def _gradient(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor | None) -> tuple[T
     dadd = None
     if added:
         dadd = (dchannel.sum(0) if channel_add.ndim == 1 else dchannel).to(channel_add.dtype)
-    return dx, None, dweight, dbias, dadd, dx if has_residual else None, dscale_shift, None, None
+    dresidual = None if ctx.residual_dtype is None else dx.to(ctx.residual_dtype)
+    return dx, None, dweight, dbias, dadd, dresidual, dscale_shift, None, None
 
 
 _add_norm_cpu.register_autograd(_gradient, setup_context=_keep)
@@ -188,13 +190,7 @@ def _registered(
     return y, total
 
 
-def _why_not(x: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> str | None:
-    if residual is not None and residual.dtype != x.dtype:
-        return f"the residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
-    return None
-
-
-extension.register(_op, _native, _registered, _why_not)
+extension.register(_op, _native, _registered)
 
 
 def add_group_norm_silu(

@@ -102,6 +102,11 @@ def as_float(x: Tensor | None) -> Tensor | None:
     return x.to(torch.float32).contiguous()
 
 
+def as_dtype_or_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x if it has the dtype, else as fp32: what a kernel takes for a second operand."""
+    return x if x.dtype is dtype or x.dtype is torch.float32 else x.float()
+
+
 def plain(*arguments: Any) -> bool:
     """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced.
 

@@ -151,7 +151,7 @@ def run_native(
     if x.numel() == 0:
         return y, total, stats
     if residual is not None:
-        residual = laid_out_like(residual, x)
+        residual = laid_out_like(extension.as_dtype_or_float(residual, x.dtype), x)
     as_float, address = extension.as_float, extension.address
     weight, bias, scale_shift = as_float(weight), as_float(bias), as_float(scale_shift)
     channel_add = as_float(channel_add)
@@ -159,6 +159,7 @@ def run_native(
         extension.DTYPES[x.dtype],
         channels_last,
         silu,
+        residual is not None and residual.dtype is not x.dtype,
         x.data_ptr(),
         address(residual),
         address(channel_add),
