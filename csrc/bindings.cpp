@@ -14,10 +14,6 @@
 namespace py = pybind11;
 using namespace fastdiff;
 
-#if defined(FASTDIFF_CUDA)
-void bind_cuda(py::module_& m);  // bindings_cuda.cpp
-#endif
-
 namespace {
 
 using Address = uintptr_t;
@@ -118,7 +114,4 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_norm_silu_backward", &group_norm_silu_backward, Release());
   m.def("layer_norm", &layer_norm, Release());
   m.def("layer_norm_backward", &layer_norm_backward, Release());
-#if defined(FASTDIFF_CUDA)
-  bind_cuda(m);
-#endif
 }

@@ -107,10 +107,10 @@ def as_dtype_or_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype or x.dtype is torch.float32 else x.float()
 
 
-def plain(*arguments: Any) -> bool:
+def plain(*arguments: Any, on_cpu: bool = False) -> bool:
     """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced.
 
-    A tensor on another device is not plain either: PyTorch then says what is wrong.
+    on_cpu: a tensor elsewhere is not plain either; PyTorch then says what is wrong with the call.
     """
     if (
         torch.compiler.is_compiling()
@@ -124,7 +124,7 @@ def plain(*arguments: Any) -> bool:
     for x in arguments:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
-            if not x.is_cpu or x.is_neg() or (wanted and x.requires_grad):
+            if x.is_neg() or (on_cpu and not x.is_cpu) or (wanted and x.requires_grad):
                 return False
         elif isinstance(x, Tensor):
             return False
@@ -146,7 +146,7 @@ def register(
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if plain(*args, *kwargs.values()):
+        if plain(*args, *kwargs.values(), on_cpu=True):
             return function(*args, **kwargs)
         return registered(*args, **kwargs)
 
