@@ -26,40 +26,20 @@ backward pass crashes the process when x needs no gradient (torch 2.13).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels import _triton
-from fastdiff.kernels._group_norm import (
-    affine,
-    all_contiguous,
-    group_totals,
-    large_regime,
-    memory_format_of,
-    shape_of,
-    slices,
-    small_regime,
-)
-from fastdiff.kernels._group_norm_backward import (
-    keep_for_backward,
-    norm_backward,
-    norm_gradients,
-)
-from fastdiff.kernels._triton import (
-    Config,
-    Tunable,
-    define_tunable,
-    jit,
-    launch,
-    register,
-    sigmoid,
-    tl,
-)
+from fastdiff.kernels import _cuda, _triton, extension
+from fastdiff.kernels._group_norm import memory_format_of
+from fastdiff.kernels._group_norm_backward import keep_for_backward, norm_gradients
+from fastdiff.kernels._group_norm_forward import norm_forward
 from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
 
 ACTIVATIONS = ("silu", "none")
@@ -133,456 +113,250 @@ def check_group_norm(
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-@jit
-def _inverse_sqrt(x: tl.tensor) -> tl.tensor:
-    """1 / sqrt(x): a GPU's rsqrt is good to 2 ulp, one step of Newton's makes it 1."""
-    guess = tl.rsqrt(x)
-    better = guess + 0.5 * guess * (1.0 - x * guess * guess)
-    return tl.where(guess > 0, better, guess)  # 0 where x is infinite
+# The CUDA kernels, whose launchers are in csrc/group_norm_silu.cu
+
+_cuda.declare("group_norm_plan", "iiiqiqiiqp")
+_cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
+_cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
+
+ON_CHIP: int | None = None
+"""Bytes of shared memory that a block of the CUDA kernel may fill; None: what the device has."""
 
 
-@jit
-def _load_sum(
-    x: tl.tensor,
-    residual: tl.tensor,
-    channel_add: tl.tensor,
-    total: tl.tensor,
-    base: tl.tensor,
-    place: tl.tensor,
-    inside: tl.tensor,
-    channel_place: tl.tensor,
-    known: tl.tensor,
-) -> tl.tensor:
-    """x in fp32; with addends their sum, stored to `total` and rounded as it was stored.
+@dataclass(frozen=True)
+class _CudaLayout:
+    """x as the CUDA kernels take it: dense, (N, S, C) with channels_last, else (N, C, S)."""
 
-    What is not read again leaves the L2 first.
+    x: Tensor
+    n: int
+    c: int
+    s: int
+    channels_last: bool
+
+    def dense(self, t: Tensor) -> Tensor:
+        """A tensor of x's shape in its layout and dtype."""
+        return t.to(self.x.dtype).contiguous(memory_format=memory_format_of(self.x))
+
+    def like(self, t: Tensor | None) -> Tensor | None:
+        """`dense` of a tensor that may be None."""
+        return None if t is None else self.dense(t)
+
+    def plan(self, groups: int, on_chip: int | None, *tensors: Tensor | None) -> Any:
+        """How the kernels cut it up: see fastdiff_cuda_group_norm_plan."""
+        limit = -1 if on_chip is None else on_chip
+        device = self.x.device.index or 0
+        sizes = self.n, self.c, self.s, groups, _cuda.aligned(self.x, *tensors)
+        return _cuda_plan(device, _cuda.DTYPES[self.x.dtype], self.channels_last, *sizes, limit)
+
+
+@lru_cache(4096)
+def _cuda_plan(*arguments: int) -> Any:
+    fields = (ctypes.c_int64 * 9)()
+    _cuda.function("group_norm_plan")(*arguments, ctypes.addressof(fields))
+    return fields
+
+
+def _cuda_layout(x: Tensor) -> _CudaLayout:
+    form = memory_format_of(x)
+    x = x.contiguous(memory_format=form)
+    n, c = x.shape[:2]
+    s = math.prod(x.shape[2:])
+    return _CudaLayout(x, n, c, s, form != torch.contiguous_format or s == 1)
+
+
+def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if p is None else p.contiguous() for p in parameters)
+
+
+def norm_cuda(
+    x: Tensor,
+    num_groups: int,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
+    eps: float,
+    silu: bool,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    add: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the total (x itself without `add`) and the statistics (N, G, 3).
+
+    parameters: weight, bias, scale_shift.
     """
-    if total is None:
-        numbers = tl.load(x + base + place, inside, other=0.0).to(tl.float32)
-    else:
-        numbers = tl.load(x + base + place, inside, other=0.0, eviction_policy="evict_first")
-        numbers = numbers.to(tl.float32)
-    if channel_add is not None:
-        numbers += tl.load(channel_add + channel_place, known, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        addend = tl.load(residual + base + place, inside, other=0.0, eviction_policy="evict_first")
-        numbers += addend.to(tl.float32)
-    if total is not None:
-        rounded = numbers.to(total.dtype.element_ty)
-        tl.store(total + base + place, rounded, inside)
-        numbers = rounded.to(tl.float32)
-    return numbers
+    layout = _cuda_layout(x)
+    x = layout.x
+    y = torch.empty_like(x)
+    total = torch.empty_like(x) if add else x
+    stats = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return y, total, stats
+    weight, bias, scale_shift, channel_add = _dense(*parameters, channel_add)
+    residual = layout.like(residual)
+    plan = layout.plan(num_groups, ON_CHIP, y, total, residual)
+    workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
+    _cuda.launch(
+        "group_norm_silu", x, _cuda.DTYPES[x.dtype], layout.channels_last,
+        layout.n, layout.c, layout.s, num_groups, ctypes.addressof(plan),
+        x.data_ptr(), y.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
+        *_cuda.parameter(weight), *_cuda.parameter(bias), *_cuda.parameter(scale_shift),
+        *_cuda.parameter(channel_add),
+        layout.c if channel_add is not None and channel_add.ndim == 2 else 0,
+        _cuda.address(residual), total.data_ptr() if add else None, eps, silu,
+    )  # fmt: skip
+    return y, total, stats
 
 
-@jit
-def _small_kernel(
-    x: tl.tensor,
-    residual: tl.tensor,
-    channel_add: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    scale_shift: tl.tensor,
-    y: tl.tensor,
-    total: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    space: tl.tensor,
-    channels: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
-    channel_add_stride: tl.tensor,
-    eps: tl.tensor,
-    CHANNELS: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SILU: tl.constexpr,
-) -> None:
-    """CHANNELS channels of one sample, whole groups, from x to y without leaving the registers."""
-    tiles = tl.cdiv(channels, CHANNELS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    begin = tl.program_id(0) % tiles * CHANNELS
-    column = tl.arange(0, COLUMNS)
-    channel = begin + column
-    row = tl.arange(0, ROWS)
-    known = (column < CHANNELS) & (channel < channels)
-    inside = (row < space)[:, None] & known[None, :]
-    base = sample * space * channels + begin * column_stride
-    place = row[:, None] * row_stride + column[None, :] * column_stride
-    channel_place = sample * channel_add_stride + channel
-    numbers = _load_sum(x, residual, channel_add, total, base, place, inside, channel_place, known)
-    scale, shift = affine(weight, bias, scale_shift, sample, channel, channels, known)
+def norm_backward_cuda(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
+    silu: bool,
+    *,
+    dtotal: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (with dtotal added), and fp32 dweight (C,), dbias (C,), dscale_shift (N, 2C).
 
-    count = space * (1.0 * SIZE)
-    if channel_add is not None:
-        numbers = tl.where(inside, numbers, 0.0)
-    center = group_totals(tl.sum(numbers, 0), SIZE, GROUPS, COLUMNS) / count
-    centered = tl.where(inside, numbers - center[None, :], 0.0)
-    # what rounding left of the mean: it counts where the mean is large beside the deviation
-    rest = group_totals(tl.sum(centered, 0), SIZE, GROUPS, COLUMNS) / count
-    squares = group_totals(tl.sum(centered * centered, 0), SIZE, GROUPS, COLUMNS)
-    inverse = _inverse_sqrt(tl.maximum(squares / count - rest * rest, 0.0) + eps)
-    scale *= inverse
-    result = centered * scale[None, :] + (shift - rest * scale)[None, :]
-    if SILU:
-        result *= sigmoid(result)
-    tl.store(y + base + place, result.to(y.dtype.element_ty), inside)
-
-    first = known & (column % SIZE == 0)
-    group = sample * (channels // SIZE) + channel // SIZE
-    tl.store(mean + group, center + rest, first)
-    tl.store(rstd + group, inverse, first)
-
-
-@jit
-def _moments_kernel(
-    x: tl.tensor,
-    residual: tl.tensor,
-    channel_add: tl.tensor,
-    total: tl.tensor,
-    moments: tl.tensor,
-    space: tl.tensor,
-    channels: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
-    channel_add_stride: tl.tensor,
-    chunks: tl.tensor,
-    steps: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """Mean and sum of centred squares of each channel over one chunk: `steps` tiles of space.
-
-    Each place of the tile keeps its own running moments (Welford), the rows are merged last (Chan).
+    dscale_shift is (0,) where there is no scale_shift.
     """
-    tiles = tl.cdiv(channels, COLUMNS)
-    tile = tl.program_id(0) % tiles
-    chunk = tl.program_id(0) // tiles % chunks
-    sample = (tl.program_id(0) // tiles // chunks).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    channel = tile * COLUMNS + column
-    known = channel < channels
-    begin = chunk * steps * ROWS
-    row = tl.arange(0, ROWS)
-    base = sample * space * channels + tile.to(tl.int64) * COLUMNS * column_stride
-    base += begin.to(tl.int64) * row_stride
-    place = row[:, None] * row_stride + column[None, :] * column_stride
-    channel_place = sample * channel_add_stride + channel
-    mean = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(steps):
-        inside = (begin + step * ROWS + row < space)[:, None] & known[None, :]
-        numbers = _load_sum(
-            x, residual, channel_add, total, base, place, inside, channel_place, known
-        )
-        delta = tl.where(inside, numbers - mean, 0.0)
-        mean += delta * (1.0 / (step + 1))
-        squares += delta * (numbers - mean)
-        base += ROWS * row_stride
-
-    left = tl.maximum(space - begin - row + ROWS - 1, 0) // ROWS
-    counts = tl.minimum(left, steps).to(tl.float32)[:, None]  # of numbers at each place
-    count = tl.minimum(space - begin, steps * ROWS).to(tl.float32)
-    center = tl.sum(mean * counts, 0) / count
-    center += tl.sum((mean - center[None, :]) * counts, 0) / count
-    deviation = mean - center[None, :]
-    squares = tl.sum(squares + counts * deviation * deviation, 0)
-    target = moments + (sample * chunks + chunk) * (2 * channels) + channel
-    tl.store(target, center, known)
-    tl.store(target + channels, squares, known)
+    layout = _cuda_layout(x)
+    x, c, groups = layout.x, layout.c, stats.shape[1]
+    dx = torch.empty_like(x)
+    dweight, dbias = (torch.zeros(c, dtype=torch.float32, device=x.device) for _ in range(2))
+    weight, bias, scale_shift = _dense(*parameters)
+    film = 0 if scale_shift is None else scale_shift.numel()
+    dscale_shift = torch.zeros(film, dtype=torch.float32, device=x.device)
+    if scale_shift is not None:
+        dscale_shift = dscale_shift.view(scale_shift.shape)
+    if x.numel() == 0:
+        return dx, dweight, dbias, dscale_shift
+    dy, dtotal = layout.dense(dy), layout.like(dtotal)
+    plan = layout.plan(groups, 0, dy, dtotal, dx)
+    numbers = plan[8] + 2 * layout.n * (c + groups)
+    workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)
+    _cuda.launch(
+        "group_norm_silu_backward", x, _cuda.DTYPES[x.dtype], layout.channels_last,
+        layout.n, c, layout.s, groups, ctypes.addressof(plan),
+        dy.data_ptr(), x.data_ptr(), _cuda.address(dtotal), dx.data_ptr(), stats.data_ptr(),
+        workspace.data_ptr(), *_cuda.parameter(weight), *_cuda.parameter(bias),
+        *_cuda.parameter(scale_shift), dweight.data_ptr(), dbias.data_ptr(),
+        dscale_shift.data_ptr() if film else None, silu,
+    )  # fmt: skip
+    return dx, dweight, dbias, dscale_shift
 
 
-@jit
-def _finalize_kernel(
-    moments: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    scale_shift: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    table: tl.tensor,
-    space: tl.tensor,
-    channels: tl.tensor,
-    chunks: tl.tensor,
-    chunk_rows: tl.tensor,
-    eps: tl.tensor,
-    CHANNELS: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """Merge the chunks' moments (Chan) group by group; fold affine and FiLM into the table.
-
-    CHANNELS channels, whole groups, of one sample; more than COLUMNS when a group is wider.
-    """
-    tiles = tl.cdiv(channels, CHANNELS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    begin = (tl.program_id(0) % tiles) * CHANNELS
-    column = tl.arange(0, COLUMNS)
-    row = tl.arange(0, ROWS)
-    source = moments + sample * chunks * (2 * channels)
-    count = space * (1.0 * SIZE)
-
-    sums = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, CHANNELS, COLUMNS):
-        channel = begin + start + column
-        known = (start + column < CHANNELS) & (channel < channels)
-        for block in range(0, chunks, ROWS):
-            chunk = (block + row).to(tl.int64)
-            inside = (chunk < chunks)[:, None] & known[None, :]
-            here = source + chunk[:, None] * (2 * channels) + channel
-            centers = tl.load(here, inside, other=0.0)
-            counts = tl.minimum(space - chunk * chunk_rows, chunk_rows).to(tl.float32)
-            sums += tl.sum(tl.where(inside, centers * counts[:, None], 0.0), 0)
-    center = group_totals(sums, SIZE, GROUPS, COLUMNS) / count
-
-    sums = tl.zeros((COLUMNS,), tl.float32)
-    squares = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, CHANNELS, COLUMNS):
-        channel = begin + start + column
-        known = (start + column < CHANNELS) & (channel < channels)
-        for block in range(0, chunks, ROWS):
-            chunk = (block + row).to(tl.int64)
-            inside = (chunk < chunks)[:, None] & known[None, :]
-            here = source + chunk[:, None] * (2 * channels) + channel
-            counts = tl.minimum(space - chunk * chunk_rows, chunk_rows).to(tl.float32)[:, None]
-            deviation = tl.load(here, inside, other=0.0) - center[None, :]
-            deviation = tl.where(inside, deviation, 0.0)
-            sums += tl.sum(deviation * counts, 0)
-            within = tl.load(here + channels, inside, other=0.0)
-            squares += tl.sum(within + deviation * deviation * counts, 0)
-    rest = group_totals(sums, SIZE, GROUPS, COLUMNS) / count
-    variance = group_totals(squares, SIZE, GROUPS, COLUMNS) / count - rest * rest
-    inverse = _inverse_sqrt(tl.maximum(variance, 0.0) + eps)
-    merged = center + rest
-    rest -= merged - center  # what `merged` lost in rounding
-
-    for start in range(0, CHANNELS, COLUMNS):
-        channel = begin + start + column
-        known = (start + column < CHANNELS) & (channel < channels)
-        scale, shift = affine(weight, bias, scale_shift, sample, channel, channels, known)
-        scale *= inverse
-        target = table + sample * (3 * channels) + channel
-        tl.store(target, merged, known)
-        tl.store(target + channels, scale, known)
-        tl.store(target + 2 * channels, shift - rest * scale, known)
-    first = (column < CHANNELS) & (column % SIZE == 0) & (begin + column < channels)
-    group = sample * (channels // SIZE) + (begin + column) // SIZE
-    tl.store(mean + group, merged, first)
-    tl.store(rstd + group, inverse, first)
-
-
-@jit
-def _apply_kernel(
-    x: tl.tensor,
-    table: tl.tensor,
-    y: tl.tensor,
-    space: tl.tensor,
-    channels: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SILU: tl.constexpr,
-) -> None:
-    """y = silu((x - mean) * scale + shift), last to first: the end of x is still in the L2."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    tiles = tl.cdiv(channels, COLUMNS)
-    blocks = tl.cdiv(space, ROWS)
-    sample = (program // tiles // blocks).to(tl.int64)
-    tile = program % tiles
-    begin = program // tiles % blocks * ROWS
-    column = tl.arange(0, COLUMNS)
-    channel = tile * COLUMNS + column
-    row = tl.arange(0, ROWS)
-    known = channel < channels
-    inside = (begin + row < space)[:, None] & known[None, :]
-    base = sample * space * channels + tile.to(tl.int64) * COLUMNS * column_stride
-    base += begin.to(tl.int64) * row_stride
-    place = row[:, None] * row_stride + column[None, :] * column_stride
-    numbers = tl.load(x + base + place, inside, other=0.0, eviction_policy="evict_first")
-    numbers = numbers.to(tl.float32)
-    source = table + sample * (3 * channels) + channel
-    center = tl.load(source, known, other=0.0)
-    scale = tl.load(source + channels, known, other=0.0)
-    shift = tl.load(source + 2 * channels, known, other=0.0)
-    result = (numbers - center[None, :]) * scale[None, :] + shift[None, :]
-    if SILU:
-        result *= sigmoid(result)
-    tl.store(y + base + place, result.to(y.dtype.element_ty), inside)
-
-
-def norm_forward(
+@torch.library.custom_op("fastdiff::group_norm_silu_cuda", mutates_args=())
+def _group_norm_silu_cuda(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    channel_add: Tensor | None,
-    residual: Tensor | None,
     scale_shift: Tensor | None,
     eps: float,
-    activation: str,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    y, _, stats = norm_cuda(x, num_groups, (weight, bias, scale_shift), eps, silu)
+    return y, stats
+
+
+@_group_norm_silu_cuda.register_fake
+def _group_norm_silu_cuda_fake(
+    x: Tensor, num_groups: int, *rest: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format_of(x))
+    return y, x.new_empty(len(x), num_groups, 3, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdiff::group_norm_silu_backward_cuda", mutates_args=())
+def norm_backward_cuda_op(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    dtotal: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, total, mean, rstd) of x + channel_add + residual; `total` is x where nothing is added.
-
-    mean, rstd: (N, G), fp32.
-    """
-    layout = memory_format_of(x)
-    x = x.contiguous(memory_format=layout)
-    y = torch.empty_like(x)
-    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
-    adds = channel_add is not None or residual is not None
-    total = torch.empty_like(x) if adds else x
-    if x.numel() == 0:
-        return y, total, mean.zero_(), rstd.zero_()
-    if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
-    weight, bias, channel_add, scale_shift = all_contiguous(weight, bias, channel_add, scale_shift)
-    shape = shape_of(x, num_groups)
-    sizes = shape.space, shape.channels
-    add_stride = shape.channels if channel_add is not None and channel_add.ndim == 2 else 0
-    silu = {"SILU": activation == "silu"}
-    stored = total if adds else None
-    small = small_regime("group_norm_silu", x, shape, share=2 if adds else 1)
-    if small is not None:
-        programs, constants = small
-        inputs = x, residual, channel_add, weight, bias, scale_shift
-        outputs = y, stored, mean, rstd
-        numbers = *sizes, *shape.strides, add_stride, eps
-        launch(_small_kernel, (programs,), *inputs, *outputs, *numbers, **constants, **silu)
-        return y, total, mean, rstd
-
-    plan = large_regime("group_norm_silu", x, shape)
-    moments = x.new_empty(plan.samples, plan.chunks, 2, shape.channels, dtype=torch.float32)
-    table = x.new_empty(plan.samples, 3, shape.channels, dtype=torch.float32)
-    for start in range(0, len(x), plan.samples):
-        stop = min(start + plan.samples, len(x))
-        n = stop - start
-        x_, residual_, stored_, total_, y_, scale_shift_, mean_, rstd_ = slices(
-            start, stop, x, residual, stored, total, y, scale_shift, mean, rstd
-        )
-        add_ = channel_add[start:stop] if add_stride and channel_add is not None else channel_add
-        launch(
-            _moments_kernel,
-            (n * plan.programs,),
-            *(x_, residual_, add_, stored_, moments),
-            *(*sizes, *shape.strides, add_stride, plan.chunks, plan.steps),
-            **plan.tile,
-        )
-        launch(
-            _finalize_kernel,
-            (n * plan.finalize_programs,),
-            *(moments, weight, bias, scale_shift_, mean_, rstd_, table),
-            *(*sizes, plan.chunks, plan.chunk_rows, eps),
-            **plan.finalize,
-        )
-        launch(
-            _apply_kernel,
-            (n * plan.apply_programs,),
-            *(total_, table, y_, *sizes, *shape.strides),
-            **plan.apply_tile,
-            **silu,
-        )
-    return y, total, mean, rstd
+    """`norm_backward_cuda` as PyTorch knows it."""
+    parameters = (weight, bias, scale_shift)
+    return norm_backward_cuda(dy, x, stats, parameters, silu, dtotal=dtotal)
 
 
-def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    if shape_class.endswith("small"):
-        for segment in (32, 64, 128):
-            for most in (8192, 16384, 32768):
-                for per_thread in (16, 32, 64):
-                    limits = {"SEGMENT": segment, "LEAST": 1024, "MOST": most}
-                    yield limits | {"PER_THREAD": per_thread}
-        return
-    for columns in (64, 128):
-        for tile in (1024, 2048, 4096):
-            for warps in (4, 8):
-                for programs in (256, 512):
-                    cut = {"COLUMNS": columns, "TILE": tile, "APPLY_TILE": 2 * tile}
-                    rest = {"CHUNK": 128, "FINALIZE": 2048, "L2_MIB": 32, "num_warps": warps}
-                    yield cut | rest | {"PROGRAMS": programs}
+@norm_backward_cuda_op.register_fake
+def _norm_backward_cuda_fake(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    dtotal: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=memory_format_of(x))
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    film = (0,) if scale_shift is None else scale_shift.shape
+    return dx, dweight, dbias, x.new_empty(film, dtype=torch.float32)
 
 
-def _arguments(
-    shape_class: str,
-    dtype: torch.dtype,
-    device: str,
-    size: Sequence[int],
-    *,
-    film: bool = False,
-    adds: bool = False,
-) -> dict[str, Any]:
-    """Arguments of `norm_forward` by name."""
-    nhwc = shape_class.startswith("nhwc")
-    memory_format = torch.channels_last if nhwc else torch.contiguous_format
-    draw = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
-    n, c = size[:2]
-    x = draw(*size).contiguous(memory_format=memory_format)
-    return {
-        "x": x,
-        "num_groups": 32,
-        "weight": draw(c),
-        "bias": draw(c),
-        "channel_add": draw(n, c) if adds else None,
-        "residual": x if adds else None,
-        "scale_shift": draw(n, 2 * c) if film else None,
-        "eps": 1e-5,
-        "activation": "silu",
-    }
-
-
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """SD 1.5's sizes at 64 x 64 latents, and ADM's with FiLM."""
-    given = partial(_arguments, shape_class, dtype, device)
-    if shape_class.endswith("large"):
-        made = [given((2, 320, 64, 64)), given((2, 640, 64, 64), film=True, adds=True)]
-    else:
-        made = [
-            given((2, 1280, 16, 16)),
-            given((2, 640, 32, 32)),
-            given((2, 128, 32, 32), film=True),
-            given((2, 320, 16, 16), adds=True),
-        ]
-    return [partial(norm_forward, **arguments) for arguments in made]
-
-
-def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    def call(size: Sequence[int], **options: bool) -> Callable[[], Any]:
-        given = _arguments(shape_class, dtype, device, size, **options)
-        x, statistics = given["x"], torch.empty(size[0], 32, dtype=torch.float32, device=device)
-        return partial(
-            norm_backward,
-            dy=x,
-            dtotal=given["residual"],
-            total=x,
-            mean=statistics,
-            rstd=statistics,
-            activation="silu",
-            dtype=dtype,
-            wanted=[True] * 4,
-            **{name: given[name] for name in ("num_groups", "weight", "bias")},
-            **{name: given[name] for name in ("channel_add", "scale_shift")},
-        )
-
-    if shape_class.endswith("large"):
-        return [call((2, 320, 64, 64)), call((2, 640, 64, 64), film=True, adds=True)]
-    return [call((2, 640, 16, 16)), call((2, 320, 8, 8), film=True, adds=True)]
-
-
-for _name, _made in (("group_norm_silu", _calls), ("group_norm_silu_backward", _backward_calls)):
-    define_tunable(
-        Tunable(
-            name=_name,
-            shape_classes=("nhwc/small", "nhwc/large", "nchw/small", "nchw/large"),
-            candidates=_candidates,
-            calls=_made,
-        )
+def parameter_gradients(
+    parameters: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Each gradient in its parameter's dtype; None where there is no parameter."""
+    return tuple(
+        None if p is None else g.to(p.dtype) for p, g in zip(parameters, gradients, strict=True)
     )
 
 
-def _group_norm_silu(
+def _keep_cuda(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, weight, bias, scale_shift, _, ctx.silu = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight, bias, scale_shift)
+
+
+def _backward_cuda(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, stats, *parameters = ctx.saved_tensors
+    dx, *gradients = norm_backward_cuda_op(dy, x, stats, *parameters, None, ctx.silu)
+    return dx, None, *parameter_gradients(tuple(parameters), tuple(gradients)), None, None
+
+
+_group_norm_silu_cuda.register_autograd(_backward_cuda, setup_context=_keep_cuda)
+
+
+def _plain_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    return norm_cuda(x, num_groups, (weight, bias, scale_shift), eps, activation == "silu")[0]
+
+
+def group_norm_silu_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """The op on the CUDA kernels, as PyTorch knows it; see `group_norm_silu`."""
+    silu = activation == "silu"
+    y: Tensor = _group_norm_silu_cuda(x, num_groups, weight, bias, scale_shift, eps, silu)[0]
+    return y
+
+
+# The Triton kernels, which are in _group_norm_forward.py and _group_norm_backward.py
+
+
+def _group_norm_silu_triton(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -598,12 +372,12 @@ def _group_norm_silu(
 
 
 group_norm_silu_triton = torch.library.custom_op(
-    "fastdiff::group_norm_silu_triton", _group_norm_silu, mutates_args=()
+    "fastdiff::group_norm_silu_triton", _group_norm_silu_triton, mutates_args=()
 )
 
 
 @group_norm_silu_triton.register_fake
-def _group_norm_silu_fake(
+def _group_norm_silu_triton_fake(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -616,22 +390,22 @@ def _group_norm_silu_fake(
     return torch.empty_like(x, memory_format=memory_format_of(x)), mean, rstd
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, num_groups, weight, bias, scale_shift, _, activation = inputs
     parameters = weight, bias, None, scale_shift
     keep_for_backward(ctx, x, num_groups, parameters, output[1:], activation, x.dtype)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_triton(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = [*(ctx.needs_input_grad[i] for i in (2, 3, 4)), False]
     dx, dweight, dbias, dscale_shift, _none = norm_gradients(ctx, dy, None, wanted)
     return dx, None, dweight, dbias, dscale_shift, None, None
 
 
-group_norm_silu_triton.register_autograd(_differentiate, setup_context=_keep)
+group_norm_silu_triton.register_autograd(_backward_triton, setup_context=_keep_triton)
 
 
-def group_norm_silu_on_triton(
+def plain_triton(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -646,7 +420,7 @@ def group_norm_silu_on_triton(
     return y
 
 
-def why_not(
+def why_not_triton(
     x: Tensor,
     num_groups: int,
     *parameters: Tensor | None,
@@ -658,7 +432,273 @@ def why_not(
 
 
 _op = define_op("group_norm_silu", group_norm_silu_reference)
-register(_op, group_norm_silu_on_triton, why_not)
+_cuda.register(_op, _plain_cuda, group_norm_silu_cuda)
+_triton.register(_op, plain_triton, why_not_triton)
+
+
+# CPU
+
+
+def dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x without gaps, and True where its channels lie last (or there is one position only)."""
+    if x.is_contiguous():
+        return x, x.ndim == 2 or x.shape[2:].numel() == 1
+    if memory_format_of(x) is torch.contiguous_format:
+        return x.contiguous(), False
+    return x, True
+
+
+def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
+    """t in the layout of a dense x."""
+    return t.contiguous(memory_format=memory_format_of(x))
+
+
+def run_native(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    silu: bool,
+    *,
+    for_backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, total, stats): total is x where there is nothing to add; stats are for the backward
+    pass, (N, G, 3) fp32."""
+    x, channels_last = dense(x)
+    n, c = x.shape[:2]
+    y = torch.empty_like(x)
+    adds = channel_add is not None or residual is not None
+    total = torch.empty_like(x) if adds else x
+    stats = torch.empty(n, num_groups, 3) if for_backward else None
+    if x.numel() == 0:
+        return y, total, stats
+    if residual is not None:
+        residual = laid_out_like(extension.as_dtype_or_float(residual, x.dtype), x)
+    as_float, address = extension.as_float, extension.address
+    weight, bias, scale_shift = as_float(weight), as_float(bias), as_float(scale_shift)
+    channel_add = as_float(channel_add)
+    extension.native.group_norm_silu(
+        extension.DTYPES[x.dtype],
+        channels_last,
+        silu,
+        residual is not None and residual.dtype is not x.dtype,
+        x.data_ptr(),
+        address(residual),
+        address(channel_add),
+        c if channel_add is not None and channel_add.ndim == 2 else 0,
+        total.data_ptr() if adds else 0,
+        y.data_ptr(),
+        address(weight),
+        address(bias),
+        address(scale_shift),
+        address(stats),
+        n,
+        c,
+        num_groups,
+        x.numel() // (n * c),
+        eps,
+    )
+    return y, total, stats
+
+
+def run_native_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    stats: Tensor,
+    silu: bool,
+    wants_channels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dscale_shift, dchannel) of the total x; all but dx fp32, and empty where
+    not wanted."""
+    x, channels_last = dense(x)
+    n, c = x.shape[:2]
+    dx = torch.empty_like(x)
+    channels = torch.empty if x.numel() else torch.zeros
+    dweight = channels(0 if weight is None else c)
+    dbias = channels(0 if bias is None else c)
+    dscale_shift = channels(0 if scale_shift is None else n, 2 * c)
+    dchannel = channels(n if wants_channels else 0, c)
+    if x.numel() == 0:
+        return dx, dweight, dbias, dscale_shift, dchannel
+    dy, dtotal = laid_out_like(dy, x), None if dtotal is None else laid_out_like(dtotal, x)
+    weight, bias, scale_shift = map(extension.as_float, (weight, bias, scale_shift))
+    address = extension.address
+    extension.native.group_norm_silu_backward(
+        extension.DTYPES[x.dtype],
+        channels_last,
+        silu,
+        dy.data_ptr(),
+        address(dtotal),
+        x.data_ptr(),
+        dx.data_ptr(),
+        address(weight),
+        address(bias),
+        address(scale_shift),
+        stats.data_ptr(),
+        address(dweight),
+        address(dbias),
+        address(dscale_shift),
+        address(dchannel),
+        n,
+        c,
+        stats.shape[1],
+        x.numel() // (n * c),
+    )
+    return dx, dweight, dbias, dscale_shift, dchannel
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """What `run_native` allocates for y."""
+    return torch.empty_like(x, memory_format=memory_format_of(x))
+
+
+@torch.library.custom_op("fastdiff::group_norm_silu_cpu", mutates_args=(), device_types="cpu")
+def _norm_cpu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    y, _, stats = run_native(
+        x, num_groups, weight, bias, None, None, scale_shift, eps, silu, for_backward=True
+    )
+    assert stats is not None
+    return y, stats
+
+
+@_norm_cpu.register_fake
+def _(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    stats = torch.empty(x.shape[0], num_groups, 3, dtype=torch.float32, device=x.device)
+    return dense_like(x), stats
+
+
+@torch.library.custom_op(
+    "fastdiff::group_norm_silu_backward_cpu", mutates_args=(), device_types="cpu"
+)
+def norm_backward_cpu(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    stats: Tensor,
+    silu: bool,
+    wants_channels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return run_native_backward(
+        dy, dtotal, x, weight, bias, scale_shift, stats, silu, wants_channels
+    )
+
+
+@norm_backward_cpu.register_fake
+def _(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    stats: Tensor,
+    silu: bool,
+    wants_channels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c = x.shape[:2]
+    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
+    return (
+        dense_like(x),
+        empty(0 if weight is None else c),
+        empty(0 if bias is None else c),
+        empty(0 if scale_shift is None else n, 2 * c),
+        empty(n if wants_channels else 0, c),
+    )
+
+
+def as_dtype_of(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """A parameter's fp32 gradient as its own dtype; None without a parameter."""
+    return None if parameter is None else gradient.to(parameter.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.num_groups, weight, bias, scale_shift, ctx.eps, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias, scale_shift, output[1])
+
+
+def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale_shift, stats = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def reference(x: Tensor, w: Any, b: Any, s: Any) -> Tensor:
+            activation = "silu" if ctx.silu else "none"
+            return group_norm_silu_reference(
+                x, ctx.num_groups, w, b, scale_shift=s, eps=ctx.eps, activation=activation
+            )
+
+        found = extension.reference_gradients(reference, (x, weight, bias, scale_shift), (dy,))
+    else:
+        dx, dweight, dbias, dscale_shift, _ = norm_backward_cpu(
+            dy, None, x, weight, bias, scale_shift, stats, ctx.silu, False
+        )
+        found = (
+            dx,
+            as_dtype_of(dweight, weight),
+            as_dtype_of(dbias, bias),
+            as_dtype_of(dscale_shift, scale_shift),
+        )
+    return found[0], None, *found[1:], None, None
+
+
+_norm_cpu.register_autograd(_gradient, setup_context=_keep)
+
+
+def _native(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    silu = activation == "silu"
+    return run_native(x, num_groups, weight, bias, None, None, scale_shift, eps, silu)[0]
+
+
+def _registered(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    y: Tensor = _norm_cpu(x, num_groups, weight, bias, scale_shift, eps, activation == "silu")[0]
+    return y
+
+
+extension.register(_op, _native, _registered)
 
 
 def group_norm_silu(

@@ -70,6 +70,8 @@ def diagnose() -> dict[str, Any]:
     """Everything ``doctor`` prints, in plain dictionaries, lists, strings and numbers."""
     import torch
 
+    from fastdiff.kernels import extension
+
     return {
         "fastdiff": __version__,
         "folder": str(Path(__file__).resolve().parent.parent),
@@ -82,8 +84,10 @@ def diagnose() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "cpu": _cpu(),
         "gpus": _gpus(),
+        "native": extension.describe(),
         "compilers": {name: _compiler(name) for name in COMPILERS},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "configs": _configs(),
         "ops": _ops(),
     }
 
@@ -174,6 +178,24 @@ def _ops() -> dict[str, Any]:
     return report
 
 
+def _configs() -> dict[str, list[str]]:
+    """GPU, or "shipped" where there is none -> which launch configs its Triton kernels get."""
+    import torch
+
+    from fastdiff import tuning
+    from fastdiff.kernels import _triton
+
+    def told(index: int) -> list[str]:
+        try:
+            return tuning.describe(_triton.gpu_of(torch.device("cuda", index)))
+        except ValueError as error:  # a file that cannot be read
+            return [str(error)]
+
+    if not torch.cuda.is_available():
+        return {"shipped": [f"{name}: {how}" for name, how in tuning.shipped().items()]}
+    return {f"cuda:{index}": told(index) for index in range(torch.cuda.device_count())}
+
+
 def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Small arguments of the kind a U-Net gives the op: fp32, contiguous, 64 channels."""
     import torch
@@ -241,6 +263,8 @@ def _print(report: dict[str, Any]) -> None:
         why = "no GPU found" if built else "this torch is built without CUDA"
         pairs.append(("cuda", f"none: {why}"))
     print_pairs(pairs, indent=2)
+    print("\ncompiled module")
+    print_pairs(_native(report["native"]), indent=2)
     print("\ncompilers")
     print_pairs(
         [(name, found or "not found") for name, found in report["compilers"].items()], indent=2
@@ -248,7 +272,26 @@ def _print(report: dict[str, Any]) -> None:
     if report["environment"]:
         print("\nenvironment")
         print_pairs(list(report["environment"].items()), indent=2)
+    print("\nlaunch configs of the Triton kernels")
+    print_pairs(
+        [
+            (name if not line else "", told)
+            for name, lines in report["configs"].items()
+            for line, told in enumerate(lines)
+        ],
+        indent=2,
+    )
     _print_ops(report["ops"])
+
+
+def _native(told: dict[str, Any]) -> list[tuple[str, str]]:
+    if "missing" in told:
+        return [("none", told["missing"])]
+    built = f"{told['compiler']}, fastdiff {told['version']}, {told['path']}"
+    if told["stale"]:
+        built += "; csrc/ has changed since: run 'make build'"
+    runs = f"{told['isa']} of {' '.join(told['isas'])}; threads: {told['threads']}"
+    return [("built by", built), ("runs", runs), ("CUDA", told["cuda_architectures"] or "no")]
 
 
 def _print_ops(ops: dict[str, Any]) -> None:

@@ -1,0 +1,115 @@
+// What the CPU kernels take. A kernel is a function of one struct of pointers and sizes; it is
+// compiled once per instruction set, and `run(arguments)` calls the one for this machine.
+//
+// All tensors of a call have one dtype but where a comment says float. Strides are in elements.
+// Every kernel splits its work by the shape alone, never by the number of threads or samples in
+// flight, so that a sample's bits depend on nothing but its numbers.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdiff {
+
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
+
+// y[r, i] = x[r, i] gelu(x[r, d + i])
+struct Geglu {
+  Dtype dtype;
+  const void* x;  // (rows, 2 d), rows x_stride apart
+  void* y;        // (rows, d)
+  int64_t rows, d, x_stride;
+};
+
+struct GegluBackward {
+  Dtype dtype;
+  const void *dy, *x;  // (rows, d), (rows, 2 d)
+  void* dx;            // (rows, 2 d)
+  int64_t rows, d, dy_stride, x_stride;
+};
+
+// total = x + channel_add + residual, rounded; y = activation(n^ factor + offset) with n^ the total
+// normalised over the groups, factor = weight (1 + scale), offset = bias (1 + scale) + shift.
+// x, residual, total, y: (n, c, space), or (n, space, c) if channels_last. Without a total there is
+// nothing to add and x is normed. What may be left out is null.
+struct GroupNorm {
+  Dtype dtype;
+  bool channels_last, silu, wide_residual;  // wide_residual: it is float
+  const void *x, *residual;
+  const float* channel_add;    // (n, c), or (c,) with a stride of 0
+  int64_t channel_add_stride;  // from sample to sample
+  void *total, *y;
+  const float *weight, *bias, *scale_shift;  // (c,), (c,), (n, 2 c)
+  float* stats;                // (n, groups, 3): mean, its digits below fp32, 1 / deviation
+  int64_t n, c, groups, space;
+  double eps;
+};
+
+// The gradients, from dy, the total (or x) and its stats. dtotal is added to dx; dchannel is the sum of
+// dx over space.
+struct GroupNormBackward {
+  Dtype dtype;
+  bool channels_last, silu;
+  const void *dy, *dtotal, *x;
+  void* dx;
+  const float *weight, *bias, *scale_shift, *stats;
+  float *dweight, *dbias, *dscale_shift, *dchannel;  // (c,), (c,), (n, 2 c), (n, c)
+  int64_t n, c, groups, space;
+};
+
+// total = x + residual, rounded; y = LayerNorm of its rows. Without a total x is normed.
+struct LayerNorm {
+  Dtype dtype;
+  bool wide_residual;                // it is float
+  const void *x, *residual;          // (rows, d), rows x_stride and residual_stride apart
+  void *total, *y;                   // (rows, d)
+  const float *weight, *bias;        // (d,) or null
+  int64_t rows, d, x_stride, residual_stride;
+  double eps;
+};
+
+// The gradients, from dy and the total (or x). dtotal is added to dx; what is not wanted is null.
+struct LayerNormBackward {
+  Dtype dtype;
+  const void *dy, *dtotal, *x;
+  void* dx;
+  const float* weight;
+  float *dweight, *dbias;
+  int64_t rows, d, dy_stride, dtotal_stride, x_stride;
+  double eps;
+};
+
+// Every struct whose kernel is compiled per instruction set.
+#define FASTDIFF_KERNELS(X) \
+  X(Geglu)                  \
+  X(GegluBackward)          \
+  X(GroupNorm)              \
+  X(GroupNormBackward)      \
+  X(LayerNorm)              \
+  X(LayerNormBackward)
+
+#define X(isa)                                           \
+  namespace isa {                                        \
+  template <class Arguments> void run(const Arguments&); \
+  }
+FASTDIFF_ISAS  // X(portable) X(avx2) ..., from setup.py
+#undef X
+
+#define X(Arguments) void run(const Arguments&);
+FASTDIFF_KERNELS(X)
+#undef X
+
+// The instruction set in use; the first call picks the best this CPU has.
+const char* isa();
+// Use another one, for tests. False if it was not compiled or this CPU lacks it.
+bool use_isa(const char* name);
+
+// Threads: torch's own pool, so that there is one pool and torch.set_num_threads holds.
+using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelFunc, void*);
+// Without one (nullptr) everything runs on the calling thread.
+void set_parallel_for(ParallelFor function);
+bool has_parallel_for();
+// Call f on pieces of [0, n) of at least `grain`.
+void parallel_for(int64_t n, int64_t grain, ParallelFunc f, void* context);
+
+}  // namespace fastdiff
