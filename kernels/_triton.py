@@ -49,6 +49,11 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """`triton.constexpr_function`: plain Python on constants, called inside a kernel."""
+    return function if triton is None else triton.constexpr_function(function)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
@@ -150,6 +155,12 @@ class Tunable:
     """(shape class, dtype, device) -> calls on tensors of that class: the one that is timed, then
     other variants of the kernels (layouts, options)."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    takes: Callable[[str, torch.dtype], bool] = lambda shape_class, dtype: True
+    """(shape class, one of `dtypes`) -> whether there is such a config."""
+
+    def pairs(self) -> list[tuple[str, torch.dtype]]:
+        """The (shape class, dtype) that have a config."""
+        return [(c, d) for c in self.shape_classes for d in self.dtypes if self.takes(c, d)]
 
 
 TUNABLES: dict[str, Tunable] = {}
@@ -206,6 +217,11 @@ def _gpu(device: torch.device) -> Gpu:
     if device.type == "cuda":
         return _gpu_of(device.index if device.index is not None else torch.cuda.current_device())
     return Gpu("", _architecture or "sm_90")  # interpreted or recorded
+
+
+def architecture_of(device: torch.device) -> str:
+    """Such as "sm_90" or "gfx942": the one that configs are looked up for."""
+    return _gpu(device).architecture
 
 
 @lru_cache

@@ -55,6 +55,7 @@ def _patch() -> None:
 
     execute = GridExecutor.__call__
     cast = InterpreterBuilder.cast_impl
+    dot = InterpreterBuilder.create_dot
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
@@ -66,6 +67,13 @@ def _patch() -> None:
             wide = source.data.astype(np.uint32) << 16
             return TensorHandle(wide.view(np.float32), want)
         return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        """Triton 3.7's own multiplies the bits of bf16 as integers."""
+        a, b = (
+            cast_impl(self, x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
 
     def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         for traffic in _counting:
@@ -85,6 +93,7 @@ def _patch() -> None:
 
     GridExecutor.__call__ = quiet
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
 
