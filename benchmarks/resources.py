@@ -57,12 +57,6 @@ class Chip:
     matrix: str
     """The matrix instruction that a product of tiles must become."""
 
-    def target(self, architecture: str) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        name = architecture if self.backend == "hip" else int(architecture.removeprefix("sm_"))
-        return GPUTarget(self.backend, name, self.warp_size)
-
     def occupancy(self, *, registers: int, shared: int, warps: int) -> float:
         """Resident warps as a share of the most possible."""
         granted = max(1, -(-registers // 8) * 8) * self.warp_size
@@ -214,7 +208,7 @@ def compile_one(task: Task) -> Resources:
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     try:
-        compiled = triton.compile(source, target=chip.target(task.architecture), options=options)
+        compiled = triton.compile(source, target=_triton.target(task.architecture), options=options)
     except Exception as error:
         raise RuntimeError(f"{task}: {launch.kernel.__name__} does not compile: {error}") from error
     if chip.backend == "hip":

@@ -78,6 +78,18 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    def compile(self) -> Any:
+        """Compile it as a start of the kernel would, for triton's active driver; run nothing."""
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        values = [v for name, v in self.arguments.items() if name not in constants]
+        return self.kernel.warmup(
+            *values,
+            grid=self.grid,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            **{name: self.arguments[name] for name in constants},
+        )
+
 
 _recorded: list[Launch] | None = None
 _architecture: str | None = None
@@ -197,7 +209,7 @@ def config(name: str, x: Tensor, shape_class: str) -> Config:
     """
     if name in _overrides:
         return _overrides[name]
-    return _lookup(name, _gpu(x.device), x.dtype, shape_class)
+    return lookup(name, gpu_of(x.device), x.dtype, shape_class)
 
 
 @dataclass(frozen=True)
@@ -213,10 +225,11 @@ class Gpu:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU of a device; for interpreted or recorded launches one of no name."""
     if device.type == "cuda":
-        return _gpu_of(device.index if device.index is not None else torch.cuda.current_device())
-    return Gpu("", _architecture or "sm_90")  # interpreted or recorded
+        return _gpu_at(device.index if device.index is not None else torch.cuda.current_device())
+    return Gpu("", _architecture or "sm_90")
 
 
 def architecture_of(device: torch.device) -> str:
@@ -225,11 +238,20 @@ def architecture_of(device: torch.device) -> str:
 
 
 @lru_cache
-def _gpu_of(index: int) -> Gpu:
+def _gpu_at(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
     return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
+
+
+def target(architecture: str) -> Any:
+    """What triton calls an architecture."""
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
 
 def tuned_cache() -> Path:
@@ -295,7 +317,8 @@ def tuned_files(gpu: Gpu) -> tuple[Tuned, ...]:
 
 
 @cache
-def _lookup(name: str, gpu: Gpu, dtype: torch.dtype, shape_class: str) -> Config:
+def lookup(name: str, gpu: Gpu, dtype: torch.dtype, shape_class: str) -> Config:
+    """The config that the files have for a GPU. Raises LookupError."""
     for tuned in tuned_files(gpu):
         found = tuned.find(name, dtype, shape_class)
         if found is not None:
@@ -306,7 +329,7 @@ def _lookup(name: str, gpu: Gpu, dtype: torch.dtype, shape_class: str) -> Config
 def forget_configs() -> None:
     """Read the files anew on the next call (after a search wrote one)."""
     tuned_files.cache_clear()
-    _lookup.cache_clear()
+    lookup.cache_clear()
 
 
 # Registration

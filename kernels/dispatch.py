@@ -62,13 +62,20 @@ class Implementation:
     """Device types on which it runs too, slowly, but only when it is forced by name."""
 
     def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        emulates = args[0].device.type in self.emulated_on and selected_backend() == self.backend
-        if not self.serves(args) and not emulates:
-            return f"it runs on {' and '.join(self.devices)}, got tensors on {args[0].device.type}"
+        device = _device_type(args, kwargs)
+        emulates = device in self.emulated_on and selected_backend() == self.backend
+        if not self.serves(device) and not emulates:
+            return f"it runs on {' and '.join(self.devices)}, got tensors on {device}"
         return self.why_not(*args, **kwargs)
 
-    def serves(self, args: tuple[Any, ...]) -> bool:
-        return not self.devices or args[0].device.type in self.devices
+    def serves(self, device_type: str) -> bool:
+        return not self.devices or device_type in self.devices
+
+
+def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Of an op's first tensor, which `explain` may be given by its name."""
+    first: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first.device.type
 
 
 @dataclass
@@ -104,7 +111,7 @@ class Op:
             reason = implementation.objection(args, kwargs)
             if reason is None:
                 return implementation
-            if name == "auto" and implementation.serves(args):
+            if name == "auto" and implementation.serves(_device_type(args, kwargs)):
                 self._warn_once(candidate, reason)
         reasons = self.reasons(args, kwargs)
         listed = "; ".join(f"{key}: {value or 'would run'}" for key, value in reasons.items())
@@ -214,11 +221,15 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         op: name of the op or its public function; args, kwargs: what the public function takes.
 
     Raises:
-        ValueError: there is no such op.
+        ValueError: there is no such op, or no arguments are given.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
         raise ValueError(f"op must be one of {tuple(sorted(OPS))}, got {name!r}")
+    if not args and not kwargs:
+        raise ValueError(
+            f"explain({name!r}) needs the arguments of {name}: the choice depends on them"
+        )
     selected, reasons = selected_backend(), OPS[name].reasons(args, kwargs)
     order = ORDER if selected == "auto" else (selected,)
     chosen = next((candidate for candidate in order if reasons[candidate] is None), None)

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "train an autoencoder, or a denoiser on its latents",
     "samplers": "list the samplers, print or draw the table of one",
     "info": "what a model folder, a run folder or a PNG holds",
+    "tune": "search the launch configs of the Triton kernels on this machine's GPU",
     "doctor": "versions, devices, compilers, and which backend serves each op",
 }
 EXIT_MISTAKE = 2

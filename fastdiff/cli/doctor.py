@@ -84,6 +84,7 @@ def diagnose() -> dict[str, Any]:
         "gpus": _gpus(),
         "compilers": {name: _compiler(name) for name in COMPILERS},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "configs": _configs(),
         "ops": _ops(),
     }
 
@@ -174,6 +175,24 @@ def _ops() -> dict[str, Any]:
     return report
 
 
+def _configs() -> dict[str, list[str]]:
+    """GPU, or "shipped" where there is none -> which launch configs its Triton kernels get."""
+    import torch
+
+    from fastdiff import tuning
+    from fastdiff.kernels import _triton
+
+    def told(index: int) -> list[str]:
+        try:
+            return tuning.describe(_triton.gpu_of(torch.device("cuda", index)))
+        except ValueError as error:  # a file that cannot be read
+            return [str(error)]
+
+    if not torch.cuda.is_available():
+        return {"shipped": [f"{name}: {how}" for name, how in tuning.shipped().items()]}
+    return {f"cuda:{index}": told(index) for index in range(torch.cuda.device_count())}
+
+
 def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Small arguments of the kind a U-Net gives the op: fp32, contiguous, 64 channels."""
     import torch
@@ -248,6 +267,15 @@ def _print(report: dict[str, Any]) -> None:
     if report["environment"]:
         print("\nenvironment")
         print_pairs(list(report["environment"].items()), indent=2)
+    print("\nlaunch configs of the Triton kernels")
+    print_pairs(
+        [
+            (name if not line else "", told)
+            for name, lines in report["configs"].items()
+            for line, told in enumerate(lines)
+        ],
+        indent=2,
+    )
     _print_ops(report["ops"])
 
 

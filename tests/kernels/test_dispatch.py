@@ -179,6 +179,9 @@ def test_explain_prints_the_choice_and_the_reasons(op: dispatch.Op) -> None:
 
 def test_explain_takes_the_public_function() -> None:
     assert kernels.explain(kernels.geglu, X).chosen == "reference"
+    assert kernels.explain(kernels.geglu, x=X).chosen == "reference"
+    with pytest.raises(ValueError, match="needs the arguments of geglu"):
+        kernels.explain("geglu")
     with pytest.raises(ValueError, match=r"op must be one of .*'attention'.* got 'conv'"):
         kernels.explain("conv", X)
 

@@ -1,0 +1,143 @@
+"""``fastdiff tune``: search launch configs on the GPU at hand."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from fastdiff.cli.console import print_numbers, progress, seconds
+from fastdiff.cli.machine import TORCH_NAMES, DtypeName
+from fastdiff.cli.parsing import OptionalPath, parse
+
+if TYPE_CHECKING:
+    from fastdiff.tuning import Found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Search the launch configs of the Triton kernels on the GPU at hand.
+
+    Times each op's candidates, checks that the fastest computes what the present one does, and
+    writes it to the user's cache (FASTDIFF_CACHE, else ~/.cache/fastdiff), which later runs read
+    first. What the search does not touch stays. See 'fastdiff doctor' for the files in use.
+
+    Examples:
+      fastdiff tune
+      fastdiff tune --op attention group_norm_silu --dtype bf16 --budget-minutes 5
+      fastdiff tune --device cuda:1 --export tuned.json
+    """
+
+    op: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """Only these ops; the table's first column names them."""
+    dtype: Annotated[tuple[DtypeName, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """Only these dtypes."""
+    shape_class: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+    ] = ()
+    """Only these shape classes, which the table names after the dtype."""
+    budget_minutes: float = 20.0
+    """How long the search may take, in minutes."""
+    device: str = "auto"
+    """Which GPU: auto, cuda, cuda:0, ..."""
+    workers: int = min(16, os.cpu_count() or 1)
+    """Processes that compile candidates ahead; 0: none."""
+    export: OptionalPath = None
+    """Write what was found to this file too, in the form of kernels/tuned/<gpu>.json."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget_minutes < float("inf"):
+            raise ValueError(f"budget minutes must be positive, got {self.budget_minutes:g}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Tune, words, prog="fastdiff tune")
+    return 0 if options is None else run(options)
+
+
+def run(options: Tune) -> int:
+    import torch
+
+    from fastdiff import timing, tuning
+    from fastdiff.cli.machine import device_and_dtype
+    from fastdiff.kernels import _triton
+
+    dtypes = [getattr(torch, TORCH_NAMES[name]) for name in options.dtype]
+    todo = tuning.cases(options.op, dtypes, options.shape_class)
+    if options.device == "auto" and not torch.cuda.is_available():
+        raise ValueError("tuning needs a GPU, and this machine has none that torch can use")
+    device, _ = device_and_dtype(options.device, "fp32")
+    if device.type != "cuda":
+        raise ValueError(f"tuning needs a GPU, got --device {options.device}")
+    if _triton.triton is None or _triton.INTERPRETED:
+        raise ValueError("tuning needs triton, and not its interpreter; unset TRITON_INTERPRET")
+    gpu = _triton.gpu_of(device)
+    path = tuning.cache_file(gpu)
+    aside = tuning.set_aside_broken(path)
+    if aside:
+        print(f"{path} could not be read; it is now {aside}")
+    measured = tuning.facts(gpu)
+    found: list[Found] = []
+    with progress("tuning") as report:
+        for one in tuning.tune(
+            todo,
+            gpu=gpu,
+            device=device,
+            timer=timing.timer_for(device),
+            budget_s=options.budget_minutes * 60,
+            report=report,
+            workers=options.workers,
+        ):
+            found.append(one)
+            tuning.save([one], measured, path)  # Ctrl-C keeps what is done
+    if options.export:
+        tuning.save(found, measured, Path(options.export))
+    print_found(found)
+    print(f"\nwritten: {path}")
+    if options.export:
+        print(f"written: {options.export}")
+    return 0
+
+
+def print_found(found: Sequence[Found]) -> None:
+    """The table, and what became of the candidates."""
+    heading = ("op", "dtype/class", "before", "", "after", "", "gain", "tried")
+    rows: list[tuple[str, ...]] = [heading]
+    for one in found:
+        same = one.after == one.before
+        rows.append(
+            (
+                one.case.tunable,
+                one.case.key,
+                config_text(one.before),
+                microseconds(one.before_s),
+                "kept" if same else config_text(one.after),
+                "" if same else microseconds(one.after_s),
+                "" if same else f"{one.gain:.2f} x",
+                f"{one.tried} of {one.tried + one.left}",
+            )
+        )
+    print_numbers(rows, left=True)
+    rejected: Counter[str] = sum((one.rejected for one in found), Counter())
+    told = [f"{count} {reason}" for reason, count in rejected.most_common()]
+    left = sum(one.left for one in found)
+    if left:
+        told.append(f"{left} not tried: a larger --budget-minutes would")
+    if told:
+        print(f"\ncandidates left out: {'; '.join(told)}")
+
+
+def config_text(config: dict[str, int]) -> str:
+    """``ROWS 4, warps 8``."""
+    return ", ".join(f"{name.removeprefix('num_')} {value}" for name, value in config.items())
+
+
+def microseconds(value: float) -> str:
+    return f"{value * 1e6:.1f} µs" if value < 1e-3 else seconds(value)

@@ -1,0 +1,155 @@
+"""How long a function takes: device events on GPUs, the clock on the CPU.
+
+A timing says by which method it was made:
+
+    events   the GPU's cache is overwritten, then one call between two events; the calls wait in
+             the queue meanwhile, so that the host's launch times do not count
+    graph    `CALLS` calls in one CUDA graph, replayed between two events: for work that takes less
+             time than its launches. The operands stay in the cache, as in a network whose tensors
+             are that small
+    host     the host's clock around calls that the device has finished: on the CPU one, on a GPU
+             `CALLS`; launches and waiting for the device count
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+Method = Literal["events", "graph", "host"]
+ROUNDS = 50
+"""The most timed rounds."""
+CALLS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds per call over the rounds."""
+
+    method: Method
+    rounds: int
+    q1_s: float
+    median_s: float
+    q3_s: float
+
+    @classmethod
+    def of(cls, method: Method, seconds: Sequence[float]) -> Timing:
+        q1, median, q3 = (
+            statistics.quantiles(seconds, n=4, method="inclusive")
+            if len(seconds) > 1
+            else [seconds[0]] * 3
+        )
+        return cls(method=method, rounds=len(seconds), q1_s=q1, median_s=median, q3_s=q3)
+
+
+class Timer(Protocol):
+    """Times a function within a budget; a device without events takes "host" for every method."""
+
+    def __call__(
+        self, function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
+    ) -> Timing: ...
+
+
+class HostTimer:
+    """The clock, for a CPU."""
+
+    def __init__(self, rounds: int = ROUNDS) -> None:
+        self.rounds = rounds
+
+    def __call__(
+        self, function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
+    ) -> Timing:
+        def timed() -> float:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+
+        rounds = min(self.rounds, _rounds(timed(), budget_s))
+        return Timing.of("host", [timed() for _ in range(rounds)])
+
+
+class GpuTimer:
+    """Events on one GPU. Holds a buffer four times as large as its L2 cache."""
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self.device = torch.device(device)
+        properties = torch.cuda.get_device_properties(self.device)
+        cache = max(64 * 2**20, getattr(properties, "L2_cache_size", 0))
+        self.flush = torch.empty(4 * cache, dtype=torch.uint8, device=self.device)
+
+    def __call__(
+        self, function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
+    ) -> Timing:
+        with torch.cuda.device(self.device):
+            function()  # compiles, allocates, loads
+            if method == "events":
+                rounds = _rounds(self._between(function), budget_s)
+                return Timing.of("events", self._cold(function, rounds))
+            run = self._captured(function) if method == "graph" else _repeated(function)
+            between = self._between if method == "graph" else self._waiting
+            run()
+            rounds = _rounds(between(run), budget_s)
+            return Timing.of(method, [between(run) / CALLS for _ in range(rounds)])
+
+    def _cold(self, function: Callable[[], Any], rounds: int) -> list[float]:
+        pairs = [(_event(), _event()) for _ in range(rounds)]
+        for start, end in pairs:
+            self.flush.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+    def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a capture wants a warm-up on a stream of its own
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                function()
+        return graph.replay
+
+    def _between(self, function: Callable[[], Any]) -> float:
+        start, end = _event(), _event()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def _waiting(self, function: Callable[[], Any]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def _repeated(function: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> None:
+        for _ in range(CALLS):
+            function()
+
+    return run
+
+
+def _rounds(taken: float, budget_s: float) -> int:
+    return min(ROUNDS, max(2, int(budget_s / max(taken, 1e-9))))
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def timer_for(device: torch.device | str) -> Timer:
+    """Events for a GPU, the clock for anything else."""
+    return GpuTimer(device) if torch.device(device).type == "cuda" else HostTimer()
