@@ -228,7 +228,9 @@ def compile_one(task: Task) -> Resources:
         dtype=task.dtype,
         architecture=task.architecture,
         kernel=launch.kernel.__name__,
-        constants={p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr},
+        constants={
+            p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr
+        },
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         registers=registers,

@@ -232,11 +232,6 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu("", _architecture or "sm_90")
 
 
-def architecture_of(device: torch.device) -> str:
-    """Such as "sm_90" or "gfx942": the one that configs are looked up for."""
-    return _gpu(device).architecture
-
-
 @lru_cache
 def _gpu_at(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)

@@ -51,11 +51,11 @@ from fastdiff.kernels._triton import (
     INTERPRETED,
     Config,
     Tunable,
-    architecture_of,
     cdiv,
     config,
     constexpr_function,
     define_tunable,
+    gpu_of,
     jit,
     launch,
     next_power_of_2,
@@ -287,20 +287,30 @@ def _keep_sums(
 
 
 @jit
+def _sums_of(
+    lse: tl.tensor, tops: tl.tensor, at: tl.tensor, inside: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """What `_keep_sums` kept; inf, so that P is 0, for queries that do not exist."""
+    log = tl.load(lse + at, inside, other=float("inf"))
+    top = 0.0
+    if tops is not None:
+        top = tl.load(tops + at, inside, other=0.0)
+    return log, top
+
+
+@jit
 def _weights_again(
     scores: tl.tensor,
-    lse: tl.tensor,
-    tops: tl.tensor,
-    at: tl.tensor,
+    log: tl.tensor,
+    top: tl.tensor,
     unit: tl.tensor,
-    inside: tl.tensor,
+    FULL_PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """P in the backward pass; 0 for queries that do not exist or see no key."""
-    log = tl.load(lse + at, inside, other=float("inf"))
-    if tops is None:
-        p = tl.exp2(scores * unit - log)
+    """P in the backward pass."""
+    if FULL_PRECISION:
+        p = tl.exp2((scores - top) * unit - log)
     else:
-        p = tl.exp2((scores - tl.load(tops + at, inside, other=0.0)) * unit - log)
+        p = tl.exp2(scores * unit - log)
     return p
 
 
@@ -318,9 +328,7 @@ def _mask_at(
 
 
 @jit
-def _masked(
-    scores: tl.tensor, at: tl.tensor, inside: tl.tensor, MASK: tl.constexpr
-) -> tl.tensor:
+def _masked(scores: tl.tensor, at: tl.tensor, inside: tl.tensor, MASK: tl.constexpr) -> tl.tensor:
     """Scores in log2 units under the mask that stands at `at`.
 
     A finite mask stays finite, as fp32's smallest number times log2(e) would not: a query whose
@@ -528,9 +536,12 @@ def _row_sums_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows)[:, None] & (column < D)
     source = (n * dout_strides[0] + l * dout_strides[1] + h * dout_strides[2]) * UNIT
-    gradient = tl.load(dout + source[:, None] + column, inside, other=0.0).to(tl.float32)
-    value = tl.load(out + row[:, None] * D + column, inside, other=0.0).to(tl.float32)
-    tl.store(sums + (n * heads + h) * length + l, tl.sum(gradient * value, 1), row < rows)
+    wide = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32  # dP - sum cancels
+    gradient = tl.load(dout + source[:, None] + column, inside, other=0.0).to(wide)
+    value = tl.load(out + row[:, None] * D + column, inside, other=0.0).to(wide)
+    tl.store(
+        sums + (n * heads + h) * length + l, tl.sum(gradient * value, 1).to(tl.float32), row < rows
+    )
 
 
 @jit
@@ -598,17 +609,22 @@ def _keys_gradient_kernel(
         q_rows = _rows(q, q_strides, n, h, row, UNIT)
         dout_rows = _rows(dout, dout_strides, n, h, row, UNIT)
         q_tile = _load(q_rows + part * COLUMNS, inside, limit, KNOWN, WIDTHS, True)
-        scores = _zeros(BLOCK_N, BLOCK_M)
-        if CHUNK == 0:
-            scores = _product(k_tile, q_tile, scores, PRECISION)
+        if tops is not None:  # rounded as in the forward pass, or P of a sharp softmax is not 1
+            scores = _zeros(BLOCK_M, BLOCK_N)
+            scores = _streamed_product(q_rows, inside, k_rows, real, scores, D, CHUNK, PRECISION)
+            scores = tl.trans(scores)
+        elif CHUNK == 0:
+            scores = _product(k_tile, q_tile, _zeros(BLOCK_N, BLOCK_M), PRECISION)
         else:
+            scores = _zeros(BLOCK_N, BLOCK_M)
             scores = _streamed_product(k_rows, real, q_rows, inside, scores, D, CHUNK, PRECISION)
         there = (row < length)[None, :]
         if MASK != 0:
             at = _mask_at(mask, mask_strides, n, h, row[None, :], column[:, None])
             scores = _masked(scores * factor, at, real & there, MASK)
         numbers = ((n * heads + h) * length + row)[None, :]
-        p = _weights_again(scores, lse, tops, numbers, unit, there)
+        log, top = _sums_of(lse, tops, numbers, there)
+        p = _weights_again(scores, log, top, unit, tops is not None)
         dout_tile = _load(dout_rows + part * COLUMNS, inside, limit, KNOWN, WIDTHS, True)
         dv_total = _accumulate(dv_total, 1.0, p.to(q.dtype.element_ty), dout_tile, PRECISION)
         dp = _zeros(BLOCK_N, BLOCK_M)
@@ -681,6 +697,7 @@ def _queries_gradient_kernel(
     unit = factor if MASK == 0 else 1.0
     numbers = ((n * heads + h) * length + row)[:, None]
     row_sum = tl.load(sums + numbers, inside, other=0.0)
+    log, top = _sums_of(lse, tops, numbers, inside)
 
     total = _zero_pieces(BLOCK_M, WIDTHS)
     for source in tl.static_range(1 if extra_k is None else 2):
@@ -706,7 +723,7 @@ def _queries_gradient_kernel(
             if MASK != 0:
                 at = _mask_at(a_mask, mask_strides, n, h, row[:, None], column[None, :])
                 scores = _masked(scores * factor, at, inside & here, MASK)
-            p = _weights_again(scores, lse, tops, numbers, unit, inside)
+            p = _weights_again(scores, log, top, unit, tops is not None)
             p = tl.where(here, p, 0.0)
             ds = p * (dp - row_sum)
             if dscores is not None:
@@ -746,14 +763,14 @@ def _pieces(columns: int, smallest: int = 8) -> tuple[int, ...]:
 
 def _out_widths(columns: int, x: Tensor) -> tuple[int, ...]:
     """Pieces of V: NVIDIA's matrix unit takes 8 columns, AMD's 16, as does the fp32 product."""
-    takes_8 = x.dtype != torch.float32 and architecture_of(x.device).startswith("sm_")
+    takes_8 = x.dtype != torch.float32 and gpu_of(x.device).architecture.startswith("sm_")
     return _pieces(columns, 8 if takes_8 else 16)
 
 
 def _precision(x: Tensor) -> str:
     """How fp32 tiles are multiplied: three TF32 products on NVIDIA's matrix unit, as PyTorch's
     memory-efficient attention does; AMD's multiplies fp32 as it is, and so does the interpreter."""
-    split = architecture_of(x.device).startswith("sm_") and not INTERPRETED
+    split = gpu_of(x.device).architecture.startswith("sm_") and not INTERPRETED
     return "tf32x3" if split and x.dtype == torch.float32 else "ieee"
 
 
@@ -771,22 +788,27 @@ def _unit(*tensors: Tensor | None) -> int:
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
-class _Mask:
-    """A mask as the kernels take it: a view of (N, H, L, S + T), cut in two after S keys."""
+Masks = tuple[Tensor | None, Tensor | None]
+"""What a kernel sees: a mask as a view of (N, H, L, S) and one of (N, H, L, T)."""
 
-    def __init__(self, mask: Tensor | None, q: Tensor, keys: int, extra_keys: int) -> None:
-        self.kind, self.strides = NO_MASK, None
-        self.full = self.first = self.second = None
-        if mask is None:
-            return
-        n, length, heads, _ = q.shape
-        self.kind = SEEN if mask.dtype == torch.bool else ADDED
-        full = mask.expand(n, heads, length, keys + extra_keys)
-        self.full = full.view(torch.uint8) if self.kind == SEEN else full
-        self.strides = self.full.stride()
-        self.first, self.second = self.full[..., :keys], self.full[..., keys:]
-        if extra_keys == 0:
-            self.second = None
+
+def _masks(mask: Tensor | None, q: Tensor, keys: int, extra_keys: int) -> Masks:
+    if mask is None:
+        return None, None
+    n, length, heads, _ = q.shape
+    full = mask.expand(n, heads, length, keys + extra_keys)
+    full = full.view(torch.uint8) if mask.dtype == torch.bool else full
+    return full[..., :keys], full[..., keys:] if extra_keys else None
+
+
+def _kind(mask: Tensor | None) -> int:
+    if mask is None:
+        return NO_MASK
+    return SEEN if mask.dtype == torch.uint8 else ADDED
+
+
+def _stride_of(mask: Tensor | None) -> tuple[int, ...] | None:
+    return None if mask is None else mask.stride()
 
 
 def _shape_class(q: Tensor) -> str:
@@ -796,8 +818,12 @@ def _shape_class(q: Tensor) -> str:
     return f"self/{_next(d, HEAD_DIMS)}"
 
 
-def _tiles(name: str, q: Tensor) -> Config:
-    return {"CHUNK": 0, "SPLIT": 1, **config(name, q, _shape_class(q))}
+def _tiles(name: str, q: Tensor, mask: Tensor | None) -> Config:
+    """The config; half as many keys a tile under a mask, for which the registers are needed."""
+    chosen = {"CHUNK": 0, "SPLIT": 1, **config(name, q, _shape_class(q))}
+    if mask is not None:
+        chosen["BLOCK_N"] = max(16, chosen["BLOCK_N"] // 2)
+    return chosen
 
 
 def _room_for_sums(q: Tensor) -> Tensor:
@@ -861,18 +887,18 @@ def _context(
     tiles = cdiv(length, chosen["BLOCK_M"])
     rounds = cdiv(tiles * n * heads, PROGRAMS)
     programs = cdiv(tiles, rounds)
-    unit, masks = _unit(q, k, v), _Mask(mask, q, keys, 0)
+    unit, masks = _unit(q, k, v), _masks(mask, q, keys, 0)
     launch(
         _context_kernel,
         (programs * n * heads,),
         q,
         k,
         v,
-        masks.first,
+        masks[0],
         out,
         *_split_sums(lse),
         *(_strides(x, unit) for x in (q, k, v)),
-        masks.strides,
+        _stride_of(masks[0]),
         length,
         keys,
         heads,
@@ -883,7 +909,7 @@ def _context(
         KEY_WIDTHS=_pieces(keys, 16),
         SCORE_WIDTHS=_pieces(d, 16),
         OUT_WIDTHS=_out_widths(d, v),
-        MASK=masks.kind,
+        MASK=_kind(masks[0]),
         PRECISION=_precision(q),
         **chosen,
     )
@@ -902,8 +928,8 @@ def _streaming(
 ) -> None:
     (n, length, heads, d), keys = q.shape, k.shape[1]
     extra_keys = 0 if extra_k is None else extra_k.shape[1]
-    chosen = _tiles("attention", q)
-    unit, masks = _unit(q, k, v, extra_k, extra_v), _Mask(mask, q, keys, extra_keys)
+    unit, masks = _unit(q, k, v, extra_k, extra_v), _masks(mask, q, keys, extra_keys)
+    chosen = _tiles("attention", q, masks[0])
     launch(
         _forward_kernel,
         (cdiv(length, chosen["BLOCK_M"]) * chosen["SPLIT"] * n * heads,),
@@ -912,12 +938,11 @@ def _streaming(
         v,
         extra_k,
         extra_v,
-        masks.first,
-        masks.second,
+        *masks,
         out,
         *_split_sums(lse),
         *(_strides(x, unit) for x in (q, k, v, extra_k, extra_v)),
-        masks.strides,
+        _stride_of(masks[0]),
         length,
         keys,
         extra_keys,
@@ -927,7 +952,7 @@ def _streaming(
         UNIT=unit,
         SCORE_WIDTHS=_pieces(d, 16),
         OUT_WIDTHS=_out_widths(_columns(d, chosen["SPLIT"]), v),
-        MASK=masks.kind,
+        MASK=_kind(masks[0]),
         PRECISION=_precision(q),
         **chosen,
     )
@@ -949,56 +974,44 @@ def _attention_backward(
     """dq, dk, dv, dextra_k, dextra_v, dmask; of size 0 where there is nothing to differentiate."""
     n, length, heads, d = q.shape
     keys, extra_keys = k.shape[1], 0 if extra_k is None else extra_k.shape[1]
-    dq, dk, dv, dextra_k, dextra_v, dmask = _gradients(q, k, v, extra_k, extra_v, mask, mask_gradient)
+    dq, dk, dv, dextra_k, dextra_v, dmask = _gradients(
+        q, k, v, extra_k, extra_v, mask, mask_gradient
+    )
     if q.numel() == 0 or keys + extra_keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dextra_k.zero_(), dextra_v.zero_(), dmask.zero_()
     dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
     if extra_k is not None and extra_v is not None:
         extra_k, extra_v = _dense(extra_k), _dense(extra_v)
-    unit, masks = _unit(dout, q, k, v, extra_k, extra_v), _Mask(mask, q, keys, extra_keys)
+    unit, masks = _unit(dout, q, k, v, extra_k, extra_v), _masks(mask, q, keys, extra_keys)
     sums = _row_sums(dout, out, unit)
     for some_k, some_v, some_mask, some_dk, some_dv in (
-        (k, v, masks.first, dk, dv),
-        (extra_k, extra_v, masks.second, dextra_k, dextra_v),
+        (k, v, masks[0], dk, dv),
+        (extra_k, extra_v, masks[1], dextra_k, dextra_v),
     ):
         if some_k is not None and some_v is not None:
             _keys_gradient(
-                (dout, q, some_k, some_v), some_mask, (*_split_sums(lse), sums), (some_dk, some_dv), scale, unit
+                (dout, q, some_k, some_v),
+                some_mask,
+                (*_split_sums(lse), sums),
+                (some_dk, some_dv),
+                scale,
+                unit,
             )
     dscores = None
     if mask_gradient:
         dscores = sums.new_empty(n, heads, length, keys + extra_keys)
-    chosen = _tiles("attention_backward_queries", q)
-    launch(
-        _queries_gradient_kernel,
-        (cdiv(length, chosen["BLOCK_M"]) * chosen["SPLIT"] * n * heads,),
-        dout,
-        q,
-        k,
-        v,
-        extra_k,
-        extra_v,
-        masks.first,
-        masks.second,
-        *_split_sums(lse),
-        sums,
+    _queries_gradient(
+        (dout, q, k, v, extra_k, extra_v),
+        masks,
+        (*_split_sums(lse), sums),
         dq,
         dscores,
-        *(_strides(x, unit) for x in (dout, q, k, v, extra_k, extra_v)),
-        masks.strides,
-        length,
-        keys,
-        extra_keys,
-        heads,
-        scale * LOG2_E,
         scale,
-        D=d,
-        UNIT=unit,
-        WIDTHS=_pieces(_columns(d, chosen["SPLIT"]), 16),
-        MASK=masks.kind,
-        PRECISION=_precision(q),
-        **chosen,
+        unit,
     )
+    if keys + extra_keys == 1:  # the softmax of one score is 1, whatever the score
+        for gradient in (dq, dk, dextra_k):
+            gradient.zero_()
     if mask is not None and dscores is not None:
         dmask = dscores.sum_to_size(mask.shape).to(mask.dtype)
     return dq, dk, dv, dextra_k, dextra_v, dmask
@@ -1062,7 +1075,7 @@ def _keys_gradient(
     (n, length, heads, d), keys = q.shape, k.shape[1]
     if keys == 0:
         return
-    chosen = _tiles("attention_backward_keys", q)
+    chosen = _tiles("attention_backward_keys", q, mask)
     programs = cdiv(keys, chosen["BLOCK_N"]) * chosen["SPLIT"] * n * heads
     blocks = cdiv(length, chosen["BLOCK_M"])
     wanted = max(1, min(PROGRAMS // programs, blocks // 4))
@@ -1072,8 +1085,6 @@ def _keys_gradient(
     if stretches > 1:
         partial = torch.empty(2, stretches, *dk.shape, dtype=torch.float32, device=q.device)
         dk, dv = partial[0], partial[1]
-    mask_strides = None if mask is None else mask.stride()
-    kind = NO_MASK if mask is None else SEEN if mask.dtype == torch.uint8 else ADDED
     launch(
         _keys_gradient_kernel,
         (programs * stretches,),
@@ -1083,7 +1094,7 @@ def _keys_gradient(
         dk,
         dv,
         *(_strides(x, unit) for x in tensors),
-        mask_strides,
+        _stride_of(mask),
         length,
         keys,
         heads,
@@ -1094,13 +1105,50 @@ def _keys_gradient(
         D=d,
         UNIT=unit,
         WIDTHS=_pieces(_columns(d, chosen["SPLIT"]), 16),
-        MASK=kind,
+        MASK=_kind(mask),
         PRECISION=_precision(q),
         **chosen,
     )
     if stretches > 1:
         for gradient, parts in zip(gradients, partial, strict=True):
             gradient.copy_(parts.sum(0))
+
+
+def _queries_gradient(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    masks: Masks,
+    numbers: tuple[Tensor, Tensor | None, Tensor],
+    dq: Tensor,
+    dscores: Tensor | None,
+    scale: float,
+    unit: int,
+) -> None:
+    _, q, k, _, extra_k, _ = tensors
+    n, length, heads, d = q.shape
+    chosen = _tiles("attention_backward_queries", q, masks[0])
+    launch(
+        _queries_gradient_kernel,
+        (cdiv(length, chosen["BLOCK_M"]) * chosen["SPLIT"] * n * heads,),
+        *tensors,
+        *masks,
+        *numbers,
+        dq,
+        dscores,
+        *(_strides(x, unit) for x in tensors),
+        _stride_of(masks[0]),
+        length,
+        k.shape[1],
+        0 if extra_k is None else extra_k.shape[1],
+        heads,
+        scale * LOG2_E,
+        scale,
+        D=d,
+        UNIT=unit,
+        WIDTHS=_pieces(_columns(d, chosen["SPLIT"]), 16),
+        MASK=_kind(masks[0]),
+        PRECISION=_precision(q),
+        **chosen,
+    )
 
 
 # What the configs are tuned and compiled for
@@ -1146,29 +1194,51 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     q, k, v = _packed(shape_class, dtype, device)
-    calls = [lambda: _attention(q, k, v, None, None, None, 0.1)]
-    if shape_class == "self/64":  # every option once
-        mask = torch.empty(k.shape[1] + 80, dtype=torch.bool, device=device)
+    out, lse = torch.empty(q.shape, dtype=dtype, device=device), _room_for_sums(q)
+    calls = [lambda: _streaming(q, k, v, None, None, None, out, lse, 0.1)]
+    if shape_class == "self/64":
+        mask = torch.empty(k.shape[1], dtype=torch.bool, device=device)
         text = torch.empty(2, q.shape[0], 80, *q.shape[2:], dtype=dtype, device=device)
-        calls.append(lambda: _attention(q, k, v, *text, mask, 0.1))
+        calls.append(lambda: _streaming(q, k, v, None, None, mask, out, lse, 0.1))
+        calls.append(lambda: _streaming(q, k, v, text[0], text[1], None, out, lse, 0.1))
     return calls
 
 
-def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+def _keys_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     q, k, v = _packed(shape_class, dtype, device)
-    lse = _room_for_sums(q)
     dout = torch.empty(q.shape, dtype=dtype, device=device)
-    options: list[tuple[Any, ...]] = [(None, None, None)]
+    lse = _room_for_sums(q)
+    numbers = (*_split_sums(lse), lse[0])
+    text = torch.empty(2, q.shape[0], 77, *q.shape[2:], dtype=dtype, device=device)
+    room = (torch.empty_like(dout), torch.empty_like(dout)), (text[0], text[1])
+    calls = [lambda: _keys_gradient((dout, q, k, v), None, numbers, room[0], 0.1, 8)]
     if shape_class == "self/64":
-        mask = torch.empty(k.shape[1] + 80, dtype=dtype, device=device)
-        text = torch.empty(2, q.shape[0], 80, *q.shape[2:], dtype=dtype, device=device)
-        options.append((*text, mask))
-    return [
-        lambda some=some: _attention_backward(
-            dout, q, k, v, *some, dout, lse, 0.1, some[2] is not None
-        )
-        for some in options
+        seen = torch.empty(77, dtype=torch.uint8, device=device)
+        mask = seen.expand(q.shape[0], q.shape[2], q.shape[1], 77)
+        calls.append(lambda: _keys_gradient((dout, q, *text), mask, numbers, room[1], 0.1, 8))
+        calls.append(lambda: _row_sums(dout, q.contiguous(), 8))
+    return calls
+
+
+def _queries_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    q, k, v = _packed(shape_class, dtype, device)
+    dout, dq = torch.empty(2, *q.shape, dtype=dtype, device=device)
+    lse = _room_for_sums(q)
+    numbers = (*_split_sums(lse), lse[0])
+    no_mask = None, None
+    calls = [
+        lambda: _queries_gradient((dout, q, k, v, None, None), no_mask, numbers, dq, None, 0.1, 8)
     ]
+    if shape_class == "self/64":
+        text = torch.empty(2, q.shape[0], 80, *q.shape[2:], dtype=dtype, device=device)
+        masks = _masks(torch.empty(k.shape[1] + 80, dtype=dtype, device=device), q, k.shape[1], 80)
+        dscores = torch.empty(*lse[0].shape, k.shape[1] + 80, device=device)
+        calls.append(
+            lambda: _queries_gradient(
+                (dout, q, k, v, text[0], text[1]), masks, numbers, dq, dscores, 0.1, 8
+            )
+        )
+    return calls
 
 
 def _context_candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
@@ -1219,13 +1289,13 @@ define_tunable(
         dtypes=HALF,
     )
 )
-for _name in ("attention_backward_keys", "attention_backward_queries"):
+for _name, _gradient_calls in (("keys", _keys_calls), ("queries", _queries_calls)):
     define_tunable(
         Tunable(
-            name=_name,
+            name=f"attention_backward_{_name}",
             shape_classes=SHAPE_CLASSES,
             candidates=_candidates,
-            calls=_backward_calls,
+            calls=_gradient_calls,
             takes=_has_dtype,
         )
     )
@@ -1278,9 +1348,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, out, lse = ctx.saved_tensors
-    found = attention_backward_triton(
-        dout, *inputs, out, lse, ctx.scale, ctx.needs_input_grad[5]
-    )
+    found = attention_backward_triton(dout, *inputs, out, lse, ctx.scale, ctx.needs_input_grad[5])
     gradients = zip(found, ctx.needs_input_grad, strict=False)
     return (*(x if needed else None for x, needed in gradients), None)
 

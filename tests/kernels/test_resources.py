@@ -69,9 +69,8 @@ def test_every_file_of_configs_has_every_class() -> None:
     for architecture in ARCHITECTURES:
         tuned = _triton.read_tuned(_triton.TUNED / f"{architecture}.json")
         for name, tunable in TUNABLES.items():
-            for shape_class in tunable.shape_classes:
-                for dtype in tunable.dtypes:
-                    assert tuned.find(name, dtype, shape_class), (architecture, name, shape_class)
+            for shape_class, dtype in tunable.pairs():
+                assert tuned.find(name, dtype, shape_class), (architecture, name, shape_class)
         known = {
             f"{name}/{shape_class}"
             for name in TUNABLES
