@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ASSETS := fastdiff/assets/digits
 
-.PHONY: help venv demo test lint types format bench wheel weights clean
+.PHONY: help venv build demo test lint types format bench wheel weights clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 venv: $(STAMP) ## make .venv with what constraints.txt pins
+
+build: $(STAMP) ## compile csrc/ again, what has changed of it
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: $(STAMP) ## sample a labelled sheet of digits from the shipped weights into out/
 	$(BIN)/fastdiff sample --out out/demo
@@ -55,4 +58,4 @@ weights: $(STAMP) ## train the shipped weights anew (under an hour on two cores)
 	cp docs/results.json $(ASSETS)/evaluation.json
 
 clean: ## remove what make and the tools made (not runs/ and out/)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist kernels/_native.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

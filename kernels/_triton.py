@@ -360,6 +360,15 @@ def register(
     )
 
 
+# Views
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., D) as (rows, D) with the last dimension dense; a view where the strides allow it."""
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
 # Device functions
 
 

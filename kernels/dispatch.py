@@ -60,22 +60,32 @@ class Implementation:
     """Device types it is made for; empty: all. On others it is no candidate: no fallback warns."""
     emulated_on: tuple[str, ...] = ()
     """Device types on which it runs too, slowly, but only when it is forced by name."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Dtypes of the first tensor it is made for; empty: all. Others are treated as devices are."""
 
     def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        device = _device_type(args, kwargs)
+        x = _first_tensor(args, kwargs)
+        device = x.device.type
         emulates = device in self.emulated_on and selected_backend() == self.backend
         if not self.serves(device) and not emulates:
             return f"it runs on {' and '.join(self.devices)}, got tensors on {device}"
+        if self.dtypes and x.dtype not in self.dtypes:
+            *known, got = (str(d).removeprefix("torch.") for d in (*self.dtypes, x.dtype))
+            return f"it takes {', '.join(known)}, got {got}"
         return self.why_not(*args, **kwargs)
 
     def serves(self, device_type: str) -> bool:
         return not self.devices or device_type in self.devices
 
+    def made_for(self, x: torch.Tensor) -> bool:
+        """True where `auto` considers it for a first tensor like x, and has to say why not."""
+        return self.serves(x.device.type) and (not self.dtypes or x.dtype in self.dtypes)
 
-def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Of an op's first tensor, which `explain` may be given by its name."""
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """An op's first tensor, which `explain` may be given by its name."""
     first: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
-    return first.device.type
+    return first
 
 
 @dataclass
@@ -103,15 +113,16 @@ class Op:
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation:
         """The implementation that these arguments get. Raises BackendError."""
         name = selected_backend()
+        x = _first_tensor(args, kwargs)
         candidates = self.implementations if name == "auto" else (name,)
         for candidate in candidates:
             implementation = self.implementations.get(candidate)
-            if implementation is None:
+            if implementation is None or (name == "auto" and not implementation.made_for(x)):
                 continue
             reason = implementation.objection(args, kwargs)
             if reason is None:
                 return implementation
-            if name == "auto" and implementation.serves(_device_type(args, kwargs)):
+            if name == "auto":
                 self._warn_once(candidate, reason)
         reasons = self.reasons(args, kwargs)
         listed = "; ".join(f"{key}: {value or 'would run'}" for key, value in reasons.items())

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.kernels import extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
+    as_rows,
     cdiv,
     config,
     define_tunable,
@@ -84,15 +86,9 @@ def _geglu_backward_kernel(
     tl.store(target + d, dgate.to(dx.dtype.element_ty), inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) as (rows, D) with the last dimension dense; a view where the strides allow it."""
-    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _geglu(x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
-    flat = _rows(x)
+    flat = as_rows(x)
     y = x.new_empty(*x.shape[:-1], d)
     chosen = config("geglu", x, "rows")
     grid = (cdiv(len(flat), chosen["ROWS"]), cdiv(d, chosen["COLUMNS"]))
@@ -102,7 +98,7 @@ def _geglu(x: Tensor) -> Tensor:
 
 def _geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
-    flat, flat_dy = _rows(x), _rows(dy)
+    flat, flat_dy = as_rows(x), as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chosen = config("geglu", x, "rows")
     grid = (cdiv(len(flat), chosen["ROWS"]), cdiv(d, chosen["COLUMNS"]))
@@ -153,6 +149,49 @@ geglu_triton.register_autograd(
 
 _op = define_op("geglu", geglu_reference)
 register(_op, geglu_triton, why_not)
+
+
+# CPU
+
+
+def _geglu_native(x: Tensor) -> Tensor:
+    d = x.shape[-1] // 2
+    flat = as_rows(x)
+    y = torch.empty((*x.shape[:-1], d), dtype=x.dtype)
+    code = extension.DTYPES[x.dtype]
+    extension.native.geglu(code, flat.data_ptr(), y.data_ptr(), len(flat), d, flat.stride(0))
+    return y
+
+
+def _geglu_backward_native(dy: Tensor, x: Tensor) -> Tensor:
+    d = x.shape[-1] // 2
+    flat, flat_dy = as_rows(x), as_rows(dy)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    pointers = flat_dy.data_ptr(), flat.data_ptr(), dx.data_ptr()
+    sizes = len(flat), d, flat_dy.stride(0), flat.stride(0)
+    extension.native.geglu_backward(extension.DTYPES[x.dtype], *pointers, *sizes)
+    return dx
+
+
+geglu_cpu = torch.library.custom_op(
+    "fastdiff::geglu_cpu", _geglu_native, mutates_args=(), device_types="cpu"
+)
+geglu_backward_cpu = torch.library.custom_op(
+    "fastdiff::geglu_backward_cpu", _geglu_backward_native, mutates_args=(), device_types="cpu"
+)
+geglu_cpu.register_fake(_geglu_fake)
+geglu_backward_cpu.register_fake(_geglu_backward_fake)
+
+
+def _geglu_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+    (x,) = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return extension.reference_gradients(geglu_reference, (x,), (dy,))[0]
+    return geglu_backward_cpu(dy, x)
+
+
+geglu_cpu.register_autograd(_geglu_gradient, setup_context=_keep)
+extension.register(_op, _geglu_native, geglu_cpu)
 
 
 def geglu(x: Tensor) -> Tensor:

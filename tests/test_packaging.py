@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,12 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 ASSETS = ROOT / "fastdiff" / "assets"
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wheel and sdist of a copy of what git tracks: leftovers of this tree stay out."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git tracks: leftovers of this tree stay out."""
     source = tmp_path_factory.mktemp("source")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -29,6 +35,12 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tar.add(ROOT / name, name)
     with tarfile.open(archive) as tar:
         tar.extractall(source, filter="data")
+    return source
+
+
+@pytest.fixture(scope="module")
+def dist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel and sdist."""
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
@@ -42,9 +54,49 @@ def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
     assert len(names) == len(set(names))
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
     shipped = {name for name in names if name.startswith("fastdiff/kernels/")}
+    compiled = {name for name in shipped if Path(name).name.startswith("_native.")}
+    assert len(compiled) == (1 if COMPILER else 0)
     sources = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "kernels").rglob("*.json")]
-    assert shipped == {f"fastdiff/{path.relative_to(ROOT)}" for path in sources}
+    assert shipped - compiled == {f"fastdiff/{path.relative_to(ROOT)}" for path in sources}
     assert "fastdiff/py.typed" in names
+
+
+def build_in_place(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What ``make build`` runs, in the copy."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
+def test_a_second_build_compiles_only_what_was_edited(dist: Path, source: Path) -> None:
+    first = build_in_place(source)
+    assert first.returncode == 0, first.stderr
+    edited = source / "csrc" / "geglu.cpp"
+    edited.write_text(edited.read_text() + "// edited\n")
+    second = build_in_place(source)
+    compiled = set(re.findall(r"c\+\+ ([\w.]+)\.o", second.stdout))
+    assert {name.partition(".")[0] for name in compiled} == {"geglu", "build_info"}, second.stdout
+    assert list((source / "kernels").glob("_native.*"))
+
+
+def test_without_a_compiler_there_is_one_warning(source: Path, tmp_path: Path) -> None:
+    """And no module of an earlier build is left that would serve other sources."""
+    (source / "kernels" / f"_native{EXT_SUFFIX}").touch()
+    built = build_in_place(source, PATH=str(tmp_path), CXX="")
+    assert built.returncode == 0, built.stderr
+    assert built.stderr.count("WARNING: fastdiff is installed without its compiled kernels") == 1
+    assert "no C++ compiler was found (c++, g++, clang++)" in built.stderr
+    assert not list((source / "kernels").glob("_native.*"))
+
+
+def test_a_build_that_has_to_have_cuda_fails_without(source: Path, tmp_path: Path) -> None:
+    built = build_in_place(source, PATH=str(tmp_path), CXX="", FASTDIFF_BUILD_CUDA="1")
+    assert built.returncode != 0
+    assert "fastdiff: no C++ compiler was found" in built.stderr
+    built = build_in_place(source, FASTDIFF_BUILD_CUDA="maybe")
+    assert "FASTDIFF_BUILD_CUDA must be 0, 1 or auto, got 'maybe'" in built.stderr
 
 
 def test_wheel_holds_every_asset(dist: Path) -> None:

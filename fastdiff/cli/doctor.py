@@ -70,6 +70,8 @@ def diagnose() -> dict[str, Any]:
     """Everything ``doctor`` prints, in plain dictionaries, lists, strings and numbers."""
     import torch
 
+    from fastdiff.kernels import extension
+
     return {
         "fastdiff": __version__,
         "folder": str(Path(__file__).resolve().parent.parent),
@@ -82,6 +84,7 @@ def diagnose() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "cpu": _cpu(),
         "gpus": _gpus(),
+        "native": extension.describe(),
         "compilers": {name: _compiler(name) for name in COMPILERS},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "configs": _configs(),
@@ -260,6 +263,8 @@ def _print(report: dict[str, Any]) -> None:
         why = "no GPU found" if built else "this torch is built without CUDA"
         pairs.append(("cuda", f"none: {why}"))
     print_pairs(pairs, indent=2)
+    print("\ncompiled module")
+    print_pairs(_native(report["native"]), indent=2)
     print("\ncompilers")
     print_pairs(
         [(name, found or "not found") for name, found in report["compilers"].items()], indent=2
@@ -277,6 +282,16 @@ def _print(report: dict[str, Any]) -> None:
         indent=2,
     )
     _print_ops(report["ops"])
+
+
+def _native(told: dict[str, Any]) -> list[tuple[str, str]]:
+    if "missing" in told:
+        return [("none", told["missing"])]
+    built = f"{told['compiler']}, fastdiff {told['version']}, {told['path']}"
+    if told["stale"]:
+        built += "; csrc/ has changed since: run 'make build'"
+    runs = f"{told['isa']} of {' '.join(told['isas'])}; threads: {told['threads']}"
+    return [("built by", built), ("runs", runs), ("CUDA", told["cuda_architectures"] or "no")]
 
 
 def _print_ops(ops: dict[str, Any]) -> None:

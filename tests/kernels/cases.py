@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _triton
+from fastdiff.kernels import _triton, extension
 from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
 from tests.parity import assert_gradient_parity, assert_parity
 
@@ -34,7 +34,14 @@ needs_triton = pytest.mark.skipif(
 needs_interpreter = pytest.mark.skipif(
     not _triton.INTERPRETED, reason="what is counted here needs Triton's interpreter"
 )
-BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+needs_native = pytest.mark.skipif(
+    extension.native is None, reason="the compiled module is not built here"
+)
+BACKENDS = [
+    "reference",
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("cpu", marks=needs_native),
+]
 """For parametrize: the backends that have an implementation of every op."""
 
 
@@ -319,6 +326,8 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
 
 def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
     """`check` for inputs at hand."""
+    if backend == "cpu" and "cpu" not in kernels.OPS[op].implementations:
+        pytest.skip(f"{op} has no CPU kernel yet")
     with kernels.backend(backend), recording(op) as ran:
         outputs, gradients = run(getattr(kernels, op), with_gradients(inputs))
     assert ran == [backend]
@@ -614,6 +623,7 @@ def layer_norm_case(
     shape: Sequence[int],
     *,
     affine: bool = True,
+    parameters: str = "weight bias",
     layout: Callable[[Tensor], Tensor] = lambda x: x,
     residual: bool = False,
     mean: float = 0.3,
@@ -626,8 +636,9 @@ def layer_norm_case(
         x = layout(draw(*shape, mean=mean, std=std))
         addend = (layout(draw(*shape)),) if residual else ()
         d = x.shape[-1]
-        parameters = (draw(d, mean=1.0), draw(d)) if affine else ()
-        return (x, *addend, *parameters), options
+        weight = draw(d, mean=1.0) if affine and "weight" in parameters else None
+        bias = draw(d) if affine and "bias" in parameters else None
+        return (x, *addend, weight, bias), options
 
     return Case(name, reason, build)
 
@@ -636,8 +647,21 @@ LAYER_NORM = [
     layer_norm_case("sd-320", "SD 1.x first level", (2, 16, 320)),
     layer_norm_case("sd-1280", "SD 1.x third level", (2, 8, 1280)),
     layer_norm_case("dit-1152", "DiT: 1e-6, no affine", (2, 8, 1152), affine=False, eps=1e-6),
+    layer_norm_case("sd-640", "SD 1.x second level", (2, 8, 640)),
+    layer_norm_case("u-vit-1152", "U-ViT-H: affine, more rows than programs", (2, 70, 1152)),
+    layer_norm_case("karlo-2048", "karlo's prior; as wide as a power of two", (1, 5, 2048)),
+    layer_norm_case("t5-4096", "the widest row of a real model", (1, 3, 4096)),
+    layer_norm_case("wide", "wider than registers hold: several tiles", (2, 3, 8200)),
+    layer_norm_case(
+        "wide-mean-100", "Chan's merge keeps the digits", (2, 8192), mean=100, std=0.01
+    ),
     layer_norm_case("odd", "no power of two", (3, 5, 37)),
+    layer_norm_case("one-above", "a tile with one number in its last part", (70, 33)),
     layer_norm_case("vector", "one row", (48,)),
+    layer_norm_case("sliced", "columns of a wider tensor", (9, 80), layout=lambda x: x[:, 3:43]),
+    layer_norm_case("every-other", "columns with a step", (9, 80), layout=lambda x: x[:, ::2]),
+    layer_norm_case("weight", "no bias", (6, 40), parameters="weight"),
+    layer_norm_case("bias", "no weight", (6, 40), parameters="bias"),
     layer_norm_case("strided", "every other row", (6, 24), layout=lambda x: x[::2]),
     layer_norm_case(
         "transposed", "the last dimension is not dense", (24, 6), layout=lambda x: x.mT
@@ -651,6 +675,10 @@ LAYER_NORM = [
 ADD_LAYER_NORM = [
     layer_norm_case("sd-320", "SD 1.x first level", (2, 16, 320), residual=True),
     layer_norm_case("odd", "no power of two", (3, 5, 37), residual=True, affine=False),
+    layer_norm_case("dit-1152", "DiT: 1e-6", (2, 8, 1152), residual=True, affine=False, eps=1e-6),
+    layer_norm_case("wide", "wider than registers hold", (2, 3, 8200), residual=True),
+    layer_norm_case("weight", "no bias", (6, 40), residual=True, parameters="weight"),
+    layer_norm_case("mean-100", "large mean", (4, 64), residual=True, mean=100, std=0.01),
     layer_norm_case("strided", "views", (6, 24), residual=True, layout=lambda x: x[::2]),
     layer_norm_case("near-overflow", "2e4", (4, 64), residual=True, mean=2e4, std=1e4),
     layer_norm_case("empty", "nothing to do", (0, 8), residual=True),

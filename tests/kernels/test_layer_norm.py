@@ -1,37 +1,240 @@
-"""layer_norm and add_layer_norm: parity, bad input."""
+"""layer_norm and add_layer_norm: parity, gradients, traffic, bad input."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fastdiff.kernels import add_layer_norm, layer_norm
+from fastdiff.kernels import _triton, add_layer_norm, backend, layer_norm
+from fastdiff.kernels.layer_norm import (
+    _add_layer_norm,
+    _layer_norm,
+    _layer_norm_backward,
+    add_layer_norm_triton,
+    layer_norm_backward_triton,
+    layer_norm_triton,
+)
 from tests.kernels import cases
+from tests.kernels.interpreter import counting_traffic
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.LAYER_NORM, ids=str)
-def test_parity(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check("layer_norm", case, dtype, "reference")
+def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    cases.check("layer_norm", case, dtype, backend)
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_LAYER_NORM, ids=str)
-def test_add_parity(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check("add_layer_norm", case, dtype, "reference")
+def test_add_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    cases.check("add_layer_norm", case, dtype, backend)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
-    shape = (data.draw(st.integers(1, 9)), data.draw(st.integers(2, 130)))
-    assume(shape[0] * shape[1] >= 100)  # the largest error of a handful is luck
+def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
+    # a row's statistics round once for all its numbers: the largest error of few rows is luck
+    shape = (data.draw(st.integers(8, 20)), data.draw(st.integers(2, 130)))
+    assume(shape[0] * shape[1] >= 100)
     residual = data.draw(st.booleans())
     case = cases.layer_norm_case("drawn", "any shape", shape, residual=residual)
     op = "add_layer_norm" if residual else "layer_norm"
-    cases.check(op, case, data.draw(st.sampled_from(cases.DTYPES)), "reference")
+    cases.check(op, case, data.draw(st.sampled_from(cases.DTYPES)), backend)
+
+
+TILES = {"ELEMENTS": 512, "num_warps": 4, "PROGRAMS": 3}
+"""Several tiles per program at sizes that an interpreter can walk."""
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("shape", [(70, 33), (2, 25, 100), (13, 512)], ids=str)
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+def test_parity_with_many_tiles_to_a_program(op: str, shape: tuple[int, ...]) -> None:
+    case = cases.layer_norm_case("tiles", "as above", shape, residual=op == "add_layer_norm")
+    with (
+        _triton.override_config("layer_norm", TILES),
+        _triton.override_config("layer_norm_backward", TILES),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            cases.check(op, case, dtype, "triton")
+
+
+def names(call: Callable[[], object]) -> list[str]:
+    with _triton.recording_launches("sm_90") as launches:
+        call()
+    return [launch.kernel.__name__ for launch in launches]
+
+
+@cases.needs_triton
+def test_which_kernels_run() -> None:
+    """A row of 4096 in registers, a wider one in tiles; shares only where a gradient needs them."""
+    for d, kind in ((4096, "_layer_norm"), (4097, "_layer_norm_wide")):
+        x, weight = torch.empty(5, d, device="meta"), torch.empty(d, device="meta")
+        assert names(lambda: _layer_norm(x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        assert names(lambda: _add_layer_norm(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        backward = names(lambda: _layer_norm_backward(x, x, x, weight, None, 1e-5, [True, False]))  # noqa: B023
+        shares = [] if d == 4096 else ["_wide_shares_kernel"]
+        assert backward == [f"{kind}_backward_kernel", *shares, "_sum_shares_kernel"]
+        plain = names(lambda: _layer_norm_backward(x, None, x, weight, None, 1e-5, [False, False]))  # noqa: B023
+        assert plain == [f"{kind}_backward_kernel"]
+
+
+def results(op: Callable[..., object], x: Tensor, *rest: Tensor) -> list[Tensor]:
+    """Outputs and gradients, by way of Triton."""
+    with backend("triton"):
+        outputs, gradients = cases.run(op, cases.with_gradients(((x, *rest), {})))
+    return outputs + gradients
+
+
+@cases.needs_triton
+def test_bits_repeat_and_do_not_depend_on_the_batch() -> None:
+    device = cases.device_of("triton")
+    x, residual = torch.randn(2, 7, 9, 320, device=device).bfloat16()
+    weight, bias = torch.randn(2, 320, device=device)
+    first, second = (results(add_layer_norm, x, residual, weight, bias) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for i in range(7):
+        alone = results(add_layer_norm, x[i : i + 1], residual[i : i + 1], weight, bias)
+        assert torch.equal(alone[0][0], first[0][i])
+        assert torch.equal(alone[1][0], first[1][i])
+
+
+@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("used", ["y", "total"])
+def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
+    device = cases.device_of(backend_name)
+    leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((5, 40), (5, 40), (40,))]
+    with backend(backend_name):
+        y, total = add_layer_norm(*leaves)
+        out = y if used == "y" else total
+        weights = torch.randn(40, device=device).expand(5, 40)  # a gradient with a stride of 0
+        gradients = torch.autograd.grad(out, leaves, weights, allow_unused=True)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    out = cases.add_layer_norm_formula(*wide)[0 if used == "y" else 1]
+    expected = torch.autograd.grad(out, wide, weights.double(), allow_unused=True)
+    for have, want in zip(gradients, expected, strict=True):
+        if want is None:
+            assert have is None
+        else:
+            torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+def test_parameters_and_residual_may_have_dtypes_of_their_own(backend_name: str) -> None:
+    """fp32 parameters under a bf16 network: their gradients keep fp32's digits."""
+    device = cases.device_of(backend_name)
+    x = torch.randn(9, 72, device=device).bfloat16().requires_grad_()
+    residual = torch.randn(9, 72, device=device, requires_grad=True)
+    weight = torch.randn(72, device=device, requires_grad=True)
+    bias = torch.randn(72, device=device).half().requires_grad_()
+    leaves = (x, residual, weight, bias)
+    with backend(backend_name):
+        y, total = add_layer_norm(*leaves)
+        gradients = torch.autograd.grad([y, total], leaves, [torch.ones_like(y)] * 2)
+    assert y.dtype == total.dtype == torch.bfloat16
+    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+    wide = [t.detach().double().requires_grad_() for t in (total, weight, bias)]
+    out = cases.layer_norm_formula(*wide)
+    expected = torch.autograd.grad(out, wide, torch.ones_like(out))
+    torch.testing.assert_close(y.double(), out, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(gradients[2].double(), expected[1], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients[3].double(), expected[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradients[0].double(), expected[0] + 1, rtol=2**-8, atol=2**-6)
+
+
+@cases.needs_triton
+def test_triton_does_not_take_doubles() -> None:
+    with pytest.raises(RuntimeError, match="fp32, fp16 and bf16, got float64"), backend("triton"):
+        layer_norm(torch.zeros(2, 6, device=cases.device_of("triton")).double())
+
+
+@cases.needs_triton
+def test_triton_ops_are_registered_right() -> None:
+    device = cases.device_of("triton")
+    x, residual = torch.randn(2, 3, 5, 40, device=device)
+    weight, bias = torch.randn(2, 40, device=device)
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    torch.library.opcheck(layer_norm_triton, (x, weight, None, 1e-5))
+    torch.library.opcheck(layer_norm_triton, (x.detach().mT.contiguous().mT, None, None, 1e-5))
+    torch.library.opcheck(add_layer_norm_triton, (*leaves, 1e-5))
+    x, residual, weight, bias = (t.detach() for t in leaves)
+    for arguments in (
+        (residual, x, weight, bias),
+        (None, x, None, bias),
+        (None, x[:0], None, bias),
+    ):
+        dtotal, kept, *parameters = arguments
+        torch.library.opcheck(
+            layer_norm_backward_triton,
+            (torch.ones_like(kept), dtotal, kept, *parameters, 1e-5, [weight is None, True]),
+        )
+
+
+@cases.needs_triton
+def test_triton_gradients() -> None:
+    x, residual, weight, bias = torch.randn(3, 6), torch.randn(3, 6), torch.randn(6), torch.randn(6)
+    cases.check_gradients(lambda *t: layer_norm_triton(*t, 1e-5), x, weight, bias)
+    cases.check_gradients(lambda *t: add_layer_norm_triton(*t, 1e-5), x, residual, weight, bias)
+
+
+@cases.needs_triton
+def test_triton_compiles_without_break_for_any_batch() -> None:
+    weight, bias = torch.randn(2, 24)
+    cases.check_compiles(layer_norm, lambda n: (torch.randn(n, 5, 24), weight, bias))
+    cases.check_compiles(
+        add_layer_norm, lambda n: (torch.randn(n, 5, 24), torch.randn(n, 5, 24), weight, bias)
+    )
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("d", [320, 8192])
+def test_traffic_is_what_the_docstring_says(d: int, residual: bool, dtype: torch.dtype) -> None:
+    """The parameters, read by every program, are counted apart: they stay in the L1 cache."""
+    rows = 256 if d == 320 else 20
+    x, other = torch.randn(2, rows, d, dtype=dtype).requires_grad_().unbind(0)
+    op, inputs = (add_layer_norm, (x, other)) if residual else (layer_norm, (x,))
+    once, wide = rows * d * x.itemsize, d > 4096
+    with backend("triton"), counting_traffic() as forward:
+        out = op(*inputs)
+    loads = (2 if wide else 1) * len(inputs)
+    assert forward.total == pytest.approx((loads + len(inputs)) * once, rel=0.05)
+    y = out if isinstance(out, Tensor) else out[0] + out[1]
+    with counting_traffic() as backward:
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
+    expected = ((3 + 2 if wide else 2) + 1 + residual) * once
+    assert backward.total == pytest.approx(expected, rel=0.05)
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("d", [320, 8192])
+def test_traffic_of_parameters(d: int) -> None:
+    rows, programs, wide = (256, 8, False) if d == 320 else (40, 4, True)
+    x, weight, bias = torch.randn(rows, d), torch.randn(d), torch.randn(d)
+    settings = {"ELEMENTS": 2048, "num_warps": 4, "PROGRAMS": programs}
+    with (
+        _triton.override_config("layer_norm_backward", settings),
+        counting_traffic() as plain,
+    ):
+        _layer_norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
+    with (
+        _triton.override_config("layer_norm_backward", settings),
+        counting_traffic() as both,
+    ):
+        _layer_norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
+    again = 2 * rows * d * x.itemsize if wide else 0  # x and dy once more
+    saved = 0 if wide else (rows // 4 - programs) * d * 4  # fewer programs read the weight
+    expected = again - saved + 2 * 8 * programs * d + 2 * d * 4
+    assert both.total - plain.total == pytest.approx(expected, rel=0.05)
 
 
 def test_y_is_the_norm_of_the_rounded_total() -> None:
@@ -47,6 +250,19 @@ def test_a_constant_row_is_the_bias() -> None:
     for value in (0.0, 3.3, 1e4):
         assert torch.equal(layer_norm(torch.full((2, 6), value), None, bias), bias.expand(2, 6))
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("d", [600, 4500])
+def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
+    d: int, backend_name: str
+) -> None:
+    """What eager loses, 1e-3 here: the mean itself rounds to more than a thousandth of std."""
+    x = (1000 + 0.01 * torch.randn(8, d)).to(cases.device_of(backend_name))
+    with backend(backend_name):
+        y = layer_norm(x)
+    expected = cases.layer_norm_formula(x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
 
 
 def test_bad_input() -> None:

@@ -1,0 +1,9 @@
+// What the module was built with; setup.py puts it on the command line of build_info.cpp.
+#pragma once
+
+namespace fastdiff {
+struct BuildInfo {
+  const char *version, *digest, *compiler, *cuda_architectures;
+};
+extern const BuildInfo build_info;
+}  // namespace fastdiff

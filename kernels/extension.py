@@ -1,0 +1,144 @@
+"""The compiled module `fastdiff.kernels._native`, or the reason why there is none.
+
+It is built from ``csrc/`` by setup.py and holds no torch header: its functions take addresses,
+sizes and strides. Its loops run on the threads of torch's own pool, through the C function
+``torch_parallel_for``; where a torch does not have that one, they run on the calling thread.
+
+A CPU kernel has two ways in. Plain tensors that want no gradient go straight to it, since a call
+through PyTorch's dispatcher costs more than a small tensor's work; the others (autograd,
+`torch.compile`, dispatch modes) go through the op that is registered with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op
+
+native: Any = None
+"""The module; None where it is not built or does not load."""
+try:
+    native = import_module("fastdiff.kernels._native")
+except ImportError as error:
+    if find_spec("fastdiff.kernels._native") is None:
+        MISSING = (
+            "the compiled module is not built here; with a C++ compiler, 'make build' or "
+            "installing again builds it"
+        )
+    else:
+        MISSING = f"the compiled module does not load: {error}"
+    UNAVAILABLE["cpu"] = UNAVAILABLE["cuda"] = MISSING
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The codes of csrc/kernels.h."""
+
+
+def _find_parallel_for() -> int:
+    """The address of torch's thread pool, 0 where this torch does not have it."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+            return ctypes.cast(function, ctypes.c_void_p).value or 0 if function else 0
+    return 0
+
+
+if native is not None:
+    native.set_parallel_for(_find_parallel_for())
+    if not native.build()["cuda_architectures"]:
+        UNAVAILABLE["cuda"] = (
+            "the compiled module was built without CUDA: no nvcc was found, or no kernels"
+        )
+
+
+def describe() -> dict[str, Any]:
+    """What ``fastdiff doctor`` tells about the module."""
+    if native is None:
+        return {"missing": MISSING}
+    return {
+        "path": native.__file__,
+        **native.build(),
+        "isa": native.isa(),
+        "threads": "torch's pool"
+        if native.has_parallel_for()
+        else "one: torch lacks its C function",
+        "stale": stale(),
+    }
+
+
+def stale() -> bool:
+    """True in a checkout whose ``csrc/`` is not what the module was built from."""
+    sources = Path(__file__).resolve().parent.parent / "csrc"
+    if native is None or not (sources / "bindings.cpp").exists():
+        return False
+    total = hashlib.sha256()
+    for path in sorted(sources.iterdir()):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            total.update(path.name.encode() + path.read_bytes())
+    return bool(total.hexdigest()[:16] != native.build()["digest"])
+
+
+def plain(*arguments: Any) -> bool:
+    """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    wanted = torch.is_grad_enabled()
+    for x in arguments:
+        if isinstance(x, Tensor):
+            known = type(x) is Tensor or type(x) is Parameter
+            if not known or x.is_neg() or (wanted and x.requires_grad):
+                return False
+    return True
+
+
+def register(
+    op: Op,
+    function: Callable[..., Any],
+    registered: Callable[..., Any],
+    objection: Callable[..., str | None] = lambda *args, **kwargs: None,
+    *,
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
+) -> None:
+    """Enter the CPU implementation of an op, if the module is there.
+
+    function: what plain tensors go to; registered: the same, known to PyTorch. objection, dtypes:
+    as `why_not` and `dtypes` of `Implementation`.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        straight = plain(*args, *kwargs.values())
+        return (function if straight else registered)(*args, **kwargs)
+
+    if native is not None:
+        implementation = Implementation(
+            backend="cpu", function=run, why_not=objection, devices=("cpu",), dtypes=dtypes
+        )
+        op.register(implementation)
+
+
+def reference_gradients(
+    reference: Callable[..., Any], inputs: Sequence[Any], outputs_gradient: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a reference, differentiable once more: for second derivatives.
+
+    A backward pass calls it when a graph of it is wanted (gradients are enabled in it).
+    """
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    y = reference(*inputs)
+    outputs = y if isinstance(y, tuple) else (y,)
+    found = iter(torch.autograd.grad(outputs, leaves, outputs_gradient, create_graph=True))
+    return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
