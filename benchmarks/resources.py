@@ -162,7 +162,7 @@ def launches(tunable: str, shape_class: str, dtype: str, architecture: str) -> l
     return list(unique.values())
 
 
-def _source(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes by place, as triton specialises them."""
     """Signature, constants and attributes by place, as triton's own launcher would specialise them."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}

@@ -138,15 +138,20 @@ def _known_columns(d: int, split: int) -> int:
 
 
 @jit
+def _no_pieces() -> tl.tensor:
+    return ()
+
+
+@jit
 def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
     return tl.zeros((ROWS, WIDTH), tl.float32)
 
 
 @jit
 def _zero_pieces(ROWS: tl.constexpr, WIDTHS: tl.constexpr) -> tl.tensor:
-    pieces = ()
+    pieces = _no_pieces()
     for i in tl.static_range(len(WIDTHS)):
-        pieces = pieces + (_zeros(ROWS, WIDTHS[i]),)
+        pieces += (_zeros(ROWS, WIDTHS[i]),)
     return pieces
 
 
@@ -172,15 +177,15 @@ def _load(
 
     GUARD: some rows may not exist; 0 there too.
     """
-    pieces = ()
+    pieces = _no_pieces()
     for i in tl.static_range(len(WIDTHS)):
         column = _begin(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
         if _beyond(WIDTHS, i, KNOWN):
-            pieces = pieces + (tl.load(rows + column, inside & (column < limit), other=0.0),)
+            pieces += (tl.load(rows + column, inside & (column < limit), other=0.0),)
         elif GUARD:
-            pieces = pieces + (tl.load(rows + column, inside, other=0.0),)
+            pieces += (tl.load(rows + column, inside, other=0.0),)
         else:
-            pieces = pieces + (tl.load(rows + column),)
+            pieces += (tl.load(rows + column),)
     return pieces
 
 
@@ -241,13 +246,13 @@ def _accumulate(
     product: the unit truncates its sums (Ootomo and Yokota 2022), which thousands of keys would
     show.
     """
-    pieces = ()
+    pieces = _no_pieces()
     for i in tl.static_range(len(total)):
         if a.dtype == tl.float32:
             product = tl.dot(a, b[i], input_precision=PRECISION)
-            pieces = pieces + (tl.fma(total[i], tl.zeros_like(product) + factor, product),)
+            pieces += (tl.fma(total[i], tl.zeros_like(product) + factor, product),)
         else:
-            pieces = pieces + (tl.dot(a, b[i], total[i] * factor),)
+            pieces += (tl.dot(a, b[i], total[i] * factor),)
     return pieces
 
 
@@ -259,11 +264,7 @@ def _weights(
 
     Scores of some hundreds have errors of 1e-5 in fp32; the difference to the largest has not.
     """
-    if FULL_PRECISION:
-        p = tl.exp2((scores - top) * unit)
-    else:
-        p = tl.exp2(scores * unit - top * unit)
-    return p
+    return tl.exp2((scores - top) * unit if FULL_PRECISION else scores * unit - top * unit)
 
 
 @jit
@@ -307,11 +308,7 @@ def _weights_again(
     FULL_PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """P in the backward pass."""
-    if FULL_PRECISION:
-        p = tl.exp2((scores - top) * unit - log)
-    else:
-        p = tl.exp2(scores * unit - log)
-    return p
+    return tl.exp2(((scores - top) * unit if FULL_PRECISION else scores * unit) - log)
 
 
 @jit
@@ -345,7 +342,7 @@ def _masked(scores: tl.tensor, at: tl.tensor, inside: tl.tensor, MASK: tl.conste
 
 
 @jit
-def _forward_kernel(
+def _forward_kernel(  # noqa: PLR0915
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
@@ -474,14 +471,14 @@ def _context_kernel(
     """Every `programs`-th tile of queries over keys that stay on the chip, 77 as 64 + 16."""
     head = tl.program_id(0) // programs
     n, h = (head // heads).to(tl.int64), head % heads
-    k_tiles, v_tiles = (), ()
+    k_tiles, v_tiles = _no_pieces(), _no_pieces()
     for j in tl.static_range(len(KEY_WIDTHS)):
         column = _begin(KEY_WIDTHS, j) + tl.arange(0, KEY_WIDTHS[j])
         real = (column < keys)[:, None]
         k_rows = _rows(k, k_strides, n, h, column, UNIT)
         v_rows = _rows(v, v_strides, n, h, column, UNIT)
-        k_tiles = k_tiles + (_load(k_rows, real, D, D, SCORE_WIDTHS, True),)
-        v_tiles = v_tiles + (_load(v_rows, real, D, D, OUT_WIDTHS, True),)
+        k_tiles += (_load(k_rows, real, D, D, SCORE_WIDTHS, True),)
+        v_tiles += (_load(v_rows, real, D, D, OUT_WIDTHS, True),)
     unit = factor if MASK == 0 else 1.0
     first = tl.program_id(0) % programs * BLOCK_M
     for start in range(first, length, programs * BLOCK_M):
@@ -489,7 +486,7 @@ def _context_kernel(
         inside = (row < length)[:, None]
         tile = _load(_rows(q, q_strides, n, h, row, UNIT), inside, D, D, SCORE_WIDTHS, True)
         top = tl.full((BLOCK_M,), -3.3e38, tl.float32)
-        all_scores = ()
+        all_scores = _no_pieces()
         for j in tl.static_range(len(KEY_WIDTHS)):
             column = _begin(KEY_WIDTHS, j) + tl.arange(0, KEY_WIDTHS[j])
             here = (column < keys)[None, :]
@@ -500,7 +497,7 @@ def _context_kernel(
             if j == len(KEY_WIDTHS) - 1:
                 scores = tl.where(here, scores, float("-inf"))
             top = tl.maximum(top, tl.max(scores, 1))
-            all_scores = all_scores + (scores,)
+            all_scores += (scores,)
         total = _zero_pieces(BLOCK_M, OUT_WIDTHS)
         weight = tl.zeros((BLOCK_M,), tl.float32)
         for j in tl.static_range(len(KEY_WIDTHS)):
@@ -545,7 +542,7 @@ def _row_sums_kernel(
 
 
 @jit
-def _keys_gradient_kernel(
+def _keys_gradient_kernel(  # noqa: PLR0915
     dout: tl.tensor,
     q: tl.tensor,
     k: tl.tensor,
@@ -972,7 +969,7 @@ def _attention_backward(
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dextra_k, dextra_v, dmask; of size 0 where there is nothing to differentiate."""
-    n, length, heads, d = q.shape
+    n, length, heads, _ = q.shape
     keys, extra_keys = k.shape[1], 0 if extra_k is None else extra_k.shape[1]
     dq, dk, dv, dextra_k, dextra_v, dmask = _gradients(
         q, k, v, extra_k, extra_v, mask, mask_gradient
@@ -1195,7 +1192,7 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     q, k, v = _packed(shape_class, dtype, device)
     out, lse = torch.empty(q.shape, dtype=dtype, device=device), _room_for_sums(q)
-    calls = [lambda: _streaming(q, k, v, None, None, None, out, lse, 0.1)]
+    calls: list[Callable[[], Any]] = [lambda: _streaming(q, k, v, None, None, None, out, lse, 0.1)]
     if shape_class == "self/64":
         mask = torch.empty(k.shape[1], dtype=torch.bool, device=device)
         text = torch.empty(2, q.shape[0], 80, *q.shape[2:], dtype=dtype, device=device)
@@ -1211,7 +1208,9 @@ def _keys_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Calla
     numbers = (*_split_sums(lse), lse[0])
     text = torch.empty(2, q.shape[0], 77, *q.shape[2:], dtype=dtype, device=device)
     room = (torch.empty_like(dout), torch.empty_like(dout)), (text[0], text[1])
-    calls = [lambda: _keys_gradient((dout, q, k, v), None, numbers, room[0], 0.1, 8)]
+    calls: list[Callable[[], Any]] = [
+        lambda: _keys_gradient((dout, q, k, v), None, numbers, room[0], 0.1, 8)
+    ]
     if shape_class == "self/64":
         seen = torch.empty(77, dtype=torch.uint8, device=device)
         mask = seen.expand(q.shape[0], q.shape[2], q.shape[1], 77)
@@ -1226,7 +1225,7 @@ def _queries_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Ca
     lse = _room_for_sums(q)
     numbers = (*_split_sums(lse), lse[0])
     no_mask = None, None
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: _queries_gradient((dout, q, k, v, None, None), no_mask, numbers, dq, None, 0.1, 8)
     ]
     if shape_class == "self/64":
