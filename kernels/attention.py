@@ -137,6 +137,17 @@ def _known_columns(d: int, split: int) -> int:
     return share if share * split == d else 0
 
 
+@constexpr_function
+def _piece(groups: tuple[tuple[int, ...], ...], g: int, j: int) -> int:
+    """Which of all pieces is the j-th of group g."""
+    return sum(len(group) for group in groups[:g]) + j
+
+
+@constexpr_function
+def _first_key(groups: tuple[tuple[int, ...], ...], g: int, j: int) -> int:
+    return sum(sum(group) for group in groups[:g]) + sum(groups[g][:j])
+
+
 @jit
 def _no_pieces() -> tl.tensor:
     return ()
@@ -254,6 +265,14 @@ def _accumulate(
         else:
             pieces += (tl.dot(a, b[i], total[i] * factor),)
     return pieces
+
+
+@jit
+def _scaled(pieces: tl.tensor, factor: tl.tensor) -> tl.tensor:
+    scaled = _no_pieces()
+    for i in tl.static_range(len(pieces)):
+        scaled += (pieces[i] * factor,)
+    return scaled
 
 
 @jit
@@ -461,56 +480,69 @@ def _context_kernel(
     factor: tl.tensor,
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    KEY_WIDTHS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
     SCORE_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
-    """Every `programs`-th tile of queries over keys that stay on the chip, 77 as 64 + 16."""
+    """Every `programs`-th tile of queries over keys that stay on the chip.
+
+    77 keys are one group of 64 + 16, whose softmax takes one pass; groups follow one another by the
+    online softmax.
+    """
     head = tl.program_id(0) // programs
     n, h = (head // heads).to(tl.int64), head % heads
     k_tiles, v_tiles = _no_pieces(), _no_pieces()
-    for j in tl.static_range(len(KEY_WIDTHS)):
-        column = _begin(KEY_WIDTHS, j) + tl.arange(0, KEY_WIDTHS[j])
-        real = (column < keys)[:, None]
-        k_rows = _rows(k, k_strides, n, h, column, UNIT)
-        v_rows = _rows(v, v_strides, n, h, column, UNIT)
-        k_tiles += (_load(k_rows, real, D, D, SCORE_WIDTHS, True),)
-        v_tiles += (_load(v_rows, real, D, D, OUT_WIDTHS, True),)
+    for g in tl.static_range(len(KEY_GROUPS)):
+        for j in tl.static_range(len(KEY_GROUPS[g])):
+            column = _first_key(KEY_GROUPS, g, j) + tl.arange(0, KEY_GROUPS[g][j])
+            real = (column < keys)[:, None]
+            k_rows = _rows(k, k_strides, n, h, column, UNIT)
+            v_rows = _rows(v, v_strides, n, h, column, UNIT)
+            k_tiles += (_load(k_rows, real, D, D, SCORE_WIDTHS, True),)
+            v_tiles += (_load(v_rows, real, D, D, OUT_WIDTHS, True),)
     unit = factor if MASK == 0 else 1.0
     first = tl.program_id(0) % programs * BLOCK_M
     for start in range(first, length, programs * BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = (row < length)[:, None]
         tile = _load(_rows(q, q_strides, n, h, row, UNIT), inside, D, D, SCORE_WIDTHS, True)
-        top = tl.full((BLOCK_M,), -3.3e38, tl.float32)
-        all_scores = _no_pieces()
-        for j in tl.static_range(len(KEY_WIDTHS)):
-            column = _begin(KEY_WIDTHS, j) + tl.arange(0, KEY_WIDTHS[j])
-            here = (column < keys)[None, :]
-            scores = _product(tile, k_tiles[j], _zeros(BLOCK_M, KEY_WIDTHS[j]), PRECISION)
-            if MASK != 0:
-                at = _mask_at(mask, mask_strides, n, h, row[:, None], column[None, :])
-                scores = _masked(scores * factor, at, inside & here, MASK)
-            if j == len(KEY_WIDTHS) - 1:
-                scores = tl.where(here, scores, float("-inf"))
-            top = tl.maximum(top, tl.max(scores, 1))
-            all_scores += (scores,)
         total = _zero_pieces(BLOCK_M, OUT_WIDTHS)
+        top = tl.full((BLOCK_M,), -3.3e38, tl.float32)
         weight = tl.zeros((BLOCK_M,), tl.float32)
-        for j in tl.static_range(len(KEY_WIDTHS)):
-            p = _weights(all_scores[j], top[:, None], unit, tops is not None)
-            weight += tl.sum(p, 1)
-            p = p.to(v.dtype.element_ty)
-            total = _accumulate(total, 1.0, p, v_tiles[j], PRECISION)
+        for g in tl.static_range(len(KEY_GROUPS)):
+            new_top, group = top, _no_pieces()
+            for j in tl.static_range(len(KEY_GROUPS[g])):
+                column = _first_key(KEY_GROUPS, g, j) + tl.arange(0, KEY_GROUPS[g][j])
+                here = (column < keys)[None, :]
+                scores = _zeros(BLOCK_M, KEY_GROUPS[g][j])
+                scores = _product(tile, k_tiles[_piece(KEY_GROUPS, g, j)], scores, PRECISION)
+                if MASK != 0:
+                    where = _mask_at(mask, mask_strides, n, h, row[:, None], column[None, :])
+                    scores = _masked(scores * factor, where, inside & here, MASK)
+                if g == len(KEY_GROUPS) - 1 and j == len(KEY_GROUPS[g]) - 1:
+                    scores = tl.where(here, scores, float("-inf"))
+                new_top = tl.maximum(new_top, tl.max(scores, 1))
+                group += (scores,)
+            if g > 0:
+                shrink = tl.exp2((top - new_top) * unit)
+                weight *= shrink
+                total = _scaled(total, shrink[:, None])
+            top = new_top
+            for j in tl.static_range(len(KEY_GROUPS[g])):
+                p = _weights(group[j], top[:, None], unit, tops is not None)
+                weight += tl.sum(p, 1)
+                p = p.to(v.dtype.element_ty)
+                v_tile = v_tiles[_piece(KEY_GROUPS, g, j)]
+                total = _accumulate(total, 1.0, p, v_tile, PRECISION)
         some = weight > 0
         share = tl.where(some, 1.0 / tl.where(some, weight, 1.0), 0.0)
         out_rows = out + ((n * length + row.to(tl.int64)[:, None]) * heads + h) * D
         _store(out_rows, inside, total, share[:, None], D, OUT_WIDTHS)
-        at = (n * heads + h) * length + row
-        _keep_sums(lse, tops, at, top, weight, unit, row < length)
+        numbers = (n * heads + h) * length + row
+        _keep_sums(lse, tops, numbers, top, weight, unit, row < length)
 
 
 @jit
@@ -742,7 +774,12 @@ WIDEST, SINGLE_HEAD = 256, 512
 CONTEXTS = (80, 160, 336)
 """Keys of 77, 154 and 256 + 77 tokens; what fits on the chip has its config for each."""
 CONTEXT_DIMS = (40, 64, 80, 160)
-FULL_PRECISION_DIMS = (64, 128, 256, 512)
+BACKWARD_DIMS = (40, 64, 80, 128, 160, 256, 512)
+FULL_PRECISION_DIMS = (64, 256, 512)
+MMA_SYNC = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
+"""The architectures whose matrix unit is driven by mma.sync."""
+STREAMS: Config = {"BLOCK_M": 0, "num_warps": 4, "num_stages": 1}
+"""In place of a config for keys on the chip: they do not fit there."""
 PROGRAMS = 512
 """What fills a GPU: about four programs on each of its 80 to 150 multiprocessors."""
 LOG2_E = 1.4426950408889634
@@ -758,9 +795,18 @@ def _pieces(columns: int, smallest: int = 8) -> tuple[int, ...]:
     return tuple(1 << bit for bit in reversed(range(columns.bit_length())) if columns >> bit & 1)
 
 
+def _groups(keys: int) -> tuple[tuple[int, ...], ...]:
+    """Keys whose softmax is taken in one pass: up to 128 + 32, for which the registers suffice."""
+    groups = ()
+    while keys > 160:
+        groups += ((128,),)
+        keys -= 128
+    return (*groups, _pieces(keys, 16))
+
+
 def _out_widths(columns: int, x: Tensor) -> tuple[int, ...]:
-    """Pieces of V: NVIDIA's matrix unit takes 8 columns, AMD's 16, as does the fp32 product."""
-    takes_8 = x.dtype != torch.float32 and gpu_of(x.device).architecture.startswith("sm_")
+    """Pieces of V: mma.sync takes 8 columns; wgmma, tcgen05 and AMD's unit take 16."""
+    takes_8 = x.dtype != torch.float32 and gpu_of(x.device).architecture in MMA_SYNC
     return _pieces(columns, 8 if takes_8 else 16)
 
 
@@ -808,16 +854,17 @@ def _stride_of(mask: Tensor | None) -> tuple[int, ...] | None:
     return None if mask is None else mask.stride()
 
 
-def _shape_class(q: Tensor) -> str:
+def _shape_class(q: Tensor, known: tuple[int, ...]) -> str:
     d = q.shape[3]
     if q.dtype == torch.float32:
         return f"fp32/{_next(d, FULL_PRECISION_DIMS)}"
-    return f"self/{_next(d, HEAD_DIMS)}"
+    return f"self/{_next(d, known)}"
 
 
 def _tiles(name: str, q: Tensor, mask: Tensor | None) -> Config:
     """The config; half as many keys a tile under a mask, for which the registers are needed."""
-    chosen = {"CHUNK": 0, "SPLIT": 1, **config(name, q, _shape_class(q))}
+    known = HEAD_DIMS if name == "attention" else BACKWARD_DIMS
+    chosen = {"CHUNK": 0, "SPLIT": 1, **config(name, q, _shape_class(q, known))}
     if mask is not None:
         chosen["BLOCK_N"] = max(16, chosen["BLOCK_N"] // 2)
     return chosen
@@ -903,7 +950,7 @@ def _context(
         scale * LOG2_E,
         D=d,
         UNIT=unit,
-        KEY_WIDTHS=_pieces(keys, 16),
+        KEY_GROUPS=_groups(keys),
         SCORE_WIDTHS=_pieces(d, 16),
         OUT_WIDTHS=_out_widths(d, v),
         MASK=_kind(masks[0]),
@@ -1241,9 +1288,10 @@ def _queries_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Ca
 
 
 def _context_candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
+    yield STREAMS
     for m in (64, 128):
         for warps in (4, 8):
-            for stages in (1, 2, 3):
+            for stages in (1, 2):
                 yield {"BLOCK_M": m, "num_warps": warps, "num_stages": stages}
 
 
@@ -1266,14 +1314,11 @@ def _has_dtype(shape_class: str, dtype: torch.dtype) -> bool:
     return shape_class.startswith("fp32") == (dtype == torch.float32)
 
 
-SHAPE_CLASSES = (
-    *(f"self/{d}" for d in HEAD_DIMS),
-    *(f"fp32/{d}" for d in FULL_PRECISION_DIMS),
-)
+FULL_PRECISION = tuple(f"fp32/{d}" for d in FULL_PRECISION_DIMS)
 define_tunable(
     Tunable(
         name="attention",
-        shape_classes=SHAPE_CLASSES,
+        shape_classes=(*(f"self/{d}" for d in HEAD_DIMS), *FULL_PRECISION),
         candidates=_candidates,
         calls=_calls,
         takes=_has_dtype,
@@ -1292,7 +1337,7 @@ for _name, _gradient_calls in (("keys", _keys_calls), ("queries", _queries_calls
     define_tunable(
         Tunable(
             name=f"attention_backward_{_name}",
-            shape_classes=SHAPE_CLASSES,
+            shape_classes=(*(f"self/{d}" for d in BACKWARD_DIMS), *FULL_PRECISION),
             candidates=_candidates,
             calls=_gradient_calls,
             takes=_has_dtype,
