@@ -797,7 +797,7 @@ def _pieces(columns: int, smallest: int = 8) -> tuple[int, ...]:
 
 def _groups(keys: int) -> tuple[tuple[int, ...], ...]:
     """Keys whose softmax is taken in one pass: up to 128 + 32, for which the registers suffice."""
-    groups = ()
+    groups: tuple[tuple[int, ...], ...] = ()
     while keys > 160:
         groups += ((128,),)
         keys -= 128
@@ -1223,17 +1223,15 @@ def _packed(shape_class: str, dtype: torch.dtype, device: str) -> tuple[Tensor, 
 
 
 def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    wide = shape_class.endswith("512")
-    for m in (64, 128):
-        for n in (32, 64, 128):
-            for warps in (4, 8):
-                for stages in (1, 2, 3):
-                    found = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-                    if wide:
-                        for split in (1, 2, 4):
-                            yield {**found, "CHUNK": 64, "SPLIT": split}
-                    else:
-                        yield found
+    kept: list[Config] = [{}] if dtype != torch.float32 else []
+    streamed = [{"CHUNK": 32, "SPLIT": split} for split in (1, 2, 4, 8)]
+    d = int(shape_class.partition("/")[2])
+    for m, n in ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (32, 64), (32, 32)):
+        for warps in (4, 8):
+            for stages in (1, 2, 3):
+                for option in streamed if d == SINGLE_HEAD or not kept else kept:
+                    tile = {"BLOCK_M": m, "BLOCK_N": n, **option}
+                    yield {**tile, "num_warps": warps, "num_stages": stages}
 
 
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
