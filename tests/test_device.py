@@ -23,6 +23,7 @@ from benchmarks import (
     bench_sampler_step,
     device,
     gpu,
+    gpu_networks,
     gpu_report,
     report,
     shapes,
@@ -428,3 +429,27 @@ def test_without_a_gpu_the_report_says_so() -> None:
     text = report.tables([])
     assert gpu_report.NOTHING in text
     assert text.count("not measured") == len(gpu_report.TARGETS)
+
+
+# What a dry run leaves out
+
+
+@pytest.mark.parametrize("name", shapes.GPU_JOBS)
+def test_the_networks_take_half_precision(name: str) -> None:
+    module, inputs = replace(shapes.GPU_JOBS[name], batch=1).build("meta", torch.bfloat16)
+    with torch.device("meta"), torch.inference_mode():
+        y = module(**inputs)
+    assert y.dtype == torch.bfloat16
+    assert y.shape[0] == 1
+
+
+@pytest.mark.parametrize("name", gpu_networks.NETWORKS)
+def test_diffusers_networks_take_what_they_are_given(name: str) -> None:
+    pytest.importorskip("diffusers")
+    job = shapes.GPU_JOBS[name]
+    for provider, step in gpu_networks._diffusers(job, torch.device("meta")):
+        with torch.inference_mode():
+            y = step()
+        y = getattr(y, "sample", y)
+        side = job.size * (8 if job.network == "decoder" else 1)
+        assert y.shape[2:] == (side, side), provider
