@@ -27,6 +27,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fastdiff.kernels import extension
 from fastdiff.kernels.dispatch import check_shape, define_op
 from fastdiff.kernels.philox import SAMPLER_NOISE, philox_normal_reference
 
@@ -87,9 +88,7 @@ def sampler_step_reference(
     """The op in plain PyTorch; see `sampler_step`. On a GPU it waits to read the row."""
     if x.numel() == 0:
         return
-    index = int(step)
-    if not 0 <= index < len(table):
-        raise ValueError(f"sampler_step: step must be in [0, {len(table)}), got {index}")
+    index = _index(step, table)
     row = dict(zip(Column, table[index].tolist(), strict=True))
 
     prediction = prediction.to(x.dtype)
@@ -118,6 +117,14 @@ def sampler_step_reference(
     x.copy_(new)
 
 
+def _index(step: Tensor, table: Tensor) -> int:
+    """The row, on the host. Raises ValueError when the table does not have it."""
+    index = int(step)
+    if not 0 <= index < len(table):
+        raise ValueError(f"sampler_step: step must be in [0, {len(table)}), got {index}")
+    return index
+
+
 def _guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor:
     """Classifier-free guidance; rescale > 0 goes back towards the conditional's deviation.
 
@@ -133,6 +140,92 @@ def _guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor
 
 
 _op = define_op("sampler_step", sampler_step_reference)
+
+
+# CPU
+
+
+def _native(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
+    if x.numel() == 0:
+        return
+    index = _index(step, table)
+    if not (x.is_contiguous() and history.is_contiguous()):
+        dense, slots = x.contiguous(), history.contiguous()
+        _native(dense, prediction, slots, table, step, seeds, guidance_rescale=guidance_rescale)
+        x.copy_(dense)
+        history.copy_(slots)
+        return
+    n, c = x.shape[:2]
+    space = x.numel() // (n * c)
+    if prediction.dtype not in extension.DTYPES:
+        prediction = prediction.float()
+    channels_last = not prediction.is_contiguous()
+    if channels_last:
+        prediction = prediction.movedim(1, -1).contiguous()  # a view of channels_last
+    channels = prediction.shape[-1 if channels_last else 1]
+    runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
+    row, seeds = table[index].contiguous(), seeds.contiguous()
+    extension.native.sampler_step(
+        extension.DTYPES[prediction.dtype],
+        len(prediction) == 2 * n,
+        channels == 2 * c,
+        x.data_ptr(),
+        prediction.data_ptr(),
+        history.data_ptr(),
+        row.data_ptr(),
+        seeds.data_ptr(),
+        n,
+        runs,
+        length,
+        channels * space,
+        1,
+        stride,
+        c if channels_last else c * space,
+        index,
+        int(SAMPLER_NOISE),
+        guidance_rescale,
+    )
+
+
+@torch.library.custom_op(
+    "fastdiff::sampler_step_cpu", mutates_args=("x", "history"), device_types="cpu"
+)
+def sampler_step_cpu(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    guidance_rescale: float,
+) -> None:
+    _native(x, prediction, history, table, step, seeds, guidance_rescale=guidance_rescale)
+
+
+@torch.no_grad()
+def _registered(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
+    sampler_step_cpu(x, prediction, history, table, step, seeds, guidance_rescale)
+
+
+extension.register(_op, _native, _registered, dtypes=(torch.float32,))
 
 
 def _check(
@@ -196,8 +289,8 @@ def sampler_step(
     x and the table may be fp64 (for tests); the noise is fp32 numbers always. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype or option that does not fit; with the reference also a step
-            beyond the table.
+        ValueError: a shape, dtype or option that does not fit; with the reference and on a CPU also
+            a step beyond the table.
 
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """
