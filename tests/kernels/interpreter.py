@@ -50,7 +50,7 @@ def round_as_gpus_do(data: np.ndarray) -> np.ndarray:
 
 
 def _patch() -> None:
-    from triton.language import bfloat16, float32
+    from triton.language import bfloat16, float32, int1
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     execute = GridExecutor.__call__
@@ -88,10 +88,20 @@ def _patch() -> None:
         exact = x.data.astype(np.float64) * y.data + z.data
         return TensorHandle(exact.astype(np.float32), float32)
 
+    def comparing(compare: Any) -> Any:
+        """Triton 3.7 labels what a comparison of floats gives as floats, which have no `&`."""
+
+        def compared(self: Any, left: Any, right: Any) -> Any:
+            return TensorHandle(compare(self, left, right).data.astype(bool), int1)
+
+        return compared
+
     def quiet(self: Any, *arguments: Any, **options: Any) -> None:
         with np.errstate(all="ignore"):  # a GPU goes on with inf and nan
             execute(self, *arguments, **options)
 
+    for name in [name for name in dir(InterpreterBuilder) if name.startswith("create_fcmp")]:
+        setattr(InterpreterBuilder, name, comparing(getattr(InterpreterBuilder, name)))
     GridExecutor.__call__ = quiet
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fma = create_fma
