@@ -239,7 +239,7 @@ def _sampler_step_kernel(
     if s != 0:
         factor = tl.full([4 * BLOCK], 0.0, tl.float32) + s
         if LEARNED:
-            channels = (elements // space).to(tl.int64)
+            channels = tl.cast(elements // space, tl.int64)
             v = tl.load(cond + channels * f_c, inside, other=0.0).to(tl.float32)
             fraction = (v + 1.0) * 0.5
             low, high = tl.load(row + 13), tl.load(row + 14)
