@@ -34,7 +34,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0")
-CPU_KERNELS = ("geglu",)
+CPU_KERNELS = ("geglu", "group_norm_silu", "layer_norm")
 """Files of csrc/ that are compiled once per instruction set; the others only for any CPU."""
 ISAS = {
     "portable": "",
@@ -72,12 +72,6 @@ class Cuda:
             if ptx:
                 codes.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
         return " ".join(codes)
-
-    @property
-    def libraries(self) -> Path:
-        home = Path(os.path.realpath(self.nvcc)).parent.parent
-        folders = [home / "lib64", *sorted(home.glob("targets/*/lib")), home / "lib"]
-        return next((f for f in folders if (f / "libcudart_static.a").exists()), folders[0])
 
 
 def find_compiler() -> str:
@@ -164,7 +158,7 @@ def write_ninja(build: Path, target: Path, version: str) -> None:
     # the digest changes with every edit: only the file that holds it has it on its command line
     facts = f'-DFASTDIFF_DIGEST=\\"{digest()}\\" -DFASTDIFF_VERSION=\\"{version}\\"'
     archs = ";".join(cuda.architectures) if cuda else ""
-    facts += f' -DFASTDIFF_CUDA_ARCHS=\\"{archs}\\"'
+    facts += f" -DFASTDIFF_CUDA_ARCHS='\"{archs}\"'"
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
         f"cxx = {compiler}",
@@ -176,7 +170,8 @@ def write_ninja(build: Path, target: Path, version: str) -> None:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx $link $in $libraries -o $out",
+        # nvcc knows where its own runtime library lies
+        f"  command = {'$nvcc $nvcclink' if cuda else '$cxx'} $link $in -o $out",
         "  description = link $out",
     ]
     if cuda:
@@ -184,6 +179,7 @@ def write_ninja(build: Path, target: Path, version: str) -> None:
             f"nvcc = {cuda.nvcc}",
             f"nvccflags = -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
             f"-ccbin {shlex.split(compiler)[0]} {cuda.flags}",
+            f"nvcclink = -ccbin {shlex.split(compiler)[0]} -cudart static",
             "rule nvcc",
             "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
             "  description = nvcc $out",
@@ -201,16 +197,13 @@ def write_ninja(build: Path, target: Path, version: str) -> None:
         if stem in CPU_KERNELS:
             for isa, isa_flags in isas().items():
                 compile_(source, f"{stem}.{isa}", f"-DFASTDIFF_ISA={isa} {isa_flags}")
-        elif stem == "bindings_cuda" and not cuda:
-            continue
         elif stem.startswith("bindings"):
-            compile_(source, stem, f"{binding} {'-DFASTDIFF_CUDA' if cuda else ''}")
+            compile_(source, stem, binding)
         else:
             compile_(source, stem, facts if stem == "build_info" else "")
     for source in sorted(SOURCES.glob("*.cu")) if cuda else ():
         compile_(source, f"{source.stem}.cu", "", "nvcc")
-    libraries = f"-L{cuda.libraries} -lcudart_static -ldl -lrt -lpthread" if cuda else ""
-    lines += [f"build {_escape(target)}: link {' '.join(objects)}", f"  libraries = {libraries}"]
+    lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
     text = "\n".join([*lines, f"default {_escape(target)}", ""])
     path = build / "build.ninja"
     if not path.exists() or path.read_text() != text:

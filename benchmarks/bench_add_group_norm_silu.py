@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import shapes
+from benchmarks import bench_group_norm_silu, shapes
+from benchmarks.bench_group_norm_silu import arguments
+from benchmarks.gpu import Subject
 from benchmarks.harness import Work, channels_last, compare
+from benchmarks.shapes import Call
 from fastdiff import kernels
 
 
@@ -25,6 +28,37 @@ def eager(
 ) -> tuple[Tensor, Tensor]:
     total = x + residual
     return F.silu(F.group_norm(total, groups, weight, bias)), total
+
+
+def eager_with_options(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    total = x if channel_add is None else x + channel_add[:, :, None, None]
+    total = total if residual is None else total + residual
+    norm = bench_group_norm_silu.eager
+    return norm(total, groups, weight, bias, scale_shift=scale_shift), total
+
+
+def work(call: Call, size: int) -> Work:
+    """x in, total and y out, and the residual in where there is one."""
+    passes = 4 if "residual" in dict(call.options) else 3
+    return Work(bytes=passes * torch.Size(call.tensors[0]).numel() * size)
+
+
+SUBJECT = Subject(
+    op="add_group_norm_silu",
+    arguments=arguments,
+    eager=eager_with_options,
+    work=work,
+    norm=True,
+)
 
 
 @pytest.mark.parametrize("job", shapes.jobs_with("add_group_norm_silu"))

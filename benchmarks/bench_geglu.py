@@ -10,13 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import shapes
+from benchmarks.gpu import Arguments, Make, Subject
 from benchmarks.harness import Work, compare
+from benchmarks.shapes import Call, Job
 from fastdiff import kernels
 
 
 def eager(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def arguments(call: Call, job: Job, make: Make) -> Arguments:
+    return (make(*call.tensors[0]),), {}
+
+
+SUBJECT = Subject(
+    op="geglu",
+    arguments=arguments,
+    eager=eager,
+    work=lambda call, size: Work(bytes=torch.Size(call.tensors[0]).numel() * size * 3 // 2),
+)
 
 
 @pytest.mark.parametrize("job", shapes.jobs_with("geglu"))

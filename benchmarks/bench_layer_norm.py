@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import shapes
+from benchmarks.gpu import Arguments, Make, Subject
 from benchmarks.harness import Work, compare
+from benchmarks.shapes import Call, Job
 from fastdiff import kernels
 
 PROVIDERS = ["reference", "eager", "compile", "copy"]
@@ -23,6 +25,24 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def add_eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
     return F.layer_norm(total, x.shape[-1:], weight, bias), total
+
+
+def arguments(call: Call, job: Job, make: Make) -> Arguments:
+    return tuple(make(*shape) for shape in call.tensors), {}
+
+
+SUBJECT = Subject(
+    op="layer_norm",
+    arguments=arguments,
+    eager=eager,
+    work=lambda call, size: Work(bytes=2 * torch.Size(call.tensors[0]).numel() * size),
+)
+ADD_SUBJECT = Subject(
+    op="add_layer_norm",
+    arguments=arguments,
+    eager=add_eager,
+    work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
+)
 
 
 @pytest.mark.parametrize("job", shapes.jobs_with("layer_norm"))

@@ -11,6 +11,8 @@ have to move, whatever the provider moves in fact. `measure` times it with pytes
     copy        the limit of an op that memory bounds: a copy that moves the same bytes
     sgemm       the limit of an op that arithmetic bounds: a square product of the same FLOPs
 
+A GPU has more providers and methods: gpu.py.
+
 With ``--save-records`` the run leaves ``benchmarks/results/<device>/<commit>.json``, from which
 report.py makes docs/performance.md; a plain run leaves the tree as it was.
 """
@@ -24,7 +26,7 @@ import re
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,8 +39,8 @@ from torch import Tensor
 import fastdiff
 from fastdiff import kernels
 
-LIMITS = ("copy", "sgemm")
-PROVIDERS = ("reference", "eager", "compile", "library", *LIMITS, "auto")
+LIMITS = ("copy", "sgemm", "matmul")
+PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
 BUDGET_S = 1.0
 """How long the timed rounds of one benchmark may take together."""
 RESULTS = Path(__file__).parent / "results"
@@ -71,6 +73,8 @@ class Record:
     q3_s: float
     bytes: int
     flops: int
+    method: str = "host"
+    """How it was timed, in the words of fastdiff/timing.py."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -81,15 +85,15 @@ class Record:
         return self.flops / self.median_s
 
     def share_of(self, limit: Record) -> float:
-        """The rate as a share of what the limit reaches: of a copy's bytes, of sgemm's FLOPs."""
-        if limit.provider == "sgemm":
+        """The rate as a share of the limit's: in bytes of a copy's, in FLOPs of a product's."""
+        if limit.provider != "copy":
             return self.flops_per_second / limit.flops_per_second
         return self.bytes_per_second / limit.bytes_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one op takes of a job, on the reference backend."""
+    """What one op takes of a job."""
 
     job: str
     op: str
@@ -98,6 +102,7 @@ class Share:
     """In all calls of one evaluation."""
     total_s: float
     """The whole evaluation."""
+    backend: str = "reference"
 
     @property
     def share(self) -> float:
@@ -224,14 +229,24 @@ def compare(
 
 def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
     """``torch.compile(function)``, compiled for these shapes; skips where it cannot compile."""
-    torch.compiler.reset()
-    result = torch.compile(function, dynamic=False, fullgraph=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor's own imports use what PyTorch deprecates
         try:
-            result(*arguments)
+            return compiled_for(function, arguments, {})
         except torch._dynamo.exc.TorchDynamoException as error:
             pytest.skip(f"torch.compile does not work here: {' '.join(str(error).split())[:200]}")
+
+
+def compiled_for(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backend: str = "inductor",
+) -> Callable[..., Any]:
+    """``torch.compile(function)``, compiled for these arguments."""
+    torch.compiler.reset()
+    result = torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+    result(*args, **kwargs)
     return result
 
 
@@ -292,13 +307,18 @@ def save_records(
     peaks: Sequence[Peak] = (),
     *,
     results: Path = RESULTS,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what one run measured as ``results/<device>/<commit>.json`` and return the path.
+
+    Args:
+        results: the folder of all devices.
+        extra: more facts for the record's environment.
 
     Another run of the same commit on the same device adds to the file: what was measured again
     replaces what it was, and the file is clean only if all its runs were.
     """
-    facts = environment()
+    facts = {**environment(), **(extra or {})}
     folder = results / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['commit'][:12]}.json"
@@ -307,10 +327,10 @@ def save_records(
         facts["clean"] = facts["clean"] and known["environment"]["clean"]
     content = {
         "environment": facts,
-        "shares": _merged(known.get("shares", []), shares, ("job", "op")),
+        "shares": _merged(known.get("shares", []), shares, ("job", "op", "backend")),
         "peaks": _merged(known.get("peaks", []), peaks, ("benchmark", "shape")),
         "records": _merged(
-            known.get("records", []), records, ("benchmark", "job", "shape", "provider")
+            known.get("records", []), records, ("benchmark", "job", "shape", "dtype", "provider")
         ),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -321,4 +341,4 @@ def _merged(
     known: list[dict[str, Any]], new: Sequence[Record | Share | Peak], key: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     rows = [*known, *map(asdict, new)]
-    return list({tuple(row[name] for name in key): row for row in rows}.values())
+    return list({tuple(row.get(name) for name in key): row for row in rows}.values())

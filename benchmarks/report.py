@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks import gpu_report
 from benchmarks.harness import LIMITS, RESULTS, Peak, Record, Share, amdahl, duration
 from benchmarks.plot import draw_shares
 from fastdiff.checkpoint.files import write_text
@@ -49,6 +50,8 @@ class Run:
 
     def describe(self) -> str:
         facts = self.environment
+        if "gpu" in facts:
+            return self._describe_gpu()
         threads = {r.threads for r in self.records} | {p.threads for p in self.peaks}
         dtypes = sorted({record.dtype for record in self.records})
         work = ["/".join(map(str, sorted(threads))) + " threads", *dtypes]
@@ -57,6 +60,16 @@ class Run:
             f"- {self.commit}{changed}, {facts['date'][:10]}: fastdiff {facts['fastdiff']}, torch "
             f"{facts['torch']}, Python {facts['python']}; {facts['cores']} cores, "
             f"{', '.join(work)}"
+        )
+
+    def _describe_gpu(self) -> str:
+        facts, gpu = self.environment, self.environment["gpu"]
+        changed = "" if facts["clean"] else " with uncommitted changes"
+        dtypes = sorted({record.dtype for record in self.records})
+        return (
+            f"- {self.commit}{changed}, {facts['date'][:10]}: fastdiff {facts['fastdiff']}, torch "
+            f"{facts['torch']}, triton {facts['triton']}, Python {facts['python']}; driver "
+            f"{gpu['driver']}, {gpu['multiprocessors']} multiprocessors, {', '.join(dtypes)}"
         )
 
 
@@ -71,10 +84,20 @@ class Device:
     def name(self) -> str:
         return str(self.runs[-1].environment["device"])
 
+    @property
+    def is_gpu(self) -> bool:
+        return "gpu" in self.runs[-1].environment
+
     def records(self) -> list[tuple[Run, Record]]:
         return newest(
             ((run, record) for run in self.runs for record in run.records),
-            lambda record: (record.benchmark, record.job, record.shape, record.provider),
+            lambda record: (
+                record.benchmark,
+                record.job,
+                record.shape,
+                record.dtype,
+                record.provider,
+            ),
         )
 
     def peaks(self) -> list[tuple[Run, Peak]]:
@@ -97,6 +120,7 @@ class Device:
                 row.record.benchmark,
                 row.record.job,
                 row.record.shape,
+                row.record.dtype,
                 row.record.provider,
             ),
         )
@@ -138,9 +162,10 @@ class Row:
 def compared(records: Sequence[Record], shares: Sequence[Share]) -> list[Row]:
     """Every record of one run that has a reference beside it, limits left out."""
     of_job = {(share.job, share.op): share.share for share in shares}
-    groups: dict[tuple[str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.benchmark, record.job, record.shape), []).append(record)
+        key = record.benchmark, record.job, record.shape, record.dtype
+        groups.setdefault(key, []).append(record)
     rows = []
     for group in groups.values():
         by_provider = {record.provider: record for record in group}
@@ -159,8 +184,48 @@ def compared(records: Sequence[Record], shares: Sequence[Share]) -> list[Row]:
     return rows
 
 
+def gpu_section(device: Device) -> str:
+    """The tables of one GPU: its newest run, since ratios hold within one run only."""
+    run = device.runs[-1]
+    found = gpu_report.groups(run.records)
+    ops, networks = gpu_report.op_rows(found), gpu_report.network_rows(found)
+    shares = [(s.backend, *share_row(run, s)) for s in run.shares]
+    head = ("backend", "job", "op", "calls", "time", "share", "job, if the op were free", "commit")
+    return "\n\n".join(
+        [
+            f"### {device.name}",
+            run.describe(),
+            "#### Aims",
+            table(*headed(gpu_report.targets(found))),
+            "#### Whole evaluations",
+            table(*headed(networks)),
+            "#### Share of each op",
+            table(head, shares),
+            "#### Ops",
+            table(*headed(ops)),
+        ]
+    )
+
+
+def headed(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return rows[0], rows[1:]
+
+
+def no_gpu() -> str:
+    """What is said as long as there is no record of a GPU."""
+    aims = table(*headed(gpu_report.targets([])))
+    return f"### GPUs\n\n{gpu_report.NOTHING}\n\n{aims}"
+
+
+def tables(found: Sequence[Device]) -> str:
+    """Everything between the markers: GPUs first."""
+    gpus = [gpu_section(device) for device in found if device.is_gpu]
+    others = [section(device) for device in found if not device.is_gpu]
+    return "\n\n".join([*(gpus or [no_gpu()]), *others])
+
+
 def section(device: Device) -> str:
-    """The picture and the tables of one device."""
+    """The picture and the tables of one device that is no GPU."""
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
     ops = {row.record.benchmark for _, row in rows}
     alone = [(run, record) for run, record in device.records() if record.benchmark not in ops]
@@ -280,10 +345,10 @@ def main() -> None:
     found = devices()
     for device in found:
         shares = [share for _, share in device.shares()]
-        if shares:
+        if shares and not device.is_gpu:
             draw_shares(shares, device.name, picture(device))
             print(picture(device))
-    write_text(DOCUMENT, fill(DOCUMENT.read_text(), "\n\n".join(map(section, found))))
+    write_text(DOCUMENT, fill(DOCUMENT.read_text(), tables(found)))
     print(DOCUMENT)
 
 

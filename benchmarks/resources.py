@@ -17,22 +17,26 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from fastdiff.checkpoint.files import write_text
 from fastdiff.kernels import _triton
-from fastdiff.kernels._triton import TUNABLES, Launch
+from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Launch
 
 DOCS = Path(__file__).parent.parent / "docs" / "resources.md"
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -119,7 +123,10 @@ class Resources:
     dtype: str
     architecture: str
     kernel: str
+    config: Config
+    """What the file of configs says."""
     constants: dict[str, Any]
+    """What the kernel was compiled for; absent tensors are None."""
     num_warps: int
     num_stages: int
     registers: int
@@ -156,14 +163,20 @@ class Task:
     """Which of the recorded launches of this class."""
 
 
+@lru_cache(maxsize=64)
 def launches(tunable: str, shape_class: str, dtype: str, architecture: str) -> list[Launch]:
     """The different kernels that the calls of a shape class start."""
     calls = TUNABLES[tunable].calls(shape_class, getattr(torch, dtype), "meta")
     with _triton.recording_launches(architecture) as recorded:
         for call in calls:
             call()
-    unique = {(launch.kernel.__name__, str(_source(launch))): launch for launch in recorded}
-    return list(unique.values())
+    return list({identity(launch): launch for launch in recorded}.values())
+
+
+def identity(launch: Launch) -> Hashable:
+    """Equal for launches that compile to the same binary."""
+    options = launch.num_warps, launch.num_stages
+    return launch.kernel.__name__, str(_source(launch)), options
 
 
 def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -223,6 +236,12 @@ def compile_one(task: Task) -> Resources:
         dtype=task.dtype,
         architecture=task.architecture,
         kernel=launch.kernel.__name__,
+        config=_triton.lookup(
+            task.tunable,
+            Gpu("", task.architecture),
+            getattr(torch, task.dtype),
+            task.shape_class,
+        ),
         constants=constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -299,12 +318,31 @@ def tasks(
 
 
 def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:
-    """Compile in parallel; a progress bar on stderr."""
-    workers = workers or len(os.sched_getaffinity(0))
-    console = Console(stderr=True)
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(compile_one, todo, chunksize=4)
-        return list(track(results, "compiling", total=len(todo), console=console))
+    """Compile in parallel, what is the same only once; a progress bar on stderr."""
+    same: dict[Hashable, list[Task]] = {}
+    for task in todo:
+        launch = launches(task.tunable, task.shape_class, task.dtype, task.architecture)[task.index]
+        same.setdefault((task.architecture, identity(launch)), []).append(task)
+    found: dict[Task, Resources] = {}
+    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        # Neighbours have their calls in common, which a worker keeps; the slow ones come first.
+        futures = {pool.submit(compile_one, alike[0]): alike for alike in same.values()}
+        try:
+            for done in track(
+                as_completed(futures),
+                f"compiling {len(futures)} of {len(todo)} kernels that differ",
+                total=len(futures),
+                console=Console(stderr=True),
+                transient=True,
+            ):
+                for task in futures[done]:
+                    found[task] = replace(
+                        done.result(), tunable=task.tunable, shape_class=task.shape_class
+                    )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [found[task] for task in todo]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,49 +386,86 @@ def main(options: Options) -> int:
     if options.json:
         print(json.dumps([asdict(row) for row in found]))
     elif options.docs:
-        DOCS.write_text(document(found))
+        write_text(DOCS, document(found))
         print(DOCS)
     else:
-        Console().print(table(found))
+        console = Console()
+        for table in tables(found):
+            console.print(table)
     return 0
 
 
-HEADINGS = (
-    "kernel",
-    "class",
-    "dtype",
-    "GPU",
-    "config",
-    "registers",
-    "spills",
-    "shared",
-    "occupancy",
-)
+@dataclass(frozen=True)
+class Row:
+    """Variants of a kernel (options, layouts) of one class, the most that any of them takes."""
+
+    kernel: str
+    classes: str
+    dtypes: str
+    cells: dict[str, tuple[str, str]]
+    """Architecture -> config; registers / KiB of shared memory / occupancy."""
 
 
-def cells(row: Resources) -> tuple[str, ...]:
-    """One row as text."""
-    numbers = {k: v for k, v in row.constants.items() if type(v) is int and k.isupper()}
-    config = " ".join(f"{k}={v}" for k, v in numbers.items())
-    return (
-        row.kernel.strip("_").removesuffix("_kernel"),
-        row.shape_class,
-        DTYPES[row.dtype],
-        row.architecture,
-        f"{config} warps={row.num_warps} stages={row.num_stages}",
-        str(row.registers),
-        f"{row.spills} B",
-        f"{row.shared / KIB:.1f} KiB",
-        f"{row.occupancy:.0%}",
+def kernel_name(kernel: str) -> str:
+    """Without the underscore and the word that all of them have."""
+    return kernel.strip("_").removesuffix("_kernel")
+
+
+def config_text(row: Resources) -> str:
+    """``ROWS 4, COLUMNS 256, 4 warps``; stages where the config chooses them."""
+    own = [f"{name} {value}" for name, value in row.config.items() if not name.startswith("num_")]
+    stages = [f"{row.num_stages} stages"] if "num_stages" in row.config else []
+    return ", ".join([*own, f"{row.num_warps} warps", *stages])
+
+
+def cell(rows: Sequence[Resources]) -> str:
+    """What the hungriest variant takes; spills, which a test forbids, are not kept quiet."""
+    spills = max(row.spills for row in rows)
+    told = (
+        f"{max(row.registers for row in rows)} / {max(row.shared for row in rows) / KIB:.0f} / "
+        f"{min(row.occupancy for row in rows):.0%}"
     )
+    return told + (f" / {spills} B spilled" if spills else "")
 
 
-def table(found: Sequence[Resources]) -> Table:
-    """For the terminal."""
-    shown = Table(*HEADINGS)
-    for row in found:
-        shown.add_row(*cells(row))
-    return shown
+def condensed(found: Sequence[Resources]) -> list[Row]:
+    """The rows of one tunable; classes and dtypes about which the same is to be said share one."""
+    variants: dict[tuple[str, str, str], dict[str, list[Resources]]] = {}
+    for found_row in found:
+        key = kernel_name(found_row.kernel), found_row.shape_class, DTYPES[found_row.dtype]
+        variants.setdefault(key, {}).setdefault(found_row.architecture, []).append(found_row)
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for (kernel, shape_class, dtype), by_chip in variants.items():
+        cells = {chip: (config_text(rows[0]), cell(rows)) for chip, rows in by_chip.items()}
+        same = kernel, str(sorted(cells.items()))
+        alike.setdefault(same, []).append(Row(kernel, shape_class, dtype, cells))
+    return [
+        replace(
+            rows[0],
+            classes=", ".join(dict.fromkeys(row.classes for row in rows)),
+            dtypes=", ".join(dict.fromkeys(row.dtypes for row in rows)),
+        )
+        for rows in alike.values()
+    ]
+
+
+def by_tunable(found: Sequence[Resources]) -> Iterator[tuple[str, list[Resources]]]:
+    for name, rows in groupby(found, key=lambda row: row.tunable):
+        yield name, list(rows)
+
+
+def tables(found: Sequence[Resources]) -> Iterator[Table]:
+    """For the terminal: one per tunable, a line per GPU, 80 columns wide or more."""
+    for name, rows in by_tunable(found):
+        shown = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for heading in ("kernel", "class", "dtype", "GPU", "config", "reg / KiB / occ."):
+            shown.add_column(heading, no_wrap=heading not in ("class", "config"))
+        for row in condensed(rows):
+            who = (row.kernel, row.classes, row.dtypes)
+            for chip in (chip for chip in CHIPS if chip in row.cells):
+                shown.add_row(*who, chip, *row.cells[chip])
+                who = ("", "", "")
+        yield shown
 
 
 def document(found: Sequence[Resources]) -> str:
@@ -399,14 +474,20 @@ def document(found: Sequence[Resources]) -> str:
         "# What the Triton kernels take of a GPU",
         "",
         "Made by `python -m benchmarks.resources --docs`, which compiles every config of",
-        "`kernels/tuned/<architecture>.json` ahead of time; no GPU was used. Registers are those",
-        "of one thread; occupancy is resident warps as a share of the most possible. A test holds",
-        "that nothing spills and that shared memory fits.",
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(cells(row)) + " |" for row in found),
+        "`kernels/tuned/<architecture>.json` ahead of time; no GPU was used. A cell is registers",
+        "of a thread / KiB of shared memory of a block / occupancy, which is resident warps as a",
+        "share of the most possible. A row takes all variants of a kernel together (options,",
+        "layouts) and shows the most that any of them takes. A test holds that nothing spills,",
+        "that shared memory fits and that every kernel is named here.",
     ]
+    for name, rows in by_tunable(found):
+        chips = [chip for chip in CHIPS if chip in {row.architecture for row in rows}]
+        lines += ["", f"## {name}", ""]
+        lines.append(f"| kernel | class | dtype | {' | '.join(chips)} |")
+        lines.append("|" + "---|" * (3 + len(chips)))
+        for row in condensed(rows):
+            cells = " | ".join(row.cells.get(chip, ("", ""))[1] for chip in chips)
+            lines.append(f"| {row.kernel} | {row.classes} | {row.dtypes} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -40,6 +40,34 @@ class Call:
     def numbers(self) -> int:
         return sum(torch.Size(s).numel() for s in (*self.tensors, *dict(self.options).values()))
 
+    def at_batch(self, batch: int) -> Call:
+        """The same call of an evaluation of `batch` samples; this one's has one.
+
+        Tensors of more than one dimension are per sample, the others are weights.
+        """
+
+        def scaled(shape: Shape) -> Shape:
+            return (batch * shape[0], *shape[1:]) if len(shape) > 1 else shape
+
+        return replace(
+            self,
+            tensors=tuple(map(scaled, self.tensors)),
+            options=tuple((name, scaled(shape)) for name, shape in self.options),
+        )
+
+    def __str__(self) -> str:
+        """The first tensor, the keys of an attention to other tokens, the options."""
+        first, *others = self.tensors
+        keys = f" to {others[0][1]}" if self.op == "attention" and others[0] != first else ""
+        return f"{first}{keys}{''.join(f', {name}' for name, _ in self.options)}"
+
+
+def call_of(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call that these arguments make."""
+    tensors = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
+    options = [(k, tuple(v.shape)) for k, v in kwargs.items() if isinstance(v, Tensor)]
+    return Call(op, tensors, tuple(sorted(options)))
+
 
 @contextmanager
 def wrapped(wrap: Callable[[str, Function], Function]) -> Iterator[None]:
@@ -63,9 +91,7 @@ def noting(calls: Counter[Call]) -> Iterator[None]:
 
     def noted(name: str, function: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Any:
-            tensors = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
-            options = [(k, tuple(v.shape)) for k, v in kwargs.items() if isinstance(v, Tensor)]
-            calls[Call(name, tensors, tuple(sorted(options)))] += 1
+            calls[call_of(name, args, kwargs)] += 1
             return function(*args, **kwargs)
 
         return run
@@ -90,7 +116,9 @@ class Job:
             return UNETS[self.preset].norm_groups
         return AUTOENCODERS[self.preset].norm_groups
 
-    def build(self, device: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    def build(
+        self, device: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.nn.Module, dict[str, Tensor]]:
         """The network, channels_last as `runtime.prepare` makes it, and what its forward takes.
 
         Weights and data are small random numbers: time does not depend on them.
@@ -102,12 +130,16 @@ class Job:
                 module = Autoencoder(AUTOENCODERS[self.preset]).decoder
         if device != "meta":
             generator = torch.Generator(device).manual_seed(0)
-            module = module.to_empty(device=device)
+            module = module.to(dtype).to_empty(device=device)
             for parameter in module.parameters():
                 parameter.data.normal_(0, 0.02, generator=generator)
         module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.device(device):
-            return module, self._inputs()
+            inputs = self._inputs()
+        for name in ("x", "context", "added"):
+            if name in inputs:
+                inputs[name] = inputs[name].to(dtype)
+        return module, inputs
 
     def _inputs(self) -> dict[str, Tensor]:
         if self.network == "decoder":
@@ -121,6 +153,8 @@ class Job:
             inputs["t"] = torch.zeros(self.batch)
             if config.context_dim:
                 inputs["context"] = torch.zeros(self.batch, CONTEXT_TOKENS, config.context_dim)
+            if config.added_condition_dim:
+                inputs["added"] = torch.zeros(self.batch, config.added_condition_dim)
             if config.num_classes:
                 inputs["y"] = torch.zeros(self.batch, dtype=torch.int64)
         return inputs
@@ -146,6 +180,16 @@ JOBS = {
     "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=32, batch=1),
 }
 """The digits' batches are the blocks in which runtime.py evaluates: 8 images, guided 16 rows."""
+
+
+GPU_JOBS = {
+    "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=2),
+    "SDXL U-Net": Job(network="unet", preset="sdxl", size=128, batch=2),
+    "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=64, batch=1),
+    "ADM-256 U-Net": Job(network="unet", preset="adm-imagenet256", size=256, batch=8),
+}
+"""The batch is the one that is measured first: one guided image, one image, a batch of samples."""
+GPU_BATCHES = (1, 2, 8, 16)
 
 
 def jobs_with(op: str) -> list[str]:

@@ -14,10 +14,6 @@
 namespace py = pybind11;
 using namespace fastdiff;
 
-#if defined(FASTDIFF_CUDA)
-void bind_cuda(py::module_& m);  // bindings_cuda.cpp
-#endif
-
 namespace {
 
 using Address = uintptr_t;
@@ -60,6 +56,45 @@ void geglu_backward(int dtype, Address dy, Address x, Address dx, int64_t rows, 
   run(GegluBackward{Dtype(dtype), in(dy), in(x), out(dx), rows, d, dy_stride, x_stride});
 }
 
+void group_norm_silu(int dtype, bool channels_last, bool silu, bool wide_residual, Address x,
+                     Address residual, Address channel_add, int64_t channel_add_stride, Address total, Address y,
+                     Address weight, Address bias, Address scale_shift, Address stats, int64_t n,
+                     int64_t c, int64_t groups, int64_t space, double eps) {
+  run(GroupNorm{Dtype(dtype), channels_last, silu, wide_residual, in(x), in(residual),
+                pointer<const float>(channel_add), channel_add_stride, out(total), out(y),
+                pointer<const float>(weight), pointer<const float>(bias),
+                pointer<const float>(scale_shift), pointer<float>(stats), n, c, groups, space, eps});
+}
+
+void group_norm_silu_backward(int dtype, bool channels_last, bool silu, Address dy, Address dtotal,
+                              Address x, Address dx, Address weight, Address bias,
+                              Address scale_shift, Address stats, Address dweight, Address dbias,
+                              Address dscale_shift, Address dchannel, int64_t n, int64_t c,
+                              int64_t groups, int64_t space) {
+  run(GroupNormBackward{Dtype(dtype), channels_last, silu, in(dy), in(dtotal), in(x), out(dx),
+                        pointer<const float>(weight), pointer<const float>(bias),
+                        pointer<const float>(scale_shift), pointer<const float>(stats),
+                        pointer<float>(dweight), pointer<float>(dbias),
+                        pointer<float>(dscale_shift), pointer<float>(dchannel), n, c, groups,
+                        space});
+}
+
+void layer_norm(int dtype, bool wide_residual, Address x, Address residual, Address total,
+                Address y, Address weight, Address bias, int64_t rows, int64_t d, int64_t x_stride,
+                int64_t residual_stride, double eps) {
+  run(LayerNorm{Dtype(dtype), wide_residual, in(x), in(residual), out(total), out(y),
+                pointer<const float>(weight), pointer<const float>(bias), rows, d, x_stride,
+                residual_stride, eps});
+}
+
+void layer_norm_backward(int dtype, Address dy, Address dtotal, Address x, Address dx,
+                         Address weight, Address dweight, Address dbias, int64_t rows, int64_t d,
+                         int64_t dy_stride, int64_t dtotal_stride, int64_t x_stride, double eps) {
+  run(LayerNormBackward{Dtype(dtype), in(dy), in(dtotal), in(x), out(dx),
+                        pointer<const float>(weight), pointer<float>(dweight),
+                        pointer<float>(dbias), rows, d, dy_stride, dtotal_stride, x_stride, eps});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -75,7 +110,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("philox4x32", &philox, "Ten rounds on four words with a key of two.");
   m.def("geglu", &geglu, Release());
   m.def("geglu_backward", &geglu_backward, Release());
-#if defined(FASTDIFF_CUDA)
-  bind_cuda(m);
-#endif
+  m.def("group_norm_silu", &group_norm_silu, Release());
+  m.def("group_norm_silu_backward", &group_norm_silu_backward, Release());
+  m.def("layer_norm", &layer_norm, Release());
+  m.def("layer_norm_backward", &layer_norm_backward, Release());
 }

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -58,7 +60,7 @@ template <> inline fp16 from_float<fp16>(float x) {
   return {uint16_t(sign | half)};
 }
 
-// n <= PIECE numbers as fp32: where they are, or converted into `buffer`.
+// n numbers as fp32: where they are, or converted into `buffer`.
 inline const float* widen(const float* x, float*, int64_t) { return x; }
 
 inline const float* widen(const bf16* RESTRICT x, float* RESTRICT buffer, int64_t n) {
@@ -79,7 +81,7 @@ inline const float* widen(const fp16* RESTRICT x, float* RESTRICT buffer, int64_
   return buffer;
 }
 
-// Where n <= PIECE results may be written as fp32 before `narrow` puts them into y.
+// Where results may be written as fp32 before `narrow` puts them into y.
 inline float* target(float* y, float*) { return y; }
 template <class T> inline float* target(T*, float* buffer) { return buffer; }
 
@@ -142,6 +144,57 @@ inline float erf_(float x) {
   const float signed_outer = x < 0 ? -outer : outer;
   return z > 1.0f ? signed_outer : x * inner;  // NaN goes by the second
 }
+
+// The sum of `term` (an expression of i) for i < n. The four quarters are added up side by side, in an
+// order that depends on n and the instruction set alone. A macro, because GCC 12 does not vectorise
+// the sum when the term is a lambda.
+#define SUM(result, n, term)                          \
+  do {                                                \
+    const int64_t quarter = (n) / 4;                  \
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;             \
+    _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") \
+    for (int64_t j = 0; j < quarter; ++j) {           \
+      int64_t i = j;                                  \
+      s0 += (term);                                   \
+      i += quarter;                                   \
+      s1 += (term);                                   \
+      i += quarter;                                   \
+      s2 += (term);                                   \
+      i += quarter;                                   \
+      s3 += (term);                                   \
+    }                                                 \
+    for (int64_t i = 4 * quarter; i < (n); ++i) s3 += (term); \
+    result = (s0 + s1) + (s2 + s3);                   \
+  } while (false)
+
+inline float sum(const float* x, int64_t n) {
+  float result;
+  SUM(result, n, x[i]);
+  return result;
+}
+
+inline float dot(const float* x, const float* y, int64_t n) {
+  float result;
+  SUM(result, n, x[i] * y[i]);
+  return result;
+}
+
+// The sums of x - center and of its square.
+inline void sums_around(const float* x, int64_t n, float center, float* off, float* squares) {
+  SUM(*off, n, x[i] - center);
+  SUM(*squares, n, (x[i] - center) * (x[i] - center));
+}
+
+// Memory of a call, given back at its end.
+template <class T> struct Scratch {
+  T* data;
+  explicit Scratch(int64_t n) : data(static_cast<T*>(std::malloc(sizeof(T) * size_t(n + 1)))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
 
 // Call f(begin, end) on pieces of [0, n) of at least `grain`, on the pool's threads.
 template <class F> inline void parallel(int64_t n, int64_t grain, const F& f) {

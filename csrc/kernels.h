@@ -27,10 +27,65 @@ struct GegluBackward {
   int64_t rows, d, dy_stride, x_stride;
 };
 
+// total = x + channel_add + residual, rounded; y = activation(n^ factor + offset) with n^ the total
+// normalised over the groups, factor = weight (1 + scale), offset = bias (1 + scale) + shift.
+// x, residual, total, y: (n, c, space), or (n, space, c) if channels_last. Without a total there is
+// nothing to add and x is normed. What may be left out is null.
+struct GroupNorm {
+  Dtype dtype;
+  bool channels_last, silu, wide_residual;  // wide_residual: it is float
+  const void *x, *residual;
+  const float* channel_add;    // (n, c), or (c,) with a stride of 0
+  int64_t channel_add_stride;  // from sample to sample
+  void *total, *y;
+  const float *weight, *bias, *scale_shift;  // (c,), (c,), (n, 2 c)
+  float* stats;                // (n, groups, 3): mean, its digits below fp32, 1 / deviation
+  int64_t n, c, groups, space;
+  double eps;
+};
+
+// The gradients, from dy, the total (or x) and its stats. dtotal is added to dx; dchannel is the sum of
+// dx over space.
+struct GroupNormBackward {
+  Dtype dtype;
+  bool channels_last, silu;
+  const void *dy, *dtotal, *x;
+  void* dx;
+  const float *weight, *bias, *scale_shift, *stats;
+  float *dweight, *dbias, *dscale_shift, *dchannel;  // (c,), (c,), (n, 2 c), (n, c)
+  int64_t n, c, groups, space;
+};
+
+// total = x + residual, rounded; y = LayerNorm of its rows. Without a total x is normed.
+struct LayerNorm {
+  Dtype dtype;
+  bool wide_residual;                // it is float
+  const void *x, *residual;          // (rows, d), rows x_stride and residual_stride apart
+  void *total, *y;                   // (rows, d)
+  const float *weight, *bias;        // (d,) or null
+  int64_t rows, d, x_stride, residual_stride;
+  double eps;
+};
+
+// The gradients, from dy and the total (or x). dtotal is added to dx; what is not wanted is null.
+struct LayerNormBackward {
+  Dtype dtype;
+  const void *dy, *dtotal, *x;
+  void* dx;
+  const float* weight;
+  float *dweight, *dbias;
+  int64_t rows, d, dy_stride, dtotal_stride, x_stride;
+  double eps;
+};
+
 // Every struct whose kernel is compiled per instruction set.
 #define FASTDIFF_KERNELS(X) \
   X(Geglu)                  \
-  X(GegluBackward)
+  X(GegluBackward)          \
+  X(GroupNorm)              \
+  X(GroupNormBackward)      \
+  X(LayerNorm)              \
+  X(LayerNormBackward)
 
 #define X(isa)                                           \
   namespace isa {                                        \

@@ -4,9 +4,9 @@ A timing says by which method it was made:
 
     events   the GPU's cache is overwritten, then one call between two events; the calls wait in
              the queue meanwhile, so that the host's launch times do not count
-    graph    `CALLS` calls in one CUDA graph, replayed between two events: for work that takes less
-             time than its launches. The operands stay in the cache, as in a network whose tensors
-             are that small
+    graph    `CALLS` calls (one, if it is long) in one CUDA graph, replayed between two events: for
+             work that takes less time than its launches. The operands stay in the cache, as in a
+             network whose tensors are that small
     host     the host's clock around calls that the device has finished: on the CPU one, on a GPU
              `CALLS`; launches and waiting for the device count
 """
@@ -25,6 +25,10 @@ Method = Literal["events", "graph", "host"]
 ROUNDS = 50
 """The most timed rounds."""
 CALLS = 20
+LONG_S = 2e-3
+"""One call in a graph is enough from here on."""
+HEAD_START = 500_000
+"""Clock cycles, a quarter of a millisecond, that the GPU waits while the host queues a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +94,28 @@ class GpuTimer:
             if method == "events":
                 rounds = _rounds(self._between(function), budget_s)
                 return Timing.of("events", self._cold(function, rounds))
-            run = self._captured(function) if method == "graph" else _repeated(function)
+            calls = CALLS if self._between(function) < LONG_S else 1
+            repeated = _repeated(function, calls)
+            run = self._captured(function, repeated) if method == "graph" else repeated
             between = self._between if method == "graph" else self._waiting
             run()
             rounds = _rounds(between(run), budget_s)
-            return Timing.of(method, [between(run) / CALLS for _ in range(rounds)])
+            return Timing.of(method, [between(run) / calls for _ in range(rounds)])
 
     def _cold(self, function: Callable[[], Any], rounds: int) -> list[float]:
         pairs = [(_event(), _event()) for _ in range(rounds)]
         for start, end in pairs:
             self.flush.zero_()
+            torch.cuda._sleep(HEAD_START)
             start.record()
             function()
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
-    def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+    def _captured(
+        self, function: Callable[[], Any], repeated: Callable[[], Any]
+    ) -> Callable[[], Any]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a capture wants a warm-up on a stream of its own
@@ -114,8 +123,7 @@ class GpuTimer:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                function()
+            repeated()
         return graph.replay
 
     def _between(self, function: Callable[[], Any]) -> float:
@@ -134,9 +142,9 @@ class GpuTimer:
         return time.perf_counter() - start
 
 
-def _repeated(function: Callable[[], Any]) -> Callable[[], Any]:
+def _repeated(function: Callable[[], Any], calls: int) -> Callable[[], Any]:
     def run() -> None:
-        for _ in range(CALLS):
+        for _ in range(calls):
             function()
 
     return run

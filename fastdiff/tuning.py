@@ -302,21 +302,34 @@ def compiled_ahead(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> Iterator[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def compile_one(case: Case, chosen: Config, architecture: str) -> None:
+def compile_in_use(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> None:
+    """Compile the configs in use with all variants of their kernels, in several processes."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for case in todo:
+            chosen = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+            pool.submit(compile_one, case, chosen, gpu.architecture, variants=True)
+
+
+def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool = False) -> None:
     """Compile what a config launches for an architecture, on meta tensors; nothing is run.
 
-    Errors are left to the search, which meets them again and counts them.
+    Errors are left to those who run the kernel: they meet them again.
+
+    Args:
+        variants: all calls of the tunable, not only the one that is timed.
     """
     from triton.runtime import driver
 
     driver.set_active(_NoDriver(architecture))
-    call = TUNABLES[case.tunable].calls(case.shape_class, case.dtype, "meta")[0]
+    calls = TUNABLES[case.tunable].calls(case.shape_class, case.dtype, "meta")
     with (
         contextlib.suppress(Exception),
         _triton.recording_launches(architecture) as launches,
         _triton.override_config(case.tunable, chosen),
     ):
-        call()
+        for call in calls if variants else calls[:1]:
+            call()
         for launch in launches:
             launch.compile()
 

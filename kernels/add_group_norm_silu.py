@@ -16,10 +16,26 @@ numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fastdiff.kernels import _cuda, extension
 from fastdiff.kernels.dispatch import check_shape, compute_dtype, define_op
-from fastdiff.kernels.group_norm_silu import check_group_norm, group_norm_silu_reference
+from fastdiff.kernels.group_norm_silu import (
+    _memory_format,
+    as_dtype_of,
+    check_group_norm,
+    dense_like,
+    group_norm_silu,
+    group_norm_silu_reference,
+    norm_backward_cpu,
+    norm_backward_cuda_op,
+    norm_cuda,
+    parameter_gradients,
+    run_native,
+)
 
 
 def add_group_norm_silu_reference(
@@ -48,7 +64,227 @@ def add_group_norm_silu_reference(
     return y, total
 
 
+# The CUDA kernels, whose launchers are in csrc/group_norm_silu.cu
+
+
+@torch.library.custom_op("fastdiff::add_group_norm_silu_cuda", mutates_args=())
+def _add_group_norm_silu_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = (weight, bias, scale_shift)
+    return norm_cuda(
+        x, num_groups, parameters, eps, silu, channel_add=channel_add, residual=residual, add=True
+    )
+
+
+@_add_group_norm_silu_cuda.register_fake
+def _add_group_norm_silu_cuda_fake(
+    x: Tensor, num_groups: int, *rest: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, total = (torch.empty_like(x, memory_format=_memory_format(x)) for _ in range(2))
+    return y, total, x.new_empty(len(x), num_groups, 3, dtype=torch.float32)
+
+
+def _keep_cuda(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, weight, bias, scale_shift, channel_add, residual, _, ctx.silu = inputs
+    _, total, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.channel_add = None if channel_add is None else (channel_add.ndim, channel_add.dtype)
+    ctx.residual = None if residual is None else residual.dtype
+    ctx.save_for_backward(total, stats, weight, bias, scale_shift)
+
+
+def _backward_cuda(ctx: Any, dy: Tensor, dtotal: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    total, stats, *parameters = ctx.saved_tensors
+    dx, *gradients = norm_backward_cuda_op(dy, total, stats, *parameters, dtotal, ctx.silu)
+    dchannel_add = None
+    if ctx.channel_add is not None:
+        ndim, dtype = ctx.channel_add
+        over = [*([] if ndim == 2 else [0]), *range(2, dx.ndim)]
+        dchannel_add = dx.sum(over, dtype=torch.float32).to(dtype) if over else dx.to(dtype)
+    dresidual = None if ctx.residual is None else dx.to(ctx.residual)
+    filled = parameter_gradients(tuple(parameters), tuple(gradients))
+    return dx, None, *filled, dchannel_add, dresidual, None, None
+
+
+_add_group_norm_silu_cuda.register_autograd(_backward_cuda, setup_context=_keep_cuda)
+
+
+def add_group_norm_silu_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """The op on the CUDA kernels, as PyTorch knows it; see `add_group_norm_silu`."""
+    silu = activation == "silu"
+    y, total, _ = _add_group_norm_silu_cuda(
+        x, num_groups, weight, bias, scale_shift, channel_add, residual, eps, silu
+    )
+    return y, total
+
+
+def _plain_cuda(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    **addends: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    parameters, silu = (weight, bias, scale_shift), activation == "silu"
+    return norm_cuda(x, num_groups, parameters, eps, silu, add=True, **addends)[:2]
+
+
 _op = define_op("add_group_norm_silu", add_group_norm_silu_reference)
+_cuda.register(_op, _plain_cuda, add_group_norm_silu_cuda)
+
+
+# CPU: the kernel of group_norm_silu, which takes addends
+
+
+@torch.library.custom_op("fastdiff::add_group_norm_silu_cpu", mutates_args=(), device_types="cpu")
+def _add_norm_cpu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, total, stats = run_native(
+        *(x, num_groups, weight, bias, channel_add, residual, scale_shift, eps, silu),
+        for_backward=True,
+    )
+    assert stats is not None
+    return y, total, stats
+
+
+@_add_norm_cpu.register_fake
+def _(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = torch.empty(x.shape[0], num_groups, 3, dtype=torch.float32, device=x.device)
+    return dense_like(x), dense_like(x), stats
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, ctx.num_groups, weight, bias, channel_add, residual, scale_shift, ctx.eps, ctx.silu = inputs
+    _, total, stats = output
+    ctx.added = channel_add is not None
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    kept = channel_add if channel_add is not None else x[:0]
+    ctx.save_for_backward(total, weight, bias, scale_shift, stats, kept)
+
+
+def _gradient(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, weight, bias, scale_shift, stats, channel_add = ctx.saved_tensors
+    added = ctx.added
+    if torch.is_grad_enabled():
+
+        def reference(total: Tensor, w: Any, b: Any, s: Any) -> Tensor:
+            activation = "silu" if ctx.silu else "none"
+            return group_norm_silu_reference(
+                total, ctx.num_groups, w, b, scale_shift=s, eps=ctx.eps, activation=activation
+            )
+
+        found = extension.reference_gradients(reference, (total, weight, bias, scale_shift), (dy,))
+        assert found[0] is not None
+        dx = found[0] + dtotal
+        dchannel = dx.flatten(2).sum(2) if dx.ndim > 2 else dx
+        parameters = found[1:]
+    else:
+        dx, dweight, dbias, dscale_shift, dchannel = norm_backward_cpu(
+            dy, dtotal, total, weight, bias, scale_shift, stats, ctx.silu, added
+        )
+        parameters = (
+            as_dtype_of(dweight, weight),
+            as_dtype_of(dbias, bias),
+            as_dtype_of(dscale_shift, scale_shift),
+        )
+    dweight, dbias, dscale_shift = parameters
+    dadd = None
+    if added:
+        dadd = (dchannel.sum(0) if channel_add.ndim == 1 else dchannel).to(channel_add.dtype)
+    dresidual = None if ctx.residual_dtype is None else dx.to(ctx.residual_dtype)
+    return dx, None, dweight, dbias, dadd, dresidual, dscale_shift, None, None
+
+
+_add_norm_cpu.register_autograd(_gradient, setup_context=_keep)
+
+
+def _native(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    silu = activation == "silu"
+    return run_native(x, num_groups, weight, bias, channel_add, residual, scale_shift, eps, silu)[
+        :2
+    ]
+
+
+def _registered(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    if channel_add is None and residual is None:  # an op must not return its input
+        y = group_norm_silu(
+            *(x, num_groups, weight, bias),
+            scale_shift=scale_shift, eps=eps, activation=activation,
+        )  # fmt: skip
+        return y, x
+    silu = activation == "silu"
+    y, total, _ = _add_norm_cpu(
+        x, num_groups, weight, bias, channel_add, residual, scale_shift, eps, silu
+    )
+    return y, total
+
+
+extension.register(_op, _native, _registered)
 
 
 def add_group_norm_silu(

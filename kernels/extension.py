@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op
+from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op, _no_objection
 
 native: Any = None
 """The module; None where it is not built or does not load."""
@@ -90,18 +90,44 @@ def stale() -> bool:
     return bool(total.hexdigest()[:16] != native.build()["digest"])
 
 
-def plain(*arguments: Any) -> bool:
-    """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing():
-        return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+def address(x: Tensor | None) -> int:
+    """Where the numbers of a dense tensor begin; 0 for None and for no numbers."""
+    return 0 if x is None else x.data_ptr()
+
+
+def as_float(x: Tensor | None) -> Tensor | None:
+    """A parameter as dense fp32."""
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
+
+
+def as_dtype_or_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x if it has the dtype, else as fp32: what a kernel takes for a second operand."""
+    return x if x.dtype is dtype or x.dtype is torch.float32 else x.float()
+
+
+def plain(*arguments: Any, on_cpu: bool = False) -> bool:
+    """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced.
+
+    on_cpu: a tensor elsewhere is not plain either; PyTorch then says what is wrong with the call.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False
     wanted = torch.is_grad_enabled()
     for x in arguments:
-        if isinstance(x, Tensor):
-            known = type(x) is Tensor or type(x) is Parameter
-            if not known or x.is_neg() or (wanted and x.requires_grad):
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_neg() or (on_cpu and not x.is_cpu) or (wanted and x.requires_grad):
                 return False
+        elif isinstance(x, Tensor):
+            return False
     return True
 
 
@@ -109,7 +135,7 @@ def register(
     op: Op,
     function: Callable[..., Any],
     registered: Callable[..., Any],
-    objection: Callable[..., str | None] = lambda *args, **kwargs: None,
+    objection: Callable[..., str | None] = _no_objection,
     *,
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
 ) -> None:
@@ -120,8 +146,9 @@ def register(
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        straight = plain(*args, *kwargs.values())
-        return (function if straight else registered)(*args, **kwargs)
+        if plain(*args, *kwargs.values(), on_cpu=True):
+            return function(*args, **kwargs)
+        return registered(*args, **kwargs)
 
     if native is not None:
         implementation = Implementation(

@@ -25,12 +25,14 @@ and dbias.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.kernels import extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -616,10 +618,12 @@ def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(output[1], weight, bias)
 
 
-def _backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dy: Tensor, dtotal: Tensor | None, backward: Any = layer_norm_backward_triton
+) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[-3:-1])
-    dx, dweight, dbias = layer_norm_backward_triton(dy, dtotal, x, weight, bias, ctx.eps, needs)
+    dx, dweight, dbias = backward(dy, dtotal, x, weight, bias, ctx.eps, needs)
     return dx, dweight if needs[0] else None, dbias if needs[1] else None
 
 
@@ -649,6 +653,119 @@ def _objection(*tensors: Tensor | None, eps: float) -> str | None:
 
 register(_layer_norm_op, layer_norm_triton, _objection)
 register(_add_layer_norm_op, add_layer_norm_triton, _objection)
+
+
+# CPU
+
+
+def _forward_native(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    if x.numel() == 0:
+        return y, total
+    flat, addend, wide = as_rows(x), None, False
+    if residual is not None:
+        addend = as_rows(extension.as_dtype_or_float(residual, x.dtype))
+        wide = addend.dtype is not x.dtype
+    weight, bias = extension.as_float(weight), extension.as_float(bias)
+    address = extension.address
+    tensors = address(flat), address(addend), address(total), address(y)
+    extension.native.layer_norm(
+        *(extension.DTYPES[x.dtype], wide, *tensors, address(weight), address(bias)),
+        *(len(flat), x.shape[-1], flat.stride(0), 0 if addend is None else addend.stride(0), eps),
+    )
+    return y, total
+
+
+def _layer_norm_native(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    return _forward_native(x, None, weight, bias, eps)[0]
+
+
+def _add_layer_norm_native(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    y, total = _forward_native(x, residual, weight, bias, eps)
+    assert total is not None
+    return y, total
+
+
+@torch.library.custom_op("fastdiff::layer_norm_cpu", mutates_args=(), device_types="cpu")
+def layer_norm_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _layer_norm_native(x, weight, bias, eps=eps)
+
+
+@torch.library.custom_op("fastdiff::add_layer_norm_cpu", mutates_args=(), device_types="cpu")
+def add_layer_norm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _add_layer_norm_native(x, residual, weight, bias, eps=eps)
+
+
+@torch.library.custom_op("fastdiff::layer_norm_backward_cpu", mutates_args=(), device_types="cpu")
+def layer_norm_backward_cpu(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_layer_norm_backward`."""
+    dx, dweight, dbias = _gradients(x, weight, bias, needs)
+    if x.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    flat, flat_dy = as_rows(x), as_rows(dy)
+    flat_dtotal = None if dtotal is None else as_rows(dtotal)
+    sums = [torch.empty(x.shape[-1] if need else 0) for need in needs]
+    weight, address = extension.as_float(weight), extension.address
+    tensors = address(flat_dy), address(flat_dtotal), address(flat), address(dx), address(weight)
+    strides = flat_dy.stride(0), 0 if flat_dtotal is None else flat_dtotal.stride(0), flat.stride(0)
+    extension.native.layer_norm_backward(
+        *(extension.DTYPES[x.dtype], *tensors, address(sums[0]), address(sums[1])),
+        *(len(flat), x.shape[-1], *strides, eps),
+    )
+    return dx, dweight.copy_(sums[0]), dbias.copy_(sums[1])
+
+
+layer_norm_cpu.register_fake(_layer_norm_fake)
+add_layer_norm_cpu.register_fake(_add_layer_norm_fake)
+layer_norm_backward_cpu.register_fake(_layer_norm_backward_fake)
+
+
+def _backward_native(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled():
+        return _backward(ctx, dy, dtotal, layer_norm_backward_cpu)
+    reference = partial(layer_norm_reference, eps=ctx.eps)
+    dx, *others = extension.reference_gradients(reference, ctx.saved_tensors, (dy,))
+    return dx if dtotal is None or dx is None else dx + dtotal, *others
+
+
+def _layer_norm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_native(ctx, dy, None), None
+
+
+def _add_layer_norm_gradient(
+    ctx: Any, dy: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = (dtotal, None, None) if dy is None else _backward_native(ctx, dy, dtotal)
+    dresidual = None if dx is None else dx.to(ctx.residual_dtype)
+    return dx, dresidual, dweight, dbias, None
+
+
+layer_norm_cpu.register_autograd(_layer_norm_gradient, setup_context=_keep)
+add_layer_norm_cpu.register_autograd(_add_layer_norm_gradient, setup_context=_keep_total)
+extension.register(_layer_norm_op, _layer_norm_native, layer_norm_cpu)
+extension.register(_add_layer_norm_op, _add_layer_norm_native, add_layer_norm_cpu)
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

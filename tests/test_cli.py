@@ -32,7 +32,7 @@ from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.evaluation import Results, Scores
 from fastdiff.images import read_recipe
-from fastdiff.kernels import OPS
+from fastdiff.kernels import OPS, extension
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
 
@@ -413,6 +413,12 @@ def test_ctrl_c(tiny: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def served_by(backend: str, out: str) -> set[str]:
+    """The ops of the line ``backend: op, op; other: op``, which the terminal may break."""
+    found = re.search(rf"\b{backend}: ([\w,\s]+)", out)
+    return set(re.split(r",\s+", found[1].strip().split("  ")[0])) if found else set()
+
+
 # --- sample -------------------------------------------------------------------------------------
 
 
@@ -423,7 +429,8 @@ def test_sample_writes_images_with_recipes_and_a_sheet(run, tiny: str) -> None:
     )
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "out/sheet.png"
-    assert "reference: add_group_norm_silu, attention, group_norm_silu" in out
+    norms = {"add_group_norm_silu", "group_norm_silu"}
+    assert served_by("cpu" if extension.native else "reference", out) >= norms
     assert re.search(r"^time +load .*, sample .*, decode .*, write ", out, re.MULTILINE)
     names = {f"{name}-seed{seed}.png" for name in ("3", "7", "none") for seed in (5, 6)}
     assert {path.name for path in Path("out").iterdir()} == {*names, "sheet.png"}

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 ASSETS = ROOT / "fastdiff" / "assets"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_cuda() -> Iterator[None]:
+    """nvcc takes minutes, and `make venv` has shown already that the CUDA kernels compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_BUILD_CUDA", "0")
+        yield
 
 
 @pytest.fixture(scope="module")

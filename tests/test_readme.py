@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.images import read_recipe
+from fastdiff.kernels import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -20,7 +21,8 @@ def test_the_lines_of_python_run(
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert read_recipe(tmp_path / "three.png")["class"] == 3
-    assert "group_norm_silu (backend 'auto'): reference" in capsys.readouterr().out
+    chosen = "cpu" if extension.native else "reference"
+    assert f"group_norm_silu (backend 'auto'): {chosen}" in capsys.readouterr().out
 
 
 def test_every_file_it_points_to_is_there() -> None:

@@ -23,6 +23,10 @@ native = extension.native
 ISAS = native.build()["isas"] if native else ("portable", "avx2", "avx512")
 ROWS = {
     "geglu": cases.GEGLU,
+    "group_norm_silu": cases.GROUP_NORM_SILU,
+    "add_group_norm_silu": cases.ADD_GROUP_NORM_SILU,
+    "layer_norm": cases.LAYER_NORM,
+    "add_layer_norm": cases.ADD_LAYER_NORM,
 }
 """Op -> its rows, for the ops with a CPU kernel that a tolerance can judge."""
 
@@ -86,6 +90,16 @@ def numbers(*shape: int) -> Tensor:
 
 BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
     "geglu": lambda: ((numbers(SAMPLES, 50, 1200),), {}),
+    "group_norm_silu": lambda: (
+        (numbers(SAMPLES, 96, 40, 30), 8, numbers(96), numbers(96)),
+        {"scale_shift": numbers(SAMPLES, 192)},
+    ),
+    "add_group_norm_silu": lambda: (
+        (cases.channels_last(numbers(SAMPLES, 96, 60, 50)), 8, numbers(96), numbers(96)),
+        {"residual": numbers(SAMPLES, 96, 60, 50), "channel_add": numbers(SAMPLES, 96)},
+    ),
+    "layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(600), numbers(600)), {}),
+    "add_layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(SAMPLES, 50, 600)), {}),
 }
 """Op -> a call that is worth several threads; the first dimension is the sample."""
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from benchmarks import resources
 from fastdiff.kernels import _triton
 from fastdiff.kernels._triton import TUNABLES
 
@@ -85,6 +90,13 @@ def test_the_noise_is_computed_without_approximations(rows: list[dict[str, Any]]
     assert not failing(plain, lambda r: r["approximations"])
 
 
+def test_the_document_names_every_kernel(rows: list[dict[str, Any]]) -> None:
+    text = (ROOT / "docs" / "resources.md").read_text()
+    names = {row["kernel"].strip("_").removesuffix("_kernel") for row in rows}
+    missing = sorted(name for name in names if f"| {name} |" not in text)
+    assert not missing, "python -m benchmarks.resources --docs"
+
+
 def test_every_file_of_configs_has_every_class() -> None:
     assert set(_triton.architectures()) == set(ARCHITECTURES)
     for architecture in ARCHITECTURES:
@@ -104,3 +116,45 @@ def test_every_file_of_configs_has_every_class() -> None:
             for key in keys
         }
         assert listed <= known, listed - known
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(rows: list[dict[str, Any]]) -> None:
+    console = Console(width=80, file=io.StringIO())
+    for table in resources.tables([resources.Resources(**row) for row in rows]):
+        console.print(table)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for row in rows:
+        assert re.search(rf"^ {resources.kernel_name(row['kernel'])} ", text, re.MULTILINE)
+
+
+def test_a_row_shows_the_hungriest_variant_and_joins_what_is_the_same() -> None:
+    one = resources.Resources(
+        tunable="op",
+        shape_class="small",
+        dtype="bfloat16",
+        architecture="sm_90",
+        kernel="_op_kernel",
+        config={"ROWS": 4, "num_warps": 8},
+        constants={},
+        num_warps=8,
+        num_stages=2,
+        registers=40,
+        spills=0,
+        shared=2048,
+        shared_limit=232448,
+        occupancy=0.75,
+        dots=0,
+        matrix="",
+        widest_load=16,
+        narrow_loads=0,
+    )
+    other = replace(one, registers=64, shared=1024, occupancy=0.5)
+    alike = [replace(row, shape_class="large") for row in (one, other)]
+    differs = replace(one, dtype="float32", spills=8)
+    same, spilled = resources.condensed([one, other, *alike, differs])
+    assert (same.kernel, same.classes, same.dtypes) == ("op", "small, large", "bf16")
+    assert same.cells == {"sm_90": ("ROWS 4, 8 warps", "64 / 2 / 50%")}
+    assert spilled.cells == {"sm_90": ("ROWS 4, 8 warps", "40 / 2 / 75% / 8 B spilled")}
+    text = resources.document([one, other, differs])
+    assert "| op | small | bf16 | 64 / 2 / 50% |" in text

@@ -1,0 +1,530 @@
+"""Everything that needs a GPU, in one command and under ten minutes.
+
+    python -m benchmarks.device --out results
+    python -m benchmarks.device --only environment bench --minutes 5
+    python -m benchmarks.device --dry-run --out /tmp/dry       on the CPU, on tiny shapes
+
+Stages, each in a process of its own with its own share of the time; one that fails does not stop
+the others, and makes the exit code 1:
+
+    environment   the GPU, its driver, the versions
+    tests         the parity tests and the tests marked `gpu`, on the device
+    memcheck      small parity cases under compute-sanitizer, where it is installed
+    tune          launch configs, for the stages that follow and for kernels/tuned/
+    bench         every op against its providers (gpu.py)
+    networks      whole evaluations, and what each op takes of them (gpu_networks.py)
+
+What is left in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
+``tuned/<gpu>.json`` (move it to kernels/tuned/), ``summary.json`` and ``log.txt``.
+
+A dry run goes through every stage's code without a GPU: Triton's interpreter, the host's clock, the
+smallest networks. Its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = {
+    "environment": 20,
+    "tests": 140,
+    "memcheck": 60,
+    "tune": 120,
+    "bench": 160,
+    "networks": 70,
+}
+"""Each stage's share of ten minutes."""
+GRACE_S = 15
+"""After its share a stage has this long to write down what it has."""
+TESTS = ("tests/kernels", "tests/test_tuning.py")
+WORKERS = min(14, os.cpu_count() or 1)
+"""Processes that compile."""
+MEMCHECK_CASES = 2
+"""Of each op, the smallest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a stage is told."""
+
+    out: Path
+    seconds: float
+    dry_run: bool
+    commit: str | None
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What became of a stage."""
+
+    stage: str
+    status: str
+    """"ok", "failed", "timed out" or "left out"."""
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+class LeftOut(Exception):
+    """A stage has nothing to work with here."""
+
+
+class Failed(Exception):
+    """A stage found something wrong, after it did all it could."""
+
+
+# Stages: each runs in a process of its own and returns notes
+
+
+def environment_stage(plan: Plan) -> list[str]:
+    """What the numbers depend on, into facts.json for the other stages."""
+    import torch
+
+    from benchmarks import harness
+
+    facts: dict[str, Any] = harness.environment()
+    if plan.commit:
+        facts["commit"] = plan.commit
+    if plan.dry_run:
+        facts["device"] = "dry run"
+    facts["triton"] = _version("triton")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "driver": _nvidia_smi("driver_version"),
+            "clocks": _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.limit"),
+        }
+    elif not plan.dry_run:
+        raise Failed("no GPU that torch can use")
+    (plan.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return [f"{name} {value}" for name, value in facts.items()]
+
+
+def tests_stage(plan: Plan) -> list[str]:
+    """pytest on the device; in several processes where pytest-xdist is installed."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if plan.dry_run:
+        words += ["tests/kernels/test_geglu.py", "-k", "bad_input"]
+    else:
+        words += [*TESTS, "--ignore", "tests/kernels/test_resources.py"]
+        if importlib.util.find_spec("xdist"):
+            words += ["-n", str(min(8, os.cpu_count() or 1))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout[-20000:], done.stderr[-5000:])
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        failing = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        raise Failed(*failing[:20], *lines[-1:])
+    return lines[-1:]
+
+
+def memcheck_stage(plan: Plan) -> list[str]:
+    """compute-sanitizer over `parity_cases`."""
+    tool = shutil.which("compute-sanitizer")
+    inner = [sys.executable, "-m", "benchmarks.device", "--parity-cases"]
+    if tool is None and not plan.dry_run:
+        raise LeftOut("compute-sanitizer is not installed")
+    words = [tool, "--tool", "memcheck", "--error-exitcode", "99"] if tool else []
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [*words, *inner], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    print(done.stdout[-20000:], done.stderr[-5000:])
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        raise Failed(*lines[-10:], *done.stderr.splitlines()[-3:])
+    return lines[-2:]
+
+
+def parity_cases() -> None:
+    """The smallest parity cases of every op, on the Triton backend."""
+    import torch
+
+    from fastdiff import kernels
+    from tests.kernels import cases
+
+    ran = 0
+    for op in kernels.OPS:
+        rows = getattr(cases, op.upper(), None)
+        if rows is None or "triton" not in kernels.OPS[op].implementations:
+            continue
+
+        def numbers(case: Any) -> int:
+            return sum(t.numel() for t in cases.tensors_in(case.inputs(torch.float32)))
+
+        for case in sorted((r for r in rows if numbers(r) > 100), key=numbers)[:MEMCHECK_CASES]:
+            cases.check(op, case, torch.float16, "triton")
+            print(f"{op} {case}: ok", flush=True)
+            ran += 1
+    print(f"{ran} cases")
+    assert ran, "no op has a Triton implementation"
+
+
+def tune_stage(plan: Plan) -> list[str]:
+    """`fastdiff tune` for bf16 within the stage's time, into <out>/tuned/."""
+    import torch
+
+    from fastdiff import tuning
+    from fastdiff.kernels import _triton
+    from fastdiff.timing import Method, Timing, timer_for
+
+    device = torch.device("meta" if plan.dry_run else "cuda")
+    gpu = _triton.Gpu("Dry run", "sm_90") if plan.dry_run else _triton.gpu_of(device)
+
+    def fake(
+        function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
+    ) -> Timing:
+        function()
+        return Timing.of("host", [1.0])
+
+    path, measured = tuning.cache_file(gpu), tuning.facts(gpu)
+    notes = []
+    dry = _triton.recording_launches(gpu.architecture) if plan.dry_run else contextlib.nullcontext()
+    with dry:
+        for found in tuning.tune(
+            tuning.cases(dtypes=[torch.bfloat16]),
+            gpu=gpu,
+            device=device,
+            timer=fake if plan.dry_run else timer_for(device),
+            budget_s=plan.seconds,
+            workers=0 if plan.dry_run else WORKERS,
+        ):
+            tuning.save([found], measured, path)
+            changed = f"{found.gain:.2f} x, {found.before} -> {found.after}"
+            notes.append(
+                f"{found.case}: {changed if found.after != found.before else 'kept'}; tried "
+                f"{found.tried}, left {found.left}, rejected {dict(found.rejected)}"
+            )
+            print(notes[-1], flush=True)
+    return [f"written: {path}", *notes]
+
+
+def bench_stage(plan: Plan) -> list[str]:
+    """Every op against its providers."""
+    import torch
+
+    from benchmarks import (
+        bench_add_group_norm_silu,
+        bench_attention,
+        bench_geglu,
+        bench_group_norm_silu,
+        bench_layer_norm,
+        bench_sampler_step,
+        gpu,
+        shapes,
+    )
+    from fastdiff import tuning
+    from fastdiff.kernels import _triton
+    from fastdiff.timing import HostTimer, timer_for
+
+    end = time.monotonic() + plan.seconds
+    device = torch.device("cpu" if plan.dry_run else "cuda")
+    timer = HostTimer(rounds=1) if plan.dry_run else timer_for(device)
+    jobs = dry_jobs() if plan.dry_run else shapes.GPU_JOBS
+    batches = (1,) if plan.dry_run else shapes.GPU_BATCHES
+    size = 8 if plan.dry_run else 64
+    try:
+        from benchmarks.gpu_networks import import_diffusers
+
+        diffusers, notes = import_diffusers(), []
+    except ImportError as error:
+        diffusers, notes = None, [f"diffusers' schedulers left out: {error}"]
+    if not plan.dry_run:
+        gpu_here = _triton.gpu_of(device)
+        in_use = tuning.cases(dtypes=[torch.bfloat16])
+        tuning.compile_in_use(in_use, gpu=gpu_here, workers=WORKERS)
+    first = bench_sampler_step.from_the_host(timer, device, diffusers, size=size, batches=batches)
+    save(plan, first.records, [])
+    subjects = [
+        bench_group_norm_silu.SUBJECT,
+        bench_add_group_norm_silu.SUBJECT,
+        bench_attention.SUBJECT,
+        bench_geglu.SUBJECT,
+        bench_layer_norm.SUBJECT,
+        bench_layer_norm.ADD_SUBJECT,
+    ]
+    todo = gpu.cases(subjects, jobs, batches)
+    todo = [*bench_sampler_step.gpu_cases(size, batches), *todo]
+    if plan.dry_run:  # each op once, forward and backward
+        todo = list({case.benchmark: case for case in reversed(todo)}.values())
+        todo += dry_cases(subjects, {case.subject.op for case in todo})
+    saved = [0, time.monotonic()]
+
+    def progress(case: gpu.Case, outcome: gpu.Outcome) -> None:
+        print(f"{len(outcome.records):5} timings, {end - time.monotonic():4.0f} s: {case}")
+        if time.monotonic() - saved[1] > 20:  # what is measured outlives a crash
+            save(plan, outcome.records[int(saved[0]) :], [])
+            saved[:] = [len(outcome.records), time.monotonic()]
+
+    outcome = gpu.run(
+        todo,
+        timer=timer,
+        device=device,
+        deadline=end,
+        inductor="eager" if plan.dry_run else "inductor",
+        matmul=64 if plan.dry_run else gpu.MATMUL,
+        progress=progress,
+    )
+    save(plan, outcome.records, [])
+    outcome.failures = [*first.failures, *outcome.failures]
+    return told(outcome, [f"{len(first.records)} timings from the host", *notes])
+
+
+def networks_stage(plan: Plan) -> list[str]:
+    """Whole evaluations."""
+    import torch
+
+    from benchmarks import gpu_networks, shapes
+    from fastdiff.timing import HostTimer, timer_for
+
+    device = torch.device("cpu" if plan.dry_run else "cuda")
+    jobs = {name: shapes.GPU_JOBS[name] for name in gpu_networks.NETWORKS}
+    outcome, shares = gpu_networks.evaluate(
+        dry_jobs() if plan.dry_run else jobs,
+        timer=HostTimer(rounds=1) if plan.dry_run else timer_for(device),
+        device=device,
+        peers=not plan.dry_run,
+    )
+    save(plan, outcome.records, shares)
+    return told(outcome, [])
+
+
+STAGES: dict[str, Callable[[Plan], list[str]]] = {
+    "environment": environment_stage,
+    "tests": tests_stage,
+    "memcheck": memcheck_stage,
+    "tune": tune_stage,
+    "bench": bench_stage,
+    "networks": networks_stage,
+}
+
+
+def dry_jobs() -> dict[str, Any]:
+    """The smallest networks there are."""
+    from benchmarks.shapes import Job
+
+    return {
+        "digits U-Net": Job(network="unet", preset="digits", size=2, batch=1),
+        "digits decoder": Job(network="decoder", preset="digits", size=2, batch=1),
+    }
+
+
+def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
+    """The transformer's ops, which the smallest networks lack."""
+    from benchmarks.gpu import Case
+    from benchmarks.shapes import Call
+
+    (job, *_) = dry_jobs().values()
+    x, weight = (1, 4, 32), (32,)
+    calls = {
+        "geglu": Call("geglu", (x,)),
+        "layer_norm": Call("layer_norm", (x, weight, weight)),
+        "add_layer_norm": Call("add_layer_norm", (x, x, weight, weight)),
+    }
+    return [
+        Case(subject=subject, job_name="", job=job, call=calls[subject.op])
+        for subject in subjects
+        if subject.op not in known
+    ]
+
+
+def told(outcome: Any, notes: Sequence[str]) -> list[str]:
+    """An outcome as notes. Raises Failed if something failed."""
+    counts = [
+        f"{len(outcome.records)} timings",
+        f"{len(outcome.left_out)} cases left out for lack of time"
+        + (f", from {outcome.left_out[0]} on" if outcome.left_out else ""),
+        f"{len(outcome.unavailable)} not to be had from others",
+    ]
+    for line in (*outcome.left_out, *outcome.unavailable):
+        print(line)
+    lines = [*counts, *notes, *outcome.unavailable[:5]]
+    if outcome.failures:
+        raise Failed(*outcome.failures, *lines)
+    return lines
+
+
+def save(plan: Plan, records: Sequence[Any], shares: Sequence[Any]) -> None:
+    """Into <out>/results/<device>/<commit>.json."""
+    from benchmarks import harness
+
+    known = plan.out / "facts.json"
+    facts = json.loads(known.read_text()) if known.exists() else {}
+    facts.pop("date", None)
+    if plan.commit:
+        facts["commit"] = plan.commit
+    if records or shares:
+        harness.save_records(records, shares, results=plan.out / "results", extra=facts)
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi(query: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+# The command
+
+
+def run_stage(stage: str, plan: Plan) -> Result:
+    """One stage in its own process; what it prints goes to log.txt."""
+    words = [sys.executable, "-m", "benchmarks.device", "--inside", stage, "--out", str(plan.out)]
+    words += ["--seconds", str(plan.seconds), *(["--dry-run"] if plan.dry_run else [])]
+    words += ["--commit", plan.commit] if plan.commit else []
+    environment = {**os.environ, "FASTDIFF_CACHE": str(plan.out), "PYTHONUNBUFFERED": "1"}
+    if plan.dry_run:
+        environment["TRITON_INTERPRET"] = "1"
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    start = time.monotonic()
+    said = plan.out / f"{stage}.json"
+    said.unlink(missing_ok=True)
+    with (plan.out / "log.txt").open("a") as log:
+        log.write(f"\n=== {stage}\n")
+        log.flush()
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(plan.seconds + GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    seconds = time.monotonic() - start
+    if code is None:
+        return Result(stage=stage, status="timed out", seconds=seconds, notes=["see log.txt"])
+    if not said.exists():
+        notes = [f"exit code {code}, see log.txt"]
+        return Result(stage=stage, status="failed", seconds=seconds, notes=notes)
+    found = json.loads(said.read_text())
+    said.unlink()
+    return Result(stage=stage, status=found["status"], seconds=seconds, notes=found["notes"])
+
+
+def inside(stage: str, plan: Plan) -> int:
+    """What the process of a stage does; an error that nobody foresaw keeps its traceback."""
+    status, notes = "ok", []
+    try:
+        notes = STAGES[stage](plan)
+    except LeftOut as reason:
+        status, notes = "left out", [str(reason)]
+    except Failed as failure:
+        status, notes = "failed", [str(line) for line in failure.args]
+    (plan.out / f"{stage}.json").write_text(json.dumps({"status": status, "notes": notes}))
+    print("\n".join([status, *notes]))
+    return 0
+
+
+def run(stages: Sequence[str], plan: Plan, minutes: float) -> int:
+    """The stages one after the other; 1 if one failed."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    (plan.out / "log.txt").unlink(missing_ok=True)
+    whole = minutes * 60
+    end = time.monotonic() + whole
+    asked = sum(SECONDS[stage] for stage in stages)
+    results: list[Result] = []
+    for place, stage in enumerate(stages):
+        # what earlier stages left of the time is shared among the rest
+        rest = sum(SECONDS[later] for later in stages[place:])
+        left = end - time.monotonic()
+        share = left * SECONDS[stage] / rest if asked else left
+        if share < 1:
+            note = "no time left; a larger --minutes, or --only"
+            results.append(Result(stage=stage, status="timed out", seconds=0.0, notes=[note]))
+            continue
+        print(f"{stage}: up to {share:.0f} s", flush=True)
+        result = run_stage(
+            stage, dataclasses.replace(plan, seconds=share - min(share / 2, GRACE_S))
+        )
+        results.append(result)
+        print(f"{stage}: {result.status}, {result.seconds:.0f} s", flush=True)
+        shown = result.notes if result.status != "ok" else result.notes[:12]
+        for note in shown[:40]:
+            print(f"  {note}", flush=True)
+    content = {
+        "dry_run": plan.dry_run,
+        "stages": [dataclasses.asdict(result) for result in results],
+    }
+    (plan.out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
+    bad = [r for r in results if r.status in ("failed", "timed out")]
+    print(f"\n{len(results)} stages, {len(bad)} failed; {whole - (end - time.monotonic()):.0f} s")
+    for result in results:
+        print(f"  {result.stage:12} {result.status:10} {result.seconds:4.0f} s")
+    for path in written(plan.out):
+        print(f"written: {path}")
+    return 1 if bad else 0
+
+
+def written(out: Path) -> Iterator[Path]:
+    for pattern in ("results/*/*.json", "tuned/*.json", "summary.json", "log.txt"):
+        yield from sorted(out.glob(pattern))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device",
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/device"), help="%(default)s")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all; %(default)s")
+    parser.add_argument("--commit", help="where the working tree is a copy without git's files")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU, on tiny shapes")
+    parser.add_argument("--inside", choices=list(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    parser.add_argument("--parity-cases", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.parity_cases:
+        parity_cases()
+        return 0
+    plan = Plan(
+        out=options.out.resolve(),
+        seconds=options.seconds,
+        dry_run=options.dry_run,
+        commit=options.commit,
+    )
+    if options.inside:
+        return inside(options.inside, plan)
+    return run(options.only, plan, options.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

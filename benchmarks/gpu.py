@@ -1,0 +1,372 @@
+"""The ops on a GPU: which shapes, which providers, how they are timed, what they leave.
+
+Each bench_<op>.py declares a `Subject`; the shapes are those that the networks of
+`shapes.GPU_JOBS` send through the op. Providers:
+
+    triton                our kernel
+    reference             our reference in PyTorch
+    eager                 what people write; a norm gets NCHW, PyTorch's own layout
+    eager channels_last   the same on channels_last, the layout that triton and compile get
+    compile               that through torch.compile
+    sdpa ...              one of PyTorch's attention kernels each: flash, efficient, cudnn, math
+    copy, matmul          the limits: a copy of the same bytes by the same method, a large product
+                          in the same dtype
+
+A case that is likely to take less time than its launches is timed in a CUDA graph, for every
+provider; the others with a cold cache (fastdiff/timing.py). Ours must agree with the reference
+before it is timed. Cases go by `priority` until the time is spent; what was left out is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten
+
+from benchmarks import shapes
+from benchmarks.harness import Record, Work, compiled_for
+from benchmarks.shapes import Call, Job
+from fastdiff import kernels
+from fastdiff.timing import Method, Timer
+from fastdiff.tuning import agrees
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Direction = Literal["forward", "backward"]
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+LIBRARY = tuple(SDPA)
+FAST_BYTES, FAST_FLOPS = 4e12, 8e14
+"""Rates of a fast GPU of today: what decides the method, the same for every provider."""
+LAUNCH_S = 10e-6
+MATMUL = 8192
+"""Side of the product whose rate is the peak."""
+PROVIDER_S = 0.05
+"""Seconds of timed rounds per provider."""
+EVERYTHING = ("triton", "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+WITHOUT_COMPILER = tuple(name for name in EVERYTHING if name not in ("reference", "compile"))
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes the operands of a call: random, since zeros are multiplied faster."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def channels_last(self, *shape: int) -> Tensor:
+        return self(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One op as its benchmark declares it."""
+
+    op: str
+    arguments: Callable[[Call, Job, Make], Arguments]
+    """Operands in the layout of `runtime.prepare`."""
+    eager: Callable[..., Any]
+    """What people write, with the op's signature."""
+    work: Callable[[Call, int], Work]
+    """(call, bytes of a number) -> what has to be done."""
+    backward_work: Callable[[Call, int], Work] | None = None
+    """The same for the gradients; None: they are not measured."""
+    norm: bool = False
+    """Whether eager is also given NCHW."""
+    sdpa: bool = False
+    """Whether eager is PyTorch's attention, whose kernels are tried one by one."""
+
+    @property
+    def limit(self) -> Literal["copy", "matmul"]:
+        return "matmul" if self.sdpa else "copy"
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        names = ["triton", "reference", "eager"]
+        names += ["eager channels_last"] if self.norm else []
+        names += LIBRARY if self.sdpa else ["compile"]
+        return tuple(names)
+
+    def ours(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(kernels, self.op)(*args, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of measurements."""
+
+    subject: Subject
+    job_name: str
+    job: Job
+    call: Call
+    direction: Direction = "forward"
+    dtype: torch.dtype = torch.bfloat16
+    providers: tuple[str, ...] = EVERYTHING
+    priority: int = 0
+
+    @property
+    def benchmark(self) -> str:
+        return self.subject.op + ("" if self.direction == "forward" else " backward")
+
+    @property
+    def work(self) -> Work:
+        of = self.subject.work if self.direction == "forward" else self.subject.backward_work
+        assert of is not None
+        return of(self.call, self.dtype.itemsize)
+
+    @property
+    def method(self) -> Method:
+        """A graph where launches decide; gradients never: autograd leaves the captured stream."""
+        work = self.work
+        least = max(work.bytes / FAST_BYTES, work.flops / FAST_FLOPS)
+        return "graph" if least < LAUNCH_S and self.direction == "forward" else "events"
+
+    def __str__(self) -> str:
+        return f"{self.benchmark} {self.job_name} {self.call}"
+
+
+def cases(
+    subjects: Sequence[Subject],
+    jobs: dict[str, Job] | None = None,
+    batches: Sequence[int] = shapes.GPU_BATCHES,
+) -> list[Case]:
+    """Every call of every job at every batch, the most telling ones first.
+
+    0: of each op the largest call of a job at the job's own batch, all attentions there, gradients
+    1: every other call at that batch
+    2: the largest calls at the other batches
+    3: everything else
+    """
+    found = []
+    for name, job in (shapes.GPU_JOBS if jobs is None else jobs).items():
+        single = replace(job, batch=1)
+        calls = list(single.collect())
+        for subject in subjects:
+            mine = sorted((c for c in calls if c.op == subject.op), key=lambda c: -c.numbers)
+            for place, one in enumerate(mine):
+                for batch in dict.fromkeys((job.batch, *batches)):
+                    usual, first = batch == job.batch, place == 0 or subject.sdpa
+                    priority = (0 if first else 1) if usual else (2 if place == 0 else 3)
+                    case = Case(
+                        subject=subject,
+                        job_name=name,
+                        job=replace(job, batch=batch),
+                        call=one.at_batch(batch),
+                        providers=EVERYTHING if priority == 0 else WITHOUT_COMPILER,
+                        priority=priority,
+                    )
+                    found.append(case)
+                    if subject.backward_work is not None and usual and place == 0:
+                        found.append(replace(case, direction="backward"))
+    # at the same priority each op gets its turn
+    turns: dict[tuple[int, str], int] = {}
+    keyed = []
+    for case in found:
+        key = case.priority, case.benchmark
+        turns[key] = turns.get(key, -1) + 1
+        keyed.append((case.priority, turns[key], case))
+    return [case for *_, case in sorted(keyed, key=lambda entry: entry[:2])]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run of cases came to."""
+
+    records: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """What should have run and did not, or was wrong."""
+    unavailable: list[str] = field(default_factory=list)
+    """Other people's kernels that do not take a case."""
+    left_out: list[str] = field(default_factory=list)
+    """Cases for which there was no time."""
+
+
+def run(
+    todo: Sequence[Case],
+    *,
+    timer: Timer,
+    device: torch.device,
+    deadline: float,
+    inductor: str = "inductor",
+    matmul: int = MATMUL,
+    progress: Callable[[Case, Outcome], None] = lambda case, outcome: None,
+) -> Outcome:
+    """Measure cases until ``time.monotonic()`` passes the deadline; a failure stops only its case.
+
+    Args:
+        inductor: the backend of torch.compile.
+        matmul: side of the product that gives the peak.
+    """
+    outcome = Outcome()
+    peaks: dict[torch.dtype, tuple[Any, Work]] = {}
+    for place, case in enumerate(todo):
+        if time.monotonic() > deadline:
+            outcome.left_out = [str(case) for case in todo[place:]]
+            break
+        progress(case, outcome)
+        if case.subject.limit == "matmul" and case.dtype not in peaks:
+            peaks[case.dtype] = _peak(case.dtype, device, timer, matmul)
+        try:
+            _measure_case(case, outcome, timer, device, inductor)
+            _limit(case, outcome, timer, device, peaks)
+        except Exception as error:  # noqa: BLE001 - told, and no reason to lose the other cases
+            outcome.failures.append(f"{case}: {said(error)}")
+            if "CUDA error" in str(error):
+                outcome.failures.append("the GPU's context is lost: no more cases")
+                outcome.left_out = [str(case) for case in todo[place + 1 :]]
+                break
+    return outcome
+
+
+def _measure_case(
+    case: Case, outcome: Outcome, timer: Timer, device: torch.device, inductor: str
+) -> None:
+    subject = case.subject
+    make = Make(case.dtype, device)
+    arguments = subject.arguments(case.call, case.job, make)
+    wanted = [p for p in subject.providers if p in case.providers]
+    if "triton" in wanted and "triton" not in kernels.OPS[subject.op].implementations:
+        wanted.remove("triton")
+        outcome.failures.append(f"{case}: no triton implementation of {subject.op} is registered")
+    if "triton" in wanted and not _ours_agrees(case, make):
+        wanted.remove("triton")
+        outcome.failures.append(f"{case}: triton does not agree with the reference")
+    for provider in wanted:
+        foreign = provider in (*LIBRARY, "compile")
+        try:
+            with _provider(case, provider, arguments, inductor) as function:
+                timing = timer(function, method=case.method, budget_s=PROVIDER_S)
+        except Exception as error:
+            if not foreign or "CUDA error" in str(error):
+                raise
+            outcome.unavailable.append(f"{case} {provider}: {said(error)}")
+            continue
+        outcome.records.append(record_of(case, provider, timing, case.work))
+
+
+@contextlib.contextmanager
+def _provider(
+    case: Case, provider: str, arguments: Arguments, inductor: str
+) -> Iterator[Callable[[], Any]]:
+    """What to time, inside the settings under which it has to run."""
+    subject, (args, kwargs) = case.subject, arguments
+    backend = provider if provider in ("triton", "reference") else "reference"
+    function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
+    if provider == "eager" and subject.norm:
+        args = tuple(_nchw(a) for a in args)
+        kwargs = {name: _nchw(a) for name, a in kwargs.items()}
+    kernel: AbstractContextManager[Any] = nullcontext()
+    if provider in SDPA:
+        kernel = sdpa_kernel(SDPA[provider])
+    with warnings.catch_warnings(), kernels.backend(backend), kernel:
+        warnings.simplefilter("ignore")  # SDPA and Inductor say at length what they do not take
+        if case.direction == "backward":
+            yield _backward(function, args, kwargs, provider == "compile", inductor)
+            return
+        with torch.inference_mode():
+            if provider == "compile":
+                function = compiled_for(function, args, kwargs, inductor)
+            yield lambda: function(*args, **kwargs)
+
+
+def _backward(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    compile_it: bool,
+    inductor: str,
+) -> Callable[[], Any]:
+    """The gradients of all floating-point operands, the forward pass done once."""
+
+    def leaf(a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        return a.detach().requires_grad_()
+
+    args, kwargs = tuple(map(leaf, args)), {name: leaf(a) for name, a in kwargs.items()}
+    if compile_it:
+        function = compiled_for(function, args, kwargs, inductor)
+    outputs = [t for t in tree_flatten(function(*args, **kwargs))[0] if t.requires_grad]
+    leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
+    torch.manual_seed(1)
+    gradients = [torch.randn_like(output) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+
+def _ours_agrees(case: Case, make: Make) -> bool:
+    """Whether triton's numbers are the reference's, returned or left in the operands."""
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        arguments = case.subject.arguments(case.call, case.job, make)
+        with _provider(case, backend, arguments, "") as function:
+            flat = tree_flatten((function(), arguments))[0]
+            results.append([t for t in flat if isinstance(t, Tensor)])
+    return all(map(agrees, *results))
+
+
+def _limit(
+    case: Case,
+    outcome: Outcome,
+    timer: Timer,
+    device: torch.device,
+    peaks: dict[torch.dtype, tuple[Any, Work]],
+) -> None:
+    if case.subject.limit == "matmul":
+        timing, work = peaks[case.dtype]
+        outcome.records.append(record_of(case, "matmul", timing, work))
+        return
+    half = max(1, case.work.bytes // 2)
+    source = torch.ones(half, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timing = timer(lambda: target.copy_(source), method=case.method, budget_s=PROVIDER_S)
+    outcome.records.append(record_of(case, "copy", timing, case.work))
+
+
+def _peak(dtype: torch.dtype, device: torch.device, timer: Timer, side: int) -> tuple[Any, Work]:
+    make = Make(dtype, device)
+    a, b, out = make(side, side), make(side, side), make(side, side)
+    timing = timer(lambda: torch.mm(a, b, out=out), method="events", budget_s=0.2)
+    return timing, Work(bytes=3 * a.nbytes, flops=2 * side**3)
+
+
+def record_of(case: Case, provider: str, timing: Any, work: Work) -> Record:
+    return Record(
+        benchmark=case.benchmark,
+        job=case.job_name,
+        shape=str(case.call),
+        provider=provider,
+        dtype=str(case.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        rounds=timing.rounds,
+        q1_s=timing.q1_s,
+        median_s=timing.median_s,
+        q3_s=timing.q3_s,
+        bytes=work.bytes,
+        flops=work.flops,
+        method=timing.method,
+    )
+
+
+def _nchw(a: Any) -> Any:
+    return a.contiguous() if isinstance(a, Tensor) and a.ndim == 4 else a
+
+
+def said(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,682 @@
+// GroupNorm with what comes before it (addends) and after it (scale and shift, SiLU) on a CPU.
+//
+// NHWC: the sample's rows of C numbers are taken k at a time, so that a loop is long for few channels
+// too, and split into chunks that stay in the second cache. A chunk's moments are taken in two passes
+// around its own means; the chunks' are merged in fp64 by Chan's formula, in order.
+// NCHW: a group is contiguous, and is one unit of work from its moments to its results.
+//
+// A mean is kept as two fp32 numbers (high + low): x - high is exact where the mean is large, and the
+// low part goes into the shift.
+#include "cpu.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+namespace {
+
+constexpr int64_t CHUNK = 32768;             // numbers; 128 KB as fp32
+constexpr int64_t ROW = 256;                 // short rows are joined up to this many numbers
+constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
+constexpr int64_t SMALL_SAMPLE = 262144;     // numbers; a smaller one is one thread's, start to end
+
+struct Moments {
+  double mean, m2;  // m2: sum of squared distances from the mean
+};
+
+// How a sample in NHWC is walked.
+struct Rows {
+  int64_t c, numbers, k, width, per_chunk, count, chunks;
+
+  Rows(int64_t channels, int64_t space)
+      : c(channels), numbers(channels * space), k(larger(1, smaller(ROW / channels, space))),
+        width(k * channels), per_chunk(larger(1, CHUNK / width)), count(ceil_div(space, k)),
+        chunks(ceil_div(count, per_chunk)) {}
+
+  int64_t chunk_numbers(int64_t chunk) const {
+    return smaller(per_chunk * width, numbers - chunk * per_chunk * width);
+  }
+
+  // Calls f(offset in the sample, column, n) for the pieces of a chunk, n <= PIECE columns each.
+  template <class F> void pieces(int64_t chunk, const F& f) const {
+    const int64_t begin = chunk * per_chunk * width, end = begin + chunk_numbers(chunk);
+    for (int64_t row = begin; row < end; row += width) {
+      const int64_t n = smaller(width, end - row);
+      for (int64_t j = 0; j < n; j += PIECE) f(row + j, j, smaller(PIECE, n - j));
+    }
+  }
+
+  // Columns of k rows side by side, added up to the c channels.
+  void fold(float* v) const {
+    for (int64_t j = 1; j < k; ++j) {
+      const float* RESTRICT from = v + j * c;
+      SIMD for (int64_t i = 0; i < c; ++i) v[i] += from[i];
+    }
+  }
+
+  // The c channels, repeated for each of k rows.
+  void spread(float* v) const {
+    for (int64_t j = c; j < width; ++j) v[j] = v[j - c];
+  }
+};
+
+void clear(float* v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) v[i] = 0;
+}
+
+// The chunks' moments merged (Chan et al. 1982); `numbers(i)` says how many the i-th is of.
+template <class F>
+Moments merge(const Moments* parts, int64_t count, int64_t stride, double total, const F& numbers) {
+  double mean = 0, m2 = 0;
+  for (int64_t i = 0; i < count; ++i) mean += parts[i * stride].mean * (double(numbers(i)) / total);
+  for (int64_t i = 0; i < count; ++i) {
+    const double d = parts[i * stride].mean - mean;
+    m2 += parts[i * stride].m2 + d * d * double(numbers(i));
+  }
+  return {mean, m2};
+}
+
+// (mean high, mean low, 1 / standard deviation)
+void write_stats(float* stats, const Moments& m, double numbers, double eps) {
+  stats[0] = float(m.mean);
+  stats[1] = float(m.mean - double(stats[0]));
+  stats[2] = float(1.0 / __builtin_sqrt(m.m2 / numbers + eps));
+}
+
+// What becomes of a channel c of sample n after the normalisation: n * factor + offset.
+struct Affine {
+  const float *weight, *bias, *scale_shift;
+  int64_t channels;
+
+  float weight_of(int64_t c) const { return weight ? weight[c] : 1.0f; }
+  float bias_of(int64_t c) const { return bias ? bias[c] : 0.0f; }
+  float scale_of(int64_t n, int64_t c) const {
+    return scale_shift ? 1.0f + scale_shift[2 * channels * n + c] : 1.0f;
+  }
+  float shift_of(int64_t n, int64_t c) const {
+    return scale_shift ? scale_shift[2 * channels * n + channels + c] : 0.0f;
+  }
+  float factor(int64_t n, int64_t c) const { return weight_of(c) * scale_of(n, c); }
+  float offset(int64_t n, int64_t c) const {
+    return bias_of(c) * scale_of(n, c) + shift_of(n, c);
+  }
+};
+
+// Forward
+
+template <class T> struct Forward {
+  const GroupNorm& a;
+  const Affine affine;
+  const int64_t size, numbers;  // channels of a group, numbers of a sample
+  const bool adds;
+  const T* x;
+  T *total, *y;
+  const T* normed;  // what is normed: x, or the total
+
+  explicit Forward(const GroupNorm& arguments)
+      : a(arguments), affine{a.weight, a.bias, a.scale_shift, a.c}, size(a.c / a.groups),
+        numbers(a.c * a.space), adds(a.total != nullptr), x(static_cast<const T*>(a.x)),
+        total(static_cast<T*>(a.total)),
+        y(static_cast<T*>(a.y)), normed(adds ? total : x) {}
+
+  const float* widen_residual(int64_t at, float* buffer, int64_t n) const {
+    if (a.wide_residual) return static_cast<const float*>(a.residual) + at;
+    return widen(static_cast<const T*>(a.residual) + at, buffer, n);
+  }
+
+  const float* channel_add(int64_t n) const { return a.channel_add + a.channel_add_stride * n; }
+
+  // y = activation((x - m) * factor + shift), all three per column
+  void apply(const T* x, T* y, const float* RESTRICT m, const float* RESTRICT factor,
+             const float* RESTRICT shift, int64_t n) const {
+    alignas(64) float buffer[PIECE], out_buffer[PIECE];
+    const float* RESTRICT in = widen(x, buffer, n);
+    float* RESTRICT out = target(y, out_buffer);
+    if (a.silu) {
+      SIMD for (int64_t i = 0; i < n; ++i) {
+        const float f = (in[i] - m[i]) * factor[i] + shift[i];
+        out[i] = f * sigmoid(f);
+      }
+    } else {
+      SIMD for (int64_t i = 0; i < n; ++i) out[i] = (in[i] - m[i]) * factor[i] + shift[i];
+    }
+    narrow(out, y, n);
+  }
+
+  void apply(const T* x, T* y, float m, float factor, float shift, int64_t n) const {
+    alignas(64) float buffer[PIECE], out_buffer[PIECE];
+    const float* RESTRICT in = widen(x, buffer, n);
+    float* RESTRICT out = target(y, out_buffer);
+    if (a.silu) {
+      SIMD for (int64_t i = 0; i < n; ++i) {
+        const float f = (in[i] - m) * factor + shift;
+        out[i] = f * sigmoid(f);
+      }
+    } else {
+      SIMD for (int64_t i = 0; i < n; ++i) out[i] = (in[i] - m) * factor + shift;
+    }
+    narrow(out, y, n);
+  }
+
+  // NHWC
+
+  void add_chunk(const Rows& rows, int64_t n, int64_t chunk, float* columns) const {
+    if (a.channel_add) {
+      const float* values = channel_add(n);
+      for (int64_t i = 0; i < a.c; ++i) columns[i] = values[i];
+      rows.spread(columns);
+    }
+    alignas(64) float buffer[PIECE], residual_buffer[PIECE], out_buffer[PIECE];
+    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+      at += n * numbers;
+      const float* RESTRICT in = widen(x + at, buffer, count);
+      float* RESTRICT out = target(total + at, out_buffer);
+      const float* RESTRICT add = columns + column;
+      if (a.residual && a.channel_add) {
+        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i] + more[i];
+      } else if (a.residual) {
+        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + more[i];
+      } else {
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i];
+      }
+      narrow(out, total + at, count);
+    });
+  }
+
+  // Moments of every group over a chunk.
+  void chunk_moments(const Rows& rows, int64_t n, int64_t chunk, Moments* moments) const {
+    Scratch<float> memory(3 * rows.width);
+    float *sum = memory.data, *square = sum + rows.width, *center = square + rows.width;
+    if (adds) add_chunk(rows, n, chunk, sum);
+    clear(sum, rows.width);
+    alignas(64) float buffer[PIECE];
+    const T* sample = normed + n * numbers;
+    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+      const float* RESTRICT in = widen(sample + at, buffer, count);
+      float* RESTRICT s = sum + column;
+      SIMD for (int64_t i = 0; i < count; ++i) s[i] += in[i];
+    });
+    rows.fold(sum);
+    const double count_of_group = double(rows.chunk_numbers(chunk) / a.groups);
+    for (int64_t g = 0; g < a.groups; ++g) {
+      double s = 0;
+      for (int64_t i = g * size; i < (g + 1) * size; ++i) s += sum[i];
+      const float mean = float(s / count_of_group);
+      for (int64_t i = g * size; i < (g + 1) * size; ++i) center[i] = mean;
+    }
+    rows.spread(center);
+    clear(sum, rows.width);
+    clear(square, rows.width);
+    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+      const float* RESTRICT in = widen(sample + at, buffer, count);
+      float *RESTRICT s = sum + column, *RESTRICT q = square + column;
+      const float* RESTRICT m = center + column;
+      SIMD for (int64_t i = 0; i < count; ++i) {
+        const float d = in[i] - m[i];
+        s[i] += d;
+        q[i] += d * d;
+      }
+    });
+    rows.fold(sum);
+    rows.fold(square);
+    for (int64_t g = 0; g < a.groups; ++g) {
+      double s = 0, q = 0;
+      for (int64_t i = g * size; i < (g + 1) * size; ++i) {
+        s += sum[i];
+        q += square[i];
+      }
+      const double off = s / count_of_group;
+      moments[g] = {double(center[g * size]) + off, q - s * off};
+    }
+  }
+
+  // From the chunks' moments to the columns' (mean, factor, shift).
+  void columns_of(const Rows& rows, int64_t n, const Moments* moments, float* columns) const {
+    const double count = double(a.space * size);
+    float *m = columns, *factor = m + rows.width, *shift = factor + rows.width;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const Moments merged = merge(moments + g, rows.chunks, a.groups, count, [&](int64_t chunk) {
+        return rows.chunk_numbers(chunk) / a.groups;
+      });
+      float stats[3];
+      write_stats(stats, merged, count, a.eps);
+      if (a.stats)
+        for (int i = 0; i < 3; ++i) a.stats[(n * a.groups + g) * 3 + i] = stats[i];
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+        m[c] = stats[0];
+        factor[c] = stats[2] * affine.factor(n, c);
+        shift[c] = affine.offset(n, c) - stats[1] * factor[c];
+      }
+    }
+    rows.spread(m);
+    rows.spread(factor);
+    rows.spread(shift);
+  }
+
+  void apply_chunk(const Rows& rows, int64_t n, int64_t chunk, const float* columns) const {
+    const float *m = columns, *factor = m + rows.width, *shift = factor + rows.width;
+    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+      apply(normed + n * numbers + at, y + n * numbers + at, m + column, factor + column,
+            shift + column, count);
+    });
+  }
+
+  void channels_last() const {
+    const Rows rows(a.c, a.space);
+    if (numbers <= SMALL_SAMPLE) {
+      parallel(a.n, larger(1, NUMBERS_PER_THREAD / numbers), [&](int64_t begin, int64_t end) {
+        Scratch<Moments> moments(rows.chunks * a.groups);
+        Scratch<float> columns(3 * rows.width);
+        for (int64_t n = begin; n < end; ++n) {
+          for (int64_t i = 0; i < rows.chunks; ++i)
+            chunk_moments(rows, n, i, moments.data + i * a.groups);
+          columns_of(rows, n, moments.data, columns.data);
+          for (int64_t i = rows.chunks; i-- > 0;) apply_chunk(rows, n, i, columns.data);
+        }
+      });
+      return;
+    }
+    Scratch<Moments> moments(a.n * rows.chunks * a.groups);
+    Scratch<float> columns(a.n * 3 * rows.width);
+    parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        chunk_moments(rows, i / rows.chunks, i % rows.chunks, moments.data + i * a.groups);
+    });
+    for (int64_t n = 0; n < a.n; ++n)
+      columns_of(rows, n, moments.data + n * rows.chunks * a.groups,
+                 columns.data + n * 3 * rows.width);
+    parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in the cache
+        apply_chunk(rows, i / rows.chunks, i % rows.chunks,
+                    columns.data + i / rows.chunks * 3 * rows.width);
+    });
+  }
+
+  // NCHW
+
+  void add_channel(int64_t n, int64_t c) const {
+    alignas(64) float buffer[PIECE], residual_buffer[PIECE], out_buffer[PIECE];
+    const float add = a.channel_add ? channel_add(n)[c] : 0.0f;
+    for (int64_t j = 0; j < a.space; j += PIECE) {
+      const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
+      const float* RESTRICT in = widen(x + at, buffer, count);
+      float* RESTRICT out = target(total + at, out_buffer);
+      if (a.residual) {
+        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add + more[i];
+      } else {
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add;
+      }
+      narrow(out, total + at, count);
+    }
+  }
+
+  Moments run_moments(const T* run, int64_t length) const {
+    alignas(64) float buffer[PIECE];
+    double s = 0, off = 0, q = 0;
+    for (int64_t j = 0; j < length; j += PIECE) {
+      const int64_t count = smaller(PIECE, length - j);
+      const float* RESTRICT in = widen(run + j, buffer, count);
+      s += sum(in, count);
+    }
+    const float center = float(s / double(length));
+    for (int64_t j = 0; j < length; j += PIECE) {
+      const int64_t count = smaller(PIECE, length - j);
+      const float* RESTRICT in = widen(run + j, buffer, count);
+      float part, squares;
+      sums_around(in, count, center, &part, &squares);
+      off += part;
+      q += squares;
+    }
+    const double mean_off = off / double(length);
+    return {double(center) + mean_off, q - off * mean_off};
+  }
+
+  void group(int64_t n, int64_t g) const {
+    const int64_t length = size * a.space, chunks = ceil_div(length, CHUNK);
+    if (adds)
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) add_channel(n, c);
+    const T* run = normed + n * numbers + g * length;
+    Moments merged;
+    if (chunks == 1) {
+      merged = run_moments(run, length);
+    } else {
+      Scratch<Moments> parts(chunks);
+      const auto numbers_of = [&](int64_t i) { return smaller(CHUNK, length - i * CHUNK); };
+      for (int64_t i = 0; i < chunks; ++i)
+        parts.data[i] = run_moments(run + i * CHUNK, numbers_of(i));
+      merged = merge(parts.data, chunks, 1, double(length), numbers_of);
+    }
+    float stats[3];
+    write_stats(stats, merged, double(length), a.eps);
+    if (a.stats)
+      for (int i = 0; i < 3; ++i) a.stats[(n * a.groups + g) * 3 + i] = stats[i];
+    for (int64_t c = (g + 1) * size; c-- > g * size;) {
+      const float factor = stats[2] * affine.factor(n, c);
+      const float shift = affine.offset(n, c) - stats[1] * factor;
+      for (int64_t j = 0; j < a.space; j += PIECE) {
+        const int64_t at = n * numbers + c * a.space + j;
+        apply(normed + at, y + at, stats[0], factor, shift, smaller(PIECE, a.space - j));
+      }
+    }
+  }
+
+  void channels_first() const {
+    const int64_t grain = larger(1, NUMBERS_PER_THREAD / (size * a.space));
+    parallel(a.n * a.groups, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) group(i / a.groups, i % a.groups);
+    });
+  }
+};
+
+// Backward: with n^ the normalised x, f = n^ factor + offset and df = dy activation'(f),
+//   s1 = sum of df, s2 = sum of df n^ over space, per sample and channel
+//   p1, p2 = sums of factor s1 and factor s2 over the channels of a group of M numbers
+//   dx = (df factor - p1 / M - n^ p2 / M) / std
+
+template <class T> struct Backward {
+  const GroupNormBackward& a;
+  const Affine affine;
+  const int64_t size, numbers;
+  const T *dy, *dtotal, *x;
+  T* dx;
+
+  explicit Backward(const GroupNormBackward& arguments)
+      : a(arguments), affine{a.weight, a.bias, a.scale_shift, a.c}, size(a.c / a.groups),
+        numbers(a.c * a.space), dy(static_cast<const T*>(a.dy)),
+        dtotal(static_cast<const T*>(a.dtotal)), x(static_cast<const T*>(a.x)),
+        dx(static_cast<T*>(a.dx)) {}
+
+  float derivative(float f) const {
+    const float s = sigmoid(f);
+    return s * (1.0f + f * (1.0f - s));
+  }
+
+  // Of a channel: n^ = (x - m) r + t, f = n^ factor + offset, dx = df k1 + n^ k2 + k3.
+  enum Column { M, R, T_, FACTOR, OFFSET, K1, K2, K3, COLUMNS };
+
+  void channel(int64_t n, int64_t c, float* columns, int64_t stride) const {
+    const float* stats = a.stats + (n * a.groups + c / size) * 3;
+    columns[M * stride] = stats[0];
+    columns[R * stride] = stats[2];
+    columns[T_ * stride] = -stats[1] * stats[2];
+    columns[FACTOR * stride] = affine.factor(n, c);
+    columns[OFFSET * stride] = affine.offset(n, c);
+  }
+
+  // The sums of a group's channels -> k1, k2, k3. s1, s2: of the sample's channels.
+  void finish_group(int64_t n, int64_t g, const double* s1, const double* s2, float* columns,
+                    int64_t stride) const {
+    double p1 = 0, p2 = 0;
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+      p1 += double(affine.factor(n, c)) * s1[c];
+      p2 += double(affine.factor(n, c)) * s2[c];
+    }
+    const double r = a.stats[(n * a.groups + g) * 3 + 2], count = double(size * a.space);
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+      columns[K1 * stride + c] = float(double(affine.factor(n, c)) * r);
+      columns[K2 * stride + c] = float(-p2 / count * r);
+      columns[K3 * stride + c] = float(-p1 / count * r);
+    }
+  }
+
+  // The parameters' gradients, from s1 and s2 (n, c); samples in order.
+  void parameters(const double* s1, const double* s2) const {
+    for (int64_t n = 0; a.dscale_shift && n < a.n; ++n)
+      for (int64_t c = 0; c < a.c; ++c) {
+        const double weight = affine.weight_of(c), bias = affine.bias_of(c);
+        a.dscale_shift[2 * a.c * n + c] = float(s2[n * a.c + c] * weight + s1[n * a.c + c] * bias);
+        a.dscale_shift[2 * a.c * n + a.c + c] = float(s1[n * a.c + c]);
+      }
+    for (int64_t c = 0; (a.dweight || a.dbias) && c < a.c; ++c) {
+      double dweight = 0, dbias = 0;
+      for (int64_t n = 0; n < a.n; ++n) {
+        dweight += s2[n * a.c + c] * double(affine.scale_of(n, c));
+        dbias += s1[n * a.c + c] * double(affine.scale_of(n, c));
+      }
+      if (a.dweight) a.dweight[c] = float(dweight);
+      if (a.dbias) a.dbias[c] = float(dbias);
+    }
+  }
+
+  // NHWC
+
+  void chunk_sums(const Rows& rows, int64_t n, int64_t chunk, const float* columns,
+                  float* sums) const {
+    Scratch<float> memory(2 * rows.width);
+    float *sum1 = memory.data, *sum2 = sum1 + rows.width;
+    clear(sum1, 2 * rows.width);
+    alignas(64) float buffer[PIECE], dy_buffer[PIECE];
+    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+      at += n * numbers;
+      const float* RESTRICT in = widen(x + at, buffer, count);
+      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      const float *RESTRICT m = columns + column, *RESTRICT r = m + R * rows.width,
+                  *RESTRICT t = m + T_ * rows.width, *RESTRICT factor = m + FACTOR * rows.width,
+                  *RESTRICT offset = m + OFFSET * rows.width;
+      float *RESTRICT s1 = sum1 + column, *RESTRICT s2 = sum2 + column;
+      if (a.silu) {
+        SIMD for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m[i]) * r[i] + t[i];
+          const float df = gradient[i] * derivative(normal * factor[i] + offset[i]);
+          s1[i] += df;
+          s2[i] += df * normal;
+        }
+      } else {
+        SIMD for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m[i]) * r[i] + t[i];
+          s1[i] += gradient[i];
+          s2[i] += gradient[i] * normal;
+        }
+      }
+    });
+    rows.fold(sum1);
+    rows.fold(sum2);
+    for (int64_t c = 0; c < a.c; ++c) {
+      sums[c] = sum1[c];
+      sums[a.c + c] = sum2[c];
+    }
+  }
+
+  // channel_sums: (c) of this chunk's dx, or null.
+  void chunk_dx(const Rows& rows, int64_t n, int64_t chunk, const float* columns,
+                float* channel_sums) const {
+    Scratch<float> memory(rows.width);
+    if (channel_sums) clear(memory.data, rows.width);
+    alignas(64) float buffer[PIECE], dy_buffer[PIECE], more_buffer[PIECE], out_buffer[PIECE];
+    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+      at += n * numbers;
+      const float* RESTRICT in = widen(x + at, buffer, count);
+      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      const float *RESTRICT m = columns + column, *RESTRICT r = m + R * rows.width,
+                  *RESTRICT t = m + T_ * rows.width, *RESTRICT factor = m + FACTOR * rows.width,
+                  *RESTRICT offset = m + OFFSET * rows.width, *RESTRICT k1 = m + K1 * rows.width,
+                  *RESTRICT k2 = m + K2 * rows.width, *RESTRICT k3 = m + K3 * rows.width;
+      float* RESTRICT out = target(dx + at, out_buffer);
+      if (a.silu) {
+        SIMD for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m[i]) * r[i] + t[i];
+          const float df = gradient[i] * derivative(normal * factor[i] + offset[i]);
+          out[i] = df * k1[i] + (normal * k2[i] + k3[i]);
+        }
+      } else {
+        SIMD for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m[i]) * r[i] + t[i];
+          out[i] = gradient[i] * k1[i] + (normal * k2[i] + k3[i]);
+        }
+      }
+      if (dtotal) {
+        const float* RESTRICT more = widen(dtotal + at, more_buffer, count);
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] += more[i];
+      }
+      if (channel_sums) {
+        float* RESTRICT s = memory.data + column;
+        SIMD for (int64_t i = 0; i < count; ++i) s[i] += out[i];
+      }
+      narrow(out, dx + at, count);
+    });
+    if (channel_sums) {
+      rows.fold(memory.data);
+      for (int64_t c = 0; c < a.c; ++c) channel_sums[c] = memory.data[c];
+    }
+  }
+
+  void channels_last() const {
+    const Rows rows(a.c, a.space);
+    const int64_t units = a.n * rows.chunks, width = rows.width;
+    const int64_t grain = larger(1, NUMBERS_PER_THREAD / smaller(CHUNK, numbers));
+    Scratch<float> columns(a.n * COLUMNS * width), sums(units * 2 * a.c);
+    Scratch<double> s1(a.n * a.c), s2(a.n * a.c);
+    for (int64_t n = 0; n < a.n; ++n) {
+      float* mine = columns.data + n * COLUMNS * width;
+      for (int64_t c = 0; c < a.c; ++c) channel(n, c, mine + c, width);
+      for (int i = M; i <= OFFSET; ++i) rows.spread(mine + i * width);
+    }
+    parallel(units, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        chunk_sums(rows, i / rows.chunks, i % rows.chunks,
+                   columns.data + i / rows.chunks * COLUMNS * width, sums.data + i * 2 * a.c);
+    });
+    for (int64_t n = 0; n < a.n; ++n) {
+      double *to1 = s1.data + n * a.c, *to2 = s2.data + n * a.c;
+      for (int64_t c = 0; c < a.c; ++c) to1[c] = to2[c] = 0;
+      for (int64_t i = n * rows.chunks; i < (n + 1) * rows.chunks; ++i)
+        for (int64_t c = 0; c < a.c; ++c) {
+          to1[c] += double(sums.data[i * 2 * a.c + c]);
+          to2[c] += double(sums.data[i * 2 * a.c + a.c + c]);
+        }
+      float* mine = columns.data + n * COLUMNS * width;
+      for (int64_t g = 0; g < a.groups; ++g) finish_group(n, g, to1, to2, mine, width);
+      for (int i = K1; i <= K3; ++i) rows.spread(mine + i * width);
+    }
+    parameters(s1.data, s2.data);
+    parallel(units, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end; i-- > begin;)
+        chunk_dx(rows, i / rows.chunks, i % rows.chunks,
+                 columns.data + i / rows.chunks * COLUMNS * width,
+                 a.dchannel ? sums.data + i * a.c : nullptr);
+    });
+    for (int64_t n = 0; a.dchannel && n < a.n; ++n)
+      for (int64_t c = 0; c < a.c; ++c) {
+        double s = 0;
+        for (int64_t i = n * rows.chunks; i < (n + 1) * rows.chunks; ++i)
+          s += double(sums.data[i * a.c + c]);
+        a.dchannel[n * a.c + c] = float(s);
+      }
+  }
+
+  // NCHW
+
+  void channel_sums(int64_t n, int64_t c, const float* v, double* s1, double* s2) const {
+    alignas(64) float buffer[PIECE], dy_buffer[PIECE];
+    double sum1 = 0, sum2 = 0;
+    for (int64_t j = 0; j < a.space; j += PIECE) {
+      const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
+      const float* RESTRICT in = widen(x + at, buffer, count);
+      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      const float m = v[M], r = v[R], t = v[T_], factor = v[FACTOR], offset = v[OFFSET];
+      float part1 = 0, part2 = 0;
+      if (a.silu) {
+#pragma omp simd reduction(+ : part1, part2)
+        for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m) * r + t;
+          const float df = gradient[i] * derivative(normal * factor + offset);
+          part1 += df;
+          part2 += df * normal;
+        }
+      } else {
+#pragma omp simd reduction(+ : part1, part2)
+        for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m) * r + t;
+          part1 += gradient[i];
+          part2 += gradient[i] * normal;
+        }
+      }
+      sum1 += part1;
+      sum2 += part2;
+    }
+    s1[c] = sum1;
+    s2[c] = sum2;
+  }
+
+  void channel_dx(int64_t n, int64_t c, const float* v, float k1, float k2, float k3) const {
+    alignas(64) float buffer[PIECE], dy_buffer[PIECE], more_buffer[PIECE], out_buffer[PIECE];
+    double total = 0;
+    for (int64_t j = 0; j < a.space; j += PIECE) {
+      const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
+      const float* RESTRICT in = widen(x + at, buffer, count);
+      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      float* RESTRICT out = target(dx + at, out_buffer);
+      const float m = v[M], r = v[R], t = v[T_], factor = v[FACTOR], offset = v[OFFSET];
+      if (a.silu) {
+        SIMD for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m) * r + t;
+          const float df = gradient[i] * derivative(normal * factor + offset);
+          out[i] = df * k1 + (normal * k2 + k3);
+        }
+      } else {
+        SIMD for (int64_t i = 0; i < count; ++i) {
+          const float normal = (in[i] - m) * r + t;
+          out[i] = gradient[i] * k1 + (normal * k2 + k3);
+        }
+      }
+      if (dtotal) {
+        const float* RESTRICT more = widen(dtotal + at, more_buffer, count);
+        SIMD for (int64_t i = 0; i < count; ++i) out[i] += more[i];
+      }
+      if (a.dchannel) {
+        total += sum(out, count);
+      }
+      narrow(out, dx + at, count);
+    }
+    if (a.dchannel) a.dchannel[n * a.c + c] = float(total);
+  }
+
+  void channels_first() const {
+    Scratch<double> s1(a.n * a.c), s2(a.n * a.c);
+    const int64_t grain = larger(1, NUMBERS_PER_THREAD / (size * a.space));
+    parallel(a.n * a.groups, grain, [&](int64_t begin, int64_t end) {
+      Scratch<float> columns(COLUMNS * a.c);  // K1, K2, K3 of the group's channels
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / a.groups, g = i % a.groups;
+        float v[COLUMNS];
+        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+          channel(n, c, v, 1);
+          channel_sums(n, c, v, s1.data + n * a.c, s2.data + n * a.c);
+        }
+        finish_group(n, g, s1.data + n * a.c, s2.data + n * a.c, columns.data, a.c);
+        for (int64_t c = (g + 1) * size; c-- > g * size;) {
+          channel(n, c, v, 1);
+          channel_dx(n, c, v, columns.data[K1 * a.c + c], columns.data[K2 * a.c + c],
+                     columns.data[K3 * a.c + c]);
+        }
+      }
+    });
+    parameters(s1.data, s2.data);
+  }
+};
+
+}  // namespace
+
+template <> void run(const GroupNorm& a) {
+  with_type(a.dtype, [&](auto type) {
+    const Forward<decltype(type)> forward(a);
+    if (a.channels_last)
+      forward.channels_last();
+    else
+      forward.channels_first();
+  });
+}
+
+template <> void run(const GroupNormBackward& a) {
+  with_type(a.dtype, [&](auto type) {
+    const Backward<decltype(type)> backward(a);
+    if (a.channels_last)
+      backward.channels_last();
+    else
+      backward.channels_first();
+  });
+}
+
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff

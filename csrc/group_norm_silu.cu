@@ -1,0 +1,117 @@
+// Launchers of group_norm_silu and add_group_norm_silu, forward: which way through, and how large.
+
+#include "group_norm_silu.cuh"
+
+#include <numeric>
+
+#include "launch.cuh"
+#include "norm_plan.h"
+
+namespace fastdiff {
+namespace {
+
+template <typename T, int V>
+const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
+                        float* workspace, const Target& target) {
+  if (plan.on_chip) {
+    const int64_t slabs = ceil_div(shape.groups, plan.slab);
+    return launch(norm_on_chip_columns<T, V>, dim3(unsigned(shape.n * slabs)), plan.threads,
+                  plan.shared, target, p, shape, plan.slab);
+  }
+  const Chunks chunks{plan.chunks, plan.length};
+  const dim3 grid(unsigned(shape.n * plan.chunks), unsigned(ceil_div(shape.c, plan.columns)));
+  const T* source = p.total != nullptr ? p.total : p.x;
+  FASTDIFF_TRY(launch(norm_moments_columns<T, V>, grid, kNormThreads, plan.shared, target, p,
+                      shape, chunks, plan.columns, workspace));
+  FASTDIFF_TRY(launch(norm_finalize<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads, 0,
+                      target, p, shape, chunks, const_cast<const float*>(workspace), source,
+                      int64_t{1}));
+  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, p, shape, chunks,
+                plan.columns, source);
+}
+
+template <typename T, int V>
+const char* run_rows(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
+                     float* workspace, const Target& target) {
+  if (plan.on_chip)
+    return launch(norm_on_chip_rows<T, V>, dim3(unsigned(shape.n * shape.groups)),
+                  plan.threads, plan.shared, target, p, shape);
+  const Chunks chunks{plan.chunks, plan.length};
+  constexpr int64_t kWarps = kNormThreads / kWarpSize;
+  const dim3 grid(unsigned(ceil_div(shape.n * shape.c * plan.chunks, kWarps)));
+  const T* source = p.total != nullptr ? p.total : p.x;
+  FASTDIFF_TRY(launch(norm_moments_rows<T, V>, grid, kNormThreads, 0, target, p, shape,
+                      chunks, workspace));
+  FASTDIFF_TRY(launch(norm_finalize<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads, 0,
+                      target, p, shape, chunks, const_cast<const float*>(workspace), source,
+                      shape.s));
+  return launch(norm_apply_rows<T, V>, grid, kNormThreads, 0, target, p, shape, chunks, source);
+}
+
+template <typename T, int V>
+const char* run_layout(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
+                       bool channels_last, float* workspace, const Target& target) {
+  return channels_last ? run_columns<T, V>(p, shape, plan, workspace, target)
+                       : run_rows<T, V>(p, shape, plan, workspace, target);
+}
+
+template <typename T>
+const char* run(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
+                bool channels_last, float* workspace, const Target& target) {
+  constexpr int V = kWide<T>;
+  return plan.vector == V ? run_layout<T, V>(p, shape, plan, channels_last, workspace, target)
+                          : run_layout<T, 1>(p, shape, plan, channels_last, workspace, target);
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+using namespace fastdiff;
+
+/// How a norm is cut up: {on chip, vector, slab, threads, shared bytes, chunks, length, columns,
+/// fp32 numbers of workspace}. limit: bytes of shared memory a block may have, < 0 for the device's.
+FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
+                                                          int channels_last, int64_t n, int c,
+                                                          int64_t s, int groups, int aligned,
+                                                          int64_t limit, int64_t* out) {
+  const NormShape shape{n, s, c, groups, c / groups};
+  const NormPlan plan = plan_norm(shape, dtype == kFloat32 ? 4 : 2, channels_last != 0,
+                                  aligned != 0, limit < 0 ? shared_limit(device) : limit);
+  const int64_t fields[] = {plan.on_chip, plan.vector, plan.slab,    plan.threads,  plan.shared,
+                            plan.chunks,  plan.length, plan.columns, plan.workspace};
+  for (int i = 0; i < 9; ++i) out[i] = fields[i];
+  return nullptr;
+}
+
+/// Forward of group_norm_silu, and with `total` of add_group_norm_silu. x, residual, total and y
+/// are dense in one layout; stats (N, G, 3) and workspace are fp32. `plan`: as
+/// fastdiff_cuda_group_norm_plan gave it.
+FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu(
+    int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
+    int groups, const int64_t* plan_fields, const void* x, void* y, float* stats,
+    float* workspace, const void* weight, int weight_dtype, const void* bias, int bias_dtype,
+    const void* scale_shift, int scale_shift_dtype, const void* channel_add,
+    int channel_add_dtype, int64_t channel_add_stride, const void* residual, void* total,
+    float eps, int silu) {
+  const Target target{device, stream};
+  FASTDIFF_TRY(select_device(target));
+  const NormShape shape{n, s, c, groups, c / groups};
+  const NormPlan plan = NormPlan::from(plan_fields);
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Norm<T> p{};
+    p.x = static_cast<const T*>(x);
+    p.residual = static_cast<const T*>(residual);
+    p.channel_add = {channel_add, channel_add_dtype};
+    p.channel_add_stride = channel_add_stride;
+    p.total = static_cast<T*>(total);
+    p.y = static_cast<T*>(y);
+    p.weight = {weight, weight_dtype};
+    p.bias = {bias, bias_dtype};
+    p.scale_shift = {scale_shift, scale_shift_dtype};
+    p.stats = stats;
+    p.eps = eps;
+    p.silu = silu != 0;
+    return run<T>(p, shape, plan, channels_last != 0, workspace, target);
+  });
+}

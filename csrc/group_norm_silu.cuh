@@ -1,0 +1,612 @@
+// GroupNorm, scale and shift, SiLU; optionally an addition before (kernels/group_norm_silu.py and
+// kernels/add_group_norm_silu.py have the maths).
+//
+// Two layouts: "columns" is NHWC, rows of C channels for every place; "rows" is NCHW, a row of S
+// places for every channel. Two ways through:
+//   on chip   one block holds whole groups of one sample in shared memory: x is read once
+//   in parts  moments of chunks -> one block a group merges them -> an elementwise pass; x is read
+//             twice, in full rows of channels (ten bf16 channels are 20 bytes: no group alone is
+//             well aligned)
+// Bytes: 2 N C S itemsize on chip, 3 in parts (1 or 2 more with an addition, which writes the sum).
+//
+// Numbers: moments are taken of x - pivot, pivot being the group's first number, in batches that
+// are merged by Chan's formula; the mean is kept as a rounded `mean` and its `rest`, so that
+// (x - mean) * a + b, with -rest * a in b, keeps its digits where the mean is large. All merges
+// have a fixed order that depends on the shape of one sample only.
+
+#pragma once
+
+#include "common.cuh"
+
+namespace fastdiff {
+
+struct NormShape {
+  int64_t n, s;         // samples, places
+  int c, groups, size;  // channels, groups, channels a group
+};
+
+/// Arguments of the forward kernels.
+template <typename T>
+struct Norm {
+  const T* x;
+  const T* residual;       // null: none (the next three are for the op that adds)
+  Parameter channel_add;   // (C,) or (N, C)
+  int64_t channel_add_stride;
+  T* total;                // the sum, or null where nothing is added
+  T* y;
+  Parameter weight, bias;  // (C,)
+  Parameter scale_shift;   // (N, 2C)
+  float* stats;            // (N, G, 3): mean, rest of the mean, 1 / std
+  float eps;
+  bool silu;
+};
+
+constexpr int kNormThreads = 256;
+constexpr int kNormBatch = 4;  // packs a thread loads before it merges them
+
+template <typename T>
+__device__ __forceinline__ float channel_addend(const Norm<T>& p, int64_t n, int c) {
+  return p.channel_add.at(n * p.channel_add_stride + c, 0.0f);
+}
+
+/// x + channel_add + residual, rounded to T; plain x where nothing is added.
+template <typename T>
+__device__ __forceinline__ float source_at(const Norm<T>& p, int64_t n, int c, int64_t place) {
+  float x = to_float(p.x[place]);
+  if (p.total != nullptr) {
+    x += channel_addend(p, n, c);
+    if (p.residual != nullptr) x += to_float(p.residual[place]);
+    x = to_float(from_float<T>(x));
+  }
+  return x;
+}
+
+/// Loads a pack; where something is added, adds and writes the total. Returns what the norm sees.
+/// add: one number a column, `add_step` apart (0: one for all).
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> load_source(const Norm<T>& p, int64_t place,
+                                                  const float* add, int add_step) {
+  Pack<T, V> pack = load_input<T, V>(p.x + place);
+  if (p.total != nullptr) {
+    float x[V];
+    unpack(pack, x);
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] += add[v * add_step];
+    if (p.residual != nullptr) {
+      float r[V];
+      unpack(load_input<T, V>(p.residual + place), r);
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[v] += r[v];
+    }
+    pack = pack_of<T, V>(x);
+    store_pack<T, V>(p.total + place, pack);
+  }
+  return pack;
+}
+
+/// A channel's factor and addend, f = xhat * a + b with a = weight (1 + scale), in fp64: there are
+/// few, and a is rounded once then, after it is multiplied by 1 / std.
+struct Affine {
+  double a, b;
+};
+
+__device__ __forceinline__ Affine affine(const Parameter& weight, const Parameter& bias,
+                                         const Parameter& scale_shift, const NormShape& shape,
+                                         int64_t n, int c) {
+  const int64_t film = n * 2 * shape.c + c;
+  const double scale = 1.0 + scale_shift.at(film, 0.0f);
+  return {weight.at(c, 1.0f) * scale,
+          bias.at(c, 0.0f) * scale + scale_shift.at(film + shape.c, 0.0f)};
+}
+
+/// What turns x into the input of the activation: (x - mean) * a + b.
+struct Coefficients {
+  float mean, a, b;
+};
+
+template <typename T>
+__device__ __forceinline__ Coefficients coefficients(const Norm<T>& p, const NormShape& shape,
+                                                     int64_t n, int c, const float* stats) {
+  const Affine k = affine(p.weight, p.bias, p.scale_shift, shape, n, c);
+  const double a = k.a * stats[2];
+  return {stats[0], static_cast<float>(a), static_cast<float>(k.b - stats[1] * a)};
+}
+
+/// Writes mean, rest and 1 / std of a group whose moments are relative to the pivot.
+__device__ __forceinline__ void store_stats(float* stats, float pivot, float mean, float m2,
+                                            float count, float eps) {
+  const float rounded = pivot + mean;
+  stats[0] = rounded;
+  stats[1] = (pivot - rounded) + mean;
+  stats[2] = static_cast<float>(1.0 / sqrt(static_cast<double>(m2) / count + eps));
+}
+
+template <typename T>
+__device__ __forceinline__ float activate(float f, bool silu) {
+  return silu ? f * sigmoid<T>(f) : f;
+}
+
+/// Count, mean and squared deviations of V columns at once.
+template <int V>
+struct ColumnMoments {
+  float count = 0, mean[V] = {}, m2[V] = {};
+
+  __device__ __forceinline__ void merge_column(int v, float other_count, float other_mean,
+                                               float other_m2) {
+    const float share = other_count / (count + other_count), delta = other_mean - mean[v];
+    mean[v] += delta * share;
+    m2[v] += other_m2 + delta * delta * count * share;
+  }
+
+  /// Takes in `rows` (1 to kNormBatch) numbers of every column.
+  __device__ __forceinline__ void add(const float (&d)[kNormBatch][V], int rows) {
+    const float inverse = 1.0f / static_cast<float>(rows);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      float sum = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < kNormBatch; ++i) sum += i < rows ? d[i][v] : 0.0f;
+      const float mean_of_rows = sum * inverse;
+#pragma unroll
+      for (int i = 0; i < kNormBatch; ++i) {
+        const float deviation = d[i][v] - mean_of_rows;
+        squares += i < rows ? deviation * deviation : 0.0f;
+      }
+      merge_column(v, static_cast<float>(rows), mean_of_rows, squares);
+    }
+    count += static_cast<float>(rows);
+  }
+};
+
+/// A block on rows of `width` channels: each thread keeps to V columns and takes every R-th row.
+template <int V>
+struct ColumnPlace {
+  int packs, rows, column, row;  // packs in a row, rows at a time, this thread's place
+  bool active;
+
+  __device__ __forceinline__ explicit ColumnPlace(int width)
+      : packs(width / V),
+        rows(static_cast<int>(blockDim.x) / packs),
+        column(static_cast<int>(threadIdx.x) % packs * V),
+        row(static_cast<int>(threadIdx.x) / packs),
+        active(row < rows) {}
+};
+
+/// Per column of the block: its group's pivot and, `width` further on, what is added to it.
+template <typename T>
+__device__ __forceinline__ void column_heads(const Norm<T>& p, const NormShape& shape, int64_t n,
+                                             int first, int width, float* heads) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    const int leader = (first + i) / shape.size * shape.size;
+    heads[i] = source_at(p, n, leader, n * shape.s * shape.c + leader);
+    heads[width + i] = channel_addend(p, n, first + i);
+  }
+  __syncthreads();
+}
+
+/// Per column of the block: mean, a and b, each `width` apart. stats: those of the first group.
+template <typename T>
+__device__ __forceinline__ void column_coefficients(const Norm<T>& p, const NormShape& shape,
+                                                    int64_t n, int first, int width,
+                                                    const float* stats, float* out) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    const int group = (first + i) / shape.size - first / shape.size;
+    const Coefficients k = coefficients(p, shape, n, first + i, stats + 3 * group);
+    out[i] = k.mean;
+    out[width + i] = k.a;
+    out[2 * width + i] = k.b;
+  }
+  __syncthreads();
+}
+
+/// A thread's part of what `column_coefficients` wrote.
+template <int V>
+struct ColumnCoefficients {
+  float mean[V], a[V], b[V];
+
+  __device__ __forceinline__ ColumnCoefficients(const float* numbers, const ColumnPlace<V>& at) {
+    const int width = at.packs * V;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      mean[v] = numbers[at.column + v];
+      a[v] = numbers[width + at.column + v];
+      b[v] = numbers[2 * width + at.column + v];
+    }
+  }
+};
+
+/// Moments of this thread's columns over rows [begin, end); `tile` keeps the numbers if not null.
+template <typename T, int V>
+__device__ __forceinline__ ColumnMoments<V> column_moments(const Norm<T>& p,
+                                                           const NormShape& shape, int64_t n,
+                                                           int first, int64_t begin, int64_t end,
+                                                           const ColumnPlace<V>& at,
+                                                           const float* heads, T* tile) {
+  ColumnMoments<V> moments;
+  if (!at.active) return moments;
+  const int width = at.packs * V;
+  const int64_t origin = n * shape.s * shape.c + first + at.column;
+  float pivot[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) pivot[v] = heads[at.column + v];
+  const float* add = heads + width + at.column;
+  for (int64_t row = begin + at.row; row < end; row += at.rows * kNormBatch) {
+    float d[kNormBatch][V];
+    int rows = 0;
+#pragma unroll
+    for (int i = 0; i < kNormBatch; ++i) {
+      const int64_t r = row + i * at.rows;
+      if (r < end) {
+        const auto pack = load_source<T, V>(p, origin + r * shape.c, add, 1);
+        if (tile != nullptr) store_pack<T, V>(tile + (r - begin) * width + at.column, pack);
+        unpack(pack, d[i]);
+        ++rows;
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) d[i][v] = pivot[v];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kNormBatch; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v) d[i][v] -= pivot[v];
+    moments.add(d, rows);
+  }
+  return moments;
+}
+
+/// Merges the moments of all threads with the same columns; afterwards `scratch` begins with the
+/// mean and then, rows * width further on, the m2 of every column, and row 0's threads hold both.
+template <int V>
+__device__ __forceinline__ void merge_rows(ColumnMoments<V>& mine, const ColumnPlace<V>& at,
+                                           float* scratch) {
+  const int width = at.packs * V;
+  float* means = scratch;
+  float* m2s = scratch + at.rows * width;
+  float* counts = m2s + at.rows * width;
+  if (at.active) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      means[at.row * width + at.column + v] = mine.mean[v];
+      m2s[at.row * width + at.column + v] = mine.m2[v];
+    }
+    if (at.column == 0) counts[at.row] = mine.count;
+  }
+  __syncthreads();
+  int half = 1;
+  while (2 * half < at.rows) half *= 2;
+  for (; half > 0; half /= 2) {
+    const int other = at.row + half;
+    if (at.row < half && other < at.rows && counts[other] > 0) {
+      const float count = counts[other];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const int from = other * width + at.column + v, to = at.row * width + at.column + v;
+        mine.merge_column(v, count, means[from], m2s[from]);
+        means[to] = mine.mean[v];
+        m2s[to] = mine.m2[v];
+      }
+      mine.count += count;
+      if (at.column == 0) counts[at.row] = mine.count;  // rows below half are read later only
+    }
+    __syncthreads();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// On chip
+
+/// NHWC. A block has `slab` groups of one sample; shared memory: their numbers, then the tree's,
+/// then 3 a group. Grid: N * ceil(G / slab).
+template <typename T, int V>
+__global__ void __launch_bounds__(2 * kNormThreads)
+    norm_on_chip_columns(Norm<T> p, NormShape shape, int slab) {
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const int slabs = (shape.groups + slab - 1) / slab;
+  const int64_t n = blockIdx.x / slabs;
+  const int first_group = static_cast<int>(blockIdx.x % slabs) * slab;
+  const int groups = min(slab, shape.groups - first_group);
+  const int width = groups * shape.size;
+  const int first = first_group * shape.size;
+  const ColumnPlace<V> at(width);
+
+  T* tile = reinterpret_cast<T*>(memory);
+  const size_t tile_bytes = (shape.s * width * sizeof(T) + 15) / 16 * 16;
+  float* heads = reinterpret_cast<float*>(memory + tile_bytes);
+  float* group_stats = heads + 3 * width;
+  float* scratch = group_stats + 3 * groups;
+
+  column_heads(p, shape, n, first, width, heads);
+  auto moments = column_moments<T, V>(p, shape, n, first, 0, shape.s, at, heads, tile);
+  merge_rows(moments, at, scratch);
+
+  // a warp merges the channels of a group; all have the same count
+  const float* means = scratch;
+  const float* m2s = scratch + at.rows * width;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const float places = static_cast<float>(shape.s), size = static_cast<float>(shape.size);
+  for (int g = static_cast<int>(threadIdx.x) / kWarpSize; g < groups; g += warps) {
+    float mean = 0, m2 = 0;
+    for (int i = lane; i < shape.size; i += kWarpSize) mean += means[g * shape.size + i];
+    mean = warp_sum(mean) / size;
+    for (int i = lane; i < shape.size; i += kWarpSize) {
+      const float delta = means[g * shape.size + i] - mean;
+      m2 += m2s[g * shape.size + i] + places * delta * delta;
+    }
+    m2 = warp_sum(m2);
+    if (lane == 0) {
+      store_stats(group_stats + 3 * g, heads[g * shape.size], mean, m2, places * size, p.eps);
+      float* out = p.stats + (n * shape.groups + first_group + g) * 3;
+      for (int i = 0; i < 3; ++i) out[i] = group_stats[3 * g + i];
+    }
+  }
+  __syncthreads();
+  column_coefficients(p, shape, n, first, width, group_stats, heads);
+  if (!at.active) return;
+  const ColumnCoefficients<V> k(heads, at);
+  T* y = p.y + n * shape.s * shape.c + first + at.column;
+  for (int64_t row = at.row; row < shape.s; row += at.rows) {
+    float x[V];
+    unpack(load_pack<T, V>(tile + row * width + at.column), x);
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      x[v] = activate<T>((x[v] - k.mean[v]) * k.a[v] + k.b[v], p.silu);
+    store_pack<T, V>(y + row * shape.c, pack_of<T, V>(x));
+  }
+}
+
+/// Takes `packs` packs of d into the moments of one group.
+template <int V>
+__device__ __forceinline__ void add_packs(Moments& moments, const float (&d)[kNormBatch][V],
+                                          int packs) {
+  Moments batch;
+  batch.count = static_cast<float>(packs * V);
+#pragma unroll
+  for (int i = 0; i < kNormBatch; ++i)
+#pragma unroll
+    for (int v = 0; v < V; ++v) batch.mean += i < packs ? d[i][v] : 0.0f;
+  batch.mean /= batch.count;
+#pragma unroll
+  for (int i = 0; i < kNormBatch; ++i)
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float deviation = d[i][v] - batch.mean;
+      batch.m2 += i < packs ? deviation * deviation : 0.0f;
+    }
+  moments.merge(batch);
+}
+
+/// NCHW. A block has one group of one sample; shared memory: its numbers, then a and b a channel,
+/// then 3 a warp. Grid: N * G.
+template <typename T, int V>
+__global__ void __launch_bounds__(2 * kNormThreads)
+    norm_on_chip_rows(Norm<T> p, NormShape shape) {
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const int64_t n = blockIdx.x / shape.groups;
+  const int g = static_cast<int>(blockIdx.x % shape.groups);
+  const int first = g * shape.size;
+  const int64_t base = (n * shape.c + first) * shape.s;
+  const unsigned places = static_cast<unsigned>(shape.s);
+  const unsigned packs = static_cast<unsigned>(shape.size) * places / V;
+
+  T* tile = reinterpret_cast<T*>(memory);
+  const size_t tile_bytes = (shape.size * shape.s * sizeof(T) + 15) / 16 * 16;
+  float* channels = reinterpret_cast<float*>(memory + tile_bytes);  // a, b of every channel
+  float* scratch = channels + 2 * shape.size;
+
+  float* adds = channels;  // until a and b are known
+#pragma unroll 1
+  for (int c = static_cast<int>(threadIdx.x); c < shape.size; c += static_cast<int>(blockDim.x))
+    adds[c] = channel_addend(p, n, first + c);
+  __syncthreads();
+  const float pivot = source_at(p, n, first, base);
+  Moments moments;
+  for (unsigned i = threadIdx.x; i < packs; i += blockDim.x * kNormBatch) {
+    float d[kNormBatch][V];
+    int taken = 0;
+#pragma unroll
+    for (int j = 0; j < kNormBatch; ++j) {
+      const unsigned pack = i + j * blockDim.x;
+#pragma unroll
+      for (int v = 0; v < V; ++v) d[j][v] = pivot;
+      if (pack >= packs) continue;
+      const float add = p.total == nullptr ? 0.0f : adds[pack * V / places];
+      const auto loaded = load_source<T, V>(p, base + static_cast<int64_t>(pack) * V, &add, 0);
+      store_pack<T, V>(tile + static_cast<int64_t>(pack) * V, loaded);
+      unpack(loaded, d[j]);
+      ++taken;
+    }
+#pragma unroll
+    for (int j = 0; j < kNormBatch; ++j)
+#pragma unroll
+      for (int v = 0; v < V; ++v) d[j][v] -= pivot;
+    add_packs(moments, d, taken);
+  }
+  moments = block_merge(moments, scratch);
+  float stats[3];
+  store_stats(stats, pivot, moments.mean, moments.m2, moments.count, p.eps);
+  if (threadIdx.x < 3) p.stats[(n * shape.groups + g) * 3 + threadIdx.x] = stats[threadIdx.x];
+#pragma unroll 1
+  for (int c = static_cast<int>(threadIdx.x); c < shape.size; c += static_cast<int>(blockDim.x)) {
+    const Coefficients k = coefficients(p, shape, n, first + c, stats);
+    channels[2 * c] = k.a;
+    channels[2 * c + 1] = k.b;
+  }
+  __syncthreads();
+  for (unsigned pack = threadIdx.x; pack < packs; pack += blockDim.x) {
+    const unsigned c = pack * V / places;
+    const float a = channels[2 * c], b = channels[2 * c + 1];
+    float x[V];
+    unpack(load_pack<T, V>(tile + static_cast<int64_t>(pack) * V), x);
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = activate<T>((x[v] - stats[0]) * a + b, p.silu);
+    store_pack<T, V>(p.y + base + static_cast<int64_t>(pack) * V, pack_of<T, V>(x));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// In parts. partial: (N, chunks, C, 2), mean and m2 of a channel's numbers in a chunk of places.
+
+struct Chunks {
+  int64_t count, length;
+
+  __device__ __forceinline__ int64_t begin(int64_t i) const { return i * length; }
+  __device__ __forceinline__ int64_t end(int64_t i, int64_t s) const {
+    return (i + 1) * length < s ? (i + 1) * length : s;
+  }
+};
+
+/// A block's share of the columns of a wide tensor: grid.y blocks of `columns` channels.
+__device__ __forceinline__ int columns_here(const NormShape& shape, int columns) {
+  return min(columns, shape.c - static_cast<int>(blockIdx.y) * columns);
+}
+
+/// NHWC. Grid: N * chunks, column blocks. Shared memory: 2 a column, then the
+/// tree's.
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int first = static_cast<int>(blockIdx.y) * columns;
+  const int width = columns_here(shape, columns);
+  const ColumnPlace<V> at(width);
+  float* heads = reinterpret_cast<float*>(memory);
+  column_heads(p, shape, n, first, width, heads);
+  T* no_tile = nullptr;
+  auto moments = column_moments<T, V>(p, shape, n, first, chunks.begin(chunk),
+                                      chunks.end(chunk, shape.s), at, heads, no_tile);
+  merge_rows(moments, at, heads + 2 * width);
+  if (!at.active || at.row != 0) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    float* out = partial + (static_cast<int64_t>(blockIdx.x) * shape.c + first + at.column + v) * 2;
+    out[0] = moments.mean[v];
+    out[1] = moments.m2[v];
+  }
+}
+
+/// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_moments_rows(Norm<T> p, NormShape shape, Chunks chunks, float* partial) {
+  const int64_t task =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
+  if (task >= shape.n * shape.c * chunks.count) return;  // a whole warp
+  const int64_t row = task / chunks.count, chunk = task % chunks.count;
+  const int64_t n = row / shape.c;
+  const int c = static_cast<int>(row % shape.c), leader = c / shape.size * shape.size;
+  const float pivot = source_at(p, n, leader, (n * shape.c + leader) * shape.s);
+  const float add = channel_addend(p, n, c);
+  Moments moments;
+  const int64_t end = chunks.end(chunk, shape.s);
+  constexpr int64_t kStep = kWarpSize * V;
+  for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
+       i += kStep * kNormBatch) {
+    float d[kNormBatch][V];
+    int taken = 0;
+#pragma unroll
+    for (int j = 0; j < kNormBatch; ++j) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) d[j][v] = pivot;
+      if (i + j * kStep >= end) continue;
+      unpack(load_source<T, V>(p, row * shape.s + i + j * kStep, &add, 0), d[j]);
+      ++taken;
+    }
+#pragma unroll
+    for (int j = 0; j < kNormBatch; ++j)
+#pragma unroll
+      for (int v = 0; v < V; ++v) d[j][v] -= pivot;
+    add_packs(moments, d, taken);
+  }
+  moments = warp_merge(moments);
+  if (threadIdx.x % kWarpSize != 0) return;
+  float* out = partial + ((n * chunks.count + chunk) * shape.c + c) * 2;
+  out[0] = moments.mean;
+  out[1] = moments.m2;
+}
+
+/// Merges the parts of a group, whatever the layout: `source` is x, or the total where one was
+/// written, and `step` the distance of two channels' first numbers. Grid: N * G.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_finalize(Norm<T> p, NormShape shape, Chunks chunks, const float* partial,
+                  const T* source, int64_t step) {
+  FASTDIFF_SHARED(float, scratch, 3 * kNormThreads / kWarpSize);
+  const int64_t n = blockIdx.x / shape.groups;
+  const int g = static_cast<int>(blockIdx.x % shape.groups);
+  Moments moments;
+  const unsigned parts = static_cast<unsigned>(chunks.count) * shape.size;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < parts; i += blockDim.x) {
+    const unsigned chunk = i / shape.size, c = g * shape.size + i % shape.size;
+    const float* in = partial + ((n * chunks.count + chunk) * shape.c + c) * 2;
+    Moments part;
+    part.count = static_cast<float>(chunks.end(chunk, shape.s) - chunks.begin(chunk));
+    part.mean = in[0];
+    part.m2 = in[1];
+    moments.merge(part);
+  }
+  moments = block_merge(moments, scratch);
+  if (threadIdx.x != 0) return;
+  const float pivot = to_float(source[n * shape.c * shape.s + g * shape.size * step]);
+  store_stats(p.stats + blockIdx.x * 3, pivot, moments.mean, moments.m2, moments.count, p.eps);
+}
+
+/// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 a column.
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, const T* source) {
+  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const int first = static_cast<int>(blockIdx.y) * columns;
+  const int width = columns_here(shape, columns);
+  const ColumnPlace<V> at(width);
+  float* numbers = reinterpret_cast<float*>(memory);
+  column_coefficients(p, shape, n, first, width,
+                      p.stats + (n * shape.groups + first / shape.size) * 3, numbers);
+  if (!at.active) return;
+  const ColumnCoefficients<V> k(numbers, at);
+  const int channel = first + at.column;
+  const int64_t end = chunks.end(chunk, shape.s);
+#pragma unroll 4
+  for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
+    const int64_t place = (n * shape.s + row) * shape.c + channel;
+    float x[V];
+    unpack(load_input<T, V>(source + place), x);
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      x[v] = activate<T>((x[v] - k.mean[v]) * k.a[v] + k.b[v], p.silu);
+    store_pack<T, V>(p.y + place, pack_of<T, V>(x));
+  }
+}
+
+/// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks, const T* source) {
+  const int64_t task =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
+  if (task >= shape.n * shape.c * chunks.count) return;
+  const int64_t row = task / chunks.count, chunk = task % chunks.count;
+  const int64_t n = row / shape.c;
+  const int c = static_cast<int>(row % shape.c);
+  const Coefficients k = coefficients(
+      p, shape, n, c, p.stats + (n * shape.groups + c / shape.size) * 3);
+  const int64_t end = chunks.end(chunk, shape.s);
+#pragma unroll 4
+  for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
+       i += kWarpSize * V) {
+    const int64_t place = row * shape.s + i;
+    float x[V];
+    unpack(load_input<T, V>(source + place), x);
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = activate<T>((x[v] - k.mean) * k.a + k.b, p.silu);
+    store_pack<T, V>(p.y + place, pack_of<T, V>(x));
+  }
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,79 @@
+// Launcher of the backward pass of group_norm_silu and add_group_norm_silu.
+
+#include "group_norm_silu_backward.cuh"
+
+#include "launch.cuh"
+#include "norm_plan.h"
+
+namespace fastdiff {
+namespace {
+
+template <typename T, int V>
+const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
+                bool channels_last, float* partial, const NormSums& out, float* dweight,
+                float* dbias, const Target& target) {
+  const Chunks chunks{plan.chunks, plan.length};
+  constexpr int64_t kWarps = kNormThreads / kWarpSize;
+  const dim3 rows(unsigned(ceil_div(shape.n * shape.c * plan.chunks, kWarps)));
+  const dim3 columns(unsigned(shape.n * plan.chunks),
+                     channels_last ? unsigned(ceil_div(shape.c, plan.columns)) : 1);
+  const size_t column_bytes = 4 * plan.columns;
+
+  FASTDIFF_TRY(channels_last
+                   ? launch(norm_sums_columns<T, V>, columns, kNormThreads,
+                            2 * column_bytes + plan.shared, target, p, shape, chunks,
+                            plan.columns, partial)
+                   : launch(norm_sums_rows<T, V>, rows, kNormThreads, 0, target, p, shape, chunks,
+                            partial));
+  FASTDIFF_TRY(launch(norm_finalize_sums<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads,
+                      0, target, p, shape, chunks, const_cast<const float*>(partial), out));
+  if (dweight != nullptr || dbias != nullptr)
+    FASTDIFF_TRY(launch(norm_parameter_gradients<T>, dim3(unsigned(ceil_div(shape.c, kNormThreads))),
+                        kNormThreads, 0, target, p, shape, const_cast<const float*>(out.sums),
+                        dweight, dbias));
+  p.means = out.means;
+  return channels_last ? launch(norm_dx_columns<T, V>, columns, kNormThreads, 7 * column_bytes,
+                                target, p, shape, chunks, plan.columns)
+                       : launch(norm_dx_rows<T, V>, rows, kNormThreads, 0, target, p, shape,
+                                chunks);
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+using namespace fastdiff;
+
+/// Gradients of group_norm_silu. `plan`: of a limit of 0, so that nothing is on chip. workspace:
+/// its fp32 numbers, then N * C * 2 and N * G * 2. dweight, dbias: (C,) fp32 or null; dscale_shift:
+/// (N, 2C) fp32 or null; dtotal: added to dx, or null.
+FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu_backward(
+    int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
+    int groups, const int64_t* plan_fields, const void* dy, const void* x, const void* dtotal,
+    void* dx, const float* stats, float* workspace, const void* weight, int weight_dtype,
+    const void* bias, int bias_dtype, const void* scale_shift, int scale_shift_dtype,
+    float* dweight, float* dbias, float* dscale_shift, int silu) {
+  const Target target{device, stream};
+  FASTDIFF_TRY(select_device(target));
+  const NormShape shape{n, s, c, groups, c / groups};
+  const NormPlan plan = NormPlan::from(plan_fields);
+  float* sums = workspace + plan.workspace;
+  const NormSums out{sums, sums + n * c * 2, dscale_shift};
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    NormBackward<T> p{};
+    p.dy = static_cast<const T*>(dy);
+    p.x = static_cast<const T*>(x);
+    p.dtotal = static_cast<const T*>(dtotal);
+    p.dx = static_cast<T*>(dx);
+    p.weight = {weight, weight_dtype};
+    p.bias = {bias, bias_dtype};
+    p.scale_shift = {scale_shift, scale_shift_dtype};
+    p.stats = stats;
+    p.silu = silu != 0;
+    return plan.vector == kWide<T>
+               ? run<T, kWide<T>>(p, shape, plan, channels_last != 0, workspace, out, dweight,
+                                  dbias, target)
+               : run<T, 1>(p, shape, plan, channels_last != 0, workspace, out, dweight, dbias,
+                           target);
+  });
+}

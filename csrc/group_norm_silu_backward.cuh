@@ -1,0 +1,322 @@
+// Gradients of group_norm_silu. With n = (x - mean) / std * weight + bias, f = n (1 + scale) +
+// shift and y = silu(f), per channel of a sample
+//     A = sum df,  B = sum df xhat,          df = dy silu'(f),  xhat = (x - mean) / std
+// give the gradients of all parameters, and
+//     dx = (a df - p - xhat q) / std,        a = weight (1 + scale)
+// with p and q the means over a group of a df and a df xhat.
+//
+// Three kernels: A and B of chunks of places; one block a group merges them; an elementwise pass.
+// dy and x are read twice: 5 N C S itemsize. One more sums the parameters' gradients over N.
+
+#pragma once
+
+#include "group_norm_silu.cuh"
+
+namespace fastdiff {
+
+template <typename T>
+struct NormBackward {
+  const T* dy;
+  const T* x;
+  const T* dtotal;  // gradient that reaches x by another way, added to dx; null: none
+  T* dx;
+  Parameter weight, bias, scale_shift;
+  const float* stats;  // (N, G, 3), from the forward pass
+  const float* means;  // (N, G, 2): p and q, in the last pass
+  bool silu;
+};
+
+/// What one channel of one sample needs: xhat = (x - mean) * rstd - rest, f = xhat * a + b.
+struct ChannelNumbers {
+  float mean, rstd, rest, a, b;
+};
+
+template <typename T>
+__device__ __forceinline__ ChannelNumbers channel_numbers(const NormBackward<T>& p,
+                                                          const NormShape& shape, int64_t n,
+                                                          int c) {
+  const float* stats = p.stats + (n * shape.groups + c / shape.size) * 3;
+  const Affine k = affine(p.weight, p.bias, p.scale_shift, shape, n, c);
+  return {stats[0], stats[2], stats[1] * stats[2], static_cast<float>(k.a),
+          static_cast<float>(k.b)};
+}
+
+/// dy * silu'(f), f / df = sigmoid(f) (1 + f (1 - sigmoid(f))).
+template <typename T>
+__device__ __forceinline__ float activate_gradient(float dy, float f, bool silu) {
+  if (!silu) return dy;
+  const float s = sigmoid<T>(f);
+  return dy * s * (1.0f + f * (1.0f - s));
+}
+
+constexpr int kChannelNumbers = 5;
+
+/// `channel_numbers` of a block's columns, each number `width` apart; then, with means, p and q.
+template <typename T>
+__device__ __forceinline__ void column_numbers(const NormBackward<T>& p, const NormShape& shape,
+                                               int64_t n, int first, int width, float* out) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    const ChannelNumbers k = channel_numbers(p, shape, n, first + i);
+    out[i] = k.mean;
+    out[width + i] = k.rstd;
+    out[2 * width + i] = k.rest;
+    out[3 * width + i] = k.a;
+    out[4 * width + i] = k.b;
+    if (p.means != nullptr) {
+      const float* means = p.means + (n * shape.groups + (first + i) / shape.size) * 2;
+      out[5 * width + i] = means[0];
+      out[6 * width + i] = means[1];
+    }
+  }
+  __syncthreads();
+}
+
+/// A thread's V columns of what `column_numbers` wrote.
+template <int V, int N>
+struct ColumnNumbers {
+  float at[N][V];
+
+  __device__ __forceinline__ ColumnNumbers(const float* numbers, const ColumnPlace<V>& place) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v) at[i][v] = numbers[i * place.packs * V + place.column + v];
+  }
+};
+
+/// NHWC: A and B of a chunk of places. Grid: N * chunks, column blocks; shared memory: 5 a column,
+/// then 2 a thread and column. partial: (N, chunks, C, 2).
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_sums_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns,
+                      float* partial) {
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int first = static_cast<int>(blockIdx.y) * columns;
+  const int width = columns_here(shape, columns);
+  const ColumnPlace<V> at(width);
+  float* numbers = reinterpret_cast<float*>(memory);
+  float* scratch = numbers + kChannelNumbers * width;
+  column_numbers(p, shape, n, first, width, numbers);
+
+  float sums[2][V] = {};
+  if (at.active) {
+    const ColumnNumbers<V, kChannelNumbers> k(numbers, at);
+    const int64_t end = chunks.end(chunk, shape.s);
+#pragma unroll 2
+    for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
+      const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
+      float x[V], dy[V];
+      unpack(load_input<T, V>(p.x + place), x);
+      unpack(load_input<T, V>(p.dy + place), dy);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float xhat = (x[v] - k.at[0][v]) * k.at[1][v] - k.at[2][v];
+        const float df = activate_gradient<T>(dy[v], xhat * k.at[3][v] + k.at[4][v], p.silu);
+        sums[0][v] += df;
+        sums[1][v] += df * xhat;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        scratch[(at.row * 2 + i) * width + at.column + v] = sums[i][v];
+  }
+  __syncthreads();
+  int half = 1;
+  while (2 * half < at.rows) half *= 2;
+  for (; half > 0; half /= 2) {
+    const int other = at.row + half;
+    if (at.row < half && other < at.rows) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          sums[i][v] += scratch[(other * 2 + i) * width + at.column + v];
+          scratch[(at.row * 2 + i) * width + at.column + v] = sums[i][v];
+        }
+    }
+    __syncthreads();
+  }
+  if (!at.active || at.row != 0) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    float* out =
+        partial + (static_cast<int64_t>(blockIdx.x) * shape.c + first + at.column + v) * 2;
+    out[0] = sums[0][v];
+    out[1] = sums[1][v];
+  }
+}
+
+/// NCHW: A and B of a chunk of one channel. A warp each. Grid: ceil(N * C * chunks / warps).
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_sums_rows(NormBackward<T> p, NormShape shape, Chunks chunks, float* partial) {
+  const int64_t task =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
+  if (task >= shape.n * shape.c * chunks.count) return;  // a whole warp
+  const int64_t row = task / chunks.count, chunk = task % chunks.count;
+  const int64_t n = row / shape.c;
+  const int c = static_cast<int>(row % shape.c);
+  const ChannelNumbers k = channel_numbers(p, shape, n, c);
+  float a = 0, b = 0;
+  const int64_t end = chunks.end(chunk, shape.s);
+#pragma unroll 2
+  for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
+       i += kWarpSize * V) {
+    float x[V], dy[V];
+    unpack(load_input<T, V>(p.x + row * shape.s + i), x);
+    unpack(load_input<T, V>(p.dy + row * shape.s + i), dy);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float xhat = (x[v] - k.mean) * k.rstd - k.rest;
+      const float df = activate_gradient<T>(dy[v], xhat * k.a + k.b, p.silu);
+      a += df;
+      b += df * xhat;
+    }
+  }
+  a = warp_sum(a);
+  b = warp_sum(b);
+  if (threadIdx.x % kWarpSize != 0) return;
+  float* out = partial + ((n * chunks.count + chunk) * shape.c + c) * 2;
+  out[0] = a;
+  out[1] = b;
+}
+
+/// Where the sums of a group go.
+struct NormSums {
+  float* sums;    // (N, C, 2): A and B
+  float* means;   // (N, G, 2): p and q
+  float* dscale;  // (N, 2C): gradient of scale_shift, or null
+};
+
+/// Merges the chunks of a group, a warp a channel. Grid: N * G.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_finalize_sums(NormBackward<T> p, NormShape shape, Chunks chunks, const float* partial,
+                       NormSums out) {
+  FASTDIFF_SHARED(float, scratch, 2 * kNormThreads / kWarpSize);
+  const int64_t n = blockIdx.x / shape.groups;
+  const int g = static_cast<int>(blockIdx.x % shape.groups);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  float p_sum = 0, q_sum = 0;
+#pragma unroll 1
+  for (int i = warp; i < shape.size; i += warps) {
+    const int c = g * shape.size + i;
+    float a = 0, b = 0;
+    for (int64_t chunk = lane; chunk < chunks.count; chunk += kWarpSize) {
+      const float* in = partial + ((n * chunks.count + chunk) * shape.c + c) * 2;
+      a += in[0];
+      b += in[1];
+    }
+    a = warp_sum(a);
+    b = warp_sum(b);
+    const float weight = p.weight.at(c, 1.0f);
+    const float factor = weight * (1.0f + p.scale_shift.at(n * 2 * shape.c + c, 0.0f));
+    p_sum += factor * a;
+    q_sum += factor * b;
+    if (lane == 0) {
+      out.sums[(n * shape.c + c) * 2] = a;
+      out.sums[(n * shape.c + c) * 2 + 1] = b;
+      if (out.dscale != nullptr) {
+        out.dscale[n * 2 * shape.c + c] = weight * b + p.bias.at(c, 0.0f) * a;
+        out.dscale[n * 2 * shape.c + shape.c + c] = a;
+      }
+    }
+  }
+  if (lane == 0) {
+    scratch[2 * warp] = p_sum;
+    scratch[2 * warp + 1] = q_sum;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 2) return;
+  float sum = 0;
+  for (int w = 0; w < warps; ++w) sum += scratch[2 * w + threadIdx.x];
+  out.means[blockIdx.x * 2 + threadIdx.x] =
+      sum / (static_cast<float>(shape.size) * static_cast<float>(shape.s));
+}
+
+/// Gradients of weight and bias: the sums of all samples, a thread a channel.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_parameter_gradients(NormBackward<T> p, NormShape shape, const float* sums,
+                             float* dweight, float* dbias) {
+  const int c = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (c >= shape.c) return;
+  float a = 0, b = 0;
+  for (int64_t n = 0; n < shape.n; ++n) {
+    const float scale = 1.0f + p.scale_shift.at(n * 2 * shape.c + c, 0.0f);
+    a += scale * sums[(n * shape.c + c) * 2];
+    b += scale * sums[(n * shape.c + c) * 2 + 1];
+  }
+  if (dweight != nullptr) dweight[c] = b;
+  if (dbias != nullptr) dbias[c] = a;
+}
+
+/// NHWC: dx. Grid: N * chunks, column blocks; shared memory: 7 a column.
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_dx_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns) {
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int first = static_cast<int>(blockIdx.y) * columns;
+  const int width = columns_here(shape, columns);
+  const ColumnPlace<V> at(width);
+  float* numbers = reinterpret_cast<float*>(memory);
+  column_numbers(p, shape, n, first, width, numbers);
+  if (!at.active) return;
+  const ColumnNumbers<V, kChannelNumbers + 2> k(numbers, at);
+  const int64_t end = chunks.end(chunk, shape.s);
+  for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
+    const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
+    float x[V], dy[V], extra[V] = {};
+    unpack(load_input<T, V>(p.x + place), x);
+    unpack(load_input<T, V>(p.dy + place), dy);
+    if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float xhat = (x[v] - k.at[0][v]) * k.at[1][v] - k.at[2][v];
+      const float df = activate_gradient<T>(dy[v], xhat * k.at[3][v] + k.at[4][v], p.silu);
+      x[v] = k.at[1][v] * (df * k.at[3][v] - k.at[5][v] - xhat * k.at[6][v]) + extra[v];
+    }
+    store_pack<T, V>(p.dx + place, pack_of<T, V>(x));
+  }
+}
+
+/// NCHW: dx. A warp a chunk of one channel. Grid: ceil(N * C * chunks / warps).
+template <typename T, int V>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_dx_rows(NormBackward<T> p, NormShape shape, Chunks chunks) {
+  const int64_t task =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
+  if (task >= shape.n * shape.c * chunks.count) return;
+  const int64_t row = task / chunks.count, chunk = task % chunks.count;
+  const int64_t n = row / shape.c;
+  const int c = static_cast<int>(row % shape.c);
+  const ChannelNumbers k = channel_numbers(p, shape, n, c);
+  const float* means = p.means + (n * shape.groups + c / shape.size) * 2;
+  const float mean_p = means[0], mean_q = means[1];
+  const int64_t end = chunks.end(chunk, shape.s);
+#pragma unroll 2
+  for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
+       i += kWarpSize * V) {
+    const int64_t place = row * shape.s + i;
+    float x[V], dy[V], extra[V] = {};
+    unpack(load_input<T, V>(p.x + place), x);
+    unpack(load_input<T, V>(p.dy + place), dy);
+    if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float xhat = (x[v] - k.mean) * k.rstd - k.rest;
+      const float df = activate_gradient<T>(dy[v], xhat * k.a + k.b, p.silu);
+      x[v] = k.rstd * (df * k.a - mean_p - xhat * mean_q) + extra[v];
+    }
+    store_pack<T, V>(p.dx + place, pack_of<T, V>(x));
+  }
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,132 @@
+"""What the CUDA kernels of all ops share: the library they are in, the calls, the registration.
+
+A launcher is a C function of ``csrc/<op>.cu`` in the compiled module, called through ctypes: it
+takes addresses, sizes and the stream, starts the kernels and returns null or what went wrong. The
+same source compiled with g++ under a host emulation (tests/cuda_host) has the same C functions and
+takes CPU tensors; `using_library` puts it in the module's place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels import extension
+from fastdiff.kernels.dispatch import OPS, Implementation, Op
+from fastdiff.kernels.extension import plain
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+"""The codes of csrc/common.cuh; fp64 for parameters only."""
+SUPPORTED = tuple(DTYPES)[:3]
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+"""Op -> its CUDA implementation, whether or not the module has the kernels."""
+
+_TYPES = {
+    "i": ctypes.c_int,
+    "q": ctypes.c_int64,
+    "p": ctypes.c_void_p,
+    "f": ctypes.c_float,
+}
+_library: ctypes.CDLL | None = None
+if extension.native is not None and extension.native.build()["cuda_architectures"]:
+    _library = ctypes.CDLL(extension.native.__file__)
+_declared: dict[str, str] = {}
+_functions: dict[str, Any] = {}
+
+
+def declare(name: str, arguments: str) -> None:
+    """Enter the C function ``fastdiff_cuda_<name>`` with a letter for each argument.
+
+    i: int, q: int64, p: pointer (a tensor, an address or None), f: float.
+    """
+    _declared[name] = arguments
+
+
+def function(name: str) -> Any:
+    """The C function. Raises RuntimeError where no library has it."""
+    found = _functions.get(name)
+    if found is None:
+        if _library is None:
+            raise RuntimeError("the compiled module has no CUDA kernels here")
+        found = getattr(_library, f"fastdiff_cuda_{name}")
+        found.argtypes = [_TYPES[letter] for letter in _declared[name]]
+        found.restype = ctypes.c_char_p
+        _functions[name] = found
+    return found
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; None for None."""
+    return None if x is None else x.data_ptr()
+
+
+def parameter(x: Tensor | None) -> tuple[int | None, int]:
+    """Address and dtype code of a dense parameter tensor; (None, 0) for None."""
+    return (None, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype])
+
+
+def launch(name: str, x: Tensor, *arguments: Any) -> None:
+    """Call a launcher on the device and the current stream of x; its first two arguments are those.
+
+    Raises:
+        RuntimeError: CUDA refused, with the shape of x.
+    """
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            error = function(name)(x.device.index, stream, *arguments)
+    else:
+        error = function(name)(0, None, *arguments)
+    if error is not None:
+        raise RuntimeError(
+            f"{name}: {error.decode()} (x: {str(x.dtype).removeprefix('torch.')} "
+            f"{tuple(x.shape)} on {x.device})"
+        )
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """True where all begin at a multiple of 16 bytes."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def register(op: Op, function: Callable[..., Any], registered: Callable[..., Any]) -> None:
+    """Enter the CUDA implementation of an op; into the dispatcher if there are kernels to run.
+
+    function: what plain tensors go to; registered: the same, known to PyTorch, for those that want
+    a gradient or are traced.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        straight = plain(*args, *kwargs.values())
+        return (function if straight else registered)(*args, **kwargs)
+
+    implementation = Implementation(
+        backend="cuda", function=run, devices=("cuda",), dtypes=SUPPORTED
+    )
+    IMPLEMENTATIONS[op.name] = implementation
+    if _library is not None:
+        op.register(implementation)
+
+
+@contextmanager
+def using_library(library: ctypes.CDLL) -> Iterator[None]:
+    """Run the launchers of another library, on CPU tensors when "cuda" is asked for by name."""
+    global _library  # noqa: PLW0603
+    before = _library, {name: op.implementations for name, op in OPS.items()}
+    _library = library
+    _functions.clear()
+    for name, implementation in IMPLEMENTATIONS.items():
+        OPS[name].register(replace(implementation, emulated_on=("cpu",)))
+    try:
+        yield
+    finally:
+        _library = before[0]
+        _functions.clear()
+        for name, registered in before[1].items():
+            OPS[name].implementations = registered

@@ -1,0 +1,99 @@
+"""The CUDA kernels on a CPU: the same sources, compiled with g++ against emulation.h.
+
+`emulated()` puts the library in the place of the compiled module, so that the backend "cuda" runs
+on CPU tensors. The library is built when it is first asked for (some seconds, once per state of the
+sources) and kept in build/.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fastdiff.kernels import _cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+COMPILER = os.environ.get("CXX") or "g++"
+FLAGS = (
+    "-std=c++17 -O1 -g1 -march=native -ffp-contract=fast -fPIC -fvisibility=hidden "
+    "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+)
+SANITIZERS = (
+    "-fsanitize=address,undefined -fsanitize-recover=address -fno-sanitize-recover=undefined "
+    "-fno-omit-frame-pointer"
+)
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled anew": (2, 2)}
+"""Names of the orders in which the threads of a block run: (kind, seed)."""
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(COMPILER) is None, reason="the emulation of CUDA needs g++"
+)
+
+
+def sources() -> list[Path]:
+    """What the library is made of."""
+    folders = ((ROOT / "csrc", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
+    return [path for folder, names in folders for path in sorted(folder.glob(names))]
+
+
+def build(flags: str = "") -> Path:
+    """The shared library, compiled if there is none of these sources yet."""
+    used = [*sources(), *(ROOT / "csrc").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
+    total = hashlib.sha256(f"{COMPILER} {FLAGS} {flags}".encode())
+    for path in sorted({*used, *HERE.glob("*.h")}):
+        total.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / "cuda_host"
+    library = folder / f"{total.hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{library.stem}-{path.stem}-{os.getpid()}.o" for path in sources()]
+        common = [COMPILER, *FLAGS.split(), *flags.split(), "-DFASTDIFF_EMULATE_CUDA"]
+        common += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            commands = [
+                [*common, "-c", "-x", "c++", str(path), "-o", str(target)]
+                for path, target in zip(sources(), objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
+        written = library.with_suffix(f".{os.getpid()}")
+        _run([*common, "-shared", *map(str, objects), "-o", str(written)])
+        written.rename(library)
+        for path in objects:
+            path.unlink()
+    return library
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library; FASTDIFF_CUDA_HOST names another one (such as one with sanitizers)."""
+    return ctypes.CDLL(os.environ.get("FASTDIFF_CUDA_HOST") or str(build()))
+
+
+def set_order(name: str) -> None:
+    """Run the threads in one of ORDERS from now on."""
+    kind, seed = ORDERS[name]
+    library().emulation_set_order(kind, ctypes.c_uint64(seed))
+
+
+@contextmanager
+def emulated(order: str = "forward") -> Iterator[None]:
+    """The backend "cuda" takes CPU tensors inside the block."""
+    set_order(order)
+    with _cuda.using_library(library()):
+        yield

@@ -1,0 +1,411 @@
+// The scheduler behind emulation.h: fibers, barriers, warps, shared memory.
+
+#include "emulation.h"
+
+#include <sys/mman.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+// A fiber never returns from these, so they must leave no red zones on its stack
+#define NO_RED_ZONES __attribute__((no_sanitize("address")))
+
+// A switch of stacks. ucontext's makes two system calls each time; a block makes some 10,000.
+#if defined(__x86_64__)
+asm(R"(
+.text
+.type emulation_switch, @function
+emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulation_switch, .-emulation_switch
+)");
+extern "C" void emulation_switch(void** keep_stack_pointer, void* stack_pointer);
+
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void start(char* stack, size_t size, void (*function)()) {
+    void** top = reinterpret_cast<void**>(stack + size) - 2;
+    *top = reinterpret_cast<void*>(function);
+    for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
+    stack_pointer = top - 6;
+  }
+};
+static inline void switch_context(Context& from, Context& to) {
+  emulation_switch(&from.stack_pointer, to.stack_pointer);
+}
+#else
+struct Context {
+  ucontext_t context;
+
+  void start(char* stack, size_t size, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = size;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+  }
+};
+static inline void switch_context(Context& from, Context& to) {
+  swapcontext(&from.context, &to.context);
+}
+#endif
+
+namespace emulation {
+
+View view;
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kMaxShared = 227 * 1024;
+
+enum class State { ready, waiting, done };
+enum Order { forward = 0, reverse = 1, shuffled = 2 };
+
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes, valid;
+};
+
+struct Fiber {
+  Context context;
+  char* stack = nullptr;
+  dim3 thread;
+  State state = State::done;
+  Site site{};
+  std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> open;                 // issued, not committed
+  void* fake_stack = nullptr;
+};
+
+struct Warp {
+  Slots deposit, published;
+  unsigned arrived = 0, mask = 0;
+  Site site{};
+};
+
+/// Heap memory of exactly the size asked for, so that AddressSanitizer sees a byte too many.
+struct Memory {
+  explicit Memory(size_t bytes) : data(std::aligned_alloc(128, rounded(bytes))), size(bytes) {
+    std::memset(data, 0xff, rounded(bytes));  // NaN in every floating-point type
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(static_cast<char*>(data) + bytes, rounded(bytes) - bytes);
+#endif
+  }
+  ~Memory() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(data, rounded(size));
+#endif
+    std::free(data);
+  }
+  Memory(const Memory&) = delete;
+  static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128 + 128; }
+  void* data;
+  size_t size;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers{kMaxThreads};
+  std::vector<Warp> warps{kMaxThreads / kWarp};
+  std::map<const void*, std::unique_ptr<Memory>> shared;
+  std::unique_ptr<Memory> dynamic;
+  const std::function<void()>* body = nullptr;
+  Fiber* current = nullptr;
+  Context home;
+  const void* home_stack = nullptr;
+  size_t home_size = 0;
+  size_t threads = 0, at_barrier = 0, done = 0;
+  Site barrier{};
+  std::string fault;
+  bool faulted = false;
+  Order order = forward;
+  std::mt19937_64 random{0};
+};
+
+Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+NO_RED_ZONES void leave_for(Context& from, Context& to, void** fake, const void* stack, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake, stack, size);
+#else
+  (void)fake, (void)stack, (void)size;
+#endif
+  switch_context(from, to);
+}
+
+NO_RED_ZONES void arrived_from(void* fake, const void** stack, size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, stack, size);
+#else
+  (void)fake, (void)stack, (void)size;
+#endif
+}
+
+/// From a fiber back to the scheduler; comes back when the scheduler resumes the fiber.
+NO_RED_ZONES void yield() {
+  Machine& m = machine();
+  Fiber& self = *m.current;
+  const bool ends = self.state == State::done;
+  leave_for(self.context, m.home, ends ? nullptr : &self.fake_stack, m.home_stack, m.home_size);
+  arrived_from(self.fake_stack, nullptr, nullptr);
+}
+
+void resume(Fiber& fiber) {
+  Machine& m = machine();
+  m.current = &fiber;
+  view.thread = fiber.thread;
+  void* fake = nullptr;
+  leave_for(m.home, fiber.context, &fake, fiber.stack, kStack);
+  arrived_from(fake, nullptr, nullptr);
+}
+
+NO_RED_ZONES void entry() {
+  Machine& m = machine();
+  arrived_from(nullptr, &m.home_stack, &m.home_size);
+  Fiber& self = *m.current;
+  (*m.body)();
+  if (!self.open.empty() || !self.groups.empty()) fail("a thread ends with copies not waited for");
+  self.state = State::done;
+  ++m.done;
+  yield();
+  std::abort();  // nobody resumes a thread that is done
+}
+
+size_t index_of(const Fiber& fiber) { return static_cast<size_t>(&fiber - machine().fibers.data()); }
+
+std::string name(const Site& site) {
+  const char* slash = std::strrchr(site.file, '/');
+  return std::string(site.what) + " (" + (slash ? slash + 1 : site.file) + ":" +
+         std::to_string(site.line) + ")";
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && std::strcmp(a.file, b.file) == 0;
+}
+
+/// Where the threads are when none can go on.
+std::string standstill() {
+  Machine& m = machine();
+  std::map<std::string, std::pair<size_t, size_t>> places;  // place -> (threads, the first one)
+  for (size_t i = 0; i < m.threads; ++i) {
+    const Fiber& fiber = m.fibers[i];
+    const std::string place = fiber.state == State::done ? "the end" : name(fiber.site);
+    auto& entry = places.try_emplace(place, 0, i).first->second;
+    ++entry.first;
+  }
+  std::string text = "divergent barrier:";
+  for (const auto& [place, threads] : places)
+    text += " " + std::to_string(threads.first) + " threads (first " +
+            std::to_string(threads.second) + ") at " + place + ";";
+  return text;
+}
+
+void run_block() {
+  Machine& m = machine();
+  m.at_barrier = m.done = 0;
+  for (size_t i = 0; i < m.threads; ++i) {
+    Fiber& fiber = m.fibers[i];
+#if defined(__SANITIZE_ADDRESS__)
+    if (fiber.state != State::done) __asan_unpoison_memory_region(fiber.stack, kStack);
+#endif
+    fiber.state = State::ready;
+    fiber.groups.clear();
+    fiber.open.clear();
+    fiber.fake_stack = nullptr;
+    const unsigned linear = static_cast<unsigned>(i);
+    fiber.thread = dim3(linear % view.block_size.x, linear / view.block_size.x % view.block_size.y,
+                        linear / view.block_size.x / view.block_size.y);
+    fiber.context.start(fiber.stack, kStack, entry);
+  }
+  for (size_t w = 0; w < m.threads / kWarp; ++w) m.warps[w].arrived = 0;
+  std::vector<size_t> order(m.threads);
+  for (size_t i = 0; i < m.threads; ++i) order[i] = m.order == reverse ? m.threads - 1 - i : i;
+  while (m.done < m.threads) {
+    if (m.order == shuffled) std::shuffle(order.begin(), order.end(), m.random);
+    bool progress = false;
+    for (size_t i : order) {
+      if (m.fibers[i].state != State::ready) continue;
+      progress = true;
+      resume(m.fibers[i]);
+      if (m.faulted) throw Fault(m.fault);
+    }
+    if (!progress) throw Fault(standstill());
+  }
+}
+
+void make(const Copy& copy) {
+  std::memcpy(copy.target, copy.source, copy.valid);
+  std::memset(static_cast<char*>(copy.target) + copy.valid, 0, copy.bytes - copy.valid);
+}
+
+}  // namespace
+
+void fail(const std::string& message) {
+  Machine& m = machine();
+  const dim3 t = view.thread, b = view.block;
+  m.fault = message + " [thread " + std::to_string(t.x) + ", block " + std::to_string(b.x) + "," +
+            std::to_string(b.y) + "]";
+  m.faulted = true;
+  yield();
+  std::abort();
+}
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  static std::mutex one_launch;
+  const std::lock_guard<std::mutex> lock(one_launch);
+  Machine& m = machine();
+  const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0)
+    throw Fault("a block must have a multiple of 32 threads, up to 1024, got " +
+                std::to_string(threads));
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535)
+    throw Fault("invalid grid " + std::to_string(grid.x) + "," + std::to_string(grid.y) + "," +
+                std::to_string(grid.z));
+  if (shared_bytes > kMaxShared)
+    throw Fault("shared memory must be <= 227 KiB, got " + std::to_string(shared_bytes));
+  for (size_t i = 0; i < threads; ++i) {
+    if (m.fibers[i].stack != nullptr) continue;
+    void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) throw Fault("no memory for a fiber's stack");
+    m.fibers[i].stack = static_cast<char*>(stack);
+  }
+  m.threads = threads;
+  m.body = &body;
+  m.faulted = false;
+  view.block_size = block;
+  view.grid = grid;
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  for (uint64_t step = 0; step < blocks; ++step) {
+    const uint64_t b = m.order == forward ? step : blocks - 1 - step;
+    view.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                      static_cast<unsigned>(b / grid.x / grid.y));
+    m.shared.clear();
+    m.dynamic = std::make_unique<Memory>(shared_bytes);
+    run_block();
+  }
+  m.shared.clear();
+  m.dynamic.reset();
+}
+
+void sync_threads(Site site) {
+  Machine& m = machine();
+  if (m.at_barrier == 0)
+    m.barrier = site;
+  else if (!same(m.barrier, site))
+    fail("divergent barrier: some threads at " + name(m.barrier) + ", this one at " + name(site));
+  if (++m.at_barrier == m.threads) {
+    m.at_barrier = 0;
+    for (size_t i = 0; i < m.threads; ++i) m.fibers[i].state = State::ready;
+    yield();  // the last to arrive must not run ahead of the order
+    return;
+  }
+  m.current->site = site;
+  m.current->state = State::waiting;
+  yield();
+}
+
+const Slots& exchange(unsigned mask, const void* data, size_t size, Site site) {
+  Machine& m = machine();
+  const size_t self = index_of(*m.current);
+  const int at = static_cast<int>(self % kWarp);
+  Warp& warp = m.warps[self / kWarp];
+  if (!(mask >> at & 1)) fail(name(site) + ": the mask lacks the calling lane");
+  if (warp.arrived == 0) {
+    warp.mask = mask;
+    warp.site = site;
+  } else if (warp.mask != mask || !same(warp.site, site)) {
+    fail("divergent warp: some lanes at " + name(warp.site) + ", this one at " + name(site));
+  }
+  std::memcpy(warp.deposit.bytes[at], data, size);
+  warp.arrived |= 1u << at;
+  if (warp.arrived == mask) {
+    std::memcpy(&warp.published, &warp.deposit, sizeof warp.deposit);
+    warp.arrived = 0;
+    const size_t first = self / kWarp * kWarp;
+    for (int i = 0; i < kWarp; ++i)
+      if (mask >> i & 1) m.fibers[first + i].state = State::ready;
+    return warp.published;
+  }
+  m.current->site = site;
+  m.current->state = State::waiting;
+  yield();
+  return warp.published;
+}
+
+void* shared_memory(const void* key, size_t bytes) {
+  auto& slot = machine().shared[key];
+  if (!slot) slot = std::make_unique<Memory>(bytes);
+  if (slot->size != bytes) fail("one declaration of shared memory with two sizes");
+  return slot->data;
+}
+
+void* dynamic_shared_memory() { return machine().dynamic->data; }
+
+void copy_async(void* target, const void* source, int bytes, int valid) {
+  if (reinterpret_cast<uintptr_t>(target) % bytes || reinterpret_cast<uintptr_t>(source) % bytes)
+    fail("cp.async of " + std::to_string(bytes) + " bytes is not aligned");
+  Machine& m = machine();
+  const Copy copy{target, source, bytes, valid};
+  const bool now = m.order == reverse || (m.order == shuffled && m.random() % 2);
+  if (now)
+    make(copy);
+  else
+    m.current->open.push_back(copy);
+}
+
+void commit_copies() {
+  Fiber& self = *machine().current;
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+
+void wait_for_copies(int groups_left) {
+  Fiber& self = *machine().current;
+  while (static_cast<int>(self.groups.size()) > groups_left) {
+    for (const Copy& copy : self.groups.front()) make(copy);
+    self.groups.erase(self.groups.begin());
+  }
+}
+
+}  // namespace emulation
+
+/// How the threads run from now on: order 0 forward, 1 reverse, 2 shuffled by the seed.
+extern "C" __attribute__((visibility("default"))) void emulation_set_order(int order, uint64_t seed) {
+  auto& m = emulation::machine();
+  m.order = static_cast<emulation::Order>(order);
+  m.random.seed(seed);
+}

@@ -1,0 +1,164 @@
+// Runs CUDA device code on the CPU: the part of the CUDA language that csrc/*.cuh uses.
+//
+// A thread of a block is a fiber; one runs until it waits (at a barrier or a warp collective) or
+// ends, then the next in the order. Within a pass the order is forward, reverse or shuffled, so
+// that code which lacks a barrier reads what is not written yet in at least one of them. Shared
+// memory is fresh heap memory filled with NaN, of exactly the size asked for; what lies beside it
+// is AddressSanitizer's. Faults end the launch with a message: see `Fault`.
+
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulation {
+
+/// A fault of the kernel or of its launch: a divergent barrier, a limit that is not kept.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Where in the source a thread waits.
+struct Site {
+  const char* what;
+  const char* file;
+  int line;
+};
+
+constexpr int kWarp = 32;
+constexpr size_t kSlot = 64;  // bytes a lane can give to a warp collective
+
+struct Slots {
+  alignas(16) unsigned char bytes[kWarp][kSlot];
+};
+
+/// What the running thread sees.
+struct View {
+  dim3 thread, block, block_size, grid;
+};
+extern View view;
+
+/// Runs every thread of every block; throws Fault.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+void sync_threads(Site site);
+/// Gives `size` bytes of this lane to its warp and returns those of all 32 lanes.
+const Slots& exchange(unsigned mask, const void* data, size_t size, Site site);
+/// Shared memory of the block, the same for all its threads; `key` is one declaration.
+void* shared_memory(const void* key, size_t bytes);
+void* dynamic_shared_memory();
+[[noreturn]] void fail(const std::string& message);
+
+/// cp.async: the copy is made when it is issued or when it is waited for, as the order decides.
+void copy_async(void* target, const void* source, int bytes, int valid);
+void commit_copies();
+void wait_for_copies(int groups_left);
+
+inline int lane() {
+  const View& v = view;
+  return static_cast<int>(v.thread.x + v.block_size.x * (v.thread.y + v.block_size.y * v.thread.z)) %
+         kWarp;
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, int source, Site site) {
+  static_assert(sizeof(T) <= kSlot, "too large for a shuffle");
+  const Slots& slots = exchange(mask, &value, sizeof(T), site);
+  T result;
+  std::memcpy(&result, slots.bytes[source & (kWarp - 1)], sizeof(T));
+  return result;
+}
+
+inline unsigned ballot(unsigned mask, bool predicate, Site site) {
+  const Slots& slots = exchange(mask, &predicate, sizeof predicate, site);
+  unsigned result = 0;
+  for (int i = 0; i < kWarp; ++i)
+    if (mask >> i & 1 && slots.bytes[i][0]) result |= 1u << i;
+  return result;
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::view.thread)
+#define blockIdx (emulation::view.block)
+#define blockDim (emulation::view.block_size)
+#define gridDim (emulation::view.grid)
+
+#define EMULATION_SITE(what) (emulation::Site{what, __FILE__, __LINE__})
+#define __syncthreads() emulation::sync_threads(EMULATION_SITE("__syncthreads"))
+#define __syncwarp() ((void)emulation::ballot(~0u, true, EMULATION_SITE("__syncwarp")))
+#define __shfl_sync(mask, value, from) \
+  emulation::shuffle(mask, value, from, EMULATION_SITE("__shfl_sync"))
+#define __shfl_xor_sync(mask, value, bits) \
+  emulation::shuffle(mask, value, emulation::lane() ^ (bits), EMULATION_SITE("__shfl_xor_sync"))
+#define __ballot_sync(mask, predicate) \
+  emulation::ballot(mask, predicate, EMULATION_SITE("__ballot_sync"))
+
+// Functions of CUDA's mathematics that glibc has under another name or not at all
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Half precision: two bytes of storage, converted as the GPU does (to nearest, ties to even)
+
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __half2float(__half x) {
+  _Float16 value;
+  std::memcpy(&value, &x.bits, 2);
+  return static_cast<float>(value);
+}
+inline __half __float2half_rn(float x) {
+  const _Float16 value = static_cast<_Float16>(x);
+  __half result;
+  std::memcpy(&result.bits, &value, 2);
+  return result;
+}
+inline float __bfloat162float(__nv_bfloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  uint32_t bits = __float_as_uint(x);
+  if (std::isnan(x)) return {0x7fff};
+  bits += 0x7fff + (bits >> 16 & 1);
+  return {static_cast<uint16_t>(bits >> 16)};
+}

@@ -1,0 +1,135 @@
+"""The emulation of CUDA on a CPU shows the faults that it is there for."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import cuda_host
+
+pytestmark = cuda_host.needs_compiler
+
+BARRIERS = ("reversed", "in warps", "reused")
+
+
+def probe(name: str, order: str = "forward") -> tuple[list[float], str | None]:
+    """The 64 numbers 0, 1, ... after a kernel of probes.cu, and its fault."""
+    cuda_host.set_order(order)
+    function = cuda_host.library().emulation_probe
+    function.restype = ctypes.c_char_p
+    data = torch.arange(64, dtype=torch.float32)
+    fault = function(name.encode(), ctypes.c_void_p(data.data_ptr()), 64)
+    return data.tolist(), None if fault is None else fault.decode()
+
+
+EXPECTED = {
+    "reversed": [63.0 - i for i in range(64)],
+    "in warps": [float(i ^ 31) for i in range(64)],
+    "reused": [3 * (63.0 - i) for i in range(64)],
+}
+
+
+@pytest.mark.parametrize("order", cuda_host.ORDERS)
+@pytest.mark.parametrize("name", BARRIERS)
+def test_right_kernels_are_right_in_every_order(name: str, order: str) -> None:
+    assert probe(name, order) == (EXPECTED[name], None)
+
+
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_shows_in_some_order(name: str) -> None:
+    results = [probe(f"{name}, no barrier", order) for order in cuda_host.ORDERS]
+    assert any(data != EXPECTED[name] for data, _ in results)
+
+
+@pytest.mark.parametrize("order", cuda_host.ORDERS)
+def test_warp_functions(order: str) -> None:
+    data, fault = probe("warp numbers", order)
+    assert fault is None
+    for i, x in enumerate(data):
+        warp = i // 32 * 32
+        assert x == (sum(range(warp, warp + 32)), 1.0, warp + 5.0)[i % 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("divergent", r"divergent barrier: 40 threads \(first 0\) at __syncthreads \(probes.cu"),
+        ("two barriers", "divergent barrier: some threads at __syncthreads"),
+        ("divergent shuffle", "divergent barrier: .* at __shfl_xor_sync"),
+        ("misaligned", "misaligned store"),
+        ("33 threads", "a multiple of 32 threads, up to 1024, got 33"),
+        ("too much shared", "shared memory must be <= 227 KiB, got 307200"),
+        ("grid too high", "invalid grid 1,70000,1"),
+    ],
+)
+def test_faults_are_named(name: str, message: str) -> None:
+    _, fault = probe(name)
+    assert fault is not None
+    assert re.search(message, fault), fault
+    assert probe("reversed") == (EXPECTED["reversed"], None)  # the machine goes on after a fault
+
+
+def test_shared_memory_begins_as_nan() -> None:
+    data, fault = probe("unwritten")
+    assert fault is None
+    assert all(math.isnan(x) for x in data)
+
+
+def test_blocks_run_in_both_orders() -> None:
+    assert probe("block numbers", "forward")[0][0] == 4
+    assert probe("block numbers", "reverse")[0][0] == 0
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> dict[str, str]:
+    """The environment of a process in which the emulation runs under ASan and UBSan."""
+    runtime = subprocess.run(
+        [cuda_host.COMPILER, "-print-file-name=libasan.so"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    if not Path(runtime).is_absolute():
+        pytest.skip("AddressSanitizer's runtime is not installed")
+    return {
+        **os.environ,
+        "FASTDIFF_CUDA_HOST": str(cuda_host.build(cuda_host.SANITIZERS)),
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run_python(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cuda_host.ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
+    code = "from tests.kernels.test_cuda_host import probe\n"
+    names = ["reversed", "beyond global", "beyond shared", "beyond dynamic"]
+    code += "".join(f"print({name!r}, flush=True); probe({name!r})\n" for name in names)
+    go_on = {**sanitized, "ASAN_OPTIONS": sanitized["ASAN_OPTIONS"] + ":halt_on_error=0"}
+    done = run_python(["-c", code], go_on)
+    assert done.stderr.count("ERROR: AddressSanitizer") == 3, done.stderr
+    for kernel in ("beyond_global", "beyond_shared", "beyond_dynamic"):
+        assert kernel in done.stderr
+    assert "in (anonymous namespace)::reversed" not in done.stderr
+
+
+@pytest.mark.slow
+def test_kernels_are_clean_under_sanitizers(sanitized: dict[str, str]) -> None:
+    """The parity tests of the CUDA kernels again, with ASan and UBSan."""
+    tests = ["-k", "parity and (bfloat16 or drawn or chunks)", "tests/kernels/test_cuda.py"]
+    done = run_python(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], sanitized)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
