@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Arguments, Case, Make, Outcome, Subject, record_of, said
+from benchmarks.gpu import (
+    EVERYTHING,
+    LATER,
+    Arguments,
+    Case,
+    Make,
+    Outcome,
+    Subject,
+    record_of,
+    said,
+)
 from benchmarks.harness import Work, compare
 from benchmarks.shapes import GPU_BATCHES, Call, Job
 from fastdiff import kernels
@@ -81,7 +91,9 @@ def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Ca
             shapes = (batch, 4, size, size), (2 * batch, 4, size, size)
             call = Call("sampler_step", shapes, ((row, ()),))
             job = Job(network="unet", preset="sd1", size=size, batch=batch)
-            cases.append(Case(subject=subject, job_name="", job=job, call=call))
+            providers = EVERYTHING if batch == batches[0] else LATER
+            case = Case(subject=subject, job_name="", job=job, call=call, providers=providers)
+            cases.append(case)
     return cases
 
 

@@ -128,9 +128,10 @@ class Job:
                 module: torch.nn.Module = UNet(UNETS[self.preset])
             else:
                 module = Autoencoder(AUTOENCODERS[self.preset]).decoder
+        module = module.to(dtype)
         if device != "meta":
             generator = torch.Generator(device).manual_seed(0)
-            module = module.to(dtype).to_empty(device=device)
+            module = module.to_empty(device=device)
             for parameter in module.parameters():
                 parameter.data.normal_(0, 0.02, generator=generator)
         module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.kernels import extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -342,6 +343,42 @@ def _objection(
 
 _op = define_op("philox_normal", philox_normal_reference)
 register(_op, _run, _objection)
+
+
+# CPU
+
+
+def _native(
+    seeds: Tensor, shape: tuple[int, ...], *, step: int | Tensor = 0, stream: int = INITIAL_NOISE
+) -> Tensor:
+    out = torch.empty((len(seeds), *shape))
+    if out.numel():
+        seeds = seeds.contiguous()
+        sizes = len(seeds), out.numel() // len(seeds)
+        words = int(step) & MASK32, int(stream)
+        extension.native.philox_normal(seeds.data_ptr(), out.data_ptr(), *sizes, *words)
+    return out
+
+
+@torch.library.custom_op("fastdiff::philox_normal_cpu", mutates_args=(), device_types="cpu")
+def philox_normal_cpu(seeds: Tensor, shape: list[int], step: Tensor, stream: int) -> Tensor:
+    return _native(seeds, tuple(shape), step=step, stream=stream)
+
+
+@philox_normal_cpu.register_fake
+def _(seeds: Tensor, shape: list[int], step: Tensor, stream: int) -> Tensor:
+    return torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
+
+
+def _registered(
+    seeds: Tensor, shape: tuple[int, ...], *, step: int | Tensor = 0, stream: int = INITIAL_NOISE
+) -> Tensor:
+    step = torch.as_tensor(step, dtype=torch.int64)
+    result: Tensor = philox_normal_cpu(seeds, list(shape), step, int(stream))
+    return result
+
+
+extension.register(_op, _native, _registered, dtypes=(torch.int64,))
 
 
 def philox_normal(

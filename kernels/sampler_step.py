@@ -20,9 +20,9 @@ guidance_rescale needs the deviations of whole images, a launch before it that r
 A coefficient of 0 means that its tensor is not read: a history slot may hold anything before it is
 first written.
 
-A step beyond the table is a ValueError of the reference. A kernel cannot raise, and the host does
-not wait for it: x becomes NaN and history stays. x left as it is would be a wrong image that nobody
-notices.
+A step beyond the table is a ValueError where the host reads it (reference, CPU). On a GPU a kernel
+cannot raise, and the host does not wait for it: x becomes NaN and history stays. x left as it is
+would be a wrong image that nobody notices.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.kernels import extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -108,9 +109,7 @@ def sampler_step_reference(
     """The op in plain PyTorch; see `sampler_step`. On a GPU it waits to read the row."""
     if x.numel() == 0:
         return
-    index = int(step)
-    if not 0 <= index < len(table):
-        raise ValueError(f"sampler_step: step must be in [0, {len(table)}), got {index}")
+    index = _index(step, table)
     row = dict(zip(Column, table[index].tolist(), strict=True))
 
     prediction = prediction.to(x.dtype)
@@ -137,6 +136,14 @@ def sampler_step_reference(
     if row[Column.SLOT] >= 0:
         history[int(row[Column.SLOT])] = row[Column.P] * x + row[Column.Q] * d
     x.copy_(new)
+
+
+def _index(step: Tensor, table: Tensor) -> int:
+    """The row, on the host. Raises ValueError when the table does not have it."""
+    index = int(step)
+    if not 0 <= index < len(table):
+        raise ValueError(f"sampler_step: step must be in [0, {len(table)}), got {index}")
+    return index
 
 
 def _guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor:
@@ -550,6 +557,92 @@ _op = define_op("sampler_step", sampler_step_reference)
 register(_op, _run, _objection)
 
 
+# CPU
+
+
+def _native(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
+    if x.numel() == 0:
+        return
+    index = _index(step, table)
+    if not (x.is_contiguous() and history.is_contiguous()):
+        dense, slots = x.contiguous(), history.contiguous()
+        _native(dense, prediction, slots, table, step, seeds, guidance_rescale=guidance_rescale)
+        x.copy_(dense)
+        history.copy_(slots)
+        return
+    n, c = x.shape[:2]
+    space = x.numel() // (n * c)
+    if prediction.dtype not in extension.DTYPES:
+        prediction = prediction.float()
+    channels_last = not prediction.is_contiguous()
+    if channels_last:
+        prediction = prediction.movedim(1, -1).contiguous()  # a view of channels_last
+    channels = prediction.shape[-1 if channels_last else 1]
+    runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
+    row, seeds = table[index].contiguous(), seeds.contiguous()
+    extension.native.sampler_step(
+        extension.DTYPES[prediction.dtype],
+        len(prediction) == 2 * n,
+        channels == 2 * c,
+        x.data_ptr(),
+        prediction.data_ptr(),
+        history.data_ptr(),
+        row.data_ptr(),
+        seeds.data_ptr(),
+        n,
+        runs,
+        length,
+        channels * space,
+        1,
+        stride,
+        c if channels_last else c * space,
+        index,
+        int(SAMPLER_NOISE),
+        guidance_rescale,
+    )
+
+
+@torch.library.custom_op(
+    "fastdiff::sampler_step_cpu", mutates_args=("x", "history"), device_types="cpu"
+)
+def sampler_step_cpu(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    guidance_rescale: float,
+) -> None:
+    _native(x, prediction, history, table, step, seeds, guidance_rescale=guidance_rescale)
+
+
+@torch.no_grad()
+def _registered(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
+    sampler_step_cpu(x, prediction, history, table, step, seeds, guidance_rescale)
+
+
+extension.register(_op, _native, _registered, dtypes=(torch.float32,))
+
+
 def _check(
     x: Tensor,
     prediction: Tensor,
@@ -611,8 +704,8 @@ def sampler_step(
     x and the table may be fp64 (for tests); the noise is fp32 numbers always. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype or option that does not fit; with the reference also a step
-            beyond the table, with which x becomes NaN on the other backends.
+        ValueError: a shape, dtype or option that does not fit; on a CPU, and with the reference,
+            also a step beyond the table. In the Triton kernel x becomes NaN then.
 
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """

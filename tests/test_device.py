@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import (
+    bench_add_group_norm_silu,
     bench_attention,
     bench_geglu,
     bench_group_norm_silu,
+    bench_layer_norm,
     bench_sampler_step,
     device,
     gpu,
+    gpu_networks,
     gpu_report,
     report,
     shapes,
@@ -428,3 +431,49 @@ def test_without_a_gpu_the_report_says_so() -> None:
     text = report.tables([])
     assert gpu_report.NOTHING in text
     assert text.count("not measured") == len(gpu_report.TARGETS)
+
+
+# What a dry run leaves out
+
+
+@pytest.mark.parametrize("name", shapes.GPU_JOBS)
+def test_the_networks_take_half_precision(name: str) -> None:
+    module, inputs = replace(shapes.GPU_JOBS[name], batch=1).build("meta", torch.bfloat16)
+    with torch.device("meta"), torch.inference_mode():
+        y = module(**inputs)
+    assert y.dtype == torch.bfloat16
+    assert y.shape[0] == 1
+
+
+def test_every_case_of_a_real_run_fits_its_providers() -> None:
+    """All shapes, batches and directions, on tensors without data."""
+    subjects = [
+        bench_group_norm_silu.SUBJECT,
+        bench_add_group_norm_silu.SUBJECT,
+        bench_attention.SUBJECT,
+        bench_geglu.SUBJECT,
+        bench_layer_norm.SUBJECT,
+        bench_layer_norm.ADD_SUBJECT,
+    ]
+    ours_apart = ("reference", "eager", "eager channels_last", "sdpa math")
+    todo = [replace(case, providers=ours_apart) for case in gpu.cases(subjects)]
+    assert len(todo) > 400
+    outcome = run(todo, timer=HostTimer(rounds=1), device=torch.device("meta"))
+    assert outcome.failures == outcome.unavailable == outcome.left_out == []
+    assert {record.benchmark for record in outcome.records} == {
+        *(subject.op for subject in subjects),
+        "attention backward",
+        "group_norm_silu backward",
+    }
+
+
+@pytest.mark.parametrize("name", gpu_networks.NETWORKS)
+def test_diffusers_networks_take_what_they_are_given(name: str) -> None:
+    pytest.importorskip("diffusers")
+    job = shapes.GPU_JOBS[name]
+    for provider, step in gpu_networks._diffusers(job, torch.device("meta")):
+        with torch.inference_mode():
+            y = step()
+        y = getattr(y, "sample", y)
+        side = job.size * (8 if job.network == "decoder" else 1)
+        assert y.shape[2:] == (side, side), provider

@@ -16,7 +16,7 @@ from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
 from fastdiff.kernels import _triton
 from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tunable, jit, launch, tl
-from fastdiff.timing import GpuTimer, HostTimer, Method, Timing
+from fastdiff.timing import HostTimer, Method, Timing
 from fastdiff.tuning import Case
 from tests.kernels import cases
 
@@ -128,6 +128,23 @@ def test_a_gain_within_the_noise_changes_nothing(monkeypatch: pytest.MonkeyPatch
 
 
 @cases.needs_interpreter
+def test_luck_does_not_win() -> None:
+    """A candidate that is fast once and slow when it is timed again."""
+    seen: list[int] = []
+
+    def lucky(
+        function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
+    ) -> Timing:
+        timing = clock(function, method=method, budget_s=budget_s)
+        seen.append(_triton._overrides["twice"]["BLOCK"])
+        return timing if seen.count(seen[-1]) == 1 else Timing.of(method, [1.0])
+
+    found = tuning.search(CASE, gpu=GPU, device=CPU, timer=lucky)
+    assert found.after == NOW
+    assert found.rejected["no faster when timed again"] == 2  # of BLOCK 32 and 128
+
+
+@cases.needs_interpreter
 def test_without_time_the_config_in_use_stays_and_the_rest_is_counted() -> None:
     found = search(budget_s=0.0)
     assert found.after == NOW
@@ -196,7 +213,7 @@ def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch)
     for case in tuning.cases(["geglu"]):
         found = tuning.search(case, gpu=GPU, device=CPU, timer=HostTimer(rounds=1))
         assert found.tried == len(tuning.ordered_candidates(case, found.before))
-        assert not found.rejected
+        assert set(found.rejected) <= {"no faster when timed again"}  # the host is noisy
 
 
 def test_cases_are_the_ones_asked_for() -> None:
@@ -395,26 +412,3 @@ def test_the_table_says_before_after_gain_and_what_was_left(
     assert "0 of 5" in out
     assert "1 does not compile" in out
     assert "5 not tried: a larger --budget-minutes would" in out
-
-
-# The clocks
-
-
-def test_the_hosts_clock() -> None:
-    ran = []
-    timing = HostTimer(rounds=3)(lambda: ran.append(1), method="events", budget_s=10)
-    assert (timing.method, timing.rounds, len(ran)) == ("host", 3, 4)
-    assert 0 <= timing.q1_s <= timing.median_s <= timing.q3_s
-    assert Timing.of("graph", [1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(
-        method="graph", rounds=5, q1_s=2.0, median_s=3.0, q3_s=4.0
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", ["events", "graph", "host"])
-def test_the_gpus_clock(method: Method) -> None:
-    x = torch.ones(2**26, device="cuda")
-    timing = GpuTimer()(lambda: x.mul_(1.0), method=method)
-    assert timing.method == method
-    assert 2 * x.nbytes / 20e12 < timing.median_s < 1e-2  # no memory moves 20 TB/s
