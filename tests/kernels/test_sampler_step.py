@@ -401,8 +401,8 @@ def test_traffic_is_what_the_docstring_says(
     name: str, slots: int, guided: bool, dtype: torch.dtype
 ) -> None:
     """`slots` are read or written."""
-    x, history = torch.randn(2, 4, 32, 32), torch.randn(3, 2, 4, 32, 32)
-    f = torch.randn(2 * (1 + guided), 8, 32, 32).to(dtype)
+    x, history = torch.randn(2, 4, 16, 16), torch.randn(3, 2, 4, 16, 16)
+    f = torch.randn(2 * (1 + guided), 8, 16, 16).to(dtype)
     table = make_table(ROWS[name], dtype=torch.float32)
     learned = name == "ancestral"  # the variance is read for the noise only
     once, prediction = x.numel() * 4, x.numel() * f.itemsize
