@@ -22,7 +22,12 @@ from fastdiff.kernels._triton import TUNABLES
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-PRODUCTS = ("attention",)
+PRODUCTS = (
+    "attention",
+    "attention_backward_keys",
+    "attention_backward_queries",
+    "attention_context",
+)
 """Tunables whose kernels multiply tiles; the others move bytes."""
 
 WRITING = ("philox_normal",)
@@ -102,9 +107,8 @@ def test_every_file_of_configs_has_every_class() -> None:
     for architecture in ARCHITECTURES:
         tuned = _triton.read_tuned(_triton.TUNED / f"{architecture}.json")
         for name, tunable in TUNABLES.items():
-            for shape_class in tunable.shape_classes:
-                for dtype in tunable.dtypes:
-                    assert tuned.find(name, dtype, shape_class), (architecture, name, shape_class)
+            for shape_class, dtype in tunable.pairs():
+                assert tuned.find(name, dtype, shape_class), (architecture, name, shape_class)
         known = {
             f"{name}/{shape_class}"
             for name in TUNABLES
