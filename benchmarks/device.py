@@ -214,7 +214,7 @@ def tune_stage(plan: Plan) -> list[str]:
     dry = _triton.recording_launches(gpu.architecture) if plan.dry_run else contextlib.nullcontext()
     with dry:
         for found in tuning.tune(
-            tuning.cases(dtypes=[torch.bfloat16]),
+            tuned_cases(),
             gpu=gpu,
             device=device,
             timer=fake if plan.dry_run else timer_for(device),
@@ -229,6 +229,30 @@ def tune_stage(plan: Plan) -> list[str]:
             )
             print(notes[-1], flush=True)
     return [f"written: {path}", *notes]
+
+
+def tuned_cases() -> list[Any]:
+    """What `bench` and `networks` will use: bf16 where a kernel takes it, their head dimensions."""
+    import torch
+
+    from benchmarks import shapes
+    from fastdiff import tuning
+    from fastdiff.kernels._triton import TUNABLES
+
+    dims = {
+        str(call.tensors[0][3])
+        for job in shapes.GPU_JOBS.values()
+        for call in dataclasses.replace(job, batch=1).collect()
+        if call.op == "attention"
+    }
+
+    def used(case: tuning.Case) -> bool:
+        if torch.bfloat16 in TUNABLES[case.tunable].dtypes and case.dtype != torch.bfloat16:
+            return False
+        # an attention's class ends in its head dimension
+        return not case.tunable.startswith("attention") or case.shape_class.split("/")[-1] in dims
+
+    return [case for case in tuning.cases() if used(case)]
 
 
 def bench_stage(plan: Plan) -> list[str]:
@@ -263,8 +287,7 @@ def bench_stage(plan: Plan) -> list[str]:
         diffusers, notes = None, [f"diffusers' schedulers left out: {error}"]
     if not plan.dry_run:
         gpu_here = _triton.gpu_of(device)
-        in_use = tuning.cases(dtypes=[torch.bfloat16])
-        tuning.compile_in_use(in_use, gpu=gpu_here, workers=WORKERS)
+        tuning.compile_in_use(tuned_cases(), gpu=gpu_here, workers=WORKERS)
     first = bench_sampler_step.from_the_host(timer, device, diffusers, size=size, batches=batches)
     save(plan, first.records, [])
     subjects = [
@@ -451,6 +474,8 @@ def run_stage(stage: str, plan: Plan) -> Result:
 def inside(stage: str, plan: Plan) -> int:
     """What the process of a stage does; an error that nobody foresaw keeps its traceback."""
     status, notes = "ok", []
+    if plan.dry_run:
+        import tests.kernels.interpreter  # noqa: F401 - it rounds as GPUs do
     try:
         notes = STAGES[stage](plan)
     except LeftOut as reason:

@@ -145,6 +145,10 @@ class Resources:
     """Bytes that the widest load from global memory moves in one thread."""
     narrow_loads: int
     """Loads from global memory that move less than 16 bytes in one thread."""
+    approximations: str
+    """The fp32 functions that the hardware approximates ("ex2.approx"), "" if none; NVIDIA only."""
+    doubles: int
+    """fp64 instructions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,29 +179,38 @@ def identity(launch: Launch) -> Hashable:
     return launch.kernel.__name__, str(_source(launch)), options
 
 
-def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
-    """Signature, constants and attributes, as triton's own launcher would specialise them."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+def _source(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes by place, as triton specialises them."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    for place, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        divisible = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
+
+    def specialise(value: Any, path: tuple[int, ...]) -> str:
+        if value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        divisible, kind = False, "fp32"
+        if isinstance(value, Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
-            signature[name] = "*" + (DTYPES.get(dtype) or INTEGERS[dtype])
+            kind = "*" + (DTYPES.get(dtype) or INTEGERS[dtype])
             divisible = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, bool):
-            signature[name] = "i1"
+            kind = "i1"
         elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
-        else:
-            signature[name] = "fp32"
         if divisible:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for place, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[name] = tuple(specialise(v, (place, i)) for i, v in enumerate(value))
+        else:
+            signature[name] = specialise(value, (place,))
     return signature, constants, attributes
 
 
@@ -238,7 +251,9 @@ def compile_one(task: Task) -> Resources:
             getattr(torch, task.dtype),
             task.shape_class,
         ),
-        constants=constants,
+        constants={
+            p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr
+        },
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         registers=registers,
@@ -250,6 +265,8 @@ def compile_one(task: Task) -> Resources:
         matrix=" ".join(sorted(set(re.findall(chip.matrix, text)))),
         widest_load=max(loads, default=0),
         narrow_loads=sum(width < 16 for width in loads),
+        approximations=" ".join(sorted(set(re.findall(r"\b\w+\.approx\b", text)))),
+        doubles=len(re.findall(r"^\s*(?:@\S+ )?[\w.]+[._]f64\b", text, re.MULTILINE)),
     )
 
 
@@ -303,12 +320,16 @@ def tasks(
             index=index,
         )
         for name in tunables
-        for shape_class in TUNABLES[name].shape_classes
-        for dtype in dtypes
-        if getattr(torch, dtype) in TUNABLES[name].dtypes
+        for shape_class, dtype in _pairs(name, dtypes)
         for architecture in architectures
         for index in range(len(launches(name, shape_class, dtype, architecture)))
     ]
+
+
+def _pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    have = {(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()}
+    known = TUNABLES[tunable].shape_classes
+    return [(c, dtype) for c in known for dtype in dtypes if (c, dtype) in have]
 
 
 def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:

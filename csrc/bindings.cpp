@@ -95,6 +95,21 @@ void layer_norm_backward(int dtype, Address dy, Address dtotal, Address x, Addre
                         pointer<float>(dbias), rows, d, dy_stride, dtotal_stride, x_stride, eps});
 }
 
+void philox_normal(Address seeds, Address out, int64_t n, int64_t elements, uint32_t step,
+                   uint32_t stream) {
+  run(PhiloxNormal{pointer<const int64_t>(seeds), pointer<float>(out), n, elements, step, stream});
+}
+
+void sampler_step(int dtype, bool guided, bool learned, Address x, Address prediction,
+                  Address history, Address row, Address seeds, int64_t n, int64_t runs,
+                  int64_t length, int64_t image_stride, int64_t run_stride, int64_t stride,
+                  int64_t variance_offset, int64_t step, uint32_t stream, double rescale) {
+  run(SamplerStep{Dtype(dtype), guided, learned, pointer<float>(x), in(prediction),
+                  pointer<float>(history), pointer<const float>(row),
+                  pointer<const int64_t>(seeds), n, runs, length, image_stride, run_stride, stride,
+                  variance_offset, step, stream, rescale});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -114,4 +129,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_norm_silu_backward", &group_norm_silu_backward, Release());
   m.def("layer_norm", &layer_norm, Release());
   m.def("layer_norm_backward", &layer_norm_backward, Release());
+  m.def("philox_normal", &philox_normal, Release());
+  m.def("sampler_step", &sampler_step, Release());
 }

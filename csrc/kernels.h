@@ -78,6 +78,30 @@ struct LayerNormBackward {
   double eps;
 };
 
+// Standard normal numbers, (n, elements).
+struct PhiloxNormal {
+  const int64_t* seeds;  // (n,)
+  float* out;
+  int64_t n, elements;
+  uint32_t step, stream;
+};
+
+// One row of a sampler table, in place on x and history. An image is `runs` runs of `length` numbers,
+// one after the other in x and history; in the prediction (of type dtype) neighbours lie `stride`
+// apart, runs run_stride, images image_stride, the learned variance variance_offset behind.
+struct SamplerStep {
+  Dtype dtype;
+  bool guided, learned;
+  float* x;                // (n, runs, length)
+  const void* prediction;  // (n or 2 n images)
+  float* history;          // (3, n, runs, length)
+  const float* row;        // (16,)
+  const int64_t* seeds;    // (n,)
+  int64_t n, runs, length, image_stride, run_stride, stride, variance_offset, step;
+  uint32_t stream;
+  double rescale;
+};
+
 // Every struct whose kernel is compiled per instruction set.
 #define FASTDIFF_KERNELS(X) \
   X(Geglu)                  \
@@ -85,7 +109,9 @@ struct LayerNormBackward {
   X(GroupNorm)              \
   X(GroupNormBackward)      \
   X(LayerNorm)              \
-  X(LayerNormBackward)
+  X(LayerNormBackward)      \
+  X(PhiloxNormal)           \
+  X(SamplerStep)
 
 #define X(isa)                                           \
   namespace isa {                                        \

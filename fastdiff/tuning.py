@@ -108,8 +108,7 @@ def cases(
     found = [
         Case(tunable=name, shape_class=shape_class, dtype=dtype)
         for name, tunable in TUNABLES.items()
-        for shape_class in tunable.shape_classes
-        for dtype in tunable.dtypes
+        for shape_class, dtype in tunable.pairs()
         if (not ops or name in ops)
         and (not dtypes or dtype in dtypes)
         and (not shape_classes or shape_class in shape_classes)

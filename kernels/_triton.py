@@ -49,6 +49,11 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """`triton.constexpr_function`: plain Python on constants, called inside a kernel."""
+    return function if triton is None else triton.constexpr_function(function)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
@@ -162,6 +167,12 @@ class Tunable:
     """(shape class, dtype, device) -> calls on tensors of that class: the one that is timed, then
     other variants of the kernels (layouts, options)."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    takes: Callable[[str, torch.dtype], bool] = lambda shape_class, dtype: True
+    """(shape class, one of `dtypes`) -> whether there is such a config."""
+
+    def pairs(self) -> list[tuple[str, torch.dtype]]:
+        """The (shape class, dtype) that have a config."""
+        return [(c, d) for c in self.shape_classes for d in self.dtypes if self.takes(c, d)]
 
 
 TUNABLES: dict[str, Tunable] = {}

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import (
+    bench_add_group_norm_silu,
     bench_attention,
     bench_geglu,
     bench_group_norm_silu,
+    bench_layer_norm,
     bench_sampler_step,
     device,
     gpu,
@@ -441,6 +443,28 @@ def test_the_networks_take_half_precision(name: str) -> None:
         y = module(**inputs)
     assert y.dtype == torch.bfloat16
     assert y.shape[0] == 1
+
+
+def test_every_case_of_a_real_run_fits_its_providers() -> None:
+    """All shapes, batches and directions, on tensors without data."""
+    subjects = [
+        bench_group_norm_silu.SUBJECT,
+        bench_add_group_norm_silu.SUBJECT,
+        bench_attention.SUBJECT,
+        bench_geglu.SUBJECT,
+        bench_layer_norm.SUBJECT,
+        bench_layer_norm.ADD_SUBJECT,
+    ]
+    ours_apart = ("reference", "eager", "eager channels_last", "sdpa math")
+    todo = [replace(case, providers=ours_apart) for case in gpu.cases(subjects)]
+    assert len(todo) > 400
+    outcome = run(todo, timer=HostTimer(rounds=1), device=torch.device("meta"))
+    assert outcome.failures == outcome.unavailable == outcome.left_out == []
+    assert {record.benchmark for record in outcome.records} == {
+        *(subject.op for subject in subjects),
+        "attention backward",
+        "group_norm_silu backward",
+    }
 
 
 @pytest.mark.parametrize("name", gpu_networks.NETWORKS)

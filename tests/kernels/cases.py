@@ -131,9 +131,25 @@ def add_group_norm_silu_formula(
     return group_norm_silu_formula(total, num_groups, weight, bias, **rest), total
 
 
+def with_extra(
+    k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if extra_k is None or extra_v is None:
+        return k, v
+    return torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
+
+
 def attention_formula(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
+    k, v = with_extra(k, v, extra_k, extra_v)
     scores = torch.einsum("nlhd,nshd->nhls", q, k) * (
         q.shape[3] ** -0.5 if scale is None else scale
     )
@@ -214,8 +230,16 @@ def add_group_norm_silu_eager(
 
 
 def attention_eager(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
+    k, v = with_extra(k, v, extra_k, extra_v)
     if q.numel() == 0 or k.numel() == 0:
         return q * 0
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -489,10 +513,12 @@ def attention_case(
     packed: bool = False,
     heads_first: bool = False,
     mask: Callable[[Draw, tuple[int, int, int, int]], Tensor] | None = None,
+    extra: int = 0,
+    turned: bool = False,
     std: float = 1.0,
     scale: float | None = None,
 ) -> Case:
-    """A row for `attention`; shape is (N, L, S, H, D)."""
+    """A row for `attention`; shape is (N, L, S, H, D), `extra` the number of extra keys."""
     n, length, keys, heads, dim = shape
 
     def build(draw: Draw) -> Inputs:
@@ -502,9 +528,14 @@ def attention_case(
             q, k, v = (draw(n, heads, s, dim).transpose(1, 2) for s in (length, keys, keys))
         else:
             q, k, v = (draw(n, s, heads, dim, std=std) for s in (length, keys, keys))
+        if turned:  # the head dim is not dense
+            q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
         kwargs: dict[str, Any] = {"scale": scale}
+        if extra:
+            kwargs["extra_k"] = draw(n, extra, heads, dim, std=std)
+            kwargs["extra_v"] = draw(n, extra, heads, dim, std=std)
         if mask is not None:
-            kwargs["mask"] = mask(draw, (n, heads, length, keys))
+            kwargs["mask"] = mask(draw, (n, heads, length, keys + extra))
         return (q, k, v), kwargs
 
     return Case(name, reason, build)
@@ -524,18 +555,41 @@ def additive(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
     return draw(1, *full[1:])
 
 
+def additive_per_sample(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    return draw(full[0], 1, full[2], full[3])
+
+
+def half_hidden(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    """Additive, some -inf, and a query that sees nothing."""
+    mask = draw(*full[2:])
+    mask[:, ::3] = float("-inf")
+    mask[1] = float("-inf")
+    return mask
+
+
+HEAD_DIMS = [*range(8, 168, 8), 176, 192, 208, 256]
+"""Each is cut into other pieces; 512 has its row below."""
+
 ATTENTION = [
-    attention_case("sd-40", "SD 1.x first level, self", (2, 64, 64, 8, 40), packed=True),
-    attention_case("sd-40-text", "SD 1.x first level, 77 tokens of text", (2, 64, 77, 8, 40)),
-    attention_case("sd-80", "SD 1.x second level", (1, 64, 64, 8, 80), packed=True),
-    attention_case("sd-160", "SD 1.x third level", (1, 16, 16, 8, 160), packed=True),
+    attention_case("sd-40", "SD 1.x first level, self", (1, 64, 64, 4, 40), packed=True),
+    attention_case("sd-40-text", "SD 1.x first level, 77 tokens of text", (1, 64, 77, 4, 40)),
+    attention_case("sd-80", "SD 1.x second level", (1, 48, 48, 4, 80), packed=True),
+    attention_case("sd-160", "SD 1.x third level", (1, 16, 16, 4, 160), packed=True),
     attention_case("sd2-64", "SD 2.x, SDXL, ADM", (1, 48, 77, 5, 64)),
     attention_case("vae-512", "the VAE's middle: one head of 512", (1, 64, 64, 1, 512)),
     attention_case("ddpm-256", "DDPM CIFAR-10: one head of 256", (2, 16, 16, 1, 256)),
     attention_case("cin-384", "cin256-v2: one head of 384", (1, 16, 1, 1, 384)),
     attention_case("dit-72", "DiT-XL, U-ViT-H: 72", (1, 32, 32, 4, 72), packed=True),
     attention_case("odd", "no power of two, not even", (3, 13, 29, 3, 7)),
-    attention_case("long", "several tiles of queries and of keys", (1, 300, 270, 2, 24)),
+    attention_case("long", "several tiles of queries and of keys", (1, 150, 400, 1, 24)),
+    attention_case("text-154", "two prompts of 77", (2, 33, 154, 2, 40)),
+    attention_case("text-333", "SD 3: 256 + 77 keys", (1, 33, 333, 2, 64)),
+    attention_case("on-chip-64", "keys that fill their tiles", (1, 70, 64, 2, 64)),
+    attention_case("glide", "text beside the image", (2, 24, 24, 2, 64), packed=True, extra=77),
+    attention_case("extra-mask", "over both", (2, 9, 7, 2, 16), extra=5, mask=additive),
+    attention_case("extra-padding", "over both", (2, 9, 7, 2, 16), extra=5, mask=padding),
+    attention_case("only-extra", "no keys of its own", (2, 9, 0, 2, 16), extra=5),
+    attention_case("turned", "the head dim is not dense", (2, 9, 11, 2, 24), turned=True),
     attention_case("one-key", "softmax of one number", (2, 5, 1, 2, 8)),
     attention_case("one-query", "decoding", (2, 1, 19, 2, 8)),
     attention_case(
@@ -544,11 +598,17 @@ ATTENTION = [
     attention_case("causal", "a text encoder", (2, 17, 17, 2, 16), mask=causal),
     attention_case("padding", "prompts of several lengths", (3, 6, 9, 2, 16), mask=padding),
     attention_case("additive", "a learned position bias", (2, 7, 9, 3, 16), mask=additive),
+    attention_case("bias", "one for each sample", (2, 7, 9, 3, 16), mask=additive_per_sample),
+    attention_case("hidden", "-inf in an additive mask", (2, 7, 9, 3, 16), mask=half_hidden),
     attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
     attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
     attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
     attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
     attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),
+    *(
+        attention_case(f"dim-{d}", "its own pieces", (1, 21, 19, 2, d), packed=False)
+        for d in HEAD_DIMS
+    ),
 ]
 
 GEGLU = [

@@ -65,9 +65,7 @@ def sum_as_lanes_do(data: np.ndarray, axis: int | None, keepdims: bool) -> np.nd
 
 
 def _patch() -> None:
-    import triton.language as tl
-    from triton.language import bfloat16, float32
-    from triton.runtime import interpreter
+    from triton.language import bfloat16, float32, int1
     from triton.runtime.interpreter import (
         GridExecutor,
         InterpretedFunction,
@@ -76,8 +74,11 @@ def _patch() -> None:
         TensorHandle,
     )
 
-    execute = GridExecutor.__call__
+    patched: set[int] = set()
+    execute, call = GridExecutor.__call__, InterpretedFunction.__call__
     cast = InterpreterBuilder.cast_impl
+    fma = InterpreterBuilder.create_fma
+    dot = InterpreterBuilder.create_dot
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
@@ -89,6 +90,17 @@ def _patch() -> None:
             wide = source.data.astype(np.uint32) << 16
             return TensorHandle(wide.view(np.float32), want)
         return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        """Triton 3.7's own multiplies the bits of bf16 as integers. Besides, on a GPU the order of
+        a product's sum does not depend on the size of the tile, as it does in BLAS: fp32 is summed
+        in fp64 and rounded once.
+        """
+        if a.dtype.scalar == float32:
+            product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+            return TensorHandle(product + total.data, float32)
+        a, b = (cast_impl(self, x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b))
+        return dot(self, a, b, total, *rest)
 
     def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         for traffic in _counting:
@@ -102,16 +114,21 @@ def _patch() -> None:
             traffic.stored += int(np.count_nonzero(mask.data)) * size
         return store(self, pointers, value, mask, *rest)
 
-    patched: set[tuple[bool, ...]] = set()
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        """Rounds once: the product of two fp32 is exact in fp64 (the sum's 53 bits are enough but
+        for a tie in 2^29)."""
+        if x.dtype.scalar != float32:
+            return fma(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), float32)
 
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        """A device function; Triton's own patches the language anew at every call, for 1 ms."""
-        seen = self.fn.__globals__.values()
-        languages = tuple(any(v is module for v in seen) for module in (tl, tl.core))
-        if languages not in patched:
-            patched.add(languages)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments, **options)
+    def comparing(compare: Any) -> Any:
+        """Triton 3.7 labels what a comparison of floats gives as floats, which have no `&`."""
+
+        def compared(self: Any, left: Any, right: Any) -> Any:
+            return TensorHandle(compare(self, left, right).data.astype(bool), int1)
+
+        return compared
 
     def quiet(self: Any, *arguments: Any, **options: Any) -> None:
         patched.clear()
@@ -122,12 +139,24 @@ def _patch() -> None:
         data = sum_as_lanes_do(source.handle.data, self.axis, self.keep_dims)
         return self.to_tensor(data, source.dtype)
 
-    InterpretedFunction.__call__ = call
-    ReduceOps.sum = sum_
+    def call_device_function(self: Any, *arguments: Any, **options: Any) -> Any:
+        """Triton's own patches the language on every call, which takes 5 ms; once a launch does."""
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return call(self, *arguments, **options)
+        return self.rewrite()(*arguments, **options)
+
+    for name in [name for name in dir(InterpreterBuilder) if name.startswith("create_fcmp")]:
+        setattr(InterpreterBuilder, name, comparing(getattr(InterpreterBuilder, name)))
     GridExecutor.__call__ = quiet
+    InterpretedFunction.__call__ = call_device_function
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fma = create_fma
+    InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
+    ReduceOps.sum = sum_
 
 
 if _triton.INTERPRETED:

@@ -1,4 +1,4 @@
-"""attention: parity, masks, strides, bad input."""
+"""attention: parity, masks, strides, bad input; the Triton kernels' regimes and traffic."""
 
 from __future__ import annotations
 
@@ -6,25 +6,51 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fastdiff.kernels import attention
+from fastdiff import kernels
+from fastdiff.kernels import _triton, attention, backend
+from fastdiff.kernels.attention import (
+    CONTEXTS,
+    HEAD_DIMS,
+    _attention,
+    _attention_backward,
+    _pieces,
+    _room_for_sums,
+    _why_not,
+    attention_triton,
+)
 from tests.kernels import cases
+from tests.kernels.interpreter import counting_traffic
+
+UNSERVED = {"odd": "multiples of 8 up to 256, and 512, got 7", "cin-384": "and 512, got 384"}
+"""Rows that no Triton kernel takes, and why."""
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
-def test_parity(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check("attention", case, dtype, "reference")
+def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton" and case.name in UNSERVED:
+        args, kwargs = case.inputs(dtype, cases.device_of(backend))
+        with kernels.backend(backend):
+            reason = kernels.explain("attention", *args, **kwargs).reasons["triton"]
+        assert UNSERVED[case.name] in str(reason)
+    else:
+        cases.check("attention", case, dtype, backend)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.integers(1, top)) for top in (3, 40, 40, 4, 33))
+def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
+    dims = st.integers(1, 33) if backend == "reference" else st.integers(1, 12).map(lambda i: 8 * i)
+    shape = (*(data.draw(st.integers(1, top)) for top in (3, 40, 40, 4)), data.draw(dims))
     assume(shape[0] * shape[1] * shape[3] * shape[4] >= 100)  # the largest of a handful is luck
     mask = data.draw(st.sampled_from([None, cases.additive, cases.padding]))
-    case = cases.attention_case("drawn", "any shape", shape, mask=mask)
-    cases.check("attention", case, data.draw(st.sampled_from(cases.DTYPES)), "reference")
+    extra = data.draw(st.sampled_from([0, 0, 3]))
+    case = cases.attention_case("drawn", "any shape", shape, mask=mask, extra=extra)
+    cases.check("attention", case, data.draw(st.sampled_from(cases.DTYPES)), backend)
 
 
 def test_fp64_is_exact() -> None:
@@ -33,15 +59,29 @@ def test_fp64_is_exact() -> None:
     torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_query_that_may_see_nothing_gets_zeros(kind: str) -> None:
-    q, k, v = torch.randn(3, 2, 5, 3, 8).requires_grad_().unbind()
-    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+def test_a_query_that_may_see_nothing_gets_zeros(kind: str, dtype: torch.dtype, name: str) -> None:
+    device = cases.device_of(name)
+    leaf = torch.randn(3, 2, 5, 3, 8, device=device).to(dtype).requires_grad_()
+    q, k, v = leaf.unbind()
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device=device)
     mask[1, :, 3] = False
-    out = attention(q, k, v, mask=mask if kind == "bool" else mask.float().log())
-    assert torch.equal(out[1, 3], torch.zeros(3, 8))
+    with backend(name):
+        out = attention(q, k, v, mask=mask if kind == "bool" else mask.float().log().to(dtype))
+    assert torch.equal(out[1, 3], torch.zeros(3, 8, dtype=dtype, device=device))
     assert out[1, 2].abs().min() > 0
-    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+    assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", cases.BACKENDS)
+def test_a_query_whose_every_key_has_the_smallest_number_sees_them_all(name: str) -> None:
+    q, k, v = torch.randn(3, 2, 5, 3, 8, device=cases.device_of(name)).unbind()
+    mask = torch.full((5, 5), torch.finfo(torch.float32).min, device=q.device)
+    with backend(name):
+        out = attention(q, k, v, mask=mask)
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
 
 
 def test_the_result_is_contiguous_for_every_layout() -> None:
@@ -54,12 +94,15 @@ def test_the_result_is_contiguous_for_every_layout() -> None:
     assert attention(*turned).is_contiguous()
 
 
-def test_a_sample_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("name", cases.BACKENDS)
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     for length, dim in ((64, 16), (17, 40), (1, 128)):
-        q, k, v = torch.randn(3, 7, length, 2, dim)
-        together = attention(q, k, v)
-        for i in range(7):
-            assert torch.equal(together[i : i + 1], attention(*(t[i : i + 1] for t in (q, k, v))))
+        q, k, v = torch.randn(3, 3, length, 2, dim, device=cases.device_of(name))
+        with backend(name):
+            together = attention(q, k, v)
+            for i in range(3):
+                alone = attention(*(t[i : i + 1] for t in (q, k, v)))
+                assert torch.equal(together[i : i + 1], alone)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +132,14 @@ def test_bad_dtypes_and_masks() -> None:
         attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="broadcast"):
         attention(q, q, q, mask=torch.ones(1, 1, 1, 1, 4))
+    with pytest.raises(ValueError, match=r"\(2, 2, 4, 7\), got \(4, 4\); S counts the extra keys"):
+        attention(q, q, q, extra_k=q[:, :3], extra_v=q[:, :3], mask=torch.ones(4, 4))
+    with pytest.raises(ValueError, match="come together, got one"):
+        attention(q, q, q, extra_k=q)
+    with pytest.raises(ValueError, match=r"with N=2, H=2, D=8 as in q, got \(2, 4, 2, 4\)"):
+        attention(q, q, q, extra_k=q[..., :4], extra_v=q[..., :4])
+    with pytest.raises(ValueError, match=r"dtype of q, torch.float32, got torch.float16"):
+        attention(q, q, q, extra_k=q.half(), extra_v=q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,3 +150,144 @@ def test_autocast_does_not_reach_inside(dtype: torch.dtype) -> None:
         inside = attention(q, k, v)
     assert inside.dtype == dtype
     assert torch.equal(inside, attention(q, k, v))
+
+
+def test_a_head_dim_is_cut_into_powers_of_two() -> None:
+    assert _pieces(40) == (32, 8)
+    assert _pieces(40, 16) == (32, 16)
+    assert _pieces(72) == (64, 8)
+    assert _pieces(120) == (64, 32, 16, 8)
+    assert _pieces(160) == (128, 32)
+    assert _pieces(77, 16) == (64, 16)
+    for d in range(8, 520, 8):
+        assert sum(_pieces(d)) == d
+        assert sum(_pieces(d, 16)) == -(-d // 16) * 16
+
+
+def kernels_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Tensor) -> list[str]:
+    """What a call with (N, L, S, H, D) would launch, forward."""
+    n, length, keys, heads, d = shape
+    q = torch.empty(n, length, heads, d, dtype=dtype, device="meta")
+    k = torch.empty(n, keys, heads, d, dtype=dtype, device="meta")
+    extra = options.get("extra_k")
+    with _triton.recording_launches("sm_90") as launches:
+        _attention(q, k, k, extra, extra, options.get("mask"), 0.1)
+    return [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launches]
+
+
+@cases.needs_triton
+def test_few_keys_stay_on_the_chip() -> None:
+    for keys in (1, 64, 77, 154, 256 + 77):
+        assert kernels_of(2, 4096, keys, 8, 40) == ["context"]
+    assert kernels_of(2, 4096, CONTEXTS[-1] + 1, 8, 40) == ["forward"]
+    assert kernels_of(2, 4096, 4096, 8, 40) == ["forward"]
+    assert kernels_of(1, 4096, 77, 1, 512) == ["forward"]  # wider than a kept tile may be
+    assert kernels_of(2, 4096, 77, 8, 40, dtype=torch.float32) == ["forward"]
+    assert kernels_of(0, 4096, 77, 8, 40) == kernels_of(2, 0, 77, 8, 40) == []
+    text = torch.empty(2, 77, 8, 64, dtype=torch.bfloat16, device="meta")
+    assert kernels_of(2, 1024, 77, 8, 64, extra_k=text) == ["forward"]
+
+
+@cases.needs_triton
+def test_every_head_dim_has_a_config_and_no_other_is_taken() -> None:
+    for d in range(1, 600):
+        q = torch.empty(1, 4, 1, d, device="meta")
+        reason = _why_not(q, q, q)
+        assert (reason is None) == (d % 8 == 0 and (d <= 256 or d == 512)), d
+    assert max(d for d in HEAD_DIMS if d != 512) == 256
+
+
+@cases.needs_triton
+def test_what_triton_does_not_take_is_said() -> None:
+    q = torch.empty(1, 4, 1, 8, device="meta")
+    assert _why_not(q, q, q, scale=0.3) is None
+    assert "scale > 0, got -0.3; negate q" in str(_why_not(q, q, q, scale=-0.3))
+    assert "takes fp32, fp16 and bf16, got float64" in str(_why_not(*[q.double()] * 3))
+    assert "pad the heads" in str(_why_not(*[q[..., :7]] * 3))
+
+
+@cases.needs_triton
+def test_triton_op_is_registered_right() -> None:
+    device = cases.device_of("triton")
+    q, k, v = (torch.randn(2, 5, 2, 8, device=device, requires_grad=True) for _ in range(3))
+    text = torch.randn(2, 3, 2, 8, device=device)
+    bias = torch.randn(5, 8, device=device, requires_grad=True)
+    torch.library.opcheck(attention_triton, (q, k, v, None, None, None, 0.3))
+    torch.library.opcheck(attention_triton, (q, k, v, text, text + 1, bias, 0.3))
+
+
+@cases.needs_triton
+def test_triton_gradients() -> None:
+    """Of every tensor, against central differences."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        q, k, v, extra_k, extra_v, mask = tensors
+        with backend("triton"):
+            return attention(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask)
+
+    shapes = ((1, 1, 1, 8), *[(1, 2, 1, 8)] * 2, *[(1, 1, 1, 8)] * 2, (1, 3))
+    cases.check_gradients(run, *(torch.randn(s) for s in shapes))
+
+
+@cases.needs_triton
+def test_triton_compiles_without_break_for_any_batch() -> None:
+    cases.check_compiles(attention, lambda n: tuple(torch.randn(3, n, 5, 4, 16)))
+
+
+@cases.needs_triton
+def test_gradients_of_any_strides_and_from_run_to_run() -> None:
+    q, k, v = torch.randn(3, 2, 37, 2, 24, device=cases.device_of("triton")).requires_grad_()
+    results = []
+    with backend("triton"):
+        out = attention(q, k, v)
+        expanded = torch.ones((), device=out.device).expand_as(out)
+        turned = torch.randn(24, 2, 37, 2, device=out.device).permute(3, 2, 1, 0)
+        for dout in (expanded, expanded.contiguous(), turned, turned.contiguous()):
+            results.append(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+    for strided, dense in (results[:2], results[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+@cases.needs_interpreter
+def test_the_keys_gradient_is_summed_over_stretches_of_queries() -> None:
+    """Text keys of a batch of one do not fill a GPU: the queries are cut, the parts added."""
+    case = cases.attention_case("stretches", "one key tile, many queries", (1, 600, 9, 1, 16))
+    q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
+    with _triton.recording_launches() as launches:
+        _attention_backward(q, q, k, v, None, None, None, q, _room_for_sums(q), 0.1, False)
+    grids = {launch.kernel.__name__: launch.grid for launch in launches}
+    assert grids["_keys_gradient_kernel"] > (1,)
+    cases.check("attention", case, torch.bfloat16, "triton")
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize(("keys", "d"), [(512, 40), (384, 64), (77, 40)])
+def test_traffic_is_what_the_docstring_says(keys: int, d: int) -> None:
+    n, heads, length, dtype = 1, 2, 256, torch.bfloat16
+    q, k, v = (
+        torch.randn(n, s, heads, d, dtype=dtype).requires_grad_() for s in (length, keys, keys)
+    )
+    with backend("triton"), counting_traffic() as forward:
+        out = attention(q, k, v)
+    row, numbers = n * heads * d * 2, 4 * n * heads * length
+    if keys == 77:
+        config = _triton.config("attention_context", q, f"80/{d}")
+        programs = -(-length // config["BLOCK_M"])  # few enough that each has one tile
+    else:
+        config = _triton.config("attention", q, f"self/{d}")
+        programs = -(-length // config["BLOCK_M"])
+    expected = (2 * length + 2 * keys * programs) * row + numbers
+    assert forward.total == pytest.approx(expected, rel=0.05)
+
+    dout = torch.randn_like(out)
+    with counting_traffic() as backward:
+        torch.autograd.grad(out, (q, k, v), dout)
+    of_keys = _triton.config("attention_backward_keys", q, f"self/{d}")
+    of_queries = _triton.config("attention_backward_queries", q, f"self/{d}")
+    key_tiles = -(-keys // of_keys["BLOCK_N"])
+    expected = (
+        2 * length
+        + (2 * length * key_tiles + 4 * keys)
+        + (3 * length + 2 * keys * -(-length // of_queries["BLOCK_M"]))
+    ) * row + numbers * (1 + 2 * key_tiles + 2)
+    assert backward.total == pytest.approx(expected, rel=0.05)

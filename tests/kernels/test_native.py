@@ -146,6 +146,70 @@ def test_a_sample_has_the_same_bits_alone(op: str) -> None:
             assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_normals_are_within_two_ulp(isa: str) -> None:
+    seeds = torch.tensor([0, 5, 2**62 + 12345, -1])
+    for shape, step, stream in (((70_001,), 0, 0), ((3, 5, 7), 2**32 - 1, 1), ((1,), 3, 2)):
+        with kernels.backend("cpu"):
+            z = kernels.philox_normal(seeds, shape, step=torch.tensor(step), stream=stream)
+        with kernels.backend("reference"):
+            expected = kernels.philox_normal(seeds, shape, step=step, stream=stream)
+        places = z.view(torch.int32).long() - expected.view(torch.int32).long()
+        assert places.abs().max() <= 2
+        assert (places != 0).double().mean() < 1e-4  # both round an fp64 number once
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("space", [(8, 8), (5, 7), (40, 33)])
+def test_sampler_step(isa: str, space: tuple[int, int], guided: bool, learned: bool) -> None:
+    """Against the reference in fp64, for every layout and dtype of the prediction."""
+    x, history = torch.randn(3, 4, *space), torch.randn(3, 3, 4, *space)
+    prediction = torch.randn(6 if guided else 3, 8 if learned else 4, *space)
+    table = torch.randn(2, 16)
+    table[:, 10:15] = torch.tensor([1.0, 2.5, 2.0, -1.0, 0.5])  # SLOT, W, CLAMP, LOGVAR_MIN, _MAX
+    seeds, step = torch.tensor([7, 8, 9]), torch.tensor(1)
+    for dtype in cases.DTYPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            f = prediction.to(dtype).contiguous(memory_format=layout)
+            for rescale in (0.0, 0.7):
+                results = {}
+                for backend, wide in (("cpu", torch.float32), ("reference", torch.float64)):
+                    out, slots = x.to(wide, copy=True), history.to(wide, copy=True)
+                    with kernels.backend(backend):
+                        arguments = out, f, slots, table.to(wide), step, seeds
+                        kernels.sampler_step(*arguments, guidance_rescale=rescale)
+                    results[backend] = (out.double(), slots.double())
+                for have, want in zip(results["cpu"], results["reference"], strict=True):
+                    torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
+
+
+@cases.needs_native
+@pytest.mark.parametrize("graph", [False, True])
+def test_sampler_step_compiles(graph: bool) -> None:
+    """And an x that strides is written through."""
+    torch._dynamo.reset()
+    x, history = cases.channels_last(torch.randn(2, 4, 6, 6)), torch.zeros(3, 2, 4, 6, 6)
+    table = torch.rand(1, 16)
+    table[0, 10] = 0
+    seeds, step = torch.tensor([1, 2]), torch.tensor(0)
+    expected, slots = x.clone(), history.clone()
+
+    def call(x: Tensor, f: Tensor, history: Tensor) -> Tensor:
+        kernels.sampler_step(x, f, history, table, step, seeds)
+        return x * 1
+
+    with kernels.backend("reference"):
+        call(expected, x.clone(), slots)
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if graph else call
+    f = x.clone()
+    with kernels.backend("cpu"):
+        y = function(x, f, history)
+    for have, want in ((y, expected), (x, expected), (history, slots)):
+        torch.testing.assert_close(have, want)
+
+
 WITHOUT = """
 import sys
 sys.modules["fastdiff.kernels._native"] = None
