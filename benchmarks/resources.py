@@ -327,8 +327,9 @@ def tasks(
 
 
 def _pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = [(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()]
-    return [(shape_class, dtype) for shape_class, dtype in pairs if dtype in dtypes]
+    have = {(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()}
+    known = TUNABLES[tunable].shape_classes
+    return [(c, dtype) for c in known for dtype in dtypes if (c, dtype) in have]
 
 
 def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:
