@@ -516,6 +516,7 @@ def attention_case(
     extra: int = 0,
     turned: bool = False,
     own_strides: bool = False,
+    below: float = 0.0,
     std: float = 1.0,
     scale: float | None = None,
 ) -> Case:
@@ -529,6 +530,8 @@ def attention_case(
             q, k, v = (draw(n, heads, s, dim).transpose(1, 2) for s in (length, keys, keys))
         else:
             q, k, v = (draw(n, s, heads, dim, std=std) for s in (length, keys, keys))
+        if below:
+            q, k = q - below, k + below
         if own_strides:
             k = draw(n, keys, 2, heads, dim)[:, :, 1]
             v = draw(n, heads, keys, dim).transpose(1, 2)
@@ -608,6 +611,9 @@ ATTENTION = [
     attention_case("hidden", "-inf in an additive mask", (2, 7, 9, 3, 16), mask=half_hidden),
     attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
     attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
+    attention_case(
+        "below", "scores of -600: a key that is not there has 0", (1, 16, 19, 2, 64), below=8.0
+    ),
     attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
     attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
     attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),

@@ -303,3 +303,37 @@ def test_traffic_of_rows_read_in_chunks() -> None:
         attention(q, k, v)
     rows = 192 + config["SPLIT"] * (192 * key_tiles + keys * query_tiles) + keys * query_tiles
     assert forward.total == pytest.approx(rows * d * 2, rel=0.05)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_triton_is_captured_by_a_cuda_graph() -> None:
+    qkv = torch.randn(2, 300, 3, 4, 40, device="cuda", dtype=torch.bfloat16)
+    with backend("triton"):
+        expected = attention(*qkv.unbind(2))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            attention(*qkv.unbind(2))
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(*qkv.unbind(2))
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_triton_indexes_with_64_bits() -> None:
+    n, length, heads, d = 2050, 1024, 16, 64
+    q = torch.randn(1, length, heads, d, device="cuda", dtype=torch.bfloat16)
+    many = q.repeat(n, 1, 1, 1)
+    assert many.numel() > 2**31
+    with backend("triton"):
+        alone, together = attention(q, q, q), attention(many, many, many)
+    assert torch.equal(together[-1:], alone)
