@@ -152,6 +152,8 @@ def test_a_row_shows_the_hungriest_variant_and_joins_what_is_the_same() -> None:
         matrix="",
         widest_load=16,
         narrow_loads=0,
+        approximations="",
+        doubles=0,
     )
     other = replace(one, registers=64, shared=1024, occupancy=0.5)
     alike = [replace(row, shape_class="large") for row in (one, other)]

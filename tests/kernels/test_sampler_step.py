@@ -305,12 +305,15 @@ def test_triton_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 
 @cases.needs_triton
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
-def test_triton_merges_the_moments_of_many_tiles(layout: str) -> None:
-    """A mean far from 0, which one pass over squares would lose; several tiles to each part."""
+def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> None:
+    """A mean far from 0, which one pass over squares would lose; several tiles to each part. The
+    channels of a learned variance, which lie between the others in channels_last, are left out."""
     shape = (2, 4, 20, 27)  # 9 tiles of 256
     x, history = torch.zeros(shape), torch.zeros(3, *shape)
     f = 300 + torch.randn(4, 4, 20, 27) * torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None, None, None]
+    f = torch.cat([f, 50 * f], dim=1) if learned else f
     f = cases.channels_last(f) if layout == "channels_last" else f
     table = make_table({C.V: 1.0, C.B: 1.0, C.W: 3.0}, dtype=torch.float32)
     wide = (x.double(), f.double(), history.double(), table.double())
@@ -477,8 +480,8 @@ def test_bad_input(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("backend", cases.BACKENDS)
-@pytest.mark.parametrize("shape", [(2, 3), (1,), (7, 9)])
-@pytest.mark.parametrize("value", [1.0, 0.1])
+@pytest.mark.parametrize("shape", [(2, 3), (1,), (3, 7, 11)])
+@pytest.mark.parametrize("value", [1.0, 0.1, 0.3, 0.7, 1 / 3])
 def test_rescaling_a_constant_prediction_leaves_it_alone(
     value: float, shape: tuple[int, ...], backend: str
 ) -> None:
