@@ -145,6 +145,10 @@ class Resources:
     """Bytes that the widest load from global memory moves in one thread."""
     narrow_loads: int
     """Loads from global memory that move less than 16 bytes in one thread."""
+    approximations: str
+    """The fp32 functions that the hardware approximates ("ex2.approx"), "" if none; NVIDIA only."""
+    doubles: int
+    """fp64 instructions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +265,8 @@ def compile_one(task: Task) -> Resources:
         matrix=" ".join(sorted(set(re.findall(chip.matrix, text)))),
         widest_load=max(loads, default=0),
         narrow_loads=sum(width < 16 for width in loads),
+        approximations=" ".join(sorted(set(re.findall(r"\b\w+\.approx\b", text)))),
+        doubles=len(re.findall(r"^\s*(?:@\S+ )?[\w.]+[._]f64\b", text, re.MULTILINE)),
     )
 
 
@@ -321,8 +327,9 @@ def tasks(
 
 
 def _pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = [(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()]
-    return [(shape_class, dtype) for shape_class, dtype in pairs if dtype in dtypes]
+    have = {(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()}
+    known = TUNABLES[tunable].shape_classes
+    return [(c, dtype) for c in known for dtype in dtypes if (c, dtype) in have]
 
 
 def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:

@@ -18,20 +18,27 @@ p = exp2(c * s - m) with c = scale * log2(e), and what is kept for the backward 
 log2(sum exp2(c * s)) per query, in fp32, +inf for a query that may see no key.
 
 A head dim is not padded to a power of two: it is cut into pieces that are, 40 = 32 + 8 columns of
-V and of the output. The sum over the head dim in Q K^T goes in steps of 16, 40 is 32 + 16 there, 8
-of them zeros that are not read.
+V and of the output where the matrix unit takes 8 (mma.sync), 32 + 16 where it takes 16 (wgmma,
+tcgen05, MFMA). The sum over the head dim in Q K^T goes in steps of 16 everywhere. Columns beyond D
+are zeros that are not read.
 
-With `tile` queries (BLOCK_M) a program, bytes moved:
+fp32 goes through three TF32 products on NVIDIA (about 22 bits of each factor) and as it is on AMD.
+A head of 512, and fp32, is too wide to be kept: CHUNK columns of the rows at a time are read for
+each product, and SPLIT programs share the D output columns, each with all the scores.
 
-    forward, streaming    (2 * L + 2 * S * ceil(L / tile)) * N * H * D * itemsize + 4 * N * H * L
-    forward, keys on chip (2 * L + 2 * S * programs) * N * H * D * itemsize + 4 * N * H * L
-                          with as many programs a head as it takes to fill the GPU, see `_context`
+Bytes moved, in units of N * H * D * itemsize, with BLOCK_M queries and BLOCK_N keys a tile:
 
-    backward              row sums   2 * L * D
-                          dK, dV     (2 * L * ceil(S / tile_n) + 4 * S) * D
-                          dQ         (3 * L + 2 * S * ceil(L / tile_m)) * D
-                          times N * H * itemsize, and 4 * N * H * L bytes for each read of a number
-                          per query: 1 + 2 * ceil(S / tile_n) + 2
+    forward, streaming     2 L + 2 S ceil(L / BLOCK_M)
+    forward, keys on chip  2 L + 2 S programs    as many programs a head as fill the GPU, `_context`
+    backward, row sums     2 L
+    backward, dK and dV    2 L ceil(S / BLOCK_N) + 4 S
+    backward, dQ           3 L + 2 S ceil(L / BLOCK_M)
+
+and 4 bytes a query for each of its numbers (8 for fp32, which keeps the sum in two): one in the
+forward pass; one, 2 ceil(S / BLOCK_N), and 2 in the backward pass. Few keys, many queries: dK and
+dV are also written and read once in fp32 for each stretch of the queries. Rows read in chunks:
+
+    forward     L + SPLIT (L ceil(S / BLOCK_N) + S ceil(L / BLOCK_M)) + S ceil(L / BLOCK_M)
 
 A mask is read once for every score. Re-reads of K and V are what the L2 is for: one head of 4096
 keys of 40 is 0.66 MB.

@@ -100,7 +100,7 @@ def _geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
     flat, flat_dy = as_rows(x), as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    chosen = config("geglu", x, "rows")
+    chosen = config("geglu_backward", x, "rows")
     grid = (cdiv(len(flat), chosen["ROWS"]), cdiv(d, chosen["COLUMNS"]))
     strides = flat_dy.stride(0), flat.stride(0)
     launch(_geglu_backward_kernel, grid, flat_dy, flat, dx, len(flat), d, *strides, **chosen)
@@ -114,14 +114,26 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
                 yield {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """SD 1.5's first level at 64 x 64 latents: 4096 tokens, 2 x 1280."""
+def _arguments(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """x and dy of SD 1.5's first level at 64 x 64 latents: 4096 tokens, 2 x 1280."""
     x = torch.empty(2 * 4096, 2 * 1280, dtype=dtype, device=device)
-    dy = torch.empty(2 * 4096, 1280, dtype=dtype, device=device)
-    return [lambda: _geglu(x), lambda: _geglu_backward(dy, x)]
+    return x, torch.empty(2 * 4096, 1280, dtype=dtype, device=device)
 
 
-define_tunable(Tunable(name="geglu", shape_classes=("rows",), candidates=_candidates, calls=_calls))
+def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    x, _ = _arguments(dtype, device)
+    return [lambda: _geglu(x)]
+
+
+def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    x, dy = _arguments(dtype, device)
+    return [lambda: _geglu_backward(dy, x)]
+
+
+for _name, _make in (("geglu", _calls), ("geglu_backward", _backward_calls)):
+    define_tunable(
+        Tunable(name=_name, shape_classes=("rows",), candidates=_candidates, calls=_make)
+    )
 
 geglu_triton = torch.library.custom_op("fastdiff::geglu_triton", _geglu, mutates_args=())
 geglu_backward_triton = torch.library.custom_op(

@@ -1,4 +1,9 @@
-"""The sampling loop: a table and a callable in, samples out."""
+"""The sampling loop: a table and a callable in, samples out.
+
+The table and the indices of its rows are on the device before the loop begins, and no row asks the
+device for a number: with the ops of a GPU the host runs ahead of it, until the look at the end
+whether everything was finite.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +83,7 @@ def sample(
     rows = torch.arange(len(table), device=x.device)
     finite = torch.ones(len(table), dtype=torch.bool, device=x.device)
     guided = table.guided
+    previews = _preview_columns(table).to(x.device, x.dtype) if on_step else columns
 
     for row, t in enumerate(table.timesteps.tolist()):
         prediction = predict(x, t, guided[row])
@@ -96,31 +102,33 @@ def sample(
             x, prediction, history, columns, rows[row], seeds, guidance_rescale=guidance_rescale
         )
         if on_step:
-            on_step(row, x, denoised(before, prediction, table, row, guidance_rescale))
+            on_step(row, x, _denoised(before, prediction, previews, rows[row], guidance_rescale))
     if check == "end":
         _check_finite(finite, table)
     return x
 
 
-def denoised(
-    x: Tensor, prediction: Tensor, table: SamplerTable, row: int, guidance_rescale: float = 0.0
+def _preview_columns(table: SamplerTable) -> Tensor:
+    """The table with A = 0, B = 1 and nothing else: its steps return D itself."""
+    only_d = torch.zeros_like(table.columns)
+    for name in ("U", "V", "W", "CLAMP"):
+        only_d[:, COLUMN[name]] = table.column(name)
+    only_d[:, COLUMN["B"]] = 1
+    only_d[:, COLUMN["SLOT"]] = NO_SLOT
+    return only_d
+
+
+def _denoised(
+    x: Tensor, prediction: Tensor, previews: Tensor, row: Tensor, guidance_rescale: float
 ) -> Tensor:
     """The estimate D of x0 that a row makes, for previews: the same as inside `sampler_step`.
 
-    x: (N, C, ...) before the row. prediction: (N or 2N, C or 2C, ...). Returns (N, C, ...), x's
-        dtype.
+    x: (N, C, ...) before the row. prediction: (N or 2N, C or 2C, ...). previews: of
+        `_preview_columns`. row: (), int64. Returns (N, C, ...), x's dtype.
     """
-    # A step with A = 0, B = 1 and nothing else returns D itself.
-    only_d = torch.zeros_like(table.columns[row : row + 1])
-    for name in ("U", "V", "W", "CLAMP"):
-        only_d[:, COLUMN[name]] = table.column(name)[row]
-    only_d[:, COLUMN["B"]] = 1
-    only_d[:, COLUMN["SLOT"]] = NO_SLOT
-    x = x.clone()
-    zero = torch.zeros((), dtype=torch.int64, device=x.device)
-    seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    history, columns = x.new_zeros(3, *x.shape), only_d.to(x.device, x.dtype)
-    sampler_step(x, prediction, history, columns, zero, seeds, guidance_rescale=guidance_rescale)
+    history = x.new_zeros(3, *x.shape)
+    seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # no noise is added
+    sampler_step(x, prediction, history, previews, row, seeds, guidance_rescale=guidance_rescale)
     return x
 
 

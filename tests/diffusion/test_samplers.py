@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.samplers import COLUMN, NEEDS_SIGNAL, SAMPLERS, SPACINGS, build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from fastdiff.kernels import INITIAL_NOISE, SAMPLER_NOISE, philox_normal
+from fastdiff.kernels import INITIAL_NOISE, SAMPLER_NOISE, backend, philox_normal
+from tests.kernels.cases import device_of, needs_triton
 
 LINEAR = NoiseSchedule(ScheduleConfig())
 ZERO_SNR = NoiseSchedule(ScheduleConfig(kind="scaled_linear", zero_terminal_snr=True))
@@ -345,3 +348,43 @@ def test_no_gradients_are_recorded() -> None:
     result = sample(predict, build_table("ddim", LINEAR, 2), (2, 3), [1])
     assert seen == [False, False]
     assert not result.requires_grad
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.counts[str(op.name())] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize("previews", [False, True])
+def test_the_loop_never_waits_for_the_device(previews: bool) -> None:
+    """No row reads a number back or copies one over: by the ops that a GPU would run."""
+    device = device_of("triton")
+
+    def calls(steps: int) -> Counter[str]:
+        table = build_table("dpmpp-2m-sde", LINEAR, steps, guidance_scale=2.0)
+        on_step = (lambda *_: None) if previews else None
+        x = torch.randn(2, 3, 4, 4, device=device)
+        with backend("triton"), Calls() as mode:
+            sample(
+                lambda x, *_: torch.cat([x, x]),
+                table,
+                x,
+                torch.tensor([1, 2], device=device),
+                on_step=on_step,
+                check="never",
+            )
+        return mode.counts
+
+    few, many = calls(2), calls(5)
+    assert many["fastdiff::sampler_step_triton"] == 5 * (1 + previews)
+    for op in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"):
+        assert many[op] == 0, op
+    assert many["aten::_to_copy"] == few["aten::_to_copy"]

@@ -515,6 +515,8 @@ def attention_case(
     mask: Callable[[Draw, tuple[int, int, int, int]], Tensor] | None = None,
     extra: int = 0,
     turned: bool = False,
+    own_strides: bool = False,
+    below: float = 0.0,
     std: float = 1.0,
     scale: float | None = None,
 ) -> Case:
@@ -528,11 +530,16 @@ def attention_case(
             q, k, v = (draw(n, heads, s, dim).transpose(1, 2) for s in (length, keys, keys))
         else:
             q, k, v = (draw(n, s, heads, dim, std=std) for s in (length, keys, keys))
+        if below:
+            q, k = q - below, k + below
+        if own_strides:
+            k = draw(n, keys, 2, heads, dim)[:, :, 1]
+            v = draw(n, heads, keys, dim).transpose(1, 2)
         if turned:  # the head dim is not dense
             q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
         kwargs: dict[str, Any] = {"scale": scale}
         if extra:
-            kwargs["extra_k"] = draw(n, extra, heads, dim, std=std)
+            kwargs["extra_k"] = draw(n, extra, 2, heads, dim, std=std)[:, :, 0]
             kwargs["extra_v"] = draw(n, extra, heads, dim, std=std)
         if mask is not None:
             kwargs["mask"] = mask(draw, (n, heads, length, keys + extra))
@@ -577,6 +584,7 @@ ATTENTION = [
     attention_case("sd-160", "SD 1.x third level", (1, 16, 16, 4, 160), packed=True),
     attention_case("sd2-64", "SD 2.x, SDXL, ADM", (1, 48, 77, 5, 64)),
     attention_case("vae-512", "the VAE's middle: one head of 512", (1, 64, 64, 1, 512)),
+    attention_case("vae-512-tail", "several tiles, the last not full", (1, 70, 50, 1, 512)),
     attention_case("ddpm-256", "DDPM CIFAR-10: one head of 256", (2, 16, 16, 1, 256)),
     attention_case("cin-384", "cin256-v2: one head of 384", (1, 16, 1, 1, 384)),
     attention_case("dit-72", "DiT-XL, U-ViT-H: 72", (1, 32, 32, 4, 72), packed=True),
@@ -589,6 +597,7 @@ ATTENTION = [
     attention_case("extra-mask", "over both", (2, 9, 7, 2, 16), extra=5, mask=additive),
     attention_case("extra-padding", "over both", (2, 9, 7, 2, 16), extra=5, mask=padding),
     attention_case("only-extra", "no keys of its own", (2, 9, 0, 2, 16), extra=5),
+    attention_case("strides", "q, k, v each its own", (2, 9, 11, 2, 24), own_strides=True),
     attention_case("turned", "the head dim is not dense", (2, 9, 11, 2, 24), turned=True),
     attention_case("one-key", "softmax of one number", (2, 5, 1, 2, 8)),
     attention_case("one-query", "decoding", (2, 1, 19, 2, 8)),
@@ -602,6 +611,9 @@ ATTENTION = [
     attention_case("hidden", "-inf in an additive mask", (2, 7, 9, 3, 16), mask=half_hidden),
     attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
     attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
+    attention_case(
+        "below", "scores of -600: a key that is not there has 0", (1, 16, 19, 2, 64), below=8.0
+    ),
     attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
     attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
     attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),

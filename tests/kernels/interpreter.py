@@ -50,7 +50,7 @@ def round_as_gpus_do(data: np.ndarray) -> np.ndarray:
 
 
 def _patch() -> None:
-    from triton.language import bfloat16, float32
+    from triton.language import bfloat16, float32, int1
     from triton.runtime.interpreter import (
         GridExecutor,
         InterpretedFunction,
@@ -61,6 +61,7 @@ def _patch() -> None:
     patched: set[int] = set()
     execute, call = GridExecutor.__call__, InterpretedFunction.__call__
     cast = InterpreterBuilder.cast_impl
+    fma = InterpreterBuilder.create_fma
     dot = InterpreterBuilder.create_dot
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -97,6 +98,22 @@ def _patch() -> None:
             traffic.stored += int(np.count_nonzero(mask.data)) * size
         return store(self, pointers, value, mask, *rest)
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        """Rounds once: the product of two fp32 is exact in fp64 (the sum's 53 bits are enough but
+        for a tie in 2^29)."""
+        if x.dtype.scalar != float32:
+            return fma(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), float32)
+
+    def comparing(compare: Any) -> Any:
+        """Triton 3.7 labels what a comparison of floats gives as floats, which have no `&`."""
+
+        def compared(self: Any, left: Any, right: Any) -> Any:
+            return TensorHandle(compare(self, left, right).data.astype(bool), int1)
+
+        return compared
+
     def quiet(self: Any, *arguments: Any, **options: Any) -> None:
         patched.clear()
         with np.errstate(all="ignore"):  # a GPU goes on with inf and nan
@@ -110,9 +127,12 @@ def _patch() -> None:
             return call(self, *arguments, **options)
         return self.rewrite()(*arguments, **options)
 
+    for name in [name for name in dir(InterpreterBuilder) if name.startswith("create_fcmp")]:
+        setattr(InterpreterBuilder, name, comparing(getattr(InterpreterBuilder, name)))
     GridExecutor.__call__ = quiet
     InterpretedFunction.__call__ = call_device_function
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store

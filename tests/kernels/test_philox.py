@@ -10,9 +10,18 @@ import torch
 from scipy import stats
 
 from fastdiff import kernels
-from fastdiff.kernels import extension, philox4x32, philox_normal
-from fastdiff.kernels.philox import _normals_of_blocks
+from fastdiff.kernels import _triton, philox4x32, philox_normal
+from fastdiff.kernels._triton import jit, tl
+from fastdiff.kernels.philox import (
+    _normals_of_blocks,
+    circle,
+    philox_normal_triton,
+    philox_words,
+    radius,
+)
+from tests.kernels import cases
 from tests.kernels.cases import recording
+from tests.kernels.interpreter import counting_traffic
 
 ONES = 0xFFFFFFFF
 # Random123, tests/kat_vectors: "philox4x32 10", counter, key, result
@@ -83,36 +92,56 @@ def test_blocks_beyond_32_bits_count_on_in_the_second_word() -> None:
     assert z[4:] == philox_normal(seed, (24,), step=3, stream=1)[0, 20:].tolist()
 
 
-def test_the_noise_of_an_image_does_not_depend_on_its_batch() -> None:
-    seeds = torch.tensor([5, 0, 2**63 - 1, 2**32, 5, 1, 77])
+def drawn(
+    seeds: list[int],
+    shape: tuple[int, ...],
+    *,
+    backend: str,
+    step: int | torch.Tensor = 0,
+    stream: int = 0,
+) -> torch.Tensor:
+    device = cases.device_of(backend)
+    with kernels.backend(backend):
+        seed = torch.tensor(seeds, dtype=torch.int64, device=device)
+        return philox_normal(seed, shape, step=step, stream=stream).cpu()
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_the_noise_of_an_image_does_not_depend_on_its_batch(backend: str) -> None:
+    seeds = [5, 0, 2**63 - 1, 2**32, 5, 1, 77]
     for shape in ((4, 8, 8), (1, 5, 7), (3,)):
-        together = philox_normal(seeds, shape, step=3, stream=1)
+        together = drawn(seeds, shape, backend=backend, step=3, stream=1)
         for i, seed in enumerate(seeds):
-            assert torch.equal(together[i], philox_normal(seed[None], shape, step=3, stream=1)[0])
+            alone = drawn([seed], shape, backend=backend, step=3, stream=1)
+            assert torch.equal(together[i], alone[0])
         assert torch.equal(together[0], together[4])
 
 
-def test_a_longer_image_begins_with_the_shorter_one() -> None:
-    seeds = torch.tensor([3, 4])
-    assert torch.equal(philox_normal(seeds, (1001,))[:, :18], philox_normal(seeds, (18,)))
-    assert torch.equal(philox_normal(seeds, (3, 6)).flatten(1), philox_normal(seeds, (18,)))
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_a_longer_image_begins_with_the_shorter_one(backend: str) -> None:
+    z = drawn([3, 4], (18,), backend=backend)
+    assert torch.equal(drawn([3, 4], (1001,), backend=backend)[:, :18], z)
+    assert torch.equal(drawn([3, 4], (3, 6), backend=backend).flatten(1), z)
 
 
-def test_step_may_be_a_tensor() -> None:
-    seeds = torch.tensor([3, 4])
-    assert torch.equal(
-        philox_normal(seeds, (9,), step=torch.tensor(6)), philox_normal(seeds, (9,), step=6)
-    )
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_step_may_be_a_tensor(backend: str) -> None:
+    step = torch.tensor(6, device=cases.device_of(backend))
+    z = drawn([3, 4], (9,), backend=backend, step=6)
+    assert torch.equal(drawn([3, 4], (9,), backend=backend, step=step), z)
+    assert not torch.equal(drawn([3, 4], (9,), backend=backend, step=1), z)
 
 
-def test_a_negative_seed_is_read_by_its_bits() -> None:
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_a_negative_seed_is_read_by_its_bits(backend: str) -> None:
     low, high = -5 & ONES, (-5 >> 32) & ONES
     words = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high])).tolist()
     word, second, *_ = words
     assert all(0 <= w <= ONES for w in words)
     u0, u1 = (((w >> 9) + 0.5) / 2**23 for w in (word, second))
-    z = philox_normal(torch.tensor([-5, 5]), (64,))
-    assert z[0, 0] == np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
+    z = drawn([-5, 5], (64,), backend=backend)
+    expected = np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
+    assert abs(z[0, 0] - expected) <= 2 * np.spacing(abs(expected))
     assert abs(np.corrcoef(z)[0, 1]) < 0.5
 
 
@@ -159,14 +188,15 @@ def test_nothing_correlates() -> None:
             assert abs(correlation) < 5 / math.sqrt(n), name
 
 
-def test_shapes_and_backend() -> None:
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_shapes_and_backend(backend: str) -> None:
     with recording("philox_normal") as ran:
-        z = philox_normal(torch.tensor([1, 2]), (3, 0, 5))
-    assert ran == ["cpu" if extension.native else "reference"]
+        z = drawn([1, 2], (3, 0, 5), backend=backend)
+    assert ran == [backend]
     assert z.shape == (2, 3, 0, 5)
-    assert philox_normal(torch.zeros(0, dtype=torch.int64), (4,)).shape == (0, 4)
-    assert philox_normal(torch.tensor([1]), ()).shape == (1,)
-    z = philox_normal(torch.tensor([1, 2]), (3, 5))
+    assert drawn([], (4,), backend=backend).shape == (0, 4)
+    assert drawn([1], (), backend=backend).shape == (1,)
+    z = drawn([1, 2], (3, 5), backend=backend)
     assert z.dtype == torch.float32
     assert z.is_contiguous()
 
@@ -188,3 +218,131 @@ def test_bad_input() -> None:
         philox_normal(torch.tensor([1]), (3,), stream=2**32)
     with pytest.raises(ValueError, match="counter must be int64"):
         philox4x32(torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+
+
+# The Triton kernels
+
+
+@jit
+def words_kernel(words: tl.tensor, out: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """words: (BLOCK, 6) int64, counter and key; out: (BLOCK, 4) int64."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source, target = words + 6 * place, out + 4 * place
+    w0, w1, w2, w3 = philox_words(
+        tl.load(source).to(tl.uint32),
+        tl.load(source + 1).to(tl.uint32),
+        tl.load(source + 2).to(tl.uint32),
+        tl.load(source + 3).to(tl.uint32),
+        tl.load(source + 4).to(tl.uint32),
+        tl.load(source + 5).to(tl.uint32),
+    )
+    tl.store(target, w0.to(tl.int64))
+    tl.store(target + 1, w1.to(tl.int64))
+    tl.store(target + 2, w2.to(tl.int64))
+    tl.store(target + 3, w3.to(tl.int64))
+
+
+@cases.needs_triton
+def test_triton_words_equal_the_published_and_the_reference_bit_for_bit() -> None:
+    known = torch.tensor([[*counter, *key] for _, counter, key, _ in VECTORS])
+    edges = torch.tensor([0, 1, 2**31 - 1, 2**31, ONES - 1, ONES])
+    edges = edges[torch.randint(6, (1000, 6))]
+    words = torch.cat([known, edges, torch.randint(2**32, (4096 - 1003, 6))])
+    device = cases.device_of("triton")
+    out = torch.zeros(4096, 4, dtype=torch.int64, device=device)
+    _triton.launch(words_kernel, (4,), words.to(device), out, BLOCK=1024)
+    assert torch.equal(out.cpu(), philox4x32(words[:, :4], words[:, 4:]))
+    assert out[:3].tolist() == [list(words) for *_, words in VECTORS]
+
+
+@jit
+def functions_kernel(out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """radius and circle of all k: (6, count) fp32."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    r, r_rest = radius(k)
+    x, x_rest, y, y_rest = circle(k)
+    tl.store(out + k, r)
+    tl.store(out + count + k, r_rest)
+    tl.store(out + 2 * count + k, x)
+    tl.store(out + 3 * count + k, x_rest)
+    tl.store(out + 4 * count + k, y)
+    tl.store(out + 5 * count + k, y_rest)
+
+
+@pytest.mark.slow
+@cases.needs_triton
+def test_triton_normals_are_within_2_ulp_of_the_reference() -> None:
+    """Proven by enumeration: the 2^23 values of u, all that radius and circle are ever given.
+
+    z is the product of r and cos or sin, each a sum of two fp32 numbers; it is rounded once, and
+    the reference is rounded once. Half an ulp each, plus the relative errors of the two factors: an
+    ulp of z is at least 2^-24 |z|, so the factors together may be wrong by 2^-24 of themselves. The
+    products of two small parts that are left out are below 2^-46.
+    """
+    count = 2**23
+    out = torch.zeros(6, count, device=cases.device_of("triton"))
+    _triton.launch(functions_kernel, (128,), out, count, BLOCK=count // 128)
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    # 1 - u is exact: log1p keeps the digits near u = 1; cos and sin of the angle from the nearest
+    # quarter turn keep them near their zeros
+    r = torch.sqrt(-2 * torch.log1p(-(1 - u)))
+    quarter = torch.round(4 * u)
+    angle = (u - quarter / 4) * (2 * math.pi)
+    cos, sin, quarter = angle.cos(), angle.sin(), quarter.long() % 4
+    table = torch.stack([cos, -sin, -cos, sin])
+    exact = r, table.gather(0, quarter[None])[0], table.gather(0, (quarter[None] + 3) % 4)[0]
+    worst = []
+    for i, wanted in enumerate(exact):
+        have, rest = out[2 * i].cpu().double(), out[2 * i + 1].cpu().double()
+        worst.append(((have + rest - wanted) / wanted).abs().max().item())
+        assert (rest.abs() <= 2.0**-23 * have.abs()).all()
+    assert worst[0] + max(worst[1:]) < 0.4 * 2.0**-24, worst
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 5, 7), (3,), (), (1027,)], ids=str)
+def test_triton_normals_against_the_reference(shape: tuple[int, ...]) -> None:
+    seeds = [3, -5, 2**63 - 1, 2**32, 0]
+    for step, stream in ((0, 0), (1, 1), (2**32 - 1, 2**32 - 1), (2**31, 2)):
+        z, expected = (
+            drawn(seeds, shape, backend=name, step=step, stream=stream)
+            for name in ("triton", "reference")
+        )
+        ulp = torch.from_numpy(np.spacing(expected.abs().numpy()))
+        assert ((z - expected).abs() <= 2 * ulp).all()
+
+
+@cases.needs_triton
+def test_triton_op_is_registered_right_and_compiles() -> None:
+    device = cases.device_of("triton")
+    seeds, step = torch.tensor([3, 4], device=device), torch.tensor(2, device=device)
+    torch.library.opcheck(philox_normal_triton, (seeds, [3, 5], None, 7, 1))
+    torch.library.opcheck(philox_normal_triton, (seeds[:0], [3, 5], step, 0, 1))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def noise(seeds: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return philox_normal(seeds, (2, 7), step=step, stream=1)
+
+    compiled = torch.compile(noise, fullgraph=True, dynamic=True, backend="aot_eager")
+    with kernels.backend("triton"):
+        for n in (2, 3, 7):
+            seeds = torch.arange(n, device=device)
+            assert torch.equal(compiled(seeds, step), noise(seeds, step))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@cases.needs_triton
+def test_triton_objections() -> None:
+    seeds = torch.empty(1, dtype=torch.int64, device="meta")
+    objection = kernels.OPS["philox_normal"].implementations["triton"].why_not
+    assert objection(seeds, (2**33,), step=0, stream=0) is None
+    assert "2^33 elements" in objection(seeds, (2**33, 2), step=0, stream=0)
+    assert "got cpu" in objection(seeds, (3,), step=torch.tensor(0), stream=0)
+
+
+@cases.needs_interpreter
+def test_traffic_is_what_the_docstring_says() -> None:
+    with counting_traffic() as traffic:
+        drawn(list(range(5)), (4, 16, 16), backend="triton", step=3)
+    assert traffic.total == pytest.approx(5 * 4 * 16 * 16 * 4, rel=0.05)

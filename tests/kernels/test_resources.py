@@ -30,6 +30,9 @@ PRODUCTS = (
 )
 """Tunables whose kernels multiply tiles; the others move bytes."""
 
+WRITING = ("philox_normal",)
+"""Tunables that read a seed per image and nothing else."""
+
 pytestmark = pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 
 
@@ -70,8 +73,26 @@ def test_products_of_half_precision_run_on_the_matrix_unit(rows: list[dict[str, 
 
 
 def test_norm_and_pointwise_kernels_load_16_bytes(rows: list[dict[str, Any]]) -> None:
-    moving = [r for r in rows if r["tunable"].removesuffix("_backward") not in PRODUCTS]
+    others = (*PRODUCTS, *WRITING)
+    moving = [r for r in rows if r["tunable"].removesuffix("_backward") not in others]
     assert not failing(moving, lambda r: r["widest_load"] < 16)
+
+
+def test_no_kernel_computes_in_double_precision(rows: list[dict[str, Any]]) -> None:
+    assert not failing(rows, lambda r: r["doubles"] > 0)
+
+
+def test_the_noise_is_computed_without_approximations(rows: list[dict[str, Any]]) -> None:
+    """The hardware's lg2, sin and cos are not good to 2 ulp. sampler_step has one exp, of the
+    learned variance, which multiplies the noise."""
+    noise = [r for r in rows if r["tunable"] == "philox_normal"]
+    assert len(noise) >= len(ARCHITECTURES)
+    assert not failing(noise, lambda r: r["approximations"])
+    steps = [r for r in rows if r["tunable"] == "sampler_step"]
+    assert not failing(steps, lambda r: r["approximations"] not in ("", "ex2.approx"))
+    plain = [r for r in steps if not r["constants"].get("LEARNED")]
+    assert plain
+    assert not failing(plain, lambda r: r["approximations"])
 
 
 def test_the_document_names_every_kernel(rows: list[dict[str, Any]]) -> None:
@@ -131,6 +152,8 @@ def test_a_row_shows_the_hungriest_variant_and_joins_what_is_the_same() -> None:
         matrix="",
         widest_load=16,
         narrow_loads=0,
+        approximations="",
+        doubles=0,
     )
     other = replace(one, registers=64, shared=1024, occupancy=0.5)
     alike = [replace(row, shape_class="large") for row in (one, other)]
