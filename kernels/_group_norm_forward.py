@@ -399,7 +399,7 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
             for warps in (4, 8):
                 for programs in (256, 512):
                     cut = {"COLUMNS": columns, "TILE": tile, "APPLY_TILE": 2 * tile}
-                    rest = {"CHUNK": 128, "FINALIZE": 2048, "L2_MIB": 32, "num_warps": warps}
+                    rest = {"CHUNK": 128, "FINALIZE": 1024, "L2_MIB": 32, "num_warps": warps}
                     yield cut | rest | {"PROGRAMS": programs}
 
 
@@ -439,7 +439,7 @@ def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[
     else:
         made = [
             given((2, 1280, 16, 16)),
-            given((2, 640, 32, 32)),
+            given((2, 512, 32, 32)),
             given((2, 128, 32, 32), film=True),
             given((2, 320, 16, 16), adds=True),
         ]
