@@ -113,7 +113,11 @@ def python(code: str, *words: str, cwd: Path, **kwargs: object) -> subprocess.Po
     )
 
 
-CLI = "import sys; from fastdiff.cli import main; sys.exit(main(sys.argv[1:]))"
+CLI = (
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from fastdiff.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 # --- help and version ---------------------------------------------------------------------------
