@@ -516,6 +516,7 @@ def attention_case(
     extra: int = 0,
     turned: bool = False,
     own_strides: bool = False,
+    sliced: bool = False,
     below: float = 0.0,
     std: float = 1.0,
     scale: float | None = None,
@@ -535,6 +536,8 @@ def attention_case(
         if own_strides:
             k = draw(n, keys, 2, heads, dim)[:, :, 1]
             v = draw(n, heads, keys, dim).transpose(1, 2)
+        if sliced:
+            q, k, v = (F.pad(t, (0, 3))[..., :dim] for t in (q, k, v))
         if turned:  # the head dim is not dense
             q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
         kwargs: dict[str, Any] = {"scale": scale}
@@ -598,6 +601,7 @@ ATTENTION = [
     attention_case("extra-padding", "over both", (2, 9, 7, 2, 16), extra=5, mask=padding),
     attention_case("only-extra", "no keys of its own", (2, 9, 0, 2, 16), extra=5),
     attention_case("strides", "q, k, v each its own", (2, 9, 11, 2, 24), own_strides=True),
+    attention_case("sliced", "rows that begin nowhere special", (2, 9, 11, 2, 24), sliced=True),
     attention_case("turned", "the head dim is not dense", (2, 9, 11, 2, 24), turned=True),
     attention_case("one-key", "softmax of one number", (2, 5, 1, 2, 8)),
     attention_case("one-query", "decoding", (2, 1, 19, 2, 8)),
