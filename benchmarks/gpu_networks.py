@@ -90,7 +90,8 @@ def _flops(job: Job) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     module, inputs = job.build("meta")
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with kernels.backend("reference"), torch.device("meta"), torch.no_grad(), counter:
         module(**inputs)
     return counter.get_total_flops()
 

@@ -132,7 +132,7 @@ def search(
     end = time.monotonic() + budget_s
     before = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
     call = _prepared(case, device)[0]
-    with _triton.override_config(case.tunable, before):
+    with _triton.override_config(case.tunable, before, case.shape_class):
         once = timer(call, method="events", budget_s=CASE_S / 5)
         method: Method = "graph" if once.median_s < SMALL_S else "events"
         before_s = timer(call, method=method, budget_s=CASE_S).median_s
@@ -144,7 +144,7 @@ def search(
         candidate = todo.pop(0)
         tried += 1
         try:
-            with _triton.override_config(case.tunable, candidate):
+            with _triton.override_config(case.tunable, candidate, case.shape_class):
                 timed.append((timer(call, method=method, budget_s=CASE_S).median_s, candidate))
         except Exception as error:
             reason = _refusal(error)
@@ -157,7 +157,7 @@ def search(
             break
         again = []
         for chosen in (before, candidate):  # the best of many is lucky; clocks drift
-            with _triton.override_config(case.tunable, chosen):
+            with _triton.override_config(case.tunable, chosen, case.shape_class):
                 again.append(timer(call, method=method, budget_s=CASE_S).median_s)
         if again[0] / again[1] < GAIN:
             rejected["no faster when timed again"] += 1
@@ -236,7 +236,7 @@ def same_results(case: Case, one: Config, other: Config, device: torch.device) -
     results = []
     for chosen in (one, other):
         call, operands = _prepared(case, device)
-        with _triton.override_config(case.tunable, chosen):
+        with _triton.override_config(case.tunable, chosen, case.shape_class):
             returned = [t for t in tree_flatten(call())[0] if isinstance(t, Tensor)]
         results.append([*returned, *operands])
     return all(map(agrees, *results))
@@ -333,7 +333,7 @@ def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool
     with (
         contextlib.suppress(Exception),
         _triton.recording_launches(architecture) as launches,
-        _triton.override_config(case.tunable, chosen),
+        _triton.override_config(case.tunable, chosen, case.shape_class),
     ):
         for call in calls if variants else calls[:1]:
             call()

@@ -184,21 +184,23 @@ def define_tunable(tunable: Tunable) -> None:
     TUNABLES[tunable.name] = tunable
 
 
-_overrides: dict[str, Config] = {}
+_overrides: dict[tuple[str, str | None], Config] = {}
 
 
 @contextmanager
-def override_config(name: str, config: Config) -> Iterator[None]:
-    """Use one config for a tunable, whatever the files say: the search tries candidates by it."""
-    before = _overrides.get(name)
-    _overrides[name] = config
+def override_config(name: str, config: Config, shape_class: str | None = None) -> Iterator[None]:
+    """Use one config for a tunable, whatever the files say: the search tries candidates by it.
+
+    Args:
+        shape_class: the class it holds for; None: all.
+    """
+    before = dict(_overrides)
+    _overrides[name, shape_class] = config
     try:
         yield
     finally:
-        if before is None:
-            del _overrides[name]
-        else:
-            _overrides[name] = before
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def config(name: str, x: Tensor, shape_class: str) -> Config:
@@ -207,8 +209,9 @@ def config(name: str, x: Tensor, shape_class: str) -> Config:
     Raises:
         LookupError: no file has the class (our bug: a test holds that all files have all classes).
     """
-    if name in _overrides:
-        return _overrides[name]
+    for key in ((name, shape_class), (name, None)):
+        if key in _overrides:
+            return _overrides[key]
     return lookup(name, gpu_of(x.device), x.dtype, shape_class)
 
 
