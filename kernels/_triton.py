@@ -379,3 +379,11 @@ def as_rows(x: Tensor) -> Tensor:
 def sigmoid(x: tl.tensor) -> tl.tensor:
     """1 / (1 + exp(-x)) in fp32: exact to the last places, no overflow (exp goes to inf or 0)."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@jit
+def two_sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """a + b rounded, and what the rounding took off (Knuth 1969, TAOCP 4.2.2, theorem B)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
