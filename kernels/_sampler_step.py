@@ -75,7 +75,7 @@ def _sampler_step_kernel(
 
     moments: None, or (n, parts, 5) of `_moments_kernel`. A row outside of the table is read as NaN.
     """
-    tiles = tl.cdiv(elements, 4 * BLOCK)
+    tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = (tl.program_id(0) // tiles).to(tl.int64)
     block = (tl.program_id(0) % tiles) * BLOCK
     e = block * 4 + tl.arange(0, 4 * BLOCK)
@@ -159,7 +159,7 @@ def _moments_kernel(
     )
     first += weight * (first_cond - first)
     count, mean, squares, mean_cond, squares_cond = 0.0, 0.0, 0.0, 0.0, 0.0
-    for tile in range(part, tl.cdiv(elements, TILE), parts):
+    for tile in range(part, (elements - 1) // TILE + 1, parts):
         e = tile * TILE + tl.arange(0, TILE)
         inside = e < elements
         source = prediction + _place(e, inner, f_outer, f_inner, DENSE)
