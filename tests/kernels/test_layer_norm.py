@@ -263,6 +263,13 @@ def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
 
 
+def test_fp64_gradients() -> None:
+    x, residual = torch.randn(2, 3, 6).double().requires_grad_().unbind()
+    weight, bias = torch.randn(2, 6).double().requires_grad_().unbind()
+    assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
+    assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
+
+
 def test_bad_input() -> None:
     x = torch.zeros(2, 6)
     with pytest.raises(ValueError, match=r"weight must have shape \(6,\), got \(5,\)"):
