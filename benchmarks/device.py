@@ -265,6 +265,7 @@ def bench_stage(plan: Plan) -> list[str]:
         bench_geglu,
         bench_group_norm_silu,
         bench_layer_norm,
+        bench_philox,
         bench_sampler_step,
         gpu,
         shapes,
@@ -299,7 +300,8 @@ def bench_stage(plan: Plan) -> list[str]:
         bench_layer_norm.ADD_SUBJECT,
     ]
     todo = gpu.cases(subjects, jobs, batches)
-    todo = [*bench_sampler_step.gpu_cases(size, batches), *todo]
+    own = [*bench_sampler_step.gpu_cases(size, batches), *bench_philox.gpu_cases(size, batches)]
+    todo = sorted([*own, *todo], key=lambda case: case.priority)
     if plan.dry_run:  # each op once, forward and backward
         todo = list({case.benchmark: case for case in reversed(todo)}.values())
         todo += dry_cases(subjects, {case.subject.op for case in todo})
@@ -377,9 +379,10 @@ def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
         "add_layer_norm": Call("add_layer_norm", (x, x, weight, weight)),
     }
     return [
-        Case(subject=subject, job_name="", job=job, call=calls[subject.op])
+        Case(subject=subject, job_name="", job=job, call=calls[subject.op], direction=direction)
         for subject in subjects
         if subject.op not in known
+        for direction in ("forward", "backward")
     ]
 
 

@@ -87,6 +87,8 @@ class Subject:
     """(call, bytes of a number) -> what has to be done."""
     backward_work: Callable[[Call, int], Work] | None = None
     """The same for the gradients; None: they are not measured."""
+    gradients_first: bool = False
+    """Whether something is aimed at with the gradients: they are then measured with the first."""
     norm: bool = False
     """Whether eager is also given NCHW."""
     sdpa: bool = False
@@ -149,7 +151,8 @@ def cases(
     """Every call of every job at every batch, the most telling ones first.
 
     0: of each op the largest call of a job at the job's own batch, all attentions there, gradients
-    1: every other call at that batch
+       that something is aimed at
+    1: every other call at that batch, the other gradients
     2: the largest calls at the other batches
     3: everything else
     """
@@ -173,7 +176,10 @@ def cases(
                     )
                     found.append(case)
                     if subject.backward_work is not None and usual and place == 0:
-                        found.append(replace(case, direction="backward"))
+                        gradient = replace(case, direction="backward")
+                        if not subject.gradients_first:
+                            gradient = replace(gradient, priority=1, providers=LATER)
+                        found.append(gradient)
     # at the same priority each op gets its turn
     turns: dict[tuple[int, str], int] = {}
     keyed = []
