@@ -264,6 +264,29 @@ def test_a_stage_says_how_it_went(tmp_path: Path) -> None:
     assert inside("tune", tmp_path, leave) == {"status": "left out", "notes": ["no tool"]}
 
 
+@kernel_cases.needs_interpreter
+def test_memcheck_runs_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    device.parity_cases(100.0)
+    lines = capsys.readouterr().out.splitlines()
+    ran = {line.split()[0] for line in lines if line.endswith(": ok")}
+    assert ran == set(kernels.OPS)
+    assert f"{len(lines) - 1} of {len(lines) - 1} cases" in lines
+
+
+@pytest.mark.slow
+def test_a_device_needs_no_package_of_the_command_line() -> None:
+    """A borrowed machine may have torch, triton and pytest, and no tyro."""
+    names = ["benchmarks.device", "benchmarks.gpu", "benchmarks.gpu_networks", "fastdiff.tuning"]
+    names += [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py")]
+    for path in (ROOT / "tests/kernels").glob("*.py"):
+        if f"tests/kernels/{path.name}" not in device.IGNORED:
+            names.append(f"tests.kernels.{path.stem}")
+    program = f"import sys; sys.modules['tyro'] = None; [__import__(n) for n in {names}]"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_every_stage_has_its_share_of_ten_minutes() -> None:
     assert set(device.SECONDS) == set(device.STAGES)
     assert sum(device.SECONDS.values()) <= 9.5 * 60
