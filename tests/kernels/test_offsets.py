@@ -6,7 +6,7 @@ program run, under the interpreter, whose integers have the widths of a GPU's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -24,7 +24,6 @@ from fastdiff.kernels._triton import Launch, override_config, recording_launches
 from fastdiff.kernels.geglu import _geglu, _geglu_backward
 from fastdiff.kernels.philox import _normals_of_blocks, _philox_normal
 from tests.kernels import cases
-from tests.kernels.interpreter import run_program
 from tests.kernels.norms import regime
 
 pytestmark = cases.needs_interpreter
@@ -53,6 +52,19 @@ def launched(call: Callable[[], Any]) -> tuple[dict[str, Launch], Any]:
     with recording_launches() as launches:
         result = call()
     return {launch.kernel.__name__.strip("_"): launch for launch in launches}, result
+
+
+def run_program(launch: Launch, index: Sequence[int]) -> None:
+    """One program of a recorded launch, the one at `index` of its grid; the others do not run."""
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
+
+    grid, index = ((*whole, *[one] * 3)[:3] for whole, one in ((launch.grid, 1), (index, 0)))
+    set_dim, set_index = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_dim(*grid))
+        patch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_index(*index))
+        patch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)  # copies whole tensors
+        launch.kernel[(1,)](**launch.arguments)
 
 
 def run_ends(launch: Launch) -> None:
