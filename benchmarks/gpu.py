@@ -338,11 +338,15 @@ def _limit(
         timing, work = peaks[case.dtype]
         outcome.records.append(record_of(case, "matmul", timing, work))
         return
-    half = max(1, case.work.bytes // 2)
-    source = torch.ones(half, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
+    source, target = copied(case.work, device)
     timing = timer(lambda: target.copy_(source), method=case.method, budget_s=PROVIDER_S)
     outcome.records.append(record_of(case, "copy", timing, case.work))
+
+
+def copied(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a copy reads and what it writes: together the bytes of the work."""
+    source = torch.ones(max(1, work.bytes // 2), dtype=torch.uint8, device=device)
+    return source, torch.zeros_like(source)
 
 
 def _peak(dtype: torch.dtype, device: torch.device, timer: Timer, side: int) -> tuple[Any, Work]:

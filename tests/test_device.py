@@ -228,6 +228,26 @@ def test_the_libraries_kernels_are_tried_one_by_one() -> None:
     assert outcome.failures == []
 
 
+def test_a_copy_moves_the_bytes_of_the_work() -> None:
+    assert sum(t.nbytes for t in gpu.copied(Work(bytes=3000), CPU)) == 3000
+
+
+def test_eager_norms_are_given_both_layouts() -> None:
+    seen = []
+
+    def eager(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return x
+
+    call = Call("group_norm_silu", ((2, 32, 4, 4), (32,), (32,)))
+    for provider in ("eager", "eager channels_last"):
+        subject = replace(bench_group_norm_silu.SUBJECT, eager=eager)
+        run([Case(subject=subject, job_name="", job=JOB, call=call, providers=(provider,))])
+        assert not set(seen) - {provider == "eager channels_last"}
+        assert seen
+        seen.clear()
+
+
 def test_gradients_are_timed_of_every_operand() -> None:
     x, weight = torch.randn(2, 4), torch.randn(4)
     step = gpu._backward(lambda x, w, *, b: x * w + b, (x, weight), {"b": x}, False, "")
@@ -271,6 +291,13 @@ def test_memcheck_runs_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     ran = {line.split()[0] for line in lines if line.endswith(": ok")}
     assert ran == set(kernels.OPS)
     assert f"{len(lines) - 1} of {len(lines) - 1} cases" in lines
+    for op in ("geglu", "sampler_step"):
+        right = kernels.OPS[op].implementations["triton"]
+        wrong = replace(right, function=lambda x, *rest, **options: x[..., : x.shape[-1] // 2])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(kernels.OPS[op].implementations, "triton", wrong)
+            with pytest.raises(AssertionError):
+                device.parity_cases(100.0)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fastdiff.kernels import add_group_norm_silu, backend, group_norm_silu
 from fastdiff.kernels._group_norm_backward import norm_backward_triton
+from fastdiff.kernels._group_norm_forward import norm_forward
+from fastdiff.kernels._triton import recording_launches
 from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu_triton
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
@@ -126,6 +128,16 @@ def test_the_gradients_that_nobody_wants_are_not_made() -> None:
         y, _ = add_group_norm_silu(x, 4, weight, residual=residual)
         ran = kernels_of(lambda: torch.autograd.grad(y, residual, torch.ones_like(y)))
     assert ran == ["_small_backward_kernel"]
+
+
+@cases.needs_triton
+def test_the_addends_take_registers_from_the_small_regime() -> None:
+    x = torch.empty(2, 1920, 16, 16, dtype=torch.bfloat16, device="meta")
+    x = cases.channels_last(x)
+    for residual, kind in ((None, "small"), (x, "large")):
+        with recording_launches() as launches:
+            norm_forward(x, 32, None, None, None, residual, None, 1e-5, "silu")
+        assert {launch.kernel.__name__ for launch in launches} <= KERNELS[kind]
 
 
 @cases.needs_triton

@@ -250,6 +250,19 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
+@cases.needs_triton
+@pytest.mark.parametrize("d", [72, 4500])
+def test_a_constant_sum_is_the_bias_in_triton(d: int) -> None:
+    """Rounded as the others of its row are, the first number of the sum leaves nothing of them."""
+    device = cases.device_of("triton")
+    x, bias = torch.full((3, d), 0.1, device=device).bfloat16(), torch.randn(d, device=device)
+    residual = torch.full((3, d), 0.0123, device=device)
+    with backend("triton"):
+        y, total = add_layer_norm(x, residual, None, bias)
+        assert torch.equal(y, bias.bfloat16().expand(3, d))
+        assert torch.equal(layer_norm(total, None, bias), y)
+
+
 @pytest.mark.parametrize("backend_name", cases.BACKENDS)
 @pytest.mark.parametrize("d", [600, 4500])
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
