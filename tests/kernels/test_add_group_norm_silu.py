@@ -131,6 +131,25 @@ def test_the_gradients_that_nobody_wants_are_not_made() -> None:
 
 
 @cases.needs_triton
+@pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
+def test_large_batches_go_in_parts_with_all_that_belongs_to_a_sample(shared: bool) -> None:
+    device = cases.device_of("triton")
+    draw = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
+    x, residual, film, weight = draw(3, 32, 8, 8), draw(3, 32, 8, 8), draw(3, 64), draw(32)
+    channel_add = draw(32) if shared else draw(3, 32)
+    leaves = x, residual, film, weight, channel_add
+    results = []
+    for mebibytes in (0, 1):  # 0: sample by sample
+        with backend("triton"), regime("large", L2_MIB=mebibytes):
+            options = {"channel_add": channel_add, "residual": residual, "scale_shift": film}
+            outputs = add_group_norm_silu(x, 8, weight, **options)
+            ones = [torch.ones_like(output) for output in outputs]
+            results.append((*outputs, *torch.autograd.grad(outputs, leaves, ones)))
+    for together, apart in zip(*results, strict=True):
+        assert torch.equal(together, apart)
+
+
+@cases.needs_triton
 def test_the_addends_take_registers_from_the_small_regime() -> None:
     x = torch.empty(2, 1920, 16, 16, dtype=torch.bfloat16, device="meta")
     x = cases.channels_last(x)

@@ -251,16 +251,17 @@ def test_a_constant_row_is_the_bias() -> None:
 
 
 @cases.needs_triton
-@pytest.mark.parametrize("d", [72, 4500])
-def test_a_constant_sum_is_the_bias_in_triton(d: int) -> None:
-    """Rounded as the others of its row are, the first number of the sum leaves nothing of them."""
+@pytest.mark.parametrize("d", [73, 4501])
+def test_a_constant_row_is_the_bias_in_triton(d: int) -> None:
+    """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
     device = cases.device_of("triton")
-    x, bias = torch.full((3, d), 0.1, device=device).bfloat16(), torch.randn(d, device=device)
-    residual = torch.full((3, d), 0.0123, device=device)
+    x, residual = torch.full((2, 3, d), 0.1, device=device)
+    bias = torch.randn(d, device=device)
     with backend("triton"):
+        assert torch.equal(layer_norm(x, None, bias), bias.expand(3, d))
         y, total = add_layer_norm(x, residual, None, bias)
-        assert torch.equal(y, bias.bfloat16().expand(3, d))
-        assert torch.equal(layer_norm(total, None, bias), y)
+    assert torch.equal(y, bias.expand(3, d))
+    assert torch.equal(total, x + residual)
 
 
 @pytest.mark.parametrize("backend_name", cases.BACKENDS)
