@@ -39,7 +39,7 @@ def prepare(
 
     Args:
         keep_copies: CPU: let layers keep a second, faster form of their weights, made at the first
-            call. In fp32 that is up to 2.4 GB beside the 3.4 GB of Stable Diffusion 1.5's U-Net;
+            call. In fp32 that is 2.3 GB beside the 3.4 GB of Stable Diffusion 1.5's U-Net;
             where bf16 or fp16 weights are computed with in fp32, 4 bytes for each of their 2.
             Results do not depend on it but for the rounding of an upsampling's weights.
         half_as_fp32: CPU: whether convolutions and linear layers with bf16 or fp16 weights compute

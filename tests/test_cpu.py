@@ -30,11 +30,13 @@ packing = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    """Tests change what is found out once per process."""
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small layers count as large; and tests change what is found out once per process."""
+    monkeypatch.setattr(cpu, "PACK_NUMBERS", 1000)
+    found_once = cpu.cpu_features, cpu.packing_objection, cpu._say_fp32
     yield
-    for found_once in (cpu.cpu_features, cpu.packing_objection, cpu._say_fp32):
-        found_once.cache_clear()
+    for function in found_once:
+        function.cache_clear()
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,18 +75,20 @@ def test_packed_convolution(shape: tuple[int, ...], options: dict[str, int]) -> 
 
 
 def test_packed_only_where_it_wins() -> None:
-    few_weights, many_pixels = nn.Conv2d(16, 16, 3), nn.Conv2d(256, 256, 1)
+    few_weights, many_pixels = nn.Conv2d(8, 8, 3), nn.Conv2d(256, 256, 1)
     contiguous, wide = nn.Conv2d(256, 256, 1), nn.Conv2d(256, 256, 1)
     for layer in (few_weights, many_pixels, contiguous):
         prepare(layer)
     prepare(wide, dtype=torch.float64)
     no_copies = prepare(nn.Conv2d(256, 256, 1), keep_copies=False)
-    few_weights(image(1, 16, 8, 8))
+    few_weights(image(1, 8, 8, 8))
+    few = prepare(Upsample(8))
+    few(image(1, 8, 32, 32))
     many_pixels(image(2, 256, 64, 64))
     contiguous(torch.randn(1, 256, 8, 8))
     no_copies(image(1, 256, 8, 8))
     wide(image(1, 256, 8, 8, dtype=torch.float64))
-    assert not any(map(made, (few_weights, many_pixels, contiguous, wide, no_copies)))
+    assert not any(map(made, (few_weights, few, many_pixels, contiguous, wide, no_copies)))
     many_pixels(image(1, 256, 64, 64))
     assert made(many_pixels) == (cpu.packing_objection() is None)
 
