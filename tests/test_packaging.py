@@ -94,6 +94,18 @@ def test_a_second_build_compiles_only_what_was_edited(dist: Path, source: Path) 
     assert list((source / "kernels").glob("_native.*"))
 
 
+@pytest.mark.skipif(not COMPILER or not shutil.which("nm"), reason="no C++ compiler or nm here")
+def test_no_code_of_one_instruction_set_serves_another(dist: Path, source: Path) -> None:
+    """A function that is weak (a template of a header) would be taken from any of the objects, from
+    one with AVX-512 too, and end the process on a CPU without. Code of theirs alone is local."""
+    objects = [p for isa in ("avx2", "avx512") for p in (source / "build").rglob(f"*.{isa}.o")]
+    assert len(objects) % len(build_script().CPU_KERNELS) == 0
+    for path in objects:
+        told = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True)
+        weak = re.findall(r"^\w* +[Wu] (.*)$", told.stdout, re.MULTILINE)
+        assert not weak, (path.name, weak)
+
+
 def test_without_a_compiler_there_is_one_warning(source: Path, tmp_path: Path) -> None:
     """No module of an earlier build is left that would serve other sources; the reason is kept for
     the run time until a build succeeds."""
@@ -176,6 +188,8 @@ def test_sdist_holds_kernels_once(dist: Path) -> None:
         files = [Path(*Path(m.name).parts[1:]) for m in tar.getmembers() if not m.isdir()]
     assert len(files) == len(set(files))
     assert Path("kernels/__init__.py") in files
+    assert {path.relative_to(ROOT) for path in (ROOT / "csrc").iterdir()} <= set(files)
+    assert not [f for f in files if f.suffix in (".pyc", ".so", ".o") or f.name == "__pycache__"]
     assert not [f for f in files if f.parts[:2] == ("fastdiff", "kernels")]
 
 
