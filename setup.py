@@ -333,7 +333,7 @@ class BuildNative(build_ext):
             if run_ninja(target, version, without):
                 warn(f"fastdiff is installed without CUDA kernels: {without}, as said above")
                 return target
-        raise CannotBuildError("the C++ compiler failed (g++ 11 and clang++ 13 or later serve)")
+        raise CannotBuildError("the C++ compiler failed (g++ from 11 on, clang++ from 9 on can do it)")
 
     def copy_extensions_to_source(self) -> None:
         """--inplace, editable installs: no module and no reason of an earlier build is left."""

@@ -153,6 +153,21 @@ def test_cuda_that_is_demanded_and_not_there(monkeypatch: pytest.MonkeyPatch) ->
     assert script.find_cuda() == "nvcc was not found; set CUDA_HOME"
 
 
+def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build then goes on without the module, with this reason."""
+    script = build_script()
+    monkeypatch.setattr(script.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(script.CannotBuildError, match="ninja was not found; pip install ninja"):
+        script.find_ninja()
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    with pytest.raises(script.CannotBuildError, match="pybind11 was not found; pip install"):
+        script.run_ninja(Path("_native.so"), "1", "no CUDA")
+    monkeypatch.setenv("CXX", "clang++-99 -O2")
+    with pytest.raises(script.CannotBuildError, match=r"no C\+\+ compiler was found \(clang"):
+        script.find_compiler()
+
+
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the list that have the kernels' instructions; containers list older ones too."""
     script = build_script()
