@@ -134,7 +134,8 @@ def find_cuda() -> Cuda | str:
     if nvcc is None:
         missing = "nvcc was not found; set CUDA_HOME"
     elif not names:
-        missing = f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}"
+        asked_for = os.environ.get("TORCH_CUDA_ARCH_LIST") or ", ".join(ARCHITECTURES)
+        missing = f"{nvcc} and the kernels share none of the architectures {asked_for}"
     else:
         return Cuda(nvcc=nvcc, architectures=names)
     if asked == "1":
@@ -333,7 +334,9 @@ class BuildNative(build_ext):
             if run_ninja(target, version, without):
                 warn(f"fastdiff is installed without CUDA kernels: {without}, as said above")
                 return target
-        raise CannotBuildError("the C++ compiler failed (g++ from 11 on, clang++ from 9 on can do it)")
+        raise CannotBuildError(
+            "the C++ compiler failed (g++ from 11 on, clang++ from 9 on can do it)"
+        )
 
     def copy_extensions_to_source(self) -> None:
         """--inplace, editable installs: no module and no reason of an earlier build is left."""
