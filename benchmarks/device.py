@@ -52,7 +52,10 @@ SECONDS = {
 GRACE_S = 15
 """After its share a stage has this long to write down what it has."""
 TESTS = ("tests/kernels", "tests/test_timing.py")
-IGNORED = ("tests/kernels/test_resources.py", "tests/kernels/test_native.py")
+IGNORED = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in ("resources", "cuda_resources", "native", "sanitizers")
+)
 """Compilation ahead of time and code for CPUs: they say nothing about the device."""
 WORKERS = min(14, os.cpu_count() or 1)
 """Processes that compile."""
