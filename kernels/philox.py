@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, _philox_cuda, extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -254,7 +254,7 @@ def _philox_normal_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """step: a pointer to an int64, or None for `number`."""
-    tiles = tl.cdiv(elements, 4 * BLOCK)
+    tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = tl.program_id(0) // tiles
     block = (tl.program_id(0) % tiles) * BLOCK
     if step is not None:
@@ -379,6 +379,18 @@ def _registered(
 
 
 extension.register(_op, _native, _registered, dtypes=(torch.int64,))
+
+
+# The CUDA kernel, which is in _philox_cuda.py
+
+_philox_cuda.philox_normal_cuda.register_fake(_philox_normal_fake)
+_cuda.register(
+    _op,
+    _philox_cuda.plain_normal,
+    _philox_cuda.registered_normal,
+    _philox_cuda.objection,
+    dtypes=(torch.int64,),
+)
 
 
 def philox_normal(

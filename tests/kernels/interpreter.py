@@ -5,12 +5,13 @@ Imported by tests/kernels/cases.py; without triton, or on a GPU, nothing is chan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fastdiff.kernels import _triton
@@ -41,6 +42,19 @@ def counting_traffic() -> Iterator[Traffic]:
         yield traffic
     finally:
         _counting.remove(traffic)
+
+
+def run_program(launch: _triton.Launch, index: Sequence[int]) -> None:
+    """One program of a recorded launch, the one at `index` of its grid; the others do not run."""
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
+
+    grid, index = ((*whole, *[one] * 3)[:3] for whole, one in ((launch.grid, 1), (index, 0)))
+    set_dim, set_index = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_dim(*grid))
+        patch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_index(*index))
+        patch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)  # copies whole tensors
+        launch.kernel[(1,)](**launch.arguments)
 
 
 def round_as_gpus_do(data: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @cases.needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_GROUP_NORM_SILU, ids=str)
 def test_parity_in_the_large_regime(case: cases.Case, dtype: torch.dtype) -> None:
     with regime("large", COLUMNS=256, FINALIZE=8192):
@@ -195,6 +195,33 @@ def test_traffic_is_what_the_docstring_says(
         torch.autograd.grad((y, total), x, (torch.ones_like(y), torch.ones_like(y)))
     trips = 4 if kind == "small" else 6
     assert backward.total == pytest.approx(trips * x.nbytes + own[1] * x.numel(), rel=0.05)
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("kind", REGIMES)
+@pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
+def test_traffic_of_the_gradient_of_channel_add(shared: bool, kind: str) -> None:
+    """One trip more when large: the sum of dtotal over space."""
+    size, groups = (16, 8) if kind == "small" else (64, 4)
+    x = cases.channels_last(torch.randn(1, 64, size, size)).requires_grad_()
+    channel_add = torch.randn(*(() if shared else (1,)), 64, requires_grad=True)
+    with backend("triton"):
+        y, total = add_group_norm_silu(x, groups, channel_add=channel_add)
+    gradients = torch.ones_like(y), torch.ones_like(y)
+    with counting_traffic() as backward:
+        torch.autograd.grad((y, total), (x, channel_add), gradients)
+    trips, own = (4, 0.0) if kind == "small" else (7, 2 * 16 / 128 + 20 / 32)
+    assert backward.total == pytest.approx(trips * x.nbytes + own * x.numel(), rel=0.05)
+
+
+def test_fp64_gradients() -> None:
+    x, residual = torch.randn(2, 1, 4, 3).double().requires_grad_().unbind()
+    weight, bias, channel_add = torch.randn(3, 4).double().requires_grad_().unbind()
+
+    def call(x: torch.Tensor, channel_add: torch.Tensor, residual: torch.Tensor) -> Any:
+        return add_group_norm_silu(x, 2, weight, bias, channel_add=channel_add, residual=residual)
+
+    assert torch.autograd.gradcheck(call, (x, channel_add, residual))
 
 
 def test_bad_input() -> None:
