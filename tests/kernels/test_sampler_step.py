@@ -308,6 +308,21 @@ def test_kernels_give_the_same_bits_in_any_layout(name: str, which: str, backend
 
 
 @pytest.mark.parametrize("backend", cases.KERNELS)
+def test_gaps_between_channels_are_not_written(backend: str) -> None:
+    x, f, history = (t.float() for t in drawn(guided=False, learned=False))
+    table = make_table(ROWS["multistep"], dtype=torch.float32)
+    expected, _ = stepped(backend, x, f, history, table)
+    device = cases.device_of(backend)
+    wide = torch.zeros(3, 2, 6, 5, device=device)
+    wide[:, :, :4] = x.to(device)
+    rest = (t.to(device) for t in (f, history, table, torch.tensor(0), SEEDS))
+    with kernels.backend(backend):
+        sampler_step(wide[:, :, :4], *rest)
+    assert torch.equal(wide[:, :, :4].cpu(), expected)
+    assert not wide[:, :, 4:].any()
+
+
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 9), (3, 2, 2, 3, 4), (3, 1, 1, 1)], ids=str)
 def test_kernels_take_any_number_of_dimensions(shape: tuple[int, ...], backend: str) -> None:
     x, f, history = torch.randn(shape), torch.randn(6, *shape[1:]), torch.randn(3, *shape)
