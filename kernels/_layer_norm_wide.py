@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiff.kernels._triton import jit, tl, two_sum
+from fastdiff.kernels._triton import jit, tl, two_sum, with_tile
 
 
 @jit
@@ -32,22 +32,16 @@ def _row_statistics(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """A row's mean in two parts, and 1 / sqrt(v + eps); tiles are merged by Chan et al. 1979, eq.
-    2.1, and summed above the row's first number as in `_normed`."""
+    """A row's mean in two parts, and 1 / sqrt(v + eps), summed above the row's first number."""
     place = tl.arange(0, BLOCK)
     first = tl.sum(_row_tile(x, residual, total, 0, d, 1))
     above = 0.0
     squares = 0.0
     for start in range(0, d, BLOCK):
         inside = start + place < d
-        shifted = tl.where(inside, _row_tile(x, residual, total, start, d, BLOCK) - first, 0.0)
+        shifted = _row_tile(x, residual, total, start, d, BLOCK) - first
         count = tl.minimum(d - start, BLOCK)
-        tile_mean = tl.sum(shifted) / count
-        apart = tl.where(inside, shifted - tile_mean, 0.0)
-        delta = tile_mean - above
-        share = count.to(tl.float32) / (start + count)
-        squares += tl.sum(apart * apart) + delta * delta * share * start
-        above += delta * share
+        above, squares = with_tile(shifted, inside, count, start, above, squares)
     mean, rest = two_sum(first, above)
     return mean, rest, tl.div_rn(1.0, tl.sqrt_rn(squares / d + eps))
 

@@ -20,8 +20,10 @@ from fastdiff.kernels._triton import (
     define_tunable,
     jit,
     launch,
+    merged,
     next_power_of_2,
     tl,
+    with_tile,
 )
 from fastdiff.kernels.philox import normals
 
@@ -73,7 +75,7 @@ def _sampler_step_kernel(
 
     moments: None, or (n, parts, 5) of `_moments_kernel`. A row outside of the table is read as NaN.
     """
-    tiles = tl.cdiv(elements, 4 * BLOCK)
+    tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = (tl.program_id(0) // tiles).to(tl.int64)
     block = (tl.program_id(0) % tiles) * BLOCK
     e = block * 4 + tl.arange(0, 4 * BLOCK)
@@ -157,7 +159,7 @@ def _moments_kernel(
     )
     first += weight * (first_cond - first)
     count, mean, squares, mean_cond, squares_cond = 0.0, 0.0, 0.0, 0.0, 0.0
-    for tile in range(part, tl.cdiv(elements, TILE), parts):
+    for tile in range(part, (elements - 1) // TILE + 1, parts):
         e = tile * TILE + tl.arange(0, TILE)
         inside = e < elements
         source = prediction + _place(e, inner, f_outer, f_inner, DENSE)
@@ -165,38 +167,17 @@ def _moments_kernel(
         cond = tl.load(source + pair, inside, other=0.0).to(tl.float32)
         f = base + weight * (cond - base)
         more = tl.minimum(elements - tile * TILE, TILE).to(tl.float32)
-        total = count + more
-        mean, squares = _merged(f - first, inside, more, count, total, mean, squares)
-        mean_cond, squares_cond = _merged(
-            cond - first_cond, inside, more, count, total, mean_cond, squares_cond
+        mean, squares = with_tile(f - first, inside, more, count, mean, squares)
+        mean_cond, squares_cond = with_tile(
+            cond - first_cond, inside, more, count, mean_cond, squares_cond
         )
-        count = total
+        count += more
     moments += tl.program_id(0).to(tl.int64) * 5
     tl.store(moments, count)
     tl.store(moments + 1, mean)
     tl.store(moments + 2, squares)
     tl.store(moments + 3, mean_cond)
     tl.store(moments + 4, squares_cond)
-
-
-@jit
-def _merged(
-    value: tl.tensor,
-    inside: tl.tensor,
-    more: tl.tensor,
-    count: tl.tensor,
-    total: tl.tensor,
-    mean: tl.tensor,
-    squares: tl.tensor,
-) -> tl.tensor:
-    """Mean and squares of `count` numbers, and the `more` numbers of a tile: Chan et al. 1979, eq.
-    2.1."""
-    value = tl.where(inside, value, 0.0)
-    tile_mean = tl.sum(value) / more
-    apart = tl.where(inside, value - tile_mean, 0.0)
-    delta = tile_mean - mean
-    share = more / total
-    return mean + delta * share, squares + tl.sum(apart * apart) + delta * delta * count * share
 
 
 @jit
@@ -208,28 +189,18 @@ def _ratio_of_deviations(
     source = moments + part * 5
     inside = part < parts
     count = tl.load(source, inside, other=0.0)
-    f = _all_squares(
-        count,
-        tl.load(source + 1, inside, other=0.0),
-        tl.load(source + 2, inside, other=0.0),
-        elements,
-    )
-    cond = _all_squares(
-        count,
-        tl.load(source + 3, inside, other=0.0),
-        tl.load(source + 4, inside, other=0.0),
-        elements,
-    )
+    _, f = _merged_part(source + 1, inside, count, elements)
+    _, cond = _merged_part(source + 3, inside, count, elements)
     return tl.where(f > 0, tl.sqrt_rn(tl.div_rn(cond, tl.where(f > 0, f, 1.0))), 1.0)
 
 
 @jit
-def _all_squares(
-    count: tl.tensor, mean: tl.tensor, squares: tl.tensor, elements: tl.tensor
+def _merged_part(
+    source: tl.tensor, inside: tl.tensor, count: tl.tensor, elements: tl.tensor
 ) -> tl.tensor:
-    """Chan's formula for all parts at once."""
-    apart = mean - tl.sum(count * mean) / elements
-    return tl.sum(squares) + tl.sum(count * apart * apart)
+    means = tl.load(source, inside, other=0.0)
+    squares = tl.load(source + 1, inside, other=0.0)
+    return merged(count, means, squares, elements)
 
 
 # Launcher

@@ -250,6 +250,20 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
+@cases.needs_triton
+@pytest.mark.parametrize("d", [73, 4501])
+def test_a_constant_row_is_the_bias_in_triton(d: int) -> None:
+    """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
+    device = cases.device_of("triton")
+    x, residual = torch.full((2, 3, d), 0.1, device=device)
+    bias = torch.randn(d, device=device)
+    with backend("triton"):
+        assert torch.equal(layer_norm(x, None, bias), bias.expand(3, d))
+        y, total = add_layer_norm(x, residual, None, bias)
+    assert torch.equal(y, bias.expand(3, d))
+    assert torch.equal(total, x + residual)
+
+
 @pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("d", [600, 4500])
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
@@ -261,6 +275,13 @@ def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
         y = layer_norm(x)
     expected = cases.layer_norm_formula(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_fp64_gradients() -> None:
+    x, residual = torch.randn(2, 3, 6).double().requires_grad_().unbind()
+    weight, bias = torch.randn(2, 6).double().requires_grad_().unbind()
+    assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
+    assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
 
 
 def test_bad_input() -> None:
