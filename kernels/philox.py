@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, _philox_cuda, extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -379,6 +379,18 @@ def _registered(
 
 
 extension.register(_op, _native, _registered, dtypes=(torch.int64,))
+
+
+# The CUDA kernel, which is in _philox_cuda.py
+
+_philox_cuda.philox_normal_cuda.register_fake(_philox_normal_fake)
+_cuda.register(
+    _op,
+    _philox_cuda.plain_normal,
+    _philox_cuda.registered_normal,
+    _philox_cuda.objection,
+    dtypes=(torch.int64,),
+)
 
 
 def philox_normal(

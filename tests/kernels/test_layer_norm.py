@@ -21,21 +21,21 @@ from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.LAYER_NORM, ids=str)
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("layer_norm", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_LAYER_NORM, ids=str)
 def test_add_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("add_layer_norm", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
@@ -105,7 +105,7 @@ def test_bits_repeat_and_do_not_depend_on_the_batch() -> None:
         assert torch.equal(alone[1][0], first[1][i])
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("used", ["y", "total"])
 def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
     device = cases.device_of(backend_name)
@@ -125,7 +125,7 @@ def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
             torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 def test_parameters_and_residual_may_have_dtypes_of_their_own(backend_name: str) -> None:
     """fp32 parameters under a bf16 network: their gradients keep fp32's digits."""
     device = cases.device_of(backend_name)
@@ -264,7 +264,7 @@ def test_a_constant_row_is_the_bias_in_triton(d: int) -> None:
     assert torch.equal(total, x + residual)
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("d", [600, 4500])
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
     d: int, backend_name: str

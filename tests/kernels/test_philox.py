@@ -106,7 +106,7 @@ def drawn(
         return philox_normal(seed, shape, step=step, stream=stream).cpu()
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_the_noise_of_an_image_does_not_depend_on_its_batch(backend: str) -> None:
     seeds = [5, 0, 2**63 - 1, 2**32, 5, 1, 77]
     for shape in ((4, 8, 8), (1, 5, 7), (3,)):
@@ -117,14 +117,14 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch(backend: str) -> Non
         assert torch.equal(together[0], together[4])
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_longer_image_begins_with_the_shorter_one(backend: str) -> None:
     z = drawn([3, 4], (18,), backend=backend)
     assert torch.equal(drawn([3, 4], (1001,), backend=backend)[:, :18], z)
     assert torch.equal(drawn([3, 4], (3, 6), backend=backend).flatten(1), z)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_step_may_be_a_tensor(backend: str) -> None:
     step = torch.tensor(6, device=cases.device_of(backend))
     z = drawn([3, 4], (9,), backend=backend, step=6)
@@ -132,7 +132,7 @@ def test_step_may_be_a_tensor(backend: str) -> None:
     assert not torch.equal(drawn([3, 4], (9,), backend=backend, step=1), z)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_negative_seed_is_read_by_its_bits(backend: str) -> None:
     low, high = -5 & ONES, (-5 >> 32) & ONES
     words = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high])).tolist()
@@ -188,7 +188,7 @@ def test_nothing_correlates() -> None:
             assert abs(correlation) < 5 / math.sqrt(n), name
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_shapes_and_backend(backend: str) -> None:
     with recording("philox_normal") as ran:
         z = drawn([1, 2], (3, 0, 5), backend=backend)

@@ -147,7 +147,7 @@ def check_row(
             assert_parity(result, torch.from_numpy(wanted), torch.from_numpy(usual))
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", ROWS)
@@ -155,7 +155,7 @@ def test_fp32_parity(name: str, guided: bool, learned: bool, backend: str) -> No
     check_row(backend, ROWS[name], torch.float32, guided=guided, learned=learned)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fp32_parity_at_drawn_rows(backend: str, data: st.DataObject) -> None:
@@ -178,7 +178,7 @@ def network(x: torch.Tensor, *, learned: bool) -> torch.Tensor:
     return torch.cat([f, torch.cos(2 * f)], dim=1) if learned else f
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("name", [*SAMPLERS, "ddpm-learned", "clamped", "rescaled"])
 def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
     """10 steps with guidance and noise: fp32 on each backend, by parity with fp64.
@@ -214,7 +214,7 @@ def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
     assert_parity(run(backend, torch.float32), exact, eager)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_slot_with_coefficient_zero_is_not_read(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     history[:] = float("nan")
@@ -223,7 +223,7 @@ def test_a_slot_with_coefficient_zero_is_not_read(backend: str) -> None:
     assert history.isnan().all()
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_the_noise_is_keyed_by_seed_and_row(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     table = make_table({C.S: 1.0}, {C.S: 1.0}, dtype=torch.float32)
@@ -235,7 +235,7 @@ def test_the_noise_is_keyed_by_seed_and_row(backend: str) -> None:
     assert (results[0] - results[1]).abs().mean() > 0.5
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
     seeds = torch.arange(7)
     x, f, history = (t.float() for t in drawn(7, guided=True, learned=True))
@@ -250,7 +250,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
         assert torch.equal(alone[0], together[i])
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_views_are_written_through(backend: str) -> None:
     """x as (H, W, C, N) in memory, and as a part whose rows have gaps."""
     device = cases.device_of(backend)
@@ -335,7 +335,7 @@ def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> 
     assert_parity(result, exact, eager)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_half_precision_predictions_and_empty_batches(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     table = make_table(ROWS["ddim"], dtype=torch.float32)
@@ -488,7 +488,7 @@ def test_bad_input(change: dict, message: str) -> None:
         sampler_step(x, **arguments)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 3), (1,), (3, 7, 11)])
 @pytest.mark.parametrize("value", [1.0, 0.1, 0.3, 0.7, 1 / 3])
 def test_rescaling_a_constant_prediction_leaves_it_alone(
@@ -504,7 +504,7 @@ def test_rescaling_a_constant_prediction_leaves_it_alone(
     torch.testing.assert_close(x, plain, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_guided_half_precision_predictions_are_combined_in_fp32(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], dtype=torch.float32)
