@@ -284,6 +284,19 @@ def test_fp64_gradients() -> None:
     assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
 
 
+@cases.needs_triton
+@pytest.mark.parametrize("d", [600, 4500])
+def test_gradients_too_keep_their_digits_at_a_large_mean(d: int) -> None:
+    device = cases.device_of("triton")
+    x, weight = 1000 + 0.01 * torch.randn(8, d), torch.randn(d)
+    have = results(layer_norm, x.to(device), weight.to(device))[1:]
+    _, expected = cases.run(
+        cases.layer_norm_formula, cases.with_gradients(((x, weight), {}), torch.float64)
+    )
+    for gradient, exact in zip(have, expected, strict=True):
+        assert (gradient.cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 def test_bad_input() -> None:
     x = torch.zeros(2, 6)
     with pytest.raises(ValueError, match=r"weight must have shape \(6,\), got \(5,\)"):
