@@ -68,9 +68,18 @@ sampler_step_cuda = torch.library.custom_op(
 )
 
 
-def plain_step(*tensors: Tensor, guidance_rescale: float = 0.0) -> None:
+def plain_step(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    guidance_rescale: float = 0.0,
+) -> None:
     """`sampler_step` past PyTorch's dispatcher."""
-    run_step(*tensors, guidance_rescale=guidance_rescale)
+    run_step(x, prediction, history, table, step, seeds, guidance_rescale)
 
 
 @torch.no_grad()

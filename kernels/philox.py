@@ -14,7 +14,7 @@ the numbers of a shorter one of the same seed.
 Words are equal bit for bit everywhere. The reference takes the normals in fp64 and rounds once to
 fp32, so two libraries whose fp64 log, sin and cos differ in the last place give the same fp32 (up
 to a tie, about 1 in 10^8). u keeps 23 bits and is exact in fp32, so that fp32 implementations start
-from the same numbers; |z| <= 5.77. The Triton kernels take no fp64: they compute r, cos and sin as
+from the same numbers; |z| <= 5.77. The GPU kernels take no fp64: they compute r, cos and sin as
 sums of two fp32 numbers, good to 2^-25, and round their product once. A test enumerates all 2^23
 values of u and finds that this is at most 1.4 ulp from the reference.
 

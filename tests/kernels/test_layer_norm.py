@@ -250,14 +250,14 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
-@cases.needs_triton
-@pytest.mark.parametrize("d", [73, 4501])
-def test_a_constant_row_is_the_bias_in_triton(d: int) -> None:
+@pytest.mark.parametrize("backend_name", cases.KERNELS)
+@pytest.mark.parametrize("d", [73, 4501, 9001])
+def test_a_constant_row_is_the_bias_in_kernels(d: int, backend_name: str) -> None:
     """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
-    device = cases.device_of("triton")
+    device = cases.device_of(backend_name)
     x, residual = torch.full((2, 3, d), 0.1, device=device)
     bias = torch.randn(d, device=device)
-    with backend("triton"):
+    with backend(backend_name):
         assert torch.equal(layer_norm(x, None, bias), bias.expand(3, d))
         y, total = add_layer_norm(x, residual, None, bias)
     assert torch.equal(y, bias.expand(3, d))

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from fastdiff import kernels
 from fastdiff.diffusion.samplers import SAMPLERS, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from fastdiff.kernels import COLUMNS, SAMPLER_NOISE, _triton, philox_normal, sampler_step
+from fastdiff.kernels import (
+    COLUMNS,
+    SAMPLER_NOISE,
+    _sampler_step_cuda,
+    _triton,
+    philox_normal,
+    sampler_step,
+)
 from fastdiff.kernels._sampler_step import run_step
 from fastdiff.kernels.sampler_step import sampler_step_triton
 from tests.kernels import cases
@@ -279,44 +286,59 @@ LAYOUTS = {
 }
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("which", ["prediction", "x", "all"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_triton_gives_the_same_bits_in_any_layout(name: str, which: str) -> None:
+def test_kernels_give_the_same_bits_in_any_layout(name: str, which: str, backend: str) -> None:
     """Element e of the noise is that of the logical order, whatever the memory's."""
     shape = 3, 3, 5, 7
     layout, dense = LAYOUTS[name], lambda t: t
     x, history = torch.randn(shape), torch.randn(3, *shape)
     f = torch.randn(6, 6, 5, 7).bfloat16()
     table = make_table({**ROWS["variance bounds"], **STORE, C.SLOT: 1}, dtype=torch.float32)
-    expected = stepped("triton", x, f, history, table)
+    expected = stepped(backend, x, f, history, table)
     of_x, of_f = (layout if which in (it, "all") else dense for it in ("x", "prediction"))
     slots = torch.stack([of_x(slot) for slot in history])
     if name == "channels_last" and which != "prediction":
         slots = history.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         slots = slots.unflatten(0, (3, 3))
-    results = stepped("triton", of_x(x), of_f(f), slots, table)
+    results = stepped(backend, of_x(x), of_f(f), slots, table)
     assert torch.equal(results[0], expected[0])
     assert torch.equal(results[1], expected[1])
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
+def test_gaps_between_channels_are_not_written(backend: str) -> None:
+    x, f, history = (t.float() for t in drawn(guided=False, learned=False))
+    table = make_table(ROWS["multistep"], dtype=torch.float32)
+    expected, _ = stepped(backend, x, f, history, table)
+    device = cases.device_of(backend)
+    wide = torch.zeros(3, 2, 6, 5, device=device)
+    wide[:, :, :4] = x.to(device)
+    rest = (t.to(device) for t in (f, history, table, torch.tensor(0), SEEDS))
+    with kernels.backend(backend):
+        sampler_step(wide[:, :, :4], *rest)
+    assert torch.equal(wide[:, :, :4].cpu(), expected)
+    assert not wide[:, :, 4:].any()
+
+
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 9), (3, 2, 2, 3, 4), (3, 1, 1, 1)], ids=str)
-def test_triton_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+def test_kernels_take_any_number_of_dimensions(shape: tuple[int, ...], backend: str) -> None:
     x, f, history = torch.randn(shape), torch.randn(6, *shape[1:]), torch.randn(3, *shape)
     table = make_table({**ROWS["guided"], **STORE, C.SLOT: 1}, dtype=torch.float32)
     for result, expected in zip(
-        stepped("triton", x, f, history, table),
+        stepped(backend, x, f, history, table),
         stepped("reference", x, f, history, table),
         strict=True,
     ):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
-def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> None:
+def test_kernels_merge_the_moments_of_many_tiles(layout: str, learned: bool, backend: str) -> None:
     """A mean far from 0, which one pass over squares would lose; several tiles to each part. The
     channels of a learned variance, which lie between the others in channels_last, are left out."""
     shape = (2, 4, 20, 27)  # 9 tiles of 256
@@ -331,7 +353,8 @@ def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> 
     config = {"BLOCK": 32, "num_warps": 4}
     with pytest.MonkeyPatch.context() as patch, _triton.override_config("sampler_step", config):
         patch.setattr(sys.modules[run_step.__module__], "PARTS", 3)
-        result, _ = stepped("triton", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
+        patch.setattr(_sampler_step_cuda, "PARTS", 2)  # tiles of 1024
+        result, _ = stepped(backend, x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     assert_parity(result, exact, eager)
 
 
@@ -344,13 +367,13 @@ def test_half_precision_predictions_and_empty_batches(backend: str) -> None:
     stepped(backend, x[:0], f[:0], history[:, :0], table, seeds=SEEDS[:0])
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("step", [-1, 1, 2**40])
-def test_triton_makes_nan_of_a_step_beyond_the_table(step: int) -> None:
+def test_kernels_make_nan_of_a_step_beyond_the_table(step: int, backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=True, learned=True))
     table = make_table(ROWS["multistep"], dtype=torch.float32)
     for rescale in (0.0, 0.7):
-        out, slots = stepped("triton", x, f, history, table, step=step, rescale=rescale)
+        out, slots = stepped(backend, x, f, history, table, step=step, rescale=rescale)
         assert out.isnan().all()
         assert torch.equal(slots, history)
 
@@ -430,14 +453,19 @@ def test_traffic_is_what_the_docstring_says(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_a_captured_step_replays_with_another_step_seed_and_table(rescale: float) -> None:
+def test_a_captured_step_replays_with_another_step_seed_and_table(
+    rescale: float, backend: str
+) -> None:
     """And neither the launch nor the replay waits for the device."""
+    if backend not in kernels.OPS["sampler_step"].implementations:
+        pytest.skip(f"no {backend} kernels here")
     x, f, history = (t.float().cuda() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], ROWS["multistep"], dtype=torch.float32).cuda()
     step, seeds = torch.tensor(0, device="cuda"), SEEDS.cuda()
     start, slots = x.clone(), history.clone()
-    with kernels.backend("triton"):
+    with kernels.backend(backend):
         sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)  # compiles
         graph = torch.cuda.CUDAGraph()
         torch.cuda.set_sync_debug_mode("error")
