@@ -221,13 +221,12 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def _usual(x: Tensor, weight: Tensor) -> bool:
-    """Whether a call is PyTorch's: another device, dtypes that differ, autocast, no numbers."""
+    """Whether a call is PyTorch's: another device, dtypes that differ, autocast."""
     return (
         not x.is_cpu
         or not weight.is_cpu
         or x.dtype is not weight.dtype
         or torch.is_autocast_enabled("cpu")
-        or not x.numel()
     )
 
 

@@ -311,6 +311,12 @@ def test_autocast_and_wrong_dtypes_are_pytorchs() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
         layer(x.double())
     assert layer(x[:0]).shape == (0, 128, 8, 8)
+    for eager, shape in ((nn.Conv2d(8, 8, 1), (2, 8, 16, 16)), (nn.Linear(8, 8), (2, 8))):
+        half = torch.ones(shape).bfloat16()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
+            prepare(copy.deepcopy(eager), half_as_fp32=True)(half)
+        empty = prepare(eager, dtype=torch.bfloat16, half_as_fp32=True)(half[:0])
+        assert empty.shape == (0, *shape[1:])
 
 
 @pytest.mark.parametrize("fault", ["other operators", "other results"])
