@@ -250,7 +250,7 @@ def document(rows: Sequence[Resources]) -> str:
         "kernel may be launched with. What a launch adds of shared memory depends on the shape",
         "and is not in it. A row takes all variants of a kernel together (vector widths, head",
         "sizes) and shows the most that any of them takes. Stack is arrays that are indexed at run",
-        "time. A test holds that nothing spills on these three and that every kernel is named here.",
+        "time. A test holds that nothing spills on these three and that every kernel is named.",
     ]
     groups = grouped(rows)
     for source in dict.fromkeys(key[0] for key in groups):
