@@ -2,47 +2,84 @@
 
 #include "group_norm_silu.cuh"
 
-#include <numeric>
-
 #include "launch.cuh"
 #include "norm_plan.h"
 
 namespace fastdiff {
 namespace {
 
+/// The kernel that keeps a group in the shared memory of a cluster.
+template <typename T>
+const void* cluster_kernel(int vector, bool channels_last) {
+  constexpr int V = kWide<T>;
+  if (channels_last)
+    return vector == V ? reinterpret_cast<const void*>(norm_on_chip_columns<T, V, true>)
+                       : reinterpret_cast<const void*>(norm_on_chip_columns<T, 1, true>);
+  return vector == V ? reinterpret_cast<const void*>(norm_on_chip_rows<T, V, true>)
+                     : reinterpret_cast<const void*>(norm_on_chip_rows<T, 1, true>);
+}
+
+/// The plan for a device: with fewer blocks a cluster where it has no room for one of that size
+/// (a part of a GPU, or GPCs with SMs missing), and without clusters in the end.
+template <typename T>
+const char* plan_for(const NormShape& shape, bool channels_last, bool aligned, NormLimits limits,
+                     const Target& target, NormPlan* plan) {
+  const int possible = cluster_limit(target.device);
+  for (;;) {
+    *plan = plan_norm(shape, sizeof(T), channels_last, aligned, limits);
+    int count = plan->on_chip && limits.cluster <= possible;
+    // a plan for more than this device has is somebody else's question
+    if (plan->cluster > 1 && plan->cluster <= possible)
+      FASTDIFF_TRY(active_clusters(target, cluster_kernel<T>(plan->vector, channels_last),
+                                   plan->cluster, plan->threads, plan->shared, &count));
+    if (limits.exact)
+      return count > 0 ? nullptr : keep_message("so many blocks cannot keep a group on chip");
+    if (plan->cluster <= 1 || plan->cluster > possible || count > 0) return nullptr;
+    limits.cluster = plan->cluster / 2;
+  }
+}
+
 template <typename T, int V>
 const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                         float* workspace, const Target& target) {
   if (plan.on_chip) {
-    const int64_t slabs = ceil_div(shape.groups, plan.slab);
-    return launch(norm_on_chip_columns<T, V>, dim3(unsigned(shape.n * slabs)), plan.threads,
-                  plan.shared, target, p, shape, plan.slab);
+    const dim3 grid = grid_of(shape.n * ceil_div(shape.groups, plan.slab) * plan.cluster);
+    if (plan.cluster > 1)
+      return launch_cluster(norm_on_chip_columns<T, V, true>, grid, plan.cluster, plan.threads,
+                            plan.shared, target, p, shape, plan.slab, plan.length);
+    return launch(norm_on_chip_columns<T, V, false>, grid, plan.threads, plan.shared, target, p,
+                  shape, plan.slab, plan.length);
   }
   const Chunks chunks{plan.chunks, plan.length};
-  const dim3 grid(unsigned(shape.n * plan.chunks), unsigned(ceil_div(shape.c, plan.columns)));
+  const dim3 grid = grid_of(shape.n * plan.chunks, ceil_div(shape.c, plan.columns));
   const T* source = p.total != nullptr ? p.total : p.x;
   FASTDIFF_TRY(launch(norm_moments_columns<T, V>, grid, kNormThreads, plan.shared, target, p,
                       shape, chunks, plan.columns, workspace));
-  FASTDIFF_TRY(launch(norm_finalize<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads, 0,
+  FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
                       target, p, shape, chunks, const_cast<const float*>(workspace), source,
                       int64_t{1}));
-  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, p, shape, chunks,
-                plan.columns, source);
+  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, p, shape,
+                chunks, plan.columns, source);
 }
 
 template <typename T, int V>
 const char* run_rows(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                      float* workspace, const Target& target) {
-  if (plan.on_chip)
-    return launch(norm_on_chip_rows<T, V>, dim3(unsigned(shape.n * shape.groups)),
-                  plan.threads, plan.shared, target, p, shape);
+  if (plan.on_chip) {
+    const dim3 grid = grid_of(shape.n * shape.groups * plan.cluster);
+    if (plan.cluster > 1)
+      return launch_cluster(norm_on_chip_rows<T, V, true>, grid, plan.cluster, plan.threads,
+                            plan.shared, target, p, shape, plan.length);
+    return launch(norm_on_chip_rows<T, V, false>, grid, plan.threads, plan.shared, target, p,
+                  shape, plan.length);
+  }
   const Chunks chunks{plan.chunks, plan.length};
   constexpr int64_t kWarps = kNormThreads / kWarpSize;
-  const dim3 grid(unsigned(ceil_div(shape.n * shape.c * plan.chunks, kWarps)));
+  const dim3 grid = grid_of(ceil_div(shape.n * shape.c * plan.chunks, kWarps));
   const T* source = p.total != nullptr ? p.total : p.x;
   FASTDIFF_TRY(launch(norm_moments_rows<T, V>, grid, kNormThreads, 0, target, p, shape,
                       chunks, workspace));
-  FASTDIFF_TRY(launch(norm_finalize<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads, 0,
+  FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
                       target, p, shape, chunks, const_cast<const float*>(workspace), source,
                       shape.s));
   return launch(norm_apply_rows<T, V>, grid, kNormThreads, 0, target, p, shape, chunks, source);
@@ -68,18 +105,24 @@ const char* run(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
 
 using namespace fastdiff;
 
-/// How a norm is cut up: {on chip, vector, slab, threads, shared bytes, chunks, length, columns,
-/// fp32 numbers of workspace}. limit: bytes of shared memory a block may have, < 0 for the device's.
-FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
-                                                          int channels_last, int64_t n, int c,
-                                                          int64_t s, int groups, int aligned,
-                                                          int64_t limit, int64_t* out) {
+/// How a norm is cut up: the fields of NormPlan. limit: bytes of shared memory a block may have, < 0
+/// for the device's. cluster: blocks a cluster may have, 0 for the device's; exact: so many, or an
+/// error where they do not hold a group.
+FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype, int channels_last,
+                                                          int64_t n, int c, int64_t s, int groups,
+                                                          int aligned, int64_t limit, int cluster,
+                                                          int exact, int64_t* out) {
+  const Target target{device, nullptr};
+  const CurrentDevice keep(target);
+  FASTDIFF_TRY(keep.error);
   const NormShape shape{n, s, c, groups, c / groups};
-  const NormPlan plan = plan_norm(shape, dtype == kFloat32 ? 4 : 2, channels_last != 0,
-                                  aligned != 0, limit < 0 ? shared_limit(device) : limit);
-  const int64_t fields[] = {plan.on_chip, plan.vector, plan.slab,    plan.threads,  plan.shared,
-                            plan.chunks,  plan.length, plan.columns, plan.workspace};
-  for (int i = 0; i < 9; ++i) out[i] = fields[i];
+  const NormLimits limits{limit < 0 ? shared_limit(device) : limit,
+                          cluster > 0 ? cluster : cluster_limit(device), exact != 0};
+  NormPlan plan{};
+  FASTDIFF_TRY(with_dtype(dtype, [&](auto zero) {
+    return plan_for<decltype(zero)>(shape, channels_last != 0, aligned != 0, limits, target, &plan);
+  }));
+  plan.write(out);
   return nullptr;
 }
 

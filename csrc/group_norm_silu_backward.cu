@@ -14,9 +14,9 @@ const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
                 float* dbias, const Target& target) {
   const Chunks chunks{plan.chunks, plan.length};
   constexpr int64_t kWarps = kNormThreads / kWarpSize;
-  const dim3 rows(unsigned(ceil_div(shape.n * shape.c * plan.chunks, kWarps)));
-  const dim3 columns(unsigned(shape.n * plan.chunks),
-                     channels_last ? unsigned(ceil_div(shape.c, plan.columns)) : 1);
+  const dim3 rows = grid_of(ceil_div(shape.n * shape.c * plan.chunks, kWarps));
+  const dim3 columns = grid_of(shape.n * plan.chunks,
+                               channels_last ? ceil_div(shape.c, plan.columns) : 1);
   const size_t column_bytes = 4 * plan.columns;
 
   FASTDIFF_TRY(channels_last
@@ -25,10 +25,10 @@ const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
                             plan.columns, partial)
                    : launch(norm_sums_rows<T, V>, rows, kNormThreads, 0, target, p, shape, chunks,
                             partial));
-  FASTDIFF_TRY(launch(norm_finalize_sums<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads,
+  FASTDIFF_TRY(launch(norm_finalize_sums<T>, grid_of(shape.n * shape.groups), kNormThreads,
                       0, target, p, shape, chunks, const_cast<const float*>(partial), out));
   if (dweight != nullptr || dbias != nullptr)
-    FASTDIFF_TRY(launch(norm_parameter_gradients<T>, dim3(unsigned(ceil_div(shape.c, kNormThreads))),
+    FASTDIFF_TRY(launch(norm_parameter_gradients<T>, grid_of(ceil_div(shape.c, kNormThreads)),
                         kNormThreads, 0, target, p, shape, const_cast<const float*>(out.sums),
                         dweight, dbias));
   p.means = out.means;

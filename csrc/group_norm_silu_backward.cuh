@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kNormThreads)
     norm_sums_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns,
                       float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int64_t n = chunks.sample(), chunk = chunks.chunk();
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -262,7 +262,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads)
     norm_dx_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int64_t n = chunks.sample(), chunk = chunks.chunk();
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
