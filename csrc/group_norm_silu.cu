@@ -24,7 +24,9 @@ const void* cluster_kernel(int vector, bool channels_last) {
 template <typename T>
 const char* plan_for(const NormShape& shape, bool channels_last, bool aligned, NormLimits limits,
                      const Target& target, NormPlan* plan) {
-  const int possible = cluster_limit(target.device);
+  int possible = 1;
+  FASTDIFF_TRY(cluster_limit(target.device, &possible));
+  if (limits.cluster == 0) limits.cluster = possible;
   for (;;) {
     *plan = plan_norm(shape, sizeof(T), channels_last, aligned, limits);
     int count = plan->on_chip && limits.cluster <= possible;
@@ -116,8 +118,8 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
   const CurrentDevice keep(target);
   FASTDIFF_TRY(keep.error);
   const NormShape shape{n, s, c, groups, c / groups};
-  const NormLimits limits{limit < 0 ? shared_limit(device) : limit,
-                          cluster > 0 ? cluster : cluster_limit(device), exact != 0};
+  NormLimits limits{limit, cluster, exact != 0};
+  if (limit < 0) FASTDIFF_TRY(shared_limit(device, &limits.shared));
   NormPlan plan{};
   FASTDIFF_TRY(with_dtype(dtype, [&](auto zero) {
     return plan_for<decltype(zero)>(shape, channels_last != 0, aligned != 0, limits, target, &plan);

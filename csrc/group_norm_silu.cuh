@@ -662,7 +662,7 @@ __global__ void __launch_bounds__(kNormThreads)
   moments = block_merge(moments, scratch);
   if (threadIdx.x != 0) return;
   const float pivot = to_float(source[n * shape.c * shape.s + g * shape.size * step]);
-  store_stats(p.stats + blockIdx.x * 3, pivot, moments.mean, moments.m2, moments.count, p.eps);
+  store_stats(p.stats + static_cast<int64_t>(blockIdx.x) * 3, pivot, moments.mean, moments.m2, moments.count, p.eps);
 }
 
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 a column.

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x >= 2) return;
   float sum = 0;
   for (int w = 0; w < warps; ++w) sum += scratch[2 * w + threadIdx.x];
-  out.means[blockIdx.x * 2 + threadIdx.x] =
+  out.means[static_cast<int64_t>(blockIdx.x) * 2 + threadIdx.x] =
       sum / (static_cast<float>(shape.size) * static_cast<float>(shape.s));
 }
 

@@ -34,20 +34,30 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 
 #ifdef FASTDIFF_EMULATE_CUDA
 
-inline int64_t shared_limit(int) { return 227 * 1024; }
-inline int cluster_limit(int) { return emulation::cluster_limit(); }
-inline const char* active_clusters(const Target&, const void*, int cluster, int, size_t,
-                                   int* count) {
-  *count = cluster <= emulation::cluster_room();
-  return nullptr;
-}
-
 inline const char* select_device(const Target&) { return nullptr; }
 
 struct CurrentDevice {
   const char* error = nullptr;
   explicit CurrentDevice(const Target&) {}
 };
+
+inline const char* shared_limit(int, int64_t* bytes) {
+  *bytes = 227 * 1024;
+  return nullptr;
+}
+
+inline const char* cluster_limit(int, int* blocks) {
+  *blocks = emulation::cluster_limit();
+  return nullptr;
+}
+
+inline const char* active_clusters(const Target&, const void*, int cluster, int, size_t,
+                                   int* count) {
+  *count = cluster <= emulation::cluster_room();
+  return nullptr;
+}
+
+inline const char* kernel_image(const void*) { return nullptr; }
 
 template <typename... P, typename... A>
 const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads,
@@ -62,31 +72,13 @@ const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int thr
   return nullptr;
 }
 
-template <typename... P, typename... A>
-const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared,
-                   const Target& target, A... arguments) {
-  return launch_cluster(kernel, grid, 1, threads, shared, target, arguments...);
-}
-
 #else
 
+/// Null or the error's text. An error that was told must not meet the next call once more.
 inline const char* message_of(cudaError_t status) {
-  return status == cudaSuccess ? nullptr : keep_message(cudaGetErrorString(status));
-}
-
-/// Bytes of shared memory that one block can have on a device.
-inline int64_t shared_limit(int device) {
-  int bytes = 48 * 1024;
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
-
-/// Blocks that a cluster may have on a device; 1 where there are no clusters. More than 8 are not
-/// portable: whether a kernel can have them, `active_clusters` tells.
-inline int cluster_limit(int device) {
-  int clusters = 0;
-  cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
-  return clusters ? 16 : 1;
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return keep_message(cudaGetErrorString(status));
 }
 
 /// torch and this library have their own runtimes: both must mean the same device.
@@ -111,35 +103,61 @@ class CurrentDevice {
   int before_ = -1;
 };
 
-/// Lets a kernel have so much dynamic shared memory. The leave is the current device's.
-inline const char* allow_shared(const void* kernel, size_t shared) {
-  if (shared <= 48 * 1024) return nullptr;
-  return message_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared)));
+/// Bytes of shared memory that one block can have on a device.
+inline const char* shared_limit(int device, int64_t* bytes) {
+  int value = 0;
+  const auto status =
+      cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = value;
+  return message_of(status);
 }
 
-/// The launch of a kernel in clusters of blocks that are neighbours along x.
-struct ClusterLaunch {
-  cudaLaunchAttribute attribute{};
+/// Blocks that a cluster may have on a device; 1 where there are no clusters. More than 8 are not
+/// portable: whether a kernel can have them, `active_clusters` tells.
+inline const char* cluster_limit(int device, int* blocks) {
+  int clusters = 0;
+  const auto status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  *blocks = clusters ? 16 : 1;
+  return message_of(status);
+}
+
+/// Null where the current device can run a kernel: its driver is new enough for this runtime, and
+/// the library has code for it.
+inline const char* kernel_image(const void* kernel) {
+  cudaFuncAttributes attributes;
+  return message_of(cudaFuncGetAttributes(&attributes, kernel));
+}
+
+/// How a kernel is started, and what it must be allowed for that. The leave is the current
+/// device's, so it is asked for each time. Nothing here is an operation of a stream: a graph that
+/// captures gets the launch alone.
+struct LaunchConfig {
+  cudaLaunchAttribute cluster_size{};
   cudaLaunchConfig_t config{};
 
-  ClusterLaunch(dim3 grid, int cluster, int threads, size_t shared, void* stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  LaunchConfig(dim3 grid, int cluster, int threads, size_t shared, const Target& target) {
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.stream = static_cast<cudaStream_t>(target.stream);
+    cluster_size.id = cudaLaunchAttributeClusterDimension;
+    cluster_size.val.clusterDim.x = static_cast<unsigned>(cluster);
+    cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
+    config.attrs = &cluster_size;
+    config.numAttrs = cluster > 1;
   }
-  ClusterLaunch(const ClusterLaunch&) = delete;  // config points into it
+  LaunchConfig(const LaunchConfig&) = delete;  // config points into it
 
-  static const char* allow(const void* kernel, int cluster, size_t shared) {
-    if (const char* error = allow_shared(kernel, shared)) return error;
-    if (cluster <= 8) return nullptr;
-    return message_of(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  const char* allow(const void* kernel) const {
+    const auto set = [kernel](cudaFuncAttribute what, size_t value) {
+      return message_of(cudaFuncSetAttribute(kernel, what, static_cast<int>(value)));
+    };
+    if (config.dynamicSmemBytes > 48 * 1024)
+      if (const char* error =
+              set(cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes))
+        return error;
+    if (config.numAttrs == 0 || cluster_size.val.clusterDim.x <= 8) return nullptr;
+    return set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
 };
 
@@ -147,32 +165,34 @@ struct ClusterLaunch {
 inline const char* active_clusters(const Target& target, const void* kernel, int cluster,
                                    int threads, size_t shared, int* count) {
   *count = 0;
-  if (const char* error = ClusterLaunch::allow(kernel, cluster, shared)) return error;
-  const ClusterLaunch launch(dim3(cluster), cluster, threads, shared, target.stream);
-  return message_of(cudaOccupancyMaxActiveClusters(count, kernel, &launch.config));
+  const LaunchConfig launch(dim3(cluster), cluster, threads, shared, target);
+  if (const char* error = launch.allow(kernel)) return error;
+  const auto status = cudaOccupancyMaxActiveClusters(count, kernel, &launch.config);
+  if (status == cudaErrorInvalidClusterSize) {  // some GPUs end at 8
+    cudaGetLastError();
+    *count = 0;
+    return nullptr;
+  }
+  return message_of(status);
 }
 
 template <typename... P, typename... A>
 const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads,
                            size_t shared, const Target& target, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-  const void* address = reinterpret_cast<const void*>(kernel);
-  if (const char* error = ClusterLaunch::allow(address, cluster, shared)) return error;
-  const ClusterLaunch launch(grid, cluster, threads, shared, target.stream);
+  const LaunchConfig launch(grid, cluster, threads, shared, target);
+  if (const char* error = launch.allow(reinterpret_cast<const void*>(kernel))) return error;
   return message_of(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
 }
 
+#endif
+
+/// Starts a kernel; null, or what went wrong.
 template <typename... P, typename... A>
 const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared,
                    const Target& target, A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-  if (const char* error = allow_shared(reinterpret_cast<const void*>(kernel), shared))
-    return error;
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(target.stream)>>>(arguments...);
-  return message_of(cudaGetLastError());
+  return launch_cluster(kernel, grid, 1, threads, shared, target, arguments...);
 }
-
-#endif
 
 /// Calls `work(T{})` with the element type of a code; an error for another code.
 template <typename Work>

@@ -37,7 +37,7 @@ struct NormPlan {
 /// What a block may use.
 struct NormLimits {
   int64_t shared;  // bytes of shared memory
-  int cluster;     // blocks of a cluster; 1: no clusters
+  int cluster;     // blocks of a cluster; 1: no clusters (0, of plan_for: the device's)
   bool exact;      // so many and no fewer, if they fit
 };
 

@@ -198,6 +198,12 @@ def norm_cuda(
 
     parameters: weight, bias, scale_shift.
     """
+    weight, bias, scale_shift = parameters
+    _cuda.check_devices(
+        *("add_group_norm_silu" if add else "group_norm_silu", x),
+        weight=weight, bias=bias, scale_shift=scale_shift,
+        channel_add=channel_add, residual=residual,
+    )  # fmt: skip
     layout = _cuda_layout(x)
     x = layout.x
     y = torch.empty_like(x)

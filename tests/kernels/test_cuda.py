@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import _cuda, extension
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -228,6 +229,46 @@ def test_parameters_of_any_dtype(dtype: torch.dtype) -> None:
 def test_fp64_goes_to_another_backend() -> None:
     with pytest.raises(kernels.BackendError, match="float16, bfloat16, got float64"):
         run_cuda(lambda: kernels.group_norm_silu(torch.zeros(2, 8, 4).double(), 4))
+
+
+def test_tensors_must_share_a_device() -> None:
+    x, weight = torch.zeros(2, 8, 4, device=cases.device_of("cuda")), torch.zeros(8, device="meta")
+    with pytest.raises(ValueError, match=r"group_norm_silu: weight must be on .* got meta"):
+        run_cuda(lambda: kernels.group_norm_silu(x, 4, weight))
+    with pytest.raises(ValueError, match="channel_add must be on"):
+        run_cuda(lambda: kernels.add_group_norm_silu(x, 4, channel_add=weight))
+
+
+def test_a_parameter_of_an_unknown_dtype_is_named() -> None:
+    x = torch.zeros(2, 8, 4, device=cases.device_of("cuda"))
+    with pytest.raises(ValueError, match=r"one of float32, float16, bfloat16, float64, got .*int8"):
+        run_cuda(lambda: kernels.group_norm_silu(x, 4, torch.zeros(8, device=x.device).char()))
+
+
+def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = b"no kernel image is available for execution on the device"
+    native = SimpleNamespace(build=lambda: {"cuda_architectures": "8.0;9.0a"})
+    monkeypatch.setattr(extension, "native", native)
+    monkeypatch.setattr(_cuda, "function", lambda name: {"usable": lambda device: told}[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of tomorrow")
+    _cuda._refusal.cache_clear()
+    try:
+        with FakeTensorMode(), cuda_host.emulated():
+            x = torch.empty(2, 8, 4, device="cuda:0")
+            found = kernels.explain("group_norm_silu", x, 4)
+    finally:
+        _cuda._refusal.cache_clear()
+    assert found.chosen != "cuda"
+    assert "on cuda:0 (a GPU of tomorrow): no kernel image" in str(found.reasons["cuda"])
+    assert "8.0;9.0a" in str(found.reasons["cuda"])
+
+
+def test_a_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "_library", object())
+    monkeypatch.setattr(_cuda, "_functions", {})
+    monkeypatch.setattr(extension, "stale", lambda: True)
+    with pytest.raises(RuntimeError, match="run 'make build'"):
+        _cuda.function("group_norm_silu")
 
 
 def test_without_kernels_the_backend_is_missing() -> None:

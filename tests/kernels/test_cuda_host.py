@@ -168,7 +168,11 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_kernels_are_clean_under_sanitizers(sanitized: dict[str, str]) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
-    tests = ["-k", "parity and (bfloat16 or drawn or chunks)", "tests/kernels/test_cuda.py"]
+    tests = [
+        "-k",
+        "parity and (bfloat16 or drawn or chunks or (ragged and 16))",
+        "tests/kernels/test_cuda.py",
+    ]
     done = run_python(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], sanitized)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
