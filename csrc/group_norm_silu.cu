@@ -1,6 +1,6 @@
 // Launchers of group_norm_silu and add_group_norm_silu, forward: which way through, and how large.
 
-#include "group_norm_silu.cuh"
+#include "group_norm_silu_on_chip.cuh"
 
 #include "launch.cuh"
 #include "norm_plan.h"
@@ -17,28 +17,6 @@ const void* cluster_kernel(int vector, bool channels_last) {
                        : reinterpret_cast<const void*>(norm_on_chip_columns<T, 1, true>);
   return vector == V ? reinterpret_cast<const void*>(norm_on_chip_rows<T, V, true>)
                      : reinterpret_cast<const void*>(norm_on_chip_rows<T, 1, true>);
-}
-
-/// The plan for a device: with fewer blocks a cluster where it has no room for one of that size
-/// (a part of a GPU, or GPCs with SMs missing), and without clusters in the end.
-template <typename T>
-const char* plan_for(const NormShape& shape, bool channels_last, bool aligned, NormLimits limits,
-                     const Target& target, NormPlan* plan) {
-  int possible = 1;
-  FASTDIFF_TRY(cluster_limit(target.device, &possible));
-  if (limits.cluster == 0) limits.cluster = possible;
-  for (;;) {
-    *plan = plan_norm(shape, sizeof(T), channels_last, aligned, limits);
-    int count = plan->on_chip && limits.cluster <= possible;
-    // a plan for more than this device has is somebody else's question
-    if (plan->cluster > 1 && plan->cluster <= possible)
-      FASTDIFF_TRY(active_clusters(target, cluster_kernel<T>(plan->vector, channels_last),
-                                   plan->cluster, plan->threads, plan->shared, &count));
-    if (limits.exact)
-      return count > 0 ? nullptr : keep_message("so many blocks cannot keep a group on chip");
-    if (plan->cluster <= 1 || plan->cluster > possible || count > 0) return nullptr;
-    limits.cluster = plan->cluster / 2;
-  }
 }
 
 template <typename T, int V>
@@ -114,18 +92,11 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
                                                           int64_t n, int c, int64_t s, int groups,
                                                           int aligned, int64_t limit, int cluster,
                                                           int exact, int64_t* out) {
-  const Target target{device, nullptr};
-  const CurrentDevice keep(target);
-  FASTDIFF_TRY(keep.error);
-  const NormShape shape{n, s, c, groups, c / groups};
-  NormLimits limits{limit, cluster, exact != 0};
-  if (limit < 0) FASTDIFF_TRY(shared_limit(device, &limits.shared));
-  NormPlan plan{};
-  FASTDIFF_TRY(with_dtype(dtype, [&](auto zero) {
-    return plan_for<decltype(zero)>(shape, channels_last != 0, aligned != 0, limits, target, &plan);
-  }));
-  plan.write(out);
-  return nullptr;
+  const NormTask task{{n, s, c, groups, c / groups}, 0, channels_last != 0, aligned != 0, false};
+  const auto kernel = [&](auto zero, int vector) {
+    return cluster_kernel<decltype(zero)>(vector, task.channels_last);
+  };
+  return plan_on_device({device, nullptr}, dtype, task, {limit, cluster, exact != 0}, kernel, out);
 }
 
 /// Forward of group_norm_silu, and with `total` of add_group_norm_silu. x, residual, total and y

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <numeric>
 
-#include "group_norm_silu.cuh"
+#include "group_norm_silu_backward.cuh"
+#include "launch.cuh"
 
 namespace fastdiff {
 
@@ -34,10 +35,17 @@ struct NormPlan {
   }
 };
 
+/// What is to be planned.
+struct NormTask {
+  NormShape shape;
+  int itemsize;
+  bool channels_last, aligned, backward;
+};
+
 /// What a block may use.
 struct NormLimits {
   int64_t shared;  // bytes of shared memory
-  int cluster;     // blocks of a cluster; 1: no clusters (0, of plan_for: the device's)
+  int cluster;     // blocks of a cluster; 1: no clusters
   bool exact;      // so many and no fewer, if they fit
 };
 
@@ -53,30 +61,38 @@ inline int64_t tree_bytes(int64_t width, int vector, int threads) {
 
 /// NHWC: plans `blocks` blocks for a slab of whole groups and whole packs, with at least `least`
 /// bytes of every row if there are as many. Returns the bytes of a block's tile.
-inline int64_t plan_columns(NormPlan& plan, const NormShape& shape, int itemsize, int64_t least,
-                            int blocks) {
+inline int64_t plan_columns(NormPlan& plan, const NormTask& task, int64_t least, int blocks) {
+  const NormShape& shape = task.shape;
   const int step = plan.vector / std::gcd(shape.size, plan.vector);
   int slab = step;
-  while (slab < shape.groups && int64_t(slab) * shape.size * itemsize < least) slab += step;
+  while (slab < shape.groups && int64_t(slab) * shape.size * task.itemsize < least) slab += step;
   plan.slab = slab < shape.groups ? slab : shape.groups;
   plan.cluster = blocks;
   plan.length = (shape.s + blocks - 1) / blocks;
   const int64_t width = int64_t(plan.slab) * shape.size;
-  const int64_t tile = plan.length * width * itemsize;
-  plan.threads = tile < kAimedTile || blocks > 1 ? kNormThreads : 2 * kNormThreads;
-  const bool too_wide = width / plan.vector > plan.threads;
-  plan.shared = too_wide ? kAnySize
-                         : tile + 16 + tree_bytes(width, plan.vector, plan.threads) +
-                               int64_t(plan.slab) * 12 * (2 + blocks);
+  const int64_t tile = plan.length * width * task.itemsize * (task.backward ? 2 : 1);
+  const bool few = tile < kAimedTile || blocks > 1 || task.backward;
+  plan.threads = few ? kNormThreads : 2 * kNormThreads;
+  if (width / plan.vector > plan.threads) {
+    plan.shared = kAnySize;
+  } else if (task.backward) {
+    const int64_t rows = plan.threads / (width / plan.vector);
+    plan.shared = tile + 16 + 8 * plan.slab +
+                  4 * width * (kChannelNumbers + 2 + 2 + 2 * blocks + 2 * rows);
+  } else {
+    plan.shared = tile + 16 + tree_bytes(width, plan.vector, plan.threads) +
+                  int64_t(plan.slab) * 12 * (2 + blocks);
+  }
   return tile;
 }
 
-/// NCHW: plans `blocks` blocks for a group.
-inline int64_t plan_rows(NormPlan& plan, const NormShape& shape, int itemsize, int blocks) {
+/// NCHW, forward only: plans `blocks` blocks for a group.
+inline int64_t plan_rows(NormPlan& plan, const NormTask& task, int blocks) {
+  const NormShape& shape = task.shape;
   const int64_t packs = shape.size * shape.s / plan.vector;
   plan.cluster = blocks;
   plan.length = (packs + blocks - 1) / blocks;
-  const int64_t tile = plan.length * plan.vector * itemsize;
+  const int64_t tile = plan.length * plan.vector * task.itemsize;
   const int64_t threads = (plan.length / kNormBatch + 31) / 32 * 32;
   const int64_t most = blocks > 1 ? kNormThreads : 2 * kNormThreads;
   plan.threads = int(threads < 64 ? 64 : threads > most ? most : threads);
@@ -87,11 +103,11 @@ inline int64_t plan_rows(NormPlan& plan, const NormShape& shape, int itemsize, i
 /// Plans the on-chip way, false where there is none. Clusters: as many blocks as bring the tiles
 /// down to kAimedTile (one, where that is enough), up to the portable 8; else 8 or 16 and fewer bytes
 /// of a row, so that two blocks share an SM, or one has it. Without clusters: one block.
-inline bool plan_on_chip(NormPlan& plan, const NormShape& shape, int itemsize, bool channels_last,
-                         const NormLimits& limits) {
+inline bool plan_on_chip(NormPlan& plan, const NormTask& task, const NormLimits& limits) {
+  if (task.backward && !task.channels_last) return false;
   const auto fits = [&](int64_t least, int blocks, int64_t shared, int64_t most = kAnySize) {
-    const int64_t tile = channels_last ? plan_columns(plan, shape, itemsize, least, blocks)
-                                       : plan_rows(plan, shape, itemsize, blocks);
+    const int64_t tile = task.channels_last ? plan_columns(plan, task, least, blocks)
+                                            : plan_rows(plan, task, blocks);
     return plan.shared <= shared && tile <= most;
   };
   // 128 bytes of every row, 64 (what the L2 fetches), or what groups and packs ask for
@@ -111,13 +127,13 @@ inline bool plan_on_chip(NormPlan& plan, const NormShape& shape, int itemsize, b
   return fits(wide, 1, limits.shared) || fits(any, 1, limits.shared);
 }
 
-inline NormPlan plan_norm(const NormShape& shape, int itemsize, bool channels_last, bool aligned,
-                          const NormLimits& limits) {
+inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
+  const auto [shape, itemsize, channels_last, aligned, backward] = task;
   NormPlan plan{};
   const int wide = 16 / itemsize;
   const int64_t inner = channels_last ? shape.c : shape.s;
   plan.vector = aligned && inner % wide == 0 ? wide : 1;
-  plan.on_chip = plan_on_chip(plan, shape, itemsize, channels_last, limits);
+  plan.on_chip = plan_on_chip(plan, task, limits);
   if (plan.on_chip) return plan;
 
   // 8 packs a thread, 32 where a sample is so large that many blocks remain
@@ -142,6 +158,36 @@ inline NormPlan plan_norm(const NormShape& shape, int itemsize, bool channels_la
   plan.chunks = (shape.s + plan.length - 1) / plan.length;
   plan.workspace = shape.n * plan.chunks * shape.c * 2;
   return plan;
+}
+
+/// Writes the plan for a device: with fewer blocks a cluster where it has no room for one of that
+/// size (a part of a GPU, or GPCs with SMs missing), and without clusters in the end. Of the limits,
+/// shared < 0 and cluster = 0 ask for the device's. kernel(T{}, vector): what runs in clusters.
+template <typename Kernel>
+const char* plan_on_device(const Target& target, int dtype, NormTask task, NormLimits limits,
+                           Kernel kernel, int64_t* out) {
+  const CurrentDevice keep(target);
+  FASTDIFF_TRY(keep.error);
+  if (limits.shared < 0) FASTDIFF_TRY(shared_limit(target.device, &limits.shared));
+  int possible = 1;
+  FASTDIFF_TRY(cluster_limit(target.device, &possible));
+  if (limits.cluster == 0) limits.cluster = possible;
+  return with_dtype(dtype, [&](auto zero) -> const char* {
+    task.itemsize = sizeof zero;
+    for (;;) {
+      const NormPlan plan = plan_norm(task, limits);
+      plan.write(out);
+      int count = plan.on_chip && limits.cluster <= possible;
+      // a plan for more than this device has is somebody else's question
+      if (plan.cluster > 1 && plan.cluster <= possible)
+        FASTDIFF_TRY(active_clusters(target, kernel(zero, plan.vector), plan.cluster,
+                                     plan.threads, plan.shared, &count));
+      if (limits.exact)
+        return count > 0 ? nullptr : keep_message("so many blocks cannot keep a group on chip");
+      if (plan.cluster <= 1 || plan.cluster > possible || count > 0) return nullptr;
+      limits.cluster = plan.cluster / 2;
+    }
+  });
 }
 
 }  // namespace fastdiff

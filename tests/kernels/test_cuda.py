@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -167,13 +169,13 @@ def test_norm_parity_at_drawn_shapes(data: st.DataObject) -> None:
         cases.check("group_norm_silu", case, data.draw(st.sampled_from(cases.DTYPES)), "cuda")
 
 
-def run_cuda(call: object) -> torch.Tensor:
+def run_cuda(call: Callable[[], Any]) -> Any:
     """The call on the backend "cuda", emulated without a GPU."""
     if torch.cuda.is_available():
         with kernels.backend("cuda"):
-            return call()  # type: ignore[operator]
+            return call()
     with cuda_host.emulated(), kernels.backend("cuda"):
-        return call()  # type: ignore[operator]
+        return call()
 
 
 @pytest.mark.parametrize("cluster", [None, pytest.param(4, marks=needs_clusters)])
@@ -181,15 +183,19 @@ def run_cuda(call: object) -> torch.Tensor:
 def test_a_sample_does_not_depend_on_its_batch(
     layout: torch.memory_format, cluster: int | None
 ) -> None:
-    x = torch.randn(5, 32, 9, 9, device=cases.device_of("cuda"))
-    x = x.contiguous(memory_format=layout)
+    x, dy = (torch.randn(5, 32, 9, 9, device=cases.device_of("cuda")) for _ in range(2))
+
+    def result(samples: slice) -> tuple[torch.Tensor, ...]:
+        leaf = x[samples].contiguous(memory_format=layout).requires_grad_()
+        y = run_cuda(lambda: kernels.group_norm_silu(leaf, 8))
+        assert y.is_contiguous(memory_format=layout)
+        return y.detach(), *run_cuda(lambda: torch.autograd.grad(y, leaf, dy[samples]))
+
     with nullcontext() if cluster is None else in_clusters(cluster):
-        together = run_cuda(lambda: kernels.group_norm_silu(x, 8))
-        assert together.is_contiguous(memory_format=layout)
+        together = result(slice(None))
         for i in range(5):
-            part = x[i : i + 1].contiguous(memory_format=layout)
-            alone = run_cuda(lambda part=part: kernels.group_norm_silu(part, 8))
-            assert torch.equal(together[i : i + 1], alone)
+            alone = result(slice(i, i + 1))
+            assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
 
 
 @needs_clusters
@@ -296,6 +302,7 @@ class Plan:
 
 
 KIB = 1024
+PLANS = ("group_norm_plan", "group_norm_backward_plan")
 SM_80 = {"limit": 163 * KIB, "cluster": 1}
 SM_90 = {"limit": 227 * KIB, "cluster": 16}
 SM_120 = {"limit": 99 * KIB, "cluster": 8}
@@ -311,14 +318,15 @@ def plan(
     limit: int = 227 * KIB,
     cluster: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    name: str = "group_norm_plan",
 ) -> Plan:
-    sizes = (0, _cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
+    sizes = (name, 0, _cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
     return Plan(*run_cuda(lambda: norm_module().cuda_plan(*sizes)))
 
 
-def way(c: int, side: int, device: dict[str, int], *, last: bool = True) -> int:
+def way(c: int, side: int, device: dict[str, int], *, last: bool = True, name: str = "") -> int:
     """Blocks that share a slab on chip; 0 for in parts."""
-    found = plan(2, c, side * side, 32, last=last, **device)
+    found = plan(2, c, side * side, 32, last=last, name=name or PLANS[0], **device)
     return found.cluster if found.on_chip else 0
 
 
@@ -356,16 +364,24 @@ def test_which_way_norms_of_the_presets_go(
 def test_plans_keep_to_the_device() -> None:
     shapes = [(c, side) for c in (128, 256, 320, 640, 960, 1280) for side in (8, 32, 64, 128, 512)]
     shapes += [(7, 3), (97, 100), (33000, 4)]
-    for device in (SM_80, SM_90, SM_120, {"limit": 48 * KIB, "cluster": 1}):
-        for c, side in shapes:
-            for last in (False, True):
-                groups = 32 if c % 32 == 0 else 1
-                found = plan(1, c, side * side, groups, last=last, **device)
-                assert found.cluster <= device["cluster"]
-                assert found.shared <= device["limit"]
-                assert found.threads <= (256 if found.cluster > 1 else 512)
-                packs = side * side * (1 if last else c // groups // found.vector)
-                assert not found.on_chip or found.cluster * found.length >= packs
+    devices = (SM_80, SM_90, SM_120, {"limit": 48 * KIB, "cluster": 1})
+    for (c, side), device, last, name in product(shapes, devices, (False, True), PLANS):
+        groups = 32 if c % 32 == 0 else 1
+        found = plan(1, c, side * side, groups, last=last, name=name, **device)
+        assert found.cluster <= device["cluster"]
+        assert found.shared <= device["limit"]
+        assert found.threads <= (256 if found.cluster > 1 else 512)
+        packs = side * side * (1 if last else c // groups // found.vector)
+        assert not found.on_chip or found.cluster * found.length >= packs
+
+
+def test_which_way_gradients_of_the_presets_go() -> None:
+    """x and dy take twice the room of the forward pass."""
+    name = "group_norm_backward_plan"
+    shapes = [(320, 64), (640, 32), (1280, 16), (1280, 8), (128, 512)]
+    ways = [[way(*shape, device, name=name) for shape in shapes] for device in (SM_80, SM_90)]
+    assert ways == [[0, 0, 1, 1, 0], [16, 8, 4, 1, 0]]
+    assert way(320, 64, SM_90, name=name, last=False) == 0
 
 
 def test_norms_in_channel_order_keep_a_group_alone_on_chip() -> None:
@@ -379,7 +395,8 @@ def test_without_room_for_a_cluster_the_plan_takes_a_smaller_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("the room of a GPU cannot be set")
     set_clusters = cuda_host.library().emulation_set_clusters
-    sizes = (0, _cuda.DTYPES[torch.bfloat16], 1, 2, 320, 64 * 64, 32, 1, 227 * KIB, 0)
+    bf16 = _cuda.DTYPES[torch.bfloat16]
+    sizes = ("group_norm_plan", 0, bf16, 1, 2, 320, 64 * 64, 32, 1, 227 * KIB, 0)
     found = []
     try:
         for limit, room in ((16, 16), (8, 8), (16, 4), (16, 1), (1, 1)):
@@ -404,8 +421,7 @@ def test_a_cluster_that_does_not_fit_is_an_error() -> None:
 
 
 def test_plans_depend_on_one_sample_only() -> None:
-    for last in (False, True):
-        for limits in ({"limit": 0}, SM_80, SM_90):
-            one = plan(1, 320, 64 * 64, 32, last=last, **limits)
-            many = plan(16, 320, 64 * 64, 32, last=last, **limits)
-            assert replace(many, workspace=0) == replace(one, workspace=0)
+    for last, limits, name in product((False, True), ({"limit": 0}, SM_80, SM_90), PLANS):
+        one = plan(1, 320, 64 * 64, 32, last=last, name=name, **limits)
+        many = plan(16, 320, 64 * 64, 32, last=last, name=name, **limits)
+        assert replace(many, workspace=0) == replace(one, workspace=0)
