@@ -12,6 +12,9 @@ scale_shift and statistics are N * C numbers. The Triton implementation has two 
     large   moments per (n, chunk of space, c) -> finalize to one scale and shift per (n, c) ->
             apply: 3 trips, of which the second read finds the L2 where a sample fits there
 
+The CUDA kernels go 2 trips where a group fits into the shared memory of a block or, on sm_90, of a
+cluster of up to 16, else 3 (csrc/norm_plan.h); backward 3 or 5.
+
 The backward pass keeps x and the statistics (2 * N * G numbers) and computes the rest anew: x and
 dy in, dx out, 3 trips when small and 5 when large. To a large tensor's trips come the partial sums,
 20 (backward 16) bytes per channel and chunk of 128 or more positions, and the table of each
