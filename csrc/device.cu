@@ -8,7 +8,6 @@ __global__ void __launch_bounds__(fastdiff::kWarpSize) any_kernel() {}
 
 /// Null where it can; else what CUDA says: the driver is too old, there is no code for the device.
 FASTDIFF_EXPORT const char* fastdiff_cuda_usable(int device) {
-  const fastdiff::CurrentDevice keep({device, nullptr});
-  if (keep.error != nullptr) return keep.error;
+  FASTDIFF_TRY(fastdiff::select_device({device, nullptr}));
   return fastdiff::kernel_image(reinterpret_cast<const void*>(any_kernel));
 }

@@ -36,11 +36,6 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 
 inline const char* select_device(const Target&) { return nullptr; }
 
-struct CurrentDevice {
-  const char* error = nullptr;
-  explicit CurrentDevice(const Target&) {}
-};
-
 inline const char* shared_limit(int, int64_t* bytes) {
   *bytes = 227 * 1024;
   return nullptr;
@@ -81,27 +76,11 @@ inline const char* message_of(cudaError_t status) {
   return keep_message(cudaGetErrorString(status));
 }
 
-/// torch and this library have their own runtimes: both must mean the same device.
+/// torch and this library have their own runtimes: both must mean the same device. kernels/_cuda.py
+/// has torch select it around every call, and select the one before afterwards, for both.
 inline const char* select_device(const Target& target) {
   return message_of(cudaSetDevice(target.device));
 }
-
-/// Makes a device the current one and, in the end, the one before.
-class CurrentDevice {
- public:
-  const char* error;
-
-  explicit CurrentDevice(const Target& target) : error(message_of(cudaGetDevice(&before_))) {
-    if (error == nullptr) error = select_device(target);
-  }
-  ~CurrentDevice() {
-    if (before_ >= 0) cudaSetDevice(before_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-
- private:
-  int before_ = -1;
-};
 
 /// Bytes of shared memory that one block can have on a device.
 inline const char* shared_limit(int device, int64_t* bytes) {

@@ -166,8 +166,7 @@ inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
 template <typename Kernel>
 const char* plan_on_device(const Target& target, int dtype, NormTask task, NormLimits limits,
                            Kernel kernel, int64_t* out) {
-  const CurrentDevice keep(target);
-  FASTDIFF_TRY(keep.error);
+  FASTDIFF_TRY(select_device(target));
   if (limits.shared < 0) FASTDIFF_TRY(shared_limit(target.device, &limits.shared));
   int possible = 1;
   FASTDIFF_TRY(cluster_limit(target.device, &possible));

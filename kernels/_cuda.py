@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -98,6 +98,13 @@ def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def ask(name: str, device: int, *arguments: Any) -> str | None:
+    """Call a function that starts no kernel, on a device, its first argument; what it refuses."""
+    with nullcontext() if _emulated else torch.cuda.device(device):
+        error = function(name)(device, *arguments)
+    return None if error is None else error.decode()
+
+
 def launch(name: str, x: Tensor, *arguments: Any) -> None:
     """Call a launcher on the device and the current stream of x; its first two arguments are those.
 
@@ -127,14 +134,14 @@ declare("usable", "i")
 
 @lru_cache
 def _refusal(device: int) -> str | None:
-    error = function("usable")(device)
+    error = ask("usable", device)
     if error is None:
         return None
     assert extension.native is not None
     name = torch.cuda.get_device_name(device)
     built = extension.native.build()["cuda_architectures"]
     return (
-        f"the compiled kernels do not run on cuda:{device} ({name}): {error.decode()}; they were "
+        f"the compiled kernels do not run on cuda:{device} ({name}): {error}; they were "
         f"built for {built} (TORCH_CUDA_ARCH_LIST names others when fastdiff is installed)"
     )
 

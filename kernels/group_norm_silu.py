@@ -170,9 +170,9 @@ def cuda_plan(name: str, *arguments: int) -> Any:
         RuntimeError: a cluster of the size asked for does not hold a group.
     """
     fields = (ctypes.c_int64 * 10)()
-    error = _cuda.function(name)(*arguments, ctypes.addressof(fields))
+    error = _cuda.ask(name, *arguments, ctypes.addressof(fields))
     if error is not None:
-        raise RuntimeError(f"{name}{arguments}: {error.decode()}")
+        raise RuntimeError(f"{name}{arguments}: {error}")
     return fields
 
 
