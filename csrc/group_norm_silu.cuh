@@ -45,6 +45,9 @@ struct Norm {
 };
 
 constexpr int kNormThreads = 256;
+// Blocks in an SM, at least, so up to 128 registers. Left alone, ptxas 13 aims at 32 in some kernels
+// for sm_100, and spills.
+constexpr int kNormBlocks = 2;
 constexpr int kNormBatch = 4;  // packs a thread loads before it merges them
 
 template <typename T>
@@ -347,7 +350,7 @@ __device__ __forceinline__ int columns_here(const NormShape& shape, int columns)
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 2 a column, then the
 /// tree's.
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   const int64_t n = chunks.sample(), chunk = chunks.chunk();
@@ -371,7 +374,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_rows(Norm<T> p, NormShape shape, Chunks chunks, float* partial) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
@@ -412,7 +415,7 @@ __global__ void __launch_bounds__(kNormThreads)
 /// Merges the parts of a group, whatever the layout: `source` is x, or the total where one was
 /// written, and `step` the distance of two channels' first numbers. Grid: N * G.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize(Norm<T> p, NormShape shape, Chunks chunks, const float* partial,
                   const T* source, int64_t step) {
   FASTDIFF_SHARED(float, scratch, 3 * kNormThreads / kWarpSize);
@@ -433,12 +436,13 @@ __global__ void __launch_bounds__(kNormThreads)
   moments = block_merge(moments, scratch);
   if (threadIdx.x != 0) return;
   const float pivot = to_float(source[n * shape.c * shape.s + g * shape.size * step]);
-  store_stats(p.stats + static_cast<int64_t>(blockIdx.x) * 3, pivot, moments.mean, moments.m2, moments.count, p.eps);
+  store_stats(p.stats + static_cast<int64_t>(blockIdx.x) * 3, pivot, moments.mean, moments.m2,
+              moments.count, p.eps);
 }
 
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 a column.
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, const T* source) {
   const int64_t n = chunks.sample(), chunk = chunks.chunk();
   FASTDIFF_DYNAMIC_SHARED(memory);
@@ -466,7 +470,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks, const T* source) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;

@@ -181,7 +181,7 @@ __device__ __forceinline__ void store_input_gradient(
 /// NHWC: A and B of a chunk of places. Grid: N * chunks, column blocks; shared memory: 5 a column,
 /// then 2 a thread and column. partial: (N, chunks, C, 2).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns,
                       float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NCHW: A and B of a chunk of one channel. A warp each. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_rows(NormBackward<T> p, NormShape shape, Chunks chunks, float* partial) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
@@ -268,7 +268,7 @@ __device__ __forceinline__ void store_sums(const NormBackward<T>& p, const NormS
 
 /// Merges the chunks of a group, a warp a channel. Grid: N * G.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize_sums(NormBackward<T> p, NormShape shape, Chunks chunks, const float* partial,
                        NormSums out) {
   FASTDIFF_SHARED(float, scratch, 2 * kNormThreads / kWarpSize);
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// Gradients of weight and bias: the sums of all samples, a thread a channel.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_parameter_gradients(NormBackward<T> p, NormShape shape, const float* sums,
                              float* dweight, float* dbias) {
   const int c = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NHWC: dx. Grid: N * chunks, column blocks; shared memory: 7 a column.
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   const int64_t n = chunks.sample(), chunk = chunks.chunk();
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NCHW: dx. A warp a chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_rows(NormBackward<T> p, NormShape shape, Chunks chunks) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kNormThreads)
 /// norm_on_chip_columns has. Shared memory: the stretch of x, that of dy, 7 numbers a column, 2 a
 /// group, 2 a column, in a cluster 2 a column and rank, then the tree's. Grid: as there.
 template <typename T, int V, bool kCluster>
-__global__ void __launch_bounds__(kNormThreads, kCluster ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_backward_on_chip(NormBackward<T> p, NormShape shape, int slab, int64_t length,
                           NormSums out) {
   FASTDIFF_DYNAMIC_SHARED(memory);

@@ -14,6 +14,9 @@
 
 namespace fastdiff {
 
+template <bool kCluster>
+constexpr int kOnChipThreads = kCluster ? kNormThreads : 2 * kNormThreads;
+
 /// The stretch of a block, `length` of `all` places or packs; the last ones may be short or empty.
 struct Stretch {
   int rank, ranks;
@@ -89,7 +92,7 @@ struct Slab {
 /// them. Shared memory: their numbers, 3 a column, 6 a group, 3 a group and rank, then the tree's.
 /// Grid: N * ceil(G / slab) * blocks of a cluster.
 template <typename T, int V, bool kCluster>
-__global__ void __launch_bounds__(kCluster ? kNormThreads : 2 * kNormThreads, kCluster ? 2 : 1)
+__global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_columns(Norm<T> p, NormShape shape, int slab, int64_t length) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   const Stretch mine = my_stretch<kCluster>(shape.s, length);
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(kCluster ? kNormThreads : 2 * kNormThreads, kC
 /// Shared memory: its numbers, then a and b a channel, then 3 a warp, 6, and 3 a rank.
 /// Grid: N * G * blocks of a cluster.
 template <typename T, int V, bool kCluster>
-__global__ void __launch_bounds__(kCluster ? kNormThreads : 2 * kNormThreads, kCluster ? 2 : 1)
+__global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_rows(Norm<T> p, NormShape shape, int64_t length) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   const Stretch mine = my_stretch<kCluster>(shape.size * shape.s / V, length);
