@@ -221,6 +221,8 @@ FASTDIFF_EXPORT const char* emulation_probe(const char* name, float* data, int n
   if (is("33 threads")) return launch(divergent, one, 33, 0, target, data);
   if (is("too much shared")) return launch(unwritten, one, kThreads, 300 * 1024, target, data);
   if (is("grid too high")) return launch(divergent, dim3(1, 70000), kThreads, 0, target, data);
+  if (is("grid beyond 32 bits"))
+    return launch(divergent, grid_of((int64_t{1} << 32) + 1), kThreads, 0, target, data);
 
   const dim3 two(2);
   const size_t bytes = kWarpSize * sizeof(float);
