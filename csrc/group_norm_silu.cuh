@@ -45,9 +45,7 @@ struct Norm {
 };
 
 constexpr int kNormThreads = 256;
-// Blocks in an SM, at least, so up to 128 registers. Left alone, ptxas 13 aims at 32 in some kernels
-// for sm_100, and spills.
-constexpr int kNormBlocks = 2;
+constexpr int kNormBlocks = 2;  // a multiprocessor: without a number ptxas spills to fit more
 constexpr int kNormBatch = 4;  // packs a thread loads before it merges them
 
 template <typename T>

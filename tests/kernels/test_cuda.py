@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, extension
+from fastdiff.kernels import _cuda, _group_norm_cuda, extension
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -35,21 +35,12 @@ def rows(ops: dict[str, list[cases.Case]]) -> list[object]:
     return [pytest.param(op, case, id=f"{op}-{case}") for op in ops for case in ops[op]]
 
 
-def norm_module() -> ModuleType:
-    import sys
-
-    return sys.modules["fastdiff.kernels.group_norm_silu"]
-
-
 @contextmanager
 def in_parts() -> Iterator[None]:
     """The norms as if a block had no shared memory to keep a group in."""
-    module = norm_module()
-    module.ON_CHIP = 0
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_group_norm_cuda, "ON_CHIP", 0)
         yield
-    finally:
-        module.ON_CHIP = None
 
 
 needs_clusters = pytest.mark.skipif(
@@ -63,12 +54,9 @@ CLUSTERS = dict(zip(cases.DTYPES, (2, 8, 4), strict=True))
 @contextmanager
 def in_clusters(blocks: int) -> Iterator[None]:
     """The norms on chip, in clusters of so many blocks; where that cannot be, an error."""
-    module = norm_module()
-    module.CLUSTER = blocks
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_group_norm_cuda, "CLUSTER", blocks)
         yield
-    finally:
-        module.CLUSTER = None
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -321,7 +309,7 @@ def plan(
     name: str = "group_norm_plan",
 ) -> Plan:
     sizes = (name, 0, _cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
-    return Plan(*run_cuda(lambda: norm_module().cuda_plan(*sizes)))
+    return Plan(*run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes)))
 
 
 def way(c: int, side: int, device: dict[str, int], *, last: bool = True, name: str = "") -> int:
@@ -401,13 +389,13 @@ def test_without_room_for_a_cluster_the_plan_takes_a_smaller_one() -> None:
     try:
         for limit, room in ((16, 16), (8, 8), (16, 4), (16, 1), (1, 1)):
             set_clusters(limit, room)
-            norm_module().cuda_plan.cache_clear()
-            found.append(Plan(*run_cuda(lambda: norm_module().cuda_plan(*sizes, 0))))
+            _group_norm_cuda.cuda_plan.cache_clear()
+            found.append(Plan(*run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes, 0))))
         with pytest.raises(RuntimeError, match="cannot keep a group on chip"):
-            run_cuda(lambda: norm_module().cuda_plan(*sizes[:-1], 8, 1))
+            run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes[:-1], 8, 1))
     finally:
         set_clusters(16, 16)
-        norm_module().cuda_plan.cache_clear()
+        _group_norm_cuda.cuda_plan.cache_clear()
     assert [(p.on_chip, p.cluster) for p in found] == [(1, 8), (1, 8), (1, 4), (0, 1), (0, 1)]
 
 
