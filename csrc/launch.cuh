@@ -32,6 +32,12 @@ inline dim3 grid_of(int64_t x, int64_t y = 1) {
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+/// True where every row of a tensor begins at a multiple of 16 bytes.
+template <typename T>
+bool rows_aligned(const void* p, int64_t stride) {
+  return aligned16(p) && stride * int64_t(sizeof(T)) % 16 == 0;
+}
+
 #ifdef FASTDIFF_EMULATE_CUDA
 
 inline const char* select_device(const Target&) { return nullptr; }

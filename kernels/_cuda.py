@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels import extension
-from fastdiff.kernels.dispatch import OPS, Implementation, Op, first_tensor
+from fastdiff.kernels.dispatch import OPS, Implementation, Op, _no_objection, first_tensor
 from fastdiff.kernels.extension import plain
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -89,15 +89,6 @@ def parameter(x: Tensor | None) -> tuple[int | None, int]:
     return x.data_ptr(), DTYPES[x.dtype]
 
 
-def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are on x's device: a kernel would read any address."""
-    for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of x, {x.device}, got {other.device}"
-            )
-
-
 def ask(name: str, device: int, *arguments: Any) -> str | None:
     """Call a function that starts no kernel, on a device, its first argument; what it refuses."""
     with nullcontext() if _emulated else torch.cuda.device(device):
@@ -152,25 +143,39 @@ def refusal(device: int) -> str | None:
     return _refusal(device)
 
 
-def why_not(*args: Any, **kwargs: Any) -> str | None:
-    """What stands against the CUDA kernels of every op, or None."""
-    x = first_tensor(args, kwargs)
-    return refusal(x.device.index or 0) if x.is_cuda else None
+def elsewhere(x: Tensor, **others: Any) -> str | None:
+    """What stands against tensors on another device than x, by their names, or None."""
+    for name, t in others.items():
+        if isinstance(t, Tensor) and t.device != x.device:
+            return f"{name} must be on the device of x, {x.device}, got {t.device}"
+    return None
 
 
-def register(op: Op, function: Callable[..., Any], registered: Callable[..., Any]) -> None:
+def register(
+    op: Op,
+    function: Callable[..., Any],
+    registered: Callable[..., Any],
+    objection: Callable[..., str | None] = _no_objection,
+    *,
+    dtypes: tuple[torch.dtype, ...] = SUPPORTED,
+) -> None:
     """Enter the CUDA implementation of an op; into the dispatcher if there are kernels to run.
 
     function: what plain tensors go to; registered: the same, known to PyTorch, for those that want
-    a gradient or are traced.
+    a gradient or are traced. objection, dtypes: as `why_not` and `dtypes` of `Implementation`.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         straight = plain(*args, *kwargs.values())
         return (function if straight else registered)(*args, **kwargs)
 
+    def why_not(*args: Any, **kwargs: Any) -> str | None:
+        x = first_tensor(args, kwargs)
+        refused = refusal(x.device.index or 0) if x.is_cuda else None
+        return refused or objection(*args, **kwargs)
+
     implementation = Implementation(
-        backend="cuda", function=run, why_not=why_not, devices=("cuda",), dtypes=SUPPORTED
+        backend="cuda", function=run, why_not=why_not, devices=("cuda",), dtypes=dtypes
     )
     IMPLEMENTATIONS[op.name] = implementation
     if _library is not None:

@@ -85,6 +85,12 @@ def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if p is None else p.contiguous() for p in parameters)
 
 
+def why_not_cuda(x: Tensor, num_groups: int, *parameters: Any, **others: Any) -> str | None:
+    """What stands against the CUDA kernels of both norms, or None."""
+    named = dict(zip(("weight", "bias"), parameters, strict=False))
+    return _cuda.elsewhere(x, **named, **others)
+
+
 def norm_cuda(
     x: Tensor,
     num_groups: int,
@@ -100,12 +106,6 @@ def norm_cuda(
 
     parameters: weight, bias, scale_shift.
     """
-    weight, bias, scale_shift = parameters
-    _cuda.check_devices(
-        *("add_group_norm_silu" if add else "group_norm_silu", x),
-        weight=weight, bias=bias, scale_shift=scale_shift,
-        channel_add=channel_add, residual=residual,
-    )  # fmt: skip
     layout = _cuda_layout(x)
     x = layout.x
     y = torch.empty_like(x)

@@ -44,7 +44,12 @@ from fastdiff.kernels._group_norm_cpu import (
     norm_backward_cpu,
     run_native,
 )
-from fastdiff.kernels._group_norm_cuda import norm_backward_cuda_op, norm_cuda, parameter_gradients
+from fastdiff.kernels._group_norm_cuda import (
+    norm_backward_cuda_op,
+    norm_cuda,
+    parameter_gradients,
+    why_not_cuda,
+)
 from fastdiff.kernels._group_norm_forward import norm_forward
 from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
 
@@ -267,7 +272,7 @@ def why_not_triton(
 
 
 _op = define_op("group_norm_silu", group_norm_silu_reference)
-_cuda.register(_op, _plain_cuda, group_norm_silu_cuda)
+_cuda.register(_op, _plain_cuda, group_norm_silu_cuda, why_not_cuda)
 _triton.register(_op, plain_triton, why_not_triton)
 
 

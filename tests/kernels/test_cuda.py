@@ -227,9 +227,9 @@ def test_fp64_goes_to_another_backend() -> None:
 
 def test_tensors_must_share_a_device() -> None:
     x, weight = torch.zeros(2, 8, 4, device=cases.device_of("cuda")), torch.zeros(8, device="meta")
-    with pytest.raises(ValueError, match=r"group_norm_silu: weight must be on .* got meta"):
+    with pytest.raises(kernels.BackendError, match=r"weight must be on .* got meta"):
         run_cuda(lambda: kernels.group_norm_silu(x, 4, weight))
-    with pytest.raises(ValueError, match="channel_add must be on"):
+    with pytest.raises(kernels.BackendError, match="channel_add must be on"):
         run_cuda(lambda: kernels.add_group_norm_silu(x, 4, channel_add=weight))
 
 
@@ -249,12 +249,11 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.M
     try:
         with FakeTensorMode(), cuda_host.emulated():
             x = torch.empty(2, 8, 4, device="cuda:0")
-            found = kernels.explain("group_norm_silu", x, 4)
+            reason = str(kernels.OPS["group_norm_silu"].reasons((x, 4), {})["cuda"])
     finally:
         _cuda._refusal.cache_clear()
-    assert found.chosen != "cuda"
-    assert "on cuda:0 (a GPU of tomorrow): no kernel image" in str(found.reasons["cuda"])
-    assert "8.0;9.0a" in str(found.reasons["cuda"])
+    assert "on cuda:0 (a GPU of tomorrow): no kernel image" in reason
+    assert "8.0;9.0a" in reason
 
 
 def test_a_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
