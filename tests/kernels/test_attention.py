@@ -10,16 +10,10 @@ from torch import Tensor
 
 from fastdiff import kernels
 from fastdiff.kernels import _triton, attention, backend
-from fastdiff.kernels.attention import (
-    CONTEXTS,
-    HEAD_DIMS,
-    _attention,
-    _attention_backward,
-    _pieces,
-    _room_for_sums,
-    _why_not,
-    attention_triton,
-)
+from fastdiff.kernels._attention import HEAD_DIMS, pieces_of, room_for_sums
+from fastdiff.kernels._attention_backward import attention_backward
+from fastdiff.kernels._attention_forward import CONTEXTS, attention_forward
+from fastdiff.kernels.attention import _why_not, attention_triton
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
@@ -156,15 +150,15 @@ def test_autocast_does_not_reach_inside(dtype: torch.dtype) -> None:
 
 
 def test_a_head_dim_is_cut_into_powers_of_two() -> None:
-    assert _pieces(40) == (32, 8)
-    assert _pieces(40, 16) == (32, 16)
-    assert _pieces(72) == (64, 8)
-    assert _pieces(120) == (64, 32, 16, 8)
-    assert _pieces(160) == (128, 32)
-    assert _pieces(77, 16) == (64, 16)
+    assert pieces_of(40) == (32, 8)
+    assert pieces_of(40, 16) == (32, 16)
+    assert pieces_of(72) == (64, 8)
+    assert pieces_of(120) == (64, 32, 16, 8)
+    assert pieces_of(160) == (128, 32)
+    assert pieces_of(77, 16) == (64, 16)
     for d in range(8, 520, 8):
-        assert sum(_pieces(d)) == d
-        assert sum(_pieces(d, 16)) == -(-d // 16) * 16
+        assert sum(pieces_of(d)) == d
+        assert sum(pieces_of(d, 16)) == -(-d // 16) * 16
 
 
 def kernels_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Tensor) -> list[str]:
@@ -174,7 +168,7 @@ def kernels_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Tens
     k = torch.empty(n, keys, heads, d, dtype=dtype, device="meta")
     extra = options.get("extra_k")
     with _triton.recording_launches("sm_90") as launches:
-        _attention(q, k, k, extra, extra, options.get("mask"), 0.1)
+        attention_forward(q, k, k, extra, extra, options.get("mask"), 0.1)
     return [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launches]
 
 
@@ -257,7 +251,7 @@ def test_the_keys_gradient_is_summed_over_stretches_of_queries() -> None:
     case = cases.attention_case("stretches", "one key tile, many queries", (1, 600, 9, 1, 16))
     q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
     with _triton.recording_launches() as launches:
-        _attention_backward(q, q, k, v, None, None, None, q, _room_for_sums(q), 0.1, False)
+        attention_backward(q, q, k, v, None, None, None, q, room_for_sums(q), 0.1, False)
     grids = {launch.kernel.__name__: launch.grid for launch in launches}
     assert grids["_keys_gradient_kernel"] > (1,)
     cases.check("attention", case, torch.bfloat16, "triton")
