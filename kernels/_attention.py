@@ -2,13 +2,11 @@
 
 A tile of rows is a tuple of pieces, one per width, since the sides of a Triton tile are powers of
 two. `inside` marks the rows that exist, as (rows, 1). Strides are tuples (sample, token, head) in
-units of UNIT numbers: a product with 8 tells the compiler that rows start at 16 bytes. MASK is 0
-without a mask, 1 for bytes that tell which keys are seen, 2 for numbers that are added.
+units of 8 numbers: the product tells the compiler that rows begin at 16 bytes. MASK is 0 without a
+mask, 1 for bytes that tell which keys are seen, 2 for numbers that are added.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -74,11 +72,11 @@ def zero_pieces(ROWS: tl.constexpr, WIDTHS: tl.constexpr) -> tl.tensor:
 
 @jit
 def rows_of(
-    x: tl.tensor, strides: tl.tensor, n: tl.tensor, h: tl.tensor, row: tl.tensor, UNIT: tl.constexpr
+    x: tl.tensor, strides: tl.tensor, n: tl.tensor, h: tl.tensor, row: tl.tensor
 ) -> tl.tensor:
     """Where rows of one sample and head begin, (rows, 1)."""
-    head = x + (n * strides[0] + h * strides[2]) * UNIT
-    return head + (row.to(tl.int64)[:, None] * strides[1]) * UNIT
+    head = x + (n * strides[0] + h * strides[2]) * 8
+    return head + (row.to(tl.int64)[:, None] * strides[1]) * 8
 
 
 @jit
@@ -194,7 +192,7 @@ def keep_sums(
     unit: tl.tensor,
     inside: tl.tensor,
 ) -> None:
-    """What the backward pass needs: log2 of the sum of exp2, fp32 in two numbers."""
+    """What the backward pass needs: log2 of the sum of exp2, or that above the top and the top."""
     some = weight > 0
     log = tl.where(some, tl.log2(weight), float("inf"))
     if tops is None:
@@ -253,8 +251,8 @@ def masked(scores: tl.tensor, at: tl.tensor, inside: tl.tensor, MASK: tl.constex
         scores = tl.where(value != 0, scores, float("-inf"))
     else:
         added = value.to(tl.float32)
-        finite = tl.maximum(added * 1.4426950408889634, -3e38)
-        scores += tl.where(added == float("-inf"), added, finite)
+        low = tl.where(added == float("-inf"), added, -3e38)
+        scores += tl.where(added < -2e38, low, added * 1.4426950408889634)  # NaN stays NaN
     return scores
 
 
@@ -287,18 +285,18 @@ def precision_of(x: Tensor) -> str:
     return "tf32x3" if split and x.dtype == torch.float32 else "ieee"
 
 
-def dense(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+def aligned(x: Tensor) -> Tensor:
+    """x where its rows are dense and begin at 16 bytes, else a copy whose rows do.
+
+    Loads of 2 bytes, again for each tile, would take longer than the copy.
+    """
+    steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def strides_of(x: Tensor | None, unit: int) -> tuple[int, int, int] | None:
-    return None if x is None else (x.stride(0) // unit, x.stride(1) // unit, x.stride(2) // unit)
-
-
-def unit_of(*tensors: Tensor | None) -> int:
-    """8 if all rows begin at multiples of 8 numbers, else 1."""
-    strides = [s for x in tensors if x is not None for s in x.stride()[:3]]
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+def strides_of(x: Tensor | None) -> tuple[int, int, int] | None:
+    return None if x is None else (x.stride(0) // 8, x.stride(1) // 8, x.stride(2) // 8)
 
 
 Masks = tuple[Tensor | None, Tensor | None]
@@ -331,66 +329,35 @@ def shape_class_of(q: Tensor, known: tuple[int, ...]) -> str:
     return f"self/{next_of(d, known)}"
 
 
+def class_dim(shape_class: str) -> int:
+    """The head dim that a class is named after."""
+    return int(shape_class.partition("/")[2])
+
+
 def tiles_for(name: str, q: Tensor, mask: Tensor | None) -> Config:
-    """The config; half as many keys a tile under a mask, for which the registers are needed."""
+    """The config; under a mask half as many rows in the tiles that stream past, for which the
+    registers are needed. Those that stay keep the 64 rows that wgmma takes."""
     known = HEAD_DIMS if name == "attention" else BACKWARD_DIMS
-    chosen = {"CHUNK": 0, "SPLIT": 1, **config(name, q, shape_class_of(q, known))}
+    shape_class = shape_class_of(q, known)
+    chosen = {"CHUNK": 0, "SPLIT": 1, **config(name, q, shape_class)}
+    columns = cdiv(class_dim(shape_class), chosen["SPLIT"])
+    chosen["SPLIT"] = cdiv(q.shape[3], columns)  # no program without columns of its own
     if mask is not None:
-        chosen["BLOCK_N"] = max(16, chosen["BLOCK_N"] // 2)
+        streams = "BLOCK_M" if name == "attention_backward_keys" else "BLOCK_N"
+        chosen[streams] = max(16, chosen[streams] // 2)
     return chosen
 
 
-def room_for_sums(q: Tensor) -> Tensor:
+def room_for_sums(q: Tensor, mask: Tensor | None) -> Tensor:
+    """(numbers, N, H, L) fp32: two numbers where a score may be too large to stand beside a sum.
+
+    fp32 wants more digits; an added mask may be -3e38 for all keys of a query.
+    """
     n, length, heads, _ = q.shape
-    numbers = 2 if q.dtype == torch.float32 else 1
+    added = mask is not None and mask.dtype != torch.bool
+    numbers = 2 if added or q.dtype == torch.float32 else 1
     return torch.empty(numbers, n, heads, length, dtype=torch.float32, device=q.device)
 
 
 def split_sums(lse: Tensor) -> tuple[Tensor, Tensor | None]:
     return lse[0], lse[1] if len(lse) == 2 else None
-
-
-# What the configs are tuned and compiled for
-
-REAL_SHAPES = {
-    24: (2, 1024, 8),
-    32: (2, 4096, 14),
-    40: (2, 4096, 8),
-    48: (2, 1024, 8),
-    64: (2, 4096, 10),
-    72: (2, 256, 16),
-    80: (2, 1024, 8),
-    96: (2, 1024, 8),
-    128: (2, 1024, 8),
-    144: (2, 256, 8),
-    160: (2, 256, 8),
-    192: (2, 256, 4),
-    256: (8, 256, 1),
-    512: (1, 4096, 1),
-}
-"""Head dim -> (N, L, H) of a model with it: SD 1.5, SDXL, LDM, DiT, IDDPM, DDPM, the VAE."""
-
-
-def packed(shape_class: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    d = int(shape_class.partition("/")[2])
-    n, length, heads = REAL_SHAPES[d]
-    return torch.empty(n, length, 3, heads, d, dtype=dtype, device=device).unbind(2)
-
-
-def candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    kept: list[Config] = [{}] if dtype != torch.float32 else []
-    streamed = [{"CHUNK": 32, "SPLIT": split} for split in (1, 2, 4, 8)]
-    d = int(shape_class.partition("/")[2])
-    for m, n in ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (32, 64), (32, 32)):
-        for warps in (4, 8):
-            for stages in (1, 2, 3):
-                for option in streamed if d == SINGLE_HEAD or not kept else kept:
-                    tile = {"BLOCK_M": m, "BLOCK_N": n, **option}
-                    yield {**tile, "num_warps": warps, "num_stages": stages}
-
-
-def has_dtype(shape_class: str, dtype: torch.dtype) -> bool:
-    return shape_class.startswith("fp32") == (dtype == torch.float32)
-
-
-FULL_PRECISION = tuple(f"fp32/{d}" for d in FULL_PRECISION_DIMS)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastdiff.kernels._attention import (
-    BACKWARD_DIMS,
-    FULL_PRECISION,
     LOG2_E,
     PROGRAMS,
     Masks,
     accumulate,
-    candidates,
+    aligned,
     columns_of,
-    dense,
-    has_dtype,
     kept_sums,
     kind_of,
     known_columns,
@@ -27,26 +20,21 @@ from fastdiff.kernels._attention import (
     mask_strides_of,
     masked,
     masks_of,
-    packed,
     pieces_of,
     precision_of,
     product,
-    room_for_sums,
     rows_of,
     split_sums,
     store_pieces,
     streamed_product,
     strides_of,
     tiles_for,
-    unit_of,
     weights_again,
     zero_pieces,
     zeros,
 )
 from fastdiff.kernels._triton import (
-    Tunable,
     cdiv,
-    define_tunable,
     jit,
     launch,
     next_power_of_2,
@@ -64,7 +52,6 @@ def _row_sums_kernel(
     heads: tl.tensor,
     rows: tl.tensor,
     D: tl.constexpr,
-    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -73,7 +60,7 @@ def _row_sums_kernel(
     n, l, h = row // (length * heads), row // heads % length, row % heads
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows)[:, None] & (column < D)
-    source = (n * dout_strides[0] + l * dout_strides[1] + h * dout_strides[2]) * UNIT
+    source = (n * dout_strides[0] + l * dout_strides[1] + h * dout_strides[2]) * 8
     wide = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32  # dP - sum cancels
     gradient = tl.load(dout + source[:, None] + column, inside, other=0.0).to(wide)
     value = tl.load(out + row[:, None] * D + column, inside, other=0.0).to(wide)
@@ -107,7 +94,6 @@ def _keys_gradient_kernel(  # noqa: PLR0915
     factor: tl.tensor,
     scale: tl.tensor,
     D: tl.constexpr,
-    UNIT: tl.constexpr,
     WIDTHS: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,11 +115,11 @@ def _keys_gradient_kernel(  # noqa: PLR0915
     part, rest = rest % SPLIT, rest // SPLIT
     limit = D if SPLIT == 1 else D - part * COLUMNS
     piece, head = rest % stretches, rest // stretches
-    n, h = (head // heads).to(tl.int64), head % heads
+    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     real = (column < keys)[:, None]
-    k_rows = rows_of(k, k_strides, n, h, column, UNIT)
-    v_rows = rows_of(v, v_strides, n, h, column, UNIT)
+    k_rows = rows_of(k, k_strides, n, h, column)
+    v_rows = rows_of(v, v_strides, n, h, column)
     if CHUNK == 0:
         k_tile = load_pieces(k_rows, real, D, D, WIDTHS, True)
         v_tile = load_pieces(v_rows, real, D, D, WIDTHS, True)
@@ -144,10 +130,10 @@ def _keys_gradient_kernel(  # noqa: PLR0915
     for start in range(first, tl.minimum(first + stretch, length), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = (row < length)[:, None]
-        q_rows = rows_of(q, q_strides, n, h, row, UNIT)
-        dout_rows = rows_of(dout, dout_strides, n, h, row, UNIT)
+        q_rows = rows_of(q, q_strides, n, h, row)
+        dout_rows = rows_of(dout, dout_strides, n, h, row)
         q_tile = load_pieces(q_rows + part * COLUMNS, inside, limit, KNOWN, WIDTHS, True)
-        if tops is not None:  # rounded as in the forward pass, or P of a sharp softmax is not 1
+        if q.dtype.element_ty == tl.float32:  # rounded as before, or P of a sharp softmax is not 1
             scores = zeros(BLOCK_M, BLOCK_N)
             scores = streamed_product(q_rows, inside, k_rows, real, scores, D, CHUNK, PRECISION)
             scores = tl.trans(scores)
@@ -208,7 +194,6 @@ def _queries_gradient_kernel(  # noqa: PLR0915
     factor: tl.tensor,
     scale: tl.tensor,
     D: tl.constexpr,
-    UNIT: tl.constexpr,
     WIDTHS: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -224,11 +209,11 @@ def _queries_gradient_kernel(  # noqa: PLR0915
     head = tl.program_id(0) // (tiles * SPLIT)
     part = tl.program_id(0) // tiles % SPLIT
     limit = D if SPLIT == 1 else D - part * COLUMNS
-    n, h = (head // heads).to(tl.int64), head % heads
+    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (row < length)[:, None]
-    q_rows = rows_of(q, q_strides, n, h, row, UNIT)
-    dout_rows = rows_of(dout, dout_strides, n, h, row, UNIT)
+    q_rows = rows_of(q, q_strides, n, h, row)
+    dout_rows = rows_of(dout, dout_strides, n, h, row)
     if CHUNK == 0:
         q_tile = load_pieces(q_rows, inside, D, D, WIDTHS, True)
         dout_tile = load_pieces(dout_rows, inside, D, D, WIDTHS, True)
@@ -246,8 +231,8 @@ def _queries_gradient_kernel(  # noqa: PLR0915
             column = start + tl.arange(0, BLOCK_N)
             real = (column < count)[:, None]
             here = (column < count)[None, :]
-            k_rows = rows_of(a_k, k_step, n, h, column, UNIT)
-            v_rows = rows_of(a_v, v_step, n, h, column, UNIT)
+            k_rows = rows_of(a_k, k_step, n, h, column)
+            v_rows = rows_of(a_v, v_step, n, h, column)
             k_tile = load_pieces(k_rows + part * COLUMNS, real, limit, KNOWN, WIDTHS, True)
             scores, dp = zeros(BLOCK_M, BLOCK_N), zeros(BLOCK_M, BLOCK_N)
             if CHUNK == 0:
@@ -298,39 +283,38 @@ def attention_backward(
     )
     if q.numel() == 0 or keys + extra_keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dextra_k.zero_(), dextra_v.zero_(), dmask.zero_()
-    dout, q, k, v = dense(dout), dense(q), dense(k), dense(v)
+    dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
     if extra_k is not None and extra_v is not None:
-        extra_k, extra_v = dense(extra_k), dense(extra_v)
-    unit, masks = unit_of(dout, q, k, v, extra_k, extra_v), masks_of(mask, q, keys, extra_keys)
-    sums = _row_sums(dout, out, unit)
+        extra_k, extra_v = aligned(extra_k), aligned(extra_v)
+    masks = masks_of(mask, q, keys, extra_keys)
+    sums = row_sums(dout, out)
     for some_k, some_v, some_mask, some_dk, some_dv in (
         (k, v, masks[0], dk, dv),
         (extra_k, extra_v, masks[1], dextra_k, dextra_v),
     ):
         if some_k is not None and some_v is not None:
-            _keys_gradient(
+            keys_gradient(
                 (dout, q, some_k, some_v),
                 some_mask,
                 (*split_sums(lse), sums),
                 (some_dk, some_dv),
                 scale,
-                unit,
             )
     dscores = None
     if mask_gradient:
         dscores = sums.new_empty(n, heads, length, keys + extra_keys)
-    _queries_gradient(
+    queries_gradient(
         (dout, q, k, v, extra_k, extra_v),
         masks,
         (*split_sums(lse), sums),
         dq,
         dscores,
         scale,
-        unit,
     )
     if keys + extra_keys == 1:  # the softmax of one score is 1, whatever the score
-        for gradient in (dq, dk, dextra_k):
-            gradient.zero_()
+        for gradient in (dq, dk, dextra_k, dscores):
+            if gradient is not None:
+                gradient.zero_()
     if mask is not None and dscores is not None:
         dmask = dscores.sum_to_size(mask.shape).to(mask.dtype)
     return dq, dk, dv, dextra_k, dextra_v, dmask
@@ -357,7 +341,7 @@ def room_for_gradients(
     return (*(like(x) for x in (q, k, v, extra_k, extra_v)), dmask)
 
 
-def _row_sums(dout: Tensor, out: Tensor, unit: int) -> Tensor:
+def row_sums(dout: Tensor, out: Tensor) -> Tensor:
     n, length, heads, d = out.shape
     sums = torch.empty(n, heads, length, dtype=torch.float32, device=out.device)
     rows, columns = n * length * heads, next_power_of_2(d)
@@ -368,25 +352,23 @@ def _row_sums(dout: Tensor, out: Tensor, unit: int) -> Tensor:
         dout,
         out,
         sums,
-        strides_of(dout, unit),
+        strides_of(dout),
         length,
         heads,
         rows,
         D=d,
-        UNIT=unit,
         ROWS=per_program,
         COLUMNS=columns,
     )
     return sums
 
 
-def _keys_gradient(
+def keys_gradient(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     mask: Tensor | None,
     numbers: tuple[Tensor, Tensor | None, Tensor],
     gradients: tuple[Tensor, Tensor],
     scale: float,
-    unit: int,
 ) -> None:
     """dK and dV. Few keys do not fill the GPU: then the queries are cut into stretches, whose sums
     are added in order."""
@@ -412,7 +394,7 @@ def _keys_gradient(
         *numbers,
         dk,
         dv,
-        *(strides_of(x, unit) for x in tensors),
+        *(strides_of(x) for x in tensors),
         mask_strides_of(mask),
         length,
         keys,
@@ -422,7 +404,6 @@ def _keys_gradient(
         scale * LOG2_E,
         scale,
         D=d,
-        UNIT=unit,
         WIDTHS=pieces_of(columns_of(d, chosen["SPLIT"]), 16),
         MASK=kind_of(mask),
         PRECISION=precision_of(q),
@@ -433,14 +414,13 @@ def _keys_gradient(
             gradient.copy_(parts.sum(0))
 
 
-def _queries_gradient(
+def queries_gradient(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     masks: Masks,
     numbers: tuple[Tensor, Tensor | None, Tensor],
     dq: Tensor,
     dscores: Tensor | None,
     scale: float,
-    unit: int,
 ) -> None:
     _, q, k, _, extra_k, _ = tensors
     n, length, heads, d = q.shape
@@ -453,7 +433,7 @@ def _queries_gradient(
         *numbers,
         dq,
         dscores,
-        *(strides_of(x, unit) for x in tensors),
+        *(strides_of(x) for x in tensors),
         mask_strides_of(masks[0]),
         length,
         k.shape[1],
@@ -462,65 +442,8 @@ def _queries_gradient(
         scale * LOG2_E,
         scale,
         D=d,
-        UNIT=unit,
         WIDTHS=pieces_of(columns_of(d, chosen["SPLIT"]), 16),
         MASK=kind_of(masks[0]),
         PRECISION=precision_of(q),
         **chosen,
-    )
-
-
-# What the configs are tuned and compiled for
-
-
-def _keys_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    q, k, v = packed(shape_class, dtype, device)
-    dout = torch.empty(q.shape, dtype=dtype, device=device)
-    lse = room_for_sums(q)
-    numbers = (*split_sums(lse), lse[0])
-    text = torch.empty(2, q.shape[0], 77, *q.shape[2:], dtype=dtype, device=device)
-    room = (torch.empty_like(dout), torch.empty_like(dout)), (text[0], text[1])
-    calls: list[Callable[[], Any]] = [
-        lambda: _keys_gradient((dout, q, k, v), None, numbers, room[0], 0.1, 8)
-    ]
-    if shape_class == "self/64":
-        seen = torch.empty(77, dtype=torch.uint8, device=device)
-        mask = seen.expand(q.shape[0], q.shape[2], q.shape[1], 77)
-        calls.append(lambda: _keys_gradient((dout, q, *text), mask, numbers, room[1], 0.1, 8))
-        calls.append(lambda: _row_sums(dout, q.contiguous(), 8))
-    return calls
-
-
-def _queries_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    q, k, v = packed(shape_class, dtype, device)
-    dout, dq = torch.empty(2, *q.shape, dtype=dtype, device=device)
-    lse = room_for_sums(q)
-    numbers = (*split_sums(lse), lse[0])
-    no_mask = None, None
-    calls: list[Callable[[], Any]] = [
-        lambda: _queries_gradient((dout, q, k, v, None, None), no_mask, numbers, dq, None, 0.1, 8)
-    ]
-    if shape_class == "self/64":
-        text = torch.empty(2, q.shape[0], 80, *q.shape[2:], dtype=dtype, device=device)
-        masks = masks_of(
-            torch.empty(k.shape[1] + 80, dtype=dtype, device=device), q, k.shape[1], 80
-        )
-        dscores = torch.empty(*lse[0].shape, k.shape[1] + 80, device=device)
-        calls.append(
-            lambda: _queries_gradient(
-                (dout, q, k, v, text[0], text[1]), masks, numbers, dq, dscores, 0.1, 8
-            )
-        )
-    return calls
-
-
-for _name, _gradient_calls in (("keys", _keys_calls), ("queries", _queries_calls)):
-    define_tunable(
-        Tunable(
-            name=f"attention_backward_{_name}",
-            shape_classes=(*(f"self/{d}" for d in BACKWARD_DIMS), *FULL_PRECISION),
-            candidates=candidates,
-            calls=_gradient_calls,
-            takes=has_dtype,
-        )
     )

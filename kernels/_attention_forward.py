@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastdiff.kernels._attention import (
-    FULL_PRECISION,
-    HEAD_DIMS,
     LOG2_E,
     PROGRAMS,
-    REAL_SHAPES,
     accumulate,
-    candidates,
+    aligned,
     columns_of,
-    dense,
-    has_dtype,
     keep_sums,
     kind_of,
     known_columns,
@@ -29,7 +21,6 @@ from fastdiff.kernels._attention import (
     masks_of,
     next_of,
     no_pieces,
-    packed,
     pieces_of,
     precision_of,
     product,
@@ -40,18 +31,15 @@ from fastdiff.kernels._attention import (
     streamed_product,
     strides_of,
     tiles_for,
-    unit_of,
     weights,
     zero_pieces,
     zeros,
 )
 from fastdiff.kernels._triton import (
     Config,
-    Tunable,
     cdiv,
     config,
     constexpr_function,
-    define_tunable,
     gpu_of,
     jit,
     launch,
@@ -102,7 +90,6 @@ def _forward_kernel(  # noqa: PLR0915
     heads: tl.tensor,
     factor: tl.tensor,
     D: tl.constexpr,
-    UNIT: tl.constexpr,
     SCORE_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
     MASK: tl.constexpr,
@@ -123,10 +110,10 @@ def _forward_kernel(  # noqa: PLR0915
     head = tl.program_id(0) // (tiles * SPLIT)
     part = tl.program_id(0) // tiles % SPLIT
     limit = D if SPLIT == 1 else D - part * COLUMNS
-    n, h = (head // heads).to(tl.int64), head % heads
+    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (row < length)[:, None]
-    q_rows = rows_of(q, q_strides, n, h, row, UNIT)
+    q_rows = rows_of(q, q_strides, n, h, row)
     if CHUNK == 0:
         tile = load_pieces(q_rows, inside, D, D, SCORE_WIDTHS, True)
     unit = factor if MASK == 0 else 1.0
@@ -144,7 +131,7 @@ def _forward_kernel(  # noqa: PLR0915
             for start in tl.range(first, last, BLOCK_N, num_stages=1 if tail else None):
                 column = start + tl.arange(0, BLOCK_N)
                 real = (column < count)[:, None]
-                k_rows = rows_of(a_k, k_step, n, h, column, UNIT)
+                k_rows = rows_of(a_k, k_step, n, h, column)
                 scores = zeros(BLOCK_M, BLOCK_N)
                 if CHUNK == 0:
                     k_tile = load_pieces(k_rows, real, D, D, SCORE_WIDTHS, tail)
@@ -164,7 +151,7 @@ def _forward_kernel(  # noqa: PLR0915
                 shrink = tl.exp2((top - new_top) * unit)
                 weight = weight * shrink + tl.sum(p, 1)
                 top = new_top
-                v_rows = rows_of(a_v, v_step, n, h, column, UNIT) + part * COLUMNS
+                v_rows = rows_of(a_v, v_step, n, h, column) + part * COLUMNS
                 v_tile = load_pieces(v_rows, real, limit, KNOWN, OUT_WIDTHS, tail)
                 p = p.to(v.dtype.element_ty)
                 total = accumulate(total, shrink[:, None], p, v_tile, PRECISION)
@@ -197,7 +184,6 @@ def _context_kernel(
     programs: tl.tensor,
     factor: tl.tensor,
     D: tl.constexpr,
-    UNIT: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
     SCORE_WIDTHS: tl.constexpr,
     OUT_WIDTHS: tl.constexpr,
@@ -211,14 +197,14 @@ def _context_kernel(
     online softmax.
     """
     head = tl.program_id(0) // programs
-    n, h = (head // heads).to(tl.int64), head % heads
+    n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     k_tiles, v_tiles = no_pieces(), no_pieces()
     for g in tl.static_range(len(KEY_GROUPS)):
         for j in tl.static_range(len(KEY_GROUPS[g])):
             column = _first_key(KEY_GROUPS, g, j) + tl.arange(0, KEY_GROUPS[g][j])
             real = (column < keys)[:, None]
-            k_rows = rows_of(k, k_strides, n, h, column, UNIT)
-            v_rows = rows_of(v, v_strides, n, h, column, UNIT)
+            k_rows = rows_of(k, k_strides, n, h, column)
+            v_rows = rows_of(v, v_strides, n, h, column)
             k_tiles += (load_pieces(k_rows, real, D, D, SCORE_WIDTHS, True),)
             v_tiles += (load_pieces(v_rows, real, D, D, OUT_WIDTHS, True),)
     unit = factor if MASK == 0 else 1.0
@@ -226,7 +212,7 @@ def _context_kernel(
     for start in range(first, length, programs * BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = (row < length)[:, None]
-        tile = load_pieces(rows_of(q, q_strides, n, h, row, UNIT), inside, D, D, SCORE_WIDTHS, True)
+        tile = load_pieces(rows_of(q, q_strides, n, h, row), inside, D, D, SCORE_WIDTHS, True)
         total = zero_pieces(BLOCK_M, OUT_WIDTHS)
         top = tl.full((BLOCK_M,), -3.3e38, tl.float32)
         weight = tl.zeros((BLOCK_M,), tl.float32)
@@ -268,6 +254,8 @@ def _context_kernel(
 CONTEXTS = (80, 160, 336)
 """Keys of 77, 154 and 256 + 77 tokens; what fits on the chip has its config for each."""
 CONTEXT_DIMS = (40, 64, 80, 160)
+MASKED_CONTEXT, MASKED_CONTEXT_DIM = 80, 80
+"""The most under a mask, which takes registers too: with 336 keys of 64 it spilled 1,480 bytes."""
 MMA_SYNC = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 """The architectures whose matrix unit is driven by mma.sync."""
 STREAMS: Config = {"BLOCK_M": 0, "num_warps": 4, "num_stages": 1}
@@ -300,27 +288,30 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """The output and, per query, log2 of the sum of exp2(log2(e) * scores), (1, N, H, L).
 
-    For fp32 in two numbers, the log2 relative to the largest score and that score: (2, N, H, L).
+    In two numbers, the log2 relative to the largest score and that score, (2, N, H, L), for fp32
+    and under an added mask.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = room_for_sums(q)
+    lse = room_for_sums(q, mask)
     if q.numel() == 0 or k.shape[1] + (0 if extra_k is None else extra_k.shape[1]) == 0:
         return out.zero_(), lse.fill_(torch.inf)
-    q, k, v = dense(q), dense(k), dense(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     if extra_k is not None and extra_v is not None:
-        extra_k, extra_v = dense(extra_k), dense(extra_v)
-    on_chip = _on_chip(q, k, extra_k)
+        extra_k, extra_v = aligned(extra_k), aligned(extra_v)
+    on_chip = _on_chip(q, k, extra_k, mask)
     if on_chip is not None:
         _context(q, k, v, mask, out, lse, scale, on_chip)
     else:
-        _streaming(q, k, v, extra_k, extra_v, mask, out, lse, scale)
+        streaming(q, k, v, extra_k, extra_v, mask, out, lse, scale)
     return out, lse
 
 
-def _on_chip(q: Tensor, k: Tensor, extra_k: Tensor | None) -> Config | None:
+def _on_chip(q: Tensor, k: Tensor, extra_k: Tensor | None, mask: Tensor | None) -> Config | None:
     """The config of the kernel that keeps all keys on the chip, if they fit."""
     keys, d = next_of(k.shape[1], CONTEXTS), next_of(q.shape[3], CONTEXT_DIMS)
     if extra_k is not None or keys is None or d is None or q.dtype == torch.float32:
+        return None
+    if mask is not None and (keys > MASKED_CONTEXT or d > MASKED_CONTEXT_DIM):
         return None
     chosen = config("attention_context", q, f"{keys}/{d}")
     return chosen if chosen["BLOCK_M"] else None
@@ -340,7 +331,7 @@ def _context(
     tiles = cdiv(length, chosen["BLOCK_M"])
     rounds = cdiv(tiles * n * heads, PROGRAMS)
     programs = cdiv(tiles, rounds)
-    unit, masks = unit_of(q, k, v), masks_of(mask, q, keys, 0)
+    masks = masks_of(mask, q, keys, 0)
     launch(
         _context_kernel,
         (programs * n * heads,),
@@ -350,7 +341,7 @@ def _context(
         masks[0],
         out,
         *split_sums(lse),
-        *(strides_of(x, unit) for x in (q, k, v)),
+        *(strides_of(x) for x in (q, k, v)),
         mask_strides_of(masks[0]),
         length,
         keys,
@@ -358,7 +349,6 @@ def _context(
         programs,
         scale * LOG2_E,
         D=d,
-        UNIT=unit,
         KEY_GROUPS=_groups(keys),
         SCORE_WIDTHS=pieces_of(d, 16),
         OUT_WIDTHS=_out_widths(d, v),
@@ -368,7 +358,7 @@ def _context(
     )
 
 
-def _streaming(
+def streaming(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -381,7 +371,7 @@ def _streaming(
 ) -> None:
     (n, length, heads, d), keys = q.shape, k.shape[1]
     extra_keys = 0 if extra_k is None else extra_k.shape[1]
-    unit, masks = unit_of(q, k, v, extra_k, extra_v), masks_of(mask, q, keys, extra_keys)
+    masks = masks_of(mask, q, keys, extra_keys)
     chosen = tiles_for("attention", q, masks[0])
     launch(
         _forward_kernel,
@@ -394,7 +384,7 @@ def _streaming(
         *masks,
         out,
         *split_sums(lse),
-        *(strides_of(x, unit) for x in (q, k, v, extra_k, extra_v)),
+        *(strides_of(x) for x in (q, k, v, extra_k, extra_v)),
         mask_strides_of(masks[0]),
         length,
         keys,
@@ -402,66 +392,9 @@ def _streaming(
         heads,
         scale * LOG2_E,
         D=d,
-        UNIT=unit,
         SCORE_WIDTHS=pieces_of(d, 16),
         OUT_WIDTHS=_out_widths(columns_of(d, chosen["SPLIT"]), v),
         MASK=kind_of(masks[0]),
         PRECISION=precision_of(q),
         **chosen,
     )
-
-
-# What the configs are tuned and compiled for
-
-
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    q, k, v = packed(shape_class, dtype, device)
-    out, lse = torch.empty(q.shape, dtype=dtype, device=device), room_for_sums(q)
-    calls: list[Callable[[], Any]] = [lambda: _streaming(q, k, v, None, None, None, out, lse, 0.1)]
-    if shape_class == "self/64":
-        mask = torch.empty(k.shape[1], dtype=torch.bool, device=device)
-        text = torch.empty(2, q.shape[0], 80, *q.shape[2:], dtype=dtype, device=device)
-        calls.append(lambda: _streaming(q, k, v, None, None, mask, out, lse, 0.1))
-        calls.append(lambda: _streaming(q, k, v, text[0], text[1], None, out, lse, 0.1))
-    return calls
-
-
-def _context_candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    yield STREAMS
-    for m in (64, 128):
-        for warps in (4, 8):
-            for stages in (1, 2):
-                yield {"BLOCK_M": m, "num_warps": warps, "num_stages": stages}
-
-
-def _context_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    keys, d = (int(number) for number in shape_class.split("/"))
-    n, length, heads = REAL_SHAPES[d]
-    q = torch.empty(n, length, heads, d, dtype=dtype, device=device)
-    k, v = torch.empty(2, n, keys - 3, heads, d, dtype=dtype, device=device)
-    calls = [lambda: attention_forward(q, k, v, None, None, None, 0.1)]
-    if shape_class == "80/64":
-        mask = torch.empty(n, 1, 1, keys - 3, dtype=torch.bool, device=device)
-        calls.append(lambda: attention_forward(q, k, v, None, None, mask, 0.1))
-    return calls
-
-
-HALF = (torch.float16, torch.bfloat16)
-define_tunable(
-    Tunable(
-        name="attention",
-        shape_classes=(*(f"self/{d}" for d in HEAD_DIMS), *FULL_PRECISION),
-        candidates=candidates,
-        calls=_calls,
-        takes=has_dtype,
-    )
-)
-define_tunable(
-    Tunable(
-        name="attention_context",
-        shape_classes=tuple(f"{keys}/{d}" for keys in CONTEXTS for d in CONTEXT_DIMS),
-        candidates=_context_candidates,
-        calls=_context_calls,
-        dtypes=HALF,
-    )
-)

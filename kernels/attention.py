@@ -34,14 +34,15 @@ Bytes moved, in units of N * H * D * itemsize, with BLOCK_M queries and BLOCK_N 
     backward, dK and dV    2 L ceil(S / BLOCK_N) + 4 S
     backward, dQ           3 L + 2 S ceil(L / BLOCK_M)
 
-and 4 bytes a query for each of its numbers (8 for fp32, which keeps the sum in two): one in the
-forward pass; one, 2 ceil(S / BLOCK_N), and 2 in the backward pass. Few keys, many queries: dK and
-dV are also written and read once in fp32 for each stretch of the queries. Rows read in chunks:
+and 4 bytes a query for each of its numbers (8 for the sum of fp32 and under an added mask, which is
+kept in two): one in the forward pass; one, 2 ceil(S / BLOCK_N), and 2 in the backward pass. Few
+keys, many queries: dK and dV are also written and read once in fp32 for each stretch of the
+queries. Rows read in chunks:
 
     forward     L + SPLIT (L ceil(S / BLOCK_N) + S ceil(L / BLOCK_M)) + S ceil(L / BLOCK_M)
 
-A mask is read once for every score. Re-reads of K and V are what the L2 is for: one head of 4096
-keys of 40 is 0.66 MB.
+Tensors whose rows do not begin at 16 bytes are copied first. A mask is read once for every score.
+Re-reads of K and V are what the L2 is for: one head of 4096 keys of 40 is 0.66 MB.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.kernels import _attention_tuning  # noqa: F401 - it enters what is tuned
 from fastdiff.kernels._attention import SINGLE_HEAD, WIDEST, room_for_sums
 from fastdiff.kernels._attention_backward import attention_backward, room_for_gradients
 from fastdiff.kernels._attention_forward import attention_forward
@@ -118,7 +120,7 @@ def _attention_fake(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), room_for_sums(q)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), room_for_sums(q, mask)
 
 
 @attention_backward_triton.register_fake
