@@ -235,8 +235,9 @@ def mask_at(
     row: tl.tensor,
     column: tl.tensor,
 ) -> tl.tensor:
+    """The numbers of one head are within 2^31, see `masks_of`: 64 bits for each spilled."""
     head = mask + n * strides[0] + h * strides[1]
-    return head + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
+    return head + (row * strides[2] + column * strides[3])
 
 
 @jit
@@ -299,6 +300,15 @@ def strides_of(x: Tensor | None) -> tuple[int, int, int] | None:
     return None if x is None else (x.stride(0) // 8, x.stride(1) // 8, x.stride(2) // 8)
 
 
+WIDEST_MASK = 2**31 - 1
+"""Numbers from the first to the last of one head of a mask: what 32 bits count."""
+
+
+def span_of_head(mask: Tensor) -> int:
+    """Of a mask as (N, H, L, S)."""
+    return (mask.shape[2] - 1) * mask.stride(2) + (mask.shape[3] - 1) * mask.stride(3)
+
+
 Masks = tuple[Tensor | None, Tensor | None]
 """What a kernel sees: a mask as a view of (N, H, L, S) and one of (N, H, L, T)."""
 
@@ -308,6 +318,8 @@ def masks_of(mask: Tensor | None, q: Tensor, keys: int, extra_keys: int) -> Mask
         return None, None
     n, length, heads, _ = q.shape
     full = mask.expand(n, heads, length, keys + extra_keys)
+    if span_of_head(full) > WIDEST_MASK:
+        full = mask.contiguous().expand(full.shape)
     full = full.view(torch.uint8) if mask.dtype == torch.bool else full
     return full[..., :keys], full[..., keys:] if extra_keys else None
 

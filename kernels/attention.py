@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.kernels import _attention_tuning  # noqa: F401 - it enters what is tuned
-from fastdiff.kernels._attention import SINGLE_HEAD, WIDEST, room_for_sums
+from fastdiff.kernels._attention import SINGLE_HEAD, WIDEST, WIDEST_MASK, room_for_sums
 from fastdiff.kernels._attention_backward import attention_backward, room_for_gradients
 from fastdiff.kernels._attention_forward import attention_forward
 from fastdiff.kernels._triton import register
@@ -189,6 +189,12 @@ def _why_not(
         )
     if scale is not None and not scale > 0:
         return f"it takes a scale > 0, got {scale}; negate q"
+    keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
+    if mask is not None and q.shape[1] * keys > WIDEST_MASK:
+        return (
+            f"under a mask it takes up to {WIDEST_MASK} scores per head, "
+            f"got {q.shape[1]} x {keys}; split the queries"
+        )
     return why_not_tensors(q, mask)
 
 

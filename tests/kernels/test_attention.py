@@ -239,10 +239,12 @@ def test_rows_that_do_not_begin_at_16_bytes_are_copied() -> None:
 
 
 @cases.needs_interpreter
-def test_a_mask_may_have_more_numbers_than_32_bits_count() -> None:
+@pytest.mark.parametrize("strides", [(0, 2**30, 4, 1), (0, 4, 1, 2**30)], ids=["heads", "keys"])
+def test_a_mask_may_have_more_numbers_than_32_bits_count(strides: tuple[int, ...]) -> None:
     """16 heads of 16,384 by 16,384 tokens; here only a few of the bytes exist."""
     q, k, v = torch.randn(3, 1, 4, 3, 8).unbind()
-    far = torch.empty(2**31 + 16, dtype=torch.bool).as_strided((1, 3, 4, 4), (0, 2**30, 4, 1))
+    room = torch.empty(2**32, dtype=torch.bool)
+    far = room.as_strided((1, 3, 4, 4), strides)
     far.copy_(torch.ones(4, 4, dtype=torch.bool).tril())
     with backend("triton"):
         assert torch.equal(attention(q, k, v, mask=far), attention(q, k, v, mask=far.clone()))
@@ -263,6 +265,10 @@ def test_what_triton_does_not_take_is_said() -> None:
     assert _why_not(q, q, q, scale=0.3) is None
     assert "scale > 0, got -0.3; negate q" in str(_why_not(q, q, q, scale=-0.3))
     assert "takes fp32, fp16 and bf16, got float64" in str(_why_not(*[q.double()] * 3))
+    many = torch.empty(1, 2**16, 1, 8, device="meta")
+    mask = torch.empty(2**16, dtype=torch.bool, device="meta")
+    assert _why_not(many, many, many) is None
+    assert "got 65536 x 65536; split" in str(_why_not(many, many, many, mask=mask))
     assert "pad the heads" in str(_why_not(*[q[..., :7]] * 3))
 
 
