@@ -3,7 +3,7 @@
 Each bench_<op>.py declares a `Subject`; the shapes are those that the networks of
 `shapes.GPU_JOBS` send through the op. Providers:
 
-    triton                our kernel
+    triton, cuda          our kernels
     reference             our reference in PyTorch
     eager                 what people write; a norm gets NCHW, PyTorch's own layout
     eager channels_last   the same on channels_last, the layout that triton and compile get
@@ -20,6 +20,7 @@ before it is timed. Cases go by `priority` until the time is spent; what was lef
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from benchmarks import shapes
 from benchmarks.harness import Record, Work, compiled_for
 from benchmarks.shapes import Call, Job
 from fastdiff import kernels
+from fastdiff.kernels.measured import ANY, CLASSES
 from fastdiff.timing import Method, Timer
 from fastdiff.tuning import agrees
 
@@ -55,7 +57,8 @@ MATMUL = 8192
 """Side of the product whose rate is the peak."""
 PROVIDER_S = 0.05
 """Seconds of timed rounds per provider."""
-EVERYTHING = ("triton", "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+OURS = ("triton", "cuda")
+EVERYTHING = (*OURS, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
 LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
 """What is timed at the less telling shapes: neither the compiler's seconds nor the slowest."""
 
@@ -87,6 +90,8 @@ class Subject:
     """(call, bytes of a number) -> what has to be done."""
     backward_work: Callable[[Call, int], Work] | None = None
     """The same for the gradients; None: they are not measured."""
+    gradients_first: bool = False
+    """Whether something is aimed at with the gradients: they are then measured with the first."""
     norm: bool = False
     """Whether eager is also given NCHW."""
     sdpa: bool = False
@@ -98,7 +103,7 @@ class Subject:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        names = ["triton", "reference", "eager"]
+        names = [*OURS, "reference", "eager"]
         names += ["eager channels_last"] if self.norm else []
         names += LIBRARY if self.sdpa else ["compile"]
         return tuple(names)
@@ -149,7 +154,8 @@ def cases(
     """Every call of every job at every batch, the most telling ones first.
 
     0: of each op the largest call of a job at the job's own batch, all attentions there, gradients
-    1: every other call at that batch
+       that something is aimed at
+    1: every other call at that batch, the other gradients
     2: the largest calls at the other batches
     3: everything else
     """
@@ -173,7 +179,10 @@ def cases(
                     )
                     found.append(case)
                     if subject.backward_work is not None and usual and place == 0:
-                        found.append(replace(case, direction="backward"))
+                        gradient = replace(case, direction="backward")
+                        if not subject.gradients_first:
+                            gradient = replace(gradient, priority=1, providers=LATER)
+                        found.append(gradient)
     # at the same priority each op gets its turn
     turns: dict[tuple[int, str], int] = {}
     keyed = []
@@ -241,12 +250,18 @@ def _measure_case(
     make = Make(case.dtype, device)
     arguments = subject.arguments(case.call, case.job, make)
     wanted = [p for p in subject.providers if p in case.providers]
-    if "triton" in wanted and "triton" not in kernels.OPS[subject.op].implementations:
-        wanted.remove("triton")
-        outcome.failures.append(f"{case}: no triton implementation of {subject.op} is registered")
-    if "triton" in wanted and not _ours_agrees(case, make):
-        wanted.remove("triton")
-        outcome.failures.append(f"{case}: triton does not agree with the reference")
+    for backend in [name for name in OURS if name in wanted]:
+        objection = _objection(case, backend, arguments)
+        if objection is not None:
+            wanted.remove(backend)
+            # every op has Triton kernels; CUDA's are there if nvcc was, and take fewer cases
+            if backend == "triton":
+                outcome.failures.append(f"{case}: triton does not run: {objection}")
+            elif backend in kernels.OPS[subject.op].implementations:
+                outcome.unavailable.append(f"{case} {backend}: {objection}")
+        elif not _ours_agrees(case, make, backend):
+            wanted.remove(backend)
+            outcome.failures.append(f"{case}: {backend} does not agree with the reference")
     for provider in wanted:
         foreign = provider in (*LIBRARY, "compile")
         try:
@@ -257,7 +272,38 @@ def _measure_case(
                 raise
             outcome.unavailable.append(f"{case} {provider}: {said(error)}")
             continue
-        outcome.records.append(record_of(case, provider, timing, case.work))
+        record = record_of(case, provider, timing, case.work)
+        if provider in OURS and case.direction == "forward":
+            args, kwargs = arguments
+            record = replace(record, shape_class=CLASSES[subject.op](*args, **kwargs))
+        outcome.records.append(record)
+
+
+def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """Op -> "dtype/shape class" -> the one of `OURS` that is faster there.
+
+    By the geometric mean of the ratio over the cases of a class that both took; a class in which
+    one took no case goes to the other. The class `ANY` takes all cases of an op.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
+    for record in records:
+        if record.provider in OURS and record.shape_class:
+            for shape_class in (record.shape_class, ANY):
+                of_class = found.setdefault((record.benchmark, f"{record.dtype}/{shape_class}"), {})
+                case = of_class.setdefault((record.job, record.shape), {})
+                case[record.provider] = record.median_s
+    winners: dict[str, dict[str, str]] = {}
+    for (op, key), cases_of_class in found.items():
+        both = [case for case in cases_of_class.values() if len(case) == len(OURS)]
+        if both:
+            one, other = OURS
+            ratio = sum(math.log(case[other] / case[one]) for case in both)
+            winner = one if ratio > 0 else other
+        else:
+            taken = {name for case in cases_of_class.values() for name in case}
+            winner = next(name for name in OURS if name in taken)
+        winners.setdefault(op, {})[key] = winner
+    return winners
 
 
 @contextlib.contextmanager
@@ -266,7 +312,7 @@ def _provider(
 ) -> Iterator[Callable[[], Any]]:
     """What to time, inside the settings under which it has to run."""
     subject, (args, kwargs) = case.subject, arguments
-    backend = provider if provider in ("triton", "reference") else "reference"
+    backend = provider if provider in (*OURS, "reference") else "reference"
     function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
     if provider == "eager" and subject.norm:
         args = tuple(_nchw(a) for a in args)
@@ -309,13 +355,24 @@ def _backward(
     return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
-def _ours_agrees(case: Case, make: Make) -> bool:
-    """Whether triton's numbers are the reference's, returned or left in the operands."""
+def _objection(case: Case, backend: str, arguments: Arguments) -> str | None:
+    """Why a backend does not take a case, or None."""
+    args, kwargs = arguments
+    try:
+        with kernels.backend(backend), torch.inference_mode():
+            case.subject.ours(*args, **kwargs)
+    except kernels.BackendError as error:
+        return error.reasons[backend]
+    return None
+
+
+def _ours_agrees(case: Case, make: Make, backend: str) -> bool:
+    """Whether a backend's numbers are the reference's, returned or left in the operands."""
     results = []
-    for backend in ("triton", "reference"):
+    for name in (backend, "reference"):
         torch.manual_seed(0)
         arguments = case.subject.arguments(case.call, case.job, make)
-        with _provider(case, backend, arguments, "") as function:
+        with _provider(case, name, arguments, "") as function:
             flat = tree_flatten((function(), arguments))[0]
             results.append([t for t in flat if isinstance(t, Tensor)])
     return all(map(agrees, *results))
@@ -332,11 +389,15 @@ def _limit(
         timing, work = peaks[case.dtype]
         outcome.records.append(record_of(case, "matmul", timing, work))
         return
-    half = max(1, case.work.bytes // 2)
-    source = torch.ones(half, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
+    source, target = copied(case.work, device)
     timing = timer(lambda: target.copy_(source), method=case.method, budget_s=PROVIDER_S)
     outcome.records.append(record_of(case, "copy", timing, case.work))
+
+
+def copied(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a copy reads and what it writes: together the bytes of the work."""
+    source = torch.ones(max(1, work.bytes // 2), dtype=torch.uint8, device=device)
+    return source, torch.zeros_like(source)
 
 
 def _peak(dtype: torch.dtype, device: torch.device, timer: Timer, side: int) -> tuple[Any, Work]:

@@ -1,8 +1,9 @@
 """``python -m benchmarks.report``: docs/performance.md's tables and pictures from the records.
 
 The text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is rewritten from the records in
-benchmarks/results/<device>/: of each case the newest, with the commit it was measured at. What
-stands outside is written by hand and kept.
+benchmarks/results/<device>/: of each case the newest, with the commit it was measured at; that
+between ``<!-- predictions -->`` and its end from predict.py. What stands outside is written by hand
+and kept.
 """
 
 from __future__ import annotations
@@ -13,14 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import gpu_report
-from benchmarks.harness import LIMITS, RESULTS, Peak, Record, Share, amdahl, duration
+from benchmarks import gpu_report, predict
+from benchmarks.harness import (
+    END_TO_END,
+    LIMITS,
+    RESULTS,
+    Peak,
+    Record,
+    Share,
+    amdahl,
+    duration,
+)
 from benchmarks.plot import draw_shares
 from fastdiff.checkpoint.files import write_text
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
 IMAGES = DOCUMENT.parent / "images"
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+MEASURED = "<!-- tables -->", "<!-- end of tables -->"
+PREDICTED = "<!-- predictions -->", "<!-- end of predictions -->"
 T = TypeVar("T")
 
 
@@ -228,8 +239,10 @@ def section(device: Device) -> str:
     """The picture and the tables of one device that is no GPU."""
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
     ops = {row.record.benchmark for _, row in rows}
-    alone = [(run, record) for run, record in device.records() if record.benchmark not in ops]
-    shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *alone)}
+    measured = [pair for pair in device.records() if pair[1].benchmark not in ops]
+    alone = [pair for pair in measured if pair[1].benchmark != END_TO_END]
+    peers = [pair for pair in measured if pair[1].benchmark == END_TO_END]
+    shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *measured)}
     used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
     return "\n\n".join(
         [
@@ -250,6 +263,7 @@ def section(device: Device) -> str:
                 ),
                 [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks],
             ),
+            *(["#### Beside diffusers, on the same weights", peer_table(peers)] if peers else []),
             "#### Share of each op",
             table(
                 ("job", "op", "calls", "time", "share", "job, if the op were free", "commit"),
@@ -294,6 +308,26 @@ def whole(run: Run, record: Record) -> tuple[str, ...]:
     )
 
 
+def peer_table(pairs: Sequence[tuple[Run, Record]]) -> str:
+    """Each provider of a network beside diffusers as it comes, of the same run."""
+    rows: list[tuple[str, ...]] = []
+    for run, record in pairs:
+        case = record.job, record.shape, record.dtype
+        peers = {(r.job, r.shape, r.dtype): r for r in run.records if r.provider == "diffusers"}
+        rows.append(
+            (
+                *case,
+                record.provider,
+                duration(record.median_s),
+                f"{duration(record.q1_s)} to {duration(record.q3_s)}",
+                f"{peers[case].median_s / record.median_s:.2f} x",
+                run.commit,
+            )
+        )
+    head = ("job", "shape", "dtype", "by", "median", "quartiles", "as fast as diffusers", "commit")
+    return table(head, rows)
+
+
 def peak_row(run: Run, peak: Peak) -> tuple[str, ...]:
     memory = f"{peak.bytes / 2**20:.0f} MiB"
     return peak.benchmark, peak.shape, "", "", "1", "", memory, run.commit
@@ -332,13 +366,13 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def fill(document: str, tables: str) -> str:
+def fill(document: str, tables: str, markers: tuple[str, str] = MEASURED) -> str:
     """The document with the text between the markers replaced. Raises ValueError without them."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = document.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"the document must contain {BEGIN} and {END}; put them in by hand")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+        raise ValueError(f"the document must contain {' and '.join(markers)}; put them in by hand")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
 def main() -> None:
@@ -348,7 +382,9 @@ def main() -> None:
         if shares and not device.is_gpu:
             draw_shares(shares, device.name, picture(device))
             print(picture(device))
-    write_text(DOCUMENT, fill(DOCUMENT.read_text(), tables(found)))
+    predicted = table(*headed(predict.rows()))
+    document = fill(DOCUMENT.read_text(), predicted, PREDICTED)
+    write_text(DOCUMENT, fill(document, tables(found)))
     print(DOCUMENT)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, harness, report, shapes
+from benchmarks import bench_attention, bench_cpu_networks, harness, predict, report, shapes
 from benchmarks.harness import Peak, Record, Share, Work
 from fastdiff import kernels
 
@@ -143,6 +143,40 @@ def test_the_newest_run_of_a_case_wins(at: Callable[..., Path], tmp_path: Path) 
     assert "bbbbbbb" not in text
 
 
+def test_networks_stand_beside_diffusers_of_their_own_run(
+    at: Callable[..., Path], tmp_path: Path
+) -> None:
+    theirs = replace(EAGER, benchmark=harness.END_TO_END, provider="diffusers", median_s=3.0)
+    ours = replace(theirs, provider="fastdiff", median_s=2.0)
+    compiled = replace(theirs, provider="compile", median_s=2.5)
+    at("bbbbbbb", 1, [theirs, ours, compiled])
+    at("aaaaaaa", 2, [replace(theirs, median_s=4.0), ours])
+    text = report.section(report.devices(tmp_path)[0])
+    assert "| fastdiff | 2.00 s | 19.0 ms to 24.0 ms | 2.00 x | aaaaaaa |" in text
+    assert "| compile | 2.50 s | 19.0 ms to 24.0 ms | 1.20 x | bbbbbbb |" in text
+    assert text.count("| fastdiff |") == 1
+
+
+def test_providers_take_turns_once_their_results_agree() -> None:
+    calls: list[str] = []
+
+    def step(name: str, result: float) -> Callable[[], torch.Tensor]:
+        return lambda: (calls.append(name), torch.tensor([result, -1.0]))[1]
+
+    steps = {"fastdiff": step("f", 4.02), "diffusers": step("d", 4.0)}
+    with pytest.raises(AssertionError, match=r"fastdiff is 5\.0e-03 from diffusers"):
+        bench_cpu_networks.in_turns(steps, 2, 1e-3)
+    calls.clear()
+    seconds = bench_cpu_networks.in_turns(steps, 2, 1e-2)
+    assert "".join(calls) == "fd" * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"fastdiff": 2, "diffusers": 2}
+    first, second = bench_cpu_networks.records(
+        {"diffusers": [1.0, 2.0, 9.0], "fastdiff": [1.0] * 2}, "job", "shape", "float32", 8
+    )
+    assert (first.q1_s, first.median_s, first.q3_s) == (1.5, 2.0, 5.5)
+    assert (second.provider, second.rounds, second.flops_per_second) == ("fastdiff", 2, 8.0)
+
+
 def test_without_records_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "astray.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="pytest benchmarks --save-records"):
@@ -165,9 +199,31 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_what_is_written_by_hand_stays() -> None:
-    document = f"by hand\n{report.BEGIN}\nold\n{report.END}\nbelow"
+    document = f"by hand\n{report.MEASURED[0]}\nold\n{report.MEASURED[1]}\nbelow"
     filled = report.fill(document, "new")
-    assert filled == f"by hand\n{report.BEGIN}\n\nnew\n\n{report.END}\nbelow"
+    assert filled == f"by hand\n{report.MEASURED[0]}\n\nnew\n\n{report.MEASURED[1]}\nbelow"
     assert report.fill(filled, "new") == filled
     with pytest.raises(ValueError, match="must contain"):
         report.fill("no markers", "new")
+
+
+def test_predictions_by_hand() -> None:
+    found = {str(p.case): p for p in predict.predictions()}
+    image = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
+    # 2 x 8 heads of 4096^2 exponentials at 132 x 16 x 1.755 GHz; the rival's products at d = 64
+    assert image.bound == "exponentials"
+    assert image.floor_s == pytest.approx(2 * 8 * 4096**2 / (132 * 16 * 1.755e9))
+    assert image.rival_s == pytest.approx(4 * 2 * 8 * 4096**2 * 64 / 790e12)
+    # 134 MB do not fit into 50 MB of L2: two reads and a write beside a read and a write
+    decoder = found["group_norm_silu KL-f8 decoder (1, 256, 512, 512)"]
+    assert decoder.floor_s == pytest.approx(3 * 256 * 512**2 * 2 / 4.3e12)
+    assert decoder.rival_s / decoder.floor_s == pytest.approx(2 / 3)
+    # a sample of 8 MB does
+    unet = found["group_norm_silu SD 1.5 U-Net (2, 960, 64, 64)"]
+    assert unet.floor_s == unet.rival_s
+    (step,) = (p for p in found.values() if p.case.benchmark == "sampler_step")
+    assert (step.bound, step.floor_s) == ("one launch", 2e-6)
+
+
+def test_the_document_holds_the_predictions() -> None:
+    assert report.table(*report.headed(predict.rows())) in report.DOCUMENT.read_text()

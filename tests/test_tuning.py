@@ -14,7 +14,7 @@ import torch
 from fastdiff import tuning
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
-from fastdiff.kernels import _triton
+from fastdiff.kernels import _triton, measured
 from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tunable, jit, launch, tl
 from fastdiff.timing import HostTimer, Method, Timing
 from fastdiff.tuning import Case
@@ -204,6 +204,27 @@ def test_results_agree_up_to_rounding_only() -> None:
     assert not tuning.agrees(torch.tensor([1]), torch.tensor([2]))
 
 
+def test_an_error_everywhere_is_not_rounding_beside_one_large_number() -> None:
+    a = torch.ones(1000)
+    a[0] = 100.0
+    small = 0.5 * tuning.TOLERANCE[torch.float32] * a.max()
+    assert not tuning.agrees(a, a + small)
+    shifted = a.clone()
+    shifted[0] += small
+    assert tuning.agrees(a, shifted)
+
+
+def test_a_short_search_sees_candidates_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [{**NOW, "BLOCK": block} for block in range(50)]
+    tunable = replace(TUNABLES["twice"], candidates=lambda *_: listed)
+    monkeypatch.setitem(TUNABLES, "twice", tunable)
+    ordered = tuning.ordered_candidates(CASE, NOW)
+    assert ordered == tuning.ordered_candidates(CASE, NOW)
+    assert len(ordered) == 49  # without the one in use
+    assert {config["BLOCK"] // 25 for config in ordered[:8]} == {0, 1}
+    assert ordered != [config for config in listed if config != NOW]
+
+
 @cases.needs_interpreter
 def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """GEGLU's own candidates and launcher, on one row instead of thousands."""
@@ -287,6 +308,30 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
     assert _triton.read_tuned(path).measured == {"gpu": "A", "date": "4"}
 
 
+@cases.needs_interpreter
+def test_configs_and_backends_keep_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    winners = {"geglu": {"bfloat16/cache": "cuda"}}
+    tuning.save_backends(winners, {"gpu": "A", "date": "1"}, path)
+    assert _triton.read_tuned(path).configs == {}
+    tuning.save([search()], {"gpu": "A", "date": "2"}, path)
+    assert _triton.read_tuned(path).backends == winners
+    tuning.save_backends({"geglu": {"bfloat16/memory": "triton"}}, {"gpu": "B"}, path)
+    tuned = _triton.read_tuned(path)
+    assert tuned.backends["geglu"] == {"bfloat16/cache": "cuda", "bfloat16/memory": "triton"}
+    assert set(tuned.configs) == {"twice"}
+    assert tuned.measured is not None
+    assert tuned.measured["gpu"] == "A"
+
+
+def test_auto_tries_first_what_the_gpus_file_says() -> None:
+    assert measured._fastest("geglu", GPU, "bfloat16/cache") is None
+    winners = {"geglu": {"bfloat16/cache": "triton"}}
+    tuning.save_backends(winners, {"gpu": GPU.name, "date": "1"}, tuning.cache_file(GPU))
+    assert measured._fastest("geglu", GPU, "bfloat16/cache") == "triton"
+    assert measured._fastest("geglu", GPU, "float16/cache") is None
+
+
 def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
     path = tuning.cache_file(GPU)
     assert tuning.set_aside_broken(path) is None
@@ -306,6 +351,13 @@ def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
     for shipped in sorted(_triton.TUNED.glob("*.json")):
         content = json.loads(shipped.read_text())
         assert json.loads(tuning.text_of(content["measured"], content["configs"])) == content
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+def test_constexpr_functions_of_an_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_triton.triton, "constexpr_function")
+    monkeypatch.setattr(tl, "constexpr_function", lambda function: ("3.4", function), raising=False)
+    assert _triton.constexpr_function(len) == ("3.4", len)
 
 
 # Which file serves which GPU

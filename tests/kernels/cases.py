@@ -44,6 +44,14 @@ BACKENDS = [
     pytest.param("cpu", marks=needs_native),
 ]
 """For parametrize: the backends that have an implementation of every op."""
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() and bool(cuda_host.needs_compiler.args[0]),
+    reason="neither a GPU nor g++ for the emulation",
+)
+ALL_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_cuda)]
+"""For the ops that have CUDA kernels too: on a GPU, else under the emulation (conftest.py)."""
+KERNELS = [BACKENDS[1], ALL_BACKENDS[-1]]
+"""Those made for a GPU."""
 
 
 def device_of(backend: str) -> str:
@@ -355,8 +363,10 @@ def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
         )
 
 
-def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]]) -> None:
-    """The Triton implementation traces whole, forward and backward, once for all batch sizes.
+def check_compiles(
+    op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]], backend: str = "triton"
+) -> None:
+    """The implementation traces whole, forward and backward, once for all batch sizes.
 
     Traced by Dynamo and AOTAutograd; the graph's ops run as they are ("aot_eager"), since Inductor
     has nothing to add to opaque ops and no code for CPU tensors under the interpreter.
@@ -366,8 +376,8 @@ def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any,
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 3, 7):
         inputs = with_gradients((arguments(n), {}))
-        inputs = (tuple(a.detach().to(device_of("triton")).requires_grad_() for a in inputs[0]), {})
-        with kernels.backend("triton"):
+        inputs = (tuple(a.detach().to(device_of(backend)).requires_grad_() for a in inputs[0]), {})
+        with kernels.backend(backend):
             outputs, gradients = run(compiled, inputs)
             expected, expected_gradients = run(op, inputs)
         for have, want in zip(outputs + gradients, expected + expected_gradients, strict=True):
@@ -740,3 +750,21 @@ ADD_LAYER_NORM = [
     layer_norm_case("near-overflow", "2e4", (4, 64), residual=True, mean=2e4, std=1e4),
     layer_norm_case("empty", "nothing to do", (0, 8), residual=True),
 ]
+
+
+def ordinary_inputs(op: str, device: str) -> Inputs:
+    """Small fp32 arguments of any op, for tests of how it runs and not of what it computes."""
+    draw = Draw(torch.float32, device, torch.Generator().manual_seed(0))
+    seeds = torch.arange(2, device=device)
+    if op == "philox_normal":
+        return (seeds, (4, 9, 9)), {"stream": 1}
+    if op == "sampler_step":
+        c, table = kernels.COLUMNS, torch.zeros(2, len(kernels.COLUMNS))
+        row = {c.U: 1.3, c.V: -0.7, c.A: 0.9, c.B: 0.4, c.C1: 0.1, c.S: 0.5, c.P: 0.6, c.W: 3.0}
+        for column, value in {**row, c.CLAMP: 2.0}.items():  # writes slot 0
+            table[:, column] = value
+        x, f, history = draw(2, 4, 9, 9), draw(4, 4, 9, 9), draw(3, 2, 4, 9, 9)
+        step = torch.tensor(1, device=device)
+        return (x, f, history, table.to(device), step, seeds), {"guidance_rescale": 0.7}
+    rows: list[Case] = globals()[op.upper()]
+    return rows[0].build(draw)

@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff.kernels import _triton, add_layer_norm, backend, layer_norm
+from fastdiff.kernels._layer_norm import norm_backward, norm_forward
 from fastdiff.kernels.layer_norm import (
-    _add_layer_norm,
-    _layer_norm,
-    _layer_norm_backward,
     add_layer_norm_triton,
     layer_norm_backward_triton,
     layer_norm_triton,
@@ -23,21 +21,21 @@ from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.LAYER_NORM, ids=str)
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("layer_norm", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_LAYER_NORM, ids=str)
 def test_add_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("add_layer_norm", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
@@ -70,20 +68,20 @@ def test_parity_with_many_tiles_to_a_program(op: str, shape: tuple[int, ...]) ->
 def names(call: Callable[[], object]) -> list[str]:
     with _triton.recording_launches("sm_90") as launches:
         call()
-    return [launch.kernel.__name__ for launch in launches]
+    return [launch.kernel.__name__.strip("_") for launch in launches]
 
 
 @cases.needs_triton
 def test_which_kernels_run() -> None:
     """A row of 4096 in registers, a wider one in tiles; shares only where a gradient needs them."""
-    for d, kind in ((4096, "_layer_norm"), (4097, "_layer_norm_wide")):
+    for d, kind in ((4096, "layer_norm"), (4097, "layer_norm_wide")):
         x, weight = torch.empty(5, d, device="meta"), torch.empty(d, device="meta")
-        assert names(lambda: _layer_norm(x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
-        assert names(lambda: _add_layer_norm(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
-        backward = names(lambda: _layer_norm_backward(x, x, x, weight, None, 1e-5, [True, False]))  # noqa: B023
-        shares = [] if d == 4096 else ["_wide_shares_kernel"]
-        assert backward == [f"{kind}_backward_kernel", *shares, "_sum_shares_kernel"]
-        plain = names(lambda: _layer_norm_backward(x, None, x, weight, None, 1e-5, [False, False]))  # noqa: B023
+        assert names(lambda: norm_forward(x, None, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        assert names(lambda: norm_forward(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        backward = names(lambda: norm_backward(x, x, x, weight, None, 1e-5, [True, False]))  # noqa: B023
+        shares = [] if d == 4096 else ["wide_shares_kernel"]
+        assert backward == [f"{kind}_backward_kernel", *shares, "sum_shares_kernel"]
+        plain = names(lambda: norm_backward(x, None, x, weight, None, 1e-5, [False, False]))  # noqa: B023
         assert plain == [f"{kind}_backward_kernel"]
 
 
@@ -107,7 +105,7 @@ def test_bits_repeat_and_do_not_depend_on_the_batch() -> None:
         assert torch.equal(alone[1][0], first[1][i])
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("used", ["y", "total"])
 def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
     device = cases.device_of(backend_name)
@@ -127,7 +125,7 @@ def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
             torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 def test_parameters_and_residual_may_have_dtypes_of_their_own(backend_name: str) -> None:
     """fp32 parameters under a bf16 network: their gradients keep fp32's digits."""
     device = cases.device_of(backend_name)
@@ -225,12 +223,12 @@ def test_traffic_of_parameters(d: int) -> None:
         _triton.override_config("layer_norm_backward", settings),
         counting_traffic() as plain,
     ):
-        _layer_norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
+        norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
     with (
         _triton.override_config("layer_norm_backward", settings),
         counting_traffic() as both,
     ):
-        _layer_norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
+        norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
     again = 2 * rows * d * x.itemsize if wide else 0  # x and dy once more
     saved = 0 if wide else (rows // 4 - programs) * d * 4  # fewer programs read the weight
     expected = again - saved + 2 * 8 * programs * d + 2 * d * 4
@@ -252,7 +250,21 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.KERNELS)
+@pytest.mark.parametrize("d", [73, 4501, 9001])
+def test_a_constant_row_is_the_bias_in_kernels(d: int, backend_name: str) -> None:
+    """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
+    device = cases.device_of(backend_name)
+    x, residual = torch.full((2, 3, d), 0.1, device=device)
+    bias = torch.randn(d, device=device)
+    with backend(backend_name):
+        assert torch.equal(layer_norm(x, None, bias), bias.expand(3, d))
+        y, total = add_layer_norm(x, residual, None, bias)
+    assert torch.equal(y, bias.expand(3, d))
+    assert torch.equal(total, x + residual)
+
+
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("d", [600, 4500])
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
     d: int, backend_name: str
@@ -263,6 +275,26 @@ def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
         y = layer_norm(x)
     expected = cases.layer_norm_formula(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_fp64_gradients() -> None:
+    x, residual = torch.randn(2, 3, 6).double().requires_grad_().unbind()
+    weight, bias = torch.randn(2, 6).double().requires_grad_().unbind()
+    assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
+    assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("d", [600, 4500])
+def test_gradients_too_keep_their_digits_at_a_large_mean(d: int) -> None:
+    device = cases.device_of("triton")
+    x, weight = 1000 + 0.01 * torch.randn(8, d), torch.randn(d)
+    have = results(layer_norm, x.to(device), weight.to(device))[1:]
+    _, expected = cases.run(
+        cases.layer_norm_formula, cases.with_gradients(((x, weight), {}), torch.float64)
+    )
+    for gradient, exact in zip(have, expected, strict=True):
+        assert (gradient.cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_bad_input() -> None:

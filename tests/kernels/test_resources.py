@@ -37,8 +37,17 @@ WRITING = ("philox_normal",)
 pytestmark = pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 
 
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """What `python -m benchmarks.resources --json` prints, and the same of fp16 for the kernels
+    that move bytes (the products' differ from bf16 in the name of an instruction)."""
+    moving = [name for name in TUNABLES if name not in PRODUCTS]
+    half = ["--dtype", "float16", "--op", *moving]
+    return [*compiled(), *compiled(*half)]
+
+
 def compiled(*options: str) -> list[dict[str, Any]]:
-    """What `python -m benchmarks.resources --json` prints, in a process without the interpreter."""
+    """Of a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.resources", "--json", *options]
     done = subprocess.run(
@@ -49,16 +58,8 @@ def compiled(*options: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    """Each config on its real shapes, and those of attention on the head dim that borrows the
-    config of 160, and under a mask there: the kernels that stand closest to 255 registers."""
-    return compiled()
-
-
-@pytest.fixture(scope="module")
 def products_in_fp16() -> list[dict[str, Any]]:
-    """Each kernel with products once: fp16 differs from bf16 in conversions only, but these are
-    where a compiler changes the layout of a tile."""
+    """Each kernel with products once, in a class of many pieces."""
     return compiled("--op", *PRODUCTS, "--dtype", "float16", "--shape-class", "self/80", "80/80")
 
 
@@ -70,6 +71,13 @@ def test_every_tunable_is_compiled_for_every_architecture(rows: list[dict[str, A
     assert {(r["tunable"], r["architecture"]) for r in rows} == {
         (name, architecture) for name in TUNABLES for architecture in ARCHITECTURES
     }
+
+
+def test_every_dtype_is_compiled(rows: list[dict[str, Any]]) -> None:
+    for name, tunable in TUNABLES.items():
+        known = {str(dtype).removeprefix("torch.") for dtype in tunable.dtypes}
+        missing = known - {r["dtype"] for r in rows if r["tunable"] == name}
+        assert missing <= ({"float16"} if name in PRODUCTS else set()), name
 
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
