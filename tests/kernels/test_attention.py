@@ -26,8 +26,7 @@ from tests.kernels.interpreter import counting_traffic
 UNSERVED = {"odd": "multiples of 8 up to 256, and 512, got 7", "cin-384": "and 512, got 384"}
 """Rows that no Triton kernel takes, and why."""
 
-BACKENDS = cases.BACKENDS[:2]
-"""The reference and triton: there is no CPU kernel of attention."""
+BACKENDS = cases.BACKENDS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
