@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t QUERIES = 40, KEYS = 160;  // of a tile, of a block: the scores fill half of L1
 constexpr int64_t DEPTH = 128;               // a longer sum over d is cut
 constexpr int64_t STATE = 1 << 17;           // numbers of the tiles that share a packed block
-constexpr int64_t ITEMS = 32;                // pieces of work that are wanted at least
+constexpr int64_t PIECES = 4;                // of work per thread, at least
 constexpr float LOWEST = -__FLT_MAX__;      // finite, so that no difference is inf - inf
 
 // [0, n) in pieces of nearly one size, none larger than `most`.
@@ -99,7 +99,8 @@ template <class T> struct Call {
         wide(padded(a.d)), block_wide(padded(blocks.size)), plain(!a.mask.data && a.scale > 0),
         scale(float(a.scale)) {
     const int64_t fitting = larger(1, STATE / (tiles.size * wide));
-    group = smaller(fitting, ceil_div(tiles.count * a.n * a.heads, ITEMS));
+    group = smaller(fitting, ceil_div(tiles.count * a.n * a.heads, PIECES * a.threads));
+    if (a.threads == 1) group = fitting;
     groups = ceil_div(tiles.count, group);
   }
 

@@ -123,6 +123,7 @@ struct Attention {
   void* out;    // (n, length, heads, d)
   float* sums;  // (2, n, heads, length) or null: the largest score of a query, the sum of exp
   int64_t n, length, heads, keys, extra_keys, d;
+  int64_t threads;  // that the work is to be cut for; no bit depends on it
   double scale;
 };
 

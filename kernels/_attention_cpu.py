@@ -1,8 +1,8 @@
 """The CPU kernels of `attention` (csrc/attention.cpp) as an op that PyTorch knows.
 
-The forward pass keeps two fp32 numbers per query for the backward pass, which computes P once for dQ
-and once more for dK and dV: seven products of 2 * L * S * D instead of five, and no sum whose order
-depends on threads.
+The forward pass keeps two fp32 numbers per query for the backward pass. That computes P for dQ and
+again for dK and dV: seven products of 2 * L * S * D instead of five, but no sum whose order depends
+on the threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 def _strided(x: Tensor | None) -> Strided:
     """Where x begins, and its strides from sample to sample, row to row, head to head."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
 def _expanded(mask: Tensor | None, full: tuple[int, int, int, int]) -> Tensor | None:
@@ -45,7 +45,8 @@ class _Call:
         scale: float,
     ) -> None:
         q, k, _, extra_k, _ = tensors
-        assert q is not None and k is not None
+        assert q is not None
+        assert k is not None
         n, length, heads, d = q.shape
         self.keys, self.extra_keys = k.shape[1], 0 if extra_k is None else extra_k.shape[1]
         self.full = (n, heads, length, self.keys + self.extra_keys)
@@ -53,7 +54,8 @@ class _Call:
         self.tensors = tuple(map(_dense, tensors))
         self.mask = _expanded(mask, self.full)
         self.first = extension.DTYPES[q.dtype], [_strided(x) for x in self.tensors], self._masked()
-        self.last = [n, length, heads, self.keys, self.extra_keys, d], scale
+        sizes = [n, length, heads, self.keys, self.extra_keys, d, torch.get_num_threads()]
+        self.last = sizes, scale
 
     def _masked(self) -> tuple[int, ...]:
         if self.mask is None:
@@ -165,8 +167,8 @@ def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @attention_backward_cpu.register_fake
 def _attention_backward_fake(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *tensors, _, _, _, mask_gradient = rest
-    return _room_for_gradients(*tensors, mask_gradient)
+    q, k, v, extra_k, extra_v, mask, _, _, _, mask_gradient = rest
+    return _room_for_gradients(q, k, v, extra_k, extra_v, mask, mask_gradient)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -335,8 +335,6 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
 
 def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
     """`check` for inputs at hand."""
-    if backend == "cpu" and "cpu" not in kernels.OPS[op].implementations:
-        pytest.skip(f"{op} has no CPU kernel yet")
     with kernels.backend(backend), recording(op) as ran:
         outputs, gradients = run(getattr(kernels, op), with_gradients(inputs))
     assert ran == [backend]
@@ -355,8 +353,10 @@ def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
         )
 
 
-def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]]) -> None:
-    """The Triton implementation traces whole, forward and backward, once for all batch sizes.
+def check_compiles(
+    op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]], backend: str = "triton"
+) -> None:
+    """The implementation traces whole, forward and backward, once for all batch sizes.
 
     Traced by Dynamo and AOTAutograd; the graph's ops run as they are ("aot_eager"), since Inductor
     has nothing to add to opaque ops and no code for CPU tensors under the interpreter.
@@ -366,8 +366,8 @@ def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any,
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 3, 7):
         inputs = with_gradients((arguments(n), {}))
-        inputs = (tuple(a.detach().to(device_of("triton")).requires_grad_() for a in inputs[0]), {})
-        with kernels.backend("triton"):
+        inputs = (tuple(a.detach().to(device_of(backend)).requires_grad_() for a in inputs[0]), {})
+        with kernels.backend(backend):
             outputs, gradients = run(compiled, inputs)
             expected, expected_gradients = run(op, inputs)
         for have, want in zip(outputs + gradients, expected + expected_gradients, strict=True):
@@ -599,6 +599,7 @@ ATTENTION = [
     attention_case("glide", "text beside the image", (2, 24, 24, 2, 64), packed=True, extra=77),
     attention_case("extra-mask", "over both", (2, 9, 7, 2, 16), extra=5, mask=additive),
     attention_case("extra-padding", "over both", (2, 9, 7, 2, 16), extra=5, mask=padding),
+    attention_case("extra-blocks", "in a block with others", (1, 45, 150, 2, 24), extra=180),
     attention_case("only-extra", "no keys of its own", (2, 9, 0, 2, 16), extra=5),
     attention_case("strides", "q, k, v each its own", (2, 9, 11, 2, 24), own_strides=True),
     attention_case("sliced", "rows that begin nowhere special", (2, 9, 11, 2, 24), sliced=True),
@@ -614,6 +615,8 @@ ATTENTION = [
     attention_case("bias", "one for each sample", (2, 7, 9, 3, 16), mask=additive_per_sample),
     attention_case("hidden", "-inf in an additive mask", (2, 7, 9, 3, 16), mask=half_hidden),
     attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
+    attention_case("all-alike", "a scale of 0: the mean of v", (2, 7, 9, 3, 16), scale=0.0),
+    attention_case("turned-round", "a negative scale", (2, 7, 9, 3, 16), scale=-0.7),
     attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
     attention_case(
         "below", "scores of -600: a key that is not there has 0", (1, 16, 19, 2, 64), below=8.0
