@@ -7,6 +7,7 @@ have to move, whatever the provider moves in fact. `measure` times it with pytes
     reference   the op through `fastdiff.kernels`
     eager       what people write with PyTorch today
     compile     the same through `torch.compile`
+    cpu         the op's compiled CPU kernel, where the reference stands beside it
     library     the best ready-made kernel, where there is one
     copy        the limit of an op that memory bounds: a copy that moves the same bytes
     sgemm       the limit of an op that arithmetic bounds: a square product of the same FLOPs
@@ -40,7 +41,9 @@ import fastdiff
 from fastdiff import kernels
 
 LIMITS = ("copy", "sgemm", "matmul")
-PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
+END_TO_END = "end to end"
+"""Records of whole networks beside others' (bench_cpu_networks.py)."""
+PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto", "cpu")
 BUDGET_S = 1.0
 """How long the timed rounds of one benchmark may take together."""
 RESULTS = Path(__file__).parent / "results"

@@ -113,12 +113,18 @@ void multiply(Product p, int64_t rows, int64_t columns) {
   }
 }
 
-// Every second number of what stands in a and b: the first halves interleaved, or the second.
+// The numbers of a and b in turns, from their first halves or from their second.
 inline Vector interleave(Vector a, Vector b, bool second) {
+#if defined(__clang__)
+  Vector both{};
+  for (int i = 0; i < W; ++i) both[i] = (i % 2 ? b : a)[i / 2 + (second ? W / 2 : 0)];
+  return both;
+#else
   Places places{};
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) places[i] = i / 2 + (i % 2 ? W : 0) + (second ? W / 2 : 0);
   return __builtin_shuffle(a, b, places);
+#endif
 }
 
 // W x W numbers, rows `from` apart, written as columns.

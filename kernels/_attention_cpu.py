@@ -18,6 +18,9 @@ from fastdiff.kernels.dispatch import Op
 Strided = tuple[int, int, int, int]
 
 
+WIDE, MANY_KEYS = 256, 160
+
+
 def _dense(x: Tensor | None) -> Tensor | None:
     """x with neighbours in the head dim; other strides stay as they are."""
     return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
@@ -207,6 +210,29 @@ def _registered(
     return out
 
 
+def _slower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> str | None:
+    """Where PyTorch's kernel is as fast or faster; docs/decisions.md has the figures."""
+    tensors = q, k, v, extra_k, extra_v, mask
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return "where a gradient is wanted the reference is faster"
+    keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
+    if q.dtype is torch.float32 and q.shape[3] > WIDE and keys > MANY_KEYS:
+        return (
+            f"in fp32 the reference is faster for head dims above {WIDE} with more than "
+            f"{MANY_KEYS} keys, got {q.shape[3]} and {keys}"
+        )
+    return None
+
+
 def register_cpu(op: Op) -> None:
     """Enter the kernels into the dispatcher; second derivatives go by way of the op's reference."""
     reference = op.implementations["reference"].function
@@ -226,4 +252,4 @@ def register_cpu(op: Op) -> None:
         return (*(x if wanted else None for x, wanted in zip(found, needed, strict=True)), None)
 
     attention_cpu.register_autograd(differentiate, setup_context=_keep)
-    extension.register(op, _plain, _registered)
+    extension.register(op, _plain, _registered, slower=_slower)

@@ -54,7 +54,7 @@ def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
-    dims = st.integers(1, 33) if backend != "triton" else st.integers(1, 12).map(lambda i: 8 * i)
+    dims = st.integers(1, 33) if backend == "reference" else st.integers(1, 12).map(lambda i: 8 * i)
     shape = (*(data.draw(st.integers(1, top)) for top in (2, 40, 40, 3)), data.draw(dims))
     assume(shape[0] * shape[1] * shape[3] * shape[4] >= 100)  # the largest of a handful is luck
     mask = data.draw(st.sampled_from([None, cases.additive, cases.padding]))
@@ -266,6 +266,33 @@ def test_a_packed_projection_is_not_copied() -> None:
         call = _Call((*x.unbind(2), None, None), None, 1.0)
         taken = [t.data_ptr() for t in call.tensors if t is not None]
         assert (taken == [t.data_ptr() for t in x.unbind(2)]) == dense
+
+
+@cases.needs_native
+def test_auto_takes_the_reference_where_it_is_faster() -> None:
+    q, text = torch.randn(1, 200, 2, 40), torch.randn(1, 77, 2, 40)
+    wide = torch.randn(1, 161, 1, 264)
+    leaf = text.clone().requires_grad_()
+
+    def chosen(*tensors: Tensor, **options: Tensor) -> tuple[str | None, str]:
+        told = kernels.explain("attention", *tensors, **options)
+        return told.chosen, str(told.reasons["cpu"])
+
+    for tensors in ((q, q, q), (q, text, text), (wide, wide[:, 1:], wide[:, 1:])):
+        assert chosen(*tensors)[0] == "cpu"
+        attention(*tensors)
+    assert chosen(wide, wide, wide)[0] == "reference"
+    assert "above 256 with more than 160 keys, got 264 and 161" in chosen(wide, wide, wide)[1]
+    extra = {"extra_k": wide[:, :1], "extra_v": wide[:, :1]}
+    assert chosen(wide, wide[:, 1:], wide[:, 1:], **extra)[0] == "reference"
+    assert chosen(*[wide.half()] * 3)[0] == "cpu"
+    assert chosen(q, leaf, leaf)[0] == "reference"
+    assert "gradient" in chosen(q, leaf, leaf)[1]
+    attention(wide, wide, wide), attention(q, leaf, leaf)  # a warning would be an error
+    with torch.no_grad():
+        assert chosen(q, leaf, leaf)[0] == "cpu"
+    with backend("cpu"):
+        assert chosen(wide, wide, wide)[0] == "cpu"
 
 
 @cases.needs_native
