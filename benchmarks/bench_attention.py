@@ -77,32 +77,3 @@ def test_attention(benchmark: Any, provider: str, job: str) -> None:
         shape=str(of_q),
         work=declared(q, k),
     )
-
-
-def on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with kernels.backend("cpu"):
-        return kernels.attention(q, k, v)
-
-
-SD = shapes.JOBS["SD 1.5 U-Net"]
-CALLS = sorted((c for c in SD.collect() if c.op == "attention"), key=lambda c: -c.numbers)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("call", CALLS, ids=str)
-@pytest.mark.parametrize("provider", ["reference", "library", "cpu"])
-def test_attention_on_a_cpu(benchmark: Any, provider: str, call: Call, batch: int) -> None:
-    """Every attention of SD 1.5, on views of packed projections, as the U-Net gives them."""
-
-    call = call.at_batch(batch)
-    (q, k, v), _ = arguments(call, SD, Make(torch.float32, torch.device("cpu")))
-    compare(
-        benchmark,
-        provider,
-        {"reference": kernels.attention, "library": sdpa, "cpu": on_cpu},
-        (q, k, v),
-        name="attention on a CPU",
-        job="SD 1.5 U-Net",
-        shape=str(call),
-        work=declared(q, k),
-    )

@@ -7,7 +7,6 @@ have to move, whatever the provider moves in fact. `measure` times it with pytes
     reference   the op through `fastdiff.kernels`
     eager       what people write with PyTorch today
     compile     the same through `torch.compile`
-    cpu         the op's compiled CPU kernel, where the reference stands beside it
     library     the best ready-made kernel, where there is one
     copy        the limit of an op that memory bounds: a copy that moves the same bytes
     sgemm       the limit of an op that arithmetic bounds: a square product of the same FLOPs
@@ -43,7 +42,9 @@ from fastdiff import kernels
 LIMITS = ("copy", "sgemm", "matmul")
 END_TO_END = "end to end"
 """Records of whole networks beside others' (bench_cpu_networks.py)."""
-PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto", "cpu")
+IN_TURNS = "in turns"
+"""Records of ops beside eager PyTorch (bench_cpu_ops.py)."""
+PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
 BUDGET_S = 1.0
 """How long the timed rounds of one benchmark may take together."""
 RESULTS = Path(__file__).parent / "results"
@@ -78,6 +79,8 @@ class Record:
     flops: int
     method: str = "host"
     """How it was timed, in the words of fastdiff/timing.py."""
+    shape_class: str = ""
+    """In the words of kernels/measured.py; "" where no winner depends on it."""
 
     @property
     def bytes_per_second(self) -> float:

@@ -1,8 +1,9 @@
 """``python -m benchmarks.report``: docs/performance.md's tables and pictures from the records.
 
 The text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is rewritten from the records in
-benchmarks/results/<device>/: of each case the newest, with the commit it was measured at. What
-stands outside is written by hand and kept.
+benchmarks/results/<device>/: of each case the newest, with the commit it was measured at; that
+between ``<!-- predictions -->`` and its end from predict.py. What stands outside is written by hand
+and kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import gpu_report
+from benchmarks import cpu_report, gpu_report, predict
 from benchmarks.harness import (
     END_TO_END,
+    IN_TURNS,
     LIMITS,
     RESULTS,
     Peak,
@@ -29,7 +31,8 @@ from fastdiff.checkpoint.files import write_text
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
 IMAGES = DOCUMENT.parent / "images"
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+MEASURED = "<!-- tables -->", "<!-- end of tables -->"
+PREDICTED = "<!-- predictions -->", "<!-- end of predictions -->"
 T = TypeVar("T")
 
 
@@ -238,7 +241,7 @@ def section(device: Device) -> str:
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
     ops = {row.record.benchmark for _, row in rows}
     measured = [pair for pair in device.records() if pair[1].benchmark not in ops]
-    alone = [pair for pair in measured if pair[1].benchmark != END_TO_END]
+    alone = [pair for pair in measured if pair[1].benchmark not in (END_TO_END, IN_TURNS)]
     peers = [pair for pair in measured if pair[1].benchmark == END_TO_END]
     shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *measured)}
     used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
@@ -261,6 +264,7 @@ def section(device: Device) -> str:
                 ),
                 [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks],
             ),
+            *cpu_tables(device),
             *(["#### Beside diffusers, on the same weights", peer_table(peers)] if peers else []),
             "#### Share of each op",
             table(
@@ -285,6 +289,20 @@ def section(device: Device) -> str:
             ),
         ]
     )
+
+
+def cpu_tables(device: Device) -> list[str]:
+    """Aims, and every call beside eager, of the newest run that has them."""
+    runs = [run for run in device.runs if any(r.benchmark == IN_TURNS for r in run.records)]
+    if not runs:
+        return []
+    records = runs[-1].records
+    return [
+        f"#### Aims ({runs[-1].commit})",
+        table(*headed(cpu_report.aims(records))),
+        f"#### Every call beside eager PyTorch ({runs[-1].commit})",
+        table(*headed(cpu_report.op_rows(records))),
+    ]
 
 
 def picture(device: Device) -> Path:
@@ -364,13 +382,13 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def fill(document: str, tables: str) -> str:
+def fill(document: str, tables: str, markers: tuple[str, str] = MEASURED) -> str:
     """The document with the text between the markers replaced. Raises ValueError without them."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = document.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"the document must contain {BEGIN} and {END}; put them in by hand")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+        raise ValueError(f"the document must contain {' and '.join(markers)}; put them in by hand")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
 def main() -> None:
@@ -380,7 +398,9 @@ def main() -> None:
         if shares and not device.is_gpu:
             draw_shares(shares, device.name, picture(device))
             print(picture(device))
-    write_text(DOCUMENT, fill(DOCUMENT.read_text(), tables(found)))
+    predicted = table(*headed(predict.rows()))
+    document = fill(DOCUMENT.read_text(), predicted, PREDICTED)
+    write_text(DOCUMENT, fill(document, tables(found)))
     print(DOCUMENT)
 
 

@@ -33,7 +33,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, _sampler_step_cuda, extension
 from fastdiff.kernels._sampler_step import LARGEST, run_step
 from fastdiff.kernels._triton import register, why_not
 from fastdiff.kernels.dispatch import check_shape, define_op
@@ -189,6 +189,9 @@ register(_op, _run, _objection)
 
 # CPU
 
+ROW_BYTES = len(Column) * torch.float32.itemsize
+NOISE = int(SAMPLER_NOISE)
+
 
 def _native(
     x: Tensor,
@@ -218,7 +221,7 @@ def _native(
         prediction = prediction.movedim(1, -1).contiguous()  # a view of channels_last
     channels = prediction.shape[-1 if channels_last else 1]
     runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
-    row, seeds = table[index].contiguous(), seeds.contiguous()
+    table, seeds = table.contiguous(), seeds.contiguous()
     extension.native.sampler_step(
         extension.DTYPES[prediction.dtype],
         len(prediction) == 2 * n,
@@ -226,7 +229,7 @@ def _native(
         x.data_ptr(),
         prediction.data_ptr(),
         history.data_ptr(),
-        row.data_ptr(),
+        table.data_ptr() + index * ROW_BYTES,
         seeds.data_ptr(),
         n,
         runs,
@@ -236,7 +239,7 @@ def _native(
         stride,
         c if channels_last else c * space,
         index,
-        int(SAMPLER_NOISE),
+        NOISE,
         guidance_rescale,
     )
 
@@ -273,6 +276,18 @@ def _registered(
 extension.register(_op, _native, _registered, dtypes=(torch.float32,))
 
 
+# The CUDA kernels, which are in _sampler_step_cuda.py
+
+_sampler_step_cuda.sampler_step_cuda.register_fake(_sampler_step_fake)
+_cuda.register(
+    _op,
+    _sampler_step_cuda.plain_step,
+    _sampler_step_cuda.registered_step,
+    _objection,
+    dtypes=(torch.float32,),
+)
+
+
 def _check(
     x: Tensor,
     prediction: Tensor,
@@ -289,8 +304,15 @@ def _check(
             "keep x in fp32 whatever the network's dtype"
         )
     n, c, *space = x.shape
-    shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]
-    check_shape(op, "prediction", prediction, *shapes)
+    have = prediction.shape
+    if (
+        len(have) < 2
+        or have[2:] != x.shape[2:]
+        or have[0] not in (n, 2 * n)
+        or have[1] not in (c, 2 * c)
+    ):
+        shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]
+        check_shape(op, "prediction", prediction, *shapes)
     check_shape(op, "history", history, (HISTORY_SLOTS, *x.shape))
     check_shape(op, "seeds", seeds, (n,))
     check_shape(op, "step", step, ())
@@ -335,7 +357,7 @@ def sampler_step(
 
     Raises:
         ValueError: a shape, dtype or option that does not fit; on a CPU, and with the reference,
-            also a step beyond the table. In the Triton kernel x becomes NaN then.
+            also a step beyond the table. In the Triton and CUDA kernels x becomes NaN then.
 
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """

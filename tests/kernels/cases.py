@@ -44,6 +44,14 @@ BACKENDS = [
     pytest.param("cpu", marks=needs_native),
 ]
 """For parametrize: the backends that have an implementation of every op."""
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() and bool(cuda_host.needs_compiler.args[0]),
+    reason="neither a GPU nor g++ for the emulation",
+)
+ALL_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_cuda)]
+"""For the ops that have CUDA kernels too: on a GPU, else under the emulation (conftest.py)."""
+KERNELS = [BACKENDS[1], ALL_BACKENDS[-1]]
+"""Those made for a GPU."""
 
 
 def device_of(backend: str) -> str:

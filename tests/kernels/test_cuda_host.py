@@ -129,7 +129,10 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_kernels_are_clean_under_sanitizers(sanitized: dict[str, str]) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
-    tests = ["-k", "parity and (bfloat16 or drawn or chunks)", "tests/kernels/test_cuda.py"]
+    names = ("geglu", "layer_norm", "sampler_step", "philox", "cuda_ops")
+    others = "cuda and (bfloat16 or drawn or rows or tiles or layout or reference or unaligned)"
+    tests = ["-k", f"(parity and (bfloat16 or drawn or chunks)) and test_cuda.py or {others}"]
+    tests += [f"tests/kernels/test_{name}.py" for name in ("cuda", *names)]
     done = run_python(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], sanitized)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
