@@ -660,7 +660,8 @@ ATTENTION = [
     attention_case(
         "near-overflow", "values of 2e4: sums overflow fp16", (1, 16, 19, 2, 64), values=(2e4, 1e4)
     ),
-    attention_case("mean-100", "values of 100 +- 0.01", (1, 16, 19, 2, 64), values=(100, 0.01)),
+    # in bf16 numbers around 100 are halves: of a smaller deviation nothing would be left
+    attention_case("mean-100", "values of 100 +- 1", (1, 16, 19, 2, 64), values=(100, 1.0)),
     attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
     attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
     attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),
