@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels import extension
-from fastdiff.kernels.dispatch import OPS, Implementation, Op
+from fastdiff.kernels.dispatch import OPS, Implementation, Op, _no_objection
 from fastdiff.kernels.extension import plain
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -95,11 +95,18 @@ def aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def register(op: Op, function: Callable[..., Any], registered: Callable[..., Any]) -> None:
+def register(
+    op: Op,
+    function: Callable[..., Any],
+    registered: Callable[..., Any],
+    objection: Callable[..., str | None] = _no_objection,
+    *,
+    dtypes: tuple[torch.dtype, ...] = SUPPORTED,
+) -> None:
     """Enter the CUDA implementation of an op; into the dispatcher if there are kernels to run.
 
     function: what plain tensors go to; registered: the same, known to PyTorch, for those that want
-    a gradient or are traced.
+    a gradient or are traced. objection, dtypes: as `why_not` and `dtypes` of `Implementation`.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +114,7 @@ def register(op: Op, function: Callable[..., Any], registered: Callable[..., Any
         return (function if straight else registered)(*args, **kwargs)
 
     implementation = Implementation(
-        backend="cuda", function=run, devices=("cuda",), dtypes=SUPPORTED
+        backend="cuda", function=run, why_not=objection, devices=("cuda",), dtypes=dtypes
     )
     IMPLEMENTATIONS[op.name] = implementation
     if _library is not None:

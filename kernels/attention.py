@@ -54,6 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.kernels import _attention_cuda
 from fastdiff.kernels._triton import (
     INTERPRETED,
     Config,
@@ -1443,6 +1444,7 @@ def _why_not(
 
 _op = define_op("attention", attention_reference)
 register(_op, _triton, _why_not)
+_attention_cuda.register(_op, attention_backward_triton)
 
 
 def _check(
