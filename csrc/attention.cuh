@@ -2,8 +2,7 @@
 // (kernels/attention.py has the maths, kernels/_attention_cuda.py the calls).
 //
 //   streaming  a block has 64 or 128 queries and walks over tiles of 32 or 64 keys with an online
-//              softmax (Milakov and Gimelshein 2018; Dao 2023); the next tile is copied while one
-//              is computed with
+//              softmax (Milakov and Gimelshein 2018; Dao 2023); the next tile is copied meanwhile
 //   context    all keys, 77 or 154 of text, stay in shared memory; every warp walks over tiles of
 //              16 queries with a softmax in one pass, and waits for no other warp
 //
@@ -11,14 +10,15 @@
 // columns a product: a head of 40 costs 40. A head dim takes the instance of the next W of 40, 64,
 // 80, 128 and 160; the columns from d to W are zeros in shared memory and are not stored.
 //
-// Bytes, in units of N * H * d * 2: streaming 2 L + 2 S ceil(L / queries), context 2 L + 2 S blocks,
-// and 4 bytes a query for the log-sum-exp. All of Q, K, V is read 16 bytes at a time, out is
-// written so too. Aimed at: two blocks an SM at least within 100 KB of shared memory (sm_86, sm_89),
-// but for context at W = 128 and 160. No GPU has run these kernels; their speed is not known.
+// Bytes, in units of N * H * d * 2: streaming 2 L + 2 S ceil(L / queries), context 2 L + 2 S blocks
+// a head; and 4 bytes a query for the log-sum-exp. Q, K, V and the output move 16 bytes at a time.
+// Aimed at: two blocks or more on a multiprocessor with 100 KB of shared memory (sm_86, sm_89), one
+// for the widest contexts; three where the registers allow it. No GPU has run these kernels: that
+// they are right is known from the emulation (tests/cuda_host), their speed is not known.
 //
 // Numbers: P is rounded to the dtype of V before P V; sums, scores and the softmax are fp32. The
-// scale is folded into the exponent, exp2(factor * (s - top)) with factor = scale * log2(e). A
-// query's result depends on its own row, the keys and their order alone: the same bits in any batch.
+// scale is folded into the exponent, exp2(factor * (s - top)) with factor = scale * log2(e). What a
+// query gets depends on its own row and on the keys alone: the same bits in any batch.
 
 #pragma once
 
@@ -28,6 +28,8 @@ namespace fastdiff {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
+/// Bytes of shared memory that a block may have on sm_86 and sm_89; the others have more.
+constexpr int kSharedLimit = 99 * 1024;
 
 /// Tiles of 16 queries a warp has in the streaming kernel: two use every fragment of K and V twice;
 /// from 128 columns on, and under a mask, there are registers for one.
@@ -38,6 +40,8 @@ template <int M>
 constexpr int kQueryRows = 16 * M * kAttentionWarps;
 template <int M>
 constexpr int kKeyRows = 32 * M;
+/// Keys for which the scores are in registers at a time.
+constexpr int kStepKeys = 32;
 /// Numbers from row to row in shared memory: an odd number of 16-byte pieces, so that the eight
 /// rows of an 8 x 8 matrix lie on different banks.
 template <int W>
@@ -121,9 +125,9 @@ __device__ __forceinline__ void copy_keys(const Attention<T>& p, const Rows<T>& 
                                           T* tile) {
   const Pieces<W> piece;
   if (!piece.active) return;
-  const T* const begin = own.of(n, h) + piece.column;
   const bool known = piece.column < p.d;
   if (first + ROWS <= p.keys) {
+    const T* const begin = own.of(n, h) + piece.column;
 #pragma unroll
     for (int i = 0; i < ROWS; i += piece.kStep)
       if (i + piece.kStep <= ROWS || piece.row < ROWS - i)
@@ -134,11 +138,13 @@ __device__ __forceinline__ void copy_keys(const Attention<T>& p, const Rows<T>& 
 #pragma unroll 1
   for (int row = piece.row; row < ROWS; row += piece.kStep) {
     const int key = first + row;
-    const T* from = row_at(begin, key, own.token);
-    if (key >= p.keys)
-      from = row_at(extra.of(n, h) + piece.column, key - p.keys, extra.token);
     const bool real = known && key < p.all_keys();
-    copy_16(tile + row * kPitch<W> + piece.column, real ? from : p.q.data, real);
+    const T* from = p.q.data;
+    if (real && key < p.keys)
+      from = row_at(own.of(n, h), key, own.token) + piece.column;
+    else if (real)
+      from = row_at(extra.of(n, h), key - p.keys, extra.token) + piece.column;
+    copy_16(tile + row * kPitch<W> + piece.column, from, real);
   }
 }
 
@@ -162,7 +168,7 @@ __device__ __forceinline__ void copy_queries(const Attention<T>& p, int64_t n, i
 /// 16 queries in registers, as A.
 template <int W>
 struct Queries {
-  unsigned sixteens[W / 16 + (W < 16)][4];
+  unsigned sixteens[W / 16][4];
   unsigned eight[2];  // the last 8 columns, where W is not a multiple of 16
 
   template <typename T>
@@ -170,7 +176,8 @@ struct Queries {
     const int lane = Lane().index;
     const T* row = tile + lane % 16 * kPitch<W>;
 #pragma unroll
-    for (int k = 0; k < W / 16; ++k) load_matrices<false>(sixteens[k], row + 16 * k + lane / 16 * 8);
+    for (int k = 0; k < W / 16; ++k)
+      load_matrices<false>(sixteens[k], row + 16 * k + lane / 16 * 8);
     if constexpr (W % 16 != 0) load_matrices<false>(eight, row + W - 8);
   }
 };
@@ -375,13 +382,16 @@ __device__ __forceinline__ void write_rows(const Attention<T>& p, int64_t n, int
 template <int W, int M>
 constexpr int kStreamingShared = 4 * kKeyRows<M> * kPitch<W> * 2;
 
-/// Grid: N * H * ceil(L / kQueryRows<M>), all blocks of a head in a row: they share K and V in the L2.
+/// Grid: N * H * ceil(L / kQueryRows<M>); the blocks of a head are neighbours, they share K and V in
+/// the L2.
 template <typename T, int W, int M, bool MASKED>
-__global__ void __launch_bounds__(kAttentionThreads, 2) attention_streaming(Attention<T> p) {
+__global__ void __launch_bounds__(kAttentionThreads, M * W <= 80 ? 3 : 2)
+    attention_streaming(Attention<T> p) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  constexpr int KEYS = kKeyRows<M>, TILES = KEYS / 8;
+  constexpr int KEYS = kKeyRows<M>;
   constexpr int kTile = KEYS * kPitch<W>;
   static_assert(kQueryRows<M> <= 2 * KEYS, "the queries come through the second buffer");
+  static_assert(kStreamingShared<W, M> <= kSharedLimit, "more than sm_86 has");
   T* const buffers = reinterpret_cast<T*>(memory);  // K and V of even tiles, then of odd ones
   const int blocks = (p.length + kQueryRows<M> - 1) / kQueryRows<M>;
   const int head = static_cast<int>(blockIdx.x) / blocks, h = head % p.heads;
@@ -415,19 +425,25 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_streaming(Atte
     __syncthreads();  // this tile is there, and nobody needs the other buffer any more
     if (tile + 1 < tiles) copy_tile(tile + 1);
     const T* const keys = buffers + tile % 2 * 2 * kTile;
-    float s[M][TILES][4];
-    unsigned weights[M][TILES / 2][4];
-    score<T, W>(s, q, keys);
+#pragma unroll 1
+    for (int i = 0; i < KEYS; i += kStepKeys) {
+      float s[M][kStepKeys / 8][4];
+      unsigned weights[M][kStepKeys / 16][4];
+      score<T, W>(s, q, keys + i * kPitch<W>);
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      float shrink[2];
-      weigh<MASKED>(s[m], weights[m], softmax[m], p, n, h, first + 16 * m, tile * KEYS, shrink);
+      for (int m = 0; m < M; ++m) {
+        float shrink[2];
+        weigh<MASKED>(s[m], weights[m], softmax[m], p, n, h, first + 16 * m, tile * KEYS + i,
+                      shrink);
+        // after a few tiles the largest score seldom moves, and a product with 1 can be left out
+        if (__ballot_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1) == 0) continue;
 #pragma unroll
-      for (int c = 0; c < W / 8; ++c)
+        for (int c = 0; c < W / 8; ++c)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total[m][c][i] *= shrink[i / 2];
+          for (int j = 0; j < 4; ++j) total[m][c][j] *= shrink[j / 2];
+      }
+      accumulate<T, W>(total, weights, keys + kTile + i * kPitch<W>);
     }
-    accumulate<T, W>(total, weights, keys + kTile);
   }
   __syncthreads();
 #pragma unroll
@@ -443,13 +459,14 @@ constexpr int kContextShared = (2 * KEYS + 32 * kAttentionWarps) * kPitch<W> * 2
 /// Up to KEYS keys, no mask. Grid: N * H * blocks; a block's warps take every (4 blocks)-th tile of
 /// 16 queries.
 template <typename T, int W, int KEYS>
-__global__ void __launch_bounds__(kAttentionThreads, KEYS <= 80 && W <= 80 ? 3 : 2)
+__global__ void __launch_bounds__(kAttentionThreads, KEYS + W <= 200 ? 3 : 2)
     attention_context(Attention<T> p, int blocks) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   constexpr int TILES = KEYS / 8;
   const int head = static_cast<int>(blockIdx.x) / blocks, h = head % p.heads;
   const int64_t n = head / p.heads;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  static_assert(kContextShared<W, KEYS> <= kSharedLimit, "more than sm_86 has");
   T* const keys = reinterpret_cast<T*>(memory);
   T* const values = keys + KEYS * kPitch<W>;
   T* const own = values + (KEYS + 32 * warp) * kPitch<W>;

@@ -56,11 +56,15 @@ def why_not(
 
 
 def _in_place_or_copied(x: Tensor | None) -> Tensor | None:
-    """x with dense rows that begin at multiples of 16 bytes (8 numbers), which cp.async reads."""
+    """x with dense rows that begin at multiples of 16 bytes (8 numbers), which cp.async reads.
+
+    The kernels keep the stride of a token in 32 bits.
+    """
     if x is None:
         return None
     strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides):
+    dense = x.stride(3) == 1 and x.stride(1) < 2**31
+    if dense and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

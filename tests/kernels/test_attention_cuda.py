@@ -276,7 +276,7 @@ def test_what_is_not_served_is_said() -> None:
         assert (reason(*args, **kwargs) == "None") == (case.name not in UNSERVED), case
 
 
-@needs_cuda
+@cuda_host.needs_compiler
 def test_the_op_is_registered_right() -> None:
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 5, 2, 8).half())
     text = torch.randn(2, 3, 2, 8).half()
@@ -292,11 +292,49 @@ def test_compiles_without_break_for_any_batch() -> None:
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
     with cuda():
         for n in (2, 3, 7):
-            q, k, v = (x.requires_grad_() for x in torch.randn(3, n, 5, 4, 16).half())
+            numbers = torch.randn(3, n, 5, 4, 16, device=cases.device_of("cuda")).half()
+            q, k, v = (x.requires_grad_() for x in numbers)
             found = torch.autograd.grad(compiled(q, k, v).float().square().sum(), (q, k, v))
             want = torch.autograd.grad(attention(q, k, v).float().square().sum(), (q, k, v))
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("keys", [77, 300])
+def test_it_is_captured_by_a_cuda_graph(keys: int) -> None:
+    q = packed(2, 300, 4, 40)[0]
+    _, k, v = packed(2, keys, 4, 40)
+    with kernels.backend("cuda"):
+        expected = attention(q, k, v)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            attention(q, k, v)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(q, k, v)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_it_indexes_with_64_bits() -> None:
+    q = torch.randn(1, 1024, 16, 64, device="cuda", dtype=torch.bfloat16)
+    many = q.repeat(2050, 1, 1, 1)
+    assert many.numel() > 2**31
+    with kernels.backend("cuda"):
+        for keys in (64, 1024):
+            alone = attention(q, q[:, :keys], q[:, :keys])
+            together = attention(many, many[:, :keys], many[:, :keys])
+            assert torch.equal(together[-1:], alone)
 
 
 # What nvcc makes of it

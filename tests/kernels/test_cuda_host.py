@@ -127,9 +127,18 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_are_clean_under_sanitizers(sanitized: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("file", "tests"),
+    [
+        ("test_cuda.py", "parity and (bfloat16 or drawn or chunks)"),
+        ("test_attention_cuda.py", "parity and bfloat16 and shuffled"),
+    ],
+)
+def test_kernels_are_clean_under_sanitizers(
+    file: str, tests: str, sanitized: dict[str, str]
+) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
-    tests = ["-k", "parity and (bfloat16 or drawn or chunks)", "tests/kernels/test_cuda.py"]
-    done = run_python(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], sanitized)
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests]
+    done = run_python([*command, f"tests/kernels/{file}"], sanitized)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
