@@ -1,8 +1,9 @@
 // GroupNorm with what comes before it (addends) and after it (scale and shift, SiLU) on a CPU.
 //
 // NHWC: the sample's rows of C numbers are taken k at a time, so that a loop is long for few channels
-// too, and split into chunks that stay in the second cache. A chunk's moments are taken in two passes
-// around its own means; the chunks' are merged in fp64 by Chan's formula, in order.
+// too, and split into chunks that stay in the second cache. A chunk's moments are taken in one pass
+// around a pivot for each channel, its mean over a few rows: it lies so near the mean that the squares
+// lose no digit. The channels' and the chunks' moments are merged in fp64 by Chan's formula, in order.
 // NCHW: a group is contiguous, and is one unit of work from its moments to its results.
 //
 // A mean is kept as two fp32 numbers (high + low): x - high is exact where the mean is large, and the
@@ -15,8 +16,10 @@ namespace {
 
 constexpr int64_t CHUNK = 32768;             // numbers; 128 KB as fp32
 constexpr int64_t ROW = 256;                 // short rows are joined up to this many numbers
+constexpr int64_t PIVOT_ROWS = 8;            // of a chunk, spread over it
 constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
-constexpr int64_t SMALL_SAMPLE = 262144;     // numbers; a smaller one is one thread's, start to end
+constexpr int64_t SMALL_SAMPLE = 262144;     // numbers; smaller ones are not walked in two rounds
+constexpr int64_t MANY_SAMPLES = 8;          // enough to give each to one thread
 
 struct Moments {
   double mean, m2;  // m2: sum of squared distances from the mean
@@ -35,14 +38,17 @@ struct Rows {
     return smaller(per_chunk * width, numbers - chunk * per_chunk * width);
   }
 
-  // Calls f(offset in the sample, column, n) for the pieces of a chunk, n <= PIECE columns each.
-  template <class F> void pieces(int64_t chunk, const F& f) const {
+  // Calls f(offset in the sample, column, n) for the pieces of a chunk that lie in the columns from
+  // `first` to `last`, n <= PIECE columns each.
+  template <class F>
+  void pieces(int64_t chunk, int64_t first, int64_t last, const F& f) const {
     const int64_t begin = chunk * per_chunk * width, end = begin + chunk_numbers(chunk);
     for (int64_t row = begin; row < end; row += width) {
-      const int64_t n = smaller(width, end - row);
-      for (int64_t j = 0; j < n; j += PIECE) f(row + j, j, smaller(PIECE, n - j));
+      const int64_t stop = smaller(last, end - row);
+      for (int64_t j = first; j < stop; j += PIECE) f(row + j, j, smaller(PIECE, stop - j));
     }
   }
+  template <class F> void pieces(int64_t chunk, const F& f) const { pieces(chunk, 0, width, f); }
 
   // Columns of k rows side by side, added up to the c channels.
   void fold(float* v) const {
@@ -158,14 +164,27 @@ template <class T> struct Forward {
 
   // NHWC
 
-  void add_chunk(const Rows& rows, int64_t n, int64_t chunk, float* columns) const {
+  // Groups that are worked on together: all, or some of the columns of whole rows.
+  struct Part {
+    int64_t first_group, last_group, first, last;  // columns
+  };
+
+  Part part_of(const Rows& rows, int64_t first_group, int64_t last_group) const {
+    if (rows.k > 1) return {0, a.groups, 0, rows.width};
+    return {first_group, last_group, first_group * size, last_group * size};
+  }
+
+  Part whole(const Rows& rows) const { return part_of(rows, 0, a.groups); }
+
+  void add_chunk(const Rows& rows, int64_t n, int64_t chunk, const Part& part,
+                 float* columns) const {
     if (a.channel_add) {
       const float* values = channel_add(n);
       for (int64_t i = 0; i < a.c; ++i) columns[i] = values[i];
       rows.spread(columns);
     }
     alignas(64) float buffer[PIECE], residual_buffer[PIECE], out_buffer[PIECE];
-    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+    rows.pieces(chunk, part.first, part.last, [&](int64_t at, int64_t column, int64_t count) {
       at += n * numbers;
       const float* RESTRICT in = widen(x + at, buffer, count);
       float* RESTRICT out = target(total + at, out_buffer);
@@ -183,58 +202,106 @@ template <class T> struct Forward {
     });
   }
 
-  // Moments of every group over a chunk.
-  void chunk_moments(const Rows& rows, int64_t n, int64_t chunk, Moments* moments) const {
-    Scratch<float> memory(3 * rows.width);
-    float *sum = memory.data, *square = sum + rows.width, *center = square + rows.width;
-    if (adds) add_chunk(rows, n, chunk, sum);
-    clear(sum, rows.width);
-    alignas(64) float buffer[PIECE];
-    const T* sample = normed + n * numbers;
-    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
-      const float* RESTRICT in = widen(sample + at, buffer, count);
-      float* RESTRICT s = sum + column;
-      SIMD for (int64_t i = 0; i < count; ++i) s[i] += in[i];
-    });
-    rows.fold(sum);
-    const double count_of_group = double(rows.chunk_numbers(chunk) / a.groups);
-    for (int64_t g = 0; g < a.groups; ++g) {
-      double s = 0;
-      for (int64_t i = g * size; i < (g + 1) * size; ++i) s += sum[i];
-      const float mean = float(s / count_of_group);
-      for (int64_t i = g * size; i < (g + 1) * size; ++i) center[i] = mean;
+  // s += the sum of x - pivot, q += that of its square, over some rows of one piece of the columns.
+  static void add_rows(const T* x, int64_t stride, int64_t count_of_rows, int64_t n,
+                       const float* RESTRICT pivot, float* RESTRICT s, float* RESTRICT q) {
+    alignas(64) float buffers[4][PIECE];
+    int64_t r = 0;
+    for (; r + 4 <= count_of_rows; r += 4) {  // four at a time: s and q are the costly part
+      const T* from = x + r * stride;
+      const float* RESTRICT x0 = widen(from, buffers[0], n);
+      const float* RESTRICT x1 = widen(from + stride, buffers[1], n);
+      const float* RESTRICT x2 = widen(from + 2 * stride, buffers[2], n);
+      const float* RESTRICT x3 = widen(from + 3 * stride, buffers[3], n);
+      SIMD for (int64_t i = 0; i < n; ++i) {
+        const float d0 = x0[i] - pivot[i], d1 = x1[i] - pivot[i], d2 = x2[i] - pivot[i],
+                    d3 = x3[i] - pivot[i];
+        s[i] += (d0 + d1) + (d2 + d3);
+        q[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+      }
     }
-    rows.spread(center);
-    clear(sum, rows.width);
-    clear(square, rows.width);
-    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
-      const float* RESTRICT in = widen(sample + at, buffer, count);
-      float *RESTRICT s = sum + column, *RESTRICT q = square + column;
-      const float* RESTRICT m = center + column;
-      SIMD for (int64_t i = 0; i < count; ++i) {
-        const float d = in[i] - m[i];
+    for (; r < count_of_rows; ++r) {
+      const float* RESTRICT in = widen(x + r * stride, buffers[0], n);
+      SIMD for (int64_t i = 0; i < n; ++i) {
+        const float d = in[i] - pivot[i];
         s[i] += d;
         q[i] += d * d;
       }
-    });
-    rows.fold(sum);
-    rows.fold(square);
-    for (int64_t g = 0; g < a.groups; ++g) {
-      double s = 0, q = 0;
-      for (int64_t i = g * size; i < (g + 1) * size; ++i) {
-        s += sum[i];
-        q += square[i];
-      }
-      const double off = s / count_of_group;
-      moments[g] = {double(center[g * size]) + off, q - s * off};
     }
   }
 
+  // A number near the mean of each channel: the mean over some rows of a chunk of `count` numbers.
+  static void pivots(const Rows& rows, const T* chunk, int64_t count, const Part& part,
+                     float* pivot) {
+    alignas(64) float buffer[PIECE];
+    const int64_t full = count / rows.width, taken = larger(1, smaller(full, PIVOT_ROWS));
+    const int64_t width = full ? rows.width : count;
+    clear(pivot + part.first, part.last - part.first);
+    for (int64_t r = 0; r < taken; ++r) {
+      const T* row = chunk + r * (full / taken) * rows.width;
+      for (int64_t j = part.first; j < smaller(part.last, width); j += PIECE) {
+        const int64_t n = smaller(PIECE, smaller(part.last, width) - j);
+        const float* RESTRICT in = widen(row + j, buffer, n);
+        float* RESTRICT to = pivot + j;
+        SIMD for (int64_t i = 0; i < n; ++i) to[i] += in[i];
+      }
+    }
+    rows.fold(pivot);
+    const float share = float(rows.c) / float(taken * width);
+    for (int64_t i = part.first; i < smaller(part.last, rows.c); ++i) pivot[i] *= share;
+    rows.spread(pivot);
+  }
+
+  // Moments of the part's groups over a chunk.
+  void chunk_moments(const Rows& rows, int64_t n, int64_t chunk, const Part& part,
+                     Moments* moments) const {
+    Scratch<float> memory(3 * rows.width);
+    float *s = memory.data, *q = s + rows.width, *pivot = q + rows.width;
+    if (adds) add_chunk(rows, n, chunk, part, s);
+    clear(s + part.first, part.last - part.first);
+    clear(q + part.first, part.last - part.first);
+    const T* begin = normed + n * numbers + chunk * rows.per_chunk * rows.width;
+    const int64_t count = rows.chunk_numbers(chunk), full = count / rows.width;
+    pivots(rows, begin, count, part, pivot);
+    for (int64_t j = part.first; j < part.last; j += PIECE) {
+      const int64_t width = smaller(PIECE, part.last - j);
+      add_rows(begin + j, rows.width, full, width, pivot + j, s + j, q + j);
+      const int64_t rest = smaller(width, count - full * rows.width - j);
+      if (rest > 0) add_rows(begin + full * rows.width + j, 0, 1, rest, pivot + j, s + j, q + j);
+    }
+    rows.fold(s);
+    rows.fold(q);
+    const double of_channel = double(count / a.c);
+    for (int64_t g = part.first_group; g < part.last_group; ++g)
+      moments[g] = merge_channels(s + g * size, q + g * size, pivot + g * size, of_channel);
+  }
+
+  // Of the channels of a group, from the sums around their pivots.
+  Moments merge_channels(const float* RESTRICT s, const float* RESTRICT q,
+                         const float* RESTRICT pivot, double count) const {
+    double mean = 0, within = 0, between = 0;
+    const double share = 1 / count;
+#pragma omp simd reduction(+ : mean, within)
+    for (int64_t i = 0; i < size; ++i) {
+      const double off = double(s[i]) * share;
+      mean += double(pivot[i]) + off;
+      within += double(q[i]) - double(s[i]) * off;
+    }
+    mean /= double(size);
+#pragma omp simd reduction(+ : between)
+    for (int64_t i = 0; i < size; ++i) {
+      const double d = (double(pivot[i]) - mean) + double(s[i]) * share;
+      between += d * d;
+    }
+    return {mean, (within > 0 ? within : 0) + between * count};  // rounding may leave less than none
+  }
+
   // From the chunks' moments to the columns' (mean, factor, shift).
-  void columns_of(const Rows& rows, int64_t n, const Moments* moments, float* columns) const {
+  void columns_of(const Rows& rows, int64_t n, const Part& part, const Moments* moments,
+                  float* columns) const {
     const double count = double(a.space * size);
     float *m = columns, *factor = m + rows.width, *shift = factor + rows.width;
-    for (int64_t g = 0; g < a.groups; ++g) {
+    for (int64_t g = part.first_group; g < part.last_group; ++g) {
       const Moments merged = merge(moments + g, rows.chunks, a.groups, count, [&](int64_t chunk) {
         return rows.chunk_numbers(chunk) / a.groups;
       });
@@ -253,41 +320,56 @@ template <class T> struct Forward {
     rows.spread(shift);
   }
 
-  void apply_chunk(const Rows& rows, int64_t n, int64_t chunk, const float* columns) const {
+  void apply_chunk(const Rows& rows, int64_t n, int64_t chunk, const Part& part,
+                   const float* columns) const {
     const float *m = columns, *factor = m + rows.width, *shift = factor + rows.width;
-    rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
+    rows.pieces(chunk, part.first, part.last, [&](int64_t at, int64_t column, int64_t count) {
       apply(normed + n * numbers + at, y + n * numbers + at, m + column, factor + column,
             shift + column, count);
     });
   }
 
+  // A sample on one thread, or each part of its groups on one, start to end.
+  void small_samples(const Rows& rows, int64_t parts) const {
+    const int64_t groups = ceil_div(a.groups, parts);
+    parts = ceil_div(a.groups, groups);
+    parallel(a.n * parts, larger(1, NUMBERS_PER_THREAD * parts / numbers),
+             [&](int64_t begin, int64_t end) {
+               Scratch<Moments> moments(rows.chunks * a.groups);
+               Scratch<float> columns(3 * rows.width);
+               for (int64_t i = begin; i < end; ++i) {
+                 const int64_t n = i / parts, g = i % parts * groups;
+                 const Part part = part_of(rows, g, smaller(g + groups, a.groups));
+                 for (int64_t j = 0; j < rows.chunks; ++j)
+                   chunk_moments(rows, n, j, part, moments.data + j * a.groups);
+                 columns_of(rows, n, part, moments.data, columns.data);
+                 for (int64_t j = rows.chunks; j-- > 0;)
+                   apply_chunk(rows, n, j, part, columns.data);
+               }
+             });
+  }
+
+  // Which threads do what changes no bit: a chunk's moments are taken in the same way in all cases.
   void channels_last() const {
     const Rows rows(a.c, a.space);
     if (numbers <= SMALL_SAMPLE) {
-      parallel(a.n, larger(1, NUMBERS_PER_THREAD / numbers), [&](int64_t begin, int64_t end) {
-        Scratch<Moments> moments(rows.chunks * a.groups);
-        Scratch<float> columns(3 * rows.width);
-        for (int64_t n = begin; n < end; ++n) {
-          for (int64_t i = 0; i < rows.chunks; ++i)
-            chunk_moments(rows, n, i, moments.data + i * a.groups);
-          columns_of(rows, n, moments.data, columns.data);
-          for (int64_t i = rows.chunks; i-- > 0;) apply_chunk(rows, n, i, columns.data);
-        }
-      });
-      return;
+      const int64_t most = a.n >= MANY_SAMPLES ? 1 : numbers / NUMBERS_PER_THREAD;
+      const int64_t parts = smaller(smaller(most, MANY_SAMPLES), smaller(a.groups, a.c / ROW * 4));
+      if (rows.k == 1 || most <= 1) return small_samples(rows, larger(1, rows.k == 1 ? parts : 1));
     }
+    const Part part = whole(rows);
     Scratch<Moments> moments(a.n * rows.chunks * a.groups);
     Scratch<float> columns(a.n * 3 * rows.width);
     parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        chunk_moments(rows, i / rows.chunks, i % rows.chunks, moments.data + i * a.groups);
+        chunk_moments(rows, i / rows.chunks, i % rows.chunks, part, moments.data + i * a.groups);
     });
     for (int64_t n = 0; n < a.n; ++n)
-      columns_of(rows, n, moments.data + n * rows.chunks * a.groups,
+      columns_of(rows, n, part, moments.data + n * rows.chunks * a.groups,
                  columns.data + n * 3 * rows.width);
     parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in the cache
-        apply_chunk(rows, i / rows.chunks, i % rows.chunks,
+        apply_chunk(rows, i / rows.chunks, i % rows.chunks, part,
                     columns.data + i / rows.chunks * 3 * rows.width);
     });
   }
