@@ -159,14 +159,27 @@ class Task:
     shape_class: str
     dtype: str
     architecture: str
+    every: bool
+    """Whether the calls are all of the class, or some."""
     index: int
     """Which of the recorded launches of this class."""
 
+    @property
+    def launch(self) -> Launch:
+        known = launches(
+            self.tunable, self.shape_class, self.dtype, self.architecture, every=self.every
+        )
+        return known[self.index]
+
 
 @lru_cache(maxsize=64)
-def launches(tunable: str, shape_class: str, dtype: str, architecture: str) -> list[Launch]:
+def launches(
+    tunable: str, shape_class: str, dtype: str, architecture: str, *, every: bool = False
+) -> list[Launch]:
     """The different kernels that the calls of a shape class start."""
-    calls = TUNABLES[tunable].calls(shape_class, getattr(torch, dtype), "meta")
+    known = TUNABLES[tunable]
+    calls_of = known.all_calls if every and known.all_calls is not None else known.calls
+    calls = calls_of(shape_class, getattr(torch, dtype), "meta")
     with _triton.recording_launches(architecture) as recorded:
         for call in calls:
             call()
@@ -219,8 +232,7 @@ def compile_one(task: Task) -> Resources:
     import triton
     from triton.compiler import ASTSource
 
-    launch = launches(task.tunable, task.shape_class, task.dtype, task.architecture)[task.index]
-    chip = CHIPS[task.architecture]
+    launch, chip = task.launch, CHIPS[task.architecture]
     signature, constants, attributes = _source(launch)
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -308,21 +320,29 @@ def _amd_usage(text: str) -> tuple[int, int]:
 
 
 def tasks(
-    tunables: Sequence[str], dtypes: Sequence[str], architectures: Sequence[str]
+    tunables: Sequence[str],
+    dtypes: Sequence[str],
+    architectures: Sequence[str],
+    *,
+    shape_classes: Sequence[str] = (),
+    every: bool = False,
 ) -> list[Task]:
-    """Every kernel of every config that ships."""
+    """Kernels of every config that ships, or of some classes; `every`: for all sizes and options
+    that take it."""
     return [
         Task(
             tunable=name,
             shape_class=shape_class,
             dtype=dtype,
             architecture=architecture,
+            every=every,
             index=index,
         )
         for name in tunables
         for shape_class, dtype in _pairs(name, dtypes)
+        if not shape_classes or shape_class in shape_classes
         for architecture in architectures
-        for index in range(len(launches(name, shape_class, dtype, architecture)))
+        for index in range(len(launches(name, shape_class, dtype, architecture, every=every)))
     ]
 
 
@@ -336,8 +356,7 @@ def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Res
     """Compile in parallel, what is the same only once; a progress bar on stderr."""
     same: dict[Hashable, list[Task]] = {}
     for task in todo:
-        launch = launches(task.tunable, task.shape_class, task.dtype, task.architecture)[task.index]
-        same.setdefault((task.architecture, identity(launch)), []).append(task)
+        same.setdefault((task.architecture, identity(task.launch)), []).append(task)
     found: dict[Task, Resources] = {}
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         # Neighbours have their calls in common, which a worker keeps; the slow ones come first.
@@ -376,6 +395,11 @@ class Options:
     """Which tunables of `kernels`; none: all."""
     dtype: tuple[str, ...] = ("bfloat16", "float32")
     """Which dtypes; fp16 differs from bf16 in conversions only."""
+    shape_class: tuple[str, ...] = ()
+    """Which classes of the files of configs, such as self/64; none: all."""
+    every: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Each size and option that takes a config, not the real ones only: hours, resumed by
+    triton's cache."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print a JSON list."""
     docs: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -386,17 +410,25 @@ def main(options: Options) -> int:
     if _triton.triton is None or _triton.INTERPRETED:
         print("benchmarks.resources: needs triton, without TRITON_INTERPRET", file=sys.stderr)
         return 2
+    classes = {c for tunable in TUNABLES.values() for c in tunable.shape_classes}
     for kind, chosen, known in (
         ("architecture", options.architecture, CHIPS),
         ("op", options.op, TUNABLES),
         ("dtype", options.dtype, DTYPES),
+        ("shape class", options.shape_class, sorted(classes)),
     ):
         if unknown := set(chosen) - set(known):
             print(
                 f"{kind} must be of {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr
             )
             return 2
-    todo = tasks(options.op or tuple(TUNABLES), options.dtype, options.architecture)
+    todo = tasks(
+        options.op or tuple(TUNABLES),
+        options.dtype,
+        options.architecture,
+        shape_classes=options.shape_class,
+        every=options.every,
+    )
     found = compile_all(todo)
     if options.json:
         print(json.dumps([asdict(row) for row in found]))

@@ -61,14 +61,14 @@ using namespace fastdiff;
 
 /// q (N, L, H, d), k and v (N, S, H, d), extra_k and extra_v (N, T, H, d) or null: fp16 or bf16, d
 /// a multiple of 8 up to 160, rows dense and 16-byte aligned. strides: three each (sample, token,
-/// head; a token's below 2^31), then the mask's four (sample, head, query, key). mask: null, fp32, or bytes. on_chip: the
-/// most keys that may be kept in shared memory; the streaming kernel takes more. N, L, H and S + T
-/// must be above 0.
+/// head; a token's below 2^31), then the mask's four (sample, head, query, key). mask: null, fp32,
+/// or bytes. on_chip: the most keys that may be kept in shared memory; the streaming kernel takes
+/// more. tops: null but for an fp32 mask. N, L, H and S + T must be above 0.
 FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
     int device, void* stream, int dtype, int64_t n, int64_t length, int64_t keys,
     int64_t extra_keys, int heads, int d, const void* q, const void* k, const void* v,
     const void* extra_k, const void* extra_v, const void* mask, int mask_is_bytes,
-    const int64_t* strides, float factor, int on_chip, void* out, float* lse) {
+    const int64_t* strides, float factor, int on_chip, void* out, float* lse, float* tops) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
   constexpr int64_t kMost = 0x7fffffff - 1024;  // tiles reach beyond the last row
@@ -86,6 +86,7 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
       p.mask = {mask, mask_is_bytes != 0, strides[15], strides[16], strides[17], strides[18]};
       p.out = static_cast<T*>(out);
       p.lse = lse;
+      p.tops = tops;
       p.length = int(length);
       p.keys = int(keys);
       p.extra_keys = int(extra_keys);

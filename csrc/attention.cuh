@@ -85,7 +85,9 @@ struct Attention {
   Rows<T> q, k, v, extra_k, extra_v;
   Mask mask;
   T* out;      // (N, L, H, d)
-  float* lse;  // (N, H, L): log2 of the sum of exp2, inf for a query that sees no key
+  // (N, H, L): log2 of the sum of exp2, inf for a query that sees no key. Where `tops` is not null,
+  // which takes a mask, that of exp2(s - top) and, in it, top: a mask may add -3e38 to all keys.
+  float *lse, *tops;
   int length, keys, extra_keys, heads, d;
   float factor;
 
@@ -360,9 +362,16 @@ __device__ __forceinline__ void write_rows(const Attention<T>& p, int64_t n, int
                        pack_of<T, 2>(pair));
     }
     const int query = first + lane.g + 8 * r;
-    if (lane.t == 0 && query < p.length)
-      p.lse[(n * p.heads + h) * p.length + query] =
-          weight > 0 ? softmax.top[r] * unit + log2f(weight) : INFINITY;
+    if (lane.t == 0 && query < p.length) {
+      const int64_t at = (n * p.heads + h) * p.length + query;
+      const float log = weight > 0 ? log2f(weight) : INFINITY, top = softmax.top[r] * unit;
+      if (MASKED && p.tops != nullptr) {
+        p.lse[at] = log;
+        p.tops[at] = weight > 0 ? top : 0.0f;
+      } else {
+        p.lse[at] = top + log;
+      }
+    }
   }
   __syncwarp();
   constexpr int kPieces = W / 8;
@@ -382,7 +391,7 @@ __device__ __forceinline__ void write_rows(const Attention<T>& p, int64_t n, int
 template <int W, int M>
 constexpr int kStreamingShared = 4 * kKeyRows<M> * kPitch<W> * 2;
 
-/// Grid: N * H * ceil(L / kQueryRows<M>); the blocks of a head are neighbours, they share K and V in
+/// Grid: N * H * ceil(L / kQueryRows<M>); the blocks of a head are neighbours and share K and V in
 /// the L2.
 template <typename T, int W, int M, bool MASKED>
 __global__ void __launch_bounds__(kAttentionThreads, M * W <= 80 ? 3 : 2)

@@ -4,8 +4,8 @@ multiples of 8 up to 160.
 The forward pass is one launch. Rows that are dense and begin at multiples of 16 bytes, as those of
 a packed QKV do, are read where they are; others are copied first. Gradients on a GPU are Triton's
 (`attention_backward_triton`), which needs the output and the log-sum-exp that this forward pass
-leaves behind; without triton, and under the emulation, they are the formula written out in fp32,
-with L x S numbers per sample and head.
+leaves behind; without triton, under the emulation, and where a mask is wider than Triton takes,
+they are the formula written out in fp32, with L x S numbers per sample and head.
 
 No GPU has run these kernels yet, and nothing is known of their speed.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels import _cuda
+from fastdiff.kernels._attention import WIDEST_MASK, room_for_sums, split_sums
 from fastdiff.kernels._triton import triton
 from fastdiff.kernels.dispatch import Op
 
@@ -28,7 +29,7 @@ WIDEST = 160
 ON_CHIP = 160
 """The most keys that stay in shared memory (80 where heads are wider than 80); 0 in tests: none."""
 
-_cuda.declare("attention", "ipiqqqqiippppppipfipp")
+_cuda.declare("attention", "ipiqqqqiippppppipfippp")
 _Strides = ctypes.c_int64 * 19
 
 
@@ -69,13 +70,6 @@ def _in_place_or_copied(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _room(q: Tensor) -> tuple[Tensor, Tensor]:
-    """out (N, L, H, D) and lse (1, N, H, L)."""
-    n, length, heads, _ = q.shape
-    lse = torch.empty(1, n, heads, length, dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
-
-
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -85,9 +79,13 @@ def attention_forward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output and, per query, log2 of the sum of exp2(log2(e) * scores), (1, N, H, L) in fp32;
-    inf for a query that may see no key. The same two as Triton's."""
-    out, lse = _room(q)
+    """The output (N, L, H, D) and, per query, what Triton's backward pass takes (`room_for_sums`).
+
+    That is log2 of the sum of exp2(log2(e) * scores), (1, N, H, L) in fp32, inf for a query that
+    may see no key; under an added mask in two numbers, relative to the largest score and that
+    score, (2, N, H, L).
+    """
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), room_for_sums(q, mask)
     n, length, heads, d = q.shape
     keys, extra_keys = k.shape[1], 0 if extra_k is None else extra_k.shape[1]
     if q.numel() == 0 or keys + extra_keys == 0:
@@ -97,12 +95,12 @@ def attention_forward(
     if mask is not None:
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()
         strides += mask.expand(n, heads, length, keys + extra_keys).stride()
-    steps = _Strides(*strides)
+    steps, (sums, tops) = _Strides(*strides), split_sums(lse)
     _cuda.launch(
         "attention", q, _cuda.DTYPES[q.dtype], n, length, keys, extra_keys, heads, d,
         *(_cuda.address(x) for x in tensors), _cuda.address(mask),
         mask is not None and mask.dtype == torch.uint8, ctypes.addressof(steps),
-        scale * math.log2(math.e), ON_CHIP, out.data_ptr(), lse.data_ptr(),
+        scale * math.log2(math.e), ON_CHIP, out.data_ptr(), sums.data_ptr(), _cuda.address(tops),
     )  # fmt: skip
     return out, lse
 
@@ -160,7 +158,7 @@ def _fake(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _room(q)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), room_for_sums(q, mask)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -176,12 +174,14 @@ def register(op: Op, triton_backward: Callable[..., tuple[Tensor, ...]]) -> None
     """
 
     def differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, extra_k, extra_v, mask, _, lse = ctx.saved_tensors
+        keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
+        narrow = mask is None or q.shape[1] * keys <= WIDEST_MASK
         found: tuple[Tensor | None, ...]
-        if dout.is_cuda and triton is not None:
+        if dout.is_cuda and triton is not None and narrow:
             wanted = ctx.needs_input_grad[5]
             found = triton_backward(dout, *ctx.saved_tensors, ctx.scale, wanted)
         else:
-            q, k, v, extra_k, extra_v, mask, _, lse = ctx.saved_tensors
             found = gradients_written_out(dout, q, k, v, extra_k, extra_v, mask, lse, ctx.scale)
         gradients = zip(found, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in gradients), None)

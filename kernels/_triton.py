@@ -166,6 +166,9 @@ class Tunable:
     calls: Callable[[str, torch.dtype, str], list[Callable[[], Any]]]
     """(shape class, dtype, device) -> calls on tensors of that class: the one that is timed, then
     other variants of the kernels (layouts, options)."""
+    all_calls: Callable[[str, torch.dtype, str], list[Callable[[], Any]]] | None = None
+    """Calls of every size and option that takes the config of the class, where these are too many
+    to be compiled each time; None: `calls` are all."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     takes: Callable[[str, torch.dtype], bool] = lambda shape_class, dtype: True
     """(shape class, one of `dtypes`) -> whether there is such a config."""

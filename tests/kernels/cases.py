@@ -517,11 +517,15 @@ def attention_case(
     turned: bool = False,
     own_strides: bool = False,
     sliced: bool = False,
+    shared: bool = False,
+    odd_start: bool = False,
     below: float = 0.0,
     std: float = 1.0,
+    values: tuple[float, float] | None = None,
     scale: float | None = None,
 ) -> Case:
-    """A row for `attention`; shape is (N, L, S, H, D), `extra` the number of extra keys."""
+    """A row for `attention`; shape is (N, L, S, H, D), `extra` the number of extra keys, `values`
+    mean and std of v."""
     n, length, keys, heads, dim = shape
 
     def build(draw: Draw) -> Inputs:
@@ -538,6 +542,12 @@ def attention_case(
             v = draw(n, heads, keys, dim).transpose(1, 2)
         if sliced:
             q, k, v = (F.pad(t, (0, 3))[..., :dim] for t in (q, k, v))
+        if values:
+            v = draw(n, keys, heads, dim, mean=values[0], std=values[1])
+        if shared:  # one text for the whole batch
+            k, v = (t[:1].expand(n, -1, -1, -1) for t in (k, v))
+        if odd_start:  # rows are multiples of 16 bytes apart, none begins at one
+            q, k, v = (F.pad(t.flatten(), (1, 0))[1:].view(t.shape) for t in (q, k, v))
         if turned:  # the head dim is not dense
             q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
         kwargs: dict[str, Any] = {"scale": scale}
@@ -577,6 +587,18 @@ def half_hidden(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
     return mask
 
 
+def bias_of_any_strides(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    return draw(*reversed(full)).permute(3, 2, 1, 0)
+
+
+def per_head(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    return draw(full[1], 1, full[3])
+
+
+def seen_of_any_strides(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
+    return draw(*reversed(full)).permute(3, 2, 1, 0) > 0
+
+
 HEAD_DIMS = [*range(8, 168, 8), 176, 192, 208, 256]
 """Each is cut into other pieces; 512 has its row below."""
 
@@ -612,12 +634,22 @@ ATTENTION = [
     attention_case("padding", "prompts of several lengths", (3, 6, 9, 2, 16), mask=padding),
     attention_case("additive", "a learned position bias", (2, 7, 9, 3, 16), mask=additive),
     attention_case("bias", "one for each sample", (2, 7, 9, 3, 16), mask=additive_per_sample),
+    attention_case("own-bias", "for each score", (2, 7, 9, 3, 16), mask=bias_of_any_strides),
+    attention_case("own-mask", "for each score", (2, 7, 9, 3, 16), mask=seen_of_any_strides),
+    attention_case("head-bias", "the same for all queries", (2, 7, 9, 3, 16), mask=per_head),
+    attention_case("one-key-bias", "no gradient", (2, 5, 1, 2, 8), mask=additive_per_sample),
+    attention_case("shared-text", "one for the batch: stride 0", (3, 9, 7, 2, 16), shared=True),
+    attention_case("odd-start", "no row begins at 16 bytes", (2, 9, 11, 2, 24), odd_start=True),
     attention_case("hidden", "-inf in an additive mask", (2, 7, 9, 3, 16), mask=half_hidden),
     attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
     attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
     attention_case(
         "below", "scores of -600: a key that is not there has 0", (1, 16, 19, 2, 64), below=8.0
     ),
+    attention_case(
+        "near-overflow", "values of 2e4: sums overflow fp16", (1, 16, 19, 2, 64), values=(2e4, 1e4)
+    ),
+    attention_case("mean-100", "values of 100 +- 0.01", (1, 16, 19, 2, 64), values=(100, 0.01)),
     attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
     attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
     attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),

@@ -1,4 +1,5 @@
-"""Triton's interpreter, made to round as GPUs do and to count the bytes that kernels move.
+"""Triton's interpreter, made to round as GPUs do, to count the bytes that kernels move, and to
+refuse what lies outside a kernel's tensors.
 
 Imported by tests/kernels/cases.py; without triton, or on a GPU, nothing is changed.
 """
@@ -41,6 +42,30 @@ def counting_traffic() -> Iterator[Traffic]:
         yield traffic
     finally:
         _counting.remove(traffic)
+
+
+_bounds: list[tuple[int, int]] = []
+"""First address and the one after the last, of each tensor that the running kernel was given."""
+
+
+def span(x: torch.Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first number to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() if x.numel() else x.data_ptr()
+
+
+def check_bounds(pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
+    """Raise unless the unmasked pointers, each to `size` bytes, lie inside one tensor.
+
+    A GPU reads a neighbour's memory without a word.
+    """
+    used = pointers[mask.astype(bool)]
+    if used.size:
+        first, end = int(used.min()), int(used.max()) + size
+        assert any(first >= low and end <= high for low, high in _bounds), (
+            f"a kernel touches bytes {first:#x} to {end:#x}, outside of its tensors: "
+            + ", ".join(f"{low:#x} to {high:#x}" for low, high in _bounds)
+        )
 
 
 def round_as_gpus_do(data: np.ndarray) -> np.ndarray:
@@ -106,12 +131,14 @@ def _patch() -> None:
         for traffic in _counting:
             size = pointers.get_element_ty().primitive_bitwidth // 8
             traffic.loaded += int(np.count_nonzero(mask.data)) * size
+        check_bounds(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
         return load(self, pointers, mask, *rest)
 
     def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         for traffic in _counting:
             size = pointers.get_element_ty().primitive_bitwidth // 8
             traffic.stored += int(np.count_nonzero(mask.data)) * size
+        check_bounds(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
         return store(self, pointers, value, mask, *rest)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -132,6 +159,8 @@ def _patch() -> None:
 
     def quiet(self: Any, *arguments: Any, **options: Any) -> None:
         patched.clear()
+        given = (*arguments, *options.values())
+        _bounds[:] = [span(x) for x in given if isinstance(x, torch.Tensor)]
         with np.errstate(all="ignore"):  # a GPU goes on with inf and nan
             execute(self, *arguments, **options)
 

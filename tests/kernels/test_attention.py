@@ -9,17 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _triton, attention, backend
-from fastdiff.kernels.attention import (
-    CONTEXTS,
-    HEAD_DIMS,
-    _attention,
-    _attention_backward,
-    _pieces,
-    _room_for_sums,
-    _why_not,
-    attention_triton,
-)
+from fastdiff.kernels import _attention_forward, _triton, attention, backend
+from fastdiff.kernels._attention import HEAD_DIMS, aligned, pieces_of, room_for_sums
+from fastdiff.kernels._attention_backward import attention_backward
+from fastdiff.kernels._attention_forward import CONTEXTS, attention_forward
+from fastdiff.kernels.attention import _why_not, attention_triton
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
@@ -79,12 +73,45 @@ def test_a_query_that_may_see_nothing_gets_zeros(kind: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_query_whose_every_key_has_the_smallest_number_sees_them_all(name: str) -> None:
-    q, k, v = torch.randn(3, 2, 5, 3, 8, device=cases.device_of(name)).unbind()
-    mask = torch.full((5, 5), torch.finfo(torch.float32).min, device=q.device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_whose_every_key_has_the_smallest_number_sees_them_all(
+    dtype: torch.dtype, name: str
+) -> None:
+    q, k, v = torch.randn(3, 2, 5, 3, 8, device=cases.device_of(name)).to(dtype).unbind()
+    v.requires_grad_()
+    mask = torch.full((5, 5), torch.finfo(dtype).min, dtype=dtype, device=q.device)
     with backend(name):
         out = attention(q, k, v, mask=mask)
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
+    if name != "reference":  # PyTorch 2.13 takes 1 for 1 / 5 on a CPU
+        (dv,) = torch.autograd.grad(out.sum(), v)
+        torch.testing.assert_close(dv, torch.ones_like(dv))  # five queries, each a fifth
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nan_is_not_hidden(name: str) -> None:
+    q, k, v = torch.randn(3, 1, 5, 1, 8, device=cases.device_of(name)).unbind()
+    mask = torch.zeros(5, 5, device=q.device)
+    mask[1, 2] = float("nan")
+    with backend(name):
+        assert attention(q, k, v, mask=mask).isnan().any(3).flatten().tolist() == [0, 1, 0, 0, 0]
+        k[0, 2] = float("nan")
+        assert attention(q, k, v).isnan().all()
+
+
+@cases.needs_triton
+def test_a_mask_may_have_another_dtype() -> None:
+    q, k, v = torch.randn(3, 2, 5, 3, 8, device=cases.device_of("triton")).bfloat16().unbind()
+    mask = torch.randn(3, 1, 5, device=q.device).bfloat16().requires_grad_()
+    with backend("triton"):
+        out, same = (attention(q, k, v, mask=m) for m in (mask, mask.float()))
+    assert torch.equal(out, same)
+    wide = mask.detach().float().requires_grad_()
+    with backend("triton"):
+        (dmask,) = torch.autograd.grad(attention(q, k, v, mask=wide).sum(), wide)
+    (expected,) = torch.autograd.grad(out.sum(), mask)
+    assert dmask.dtype == torch.float32
+    assert torch.equal(dmask.bfloat16(), expected)
 
 
 def test_the_result_is_contiguous_for_every_layout() -> None:
@@ -156,15 +183,15 @@ def test_autocast_does_not_reach_inside(dtype: torch.dtype) -> None:
 
 
 def test_a_head_dim_is_cut_into_powers_of_two() -> None:
-    assert _pieces(40) == (32, 8)
-    assert _pieces(40, 16) == (32, 16)
-    assert _pieces(72) == (64, 8)
-    assert _pieces(120) == (64, 32, 16, 8)
-    assert _pieces(160) == (128, 32)
-    assert _pieces(77, 16) == (64, 16)
+    assert pieces_of(40) == (32, 8)
+    assert pieces_of(40, 16) == (32, 16)
+    assert pieces_of(72) == (64, 8)
+    assert pieces_of(120) == (64, 32, 16, 8)
+    assert pieces_of(160) == (128, 32)
+    assert pieces_of(77, 16) == (64, 16)
     for d in range(8, 520, 8):
-        assert sum(_pieces(d)) == d
-        assert sum(_pieces(d, 16)) == -(-d // 16) * 16
+        assert sum(pieces_of(d)) == d
+        assert sum(pieces_of(d, 16)) == -(-d // 16) * 16
 
 
 def kernels_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Tensor) -> list[str]:
@@ -174,7 +201,7 @@ def kernels_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Tens
     k = torch.empty(n, keys, heads, d, dtype=dtype, device="meta")
     extra = options.get("extra_k")
     with _triton.recording_launches("sm_90") as launches:
-        _attention(q, k, k, extra, extra, options.get("mask"), 0.1)
+        attention_forward(q, k, k, extra, extra, options.get("mask"), 0.1)
     return [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launches]
 
 
@@ -189,6 +216,38 @@ def test_few_keys_stay_on_the_chip() -> None:
     assert kernels_of(0, 4096, 77, 8, 40) == kernels_of(2, 0, 77, 8, 40) == []
     text = torch.empty(2, 77, 8, 64, dtype=torch.bfloat16, device="meta")
     assert kernels_of(2, 1024, 77, 8, 64, extra_k=text) == ["forward"]
+    for keys, kernel in ((77, "context"), (154, "forward")):  # a mask takes registers
+        mask = torch.empty(keys, dtype=torch.bool, device="meta")
+        assert kernels_of(2, 1024, keys, 8, 64, mask=mask) == [kernel]
+
+
+def test_rows_that_do_not_begin_at_16_bytes_are_copied() -> None:
+    room = torch.randn(2, 5, 3, 4, 24).bfloat16()
+    for fits in (
+        *room.unbind(2),
+        room[:, ::2, 0],
+        room[0:1, :, 0],
+        room[:, :, 0, :1].expand(2, 5, 3, 24),
+    ):
+        assert aligned(fits) is fits
+    alone = torch.randn(29).bfloat16()[1:25].view(1, 1, 1, 24)
+    steps = torch.randn(2, 5, 4, 25).bfloat16()[..., :24]
+    for odd in (room[..., 0, 1:17], room[..., 0, ::3], torch.randn(2, 5, 24, 8).mT, alone, steps):
+        copy = aligned(odd)
+        assert torch.equal(copy, odd)
+        assert aligned(copy) is copy
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("strides", [(0, 2**30, 4, 1), (0, 4, 1, 2**30)], ids=["heads", "keys"])
+def test_a_mask_may_have_more_numbers_than_32_bits_count(strides: tuple[int, ...]) -> None:
+    """16 heads of 16,384 by 16,384 tokens; here only a few of the bytes exist."""
+    q, k, v = torch.randn(3, 1, 4, 3, 8).unbind()
+    room = torch.empty(2**32, dtype=torch.bool)
+    far = room.as_strided((1, 3, 4, 4), strides)
+    far.copy_(torch.ones(4, 4, dtype=torch.bool).tril())
+    with backend("triton"):
+        assert torch.equal(attention(q, k, v, mask=far), attention(q, k, v, mask=far.clone()))
 
 
 @cases.needs_triton
@@ -206,6 +265,10 @@ def test_what_triton_does_not_take_is_said() -> None:
     assert _why_not(q, q, q, scale=0.3) is None
     assert "scale > 0, got -0.3; negate q" in str(_why_not(q, q, q, scale=-0.3))
     assert "takes fp32, fp16 and bf16, got float64" in str(_why_not(*[q.double()] * 3))
+    many = torch.empty(1, 2**16, 1, 8, device="meta")
+    mask = torch.empty(2**16, dtype=torch.bool, device="meta")
+    assert _why_not(many, many, many) is None
+    assert "got 65536 x 65536; split" in str(_why_not(many, many, many, mask=mask))
     assert "pad the heads" in str(_why_not(*[q[..., :7]] * 3))
 
 
@@ -215,8 +278,11 @@ def test_triton_op_is_registered_right() -> None:
     q, k, v = (torch.randn(2, 5, 2, 8, device=device, requires_grad=True) for _ in range(3))
     text = torch.randn(2, 3, 2, 8, device=device)
     bias = torch.randn(5, 8, device=device, requires_grad=True)
+    seen = bias.detach() > 0
     torch.library.opcheck(attention_triton, (q, k, v, None, None, None, 0.3))
     torch.library.opcheck(attention_triton, (q, k, v, text, text + 1, bias, 0.3))
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(attention_triton, (*half, None, None, seen[:, :5], 0.3))
 
 
 @cases.needs_triton
@@ -238,6 +304,18 @@ def test_triton_compiles_without_break_for_any_batch() -> None:
 
 
 @cases.needs_triton
+def test_triton_compiles_with_a_mask_and_extra_keys_for_any_batch() -> None:
+    def op(q: Tensor, k: Tensor, v: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        return attention(q, k, v, extra_k=text, extra_v=text, mask=mask)
+
+    def arguments(n: int) -> tuple[Tensor, ...]:
+        tokens = [torch.randn(n, s, 4, 16) for s in (5, 6, 6, 3)]
+        return *(t.bfloat16() for t in tokens), torch.randn(n, 1, 1, 9).bfloat16()
+
+    cases.check_compiles(op, arguments)
+
+
+@cases.needs_triton
 def test_gradients_of_any_strides_and_from_run_to_run() -> None:
     q, k, v = torch.randn(3, 2, 37, 2, 24, device=cases.device_of("triton")).requires_grad_()
     results = []
@@ -252,12 +330,30 @@ def test_gradients_of_any_strides_and_from_run_to_run() -> None:
 
 
 @cases.needs_interpreter
+def test_a_program_of_the_context_kernel_takes_several_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where tiles, samples and heads are more than fill a GPU."""
+    case = cases.attention_case("rounds", "five tiles, two programs a head", (1, 300, 20, 2, 16))
+    monkeypatch.setattr(_attention_forward, "PROGRAMS", 4)
+    q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
+    with _triton.recording_launches() as launches:
+        attention_forward(q, k, v, None, None, None, 0.1)
+    assert [(x.kernel.__name__, x.grid) for x in launches] == [("_context_kernel", (4,))]
+    cases.check("attention", case, torch.bfloat16, "triton")
+    with backend("triton"), counting_traffic() as forward:
+        attention(*case.inputs(torch.bfloat16)[0])
+    rows = 2 * 300 + 2 * 20 * 2  # each program reads the keys once, each query is read once
+    assert forward.total == 2 * (rows * 16 * 2 + 300 * 4)
+
+
+@cases.needs_interpreter
 def test_the_keys_gradient_is_summed_over_stretches_of_queries() -> None:
     """Text keys of a batch of one do not fill a GPU: the queries are cut, the parts added."""
     case = cases.attention_case("stretches", "one key tile, many queries", (1, 600, 9, 1, 16))
     q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
     with _triton.recording_launches() as launches:
-        _attention_backward(q, q, k, v, None, None, None, q, _room_for_sums(q), 0.1, False)
+        attention_backward(q, q, k, v, None, None, None, q, room_for_sums(q, None), 0.1, False)
     grids = {launch.kernel.__name__: launch.grid for launch in launches}
     assert grids["_keys_gradient_kernel"] > (1,)
     cases.check("attention", case, torch.bfloat16, "triton")

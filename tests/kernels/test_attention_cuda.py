@@ -183,20 +183,43 @@ def test_log_sum_exp(dtype: torch.dtype, on_chip: int) -> None:
 
 
 @needs_cuda
-def test_triton_can_go_on_from_the_log_sum_exp() -> None:
+def test_log_sum_exp_under_an_added_mask_is_in_two_numbers() -> None:
+    """Beside -3e38 a sum has no digits."""
+    q, k, v = packed(2, 20, 2, 40)
+    mask = torch.randn(20, 20, device=q.device)
+    mask[2], mask[3] = -2e38, -math.inf
+    with cuda():
+        lse = _attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)[1].double()
+    scores = 0.2 * torch.einsum("nlhd,nshd->nhls", q.double(), k.double()) + mask.double()
+    rows = [i for i in range(20) if i not in (2, 3)]
+    expected = torch.logsumexp(scores, -1) * math.log2(math.e)
+    torch.testing.assert_close(lse.sum(0)[:, :, rows], expected[:, :, rows], rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(lse[0, :, :, 2], torch.full_like(lse[0, :, :, 2], math.log2(20)))
+    assert bool((lse[0, :, :, 3] == math.inf).all())
+    assert bool((lse[1, :, :, 3] == 0).all())
+
+
+@needs_cuda
+@pytest.mark.parametrize("masked", ["no mask", "bool", "added"])
+def test_triton_can_go_on_from_the_log_sum_exp(masked: str) -> None:
     """The backward pass that a GPU takes, from this forward pass, gives the same gradients."""
     if not torch.cuda.is_available() and not _triton.INTERPRETED:
         pytest.skip("Triton kernels need a GPU, or triton and TRITON_INTERPRET=1")
     q, k, v = packed(2, 33, 2, 40)
+    text = torch.randn(2, 2, 5, 2, 40, device=q.device).to(q.dtype).unbind()
     dout = torch.randn_like(q)
+    mask = None if masked == "no mask" else torch.randn(2, 1, 33, 38, device=q.device)
+    if mask is not None:
+        mask[:, :, 4] = -1e38
+        mask = mask if masked == "added" else mask > -1
     with cuda():
-        out, lse = _attention_cuda.attention_forward(q, k, v, None, None, None, 0.2)
-    expected = _attention_cuda.gradients_written_out(dout, q, k, v, None, None, None, lse, 0.2)
+        out, lse = _attention_cuda.attention_forward(q, k, v, *text, mask, 0.2)
+    expected = _attention_cuda.gradients_written_out(dout, q, k, v, *text, mask, lse, 0.2)
     backward = torch.ops.fastdiff.attention_backward_triton
-    found = backward(dout, q, k, v, None, None, None, out, lse, 0.2, False)
-    for have, want in zip(found[:3], expected[:3], strict=True):
-        assert want is not None
-        torch.testing.assert_close(have.double(), want.double(), rtol=2e-2, atol=2e-2)
+    found = backward(dout, q, k, v, *text, mask, out, lse, 0.2, masked == "added")
+    for have, want in zip(found, expected, strict=True):
+        if want is not None:
+            torch.testing.assert_close(have.float(), want.float(), rtol=2e-2, atol=2e-2)
 
 
 @needs_cuda
