@@ -12,8 +12,8 @@
 //
 // Bytes, in units of N * H * d * 2: streaming 2 L + 2 S ceil(L / queries), context 2 L + 2 S blocks
 // a head; and 4 bytes a query for the log-sum-exp. Q, K, V and the output move 16 bytes at a time.
-// Aimed at: two blocks or more on a multiprocessor with 100 KB of shared memory (sm_86, sm_89), one
-// for the widest contexts; three where the registers allow it. No GPU has run these kernels: that
+// Aimed at: two blocks or more of the streaming kernel on a multiprocessor with 100 KB of shared
+// memory (sm_86, sm_89), three where the registers allow it. No GPU has run these kernels: that
 // they are right is known from the emulation (tests/cuda_host), their speed is not known.
 //
 // Numbers: P is rounded to the dtype of V before P V; sums, scores and the softmax are fp32. The
