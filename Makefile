@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ASSETS := fastdiff/assets/digits
 
-.PHONY: help venv build demo test lint types format bench wheel weights clean
+.PHONY: help venv build demo test lint types format bench wheel install-check weights clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed, got {v.major}.{v.minor}; name one: make PYTHON=python3.12")'
@@ -44,6 +44,9 @@ bench: $(STAMP) ## time every op and the whole pipeline on this machine
 
 wheel: $(STAMP) ## build the wheel and the sdist into dist/
 	$(BIN)/python -m build --outdir dist .
+
+install-check: $(STAMP) ## install in fresh environments: no compiler, CPU only, nvcc, from an sdist
+	$(BIN)/python -m tests.install_check
 
 weights: $(STAMP) ## train the shipped weights anew (under an hour on two cores) and measure them
 	$(BIN)/fastdiff train autoencoder --preset digits-autoencoder

@@ -9,9 +9,12 @@ Environment:
     FASTDIFF_BUILD_CUDA    1: the CUDA kernels too, or fail; 0: without; auto: where nvcc is found
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a+PTX"; default: those of `ARCHITECTURES` nvcc knows
     NVCC, CUDA_HOME        where nvcc is; else from PATH or /usr/local/cuda
+    FASTDIFF_SANITIZE      1: AddressSanitizer and UBSan, without CUDA; for tests, not to install
 
-Without a C++ compiler the package installs without the module, with one warning: every op then runs
-on its other backends.
+Without a C++ compiler the package installs without the module: every op then runs on its other
+backends. pip hides what a build prints, so the reason is installed in the module's place
+(`MISSING`): `fastdiff doctor` tells it, and the first op that a CPU kernel would have served warns.
+Where nvcc fails, the CUDA kernels are left out, and the module itself holds the reason.
 """
 
 from __future__ import annotations
@@ -48,6 +51,15 @@ FLAGS = (
 # A loop that starts with a few odd elements until the address is round would add up in an order
 # that depends on the address, and so on a sample's place in its batch.
 GCC_FLAGS = "--param=vect-max-peeling-for-alignment=0 -Wno-maybe-uninitialized"
+SANITIZERS = (
+    "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined "
+    "-fno-sanitize-recover=undefined -fsanitize-recover=address"
+)
+MISSING = "_native_missing.txt"
+"""In the module's place where it is not built: why. `kernels/extension.py` reads it."""
+
+
+SANITIZED = os.environ.get("FASTDIFF_SANITIZE") == "1"
 
 
 class CannotBuildError(Exception):
@@ -60,7 +72,7 @@ class Cuda:
 
     nvcc: str
     architectures: tuple[str, ...]
-    """As in TORCH_CUDA_ARCH_LIST; "+PTX" asks for the intermediate code too."""
+    """As in TORCH_CUDA_ARCH_LIST: "9.0a"; "+PTX" asks for the intermediate code too."""
 
     @property
     def flags(self) -> str:
@@ -102,29 +114,49 @@ def find_ninja() -> str:
     return path
 
 
-def find_cuda() -> Cuda | None:
-    """Where FASTDIFF_BUILD_CUDA is not 0 and nvcc is there. Raises CannotBuildError if it is 1."""
+def find_cuda() -> Cuda | str:
+    """nvcc and what to compile for, or why there will be no CUDA kernels.
+
+    Raises:
+        SystemExit: FASTDIFF_BUILD_CUDA is 1 and they cannot be had, or a variable makes no sense.
+    """
     asked = os.environ.get("FASTDIFF_BUILD_CUDA") or "auto"
     if asked not in ("0", "1", "auto"):
         raise SystemExit(f"FASTDIFF_BUILD_CUDA must be 0, 1 or auto, got {asked!r}")
-    if asked == "0" or not list(SOURCES.glob("*.cu")):
-        return None
+    if asked == "0" or SANITIZED:
+        return (
+            "FASTDIFF_BUILD_CUDA was 0" if asked == "0" else "it is built for tests of CPU kernels"
+        )
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     candidates = [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
     nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
+    names = architectures(nvcc) if nvcc else ()
     if nvcc is None:
-        if asked == "1":
-            raise CannotBuildError("FASTDIFF_BUILD_CUDA=1, but nvcc was not found; set CUDA_HOME")
-        return None
+        missing = "nvcc was not found; set CUDA_HOME"
+    elif not names:
+        asked_for = os.environ.get("TORCH_CUDA_ARCH_LIST") or ", ".join(ARCHITECTURES)
+        missing = f"{nvcc} and the kernels share none of the architectures {asked_for}"
+    else:
+        return Cuda(nvcc=nvcc, architectures=names)
+    if asked == "1":
+        raise SystemExit(f"fastdiff: FASTDIFF_BUILD_CUDA=1, but {missing}")
+    return missing
+
+
+def architectures(nvcc: str) -> tuple[str, ...]:
+    """Those of TORCH_CUDA_ARCH_LIST from 8.0 on, else those of `ARCHITECTURES` nvcc knows."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
-    names = tuple(name for name in listed.split(";") if name)
-    if not names:
-        told = subprocess.run(
-            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
-        )
-        known = set(re.findall(r"sm_(\w+)", told.stdout))
-        names = tuple(name for name in ARCHITECTURES if name.replace(".", "").rstrip("a") in known)
-    return Cuda(nvcc=nvcc, architectures=names)
+    names = [name for name in listed.split(";") if name]
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST must hold numbers such as 8.0;9.0a+PTX, got {name!r}"
+            )
+    if names:  # containers list old ones too; the kernels need the instructions of 8.0
+        return tuple(name for name in names if int(name.partition(".")[0]) >= 8)
+    told = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = set(re.findall(r"sm_(\w+)", told.stdout))
+    return tuple(name for name in ARCHITECTURES if name.replace(".", "").rstrip("a") in known)
 
 
 def isas() -> dict[str, str]:
@@ -142,55 +174,23 @@ def digest() -> str:
     return total.hexdigest()[:16]
 
 
-def write_ninja(build: Path, target: Path, version: str) -> None:
-    """Write build.ninja; what did not change is not written anew. Raises CannotBuildError."""
+def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> list[str]:
+    """Write build.ninja; what did not change is not written anew. Returns the CUDA objects.
+
+    Raises:
+        CannotBuildError: there is no C++ compiler.
+    """
     import pybind11
 
-    compiler, cuda = find_compiler(), find_cuda()
-    told = subprocess.run(
-        [*shlex.split(compiler), "--version"], capture_output=True, text=True, check=False
-    )
-    flags = FLAGS if "clang" in told.stdout else f"{FLAGS} {GCC_FLAGS}"
+    compiler = find_compiler()
     includes = [sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"]]
     binding = " ".join(f"-isystem {p}" for p in dict.fromkeys([*includes, pybind11.get_include()]))
-    names = tuple(isas())
-    defines = f"-DFASTDIFF_ISAS='{' '.join(f'X({name})' for name in names)}'"
-    # the digest changes with every edit: only the file that holds it has it on its command line
-    facts = f'-DFASTDIFF_DIGEST=\\"{digest()}\\" -DFASTDIFF_VERSION=\\"{version}\\"'
-    archs = ";".join(cuda.architectures) if cuda else ""
-    facts += f" -DFASTDIFF_CUDA_ARCHS='\"{archs}\"'"
-    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    lines = [
-        f"cxx = {compiler}",
-        f"flags = {flags} {defines}",
-        f"link = {shared}",
-        "rule cxx",
-        "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
-        "  description = c++ $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        # nvcc knows where its own runtime library lies
-        f"  command = {'$nvcc $nvcclink' if cuda else '$cxx'} $link $in -o $out",
-        "  description = link $out",
-    ]
-    if cuda:
-        lines += [
-            f"nvcc = {cuda.nvcc}",
-            f"nvccflags = -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
-            f"-ccbin {shlex.split(compiler)[0]} {cuda.flags}",
-            f"nvcclink = -ccbin {shlex.split(compiler)[0]} -cudart static",
-            "rule nvcc",
-            "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
-            "  description = nvcc $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
+    lines = rules(compiler, cuda)
     objects = []
 
-    def compile_(source: Path, name: str, extra: str, rule: str = "cxx") -> None:
+    def compile_(source: Path, name: str, extra: str = "") -> None:
         objects.append(f"{name}.o")
-        lines.extend([f"build {name}.o: {rule} {_escape(source)}", f"  extra = {extra}"])
+        lines.extend([f"build {name}.o: cxx {_escape(source)}", f"  extra = {extra}"])
 
     for source in sorted(SOURCES.glob("*.cpp")):
         stem = source.stem
@@ -198,20 +198,109 @@ def write_ninja(build: Path, target: Path, version: str) -> None:
             for isa, isa_flags in isas().items():
                 compile_(source, f"{stem}.{isa}", f"-DFASTDIFF_ISA={isa} {isa_flags}")
         elif stem.startswith("bindings"):
-            compile_(source, stem, binding)
+            compile_(source, stem, f"{binding} {'-O0 -fno-sanitize=all' if SANITIZED else ''}")
         else:
-            compile_(source, stem, facts if stem == "build_info" else "")
-    for source in sorted(SOURCES.glob("*.cu")) if cuda else ():
-        compile_(source, f"{source.stem}.cu", "", "nvcc")
+            compile_(source, stem, facts(version, cuda) if stem == "build_info" else "")
+    cuda_objects = []
+    for source in sorted(SOURCES.glob("*.cu")) if isinstance(cuda, Cuda) else ():
+        name = f"{source.stem}.cu.o"
+        cuda_objects.append(name)
+        lines.append(f"build {name} | {name}.log: nvcc {_escape(source)}")
+    objects += cuda_objects
     lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
     text = "\n".join([*lines, f"default {_escape(target)}", ""])
     path = build / "build.ninja"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+    return cuda_objects
+
+
+def facts(version: str, cuda: Cuda | str) -> str:
+    """What build_info.cpp is to tell, as definitions for the compiler.
+
+    The digest changes with every edit: no other file has it on its command line.
+    """
+    archs, missing = (";".join(cuda.architectures), "") if isinstance(cuda, Cuda) else ("", cuda)
+    told = {
+        "DIGEST": digest(),
+        "VERSION": version,
+        "CUDA_ARCHS": archs,
+        "WITHOUT_CUDA": missing.replace('"', "'"),
+        "SANITIZERS": "address undefined" if SANITIZED else "",
+    }
+    return " ".join(
+        f"-DFASTDIFF_{name}={shlex.quote(chr(34) + text + chr(34))}" for name, text in told.items()
+    ).replace("$", "$$")
+
+
+def rules(compiler: str, cuda: Cuda | str) -> list[str]:
+    """The head of build.ninja: how a file is compiled and the module linked."""
+    told = subprocess.run(
+        [*shlex.split(compiler), "--version"], capture_output=True, text=True, check=False
+    )
+    flags = FLAGS if "clang" in told.stdout else f"{FLAGS} {GCC_FLAGS}"
+    flags += f" {SANITIZERS}" if SANITIZED else ""
+    defines = f"-DFASTDIFF_ISAS='{' '.join(f'X({name})' for name in isas())}'"
+    # the linker's own options: nothing of the libraries linked in (CUDA's runtime) is exported
+    shared = "-shared -Wl,--exclude-libs,ALL"
+    if sys.platform == "darwin":
+        shared = "-bundle -undefined dynamic_lookup"
+    lines = [
+        f"cxx = {compiler}",
+        f"flags = {flags} {defines}",
+        f"link = {shared} {SANITIZERS if SANITIZED else ''}",
+        "rule cxx",
+        "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
+        "  description = c++ $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    linker = "$cxx $link"
+    if isinstance(cuda, Cuda):
+        # of "ccache g++" the last word is the compiler
+        host = next(word for word in reversed(shlex.split(compiler)) if not word.startswith("-"))
+        linker = f"$nvcc -ccbin {host} -cudart static {shared.replace('-Wl,', '-Xlinker ')}"
+        lines += [
+            f"nvcc = {cuda.nvcc}",
+            f"nvccflags = -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
+            f"-Xptxas -v -ccbin {host} {cuda.flags}",
+            "rule nvcc",
+            # ptxas tells what each kernel takes of a GPU: benchmarks/cuda_resources.py reads it
+            "  command = if $nvcc -MD -MF $out.d $nvccflags -c $in -o $out > $out.log 2>&1; "
+            "then grep -i -A4 warning $out.log || true; else cat $out.log; exit 1; fi",
+            "  description = nvcc $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    # nvcc knows where its own runtime library lies
+    return [*lines, "rule link", f"  command = {linker} $in -o $out", "  description = link $out"]
 
 
 def _escape(path: Path) -> str:
     return re.sub(r"([ :$])", r"$\1", str(path))
+
+
+def build_folder() -> Path:
+    """Where ninja works, and goes on from the next time; another one for other sanitizers."""
+    tag = str(sysconfig.get_config_var("SOABI")) + ("-sanitized" if SANITIZED else "")
+    folder = ROOT / "build" / "native" / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_ninja(target: Path, version: str, cuda: Cuda | str) -> bool:
+    """Build the module; False where a compiler fails. Raises CannotBuildError."""
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        raise CannotBuildError("pybind11 was not found; pip install pybind11") from None
+    ninja = find_ninja()
+    write_ninja(target.parent, target, version, cuda)
+    return subprocess.run([ninja, "-C", str(target.parent)], check=False).returncode == 0
+
+
+def warn(message: str) -> None:
+    print(f"\nWARNING: {message}\n", file=sys.stderr)
 
 
 class BuildNative(build_ext):
@@ -219,54 +308,64 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        reason = target.parent / MISSING
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
+        for path in (target, reason):
+            path.unlink(missing_ok=True)
         try:
-            built = self.with_ninja(target.name)
+            shutil.copy2(self.build_module(target.name), target)
         except CannotBuildError as error:
-            if os.environ.get("FASTDIFF_BUILD_CUDA") == "1":
+            if os.environ.get("FASTDIFF_BUILD_CUDA") == "1" or SANITIZED:
                 raise SystemExit(f"fastdiff: {error}") from None
-            stale = ROOT / "kernels" / target.name
-            stale.unlink(missing_ok=True)
-            print(
-                f"\nWARNING: fastdiff is installed without its compiled kernels: {error}. "
-                "Every op runs on its other backends.\n",
-                file=sys.stderr,
+            reason.write_text(f"{error}\n")
+            warn(
+                f"fastdiff is installed without its compiled kernels: {error}. "
+                "Every op runs on its other backends."
             )
-            return
-        shutil.copy2(built, target)
 
-    def with_ninja(self, name: str) -> Path:
-        """Build in build/native/, which the next build goes on from."""
-        try:
-            import pybind11  # noqa: F401
-        except ImportError:
-            raise CannotBuildError("pybind11 was not found; pip install pybind11") from None
-        ninja = find_ninja()
-        build = ROOT / "build" / "native" / name.partition(".")[2].replace(".so", "")
-        build.mkdir(parents=True, exist_ok=True)
-        write_ninja(build, build / name, self.distribution.get_version())
-        done = subprocess.run([ninja, "-C", str(build)], check=False)
-        if done.returncode != 0:
-            raise CannotBuildError("the C++ compiler failed, its messages stand above")
-        return build / name
+    def build_module(self, name: str) -> Path:
+        """With the CUDA kernels where that works. Raises CannotBuildError."""
+        target, version = build_folder() / name, self.distribution.get_version()
+        cuda = find_cuda()
+        if run_ninja(target, version, cuda):
+            return target
+        if isinstance(cuda, Cuda) and os.environ.get("FASTDIFF_BUILD_CUDA") != "1":
+            without = f"{cuda.nvcc} failed on them"
+            if run_ninja(target, version, without):
+                warn(f"fastdiff is installed without CUDA kernels: {without}, as said above")
+                return target
+        raise CannotBuildError(
+            "the C++ compiler failed (g++ from 11 on, clang++ from 9 on can do it)"
+        )
+
+    def copy_extensions_to_source(self) -> None:
+        """--inplace, editable installs: no module and no reason of an earlier build is left."""
+        assert not SANITIZED, "FASTDIFF_SANITIZE=1 is for --build-lib, not for --inplace"
+        built = Path(self.build_lib) / "fastdiff" / "kernels"
+        for ext in self.extensions:
+            for name in (Path(self.get_ext_filename(ext.name)).name, MISSING):
+                # not written over: a process may have it mapped
+                (ROOT / "kernels" / name).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+        if (built / MISSING).exists():
+            shutil.copy2(built / MISSING, ROOT / "kernels" / MISSING)
 
 
-OURS = ["fastdiff", "fastdiff.*"]
-packages = [p for p in find_packages(include=OURS) if not p.startswith("fastdiff.kernels")]
-kernel_packages = ["fastdiff.kernels", *(f"fastdiff.kernels.{p}" for p in find_packages("kernels"))]
-# folders of data, without code: named as packages, since setuptools warns about them otherwise
-assets = [f"fastdiff.assets.{p.name}" for p in sorted(Path("fastdiff/assets").iterdir())]
+def main() -> None:
+    ours = ["fastdiff", "fastdiff.*"]
+    packages = [p for p in find_packages(include=ours) if not p.startswith("fastdiff.kernels")]
+    packages += ["fastdiff.kernels", *(f"fastdiff.kernels.{p}" for p in find_packages("kernels"))]
+    # folders of data, without code: named as packages, since setuptools warns about them otherwise
+    assets = [f"fastdiff.assets.{p.name}" for p in sorted(Path("fastdiff/assets").iterdir())]
+    assets.append("fastdiff.kernels.tuned")
+    setup(
+        packages=packages + assets,
+        package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
+        package_data={"fastdiff": ["py.typed"], **{name: ["*"] for name in assets}},
+        ext_modules=[Extension("fastdiff.kernels._native", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildNative},
+    )
 
-assets.append("fastdiff.kernels.tuned")
 
-setup(
-    packages=packages + kernel_packages + assets,
-    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
-    package_data={
-        "fastdiff": ["py.typed"],
-        **{name: ["*"] for name in assets},
-    },
-    ext_modules=[Extension("fastdiff.kernels._native", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":  # as pip and build run it; benchmarks/cuda_resources.py imports it
+    main()

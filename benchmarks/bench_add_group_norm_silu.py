@@ -57,6 +57,7 @@ SUBJECT = Subject(
     arguments=arguments,
     eager=eager_with_options,
     work=work,
+    backward_work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
     norm=True,
 )
 

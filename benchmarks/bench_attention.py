@@ -57,6 +57,7 @@ SUBJECT = Subject(
     eager=sdpa,
     work=work,
     backward_work=backward_work,
+    gradients_first=True,
     sdpa=True,
 )
 

@@ -30,6 +30,9 @@ SUBJECT = Subject(
     arguments=arguments,
     eager=eager,
     work=lambda call, size: Work(bytes=torch.Size(call.tensors[0]).numel() * size * 3 // 2),
+    backward_work=lambda call, size: Work(
+        bytes=torch.Size(call.tensors[0]).numel() * size * 5 // 2
+    ),
 )
 
 

@@ -42,6 +42,7 @@ SUBJECT = Subject(
     eager=eager,
     work=lambda call, size: Work(bytes=2 * torch.Size(call.tensors[0]).numel() * size),
     backward_work=lambda call, size: Work(bytes=3 * torch.Size(call.tensors[0]).numel() * size),
+    gradients_first=True,
     norm=True,
 )
 

@@ -36,12 +36,14 @@ SUBJECT = Subject(
     arguments=arguments,
     eager=eager,
     work=lambda call, size: Work(bytes=2 * torch.Size(call.tensors[0]).numel() * size),
+    backward_work=lambda call, size: Work(bytes=3 * torch.Size(call.tensors[0]).numel() * size),
 )
 ADD_SUBJECT = Subject(
     op="add_layer_norm",
     arguments=arguments,
     eager=add_eager,
     work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
+    backward_work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
 )
 
 

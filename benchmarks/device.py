@@ -52,7 +52,10 @@ SECONDS = {
 GRACE_S = 15
 """After its share a stage has this long to write down what it has."""
 TESTS = ("tests/kernels", "tests/test_timing.py")
-IGNORED = ("tests/kernels/test_resources.py", "tests/kernels/test_native.py")
+IGNORED = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in ("resources", "cuda_resources", "native", "sanitizers")
+)
 """Compilation ahead of time and code for CPUs: they say nothing about the device."""
 WORKERS = min(14, os.cpu_count() or 1)
 """Processes that compile."""
@@ -174,22 +177,43 @@ def parity_cases(seconds: float) -> None:
     def numbers(case: Any) -> int:
         return sum(t.numel() for t in cases.tensors_in(case.inputs(torch.float32)))
 
-    todo = []
+    todo: list[tuple[int, str, Any]] = []
     for op in kernels.OPS:
         if "triton" in kernels.OPS[op].implementations:
             # the largest error of a handful of numbers is luck
             rows = [case for case in getattr(cases, op.upper(), []) if numbers(case) > 100]
-            small = sorted(rows, key=numbers)[:MEMCHECK_CASES]
+            small = sorted(rows, key=numbers)[:MEMCHECK_CASES] or [None]
             todo += [(place, op, case) for place, case in enumerate(small)]
     ran = 0
     for _, op, case in sorted(todo, key=lambda entry: entry[0]):  # each op has its turn
         if time.monotonic() > end:
             break
-        cases.check(op, case, torch.float16, "triton")
-        print(f"{op} {case}: ok", flush=True)
+        if case is None:
+            agreement(op)
+        else:
+            cases.check(op, case, torch.float16, "triton")
+        print(f"{op} {case or 'against the reference'}: ok", flush=True)
         ran += 1
     print(f"{ran} of {len(todo)} cases" + ("; no time for the rest" if ran < len(todo) else ""))
     assert ran, "no op has a Triton implementation, or no time for one case"
+
+
+def agreement(op: str) -> None:
+    """One call of an op that has no parity cases, and what it left in its operands."""
+    import torch
+    from torch.utils._pytree import tree_flatten
+
+    from fastdiff import kernels
+    from tests.kernels import cases
+
+    results = []
+    for backend in ("triton", "reference"):
+        args, kwargs = cases.ordinary_inputs(op, cases.device_of("triton"))
+        with kernels.backend(backend):
+            flat = tree_flatten((getattr(kernels, op)(*args, **kwargs), args))[0]
+        results.append([t for t in flat if isinstance(t, torch.Tensor)])
+    for have, want in zip(*results, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
 def tune_stage(plan: Plan) -> list[str]:
@@ -265,6 +289,7 @@ def bench_stage(plan: Plan) -> list[str]:
         bench_geglu,
         bench_group_norm_silu,
         bench_layer_norm,
+        bench_philox,
         bench_sampler_step,
         gpu,
         shapes,
@@ -299,7 +324,8 @@ def bench_stage(plan: Plan) -> list[str]:
         bench_layer_norm.ADD_SUBJECT,
     ]
     todo = gpu.cases(subjects, jobs, batches)
-    todo = [*bench_sampler_step.gpu_cases(size, batches), *todo]
+    own = [*bench_sampler_step.gpu_cases(size, batches), *bench_philox.gpu_cases(size, batches)]
+    todo = sorted([*own, *todo], key=lambda case: case.priority)
     if plan.dry_run:  # each op once, forward and backward
         todo = list({case.benchmark: case for case in reversed(todo)}.values())
         todo += dry_cases(subjects, {case.subject.op for case in todo})
@@ -377,9 +403,10 @@ def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
         "add_layer_norm": Call("add_layer_norm", (x, x, weight, weight)),
     }
     return [
-        Case(subject=subject, job_name="", job=job, call=calls[subject.op])
+        Case(subject=subject, job_name="", job=job, call=calls[subject.op], direction=direction)
         for subject in subjects
         if subject.op not in known
+        for direction in ("forward", "backward")
     ]
 
 

@@ -87,6 +87,8 @@ class Subject:
     """(call, bytes of a number) -> what has to be done."""
     backward_work: Callable[[Call, int], Work] | None = None
     """The same for the gradients; None: they are not measured."""
+    gradients_first: bool = False
+    """Whether something is aimed at with the gradients: they are then measured with the first."""
     norm: bool = False
     """Whether eager is also given NCHW."""
     sdpa: bool = False
@@ -149,7 +151,8 @@ def cases(
     """Every call of every job at every batch, the most telling ones first.
 
     0: of each op the largest call of a job at the job's own batch, all attentions there, gradients
-    1: every other call at that batch
+       that something is aimed at
+    1: every other call at that batch, the other gradients
     2: the largest calls at the other batches
     3: everything else
     """
@@ -173,7 +176,10 @@ def cases(
                     )
                     found.append(case)
                     if subject.backward_work is not None and usual and place == 0:
-                        found.append(replace(case, direction="backward"))
+                        gradient = replace(case, direction="backward")
+                        if not subject.gradients_first:
+                            gradient = replace(gradient, priority=1, providers=LATER)
+                        found.append(gradient)
     # at the same priority each op gets its turn
     turns: dict[tuple[int, str], int] = {}
     keyed = []
@@ -332,11 +338,15 @@ def _limit(
         timing, work = peaks[case.dtype]
         outcome.records.append(record_of(case, "matmul", timing, work))
         return
-    half = max(1, case.work.bytes // 2)
-    source = torch.ones(half, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
+    source, target = copied(case.work, device)
     timing = timer(lambda: target.copy_(source), method=case.method, budget_s=PROVIDER_S)
     outcome.records.append(record_of(case, "copy", timing, case.work))
+
+
+def copied(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a copy reads and what it writes: together the bytes of the work."""
+    source = torch.ones(max(1, work.bytes // 2), dtype=torch.uint8, device=device)
+    return source, torch.zeros_like(source)
 
 
 def _peak(dtype: torch.dtype, device: torch.device, timer: Timer, side: int) -> tuple[Any, Work]:

@@ -40,6 +40,8 @@ import fastdiff
 from fastdiff import kernels
 
 LIMITS = ("copy", "sgemm", "matmul")
+END_TO_END = "end to end"
+"""Records of whole networks beside others' (bench_cpu_networks.py)."""
 PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
 BUDGET_S = 1.0
 """How long the timed rounds of one benchmark may take together."""

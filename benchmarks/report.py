@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks import gpu_report
-from benchmarks.harness import LIMITS, RESULTS, Peak, Record, Share, amdahl, duration
+from benchmarks.harness import (
+    END_TO_END,
+    LIMITS,
+    RESULTS,
+    Peak,
+    Record,
+    Share,
+    amdahl,
+    duration,
+)
 from benchmarks.plot import draw_shares
 from fastdiff.checkpoint.files import write_text
 
@@ -228,8 +237,10 @@ def section(device: Device) -> str:
     """The picture and the tables of one device that is no GPU."""
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
     ops = {row.record.benchmark for _, row in rows}
-    alone = [(run, record) for run, record in device.records() if record.benchmark not in ops]
-    shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *alone)}
+    measured = [pair for pair in device.records() if pair[1].benchmark not in ops]
+    alone = [pair for pair in measured if pair[1].benchmark != END_TO_END]
+    peers = [pair for pair in measured if pair[1].benchmark == END_TO_END]
+    shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *measured)}
     used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
     return "\n\n".join(
         [
@@ -250,6 +261,7 @@ def section(device: Device) -> str:
                 ),
                 [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks],
             ),
+            *(["#### Beside diffusers, on the same weights", peer_table(peers)] if peers else []),
             "#### Share of each op",
             table(
                 ("job", "op", "calls", "time", "share", "job, if the op were free", "commit"),
@@ -292,6 +304,26 @@ def whole(run: Run, record: Record) -> tuple[str, ...]:
         "",
         run.commit,
     )
+
+
+def peer_table(pairs: Sequence[tuple[Run, Record]]) -> str:
+    """Each provider of a network beside diffusers as it comes, of the same run."""
+    rows: list[tuple[str, ...]] = []
+    for run, record in pairs:
+        case = record.job, record.shape, record.dtype
+        peers = {(r.job, r.shape, r.dtype): r for r in run.records if r.provider == "diffusers"}
+        rows.append(
+            (
+                *case,
+                record.provider,
+                duration(record.median_s),
+                f"{duration(record.q1_s)} to {duration(record.q3_s)}",
+                f"{peers[case].median_s / record.median_s:.2f} x",
+                run.commit,
+            )
+        )
+    head = ("job", "shape", "dtype", "by", "median", "quartiles", "as fast as diffusers", "commit")
+    return table(head, rows)
 
 
 def peak_row(run: Run, peak: Peak) -> tuple[str, ...]:

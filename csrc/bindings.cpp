@@ -34,6 +34,8 @@ py::dict build() {
   info["compiler"] = build_info.compiler;
   info["isas"] = py::tuple(isas);
   info["cuda_architectures"] = build_info.cuda_architectures;
+  info["without_cuda"] = build_info.without_cuda;
+  info["sanitizers"] = build_info.sanitizers;
   return info;
 }
 

@@ -10,5 +10,5 @@
 
 namespace fastdiff {
 extern const BuildInfo build_info = {FASTDIFF_VERSION, FASTDIFF_DIGEST, COMPILER,
-                                     FASTDIFF_CUDA_ARCHS};
+                                     FASTDIFF_CUDA_ARCHS, FASTDIFF_WITHOUT_CUDA, FASTDIFF_SANITIZERS};
 }  // namespace fastdiff

@@ -4,6 +4,8 @@
 namespace fastdiff {
 struct BuildInfo {
   const char *version, *digest, *compiler, *cuda_architectures;
+  const char* without_cuda;  // why there are no CUDA kernels, or ""
+  const char* sanitizers;
 };
 extern const BuildInfo build_info;
 }  // namespace fastdiff

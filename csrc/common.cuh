@@ -192,8 +192,16 @@ __device__ __forceinline__ Moments warp_merge(Moments mine) {
     other.count = __shfl_xor_sync(kAllLanes, mine.count, bits);
     other.mean = __shfl_xor_sync(kAllLanes, mine.mean, bits);
     other.m2 = __shfl_xor_sync(kAllLanes, mine.m2, bits);
-    Moments low = lane & bits ? other : mine;
-    low.merge(lane & bits ? mine : other);
+    // number by number: a choice between two structs would put both into memory
+    const bool second = (lane & bits) != 0;
+    Moments low, high;
+    low.count = second ? other.count : mine.count;
+    low.mean = second ? other.mean : mine.mean;
+    low.m2 = second ? other.m2 : mine.m2;
+    high.count = second ? mine.count : other.count;
+    high.mean = second ? mine.mean : other.mean;
+    high.m2 = second ? mine.m2 : other.m2;
+    low.merge(high);
     mine = low;
   }
   return mine;

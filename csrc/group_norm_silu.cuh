@@ -42,6 +42,7 @@ struct Norm {
 };
 
 constexpr int kNormThreads = 256;
+constexpr int kNormBlocks = 2;  // a multiprocessor: without a number ptxas spills to fit more
 constexpr int kNormBatch = 4;  // packs a thread loads before it merges them
 
 template <typename T>
@@ -467,7 +468,7 @@ __device__ __forceinline__ int columns_here(const NormShape& shape, int columns)
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 2 a column, then the
 /// tree's.
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
@@ -491,7 +492,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_rows(Norm<T> p, NormShape shape, Chunks chunks, float* partial) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
@@ -558,7 +559,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 a column.
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, const T* source) {
   const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
   FASTDIFF_DYNAMIC_SHARED(memory);

@@ -1,5 +1,8 @@
 // Which instruction set and which threads.
+#include <atomic>
 #include <cstring>
+#include <exception>
+#include <stdexcept>
 
 #include "kernels.h"
 
@@ -45,6 +48,26 @@ template <class Arguments> void dispatch(const Arguments& a) {
   table[active](a);
 }
 
+// The pool is a C function: it turns an exception into a number, and the loop's result would be
+// garbage. So a thread's first exception is kept, and thrown where the loop was called.
+struct Guarded {
+  ParallelFunc f;
+  void* context;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+
+  Guarded(ParallelFunc f, void* context) : f(f), context(context) {}
+
+  static void run(int64_t begin, int64_t end, void* self) {
+    auto& guarded = *static_cast<Guarded*>(self);
+    try {
+      guarded.f(begin, end, guarded.context);
+    } catch (...) {
+      if (!guarded.failed.exchange(true)) guarded.error = std::current_exception();
+    }
+  }
+};
+
 }  // namespace
 
 #define X(Arguments) \
@@ -68,10 +91,11 @@ bool has_parallel_for() { return pool != nullptr; }
 
 void parallel_for(int64_t n, int64_t grain, ParallelFunc f, void* context) {
   if (n <= 0) return;
-  if (!pool || n <= grain)
-    f(0, n, context);
-  else
-    pool(0, n, grain, f, context);
+  if (!pool || n <= grain) return f(0, n, context);
+  Guarded guarded(f, context);
+  const int32_t status = pool(0, n, grain, &Guarded::run, &guarded);
+  if (guarded.error) std::rethrow_exception(guarded.error);
+  if (status != 0) throw std::runtime_error("torch's thread pool failed to run a loop");
 }
 
 }  // namespace fastdiff

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastdiff.cpu import accelerate
 from fastdiff.models.unet import UNet
 
 BLOCK_PIXELS = 512
@@ -29,12 +30,29 @@ def prepare(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
+    keep_copies: bool = True,
+    half_as_fp32: bool | None = None,
 ) -> Module:
-    """Make a module ready for inference, in place: device, dtype, layout, eval, no gradients."""
+    """Make a module ready for inference, in place: device, dtype, layout, eval, no gradients.
+
+    On the CPU its convolutions, linear layers and upsamplings then compute as `fastdiff.cpu` says.
+
+    Args:
+        keep_copies: CPU: let layers keep a second, faster form of their weights, made at the first
+            call. In fp32 that is 2.3 GB beside the 3.4 GB of Stable Diffusion 1.5's U-Net;
+            where bf16 or fp16 weights are computed with in fp32, 4 bytes for each of their 2.
+            Results do not depend on it but for the rounding of an upsampling's weights.
+        half_as_fp32: CPU: whether convolutions and linear layers with bf16 or fp16 weights compute
+            in fp32 and round their results; None: where the CPU lacks the instructions
+            (AVX512-BF16, AVX512-FP16, AMX, Arm's), which is said once in the log.
+    """
     module.to(device=device, dtype=dtype)
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        accelerate(module, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
+    return module
 
 
 def block_size(height: int, width: int, device: torch.device) -> int | None:

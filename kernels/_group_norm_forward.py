@@ -26,6 +26,7 @@ from fastdiff.kernels._triton import (
     define_tunable,
     jit,
     launch,
+    merged,
     sigmoid,
     tl,
 )
@@ -182,12 +183,9 @@ def _moments_kernel(
     left = tl.maximum(space - begin - row + ROWS - 1, 0) // ROWS
     counts = tl.minimum(left, steps).to(tl.float32)[:, None]  # of numbers at each place
     count = tl.minimum(space - begin, steps * ROWS).to(tl.float32)
-    center = tl.sum(mean * counts, 0) / count
-    center += tl.sum((mean - center[None, :]) * counts, 0) / count
-    deviation = mean - center[None, :]
-    squares = tl.sum(squares + counts * deviation * deviation, 0)
+    mean, squares = merged(counts, mean, squares, count)
     target = moments + (sample * chunks + chunk) * (2 * channels) + channel
-    tl.store(target, center, known)
+    tl.store(target, mean, known)
     tl.store(target + channels, squares, known)
 
 

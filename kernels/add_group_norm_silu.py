@@ -27,20 +27,20 @@ from torch import Tensor
 from fastdiff.kernels import _cuda, _triton, extension
 from fastdiff.kernels._group_norm import memory_format_of
 from fastdiff.kernels._group_norm_backward import keep_for_backward, norm_gradients
+from fastdiff.kernels._group_norm_cpu import (
+    as_dtype_of,
+    dense_like,
+    norm_backward_cpu,
+    run_native,
+)
+from fastdiff.kernels._group_norm_cuda import norm_backward_cuda_op, norm_cuda, parameter_gradients
 from fastdiff.kernels._group_norm_forward import norm_forward
 from fastdiff.kernels.dispatch import check_shape, compute_dtype, define_op
 from fastdiff.kernels.group_norm_silu import (
-    as_dtype_of,
     check_group_norm,
-    dense_like,
     group_norm_silu,
     group_norm_silu_reference,
-    norm_backward_cpu,
-    norm_backward_cuda_op,
-    norm_cuda,
-    parameter_gradients,
     plain_triton,
-    run_native,
     why_not_triton,
 )
 

@@ -120,6 +120,8 @@ class Op:
                 if implementation.made_for(device, dtype):
                     reason = implementation.why_not(*args, **kwargs)
                     if reason is None:
+                        if candidate == "reference" and device in UNAVAILABLE:
+                            _warn_of_missing(device)
                         return implementation
                     self._warn_once(candidate, reason)
         elif name in self.implementations:
@@ -151,6 +153,15 @@ class Op:
             _warned.add((self.name, reason))
             message = f"{self.name}: {backend_name} does not run here, the next one does: {reason}"
             warnings.warn(message, BackendWarning, stacklevel=5)
+
+
+def _warn_of_missing(backend_name: str) -> None:
+    """Once: pip does not show what a build warned of."""
+    if not torch.compiler.is_compiling() and ("", backend_name) not in _warned:
+        _warned.add(("", backend_name))
+        reason = UNAVAILABLE[backend_name]
+        message = f"fastdiff runs without its {backend_name} kernels, slower: {reason}"
+        warnings.warn(message, BackendWarning, stacklevel=5)
 
 
 OPS: dict[str, Op] = {}

@@ -29,16 +29,24 @@ from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op, _no_objec
 
 native: Any = None
 """The module; None where it is not built or does not load."""
+
+
+def _why_missing(error: ImportError) -> str:
+    if find_spec("fastdiff.kernels._native") is not None:
+        return f"the compiled module does not load: {error}"
+    told = Path(__file__).with_name("_native_missing.txt")  # setup.py left it
+    if told.exists():
+        return f"the compiled module was not built: {told.read_text().strip()}"
+    return (
+        "the compiled module is not built here; with a C++ compiler, 'make build' or "
+        "installing again builds it"
+    )
+
+
 try:
     native = import_module("fastdiff.kernels._native")
 except ImportError as error:
-    if find_spec("fastdiff.kernels._native") is None:
-        MISSING = (
-            "the compiled module is not built here; with a C++ compiler, 'make build' or "
-            "installing again builds it"
-        )
-    else:
-        MISSING = f"the compiled module does not load: {error}"
+    MISSING = _why_missing(error)
     UNAVAILABLE["cpu"] = UNAVAILABLE["cuda"] = MISSING
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -59,7 +67,7 @@ if native is not None:
     native.set_parallel_for(_find_parallel_for())
     if not native.build()["cuda_architectures"]:
         UNAVAILABLE["cuda"] = (
-            "the compiled module was built without CUDA: no nvcc was found, or no kernels"
+            f"the compiled module was built without CUDA kernels: {native.build()['without_cuda']}"
         )
 
 

@@ -26,10 +26,6 @@ backward pass crashes the process when x needs no gradient (torch 2.13).
 
 from __future__ import annotations
 
-import ctypes
-import math
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +35,13 @@ from torch import Tensor
 from fastdiff.kernels import _cuda, _triton, extension
 from fastdiff.kernels._group_norm import memory_format_of
 from fastdiff.kernels._group_norm_backward import keep_for_backward, norm_gradients
+from fastdiff.kernels._group_norm_cpu import (
+    as_dtype_of,
+    dense_like,
+    norm_backward_cpu,
+    run_native,
+)
+from fastdiff.kernels._group_norm_cuda import norm_backward_cuda_op, norm_cuda, parameter_gradients
 from fastdiff.kernels._group_norm_forward import norm_forward
 from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
 
@@ -113,136 +116,7 @@ def check_group_norm(
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-# The CUDA kernels, whose launchers are in csrc/group_norm_silu.cu
-
-_cuda.declare("group_norm_plan", "iiiqiqiiqp")
-_cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
-_cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
-
-ON_CHIP: int | None = None
-"""Bytes of shared memory that a block of the CUDA kernel may fill; None: what the device has."""
-
-
-@dataclass(frozen=True)
-class _CudaLayout:
-    """x as the CUDA kernels take it: dense, (N, S, C) with channels_last, else (N, C, S)."""
-
-    x: Tensor
-    n: int
-    c: int
-    s: int
-    channels_last: bool
-
-    def dense(self, t: Tensor) -> Tensor:
-        """A tensor of x's shape in its layout and dtype."""
-        return t.to(self.x.dtype).contiguous(memory_format=memory_format_of(self.x))
-
-    def like(self, t: Tensor | None) -> Tensor | None:
-        """`dense` of a tensor that may be None."""
-        return None if t is None else self.dense(t)
-
-    def plan(self, groups: int, on_chip: int | None, *tensors: Tensor | None) -> Any:
-        """How the kernels cut it up: see fastdiff_cuda_group_norm_plan."""
-        limit = -1 if on_chip is None else on_chip
-        device = self.x.device.index or 0
-        sizes = self.n, self.c, self.s, groups, _cuda.aligned(self.x, *tensors)
-        return _cuda_plan(device, _cuda.DTYPES[self.x.dtype], self.channels_last, *sizes, limit)
-
-
-@lru_cache(4096)
-def _cuda_plan(*arguments: int) -> Any:
-    fields = (ctypes.c_int64 * 9)()
-    _cuda.function("group_norm_plan")(*arguments, ctypes.addressof(fields))
-    return fields
-
-
-def _cuda_layout(x: Tensor) -> _CudaLayout:
-    form = memory_format_of(x)
-    x = x.contiguous(memory_format=form)
-    n, c = x.shape[:2]
-    s = math.prod(x.shape[2:])
-    return _CudaLayout(x, n, c, s, form != torch.contiguous_format or s == 1)
-
-
-def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if p is None else p.contiguous() for p in parameters)
-
-
-def norm_cuda(
-    x: Tensor,
-    num_groups: int,
-    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
-    eps: float,
-    silu: bool,
-    *,
-    channel_add: Tensor | None = None,
-    residual: Tensor | None = None,
-    add: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the total (x itself without `add`) and the statistics (N, G, 3).
-
-    parameters: weight, bias, scale_shift.
-    """
-    layout = _cuda_layout(x)
-    x = layout.x
-    y = torch.empty_like(x)
-    total = torch.empty_like(x) if add else x
-    stats = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return y, total, stats
-    weight, bias, scale_shift, channel_add = _dense(*parameters, channel_add)
-    residual = layout.like(residual)
-    plan = layout.plan(num_groups, ON_CHIP, y, total, residual)
-    workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
-    _cuda.launch(
-        "group_norm_silu", x, _cuda.DTYPES[x.dtype], layout.channels_last,
-        layout.n, layout.c, layout.s, num_groups, ctypes.addressof(plan),
-        x.data_ptr(), y.data_ptr(), stats.data_ptr(), workspace.data_ptr(),
-        *_cuda.parameter(weight), *_cuda.parameter(bias), *_cuda.parameter(scale_shift),
-        *_cuda.parameter(channel_add),
-        layout.c if channel_add is not None and channel_add.ndim == 2 else 0,
-        _cuda.address(residual), total.data_ptr() if add else None, eps, silu,
-    )  # fmt: skip
-    return y, total, stats
-
-
-def norm_backward_cuda(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
-    silu: bool,
-    *,
-    dtotal: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (with dtotal added), and fp32 dweight (C,), dbias (C,), dscale_shift (N, 2C).
-
-    dscale_shift is (0,) where there is no scale_shift.
-    """
-    layout = _cuda_layout(x)
-    x, c, groups = layout.x, layout.c, stats.shape[1]
-    dx = torch.empty_like(x)
-    dweight, dbias = (torch.zeros(c, dtype=torch.float32, device=x.device) for _ in range(2))
-    weight, bias, scale_shift = _dense(*parameters)
-    film = 0 if scale_shift is None else scale_shift.numel()
-    dscale_shift = torch.zeros(film, dtype=torch.float32, device=x.device)
-    if scale_shift is not None:
-        dscale_shift = dscale_shift.view(scale_shift.shape)
-    if x.numel() == 0:
-        return dx, dweight, dbias, dscale_shift
-    dy, dtotal = layout.dense(dy), layout.like(dtotal)
-    plan = layout.plan(groups, 0, dy, dtotal, dx)
-    numbers = plan[8] + 2 * layout.n * (c + groups)
-    workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)
-    _cuda.launch(
-        "group_norm_silu_backward", x, _cuda.DTYPES[x.dtype], layout.channels_last,
-        layout.n, c, layout.s, groups, ctypes.addressof(plan),
-        dy.data_ptr(), x.data_ptr(), _cuda.address(dtotal), dx.data_ptr(), stats.data_ptr(),
-        workspace.data_ptr(), *_cuda.parameter(weight), *_cuda.parameter(bias),
-        *_cuda.parameter(scale_shift), dweight.data_ptr(), dbias.data_ptr(),
-        dscale_shift.data_ptr() if film else None, silu,
-    )  # fmt: skip
-    return dx, dweight, dbias, dscale_shift
+# The CUDA kernels, which are in _group_norm_cuda.py
 
 
 @torch.library.custom_op("fastdiff::group_norm_silu_cuda", mutates_args=())
@@ -265,48 +139,6 @@ def _group_norm_silu_cuda_fake(
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=memory_format_of(x))
     return y, x.new_empty(len(x), num_groups, 3, dtype=torch.float32)
-
-
-@torch.library.custom_op("fastdiff::group_norm_silu_backward_cuda", mutates_args=())
-def norm_backward_cuda_op(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_shift: Tensor | None,
-    dtotal: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`norm_backward_cuda` as PyTorch knows it."""
-    parameters = (weight, bias, scale_shift)
-    return norm_backward_cuda(dy, x, stats, parameters, silu, dtotal=dtotal)
-
-
-@norm_backward_cuda_op.register_fake
-def _norm_backward_cuda_fake(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_shift: Tensor | None,
-    dtotal: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=memory_format_of(x))
-    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    film = (0,) if scale_shift is None else scale_shift.shape
-    return dx, dweight, dbias, x.new_empty(film, dtype=torch.float32)
-
-
-def parameter_gradients(
-    parameters: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]
-) -> tuple[Tensor | None, ...]:
-    """Each gradient in its parameter's dtype; None where there is no parameter."""
-    return tuple(
-        None if p is None else g.to(p.dtype) for p, g in zip(parameters, gradients, strict=True)
-    )
 
 
 def _keep_cuda(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -436,128 +268,7 @@ _cuda.register(_op, _plain_cuda, group_norm_silu_cuda)
 _triton.register(_op, plain_triton, why_not_triton)
 
 
-# CPU
-
-
-def dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x without gaps, and True where its channels lie last (or there is one position only)."""
-    if x.is_contiguous():
-        return x, x.ndim == 2 or x.shape[2:].numel() == 1
-    if memory_format_of(x) is torch.contiguous_format:
-        return x.contiguous(), False
-    return x, True
-
-
-def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
-    """t in the layout of a dense x."""
-    return t.contiguous(memory_format=memory_format_of(x))
-
-
-def run_native(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    channel_add: Tensor | None,
-    residual: Tensor | None,
-    scale_shift: Tensor | None,
-    eps: float,
-    silu: bool,
-    *,
-    for_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, total, stats): total is x where there is nothing to add; stats are for the backward
-    pass, (N, G, 3) fp32."""
-    x, channels_last = dense(x)
-    n, c = x.shape[:2]
-    y = torch.empty_like(x)
-    adds = channel_add is not None or residual is not None
-    total = torch.empty_like(x) if adds else x
-    stats = torch.empty(n, num_groups, 3) if for_backward else None
-    if x.numel() == 0:
-        return y, total, stats
-    if residual is not None:
-        residual = laid_out_like(extension.as_dtype_or_float(residual, x.dtype), x)
-    as_float, address = extension.as_float, extension.address
-    weight, bias, scale_shift = as_float(weight), as_float(bias), as_float(scale_shift)
-    channel_add = as_float(channel_add)
-    extension.native.group_norm_silu(
-        extension.DTYPES[x.dtype],
-        channels_last,
-        silu,
-        residual is not None and residual.dtype is not x.dtype,
-        x.data_ptr(),
-        address(residual),
-        address(channel_add),
-        c if channel_add is not None and channel_add.ndim == 2 else 0,
-        total.data_ptr() if adds else 0,
-        y.data_ptr(),
-        address(weight),
-        address(bias),
-        address(scale_shift),
-        address(stats),
-        n,
-        c,
-        num_groups,
-        x.numel() // (n * c),
-        eps,
-    )
-    return y, total, stats
-
-
-def run_native_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_shift: Tensor | None,
-    stats: Tensor,
-    silu: bool,
-    wants_channels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dscale_shift, dchannel) of the total x; all but dx fp32, and empty where
-    not wanted."""
-    x, channels_last = dense(x)
-    n, c = x.shape[:2]
-    dx = torch.empty_like(x)
-    channels = torch.empty if x.numel() else torch.zeros
-    dweight = channels(0 if weight is None else c)
-    dbias = channels(0 if bias is None else c)
-    dscale_shift = channels(0 if scale_shift is None else n, 2 * c)
-    dchannel = channels(n if wants_channels else 0, c)
-    if x.numel() == 0:
-        return dx, dweight, dbias, dscale_shift, dchannel
-    dy, dtotal = laid_out_like(dy, x), None if dtotal is None else laid_out_like(dtotal, x)
-    weight, bias, scale_shift = map(extension.as_float, (weight, bias, scale_shift))
-    address = extension.address
-    extension.native.group_norm_silu_backward(
-        extension.DTYPES[x.dtype],
-        channels_last,
-        silu,
-        dy.data_ptr(),
-        address(dtotal),
-        x.data_ptr(),
-        dx.data_ptr(),
-        address(weight),
-        address(bias),
-        address(scale_shift),
-        stats.data_ptr(),
-        address(dweight),
-        address(dbias),
-        address(dscale_shift),
-        address(dchannel),
-        n,
-        c,
-        stats.shape[1],
-        x.numel() // (n * c),
-    )
-    return dx, dweight, dbias, dscale_shift, dchannel
-
-
-def dense_like(x: Tensor) -> Tensor:
-    """What `run_native` allocates for y."""
-    return torch.empty_like(x, memory_format=memory_format_of(x))
+# The CPU kernels, which are in _group_norm_cpu.py
 
 
 @torch.library.custom_op("fastdiff::group_norm_silu_cpu", mutates_args=(), device_types="cpu")
@@ -589,53 +300,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     stats = torch.empty(x.shape[0], num_groups, 3, dtype=torch.float32, device=x.device)
     return dense_like(x), stats
-
-
-@torch.library.custom_op(
-    "fastdiff::group_norm_silu_backward_cpu", mutates_args=(), device_types="cpu"
-)
-def norm_backward_cpu(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_shift: Tensor | None,
-    stats: Tensor,
-    silu: bool,
-    wants_channels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return run_native_backward(
-        dy, dtotal, x, weight, bias, scale_shift, stats, silu, wants_channels
-    )
-
-
-@norm_backward_cpu.register_fake
-def _(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_shift: Tensor | None,
-    stats: Tensor,
-    silu: bool,
-    wants_channels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, c = x.shape[:2]
-    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    return (
-        dense_like(x),
-        empty(0 if weight is None else c),
-        empty(0 if bias is None else c),
-        empty(0 if scale_shift is None else n, 2 * c),
-        empty(n if wants_channels else 0, c),
-    )
-
-
-def as_dtype_of(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """A parameter's fp32 gradient as its own dtype; None without a parameter."""
-    return None if parameter is None else gradient.to(parameter.dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

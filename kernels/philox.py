@@ -254,7 +254,7 @@ def _philox_normal_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """step: a pointer to an int64, or None for `number`."""
-    tiles = tl.cdiv(elements, 4 * BLOCK)
+    tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = tl.program_id(0) // tiles
     block = (tl.program_id(0) % tiles) * BLOCK
     if step is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, harness, report, shapes
+from benchmarks import bench_attention, bench_cpu_networks, harness, report, shapes
 from benchmarks.harness import Peak, Record, Share, Work
 from fastdiff import kernels
 
@@ -141,6 +141,40 @@ def test_the_newest_run_of_a_case_wins(at: Callable[..., Path], tmp_path: Path) 
     assert "- ccccccc" in text
     assert "aaaaaaa" not in text  # nothing of it counts any more
     assert "bbbbbbb" not in text
+
+
+def test_networks_stand_beside_diffusers_of_their_own_run(
+    at: Callable[..., Path], tmp_path: Path
+) -> None:
+    theirs = replace(EAGER, benchmark=harness.END_TO_END, provider="diffusers", median_s=3.0)
+    ours = replace(theirs, provider="fastdiff", median_s=2.0)
+    compiled = replace(theirs, provider="compile", median_s=2.5)
+    at("bbbbbbb", 1, [theirs, ours, compiled])
+    at("aaaaaaa", 2, [replace(theirs, median_s=4.0), ours])
+    text = report.section(report.devices(tmp_path)[0])
+    assert "| fastdiff | 2.00 s | 19.0 ms to 24.0 ms | 2.00 x | aaaaaaa |" in text
+    assert "| compile | 2.50 s | 19.0 ms to 24.0 ms | 1.20 x | bbbbbbb |" in text
+    assert text.count("| fastdiff |") == 1
+
+
+def test_providers_take_turns_once_their_results_agree() -> None:
+    calls: list[str] = []
+
+    def step(name: str, result: float) -> Callable[[], torch.Tensor]:
+        return lambda: (calls.append(name), torch.tensor([result, -1.0]))[1]
+
+    steps = {"fastdiff": step("f", 4.02), "diffusers": step("d", 4.0)}
+    with pytest.raises(AssertionError, match=r"fastdiff is 5\.0e-03 from diffusers"):
+        bench_cpu_networks.in_turns(steps, 2, 1e-3)
+    calls.clear()
+    seconds = bench_cpu_networks.in_turns(steps, 2, 1e-2)
+    assert "".join(calls) == "fd" * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"fastdiff": 2, "diffusers": 2}
+    first, second = bench_cpu_networks.records(
+        {"diffusers": [1.0, 2.0, 9.0], "fastdiff": [1.0] * 2}, "job", "shape", "float32", 8
+    )
+    assert (first.q1_s, first.median_s, first.q3_s) == (1.5, 2.0, 5.5)
+    assert (second.provider, second.rounds, second.flops_per_second) == ("fastdiff", 2, 8.0)
 
 
 def test_without_records_nothing_is_written(tmp_path: Path) -> None:

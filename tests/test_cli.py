@@ -556,6 +556,23 @@ def test_doctor_explains_calls_that_really_run(run) -> None:
     assert "ops on cpu served by reference" in out
 
 
+def test_doctor_tells_what_the_module_is(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "path": "/here/_native.so", "version": "1", "compiler": "g++ 99", "isas": ("old", "new"),
+        "isa": "new", "threads": "torch's pool", "stale": True, "cuda_architectures": "8.0;9.0a",
+        "without_cuda": "", "sanitizers": "",
+    }  # fmt: skip
+    monkeypatch.setattr("fastdiff.kernels.extension.describe", lambda: facts)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = " ".join(run("doctor")[1].split())
+    assert "g++ 99, fastdiff 1, /here/_native.so; csrc/ has changed since: run 'make build'" in out
+    assert "new of old new; threads: torch's pool CUDA 8.0;9.0a" in out
+    facts.update(cuda_architectures="", without_cuda="nvcc was not found")
+    assert "CUDA no kernels: nvcc was not found" in " ".join(run("doctor")[1].split())
+    facts.update(missing="no C++ compiler was found")
+    assert "compiled module none no C++ compiler was found" in " ".join(run("doctor")[1].split())
+
+
 def test_doctor_under_a_forced_backend(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTDIFF_BACKEND", "reference")
     assert "FASTDIFF_BACKEND  reference" in run("doctor")[1]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent / "fastdiff"
 LEVELS = {
     **dict.fromkeys(["cli", "serve", "__main__"], 4),
     **dict.fromkeys(["pipelines", "integrations", "training", "evaluation"], 3),
-    **dict.fromkeys(["runtime", "checkpoint", "presets", "data", "images", "tuning"], 2),
+    **dict.fromkeys(["runtime", "cpu", "checkpoint", "presets", "data", "images", "tuning"], 2),
     **dict.fromkeys(["models", "diffusion"], 1),
     **dict.fromkeys(["kernels", "extras", "timing"], 0),
 }

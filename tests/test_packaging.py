@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cuda_resources import build_script
+
 ROOT = Path(__file__).resolve().parent.parent
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -23,7 +25,7 @@ ASSETS = ROOT / "fastdiff" / "assets"
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_cuda() -> Iterator[None]:
-    """nvcc takes minutes, and `make venv` has shown already that the CUDA kernels compile."""
+    """nvcc takes long, and `make venv` has shown already that the CUDA kernels compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIFF_BUILD_CUDA", "0")
         yield
@@ -66,7 +68,9 @@ def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
     compiled = {name for name in shipped if Path(name).name.startswith("_native.")}
     assert len(compiled) == (1 if COMPILER else 0)
     sources = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "kernels").rglob("*.json")]
-    assert shipped - compiled == {f"fastdiff/{path.relative_to(ROOT)}" for path in sources}
+    reason = set() if COMPILER else {"fastdiff/kernels/_native_missing.txt"}
+    expected = {f"fastdiff/{path.relative_to(ROOT)}" for path in sources}
+    assert shipped - compiled == expected | reason
     assert "fastdiff/py.typed" in names
 
 
@@ -90,14 +94,94 @@ def test_a_second_build_compiles_only_what_was_edited(dist: Path, source: Path) 
     assert list((source / "kernels").glob("_native.*"))
 
 
+@pytest.mark.skipif(not COMPILER or not shutil.which("nm"), reason="no C++ compiler or nm here")
+def test_no_code_of_one_instruction_set_serves_another(dist: Path, source: Path) -> None:
+    """A function that is weak (a template of a header) would be taken from any of the objects, from
+    one with AVX-512 too, and end the process on a CPU without. Code of theirs alone is local."""
+    objects = [p for isa in ("avx2", "avx512") for p in (source / "build").rglob(f"*.{isa}.o")]
+    assert len(objects) % len(build_script().CPU_KERNELS) == 0
+    for path in objects:
+        told = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True)
+        weak = re.findall(r"^\w* +[Wu] (.*)$", told.stdout, re.MULTILINE)
+        assert not weak, (path.name, weak)
+
+
 def test_without_a_compiler_there_is_one_warning(source: Path, tmp_path: Path) -> None:
-    """And no module of an earlier build is left that would serve other sources."""
+    """No module of an earlier build is left that would serve other sources; the reason is kept for
+    the run time until a build succeeds."""
+    reason = source / "kernels" / "_native_missing.txt"
     (source / "kernels" / f"_native{EXT_SUFFIX}").touch()
     built = build_in_place(source, PATH=str(tmp_path), CXX="")
     assert built.returncode == 0, built.stderr
     assert built.stderr.count("WARNING: fastdiff is installed without its compiled kernels") == 1
     assert "no C++ compiler was found (c++, g++, clang++)" in built.stderr
     assert not list((source / "kernels").glob("_native.*"))
+    assert reason.read_text().startswith("no C++ compiler was found (c++, g++, clang++)")
+    if COMPILER:
+        assert build_in_place(source).returncode == 0
+        assert not reason.exists()
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
+def test_where_nvcc_fails_the_module_is_built_without_cuda(source: Path, tmp_path: Path) -> None:
+    """Such as one that is too old for the C++ compiler; demanded, it fails."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\ntest "$1" = --list-gpu-code && echo sm_80 || exit 1\n')
+    nvcc.chmod(0o755)
+    built = build_in_place(source, FASTDIFF_BUILD_CUDA="auto", NVCC=str(nvcc))
+    assert built.returncode == 0, built.stderr
+    assert built.stderr.count(f"installed without CUDA kernels: {nvcc} failed on them") == 1
+    module = next((source / "kernels").glob("_native.*"))
+    told = in_the_root(
+        "import importlib.util as u\n"
+        f"spec = u.spec_from_file_location('fastdiff.kernels._native', {str(module)!r})\n"
+        "print(u.module_from_spec(spec).build()['without_cuda'])"
+    )
+    assert told.stdout.strip() == f"{nvcc} failed on them", told.stderr
+    built = build_in_place(source, FASTDIFF_BUILD_CUDA="1", NVCC=str(nvcc))
+    assert built.returncode != 0
+    assert "fastdiff: the C++ compiler failed" in built.stderr
+
+
+def test_cuda_that_is_demanded_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = build_script()
+    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    monkeypatch.setenv("FASTDIFF_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="FASTDIFF_BUILD_CUDA=1, but nvcc was not found; set"):
+        script.find_cuda()
+    monkeypatch.setenv("FASTDIFF_BUILD_CUDA", "auto")
+    assert script.find_cuda() == "nvcc was not found; set CUDA_HOME"
+
+
+def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build then goes on without the module, with this reason."""
+    script = build_script()
+    monkeypatch.setattr(script.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(script.CannotBuildError, match="ninja was not found; pip install ninja"):
+        script.find_ninja()
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    with pytest.raises(script.CannotBuildError, match="pybind11 was not found; pip install"):
+        script.run_ninja(Path("_native.so"), "1", "no CUDA")
+    monkeypatch.setenv("CXX", "clang++-99 -O2")
+    with pytest.raises(script.CannotBuildError, match=r"no C\+\+ compiler was found \(clang"):
+        script.find_compiler()
+
+
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the list that have the kernels' instructions; containers list older ones too."""
+    script = build_script()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0;9.0a+PTX;12.0")
+    names = script.architectures("nvcc")
+    assert names == ("8.0", "9.0a+PTX", "12.0")
+    assert script.Cuda(nvcc="nvcc", architectures=names[:2]).flags.split() == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
+    with pytest.raises(SystemExit, match=r"numbers such as 8.0;9.0a\+PTX, got 'Ampere'"):
+        script.architectures("nvcc")
 
 
 def test_a_build_that_has_to_have_cuda_fails_without(source: Path, tmp_path: Path) -> None:
@@ -119,6 +203,8 @@ def test_sdist_holds_kernels_once(dist: Path) -> None:
         files = [Path(*Path(m.name).parts[1:]) for m in tar.getmembers() if not m.isdir()]
     assert len(files) == len(set(files))
     assert Path("kernels/__init__.py") in files
+    assert {path.relative_to(ROOT) for path in (ROOT / "csrc").iterdir()} <= set(files)
+    assert not [f for f in files if f.suffix in (".pyc", ".so", ".o") or f.name == "__pycache__"]
     assert not [f for f in files if f.parts[:2] == ("fastdiff", "kernels")]
 
 

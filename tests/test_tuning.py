@@ -204,6 +204,27 @@ def test_results_agree_up_to_rounding_only() -> None:
     assert not tuning.agrees(torch.tensor([1]), torch.tensor([2]))
 
 
+def test_an_error_everywhere_is_not_rounding_beside_one_large_number() -> None:
+    a = torch.ones(1000)
+    a[0] = 100.0
+    small = 0.5 * tuning.TOLERANCE[torch.float32] * a.max()
+    assert not tuning.agrees(a, a + small)
+    shifted = a.clone()
+    shifted[0] += small
+    assert tuning.agrees(a, shifted)
+
+
+def test_a_short_search_sees_candidates_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [{**NOW, "BLOCK": block} for block in range(50)]
+    tunable = replace(TUNABLES["twice"], candidates=lambda *_: listed)
+    monkeypatch.setitem(TUNABLES, "twice", tunable)
+    ordered = tuning.ordered_candidates(CASE, NOW)
+    assert ordered == tuning.ordered_candidates(CASE, NOW)
+    assert len(ordered) == 49  # without the one in use
+    assert {config["BLOCK"] // 25 for config in ordered[:8]} == {0, 1}
+    assert ordered != [config for config in listed if config != NOW]
+
+
 @cases.needs_interpreter
 def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """GEGLU's own candidates and launcher, on one row instead of thousands."""
@@ -306,6 +327,13 @@ def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
     for shipped in sorted(_triton.TUNED.glob("*.json")):
         content = json.loads(shipped.read_text())
         assert json.loads(tuning.text_of(content["measured"], content["configs"])) == content
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+def test_constexpr_functions_of_an_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_triton.triton, "constexpr_function")
+    monkeypatch.setattr(tl, "constexpr_function", lambda function: ("3.4", function), raising=False)
+    assert _triton.constexpr_function(len) == ("3.4", len)
 
 
 # Which file serves which GPU

@@ -291,7 +291,8 @@ def _native(told: dict[str, Any]) -> list[tuple[str, str]]:
     if told["stale"]:
         built += "; csrc/ has changed since: run 'make build'"
     runs = f"{told['isa']} of {' '.join(told['isas'])}; threads: {told['threads']}"
-    return [("built by", built), ("runs", runs), ("CUDA", told["cuda_architectures"] or "no")]
+    cuda = told["cuda_architectures"] or f"no kernels: {told['without_cuda']}"
+    return [("built by", built), ("runs", runs), ("CUDA", cuda)]
 
 
 def _print_ops(ops: dict[str, Any]) -> None:

@@ -740,3 +740,21 @@ ADD_LAYER_NORM = [
     layer_norm_case("near-overflow", "2e4", (4, 64), residual=True, mean=2e4, std=1e4),
     layer_norm_case("empty", "nothing to do", (0, 8), residual=True),
 ]
+
+
+def ordinary_inputs(op: str, device: str) -> Inputs:
+    """Small fp32 arguments of any op, for tests of how it runs and not of what it computes."""
+    draw = Draw(torch.float32, device, torch.Generator().manual_seed(0))
+    seeds = torch.arange(2, device=device)
+    if op == "philox_normal":
+        return (seeds, (4, 9, 9)), {"stream": 1}
+    if op == "sampler_step":
+        c, table = kernels.COLUMNS, torch.zeros(2, len(kernels.COLUMNS))
+        row = {c.U: 1.3, c.V: -0.7, c.A: 0.9, c.B: 0.4, c.C1: 0.1, c.S: 0.5, c.P: 0.6, c.W: 3.0}
+        for column, value in {**row, c.CLAMP: 2.0}.items():  # writes slot 0
+            table[:, column] = value
+        x, f, history = draw(2, 4, 9, 9), draw(4, 4, 9, 9), draw(3, 2, 4, 9, 9)
+        step = torch.tensor(1, device=device)
+        return (x, f, history, table.to(device), step, seeds), {"guidance_rescale": 0.7}
+    rows: list[Case] = globals()[op.upper()]
+    return rows[0].build(draw)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fastdiff.kernels import add_group_norm_silu, backend, group_norm_silu
 from fastdiff.kernels._group_norm_backward import norm_backward_triton
+from fastdiff.kernels._group_norm_forward import norm_forward
+from fastdiff.kernels._triton import recording_launches
 from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu_triton
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
@@ -26,7 +28,7 @@ def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @cases.needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_GROUP_NORM_SILU, ids=str)
 def test_parity_in_the_large_regime(case: cases.Case, dtype: torch.dtype) -> None:
     with regime("large", COLUMNS=256, FINALIZE=8192):
@@ -129,6 +131,35 @@ def test_the_gradients_that_nobody_wants_are_not_made() -> None:
 
 
 @cases.needs_triton
+@pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
+def test_large_batches_go_in_parts_with_all_that_belongs_to_a_sample(shared: bool) -> None:
+    device = cases.device_of("triton")
+    draw = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
+    x, residual, film, weight = draw(3, 32, 8, 8), draw(3, 32, 8, 8), draw(3, 64), draw(32)
+    channel_add = draw(32) if shared else draw(3, 32)
+    leaves = x, residual, film, weight, channel_add
+    results = []
+    for mebibytes in (0, 1):  # 0: sample by sample
+        with backend("triton"), regime("large", L2_MIB=mebibytes):
+            options = {"channel_add": channel_add, "residual": residual, "scale_shift": film}
+            outputs = add_group_norm_silu(x, 8, weight, **options)
+            ones = [torch.ones_like(output) for output in outputs]
+            results.append((*outputs, *torch.autograd.grad(outputs, leaves, ones)))
+    for together, apart in zip(*results, strict=True):
+        assert torch.equal(together, apart)
+
+
+@cases.needs_triton
+def test_the_addends_take_registers_from_the_small_regime() -> None:
+    x = torch.empty(2, 1920, 16, 16, dtype=torch.bfloat16, device="meta")
+    x = cases.channels_last(x)
+    for residual, kind in ((None, "small"), (x, "large")):
+        with recording_launches() as launches:
+            norm_forward(x, 32, None, None, None, residual, None, 1e-5, "silu")
+        assert {launch.kernel.__name__ for launch in launches} <= KERNELS[kind]
+
+
+@cases.needs_triton
 @pytest.mark.parametrize("kind", REGIMES)
 def test_triton_ops_are_registered_right(kind: str) -> None:
     device = cases.device_of("triton")
@@ -195,6 +226,33 @@ def test_traffic_is_what_the_docstring_says(
         torch.autograd.grad((y, total), x, (torch.ones_like(y), torch.ones_like(y)))
     trips = 4 if kind == "small" else 6
     assert backward.total == pytest.approx(trips * x.nbytes + own[1] * x.numel(), rel=0.05)
+
+
+@cases.needs_interpreter
+@pytest.mark.parametrize("kind", REGIMES)
+@pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
+def test_traffic_of_the_gradient_of_channel_add(shared: bool, kind: str) -> None:
+    """One trip more when large: the sum of dtotal over space."""
+    size, groups = (16, 8) if kind == "small" else (64, 4)
+    x = cases.channels_last(torch.randn(1, 64, size, size)).requires_grad_()
+    channel_add = torch.randn(*(() if shared else (1,)), 64, requires_grad=True)
+    with backend("triton"):
+        y, total = add_group_norm_silu(x, groups, channel_add=channel_add)
+    gradients = torch.ones_like(y), torch.ones_like(y)
+    with counting_traffic() as backward:
+        torch.autograd.grad((y, total), (x, channel_add), gradients)
+    trips, own = (4, 0.0) if kind == "small" else (7, 2 * 16 / 128 + 20 / 32)
+    assert backward.total == pytest.approx(trips * x.nbytes + own * x.numel(), rel=0.05)
+
+
+def test_fp64_gradients() -> None:
+    x, residual = torch.randn(2, 1, 4, 3).double().requires_grad_().unbind()
+    weight, bias, channel_add = torch.randn(3, 4).double().requires_grad_().unbind()
+
+    def call(x: torch.Tensor, channel_add: torch.Tensor, residual: torch.Tensor) -> Any:
+        return add_group_norm_silu(x, 2, weight, bias, channel_add=channel_add, residual=residual)
+
+    assert torch.autograd.gradcheck(call, (x, channel_add, residual))
 
 
 def test_bad_input() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import _cuda, _group_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -31,21 +30,12 @@ def rows(ops: dict[str, list[cases.Case]]) -> list[object]:
     return [pytest.param(op, case, id=f"{op}-{case}") for op in ops for case in ops[op]]
 
 
-def norm_module() -> ModuleType:
-    import sys
-
-    return sys.modules["fastdiff.kernels.group_norm_silu"]
-
-
 @contextmanager
 def in_parts() -> Iterator[None]:
     """The norms as if a block had no shared memory to keep a group in."""
-    module = norm_module()
-    module.ON_CHIP = 0
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_group_norm_cuda, "ON_CHIP", 0)
         yield
-    finally:
-        module.ON_CHIP = None
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastdiff.kernels import backend, geglu
-from fastdiff.kernels.geglu import geglu_triton
+from fastdiff.kernels.geglu import geglu_backward_triton, geglu_triton
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
@@ -39,6 +39,10 @@ def test_the_gate_is_the_second_half_and_the_gelu_is_exact() -> None:
     torch.testing.assert_close(geglu(x), expected.double(), rtol=1e-7, atol=0)
 
 
+def test_fp64_gradients() -> None:
+    assert torch.autograd.gradcheck(geglu, torch.randn(2, 6).double().requires_grad_())
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"must be even, got shape \(2, 7\)"):
         geglu(torch.zeros(2, 7))
@@ -53,6 +57,9 @@ def test_triton_op_is_registered_right() -> None:
     x = torch.randn(3, 5, 74, device=cases.device_of("triton"), requires_grad=True)
     torch.library.opcheck(geglu_triton, (x,))
     torch.library.opcheck(geglu_triton, (x.detach().mT.contiguous().mT,))
+    for rows in (3, 0):
+        x = torch.randn(rows, 74, device=x.device)
+        torch.library.opcheck(geglu_backward_triton, (torch.ones(rows, 37, device=x.device), x))
 
 
 @cases.needs_triton

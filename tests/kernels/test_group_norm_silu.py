@@ -44,7 +44,7 @@ def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @cases.needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case", [case for case in cases.GROUP_NORM_SILU if case.name not in COSTLY], ids=str
 )

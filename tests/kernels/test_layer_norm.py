@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff.kernels import _triton, add_layer_norm, backend, layer_norm
+from fastdiff.kernels._layer_norm import norm_backward, norm_forward
 from fastdiff.kernels.layer_norm import (
-    _add_layer_norm,
-    _layer_norm,
-    _layer_norm_backward,
     add_layer_norm_triton,
     layer_norm_backward_triton,
     layer_norm_triton,
@@ -70,20 +68,20 @@ def test_parity_with_many_tiles_to_a_program(op: str, shape: tuple[int, ...]) ->
 def names(call: Callable[[], object]) -> list[str]:
     with _triton.recording_launches("sm_90") as launches:
         call()
-    return [launch.kernel.__name__ for launch in launches]
+    return [launch.kernel.__name__.strip("_") for launch in launches]
 
 
 @cases.needs_triton
 def test_which_kernels_run() -> None:
     """A row of 4096 in registers, a wider one in tiles; shares only where a gradient needs them."""
-    for d, kind in ((4096, "_layer_norm"), (4097, "_layer_norm_wide")):
+    for d, kind in ((4096, "layer_norm"), (4097, "layer_norm_wide")):
         x, weight = torch.empty(5, d, device="meta"), torch.empty(d, device="meta")
-        assert names(lambda: _layer_norm(x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
-        assert names(lambda: _add_layer_norm(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
-        backward = names(lambda: _layer_norm_backward(x, x, x, weight, None, 1e-5, [True, False]))  # noqa: B023
-        shares = [] if d == 4096 else ["_wide_shares_kernel"]
-        assert backward == [f"{kind}_backward_kernel", *shares, "_sum_shares_kernel"]
-        plain = names(lambda: _layer_norm_backward(x, None, x, weight, None, 1e-5, [False, False]))  # noqa: B023
+        assert names(lambda: norm_forward(x, None, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        assert names(lambda: norm_forward(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        backward = names(lambda: norm_backward(x, x, x, weight, None, 1e-5, [True, False]))  # noqa: B023
+        shares = [] if d == 4096 else ["wide_shares_kernel"]
+        assert backward == [f"{kind}_backward_kernel", *shares, "sum_shares_kernel"]
+        plain = names(lambda: norm_backward(x, None, x, weight, None, 1e-5, [False, False]))  # noqa: B023
         assert plain == [f"{kind}_backward_kernel"]
 
 
@@ -225,12 +223,12 @@ def test_traffic_of_parameters(d: int) -> None:
         _triton.override_config("layer_norm_backward", settings),
         counting_traffic() as plain,
     ):
-        _layer_norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
+        norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
     with (
         _triton.override_config("layer_norm_backward", settings),
         counting_traffic() as both,
     ):
-        _layer_norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
+        norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
     again = 2 * rows * d * x.itemsize if wide else 0  # x and dy once more
     saved = 0 if wide else (rows // 4 - programs) * d * 4  # fewer programs read the weight
     expected = again - saved + 2 * 8 * programs * d + 2 * d * 4
@@ -252,6 +250,20 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
+@cases.needs_triton
+@pytest.mark.parametrize("d", [73, 4501])
+def test_a_constant_row_is_the_bias_in_triton(d: int) -> None:
+    """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
+    device = cases.device_of("triton")
+    x, residual = torch.full((2, 3, d), 0.1, device=device)
+    bias = torch.randn(d, device=device)
+    with backend("triton"):
+        assert torch.equal(layer_norm(x, None, bias), bias.expand(3, d))
+        y, total = add_layer_norm(x, residual, None, bias)
+    assert torch.equal(y, bias.expand(3, d))
+    assert torch.equal(total, x + residual)
+
+
 @pytest.mark.parametrize("backend_name", cases.BACKENDS)
 @pytest.mark.parametrize("d", [600, 4500])
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
@@ -263,6 +275,13 @@ def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
         y = layer_norm(x)
     expected = cases.layer_norm_formula(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_fp64_gradients() -> None:
+    x, residual = torch.randn(2, 3, 6).double().requires_grad_().unbind()
+    weight, bias = torch.randn(2, 6).double().requires_grad_().unbind()
+    assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
+    assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
 
 
 def test_bad_input() -> None:

@@ -3,6 +3,7 @@ holds for every CPU kernel; and what happens where it is not built."""
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from fastdiff.cli.doctor import ordinary_call
 from fastdiff.kernels import extension
 from fastdiff.kernels.philox import philox4x32
 from tests.kernels import cases
+from tests.kernels.test_philox import VECTORS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 native = extension.native
@@ -66,7 +68,30 @@ def test_loops_run_on_the_threads_of_torch() -> None:
 
 
 @cases.needs_native
+def test_an_error_in_a_thread_is_an_error_of_the_call() -> None:
+    """The pool is a C function and gives back a number, which says no more than that."""
+    x = torch.zeros(64)
+    arguments = (0, False, x.data_ptr(), 0, 0, x.data_ptr(), 0, 0)
+    with pytest.raises(MemoryError):  # the threads' buffers
+        native.layer_norm(*arguments, 64, 2**58, 0, 0, 1e-5)
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p)
+    def broken(begin: int, end: int, grain: int, function: int, context: int) -> int:
+        return 1
+
+    native.set_parallel_for(ctypes.cast(broken, ctypes.c_void_p).value)
+    try:
+        with pytest.raises(RuntimeError, match="torch's thread pool failed"):
+            native.layer_norm(*arguments, 100_000, 64, 0, 0, 1e-5)
+    finally:
+        native.set_parallel_for(extension._find_parallel_for())
+
+
+@cases.needs_native
 def test_philox_words() -> None:
+    """The published ones, and those of the reference."""
+    for _, counter, key, result in VECTORS:
+        assert tuple(native.philox4x32(counter, key)) == result
     words = torch.randint(2**32, (50, 6))
     words[0], words[1] = 0, 2**32 - 1
     expected = philox4x32(words[:, :4], words[:, 4:]).tolist()
@@ -212,12 +237,16 @@ def test_sampler_step_compiles(graph: bool) -> None:
 
 WITHOUT = """
 import sys
+import warnings
 sys.modules["fastdiff.kernels._native"] = None
 import torch
 from fastdiff import kernels
 x = torch.randn(2, 8)
 assert kernels.explain("geglu", x).chosen == "reference"
-kernels.geglu(x)
+for _ in range(2):
+    with warnings.catch_warnings(record=True) as caught:
+        kernels.geglu(x)
+    print(*[w.message for w in caught], sep="\\n")
 with kernels.backend("cpu"):
     try:
         kernels.geglu(x)
@@ -228,13 +257,14 @@ with kernels.backend("cpu"):
 
 def test_without_the_module_the_reference_serves_and_the_reason_is_given() -> None:
     ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WITHOUT],
+        [sys.executable, "-W", "error", "-W", "always::UserWarning", "-c", WITHOUT],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert "cpu: the compiled module is not built here; with a C++ compiler, 'make build'" in (
-        ran.stdout
-    )
+    reason = "the compiled module is not built here; with a C++ compiler, 'make build'"
+    assert f"cpu: {reason}" in ran.stdout
+    warning = f"fastdiff runs without its cpu kernels, slower: {reason}"
+    assert ran.stdout.count(warning) == 1, ran.stdout
 
 
 @cases.needs_native

@@ -15,7 +15,8 @@ from fastdiff import kernels
 from fastdiff.diffusion.samplers import SAMPLERS, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import COLUMNS, SAMPLER_NOISE, _triton, philox_normal, sampler_step
-from fastdiff.kernels.sampler_step import _sampler_step, sampler_step_triton
+from fastdiff.kernels._sampler_step import run_step
+from fastdiff.kernels.sampler_step import sampler_step_triton
 from tests.kernels import cases
 from tests.kernels.cases import recording
 from tests.kernels.interpreter import counting_traffic
@@ -329,7 +330,7 @@ def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> 
     eager, _ = stepped("reference", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     config = {"BLOCK": 32, "num_warps": 4}
     with pytest.MonkeyPatch.context() as patch, _triton.override_config("sampler_step", config):
-        patch.setattr(sys.modules[_sampler_step.__module__], "PARTS", 3)
+        patch.setattr(sys.modules[run_step.__module__], "PARTS", 3)
         result, _ = stepped("triton", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     assert_parity(result, exact, eager)
 
@@ -365,7 +366,7 @@ def test_how_many_kernels_triton_launches() -> None:
         (0.7, ["_moments_kernel", "_sampler_step_kernel"]),
     ):
         with _triton.recording_launches("sm_90") as launches:
-            _sampler_step(x, f, history, table, step, seeds, rescale)
+            run_step(x, f, history, table, step, seeds, rescale)
         assert [launch.kernel.__name__ for launch in launches] == names
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdiff import cpu
 from fastdiff.checkpoint.diffusers import autoencoder_config, convert_state_dict, unet_config
 from fastdiff.models.autoencoder import Autoencoder, Posterior, Quantized
 from fastdiff.models.unet import UNet
+from fastdiff.runtime import prepare
 from tests.peers import import_diffusers
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -134,10 +136,16 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     assert error <= TOLERANCE[ours.dtype], f"relative error {error:.1e}"
 
 
+def fold_and_pack_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` would leave layers as small as here alone."""
+    monkeypatch.setattr(cpu, "PACK_NUMBERS", 0)
+    monkeypatch.setattr(cpu, "FOLD_PIXELS", 0)
+
+
 @pytest.mark.parametrize(("dtype", "size"), CASES)
 @pytest.mark.parametrize("name", UNETS)
 @torch.no_grad()
-def test_unet(name: str, dtype: torch.dtype, size: float) -> None:
+def test_unet(name: str, dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     class_name, options = UNETS[name]
     theirs = peer_model(class_name, options, dtype)
     ours = UNet(unet_config(config_json(theirs))).to(dtype).eval()
@@ -167,12 +175,16 @@ def test_unet(name: str, dtype: torch.dtype, size: float) -> None:
     if config.context_dim is not None:
         conditions["context"] = ours.project_context(conditions["context"])
         assert_equal(ours(x, t, **conditions), expected)
+    fold_and_pack_everything(monkeypatch)
+    assert_equal(prepare(ours, dtype=dtype)(x, t, **conditions), expected)
 
 
 @pytest.mark.parametrize(("dtype", "size"), CASES)
 @pytest.mark.parametrize("name", AUTOENCODERS)
 @torch.no_grad()
-def test_autoencoder(name: str, dtype: torch.dtype, size: float) -> None:
+def test_autoencoder(
+    name: str, dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class_name, options = AUTOENCODERS[name]
     theirs = peer_model(class_name, options, dtype)
     if class_name == "VQModel":  # codes as far apart as the latents are
@@ -201,7 +213,10 @@ def test_autoencoder(name: str, dtype: torch.dtype, size: float) -> None:
         # the order of the published models: diffusers' default is legacy
         assert_equal(latent.loss(0.25, "legacy"), loss)
     z = size * randn(2, ours.config.latent_channels, 8, 4, dtype=dtype, seed=5)
-    assert_equal(ours.decode(z), theirs.decode(z).sample)
+    expected = theirs.decode(z).sample
+    assert_equal(ours.decode(z), expected)
+    fold_and_pack_everything(monkeypatch)
+    assert_equal(prepare(ours, dtype=dtype).decode(z), expected)
 
 
 def test_weights_that_do_not_fit_are_listed() -> None:

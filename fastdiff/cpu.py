@@ -1,0 +1,350 @@
+"""Convolutions and linear layers as a CPU computes them fastest; results and dtypes stay.
+
+`runtime.prepare` gives these to a module. Each is used only where it was measured to win
+(docs/decisions.md, Native kernels):
+
+- **Packed weights.** oneDNN wants a convolution's weights in blocks of its own and rearranges them
+  in every call, which at Stable Diffusion's 8x8 level takes longer than the products. Here they are
+  rearranged once. The result has the same bits.
+- **Folded upsampling.** A nearest-neighbour doubling and the 3x3 convolution behind it are one
+  transposed convolution with a 4x4 kernel and stride 2: 16 instead of 36 products per pixel of the
+  small image. The kernel's sums of weights are taken in fp64 and rounded once.
+- **fp32 arithmetic for half precision**, where the CPU has no instructions for it and oneDNN or
+  PyTorch emulate them many times slower. bf16 and fp16 numbers are fp32 numbers too, so the inputs
+  are exact, and the result is rounded once to the dtype: what the instructions would have done.
+
+Each keeps a second copy of the weights that it serves: in fp32, and 16/9 of the size where folded.
+The parameters stay where they are, and the copy is made anew once they change (not seen: writing
+through ``parameter.data``; call `prepare` again after it). Where gradients are wanted, under
+`torch.compile` and in every other mode that looks at operations, PyTorch's own are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.kernels.extension import plain
+from fastdiff.models.layers import Upsample
+
+PACK_NUMBERS = 2**19
+"""Weights of fewer numbers are neither packed nor folded: the digits' layers won nothing."""
+PACK_PIXELS = 4096
+"""Up to this many output pixels packing wins more than 5%; it is 3% at 4 times as many."""
+FOLD_PIXELS = 256
+"""From this many input pixels folding wins; below, the larger kernel takes longer to read."""
+
+INSTRUCTIONS = {
+    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16"}),
+    torch.float16: frozenset({"avx512_fp16", "amx_fp16", "fp16_arith", "asimdhp"}),
+}
+"""Any of these makes arithmetic in the dtype fast, in the words of PyTorch or of Linux."""
+LESSER_ISAS = {
+    torch.bfloat16: frozenset(
+        {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+    ),
+}
+LESSER_ISAS[torch.float16] = LESSER_ISAS[torch.bfloat16] | {"AVX512_CORE_BF16"}
+"""Values of oneDNN's ONEDNN_MAX_CPU_ISA that take the dtype's instructions away from it."""
+
+logger = logging.getLogger(__name__)
+
+
+def fast_half(dtype: torch.dtype) -> bool:
+    """Whether convolutions and products in a half precision are fast on this CPU and torch."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return (
+        torch.backends.mkldnn.is_available()
+        and limit not in LESSER_ISAS[dtype]
+        and bool(INSTRUCTIONS[dtype] & cpu_features())
+    )
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """What this CPU has, as PyTorch (2.11 and later) or Linux says; empty where neither does."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return frozenset(name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = (line.partition(":") for line in lines)
+    return frozenset(
+        flag
+        for name, _, flags in named
+        if name.strip() in ("flags", "Features")
+        for flag in flags.split()
+    )
+
+
+@cache
+def _say_fp32(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    logger.warning(
+        "this CPU has no fast %s arithmetic: convolutions and linear layers compute in float32 "
+        "and round their results to %s. With dtype=torch.float32 they take less memory and time",
+        name,
+        name,
+    )
+
+
+@cache
+def packing_objection() -> str | None:
+    """Why convolutions cannot be packed with this torch, or None.
+
+    Packed convolutions are operators that Inductor calls, not documented ones; so they are tried.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    x, weight = torch.ones(1, 16, 4, 4, device="cpu"), torch.ones(16, 16, 3, 3, device="cpu")
+    x = x.contiguous(memory_format=torch.channels_last)
+    conv = ConvOptions(bias=None, padding=(1, 1), stride=(1, 1), dilation=(1, 1), groups=1)
+    try:
+        y = packed_conv(x, conv.pack(weight, x), conv)
+        z = packed_fold(x, pack_folded(folded(weight), x), None)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"PyTorch {torch.__version__} has other operators: {str(error).splitlines()[0]}"
+    # 16 channels of ones: 4 places of the kernel are inside the image at a corner, 9 in the middle
+    right = (
+        y[0, 0, 0, 0] == 64
+        and y[0, 0, 1, 1] == 144
+        and z[0, 0, 0, 0] == 64
+        and z[0, 0, 3, 3] == 144
+    )
+    return (
+        None if right else f"PyTorch {torch.__version__}'s packed convolutions give other results"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `accelerate` was asked for."""
+
+    keep_copies: bool
+    half_as_fp32: bool
+
+    def widens(self, dtype: torch.dtype) -> bool:
+        return self.half_as_fp32 and dtype in INSTRUCTIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvOptions:
+    """What `packed_conv` takes besides input and weight."""
+
+    bias: Tensor | None
+    padding: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def pack(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The weight as oneDNN wants it for inputs like x (others give the same result)."""
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+        )
+
+
+def packed_conv(x: Tensor, weight: Tensor, conv: ConvOptions) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, "none", [], ""
+    )
+
+
+def folded(weight: Tensor) -> Tensor:
+    """The transposed kernel that stands for a doubling and this 3x3 kernel, padding 1.
+
+    weight: (O, I, 3, 3) -> fp32 (I, O, 4, 4), for stride 2 and padding 1. Nearest-neighbour
+    doubling is a transposed convolution with four ones; two linear maps in a row are one, whose
+    kernel is their full convolution.
+    """
+    wide = torch.zeros(weight.shape[0], weight.shape[1], 4, 4, dtype=torch.float64, device="cpu")
+    for row in (0, 1):
+        for column in (0, 1):
+            wide[:, :, row : row + 3, column : column + 3] += weight
+    # PyTorch's convolutions correlate, their transposes convolve: mirrored
+    return wide.flip(2, 3).transpose(0, 1).float().contiguous()
+
+
+def pack_folded(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_transpose_weight(
+        weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, list(x.shape)
+    )
+
+
+def packed_fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._convolution_transpose_pointwise(
+        x, weight, bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
+    )
+
+
+class Kept:
+    """A form of parameters that is made once and again when they have changed.
+
+    A copy or a pickle of the module starts without it.
+    """
+
+    def __init__(self) -> None:
+        self.sources: tuple[Tensor | None, ...] = ()
+        self.state: tuple[Any, ...] = ()
+        self.form: Any = None
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+    def __call__(self, parameters: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
+        state = tuple(None if p is None else (p.data_ptr(), _version(p)) for p in parameters)
+        if state != self.state:
+            self.form = make()
+            # aliases, so that no other numbers can come to the same address
+            self.sources = tuple(None if p is None else p.detach() for p in parameters)
+            self.state = state
+        return self.form
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float()
+
+
+def _usual(x: Tensor, weight: Tensor) -> bool:
+    """Whether a call is PyTorch's: another device, dtypes that differ, autocast, no numbers."""
+    return (
+        not x.is_cpu
+        or not weight.is_cpu
+        or x.dtype is not weight.dtype
+        or torch.is_autocast_enabled("cpu")
+        or not x.numel()
+    )
+
+
+class PreparedConv2d(nn.Conv2d):
+    """A convolution with packed weights, in fp32 where the plan says so."""
+
+    plan: Plan
+    kept: Kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _usual(x, self.weight) or x.ndim != 4:
+            return super().forward(x)
+        wide = self.plan.widens(x.dtype)
+        keeps = self.plan.keep_copies and plain(x, self.weight, self.bias, on_cpu=True)
+        packs = keeps and self._packs(x, wide)
+        if packs:
+            conv, weight = self.kept((self.weight, self.bias), lambda: self._pack(x))
+            return packed_conv(x.float(), weight, conv).to(x.dtype)
+        if not wide:
+            return super().forward(x)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        return self._conv_forward(x.float(), weight, bias).to(x.dtype)
+
+    def _packs(self, x: Tensor, wide: bool) -> bool:
+        """Whether packing is possible and wins."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or packing_objection():
+            return False
+        if wide:  # the copy is needed anyway
+            return True
+        pixels = len(x) * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        return (
+            x.dtype is torch.float32
+            and self.weight.numel() >= PACK_NUMBERS
+            and pixels <= PACK_PIXELS
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
+
+    def _pack(self, x: Tensor) -> tuple[ConvOptions, Tensor]:
+        conv = ConvOptions(
+            bias=_float(self.bias),
+            padding=tuple(int(p) for p in self.padding),
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return conv, conv.pack(self.weight.detach().float(), x)
+
+
+class PreparedLinear(nn.Linear):
+    """A linear layer that computes in fp32 where the plan says so."""
+
+    plan: Plan
+    kept: Kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _usual(x, self.weight) or not self.plan.widens(x.dtype):
+            return super().forward(x)
+        if self.plan.keep_copies and plain(x, self.weight, self.bias, on_cpu=True):
+            weight, bias = self.kept(
+                (self.weight, self.bias), lambda: (_float(self.weight), _float(self.bias))
+            )
+        else:
+            weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), weight, bias).to(x.dtype)
+
+
+class PreparedUpsample(Upsample):
+    """A doubling and its convolution as one transposed convolution."""
+
+    plan: Plan
+    kept: Kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
+        if (
+            _usual(x, weight)
+            or not self.plan.keep_copies
+            or not (x.dtype is torch.float32 or self.plan.widens(x.dtype))
+            or weight.numel() < PACK_NUMBERS
+            or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
+            or not plain(x, weight, bias, on_cpu=True)
+            or packing_objection()
+        ):
+            return super().forward(x)
+        packed, wide_bias = self.kept(
+            (weight, bias), lambda: (pack_folded(folded(weight.detach()), x), _float(bias))
+        )
+        return packed_fold(x.float(), packed, wide_bias).to(x.dtype)
+
+
+PREPARED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: PreparedConv2d,
+    nn.Linear: PreparedLinear,
+    Upsample: PreparedUpsample,
+}
+
+
+def accelerate(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool | None) -> None:
+    """Let a module's convolutions, linear layers and upsamplings compute as above, in place.
+
+    Names, parameters and state_dict stay; the layers' classes change. Subclasses of them, which
+    may compute something else, are left alone.
+
+    Args:
+        keep_copies: whether memory may be spent on copies of weights. Without it nothing is packed
+            or folded, and half precision weights are widened in every call.
+        half_as_fp32: whether bf16 and fp16 layers compute in fp32; None: where `fast_half` says
+            no.
+    """
+    for layer in module.modules():
+        if type(layer) in PREPARED:
+            layer.__class__ = PREPARED[type(layer)]
+        if not isinstance(layer, PreparedConv2d | PreparedLinear | PreparedUpsample):
+            continue
+        dtype = (layer.conv if isinstance(layer, PreparedUpsample) else layer).weight.dtype
+        wide = half_as_fp32
+        if wide is None:
+            wide = dtype in INSTRUCTIONS and not fast_half(dtype)
+            if wide:
+                _say_fp32(dtype)
+        layer.plan, layer.kept = Plan(keep_copies=keep_copies, half_as_fp32=wide), Kept()

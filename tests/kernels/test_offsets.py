@@ -1,0 +1,251 @@
+"""Tensors of more than 2^31 elements: the programs at both ends of each kernel's grid.
+
+The tensors are virtual memory; what no program touches takes none. So only the first and the last
+program run, under the interpreter, whose integers have the widths of a GPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.kernels import COLUMNS, backend, philox_normal, sampler_step
+from fastdiff.kernels._group_norm_backward import norm_backward
+from fastdiff.kernels._group_norm_forward import norm_forward
+from fastdiff.kernels._layer_norm import norm_backward as layer_norm_backward
+from fastdiff.kernels._layer_norm import norm_forward as layer_norm_forward
+from fastdiff.kernels._sampler_step import run_step
+from fastdiff.kernels._triton import Launch, override_config, recording_launches
+from fastdiff.kernels.geglu import _geglu, _geglu_backward
+from fastdiff.kernels.philox import _normals_of_blocks, _philox_normal
+from tests.kernels import cases
+from tests.kernels.norms import regime
+
+pytestmark = cases.needs_interpreter
+MANY = 2**31
+ENDS = 2**16
+"""Numbers at each end of a tensor that are random; the others are 0."""
+
+
+def huge(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Zeros that take no memory, but for both ends."""
+    x = torch.empty(shape, dtype=torch.float16, memory_format=layout)
+    assert x.numel() > MANY
+    for end in ends(x):
+        end.copy_(torch.randn(ENDS))
+    return x
+
+
+def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last numbers in memory."""
+    flat = x.as_strided((x.numel(),), (1,))
+    return flat[:ENDS], flat[-ENDS:]
+
+
+def launched(call: Callable[[], Any]) -> tuple[dict[str, Launch], Any]:
+    """Kernel -> its launch, and what the launcher returned, in which nothing is written yet."""
+    with recording_launches() as launches:
+        result = call()
+    return {launch.kernel.__name__.strip("_"): launch for launch in launches}, result
+
+
+def run_program(launch: Launch, index: Sequence[int]) -> None:
+    """One program of a recorded launch, the one at `index` of its grid; the others do not run."""
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
+
+    grid, index = ((*whole, *[one] * 3)[:3] for whole, one in ((launch.grid, 1), (index, 0)))
+    set_dim, set_index = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_dim(*grid))
+        patch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_index(*index))
+        patch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)  # copies whole tensors
+        launch.kernel[(1,)](**launch.arguments)
+
+
+def run_ends(launch: Launch) -> None:
+    run_program(launch, [0] * len(launch.grid))
+    run_program(launch, [count - 1 for count in launch.grid])
+
+
+def check_ends(result: Tensor, expected: Callable[[int], Tensor]) -> None:
+    """What was written at the ends is what `expected` (0 and 1) says, and something was."""
+    for place, have in enumerate(ends(result)):
+        want = expected(place).flatten()
+        written = have != 0
+        assert written[:1].all() if place == 0 else written[-1:].all()
+        torch.testing.assert_close(have[written], want[written], rtol=2e-3, atol=2e-3)
+
+
+def test_geglu() -> None:
+    d = 1024
+    x = huge(MANY // d + 64, 2 * d)
+    dy = huge(len(x), d)
+    kernels, y = launched(lambda: _geglu(x))
+    run_ends(kernels["geglu_kernel"])
+    rows = ENDS // d
+    sides = [side.float().requires_grad_() for side in (x[:rows], x[-rows:])]
+    expected = [cases.geglu_formula(side) for side in sides]
+    check_ends(y, lambda i: expected[i].half())
+    kernels, dx = launched(lambda: _geglu_backward(dy, x))
+    run_ends(kernels["geglu_backward_kernel"])
+    gradients = [
+        torch.autograd.grad(out, side, one.float().view(-1, d))[0].flatten()
+        for out, side, one in zip(expected, sides, ends(dy), strict=True)
+    ]
+    check_ends(dx, lambda i: (gradients[0][:ENDS], gradients[1][-ENDS:])[i].half())
+
+
+@pytest.mark.parametrize("d", [512, 8192])
+def test_layer_norm(d: int) -> None:
+    x, dy = huge(MANY // d + 64, d), huge(MANY // d + 64, d)
+    kind = "layer_norm" if d == 512 else "layer_norm_wide"
+    sides = [side.view(-1, d).float().requires_grad_() for side in ends(x)]
+    expected = [F.layer_norm(side, (d,)) for side in sides]
+    kernels, (y, total) = launched(lambda: layer_norm_forward(x, x, None, None, 1e-5))
+    run_ends(kernels[f"{kind}_kernel"])
+    check_ends(total, lambda i: 2 * ends(x)[i])
+    check_ends(y, lambda i: expected[i].half())  # but for eps, the norm of 2 x is that of x
+    with override_config("layer_norm_backward", {"ELEMENTS": 2048, "num_warps": 4, "PROGRAMS": 4}):
+        kernels, (dx, *_) = launched(
+            lambda: layer_norm_backward(dy, dy, x, None, None, 1e-5, [False, False])
+        )
+    run_ends(kernels[f"{kind}_backward_kernel"])
+    gradients = [
+        torch.autograd.grad(out, side, one.view(-1, d).float())[0] + one.view(-1, d)
+        for out, side, one in zip(expected, sides, ends(dy), strict=True)
+    ]
+    check_ends(dx, lambda i: gradients[i].half())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_group_norm_of_many_samples(layout: torch.memory_format) -> None:
+    """The small regime."""
+    n, c = MANY // ENDS + 2, 1024
+    x, dy = (huge(n, c, 8, 8, layout=layout) for _ in range(2))
+    sides = [x[i : i + 1].float().requires_grad_() for i in (0, -1 % n)]
+    with regime("small"):
+        kernels, (y, _, mean, rstd) = launched(
+            lambda: norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
+        )
+        run_ends(kernels["small_kernel"])
+        backward, (dx, *_) = launched(
+            lambda: norm_backward(
+                *(dy, None, x, 32, None, None, None, None, mean, rstd, "silu", x.dtype),
+                [False] * 4,
+            )
+        )
+        for i in (0, n - 1):
+            groups = x[i].float().reshape(32, -1)
+            mean[i] = groups.mean(1)
+            rstd[i] = (groups.var(1, correction=0) + 1e-5).rsqrt()
+        run_ends(backward["small_backward_kernel"])
+    expected = [cases.group_norm_silu_formula(side, 32) for side in sides]
+    gradients = [
+        torch.autograd.grad(out, side, dy[i : i + 1].float())[0]
+        for out, side, i in zip(expected, sides, (0, n - 1), strict=True)
+    ]
+    in_memory = lambda t: ends(t.half().contiguous(memory_format=layout))[0]  # noqa: E731
+    check_ends(y, lambda i: in_memory(expected[i].detach()))
+    check_ends(dx, lambda i: in_memory(gradients[i]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
+    """The large regime. With mean 0 and scale 1 the last kernels apply the activation alone."""
+    x, dy = (huge(1, 256, 2900, 2900, layout=layout) for _ in range(2))
+    with regime("large", PROGRAMS=2**30):
+        kernels, (y, _, mean, rstd) = launched(
+            lambda: norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
+        )
+        backward, (dx, *_) = launched(
+            lambda: norm_backward(
+                *(dy, None, x, 32, None, None, None, None, mean, rstd, "silu", x.dtype),
+                [False] * 4,
+            )
+        )
+    tables = [kernels["apply_kernel"].arguments["table"]]
+    tables += [backward["apply_backward_kernel"].arguments["table"]]
+    for table in tables:
+        table.zero_()[:, 1] = 1
+    mean.zero_()
+    rstd.fill_(1)
+    run_ends(kernels["apply_kernel"])
+    run_ends(backward["apply_backward_kernel"])
+    sides = [side.float().requires_grad_() for side in ends(x)]
+    outs = [F.silu(side) for side in sides]
+    check_ends(y, lambda i: outs[i].half())
+    gradients = [
+        torch.autograd.grad(out, side, one.float())[0]
+        for out, side, one in zip(outs, sides, ends(dy), strict=True)
+    ]
+    check_ends(dx, lambda i: gradients[i].half())
+    # the last chunk of space: of the last channel (NCHW), of all channels (NHWC)
+    run_ends(kernels["moments_kernel"])
+    run_ends(backward["sums_backward_kernel"])
+    constants = kernels["moments_kernel"].arguments
+    rows = 2900 * 2900 - (constants["chunks"] - 1) * constants["steps"] * constants["ROWS"]
+    count = constants["COLUMNS"] if layout == torch.channels_last else 1
+    tail = x.flatten(2)[0, -count:, -rows:].float()
+    moments = constants["moments"][0, -1, :, -count:]
+    torch.testing.assert_close(moments[0], tail.mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments[1], rows * tail.var(1, correction=0), rtol=1e-3, atol=1e-3)
+    tail.requires_grad_()
+    (g,) = torch.autograd.grad(F.silu(tail), tail, dy.flatten(2)[0, -count:, -rows:].float())
+    sums = backward["sums_backward_kernel"].arguments["sums"][0, -1, :, -count:]
+    torch.testing.assert_close(sums[0], (g * tail.detach()).sum(1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sums[1], g.sum(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "elements"), [(MANY // 2**14 + 2, 2**14), (1, MANY - 1), (1, MANY + 5)]
+)
+def test_philox_normal(n: int, elements: int) -> None:
+    """Many images, and one of which the elements or a tile's end just pass 32 bits."""
+    seeds = torch.arange(n)
+    kernels, z = launched(lambda: _philox_normal(seeds, (elements,), None, 3, 1))
+    launch = kernels["philox_normal_kernel"]
+    run_ends(launch)
+    tile = 4 * launch.arguments["BLOCK"]
+    begin = (elements - 1) // tile * tile
+    blocks = torch.arange(begin // 4, (elements + 3) // 4)
+    expected = _normals_of_blocks(seeds[-1:], blocks, 3, 1)[0, : elements - begin]
+    torch.testing.assert_close(z[-1, begin:], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        z[0, :tile], philox_normal(seeds[:1], (tile,), step=3, stream=1)[0], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_sampler_step_of_an_image_of_almost_2_31_elements() -> None:
+    x, f = torch.empty(1, MANY - 1), torch.empty(1, MANY - 1, dtype=torch.float16)
+    table, step, seeds = torch.zeros(1, 16), torch.tensor(0), torch.tensor([5])
+    table[0, COLUMNS.A], table[0, COLUMNS.SLOT] = 0.5, -1
+    tail = x[0, -5:].normal_().clone()
+    kernels, _ = launched(lambda: run_step(x, f, x.expand(3, 1, -1), table, step, seeds, 0.0))
+    run_ends(kernels["sampler_step_kernel"])
+    assert torch.equal(x[0, -5:], 0.5 * tail)
+
+
+def test_sampler_step_over_images_far_apart() -> None:
+    """x, prediction, history: a step from image to image of which a few pass 2^31."""
+    shape, apart = (3, 2, 8, 8), MANY // 2 + 64
+
+    def far(t: Tensor, step: int) -> Tensor:
+        room = torch.empty((len(t) - 1) * step + t[0].numel(), dtype=t.dtype)
+        return room.as_strided(t.shape, (step, *t.stride()[1:])).copy_(t)
+
+    x, f, history = torch.randn(shape), torch.randn(6, *shape[1:]).half(), torch.randn(3, *shape)
+    table = torch.tensor([[1.0, -0.5, 0.9, 0.4, 0.1, 0.2, 0.3, 0.5, 0.6, -1, 2, 3, 1, 0, 0, 0]])
+    seeds = torch.arange(3)
+    distant = far(x, apart), far(f, MANY // 4), far(history, apart)
+    with backend("triton"):
+        for rescale in (0.0, 0.7):
+            rest = table, torch.tensor(0), seeds
+            sampler_step(x, f, history, *rest, guidance_rescale=rescale)
+            sampler_step(*distant, *rest, guidance_rescale=rescale)
+            assert torch.equal(x, distant[0])
+            assert torch.equal(history, distant[2])
