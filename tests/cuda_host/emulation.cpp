@@ -232,6 +232,25 @@ std::string standstill() {
   return text;
 }
 
+/// The threads of one warp, which runs alone until it waits for others, or now and then as chance
+/// has it: so warps drift as far apart as barriers let them.
+std::vector<size_t> shuffled_warp(size_t& warp) {
+  Machine& m = machine();
+  const size_t warps = m.threads / kWarp;
+  const auto ready = [&m](size_t w) {
+    const auto first = m.fibers.begin() + static_cast<std::ptrdiff_t>(w * kWarp);
+    return std::any_of(first, first + kWarp, [](const Fiber& f) { return f.state == State::ready; });
+  };
+  if (!ready(warp) || m.random() % 32 == 0) {
+    warp = m.random() % warps;
+    for (size_t tried = 1; !ready(warp) && tried < warps; ++tried) warp = (warp + 1) % warps;
+  }
+  std::vector<size_t> threads(kWarp);
+  for (size_t i = 0; i < threads.size(); ++i) threads[i] = warp * kWarp + i;
+  std::shuffle(threads.begin(), threads.end(), m.random);
+  return threads;
+}
+
 void run_block() {
   Machine& m = machine();
   m.at_barrier = m.done = 0;
@@ -252,8 +271,9 @@ void run_block() {
   for (size_t w = 0; w < m.threads / kWarp; ++w) m.warps[w].arrived = 0;
   std::vector<size_t> order(m.threads);
   for (size_t i = 0; i < m.threads; ++i) order[i] = m.order == reverse ? m.threads - 1 - i : i;
+  size_t warp = 0;
   while (m.done < m.threads) {
-    if (m.order == shuffled) std::shuffle(order.begin(), order.end(), m.random);
+    if (m.order == shuffled) order = shuffled_warp(warp);
     bool progress = false;
     for (size_t i : order) {
       if (m.fibers[i].state != State::ready) continue;

@@ -1,8 +1,8 @@
 // Runs CUDA device code on the CPU: the part of the CUDA language that csrc/*.cuh uses.
 //
 // A thread of a block is a fiber; one runs until it waits (at a barrier or a warp collective) or
-// ends, then the next in the order. Within a pass the order is forward, reverse or shuffled, so
-// that code which lacks a barrier reads what is not written yet in at least one of them. Shared
+// ends, then the next in the order. That is forward, reverse, or shuffled, where warps also drift
+// apart, so that code which lacks a barrier reads what is not written yet in one of them. Shared
 // memory is fresh heap memory filled with NaN, of exactly the size asked for; what lies beside it
 // is AddressSanitizer's. Faults end the launch with a message: see `Fault`.
 
