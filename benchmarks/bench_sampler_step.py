@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gpu import (
     EVERYTHING,
     LATER,
+    OURS,
     Arguments,
     Case,
     Make,
@@ -172,14 +173,15 @@ def from_the_host(
             continue
         args, _ = arguments(case.call, case.job, Make(case.dtype, device))
         x, prediction = args[0], args[1]
+        known = kernels.OPS["sampler_step"].implementations
+        ours = [name for name in (*OURS, "reference") if name in known]
         steps: dict[str, Callable[[], Any]] = {
-            "triton": functools.partial(kernels.sampler_step, *args),
-            "reference": functools.partial(kernels.sampler_step, *args),
+            name: functools.partial(kernels.sampler_step, *args) for name in ours
         }
         for name in SCHEDULERS if diffusers is not None else ():
             steps[name] = stepping(name, diffusers, x.to(prediction.dtype), prediction)
         for name, function in steps.items():
-            backend = name if name in ("triton", "reference") else "reference"
+            backend = name if name in ours else "reference"
             try:
                 with torch.inference_mode(), kernels.backend(backend):
                     timing = timer(function, method="host")

@@ -8,10 +8,12 @@ Stages, each in a process of its own with its own share of the time; one that fa
 the others, and makes the exit code 1:
 
     environment   the GPU, its driver, the versions
+    build         the compiled module with the CUDA kernels, for this GPU alone
     tests         the parity tests and the tests marked `gpu`, on the device
-    memcheck      small parity cases under compute-sanitizer, where it is installed
+    sanitize      small parity cases under compute-sanitizer's four tools, where it is installed
     tune          launch configs, for the stages that follow and for kernels/tuned/
-    bench         every op against its providers (gpu.py)
+    bench         every op against its providers (gpu.py); Triton beside CUDA, whose winners the
+                  stage that follows uses and kernels/tuned/ keeps
     networks      whole evaluations, and what each op takes of them (gpu_networks.py)
 
 What is left in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
@@ -27,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -41,14 +44,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {
-    "environment": 20,
-    "tests": 130,
-    "memcheck": 70,
-    "tune": 120,
-    "bench": 160,
-    "networks": 70,
+    "environment": 15,
+    "build": 70,
+    "tests": 110,
+    "sanitize": 80,
+    "tune": 90,
+    "bench": 150,
+    "networks": 55,
 }
 """Each stage's share of ten minutes."""
+NOTHING_TO_RUN = 98
+"""Exit code of a process that found no kernel to run."""
 GRACE_S = 15
 """After its share a stage has this long to write down what it has."""
 TESTS = ("tests/kernels", "tests/test_timing.py")
@@ -59,8 +65,16 @@ IGNORED = tuple(
 """Compilation ahead of time and code for CPUs: they say nothing about the device."""
 WORKERS = min(14, os.cpu_count() or 1)
 """Processes that compile."""
-MEMCHECK_CASES = 2
+SANITIZED_CASES = 2
 """Of each op, the smallest."""
+TOOLS = {
+    "memcheck": ("triton", "cuda"),
+    "racecheck": ("cuda",),
+    "synccheck": ("cuda",),
+    "initcheck": ("cuda",),
+}
+"""compute-sanitizer's tools -> the backends whose kernels they watch: what Triton makes has no
+barrier or shared memory that we wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,28 +159,82 @@ def tests_stage(plan: Plan) -> list[str]:
     return lines[-1:]
 
 
-def memcheck_stage(plan: Plan) -> list[str]:
-    """compute-sanitizer over `parity_cases`."""
-    tool = shutil.which("compute-sanitizer")
-    inner = [sys.executable, "-m", "benchmarks.device", "--parity-cases"]
-    inner += ["--seconds", str(plan.seconds)]
-    if tool is None and not plan.dry_run:
-        raise LeftOut("compute-sanitizer is not installed")
-    words = [tool, "--tool", "memcheck", "--error-exitcode", "99"] if tool else []
-    words += ["--report-api-errors", "no"] if tool else []  # libraries probe, and take a no
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def build_stage(plan: Plan) -> list[str]:
+    """``setup.py build_ext`` with the CUDA kernels, for the architecture at hand."""
+    if plan.dry_run:
+        raise LeftOut("a dry run takes the module that is built")
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    # the accelerated features of an architecture are under its name with an a
+    architecture = f"{major}.{minor}" + ("a" if major >= 9 else "")
+    environment = {
+        **os.environ,
+        "FASTDIFF_BUILD_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", architecture),
+    }
+    words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(
-        [*words, *inner], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+        words, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
     )
     print(done.stdout[-20000:], done.stderr[-5000:])
+    if done.returncode:
+        raise Failed("the module was not built", *done.stderr.splitlines()[-10:])
+    say = "from fastdiff.kernels import extension; print(extension.describe())"
+    told = subprocess.run(
+        [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return [told.stdout.strip() or told.stderr.strip()[-300:]]
+
+
+def sanitize_stage(plan: Plan) -> list[str]:
+    """compute-sanitizer's tools over `parity_cases`."""
+    found = shutil.which("compute-sanitizer")
+    if found is None and not plan.dry_run:
+        raise LeftOut("compute-sanitizer is not installed")
+    end, notes, bad = time.monotonic() + plan.seconds, [], []
+    for place, (tool, backends) in enumerate(TOOLS.items()):
+        share = max(1.0, (end - time.monotonic()) / (len(TOOLS) - place))
+        try:
+            notes += [f"{tool}: {line}" for line in _sanitize(found, tool, backends, share)]
+        except (Failed, LeftOut) as error:
+            bad += [f"{tool}: {line}" for line in error.args] if isinstance(error, Failed) else []
+            notes += [f"{tool}: {error}"] if isinstance(error, LeftOut) else []
+    if bad:
+        raise Failed(*bad, *notes)
+    return notes
+
+
+def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: float) -> list[str]:
+    """One tool; without compute-sanitizer (a dry run) the cases alone."""
+    inner = [sys.executable, "-m", "benchmarks.device", "--parity-cases", *backends]
+    inner += ["--seconds", str(seconds)]
+    words = [found, "--tool", tool, "--error-exitcode", "99"] if found else []
+    if found and tool == "memcheck":
+        words += ["--report-api-errors", "no"]  # libraries probe, and take a no
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            [*words, *inner], cwd=ROOT, capture_output=True, text=True, env=environment,
+            check=False, timeout=2 * seconds + GRACE_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Failed(f"did not end within {2 * seconds + GRACE_S:.0f} s") from None
+    print(done.stdout[-20000:], done.stderr[-5000:])
     lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode == NOTHING_TO_RUN:
+        raise LeftOut(lines[-1])
     if done.returncode:
         raise Failed(*lines[-10:], *done.stderr.splitlines()[-3:])
     return lines[-2:]
 
 
-def parity_cases(seconds: float) -> None:
-    """The smallest parity cases of every op on the Triton backend, as many as there is time for."""
+def parity_cases(backends: Sequence[str], seconds: float) -> int:
+    """The smallest parity cases of every op on some backends, as many as there is time for.
+
+    Returns:
+        The exit code: 0, or `NOTHING_TO_RUN` where no op has these backends here.
+    """
     import torch
 
     from fastdiff import kernels
@@ -177,28 +245,49 @@ def parity_cases(seconds: float) -> None:
     def numbers(case: Any) -> int:
         return sum(t.numel() for t in cases.tensors_in(case.inputs(torch.float32)))
 
-    todo: list[tuple[int, str, Any]] = []
+    def takes(op: str, case: Any, backend: str) -> bool:
+        where = cases.device_of(backend)
+        if case is None:
+            args, kwargs = cases.ordinary_inputs(op, where)
+        else:
+            args, kwargs = case.inputs(torch.float16, where)
+        try:
+            with kernels.backend(backend):
+                getattr(kernels, op)(*args, **kwargs)
+        except kernels.BackendError:
+            return False
+        return True
+
+    todo: list[tuple[int, str, Any, str]] = []
     for op in kernels.OPS:
-        if "triton" in kernels.OPS[op].implementations:
+        for backend in backends:
+            if backend not in kernels.OPS[op].implementations:
+                continue
             # the largest error of a handful of numbers is luck
             rows = [case for case in getattr(cases, op.upper(), []) if numbers(case) > 100]
-            small = sorted(rows, key=numbers)[:MEMCHECK_CASES] or [None]
-            todo += [(place, op, case) for place, case in enumerate(small)]
+            ordered = sorted(rows, key=numbers) or [None]
+            served = (case for case in ordered if takes(op, case, backend))
+            small = itertools.islice(served, SANITIZED_CASES)
+            todo += [(place, op, case, backend) for place, case in enumerate(small)]
+    if not todo:
+        print(f"no op has kernels for {' or '.join(backends)} here")
+        return NOTHING_TO_RUN
     ran = 0
-    for _, op, case in sorted(todo, key=lambda entry: entry[0]):  # each op has its turn
+    for _, op, case, backend in sorted(todo, key=lambda entry: entry[0]):  # each op has its turn
         if time.monotonic() > end:
             break
         if case is None:
-            agreement(op)
+            agreement(op, backend)
         else:
-            cases.check(op, case, torch.float16, "triton")
-        print(f"{op} {case or 'against the reference'}: ok", flush=True)
+            cases.check(op, case, torch.float16, backend)
+        print(f"{op} {case or 'against the reference'} on {backend}: ok", flush=True)
         ran += 1
     print(f"{ran} of {len(todo)} cases" + ("; no time for the rest" if ran < len(todo) else ""))
-    assert ran, "no op has a Triton implementation, or no time for one case"
+    assert ran, "there was no time for one case"
+    return 0
 
 
-def agreement(op: str) -> None:
+def agreement(op: str, backend: str) -> None:
     """One call of an op that has no parity cases, and what it left in its operands."""
     import torch
     from torch.utils._pytree import tree_flatten
@@ -207,9 +296,9 @@ def agreement(op: str) -> None:
     from tests.kernels import cases
 
     results = []
-    for backend in ("triton", "reference"):
-        args, kwargs = cases.ordinary_inputs(op, cases.device_of("triton"))
-        with kernels.backend(backend):
+    for name in (backend, "reference"):
+        args, kwargs = cases.ordinary_inputs(op, cases.device_of(backend))
+        with kernels.backend(name):
             flat = tree_flatten((getattr(kernels, op)(*args, **kwargs), args))[0]
         results.append([t for t in flat if isinstance(t, torch.Tensor)])
     for have, want in zip(*results, strict=True):
@@ -347,6 +436,10 @@ def bench_stage(plan: Plan) -> list[str]:
         progress=progress,
     )
     save(plan, outcome.records, [])
+    if not plan.dry_run:
+        winners = gpu.fastest_backends(outcome.records)
+        tuning.save_backends(winners, tuning.facts(gpu_here), tuning.cache_file(gpu_here))
+        notes += [f"auto takes for {op}: {keys}" for op, keys in winners.items()]
     outcome.failures = [*first.failures, *outcome.failures]
     return told(outcome, [f"{len(first.records)} timings from the host", *notes])
 
@@ -372,8 +465,9 @@ def networks_stage(plan: Plan) -> list[str]:
 
 STAGES: dict[str, Callable[[Plan], list[str]]] = {
     "environment": environment_stage,
+    "build": build_stage,
     "tests": tests_stage,
-    "memcheck": memcheck_stage,
+    "sanitize": sanitize_stage,
     "tune": tune_stage,
     "bench": bench_stage,
     "networks": networks_stage,
@@ -573,11 +667,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="without a GPU, on tiny shapes")
     parser.add_argument("--inside", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
-    parser.add_argument("--parity-cases", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--parity-cases", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.parity_cases:
-        parity_cases(options.seconds)
-        return 0
+        return parity_cases(options.parity_cases, options.seconds)
     plan = Plan(
         out=options.out.resolve(),
         seconds=options.seconds,

@@ -3,7 +3,7 @@
 Each bench_<op>.py declares a `Subject`; the shapes are those that the networks of
 `shapes.GPU_JOBS` send through the op. Providers:
 
-    triton                our kernel
+    triton, cuda          our kernels
     reference             our reference in PyTorch
     eager                 what people write; a norm gets NCHW, PyTorch's own layout
     eager channels_last   the same on channels_last, the layout that triton and compile get
@@ -20,6 +20,7 @@ before it is timed. Cases go by `priority` until the time is spent; what was lef
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from benchmarks import shapes
 from benchmarks.harness import Record, Work, compiled_for
 from benchmarks.shapes import Call, Job
 from fastdiff import kernels
+from fastdiff.kernels.measured import ANY, CLASSES
 from fastdiff.timing import Method, Timer
 from fastdiff.tuning import agrees
 
@@ -55,7 +57,8 @@ MATMUL = 8192
 """Side of the product whose rate is the peak."""
 PROVIDER_S = 0.05
 """Seconds of timed rounds per provider."""
-EVERYTHING = ("triton", "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+OURS = ("triton", "cuda")
+EVERYTHING = (*OURS, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
 LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
 """What is timed at the less telling shapes: neither the compiler's seconds nor the slowest."""
 
@@ -100,7 +103,7 @@ class Subject:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        names = ["triton", "reference", "eager"]
+        names = [*OURS, "reference", "eager"]
         names += ["eager channels_last"] if self.norm else []
         names += LIBRARY if self.sdpa else ["compile"]
         return tuple(names)
@@ -247,12 +250,18 @@ def _measure_case(
     make = Make(case.dtype, device)
     arguments = subject.arguments(case.call, case.job, make)
     wanted = [p for p in subject.providers if p in case.providers]
-    if "triton" in wanted and "triton" not in kernels.OPS[subject.op].implementations:
-        wanted.remove("triton")
-        outcome.failures.append(f"{case}: no triton implementation of {subject.op} is registered")
-    if "triton" in wanted and not _ours_agrees(case, make):
-        wanted.remove("triton")
-        outcome.failures.append(f"{case}: triton does not agree with the reference")
+    for backend in [name for name in OURS if name in wanted]:
+        objection = _objection(case, backend, arguments)
+        if objection is not None:
+            wanted.remove(backend)
+            # every op has Triton kernels; CUDA's are there if nvcc was, and take fewer cases
+            if backend == "triton":
+                outcome.failures.append(f"{case}: triton does not run: {objection}")
+            elif backend in kernels.OPS[subject.op].implementations:
+                outcome.unavailable.append(f"{case} {backend}: {objection}")
+        elif not _ours_agrees(case, make, backend):
+            wanted.remove(backend)
+            outcome.failures.append(f"{case}: {backend} does not agree with the reference")
     for provider in wanted:
         foreign = provider in (*LIBRARY, "compile")
         try:
@@ -263,7 +272,38 @@ def _measure_case(
                 raise
             outcome.unavailable.append(f"{case} {provider}: {said(error)}")
             continue
-        outcome.records.append(record_of(case, provider, timing, case.work))
+        record = record_of(case, provider, timing, case.work)
+        if provider in OURS and case.direction == "forward":
+            args, kwargs = arguments
+            record = replace(record, shape_class=CLASSES[subject.op](*args, **kwargs))
+        outcome.records.append(record)
+
+
+def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """Op -> "dtype/shape class" -> the one of `OURS` that is faster there.
+
+    By the geometric mean of the ratio over the cases of a class that both took; a class in which
+    one took no case goes to the other. The class `ANY` takes all cases of an op.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
+    for record in records:
+        if record.provider in OURS and record.shape_class:
+            for shape_class in (record.shape_class, ANY):
+                of_class = found.setdefault((record.benchmark, f"{record.dtype}/{shape_class}"), {})
+                case = of_class.setdefault((record.job, record.shape), {})
+                case[record.provider] = record.median_s
+    winners: dict[str, dict[str, str]] = {}
+    for (op, key), cases_of_class in found.items():
+        both = [case for case in cases_of_class.values() if len(case) == len(OURS)]
+        if both:
+            one, other = OURS
+            ratio = sum(math.log(case[other] / case[one]) for case in both)
+            winner = one if ratio > 0 else other
+        else:
+            taken = {name for case in cases_of_class.values() for name in case}
+            winner = next(name for name in OURS if name in taken)
+        winners.setdefault(op, {})[key] = winner
+    return winners
 
 
 @contextlib.contextmanager
@@ -272,7 +312,7 @@ def _provider(
 ) -> Iterator[Callable[[], Any]]:
     """What to time, inside the settings under which it has to run."""
     subject, (args, kwargs) = case.subject, arguments
-    backend = provider if provider in ("triton", "reference") else "reference"
+    backend = provider if provider in (*OURS, "reference") else "reference"
     function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
     if provider == "eager" and subject.norm:
         args = tuple(_nchw(a) for a in args)
@@ -315,13 +355,24 @@ def _backward(
     return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
-def _ours_agrees(case: Case, make: Make) -> bool:
-    """Whether triton's numbers are the reference's, returned or left in the operands."""
+def _objection(case: Case, backend: str, arguments: Arguments) -> str | None:
+    """Why a backend does not take a case, or None."""
+    args, kwargs = arguments
+    try:
+        with kernels.backend(backend), torch.inference_mode():
+            case.subject.ours(*args, **kwargs)
+    except kernels.BackendError as error:
+        return error.reasons[backend]
+    return None
+
+
+def _ours_agrees(case: Case, make: Make, backend: str) -> bool:
+    """Whether a backend's numbers are the reference's, returned or left in the operands."""
     results = []
-    for backend in ("triton", "reference"):
+    for name in (backend, "reference"):
         torch.manual_seed(0)
         arguments = case.subject.arguments(case.call, case.job, make)
-        with _provider(case, backend, arguments, "") as function:
+        with _provider(case, name, arguments, "") as function:
             flat = tree_flatten((function(), arguments))[0]
             results.append([t for t in flat if isinstance(t, Tensor)])
     return all(map(agrees, *results))

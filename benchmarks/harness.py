@@ -77,6 +77,8 @@ class Record:
     flops: int
     method: str = "host"
     """How it was timed, in the words of fastdiff/timing.py."""
+    shape_class: str = ""
+    """In the words of kernels/measured.py; "" where no winner depends on it."""
 
     @property
     def bytes_per_second(self) -> float:

@@ -1,8 +1,9 @@
 """``python -m benchmarks.report``: docs/performance.md's tables and pictures from the records.
 
 The text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is rewritten from the records in
-benchmarks/results/<device>/: of each case the newest, with the commit it was measured at. What
-stands outside is written by hand and kept.
+benchmarks/results/<device>/: of each case the newest, with the commit it was measured at; that
+between ``<!-- predictions -->`` and its end from predict.py. What stands outside is written by hand
+and kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import gpu_report
+from benchmarks import gpu_report, predict
 from benchmarks.harness import (
     END_TO_END,
     LIMITS,
@@ -29,7 +30,8 @@ from fastdiff.checkpoint.files import write_text
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
 IMAGES = DOCUMENT.parent / "images"
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+MEASURED = "<!-- tables -->", "<!-- end of tables -->"
+PREDICTED = "<!-- predictions -->", "<!-- end of predictions -->"
 T = TypeVar("T")
 
 
@@ -364,13 +366,13 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def fill(document: str, tables: str) -> str:
+def fill(document: str, tables: str, markers: tuple[str, str] = MEASURED) -> str:
     """The document with the text between the markers replaced. Raises ValueError without them."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = document.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"the document must contain {BEGIN} and {END}; put them in by hand")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+        raise ValueError(f"the document must contain {' and '.join(markers)}; put them in by hand")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
 def main() -> None:
@@ -380,7 +382,9 @@ def main() -> None:
         if shares and not device.is_gpu:
             draw_shares(shares, device.name, picture(device))
             print(picture(device))
-    write_text(DOCUMENT, fill(DOCUMENT.read_text(), tables(found)))
+    predicted = table(*headed(predict.rows()))
+    document = fill(DOCUMENT.read_text(), predicted, PREDICTED)
+    write_text(DOCUMENT, fill(document, tables(found)))
     print(DOCUMENT)
 
 

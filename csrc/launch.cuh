@@ -24,6 +24,17 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+/// So many blocks; a number beyond what a grid can have becomes one that the launch refuses.
+inline dim3 grid_of(int64_t blocks) {
+  return dim3(blocks > 0x7fffffff ? 0xffffffffu : unsigned(blocks));
+}
+
+/// True where every row of a tensor begins at a multiple of 16 bytes.
+template <typename T>
+bool rows_aligned(const void* p, int64_t stride) {
+  return aligned16(p) && stride * int64_t(sizeof(T)) % 16 == 0;
+}
+
 #ifdef FASTDIFF_EMULATE_CUDA
 
 constexpr int64_t kStaticShared = 4096;

@@ -15,7 +15,7 @@ import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -426,22 +426,47 @@ def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
         last = {name: fact for name, fact in old.measured.items() if name != "earlier"}
         earlier = old.measured.get("earlier", []) + ([last] if last != measured else [])
         measured = {**measured, **({"earlier": earlier} if earlier else {})}
-    write_text(path, text_of(measured, configs))
+    write_text(path, text_of(measured, configs, old.backends if old else {}))
     _triton.forget_configs()
 
 
-def text_of(measured: dict[str, Any] | None, configs: dict[str, dict[str, Config]]) -> str:
+def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], path: Path) -> None:
+    """Add to a file, atomically, which backend `auto` tries first (kernels/measured.py).
+
+    Args:
+        fastest: op -> "dtype/shape class" -> backend.
+
+    Raises:
+        ValueError: the file is there and cannot be read.
+    """
+    old = _triton.read_tuned(path) if path.exists() else None
+    backends = {op: dict(keys) for op, keys in (old.backends if old else {}).items()}
+    for op, keys in fastest.items():
+        backends.setdefault(op, {}).update(keys)
+    told = old.measured if old and old.measured else measured
+    write_text(path, text_of(told, old.configs if old else {}, backends))
+    _triton.forget_configs()
+
+
+def text_of(
+    measured: dict[str, Any] | None,
+    configs: dict[str, dict[str, Config]],
+    backends: dict[str, dict[str, str]] | None = None,
+) -> str:
     """A file of configs, one line for each."""
-    sections = []
-    for name in sorted(configs):
+    text = f'{{\n "measured": {json.dumps(measured)},\n "configs": {_section(configs)}'
+    return text + (f',\n "backends": {_section(backends)}' if backends else "") + "\n}\n"
+
+
+def _section(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = []
+    for name in sorted(entries):
         lines = ",\n".join(
-            f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in configs[name].items()
+            f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in entries[name].items()
         )
-        sections.append(
-            f"  {json.dumps(name)}: {{\n{lines}\n  }}" if lines else f'  "{name}": {{}}'
-        )
-    body = ",\n".join(sections)
-    return f'{{\n "measured": {json.dumps(measured)},\n "configs": {{\n{body}\n }}\n}}\n'
+        parts.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}" if lines else f'  "{name}": {{}}')
+    body = ",\n".join(parts)
+    return f"{{\n{body}\n }}"
 
 
 # Which file serves a GPU

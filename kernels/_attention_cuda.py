@@ -49,11 +49,7 @@ def why_not(
         return f"it takes head dims that are multiples of 8 up to {WIDEST}, got {d}"
     if scale is not None and not scale > 0:
         return f"it takes a scale > 0, got {scale}; negate q"
-    others = {"k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v, "mask": mask}
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            return f"{name} must be on the device of q, {q.device}, got {x.device}"
-    return None
+    return _cuda.elsewhere(q, k=k, v=v, extra_k=extra_k, extra_v=extra_v, mask=mask)
 
 
 def _in_place_or_copied(x: Tensor | None) -> Tensor | None:
@@ -133,6 +129,7 @@ def gradients_written_out(
             scores = scores + mask.float()
         p = scores.softmax(-1).masked_fill((lse[0] == torch.inf)[..., None], 0)
         dp = dout @ v.mT
+        dp = dp - dp[..., :1]  # changes no dS, and keeps the digits where all values are large
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         dq, dk, dv = scale * ds @ k, scale * ds.mT @ q, p.mT @ dout
     dq, dk, dv = (x.transpose(1, 2).to(dtype) for x in (dq, dk, dv))

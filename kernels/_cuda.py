@@ -95,6 +95,14 @@ def aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
+def elsewhere(x: Tensor, **others: Any) -> str | None:
+    """What stands against tensors on another device than x, by their names, or None."""
+    for name, t in others.items():
+        if isinstance(t, Tensor) and t.device != x.device:
+            return f"{name} must be on the device of x, {x.device}, got {t.device}"
+    return None
+
+
 def register(
     op: Op,
     function: Callable[..., Any],

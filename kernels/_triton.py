@@ -276,6 +276,8 @@ class Tuned:
     """Where, when and with which versions it was searched; None: chosen without measurement."""
     configs: dict[str, dict[str, Config]] = field(repr=False)
     """Tunable -> "dtype/shape class" ("*/shape class" for all dtypes) -> config."""
+    backends: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+    """Op -> "dtype/shape class" (measured.py) -> the backend that measured fastest."""
 
     def find(self, name: str, dtype: torch.dtype, shape_class: str) -> Config | None:
         known = self.configs.get(name, {})
@@ -287,8 +289,13 @@ def read_tuned(path: Path) -> Tuned:
     """Read a file of configs. Raises ValueError when it is not one."""
     try:
         content = json.loads(path.read_text())
-        return Tuned(path=path, measured=content["measured"], configs=content["configs"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return Tuned(
+            path=path,
+            measured=content["measured"],
+            configs=content["configs"],
+            backends=content.get("backends", {}),
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no file of launch configs ({type(error).__name__}: {error}); "
             "remove it or run 'fastdiff tune' again"
@@ -330,10 +337,20 @@ def lookup(name: str, gpu: Gpu, dtype: torch.dtype, shape_class: str) -> Config:
     raise LookupError(f"no launch config of {name} for {dtype} {shape_class} on {gpu}")
 
 
+_on_new_configs: list[Callable[[], None]] = []
+
+
+def on_new_configs(function: Callable[[], None]) -> None:
+    """Call a function whenever `forget_configs` is called."""
+    _on_new_configs.append(function)
+
+
 def forget_configs() -> None:
     """Read the files anew on the next call (after a search wrote one)."""
     tuned_files.cache_clear()
     lookup.cache_clear()
+    for function in _on_new_configs:
+        function()
 
 
 # Registration

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: the order, the objections, the reasons.
 
 Every op has a readable `reference` and may have faster implementations. In `auto` the first one in
-`ORDER` that has no objection (`why_not`) runs; a backend that was forced, by ``with
+`ORDER` that has no objection (`why_not`) runs, unless the op knows better for its arguments
+(`Op.first`: what measured fastest); a backend that was forced, by ``with
 fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND``, runs or raises
 `BackendError`. A fallback is never silent: when an implementation made for the tensor's device
 objects, `auto` warns once per (op, reason).
@@ -94,6 +95,8 @@ class Op:
 
     name: str
     implementations: dict[str, Implementation] = field(default_factory=dict)
+    first: Callable[..., str | None] = _no_objection
+    """What `auto` tries before the others for these arguments; None: `ORDER` alone decides."""
 
     def register(self, implementation: Implementation) -> None:
         """Add an implementation (a second one of the same backend replaces the first)."""
@@ -116,7 +119,8 @@ class Op:
         if name == "auto":
             x = _first_tensor(args, kwargs)
             device, dtype = x.device.type, x.dtype
-            for candidate, implementation in self.implementations.items():
+            for candidate in self.order(args, kwargs):
+                implementation = self.implementations[candidate]
                 if implementation.made_for(device, dtype):
                     reason = implementation.why_not(*args, **kwargs)
                     if reason is None:
@@ -133,6 +137,11 @@ class Op:
         raise BackendError(
             f"backend {name!r} cannot run {self.name} ({listed}); use backend='auto'", reasons
         )
+
+    def order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """The implementations as `auto` goes through them for these arguments."""
+        first, known = self.first(*args, **kwargs), tuple(self.implementations)
+        return known if first not in known else (first, *(n for n in known if n != first))
 
     def reasons(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
         """Backend -> why it would not run these arguments, None where it would."""
@@ -256,7 +265,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             f"explain({name!r}) needs the arguments of {name}: the choice depends on them"
         )
     selected, reasons = selected_backend(), OPS[name].reasons(args, kwargs)
-    order = ORDER if selected == "auto" else (selected,)
+    order = OPS[name].order(args, kwargs) if selected == "auto" else (selected,)
     chosen = next((candidate for candidate in order if reasons[candidate] is None), None)
     return Explanation(name, selected, chosen, reasons)
 

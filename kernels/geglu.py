@@ -10,13 +10,15 @@ pass reads x and dy and writes dx, 5 * rows * D * itemsize; nothing else is kept
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, extension
+from fastdiff.kernels._geglu_cuda import geglu_backward_cuda, geglu_cuda, geglu_forward
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -195,15 +197,23 @@ geglu_cpu.register_fake(_geglu_fake)
 geglu_backward_cpu.register_fake(_geglu_backward_fake)
 
 
-def _geglu_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+def _geglu_gradient(backward: Callable[..., Tensor], ctx: Any, dy: Tensor) -> Tensor | None:
     (x,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         return extension.reference_gradients(geglu_reference, (x,), (dy,))[0]
-    return geglu_backward_cpu(dy, x)
+    return backward(dy, x)
 
 
-geglu_cpu.register_autograd(_geglu_gradient, setup_context=_keep)
+geglu_cpu.register_autograd(partial(_geglu_gradient, geglu_backward_cpu), setup_context=_keep)
 extension.register(_op, _geglu_native, geglu_cpu)
+
+
+# The CUDA kernels, which are in _geglu_cuda.py
+
+geglu_cuda.register_fake(_geglu_fake)
+geglu_backward_cuda.register_fake(_geglu_backward_fake)
+geglu_cuda.register_autograd(partial(_geglu_gradient, geglu_backward_cuda), setup_context=_keep)
+_cuda.register(_op, geglu_forward, geglu_cuda)
 
 
 def geglu(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, _layer_norm_cuda, extension
 from fastdiff.kernels._layer_norm import empty_gradients, norm_backward, norm_forward
 from fastdiff.kernels._triton import as_rows, register, why_not
 from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
@@ -253,30 +253,65 @@ add_layer_norm_cpu.register_fake(_add_layer_norm_fake)
 layer_norm_backward_cpu.register_fake(_layer_norm_backward_fake)
 
 
-def _backward_native(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_once_more(
+    backward: Any, ctx: Any, dy: Tensor, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """`_backward`, or where a graph of it is wanted the reference's."""
     if not torch.is_grad_enabled():
-        return _backward(ctx, dy, dtotal, layer_norm_backward_cpu)
+        return _backward(ctx, dy, dtotal, backward)
     reference = partial(layer_norm_reference, eps=ctx.eps)
     dx, *others = extension.reference_gradients(reference, ctx.saved_tensors, (dy,))
     return dx if dtotal is None or dx is None else dx + dtotal, *others
 
 
-def _layer_norm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward_native(ctx, dy, None), None
+def _layer_norm_gradient(backward: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_once_more(backward, ctx, dy, None), None
 
 
 def _add_layer_norm_gradient(
-    ctx: Any, dy: Tensor | None, dtotal: Tensor | None
+    backward: Any, ctx: Any, dy: Tensor | None, dtotal: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = (dtotal, None, None) if dy is None else _backward_native(ctx, dy, dtotal)
+    found = (dtotal, None, None) if dy is None else _backward_once_more(backward, ctx, dy, dtotal)
+    dx, dweight, dbias = found
     dresidual = None if dx is None else dx.to(ctx.residual_dtype)
     return dx, dresidual, dweight, dbias, None
 
 
-layer_norm_cpu.register_autograd(_layer_norm_gradient, setup_context=_keep)
-add_layer_norm_cpu.register_autograd(_add_layer_norm_gradient, setup_context=_keep_total)
+layer_norm_cpu.register_autograd(
+    partial(_layer_norm_gradient, layer_norm_backward_cpu), setup_context=_keep
+)
+add_layer_norm_cpu.register_autograd(
+    partial(_add_layer_norm_gradient, layer_norm_backward_cpu), setup_context=_keep_total
+)
 extension.register(_layer_norm_op, _layer_norm_native, layer_norm_cpu)
 extension.register(_add_layer_norm_op, _add_layer_norm_native, add_layer_norm_cpu)
+
+
+# The CUDA kernels, which are in _layer_norm_cuda.py
+
+layer_norm_cuda = _layer_norm_cuda.layer_norm_cuda
+add_layer_norm_cuda = _layer_norm_cuda.add_layer_norm_cuda
+layer_norm_backward_cuda = _layer_norm_cuda.layer_norm_backward_cuda
+layer_norm_cuda.register_fake(_layer_norm_fake)
+add_layer_norm_cuda.register_fake(_add_layer_norm_fake)
+layer_norm_backward_cuda.register_fake(_layer_norm_backward_fake)
+layer_norm_cuda.register_autograd(
+    partial(_layer_norm_gradient, layer_norm_backward_cuda), setup_context=_keep
+)
+add_layer_norm_cuda.register_autograd(
+    partial(_add_layer_norm_gradient, layer_norm_backward_cuda), setup_context=_keep_total
+)
+
+
+def _elsewhere(x: Tensor, *others: Tensor | None, eps: float) -> str | None:
+    names = ("weight", "bias") if len(others) == 2 else ("residual", "weight", "bias")
+    return _cuda.elsewhere(x, **dict(zip(names, others, strict=True)))
+
+
+_cuda.register(_layer_norm_op, _layer_norm_cuda.plain_layer_norm, layer_norm_cuda, _elsewhere)
+_cuda.register(
+    _add_layer_norm_op, _layer_norm_cuda.plain_add_layer_norm, add_layer_norm_cuda, _elsewhere
+)
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

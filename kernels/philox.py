@@ -14,7 +14,7 @@ the numbers of a shorter one of the same seed.
 Words are equal bit for bit everywhere. The reference takes the normals in fp64 and rounds once to
 fp32, so two libraries whose fp64 log, sin and cos differ in the last place give the same fp32 (up
 to a tie, about 1 in 10^8). u keeps 23 bits and is exact in fp32, so that fp32 implementations start
-from the same numbers; |z| <= 5.77. The Triton kernels take no fp64: they compute r, cos and sin as
+from the same numbers; |z| <= 5.77. The GPU kernels take no fp64: they compute r, cos and sin as
 sums of two fp32 numbers, good to 2^-25, and round their product once. A test enumerates all 2^23
 values of u and finds that this is at most 1.4 ulp from the reference.
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, _philox_cuda, extension
 from fastdiff.kernels._triton import (
     Config,
     Tunable,
@@ -379,6 +379,18 @@ def _registered(
 
 
 extension.register(_op, _native, _registered, dtypes=(torch.int64,))
+
+
+# The CUDA kernel, which is in _philox_cuda.py
+
+_philox_cuda.philox_normal_cuda.register_fake(_philox_normal_fake)
+_cuda.register(
+    _op,
+    _philox_cuda.plain_normal,
+    _philox_cuda.registered_normal,
+    _philox_cuda.objection,
+    dtypes=(torch.int64,),
+)
 
 
 def philox_normal(

@@ -33,7 +33,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import _cuda, _sampler_step_cuda, extension
 from fastdiff.kernels._sampler_step import LARGEST, run_step
 from fastdiff.kernels._triton import register, why_not
 from fastdiff.kernels.dispatch import check_shape, define_op
@@ -273,6 +273,18 @@ def _registered(
 extension.register(_op, _native, _registered, dtypes=(torch.float32,))
 
 
+# The CUDA kernels, which are in _sampler_step_cuda.py
+
+_sampler_step_cuda.sampler_step_cuda.register_fake(_sampler_step_fake)
+_cuda.register(
+    _op,
+    _sampler_step_cuda.plain_step,
+    _sampler_step_cuda.registered_step,
+    _objection,
+    dtypes=(torch.float32,),
+)
+
+
 def _check(
     x: Tensor,
     prediction: Tensor,
@@ -335,7 +347,7 @@ def sampler_step(
 
     Raises:
         ValueError: a shape, dtype or option that does not fit; on a CPU, and with the reference,
-            also a step beyond the table. In the Triton kernel x becomes NaN then.
+            also a step beyond the table. In the Triton and CUDA kernels x becomes NaN then.
 
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """

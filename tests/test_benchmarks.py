@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_cpu_networks, harness, report, shapes
+from benchmarks import bench_attention, bench_cpu_networks, harness, predict, report, shapes
 from benchmarks.harness import Peak, Record, Share, Work
 from fastdiff import kernels
 
@@ -199,9 +199,31 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_what_is_written_by_hand_stays() -> None:
-    document = f"by hand\n{report.BEGIN}\nold\n{report.END}\nbelow"
+    document = f"by hand\n{report.MEASURED[0]}\nold\n{report.MEASURED[1]}\nbelow"
     filled = report.fill(document, "new")
-    assert filled == f"by hand\n{report.BEGIN}\n\nnew\n\n{report.END}\nbelow"
+    assert filled == f"by hand\n{report.MEASURED[0]}\n\nnew\n\n{report.MEASURED[1]}\nbelow"
     assert report.fill(filled, "new") == filled
     with pytest.raises(ValueError, match="must contain"):
         report.fill("no markers", "new")
+
+
+def test_predictions_by_hand() -> None:
+    found = {str(p.case): p for p in predict.predictions()}
+    image = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
+    # 2 x 8 heads of 4096^2 exponentials at 132 x 16 x 1.755 GHz; the rival's products at d = 64
+    assert image.bound == "exponentials"
+    assert image.floor_s == pytest.approx(2 * 8 * 4096**2 / (132 * 16 * 1.755e9))
+    assert image.rival_s == pytest.approx(4 * 2 * 8 * 4096**2 * 64 / 790e12)
+    # 134 MB do not fit into 50 MB of L2: two reads and a write beside a read and a write
+    decoder = found["group_norm_silu KL-f8 decoder (1, 256, 512, 512)"]
+    assert decoder.floor_s == pytest.approx(3 * 256 * 512**2 * 2 / 4.3e12)
+    assert decoder.rival_s / decoder.floor_s == pytest.approx(2 / 3)
+    # a sample of 8 MB does
+    unet = found["group_norm_silu SD 1.5 U-Net (2, 960, 64, 64)"]
+    assert unet.floor_s == unet.rival_s
+    (step,) = (p for p in found.values() if p.case.benchmark == "sampler_step")
+    assert (step.bound, step.floor_s) == ("one launch", 2e-6)
+
+
+def test_the_document_holds_the_predictions() -> None:
+    assert report.table(*report.headed(predict.rows())) in report.DOCUMENT.read_text()

@@ -175,7 +175,7 @@ def run(todo: list[Case], **options: Any) -> Outcome:
 @kernel_cases.needs_interpreter
 def test_every_provider_leaves_a_record() -> None:
     outcome = run([GEGLU])
-    assert outcome.failures == outcome.unavailable == outcome.left_out == []
+    assert outcome.failures == outcome.left_out == []
     assert [r.provider for r in outcome.records] == [
         "triton",
         "reference",
@@ -186,6 +186,58 @@ def test_every_provider_leaves_a_record() -> None:
     record = outcome.records[0]
     assert (record.benchmark, record.job, record.shape) == ("geglu", "a job", "(1, 4, 32)")
     assert (record.dtype, record.method, record.bytes) == ("bfloat16", "host", 4 * 32 * 3)
+    assert all("cuda: it runs on cuda" in line for line in outcome.unavailable)
+
+
+@kernel_cases.needs_interpreter
+def test_our_backends_are_timed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CUDA implementation that takes CPU tensors."""
+    op = kernels.OPS["geglu"]
+    stand_in = replace(op.implementations["reference"], backend="cuda")
+    monkeypatch.setattr(op, "implementations", {**op.implementations, "cuda": stand_in})
+    outcome = run([GEGLU])
+    assert outcome.failures == outcome.unavailable == []
+    ours = {r.provider: r.shape_class for r in outcome.records if r.provider in gpu.OURS}
+    assert ours == {"triton": "launch", "cuda": "launch"}
+
+
+def test_the_winner_of_a_class_is_faster_over_all_its_cases() -> None:
+    """By the ratio of each case, not by the sum: a slow case counts as much as a fast one."""
+    measured = []
+    for shape, triton, cuda in (("A", 1.0, 0.9), ("B", 1e-3, 2e-3), ("C", 1e-3, 1e-3)):
+        measured += records("geglu", shape, triton=triton, cuda=cuda, eager=1e-6)
+    measured = [replace(record, shape_class="cache") for record in measured]
+    measured += [replace(r, shape_class="memory") for r in records("geglu", "D", cuda=1.0)]
+    large = records("geglu", "E", triton=9.0, cuda=1.0)
+    measured += [replace(record, shape_class="launch") for record in large]
+    measured += records("geglu backward", "A", triton=1.0, cuda=0.5)  # has no class
+    assert gpu.fastest_backends(measured) == {
+        "geglu": {
+            "bfloat16/cache": "triton",  # 0.9 x 2 x 1 > 1
+            "bfloat16/memory": "cuda",
+            "bfloat16/launch": "cuda",
+            "bfloat16/any": "cuda",
+        }
+    }
+
+
+def test_sanitizers_that_find_no_kernel_are_left_out_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernels(*words: Any, **_: Any) -> subprocess.CompletedProcess[str]:
+        code = 0 if "triton" in words[0] else device.NOTHING_TO_RUN
+        return subprocess.CompletedProcess(words, code, "geglu: ok\n1 of 1 cases\n", "")
+
+    monkeypatch.setattr(device.subprocess, "run", no_kernels)
+    notes = device.sanitize_stage(plan(tmp_path))
+    assert notes[:2] == ["memcheck: geglu: ok", "memcheck: 1 of 1 cases"]
+    assert [note.partition(":")[0] for note in notes[2:]] == ["racecheck", "synccheck", "initcheck"]
+    monkeypatch.setattr(
+        device.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 99, "race", "")
+    )
+    with pytest.raises(device.Failed, match="memcheck: race") as found:
+        device.sanitize_stage(plan(tmp_path))
+    assert "racecheck: race" in found.value.args
 
 
 def test_without_time_a_case_is_left_out_by_name() -> None:
@@ -339,13 +391,13 @@ def test_a_failing_stage_stops_no_other_and_makes_the_exit_code_1(
     asked = fake_stage(monkeypatch, {"tests": "failed", "bench": "timed out"})
     assert device.main(["--out", str(tmp_path), "--dry-run"]) == 1
     assert [stage for stage, _ in asked] == list(device.STAGES)
-    assert "6 stages, 2 failed" in capsys.readouterr().out
+    assert "7 stages, 2 failed" in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [s["status"] for s in summary["stages"]] == [
-        *("ok", "failed", "ok", "ok", "timed out", "ok")
+        *("ok", "ok", "failed", "ok", "ok", "timed out", "ok")
     ]
-    fake_stage(monkeypatch, {"memcheck": "left out"})
-    assert device.main(["--out", str(tmp_path), "--only", "memcheck"]) == 0
+    fake_stage(monkeypatch, {"sanitize": "left out"})
+    assert device.main(["--out", str(tmp_path), "--only", "sanitize"]) == 0
 
 
 def test_time_that_is_not_used_goes_to_the_later_stages(
@@ -391,7 +443,9 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     told = {stage["stage"]: stage for stage in summary["stages"]}
     assert set(told) == set(device.STAGES), done.stdout
+    assert told.pop("build")["status"] == "left out"
     failing = {name: stage for name, stage in told.items() if stage["status"] != "ok"}
+    assert [note for note in told["sanitize"]["notes"] if note.startswith("memcheck: ")]
     (path,) = tmp_path.glob("results/dry-run/*.json")
     assert list(tmp_path.glob("tuned/dry-run.json"))
     if not all("triton" in op.implementations for op in kernels.OPS.values()):
@@ -465,7 +519,9 @@ def test_a_gpus_section_says_what_its_records_hold(tmp_path: Path) -> None:
         "gpu": {"driver": "580", "multiprocessors": 132},
     }
     measured = [
-        *records("geglu", "(1, 4)", 1000, triton=1e-3, copy=0.8e-3, eager=2e-3, compile=1.5e-3),
+        *records(
+            "geglu", "(1, 4)", 1000, triton=2e-3, cuda=1e-3, copy=0.8e-3, eager=2e-3, compile=1.5e-3
+        ),
         *records("attention", "(1, 4, 2, 8)", triton=1e-3, eager=2e-3, sdpa_flash=1.2e-3),
         *records("network", "(2, 4)", triton=1e-3, reference=2e-3, diffusers=3e-3),
     ]
@@ -477,7 +533,7 @@ def test_a_gpus_section_says_what_its_records_hold(tmp_path: Path) -> None:
     text = report.tables(report.devices(tmp_path))
     assert gpu_report.NOTHING not in text
     assert "- c0ffeec, 2026-01-02: fastdiff 0.1.0, torch 2.11, triton 3.6" in text
-    row = "| geglu | a job | (1, 4) | events | 1.00 ms | 900 µs to 1.10 ms | 80% | 2.00 x |"
+    row = "| geglu | a job | (1, 4) | events | 1.00 ms | cuda | 2.00 x | 900 µs to 1.10 ms | 80% |"
     assert row in text
     assert "1.20 x (sdpa flash) |" in text
     assert "| a job | (2, 4) | diffusers | 3.00 ms | 2.70 ms to 3.30 ms | 0.33 x |" in text

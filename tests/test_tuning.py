@@ -14,7 +14,7 @@ import torch
 from fastdiff import tuning
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
-from fastdiff.kernels import _triton
+from fastdiff.kernels import _triton, measured
 from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tunable, jit, launch, tl
 from fastdiff.timing import HostTimer, Method, Timing
 from fastdiff.tuning import Case
@@ -306,6 +306,30 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
     }
     tuning.save([first, search()], {"gpu": "A", "date": "4"}, path)  # all measured anew
     assert _triton.read_tuned(path).measured == {"gpu": "A", "date": "4"}
+
+
+@cases.needs_interpreter
+def test_configs_and_backends_keep_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    winners = {"geglu": {"bfloat16/cache": "cuda"}}
+    tuning.save_backends(winners, {"gpu": "A", "date": "1"}, path)
+    assert _triton.read_tuned(path).configs == {}
+    tuning.save([search()], {"gpu": "A", "date": "2"}, path)
+    assert _triton.read_tuned(path).backends == winners
+    tuning.save_backends({"geglu": {"bfloat16/memory": "triton"}}, {"gpu": "B"}, path)
+    tuned = _triton.read_tuned(path)
+    assert tuned.backends["geglu"] == {"bfloat16/cache": "cuda", "bfloat16/memory": "triton"}
+    assert set(tuned.configs) == {"twice"}
+    assert tuned.measured is not None
+    assert tuned.measured["gpu"] == "A"
+
+
+def test_auto_tries_first_what_the_gpus_file_says() -> None:
+    assert measured._fastest("geglu", GPU, "bfloat16/cache") is None
+    winners = {"geglu": {"bfloat16/cache": "triton"}}
+    tuning.save_backends(winners, {"gpu": GPU.name, "date": "1"}, tuning.cache_file(GPU))
+    assert measured._fastest("geglu", GPU, "bfloat16/cache") == "triton"
+    assert measured._fastest("geglu", GPU, "float16/cache") is None
 
 
 def test_a_broken_file_is_put_aside_and_not_deleted() -> None:

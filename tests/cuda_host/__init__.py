@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from fastdiff.kernels import _cuda
 
@@ -89,6 +90,18 @@ def set_order(name: str) -> None:
     """Run the threads in one of ORDERS from now on."""
     kind, seed = ORDERS[name]
     library().emulation_set_order(kind, ctypes.c_uint64(seed))
+
+
+def call(name: str, *arguments: Tensor | int) -> None:
+    """Call a test's C function; tensors go by their address, numbers as int64."""
+    function = getattr(library(), name)
+    function.restype = ctypes.c_char_p
+    given = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    error = function(*given)
+    assert error is None, error.decode()
 
 
 @contextmanager

@@ -44,6 +44,14 @@ BACKENDS = [
     pytest.param("cpu", marks=needs_native),
 ]
 """For parametrize: the backends that have an implementation of every op."""
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() and bool(cuda_host.needs_compiler.args[0]),
+    reason="neither a GPU nor g++ for the emulation",
+)
+ALL_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_cuda)]
+"""For the ops that have CUDA kernels too: on a GPU, else under the emulation (conftest.py)."""
+KERNELS = [BACKENDS[1], ALL_BACKENDS[-1]]
+"""Those made for a GPU."""
 
 
 def device_of(backend: str) -> str:
@@ -355,8 +363,10 @@ def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
         )
 
 
-def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]]) -> None:
-    """The Triton implementation traces whole, forward and backward, once for all batch sizes.
+def check_compiles(
+    op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]], backend: str = "triton"
+) -> None:
+    """The implementation traces whole, forward and backward, once for all batch sizes.
 
     Traced by Dynamo and AOTAutograd; the graph's ops run as they are ("aot_eager"), since Inductor
     has nothing to add to opaque ops and no code for CPU tensors under the interpreter.
@@ -366,8 +376,8 @@ def check_compiles(op: Callable[..., Any], arguments: Callable[[int], tuple[Any,
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 3, 7):
         inputs = with_gradients((arguments(n), {}))
-        inputs = (tuple(a.detach().to(device_of("triton")).requires_grad_() for a in inputs[0]), {})
-        with kernels.backend("triton"):
+        inputs = (tuple(a.detach().to(device_of(backend)).requires_grad_() for a in inputs[0]), {})
+        with kernels.backend(backend):
             outputs, gradients = run(compiled, inputs)
             expected, expected_gradients = run(op, inputs)
         for have, want in zip(outputs + gradients, expected + expected_gradients, strict=True):

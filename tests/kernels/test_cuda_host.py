@@ -128,17 +128,22 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "tests"),
+    ("files", "tests"),
     [
-        ("test_cuda.py", "parity and (bfloat16 or drawn or chunks)"),
-        ("test_attention_cuda.py", "parity and bfloat16 and shuffled"),
+        (
+            ("cuda", "geglu", "layer_norm", "sampler_step", "philox", "cuda_ops"),
+            "(parity and (bfloat16 or drawn or chunks)) and test_cuda.py or cuda and "
+            "(bfloat16 or drawn or rows or tiles or layout or reference or unaligned)",
+        ),
+        (("attention_cuda",), "parity and bfloat16 and shuffled"),
     ],
+    ids=("others", "attention"),
 )
 def test_kernels_are_clean_under_sanitizers(
-    file: str, tests: str, sanitized: dict[str, str]
+    files: tuple[str, ...], tests: str, sanitized: dict[str, str]
 ) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
     command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests]
-    done = run_python([*command, f"tests/kernels/{file}"], sanitized)
+    done = run_python([*command, *(f"tests/kernels/test_{name}.py" for name in files)], sanitized)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout

@@ -12,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff import kernels
-from fastdiff.kernels import BackendError, BackendWarning, Implementation, dispatch
+from fastdiff.kernels import BackendError, BackendWarning, Implementation, dispatch, measured
 from tests.kernels.cases import recording
 
 X = torch.randn(2, 8)
@@ -47,6 +47,36 @@ def add(op: dispatch.Op, backend: str, reason: str | None = None, devices: tuple
             devices=devices,
         )
     )
+
+
+def test_auto_begins_with_what_the_op_prefers(op: dispatch.Op) -> None:
+    for backend in ("cpu", "triton", "cuda"):
+        add(op, backend)
+    op.first = lambda x: "triton" if len(x) == 2 else None
+    assert (op(X), op(X[:1])) == ("triton", "cuda")
+    assert kernels.explain("probe", X).chosen == "triton"
+    assert op.order((X,), {}) == ("triton", "cuda", "cpu", "reference")
+    add(op, "triton", "no such shape")
+    with pytest.warns(BackendWarning, match="no such shape"):
+        assert op(X) == "cuda"
+    op.first = lambda x: "nobody"  # what a file of another build may say
+    assert op(X) == "cuda"
+    with kernels.backend("cpu"):
+        assert op(X) == "cpu"
+
+
+def test_shape_classes_of_what_is_measured() -> None:
+    x = torch.empty(1, 320, 64, 64, dtype=torch.bfloat16, device="meta")
+    of = measured.CLASSES
+    assert of["group_norm_silu"](x, 32) == "nchw/cache"  # 2.6 MB
+    nhwc = x.to(memory_format=torch.channels_last)
+    assert of["add_group_norm_silu"](nhwc, 32, residual=nhwc) == "nhwc/cache"
+    assert of["geglu"](x[:, :32]) == "launch"
+    assert of["layer_norm"](x.expand(16, -1, -1, -1)) == "memory"
+    q = torch.empty(2, 4096, 8, 40, device="meta")
+    assert of["attention"](q, q, q) == "self/40"
+    assert of["attention"](q, q[:, :77], q[:, :77]) == "context/40"
+    assert set(of) == set(kernels.OPS) - {"philox_normal"}
 
 
 def test_auto_takes_the_first_without_an_objection(op: dispatch.Op) -> None:

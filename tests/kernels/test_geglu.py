@@ -13,14 +13,14 @@ from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.GEGLU, ids=str)
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("geglu", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:

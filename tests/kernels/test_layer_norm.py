@@ -21,21 +21,21 @@ from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.LAYER_NORM, ids=str)
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("layer_norm", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.ADD_LAYER_NORM, ids=str)
 def test_add_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("add_layer_norm", case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
@@ -105,7 +105,7 @@ def test_bits_repeat_and_do_not_depend_on_the_batch() -> None:
         assert torch.equal(alone[1][0], first[1][i])
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("used", ["y", "total"])
 def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
     device = cases.device_of(backend_name)
@@ -125,7 +125,7 @@ def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
             torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 def test_parameters_and_residual_may_have_dtypes_of_their_own(backend_name: str) -> None:
     """fp32 parameters under a bf16 network: their gradients keep fp32's digits."""
     device = cases.device_of(backend_name)
@@ -250,21 +250,21 @@ def test_a_constant_row_is_the_bias() -> None:
     assert torch.equal(layer_norm(torch.tensor([[5.5]])), torch.zeros(1, 1))
 
 
-@cases.needs_triton
-@pytest.mark.parametrize("d", [73, 4501])
-def test_a_constant_row_is_the_bias_in_triton(d: int) -> None:
+@pytest.mark.parametrize("backend_name", cases.KERNELS)
+@pytest.mark.parametrize("d", [73, 4501, 9001])
+def test_a_constant_row_is_the_bias_in_kernels(d: int, backend_name: str) -> None:
     """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
-    device = cases.device_of("triton")
+    device = cases.device_of(backend_name)
     x, residual = torch.full((2, 3, d), 0.1, device=device)
     bias = torch.randn(d, device=device)
-    with backend("triton"):
+    with backend(backend_name):
         assert torch.equal(layer_norm(x, None, bias), bias.expand(3, d))
         y, total = add_layer_norm(x, residual, None, bias)
     assert torch.equal(y, bias.expand(3, d))
     assert torch.equal(total, x + residual)
 
 
-@pytest.mark.parametrize("backend_name", cases.BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("d", [600, 4500])
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
     d: int, backend_name: str
@@ -282,6 +282,19 @@ def test_fp64_gradients() -> None:
     weight, bias = torch.randn(2, 6).double().requires_grad_().unbind()
     assert torch.autograd.gradcheck(layer_norm, (x, weight, bias))
     assert torch.autograd.gradcheck(add_layer_norm, (x, residual, weight, bias))
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("d", [600, 4500])
+def test_gradients_too_keep_their_digits_at_a_large_mean(d: int) -> None:
+    device = cases.device_of("triton")
+    x, weight = 1000 + 0.01 * torch.randn(8, d), torch.randn(d)
+    have = results(layer_norm, x.to(device), weight.to(device))[1:]
+    _, expected = cases.run(
+        cases.layer_norm_formula, cases.with_gradients(((x, weight), {}), torch.float64)
+    )
+    for gradient, exact in zip(have, expected, strict=True):
+        assert (gradient.cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_bad_input() -> None:

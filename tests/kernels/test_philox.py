@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from fastdiff.kernels.philox import (
     philox_words,
     radius,
 )
+from tests import cuda_host
 from tests.kernels import cases
 from tests.kernels.cases import recording
 from tests.kernels.interpreter import counting_traffic
@@ -106,7 +109,7 @@ def drawn(
         return philox_normal(seed, shape, step=step, stream=stream).cpu()
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_the_noise_of_an_image_does_not_depend_on_its_batch(backend: str) -> None:
     seeds = [5, 0, 2**63 - 1, 2**32, 5, 1, 77]
     for shape in ((4, 8, 8), (1, 5, 7), (3,)):
@@ -117,14 +120,14 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch(backend: str) -> Non
         assert torch.equal(together[0], together[4])
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_longer_image_begins_with_the_shorter_one(backend: str) -> None:
     z = drawn([3, 4], (18,), backend=backend)
     assert torch.equal(drawn([3, 4], (1001,), backend=backend)[:, :18], z)
     assert torch.equal(drawn([3, 4], (3, 6), backend=backend).flatten(1), z)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_step_may_be_a_tensor(backend: str) -> None:
     step = torch.tensor(6, device=cases.device_of(backend))
     z = drawn([3, 4], (9,), backend=backend, step=6)
@@ -132,7 +135,7 @@ def test_step_may_be_a_tensor(backend: str) -> None:
     assert not torch.equal(drawn([3, 4], (9,), backend=backend, step=1), z)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_negative_seed_is_read_by_its_bits(backend: str) -> None:
     low, high = -5 & ONES, (-5 >> 32) & ONES
     words = philox4x32(torch.zeros(4, dtype=torch.int64), torch.tensor([low, high])).tolist()
@@ -188,7 +191,7 @@ def test_nothing_correlates() -> None:
             assert abs(correlation) < 5 / math.sqrt(n), name
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_shapes_and_backend(backend: str) -> None:
     with recording("philox_normal") as ran:
         z = drawn([1, 2], (3, 0, 5), backend=backend)
@@ -242,12 +245,26 @@ def words_kernel(words: tl.tensor, out: tl.tensor, BLOCK: tl.constexpr) -> None:
     tl.store(target + 3, w3.to(tl.int64))
 
 
-@cases.needs_triton
-def test_triton_words_equal_the_published_and_the_reference_bit_for_bit() -> None:
+def many_words() -> torch.Tensor:
+    """(4096, 6), counter and key: the published ones first, edges of 32 bits, any others."""
     known = torch.tensor([[*counter, *key] for _, counter, key, _ in VECTORS])
     edges = torch.tensor([0, 1, 2**31 - 1, 2**31, ONES - 1, ONES])
     edges = edges[torch.randint(6, (1000, 6))]
-    words = torch.cat([known, edges, torch.randint(2**32, (4096 - 1003, 6))])
+    return torch.cat([known, edges, torch.randint(2**32, (4096 - 1003, 6))])
+
+
+@cuda_host.needs_compiler
+def test_cuda_words_equal_the_published_and_the_reference_bit_for_bit() -> None:
+    words = many_words()
+    out = torch.zeros(4096, 4, dtype=torch.uint32)
+    cuda_host.call("emulation_philox_words", words.to(torch.uint32), out, 4096)
+    assert torch.equal(out.to(torch.int64), philox4x32(words[:, :4], words[:, 4:]))
+    assert out[:3].tolist() == [list(words) for *_, words in VECTORS]
+
+
+@cases.needs_triton
+def test_triton_words_equal_the_published_and_the_reference_bit_for_bit() -> None:
+    words = many_words()
     device = cases.device_of("triton")
     out = torch.zeros(4096, 4, dtype=torch.int64, device=device)
     _triton.launch(words_kernel, (4,), words.to(device), out, BLOCK=1024)
@@ -269,9 +286,27 @@ def functions_kernel(out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> N
     tl.store(out + 5 * count + k, y_rest)
 
 
+def triton_parts(count: int) -> torch.Tensor:
+    out = torch.zeros(6, count, device=cases.device_of("triton"))
+    _triton.launch(functions_kernel, (128,), out, count, BLOCK=count // 128)
+    return out.cpu()
+
+
+def emulated_parts(count: int) -> torch.Tensor:
+    out = torch.zeros(6, count)
+    cuda_host.call("emulation_normal_parts", out, count)
+    return out
+
+
 @pytest.mark.slow
-@cases.needs_triton
-def test_triton_normals_are_within_2_ulp_of_the_reference() -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(triton_parts, marks=cases.needs_triton),
+        pytest.param(emulated_parts, marks=cuda_host.needs_compiler),
+    ],
+)
+def test_normals_are_within_2_ulp_of_the_reference(parts: Callable[[int], torch.Tensor]) -> None:
     """Proven by enumeration: the 2^23 values of u, all that radius and circle are ever given.
 
     z is the product of r and cos or sin, each a sum of two fp32 numbers; it is rounded once, and
@@ -280,8 +315,7 @@ def test_triton_normals_are_within_2_ulp_of_the_reference() -> None:
     products of two small parts that are left out are below 2^-46.
     """
     count = 2**23
-    out = torch.zeros(6, count, device=cases.device_of("triton"))
-    _triton.launch(functions_kernel, (128,), out, count, BLOCK=count // 128)
+    out = parts(count)
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     # 1 - u is exact: log1p keeps the digits near u = 1; cos and sin of the angle from the nearest
     # quarter turn keep them near their zeros
@@ -293,23 +327,32 @@ def test_triton_normals_are_within_2_ulp_of_the_reference() -> None:
     exact = r, table.gather(0, quarter[None])[0], table.gather(0, (quarter[None] + 3) % 4)[0]
     worst = []
     for i, wanted in enumerate(exact):
-        have, rest = out[2 * i].cpu().double(), out[2 * i + 1].cpu().double()
+        have, rest = out[2 * i].double(), out[2 * i + 1].double()
         worst.append(((have + rest - wanted) / wanted).abs().max().item())
         assert (rest.abs() <= 2.0**-23 * have.abs()).all()
     assert worst[0] + max(worst[1:]) < 0.4 * 2.0**-24, worst
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("shape", [(4, 8, 8), (1, 5, 7), (3,), (), (1027,)], ids=str)
-def test_triton_normals_against_the_reference(shape: tuple[int, ...]) -> None:
+def test_normals_against_the_reference(shape: tuple[int, ...], backend: str) -> None:
     seeds = [3, -5, 2**63 - 1, 2**32, 0]
     for step, stream in ((0, 0), (1, 1), (2**32 - 1, 2**32 - 1), (2**31, 2)):
         z, expected = (
             drawn(seeds, shape, backend=name, step=step, stream=stream)
-            for name in ("triton", "reference")
+            for name in (backend, "reference")
         )
         ulp = torch.from_numpy(np.spacing(expected.abs().numpy()))
         assert ((z - expected).abs() <= 2 * ulp).all()
+
+
+@cases.needs_triton
+@cases.needs_cuda
+def test_triton_and_cuda_give_the_same_bits() -> None:
+    seeds = list(range(-20, 20))
+    with cuda_host.emulated() if not torch.cuda.is_available() else nullcontext():
+        z = drawn(seeds, (1027,), backend="cuda", step=5, stream=1)
+    assert torch.equal(z, drawn(seeds, (1027,), backend="triton", step=5, stream=1))
 
 
 @cases.needs_triton

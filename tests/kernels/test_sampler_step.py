@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from fastdiff import kernels
 from fastdiff.diffusion.samplers import SAMPLERS, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from fastdiff.kernels import COLUMNS, SAMPLER_NOISE, _triton, philox_normal, sampler_step
+from fastdiff.kernels import (
+    COLUMNS,
+    SAMPLER_NOISE,
+    _sampler_step_cuda,
+    _triton,
+    philox_normal,
+    sampler_step,
+)
 from fastdiff.kernels._sampler_step import run_step
 from fastdiff.kernels.sampler_step import sampler_step_triton
 from tests.kernels import cases
@@ -147,7 +154,7 @@ def check_row(
             assert_parity(result, torch.from_numpy(wanted), torch.from_numpy(usual))
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", ROWS)
@@ -155,7 +162,7 @@ def test_fp32_parity(name: str, guided: bool, learned: bool, backend: str) -> No
     check_row(backend, ROWS[name], torch.float32, guided=guided, learned=learned)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_fp32_parity_at_drawn_rows(backend: str, data: st.DataObject) -> None:
@@ -178,7 +185,7 @@ def network(x: torch.Tensor, *, learned: bool) -> torch.Tensor:
     return torch.cat([f, torch.cos(2 * f)], dim=1) if learned else f
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("name", [*SAMPLERS, "ddpm-learned", "clamped", "rescaled"])
 def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
     """10 steps with guidance and noise: fp32 on each backend, by parity with fp64.
@@ -214,7 +221,7 @@ def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
     assert_parity(run(backend, torch.float32), exact, eager)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_slot_with_coefficient_zero_is_not_read(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     history[:] = float("nan")
@@ -223,7 +230,7 @@ def test_a_slot_with_coefficient_zero_is_not_read(backend: str) -> None:
     assert history.isnan().all()
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_the_noise_is_keyed_by_seed_and_row(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     table = make_table({C.S: 1.0}, {C.S: 1.0}, dtype=torch.float32)
@@ -235,7 +242,7 @@ def test_the_noise_is_keyed_by_seed_and_row(backend: str) -> None:
     assert (results[0] - results[1]).abs().mean() > 0.5
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
     seeds = torch.arange(7)
     x, f, history = (t.float() for t in drawn(7, guided=True, learned=True))
@@ -250,7 +257,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
         assert torch.equal(alone[0], together[i])
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_views_are_written_through(backend: str) -> None:
     """x as (H, W, C, N) in memory, and as a part whose rows have gaps."""
     device = cases.device_of(backend)
@@ -279,44 +286,59 @@ LAYOUTS = {
 }
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("which", ["prediction", "x", "all"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_triton_gives_the_same_bits_in_any_layout(name: str, which: str) -> None:
+def test_kernels_give_the_same_bits_in_any_layout(name: str, which: str, backend: str) -> None:
     """Element e of the noise is that of the logical order, whatever the memory's."""
     shape = 3, 3, 5, 7
     layout, dense = LAYOUTS[name], lambda t: t
     x, history = torch.randn(shape), torch.randn(3, *shape)
     f = torch.randn(6, 6, 5, 7).bfloat16()
     table = make_table({**ROWS["variance bounds"], **STORE, C.SLOT: 1}, dtype=torch.float32)
-    expected = stepped("triton", x, f, history, table)
+    expected = stepped(backend, x, f, history, table)
     of_x, of_f = (layout if which in (it, "all") else dense for it in ("x", "prediction"))
     slots = torch.stack([of_x(slot) for slot in history])
     if name == "channels_last" and which != "prediction":
         slots = history.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         slots = slots.unflatten(0, (3, 3))
-    results = stepped("triton", of_x(x), of_f(f), slots, table)
+    results = stepped(backend, of_x(x), of_f(f), slots, table)
     assert torch.equal(results[0], expected[0])
     assert torch.equal(results[1], expected[1])
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
+def test_gaps_between_channels_are_not_written(backend: str) -> None:
+    x, f, history = (t.float() for t in drawn(guided=False, learned=False))
+    table = make_table(ROWS["multistep"], dtype=torch.float32)
+    expected, _ = stepped(backend, x, f, history, table)
+    device = cases.device_of(backend)
+    wide = torch.zeros(3, 2, 6, 5, device=device)
+    wide[:, :, :4] = x.to(device)
+    rest = (t.to(device) for t in (f, history, table, torch.tensor(0), SEEDS))
+    with kernels.backend(backend):
+        sampler_step(wide[:, :, :4], *rest)
+    assert torch.equal(wide[:, :, :4].cpu(), expected)
+    assert not wide[:, :, 4:].any()
+
+
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 9), (3, 2, 2, 3, 4), (3, 1, 1, 1)], ids=str)
-def test_triton_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+def test_kernels_take_any_number_of_dimensions(shape: tuple[int, ...], backend: str) -> None:
     x, f, history = torch.randn(shape), torch.randn(6, *shape[1:]), torch.randn(3, *shape)
     table = make_table({**ROWS["guided"], **STORE, C.SLOT: 1}, dtype=torch.float32)
     for result, expected in zip(
-        stepped("triton", x, f, history, table),
+        stepped(backend, x, f, history, table),
         stepped("reference", x, f, history, table),
         strict=True,
     ):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
-def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> None:
+def test_kernels_merge_the_moments_of_many_tiles(layout: str, learned: bool, backend: str) -> None:
     """A mean far from 0, which one pass over squares would lose; several tiles to each part. The
     channels of a learned variance, which lie between the others in channels_last, are left out."""
     shape = (2, 4, 20, 27)  # 9 tiles of 256
@@ -331,11 +353,12 @@ def test_triton_merges_the_moments_of_many_tiles(layout: str, learned: bool) -> 
     config = {"BLOCK": 32, "num_warps": 4}
     with pytest.MonkeyPatch.context() as patch, _triton.override_config("sampler_step", config):
         patch.setattr(sys.modules[run_step.__module__], "PARTS", 3)
-        result, _ = stepped("triton", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
+        patch.setattr(_sampler_step_cuda, "PARTS", 2)  # tiles of 1024
+        result, _ = stepped(backend, x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     assert_parity(result, exact, eager)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_half_precision_predictions_and_empty_batches(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     table = make_table(ROWS["ddim"], dtype=torch.float32)
@@ -344,13 +367,13 @@ def test_half_precision_predictions_and_empty_batches(backend: str) -> None:
     stepped(backend, x[:0], f[:0], history[:, :0], table, seeds=SEEDS[:0])
 
 
-@cases.needs_triton
+@pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("step", [-1, 1, 2**40])
-def test_triton_makes_nan_of_a_step_beyond_the_table(step: int) -> None:
+def test_kernels_make_nan_of_a_step_beyond_the_table(step: int, backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=True, learned=True))
     table = make_table(ROWS["multistep"], dtype=torch.float32)
     for rescale in (0.0, 0.7):
-        out, slots = stepped("triton", x, f, history, table, step=step, rescale=rescale)
+        out, slots = stepped(backend, x, f, history, table, step=step, rescale=rescale)
         assert out.isnan().all()
         assert torch.equal(slots, history)
 
@@ -430,14 +453,19 @@ def test_traffic_is_what_the_docstring_says(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_a_captured_step_replays_with_another_step_seed_and_table(rescale: float) -> None:
+def test_a_captured_step_replays_with_another_step_seed_and_table(
+    rescale: float, backend: str
+) -> None:
     """And neither the launch nor the replay waits for the device."""
+    if backend not in kernels.OPS["sampler_step"].implementations:
+        pytest.skip(f"no {backend} kernels here")
     x, f, history = (t.float().cuda() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], ROWS["multistep"], dtype=torch.float32).cuda()
     step, seeds = torch.tensor(0, device="cuda"), SEEDS.cuda()
     start, slots = x.clone(), history.clone()
-    with kernels.backend("triton"):
+    with kernels.backend(backend):
         sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)  # compiles
         graph = torch.cuda.CUDAGraph()
         torch.cuda.set_sync_debug_mode("error")
@@ -488,7 +516,7 @@ def test_bad_input(change: dict, message: str) -> None:
         sampler_step(x, **arguments)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 3), (1,), (3, 7, 11)])
 @pytest.mark.parametrize("value", [1.0, 0.1, 0.3, 0.7, 1 / 3])
 def test_rescaling_a_constant_prediction_leaves_it_alone(
@@ -504,7 +532,7 @@ def test_rescaling_a_constant_prediction_leaves_it_alone(
     torch.testing.assert_close(x, plain, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_guided_half_precision_predictions_are_combined_in_fp32(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], dtype=torch.float32)

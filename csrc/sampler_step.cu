@@ -1,0 +1,70 @@
+// Launcher of sampler_step.
+
+#include "sampler_step.cuh"
+
+#include "launch.cuh"
+
+namespace fastdiff {
+namespace {
+
+/// fields: strides of images, of the outer and the inner dimension, the inner's size, in order.
+ImageLayout layout_of(const int64_t* fields, const void* data, size_t itemsize) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % (4 * itemsize) == 0;
+  return {fields[0], fields[1], fields[2], unsigned(fields[3]),
+          fields[4] != 0 && aligned && fields[0] % 4 == 0};
+}
+
+template <typename T>
+const char* run(const StepArguments<T>& p, const Target& target) {
+  if (p.moments != nullptr)
+    FASTDIFF_TRY(launch(sampler_step_moments<T>, grid_of(p.n * p.parts), kMomentThreads, 0, target,
+                        p));
+  const int64_t tiles = ceil_div(p.elements, 4 * kStepThreads);
+  return launch(sampler_step_row<T>, grid_of(p.n * tiles), kStepThreads, 0, target, p,
+                unsigned(tiles));
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+using namespace fastdiff;
+
+/// A row of the table. dtype: the prediction's. elements: of an image, below 2^31. layouts: 4 times 5 numbers (see layout_of), of x,
+/// the prediction, history, and the prediction in the order of its memory. moments: (n, parts, 5)
+/// fp32 for guidance rescale, or null.
+FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
+    int device, void* stream, int dtype, float* x, const void* prediction, float* history,
+    const float* table, const int64_t* step, const int64_t* seeds, float* moments,
+    const int64_t* layouts, int64_t slot_stride, int64_t variance, int64_t n, int64_t rows,
+    int64_t elements, int64_t parts, float rescale, int64_t noise_stream, int guided,
+    int learned) {
+  const Target target{device, stream};
+  FASTDIFF_TRY(select_device(target));
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    StepArguments<T> p{};
+    p.x = x;
+    p.prediction = static_cast<const T*>(prediction);
+    p.history = history;
+    p.table = table;
+    p.step = step;
+    p.seeds = seeds;
+    p.moments = moments;
+    p.at_x = layout_of(layouts, x, sizeof(float));
+    p.at_f = layout_of(layouts + 5, prediction, sizeof(T));
+    p.at_history = layout_of(layouts + 10, history, sizeof(float));
+    p.at_history.dense = p.at_history.dense && slot_stride % 4 == 0;
+    p.along_f = layout_of(layouts + 15, prediction, sizeof(T));
+    p.slot_stride = slot_stride;
+    p.variance = variance;
+    p.n = n;
+    p.rows = rows;
+    p.elements = unsigned(elements);
+    p.parts = unsigned(parts);
+    p.rescale = rescale;
+    p.stream = uint32_t(noise_stream);
+    p.guided = guided != 0;
+    p.learned = learned != 0;
+    return run<T>(p, target);
+  });
+}

@@ -1,0 +1,268 @@
+// One row of a sampler table, in place on x and history (kernels/sampler_step.py has the maths).
+//
+// One launch; with guidance rescale one before it, for the deviations of whole images. Step and row
+// are read on the device, so that a captured launch serves every row. A thread has the four
+// elements of one Philox counter, in the logical order of an image, whatever the layouts: loads and
+// stores are of 16 bytes (8 of half precision) where a tensor is dense, else one number each. Bytes:
+// x in and out, the prediction (twice with guidance, once more for a learned variance), each history
+// slot that is read or written. A coefficient of 0 means that its tensor is not read.
+//
+// A step outside of the table makes x NaN and leaves the history: a kernel cannot raise, and x as it
+// was would be a wrong image that nobody notices.
+
+#pragma once
+
+#include "normal.cuh"
+
+namespace fastdiff {
+
+/// The columns of a table, as kernels/sampler_step.py names them.
+enum Column : int {
+  kU, kV, kA, kB, kC1, kC2, kC3, kS, kP, kQ, kSlot, kW, kClamp, kLogvarMin, kLogvarMax
+};
+constexpr int kColumns = 16;
+constexpr int kSlots = 3;
+constexpr int kStepThreads = 128;
+constexpr int kMomentThreads = 256;
+
+/// Where the elements of an image lie: e = outer * size + inner. An image has fewer than 2^31
+/// elements, whose numbers are 32-bit (a 64-bit division is a call); where they lie is not.
+struct ImageLayout {
+  int64_t image, outer, inner;  // strides
+  unsigned size;                // of the inner dimension
+  bool dense;                   // in order, without gaps, and images begin at a multiple of 4
+};
+
+/// Where four neighbouring elements lie in an image; `count` of them are there.
+struct Quad {
+  int64_t at[4];
+  int count;
+  bool packed;
+
+  __device__ __forceinline__ Quad(const ImageLayout& layout, unsigned first, unsigned elements)
+      : count(static_cast<int>(elements - first < 4 ? elements - first : 4)),
+        packed(layout.dense && count == 4) {
+    unsigned o = layout.dense ? 0 : first / layout.size;
+    unsigned i = layout.dense ? first : first % layout.size;
+    const int64_t step = layout.dense ? 1 : layout.inner;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      at[k] = o * layout.outer + i * step;
+      if (++i == layout.size && !layout.dense) {
+        i = 0;
+        ++o;
+      }
+    }
+  }
+
+  /// Their numbers as fp32, 0 beyond the image. `from`: the image's first number.
+  template <typename T>
+  __device__ __forceinline__ void load(const T* from, float (&out)[4]) const {
+    if (packed) return unpack(load_pack<T, 4>(from + at[0]), out);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) out[k] = k < count ? to_float(from[at[k]]) : 0.0f;
+  }
+
+  __device__ __forceinline__ void store(float* to, const float (&in)[4]) const {
+    if (packed) return store_pack<float, 4>(to + at[0], pack_of<float, 4>(in));
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (k < count) to[at[k]] = in[k];
+  }
+};
+
+template <typename T>
+struct StepArguments {
+  float* x;
+  const T* prediction;   // N or 2N images: [uncond; cond]
+  float* history;        // kSlots slots of N images
+  const float* table;    // (rows, kColumns)
+  const int64_t* step;
+  const int64_t* seeds;  // (N,)
+  float* moments;        // (N, parts, 5), or null without rescale
+  ImageLayout at_x, at_f, at_history, along_f;  // along_f: in the order of memory
+  int64_t slot_stride, variance;  // from slot to slot; from a prediction to its learned variance
+  int64_t n, rows;
+  unsigned elements, parts;
+  float rescale;
+  uint32_t stream;
+  bool guided, learned;
+
+  /// The table's row, or null where it has none; its number.
+  __device__ __forceinline__ const float* row(int64_t& index) const {
+    index = *step;
+    return index >= 0 && index < rows ? table + index * kColumns : nullptr;
+  }
+};
+
+/// F = uncond + W (cond - uncond); one rounding order everywhere, so that a constant stays one.
+__device__ __forceinline__ float guide(float uncond, float cond, float scale) {
+  return fmaf(scale, cond - uncond, uncond);
+}
+
+/// Takes in the first `count` (1 to 4) numbers, by Chan's formula as `Moments::merge`; the division
+/// may be 2 ulp off, in a share of the mean.
+__device__ __forceinline__ void add_four(Moments& moments, const float (&d)[4], int count) {
+  const float more = static_cast<float>(count), total = moments.count + more;
+  float mean = 0, m2 = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) mean += k < count ? d[k] : 0.0f;
+  mean = __fdividef(mean, more);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float apart = k < count ? d[k] - mean : 0.0f;
+    m2 += apart * apart;
+  }
+  const float share = __fdividef(more, total), delta = mean - moments.mean;
+  moments.mean += delta * share;
+  moments.m2 += m2 + delta * delta * moments.count * share;
+  moments.count = total;
+}
+
+/// Count, mean and squares of F, mean and squares of F_cond, of every parts-th tile of an image;
+/// means are above the image's first number, so that a constant has none. Grid: N * parts.
+template <typename T>
+__global__ void __launch_bounds__(kMomentThreads) sampler_step_moments(StepArguments<T> p) {
+  FASTDIFF_SHARED(float, scratch, 3 * kMomentThreads / kWarpSize);
+  const int64_t image = blockIdx.x / p.parts;
+  const unsigned part = blockIdx.x % p.parts;
+  int64_t index;
+  const float* row = p.row(index);
+  if (row == nullptr) return;  // the whole block; the next launch does not read the moments then
+  const float scale = row[kW];
+  const T* uncond = p.prediction + image * p.along_f.image;
+  const T* cond = uncond + p.n * p.along_f.image;
+  const float pivot_cond = to_float(*cond);
+  const float pivot = guide(to_float(*uncond), pivot_cond, scale);
+  Moments of_f, of_cond;
+  const unsigned stride = p.parts * kMomentThreads * 4;
+  for (unsigned first = (part * kMomentThreads + threadIdx.x) * 4; first < p.elements;
+       first += stride) {  // 2^31 + a stride is below 2^32
+    const Quad quad(p.along_f, first, p.elements);
+    float f[4], c[4];
+    quad.load(uncond, f);
+    quad.load(cond, c);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      f[k] = guide(f[k], c[k], scale) - pivot;
+      c[k] -= pivot_cond;
+    }
+    add_four(of_f, f, quad.count);
+    add_four(of_cond, c, quad.count);
+  }
+  of_f = block_merge(of_f, scratch);
+  of_cond = block_merge(of_cond, scratch);
+  if (threadIdx.x != 0) return;
+  float* out = p.moments + static_cast<int64_t>(blockIdx.x) * 5;
+  out[0] = of_f.count;
+  out[1] = of_f.mean;
+  out[2] = of_f.m2;
+  out[3] = of_cond.mean;
+  out[4] = of_cond.m2;
+}
+
+/// std(F_cond) / std(F) of an image, 1 where F is constant; every lane of a warp must call it.
+template <typename T>
+__device__ __forceinline__ float ratio_of_deviations(const StepArguments<T>& p, int64_t image) {
+  Moments of_f, of_cond;
+  for (unsigned i = threadIdx.x % kWarpSize; i < p.parts; i += kWarpSize) {
+    const float* in = p.moments + (image * p.parts + i) * 5;
+    Moments f, cond;
+    f.count = cond.count = in[0];
+    f.mean = in[1];
+    f.m2 = in[2];
+    cond.mean = in[3];
+    cond.m2 = in[4];
+    of_f.merge(f);
+    of_cond.merge(cond);
+  }
+  of_f = warp_merge(of_f);
+  of_cond = warp_merge(of_cond);
+  return of_f.m2 > 0 ? sqrtf(of_cond.m2 / of_f.m2) : 1.0f;
+}
+
+/// The factor of the noise: S, or exp(logvar / 2) from what the network learned.
+template <typename T>
+__device__ __forceinline__ void noise_factors(const StepArguments<T>& p, const float* row,
+                                              const T* cond, Quad quad, float (&out)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) out[k] = row[kS];
+  if (!p.learned) return;
+  quad.packed = quad.packed && p.variance % 4 == 0;
+  quad.load(cond + p.variance, out);
+  const float low = row[kLogvarMin], high = row[kLogvarMax];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float fraction = (out[k] + 1.0f) * 0.5f;
+    out[k] = expf(0.5f * (fraction * high + (1.0f - fraction) * low));
+  }
+}
+
+/// Grid: N * tiles, a tile being 4 kStepThreads elements of an image.
+template <typename T>
+__global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
+  const int64_t image = blockIdx.x / tiles;
+  const unsigned block = blockIdx.x % tiles * kStepThreads + threadIdx.x;
+  const bool outside = 4 * block >= p.elements;
+  int64_t index;
+  const float* row = p.row(index);
+  float* to = p.x + image * p.at_x.image;
+  const Quad at_x(p.at_x, 4 * block, p.elements);
+  if (row == nullptr) {  // the whole grid
+    const float nan = __uint_as_float(0x7fc00000u);
+    const float out[4] = {nan, nan, nan, nan};
+    if (!outside) at_x.store(to, out);
+    return;
+  }
+  float share = 1.0f;
+  if (p.moments != nullptr)
+    share = p.rescale * ratio_of_deviations(p, image) + (1.0f - p.rescale);
+  if (outside) return;
+
+  float x[4], f[4], d[4], next[4];
+  at_x.load(to, x);
+  const Quad at_f(p.at_f, 4 * block, p.elements);
+  const T* cond = p.prediction + (p.guided ? p.n + image : image) * p.at_f.image;
+  at_f.load(cond, f);
+  if (p.guided) {
+    at_f.load(p.prediction + image * p.at_f.image, d);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) f[k] = guide(d[k], f[k], row[kW]) * share;
+  }
+  const float bound = row[kClamp];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    d[k] = row[kU] * x[k] + row[kV] * f[k];
+    d[k] = d[k] > bound ? bound : d[k] < -bound ? -bound : d[k];  // keeps NaN
+    next[k] = row[kA] * x[k] + row[kB] * d[k];
+  }
+  const Quad at_history(p.at_history, 4 * block, p.elements);
+  float* history = p.history + image * p.at_history.image;
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const float c = row[kC1 + slot];
+    if (c == 0) continue;
+    float h[4];
+    at_history.load(history + slot * p.slot_stride, h);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) next[k] += c * h[k];
+  }
+  if (row[kS] != 0) {
+    float factors[4], z[4];
+    noise_factors(p, row, cond, at_f, factors);
+    const NormalKey key{static_cast<uint64_t>(p.seeds[image]), static_cast<uint32_t>(index),
+                        p.stream};
+    normals_of_block(key, block, z);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) next[k] += factors[k] * z[k];
+  }
+  const int slot = static_cast<int>(row[kSlot]);
+  if (slot >= 0 && slot < kSlots) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) d[k] = row[kP] * x[k] + row[kQ] * d[k];
+    at_history.store(history + slot * p.slot_stride, d);
+  }
+  at_x.store(to, next);
+}
+
+}  // namespace fastdiff
