@@ -173,26 +173,27 @@ def in_turns(steps: dict[str, Step], rounds: int, tolerance: float) -> dict[str,
 def records(
     seconds: dict[str, list[float]], job: str, shape: str, dtype: str, flops: int
 ) -> list[Record]:
-    found = []
-    for provider, times in seconds.items():
-        q1, median, q3 = quantiles(times, n=4, method="inclusive")
-        found.append(
-            Record(
-                benchmark=END_TO_END,
-                job=job,
-                shape=shape,
-                provider=provider,
-                dtype=dtype,
-                threads=torch.get_num_threads(),
-                rounds=len(times),
-                q1_s=q1,
-                median_s=median,
-                q3_s=q3,
-                bytes=0,
-                flops=flops,
-            )
+    return [
+        Record(
+            benchmark=END_TO_END,
+            job=job,
+            shape=shape,
+            provider=provider,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+            rounds=len(times),
+            bytes=0,
+            flops=flops,
+            **quartiles_of(times),
         )
-    return found
+        for provider, times in seconds.items()
+    ]
+
+
+def quartiles_of(times: list[float]) -> dict[str, Any]:
+    """In the words of `Record`."""
+    q1, median, q3 = quantiles(times, n=4, method="inclusive")
+    return {"q1_s": q1, "median_s": median, "q3_s": q3}
 
 
 def keep(found: list[Record], benchmark: Any) -> None:

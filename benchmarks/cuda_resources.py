@@ -5,8 +5,8 @@
     python -m benchmarks.cuda_resources --docs     write docs/resources-cuda.md
 
 setup.py compiles the files of ``csrc/`` with nvcc and keeps what ptxas told of each kernel beside
-the object, so that after ``make build`` nothing is compiled for it. No GPU is needed. Exit code 2
-where nvcc is not found.
+the object, so that after ``make build`` nothing is compiled for it. No GPU is needed. Exit code 1
+where a kernel spills on one of `DOCUMENTED`, 2 where nvcc is not found.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def document(rows: Sequence[Resources]) -> str:
         "kernel may be launched with. What a launch adds of shared memory depends on the shape",
         "and is not in it. A row takes all variants of a kernel together (vector widths, head",
         "sizes) and shows the most that any of them takes. Stack is arrays that are indexed at run",
-        "time. A test holds that nothing spills and that every kernel is named here.",
+        "time. A test holds that nothing spills on these three and that every kernel is named.",
     ]
     groups = grouped(rows)
     for source in dict.fromkeys(key[0] for key in groups):
@@ -297,10 +297,10 @@ def main(options: Options) -> int:
         for (_, kernel, dtype), variants in grouped(rows).items():
             shown.add_row(kernel, dtype, *cells(variants, chips))
         Console().print(shown)
-    spilled = sorted({row.kernel for row in rows if row.spills})
-    if spilled:
-        print(f"registers spill in {', '.join(spilled)}", file=sys.stderr)
-    return 1 if spilled else 0
+    spilled = sorted({(row.architecture, row.kernel) for row in rows if row.spills})
+    for architecture, kernel in spilled:
+        print(f"{kernel} spills registers on {architecture}", file=sys.stderr)
+    return 1 if any(architecture in DOCUMENTED for architecture, _ in spilled) else 0
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ from fastdiff import kernels
 LIMITS = ("copy", "sgemm", "matmul")
 END_TO_END = "end to end"
 """Records of whole networks beside others' (bench_cpu_networks.py)."""
+IN_TURNS = "in turns"
+"""Records of ops beside eager PyTorch (bench_cpu_ops.py)."""
 PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
 BUDGET_S = 1.0
 """How long the timed rounds of one benchmark may take together."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import gpu_report, predict
+from benchmarks import cpu_report, gpu_report, predict
 from benchmarks.harness import (
     END_TO_END,
+    IN_TURNS,
     LIMITS,
     RESULTS,
     Peak,
@@ -240,7 +241,7 @@ def section(device: Device) -> str:
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
     ops = {row.record.benchmark for _, row in rows}
     measured = [pair for pair in device.records() if pair[1].benchmark not in ops]
-    alone = [pair for pair in measured if pair[1].benchmark != END_TO_END]
+    alone = [pair for pair in measured if pair[1].benchmark not in (END_TO_END, IN_TURNS)]
     peers = [pair for pair in measured if pair[1].benchmark == END_TO_END]
     shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *measured)}
     used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
@@ -263,6 +264,7 @@ def section(device: Device) -> str:
                 ),
                 [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks],
             ),
+            *cpu_tables(device),
             *(["#### Beside diffusers, on the same weights", peer_table(peers)] if peers else []),
             "#### Share of each op",
             table(
@@ -287,6 +289,20 @@ def section(device: Device) -> str:
             ),
         ]
     )
+
+
+def cpu_tables(device: Device) -> list[str]:
+    """Aims, and every call beside eager, of the newest run that has them."""
+    runs = [run for run in device.runs if any(r.benchmark == IN_TURNS for r in run.records)]
+    if not runs:
+        return []
+    records = runs[-1].records
+    return [
+        f"#### Aims ({runs[-1].commit})",
+        table(*headed(cpu_report.aims(records))),
+        f"#### Every call beside eager PyTorch ({runs[-1].commit})",
+        table(*headed(cpu_report.op_rows(records))),
+    ]
 
 
 def picture(device: Device) -> Path:

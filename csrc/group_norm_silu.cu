@@ -1,8 +1,6 @@
 // Launchers of group_norm_silu and add_group_norm_silu, forward: which way through, and how large.
 
-#include "group_norm_silu.cuh"
-
-#include <numeric>
+#include "group_norm_silu_on_chip.cuh"
 
 #include "launch.cuh"
 #include "norm_plan.h"
@@ -10,39 +8,58 @@
 namespace fastdiff {
 namespace {
 
+/// The kernel that keeps a group in the shared memory of a cluster.
+template <typename T>
+const void* cluster_kernel(int vector, bool channels_last) {
+  constexpr int V = kWide<T>;
+  if (channels_last)
+    return vector == V ? reinterpret_cast<const void*>(norm_on_chip_columns<T, V, true>)
+                       : reinterpret_cast<const void*>(norm_on_chip_columns<T, 1, true>);
+  return vector == V ? reinterpret_cast<const void*>(norm_on_chip_rows<T, V, true>)
+                     : reinterpret_cast<const void*>(norm_on_chip_rows<T, 1, true>);
+}
+
 template <typename T, int V>
 const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                         float* workspace, const Target& target) {
   if (plan.on_chip) {
-    const int64_t slabs = ceil_div(shape.groups, plan.slab);
-    return launch(norm_on_chip_columns<T, V>, dim3(unsigned(shape.n * slabs)), plan.threads,
-                  plan.shared, target, p, shape, plan.slab);
+    const dim3 grid = grid_of(shape.n * ceil_div(shape.groups, plan.slab) * plan.cluster);
+    if (plan.cluster > 1)
+      return launch_cluster(norm_on_chip_columns<T, V, true>, grid, plan.cluster, plan.threads,
+                            plan.shared, target, p, shape, plan.slab, plan.length);
+    return launch(norm_on_chip_columns<T, V, false>, grid, plan.threads, plan.shared, target, p,
+                  shape, plan.slab, plan.length);
   }
   const Chunks chunks{plan.chunks, plan.length};
-  const dim3 grid(unsigned(shape.n * plan.chunks), unsigned(ceil_div(shape.c, plan.columns)));
+  const dim3 grid = grid_of(shape.n * plan.chunks, ceil_div(shape.c, plan.columns));
   const T* source = p.total != nullptr ? p.total : p.x;
   FASTDIFF_TRY(launch(norm_moments_columns<T, V>, grid, kNormThreads, plan.shared, target, p,
                       shape, chunks, plan.columns, workspace));
-  FASTDIFF_TRY(launch(norm_finalize<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads, 0,
+  FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
                       target, p, shape, chunks, const_cast<const float*>(workspace), source,
                       int64_t{1}));
-  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, p, shape, chunks,
-                plan.columns, source);
+  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, p, shape,
+                chunks, plan.columns, source);
 }
 
 template <typename T, int V>
 const char* run_rows(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                      float* workspace, const Target& target) {
-  if (plan.on_chip)
-    return launch(norm_on_chip_rows<T, V>, dim3(unsigned(shape.n * shape.groups)),
-                  plan.threads, plan.shared, target, p, shape);
+  if (plan.on_chip) {
+    const dim3 grid = grid_of(shape.n * shape.groups * plan.cluster);
+    if (plan.cluster > 1)
+      return launch_cluster(norm_on_chip_rows<T, V, true>, grid, plan.cluster, plan.threads,
+                            plan.shared, target, p, shape, plan.length);
+    return launch(norm_on_chip_rows<T, V, false>, grid, plan.threads, plan.shared, target, p,
+                  shape, plan.length);
+  }
   const Chunks chunks{plan.chunks, plan.length};
   constexpr int64_t kWarps = kNormThreads / kWarpSize;
-  const dim3 grid(unsigned(ceil_div(shape.n * shape.c * plan.chunks, kWarps)));
+  const dim3 grid = grid_of(ceil_div(shape.n * shape.c * plan.chunks, kWarps));
   const T* source = p.total != nullptr ? p.total : p.x;
   FASTDIFF_TRY(launch(norm_moments_rows<T, V>, grid, kNormThreads, 0, target, p, shape,
                       chunks, workspace));
-  FASTDIFF_TRY(launch(norm_finalize<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads, 0,
+  FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
                       target, p, shape, chunks, const_cast<const float*>(workspace), source,
                       shape.s));
   return launch(norm_apply_rows<T, V>, grid, kNormThreads, 0, target, p, shape, chunks, source);
@@ -68,19 +85,18 @@ const char* run(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
 
 using namespace fastdiff;
 
-/// How a norm is cut up: {on chip, vector, slab, threads, shared bytes, chunks, length, columns,
-/// fp32 numbers of workspace}. limit: bytes of shared memory a block may have, < 0 for the device's.
-FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
-                                                          int channels_last, int64_t n, int c,
-                                                          int64_t s, int groups, int aligned,
-                                                          int64_t limit, int64_t* out) {
-  const NormShape shape{n, s, c, groups, c / groups};
-  const NormPlan plan = plan_norm(shape, dtype == kFloat32 ? 4 : 2, channels_last != 0,
-                                  aligned != 0, limit < 0 ? shared_limit(device) : limit);
-  const int64_t fields[] = {plan.on_chip, plan.vector, plan.slab,    plan.threads,  plan.shared,
-                            plan.chunks,  plan.length, plan.columns, plan.workspace};
-  for (int i = 0; i < 9; ++i) out[i] = fields[i];
-  return nullptr;
+/// How a norm is cut up: the fields of NormPlan. limit: bytes of shared memory a block may have, < 0
+/// for the device's. cluster: blocks a cluster may have, 0 for the device's; exact: so many, or an
+/// error where they do not hold a group.
+FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype, int channels_last,
+                                                          int64_t n, int c, int64_t s, int groups,
+                                                          int aligned, int64_t limit, int cluster,
+                                                          int exact, int64_t* out) {
+  const NormTask task{{n, s, c, groups, c / groups}, 0, channels_last != 0, aligned != 0, false};
+  const auto kernel = [&](auto zero, int vector) {
+    return cluster_kernel<decltype(zero)>(vector, task.channels_last);
+  };
+  return plan_on_device({device, nullptr}, dtype, task, {limit, cluster, exact != 0}, kernel, out);
 }
 
 /// Forward of group_norm_silu, and with `total` of add_group_norm_silu. x, residual, total and y

@@ -3,11 +3,14 @@
 //
 // Two layouts: "columns" is NHWC, rows of C channels for every place; "rows" is NCHW, a row of S
 // places for every channel. Two ways through:
-//   on chip   one block holds whole groups of one sample in shared memory: x is read once
+//   on chip   whole groups of one sample lie in the shared memory of one block, or (sm_90) of the
+//             blocks of a cluster, each with a stretch of the places: x is read once
 //   in parts  moments of chunks -> one block a group merges them -> an elementwise pass; x is read
 //             twice, in full rows of channels (ten bf16 channels are 20 bytes: no group alone is
 //             well aligned)
 // Bytes: 2 N C S itemsize on chip, 3 in parts (1 or 2 more with an addition, which writes the sum).
+// norm_plan.h decides. The kernels of the first way are in group_norm_silu_on_chip.cuh. No GPU has
+// run any of them yet.
 //
 // Numbers: moments are taken of x - pivot, pivot being the group's first number, in batches that
 // are merged by Chan's formula; the mean is kept as a rounded `mean` and its `rest`, so that
@@ -296,69 +299,6 @@ __device__ __forceinline__ void merge_rows(ColumnMoments<V>& mine, const ColumnP
   }
 }
 
-// ---------------------------------------------------------------------------------------------
-// On chip
-
-/// NHWC. A block has `slab` groups of one sample; shared memory: their numbers, then the tree's,
-/// then 3 a group. Grid: N * ceil(G / slab).
-template <typename T, int V>
-__global__ void __launch_bounds__(2 * kNormThreads)
-    norm_on_chip_columns(Norm<T> p, NormShape shape, int slab) {
-  FASTDIFF_DYNAMIC_SHARED(memory);
-  const int slabs = (shape.groups + slab - 1) / slab;
-  const int64_t n = blockIdx.x / slabs;
-  const int first_group = static_cast<int>(blockIdx.x % slabs) * slab;
-  const int groups = min(slab, shape.groups - first_group);
-  const int width = groups * shape.size;
-  const int first = first_group * shape.size;
-  const ColumnPlace<V> at(width);
-
-  T* tile = reinterpret_cast<T*>(memory);
-  const size_t tile_bytes = (shape.s * width * sizeof(T) + 15) / 16 * 16;
-  float* heads = reinterpret_cast<float*>(memory + tile_bytes);
-  float* group_stats = heads + 3 * width;
-  float* scratch = group_stats + 3 * groups;
-
-  column_heads(p, shape, n, first, width, heads);
-  auto moments = column_moments<T, V>(p, shape, n, first, 0, shape.s, at, heads, tile);
-  merge_rows(moments, at, scratch);
-
-  // a warp merges the channels of a group; all have the same count
-  const float* means = scratch;
-  const float* m2s = scratch + at.rows * width;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const float places = static_cast<float>(shape.s), size = static_cast<float>(shape.size);
-  for (int g = static_cast<int>(threadIdx.x) / kWarpSize; g < groups; g += warps) {
-    float mean = 0, m2 = 0;
-    for (int i = lane; i < shape.size; i += kWarpSize) mean += means[g * shape.size + i];
-    mean = warp_sum(mean) / size;
-    for (int i = lane; i < shape.size; i += kWarpSize) {
-      const float delta = means[g * shape.size + i] - mean;
-      m2 += m2s[g * shape.size + i] + places * delta * delta;
-    }
-    m2 = warp_sum(m2);
-    if (lane == 0) {
-      store_stats(group_stats + 3 * g, heads[g * shape.size], mean, m2, places * size, p.eps);
-      float* out = p.stats + (n * shape.groups + first_group + g) * 3;
-      for (int i = 0; i < 3; ++i) out[i] = group_stats[3 * g + i];
-    }
-  }
-  __syncthreads();
-  column_coefficients(p, shape, n, first, width, group_stats, heads);
-  if (!at.active) return;
-  const ColumnCoefficients<V> k(heads, at);
-  T* y = p.y + n * shape.s * shape.c + first + at.column;
-  for (int64_t row = at.row; row < shape.s; row += at.rows) {
-    float x[V];
-    unpack(load_pack<T, V>(tile + row * width + at.column), x);
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-      x[v] = activate<T>((x[v] - k.mean[v]) * k.a[v] + k.b[v], p.silu);
-    store_pack<T, V>(y + row * shape.c, pack_of<T, V>(x));
-  }
-}
-
 /// Takes `packs` packs of d into the moments of one group.
 template <int V>
 __device__ __forceinline__ void add_packs(Moments& moments, const float (&d)[kNormBatch][V],
@@ -380,80 +320,20 @@ __device__ __forceinline__ void add_packs(Moments& moments, const float (&d)[kNo
   moments.merge(batch);
 }
 
-/// NCHW. A block has one group of one sample; shared memory: its numbers, then a and b a channel,
-/// then 3 a warp. Grid: N * G.
-template <typename T, int V>
-__global__ void __launch_bounds__(2 * kNormThreads)
-    norm_on_chip_rows(Norm<T> p, NormShape shape) {
-  FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x / shape.groups;
-  const int g = static_cast<int>(blockIdx.x % shape.groups);
-  const int first = g * shape.size;
-  const int64_t base = (n * shape.c + first) * shape.s;
-  const unsigned places = static_cast<unsigned>(shape.s);
-  const unsigned packs = static_cast<unsigned>(shape.size) * places / V;
-
-  T* tile = reinterpret_cast<T*>(memory);
-  const size_t tile_bytes = (shape.size * shape.s * sizeof(T) + 15) / 16 * 16;
-  float* channels = reinterpret_cast<float*>(memory + tile_bytes);  // a, b of every channel
-  float* scratch = channels + 2 * shape.size;
-
-  float* adds = channels;  // until a and b are known
-#pragma unroll 1
-  for (int c = static_cast<int>(threadIdx.x); c < shape.size; c += static_cast<int>(blockDim.x))
-    adds[c] = channel_addend(p, n, first + c);
-  __syncthreads();
-  const float pivot = source_at(p, n, first, base);
-  Moments moments;
-  for (unsigned i = threadIdx.x; i < packs; i += blockDim.x * kNormBatch) {
-    float d[kNormBatch][V];
-    int taken = 0;
-#pragma unroll
-    for (int j = 0; j < kNormBatch; ++j) {
-      const unsigned pack = i + j * blockDim.x;
-#pragma unroll
-      for (int v = 0; v < V; ++v) d[j][v] = pivot;
-      if (pack >= packs) continue;
-      const float add = p.total == nullptr ? 0.0f : adds[pack * V / places];
-      const auto loaded = load_source<T, V>(p, base + static_cast<int64_t>(pack) * V, &add, 0);
-      store_pack<T, V>(tile + static_cast<int64_t>(pack) * V, loaded);
-      unpack(loaded, d[j]);
-      ++taken;
-    }
-#pragma unroll
-    for (int j = 0; j < kNormBatch; ++j)
-#pragma unroll
-      for (int v = 0; v < V; ++v) d[j][v] -= pivot;
-    add_packs(moments, d, taken);
-  }
-  moments = block_merge(moments, scratch);
-  float stats[3];
-  store_stats(stats, pivot, moments.mean, moments.m2, moments.count, p.eps);
-  if (threadIdx.x < 3) p.stats[(n * shape.groups + g) * 3 + threadIdx.x] = stats[threadIdx.x];
-#pragma unroll 1
-  for (int c = static_cast<int>(threadIdx.x); c < shape.size; c += static_cast<int>(blockDim.x)) {
-    const Coefficients k = coefficients(p, shape, n, first + c, stats);
-    channels[2 * c] = k.a;
-    channels[2 * c + 1] = k.b;
-  }
-  __syncthreads();
-  for (unsigned pack = threadIdx.x; pack < packs; pack += blockDim.x) {
-    const unsigned c = pack * V / places;
-    const float a = channels[2 * c], b = channels[2 * c + 1];
-    float x[V];
-    unpack(load_pack<T, V>(tile + static_cast<int64_t>(pack) * V), x);
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = activate<T>((x[v] - stats[0]) * a + b, p.silu);
-    store_pack<T, V>(p.y + base + static_cast<int64_t>(pack) * V, pack_of<T, V>(x));
-  }
-}
-
 // ---------------------------------------------------------------------------------------------
 // In parts. partial: (N, chunks, C, 2), mean and m2 of a channel's numbers in a chunk of places.
 
 struct Chunks {
   int64_t count, length;
 
+  /// Sample and chunk of a block, for a grid of N * count. 32 bits hold both: dividing 64 calls a
+  /// function, around which registers spill.
+  __device__ __forceinline__ int64_t sample() const {
+    return blockIdx.x / static_cast<unsigned>(count);
+  }
+  __device__ __forceinline__ int64_t chunk() const {
+    return blockIdx.x % static_cast<unsigned>(count);
+  }
   __device__ __forceinline__ int64_t begin(int64_t i) const { return i * length; }
   __device__ __forceinline__ int64_t end(int64_t i, int64_t s) const {
     return (i + 1) * length < s ? (i + 1) * length : s;
@@ -471,7 +351,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int64_t n = chunks.sample(), chunk = chunks.chunk();
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -533,7 +413,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 /// Merges the parts of a group, whatever the layout: `source` is x, or the total where one was
 /// written, and `step` the distance of two channels' first numbers. Grid: N * G.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize(Norm<T> p, NormShape shape, Chunks chunks, const float* partial,
                   const T* source, int64_t step) {
   FASTDIFF_SHARED(float, scratch, 3 * kNormThreads / kWarpSize);
@@ -554,14 +434,15 @@ __global__ void __launch_bounds__(kNormThreads)
   moments = block_merge(moments, scratch);
   if (threadIdx.x != 0) return;
   const float pivot = to_float(source[n * shape.c * shape.s + g * shape.size * step]);
-  store_stats(p.stats + blockIdx.x * 3, pivot, moments.mean, moments.m2, moments.count, p.eps);
+  store_stats(p.stats + static_cast<int64_t>(blockIdx.x) * 3, pivot, moments.mean, moments.m2,
+              moments.count, p.eps);
 }
 
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 a column.
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, const T* source) {
-  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int64_t n = chunks.sample(), chunk = chunks.chunk();
   FASTDIFF_DYNAMIC_SHARED(memory);
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
@@ -587,7 +468,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 
 /// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks, const T* source) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;

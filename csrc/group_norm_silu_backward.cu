@@ -12,11 +12,27 @@ template <typename T, int V>
 const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
                 bool channels_last, float* partial, const NormSums& out, float* dweight,
                 float* dbias, const Target& target) {
+  const auto parameters = [&] {
+    if (dweight == nullptr && dbias == nullptr) return static_cast<const char*>(nullptr);
+    return launch(norm_parameter_gradients<T>, grid_of(ceil_div(shape.c, kNormThreads)),
+                  kNormThreads, 0, target, p, shape, const_cast<const float*>(out.sums), dweight,
+                  dbias);
+  };
+  if (plan.on_chip) {
+    const dim3 grid = grid_of(shape.n * ceil_div(shape.groups, plan.slab) * plan.cluster);
+    FASTDIFF_TRY(plan.cluster > 1
+                     ? launch_cluster(norm_backward_on_chip<T, V, true>, grid, plan.cluster,
+                                      plan.threads, plan.shared, target, p, shape, plan.slab,
+                                      plan.length, out)
+                     : launch(norm_backward_on_chip<T, V, false>, grid, plan.threads, plan.shared,
+                              target, p, shape, plan.slab, plan.length, out));
+    return parameters();
+  }
   const Chunks chunks{plan.chunks, plan.length};
   constexpr int64_t kWarps = kNormThreads / kWarpSize;
-  const dim3 rows(unsigned(ceil_div(shape.n * shape.c * plan.chunks, kWarps)));
-  const dim3 columns(unsigned(shape.n * plan.chunks),
-                     channels_last ? unsigned(ceil_div(shape.c, plan.columns)) : 1);
+  const dim3 rows = grid_of(ceil_div(shape.n * shape.c * plan.chunks, kWarps));
+  const dim3 columns = grid_of(shape.n * plan.chunks,
+                               channels_last ? ceil_div(shape.c, plan.columns) : 1);
   const size_t column_bytes = 4 * plan.columns;
 
   FASTDIFF_TRY(channels_last
@@ -25,12 +41,9 @@ const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
                             plan.columns, partial)
                    : launch(norm_sums_rows<T, V>, rows, kNormThreads, 0, target, p, shape, chunks,
                             partial));
-  FASTDIFF_TRY(launch(norm_finalize_sums<T>, dim3(unsigned(shape.n * shape.groups)), kNormThreads,
+  FASTDIFF_TRY(launch(norm_finalize_sums<T>, grid_of(shape.n * shape.groups), kNormThreads,
                       0, target, p, shape, chunks, const_cast<const float*>(partial), out));
-  if (dweight != nullptr || dbias != nullptr)
-    FASTDIFF_TRY(launch(norm_parameter_gradients<T>, dim3(unsigned(ceil_div(shape.c, kNormThreads))),
-                        kNormThreads, 0, target, p, shape, const_cast<const float*>(out.sums),
-                        dweight, dbias));
+  FASTDIFF_TRY(parameters());
   p.means = out.means;
   return channels_last ? launch(norm_dx_columns<T, V>, columns, kNormThreads, 7 * column_bytes,
                                 target, p, shape, chunks, plan.columns)
@@ -43,9 +56,23 @@ const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
 
 using namespace fastdiff;
 
-/// Gradients of group_norm_silu. `plan`: of a limit of 0, so that nothing is on chip. workspace:
-/// its fp32 numbers, then N * C * 2 and N * G * 2. dweight, dbias: (C,) fp32 or null; dscale_shift:
-/// (N, 2C) fp32 or null; dtotal: added to dx, or null.
+/// How the backward pass is cut up: as fastdiff_cuda_group_norm_plan.
+FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_backward_plan(
+    int device, int dtype, int channels_last, int64_t n, int c, int64_t s, int groups, int aligned,
+    int64_t limit, int cluster, int exact, int64_t* out) {
+  const NormTask task{{n, s, c, groups, c / groups}, 0, channels_last != 0, aligned != 0, true};
+  const auto kernel = [](auto zero, int vector) {
+    using T = decltype(zero);
+    return vector == kWide<T>
+               ? reinterpret_cast<const void*>(norm_backward_on_chip<T, kWide<T>, true>)
+               : reinterpret_cast<const void*>(norm_backward_on_chip<T, 1, true>);
+  };
+  return plan_on_device({device, nullptr}, dtype, task, {limit, cluster, exact != 0}, kernel, out);
+}
+
+/// Gradients of group_norm_silu. `plan`: as the function above gave it. workspace: its fp32 numbers,
+/// then N * C * 2 and N * G * 2. dweight, dbias: (C,) fp32 or null; dscale_shift: (N, 2C) fp32 or
+/// null; dtotal: added to dx, or null.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu_backward(
     int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
     int groups, const int64_t* plan_fields, const void* dy, const void* x, const void* dtotal,

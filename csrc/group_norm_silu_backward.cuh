@@ -5,12 +5,14 @@
 //     dx = (a df - p - xhat q) / std,        a = weight (1 + scale)
 // with p and q the means over a group of a df and a df xhat.
 //
-// Three kernels: A and B of chunks of places; one block a group merges them; an elementwise pass.
-// dy and x are read twice: 5 N C S itemsize. One more sums the parameters' gradients over N.
+// In parts, three kernels: A and B of chunks of places; one block a group merges them; an
+// elementwise pass. dy and x are read twice: 5 N C S itemsize. On chip (NHWC; see
+// group_norm_silu_on_chip.cuh) dy and x stay in the shared memory of a block or cluster and are read
+// once: 3 N C S itemsize. One more kernel sums the parameters' gradients over N.
 
 #pragma once
 
-#include "group_norm_silu.cuh"
+#include "group_norm_silu_on_chip.cuh"
 
 namespace fastdiff {
 
@@ -49,6 +51,22 @@ __device__ __forceinline__ float activate_gradient(float dy, float f, bool silu)
   return dy * s * (1.0f + f * (1.0f - s));
 }
 
+/// What one place has for its channel's sums and for dx.
+struct Slope {
+  float xhat, df;
+};
+
+template <typename T>
+__device__ __forceinline__ Slope slope(float x, float dy, const ChannelNumbers& k, bool silu) {
+  const float xhat = (x - k.mean) * k.rstd - k.rest;
+  return {xhat, activate_gradient<T>(dy, xhat * k.a + k.b, silu)};
+}
+
+__device__ __forceinline__ float input_gradient(const Slope& at, const ChannelNumbers& k,
+                                                float mean_p, float mean_q) {
+  return k.rstd * (at.df * k.a - mean_p - at.xhat * mean_q);
+}
+
 constexpr int kChannelNumbers = 5;
 
 /// `channel_numbers` of a block's columns, each number `width` apart; then, with means, p and q.
@@ -83,16 +101,91 @@ struct ColumnNumbers {
 #pragma unroll
       for (int v = 0; v < V; ++v) at[i][v] = numbers[i * place.packs * V + place.column + v];
   }
+
+  __device__ __forceinline__ ChannelNumbers channel(int v) const {
+    return {at[0][v], at[1][v], at[2][v], at[3][v], at[4][v]};
+  }
 };
+
+/// A and B of a thread's V columns.
+template <int V>
+struct ColumnSums {
+  float a[V] = {}, b[V] = {};
+
+  template <typename T>
+  __device__ __forceinline__ void add(const Pack<T, V>& x, const Pack<T, V>& dy,
+                                      const ColumnNumbers<V, kChannelNumbers>& k, bool silu) {
+    float x_of[V], dy_of[V];
+    unpack(x, x_of);
+    unpack(dy, dy_of);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const Slope at = slope<T>(x_of[v], dy_of[v], k.channel(v), silu);
+      a[v] += at.df;
+      b[v] += at.df * at.xhat;
+    }
+  }
+};
+
+/// Adds up all threads with the same columns, a tree of fixed shape; row 0 has the result.
+/// scratch: 2 numbers a thread row and column.
+template <int V>
+__device__ __forceinline__ void sum_rows(ColumnSums<V>& mine, const ColumnPlace<V>& at,
+                                         float* scratch) {
+  const int width = at.packs * V;
+  const auto keep = [&] {
+    float* to = scratch + at.row * 2 * width + at.column;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      to[v] = mine.a[v];
+      to[width + v] = mine.b[v];
+    }
+  };
+  if (at.active) keep();
+  __syncthreads();
+  int half = 1;
+  while (2 * half < at.rows) half *= 2;
+  for (; half > 0; half /= 2) {
+    const int other = at.row + half;
+    if (at.row < half && other < at.rows) {
+      const float* from = scratch + other * 2 * width + at.column;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        mine.a[v] += from[v];
+        mine.b[v] += from[width + v];
+      }
+      keep();
+    }
+    __syncthreads();
+  }
+}
+
+/// Writes dx of a pack.
+template <typename T, int V>
+__device__ __forceinline__ void store_input_gradient(
+    const NormBackward<T>& p, int64_t place, const Pack<T, V>& x, const Pack<T, V>& dy,
+    const ColumnNumbers<V, kChannelNumbers + 2>& k) {
+  float x_of[V], dy_of[V], extra[V] = {};
+  unpack(x, x_of);
+  unpack(dy, dy_of);
+  if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const ChannelNumbers c = k.channel(v);
+    const Slope at = slope<T>(x_of[v], dy_of[v], c, p.silu);
+    extra[v] += input_gradient(at, c, k.at[5][v], k.at[6][v]);
+  }
+  store_pack<T, V>(p.dx + place, pack_of<T, V>(extra));
+}
 
 /// NHWC: A and B of a chunk of places. Grid: N * chunks, column blocks; shared memory: 5 a column,
 /// then 2 a thread and column. partial: (N, chunks, C, 2).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns,
                       float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int64_t n = chunks.sample(), chunk = chunks.chunk();
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -100,59 +193,30 @@ __global__ void __launch_bounds__(kNormThreads)
   float* scratch = numbers + kChannelNumbers * width;
   column_numbers(p, shape, n, first, width, numbers);
 
-  float sums[2][V] = {};
+  ColumnSums<V> sums;
   if (at.active) {
     const ColumnNumbers<V, kChannelNumbers> k(numbers, at);
     const int64_t end = chunks.end(chunk, shape.s);
 #pragma unroll 2
     for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
       const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
-      float x[V], dy[V];
-      unpack(load_input<T, V>(p.x + place), x);
-      unpack(load_input<T, V>(p.dy + place), dy);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const float xhat = (x[v] - k.at[0][v]) * k.at[1][v] - k.at[2][v];
-        const float df = activate_gradient<T>(dy[v], xhat * k.at[3][v] + k.at[4][v], p.silu);
-        sums[0][v] += df;
-        sums[1][v] += df * xhat;
-      }
+      sums.add(load_input<T, V>(p.x + place), load_input<T, V>(p.dy + place), k, p.silu);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-        scratch[(at.row * 2 + i) * width + at.column + v] = sums[i][v];
   }
-  __syncthreads();
-  int half = 1;
-  while (2 * half < at.rows) half *= 2;
-  for (; half > 0; half /= 2) {
-    const int other = at.row + half;
-    if (at.row < half && other < at.rows) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          sums[i][v] += scratch[(other * 2 + i) * width + at.column + v];
-          scratch[(at.row * 2 + i) * width + at.column + v] = sums[i][v];
-        }
-    }
-    __syncthreads();
-  }
+  sum_rows(sums, at, scratch);
   if (!at.active || at.row != 0) return;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     float* out =
         partial + (static_cast<int64_t>(blockIdx.x) * shape.c + first + at.column + v) * 2;
-    out[0] = sums[0][v];
-    out[1] = sums[1][v];
+    out[0] = sums.a[v];
+    out[1] = sums.b[v];
   }
 }
 
 /// NCHW: A and B of a chunk of one channel. A warp each. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_rows(NormBackward<T> p, NormShape shape, Chunks chunks, float* partial) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
@@ -171,10 +235,9 @@ __global__ void __launch_bounds__(kNormThreads)
     unpack(load_input<T, V>(p.dy + row * shape.s + i), dy);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const float xhat = (x[v] - k.mean) * k.rstd - k.rest;
-      const float df = activate_gradient<T>(dy[v], xhat * k.a + k.b, p.silu);
-      a += df;
-      b += df * xhat;
+      const Slope at = slope<T>(x[v], dy[v], k, p.silu);
+      a += at.df;
+      b += at.df * at.xhat;
     }
   }
   a = warp_sum(a);
@@ -192,9 +255,20 @@ struct NormSums {
   float* dscale;  // (N, 2C): gradient of scale_shift, or null
 };
 
+template <typename T>
+__device__ __forceinline__ void store_sums(const NormBackward<T>& p, const NormShape& shape,
+                                           int64_t n, int c, float a, float b,
+                                           const NormSums& out) {
+  out.sums[(n * shape.c + c) * 2] = a;
+  out.sums[(n * shape.c + c) * 2 + 1] = b;
+  if (out.dscale == nullptr) return;
+  out.dscale[n * 2 * shape.c + c] = p.weight.at(c, 1.0f) * b + p.bias.at(c, 0.0f) * a;
+  out.dscale[n * 2 * shape.c + shape.c + c] = a;
+}
+
 /// Merges the chunks of a group, a warp a channel. Grid: N * G.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize_sums(NormBackward<T> p, NormShape shape, Chunks chunks, const float* partial,
                        NormSums out) {
   FASTDIFF_SHARED(float, scratch, 2 * kNormThreads / kWarpSize);
@@ -219,14 +293,7 @@ __global__ void __launch_bounds__(kNormThreads)
     const float factor = weight * (1.0f + p.scale_shift.at(n * 2 * shape.c + c, 0.0f));
     p_sum += factor * a;
     q_sum += factor * b;
-    if (lane == 0) {
-      out.sums[(n * shape.c + c) * 2] = a;
-      out.sums[(n * shape.c + c) * 2 + 1] = b;
-      if (out.dscale != nullptr) {
-        out.dscale[n * 2 * shape.c + c] = weight * b + p.bias.at(c, 0.0f) * a;
-        out.dscale[n * 2 * shape.c + shape.c + c] = a;
-      }
-    }
+    if (lane == 0) store_sums(p, shape, n, c, a, b, out);
   }
   if (lane == 0) {
     scratch[2 * warp] = p_sum;
@@ -236,13 +303,13 @@ __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x >= 2) return;
   float sum = 0;
   for (int w = 0; w < warps; ++w) sum += scratch[2 * w + threadIdx.x];
-  out.means[blockIdx.x * 2 + threadIdx.x] =
+  out.means[static_cast<int64_t>(blockIdx.x) * 2 + threadIdx.x] =
       sum / (static_cast<float>(shape.size) * static_cast<float>(shape.s));
 }
 
 /// Gradients of weight and bias: the sums of all samples, a thread a channel.
 template <typename T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_parameter_gradients(NormBackward<T> p, NormShape shape, const float* sums,
                              float* dweight, float* dbias) {
   const int c = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -259,10 +326,10 @@ __global__ void __launch_bounds__(kNormThreads)
 
 /// NHWC: dx. Grid: N * chunks, column blocks; shared memory: 7 a column.
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x / chunks.count, chunk = blockIdx.x % chunks.count;
+  const int64_t n = chunks.sample(), chunk = chunks.chunk();
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -273,23 +340,14 @@ __global__ void __launch_bounds__(kNormThreads)
   const int64_t end = chunks.end(chunk, shape.s);
   for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
     const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
-    float x[V], dy[V], extra[V] = {};
-    unpack(load_input<T, V>(p.x + place), x);
-    unpack(load_input<T, V>(p.dy + place), dy);
-    if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const float xhat = (x[v] - k.at[0][v]) * k.at[1][v] - k.at[2][v];
-      const float df = activate_gradient<T>(dy[v], xhat * k.at[3][v] + k.at[4][v], p.silu);
-      x[v] = k.at[1][v] * (df * k.at[3][v] - k.at[5][v] - xhat * k.at[6][v]) + extra[v];
-    }
-    store_pack<T, V>(p.dx + place, pack_of<T, V>(x));
+    store_input_gradient(p, place, load_input<T, V>(p.x + place), load_input<T, V>(p.dy + place),
+                         k);
   }
 }
 
 /// NCHW: dx. A warp a chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_rows(NormBackward<T> p, NormShape shape, Chunks chunks) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
@@ -311,12 +369,102 @@ __global__ void __launch_bounds__(kNormThreads)
     if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const float xhat = (x[v] - k.mean) * k.rstd - k.rest;
-      const float df = activate_gradient<T>(dy[v], xhat * k.a + k.b, p.silu);
-      x[v] = k.rstd * (df * k.a - mean_p - xhat * mean_q) + extra[v];
+      const Slope at = slope<T>(x[v], dy[v], k, p.silu);
+      x[v] = input_gradient(at, k, mean_p, mean_q) + extra[v];
     }
     store_pack<T, V>(p.dx + place, pack_of<T, V>(x));
   }
+}
+
+/// NHWC on chip: all of it in one launch but the sums over N. A block has the stretch of a slab that
+/// norm_on_chip_columns has. Shared memory: the stretch of x, that of dy, 7 numbers a column, 2 a
+/// group, 2 a column, in a cluster 2 a column and rank, then the tree's. Grid: as there.
+template <typename T, int V, bool kCluster>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    norm_backward_on_chip(NormBackward<T> p, NormShape shape, int slab, int64_t length,
+                          NormSums out) {
+  FASTDIFF_DYNAMIC_SHARED(memory);
+  const Stretch mine = my_stretch<kCluster>(shape.s, length);
+  const Slab here(shape, slab, mine.ranks);
+  const int64_t n = here.n;
+  const int width = here.width, first = here.first;
+  const ColumnPlace<V> at(width);
+
+  const int64_t most = kCluster ? length : shape.s, rows = mine.end - mine.begin;
+  T* xs = reinterpret_cast<T*>(memory);
+  T* dys = xs + most * width;
+  float* numbers = reinterpret_cast<float*>(memory + (2 * most * width * sizeof(T) + 15) / 16 * 16);
+  float* means = numbers + (kChannelNumbers + 2) * width;
+  float* parts = means + 2 * here.groups;
+  float* gathered = kCluster ? parts + 2 * width : parts;
+  float* scratch = gathered + 2 * width * mine.ranks;
+
+  column_numbers(p, shape, n, first, width, numbers);
+  const int64_t origin = (n * shape.s + mine.begin) * shape.c + first + at.column;
+  ColumnSums<V> sums;
+  if (at.active) {
+    const ColumnNumbers<V, kChannelNumbers> k(numbers, at);
+#pragma unroll 2
+    for (int64_t row = at.row; row < rows; row += at.rows) {
+      const auto x = load_input<T, V>(p.x + origin + row * shape.c);
+      const auto dy = load_input<T, V>(p.dy + origin + row * shape.c);
+      store_pack<T, V>(xs + row * width + at.column, x);
+      store_pack<T, V>(dys + row * width + at.column, dy);
+      sums.add(x, dy, k, p.silu);
+    }
+  }
+  sum_rows(sums, at, scratch);
+  if (at.active && at.row == 0) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      parts[2 * (at.column + v)] = sums.a[v];
+      parts[2 * (at.column + v) + 1] = sums.b[v];
+    }
+  }
+  gather_parts<kCluster>(parts, 2 * width, mine.ranks, gathered);
+
+  // a warp a group: its channels' sums, of all ranks in their order, and their means
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+#pragma unroll 1
+  for (int g = static_cast<int>(threadIdx.x) / kWarpSize; g < here.groups; g += warps) {
+    float p_sum = 0, q_sum = 0;
+#pragma unroll 1
+    for (int i = lane; i < shape.size; i += kWarpSize) {
+      const int column = g * shape.size + i;
+      float a = 0, b = 0;
+      for (int r = 0; r < mine.ranks; ++r) {
+        a += gathered[2 * (r * width + column)];
+        b += gathered[2 * (r * width + column) + 1];
+      }
+      const float factor = numbers[3 * width + column];
+      p_sum += factor * a;
+      q_sum += factor * b;
+      if (mine.rank == 0) store_sums(p, shape, n, first + column, a, b, out);
+    }
+    p_sum = warp_sum(p_sum);
+    q_sum = warp_sum(q_sum);
+    if (lane == 0) {
+      const float count = static_cast<float>(shape.size) * static_cast<float>(shape.s);
+      means[2 * g] = p_sum / count;
+      means[2 * g + 1] = q_sum / count;
+    }
+  }
+  __syncthreads();
+  float* mean_p = numbers + kChannelNumbers * width;
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    mean_p[i] = means[2 * (i / shape.size)];
+    mean_p[width + i] = means[2 * (i / shape.size) + 1];
+  }
+  __syncthreads();
+  if (at.active) {
+    const ColumnNumbers<V, kChannelNumbers + 2> k(numbers, at);
+    for (int64_t row = at.row; row < rows; row += at.rows)
+      store_input_gradient(p, origin + row * shape.c,
+                           load_pack<T, V>(xs + row * width + at.column),
+                           load_pack<T, V>(dys + row * width + at.column), k);
+  }
+  leave_cluster<kCluster>();
 }
 
 }  // namespace fastdiff

@@ -22,12 +22,15 @@ inline const char* keep_message(const char* text) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-/// So many blocks; a number beyond what a grid can have becomes one that the launch refuses.
-inline dim3 grid_of(int64_t blocks) {
-  return dim3(blocks > 0x7fffffff ? 0xffffffffu : unsigned(blocks));
+/// A grid. More blocks than 32 bits count stay too many, so that the launch is refused.
+inline dim3 grid_of(int64_t x, int64_t y = 1) {
+  const auto clamped = [](int64_t blocks) {
+    return blocks < 0xffffffff ? static_cast<unsigned>(blocks) : 0xffffffffu;
+  };
+  return dim3(clamped(x), clamped(y));
 }
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 /// True where every row of a tensor begins at a multiple of 16 bytes.
 template <typename T>
@@ -37,18 +40,33 @@ bool rows_aligned(const void* p, int64_t stride) {
 
 #ifdef FASTDIFF_EMULATE_CUDA
 
-constexpr int64_t kStaticShared = 4096;
-
-inline int64_t shared_limit(int) { return 227 * 1024; }
-
 inline const char* select_device(const Target&) { return nullptr; }
 
+inline const char* shared_limit(int, int64_t* bytes) {
+  *bytes = 227 * 1024;
+  return nullptr;
+}
+
+inline const char* cluster_limit(int, int* blocks) {
+  *blocks = emulation::cluster_limit();
+  return nullptr;
+}
+
+inline const char* active_clusters(const Target&, const void*, int cluster, int, size_t,
+                                   int* count) {
+  *count = cluster <= emulation::cluster_room();
+  return nullptr;
+}
+
+inline const char* kernel_image(const void*) { return nullptr; }
+
 template <typename... P, typename... A>
-const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, const Target&,
-                   A... arguments) {
+const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads,
+                           size_t shared, const Target&, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   try {
-    emulation::run(grid, dim3(threads), shared, [&] { kernel(arguments...); });
+    emulation::run(grid, dim3(threads), shared, [&] { kernel(arguments...); },
+                   static_cast<unsigned>(cluster));
   } catch (const emulation::Fault& fault) {
     return keep_message(fault.what());
   }
@@ -57,39 +75,109 @@ const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, 
 
 #else
 
-constexpr int64_t kStaticShared = 4096;  // room left for what kernels declare with a fixed size
-
+/// Null or the error's text. An error that was told must not meet the next call once more.
 inline const char* message_of(cudaError_t status) {
-  return status == cudaSuccess ? nullptr : keep_message(cudaGetErrorString(status));
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return keep_message(cudaGetErrorString(status));
 }
 
-/// Bytes of shared memory that one block can have on a device.
-inline int64_t shared_limit(int device) {
-  int bytes = 48 * 1024;
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
-
-/// torch and this library have their own runtimes: both must mean the same device.
+/// torch and this library have their own runtimes: both must mean the same device. kernels/_cuda.py
+/// has torch select it around every call, and select the one before afterwards, for both.
 inline const char* select_device(const Target& target) {
   return message_of(cudaSetDevice(target.device));
 }
 
-template <typename... P, typename... A>
-const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared,
-                   const Target& target, A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-  if (shared > 48 * 1024) {
-    const char* error = message_of(cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(shared)));
-    if (error != nullptr) return error;
+/// Bytes of shared memory that one block can have on a device.
+inline const char* shared_limit(int device, int64_t* bytes) {
+  int value = 0;
+  const auto status =
+      cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = value;
+  return message_of(status);
+}
+
+/// Blocks that a cluster may have on a device; 1 where there are no clusters. More than 8 are not
+/// portable: whether a kernel can have them, `active_clusters` tells.
+inline const char* cluster_limit(int device, int* blocks) {
+  int clusters = 0;
+  const auto status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  *blocks = clusters ? 16 : 1;
+  return message_of(status);
+}
+
+/// Null where the current device can run a kernel: its driver is new enough for this runtime, and
+/// the library has code for it.
+inline const char* kernel_image(const void* kernel) {
+  cudaFuncAttributes attributes;
+  return message_of(cudaFuncGetAttributes(&attributes, kernel));
+}
+
+/// How a kernel is started, and what it must be allowed for that. The leave is the current
+/// device's, so it is asked for each time. Nothing here is an operation of a stream: a graph that
+/// captures gets the launch alone.
+struct LaunchConfig {
+  cudaLaunchAttribute cluster_size{};
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(dim3 grid, int cluster, int threads, size_t shared, const Target& target) {
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(target.stream);
+    cluster_size.id = cudaLaunchAttributeClusterDimension;
+    cluster_size.val.clusterDim.x = static_cast<unsigned>(cluster);
+    cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
+    config.attrs = &cluster_size;
+    config.numAttrs = cluster > 1;
   }
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(target.stream)>>>(arguments...);
-  return message_of(cudaGetLastError());
+  LaunchConfig(const LaunchConfig&) = delete;  // config points into it
+
+  const char* allow(const void* kernel) const {
+    const auto set = [kernel](cudaFuncAttribute what, size_t value) {
+      return message_of(cudaFuncSetAttribute(kernel, what, static_cast<int>(value)));
+    };
+    if (config.dynamicSmemBytes > 48 * 1024)
+      if (const char* error =
+              set(cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes))
+        return error;
+    if (config.numAttrs == 0 || cluster_size.val.clusterDim.x <= 8) return nullptr;
+    return set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+};
+
+/// How many clusters of a kernel the device has room for at a time; 0: it cannot run one.
+inline const char* active_clusters(const Target& target, const void* kernel, int cluster,
+                                   int threads, size_t shared, int* count) {
+  *count = 0;
+  const LaunchConfig launch(dim3(cluster), cluster, threads, shared, target);
+  if (const char* error = launch.allow(kernel)) return error;
+  const auto status = cudaOccupancyMaxActiveClusters(count, kernel, &launch.config);
+  if (status == cudaErrorInvalidClusterSize) {  // some GPUs end at 8
+    cudaGetLastError();
+    *count = 0;
+    return nullptr;
+  }
+  return message_of(status);
+}
+
+template <typename... P, typename... A>
+const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads,
+                           size_t shared, const Target& target, A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+  const LaunchConfig launch(grid, cluster, threads, shared, target);
+  if (const char* error = launch.allow(reinterpret_cast<const void*>(kernel))) return error;
+  return message_of(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
 }
 
 #endif
+
+/// Starts a kernel; null, or what went wrong.
+template <typename... P, typename... A>
+const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared,
+                   const Target& target, A... arguments) {
+  return launch_cluster(kernel, grid, 1, threads, shared, target, arguments...);
+}
 
 /// Calls `work(T{})` with the element type of a code; an error for another code.
 template <typename Work>

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <numeric>
 
-#include "group_norm_silu.cuh"
+#include "group_norm_silu_backward.cuh"
+#include "launch.cuh"
 
 namespace fastdiff {
 
@@ -17,14 +18,40 @@ struct NormPlan {
   int threads;      // of a block on chip
   int64_t shared;   // dynamic shared memory of the first kernel, bytes
   int64_t chunks;   // in parts: chunks of a sample's places
-  int64_t length;   // places of a chunk
+  int64_t length;   // of a chunk, or of a stretch on chip: places (NCHW on chip: packs)
   int columns;      // NHWC in parts: channels of a block
   int64_t workspace;  // fp32 numbers
+  int cluster;      // on chip: blocks that share a slab (NCHW: a group)
 
+  static constexpr int kFields = 10;  // as kernels/group_norm_silu.py knows it
   static NormPlan from(const int64_t* f) {
-    return {f[0] != 0, int(f[1]), int(f[2]), int(f[3]), f[4], f[5], f[6], int(f[7]), f[8]};
+    return {f[0] != 0, int(f[1]), int(f[2]), int(f[3]), f[4], f[5], f[6], int(f[7]), f[8],
+            int(f[9])};
+  }
+  void write(int64_t* f) const {
+    const int64_t fields[kFields] = {on_chip, vector, slab,    threads,   shared,
+                                     chunks,  length, columns, workspace, cluster};
+    for (int i = 0; i < kFields; ++i) f[i] = fields[i];
   }
 };
+
+/// What is to be planned.
+struct NormTask {
+  NormShape shape;
+  int itemsize;
+  bool channels_last, aligned, backward;
+};
+
+/// What a block may use.
+struct NormLimits {
+  int64_t shared;  // bytes of shared memory
+  int cluster;     // blocks of a cluster; 1: no clusters
+  bool exact;      // so many and no fewer, if they fit
+};
+
+constexpr int64_t kAnySize = int64_t{1} << 62;
+constexpr int64_t kAimedTile = 32 * 1024;  // see "Occupancy" in group_norm_silu.cuh
+constexpr int kPortableCluster = 8;        // what every GPU with clusters can do
 
 /// Bytes of shared memory for 3 numbers a column and the tree over the rows of a block.
 inline int64_t tree_bytes(int64_t width, int vector, int threads) {
@@ -32,42 +59,85 @@ inline int64_t tree_bytes(int64_t width, int vector, int threads) {
   return rows * (2 * width + 1) * 4 + 3 * width * 4;
 }
 
-inline NormPlan plan_norm(const NormShape& shape, int itemsize, bool channels_last, bool aligned,
-                          int64_t limit) {
+/// NHWC: plans `blocks` blocks for a slab of whole groups and whole packs, with at least `least`
+/// bytes of every row if there are as many. Returns the bytes of a block's tile.
+inline int64_t plan_columns(NormPlan& plan, const NormTask& task, int64_t least, int blocks) {
+  const NormShape& shape = task.shape;
+  const int step = plan.vector / std::gcd(shape.size, plan.vector);
+  int slab = step;
+  while (slab < shape.groups && int64_t(slab) * shape.size * task.itemsize < least) slab += step;
+  plan.slab = slab < shape.groups ? slab : shape.groups;
+  plan.cluster = blocks;
+  plan.length = (shape.s + blocks - 1) / blocks;
+  const int64_t width = int64_t(plan.slab) * shape.size;
+  const int64_t tile = plan.length * width * task.itemsize * (task.backward ? 2 : 1);
+  const bool few = tile < kAimedTile || blocks > 1 || task.backward;
+  plan.threads = few ? kNormThreads : 2 * kNormThreads;
+  if (width / plan.vector > plan.threads) {
+    plan.shared = kAnySize;
+  } else if (task.backward) {
+    const int64_t rows = plan.threads / (width / plan.vector);
+    plan.shared = tile + 16 + 8 * plan.slab +
+                  4 * width * (kChannelNumbers + 2 + 2 + 2 * blocks + 2 * rows);
+  } else {
+    plan.shared = tile + 16 + tree_bytes(width, plan.vector, plan.threads) +
+                  int64_t(plan.slab) * 12 * (2 + blocks);
+  }
+  return tile;
+}
+
+/// NCHW, forward only: plans `blocks` blocks for a group.
+inline int64_t plan_rows(NormPlan& plan, const NormTask& task, int blocks) {
+  const NormShape& shape = task.shape;
+  const int64_t packs = shape.size * shape.s / plan.vector;
+  plan.cluster = blocks;
+  plan.length = (packs + blocks - 1) / blocks;
+  const int64_t tile = plan.length * plan.vector * task.itemsize;
+  const int64_t threads = (plan.length / kNormBatch + 31) / 32 * 32;
+  const int64_t most = blocks > 1 ? kNormThreads : 2 * kNormThreads;
+  plan.threads = int(threads < 64 ? 64 : threads > most ? most : threads);
+  plan.shared = tile + 16 + int64_t(shape.size) * 8 + 12 * (most / kWarpSize) + 12 * (2 + blocks);
+  return tile;
+}
+
+/// Plans the on-chip way, false where there is none. Clusters: as many blocks as bring the tiles
+/// down to kAimedTile (one, where that is enough), up to the portable 8; else 8 or 16 and fewer bytes
+/// of a row, so that two blocks share an SM, or one has it. Without clusters: one block.
+inline bool plan_on_chip(NormPlan& plan, const NormTask& task, const NormLimits& limits) {
+  if (task.backward && !task.channels_last) return false;
+  const auto fits = [&](int64_t least, int blocks, int64_t shared, int64_t most = kAnySize) {
+    const int64_t tile = task.channels_last ? plan_columns(plan, task, least, blocks)
+                                            : plan_rows(plan, task, blocks);
+    return plan.shared <= shared && tile <= most;
+  };
+  // 128 bytes of every row, 64 (what the L2 fetches), or what groups and packs ask for
+  const int64_t wide = 128, narrow = 64, any = 0;
+  if (limits.exact)
+    return fits(wide, limits.cluster, limits.shared) ||
+           fits(any, limits.cluster, limits.shared);
+  const int portable = limits.cluster < kPortableCluster ? limits.cluster : kPortableCluster;
+  const int64_t half_an_sm = (limits.shared + 1024) / 2 - 1024;  // an SM keeps 1 KiB a block
+  if (limits.cluster > 1)
+    for (const int64_t shared : {half_an_sm, limits.shared})
+      for (const int64_t least : {wide, narrow}) {
+        for (int blocks = 1; blocks <= portable; blocks *= 2)
+          if (fits(least, blocks, shared, kAimedTile)) return true;
+        if (fits(least, portable, shared) || fits(least, limits.cluster, shared)) return true;
+      }
+  return fits(wide, 1, limits.shared) || fits(any, 1, limits.shared);
+}
+
+inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
+  const auto [shape, itemsize, channels_last, aligned, backward] = task;
   NormPlan plan{};
   const int wide = 16 / itemsize;
   const int64_t inner = channels_last ? shape.c : shape.s;
   plan.vector = aligned && inner % wide == 0 ? wide : 1;
-  const int64_t rounding = 16;
-
-  if (channels_last) {
-    // whole groups, a whole number of packs, and 128 bytes of every row where that fits
-    const int least = plan.vector / std::gcd(shape.size, plan.vector);
-    for (int pass = 0; pass < 2 && !plan.on_chip; ++pass) {
-      int slab = least;
-      while (pass == 0 && slab < shape.groups && int64_t(slab) * shape.size * itemsize < 128)
-        slab += least;
-      if (slab > shape.groups) slab = shape.groups;
-      const int64_t width = int64_t(slab) * shape.size;
-      const int64_t tile = shape.s * width * itemsize;
-      plan.threads = tile < 32 * 1024 ? kNormThreads : 2 * kNormThreads;
-      if (width / plan.vector > plan.threads) continue;
-      plan.shared = tile + rounding + tree_bytes(width, plan.vector, plan.threads) +
-                    int64_t(slab) * 12;
-      plan.on_chip = plan.shared <= limit;
-      plan.slab = slab;
-    }
-  } else {
-    const int64_t numbers = int64_t(shape.size) * shape.s;
-    plan.shared = numbers * itemsize + rounding + int64_t(shape.size) * 8 +
-                  3 * 4 * (2 * kNormThreads / kWarpSize);
-    plan.on_chip = plan.shared <= limit;
-    int64_t threads = (numbers / plan.vector / kNormBatch + 31) / 32 * 32;
-    plan.threads = int(threads < 64 ? 64 : threads > 2 * kNormThreads ? 2 * kNormThreads : threads);
-  }
+  plan.on_chip = plan_on_chip(plan, task, limits);
   if (plan.on_chip) return plan;
 
   // 8 packs a thread, 32 where a sample is so large that many blocks remain
+  plan.cluster = 1;
   const int64_t bytes = shape.s * shape.c * itemsize;
   const int64_t packs = bytes < 8 * 1024 * 1024 ? 8 : 32;
   if (channels_last) {
@@ -88,6 +158,35 @@ inline NormPlan plan_norm(const NormShape& shape, int itemsize, bool channels_la
   plan.chunks = (shape.s + plan.length - 1) / plan.length;
   plan.workspace = shape.n * plan.chunks * shape.c * 2;
   return plan;
+}
+
+/// Writes the plan for a device: with fewer blocks a cluster where it has no room for one of that
+/// size (a part of a GPU, or GPCs with SMs missing), and without clusters in the end. Of the limits,
+/// shared < 0 and cluster = 0 ask for the device's. kernel(T{}, vector): what runs in clusters.
+template <typename Kernel>
+const char* plan_on_device(const Target& target, int dtype, NormTask task, NormLimits limits,
+                           Kernel kernel, int64_t* out) {
+  FASTDIFF_TRY(select_device(target));
+  if (limits.shared < 0) FASTDIFF_TRY(shared_limit(target.device, &limits.shared));
+  int possible = 1;
+  FASTDIFF_TRY(cluster_limit(target.device, &possible));
+  if (limits.cluster == 0) limits.cluster = possible;
+  return with_dtype(dtype, [&](auto zero) -> const char* {
+    task.itemsize = sizeof zero;
+    for (;;) {
+      const NormPlan plan = plan_norm(task, limits);
+      plan.write(out);
+      int count = plan.on_chip && limits.cluster <= possible;
+      // a plan for more than this device has is somebody else's question
+      if (plan.cluster > 1 && plan.cluster <= possible)
+        FASTDIFF_TRY(active_clusters(target, kernel(zero, plan.vector), plan.cluster,
+                                     plan.threads, plan.shared, &count));
+      if (limits.exact)
+        return count > 0 ? nullptr : keep_message("so many blocks cannot keep a group on chip");
+      if (plan.cluster <= 1 || plan.cluster > possible || count > 0) return nullptr;
+      limits.cluster = plan.cluster / 2;
+    }
+  });
 }
 
 }  // namespace fastdiff

@@ -61,6 +61,12 @@ def borrowers(shape_class: str, known: tuple[int, ...]) -> list[int]:
     return [d for d in range(8, last, 8) if next_of(d, known) == last and last != SINGLE_HEAD]
 
 
+def with_hungriest(shape_class: str, known: tuple[int, ...]) -> list[int]:
+    """The head dim of a class, and of those that borrow its config the one in most pieces, where
+    the class itself is close to a thread's 255 registers."""
+    return [class_dim(shape_class), *({HUNGRIEST} & {*borrowers(shape_class, known)})]
+
+
 def candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
     kept: list[Config] = [{}] if dtype != torch.float32 else []
     streamed = [{"CHUNK": 32, "SPLIT": split} for split in (1, 2, 4, 8)]
@@ -80,6 +86,7 @@ def has_dtype(shape_class: str, dtype: torch.dtype) -> bool:
 HALF = (torch.float16, torch.bfloat16)
 CUTS = (16, 64, 112, 144, 160, 240, 288)
 """Numbers of keys in one to three pieces, in one to three groups."""
+HUNGRIEST = 152
 FULL_PRECISION = tuple(f"fp32/{d}" for d in FULL_PRECISION_DIMS)
 
 
@@ -103,9 +110,11 @@ def _call(
 
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     d = class_dim(shape_class)
-    calls = [_call(d, dtype, device)]
+    calls = [_call(each, dtype, device) for each in with_hungriest(shape_class, HEAD_DIMS)]
+    if d in (64, 160):
+        calls.append(_call(d, dtype, device, torch.bool))
     if d == 64:
-        calls += [_call(d, dtype, device, torch.bool), _call(d, dtype, device, text=80)]
+        calls.append(_call(d, dtype, device, text=80))
     return calls
 
 
@@ -237,12 +246,12 @@ def _queries_call(
 
 def _keys_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     d = class_dim(shape_class)
-    calls = [_keys_call(d, dtype, device)]
+    dims = with_hungriest(shape_class, BACKWARD_DIMS)
+    calls = [_keys_call(each, dtype, device) for each in dims]
+    if d in (64, 160):
+        calls.append(_keys_call(d, dtype, device, torch.bool, text=77))
     if d == 64:
-        calls += [
-            _keys_call(d, dtype, device, torch.bool, text=77),
-            _sums_call(d, dtype, device),
-        ]
+        calls.append(_sums_call(d, dtype, device))
     return calls
 
 
@@ -260,8 +269,9 @@ def _all_keys_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[C
 
 def _queries_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     d = class_dim(shape_class)
-    calls = [_queries_call(d, dtype, device)]
-    if d == 64:
+    dims = with_hungriest(shape_class, BACKWARD_DIMS)
+    calls = [_queries_call(each, dtype, device) for each in dims]
+    if d in (64, 160):
         calls.append(_queries_call(d, dtype, device, dtype, text=80))
     return calls
 

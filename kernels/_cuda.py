@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.kernels import extension
-from fastdiff.kernels.dispatch import OPS, Implementation, Op, _no_objection
+from fastdiff.kernels.dispatch import OPS, Implementation, Op, _no_objection, first_tensor
 from fastdiff.kernels.extension import plain
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -36,6 +37,7 @@ _TYPES = {
 _library: ctypes.CDLL | None = None
 if extension.native is not None and extension.native.build()["cuda_architectures"]:
     _library = ctypes.CDLL(extension.native.__file__)
+_emulated = False
 _declared: dict[str, str] = {}
 _functions: dict[str, Any] = {}
 
@@ -49,11 +51,18 @@ def declare(name: str, arguments: str) -> None:
 
 
 def function(name: str) -> Any:
-    """The C function. Raises RuntimeError where no library has it."""
+    """The C function. Raises RuntimeError where no library has it.
+
+    A module older than csrc/ may take other arguments, which ctypes cannot tell: it is an error.
+    """
     found = _functions.get(name)
     if found is None:
         if _library is None:
             raise RuntimeError("the compiled module has no CUDA kernels here")
+        if not _emulated and extension.stale():
+            raise RuntimeError(
+                "csrc/ has changed since the compiled module was built; run 'make build'"
+            )
         found = getattr(_library, f"fastdiff_cuda_{name}")
         found.argtypes = [_TYPES[letter] for letter in _declared[name]]
         found.restype = ctypes.c_char_p
@@ -67,8 +76,24 @@ def address(x: Tensor | None) -> int | None:
 
 
 def parameter(x: Tensor | None) -> tuple[int | None, int]:
-    """Address and dtype code of a dense parameter tensor; (None, 0) for None."""
-    return (None, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype])
+    """Address and dtype code of a dense parameter tensor; (None, 0) for None.
+
+    Raises:
+        ValueError: a dtype that the kernels do not read.
+    """
+    if x is None:
+        return None, 0
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"a parameter must be one of {known}, got {x.dtype}; use its .float()")
+    return x.data_ptr(), DTYPES[x.dtype]
+
+
+def ask(name: str, device: int, *arguments: Any) -> str | None:
+    """Call a function that starts no kernel, on a device, its first argument; what it refuses."""
+    with nullcontext() if _emulated else torch.cuda.device(device):
+        error = function(name)(device, *arguments)
+    return None if error is None else error.decode()
 
 
 def launch(name: str, x: Tensor, *arguments: Any) -> None:
@@ -93,6 +118,29 @@ def launch(name: str, x: Tensor, *arguments: Any) -> None:
 def aligned(*tensors: Tensor | None) -> bool:
     """True where all begin at a multiple of 16 bytes."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+declare("usable", "i")
+
+
+@lru_cache
+def _refusal(device: int) -> str | None:
+    error = ask("usable", device)
+    if error is None:
+        return None
+    assert extension.native is not None
+    name = torch.cuda.get_device_name(device)
+    built = extension.native.build()["cuda_architectures"]
+    return (
+        f"the compiled kernels do not run on cuda:{device} ({name}): {error}; they were "
+        f"built for {built} (TORCH_CUDA_ARCH_LIST names others when fastdiff is installed)"
+    )
+
+
+@torch.compiler.assume_constant_result  # Dynamo does not trace ctypes
+def refusal(device: int) -> str | None:
+    """Why a device cannot run the kernels (an old driver, no code for it), or None."""
+    return _refusal(device)
 
 
 def elsewhere(x: Tensor, **others: Any) -> str | None:
@@ -121,8 +169,13 @@ def register(
         straight = plain(*args, *kwargs.values())
         return (function if straight else registered)(*args, **kwargs)
 
+    def why_not(*args: Any, **kwargs: Any) -> str | None:
+        x = first_tensor(args, kwargs)
+        refused = refusal(x.device.index or 0) if x.is_cuda else None
+        return refused or objection(*args, **kwargs)
+
     implementation = Implementation(
-        backend="cuda", function=run, why_not=objection, devices=("cuda",), dtypes=dtypes
+        backend="cuda", function=run, why_not=why_not, devices=("cuda",), dtypes=dtypes
     )
     IMPLEMENTATIONS[op.name] = implementation
     if _library is not None:
@@ -132,16 +185,16 @@ def register(
 @contextmanager
 def using_library(library: ctypes.CDLL) -> Iterator[None]:
     """Run the launchers of another library, on CPU tensors when "cuda" is asked for by name."""
-    global _library  # noqa: PLW0603
-    before = _library, {name: op.implementations for name, op in OPS.items()}
-    _library = library
+    global _library, _emulated
+    before = _library, _emulated, {name: op.implementations for name, op in OPS.items()}
+    _library, _emulated = library, True
     _functions.clear()
     for name, implementation in IMPLEMENTATIONS.items():
         OPS[name].register(replace(implementation, emulated_on=("cpu",)))
     try:
         yield
     finally:
-        _library = before[0]
+        _library, _emulated = before[:2]
         _functions.clear()
-        for name, registered in before[1].items():
+        for name, registered in before[2].items():
             OPS[name].implementations = registered

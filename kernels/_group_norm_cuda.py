@@ -15,12 +15,15 @@ from torch import Tensor
 from fastdiff.kernels import _cuda
 from fastdiff.kernels._group_norm import memory_format_of
 
-_cuda.declare("group_norm_plan", "iiiqiqiiqp")
+_cuda.declare("group_norm_plan", "iiiqiqiiqiip")
+_cuda.declare("group_norm_backward_plan", "iiiqiqiiqiip")
 _cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
 _cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
 
 ON_CHIP: int | None = None
 """Bytes of shared memory that a block of the CUDA kernel may fill; None: what the device has."""
+CLUSTER: int | None = None
+"""Blocks that share a sample's groups through a cluster's shared memory; None: as planned."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,32 @@ class _CudaLayout:
         """`dense` of a tensor that may be None."""
         return None if t is None else self.dense(t)
 
-    def plan(self, groups: int, on_chip: int | None, *tensors: Tensor | None) -> Any:
-        """How the kernels cut it up: see fastdiff_cuda_group_norm_plan."""
-        limit = -1 if on_chip is None else on_chip
-        device = self.x.device.index or 0
+    def plan(self, groups: int, *tensors: Tensor | None, backward: bool = False) -> Any:
+        """How the kernels cut it up, by ON_CHIP and CLUSTER (NCHW has no clusters backward)."""
+        limit = -1 if ON_CHIP is None else ON_CHIP
+        cluster = 0 if CLUSTER is None or (backward and not self.channels_last) else CLUSTER
+        device, dtype = self.x.device.index or 0, _cuda.DTYPES[self.x.dtype]
         sizes = self.n, self.c, self.s, groups, _cuda.aligned(self.x, *tensors)
-        return _cuda_plan(device, _cuda.DTYPES[self.x.dtype], self.channels_last, *sizes, limit)
+        name = "group_norm_backward_plan" if backward else "group_norm_plan"
+        return cuda_plan(
+            name, device, dtype, self.channels_last, *sizes, limit, cluster, cluster > 0
+        )
 
 
 @lru_cache(4096)
-def _cuda_plan(*arguments: int) -> Any:
-    fields = (ctypes.c_int64 * 9)()
-    _cuda.function("group_norm_plan")(*arguments, ctypes.addressof(fields))
+def cuda_plan(name: str, *arguments: int) -> Any:
+    """The fields of csrc/norm_plan.h's NormPlan, by "group_norm_plan" or the backward pass's.
+
+    arguments: the device, a code of DTYPES, channels_last, N, C, S, the groups, whether all is
+    aligned, and limits: see csrc/group_norm_silu.cu.
+
+    Raises:
+        RuntimeError: a cluster of the size asked for does not hold a group.
+    """
+    fields = (ctypes.c_int64 * 10)()
+    error = _cuda.ask(name, *arguments, ctypes.addressof(fields))
+    if error is not None:
+        raise RuntimeError(f"{name}{arguments}: {error}")
     return fields
 
 
@@ -66,6 +83,12 @@ def _cuda_layout(x: Tensor) -> _CudaLayout:
 
 def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if p is None else p.contiguous() for p in parameters)
+
+
+def why_not_cuda(x: Tensor, num_groups: int, *parameters: Any, **others: Any) -> str | None:
+    """What stands against the CUDA kernels of both norms, or None."""
+    named = dict(zip(("weight", "bias"), parameters, strict=False))
+    return _cuda.elsewhere(x, **named, **others)
 
 
 def norm_cuda(
@@ -92,7 +115,7 @@ def norm_cuda(
         return y, total, stats
     weight, bias, scale_shift, channel_add = _dense(*parameters, channel_add)
     residual = layout.like(residual)
-    plan = layout.plan(num_groups, ON_CHIP, y, total, residual)
+    plan = layout.plan(num_groups, y, total, residual)
     workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
     _cuda.launch(
         "group_norm_silu", x, _cuda.DTYPES[x.dtype], layout.channels_last,
@@ -131,7 +154,7 @@ def norm_backward_cuda(
     if x.numel() == 0:
         return dx, dweight, dbias, dscale_shift
     dy, dtotal = layout.dense(dy), layout.like(dtotal)
-    plan = layout.plan(groups, 0, dy, dtotal, dx)
+    plan = layout.plan(groups, dy, dtotal, dx, backward=True)
     numbers = plan[8] + 2 * layout.n * (c + groups)
     workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)
     _cuda.launch(

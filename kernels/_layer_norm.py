@@ -172,7 +172,7 @@ def _sum_rows(
 ) -> tl.tensor:
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, rows, ROWS):
-        row = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < d)[None, :]
         total += tl.load(numbers + row * d + column[None, :], inside, other=0.0)
     return tl.sum(total, 0)

@@ -33,7 +33,12 @@ from fastdiff.kernels._group_norm_cpu import (
     norm_backward_cpu,
     run_native,
 )
-from fastdiff.kernels._group_norm_cuda import norm_backward_cuda_op, norm_cuda, parameter_gradients
+from fastdiff.kernels._group_norm_cuda import (
+    norm_backward_cuda_op,
+    norm_cuda,
+    parameter_gradients,
+    why_not_cuda,
+)
 from fastdiff.kernels._group_norm_forward import norm_forward
 from fastdiff.kernels.dispatch import check_shape, compute_dtype, define_op
 from fastdiff.kernels.group_norm_silu import (
@@ -233,7 +238,7 @@ def _add_on_triton(
 
 
 _op = define_op("add_group_norm_silu", add_group_norm_silu_reference)
-_cuda.register(_op, _plain_cuda, add_group_norm_silu_cuda)
+_cuda.register(_op, _plain_cuda, add_group_norm_silu_cuda, why_not_cuda)
 _triton.register(_op, _add_on_triton, why_not_triton)
 
 

@@ -65,7 +65,7 @@ class Implementation:
     """Dtypes of the first tensor it is made for; empty: all. Others are treated as devices are."""
 
     def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        x = _first_tensor(args, kwargs)
+        x = first_tensor(args, kwargs)
         device = x.device.type
         emulates = device in self.emulated_on and selected_backend() == self.backend
         if not self.serves(device) and not emulates:
@@ -83,7 +83,7 @@ class Implementation:
         return self.serves(device_type) and (not self.dtypes or dtype in self.dtypes)
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """An op's first tensor, which `explain` may be given by its name."""
     first: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
     return first
@@ -117,7 +117,7 @@ class Op:
         """The implementation that these arguments get. Raises BackendError."""
         name = selected_backend()
         if name == "auto":
-            x = _first_tensor(args, kwargs)
+            x = first_tensor(args, kwargs)
             device, dtype = x.device.type, x.dtype
             for candidate in self.order(args, kwargs):
                 implementation = self.implementations[candidate]

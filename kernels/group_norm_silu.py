@@ -12,6 +12,9 @@ scale_shift and statistics are N * C numbers. The Triton implementation has two 
     large   moments per (n, chunk of space, c) -> finalize to one scale and shift per (n, c) ->
             apply: 3 trips, of which the second read finds the L2 where a sample fits there
 
+The CUDA kernels go 2 trips where a group fits into the shared memory of a block or, on sm_90, of a
+cluster of up to 16, else 3 (csrc/norm_plan.h); backward 3 or 5.
+
 The backward pass keeps x and the statistics (2 * N * G numbers) and computes the rest anew: x and
 dy in, dx out, 3 trips when small and 5 when large. To a large tensor's trips come the partial sums,
 20 (backward 16) bytes per channel and chunk of 128 or more positions, and the table of each
@@ -41,7 +44,12 @@ from fastdiff.kernels._group_norm_cpu import (
     norm_backward_cpu,
     run_native,
 )
-from fastdiff.kernels._group_norm_cuda import norm_backward_cuda_op, norm_cuda, parameter_gradients
+from fastdiff.kernels._group_norm_cuda import (
+    norm_backward_cuda_op,
+    norm_cuda,
+    parameter_gradients,
+    why_not_cuda,
+)
 from fastdiff.kernels._group_norm_forward import norm_forward
 from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
 
@@ -264,7 +272,7 @@ def why_not_triton(
 
 
 _op = define_op("group_norm_silu", group_norm_silu_reference)
-_cuda.register(_op, _plain_cuda, group_norm_silu_cuda)
+_cuda.register(_op, _plain_cuda, group_norm_silu_cuda, why_not_cuda)
 _triton.register(_op, plain_triton, why_not_triton)
 
 

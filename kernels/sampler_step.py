@@ -189,6 +189,9 @@ register(_op, _run, _objection)
 
 # CPU
 
+ROW_BYTES = len(Column) * torch.float32.itemsize
+NOISE = int(SAMPLER_NOISE)
+
 
 def _native(
     x: Tensor,
@@ -218,7 +221,7 @@ def _native(
         prediction = prediction.movedim(1, -1).contiguous()  # a view of channels_last
     channels = prediction.shape[-1 if channels_last else 1]
     runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
-    row, seeds = table[index].contiguous(), seeds.contiguous()
+    table, seeds = table.contiguous(), seeds.contiguous()
     extension.native.sampler_step(
         extension.DTYPES[prediction.dtype],
         len(prediction) == 2 * n,
@@ -226,7 +229,7 @@ def _native(
         x.data_ptr(),
         prediction.data_ptr(),
         history.data_ptr(),
-        row.data_ptr(),
+        table.data_ptr() + index * ROW_BYTES,
         seeds.data_ptr(),
         n,
         runs,
@@ -236,7 +239,7 @@ def _native(
         stride,
         c if channels_last else c * space,
         index,
-        int(SAMPLER_NOISE),
+        NOISE,
         guidance_rescale,
     )
 
@@ -301,8 +304,15 @@ def _check(
             "keep x in fp32 whatever the network's dtype"
         )
     n, c, *space = x.shape
-    shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]
-    check_shape(op, "prediction", prediction, *shapes)
+    have = prediction.shape
+    if (
+        len(have) < 2
+        or have[2:] != x.shape[2:]
+        or have[0] not in (n, 2 * n)
+        or have[1] not in (c, 2 * c)
+    ):
+        shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]
+        check_shape(op, "prediction", prediction, *shapes)
     check_shape(op, "history", history, (HISTORY_SLOTS, *x.shape))
     check_shape(op, "seeds", seeds, (n,))
     check_shape(op, "step", step, ())

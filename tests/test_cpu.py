@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -310,6 +311,12 @@ def test_autocast_and_wrong_dtypes_are_pytorchs() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
         layer(x.double())
     assert layer(x[:0]).shape == (0, 128, 8, 8)
+    for eager, shape in ((nn.Conv2d(8, 8, 1), (2, 8, 16, 16)), (nn.Linear(8, 8), (2, 8))):
+        half = torch.ones(shape).bfloat16()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
+            prepare(copy.deepcopy(eager), half_as_fp32=True)(half)
+        empty = prepare(eager, dtype=torch.bfloat16, half_as_fp32=True)(half[:0])
+        assert empty.shape == (0, *shape[1:])
 
 
 @pytest.mark.parametrize("fault", ["other operators", "other results"])
@@ -336,3 +343,30 @@ def test_a_torch_without_these_operators(fault: str, monkeypatch: pytest.MonkeyP
         half = x.bfloat16()
         wide = F.conv2d(half.float(), layer.weight.float(), layer.bias.float())
         torch.testing.assert_close(layer(half), wide.bfloat16())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    """64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB; counted, not timed."""
+    code = (
+        "import resource, torch\n"
+        "from fastdiff.cpu import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(1 << 24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(min(faults() for _ in range(3)))\n"
+        "keep_freed_memory()\n"
+        "faults()\n"
+        "print(min(faults() for _ in range(3)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before >= 32
+    assert after <= before / 10
+
+
+def test_without_glibc_kept_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())
+    with pytest.raises(OSError, match="glibc"):
+        cpu.keep_freed_memory()

@@ -338,7 +338,7 @@ def test_a_stage_says_how_it_went(tmp_path: Path) -> None:
 
 @kernel_cases.needs_interpreter
 def test_memcheck_runs_every_op(capsys: pytest.CaptureFixture[str]) -> None:
-    device.parity_cases(100.0)
+    device.parity_cases(["triton"], 100.0)
     lines = capsys.readouterr().out.splitlines()
     ran = {line.split()[0] for line in lines if line.endswith(": ok")}
     assert ran == set(kernels.OPS)
@@ -349,7 +349,7 @@ def test_memcheck_runs_every_op(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(kernels.OPS[op].implementations, "triton", wrong)
             with pytest.raises(AssertionError):
-                device.parity_cases(100.0)
+                device.parity_cases(["triton"], 100.0)
 
 
 @pytest.mark.slow

@@ -135,7 +135,9 @@ def test_where_nvcc_fails_the_module_is_built_without_cuda(source: Path, tmp_pat
     told = in_the_root(
         "import importlib.util as u\n"
         f"spec = u.spec_from_file_location('fastdiff.kernels._native', {str(module)!r})\n"
-        "print(u.module_from_spec(spec).build()['without_cuda'])"
+        "module = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.build()['without_cuda'])"
     )
     assert told.stdout.strip() == f"{nvcc} failed on them", told.stderr
     built = build_in_place(source, FASTDIFF_BUILD_CUDA="1", NVCC=str(nvcc))

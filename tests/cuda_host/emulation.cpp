@@ -86,6 +86,7 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 227 * 1024;
+constexpr int kMaxCluster = 16;
 
 enum class State { ready, waiting, done };
 enum Order { forward = 0, reverse = 1, shuffled = 2 };
@@ -96,8 +97,13 @@ struct Copy {
   int bytes, valid;
 };
 
+struct Block;
+
 struct Fiber {
   Context context;
+  Block* block = nullptr;
+  bool arrived = false;  // at the cluster's barrier, and has not waited there yet
+  unsigned turn = 0;     // which turn of that barrier it arrived at
   char* stack = nullptr;
   dim3 thread;
   State state = State::done;
@@ -128,23 +134,47 @@ struct Memory {
     std::free(data);
   }
   Memory(const Memory&) = delete;
+  void lose() {
+    std::memset(data, 0xff, size);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(data, rounded(size));
+#endif
+  }
   static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128 + 128; }
   void* data;
   size_t size;
 };
 
-struct Machine {
-  std::vector<Fiber> fibers{kMaxThreads};
-  std::vector<Warp> warps{kMaxThreads / kWarp};
+/// A block that runs. Its fibers lie together in those of the machine.
+struct Block {
+  /// What it had in shared memory is gone: NaN, and AddressSanitizer's.
+  void leave() {
+    for (auto& [key, memory] : shared) memory->lose();
+    dynamic->lose();
+  }
+
+  dim3 index;
+  int rank = 0;
+  size_t first = 0, at_barrier = 0, done = 0;
+  Site barrier{};
   std::map<const void*, std::unique_ptr<Memory>> shared;
   std::unique_ptr<Memory> dynamic;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers{kMaxThreads * kMaxCluster};
+  std::vector<Warp> warps{kMaxThreads * kMaxCluster / kWarp};
+  std::vector<Block> blocks;  // of the cluster that runs
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
   Context home;
   const void* home_stack = nullptr;
   size_t home_size = 0;
-  size_t threads = 0, at_barrier = 0, done = 0;
-  Site barrier{};
+  size_t threads = 0;  // of a block
+  size_t arrived = 0;  // threads at the cluster's barrier
+  unsigned turn = 0;   // how often it has let them go on
+  Site cluster_barrier{};
+  int cluster_limit = kMaxCluster, cluster_room = kMaxCluster;
   std::string fault;
   bool faulted = false;
   Order order = forward;
@@ -186,6 +216,8 @@ void resume(Fiber& fiber) {
   Machine& m = machine();
   m.current = &fiber;
   view.thread = fiber.thread;
+  view.block = fiber.block->index;
+  view.rank = fiber.block->rank;
   void* fake = nullptr;
   leave_for(m.home, fiber.context, &fake, fiber.stack, kStack);
   arrived_from(fake, nullptr, nullptr);
@@ -197,8 +229,9 @@ NO_RED_ZONES void entry() {
   Fiber& self = *m.current;
   (*m.body)();
   if (!self.open.empty() || !self.groups.empty()) fail("a thread ends with copies not waited for");
+  if (self.arrived) fail("a thread ends between cluster_arrive and cluster_wait");
   self.state = State::done;
-  ++m.done;
+  if (++self.block->done == m.threads) self.block->leave();
   yield();
   std::abort();  // nobody resumes a thread that is done
 }
@@ -219,7 +252,7 @@ bool same(const Site& a, const Site& b) {
 std::string standstill() {
   Machine& m = machine();
   std::map<std::string, std::pair<size_t, size_t>> places;  // place -> (threads, the first one)
-  for (size_t i = 0; i < m.threads; ++i) {
+  for (size_t i = 0; i < m.threads * m.blocks.size(); ++i) {
     const Fiber& fiber = m.fibers[i];
     const std::string place = fiber.state == State::done ? "the end" : name(fiber.site);
     auto& entry = places.try_emplace(place, 0, i).first->second;
@@ -232,57 +265,75 @@ std::string standstill() {
   return text;
 }
 
-/// The threads of one warp, which runs alone until it waits for others, or now and then as chance
-/// has it: so warps drift as far apart as barriers let them.
-std::vector<size_t> shuffled_warp(size_t& warp) {
-  Machine& m = machine();
-  const size_t warps = m.threads / kWarp;
-  const auto ready = [&m](size_t w) {
-    const auto first = m.fibers.begin() + static_cast<std::ptrdiff_t>(w * kWarp);
-    return std::any_of(first, first + kWarp, [](const Fiber& f) { return f.state == State::ready; });
-  };
-  if (!ready(warp) || m.random() % 32 == 0) {
-    warp = m.random() % warps;
-    for (size_t tried = 1; !ready(warp) && tried < warps; ++tried) warp = (warp + 1) % warps;
-  }
-  std::vector<size_t> threads(kWarp);
-  for (size_t i = 0; i < threads.size(); ++i) threads[i] = warp * kWarp + i;
-  std::shuffle(threads.begin(), threads.end(), m.random);
-  return threads;
+void start(Fiber& fiber, Block& block, unsigned linear) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (fiber.state != State::done) __asan_unpoison_memory_region(fiber.stack, kStack);
+#endif
+  fiber.state = State::ready;
+  fiber.block = &block;
+  fiber.arrived = false;
+  fiber.groups.clear();
+  fiber.open.clear();
+  fiber.fake_stack = nullptr;
+  fiber.thread = dim3(linear % view.block_size.x, linear / view.block_size.x % view.block_size.y,
+                      linear / view.block_size.x / view.block_size.y);
+  fiber.context.start(fiber.stack, kStack, entry);
 }
 
-void run_block() {
+/// Runs the blocks of a cluster, of which the first has the number `number` in the grid.
+void run_cluster(uint64_t number, size_t shared_bytes) {
   Machine& m = machine();
-  m.at_barrier = m.done = 0;
-  for (size_t i = 0; i < m.threads; ++i) {
-    Fiber& fiber = m.fibers[i];
-#if defined(__SANITIZE_ADDRESS__)
-    if (fiber.state != State::done) __asan_unpoison_memory_region(fiber.stack, kStack);
-#endif
-    fiber.state = State::ready;
-    fiber.groups.clear();
-    fiber.open.clear();
-    fiber.fake_stack = nullptr;
-    const unsigned linear = static_cast<unsigned>(i);
-    fiber.thread = dim3(linear % view.block_size.x, linear / view.block_size.x % view.block_size.y,
-                        linear / view.block_size.x / view.block_size.y);
-    fiber.context.start(fiber.stack, kStack, entry);
+  m.arrived = 0;
+  m.turn = 0;
+  const size_t threads = m.threads * m.blocks.size();
+  for (size_t r = 0; r < m.blocks.size(); ++r) {
+    Block& block = m.blocks[r];
+    const uint64_t b = number + r;
+    block.index = dim3(static_cast<unsigned>(b % view.grid.x),
+                       static_cast<unsigned>(b / view.grid.x % view.grid.y),
+                       static_cast<unsigned>(b / view.grid.x / view.grid.y));
+    block.rank = static_cast<int>(r);
+    block.first = r * m.threads;
+    block.at_barrier = block.done = 0;
+    block.shared.clear();
+    block.dynamic = std::make_unique<Memory>(shared_bytes);
+    for (size_t i = 0; i < m.threads; ++i)
+      start(m.fibers[block.first + i], block, static_cast<unsigned>(i));
   }
-  for (size_t w = 0; w < m.threads / kWarp; ++w) m.warps[w].arrived = 0;
-  std::vector<size_t> order(m.threads);
-  for (size_t i = 0; i < m.threads; ++i) order[i] = m.order == reverse ? m.threads - 1 - i : i;
-  size_t warp = 0;
-  while (m.done < m.threads) {
-    if (m.order == shuffled) order = shuffled_warp(warp);
+  for (size_t w = 0; w < threads / kWarp; ++w) m.warps[w].arrived = 0;
+  std::vector<size_t> order(threads);
+  for (size_t i = 0; i < threads; ++i) order[i] = m.order == reverse ? threads - 1 - i : i;
+  size_t left = threads;
+  while (left > 0) {
+    if (m.order == shuffled) std::shuffle(order.begin(), order.end(), m.random);
     bool progress = false;
     for (size_t i : order) {
       if (m.fibers[i].state != State::ready) continue;
       progress = true;
       resume(m.fibers[i]);
       if (m.faulted) throw Fault(m.fault);
+      left -= m.fibers[i].state == State::done;
+      // the last thread runs ahead of all others as far as it can: into memory that they still read
+      if (m.order == reverse) break;
     }
     if (!progress) throw Fault(standstill());
   }
+}
+
+/// The memory among a block's own that holds an address, null for none; its key in `key` (null for
+/// the dynamic part).
+const Memory* holder(const Block& block, const void* address, const void*& key) {
+  const auto within = [address](const Memory& memory) {
+    const auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(memory.data);
+    return offset < memory.size;
+  };
+  key = nullptr;
+  if (within(*block.dynamic)) return block.dynamic.get();
+  for (const auto& [declared, memory] : block.shared) {
+    key = declared;
+    if (within(*memory)) return memory.get();
+  }
+  return nullptr;
 }
 
 void make(const Copy& copy) {
@@ -302,7 +353,8 @@ void fail(const std::string& message) {
   std::abort();
 }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
+         unsigned cluster) {
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> lock(one_launch);
   Machine& m = machine();
@@ -316,7 +368,11 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
                 std::to_string(grid.z));
   if (shared_bytes > kMaxShared)
     throw Fault("shared memory must be <= 227 KiB, got " + std::to_string(shared_bytes));
-  for (size_t i = 0; i < threads; ++i) {
+  if (cluster == 0 || cluster > static_cast<unsigned>(m.cluster_room) || grid.x % cluster != 0)
+    throw Fault("a cluster must have up to " + std::to_string(m.cluster_room) +
+                " blocks and divide the grid's x, got " + std::to_string(cluster) + " of " +
+                std::to_string(grid.x));
+  for (size_t i = 0; i < threads * cluster; ++i) {
     if (m.fibers[i].stack != nullptr) continue;
     void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -324,38 +380,92 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     m.fibers[i].stack = static_cast<char*>(stack);
   }
   m.threads = threads;
+  m.blocks = std::vector<Block>(cluster);
   m.body = &body;
   m.faulted = false;
   view.block_size = block;
   view.grid = grid;
-  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  for (uint64_t step = 0; step < blocks; ++step) {
-    const uint64_t b = m.order == forward ? step : blocks - 1 - step;
-    view.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                      static_cast<unsigned>(b / grid.x / grid.y));
-    m.shared.clear();
-    m.dynamic = std::make_unique<Memory>(shared_bytes);
-    run_block();
-  }
-  m.shared.clear();
-  m.dynamic.reset();
+  view.ranks = static_cast<int>(cluster);
+  const uint64_t clusters = static_cast<uint64_t>(grid.x) * grid.y * grid.z / cluster;
+  for (uint64_t step = 0; step < clusters; ++step)
+    run_cluster((m.order == forward ? step : clusters - 1 - step) * cluster, shared_bytes);
+  m.blocks.clear();
 }
+
+int cluster_limit() { return machine().cluster_limit; }
+int cluster_room() { return machine().cluster_room; }
 
 void sync_threads(Site site) {
   Machine& m = machine();
-  if (m.at_barrier == 0)
-    m.barrier = site;
-  else if (!same(m.barrier, site))
-    fail("divergent barrier: some threads at " + name(m.barrier) + ", this one at " + name(site));
-  if (++m.at_barrier == m.threads) {
-    m.at_barrier = 0;
-    for (size_t i = 0; i < m.threads; ++i) m.fibers[i].state = State::ready;
+  Block& block = *m.current->block;
+  if (block.at_barrier == 0)
+    block.barrier = site;
+  else if (!same(block.barrier, site))
+    fail("divergent barrier: some threads at " + name(block.barrier) + ", this one at " +
+         name(site));
+  if (++block.at_barrier == m.threads) {
+    block.at_barrier = 0;
+    for (size_t i = 0; i < m.threads; ++i) m.fibers[block.first + i].state = State::ready;
     yield();  // the last to arrive must not run ahead of the order
     return;
   }
   m.current->site = site;
   m.current->state = State::waiting;
   yield();
+}
+
+void cluster_arrive(const char* file, int line) {
+  Machine& m = machine();
+  Fiber& self = *m.current;
+  const Site site{"cluster_arrive", file, line};
+  if (self.arrived) fail(name(site) + ": the thread has arrived already and not waited");
+  if (m.arrived == 0)
+    m.cluster_barrier = site;
+  else if (!same(m.cluster_barrier, site))
+    fail("divergent cluster barrier: some threads at " + name(m.cluster_barrier) +
+         ", this one at " + name(site));
+  self.arrived = true;
+  self.turn = m.turn;
+  const size_t threads = m.threads * m.blocks.size();
+  if (++m.arrived < threads) return;
+  m.arrived = 0;
+  ++m.turn;
+  for (size_t i = 0; i < threads; ++i)  // some may still be on their way to cluster_wait
+    if (m.fibers[i].state == State::waiting &&
+        std::strcmp(m.fibers[i].site.what, "cluster_wait") == 0)
+      m.fibers[i].state = State::ready;
+}
+
+void cluster_wait(const char* file, int line) {
+  Machine& m = machine();
+  Fiber& self = *m.current;
+  self.site = {"cluster_wait", file, line};
+  if (!self.arrived) fail(name(self.site) + ": the thread has not arrived");
+  if (self.turn == m.turn) self.state = State::waiting;
+  yield();  // where all have arrived too: the last must not run ahead of the order
+  self.arrived = false;
+}
+
+void* map_shared(const void* address, int rank) {
+  Machine& m = machine();
+  const void* key = nullptr;
+  const Memory* mine = holder(*m.current->block, address, key);
+  if (mine == nullptr) fail("map_shared: not in this block's shared memory");
+  if (rank < 0 || rank >= static_cast<int>(m.blocks.size()))
+    fail("map_shared: no block " + std::to_string(rank) + " in a cluster of " +
+         std::to_string(m.blocks.size()));
+  Block& other = m.blocks[rank];
+  if (other.done == m.threads)
+    fail("map_shared: the block " + std::to_string(rank) +
+         " of the cluster has ended, and its shared memory with it");
+  const Memory* theirs = other.dynamic.get();
+  if (key != nullptr) {
+    auto& slot = other.shared[key];
+    if (!slot) slot = std::make_unique<Memory>(mine->size);
+    theirs = slot.get();
+  }
+  return static_cast<char*>(theirs->data) +
+         (static_cast<const char*>(address) - static_cast<const char*>(mine->data));
 }
 
 const Slots& exchange(unsigned mask, const void* data, size_t size, Site site) {
@@ -387,13 +497,13 @@ const Slots& exchange(unsigned mask, const void* data, size_t size, Site site) {
 }
 
 void* shared_memory(const void* key, size_t bytes) {
-  auto& slot = machine().shared[key];
+  auto& slot = machine().current->block->shared[key];
   if (!slot) slot = std::make_unique<Memory>(bytes);
   if (slot->size != bytes) fail("one declaration of shared memory with two sizes");
   return slot->data;
 }
 
-void* dynamic_shared_memory() { return machine().dynamic->data; }
+void* dynamic_shared_memory() { return machine().current->block->dynamic->data; }
 
 void copy_async(void* target, const void* source, int bytes, int valid) {
   if (reinterpret_cast<uintptr_t>(target) % bytes || reinterpret_cast<uintptr_t>(source) % bytes)
@@ -428,4 +538,10 @@ extern "C" __attribute__((visibility("default"))) void emulation_set_order(int o
   auto& m = emulation::machine();
   m.order = static_cast<emulation::Order>(order);
   m.random.seed(seed);
+}
+
+/// Blocks a cluster may have from now on (16 as on sm_90, 1 as before it), and has room for.
+extern "C" __attribute__((visibility("default"))) void emulation_set_clusters(int limit, int room) {
+  emulation::machine().cluster_limit = limit;
+  emulation::machine().cluster_room = room;
 }

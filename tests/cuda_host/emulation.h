@@ -1,10 +1,11 @@
 // Runs CUDA device code on the CPU: the part of the CUDA language that csrc/*.cuh uses.
 //
 // A thread of a block is a fiber; one runs until it waits (at a barrier or a warp collective) or
-// ends, then the next in the order. That is forward, reverse, or shuffled, where warps also drift
-// apart, so that code which lacks a barrier reads what is not written yet in one of them. Shared
+// ends, then the next in the order. Within a pass the order is forward, reverse or shuffled, so
+// that code which lacks a barrier reads what is not written yet in at least one of them. Shared
 // memory is fresh heap memory filled with NaN, of exactly the size asked for; what lies beside it
-// is AddressSanitizer's. Faults end the launch with a message: see `Fault`.
+// is AddressSanitizer's. The blocks of a cluster run side by side, all their threads in one order;
+// other blocks run one after the other. Faults end the launch with a message: see `Fault`.
 
 #pragma once
 
@@ -31,7 +32,8 @@ struct dim3 {
 
 namespace emulation {
 
-/// A fault of the kernel or of its launch: a divergent barrier, a limit that is not kept.
+/// A fault of the kernel or of its launch: a divergent barrier, a limit that is not kept, the
+/// shared memory of a block that is gone.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -53,13 +55,23 @@ struct Slots {
 /// What the running thread sees.
 struct View {
   dim3 thread, block, block_size, grid;
+  int rank, ranks;  // the block's place in its cluster
 };
 extern View view;
 
-/// Runs every thread of every block; throws Fault.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+/// Runs every thread of every block, `cluster` neighbours along x at a time; throws Fault.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
+         unsigned cluster = 1);
+/// Blocks a cluster may have on the device that is emulated, and how many it has room for.
+int cluster_limit();
+int cluster_room();
 
 void sync_threads(Site site);
+/// The barrier of a cluster, in two halves. The caller's place in the source is the site.
+void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+/// Where the block `rank` of the cluster has what this block has at `address` of shared memory.
+void* map_shared(const void* address, int rank);
 /// Gives `size` bytes of this lane to its warp and returns those of all 32 lanes.
 const Slots& exchange(unsigned mask, const void* data, size_t size, Site site);
 /// Shared memory of the block, the same for all its threads; `key` is one declaration.

@@ -17,7 +17,14 @@ from tests import cuda_host
 
 pytestmark = cuda_host.needs_compiler
 
-BARRIERS = ("reversed", "in warps", "reused")
+BARRIERS = (
+    "reversed",
+    "in warps",
+    "reused",
+    "in clusters",
+    "in dynamic clusters",
+    "reused in clusters",
+)
 
 
 def probe(name: str, order: str = "forward") -> tuple[list[float], str | None]:
@@ -34,6 +41,9 @@ EXPECTED = {
     "reversed": [63.0 - i for i in range(64)],
     "in warps": [float(i ^ 31) for i in range(64)],
     "reused": [3 * (63.0 - i) for i in range(64)],
+    "in clusters": [63.0 - i for i in range(64)],
+    "in dynamic clusters": [63.0 - i for i in range(64)],
+    "reused in clusters": [3 * (63.0 - i) for i in range(64)],
 }
 
 
@@ -68,6 +78,17 @@ def test_warp_functions(order: str) -> None:
         ("33 threads", "a multiple of 32 threads, up to 1024, got 33"),
         ("too much shared", "shared memory must be <= 227 KiB, got 307200"),
         ("grid too high", "invalid grid 1,70000,1"),
+        ("grid beyond 32 bits", "invalid grid 4294967295,1,1"),
+        ("divergent cluster", r"32 threads \(first 0\) at cluster_wait \(probes.cu:.*at the end"),
+        ("two cluster barriers", "divergent cluster barrier: some threads at cluster_arrive"),
+        ("mixed barriers", r"cluster_wait \(probes.cu:\d+\): the thread has not arrived"),
+        ("wait without arrive", "the thread has not arrived"),
+        ("arrive without wait", "ends between cluster_arrive and cluster_wait"),
+        ("arrive twice", "has arrived already and not waited"),
+        ("no such rank", "no block 2 in a cluster of 2"),
+        ("not shared", "not in this block's shared memory"),
+        ("ragged clusters", "divide the grid's x, got 3 of 7"),
+        ("cluster too large", "up to 16 blocks"),
     ],
 )
 def test_faults_are_named(name: str, message: str) -> None:
@@ -75,6 +96,23 @@ def test_faults_are_named(name: str, message: str) -> None:
     assert fault is not None
     assert re.search(message, fault), fault
     assert probe("reversed") == (EXPECTED["reversed"], None)  # the machine goes on after a fault
+
+
+@pytest.mark.parametrize("order", cuda_host.ORDERS)
+def test_shared_memory_ends_with_its_block(order: str) -> None:
+    _, fault = probe("in clusters, no farewell", order)
+    assert fault is not None
+    assert "of the cluster has ended" in fault
+    data, fault = probe("beyond the end", "forward")
+    assert fault is None
+    assert all(math.isnan(x) for x in data[:32])
+
+
+@pytest.mark.parametrize("order", cuda_host.ORDERS)
+def test_blocks_know_their_cluster(order: str) -> None:
+    data, fault = probe("cluster numbers", order)
+    assert fault is None
+    assert data[:7] == [30, 31, 32, 30, 31, 32, 6]
 
 
 def test_shared_memory_begins_as_nan() -> None:
@@ -116,13 +154,15 @@ def run_python(arguments: list[str], environment: dict[str, str]) -> subprocess.
 @pytest.mark.slow
 def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
     code = "from tests.kernels.test_cuda_host import probe\n"
-    names = ["reversed", "beyond global", "beyond shared", "beyond dynamic"]
+    beyond = ["beyond global", "beyond shared", "beyond dynamic", "beyond the end"]
+    names = ["reversed", "in clusters", *beyond]
     code += "".join(f"print({name!r}, flush=True); probe({name!r})\n" for name in names)
     go_on = {**sanitized, "ASAN_OPTIONS": sanitized["ASAN_OPTIONS"] + ":halt_on_error=0"}
     done = run_python(["-c", code], go_on)
-    assert done.stderr.count("ERROR: AddressSanitizer") == 3, done.stderr
-    for kernel in ("beyond_global", "beyond_shared", "beyond_dynamic"):
-        assert kernel in done.stderr
+    reports = done.stderr.split("ERROR: AddressSanitizer")[1:]
+    kernels = [name.replace(" ", "_") for name in beyond]
+    # one report a place in the source: each of the 32 threads meets the last one
+    assert {k for k in kernels for report in reports if k in report} == set(kernels), done.stderr
     assert "in (anonymous namespace)::reversed" not in done.stderr
 
 
@@ -132,8 +172,8 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
     [
         (
             ("cuda", "geglu", "layer_norm", "sampler_step", "philox", "cuda_ops"),
-            "(parity and (bfloat16 or drawn or chunks)) and test_cuda.py or cuda and "
-            "(bfloat16 or drawn or rows or tiles or layout or reference or unaligned)",
+            "(parity and (bfloat16 or drawn or chunks or (ragged and 16))) and test_cuda.py or "
+            "cuda and (bfloat16 or drawn or rows or tiles or layout or reference or unaligned)",
         ),
         (("attention_cuda",), "parity and bfloat16 and shuffled"),
     ],

@@ -55,7 +55,9 @@ def test_every_kernel_is_compiled_for_every_generation(rows: list[Resources]) ->
 
 @pytest.mark.slow
 def test_nothing_spills(rows: list[Resources]) -> None:
-    assert not [str(row) for row in rows if row.spills]
+    """On every generation; the command tells of the others."""
+    ours = [row for row in rows if row.architecture in cuda_resources.DOCUMENTED]
+    assert not [str(row) for row in ours if row.spills]
 
 
 @pytest.mark.slow

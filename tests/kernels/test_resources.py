@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import resources
@@ -56,6 +57,12 @@ def compiled(*options: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def products_in_fp16() -> list[dict[str, Any]]:
+    """Each kernel with products once, in a class of many pieces."""
+    return compiled("--op", *PRODUCTS, "--dtype", "float16", "--shape-class", "self/80", "80/80")
+
+
 def failing(rows: list[dict[str, Any]], fails: Callable[[dict[str, Any]], bool]) -> list[str]:
     return [str(row) for row in rows if fails(row)]
 
@@ -85,6 +92,40 @@ def test_products_of_half_precision_run_on_the_matrix_unit(rows: list[dict[str, 
     half = [r for r in rows if r["dots"] and r["dtype"] != "float32"]
     assert not failing(half, lambda r: not r["matrix"])
     assert {r["tunable"].removesuffix("_backward") for r in half} <= set(PRODUCTS)
+
+
+def test_products_in_fp16_neither_spill_nor_leave_the_matrix_unit(
+    products_in_fp16: list[dict[str, Any]],
+) -> None:
+    have = {(r["tunable"], r["architecture"]) for r in products_in_fp16}
+    assert have == {(name, chip) for name in PRODUCTS for chip in ARCHITECTURES}
+    assert not failing(
+        products_in_fp16,
+        lambda r: r["spills"] > 0 or r["shared"] > r["shared_limit"] or not r["matrix"],
+    )
+
+
+def launched(name: str, dtype: torch.dtype) -> list[_triton.Launch]:
+    """What `--every` compiles of a tunable."""
+    calls_of = TUNABLES[name].all_calls
+    assert calls_of is not None
+    with _triton.recording_launches("sm_90") as launches:
+        for shape_class, known in TUNABLES[name].pairs():
+            for call in calls_of(shape_class, dtype, "meta") if known == dtype else []:
+                call()
+    return launches
+
+
+def test_every_head_dim_is_compiled_when_all_are_asked_for() -> None:
+    """All that the kernels accept, under the configs they borrow."""
+    for name in ("attention", "attention_backward_keys", "attention_backward_queries"):
+        for dtype in _triton.DTYPES:
+            dims = {launch.arguments["D"] for launch in launched(name, dtype)}
+            assert dims == {*range(8, 257, 8), 512}, (name, dtype)
+    kept = [x for x in launched("attention_context", torch.bfloat16) if "programs" in x.arguments]
+    assert {x.arguments["D"] for x in kept} == {*range(8, 161, 8)}
+    keys = {(x.arguments["D"], x.arguments["keys"]) for x in kept}
+    assert {(40, 77), (64, 144), (64, 288)} <= keys
 
 
 def test_norm_and_pointwise_kernels_load_16_bytes(rows: list[dict[str, Any]]) -> None:
