@@ -37,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0")
-CPU_KERNELS = ("geglu", "group_norm_silu", "layer_norm", "philox", "sampler_step")
+CPU_KERNELS = ("attention", "geglu", "group_norm_silu", "layer_norm", "philox", "sampler_step")
 """Files of csrc/ that are compiled once per instruction set; the others only for any CPU."""
 ISAS = {
     "portable": "",

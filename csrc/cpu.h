@@ -185,10 +185,11 @@ inline void sums_around(const float* x, int64_t n, float center, float* off, flo
   SUM(*squares, n, (x[i] - center) * (x[i] - center));
 }
 
-// Memory of a call, given back at its end.
+// Memory of a call, given back at its end; begins where a cache line does.
 template <class T> struct Scratch {
   T* data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::malloc(sizeof(T) * size_t(n + 1)))) {
+  explicit Scratch(int64_t n)
+      : data(static_cast<T*>(std::aligned_alloc(64, (sizeof(T) * size_t(n) / 64 + 1) * 64))) {
     if (!data) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data); }

@@ -355,7 +355,8 @@ def keep_freed_memory() -> None:
 
     glibc hands large blocks back to the system, and each new one is cleared page by page: a tenth
     of a decoder's time (docs/decisions.md). This holds for the whole process and cannot be undone,
-    and the process stays as large as it once was.
+    and the process stays as large as it once was. Where glibc cannot enlarge its main heap (seen in
+    one of four processes) it maps large blocks all the same, and nothing is kept.
 
     Raises:
         OSError: the C library is not glibc, or refuses.

@@ -60,6 +60,7 @@ from fastdiff.kernels import (
 )
 from fastdiff.kernels._attention import SINGLE_HEAD, WIDEST, WIDEST_MASK, room_for_sums
 from fastdiff.kernels._attention_backward import attention_backward, room_for_gradients
+from fastdiff.kernels._attention_cpu import register_cpu
 from fastdiff.kernels._attention_forward import attention_forward
 from fastdiff.kernels._triton import register
 from fastdiff.kernels._triton import why_not as why_not_tensors
@@ -204,6 +205,7 @@ def _why_not(
 _op = define_op("attention", attention_reference)
 register(_op, _triton, _why_not)
 _attention_cuda.register(_op, attention_backward_triton)
+register_cpu(_op)
 
 
 def _check(

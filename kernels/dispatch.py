@@ -1,11 +1,11 @@
 """Which implementation of an op runs: the order, the objections, the reasons.
 
 Every op has a readable `reference` and may have faster implementations. In `auto` the first one in
-`ORDER` that has no objection (`why_not`) runs, unless the op knows better for its arguments
-(`Op.first`: what measured fastest); a backend that was forced, by ``with
-fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND``, runs or raises
-`BackendError`. A fallback is never silent: when an implementation made for the tensor's device
-objects, `auto` warns once per (op, reason).
+`ORDER` runs that has no objection (`why_not`) and is not known to be `slower` than a later one,
+unless the op knows better for its arguments (`Op.first`: what measured fastest); a backend that was
+forced, by ``with fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND``,
+runs or raises `BackendError`. A fallback is never silent: when an implementation made for the
+tensor's device objects, `auto` warns once per (op, reason).
 
 Under `torch.compile` the choice is made while tracing and stays in the compiled graph.
 """
@@ -59,6 +59,9 @@ class Implementation:
     """What stands against these arguments, as one sentence with got and expected, or None."""
     devices: tuple[str, ...] = ()
     """Device types it is made for; empty: all. On others it is no candidate: no fallback warns."""
+    slower: Callable[..., str | None] = _no_objection
+    """Where a later implementation was measured to be faster: the reason. No objection, so a forced
+    backend runs; `auto` goes on to the next one without a warning."""
     emulated_on: tuple[str, ...] = ()
     """Device types on which it runs too, slowly, but only when it is forced by name."""
     dtypes: tuple[torch.dtype, ...] = ()
@@ -73,7 +76,10 @@ class Implementation:
         if self.dtypes and x.dtype not in self.dtypes:
             *known, got = (str(d).removeprefix("torch.") for d in (*self.dtypes, x.dtype))
             return f"it takes {', '.join(known)}, got {got}"
-        return self.why_not(*args, **kwargs)
+        reason = self.why_not(*args, **kwargs)
+        if reason is None and selected_backend() == "auto":
+            return self.slower(*args, **kwargs)
+        return reason
 
     def serves(self, device_type: str) -> bool:
         return not self.devices or device_type in self.devices
@@ -123,11 +129,12 @@ class Op:
                 implementation = self.implementations[candidate]
                 if implementation.made_for(device, dtype):
                     reason = implementation.why_not(*args, **kwargs)
-                    if reason is None:
+                    if reason is not None:
+                        self._warn_once(candidate, reason)
+                    elif implementation.slower(*args, **kwargs) is None:
                         if candidate == "reference" and device in UNAVAILABLE:
                             _warn_of_missing(device)
                         return implementation
-                    self._warn_once(candidate, reason)
         elif name in self.implementations:
             implementation = self.implementations[name]
             if implementation.objection(args, kwargs) is None:

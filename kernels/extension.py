@@ -146,11 +146,12 @@ def register(
     objection: Callable[..., str | None] = _no_objection,
     *,
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
+    slower: Callable[..., str | None] = _no_objection,
 ) -> None:
     """Enter the CPU implementation of an op, if the module is there.
 
-    function: what plain tensors go to; registered: the same, known to PyTorch. objection, dtypes:
-    as `why_not` and `dtypes` of `Implementation`.
+    function: what plain tensors go to; registered: the same, known to PyTorch. objection, dtypes,
+    slower: as `why_not`, `dtypes` and `slower` of `Implementation`.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,12 @@ def register(
 
     if native is not None:
         implementation = Implementation(
-            backend="cpu", function=run, why_not=objection, devices=("cpu",), dtypes=dtypes
+            backend="cpu",
+            function=run,
+            why_not=objection,
+            devices=("cpu",),
+            dtypes=dtypes,
+            slower=slower,
         )
         op.register(implementation)
 

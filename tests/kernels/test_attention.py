@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -12,16 +14,21 @@ from fastdiff import kernels
 from fastdiff.kernels import _attention_forward, _triton, attention, backend
 from fastdiff.kernels._attention import HEAD_DIMS, aligned, pieces_of, room_for_sums
 from fastdiff.kernels._attention_backward import attention_backward
+from fastdiff.kernels._attention_cpu import _Call, attention_cpu
 from fastdiff.kernels._attention_forward import CONTEXTS, attention_forward
 from fastdiff.kernels.attention import _why_not, attention_triton
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
-UNSERVED = {"odd": "multiples of 8 up to 256, and 512, got 7", "cin-384": "and 512, got 384"}
+UNSERVED = {
+    "odd": "multiples of 8 up to 256, and 512, got 7",
+    "cin-384": "and 512, got 384",
+    "all-alike": "takes a scale > 0, got 0.0",
+    "turned-round": "takes a scale > 0, got -0.7; negate q",
+}
 """Rows that no Triton kernel takes, and why."""
 
-BACKENDS = cases.BACKENDS[:2]
-"""The reference and triton: there is no CPU kernel of attention."""
+BACKENDS = cases.BACKENDS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -315,11 +322,11 @@ def test_triton_compiles_with_a_mask_and_extra_keys_for_any_batch() -> None:
     cases.check_compiles(op, arguments)
 
 
-@cases.needs_triton
-def test_gradients_of_any_strides_and_from_run_to_run() -> None:
-    q, k, v = torch.randn(3, 2, 37, 2, 24, device=cases.device_of("triton")).requires_grad_()
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_gradients_of_any_strides_and_from_run_to_run(name: str) -> None:
+    q, k, v = torch.randn(3, 2, 37, 2, 24, device=cases.device_of(name)).requires_grad_()
     results = []
-    with backend("triton"):
+    with backend(name):
         out = attention(q, k, v)
         expanded = torch.ones((), device=out.device).expand_as(out)
         turned = torch.randn(24, 2, 37, 2, device=out.device).permute(3, 2, 1, 0)
@@ -327,6 +334,77 @@ def test_gradients_of_any_strides_and_from_run_to_run() -> None:
             results.append(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
     for strided, dense in (results[:2], results[2:]):
         assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+@cases.needs_native
+def test_a_packed_projection_is_not_copied() -> None:
+    packed = torch.randn(2, 5, 3, 4, 8, dtype=torch.bfloat16)
+    for dense in (True, False):
+        x = packed if dense else packed.mT.contiguous().mT
+        call = _Call((*x.unbind(2), None, None), None, 1.0)
+        taken = [t.data_ptr() for t in call.tensors if t is not None]
+        assert (taken == [t.data_ptr() for t in x.unbind(2)]) == dense
+
+
+@cases.needs_native
+def test_auto_takes_the_reference_where_it_is_faster() -> None:
+    q, text = torch.randn(1, 200, 2, 40), torch.randn(1, 77, 2, 40)
+    wide = torch.randn(1, 161, 1, 264)
+    leaf = text.clone().requires_grad_()
+
+    def chosen(*tensors: Tensor, **options: Tensor) -> tuple[str | None, str]:
+        told = kernels.explain("attention", *tensors, **options)
+        return told.chosen, str(told.reasons["cpu"])
+
+    for tensors in ((q, q, q), (q, text, text), (wide, wide[:, 1:], wide[:, 1:])):
+        assert chosen(*tensors)[0] == "cpu"
+        attention(*tensors)
+    assert chosen(wide, wide, wide)[0] == "reference"
+    assert "above 256 with more than 160 keys, got 264 and 161" in chosen(wide, wide, wide)[1]
+    extra = {"extra_k": wide[:, :1], "extra_v": wide[:, :1]}
+    assert chosen(wide, wide[:, 1:], wide[:, 1:], **extra)[0] == "reference"
+    assert chosen(*[wide.half()] * 3)[0] == "cpu"
+    assert chosen(q, leaf, leaf)[0] == "reference"
+    assert "gradient" in chosen(q, leaf, leaf)[1]
+    attention(wide, wide, wide), attention(q, leaf, leaf)  # a warning would be an error
+    with torch.no_grad():
+        assert chosen(q, leaf, leaf)[0] == "cpu"
+    with backend("cpu"):
+        assert chosen(wide, wide, wide)[0] == "cpu"
+
+
+@cases.needs_native
+def test_cpu_op_is_registered_right() -> None:
+    q, k, v = (torch.randn(2, 5, 2, 7, requires_grad=True) for _ in range(3))
+    text = torch.randn(2, 3, 2, 7)
+    bias = torch.randn(5, 8, requires_grad=True)
+    torch.library.opcheck(attention_cpu, (q, k, v, None, None, None, 0.3))
+    torch.library.opcheck(attention_cpu, (q, k, v, text, text + 1, bias, 0.3))
+
+
+@cases.needs_native
+def test_cpu_second_derivatives() -> None:
+    """Of a call with everything, as the formula has them in fp64."""
+    shapes = ((1, 3, 2, 5), *[(1, 4, 2, 5)] * 2, *[(1, 2, 2, 5)] * 2, (3, 6))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def twice(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        q, k, v, extra_k, extra_v, mask = tensors
+        out = function(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask, scale=0.4)
+        first = torch.autograd.grad(out.sin().sum(), tensors, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+
+    with backend("cpu"):
+        have = twice(attention, *leaves)
+    exact = (x.detach().double().requires_grad_() for x in leaves)
+    want = twice(cases.attention_formula, *exact)
+    for one, other in zip(have, want, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@cases.needs_native
+def test_cpu_compiles_without_break_for_any_batch() -> None:
+    cases.check_compiles(attention, lambda n: tuple(torch.randn(3, n, 5, 4, 16)), "cpu")
 
 
 @cases.needs_interpreter

@@ -119,6 +119,24 @@ def test_an_implementation_for_another_device_is_passed_in_silence(op: dispatch.
         op(X)
 
 
+def test_auto_passes_a_slower_implementation_in_silence(op: dispatch.Op) -> None:
+    reason = "it is slower than the reference above 4 numbers"
+    op.register(
+        Implementation(
+            backend="cpu",
+            function=lambda x: "cpu",
+            slower=lambda x: reason if x.numel() > 4 else None,
+        )
+    )
+    assert (op(X), op(X[:1, :4])) == ("reference", "cpu")  # a warning would be an error
+    told = kernels.explain("probe", X)
+    assert told.chosen == "reference"
+    assert told.reasons["cpu"] == reason
+    with kernels.backend("cpu"):
+        assert op(X) == "cpu"
+        assert kernels.explain("probe", X).reasons["cpu"] is None
+
+
 def test_a_forced_backend_runs_or_raises_with_each_reason(op: dispatch.Op) -> None:
     add(op, "triton", "D must be at most 4, got 8")
     add(op, "cpu")

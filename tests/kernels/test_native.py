@@ -29,6 +29,7 @@ ROWS = {
     "add_group_norm_silu": cases.ADD_GROUP_NORM_SILU,
     "layer_norm": cases.LAYER_NORM,
     "add_layer_norm": cases.ADD_LAYER_NORM,
+    "attention": cases.ATTENTION,
 }
 """Op -> its rows, for the ops with a CPU kernel that a tolerance can judge."""
 
@@ -125,6 +126,14 @@ BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
     ),
     "layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(600), numbers(600)), {}),
     "add_layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(SAMPLES, 50, 600)), {}),
+    "attention": lambda: (  # several tiles, and blocks of keys of which one has extra keys too
+        (numbers(SAMPLES, 90, 3, 40), *numbers(2, SAMPLES, 300, 3, 40)),
+        {
+            "extra_k": numbers(SAMPLES, 30, 3, 40),
+            "extra_v": numbers(SAMPLES, 30, 3, 40),
+            "mask": numbers(SAMPLES, 1, 90, 330) < 1,
+        },
+    ),
 }
 """Op -> a call that is worth several threads; the first dimension is the sample."""
 

@@ -1,0 +1,151 @@
+// Small matrix products on the vectors of the instruction set. Included like cpu.h, after it.
+#pragma once
+
+#include "cpu.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+namespace {
+
+// Numbers in a vector; vectors of a row that a product has in registers, and for 1, 2, .. of them the rows.
+#if defined(__AVX512F__)
+constexpr int W = 16, MOST_VECTORS = 5, ROWS_OF[] = {0, 12, 12, 8, 6, 5};
+#elif defined(__AVX2__)
+constexpr int W = 8, MOST_VECTORS = 3, ROWS_OF[] = {0, 12, 6, 4};
+#else
+constexpr int W = 4, MOST_VECTORS = 3, ROWS_OF[] = {0, 12, 6, 4};
+#endif
+typedef float Vector __attribute__((vector_size(4 * W)));
+typedef int32_t Places __attribute__((vector_size(4 * W)));
+
+inline int64_t padded(int64_t n) { return ceil_div(n, W) * W; }
+inline Vector load(const float* x) {
+  Vector v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+inline void store(float* x, Vector v) { __builtin_memcpy(x, &v, sizeof v); }
+
+// A product C = A B: rows of A lie `row` apart, its columns `column`; rows of B and C b_row and c_row.
+struct Product {
+  const float* a;
+  int64_t row, column;
+  const float* b;
+  int64_t b_row;
+  float* c;
+  int64_t c_row, depth;
+  const float* factor;  // of the rows of C, to which the product is then added
+  bool add;             // without a factor: as if it were 1
+
+  void step(int64_t rows) {
+    a += rows * row;
+    c += rows * c_row;
+    if (factor) factor += rows;
+  }
+};
+
+// Keeps x in a register, where the compiler would rather read it again for every use.
+#if defined(__x86_64__)
+#define IN_REGISTER(x) asm("" : "+v"(x))
+#else
+#define IN_REGISTER(x)
+#endif
+
+template <int ROWS, int VECTORS> void rows_of_product(const Product& p) {
+  Vector sums[ROWS][VECTORS] = {};
+  const int64_t row = p.row, column = p.column, b_row = p.b_row, depth = p.depth;
+  const float *a = p.a, *b = p.b;
+  for (int64_t k = 0; k < depth; ++k, a += column, b += b_row) {
+    Vector right[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      right[v] = load(b + v * W);
+      IN_REGISTER(right[v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const float left = a[r * row];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += right[v] * left;
+    }
+  }
+  const float* factor = p.factor;
+  float* c = p.c;
+  const bool keep = p.add || factor;
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r, c += p.c_row) {
+    if (keep) {
+      const float times = factor ? factor[r] : 1.0f;
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += load(c + v * W) * times;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) store(c + v * W, sums[r][v]);
+  }
+}
+
+template <int ROWS, int VECTORS> inline void panel(Product p, int64_t rows) {
+  for (; rows >= ROWS; rows -= ROWS) {
+    rows_of_product<ROWS, VECTORS>(p);
+    p.step(ROWS);
+  }
+  if constexpr (ROWS > 1)
+    if (rows > 0) panel<(ROWS + 1) / 2, VECTORS>(p, rows);
+}
+
+template <int VECTORS = MOST_VECTORS>
+inline void panel_of(const Product& p, int64_t rows, int64_t vectors) {
+  if (vectors == VECTORS)
+    panel<ROWS_OF[VECTORS], VECTORS>(p, rows);
+  else if constexpr (VECTORS > 1)
+    panel_of<VECTORS - 1>(p, rows, vectors);
+}
+
+// The whole product, `columns` (a multiple of W) wide.
+void multiply(Product p, int64_t rows, int64_t columns) {
+  int64_t vectors = columns / W;
+  for (int64_t left = ceil_div(vectors, MOST_VECTORS); left > 0; --left) {
+    const int64_t now = ceil_div(vectors, left);
+    panel_of(p, rows, now);
+    p.b += now * W;
+    p.c += now * W;
+    vectors -= now;
+  }
+}
+
+// The numbers of a and b in turns, from their first halves or from their second.
+inline Vector interleave(Vector a, Vector b, bool second) {
+#if defined(__clang__)
+  Vector both{};
+  for (int i = 0; i < W; ++i) both[i] = (i % 2 ? b : a)[i / 2 + (second ? W / 2 : 0)];
+  return both;
+#else
+  Places places{};
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) places[i] = i / 2 + (i % 2 ? W : 0) + (second ? W / 2 : 0);
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
+// W x W numbers, rows `from` apart, written as columns.
+inline void transpose(const float* x, int64_t x_row, float* y, int64_t y_row) {
+  Vector rows[W], next[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = load(x + i * x_row);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < W; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = interleave(rows[i], rows[i + W / 2], false);
+      next[2 * i + 1] = interleave(rows[i], rows[i + W / 2], true);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(y + i * y_row, rows[i]);
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff
