@@ -54,7 +54,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels import _attention_tuning  # noqa: F401 - it enters what is tuned
+from fastdiff.kernels import (
+    _attention_cuda,
+    _attention_tuning,  # noqa: F401 - it enters what is tuned
+)
 from fastdiff.kernels._attention import SINGLE_HEAD, WIDEST, WIDEST_MASK, room_for_sums
 from fastdiff.kernels._attention_backward import attention_backward, room_for_gradients
 from fastdiff.kernels._attention_cpu import register_cpu
@@ -201,6 +204,7 @@ def _why_not(
 
 _op = define_op("attention", attention_reference)
 register(_op, _triton, _why_not)
+_attention_cuda.register(_op, attention_backward_triton)
 register_cpu(_op)
 
 

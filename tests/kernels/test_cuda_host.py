@@ -167,13 +167,23 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_are_clean_under_sanitizers(sanitized: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("files", "tests"),
+    [
+        (
+            ("cuda", "geglu", "layer_norm", "sampler_step", "philox", "cuda_ops"),
+            "(parity and (bfloat16 or drawn or chunks or (ragged and 16))) and test_cuda.py or "
+            "cuda and (bfloat16 or drawn or rows or tiles or layout or reference or unaligned)",
+        ),
+        (("attention_cuda",), "parity and bfloat16 and shuffled"),
+    ],
+    ids=("others", "attention"),
+)
+def test_kernels_are_clean_under_sanitizers(
+    files: tuple[str, ...], tests: str, sanitized: dict[str, str]
+) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
-    names = ("geglu", "layer_norm", "sampler_step", "philox", "cuda_ops")
-    others = "cuda and (bfloat16 or drawn or rows or tiles or layout or reference or unaligned)"
-    norms = "parity and (bfloat16 or drawn or chunks or (ragged and 16))"
-    tests = ["-k", f"({norms}) and test_cuda.py or {others}"]
-    tests += [f"tests/kernels/test_{name}.py" for name in ("cuda", *names)]
-    done = run_python(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], sanitized)
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests]
+    done = run_python([*command, *(f"tests/kernels/test_{name}.py" for name in files)], sanitized)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
