@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,10 +89,12 @@ def step_cases() -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
     for case in bench_sampler_step.gpu_cases(64, (1, 4, 16)):
         found = Case("", case.job, case.subject, case.call)
         x, prediction, *_ = case.subject.arguments(case.call, case.job, MAKE)[0]
-        peers = {
-            name: bench_sampler_step.stepping(name, diffusers, x, prediction)
-            for name in bench_sampler_step.SCHEDULERS
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its schedulers use what numpy deprecates
+            peers = {
+                name: bench_sampler_step.stepping(name, diffusers, x, prediction)
+                for name in bench_sampler_step.SCHEDULERS
+            }
         yield found, {**found.providers(), **peers}
 
 

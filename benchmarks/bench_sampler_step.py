@@ -141,6 +141,7 @@ def stepping(name: str, diffusers: Any, x: Tensor, prediction: Tensor) -> Callab
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
     )
     scheduler.set_timesteps(STEPS, device=x.device)
+    scheduler.is_scale_input_called = True  # Euler would complain at every step
     taken = itertools.count()
 
     def step() -> None:

@@ -64,18 +64,18 @@ template <class R> void pack(const R& rows, int64_t n, int64_t d, int64_t wide, 
   }
 }
 
-// The same as columns of y, whose rows are y_row apart; zeros up to a multiple of W.
+// The same as columns of y, whose rows are y_row apart; zeros up to a multiple of LANES.
 template <class R>
 void pack_columns(const R& rows, int64_t n, int64_t d, int64_t wide, float* buffer, float* y,
                   int64_t y_row) {
-  for (int64_t first = 0; first < n; first += W) {
-    for (int64_t i = 0; i < W; ++i) {
+  for (int64_t first = 0; first < n; first += LANES) {
+    for (int64_t i = 0; i < LANES; ++i) {
       float* to = buffer + i * wide;
       const int64_t known = first + i < n ? d : 0;
       if (known) copy(rows[first + i], to, d);
       for (int64_t j = known; j < wide; ++j) to[j] = 0;
     }
-    for (int64_t j = 0; j < wide; j += W) transpose(buffer + j, wide, y + j * y_row + first, y_row);
+    for (int64_t j = 0; j < wide; j += LANES) transpose(buffer + j, wide, y + j * y_row + first, y_row);
   }
 }
 
@@ -89,7 +89,7 @@ struct Piece {
 template <class T> struct Call {
   const Attention& a;
   Pieces blocks, tiles, depths;
-  int64_t wide, block_wide;  // d and the keys of a block, as multiples of W
+  int64_t wide, block_wide;  // d and the keys of a block, as multiples of LANES
   int64_t group, groups;     // tiles of a piece, pieces of a head
   bool plain;                // the scale is in the exponent
   float scale;
@@ -165,12 +165,12 @@ template <class T> struct Call {
 
 // The softmax of rows, online: scores become exp(unit (score - top)), of which `weight` is the sum, and
 // `factor` is what earlier blocks' sums are to be multiplied by. Three loops, since a row alone is one
-// long chain of operations. `tail` is added to the last W columns: -inf for those without a key.
+// long chain of operations. `tail` is added to the last LANES columns: -inf for those without a key.
 inline void soften(float* scores, int64_t rows, int64_t wide, int64_t columns, const float* tail,
                    float unit, float* RESTRICT top, float* RESTRICT weight, float* RESTRICT factor) {
   for (int64_t r = 0; r < rows; ++r) {
-    float *s = scores + r * wide, *last = s + columns - W;
-    SIMD for (int64_t i = 0; i < W; ++i) last[i] += tail[i];
+    float *s = scores + r * wide, *last = s + columns - LANES;
+    SIMD for (int64_t i = 0; i < LANES; ++i) last[i] += tail[i];
     float highest = top[r];
     _Pragma("omp simd reduction(max : highest)") for (int64_t i = 0; i < columns; ++i)
       highest = s[i] > highest ? s[i] : highest;
@@ -211,10 +211,10 @@ template <class T> void forward(const Attention& a) {
   const Call<T> call(a);
   const int64_t wide = call.wide, block_wide = call.block_wide, most = call.group * call.tiles.size;
   parallel(call.items(), 1, [&](int64_t begin, int64_t end) {
-    Scratch<float> k_columns(wide * block_wide), v_rows(block_wide * wide), buffer(W * wide),
+    Scratch<float> k_columns(wide * block_wide), v_rows(block_wide * wide), buffer(LANES * wide),
         q_buffer(call.tiles.size * a.d), scores(call.tiles.size * block_wide), sums(most * wide),
         top(most), weight(most), factor(call.tiles.size);
-    alignas(64) float tail[W];
+    alignas(64) float tail[LANES];
     int64_t packed = -1;  // the head that is, where a head is one block
     for (int64_t item = begin; item < end; ++item) {
       const Piece piece = call.piece(item);
@@ -226,7 +226,7 @@ template <class T> void forward(const Attention& a) {
           pack_columns(call.keys(piece, key), count, a.d, wide, buffer.data, k_columns.data, block_wide);
           pack(call.values(piece, key), count, a.d, wide, v_rows.data);
           packed = piece.head;
-          for (int64_t i = 0; i < W; ++i) tail[i] = columns - W + i < count ? 0 : -__builtin_inff();
+          for (int64_t i = 0; i < LANES; ++i) tail[i] = columns - LANES + i < count ? 0 : -__builtin_inff();
         }
         for (int64_t tile = piece.first; tile < piece.last; ++tile) {
           const int64_t query = call.tiles.begin(tile), rows = call.tiles.length(tile);
@@ -298,7 +298,7 @@ template <class T> void queries_gradient(const AttentionBackward& b, Known known
   const int64_t keys = a.keys + a.extra_keys;
   parallel(call.items(), 1, [&](int64_t begin, int64_t end) {
     Scratch<float> k_columns(wide * block_wide), v_columns(wide * block_wide), k_rows(block_wide * wide),
-        buffer(W * wide), q_buffer(size * a.d), dout_buffer(size * a.d), scores(size * block_wide),
+        buffer(LANES * wide), q_buffer(size * a.d), dout_buffer(size * a.d), scores(size * block_wide),
         dscores(size * block_wide), dq(call.group * size * wide);
     int64_t packed = -1;
     for (int64_t item = begin; item < end; ++item) {
@@ -342,7 +342,7 @@ template <class T> void keys_gradient(const AttentionBackward& b, Known known) {
   const int64_t wide = call.wide, block_wide = call.block_wide, size = call.tiles.size;
   const bool one_key = a.keys + a.extra_keys == 1;
   parallel(a.n * a.heads * call.blocks.count, 1, [&](int64_t begin, int64_t end) {
-    Scratch<float> k_columns(wide * block_wide), v_columns(wide * block_wide), buffer(W * wide),
+    Scratch<float> k_columns(wide * block_wide), v_columns(wide * block_wide), buffer(LANES * wide),
         q_rows(size * wide), dout_rows(size * wide), scores(size * block_wide),
         dscores(size * block_wide), dk(block_wide * wide), dv(block_wide * wide);
     for (int64_t item = begin; item < end; ++item) {

@@ -145,44 +145,79 @@ inline float erf_(float x) {
   return z > 1.0f ? signed_outer : x * inner;  // NaN goes by the second
 }
 
-// The sum of `term` (an expression of i) for i < n. The four quarters are added up side by side, in an
-// order that depends on n and the instruction set alone. A macro, because GCC 12 does not vectorise
-// the sum when the term is a lambda.
-#define SUM(result, n, term)                          \
-  do {                                                \
-    const int64_t quarter = (n) / 4;                  \
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;             \
-    _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") \
-    for (int64_t j = 0; j < quarter; ++j) {           \
-      int64_t i = j;                                  \
-      s0 += (term);                                   \
-      i += quarter;                                   \
-      s1 += (term);                                   \
-      i += quarter;                                   \
-      s2 += (term);                                   \
-      i += quarter;                                   \
-      s3 += (term);                                   \
-    }                                                 \
-    for (int64_t i = 4 * quarter; i < (n); ++i) s3 += (term); \
-    result = (s0 + s1) + (s2 + s3);                   \
-  } while (false)
+// LANES numbers in a register of the instruction set (in several, where there is none).
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+inline Vector load(const float* x) {
+  Vector v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+inline void store(float* x, Vector v) { __builtin_memcpy(x, &v, sizeof v); }
+
+
+inline float sum_of_lanes(Vector v) {
+  float lanes[LANES];
+  store(lanes, v);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Calls add(u, i) for vectors that begin at i, four in turn, and rest(i) for single numbers: an order
+// that depends on n and the instruction set alone.
+template <class Add, class Rest> inline void in_vectors(int64_t n, const Add& add, const Rest& rest) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) add(u, i + u * LANES);
+  }
+  for (; i + LANES <= n; i += LANES) add(0, i);
+  for (; i < n; ++i) rest(i);
+}
+
+inline float sum_of(const Vector (&v)[4]) { return sum_of_lanes((v[0] + v[1]) + (v[2] + v[3])); }
 
 inline float sum(const float* x, int64_t n) {
-  float result;
-  SUM(result, n, x[i]);
-  return result;
+  Vector s[4] = {};
+  float rest = 0;
+  in_vectors(n, [&](int u, int64_t i) { s[u] += load(x + i); }, [&](int64_t i) { rest += x[i]; });
+  return sum_of(s) + rest;
 }
 
 inline float dot(const float* x, const float* y, int64_t n) {
-  float result;
-  SUM(result, n, x[i] * y[i]);
-  return result;
+  Vector s[4] = {};
+  float rest = 0;
+  in_vectors(
+      n, [&](int u, int64_t i) { s[u] += load(x + i) * load(y + i); },
+      [&](int64_t i) { rest += x[i] * y[i]; });
+  return sum_of(s) + rest;
 }
 
 // The sums of x - center and of its square.
 inline void sums_around(const float* x, int64_t n, float center, float* off, float* squares) {
-  SUM(*off, n, x[i] - center);
-  SUM(*squares, n, (x[i] - center) * (x[i] - center));
+  Vector s[4] = {}, q[4] = {};
+  float s_rest = 0, q_rest = 0;
+  in_vectors(
+      n,
+      [&](int u, int64_t i) {
+        const Vector d = load(x + i) - center;
+        s[u] += d;
+        q[u] += d * d;
+      },
+      [&](int64_t i) {
+        const float d = x[i] - center;
+        s_rest += d;
+        q_rest += d * d;
+      });
+  *off = sum_of(s) + s_rest;
+  *squares = sum_of(q) + q_rest;
 }
 
 // Memory of a call, given back at its end; begins where a cache line does.

@@ -7,25 +7,15 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-// Numbers in a vector; vectors of a row that a product has in registers, and for 1, 2, .. of them the rows.
+// Vectors of a row that a product has in registers, and for 1, 2, .. of them the rows.
 #if defined(__AVX512F__)
-constexpr int W = 16, MOST_VECTORS = 5, ROWS_OF[] = {0, 12, 12, 8, 6, 5};
-#elif defined(__AVX2__)
-constexpr int W = 8, MOST_VECTORS = 3, ROWS_OF[] = {0, 12, 6, 4};
+constexpr int MOST_VECTORS = 5, ROWS_OF[] = {0, 12, 12, 8, 6, 5};
 #else
-constexpr int W = 4, MOST_VECTORS = 3, ROWS_OF[] = {0, 12, 6, 4};
+constexpr int MOST_VECTORS = 3, ROWS_OF[] = {0, 12, 6, 4};
 #endif
-typedef float Vector __attribute__((vector_size(4 * W)));
-typedef int32_t Places __attribute__((vector_size(4 * W)));
+typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 
-inline int64_t padded(int64_t n) { return ceil_div(n, W) * W; }
-inline Vector load(const float* x) {
-  Vector v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
-inline void store(float* x, Vector v) { __builtin_memcpy(x, &v, sizeof v); }
-
+inline int64_t padded(int64_t n) { return ceil_div(n, LANES) * LANES; }
 // A product C = A B: rows of A lie `row` apart, its columns `column`; rows of B and C b_row and c_row.
 struct Product {
   const float* a;
@@ -59,7 +49,7 @@ template <int ROWS, int VECTORS> void rows_of_product(const Product& p) {
     Vector right[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
-      right[v] = load(b + v * W);
+      right[v] = load(b + v * LANES);
       IN_REGISTER(right[v]);
     }
 #pragma GCC unroll 16
@@ -77,10 +67,10 @@ template <int ROWS, int VECTORS> void rows_of_product(const Product& p) {
     if (keep) {
       const float times = factor ? factor[r] : 1.0f;
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] += load(c + v * W) * times;
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += load(c + v * LANES) * times;
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store(c + v * W, sums[r][v]);
+    for (int v = 0; v < VECTORS; ++v) store(c + v * LANES, sums[r][v]);
   }
 }
 
@@ -101,14 +91,14 @@ inline void panel_of(const Product& p, int64_t rows, int64_t vectors) {
     panel_of<VECTORS - 1>(p, rows, vectors);
 }
 
-// The whole product, `columns` (a multiple of W) wide.
+// The whole product, `columns` (a multiple of LANES) wide.
 void multiply(Product p, int64_t rows, int64_t columns) {
-  int64_t vectors = columns / W;
+  int64_t vectors = columns / LANES;
   for (int64_t left = ceil_div(vectors, MOST_VECTORS); left > 0; --left) {
     const int64_t now = ceil_div(vectors, left);
     panel_of(p, rows, now);
-    p.b += now * W;
-    p.c += now * W;
+    p.b += now * LANES;
+    p.c += now * LANES;
     vectors -= now;
   }
 }
@@ -117,33 +107,33 @@ void multiply(Product p, int64_t rows, int64_t columns) {
 inline Vector interleave(Vector a, Vector b, bool second) {
 #if defined(__clang__)
   Vector both{};
-  for (int i = 0; i < W; ++i) both[i] = (i % 2 ? b : a)[i / 2 + (second ? W / 2 : 0)];
+  for (int i = 0; i < LANES; ++i) both[i] = (i % 2 ? b : a)[i / 2 + (second ? LANES / 2 : 0)];
   return both;
 #else
   Places places{};
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) places[i] = i / 2 + (i % 2 ? W : 0) + (second ? W / 2 : 0);
+  for (int i = 0; i < LANES; ++i) places[i] = i / 2 + (i % 2 ? LANES : 0) + (second ? LANES / 2 : 0);
   return __builtin_shuffle(a, b, places);
 #endif
 }
 
-// W x W numbers, rows `from` apart, written as columns.
+// LANES x LANES numbers, rows `from` apart, written as columns.
 inline void transpose(const float* x, int64_t x_row, float* y, int64_t y_row) {
-  Vector rows[W], next[W];
+  Vector rows[LANES], next[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) rows[i] = load(x + i * x_row);
+  for (int i = 0; i < LANES; ++i) rows[i] = load(x + i * x_row);
 #pragma GCC unroll 4
-  for (int stage = 1; stage < W; stage *= 2) {
+  for (int stage = 1; stage < LANES; stage *= 2) {
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = interleave(rows[i], rows[i + W / 2], false);
-      next[2 * i + 1] = interleave(rows[i], rows[i + W / 2], true);
+    for (int i = 0; i < LANES / 2; ++i) {
+      next[2 * i] = interleave(rows[i], rows[i + LANES / 2], false);
+      next[2 * i + 1] = interleave(rows[i], rows[i + LANES / 2], true);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) rows[i] = next[i];
+    for (int i = 0; i < LANES; ++i) rows[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store(y + i * y_row, rows[i]);
+  for (int i = 0; i < LANES; ++i) store(y + i * y_row, rows[i]);
 }
 
 }  // namespace
