@@ -8,6 +8,8 @@ namespace {
 enum Column { U, V, A, B, C1, C2, C3, S, P, Q, SLOT, W, CLAMP, LOGVAR_MIN, LOGVAR_MAX };
 
 constexpr int64_t PART = 4 * BLOCKS - 4;  // numbers at once
+// Fewer are not worth waking a thread for, which takes longer than 10 us: without noise and with it.
+constexpr int64_t NUMBERS_PER_THREAD = 65536, NOISY_NUMBERS_PER_THREAD = 16384;
 
 template <class T> struct Step {
   const SamplerStep& a;
@@ -37,22 +39,23 @@ template <class T> struct Step {
     return buffer;
   }
 
-  // Variance over a sample of what `piece(run, j, n)` gives, in two passes.
+  // Variance over a sample of what `piece(run, j, n)` gives, in two passes; the mean is taken above the
+  // first number, so that a constant sample has none.
   template <class F> double variance(const F& piece) const {
+    const double first = piece(0, 0, 1)[0];
     double total = 0, squares = 0;
     for (int pass = 0; pass < 2; ++pass) {
-      const double mean = total / double(numbers);
+      const float center = float(first + total / double(numbers));
       for (int64_t run = 0; run < a.runs; ++run)
         for (int64_t j = 0; j < a.length; j += PART) {
           const int64_t n = smaller(PART, a.length - j);
           const float* v = piece(run, j, n);
-          if (pass == 0) {
-            total += double(sum(v, n));
-          } else {
-            float off, square;
-            sums_around(v, n, float(mean), &off, &square);
+          float off, square;
+          sums_around(v, n, center, &off, &square);
+          if (pass == 0)
+            total += double(off);
+          else
             squares += double(square);
-          }
         }
     }
     return squares / double(numbers);
@@ -124,7 +127,8 @@ template <class T> struct Step {
       for (int64_t image = begin; image < end; ++image) factors.data[image] = rescale(image);
     });
     const int64_t parts = ceil_div(a.length, PART), units = a.n * a.runs * parts;
-    const int64_t grain = larger(1, 8192 / smaller(PART, a.length));
+    const int64_t wanted = a.row[S] != 0 ? NOISY_NUMBERS_PER_THREAD : NUMBERS_PER_THREAD;
+    const int64_t grain = larger(1, wanted / smaller(PART, a.length));
     parallel(units, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t j = i % parts * PART, run = i / parts % a.runs, image = i / parts / a.runs;
