@@ -202,7 +202,7 @@ def gpu_section(device: Device) -> str:
     found = gpu_report.groups(run.records)
     ops, networks = gpu_report.op_rows(found), gpu_report.network_rows(found)
     shares = [(s.backend, *share_row(run, s)) for s in run.shares]
-    head = ("backend", "job", "op", "calls", "time", "share", "job, if the op were free", "commit")
+    head = ("backend", *SHARE_HEAD)
     return "\n\n".join(
         [
             f"### {device.name}",
@@ -236,6 +236,14 @@ def tables(found: Sequence[Device]) -> str:
     return "\n\n".join([*(gpus or [no_gpu()]), *others])
 
 
+WHOLE_HEAD = ("job", "shape", "median", "quartiles", "rounds", "GFLOP/s", "peak memory", "commit")
+SHARE_HEAD = ("job", "op", "calls", "time", "share", "job, if the op were free", "commit")
+OP_HEAD = (
+    *("op", "job", "shape", "provider", "median", "speed", "GB/s", "of the limit", "whole job"),
+    "commit",
+)
+
+
 def section(device: Device) -> str:
     """The picture and the tables of one device that is no GPU."""
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
@@ -245,50 +253,21 @@ def section(device: Device) -> str:
     peers = [pair for pair in measured if pair[1].benchmark == END_TO_END]
     shown = {run.commit: run for run, _ in (*rows, *shares, *peaks, *measured)}
     used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
-    return "\n\n".join(
-        [
-            f"### {device.name}",
-            "\n".join(run.describe() for run in used),
-            f"![How much of an evaluation each op takes](images/{picture(device).name})",
-            "#### Whole jobs",
-            table(
-                (
-                    "job",
-                    "shape",
-                    "median",
-                    "quartiles",
-                    "rounds",
-                    "GFLOP/s",
-                    "peak memory",
-                    "commit",
-                ),
-                [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks],
-            ),
-            *cpu_tables(device),
-            *(["#### Beside diffusers, on the same weights", peer_table(peers)] if peers else []),
-            "#### Share of each op",
-            table(
-                ("job", "op", "calls", "time", "share", "job, if the op were free", "commit"),
-                [share_row(*pair) for pair in shares],
-            ),
-            "#### Ops",
-            table(
-                (
-                    "op",
-                    "job",
-                    "shape",
-                    "provider",
-                    "median",
-                    "speed",
-                    "GB/s",
-                    "of the limit",
-                    "whole job",
-                    "commit",
-                ),
-                [op_row(*pair) for pair in rows],
-            ),
-        ]
-    )
+    jobs = [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks]
+    parts = [f"### {device.name}", "\n".join(run.describe() for run in used)]
+    if shares:
+        parts.append(f"![How much of an evaluation each op takes](images/{picture(device).name})")
+    parts += cpu_tables(device)
+    if peers:
+        parts += ["#### Beside diffusers, on the same weights", peer_table(peers)]
+    for title, head, found in (
+        ("Whole jobs", WHOLE_HEAD, jobs),
+        ("Share of each op", SHARE_HEAD, [share_row(*pair) for pair in shares]),
+        ("Ops", OP_HEAD, [op_row(*pair) for pair in rows]),
+    ):
+        if found:
+            parts += [f"#### {title}", table(head, found)]
+    return "\n\n".join(parts)
 
 
 def cpu_tables(device: Device) -> list[str]:

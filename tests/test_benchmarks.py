@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_cpu_networks, harness, predict, report, shapes
+from benchmarks import (
+    bench_attention,
+    bench_cpu_networks,
+    cpu_report,
+    harness,
+    predict,
+    report,
+    shapes,
+)
 from benchmarks.harness import Peak, Record, Share, Work
 from fastdiff import kernels
 
@@ -187,7 +195,10 @@ def test_the_document_is_what_the_records_say() -> None:
     text = report.DOCUMENT.read_text()
     found = report.devices()
     assert text == report.fill(text, report.tables(found))
-    assert all(report.picture(device).is_file() for device in found if not device.is_gpu)
+    pictures = [report.picture(device) for device in found if not device.is_gpu and device.shares()]
+    assert pictures
+    assert all(picture.is_file() for picture in pictures)
+    assert text.count("(images/shares-") == len(pictures)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +238,36 @@ def test_predictions_by_hand() -> None:
 
 def test_the_document_holds_the_predictions() -> None:
     assert report.table(*report.headed(predict.rows())) in report.DOCUMENT.read_text()
+
+
+def test_the_aims_of_a_cpu_take_the_worst_case() -> None:
+    def case(shape: str, megabytes: float, **medians: float) -> list[Record]:
+        common = {"benchmark": harness.IN_TURNS, "job": "SD 1.5 U-Net", "shape": shape}
+        size = int(megabytes * 1e6)
+        return [
+            replace(
+                EAGER, provider=name.replace("_", ", memory "), median_s=s, bytes=size, **common
+            )
+            for name, s in medians.items()
+        ]
+
+    found = [
+        *case("group_norm_silu A", 1, cpu=1.0, eager=2.5),
+        *case("group_norm_silu B", 2, cpu=1.0, eager=1.9),
+        *case("group_norm_silu C", 70, cpu=1.0, eager=0.9, cpu_kept=0.2, eager_kept=0.5),
+        *case("add_group_norm_silu D", 1, cpu=1.0, eager=0.1),  # another op
+        *case("attention (1, 64, 8, 40) to 77", 1, cpu=1.0, eager=1.4),
+        *case("attention (1, 64, 8, 40)", 1, cpu=1.0, eager=0.2),
+    ]
+    rows = {(what, where, against): row for what, where, against, *row in cpu_report.aims(found)}
+    norm = "group_norm_silu"
+    at = "SD 1.5 U-Net group_norm_silu"
+    cached = "Stable Diffusion's, x and y in the caches"
+    assert rows[norm, cached, "eager"] == ["at least 1.8 x", "1.90 x", f"{at} B"]
+    assert rows[norm, "all calls", "eager"] == ["at least 1.0 x", "0.90 x, missed", f"{at} C"]
+    assert rows[norm, "from 34 MB up, outputs reused", "eager"][1] == "4.50 x"
+    both = rows[norm, "from 34 MB up, outputs reused by both", "eager, memory kept"]
+    assert both[1] == "2.50 x, missed"
+    assert rows["attention", "to 77 keys", "eager"][1] == "1.40 x, missed"
+    assert rows["sampler_step", "written by hand", "eager"][1] == "not measured"
+    assert len(cpu_report.op_rows(found)) == 1 + 6
