@@ -2,7 +2,8 @@
 
 `python -m benchmarks.device` times Triton beside CUDA on the shapes of real networks and writes the
 winner of each (op, dtype, shape class) into the GPU's file of configs, ``tuned/<gpu>.json``, as
-"backends". Where nothing was measured, the order of `dispatch.ORDER` holds.
+"backends". Where nothing was measured, the order of `dispatch.ORDER` holds; but for attention on a
+GPU of `WARP_GROUPS` it is Triton's turn first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ LAUNCH_BYTES, CACHE_BYTES = 2**20, 2**25
 """Below the first a launch takes longer than the work; from the second on x and y leave the L2."""
 CONTEXT = 336
 """Keys that a text has at most (the longest class of the Triton kernel for contexts)."""
+WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+"""Where Triton's attention has the matrix instructions of a warp group and the CUDA kernel those of
+a warp (mma.sync), with which FlashAttention-2 reached a third of an H100's rate (Shah et al.
+2024)."""
 ANY = "any"
 """The class of all shapes together, for graphs: they may not depend on the batch."""
 
@@ -70,14 +75,17 @@ def _first(op: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
 
 @torch.compiler.assume_constant_result
 def fastest(op: str, device: torch.device, dtype: torch.dtype, shape_class: str) -> str | None:
-    """The backend that the files have for a device's GPU; None where nothing was measured."""
+    """The backend that comes first on a device's GPU; None where `dispatch.ORDER` decides."""
     return _fastest(op, gpu_of(device), f"{str(dtype).removeprefix('torch.')}/{shape_class}")
 
 
 @cache
 def _fastest(op: str, gpu: Gpu, key: str) -> str | None:
     found = (tuned.backends.get(op, {}).get(key) for tuned in tuned_files(gpu))
-    return next((name for name in found if name is not None), None)
+    measured = next((name for name in found if name is not None), None)
+    if measured is None and op == "attention" and gpu.architecture in WARP_GROUPS:
+        return "triton"
+    return measured
 
 
 on_new_configs(_fastest.cache_clear)

@@ -332,6 +332,17 @@ def test_auto_tries_first_what_the_gpus_file_says() -> None:
     assert measured._fastest("geglu", GPU, "float16/cache") is None
 
 
+def test_unmeasured_attention_goes_to_the_larger_matrix_instructions() -> None:
+    key = "bfloat16/self/40"
+    hopper, ampere = Gpu("Some H", "sm_90"), Gpu("Some A", "sm_80")
+    assert measured._fastest("attention", hopper, key) == "triton"
+    assert measured._fastest("attention", ampere, key) is None
+    assert measured._fastest("geglu", hopper, "bfloat16/cache") is None
+    winners = {"attention": {key: "cuda"}}
+    tuning.save_backends(winners, {"gpu": hopper.name, "date": "1"}, tuning.cache_file(hopper))
+    assert measured._fastest("attention", hopper, key) == "cuda"
+
+
 def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
     path = tuning.cache_file(GPU)
     assert tuning.set_aside_broken(path) is None
