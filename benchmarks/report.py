@@ -8,6 +8,7 @@ and kept.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -371,6 +372,11 @@ def fill(document: str, tables: str, markers: tuple[str, str] = MEASURED) -> str
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     found = devices()
     for device in found:
         shares = [share for _, share in device.shares()]

@@ -5,7 +5,8 @@
 
 - **Packed weights.** oneDNN wants a convolution's weights in blocks of its own and rearranges them
   in every call, which at Stable Diffusion's 8x8 level takes longer than the products. Here they are
-  rearranged once. The result has the same bits.
+  rearranged once. The result has the bits of oneDNN's convolution; for small inputs PyTorch takes
+  one of its own, which rounds elsewhere.
 - **Folded upsampling.** A nearest-neighbour doubling and the 3x3 convolution behind it are one
   transposed convolution with a 4x4 kernel and stride 2: 16 instead of 36 products per pixel of the
   small image. The kernel's sums of weights are taken in fp64 and rounded once.
@@ -15,8 +16,10 @@
 
 Each keeps a second copy of the weights that it serves: in fp32, and 16/9 of the size where folded.
 The parameters stay where they are, and the copy is made anew once they change (not seen: writing
-through ``parameter.data``; call `prepare` again after it). Where gradients are wanted, under
-`torch.compile` and in every other mode that looks at operations, PyTorch's own are used.
+through ``parameter.data``, numpy or shared memory; call `prepare` again after it). Where gradients
+are wanted, under `torch.compile`, `torch.jit.trace`, `torch.func` and dispatch modes PyTorch's own
+are used. Tools that look at a layer's exact class or its source (`torch.fx`, `torch.jit.script`,
+`quantize_dynamic`) want a module that was not prepared for the CPU.
 """
 
 from __future__ import annotations
@@ -107,7 +110,8 @@ def packing_objection() -> str | None:
     """
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
-    x, weight = torch.ones(1, 16, 4, 4, device="cpu"), torch.ones(16, 16, 3, 3, device="cpu")
+    x = torch.ones(1, 16, 4, 4, dtype=torch.float32, device="cpu")
+    weight = torch.ones(16, 16, 3, 3, dtype=torch.float32, device="cpu")
     x = x.contiguous(memory_format=torch.channels_last)
     conv = ConvOptions(bias=None, padding=(1, 1), stride=(1, 1), dilation=(1, 1), groups=1)
     try:
@@ -203,7 +207,9 @@ class Kept:
         return Kept, ()
 
     def __call__(self, parameters: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
-        state = tuple(None if p is None else (p.data_ptr(), _version(p)) for p in parameters)
+        if any(p is not None and p.is_inference() for p in parameters):
+            return make()  # made in inference mode: nobody counts their changes
+        state = tuple(None if p is None else (p.data_ptr(), p._version) for p in parameters)
         if state != self.state:
             self.form = make()
             # aliases, so that no other numbers can come to the same address
@@ -212,18 +218,15 @@ class Kept:
         return self.form
 
 
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
-
-
 def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float()
 
 
 def _usual(x: Tensor, weight: Tensor) -> bool:
-    """Whether a call is PyTorch's: another device, dtypes that differ, autocast."""
+    """Whether a call is PyTorch's: another device, dtypes that differ, autocast, oneDNN off."""
     return (
         not x.is_cpu
+        or not torch.backends.mkldnn.enabled
         or not weight.is_cpu
         or x.dtype is not weight.dtype
         or torch.is_autocast_enabled("cpu")
@@ -293,6 +296,16 @@ class PreparedLinear(nn.Linear):
         return F.linear(x.float(), weight, bias).to(x.dtype)
 
 
+def _folds(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is what `folded` assumes, and nobody listens to its calls."""
+    options = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return (
+        options == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+        and conv.padding_mode == "zeros"
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+    )
+
+
 class PreparedUpsample(Upsample):
     """A doubling and its convolution as one transposed convolution."""
 
@@ -300,7 +313,10 @@ class PreparedUpsample(Upsample):
     kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
+        conv = self.conv
+        if type(conv) is not PreparedConv2d or not _folds(conv):
+            return super().forward(x)
+        weight, bias = conv.weight, conv.bias
         if (
             _usual(x, weight)
             or not self.plan.keep_copies

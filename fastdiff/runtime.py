@@ -41,7 +41,8 @@ def prepare(
         keep_copies: CPU: let layers keep a second, faster form of their weights, made at the first
             call. In fp32 that is 2.3 GB beside the 3.4 GB of Stable Diffusion 1.5's U-Net;
             where bf16 or fp16 weights are computed with in fp32, 4 bytes for each of their 2.
-            Results do not depend on it but for the rounding of an upsampling's weights.
+            Results depend on it by rounding only: of an upsampling's weights, and in small
+            convolutions, for which PyTorch has another kernel.
         half_as_fp32: CPU: whether convolutions and linear layers with bf16 or fp16 weights compute
             in fp32 and round their results; None: where the CPU lacks the instructions
             (AVX512-BF16, AVX512-FP16, AMX, Arm's), which is said once in the log.

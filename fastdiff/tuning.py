@@ -422,6 +422,8 @@ def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
     for one in found:
         kept -= one.case.key in configs.get(one.case.tunable, {})
         configs.setdefault(one.case.tunable, {})[one.case.key] = one.after
+    if old and old.measured and "backends" in old.measured:
+        measured = {**measured, "backends": old.measured["backends"]}
     if old and old.measured and kept:  # by earlier searches, unless by this one
         last = {name: fact for name, fact in old.measured.items() if name != "earlier"}
         earlier = old.measured.get("earlier", []) + ([last] if last != measured else [])
@@ -443,7 +445,7 @@ def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], 
     backends = {op: dict(keys) for op, keys in (old.backends if old else {}).items()}
     for op, keys in fastest.items():
         backends.setdefault(op, {}).update(keys)
-    told = old.measured if old and old.measured else measured
+    told = {**(old.measured if old and old.measured else measured), "backends": measured}
     write_text(path, text_of(told, old.configs if old else {}, backends))
     _triton.forget_configs()
 

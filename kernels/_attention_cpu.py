@@ -71,7 +71,7 @@ def _run(
 ) -> Tensor:
     q = tensors[0]
     assert q is not None
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     call = _Call(tensors, mask, scale)
     if call.empty:
         return out.zero_()
@@ -115,7 +115,7 @@ def _attention_backward(
         for gradient in (*gradients, dmask):
             gradient.zero_()
     else:
-        dscores = torch.empty(call.full) if mask_gradient else None
+        dscores = extension.room(*call.full) if mask_gradient else None
         dense_dout = _dense(dout)
         extension.native.attention_backward(
             *call.first,
@@ -191,7 +191,7 @@ def _plain(
     scale: float | None = None,
 ) -> Tensor:
     """Without a gradient: nothing is kept."""
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else scale
     return _run((q, k, v, extra_k, extra_v), mask, scale, None)
 
 
@@ -205,7 +205,7 @@ def _registered(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else scale
     out: Tensor = attention_cpu(q, k, v, extra_k, extra_v, mask, scale)[0]
     return out
 

@@ -203,7 +203,7 @@ def _public(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Ten
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = max(1, q.shape[3]) ** -0.5 if scale is None else scale
         return function(q, k, v, extra_k, extra_v, mask, scale)[0]
 
     return run

@@ -3,6 +3,8 @@ csrc/group_norm_silu.cpp."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def run_native(
     y = torch.empty_like(x)
     adds = channel_add is not None or residual is not None
     total = torch.empty_like(x) if adds else x
-    stats = torch.empty(n, num_groups, 3) if for_backward else None
+    stats = extension.room(n, num_groups, 3) if for_backward else None
     if x.numel() == 0:
         return y, total, stats
     if residual is not None:
@@ -92,7 +94,7 @@ def run_native_backward(
     x, channels_last = dense(x)
     n, c = x.shape[:2]
     dx = torch.empty_like(x)
-    channels = torch.empty if x.numel() else torch.zeros
+    channels = partial(extension.room, zeros=not x.numel())
     dweight = channels(0 if weight is None else c)
     dbias = channels(0 if bias is None else c)
     dscale_shift = channels(0 if scale_shift is None else n, 2 * c)

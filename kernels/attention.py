@@ -170,7 +170,7 @@ def _triton(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else scale
     out: Tensor = attention_triton(q, k, v, extra_k, extra_v, mask, scale)[0]
     return out
 

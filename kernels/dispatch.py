@@ -12,15 +12,18 @@ Under `torch.compile` the choice is made while tracing and stays in the compiled
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 BACKENDS = (*ORDER, "auto")
@@ -90,9 +93,17 @@ class Implementation:
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """An op's first tensor, which `explain` may be given by its name."""
+    """An op's first tensor."""
     first: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
     return first
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work: only what is written in
+    PyTorch has those derivatives, and an opaque kernel would give zeros without a word."""
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 @dataclass
@@ -122,6 +133,14 @@ class Op:
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation:
         """The implementation that these arguments get. Raises BackendError."""
         name = selected_backend()
+        if not torch.compiler.is_compiling() and transformed():
+            if name in ("auto", "reference"):
+                return self.implementations["reference"]
+            raise BackendError(
+                f"backend {name!r} cannot run {self.name} under torch.func or forward-mode "
+                "differentiation, whose derivatives only the reference has; use backend='auto'",
+                {name: "it has no such derivatives"},
+            )
         if name == "auto":
             x = first_tensor(args, kwargs)
             device, dtype = x.device.type, x.dtype
@@ -271,10 +290,33 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(
             f"explain({name!r}) needs the arguments of {name}: the choice depends on them"
         )
+    args, kwargs = _as_passed_on(name, args, kwargs)
     selected, reasons = selected_backend(), OPS[name].reasons(args, kwargs)
     order = OPS[name].order(args, kwargs) if selected == "auto" else (selected,)
     chosen = next((candidate for candidate in order if reasons[candidate] is None), None)
     return Explanation(name, selected, chosen, reasons)
+
+
+def _as_passed_on(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as the public function hands them to the op, defaults filled in.
+
+    Raises:
+        ValueError: they are not what the function takes.
+    """
+    function = getattr(import_module(__package__), name, None)
+    if function is None:
+        return args, kwargs
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"explain({name!r}) takes the arguments of {name}: {error}") from None
+    bound.apply_defaults()
+    if not isinstance(first_tensor(bound.args, bound.kwargs), torch.Tensor):
+        got = type(first_tensor(bound.args, bound.kwargs)).__name__
+        raise ValueError(f"{name}: the first argument must be a tensor, got {got}")
+    return bound.args, bound.kwargs
 
 
 def available() -> dict[str, dict[str, str | None]]:

@@ -103,6 +103,12 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def room(*shape: int, zeros: bool = False) -> Tensor:
+    """fp32 memory on the CPU for a kernel to fill, whatever PyTorch's default dtype and device."""
+    make = torch.zeros if zeros else torch.empty
+    return make(shape, dtype=torch.float32, device="cpu")
+
+
 def as_float(x: Tensor | None) -> Tensor | None:
     """A parameter as dense fp32."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):

@@ -171,7 +171,7 @@ register(_op, geglu_triton, why_not)
 def _geglu_native(x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
     flat = as_rows(x)
-    y = torch.empty((*x.shape[:-1], d), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], d))
     code = extension.DTYPES[x.dtype]
     extension.native.geglu(code, flat.data_ptr(), y.data_ptr(), len(flat), d, flat.stride(0))
     return y
@@ -180,7 +180,7 @@ def _geglu_native(x: Tensor) -> Tensor:
 def _geglu_backward_native(dy: Tensor, x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
     flat, flat_dy = as_rows(x), as_rows(dy)
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = x.new_empty(x.shape)
     pointers = flat_dy.data_ptr(), flat.data_ptr(), dx.data_ptr()
     sizes = len(flat), d, flat_dy.stride(0), flat.stride(0)
     extension.native.geglu_backward(extension.DTYPES[x.dtype], *pointers, *sizes)

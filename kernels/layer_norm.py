@@ -172,8 +172,8 @@ register(_add_layer_norm_op, add_layer_norm_triton, _objection)
 def _forward_native(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(y)
     if x.numel() == 0:
         return y, total
     flat, addend, wide = as_rows(x), None, False
@@ -237,7 +237,7 @@ def layer_norm_backward_cpu(
         return dx, dweight.zero_(), dbias.zero_()
     flat, flat_dy = as_rows(x), as_rows(dy)
     flat_dtotal = None if dtotal is None else as_rows(dtotal)
-    sums = [torch.empty(x.shape[-1] if need else 0) for need in needs]
+    sums = [extension.room(x.shape[-1] if need else 0) for need in needs]
     weight, address = extension.as_float(weight), extension.address
     tensors = address(flat_dy), address(flat_dtotal), address(flat), address(dx), address(weight)
     strides = flat_dy.stride(0), 0 if flat_dtotal is None else flat_dtotal.stride(0), flat.stride(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.kernels._group_norm import memory_format_of
 from fastdiff.kernels._triton import Gpu, gpu_of, on_new_configs, tuned_files
-from fastdiff.kernels.dispatch import OPS
+from fastdiff.kernels.dispatch import OPS, first_tensor
 
 LAUNCH_BYTES, CACHE_BYTES = 2**20, 2**25
 """Below the first a launch takes longer than the work; from the second on x and y leave the L2."""
@@ -66,11 +66,12 @@ def prefer_measured() -> None:
         OPS[op].first = partial(_first, op)
 
 
-def _first(op: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _first(op: str, *args: Any, **kwargs: Any) -> str | None:
+    x = first_tensor(args, kwargs)
     if not x.is_cuda:
         return None
     graph = torch.compiler.is_compiling()
-    return fastest(op, x.device, x.dtype, ANY if graph else CLASSES[op](x, *args, **kwargs))
+    return fastest(op, x.device, x.dtype, ANY if graph else CLASSES[op](*args, **kwargs))
 
 
 @torch.compiler.assume_constant_result

@@ -351,7 +351,7 @@ register(_op, _run, _objection)
 def _native(
     seeds: Tensor, shape: tuple[int, ...], *, step: int | Tensor = 0, stream: int = INITIAL_NOISE
 ) -> Tensor:
-    out = torch.empty((len(seeds), *shape))
+    out = extension.room(len(seeds), *shape)
     if out.numel():
         seeds = seeds.contiguous()
         sizes = len(seeds), out.numel() // len(seeds)

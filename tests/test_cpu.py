@@ -375,3 +375,45 @@ def test_without_glibc_kept_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())
     with pytest.raises(OSError, match="glibc"):
         cpu.keep_freed_memory()
+
+
+def test_a_folded_upsampling_leaves_a_convolution_that_is_listened_to() -> None:
+    """Hooks run, adapters in its place are called, other paddings hold."""
+    up = prepared_upsample()
+    x = torch.randn(1, 320, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = up(x)
+        hook = up.conv.register_forward_hook(lambda module, args, out: out * 0)
+        assert not up(x).any()
+        hook.remove()
+        assert torch.equal(up(x), expected)
+        up.conv.padding_mode = "circular"
+        up.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        assert (up(x) - expected).abs().max() > 0.1
+        up.conv.padding_mode = "zeros"
+
+        class Adapter(nn.Module):
+            def __init__(self, base: nn.Conv2d) -> None:
+                super().__init__()
+                self.base, self.weight, self.bias = base, base.weight, base.bias
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.base(x) + 100
+
+        up.conv = Adapter(up.conv)  # type: ignore[assignment]
+        torch.testing.assert_close(up(x), expected + 100, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_made_in_inference_mode_are_read_in_every_call() -> None:
+    with torch.inference_mode():
+        up = prepared_upsample()
+        x = torch.randn(1, 320, 32, 32).contiguous(memory_format=torch.channels_last)
+        before = up(x) - up.conv.bias[:, None, None]
+        up.conv.weight.mul_(2)
+        after = up(x) - up.conv.bias[:, None, None]
+    torch.testing.assert_close(after, 2 * before, rtol=1e-4, atol=1e-4)
+
+
+def prepared_upsample() -> cpu.PreparedUpsample:
+    torch.manual_seed(0)
+    return prepare(Upsample(320))  # type: ignore[return-value]

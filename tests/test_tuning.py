@@ -322,6 +322,7 @@ def test_configs_and_backends_keep_each_other(tmp_path: Path) -> None:
     assert set(tuned.configs) == {"twice"}
     assert tuned.measured is not None
     assert tuned.measured["gpu"] == "A"
+    assert tuned.measured["backends"] == {"gpu": "B"}  # when and where the winners were timed
 
 
 def test_auto_tries_first_what_the_gpus_file_says() -> None:

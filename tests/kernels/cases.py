@@ -328,6 +328,11 @@ def run(function: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor], lis
     return [o.detach() for o in outputs], filled
 
 
+def flat(result: Any) -> list[Tensor]:
+    """What an op returns, as a list."""
+    return list(result) if isinstance(result, tuple) else [result]
+
+
 def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     """Results and gradients of one op on one backend, against the formula in fp64.
 

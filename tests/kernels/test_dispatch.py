@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 import fastdiff
 from fastdiff import kernels
 from fastdiff.kernels import BackendError, BackendWarning, Implementation, dispatch, measured
-from tests.kernels.cases import recording
+from tests.kernels.cases import ordinary_inputs, recording
 
 X = torch.randn(2, 8)
 
@@ -238,8 +239,25 @@ def test_explain_takes_the_public_function() -> None:
     assert kernels.explain(kernels.geglu, x=X.double()).chosen == "reference"
     with pytest.raises(ValueError, match="needs the arguments of geglu"):
         kernels.explain("geglu")
+    with pytest.raises(ValueError, match=r"explain\('attention'\) takes .* missing .* 'k'"):
+        kernels.explain("attention", X)
+    with pytest.raises(ValueError, match="geglu: the first argument must be a tensor, got NoneTyp"):
+        kernels.explain("geglu", None)
     with pytest.raises(ValueError, match=r"op must be one of .*'attention'.* got 'conv'"):
         kernels.explain("conv", X)
+
+
+@pytest.mark.parametrize("name", sorted(dispatch.OPS))
+def test_explain_takes_what_the_function_takes(name: str) -> None:
+    """By place and by name, with the defaults left out."""
+    args, kwargs = ordinary_inputs(name, "cpu")
+    function = getattr(kernels, name)
+    names = list(inspect.signature(function).parameters)
+    by_name = {**dict(zip(names, args, strict=False)), **kwargs}
+    expected = kernels.explain(name, *args, **kwargs)
+    assert kernels.explain(function, **by_name) == expected
+    assert kernels.explain(name, **dict(reversed(by_name.items()))) == expected
+    assert expected.chosen is not None
 
 
 def test_available_lists_every_public_op() -> None:

@@ -7,11 +7,14 @@ import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff import kernels
 from fastdiff.cli.doctor import ordinary_call
@@ -282,3 +285,73 @@ def test_auto_takes_the_cpu_kernel_where_there_is_one(op: str) -> None:
     args, kwargs = ordinary_call(op, "cpu")
     expected = "cpu" if "cpu" in kernels.OPS[op].implementations else "reference"
     assert kernels.explain(op, *args, **kwargs).chosen == expected
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@cases.needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("op", BIG)
+def test_the_default_dtype_and_device_are_nobodys_business(op: str, dtype: torch.dtype) -> None:
+    """The kernels write fp32 through addresses: room of another size would be overrun."""
+    inputs = cases.with_gradients(BIG[op]())
+    leaves, function = cases.tensors_in(inputs), getattr(kernels, op)
+
+    def run() -> list[Tensor]:
+        outputs = cases.flat(function(*inputs[0], **inputs[1]))
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs])]
+
+    with kernels.backend("cpu"):
+        expected = run()
+        with default_dtype(dtype):
+            found = run()
+        with torch.no_grad():
+            alone = cases.flat(function(*inputs[0], **inputs[1]))
+            with torch.device("meta"):
+                elsewhere = cases.flat(function(*inputs[0], **inputs[1]))
+    for have, want in zip((*found, *elsewhere), (*expected, *alone), strict=True):
+        assert torch.equal(have, want)
+
+
+@cases.needs_native
+def test_noise_is_fp32_whatever_the_default() -> None:
+    seeds = torch.arange(3)
+    with kernels.backend("cpu"):
+        expected = kernels.philox_normal(seeds, (4, 9))
+        with default_dtype(torch.float64):
+            assert torch.equal(kernels.philox_normal(seeds, (4, 9)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("op", BIG)
+def test_forward_mode_derivatives_are_the_references(op: str) -> None:
+    """A kernel has none, and would give zeros: `auto` takes the reference, a forced one refuses."""
+    args, kwargs = BIG[op]()
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def function(x: Tensor) -> Tensor:
+        rest, options = args[1:], kwargs
+        if x.dtype is torch.float64:
+            rest, options = tuple(map(wide, rest)), {name: wide(v) for name, v in kwargs.items()}
+        return cases.flat(getattr(kernels, op)(x, *rest, **options))[0]
+
+    x, tangent = args[0], torch.randn_like(args[0])
+    with sdpa_kernel(SDPBackend.MATH):  # the only one of PyTorch's with these derivatives
+        _, found = torch.func.jvp(function, (x,), (tangent,))
+    step = 1e-5 * tangent.double()
+    differences = (function(x.double() + step) - function(x.double() - step)) / 2e-5
+    torch.testing.assert_close(found.double(), differences, rtol=1e-3, atol=1e-4)
+    if extension.native is not None:
+        refused = pytest.raises(kernels.BackendError, match=r"under torch\.func")
+        with kernels.backend("cpu"), refused:
+            torch.func.jvp(function, (x,), (tangent,))
