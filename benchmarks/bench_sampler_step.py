@@ -186,6 +186,9 @@ def from_the_host(
             try:
                 with torch.inference_mode(), kernels.backend(backend):
                     timing = timer(function, method="host")
+            except kernels.BackendError as error:  # CUDA kernels are built, and not for this device
+                outcome.unavailable.append(f"{case} {name}: {said(error)}")
+                continue
             except Exception as error:  # noqa: BLE001 - told, and no reason to lose the others
                 outcome.failures.append(f"{case} {name}: {said(error)}")
                 continue

@@ -273,7 +273,7 @@ def _measure_case(
             outcome.unavailable.append(f"{case} {provider}: {said(error)}")
             continue
         record = record_of(case, provider, timing, case.work)
-        if provider in OURS and case.direction == "forward":
+        if provider in OURS and case.direction == "forward" and subject.op in CLASSES:
             args, kwargs = arguments
             record = replace(record, shape_class=CLASSES[subject.op](*args, **kwargs))
         outcome.records.append(record)
