@@ -24,31 +24,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    bench_add_group_norm_silu,
-    bench_attention,
-    bench_geglu,
-    bench_group_norm_silu,
-    bench_layer_norm,
-    bench_sampler_step,
-    shapes,
-)
+from benchmarks import bench_sampler_step, shapes
 from benchmarks.bench_cpu_networks import quartiles_of
 from benchmarks.gpu import Make, Subject
 from benchmarks.harness import IN_TURNS, RECORDS, Record, duration
 from benchmarks.shapes import Call, Job
+from benchmarks.subjects import NETWORK_OPS
 
-SUBJECTS = {
-    subject.op: subject
-    for subject in (
-        bench_group_norm_silu.SUBJECT,
-        bench_add_group_norm_silu.SUBJECT,
-        bench_attention.SUBJECT,
-        bench_geglu.SUBJECT,
-        bench_layer_norm.SUBJECT,
-        bench_layer_norm.ADD_SUBJECT,
-    )
-}
+SUBJECTS = {subject.op: subject for subject in NETWORK_OPS}
 CASE_S = 0.3
 """Seconds of timed rounds per case."""
 LEAST_ROUNDS = 7

@@ -372,17 +372,8 @@ def bench_stage(plan: Plan) -> list[str]:
     """Every op against its providers."""
     import torch
 
-    from benchmarks import (
-        bench_add_group_norm_silu,
-        bench_attention,
-        bench_geglu,
-        bench_group_norm_silu,
-        bench_layer_norm,
-        bench_philox,
-        bench_sampler_step,
-        gpu,
-        shapes,
-    )
+    from benchmarks import bench_philox, bench_sampler_step, gpu, shapes
+    from benchmarks.subjects import NETWORK_OPS
     from fastdiff import tuning
     from fastdiff.kernels import _triton
     from fastdiff.timing import HostTimer, timer_for
@@ -404,20 +395,12 @@ def bench_stage(plan: Plan) -> list[str]:
         tuning.compile_in_use(tuned_cases(), gpu=gpu_here, workers=WORKERS)
     first = bench_sampler_step.from_the_host(timer, device, diffusers, size=size, batches=batches)
     save(plan, first.records, [])
-    subjects = [
-        bench_group_norm_silu.SUBJECT,
-        bench_add_group_norm_silu.SUBJECT,
-        bench_attention.SUBJECT,
-        bench_geglu.SUBJECT,
-        bench_layer_norm.SUBJECT,
-        bench_layer_norm.ADD_SUBJECT,
-    ]
-    todo = gpu.cases(subjects, jobs, batches)
+    todo = gpu.cases(NETWORK_OPS, jobs, batches)
     own = [*bench_sampler_step.gpu_cases(size, batches), *bench_philox.gpu_cases(size, batches)]
     todo = sorted([*own, *todo], key=lambda case: case.priority)
     if plan.dry_run:  # each op once, forward and backward
         todo = list({case.benchmark: case for case in reversed(todo)}.values())
-        todo += dry_cases(subjects, {case.subject.op for case in todo})
+        todo += dry_cases(NETWORK_OPS, {case.subject.op for case in todo})
     saved = [0, time.monotonic()]
 
     def progress(case: gpu.Case, outcome: gpu.Outcome) -> None:

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import (
-    bench_add_group_norm_silu,
     bench_attention,
     bench_geglu,
     bench_group_norm_silu,
-    bench_layer_norm,
     bench_sampler_step,
     device,
     gpu,
@@ -34,6 +32,7 @@ from benchmarks.device import Plan
 from benchmarks.gpu import Case, Make, Outcome, Subject
 from benchmarks.harness import Record, Work
 from benchmarks.shapes import Call, Job
+from benchmarks.subjects import NETWORK_OPS
 from fastdiff import kernels
 from fastdiff.timing import HostTimer
 from tests.kernels import cases as kernel_cases
@@ -561,22 +560,14 @@ def test_the_networks_take_half_precision(name: str) -> None:
 
 def test_every_case_of_a_real_run_fits_its_providers() -> None:
     """All shapes, batches and directions, on tensors without data."""
-    subjects = [
-        bench_group_norm_silu.SUBJECT,
-        bench_add_group_norm_silu.SUBJECT,
-        bench_attention.SUBJECT,
-        bench_geglu.SUBJECT,
-        bench_layer_norm.SUBJECT,
-        bench_layer_norm.ADD_SUBJECT,
-    ]
     ours_apart = ("reference", "eager", "eager channels_last", "sdpa math")
-    todo = [replace(case, providers=ours_apart) for case in gpu.cases(subjects)]
+    todo = [replace(case, providers=ours_apart) for case in gpu.cases(NETWORK_OPS)]
     assert len(todo) > 400
     outcome = run(todo, timer=HostTimer(rounds=1), device=torch.device("meta"))
     assert outcome.failures == outcome.unavailable == outcome.left_out == []
     assert {record.benchmark for record in outcome.records} == {
-        *(subject.op for subject in subjects),
-        *(f"{subject.op} backward" for subject in subjects),
+        *(subject.op for subject in NETWORK_OPS),
+        *(f"{subject.op} backward" for subject in NETWORK_OPS),
     }
 
 
