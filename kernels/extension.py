@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op, _no_objection
+from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op, _no_objection, transformed
 
 native: Any = None
 """The module; None where it is not built or does not load."""
@@ -130,8 +129,7 @@ def plain(*arguments: Any, on_cpu: bool = False) -> bool:
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
     ):
         return False
     wanted = torch.is_grad_enabled()
