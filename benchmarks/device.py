@@ -295,9 +295,9 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
         served = (case for case in ordered if takes(op, case, backend))
         for place, case in enumerate(itertools.islice(served, SANITIZED_CASES)):
             label = f"{op} {case or 'against the reference'} on {backend}"
-            run = partial(cases.check, op, case, torch.float16, backend)
-            run = partial(agreement, op, backend) if case is None else run
-            todo.append((2 * place, label, run))
+            check = partial(cases.check, op, case, torch.float16, backend)
+            alone = partial(agreement, op, backend)
+            todo.append((2 * place, label, alone if case is None else check))
     # between an op's first case and its second: the ways through its kernels
     with_cuda = {name for name, op in kernels.OPS.items() if "cuda" in op.implementations}
     for route in ROUTES if "cuda" in backends else ():

@@ -59,7 +59,7 @@ needs_clusters = pytest.mark.skipif(
 )
 ALL_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_cuda)]
 """For the ops that have CUDA kernels too: on a GPU, else under the emulation (conftest.py)."""
-KERNELS = [BACKENDS[1], ALL_BACKENDS[-1]]
+KERNELS: list[Any] = [BACKENDS[1], ALL_BACKENDS[-1]]
 """Those made for a GPU."""
 
 

@@ -118,7 +118,7 @@ def cuda_kernels() -> set[str]:
 
 def _parameters() -> Iterator[Any]:
     for backend in cases.KERNELS:
-        name = backend.values[0]
+        name = str(backend.values[0])
         ordinary = [Route(op=op, backend=name) for op in kernels.OPS]
         for route in [*ordinary, *(CUDA if name == "cuda" else [])]:
             marks = list(backend.marks)
