@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -16,11 +13,10 @@ import torch
 from benchmarks import cuda_device, device
 from fastdiff import kernels
 from fastdiff.kernels import _cuda, _group_norm_cuda
+from fastdiff.kernels.dispatch import UNAVAILABLE
 from tests import cuda_host
 from tests.kernels import cases
 from tests.kernels.routes import cuda_kernels
-
-ROOT = cuda_host.ROOT
 
 
 @pytest.fixture
@@ -98,15 +94,18 @@ def test_the_launches_of_networks_are_listed(runtime: str) -> None:
     assert json.loads(json.dumps(told))[0]["launch"]["registers"] == rows[0].launch.registers
 
 
-def test_without_a_gpu_the_command_says_what_to_do() -> None:
-    words = [sys.executable, "-m", "benchmarks.cuda_device"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
+def test_without_a_gpu_the_command_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_device.main([]) == 2
     assert re.fullmatch(
         r"benchmarks.cuda_device: (no GPU that torch can use|torch is built without CUDA); "
         r"without a GPU: python -m benchmarks.cuda_resources\n",
-        done.stderr,
+        capsys.readouterr().err,
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda, "_library", None)
+    monkeypatch.setitem(UNAVAILABLE, "cuda", "nvcc was not found; set CUDA_HOME")
+    assert cuda_device.main(["--json"]) == 2
+    assert "benchmarks.cuda_device: nvcc was not found" in capsys.readouterr().err
