@@ -185,7 +185,7 @@ def test_kernels_are_clean_under_sanitizers(
     files: tuple[str, ...], tests: str, sanitized: dict[str, str]
 ) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
-    command = ["-m", "pytest", "-s", "-rp", "-x", "-p", "no:cacheprovider", "-k", tests]
+    command = ["-m", "pytest", "-s", "-rps", "-x", "-p", "no:cacheprovider", "-k", tests]
     named = [f"tests/kernels/test_{name}.py" for name in files]
     done = run_python([*command, *named], sanitized)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -193,3 +193,19 @@ def test_kernels_are_clean_under_sanitizers(
     if "geglu" in files:
         broken = [*command, "-p", "tests.kernels.one_row_too_far", "tests/kernels/test_geglu.py"]
         assert_caught(run_python(broken, sanitized))
+
+
+def test_what_another_pytest_said_is_read_to_the_end() -> None:
+    told = (
+        "9 items / 6 deselected / 3 selected\nPASSED tests/a.py::x\nPASSED tests/a.py::y\n"
+        "SKIPPED [1] tests/b.py:3: instruction set 'z' is not compiled in or not in this CPU\n"
+    )
+    assert_all_passed(told, ["tests/a.py"])
+    for other in (
+        told.replace("3 selected", "4 selected"),
+        told.replace("not in this CPU", "no compiler"),
+        told.replace("a.py::y", "b.py::y"),
+        "no tests ran",
+    ):
+        with pytest.raises(AssertionError):
+            assert_all_passed(other, ["tests/a.py"])

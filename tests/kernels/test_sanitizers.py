@@ -120,7 +120,7 @@ def test_drawn_shapes_noise_and_the_samplers_step_are_clean(environment: dict[st
     files = [f"tests/kernels/test_{op}.py" for op in (*ROWS, "native")]
     files = [name for name in files if (ROOT / name).exists()]
     plugin = ["-s", "-p", "tests.kernels.sanitized", "-p", "no:cacheprovider"]
-    command = ["-m", "pytest", "-rp", "-x", *plugin, *chosen]
+    command = ["-m", "pytest", "-rps", "-x", *plugin, *chosen]
     done = run([*command, *files], environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert_all_passed(done.stdout, files)
