@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.resources import CHIPS, KIB
+from benchmarks.ahead_of_time import CHIPS, KIB
 from fastdiff import __version__
 from fastdiff.checkpoint.files import write_text
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cuda_resources
+from benchmarks.ahead_of_time import CHIPS
 from benchmarks.cuda_resources import Resources
-from benchmarks.resources import CHIPS
 
 ROOT = Path(__file__).parents[2]
 LOG = """
