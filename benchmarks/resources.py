@@ -220,7 +220,8 @@ def document(found: Sequence[Resources], known: record.Record) -> str:
         "",
         "Every head dim that takes a config, and every option at the head dim that its class is",
         "named after (masks, extra keys, numbers of keys), from the record",
-        f"[resources.json](resources.json); triton {known.triton}. A pair of GPU and dtype without a",
+        f"[resources.json](resources.json); triton {known.triton}. A pair of GPU and dtype without"
+        " a",
         "row is not in the record yet.",
         "",
         *record.summary(known),
