@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.kernels.extension import plain
+from fastdiff.kernels.dispatch import plain
 from fastdiff.models.layers import Upsample
 
 PACK_NUMBERS = 2**19
@@ -243,7 +243,7 @@ class PreparedConv2d(nn.Conv2d):
         if _usual(x, self.weight) or x.ndim != 4:
             return super().forward(x)
         wide = self.plan.widens(x.dtype)
-        keeps = self.plan.keep_copies and plain(x, self.weight, self.bias, on_cpu=True)
+        keeps = self.plan.keep_copies and plain((x, self.weight, self.bias), on_cpu=True)
         packs = keeps and self._packs(x, wide)
         if packs:
             conv, weight = self.kept((self.weight, self.bias), lambda: self._pack(x))
@@ -287,7 +287,7 @@ class PreparedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or not self.plan.widens(x.dtype):
             return super().forward(x)
-        if self.plan.keep_copies and plain(x, self.weight, self.bias, on_cpu=True):
+        if self.plan.keep_copies and plain((x, self.weight, self.bias), on_cpu=True):
             weight, bias = self.kept(
                 (self.weight, self.bias), lambda: (_float(self.weight), _float(self.bias))
             )
@@ -323,7 +323,7 @@ class PreparedUpsample(Upsample):
             or not (x.dtype is torch.float32 or self.plan.widens(x.dtype))
             or weight.numel() < PACK_NUMBERS
             or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
-            or not plain(x, weight, bias, on_cpu=True)
+            or not plain((x, weight, bias), on_cpu=True)
             or packing_objection()
         ):
             return super().forward(x)

@@ -294,5 +294,6 @@ def attention(
     Vaswani et al. 2017, eq. 1.
     """
     _check(q, k, v, extra_k, extra_v, mask)
-    result: Tensor = _op(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask, scale=scale)
+    options = {"extra_k": extra_k, "extra_v": extra_v, "mask": mask, "scale": scale}
+    result: Tensor = _op.run((q, k, v), options)
     return result

@@ -404,7 +404,6 @@ def group_norm_silu(
     3.1.
     """
     check_group_norm("group_norm_silu", x, num_groups, weight, bias, scale_shift, activation)
-    result: Tensor = _op(
-        x, num_groups, weight, bias, scale_shift=scale_shift, eps=eps, activation=activation
-    )
+    options = {"scale_shift": scale_shift, "eps": eps, "activation": activation}
+    result: Tensor = _op.run((x, num_groups, weight, bias), options)
     return result
