@@ -107,7 +107,15 @@ def packing_objection() -> str | None:
     """Why convolutions cannot be packed with this torch, or None.
 
     Packed convolutions are operators that Inductor calls, not documented ones; so they are tried.
+    An objection is logged, once.
     """
+    objection = _try_packing()
+    if objection is not None:
+        logger.warning("convolutions compute unpacked, slower: %s", objection)
+    return objection
+
+
+def _try_packing() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
     x = torch.ones(1, 16, 4, 4, dtype=torch.float32, device="cpu")
@@ -199,6 +207,10 @@ class Kept:
     """
 
     def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Give the form's memory back; the next call makes it anew."""
         self.sources: tuple[Tensor | None, ...] = ()
         self.state: tuple[Any, ...] = ()
         self.form: Any = None
@@ -233,11 +245,21 @@ def _usual(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class PreparedConv2d(nn.Conv2d):
-    """A convolution with packed weights, in fp32 where the plan says so."""
+class Prepared(nn.Module):
+    """What the prepared layers share."""
 
     plan: Plan
     kept: Kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
+        """Moving to another device or dtype: nobody will ask for the present copy again."""
+        self.kept.drop()
+        super()._apply(fn, recurse)
+        return self
+
+
+class PreparedConv2d(Prepared, nn.Conv2d):
+    """A convolution with packed weights, in fp32 where the plan says so."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or x.ndim != 4:
@@ -278,11 +300,8 @@ class PreparedConv2d(nn.Conv2d):
         return conv, conv.pack(self.weight.detach().float(), x)
 
 
-class PreparedLinear(nn.Linear):
+class PreparedLinear(Prepared, nn.Linear):
     """A linear layer that computes in fp32 where the plan says so."""
-
-    plan: Plan
-    kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or not self.plan.widens(x.dtype):
@@ -306,11 +325,8 @@ def _folds(conv: nn.Conv2d) -> bool:
     )
 
 
-class PreparedUpsample(Upsample):
+class PreparedUpsample(Prepared, Upsample):
     """A doubling and its convolution as one transposed convolution."""
-
-    plan: Plan
-    kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv

@@ -28,7 +28,10 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 def _strided(x: Tensor | None) -> Strided:
     """Where x begins, and its strides from sample to sample, row to row, head to head."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    if x is None:
+        return (0, 0, 0, 0)
+    sample, row, head, _ = x.stride()
+    return x.data_ptr(), sample, row, head
 
 
 def _expanded(mask: Tensor | None, full: tuple[int, int, int, int]) -> Tensor | None:

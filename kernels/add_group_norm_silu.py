@@ -401,7 +401,7 @@ def add_group_norm_silu(
         ValueError: a shape, dtype or option that does not fit.
     """
     op = "add_group_norm_silu"
-    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation)
+    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation, eps)
     check_shape(op, "channel_add", channel_add, tuple(x.shape[:2]), (x.shape[1],))
     check_shape(op, "residual", residual, tuple(x.shape))
     options = {

@@ -422,6 +422,14 @@ def check_floating(op: str, name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}; use {name}.float()")
 
 
+def check_number(op: str, name: str, value: object, *, whole: bool = False) -> None:
+    """Raise ValueError unless value is a real number, or where `whole` an integer."""
+    kinds = (int, torch.SymInt) if whole else (float, int, torch.SymFloat, torch.SymInt)
+    if not isinstance(value, kinds):
+        expected = "an integer" if whole else "a number"
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+
+
 def check_shape(op: str, name: str, x: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError unless x is None or has one of the shapes."""
     if x is not None and x.shape not in shapes:

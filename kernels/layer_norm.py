@@ -34,7 +34,13 @@ from torch import Tensor
 from fastdiff.kernels import _cuda, _layer_norm_cuda, extension
 from fastdiff.kernels._layer_norm import empty_gradients, norm_backward, norm_forward
 from fastdiff.kernels._triton import as_rows, register, rows_of, why_not
-from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
+from fastdiff.kernels.dispatch import (
+    check_floating,
+    check_number,
+    check_shape,
+    compute_dtype,
+    define_op,
+)
 
 
 def layer_norm_reference(
@@ -325,7 +331,7 @@ _cuda.register(
 )
 
 
-def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check_floating(op, "x", x)
     if x.ndim < 1:
         raise ValueError(
@@ -333,6 +339,7 @@ def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> No
         )
     check_shape(op, "weight", weight, (x.shape[-1],))
     check_shape(op, "bias", bias, (x.shape[-1],))
+    check_number(op, "eps", eps)
 
 
 def layer_norm(
@@ -353,7 +360,7 @@ def layer_norm(
 
     Ba et al. 2016 (Layer Normalization), eq. 3-4.
     """
-    _check("layer_norm", x, weight, bias)
+    _check("layer_norm", x, weight, bias, eps)
     result: Tensor = _layer_norm_op.run((x, weight, bias), {"eps": eps})
     return result
 
@@ -378,7 +385,7 @@ def add_layer_norm(
     Raises:
         ValueError: a shape or dtype that does not fit.
     """
-    _check("add_layer_norm", x, weight, bias)
+    _check("add_layer_norm", x, weight, bias, eps)
     check_shape("add_layer_norm", "residual", residual, tuple(x.shape))
     result: tuple[Tensor, Tensor] = _add_layer_norm_op.run(
         (x, residual, weight, bias), {"eps": eps}

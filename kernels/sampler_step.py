@@ -36,7 +36,7 @@ from torch import Tensor
 from fastdiff.kernels import _cuda, _sampler_step_cuda, extension
 from fastdiff.kernels._sampler_step import LARGEST, run_step
 from fastdiff.kernels._triton import register, why_not
-from fastdiff.kernels.dispatch import check_shape, define_op
+from fastdiff.kernels.dispatch import check_number, check_shape, define_op
 from fastdiff.kernels.philox import SAMPLER_NOISE, philox_normal_reference
 
 HISTORY_SLOTS = 3
@@ -324,6 +324,7 @@ def _check(
         raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
     if table.ndim != 2 or table.shape[1] != len(Column):
         raise ValueError(f"{op}: table must be (rows, {len(Column)}), got {tuple(table.shape)}")
+    check_number(op, "guidance_rescale", guidance_rescale)
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"{op}: guidance_rescale must be in [0, 1], got {guidance_rescale}")
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -326,3 +326,19 @@ def test_no_graph_break(name: str, backend: str) -> None:
     torch.testing.assert_close(actual, expected)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.attention(*[torch.ones(1, 2, 1, 4)] * 3, scale="x"), "scale .*, got 'x'"),
+        (lambda: kernels.group_norm_silu(X, 4.0), r"num_groups must be an integer, got 4\.0"),
+        (lambda: kernels.add_group_norm_silu(X, "4"), "num_groups must be an integer, got '4'"),
+        (lambda: kernels.group_norm_silu(X, 4, eps=None), "eps must be a number, got None"),
+        (lambda: kernels.layer_norm(X, eps="1e-5"), "layer_norm: eps .* got '1e-5'"),
+        (lambda: kernels.add_layer_norm(X, X, eps=[1]), r"add_layer_norm: eps .* got \[1\]"),
+    ],
+)
+def test_numbers_that_are_none(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
