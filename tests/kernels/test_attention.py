@@ -122,6 +122,19 @@ def test_a_mask_may_have_another_dtype() -> None:
 
 
 @cases.needs_native
+def test_the_queries_of_a_head_in_several_pieces_on_the_cpu() -> None:
+    """As several threads take them, each with its place in the result and in the sums."""
+    before = torch.get_num_threads()
+    case = cases.attention_case("pieces", "five tiles of one head", (1, 190, 50, 1, 24))
+    try:
+        torch.set_num_threads(3)
+        for dtype in cases.DTYPES:
+            cases.check("attention", case, dtype, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+@cases.needs_native
 def test_an_added_mask_over_several_blocks_of_keys_on_the_cpu() -> None:
     """Its numbers and its gradient begin anew at no block."""
     long_bias = cases.attention_case(
