@@ -102,7 +102,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _span(key: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
     """The tensor's first byte and the one behind its last; dtype, shape and offsets must agree."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in dtypes:
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise ValueError(f"{key:.80}: expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
@@ -111,7 +112,7 @@ def _span(key: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int,
             type(n) is int and 0 <= n < 2**63 for n in numbers
         ):
             raise ValueError(f"{key:.80}: expected a list of whole numbers, got {numbers!r:.60}")
-    itemsize = DTYPES[entry["dtype"]].itemsize
+    itemsize = dtypes[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize:
         raise ValueError(f"{key:.80}: shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
     return offsets[0], offsets[1]

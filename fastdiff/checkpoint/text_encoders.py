@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoint.build import check_names, fill
+from fastdiff.checkpoint.build import Sources, check_names, fill
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.weights import Place, Weights, read_json
 from fastdiff.extras import import_extra
@@ -191,7 +191,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Req
         raise ValueError(
             f"{weights.path}: the text encoder's config cannot be built ({reason:.200})"
         ) from error
-    sources = {name: (name.removeprefix("text_model."),) for name in model.state_dict()}
+    sources: Sources = {name: (name.removeprefix("text_model."),) for name in model.state_dict()}
     check_names(model, sources, weights.shapes, str(weights.path))
     for module in model.modules():
         if isinstance(ids := getattr(module, "position_ids", None), torch.Tensor):

@@ -168,7 +168,7 @@ def _open_sharded(path: Path) -> Weights:
         raise ValueError(f"{path}: expected 'weight_map' with a file's name for each tensor")
     places: dict[str, Place] = {}
     for name in sorted(set(table.values())):
-        if Path(name).name != name or name.endswith(".json"):
+        if Path(name).name != name or name == ".." or name.endswith(".json"):
             raise ValueError(f"{path}: a shard must be a file beside the index, got {name!r:.60}")
         shard = path.parent / name
         if not shard.is_file():
