@@ -21,6 +21,7 @@ from fastdiff.models.layers import AttentionBlock
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet, UNetConfig
 
+VERSION = {"_diffusers_version": "0.34.0"}  # whose options these are; pipelines look at it
 WEIGHTS = f"{STEMS[0]}.safetensors"
 TIME_EMBED_DIM = 256  # of each of SDXL's sizes and crops
 SAFETENSORS_METADATA = {"format": "pt"}  # diffusers asks for it
@@ -68,18 +69,18 @@ def save_diffusers(
         for name, (model, options) in parts.items():
             place = temporary if alone else temporary / name
             place.mkdir(exist_ok=True)
-            write_json(place / CONFIG, options)
+            write_json(place / CONFIG, {**options, **VERSION})
             _write_weights(
                 model, bool(options.get("use_linear_projection")), place, dtype, progress
             )
         if not alone:
-            write_json(temporary / INDEX, index)
+            write_json(temporary / INDEX, {**index, **VERSION})
         if checkpoint.schedule is not None:
             (temporary / "scheduler").mkdir()
             settings = scheduler_config(
                 checkpoint.schedule, checkpoint.prediction, checkpoint.sampler
             )
-            write_json(temporary / "scheduler" / SCHEDULER_CONFIG, settings)
+            write_json(temporary / "scheduler" / SCHEDULER_CONFIG, {**settings, **VERSION})
         for name, encoder in zip(_text_names(checkpoint), checkpoint.text_encoders, strict=True):
             _write_text(encoder, name, temporary, dtype)
 

@@ -113,7 +113,7 @@ def run(options: Convert) -> int:
 
 
 def _tensors(checkpoint: Checkpoint) -> list[Any]:
-    modules = [checkpoint.unet, checkpoint.autoencoder]
+    modules: list[Any] = [checkpoint.unet, checkpoint.autoencoder]
     modules += [encoder.model for encoder in checkpoint.text_encoders]
     return [tensor for module in modules if module for tensor in module.parameters()]
 
