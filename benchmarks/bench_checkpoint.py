@@ -3,7 +3,8 @@
     python -m benchmarks.bench_checkpoint
 
 Writes random fp32 weights once (3.4 GB, removed afterwards), reads them once to have them in the
-page cache, then loads them in a fresh process per measurement. "pread" and "mmap, copied" are
+page cache, then loads them in a fresh process per measurement, and compares the output of the
+loaded U-Net with diffusers' on the same file, in fp32. "pread" and "mmap, copied" are
 safetensors' two ways to get all numbers into memory of the process; "fastdiff.load" reads the same
 file as part of a diffusers folder, checks it and builds the U-Net. Memory is the growth of the
 process's peak resident set over what it was after the imports.
@@ -87,12 +88,35 @@ def _way(way: str, folder: Path, file: Path, load: Callable[..., object]) -> Cal
     return lambda: load(folder / part)
 
 
+@torch.no_grad()
+def difference(folder: Path) -> float:
+    """Largest difference of the two U-Nets' outputs, relative to the largest output."""
+    import fastdiff
+    from fastdiff.extras import import_extra
+
+    diffusers = import_extra("diffusers", extra="diffusers")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 32, 32, generator=generator)
+    context = torch.randn(1, 77, 768, generator=generator)
+    t = torch.tensor([501])
+    unet = fastdiff.load(folder / "safetensors").unet
+    assert unet is not None
+    ours = unet(x, t, context=context)
+    del unet
+    peer = diffusers.UNet2DConditionModel.from_pretrained(folder / "safetensors")
+    theirs = peer.eval()(x, t, encoder_hidden_states=context).sample
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--repeat", type=int, default=3, help="fresh processes per way")
     parser.add_argument("--folder", type=Path, help="where to write 6.9 GB (default: temporary)")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=(*WAYS, "difference"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure == "difference":
+        print(difference(options.folder))
+        return
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder)))
         return
@@ -102,11 +126,10 @@ def main() -> None:
         results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for round_ in range(options.repeat + 1):  # the first fills the page cache
             for way in WAYS:
-                words = ["--measure", way, "--folder", str(folder)]
-                command = [sys.executable, "-m", "benchmarks.bench_checkpoint", *words]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                output = in_a_process(way, folder)
                 if round_:
                     results[way].append(json.loads(output))
+        error = float(in_a_process("difference", folder))
     own = statistics.median(r["seconds"] for r in results["pread"])
     for way, rows in results.items():
         seconds = statistics.median(row["seconds"] for row in rows)
@@ -114,6 +137,13 @@ def main() -> None:
         print(
             f"{way:34} {seconds:6.2f} s  {seconds / own:5.2f} of pread  {memory:5.2f} of the file"
         )
+    print(f"the outputs differ from diffusers' by {error:.1e} of the largest")
+
+
+def in_a_process(way: str, folder: Path) -> str:
+    words = ["--measure", way, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.bench_checkpoint", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def write_in_a_process(folder: Path) -> None:

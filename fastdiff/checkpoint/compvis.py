@@ -39,7 +39,9 @@ SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
 
 
 @dataclass
-class _Reading:
+class Reading:
+    """A file, what of it has been read, and what had to be assumed."""
+
     weights: Weights
     request: Request
     read: set[str] = field(default_factory=set)
@@ -72,7 +74,7 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
     Raises:
         ValueError: keys that are unknown, missing or mis-shaped; they are listed.
     """
-    reading = _Reading(weights, request)
+    reading = Reading(weights, request)
     unet_weights, averaged = _unet_weights(reading)
     first_stage = _without_loss(reading.under(FIRST_STAGE))
     condition = _condition_weights(reading)
@@ -82,7 +84,7 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
             f"{weights.path}: {len(unknown)} tensors belong to nothing that fastdiff knows: "
             f"{some(sorted(unknown), 50)}"
         )
-    config = _unet_config(reading, unet_weights, "embedding.weight" in condition.places)
+    config = unet_config(reading, unet_weights, "embedding.weight" in condition.places)
     xl = config.added_condition_dim is not None
     unet: UNet = reading.build(config, openai.names, unet_weights)
     autoencoder: Autoencoder | None = None
@@ -113,7 +115,7 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
 
 def load_first_stage(weights: Weights, request: Request) -> Checkpoint:
     """An autoencoder alone."""
-    reading = _Reading(weights, request)
+    reading = Reading(weights, request)
     own = _without_loss(weights)
     config = ddpm.autoencoder_config(own.shapes, request.unsaid)
     autoencoder = reading.build(config, ddpm.names, own)
@@ -126,7 +128,7 @@ def load_first_stage(weights: Weights, request: Request) -> Checkpoint:
     )
 
 
-def _unet_weights(reading: _Reading) -> tuple[Weights, bool]:
+def _unet_weights(reading: Reading) -> tuple[Weights, bool]:
     """The U-Net's tensors, the averaged ones where the file has them and they are wanted."""
     places = reading.weights.places
     prefix = UNET if any(key.startswith(UNET) for key in places) else ""
@@ -156,7 +158,7 @@ def _linear_projections(unet: Weights) -> bool:
     return any(k.endswith(".proj_in.weight") and len(p.shape) == 2 for k, p in unet.places.items())
 
 
-def _unet_config(reading: _Reading, unet: Weights, class_embedding: bool) -> UNetConfig:
+def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetConfig:
     unsaid = reading.request.unsaid
     plain = openai.unet_config(unet.shapes, unsaid, num_heads=1, qkv_order="legacy")
     if unsaid.num_heads is not None or unsaid.head_dim is not None:
@@ -172,14 +174,14 @@ def _unet_config(reading: _Reading, unet: Weights, class_embedding: bool) -> UNe
     return openai.unet_config(unet.shapes, unsaid, **fixed)
 
 
-def _condition_weights(reading: _Reading) -> Weights:
+def _condition_weights(reading: Reading) -> Weights:
     """What stands under the conditioner's names, whatever it is."""
     old, new = reading.under("cond_stage_model."), reading.under("conditioner.embedders.")
     return old if old.places else new
 
 
 def _condition(
-    reading: _Reading, weights: Weights, xl: bool
+    reading: Reading, weights: Weights, xl: bool
 ) -> tuple[tuple[TextEncoder, ...], nn.Embedding | None]:
     """The text encoders or the table of classes. Those of XL are numbered 0 and 1."""
     request = reading.request
@@ -196,14 +198,22 @@ def _condition(
             f"{some(sorted(weights.places))}; text_encoders=False loads the rest"
         )
     for part in parts:
-        if any(key.startswith("transformer.") for key in part.places):
-            models.append(text_encoders.read_clip(part.under("transformer."), request))
-        elif part.places:
-            open_clip = part.under("model.")
+        if not part.places:
+            continue
+        clip = part.under("transformer.")
+        own = clip if clip.places else part.under("model.")
+        if len(own.places) != len(part.places):
+            strays = [k for k in part.places if not k.startswith(("transformer.", "model."))]
+            raise ValueError(
+                f"{weights.path}: the text encoder has {some(sorted(strays), 50)}, which belong to "
+                "no CLIP; text_encoders=False loads the rest"
+            )
+        if clip.places:
+            models.append(text_encoders.read_clip(clip, request))
+        else:
+            leave_out = 0 if xl else 1
             models.append(
-                text_encoders.read_open_clip(
-                    open_clip, request, projection=xl, leave_out=0 if xl else 1
-                )
+                text_encoders.read_open_clip(own, request, projection=xl, leave_out=leave_out)
             )
     tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders]
     if folders and len(folders) not in (1, len(models)):
@@ -226,7 +236,7 @@ def _class_embedding(weights: Weights, request: Request) -> nn.Embedding:
     return nn.Embedding.from_pretrained(table).eval()
 
 
-def _schedule(reading: _Reading, config: UNetConfig) -> ScheduleConfig:
+def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
     """Of the betas in the file, where it has them."""
     unsaid, weights = reading.request.unsaid, reading.weights
     if unsaid.schedule is not None:
@@ -268,7 +278,7 @@ def schedule_of(betas: torch.Tensor, file: str, tolerance: float = 1e-4) -> Sche
 
 
 def _scale_factor(
-    reading: _Reading, unet: UNetConfig | None, autoencoder: Autoencoder | None
+    reading: Reading, unet: UNetConfig | None, autoencoder: Autoencoder | None
 ) -> float:
     unsaid, weights = reading.request.unsaid, reading.weights
     if unsaid.scale_factor is not None:
