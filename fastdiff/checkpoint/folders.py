@@ -53,19 +53,20 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
         )
     first = next((name for name in ("vae", "vqvae") if name in parts), None)
     # Configs and headers of all parts first: what does not fit fails before numbers are read.
-    scheduler = _scheduler(folder / "scheduler") if "scheduler" in parts else None
+    scheduler = _scheduler(_part(folder, "scheduler")) if "scheduler" in parts else None
     opened = {
-        name: (read_json(folder / name / CONFIG), find_weights(folder / name, request.variant))
+        name: (read_json(part / CONFIG), find_weights(part, request.variant))
         for name in ("unet", first)
         if name is not None and name in parts
+        for part in (_part(folder, name),)
     }
     scale = request.unsaid.scale_factor
     if first is not None:
-        own = scale_factor(opened[first][0], folder / first)
+        own = scale_factor(opened[first][0], _part(folder, first))
         _check_scale(opened.get("unet", ({}, None))[0], own, given=scale is not None)
         scale = scale or own
     models = {
-        name: _model(folder / name, data, weights, request)
+        name: _model(_part(folder, name), data, weights, request)
         for name, (data, weights) in opened.items()
     }
     unet, autoencoder = models.get("unet"), models.get(first or "")
@@ -88,6 +89,11 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
         )
     _describe(checkpoint, opened.get("unet", ({}, None))[0], scheduler, request)
     return checkpoint
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part lies: in its folder, or beside the index (the first DDPM repositories)."""
+    return folder / name if (folder / name).is_dir() else folder
 
 
 def load_component(folder: Path, request: Request) -> Checkpoint:
@@ -235,10 +241,10 @@ def _describe(
         checkpoint.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
     size = unet.get("sample_size")
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        factor = checkpoint.autoencoder.downsample_factor if checkpoint.autoencoder else 1
-        latent = checkpoint.autoencoder is not None or unet.get("_class_name") == UNETS[0]
-        if checkpoint.autoencoder is not None or not latent:
-            checkpoint.image_size = size * factor
+        if checkpoint.autoencoder is not None:
+            checkpoint.image_size = size * checkpoint.autoencoder.downsample_factor
+        elif unet.get("_class_name") == "UNet2DModel":
+            checkpoint.image_size = size
 
 
 def _text_encoders(

@@ -6,6 +6,7 @@ Pipelines are saved by diffusers; files of other layouts are made from the same 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,22 @@ def test_a_component_alone(saved: Any) -> None:
     assert vae.scale_factor == 0.18215
     (text,) = fastdiff.load(folder / "text_encoder", dtype=torch.float64).text_encoders
     same_text(text.model, models["text_encoder"])
+
+
+def test_a_pipeline_whose_parts_lie_beside_its_index(tmp_path: Path) -> None:
+    """As in google/ddpm-cifar10-32: one folder for everything."""
+    theirs: Any = peer_model("UNet2DModel", DDPM, torch.float64)
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    index["scheduler"] = ["diffusers", "DDPMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    scheduler = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
+    checkpoint = fastdiff.load(tmp_path, dtype=torch.float64)
+    same_unet(checkpoint.unet, theirs)
+    assert checkpoint.image_size == 16
+    assert checkpoint.sampler is not None
+    assert (checkpoint.sampler.sampler, checkpoint.sampler.variance) == ("ddpm", "fixed_large")
 
 
 def test_shards_and_variants(saved: Any, tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def shapes_of(model: Any, names: Any) -> dict[str, tuple[int, ...]]:
     """The shapes that the published file of this architecture has."""
     shapes: dict[str, tuple[int, ...]] = {}
+    state = model.state_dict()
     linear = isinstance(model, UNet) and model.config.head_dim is not None
     for ours, theirs in names(model).items():
-        rows, *rest = model.state_dict()[ours].shape
+        rows, *rest = state[ours].shape
         for key in theirs:
             shape = (rows // len(theirs), *rest)
             if ".qkv." in key and len(shape) == 2:
@@ -256,7 +257,7 @@ def test_damaged_parts_of_a_pipeline(folder: Path) -> None:
     change_json(folder / "unet" / "config.json", act_fn="gelu")
     with pytest.raises(ValueError, match=r"unet/config\.json: .*act_fn must be"):
         fastdiff.load(folder)
-    change_json(folder / "unet" / "config.json", act_fn="silu", block_out_channels="wide")
+    change_json(folder / "unet" / "config.json", act_fn="silu", block_out_channels=5)
     with pytest.raises(ValueError, match="a value in it is of the wrong type"):
         fastdiff.load(folder)
     change_json(folder / "unet" / "config.json", block_out_channels=[32], layers_per_block=10**9)
