@@ -246,9 +246,9 @@ def test_a_training_file_with_averages_and_tables(saved: Any, tmp_path: Path) ->
     assert checkpoint.unet is not None
     ours, others = checkpoint.unet.conv_out.bias, plain.unet.conv_out.bias
     assert torch.equal(ours * 2, others)
-    del ema[next(key for key in ema if "timeembed0weight" in key)]
+    del ema[next(key for key in ema if "time_embed0weight" in key)]
     torch.save({"state_dict": {**raw, **ema, **tables}}, path)
-    with pytest.raises(ValueError, match=r"averaged weights are missing: .*timeembed0weight"):
+    with pytest.raises(ValueError, match=r"averaged weights are missing: .*time_embed0weight"):
         fastdiff.load(path)
 
 
