@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -147,21 +148,26 @@ def common_dtype(weights: Weights) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
-def build_model(
+@dataclass(frozen=True)
+class Plan:
+    """A model without memory whose weights are known to fit: nothing of them has been read."""
+
+    model: nn.Module
+    sources: Sources
+    weights: Weights
+
+
+def plan_model(
     config: UNetConfig | AutoencoderConfig,
     names: Callable[[nn.Module], Sources],
     weights: Weights,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    progress: Progress | None = None,
-) -> nn.Module:
-    """A model with its weights: built without memory, checked, then filled.
+) -> Plan:
+    """The model that a config describes, checked against the names and shapes in a file.
 
     Raises:
-        ValueError: names or shapes do not fit; nothing was read then.
+        ValueError: names or shapes do not fit.
     """
     model = empty_model(config, str(weights.path), len(weights.places))
     sources = names(model)
     check_names(model, sources, weights.shapes, str(weights.path))
-    return fill(model, sources, weights, dtype=dtype, device=device, progress=progress)
+    return Plan(model, sources, weights)

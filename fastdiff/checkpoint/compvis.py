@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastdiff.checkpoint import ddpm, openai, text_encoders
-from fastdiff.checkpoint.build import build_model
+from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.weights import Weights, some
@@ -56,17 +56,6 @@ class Reading:
         self.assumed[name] = value
         return value
 
-    def build(self, config: Any, names: Any, weights: Weights) -> Any:
-        request = self.request
-        return build_model(
-            config,
-            names,
-            weights,
-            dtype=request.dtype,
-            device=request.device,
-            progress=request.progress,
-        )
-
 
 def load_compvis(weights: Weights, request: Request) -> Checkpoint:
     """A whole file: U-Net, first stage, what conditions them.
@@ -84,20 +73,24 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
             f"{weights.path}: {len(unknown)} tensors belong to nothing that fastdiff knows: "
             f"{some(sorted(unknown), 50)}"
         )
-    config = unet_config(reading, unet_weights, "embedding.weight" in condition.places)
+    is_table = list(condition.places) == ["embedding.weight"]
+    config = unet_config(reading, unet_weights, is_table)
     xl = config.added_condition_dim is not None
-    unet: UNet = reading.build(config, openai.names, unet_weights)
-    autoencoder: Autoencoder | None = None
+    plan = plan_model(config, openai.names, unet_weights)
+    vae_plan: Plan | None = None
     if first_stage.places:
         vae_config = ddpm.autoencoder_config(first_stage.shapes, request.unsaid)
-        autoencoder = reading.build(vae_config, ddpm.names, first_stage)
-    text, classes = _condition(reading, condition, xl)
+        vae_plan = plan_model(vae_config, ddpm.names, first_stage)
+    classes = _class_embedding(condition, request) if is_table else None
+    text_plans = _text_plans(reading, condition, xl) if classes is None else []
+    unet: UNet = request.fill(plan)
+    autoencoder: Autoencoder | None = None if vae_plan is None else request.fill(vae_plan)
     prediction = request.unsaid.prediction or reading.assume("prediction", "eps")
     return Checkpoint(
         layout="compvis",
         unet=unet,
         autoencoder=autoencoder,
-        text_encoders=text,
+        text_encoders=_text_encoders(reading, text_plans, xl),
         class_embedding=classes,
         schedule=_schedule(reading, config),
         prediction=prediction,
@@ -119,7 +112,7 @@ def load_first_stage(weights: Weights, request: Request) -> Checkpoint:
     reading = Reading(weights, request)
     own = _without_loss(weights)
     config = ddpm.autoencoder_config(own.shapes, request.unsaid)
-    autoencoder = reading.build(config, ddpm.names, own)
+    autoencoder: Autoencoder = request.fill(plan_model(config, ddpm.names, own))
     return Checkpoint(
         layout="compvis",
         autoencoder=autoencoder,
@@ -182,17 +175,12 @@ def _condition_weights(reading: Reading) -> Weights:
     return old if old.places else new
 
 
-def _condition(
-    reading: Reading, weights: Weights, xl: bool
-) -> tuple[tuple[TextEncoder, ...], nn.Embedding | None]:
-    """The text encoders or the table of classes. Those of XL are numbered 0 and 1."""
+def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
+    """The text encoders. Those of XL are numbered 0 and 1."""
     request = reading.request
-    if list(weights.places) == ["embedding.weight"]:
-        return (), _class_embedding(weights, request)
     if not weights.places or not request.text_encoders:
-        return (), None
-    folders = request.tokenizers
-    models: list[nn.Module] = []
+        return []
+    plans: list[Plan] = []
     parts = [weights.under(f"{i}.") for i in (0, 1)] if xl else [weights]
     if sum(len(part.places) for part in parts) != len(weights.places):
         raise ValueError(
@@ -211,23 +199,26 @@ def _condition(
                 "no CLIP; text_encoders=False loads the rest"
             )
         if clip.places:
-            models.append(text_encoders.read_clip(clip, request))
+            plans.append(text_encoders.plan_clip(clip, request))
         else:
             leave_out = 0 if xl else 1
-            models.append(
-                text_encoders.read_open_clip(own, request, projection=xl, leave_out=leave_out)
+            plans.append(
+                text_encoders.plan_open_clip(own, request, projection=xl, leave_out=leave_out)
             )
-    tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders]
-    if folders and len(folders) not in (1, len(models)):
-        raise ValueError(f"expected {len(models)} tokenizers, got {len(folders)}")
+    return plans
+
+
+def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[TextEncoder, ...]:
+    folders = reading.request.tokenizers
+    if folders and len(folders) not in (1, len(plans)):
+        raise ValueError(f"expected {len(plans)} tokenizers, got {len(folders)}")
+    tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders] or [None]
     if len(tokenizers) == 1:
-        tokenizers *= len(models)
-    tokenizers += [None] * (len(models) - len(tokenizers))
-    encoders = [
-        text_encoders.conditioned(model, tokenizer, xl=xl)
-        for model, tokenizer in zip(models, tokenizers, strict=True)
-    ]
-    return tuple(encoders), None
+        tokenizers *= len(plans)
+    return tuple(
+        text_encoders.conditioned(reading.request.fill(plan), tokenizer, xl=xl)
+        for plan, tokenizer in zip(plans, tokenizers, strict=True)
+    )
 
 
 def _class_embedding(weights: Weights, request: Request) -> nn.Embedding:

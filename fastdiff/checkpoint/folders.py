@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from fastdiff.checkpoint import diffusers, text_encoders
-from fastdiff.checkpoint.build import build_model
+from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
@@ -65,17 +63,18 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
         own = scale_factor(opened[first][0], _part(folder, first))
         _check_scale(opened.get("unet", ({}, None))[0], own, given=scale is not None)
         scale = scale or own
-    models = {
-        name: _model(_part(folder, name), data, weights, request)
-        for name, (data, weights) in opened.items()
+    plans = {
+        name: _plan(_part(folder, name), data, weights) for name, (data, weights) in opened.items()
     }
+    text = _text_plans(folder, parts, request)
+    models = {name: request.fill(plan) for name, plan in plans.items()}
     unet, autoencoder = models.get("unet"), models.get(first or "")
     xl = isinstance(unet, UNet) and unet.config.added_condition_dim is not None
     checkpoint = Checkpoint(
         layout="diffusers",
         unet=unet if isinstance(unet, UNet) else None,
         autoencoder=autoencoder if isinstance(autoencoder, Autoencoder) else None,
-        text_encoders=_text_encoders(folder, parts, request, xl=xl),
+        text_encoders=_text_encoders(folder, parts, text, request, xl=xl),
         scale_factor=scale or 1.0,
         image_size=request.unsaid.image_size,
         path=folder,
@@ -103,7 +102,7 @@ def load_component(folder: Path, request: Request) -> Checkpoint:
     weights = find_weights(folder, request.variant)
     checkpoint = Checkpoint(layout="diffusers", path=folder, image_size=request.unsaid.image_size)
     if "_class_name" in data:
-        model = _model(folder, data, weights, request)
+        model = request.fill(_plan(folder, data, weights))
         if isinstance(model, UNet):
             checkpoint.unet = model
             beside = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
@@ -114,7 +113,7 @@ def load_component(folder: Path, request: Request) -> Checkpoint:
             checkpoint.autoencoder = model
             checkpoint.scale_factor = request.unsaid.scale_factor or scale_factor(data, folder)
     else:
-        model = text_encoders.read_folder(folder, weights, request)
+        model = request.fill(text_encoders.plan_folder(folder, weights, request))
         pooled = type(model).__name__ == "CLIPTextModelWithProjection"
         checkpoint.text_encoders = (text_encoders.conditioned(model, None, xl=pooled),)
     return checkpoint
@@ -172,7 +171,7 @@ def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
         )
 
 
-def _model(folder: Path, data: dict[str, Any], weights: Weights, request: Request) -> nn.Module:
+def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     kind = data.get("_class_name")
     if kind not in UNETS + AUTOENCODERS:
         raise ValueError(
@@ -184,14 +183,7 @@ def _model(folder: Path, data: dict[str, Any], weights: Weights, request: Reques
     )
     config = reading(folder / CONFIG, lambda: read(data))
     current = {diffusers.current_name(key): key for key in weights.places}
-    return build_model(
-        config,
-        diffusers.names,
-        weights.renamed(current),
-        dtype=request.dtype,
-        device=request.device,
-        progress=request.progress,
-    )
+    return plan_model(config, diffusers.names, weights.renamed(current))
 
 
 def reading(path: Path, read: Callable[[], Result]) -> Result:
@@ -248,20 +240,26 @@ def _describe(
             checkpoint.image_size = size
 
 
-def _text_encoders(
-    folder: Path, parts: Mapping[str, str], request: Request, *, xl: bool
-) -> tuple[TextEncoder, ...]:
+def _text_plans(folder: Path, parts: Mapping[str, str], request: Request) -> dict[str, Plan]:
     if not request.text_encoders:
-        return ()
+        return {}
+    plans = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in parts:
+            weights = find_weights(folder / name, request.variant)
+            plans[name] = text_encoders.plan_folder(folder / name, weights, request)
+    return plans
+
+
+def _text_encoders(
+    folder: Path, parts: Mapping[str, str], plans: Mapping[str, Plan], request: Request, *, xl: bool
+) -> tuple[TextEncoder, ...]:
     encoders = []
-    names = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
-    for position, name in enumerate(names):
-        weights = find_weights(folder / name, request.variant)
-        model = text_encoders.read_folder(folder / name, weights, request)
+    for position, (name, plan) in enumerate(plans.items()):
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         place = folder / tokenizer_name if tokenizer_name in parts else None
         if request.tokenizers:
             place = Path(request.tokenizers[min(position, len(request.tokenizers) - 1)])
         tokenizer = text_encoders.read_tokenizer(place) if place is not None else None
-        encoders.append(text_encoders.conditioned(model, tokenizer, xl=xl))
+        encoders.append(text_encoders.conditioned(request.fill(plan), tokenizer, xl=xl))
     return tuple(encoders)

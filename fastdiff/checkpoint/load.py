@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoint import compvis, ddpm, openai
-from fastdiff.checkpoint.build import Progress, build_model
+from fastdiff.checkpoint.build import Progress, plan_model
 from fastdiff.checkpoint.bundle import load_bundle, shipped_bundles
 from fastdiff.checkpoint.folders import load_component, load_pipeline
 from fastdiff.checkpoint.model import Checkpoint
@@ -37,8 +37,8 @@ def load(
     """Open a checkpoint: a diffusers folder, a single file, or a fastdiff bundle.
 
     The layout is recognised from keys and shapes, never from a name. Nothing in a pickle is run.
-    All names and shapes are checked before a number is read, and each number is read once, to where
-    it stays.
+    Names and shapes of all parts are checked before a number of any is read, and each number is
+    read once, to where it stays.
 
     Args:
         path: a folder with model_index.json, or with the config.json of one model; a .safetensors,
@@ -124,14 +124,7 @@ def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
         assumed["prediction"] = "eps"
     if unsaid.image_size is None and size is not None:
         assumed["image_size"] = size
-    unet = build_model(
-        config,
-        names,
-        weights,
-        dtype=request.dtype,
-        device=request.device,
-        progress=request.progress,
-    )
+    unet = request.fill(plan_model(config, names, weights))
     assert isinstance(unet, UNet)
     provenance: dict[str, Any] = {"facts": weights.facts, "assumed": assumed}
     if config.in_channels == 6:

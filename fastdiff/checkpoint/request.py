@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from fastdiff.checkpoint.build import Progress
+from fastdiff.checkpoint.build import Plan, Progress, fill
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.layers import QKVOrder
@@ -64,3 +65,14 @@ class Request:
     ema: bool = True
     unsaid: Unsaid = field(default_factory=Unsaid)
     progress: Progress | None = None
+
+    def fill(self, plan: Plan) -> Any:
+        """The planned model with its weights."""
+        return fill(
+            plan.model,
+            plan.sources,
+            plan.weights,
+            dtype=self.dtype,
+            device=self.device,
+            progress=self.progress,
+        )

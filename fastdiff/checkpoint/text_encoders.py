@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoint.build import Sources, check_names, fill
+from fastdiff.checkpoint.build import Plan, Sources, check_names
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.weights import Place, Weights, read_json
 from fastdiff.extras import import_extra
@@ -32,7 +32,7 @@ _BLOCK = {  # OpenCLIP's name inside a block -> CLIP's
 _NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
 
 
-def read_folder(folder: Path, weights: Weights, request: Request) -> nn.Module:
+def plan_folder(folder: Path, weights: Weights, request: Request) -> Plan:
     """A text_encoder folder of a diffusers pipeline: its config.json and the weights beside it.
 
     Raises:
@@ -51,14 +51,14 @@ def read_folder(folder: Path, weights: Weights, request: Request) -> nn.Module:
     return _clip(data, kinds == known[1], weights, request)
 
 
-def read_clip(weights: Weights, request: Request) -> nn.Module:
+def plan_clip(weights: Weights, request: Request) -> Plan:
     """CLIP's text model inside a single file, in transformers' own names."""
     return _clip(_config(_plain(weights), "quick_gelu"), False, weights, request)
 
 
-def read_open_clip(
+def plan_open_clip(
     weights: Weights, request: Request, *, projection: bool, leave_out: int = 0
-) -> nn.Module:
+) -> Plan:
     """OpenCLIP's text model inside a single file.
 
     leave_out: layers at the end that are never run (Stable Diffusion 2 takes the last but one).
@@ -172,7 +172,7 @@ def _config(weights: Weights, activation: str) -> dict[str, Any]:
     }
 
 
-def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Request) -> nn.Module:
+def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Request) -> Plan:
     weights = _plain(weights)
     layers = data.get("num_hidden_layers")
     if not isinstance(layers, int) or layers > len(weights.places):
@@ -196,14 +196,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Req
     for module in model.modules():
         if isinstance(ids := getattr(module, "position_ids", None), torch.Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=request.device).expand(1, -1)
-    return fill(
-        model,
-        sources,
-        weights,
-        dtype=request.dtype,
-        device=request.device,
-        progress=request.progress,
-    )
+    return Plan(model, sources, weights)
 
 
 def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:

@@ -269,6 +269,21 @@ def test_damaged_parts_of_a_pipeline(folder: Path) -> None:
         fastdiff.load(folder)
 
 
+def test_every_part_is_checked_before_a_number_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    monkeypatch.setattr(Weights, "copy_into", None)
+    save_file({**state, "stray": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="stray is unknown"):
+        fastdiff.load(folder)
+    vae = load_file(folder / "vae" / WEIGHTS)
+    save_file({**vae, "decoder.conv_in.bias": torch.zeros(1)}, folder / "vae" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias has shape"):
+        fastdiff.load(folder)
+
+
 def test_what_a_folder_says_itself_is_not_overruled(folder: Path) -> None:
     with pytest.raises(ValueError, match="num_heads stand in its config"):
         fastdiff.load(folder, num_heads=2)
