@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    return {kind: str(save_folder(kind, root)) for kind in ("sd1", "inpaint")}
+    return {"sd1": str(save_folder("sd1", root)), "NINE": str(save_folder("inpaint", root))}
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_img2img(run: Run) -> None:
     assert photo.shape == same.shape
 
 
-@pytest.mark.parametrize("kind", ["sd1", "inpaint"])
+@pytest.mark.parametrize("kind", ["sd1", "NINE"])
 def test_inpaint(run: Run, kind: str) -> None:
     code, out, err = run(
         f"inpaint cat --image photo.png --mask mask.png --model {kind} --count 2 {FAST}"
@@ -129,7 +129,7 @@ MISTAKES = {
     "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
     "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
     "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must lie within 100",
-    "txt2img cat --model inpaint": "reads 9 channels",
+    "txt2img cat --model NINE": "reads 9 channels",
     "txt2img cat --model digits": "fastdiff sample",
     "txt2img --like photo.png": "carries no recipe",
     "txt2img --like nowhere.png": "no image at nowhere.png",

@@ -38,7 +38,7 @@ SAMPLERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "dpmpp-2m": ("DPMSolverMultistepScheduler", {}),
 }
-SETTINGS = SampleSettings(sampler="ddim", steps=5, guidance_scale=3.0, batch=2)
+SETTINGS = SampleSettings(sampler="ddim", steps=5, guidance_scale=3.0, batch=4)
 PROMPTS, SEEDS = ["a photo of a red cat", "blue sky", "dog"], [7, 2**40 + 1, 3]
 NEGATIVE = "red dog"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
