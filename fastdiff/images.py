@@ -121,7 +121,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a PNG, is damaged, or carries no recipe.
     """
-    way_out = "give a PNG written by 'fastdiff sample' that no other program has saved again"
+    way_out = "give a PNG written by fastdiff that no other program has saved again"
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.load()  # text chunks may stand behind the pixels

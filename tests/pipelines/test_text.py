@@ -18,7 +18,7 @@ from fastdiff.data.dataset import to_float
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.unet import UNet
 from fastdiff.pipelines.core import SampleSettings, Step, stage_seeds
-from fastdiff.pipelines.image_to_image import first_step, image_to_image
+from fastdiff.pipelines.image_to_image import first_step, image_to_image, latents_to_latents
 from fastdiff.pipelines.inpainting import inpaint
 from fastdiff.pipelines.latent import LatentDiffusion
 from fastdiff.pipelines.refine import refine
@@ -193,6 +193,10 @@ def test_upscale(model: TextDiffusion, via: Any) -> None:
         expected = model.core.decode(model.core.encode(image))
     torch.testing.assert_close(none, expected, rtol=1e-5, atol=1e-5)
     assert (large - none).abs().max() > 0.01
+    if via == "latent":  # with the seeds of the first pass its noise would come again
+        enlarged = F.interpolate(z, (12, 12), mode="bicubic")
+        same = latents_to_latents(model, enlarged, "a cat", [1, 2], strength=0.5, settings=QUICK)
+        assert (model.core.decode(same) - large).abs().max() > 0.01
     alone = upscale(model, z[1:], "a cat", [2], scale=1.5, via=via, strength=0.5, settings=QUICK)
     assert torch.equal(alone[0], large[1])
 
