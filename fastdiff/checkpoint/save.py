@@ -51,19 +51,21 @@ def save_diffusers(
             options["addition_time_embed_dim"] = width
         parts["unet"] = (unet, options)
     if (first := checkpoint.autoencoder) is not None:
-        kl = first.config.regularization == "kl"
+        conditioned = unet is None or unet.config.context_dim is not None
         options = autoencoder_options(first.config)
         options["scaling_factor"] = checkpoint.scale_factor
-        parts["vae" if kl else "vqvae"] = (first, options)
-    if "unet" in parts and checkpoint.image_size is not None:
-        factor = first.downsample_factor if first is not None else 1
-        parts["unet"][1]["sample_size"] = checkpoint.image_size // factor
+        parts["vae" if conditioned else "vqvae"] = (first, options)
+    if unet is not None and checkpoint.image_size is not None:
+        if first is not None:
+            parts["unet"][1]["sample_size"] = checkpoint.image_size // first.downsample_factor
+        elif unet.config.context_dim is None:
+            parts["unet"][1]["sample_size"] = checkpoint.image_size
     if checkpoint.class_embedding is not None:
         raise ValueError(
             "diffusers has no pipeline with a table of classes as context (LDM's cin256); save its "
             "U-Net and autoencoder alone, or as a bundle"
         )
-    index = _index(checkpoint, list(parts))
+    index = _index(checkpoint, {n: options["_class_name"] for n, (_, options) in parts.items()})
     with atomic_folder(folder) as temporary:
         alone = len(parts) == 1 and checkpoint.schedule is None and not checkpoint.text_encoders
         for name, (model, options) in parts.items():
@@ -281,17 +283,12 @@ def _text_names(checkpoint: Checkpoint) -> list[str]:
     return ["text_encoder", "text_encoder_2"][: len(encoders)]
 
 
-def _index(checkpoint: Checkpoint, parts: list[str]) -> dict[str, Any]:
-    """model_index.json: the pipeline of diffusers that has these parts."""
+def _index(checkpoint: Checkpoint, parts: dict[str, str]) -> dict[str, Any]:
+    """model_index.json: the pipeline of diffusers that has these parts (name -> class)."""
     unet, text = checkpoint.unet, _text_names(checkpoint)
     pipeline = checkpoint.provenance.get("pipeline") or _pipeline(unet, parts, text)
     result: dict[str, Any] = {"_class_name": pipeline}
-    for name in parts:
-        kind = {"vae": "AutoencoderKL", "vqvae": "VQModel"}.get(name)
-        if kind is None:
-            assert unet is not None
-            conditioned = unet.config.context_dim is not None
-            kind = "UNet2DConditionModel" if conditioned else "UNet2DModel"
+    for name, kind in parts.items():
         result[name] = ["diffusers", kind]
     if checkpoint.schedule is not None:
         settings = scheduler_config(checkpoint.schedule, checkpoint.prediction, checkpoint.sampler)
@@ -314,7 +311,7 @@ def _index(checkpoint: Checkpoint, parts: list[str]) -> dict[str, Any]:
     return result
 
 
-def _pipeline(unet: UNet | None, parts: list[str], text: list[str]) -> str:
+def _pipeline(unet: UNet | None, parts: dict[str, str], text: list[str]) -> str:
     if unet is None or unet.config.context_dim is None:
         return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
     inpaint = unet.config.in_channels == 9

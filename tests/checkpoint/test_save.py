@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 
 import fastdiff
 from fastdiff.checkpoint.bundle import load_bundle
+from fastdiff.checkpoint.diffusers import unet_config
 from fastdiff.checkpoint.model import Checkpoint
-from fastdiff.checkpoint.save import save_as_bundle, save_diffusers
+from fastdiff.checkpoint.save import save_as_bundle, save_diffusers, unet_options
 from fastdiff.cli import main
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -23,8 +25,8 @@ from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.presets import UNETS
 from tests.checkpoint import layouts
 from tests.checkpoint.pipelines import pipeline
-from tests.checkpoint.test_load import KINDS, same, same_autoencoder, same_unet
-from tests.models.test_against_diffusers import ADM, peer_model
+from tests.checkpoint.test_load import KINDS, compvis_state, same, same_autoencoder, same_unet
+from tests.models.test_against_diffusers import ADM, assert_equal, peer_model
 from tests.peers import import_diffusers
 from tests.tiny import randomize
 
@@ -120,28 +122,40 @@ def test_a_legacy_attention_order_is_put_right(tmp_path: Path) -> None:
     assert again.schedule is not None
 
 
-@pytest.mark.parametrize("name", sorted(UNETS))
+@pytest.mark.parametrize("name", sorted(UNETS.keys() - {"iddpm-imagenet64"}))
 def test_published_architectures_have_a_config_of_diffusers(name: str) -> None:
     """Read back, each is itself, but for what diffusers keeps elsewhere or not at all."""
-    from dataclasses import replace
-
-    from fastdiff.checkpoint.diffusers import unet_config
-    from fastdiff.checkpoint.save import unet_options
-
     config = UNETS[name]
-    if name in ("iddpm-imagenet64", "digits"):
-        with pytest.raises(ValueError, match="diffusers has no U-Net with num_heads 4"):
-            unet_options(
-                replace(config, attention_depth=(0,) * (len(config.widths) - 2) + (1, 1)),
-                linear_projections=False,
-            )
-        return
     again = unet_config(unet_options(config, linear_projections=False))
-    expected = replace(config, learned_sigma=False, qkv_order="new")
     assert [again.heads(w) for w in again.widths] == [config.heads(w) for w in config.widths]
-    assert replace(again, num_heads=1, head_dim=None) == replace(
-        expected, num_heads=1, head_dim=None
+    classes = None if config.num_classes is None else config.num_classes + config.null_class
+    kept = replace(
+        config, learned_sigma=False, qkv_order="new", null_class=False, num_classes=classes
     )
+    assert replace(again, num_heads=1, head_dim=None) == replace(kept, num_heads=1, head_dim=None)
+
+
+def test_heads_of_many_widths_are_not_diffusers() -> None:
+    with pytest.raises(ValueError, match="diffusers has no U-Net with num_heads 4"):
+        unet_options(UNETS["iddpm-imagenet64"], linear_projections=False)
+
+
+def test_the_shipped_model_in_diffusers(tmp_path: Path) -> None:
+    """Classes and a KL autoencoder: LDMPipeline's parts, and the same numbers."""
+    checkpoint = fastdiff.load("digits")
+    save_diffusers(checkpoint, tmp_path / "digits")
+    loaded = loaded_by_diffusers(tmp_path / "digits")
+    again = fastdiff.load(tmp_path / "digits")
+    identical(checkpoint.unet, again.unet)
+    identical(checkpoint.autoencoder, again.autoencoder)
+    assert (again.scale_factor, again.schedule) == (checkpoint.scale_factor, checkpoint.schedule)
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 10])
+    t = torch.tensor([3, 700])
+    assert checkpoint.unet is not None
+    assert checkpoint.autoencoder is not None
+    with torch.no_grad():
+        assert_equal(checkpoint.unet(x, t, y=y), loaded.unet(x, t, class_labels=y).sample)
+        assert_equal(checkpoint.autoencoder.decode(x), loaded.vqvae.decode(x).sample)
 
 
 def test_half_precision_and_an_autoencoder_alone(saved: Saved, tmp_path: Path) -> None:
@@ -191,8 +205,6 @@ def test_what_diffusers_lacks_is_refused_and_nothing_is_written(tmp_path: Path) 
 def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A single file on the command line: written, loaded by diffusers, what was assumed is told."""
     folder, models = saved("sd1")
-    from tests.checkpoint.test_load import compvis_state
-
     source = tmp_path / "any.name"
     torch.save({"state_dict": compvis_state("sd1", models)}, source)
     target = tmp_path / "out"

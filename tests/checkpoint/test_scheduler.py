@@ -15,7 +15,9 @@ from fastdiff.checkpoint.scheduler import (
     scheduler_config,
 )
 from fastdiff.diffusion.samplers import build_table
+from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from tests.diffusion.test_against_diffusers import SEEDS, SHAPE, Case, network, their_trajectory
 from tests.peers import import_diffusers
 
 # diffusers passes a torch tensor to np.array; torch's tensors do not know numpy 2's `copy` yet.
@@ -122,6 +124,47 @@ def test_the_same_timesteps_and_noise_levels(
         torch.testing.assert_close(
             table.sigmas.float(), theirs.sigmas[: len(table)].float(), rtol=1e-4, atol=0
         )
+
+
+LEADING = {"timestep_spacing": "leading"}
+TRAJECTORIES: list[tuple[str, dict[str, Any]]] = [
+    ("PNDMScheduler", {"skip_prk_steps": True}),  # Stable Diffusion 1.5
+    ("EulerDiscreteScheduler", LEADING),  # SDXL
+    ("EulerDiscreteScheduler", {**LEADING, "use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+    (
+        "DDPMScheduler",
+        {"clip_sample_range": 0.7, "variance_type": "fixed_large", "steps_offset": 0},
+    ),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {**LEADING, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+]
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize(("name", "options"), TRAJECTORIES, ids=str)
+def test_the_same_way_from_noise_to_sample(
+    name: str, options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the config alone, as far as fp32 tables and other interpolation allow."""
+    theirs = peer(name, **{**STABLE_DIFFUSION, **options})
+    read = read_scheduler(written(theirs))
+    assert read.sampler is not None
+    theirs.set_timesteps(steps)
+    schedule = NoiseSchedule(read.schedule)
+    sampler = read.sampler.sampler
+    table = build_table(sampler, schedule, steps, **read.sampler.arguments(schedule, steps))
+    x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = sample(lambda x, t, guided: network(x, t, SHAPE[1]), table, x, SEEDS)
+    case = Case(sampler=sampler, scheduler=name)
+    expected = their_trajectory(case, theirs, x, monkeypatch)[-1]
+    assert float((ours - expected).norm() / expected.norm()) < 1e-3
 
 
 @pytest.mark.parametrize(
