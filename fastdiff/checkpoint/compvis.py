@@ -102,7 +102,8 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
         schedule=_schedule(reading, config),
         prediction=prediction,
         scale_factor=_scale_factor(reading, config, autoencoder),
-        image_size=reading.assume("image_size", _image_size(config, prediction)),
+        image_size=request.unsaid.image_size
+        or reading.assume("image_size", _image_size(config, prediction)),
         path=weights.path,
         provenance={
             "facts": weights.facts,
@@ -123,6 +124,7 @@ def load_first_stage(weights: Weights, request: Request) -> Checkpoint:
         layout="compvis",
         autoencoder=autoencoder,
         scale_factor=_scale_factor(reading, None, autoencoder),
+        image_size=request.unsaid.image_size,
         path=weights.path,
         provenance={"facts": weights.facts, "assumed": reading.assumed},
     )

@@ -22,6 +22,7 @@ from fastdiff.models.layers import AttentionBlock, ResBlock
 from fastdiff.models.unet import UNet, UNetConfig
 
 SCHEDULE = ScheduleConfig()  # linear, 1e-4 to 0.02, 1000 steps: Ho et al. 2020, section 4
+IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 1, 2, 2, 4, 4): 256}  # of the published models
 LAYERS: Layers = {
     ResBlock: {"emb": ("temb_proj",), "skip": ("nin_shortcut",)},
     AttentionBlock: {"qkv": ("q", "k", "v"), "proj": ("proj_out",)},

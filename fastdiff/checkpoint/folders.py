@@ -77,6 +77,7 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
         autoencoder=autoencoder if isinstance(autoencoder, Autoencoder) else None,
         text_encoders=_text_encoders(folder, parts, request, xl=xl),
         scale_factor=scale or 1.0,
+        image_size=request.unsaid.image_size,
         path=folder,
         provenance={
             "pipeline": index.get("_class_name"),
@@ -100,7 +101,7 @@ def load_component(folder: Path, request: Request) -> Checkpoint:
     """The folder of one model: a U-Net, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
     weights = find_weights(folder, request.variant)
-    checkpoint = Checkpoint(layout="diffusers", path=folder)
+    checkpoint = Checkpoint(layout="diffusers", path=folder, image_size=request.unsaid.image_size)
     if "_class_name" in data:
         model = _model(folder, data, weights, request)
         if isinstance(model, UNet):
@@ -240,7 +241,7 @@ def _describe(
     if unet.get("addition_time_embed_dim") is not None:
         checkpoint.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
     size = unet.get("sample_size")
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+    if checkpoint.image_size is None and type(size) is int and size > 0:
         if checkpoint.autoencoder is not None:
             checkpoint.image_size = size * checkpoint.autoencoder.downsample_factor
         elif unet.get("_class_name") == "UNet2DModel":

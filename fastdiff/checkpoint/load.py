@@ -52,8 +52,8 @@ def load(
         ema: take the averaged weights where a CompVis file has both.
         progress: called as progress(tensor, bytes) after each tensor.
         unsaid: what single files do not say, the fields of `Unsaid`: prediction, schedule,
-            num_heads, head_dim, qkv_order, norm_groups, scale_factor. What was assumed for want of
-            them stands in `provenance["assumed"]`.
+            num_heads, head_dim, qkv_order, norm_groups, scale_factor, image_size. What was assumed
+            for want of them stands in `provenance["assumed"]`.
 
     Raises:
         FileNotFoundError: nothing there, or a part of it is missing.
@@ -81,7 +81,7 @@ def _load(path: Path, request: Request) -> Checkpoint:
         layout = recognise_folder(path)
         if layout == "bundle":
             return _bundle(path, request)
-        allowed = ("schedule", "prediction", "scale_factor")
+        allowed = ("schedule", "prediction", "scale_factor", "image_size")
         if extra := [name for name in request.unsaid.given if name not in allowed]:
             raise ValueError(f"{path}: {', '.join(extra)} stand in its config.json; leave them out")
         return (load_pipeline if layout == "pipeline" else load_component)(path, request)
@@ -108,14 +108,11 @@ def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
     unsaid = request.unsaid
     assumed: dict[str, Any] = {}
     if layout == "ddpm":
-        config, names, schedule = (
-            ddpm.unet_config(weights.shapes, unsaid),
-            ddpm.names,
-            ddpm.SCHEDULE,
-        )
+        config, names = ddpm.unet_config(weights.shapes, unsaid), ddpm.names
+        schedule, size = ddpm.SCHEDULE, ddpm.IMAGE_SIZES.get(config.channel_mult)
     else:
         config, known = openai.pixel_unet_config(weights.shapes, unsaid)
-        names, schedule = openai.names, known.schedule
+        names, schedule, size = openai.names, known.schedule, known.image_size
         if unsaid.qkv_order is None:
             assumed["qkv_order"] = config.qkv_order
     if unsaid.num_heads is None and unsaid.head_dim is None:
@@ -125,6 +122,8 @@ def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
         assumed["schedule"] = schedule
     if unsaid.prediction is None:
         assumed["prediction"] = "eps"
+    if unsaid.image_size is None and size is not None:
+        assumed["image_size"] = size
     unet = build_model(
         config,
         names,
@@ -142,6 +141,7 @@ def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
         unet=unet,
         schedule=unsaid.schedule or schedule,
         prediction=unsaid.prediction or "eps",
+        image_size=unsaid.image_size or size,
         path=weights.path,
         provenance=provenance,
     )

@@ -33,6 +33,7 @@ class Published:
 
     heads: dict[str, int]  # num_heads or head_dim
     schedule: ScheduleConfig
+    image_size: int | None
     qkv_order: QKVOrder = "legacy"
 
 
@@ -40,19 +41,19 @@ LINEAR = ScheduleConfig(kind="linear", rescale_ends=True)
 COSINE = ScheduleConfig(kind="cosine")
 # guided-diffusion's and improved-diffusion's flags, by (width, channel_mult, residual blocks)
 PUBLISHED: dict[tuple[int, tuple[int, ...], int], Published] = {
-    (192, (1, 2, 3, 4), 3): Published({"head_dim": 64}, COSINE, "new"),  # 64x64_diffusion
-    (256, (1, 1, 2, 3, 4), 2): Published({"num_heads": 4}, LINEAR),  # 128x128_diffusion
-    (256, (1, 1, 2, 2, 4, 4), 2): Published({"head_dim": 64}, LINEAR),  # 256x256, LSUN
-    (192, (1, 1, 2, 2, 4, 4), 2): Published({"num_heads": 4}, LINEAR),  # 64_256_upsampler
+    (192, (1, 2, 3, 4), 3): Published({"head_dim": 64}, COSINE, 64, "new"),  # 64x64_diffusion
+    (256, (1, 1, 2, 3, 4), 2): Published({"num_heads": 4}, LINEAR, 128),  # 128x128_diffusion
+    (256, (1, 1, 2, 2, 4, 4), 2): Published({"head_dim": 64}, LINEAR, 256),  # 256x256, LSUN
+    (192, (1, 1, 2, 2, 4, 4), 2): Published({"num_heads": 4}, LINEAR, 256),  # 64_256_upsampler
     (128, (1, 2, 3, 4), 3): Published(  # imagenet64_uncond
-        {"num_heads": 4}, ScheduleConfig(kind="cosine", num_timesteps=4000)
+        {"num_heads": 4}, ScheduleConfig(kind="cosine", num_timesteps=4000), 64
     ),
     (128, (1, 2, 2, 2), 3): Published(  # cifar10_uncond
-        {"num_heads": 4}, ScheduleConfig(kind="cosine", num_timesteps=4000)
+        {"num_heads": 4}, ScheduleConfig(kind="cosine", num_timesteps=4000), 32
     ),
-    (128, (1, 1, 2, 2, 4, 4), 2): Published({"num_heads": 4}, LINEAR),  # lsun_uncond
+    (128, (1, 1, 2, 2, 4, 4), 2): Published({"num_heads": 4}, LINEAR, 256),  # lsun_uncond
 }
-OTHER = Published({"num_heads": 4}, LINEAR)  # the defaults of both repositories
+OTHER = Published({"num_heads": 4}, LINEAR, None)  # the defaults of both repositories
 
 LAYERS: Layers = {
     ResBlock: {

@@ -34,8 +34,12 @@ class Unsaid:
     """Groups of every GroupNorm."""
     scale_factor: float | None = None
     """The latents are multiplied by it."""
+    image_size: int | None = None
+    """Height and width of the images it was trained on, in pixels."""
 
     def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be positive, got {self.image_size}")
         if self.num_heads is not None and self.head_dim is not None:
             raise ValueError(
                 f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}"

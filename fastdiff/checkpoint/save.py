@@ -96,7 +96,8 @@ def save_as_bundle(
     """Write a checkpoint as a bundle; returns its weights hash.
 
     Raises:
-        ValueError: a bundle has no place for a part of it (text encoders, a table of classes).
+        ValueError: a bundle has no place for a part of it (text encoders, a table of classes), or
+            image_size is None.
         OSError: the folder cannot be written.
     """
     if checkpoint.text_encoders or checkpoint.class_embedding is not None:
@@ -110,11 +111,13 @@ def save_as_bundle(
     else:
         assert unet is not None
         channels = unet.config.out_channels // (2 if unet.config.learned_sigma else 1)
-    size = checkpoint.image_size
-    if size is None and first is None:
-        size = 32 if unet is None else 8 * unet.config.downsample_factor
+    if checkpoint.image_size is None:
+        raise ValueError(
+            "a bundle says how large its images are, and these files do not; load them with "
+            "image_size="
+        )
     config = ModelConfig(
-        image_size=size or 256,
+        image_size=checkpoint.image_size,
         image_channels=channels,
         autoencoder=None if first is None else first.config,
         unet=None if unet is None else unet.config,

@@ -53,6 +53,8 @@ class Convert:
         None
     )
     """Attention order of an OpenAI file."""
+    image_size: OptionalInt = None
+    """Height and width of the training's images, where a file does not say."""
     tokenizer: OptionalPath = None
     """A CLIP tokenizer's folder, to go with a single file."""
     ema: bool = True
@@ -76,7 +78,7 @@ def run(options: Convert) -> int:
         raise ValueError(f"{options.target} exists already; choose another folder")
     unsaid = {
         name: value
-        for name in ("prediction", "num_heads", "head_dim", "qkv_order")
+        for name in ("prediction", "num_heads", "head_dim", "qkv_order", "image_size")
         if (value := getattr(options, name)) is not None
     }
     dtype = getattr(torch, TORCH_NAMES[options.dtype]) if options.dtype else None
@@ -98,9 +100,12 @@ def run(options: Convert) -> int:
             save_as_bundle(checkpoint, options.target, dtype=dtype)
         else:
             save_diffusers(checkpoint, options.target, dtype=dtype, progress=_counter(bar, size))
+    context = checkpoint.unet is not None and checkpoint.unet.config.context_dim is not None
+    left_out = options.to == "bundle" and context and options.text_encoders
     print_pairs(
         [
             ("layout", checkpoint.layout),
+            *([("left out", "text encoders, for which a bundle has no place")] * left_out),
             *(
                 (f"assumed {name}", str(value))
                 for name, value in checkpoint.provenance.get("assumed", {}).items()

@@ -61,6 +61,7 @@ def test_openais_published_models(name: str) -> None:
     steps = 4000 if name.startswith("iddpm") else 1000
     kind = "cosine" if name.startswith("iddpm") else "linear"
     assert (known.schedule.kind, known.schedule.num_timesteps) == (kind, steps)
+    assert known.image_size == (64 if name.startswith("iddpm") else 256)
 
 
 def test_ddpms_published_model() -> None:

@@ -127,7 +127,9 @@ def test_published_architectures_have_a_config_of_diffusers(name: str) -> None:
     """Read back, each is itself, but for what diffusers keeps elsewhere or not at all."""
     config = UNETS[name]
     again = unet_config(unet_options(config, linear_projections=False))
-    assert [again.heads(w) for w in again.widths] == [config.heads(w) for w in config.widths]
+    for width, depth in zip(config.widths, config.attention_depth, strict=True):
+        assert not depth or again.heads(width) == config.heads(width)
+    assert again.heads(config.widths[-1]) == config.heads(config.widths[-1])
     classes = None if config.num_classes is None else config.num_classes + config.null_class
     kept = replace(
         config, learned_sigma=False, qkv_order="new", null_class=False, num_classes=classes
@@ -180,6 +182,11 @@ def test_a_bundle_and_back(saved: Saved, tmp_path: Path) -> None:
     identical(checkpoint.autoencoder, again.autoencoder)
     assert again.schedule == checkpoint.schedule
     text, _ = saved("sd1")
+    with pytest.raises(ValueError, match="load them with image_size="):
+        save_as_bundle(fastdiff.load(text / "vae"), tmp_path / "no")
+    vae = fastdiff.load(text / "vae", image_size=48)
+    save_as_bundle(vae, tmp_path / "vae")
+    assert fastdiff.load(tmp_path / "vae").image_size == 48
     with pytest.raises(ValueError, match="has text encoders"):
         save_as_bundle(fastdiff.load(text), tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -228,6 +235,7 @@ def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = load_file(tmp_path / "half" / "text_encoder" / "model.safetensors")
     assert {value.dtype for value in text.values()} == {torch.float16}
     assert main(["convert", str(target), str(tmp_path / "b"), "--to", "bundle"]) == 0
+    assert "text encoders, for which a bundle has no place" in capsys.readouterr().out
     assert fastdiff.load(tmp_path / "b").layout == "bundle"
 
 
