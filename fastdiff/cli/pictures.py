@@ -106,6 +106,7 @@ def run(
         maker, more = make(loaded)
         check_room(shared.out, shared.count)
         images = _make_all(loaded, shared, maker, clock)
+        more["tokenizer"] = [str(folder) for folder in shared.tokenizer]
         recipes = [
             loaded.recipe(prompt, seed, shared.text, shared.settings, **more)
             for seed in shared.seeds

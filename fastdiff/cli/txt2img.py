@@ -128,6 +128,7 @@ def _options_of(path: Path) -> Txt2Img:
             seed=int(recipe["seed"]),
             text=from_dict(TextSettings, recipe["text"]),
             settings=from_dict(SampleSettings, recipe["settings"]),
+            tokenizer=tuple(Path(folder) for folder in recipe["tokenizer"]),
             backend=recipe["backend"],
             device=str(recipe["device"]),
             dtype=dtype,

@@ -67,7 +67,7 @@ class SampleSettings:
     eta: float | None = None
     """Noise added back per step, for samplers that have it; None: the sampler's own default."""
     guidance_scale: float = 1.5
-    """1: the conditional model as it is, at half the cost; more: nearer to the class."""
+    """1: the conditional model as it is, at half the cost; more: nearer to the condition."""
     guidance_rescale: float = 0.0
     """phi of Lin et al. 2023 in [0, 1]: against the over-exposure of strong guidance."""
     guidance_interval: tuple[int, int] | None = None
