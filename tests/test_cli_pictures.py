@@ -122,7 +122,7 @@ MISTAKES = {
     "txt2img cat": "missing: --model",
     "txt2img --model sd1": "missing: PROMPT",
     "txt2img cat --model nowhere": "nowhere is missing",
-    "txt2img cat --model sd1 --width 60": "multiples of 16, got 60 x 64",
+    "txt2img cat --model sd1 --width 60": "multiples of 8, got 60 x 64",
     "txt2img cat --model sd1 --count 0": "count must be at least 1, got 0",
     "txt2img cat --model sd1 --seed -1": "seeds must lie in 0 to 2^63 - 1",
     "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or dpmpp-2m?",

@@ -100,7 +100,7 @@ class TextDiffusion:
     @property
     def size_factor(self) -> int:
         """Heights and widths of images must be multiples of this."""
-        return self.autoencoder.downsample_factor * self.unet.config.downsample_factor
+        return self.autoencoder.downsample_factor * self.unet.config.size_multiple
 
     def check_size(self, height: int, width: int, what: str = "the image") -> None:
         """Raise ValueError, with the nearest sizes, unless the networks can halve these sides."""

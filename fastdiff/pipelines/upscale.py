@@ -49,7 +49,7 @@ def upscale(
         raise ValueError(f"scale must lie in 1 to 16, got {scale}; 2 doubles both sides")
     if via not in ("latent", "image"):
         raise ValueError(f"unknown way {via!r}; expected one of latent, image")
-    step = model.unet.config.downsample_factor
+    step = model.unet.config.size_multiple
     height, width = (max(round(side * scale / step), 1) * step for side in z.shape[2:])
     if via == "latent":
         z = F.interpolate(z, (height, width), mode="bicubic")

@@ -284,13 +284,13 @@ def refused(message: str) -> Any:
 
 
 def test_sizes_that_do_not_fit(model: TextDiffusion) -> None:
-    with refused(r"multiples of 16, got 60 x 64 \(width x height\); .* are 48 x 64 or 64 x 64"):
+    with refused(r"multiples of 8, got 60 x 64 \(width x height\); .* are 56 x 64 or 64 x 64"):
         text_to_image(model, "a cat", height=64, width=60)
     with refused("got 0 x 64"):
         text_to_image(model, "a cat", height=64, width=0)
-    with refused("got 1 x 1 .* nearest sizes are 16 x 16"):
+    with refused("got 1 x 1 .* nearest sizes are 8 x 8"):
         image_to_image(model, torch.zeros(3, 1, 1), "a cat")
-    with refused("got 65 x 63 .* are 64 x 48 or 80 x 64"):
+    with refused("got 65 x 63 .* are 64 x 56 or 72 x 64"):
         image_to_image(model, torch.zeros(3, 63, 65), "a cat")
     unsized = replace(model.checkpoint, image_size=None)
     with refused("does not say for which size it was trained"):
