@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import cuda_device
+from benchmarks.ahead_of_time import CHIPS, KIB
 from benchmarks.kernel_names import DTYPES, demangled, split_name
-from benchmarks.resources import CHIPS, KIB
 from fastdiff import __version__
 from fastdiff.checkpoint.files import write_text
 

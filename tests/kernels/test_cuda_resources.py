@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cuda_resources
+from benchmarks.ahead_of_time import CHIPS
 from benchmarks.cuda_resources import Resources
 from benchmarks.kernel_names import split_name
-from benchmarks.resources import CHIPS
 from tests.kernels.routes import cuda_kernels
 
 ROOT = Path(__file__).parents[2]
