@@ -24,6 +24,9 @@ from fastdiff.cli.parsing import UsageError, one_line
 
 COMMANDS = {
     "sample": "make new images: PNGs with their recipe inside, and a contact sheet",
+    "txt2img": "images from a prompt, with a Stable Diffusion checkpoint",
+    "img2img": "change an image after a prompt",
+    "inpaint": "make a part of an image new",
     "reconstruct": "pass images through the autoencoder and measure what is lost",
     "evaluate": "measure samples against real images, with the floor beside each number",
     "train": "train an autoencoder, or a denoiser on its latents",
