@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """`fastdiff.backend`, the context manager; torch is not imported before it is asked for."""
-    if name == "backend":
-        from fastdiff.kernels import backend
+_FROM = {
+    "backend": "fastdiff.kernels",
+    "accelerate": "fastdiff.integrations",
+}
 
-        return backend
+
+def __getattr__(name: str) -> Any:
+    """`fastdiff.accelerate`, `fastdiff.backend`: imported when they are asked for."""
+    if name in _FROM:
+        return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

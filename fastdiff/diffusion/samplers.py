@@ -401,9 +401,26 @@ def build_table(
             "zero-terminal-SNR schedule; use 'ddim' or 'dpmpp-2m', or spacing 'leading'"
         )
     levels.append(_final_level(schedule, final))
-    rows = SAMPLERS[name](levels, **_options(name, options))
+    return table_of_levels(
+        name, levels, prediction=prediction, clamp=clamp, weight=guidance.weight, **options
+    )
 
-    columns = [_columns(row, prediction, guidance.weight(row.step), clamp) for row in rows]
+
+def table_of_levels(
+    name: str,
+    levels: Sequence[Level],
+    *,
+    prediction: Prediction = "eps",
+    clamp: float | None = None,
+    weight: Callable[[int], float] = lambda step: 1.0,
+    **options: float | str | bool | None,
+) -> SamplerTable:
+    """A sampler's table through given noise levels, the noisiest first, the one to end at last.
+
+    weight: step -> guidance scale; clamp, options: as in `build_table`.
+    """
+    rows = SAMPLERS[name](levels, **_options(name, options))
+    columns = [_columns(row, prediction, weight(row.step), clamp) for row in rows]
     return SamplerTable(
         name=name,
         columns=torch.tensor(columns, dtype=torch.float64),
