@@ -7,15 +7,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-
 _FROM = {
     "backend": "fastdiff.kernels",
     "accelerate": "fastdiff.integrations",
+    "compile_pass": "fastdiff.integrations",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """`fastdiff.accelerate`, `fastdiff.backend`: imported when they are asked for."""
+    """`fastdiff.accelerate` and so on: nothing heavy is imported before it is asked for."""
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

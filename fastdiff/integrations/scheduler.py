@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,8 +55,12 @@ def objection(scheduler: Any) -> str | None:
         config = read(scheduler)
     except ValueError as error:
         return str(error)
-    if config.sampler is None:
-        return config.no_sampler
+    return config.no_sampler or _difference(config)
+
+
+def _difference(config: SchedulerConfig) -> str | None:
+    """Where our table of the same name does something else."""
+    assert config.sampler is not None
     if config.sampler.sampler == "ddim" and config.sampler.clamp is not None:
         return "a clamp of diffusers' DDIM leaves the noise estimate as it was (clip_sample=True)"
     if config.sampler.sampler == "plms" and config.prediction != "eps":
@@ -231,7 +236,7 @@ def levels_of(scheduler: Any, sampler: str) -> list[Level]:
 def _levels_by_timestep(scheduler: Any, sampler: str, timesteps: list[float]) -> list[Level]:
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     given = getattr(scheduler, "custom_timesteps", False)  # DDPM's own
-    uneven = any(a - b != stride for a, b in zip(timesteps, timesteps[1:], strict=False))
+    uneven = any(a - b != stride for a, b in pairwise(timesteps))
     if uneven and not given:
         raise ValueError(
             f"a fused {type(scheduler).__name__} steps from timestep to timestep, diffusers' by "

@@ -380,7 +380,7 @@ def accelerate(
 
 
 def scheduler_change(pipeline: Any, entries: list[Entry]) -> list[Callable[[], Callable[[], None]]]:
-    """What gives a pipeline's scheduler its fused step, as a function that returns what undoes it."""
+    """What gives a pipeline's scheduler its fused step: a function that returns what undoes it."""
     if "diffusers" not in sys.modules:
         import_extra("diffusers", extra="diffusers")
     from fastdiff.integrations import scheduler as fused

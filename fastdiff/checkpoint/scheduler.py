@@ -1,0 +1,432 @@
+"""diffusers' scheduler_config.json, read as ours and written back.
+
+One file says three things: the noise the network was trained with (`ScheduleConfig`), what the
+network predicts, and how to sample. The first two belong to the model, so what we lack there is an
+error. The third is a habit: where we have no table for it, `SchedulerConfig.sampler` is None,
+`no_sampler` says why, and any other sampler may be used.
+
+Three things differ in spite of equal settings. Between timesteps diffusers' Euler, Euler ancestral
+and Heun interpolate sigma, ours its logarithm. diffusers' DDIM and PNDM step down by T // steps
+whatever the spacing, ours to the next timestep; that is the same where steps divides T. A clamp of
+diffusers' DDIM leaves the noise estimate as it was, ours does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from fastdiff.diffusion.predictions import Prediction
+from fastdiff.diffusion.samplers import Spacing, Variance
+from fastdiff.diffusion.schedules import (
+    NoiseSchedule,
+    ScheduleConfig,
+    ScheduleKind,
+    SigmaSpacing,
+    TimestepSpacing,
+    sigma_spacing,
+    timestep_spacing,
+)
+
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETA_SCHEDULES: dict[str, ScheduleKind] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large",
+    "learned_range": "learned",
+}
+_TRAINING: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+_LEADING: dict[str, Any] = {**_TRAINING, "timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE: dict[str, Any] = {**_LEADING, "timestep_spacing": "linspace"}
+_CLIP: dict[str, Any] = {
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "rescale_betas_zero_snr": False,
+}
+_SIGMAS: dict[str, Any] = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+_SOLVER: dict[str, Any] = {
+    **_SIGMAS,
+    "solver_order": 2,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "lower_order_final": True,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "final_sigmas_type": "zero",
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_DPM: dict[str, Any] = {
+    **_SOLVER,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {**_LEADING, **_CLIP, "variance_type": "fixed_small"},
+    "DDIMScheduler": {**_LEADING, **_CLIP, "set_alpha_to_one": True},
+    "PNDMScheduler": {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
+    "LMSDiscreteScheduler": {**_LINSPACE, **_SIGMAS},
+    "EulerDiscreteScheduler": {
+        **_LINSPACE,
+        **_SIGMAS,
+        "interpolation_type": "linear",
+        "sigma_min": None,
+        "sigma_max": None,
+        "timestep_type": "discrete",
+        "rescale_betas_zero_snr": False,
+        "final_sigmas_type": "zero",
+    },
+    "EulerAncestralDiscreteScheduler": {**_LINSPACE, "rescale_betas_zero_snr": False},
+    "HeunDiscreteScheduler": {
+        **_LINSPACE,
+        **_SIGMAS,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+    },
+    "DPMSolverMultistepScheduler": {
+        **_LINSPACE,
+        **_DPM,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "rescale_betas_zero_snr": False,
+    },
+    "DPMSolverSinglestepScheduler": {**_TRAINING, **_DPM, "lower_order_final": False},
+    "UniPCMultistepScheduler": {
+        **_LINSPACE,
+        **_SOLVER,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "disable_corrector": (),
+        "solver_p": None,
+        "rescale_betas_zero_snr": False,
+        "sigma_min": None,
+        "sigma_max": None,
+        "shift_terminal": None,
+    },
+}
+"""Every option of a scheduler and its default, as of diffusers 0.42."""
+KNOWN_OPTIONS = frozenset().union(*DEFAULTS.values())
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "plms": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp-2m": "DPMSolverMultistepScheduler",
+    "dpmpp-2m-sde": "DPMSolverMultistepScheduler",
+}
+"""Our sampler -> the scheduler of diffusers that does the same."""
+_OURS = {name: sampler for sampler, name in SCHEDULERS.items() if sampler != "dpmpp-2m-sde"}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "thresholding": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "variance_type": (*VARIANCES, None),
+    "skip_prk_steps": (True,),
+    "interpolation_type": ("linear",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "lambda_min_clipped": (-math.inf,),
+}
+"""What our tables can do of each option."""
+REAL_TIMESTEPS = ("euler", "euler-ancestral", "heun")  # their "linspace" is not rounded
+ONE_POINT_MORE = ("dpmpp-2m", "dpmpp-2m-sde")  # "leading", "linspace": steps + 1 points less one
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """How a scheduler of diffusers samples; `arguments` says it in the words of `build_table`."""
+
+    sampler: str
+    """A key of SCHEDULERS, and so of our SAMPLERS."""
+    spacing: TimestepSpacing = "trailing"
+    """Where the timesteps lie, as that scheduler means it."""
+    steps_offset: int = 0
+    """Added to the timesteps of spacing "leading"."""
+    sigmas: SigmaSpacing | None = None
+    """Noise levels between the first and the last timestep instead; None: the timesteps' own."""
+    final: Literal["zero", "sigma_min"] = "zero"
+    """End at the clean image, or at the noise of t = 0."""
+    clamp: float | None = None
+    """Bound of the estimate of x0; None: none."""
+    variance: Variance | None = None
+    """Of ddpm only."""
+    lower_order_final: bool | None = None
+    """Of dpmpp-2m and dpmpp-2m-sde only: last step of order 1, below 15 steps."""
+    euler_at_final: bool = False
+    """Of the same: last step of order 1, whatever the number of steps."""
+
+    def arguments(self, schedule: NoiseSchedule, steps: int) -> dict[str, Any]:
+        """Keyword arguments of `build_table` beside `name`, `schedule`, `steps`, `prediction`.
+
+        Where our spacing of that name means something else, `spacing` is the timesteps themselves.
+        """
+        options: dict[str, Any] = {"final": self.final, "clamp": self.clamp}
+        if self.variance is not None:
+            options["variance"] = self.variance
+        if self.lower_order_final is not None:
+            options["lower_order_final"] = self.euler_at_final or (
+                self.lower_order_final and steps < 15
+            )
+        spacing, offset = self._spacing(schedule, steps)
+        return {**options, "spacing": spacing, "steps_offset": offset}
+
+    def _spacing(self, schedule: NoiseSchedule, steps: int) -> tuple[Spacing | list[float], int]:
+        total = schedule.num_timesteps
+        offset = self.steps_offset if self.spacing == "leading" else 0
+        if self.sigmas is not None:
+            # DPM-Solver++ goes from end to end, the others between the ends of their timesteps.
+            if self.sampler in ONE_POINT_MORE or self.spacing == "linspace":
+                return self.sigmas, 0
+            ends = timestep_spacing(self.spacing, steps, total, offset=offset)
+            low, high = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (ends[-1], ends[0]))
+            levels = torch.tensor(sigma_spacing(self.sigmas, steps, low, high)).double()
+            return schedule.timestep(levels).tolist(), 0
+        if self.sampler in REAL_TIMESTEPS and self.spacing == "linspace" and steps > 1:
+            return np.linspace(total - 1, 0, steps).tolist(), 0
+        if self.sampler in ONE_POINT_MORE and self.spacing == "linspace":
+            return np.linspace(0, total - 1, steps + 1).round()[:0:-1].tolist(), 0
+        if self.sampler in ONE_POINT_MORE and self.spacing == "leading":
+            stride = total // (steps + 1)
+            return [float(i * stride + offset) for i in range(steps, 0, -1)], 0
+        return self.spacing, offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What a scheduler_config.json says, in our words."""
+
+    schedule: ScheduleConfig
+    prediction: Prediction
+    sampler: SamplerSettings | None = None
+    """None: we have no table that does the same; `no_sampler` says why."""
+    no_sampler: str = ""
+
+
+def read_scheduler(data: Mapping[str, Any]) -> SchedulerConfig:
+    """Read the contents of a scheduler_config.json.
+
+    Options that another scheduler of diffusers has are left alone where this one has none (as
+    diffusers does: they are what `from_config` carried over); any other option must be off.
+
+    Raises:
+        ValueError: another class, an unknown option, or noise or a prediction that we lack.
+    """
+    name = data.get("_class_name")
+    if not isinstance(name, str) or name not in DEFAULTS:
+        raise ValueError(
+            f"scheduler: _class_name must be one of {', '.join(DEFAULTS)}, got {name!r:.60}; "
+            "save the pipeline with one of these schedulers"
+        )
+    for key, value in data.items():
+        unknown = not key.startswith("_") and key not in KNOWN_OPTIONS
+        if unknown and value is not None and value is not False:
+            raise ValueError(f"{name}: option {key:.60} is unknown, got {value!r:.60}")
+    options = {
+        key: _checked(name, key, data.get(key, default), default)
+        for key, default in DEFAULTS[name].items()
+    }
+    schedule, prediction = (
+        _schedule(name, options),
+        _one_of(name, options, PREDICTIONS, "prediction_type"),
+    )
+    reason = _no_sampler(name, options)
+    return SchedulerConfig(
+        schedule=schedule,
+        prediction=prediction,
+        sampler=None if reason else _settings(name, options),
+        no_sampler=reason,
+    )
+
+
+def scheduler_config(
+    schedule: ScheduleConfig, prediction: Prediction, sampler: SamplerSettings | None = None
+) -> dict[str, Any]:
+    """The scheduler_config.json for a model of ours; without a sampler, DDIM's from T - 1 down.
+
+    Betas that diffusers has no name for are written as numbers ("trained_betas").
+
+    Raises:
+        ValueError: a sampler or setting that no scheduler of diffusers has.
+    """
+    sampler = sampler or SamplerSettings(sampler="ddim")
+    if sampler.sampler not in SCHEDULERS or sampler.spacing == "simple":
+        raise ValueError(
+            f"diffusers has no scheduler for sampler {sampler.sampler!r} with spacing "
+            f"{sampler.spacing!r}; use one of {', '.join(SCHEDULERS)}, spacing 'trailing'"
+        )
+    name = SCHEDULERS[sampler.sampler]
+    data = {
+        **_betas(name, schedule),
+        "num_train_timesteps": schedule.num_timesteps,
+        "prediction_type": _key(PREDICTIONS, prediction),
+        "timestep_spacing": sampler.spacing,
+        "steps_offset": sampler.steps_offset,
+        "set_alpha_to_one": sampler.final == "zero",
+        "final_sigmas_type": sampler.final,
+        "clip_sample": sampler.clamp is not None,
+        "clip_sample_range": sampler.clamp or 1.0,
+        "skip_prk_steps": True,
+        "algorithm_type": "sde-" * (sampler.sampler == "dpmpp-2m-sde") + "dpmsolver++",
+        "lower_order_final": sampler.lower_order_final is not False,
+        "euler_at_final": sampler.euler_at_final,
+    }
+    if sampler.sampler == "ddpm":
+        data["variance_type"] = _key(VARIANCES, sampler.variance or "fixed_small")
+    if sampler.sigmas is not None:
+        data[f"use_{sampler.sigmas}_sigmas"] = True
+    data = {key: value for key, value in data.items() if key in DEFAULTS[name]}
+    kept = _settings(name, {**DEFAULTS[name], **data})
+    for field in fields(SamplerSettings):
+        asked = getattr(sampler, field.name)
+        if asked is not None and asked != getattr(kept, field.name):
+            raise ValueError(
+                f"{name} has no {field.name} {asked!r}; leave it at {getattr(kept, field.name)!r}"
+            )
+    return {"_class_name": name, **data}
+
+
+def _checked(name: str, key: str, value: Any, default: Any) -> Any:
+    """The value, if it is of its default's type; whatever it is where the default has none."""
+    if default is None or isinstance(default, tuple):
+        return value
+    if key == "lambda_min_clipped" and value in ("-Infinity", None):  # JSON has no infinity
+        return default
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise ValueError(f"{name}: {key} must be {type(default).__name__}, got {value!r:.60}")
+    return value
+
+
+def _one_of(name: str, options: Mapping[str, Any], known: Mapping[str, Any], key: str) -> Any:
+    if options[key] not in known:
+        raise ValueError(
+            f"{name}: {key} must be one of {', '.join(known)}, got {options[key]!r:.60}; "
+            "fastdiff has no such model"
+        )
+    return known[options[key]]
+
+
+def _key(mapping: Mapping[str, str], value: str) -> str:
+    return next(key for key, meaning in mapping.items() if meaning == value)
+
+
+def _schedule(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
+    """The noise of the training, which is the model's and cannot be replaced."""
+    if options["trained_betas"] is not None:
+        raise ValueError(
+            f"{name}: trained_betas must be absent, got {options['trained_betas']!r:.40}; "
+            "give the schedule by name (beta_schedule)"
+        )
+    for key in ("use_flow_sigmas", "use_dynamic_shifting"):
+        if options.get(key):
+            raise ValueError(f"{name}: {key} must be off, got True; fastdiff has no flow matching")
+    if options.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"{name}: timestep_type must be 'discrete', got {options['timestep_type']!r:.60}; "
+            "fastdiff gives networks timesteps, not log sigma"
+        )
+    kind = _one_of(name, options, BETA_SCHEDULES, "beta_schedule")
+    try:
+        return ScheduleConfig(
+            kind=kind,
+            num_timesteps=options["num_train_timesteps"],
+            beta_start=float(options["beta_start"]),
+            beta_end=float(options["beta_end"]),
+            zero_terminal_snr=options.get("rescale_betas_zero_snr", False),
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _betas(name: str, schedule: ScheduleConfig) -> dict[str, Any]:
+    """How this scheduler of diffusers gets our betas."""
+    plain = ScheduleConfig()
+    cosine = (schedule.cosine_offset, schedule.max_beta)
+    if (
+        (schedule.kind == "sigmoid" and name != "DDPMScheduler")
+        or (schedule.kind == "cosine" and cosine != (plain.cosine_offset, plain.max_beta))
+        or (schedule.zero_terminal_snr and "rescale_betas_zero_snr" not in DEFAULTS[name])
+    ):
+        return {"trained_betas": NoiseSchedule(schedule).betas.tolist()}
+    factor = 1000 / schedule.num_timesteps if schedule.rescale_ends else 1.0
+    return {
+        "beta_schedule": _key(BETA_SCHEDULES, schedule.kind),
+        "beta_start": schedule.beta_start * factor,
+        "beta_end": schedule.beta_end * factor,
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+    }
+
+
+def _no_sampler(name: str, options: Mapping[str, Any]) -> str:
+    """Why no table of ours does what this scheduler does; empty where one does."""
+    if name not in _OURS:
+        return f"fastdiff has no sampler like {name}"
+    for key, allowed in _ALLOWED.items():
+        value = options.get(key, allowed[0])
+        if value not in allowed:
+            return (
+                f"fastdiff has no sampler like {name} with {key}={value!r:.60} "
+                f"(it has {', '.join(map(repr, allowed))})"
+            )
+    if options.get("use_karras_sigmas") and options.get("use_exponential_sigmas"):
+        return f"{name} cannot have karras and exponential sigmas at once"
+    return ""
+
+
+def _settings(name: str, options: Mapping[str, Any]) -> SamplerSettings:
+    sde = options.get("algorithm_type") == "sde-dpmsolver++"
+    sampler = "dpmpp-2m-sde" if sde else _OURS[name]
+    solver = sampler in ONE_POINT_MORE
+    to_zero = options.get("set_alpha_to_one", True) and (
+        options.get("final_sigmas_type", "zero") == "zero"
+    )
+    sigmas = [kind for kind in get_args(SigmaSpacing) if options.get(f"use_{kind}_sigmas")]
+    return SamplerSettings(
+        sampler=sampler,
+        spacing=options["timestep_spacing"],
+        steps_offset=options["steps_offset"],
+        sigmas=sigmas[0] if sigmas else None,
+        final="zero" if to_zero else "sigma_min",
+        clamp=float(options["clip_sample_range"]) if options.get("clip_sample") else None,
+        variance=VARIANCES[options["variance_type"]] if sampler == "ddpm" else None,
+        lower_order_final=options["lower_order_final"] if solver else None,
+        euler_at_final=options["euler_at_final"] if solver else False,
+    )
