@@ -242,10 +242,14 @@ def _usual(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+PLAIN = Plan(keep_copies=False, half_as_fp32=False)
+"""Of a layer that others make of a prepared layer's class, as peft makes a LoRA's convolutions."""
+
+
 class PreparedConv2d(nn.Conv2d):
     """A convolution with packed weights, in fp32 where the plan says so."""
 
-    plan: Plan
+    plan: Plan = PLAIN
     kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:
@@ -290,7 +294,7 @@ class PreparedConv2d(nn.Conv2d):
 class PreparedLinear(nn.Linear):
     """A linear layer that computes in fp32 where the plan says so."""
 
-    plan: Plan
+    plan: Plan = PLAIN
     kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,12 +33,10 @@ NORM_THEN_ACT = (
 """Classes whose forward hands conv_norm_out's output to conv_act and nowhere else."""
 
 
-class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
+class ResnetBlock2D(resnet.ResnetBlock2D):
     """norm-SiLU-conv, time embedding, norm-SiLU-conv and the shortcut."""
 
-    def forward(
-        self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """input_tensor: (N, C, H, W); temb: (N, E) or None -> (N, C', H', W')."""
         if (
             args
@@ -76,7 +74,7 @@ def resnet_objection(block: Any) -> str | None:
     return norm_objection(block.norm1) or norm_objection(block.norm2)
 
 
-class Attention(attention_processor.Attention):  # type: ignore[misc]
+class Attention(attention_processor.Attention):
     """Self- and cross-attention, with the norm and the residual around it in VAEs."""
 
     def forward(
@@ -100,8 +98,9 @@ class Attention(attention_processor.Attention):  # type: ignore[misc]
             projected.unflatten(2, (self.heads, -1))
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        mask = self.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+        mask = attention_mask
         if mask is not None:
+            mask = self.prepare_attention_mask(mask, context.shape[1], len(context))
             mask = mask.view(len(context), self.heads, -1, mask.shape[-1])
         scale = self.scale if type(self.processor) is attention_processor.AttnProcessor else None
         x = attend(q, k, v, mask=mask, scale=scale).flatten(2)  # (N, L, H*d)
@@ -126,7 +125,7 @@ def attention_objection(attn: Any) -> str | None:
     return None
 
 
-class GEGLU(activations.GEGLU):  # type: ignore[misc]
+class GEGLU(activations.GEGLU):
     """The gated activation behind its projection."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -136,7 +135,7 @@ class GEGLU(activations.GEGLU):  # type: ignore[misc]
         return geglu(self.proj(hidden_states))
 
 
-class BasicTransformerBlock(attention.BasicTransformerBlock):  # type: ignore[misc]
+class BasicTransformerBlock(attention.BasicTransformerBlock):
     """Self-attention, cross-attention, feed-forward; the sums are formed in the norms."""
 
     def forward(
@@ -145,9 +144,9 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):  # type: ignore[mi
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Any = None,
+        class_labels: Any = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """hidden_states: (N, L, C); encoder_hidden_states: (N, T, D) -> (N, L, C)."""
@@ -200,7 +199,7 @@ def transformer_objection(block: Any) -> str | None:
     return next((o for o in map(norm_objection, norms) if o is not None), None)
 
 
-class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[misc]
+class Transformer2DModel(transformer_2d.Transformer2DModel):
     """The stack of transformer blocks over the pixels: views, not copies, in channels_last."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
@@ -228,7 +227,7 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[mis
         return self.proj_out(h) + residual
 
 
-class Upsample2D(upsampling.Upsample2D):  # type: ignore[misc]
+class Upsample2D(upsampling.Upsample2D):
     """A doubling and its convolution as one transposed convolution on the CPU."""
 
     plan: Plan
@@ -239,7 +238,7 @@ class Upsample2D(upsampling.Upsample2D):  # type: ignore[misc]
     ) -> Tensor:
         """hidden_states: (N, C, H, W) -> (N, C', 2H, 2W)."""
         if output_size is None and not args and not kwargs:
-            y = folded_upsampling(self, self.conv, hidden_states)
+            y = folded_upsampling(self, self.conv, hidden_states) if self.conv else None
             if y is not None:
                 return y
         return super().forward(hidden_states, output_size, *args, **kwargs)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,12 +38,12 @@ class CompVisResnetBlock(_Block):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); temb: (N, E) or None -> (N, C', H, W)."""
         if watched(self.norm1, self.norm2):
-            return super().forward(x, temb)  # type: ignore[misc, no-any-return]
+            return super().forward(x, temb)
         h = self.conv1(self.norm1(x, activation="silu"))
         emb = None if temb is None else self.temb_proj(F.silu(temb))
         h = self.conv2(self.dropout(self.norm2(h, channel_add=emb, activation="silu")))
         shortcut = getattr(self, "conv_shortcut", None) or getattr(self, "nin_shortcut", None)
-        return (x if shortcut is None else shortcut(x)) + h  # type: ignore[no-any-return]
+        return (x if shortcut is None else shortcut(x)) + h
 
 
 class CompVisAttnBlock(_Block):
@@ -55,7 +54,7 @@ class CompVisAttnBlock(_Block):
         h = self.norm(x)
         q, k, v = (to_tokens(layer(h)).unsqueeze(2) for layer in (self.q, self.k, self.v))
         h = from_tokens(attention(q, k, v).flatten(2), x)  # (N, C, H, W)
-        return x + self.proj_out(h)  # type: ignore[no-any-return]
+        return x + self.proj_out(h)
 
 
 class OpenAIResBlock(_Block):
@@ -64,7 +63,7 @@ class OpenAIResBlock(_Block):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_in, norm_out = self.in_layers[0], self.out_layers[0]
         if watched(norm_in, norm_out, self.in_layers[1], self.out_layers[1]):
-            return super()._forward(x, emb)  # type: ignore[misc, no-any-return]
+            return super()._forward(x, emb)  # type: ignore[misc]
         h = norm_in(x, activation="silu")
         if getattr(self, "updown", False):
             h, x = self.h_upd(h), self.x_upd(x)
@@ -74,7 +73,7 @@ class OpenAIResBlock(_Block):
         h = norm_out(h, activation="silu", **extra)
         for layer in [*self.out_layers][2:]:
             h = layer(h)
-        return self.skip_connection(x) + h  # type: ignore[no-any-return]
+        return self.skip_connection(x) + h
 
 
 class OpenAIQKVAttention(_Block):
@@ -100,11 +99,11 @@ class CompVisCrossAttention(_Block):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Any = None) -> Tensor:
         """x: (N, L, C); context: (N, T, D)."""
         if mask is not None:
-            return super().forward(x, context, mask)  # type: ignore[misc, no-any-return]
+            return super().forward(x, context, mask)
         tokens = x if context is None else context
         projected = self.to_q(x), self.to_k(tokens), self.to_v(tokens)
         q, k, v = (p.unflatten(2, (self.heads, -1)) for p in projected)
-        return self.to_out(attention(q, k, v, scale=self.scale).flatten(2))  # type: ignore[no-any-return]
+        return self.to_out(attention(q, k, v, scale=self.scale).flatten(2))
 
 
 class GatedGELU(_Block):
@@ -120,10 +119,10 @@ class CompVisTransformerBlock(_Block):
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if watched(self.norm1, self.norm2, self.norm3) or getattr(self, "disable_self_attn", False):
-            return super()._forward(x, context)  # type: ignore[misc, no-any-return]
+            return super()._forward(x, context)  # type: ignore[misc]
         h, x = self.norm2(self.attn1(self.norm1(x)), x)
         h, x = self.norm3(self.attn2(h, context=context), x)
-        return self.ff(h) + x  # type: ignore[no-any-return]
+        return self.ff(h) + x
 
 
 class LucidrainsBlock(_Block):
@@ -132,10 +131,10 @@ class LucidrainsBlock(_Block):
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: (N, C, H, W); scale_shift: two (N, C', 1, 1) -> (N, C', H, W)."""
         if watched(self.norm, self.act):
-            return super().forward(x, scale_shift)  # type: ignore[misc, no-any-return]
+            return super().forward(x, scale_shift)
         film = None if scale_shift is None else torch.cat([*scale_shift], dim=1).flatten(1)
         h = self.norm(self.proj(x), scale_shift=film, activation="silu")
-        return getattr(self, "dropout", nn.Identity())(h)  # type: ignore[no-any-return]
+        return getattr(self, "dropout", nn.Identity())(h)
 
 
 class Kind(NamedTuple):
@@ -269,18 +268,22 @@ GROUP_NORM = Kind(
 """Subclasses of nn.GroupNorm, such as OpenAI's GroupNorm32, which computes in fp32 as ours does."""
 
 
-@cache
-def served_class(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
+_SERVED: dict[tuple[type, type], Any] = {}
+
+
+def served_class(ours: type, theirs: type) -> Any:
     """A subclass of `theirs` with our forward; objects of it can be copied and pickled."""
-    members = {"__reduce_ex__": _reduce, "__module__": __name__, "served": (ours, theirs)}
-    return type(theirs.__name__, (ours, theirs), members)
+    if (ours, theirs) not in _SERVED:
+        members = {"__reduce_ex__": _reduce, "__module__": __name__, "served": (ours, theirs)}
+        _SERVED[ours, theirs] = type(theirs.__name__, (ours, theirs), members)
+    return _SERVED[ours, theirs]
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     return _empty, type(self).served, dict(self.__dict__)
 
 
-def _empty(ours: type[nn.Module], theirs: type[nn.Module]) -> nn.Module:
+def _empty(ours: type, theirs: type) -> Any:
     served = served_class(ours, theirs)
     return served.__new__(served)
 
@@ -312,6 +315,9 @@ def difference(module: nn.Module, kind: Kind) -> float:
             if tensor.is_floating_point():
                 fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
                 tensor.copy_(torch.randn(tensor.shape) / fan_in**0.5)
+        for layer in ours.modules():  # nobody shall hear of this
+            for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+                hooks.clear()
         theirs, examples = copy.deepcopy(ours), kind.examples(module)
         serve_norms(ours)
         ours.__class__ = served_class(kind.ours, type(theirs))

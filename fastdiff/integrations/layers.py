@@ -131,7 +131,7 @@ class Sequential(nn.Sequential):
         return input
 
 
-def is_pair(layers: list[nn.Module | None]) -> bool:
+def is_pair(layers: list[nn.Module]) -> bool:
     """Whether these are a GroupNorm that was made ours and a SiLU."""
     return (
         len(layers) == 2

@@ -58,7 +58,7 @@ def change_class(module: nn.Module, to: type[nn.Module]) -> None:
     ours = getattr(kept, "__func__", None) is type(module).forward
     module.__class__ = to
     if ours:
-        module.__dict__["_old_forward"] = to.forward.__get__(module)  # type: ignore[attr-defined]
+        module.__dict__["_old_forward"] = to.forward.__get__(module)
 
 
 class Report:

@@ -23,8 +23,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
-from fastdiff.diffusion.samplers import CLEAN, Level, SamplerTable, table_of_levels
-from fastdiff.kernels import COLUMNS, sampler_step
+from fastdiff.diffusion.samplers import CLEAN, COLUMN, Level, SamplerTable, table_of_levels
+from fastdiff.kernels import sampler_step
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
 EXPLODING = ("euler", "euler-ancestral", "heun")
@@ -63,6 +63,10 @@ def _difference(config: SchedulerConfig) -> str | None:
     assert config.sampler is not None
     if config.sampler.sampler == "ddim" and config.sampler.clamp is not None:
         return "a clamp of diffusers' DDIM leaves the noise estimate as it was (clip_sample=True)"
+    settings = config.sampler
+    ends_at_0 = settings.spacing == "leading" and settings.steps_offset == 0
+    if settings.variance == "fixed_large" and not ends_at_0:
+        return "diffusers' DDPM adds noise in its last step where that is not t = 0, ours does not"
     if config.sampler.sampler == "plms" and config.prediction != "eps":
         return "diffusers' PNDM combines outputs that are not noise, ours combines noise"
     if config.schedule.zero_terminal_snr and config.sampler.sampler != "ddim":
@@ -109,11 +113,11 @@ class FusedScheduler:
 
 
 @functools.cache
-def fused_class(theirs: type) -> type:
+def fused_class(theirs: Any) -> Any:
     """A subclass of a scheduler of diffusers whose `step` is ours, with the same signature."""
-    signature = inspect.signature(theirs.step)  # type: ignore[attr-defined]
+    signature = inspect.signature(theirs.step)
 
-    @functools.wraps(theirs.step)  # type: ignore[attr-defined] # pipelines look for eta, generator
+    @functools.wraps(theirs.step)  # pipelines look for eta, generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
@@ -147,6 +151,7 @@ class Steps:
         self.row: int | None = None
         self.eta: float | None = None
         self.start = 0
+        self.device: torch.device | None = None
         self.history: Tensor | None = None
 
     def build(self, eta: float) -> SamplerTable:
@@ -264,7 +269,7 @@ def exploding(table: SamplerTable) -> SamplerTable:
     after = (1 + torch.cat([table.sigmas[1:], final]).square()).rsqrt()
     columns = table.columns.clone()
     for name in ("U", "A", "P"):
-        columns[:, COLUMNS[name]] *= now
+        columns[:, COLUMN[name]] *= now
     for name in ("A", "B", "C1", "C2", "C3", "S"):
-        columns[:, COLUMNS[name]] /= after
+        columns[:, COLUMN[name]] /= after
     return replace(table, columns=columns)

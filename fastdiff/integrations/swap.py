@@ -161,6 +161,9 @@ class Planner:
                 self._is_norm(norm) and type(act) is nn.SiLU for norm, act in pairwise(layers)
             )
             if pairs:
+                parent = name.rpartition(".")[0]  # a residual block that does them itself
+                counted = any(e.name == parent and e.pairs for e in self.entries)
+                pairs = 0 if counted else pairs
                 self._add(name, module, "group norm + silu", Sequential, None, pairs=pairs)
             return
         if id(module) in self.swaps or ours(module):
@@ -239,7 +242,7 @@ def original(module: nn.Module) -> type[nn.Module]:
 
 def diffusers_blocks() -> Any:
     """Our blocks for diffusers; None where nobody has imported diffusers, so nothing can be its."""
-    if "diffusers" not in sys.modules:
+    if sys.modules.get("diffusers") is None:
         return None
     from fastdiff.integrations import diffusers_blocks as blocks
 
@@ -381,8 +384,7 @@ def accelerate(
 
 def scheduler_change(pipeline: Any, entries: list[Entry]) -> list[Callable[[], Callable[[], None]]]:
     """What gives a pipeline's scheduler its fused step: a function that returns what undoes it."""
-    if "diffusers" not in sys.modules:
-        import_extra("diffusers", extra="diffusers")
+    import_extra("diffusers", extra="diffusers")
     from fastdiff.integrations import scheduler as fused
 
     current = getattr(pipeline, "scheduler", None)
@@ -406,7 +408,7 @@ def scheduler_change(pipeline: Any, entries: list[Entry]) -> list[Callable[[], C
         return []
 
     def change() -> Callable[[], None]:
-        before = type(current)
+        before: Any = type(current)
         current.__class__ = fused.fused_class(before)
 
         def undo() -> None:
