@@ -25,8 +25,8 @@ build: $(STAMP) ## compile csrc/ again, what has changed of it
 demo: $(STAMP) ## sample a labelled sheet of digits from the shipped weights into out/
 	$(BIN)/fastdiff sample --out out/demo
 
-test: $(STAMP) ## pass the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## pass the tests, a process per core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

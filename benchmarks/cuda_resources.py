@@ -3,6 +3,7 @@
     python -m benchmarks.cuda_resources            a table for all architectures
     python -m benchmarks.cuda_resources --json > cuda.json
     python -m benchmarks.cuda_resources --docs     write docs/resources-cuda.md
+    python -m benchmarks.cuda_resources --device   ask the GPU at hand instead (cuda_device.py)
 
 setup.py compiles the files of ``csrc/`` with nvcc and keeps what ptxas told of each kernel beside
 the object, so that after ``make build`` nothing is compiled for it. No GPU is needed. Exit code 1
@@ -28,13 +29,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.resources import CHIPS, KIB
+from benchmarks import cuda_device
+from benchmarks.ahead_of_time import CHIPS, KIB
+from benchmarks.kernel_names import DTYPES, demangled, split_name
 from fastdiff import __version__
 from fastdiff.checkpoint.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "resources-cuda.md"
-DTYPES = {"float": "fp32", "__half": "fp16", "__nv_bfloat16": "bf16"}
 DOCUMENTED = ("sm_80", "sm_90a", "sm_100")
 """The generations; sm_86 and sm_89 have the instructions of sm_80."""
 
@@ -140,30 +142,6 @@ def parse_log(source: str, text: str) -> list[Resources]:
     return found
 
 
-def split_name(demangled: str) -> tuple[str, tuple[str, ...]]:
-    """``void fastdiff::f<float, 4>(...)`` -> ("f", ("float", "4"))."""
-    head, depth = "", 0
-    for letter in demangled.removeprefix("void "):  # up to the parameters
-        if letter == "(" and depth == 0 and not head.endswith("::") and head:
-            break
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-        head += letter
-    path, _, arguments = head.partition("<")
-    inside = re.sub(r"\((?:int|bool|long|unsigned int)\)", "", arguments.removesuffix(">"))
-    return path.rpartition("::")[2], tuple(re.split(r", (?![^<]*>)", inside)) if inside else ()
-
-
-def demangled(symbols: Sequence[str]) -> dict[str, str]:
-    """By binutils or CUDA's own tool."""
-    tool = shutil.which("c++filt") or shutil.which("cu++filt")
-    if tool is None:
-        raise NoCompilerError("neither c++filt nor cu++filt was found to read kernels' names with")
-    told = subprocess.run(
-        [tool], input="\n".join(symbols), capture_output=True, text=True, check=True
-    )
-    return dict(zip(symbols, told.stdout.splitlines(), strict=True))
-
-
 def block_sizes(objects: Sequence[Path]) -> dict[str, int]:
     """Symbol -> the most threads of a block (``__launch_bounds__``); empty without cuobjdump."""
     nvcc = shutil.which("nvcc")
@@ -195,6 +173,8 @@ def collect() -> list[Resources]:
         for row in parse_log(path.name.removesuffix(".o"), Path(f"{path}.log").read_text())
     ]
     names, sizes = demangled([row.symbol for row in found]), block_sizes(objects)
+    if names is None:
+        raise NoCompilerError("neither c++filt nor cu++filt was found to read kernels' names with")
     rows = []
     for row in found:
         kernel, arguments = split_name(names[row.symbol])
@@ -270,15 +250,20 @@ class Options:
     Examples:
       python -m benchmarks.cuda_resources
       python -m benchmarks.cuda_resources --docs
+      python -m benchmarks.cuda_resources --device
     """
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print a JSON list."""
     docs: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write docs/resources-cuda.md."""
+    device: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Ask the GPU at hand about the launches that networks make; with --json too."""
 
 
 def main(options: Options) -> int:
+    if options.device:
+        return cuda_device.main(["--json"] if options.json else [])
     try:
         rows = collect()
     except NoCompilerError as error:

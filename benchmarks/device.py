@@ -17,7 +17,8 @@ the others, and makes the exit code 1:
     networks      whole evaluations, and what each op takes of them (gpu_networks.py)
 
 What is left in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
-``tuned/<gpu>.json`` (move it to kernels/tuned/), ``summary.json`` and ``log.txt``.
+``tuned/<gpu>.json`` (move it to kernels/tuned/), ``cuda-kernels.txt`` (registers and occupancy of
+every launch), ``summary.json`` and ``log.txt``.
 
 A dry run goes through every stage's code without a GPU: Triton's interpreter, the host's clock, the
 smallest networks. Its numbers mean nothing.
@@ -32,6 +33,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +41,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +58,20 @@ SECONDS = {
 """Each stage's share of ten minutes."""
 NOTHING_TO_RUN = 98
 """Exit code of a process that found no kernel to run."""
+FOUND = 99
+"""Exit code of compute-sanitizer where the process did well and it has something to report."""
 GRACE_S = 15
 """After its share a stage has this long to write down what it has."""
 TESTS = ("tests/kernels", "tests/test_timing.py")
 IGNORED = tuple(
     f"tests/kernels/test_{name}.py"
-    for name in ("resources", "cuda_resources", "native", "sanitizers")
+    for name in ("resources", "cuda_resources", "cuda_host", "cuda_matrix", "native", "sanitizers")
 )
-"""Compilation ahead of time and code for CPUs: they say nothing about the device."""
+"""Compilation ahead of time, the emulation, code for CPUs: they say nothing about the device."""
 WORKERS = min(14, os.cpu_count() or 1)
 """Processes that compile."""
 SANITIZED_CASES = 2
-"""Of each op, the smallest."""
+"""Of each op, the smallest; and every way through the CUDA kernels."""
 TOOLS = {
     "memcheck": ("triton", "cuda"),
     "racecheck": ("cuda",),
@@ -184,7 +189,17 @@ def build_stage(plan: Plan) -> list[str]:
     told = subprocess.run(
         [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return [told.stdout.strip() or told.stderr.strip()[-300:]]
+    return [told.stdout.strip() or told.stderr.strip()[-300:], *_kernels_of_the_gpu(plan)]
+
+
+def _kernels_of_the_gpu(plan: Plan) -> list[str]:
+    """What the driver tells of every launch, into cuda-kernels.txt."""
+    words = [sys.executable, "-m", "benchmarks.cuda_device"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed("the kernels' resources were not told", *done.stderr.splitlines()[-10:])
+    (plan.out / "cuda-kernels.txt").write_text(done.stdout)
+    return [f"{len(done.stdout.splitlines()) - 1} kinds of launches in cuda-kernels.txt"]
 
 
 def sanitize_stage(plan: Plan) -> list[str]:
@@ -209,7 +224,7 @@ def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: fl
     """One tool; without compute-sanitizer (a dry run) the cases alone."""
     inner = [sys.executable, "-m", "benchmarks.device", "--parity-cases", *backends]
     inner += ["--seconds", str(seconds)]
-    words = [found, "--tool", tool, "--error-exitcode", "99"] if found else []
+    words = [found, "--tool", tool, "--error-exitcode", str(FOUND)] if found else []
     if found and tool == "memcheck":
         words += ["--report-api-errors", "no"]  # libraries probe, and take a no
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -224,13 +239,24 @@ def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: fl
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     if done.returncode == NOTHING_TO_RUN:
         raise LeftOut(lines[-1])
-    if done.returncode:
+    others = done.returncode == FOUND and tool != "memcheck" and in_kernels_of_others(done.stdout)
+    if done.returncode and not others:
         raise Failed(*lines[-10:], *done.stderr.splitlines()[-3:])
-    return lines[-2:]
+    return [f"reports in other kernels than ours: {others}"] * bool(others) + lines[-2:]
+
+
+def in_kernels_of_others(told: str) -> int:
+    """How many places compute-sanitizer names, if none of them is in a kernel of csrc/, else 0.
+
+    PyTorch's and cuBLAS's kernels are watched too: initcheck has to see who writes an input.
+    """
+    places = [line for line in told.splitlines() if re.match(r"=+ .*\bat .*\+0x", line)]
+    return 0 if any("fastdiff::" in place for place in places) else len(places)
 
 
 def parity_cases(backends: Sequence[str], seconds: float) -> int:
-    """The smallest parity cases of every op on some backends, as many as there is time for.
+    """The smallest parity cases of every op on some backends, and one for every way through the
+    CUDA kernels, as many as there is time for.
 
     Returns:
         The exit code: 0, or `NOTHING_TO_RUN` where no op has these backends here.
@@ -239,6 +265,7 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
 
     from fastdiff import kernels
     from tests.kernels import cases
+    from tests.kernels.routes import CUDA as ROUTES
 
     end = time.monotonic() + 0.8 * seconds
 
@@ -258,33 +285,52 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
             return False
         return True
 
-    todo: list[tuple[int, str, Any, str]] = []
-    for op in kernels.OPS:
-        for backend in backends:
-            if backend not in kernels.OPS[op].implementations:
-                continue
-            # the largest error of a handful of numbers is luck
-            rows = [case for case in getattr(cases, op.upper(), []) if numbers(case) > 100]
-            ordered = sorted(rows, key=numbers) or [None]
-            served = (case for case in ordered if takes(op, case, backend))
-            small = itertools.islice(served, SANITIZED_CASES)
-            todo += [(place, op, case, backend) for place, case in enumerate(small)]
+    todo: list[tuple[int, str, Callable[[], None]]] = []
+    for op, backend in itertools.product(kernels.OPS, backends):
+        if backend not in kernels.OPS[op].implementations:
+            continue
+        # the largest error of a handful of numbers is luck
+        rows = [case for case in getattr(cases, op.upper(), []) if numbers(case) > 100]
+        ordered = sorted(rows, key=numbers) or [None]
+        served = (case for case in ordered if takes(op, case, backend))
+        for place, case in enumerate(itertools.islice(served, SANITIZED_CASES)):
+            label = f"{op} {case or 'against the reference'} on {backend}"
+            check = partial(cases.check, op, case, torch.float16, backend)
+            alone = partial(agreement, op, backend)
+            todo.append((2 * place, label, alone if case is None else check))
+    # between an op's first case and its second: the ways through its kernels
+    with_cuda = {name for name, op in kernels.OPS.items() if "cuda" in op.implementations}
+    for route in ROUTES if "cuda" in backends else ():
+        if route.op in with_cuda and (clusters() or route.cluster == 1):
+            todo.append((1, f"{route} on cuda", partial(along, route)))
     if not todo:
         print(f"no op has kernels for {' or '.join(backends)} here")
         return NOTHING_TO_RUN
     ran = 0
-    for _, op, case, backend in sorted(todo, key=lambda entry: entry[0]):  # each op has its turn
+    for _, label, run in sorted(todo, key=lambda entry: entry[0]):  # each op has its turn
         if time.monotonic() > end:
             break
-        if case is None:
-            agreement(op, backend)
-        else:
-            cases.check(op, case, torch.float16, backend)
-        print(f"{op} {case or 'against the reference'} on {backend}: ok", flush=True)
+        run()
+        print(f"{label}: ok", flush=True)
         ran += 1
     print(f"{ran} of {len(todo)} cases" + ("; no time for the rest" if ran < len(todo) else ""))
     assert ran, "there was no time for one case"
     return 0
+
+
+def clusters() -> bool:
+    """Whether blocks can read each other's shared memory here; the emulation's can."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+
+
+def along(route: Any) -> None:
+    """Parity of one way through an op's CUDA kernels (tests/kernels/routes.py)."""
+    from tests.kernels import cases
+
+    with route.forced():
+        cases.check_inputs(route.op, route.inputs(cases.device_of("cuda")), "cuda")
 
 
 def agreement(op: str, backend: str) -> None:
@@ -632,7 +678,8 @@ def run(stages: Sequence[str], plan: Plan, minutes: float) -> int:
 
 
 def written(out: Path) -> Iterator[Path]:
-    for pattern in ("results/*/*.json", "tuned/*.json", "summary.json", "log.txt"):
+    files = ("results/*/*.json", "tuned/*.json", "cuda-kernels.txt", "summary.json", "log.txt")
+    for pattern in files:
         yield from sorted(out.glob(pattern))
 
 

@@ -2,12 +2,15 @@
 
 A kernel takes at least as long as the slowest of: the bytes it moves at the speed of a copy, its
 products at the speed of a large matrix product, its exponentials at the rate of the special
-function units. `python -m benchmarks.report` writes the table; where a record of a GPU exists, the
-measured figures stand in the tables of that GPU.
+function units.
+
+    python -m benchmarks.predict     print the table
+    python -m benchmarks.report      write it into docs/performance.md, beside what was measured
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -160,3 +163,19 @@ def rows(device: Device = H200) -> list[tuple[str, ...]]:
             )
         )
     return table
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    table = rows()
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,415 +1,79 @@
 """What every Triton kernel takes of a GPU: registers, spills, shared memory, occupancy.
 
-    python -m benchmarks.resources                          a table for all architectures
+    python -m benchmarks.resources                     a table for all architectures
     python -m benchmarks.resources --architecture sm_90 --op geglu
     python -m benchmarks.resources --json > resources.json
-    python -m benchmarks.resources --docs                   write docs/resources.md
+    python -m benchmarks.resources --every --docs      everything; docs/resources.json and .md
+    python -m benchmarks.resources --check             whether these are up to date
 
-Each config of `kernels/tuned/<architecture>.json` is compiled ahead of time, in the signature that
-a call on real shapes gives it (the calls of the op's `Tunable`, recorded on meta tensors). No GPU
-is needed: ptxas and the AMD backend come with triton.
+No GPU is needed, see `ahead_of_time.py`; the record of --every: `resources_record.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
+from benchmarks import resources_record as record
+from benchmarks.ahead_of_time import CHIPS, DTYPES, KIB, Resources, compile_all, tasks
 from fastdiff.checkpoint.files import write_text
+from fastdiff.cli.parsing import UsageError, parse
 from fastdiff.kernels import _triton
-from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Launch
+from fastdiff.kernels._triton import TUNABLES
 
 DOCS = Path(__file__).parent.parent / "docs" / "resources.md"
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-INTEGERS = {"int64": "i64", "int32": "i32", "uint8": "u8", "bool": "i1"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chip:
-    """The limits of one multiprocessor (compute unit)."""
-
-    backend: str
-    warp_size: int = 32
-    warps: int
-    """Resident warps."""
-    blocks: int = 32
-    shared_per_block: int
-    """Bytes of shared memory that one block can have."""
-    shared: int
-    """Bytes of shared memory of all resident blocks."""
-    registers: int = 65536
-    """32-bit registers."""
-    matrix: str
-    """The matrix instruction that a product of tiles must become."""
-
-    def occupancy(self, *, registers: int, shared: int, warps: int) -> float:
-        """Resident warps as a share of the most possible."""
-        granted = max(1, -(-registers // 8) * 8) * self.warp_size
-        blocks = min(self.blocks, self.warps // warps, self.registers // (granted * warps))
-        if shared:
-            blocks = min(blocks, self.shared // (shared + 1024))  # 1 KiB a block is the system's
-        return blocks * warps / self.warps
-
-
-KIB = 1024
-CHIPS = {
-    "sm_80": Chip(
-        backend="cuda",
-        warps=64,
-        shared_per_block=163 * KIB,
-        shared=164 * KIB,
-        matrix=r"mma\.sync",
-    ),
-    "sm_90": Chip(
-        backend="cuda",
-        warps=64,
-        shared_per_block=227 * KIB,
-        shared=228 * KIB,
-        matrix=r"wgmma\.mma_async",
-    ),
-    "sm_100": Chip(
-        backend="cuda",
-        warps=64,
-        shared_per_block=227 * KIB,
-        shared=228 * KIB,
-        matrix=r"tcgen05\.mma|mma\.sync",
-    ),
-    "sm_120": Chip(
-        backend="cuda",
-        warps=48,
-        blocks=24,
-        shared_per_block=99 * KIB,
-        shared=100 * KIB,
-        matrix=r"mma\.sync",
-    ),
-    # 4 SIMDs with 8 waves and 512 vector registers a lane each
-    "gfx942": Chip(
-        backend="hip",
-        warp_size=64,
-        warps=32,
-        shared_per_block=64 * KIB,
-        shared=65 * KIB,
-        registers=4 * 512 * 64,
-        matrix="v_mfma",
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """One compiled kernel."""
-
-    tunable: str
-    shape_class: str
-    dtype: str
-    architecture: str
-    kernel: str
-    config: Config
-    """What the file of configs says."""
-    constants: dict[str, Any]
-    """What the kernel was compiled for; absent tensors are None."""
-    num_warps: int
-    num_stages: int
-    registers: int
-    """Of one thread."""
-    spills: int
-    """Bytes of one thread's registers and arrays that went to memory."""
-    shared: int
-    """Bytes of one block."""
-    shared_limit: int
-    occupancy: float
-    dots: int
-    """Products of tiles in the kernel."""
-    matrix: str
-    """The matrix instructions that they became, "" if none."""
-    widest_load: int
-    """Bytes that the widest load from global memory moves in one thread."""
-    narrow_loads: int
-    """Loads from global memory that move less than 16 bytes in one thread."""
-    approximations: str
-    """The fp32 functions that the hardware approximates ("ex2.approx"), "" if none; NVIDIA only."""
-    doubles: int
-    """fp64 instructions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One compilation, in plain values that another process can take."""
-
-    tunable: str
-    shape_class: str
-    dtype: str
-    architecture: str
-    every: bool
-    """Whether the calls are all of the class, or some."""
-    index: int
-    """Which of the recorded launches of this class."""
-
-    @property
-    def launch(self) -> Launch:
-        known = launches(
-            self.tunable, self.shape_class, self.dtype, self.architecture, every=self.every
-        )
-        return known[self.index]
-
-
-@lru_cache(maxsize=64)
-def launches(
-    tunable: str, shape_class: str, dtype: str, architecture: str, *, every: bool = False
-) -> list[Launch]:
-    """The different kernels that the calls of a shape class start."""
-    known = TUNABLES[tunable]
-    calls_of = known.all_calls if every and known.all_calls is not None else known.calls
-    calls = calls_of(shape_class, getattr(torch, dtype), "meta")
-    with _triton.recording_launches(architecture) as recorded:
-        for call in calls:
-            call()
-    return list({identity(launch): launch for launch in recorded}.values())
-
-
-def identity(launch: Launch) -> Hashable:
-    """Equal for launches that compile to the same binary."""
-    options = launch.num_warps, launch.num_stages
-    return launch.kernel.__name__, str(_source(launch)), options
-
-
-def _source(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes by place, as triton specialises them."""
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-
-    def specialise(value: Any, path: tuple[int, ...]) -> str:
-        if value is None or (type(value) is int and value == 1):
-            constants[path] = value
-            return "constexpr"
-        divisible, kind = False, "fp32"
-        if isinstance(value, Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            kind = "*" + (DTYPES.get(dtype) or INTEGERS[dtype])
-            divisible = value.storage_offset() * value.element_size() % 16 == 0
-        elif isinstance(value, bool):
-            kind = "i1"
-        elif isinstance(value, int):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
-        if divisible:
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind
-
-    for place, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, tuple):
-            signature[name] = tuple(specialise(v, (place, i)) for i, v in enumerate(value))
-        else:
-            signature[name] = specialise(value, (place,))
-    return signature, constants, attributes
-
-
-def compile_one(task: Task) -> Resources:
-    """Compile one launch and read what it takes off the binary."""
-    import triton
-    from triton.compiler import ASTSource
-
-    launch, chip = task.launch, CHIPS[task.architecture]
-    signature, constants, attributes = _source(launch)
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    try:
-        compiled = triton.compile(source, target=_triton.target(task.architecture), options=options)
-    except Exception as error:
-        raise RuntimeError(f"{task}: {launch.kernel.__name__} does not compile: {error}") from error
-    if chip.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers, spills = _amd_usage(text)
-        loads = [4 * int(width or 1) for width in re.findall(r"global_load_dword(?:x(\d))?", text)]
-        loads += [2] * len(re.findall(r"global_load_(?:ushort|short)", text))
-        loads += [4 * int(width or 1) for width in re.findall(r"buffer_load_dword(?:x(\d))?", text)]
-    else:
-        text = compiled.asm["ptx"]
-        registers, spills = _nvidia_usage(compiled.asm["cubin"])
-        loads = _ptx_loads(text)
-    shared = compiled.metadata.shared
-    return Resources(
-        tunable=task.tunable,
-        shape_class=task.shape_class,
-        dtype=task.dtype,
-        architecture=task.architecture,
-        kernel=launch.kernel.__name__,
-        config=_triton.lookup(
-            task.tunable,
-            Gpu("", task.architecture),
-            getattr(torch, task.dtype),
-            task.shape_class,
-        ),
-        constants={
-            p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr
-        },
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        registers=registers,
-        spills=spills,
-        shared=shared,
-        shared_limit=chip.shared_per_block,
-        occupancy=chip.occupancy(registers=registers, shared=shared, warps=launch.num_warps),
-        dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
-        matrix=" ".join(sorted(set(re.findall(chip.matrix, text)))),
-        widest_load=max(loads, default=0),
-        narrow_loads=sum(width < 16 for width in loads),
-        approximations=" ".join(sorted(set(re.findall(r"\b\w+\.approx\b", text)))),
-        doubles=len(re.findall(r"^\s*(?:@\S+ )?[\w.]+[._]f64\b", text, re.MULTILINE)),
-    )
-
-
-def _ptx_loads(text: str) -> list[int]:
-    """Bytes per thread of each load from global memory."""
-    widths = []
-    for vector, bits in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bfus](\d+)\b", text):
-        widths.append(int(vector or 1) * int(bits) // 8)
-    widths += [
-        int(size, 0) for size in re.findall(r"cp\.async\.\w+\.shared\.global.*?, (\w+)", text)
-    ]
-    if "cp.async.bulk" in text:
-        widths.append(16)
-    return widths
-
-
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
-def _amd_usage(text: str) -> tuple[int, int]:
-    found = {
-        name: int(value)
-        for name, value in re.findall(
-            r"\.(vgpr_count|agpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text
-        )
-    }
-    spilled = max(4 * found["vgpr_spill_count"], found["private_segment_fixed_size"])
-    return found["vgpr_count"], spilled  # vgpr_count holds the accumulation registers too
-
-
-def tasks(
-    tunables: Sequence[str],
-    dtypes: Sequence[str],
-    architectures: Sequence[str],
-    *,
-    shape_classes: Sequence[str] = (),
-    every: bool = False,
-) -> list[Task]:
-    """Kernels of every config that ships, or of some classes; `every`: for all sizes and options
-    that take it."""
-    return [
-        Task(
-            tunable=name,
-            shape_class=shape_class,
-            dtype=dtype,
-            architecture=architecture,
-            every=every,
-            index=index,
-        )
-        for name in tunables
-        for shape_class, dtype in _pairs(name, dtypes)
-        if not shape_classes or shape_class in shape_classes
-        for architecture in architectures
-        for index in range(len(launches(name, shape_class, dtype, architecture, every=every)))
-    ]
-
-
-def _pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    have = {(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()}
-    known = TUNABLES[tunable].shape_classes
-    return [(c, dtype) for c in known for dtype in dtypes if (c, dtype) in have]
-
-
-def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:
-    """Compile in parallel, what is the same only once; a progress bar on stderr."""
-    same: dict[Hashable, list[Task]] = {}
-    for task in todo:
-        same.setdefault((task.architecture, identity(task.launch)), []).append(task)
-    found: dict[Task, Resources] = {}
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        # Neighbours have their calls in common, which a worker keeps; the slow ones come first.
-        futures = {pool.submit(compile_one, alike[0]): alike for alike in same.values()}
-        try:
-            for done in track(
-                as_completed(futures),
-                f"compiling {len(futures)} of {len(todo)} kernels that differ",
-                total=len(futures),
-                console=Console(stderr=True),
-                transient=True,
-            ):
-                for task in futures[done]:
-                    found[task] = replace(
-                        done.result(), tunable=task.tunable, shape_class=task.shape_class
-                    )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [found[task] for task in todo]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compile every kernel ahead of time and list what it takes of each GPU.
+    """Compile Triton kernels ahead of time and list what they take of each GPU.
+
+    Without --every, the sizes of real models; some minutes, as long as triton's cache is empty.
+    With it, every head dim and option that takes a config, in every dtype, as far as
+    docs/resources.json does not know the result yet: from nothing about an hour on one core. Exit
+    code 1 if a kernel spills, needs more shared memory than there is, or, with --check, if a file
+    in docs is not of these kernels and configs; 2 for wrong options.
 
     Examples:
-      python -m benchmarks.resources
       python -m benchmarks.resources --architecture sm_90 --op geglu --dtype bfloat16
-      python -m benchmarks.resources --docs
+      python -m benchmarks.resources --op attention --shape-class self/40 self/64
+      python -m benchmarks.resources --every --docs      after a change of kernels or configs
+      python -m benchmarks.resources --check             whether that is needed; seconds
     """
 
     architecture: tuple[str, ...] = tuple(CHIPS)
     """Which GPUs."""
     op: tuple[str, ...] = ()
     """Which tunables of `kernels`; none: all."""
-    dtype: tuple[str, ...] = ("bfloat16", "float32")
-    """Which dtypes; fp16 differs from bf16 in conversions only."""
+    dtype: tuple[str, ...] = ()
+    """Which dtypes; none: bfloat16 and float32, with --every all three."""
     shape_class: tuple[str, ...] = ()
     """Which classes of the files of configs, such as self/64; none: all."""
     every: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Each size and option that takes a config, not the real ones only: hours, resumed by
-    triton's cache."""
+    """Every size and option; bring docs/resources.json up to date."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile nothing; say whether docs/resources.json is of these kernels and configs."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print a JSON list."""
+    """Print a JSON list of all that was compiled (with --every: of all, known or not)."""
     docs: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Write docs/resources.md."""
+    """Write docs/resources.md: the record's summary and a table of all real sizes."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes that compile."""
 
 
-def main(options: Options) -> int:
+def wrong_options(options: Options) -> str | None:
     if _triton.triton is None or _triton.INTERPRETED:
-        print("benchmarks.resources: needs triton, without TRITON_INTERPRET", file=sys.stderr)
-        return 2
+        return "needs triton, without TRITON_INTERPRET"
     classes = {c for tunable in TUNABLES.values() for c in tunable.shape_classes}
     for kind, chosen, known in (
         ("architecture", options.architecture, CHIPS),
@@ -418,28 +82,55 @@ def main(options: Options) -> int:
         ("shape class", options.shape_class, sorted(classes)),
     ):
         if unknown := set(chosen) - set(known):
-            print(
-                f"{kind} must be of {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr
-            )
-            return 2
+            return f"{kind} must be of {', '.join(known)}, got {', '.join(sorted(unknown))}"
+    some = options.op or options.dtype or options.shape_class
+    if options.docs and (some or options.architecture != Options().architecture):
+        return "docs/resources.md is of all kernels: --docs takes no --op, --dtype and so on"
+    return None
+
+
+def main(options: Options) -> int:
+    if wrong := wrong_options(options):
+        print(f"benchmarks.resources: {wrong}", file=sys.stderr)
+        return 2
+    keys = record.all_keys(options.op, options.dtype, options.architecture, options.shape_class)
+    if options.check:
+        found = record.complaints(keys)
+        print("\n".join([*found, f"run {record.COMMAND}"] if found else ["up to date"]))
+        return 1 if found else 0
+    if options.json:
+        print(json.dumps([asdict(row) for row in compiled(options)]))
+        return 0
+    if options.every or options.docs:
+        found = every(keys, options.workers) if options.every else []
+        if options.docs:
+            rows = compiled(replace(options, every=False))
+            write_text(DOCS, document(rows, record.read_record()))
+            print(DOCS)
+        return 1 if found else 0
+    rows = compiled(options)
+    console = Console()
+    for table in tables(rows):
+        console.print(table)
+    return 1 if any(row.spills or row.shared > row.shared_limit for row in rows) else 0
+
+
+def compiled(options: Options) -> list[Resources]:
     todo = tasks(
         options.op or tuple(TUNABLES),
-        options.dtype,
+        options.dtype or (tuple(DTYPES) if options.every else ("bfloat16", "float32")),
         options.architecture,
         shape_classes=options.shape_class,
         every=options.every,
     )
-    found = compile_all(todo)
-    if options.json:
-        print(json.dumps([asdict(row) for row in found]))
-    elif options.docs:
-        write_text(DOCS, document(found))
-        print(DOCS)
-    else:
-        console = Console()
-        for table in tables(found):
-            console.print(table)
-    return 0
+    return compile_all(todo, workers=options.workers)
+
+
+def every(keys: Sequence[record.Key], workers: int) -> list[str]:
+    """--every: compile what is not in the record, print its summary; what is wrong."""
+    known = record.bring_up_to_date(keys, Console(stderr=True).print, workers=workers)
+    print("\n".join([*record.summary(known), *(wrong := record.faults(known))]))
+    return wrong
 
 
 @dataclass(frozen=True)
@@ -515,21 +206,35 @@ def tables(found: Sequence[Resources]) -> Iterator[Table]:
         yield shown
 
 
-def document(found: Sequence[Resources]) -> str:
+def document(found: Sequence[Resources], known: record.Record) -> str:
     """docs/resources.md."""
     lines = [
         "# What the Triton kernels take of a GPU",
         "",
-        "Made by `python -m benchmarks.resources --docs`, which compiles every config of",
-        "`kernels/tuned/<architecture>.json` ahead of time; no GPU was used. A cell is registers",
-        "of a thread / KiB of shared memory of a block / occupancy, which is resident warps as a",
-        "share of the most possible. A row takes all variants of a kernel together (options,",
-        "layouts) and shows the most that any of them takes. A test holds that nothing spills,",
-        "that shared memory fits and that every kernel is named here.",
+        "Made by `python -m benchmarks.resources --every --docs`, which compiles every config of",
+        "`kernels/tuned/<architecture>.json` ahead of time; no GPU was used. Tests hold that",
+        "nothing spills, that shared memory fits and that this page is of the kernels and configs",
+        "as they are.",
+        "",
+        "## All kernels",
+        "",
+        "Every head dim that takes a config, and every option at the head dim that its class is",
+        "named after (masks, extra keys, numbers of keys), from the record",
+        f"[resources.json](resources.json); triton {known.triton}. A pair of GPU and dtype without"
+        " a",
+        "row is not in the record yet.",
+        "",
+        *record.summary(known),
+        "",
+        "## Sizes of real models",
+        "",
+        "A cell is registers of a thread / KiB of shared memory of a block / occupancy, which is",
+        "resident warps as a share of the most possible. A row takes all variants of a kernel",
+        "together (options, layouts) and shows the most that any of them takes.",
     ]
     for name, rows in by_tunable(found):
         chips = [chip for chip in CHIPS if chip in {row.architecture for row in rows}]
-        lines += ["", f"## {name}", ""]
+        lines += ["", f"### {name}", ""]
         lines.append(f"| kernel | class | dtype | {' | '.join(chips)} |")
         lines.append("|" + "---|" * (3 + len(chips)))
         for row in condensed(rows):
@@ -538,5 +243,14 @@ def document(found: Sequence[Resources]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run(words: Sequence[str]) -> int:
+    try:
+        options = parse(Options, words, prog="python -m benchmarks.resources")
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return main(options) if options else 0
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run(sys.argv[1:]))

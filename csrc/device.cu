@@ -1,4 +1,4 @@
-// Whether a device can run this library's kernels at all.
+// Whether a device can run this library's kernels at all, and what they take of it.
 
 #include "launch.cuh"
 
@@ -10,4 +10,31 @@ __global__ void __launch_bounds__(fastdiff::kWarpSize) any_kernel() {}
 FASTDIFF_EXPORT const char* fastdiff_cuda_usable(int device) {
   FASTDIFF_TRY(fastdiff::select_device({device, nullptr}));
   return fastdiff::kernel_image(reinterpret_cast<const void*>(any_kernel));
+}
+
+/// From now on this thread's launches are written down (what was before is forgotten), and with
+/// `starts` = 0 no kernel starts; with `on` = 0 all is as ever again.
+FASTDIFF_EXPORT const char* fastdiff_cuda_watch(int on, int starts) {
+  auto& watch = fastdiff::watch();
+  watch.on = on != 0;
+  watch.starts = !watch.on || starts != 0;
+  watch.seen.clear();
+  return nullptr;
+}
+
+/// The launch of a number: its kernel's mangled name, cut to `size` bytes with the 0 at the end, and
+/// the 12 integers of `Seen`. No name after the last one.
+FASTDIFF_EXPORT const char* fastdiff_cuda_seen(int64_t number, int64_t size, void* name,
+                                               int64_t* fields) {
+  const auto& all = fastdiff::watch().seen;
+  const bool there = number >= 0 && number < int64_t(all.size());
+  std::snprintf(static_cast<char*>(name), size_t(size), "%s",
+                there ? all[size_t(number)].kernel.c_str() : "");
+  if (!there) return nullptr;
+  const auto& [kernel, blocks, threads, cluster, registers, stack, fixed, shared, binary, resident,
+               clusters, multiprocessors, most] = all[size_t(number)];
+  const int64_t told[] = {blocks, threads,  cluster,  registers,       stack, fixed, shared,
+                          binary, resident, clusters, multiprocessors, most};
+  for (const int64_t value : told) *fields++ = value;
+  return nullptr;
 }

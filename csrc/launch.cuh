@@ -3,8 +3,13 @@
 #pragma once
 
 #include <cstdio>
+#include <string>
+#include <vector>
 
 #include "common.cuh"
+#ifdef FASTDIFF_EMULATE_CUDA
+#include "cuda_api.h"
+#endif
 
 namespace fastdiff {
 
@@ -37,43 +42,6 @@ template <typename T>
 bool rows_aligned(const void* p, int64_t stride) {
   return aligned16(p) && stride * int64_t(sizeof(T)) % 16 == 0;
 }
-
-#ifdef FASTDIFF_EMULATE_CUDA
-
-inline const char* select_device(const Target&) { return nullptr; }
-
-inline const char* shared_limit(int, int64_t* bytes) {
-  *bytes = 227 * 1024;
-  return nullptr;
-}
-
-inline const char* cluster_limit(int, int* blocks) {
-  *blocks = emulation::cluster_limit();
-  return nullptr;
-}
-
-inline const char* active_clusters(const Target&, const void*, int cluster, int, size_t,
-                                   int* count) {
-  *count = cluster <= emulation::cluster_room();
-  return nullptr;
-}
-
-inline const char* kernel_image(const void*) { return nullptr; }
-
-template <typename... P, typename... A>
-const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads,
-                           size_t shared, const Target&, A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-  try {
-    emulation::run(grid, dim3(threads), shared, [&] { kernel(arguments...); },
-                   static_cast<unsigned>(cluster));
-  } catch (const emulation::Fault& fault) {
-    return keep_message(fault.what());
-  }
-  return nullptr;
-}
-
-#else
 
 /// Null or the error's text. An error that was told must not meet the next call once more.
 inline const char* message_of(cudaError_t status) {
@@ -161,16 +129,71 @@ inline const char* active_clusters(const Target& target, const void* kernel, int
   return message_of(status);
 }
 
+/// A launch and what it takes of its device, as CUDA's runtime tells it. Field for field the integers
+/// of `Launch` in kernels/_cuda.py.
+struct Seen {
+  std::string kernel;  // mangled
+  int64_t blocks, threads, cluster;
+  int64_t registers, stack, fixed_shared, shared;  // stack: of a thread, spilled registers too
+  int64_t binary;                                  // sm_90 is 90
+  int64_t resident, clusters;                      // blocks of an SM, clusters of the device
+  int64_t multiprocessors, most_threads;           // of the device, of an SM
+};
+
+/// The launches of this thread, written down while somebody watches.
+struct Watch {
+  bool on = false, starts = true;
+  std::vector<Seen> seen;
+
+  const char* note(const void* kernel, const LaunchConfig& launch, const Target& target) {
+    if (!on) return nullptr;
+    const cudaLaunchConfig_t& config = launch.config;
+    const int threads = static_cast<int>(config.blockDim.x);
+    const int cluster = config.numAttrs ? int(launch.cluster_size.val.clusterDim.x) : 1;
+    cudaFuncAttributes told{};
+    int resident = 0, clusters = 0, multiprocessors = 0, most = 0;
+    const char* name = "unknown";
+    for (const cudaError_t status : {
+             cudaFuncGetAttributes(&told, kernel),
+             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads,
+                                                           config.dynamicSmemBytes),
+#if !defined(CUDART_VERSION) || CUDART_VERSION >= 12030
+             cudaFuncGetName(&name, kernel),
+#endif
+             cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                    target.device),
+             cudaDeviceGetAttribute(&most, cudaDevAttrMaxThreadsPerMultiProcessor, target.device),
+         })
+      if (const char* error = message_of(status)) return error;
+    if (cluster > 1)
+      if (const char* error = active_clusters(target, kernel, cluster, threads,
+                                              config.dynamicSmemBytes, &clusters))
+        return error;
+    const dim3& grid = config.gridDim;
+    seen.push_back({name, int64_t(grid.x) * grid.y * grid.z, threads, cluster, told.numRegs,
+                    int64_t(told.localSizeBytes), int64_t(told.sharedSizeBytes),
+                    int64_t(config.dynamicSmemBytes), told.binaryVersion, resident, clusters,
+                    multiprocessors, most});
+    return nullptr;
+  }
+};
+
+inline Watch& watch() {
+  static thread_local Watch of_this_thread;
+  return of_this_thread;
+}
+
 template <typename... P, typename... A>
 const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int threads,
                            size_t shared, const Target& target, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   const LaunchConfig launch(grid, cluster, threads, shared, target);
-  if (const char* error = launch.allow(reinterpret_cast<const void*>(kernel))) return error;
+  const auto entry = reinterpret_cast<const void*>(kernel);
+  if (const char* error = launch.allow(entry)) return error;
+  if (const char* error = watch().note(entry, launch, target)) return error;
+  if (!watch().starts) return nullptr;
   return message_of(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
 }
-
-#endif
 
 /// Starts a kernel; null, or what went wrong.
 template <typename... P, typename... A>

@@ -69,7 +69,14 @@ def cuda_plan(name: str, *arguments: int) -> Any:
     fields = (ctypes.c_int64 * 10)()
     error = _cuda.ask(name, *arguments, ctypes.addressof(fields))
     if error is not None:
-        raise RuntimeError(f"{name}{arguments}: {error}")
+        device, dtype, last, n, c, s, groups, _, limit, cluster, _ = arguments
+        kind = next(key for key, code in _cuda.DTYPES.items() if code == dtype)
+        layout = f"({n}, {s}, {c})" if last else f"({n}, {c}, {s})"
+        raise RuntimeError(
+            f"{name}: {error} (x: {kind} {layout} in memory, {groups} groups, on cuda:{device}; "
+            f"clusters of {cluster or 'any size'}, "
+            f"{'all' if limit < 0 else limit} bytes of shared memory a block)"
+        )
     return fields
 
 

@@ -51,10 +51,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 def constexpr_function(function: Callable[..., Any]) -> Any:
     """`triton.constexpr_function`: plain Python on constants, called inside a kernel."""
-    if triton is None:
-        return function
-    mark = getattr(triton, "constexpr_function", None) or tl.constexpr_function  # triton 3.4
-    return mark(function)
+    return function if triton is None else triton.constexpr_function(function)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,5 +1,8 @@
 """Every test draws the same random numbers each time, alone or among others.
 
+Test processes side by side (pytest -n) share the cores: two that each use all of them wait for
+each other at every barrier of OpenMP.
+
 Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; that is decided before
 the first import of the kernels.
 """
@@ -13,6 +16,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,9 @@ and shared by path.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import inspect
 import os
 import shutil
 import subprocess
@@ -206,11 +208,24 @@ CHECKS: dict[str, Callable[[Place], str]] = {
 }
 
 
-def main(names: list[str]) -> int:
+def chosen(words: list[str]) -> list[str]:
+    """The checks that are asked for; help and wrong names end the process."""
+    told = [f"  {name:<24} {inspect.getdoc(check) or ''}" for name, check in CHECKS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.install_check",
+        description=__doc__,
+        epilog="\n".join(["checks:", *(line.partition("\n")[0] for line in told)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("check", nargs="*", help="which of the checks below; none: all")
+    names: list[str] = parser.parse_args(words).check
     if unknown := set(names) - set(CHECKS):
-        print(f"unknown {', '.join(unknown)}; expected of {', '.join(CHECKS)}", file=sys.stderr)
-        return 2
-    failed = 0
+        parser.error(f"unknown {', '.join(unknown)}; expected of {', '.join(CHECKS)}")
+    return names or list(CHECKS)
+
+
+def main(words: list[str]) -> int:
+    names, failed = chosen(words), 0
     with tempfile.TemporaryDirectory(prefix="fastdiff-install-") as temporary:
         base = Path(temporary) / "base"
         python, started = make_environment(base), time.monotonic()
@@ -220,7 +235,7 @@ def main(names: list[str]) -> int:
         command = [str(python), "-m", "pip", "install", "--quiet", *constraints]
         subprocess.run([*command, *dependencies], check=True)
         print(f"dependencies: {time.monotonic() - started:.0f} s", flush=True)
-        for name in names or CHECKS:
+        for name in names:
             folder, started = Path(temporary) / name, time.monotonic()
             folder.mkdir()
             try:

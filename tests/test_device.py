@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ from benchmarks.harness import Record, Work
 from benchmarks.shapes import Call, Job
 from benchmarks.subjects import NETWORK_OPS
 from fastdiff import kernels
+from fastdiff.kernels import _cuda
 from fastdiff.timing import HostTimer
+from tests import cuda_host
 from tests.kernels import cases as kernel_cases
+from tests.kernels.routes import cuda_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -239,6 +243,52 @@ def test_sanitizers_that_find_no_kernel_are_left_out_by_name(
     assert "racecheck: race" in found.value.args
 
 
+OURS = """
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::reduce_kernel<(int)512, float>(T1)+0x1a0
+=========     by thread (0,0,0) in block (0,0,0)
+========= Error: Race reported between Write access at void fastdiff::f<float>(T1)+0x40 in f.cuh:3
+=========     Saved host backtrace up to driver entry point at kernel launch time
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "fails"),
+    [
+        (OURS, True),
+        (OURS.replace("fastdiff::", "cub::"), False),
+        (OURS.replace("+0x", "+"), True),  # places that nobody can read
+    ],
+)
+def test_reports_in_the_kernels_of_libraries_are_no_failure(
+    told: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for memcheck's: nobody's kernel may read beyond the end."""
+    done = subprocess.CompletedProcess([], device.FOUND, told, "")
+    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(device.Failed) as failure:
+        device.sanitize_stage(plan(tmp_path))
+    tools = {str(line).partition(":")[0] for line in failure.value.args if "ERROR SUMM" in line}
+    assert tools == set(device.TOOLS)
+    others = [line for line in failure.value.args if "in other kernels than ours: 2" in line]
+    assert len(others) == (0 if fails else len(device.TOOLS) - 1)
+
+
+def test_what_the_driver_tells_of_the_kernels_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.CompletedProcess([], 0, "kernel  threads\nf<float>  256\n", "")
+    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
+    assert device._kernels_of_the_gpu(plan(tmp_path)) == ["1 kinds of launches in cuda-kernels.txt"]
+    assert (tmp_path / "cuda-kernels.txt").read_text() == done.stdout
+    assert tmp_path / "cuda-kernels.txt" in set(device.written(tmp_path))
+    done.returncode, done.stderr = 2, "no GPU that torch can use"
+    with pytest.raises(device.Failed, match="no GPU that torch can use"):
+        device._kernels_of_the_gpu(plan(tmp_path))
+
+
 def test_without_time_a_case_is_left_out_by_name() -> None:
     outcome = run([GEGLU, GEGLU], deadline=0.0)
     assert outcome.records == []
@@ -335,29 +385,59 @@ def test_a_stage_says_how_it_went(tmp_path: Path) -> None:
     assert inside("tune", tmp_path, leave) == {"status": "left out", "notes": ["no tool"]}
 
 
-@kernel_cases.needs_interpreter
-def test_memcheck_runs_every_op(capsys: pytest.CaptureFixture[str]) -> None:
-    device.parity_cases(["triton"], 100.0)
+@pytest.fixture
+def sanitized_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Its kernels run: on a GPU, in the interpreter or under the emulation."""
+    emulated = request.param == "cuda" and not torch.cuda.is_available()
+    with cuda_host.emulated() if emulated else nullcontext():
+        yield request.param
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitized_backend", kernel_cases.KERNELS, indirect=True)
+def test_the_sanitizers_see_every_op(
+    sanitized_backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device.parity_cases([sanitized_backend], 1000.0)
     lines = capsys.readouterr().out.splitlines()
     ran = {line.split()[0] for line in lines if line.endswith(": ok")}
     assert ran == set(kernels.OPS)
     assert f"{len(lines) - 1} of {len(lines) - 1} cases" in lines
     for op in ("geglu", "sampler_step"):
-        right = kernels.OPS[op].implementations["triton"]
+        right = kernels.OPS[op].implementations[sanitized_backend]
         wrong = replace(right, function=lambda x, *rest, **options: x[..., : x.shape[-1] // 2])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(kernels.OPS[op].implementations, "triton", wrong)
+            patch.setitem(kernels.OPS[op].implementations, sanitized_backend, wrong)
+            if sanitized_backend == "cuda":  # the emulation registers what stands here
+                patch.setitem(_cuda.IMPLEMENTATIONS, op, wrong)
+            patch.setattr(kernels, "OPS", {op: kernels.OPS[op]})
             with pytest.raises(AssertionError):
-                device.parity_cases(["triton"], 100.0)
+                device.parity_cases([sanitized_backend], 100.0)
+
+
+@pytest.mark.slow
+@kernel_cases.needs_cuda
+def test_the_sanitizers_see_every_cuda_kernel() -> None:
+    """Each that stands in csrc/, but for the one that nothing launches."""
+    emulated = not torch.cuda.is_available()
+    with cuda_host.emulated() if emulated else nullcontext(), _cuda.watched() as seen:
+        device.parity_cases(["cuda"], 1000.0)
+    names = cuda_kernels() - {"any_kernel"}
+    mangled = {name: f"{len(name)}{name}" for name in names}
+    ran = {name for name in names if any(mangled[name] in launch.kernel for launch in seen)}
+    assert ran == names
+    assert {launch.cluster for launch in seen} >= {1, 4}
 
 
 @pytest.mark.slow
 def test_a_device_needs_no_package_of_the_command_line() -> None:
     """A borrowed machine may have torch, triton and pytest, and no tyro."""
-    names = ["benchmarks.device", "benchmarks.gpu", "benchmarks.gpu_networks", "fastdiff.tuning"]
+    names = [f"benchmarks.{name}" for name in ("cuda_device", "device", "gpu", "gpu_networks")]
+    names += ["fastdiff.tuning"]
     names += [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py")]
     for path in (ROOT / "tests/kernels").glob("*.py"):
-        ignored = (*device.IGNORED, "tests/kernels/sanitized.py")  # it loads another module
+        other = ("sanitized", "one_row_too_far")  # they put something in the module's place
+        ignored = (*device.IGNORED, *(f"tests/kernels/{name}.py" for name in other))
         if f"tests/kernels/{path.name}" not in ignored:
             names.append(f"tests.kernels.{path.stem}")
     program = f"import sys; sys.modules['tyro'] = None; [__import__(n) for n in {names}]"

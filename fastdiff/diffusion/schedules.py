@@ -254,7 +254,8 @@ class NoiseSchedule:
 
     def _ratio(self, t: float | Tensor) -> Tensor:
         """alpha / sigma at t."""
-        t = torch.as_tensor(t)
+        # a Python float is fp64, which as_tensor would round to the default dtype
+        t = torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
         # Asking a GPU tensor for its range would wait for the device; indexing asserts there.
         if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.num_timesteps - 1)).all()):
             raise ValueError(

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = (
-    "-std=c++17 -O1 -g1 -march=native -ffp-contract=fast -fPIC -fvisibility=hidden "
+    "-std=c++17 -O1 -g1 -march=native -ffp-contract=fast -fPIC -fno-gnu-unique "
     "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
 )
 SANITIZERS = (

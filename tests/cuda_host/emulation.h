@@ -109,10 +109,10 @@ inline unsigned ballot(unsigned mask, bool predicate, Site site) {
 
 }  // namespace emulation
 
-#define threadIdx (emulation::view.thread)
-#define blockIdx (emulation::view.block)
-#define blockDim (emulation::view.block_size)
-#define gridDim (emulation::view.grid)
+inline const dim3& threadIdx = emulation::view.thread;
+inline const dim3& blockIdx = emulation::view.block;
+inline const dim3& blockDim = emulation::view.block_size;
+inline const dim3& gridDim = emulation::view.grid;
 
 #define EMULATION_SITE(what) (emulation::Site{what, __FILE__, __LINE__})
 #define __syncthreads() emulation::sync_threads(EMULATION_SITE("__syncthreads"))

@@ -54,7 +54,7 @@ def test_a_point_is_hit_exactly(
 
     table = build_table(name, schedule, steps, prediction=prediction, spacing=spacing)
     result = sample(predict, table, noise(3, 2, 4), [5, 6, 7])
-    torch.testing.assert_close(result, point.expand(3, 2, 4), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result, point.expand(3, 2, 4), rtol=1e-9, atol=1e-9)
     assert (table.sigmas.diff() <= 1e-12).all()
     assert table.final_sigma == 0
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _triton, extension
+from fastdiff.kernels import _cuda, _triton, extension
+from fastdiff.kernels.dispatch import UNAVAILABLE
 from tests import cuda_host
 from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
 from tests.parity import assert_gradient_parity, assert_parity
@@ -44,13 +45,21 @@ BACKENDS = [
     pytest.param("cpu", marks=needs_native),
 ]
 """For parametrize: the backends that have an implementation of every op."""
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() and bool(cuda_host.needs_compiler.args[0]),
-    reason="neither a GPU nor g++ for the emulation",
+if torch.cuda.is_available():
+    needs_cuda = pytest.mark.skipif(
+        _cuda._library is None, reason=UNAVAILABLE.get("cuda", "the module has no CUDA kernels")
+    )
+else:
+    needs_cuda = pytest.mark.skipif(
+        bool(cuda_host.needs_compiler.args[0]), reason="neither a GPU nor g++ for the emulation"
+    )
+needs_clusters = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9,
+    reason="thread-block clusters need sm_90",
 )
 ALL_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_cuda)]
 """For the ops that have CUDA kernels too: on a GPU, else under the emulation (conftest.py)."""
-KERNELS = [BACKENDS[1], ALL_BACKENDS[-1]]
+KERNELS: list[Any] = [BACKENDS[1], ALL_BACKENDS[-1]]
 """Those made for a GPU."""
 
 
@@ -759,9 +768,12 @@ ADD_LAYER_NORM = [
 ]
 
 
-def ordinary_inputs(op: str, device: str) -> Inputs:
-    """Small fp32 arguments of any op, for tests of how it runs and not of what it computes."""
-    draw = Draw(torch.float32, device, torch.Generator().manual_seed(0))
+def ordinary_inputs(op: str, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Small arguments of any op, for tests of how it runs and not of what it computes.
+
+    dtype: of the ops with parity cases; the others' are fp32.
+    """
+    draw = Draw(dtype, device, torch.Generator().manual_seed(0))
     seeds = torch.arange(2, device=device)
     if op == "philox_normal":
         return (seeds, (4, 9, 9)), {"stream": 1}

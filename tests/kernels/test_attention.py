@@ -487,25 +487,6 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 
 @pytest.mark.gpu
 @on_a_gpu
-def test_triton_is_captured_by_a_cuda_graph() -> None:
-    qkv = torch.randn(2, 300, 3, 4, 40, device="cuda", dtype=torch.bfloat16)
-    with backend("triton"):
-        expected = attention(*qkv.unbind(2))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            attention(*qkv.unbind(2))
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = attention(*qkv.unbind(2))
-    out.zero_()
-    graph.replay()
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.gpu
-@on_a_gpu
 def test_triton_indexes_with_64_bits() -> None:
     n, length, heads, d = 2050, 1024, 16, 64
     q = torch.randn(1, length, heads, d, device="cuda", dtype=torch.bfloat16)

@@ -20,10 +20,7 @@ from fastdiff.kernels import _cuda, _group_norm_cuda, extension
 from tests import cuda_host
 from tests.kernels import cases
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and bool(cuda_host.needs_compiler.args[0]),
-    reason="neither a GPU nor g++ for the emulation",
-)
+pytestmark = cases.needs_cuda
 NORMS = {
     "group_norm_silu": cases.GROUP_NORM_SILU,
     "add_group_norm_silu": cases.ADD_GROUP_NORM_SILU,
@@ -43,10 +40,7 @@ def in_parts() -> Iterator[None]:
         yield
 
 
-needs_clusters = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9,
-    reason="thread-block clusters need sm_90",
-)
+needs_clusters = cases.needs_clusters
 CLUSTERS = dict(zip(cases.DTYPES, (2, 8, 4), strict=True))
 """Blocks of a cluster, one size for each dtype (and so for each order of the threads)."""
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import cuda_resources
+from benchmarks.ahead_of_time import CHIPS
 from benchmarks.cuda_resources import Resources
-from benchmarks.resources import CHIPS
+from benchmarks.kernel_names import split_name
+from tests.kernels.routes import cuda_kernels
 
 ROOT = Path(__file__).parents[2]
 LOG = """
@@ -26,14 +30,6 @@ ptxas info    : Used 255 registers, used 0 barriers
 """
 
 
-def defined() -> set[str]:
-    """The kernels of csrc/, by their definitions."""
-    text = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu*"))
-    text = re.sub(r"//.*", "", text)
-    bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"
-    return set(re.findall(rf"__global__\s+void\s+{bounds}(\w+)\s*\(", text))
-
-
 @pytest.fixture(scope="module")
 def rows() -> list[Resources]:
     """After `make build` nothing is compiled for it."""
@@ -47,7 +43,7 @@ def rows() -> list[Resources]:
 
 @pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_generation(rows: list[Resources]) -> None:
-    names = defined()
+    names = cuda_kernels()
     assert len(names) >= 10
     for architecture in cuda_resources.DOCUMENTED:
         assert {r.kernel for r in rows if r.architecture == architecture} == names, architecture
@@ -73,8 +69,26 @@ def test_blocks_fit(rows: list[Resources]) -> None:
 @pytest.mark.slow
 def test_the_document_is_of_these_kernels(rows: list[Resources]) -> None:
     text = (ROOT / "docs" / "resources-cuda.md").read_text()
-    missing = sorted(name for name in defined() if f"| {name} |" not in text)
+    missing = sorted(name for name in cuda_kernels() if f"| {name} |" not in text)
     assert not missing, "python -m benchmarks.cuda_resources --docs"
+
+
+@pytest.mark.slow
+def test_launchers_ask_and_start_and_never_wait(rows: list[Resources]) -> None:
+    """Whatever of CUDA's runtime the objects want to be linked with: nothing of it waits for the
+    device, allocates or copies, so every op can be captured by a graph."""
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("binutils' nm is not installed")
+    command = [tool, "--undefined-only", *map(str, cuda_resources.compiled())]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wanted = set(re.findall(r"\bU (_*cuda\w+)", told))
+    compilers = r"__cuda(\w*[Rr]egister\w*|GetKernel|LaunchKernel|PopCallConfiguration|InitModule)"
+    asking = r"cuda(DeviceGetAttribute|Func\w+|Occupancy\w+|GetErrorString|GetLastError)"
+    starting = r"cuda(SetDevice|LaunchKernelExC)"
+    assert "cudaLaunchKernelExC" in wanted
+    other = [x for x in wanted if not re.fullmatch(f"{compilers}|{asking}|{starting}", x)]
+    assert not other
 
 
 def test_what_ptxas_tells_is_read() -> None:
@@ -94,7 +108,7 @@ def test_what_ptxas_tells_is_read() -> None:
     ],
 )
 def test_names_are_read(demangled: str, kernel: str, arguments: tuple[str, ...]) -> None:
-    assert cuda_resources.split_name(demangled) == (kernel, arguments)
+    assert split_name(demangled) == (kernel, arguments)
 
 
 def test_a_row_shows_the_hungriest_variant() -> None:
@@ -112,3 +126,16 @@ def test_a_row_shows_the_hungriest_variant() -> None:
     assert (
         "| f | fp32 | 2 | 256/512 | 64 / 1.0 / 50% / 24 B of stack, 12 B spilled | - | - |" in text
     )
+
+
+def test_the_command_asks_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def main(argv: list[str]) -> int:
+        asked.append(argv)
+        return 2
+
+    monkeypatch.setattr(cuda_resources.cuda_device, "main", main)
+    assert cuda_resources.main(cuda_resources.Options(device=True)) == 2
+    assert cuda_resources.main(cuda_resources.Options(device=True, json=True)) == 2
+    assert asked == [[], ["--json"]]

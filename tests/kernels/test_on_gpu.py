@@ -1,4 +1,9 @@
-"""What only a GPU shows: graphs, streams, devices, races. Every op, on the Triton kernels."""
+"""What only a GPU shows: graphs, streams, devices, races. Every op by every route through the
+kernels made for a GPU, Triton's and CUDA's (routes.py).
+
+What needs no GPU runs without one too, under the emulation and in Triton's interpreter: it shows
+that the routes go where they say before a GPU sees them.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,30 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from benchmarks import device, gpu, shapes
+from benchmarks.subjects import NETWORK_OPS
 from fastdiff import kernels, tuning
-from tests.kernels import cases
+from fastdiff.kernels import _cuda
+from tests.kernels import cases, routes
+from tests.kernels.graphs import captured
+from tests.kernels.routes import Route
 
-pytestmark = [
+on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-DIFFERENTIABLE = [op for op in kernels.OPS if op not in ("sampler_step", "philox_normal")]
+CALLS = [
+    pytest.param(*p.values, gradients, id=f"{p.id}{' gradients' * gradients}", marks=p.marks)
+    for gradients, parameters in ((False, routes.EVERY), (True, routes.DIFFERENTIABLE))
+    for p in parameters
+]
+every_call = pytest.mark.parametrize(("backend", "route", "gradients"), CALLS)
+
+
+def gpu_test(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in on_gpu:
+        test = mark(test)
+    return test
 
 
 def tensors(*trees: Any) -> list[Tensor]:
@@ -25,16 +46,16 @@ def tensors(*trees: Any) -> list[Tensor]:
 
 
 def prepared(
-    op: str, device: str = "cuda", *, gradients: bool = False
+    route: Route, where: str = "cuda", *, gradients: bool = False
 ) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
     """A call that gives what it returns and leaves behind, and the operands."""
-    args, kwargs = cases.ordinary_inputs(op, device)
+    args, kwargs = route.inputs(where)
     operands = tensors(args, kwargs)
     floats = [t for t in operands if t.is_floating_point()]
 
     def run() -> list[Tensor]:
-        with kernels.backend("triton"):
-            outputs = tensors(getattr(kernels, op)(*args, **kwargs))
+        with route.forced():
+            outputs = tensors(getattr(kernels, route.op)(*args, **kwargs))
             if gradients:
                 ones = [torch.ones_like(y) for y in outputs]
                 return [*outputs, *torch.autograd.grad(outputs, floats, ones)]
@@ -52,6 +73,10 @@ def changed_to(operands: list[Tensor], numbers: list[Tensor]) -> None:
             operand.copy_(number)
 
 
+def copies(some: list[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in some]
+
+
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
     """Bit for bit, NaN too."""
     return len(some) == len(others) and all(
@@ -62,67 +87,122 @@ def same(some: list[Tensor], others: list[Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("op", "gradients"),
-    [*((op, False) for op in kernels.OPS), *((op, True) for op in DIFFERENTIABLE)],
-)
-def test_a_graph_replays_with_other_numbers_and_waits_for_nothing(op: str, gradients: bool) -> None:
-    run, operands = prepared(op, gradients=gradients)
-    first = [t.detach().clone() for t in operands]
-    second = [t * 0.5 if t.is_floating_point() else t for t in first]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()  # compiles
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    changed_to(operands, first)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            captured = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@every_call
+def test_a_route_goes_its_way_and_repeats_its_bits(
+    backend: str, route: Route, gradients: bool
+) -> None:
+    run, operands = prepared(route, cases.device_of(backend), gradients=gradients)
+    numbers = copies(operands)
+    with cases.recording(route.op) as ran:
+        first = copies(run())
+    assert ran == [backend]
+    for _ in range(3 if torch.cuda.is_available() else 1):
+        changed_to(operands, numbers)
+        assert same(copies(run()), first)
+    if backend == "cuda":
+        with _cuda.watched() as seen:
+            run()
+        assert any(route.kernel in launch.kernel for launch in seen), seen
+        assert max(launch.cluster for launch in seen) >= route.cluster, seen
+        if not gradients:
+            assert {launch.cluster for launch in seen} <= {1, route.cluster} or not route.name
+
+
+@gpu_test
+@every_call
+def test_a_graph_replays_with_other_numbers_and_waits_for_nothing(
+    backend: str, route: Route, gradients: bool
+) -> None:
+    run, operands = prepared(route, gradients=gradients)
+    first = copies(operands)
+    second = [t * 0.5 if t.is_floating_point() else t.flip(0) if t.ndim else t for t in first]
+    graph, results = captured(run)
     for numbers in (first, second):
         changed_to(operands, numbers)
         graph.replay()
-        have = [t.detach().clone() for t in captured]
+        have = copies(results)
         changed_to(operands, numbers)
         assert same(have, [t.detach() for t in run()])
 
 
-@pytest.mark.parametrize("op", kernels.OPS)
-def test_an_op_keeps_the_order_of_the_current_stream(op: str) -> None:
-    """Its operands are written late, on a stream of their own."""
-    run, operands = prepared(op)
-    numbers = [t.clone() for t in operands]
-    expected = [t.clone() for t in run()]
-    for t in operands:
-        t.zero_()
+@gpu_test
+@every_call
+def test_an_op_keeps_the_order_of_the_current_stream_and_does_not_wait(
+    backend: str, route: Route, gradients: bool
+) -> None:
+    """Its operands are written late, on a stream of their own; the call is back before that."""
+    run, operands = prepared(route, gradients=gradients)
+    numbers = copies(operands)
+    expected = copies(run())
+    changed_to(operands, [torch.zeros_like(t) for t in operands])
+    run()  # its memory is there for the next time
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(50_000_000)
+    stream, written = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        run()
         changed_to(operands, numbers)
+        stream.synchronize()
+        changed_to(operands, [torch.zeros_like(t) for t in operands])
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        changed_to(operands, numbers)
+        written.record()
         have = run()
+        waited = written.query()
     torch.cuda.synchronize()
+    assert same(have, expected)
+    assert not waited, "the call came back only when the device had done what was before it"
+
+
+@gpu_test
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("own", "current"), [(0, 1), (1, 0), (1, 1)])
+@every_call
+def test_an_op_runs_on_the_device_of_its_tensors(
+    backend: str, route: Route, gradients: bool, own: int, current: int
+) -> None:
+    with torch.cuda.device(own):
+        expected = copies(prepared(route, f"cuda:{own}", gradients=gradients)[0]())
+    run, _ = prepared(route, f"cuda:{own}", gradients=gradients)
+    with torch.cuda.device(current):
+        have = copies(run())
+        assert torch.cuda.current_device() == current
+        assert torch.ones(3, device="cuda").sum() == 3  # torch goes on where it was
+    assert all(t.device.index == own for t in have)
     assert same(have, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("op", kernels.OPS)
-def test_an_op_runs_on_the_device_of_its_tensors(op: str) -> None:
-    expected = [t.cpu() for t in prepared(op, "cuda:0")[0]()]
-    run, _ = prepared(op, "cuda:1")
-    with torch.cuda.device(0):
-        assert same([t.cpu() for t in run()], expected)
+@pytest.mark.parametrize("backend", cases.KERNELS)
+@pytest.mark.parametrize("subject", NETWORK_OPS, ids=lambda subject: subject.op)
+def test_bits_repeat_at_the_sizes_of_the_networks(subject: gpu.Subject, backend: str) -> None:
+    """Results and gradients; without a GPU at those of the smallest networks."""
+    where = torch.device(cases.device_of(backend))
+    jobs = shapes.GPU_JOBS if where.type == "cuda" else device.dry_jobs()
+    make, served = gpu.Make(torch.bfloat16, where), 0
+    for name in ("SD 1.5 U-Net", "KL-f8 decoder") if where.type == "cuda" else jobs:
+        for call in (c for c in jobs[name].collect() if c.op == subject.op):
+            args, kwargs = subject.arguments(call, jobs[name], make)
+            inputs = cases.with_gradients((args, kwargs))
+            with kernels.backend(backend):
+                if kernels.explain(subject.op, *inputs[0], **inputs[1]).chosen != backend:
+                    continue  # such as heads of 512 in CUDA
+                results = []
+                for _ in range(3):
+                    outputs, gradients = cases.run(subject.ours, inputs)
+                    results.append(copies([*outputs, *gradients]))
+            served += 1
+            assert same(results[0], results[1]), call
+            assert same(results[0], results[2]), call
+    if where.type == "cuda":
+        assert served
 
 
+@gpu_test
 @pytest.mark.parametrize("case", tuning.cases(dtypes=[torch.bfloat16, torch.float32]), ids=str)
-def test_bits_repeat_at_real_sizes(case: tuning.Case) -> None:
+def test_bits_of_triton_repeat_in_every_shape_class(case: tuning.Case) -> None:
     """The interpreter runs one program after the other; here they race if they can."""
     results = []
     for _ in range(3):
         call, operands = tuning._prepared(case, torch.device("cuda"))
-        results.append([t.clone() for t in tensors(call(), operands)])
+        results.append(copies(tensors(call(), operands)))
     assert same(results[0], results[1])
     assert same(results[0], results[2])

@@ -17,8 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import resources
-from fastdiff.kernels import _triton
+from benchmarks import ahead_of_time, resources, resources_record
+from fastdiff.kernels import _attention_forward, _triton
 from fastdiff.kernels._triton import TUNABLES
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,10 @@ PRODUCTS = (
 )
 """Tunables whose kernels multiply tiles; the others move bytes."""
 
+NOT_COMPILED = tuple((chip, "float16") for chip in ARCHITECTURES)
+"""Not in the record yet, for want of an hour of a core: the tests below compile what of fp16 they
+can."""
+
 WRITING = ("philox_normal",)
 """Tunables that read a seed per image and nothing else."""
 
@@ -39,22 +43,25 @@ pytestmark = pytest.mark.skipif(_triton.triton is None, reason="triton is not in
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """What `python -m benchmarks.resources --json` prints, and the same of fp16 for the kernels
-    that move bytes (the products' differ from bf16 in the name of an instruction)."""
+    """What `python -m benchmarks.resources --json` prints, the sizes of real models, and
+    the same of fp16 for the kernels that move bytes."""
     moving = [name for name in TUNABLES if name not in PRODUCTS]
-    half = ["--dtype", "float16", "--op", *moving]
-    return [*compiled(), *compiled(*half)]
+    return [*compiled(), *compiled("--dtype", "float16", "--op", *moving)]
 
 
 def compiled(*options: str) -> list[dict[str, Any]]:
-    """Of a process without the interpreter."""
+    return json.loads(run("--json", *options))
+
+
+def run(*options: str, returns: int = 0) -> str:
+    """`python -m benchmarks.resources`, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.resources", "--json", *options]
+    command = [sys.executable, "-m", "benchmarks.resources", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    assert done.returncode == returns, done.stderr[-3000:] + done.stdout[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +161,99 @@ def test_the_noise_is_computed_without_approximations(rows: list[dict[str, Any]]
     assert not failing(plain, lambda r: r["approximations"])
 
 
-def test_the_document_names_every_kernel(rows: list[dict[str, Any]]) -> None:
-    text = (ROOT / "docs" / "resources.md").read_text()
-    names = {row["kernel"].strip("_").removesuffix("_kernel") for row in rows}
-    missing = sorted(name for name in names if f"| {name} |" not in text)
-    assert not missing, "python -m benchmarks.resources --docs"
+def test_the_document_is_of_these_kernels(rows: list[dict[str, Any]]) -> None:
+    """Word for word, where the compiler is the record's; its summary too."""
+    known = resources_record.read_record()
+    of_the_record(known)
+    found = [ahead_of_time.Resources(**r) for r in rows if r["dtype"] != "float16"]
+    assert resources.document(found, known) == (ROOT / "docs" / "resources.md").read_text(), (
+        f"run {resources_record.COMMAND}"
+    )
+
+
+def of_the_record(known: resources_record.Record) -> None:
+    """Another compiler gives other numbers."""
+    if known.triton != resources_record.triton_version():
+        pytest.skip(f"the record is of triton {known.triton}")
+
+
+def test_the_record_is_of_the_pinned_triton() -> None:
+    pins = (ROOT / "constraints.txt").read_text()
+    assert f"triton=={resources_record.read_record().triton}\n" in pins
+
+
+@pytest.mark.parametrize("dtype", ahead_of_time.DTYPES)
+def test_every_kernel_was_compiled_and_none_spills(dtype: str) -> None:
+    """The record holds for the kernels and configs as they are: every head dim and option. A
+    changed kernel or config fails here until all it touches has been compiled."""
+    of_the_record(resources_record.read_record())
+    chips = [chip for chip in ARCHITECTURES if (chip, dtype) not in NOT_COMPILED]
+    if not chips:
+        pytest.skip(f"{dtype} is not in the record")
+    assert run("--check", "--dtype", dtype, "--architecture", *chips) == "up to date\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_record_says_what_compilation_says(architecture: str) -> None:
+    """Of the products in half precision that stand closest to a thread's registers."""
+    known = resources_record.read_record()
+    of_the_record(known)
+    dtype = "bfloat16" if (architecture, "float16") in NOT_COMPILED else "float16"
+    keys = resources_record.all_keys(PRODUCTS, [dtype], [architecture])
+    key = max(keys, key=lambda key: (known.taken[str(key)].registers, key))
+    which = ("--op", key.tunable, "--dtype", key.dtype, "--shape-class", key.shape_class)
+    rows = compiled("--every", "--architecture", architecture, *which)
+    found = [ahead_of_time.Resources(**row) for row in rows]
+    expected = known.taken[str(key)]
+    assert resources_record.most_of(expected.source, found) == expected, key
+
+
+def taken(**changed: Any) -> resources_record.Taken:
+    plain = {"kernels": 2, "registers": 90, "shared": 1024, "off_matrix": 0}
+    return resources_record.Taken(
+        **{"source": "0", **plain, "spilling": 0, "spills": 0, **changed}  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"spilling": 1, "spills": 8}, "8 bytes spilled"),
+        ({"shared": 200 * 1024}, "the limit is 166912"),
+        ({"off_matrix": 1}, "without matrix instructions"),
+    ],
+)
+def test_a_record_of_what_must_not_be_is_refused(changed: dict[str, int], told: str) -> None:
+    key = "sm_80/bfloat16/attention/self/40"
+    good = resources_record.Record(triton="3", taken={key: taken()})
+    bad = resources_record.Record(triton="3", taken={key: taken(**changed)})
+    assert resources_record.faults(good) == []
+    (fault,) = resources_record.faults(bad)
+    assert fault.startswith(key)
+    assert told in fault
+
+
+def test_a_record_is_written_as_it_is_read(tmp_path: Path) -> None:
+    record = resources_record.Record(triton="3", taken={"sm_80/float16/geglu/rows": taken()})
+    resources_record.write_record(record, tmp_path / "r.json")
+    assert resources_record.read_record(tmp_path / "r.json") == record
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"r\.json is no record of resources.*run python -m"):
+        resources_record.read_record(tmp_path / "r.json")
+
+
+def test_what_a_kernel_says_counts_and_not_how() -> None:
+    """A comment may change without a compilation; a number, the flow or a callee may not."""
+    one = 'def f(x):\n    """Says."""\n    if x:\n        x = 1\n    return g(x)  # why\n'
+    assert resources_record.plain(one) == resources_record.plain(
+        'def f(x):\n    """Says\n    more."""\n\n    if x:\n        x = 1\n    return g(\n    x)\n'
+    )
+    for old, new in (("= 1", "= 2"), ("    return", "        return"), ("g(x)", "h(x)")):
+        changed = one.replace(old, new)
+        assert resources_record.plain(changed) != resources_record.plain(one), changed
+    names = resources_record.functions_of(_attention_forward._forward_kernel)
+    assert {name.rpartition(".")[2] for name in names} >= {"_forward_kernel", "masked", "_begin"}
 
 
 def test_every_file_of_configs_has_every_class() -> None:
@@ -183,7 +278,7 @@ def test_every_file_of_configs_has_every_class() -> None:
 
 def test_the_tables_fit_a_terminal_of_80_columns(rows: list[dict[str, Any]]) -> None:
     console = Console(width=80, file=io.StringIO())
-    for table in resources.tables([resources.Resources(**row) for row in rows]):
+    for table in resources.tables([ahead_of_time.Resources(**row) for row in rows]):
         console.print(table)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
@@ -192,7 +287,7 @@ def test_the_tables_fit_a_terminal_of_80_columns(rows: list[dict[str, Any]]) -> 
 
 
 def test_a_row_shows_the_hungriest_variant_and_joins_what_is_the_same() -> None:
-    one = resources.Resources(
+    one = ahead_of_time.Resources(
         tunable="op",
         shape_class="small",
         dtype="bfloat16",
@@ -221,5 +316,5 @@ def test_a_row_shows_the_hungriest_variant_and_joins_what_is_the_same() -> None:
     assert (same.kernel, same.classes, same.dtypes) == ("op", "small, large", "bf16")
     assert same.cells == {"sm_90": ("ROWS 4, 8 warps", "64 / 2 / 50%")}
     assert spilled.cells == {"sm_90": ("ROWS 4, 8 warps", "40 / 2 / 75% / 8 B spilled")}
-    text = resources.document([one, other, differs])
+    text = resources.document([one, other, differs], resources_record.Record(triton="", taken={}))
     assert "| op | small | bf16 | 64 / 2 / 50% |" in text

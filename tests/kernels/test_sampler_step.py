@@ -26,6 +26,7 @@ from fastdiff.kernels._sampler_step import run_step
 from fastdiff.kernels.sampler_step import sampler_step_triton
 from tests.kernels import cases
 from tests.kernels.cases import recording
+from tests.kernels.graphs import captured, no_waiting
 from tests.kernels.interpreter import counting_traffic
 from tests.parity import assert_parity
 
@@ -466,15 +467,11 @@ def test_a_captured_step_replays_with_another_step_seed_and_table(
     step, seeds = torch.tensor(0, device="cuda"), SEEDS.cuda()
     start, slots = x.clone(), history.clone()
     with kernels.backend(backend):
-        sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)  # compiles
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.cuda.graph(graph):
-                sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)
+        graph, _ = captured(
+            lambda: sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)
+        )
+        with no_waiting():
             sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         for row, shift, factor in ((0, 0, 1.0), (1, 0, 1.0), (0, 5, 1.0), (1, 5, 0.5)):
             x.copy_(start), history.copy_(slots)
             step.fill_(row), seeds.add_(shift), table[:, C.A].mul_(factor)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.kernels import extension
+from tests.kernels.inner import assert_all_passed, assert_caught
 from tests.kernels.test_native import ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",  # the kernels' own threads too
+        "CUDA_VISIBLE_DEVICES": "",  # CUDA's driver and AddressSanitizer want the same addresses
     }
 
 
@@ -118,6 +120,9 @@ def test_drawn_shapes_noise_and_the_samplers_step_are_clean(environment: dict[st
     files = [f"tests/kernels/test_{op}.py" for op in (*ROWS, "native")]
     files = [name for name in files if (ROOT / name).exists()]
     plugin = ["-s", "-p", "tests.kernels.sanitized", "-p", "no:cacheprovider"]
-    done = run(["-m", "pytest", "-q", "-x", *plugin, *chosen, *files], environment)
+    command = ["-m", "pytest", "-rps", "-x", *plugin, *chosen]
+    done = run([*command, *files], environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    assert " passed" in done.stdout
+    assert_all_passed(done.stdout, files)
+    broken = [*command, "-p", "tests.kernels.one_row_too_far", "tests/kernels/test_geglu.py"]
+    assert_caught(run(broken, environment))

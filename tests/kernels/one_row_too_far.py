@@ -1,0 +1,33 @@
+"""pytest plugin (``-p tests.kernels.one_row_too_far``): geglu's kernels, of CPUs and CUDA, are told
+of one row more than there is memory for. What the sanitizers' tests run must then fail, or they
+run nothing, or nothing watches.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from fastdiff.kernels import _cuda, extension
+
+
+class _Broken(SimpleNamespace):
+    """The compiled module with another `geglu`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def geglu(self, dtype: int, x: int, y: int, rows: int, *sizes: int) -> None:
+        self.module.geglu(dtype, x, y, rows + 1, *sizes)
+
+
+def _launch(name: str, x: Any, *arguments: Any) -> None:
+    if name == "geglu":
+        dtype, source, result, rows, *sizes = arguments
+        arguments = (dtype, source, result, rows + 1, *sizes)
+    right(name, x, *arguments)
+
+
+right = _cuda.launch
+_cuda.launch = _launch
+extension.native = _Broken(module=extension.native)
