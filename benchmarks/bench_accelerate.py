@@ -174,8 +174,9 @@ def alone(part: str, provider: str, small: bool) -> dict[str, float]:
         "import json, resource\n"
         "from benchmarks import bench_accelerate as b\n"
         "import torch\n"
+        f"step = b.step_of({part!r}, {provider!r}, {small})\n"
         "with torch.inference_mode():\n"
-        f"    b.step_of({part!r}, {provider!r}, {small})()\n"
+        "    step()\n"
         "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))\n"
     )
     start = time.perf_counter()

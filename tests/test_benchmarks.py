@@ -281,3 +281,9 @@ def test_accelerate_at_small_size(part: str) -> None:
     seconds = bench_accelerate.compare(part, providers, small=True, rounds=1)
     assert list(seconds) == providers
     assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
+
+
+def test_start_and_peak_of_one_alone() -> None:
+    found = bench_accelerate.alone("unet", "accelerated", small=True)
+    assert 0 < found["seconds"] < 300
+    assert 10**8 < found["peak_bytes"] < 10**10

@@ -248,6 +248,20 @@ def test_hooks_of_accelerate(hooks: str, when: str) -> None:
     assert not ran
 
 
+@pytest.mark.parametrize("name", ["conv_norm_out", "conv_act"])
+def test_a_listener_of_the_last_norm_sees_what_it_saw(name: str) -> None:
+    network = Network("UNet2DConditionModel", TINY)
+    seen: list[Tensor] = []
+    layer = getattr(network.inner, name)
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        eager = network(*network.inputs())
+        fastdiff.accelerate(network, strict=True)
+        found = network(*network.inputs())
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_save_copy_pickle(tmp_path: Path) -> None:
     unet = build("UNet2DConditionModel", UNETS["sd15"])
     kind, names = type(unet), list(unet.state_dict())
