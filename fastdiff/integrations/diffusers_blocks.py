@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, resnet, upsampling
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
-from fastdiff.cpu import Kept, Plan, folded_upsampling
+from fastdiff.cpu import Kept, Plan, PreparedConv2d, folded_upsampling
 from fastdiff.integrations.layers import norm_objection, rescaled, watched
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
@@ -204,12 +205,14 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         h = self.norm(hidden_states)
+        tokens = to_tokens(h)
         if self.use_linear_projection:
-            inner_dim, h = h.shape[1], self.proj_in(to_tokens(h))
+            tokens = self.proj_in(tokens)
+        elif is_matrix(self.proj_in):
+            tokens = as_matrix(self.proj_in, tokens)
         else:
-            h = self.proj_in(h)
-            inner_dim, h = h.shape[1], to_tokens(h)
-        return h, inner_dim  # (N, L, C)
+            tokens = to_tokens(self.proj_in(h))
+        return tokens, tokens.shape[2]  # (N, L, C)
 
     def _get_output_for_continuous_inputs(
         self,
@@ -222,9 +225,31 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
     ) -> Tensor:
         if self.use_linear_projection:
             return from_tokens(self.proj_out(hidden_states), residual) + residual
+        if is_matrix(self.proj_out):
+            return from_tokens(as_matrix(self.proj_out, hidden_states), residual) + residual
         h = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (N, C, H, W)
         h = h if is_channels_last(residual) else h.contiguous()
         return self.proj_out(h) + residual
+
+
+def is_matrix(layer: Any) -> bool:
+    """Whether a layer is a plain 1x1 convolution that nobody listens to, moves or has wrapped."""
+    options = getattr(layer, "kernel_size", None), getattr(layer, "stride", None)
+    return (
+        type(layer) in (nn.Conv2d, PreparedConv2d)
+        and (*options, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        and not watched(layer)
+        and "_hf_hook" not in layer.__dict__
+        and not (type(layer) is PreparedConv2d and layer.plan.widens(layer.weight.dtype))
+    )
+
+
+def as_matrix(conv: Any, tokens: Tensor) -> Tensor:
+    """A 1x1 convolution of tokens; as such PyTorch takes im2col for few pixels on a CPU.
+
+    tokens: (N, L, C) -> (N, L, C').
+    """
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 class Upsample2D(upsampling.Upsample2D):
