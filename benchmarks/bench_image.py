@@ -17,7 +17,8 @@ from fastdiff.checkpoint.bundle import ModelConfig
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.unet import UNet
-from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings
+from fastdiff.pipelines.core import SampleSettings
+from fastdiff.pipelines.latent import LatentDiffusion
 from fastdiff.presets import AUTOENCODERS, UNETS
 
 DIGITS = 64

@@ -299,7 +299,12 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
             alone = partial(agreement, op, backend)
             todo.append((2 * place, label, alone if case is None else check))
     # between an op's first case and its second: the ways through its kernels
-    with_cuda = {name for name, op in kernels.OPS.items() if "cuda" in op.implementations}
+    with_cuda = {
+        name
+        for name, op in kernels.OPS.items()
+        if "cuda" in op.implementations
+        and op.implementations["cuda"].serves(cases.device_of("cuda"))
+    }
     for route in ROUTES if "cuda" in backends else ():
         if route.op in with_cuda and (clusters() or route.cluster == 1):
             todo.append((1, f"{route} on cuda", partial(along, route)))

@@ -245,6 +245,17 @@ OP_HEAD = (
 )
 
 
+BEFORE_KERNELS = (
+    "Measured before there were CPU kernels, or without them: every op was the reference's. What "
+    "an installation with its compiled module does is not in this section."
+)
+
+
+def by_a_kernel(run: Run) -> bool:
+    """Whether CPU kernels took part, as in all that is measured in turns with a rival."""
+    return any(record.benchmark in (IN_TURNS, END_TO_END) for record in run.records)
+
+
 def section(device: Device) -> str:
     """The picture and the tables of one device that is no GPU."""
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
@@ -256,6 +267,8 @@ def section(device: Device) -> str:
     used = sorted(shown.values(), key=lambda run: run.environment["date"], reverse=True)
     jobs = [whole(*pair) for pair in alone] + [peak_row(*pair) for pair in peaks]
     parts = [f"### {device.name}", "\n".join(run.describe() for run in used)]
+    if not any(by_a_kernel(run) for run in used):
+        parts.append(BEFORE_KERNELS)
     if shares:
         parts.append(f"![How much of an evaluation each op takes](images/{picture(device).name})")
     parts += cpu_tables(device)

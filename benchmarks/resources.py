@@ -39,10 +39,11 @@ class Options:
     """Compile Triton kernels ahead of time and list what they take of each GPU.
 
     Without --every, the sizes of real models; some minutes, as long as triton's cache is empty.
-    With it, every head dim and option that takes a config, in every dtype, as far as
-    docs/resources.json does not know the result yet: from nothing about an hour on one core. Exit
-    code 1 if a kernel spills, needs more shared memory than there is, or, with --check, if a file
-    in docs is not of these kernels and configs; 2 for wrong options.
+    With it, every head dim that takes a config, and every option at the head dims the classes are
+    named after, in every dtype, as far as docs/resources.json does not know the result yet: from
+    nothing about an hour on one core. Exit code 1 if a kernel spills, needs more shared memory than
+    there is, or, with --check, if a file in docs is not of these kernels and configs; 2 for wrong
+    options.
 
     Examples:
       python -m benchmarks.resources --architecture sm_90 --op geglu --dtype bfloat16

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -75,8 +75,7 @@ def wrapped(wrap: Callable[[str, Function], Function]) -> Iterator[None]:
     before = {name: op.implementations for name, op in kernels.OPS.items()}
     for name, op in kernels.OPS.items():
         op.implementations = {
-            key: replace(known, function=wrap(name, known.function))
-            for key, known in op.implementations.items()
+            key: known.wrapped(partial(wrap, name)) for key, known in op.implementations.items()
         }
     try:
         yield

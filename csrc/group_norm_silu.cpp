@@ -21,6 +21,23 @@ constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one 
 constexpr int64_t SMALL_SAMPLE = 262144;     // numbers; smaller ones are not walked in two rounds
 constexpr int64_t MANY_SAMPLES = 8;          // enough to give each to one thread
 
+// As many fp64 numbers as a register has, and sums of them.
+constexpr int64_t WIDE_LANES = LANES / 2;
+typedef double Wide __attribute__((vector_size(4 * LANES)));
+
+inline Wide load_wide(const float* x) {
+  typedef float Half __attribute__((vector_size(2 * LANES)));
+  Half v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return __builtin_convertvector(v, Wide);
+}
+
+inline double sum_of_lanes(Wide v) {
+  double sum = 0;
+  for (int i = 0; i < WIDE_LANES; ++i) sum += v[i];
+  return sum;
+}
+
 struct Moments {
   double mean, m2;  // m2: sum of squared distances from the mean
 };
@@ -68,14 +85,16 @@ void clear(float* v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = 0;
 }
 
-// The chunks' moments merged (Chan et al. 1982); `numbers(i)` says how many the i-th is of.
-template <class F>
-Moments merge(const Moments* parts, int64_t count, int64_t stride, double total, const F& numbers) {
+// The chunks' moments merged (Chan et al. 1982): `full` numbers each, the last one's are `last`.
+Moments merge(const Moments* parts, int64_t count, int64_t stride, double full, double last) {
+  if (count == 1) return *parts;
+  const double share = 1 / (full * double(count - 1) + last);
   double mean = 0, m2 = 0;
-  for (int64_t i = 0; i < count; ++i) mean += parts[i * stride].mean * (double(numbers(i)) / total);
+  for (int64_t i = 0; i < count; ++i)
+    mean += parts[i * stride].mean * ((i + 1 < count ? full : last) * share);
   for (int64_t i = 0; i < count; ++i) {
     const double d = parts[i * stride].mean - mean;
-    m2 += parts[i * stride].m2 + d * d * double(numbers(i));
+    m2 += parts[i * stride].m2 + d * d * (i + 1 < count ? full : last);
   }
   return {mean, m2};
 }
@@ -103,6 +122,23 @@ struct Affine {
   float factor(int64_t n, int64_t c) const { return weight_of(c) * scale_of(n, c); }
   float offset(int64_t n, int64_t c) const {
     return bias_of(c) * scale_of(n, c) + shift_of(n, c);
+  }
+
+  // factor and offset of the channels from `first` to `last`
+  void write(int64_t n, int64_t first, int64_t last, float* RESTRICT factors,
+             float* RESTRICT offsets) const {
+    if (weight && bias && !scale_shift) {
+      const float *RESTRICT w = weight, *RESTRICT b = bias;
+      SIMD for (int64_t c = first; c < last; ++c) {
+        factors[c] = w[c];
+        offsets[c] = b[c];
+      }
+      return;
+    }
+    for (int64_t c = first; c < last; ++c) {
+      factors[c] = factor(n, c);
+      offsets[c] = offset(n, c);
+    }
   }
 };
 
@@ -252,11 +288,10 @@ template <class T> struct Forward {
     rows.spread(pivot);
   }
 
-  // Moments of the part's groups over a chunk.
-  void chunk_moments(const Rows& rows, int64_t n, int64_t chunk, const Part& part,
+  // Moments of the part's groups over a chunk; `memory` has room for three rows.
+  void chunk_moments(const Rows& rows, int64_t n, int64_t chunk, const Part& part, float* memory,
                      Moments* moments) const {
-    Scratch<float> memory(3 * rows.width);
-    float *s = memory.data, *q = s + rows.width, *pivot = q + rows.width;
+    float *s = memory, *q = s + rows.width, *pivot = q + rows.width;
     if (adds) add_chunk(rows, n, chunk, part, s);
     clear(s + part.first, part.last - part.first);
     clear(q + part.first, part.last - part.first);
@@ -271,48 +306,65 @@ template <class T> struct Forward {
     }
     rows.fold(s);
     rows.fold(q);
-    const double of_channel = double(count / a.c);
+    const double of_channel = double(count / a.c), share = 1 / of_channel, part_of_group = 1 / double(size);
     for (int64_t g = part.first_group; g < part.last_group; ++g)
-      moments[g] = merge_channels(s + g * size, q + g * size, pivot + g * size, of_channel);
+      moments[g] = merge_channels(s + g * size, q + g * size, pivot + g * size, of_channel, share,
+                                  part_of_group);
   }
 
-  // Of the channels of a group, from the sums around their pivots.
+  // Of the channels of a group, from the sums around their pivots. The channels' means are taken above
+  // the first pivot: in fp64 their squares lose nothing that fp32 sums had.
   Moments merge_channels(const float* RESTRICT s, const float* RESTRICT q,
-                         const float* RESTRICT pivot, double count) const {
-    double mean = 0, within = 0, between = 0;
-    const double share = 1 / count;
-#pragma omp simd reduction(+ : mean, within)
-    for (int64_t i = 0; i < size; ++i) {
-      const double off = double(s[i]) * share;
-      mean += double(pivot[i]) + off;
+                         const float* RESTRICT pivot, double count, double share,
+                         double part_of_group) const {
+    double total = 0, squares = 0, within = 0;
+    const double first = double(pivot[0]);
+    int64_t i = 0;
+    if (size >= WIDE_LANES) {
+      Wide totals{}, squares_of{}, withins{};
+      for (; i + WIDE_LANES <= size; i += WIDE_LANES) {
+        const Wide sums = load_wide(s + i), off = sums * share;
+        const Wide d = (load_wide(pivot + i) - first) + off;
+        totals += d;
+        squares_of += d * d;
+        withins += load_wide(q + i) - sums * off;
+      }
+      total = sum_of_lanes(totals);
+      squares = sum_of_lanes(squares_of);
+      within = sum_of_lanes(withins);
+    }
+    for (; i < size; ++i) {
+      const double off = double(s[i]) * share, d = (double(pivot[i]) - first) + off;
+      total += d;
+      squares += d * d;
       within += double(q[i]) - double(s[i]) * off;
     }
-    mean /= double(size);
-#pragma omp simd reduction(+ : between)
-    for (int64_t i = 0; i < size; ++i) {
-      const double d = (double(pivot[i]) - mean) + double(s[i]) * share;
-      between += d * d;
-    }
-    return {mean, (within > 0 ? within : 0) + between * count};  // rounding may leave less than none
+    const double mean = total * part_of_group, between = squares - total * mean;
+    // rounding may leave less than none; NaN passes
+    return {first + mean, (within < 0 ? 0 : within) + (between < 0 ? 0 : between) * count};
   }
 
   // From the chunks' moments to the columns' (mean, factor, shift).
   void columns_of(const Rows& rows, int64_t n, const Part& part, const Moments* moments,
                   float* columns) const {
     const double count = double(a.space * size);
+    const double full = double(rows.chunk_numbers(0) / a.groups),
+                 last = double(rows.chunk_numbers(rows.chunks - 1) / a.groups);
     float *m = columns, *factor = m + rows.width, *shift = factor + rows.width;
+    affine.write(n, part.first_group * size, part.last_group * size, factor, shift);
     for (int64_t g = part.first_group; g < part.last_group; ++g) {
-      const Moments merged = merge(moments + g, rows.chunks, a.groups, count, [&](int64_t chunk) {
-        return rows.chunk_numbers(chunk) / a.groups;
-      });
+      const Moments merged = merge(moments + g, rows.chunks, a.groups, full, last);
       float stats[3];
       write_stats(stats, merged, count, a.eps);
       if (a.stats)
         for (int i = 0; i < 3; ++i) a.stats[(n * a.groups + g) * 3 + i] = stats[i];
-      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-        m[c] = stats[0];
-        factor[c] = stats[2] * affine.factor(n, c);
-        shift[c] = affine.offset(n, c) - stats[1] * factor[c];
+      const float high = stats[0], low = stats[1], r = stats[2];
+      float *RESTRICT mean = m + g * size, *RESTRICT times = factor + g * size,
+                      *RESTRICT plus = shift + g * size;
+      SIMD for (int64_t i = 0; i < size; ++i) {
+        mean[i] = high;
+        times[i] *= r;
+        plus[i] -= low * times[i];
       }
     }
     rows.spread(m);
@@ -336,12 +388,12 @@ template <class T> struct Forward {
     parallel(a.n * parts, larger(1, NUMBERS_PER_THREAD * parts / numbers),
              [&](int64_t begin, int64_t end) {
                Scratch<Moments> moments(rows.chunks * a.groups);
-               Scratch<float> columns(3 * rows.width);
+               Scratch<float> columns(3 * rows.width);  // before that the moments' memory
                for (int64_t i = begin; i < end; ++i) {
                  const int64_t n = i / parts, g = i % parts * groups;
                  const Part part = part_of(rows, g, smaller(g + groups, a.groups));
                  for (int64_t j = 0; j < rows.chunks; ++j)
-                   chunk_moments(rows, n, j, part, moments.data + j * a.groups);
+                   chunk_moments(rows, n, j, part, columns.data, moments.data + j * a.groups);
                  columns_of(rows, n, part, moments.data, columns.data);
                  for (int64_t j = rows.chunks; j-- > 0;)
                    apply_chunk(rows, n, j, part, columns.data);
@@ -361,8 +413,10 @@ template <class T> struct Forward {
     Scratch<Moments> moments(a.n * rows.chunks * a.groups);
     Scratch<float> columns(a.n * 3 * rows.width);
     parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      Scratch<float> memory(3 * rows.width);
       for (int64_t i = begin; i < end; ++i)
-        chunk_moments(rows, i / rows.chunks, i % rows.chunks, part, moments.data + i * a.groups);
+        chunk_moments(rows, i / rows.chunks, i % rows.chunks, part, memory.data,
+                      moments.data + i * a.groups);
     });
     for (int64_t n = 0; n < a.n; ++n)
       columns_of(rows, n, part, moments.data + n * rows.chunks * a.groups,
@@ -424,10 +478,10 @@ template <class T> struct Forward {
       merged = run_moments(run, length);
     } else {
       Scratch<Moments> parts(chunks);
-      const auto numbers_of = [&](int64_t i) { return smaller(CHUNK, length - i * CHUNK); };
+      const int64_t last = length - (chunks - 1) * CHUNK;
       for (int64_t i = 0; i < chunks; ++i)
-        parts.data[i] = run_moments(run + i * CHUNK, numbers_of(i));
-      merged = merge(parts.data, chunks, 1, double(length), numbers_of);
+        parts.data[i] = run_moments(run + i * CHUNK, i + 1 < chunks ? CHUNK : last);
+      merged = merge(parts.data, chunks, 1, double(CHUNK), double(last));
     }
     float stats[3];
     write_stats(stats, merged, double(length), a.eps);

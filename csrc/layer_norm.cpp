@@ -8,12 +8,24 @@ namespace {
 constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
 constexpr int64_t CHUNK = 16384;              // numbers whose shares of dweight are added up in fp32
 
+// The mean of 64 numbers of a row, spread over it: so near the row's that the squares of what lies above
+// it lose no digit, and a pass less than the mean itself. Exact where all are equal.
+inline float near_mean(const float* x, int64_t d) {
+  constexpr int64_t NUMBERS = 64, PLACES = NUMBERS / LANES;
+  if (d < 2 * NUMBERS) return float(double(sum(x, d)) / double(d));
+  Vector parts[PLACES];
+  for (int64_t i = 0; i < PLACES; ++i) parts[i] = load(x + i * (d / PLACES));
+  for (int64_t half = PLACES / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return sum_of_lanes(parts[0]) * (1.0f / NUMBERS);
+}
+
 // A row's mean as high + low, since x - high is exact where the mean is large, and 1 / deviation.
 struct Statistics {
   float high, low, r;
 
   Statistics(const float* x, int64_t d, double eps) {
-    const float center = float(double(sum(x, d)) / double(d));
+    const float center = near_mean(x, d);
     float off, squares;
     sums_around(x, d, center, &off, &squares);
     const double mean = double(center) + off / double(d);

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.kernels.extension import plain
+from fastdiff.kernels.dispatch import plain
 from fastdiff.models.layers import Upsample
 
 PACK_NUMBERS = 2**19
@@ -108,7 +108,15 @@ def packing_objection() -> str | None:
     """Why convolutions cannot be packed with this torch, or None.
 
     Packed convolutions are operators that Inductor calls, not documented ones; so they are tried.
+    An objection is logged, once.
     """
+    objection = _try_packing()
+    if objection is not None:
+        logger.warning("convolutions compute unpacked, slower: %s", objection)
+    return objection
+
+
+def _try_packing() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
     x = torch.ones(1, 16, 4, 4, dtype=torch.float32, device="cpu")
@@ -200,6 +208,10 @@ class Kept:
     """
 
     def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Give the form's memory back; the next call makes it anew."""
         self.sources: tuple[Tensor | None, ...] = ()
         self.state: tuple[Any, ...] = ()
         self.form: Any = None
@@ -246,17 +258,28 @@ PLAIN = Plan(keep_copies=False, half_as_fp32=False)
 """Of a layer that others make of a prepared layer's class, as peft makes a LoRA's convolutions."""
 
 
-class PreparedConv2d(nn.Conv2d):
-    """A convolution with packed weights, in fp32 where the plan says so."""
+class Prepared(nn.Module):
+    """What the prepared layers share."""
 
     plan: Plan = PLAIN
     kept: Kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
+        """Moving to another device or dtype: nobody will ask for the present copy again."""
+        if "kept" in self.__dict__:  # a layer that peft makes of our class has none
+            self.kept.drop()
+        super()._apply(fn, recurse)
+        return self
+
+
+class PreparedConv2d(Prepared, nn.Conv2d):
+    """A convolution with packed weights, in fp32 where the plan says so."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or x.ndim != 4:
             return super().forward(x)
         wide = self.plan.widens(x.dtype)
-        keeps = self.plan.keep_copies and plain(x, self.weight, self.bias, on_cpu=True)
+        keeps = self.plan.keep_copies and plain((x, self.weight, self.bias), on_cpu=True)
         packs = keeps and self._packs(x, wide)
         if packs:
             conv, weight = self.kept((self.weight, self.bias), lambda: self._pack(x))
@@ -291,16 +314,13 @@ class PreparedConv2d(nn.Conv2d):
         return conv, conv.pack(self.weight.detach().float(), x)
 
 
-class PreparedLinear(nn.Linear):
+class PreparedLinear(Prepared, nn.Linear):
     """A linear layer that computes in fp32 where the plan says so."""
-
-    plan: Plan = PLAIN
-    kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or not self.plan.widens(x.dtype):
             return super().forward(x)
-        if self.plan.keep_copies and plain(x, self.weight, self.bias, on_cpu=True):
+        if self.plan.keep_copies and plain((x, self.weight, self.bias), on_cpu=True):
             weight, bias = self.kept(
                 (self.weight, self.bias), lambda: (_float(self.weight), _float(self.bias))
             )
@@ -333,7 +353,7 @@ def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
         or not (x.dtype is torch.float32 or layer.plan.widens(x.dtype))
         or weight.numel() < PACK_NUMBERS
         or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
-        or not plain(x, weight, bias, on_cpu=True)
+        or not plain((x, weight, bias), on_cpu=True)
         or packing_objection()
     ):
         return None
@@ -343,11 +363,8 @@ def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
     return packed_fold(x.float(), packed, wide_bias).to(x.dtype)
 
 
-class PreparedUpsample(Upsample):
+class PreparedUpsample(Prepared, Upsample):
     """A doubling and its convolution as one transposed convolution."""
-
-    plan: Plan
-    kept: Kept
 
     def forward(self, x: Tensor) -> Tensor:
         y = folded_upsampling(self, self.conv, x)

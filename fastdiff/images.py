@@ -6,13 +6,16 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from fastdiff.checkpoint.files import atomic_file
+from fastdiff.data.decode import UNREADABLE, open_flat, reason, resize
 
 RECIPE_KEY = "fastdiff"
 """Name of the PNG text chunk that holds the recipe."""
@@ -50,6 +53,46 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
+def read_image(
+    path: str | os.PathLike[str], *, height: int | None = None, width: int | None = None
+) -> Tensor:
+    """Read a picture of any kind as RGB: (3, H, W) fp32 in [-1, 1].
+
+    EXIF orientation is applied, grey and palettes become RGB, transparent pixels lie on white.
+    height, width: cropped around the centre and resized to this; None: as the other one and the
+    picture's proportions say.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read.
+    """
+    return _read(path, "RGB", height, width) * 2 - 1
+
+
+def read_mask(
+    path: str | os.PathLike[str], *, height: int | None = None, width: int | None = None
+) -> Tensor:
+    """Read a mask, white where an image is to be new: (1, H, W) fp32 in [0, 1]; as `read_image`."""
+    return _read(path, "L", height, width)
+
+
+def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: int | None) -> Tensor:
+    """(C, H, W) fp32 in [0, 1]."""
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"no image at {file}; give a PNG, JPEG or other picture")
+    try:
+        picture = open_flat(file, (255, 255, 255)).convert(mode)
+    except UNREADABLE as error:
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+    if height is not None or width is not None:
+        width = width or max(round(picture.width * (height or 1) / picture.height), 1)
+        height = height or max(round(picture.height * width / picture.width), 1)
+        picture = resize(picture, width, height)
+    pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, -1)
+    return torch.tensor(pixels).permute(2, 0, 1) / 255
+
+
 def save_png(
     path: str | os.PathLike[str],
     image: Tensor | Image.Image,
@@ -78,7 +121,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a PNG, is damaged, or carries no recipe.
     """
-    way_out = "give a PNG written by 'fastdiff sample' that no other program has saved again"
+    way_out = "give a PNG written by fastdiff that no other program has saved again"
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.load()  # text chunks may stand behind the pixels

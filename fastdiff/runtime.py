@@ -1,4 +1,4 @@
-"""Between a network and the sampling loop: layout, precomputed embeddings, blocks of fixed size.
+"""Between a network and the sampling loop: layout, precomputed conditions, blocks of fixed size.
 
 The same seed must give the same bits alone and at any place of any batch. Convolutions and matrix
 products on the CPU do not promise that: oneDNN picks another kernel for another batch size, with
@@ -10,13 +10,14 @@ always sees blocks of one fixed size; the last block is filled up with copies of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.cpu import prepare_layers
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import ContextKV, UNet, UNetConfig
 
 BLOCK_PIXELS = 512
 """Pixels of x that the network sees at once on the CPU: enough that a call's overhead is small."""
@@ -91,68 +92,135 @@ def in_blocks(
     return halves[0] if len(halves) == 1 else torch.cat(halves)
 
 
-class Denoiser:
-    """A U-Net with its class labels: the ``predict(x, t, guided)`` that the sampling loop calls.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Condition:
+    """What a sample is conditioned on; samples that share one object share its precomputation."""
 
-    The embeddings of all (timestep, class) pairs are computed once, here; a step looks them up.
+    label: int | None = None
+    """Row of the label embedding; see :func:`check_label`."""
+    context: Tensor | None = None
+    """(1, T, D): the tokens that the cross-attentions read."""
+    added: Tensor | None = None
+    """(1, A): the vector added to the time embedding."""
+
+    @property
+    def tokens(self) -> int:
+        """T; the samples of one evaluation must agree in it."""
+        return 0 if self.context is None else self.context.shape[1]
+
+    @property
+    def key(self) -> tuple[int | None, int]:
+        """What the embedding depends on."""
+        return self.label, id(self.added)
+
+
+def class_conditions(
+    config: UNetConfig, labels: Sequence[int | None], *, guided: bool
+) -> tuple[list[Condition], list[Condition] | None]:
+    """Conditions for classes, and the unconditional ones if guided: one object per class.
+
+    labels: one per sample: a class, or None for no class.
+
+    Raises:
+        ValueError: a label out of range; no class, or guidance, without a null class for it.
+    """
+    rows = [check_label(label, config.num_classes, config.null_class) for label in labels]
+    null = check_guidance(config.num_classes, config.null_class) if guided else None
+    kinds = {row: Condition(label=row) for row in [*rows, null]}
+    return [kinds[row] for row in rows], [kinds[null]] * len(rows) if guided else None
+
+
+class Denoiser:
+    """A U-Net with its conditions: the ``predict(x, t, guided)`` that the sampling loop calls.
+
+    Computed once, here: the embeddings of all (timestep, condition) pairs, and each condition's
+    keys and values in every cross-attention. A step looks them up.
     """
 
     def __init__(
         self,
         unet: UNet,
         timesteps: Tensor | Sequence[float],
-        labels: Sequence[int | None],
+        conditions: Sequence[Condition],
+        unconditional: Sequence[Condition] | None = None,
         *,
-        guided: bool,
+        extra: Tensor | None = None,
         block: int | None = None,
     ) -> None:
         """
         timesteps: (rows,), every t that will be asked for.
-        labels: one per sample: a class, or None for no class.
-        guided: whether the unconditional half will be asked for too.
+        conditions: one per sample, all with as many tokens.
+        unconditional: one per sample, for guidance; None if it will not be asked for.
+        extra: (N, C, H, W), channels that the U-Net reads behind those of x, as for inpainting.
         block: samples per evaluation; see :func:`block_size`.
-
-        Raises:
-            ValueError: a label out of range; no class, or guidance, without a null class for it.
         """
-        config = unet.config
-        if config.context_dim is not None or config.added_condition_dim is not None:
-            raise ValueError(
-                "expected a U-Net conditioned on classes or on nothing, got one with context "
-                "tokens; call UNet.forward with context="
-            )
-        self.unet, self.block = unet, block
+        assert unconditional is None or len(unconditional) == len(conditions)
+        self.unet, self.block, self.extra = unet, block, extra
         weight = next(unet.parameters())
         self.dtype, device = weight.dtype, weight.device
-        used = [check_label(label, config.num_classes, config.null_class) for label in labels]
-        if guided:
-            used.append(check_guidance(config.num_classes, config.null_class))
-        kinds = sorted({label for label in used if label is not None})
+        kinds = list(dict.fromkeys([*conditions, *(unconditional or ())]))
+        assert len({kind.tokens for kind in kinds}) == 1, "samples differ in their tokens"
         self.place = {float(t): row for row, t in enumerate(dict.fromkeys(_floats(timesteps)))}
+        self.kinds = [kinds.index(condition) for condition in conditions]
+        self.null = [kinds.index(condition) for condition in unconditional or ()]
+        self.samples = torch.arange(len(conditions))
+        self._chosen: dict[tuple[int, ...], tuple[Tensor, ContextKV]] = {}
         with torch.inference_mode():
             t = torch.tensor(list(self.place), dtype=torch.float32, device=device)
-            ys: list[Tensor | None] = [torch.full((len(t),), y, device=device) for y in kinds]
-            # (rows, labels, E); one call per label, so that each has the same shape in any batch
-            self.embeddings = torch.stack([unet.embed(t, y) for y in ys or [None]], dim=1)
-        index = torch.tensor([0 if y is None else kinds.index(y) for y in used], device=device)
-        self.index = index[: len(labels)]
-        self.null = index[-1] if guided else None
+            # One call per condition, so that each has the same shape in any batch.
+            vectors: dict[tuple[int | None, int], Tensor] = {}
+            for kind in kinds:
+                if kind.key not in vectors:
+                    y = None if kind.label is None else torch.full_like(t, kind.label).long()
+                    added = kind.added
+                    added = None if added is None else added.to(device).expand(len(t), -1)
+                    vectors[kind.key] = unet.embed(t, y, added)
+            kinds_of_rows = [vectors[kind.key] for kind in kinds]
+            self.embeddings = torch.stack(kinds_of_rows, dim=1)  # (rows, conditions, E)
+            self.kvs = [
+                unet.project_context(kind.context.to(device, self.dtype))
+                for kind in kinds
+                if kind.context is not None
+            ]
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: float, guided: bool) -> Tensor:
-        """x: (N, C, H, W). Returns fp32 (N, ...), or (2N, ...) = [unconditional; conditional]."""
-        assert len(x) == len(self.index), f"{len(self.index)} labels for {len(x)} samples"
-        assert not guided or self.null is not None, "made without guided=True"
+        """x: (N, C, H, W). Returns in its dtype (N, ...), or (2N, ...) = [uncond; cond]."""
+        assert len(x) == len(self.kinds), f"{len(self.kinds)} conditions for {len(x)} samples"
+        assert not guided or self.null, "made without unconditional"
         emb = self.embeddings[self.place[t]]
 
-        def evaluate(piece: Tensor, labels: Tensor) -> Tensor:
+        def evaluate(piece: Tensor, samples: Sequence[int]) -> Tensor:
+            chosen = [self.kinds[sample] for sample in samples]
             if guided:
-                assert self.null is not None
                 piece = torch.cat([piece, piece])
-                labels = torch.cat([self.null.expand(len(labels)), labels])
-            return self.unet.body(piece, emb[labels])
+                chosen = [self.null[sample] for sample in samples] + chosen
+            index, kvs = self._choose(tuple(chosen))
+            return self.unet.body(piece, emb[index], kvs)
 
-        return in_blocks(evaluate, self.block, x.to(self.dtype), self.index).float()
+        inputs = x if self.extra is None else torch.cat([x, self.extra.to(x)], dim=1)
+        inputs = inputs.to(self.dtype)
+        if self.block is None:
+            piece = inputs.contiguous(memory_format=torch.channels_last)
+            return evaluate(piece, range(len(x))).to(x.dtype)
+        return in_blocks(
+            lambda piece, samples: evaluate(piece, samples.tolist()),
+            self.block,
+            inputs,
+            self.samples,
+        ).to(x.dtype)
+
+    def _choose(self, chosen: tuple[int, ...]) -> tuple[Tensor, ContextKV]:
+        """The conditions of a piece as an index, and their keys and values, gathered once."""
+        if chosen not in self._chosen:
+            index = torch.tensor(chosen, device=self.embeddings.device)
+            kvs = [self.kvs[kind] for kind in chosen] if self.kvs else []
+            gathered = [
+                [torch.cat(same) for same in zip(*blocks, strict=True)]
+                for blocks in zip(*kvs, strict=True)
+            ]
+            self._chosen[chosen] = (index, gathered)
+        return self._chosen[chosen]
 
 
 def check_label(label: int | None, num_classes: int | None, null_class: bool) -> int | None:

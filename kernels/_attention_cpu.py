@@ -28,7 +28,10 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 def _strided(x: Tensor | None) -> Strided:
     """Where x begins, and its strides from sample to sample, row to row, head to head."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+    if x is None:
+        return (0, 0, 0, 0)
+    sample, row, head, _ = x.stride()
+    return x.data_ptr(), sample, row, head
 
 
 def _expanded(mask: Tensor | None, full: tuple[int, int, int, int]) -> Tensor | None:
@@ -71,7 +74,7 @@ def _run(
 ) -> Tensor:
     q = tensors[0]
     assert q is not None
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     call = _Call(tensors, mask, scale)
     if call.empty:
         return out.zero_()

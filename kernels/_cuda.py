@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastdiff.kernels import extension
 from fastdiff.kernels.dispatch import OPS, Implementation, Op, _no_objection, first_tensor
-from fastdiff.kernels.extension import plain
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 """The codes of csrc/common.cuh; fp64 for parameters only."""
@@ -228,17 +227,18 @@ def register(
     a gradient or are traced. objection, dtypes: as `why_not` and `dtypes` of `Implementation`.
     """
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        straight = plain(*args, *kwargs.values())
-        return (function if straight else registered)(*args, **kwargs)
-
     def why_not(*args: Any, **kwargs: Any) -> str | None:
         x = first_tensor(args, kwargs)
         refused = refusal(x.device.index or 0) if x.is_cuda else None
         return refused or objection(*args, **kwargs)
 
     implementation = Implementation(
-        backend="cuda", function=run, why_not=why_not, devices=("cuda",), dtypes=dtypes
+        backend="cuda",
+        function=registered,
+        direct=function,
+        why_not=why_not,
+        devices=("cuda",),
+        dtypes=dtypes,
     )
     IMPLEMENTATIONS[op.name] = implementation
     if _library is not None:

@@ -15,7 +15,7 @@ from fastdiff.kernels._group_norm import memory_format_of
 def dense(x: Tensor) -> tuple[Tensor, bool]:
     """x without gaps, and True where its channels lie last (or there is one position only)."""
     if x.is_contiguous():
-        return x, x.ndim == 2 or x.shape[2:].numel() == 1
+        return x, x.ndim == 2 or x.numel() == x.shape[0] * x.shape[1]
     if memory_format_of(x) is torch.contiguous_format:
         return x.contiguous(), False
     return x, True

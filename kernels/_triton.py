@@ -392,6 +392,15 @@ def as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
+    """(..., D) as dense rows: a tensor that holds them, how many, how far apart. x has numbers."""
+    if x.is_contiguous():  # no view has to be made
+        d = x.shape[-1]
+        return x, x.numel() // d, d
+    flat = as_rows(x)
+    return flat, len(flat), flat.stride(0)
+
+
 # Device functions
 
 

@@ -401,18 +401,15 @@ def add_group_norm_silu(
         ValueError: a shape, dtype or option that does not fit.
     """
     op = "add_group_norm_silu"
-    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation)
+    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation, eps)
     check_shape(op, "channel_add", channel_add, tuple(x.shape[:2]), (x.shape[1],))
     check_shape(op, "residual", residual, tuple(x.shape))
-    result: tuple[Tensor, Tensor] = _op(
-        x,
-        num_groups,
-        weight,
-        bias,
-        channel_add=channel_add,
-        residual=residual,
-        scale_shift=scale_shift,
-        eps=eps,
-        activation=activation,
-    )
+    options = {
+        "channel_add": channel_add,
+        "residual": residual,
+        "scale_shift": scale_shift,
+        "eps": eps,
+        "activation": activation,
+    }
+    result: tuple[Tensor, Tensor] = _op.run((x, num_groups, weight, bias), options)
     return result

@@ -64,7 +64,7 @@ from fastdiff.kernels._attention_cpu import register_cpu
 from fastdiff.kernels._attention_forward import attention_forward
 from fastdiff.kernels._triton import register
 from fastdiff.kernels._triton import why_not as why_not_tensors
-from fastdiff.kernels.dispatch import check_floating, compute_dtype, define_op
+from fastdiff.kernels.dispatch import check_floating, check_number, compute_dtype, define_op
 
 
 def attention_reference(
@@ -215,8 +215,11 @@ def _check(
     extra_k: Tensor | None,
     extra_v: Tensor | None,
     mask: Tensor | None,
+    scale: float | None,
 ) -> None:
     check_floating("attention", "q", q)
+    if scale is not None:
+        check_number("attention", "scale", scale)
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             "attention: q and k must be (N, L, H, D) and (N, S, H, D), "
@@ -293,6 +296,7 @@ def attention(
 
     Vaswani et al. 2017, eq. 1.
     """
-    _check(q, k, v, extra_k, extra_v, mask)
-    result: Tensor = _op(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask, scale=scale)
+    _check(q, k, v, extra_k, extra_v, mask, scale)
+    options = {"extra_k": extra_k, "extra_v": extra_v, "mask": mask, "scale": scale}
+    result: Tensor = _op.run((q, k, v), options)
     return result

@@ -8,6 +8,12 @@ runs or raises `BackendError`. A fallback is never silent: when an implementatio
 tensor's device objects, `auto` warns once per (op, reason).
 
 Under `torch.compile` the choice is made while tracing and stays in the compiled graph.
+
+A native implementation has two ways in: calls that are `plain` go straight to the kernel
+(`Implementation.direct`), since a call through PyTorch's own dispatcher costs more than a small
+tensor's work; the others (autograd, `torch.compile`, dispatch modes) go through `function`, the op
+that is registered with PyTorch. What a call costs here is Python: what depends on device and dtype
+alone is worked out once per op (`Op.candidates`).
 """
 
 from __future__ import annotations
@@ -15,19 +21,27 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 BACKENDS = (*ORDER, "auto")
 ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
+# os.environ says that a variable is not set by an exception, half a microsecond in every call
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_variable: Any = ENVIRONMENT_VARIABLE
+if _environment is not os.environ:
+    _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 _forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
 _served: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
@@ -58,6 +72,8 @@ class Implementation:
 
     backend: str
     function: Callable[..., Any]
+    direct: Callable[..., Any] | None = None
+    """What calls that are `plain` go to instead of `function`, past PyTorch's dispatcher."""
     why_not: Callable[..., str | None] = _no_objection
     """What stands against these arguments, as one sentence with got and expected, or None."""
     devices: tuple[str, ...] = ()
@@ -69,6 +85,11 @@ class Implementation:
     """Device types on which it runs too, slowly, but only when it is forced by name."""
     dtypes: tuple[torch.dtype, ...] = ()
     """Dtypes of the first tensor it is made for; empty: all. Others are treated as devices are."""
+
+    def wrapped(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Implementation:
+        """The same with ``wrap(function)`` in the place of what it calls, either way."""
+        direct = None if self.direct is None else wrap(self.direct)
+        return replace(self, function=wrap(self.function), direct=direct)
 
     def objection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         x = first_tensor(args, kwargs)
@@ -92,9 +113,9 @@ class Implementation:
         return self.serves(device_type) and (not self.dtypes or dtype in self.dtypes)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """An op's first tensor."""
-    first: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
     return first
 
 
@@ -106,6 +127,32 @@ def transformed() -> bool:
     )
 
 
+def plain(arguments: Iterable[Any], *, on_cpu: bool) -> bool:
+    """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced.
+
+    on_cpu: where the tensors have to be, on a CPU or not; of others PyTorch says what is wrong.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._get_tracing_state() is not None
+        or transformed()
+    ):
+        return False
+    wanted = torch.is_grad_enabled()
+    for x in arguments:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_neg() or x.is_cpu is not on_cpu or (wanted and x.requires_grad):
+                return False
+        elif kind not in _NO_TENSORS and isinstance(x, Tensor):  # a subclass, which may do anything
+            return False
+    return True
+
+
+_NO_TENSORS = frozenset({type(None), bool, int, float, str})
+
+
 @dataclass
 class Op:
     """A named op and its implementations in the order of preference; call it to run it."""
@@ -114,6 +161,10 @@ class Op:
     implementations: dict[str, Implementation] = field(default_factory=dict)
     first: Callable[..., str | None] = _no_objection
     """What `auto` tries before the others for these arguments; None: `ORDER` alone decides."""
+    first_devices: tuple[str, ...] = ()
+    """Device types for which `first` is asked; empty: all."""
+    _candidates: dict[Any, tuple[Implementation, ...]] = field(default_factory=dict, repr=False)
+    _candidates_of: Any = field(default=None, repr=False)
 
     def register(self, implementation: Implementation) -> None:
         """Add an implementation (a second one of the same backend replaces the first)."""
@@ -123,11 +174,20 @@ class Op:
         self.implementations = {name: known[name] for name in ORDER if name in known}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the op. The public functions do so: packing arguments once more takes 2 µs."""
         implementation = self.choose(args, kwargs)
         if not torch.compiler.is_compiling():  # Dynamo cannot trace a ContextVar
             served = _served.get()
             if served is not None:
                 served.setdefault(self.name, set()).add(implementation.backend)
+            direct = implementation.direct
+            if direct is not None:
+                on_cpu = first_tensor(args, kwargs).is_cpu
+                if plain((*args, *kwargs.values()), on_cpu=on_cpu):
+                    return direct(*args, **kwargs)
         return implementation.function(*args, **kwargs)
 
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Implementation:
@@ -142,18 +202,15 @@ class Op:
                 {name: "it has no such derivatives"},
             )
         if name == "auto":
-            x = first_tensor(args, kwargs)
-            device, dtype = x.device.type, x.dtype
-            for candidate in self.order(args, kwargs):
-                implementation = self.implementations[candidate]
-                if implementation.made_for(device, dtype):
-                    reason = implementation.why_not(*args, **kwargs)
-                    if reason is not None:
-                        self._warn_once(candidate, reason)
-                    elif implementation.slower(*args, **kwargs) is None:
-                        if candidate == "reference" and device in UNAVAILABLE:
-                            _warn_of_missing(device)
-                        return implementation
+            for implementation in self.candidates(args, kwargs):
+                why_not, slower = implementation.why_not, implementation.slower
+                reason = None if why_not is _no_objection else why_not(*args, **kwargs)
+                if reason is not None:
+                    self._warn_once(implementation.backend, reason)
+                elif slower is _no_objection or slower(*args, **kwargs) is None:
+                    if implementation.backend == "reference":
+                        _warn_of_missing(first_tensor(args, kwargs).device.type)
+                    return implementation
         elif name in self.implementations:
             implementation = self.implementations[name]
             if implementation.objection(args, kwargs) is None:
@@ -164,10 +221,31 @@ class Op:
             f"backend {name!r} cannot run {self.name} ({listed}); use backend='auto'", reasons
         )
 
-    def order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """The implementations as `auto` goes through them for these arguments."""
-        first, known = self.first(*args, **kwargs), tuple(self.implementations)
-        return known if first not in known else (first, *(n for n in known if n != first))
+    def candidates(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Implementation, ...]:
+        """What `auto` goes through: those made for the device and dtype of the first tensor."""
+        x = first_tensor(args, kwargs)
+        device = "cpu" if x.is_cpu else x.device.type
+        first = None
+        if not self.first_devices or device in self.first_devices:
+            first = self.first(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._made_for(device, x.dtype, first)
+        if self._candidates_of is not self.implementations:
+            self._candidates_of, self._candidates = self.implementations, {}
+        key = device, x.dtype, first
+        found = self._candidates.get(key)
+        if found is None:
+            found = self._candidates[key] = self._made_for(device, x.dtype, first)
+        return found
+
+    def _made_for(
+        self, device: str, dtype: torch.dtype, first: str | None
+    ) -> tuple[Implementation, ...]:
+        known = self.implementations
+        names = known if first not in known else (first, *(n for n in known if n != first))
+        return tuple(known[n] for n in names if known[n].made_for(device, dtype))
 
     def reasons(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
         """Backend -> why it would not run these arguments, None where it would."""
@@ -191,8 +269,12 @@ class Op:
 
 
 def _warn_of_missing(backend_name: str) -> None:
-    """Once: pip does not show what a build warned of."""
-    if not torch.compiler.is_compiling() and ("", backend_name) not in _warned:
+    """Once, if there is a reason why it is missing: pip does not show what a build warned of."""
+    if (
+        backend_name in UNAVAILABLE
+        and not torch.compiler.is_compiling()
+        and ("", backend_name) not in _warned
+    ):
         _warned.add(("", backend_name))
         reason = UNAVAILABLE[backend_name]
         message = f"fastdiff runs without its {backend_name} kernels, slower: {reason}"
@@ -216,8 +298,9 @@ def selected_backend() -> str:
     """The backend asked for: the innermost `backend()`, else FASTDIFF_BACKEND, else "auto"."""
     name = _forced.get()
     if name is None:
-        set_ = ENVIRONMENT_VARIABLE in os.environ  # a third of the time of get() when it is not
-        name = (os.environ[ENVIRONMENT_VARIABLE] if set_ else "") or "auto"
+        if _variable not in _environment:
+            return "auto"
+        name = os.environ[ENVIRONMENT_VARIABLE] or "auto"
         if name not in BACKENDS:
             raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {BACKENDS}, got {name!r}")
     return name
@@ -292,7 +375,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         )
     args, kwargs = _as_passed_on(name, args, kwargs)
     selected, reasons = selected_backend(), OPS[name].reasons(args, kwargs)
-    order = OPS[name].order(args, kwargs) if selected == "auto" else (selected,)
+    candidates = (i.backend for i in OPS[name].candidates(args, kwargs))
+    order = tuple(candidates) if selected == "auto" else (selected,)
     chosen = next((candidate for candidate in order if reasons[candidate] is None), None)
     return Explanation(name, selected, chosen, reasons)
 
@@ -336,6 +420,14 @@ def check_floating(op: str, name: str, x: torch.Tensor) -> None:
     """Raise ValueError unless x is a floating-point tensor."""
     if not x.is_floating_point():
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}; use {name}.float()")
+
+
+def check_number(op: str, name: str, value: object, *, whole: bool = False) -> None:
+    """Raise ValueError unless value is a real number, or where `whole` an integer."""
+    kinds = (int, torch.SymInt) if whole else (float, int, torch.SymFloat, torch.SymInt)
+    if not isinstance(value, kinds):
+        expected = "an integer" if whole else "a number"
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
 
 
 def check_shape(op: str, name: str, x: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:

@@ -3,10 +3,6 @@
 It is built from ``csrc/`` by setup.py and holds no torch header: its functions take addresses,
 sizes and strides. Its loops run on the threads of torch's own pool, through the C function
 ``torch_parallel_for``; where a torch does not have that one, they run on the calling thread.
-
-A CPU kernel has two ways in. Plain tensors that want no gradient go straight to it, since a call
-through PyTorch's dispatcher costs more than a small tensor's work; the others (autograd,
-`torch.compile`, dispatch modes) go through the op that is registered with PyTorch.
 """
 
 from __future__ import annotations
@@ -21,10 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op, _no_objection, transformed
+from fastdiff.kernels.dispatch import UNAVAILABLE, Implementation, Op, _no_objection
 
 native: Any = None
 """The module; None where it is not built or does not load."""
@@ -120,29 +114,6 @@ def as_dtype_or_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype or x.dtype is torch.float32 else x.float()
 
 
-def plain(*arguments: Any, on_cpu: bool = False) -> bool:
-    """True where PyTorch need not know of a call: no gradient is wanted and nothing is traced.
-
-    on_cpu: a tensor elsewhere is not plain either; PyTorch then says what is wrong with the call.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._get_tracing_state() is not None
-        or transformed()
-    ):
-        return False
-    wanted = torch.is_grad_enabled()
-    for x in arguments:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if x.is_neg() or (on_cpu and not x.is_cpu) or (wanted and x.requires_grad):
-                return False
-        elif isinstance(x, Tensor):
-            return False
-    return True
-
-
 def register(
     op: Op,
     function: Callable[..., Any],
@@ -157,16 +128,11 @@ def register(
     function: what plain tensors go to; registered: the same, known to PyTorch. objection, dtypes,
     slower: as `why_not`, `dtypes` and `slower` of `Implementation`.
     """
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if plain(*args, *kwargs.values(), on_cpu=True):
-            return function(*args, **kwargs)
-        return registered(*args, **kwargs)
-
     if native is not None:
         implementation = Implementation(
             backend="cpu",
-            function=run,
+            function=registered,
+            direct=function,
             why_not=objection,
             devices=("cpu",),
             dtypes=dtypes,

@@ -29,6 +29,7 @@ from fastdiff.kernels._triton import (
     jit,
     launch,
     register,
+    rows_of,
     tl,
     why_not,
 )
@@ -170,10 +171,11 @@ register(_op, geglu_triton, why_not)
 
 def _geglu_native(x: Tensor) -> Tensor:
     d = x.shape[-1] // 2
-    flat = as_rows(x)
     y = x.new_empty((*x.shape[:-1], d))
-    code = extension.DTYPES[x.dtype]
-    extension.native.geglu(code, flat.data_ptr(), y.data_ptr(), len(flat), d, flat.stride(0))
+    if y.numel():
+        flat, rows, stride = rows_of(x)
+        code = extension.DTYPES[x.dtype]
+        extension.native.geglu(code, flat.data_ptr(), y.data_ptr(), rows, d, stride)
     return y
 
 
@@ -236,5 +238,5 @@ def geglu(x: Tensor) -> Tensor:
             f"geglu: the last dimension of x must be even, got shape {tuple(x.shape)}; "
             "project to 2 * D features"
         )
-    result: Tensor = _op(x)
+    result: Tensor = _op.run((x,), {})
     return result

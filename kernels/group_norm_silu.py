@@ -51,7 +51,13 @@ from fastdiff.kernels._group_norm_cuda import (
     why_not_cuda,
 )
 from fastdiff.kernels._group_norm_forward import norm_forward
-from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
+from fastdiff.kernels.dispatch import (
+    check_floating,
+    check_number,
+    check_shape,
+    compute_dtype,
+    define_op,
+)
 
 ACTIVATIONS = ("silu", "none")
 
@@ -106,12 +112,15 @@ def check_group_norm(
     bias: Tensor | None,
     scale_shift: Tensor | None,
     activation: str,
+    eps: float,
 ) -> None:
     """The checks shared by `group_norm_silu` and `add_group_norm_silu`. Raises ValueError."""
     check_floating(op, "x", x)
     if x.ndim < 2:
         raise ValueError(f"{op}: x must be (N, C, *spatial), got shape {tuple(x.shape)}")
     n, c = x.shape[:2]
+    check_number(op, "num_groups", num_groups, whole=True)
+    check_number(op, "eps", eps)
     if num_groups < 1 or c % num_groups:
         raise ValueError(
             f"{op}: num_groups must divide the {c} channels of x, got {num_groups}; "
@@ -403,8 +412,7 @@ def group_norm_silu(
     Wu & He 2018 (Group Normalization), eq. 1-2; scale and shift: Dhariwal & Nichol 2021, section
     3.1.
     """
-    check_group_norm("group_norm_silu", x, num_groups, weight, bias, scale_shift, activation)
-    result: Tensor = _op(
-        x, num_groups, weight, bias, scale_shift=scale_shift, eps=eps, activation=activation
-    )
+    check_group_norm("group_norm_silu", x, num_groups, weight, bias, scale_shift, activation, eps)
+    options = {"scale_shift": scale_shift, "eps": eps, "activation": activation}
+    result: Tensor = _op.run((x, num_groups, weight, bias), options)
     return result

@@ -33,8 +33,14 @@ from torch import Tensor
 
 from fastdiff.kernels import _cuda, _layer_norm_cuda, extension
 from fastdiff.kernels._layer_norm import empty_gradients, norm_backward, norm_forward
-from fastdiff.kernels._triton import as_rows, register, why_not
-from fastdiff.kernels.dispatch import check_floating, check_shape, compute_dtype, define_op
+from fastdiff.kernels._triton import as_rows, register, rows_of, why_not
+from fastdiff.kernels.dispatch import (
+    check_floating,
+    check_number,
+    check_shape,
+    compute_dtype,
+    define_op,
+)
 
 
 def layer_norm_reference(
@@ -172,20 +178,31 @@ register(_add_layer_norm_op, add_layer_norm_triton, _objection)
 def _forward_native(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
     if x.numel() == 0:
         return y, total
-    flat, addend, wide = as_rows(x), None, False
+    flat, rows, stride = rows_of(x)
+    addend, addend_stride, wide = None, 0, False
     if residual is not None:
-        addend = as_rows(extension.as_dtype_or_float(residual, x.dtype))
+        addend, _, addend_stride = rows_of(extension.as_dtype_or_float(residual, x.dtype))
         wide = addend.dtype is not x.dtype
     weight, bias = extension.as_float(weight), extension.as_float(bias)
     address = extension.address
-    tensors = address(flat), address(addend), address(total), address(y)
     extension.native.layer_norm(
-        *(extension.DTYPES[x.dtype], wide, *tensors, address(weight), address(bias)),
-        *(len(flat), x.shape[-1], flat.stride(0), 0 if addend is None else addend.stride(0), eps),
+        extension.DTYPES[x.dtype],
+        wide,
+        flat.data_ptr(),
+        address(addend),
+        address(total),
+        y.data_ptr(),
+        address(weight),
+        address(bias),
+        rows,
+        x.shape[-1],
+        stride,
+        addend_stride,
+        eps,
     )
     return y, total
 
@@ -314,7 +331,7 @@ _cuda.register(
 )
 
 
-def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check_floating(op, "x", x)
     if x.ndim < 1:
         raise ValueError(
@@ -322,6 +339,7 @@ def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> No
         )
     check_shape(op, "weight", weight, (x.shape[-1],))
     check_shape(op, "bias", bias, (x.shape[-1],))
+    check_number(op, "eps", eps)
 
 
 def layer_norm(
@@ -342,8 +360,8 @@ def layer_norm(
 
     Ba et al. 2016 (Layer Normalization), eq. 3-4.
     """
-    _check("layer_norm", x, weight, bias)
-    result: Tensor = _layer_norm_op(x, weight, bias, eps=eps)
+    _check("layer_norm", x, weight, bias, eps)
+    result: Tensor = _layer_norm_op.run((x, weight, bias), {"eps": eps})
     return result
 
 
@@ -367,7 +385,9 @@ def add_layer_norm(
     Raises:
         ValueError: a shape or dtype that does not fit.
     """
-    _check("add_layer_norm", x, weight, bias)
+    _check("add_layer_norm", x, weight, bias, eps)
     check_shape("add_layer_norm", "residual", residual, tuple(x.shape))
-    result: tuple[Tensor, Tensor] = _add_layer_norm_op(x, residual, weight, bias, eps=eps)
+    result: tuple[Tensor, Tensor] = _add_layer_norm_op.run(
+        (x, residual, weight, bias), {"eps": eps}
+    )
     return result

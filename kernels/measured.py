@@ -63,7 +63,7 @@ CLASSES: dict[str, Callable[..., str]] = {
 def prefer_measured() -> None:
     """Let `auto` try first what measured fastest, for the ops of `CLASSES`."""
     for op in CLASSES:
-        OPS[op].first = partial(_first, op)
+        OPS[op].first, OPS[op].first_devices = partial(_first, op), ("cuda",)
 
 
 def _first(op: str, *args: Any, **kwargs: Any) -> str | None:

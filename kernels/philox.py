@@ -425,5 +425,5 @@ def philox_normal(
     for name, value in (("step", step), ("stream", stream)):
         if not isinstance(value, Tensor) and not 0 <= value <= MASK32:
             raise ValueError(f"philox_normal: {name} must be in [0, 2^32), got {value}")
-    result: Tensor = _op(seeds, tuple(shape), step=step, stream=stream)
+    result: Tensor = _op.run((seeds, tuple(shape)), {"step": step, "stream": stream})
     return result

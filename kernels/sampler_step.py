@@ -36,7 +36,7 @@ from torch import Tensor
 from fastdiff.kernels import _cuda, _sampler_step_cuda, extension
 from fastdiff.kernels._sampler_step import LARGEST, run_step
 from fastdiff.kernels._triton import register, why_not
-from fastdiff.kernels.dispatch import check_shape, define_op
+from fastdiff.kernels.dispatch import check_number, check_shape, define_op
 from fastdiff.kernels.philox import SAMPLER_NOISE, philox_normal_reference
 
 HISTORY_SLOTS = 3
@@ -303,29 +303,28 @@ def _check(
             f"{op}: x must be (N, C, *spatial) fp32, got {x.dtype} of shape {tuple(x.shape)}; "
             "keep x in fp32 whatever the network's dtype"
         )
-    n, c, *space = x.shape
-    have = prediction.shape
+    shape, have = x.shape, prediction.shape
+    n, c = shape[0], shape[1]
     if (
         len(have) < 2
-        or have[2:] != x.shape[2:]
+        or have[2:] != shape[2:]
         or have[0] not in (n, 2 * n)
         or have[1] not in (c, 2 * c)
     ):
-        shapes = [(m * n, k * c, *space) for m in (1, 2) for k in (1, 2)]
+        shapes = [(m * n, k * c, *shape[2:]) for m in (1, 2) for k in (1, 2)]
         check_shape(op, "prediction", prediction, *shapes)
-    check_shape(op, "history", history, (HISTORY_SLOTS, *x.shape))
+    check_shape(op, "history", history, (HISTORY_SLOTS, *shape))
     check_shape(op, "seeds", seeds, (n,))
     check_shape(op, "step", step, ())
-    for name, tensor in (("step", step), ("seeds", seeds)):
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"{op}: {name} must be int64, got {tensor.dtype}")
-    for name, tensor in (("history", history), ("table", table)):
-        if tensor.dtype != x.dtype:
-            raise ValueError(
-                f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}"
-            )
+    if step.dtype is not torch.int64 or seeds.dtype is not torch.int64:
+        name, tensor = ("step", step) if step.dtype is not torch.int64 else ("seeds", seeds)
+        raise ValueError(f"{op}: {name} must be int64, got {tensor.dtype}")
+    if history.dtype is not x.dtype or table.dtype is not x.dtype:
+        name, tensor = ("history", history) if history.dtype is not x.dtype else ("table", table)
+        raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
     if table.ndim != 2 or table.shape[1] != len(Column):
         raise ValueError(f"{op}: table must be (rows, {len(Column)}), got {tuple(table.shape)}")
+    check_number(op, "guidance_rescale", guidance_rescale)
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"{op}: guidance_rescale must be in [0, 1], got {guidance_rescale}")
 
@@ -362,4 +361,5 @@ def sampler_step(
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """
     _check(x, prediction, history, table, step, seeds, guidance_rescale)
-    _op(x, prediction, history, table, step, seeds, guidance_rescale=guidance_rescale)
+    tensors = x, prediction, history, table, step, seeds
+    _op.run(tensors, {"guidance_rescale": guidance_rescale})

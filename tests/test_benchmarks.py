@@ -111,6 +111,7 @@ def test_the_report_says_what_the_records_hold(at: Callable[..., Path], tmp_path
     assert "- c0ffeec, 2026-01-01: fastdiff" in text
     assert "2 threads, float32" in text
     assert "| copy |" not in text
+    assert report.BEFORE_KERNELS in text
 
 
 def test_runs_of_one_commit_add_up(at: Callable[..., Path], tmp_path: Path) -> None:
@@ -162,6 +163,7 @@ def test_networks_stand_beside_diffusers_of_their_own_run(
     at("aaaaaaa", 2, [replace(theirs, median_s=4.0), ours])
     text = report.section(report.devices(tmp_path)[0])
     assert "| fastdiff | 2.00 s | 19.0 ms to 24.0 ms | 2.00 x | aaaaaaa |" in text
+    assert report.BEFORE_KERNELS not in text
     assert "| compile | 2.50 s | 19.0 ms to 24.0 ms | 1.20 x | bbbbbbb |" in text
     assert text.count("| fastdiff |") == 1
 

@@ -28,6 +28,7 @@ from fastdiff.checkpoint.bundle import Bundle, ModelConfig, save_bundle
 from fastdiff.cli import COMMANDS, main
 from fastdiff.cli.doctor import ordinary_call
 from fastdiff.cli.parsing import one_line
+from fastdiff.cli.txt2img import Txt2Img
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.evaluation import Results, Scores
@@ -148,6 +149,8 @@ def test_help_ends_with_three_examples_that_can_be_read(
         command = importlib.import_module(f"fastdiff.cli.{module}")
         monkeypatch.setattr(command, "run", lambda *options: ran.append(options) or 0)
     monkeypatch.setattr("fastdiff.cli.sample._options_of", lambda path: None)
+    like = Txt2Img(prompt="a cat", model=Path("model"))
+    monkeypatch.setattr("fastdiff.cli.txt2img._options_of", lambda path: like)
     for example in examples:
         parts = shlex.split(example.partition(">")[0])
         assert main(parts[parts.index("fastdiff") + 1 :]) == 0, example

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import cpu
+from fastdiff.cli.doctor import diagnose
 from fastdiff.models.layers import ResBlock, Upsample
 from fastdiff.runtime import prepare
 from tests.parity import assert_parity
@@ -319,9 +320,32 @@ def test_autocast_and_wrong_dtypes_are_pytorchs() -> None:
         assert empty.shape == (0, *shape[1:])
 
 
+@packing
+@pytest.mark.parametrize("move", ["dtype", "device"])
+def test_copies_do_not_outlive_a_move(move: str) -> None:
+    """They would take memory for nothing: no later call asks for them."""
+    network = prepare(nn.Sequential(nn.Conv2d(128, 128, 3), Upsample(128)))
+    linear = prepare(nn.Linear(64, 64), dtype=torch.bfloat16, half_as_fp32=True)
+    with torch.no_grad():
+        network(image(1, 128, 34, 34))
+        linear(torch.ones(2, 64, dtype=torch.bfloat16))
+    layers = *network, linear
+    assert all(map(made, layers))
+    for layer in (network, linear):
+        layer.to(torch.float64) if move == "dtype" else layer.to("meta")
+    assert all(layer.kept.form is None and not layer.kept.sources for layer in layers)
+    if move == "dtype":
+        network.float()
+        with torch.no_grad():
+            network(image(1, 128, 34, 34))
+        assert all(map(made, network))
+
+
 @pytest.mark.parametrize("fault", ["other operators", "other results"])
-def test_a_torch_without_these_operators(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is packed, and `packing_objection` says why; half precision is widened still."""
+def test_a_torch_without_these_operators(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is packed; log and doctor say why, once; half precision is widened still."""
 
     def broken(x: Tensor, weight: Tensor, options: object) -> Tensor:
         if fault == "other operators":
@@ -330,7 +354,10 @@ def test_a_torch_without_these_operators(fault: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cpu, "packed_conv", broken)
     cpu.packing_objection.cache_clear()
-    assert fault in str(cpu.packing_objection())
+    for _ in range(2):
+        assert fault in str(cpu.packing_objection())
+    assert [fault in record.getMessage() for record in caplog.records] == [True]
+    assert fault in diagnose()["cpu"]["unpacked_convolutions"]
     x = image(1, 128, 16, 16)
     for eager in (nn.Conv2d(128, 128, 3), Upsample(128)):
         layer = prepare(copy.deepcopy(eager))

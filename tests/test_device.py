@@ -133,7 +133,9 @@ def test_operands_are_in_the_layout_of_the_networks() -> None:
 
 
 @pytest.mark.parametrize(
-    "subject", [bench_group_norm_silu.SUBJECT, bench_attention.SUBJECT], ids=str
+    "subject",
+    [bench_group_norm_silu.SUBJECT, bench_attention.SUBJECT],
+    ids=lambda subject: subject.op,
 )
 def test_what_people_write_computes_what_ours_does(subject: Subject) -> None:
     """A rival that computes something else would be no rival."""
@@ -405,7 +407,7 @@ def test_the_sanitizers_see_every_op(
     assert f"{len(lines) - 1} of {len(lines) - 1} cases" in lines
     for op in ("geglu", "sampler_step"):
         right = kernels.OPS[op].implementations[sanitized_backend]
-        wrong = replace(right, function=lambda x, *rest, **options: x[..., : x.shape[-1] // 2])
+        wrong = right.wrapped(lambda _: lambda x, *rest, **options: x[..., : x.shape[-1] // 2])
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(kernels.OPS[op].implementations, sanitized_backend, wrong)
             if sanitized_backend == "cuda":  # the emulation registers what stands here

@@ -15,19 +15,21 @@ import hashlib
 import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastdiff.checkpoint.build import empty_model, fill
 from fastdiff.checkpoint.config import from_dict, to_dict
 from fastdiff.checkpoint.files import NO_SPACE, atomic_folder, write_json
+from fastdiff.checkpoint.safetensors import DTYPES, read_safetensors
+from fastdiff.checkpoint.weights import some
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -38,9 +40,7 @@ CONFIG_FILE = "config.json"
 RUN_MODEL = "model"  # the bundle inside a training run's folder
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
-MAX_TIMESTEPS = 10**6  # a thousand are usual; the schedule's tables are built in memory
-MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
-WEIGHT_DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
 MODULES: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "unet": UNet}
 
 
@@ -74,10 +74,6 @@ class ModelConfig:
         if self.image_size > MAX_IMAGE_SIZE:
             raise ValueError(
                 f"image_size must be at most {MAX_IMAGE_SIZE} pixels, got {self.image_size}"
-            )
-        if self.schedule is not None and self.schedule.num_timesteps > MAX_TIMESTEPS:
-            raise ValueError(
-                f"expected at most {MAX_TIMESTEPS} timesteps, got {self.schedule.num_timesteps}"
             )
         first = self.autoencoder.image_channels if self.autoencoder is not None else None
         if first is not None and first != self.image_channels:
@@ -157,9 +153,9 @@ def save_bundle(
             tensors = {key: _storable(key, value, dtype) for key, value in state.items()}
             path = temporary / f"{name}.safetensors"
             _check_names_and_shapes(
-                path.name, {k: tuple(v.shape) for k, v in tensors.items()}, name, part_config
+                path.name, {k: tuple(v.shape) for k, v in tensors.items()}, part_config
             )
-            _save(tensors, path)
+            save_tensors(tensors, path)
             weights[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         data = to_dict(config)
         write_json(
@@ -206,7 +202,7 @@ def load_bundle(
             raise ValueError(
                 f"{folder / CONFIG_FILE}: no sha256 of {path.name} in it; fetch the bundle again"
             )
-        modules[name] = _load_module(path, name, part_config, record["sha256"], dtype, device)
+        modules[name] = _load_module(path, part_config, record["sha256"], dtype, device)
     return Bundle(
         config=config,
         weights_hash=_weights_hash(data["model"], data["weights"]),
@@ -267,124 +263,38 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_module(
     path: Path,
-    name: str,
     config: Any,
     sha256: str,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> nn.Module:
-    header = _read_header(path)
-    _check_blocks(path, config, len(header))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; fetch the bundle again")
+    weights = read_safetensors(path, WEIGHT_DTYPES)
+    module = _check_names_and_shapes(str(path), weights.shapes, config)
     found = _sha256(path)
     if found != sha256:
         raise ValueError(
             f"{path}: sha256 is {found[:16]}…, {CONFIG_FILE} says {sha256[:16]}…; "
             "the file was changed or damaged: fetch the bundle again"
         )
-    shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    module = _check_names_and_shapes(str(path), shapes, name, config)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key).to(device, dtype) for key in header}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not readable ({error}); fetch the bundle again") from error
-    module.load_state_dict(state, assign=True)
-    assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-    return module.eval().requires_grad_(False)
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """Read and check the header of a safetensors file without trusting a number in it.
-
-    The file is 8 bytes with the header's length, the header (JSON: name -> dtype, shape, offsets),
-    and the tensors' bytes without gaps. Returns name -> entry.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch the bundle again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        fits = 2 <= length <= min(size - 8, MAX_HEADER_BYTES)
-        # Only where no header fits: a length too may begin with the bytes of a zip or a pickle.
-        if not fits and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise ValueError(
-                f"{path}: expected safetensors, got a pickle (torch.save), which could run code "
-                "and is not opened; write it again with safetensors"
-            )
-        if not fits:
-            raise ValueError(
-                f"{path}: expected safetensors, got {size} bytes whose header claims {length}; "
-                "the file is truncated or something else: fetch the bundle again"
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        if not isinstance(header, dict):
-            raise ValueError(f"got {type(header).__name__}")
-        header.pop("__metadata__", None)
-        end = max((_tensor_end(key, entry) for key, entry in header.items()), default=0)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the safetensors header is damaged ({error}); fetch the bundle again"
-        ) from error
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{path}: the header promises {8 + length + end} bytes, got {size}; the file is "
-            "truncated or was changed: fetch the bundle again"
-        )
-    return header
-
-
-def _tensor_end(key: str, entry: Any) -> int:
-    """Where a tensor's bytes end; its dtype, shape and offsets must agree."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in WEIGHT_DTYPES:
-        raise ValueError(
-            f"{key}: expected a tensor of {', '.join(WEIGHT_DTYPES)}, got {entry!r:.60}"
-        )
-    shape: Any = entry.get("shape")
-    offsets: Any = entry.get("data_offsets")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"{key}: expected a list of whole numbers, got {numbers!r:.60}")
-    if (
-        len(offsets) != 2
-        or offsets[1] - offsets[0] != math.prod(shape) * WEIGHT_DTYPES[entry["dtype"]]
-    ):
-        raise ValueError(f"{key}: shape {shape} does not fit offsets {offsets}")
-    return offsets[1]
-
-
-def _check_blocks(path: Path, config: Any, tensors: int) -> None:
-    """Refuse a config of more blocks than the file has tensors: building it might never end."""
-    per_level = [1 + max(depth, 0) for depth in getattr(config, "attention_depth", ())]
-    blocks = config.num_res_blocks * max(sum(per_level), len(config.channel_mult))
-    blocks += getattr(config, "middle_depth", 0)
-    if blocks > tensors:
-        raise ValueError(
-            f"{path}: the config asks for {blocks} blocks or more, the file has {tensors} tensors; "
-            "use the weights that belong to this config"
-        )
+    return fill(
+        module, {key: (key,) for key in weights.places}, weights, dtype=dtype, device=device
+    )
 
 
 def _check_names_and_shapes(
-    file: str, shapes: Mapping[str, tuple[int, ...]], name: str, config: Any
-) -> nn.Module:
+    file: str, shapes: Mapping[str, tuple[int, ...]], config: Any
+) -> UNet | Autoencoder:
     """Compare with the module the config describes, built without memory; return the module."""
-    try:
-        with torch.device("meta"):
-            module = MODULES[name](config)
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
-        raise ValueError(
-            f"{file}: the config describes a network that cannot be built "
-            f"({str(error).splitlines()[0]:.120}); use the config that belongs to these weights"
-        ) from error
+    module = empty_model(config, file, len(shapes))
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     missing, unknown = sorted(expected.keys() - shapes), sorted(shapes.keys() - expected)
     if missing or unknown:
         raise ValueError(
-            f"{file}: {len(missing)} tensors missing ({_some(missing)}), "
-            f"{len(unknown)} unknown ({_some(unknown)}); use the weights that belong to this config"
+            f"{file}: {len(missing)} tensors missing ({some(missing, 3) or 'none'}), "
+            f"{len(unknown)} unknown ({some(unknown, 3) or 'none'}); "
+            "use the weights that belong to this config"
         )
     for key, shape in expected.items():
         if shapes[key] != shape:
@@ -393,10 +303,6 @@ def _check_names_and_shapes(
                 "use the weights that belong to this config"
             )
     return module
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
 
 
 def _storable(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -410,9 +316,12 @@ def _storable(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stored.contiguous().clone()
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """safetensors' own writer, with the errors and the permissions of an ordinary file."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:  # a full disk arrives as text: "... (os error 28)"
         for number in NO_SPACE:
             if f"os error {number})" in str(error):

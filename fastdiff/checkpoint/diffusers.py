@@ -7,13 +7,13 @@ a config is what its `config.json` holds, weights are a dictionary of tensors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoint.build import Layers, Place, Sources, check_names, source_names
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Chain
 from fastdiff.models.layers import (
     AttentionBlock,
@@ -292,7 +292,7 @@ def _time_embedding(options: _Options) -> TimeEmbedding:
 
 
 # Our layer inside a block -> diffusers'; several are concatenated along the rows.
-LAYERS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
+LAYERS: Layers = {
     ResBlock: {"emb": ("time_emb_proj",), "skip": ("conv_shortcut",)},
     AttentionBlock: {
         "norm": ("group_norm",),
@@ -316,7 +316,6 @@ OLD_ATTENTION_NAMES = {
     ".value.": ".to_v.",
     ".proj_attn.": ".to_out.0.",
 }
-Place = tuple[str, nn.Module, str]  # our prefix, our module, diffusers' prefix
 
 
 def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -> dict[str, Tensor]:
@@ -329,58 +328,30 @@ def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -
     Raises:
         ValueError: keys are unknown, missing or of the wrong shape; all of them are listed.
     """
-    state = {_current_name(key): value for key, value in state.items()}
-    ours = model.state_dict()
-    sources = dict(_sources(model))
-    assert sources.keys() == ours.keys(), sources.keys() ^ ours.keys()
-    needed = {key for keys in sources.values() for key in keys}
-    problems = [f"{key} is unknown" for key in sorted(state.keys() - needed)]
-    problems += [f"{key} is missing" for key in sorted(needed - state.keys())]
-    converted = {}
-    for name, keys in sources.items():
-        if any(key not in state for key in keys):
-            continue
-        value = torch.cat([state[key] for key in keys])
-        if value.ndim == 4 and ours[name].ndim == 2 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]  # a 1x1 convolution is a linear layer on tokens
-        if value.shape != ours[name].shape:
-            got, expected = tuple(value.shape), tuple(ours[name].shape)
-            problems.append(f"{' + '.join(keys)} has shape {got}, expected {expected}")
-        converted[name] = value
-    if problems:
-        raise ValueError(
-            f"these are not the weights of this {type(model).__name__}: {'; '.join(problems)}; "
-            "check that the config and the weights belong together"
-        )
-    return converted
+    state = {current_name(key): value for key, value in state.items()}
+    ours, sources = model.state_dict(), names(model)
+    check_names(model, sources, {key: tuple(value.shape) for key, value in state.items()})
+    return {
+        name: torch.cat([state[key] for key in keys]).view(ours[name].shape)
+        for name, keys in sources.items()
+    }
 
 
-def _current_name(key: str) -> str:
+def current_name(key: str) -> str:
+    """What diffusers calls a tensor today, given one of its names."""
     for old, new in OLD_ATTENTION_NAMES.items():
         key = key.replace(old, new)
     return key
 
 
-def _sources(model: UNet | Autoencoder) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(our parameter, diffusers' parameters) of a whole model."""
-    places = _unet_places(model) if isinstance(model, UNet) else _autoencoder_places(model)
-    for ours, module, theirs in places:
-        layers = LAYERS.get(type(module), {})
-        for name, _ in module.named_parameters():
-            stem, _, leaf = name.rpartition(".")
-            # "blocks.3.attn1.qkv" -> "transformer_blocks.3." and "attn1.qkv"
-            match = re.match(r"blocks(\.\d+\.)(.*)", stem)
-            prefix, stem = (f"transformer_blocks{match[1]}", match[2]) if match else ("", stem)
-            yield (
-                f"{ours}.{name}",
-                tuple(
-                    ".".join(filter(None, (theirs, prefix + layer, leaf)))
-                    for layer in layers.get(stem, (stem,))
-                ),
-            )
+def names(model: nn.Module) -> Sources:
+    """(our parameter -> diffusers' parameters) of a whole model."""
+    assert isinstance(model, UNet | Autoencoder)
+    places = unet_places(model) if isinstance(model, UNet) else autoencoder_places(model)
+    return source_names(places, LAYERS)
 
 
-def _unet_places(unet: UNet) -> Iterator[Place]:
+def unet_places(unet: UNet) -> Iterator[Place]:
     config, last = unet.config, len(unet.config.channel_mult) - 1
     yield "time_embed.0", unet.time_embed[0], "time_embedding.linear_1"
     yield "time_embed.2", unet.time_embed[2], "time_embedding.linear_2"
@@ -427,7 +398,7 @@ def _stage_places(ours: str, stage: nn.Module, theirs: str, index: int) -> Itera
         yield f"{ours}.{position}", block, f"{theirs}.{name}"
 
 
-def _autoencoder_places(model: Autoencoder) -> Iterator[Place]:
+def autoencoder_places(model: Autoencoder) -> Iterator[Place]:
     for name, chain, blocks, sampler in (
         ("encoder", model.encoder, "down_blocks", "downsamplers"),
         ("decoder", model.decoder, "up_blocks", "upsamplers"),

@@ -24,9 +24,13 @@ from fastdiff.cli.parsing import UsageError, one_line
 
 COMMANDS = {
     "sample": "make new images: PNGs with their recipe inside, and a contact sheet",
+    "txt2img": "images from a prompt, with a Stable Diffusion checkpoint",
+    "img2img": "change an image after a prompt",
+    "inpaint": "make a part of an image new",
     "reconstruct": "pass images through the autoencoder and measure what is lost",
     "evaluate": "measure samples against real images, with the floor beside each number",
     "train": "train an autoencoder, or a denoiser on its latents",
+    "convert": "write a checkpoint as a diffusers folder or a bundle",
     "samplers": "list the samplers, print or draw the table of one",
     "info": "what a model folder, a run folder or a PNG holds",
     "tune": "search the launch configs of the Triton kernels on this machine's GPU",

@@ -106,6 +106,8 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from fastdiff.cpu import packing_objection
+
     fields: dict[str, str] = {}
     memory = 0
     if Path("/proc/cpuinfo").exists():
@@ -123,6 +125,7 @@ def _cpu() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name in CPU_FEATURES if name in flags],
+        "unpacked_convolutions": packing_objection(),
     }
 
 
@@ -250,6 +253,8 @@ def _print(report: dict[str, Any]) -> None:
             f"the CPU has {' '.join(cpu['features']) or 'no feature known here'}",
         ),
     ]
+    if cpu["unpacked_convolutions"] is not None:
+        pairs.append(("", f"convolutions compute unpacked, slower: {cpu['unpacked_convolutions']}"))
     for gpu in report["gpus"]:
         pairs.append(
             (

@@ -21,7 +21,7 @@ from fastdiff.cli.machine import (
 from fastdiff.cli.parsing import parse
 from fastdiff.evaluation import Results, evaluate, write_report
 from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
-from fastdiff.pipelines.latent import MAX_SEED, SampleSettings
+from fastdiff.pipelines.core import MAX_SEED, SampleSettings
 
 GOAL_MISSED = 1
 

@@ -27,7 +27,8 @@ from fastdiff.cli.machine import (
 )
 from fastdiff.cli.parsing import OptionalPath, option_value, parse
 from fastdiff.images import contact_sheet, read_recipe, save_png, to_pil
-from fastdiff.pipelines.latent import MAX_SEED, LatentDiffusion, SampleSettings, from_recipe
+from fastdiff.pipelines.core import MAX_SEED, SampleSettings
+from fastdiff.pipelines.latent import LatentDiffusion, from_recipe
 
 NO_CLASS = "none"
 SHEET_ROWS, SHEET_COLUMNS = 64, 32

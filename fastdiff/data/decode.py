@@ -35,21 +35,36 @@ def decode(source: Path | bytes, config: DataConfig) -> np.ndarray:
     Raises:
         any of `UNREADABLE`: the file is damaged, of an unknown kind, or too large to be true.
     """
+    flat = open_flat(source, config.background).convert("L" if config.channels == 1 else "RGB")
+    size = (config.image_size, config.image_size)
+    square = resize(flat, *size)
+    pixels = np.asarray(square, dtype=np.uint8).reshape(*size, config.channels)
+    return pixels.transpose(2, 0, 1)
+
+
+def open_flat(source: Path | bytes, background: tuple[int, int, int]) -> Image.Image:
+    """The first frame of an image file, upright, 8 bits per channel, without transparency.
+
+    Raises:
+        any of `UNREADABLE`: as `decode`.
+    """
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise ValueError("not a regular file")  # opening a named pipe would wait for ever
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     with Image.open(stream, formats=_formats()) as image:
         image.seek(0)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        flat = _flatten(upright, config.background).convert("L" if config.channels == 1 else "RGB")
-        side = min(flat.size)
-        left, top = (flat.width - side) / 2, (flat.height - side) / 2
-        size = (config.image_size, config.image_size)
-        box = (left, top, left + side, top + side)
-        square = flat.resize(size, Image.Resampling.BICUBIC, box=box)
-        pixels = np.asarray(square, dtype=np.uint8).reshape(*size, config.channels)
-        return pixels.transpose(2, 0, 1)
+        return _flatten(ImageOps.exif_transpose(image), background)
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of those proportions, with Pillow's antialiased bicubic filter."""
+    # not more than the image by a rounding: Pillow would refuse that
+    across = min(image.width, image.height * width / height)
+    down = min(image.height, image.width * height / width)
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    box = (left, top, left + across, top + down)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 @functools.cache

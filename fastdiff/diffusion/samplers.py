@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -88,6 +88,7 @@ class SamplerTable:
         steps: (rows,), int64: the step each row belongs to (Heun's steps have two rows).
         final_sigma: sigma / alpha of the result, 0 for a clean image.
         initial_sigma: standard deviation of the noise that x starts as.
+        initial_level: what x is noised to before the first row, if it does not start as noise.
     """
 
     name: str
@@ -97,6 +98,7 @@ class SamplerTable:
     steps: Tensor
     final_sigma: float
     initial_sigma: float = 1.0
+    initial_level: Level = CLEAN
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -357,6 +359,8 @@ def build_table(
     spacing: Spacing | Sequence[float] = "trailing",
     steps_offset: int = 0,
     final: Literal["zero", "sigma_min"] = "zero",
+    start: int = 0,
+    stop: int | None = None,
     clamp: float | None = None,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[int, int] | None = None,
@@ -374,6 +378,9 @@ def build_table(
             descending reals.
         final: end at the clean image, or at the noise of t = 0 (diffusers' final_sigmas_type; its
             set_alpha_to_one=False).
+        start, stop: of the steps, do [start, stop) only: from a sample that has been noised to the
+            level of step `start`, without the history of the steps before it, or up to the noise
+            that is left before step `stop`. Steps keep their numbers.
         clamp: limit of |D|, 1 for pixels. x' is made from the clamped D alone, eps_hat included
             (diffusers' DDIM keeps the unclamped eps_hat unless use_clipped_model_output).
         guidance_scale, guidance_interval: see GuidanceConfig; the interval counts steps.
@@ -401,9 +408,15 @@ def build_table(
             "zero-terminal-SNR schedule; use 'ddim' or 'dpmpp-2m', or spacing 'leading'"
         )
     levels.append(_final_level(schedule, final))
-    return table_of_levels(
-        name, levels, prediction=prediction, clamp=clamp, weight=guidance.weight, **options
-    )
+    stop = steps if stop is None else stop
+    if not 0 <= start <= stop <= steps:
+        raise ValueError(
+            f"the steps to do must be [start, stop) of {steps}, got [{start}, {stop}); "
+            "0 and None do all of them"
+        )
+    rows = SAMPLERS[name](levels[start:], **_options(name, options)) if start < steps else []
+    rows = [replace(row, step=row.step + start) for row in rows if row.step + start < stop]
+    return _table_of_rows(name, levels, rows, (start, stop), (prediction, clamp, guidance.weight))
 
 
 def table_of_levels(
@@ -420,14 +433,28 @@ def table_of_levels(
     weight: step -> guidance scale; clamp, options: as in `build_table`.
     """
     rows = SAMPLERS[name](levels, **_options(name, options))
+    ends = (0, len(levels) - 1)
+    return _table_of_rows(name, levels, rows, ends, (prediction, clamp, weight))
+
+
+def _table_of_rows(
+    name: str,
+    levels: Sequence[Level],
+    rows: Sequence[Row],
+    ends: tuple[int, int],
+    settings: tuple[Prediction, float | None, Callable[[int], float]],
+) -> SamplerTable:
+    """ends: the levels to start from and to end at; settings: prediction, clamp, guidance."""
+    (start, stop), (prediction, clamp, weight) = ends, settings
     columns = [_columns(row, prediction, weight(row.step), clamp) for row in rows]
     return SamplerTable(
         name=name,
-        columns=torch.tensor(columns, dtype=torch.float64),
+        columns=torch.tensor(columns, dtype=torch.float64).reshape(-1, len(COLUMN)),
         timesteps=torch.tensor([row.at.t for row in rows], dtype=torch.float64),
         sigmas=torch.tensor([row.at.ve_sigma for row in rows], dtype=torch.float64),
-        steps=torch.tensor([row.step for row in rows]),
-        final_sigma=levels[-1].ve_sigma,
+        steps=torch.tensor([row.step for row in rows], dtype=torch.int64),
+        final_sigma=levels[stop].ve_sigma,
+        initial_level=levels[start],
     )
 
 

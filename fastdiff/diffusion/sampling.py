@@ -28,6 +28,8 @@ class Predict(Protocol):
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each row with (row, x, denoised); denoised is the D of that row."""
+Adjust = Callable[[int, Tensor], None]
+"""Called after each row with (row, x), and may change x in place."""
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def sample(
     seeds: Tensor | Sequence[int],
     *,
     guidance_rescale: float = 0.0,
+    adjust: Adjust | None = None,
     on_step: OnStep | None = None,
     check: Literal["end", "step", "never"] = "end",
 ) -> Tensor:
@@ -51,6 +54,7 @@ def sample(
             0).
         seeds: (N,), int64, one per sample; the noise of a sample depends on its own seed only.
         guidance_rescale: phi of Lin et al. 2023, eq. 16.
+        adjust: called after each row, before on_step; may change x in place.
         on_step: called after each row; denoised costs one more pass over x.
         check: when to look whether the network returned a NaN or infinity: once after the loop,
             after each row (waits for the device), or never. Flags are kept on the device, so "end"
@@ -63,21 +67,7 @@ def sample(
             network's output has the wrong shape or is not finite; the message names the first such
             row.
     """
-    if not isinstance(seeds, Tensor):
-        device = noise_or_shape.device if isinstance(noise_or_shape, Tensor) else None
-        for seed in seeds:
-            if not isinstance(seed, int) or not -MAX_SEED <= seed <= MAX_SEED:
-                raise ValueError(f"a seed must be a whole number below 2^63, got {seed!r:.40}")
-        seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-    if isinstance(noise_or_shape, Tensor):
-        if len(noise_or_shape) != len(seeds):
-            raise ValueError(
-                f"got {len(seeds)} seeds for {len(noise_or_shape)} samples; give each sample one"
-            )
-        x = noise_or_shape.clone(memory_format=torch.contiguous_format)
-    else:
-        x = philox_normal(seeds, tuple(noise_or_shape), step=0, stream=INITIAL_NOISE)
-        x = x * table.initial_sigma
+    x, seeds = _start(table, noise_or_shape, seeds)
     history = x.new_zeros(3, *x.shape)
     columns = table.to(x.device, x.dtype)
     rows = torch.arange(len(table), device=x.device)
@@ -101,11 +91,35 @@ def sample(
         sampler_step(
             x, prediction, history, columns, rows[row], seeds, guidance_rescale=guidance_rescale
         )
+        if adjust:
+            adjust(row, x)
         if on_step:
             on_step(row, x, _denoised(before, prediction, previews, rows[row], guidance_rescale))
     if check == "end":
         _check_finite(finite, table)
     return x
+
+
+def _start(
+    table: SamplerTable, noise_or_shape: Tensor | Sequence[int], seeds: Tensor | Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """x to start with, and the seeds as a tensor; the errors of `sample`."""
+    if not isinstance(seeds, Tensor):
+        device = noise_or_shape.device if isinstance(noise_or_shape, Tensor) else None
+        for seed in seeds:
+            if not isinstance(seed, int) or not -MAX_SEED <= seed <= MAX_SEED:
+                raise ValueError(f"a seed must be a whole number below 2^63, got {seed!r:.40}")
+        seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+    if isinstance(noise_or_shape, Tensor):
+        if len(noise_or_shape) != len(seeds):
+            raise ValueError(
+                f"got {len(seeds)} seeds for {len(noise_or_shape)} samples; give each sample one"
+            )
+        x = noise_or_shape.clone(memory_format=torch.contiguous_format)
+    else:
+        x = philox_normal(seeds, tuple(noise_or_shape), step=0, stream=INITIAL_NOISE)
+        x = x * table.initial_sigma
+    return x, seeds
 
 
 def _preview_columns(table: SamplerTable) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "simple"]
 SigmaSpacing = Literal["karras", "exponential"]
+MAX_TIMESTEPS = 10**6  # a thousand are usual; the schedule's tables are built in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,10 @@ class ScheduleConfig:
         if self.num_timesteps < 2:
             raise ValueError(
                 f"num_timesteps must be at least 2, got {self.num_timesteps}; the usual one is 1000"
+            )
+        if self.num_timesteps > MAX_TIMESTEPS:
+            raise ValueError(
+                f"expected at most {MAX_TIMESTEPS} timesteps, got {self.num_timesteps}"
             )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(

@@ -23,7 +23,8 @@ from fastdiff.evaluation.distances import (
     nearest_training,
     precision_recall,
 )
-from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings
+from fastdiff.pipelines.core import SampleSettings
+from fastdiff.pipelines.latent import LatentDiffusion
 
 NEAR_COPY_QUANTILE = 0.05
 """A near-copy is nearer to a training image than this share of the held-out images are."""

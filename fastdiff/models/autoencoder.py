@@ -6,9 +6,7 @@ Every norm has epsilon 1e-6; there is one attention of one head in the middle.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.models.layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
+from fastdiff.models.tiling import tiled
 
 NORM_EPS = 1e-6
 
@@ -319,6 +318,10 @@ class Autoencoder(nn.Module):
         return self.codebook(moments) if self.config.regularization == "vq" else _posterior(moments)
 
     def _encode(self, x: Tensor) -> Tensor:
+        self._check_image(x)
+        return self.quant_conv(self.encoder(x))
+
+    def _check_image(self, x: Tensor) -> None:
         channels, factor = self.config.image_channels, self.downsample_factor
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(
@@ -330,7 +333,6 @@ class Autoencoder(nn.Module):
                 f"image sides must be positive multiples of {factor}, "
                 f"got {x.shape[2]} x {x.shape[3]}; resize, crop or pad the image"
             )
-        return self.quant_conv(self.encoder(x))
 
     def encode_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents that diffusion works on, one call for both kinds.
@@ -396,26 +398,26 @@ class Autoencoder(nn.Module):
         Raises:
             ValueError: tile or overlap out of range, wrong number of channels.
         """
-        if not 0 <= overlap < tile:
-            raise ValueError(
-                f"overlap must be in [0, tile), got {overlap} with tile {tile}; "
-                "a quarter of the tile is usual"
-            )
         self._check_latent(z)
-        height, width = z.shape[2:]
-        if height <= tile and width <= tile:
-            return self.decode(z)
-        f = self.downsample_factor
-        shape = (len(z), self.config.image_channels, height * f, width * f)
-        image = z.new_zeros(shape)
-        rows = _tile_weights(height, tile, overlap, f, z)
-        columns = _tile_weights(width, tile, overlap, f, z)
-        for top, bottom, row_weight in rows:
-            for left, right, column_weight in columns:
-                part = self.decode(z[:, :, top:bottom, left:right])
-                part *= row_weight[:, None] * column_weight
-                image[:, :, top * f : bottom * f, left * f : right * f] += part
-        return image
+        shape = (len(z), self.config.image_channels)
+        return tiled(self.decode, z, shape, tile, overlap, 1, self.downsample_factor)
+
+    @torch.no_grad()
+    def encode_tiled(self, x: Tensor, tile: int, overlap: int) -> Tensor:
+        """Encode a large image in overlapping tiles to its latents' mode (`encode_latent`).
+
+        Args:
+            x: (N, image_channels, H, W). tile, overlap: in latent pixels, as in `decode_tiled`.
+
+        Returns:
+            (N, latent_channels, H/f, W/f).
+
+        Raises:
+            ValueError: tile or overlap out of range, or an image that `encode` does not take.
+        """
+        self._check_image(x)
+        shape = (len(x), self.config.latent_channels)
+        return tiled(self.encode_latent, x, shape, tile, overlap, self.downsample_factor, 1)
 
     def forward(
         self, x: Tensor, noise: Tensor | None = None
@@ -435,37 +437,3 @@ class Autoencoder(nn.Module):
 def _posterior(moments: Tensor) -> Posterior:
     mean, logvar = moments.chunk(2, dim=1)
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
-
-
-def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """First latent pixel of each tile, evenly spread so that neighbours share `overlap` or more."""
-    if size <= tile:
-        return [0]
-    count = math.ceil((size - overlap) / (tile - overlap))
-    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
-
-
-def _tile_weights(
-    size: int, tile: int, overlap: int, factor: int, like: Tensor
-) -> list[tuple[int, int, Tensor]]:
-    """(first, end, blending weight per image pixel) of each tile along one side.
-
-    The weight ramps linearly over what two neighbours share; all weights at a pixel sum to 1.
-    """
-    starts = _tile_starts(size, tile, overlap)
-    spans = [(start, min(start + tile, size)) for start in starts]
-    ramps = []
-    for start, end in spans:
-        ramps.append(torch.ones((end - start) * factor, dtype=torch.float64))
-    for i, ((_, end), (start, _)) in enumerate(pairwise(spans)):
-        shared = (end - start) * factor
-        up = (torch.arange(shared, dtype=torch.float64) + 0.5) / max(shared, 1)
-        ramps[i][len(ramps[i]) - shared :] *= 1 - up
-        ramps[i + 1][:shared] *= up
-    total = torch.zeros(size * factor, dtype=torch.float64)
-    for (start, end), ramp in zip(spans, ramps, strict=True):
-        total[start * factor : end * factor] += ramp
-    return [
-        (start, end, (ramp / total[start * factor : end * factor]).to(like))
-        for (start, end), ramp in zip(spans, ramps, strict=True)
-    ]

@@ -178,6 +178,12 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(upsample_nearest(x))  # (N, C, 2H, 2W)
 
+    def to_size(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The same to (2H or 2H - 1, 2W or 2W - 1), from where a convolution had halved it."""
+        if size == (2 * x.shape[2], 2 * x.shape[3]):
+            return self(x)
+        return self.conv(F.interpolate(x, size, mode="nearest"))  # (N, C, *size)
+
 
 def upsample_nearest(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, 2H, 2W)."""

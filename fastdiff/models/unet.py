@@ -157,8 +157,14 @@ class UNetConfig:
 
     @property
     def downsample_factor(self) -> int:
-        """H and W must be multiples of this."""
+        """How often H and W are halved, as a factor."""
         return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """H and W must be multiples of this; convolutions padded on both sides halve any size."""
+        convolutions = self.downsample_padding == "symmetric" and not self.resblock_updown
+        return 1 if convolutions else self.downsample_factor
 
     def heads(self, width: int) -> int:
         """Heads of an attention over `width` channels."""
@@ -171,7 +177,10 @@ class UNetConfig:
 class Stage(nn.ModuleList):
     """Blocks in a row at one place of the U-Net; the sum is only formed where a block needs it."""
 
-    def forward(self, x: Tensor, emb: Tensor, kvs: ContextKV) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, kvs: ContextKV, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """size: (H, W) of the skip connection that is joined next, where x is to be enlarged."""
         residual: Tensor | None = None
         for block in self:
             if isinstance(block, ResBlock):
@@ -181,7 +190,11 @@ class Stage(nn.ModuleList):
             elif isinstance(block, SpatialTransformer):
                 x, residual = block(x, residual, kvs[block.index])
             else:
-                x, residual = block(x if residual is None else x + residual), None
+                x = x if residual is None else x + residual
+                if isinstance(block, Upsample) and size is not None:
+                    x, residual = block.to_size(x, size), None
+                else:
+                    x, residual = block(x), None
         return x if residual is None else x + residual
 
 
@@ -379,7 +392,7 @@ class UNet(nn.Module):
         """One evaluation of the network.
 
         Args:
-            x: (N, in_channels, H, W), any strides; H and W multiples of `config.downsample_factor`.
+            x: (N, in_channels, H, W), any strides; H and W multiples of `config.size_multiple`.
             t: () or (N,), integer or real timesteps.
             context: (N, T, context_dim), or what `project_context` returned for it.
             y: (N,) int64 class labels; the null class is `config.num_classes`.
@@ -405,7 +418,7 @@ class UNet(nn.Module):
                 f"x must be (N, {config.in_channels}, H, W), got {tuple(x.shape)}; "
                 "check that the model and the image or latent belong together"
             )
-        factor = config.downsample_factor
+        factor = config.size_multiple
         if any(side % factor or side == 0 for side in x.shape[2:]):
             raise ValueError(
                 f"H and W of x must be positive multiples of {factor}, "
@@ -433,11 +446,20 @@ class UNet(nn.Module):
             skips.append(x)
         x = self._run(self.middle_block, x, emb, kvs)
         for stage in self.output_blocks:
-            x = self._run(stage, torch.cat([x, skips.pop()], dim=1), emb, kvs)
+            joined = torch.cat([x, skips.pop()], dim=1)
+            size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
+            x = self._run(stage, joined, emb, kvs, size)
         x, _ = self.norm_out(x)
         return self.conv_out(x)  # (N, out_channels, H, W)
 
-    def _run(self, stage: nn.Module, x: Tensor, emb: Tensor, kvs: ContextKV) -> Tensor:
+    def _run(
+        self,
+        stage: nn.Module,
+        x: Tensor,
+        emb: Tensor,
+        kvs: ContextKV,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, kvs, use_reentrant=False)
-        return stage(x, emb, kvs)
+            return checkpoint(stage, x, emb, kvs, size, use_reentrant=False)
+        return stage(x, emb, kvs, size)

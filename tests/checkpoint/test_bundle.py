@@ -44,7 +44,7 @@ def refused(folder: Path, message: str, kind: type[Exception] = ValueError) -> N
     text = str(caught.value)
     assert "\n" not in text
     assert str(folder) in text
-    assert re.search(r"fetch the bundle again|give|use|write it again|expected", text)
+    assert re.search(r"fetch (it|the file|the bundle) again|give|use|write it again|expected", text)
 
 
 def rehash(folder: Path) -> None:

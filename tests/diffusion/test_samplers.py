@@ -388,3 +388,40 @@ def test_the_loop_never_waits_for_the_device(previews: bool) -> None:
     for op in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"):
         assert many[op] == 0, op
     assert many["aten::_to_copy"] == few["aten::_to_copy"]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("cut", [1, 4])
+def test_the_first_steps_are_those_of_the_whole_table(name: str, cut: int) -> None:
+    whole = build_table(name, LINEAR, 8, guidance_scale=3.0, guidance_interval=(2, 6))
+    first = build_table(name, LINEAR, 8, guidance_scale=3.0, guidance_interval=(2, 6), stop=cut)
+    rows = int((whole.steps < cut).sum())
+    assert torch.equal(first.columns, whole.columns[:rows])
+    assert torch.equal(first.steps, whole.steps[:rows])
+    assert first.final_sigma == float(whole.sigmas[whole.steps == cut][0])
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler-ancestral"])
+def test_the_last_steps_of_a_sampler_without_memory_are_those_of_the_whole_table(name: str) -> None:
+    whole = build_table(name, LINEAR, 8, guidance_scale=3.0, guidance_interval=(2, 6))
+    last = build_table(name, LINEAR, 8, guidance_scale=3.0, guidance_interval=(2, 6), start=5)
+    assert torch.equal(last.columns, whole.columns[5:])
+    assert last.steps.tolist() == [5, 6, 7]
+    assert last.initial_level.t == float(whole.timesteps[5])
+    assert last.initial_level.alpha**2 + last.initial_level.sigma**2 == pytest.approx(1)
+
+
+def test_a_sampler_with_memory_starts_anew() -> None:
+    """What its first row reads of the history has not been written yet."""
+    for name in ("dpmpp-2m", "dpmpp-2m-sde", "plms"):
+        table = build_table(name, LINEAR, 8, start=3)
+        assert all(float(table.column(f"C{slot}")[0]) == 0 for slot in (1, 2, 3))
+        assert table.steps[0] == 3
+
+
+def test_no_steps_at_all() -> None:
+    table = build_table("heun", LINEAR, 8, start=8)
+    assert (len(table), table.columns.shape, table.final_sigma) == (0, (0, 16), 0.0)
+    for start, stop in ((5, 3), (-1, 2), (0, 9)):
+        with pytest.raises(ValueError, match=r"the steps to do must be \[start, stop\) of 8"):
+            build_table("ddim", LINEAR, 8, start=start, stop=stop)

@@ -20,7 +20,7 @@ from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_re
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
 from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
-from fastdiff.pipelines.latent import SampleSettings
+from fastdiff.pipelines.core import SampleSettings
 from tests.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
 
 

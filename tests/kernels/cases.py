@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -289,11 +289,14 @@ def recording(op: str) -> Iterator[list[str]]:
     ran: list[str] = []
 
     def recorded(implementation: kernels.Implementation) -> kernels.Implementation:
-        def function(*args: Any, **kwargs: Any) -> Any:
-            ran.append(implementation.backend)
-            return implementation.function(*args, **kwargs)
+        def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                ran.append(implementation.backend)
+                return function(*args, **kwargs)
 
-        return replace(implementation, function=function)
+            return noted
+
+        return implementation.wrapped(noting)
 
     registered = kernels.OPS[op].implementations
     kernels.OPS[op].implementations = {name: recorded(i) for name, i in registered.items()}

@@ -121,6 +121,28 @@ def test_a_mask_may_have_another_dtype() -> None:
     assert torch.equal(dmask.bfloat16(), expected)
 
 
+@cases.needs_native
+def test_the_queries_of_a_head_in_several_pieces_on_the_cpu() -> None:
+    """As several threads take them, each with its place in the result and in the sums."""
+    before = torch.get_num_threads()
+    case = cases.attention_case("pieces", "five tiles of one head", (1, 190, 50, 1, 24))
+    try:
+        torch.set_num_threads(3)
+        for dtype in cases.DTYPES:
+            cases.check("attention", case, dtype, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+@cases.needs_native
+def test_an_added_mask_over_several_blocks_of_keys_on_the_cpu() -> None:
+    """Its numbers and its gradient begin anew at no block."""
+    long_bias = cases.attention_case(
+        "long-bias", "tiles and blocks", (1, 44, 170, 1, 8), mask=cases.additive_per_sample
+    )
+    cases.check("attention", long_bias, torch.float32, "cpu")
+
+
 def test_the_result_is_contiguous_for_every_layout() -> None:
     packed = torch.randn(2, 9, 3, 4, 8)
     views = packed.unbind(2)

@@ -6,10 +6,12 @@ import asyncio
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import kernels
@@ -56,7 +58,8 @@ def test_auto_begins_with_what_the_op_prefers(op: dispatch.Op) -> None:
     op.first = lambda x: "triton" if len(x) == 2 else None
     assert (op(X), op(X[:1])) == ("triton", "cuda")
     assert kernels.explain("probe", X).chosen == "triton"
-    assert op.order((X,), {}) == ("triton", "cuda", "cpu", "reference")
+    order = [i.backend for i in op.candidates((X,), {})]
+    assert order == ["triton", "cuda", "cpu", "reference"]
     add(op, "triton", "no such shape")
     with pytest.warns(BackendWarning, match="no such shape"):
         assert op(X) == "cuda"
@@ -325,3 +328,61 @@ def test_no_graph_break(name: str, backend: str) -> None:
     torch.testing.assert_close(actual, expected)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)]
     torch.testing.assert_close(*gradients)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_plain_calls_go_past_pytorch(op: dispatch.Op) -> None:
+    op.register(
+        Implementation(
+            backend="cpu", function=lambda *_, **__: "known", direct=lambda *_, **__: "direct"
+        )
+    )
+    wanted = X.clone().requires_grad_()
+    assert op(X) == op(X, 4, None, eps=1e-5) == op(X, torch.nn.Parameter(X, False)) == "direct"
+    assert op(wanted) == op(X, wanted) == op(X, weight=wanted) == "known"
+    with torch.no_grad():
+        assert op(wanted) == "direct"
+    assert op(X, X.as_subclass(Subclass)) == op(X, X.to("meta")) == "known"
+    assert op(torch._neg_view(X)) == "known"
+    with Mode():
+        assert op(X) == "known"
+    with kernels.backend("cpu"):
+        assert (op(X), op(wanted)) == ("direct", "known")
+
+
+def test_what_is_worked_out_once_follows_the_implementations(op: dispatch.Op) -> None:
+    assert op(X) == "reference"
+    add(op, "cpu")
+    assert op(X) == "cpu"
+    before = op.implementations
+    with recording("probe") as ran:
+        assert op(X) == "cpu"
+    assert ran == ["cpu"]
+    op.implementations = {"reference": before["reference"]}
+    assert op(X) == "reference"
+    op.implementations = before
+    assert op(X) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.attention(*[torch.ones(1, 2, 1, 4)] * 3, scale="x"), "scale .*, got 'x'"),
+        (lambda: kernels.group_norm_silu(X, 4.0), r"num_groups must be an integer, got 4\.0"),
+        (lambda: kernels.add_group_norm_silu(X, "4"), "num_groups must be an integer, got '4'"),
+        (lambda: kernels.group_norm_silu(X, 4, eps=None), "eps must be a number, got None"),
+        (lambda: kernels.layer_norm(X, eps="1e-5"), "layer_norm: eps .* got '1e-5'"),
+        (lambda: kernels.add_layer_norm(X, X, eps=[1]), r"add_layer_norm: eps .* got \[1\]"),
+    ],
+)
+def test_numbers_that_are_none(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -179,6 +179,33 @@ def test_unet(name: str, dtype: torch.dtype, size: float, monkeypatch: pytest.Mo
     assert_equal(prepare(ours, dtype=dtype)(x, t, **conditions), expected)
 
 
+@pytest.mark.parametrize("height_width", [(9, 7), (5, 8), (6, 1)], ids=str)
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@torch.no_grad()
+def test_unet_of_sizes_that_do_not_halve(name: str, height_width: tuple[int, int]) -> None:
+    """diffusers brings the way up back to the sizes of the way down; so does ours."""
+    class_name, options = UNETS[name]
+    theirs = peer_model(class_name, options, torch.float64)
+    ours = UNet(unet_config(config_json(theirs))).double().eval()
+    ours.load_state_dict(convert_state_dict(theirs.state_dict(), ours))
+    x, t = randn(2, 4, *height_width, dtype=torch.float64), torch.tensor([981, 3])
+    context = randn(2, 7, 24, dtype=torch.float64, seed=1)
+    text, added = randn(2, 4, dtype=torch.float64, seed=2), None
+    peer: dict[str, Any] = {}
+    if name == "sdxl":
+        ids = torch.arange(12.0).view(2, 6) * 100
+        sizes = theirs.add_time_proj(ids.flatten()).view(2, -1).double()
+        added, peer["added_cond_kwargs"] = (
+            torch.cat([text, sizes], dim=1),
+            {"text_embeds": text, "time_ids": ids},
+        )
+    expected = theirs(x, t, encoder_hidden_states=context, **peer).sample
+    assert expected.shape == x.shape
+    assert_equal(ours(x, t, context=context, added=added), expected)
+    prepared = prepare(ours, dtype=torch.float64)
+    assert_equal(prepared(x, t, context=context, added=added), expected)
+
+
 @pytest.mark.parametrize(("dtype", "size"), CASES)
 @pytest.mark.parametrize("name", AUTOENCODERS)
 @torch.no_grad()

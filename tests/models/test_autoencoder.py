@@ -17,8 +17,8 @@ from fastdiff.models.autoencoder import (
     Codebook,
     Posterior,
     Quantized,
-    _tile_starts,
 )
+from fastdiff.models.tiling import tile_starts
 
 SMALL = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
 KL = AutoencoderConfig(image_channels=1, latent_channels=2, **SMALL)
@@ -83,7 +83,7 @@ def test_log_variance_is_kept_between_minus_30_and_20() -> None:
 
 @pytest.mark.parametrize(("size", "tile", "overlap"), [(19, 4, 1), (23, 8, 2), (100, 16, 5)])
 def test_neighbouring_tiles_share_the_overlap_or_more(size: int, tile: int, overlap: int) -> None:
-    starts = _tile_starts(size, tile, overlap)
+    starts = tile_starts(size, tile, overlap)
     assert starts[0] == 0
     assert starts[-1] + tile == size
     assert all(a + tile - b >= overlap for a, b in pairwise(starts))
@@ -260,3 +260,24 @@ def test_wrong_input_is_one_clear_line(call: Any, message: str) -> None:
 def test_wrong_config_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AutoencoderConfig(**(SMALL | change))
+
+
+@pytest.mark.parametrize("config", [KL, VQ], ids=["kl", "vq"])
+def test_tiles_are_encoded_where_they_lie(config: AutoencoderConfig) -> None:
+    """An encoder that sees one pixel, not its surroundings, is the same in tiles."""
+    model = Autoencoder(config).eval()
+    model.encoder = nn.AvgPool2d(2)  # type: ignore[assignment]
+    moments = 4 if config is KL else 2
+    model.quant_conv = nn.Conv2d(1, moments, 1)
+    x = torch.randn(2, 1, 38, 26)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_tiled(x, 8, 2), model.encode_latent(x))
+    with pytest.raises(ValueError, match="image sides must be positive multiples of 2"):
+        model.encode_tiled(torch.zeros(1, 1, 37, 26), 8, 2)
+
+
+def test_one_tile_is_plain_encoding() -> None:
+    model = Autoencoder(KL).eval()
+    x = torch.randn(1, 1, 16, 12)
+    with torch.no_grad():
+        assert torch.equal(model.encode_tiled(x, 8, 2), model.encode_latent(x))

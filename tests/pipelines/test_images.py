@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.images import contact_sheet, read_recipe, save_png, to_pil, to_uint8
+from fastdiff.images import (
+    contact_sheet,
+    read_image,
+    read_mask,
+    read_recipe,
+    save_png,
+    to_pil,
+    to_uint8,
+)
 
 RECIPE = {"seed": 2**63 - 1, "class": "sept ✓", "guidance_scale": 2.5, "interval": None}
 
@@ -128,3 +136,39 @@ def test_a_png_of_absurd_size_is_refused_before_it_is_unpacked(tmp_path: Path) -
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"bomb\.png is damaged .*3600000000 pixels"):
         read_recipe(path)
+
+
+def test_pictures_of_any_kind_are_read_as_rgb(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.array([[0, 255], [51, 102], [0, 0]], dtype=np.uint8))
+    expected = torch.tensor([[-1, 1], [-0.6, -0.2], [-1, -1]]).expand(3, 3, 2)
+    clear = Image.new("RGBA", (2, 3), (0, 0, 0, 0))
+    for name, picture, pixels in (
+        ("grey.png", grey, expected),
+        ("palette.png", grey.convert("P"), expected),
+        ("rgb.png", grey.convert("RGB"), expected),
+        ("clear.png", clear, torch.ones(3, 3, 2)),
+    ):
+        picture.save(tmp_path / name)
+        torch.testing.assert_close(read_image(tmp_path / name), pixels)
+    torch.testing.assert_close(read_mask(tmp_path / "rgb.png"), (expected[:1] + 1) / 2)
+
+
+def test_pictures_are_cropped_around_the_centre(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (40, 20), "black")
+    wide.paste("white", (6, 0, 34, 20))  # the filter reads a little beyond its box
+    wide.save(tmp_path / "wide.png")
+    assert bool((read_image(tmp_path / "wide.png", height=10, width=10) == 1).all())
+    assert read_image(tmp_path / "wide.png", height=10).shape == (3, 10, 20)
+    assert read_image(tmp_path / "wide.png", width=10).shape == (3, 5, 10)
+    for height, width in ((7, 9), (33, 100), (1, 1), (41, 3)):  # no rounding leads outside
+        size = (3, height, width)
+        assert read_image(tmp_path / "wide.png", height=height, width=width).shape == size
+
+
+def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no image at"):
+        read_image(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("text")
+    for path, message in ((tmp_path / "text.png", "not an image"), (tmp_path, "not a regular")):
+        with pytest.raises(ValueError, match=f"cannot be read: {message}"):
+            read_mask(path)

@@ -18,8 +18,9 @@ from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.sampling import sample
 from fastdiff.images import read_recipe, save_png
 from fastdiff.models.unet import UNet
-from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings, from_recipe
-from fastdiff.runtime import Denoiser, block_size, in_blocks, prepare
+from fastdiff.pipelines.core import SampleSettings
+from fastdiff.pipelines.latent import LatentDiffusion, from_recipe
+from fastdiff.runtime import Denoiser, block_size, class_conditions, in_blocks, prepare
 from tests.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
 
 CLASSES, SEEDS = [0, 3, None, 1, 2, 3, 0], [11, 12, 13, 14, 15, 2**40 + 16, 17]
@@ -116,8 +117,8 @@ def test_without_blocks_bits_depend_on_the_batch() -> None:
     x = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def run(rows: slice, block: int | None) -> Tensor:
-        labels = [0] * len(x[rows])
-        return Denoiser(unet, [500.0], labels, guided=True, block=block)(x[rows], 500.0, False)
+        conditions = class_conditions(UNET, [0] * len(x[rows]), guided=True)
+        return Denoiser(unet, [500.0], *conditions, block=block)(x[rows], 500.0, False)
 
     with_blocks = run(slice(None), 8)
     assert all(torch.equal(run(slice(i, i + 1), 8)[0], with_blocks[i]) for i in range(7))
@@ -134,7 +135,8 @@ def test_the_denoiser_is_the_network_called_plainly(count: int) -> None:
     labels = [(None, 0, 1, 2, 3)[index % 5] for index in range(count)]
     y = torch.tensor([4 if label is None else label for label in labels])
     x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    denoiser = Denoiser(unet, torch.tensor([981.0, 500.5, 0.0]), labels, guided=True, block=4)
+    conditions = class_conditions(UNET, labels, guided=True)
+    denoiser = Denoiser(unet, torch.tensor([981.0, 500.5, 0.0]), *conditions, block=4)
     for t in (500.5, 0.0, 981.0):
         steps = torch.full((count,), t, dtype=torch.float64)
         cond = unet(x.double(), steps, y=y)

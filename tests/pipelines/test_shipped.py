@@ -9,7 +9,8 @@ import torch
 
 from fastdiff.checkpoint.bundle import ASSETS, load_bundle
 from fastdiff.checkpoint.config import from_dict
-from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings
+from fastdiff.pipelines.core import SampleSettings
+from fastdiff.pipelines.latent import LatentDiffusion
 from fastdiff.training import TRAINING_PRESETS
 
 SHIPPED = ASSETS / "digits"

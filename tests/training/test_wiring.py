@@ -10,7 +10,8 @@ import torch
 
 from fastdiff.checkpoint.bundle import load_bundle
 from fastdiff.models.autoencoder import Quantized
-from fastdiff.pipelines.latent import LatentDiffusion, SampleSettings
+from fastdiff.pipelines.core import SampleSettings
+from fastdiff.pipelines.latent import LatentDiffusion
 from fastdiff.training import (
     AutoencoderLossConfig,
     PreviewConfig,

@@ -1,0 +1,130 @@
+"""The header of a safetensors file, read without trusting a number in it.
+
+The file is 8 bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), and
+the tensors' bytes, one behind the other without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.checkpoint.weights import Place, Weights
+
+MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def header_fits(start: bytes, size: int) -> bool:
+    """Whether the first 8 bytes of a file of that size may be a header's length."""
+    return len(start) == 8 and 2 <= _length(start) <= min(size - 8, MAX_HEADER_BYTES)
+
+
+def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Weights:
+    """Read and check the header.
+
+    dtypes: those that a tensor may have, by the format's names.
+
+    Raises:
+        ValueError: truncated, damaged, or another kind of file; one line that names it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if not header_fits(start, size):
+            # Only where no header fits: a length too may begin with these bytes.
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise ValueError(
+                    f"{path}: expected safetensors, got a pickle (torch.save), which could run "
+                    "code and is not opened; write it again with safetensors"
+                )
+            length = _length(start) if len(start) == 8 else -1
+            raise ValueError(
+                f"{path}: expected safetensors, got {size} bytes whose header claims {length}; "
+                "the file is truncated or something else: fetch it again"
+            )
+        length = _length(start)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_object)
+        if not isinstance(header, dict):
+            raise ValueError(f"got {type(header).__name__}")
+        facts = header.pop("__metadata__", None)
+        spans = {key: _span(key, entry, dtypes) for key, entry in header.items()}
+        end = _check_in_a_row(spans)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the safetensors header is damaged ({error}); fetch the file again"
+        ) from error
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{path}: the header promises {8 + length + end} bytes, got {size}; the file is "
+            "truncated or was changed: fetch it again"
+        )
+    places = {
+        key: Place(path, 8 + length + spans[key][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for key, entry in header.items()
+    }
+    return Weights(path, places, facts if isinstance(facts, dict) else {})
+
+
+def _length(start: bytes) -> int:
+    return struct.unpack("<Q", start)[0]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice:.80} stands in it twice")
+    return data
+
+
+def _span(key: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
+    """The tensor's first byte and the one behind its last; dtype, shape and offsets must agree."""
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"{key:.80}: expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in numbers
+        ):
+            raise ValueError(f"{key:.80}: expected a list of whole numbers, got {numbers!r:.60}")
+    itemsize = dtypes[dtype].itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize:
+        raise ValueError(f"{key:.80}: shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
+    return offsets[0], offsets[1]
+
+
+def _check_in_a_row(spans: dict[str, tuple[int, int]]) -> int:
+    """Tensors neither overlap nor leave gaps; returns where the last one ends."""
+    end = 0
+    for key, (first, behind) in sorted(spans.items(), key=lambda item: item[1]):
+        if first != end:
+            raise ValueError(
+                f"{key:.80} begins at byte {first}, expected {end}: tensors overlap or leave a gap"
+            )
+        end = behind
+    return end

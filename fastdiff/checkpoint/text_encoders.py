@@ -1,0 +1,207 @@
+"""CLIP text encoders, from diffusers folders and from inside single files.
+
+The network is transformers' own; only its config and its weights are read here. OpenCLIP's names
+become CLIP's: its packed in_proj is three stretches of rows, its text_projection the transpose.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.checkpoint.build import Plan, Sources, check_names
+from fastdiff.checkpoint.request import Request
+from fastdiff.checkpoint.weights import Place, Weights, read_json
+from fastdiff.extras import import_extra
+from fastdiff.models.text import TextEncoder
+
+HEAD_DIM = 64  # of every published CLIP
+_BLOCK = {  # OpenCLIP's name inside a block -> CLIP's
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
+
+
+def plan_folder(folder: Path, weights: Weights, request: Request) -> Plan:
+    """A text_encoder folder of a diffusers pipeline: its config.json and the weights beside it.
+
+    Raises:
+        ValueError: another architecture, or weights that do not fit.
+        ImportError: transformers is not installed.
+    """
+    path = folder / "config.json"
+    data = read_json(path)
+    kinds = data.get("architectures")
+    known = (["CLIPTextModel"], ["CLIPTextModelWithProjection"])
+    if kinds not in known:
+        raise ValueError(
+            f"{path}: architectures must be CLIPTextModel or CLIPTextModelWithProjection, got "
+            f"{kinds!r:.60}; text_encoders=False loads the rest"
+        )
+    return _clip(data, kinds == known[1], weights, request)
+
+
+def plan_clip(weights: Weights, request: Request) -> Plan:
+    """CLIP's text model inside a single file, in transformers' own names."""
+    return _clip(_config(_plain(weights), "quick_gelu"), False, weights, request)
+
+
+def plan_open_clip(
+    weights: Weights, request: Request, *, projection: bool, leave_out: int = 0
+) -> Plan:
+    """OpenCLIP's text model inside a single file.
+
+    leave_out: layers at the end that are never run (Stable Diffusion 2 takes the last but one).
+    """
+    as_clip = open_clip_as_clip(weights, projection=projection)
+    layers = _layers(as_clip)
+    for index in range(layers - leave_out, layers):
+        prefix = f"encoder.layers.{index}."
+        as_clip = replace(
+            as_clip,
+            places={k: v for k, v in as_clip.places.items() if not k.startswith(prefix)},
+        )
+    return _clip(_config(as_clip, "gelu"), projection, as_clip, request)
+
+
+def open_clip_as_clip(weights: Weights, *, projection: bool) -> Weights:
+    """OpenCLIP's tensors under CLIP's names: other names and places, the same bytes."""
+    places: dict[str, Place] = {}
+    for key, place in weights.places.items():
+        if key in _NO_WEIGHTS or (key == "text_projection" and not projection):
+            continue
+        if key == "text_projection" and len(place.shape) == 2:
+            rows, columns = place.shape
+            places["text_projection.weight"] = replace(
+                place, shape=(columns, rows), stride=(1, columns)
+            )
+        elif ".attn.in_proj_" in key and place.shape and place.shape[0] % 3 == 0:
+            block, leaf = key.split(".attn.in_proj_")
+            shape = (place.shape[0] // 3, *place.shape[1:])
+            for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                part = replace(place, shape=shape)
+                offset = place.offset + index * part.numel * place.dtype.itemsize
+                places[f"{_block(block)}.self_attn.{name}.{leaf}"] = replace(part, offset=offset)
+        else:
+            places[_clip_name(key)] = place
+    return Weights(weights.path, places, weights.facts)
+
+
+def _clip_name(key: str) -> str:
+    for ours, theirs in _BLOCK.items():
+        block, found, leaf = key.partition(f".{ours}.")
+        if found:
+            return f"{_block(block)}.{theirs}.{leaf}"
+    return (
+        key.replace("token_embedding.", "embeddings.token_embedding.")
+        .replace("ln_final.", "final_layer_norm.")
+        .replace("positional_embedding", "embeddings.position_embedding.weight")
+    )
+
+
+def _block(block: str) -> str:
+    return block.replace("transformer.resblocks.", "encoder.layers.")
+
+
+def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """transformers' CLIPTokenizer from a local folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing; give a tokenizer's folder")
+    transformers = import_extra("transformers", extra="diffusers")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: no CLIP tokenizer can be read there ({reason:.200}); give a folder with "
+            "vocab.json and merges.txt"
+        ) from error
+
+
+def _plain(weights: Weights) -> Weights:
+    """Without the prefix that some versions of transformers put before the transformer."""
+    names = {key.removeprefix("text_model."): key for key in weights.places}
+    return weights.renamed({k: v for k, v in names.items() if k.split(".")[-1] not in _NO_WEIGHTS})
+
+
+def _layers(weights: Weights) -> int:
+    found = {k.split(".")[2] for k in weights.places if k.startswith("encoder.layers.")}
+    return len(found)
+
+
+def _config(weights: Weights, activation: str) -> dict[str, Any]:
+    shapes = weights.shapes
+    try:
+        vocabulary, width = shapes["embeddings.token_embedding.weight"]
+        positions = shapes["embeddings.position_embedding.weight"][0]
+        inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{weights.path}: expected a CLIP text encoder, got {', '.join(list(shapes)[:3])}; "
+            "text_encoders=False loads the rest"
+        ) from error
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": _layers(weights),
+        "num_attention_heads": max(1, width // HEAD_DIM),
+        "max_position_embeddings": positions,
+        "projection_dim": shapes.get("text_projection.weight", (width,))[0],
+        "hidden_act": activation,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
+
+
+def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Request) -> Plan:
+    weights = _plain(weights)
+    layers = data.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers > len(weights.places):
+        raise ValueError(
+            f"{weights.path}: the config asks for {layers!r:.20} layers, the file has "
+            f"{len(weights.places)} tensors; use the weights that belong to this config"
+        )
+    transformers = import_extra("transformers", extra="diffusers")
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    try:
+        config = transformers.CLIPTextConfig(**data)
+        with torch.device("meta"):
+            model: Any = kind(config)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{weights.path}: the text encoder's config cannot be built ({reason:.200})"
+        ) from error
+    sources: Sources = {name: (name.removeprefix("text_model."),) for name in model.state_dict()}
+    check_names(model, sources, weights.shapes, str(weights.path))
+    for module in model.modules():
+        if isinstance(ids := getattr(module, "position_ids", None), torch.Tensor):
+            module.position_ids = torch.arange(ids.shape[-1], device=request.device).expand(1, -1)
+    return Plan(model, sources, weights)
+
+
+def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:
+    """What of an encoder's output its U-Net was trained on."""
+    pooled = type(model).__name__ == "CLIPTextModelWithProjection"
+    return TextEncoder(
+        model=model, tokenizer=tokenizer, skip=int(xl), final_norm=not xl, pooled=xl and pooled
+    )

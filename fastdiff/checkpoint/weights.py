@@ -1,0 +1,194 @@
+"""Files of weights, opened one way: names, shapes and dtypes at once, numbers when asked for.
+
+    safetensors       the header, checked against the file (`safetensors.py`)
+    torch.save        the zip and the format before it, read without running it (`pickles.py`)
+    NAME.index.json   several of these, one model
+
+The kind is recognised by the first bytes, not by the name. A tensor is read from its place in the
+file straight into the memory where it stays (`Weights.copy_into`): nothing is held twice, and
+nothing that a file says about sizes is believed before the file is seen to be that large.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
+MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands: `offset` bytes into a file, `shape` numbers of `dtype` in a row."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    """Strides in numbers where they do not lie in a row; `span` numbers are read then."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Numbers from the first to the last."""
+        if self.stride is None or self.numel == 0:
+            return self.numel
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+
+@dataclass
+class Weights:
+    """The tensors of one model, on disk."""
+
+    path: Path
+    """The file or the index that was opened: what messages name."""
+    places: dict[str, Place]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the file says: metadata, global_step."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: place.shape for key, place in self.places.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Those tensors of ours that `names` (new -> ours) names, under their new names."""
+        return Weights(self.path, {new: self.places[key] for new, key in names.items()}, self.facts)
+
+    def under(self, prefix: str) -> Weights:
+        """The tensors whose names begin with `prefix`, without it."""
+        names = {key[len(prefix) :]: key for key in self.places if key.startswith(prefix)}
+        return self.renamed(names)
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, in memory of its own, dtype and shape as in the file."""
+        place = self.places[key]
+        out = torch.empty(place.span, dtype=place.dtype)
+        self._read(place, out)
+        if place.stride is not None:
+            return out.as_strided(place.shape, place.stride).contiguous()
+        return out.view(place.shape)
+
+    def copy_into(self, key: str, out: Tensor) -> None:
+        """Fill `out`, of as many numbers, any dtype and device, contiguous."""
+        place = self.places[key]
+        assert out.is_contiguous()
+        assert out.numel() == place.numel
+        flat = out.view(-1)
+        if place.stride is not None:
+            flat.copy_(self.tensor(key).view(-1))
+        elif out.dtype == place.dtype and out.device.type == "cpu":
+            self._read(place, flat)
+        else:
+            step = CHUNK // place.dtype.itemsize
+            for start in range(0, place.numel, step):
+                part = flat[start : start + step]
+                read = torch.empty(part.numel(), dtype=place.dtype)
+                self._read(place, read, start)
+                part.copy_(read)
+
+    def _read(self, place: Place, out: Tensor, start: int = 0) -> None:
+        """Fill the one-dimensional `out` with the numbers from `start` on."""
+        view = out.view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(place.offset + start * place.dtype.itemsize)
+            while len(view):
+                count = file.readinto(view[: 2**30])
+                if not count:
+                    raise ValueError(
+                        f"{place.path}: the file ends inside a tensor; was it changed?"
+                    )
+                view = view[count:]
+
+
+def open_weights(path: str | os.PathLike[str]) -> Weights:
+    """Open a file of weights, or the index of several.
+
+    Raises:
+        FileNotFoundError: there is none, or a shard is missing.
+        ValueError: damaged, of another kind, or a pickle that holds more than tensors; one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or is not a file; give a file of weights")
+    if path.name.endswith(".json"):
+        return _open_sharded(path)
+    from fastdiff.checkpoint.pickles import looks_like_torch_save, read_torch_save
+    from fastdiff.checkpoint.safetensors import header_fits, read_safetensors
+
+    with path.open("rb") as file:
+        start = file.read(8)
+    # A header's length too may begin with the bytes of a zip or a pickle: ask for it first.
+    if header_fits(start, path.stat().st_size):
+        return read_safetensors(path)
+    if looks_like_torch_save(start):
+        return read_torch_save(path)
+    raise ValueError(
+        f"{path}: expected safetensors or what torch.save wrote, got {path.stat().st_size} bytes "
+        f"that begin with {start!r}; the file is truncated or something else"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON")
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _open_sharded(path: Path) -> Weights:
+    """The shards that an index names ({"weight_map": {tensor: file}}), beside it."""
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{path}: expected 'weight_map' with a file's name for each tensor")
+    places: dict[str, Place] = {}
+    for name in sorted(set(table.values())):
+        if Path(name).name != name or name == ".." or name.endswith(".json"):
+            raise ValueError(f"{path}: a shard must be a file beside the index, got {name!r:.60}")
+        shard = path.parent / name
+        if not shard.is_file():
+            keys = sum(other == name for other in table.values())
+            raise FileNotFoundError(
+                f"{shard} is missing: {path.name} says that {keys} tensors are in it; "
+                "fetch all files of the model"
+            )
+        opened = open_weights(shard).places
+        wanted = {key for key, other in table.items() if other == name}
+        if opened.keys() != wanted:
+            raise ValueError(
+                f"{shard}: its tensors are not those of {path.name} "
+                f"({some(sorted(opened.keys() ^ wanted))}); fetch both again"
+            )
+        places.update(opened)
+    return Weights(path, places)
+
+
+def some(names: Iterable[str], count: int = 5) -> str:
+    """The first names of a list, for messages."""
+    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
+    return ", ".join(names[:count]) + (f", … ({len(names)})" if len(names) > count else "")

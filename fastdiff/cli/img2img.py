@@ -1,0 +1,86 @@
+"""``fastdiff img2img``: variations of an image, led by a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torch import Tensor
+
+from fastdiff.cli import pictures
+from fastdiff.cli.parsing import OptionalInt, parse
+from fastdiff.images import read_image
+from fastdiff.pipelines.core import OnStep, Progress
+from fastdiff.pipelines.image_to_image import check_image, first_step, image_to_image
+from fastdiff.pipelines.text import TextDiffusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2Img:
+    """Change an image after a prompt with a Stable Diffusion checkpoint (1, 2, XL).
+
+    Writes a PNG per seed with its recipe inside, and a contact sheet of several.
+
+    Examples:
+      fastdiff img2img "an oil painting" --image photo.jpg --model stable-diffusion-v1-5/
+      fastdiff img2img "winter" --image photo.jpg --model sd15.safetensors --strength 0.5 --count 4
+      fastdiff img2img "a castle" --image sketch.png --model sdxl/ --height 1024 --width 1024
+    """
+
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
+    """What the image is to become."""
+    image: Path
+    """The picture to begin with."""
+    model: Path
+    """The checkpoint: a diffusers folder, or a .safetensors or .ckpt file."""
+    strength: float = 0.75
+    """Share of the steps that are done: 0 keeps the image, 1 makes a new one."""
+    height: OptionalInt = None
+    """Crop and resize the picture to this height first."""
+    width: OptionalInt = None
+    """Crop and resize the picture to this width first."""
+    shared: Annotated[pictures.Shared, tyro.conf.arg(name="")] = field(
+        default_factory=pictures.Shared
+    )
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Img2Img, words, prog="fastdiff img2img")
+    return 0 if options is None else run(options)
+
+
+def run(options: Img2Img) -> int:
+    first_step(options.shared.settings.steps, options.strength)
+    image = read_image(options.image, height=options.height, width=options.width)
+    shared = options.shared
+
+    def prepare(model: TextDiffusion) -> tuple[pictures.Make, dict[str, Any]]:
+        check_image(model, image, 1)
+
+        def make(
+            model: TextDiffusion, seeds: Sequence[int], on_step: OnStep | None, tell: Progress
+        ) -> Tensor:
+            return image_to_image(
+                model,
+                image,
+                options.prompt,
+                seeds,
+                strength=options.strength,
+                text=shared.text,
+                settings=shared.settings,
+                on_step=on_step,
+                progress=tell,
+            )
+
+        return make, {
+            "pipeline": "img2img",
+            "image": pictures.identity(options.image),
+            "strength": options.strength,
+            "height": image.shape[1],
+            "width": image.shape[2],
+        }
+
+    return pictures.run(options.model, options.prompt, shared, prepare)

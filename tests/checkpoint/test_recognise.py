@@ -1,0 +1,318 @@
+"""Layouts and architectures are told from names and shapes; what does not fit is said at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fastdiff
+from fastdiff.checkpoint import compvis, ddpm, openai
+from fastdiff.checkpoint.request import Request, Unsaid
+from fastdiff.checkpoint.weights import Place, Weights
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.unet import UNet
+from fastdiff.presets import AUTOENCODERS, UNETS
+from tests.checkpoint import layouts
+from tests.checkpoint.pipelines import pipeline, text_model
+from tests.checkpoint.test_load import compvis_state, same_unet
+from tests.models.test_against_diffusers import ADM, VAE, peer_model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def shapes_of(model: Any, names: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that the published file of this architecture has."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    state = model.state_dict()
+    linear = isinstance(model, UNet) and model.config.head_dim is not None
+    for ours, theirs in names(model).items():
+        rows, *rest = state[ours].shape
+        for key in theirs:
+            shape = (rows // len(theirs), *rest)
+            if ".qkv." in key and len(shape) == 2:
+                shape = (*shape, 1)
+            elif ".proj_in.weight" in key and not linear:
+                shape = (*shape, 1, 1)
+            shapes[key] = shape
+    return shapes
+
+
+def on_meta(kind: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return kind(config)
+
+
+@pytest.mark.parametrize("name", ["adm-imagenet256", "iddpm-imagenet64"])
+def test_openais_published_models(name: str) -> None:
+    """At full size, on the meta device: heads, order and noise come from the documents."""
+    shapes = shapes_of(on_meta(UNet, UNETS[name]), openai.names)
+    config, known = openai.pixel_unet_config(shapes, Unsaid())
+    assert replace(config, dropout=UNETS[name].dropout) == UNETS[name]
+    steps = 4000 if name.startswith("iddpm") else 1000
+    kind = "cosine" if name.startswith("iddpm") else "linear"
+    assert (known.schedule.kind, known.schedule.num_timesteps) == (kind, steps)
+    assert known.image_size == (64 if name.startswith("iddpm") else 256)
+
+
+def test_ddpms_published_model() -> None:
+    shapes = shapes_of(on_meta(UNet, UNETS["ddpm-cifar10"]), ddpm.names)
+    config = ddpm.unet_config(shapes, Unsaid())
+    assert replace(config, dropout=0.1) == UNETS["ddpm-cifar10"]
+
+
+@pytest.mark.parametrize(
+    "name", ["sd1", "sd1-inpaint", "sd2", "sdxl", "ldm4-ffhq256", "ldm4-cin256-v2"]
+)
+def test_compvis_published_models(name: str) -> None:
+    shapes = shapes_of(on_meta(UNet, UNETS[name]), openai.names)
+    if name == "sdxl":
+        shapes = {k: s[:2] if ".proj_in." in k else s for k, s in shapes.items()}
+    places = {key: Place(Path(), 0, torch.float32, shape) for key, shape in shapes.items()}
+    reading = compvis.Reading(Weights(Path(), places), Request())
+    config = compvis.unet_config(reading, reading.weights, name == "ldm4-cin256-v2")
+    expected = UNETS[name]
+    if expected.context_dim is not None:  # there is no packed attention whose order counts
+        config = replace(config, qkv_order="new")
+    assert config == expected
+    assert reading.assumed.keys() <= {"num_heads", "head_dim"}
+
+
+@pytest.mark.parametrize("name", ["kl-f4", "kl-f8", "vq-f4", "vq-f8"])
+def test_published_first_stages(name: str) -> None:
+    shapes = shapes_of(on_meta(Autoencoder, AUTOENCODERS[name]), ddpm.names)
+    assert ddpm.autoencoder_config(shapes, Unsaid()) == AUTOENCODERS[name]
+
+
+def test_an_upsampler_takes_the_small_image_beside_x(tmp_path: Path) -> None:
+    theirs = peer_model("UNet2DModel", {**ADM, "in_channels": 6}, torch.float64)
+    torch.save(layouts.openai_unet(theirs.state_dict(), 2, 4, "legacy"), tmp_path / "x")
+    with pytest.raises(ValueError, match="width 64 of a level, got"):
+        fastdiff.load(tmp_path / "x", head_dim=24)
+    torch.save(layouts.openai_unet(theirs.state_dict(), 2, 1, "new"), tmp_path / "x")
+    checkpoint = fastdiff.load(tmp_path / "x", dtype=torch.float64, head_dim=16, qkv_order="new")
+    same_unet(checkpoint.unet, theirs)
+    assert checkpoint.unet is not None
+    assert checkpoint.unet.config.learned_sigma
+    assert "low-resolution" in checkpoint.provenance["condition"]
+
+
+def guided(tmp_path: Path, **change: Tensor | None) -> Path:
+    """A small unconditional U-Net in OpenAI's layout, with some tensors changed."""
+    options = {**ADM, "num_class_embeds": None, "layers_per_block": 1}
+    theirs = peer_model("UNet2DModel", options, torch.float32)
+    state = layouts.openai_unet(theirs.state_dict(), 1, 4, "legacy")
+    changed = {**state, **{key.replace("__", "."): value for key, value in change.items()}}
+    path = tmp_path / "file"
+    torch.save({key: value for key, value in changed.items() if value is not None}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stray__weight": torch.zeros(1)}, r"file: these are not .* stray\.weight is unknown"),
+        ({"out__2__bias": None}, r"out\.2\.bias is missing"),
+        (
+            {"input_blocks__1__0__in_layers__2__bias": torch.zeros(5)},
+            r"in_layers\.2\.bias has shape \(5,\), expected \(32,\)",
+        ),
+        ({"out__2__weight": None}, r"out\.2\.weight must have 4 dimensions, got nothing"),
+        ({"out__2__weight": torch.zeros(6)}, r"out\.2\.weight must have 4 dimensions"),
+        # guided-diffusion's 512x512 model: its first level is half as wide as its embedding
+        ({"input_blocks__0__0__weight": torch.zeros(16, 3, 3, 3)}, "multiple of 32 channels wide"),
+        ({"output_blocks__9__0__x": torch.zeros(1)}, "expected a U-Net, got 6 input blocks, 7 out"),
+    ],
+    ids=range(7),
+)
+def test_keys_that_do_not_fit_are_listed_and_nothing_is_read(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = guided(tmp_path, **change)
+    monkeypatch.setattr(Weights, "copy_into", None)  # whoever reads a number fails
+    with pytest.raises(ValueError, match=message) as error:
+        fastdiff.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for state, message in (
+        ({"a.b": torch.zeros(1)}, r"tensors of no known layout: a\.b"),
+        ({"input_blocks.0.0.weight": torch.zeros(1), "out.0.weight": torch.zeros(1)}, "classifier"),
+        (
+            {
+                key: torch.zeros(1)
+                for key in ("conv_in.weight", "down_blocks.0.resnets.0.norm1.weight")
+            },
+            "weights of a diffusers model, whose config stands beside them; give the folder",
+        ),
+    ):
+        save_file(state, path)
+        with pytest.raises(ValueError, match=message):
+            fastdiff.load(path)
+    with pytest.raises(FileNotFoundError, match="is missing; give a file, a folder, or the name"):
+        fastdiff.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"expected model_index\.json .*got x"):
+        fastdiff.load(tmp_path)
+    with pytest.raises(ValueError, match="variant is for folders"):
+        fastdiff.load(path, variant="fp16")
+    with pytest.raises(ValueError, match="give one of num_heads and head_dim"):
+        fastdiff.load(path, num_heads=1, head_dim=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        fastdiff.load(path, nonsense=1)
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd1") / "m"
+    pipeline("sd1", folder, torch.float32)
+    return folder
+
+
+@pytest.fixture
+def folder(sd1: Path, tmp_path: Path) -> Path:
+    """A good pipeline, to damage."""
+    return Path(shutil.copytree(sd1, tmp_path / "m"))
+
+
+def change_json(path: Path, **change: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def test_an_autoencoder_of_sdxl_under_a_unet_of_sd1(folder: Path) -> None:
+    change_json(folder / "vae" / "config.json", scaling_factor=0.13025)
+    with pytest.raises(
+        ValueError, match=r"scaling_factor is 0\.13025, that of Stable Diffusion XL"
+    ):
+        fastdiff.load(folder)
+    assert fastdiff.load(folder, scale_factor=0.13025).scale_factor == 0.13025
+
+
+def test_parts_that_do_not_belong_together(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "load_state_dict", None)  # no model is filled
+        for name, value in (("latents_mean", [0.0]), ("shift_factor", 0.1), ("scaling_factor", -1)):
+            before = (folder / "vae" / "config.json").read_text()
+            change_json(folder / "vae" / "config.json", **{name: value})
+            with pytest.raises(ValueError, match=name):
+                fastdiff.load(folder)
+            (folder / "vae" / "config.json").write_text(before)
+    wide = peer_model("AutoencoderKL", {**VAE, "latent_channels": 8}, torch.float32)
+    wide.save_pretrained(folder / "vae")
+    with pytest.raises(ValueError, match="latents have 8 channels, the U-Net's 4"):
+        fastdiff.load(folder)
+
+
+def test_a_text_encoder_of_another_width(folder: Path) -> None:
+    text_model("CLIPTextModel", 8, 2, torch.float32).save_pretrained(folder / "text_encoder")
+    with pytest.raises(ValueError, match="tokens are 8 wide, the U-Net takes 24"):
+        fastdiff.load(folder)
+    assert fastdiff.load(folder, text_encoders=False).text_encoders == ()
+    change_json(folder / "text_encoder" / "config.json", architectures=["BertModel"])
+    with pytest.raises(ValueError, match="architectures must be CLIPTextModel"):
+        fastdiff.load(folder)
+    change_json(
+        folder / "text_encoder" / "config.json",
+        architectures=["CLIPTextModel"],
+        num_hidden_layers=10**9,
+    )
+    with pytest.raises(ValueError, match="asks for 1000000000 layers, the file has"):
+        fastdiff.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (f"unet/{WEIGHTS}", f"no {WEIGHTS} .*got no weights"),
+        ("unet/config.json", "config.json is missing"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+        ("text_encoder/model.safetensors", "got no weights"),
+    ],
+)
+def test_a_missing_part(folder: Path, part: str, message: str) -> None:
+    (folder / part).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        fastdiff.load(folder)
+
+
+def test_damaged_parts_of_a_pipeline(folder: Path) -> None:
+    state = load_file(folder / "unet" / WEIGHTS)
+    for change, message in (
+        ({"stray": torch.zeros(1)}, "stray is unknown"),
+        ({"conv_in.bias": torch.zeros(3)}, r"conv_in\.bias has shape \(3,\), expected \(32,\)"),
+    ):
+        save_file({**state, **change}, folder / "unet" / WEIGHTS)
+        with pytest.raises(ValueError, match=message):
+            fastdiff.load(folder)
+    save_file(state, folder / "unet" / WEIGHTS)
+    change_json(folder / "unet" / "config.json", act_fn="gelu")
+    with pytest.raises(ValueError, match=r"unet/config\.json: .*act_fn must be"):
+        fastdiff.load(folder)
+    change_json(folder / "unet" / "config.json", act_fn="silu", block_out_channels=5)
+    with pytest.raises(ValueError, match="a value in it is of the wrong type"):
+        fastdiff.load(folder)
+    change_json(folder / "unet" / "config.json", block_out_channels=[32], layers_per_block=10**9)
+    with pytest.raises(ValueError, match=r"unet"):
+        fastdiff.load(folder)
+    change_json(folder / "model_index.json", controlnet=["diffusers", "ControlNetModel"])
+    with pytest.raises(ValueError, match="has controlnet, which fastdiff has not"):
+        fastdiff.load(folder)
+
+
+def test_every_part_is_checked_before_a_number_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    monkeypatch.setattr(Weights, "copy_into", None)
+    save_file({**state, "stray": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="stray is unknown"):
+        fastdiff.load(folder)
+    vae = load_file(folder / "vae" / WEIGHTS)
+    save_file({**vae, "decoder.conv_in.bias": torch.zeros(1)}, folder / "vae" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias has shape"):
+        fastdiff.load(folder)
+
+
+def test_what_a_folder_says_itself_is_not_overruled(folder: Path) -> None:
+    with pytest.raises(ValueError, match="num_heads stand in its config"):
+        fastdiff.load(folder, num_heads=2)
+    with pytest.raises(ValueError, match="prediction stand in its scheduler_config"):
+        fastdiff.load(folder, prediction="v")
+    unet = fastdiff.load(folder / "unet", prediction="v", schedule=ScheduleConfig())
+    assert (unet.prediction, unet.schedule) == ("v", ScheduleConfig())
+
+
+def test_unknown_keys_of_a_single_file_are_listed(sd1: Path, tmp_path: Path) -> None:
+    models = pipeline("sd1", tmp_path / "m", torch.float32)
+    state = compvis_state("sd1", models)
+    state["control_model.zero_convs.0.0.weight"] = torch.zeros(1)
+    save_file(state, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"1 tensors belong to nothing .*control_model\.zero"):
+        fastdiff.load(tmp_path / "x", num_heads=4)
+
+
+def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastdiff\[diffusers\]'"):
+        fastdiff.load(folder)
+    assert fastdiff.load(folder, text_encoders=False).unet is not None
+
+
+def test_betas_of_no_schedule(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="betas are those of no schedule"):
+        compvis.schedule_of(torch.linspace(0.1, 0.2, 10).square() + 0.05, "x")
+    cosine = ScheduleConfig(kind="cosine", num_timesteps=50)
+    from fastdiff.diffusion.schedules import NoiseSchedule
+
+    assert compvis.schedule_of(NoiseSchedule(cosine).betas, "x") == cosine

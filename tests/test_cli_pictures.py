@@ -1,0 +1,164 @@
+"""``txt2img``, ``img2img`` and ``inpaint``: what they write, what they say, how they refuse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.cli import main
+from fastdiff.images import read_image, read_recipe, save_png
+from tests.diffusers_models import save_folder
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {"sd1": str(save_folder("sd1", root)), "NINE": str(save_folder("inpaint", root))}
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, str],
+) -> Run:
+    """Call the program in a folder with a photo and a mask: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    photo = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    save_png("photo.png", photo)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save("mask.png")
+    Image.new("L", (64, 64)).save("black.png")
+    Image.new("RGB", (1, 1)).save("dot.png")
+    Image.new("L", (32, 64), 255).save("narrow.png")
+    Path("text.png").write_text("no picture")
+
+    def call(line: str) -> tuple[int, str, str]:
+        words = [folders.get(word, word) for word in shlex.split(line)]
+        code = main(words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+FAST = "--device cpu --steps 3"
+
+
+def test_txt2img_writes_images_and_makes_one_again(run: Run) -> None:
+    code, out, err = run(
+        f'txt2img "a (red:1.2) cat" --model sd1 --count 3 --seed 5 --negative dog --batch 2 '
+        f"--sampler dpmpp-2m-sde --preview {FAST}"
+    )
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "out/sheet.png"
+    assert "3 of 64 x 64, dpmpp-2m-sde, 3 steps" in out
+    assert "time" in out
+    names = sorted(path.name for path in Path("out").iterdir())
+    stem = "a-red-1-2-cat-seed"
+    assert names == [f"{stem}{seed}.png" for seed in (5, 6, 7)] + ["preview.png", "sheet.png"]
+    recipe = read_recipe(f"out/{stem}6.png")
+    assert recipe["prompt"] == "a (red:1.2) cat"
+    assert recipe["text"]["negative"] == "dog"
+    assert (recipe["seed"], recipe["height"], recipe["pipeline"]) == (6, 64, "txt2img")
+    assert read_recipe("out/sheet.png")["seeds"] == [5, 6, 7]
+
+    code, out, err = run(f"txt2img --like out/{stem}6.png --out again")
+    assert (code, err) == (0, "")
+    assert f"identical to out/{stem}6.png, bit for bit" in out
+    assert torch.equal(read_image(f"again/{stem}6.png"), read_image(f"out/{stem}6.png"))
+
+    save_png(f"out/{stem}6.png", -read_image(f"out/{stem}6.png"), recipe)
+    code, out, err = run(f"txt2img --like out/{stem}6.png --out again")
+    assert code == 1
+    assert "NOT identical" in out
+    code, out, err = run(f"txt2img --like out/{stem}6.png --out other --seed 9")
+    assert (code, "compared" in out) == (0, False)
+    assert Path(f"other/{stem}9.png").exists()
+
+
+def test_img2img(run: Run) -> None:
+    line = f"img2img cat --image photo.png --model sd1 {FAST}"
+    assert run(f"{line} --strength 0 --out same")[0] == 0
+    assert run(f"{line} --strength 1 --out new")[0] == 0
+    photo, same, new = (
+        read_image(path) for path in ("photo.png", "same/cat-seed0.png", "new/cat-seed0.png")
+    )
+    assert not torch.equal(same, new)
+    recipe = read_recipe("new/cat-seed0.png")
+    assert recipe["image"]["name"] == "photo.png"
+    assert len(recipe["image"]["sha256"]) == 64
+    assert run(f"{line} --height 32 --width 48 --out small")[0] == 0
+    assert read_image("small/cat-seed0.png").shape == (3, 32, 48)
+    assert photo.shape == same.shape
+
+
+@pytest.mark.parametrize("kind", ["sd1", "NINE"])
+def test_inpaint(run: Run, kind: str) -> None:
+    code, out, err = run(
+        f"inpaint cat --image photo.png --mask mask.png --model {kind} --count 2 {FAST}"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("out/sheet.png")
+    photo, made = read_image("photo.png"), read_image("out/cat-seed1.png")
+    assert torch.equal(made[:, :16], photo[:, :16])
+    assert torch.equal(made[..., 48:], photo[..., 48:])
+    assert (made != photo).any(0)[16:48, 16:48].float().mean() > 0.9
+    assert read_recipe("out/cat-seed0.png")["mask"]["name"] == "mask.png"
+
+
+MISTAKES = {
+    "txt2img cat": "missing: --model",
+    "txt2img --model sd1": "missing: PROMPT",
+    "txt2img cat --model nowhere": "nowhere is missing",
+    "txt2img cat --model sd1 --width 60": "multiples of 8, got 60 x 64",
+    "txt2img cat --model sd1 --count 0": "count must be at least 1, got 0",
+    "txt2img cat --model sd1 --seed -1": "seeds must lie in 0 to 2^63 - 1",
+    "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
+    "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
+    "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
+    "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must lie within 100",
+    "txt2img cat --model NINE": "reads 9 channels",
+    "txt2img cat --model digits": "fastdiff sample",
+    "txt2img --like photo.png": "carries no recipe",
+    "txt2img --like nowhere.png": "no image at nowhere.png",
+    "img2img cat --model sd1": "missing: --image",
+    "img2img cat --model sd1 --image nowhere.png": "no image at nowhere.png",
+    "img2img cat --model sd1 --image text.png": "text.png cannot be read: not an image",
+    "img2img cat --model sd1 --image dot.png": "got 1 x 1 (width x height); the nearest",
+    "img2img cat --model sd1 --image photo.png --strength 2": "strength must lie in [0, 1], got 2",
+    "inpaint cat --model sd1 --image photo.png": "missing: --mask",
+    "inpaint cat --model sd1 --image photo.png --mask narrow.png": "mask must be (1, 64, 64)",
+    "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is empty",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_mistakes_are_one_line(run: Run, line: str, message: str) -> None:
+    code, out, err = run(f"{line} --device cpu" if "--model" in line else line)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("fastdiff: ")
+    assert err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_without_transformers_it_says_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, out, err = run(f"txt2img cat --model sd1 {FAST}")
+    assert (code, out) == (2, "")
+    assert re.search(r"pip install 'fastdiff\[diffusers\]'", err)
+    assert err.count("\n") == 1
