@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
 from fastdiff.cpu import Kept, Plan, PreparedConv2d, folded_upsampling
-from fastdiff.integrations.layers import norm_objection, rescaled, watched
+from fastdiff.integrations.layers import needs_original, norm_objection, rescaled, watched
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
 from fastdiff.models.layers import from_tokens, is_channels_last, to_tokens
@@ -43,7 +43,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
             args
             or kwargs
             or (temb is None) != (self.time_emb_proj is None)
-            or watched(self.norm1, self.norm2, self.nonlinearity)
+            or needs_original(self.norm1, self.norm2, self.nonlinearity)
         ):
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, self.norm1(input_tensor, activation="silu")
@@ -158,7 +158,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
             or "gligen" in more
             or "scale" in more
             or self._chunk_size is not None
-            or watched(*norms)
+            or needs_original(*norms)
         ):
             return super().forward(
                 hidden_states,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.integrations.layers import GroupNorm, LayerNorm, Sequential, watched
+from fastdiff.integrations.layers import GroupNorm, LayerNorm, Sequential, needs_original
 from fastdiff.kernels import attention, geglu
 from fastdiff.models.layers import from_tokens, split_qkv, to_tokens
 
@@ -37,7 +37,7 @@ class CompVisResnetBlock(_Block):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); temb: (N, E) or None -> (N, C', H, W)."""
-        if watched(self.norm1, self.norm2):
+        if needs_original(self.norm1, self.norm2):
             return super().forward(x, temb)
         h = self.conv1(self.norm1(x, activation="silu"))
         emb = None if temb is None else self.temb_proj(F.silu(temb))
@@ -62,7 +62,7 @@ class OpenAIResBlock(_Block):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_in, norm_out = self.in_layers[0], self.out_layers[0]
-        if watched(norm_in, norm_out, self.in_layers[1], self.out_layers[1]):
+        if needs_original(norm_in, norm_out, self.in_layers[1], self.out_layers[1]):
             return super()._forward(x, emb)  # type: ignore[misc]
         h = norm_in(x, activation="silu")
         if getattr(self, "updown", False):
@@ -118,7 +118,9 @@ class CompVisTransformerBlock(_Block):
     """latent-diffusion's BasicTransformerBlock; the sums are formed in the norms."""
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if watched(self.norm1, self.norm2, self.norm3) or getattr(self, "disable_self_attn", False):
+        if needs_original(self.norm1, self.norm2, self.norm3) or getattr(
+            self, "disable_self_attn", False
+        ):
             return super()._forward(x, context)  # type: ignore[misc]
         h, x = self.norm2(self.attn1(self.norm1(x)), x)
         h, x = self.norm3(self.attn2(h, context=context), x)
@@ -130,7 +132,7 @@ class LucidrainsBlock(_Block):
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: (N, C, H, W); scale_shift: two (N, C', 1, 1) -> (N, C', H, W)."""
-        if watched(self.norm, self.act):
+        if needs_original(self.norm, self.act):
             return super().forward(x, scale_shift)
         film = None if scale_shift is None else torch.cat([*scale_shift], dim=1).flatten(1)
         h = self.norm(self.proj(x), scale_shift=film, activation="silu")
@@ -301,14 +303,27 @@ def serve_norms(module: nn.Module) -> None:
             layer.__class__ = Sequential
 
 
+def known_objection(module: nn.Module, kind: Kind) -> str | None:
+    """Why a module that has the layers of a known block is not served as one, or None."""
+    layers = f"it has the layers of {kind.ours.__name__}"
+    try:
+        moved = difference(module, kind)
+    except Exception as error:  # noqa: BLE001 - whatever an unknown forward raises is the answer
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{layers}, but a copy cannot be called as one ({said:.120})"
+    if moved <= TOLERANCE:  # not so where it is nan
+        return None
+    return f"{layers} but computes something else (relative difference {moved:.1g})"
+
+
 def difference(module: nn.Module, kind: Kind) -> float:
-    """How far a block's results move if it is served as `kind`, relative, inf if it fails.
+    """How far a block's results move if it is served as `kind`, relative.
 
     Measured on a copy with random weights on the CPU, so that layers that begin at zero, hooks and
-    the device do not matter; nothing of the module itself runs.
+    the device do not matter; nothing of the module itself runs. Raises what its forward raises.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
         ours = copy.deepcopy(module)
         ours = ours.to_empty(device="cpu").float().eval()
         for tensor in [*ours.parameters(), *ours.buffers()]:
@@ -321,14 +336,11 @@ def difference(module: nn.Module, kind: Kind) -> float:
         theirs, examples = copy.deepcopy(ours), kind.examples(module)
         serve_norms(ours)
         ours.__class__ = served_class(kind.ours, type(theirs))
-        worst = 0.0
+        moved = []
         for example in examples:
-            try:
-                found, wanted = ours(*example), theirs(*example)
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-                return float("inf")  # called otherwise than the block that it resembles
-            if found.shape != wanted.shape:
-                return float("inf")
+            found, wanted = ours(*example), theirs(*example)
+            if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
+                raise TypeError("it returns something else than one tensor of that shape")
             scale = float(wanted.abs().max()) or 1.0
-            worst = max(worst, float((found - wanted).abs().max()) / scale)
-        return worst
+            moved.append((found - wanted).abs().max() / scale)
+        return float(torch.stack(moved).max())  # nan if any is

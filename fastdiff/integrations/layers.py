@@ -35,6 +35,15 @@ def watched(*modules: nn.Module) -> bool:
     )
 
 
+def needs_original(*layers: nn.Module) -> bool:
+    """Whether a block with these norms and SiLUs has to run as it was written.
+
+    Somebody listens to one, or has put another layer in its place since, or has restored it alone.
+    """
+    known = all(isinstance(m, GroupNorm | LayerNorm) or type(m) is nn.SiLU for m in layers)
+    return not known or watched(*layers)
+
+
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` by `group_norm_silu` and `add_group_norm_silu`."""
 

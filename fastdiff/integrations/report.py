@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -37,16 +38,21 @@ class Swap:
     after: type[nn.Module]
     attributes: dict[str, Any] = field(default_factory=dict)
 
-    def do(self) -> None:
+    def do(self) -> Callable[[], None]:
+        """Change the class; returns what undoes it and does not keep the module alive."""
         change_class(self.module, self.after)
         self.module.__dict__.update(self.attributes)
+        there = weakref.ref(self.module)
+        before, after, names = self.before, self.after, tuple(self.attributes)
 
-    def undo(self) -> None:
-        """Back to the class that was; a module whose class somebody else has changed is left."""
-        if type(self.module) is self.after:
-            change_class(self.module, self.before)
-            for name in self.attributes:
-                self.module.__dict__.pop(name, None)
+        def undo() -> None:
+            module = there()
+            if type(module) is after:  # a module whose class somebody else has changed is left
+                change_class(module, before)
+                for name in names:
+                    module.__dict__.pop(name, None)
+
+        return undo
 
 
 def change_class(module: nn.Module, to: type[nn.Module]) -> None:
@@ -137,6 +143,7 @@ class Report:
         """Undo what this call did: classes, attributes, memory formats, the scheduler.
 
         Modules, parameters and hooks are the same objects throughout. A second call does nothing.
+        A report does not keep them alive: what has been deleted since is skipped.
         """
         while self._undo:
             self._undo.pop()()

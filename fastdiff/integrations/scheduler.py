@@ -49,7 +49,7 @@ def read(scheduler: Any) -> SchedulerConfig:
 
 def objection(scheduler: Any) -> str | None:
     """Why a scheduler of diffusers cannot be served, or None."""
-    if not type(scheduler).__module__.startswith(("diffusers.", __name__)):
+    if not type(scheduler).__module__.startswith("diffusers."):
         return f"{type(scheduler).__name__} is not a scheduler of diffusers"
     try:
         config = read(scheduler)
@@ -126,7 +126,9 @@ def fused_class(theirs: Any) -> Any:
         given.update(given.pop("kwargs", {}))
         return self._fused_step(**given)
 
-    members = {"step": step, "served": theirs, "__module__": __name__, "__reduce_ex__": _reduce}
+    # pipelines write a component's module and class into model_index.json: diffusers' own
+    members = {"step": step, "served": theirs, "__reduce_ex__": _reduce}
+    members["__module__"] = theirs.__module__
     return type(theirs.__name__, (FusedScheduler, theirs), members)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integrations.models import pipeline
+from tests.integrations.tokenizer import text_encoder, tokenizer
 from tests.peers import import_diffusers
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
@@ -33,21 +34,9 @@ def test_your_own_module(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    letters = [chr(c) for c in range(97, 123)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    (tmp_path / "vocab.json").write_text(str({w: i for i, w in enumerate(words)}).replace("'", '"'))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=24, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    pipe = pipeline(text_encoder=CLIPTextModel(config))
-    pipe.tokenizer = CLIPTokenizer(
-        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77
-    )
-    pipe.register_modules(tokenizer=pipe.tokenizer)
+    pipe = pipeline(text_encoder=text_encoder(24))
+    pipe.register_modules(tokenizer=tokenizer(tmp_path))
     pipe.save_pretrained(tmp_path / "pipe")
     picture = tmp_path / "out.png"
     example("accelerate_a_pipeline").main(str(tmp_path / "pipe"), "a b", str(picture), steps=2)

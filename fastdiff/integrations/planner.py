@@ -1,0 +1,268 @@
+"""What becomes of each module below one root: all is planned before anything is changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from torch import jit, nn
+
+from fastdiff import cpu
+from fastdiff.integrations.known_blocks import (
+    GROUP_NORM,
+    KINDS,
+    Kind,
+    known_objection,
+    served_class,
+)
+from fastdiff.integrations.layers import (
+    GroupNorm,
+    GroupNormBeforeSiLU,
+    LayerNorm,
+    Sequential,
+    SiLUInNorm,
+    norm_objection,
+    replaced_forward,
+)
+from fastdiff.integrations.report import Entry, Swap
+
+LEAVES: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
+    nn.GroupNorm: (GroupNorm, "group norm"),
+    nn.LayerNorm: (LayerNorm, "layer norm"),
+}
+ATTENTION_LAYERS = (("to_q", "to_k", "to_v"), ("q", "k", "v"), ("query", "key", "value"))
+
+
+class Planner:
+    """The entries and swaps of one root."""
+
+    def __init__(self, prefix: str, root: nn.Module, *, pack: bool) -> None:
+        self.entries: list[Entry] = []
+        self.swaps: dict[int, Swap] = {}
+        self.objections: dict[Any, str | None] = {}
+        self.modules = dict(self._enter(prefix, root))
+        for name, module in self.modules.items():
+            self._norm(name, module)
+        for name, module in self.modules.items():
+            self._block(name, module)
+        for name, module in self.modules.items():
+            self._pairs(name, module)
+            if pack:
+                self._pack(name, module)
+
+    def _enter(self, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of what can be looked into, each module once."""
+        seen: set[nn.Module] = set()
+        todo = [(name, module)]
+        while todo:
+            name, module = todo.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            if isinstance(module, jit.ScriptModule):
+                reason = "compiled by TorchScript; accelerate it before torch.jit.script or trace"
+                self._left(name, module, "module", reason)
+                continue
+            yield name, module
+            children = [(f"{name}.{key}".lstrip("."), m) for key, m in module._modules.items() if m]
+            todo += reversed(children)
+
+    def _add(
+        self,
+        name: str,
+        module: nn.Module,
+        op: str,
+        to: type[nn.Module],
+        objection: str | None,
+        *,
+        pairs: int = 0,
+        **attributes: Any,
+    ) -> None:
+        """Enter a module, swapped if nothing stands against it."""
+        before = type(module)
+        objection = objection or replaced_forward(module)
+        if objection is not None:
+            self._left(name, module, op, objection)
+            return
+        new = not isinstance(module, to)
+        if new:
+            self.swaps[id(module)] = Swap(
+                module=module, before=original(module), after=to, attributes=attributes
+            )
+        by = (to if new else before).__mro__[1 if hasattr(to, "served") else 0]
+        self.entries.append(
+            Entry(
+                name=name,
+                type=before.__name__,
+                op=op,
+                by=f"{by.__module__}.{by.__name__}".removeprefix("fastdiff.integrations."),
+                pairs=pairs,
+                new=new,
+            )
+        )
+
+    def _left(self, name: str, module: nn.Module, op: str, reason: str) -> None:
+        self.entries.append(Entry(name=name, type=type(module).__name__, op=op, reason=reason))
+
+    def _norm(self, name: str, module: nn.Module) -> None:
+        kind = original(module)
+        if kind in LEAVES:
+            self._add(name, module, LEAVES[kind][1], LEAVES[kind][0], norm_objection(module))
+        elif isinstance(module, nn.GroupNorm):
+            self._known(name, module, GROUP_NORM)
+
+    def _block(self, name: str, module: nn.Module) -> None:
+        blocks = diffusers_blocks()
+        known = blocks.BLOCKS.get(original(module)) if blocks else None
+        if known is not None:
+            to, op, pairs, objection = known
+            self._add(name, module, op, to, objection(module), pairs=pairs)
+            return
+        if type(module).__module__.startswith(("torch.", "diffusers.")):
+            self._unknown(name, module)
+            return
+        kinds = [kind for kind in KINDS if kind.fits(module)]
+        if not kinds:
+            self._unknown(name, module)
+        elif not any(self._known(name, module, kind, last=kind is kinds[-1]) for kind in kinds):
+            return
+
+    def _known(self, name: str, module: nn.Module, kind: Kind, *, last: bool = True) -> bool:
+        """Swap a block that looks like a known one and computes the same; False: it does not."""
+        if ours(module):
+            if not isinstance(module, kind.ours):
+                return False
+            self._add(name, module, kind.op, type(module), None, pairs=kind.pairs)
+            return True
+        key = (kind.ours, signature(module))
+        if key not in self.objections:
+            self.objections[key] = known_objection(module, kind)
+        reason = self.objections[key]
+        if reason is None:
+            to = served_class(kind.ours, type(module))
+            self._add(name, module, kind.op, to, None, pairs=kind.pairs)
+        elif last:
+            self._left(name, module, kind.op, reason)
+        return reason is None
+
+    def _unknown(self, name: str, module: nn.Module) -> None:
+        """Say what is left: an attention whose forward we do not know."""
+        children = module._modules
+        if isinstance(module, nn.MultiheadAttention):
+            self._left(name, module, "attention", "PyTorch's own fused path serves it")
+        elif any(all(children.get(part) for part in parts) for parts in ATTENTION_LAYERS):
+            reason = f"no op of ours is known to fit the forward of {type(module).__name__}"
+            self._left(name, module, "attention", reason)
+
+    def _pairs(self, name: str, module: nn.Module) -> None:
+        """GroupNorm followed by SiLU where no block has taken both."""
+        children = module._modules
+        if original(module) is nn.Sequential:
+            layers = list(children.values())
+            pairs = sum(
+                self._is_norm(norm) and type(act) is nn.SiLU for norm, act in pairwise(layers)
+            )
+            if pairs:
+                parent = name.rpartition(".")[0]  # a residual block that does them itself
+                counted = any(e.name == parent and e.pairs for e in self.entries)
+                pairs = 0 if counted else pairs
+                self._add(name, module, "group norm + silu", Sequential, None, pairs=pairs)
+            return
+        if id(module) in self.swaps or ours(module):
+            return
+        norms = {key: m for key, m in children.items() if self._is_norm(m)}
+        acts = {key: m for key, m in children.items() if isinstance(m, nn.SiLU)}
+        if not norms or not acts or any(e.name == name for e in self.entries):
+            return
+        blocks = diffusers_blocks()
+        if (
+            blocks
+            and type(module).__module__.startswith("diffusers.")
+            and type(module).__name__ in blocks.NORM_THEN_ACT
+            and set(norms) == {"conv_norm_out"}
+            and set(acts) == {"conv_act"}
+        ):
+            self._norm_then_act(f"{name}.conv_norm_out".lstrip("."), norms, acts)
+        else:
+            reason = (
+                f"how {type(module).__name__}'s forward uses {[*norms]} and {[*acts]} is not known"
+            )
+            self._left(name, module, "group norm + silu", reason)
+
+    def _norm_then_act(self, name: str, norms: dict[str, Any], acts: dict[str, Any]) -> None:
+        norm, act = norms["conv_norm_out"], acts["conv_act"]
+        objection = replaced_forward(act)
+        self.entries = [entry for entry in self.entries if entry.name != name]
+        self.swaps.pop(id(norm), None)
+        to = GroupNormBeforeSiLU
+        self._add(name, norm, "group norm + silu", to, objection, pairs=1, partner=(act,))
+        if id(norm) in self.swaps:
+            self.swaps[id(act)] = Swap(
+                module=act, before=type(act), after=SiLUInNorm, attributes={"partner": (norm,)}
+            )
+
+    def _is_norm(self, module: nn.Module | None) -> bool:
+        return isinstance(module, nn.GroupNorm) and (ours(module) or id(module) in self.swaps)
+
+    def _pack(self, name: str, module: nn.Module) -> None:
+        """A faster form of the weights on the CPU."""
+        kind, blocks = original(module), diffusers_blocks()
+        layer: Any = module
+        if kind in (nn.Conv2d, nn.Linear):
+            to, objection = cpu.PREPARED[kind], cpu.packing_objection()
+        elif blocks and kind is blocks.UPSAMPLING:
+            to = blocks.Upsample2D
+            objection = blocks.upsample_objection(module) or cpu.packing_objection()
+            if layer.conv is None:
+                return
+            layer = layer.conv
+        else:
+            return
+        dtype, device = layer.weight.dtype, layer.weight.device.type
+        if device != "cpu":
+            objection = f"its weights are on {device}"
+        elif kind is nn.Linear and dtype not in cpu.INSTRUCTIONS:
+            return  # nothing to win
+        plan = cpu.plan_for(dtype, keep_copies=True, half_as_fp32=None)
+        self._add(name, module, "weights", to, objection, plan=plan, kept=cpu.Kept())
+
+
+def ours(module: nn.Module) -> bool:
+    """Whether an earlier call has swapped it."""
+    return type(module) is not original(module)
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was swapped."""
+    kind = type(module)
+    if kind.__module__.startswith("fastdiff.integrations") or kind in cpu.PREPARED.values():
+        return next(
+            c for c in kind.__mro__ if not c.__module__.startswith("fastdiff.") or c in cpu.PREPARED
+        )
+    return kind
+
+
+def diffusers_blocks() -> Any:
+    """Our blocks for diffusers; None where nobody has imported diffusers, so nothing can be its."""
+    if sys.modules.get("diffusers") is None:
+        return None
+    from fastdiff.integrations import diffusers_blocks as blocks
+
+    return blocks
+
+
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """What decides the function that a block computes, beside its sizes.
+
+    An int may be a size or a choice: a small one, or one that no weight has, is taken for a choice.
+    """
+    sizes = {size for parameter in module.parameters() for size in parameter.shape if size >= 8}
+    flags = tuple(
+        (key, value)
+        for key, value in sorted(module.__dict__.items())
+        if isinstance(value, int | str | float | None) and key != "training" and value not in sizes
+    )
+    children = tuple((key, signature(child)) for key, child in module.named_children())
+    return type(module), flags, children
