@@ -45,10 +45,13 @@ class CompilePass:
     def __init__(self, before: Any) -> None:
         self.replaced: Counter[str] = Counter()
         self._before = before
+        self._active = True
 
     def __call__(self, graph: fx.Graph) -> None:
         for earlier in _listed(self._before):
             earlier(graph)
+        if not self._active:
+            return
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is F.group_norm:
                 self._norm(graph, node)
@@ -59,10 +62,14 @@ class CompilePass:
         """Names the pass in the keys of Inductor's caches."""
         import fastdiff
 
-        return f"fastdiff.compile_pass {fastdiff.__version__}"
+        return f"fastdiff.compile_pass {fastdiff.__version__} {self._active}"
 
     def remove(self) -> None:
-        """Put back what was registered before; graphs that are compiled keep what they have."""
+        """Stop replacing, and put back what was registered before unless another pass came since.
+
+        Graphs that are compiled keep what they have.
+        """
+        self._active = False
         if getattr(config, HOOK) is self:
             setattr(config, HOOK, self._before)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdiff
+from fastdiff.integrations.inductor import HOOK
 from tests.parity import assert_gradient_parity, assert_parity
 
 
@@ -73,3 +74,33 @@ def test_an_inductor_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hasattr(config, "no_such_pass")
     with pytest.raises(RuntimeError, match=r"no no_such_pass, .* use fastdiff\.accelerate"):
         fastdiff.compile_pass()
+
+
+def test_removed_below_a_later_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's pass that calls ours before it: ours cannot be taken out, but does nothing."""
+    from torch._inductor import config
+
+    seen: list[int] = []
+    monkeypatch.setattr(config, HOOK, lambda graph: seen.append(1))
+    registered = fastdiff.compile_pass()
+
+    def later(graph: torch.fx.Graph) -> None:
+        registered(graph)
+        seen.append(2)
+
+    monkeypatch.setattr(config, HOOK, later)
+    registered.remove()
+    assert getattr(config, HOOK) is later
+    graph = torch.fx.symbolic_trace(Pair()).graph
+    later(graph)
+    assert seen == [1, 2]
+    assert not registered.replaced
+    again = fastdiff.compile_pass()
+    assert again is not registered
+    again(graph)
+    assert again.replaced == {"group_norm_silu": 1}
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, 2))
