@@ -253,16 +253,17 @@ def diffusers_blocks() -> Any:
     return blocks
 
 
-def signature(module: nn.Module) -> tuple[Any, ...]:
+def signature(module: nn.Module, sizes: frozenset[int] = frozenset()) -> tuple[Any, ...]:
     """What decides the function that a block computes, beside its sizes.
 
-    An int may be a size or a choice: a small one, or one that no weight has, is taken for a choice.
+    An int may be a size or a choice: a small one, or one that no weight of the block has (`sizes`
+    are those of what is around), is taken for a choice.
     """
-    sizes = {size for parameter in module.parameters() for size in parameter.shape if size >= 8}
+    sizes |= {size for parameter in module.parameters() for size in parameter.shape if size >= 8}
     flags = tuple(
         (key, value)
         for key, value in sorted(module.__dict__.items())
         if isinstance(value, int | str | float | None) and key != "training" and value not in sizes
     )
-    children = tuple((key, signature(child)) for key, child in module.named_children())
+    children = tuple((key, signature(child, sizes)) for key, child in module.named_children())
     return type(module), flags, children

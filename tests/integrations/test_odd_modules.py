@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.integrations import AccelerateError
+from fastdiff.integrations.known_blocks import known_objection
 from tests.integrations import blocks
 from tests.integrations.models import UNETS, Network, build
 from tests.tiny import randomize
@@ -79,6 +80,25 @@ def test_an_int_may_choose_what_a_block_computes() -> None:
     report = fastdiff.accelerate(net)
     assert [e.name for e in report.left] == ["1"]
     torch.testing.assert_close(net(x), wanted)
+
+
+def test_blocks_of_other_sizes_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole model has many widths and few kinds of block; each comparison takes time."""
+    compared: list[str] = []
+
+    def counted(module: nn.Module, kind: Any) -> str | None:
+        compared.append(type(module).__name__)
+        return known_objection(module, kind)
+
+    monkeypatch.setattr("fastdiff.integrations.planner.known_objection", counted)
+    net = nn.Sequential(
+        *(blocks.ResBlock(c, c, film=True, updown=True) for c in (16, 32, 64)),
+        *(blocks.ResnetBlock(16, c) for c in (24, 48)),
+    )
+    for c, block in zip((16, 32, 64), net, strict=False):
+        block.x_upd.channels = c  # as guided-diffusion's Upsample has it, without a weight
+    assert fastdiff.accelerate(net, strict=True).pairs == 10
+    assert sorted(compared) == ["GroupNorm32", "ResBlock", "ResnetBlock"]
 
 
 @pytest.mark.parametrize(
