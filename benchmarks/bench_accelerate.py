@@ -8,8 +8,9 @@
 
 A U-Net step, a decoder call and a whole image (guided DDIM and decoding, no text encoder), in
 turns; then each provider alone in a process: seconds from nothing to the first result, and its
-peak. Random weights; results have to agree before anything is timed. On a GPU whole evaluations of
-the accelerated modules are timed by `python -m benchmarks.device` (gpu_networks.py).
+peak. Random weights; results have to agree before anything is timed. Where there is an NVIDIA GPU
+it runs there, in fp16 at 64 x 64 and with the GPU's own memory as peak; each timing waits for it.
+Evaluations without Python's share are timed by `python -m benchmarks.device` (gpu_networks.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,7 +42,25 @@ from fastdiff.runtime import prepare
 
 PARTS = ("unet", "decode", "image")
 PROVIDERS = ("diffusers", "diffusers compile", "accelerated", "accelerated compile", "fastdiff")
-STEPS, GUIDANCE, SIZE, ROUNDS = 4, 7.5, 32, 3
+STEPS, GUIDANCE, ROUNDS = 4, 7.5, 3
+
+
+class Place(NamedTuple):
+    """Where and in what a comparison runs."""
+
+    device: str
+    dtype: torch.dtype
+    size: int
+    """Side of the latents."""
+    tolerance: float
+    """Relative to diffusers' largest number."""
+
+
+CPU = Place("cpu", torch.float32, 32, 1e-3)
+GPU = Place("cuda", torch.float16, 64, 5e-2)
+SMALL = CPU._replace(size=8)
+
+
 SMALL_UNET: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -58,6 +77,11 @@ SMALL_VAE: dict[str, Any] = {
 }
 
 
+def here() -> Place:
+    """The GPU where there is one."""
+    return GPU if torch.cuda.is_available() else CPU
+
+
 def builders(small: bool) -> list[Callable[[], Any]]:
     diffusers = import_diffusers()
     unet = {**(SMALL_UNET if small else {}), "cross_attention_dim": 768}
@@ -68,15 +92,18 @@ def builders(small: bool) -> list[Callable[[], Any]]:
 
 
 @functools.cache
-def originals(small: bool) -> list[Any]:
-    return [peer_of(build) for build in builders(small)]
+def originals(small: bool, place: Place) -> list[Any]:
+    return [peer_of(build).to(place.device, place.dtype) for build in builders(small)]
 
 
-def networks(provider: str, small: bool) -> tuple[Any, Any]:
+def networks(provider: str, small: bool, place: Place) -> tuple[Any, Any]:
     """U-Net and autoencoder of Stable Diffusion 1.5, or small ones, on the same weights."""
-    unet, vae = originals(small)
+    unet, vae = originals(small, place)
     if provider == "fastdiff":
-        return native(unet, unet_config, UNet), native(vae, autoencoder_config, Autoencoder)
+        ours = native(unet, unet_config, UNet), native(vae, autoencoder_config, Autoencoder)
+        for module in ours:
+            prepare(module, device=place.device, dtype=place.dtype)
+        return ours
     if provider == "diffusers":
         return unet, vae
     twins = []
@@ -88,7 +115,7 @@ def networks(provider: str, small: bool) -> tuple[Any, Any]:
         twin.load_state_dict(state, assign=True)
         twin.eval().requires_grad_(False)
         if provider.startswith("accelerated"):
-            fastdiff.accelerate(twin, pack_cpu_weights=True, strict=True)
+            fastdiff.accelerate(twin, pack_cpu_weights=place.device == "cpu", strict=True)
         if provider.endswith("compile"):
             getattr(twin, "decoder", twin).compile(dynamic=False)
         twins.append(twin)
@@ -99,17 +126,28 @@ def native(theirs: Any, read: Callable[[dict[str, Any]], Any], kind: Any) -> Any
     with torch.device("meta"):
         ours = kind(read(json.loads(theirs.to_json_string())))
     ours.load_state_dict(convert_state_dict(theirs.state_dict(), ours), assign=True)
-    return prepare(ours)
+    return ours
 
 
-def step_of(part: str, provider: str, small: bool) -> Step:
-    """One call of a part: what is timed."""
-    size = 8 if small else SIZE
-    unet, vae = networks(provider, small)
+def step_of(part: str, provider: str, small: bool, place: Place) -> Step:
+    """One call of a part, finished: what is timed."""
+    step = unfinished(part, provider, small, place)
+
+    def finished() -> Tensor:
+        result = step()
+        if place.device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return finished
+
+
+def unfinished(part: str, provider: str, small: bool, place: Place) -> Step:
+    unet, vae = networks(provider, small, place)
     draw = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 4, size, size, generator=draw)
-    context = torch.randn(2, shapes.CONTEXT_TOKENS, 768, generator=draw)
-    t, ours = torch.tensor([500.0]), provider == "fastdiff"
+    x = torch.randn(1, 4, place.size, place.size, generator=draw).to(place.device, place.dtype)
+    context = torch.randn(2, shapes.CONTEXT_TOKENS, 768, generator=draw).to(x)
+    t, ours = torch.tensor([500.0], device=x.device), provider == "fastdiff"
     if part == "unet":
         first = context[:1]
         if ours:
@@ -133,9 +171,10 @@ def native_image(unet: UNet, vae: Autoencoder, x: Tensor, context: Tensor) -> Te
     kvs = unet.project_context(context)
 
     def predict(x: Tensor, t: float, guided: bool) -> Tensor:
-        return unet(torch.cat([x, x]), torch.tensor(t), context=kvs)
+        both = torch.cat([x, x]).to(context.dtype)
+        return unet(both, torch.tensor(t, device=x.device), context=kvs)
 
-    z = sample(predict, table, x, torch.tensor([0]))
+    z = sample(predict, table, x.float(), [0]).to(context.dtype)
     return (vae.decode(z / 0.18215) / 2 + 0.5).clamp(0, 1)
 
 
@@ -161,23 +200,29 @@ def pipeline_image(unet: Any, vae: Any, x: Tensor, context: Tensor, *, fused: bo
 
 
 def compare(
-    part: str, providers: list[str], *, small: bool = False, rounds: int = ROUNDS
+    part: str, providers: list[str], place: Place, *, small: bool = False, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
     """Seconds of each provider, in turns; their results agree."""
-    steps = {provider: step_of(part, provider, small) for provider in providers}
-    return in_turns(steps, rounds, 1e-3)
+    steps = {provider: step_of(part, provider, small, place) for provider in providers}
+    return in_turns(steps, rounds, place.tolerance)
 
 
-def alone(part: str, provider: str, small: bool) -> dict[str, float]:
-    """In a process of its own: seconds to the first result, imports included, and peak bytes."""
+def alone(part: str, provider: str, small: bool, place: Place) -> dict[str, float]:
+    """In a process of its own: seconds to the first result, imports included, and peak bytes.
+
+    On a GPU the bytes are what PyTorch allocated there.
+    """
+    on_cpu = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024"
+    peak = "torch.cuda.max_memory_allocated()" if place.device == "cuda" else on_cpu
     code = (
         "import json, resource\n"
         "from benchmarks import bench_accelerate as b\n"
         "import torch\n"
-        f"step = b.step_of({part!r}, {provider!r}, {small})\n"
+        f"place = b.Place({place.device!r}, {place.dtype}, {place.size}, {place.tolerance})\n"
+        f"step = b.step_of({part!r}, {provider!r}, {small}, place)\n"
         "with torch.inference_mode():\n"
         "    step()\n"
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))\n"
+        f"print(json.dumps({peak}))\n"
     )
     start = time.perf_counter()
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -188,25 +233,29 @@ def alone(part: str, provider: str, small: bool) -> dict[str, float]:
     }
 
 
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    compile_too = "compile" in request.config.getoption("--providers").split(",")
+    return [p for p in PROVIDERS if compile_too or not p.endswith("compile")]
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_accelerated(benchmark: Any, part: str, request: pytest.FixtureRequest) -> None:
-    compile_too = "compile" in request.config.getoption("--providers").split(",")
-    providers = [p for p in PROVIDERS if compile_too or not p.endswith("compile")]
-    seconds = benchmark.pedantic(compare, args=(part, providers), rounds=1)
-    shape = str((1, 4, SIZE, SIZE)) + (f", {STEPS} steps" if part == "image" else "")
-    keep(records(seconds, f"accelerate: {part}", shape, "float32", 0), benchmark)
+    place = here()
+    seconds = benchmark.pedantic(compare, args=(part, chosen(request), place), rounds=1)
+    shape = str((1, 4, place.size, place.size)) + (f", {STEPS} steps" if part == "image" else "")
+    keep(records(seconds, f"accelerate: {part}", shape, dtype_of(place), 0), benchmark)
 
 
 def test_start_and_peak(benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Of a whole image, each provider alone."""
-    compile_too = "compile" in request.config.getoption("--providers").split(",")
-    providers = [p for p in PROVIDERS if compile_too or not p.endswith("compile")]
+    place = here()
     found = benchmark.pedantic(
-        lambda: {provider: alone("image", provider, False) for provider in providers}, rounds=1
+        lambda: {p: alone("image", p, False, place) for p in chosen(request)}, rounds=1
     )
     times = {provider: [numbers["seconds"]] * 2 for provider, numbers in found.items()}
-    shape = str((1, 4, SIZE, SIZE))
-    keep(records(times, "accelerate: start to first image", shape, "float32", 0), benchmark)
+    shape = str((1, 4, place.size, place.size))
+    job = "accelerate: start to first image"
+    keep(records(times, job, shape, dtype_of(place), 0), benchmark)
     for provider, numbers in found.items():
         PEAKS.append(
             Peak(
@@ -216,3 +265,7 @@ def test_start_and_peak(benchmark: Any, request: pytest.FixtureRequest) -> None:
                 bytes=int(numbers["peak_bytes"]),
             )
         )
+
+
+def dtype_of(place: Place) -> str:
+    return str(place.dtype).removeprefix("torch.")

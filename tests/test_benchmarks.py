@@ -276,16 +276,21 @@ def test_the_aims_of_a_cpu_take_the_worst_case() -> None:
     assert len(cpu_report.op_rows(found)) == 1 + 6
 
 
+HALF = bench_accelerate.SMALL._replace(dtype=torch.bfloat16, tolerance=0.1)
+"""Beside fp32 what a GPU's run takes: no packing of dtypes, a sampler in another dtype."""
+
+
+@pytest.mark.parametrize("place", [bench_accelerate.SMALL, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize("part", bench_accelerate.PARTS)
-def test_accelerate_at_small_size(part: str) -> None:
+def test_accelerate_at_small_size(part: str, place: bench_accelerate.Place) -> None:
     """Every provider gives the same result; `compile` is left to the benchmark."""
     providers = [p for p in bench_accelerate.PROVIDERS if not p.endswith("compile")]
-    seconds = bench_accelerate.compare(part, providers, small=True, rounds=1)
+    seconds = bench_accelerate.compare(part, providers, place, small=True, rounds=1)
     assert list(seconds) == providers
     assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
 
 
 def test_start_and_peak_of_one_alone() -> None:
-    found = bench_accelerate.alone("unet", "accelerated", small=True)
+    found = bench_accelerate.alone("unet", "accelerated", True, bench_accelerate.SMALL)
     assert 0 < found["seconds"] < 300
     assert 10**8 < found["peak_bytes"] < 10**10
