@@ -5,9 +5,10 @@ The scheduler's class becomes a subclass of its own: its config, timesteps, `sca
 ours: the noise levels that `set_timesteps` left in the scheduler become a table of
 `fastdiff.diffusion.samplers`, and `sampler_step` runs its rows.
 
-x stays in fp32 inside a step. Where a sampler draws noise it is Philox noise of the generators'
-seeds, not what `torch.Generator` would give: other images of the same distribution. Euler, Euler
-ancestral and Heun live in diffusers' variance-exploding space, x / alpha: their rows are rescaled.
+x stays in fp32 inside a step. Where a sampler draws noise it is Philox noise, its seeds drawn from
+the generators, not what `torch.Generator` would give: other images of the same distribution. Euler,
+Euler ancestral and Heun live in diffusers' variance-exploding space, x / alpha: their rows are
+rescaled.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ class Steps:
         self.start = 0
         self.device: torch.device | None = None
         self.history: Tensor | None = None
+        self.seeds: Tensor | None = None
 
     def build(self, eta: float) -> SamplerTable:
         """The rows from the level of `start` on."""
@@ -201,28 +203,36 @@ class Steps:
         """One row; sample: (N, C, ...) -> the next one, in the dtype of sample."""
         if self.row is None:
             self.row = self.begin(float(timestep))
-            self.seeds = seeds_of(generator, len(sample), sample.device)
         if eta != self.eta or self.device != sample.device:
             self.eta, self.device = eta, sample.device
-            self.table = self.build(eta).to(sample.device)
+            built = self.build(eta)
+            self.table = built.to(sample.device)
             self.index = torch.arange(len(self.table), device=sample.device)
+            if self.seeds is None and bool(built.column("S").any()):
+                self.seeds = seeds_of(generator, len(sample)).to(sample.device)
+        seeds = self.seeds
+        if seeds is None:  # nothing is drawn, so the generator stays where it is
+            seeds = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
         x = sample.to(torch.float32, copy=True)
         if self.history is None or self.history.shape[1:] != x.shape:
             self.history = x.new_zeros(HISTORY_SLOTS, *x.shape)
-        sampler_step(x, prediction, self.history, self.table, self.index[self.row], self.seeds)
+        sampler_step(x, prediction, self.history, self.table, self.index[self.row], seeds)
         self.row += 1
         return x.to(sample.dtype)
 
 
-def seeds_of(generator: Any, count: int, device: torch.device) -> Tensor:
-    """(count,) int64: the generators' own seeds, or random ones without a generator."""
-    if generator is None:
-        return torch.randint(2**62, (count,)).to(device)
+def seeds_of(generator: Any, count: int) -> Tensor:
+    """(count,) int64, drawn from the generators, which move on as diffusers' noise moves them.
+
+    So a second image of the same generator has other noise. None is PyTorch's own generator.
+    """
     several = generator if isinstance(generator, list) else [generator]
-    if len(several) == 1:
-        first = several[0].initial_seed() % 2**62
-        return torch.arange(first, first + count, device=device)
-    return torch.tensor([g.initial_seed() % 2**62 for g in several], device=device)
+    each = count if len(several) == 1 else 1
+    drawn = [
+        torch.randint(2**62, (each,), generator=g, device="cpu" if g is None else g.device)
+        for g in several
+    ]
+    return torch.cat([seeds.cpu() for seeds in drawn])
 
 
 def levels_of(scheduler: Any, sampler: str) -> list[Level]:

@@ -12,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff.integrations import AccelerateError
-from fastdiff.integrations.scheduler import FusedScheduler, objection
+from fastdiff.integrations.scheduler import FusedScheduler, objection, seeds_of
 from fastdiff.kernels import SAMPLER_NOISE, philox_normal, record_backends
 from tests.integrations import models
 from tests.integrations.models import images, pipeline
@@ -66,7 +66,7 @@ def test_same_images(
 ) -> None:
     scheduler = make(name, options)
     pipe = pipeline(scheduler=scheduler)
-    seeds = torch.arange(11, 13)
+    seeds = seeds_of(torch.Generator().manual_seed(11), 2)
     generator = torch.Generator().manual_seed(11)
     module = type(scheduler).__module__
     with monkeypatch.context() as patch:
@@ -151,3 +151,27 @@ def test_it_is_still_a_scheduler_of_diffusers(tmp_path: Path) -> None:
         fused.set_timesteps(7)
     # a pipeline of Stable Diffusion takes the clamp out of a scheduler's config
     assert "noise estimate" in str(objection(make("DDIMScheduler", {"clip_sample": True})))
+
+
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [("EulerAncestralDiscreteScheduler", True), ("EulerDiscreteScheduler", False)],
+)
+def test_generators_move_on_where_noise_is_drawn(name: str, draws: bool) -> None:
+    """Two images of one generator have different noise; without noise it stays where it was."""
+    pipe = pipeline(scheduler=make(name, {}))
+    fastdiff.accelerate(pipe, scheduler="fused")
+    one = torch.Generator().manual_seed(5)
+    state = one.get_state()
+    first, second = images(pipe, 3, generator=one), images(pipe, 3, generator=one)
+    assert torch.equal(one.get_state(), state) is not draws
+    assert torch.equal(first, second) is not draws
+    one.manual_seed(5)
+    assert torch.equal(images(pipe, 3, generator=one), first)
+    apart = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    both = images(pipe, 3, generator=apart)
+    apart[0].manual_seed(5)
+    apart[1].manual_seed(7)
+    again = images(pipe, 3, generator=apart)
+    assert torch.equal(again[0], both[0])
+    assert torch.equal(again[1], both[1]) is not draws
