@@ -8,6 +8,7 @@ inner layer), the original forward runs, decided anew in each call: what is load
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -157,7 +158,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
             hidden_states.ndim != 3
             or "gligen" in more
             or "scale" in more
-            or self._chunk_size is not None
+            or getattr(self, "_chunk_size", None) is not None
             or needs_original(*norms)
         ):
             return super().forward(
@@ -232,6 +233,18 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
         return self.proj_out(h) + residual
 
 
+def continuous_objection(model: Any) -> str | None:
+    """Why a Transformer2DModel stays as it is: the two methods that ours replaces are private."""
+    if not model.is_input_continuous:
+        return "its input is not an image of features"
+    for name in ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs"):
+        theirs = getattr(transformer_2d.Transformer2DModel, name, None)
+        known = inspect.signature(getattr(Transformer2DModel, name)).parameters
+        if theirs is None or list(inspect.signature(theirs).parameters) != list(known):
+            return f"this diffusers has no {name}({', '.join(known)})"
+    return None
+
+
 def is_matrix(layer: Any) -> bool:
     """Whether a layer is a plain 1x1 convolution that nobody listens to, moves or has wrapped."""
     options = getattr(layer, "kernel_size", None), getattr(layer, "stride", None)
@@ -290,7 +303,7 @@ BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], str, int, Callable[[Any], s
         Transformer2DModel,
         "transformer",
         0,
-        lambda m: None if m.is_input_continuous else "its input is not an image of features",
+        continuous_objection,
     ),
     activations.GEGLU: (GEGLU, "geglu", 0, lambda m: None),
 }

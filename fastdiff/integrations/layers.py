@@ -30,9 +30,19 @@ def watched(*modules: nn.Module) -> bool:
         or m._forward_pre_hooks
         or m._backward_hooks
         or m._backward_pre_hooks
-        or ("forward" in m.__dict__ and "_hf_hook" not in m.__dict__)
+        or ("forward" in m.__dict__ and has_other_forward(m))
         for m in modules
     )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the forward on the object is neither a hook's that moves weights nor its class's own.
+
+    The latter is what Hugging Face's accelerate leaves behind when its hooks are removed.
+    """
+    forward = module.__dict__["forward"]
+    moved = "_hf_hook" in module.__dict__
+    return not moved and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def needs_original(*layers: nn.Module) -> bool:
@@ -157,7 +167,7 @@ def rescaled(x: Tensor, divisor: float) -> Tensor:
 
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a module's class does not say what it computes, or None."""
-    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+    if "forward" in module.__dict__ and has_other_forward(module):
         return "its forward was replaced on this object"
     return None
 

@@ -58,13 +58,17 @@ class Swap:
 def change_class(module: nn.Module, to: type[nn.Module]) -> None:
     """Give a module another class, and its hooks the forward of that class.
 
-    Hugging Face's accelerate keeps the bound forward that it wrapped in `_old_forward`.
+    Hugging Face's accelerate keeps the bound forward that it wrapped in `_old_forward`, and leaves
+    it as the object's `forward` when its hooks are removed.
     """
-    kept = module.__dict__.get("_old_forward")
-    ours = getattr(kept, "__func__", None) is type(module).forward
+    bound = [
+        key
+        for key in ("_old_forward", "forward")
+        if getattr(module.__dict__.get(key), "__func__", None) is type(module).forward
+    ]
     module.__class__ = to
-    if ours:
-        module.__dict__["_old_forward"] = to.forward.__get__(module)
+    for key in bound:
+        module.__dict__[key] = to.forward.__get__(module)
 
 
 class Report:
@@ -143,7 +147,8 @@ class Report:
         """Undo what this call did: classes, attributes, memory formats, the scheduler.
 
         Modules, parameters and hooks are the same objects throughout. A second call does nothing.
-        A report does not keep them alive: what has been deleted since is skipped.
+        Where sequential offload keeps the weights, remove its hooks first: their memory format
+        stays. A report does not keep a model alive: what has been deleted since is skipped.
         """
         while self._undo:
             self._undo.pop()()

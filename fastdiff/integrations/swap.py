@@ -40,11 +40,12 @@ def roots(obj: Any, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from roots(component, f"{prefix}.{index}".lstrip("."))
 
 
-def convolution_weights(root: nn.Module) -> list[nn.Parameter]:
-    """Those that a memory format means something for.
+def convolution_weights(root: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(layer, parameter's name) of those that a memory format means something for.
 
     Adapters' own (a LoRA's) are left: peft and diffusers save them by safetensors as they lie, and
-    it refuses all but contiguous ones.
+    it refuses all but contiguous ones. So are weights that sequential offload keeps elsewhere: it
+    brings copies of its own.
     """
     peft = sys.modules.get("peft.tuners.tuners_utils")
     adapters: set[int] = set()
@@ -53,25 +54,33 @@ def convolution_weights(root: nn.Module) -> list[nn.Parameter]:
             parts = (tuner._modules.get(name) for name in tuner.adapter_layer_names)
             adapters.update(id(layer) for part in parts if part for layer in part.modules())
     return [
-        p
+        (m, name)
         for m in root.modules()
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and id(m) not in adapters
-        for p in m.parameters(recurse=False)
-        if p.ndim == 4
+        for name, p in m.named_parameters(recurse=False)
+        if p.ndim == 4 and not (p.is_meta and "_hf_hook" in m.__dict__)
     ]
 
 
-def to_channels_last(parameter: nn.Parameter) -> Callable[[], None]:
-    """Change a weight's memory format; returns what undoes it and does not keep it alive."""
-    there, stride = weakref.ref(parameter), parameter.stride()
-    parameter.data = parameter.data.contiguous(memory_format=NHWC)
+def in_nhwc(layer: nn.Module, name: str) -> bool:
+    return bool(getattr(layer, name).is_contiguous(memory_format=NHWC))
+
+
+def to_channels_last(layer: nn.Module, name: str) -> Callable[[], None]:
+    """Change a weight's memory format; returns what undoes it and does not keep it alive.
+
+    Offload makes other parameters of the same names, so it is looked up again.
+    """
+    weight: nn.Parameter = getattr(layer, name)
+    there, shape, stride = weakref.ref(layer), weight.shape, weight.stride()
+    weight.data = weight.data.contiguous(memory_format=NHWC)
 
     def undo() -> None:
-        weight = there()
-        if weight is not None:
-            weight.data = torch.empty_strided(
-                weight.shape, stride, dtype=weight.dtype, device=weight.device
-            ).copy_(weight.data)
+        now = getattr(there(), name, None)
+        if now is not None and now.shape == shape:
+            now.data = torch.empty_strided(shape, stride, dtype=now.dtype, device=now.device).copy_(
+                now.data
+            )
 
     return undo
 
@@ -124,7 +133,7 @@ def accelerate(
     entries: list[Entry] = []
     swaps: list[Swap] = []
     undo: list[Callable[[], None]] = []
-    weights: list[nn.Parameter] = []
+    weights: list[tuple[nn.Module, str]] = []
     entered: dict[int, nn.Module] = {}
     for name, module in found:
         if module is not obj and not is_diffusion_model(module):
@@ -138,7 +147,7 @@ def accelerate(
             entries += planner.entries
             swaps += planner.swaps.values()
             if channels_last and (found_here := convolution_weights(module)):
-                other = [p for p in found_here if not p.is_contiguous(memory_format=NHWC)]
+                other = [weight for weight in found_here if not in_nhwc(*weight)]
                 weights += other
                 entries.append(
                     Entry(
@@ -154,8 +163,8 @@ def accelerate(
         raise AccelerateError(Report(entries, []))
     for swap in swaps:
         undo.append(swap.do())
-    for weight in weights:
-        undo.append(to_channels_last(weight))
+    for layer, name in weights:
+        undo.append(to_channels_last(layer, name))
     undo += [change() for change in changes]
     return Report(entries, undo)
 

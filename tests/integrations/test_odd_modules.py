@@ -208,3 +208,21 @@ def test_nothing_to_do_is_said() -> None:
             fastdiff.accelerate(nothing)
     with pytest.raises(TypeError, match="wants a pipeline with a scheduler, got Linear"):
         fastdiff.accelerate(nn.Linear(2, 2), scheduler="fused")
+
+
+@pytest.mark.parametrize("change", ["gone", "other"])
+def test_a_diffusers_with_other_private_methods(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    unet = build("UNet2DConditionModel", UNETS["sd15"])
+    name = "_operate_on_continuous_inputs"
+    if change == "gone":
+        monkeypatch.delattr(Transformer2DModel, name)
+    else:
+        monkeypatch.setattr(Transformer2DModel, name, lambda self, hidden_states, more: None)
+    report = fastdiff.accelerate(unet)
+    assert {(e.op, e.reason) for e in report.left} == {
+        ("transformer", f"this diffusers has no {name}(self, hidden_states)")
+    }
