@@ -25,9 +25,13 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoint.weights import Place, Weights
+from fastdiff.checkpoint.weights import MAX_DIMS, Place, Weights
 
-MAX_PICKLE_BYTES = 16 * 2**20  # the names and places of 100,000 tensors; the numbers lie outside
+MAX_TENSORS = 100_000
+MAX_PICKLE_BYTES = 16 * 2**20  # the names and places of so many; the numbers lie outside
+MAX_INSTRUCTIONS = 4_000_000  # as many again: each may make an object of 64 bytes out of one
+MAX_SHARING = 8  # bytes of all tensors to one of the file; tensors may share their storage
+MAX_ARGUMENTS = 16  # of what rebuilds a tensor
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 STORAGES = {
@@ -108,7 +112,16 @@ def read_torch_save(path: Path) -> Weights:
         for key, value in table.items()
         if isinstance(key, str) and isinstance(value, str | int | float)
     }
-    return Weights(path, {key: places(tensor) for key, tensor in tensors.items()}, facts)
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{path}: expected at most {MAX_TENSORS} tensors, got {len(tensors)}")
+    placed = {key: places(tensor) for key, tensor in tensors.items()}
+    claimed = sum(place.numel * place.dtype.itemsize for place in placed.values())
+    if claimed > MAX_SHARING * (size := path.stat().st_size):
+        raise ValueError(
+            f"{path}: its tensors share their numbers and claim {claimed} bytes, expected at most "
+            f"{MAX_SHARING} times the file's {size}; save copies of them"
+        )
+    return Weights(path, placed, facts)
 
 
 class CodeError(ValueError):
@@ -192,8 +205,10 @@ def _read_zip(path: Path) -> tuple[Any, _Places]:
             raise ValueError(f"its data.pkl has {info.file_size} bytes, beyond {MAX_PICKLE_BYTES}")
         raw = archive.read(info)
         order = members.get(f"{folder}byteorder")
-        if order is not None and archive.read(order).decode() != sys.byteorder:
-            raise ValueError(f"its numbers are not {sys.byteorder}-endian")
+        if order is not None:
+            _check_stored(order)
+            if order.file_size > 16 or archive.read(order).decode() != sys.byteorder:
+                raise ValueError(f"its numbers are not {sys.byteorder}-endian")
     size = path.stat().st_size
 
     def places(tensor: _TensorAt) -> Place:
@@ -330,6 +345,8 @@ class _Machine:
             stack.append(_named(argument.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
+            if not isinstance(attribute, str) or not isinstance(module, str):
+                raise ValueError("a name that is no string")  # its repr may take for ever
             stack.append(_named(f"{module}.{attribute}"))
         elif name == "BINPERSID":
             stack.append(self.storage(stack.pop()))
@@ -371,7 +388,9 @@ class _Machine:
 def _run(stream: io.BytesIO, storages: dict[str, _Storage] | None = None) -> Any:
     """Run one pickle of the stream; returns what it builds."""
     machine = _Machine({} if storages is None else storages)
-    for opcode, argument, _ in pickletools.genops(stream):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count >= MAX_INSTRUCTIONS:
+            raise ValueError(f"a pickle of more than {MAX_INSTRUCTIONS} instructions")
         if opcode.name == "STOP":
             return machine.stack.pop()
         machine.step(opcode.name, argument)
@@ -399,16 +418,24 @@ def _reduced(callable_: Any, arguments: Any) -> Any:
     if not isinstance(callable_, _Name) or not isinstance(arguments, tuple):
         raise ValueError("a call of what is no name")
     meaning = _MEANINGS.get(callable_.name)
-    return _Inert() if meaning is None else meaning(*arguments)
+    if meaning is None:
+        return _Inert()
+    if len(arguments) > MAX_ARGUMENTS:
+        raise ValueError(f"a tensor made of {len(arguments)} things")
+    return meaning(*arguments)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _TensorAt:
+    if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) > MAX_DIMS:
+        raise ValueError("a tensor without sizes and strides, or with too many")
+    if len(shape) != len(stride):
+        raise ValueError("a tensor whose sizes and strides do not fit each other")
     sizes = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)):
         raise ValueError("a tensor without storage, offset, sizes and strides")
-    if len(shape) != len(stride) or math.prod(shape) >= 2**63:
-        raise ValueError("a tensor whose sizes and strides do not fit each other")
-    return _TensorAt(storage, offset, tuple(shape), tuple(stride))
+    if math.prod(shape) >= 2**63:
+        raise ValueError("a tensor of sizes beyond 64 bits")
+    return _TensorAt(storage, offset, shape, stride)
 
 
 def _is_size(value: Any) -> bool:

@@ -29,6 +29,13 @@ _BLOCK = {  # OpenCLIP's name inside a block -> CLIP's
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+# What is read of a config.json. transformers would follow others: "attn_implementation" may name a
+# repository of kernels, which is fetched and run.
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
 _NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
 
 
@@ -183,7 +190,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Req
     transformers = import_extra("transformers", extra="diffusers")
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     try:
-        config = transformers.CLIPTextConfig(**data)
+        config = transformers.CLIPTextConfig(**{k: data[k] for k in _FIELDS if k in data})
         with torch.device("meta"):
             model: Any = kind(config)
     except Exception as error:

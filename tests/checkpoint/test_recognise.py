@@ -316,3 +316,11 @@ def test_betas_of_no_schedule(tmp_path: Path) -> None:
     from fastdiff.diffusion.schedules import NoiseSchedule
 
     assert compvis.schedule_of(NoiseSchedule(cosine).betas, "x") == cosine
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_text_encoders_config_names_no_code(folder: Path, key: str) -> None:
+    """transformers would fetch these kernels and run them."""
+    change_json(folder / "text_encoder" / "config.json", **{key: "someone/kernels"})
+    (encoder,) = fastdiff.load(folder).text_encoders
+    assert encoder.model.config._attn_implementation in ("sdpa", "eager")
