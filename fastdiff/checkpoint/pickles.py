@@ -342,12 +342,10 @@ class _Machine:
             value, key = stack.pop(), stack.pop()
             self.fill("SETITEMS", [key, value])
         elif name == "GLOBAL":
-            stack.append(_named(argument.replace(" ", ".", 1)))
+            stack.append(_named(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            if not isinstance(attribute, str) or not isinstance(module, str):
-                raise ValueError("a name that is no string")  # its repr may take for ever
-            stack.append(_named(f"{module}.{attribute}"))
+            stack.append(_named(module, attribute))
         elif name == "BINPERSID":
             stack.append(self.storage(stack.pop()))
         elif name in ("REDUCE", "NEWOBJ"):
@@ -397,9 +395,11 @@ def _run(stream: io.BytesIO, storages: dict[str, _Storage] | None = None) -> Any
     raise ValueError("the pickle has no end")
 
 
-def _named(name: str) -> _Name:
+def _named(module: Any, attribute: Any) -> _Name:
     """A name that a pickle asks for: it is looked at, never imported."""
-    module, _, attribute = name.rpartition(".")
+    if not isinstance(module, str) or not isinstance(attribute, str):
+        raise ValueError("a name that is no string")  # the repr of nested tuples may take for ever
+    name = f"{module}.{attribute}"
     if (
         name in INERT_NAMES
         or name in _MEANINGS

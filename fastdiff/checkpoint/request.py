@@ -31,6 +31,8 @@ class Unsaid:
     """Width of a head."""
     qkv_order: QKVOrder | None = None
     """Rows of packed qkv weights: legacy (H, 3, d), new (3, H, d)."""
+    timestep_scale: float | None = None
+    """The network sees t times this: 1000 / T for improved-diffusion's rescale_timesteps."""
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     scale_factor: float | None = None

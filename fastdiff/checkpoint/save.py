@@ -136,6 +136,8 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
     Raises:
         ValueError: neither UNet2DConditionModel nor UNet2DModel has such an architecture.
     """
+    if config.timestep_scale != 1:
+        raise _no_such("timestep_scale", config.timestep_scale, "1")
     ddpm = config.time_embedding == "ddpm"
     shared = {
         "in_channels": config.in_channels,

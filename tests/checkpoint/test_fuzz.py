@@ -252,7 +252,7 @@ def test_hostile_pickles(tmp_path: Path) -> None:
 
 
 def test_hostile_archives(tmp_path: Path) -> None:
-    """A byte order that is compressed, and may be of any size; one storage under a hundred names."""
+    """A byte order that is compressed, so of any size; one storage under a hundred names."""
     path = tmp_path / "x"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), b"\x80\x02}.")
