@@ -60,7 +60,11 @@ def plan_folder(folder: Path, weights: Weights, request: Request) -> Plan:
 
 def plan_clip(weights: Weights, request: Request) -> Plan:
     """CLIP's text model inside a single file, in transformers' own names."""
-    return _clip(_config(_plain(weights), "quick_gelu"), False, weights, request)
+    weights = _plain(weights)
+    # files of merged models have the projection too, which Stable Diffusion never runs
+    names = {key: key for key in weights.places if key != "text_projection.weight"}
+    weights = weights.renamed(names)
+    return _clip(_config(weights, "quick_gelu"), False, weights, request)
 
 
 def plan_open_clip(
