@@ -310,6 +310,10 @@ def _index(checkpoint: Checkpoint, parts: dict[str, str]) -> dict[str, Any]:
         )
         for name in ("text_encoder", "tokenizer"):
             result.setdefault(name, [None, None])
+        if pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner is told a score, not sizes
+            result["requires_aesthetics_score"] = checkpoint.provenance.get(
+                "requires_aesthetics_score", text == ["text_encoder_2"]
+            )
     elif pipeline.startswith("StableDiffusion"):
         result["safety_checker"] = result["feature_extractor"] = [None, None]
         result["requires_safety_checker"] = False

@@ -21,7 +21,7 @@ from fastdiff.checkpoint.save import save_diffusers
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.presets import AUTOENCODERS, UNETS
 from tests.checkpoint import layouts
 from tests.checkpoint.pipelines import pipeline, text_model
@@ -154,6 +154,25 @@ def test_compvis_published_models(name: str) -> None:
         config = replace(config, qkv_order="new")
     assert config == expected
     assert reading.assumed.keys() <= {"num_heads", "head_dim"}
+
+
+def test_sdxls_refiner() -> None:
+    config = UNetConfig(  # 384 x (1, 2, 4, 4), transformers of 4 at the two levels between
+        in_channels=4,
+        out_channels=4,
+        model_channels=384,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_depth=(0, 4, 4, 0),
+        middle_depth=4,
+        head_dim=64,
+        context_dim=1280,
+        added_condition_dim=2560,
+    )
+    shapes = shapes_of(on_meta(UNet, config), openai.names)
+    places = {key: Place(Path(), 0, torch.float32, shape) for key, shape in shapes.items()}
+    reading = compvis.Reading(Weights(Path(), places), Request())
+    assert replace(compvis.unet_config(reading, reading.weights, False), qkv_order="new") == config
 
 
 @pytest.mark.parametrize("name", ["kl-f4", "kl-f8", "vq-f4", "vq-f8"])
