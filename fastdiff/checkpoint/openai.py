@@ -168,6 +168,7 @@ def unet_config(shapes: Shapes, unsaid: Unsaid, **fixed: Any) -> UNetConfig:
         "scale_shift_norm": emb[0] == 2 * conv1[0][0],
         "resblock_updown": any("in_layers" in key for key in resampled),
         "norm_groups": unsaid.norm_groups,
+        "timestep_scale": unsaid.timestep_scale or 1.0,
         **fixed,
     }
     if unsaid.qkv_order is not None:

@@ -256,6 +256,19 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
         fastdiff.load(path, variant="fp16")
     with pytest.raises(ValueError, match="give one of num_heads and head_dim"):
         fastdiff.load(path, num_heads=1, head_dim=1)
+    for option, message in (
+        ({"prediction": "foo"}, "prediction must be one of eps, v, x0, got 'foo'"),
+        ({"schedule": "linear"}, "schedule must be a ScheduleConfig, got 'linear'"),
+        ({"scale_factor": float("nan")}, "scale_factor must be positive and finite, got nan"),
+        ({"timestep_scale": 0}, "timestep_scale must be positive and finite, got 0"),
+        ({"image_size": "a"}, "image_size must be a positive whole number, got 'a'"),
+        ({"head_dim": 0}, "head_dim must be a positive whole number, got 0"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None"),
+        ({"dtype": "fp16"}, "dtype must be a floating-point torch.dtype or None, got 'fp16'"),
+        ({"device": "nonsense"}, "device must be one of torch's, .*, got 'nonsense'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastdiff.load(path, **option)
     with pytest.raises(TypeError, match="nonsense"):
         fastdiff.load(path, nonsense=1)
 

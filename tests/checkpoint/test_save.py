@@ -255,13 +255,14 @@ def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.save({"state_dict": compvis_state("sd1", models)}, source)
     target = tmp_path / "out"
     words = ["convert", str(source), str(target), "--prediction", "v", "--num-heads", "4"]
-    words += ["--tokenizer", str(folder.parent / "words")]
+    words += ["--tokenizer", str(folder.parent / "words"), "--scale-factor", "0.5"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "compvis" in out
     assert "assumed schedule" in out
     assert "assumed prediction" not in out
     loaded = loaded_by_diffusers(target)
+    assert loaded.vae.config.scaling_factor == 0.5
     assert loaded.scheduler.config.prediction_type == "v_prediction"
     for key, value in models["unet"].state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[key], value), key
