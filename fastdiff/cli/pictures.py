@@ -116,7 +116,7 @@ def run(
         if compare is not None:
             code, facts = compare(images[0])
     print(path)
-    made = f"{shared.settings.sampler}, {shared.settings.steps} steps"
+    made = f"{loaded.core.sampling(shared.settings)[0]}, {shared.settings.steps} steps"
     print_pairs(
         [
             ("images", f"{len(images)} of {images.shape[3]} x {images.shape[2]}, {made}"),

@@ -45,6 +45,7 @@ def refine(
     """
     prompts = samples(prompt, seeds)
     _check_pair(base, refiner)
+    refiner.check_plain()
     at = switch_step(base, settings, switch)
     x = text_to_latents(
         base,
@@ -60,7 +61,7 @@ def refine(
     )
     factor = refiner.autoencoder.downsample_factor
     size = x.shape[2] * factor, x.shape[3] * factor
-    table = refiner.core.table(settings, start=at)
+    table = refiner.core.table(settings, start=at, files=base.core)
     conditions, unconditional = refiner.conditions(prompts, size, text, guided=any(table.guided))
     z = refiner.core.denoise(
         table,

@@ -22,11 +22,12 @@ from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.kernels.dispatch import selected_backend
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
-from fastdiff.pipelines.core import Core, SampleSettings, check_seeds
+from fastdiff.pipelines.core import CHECKPOINT, Core, SampleSettings, check_seeds
 from fastdiff.runtime import Condition
 
-TEXT_SETTINGS = SampleSettings(steps=30, guidance_scale=7.5, tile=128, batch=4)
-"""Defaults that suit Stable Diffusion: 1024 x 1024 pixels are decoded at once, more in tiles."""
+TEXT_SETTINGS = SampleSettings(sampler=CHECKPOINT, steps=30, guidance_scale=7.5, tile=128, batch=4)
+"""Defaults that suit Stable Diffusion: the sampler and the spacing that the model's files name,
+1024 x 1024 pixels decoded at once, more in tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,8 @@ class TextDiffusion:
             schedule,
             prediction=checkpoint.prediction,
             scale_factor=checkpoint.scale_factor,
+            sampler=checkpoint.sampler,
+            no_sampler=str(checkpoint.provenance.get("no_sampler", "")),
         )
         self.unet, self.autoencoder = unet, autoencoder
         self.encoders = checkpoint.text_encoders
@@ -96,6 +99,15 @@ class TextDiffusion:
     @property
     def latent_channels(self) -> int:
         return self.autoencoder.config.latent_channels
+
+    def check_plain(self) -> None:
+        """Raise ValueError if the denoiser reads more than latents: the image to inpaint."""
+        channels = self.unet.config.in_channels
+        if channels != self.latent_channels:
+            raise ValueError(
+                f"this denoiser reads {channels} channels, {self.latent_channels} of latents and "
+                "an image to inpaint; use inpaint, with a mask of ones to make the whole image new"
+            )
 
     @property
     def size_factor(self) -> int:
@@ -221,8 +233,15 @@ class TextDiffusion:
             "seed": seed,
             "text": to_dict(text),
             "settings": kept,
+            "sampler": self._sampler_recipe(settings),
             **more,
         }
+
+    def _sampler_recipe(self, settings: SampleSettings) -> dict[str, Any] | None:
+        """What CHECKPOINT means, where the settings ask for it and the files say."""
+        if settings.sampler != CHECKPOINT or self.core.sampler is None:
+            return None
+        return to_dict(self.core.sampler)
 
 
 def size_vector(pooled: Tensor, width: int, choices: dict[int, tuple[float, ...]]) -> Tensor:
