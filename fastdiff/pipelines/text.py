@@ -8,9 +8,12 @@ The pipelines are functions of it, a page each: `text_to_image`, `image_to_image
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +57,8 @@ class TextSettings:
 
 
 PLAIN_TEXT = TextSettings()
+ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+"""What of a text encoder's config its weights' shapes do not say."""
 
 
 class TextDiffusion:
@@ -219,12 +224,13 @@ class TextDiffusion:
     def recipe(
         self, prompt: str, seed: int, text: TextSettings, settings: SampleSettings, **more: Any
     ) -> dict[str, Any]:
-        """Everything that one image depends on, but for the checkpoint's weights; JSON-able."""
+        """Everything that one image depends on; JSON-able. The first call hashes the weights."""
         kept = {key: value for key, value in to_dict(settings).items() if key != "batch"}
         return {
             "fastdiff": fastdiff.__version__,
             "torch": torch.__version__,
             "checkpoint": str(self.checkpoint.path),
+            "weights": self.weights_hash,
             "layout": self.checkpoint.layout,
             "backend": selected_backend(),
             "device": self.core.device.type,
@@ -236,6 +242,36 @@ class TextDiffusion:
             "sampler": self._sampler_recipe(settings),
             **more,
         }
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over weights as they compute, configs and vocabularies: which model this is.
+
+        Reads every number once, about a second per GB.
+        """
+        modules = [self.unet, self.autoencoder, *(encoder.model for encoder in self.encoders)]
+        facts = {
+            "configs": [to_dict(self.unet.config), to_dict(self.autoencoder.config)],
+            "schedule": to_dict(self.checkpoint.schedule),
+            "prediction": self.core.prediction,
+            "scale_factor": self.core.scale_factor,
+            "encoders": [
+                [
+                    *(getattr(encoder.model.config, name) for name in ENCODER_FACTS),
+                    encoder.skip,
+                    encoder.final_norm,
+                    encoder.tokenizer.get_vocab() if encoder.tokenizer else None,
+                ]
+                for encoder in self.encoders
+            ],
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for module in modules:
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+                numbers = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(numbers.view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def _sampler_recipe(self, settings: SampleSettings) -> dict[str, Any] | None:
         """What CHECKPOINT means, where the settings ask for it and the files say."""
