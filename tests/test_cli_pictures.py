@@ -208,12 +208,12 @@ def test_upscale_and_refiner(run: Run, folders: dict[str, str]) -> None:
     assert run("txt2img --like out/cat-seed0.png")[0] == 0
 
     code, out, err = run(
-        "txt2img cat --model XL --refiner REFINER --out fine --device cpu --steps 5"
+        "txt2img cat --model XL --refiner REFINER --switch 0.5 --out fine --device cpu --steps 5"
     )
     assert (code, err) == (0, "")
     pair = [TextDiffusion(fastdiff.load(folders[kind])) for kind in ("XL", "REFINER")]
     settings = replace(TEXT_SETTINGS, steps=5)
-    image = refine(pair[0], pair[1], "cat", [0], settings=settings)[0]
+    image = refine(pair[0], pair[1], "cat", [0], switch=0.5, settings=settings)[0]
     assert (read_image("fine/cat-seed0.png") - image).abs().max() < 1 / 127
     assert read_recipe("fine/cat-seed0.png")["refiner"]["sha256"] == pair[1].weights_hash
     assert run("txt2img --like fine/cat-seed0.png")[0] == 0
