@@ -31,8 +31,7 @@ class Txt2Img:
 
     Examples:
       fastdiff txt2img "a red cat, oil painting" --model stable-diffusion-v1-5/ --seed 7
-      fastdiff txt2img "a (foggy:1.3) harbour" --model sd15.ckpt --negative people --count 4
-      fastdiff txt2img "a harbour" --model sdxl/ --refiner sdxl-refiner/
+      fastdiff txt2img "a (foggy:1.3) bay" --model sdxl/ --refiner refiner/ --negative people
       fastdiff txt2img --like out/a-red-cat-oil-painting-seed7.png
     """
 

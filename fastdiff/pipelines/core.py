@@ -185,7 +185,7 @@ class Core:
         elif name == CHECKPOINT:
             name = DEFAULT_SAMPLER
             if self.no_sampler:
-                warnings.warn(f"{self.no_sampler}; {name} is used instead", stacklevel=2)
+                warnings.warn(f"{self.no_sampler}; {name} is used instead", stacklevel=1)
         if settings.spacing is not None:
             options |= {"spacing": settings.spacing, "steps_offset": 0}
         for option in ("eta", "clamp"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -379,6 +380,12 @@ def test_where_the_files_name_a_sampler_that_we_lack(tmp_path: Any) -> None:
     made.provenance["no_sampler"] = "fastdiff has no sampler like UniPCMultistepScheduler"
     with pytest.warns(UserWarning, match="no sampler like UniPC.*; dpmpp-2m is used instead"):
         TextDiffusion(made).core.table(TEXT_SETTINGS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            TextDiffusion(made).core.table(TEXT_SETTINGS)
+            TextDiffusion(made).core.sampling(TEXT_SETTINGS)
+    assert len(told) == 1
 
 
 def test_the_files_sampler_and_what_is_asked(tmp_path: Any) -> None:
