@@ -97,6 +97,11 @@ def switch_step(base: TextDiffusion, settings: SampleSettings, switch: float) ->
 
 
 def _check_pair(base: TextDiffusion, refiner: TextDiffusion) -> None:
+    if len(base.encoders) < len(refiner.encoders):
+        raise ValueError(
+            f"the base must have no fewer text encoders than the refiner, got {len(base.encoders)} "
+            f"and {len(refiner.encoders)}; change their places"
+        )
     facts = [
         (m.latent_channels, m.core.scale_factor, m.checkpoint.schedule) for m in (base, refiner)
     ]

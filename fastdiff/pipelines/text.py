@@ -55,6 +55,17 @@ class TextSettings:
     negative_aesthetic_score: float = 2.5
     """XL's refiner: the same of the negative prompt."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("original_size", 1), ("crop", 0), ("target_size", 1)):
+            sides = getattr(self, name)
+            if sides is not None and min(sides) < least:
+                raise ValueError(f"{name} must be two numbers >= {least}, got {sides}")
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            if not 0 <= getattr(self, name) <= 10:
+                raise ValueError(f"{name} must lie in 0 to 10, got {getattr(self, name)}")
+        if self.clip_skip < 0:
+            raise ValueError(f"clip_skip must be at least 0, got {self.clip_skip}; 0 leaves none")
+
 
 PLAIN_TEXT = TextSettings()
 ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
