@@ -144,6 +144,12 @@ def test_like_makes_edited_images_again(run: Run, command: str) -> None:
     assert "identical to out/cat-seed3.png, bit for bit" in out
     assert Path("out/cat-seed3-again.png").exists()
 
+    shutil.copy("photo.png", "moved.png")
+    assert "identical" in run(f"{command} --like out/cat-seed3.png --image moved.png")[1]
+    save_png("moved.png", -read_image("photo.png"))  # another picture is another image
+    other = run(f"{command} --like out/cat-seed3.png --image moved.png --out another")
+    assert (other[0], "compared" in other[1]) == (0, False)
+
     save_png("photo.png", -read_image("photo.png"))
     code, out, err = run(f"{command} --like out/cat-seed3.png")
     assert code == 1
@@ -151,8 +157,11 @@ def test_like_makes_edited_images_again(run: Run, command: str) -> None:
     assert f"image {then} then" in out
     code, out, err = run(f"{command} --like out/cat-seed3.png --strength 1 --out other")
     assert (code, "compared" in out) == (0, False)
-    other = "img2img" if command == "inpaint" else "txt2img"
-    assert f"no single image of 'fastdiff {other}'" in run(f"{other} --like out/cat-seed3.png")[2]
+    elsewhere = "img2img" if command == "inpaint" else "txt2img"
+    assert (
+        f"no single image of 'fastdiff {elsewhere}'"
+        in run(f"{elsewhere} --like out/cat-seed3.png")[2]
+    )
 
 
 def test_inputs_are_never_written_over(run: Run) -> None:

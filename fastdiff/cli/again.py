@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff.checkpoint.config import from_dict, to_dict
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
 from fastdiff.cli.parsing import option_value
-from fastdiff.cli.pictures import Command, Shared
+from fastdiff.cli.pictures import Command, Shared, identity
 from fastdiff.images import read_recipe, to_pil
 from fastdiff.pipelines.core import SampleSettings
 from fastdiff.pipelines.text import TextSettings
@@ -30,12 +30,18 @@ class Original:
     options: Any
 
     def is_asked_again(self, options: Command) -> bool:
-        """Whether nothing is changed on which the image depends."""
+        """Whether nothing is changed on which the image depends; files may have moved."""
         mine, other = self.options.shared, options.shared
         kept = {name: getattr(other, name) for name in ("out", "preview", "like")}
         batch = replace(mine.settings, batch=other.settings.batch)
         shared = replace(mine, settings=batch, **kept)
-        return bool(replace(self.options, model=options.model, shared=shared) == options)
+        moved = {
+            name: getattr(options, name)
+            for name in ("image", "mask")
+            if hasattr(options, name)
+            and identity(getattr(options, name))["sha256"] == self.recipe[name].get("sha256")
+        }
+        return bool(replace(self.options, model=options.model, shared=shared, **moved) == options)
 
     def compared(self, image: Tensor, recipe: Mapping[str, Any]) -> tuple[int, str]:
         """0 if the image has the very pixels of the file, else 1; and what to say."""
