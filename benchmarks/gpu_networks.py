@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastdiff
 from benchmarks import shapes
 from benchmarks.gpu import FAST_BYTES, LAUNCH_S, Outcome, said
 from benchmarks.harness import Record, Share
@@ -196,3 +197,5 @@ def _diffusers(job: Job, device: torch.device) -> Iterator[tuple[str, Callable[[
     last = module.to(memory_format=torch.channels_last)
     image = x.contiguous(memory_format=torch.channels_last)
     yield "diffusers channels_last", lambda: last(image, *others)
+    fastdiff.accelerate(module, strict=True)
+    yield "diffusers accelerated", lambda: last(image, *others)

@@ -291,6 +291,19 @@ template <class T> void dots_of_rows(const AttentionBackward& b, float* dots) {
   });
 }
 
+// What is missing in the sums, found in the gradient of the scores, whose rows sum to zero.
+// PyTorch, asked for a mask's gradient, keeps the output in fp32; ours was rounded to half precision.
+void correct(float* dots, const float* dscores, int64_t rows, int64_t keys) {
+  parallel(rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* ds = dscores + i * keys;
+      float sum = 0;
+      _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < keys; ++j) sum += ds[j];
+      dots[i] += sum;
+    }
+  });
+}
+
 template <class T> void queries_gradient(const AttentionBackward& b, Known known) {
   const Attention& a = b.forward;
   const Call<T> call(a);
@@ -395,6 +408,10 @@ template <> void run(const AttentionBackward& b) {
   with_type(a.dtype, [&](auto type) {
     dots_of_rows<decltype(type)>(b, dots.data);
     queries_gradient<decltype(type)>(b, known);
+    if (b.dscores && a.dtype != F32) {
+      correct(dots.data, b.dscores, queries, a.keys + a.extra_keys);
+      queries_gradient<decltype(type)>(b, known);
+    }
     keys_gradient<decltype(type)>(b, known);
   });
 }

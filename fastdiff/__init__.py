@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 
 _FROM = {
     "backend": "fastdiff.kernels",
+    "accelerate": "fastdiff.integrations",
+    "compile_pass": "fastdiff.integrations",
     "load": "fastdiff.checkpoint.load",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """`fastdiff.backend`, `fastdiff.load`: nothing heavy is imported before it is asked for."""
+    """`fastdiff.accelerate` and so on: nothing heavy is imported before it is asked for."""
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

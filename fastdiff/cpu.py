@@ -15,8 +15,9 @@
   are exact, and the result is rounded once to the dtype: what the instructions would have done.
 
 Each keeps a second copy of the weights that it serves: in fp32, and 16/9 of the size where folded.
-The parameters stay where they are, and the copy is made anew once they change (not seen: writing
-through ``parameter.data``, numpy or shared memory; call `prepare` again after it). Where gradients
+The parameters stay where they are, and the copy is made anew once they change (a write through
+``parameter.data``, numpy or shared memory is seen by a sample of 16 numbers only: dense changes,
+such as a merged LoRA, are found; after others call `prepare` again). Where gradients
 are wanted, under `torch.compile`, `torch.jit.trace`, `torch.func` and dispatch modes PyTorch's own
 are used. Tools that look at a layer's exact class or its source (`torch.fx`, `torch.jit.script`,
 `quantize_dynamic`) want a module that was not prepared for the CPU.
@@ -141,7 +142,7 @@ def _try_packing() -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `accelerate` was asked for."""
+    """What `prepare_layers` was asked for."""
 
     keep_copies: bool
     half_as_fp32: bool
@@ -221,13 +222,21 @@ class Kept:
     def __call__(self, parameters: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
         if any(p is not None and p.is_inference() for p in parameters):
             return make()  # made in inference mode: nobody counts their changes
-        state = tuple(None if p is None else (p.data_ptr(), p._version) for p in parameters)
+        state = tuple(None if p is None else _state(p) for p in parameters)
         if state != self.state:
             self.form = make()
             # aliases, so that no other numbers can come to the same address
             self.sources = tuple(None if p is None else p.detach() for p in parameters)
             self.state = state
         return self.form
+
+
+def _state(parameter: Tensor, count: int = 16) -> tuple[int, int, bytes]:
+    """What changes when a parameter does; a sample of its numbers too, since peft merges a LoRA
+    through `.data`, which counts nothing."""
+    stride = max(1, parameter.numel() // count)
+    few = parameter.detach().as_strided((min(count, parameter.numel()),), (stride,)).clone()
+    return parameter.data_ptr(), parameter._version, few.view(torch.uint8).numpy().tobytes()
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -245,15 +254,20 @@ def _usual(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+PLAIN = Plan(keep_copies=False, half_as_fp32=False)
+"""Of a layer that others make of a prepared layer's class, as peft makes a LoRA's convolutions."""
+
+
 class Prepared(nn.Module):
     """What the prepared layers share."""
 
-    plan: Plan
+    plan: Plan = PLAIN
     kept: Kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
         """Moving to another device or dtype: nobody will ask for the present copy again."""
-        self.kept.drop()
+        if "kept" in self.__dict__:  # a layer that peft makes of our class has none
+            self.kept.drop()
         super()._apply(fn, recurse)
         return self
 
@@ -325,28 +339,36 @@ def _folds(conv: nn.Conv2d) -> bool:
     )
 
 
+def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
+    """Nearest-neighbour doubling and `conv` as one transposed convolution; None where it loses.
+
+    layer: the upsampling, with the `plan` and `kept` that `prepare_layers` gave it.
+    """
+    if type(conv) is not PreparedConv2d or not _folds(conv):
+        return None
+    weight, bias = conv.weight, conv.bias
+    if (
+        _usual(x, weight)
+        or not layer.plan.keep_copies
+        or not (x.dtype is torch.float32 or layer.plan.widens(x.dtype))
+        or weight.numel() < PACK_NUMBERS
+        or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
+        or not plain((x, weight, bias), on_cpu=True)
+        or packing_objection()
+    ):
+        return None
+    packed, wide_bias = layer.kept(
+        (weight, bias), lambda: (pack_folded(folded(weight.detach()), x), _float(bias))
+    )
+    return packed_fold(x.float(), packed, wide_bias).to(x.dtype)
+
+
 class PreparedUpsample(Prepared, Upsample):
     """A doubling and its convolution as one transposed convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if type(conv) is not PreparedConv2d or not _folds(conv):
-            return super().forward(x)
-        weight, bias = conv.weight, conv.bias
-        if (
-            _usual(x, weight)
-            or not self.plan.keep_copies
-            or not (x.dtype is torch.float32 or self.plan.widens(x.dtype))
-            or weight.numel() < PACK_NUMBERS
-            or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
-            or not plain((x, weight, bias), on_cpu=True)
-            or packing_objection()
-        ):
-            return super().forward(x)
-        packed, wide_bias = self.kept(
-            (weight, bias), lambda: (pack_folded(folded(weight.detach()), x), _float(bias))
-        )
-        return packed_fold(x.float(), packed, wide_bias).to(x.dtype)
+        y = folded_upsampling(self, self.conv, x)
+        return super().forward(x) if y is None else y
 
 
 PREPARED: dict[type[nn.Module], type[nn.Module]] = {
@@ -356,7 +378,7 @@ PREPARED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def accelerate(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool | None) -> None:
+def prepare_layers(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool | None) -> None:
     """Let a module's convolutions, linear layers and upsamplings compute as above, in place.
 
     Names, parameters and state_dict stay; the layers' classes change. Subclasses of them, which
@@ -373,13 +395,19 @@ def accelerate(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool | Non
             layer.__class__ = PREPARED[type(layer)]
         if not isinstance(layer, PreparedConv2d | PreparedLinear | PreparedUpsample):
             continue
-        dtype = (layer.conv if isinstance(layer, PreparedUpsample) else layer).weight.dtype
-        wide = half_as_fp32
-        if wide is None:
-            wide = dtype in INSTRUCTIONS and not fast_half(dtype)
-            if wide:
-                _say_fp32(dtype)
-        layer.plan, layer.kept = Plan(keep_copies=keep_copies, half_as_fp32=wide), Kept()
+        weight = (layer.conv if isinstance(layer, PreparedUpsample) else layer).weight
+        layer.plan = plan_for(weight.dtype, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
+        layer.kept = Kept()
+
+
+def plan_for(dtype: torch.dtype, *, keep_copies: bool, half_as_fp32: bool | None) -> Plan:
+    """The plan of a layer whose weights have this dtype; says once where fp32 serves for it."""
+    wide = half_as_fp32
+    if wide is None:
+        wide = dtype in INSTRUCTIONS and not fast_half(dtype)
+        if wide:
+            _say_fp32(dtype)
+    return Plan(keep_copies=keep_copies, half_as_fp32=wide)
 
 
 def keep_freed_memory() -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff.cpu import accelerate
+from fastdiff.cpu import prepare_layers
 from fastdiff.models.unet import ContextKV, UNet, UNetConfig
 
 BLOCK_PIXELS = 512
@@ -53,7 +53,7 @@ def prepare(
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.eval().requires_grad_(False)
     if torch.device(device).type == "cpu":
-        accelerate(module, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
+        prepare_layers(module, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
     return module
 
 

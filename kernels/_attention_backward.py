@@ -288,6 +288,20 @@ def attention_backward(
         extra_k, extra_v = aligned(extra_k), aligned(extra_v)
     masks = masks_of(mask, q, keys, extra_keys)
     sums = row_sums(dout, out)
+    numbers = (*split_sums(lse), sums)
+    dscores = None
+    if mask_gradient:
+        dscores = sums.new_empty(n, heads, length, keys + extra_keys)
+
+    def gradient_of_queries() -> None:
+        tensors = (dout, q, k, v, extra_k, extra_v)
+        queries_gradient(tensors, masks, numbers, dq, dscores, scale)
+
+    if dscores is not None and q.dtype != torch.float32:
+        # PyTorch keeps an fp32 output where a mask's gradient is wanted; ours was rounded, and so
+        # were its sums. What they lack stands in the gradient of the scores, whose rows sum to 0.
+        gradient_of_queries()
+        sums += dscores.sum(-1)
     for some_k, some_v, some_mask, some_dk, some_dv in (
         (k, v, masks[0], dk, dv),
         (extra_k, extra_v, masks[1], dextra_k, dextra_v),
@@ -296,21 +310,11 @@ def attention_backward(
             keys_gradient(
                 (dout, q, some_k, some_v),
                 some_mask,
-                (*split_sums(lse), sums),
+                numbers,
                 (some_dk, some_dv),
                 scale,
             )
-    dscores = None
-    if mask_gradient:
-        dscores = sums.new_empty(n, heads, length, keys + extra_keys)
-    queries_gradient(
-        (dout, q, k, v, extra_k, extra_v),
-        masks,
-        (*split_sums(lse), sums),
-        dq,
-        dscores,
-        scale,
-    )
+    gradient_of_queries()
     if keys + extra_keys == 1:  # the softmax of one score is 1, whatever the score
         for gradient in (dq, dk, dextra_k, dscores):
             if gradient is not None:

@@ -32,7 +32,7 @@ Bytes moved, in units of N * H * D * itemsize, with BLOCK_M queries and BLOCK_N 
     forward, keys on chip  2 L + 2 S programs    as many programs a head as fill the GPU, `_context`
     backward, row sums     2 L
     backward, dK and dV    2 L ceil(S / BLOCK_N) + 4 S
-    backward, dQ           3 L + 2 S ceil(L / BLOCK_M)
+    backward, dQ           3 L + 2 S ceil(L / BLOCK_M), twice for a mask's gradient in fp16, bf16
 
 and 4 bytes a query for each of its numbers (8 for the sum of fp32 and under an added mask, which is
 kept in two): one in the forward pass; one, 2 ceil(S / BLOCK_N), and 2 in the backward pass. Few

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_accelerate,
     bench_attention,
     bench_cpu_networks,
     cpu_report,
@@ -273,3 +274,18 @@ def test_the_aims_of_a_cpu_take_the_worst_case() -> None:
     assert rows["attention", "to 77 keys", "eager"][1] == "1.40 x, missed"
     assert rows["sampler_step", "written by hand", "eager"][1] == "not measured"
     assert len(cpu_report.op_rows(found)) == 1 + 6
+
+
+@pytest.mark.parametrize("part", bench_accelerate.PARTS)
+def test_accelerate_at_small_size(part: str) -> None:
+    """Every provider gives the same result; `compile` is left to the benchmark."""
+    providers = [p for p in bench_accelerate.PROVIDERS if not p.endswith("compile")]
+    seconds = bench_accelerate.compare(part, providers, small=True, rounds=1)
+    assert list(seconds) == providers
+    assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
+
+
+def test_start_and_peak_of_one_alone() -> None:
+    found = bench_accelerate.alone("unet", "accelerated", small=True)
+    assert 0 < found["seconds"] < 300
+    assert 10**8 < found["peak_bytes"] < 10**10

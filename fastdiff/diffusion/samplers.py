@@ -416,8 +416,37 @@ def build_table(
         )
     rows = SAMPLERS[name](levels[start:], **_options(name, options)) if start < steps else []
     rows = [replace(row, step=row.step + start) for row in rows if row.step + start < stop]
+    return _table_of_rows(name, levels, rows, (start, stop), (prediction, clamp, guidance.weight))
 
-    columns = [_columns(row, prediction, guidance.weight(row.step), clamp) for row in rows]
+
+def table_of_levels(
+    name: str,
+    levels: Sequence[Level],
+    *,
+    prediction: Prediction = "eps",
+    clamp: float | None = None,
+    weight: Callable[[int], float] = lambda step: 1.0,
+    **options: float | str | bool | None,
+) -> SamplerTable:
+    """A sampler's table through given noise levels, the noisiest first, the one to end at last.
+
+    weight: step -> guidance scale; clamp, options: as in `build_table`.
+    """
+    rows = SAMPLERS[name](levels, **_options(name, options))
+    ends = (0, len(levels) - 1)
+    return _table_of_rows(name, levels, rows, ends, (prediction, clamp, weight))
+
+
+def _table_of_rows(
+    name: str,
+    levels: Sequence[Level],
+    rows: Sequence[Row],
+    ends: tuple[int, int],
+    settings: tuple[Prediction, float | None, Callable[[int], float]],
+) -> SamplerTable:
+    """ends: the levels to start from and to end at; settings: prediction, clamp, guidance."""
+    (start, stop), (prediction, clamp, weight) = ends, settings
+    columns = [_columns(row, prediction, weight(row.step), clamp) for row in rows]
     return SamplerTable(
         name=name,
         columns=torch.tensor(columns, dtype=torch.float64).reshape(-1, len(COLUMN)),

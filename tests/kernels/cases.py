@@ -640,6 +640,13 @@ ATTENTION = [
     attention_case("dit-72", "DiT-XL, U-ViT-H: 72", (1, 32, 32, 4, 72), packed=True),
     attention_case("odd", "no power of two, not even", (3, 13, 29, 3, 7)),
     attention_case("long", "several tiles of queries and of keys", (1, 150, 400, 1, 24)),
+    attention_case(
+        "long-bias",
+        "a mask of numbers, which begin anew at no block of keys; its gradient, where eager "
+        "PyTorch keeps an fp32 output",
+        (1, 44, 170, 1, 8),
+        mask=additive_per_sample,
+    ),
     attention_case("text-154", "two prompts of 77", (2, 33, 154, 2, 40)),
     attention_case("text-333", "SD 3: 256 + 77 keys", (1, 33, 333, 2, 64)),
     attention_case("on-chip-64", "keys that fill their tiles", (1, 70, 64, 2, 64)),

@@ -135,14 +135,6 @@ def test_the_queries_of_a_head_in_several_pieces_on_the_cpu() -> None:
 
 
 @cases.needs_native
-def test_an_added_mask_over_several_blocks_of_keys_on_the_cpu() -> None:
-    """Its numbers and its gradient begin anew at no block."""
-    long_bias = cases.attention_case(
-        "long-bias", "tiles and blocks", (1, 44, 170, 1, 8), mask=cases.additive_per_sample
-    )
-    cases.check("attention", long_bias, torch.float32, "cpu")
-
-
 def test_the_result_is_contiguous_for_every_layout() -> None:
     packed = torch.randn(2, 9, 3, 4, 8)
     views = packed.unbind(2)

@@ -1,0 +1,297 @@
+"""diffusers' blocks with our ops, for diffusers 0.34 and later.
+
+Each class here has the name of the one it serves and is a subclass of it without new state. Where a
+call asks for something that ours does not do (another attention processor, GLIGEN, a hook on an
+inner layer), the original forward runs, decided anew in each call: what is loaded or set later
+(IP-Adapter, LoRA, attention slicing, fused projections) works as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models import activations, attention, attention_processor, resnet, upsampling
+from diffusers.models.transformers import transformer_2d
+from torch import Tensor, nn
+
+from fastdiff.cpu import Kept, Plan, PreparedConv2d, folded_upsampling
+from fastdiff.integrations.layers import norm_objection, rescaled, watched
+from fastdiff.kernels import attention as attend
+from fastdiff.kernels import geglu
+from fastdiff.models.layers import from_tokens, is_channels_last, to_tokens
+
+PROCESSORS = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
+UPSAMPLING = upsampling.Upsample2D
+NORM_THEN_ACT = (
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "Encoder",
+    "Decoder",
+    "MaskConditionDecoder",
+)
+"""Classes whose forward hands conv_norm_out's output to conv_act and nowhere else."""
+
+
+class ResnetBlock2D(resnet.ResnetBlock2D):
+    """norm-SiLU-conv, time embedding, norm-SiLU-conv and the shortcut."""
+
+    def forward(self, input_tensor: Tensor, temb: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """input_tensor: (N, C, H, W); temb: (N, E) or None -> (N, C', H', W')."""
+        if (
+            args
+            or kwargs
+            or (temb is None) != (self.time_emb_proj is None)
+            or watched(self.norm1, self.norm2, self.nonlinearity)
+        ):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x, h = input_tensor, self.norm1(input_tensor, activation="silu")
+        resample = self.upsample if self.upsample is not None else self.downsample
+        if resample is not None:
+            if self.upsample is not None and len(x) >= 64:  # as diffusers does: its issue 984
+                x, h = x.contiguous(), h.contiguous()
+            x, h = resample(x), resample(h)  # (N, C, 2H, 2W) or (N, C, H/2, W/2)
+        h = self.conv1(h)  # (N, C', H', W')
+        extra = {}
+        if temb is not None:
+            emb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            scales = self.time_embedding_norm == "scale_shift"
+            extra = {"scale_shift" if scales else "channel_add": emb}
+        h = self.norm2(h, activation="silu", **extra)
+        h = self.conv2(self.dropout(h))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return rescaled(x + h, self.output_scale_factor)
+
+
+def resnet_objection(block: Any) -> str | None:
+    """Why a ResnetBlock2D stays as it is."""
+    if type(block.nonlinearity) is not nn.SiLU:
+        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
+    embeds = block.time_emb_proj is not None
+    if embeds and block.time_embedding_norm not in ("default", "scale_shift"):
+        return f"its time_embedding_norm is {block.time_embedding_norm!r}"
+    return norm_objection(block.norm1) or norm_objection(block.norm2)
+
+
+class Attention(attention_processor.Attention):
+    """Self- and cross-attention, with the norm and the residual around it in VAEs."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        """hidden_states: (N, L, C) or (N, C, H, W); encoder_hidden_states: (N, T, D)."""
+        if cross_attention_kwargs.keys() - {"temb"} or attention_objection(self):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+            )
+        x, spatial = hidden_states, hidden_states.ndim == 4
+        if self.group_norm is not None:
+            x = self.group_norm(x) if spatial else self.group_norm(x.mT).mT
+        x = to_tokens(x) if spatial else x  # (N, L, C)
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            projected.unflatten(2, (self.heads, -1))
+            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        mask = attention_mask
+        if mask is not None:
+            mask = self.prepare_attention_mask(mask, context.shape[1], len(context))
+            mask = mask.view(len(context), self.heads, -1, mask.shape[-1])
+        scale = self.scale if type(self.processor) is attention_processor.AttnProcessor else None
+        x = attend(q, k, v, mask=mask, scale=scale).flatten(2)  # (N, L, H*d)
+        x = self.to_out[1](self.to_out[0](x))
+        x = from_tokens(x, hidden_states) if spatial else x
+        if self.residual_connection:
+            x = x + hidden_states
+        return rescaled(x, self.rescale_output_factor)
+
+
+def attention_objection(attn: Any) -> str | None:
+    """Why an Attention runs as diffusers wrote it."""
+    if type(attn.processor) not in PROCESSORS:
+        return f"its processor is {type(attn.processor).__name__}"
+    if attn.to_out is None or attn.to_k is None:
+        return "it lacks a projection (pre_only or only_cross_attention)"
+    for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim"):
+        if getattr(attn, name, None) is not None:
+            return f"it has a {name}"
+    if attn.inner_kv_dim != attn.inner_dim:
+        return "its keys have fewer heads than its queries"
+    return None
+
+
+class GEGLU(activations.GEGLU):
+    """The gated activation behind its projection."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states: (..., C) -> (..., D)."""
+        if args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        return geglu(self.proj(hidden_states))
+
+
+class BasicTransformerBlock(attention.BasicTransformerBlock):
+    """Self-attention, cross-attention, feed-forward; the sums are formed in the norms."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Any = None,
+        class_labels: Any = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """hidden_states: (N, L, C); encoder_hidden_states: (N, T, D) -> (N, L, C)."""
+        more = cross_attention_kwargs or {}
+        norms = [norm for norm in (self.norm1, self.norm2, self.norm3) if norm is not None]
+        if (
+            hidden_states.ndim != 3
+            or "gligen" in more
+            or "scale" in more
+            or self._chunk_size is not None
+            or watched(*norms)
+        ):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+        context = encoder_hidden_states if self.only_cross_attention else None
+        h = self.attn1(
+            self.norm1(hidden_states),
+            encoder_hidden_states=context,
+            attention_mask=attention_mask,
+            **more,
+        )
+        x = hidden_states
+        if self.attn2 is not None:
+            h, x = self.norm2(h, x)
+            h = self.attn2(
+                h,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **more,
+            )
+        h, x = self.norm3(h, x)
+        return self.ff(h) + x
+
+
+def transformer_objection(block: Any) -> str | None:
+    """Why a BasicTransformerBlock stays as it is (its attentions and norms may be ours still)."""
+    if block.norm_type != "layer_norm":
+        return f"its norm_type is {block.norm_type!r}"
+    if block.pos_embed is not None:
+        return "it adds a position embedding behind its norms"
+    norms = [block.norm1, block.norm3, *([] if block.attn2 is None else [block.norm2])]
+    return next((o for o in map(norm_objection, norms) if o is not None), None)
+
+
+class Transformer2DModel(transformer_2d.Transformer2DModel):
+    """The stack of transformer blocks over the pixels: views, not copies, in channels_last."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        h = self.norm(hidden_states)
+        tokens = to_tokens(h)
+        if self.use_linear_projection:
+            tokens = self.proj_in(tokens)
+        elif is_matrix(self.proj_in):
+            tokens = as_matrix(self.proj_in, tokens)
+        else:
+            tokens = to_tokens(self.proj_in(h))
+        return tokens, tokens.shape[2]  # (N, L, C)
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        if self.use_linear_projection:
+            return from_tokens(self.proj_out(hidden_states), residual) + residual
+        if is_matrix(self.proj_out):
+            return from_tokens(as_matrix(self.proj_out, hidden_states), residual) + residual
+        h = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (N, C, H, W)
+        h = h if is_channels_last(residual) else h.contiguous()
+        return self.proj_out(h) + residual
+
+
+def is_matrix(layer: Any) -> bool:
+    """Whether a layer is a plain 1x1 convolution that nobody listens to, moves or has wrapped."""
+    options = getattr(layer, "kernel_size", None), getattr(layer, "stride", None)
+    return (
+        type(layer) in (nn.Conv2d, PreparedConv2d)
+        and (*options, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        and not watched(layer)
+        and "_hf_hook" not in layer.__dict__
+        and not (type(layer) is PreparedConv2d and layer.plan.widens(layer.weight.dtype))
+    )
+
+
+def as_matrix(conv: Any, tokens: Tensor) -> Tensor:
+    """A 1x1 convolution of tokens; as such PyTorch takes im2col for few pixels on a CPU.
+
+    tokens: (N, L, C) -> (N, L, C').
+    """
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+
+
+class Upsample2D(upsampling.Upsample2D):
+    """A doubling and its convolution as one transposed convolution on the CPU."""
+
+    plan: Plan
+    kept: Kept
+
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """hidden_states: (N, C, H, W) -> (N, C', 2H, 2W)."""
+        if output_size is None and not args and not kwargs:
+            y = folded_upsampling(self, self.conv, hidden_states) if self.conv else None
+            if y is not None:
+                return y
+        return super().forward(hidden_states, output_size, *args, **kwargs)
+
+
+def upsample_objection(layer: Any) -> str | None:
+    """Why an Upsample2D is not folded."""
+    plain = layer.interpolate and layer.norm is None and not layer.use_conv_transpose
+    if not plain or not layer.use_conv or layer.name != "conv":
+        return "it is not a doubling with a convolution behind it"
+    return None
+
+
+BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], str, int, Callable[[Any], str | None]]] = {
+    resnet.ResnetBlock2D: (ResnetBlock2D, "residual block", 2, resnet_objection),
+    attention_processor.Attention: (Attention, "attention", 0, attention_objection),
+    attention.BasicTransformerBlock: (
+        BasicTransformerBlock,
+        "transformer block",
+        0,
+        transformer_objection,
+    ),
+    transformer_2d.Transformer2DModel: (
+        Transformer2DModel,
+        "transformer",
+        0,
+        lambda m: None if m.is_input_continuous else "its input is not an image of features",
+    ),
+    activations.GEGLU: (GEGLU, "geglu", 0, lambda m: None),
+}
+"""diffusers' class -> ours, what it computes, its GroupNorm+SiLU pairs, its objection."""

@@ -1,0 +1,155 @@
+"""What `accelerate` did to each module, and how to undo it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One module: swapped by `by`, or left for `reason`; exactly one of the two is set."""
+
+    name: str
+    """Dotted name inside the object that was accelerated."""
+    type: str
+    op: str
+    """What it computes: "group norm", "residual block", "attention", ..."""
+    by: str | None = None
+    reason: str | None = None
+    pairs: int = 0
+    """How many GroupNorms followed by SiLU it does as one op each (0 where it was left)."""
+    new: bool = True
+    """False where an earlier call had swapped it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap:
+    """A module's change of class, with the attributes that the new class wants."""
+
+    module: nn.Module
+    before: type[nn.Module]
+    after: type[nn.Module]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def do(self) -> None:
+        change_class(self.module, self.after)
+        self.module.__dict__.update(self.attributes)
+
+    def undo(self) -> None:
+        """Back to the class that was; a module whose class somebody else has changed is left."""
+        if type(self.module) is self.after:
+            change_class(self.module, self.before)
+            for name in self.attributes:
+                self.module.__dict__.pop(name, None)
+
+
+def change_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """Give a module another class, and its hooks the forward of that class.
+
+    Hugging Face's accelerate keeps the bound forward that it wrapped in `_old_forward`.
+    """
+    kept = module.__dict__.get("_old_forward")
+    ours = getattr(kept, "__func__", None) is type(module).forward
+    module.__class__ = to
+    if ours:
+        module.__dict__["_old_forward"] = to.forward.__get__(module)
+
+
+class Report:
+    """What became of each module that fastdiff has an op for."""
+
+    def __init__(self, entries: list[Entry], undo: list[Callable[[], None]]) -> None:
+        self.entries = entries
+        self._undo = undo
+
+    @property
+    def swapped(self) -> list[Entry]:
+        """Modules that compute with our ops now, those of an earlier call too."""
+        return [entry for entry in self.entries if entry.by is not None]
+
+    @property
+    def left(self) -> list[Entry]:
+        """Modules that stay as they are, each with its reason."""
+        return [entry for entry in self.entries if entry.by is None]
+
+    @property
+    def changed(self) -> int:
+        """Modules that this call has swapped; 0 where everything had been done before."""
+        return sum(entry.new for entry in self.swapped)
+
+    def count(self, op: str) -> tuple[int, int]:
+        """(swapped, left) of an op."""
+        return tuple(sum(e.op == op for e in es) for es in (self.swapped, self.left))  # type: ignore[return-value]
+
+    @property
+    def pairs(self) -> int:
+        """GroupNorms followed by SiLU that are one op now."""
+        return sum(entry.pairs for entry in self.swapped)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The report as plain data: counts per op and one row per module."""
+        ops = dict.fromkeys(entry.op for entry in self.entries)
+        return {
+            "changed": self.changed,
+            "group_norm_silu_pairs": self.pairs,
+            "counts": {
+                op: dict(zip(("swapped", "left"), self.count(op), strict=True)) for op in ops
+            },
+            "modules": [asdict(entry) for entry in self.entries],
+        }
+
+    @property
+    def json(self) -> str:
+        """`data` as JSON."""
+        return json.dumps(self.data, indent=1)
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "nothing here that fastdiff has an op for"
+        if self.changed == 0 and self.swapped:
+            return f"nothing to do: accelerated already ({len(self.swapped)} modules)"
+        return f"{self.changed} modules swapped, {len(self.left)} left"
+
+    def print(self) -> None:
+        """A table on the standard output: a row per op, class and outcome, then the reasons."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("op", "class", "modules", "becomes", "first of them", title=str(self))
+        groups = Counter((e.op, e.type, e.by or f"left: {e.reason}") for e in self.entries)
+        for (op, kind, outcome), number in groups.items():
+            first = next(
+                e.name
+                for e in self.entries
+                if (e.op, e.type, e.by or f"left: {e.reason}") == (op, kind, outcome)
+            )
+            table.add_row(op, kind, str(number), outcome, first)
+        Console().print(table)
+
+    def restore(self) -> None:
+        """Undo what this call did: classes, attributes, memory formats, the scheduler.
+
+        Modules, parameters and hooks are the same objects throughout. A second call does nothing.
+        """
+        while self._undo:
+            self._undo.pop()()
+
+
+class AccelerateError(ValueError):
+    """`strict=True` and something would have been left; `report` says what, nothing was changed."""
+
+    def __init__(self, report: Report) -> None:
+        lines = [f"  {e.name} ({e.type}): {e.reason}" for e in report.left]
+        super().__init__(
+            f"{len(lines)} modules would be left as they are:\n"
+            + "\n".join(lines)
+            + "\nNothing was changed; use strict=False to swap the others"
+        )
+        self.report = report

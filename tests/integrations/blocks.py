@@ -1,0 +1,210 @@
+"""Small blocks of well-known repositories' kinds, written from their published structure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm32(nn.GroupNorm):
+    """OpenAI's: statistics in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class ResnetBlock(nn.Module):
+    """CompVis, autoencoders."""
+
+    def __init__(self, c: int, out: int, temb: int = 0) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = c, out
+        self.norm1 = nn.GroupNorm(4, c, eps=1e-6)
+        self.conv1 = nn.Conv2d(c, out, 3, padding=1)
+        if temb:
+            self.temb_proj = nn.Linear(temb, out)
+        self.norm2 = nn.GroupNorm(4, out, eps=1e-6)
+        self.dropout = nn.Dropout(0.0)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        if c != out:
+            self.nin_shortcut = nn.Conv2d(c, out, 1)
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        h = self.conv1(swish(self.norm1(x)))
+        if temb is not None:
+            h = h + self.temb_proj(swish(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        return (self.nin_shortcut(x) if self.in_channels != self.out_channels else x) + h
+
+
+class AttnBlock(nn.Module):
+    """CompVis, autoencoders."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, c, eps=1e-6)
+        self.q, self.k, self.v = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))
+        w = torch.softmax(q.mT @ k / math.sqrt(x.shape[1]), dim=2)
+        return x + self.proj_out((v @ w.mT).reshape(x.shape))
+
+
+class ResBlock(nn.Module):
+    """guided-diffusion."""
+
+    def __init__(self, c: int, out: int, film: bool, updown: bool = False) -> None:
+        super().__init__()
+        self.use_scale_shift_norm, self.updown = film, updown
+        self.in_layers = nn.Sequential(
+            GroupNorm32(4, c), nn.SiLU(), nn.Conv2d(c, out, 3, padding=1)
+        )
+        self.h_upd = self.x_upd = nn.Upsample(scale_factor=2) if updown else nn.Identity()
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(12, out * (2 if film else 1)))
+        last = nn.Conv2d(out, out, 3, padding=1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)  # as published: a probe with these weights would see nothing
+        self.out_layers = nn.Sequential(GroupNorm32(4, out), nn.SiLU(), nn.Dropout(0.0), last)
+        self.skip_connection = nn.Identity() if c == out else nn.Conv2d(c, out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.updown:
+            rest, conv = self.in_layers[:-1], self.in_layers[-1]
+            h = conv(self.h_upd(rest(x)))
+            x = self.x_upd(x)
+        else:
+            h = self.in_layers(x)
+        out = self.emb_layers(emb)[:, :, None, None]
+        if self.use_scale_shift_norm:
+            norm, rest = self.out_layers[0], self.out_layers[1:]
+            scale, shift = out.chunk(2, dim=1)
+            h = rest(norm(h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + out)
+        return self.skip_connection(x) + h
+
+
+class QKVAttention(nn.Module):
+    """guided-diffusion: both orders of the packed rows."""
+
+    def __init__(self, n_heads: int, legacy: bool) -> None:
+        super().__init__()
+        self.n_heads, self.legacy = n_heads, legacy
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        n, width, length = qkv.shape
+        d = width // (3 * self.n_heads)
+        if self.legacy:
+            q, k, v = qkv.reshape(n * self.n_heads, 3 * d, length).split(d, dim=1)
+        else:
+            q, k, v = (p.reshape(n * self.n_heads, d, length) for p in qkv.chunk(3, dim=1))
+        w = torch.softmax(q.mT @ k / math.sqrt(d), dim=-1)
+        return (v @ w.mT).reshape(n, -1, length)
+
+
+class AttentionBlock(nn.Module):
+    """guided-diffusion."""
+
+    def __init__(self, c: int, heads: int, legacy: bool) -> None:
+        super().__init__()
+        self.norm = GroupNorm32(4, c)
+        self.qkv = nn.Conv1d(c, 3 * c, 1)
+        self.attention = QKVAttention(heads, legacy)
+        self.proj_out = nn.Conv1d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """latent-diffusion."""
+
+    def __init__(self, dim: int, context: int | None, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context or dim, dim, bias=False)
+        self.to_v = nn.Linear(context or dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Any = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        scores = torch.einsum("nhid,nhjd->nhij", q, k) * self.scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.finfo(scores.dtype).max)
+        return self.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """latent-diffusion."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class BasicTransformerBlock(nn.Module):
+    """latent-diffusion."""
+
+    def __init__(self, dim: int, context: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, 2)
+        self.ff = nn.Sequential(GEGLU(dim, 2 * dim), nn.Dropout(0.0), nn.Linear(2 * dim, dim))
+        self.attn2 = CrossAttention(dim, context, 2)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.checkpoint = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context=context) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class Block(nn.Module):
+    """lucidrains, denoising-diffusion-pytorch."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out, 3, padding=1)
+        self.norm = nn.GroupNorm(4, out)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, scale_shift: Any = None) -> Tensor:
+        x = self.norm(self.proj(x))
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            x = x * (scale + 1) + shift
+        return self.act(x)
+
+
+class Impostor(Block):
+    """A Block's layers, another function."""
+
+    def forward(self, x: Tensor, scale_shift: Any = None) -> Tensor:
+        return self.act(self.norm(self.proj(x))) * 1.5

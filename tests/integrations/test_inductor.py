@@ -1,0 +1,75 @@
+"""`fastdiff.compile_pass`: the patterns are really replaced, by Inductor on the installed torch."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastdiff
+from tests.parity import assert_gradient_parity, assert_parity
+
+
+class Layers(nn.Module):
+    """Two pairs, one norm that is read twice, attention with a mask, and one that is causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act = nn.GroupNorm(4, 16), nn.SiLU()
+        self.second = nn.GroupNorm(2, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = F.silu(self.second(self.act(self.first(x)) + x))
+        twice = self.second(h)
+        q = (F.silu(twice) + twice).flatten(2).mT.unflatten(2, (2, 8)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(q, q, 0.5 * q, attn_mask=mask)
+        return F.scaled_dot_product_attention(h, h, h, is_causal=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wants a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_patterns_are_replaced() -> None:
+    config = torch._inductor.config
+    module, x = Layers(), torch.randn(2, 16, 3, 4, requires_grad=True)
+    mask = torch.randn(2, 1, 12, 12)
+    wide = Layers().double()
+    wide.load_state_dict(module.state_dict())
+    wide_x = x.detach().double().requires_grad_()
+    reference, eager = wide(wide_x, mask.double()), module(x, mask)
+    reference.square().sum().backward()
+    eager.square().sum().backward()
+    assert x.grad is not None
+    assert wide_x.grad is not None
+    eager_grad, x.grad = x.grad, None
+    earlier: list[int] = []
+    config.pre_grad_custom_pass = lambda graph: earlier.append(len(graph.nodes))
+    before = config.pre_grad_custom_pass
+    registered = fastdiff.compile_pass()
+    try:
+        assert fastdiff.compile_pass() is registered
+        torch._dynamo.reset()
+        y = torch.compile(module, fullgraph=True)(x, mask)
+        assert registered.replaced == {"group_norm_silu": 2, "attention": 1}
+        assert earlier
+        assert_parity(y, reference, eager)
+        y.square().sum().backward()
+        assert x.grad is not None
+        assert_gradient_parity(x.grad, wide_x.grad, eager_grad)
+        registered.remove()
+        assert config.pre_grad_custom_pass is before
+    finally:
+        config.pre_grad_custom_pass = None
+        torch._dynamo.reset()
+
+
+def test_an_inductor_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr("fastdiff.integrations.inductor.HOOK", "no_such_pass")
+    assert not hasattr(config, "no_such_pass")
+    with pytest.raises(RuntimeError, match=r"no no_such_pass, .* use fastdiff\.accelerate"):
+        fastdiff.compile_pass()
