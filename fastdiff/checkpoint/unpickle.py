@@ -57,8 +57,8 @@ INERT_NAMES = {
     "numpy.ndarray",
     "torch.device",
     "torch.Size",
-    "torch.float32",
-    "torch.float16",
+    *(f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16", "int64")),
+    *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath")),
     "typing.Any",
 }
 
