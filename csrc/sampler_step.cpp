@@ -24,7 +24,10 @@ template <class T> struct Step {
                     int64_t n) const {
     const T* p = prediction + image * a.image_stride + run * a.run_stride + j * a.stride + channels;
     if (a.stride == 1) return widen(p, buffer, n);
-    for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(p[i * a.stride]);
+    if (a.stride == 4)  // latents in channels_last: a constant stride is shuffled, not gathered
+      SIMD for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(p[i * 4]);
+    else
+      for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(p[i * a.stride]);
     return buffer;
   }
 

@@ -20,6 +20,9 @@ from fastdiff.data.decode import UNREADABLE, open_flat, reason, resize
 RECIPE_KEY = "fastdiff"
 """Name of the PNG text chunk that holds the recipe."""
 
+MAX_SIDE = 65_535
+"""Longest side of a picture that is resized to be read: JPEG's limit."""
+
 BACKGROUND, FRAME, INK, FAINT = "#fafaf8", "#d8d8d2", "#26262a", "#77777f"
 
 
@@ -64,7 +67,7 @@ def read_image(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or a side that is no side.
     """
     return _read(path, "RGB", height, width) * 2 - 1
 
@@ -78,6 +81,9 @@ def read_mask(
 
 def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: int | None) -> Tensor:
     """(C, H, W) fp32 in [0, 1]."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and not 1 <= side <= MAX_SIDE:
+            raise ValueError(f"{name} must be 1 to {MAX_SIDE} pixels, got {side}")
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"no image at {file}; give a PNG, JPEG or other picture")

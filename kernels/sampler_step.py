@@ -216,10 +216,12 @@ def _native(
     space = x.numel() // (n * c)
     if prediction.dtype not in extension.DTYPES:
         prediction = prediction.float()
+    channels = prediction.shape[1]
     channels_last = not prediction.is_contiguous()
-    if channels_last:
-        prediction = prediction.movedim(1, -1).contiguous()  # a view of channels_last
-    channels = prediction.shape[-1 if channels_last else 1]
+    if channels_last and not (
+        x.ndim == 4 and prediction.is_contiguous(memory_format=torch.channels_last)
+    ):
+        prediction = prediction.movedim(1, -1).contiguous()
     runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
     table, seeds = table.contiguous(), seeds.contiguous()
     extension.native.sampler_step(

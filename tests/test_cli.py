@@ -26,6 +26,7 @@ from PIL import Image
 from fastdiff import __version__
 from fastdiff.checkpoint.bundle import Bundle, ModelConfig, save_bundle
 from fastdiff.cli import COMMANDS, main
+from fastdiff.cli.again import Original
 from fastdiff.cli.doctor import ordinary_call
 from fastdiff.cli.parsing import one_line
 from fastdiff.cli.txt2img import Txt2Img
@@ -150,7 +151,11 @@ def test_help_ends_with_three_examples_that_can_be_read(
         monkeypatch.setattr(command, "run", lambda *options: ran.append(options) or 0)
     monkeypatch.setattr("fastdiff.cli.sample._options_of", lambda path: None)
     like = Txt2Img(prompt="a cat", model=Path("model"))
-    monkeypatch.setattr("fastdiff.cli.txt2img._options_of", lambda path: like)
+    original = Original(Path("a.png"), {}, like)
+    monkeypatch.setattr(
+        "fastdiff.cli.txt2img.original",
+        lambda command, pipeline, words: original if "--like" in words else None,
+    )
     for example in examples:
         parts = shlex.split(example.partition(">")[0])
         assert main(parts[parts.index("fastdiff") + 1 :]) == 0, example

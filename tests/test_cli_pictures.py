@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
+import fastdiff
 from fastdiff.cli import main
 from fastdiff.images import read_image, read_recipe, save_png
+from fastdiff.pipelines.refine import refine
+from fastdiff.pipelines.text import TEXT_SETTINGS, TextDiffusion
+from fastdiff.pipelines.text_to_image import text_to_image, text_to_latents
+from fastdiff.pipelines.upscale import upscale
 from tests.diffusers_models import save_folder
 
 Run = Callable[..., tuple[int, str, str]]
@@ -22,7 +31,8 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    return {"sd1": str(save_folder("sd1", root)), "NINE": str(save_folder("inpaint", root))}
+    kinds = {"sd1": "sd1", "NINE": "inpaint", "XL": "xl", "REFINER": "refiner"}
+    return {name: str(save_folder(kind, root)) for name, kind in kinds.items()}
 
 
 @pytest.fixture
@@ -74,15 +84,19 @@ def test_txt2img_writes_images_and_makes_one_again(run: Run) -> None:
     assert (recipe["seed"], recipe["height"], recipe["pipeline"]) == (6, 64, "txt2img")
     assert read_recipe("out/sheet.png")["seeds"] == [5, 6, 7]
 
-    code, out, err = run(f"txt2img --like out/{stem}6.png --out again")
+    code, out, err = run(f"txt2img --like out/{stem}6.png")
     assert (code, err) == (0, "")
     assert f"identical to out/{stem}6.png, bit for bit" in out
-    assert torch.equal(read_image(f"again/{stem}6.png"), read_image(f"out/{stem}6.png"))
+    assert torch.equal(read_image(f"out/{stem}6-again.png"), read_image(f"out/{stem}6.png"))
 
     save_png(f"out/{stem}6.png", -read_image(f"out/{stem}6.png"), recipe)
     code, out, err = run(f"txt2img --like out/{stem}6.png --out again")
     assert code == 1
     assert "NOT identical" in out
+    assert "pixels were changed" in out
+    code, out, err = run(f"txt2img --like out/{stem}6.png --steps 2")
+    assert (code, out) == (2, "")
+    assert f"out/{stem}6.png would be written over; give another --out" in err
     code, out, err = run(f"txt2img --like out/{stem}6.png --out other --seed 9")
     assert (code, "compared" in out) == (0, False)
     assert Path(f"other/{stem}9.png").exists()
@@ -97,7 +111,7 @@ def test_img2img(run: Run) -> None:
     )
     assert not torch.equal(same, new)
     recipe = read_recipe("new/cat-seed0.png")
-    assert recipe["image"]["name"] == "photo.png"
+    assert recipe["image"]["path"] == "photo.png"
     assert len(recipe["image"]["sha256"]) == 64
     assert run(f"{line} --height 32 --width 48 --out small")[0] == 0
     assert read_image("small/cat-seed0.png").shape == (3, 32, 48)
@@ -115,7 +129,140 @@ def test_inpaint(run: Run, kind: str) -> None:
     assert torch.equal(made[:, :16], photo[:, :16])
     assert torch.equal(made[..., 48:], photo[..., 48:])
     assert (made != photo).any(0)[16:48, 16:48].float().mean() > 0.9
-    assert read_recipe("out/cat-seed0.png")["mask"]["name"] == "mask.png"
+    assert read_recipe("out/cat-seed0.png")["mask"]["path"] == "mask.png"
+
+
+@pytest.mark.parametrize("command", ["img2img", "inpaint"])
+def test_like_makes_edited_images_again(run: Run, command: str) -> None:
+    mask = " --mask mask.png --no-paste" if command == "inpaint" else ""
+    line = f"{command} cat --image photo.png --model sd1 --strength 0.7 --seed 3 {FAST}{mask}"
+    code, out, err = run(line)
+    assert (code, err) == (0, "")
+    assert "2 of 3 steps" in out
+    code, out, err = run(f"{command} --like out/cat-seed3.png")
+    assert (code, err) == (0, "")
+    assert "identical to out/cat-seed3.png, bit for bit" in out
+    assert Path("out/cat-seed3-again.png").exists()
+
+    shutil.copy("photo.png", "moved.png")
+    assert "identical" in run(f"{command} --like out/cat-seed3.png --image moved.png")[1]
+    save_png("moved.png", -read_image("photo.png"))  # another picture is another image
+    other = run(f"{command} --like out/cat-seed3.png --image moved.png --out another")
+    assert (other[0], "compared" in other[1]) == (0, False)
+
+    save_png("photo.png", -read_image("photo.png"))
+    code, out, err = run(f"{command} --like out/cat-seed3.png")
+    assert code == 1
+    then = read_recipe("out/cat-seed3.png")["image"]["sha256"][:12]
+    assert f"image {then} then" in out
+    code, out, err = run(f"{command} --like out/cat-seed3.png --strength 1 --out other")
+    assert (code, "compared" in out) == (0, False)
+    elsewhere = "img2img" if command == "inpaint" else "txt2img"
+    assert (
+        f"no single image of 'fastdiff {elsewhere}'"
+        in run(f"{elsewhere} --like out/cat-seed3.png")[2]
+    )
+
+
+def test_inputs_are_never_written_over(run: Run) -> None:
+    assert run(f"img2img cat --image photo.png --model sd1 {FAST}")[0] == 0
+    before = Path("out/cat-seed0.png").read_bytes()
+    for line in (
+        "img2img cat --image out/cat-seed0.png",
+        "img2img cat --image out/../out/cat-seed0.png --seed 0 --count 2",
+        "inpaint cat --image photo.png --mask out/cat-seed0.png",
+    ):
+        code, out, err = run(f"{line} --model sd1 {FAST}")
+        assert (code, out) == (2, "")
+        assert "cat-seed0.png would be written over" in err
+        assert Path("out/cat-seed0.png").read_bytes() == before
+    Path("out/preview.png").write_bytes(before)
+    line = f"img2img cat --image out/preview.png --model sd1 --seed 5 {FAST}"
+    assert "preview.png would be written over" in run(f"{line} --preview")[2]
+    assert run(line)[0] == 0
+
+
+def test_like_knows_other_weights(run: Run, folders: dict[str, str], tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folders["sd1"], copy)
+    assert run(f"txt2img cat --model model {FAST}")[0] == 0
+    made = read_recipe("out/cat-seed0.png")["weights"]
+    shutil.move(copy, tmp_path / "moved")
+    code, out, err = run("txt2img --like out/cat-seed0.png --model moved")
+    assert (code, err) == (0, "")  # the same weights elsewhere
+    assert f"weights   {made[:12]}" in out
+
+    path = tmp_path / "moved" / "text_encoder" / "model.safetensors"
+    numbers = safetensors.torch.load_file(path)
+    name = next(name for name in numbers if name.endswith("layers.1.mlp.fc1.weight"))
+    numbers[name] += 1
+    safetensors.torch.save_file(numbers, path, metadata={"format": "pt"})
+    code, out, err = run("txt2img --like out/cat-seed0.png --model moved --out other")
+    now = read_recipe("other/cat-seed0-again.png")["weights"]
+    assert now != made
+    assert code == 1
+    assert f"weights {made[:12]} then, {now[:12]} now" in out
+
+
+def test_upscale_and_refiner(run: Run, folders: dict[str, str]) -> None:
+    code, out, err = run(f"txt2img cat --model sd1 --upscale 1.5 --upscale-strength 0.7 {FAST}")
+    assert (code, err) == (0, "")
+    assert "1 of 96 x 96" in out
+    model = TextDiffusion(fastdiff.load(folders["sd1"]))
+    settings = replace(TEXT_SETTINGS, steps=3)
+    z = text_to_latents(model, "cat", [0], settings=settings)
+    large = upscale(model, z, "cat", [0], scale=1.5, strength=0.7, settings=settings)
+    written = read_image("out/cat-seed0.png")
+    assert (written - large[0]).abs().max() < 1 / 127
+    assert run("txt2img --like out/cat-seed0.png")[0] == 0
+
+    code, out, err = run(
+        "txt2img cat --model XL --refiner REFINER --switch 0.5 --out fine --device cpu --steps 5"
+    )
+    assert (code, err) == (0, "")
+    pair = [TextDiffusion(fastdiff.load(folders[kind])) for kind in ("XL", "REFINER")]
+    settings = replace(TEXT_SETTINGS, steps=5)
+    image = refine(pair[0], pair[1], "cat", [0], switch=0.5, settings=settings)[0]
+    assert (read_image("fine/cat-seed0.png") - image).abs().max() < 1 / 127
+    assert read_recipe("fine/cat-seed0.png")["refiner"]["sha256"] == pair[1].weights_hash
+    assert run("txt2img --like fine/cat-seed0.png")[0] == 0
+
+
+def test_images_are_written_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped keeps what it has made."""
+    calls = iter([text_to_image, text_to_image])
+
+    def make(*args: Any, **options: Any) -> Any:
+        for original in calls:
+            return original(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdiff.cli.txt2img.text_to_image", make)
+    code, _, err = run(f"txt2img cat --model sd1 --count 6 --batch 2 {FAST}")
+    assert (code, err) == (130, "fastdiff: interrupted\n")
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        f"cat-seed{seed}.png" for seed in range(4)
+    ]
+
+
+def test_recipes_that_cannot_be_read(run: Run) -> None:
+    assert run(f"txt2img cat --model sd1 {FAST}")[0] == 0
+    recipe = read_recipe("out/cat-seed0.png")
+    for change, message in (
+        ({"dtype": ["float32"]}, "dtype is unknown"),
+        ({"backend": "magic"}, "backend is unknown, got 'magic'"),
+        ({"seed": "x"}, "cannot be read"),
+        ({"height": "64"}, "height: expected int"),
+        ({"tokenizer": 3}, "cannot be read"),
+        ({"settings": {"sampler": "magic"}}, "unknown sampler 'magic'"),
+    ):
+        save_png("bad.png", read_image("photo.png"), {**recipe, **change})
+        code, out, err = run("txt2img --like bad.png")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    del recipe["height"]
+    save_png("bad.png", read_image("photo.png"), recipe)
+    assert "the recipe in bad.png lacks 'height'" in run("txt2img --like bad.png")[2]
 
 
 MISTAKES = {
@@ -129,6 +276,18 @@ MISTAKES = {
     "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
     "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
     "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must lie within 100",
+    "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "has no negative prompt",
+    "txt2img cat --model sd1 --upscale 0.5": "scale must lie in 1 to 16, got 0.5",
+    "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must lie in [0, 1]",
+    "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give one of them",
+    "txt2img cat --model XL --refiner sd1": "must share latent channels",
+    "txt2img cat --model REFINER --refiner XL": "change their places",
+    "txt2img cat --model XL --crop -1 0": "crop must be two numbers >= 0, got (-1, 0)",
+    "txt2img cat --model XL --original-size 0 64": "original_size must be two numbers >= 1",
+    "txt2img cat --model REFINER --aesthetic-score nan": "aesthetic_score must lie in 0 to 10",
+    "txt2img cat --model sd1 --clip-skip -1": "clip_skip must be at least 0, got -1",
+    "txt2img cat --model XL --refiner nowhere": "nowhere is missing",
+    "txt2img cat --model XL --refiner REFINER --switch 1": "switch must leave steps",
     "txt2img cat --model NINE": "reads 9 channels",
     "txt2img cat --model digits": "fastdiff sample",
     "txt2img --like photo.png": "carries no recipe",
@@ -138,6 +297,11 @@ MISTAKES = {
     "img2img cat --model sd1 --image text.png": "text.png cannot be read: not an image",
     "img2img cat --model sd1 --image dot.png": "got 1 x 1 (width x height); the nearest",
     "img2img cat --model sd1 --image photo.png --strength 2": "strength must lie in [0, 1], got 2",
+    "img2img cat --model NINE --image photo.png": "reads 9 channels",
+    "img2img cat --model NINE --image photo.png --strength 0": "reads 9 channels",
+    "img2img cat --model sd1 --image photo.png --height 0": "height must be 1 to 65535 pixels",
+    "img2img cat --model sd1 --image photo.png --width -8": "width must be 1 to 65535 pixels, got",
+    "img2img cat --model sd1 --image photo.png --height 99999999": "height must be 1 to 65535",
     "inpaint cat --model sd1 --image photo.png": "missing: --mask",
     "inpaint cat --model sd1 --image photo.png --mask narrow.png": "mask must be (1, 64, 64)",
     "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is empty",

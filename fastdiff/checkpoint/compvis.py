@@ -9,7 +9,7 @@ encoder stands under `cond_stage_model.` or `conditioner.embedders.`. Averaged w
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.weights import Weights, some
+from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.text import TextEncoder
@@ -31,7 +32,7 @@ FIRST_STAGE = "first_stage_model."
 # Tables of the noise schedule and the like, which we compute; the loss networks of a first stage.
 _DERIVED = re.compile(
     r"(sqrt_|log_|posterior_|alphas_cumprod|betas$|logvar$|lvlb_weights$|scale_factor$"
-    r"|denoiser\.sigmas$|model_ema\.(decay|num_updates)$|(first_stage_model\.)?loss\.)"
+    r"|denoiser\.(log_)?sigmas$|v_pred$|ztsnr$|model_ema\.(decay|num_updates)$|(first_stage_model\.)?loss\.)"
 )
 STABLE_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
 LATENT_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.0015, beta_end=0.0195)
@@ -85,7 +86,9 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
     text_plans = _text_plans(reading, condition, xl) if classes is None else []
     unet: UNet = request.fill(plan)
     autoencoder: Autoencoder | None = None if vae_plan is None else request.fill(vae_plan)
-    prediction = request.unsaid.prediction or reading.assume("prediction", "eps")
+    # trainers mark Stable Diffusion XL files of v-prediction by an empty tensor of that name
+    said: Prediction | None = "v" if "v_pred" in weights.places else None
+    prediction = request.unsaid.prediction or said or reading.assume("prediction", "eps")
     return Checkpoint(
         layout="compvis",
         unet=unet,
@@ -192,8 +195,9 @@ def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
             continue
         clip = part.under("transformer.")
         own = clip if clip.places else part.under("model.")
-        if len(own.places) != len(part.places):
-            strays = [k for k in part.places if not k.startswith(("transformer.", "model."))]
+        kept = [k for k in part.places if k != "logit_scale"]  # as merged files have it
+        if len(own.places) != len(kept):
+            strays = [k for k in kept if not k.startswith(("transformer.", "model."))]
             raise ValueError(
                 f"{weights.path}: the text encoder has {some(sorted(strays), 50)}, which belong to "
                 "no CLIP; text_encoders=False loads the rest"
@@ -237,29 +241,46 @@ def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
     if "betas" in weights.places:
         return schedule_of(weights.tensor("betas"), str(weights.path))
     if "alphas_cumprod" in weights.places:
-        total = weights.tensor("alphas_cumprod").double()
-        before = torch.cat([torch.ones(1, dtype=torch.float64), total[:-1]])
-        return schedule_of(1 - total / before, str(weights.path), tolerance=1e-2)
+        return _schedule_of_products(weights.tensor("alphas_cumprod"), str(weights.path))
     stable = config.context_dim is not None and config.model_channels >= 320
-    return reading.assume("schedule", STABLE_DIFFUSION if stable else LATENT_DIFFUSION)
+    schedule = STABLE_DIFFUSION if stable else LATENT_DIFFUSION
+    if "ztsnr" in weights.places:  # beside v_pred, another mark
+        schedule = replace(schedule, zero_terminal_snr=True)
+    return reading.assume("schedule", schedule)
+
+
+def _schedule_of_products(products: torch.Tensor, file: str) -> ScheduleConfig:
+    """The schedule of alphas_cumprod (T,). In half precision no betas can be made of them."""
+    total = products.double().flatten()
+    eps = torch.finfo(products.dtype).eps if products.is_floating_point() else 0.0
+    for known in (STABLE_DIFFUSION, LATENT_DIFFUSION, ScheduleConfig()):
+        ours = NoiseSchedule(known).alphas_cumprod
+        if len(total) == len(ours) and bool(((ours - total).abs() <= eps * ours).all()):
+            return known
+    before = torch.cat([torch.ones(1, dtype=torch.float64), total[:-1]])
+    return schedule_of(1 - total / before, file, tolerance=1e-2)
 
 
 def schedule_of(betas: torch.Tensor, file: str, tolerance: float = 1e-4) -> ScheduleConfig:
-    """The schedule whose betas these are, to that relative tolerance.
+    """The schedule whose betas these are, to that relative tolerance or their dtype's precision.
 
     betas: (T,), any dtype.
 
     Raises:
         ValueError: none of ours has them.
     """
+    if betas.is_floating_point():
+        tolerance = max(tolerance, torch.finfo(betas.dtype).eps)
     betas = betas.double().flatten()
     kinds: list[ScheduleConfig] = []
     if len(betas) > 1 and bool(((betas > 0) & (betas <= 1)).all()):
-        ends = {"beta_start": float(f"{betas[0]:.4g}"), "beta_end": float(f"{betas[-1]:.4g}")}
-        for kind in ("scaled_linear", "linear", "cosine"):
-            numbers: dict[str, Any] = ends if kind != "cosine" else {}
-            if kind == "cosine" or 0 < ends["beta_start"] <= ends["beta_end"] < 1:
-                kinds.append(ScheduleConfig(kind=kind, num_timesteps=len(betas), **numbers))
+        for digits in (2, 3, 4):  # the roundest that fit: half precision changes the third
+            start, end = (float(f"{beta:.{digits}g}") for beta in (betas[0], betas[-1]))
+            if 0 < start <= end < 1:
+                ends: dict[str, Any] = {"beta_start": start, "beta_end": end}
+                ends["num_timesteps"] = len(betas)
+                kinds += [ScheduleConfig(kind=k, **ends) for k in ("scaled_linear", "linear")]
+        kinds.append(ScheduleConfig(kind="cosine", num_timesteps=len(betas)))
     for schedule in kinds:
         ours = NoiseSchedule(schedule).betas
         if bool(((ours - betas).abs() <= tolerance * ours).all()):

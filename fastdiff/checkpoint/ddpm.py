@@ -82,6 +82,7 @@ def unet_config(shapes: Shapes, unsaid: Unsaid) -> UNetConfig:
         time_embedding="ddpm",
         norm_eps=1e-6,
         norm_groups=unsaid.norm_groups,
+        timestep_scale=unsaid.timestep_scale or 1.0,
         num_heads=unsaid.num_heads or (None if unsaid.head_dim else 1),
     )
 

@@ -24,6 +24,7 @@ UNETS = ("UNet2DConditionModel", "UNet2DModel")
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 # Parts of a pipeline that no image depends on.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 XL_SCALE = 0.13025  # of the latents of Stable Diffusion XL's autoencoder; 1 and 2 have 0.18215
 
 Result = TypeVar("Result")
@@ -83,10 +84,9 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
             "ignored": [name for name in LEFT_OUT if name in parts],
         },
     )
-    if "force_zeros_for_empty_prompt" in index:
-        checkpoint.provenance["force_zeros_for_empty_prompt"] = bool(
-            index["force_zeros_for_empty_prompt"]
-        )
+    for name in XL_FLAGS:
+        if name in index:
+            checkpoint.provenance[name] = bool(index[name])
     _describe(checkpoint, opened.get("unet", ({}, None))[0], scheduler, request)
     return checkpoint
 

@@ -52,8 +52,8 @@ def load(
         ema: take the averaged weights where a CompVis file has both.
         progress: called as progress(tensor, bytes) after each tensor.
         unsaid: what single files do not say, the fields of `Unsaid`: prediction, schedule,
-            num_heads, head_dim, qkv_order, norm_groups, scale_factor, image_size. What was assumed
-            for want of them stands in `provenance["assumed"]`.
+            num_heads, head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size.
+            What was assumed for want of them stands in `provenance["assumed"]`.
 
     Raises:
         FileNotFoundError: nothing there, or a part of it is missing.
@@ -115,6 +115,8 @@ def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
         names, schedule, size = openai.names, known.schedule, known.image_size
         if unsaid.qkv_order is None:
             assumed["qkv_order"] = config.qkv_order
+        if unsaid.timestep_scale is None and config.timestep_scale != 1:
+            assumed["timestep_scale"] = config.timestep_scale
     if unsaid.num_heads is None and unsaid.head_dim is None:
         heads = "num_heads" if config.num_heads is not None else "head_dim"
         assumed[heads] = getattr(config, heads)

@@ -35,23 +35,36 @@ class Published:
     schedule: ScheduleConfig
     image_size: int | None
     qkv_order: QKVOrder = "legacy"
+    timestep_scale: float = 1.0
 
 
 LINEAR = ScheduleConfig(kind="linear", rescale_ends=True)
 COSINE = ScheduleConfig(kind="cosine")
-# guided-diffusion's and improved-diffusion's flags, by (width, channel_mult, residual blocks)
-PUBLISHED: dict[tuple[int, tuple[int, ...], int], Published] = {
-    (192, (1, 2, 3, 4), 3): Published({"head_dim": 64}, COSINE, 64, "new"),  # 64x64_diffusion
-    (256, (1, 1, 2, 3, 4), 2): Published({"num_heads": 4}, LINEAR, 128),  # 128x128_diffusion
-    (256, (1, 1, 2, 2, 4, 4), 2): Published({"head_dim": 64}, LINEAR, 256),  # 256x256, LSUN
-    (192, (1, 1, 2, 2, 4, 4), 2): Published({"num_heads": 4}, LINEAR, 256),  # 64_256_upsampler
-    (128, (1, 2, 3, 4), 3): Published(  # imagenet64_uncond
-        {"num_heads": 4}, ScheduleConfig(kind="cosine", num_timesteps=4000), 64
+COSINE_4000 = ScheduleConfig(kind="cosine", num_timesteps=4000)
+LINEAR_4000 = ScheduleConfig(kind="linear", num_timesteps=4000, rescale_ends=True)
+Key = tuple[int, tuple[int, ...], int, int, bool]
+# The flags in both repositories' READMEs, by width, channel_mult, residual blocks, number of levels
+# with attention, and whether residual blocks change the resolution (in guided-diffusion they do).
+PUBLISHED: dict[Key, Published] = {
+    # guided-diffusion
+    (192, (1, 2, 3, 4), 3, 3, True): Published({"head_dim": 64}, COSINE, 64, "new"),
+    (256, (1, 1, 2, 3, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 128),
+    # 256x256_diffusion, with classes and without, LSUN
+    (256, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"head_dim": 64}, LINEAR, 256),
+    # 64_256_upsampler, 128_512_upsampler
+    (192, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 256),
+    (192, (1, 1, 2, 2, 4, 4), 2, 2, True): Published({"head_dim": 64}, LINEAR, 512),
+    # improved-diffusion: imagenet64_uncond, cifar10_uncond
+    (128, (1, 2, 3, 4), 3, 2, False): Published(
+        {"num_heads": 4}, COSINE_4000, 64, timestep_scale=1 / 4
     ),
-    (128, (1, 2, 2, 2), 3): Published(  # cifar10_uncond
-        {"num_heads": 4}, ScheduleConfig(kind="cosine", num_timesteps=4000), 32
+    (128, (1, 2, 2, 2), 3, 2, False): Published(
+        {"num_heads": 4}, COSINE_4000, 32, timestep_scale=1 / 4
     ),
-    (128, (1, 1, 2, 2, 4, 4), 2): Published({"num_heads": 4}, LINEAR, 256),  # lsun_uncond
+    # imagenet64_cond, upsample_cond, lsun_uncond
+    (192, (1, 2, 3, 4), 3, 2, False): Published({"num_heads": 4}, COSINE_4000, 64),
+    (192, (1, 1, 2, 2, 4, 4), 2, 2, False): Published({"num_heads": 4}, LINEAR_4000, 256),
+    (128, (1, 1, 2, 2, 4, 4), 2, 1, False): Published({"num_heads": 1}, LINEAR, 256),
 }
 OTHER = Published({"num_heads": 4}, LINEAR, None)  # the defaults of both repositories
 
@@ -155,6 +168,7 @@ def unet_config(shapes: Shapes, unsaid: Unsaid, **fixed: Any) -> UNetConfig:
         "scale_shift_norm": emb[0] == 2 * conv1[0][0],
         "resblock_updown": any("in_layers" in key for key in resampled),
         "norm_groups": unsaid.norm_groups,
+        "timestep_scale": unsaid.timestep_scale or 1.0,
         **fixed,
     }
     if unsaid.qkv_order is not None:
@@ -166,7 +180,14 @@ def unet_config(shapes: Shapes, unsaid: Unsaid, **fixed: Any) -> UNetConfig:
 
 def published(config: UNetConfig) -> Published:
     """The published model of this architecture, or what both repositories have by default."""
-    return PUBLISHED.get((config.model_channels, config.channel_mult, config.num_res_blocks), OTHER)
+    key = (
+        config.model_channels,
+        config.channel_mult,
+        config.num_res_blocks,
+        sum(depth > 0 for depth in config.attention_depth),
+        config.resblock_updown,
+    )
+    return PUBLISHED.get(key, OTHER)
 
 
 def pixel_unet_config(shapes: Shapes, unsaid: Unsaid) -> tuple[UNetConfig, Published]:
@@ -188,6 +209,7 @@ def pixel_unet_config(shapes: Shapes, unsaid: Unsaid) -> tuple[UNetConfig, Publi
             **heads,
             qkv_order=unsaid.qkv_order or known.qkv_order,
             learned_sigma=learned,
+            timestep_scale=unsaid.timestep_scale or known.timestep_scale,
         ),
         known,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -31,6 +32,8 @@ class Unsaid:
     """Width of a head."""
     qkv_order: QKVOrder | None = None
     """Rows of packed qkv weights: legacy (H, 3, d), new (3, H, d)."""
+    timestep_scale: float | None = None
+    """The network sees t times this: 1000 / T for improved-diffusion's rescale_timesteps."""
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     scale_factor: float | None = None
@@ -39,8 +42,21 @@ class Unsaid:
     """Height and width of the images it was trained on, in pixels."""
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be positive, got {self.image_size}")
+        if self.prediction not in (None, *get_args(Prediction)):
+            raise ValueError(
+                f"prediction must be one of {', '.join(get_args(Prediction))}, "
+                f"got {self.prediction!r}"
+            )
+        if self.schedule is not None and not isinstance(self.schedule, ScheduleConfig):
+            raise ValueError(f"schedule must be a ScheduleConfig, got {self.schedule!r:.60}")
+        for name in ("image_size", "num_heads", "head_dim", "norm_groups"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise ValueError(f"{name} must be a positive whole number, got {value!r:.60}")
+        for name in ("scale_factor", "timestep_scale"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be positive and finite, got {value!r:.60}")
         if self.num_heads is not None and self.head_dim is not None:
             raise ValueError(
                 f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}"
@@ -65,6 +81,17 @@ class Request:
     ema: bool = True
     unsaid: Unsaid = field(default_factory=Unsaid)
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        dtype = self.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be one of torch's, such as 'cpu' or 'cuda', got {self.device!r}"
+            ) from error
 
     def fill(self, plan: Plan) -> Any:
         """The planned model with its weights."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.checkpoint.weights import Place, Weights
+from fastdiff.checkpoint.weights import MAX_DIMS, Place, Weights
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 DTYPES = {
@@ -94,8 +95,7 @@ def _length(start: bytes) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{twice:.80} stands in it twice")
     return data
 
@@ -112,6 +112,8 @@ def _span(key: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int,
             type(n) is int and 0 <= n < 2**63 for n in numbers
         ):
             raise ValueError(f"{key:.80}: expected a list of whole numbers, got {numbers!r:.60}")
+        if len(numbers) > MAX_DIMS:
+            raise ValueError(f"{key:.80}: {len(numbers)} sizes, a tensor has {MAX_DIMS} at most")
     itemsize = dtypes[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize:
         raise ValueError(f"{key:.80}: shape {shape!r:.60} does not fit offsets {offsets!r:.60}")

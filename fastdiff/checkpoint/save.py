@@ -136,6 +136,8 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
     Raises:
         ValueError: neither UNet2DConditionModel nor UNet2DModel has such an architecture.
     """
+    if config.timestep_scale != 1:
+        raise _no_such("timestep_scale", config.timestep_scale, "1")
     ddpm = config.time_embedding == "ddpm"
     shared = {
         "in_channels": config.in_channels,
@@ -308,6 +310,10 @@ def _index(checkpoint: Checkpoint, parts: dict[str, str]) -> dict[str, Any]:
         )
         for name in ("text_encoder", "tokenizer"):
             result.setdefault(name, [None, None])
+        if pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner is told a score, not sizes
+            result["requires_aesthetics_score"] = checkpoint.provenance.get(
+                "requires_aesthetics_score", text == ["text_encoder_2"]
+            )
     elif pipeline.startswith("StableDiffusion"):
         result["safety_checker"] = result["feature_extractor"] = [None, None]
         result["requires_safety_checker"] = False

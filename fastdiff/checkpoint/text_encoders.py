@@ -29,6 +29,13 @@ _BLOCK = {  # OpenCLIP's name inside a block -> CLIP's
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+# What is read of a config.json. transformers would follow others: "attn_implementation" may name a
+# repository of kernels, which is fetched and run.
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
 _NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
 
 
@@ -53,7 +60,11 @@ def plan_folder(folder: Path, weights: Weights, request: Request) -> Plan:
 
 def plan_clip(weights: Weights, request: Request) -> Plan:
     """CLIP's text model inside a single file, in transformers' own names."""
-    return _clip(_config(_plain(weights), "quick_gelu"), False, weights, request)
+    weights = _plain(weights)
+    # files of merged models have the projection too, which Stable Diffusion never runs
+    names = {key: key for key in weights.places if key != "text_projection.weight"}
+    weights = weights.renamed(names)
+    return _clip(_config(weights, "quick_gelu"), False, weights, request)
 
 
 def plan_open_clip(
@@ -183,7 +194,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Req
     transformers = import_extra("transformers", extra="diffusers")
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     try:
-        config = transformers.CLIPTextConfig(**data)
+        config = transformers.CLIPTextConfig(**{k: data[k] for k in _FIELDS if k in data})
         with torch.device("meta"):
             model: Any = kind(config)
     except Exception as error:

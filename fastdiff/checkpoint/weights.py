@@ -24,6 +24,7 @@ from torch import Tensor
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
 MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
+MAX_DIMS = 64  # of a tensor; the product of a million sizes takes for ever
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,16 @@ import tyro
 
 from fastdiff.cli.console import Clock, print_pairs, progress
 from fastdiff.cli.machine import TORCH_NAMES, DtypeName
-from fastdiff.cli.parsing import OptionalInt, OptionalName, OptionalPath, parse
+from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName, OptionalPath, parse
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint.model import Checkpoint
+
+
+SAID = (
+    *("prediction", "num_heads", "head_dim", "qkv_order", "image_size"),
+    *("scale_factor", "timestep_scale"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,10 @@ class Convert:
     """Attention order of an OpenAI file."""
     image_size: OptionalInt = None
     """Height and width of the training's images, where a file does not say."""
+    scale_factor: OptionalFloat = None
+    """The latents are multiplied by it, where a file does not say."""
+    timestep_scale: OptionalFloat = None
+    """The network sees t times this; 1000 / T for improved-diffusion's rescale_timesteps."""
     tokenizer: OptionalPath = None
     """A CLIP tokenizer's folder, to go with a single file."""
     ema: bool = True
@@ -76,11 +86,7 @@ def run(options: Convert) -> int:
 
     if options.target.exists():
         raise ValueError(f"{options.target} exists already; choose another folder")
-    unsaid = {
-        name: value
-        for name in ("prediction", "num_heads", "head_dim", "qkv_order", "image_size")
-        if (value := getattr(options, name)) is not None
-    }
+    unsaid = {name: value for name in SAID if (value := getattr(options, name)) is not None}
     dtype = getattr(torch, TORCH_NAMES[options.dtype]) if options.dtype else None
     clock, total = Clock(), _bytes(options.source)
     with progress("reading") as bar, clock("read"):
@@ -124,7 +130,9 @@ def _tensors(checkpoint: Checkpoint) -> list[Any]:
 
 
 def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    """Of a file, or of a model's folder and its parts': a wrong folder may hold a whole disk."""
+    inside = (*path.glob("*"), *path.glob("*/*"))
+    files = [path] if path.is_file() else [file for file in inside if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
 

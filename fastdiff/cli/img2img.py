@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from torch import Tensor
 
 from fastdiff.cli import pictures
+from fastdiff.cli.again import Original, original
 from fastdiff.cli.parsing import OptionalInt, parse
 from fastdiff.images import read_image
-from fastdiff.pipelines.core import OnStep, Progress
 from fastdiff.pipelines.image_to_image import check_image, first_step, image_to_image
 from fastdiff.pipelines.text import TextDiffusion
 
@@ -48,33 +48,28 @@ class Img2Img:
 
 
 def main(words: Sequence[str]) -> int:
-    options = parse(Img2Img, words, prog="fastdiff img2img")
-    return 0 if options is None else run(options)
+    like = original(Img2Img, "img2img", words)
+    options = parse(Img2Img, words, prog="fastdiff img2img", default=like and like.options)
+    return 0 if options is None else run(options, like)
 
 
-def run(options: Img2Img) -> int:
-    first_step(options.shared.settings.steps, options.strength)
-    image = read_image(options.image, height=options.height, width=options.width)
+def run(options: Img2Img, like: Original | None = None) -> int:
+    """``like``: the picture given as --like."""
     shared = options.shared
+    first_step(shared.settings.steps, options.strength)
+    image = read_image(options.image, height=options.height, width=options.width)
 
     def prepare(model: TextDiffusion) -> tuple[pictures.Make, dict[str, Any]]:
         check_image(model, image, 1)
-
-        def make(
-            model: TextDiffusion, seeds: Sequence[int], on_step: OnStep | None, tell: Progress
-        ) -> Tensor:
-            return image_to_image(
-                model,
-                image,
-                options.prompt,
-                seeds,
-                strength=options.strength,
-                text=shared.text,
-                settings=shared.settings,
-                on_step=on_step,
-                progress=tell,
-            )
-
+        make = functools.partial(
+            image_to_image,
+            model,
+            image,
+            options.prompt,
+            strength=options.strength,
+            text=shared.text,
+            settings=shared.settings,
+        )
         return make, {
             "pipeline": "img2img",
             "image": pictures.identity(options.image),
@@ -83,4 +78,4 @@ def run(options: Img2Img) -> int:
             "width": image.shape[2],
         }
 
-    return pictures.run(options.model, options.prompt, shared, prepare)
+    return pictures.run(options, prepare, inputs=[options.image], original=like)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from torch import Tensor
 
 from fastdiff.cli import pictures
+from fastdiff.cli.again import Original, original
 from fastdiff.cli.parsing import OptionalInt, parse
 from fastdiff.images import read_image, read_mask
-from fastdiff.pipelines.core import OnStep, Progress
 from fastdiff.pipelines.image_to_image import check_image, first_step
 from fastdiff.pipelines.inpainting import check_mask, inpaint
 from fastdiff.pipelines.text import TextDiffusion
@@ -54,37 +54,32 @@ class Inpaint:
 
 
 def main(words: Sequence[str]) -> int:
-    options = parse(Inpaint, words, prog="fastdiff inpaint")
-    return 0 if options is None else run(options)
+    like = original(Inpaint, "inpaint", words)
+    options = parse(Inpaint, words, prog="fastdiff inpaint", default=like and like.options)
+    return 0 if options is None else run(options, like)
 
 
-def run(options: Inpaint) -> int:
-    first_step(options.shared.settings.steps, options.strength)
+def run(options: Inpaint, like: Original | None = None) -> int:
+    """``like``: the picture given as --like."""
+    shared = options.shared
+    first_step(shared.settings.steps, options.strength)
     size = {"height": options.height, "width": options.width}
     image, mask = read_image(options.image, **size), read_mask(options.mask, **size)
     check_mask(mask, image[None], 1)
-    shared = options.shared
 
     def prepare(model: TextDiffusion) -> tuple[pictures.Make, dict[str, Any]]:
         check_image(model, image, 1)
-
-        def make(
-            model: TextDiffusion, seeds: Sequence[int], on_step: OnStep | None, tell: Progress
-        ) -> Tensor:
-            return inpaint(
-                model,
-                image,
-                mask,
-                options.prompt,
-                seeds,
-                strength=options.strength,
-                paste=options.paste,
-                text=shared.text,
-                settings=shared.settings,
-                on_step=on_step,
-                progress=tell,
-            )
-
+        make = functools.partial(
+            inpaint,
+            model,
+            image,
+            mask,
+            options.prompt,
+            strength=options.strength,
+            paste=options.paste,
+            text=shared.text,
+            settings=shared.settings,
+        )
         return make, {
             "pipeline": "inpaint",
             "image": pictures.identity(options.image),
@@ -95,4 +90,5 @@ def run(options: Inpaint) -> int:
             "width": image.shape[2],
         }
 
-    return pictures.run(options.model, options.prompt, shared, prepare)
+    inputs = [options.image, options.mask]
+    return pictures.run(options, prepare, inputs=inputs, original=like)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from PIL import Image
 from torch import Tensor
 
-from fastdiff.checkpoint.config import from_dict
+import fastdiff
 from fastdiff.cli import pictures
-from fastdiff.cli.machine import TORCH_NAMES
-from fastdiff.cli.parsing import OptionalInt, OptionalPath, option_value, parse
-from fastdiff.images import read_recipe, to_pil
-from fastdiff.pipelines.core import OnStep, Progress, SampleSettings
-from fastdiff.pipelines.text import TextDiffusion, TextSettings
-from fastdiff.pipelines.text_to_image import text_to_image
+from fastdiff.cli.again import Original, original
+from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalPath, parse
+from fastdiff.pipelines.image_to_image import first_step
+from fastdiff.pipelines.refine import refine
+from fastdiff.pipelines.text import TextDiffusion
+from fastdiff.pipelines.text_to_image import text_to_image, text_to_latents
+from fastdiff.pipelines.upscale import Via, check_scale, upscale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Txt2Img:
 
     Examples:
       fastdiff txt2img "a red cat, oil painting" --model stable-diffusion-v1-5/ --seed 7
-      fastdiff txt2img "a (foggy:1.3) harbour" --model sd15.ckpt --negative people --count 4
-      fastdiff txt2img --like out/a-red-cat-seed7.png
+      fastdiff txt2img "a (foggy:1.3) bay" --model sdxl/ --refiner refiner/ --negative people
+      fastdiff txt2img --like out/a-red-cat-oil-painting-seed7.png
     """
 
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
@@ -43,102 +43,96 @@ class Txt2Img:
     """Height in pixels; as the model was trained if left out."""
     width: OptionalInt = None
     """Width in pixels; as the model was trained if left out."""
+    upscale: OptionalFloat = None
+    """Enlarge both sides by this factor in a second pass ("hires fix")."""
+    upscale_strength: float = 0.6
+    """Share of the steps that the second pass does."""
+    upscale_via: Via = "latent"
+    """Enlarge the latents, or the image between decoding and encoding."""
+    refiner: OptionalPath = None
+    """Stable Diffusion XL's refiner, for the last of the noise; takes the last --tokenizer."""
+    switch: float = 0.8
+    """Share of the noise that is the base's, the rest the refiner's."""
     shared: Annotated[pictures.Shared, tyro.conf.arg(name="")] = field(
         default_factory=pictures.Shared
     )
-    like: OptionalPath = None
-    """Take the options from the recipe in this PNG; without others the image is made again and
-    compared, into another --out."""
+
+    def __post_init__(self) -> None:
+        if self.upscale is not None and self.refiner is not None:
+            raise ValueError("upscale and refiner do not go together; give one of them")
 
 
 def main(words: Sequence[str]) -> int:
-    like = option_value(words, "--like")
-    recipe = None if like is None else _options_of(Path(like))
-    options = parse(Txt2Img, words, prog="fastdiff txt2img", default=recipe)
-    return 0 if options is None else run(options, recipe)
+    like = original(Txt2Img, "txt2img", words)
+    options = parse(Txt2Img, words, prog="fastdiff txt2img", default=like and like.options)
+    return 0 if options is None else run(options, like)
 
 
-def run(options: Txt2Img, recipe: Txt2Img | None = None) -> int:
-    """``recipe``: the options that the picture given as --like was made with."""
+def run(options: Txt2Img, like: Original | None = None) -> int:
+    """``like``: the picture given as --like."""
     shared = options.shared
+    if options.upscale is not None:
+        check_scale(options.upscale)
+        first_step(shared.settings.steps, options.upscale_strength)
 
     def prepare(model: TextDiffusion) -> tuple[pictures.Make, dict[str, Any]]:
         height, width = model.default_size(options.height, options.width)
-
-        def make(
-            model: TextDiffusion, seeds: Sequence[int], on_step: OnStep | None, tell: Progress
-        ) -> Tensor:
-            return text_to_image(
-                model,
-                options.prompt,
-                seeds,
-                height=height,
-                width=width,
-                text=shared.text,
-                settings=shared.settings,
-                on_step=on_step,
-                progress=tell,
+        call: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "text": shared.text,
+            "settings": shared.settings,
+        }
+        facts = {
+            "pipeline": "txt2img",
+            "height": height,
+            "width": width,
+            "upscale": options.upscale,
+            "upscale_strength": options.upscale_strength,
+            "upscale_via": options.upscale_via,
+            "refiner": None,
+            "switch": options.switch,
+        }
+        if options.refiner is not None:
+            refiner = _refiner(options.refiner, model, shared.tokenizer[-1:])
+            facts["refiner"] = {"path": str(options.refiner), "sha256": refiner.weights_hash}
+            make = functools.partial(
+                refine, model, refiner, options.prompt, switch=options.switch, **call
             )
+        elif options.upscale is not None:
+            make = functools.partial(_enlarged, model, options, call)
+        else:
+            make = functools.partial(text_to_image, model, options.prompt, **call)
+        return make, facts
 
-        return make, {"pipeline": "txt2img", "height": height, "width": width}
-
-    compare: pictures.Compare | None = None
-    if recipe is not None and options.like is not None:
-        again = replace(recipe.shared, out=shared.out, preview=shared.preview)
-        unchanged = replace(recipe, like=options.like, model=options.model, shared=again)
-        path = options.like
-        if options == unchanged:
-            target = shared.out / f"{pictures.file_stem(options.prompt)}-seed{shared.seed}.png"
-            if target.exists() and target.samefile(path):
-                raise ValueError(f"{path} would be written over; give another --out")
-            compare = functools.partial(_compared, path)
-    return pictures.run(options.model, options.prompt, shared, prepare, compare=compare)
+    return pictures.run(options, prepare, original=like)
 
 
-def _compared(path: Path, image: Tensor) -> tuple[int, list[tuple[str, str]]]:
-    """0 if the image has the very pixels of the file."""
-    with Image.open(path) as file:
-        old = file.convert("RGB")
-    new = to_pil(image).convert("RGB")
-    if old.size == new.size and old.tobytes() == new.tobytes():
-        return 0, [("compared", f"identical to {path}, bit for bit")]
-    return 1, [
-        (
-            "compared",
-            f"NOT identical to {path}: other weights, another version of torch, or this machine "
-            "computes otherwise",
-        )
-    ]
+def _refiner(path: Path, base: TextDiffusion, tokenizer: Sequence[Path]) -> TextDiffusion:
+    device, dtype = base.core.device, base.core.dtype
+    loaded = fastdiff.load(path, device=device, dtype=dtype, tokenizer=tokenizer or None)
+    return TextDiffusion(loaded, device=device, dtype=dtype)
 
 
-def _options_of(path: Path) -> Txt2Img:
-    """The options that made a picture, from its recipe.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such picture, or no whole recipe in it.
-    """
-    recipe = read_recipe(path)
-    if recipe.get("pipeline") != "txt2img" or "seeds" in recipe:
-        raise ValueError(f"{path} is no single image of 'fastdiff txt2img'; give one of those")
-    short = {long: name for name, long in TORCH_NAMES.items()}
-    try:
-        dtype = short[str(recipe["dtype"])]
-        shared = pictures.Shared(
-            count=1,
-            seed=int(recipe["seed"]),
-            text=from_dict(TextSettings, recipe["text"]),
-            settings=from_dict(SampleSettings, recipe["settings"]),
-            tokenizer=tuple(Path(folder) for folder in recipe["tokenizer"]),
-            backend=recipe["backend"],
-            device=str(recipe["device"]),
-            dtype=dtype,
-        )
-        return Txt2Img(
-            prompt=str(recipe["prompt"]),
-            model=Path(recipe["checkpoint"]),
-            height=int(recipe["height"]),
-            width=int(recipe["width"]),
-            shared=shared,
-        )
-    except KeyError as error:
-        raise ValueError(f"the recipe in {path} lacks or does not know {error}") from None
+def _enlarged(
+    model: TextDiffusion,
+    options: Txt2Img,
+    call: Mapping[str, Any],
+    seeds: Sequence[int],
+    **tell: Any,
+) -> Tensor:
+    """`text_to_image`, then `upscale`."""
+    assert options.upscale is not None
+    z = text_to_latents(model, options.prompt, seeds, **call, **tell)
+    return upscale(
+        model,
+        z,
+        options.prompt,
+        seeds,
+        scale=options.upscale,
+        via=options.upscale_via,
+        strength=options.upscale_strength,
+        text=options.shared.text,
+        settings=options.shared.settings,
+        **tell,
+    )

@@ -26,7 +26,7 @@ class GuidanceConfig:
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(
                 f"guidance scale must be a number >= 0, got {self.scale}; "
-                "1 is none, 0 ignores the class"
+                "1 is none, 0 ignores the condition"
             )
         if not 0 <= self.rescale <= 1:
             raise ValueError(

@@ -62,6 +62,7 @@ class UNetConfig:
     resblock_updown: bool = False  # residual blocks change the resolution instead of convolutions
     downsample_padding: DownsamplePadding = "symmetric"  # asymmetric: DDPM
     time_embedding: TimeEmbedding = "openai"  # openai: [cos | sin]; ddpm: [sin | cos], half - 1
+    timestep_scale: float = 1.0  # t is multiplied by it; IDDPM's rescale_timesteps: 1000 / T
     qkv_order: QKVOrder = "new"  # rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)
     learned_sigma: bool = False  # the second half of the output interpolates the log variance
     norm_groups: int = 32  # groups of every GroupNorm
@@ -103,6 +104,10 @@ class UNetConfig:
             require(value in choices, f"{name} must be one of {choices}, got {value!r}")
         require(
             min(self.channel_mult) > 0, f"channel_mult must be positive, got {self.channel_mult}"
+        )
+        require(
+            0 < self.timestep_scale < float("inf"),
+            f"timestep_scale must be positive, got {self.timestep_scale}",
         )
         require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
         require(
@@ -337,6 +342,8 @@ class UNet(nn.Module):
             "vectors",
         )
         dtype = self.conv_out.weight.dtype
+        if config.timestep_scale != 1:
+            t = t.float() * config.timestep_scale
         emb = timestep_embedding(t, config.model_channels, config.time_embedding)
         emb = self.time_embed(emb.to(dtype))  # (N, emb_dim)
         if y is not None:

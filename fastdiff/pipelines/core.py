@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.samplers import SAMPLERS, SPACINGS, SamplerTable, build_table
@@ -28,6 +30,9 @@ from fastdiff.models.unet import UNet
 from fastdiff.runtime import Condition, Denoiser, block_size, in_blocks, prepare
 
 MAX_SEED = 2**63 - 1
+DEFAULT_SAMPLER = "dpmpp-2m"
+CHECKPOINT = "checkpoint"
+"""As a sampler: what the model's files say (diffusers' scheduler_config.json)."""
 PREVIEW_LATENTS = 4
 """Latents of 8x8 that are decoded once to learn what a preview looks like."""
 
@@ -60,8 +65,8 @@ Adjust = Callable[[int, Tensor, Tensor], None]
 class SampleSettings:
     """How to get from noise to an image; the defaults suit the shipped digits."""
 
-    sampler: str = "dpmpp-2m"
-    """One of fastdiff.diffusion.samplers.SAMPLERS; 'fastdiff samplers' lists them."""
+    sampler: str = DEFAULT_SAMPLER
+    """One of those that 'fastdiff samplers' lists; or checkpoint: as the model's files say."""
     steps: int = 50
     """Steps from noise to image."""
     eta: float | None = None
@@ -72,21 +77,22 @@ class SampleSettings:
     """phi of Lin et al. 2023 in [0, 1]: against the over-exposure of strong guidance."""
     guidance_interval: tuple[int, int] | None = None
     """Steps [first, stop) that are guided, from 0, the noisiest; None: all."""
-    spacing: str = "trailing"
-    """Where the steps lie: trailing, leading, linspace, simple, karras or exponential."""
+    spacing: str | None = None
+    """Where the steps lie: trailing, leading, linspace, simple, karras or exponential; None: with
+    sampler checkpoint as the files say, else trailing."""
     clamp: float | None = None
-    """Bound on the estimate of x0; 1 for pixel models, None for latents."""
+    """Bound on the estimate of x0, 1 for pixel models; None: with sampler checkpoint as the files
+    say, else none."""
     tile: int | None = 96
     """Latents with a longer side are decoded in tiles of this side; None: never."""
     batch: int = 64
     """Images at once: bounds memory, has no influence on the images."""
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(
-                f"unknown sampler {self.sampler!r}; expected one of {', '.join(SAMPLERS)}"
-            )
-        if self.spacing not in SPACINGS:
+        if self.sampler not in (*SAMPLERS, CHECKPOINT):
+            known = ", ".join((*SAMPLERS, CHECKPOINT))
+            raise ValueError(f"unknown sampler {self.sampler!r}; expected one of {known}")
+        if self.spacing is not None and self.spacing not in SPACINGS:
             raise ValueError(
                 f"unknown spacing {self.spacing!r}; expected one of {', '.join(SPACINGS)}"
             )
@@ -120,8 +126,11 @@ class Core:
         *,
         prediction: Prediction = "eps",
         scale_factor: float = 1.0,
+        sampler: SamplerSettings | None = None,
+        no_sampler: str = "",
     ) -> None:
-        """The modules are prepared in place, on the unet's device, in its dtype.
+        """sampler: what CHECKPOINT means; where it is None, DEFAULT_SAMPLER, and `no_sampler` is
+        the warning then. The modules are prepared in place, on the unet's device, in its dtype.
 
         Beside a unet in fp16 the autoencoder computes in fp32: Stable Diffusion 1's and XL's
         overflow in fp16.
@@ -136,27 +145,53 @@ class Core:
             prepare(autoencoder, device=self.device, dtype=self.autoencoder_dtype)
         self.schedule = NoiseSchedule(schedule)
         self.prediction, self.scale_factor = prediction, scale_factor
+        self.sampler, self.no_sampler = sampler, no_sampler
 
     def table(
-        self, settings: SampleSettings, *, start: int = 0, stop: int | None = None
+        self,
+        settings: SampleSettings,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        files: Core | None = None,
     ) -> SamplerTable:
-        """The sampler's rows for this model, of the steps [start, stop)."""
-        options: dict[str, Any] = {} if settings.eta is None else {"eta": settings.eta}
-        if settings.sampler == "ddpm" and self.unet.config.learned_sigma:
+        """The sampler's rows for this model, of the steps [start, stop).
+
+        files: the model whose files say what CHECKPOINT means, if it is not this one.
+        """
+        name, options = (files or self).sampling(settings)
+        if name == "ddpm" and self.unet.config.learned_sigma:
             options["variance"] = "learned"
         return build_table(
-            settings.sampler,
+            name,
             self.schedule,
             settings.steps,
             prediction=self.prediction,
-            spacing=settings.spacing,  # type: ignore[arg-type]
             start=start,
             stop=stop,
-            clamp=settings.clamp,
             guidance_scale=settings.guidance_scale,
             guidance_interval=settings.guidance_interval,
             **options,
         )
+
+    def sampling(self, settings: SampleSettings) -> tuple[str, dict[str, Any]]:
+        """A sampler's name and its options for `build_table`; what is left open, from the files."""
+        name, options = settings.sampler, dict[str, Any]()
+        if name == CHECKPOINT and self.sampler is not None:
+            name, options = (
+                self.sampler.sampler,
+                self.sampler.arguments(self.schedule, settings.steps),
+            )
+        elif name == CHECKPOINT:
+            name = DEFAULT_SAMPLER
+            if self.no_sampler:
+                warnings.warn(f"{self.no_sampler}; {name} is used instead", stacklevel=1)
+        if settings.spacing is not None:
+            options |= {"spacing": settings.spacing, "steps_offset": 0}
+        for option in ("eta", "clamp"):
+            if (value := getattr(settings, option)) is not None:
+                options[option] = value
+        return name, options
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Noise N(0, 1), a function of each sample's seed alone: (N, *shape)."""

@@ -38,6 +38,7 @@ def image_to_image(
     Raises:
         ValueError: an image, prompts, seeds or settings that do not fit the model.
     """
+    model.check_plain()
     image = check_image(model, image, len(seeds))
     z = model.core.encode(image, tile=settings.tile)
     z = latents_to_latents(
@@ -67,6 +68,7 @@ def latents_to_latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """The same from latents to latents. z: (1 or N, C, h, w), scaled. Returns (N, C, h, w)."""
+    model.check_plain()
     prompts = samples(prompt, seeds)
     table = model.core.table(settings, start=first_step(settings.steps, strength))
     z = z.expand(len(seeds), -1, -1, -1)

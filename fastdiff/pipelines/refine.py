@@ -45,6 +45,7 @@ def refine(
     """
     prompts = samples(prompt, seeds)
     _check_pair(base, refiner)
+    refiner.check_plain()
     at = switch_step(base, settings, switch)
     x = text_to_latents(
         base,
@@ -60,7 +61,7 @@ def refine(
     )
     factor = refiner.autoencoder.downsample_factor
     size = x.shape[2] * factor, x.shape[3] * factor
-    table = refiner.core.table(settings, start=at)
+    table = refiner.core.table(settings, start=at, files=base.core)
     conditions, unconditional = refiner.conditions(prompts, size, text, guided=any(table.guided))
     z = refiner.core.denoise(
         table,
@@ -96,6 +97,11 @@ def switch_step(base: TextDiffusion, settings: SampleSettings, switch: float) ->
 
 
 def _check_pair(base: TextDiffusion, refiner: TextDiffusion) -> None:
+    if len(base.encoders) < len(refiner.encoders):
+        raise ValueError(
+            f"the base must have no fewer text encoders than the refiner, got {len(base.encoders)} "
+            f"and {len(refiner.encoders)}; change their places"
+        )
     facts = [
         (m.latent_channels, m.core.scale_factor, m.checkpoint.schedule) for m in (base, refiner)
     ]

@@ -8,9 +8,12 @@ The pipelines are functions of it, a page each: `text_to_image`, `image_to_image
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,11 +25,12 @@ from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.kernels.dispatch import selected_backend
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
-from fastdiff.pipelines.core import Core, SampleSettings, check_seeds
+from fastdiff.pipelines.core import CHECKPOINT, Core, SampleSettings, check_seeds
 from fastdiff.runtime import Condition
 
-TEXT_SETTINGS = SampleSettings(steps=30, guidance_scale=7.5, tile=128, batch=4)
-"""Defaults that suit Stable Diffusion: 1024 x 1024 pixels are decoded at once, more in tiles."""
+TEXT_SETTINGS = SampleSettings(sampler=CHECKPOINT, steps=30, guidance_scale=7.5, tile=128, batch=4)
+"""Defaults that suit Stable Diffusion: the sampler and the spacing that the model's files name,
+1024 x 1024 pixels decoded at once, more in tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,21 @@ class TextSettings:
     negative_aesthetic_score: float = 2.5
     """XL's refiner: the same of the negative prompt."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("original_size", 1), ("crop", 0), ("target_size", 1)):
+            sides = getattr(self, name)
+            if sides is not None and min(sides) < least:
+                raise ValueError(f"{name} must be two numbers >= {least}, got {sides}")
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            if not 0 <= getattr(self, name) <= 10:
+                raise ValueError(f"{name} must lie in 0 to 10, got {getattr(self, name)}")
+        if self.clip_skip < 0:
+            raise ValueError(f"clip_skip must be at least 0, got {self.clip_skip}; 0 leaves none")
+
 
 PLAIN_TEXT = TextSettings()
+ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+"""What of a text encoder's config its weights' shapes do not say."""
 
 
 class TextDiffusion:
@@ -82,6 +99,8 @@ class TextDiffusion:
             schedule,
             prediction=checkpoint.prediction,
             scale_factor=checkpoint.scale_factor,
+            sampler=checkpoint.sampler,
+            no_sampler=str(checkpoint.provenance.get("no_sampler", "")),
         )
         self.unet, self.autoencoder = unet, autoencoder
         self.encoders = checkpoint.text_encoders
@@ -96,6 +115,15 @@ class TextDiffusion:
     @property
     def latent_channels(self) -> int:
         return self.autoencoder.config.latent_channels
+
+    def check_plain(self) -> None:
+        """Raise ValueError if the denoiser reads more than latents: the image to inpaint."""
+        channels = self.unet.config.in_channels
+        if channels != self.latent_channels:
+            raise ValueError(
+                f"this denoiser reads {channels} channels, {self.latent_channels} of latents and "
+                "an image to inpaint; use inpaint, with a mask of ones to make the whole image new"
+            )
 
     @property
     def size_factor(self) -> int:
@@ -207,12 +235,13 @@ class TextDiffusion:
     def recipe(
         self, prompt: str, seed: int, text: TextSettings, settings: SampleSettings, **more: Any
     ) -> dict[str, Any]:
-        """Everything that one image depends on, but for the checkpoint's weights; JSON-able."""
+        """Everything that one image depends on; JSON-able. The first call hashes the weights."""
         kept = {key: value for key, value in to_dict(settings).items() if key != "batch"}
         return {
             "fastdiff": fastdiff.__version__,
             "torch": torch.__version__,
             "checkpoint": str(self.checkpoint.path),
+            "weights": self.weights_hash,
             "layout": self.checkpoint.layout,
             "backend": selected_backend(),
             "device": self.core.device.type,
@@ -221,8 +250,45 @@ class TextDiffusion:
             "seed": seed,
             "text": to_dict(text),
             "settings": kept,
+            "sampler": self._sampler_recipe(settings),
             **more,
         }
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over weights as they compute, configs and vocabularies: which model this is.
+
+        Reads every number once, about a second per GB.
+        """
+        modules = [self.unet, self.autoencoder, *(encoder.model for encoder in self.encoders)]
+        facts = {
+            "configs": [to_dict(self.unet.config), to_dict(self.autoencoder.config)],
+            "schedule": to_dict(self.checkpoint.schedule),
+            "prediction": self.core.prediction,
+            "scale_factor": self.core.scale_factor,
+            "encoders": [
+                [
+                    *(getattr(encoder.model.config, name) for name in ENCODER_FACTS),
+                    encoder.skip,
+                    encoder.final_norm,
+                    encoder.tokenizer.get_vocab() if encoder.tokenizer else None,
+                ]
+                for encoder in self.encoders
+            ],
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for module in modules:
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+                numbers = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(numbers.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _sampler_recipe(self, settings: SampleSettings) -> dict[str, Any] | None:
+        """What CHECKPOINT means, where the settings ask for it and the files say."""
+        if settings.sampler != CHECKPOINT or self.core.sampler is None:
+            return None
+        return to_dict(self.core.sampler)
 
 
 def size_vector(pooled: Tensor, width: int, choices: dict[int, tuple[float, ...]]) -> Tensor:

@@ -69,12 +69,7 @@ def text_to_latents(
     """
     prompts = samples(prompt, seeds)
     size = model.default_size(height, width)
-    channels = model.unet.config.in_channels
-    if channels != model.latent_channels:
-        raise ValueError(
-            f"this denoiser reads {channels} channels, {model.latent_channels} of latents and an "
-            "image to inpaint; use inpaint, with a mask of ones to make the whole image new"
-        )
+    model.check_plain()
     table = model.core.table(settings, stop=stop)
     conditions, unconditional = model.conditions(prompts, size, text, guided=any(table.guided))
     return model.core.denoise(

@@ -45,8 +45,7 @@ def upscale(
     Raises:
         ValueError: scale below 1, or what `image_to_image` refuses.
     """
-    if not 1 <= scale <= 16:
-        raise ValueError(f"scale must lie in 1 to 16, got {scale}; 2 doubles both sides")
+    check_scale(scale)
     if via not in ("latent", "image"):
         raise ValueError(f"unknown way {via!r}; expected one of latent, image")
     step = model.unet.config.size_multiple
@@ -71,3 +70,9 @@ def upscale(
         progress=progress,
     )
     return model.decode(z, settings)
+
+
+def check_scale(scale: float) -> None:
+    """Raise ValueError unless an image may be enlarged so."""
+    if not 1 <= scale <= 16:
+        raise ValueError(f"scale must lie in 1 to 16, got {scale}; 2 doubles both sides")

@@ -230,11 +230,51 @@ def test_hostile_pickles(tmp_path: Path) -> None:
     """What no random change would find."""
     deep = b"\x80\x02" + b"(" * 10 + b"]" * 10 + b"."
     memo = b"\x80\x02]r\xff\xff\xff\x7f."  # LONG_BINPUT at 2^31: an array of that size in C
-    laughs = b"\x80\x02)" + b"2\x86" * 200 + b"}h\x00s."  # a tuple of 2^200 elements as a key
-    code = pickle.dumps(print, protocol=2)
-    for index, raw in enumerate((deep, memo, laughs, code)):
+    laughs = b"\x80\x04)\x94"  # a tuple of 2^200 elements
+    laughs += b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(200))
+    rebuild = b"(" + b"K\x01" * 10**6 + b"t\x94ctorch._utils\n_rebuild_parameter\n\x94"
+    pickles = {
+        "deep": deep,
+        "memo": memo,
+        "as a key": laughs.replace(b"\x80\x04", b"\x80\x04}", 1) + b"K\x01s.",
+        "as a name": laughs + b"\x8c\x01x\x93.",
+        "as sizes": laughs + b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00h\xc8h\xc8tR.",
+        "long calls": b"\x80\x04" + rebuild + b"h\x01h\x00R0" * 10**5 + b"}.",
+        "many objects": b"\x80\x02" + b"}" * (15 * 2**20) + b".",
+        "code": pickle.dumps(print, protocol=2),
+    }
+    for name, raw in pickles.items():
         members = {"archive/data.pkl": raw, "archive/version": b"3\n"}
-        path = tmp_path / str(index)
+        path = tmp_path / name
         path.write_bytes(zip_of(members))
         with bounded_memory():
-            assert not loads_or_refuses(lambda path=path: open_weights(path), f"pickle {index}")
+            assert not loads_or_refuses(lambda path=path: open_weights(path), name)
+
+
+def test_hostile_archives(tmp_path: Path) -> None:
+    """A byte order that is compressed, so of any size; one storage under a hundred names."""
+    path = tmp_path / "x"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), b"\x80\x02}.")
+        archive.writestr("archive/byteorder", bytes(2**20))
+    with pytest.raises(ValueError, match="compressed"):
+        open_weights(path)
+    numbers = torch.zeros(10_000)
+    torch.save({f"t{index}": numbers for index in range(100)}, path)
+    with pytest.raises(ValueError, match="share their numbers and claim 4000000 bytes"):
+        open_weights(path)
+
+
+def test_hostile_headers(tmp_path: Path) -> None:
+    """A name that stands in it twice among many; more sizes than can be multiplied."""
+    path = tmp_path / "x"
+    names = b",".join(b'"%d":{}' % number for number in range(100_000))
+    sizes = json.dumps({"dtype": "F32", "shape": [2**63 - 1] * 300_000, "data_offsets": [0, 4]})
+    for text, message in (
+        (b"{" + names + b',"z":1,"z":2}', "z stands in it twice"),
+        (b'{"a":' + sizes.encode() + b"}", "300000 sizes"),
+    ):
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+        assert not loads_or_refuses(lambda: open_weights(path), message)
+        with pytest.raises(ValueError, match=message):
+            open_weights(path)

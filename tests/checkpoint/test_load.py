@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,41 @@ def test_a_bundle() -> None:
     assert checkpoint.image_size == 32
     with pytest.raises(ValueError, match="leave num_heads out"):
         fastdiff.load("digits", num_heads=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("table", ["betas", "alphas_cumprod"])
+def test_tables_of_noise_in_any_precision(
+    saved: Any, tmp_path: Path, table: str, dtype: torch.dtype
+) -> None:
+    """Files pruned to half precision have their tables in it too."""
+    state = compvis_state("sd1", saved("sd1")[1])
+    for schedule in (SD_SCHEDULE, replace(SD_SCHEDULE, beta_start=0.0015, beta_end=0.0195)):
+        betas = NoiseSchedule(schedule).betas
+        state[table] = (betas if table == "betas" else (1 - betas).cumprod(0)).to(dtype)
+        save_file(state, tmp_path / "x")
+        loaded = fastdiff.load(tmp_path / "x", num_heads=4, text_encoders=False)
+        assert loaded.schedule == schedule
+
+
+def test_what_merged_files_have_beside_the_weights(saved: Any, tmp_path: Path) -> None:
+    """Scales and projections of CLIP that are never run; marks of v-prediction and its noise."""
+    _, models = saved("sdxl")
+    state = compvis_state("sdxl", models)
+    first, second = "conditioner.embedders.0.", "conditioner.embedders.1."
+    state |= {
+        f"{first}logit_scale": torch.tensor(1.0),
+        f"{first}transformer.text_projection.weight": torch.zeros(8, 8),
+        f"{first}transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+        f"{second}logit_scale": torch.tensor(1.0),
+        f"{second}model.logit_scale": torch.tensor(1.0),
+        "denoiser.sigmas": torch.zeros(1000),
+        "v_pred": torch.zeros(0),
+        "ztsnr": torch.zeros(0),
+    }
+    save_file(state, tmp_path / "x")
+    loaded = fastdiff.load(tmp_path / "x", dtype=torch.float64, head_dim=16)
+    same(loaded, models)
+    assert loaded.prediction == "v"
+    assert loaded.schedule is not None
+    assert loaded.schedule.zero_terminal_snr

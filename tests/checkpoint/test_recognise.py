@@ -17,10 +17,11 @@ from torch import Tensor
 import fastdiff
 from fastdiff.checkpoint import compvis, ddpm, openai
 from fastdiff.checkpoint.request import Request, Unsaid
+from fastdiff.checkpoint.save import save_diffusers
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.presets import AUTOENCODERS, UNETS
 from tests.checkpoint import layouts
 from tests.checkpoint.pipelines import pipeline, text_model
@@ -57,11 +58,79 @@ def test_openais_published_models(name: str) -> None:
     """At full size, on the meta device: heads, order and noise come from the documents."""
     shapes = shapes_of(on_meta(UNet, UNETS[name]), openai.names)
     config, known = openai.pixel_unet_config(shapes, Unsaid())
-    assert replace(config, dropout=UNETS[name].dropout) == UNETS[name]
+    scale = 0.25 if name.startswith("iddpm") else 1
+    assert config == replace(UNETS[name], timestep_scale=scale)
     steps = 4000 if name.startswith("iddpm") else 1000
     kind = "cosine" if name.startswith("iddpm") else "linear"
     assert (known.schedule.kind, known.schedule.num_timesteps) == (kind, steps)
     assert known.image_size == (64 if name.startswith("iddpm") else 256)
+
+
+UP = {"in_channels": 6, "model_channels": 192}
+PUBLISHED = {  # of the READMEs: architecture; heads, order; betas, steps, factor of t, image size
+    "64x64": (
+        {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3},
+        {"attention_depth": (0, 1, 1, 1), "head_dim": 64, "qkv_order": "new"},
+        ("cosine", 1000, 1, 64),
+    ),
+    "64_256_upsampler": (UP, {"num_heads": 4}, ("linear", 1000, 1, 256)),
+    "128_512_upsampler": (
+        {**UP, "attention_depth": (0, 0, 0, 0, 1, 1)},
+        {"head_dim": 64},
+        ("linear", 1000, 1, 512),
+    ),
+    "imagenet64_uncond": ({}, {}, ("cosine", 4000, 0.25, 64)),
+    "cifar10_uncond": (
+        {"channel_mult": (1, 2, 2, 2), "attention_depth": (0, 1, 1, 0)},
+        {},
+        ("cosine", 4000, 0.25, 32),
+    ),
+    "imagenet64_cond": (
+        {"model_channels": 192, "num_classes": 1000},
+        {},
+        ("cosine", 4000, 1, 64),
+    ),
+    "upsample_cond": (
+        {**UP, "channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "num_classes": 1000},
+        {"attention_depth": (0, 0, 0, 0, 1, 1)},
+        ("linear", 4000, 1, 256),
+    ),
+    "lsun_uncond": (
+        {"channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "scale_shift_norm": False},
+        {"attention_depth": (0, 0, 0, 0, 1, 0), "num_heads": 1},
+        ("linear", 1000, 1, 256),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_openais_readmes_say(name: str) -> None:
+    """The two repositories' models share shapes and differ in what shapes do not tell."""
+    architecture, heads, said = PUBLISHED[name]
+    plain = UNETS["iddpm-imagenet64" if name.endswith("cond") else "adm-imagenet256"]
+    change = {**architecture, **heads}
+    if "num_heads" in change or "head_dim" in change:
+        change = {"num_heads": None, "head_dim": None, **change}
+    expected = replace(plain, **change, timestep_scale=said[2])
+    shapes = shapes_of(on_meta(UNet, expected), openai.names)
+    config, known = openai.pixel_unet_config(shapes, Unsaid())
+    assert config == expected
+    assert (known.schedule.kind, known.schedule.num_timesteps) == said[:2]
+    assert known.image_size == said[3]
+
+
+def test_the_network_sees_scaled_timesteps(tmp_path: Path) -> None:
+    """improved-diffusion's rescale_timesteps: 4000 steps, which the network sees as 0 to 999.75."""
+    path = guided(tmp_path)
+    scaled = fastdiff.load(path, timestep_scale=0.25).unet
+    plain = fastdiff.load(path).unet
+    assert plain is not None
+    assert scaled is not None
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3999, 6])
+    assert torch.equal(scaled(x, t), plain(x, t / 4))
+    assert not torch.equal(scaled(x, t), plain(x, t))
+    with pytest.raises(ValueError, match=r"no U-Net with timestep_scale 0\.25, expected 1"):
+        save_diffusers(fastdiff.load(path, timestep_scale=0.25), tmp_path / "m")
 
 
 def test_ddpms_published_model() -> None:
@@ -85,6 +154,25 @@ def test_compvis_published_models(name: str) -> None:
         config = replace(config, qkv_order="new")
     assert config == expected
     assert reading.assumed.keys() <= {"num_heads", "head_dim"}
+
+
+def test_sdxls_refiner() -> None:
+    config = UNetConfig(  # 384 x (1, 2, 4, 4), transformers of 4 at the two levels between
+        in_channels=4,
+        out_channels=4,
+        model_channels=384,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_depth=(0, 4, 4, 0),
+        middle_depth=4,
+        head_dim=64,
+        context_dim=1280,
+        added_condition_dim=2560,
+    )
+    shapes = shapes_of(on_meta(UNet, config), openai.names)
+    places = {key: Place(Path(), 0, torch.float32, shape) for key, shape in shapes.items()}
+    reading = compvis.Reading(Weights(Path(), places), Request())
+    assert replace(compvis.unet_config(reading, reading.weights, False), qkv_order="new") == config
 
 
 @pytest.mark.parametrize("name", ["kl-f4", "kl-f8", "vq-f4", "vq-f8"])
@@ -168,6 +256,19 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
         fastdiff.load(path, variant="fp16")
     with pytest.raises(ValueError, match="give one of num_heads and head_dim"):
         fastdiff.load(path, num_heads=1, head_dim=1)
+    for option, message in (
+        ({"prediction": "foo"}, "prediction must be one of eps, v, x0, got 'foo'"),
+        ({"schedule": "linear"}, "schedule must be a ScheduleConfig, got 'linear'"),
+        ({"scale_factor": float("nan")}, "scale_factor must be positive and finite, got nan"),
+        ({"timestep_scale": 0}, "timestep_scale must be positive and finite, got 0"),
+        ({"image_size": "a"}, "image_size must be a positive whole number, got 'a'"),
+        ({"head_dim": 0}, "head_dim must be a positive whole number, got 0"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None"),
+        ({"dtype": "fp16"}, "dtype must be a floating-point torch.dtype or None, got 'fp16'"),
+        ({"device": "nonsense"}, "device must be one of torch's, .*, got 'nonsense'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastdiff.load(path, **option)
     with pytest.raises(TypeError, match="nonsense"):
         fastdiff.load(path, nonsense=1)
 
@@ -316,3 +417,11 @@ def test_betas_of_no_schedule(tmp_path: Path) -> None:
     from fastdiff.diffusion.schedules import NoiseSchedule
 
     assert compvis.schedule_of(NoiseSchedule(cosine).betas, "x") == cosine
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_text_encoders_config_names_no_code(folder: Path, key: str) -> None:
+    """transformers would fetch these kernels and run them."""
+    change_json(folder / "text_encoder" / "config.json", **{key: "someone/kernels"})
+    (encoder,) = fastdiff.load(folder).text_encoders
+    assert encoder.model.config._attn_implementation in ("sdpa", "eager")

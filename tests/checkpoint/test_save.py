@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdiff
@@ -24,9 +24,16 @@ from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.presets import UNETS
 from tests.checkpoint import layouts
-from tests.checkpoint.pipelines import pipeline
-from tests.checkpoint.test_load import KINDS, compvis_state, same, same_autoencoder, same_unet
-from tests.models.test_against_diffusers import ADM, assert_equal, peer_model
+from tests.checkpoint.pipelines import VAE_KL, pipeline, text_model, tokenizer
+from tests.checkpoint.test_load import (
+    KINDS,
+    compvis_state,
+    same,
+    same_autoencoder,
+    same_text,
+    same_unet,
+)
+from tests.models.test_against_diffusers import ADM, SDXL, assert_equal, peer_model
 from tests.peers import import_diffusers
 from tests.tiny import randomize
 
@@ -104,6 +111,38 @@ def type_of(kind: str) -> str:
         "ldm": "LDMPipeline",
         "sd1-inpaint": "StableDiffusionInpaintPipeline",
     }.get(kind, "StableDiffusionPipeline")
+
+
+def test_sdxls_refiner_as_a_single_file(tmp_path: Path) -> None:
+    """One text encoder, the second; diffusers' pipeline asks for a score among the sizes."""
+    options = {**SDXL, "cross_attention_dim": 16, "projection_class_embeddings_input_dim": 44}
+    unet = peer_model("UNet2DConditionModel", options, torch.float32)
+    vae = peer_model("AutoencoderKL", VAE_KL, torch.float32)
+    text = text_model(
+        "CLIPTextModelWithProjection", 16, 3, torch.float32, projection_dim=4, hidden_act="gelu"
+    )
+    state = {}
+    for prefix, part in (
+        ("model.diffusion_model.", layouts.openai_unet(unet.state_dict(), 2)),
+        ("first_stage_model.", layouts.ddpm(vae.state_dict(), 2)),
+        ("conditioner.embedders.0.model.", layouts.open_clip(text.state_dict())),
+    ):
+        state |= {prefix + key: value.clone() for key, value in part.items()}
+    save_file(state, tmp_path / "x")
+    tokenizer(tmp_path / "words")
+    checkpoint = fastdiff.load(tmp_path / "x", head_dim=16, tokenizer=tmp_path / "words")
+    same_text(checkpoint.text_encoders[0].model, text)
+    checkpoint.provenance["addition_time_embed_dim"] = 8  # 256 in the published model
+    for name in ("first", "again"):
+        save_diffusers(checkpoint, tmp_path / name)
+        loaded = loaded_by_diffusers(tmp_path / name)
+        assert type(loaded).__name__ == "StableDiffusionXLImg2ImgPipeline"
+        assert loaded.config.requires_aesthetics_score is True
+        assert loaded.text_encoder is None
+        same_text(loaded.text_encoder_2, text)
+        assert torch.equal(loaded.unet.conv_out.weight, unet.conv_out.weight)
+        checkpoint = fastdiff.load(tmp_path / name)
+        assert checkpoint.provenance["requires_aesthetics_score"] is True
 
 
 def test_a_legacy_attention_order_is_put_right(tmp_path: Path) -> None:
@@ -216,13 +255,14 @@ def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.save({"state_dict": compvis_state("sd1", models)}, source)
     target = tmp_path / "out"
     words = ["convert", str(source), str(target), "--prediction", "v", "--num-heads", "4"]
-    words += ["--tokenizer", str(folder.parent / "words")]
+    words += ["--tokenizer", str(folder.parent / "words"), "--scale-factor", "0.5"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "compvis" in out
     assert "assumed schedule" in out
     assert "assumed prediction" not in out
     loaded = loaded_by_diffusers(target)
+    assert loaded.vae.config.scaling_factor == 0.5
     assert loaded.scheduler.config.prediction_type == "v_prediction"
     for key, value in models["unet"].state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[key], value), key

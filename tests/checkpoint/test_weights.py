@@ -88,6 +88,7 @@ def test_what_trainers_leave_beside_the_weights_is_not_looked_into(
     tmp_path: Path, kind: str
 ) -> None:
     root = {"state_dict": TENSORS, "loss": np.float64(0.5), "seen": {1, 2}, "order": OrderedDict()}
+    root["hyper_parameters"] = {"dtype": torch.bfloat16, "data": Path("images")}
     opened = open_weights(write(tmp_path / "x", root, kind))
     assert opened.places.keys() == TENSORS.keys()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoint.bundle import load_bundle
+from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.data import DataConfig, open_dataset
 from fastdiff.data.dataset import to_float
+from fastdiff.diffusion.samplers import SamplerTable
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.unet import UNet
 from fastdiff.pipelines.core import SampleSettings, Step, stage_seeds
@@ -22,7 +25,7 @@ from fastdiff.pipelines.image_to_image import first_step, image_to_image, latent
 from fastdiff.pipelines.inpainting import inpaint
 from fastdiff.pipelines.latent import LatentDiffusion
 from fastdiff.pipelines.refine import refine
-from fastdiff.pipelines.text import TextDiffusion, TextSettings, size_vector
+from fastdiff.pipelines.text import TEXT_SETTINGS, TextDiffusion, TextSettings, size_vector
 from fastdiff.pipelines.text_to_image import text_to_image, text_to_latents
 from fastdiff.pipelines.upscale import upscale
 from tests.diffusers_models import checkpoint, components
@@ -368,3 +371,57 @@ def test_a_recipe_is_json(model: TextDiffusion) -> None:
     assert again["text"]["negative"] == "x"
     assert again["settings"]["steps"] == 3
     assert "batch" not in again["settings"]
+
+
+def test_where_the_files_name_a_sampler_that_we_lack(tmp_path: Any) -> None:
+    made = checkpoint("sd1", components("sd1", tmp_path))
+    silent = TextDiffusion(made)
+    assert silent.core.sampling(TEXT_SETTINGS) == ("dpmpp-2m", {})
+    made.provenance["no_sampler"] = "fastdiff has no sampler like UniPCMultistepScheduler"
+    with pytest.warns(UserWarning, match="no sampler like UniPC.*; dpmpp-2m is used instead"):
+        TextDiffusion(made).core.table(TEXT_SETTINGS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            TextDiffusion(made).core.table(TEXT_SETTINGS)
+            TextDiffusion(made).core.sampling(TEXT_SETTINGS)
+    assert len(told) == 1
+
+
+def test_the_files_sampler_and_what_is_asked(tmp_path: Any) -> None:
+    made = checkpoint("sd1", components("sd1", tmp_path))
+    made.sampler = SamplerSettings(sampler="ddim", spacing="leading", steps_offset=1, clamp=3.0)
+    model = TextDiffusion(made)
+
+    def table(**change: Any) -> SamplerTable:
+        return model.core.table(replace(TEXT_SETTINGS, steps=10, **change))
+
+    plain = table()
+    assert (plain.name, plain.timesteps.tolist()) == (
+        "ddim",
+        [100.0 * i + 1 for i in range(9, -1, -1)],
+    )
+    assert plain.column("CLAMP").tolist() == [3.0] * 10
+    assert table(clamp=1.0).column("CLAMP").tolist() == [1.0] * 10
+    assert table(spacing="trailing").timesteps.tolist()[0] == 999
+    assert table(eta=1.0).column("S").abs().max() > 0
+    asked = table(sampler="ddim")
+    assert asked.timesteps.tolist()[0] == 999
+    assert asked.column("CLAMP").isinf().all()
+    recipe = model.recipe("a cat", 0, TextSettings(), TEXT_SETTINGS)
+    assert recipe["sampler"]["steps_offset"] == 1
+    assert json.loads(json.dumps(recipe)) == recipe
+
+
+def test_the_refiner_goes_along_the_bases_table(tmp_path: Any) -> None:
+    base, refiner = (
+        checkpoint(kind, components(kind, tmp_path / kind)) for kind in ("xl", "refiner")
+    )
+    base.sampler = SamplerSettings(sampler="euler", spacing="leading", steps_offset=1)
+    refiner.sampler = SamplerSettings(sampler="ddpm", variance="fixed_small")
+    settings = replace(TEXT_SETTINGS, steps=5)
+    call = {"settings": settings, "height": 64, "width": 64}
+    made = refine(TextDiffusion(base), TextDiffusion(refiner), "a cat", **call)
+    refiner.sampler = base.sampler
+    same = refine(TextDiffusion(base), TextDiffusion(refiner), "a cat", **call)
+    assert torch.equal(made, same)

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastdiff
 from fastdiff.pipelines.core import SampleSettings
 from fastdiff.pipelines.image_to_image import image_to_image, latents_to_latents
 from fastdiff.pipelines.inpainting import inpaint_latents
 from fastdiff.pipelines.refine import refine
-from fastdiff.pipelines.text import TextDiffusion, TextSettings
+from fastdiff.pipelines.text import TEXT_SETTINGS, TextDiffusion, TextSettings
 from fastdiff.pipelines.text_to_image import text_to_image, text_to_latents
 from tests.diffusers_models import SCHEDULER, checkpoint, components, pipeline
 from tests.peers import import_diffusers
@@ -322,3 +323,48 @@ def test_xl_with_refiner(pairs: dict[str, Pair], sampler: str, dtype: torch.dtyp
     text = TextSettings(negative=NEGATIVE)
     ours = refine(base, refiner, PROMPTS, SEEDS, switch=0.6, text=text, settings=settings, **SIZE)
     assert_equal(ours, expected, "images")
+
+
+DEFAULTS = {  # what published folders say: SD 1, 2, XL; and others
+    "PNDMScheduler": ("sd1", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "DDIMScheduler": ("sd2", {"clip_sample": False, "set_alpha_to_one": False}),
+    "EulerDiscreteScheduler": ("sd1", {"timestep_spacing": "leading"}),
+    "DPMSolverMultistepScheduler": ("sd1", {"timestep_spacing": "leading"}),
+    "zero SNR": (
+        "sd2",
+        {
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_folders_own_sampler_is_the_default(
+    pairs: dict[str, Pair], name: str, tmp_path: Any
+) -> None:
+    """`load(folder)` and no more: as diffusers' `from_pretrained(folder)(prompt)` samples."""
+    kind, options = DEFAULTS[name]
+    class_name = "DDIMScheduler" if name == "zero SNR" else name
+    kept = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    scheduler = getattr(import_diffusers(class_name), class_name)(
+        **kept,
+        **options,
+        steps_offset=1,
+        prediction_type="v_prediction" if kind == "sd2" else "epsilon",
+    )
+    parts = pairs[kind].at(torch.float32)[1] | {"scheduler": scheduler}
+    pipe = pipeline("StableDiffusionPipeline", parts)
+    pipe.save_pretrained(tmp_path)
+    model = TextDiffusion(fastdiff.load(tmp_path))
+    settings = replace(TEXT_SETTINGS, steps=10)
+    noise = model.core.noise([7], model.latent_shape(64, 64))
+    latents = their_noise(noise, scheduler, 10)
+    expected = theirs(pipe, settings, ["a red cat"], latents=latents)
+    z = text_to_latents(model, ["a red cat"], [7], settings=settings)
+    assert_both_equal(model, z, settings, expected)
+    other = text_to_latents(model, ["a red cat"], [7], settings=replace(settings, sampler="ddpm"))
+    assert (other - z).norm() > 0.01 * z.norm()
