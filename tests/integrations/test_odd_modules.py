@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import fastdiff
 from fastdiff.integrations import AccelerateError
 from fastdiff.integrations.known_blocks import known_objection
 from tests.integrations import blocks
-from tests.integrations.models import UNETS, Network, build
+from tests.integrations.models import UNETS, VAE, Network, build
 from tests.tiny import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -226,3 +228,26 @@ def test_a_diffusers_with_other_private_methods(
     assert {(e.op, e.reason) for e in report.left} == {
         ("transformer", f"this diffusers has no {name}(self, hidden_states)")
     }
+
+
+def test_strict_changes_nothing() -> None:
+    decoder = build("AutoencoderKL", {**VAE, "act_fn": "mish"})
+    kinds = [type(m) for m in decoder.modules()]
+    with pytest.raises(AccelerateError, match="its activation is Mish, not SiLU") as caught:
+        fastdiff.accelerate(decoder, strict=True)
+    assert [type(m) for m in decoder.modules()] == kinds
+    assert caught.value.report.pairs == 2  # its two conv_act are SiLU whatever act_fn says
+
+
+def test_without_diffusers() -> None:
+    """Modules are served; a pipeline's scheduler says what to install."""
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "import torch, fastdiff\n"
+        "pair = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU())\n"
+        "print(fastdiff.accelerate(pair).pairs)\n"
+        "fastdiff.accelerate(pair, scheduler='fused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "1\n"
+    assert "pip install 'fastdiff[diffusers]'" in done.stderr.splitlines()[-1]
