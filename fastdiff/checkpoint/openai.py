@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdiff.checkpoint import diffusers
 from fastdiff.checkpoint.build import Layers, Sources, source_names
 from fastdiff.checkpoint.request import Shapes, Unsaid
 from fastdiff.diffusion.schedules import ScheduleConfig
@@ -78,15 +79,7 @@ LAYERS: Layers = {
         "skip": ("skip_connection",),
     },
     AttentionBlock: {"proj": ("proj_out",)},
-    SpatialTransformer: {
-        "attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-        "attn1.out": ("attn1.to_out.0",),
-        "attn2.q": ("attn2.to_q",),
-        "attn2.kv": ("attn2.to_k", "attn2.to_v"),
-        "attn2.out": ("attn2.to_out.0",),
-        "ff.proj": ("ff.net.0.proj",),
-        "ff.out": ("ff.net.2",),
-    },
+    SpatialTransformer: diffusers.LAYERS[SpatialTransformer],  # CompVis's, whose names it kept
     Downsample: {"conv": ("op",)},
 }
 
