@@ -299,11 +299,12 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
             alone = partial(agreement, op, backend)
             todo.append((2 * place, label, alone if case is None else check))
     # between an op's first case and its second: the ways through its kernels
+    where = cases.device_of("cuda")  # a CPU, under the emulation
     with_cuda = {
         name
         for name, op in kernels.OPS.items()
-        if "cuda" in op.implementations
-        and op.implementations["cuda"].serves(cases.device_of("cuda"))
+        if (found := op.implementations.get("cuda")) is not None
+        and (found.serves(where) or where in found.emulated_on)
     }
     for route in ROUTES if "cuda" in backends else ():
         if route.op in with_cuda and (clusters() or route.cluster == 1):

@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ.pop("COLUMNS", None)  # pytest -n sets it: output would wrap as on a terminal
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 

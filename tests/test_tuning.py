@@ -365,13 +365,6 @@ def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
         assert json.loads(tuning.text_of(content["measured"], content["configs"])) == content
 
 
-@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
-def test_constexpr_functions_of_an_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_triton.triton, "constexpr_function")
-    monkeypatch.setattr(tl, "constexpr_function", lambda function: ("3.4", function), raising=False)
-    assert _triton.constexpr_function(len) == ("3.4", len)
-
-
 # Which file serves which GPU
 
 
