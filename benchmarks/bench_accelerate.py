@@ -212,11 +212,11 @@ def alone(part: str, provider: str, small: bool, place: Place) -> dict[str, floa
 
     On a GPU the bytes are what PyTorch allocated there.
     """
-    on_cpu = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024"
-    peak = "torch.cuda.max_memory_allocated()" if place.device == "cuda" else on_cpu
+    on_gpu = place.device == "cuda"
+    peak = "torch.cuda.max_memory_allocated()" if on_gpu else "memory.peak_bytes()"
     code = (
-        "import json, resource\n"
-        "from benchmarks import bench_accelerate as b\n"
+        "import json\n"
+        "from benchmarks import bench_accelerate as b, memory\n"
         "import torch\n"
         f"place = b.Place({place.device!r}, {place.dtype}, {place.size}, {place.tolerance})\n"
         f"step = b.step_of({part!r}, {provider!r}, {small}, place)\n"

@@ -24,13 +24,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import peak_bytes
+
 WAYS = ("pread", "mmap, copied", "fastdiff.load", "fastdiff.load, torch.save's file")
-
-
-def peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    line = next(x for x in Path("/proc/self/status").read_text().split("\n") if "VmHWM" in x)
-    return 1024 * int(line.split()[1])
 
 
 def write(folder: Path) -> None:

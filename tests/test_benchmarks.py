@@ -291,6 +291,8 @@ def test_accelerate_at_small_size(part: str, place: bench_accelerate.Place) -> N
 
 
 def test_start_and_peak_of_one_alone() -> None:
+    """Whatever the process that starts it holds itself."""
+    ballast = torch.ones(2**29)  # 2 GiB
     found = bench_accelerate.alone("unet", "accelerated", True, bench_accelerate.SMALL)
     assert 0 < found["seconds"] < 300
-    assert 10**8 < found["peak_bytes"] < 10**10
+    assert 10**8 < found["peak_bytes"] < ballast.numel() * ballast.element_size()
