@@ -357,7 +357,7 @@ def main() -> None:
     packages += ["fastdiff.kernels", *(f"fastdiff.kernels.{p}" for p in find_packages("kernels"))]
     # folders of data, without code: named as packages, since setuptools warns about them otherwise
     assets = [f"fastdiff.assets.{p.name}" for p in sorted(Path("fastdiff/assets").iterdir())]
-    assets.append("fastdiff.kernels.tuned")
+    assets.append("fastdiff.kernels.tuning.tuned")
     setup(
         packages=packages + assets,
         package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},

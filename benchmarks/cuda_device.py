@@ -28,8 +28,8 @@ from benchmarks.kernel_names import demangled, split_name
 from benchmarks.shapes import GPU_JOBS, Call, Job
 from benchmarks.subjects import NETWORK_OPS
 from fastdiff import kernels
-from fastdiff.kernels import _cuda
-from fastdiff.kernels.dispatch import UNAVAILABLE
+from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels.choose import UNAVAILABLE
 
 NO_BACKWARD = ("attention", "philox_normal", "sampler_step")
 """Ops whose gradients, if there are any, are no CUDA kernel's."""
@@ -126,7 +126,7 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         why = "no GPU that torch can use" if torch.version.cuda else "torch is built without CUDA"
         return f"{why}; without a GPU: python -m benchmarks.cuda_resources"
-    if _cuda._library is None:
+    if not _cuda.built():
         return UNAVAILABLE.get("cuda", "the compiled module has no CUDA kernels")
     return _cuda.refusal(torch.cuda.current_device())
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from fastdiff.kernels.measured import ANY, CLASSES
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
@@ -37,7 +38,6 @@ from benchmarks import shapes
 from benchmarks.harness import Record, Work, compiled_for
 from benchmarks.shapes import Call, Job
 from fastdiff import kernels
-from fastdiff.kernels.measured import ANY, CLASSES
 from fastdiff.timing import Method, Timer
 from fastdiff.tuning import agrees
 
@@ -257,7 +257,7 @@ def _measure_case(
             # every op has Triton kernels; CUDA's are there if nvcc was, and take fewer cases
             if backend == "triton":
                 outcome.failures.append(f"{case}: triton does not run: {objection}")
-            elif backend in kernels.OPS[subject.op].implementations:
+            elif kernels.available()[subject.op][backend] is None:
                 outcome.unavailable.append(f"{case} {backend}: {objection}")
         elif not _ours_agrees(case, make, backend):
             wanted.remove(backend)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from benchmarks import bench_attention, bench_group_norm_silu, bench_sampler_ste
 from benchmarks.gpu import Case, Make
 from benchmarks.harness import duration
 from fastdiff import kernels
-from fastdiff.kernels import _triton
+from fastdiff.kernels.choose import bound_arguments
+from fastdiff.kernels.triton import recording_launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +137,9 @@ def launches(case: Case, device: Device) -> list[Any]:
     args, kwargs = case.subject.arguments(
         case.call, case.job, Make(case.dtype, torch.device("meta"))
     )
-    implementation = kernels.OPS[case.subject.op].implementations["triton"]
-    function: Callable[..., Any] = implementation.function
-    with _triton.recording_launches(device.architecture) as found, torch.no_grad():
-        function(*args, **{"scale_shift": None, "eps": 1e-5, "activation": "silu", **kwargs})
+    forward = kernels.OPS[case.subject.op].backends["triton"].forward
+    with recording_launches(device.architecture) as found, torch.no_grad():
+        forward(*bound_arguments(case.subject.op, args, kwargs), False)
     return found
 
 

@@ -12,20 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.kernels._triton import (
-    Config,
-    Tunable,
-    cdiv,
-    config,
-    define_tunable,
-    jit,
-    launch,
-    merged,
-    next_power_of_2,
-    tl,
-    with_tile,
-)
-from fastdiff.kernels.philox import normals
+from .philox_normal.triton import normals
+from .triton import cdiv, jit, launch, merged, next_power_of_2, tl, with_tile
+from .tuning import Config, Tunable, config, define_tunable
 
 
 @jit

@@ -7,12 +7,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import _cuda
-from fastdiff.kernels._sampler_step import _by_memory, _strides
-from fastdiff.kernels._triton import cdiv
-from fastdiff.kernels.philox import SAMPLER_NOISE
+from . import cuda
+from ._sampler_step import _by_memory, _strides
+from .philox_normal.streams import SAMPLER_NOISE
+from .triton import cdiv
 
-_cuda.declare("sampler_step", "ip" + "i" + "ppppppp" + "p" + "qqqqqq" + "fqii")
+cuda.declare("sampler_step", "ip" + "i" + "ppppppp" + "p" + "qqqqqq" + "fqii")
 
 PART = 1024
 """The fewest numbers of an image that a block takes the moments of."""
@@ -50,10 +50,10 @@ def run_step(
     moments, parts = None, min(PARTS, cdiv(elements, PART))
     if guided and guidance_rescale > 0:
         moments = torch.empty(n, parts, 5, dtype=torch.float32, device=x.device)
-    _cuda.launch(
-        "sampler_step", x, _cuda.DTYPES[prediction.dtype],
+    cuda.launch(
+        "sampler_step", x, cuda.DTYPES[prediction.dtype],
         written.data_ptr(), prediction.data_ptr(), slots.data_ptr(), table.data_ptr(),
-        step.data_ptr(), seeds.data_ptr(), _cuda.address(moments), ctypes.addressof(layouts),
+        step.data_ptr(), seeds.data_ptr(), cuda.address(moments), ctypes.addressof(layouts),
         slots.stride(0), c * f_c, n, len(table), elements, parts,
         guidance_rescale, int(SAMPLER_NOISE), guided, learned,
     )  # fmt: skip
@@ -61,28 +61,3 @@ def run_step(
         x.copy_(written)
     if slots is not history:
         history.copy_(slots)
-
-
-sampler_step_cuda = torch.library.custom_op(
-    "fastdiff::sampler_step_cuda", run_step, mutates_args=("x", "history")
-)
-
-
-def plain_step(
-    x: Tensor,
-    prediction: Tensor,
-    history: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    *,
-    guidance_rescale: float = 0.0,
-) -> None:
-    """`sampler_step` past PyTorch's dispatcher."""
-    run_step(x, prediction, history, table, step, seeds, guidance_rescale)
-
-
-@torch.no_grad()
-def registered_step(*tensors: Tensor, guidance_rescale: float = 0.0) -> None:
-    """`sampler_step` as PyTorch knows it."""
-    sampler_step_cuda(*tensors, guidance_rescale)

@@ -28,16 +28,23 @@ would be a wrong image that nobody notices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.kernels import _cuda, _sampler_step_cuda, extension
-from fastdiff.kernels._sampler_step import LARGEST, run_step
-from fastdiff.kernels._triton import register, why_not
-from fastdiff.kernels.dispatch import check_number, check_shape, define_op
-from fastdiff.kernels.philox import SAMPLER_NOISE, philox_normal_reference
+from . import compiled
+from ._sampler_step import LARGEST, run_step
+from ._sampler_step_cuda import run_step as run_on_cuda
+from .checks import check_number, check_shape
+from .cpu import DTYPES, cpu_backend
+from .cuda import cuda_backend
+from .op import Op
+from .philox_normal import SAMPLER_NOISE, philox_normal_reference
+from .triton import triton_backend
+from .tuning.measured import regime
 
 HISTORY_SLOTS = 3
 
@@ -90,7 +97,6 @@ def sampler_step_reference(
     table: Tensor,
     step: Tensor,
     seeds: Tensor,
-    *,
     guidance_rescale: float = 0.0,
 ) -> None:
     """The op in plain PyTorch; see `sampler_step`. On a GPU it waits to read the row."""
@@ -147,15 +153,20 @@ def _guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor
     return rescale * guided * ratio + (1 - rescale) * guided
 
 
-# The Triton kernels, which are in _sampler_step.py
-
-sampler_step_triton = torch.library.custom_op(
-    "fastdiff::sampler_step_triton", run_step, mutates_args=("x", "history")
-)
+# The backends
 
 
-@sampler_step_triton.register_fake
-def _sampler_step_fake(
+def _on_triton(*args: Any) -> tuple[None, None]:
+    run_step(*args[:-1])
+    return None, None
+
+
+def _on_cpu(*args: Any) -> tuple[None, None]:
+    _native(*args[:-1])
+    return None, None
+
+
+def _on_cuda(
     x: Tensor,
     prediction: Tensor,
     history: Tensor,
@@ -163,31 +174,21 @@ def _sampler_step_fake(
     step: Tensor,
     seeds: Tensor,
     guidance_rescale: float,
-) -> None:
-    return None
+    keep: bool,
+) -> tuple[None, None]:
+    run_on_cuda(x, prediction, history, table, step, seeds, guidance_rescale)
+    return None, None
 
 
-@torch.no_grad()
-def _run(*tensors: Tensor, guidance_rescale: float) -> None:
-    sampler_step_triton(*tensors, guidance_rescale)
-
-
-def _objection(x: Tensor, *tensors: Tensor, guidance_rescale: float) -> str | None:
+def _objection(x: Tensor, *others: Any) -> str | None:
     if x.numel() and x[0].numel() > LARGEST:
         return f"an image may have 2^31 - 1 elements, got {x[0].numel()}"
-    for name, tensor in zip(
-        ("prediction", "history", "table", "step", "seeds"), tensors, strict=True
-    ):
+    names = ("prediction", "history", "table", "step", "seeds")
+    for name, tensor in zip(names, others, strict=False):
         if tensor.device != x.device:
             return f"{name} must be on the device of x, {x.device}, got {tensor.device}"
-    return why_not(x, *tensors)
+    return None
 
-
-_op = define_op("sampler_step", sampler_step_reference)
-register(_op, _run, _objection)
-
-
-# CPU
 
 ROW_BYTES = len(Column) * torch.float32.itemsize
 NOISE = int(SAMPLER_NOISE)
@@ -200,7 +201,6 @@ def _native(
     table: Tensor,
     step: Tensor,
     seeds: Tensor,
-    *,
     guidance_rescale: float = 0.0,
 ) -> None:
     if x.numel() == 0:
@@ -208,13 +208,13 @@ def _native(
     index = _index(step, table)
     if not (x.is_contiguous() and history.is_contiguous()):
         dense, slots = x.contiguous(), history.contiguous()
-        _native(dense, prediction, slots, table, step, seeds, guidance_rescale=guidance_rescale)
+        _native(dense, prediction, slots, table, step, seeds, guidance_rescale)
         x.copy_(dense)
         history.copy_(slots)
         return
     n, c = x.shape[:2]
     space = x.numel() // (n * c)
-    if prediction.dtype not in extension.DTYPES:
+    if prediction.dtype not in DTYPES:
         prediction = prediction.float()
     channels = prediction.shape[1]
     channels_last = not prediction.is_contiguous()
@@ -224,8 +224,8 @@ def _native(
         prediction = prediction.movedim(1, -1).contiguous()
     runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
     table, seeds = table.contiguous(), seeds.contiguous()
-    extension.native.sampler_step(
-        extension.DTYPES[prediction.dtype],
+    compiled.native.sampler_step(
+        DTYPES[prediction.dtype],
         len(prediction) == 2 * n,
         channels == 2 * c,
         x.data_ptr(),
@@ -246,47 +246,29 @@ def _native(
     )
 
 
-@torch.library.custom_op(
-    "fastdiff::sampler_step_cpu", mutates_args=("x", "history"), device_types="cpu"
-)
-def sampler_step_cpu(
-    x: Tensor,
-    prediction: Tensor,
-    history: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    guidance_rescale: float,
-) -> None:
-    _native(x, prediction, history, table, step, seeds, guidance_rescale=guidance_rescale)
+def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
+    x, table = draw(2, 4, 8, 8), draw(4, len(Column)) * 0
+    seeds = torch.arange(2, device=x.device)
+    return {
+        "x": x, "prediction": draw(2, 4, 8, 8), "history": draw(3, 2, 4, 8, 8), "table": table,
+        "step": seeds[0], "seeds": seeds,
+    }  # fmt: skip
 
 
-@torch.no_grad()
-def _registered(
-    x: Tensor,
-    prediction: Tensor,
-    history: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    *,
-    guidance_rescale: float = 0.0,
-) -> None:
-    sampler_step_cpu(x, prediction, history, table, step, seeds, guidance_rescale)
-
-
-extension.register(_op, _native, _registered, dtypes=(torch.float32,))
-
-
-# The CUDA kernels, which are in _sampler_step_cuda.py
-
-_sampler_step_cuda.sampler_step_cuda.register_fake(_sampler_step_fake)
-_cuda.register(
-    _op,
-    _sampler_step_cuda.plain_step,
-    _sampler_step_cuda.registered_step,
-    _objection,
-    dtypes=(torch.float32,),
+_op = Op(
+    name="sampler_step",
+    schema="(Tensor(a!) x, Tensor prediction, Tensor(b!) history, Tensor table, Tensor step, "
+    "Tensor seeds, float guidance_rescale) -> ()",
+    reference=sampler_step_reference,
+    fake=lambda *_: (None, None),
+    shape_class=regime,
+    example=_example,
+    kernels=(
+        cuda_backend(forward=_on_cuda, why_not=_objection, dtypes=(torch.float32,)),
+        triton_backend(forward=_on_triton, why_not=_objection),
+        cpu_backend(forward=_on_cpu, dtypes=(torch.float32,)),
+    ),
+    differentiable=False,
 )
 
 
@@ -331,6 +313,7 @@ def _check(
         raise ValueError(f"{op}: guidance_rescale must be in [0, 1], got {guidance_rescale}")
 
 
+@_op.exposes
 def sampler_step(
     x: Tensor,
     prediction: Tensor,
@@ -363,5 +346,4 @@ def sampler_step(
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """
     _check(x, prediction, history, table, step, seeds, guidance_rescale)
-    tensors = x, prediction, history, table, step, seeds
-    _op.run(tensors, {"guidance_rescale": guidance_rescale})
+    _op(x, prediction, history, table, step, seeds, guidance_rescale)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdiff import kernels
 from tests.kernels import cases
 from tests.parity import assert_gradient_parity, assert_parity, measure_parity
 
@@ -41,7 +42,9 @@ WRONG_NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("wrong", WRONG_NORMS)
 def test_wrong_norms_fail(wrong: str, dtype: torch.dtype) -> None:
     x, weight, bias = norm_inputs(dtype)
-    reference = cases.group_norm_silu_formula(x.double(), 8, weight.double(), bias.double())
+    reference = kernels.OPS["group_norm_silu"].formula(
+        x.double(), 8, weight.double(), bias.double()
+    )
     eager = cases.group_norm_silu_eager(x, 8, weight, bias)
     assert_parity(eager, reference, eager)
     with pytest.raises(AssertionError, match="error"):
@@ -51,7 +54,7 @@ def test_wrong_norms_fail(wrong: str, dtype: torch.dtype) -> None:
 @DTYPES
 def test_wrong_attention_fails(dtype: torch.dtype) -> None:
     q, k, v = torch.randn(3, 2, 16, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    reference = cases.attention_formula(q.double(), k.double(), v.double())
+    reference = kernels.OPS["attention"].formula(q.double(), k.double(), v.double())
     eager = cases.attention_eager(q, k, v)
     assert_parity(eager, reference, eager)
     heads = [1, 0, 2, 3]
@@ -71,7 +74,7 @@ def test_wrong_gradients_fail(dtype: torch.dtype) -> None:
     x, weight, bias = norm_inputs(dtype)
     inputs = ((x, 8, weight, bias), {})
     exact = cases.with_gradients(inputs, torch.float64)
-    _, expected = cases.run(cases.group_norm_silu_formula, exact)
+    _, expected = cases.run(kernels.OPS["group_norm_silu"].formula, exact)
     _, eager = cases.run(cases.group_norm_silu_eager, cases.with_gradients(inputs))
     for reference, gradient in zip(expected, eager, strict=True):
         assert_gradient_parity(gradient, reference, gradient)

@@ -14,8 +14,9 @@ import torch
 from fastdiff import tuning
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
-from fastdiff.kernels import _triton, measured
-from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tunable, jit, launch, tl
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.triton import jit, launch, tl
+from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tunable, configs, measured
 from fastdiff.timing import HostTimer, Method, Timing
 from fastdiff.tuning import Case
 from tests.kernels import cases
@@ -56,7 +57,7 @@ def candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 def twice(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x)
-    chosen = _triton.config("twice", x, "rows")
+    chosen = configs.config("twice", x, "rows")
     if chosen["BLOCK"] == 256:
         raise OutOfResources
     if chosen["BLOCK"] == 512:
@@ -72,9 +73,9 @@ def calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[]
     return [lambda: twice(x), lambda: 1 / 0]
 
 
-def _tried() -> _triton.Config:
+def _tried() -> configs.Config:
     """The config that the search has put in force."""
-    (config,) = [c for (name, _), c in _triton._overrides.items() if name == "twice"]
+    (config,) = [c for (name, _), c in configs._overrides.items() if name == "twice"]
     return config
 
 
@@ -94,14 +95,14 @@ def _tunable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setitem(TUNABLES, "twice", tunable)
     write(GPU, {"twice": {"*/rows": NOW}})
     yield
-    _triton.forget_configs()
+    configs.forget_configs()
 
 
 def write(gpu: Gpu, configs: dict[str, dict[str, Config]], measured: Any = None) -> Path:
     path = tuning.cache_file(gpu)
     path.parent.mkdir(exist_ok=True)
     path.write_text(tuning.text_of(measured, configs))
-    _triton.forget_configs()
+    configs.forget_configs()
     return path
 
 
@@ -285,9 +286,9 @@ def test_what_is_found_is_written_and_read_at_once(tmp_path: Path) -> None:
         "float32/rows": better,
         "bfloat16/rows": better,
     }
-    assert _triton.lookup("twice", GPU, torch.float32, "rows") == better
-    assert _triton.lookup("twice", GPU, torch.float16, "rows") == NOW
-    assert _triton.lookup("geglu", GPU, torch.float32, "rows")  # the shipped file's
+    assert configs.lookup("twice", GPU, torch.float32, "rows") == better
+    assert configs.lookup("twice", GPU, torch.float16, "rows") == NOW
+    assert configs.lookup("geglu", GPU, torch.float32, "rows")  # the shipped file's
 
 
 @cases.needs_interpreter
@@ -297,7 +298,7 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
     tuning.save([first], {"gpu": "A", "date": "1"}, path)
     tuning.save([search()], {"gpu": "A", "date": "2"}, path)
     tuning.save([search()], {"gpu": "A", "date": "3"}, path)
-    tuned = _triton.read_tuned(path)
+    tuned = configs.read_tuned(path)
     assert set(tuned.configs["twice"]) == {"float16/rows", "float32/rows"}
     assert tuned.measured == {
         "gpu": "A",
@@ -305,7 +306,7 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
         "earlier": [{"gpu": "A", "date": "1"}, {"gpu": "A", "date": "2"}],
     }
     tuning.save([first, search()], {"gpu": "A", "date": "4"}, path)  # all measured anew
-    assert _triton.read_tuned(path).measured == {"gpu": "A", "date": "4"}
+    assert configs.read_tuned(path).measured == {"gpu": "A", "date": "4"}
 
 
 @cases.needs_interpreter
@@ -313,11 +314,11 @@ def test_configs_and_backends_keep_each_other(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     winners = {"geglu": {"bfloat16/cache": "cuda"}}
     tuning.save_backends(winners, {"gpu": "A", "date": "1"}, path)
-    assert _triton.read_tuned(path).configs == {}
+    assert configs.read_tuned(path).configs == {}
     tuning.save([search()], {"gpu": "A", "date": "2"}, path)
-    assert _triton.read_tuned(path).backends == winners
+    assert configs.read_tuned(path).backends == winners
     tuning.save_backends({"geglu": {"bfloat16/memory": "triton"}}, {"gpu": "B"}, path)
-    tuned = _triton.read_tuned(path)
+    tuned = configs.read_tuned(path)
     assert tuned.backends["geglu"] == {"bfloat16/cache": "cuda", "bfloat16/memory": "triton"}
     assert set(tuned.configs) == {"twice"}
     assert tuned.measured is not None
@@ -348,19 +349,19 @@ def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
     path = tuning.cache_file(GPU)
     assert tuning.set_aside_broken(path) is None
     path.write_text('{"measured": null')
-    _triton.forget_configs()
+    configs.forget_configs()
     with pytest.raises(ValueError, match="remove it or run 'fastdiff tune' again"):
-        _triton.lookup("twice", GPU, torch.float32, "rows")
+        configs.lookup("twice", GPU, torch.float32, "rows")
     aside = tuning.set_aside_broken(path)
     assert aside is not None
     assert aside.read_text() == '{"measured": null'
     assert not path.exists()
     assert tuning.set_aside_broken(path) is None
-    assert _triton.lookup("geglu", GPU, torch.float32, "rows")
+    assert configs.lookup("geglu", GPU, torch.float32, "rows")
 
 
 def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
-    for shipped in sorted(_triton.TUNED.glob("*.json")):
+    for shipped in sorted(configs.TUNED.glob("*.json")):
         content = json.loads(shipped.read_text())
         assert json.loads(tuning.text_of(content["measured"], content["configs"])) == content
 
@@ -385,7 +386,7 @@ def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
 def test_the_nearest_architecture_is_the_last_earlier_one_of_the_vendor(
     architecture: str, nearest: str
 ) -> None:
-    assert _triton.nearest_architecture(architecture) == nearest
+    assert configs.nearest_architecture(architecture) == nearest
 
 
 def test_the_users_file_comes_before_the_gpus_before_the_architectures(
@@ -399,8 +400,8 @@ def test_the_users_file_comes_before_the_gpus_before_the_architectures(
     monkeypatch.setattr(_triton, "TUNED", shipped)
 
     def block(gpu: Gpu, shape_class: str = "rows") -> int:
-        _triton.forget_configs()
-        return _triton.lookup("twice", gpu, torch.float32, shape_class)["BLOCK"]
+        configs.forget_configs()
+        return configs.lookup("twice", gpu, torch.float32, shape_class)["BLOCK"]
 
     assert block(GPU) == 16  # of the user's cache
     assert block(GPU, "test-gpu-9000") == 3  # which does not have that class
@@ -444,7 +445,7 @@ def test_doctor_tells_of_each_gpu(
     gpus = [GPU, Gpu("Other GPU", "sm_89")]
     monkeypatch.setattr(_triton, "gpu_of", lambda device: gpus[device.index])
     write(GPU, {}).write_text("not json")
-    _triton.forget_configs()
+    configs.forget_configs()
     told = doctor._configs()
     assert "is no file of launch configs" in told["cuda:0"][0]
     assert "uses those of sm_80" in told["cuda:1"][0]

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff.checkpoint.bundle import Bundle, ModelConfig
 from fastdiff.checkpoint.config import from_dict, to_dict
-from fastdiff.kernels.dispatch import selected_backend
+from fastdiff.kernels.choose import selected_backend
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.unet import UNet
 from fastdiff.pipelines.core import Core, Progress, SampleSettings, check_seeds

@@ -22,7 +22,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff.checkpoint.config import to_dict
 from fastdiff.checkpoint.model import Checkpoint
-from fastdiff.kernels.dispatch import selected_backend
+from fastdiff.kernels.choose import selected_backend
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
 from fastdiff.pipelines.core import CHECKPOINT, Core, SampleSettings, check_seeds

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import cuda as _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

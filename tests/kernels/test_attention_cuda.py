@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _attention_cuda, _triton, attention
+from fastdiff.kernels import attention
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.attention import cuda as attention_cuda
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -41,12 +43,12 @@ def fits_on_chip(case: cases.Case) -> bool:
 
 @contextmanager
 def keys_on_chip(count: int) -> Iterator[None]:
-    before = _attention_cuda.ON_CHIP
-    _attention_cuda.ON_CHIP = count
+    before = attention_cuda.ON_CHIP
+    attention_cuda.ON_CHIP = count
     try:
         yield
     finally:
-        _attention_cuda.ON_CHIP = before
+        attention_cuda.ON_CHIP = before
 
 
 @contextmanager
@@ -168,10 +170,10 @@ def test_log_sum_exp(dtype: torch.dtype, on_chip: int) -> None:
     mask[1, :, 5] = False
     with cuda("reverse"), keys_on_chip(on_chip):
         for scale in (40**-0.5, 2.5):
-            lse = _attention_cuda.attention_forward(q, k, v, None, None, None, scale)[1]
+            lse = attention_cuda.attention_forward(q, k, v, None, None, None, scale)[1]
             # a score is a sum of 40 fp32 numbers whose sizes go up to that of the largest score
             torch.testing.assert_close(lse.double(), log_sum(q, k, scale), rtol=2e-6, atol=1e-5)
-        out, lse = _attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)
+        out, lse = attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)
     seen = log_sum(q, k, 0.2, mask)[:, 0]
     torch.testing.assert_close(lse.double()[:, 0], seen, rtol=2e-6, atol=1e-5)
     assert bool((lse[0, 1, :, 5] == math.inf).all())
@@ -185,7 +187,7 @@ def test_log_sum_exp_under_an_added_mask_is_in_two_numbers() -> None:
     mask = torch.randn(20, 20, device=q.device)
     mask[2], mask[3] = -2e38, -math.inf
     with cuda():
-        lse = _attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)[1].double()
+        lse = attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)[1].double()
     scores = 0.2 * torch.einsum("nlhd,nshd->nhls", q.double(), k.double()) + mask.double()
     rows = [i for i in range(20) if i not in (2, 3)]
     expected = torch.logsumexp(scores, -1) * math.log2(math.e)
@@ -209,8 +211,8 @@ def test_triton_can_go_on_from_the_log_sum_exp(masked: str) -> None:
         mask[:, :, 4] = -1e38
         mask = mask if masked == "added" else mask > -1
     with cuda():
-        out, lse = _attention_cuda.attention_forward(q, k, v, *text, mask, 0.2)
-    expected = _attention_cuda.gradients_written_out(dout, q, k, v, *text, mask, lse, 0.2)
+        out, lse = attention_cuda.attention_forward(q, k, v, *text, mask, 0.2)
+    expected = attention_cuda.gradients_written_out(dout, q, k, v, *text, mask, lse, 0.2)
     backward = torch.ops.fastdiff.attention_backward_triton
     found = backward(dout, q, k, v, *text, mask, out, lse, 0.2, masked == "added")
     for have, want in zip(found, expected, strict=True):
@@ -238,12 +240,12 @@ def test_zeros_where_nothing_is_seen() -> None:
 def test_packed_rows_are_read_where_they_are() -> None:
     q = packed(2, 40, 2, 40)[0]
     for x in (q, q[:, ::2], q.transpose(1, 2).contiguous().transpose(1, 2), q[:, :1, :, ::]):
-        assert _attention_cuda._in_place_or_copied(x) is x
+        assert attention_cuda._in_place_or_copied(x) is x
     numbers = torch.randn(q.numel() + 1, device=q.device).to(q.dtype)
     unaligned = numbers[1:].view(q.shape)
     wider = torch.randn(2, 40, 2, 43, device=q.device).to(q.dtype)[..., :40]
     for x in (unaligned, wider, q.mT.contiguous().mT):
-        copied = _attention_cuda._in_place_or_copied(x)
+        copied = attention_cuda._in_place_or_copied(x)
         assert copied is not None
         assert copied.data_ptr() % 16 == 0
         assert copied.is_contiguous()
@@ -301,7 +303,7 @@ def test_the_op_is_registered_right() -> None:
     text = torch.randn(2, 3, 2, 8).half()
     bias = torch.randn(5, 8, requires_grad=True)
     with cuda_host.emulated():
-        torch.library.opcheck(_attention_cuda.attention_cuda, (q, k, v, text, text, bias, 0.3))
+        torch.library.opcheck(attention_cuda.attention_cuda, (q, k, v, text, text, bias, 0.3))
 
 
 @needs_cuda

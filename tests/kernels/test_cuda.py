@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, _group_norm_cuda, extension
+from fastdiff.kernels import compiled
+from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -36,7 +38,7 @@ def rows(ops: dict[str, list[cases.Case]]) -> list[object]:
 def in_parts() -> Iterator[None]:
     """The norms as if a block had no shared memory to keep a group in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_group_norm_cuda, "ON_CHIP", 0)
+        patch.setattr(group_norm_cuda, "ON_CHIP", 0)
         yield
 
 
@@ -49,7 +51,7 @@ CLUSTERS = dict(zip(cases.DTYPES, (2, 8, 4), strict=True))
 def in_clusters(blocks: int) -> Iterator[None]:
     """The norms on chip, in clusters of so many blocks; where that cannot be, an error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_group_norm_cuda, "CLUSTER", blocks)
+        patch.setattr(group_norm_cuda, "CLUSTER", blocks)
         yield
 
 
@@ -236,7 +238,7 @@ def test_a_parameter_of_an_unknown_dtype_is_named() -> None:
 def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
     told = b"no kernel image is available for execution on the device"
     native = SimpleNamespace(build=lambda: {"cuda_architectures": "8.0;9.0a"})
-    monkeypatch.setattr(extension, "native", native)
+    monkeypatch.setattr(compiled, "native", native)
     monkeypatch.setattr(_cuda, "function", lambda name: {"usable": lambda device: told}[name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of tomorrow")
     _cuda._refusal.cache_clear()
@@ -253,7 +255,7 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.M
 def test_a_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_library", object())
     monkeypatch.setattr(_cuda, "_functions", {})
-    monkeypatch.setattr(extension, "stale", lambda: True)
+    monkeypatch.setattr(compiled, "stale", lambda: True)
     with pytest.raises(RuntimeError, match="run 'make build'"):
         _cuda.function("group_norm_silu")
 
@@ -302,7 +304,7 @@ def plan(
     name: str = "group_norm_plan",
 ) -> Plan:
     sizes = (name, 0, _cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
-    return Plan(*run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes)))
+    return Plan(*run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes)))
 
 
 def way(c: int, side: int, device: dict[str, int], *, last: bool = True, name: str = "") -> int:
@@ -382,13 +384,13 @@ def test_without_room_for_a_cluster_the_plan_takes_a_smaller_one() -> None:
     try:
         for limit, room in ((16, 16), (8, 8), (16, 4), (16, 1), (1, 1)):
             set_clusters(limit, room)
-            _group_norm_cuda.cuda_plan.cache_clear()
-            found.append(Plan(*run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes, 0))))
+            group_norm_cuda.cuda_plan.cache_clear()
+            found.append(Plan(*run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes, 0))))
         with pytest.raises(RuntimeError, match="cannot keep a group on chip"):
-            run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes[:-1], 8, 1))
+            run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes[:-1], 8, 1))
     finally:
         set_clusters(16, 16)
-        _group_norm_cuda.cuda_plan.cache_clear()
+        group_norm_cuda.cuda_plan.cache_clear()
     assert [(p.on_chip, p.cluster) for p in found] == [(1, 8), (1, 8), (1, 4), (0, 1), (0, 1)]
 
 

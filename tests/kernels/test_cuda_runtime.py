@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import cuda_device, device
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, _group_norm_cuda
-from fastdiff.kernels.dispatch import UNAVAILABLE
+from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels.choose import UNAVAILABLE
+from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
 from tests.kernels.routes import cuda_kernels
@@ -58,7 +59,7 @@ def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
 def test_a_watch_can_keep_kernels_from_starting(runtime: str) -> None:
     x = torch.randn(2, 64, 16, 16, device=runtime).contiguous(memory_format=torch.channels_last)
     with _cuda.watched(start=False) as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_group_norm_cuda, "CLUSTER", 16)
+        patch.setattr(group_norm_cuda, "CLUSTER", 16)
         patch.setattr(torch, "empty_like", torch.zeros_like)
         with kernels.backend("cuda"):
             y = kernels.group_norm_silu(x.requires_grad_(), 8)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from benchmarks import device, gpu, shapes
 from benchmarks.subjects import NETWORK_OPS
 from fastdiff import kernels, tuning
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import cuda as _cuda
 from tests.kernels import cases, routes
 from tests.kernels.graphs import captured
 from tests.kernels.routes import Route

@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 from fastdiff import kernels
 from fastdiff.diffusion.samplers import SAMPLERS, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from fastdiff.kernels import (
-    COLUMNS,
-    SAMPLER_NOISE,
-    _sampler_step_cuda,
-    _triton,
-    philox_normal,
-    sampler_step,
-)
+from fastdiff.kernels import COLUMNS, SAMPLER_NOISE, _sampler_step_cuda, philox_normal, sampler_step
+from fastdiff.kernels import triton as _triton
 from fastdiff.kernels._sampler_step import run_step
-from fastdiff.kernels.sampler_step import sampler_step_triton
+from fastdiff.kernels.tuning import configs
 from tests.kernels import cases
 from tests.kernels.cases import recording
 from tests.kernels.graphs import captured, no_waiting
@@ -352,7 +346,7 @@ def test_kernels_merge_the_moments_of_many_tiles(layout: str, learned: bool, bac
     exact, _ = stepped("reference", *wide, seeds=SEEDS[:2], rescale=0.9)
     eager, _ = stepped("reference", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     config = {"BLOCK": 32, "num_warps": 4}
-    with pytest.MonkeyPatch.context() as patch, _triton.override_config("sampler_step", config):
+    with pytest.MonkeyPatch.context() as patch, configs.override_config("sampler_step", config):
         patch.setattr(sys.modules[run_step.__module__], "PARTS", 3)
         patch.setattr(_sampler_step_cuda, "PARTS", 2)  # tiles of 1024
         result, _ = stepped(backend, x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
@@ -398,11 +392,11 @@ def test_how_many_kernels_triton_launches() -> None:
 def test_triton_objections() -> None:
     x, f, history = drawn(guided=False, learned=False)
     table, step = make_table(ROWS["ddim"]), torch.tensor(0)
-    objection = kernels.OPS["sampler_step"].implementations["triton"].why_not
+    objection = kernels.OPS["sampler_step"].backends["triton"].why_not
     arguments = x, f, history, table, step, SEEDS
-    assert "got float64" in objection(*arguments, guidance_rescale=0.0)
+    assert "got float64" in objection(*arguments, 0.0)
     arguments = x.float(), f.float(), history.float(), table.float(), step.to("meta"), SEEDS
-    assert "step must be on the device of x" in objection(*arguments, guidance_rescale=0.0)
+    assert "step must be on the device of x" in objection(*arguments, 0.0)
 
 
 @cases.needs_triton
@@ -416,7 +410,7 @@ def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
         x, f, history = (t.float().to(device) for t in drawn(n, guided=True, learned=False))
         rest = table, torch.tensor(1, device=device), torch.arange(n, device=device)
         if n == 6:
-            torch.library.opcheck(sampler_step_triton, (x, f, history, *rest, 0.5))
+            cases.check_registration("sampler_step", "triton", x, f, history, *rest, 0.5)
         mine, slots = x.clone(), history.clone()
         with kernels.backend("triton"):
             compiled(mine, f, slots, *rest)
@@ -460,7 +454,7 @@ def test_a_captured_step_replays_with_another_step_seed_and_table(
     rescale: float, backend: str
 ) -> None:
     """And neither the launch nor the replay waits for the device."""
-    if backend not in kernels.OPS["sampler_step"].implementations:
+    if kernels.available()["sampler_step"][backend] is not None:
         pytest.skip(f"no {backend} kernels here")
     x, f, history = (t.float().cuda() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], ROWS["multistep"], dtype=torch.float32).cuda()
