@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from fastdiff import kernels
-from fastdiff.kernels import compiled
-from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels import compiled, cuda
+from fastdiff.kernels.cuda import library
 from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
@@ -239,33 +239,33 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.M
     told = b"no kernel image is available for execution on the device"
     native = SimpleNamespace(build=lambda: {"cuda_architectures": "8.0;9.0a"})
     monkeypatch.setattr(compiled, "native", native)
-    monkeypatch.setattr(_cuda, "function", lambda name: {"usable": lambda device: told}[name])
+    monkeypatch.setattr(library, "function", lambda name: {"usable": lambda device: told}[name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of tomorrow")
-    _cuda._refusal.cache_clear()
+    library._refusal.cache_clear()
     try:
         with FakeTensorMode(), cuda_host.emulated():
             x = torch.empty(2, 8, 4, device="cuda:0")
-            reason = str(kernels.OPS["group_norm_silu"].reasons((x, 4), {})["cuda"])
+            reason = str(kernels.explain("group_norm_silu", x, 4).reasons["cuda"])
     finally:
-        _cuda._refusal.cache_clear()
+        library._refusal.cache_clear()
     assert "on cuda:0 (a GPU of tomorrow): no kernel image" in reason
     assert "8.0;9.0a" in reason
 
 
 def test_a_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "_library", object())
-    monkeypatch.setattr(_cuda, "_functions", {})
+    monkeypatch.setattr(library, "_library", object())
+    monkeypatch.setattr(library, "_functions", {})
     monkeypatch.setattr(compiled, "stale", lambda: True)
     with pytest.raises(RuntimeError, match="run 'make build'"):
-        _cuda.function("group_norm_silu")
+        library.function("group_norm_silu")
 
 
 def test_without_kernels_the_backend_is_missing() -> None:
-    if _cuda._library is not None:
+    if cuda.built():
         pytest.skip("the compiled module has CUDA kernels")
-    assert "cuda" not in kernels.OPS["group_norm_silu"].implementations
+    assert kernels.available()["group_norm_silu"]["cuda"] is not None
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        _cuda.function("group_norm_silu")
+        library.function("group_norm_silu")
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     name: str = "group_norm_plan",
 ) -> Plan:
-    sizes = (name, 0, _cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
+    sizes = (name, 0, cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
     return Plan(*run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes)))
 
 
@@ -378,7 +378,7 @@ def test_without_room_for_a_cluster_the_plan_takes_a_smaller_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("the room of a GPU cannot be set")
     set_clusters = cuda_host.library().emulation_set_clusters
-    bf16 = _cuda.DTYPES[torch.bfloat16]
+    bf16 = cuda.DTYPES[torch.bfloat16]
     sizes = ("group_norm_plan", 0, bf16, 1, 2, 320, 64 * 64, 32, 1, 227 * KIB, 0)
     found = []
     try:
