@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "fastdiff"
 LEVELS = {
-    **dict.fromkeys(["cli", "serve", "__main__"], 4),
+    **dict.fromkeys(["cli", "serve", "__main__"], 5),
+    "bench": 4,
     **dict.fromkeys(["pipelines", "integrations", "training", "evaluation"], 3),
-    **dict.fromkeys(["runtime", "cpu", "checkpoint", "presets", "data", "images", "tuning"], 2),
+    **dict.fromkeys(["runtime", "cpu", "checkpoint", "presets", "data", "images"], 2),
     **dict.fromkeys(["models", "diffusion"], 1),
-    **dict.fromkeys(["kernels", "extras", "timing"], 0),
+    **dict.fromkeys(["kernels", "extras"], 0),
 }
 STRANGERS = {("models", "diffusion"), ("diffusion", "models")}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
