@@ -30,11 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import shapes
 from benchmarks.gpu_networks import import_diffusers
 from benchmarks.harness import END_TO_END, RECORDS, Record
-from fastdiff.checkpoint.diffusers import autoencoder_config, convert_state_dict, unet_config
+from fastdiff.checkpoint.layouts.diffusers import (
+    autoencoder_config,
+    convert_state_dict,
+    unet_config,
+)
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.layers import ResBlock
 from fastdiff.models.unet import UNet
-from fastdiff.runtime import prepare
+from fastdiff.runtime.prepare import prepare
 
 ROUNDS = 5
 SIZE = 32

@@ -11,7 +11,7 @@ from benchmarks.gpu import LATER, Arguments, Case, Make, Subject
 from benchmarks.harness import Work, compare
 from benchmarks.shapes import GPU_BATCHES, Call, Job
 from fastdiff import kernels
-from fastdiff.presets import UNETS
+from fastdiff.models.presets import UNETS
 
 
 def arguments(call: Call, job: Job, make: Make) -> Arguments:

@@ -29,7 +29,7 @@ from benchmarks.harness import Work, compare
 from benchmarks.shapes import GPU_BATCHES, Call, Job
 from fastdiff import kernels
 from fastdiff.kernels import COLUMNS as C
-from fastdiff.presets import UNETS
+from fastdiff.models.presets import UNETS
 from fastdiff.timing import Timer
 
 COEFFICIENTS = {C.U: 1.0, C.V: -0.5, C.A: 0.5, C.B: 0.4, C.C1: 0.1, C.P: 0.1, C.Q: 1.0, C.W: 3.0}

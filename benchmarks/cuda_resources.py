@@ -33,7 +33,7 @@ from benchmarks import cuda_device
 from benchmarks.ahead_of_time import CHIPS, KIB
 from benchmarks.kernel_names import DTYPES, demangled, split_name
 from fastdiff import __version__
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "resources-cuda.md"

@@ -28,7 +28,7 @@ from benchmarks.harness import (
     duration,
 )
 from benchmarks.plot import draw_shares
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
 IMAGES = DOCUMENT.parent / "images"

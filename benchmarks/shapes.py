@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastdiff import kernels
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet
-from fastdiff.presets import AUTOENCODERS, UNETS
 
 Shape = tuple[int, ...]
 Function = Callable[..., Any]

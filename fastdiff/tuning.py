@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import fastdiff
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 from fastdiff.kernels import _triton
 from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tuned
 from fastdiff.timing import Method, Timer
