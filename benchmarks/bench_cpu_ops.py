@@ -3,7 +3,7 @@
     cpu                   what `auto` takes: the native kernel, or what measured faster
     eager                 what people write: channels_last, or scaled_dot_product_attention
     cpu, memory kept      the same two in a process that keeps the memory it frees
-    eager, memory kept    (fastdiff.cpu.keep_freed_memory): outputs are reused, no page is faulted
+    eager, memory kept    (cpu_layers.keep_freed_memory): outputs are reused, no page is faulted
 
 Sampler steps also stand beside diffusers' schedulers. The table of aims in docs/performance.md is
 made from these records and those of networks/bench_cpu_networks.py, by the worst case of each.
@@ -155,7 +155,7 @@ def test_sampler_step(benchmark: Any) -> None:
 
 
 if __name__ == "__main__":
-    from fastdiff.cpu import keep_freed_memory
+    from fastdiff.runtime.cpu_layers import keep_freed_memory
 
     keep_freed_memory()
     print(json.dumps([asdict(record) for record in measure("group_norm_silu", kept=True)]))

@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness import compare
 from fastdiff import kernels
 from fastdiff.bench.record import Work
-from fastdiff.presets import UNETS
+from fastdiff.models.presets import UNETS
 
 
 @pytest.mark.parametrize(("preset", "size", "batch"), [("digits", 8, 64), ("sd1", 64, 4)])

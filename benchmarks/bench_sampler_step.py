@@ -12,7 +12,7 @@ from benchmarks.harness import compare
 from fastdiff import kernels
 from fastdiff.bench.ops.sampler_step import ROWS, eager, row_of
 from fastdiff.bench.record import Work
-from fastdiff.presets import UNETS
+from fastdiff.models.presets import UNETS
 
 
 @pytest.mark.parametrize(("preset", "size", "batch"), [("digits", 8, 64), ("sd1", 64, 4)])

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "fastdiff"
 LEVELS = {
     **dict.fromkeys(["cli", "serve", "__main__"], 5),
-    "bench": 4,
-    **dict.fromkeys(["pipelines", "integrations", "training", "evaluation"], 3),
-    **dict.fromkeys(["runtime", "cpu", "checkpoint", "presets", "data", "images"], 2),
+    **dict.fromkeys(["jobs", "bench"], 4),
+    **dict.fromkeys(["generate", "integrations", "training", "evaluation"], 3),
+    **dict.fromkeys(["runtime", "checkpoint", "data"], 2),
     **dict.fromkeys(["models", "diffusion"], 1),
-    **dict.fromkeys(["kernels", "extras"], 0),
+    **dict.fromkeys(["kernels", "files", "configs", "images", "extras"], 0),
 }
 STRANGERS = {("models", "diffusion"), ("diffusion", "models")}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
@@ -98,7 +98,7 @@ def test_kernels_import_torch_and_triton_only() -> None:
     [
         ("kernels", "from fastdiff.models import unet"),
         ("models", "import fastdiff.diffusion.samplers"),
-        ("diffusion", "from fastdiff import pipelines"),
+        ("diffusion", "from fastdiff import generate"),
         ("checkpoint", "def f():\n    from fastdiff.training import trainer"),
     ],
 )

@@ -33,13 +33,17 @@ from benchmarks.networks.bench_cpu_networks import KL_F8, Step, in_turns, keep, 
 from fastdiff.bench import shapes
 from fastdiff.bench.providers import import_diffusers
 from fastdiff.bench.record import Peak
-from fastdiff.checkpoint.diffusers import autoencoder_config, convert_state_dict, unet_config
+from fastdiff.checkpoint.layouts.diffusers import (
+    autoencoder_config,
+    convert_state_dict,
+    unet_config,
+)
 from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.unet import UNet
-from fastdiff.runtime import prepare
+from fastdiff.runtime.prepare import prepare
 
 PARTS = ("unet", "decode", "image")
 PROVIDERS = ("diffusers", "diffusers compile", "accelerated", "accelerated compile", "fastdiff")

@@ -33,10 +33,10 @@ def write(folder: Path) -> None:
     """The same random weights as diffusers saves them, in both formats."""
     from safetensors.torch import save_file
 
-    from fastdiff.checkpoint.diffusers import names
+    from fastdiff.checkpoint.layouts.diffusers import names
     from fastdiff.checkpoint.save import diffusers_state_dict, unet_options
+    from fastdiff.models.presets import UNETS
     from fastdiff.models.unet import UNet
-    from fastdiff.presets import UNETS
 
     config = UNETS["sd1"]
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def write(folder: Path) -> None:
 def measure(way: str, folder: Path) -> dict[str, float]:
     """One load in this process, which must be fresh: seconds, and peak memory over the file."""
     import fastdiff
-    from fastdiff.checkpoint import load  # noqa: F401, what is imported is not what is measured
+    from fastdiff.checkpoint.open import load  # noqa: F401, what is imported is not what is measured
 
     file = folder / "safetensors" / "diffusion_pytorch_model.safetensors"
     torch.zeros(1)

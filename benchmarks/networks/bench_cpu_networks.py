@@ -30,11 +30,15 @@ from benchmarks.harness import RECORDS
 from fastdiff.bench import shapes
 from fastdiff.bench.providers import import_diffusers
 from fastdiff.bench.record import END_TO_END, Record, quartiles_of
-from fastdiff.checkpoint.diffusers import autoencoder_config, convert_state_dict, unet_config
+from fastdiff.checkpoint.layouts.diffusers import (
+    autoencoder_config,
+    convert_state_dict,
+    unet_config,
+)
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.layers import ResBlock
 from fastdiff.models.unet import UNet
-from fastdiff.runtime import prepare
+from fastdiff.runtime.prepare import prepare
 
 ROUNDS = 5
 SIZE = 32

@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import PEAKS, measure
 from fastdiff.bench.record import Peak, Work
-from fastdiff.checkpoint.bundle import ModelConfig
+from fastdiff.checkpoint.layouts.bundle import ModelConfig
 from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.latent import LatentDiffusion
-from fastdiff.presets import AUTOENCODERS, UNETS
 
 DIGITS = 64
 SETTINGS = SampleSettings(steps=50, guidance_scale=2.0)

@@ -33,7 +33,7 @@ from benchmarks.resources import cuda_device
 from benchmarks.resources.ahead_of_time import CHIPS, KIB
 from benchmarks.resources.kernel_names import DTYPES, demangled, split_name
 from fastdiff import __version__
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "resources-cuda.md"

@@ -35,7 +35,7 @@ from benchmarks.resources.ahead_of_time import (
     pairs,
     tasks,
 )
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 from fastdiff.kernels import _triton
 from fastdiff.kernels._triton import TUNABLES
 

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from benchmarks.resources import record
 from benchmarks.resources.ahead_of_time import CHIPS, DTYPES, KIB, Resources, compile_all, tasks
-from fastdiff.checkpoint.files import write_text
 from fastdiff.cli.parsing import UsageError, parse
+from fastdiff.files import write_text
 from fastdiff.kernels import _triton
 from fastdiff.kernels._triton import TUNABLES
 

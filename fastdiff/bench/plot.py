@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fastdiff.bench.record import Share, duration
-from fastdiff.checkpoint.files import atomic_file
+from fastdiff.files import atomic_file
 
 # Okabe and Ito's colours, which people with colour-blindness can tell apart; relatives are the
 # dark and the light of one hue.

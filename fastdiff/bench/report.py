@@ -28,7 +28,7 @@ from fastdiff.bench.record import (
     amdahl,
     duration,
 )
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
 IMAGES = DOCUMENT.parent / "images"

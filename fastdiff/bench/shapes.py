@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastdiff import kernels
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet
-from fastdiff.presets import AUTOENCODERS, UNETS
 
 Shape = tuple[int, ...]
 Function = Callable[..., Any]
@@ -179,7 +179,7 @@ JOBS = {
     "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=1),
     "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=32, batch=1),
 }
-"""The digits' batches are the blocks in which runtime.py evaluates: 8 images, guided 16 rows."""
+"""The digits' batches are the blocks in which fastdiff/runtime/ evaluates: 8 images, guided 16 rows."""
 
 
 GPU_JOBS = {

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastdiff
 from fastdiff.bench.clock import Method, Timer
-from fastdiff.checkpoint.files import write_text
+from fastdiff.files import write_text
 from fastdiff.kernels import _triton
 from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tuned
 

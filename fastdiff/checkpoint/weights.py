@@ -126,8 +126,8 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         raise FileNotFoundError(f"{path} is missing, or is not a file; give a file of weights")
     if path.name.endswith(".json"):
         return _open_sharded(path)
-    from fastdiff.checkpoint.pickles import looks_like_torch_save, read_torch_save
-    from fastdiff.checkpoint.safetensors import header_fits, read_safetensors
+    from fastdiff.checkpoint.formats.pickles import looks_like_torch_save, read_torch_save
+    from fastdiff.checkpoint.formats.safetensors import header_fits, read_safetensors
 
     with path.open("rb") as file:
         start = file.read(8)

@@ -106,7 +106,7 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from fastdiff.cpu import packing_objection
+    from fastdiff.runtime.cpu_layers import packing_objection
 
     fields: dict[str, str] = {}
     memory = 0

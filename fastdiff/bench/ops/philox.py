@@ -8,7 +8,7 @@ from fastdiff.bench.providers import LATER, Arguments, Make, Subject
 from fastdiff.bench.record import Work
 from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
-from fastdiff.presets import UNETS
+from fastdiff.models.presets import UNETS
 
 
 def arguments(call: Call, job: Job, make: Make) -> Arguments:
