@@ -179,7 +179,7 @@ JOBS = {
     "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=1),
     "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=32, batch=1),
 }
-"""The digits' batches are the blocks in which fastdiff/runtime/ evaluates: 8 images, guided 16 rows."""
+"""The digits' batches are the blocks of runtime/blocks.py: 8 images, 16 rows when guided."""
 
 
 GPU_JOBS = {
