@@ -92,7 +92,10 @@ class Op:
     )
     """Room for the gradient of an argument."""
     again: Callable[..., Any] | None = None
-    """A reference on what was kept, for second derivatives, where `reference` is not one."""
+    """(gradients of the outputs, what was kept) -> the gradients of the arguments, differentiable
+    once more; None: those of `reference`."""
+    without_first: Callable[..., Any] | None = None
+    """The same where nothing depends on the first output, whose gradient is None."""
 
     # Worked out from the above
     public: Callable[..., Any] | None = field(default=None, init=False)
@@ -193,7 +196,8 @@ class Op:
         return self._packed(args[0], outputs, statistics, MARKS[backend.name])
 
     def _fake(self, *args: Any) -> Any:
-        return self._packed(args[0], *self.fake(*args), 1)
+        outputs, statistics = self.fake(*args)
+        return self._packed(args[0], outputs, statistics, 1)
 
     def _packed(self, x: Tensor, outputs: Any, statistics: Tensor | None, mark: int) -> Any:
         """Outputs, statistics and mark, as the op's schema has them."""
@@ -256,13 +260,15 @@ class Op:
         some = next((g for g in given if g is not None), None)
         if some is None:
             return (None,) * len(self.types)
-        given[0] = torch.zeros_like(some) if given[0] is None else given[0]
         count = len(self.types)
         tensors = ctx.saved_tensors
         pairs = zip(tensors[:count], ctx.others, strict=True)
         kept = tuple(other if t is None else t for t, other in pairs)
         needs = self._needs(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
+        if given[0] is None:
+            assert self.without_first is not None
+            found = self.without_first(given, *kept)
+        elif torch.is_grad_enabled():
             found = self.gradients_by_reference(given, kept)
         else:
             found = self.known_backward(*given, *kept, *tensors[count:], needs)
@@ -378,10 +384,11 @@ def _reference_backend(op: Op) -> Backend:
                 leaves[i] = kept[i].detach().requires_grad_()
         with torch.enable_grad():
             found = op.gradients_by_reference(gradients, tuple(leaves))
-        return [
-            None if not need else op.gradient_like(kept[i]).copy_(0 if g is None else g)
-            for i, g, need in zip(op.own, found, needs, strict=True)
-        ]
+        results: list[Tensor | None] = []
+        for i, gradient, need in zip(op.own, found, needs, strict=True):
+            room = op.gradient_like(kept[i]).zero_() if need else None
+            results.append(room if room is None or gradient is None else room.copy_(gradient))
+        return results
 
     return Backend(name="reference", forward=forward, backward=backward)
 

@@ -111,11 +111,20 @@ def _again(
     )
     if dx is not None and dtotal is not None:
         dx = dx + dtotal
-    dchannel_add = None
-    if dx is not None and channel_add is not None:
-        over = [*([] if channel_add.ndim == 2 else [0]), *range(2, dx.ndim)]
-        dchannel_add = dx.sum(over) if over else dx
-    return dx, dweight, dbias, dchannel_add, dscale_shift
+    return dx, dweight, dbias, _sum_like(channel_add, dx), dscale_shift
+
+
+def _sum_like(channel_add: Tensor | None, dx: Tensor | None) -> Tensor | None:
+    """The gradient of channel_add, from that of total."""
+    if dx is None or channel_add is None:
+        return None
+    over = [*([] if channel_add.ndim == 2 else [0]), *range(2, dx.ndim)]
+    return dx.sum(over, dtype=compute_dtype(dx)) if over else dx
+
+
+def _of_total(gradients: Sequence[Tensor | None], *kept: Any) -> tuple[Tensor | None, ...]:
+    dtotal = gradients[1]
+    return dtotal, None, None, _sum_like(kept[4], dtotal), None
 
 
 def _work(
@@ -154,6 +163,7 @@ _op = Op(
     keep=_keep,
     passed_on={"residual": "x"},
     again=_again,
+    without_first=_of_total,
     gradient_like=dense_like,
 )
 

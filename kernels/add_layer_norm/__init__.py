@@ -70,6 +70,10 @@ def _again(
     return dx if dtotal is None or dx is None else dx + dtotal, *others
 
 
+def _of_total(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | None, ...]:
+    return gradients[1], None, None
+
+
 def _work(x: Tensor, *_: Any) -> Work:
     return Work(bytes=4 * x.numel() * x.element_size())
 
@@ -93,6 +97,7 @@ _op = Op(
     keep=_keep,
     passed_on={"residual": "x"},
     again=_again,
+    without_first=_of_total,
 )
 
 

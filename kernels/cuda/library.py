@@ -149,8 +149,7 @@ def using_library(library: ctypes.CDLL) -> Iterator[None]:
     """Run the launchers of another library, on CPU tensors when "cuda" is asked for by name."""
     global _library, _emulated
     before = _library, _emulated
-    states = [(table, table.get("cuda")) for table in (UNAVAILABLE, EMULATED)]
-    UNAVAILABLE.pop("cuda", None)
+    reason, devices = UNAVAILABLE.pop("cuda", None), EMULATED.get("cuda")
     _library, _emulated = library, True
     EMULATED["cuda"] = ("cpu",)
     _functions.clear()
@@ -159,9 +158,10 @@ def using_library(library: ctypes.CDLL) -> Iterator[None]:
         yield
     finally:
         _library, _emulated = before
-        for table, value in states:
-            table.pop("cuda", None)
-            if value is not None:
-                table["cuda"] = value
+        EMULATED.pop("cuda")
+        if devices is not None:
+            EMULATED["cuda"] = devices
+        if reason is not None:
+            UNAVAILABLE["cuda"] = reason
         _functions.clear()
         forget_candidates()

@@ -171,8 +171,8 @@ def norm_backward(
         dchannel_add = dx.sum(over, dtype=torch.float32) if over else dx.clone()
         dchannel_add = dchannel_add.to(channel_add.dtype)
     pairs = zip(parameters, (dweight, dbias, dscale_shift), strict=True)
-    dweight, dbias, dscale_shift = (None if p is None else g.to(p.dtype) for p, g in pairs)
-    return dx, dweight, dbias, dchannel_add, dscale_shift
+    of_weight, of_bias, of_film = (None if p is None else g.to(p.dtype) for p, g in pairs)
+    return dx, of_weight, of_bias, dchannel_add, of_film
 
 
 def _run_backward(

@@ -9,11 +9,16 @@ A backend has two functions for both ops:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
-Functions = dict[str, Callable[..., Any]]
+
+class Functions(TypedDict):
+    """What a `Backend` is made of."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 def without_residual(

@@ -14,12 +14,8 @@ from scipy import stats
 from fastdiff import kernels
 from fastdiff.kernels import philox4x32, philox_normal
 from fastdiff.kernels import triton as _triton
-from fastdiff.kernels.philox_normal import (
-    circle,
-    normals_of_blocks,
-    philox_words,
-    radius,
-)
+from fastdiff.kernels.philox_normal import normals_of_blocks
+from fastdiff.kernels.philox_normal.triton import circle, philox_words, radius
 from fastdiff.kernels.triton import jit, tl
 from tests import cuda_host
 from tests.kernels import cases
