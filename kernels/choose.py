@@ -21,7 +21,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -56,10 +56,11 @@ _warned: set[tuple[str, str]] = set()
 class _Forced(threading.local):
     """What `_forced` means to a graph, where Dynamo can guard on it: it cannot on a ContextVar."""
 
-    any = False
-    """A backend is forced, "auto" among them."""
-    reference = False
-    kernel = False
+    def __init__(self) -> None:  # of every thread: Dynamo guards on what an instance has
+        self.any = False
+        """A backend is forced, "auto" among them."""
+        self.reference = False
+        self.kernel = False
 
 
 _traced = _Forced()
@@ -335,15 +336,27 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    with _forcing(name):
+        yield
+
+
+@contextmanager
+def _forcing(name: str | None) -> Iterator[None]:
     token = _forced.set(name)
     before = _traced.any, _traced.reference, _traced.kernel
-    _traced.any, _traced.reference = True, name == "reference"
-    _traced.kernel = name not in ("reference", "auto")
+    _traced.any, _traced.reference = name is not None, name == "reference"
+    _traced.kernel = name not in (None, "reference", "auto")
     try:
         yield
     finally:
         _forced.reset(token)
         _traced.any, _traced.reference, _traced.kernel = before
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint.checkpoint(..., context_fn=checkpoint_contexts)``: what is
+    computed again in the backward pass runs on the backends of the first time."""
+    return nullcontext(), _forcing(_forced.get())
 
 
 @contextmanager

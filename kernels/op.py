@@ -17,7 +17,8 @@ costs more than a small tensor's work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -77,6 +78,8 @@ class Op:
     statistics: bool = False
     """Whether the forward pass leaves a tensor for the backward pass, besides its outputs."""
     differentiable: bool = True
+    traceable: bool = True
+    """Whether Dynamo can trace the reference; where it cannot, graphs hold the op, whatever runs."""
     arguments: Callable[..., tuple[Any, ...]] = lambda *args: args
     """The public function's arguments, in its order -> the op's."""
 
@@ -139,7 +142,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            if traces_reference(self, args):
+            if self.traceable and traces_reference(self, args):
                 return self.backends["reference"].forward(*args, False)[0]
             return self._through_pytorch(args)
         backend = choose(self, args)
@@ -382,7 +385,7 @@ def _reference_backend(op: Op) -> Backend:
         for i in op.own:  # whatever is needed: one gradient may be a sum of another
             if isinstance(kept[i], Tensor) and kept[i].is_floating_point():
                 leaves[i] = kept[i].detach().requires_grad_()
-        with torch.enable_grad():
+        with _recording_a_graph():
             found = op.gradients_by_reference(gradients, tuple(leaves))
         results: list[Tensor | None] = []
         for i, gradient, need in zip(op.own, found, needs, strict=True):
@@ -391,6 +394,16 @@ def _reference_backend(op: Op) -> Backend:
         return results
 
     return Backend(name="reference", forward=forward, backward=backward)
+
+
+@contextmanager
+def _recording_a_graph() -> Iterator[None]:
+    """Autograd at work inside an op, where PyTorch's dispatcher has left it behind."""
+    autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() - autograd
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def _flat(outputs: Any) -> tuple[Tensor, ...]:

@@ -269,6 +269,7 @@ _op = Op(
         cpu_backend(forward=_on_cpu, dtypes=(torch.float32,)),
     ),
     differentiable=False,
+    traceable=False,  # the host reads the row
 )
 
 
