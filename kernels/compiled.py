@@ -78,10 +78,10 @@ def describe() -> dict[str, Any]:
 def stale() -> bool:
     """True in a checkout whose ``csrc/`` is not what the module was built from."""
     sources = Path(__file__).resolve().parent.parent / "csrc"
-    if native is None or not (sources / "bindings.cpp").exists():
+    if native is None or not (sources / "common" / "bindings.cpp").exists():
         return False
     total = hashlib.sha256()
-    for path in sorted(sources.iterdir()):
+    for path in sorted(sources.rglob("*")):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
-            total.update(path.name.encode() + path.read_bytes())
+            total.update(path.relative_to(sources).as_posix().encode() + path.read_bytes())
     return bool(total.hexdigest()[:16] != native.build()["digest"])

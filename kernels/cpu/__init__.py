@@ -11,7 +11,7 @@ from torch import Tensor
 from ..choose import Backend
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The codes of csrc/cpu/kernels.h."""
+"""The codes of csrc/common/kernels.h."""
 
 
 def address(x: Tensor | None) -> int:

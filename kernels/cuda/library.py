@@ -21,7 +21,7 @@ from .. import compiled
 from ..choose import EMULATED, UNAVAILABLE, forget_candidates
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-"""The codes of csrc/common/common.cuh; fp64 for parameters only."""
+"""The codes of csrc/cuda/common.cuh; fp64 for parameters only."""
 SUPPORTED = tuple(DTYPES)[:3]
 
 _TYPES = {

@@ -13,7 +13,7 @@ scale_shift and statistics are N * C numbers. The Triton implementation has two 
             apply: 3 trips, of which the second read finds the L2 where a sample fits there
 
 The CUDA kernels go 2 trips where a group fits into the shared memory of a block or, on sm_90, of a
-cluster of up to 16, else 3 (csrc/common/norm_plan.h); backward 3 or 5.
+cluster of up to 16, else 3 (csrc/cuda/norm_plan.h); backward 3 or 5.
 
 The backward pass keeps x and the statistics (2 * N * G numbers) and computes the rest anew: x and
 dy in, dx out, 3 trips when small and 5 when large. To a large tensor's trips come the partial sums,

@@ -60,7 +60,7 @@ class _CudaLayout:
 
 @lru_cache(4096)
 def cuda_plan(name: str, *arguments: int) -> Any:
-    """NormPlan of csrc/common/norm_plan.h as a list, by "group_norm_plan" or the backward pass's.
+    """NormPlan of csrc/cuda/norm_plan.h as a list, by "group_norm_plan" or the backward pass's.
 
     arguments: the device, a code of DTYPES, channels_last, N, C, S, the groups, whether all is
     aligned, and limits: see csrc/cuda/group_norm_silu.cu.

@@ -44,13 +44,13 @@ needs_compiler = pytest.mark.skipif(
 
 def sources() -> list[Path]:
     """What the library is made of."""
-    folders = ((ROOT / "csrc", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
+    folders = ((ROOT / "csrc" / "cuda", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
     return [path for folder, names in folders for path in sorted(folder.glob(names))]
 
 
 def build(flags: str = "") -> Path:
     """The shared library, compiled if there is none of these sources yet."""
-    used = [*sources(), *(ROOT / "csrc").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
+    used = [*sources(), *(ROOT / "csrc").glob("*/*.cuh"), *(ROOT / "csrc").glob("*/*.h")]
     total = hashlib.sha256(f"{COMPILER} {FLAGS} {flags}".encode())
     for path in sorted({*used, *HERE.glob("*.h")}):
         total.update(path.name.encode() + path.read_bytes())
@@ -60,7 +60,7 @@ def build(flags: str = "") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         objects = [folder / f"{library.stem}-{path.stem}-{os.getpid()}.o" for path in sources()]
         common = [COMPILER, *FLAGS.split(), *flags.split(), "-DFASTDIFF_EMULATE_CUDA"]
-        common += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+        common += [f"-I{ROOT / 'csrc' / room}" for room in ("cuda", "common")] + [f"-I{HERE}"]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             commands = [
                 [*common, "-c", "-x", "c++", str(path), "-o", str(target)]

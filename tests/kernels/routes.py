@@ -109,7 +109,7 @@ CUDA = [
 
 def cuda_kernels() -> set[str]:
     """The kernels of csrc/, by their definitions."""
-    text = "".join(path.read_text() for path in (cuda_host.ROOT / "csrc").glob("*.cu*"))
+    text = "".join(path.read_text() for path in (cuda_host.ROOT / "csrc" / "cuda").glob("*.cu*"))
     text = re.sub(r"//.*", "", text)
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"
     return set(re.findall(rf"__global__\s+void\s+{bounds}(\w+)\s*\(", text))

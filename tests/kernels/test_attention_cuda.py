@@ -350,7 +350,7 @@ def test_the_machine_code(tmp_path: Path) -> None:
     if _triton.triton is None:
         pytest.skip("cuobjdump comes with triton, which is not installed")
     tool = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin, source = tmp_path / "sm_80.cubin", cuda_host.ROOT / "csrc" / "attention.cu"
+    cubin, source = tmp_path / "sm_80.cubin", cuda_host.ROOT / "csrc" / "cuda" / "attention.cu"
     command = [str(NVCC), "-std=c++17", "-O3", "-arch=sm_80", "-cubin", str(source)]
     subprocess.run([*command, "-o", str(cubin)], capture_output=True, check=True)
     command = [str(tool), "-sass", str(cubin)]

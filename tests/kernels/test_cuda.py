@@ -270,7 +270,7 @@ def test_without_kernels_the_backend_is_missing() -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fields of csrc/norm_plan.h's NormPlan."""
+    """The fields of csrc/cuda/norm_plan.h's NormPlan."""
 
     on_chip: int
     vector: int

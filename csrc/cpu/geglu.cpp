@@ -1,4 +1,6 @@
 // GEGLU on a CPU: row by row, in pieces that stay in the first cache.
+#include "geglu.h"
+
 #include "cpu.h"
 
 namespace fastdiff {

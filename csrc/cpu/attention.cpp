@@ -4,6 +4,8 @@
 //
 // The sums of a row run over the keys of a block in order, then over the blocks. Blocks depend on the
 // number of keys alone and a row's bits on no other row, so neither tiles nor threads show in them.
+#include "attention.h"
+
 #include "product.h"
 
 namespace fastdiff {

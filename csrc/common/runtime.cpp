@@ -39,15 +39,6 @@ int best() {
 int active = best();
 ParallelFor pool = nullptr;
 
-template <class Arguments> void dispatch(const Arguments& a) {
-  static constexpr void (*table[])(const Arguments&) = {
-#define X(isa) &isa::run<Arguments>,
-      FASTDIFF_ISAS
-#undef X
-  };
-  table[active](a);
-}
-
 // The pool is a C function: it turns an exception into a number, and the loop's result would be
 // garbage. So a thread's first exception is kept, and thrown where the loop was called.
 struct Guarded {
@@ -70,11 +61,7 @@ struct Guarded {
 
 }  // namespace
 
-#define X(Arguments) \
-  void run(const Arguments& a) { dispatch(a); }
-FASTDIFF_KERNELS(X)
-#undef X
-
+int active_isa() { return active; }
 const char* isa() { return names[active]; }
 
 bool use_isa(const char* name) {

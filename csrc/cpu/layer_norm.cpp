@@ -1,4 +1,6 @@
 // LayerNorm with an addition before it on a CPU: row by row, a row stays in the first cache.
+#include "layer_norm.h"
+
 #include "cpu.h"
 
 namespace fastdiff {

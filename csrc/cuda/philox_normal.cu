@@ -1,6 +1,6 @@
 // Launcher of philox_normal.
 
-#include "philox.cuh"
+#include "philox_normal.cuh"
 
 #include "launch.cuh"
 

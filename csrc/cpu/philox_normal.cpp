@@ -1,4 +1,6 @@
 // Normal noise for a batch of images on a CPU.
+#include "philox_normal.h"
+
 #include "noise.h"
 
 namespace fastdiff {

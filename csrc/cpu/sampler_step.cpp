@@ -1,4 +1,6 @@
 // One row of a sampler table on a CPU: every tensor is read and written once.
+#include "sampler_step.h"
+
 #include "noise.h"
 
 namespace fastdiff {
