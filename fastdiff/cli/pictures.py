@@ -23,10 +23,10 @@ from fastdiff.cli.machine import (
     output_folder,
 )
 from fastdiff.cli.parsing import OptionalPath
+from fastdiff.generate.core import MAX_SEED, OnStep, SampleSettings, Step
+from fastdiff.generate.image_to_image import first_step
+from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 from fastdiff.images import contact_sheet, save_png
-from fastdiff.pipelines.core import MAX_SEED, OnStep, SampleSettings, Step
-from fastdiff.pipelines.image_to_image import first_step
-from fastdiff.pipelines.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 
 if TYPE_CHECKING:
     from fastdiff.cli.again import Original

@@ -20,7 +20,7 @@ from tests.integrations.models import (
     images,
     pipeline,
 )
-from tests.parity import assert_gradient_parity, assert_parity
+from tests.support.parity import assert_gradient_parity, assert_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own deprecations
 

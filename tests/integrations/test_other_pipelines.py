@@ -25,7 +25,7 @@ from tests.integrations.models import (
 )
 from tests.integrations.test_goes_on_working import add_lora
 from tests.integrations.tokenizer import text_encoder, tokenizer
-from tests.peers import import_diffusers
+from tests.support.peers import import_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
