@@ -115,13 +115,21 @@ def optimizer_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. A network that was not stepped yet has no state."""
+    """The inverse of `optimizer_tensors`. A network that was not stepped yet has no state.
+
+    Files hold moments in plain order. Fused AdamW reads parameter, gradient and moments by position
+    in memory, whatever their strides, so each moment gets the memory layout of its parameter.
+    """
     index_of = {name: index for index, name in enumerate(names)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         owner, _, rest = key.partition("/")
         if owner == prefix:
             name, _, slot = rest.rpartition("/")
+            parameter = parameters[index_of[name]]
+            if tensor.shape == parameter.shape:
+                tensor = torch.empty_like(parameter, device="cpu", dtype=tensor.dtype).copy_(tensor)
             states.setdefault(index_of[name], {})[slot] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
