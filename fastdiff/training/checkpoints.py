@@ -128,11 +128,16 @@ def load_optimizer(
         if owner == prefix:
             name, _, slot = rest.rpartition("/")
             parameter = parameters[index_of[name]]
-            if tensor.shape == parameter.shape:
-                tensor = torch.empty_like(parameter, device="cpu", dtype=tensor.dtype).copy_(tensor)
-            states.setdefault(index_of[name], {})[slot] = tensor
+            states.setdefault(index_of[name], {})[slot] = _laid_out_like(parameter, tensor)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment with its parameter's strides; a counter () as it is."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, device="cpu", dtype=value.dtype).copy_(value)
 
 
 def _packed(tensor: Tensor) -> Tensor:
