@@ -24,7 +24,8 @@ import tyro
 from PIL import Image
 
 from fastdiff import __version__
-from fastdiff.checkpoint.layouts.bundle import Bundle, ModelConfig, save_bundle
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.cli import COMMANDS, main
 from fastdiff.cli.again import Original
 from fastdiff.cli.doctor import ordinary_call
@@ -71,21 +72,16 @@ def make_bundle(folder: Path, seed: int) -> str:
     unet = UNet(UNET)
     for parameter in unet.parameters():  # a fresh one returns zeros, whatever it is asked
         parameter.data.normal_(std=0.1)
-    config = ModelConfig(
+    model = Model(
+        layout="bundle",
         image_size=32,
         image_channels=1,
-        autoencoder=AUTOENCODER,
-        unet=UNET,
+        autoencoder=Autoencoder(AUTOENCODER),
+        denoiser=unet,
         schedule=ScheduleConfig(),
         class_names=tuple("0123456789"),
     )
-    save_bundle(
-        folder,
-        config,
-        autoencoder=Autoencoder(AUTOENCODER),
-        unet=unet,
-        provenance={"command": "a test"},
-    )
+    save_bundle(model, folder, provenance={"command": "a test"})
     return str(folder)
 
 
@@ -723,8 +719,8 @@ def test_evaluate_fails_when_a_limit_is_missed(
     """The measuring has its own tests; here it is told what came out."""
     asked = {}
 
-    def told(bundle: Bundle, **kwargs: object) -> SimpleNamespace:
-        asked.update(kwargs, weights=bundle.weights_hash)
+    def told(model: Model, **kwargs: object) -> SimpleNamespace:
+        asked.update(kwargs, weights=model.weights_hash)
         results = Results(
             samples=scores(accuracy),
             held_out=scores(0.98),

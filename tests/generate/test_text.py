@@ -250,7 +250,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def test_previews_look_like_the_image() -> None:
     """With the trained autoencoder that ships: held-out digits, encoded."""
-    digits = LatentDiffusion.from_bundle(load_bundle("digits")).core
+    digits = LatentDiffusion(load_bundle("digits")).core
     images = to_float(open_dataset(DataConfig(split="held-out", image_size=32)).images[:16])
     preview = digits.preview(digits.encode(images))
     small = F.interpolate(images, preview.shape[2:], mode="area")

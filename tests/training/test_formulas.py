@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, Posterior
 from fastdiff.training import (
@@ -187,10 +189,8 @@ def test_timesteps_are_uniform_stratified_or_logit_normal(tmp_path: Path) -> Non
 def test_class_dropout_has_its_rate_and_the_scale_factor_unit_variance(tmp_path: Path) -> None:
     images = runs.image_folder(tmp_path / "images", count=12)
     autoencoder = Autoencoder(runs.autoencoder_model())
-    from fastdiff.checkpoint.layouts.bundle import ModelConfig, save_bundle
-
-    config = ModelConfig(image_size=16, image_channels=1, autoencoder=runs.autoencoder_model())
-    save_bundle(tmp_path / "first", config, autoencoder=autoencoder)
+    first = Model(layout="bundle", image_size=16, image_channels=1, autoencoder=autoencoder)
+    save_bundle(first, tmp_path / "first")
     base = runs.diffusion_run(images, tmp_path / "run")
     for views in (0, 2):
         run = runs.diffusion_run(

@@ -138,7 +138,7 @@ def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: 
     fit(task, dataclasses.replace(run), resume=False)
     labels = torch.tensor([0, 1, 1])
     preview = task.sample(task.unet.eval(), torch.tensor([0, 1, 7]), labels)
-    pipeline = LatentDiffusion.from_bundle(load_bundle(tmp_path / "second"))
+    pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
     settings = SampleSettings(sampler="ddim", steps=3, guidance_scale=3.0)
     sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
     torch.testing.assert_close(preview, sampled.clamp(-1, 1), rtol=1e-4, atol=1e-4)
@@ -182,7 +182,7 @@ def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     task.preview = lambda network: shown.append(network) or preview(network)  # type: ignore
     open_run(run, resume=False)
     fit(task, run, resume=False)
-    exported = load_bundle(tmp_path / "run").unet
+    exported = load_bundle(tmp_path / "run").denoiser
     assert exported is not None
     assert len(shown) == 1
     assert not shown[0].training
