@@ -310,13 +310,13 @@ def test_parts_that_do_not_belong_together(folder: Path) -> None:
             (folder / "vae" / "config.json").write_text(before)
     wide = peer_model("AutoencoderKL", {**VAE, "latent_channels": 8}, torch.float32)
     wide.save_pretrained(folder / "vae")
-    with pytest.raises(ValueError, match="latents have 8 channels, the U-Net's 4"):
+    with pytest.raises(ValueError, match="latents have 8 channels, the denoiser's 4"):
         fastdiff.load(folder)
 
 
 def test_a_text_encoder_of_another_width(folder: Path) -> None:
     text_model("CLIPTextModel", 8, 2, torch.float32).save_pretrained(folder / "text_encoder")
-    with pytest.raises(ValueError, match="tokens are 8 wide, the U-Net takes 24"):
+    with pytest.raises(ValueError, match="tokens are 8 wide, the denoiser reads 24"):
         fastdiff.load(folder)
     assert fastdiff.load(folder, text_encoders=False).text_encoders == ()
     change_json(folder / "text_encoder" / "config.json", architectures=["BertModel"])

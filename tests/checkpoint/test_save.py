@@ -226,7 +226,7 @@ def test_a_bundle_and_back(saved: Saved, tmp_path: Path) -> None:
     vae = fastdiff.load(text / "vae", image_size=48)
     save_bundle(vae, tmp_path / "vae")
     assert fastdiff.load(tmp_path / "vae").image_size == 48
-    with pytest.raises(ValueError, match="has text encoders"):
+    with pytest.raises(ValueError, match="has no place for text encoders"):
         save_bundle(fastdiff.load(text), tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
@@ -242,7 +242,7 @@ def test_what_diffusers_lacks_is_refused_and_nothing_is_written(tmp_path: Path) 
         num_heads=4,
     )
     unet = UNet(config)
-    checkpoint = Model(layout="", unet=unet, schedule=ScheduleConfig())
+    checkpoint = Model(layout="", denoiser=unet, schedule=ScheduleConfig())
     with pytest.raises(ValueError, match="diffusers has no U-Net with num_heads 4"):
         save_diffusers(checkpoint, tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ def test_the_shipped_bundle_is_small_and_whole() -> None:
     assert bundle.denoiser is not None
     assert bundle.autoencoder is not None
     assert bundle.class_names == tuple("0123456789")
-    size = sum(path.stat().st_size for path in bundle.folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in bundle.path.glob("*.safetensors"))
     assert size <= 8 * 2**20
     assert bundle.provenance["facts"], "the command that trained it should be recorded"
 

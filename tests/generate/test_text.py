@@ -343,7 +343,7 @@ def test_models_that_do_not_fit(models: Callable[[str], TextDiffusion], tmp_path
     made = checkpoint("sd1", components("sd1", tmp_path))
     xl = models("xl").checkpoint
     for change, message in (
-        ({"unet": None}, "got one without denoiser"),
+        ({"denoiser": None}, "got one without denoiser"),
         ({"autoencoder": None}, "got one without autoencoder"),
         ({"text_encoders": ()}, "has no text encoder"),
         ({"text_encoders": xl.text_encoders}, "32 wide and the text encoders make 56"),
