@@ -79,7 +79,7 @@ class Op:
     """Whether the forward pass leaves a tensor for the backward pass, besides its outputs."""
     differentiable: bool = True
     traceable: bool = True
-    """Whether Dynamo can trace the reference; where it cannot, graphs hold the op, whatever runs."""
+    """Whether Dynamo can trace the reference; otherwise graphs hold the op, whatever runs."""
     arguments: Callable[..., tuple[Any, ...]] = lambda *args: args
     """The public function's arguments, in its order -> the op's."""
 

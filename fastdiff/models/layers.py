@@ -63,7 +63,9 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     """Gradient checkpointing: what `function` computes is computed again in the backward pass, on
     the backends of the first time."""
     # Dynamo takes no other context_fn than its own
-    options = {} if torch.compiler.is_compiling() else {"context_fn": checkpoint_contexts}
+    options: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        options["context_fn"] = checkpoint_contexts
     return checkpoint(function, *args, use_reentrant=False, **options)
 
 
