@@ -284,7 +284,7 @@ def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None
             names = {op, op.removeprefix("add_")}
             ran = [stack.enter_context(recording(name)) for name in names if name in kernels.OPS]
             results = run(getattr(kernels, op), with_gradients(inputs(seed)), seed)
-        assert sum(ran, []) == [backend]
+        assert [name for each in ran for name in each] == [backend]
         return results
 
     @cache
@@ -296,7 +296,10 @@ def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None
         return run(globals()[f"{op}_eager"], with_gradients(inputs(seed)), seed)
 
     def draws(kind: int, index: int) -> list[Callable[[int], Tensor]]:
-        return [lambda seed, f=f: f(seed)[kind][index] for f in (actual, expected, eager)]
+        def drawn(results: Callable[[int], Any]) -> Callable[[int], Tensor]:
+            return lambda seed: results(seed)[kind][index]
+
+        return [drawn(results) for results in (actual, expected, eager)]
 
     leaves, (outputs, gradients) = tensors_in(inputs(0)), actual(0)
     for index, output in enumerate(outputs):
