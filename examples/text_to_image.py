@@ -10,8 +10,9 @@ import sys
 import torch
 
 import fastdiff
+from fastdiff.diffusion.sampling import Step
 from fastdiff.images import save_png
-from fastdiff.pipelines.core import SampleSettings, Step
+from fastdiff.pipelines.core import SampleSettings
 from fastdiff.pipelines.text import TextDiffusion, TextSettings
 from fastdiff.pipelines.text_to_image import text_to_image
 

@@ -23,8 +23,9 @@ from fastdiff.cli.machine import (
     output_folder,
 )
 from fastdiff.cli.parsing import OptionalPath
+from fastdiff.diffusion.sampling import OnStep, Step
 from fastdiff.images import contact_sheet, save_png
-from fastdiff.pipelines.core import MAX_SEED, OnStep, SampleSettings, Step
+from fastdiff.pipelines.core import MAX_SEED, SampleSettings
 from fastdiff.pipelines.image_to_image import first_step
 from fastdiff.pipelines.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastdiff.pipelines.core import OnStep, Progress, SampleSettings
+from fastdiff.diffusion.sampling import OnStep
+from fastdiff.pipelines.core import Progress, SampleSettings
 from fastdiff.pipelines.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings, samples
 
 

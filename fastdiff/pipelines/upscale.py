@@ -8,7 +8,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.pipelines.core import OnStep, Progress, SampleSettings, stage_seeds
+from fastdiff.diffusion.sampling import OnStep
+from fastdiff.pipelines.core import Progress, SampleSettings, stage_seeds
 from fastdiff.pipelines.image_to_image import latents_to_latents
 from fastdiff.pipelines.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 

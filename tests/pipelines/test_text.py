@@ -18,9 +18,10 @@ from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.data import DataConfig, open_dataset
 from fastdiff.data.dataset import to_float
 from fastdiff.diffusion.samplers import SamplerTable
+from fastdiff.diffusion.sampling import Step
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.unet import UNet
-from fastdiff.pipelines.core import SampleSettings, Step, stage_seeds
+from fastdiff.pipelines.core import SampleSettings, stage_seeds
 from fastdiff.pipelines.image_to_image import first_step, image_to_image, latents_to_latents
 from fastdiff.pipelines.inpainting import inpaint
 from fastdiff.pipelines.latent import LatentDiffusion
