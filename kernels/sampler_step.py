@@ -231,11 +231,11 @@ def _sampler_step_fake(
     table: Tensor,
     rows: Tensor,
     seeds: Tensor,
-    cond: Tensor | None,
-    uncond: Tensor | None,
-    denoised: Tensor | None,
-    finite: Tensor | None,
-    rescale: bool,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    denoised: Tensor | None = None,
+    finite: Tensor | None = None,
+    rescale: bool = True,
 ) -> None:
     return None
 

@@ -116,7 +116,7 @@ class SamplerTable:
     @cached_property
     def rescales(self) -> bool:
         """Whether a row rescales its guided prediction (RESCALE)."""
-        return bool(self.column("RESCALE").any())
+        return any(self.column("RESCALE").tolist())
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The columns as `sampler_step` takes them: (rows, 20) on the device."""

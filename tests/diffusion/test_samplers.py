@@ -123,14 +123,12 @@ def test_guidance() -> None:
 
     settings = {"prediction": "x0", "guidance_scale": 3.0, "guidance_interval": (1, 3)}
     table = build_table("heun", LINEAR, 4, **settings)
-    estimates = []
     steps = []
     sample(predict, table, noise(2, 2, 3), [1, 2], on_step=steps.append)
     assert table.steps.tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert table.guided == [False, False, True, True, True, True, False]
-    assert [(step.row, step.done, step.total) for step in steps] == [
-        (i, i + 1, 7) for i in range(7)
-    ]
+    counts = [(step.row, step.done, step.total) for step in steps]
+    assert counts == [(row, row + 1, 7) for row in range(7)]
     assert [list(step.samples) for step in steps] == [[0, 1]] * 7
     for guided, step in zip(table.guided, steps, strict=True):
         expected = uncond + 3 * (cond - uncond) if guided else cond

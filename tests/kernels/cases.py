@@ -793,8 +793,8 @@ def ordinary_inputs(op: str, device: str, dtype: torch.dtype = torch.float32) ->
         for column, value in {**row, c.CLAMP: 2.0, c.RESCALE: 0.7}.items():  # writes slot 0
             table[:, column] = value
         x, f, history = draw(2, 4, 9, 9), draw(4, 4, 9, 9), draw(3, 2, 4, 9, 9)
-        rows = torch.tensor([1, 0], device=device)
+        index = torch.tensor([1, 0], device=device)
         pair = {"cond": seeds + 2, "uncond": seeds}
-        return (x, f, history, table.to(device), rows, seeds), pair
+        return (x, f, history, table.to(device), index, seeds), pair
     rows: list[Case] = globals()[op.upper()]
     return rows[0].build(draw)
