@@ -262,6 +262,7 @@ register(_op, _run, _objection)
 # CPU
 
 NOISE = int(SAMPLER_NOISE)
+WIDTH = len(Column)
 
 
 def _native(
@@ -280,9 +281,21 @@ def _native(
 ) -> None:
     if x.numel() == 0:
         return
-    outputs = x, history, denoised, finite
-    dense = [t if t is None or t.is_contiguous() else t.contiguous() for t in outputs]
-    at = [0 if t is None else t.data_ptr() for t in dense]
+    if not (
+        x.is_contiguous()
+        and history.is_contiguous()
+        and (denoised is None or denoised.is_contiguous())
+        and (finite is None or finite.is_contiguous())
+    ):
+        outputs = x, history, denoised, finite
+        dense = [None if t is None else t.contiguous() for t in outputs]
+        written = dict(zip(("x", "history", "denoised", "finite"), dense, strict=True))
+        given = {"prediction": prediction, "table": table, "rows": rows, "seeds": seeds}
+        _native(**written, **given, cond=cond, uncond=uncond, rescale=rescale)  # type: ignore[arg-type]
+        for output, filled in zip(outputs, dense, strict=True):
+            if output is not None and filled is not None:
+                output.copy_(filled)
+        return
     n, c = x.shape[:2]
     space = x.numel() // (n * c)
     if prediction.dtype not in extension.DTYPES:
@@ -301,16 +314,16 @@ def _native(
         extension.DTYPES[prediction.dtype],
         channels == 2 * c,
         rescale,
-        at[0],
+        x.data_ptr(),
         prediction.data_ptr(),
-        at[1],
+        history.data_ptr(),
         table.data_ptr(),
         rows.data_ptr(),
         seeds.data_ptr(),
         0 if cond is None else cond.data_ptr(),
         0 if uncond is None else uncond.data_ptr(),
-        at[2],
-        at[3],
+        0 if denoised is None else denoised.data_ptr(),
+        0 if finite is None else finite.data_ptr(),
         n,
         len(table),
         images,
@@ -324,9 +337,6 @@ def _native(
     )
     if bad >= 0:
         check_places(prediction, table, rows, cond, uncond, rescale)
-    for given, written in zip(outputs, dense, strict=True):
-        if given is not written and given is not None and written is not None:
-            given.copy_(written)
 
 
 @torch.library.custom_op("fastdiff::sampler_step_cpu", mutates_args=MUTATED, device_types="cpu")
@@ -377,46 +387,53 @@ def _check(
     options: dict[str, Any],
 ) -> None:
     op = "sampler_step"
-    if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
+    shape, have, dtype = x.shape, prediction.shape, x.dtype
+    if len(shape) < 2 or (dtype is not torch.float32 and dtype is not torch.float64):
         raise ValueError(
-            f"{op}: x must be (N, C, *spatial) fp32, got {x.dtype} of shape {tuple(x.shape)}; "
+            f"{op}: x must be (N, C, *spatial) fp32, got {dtype} of shape {tuple(shape)}; "
             "keep x in fp32 whatever the network's dtype"
         )
-    shape, have = x.shape, prediction.shape
     n, c = shape[0], shape[1]
     if len(have) < 2 or have[2:] != shape[2:] or have[1] not in (c, 2 * c):
         shapes = [(f"{k * c}", *map(str, shape[2:])) for k in (1, 2)]
         expected = " or ".join(f"(M, {', '.join(sizes)})" for sizes in shapes)
         raise ValueError(f"{op}: prediction must have shape {expected}, got {tuple(have)}")
-    check_shape(op, "history", history, (HISTORY_SLOTS, *shape))
-    if history.dtype is not x.dtype or table.dtype is not x.dtype:
-        name, tensor = ("history", history) if history.dtype is not x.dtype else ("table", table)
-        raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    if table.ndim != 2 or table.shape[1] != len(Column):
-        raise ValueError(f"{op}: table must be (rows, {len(Column)}), got {tuple(table.shape)}")
+    if history.shape != (HISTORY_SLOTS, *shape):
+        check_shape(op, "history", history, (HISTORY_SLOTS, *shape))
+    if history.dtype is not dtype or table.dtype is not dtype:
+        name, tensor = ("history", history) if history.dtype is not dtype else ("table", table)
+        raise ValueError(f"{op}: {name} must have the dtype of x, {dtype}, got {tensor.dtype}")
+    if table.ndim != 2 or table.shape[1] != WIDTH:
+        raise ValueError(f"{op}: table must be (rows, {WIDTH}), got {tuple(table.shape)}")
+    _check_vector("rows", rows, n, torch.int64)
+    _check_vector("seeds", seeds, n, torch.int64)
     cond, uncond = options["cond"], options["uncond"]
-    for name, index in (("rows", rows), ("seeds", seeds), ("cond", cond), ("uncond", uncond)):
-        if index is None:
-            continue
-        check_shape(op, name, index, (n,))
-        if index.dtype is not torch.int64:
-            raise ValueError(f"{op}: {name} must be int64, got {index.dtype}")
-    if cond is None and have[0] != n:
+    if cond is not None:
+        _check_vector("cond", cond, n, torch.int64)
+    elif have[0] != n:
         raise ValueError(
             f"{op}: without cond, prediction must have one part for each of the {n} samples, got "
             f"{have[0]}; cond and uncond say which are whose"
         )
-    denoised, finite = options["denoised"], options["finite"]
+    if uncond is not None:
+        _check_vector("uncond", uncond, n, torch.int64)
+    if options["finite"] is not None:
+        _check_vector("finite", options["finite"], n, torch.bool)
+    denoised = options["denoised"]
     if denoised is not None:
         check_shape(op, "denoised", denoised, tuple(shape))
-        if denoised.dtype is not x.dtype:
+        if denoised.dtype is not dtype:
             raise ValueError(
-                f"{op}: denoised must have the dtype of x, {x.dtype}, got {denoised.dtype}"
+                f"{op}: denoised must have the dtype of x, {dtype}, got {denoised.dtype}"
             )
-    if finite is not None:
-        check_shape(op, "finite", finite, (n,))
-        if finite.dtype is not torch.bool:
-            raise ValueError(f"{op}: finite must be bool, got {finite.dtype}")
+
+
+def _check_vector(name: str, x: Tensor, n: int, dtype: torch.dtype) -> None:
+    if x.dtype is not dtype:
+        known = str(dtype).removeprefix("torch.")
+        raise ValueError(f"sampler_step: {name} must be {known}, got {x.dtype}")
+    if x.ndim != 1 or x.shape[0] != n:
+        check_shape("sampler_step", name, x, (n,))
 
 
 def sampler_step(
