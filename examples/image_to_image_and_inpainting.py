@@ -10,11 +10,11 @@ import sys
 import torch
 
 import fastdiff
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.image_to_image import image_to_image
+from fastdiff.generate.inpainting import inpaint
+from fastdiff.generate.text import TextDiffusion
 from fastdiff.images import read_image, save_png
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.image_to_image import image_to_image
-from fastdiff.pipelines.inpainting import inpaint
-from fastdiff.pipelines.text import TextDiffusion
 
 
 def main(path: str, photo: str, prompt: str, size: int = 512, steps: int = 30) -> None:

@@ -10,10 +10,10 @@ import sys
 import torch
 
 import fastdiff
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.refine import refine
+from fastdiff.generate.text import TextDiffusion, TextSettings
 from fastdiff.images import save_png
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.refine import refine
-from fastdiff.pipelines.text import TextDiffusion, TextSettings
 
 
 def main(base: str, refiner: str, prompt: str, size: int = 1024, steps: int = 30) -> None:

@@ -11,10 +11,10 @@ import torch
 
 import fastdiff
 from fastdiff.diffusion.sampling import Step
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.text import TextDiffusion, TextSettings
+from fastdiff.generate.text_to_image import text_to_image
 from fastdiff.images import save_png
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.text import TextDiffusion, TextSettings
-from fastdiff.pipelines.text_to_image import text_to_image
 
 
 def main(path: str, prompt: str, out: str = "cat.png", steps: int = 30) -> None:

@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 
 from fastdiff import __version__
-from fastdiff.checkpoint.bundle import Bundle, ModelConfig, save_bundle
+from fastdiff.checkpoint.layouts.bundle import Bundle, ModelConfig, save_bundle
 from fastdiff.cli import COMMANDS, main
 from fastdiff.cli.again import Original
 from fastdiff.cli.doctor import ordinary_call

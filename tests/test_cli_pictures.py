@@ -18,12 +18,12 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.cli import main
+from fastdiff.generate.refine import refine
+from fastdiff.generate.text import TEXT_SETTINGS, TextDiffusion
+from fastdiff.generate.text_to_image import text_to_image, text_to_latents
+from fastdiff.generate.upscale import upscale
 from fastdiff.images import read_image, read_recipe, save_png
-from fastdiff.pipelines.refine import refine
-from fastdiff.pipelines.text import TEXT_SETTINGS, TextDiffusion
-from fastdiff.pipelines.text_to_image import text_to_image, text_to_latents
-from fastdiff.pipelines.upscale import upscale
-from tests.diffusers_models import save_folder
+from tests.support.diffusers_models import save_folder
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -12,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff.images import read_image, save_png
-from tests.diffusers_models import save_folder
+from tests.support.diffusers_models import save_folder
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

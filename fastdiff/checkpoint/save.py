@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint import diffusers
 from fastdiff.checkpoint.build import Progress
-from fastdiff.checkpoint.bundle import ModelConfig, save_bundle, save_tensors
-from fastdiff.checkpoint.files import atomic_folder, write_json
-from fastdiff.checkpoint.folders import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
+from fastdiff.checkpoint.layouts import diffusers
+from fastdiff.checkpoint.layouts.bundle import ModelConfig, save_bundle, save_tensors
+from fastdiff.checkpoint.layouts.folders import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.scheduler import scheduler_config
+from fastdiff.files import atomic_folder, write_json
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.layers import AttentionBlock
 from fastdiff.models.text import TextEncoder

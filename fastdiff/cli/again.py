@@ -10,13 +10,13 @@ from typing import Any, get_args, get_type_hints
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.checkpoint.config import from_dict, to_dict
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
 from fastdiff.cli.parsing import option_value
 from fastdiff.cli.pictures import Command, Shared, identity
+from fastdiff.configs import from_dict, to_dict
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.text import TextSettings
 from fastdiff.images import read_recipe, to_pil
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.text import TextSettings
 
 COMMON = ("prompt", "model", "shared")
 

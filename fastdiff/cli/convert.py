@@ -81,7 +81,7 @@ def main(words: Sequence[str]) -> int:
 def run(options: Convert) -> int:
     import torch
 
-    from fastdiff.checkpoint.load import load
+    from fastdiff.checkpoint.open import load
     from fastdiff.checkpoint.save import save_as_bundle, save_diffusers
 
     if options.target.exists():

@@ -21,7 +21,7 @@ from fastdiff.cli.machine import (
 from fastdiff.cli.parsing import parse
 from fastdiff.evaluation import Results, evaluate, write_report
 from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
-from fastdiff.pipelines.core import MAX_SEED, SampleSettings
+from fastdiff.generate.core import MAX_SEED, SampleSettings
 
 GOAL_MISSED = 1
 
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(options: Evaluate, words: Sequence[str]) -> int:
-    from fastdiff.checkpoint.bundle import load_bundle
+    from fastdiff.checkpoint.layouts.bundle import load_bundle
     from fastdiff.kernels import record_backends
 
     device, dtype = device_and_dtype(options.device, options.dtype)

@@ -13,9 +13,9 @@ import tyro
 from fastdiff.cli import pictures
 from fastdiff.cli.again import Original, original
 from fastdiff.cli.parsing import OptionalInt, parse
+from fastdiff.generate.image_to_image import check_image, first_step, image_to_image
+from fastdiff.generate.text import TextDiffusion
 from fastdiff.images import read_image
-from fastdiff.pipelines.image_to_image import check_image, first_step, image_to_image
-from fastdiff.pipelines.text import TextDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,8 @@ def _picture(path: Path) -> dict[str, Any]:
 
 
 def _bundle(name: str) -> dict[str, Any]:
-    from fastdiff.checkpoint.bundle import load_bundle
-    from fastdiff.checkpoint.config import to_dict
+    from fastdiff.checkpoint.layouts.bundle import load_bundle
+    from fastdiff.configs import to_dict
 
     bundle = load_bundle(name)
     modules = {"autoencoder": bundle.autoencoder, "unet": bundle.unet}

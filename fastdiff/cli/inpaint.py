@@ -13,10 +13,10 @@ import tyro
 from fastdiff.cli import pictures
 from fastdiff.cli.again import Original, original
 from fastdiff.cli.parsing import OptionalInt, parse
+from fastdiff.generate.image_to_image import check_image, first_step
+from fastdiff.generate.inpainting import check_mask, inpaint
+from fastdiff.generate.text import TextDiffusion
 from fastdiff.images import read_image, read_mask
-from fastdiff.pipelines.image_to_image import check_image, first_step
-from fastdiff.pipelines.inpainting import check_mask, inpaint
-from fastdiff.pipelines.text import TextDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from fastdiff.cli.machine import (
 )
 from fastdiff.cli.parsing import OptionalPath
 from fastdiff.diffusion.sampling import OnStep, Step
+from fastdiff.generate.core import MAX_SEED, SampleSettings
+from fastdiff.generate.image_to_image import first_step
+from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 from fastdiff.images import contact_sheet, save_png
-from fastdiff.pipelines.core import MAX_SEED, SampleSettings
-from fastdiff.pipelines.image_to_image import first_step
-from fastdiff.pipelines.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 
 if TYPE_CHECKING:
     from fastdiff.cli.again import Original

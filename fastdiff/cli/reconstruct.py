@@ -22,7 +22,7 @@ from fastdiff.cli.parsing import one_line, parse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastdiff.checkpoint.bundle import ModelConfig
+    from fastdiff.checkpoint.layouts.bundle import ModelConfig
 
 SHEET_COLUMNS = 12
 SHEET = "reconstruction.png"
@@ -73,10 +73,10 @@ def main(words: Sequence[str]) -> int:
 def run(options: Reconstruct) -> int:
     import torch
 
-    from fastdiff.checkpoint.bundle import load_bundle
+    from fastdiff.checkpoint.layouts.bundle import load_bundle
+    from fastdiff.generate.reconstruction import reconstruct, ssim
     from fastdiff.images import contact_sheet, save_png
     from fastdiff.kernels import record_backends
-    from fastdiff.pipelines.reconstruction import reconstruct, ssim
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
@@ -140,7 +140,8 @@ def _read(paths: Sequence[Path], config: ModelConfig) -> tuple[Tensor, list[str]
 
     from fastdiff.data import DataConfig, open_dataset
     from fastdiff.data.dataset import to_float
-    from fastdiff.data.decode import UNREADABLE, decode, reason
+    from fastdiff.data.decode import decode
+    from fastdiff.images import UNREADABLE, reason
 
     def data(path: Path) -> DataConfig:
         return DataConfig(

@@ -26,9 +26,9 @@ from fastdiff.cli.machine import (
     output_folder,
 )
 from fastdiff.cli.parsing import OptionalPath, option_value, parse
+from fastdiff.generate.core import MAX_SEED, SampleSettings
+from fastdiff.generate.latent import LatentDiffusion, from_recipe
 from fastdiff.images import contact_sheet, read_recipe, save_png, to_pil
-from fastdiff.pipelines.core import MAX_SEED, SampleSettings
-from fastdiff.pipelines.latent import LatentDiffusion, from_recipe
 
 NO_CLASS = "none"
 SHEET_ROWS, SHEET_COLUMNS = 64, 32
@@ -92,7 +92,7 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Sample, recipe: Sample | None = None) -> int:
     """``recipe``: the options that the picture given as --like was made with."""
-    from fastdiff.checkpoint.bundle import load_bundle
+    from fastdiff.checkpoint.layouts.bundle import load_bundle
     from fastdiff.kernels import record_backends
 
     device, dtype = device_and_dtype(options.device, options.dtype)

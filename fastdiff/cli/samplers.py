@@ -68,7 +68,7 @@ def run(options: Samplers) -> int:
     for name in options.names:
         one_of(name, SAMPLERS, "sampler")
     if options.plot is not None:
-        from fastdiff.pipelines.plots import plot_tables
+        from fastdiff.diffusion.plots import plot_tables
 
         names = options.names or tuple(SAMPLERS)
         plot_tables([_table(name, options, SAMPLERS[name]) for name in names], options.plot)

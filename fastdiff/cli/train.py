@@ -133,7 +133,7 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
 
 
 def _read(kind: type[RunT], path: Path) -> RunT:
-    from fastdiff.checkpoint.config import from_dict
+    from fastdiff.configs import from_dict
 
     path = path / "config.json" if path.is_dir() else path
     try:

@@ -15,11 +15,11 @@ import fastdiff
 from fastdiff.cli import pictures
 from fastdiff.cli.again import Original, original
 from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalPath, parse
-from fastdiff.pipelines.image_to_image import first_step
-from fastdiff.pipelines.refine import refine
-from fastdiff.pipelines.text import TextDiffusion
-from fastdiff.pipelines.text_to_image import text_to_image, text_to_latents
-from fastdiff.pipelines.upscale import Via, check_scale, upscale
+from fastdiff.generate.image_to_image import first_step
+from fastdiff.generate.refine import refine
+from fastdiff.generate.text import TextDiffusion
+from fastdiff.generate.text_to_image import text_to_image, text_to_latents
+from fastdiff.generate.upscale import Via, check_scale, upscale
 
 
 @dataclass(frozen=True, kw_only=True)

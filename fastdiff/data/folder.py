@@ -14,7 +14,8 @@ from PIL import Image
 
 from fastdiff.data.config import DataConfig
 from fastdiff.data.dataset import ImageDataset, Skipped, collect
-from fastdiff.data.decode import UNREADABLE, decode, reason
+from fastdiff.data.decode import decode
+from fastdiff.images import UNREADABLE, reason
 
 _AHEAD = 256  # decoded images waiting to be written, at most
 

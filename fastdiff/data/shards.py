@@ -15,8 +15,9 @@ from PIL import Image
 
 from fastdiff.data.config import DataConfig
 from fastdiff.data.dataset import ImageDataset, Skipped, collect
-from fastdiff.data.decode import UNREADABLE, decode, reason
+from fastdiff.data.decode import decode
 from fastdiff.extras import import_extra
+from fastdiff.images import UNREADABLE, reason
 
 MAX_MEMBER_BYTES = 256 * 2**20
 _LABEL_KEYS = ("label", "class", "cls")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdiff.checkpoint.bundle import Bundle
+from fastdiff.checkpoint.layouts.bundle import Bundle
 from fastdiff.evaluation.classifier import Judge, Reference, digits_reference, pixels_of
 from fastdiff.evaluation.distances import (
     Neighbours,
@@ -23,8 +23,8 @@ from fastdiff.evaluation.distances import (
     nearest_training,
     precision_recall,
 )
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.latent import LatentDiffusion
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
 
 NEAR_COPY_QUANTILE = 0.05
 """A near-copy is nearer to a training image than this share of the held-out images are."""
@@ -63,7 +63,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The outcome of an evaluation; JSON by fastdiff.checkpoint.config.to_dict."""
+    """The outcome of an evaluation; JSON by fastdiff.configs.to_dict."""
 
     samples: Scores
     held_out: Scores

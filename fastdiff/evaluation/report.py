@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 import fastdiff
-from fastdiff.checkpoint.config import to_dict
-from fastdiff.checkpoint.files import write_json, write_text
+from fastdiff.configs import to_dict
 from fastdiff.evaluation.evaluate import (
     MAX_FRECHET_RATIO,
     MIN_ACCURACY,
@@ -22,6 +21,7 @@ from fastdiff.evaluation.evaluate import (
     Evaluation,
     Scores,
 )
+from fastdiff.files import write_json, write_text
 from fastdiff.images import contact_sheet, save_png
 
 SAMPLES_PICTURE = "evaluation-samples.png"

@@ -17,11 +17,11 @@ from diffusers.models import activations, attention, attention_processor, resnet
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
-from fastdiff.cpu import Kept, Plan, PreparedConv2d, folded_upsampling
 from fastdiff.integrations.layers import needs_original, norm_objection, rescaled, watched
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
 from fastdiff.models.layers import from_tokens, is_channels_last, to_tokens
+from fastdiff.runtime.cpu_layers import Kept, Plan, PreparedConv2d, folded_upsampling
 
 PROCESSORS = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
 UPSAMPLING = upsampling.Upsample2D

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import jit, nn
 
-from fastdiff import cpu
 from fastdiff.integrations.known_blocks import (
     GROUP_NORM,
     KINDS,
@@ -27,6 +26,7 @@ from fastdiff.integrations.layers import (
     replaced_forward,
 )
 from fastdiff.integrations.report import Entry, Swap
+from fastdiff.runtime import cpu_layers
 
 LEAVES: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
     nn.GroupNorm: (GroupNorm, "group norm"),
@@ -211,10 +211,10 @@ class Planner:
         kind, blocks = original(module), diffusers_blocks()
         layer: Any = module
         if kind in (nn.Conv2d, nn.Linear):
-            to, objection = cpu.PREPARED[kind], cpu.packing_objection()
+            to, objection = cpu_layers.PREPARED[kind], cpu_layers.packing_objection()
         elif blocks and kind is blocks.UPSAMPLING:
             to = blocks.Upsample2D
-            objection = blocks.upsample_objection(module) or cpu.packing_objection()
+            objection = blocks.upsample_objection(module) or cpu_layers.packing_objection()
             if layer.conv is None:
                 return
             layer = layer.conv
@@ -223,10 +223,10 @@ class Planner:
         dtype, device = layer.weight.dtype, layer.weight.device.type
         if device != "cpu":
             objection = f"its weights are on {device}"
-        elif kind is nn.Linear and dtype not in cpu.INSTRUCTIONS:
+        elif kind is nn.Linear and dtype not in cpu_layers.INSTRUCTIONS:
             return  # nothing to win
-        plan = cpu.plan_for(dtype, keep_copies=True, half_as_fp32=None)
-        self._add(name, module, "weights", to, objection, plan=plan, kept=cpu.Kept())
+        plan = cpu_layers.plan_for(dtype, keep_copies=True, half_as_fp32=None)
+        self._add(name, module, "weights", to, objection, plan=plan, kept=cpu_layers.Kept())
 
 
 def ours(module: nn.Module) -> bool:
@@ -237,9 +237,11 @@ def ours(module: nn.Module) -> bool:
 def original(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before it was swapped."""
     kind = type(module)
-    if kind.__module__.startswith("fastdiff.integrations") or kind in cpu.PREPARED.values():
+    if kind.__module__.startswith("fastdiff.integrations") or kind in cpu_layers.PREPARED.values():
         return next(
-            c for c in kind.__mro__ if not c.__module__.startswith("fastdiff.") or c in cpu.PREPARED
+            c
+            for c in kind.__mro__
+            if not c.__module__.startswith("fastdiff.") or c in cpu_layers.PREPARED
         )
     return kind
 

@@ -108,8 +108,8 @@ def accelerate(
             tensors take it from the first convolution on. `save_pretrained` goes on working;
             `safetensors.torch.save_file` of a state_dict takes contiguous weights only.
         pack_cpu_weights: on a CPU, keep a second form of large convolutions' weights, and fold
-            upsamplings into their convolutions (`fastdiff.cpu`). For Stable Diffusion 1.5's U-Net
-            2.3 GB beside 3.4.
+            upsamplings into their convolutions (`fastdiff.runtime.cpu_layers`). For Stable
+            Diffusion 1.5's U-Net 2.3 GB beside 3.4.
         scheduler: "fused" replaces a pipeline's scheduler by one with the same call signature that
             runs each step as one kernel (`fastdiff.integrations.scheduler`).
         strict: raise rather than leave a module that we have an op for. A pipeline's components

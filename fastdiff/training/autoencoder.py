@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.bundle import RUN_MODEL, ModelConfig, save_bundle
+from fastdiff.checkpoint.layouts.bundle import RUN_MODEL, ModelConfig, save_bundle
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fastdiff.checkpoint.files import atomic_folder, write_text
+from fastdiff.files import atomic_folder, write_text
 
 FORMAT = "fastdiff training state 1"
 LATEST = "latest"

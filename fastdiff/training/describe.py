@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from fastdiff.checkpoint.config import to_dict
+from fastdiff.configs import to_dict
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.models.unet import UNet

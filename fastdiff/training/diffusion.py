@@ -15,7 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.bundle import RUN_MODEL, Bundle, ModelConfig, load_bundle, save_bundle
+from fastdiff.checkpoint.layouts.bundle import (
+    RUN_MODEL,
+    Bundle,
+    ModelConfig,
+    load_bundle,
+    save_bundle,
+)
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.diffusion.losses import min_snr_weight, simple_loss, variational_bound
 from fastdiff.diffusion.predictions import Prediction, target, to_denoised

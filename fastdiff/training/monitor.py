@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastdiff.checkpoint.files import write_text
 from fastdiff.extras import import_extra
+from fastdiff.files import write_text
 
 LOG_FILE = "log.jsonl"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastdiff.data import AugmentConfig, DataConfig
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.discriminator import DiscriminatorConfig
-from fastdiff.presets import AUTOENCODERS, UNETS
+from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DenoiserLossConfig, DiffusionRun, PreviewConfig

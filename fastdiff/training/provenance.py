@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fastdiff
-from fastdiff.checkpoint.config import to_dict
+from fastdiff.configs import to_dict
 from fastdiff.training.trainer import Run
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.config import to_dict
-from fastdiff.checkpoint.files import atomic_file, remove_leftovers, write_json
+from fastdiff.configs import to_dict
 from fastdiff.data import DataConfig, derive_seed
+from fastdiff.files import atomic_file, remove_leftovers, write_json
 from fastdiff.training import checkpoints
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.ema import EMA

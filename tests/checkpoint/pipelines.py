@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.models.test_against_diffusers import SD, SDXL, VAE, peer_model
-from tests.peers import import_diffusers
+from tests.support.peers import import_diffusers
 
 VAE_KL = {**VAE, "latent_channels": 4, "scaling_factor": 0.18215}
 STABLE_DIFFUSION = {

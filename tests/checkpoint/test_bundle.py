@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdiff.checkpoint import bundle as bundle_module
-from fastdiff.checkpoint.bundle import ModelConfig, load_bundle, save_bundle
+from fastdiff.checkpoint.layouts import bundle as bundle_module
+from fastdiff.checkpoint.layouts.bundle import ModelConfig, load_bundle, save_bundle
 from fastdiff.models.unet import UNetConfig
-from tests.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
+from tests.support.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
 
 UNET_FILE = "unet.safetensors"
 

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastdiff
-from fastdiff.checkpoint import compvis, ddpm, openai
+from fastdiff.checkpoint.layouts import compvis, ddpm, openai
 from fastdiff.checkpoint.request import Request, Unsaid
 from fastdiff.checkpoint.save import save_diffusers
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet, UNetConfig
-from fastdiff.presets import AUTOENCODERS, UNETS
 from tests.checkpoint import layouts
 from tests.checkpoint.pipelines import pipeline, text_model
-from tests.checkpoint.test_load import compvis_state, same_unet
+from tests.checkpoint.test_open import compvis_state, same_unet
 from tests.models.test_against_diffusers import ADM, VAE, peer_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdiff
-from fastdiff.checkpoint.bundle import load_bundle
-from fastdiff.checkpoint.diffusers import unet_config
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.checkpoint.layouts.diffusers import unet_config
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.save import save_as_bundle, save_diffusers, unet_options
 from fastdiff.cli import main
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.presets import UNETS
 from fastdiff.models.unet import UNet, UNetConfig
-from fastdiff.presets import UNETS
 from tests.checkpoint import layouts
 from tests.checkpoint.pipelines import VAE_KL, pipeline, text_model, tokenizer
-from tests.checkpoint.test_load import (
+from tests.checkpoint.test_open import (
     KINDS,
     compvis_state,
     same,
@@ -34,8 +34,8 @@ from tests.checkpoint.test_load import (
     same_unet,
 )
 from tests.models.test_against_diffusers import ADM, SDXL, assert_equal, peer_model
-from tests.peers import import_diffusers
-from tests.tiny import randomize
+from tests.support.peers import import_diffusers
+from tests.support.tiny import randomize
 
 Models = dict[str, nn.Module]
 Saved = Callable[[str], tuple[Path, Models]]

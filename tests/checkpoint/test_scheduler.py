@@ -18,7 +18,7 @@ from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from tests.diffusion.test_against_diffusers import SEEDS, SHAPE, Case, network, their_trajectory
-from tests.peers import import_diffusers
+from tests.support.peers import import_diffusers
 
 # diffusers passes a torch tensor to np.array; torch's tensors do not know numpy 2's `copy` yet.
 pytestmark = pytest.mark.filterwarnings(

@@ -17,7 +17,7 @@ from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import SAMPLER_NOISE, philox_normal
-from tests.peers import import_diffusers
+from tests.support.peers import import_diffusers
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -20,7 +20,7 @@ from fastdiff.diffusion.schedules import (
     timestep_spacing,
     zero_terminal_snr,
 )
-from tests.peers import import_diffusers
+from tests.support.peers import import_diffusers
 
 KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
 SCHEDULES = {

@@ -14,14 +14,14 @@ import torch
 pytest.importorskip("sklearn", reason="the evaluation needs fastdiff[train]")
 pytest.importorskip("torchmetrics", reason="the evaluation needs fastdiff[train]")
 
-from fastdiff.checkpoint.bundle import Bundle
-from fastdiff.checkpoint.config import from_dict, to_dict
+from fastdiff.checkpoint.layouts.bundle import Bundle
+from fastdiff.configs import from_dict, to_dict
 from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_reference
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
 from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
-from fastdiff.pipelines.core import SampleSettings
-from tests.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
+from fastdiff.generate.core import SampleSettings
+from tests.support.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
 
 
 @pytest.fixture(scope="module")

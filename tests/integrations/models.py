@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.peers import import_diffusers
-from tests.tiny import randomize
+from tests.support.peers import import_diffusers
+from tests.support.tiny import randomize
 
 SMALL = {
     "block_out_channels": (32, 64),

@@ -13,7 +13,7 @@ import fastdiff
 from fastdiff.kernels import record_backends
 from tests.integrations import models
 from tests.integrations.models import NETWORKS, Network, images, pipeline
-from tests.parity import assert_gradient_parity, assert_parity
+from tests.support.parity import assert_gradient_parity, assert_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own deprecations
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integrations.models import pipeline
 from tests.integrations.tokenizer import text_encoder, tokenizer
-from tests.peers import import_diffusers
+from tests.support.peers import import_diffusers
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 

@@ -17,7 +17,7 @@ import fastdiff
 from fastdiff.kernels import record_backends
 from tests.integrations import models
 from tests.integrations.models import NETWORKS, UNETS, Network, build, images, pipeline
-from tests.parity import assert_parity
+from tests.support.parity import assert_parity
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",  # diffusers' and peft's own
@@ -72,9 +72,10 @@ def test_lora(when: str) -> None:
 
 def test_merged_weights_are_seen_where_they_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """peft writes a merged LoRA through `.data`, which no version counter tells."""
-    from fastdiff import cpu
 
-    monkeypatch.setattr(cpu, "PACK_NUMBERS", 100)
+    from fastdiff.runtime import cpu_layers
+
+    monkeypatch.setattr(cpu_layers, "PACK_NUMBERS", 100)
     layer = nn.Conv2d(64, 64, 3, padding=1)
     fastdiff.accelerate(layer, pack_cpu_weights=True)
     x = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.integrations.inductor import HOOK
-from tests.parity import assert_gradient_parity, assert_parity
+from tests.support.parity import assert_gradient_parity, assert_parity
 
 
 class Layers(nn.Module):

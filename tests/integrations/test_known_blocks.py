@@ -14,8 +14,8 @@ import fastdiff
 from fastdiff.integrations import AccelerateError
 from fastdiff.kernels import record_backends
 from tests.integrations import blocks
-from tests.parity import assert_gradient_parity, assert_parity
-from tests.tiny import randomize
+from tests.support.parity import assert_gradient_parity, assert_parity
+from tests.support.tiny import randomize
 
 IMAGE, EMB, TOKENS = (2, 16, 6, 5), (2, 12), (2, 7, 16)
 FILM = ((2, 24, 1, 1), (2, 24, 1, 1))

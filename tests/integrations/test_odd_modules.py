@@ -20,7 +20,7 @@ from fastdiff.integrations import AccelerateError
 from fastdiff.integrations.known_blocks import known_objection
 from tests.integrations import blocks
 from tests.integrations.models import UNETS, VAE, Network, build
-from tests.tiny import randomize
+from tests.support.tiny import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

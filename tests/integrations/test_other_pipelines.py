@@ -17,8 +17,8 @@ from fastdiff.kernels import record_backends
 from tests.integrations.models import NETWORKS, UNETS, VAE, build, images, pipeline
 from tests.integrations.test_goes_on_working import add_lora
 from tests.integrations.tokenizer import text_encoder, tokenizer
-from tests.parity import assert_parity
-from tests.peers import import_diffusers
+from tests.support.parity import assert_parity
+from tests.support.peers import import_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.peers import import_transformers
-from tests.tiny import randomize
+from tests.support.peers import import_transformers
+from tests.support.tiny import randomize
 
 LETTERS = [chr(code) for code in range(97, 123)]
 WORDS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]

@@ -2,7 +2,7 @@
 
 A `Case` is one row: which input, and why it is there. `check(op, case, dtype, backend)` runs the
 public function on one backend, asserts that this backend ran, and compares results and gradients
-with the formula in fp64 by the rule of tests/parity.py. The tests of a Triton, CUDA or CPU
+with the formula in fp64 by the rule of tests/support/parity.py. The tests of a Triton, CUDA or CPU
 implementation call it with their backend's name.
 """
 
@@ -25,7 +25,7 @@ from fastdiff.kernels import _cuda, _triton, extension
 from fastdiff.kernels.dispatch import UNAVAILABLE
 from tests import cuda_host
 from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
-from tests.parity import assert_gradient_parity, assert_parity
+from tests.support.parity import assert_gradient_parity, assert_parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

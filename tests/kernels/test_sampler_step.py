@@ -29,7 +29,7 @@ from tests.kernels import cases
 from tests.kernels.cases import recording
 from tests.kernels.graphs import captured, no_waiting
 from tests.kernels.interpreter import counting_traffic
-from tests.parity import assert_parity
+from tests.support.parity import assert_parity
 
 C = COLUMNS
 SEEDS = torch.tensor([7, 2**40 + 1, 0])

@@ -14,12 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import cpu
-from fastdiff.checkpoint.diffusers import autoencoder_config, convert_state_dict, unet_config
+from fastdiff.checkpoint.layouts.diffusers import (
+    autoencoder_config,
+    convert_state_dict,
+    unet_config,
+)
 from fastdiff.models.autoencoder import Autoencoder, Posterior, Quantized
 from fastdiff.models.unet import UNet
-from fastdiff.runtime import prepare
-from tests.peers import import_diffusers
+from fastdiff.runtime import cpu_layers
+from fastdiff.runtime.prepare import prepare
+from tests.support.peers import import_diffusers
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 CASES = [
@@ -138,8 +142,8 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 def fold_and_pack_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` would leave layers as small as here alone."""
-    monkeypatch.setattr(cpu, "PACK_NUMBERS", 0)
-    monkeypatch.setattr(cpu, "FOLD_PIXELS", 0)
+    monkeypatch.setattr(cpu_layers, "PACK_NUMBERS", 0)
+    monkeypatch.setattr(cpu_layers, "FOLD_PIXELS", 0)
 
 
 @pytest.mark.parametrize(("dtype", "size"), CASES)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet
-from fastdiff.presets import AUTOENCODERS, UNETS
 
 UNET_PARAMETERS = {
     "sd1": 859_520_964,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.models.text import MAX_CHUNKS, EncodedPrompt, TextEncoder, count_chunks, encode_prompt
-from tests import diffusers_models
-from tests.diffusers_models import text_encoder
-from tests.peers import import_diffusers
+from tests.support import diffusers_models
+from tests.support.diffusers_models import text_encoder
+from tests.support.peers import import_diffusers
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PROMPTS = {

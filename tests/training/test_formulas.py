@@ -187,7 +187,7 @@ def test_timesteps_are_uniform_stratified_or_logit_normal(tmp_path: Path) -> Non
 def test_class_dropout_has_its_rate_and_the_scale_factor_unit_variance(tmp_path: Path) -> None:
     images = runs.image_folder(tmp_path / "images", count=12)
     autoencoder = Autoencoder(runs.autoencoder_model())
-    from fastdiff.checkpoint.bundle import ModelConfig, save_bundle
+    from fastdiff.checkpoint.layouts.bundle import ModelConfig, save_bundle
 
     config = ModelConfig(image_size=16, image_channels=1, autoencoder=runs.autoencoder_model())
     save_bundle(tmp_path / "first", config, autoencoder=autoencoder)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.checkpoint.bundle import load_bundle
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.latent import LatentDiffusion
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
 from fastdiff.training import DenoiserLossConfig, train_autoencoder, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.diffusion import DiffusionTask

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.checkpoint.bundle import load_bundle
+from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.training import EMA, describe, interrupts, train_autoencoder, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.diffusion import DiffusionTask
@@ -366,7 +366,7 @@ def test_tensorboard_has_scalars_and_sheets(images: Path, tmp_path: Path) -> Non
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fastdiff.checkpoint import files
+from fastdiff import files
 from fastdiff.training import train_diffusion
 from tests.training import runs
 folder, call = Path(sys.argv[1]), int(sys.argv[2])

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.checkpoint.bundle import load_bundle
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
 from fastdiff.models.autoencoder import Quantized
-from fastdiff.pipelines.core import SampleSettings
-from fastdiff.pipelines.latent import LatentDiffusion
 from fastdiff.training import (
     AutoencoderLossConfig,
     PreviewConfig,

@@ -1,0 +1,197 @@
+"""What `torch.save` wrote, read without running it.
+
+Tensors come out as places in the file; `unpickle.py` says what they are.
+
+    zip (torch 1.6 on)   NAME/data.pkl; NAME/data/KEY, one for each storage, stored uncompressed
+    before it            five pickles in a row: magic, protocol, machine, the object, the storages'
+                         keys; then for each key the number of elements (int64) and the elements
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastdiff.checkpoint.formats.unpickle import CodeError, Storage, TensorAt, run
+from fastdiff.checkpoint.weights import Place, Weights
+
+MAX_TENSORS = 100_000
+MAX_PICKLE_BYTES = 16 * 2**20  # the names and places of so many; the numbers lie outside
+MAX_SHARING = 8  # bytes of all tensors to one of the file; tensors may share their storage
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+STATE_DICT_KEYS = ("state_dict", "model")  # where trainers put it among their other things
+
+
+def looks_like_torch_save(start: bytes) -> bool:
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+
+
+def read_torch_save(path: Path) -> Weights:
+    """Read the names and places of the tensors in a file that `torch.save` wrote.
+
+    Raises:
+        ValueError: damaged, holds code, or no dictionary of tensors; one line that names the file.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    try:
+        root, places = _read_zip(path) if zipped else _read_legacy(path)
+    except CodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # damaged bytes fail in any way; none of them ran
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path}: not readable as what torch.save wrote ({reason:.200}); fetch the file again"
+        ) from error
+    state = _state_dict(root)
+    if state is None:
+        raise ValueError(
+            f"{path}: expected a dictionary of tensors (or one under "
+            f"{' or '.join(map(repr, STATE_DICT_KEYS))}), got {type(root).__name__}"
+        )
+    tensors = {key: value for key, value in state.items() if isinstance(value, TensorAt)}
+    facts = {
+        key: value
+        for table in (root, state)
+        for key, value in table.items()
+        if isinstance(key, str) and isinstance(value, str | int | float)
+    }
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{path}: expected at most {MAX_TENSORS} tensors, got {len(tensors)}")
+    placed = {key: places(tensor) for key, tensor in tensors.items()}
+    claimed = sum(place.numel * place.dtype.itemsize for place in placed.values())
+    if claimed > MAX_SHARING * (size := path.stat().st_size):
+        raise ValueError(
+            f"{path}: its tensors share their numbers and claim {claimed} bytes, expected at most "
+            f"{MAX_SHARING} times the file's {size}; save copies of them"
+        )
+    return Weights(path, placed, facts)
+
+
+_Places = Callable[[TensorAt], Place]
+
+
+def _state_dict(root: Any) -> dict[str, Any] | None:
+    inner = [root[key] for key in STATE_DICT_KEYS if key in root] if isinstance(root, dict) else []
+    for table in (*inner, root):
+        if isinstance(table, dict) and any(isinstance(v, TensorAt) for v in table.values()):
+            if not all(isinstance(key, str) for key in table):
+                return None
+            return table
+    return None
+
+
+def _place(path: Path, start: int, available: int, tensor: TensorAt) -> Place:
+    """Where the tensor's numbers lie, if its storage has that many."""
+    storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
+    row, expected = 1, []
+    for size in reversed(tensor.shape):
+        expected.append(row)
+        row *= max(size, 1)
+    in_a_row = all(
+        size == 1 or stride == usual
+        for size, stride, usual in zip(tensor.shape, tensor.stride, reversed(expected), strict=True)
+    )
+    place = Place(
+        path,
+        start + tensor.offset * itemsize,
+        storage.dtype,
+        tensor.shape,
+        None if in_a_row or 0 in tensor.shape else tensor.stride,
+    )
+    # As many numbers as the storage has, at most: a stride of 0 could ask for any size.
+    if max(place.numel, tensor.offset + place.span) > min(storage.numel, available // itemsize):
+        raise ValueError(
+            f"a tensor of {place.numel} numbers lies outside its storage of {storage.numel} "
+            f"({available} bytes)"
+        )
+    return place
+
+
+def _read_zip(path: Path) -> tuple[Any, _Places]:
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(roots) != 1:
+            raise ValueError(f"expected one data.pkl in it, got {len(roots)}")
+        folder = roots[0].removesuffix("data.pkl")
+        info = members[roots[0]]
+        _check_stored(info)
+        if info.file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"its data.pkl has {info.file_size} bytes, beyond {MAX_PICKLE_BYTES}")
+        raw = archive.read(info)
+        order = members.get(f"{folder}byteorder")
+        if order is not None:
+            _check_stored(order)
+            if order.file_size > 16 or archive.read(order).decode() != sys.byteorder:
+                raise ValueError(f"its numbers are not {sys.byteorder}-endian")
+    size = path.stat().st_size
+
+    def places(tensor: TensorAt) -> Place:
+        info = members[f"{folder}data/{tensor.storage.key}"]
+        _check_stored(info)
+        with path.open("rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(30)
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
+        start = info.header_offset + 30 + name_length + extra_length
+        if signature != b"PK\x03\x04" or start + info.file_size > size:
+            raise ValueError(f"member {info.filename:.60} lies outside the file")
+        return _place(path, start, info.file_size, tensor)
+
+    return run(io.BytesIO(raw)), _reported(path, places)
+
+
+def _check_stored(info: zipfile.ZipInfo) -> None:
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"member {info.filename:.60} is compressed, which torch.save never does")
+
+
+def _read_legacy(path: Path) -> tuple[Any, _Places]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+        if run(stream) != MAGIC:
+            raise ValueError("it does not begin as torch.save's files do")
+        protocol, machine = run(stream), run(stream)
+        if protocol != PROTOCOL or not isinstance(machine, dict):
+            raise ValueError("an unknown protocol")
+        if machine.get("little_endian") is not (sys.byteorder == "little"):
+            raise ValueError(f"its numbers are not {sys.byteorder}-endian")
+        storages: dict[str, Storage] = {}
+        root, keys = run(stream, storages), run(stream)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("no list of storages in it")
+        starts: dict[str, int] = {}
+        position = stream.tell()
+        for key in keys:
+            file.seek(position)
+            (count,) = struct.unpack("<q", file.read(8))
+            storage = storages[key]
+            starts[key] = position + 8
+            position += 8 + storage.numel * storage.dtype.itemsize
+            if count != storage.numel or position > size:
+                raise ValueError(f"storage {key:.60} lies outside the file; it is truncated")
+
+    def places(tensor: TensorAt) -> Place:
+        storage = tensor.storage
+        available = storage.numel * storage.dtype.itemsize
+        return _place(path, starts[storage.key], available, tensor)
+
+    return root, _reported(path, places)
+
+
+def _reported(path: Path, places: _Places) -> _Places:
+    def place(tensor: TensorAt) -> Place:
+        try:
+            return places(tensor)
+        except (ValueError, KeyError, struct.error, OSError, OverflowError) as error:
+            raise ValueError(f"{path}: damaged ({error}); fetch the file again") from error
+
+    return place

@@ -1,0 +1,316 @@
+"""Single files of CompVis' latent diffusion and of Stable Diffusion 1, 2 and XL.
+
+Rombach et al. 2022 (arXiv 2112.10752), Podell et al. 2023 (2307.01952). The U-Net has OpenAI's
+layout under `model.diffusion_model.`, the autoencoder its own under `first_stage_model.`, the text
+encoder stands under `cond_stage_model.` or `conditioner.embedders.`. Averaged weights are
+`model_ema.` plus the parameter's name without its dots. First stages and U-Nets also come alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.checkpoint import text_encoders
+from fastdiff.checkpoint.build import Plan, plan_model
+from fastdiff.checkpoint.layouts import ddpm, openai
+from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.request import Request
+from fastdiff.checkpoint.weights import Weights, some
+from fastdiff.diffusion.predictions import Prediction
+from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.text import TextEncoder
+from fastdiff.models.unet import UNet, UNetConfig
+
+UNET = "model.diffusion_model."
+EMA = "model_ema.diffusion_model"
+FIRST_STAGE = "first_stage_model."
+# Tables of the noise schedule and the like, which we compute; the loss networks of a first stage.
+_DERIVED = re.compile(
+    r"(sqrt_|log_|posterior_|alphas_cumprod|betas$|logvar$|lvlb_weights$|scale_factor$"
+    r"|denoiser\.(log_)?sigmas$|v_pred$|ztsnr$|model_ema\.(decay|num_updates)$|(first_stage_model\.)?loss\.)"
+)
+STABLE_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
+LATENT_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
+
+
+@dataclass
+class Reading:
+    """A file, what of it has been read, and what had to be assumed."""
+
+    weights: Weights
+    request: Request
+    read: set[str] = field(default_factory=set)
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+    def under(self, prefix: str) -> Weights:
+        """The tensors under a prefix, which count as read."""
+        self.read.update(key for key in self.weights.places if key.startswith(prefix))
+        return self.weights.under(prefix)
+
+    def assume(self, name: str, value: Any) -> Any:
+        self.assumed[name] = value
+        return value
+
+
+def load_compvis(weights: Weights, request: Request) -> Checkpoint:
+    """A whole file: U-Net, first stage, what conditions them.
+
+    Raises:
+        ValueError: keys that are unknown, missing or mis-shaped; they are listed.
+    """
+    reading = Reading(weights, request)
+    unet_weights, averaged = _unet_weights(reading)
+    first_stage = _without_loss(reading.under(FIRST_STAGE))
+    condition = _condition_weights(reading)
+    unknown = [k for k in weights.places if k not in reading.read and not _DERIVED.match(k)]
+    if unknown:
+        raise ValueError(
+            f"{weights.path}: {len(unknown)} tensors belong to nothing that fastdiff knows: "
+            f"{some(sorted(unknown), 50)}"
+        )
+    is_table = list(condition.places) == ["embedding.weight"]
+    config = unet_config(reading, unet_weights, is_table)
+    xl = config.added_condition_dim is not None
+    plan = plan_model(config, openai.names, unet_weights)
+    vae_plan: Plan | None = None
+    if first_stage.places:
+        vae_config = ddpm.autoencoder_config(first_stage.shapes, request.unsaid)
+        vae_plan = plan_model(vae_config, ddpm.names, first_stage)
+    classes = _class_embedding(condition, request) if is_table else None
+    text_plans = _text_plans(reading, condition, xl) if classes is None else []
+    unet: UNet = request.fill(plan)
+    autoencoder: Autoencoder | None = None if vae_plan is None else request.fill(vae_plan)
+    # trainers mark Stable Diffusion XL files of v-prediction by an empty tensor of that name
+    said: Prediction | None = "v" if "v_pred" in weights.places else None
+    prediction = request.unsaid.prediction or said or reading.assume("prediction", "eps")
+    return Checkpoint(
+        layout="compvis",
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoders=_text_encoders(reading, text_plans, xl),
+        class_embedding=classes,
+        schedule=_schedule(reading, config),
+        prediction=prediction,
+        scale_factor=_scale_factor(reading, config, autoencoder),
+        image_size=request.unsaid.image_size
+        or reading.assume("image_size", _image_size(config, prediction)),
+        path=weights.path,
+        provenance={
+            "facts": weights.facts,
+            "assumed": reading.assumed,
+            "averaged weights": averaged,
+            "linear projections": _linear_projections(unet_weights),
+        },
+    )
+
+
+def load_first_stage(weights: Weights, request: Request) -> Checkpoint:
+    """An autoencoder alone."""
+    reading = Reading(weights, request)
+    own = _without_loss(weights)
+    config = ddpm.autoencoder_config(own.shapes, request.unsaid)
+    autoencoder: Autoencoder = request.fill(plan_model(config, ddpm.names, own))
+    return Checkpoint(
+        layout="compvis",
+        autoencoder=autoencoder,
+        scale_factor=_scale_factor(reading, None, autoencoder),
+        image_size=request.unsaid.image_size,
+        path=weights.path,
+        provenance={"facts": weights.facts, "assumed": reading.assumed},
+    )
+
+
+def _unet_weights(reading: Reading) -> tuple[Weights, bool]:
+    """The U-Net's tensors, the averaged ones where the file has them and they are wanted."""
+    places = reading.weights.places
+    prefix = UNET if any(key.startswith(UNET) for key in places) else ""
+    if not prefix:  # a U-Net alone, under its own names
+        reading.read.update(places)
+        return reading.weights, False
+    raw = reading.under(prefix)
+    averaged = {key for key in places if key.startswith(EMA)}
+    reading.read.update(averaged)
+    if not averaged or not reading.request.ema:
+        return raw, False
+    names = {key: EMA + key.replace(".", "") for key in raw.places}
+    if missing := sorted(set(names.values()) - averaged):
+        raise ValueError(
+            f"{reading.weights.path}: averaged weights are missing: {some(missing, 50)}; "
+            "ema=False takes the others"
+        )
+    return reading.weights.renamed(names), True
+
+
+def _without_loss(weights: Weights) -> Weights:
+    return weights.renamed({k: k for k in weights.places if not _DERIVED.match(k)})
+
+
+def _linear_projections(unet: Weights) -> bool:
+    """Linear layers around the transformers (Stable Diffusion 2, XL) instead of convolutions."""
+    return any(k.endswith(".proj_in.weight") and len(p.shape) == 2 for k, p in unet.places.items())
+
+
+def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetConfig:
+    unsaid = reading.request.unsaid
+    plain = openai.unet_config(unet.shapes, unsaid, num_heads=1, qkv_order="legacy")
+    if unsaid.num_heads is not None or unsaid.head_dim is not None:
+        return plain
+    if plain.context_dim is None:  # LDM's unconditional models: FFHQ, CelebA-HQ, beds; churches
+        heads = {"num_heads": 8} if plain.model_channels == 192 else {"head_dim": 32}
+    elif _linear_projections(unet):
+        heads = {"head_dim": 64}
+    else:
+        heads = {"num_heads": 1 if class_embedding else 8}
+    reading.assume(*next(iter(heads.items())))
+    fixed: dict[str, Any] = {"num_heads": None, **heads, "qkv_order": "legacy"}
+    return openai.unet_config(unet.shapes, unsaid, **fixed)
+
+
+def _condition_weights(reading: Reading) -> Weights:
+    """What stands under the conditioner's names, whatever it is."""
+    old, new = reading.under("cond_stage_model."), reading.under("conditioner.embedders.")
+    return old if old.places else new
+
+
+def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
+    """The text encoders. Those of XL are numbered 0 and 1."""
+    request = reading.request
+    if not weights.places or not request.text_encoders:
+        return []
+    plans: list[Plan] = []
+    parts = [weights.under(f"{i}.") for i in (0, 1)] if xl else [weights]
+    if sum(len(part.places) for part in parts) != len(weights.places):
+        raise ValueError(
+            f"{weights.path}: expected text encoders as embedders 0 and 1, got "
+            f"{some(sorted(weights.places))}; text_encoders=False loads the rest"
+        )
+    for part in parts:
+        if not part.places:
+            continue
+        clip = part.under("transformer.")
+        own = clip if clip.places else part.under("model.")
+        kept = [k for k in part.places if k != "logit_scale"]  # as merged files have it
+        if len(own.places) != len(kept):
+            strays = [k for k in kept if not k.startswith(("transformer.", "model."))]
+            raise ValueError(
+                f"{weights.path}: the text encoder has {some(sorted(strays), 50)}, which belong to "
+                "no CLIP; text_encoders=False loads the rest"
+            )
+        if clip.places:
+            plans.append(text_encoders.plan_clip(clip, request))
+        else:
+            leave_out = 0 if xl else 1
+            plans.append(
+                text_encoders.plan_open_clip(own, request, projection=xl, leave_out=leave_out)
+            )
+    return plans
+
+
+def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[TextEncoder, ...]:
+    folders = reading.request.tokenizers
+    if folders and len(folders) not in (1, len(plans)):
+        raise ValueError(f"expected {len(plans)} tokenizers, got {len(folders)}")
+    tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders] or [None]
+    if len(tokenizers) == 1:
+        tokenizers *= len(plans)
+    return tuple(
+        text_encoders.conditioned(reading.request.fill(plan), tokenizer, xl=xl)
+        for plan, tokenizer in zip(plans, tokenizers, strict=True)
+    )
+
+
+def _class_embedding(weights: Weights, request: Request) -> nn.Embedding:
+    table = weights.tensor("embedding.weight")
+    if table.ndim != 2:
+        raise ValueError(f"{weights.path}: the classes' table has shape {tuple(table.shape)}")
+    table = table.to(request.device, request.dtype or table.dtype)
+    return nn.Embedding.from_pretrained(table).eval()
+
+
+def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
+    """Of the betas in the file, where it has them."""
+    unsaid, weights = reading.request.unsaid, reading.weights
+    if unsaid.schedule is not None:
+        return unsaid.schedule
+    if "betas" in weights.places:
+        return schedule_of(weights.tensor("betas"), str(weights.path))
+    if "alphas_cumprod" in weights.places:
+        return _schedule_of_products(weights.tensor("alphas_cumprod"), str(weights.path))
+    stable = config.context_dim is not None and config.model_channels >= 320
+    schedule = STABLE_DIFFUSION if stable else LATENT_DIFFUSION
+    if "ztsnr" in weights.places:  # beside v_pred, another mark
+        schedule = replace(schedule, zero_terminal_snr=True)
+    return reading.assume("schedule", schedule)
+
+
+def _schedule_of_products(products: torch.Tensor, file: str) -> ScheduleConfig:
+    """The schedule of alphas_cumprod (T,). In half precision no betas can be made of them."""
+    total = products.double().flatten()
+    eps = torch.finfo(products.dtype).eps if products.is_floating_point() else 0.0
+    for known in (STABLE_DIFFUSION, LATENT_DIFFUSION, ScheduleConfig()):
+        ours = NoiseSchedule(known).alphas_cumprod
+        if len(total) == len(ours) and bool(((ours - total).abs() <= eps * ours).all()):
+            return known
+    before = torch.cat([torch.ones(1, dtype=torch.float64), total[:-1]])
+    return schedule_of(1 - total / before, file, tolerance=1e-2)
+
+
+def schedule_of(betas: torch.Tensor, file: str, tolerance: float = 1e-4) -> ScheduleConfig:
+    """The schedule whose betas these are, to that relative tolerance or their dtype's precision.
+
+    betas: (T,), any dtype.
+
+    Raises:
+        ValueError: none of ours has them.
+    """
+    if betas.is_floating_point():
+        tolerance = max(tolerance, torch.finfo(betas.dtype).eps)
+    betas = betas.double().flatten()
+    kinds: list[ScheduleConfig] = []
+    if len(betas) > 1 and bool(((betas > 0) & (betas <= 1)).all()):
+        for digits in (2, 3, 4):  # the roundest that fit: half precision changes the third
+            start, end = (float(f"{beta:.{digits}g}") for beta in (betas[0], betas[-1]))
+            if 0 < start <= end < 1:
+                ends: dict[str, Any] = {"beta_start": start, "beta_end": end}
+                ends["num_timesteps"] = len(betas)
+                kinds += [ScheduleConfig(kind=k, **ends) for k in ("scaled_linear", "linear")]
+        kinds.append(ScheduleConfig(kind="cosine", num_timesteps=len(betas)))
+    for schedule in kinds:
+        ours = NoiseSchedule(schedule).betas
+        if bool(((ours - betas).abs() <= tolerance * ours).all()):
+            return schedule
+    raise ValueError(
+        f"{file}: its betas are those of no schedule that fastdiff has; give schedule= "
+        "(a ScheduleConfig)"
+    )
+
+
+def _scale_factor(
+    reading: Reading, unet: UNetConfig | None, autoencoder: Autoencoder | None
+) -> float:
+    unsaid, weights = reading.request.unsaid, reading.weights
+    if unsaid.scale_factor is not None:
+        return unsaid.scale_factor
+    if "scale_factor" in weights.places and weights.places["scale_factor"].numel == 1:
+        return float(weights.tensor("scale_factor"))
+    if autoencoder is None:
+        return 1.0
+    kind: str = autoencoder.config.regularization
+    if unet is not None and unet.added_condition_dim is not None:
+        kind = "xl"
+    return reading.assume("scale_factor", SCALE_FACTORS[kind])
+
+
+def _image_size(config: UNetConfig, prediction: str) -> int:
+    if config.added_condition_dim is not None:
+        return 1024
+    if config.context_dim is not None and config.model_channels >= 320:
+        return 768 if prediction == "v" else 512
+    return 256

@@ -1,0 +1,128 @@
+"""The layout of DDPM's TensorFlow-to-PyTorch ports, and of every CompVis autoencoder.
+
+Ho et al. 2020 (arXiv 2006.11239), Esser et al. 2021 (2012.09841): `down.L.block.J`, `mid.block_1`,
+`up.L.block.J` with L counted from the finest level in both directions, q, k and v as three 1x1
+convolutions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from fastdiff.checkpoint.build import Layers, Place, Sources, source_names
+from fastdiff.checkpoint.layouts.diffusers import autoencoder_places, unet_places
+from fastdiff.checkpoint.layouts.openai import shape_of
+from fastdiff.checkpoint.request import Shapes, Unsaid
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.layers import AttentionBlock, ResBlock
+from fastdiff.models.unet import UNet, UNetConfig
+
+SCHEDULE = ScheduleConfig()  # linear, 1e-4 to 0.02, 1000 steps: Ho et al. 2020, section 4
+IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 1, 2, 2, 4, 4): 256}  # of the published models
+LAYERS: Layers = {
+    ResBlock: {"emb": ("temb_proj",), "skip": ("nin_shortcut",)},
+    AttentionBlock: {"qkv": ("q", "k", "v"), "proj": ("proj_out",)},
+}
+# diffusers' name -> the port's: diffusers derived its own from these
+_NAMES = (
+    ("time_embedding.linear_1", "temb.dense.0"),
+    ("time_embedding.linear_2", "temb.dense.1"),
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("mid_block.attentions.0", "mid.attn_1"),
+    ("conv_norm_out", "norm_out"),
+    ("samplers.0", "sample"),
+    ("resnets", "block"),
+    ("attentions", "attn"),
+    ("down_blocks", "down"),
+)
+
+
+def names(model: nn.Module) -> Sources:
+    """(our parameter -> the port's parameters) of a U-Net or an autoencoder."""
+    if isinstance(model, UNet):
+        places, last = unet_places(model), len(model.config.channel_mult) - 1
+    else:
+        assert isinstance(model, Autoencoder)
+        places, last = autoencoder_places(model), len(model.config.channel_mult) - 1
+    return source_names(_renamed(places, last), LAYERS)
+
+
+def _renamed(places: Iterable[Place], last: int) -> Iterator[Place]:
+    for ours, module, theirs in places:
+        yield ours, module, _port_name(theirs, last)
+
+
+def _port_name(name: str, last: int) -> str:
+    for diffusers, port in _NAMES:
+        name = name.replace(diffusers, port)
+    return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", name)
+
+
+def unet_config(shapes: Shapes, unsaid: Unsaid) -> UNetConfig:
+    """Our config for a port of DDPM: one head, norms of epsilon 1e-6, asymmetric padding.
+
+    Raises:
+        ValueError: the names do not make such a U-Net.
+    """
+    width, mult, blocks, attention = _levels(shapes, "")
+    return UNetConfig(
+        in_channels=shape_of(shapes, "conv_in.weight", 4)[1],
+        out_channels=shape_of(shapes, "conv_out.weight", 4)[0],
+        model_channels=width,
+        channel_mult=mult,
+        num_res_blocks=blocks,
+        attention_depth=tuple(int(on) for on in attention),
+        head_dim=unsaid.head_dim,
+        downsample_padding="asymmetric",
+        time_embedding="ddpm",
+        norm_eps=1e-6,
+        norm_groups=unsaid.norm_groups,
+        timestep_scale=unsaid.timestep_scale or 1.0,
+        num_heads=unsaid.num_heads or (None if unsaid.head_dim else 1),
+    )
+
+
+def autoencoder_config(shapes: Shapes, unsaid: Unsaid) -> AutoencoderConfig:
+    """Our config for a first stage of CompVis: KL, or VQ where there is a codebook.
+
+    Raises:
+        ValueError: the names do not make such an autoencoder.
+    """
+    width, mult, blocks, attention = _levels(shapes, "encoder.")
+    codes = shapes.get("quantize.embedding.weight")
+    return AutoencoderConfig(
+        regularization="kl" if codes is None else "vq",
+        image_channels=shape_of(shapes, "encoder.conv_in.weight", 4)[1],
+        model_channels=width,
+        channel_mult=mult,
+        num_res_blocks=blocks,
+        latent_channels=shape_of(shapes, "post_quant_conv.weight", 4)[1],
+        attention=attention if any(attention) else (),
+        codebook_size=codes[0] if codes else 0,
+        norm_groups=unsaid.norm_groups,
+    )
+
+
+def _levels(shapes: Shapes, prefix: str) -> tuple[int, tuple[int, ...], int, tuple[bool, ...]]:
+    """Width of the first level, multiple of each, residual blocks, attention of each."""
+    down = re.compile(rf"{re.escape(prefix)}down\.(\d+)\.(block|attn)\.(\d+)\.")
+    found = {(m[1], m[2], m[3]) for key in shapes if (m := down.match(key))}
+    levels = len({level for level, _, _ in found})
+    blocks = len({number for level, kind, number in found if (level, kind) == ("0", "block")})
+    width = shape_of(shapes, f"{prefix}conv_in.weight", 4)[0]
+    widths = [
+        shape_of(shapes, f"{prefix}down.{level}.block.0.conv1.weight", 4)[0]
+        for level in range(levels)
+    ]
+    if not widths or any(other % width for other in widths):
+        raise ValueError(
+            f"every level must be a multiple of {width} channels wide, got {widths}; "
+            "fastdiff has no such model"
+        )
+    attention = tuple((str(level), "attn", "0") in found for level in range(levels))
+    return width, tuple(other // width for other in widths), blocks, attention

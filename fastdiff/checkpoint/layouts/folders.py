@@ -1,0 +1,267 @@
+"""Folders as diffusers saves them: a pipeline with its model_index.json, or one model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastdiff.checkpoint import text_encoders
+from fastdiff.checkpoint.build import Plan, plan_model
+from fastdiff.checkpoint.formats import open_weights
+from fastdiff.checkpoint.layouts import diffusers
+from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.request import Request
+from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
+from fastdiff.checkpoint.weights import Weights, read_json
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.text import TextEncoder
+from fastdiff.models.unet import UNet
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+UNETS = ("UNet2DConditionModel", "UNet2DModel")
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+# Parts of a pipeline that no image depends on.
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
+XL_SCALE = 0.13025  # of the latents of Stable Diffusion XL's autoencoder; 1 and 2 have 0.18215
+
+Result = TypeVar("Result")
+
+
+def load_pipeline(folder: Path, request: Request) -> Checkpoint:
+    """A pipeline's folder.
+
+    Raises:
+        FileNotFoundError: a part that model_index.json names is missing.
+        ValueError: a part is damaged, of another kind, or does not fit the others.
+    """
+    index = read_json(folder / INDEX)
+    parts = {
+        name: value[1]
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+    }
+    known = {"unet", "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
+    known |= {"tokenizer", "tokenizer_2"}
+    if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
+        raise ValueError(
+            f"{folder / INDEX}: {index.get('_class_name')!r:.60} has {', '.join(unknown)}, which "
+            "fastdiff has not; give a pipeline of a U-Net, an autoencoder and CLIP text encoders"
+        )
+    first = next((name for name in ("vae", "vqvae") if name in parts), None)
+    # Configs and headers of all parts first: what does not fit fails before numbers are read.
+    scheduler = _scheduler(_part(folder, "scheduler")) if "scheduler" in parts else None
+    opened = {
+        name: (read_json(part / CONFIG), find_weights(part, request.variant))
+        for name in ("unet", first)
+        if name is not None and name in parts
+        for part in (_part(folder, name),)
+    }
+    scale = request.unsaid.scale_factor
+    if first is not None:
+        own = scale_factor(opened[first][0], _part(folder, first))
+        _check_scale(opened.get("unet", ({}, None))[0], own, given=scale is not None)
+        scale = scale or own
+    plans = {
+        name: _plan(_part(folder, name), data, weights) for name, (data, weights) in opened.items()
+    }
+    text = _text_plans(folder, parts, request)
+    models = {name: request.fill(plan) for name, plan in plans.items()}
+    unet, autoencoder = models.get("unet"), models.get(first or "")
+    xl = isinstance(unet, UNet) and unet.config.added_condition_dim is not None
+    checkpoint = Checkpoint(
+        layout="diffusers",
+        unet=unet if isinstance(unet, UNet) else None,
+        autoencoder=autoencoder if isinstance(autoencoder, Autoencoder) else None,
+        text_encoders=_text_encoders(folder, parts, text, request, xl=xl),
+        scale_factor=scale or 1.0,
+        image_size=request.unsaid.image_size,
+        path=folder,
+        provenance={
+            "pipeline": index.get("_class_name"),
+            "ignored": [name for name in LEFT_OUT if name in parts],
+        },
+    )
+    for name in XL_FLAGS:
+        if name in index:
+            checkpoint.provenance[name] = bool(index[name])
+    _describe(checkpoint, opened.get("unet", ({}, None))[0], scheduler, request)
+    return checkpoint
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part lies: in its folder, or beside the index (the first DDPM repositories)."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def load_component(folder: Path, request: Request) -> Checkpoint:
+    """The folder of one model: a U-Net, an autoencoder or a text encoder."""
+    data = read_json(folder / CONFIG)
+    weights = find_weights(folder, request.variant)
+    checkpoint = Checkpoint(layout="diffusers", path=folder, image_size=request.unsaid.image_size)
+    if "_class_name" in data:
+        model = request.fill(_plan(folder, data, weights))
+        if isinstance(model, UNet):
+            checkpoint.unet = model
+            beside = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
+            scheduler = _scheduler(folder) if beside.is_file() else None
+            _describe(checkpoint, data, scheduler, request)
+        else:
+            assert isinstance(model, Autoencoder)
+            checkpoint.autoencoder = model
+            checkpoint.scale_factor = request.unsaid.scale_factor or scale_factor(data, folder)
+    else:
+        model = request.fill(text_encoders.plan_folder(folder, weights, request))
+        pooled = type(model).__name__ == "CLIPTextModelWithProjection"
+        checkpoint.text_encoders = (text_encoders.conditioned(model, None, xl=pooled),)
+    return checkpoint
+
+
+def find_weights(folder: Path, variant: str | None = None) -> Weights:
+    """Open the weights of a model's folder: one file or shards, safetensors first.
+
+    Raises:
+        FileNotFoundError: there are none of that variant; the message says which there are.
+    """
+    mark = f".{variant}" if variant else ""
+    for kind in ("safetensors", "bin"):
+        for stem in STEMS:
+            for name in (f"{stem}{mark}.{kind}", f"{stem}.{kind}.index{mark}.json"):
+                if (folder / name).is_file():
+                    return open_weights(folder / name)
+    there = sorted(
+        path.name
+        for path in folder.glob("*")
+        if path.suffix in (".safetensors", ".bin") or ".index." in path.name
+    )
+    wanted = f"{STEMS[0]}{mark}.safetensors"
+    raise FileNotFoundError(
+        f"{folder}: no {wanted} (or {STEMS[1]}, {STEMS[2]}, .bin, an index) in it, got "
+        f"{', '.join(there[:5]) or 'no weights'}; choose another variant or fetch the files"
+    )
+
+
+def scale_factor(data: Mapping[str, Any], folder: Path) -> float:
+    """scaling_factor of an autoencoder's config, which must be all there is to its latents."""
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if data.get(name) is not None:
+            raise ValueError(
+                f"{folder / CONFIG}: {name} must be absent, got {data[name]!r:.60}; fastdiff "
+                "multiplies latents by scaling_factor and does nothing else to them"
+            )
+    value = data.get("scaling_factor", 0.18215)  # diffusers' default for both kinds
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise ValueError(f"{folder / CONFIG}: scaling_factor must be positive, got {value!r:.60}")
+    return float(value)
+
+
+def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
+    """Both autoencoders have the same shapes, so their scale is what tells them apart."""
+    if given or unet.get("_class_name") != "UNet2DConditionModel":
+        return
+    xl = unet.get("addition_embed_type") == "text_time"
+    if (scale == XL_SCALE) != xl and scale in (XL_SCALE, 0.18215):
+        raise ValueError(
+            f"the autoencoder's scaling_factor is {scale}, that of Stable Diffusion "
+            f"{'1 and 2' if xl else 'XL'}, and the U-Net is of Stable Diffusion "
+            f"{'XL' if xl else '1 or 2'}; use the autoencoder that belongs to it, or say "
+            f"scale_factor={scale} if they were trained together"
+        )
+
+
+def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
+    kind = data.get("_class_name")
+    if kind not in UNETS + AUTOENCODERS:
+        raise ValueError(
+            f"{folder / CONFIG}: _class_name must be one of {', '.join(UNETS + AUTOENCODERS)}, "
+            f"got {kind!r:.60}"
+        )
+    read: Callable[[Mapping[str, Any]], Any] = (
+        diffusers.unet_config if kind in UNETS else diffusers.autoencoder_config
+    )
+    config = reading(folder / CONFIG, lambda: read(data))
+    current = {diffusers.current_name(key): key for key in weights.places}
+    return plan_model(config, diffusers.names, weights.renamed(current))
+
+
+def reading(path: Path, read: Callable[[], Result]) -> Result:
+    """Call `read`, and turn what values of unexpected types cause into one line."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path}: a value in it is of the wrong type ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _scheduler(folder: Path) -> SchedulerConfig:
+    path = folder / SCHEDULER_CONFIG
+    data = read_json(path)
+    return reading(path, lambda: read_scheduler(data))
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    unet: Mapping[str, Any],
+    scheduler: SchedulerConfig | None,
+    request: Request,
+) -> None:
+    """What the scheduler and the U-Net's config say of the sampling."""
+    unsaid = request.unsaid
+    if checkpoint.unet is None:
+        return
+    if scheduler is not None:
+        if unsaid.schedule is not None or unsaid.prediction is not None:
+            raise ValueError(
+                f"{checkpoint.path}: schedule and prediction stand in its scheduler_config.json; "
+                "change them there"
+            )
+        checkpoint.schedule, checkpoint.prediction = scheduler.schedule, scheduler.prediction
+        checkpoint.sampler = scheduler.sampler
+        if scheduler.no_sampler:
+            checkpoint.provenance["no_sampler"] = scheduler.no_sampler
+    else:
+        checkpoint.schedule = unsaid.schedule
+        checkpoint.prediction = unsaid.prediction or "eps"
+        if unsaid.prediction is None:
+            checkpoint.provenance["assumed"] = {"prediction": "eps"}
+    checkpoint.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
+    if unet.get("addition_time_embed_dim") is not None:
+        checkpoint.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
+    size = unet.get("sample_size")
+    if checkpoint.image_size is None and type(size) is int and size > 0:
+        if checkpoint.autoencoder is not None:
+            checkpoint.image_size = size * checkpoint.autoencoder.downsample_factor
+        elif unet.get("_class_name") == "UNet2DModel":
+            checkpoint.image_size = size
+
+
+def _text_plans(folder: Path, parts: Mapping[str, str], request: Request) -> dict[str, Plan]:
+    if not request.text_encoders:
+        return {}
+    plans = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in parts:
+            weights = find_weights(folder / name, request.variant)
+            plans[name] = text_encoders.plan_folder(folder / name, weights, request)
+    return plans
+
+
+def _text_encoders(
+    folder: Path, parts: Mapping[str, str], plans: Mapping[str, Plan], request: Request, *, xl: bool
+) -> tuple[TextEncoder, ...]:
+    encoders = []
+    for position, (name, plan) in enumerate(plans.items()):
+        tokenizer_name = name.replace("text_encoder", "tokenizer")
+        place = folder / tokenizer_name if tokenizer_name in parts else None
+        if request.tokenizers:
+            place = Path(request.tokenizers[min(position, len(request.tokenizers) - 1)])
+        tokenizer = text_encoders.read_tokenizer(place) if place is not None else None
+        encoders.append(text_encoders.conditioned(request.fill(plan), tokenizer, xl=xl))
+    return tuple(encoders)

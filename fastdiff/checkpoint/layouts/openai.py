@@ -1,0 +1,237 @@
+"""OpenAI's U-Net layout: improved-diffusion, guided-diffusion, and the U-Nets of CompVis' files.
+
+Nichol & Dhariwal 2021 (arXiv 2102.09672), Dhariwal & Nichol 2021 (2105.05233), Rombach et al. 2022
+(2112.10752). Our U-Net has the same lists of blocks (`input_blocks.N.M`), so only the names inside
+a block differ. The config is read off names and shapes; what they cannot tell stands in `Unsaid` or
+in the table of the published models.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdiff.checkpoint.build import Layers, Sources, source_names
+from fastdiff.checkpoint.layouts import diffusers
+from fastdiff.checkpoint.request import Shapes, Unsaid
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.models.layers import (
+    AttentionBlock,
+    Downsample,
+    QKVOrder,
+    ResBlock,
+    SpatialTransformer,
+)
+from fastdiff.models.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the documentation of a published U-Net says beside its shapes."""
+
+    heads: dict[str, int]  # num_heads or head_dim
+    schedule: ScheduleConfig
+    image_size: int | None
+    qkv_order: QKVOrder = "legacy"
+    timestep_scale: float = 1.0
+
+
+LINEAR = ScheduleConfig(kind="linear", rescale_ends=True)
+COSINE = ScheduleConfig(kind="cosine")
+COSINE_4000 = ScheduleConfig(kind="cosine", num_timesteps=4000)
+LINEAR_4000 = ScheduleConfig(kind="linear", num_timesteps=4000, rescale_ends=True)
+Key = tuple[int, tuple[int, ...], int, int, bool]
+# The flags in both repositories' READMEs, by width, channel_mult, residual blocks, number of levels
+# with attention, and whether residual blocks change the resolution (in guided-diffusion they do).
+PUBLISHED: dict[Key, Published] = {
+    # guided-diffusion
+    (192, (1, 2, 3, 4), 3, 3, True): Published({"head_dim": 64}, COSINE, 64, "new"),
+    (256, (1, 1, 2, 3, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 128),
+    # 256x256_diffusion, with classes and without, LSUN
+    (256, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"head_dim": 64}, LINEAR, 256),
+    # 64_256_upsampler, 128_512_upsampler
+    (192, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 256),
+    (192, (1, 1, 2, 2, 4, 4), 2, 2, True): Published({"head_dim": 64}, LINEAR, 512),
+    # improved-diffusion: imagenet64_uncond, cifar10_uncond
+    (128, (1, 2, 3, 4), 3, 2, False): Published(
+        {"num_heads": 4}, COSINE_4000, 64, timestep_scale=1 / 4
+    ),
+    (128, (1, 2, 2, 2), 3, 2, False): Published(
+        {"num_heads": 4}, COSINE_4000, 32, timestep_scale=1 / 4
+    ),
+    # imagenet64_cond, upsample_cond, lsun_uncond
+    (192, (1, 2, 3, 4), 3, 2, False): Published({"num_heads": 4}, COSINE_4000, 64),
+    (192, (1, 1, 2, 2, 4, 4), 2, 2, False): Published({"num_heads": 4}, LINEAR_4000, 256),
+    (128, (1, 1, 2, 2, 4, 4), 2, 1, False): Published({"num_heads": 1}, LINEAR, 256),
+}
+OTHER = Published({"num_heads": 4}, LINEAR, None)  # the defaults of both repositories
+
+LAYERS: Layers = {
+    ResBlock: {
+        "norm1": ("in_layers.0",),
+        "conv1": ("in_layers.2",),
+        "emb": ("emb_layers.1",),
+        "norm2": ("out_layers.0",),
+        "conv2": ("out_layers.3",),
+        "skip": ("skip_connection",),
+    },
+    AttentionBlock: {"proj": ("proj_out",)},
+    SpatialTransformer: diffusers.LAYERS[SpatialTransformer],  # CompVis's, whose names it kept
+    Downsample: {"conv": ("op",)},
+}
+
+
+def names(model: nn.Module) -> Sources:
+    """(our parameter -> OpenAI's parameters) of a U-Net."""
+    assert isinstance(model, UNet)
+    places = [
+        ("time_embed.0", model.time_embed[0], "time_embed.0"),
+        ("time_embed.2", model.time_embed[2], "time_embed.2"),
+    ]
+    if model.config.num_classes is not None:
+        places.append(("label_embed", model.label_embed, "label_emb"))
+    if model.config.added_condition_dim is not None:
+        places.append(("added_embed.0", model.added_embed[0], "label_emb.0.0"))
+        places.append(("added_embed.2", model.added_embed[2], "label_emb.0.2"))
+    for part in ("input_blocks", "middle_block", "output_blocks"):
+        stages = getattr(model, part)
+        for path, block in stages.named_modules():
+            depth = path.count(".") + bool(path)
+            if depth == (1 if part == "middle_block" else 2):
+                places.append((f"{part}.{path}", block, f"{part}.{path}"))
+    places.append(("norm_out", model.norm_out, "out.0"))
+    places.append(("conv_out", model.conv_out, "out.2"))
+    return source_names(places, LAYERS)
+
+
+def unet_config(shapes: Shapes, unsaid: Unsaid, **fixed: Any) -> UNetConfig:
+    """Our config for the names and shapes of a U-Net in OpenAI's layout.
+
+    fixed: fields of UNetConfig that the caller knows better.
+
+    Raises:
+        ValueError: the names do not make a U-Net that ours can hold.
+    """
+    outputs, inputs = _count(shapes, "output_blocks"), _count(shapes, "input_blocks")
+    resampled = [
+        key
+        for key in shapes
+        if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", key)
+    ]
+    levels = 1 + len(resampled)
+    blocks = outputs // levels - 1
+    if blocks < 1 or outputs % levels or inputs != levels * (blocks + 1):
+        raise ValueError(
+            f"expected a U-Net, got {inputs} input blocks, {outputs} output blocks and "
+            f"{len(resampled)} upsamplers; fastdiff has no such model"
+        )
+    width = shape_of(shapes, "time_embed.0.weight", 2)[1]
+    first = [1 + level * (blocks + 1) for level in range(levels)]  # a level's first block
+    conv1 = [shape_of(shapes, f"input_blocks.{i}.0.in_layers.2.weight", 4) for i in first]
+    out_channels, in_channels = (
+        shape_of(shapes, "out.2.weight", 4)[0],
+        shape_of(shapes, "input_blocks.0.0.weight", 4)[1],
+    )
+    if shape_of(shapes, "input_blocks.0.0.weight", 4)[0] != width or any(
+        shape[0] % width for shape in conv1
+    ):
+        raise ValueError(
+            f"every level must be a multiple of {width} channels wide, got "
+            f"{[shape[0] for shape in conv1]}; fastdiff has no such model"
+        )
+    depths = [_depth(shapes, f"input_blocks.{i}.1.") for i in first]
+    transformer = next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
+    emb = shape_of(shapes, f"input_blocks.{first[0]}.0.emb_layers.1.weight", 2)
+    config: dict[str, Any] = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "model_channels": width,
+        "channel_mult": tuple(shape[0] // width for shape in conv1),
+        "num_res_blocks": blocks,
+        "attention_depth": tuple(depths),
+        "middle_depth": _depth(shapes, "middle_block.1."),
+        "context_dim": shapes[transformer][1] if transformer else None,
+        "num_classes": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
+        "added_condition_dim": (
+            shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else None
+        ),
+        "scale_shift_norm": emb[0] == 2 * conv1[0][0],
+        "resblock_updown": any("in_layers" in key for key in resampled),
+        "norm_groups": unsaid.norm_groups,
+        "timestep_scale": unsaid.timestep_scale or 1.0,
+        **fixed,
+    }
+    if unsaid.qkv_order is not None:
+        config["qkv_order"] = unsaid.qkv_order
+    if unsaid.num_heads is not None or unsaid.head_dim is not None:
+        config.update(num_heads=unsaid.num_heads, head_dim=unsaid.head_dim)
+    return UNetConfig(**config)
+
+
+def published(config: UNetConfig) -> Published:
+    """The published model of this architecture, or what both repositories have by default."""
+    key = (
+        config.model_channels,
+        config.channel_mult,
+        config.num_res_blocks,
+        sum(depth > 0 for depth in config.attention_depth),
+        config.resblock_updown,
+    )
+    return PUBLISHED.get(key, OTHER)
+
+
+def pixel_unet_config(shapes: Shapes, unsaid: Unsaid) -> tuple[UNetConfig, Published]:
+    """A U-Net of improved-diffusion or guided-diffusion, and what is taken from its documents.
+
+    Twice as many channels out as an image has means a learned variance (IDDPM section 3.1); six in
+    are those of an upsampler, x and the low-resolution image beside it.
+    """
+    config = unet_config(shapes, unsaid, num_heads=1, qkv_order="legacy")
+    known = published(config)
+    heads = {"num_heads": unsaid.num_heads, "head_dim": unsaid.head_dim}
+    if unsaid.num_heads is None and unsaid.head_dim is None:
+        heads = {"num_heads": None, "head_dim": None, **known.heads}
+    learned = config.out_channels in (2 * config.in_channels, 6) and config.out_channels > 1
+    return (
+        unet_config(
+            shapes,
+            Unsaid(norm_groups=unsaid.norm_groups),
+            **heads,
+            qkv_order=unsaid.qkv_order or known.qkv_order,
+            learned_sigma=learned,
+            timestep_scale=unsaid.timestep_scale or known.timestep_scale,
+        ),
+        known,
+    )
+
+
+def _count(shapes: Shapes, part: str) -> int:
+    """How many blocks a list has."""
+    numbers = {key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}
+    return len(numbers)
+
+
+def _depth(shapes: Shapes, prefix: str) -> int:
+    """0 without attention there, 1 with it, k for a transformer of k blocks."""
+    if f"{prefix}qkv.weight" in shapes:
+        return 1
+    return len(
+        {
+            key[len(prefix) :].split(".")[1]
+            for key in shapes
+            if key.startswith(f"{prefix}transformer_blocks.")
+        }
+    )
+
+
+def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
+    shape = shapes.get(key)
+    if shape is None or len(shape) != ndim or 0 in shape:
+        raise ValueError(
+            f"{key} must have {ndim} dimensions, got {'nothing' if shape is None else shape}; "
+            "fastdiff has no such model"
+        )
+    return shape

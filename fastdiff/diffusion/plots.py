@@ -1,0 +1,128 @@
+"""Pictures of sampler tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.samplers import SamplerTable
+from fastdiff.extras import import_extra
+from fastdiff.files import atomic_file
+
+FORMATS = (".png", ".svg", ".pdf")
+# Okabe and Ito's colours, which people with colour-blindness can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
+MARKERS = "osD^vPX*"
+
+
+def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
+    """Draw several samplers over each other: where they evaluate, how far they step, what they
+    weigh.
+
+    Four panels over the network evaluations: noise level sigma / alpha; length of the step in
+    log(sigma / alpha); weight b of the new estimate D and, hollow, the sum of the history's
+    weights; fresh noise s. Samplers with the same rows share one line.
+
+    Args:
+        tables: what to draw, at least one.
+        path: a .png, .svg or .pdf file; written whole or not at all.
+
+    Raises:
+        ValueError: no table, or another kind of file.
+        ImportError: matplotlib is missing.
+    """
+    path = Path(path)
+    if not tables:
+        raise ValueError("there is no table to plot, expected at least one; name a sampler")
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"a plot is one of {', '.join(FORMATS)}, got {str(path)!r}; rename it")
+    figure = import_extra("matplotlib.figure", extra="train").Figure(
+        figsize=(11, 7.2), layout="constrained", dpi=150
+    )
+    panels = figure.subplots(2, 2, sharex=True)
+    distinct = _distinct(tables)
+    for index, (names, table) in enumerate(distinct):
+        # Lines lie on each other where samplers agree: the earlier ones are wider and show on
+        # both sides.
+        width = 1.3 + 3.2 * (len(distinct) - 1 - index) / max(len(distinct) - 1, 1)
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 2.5 + width,
+            "linewidth": width,
+            "label": " = ".join(names),
+        }
+        _draw(panels, table, style)
+    _caption(panels)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower()[1:])
+
+
+def _draw(panels: Any, table: SamplerTable, style: dict[str, Any]) -> None:
+    evaluation = range(1, len(table) + 1)
+    panels[0, 0].plot(evaluation, table.sigmas, **style)
+    first, length = step_lengths(table)
+    panels[0, 1].plot(first, length, **style)
+    panels[1, 0].plot(evaluation, table.column("B"), **style)
+    history = torch.stack([table.column(name) for name in ("C1", "C2", "C3")]).sum(0)
+    used = history != 0
+    hollow = {**style, "linestyle": "none", "markerfacecolor": "none", "markersize": 5}
+    panels[1, 0].plot(torch.arange(1, len(table) + 1)[used], history[used], **hollow)
+    if bool((table.column("S") != 0).any()):
+        panels[1, 1].plot(evaluation, table.column("S"), **style)
+
+
+def step_lengths(table: SamplerTable) -> tuple[Tensor, Tensor]:
+    """Length of each step in log(sigma / alpha), at the number (from 1) of its first network
+    evaluation.
+
+    Steps from no signal or to no noise are infinite and left out. Returns two vectors of a length.
+    """
+    first = torch.tensor([row for row in range(len(table)) if row in _first_rows(table)])
+    levels = torch.cat([table.sigmas[first], torch.tensor([table.final_sigma]).double()]).log()
+    length = -levels.diff()
+    return first[length.isfinite()] + 1, length[length.isfinite()]
+
+
+def _first_rows(table: SamplerTable) -> set[int]:
+    steps = table.steps.tolist()
+    return {steps.index(step) for step in set(steps)}
+
+
+def _distinct(tables: Sequence[SamplerTable]) -> list[tuple[list[str], SamplerTable]]:
+    """Tables with different rows, each with the names of those that share them."""
+    found: list[tuple[list[str], SamplerTable]] = []
+    for table in tables:
+        for names, other in found:
+            same = table.columns.shape == other.columns.shape
+            if same and torch.allclose(table.columns, other.columns, rtol=1e-9, atol=1e-12):
+                names.append(table.name)
+                break
+        else:
+            found.append(([table.name], table))
+    return found
+
+
+def _caption(panels: Any) -> None:
+    texts = (
+        ("Noise level where the network is evaluated", "sigma / alpha"),
+        ("Length of a step (steps to a clean image are infinite)", "log(sigma / alpha) descended"),
+        ("Weight b of the new estimate of x0 (hollow: of the history)", "b, c"),
+        ("Fresh noise (of the samplers that add any)", "s"),
+    )
+    for panel, (title, label) in zip(panels.flat, texts, strict=True):
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels[0, 0].set_yscale("log")
+    panels[0, 1].set_ylim(bottom=0, top=1.05 * panels[0, 1].get_ylim()[1])
+    for panel in panels[1]:
+        panel.set_xlabel("network evaluation")

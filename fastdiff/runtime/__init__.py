@@ -1,0 +1,1 @@
+"""Between a network and the sampling loop: layout, precomputed conditions, blocks of fixed size."""

@@ -1,0 +1,81 @@
+"""What a sample is conditioned on, and the checks of class labels and of guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdiff.models.unet import UNetConfig
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Condition:
+    """What a sample is conditioned on; samples that share one object share its precomputation."""
+
+    label: int | None = None
+    """Row of the label embedding; see :func:`check_label`."""
+    context: Tensor | None = None
+    """(1, T, D): the tokens that the cross-attentions read."""
+    added: Tensor | None = None
+    """(1, A): the vector added to the time embedding."""
+
+    @property
+    def tokens(self) -> int:
+        """T; the samples of one evaluation must agree in it."""
+        return 0 if self.context is None else self.context.shape[1]
+
+    @property
+    def key(self) -> tuple[int | None, int]:
+        """What the embedding depends on."""
+        return self.label, id(self.added)
+
+
+def class_conditions(
+    config: UNetConfig, labels: Sequence[int | None], *, guided: bool
+) -> tuple[list[Condition], list[Condition] | None]:
+    """Conditions for classes, and the unconditional ones if guided: one object per class.
+
+    labels: one per sample: a class, or None for no class.
+
+    Raises:
+        ValueError: a label out of range; no class, or guidance, without a null class for it.
+    """
+    rows = [check_label(label, config.num_classes, config.null_class) for label in labels]
+    null = check_guidance(config.num_classes, config.null_class) if guided else None
+    kinds = {row: Condition(label=row) for row in [*rows, null]}
+    return [kinds[row] for row in rows], [kinds[null]] * len(rows) if guided else None
+
+
+def check_label(label: int | None, num_classes: int | None, null_class: bool) -> int | None:
+    """The row of the label embedding for a class or for None; None for a model without classes.
+
+    Raises:
+        ValueError: out of range, or not to be had from this model.
+    """
+    if label is None:
+        if num_classes is None:
+            return None
+        if not null_class:
+            raise ValueError(
+                f"this model has no null class, got None; give a class from 0 to {num_classes - 1}"
+            )
+        return num_classes
+    if num_classes is None:
+        raise ValueError(f"this model has no classes, got class {label}; give None")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+        raise ValueError(f"class must be from 0 to {num_classes - 1}, got {label!r}")
+    return label
+
+
+def check_guidance(num_classes: int | None, null_class: bool) -> int:
+    """The row of the label embedding that stands for "no class" in guidance.
+
+    Raises:
+        ValueError: the model cannot be guided.
+    """
+    if num_classes is None or not null_class:
+        lacks = "has no classes" if num_classes is None else "was trained without a null class"
+        raise ValueError(f"guidance is not to be had: this model {lacks}; use guidance_scale 1")
+    return num_classes

@@ -1,0 +1,45 @@
+"""Make a module ready for inference: device, dtype, memory layout and the CPU's faster layers."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastdiff.runtime.cpu_layers import prepare_layers
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def prepare(
+    module: Module,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    keep_copies: bool = True,
+    half_as_fp32: bool | None = None,
+) -> Module:
+    """Make a module ready for inference, in place: device, dtype, layout, eval, no gradients.
+
+    On the CPU its convolutions, linear layers and upsamplings then compute as
+    `fastdiff.runtime.cpu_layers` says.
+
+    Args:
+        keep_copies: CPU: let layers keep a second, faster form of their weights, made at the first
+            call. In fp32 that is 2.3 GB beside the 3.4 GB of Stable Diffusion 1.5's U-Net;
+            where bf16 or fp16 weights are computed with in fp32, 4 bytes for each of their 2.
+            Results depend on it by rounding only: of an upsampling's weights, and in small
+            convolutions, for which PyTorch has another kernel.
+        half_as_fp32: CPU: whether convolutions and linear layers with bf16 or fp16 weights compute
+            in fp32 and round their results; None: where the CPU lacks the instructions
+            (AVX512-BF16, AVX512-FP16, AMX, Arm's), which is said once in the log.
+    """
+    module.to(device=device, dtype=dtype)
+    if channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        prepare_layers(module, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
+    return module

@@ -1,0 +1,63 @@
+"""A tiny latent diffusion model with random weights, for tests that need one of the right kind."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastdiff.checkpoint.layouts.bundle import ModelConfig
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.unet import UNet, UNetConfig
+
+AUTOENCODER = AutoencoderConfig(
+    image_channels=1,
+    model_channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    latent_channels=3,
+    norm_groups=4,
+)
+UNET = UNetConfig(
+    in_channels=3,
+    out_channels=3,
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_depth=(0, 1),
+    head_dim=16,
+    num_classes=4,
+    null_class=True,
+    norm_groups=4,
+)
+LATENT = ModelConfig(
+    image_size=16,
+    image_channels=1,
+    autoencoder=AUTOENCODER,
+    unet=UNET,
+    schedule=ScheduleConfig(),
+    scale_factor=0.8,
+    class_names=("zero", "one", "two", "three"),
+)
+
+
+def randomize(module: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter a random value: layers that start at zero would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = noise / fan_in**0.5 if parameter.ndim > 1 else parameter.data + 0.1 * noise
+    return module
+
+
+def tiny_unet(config: UNetConfig = UNET) -> UNet:
+    unet = UNet(config)
+    randomize(unet, 1)
+    return unet
+
+
+def tiny_autoencoder(config: AutoencoderConfig = AUTOENCODER) -> Autoencoder:
+    autoencoder = Autoencoder(config)
+    randomize(autoencoder, 2)
+    return autoencoder
