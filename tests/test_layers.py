@@ -35,7 +35,7 @@ STILL_NAMES_UNET = {
     "fastdiff/generate/latent.py",
     "fastdiff/runtime/denoiser.py",
     "fastdiff/training/describe.py",
-    "fastdiff/training/diffusion.py",
+    "fastdiff/training/task.py",
 }
 """Files that still have to lose the word; a file that has lost it must leave this list."""
 FILES_TO_THE_FIRST_KERNEL = 24
