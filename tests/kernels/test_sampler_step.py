@@ -353,7 +353,7 @@ def test_every_sample_takes_its_own_row(learned: bool, backend: str) -> None:
             outputs.append(by_hand(*(cast(t).numpy().copy() for t in estimate), phi)[0])
         results = x[i : i + 1], history[:, i : i + 1], denoised[i : i + 1]
         for result, exact, usual in zip(results, wide, narrow, strict=True):
-            assert_parity(result, torch.from_numpy(exact), torch.from_numpy(usual))
+            assert_parity_in_one_draw(result, torch.from_numpy(exact), torch.from_numpy(usual))
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
