@@ -26,7 +26,7 @@ from fastdiff.diffusion.sampling import Adjust, OnStep, sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.unet import UNet
+from fastdiff.models.network import Network
 from fastdiff.runtime.blocks import block_size, in_blocks
 from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.denoiser import Denoiser
@@ -102,7 +102,7 @@ class Core:
 
     def __init__(
         self,
-        unet: UNet,
+        unet: Network,
         autoencoder: Autoencoder | None,
         schedule: ScheduleConfig,
         *,
