@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from fastdiff import kernels
 from fastdiff.diffusion.samplers import SAMPLERS, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from fastdiff.kernels import (
-    COLUMNS,
-    SAMPLER_NOISE,
-    philox_normal,
-    sampler_step,
-)
+from fastdiff.kernels import COLUMNS, SAMPLER_NOISE, philox4x32, philox_normal, sampler_step
 from fastdiff.kernels.sampler_step import cuda as step_on_cuda
 from fastdiff.kernels.sampler_step import triton as step_on_triton
 from fastdiff.kernels.triton import recording_launches
