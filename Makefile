@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ASSETS := fastdiff/assets/digits
 
-.PHONY: help venv build demo test lint types format bench wheel install-check weights clean
+.PHONY: help venv build demo test test-avx2 check lint types format bench wheel install-check weights clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed, got {v.major}.{v.minor}; name one: make PYTHON=python3.12")'
@@ -27,6 +27,12 @@ demo: $(STAMP) ## sample a labelled sheet of digits from the shipped weights int
 
 test: $(STAMP) ## pass the tests, a process per core
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test-avx2: $(STAMP) ## pass the tests that compute on this CPU once more, with AVX2 alone
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m numeric -n auto --maxprocesses 8 --dist loadfile
+
+check: $(STAMP) ## lint, types and the fast tests of what changed, within a minute
+	$(BIN)/python -m tests.support.check
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .
