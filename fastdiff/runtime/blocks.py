@@ -3,8 +3,8 @@
 The same seed must give the same bits alone and at any place of any batch. Convolutions and matrix
 products on the CPU do not promise that: oneDNN picks another kernel for another batch size, with
 another order of summation. At one and the same batch size they are independent of the place and, in
-channels_last, of the number of threads (measured: docs/decisions.md). So the network on the CPU
-always sees blocks of one fixed size; the last block is filled up with copies of its last row.
+channels_last, of the number of threads (measured: docs/decisions/runtime.md). So the network on the
+CPU always sees blocks of one fixed size; the last block is filled up with copies of its last row.
 """
 
 from __future__ import annotations

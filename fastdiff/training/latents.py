@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoint.layouts.bundle import Bundle, load_bundle
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.data import generator
 from fastdiff.models.autoencoder import Autoencoder, Posterior
 from fastdiff.training.batches import Batches
@@ -123,7 +124,7 @@ class Latents:
         return moments, self.batches.dataset.labels[indices].to(device)
 
 
-def first_stage(folder: str, *, image_size: int, device: torch.device) -> Bundle:
+def first_stage(folder: str, *, image_size: int, device: torch.device) -> Model:
     """The trained autoencoder in a bundle's or a run's folder.
 
     Raises:
@@ -133,10 +134,10 @@ def first_stage(folder: str, *, image_size: int, device: torch.device) -> Bundle
     bundle = load_bundle(folder, device=device)
     if bundle.autoencoder is None:
         raise ValueError(f"{folder} holds no autoencoder; give the folder of an autoencoder's run")
-    if bundle.config.image_size != image_size:
+    if bundle.image_size != image_size:
         raise ValueError(
-            f"the autoencoder was trained at {bundle.config.image_size} pixels, the data has "
-            f"{image_size}; set data image_size to {bundle.config.image_size}"
+            f"the autoencoder was trained at {bundle.image_size} pixels, the data has "
+            f"{image_size}; set data image_size to {bundle.image_size}"
         )
     return bundle
 

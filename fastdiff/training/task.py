@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.layouts.bundle import RUN_MODEL, ModelConfig, save_bundle
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
 from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.network import Network
 from fastdiff.models.unet import UNet
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
@@ -129,13 +131,16 @@ class DiffusionTask:
         )
         null = None if labels is None else torch.full_like(labels, run.model.num_classes or 0)
 
-        def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        timesteps = table.timesteps.tolist()
+
+        def predict(x: Tensor, row: int) -> Tensor:
             y = labels
-            if guided:
+            if table.guided[row]:
                 assert labels is not None
                 assert null is not None
                 x, y = torch.cat([x, x]), torch.cat([null, labels])
-            return network(x, torch.full((len(x),), t, device=x.device), y=y).float()
+            t = torch.full((len(x),), timesteps[row], device=x.device)
+            return network(x, t, y=y).float()
 
         shape = self.latents.shape(run.data.image_size)
         return self.latents.decode(sample(predict, table, shape, seeds))
@@ -147,11 +152,13 @@ class DiffusionTask:
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged denoiser, and the first stage it was trained on."""
         run, bundle = self.run, self.bundle
-        config = ModelConfig(
+        assert isinstance(network, Network)
+        model = Model(
+            layout="bundle",
             image_size=run.data.image_size,
             image_channels=run.data.channels,
-            autoencoder=bundle.config.autoencoder if bundle else None,
-            unet=run.model,
+            autoencoder=bundle.autoencoder if bundle else None,
+            denoiser=network,
             schedule=run.schedule,
             prediction=run.prediction,
             scale_factor=self.latents.scale_factor,
@@ -159,12 +166,13 @@ class DiffusionTask:
         )
         facts = provenance(run, step)
         if bundle is not None:
-            facts |= {"autoencoder": bundle.provenance, "autoencoder_hash": bundle.weights_hash}
+            facts |= {
+                "autoencoder": bundle.provenance["facts"],
+                "autoencoder_hash": bundle.weights_hash,
+            }
         save_bundle(
+            model,
             Path(run.output.folder) / RUN_MODEL,
-            config,
-            autoencoder=self.latents.autoencoder,
-            unet=network,
             dtype=EXPORT_DTYPES[run.output.export_dtype],
             provenance=facts,
         )

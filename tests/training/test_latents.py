@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.training import train_autoencoder, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
@@ -18,10 +20,8 @@ from tests.training import runs
 def test_class_dropout_has_its_rate_and_the_scale_factor_unit_variance(tmp_path: Path) -> None:
     images = runs.image_folder(tmp_path / "images", count=12)
     autoencoder = Autoencoder(runs.autoencoder_model())
-    from fastdiff.checkpoint.layouts.bundle import ModelConfig, save_bundle
-
-    config = ModelConfig(image_size=16, image_channels=1, autoencoder=runs.autoencoder_model())
-    save_bundle(tmp_path / "first", config, autoencoder=autoencoder)
+    first = Model(layout="bundle", image_size=16, image_channels=1, autoencoder=autoencoder)
+    save_bundle(first, tmp_path / "first")
     base = runs.diffusion_run(images, tmp_path / "run")
     for views in (0, 2):
         run = runs.diffusion_run(

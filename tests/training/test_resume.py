@@ -38,7 +38,7 @@ def test_autoencoder_resumes_bit_for_bit_after_sigterm(
     assert stopped.value.code == 143
     # the step at hand is finished and saved, and the bundle is there
     assert (tmp_path / "cut/checkpoints/latest").read_text().strip() == "step_00000004"
-    assert load_bundle(tmp_path / "cut").provenance["steps"] == 4
+    assert load_bundle(tmp_path / "cut").provenance["facts"]["steps"] == 4
     train_autoencoder(cut, resume=True)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -72,11 +72,11 @@ def test_denoiser_resumes_bit_for_bit_after_ctrl_c(
     train_diffusion(cut, resume=True)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "cut")
     bundle = load_bundle(tmp_path / "cut/model")
-    assert bundle.config.class_names == ("a", "b")
+    assert bundle.class_names == ("a", "b")
     assert (bundle.autoencoder is not None) == latent
-    assert bundle.unet is not None
+    assert bundle.denoiser is not None
     average = runs.final_tensors(tmp_path / "cut")
-    for name, value in bundle.unet.state_dict().items():
+    for name, value in bundle.denoiser.state_dict().items():
         assert torch.equal(value, average[f"ema.safetensors:{name}"]), "the average is exported"
 
 

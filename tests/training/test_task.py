@@ -52,11 +52,11 @@ def test_vq_latents_are_trained_on_and_sampled(images: Path, tmp_path: Path) -> 
     )
     train_diffusion(second)
     bundle = load_bundle(tmp_path / "second")
-    assert bundle.config.scale_factor != 1.0
+    assert bundle.scale_factor != 1.0
     assert bundle.autoencoder is not None
     for name, value in bundle.autoencoder.state_dict().items():
         assert torch.equal(value, trained.state_dict()[name]), "the first stage must not move"
-    sampled = LatentDiffusion.from_bundle(bundle)([0, 1], [3, 4], SETTINGS)
+    sampled = LatentDiffusion(bundle)([0, 1], [3, 4], SETTINGS)
     assert sampled.shape == (2, 1, 16, 16)
     assert not torch.equal(sampled[0], sampled[1])
 
@@ -86,15 +86,15 @@ def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_pat
     assert (thousandfold - gradients[1.0][variance]).norm() < 1e-4 * thousandfold.norm()
     train_diffusion(run)
     bundle = load_bundle(tmp_path / "run")
-    assert bundle.unet is not None
+    assert bundle.denoiser is not None
     start = DiffusionTask(run).unet.conv_out.weight
-    assert (bundle.unet.conv_out.weight != start).flatten(1).any(1).all(), "both halves learned"
-    pipeline = LatentDiffusion.from_bundle(bundle)
+    assert (bundle.denoiser.conv_out.weight != start).flatten(1).any(1).all(), "both halves learned"
+    pipeline = LatentDiffusion(bundle)
     settings = dataclasses.replace(SETTINGS, sampler="ddpm", clamp=1.0)
     sampled = pipeline([0, 1], [3, 4], settings)
     assert sampled.shape == (2, 1, 8, 8)
     with torch.no_grad():  # the second half reaches the sampler: another variance, another image
-        bundle.unet.conv_out.bias[variance] += 3
+        bundle.denoiser.conv_out.bias[variance] += 3
     assert not torch.equal(pipeline([0, 1], [3, 4], settings), sampled)
 
 
@@ -107,8 +107,8 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
     with Image.open(tmp_path / "run/samples/step_00000006.png") as sheet:
         assert sheet.size == (16, 16), "four samples make a square"
     bundle = load_bundle(tmp_path / "run")
-    assert bundle.config.class_names == ()
-    sampled = LatentDiffusion.from_bundle(bundle)([None], [3], SETTINGS)
+    assert bundle.class_names == ()
+    sampled = LatentDiffusion(bundle)([None], [3], SETTINGS)
     assert sampled.shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"has 2 classes, the data has 0.*num_classes to None"):
         train_diffusion(dataclasses.replace(run, model=runs.denoiser_model()))
@@ -133,7 +133,7 @@ def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: 
     fit(task, dataclasses.replace(run), resume=False)
     labels = torch.tensor([0, 1, 1])
     preview = task.sample(task.unet.eval(), torch.tensor([0, 1, 7]), labels)
-    pipeline = LatentDiffusion.from_bundle(load_bundle(tmp_path / "second"))
+    pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
     settings = SampleSettings(sampler="ddim", steps=3, guidance_scale=3.0)
     sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
     torch.testing.assert_close(preview, sampled.clamp(-1, 1), rtol=1e-4, atol=1e-4)

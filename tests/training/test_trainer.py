@@ -175,7 +175,7 @@ def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     task.preview = lambda network: shown.append(network) or preview(network)  # type: ignore
     open_run(run, resume=False)
     fit(task, run, resume=False)
-    exported = load_bundle(tmp_path / "run").unet
+    exported = load_bundle(tmp_path / "run").denoiser
     assert exported is not None
     assert len(shown) == 1
     assert not shown[0].training
