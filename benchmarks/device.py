@@ -185,7 +185,7 @@ def build_stage(plan: Plan) -> list[str]:
     print(done.stdout[-20000:], done.stderr[-5000:])
     if done.returncode:
         raise Failed("the module was not built", *done.stderr.splitlines()[-10:])
-    say = "from fastdiff.kernels import extension; print(compiled.describe())"
+    say = "from fastdiff.kernels import compiled; print(compiled.describe())"
     told = subprocess.run(
         [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
     )
