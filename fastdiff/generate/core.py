@@ -26,7 +26,7 @@ from fastdiff.diffusion.sampling import OnStep
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.unet import UNet
+from fastdiff.models.network import Network
 from fastdiff.runtime.blocks import block_size, in_blocks
 from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.engine import Progress, Request, run
@@ -99,7 +99,7 @@ class Core:
 
     def __init__(
         self,
-        unet: UNet,
+        unet: Network,
         autoencoder: Autoencoder | None,
         schedule: ScheduleConfig,
         *,

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.checkpoint.layouts.bundle import Bundle, ModelConfig
+from fastdiff.checkpoint.model import Model
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.generate.core import Core, Progress, SampleSettings, check_seeds
 from fastdiff.kernels.dispatch import selected_backend
-from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.unet import UNet
 from fastdiff.runtime.conditions import class_conditions
 
 NOT_IN_RECIPE = ("batch",)  # changes memory and time, not the image
@@ -30,51 +28,48 @@ class LatentDiffusion:
     the number of images, its place among them, or ``settings.batch``.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        unet: UNet,
-        autoencoder: Autoencoder | None = None,
-        *,
-        weights_hash: str = "",
-        name: str = "",
-    ) -> None:
-        """The modules are made ready for inference in place, with the unet's device and dtype."""
-        if config.schedule is None:
+    def __init__(self, model: Model) -> None:
+        """The modules are made ready for inference in place, with the denoiser's device and dtype.
+
+        Raises:
+            ValueError: the model has no denoiser, or does not say with what noise it was trained.
+        """
+        if model.denoiser is None:
+            raise ValueError(
+                f"{model.path} holds an autoencoder only, expected a denoiser too; "
+                "train one with 'fastdiff train diffusion'"
+            )
+        if model.schedule is None:
             raise ValueError("sampling needs the noise schedule of the training, got None")
-        self.config, self.weights_hash, self.name = config, weights_hash, name
-        self.unet, self.autoencoder = unet, autoencoder
+        self.model, self.name = model, model.name
+        self.unet, self.autoencoder = model.denoiser, model.autoencoder
         self.core = Core(
-            unet,
-            autoencoder,
-            config.schedule,
-            prediction=config.prediction,
-            scale_factor=config.scale_factor,
+            model.denoiser,
+            model.autoencoder,
+            model.schedule,
+            prediction=model.prediction,
+            scale_factor=model.scale_factor,
+            sampler=model.sampler,
+            no_sampler=str(model.provenance.get("no_sampler", "")),
         )
         self.table = self.core.table
 
-    @classmethod
-    def from_bundle(cls, bundle: Bundle) -> LatentDiffusion:
-        """Raises ValueError if the bundle holds an autoencoder only."""
-        if bundle.unet is None:
-            raise ValueError(
-                f"{bundle.folder} holds an autoencoder only, expected a denoiser (unet) too; "
-                "train one with 'fastdiff train diffusion'"
-            )
-        return cls(
-            bundle.config,
-            bundle.unet,
-            bundle.autoencoder,
-            weights_hash=bundle.weights_hash,
-            name=bundle.name,
-        )
+    @property
+    def weights_hash(self) -> str:
+        return self.model.weights_hash
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of what is diffused: latents, or pixels."""
-        size, ae = self.config.image_size, self.autoencoder
+        size, ae = self.model.image_size, self.autoencoder
+        if size is None:
+            raise ValueError(
+                f"{self.model.path} does not say for which size it was trained; load it with "
+                "image_size="
+            )
         if ae is None:
-            return self.config.image_channels, size, size
+            assert self.model.image_channels is not None
+            return self.model.image_channels, size, size
         side = size // ae.downsample_factor
         return ae.config.latent_channels, side, side
 
@@ -136,7 +131,7 @@ class LatentDiffusion:
     def recipe(self, label: int | None, seed: int, settings: SampleSettings) -> dict[str, Any]:
         """Everything that one image depends on; JSON-able. :func:`from_recipe` reads it."""
         kept = {k: v for k, v in to_dict(settings).items() if k not in NOT_IN_RECIPE}
-        names = self.config.class_names
+        names = self.model.class_names
         return {
             "fastdiff": fastdiff.__version__,
             "torch": torch.__version__,

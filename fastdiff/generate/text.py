@@ -8,19 +8,16 @@ The pipelines are functions of it, a page each: `text_to_image`, `image_to_image
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model
 from fastdiff.configs import to_dict
 from fastdiff.generate.core import CHECKPOINT, Core, SampleSettings, check_seeds
 from fastdiff.kernels.dispatch import selected_backend
@@ -68,8 +65,6 @@ class TextSettings:
 
 
 PLAIN_TEXT = TextSettings()
-ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
-"""What of a text encoder's config its weights' shapes do not say."""
 
 
 class TextDiffusion:
@@ -80,7 +75,7 @@ class TextDiffusion:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Model,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -254,35 +249,9 @@ class TextDiffusion:
             **more,
         }
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """sha256 over weights as they compute, configs and vocabularies: which model this is.
-
-        Reads every number once, about a second per GB.
-        """
-        modules = [self.unet, self.autoencoder, *(encoder.model for encoder in self.encoders)]
-        facts = {
-            "configs": [to_dict(self.unet.config), to_dict(self.autoencoder.config)],
-            "schedule": to_dict(self.checkpoint.schedule),
-            "prediction": self.core.prediction,
-            "scale_factor": self.core.scale_factor,
-            "encoders": [
-                [
-                    *(getattr(encoder.model.config, name) for name in ENCODER_FACTS),
-                    encoder.skip,
-                    encoder.final_norm,
-                    encoder.tokenizer.get_vocab() if encoder.tokenizer else None,
-                ]
-                for encoder in self.encoders
-            ],
-        }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        for module in modules:
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-                numbers = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(numbers.view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return self.checkpoint.weights_hash
 
     def _sampler_recipe(self, settings: SampleSettings) -> dict[str, Any] | None:
         """What CHECKPOINT means, where the settings ask for it and the files say."""
@@ -331,8 +300,8 @@ def samples(prompt: str | Sequence[str], seeds: Sequence[int]) -> list[str]:
     return prompts
 
 
-def _parts(checkpoint: Checkpoint) -> tuple[Any, Any, Any]:
-    unet, autoencoder, schedule = checkpoint.unet, checkpoint.autoencoder, checkpoint.schedule
+def _parts(checkpoint: Model) -> tuple[Any, Any, Any]:
+    unet, autoencoder, schedule = checkpoint.denoiser, checkpoint.autoencoder, checkpoint.schedule
     for name, part in (("denoiser", unet), ("autoencoder", autoencoder), ("schedule", schedule)):
         if part is None:
             raise ValueError(
