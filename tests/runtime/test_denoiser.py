@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,7 +15,7 @@ from fastdiff.runtime.blocks import RowBlocks, block_size, in_blocks, row_blocks
 from fastdiff.runtime.conditions import Condition, class_conditions
 from fastdiff.runtime.denoiser import Denoiser, Turn
 from fastdiff.runtime.prepare import prepare
-from tests.support.parity import GRADIENT_FACTOR, assert_parity
+from tests.support.parity import assert_gradient_parity
 from tests.support.tiny import UNET, randomize, tiny_unet
 
 CPU = torch.device("cpu")
@@ -233,29 +233,38 @@ def test_a_condition_that_fails_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("count", [3, 11])
 def test_gradients_with_respect_to_x(config, count: int) -> None:
     """Of a weighted sum of predictions, against the plain network's in fp64; CLIP guidance."""
-    network, x = tiny_unet(config), images(count)
-    weights = images(count, seed=5)
+    network = tiny_unet(config)
     conditions, _ = conditions_of(network, count)
-    gradients = []
-    for plain in (copy.deepcopy(network).double(), copy.deepcopy(network)):
-        leaf = x.clone().to(next(plain.parameters()).dtype).requires_grad_()
-        (weights * plainly(plain, leaf, float(TIMES[1]), conditions)).sum().backward()
-        gradients.append(leaf.grad)
-    prepared, leaf = prepare(network), x.clone().requires_grad_()
+    weights, guided = images(count, seed=5), [i % 2 == 0 for i in range(count)]
+    prepared, exact = prepare(copy.deepcopy(network)), copy.deepcopy(network).double()
     with torch.no_grad():
-        evaluate(prepared, x, 1, [False] * count)  # packs what it packs
-    cond, _ = evaluate(prepared, leaf, 1, [i % 2 == 0 for i in range(count)])
-    (weights * cond).sum().backward()
-    assert_parity(leaf.grad, *gradients, factor=GRADIENT_FACTOR)
+        evaluate(prepared, images(count), 1, guided)  # packs what it packs
+
+    def gradient(function: Callable[[Tensor], Tensor], seed: int, dtype: torch.dtype) -> Tensor:
+        leaf = images(count, seed=seed).to(dtype).requires_grad_()
+        (weights * function(leaf)).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def plain(module: UNet) -> Callable[[Tensor], Tensor]:
+        return lambda x: plainly(module, x, float(TIMES[1]), conditions)
+
+    assert_gradient_parity(
+        lambda seed: gradient(lambda x: evaluate(prepared, x, 1, guided)[0], seed, torch.float32),
+        lambda seed: gradient(plain(exact), seed, torch.float64),
+        lambda seed: gradient(plain(network), seed, torch.float32),
+        draws=4,
+    )
+    x = images(count).double()
+    slopes = gradient(lambda x: evaluate(exact, x, 1, guided)[0], 1, torch.float64)
     direction, step = images(count, seed=6).double(), 1e-6
-    exact = prepare(copy.deepcopy(network), dtype=torch.float64)
     with torch.no_grad():
-        ends = [
-            (weights * evaluate(exact, x + s * step * direction, 1, [False] * count)[0]).sum()
-            for s in (1, -1)
-        ]
-    slope = float(ends[0] - ends[1]) / (2 * step)
-    torch.testing.assert_close(slope, float((direction * leaf.grad).sum()), rtol=1e-4, atol=1e-4)
+        low, high = (
+            (weights * evaluate(exact, x + s * step * direction, 1, guided)[0]).sum()
+            for s in (-1, 1)
+        )
+    slope = (high - low) / (2 * step)
+    torch.testing.assert_close(slope, (direction * slopes).sum(), rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_of_guided_samples_and_extra_channels() -> None:

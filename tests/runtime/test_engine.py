@@ -53,7 +53,7 @@ def request(seed: int, rows: SamplerTable | None = None, label: int = 0, **more:
 
 def wide(config=UNET) -> UNet:
     """Wide enough that oneDNN's convolutions depend on the batch's size."""
-    return prepare(tiny_unet(replace(config, model_channels=64, head_dim=64)))
+    return prepare(tiny_unet(replace(config, model_channels=32, head_dim=32)))
 
 
 @pytest.fixture(scope="module")
