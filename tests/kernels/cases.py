@@ -383,7 +383,10 @@ def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None
         return run(globals()[f"{op}_eager"], with_gradients(inputs(seed)), seed)
 
     def draws(kind: int, index: int) -> list[Callable[[int], Tensor]]:
-        return [lambda seed, f=f: f(seed)[kind][index] for f in (actual, expected, eager)]
+        def of(results: Callable[[int], tuple[list[Tensor], list[Tensor]]]) -> Any:
+            return lambda seed: results(seed)[kind][index]
+
+        return [of(results) for results in (actual, expected, eager)]
 
     leaves, (outputs, gradients) = tensors_in(inputs(0)), actual(0)
     for index, output in enumerate(outputs):
