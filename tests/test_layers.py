@@ -29,8 +29,6 @@ STILL_NAMES_UNET = {
     "fastdiff/bench/shapes.py",
     "fastdiff/checkpoint/open.py",
     "fastdiff/checkpoint/save.py",
-    "fastdiff/training/describe.py",
-    "fastdiff/training/task.py",
 }
 """Files that still have to lose the word; a file that has lost it must leave this list."""
 FILES_TO_THE_FIRST_KERNEL = 28
