@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
     presets = {name: run for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)}
     start: Any = _start(kind, presets, rest)
     # Every field of a network's config is an option, so which there are depends on the network.
-    fields = kind[type(start.model)] if kind is DiffusionRun else kind
+    fields: Any = kind[type(start.model)] if kind is DiffusionRun else kind
     options = parse(
         Train[fields],
         rest,
