@@ -16,9 +16,8 @@ from fastdiff.bench.clock import HostTimer, Method, Timing
 from fastdiff.bench.tune import Case
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
-from fastdiff.kernels import measured
 from fastdiff.kernels.triton import cdiv, jit, launch, tl
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tunable, configs
+from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tunable, configs, measured
 from tests.kernels import cases
 
 CPU = torch.device("cpu")

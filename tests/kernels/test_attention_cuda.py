@@ -20,6 +20,8 @@ from fastdiff import kernels
 from fastdiff.kernels import attention
 from fastdiff.kernels import triton as _triton
 from fastdiff.kernels.attention import cuda as attention_cuda
+from fastdiff.kernels.attention.triton_backward import attention_backward
+from fastdiff.kernels.attention.triton_tiles import room_for_sums
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -161,6 +163,13 @@ def log_sum(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> T
     return torch.logsumexp(scores, -1)[None] * math.log2(math.e)
 
 
+def with_sums(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The output, and the sums that Triton's backward pass takes."""
+    out, statistics = attention_cuda.forward(*arguments, True)
+    assert statistics is not None
+    return out, room_for_sums(arguments[0], arguments[5], statistics)
+
+
 @needs_cuda
 @pytest.mark.parametrize("on_chip", [0, 160])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -170,10 +179,10 @@ def test_log_sum_exp(dtype: torch.dtype, on_chip: int) -> None:
     mask[1, :, 5] = False
     with cuda("reverse"), keys_on_chip(on_chip):
         for scale in (40**-0.5, 2.5):
-            lse = attention_cuda.attention_forward(q, k, v, None, None, None, scale)[1]
+            lse = with_sums(q, k, v, None, None, None, scale)[1]
             # a score is a sum of 40 fp32 numbers whose sizes go up to that of the largest score
             torch.testing.assert_close(lse.double(), log_sum(q, k, scale), rtol=2e-6, atol=1e-5)
-        out, lse = attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)
+        out, lse = with_sums(q, k, v, None, None, mask, 0.2)
     seen = log_sum(q, k, 0.2, mask)[:, 0]
     torch.testing.assert_close(lse.double()[:, 0], seen, rtol=2e-6, atol=1e-5)
     assert bool((lse[0, 1, :, 5] == math.inf).all())
@@ -187,7 +196,7 @@ def test_log_sum_exp_under_an_added_mask_is_in_two_numbers() -> None:
     mask = torch.randn(20, 20, device=q.device)
     mask[2], mask[3] = -2e38, -math.inf
     with cuda():
-        lse = attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)[1].double()
+        lse = with_sums(q, k, v, None, None, mask, 0.2)[1].double()
     scores = 0.2 * torch.einsum("nlhd,nshd->nhls", q.double(), k.double()) + mask.double()
     rows = [i for i in range(20) if i not in (2, 3)]
     expected = torch.logsumexp(scores, -1) * math.log2(math.e)
@@ -211,10 +220,9 @@ def test_triton_can_go_on_from_the_log_sum_exp(masked: str) -> None:
         mask[:, :, 4] = -1e38
         mask = mask if masked == "added" else mask > -1
     with cuda():
-        out, lse = attention_cuda.attention_forward(q, k, v, *text, mask, 0.2)
+        out, lse = with_sums(q, k, v, *text, mask, 0.2)
     expected = attention_cuda.gradients_written_out(dout, q, k, v, *text, mask, lse, 0.2)
-    backward = torch.ops.fastdiff.attention_backward_triton
-    found = backward(dout, q, k, v, *text, mask, out, lse, 0.2, masked == "added")
+    found = attention_backward(dout, q, k, v, *text, mask, out, lse, 0.2, masked == "added")
     for have, want in zip(found, expected, strict=True):
         if want is not None:
             torch.testing.assert_close(have.float(), want.float(), rtol=2e-2, atol=2e-2)
