@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdiff import kernels
 from fastdiff.bench import tune
 from fastdiff.bench.clock import HostTimer, Method, Timing
 from fastdiff.bench.tune import Case
@@ -231,10 +233,10 @@ def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch)
     real = TUNABLES["geglu"]
 
     def small(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-        from fastdiff.kernels.geglu import _geglu
+        from fastdiff.kernels.geglu.triton import forward
 
         x = torch.empty(2, 64, dtype=dtype, device=device)
-        return [lambda: _geglu(x)]
+        return [lambda: forward(x)]
 
     monkeypatch.setitem(TUNABLES, "geglu", replace(real, calls=small))
     for case in tune.cases(["geglu"]):
@@ -333,15 +335,23 @@ def test_auto_tries_first_what_the_gpus_file_says() -> None:
     assert measured._fastest("geglu", GPU, "float16/cache") is None
 
 
-def test_unmeasured_attention_goes_to_the_larger_matrix_instructions() -> None:
-    key = "bfloat16/self/40"
+def test_unmeasured_attention_goes_to_the_larger_matrix_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hopper, ampere = Gpu("Some H", "sm_90"), Gpu("Some A", "sm_80")
-    assert measured._fastest("attention", hopper, key) == "triton"
-    assert measured._fastest("attention", ampere, key) is None
-    assert measured._fastest("geglu", hopper, "bfloat16/cache") is None
-    winners = {"attention": {key: "cuda"}}
+    q = torch.empty(2, 4096, 8, 40, dtype=torch.bfloat16, device="meta")
+
+    def first(op: str, gpu: Gpu, *args: torch.Tensor) -> str | None:
+        for module in (measured, sys.modules["fastdiff.kernels.attention"]):
+            monkeypatch.setattr(module, "gpu_of", lambda device: gpu)
+        return kernels.OPS[op].first(args)
+
+    assert first("attention", hopper, q, q, q) == "triton"
+    assert first("attention", ampere, q, q, q) is None
+    assert first("geglu", hopper, q) is None
+    winners = {"attention": {"bfloat16/self/40": "cuda"}}
     tune.save_backends(winners, {"gpu": hopper.name, "date": "1"}, tune.cache_file(hopper))
-    assert measured._fastest("attention", hopper, key) == "cuda"
+    assert first("attention", hopper, q, q, q) == "cuda"
 
 
 def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
