@@ -265,7 +265,7 @@ def rules(compiler: str, cuda: Cuda | str) -> list[str]:
             f"nvccflags = -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
             f"-Xptxas -v -ccbin {host} {cuda.flags}",
             "rule nvcc",
-            # ptxas tells what each kernel takes of a GPU: benchmarks/cuda_resources.py reads it
+            # ptxas tells what each kernel takes of a GPU: benchmarks/resources/cuda.py reads it
             "  command = if $nvcc -MD -MF $out.d $nvccflags -c $in -o $out > $out.log 2>&1; "
             "then grep -i -A4 warning $out.log || true; else cat $out.log; exit 1; fi",
             "  description = nvcc $out",
@@ -367,5 +367,5 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":  # as pip and build run it; benchmarks/cuda_resources.py imports it
+if __name__ == "__main__":  # as pip and build run it; benchmarks/resources/cuda.py imports it
     main()

@@ -1,1 +1,1 @@
-"""Benchmarks: ``pytest benchmarks/``; see harness.py. Not installed."""
+"""Benchmarks: ``pytest benchmarks``; the installed part of them is fastdiff/bench/."""

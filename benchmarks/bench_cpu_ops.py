@@ -6,7 +6,7 @@
     eager, memory kept    (cpu_layers.keep_freed_memory): outputs are reused, no page is faulted
 
 Sampler steps also stand beside diffusers' schedulers. The table of aims in docs/performance.md is
-made from these records and those of bench_cpu_networks.py, by the worst case of each.
+made from these records and those of networks/bench_cpu_networks.py, by the worst case of each.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_sampler_step, shapes
-from benchmarks.bench_cpu_networks import quartiles_of
-from benchmarks.gpu import Make, Subject
-from benchmarks.harness import IN_TURNS, RECORDS, Record, duration
-from benchmarks.shapes import Call, Job
-from benchmarks.subjects import NETWORK_OPS
+from benchmarks.harness import RECORDS
+from fastdiff.bench import shapes
+from fastdiff.bench.ops import sampler_step
+from fastdiff.bench.providers import Make, Subject
+from fastdiff.bench.record import IN_TURNS, Record, duration, quartiles_of
+from fastdiff.bench.shapes import Call, Job
+from fastdiff.bench.subjects import SUBJECTS
 
-SUBJECTS = {subject.op: subject for subject in NETWORK_OPS}
 CASE_S = 0.3
 """Seconds of timed rounds per case."""
 LEAST_ROUNDS = 7
@@ -66,17 +66,17 @@ def cases(op: str) -> Iterator[Case]:
 
 def step_cases() -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
     """Sampler steps on Stable Diffusion's latents, with diffusers' schedulers."""
-    from benchmarks.gpu_networks import import_diffusers
+    from fastdiff.bench.providers import import_diffusers
 
     diffusers = import_diffusers()
-    for case in bench_sampler_step.gpu_cases(64, (1, 4, 16)):
+    for case in sampler_step.gpu_cases(64, (1, 4, 16)):
         found = Case("", case.job, case.subject, case.call)
         x, prediction, *_ = case.subject.arguments(case.call, case.job, MAKE)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its schedulers use what numpy deprecates
             peers = {
-                name: bench_sampler_step.stepping(name, diffusers, x, prediction)
-                for name in bench_sampler_step.SCHEDULERS
+                name: sampler_step.stepping(name, diffusers, x, prediction)
+                for name in sampler_step.SCHEDULERS
             }
         yield found, {**found.providers(), **peers}
 

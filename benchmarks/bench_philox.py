@@ -7,45 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import LATER, Arguments, Case, Make, Subject
-from benchmarks.harness import Work, compare
-from benchmarks.shapes import GPU_BATCHES, Call, Job
+from benchmarks.harness import compare
 from fastdiff import kernels
+from fastdiff.bench.record import Work
 from fastdiff.models.presets import UNETS
-
-
-def arguments(call: Call, job: Job, make: Make) -> Arguments:
-    n, *image = call.tensors[0]
-    return (torch.arange(n, device=make.device), tuple(image)), {}
-
-
-def eager(seeds: torch.Tensor, image: tuple[int, ...]) -> torch.Tensor:
-    """PyTorch's generator: one stream for all images."""
-    return torch.randn(len(seeds), *image, device=seeds.device)
-
-
-SUBJECT = Subject(
-    op="philox_normal",
-    arguments=arguments,
-    eager=eager,
-    work=lambda call, size: Work(bytes=torch.Size(call.tensors[0]).numel() * 4),
-)
-
-
-def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
-    """The latents that Stable Diffusion starts from; no network calls this op."""
-    return [
-        Case(
-            subject=SUBJECT,
-            job_name="",
-            job=Job(network="unet", preset="sd1", size=size, batch=batch),
-            call=Call("philox_normal", ((batch, UNETS["sd1"].in_channels, size, size),)),
-            dtype=torch.float32,
-            providers=LATER,
-            priority=1,
-        )
-        for batch in batches
-    ]
 
 
 @pytest.mark.parametrize(("preset", "size", "batch"), [("digits", 8, 64), ("sd1", 64, 4)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import harness
+from fastdiff.bench.record import save_records
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,4 +41,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session) -> None:
     measured = harness.RECORDS, harness.SHARES, harness.PEAKS
     if session.config.getoption("--save-records") and any(measured):
-        print(f"\nrecords: {harness.save_records(*measured)}")
+        print(f"\nrecords: {save_records(*measured)}")

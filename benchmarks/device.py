@@ -12,9 +12,9 @@ the others, and makes the exit code 1:
     tests         the parity tests and the tests marked `gpu`, on the device
     sanitize      small parity cases under compute-sanitizer's four tools, where it is installed
     tune          launch configs, for the stages that follow and for kernels/tuned/
-    bench         every op against its providers (gpu.py); Triton beside CUDA, whose winners the
-                  stage that follows uses and kernels/tuned/ keeps
-    networks      whole evaluations, and what each op takes of them (gpu_networks.py)
+    bench         every op against its providers (fastdiff/bench/run.py); Triton beside CUDA,
+                  whose winners the stage that follows uses and kernels/tuned/ keeps
+    networks      whole evaluations, and what each op takes of them (networks/gpu_networks.py)
 
 What is left in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
 ``tuned/<gpu>.json`` (move it to kernels/tuned/), ``cuda-kernels.txt`` (registers and occupancy of
@@ -62,7 +62,7 @@ FOUND = 99
 """Exit code of compute-sanitizer where the process did well and it has something to report."""
 GRACE_S = 15
 """After its share a stage has this long to write down what it has."""
-TESTS = ("tests/kernels", "tests/test_timing.py")
+TESTS = ("tests/kernels", "tests/bench/test_clock.py")
 IGNORED = tuple(
     f"tests/kernels/test_{name}.py"
     for name in ("resources", "cuda_resources", "cuda_host", "cuda_matrix", "native", "sanitizers")
@@ -118,9 +118,9 @@ def environment_stage(plan: Plan) -> list[str]:
     """What the numbers depend on, into facts.json for the other stages."""
     import torch
 
-    from benchmarks import harness
+    from fastdiff.bench import record
 
-    facts: dict[str, Any] = harness.environment()
+    facts: dict[str, Any] = record.environment()
     if plan.commit:
         facts["commit"] = plan.commit
     if plan.dry_run:
@@ -194,7 +194,7 @@ def build_stage(plan: Plan) -> list[str]:
 
 def _kernels_of_the_gpu(plan: Plan) -> list[str]:
     """What the driver tells of every launch, into cuda-kernels.txt."""
-    words = [sys.executable, "-m", "benchmarks.cuda_device"]
+    words = [sys.executable, "-m", "benchmarks.resources.cuda_device"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failed("the kernels' resources were not told", *done.stderr.splitlines()[-10:])
@@ -361,9 +361,9 @@ def tune_stage(plan: Plan) -> list[str]:
     """`fastdiff tune` for bf16 within the stage's time, into <out>/tuned/."""
     import torch
 
-    from fastdiff import tuning
+    from fastdiff.bench import tune
+    from fastdiff.bench.clock import Method, Timing, timer_for
     from fastdiff.kernels import _triton
-    from fastdiff.timing import Method, Timing, timer_for
 
     device = torch.device("meta" if plan.dry_run else "cuda")
     gpu = _triton.Gpu("Dry run", "sm_90") if plan.dry_run else _triton.gpu_of(device)
@@ -374,11 +374,11 @@ def tune_stage(plan: Plan) -> list[str]:
         function()
         return Timing.of("host", [1.0])
 
-    path, measured = tuning.cache_file(gpu), tuning.facts(gpu)
+    path, measured = tune.cache_file(gpu), tune.facts(gpu)
     notes = []
     dry = _triton.recording_launches(gpu.architecture) if plan.dry_run else contextlib.nullcontext()
     with dry:
-        for found in tuning.tune(
+        for found in tune.tune(
             tuned_cases(),
             gpu=gpu,
             device=device,
@@ -386,7 +386,7 @@ def tune_stage(plan: Plan) -> list[str]:
             budget_s=plan.seconds,
             workers=0 if plan.dry_run else WORKERS,
         ):
-            tuning.save([found], measured, path)
+            tune.save([found], measured, path)
             changed = f"{found.gain:.2f} x, {found.before} -> {found.after}"
             notes.append(
                 f"{found.case}: {changed if found.after != found.before else 'kept'}; tried "
@@ -400,8 +400,7 @@ def tuned_cases() -> list[Any]:
     """What `bench` and `networks` will use: bf16 where a kernel takes it, their head dimensions."""
     import torch
 
-    from benchmarks import shapes
-    from fastdiff import tuning
+    from fastdiff.bench import shapes, tune
     from fastdiff.kernels._triton import TUNABLES
 
     dims = {
@@ -411,24 +410,26 @@ def tuned_cases() -> list[Any]:
         if call.op == "attention"
     }
 
-    def used(case: tuning.Case) -> bool:
+    def used(case: tune.Case) -> bool:
         if torch.bfloat16 in TUNABLES[case.tunable].dtypes and case.dtype != torch.bfloat16:
             return False
         # an attention's class ends in its head dimension
         return not case.tunable.startswith("attention") or case.shape_class.split("/")[-1] in dims
 
-    return [case for case in tuning.cases() if used(case)]
+    return [case for case in tune.cases() if used(case)]
 
 
 def bench_stage(plan: Plan) -> list[str]:
     """Every op against its providers."""
     import torch
 
-    from benchmarks import bench_philox, bench_sampler_step, gpu, shapes
-    from benchmarks.subjects import NETWORK_OPS
-    from fastdiff import tuning
+    from fastdiff.bench import shapes, tune
+    from fastdiff.bench.clock import HostTimer, timer_for
+    from fastdiff.bench.ops import sampler_step
+    from fastdiff.bench.run import MATMUL, Case, Outcome, cases, fastest_backends
+    from fastdiff.bench.run import run as run_cases
+    from fastdiff.bench.subjects import NETWORK_OPS, own_cases
     from fastdiff.kernels import _triton
-    from fastdiff.timing import HostTimer, timer_for
 
     end = time.monotonic() + plan.seconds
     device = torch.device("cpu" if plan.dry_run else "cuda")
@@ -437,43 +438,42 @@ def bench_stage(plan: Plan) -> list[str]:
     batches = (1,) if plan.dry_run else shapes.GPU_BATCHES
     size = 8 if plan.dry_run else 64
     try:
-        from benchmarks.gpu_networks import import_diffusers
+        from fastdiff.bench.providers import import_diffusers
 
         diffusers, notes = import_diffusers(), []
     except ImportError as error:
         diffusers, notes = None, [f"diffusers' schedulers left out: {error}"]
     if not plan.dry_run:
         gpu_here = _triton.gpu_of(device)
-        tuning.compile_in_use(tuned_cases(), gpu=gpu_here, workers=WORKERS)
-    first = bench_sampler_step.from_the_host(timer, device, diffusers, size=size, batches=batches)
+        tune.compile_in_use(tuned_cases(), gpu=gpu_here, workers=WORKERS)
+    first = sampler_step.from_the_host(timer, device, diffusers, size=size, batches=batches)
     save(plan, first.records, [])
-    todo = gpu.cases(NETWORK_OPS, jobs, batches)
-    own = [*bench_sampler_step.gpu_cases(size, batches), *bench_philox.gpu_cases(size, batches)]
-    todo = sorted([*own, *todo], key=lambda case: case.priority)
+    todo = cases(NETWORK_OPS, jobs, batches)
+    todo = sorted([*own_cases(size, batches), *todo], key=lambda case: case.priority)
     if plan.dry_run:  # each op once, forward and backward
         todo = list({case.benchmark: case for case in reversed(todo)}.values())
         todo += dry_cases(NETWORK_OPS, {case.subject.op for case in todo})
     saved = [0, time.monotonic()]
 
-    def progress(case: gpu.Case, outcome: gpu.Outcome) -> None:
+    def progress(case: Case, outcome: Outcome) -> None:
         print(f"{len(outcome.records):5} timings, {end - time.monotonic():4.0f} s: {case}")
         if time.monotonic() - saved[1] > 20:  # what is measured outlives a crash
             save(plan, outcome.records[int(saved[0]) :], [])
             saved[:] = [len(outcome.records), time.monotonic()]
 
-    outcome = gpu.run(
+    outcome = run_cases(
         todo,
         timer=timer,
         device=device,
         deadline=end,
         inductor="eager" if plan.dry_run else "inductor",
-        matmul=64 if plan.dry_run else gpu.MATMUL,
+        matmul=64 if plan.dry_run else MATMUL,
         progress=progress,
     )
     save(plan, outcome.records, [])
     if not plan.dry_run:
-        winners = gpu.fastest_backends(outcome.records)
-        tuning.save_backends(winners, tuning.facts(gpu_here), tuning.cache_file(gpu_here))
+        winners = fastest_backends(outcome.records)
+        tune.save_backends(winners, tune.facts(gpu_here), tune.cache_file(gpu_here))
         notes += [f"auto takes for {op}: {keys}" for op, keys in winners.items()]
     outcome.failures = [*first.failures, *outcome.failures]
     return told(outcome, [f"{len(first.records)} timings from the host", *notes])
@@ -483,8 +483,9 @@ def networks_stage(plan: Plan) -> list[str]:
     """Whole evaluations."""
     import torch
 
-    from benchmarks import gpu_networks, shapes
-    from fastdiff.timing import HostTimer, timer_for
+    from benchmarks.networks import gpu_networks
+    from fastdiff.bench import shapes
+    from fastdiff.bench.clock import HostTimer, timer_for
 
     device = torch.device("cpu" if plan.dry_run else "cuda")
     jobs = {name: shapes.GPU_JOBS[name] for name in gpu_networks.NETWORKS}
@@ -511,7 +512,7 @@ STAGES: dict[str, Callable[[Plan], list[str]]] = {
 
 def dry_jobs() -> dict[str, Any]:
     """The smallest networks there are."""
-    from benchmarks.shapes import Job
+    from fastdiff.bench.shapes import Job
 
     return {
         "digits U-Net": Job(network="unet", preset="digits", size=2, batch=1),
@@ -521,8 +522,8 @@ def dry_jobs() -> dict[str, Any]:
 
 def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
     """The transformer's ops, which the smallest networks lack."""
-    from benchmarks.gpu import Case
-    from benchmarks.shapes import Call
+    from fastdiff.bench.run import Case
+    from fastdiff.bench.shapes import Call
 
     (job, *_) = dry_jobs().values()
     x, weight = (1, 4, 32), (32,)
@@ -557,7 +558,7 @@ def told(outcome: Any, notes: Sequence[str]) -> list[str]:
 
 def save(plan: Plan, records: Sequence[Any], shares: Sequence[Any]) -> None:
     """Into <out>/results/<device>/<commit>.json."""
-    from benchmarks import harness
+    from fastdiff.bench import record
 
     known = plan.out / "facts.json"
     facts = json.loads(known.read_text()) if known.exists() else {}
@@ -565,7 +566,7 @@ def save(plan: Plan, records: Sequence[Any], shares: Sequence[Any]) -> None:
     if plan.commit:
         facts["commit"] = plan.commit
     if records or shares:
-        harness.save_records(records, shares, results=plan.out / "results", extra=facts)
+        record.save_records(records, shares, results=plan.out / "results", extra=facts)
 
 
 def _version(package: str) -> str | None:

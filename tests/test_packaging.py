@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_resources import build_script
+from benchmarks.resources.cuda import build_script
 
 ROOT = Path(__file__).resolve().parent.parent
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

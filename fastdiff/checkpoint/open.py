@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoint.build import Progress, plan_model
+from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts import compvis, ddpm, openai
 from fastdiff.checkpoint.layouts.bundle import load_bundle, shipped_bundles
 from fastdiff.checkpoint.layouts.folders import load_component, load_pipeline
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.recognise import recognise_file, recognise_folder
 from fastdiff.checkpoint.request import Request, Unsaid
-from fastdiff.checkpoint.weights import Weights, open_weights
+from fastdiff.checkpoint.weights import Weights
 from fastdiff.models.unet import UNet
 
 PathLike = str | os.PathLike[str]

@@ -1,19 +1,13 @@
-"""Files of weights, opened one way: names, shapes and dtypes at once, numbers when asked for.
+"""The tensors of a file of weights: names, shapes and dtypes at once, numbers when asked for.
 
-    safetensors       the header, checked against the file (`safetensors.py`)
-    torch.save        the zip and the format before it, read without running it (`pickles.py`)
-    NAME.index.json   several of these, one model
-
-The kind is recognised by the first bytes, not by the name. A tensor is read from its place in the
-file straight into the memory where it stays (`Weights.copy_into`): nothing is held twice, and
-nothing that a file says about sizes is believed before the file is seen to be that large.
+A tensor is read from its place in the file straight into the memory where it stays
+(`Weights.copy_into`): nothing is held twice. `formats.open_weights` finds the places.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,34 +108,6 @@ class Weights:
                 view = view[count:]
 
 
-def open_weights(path: str | os.PathLike[str]) -> Weights:
-    """Open a file of weights, or the index of several.
-
-    Raises:
-        FileNotFoundError: there is none, or a shard is missing.
-        ValueError: damaged, of another kind, or a pickle that holds more than tensors; one line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, or is not a file; give a file of weights")
-    if path.name.endswith(".json"):
-        return _open_sharded(path)
-    from fastdiff.checkpoint.formats.pickles import looks_like_torch_save, read_torch_save
-    from fastdiff.checkpoint.formats.safetensors import header_fits, read_safetensors
-
-    with path.open("rb") as file:
-        start = file.read(8)
-    # A header's length too may begin with the bytes of a zip or a pickle: ask for it first.
-    if header_fits(start, path.stat().st_size):
-        return read_safetensors(path)
-    if looks_like_torch_save(start):
-        return read_torch_save(path)
-    raise ValueError(
-        f"{path}: expected safetensors or what torch.save wrote, got {path.stat().st_size} bytes "
-        f"that begin with {start!r}; the file is truncated or something else"
-    )
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -160,33 +126,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
-
-
-def _open_sharded(path: Path) -> Weights:
-    """The shards that an index names ({"weight_map": {tensor: file}}), beside it."""
-    table = read_json(path).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise ValueError(f"{path}: expected 'weight_map' with a file's name for each tensor")
-    places: dict[str, Place] = {}
-    for name in sorted(set(table.values())):
-        if Path(name).name != name or name == ".." or name.endswith(".json"):
-            raise ValueError(f"{path}: a shard must be a file beside the index, got {name!r:.60}")
-        shard = path.parent / name
-        if not shard.is_file():
-            keys = sum(other == name for other in table.values())
-            raise FileNotFoundError(
-                f"{shard} is missing: {path.name} says that {keys} tensors are in it; "
-                "fetch all files of the model"
-            )
-        opened = open_weights(shard).places
-        wanted = {key for key, other in table.items() if other == name}
-        if opened.keys() != wanted:
-            raise ValueError(
-                f"{shard}: its tensors are not those of {path.name} "
-                f"({some(sorted(opened.keys() ^ wanted))}); fetch both again"
-            )
-        places.update(opened)
-    return Weights(path, places)
 
 
 def some(names: Iterable[str], count: int = 5) -> str:

@@ -185,17 +185,17 @@ def _configs() -> dict[str, list[str]]:
     """GPU, or "shipped" where there is none -> which launch configs its Triton kernels get."""
     import torch
 
-    from fastdiff import tuning
+    from fastdiff.bench import tune
     from fastdiff.kernels import _triton
 
     def told(index: int) -> list[str]:
         try:
-            return tuning.describe(_triton.gpu_of(torch.device("cuda", index)))
+            return tune.describe(_triton.gpu_of(torch.device("cuda", index)))
         except ValueError as error:  # a file that cannot be read
             return [str(error)]
 
     if not torch.cuda.is_available():
-        return {"shipped": [f"{name}: {how}" for name, how in tuning.shipped().items()]}
+        return {"shipped": [f"{name}: {how}" for name, how in tune.shipped().items()]}
     return {f"cuda:{index}": told(index) for index in range(torch.cuda.device_count())}
 
 

@@ -16,7 +16,7 @@ from fastdiff.cli.machine import TORCH_NAMES, DtypeName
 from fastdiff.cli.parsing import OptionalPath, parse
 
 if TYPE_CHECKING:
-    from fastdiff.tuning import Found
+    from fastdiff.bench.tune import Found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,13 @@ def main(words: Sequence[str]) -> int:
 def run(options: Tune) -> int:
     import torch
 
-    from fastdiff import timing, tuning
+    from fastdiff.bench import tune
+    from fastdiff.bench.clock import timer_for
     from fastdiff.cli.machine import device_and_dtype
     from fastdiff.kernels import _triton
 
     dtypes = [getattr(torch, TORCH_NAMES[name]) for name in options.dtype]
-    todo = tuning.cases(options.op, dtypes, options.shape_class)
+    todo = tune.cases(options.op, dtypes, options.shape_class)
     if options.device == "auto" and not torch.cuda.is_available():
         raise ValueError("tuning needs a GPU, and this machine has none that torch can use")
     device, _ = device_and_dtype(options.device, "fp32")
@@ -79,26 +80,26 @@ def run(options: Tune) -> int:
     if _triton.triton is None or _triton.INTERPRETED:
         raise ValueError("tuning needs triton, and not its interpreter; unset TRITON_INTERPRET")
     gpu = _triton.gpu_of(device)
-    path = tuning.cache_file(gpu)
-    aside = tuning.set_aside_broken(path)
+    path = tune.cache_file(gpu)
+    aside = tune.set_aside_broken(path)
     if aside:
         print(f"{path} could not be read; it is now {aside}")
-    measured = tuning.facts(gpu)
+    measured = tune.facts(gpu)
     found: list[Found] = []
     with progress("tuning") as report:
-        for one in tuning.tune(
+        for one in tune.tune(
             todo,
             gpu=gpu,
             device=device,
-            timer=timing.timer_for(device),
+            timer=timer_for(device),
             budget_s=options.budget_minutes * 60,
             report=report,
             workers=options.workers,
         ):
             found.append(one)
-            tuning.save([one], measured, path)  # Ctrl-C keeps what is done
+            tune.save([one], measured, path)  # Ctrl-C keeps what is done
     if options.export:
-        tuning.save(found, measured, Path(options.export))
+        tune.save(found, measured, Path(options.export))
     print_found(found)
     print(f"\nwritten: {path}")
     if options.export:

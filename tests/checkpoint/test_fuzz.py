@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 import fastdiff
+from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts.bundle import save_bundle
-from fastdiff.checkpoint.weights import open_weights
 from tests.support.tiny import LATENT, tiny_autoencoder, tiny_unet
 
 ROUNDS = 10_000

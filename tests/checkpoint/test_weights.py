@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoint import weights as weights_module
-from fastdiff.checkpoint.weights import open_weights
+from fastdiff.checkpoint.formats import open_weights
 
 TENSORS: dict[str, Tensor] = {
     "a.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),

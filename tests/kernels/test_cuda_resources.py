@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_resources
-from benchmarks.ahead_of_time import CHIPS
-from benchmarks.cuda_resources import Resources
-from benchmarks.kernel_names import split_name
+from benchmarks.resources import cuda as cuda_resources
+from benchmarks.resources.ahead_of_time import CHIPS
+from benchmarks.resources.cuda import Resources
+from benchmarks.resources.kernel_names import split_name
 from tests.kernels.routes import cuda_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_blocks_fit(rows: list[Resources]) -> None:
 def test_the_document_is_of_these_kernels(rows: list[Resources]) -> None:
     text = (ROOT / "docs" / "resources-cuda.md").read_text()
     missing = sorted(name for name in cuda_kernels() if f"| {name} |" not in text)
-    assert not missing, "python -m benchmarks.cuda_resources --docs"
+    assert not missing, "python -m benchmarks.resources.cuda --docs"
 
 
 @pytest.mark.slow

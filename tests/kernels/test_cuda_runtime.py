@@ -10,7 +10,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks import cuda_device, device
+from benchmarks import device
+from benchmarks.resources import cuda_device
 from fastdiff import kernels
 from fastdiff.kernels import _cuda, _group_norm_cuda
 from fastdiff.kernels.dispatch import UNAVAILABLE
@@ -100,12 +101,13 @@ def test_without_a_gpu_the_command_says_what_to_do(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_device.main([]) == 2
     assert re.fullmatch(
-        r"benchmarks.cuda_device: (no GPU that torch can use|torch is built without CUDA); "
-        r"without a GPU: python -m benchmarks.cuda_resources\n",
+        r"benchmarks.resources.cuda_device: "
+        r"(no GPU that torch can use|torch is built without CUDA); "
+        r"without a GPU: python -m benchmarks.resources.cuda\n",
         capsys.readouterr().err,
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_cuda, "_library", None)
     monkeypatch.setitem(UNAVAILABLE, "cuda", "nvcc was not found; set CUDA_HOME")
     assert cuda_device.main(["--json"]) == 2
-    assert "benchmarks.cuda_device: nvcc was not found" in capsys.readouterr().err
+    assert "benchmarks.resources.cuda_device: nvcc was not found" in capsys.readouterr().err

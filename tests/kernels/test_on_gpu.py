@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from benchmarks import device, gpu, shapes
-from benchmarks.subjects import NETWORK_OPS
-from fastdiff import kernels, tuning
+from benchmarks import device
+from fastdiff import kernels
+from fastdiff.bench import shapes, tune
+from fastdiff.bench.providers import Make, Subject
+from fastdiff.bench.subjects import NETWORK_OPS
 from fastdiff.kernels import _cuda
 from tests.kernels import cases, routes
 from tests.kernels.graphs import captured
@@ -173,11 +175,11 @@ def test_an_op_runs_on_the_device_of_its_tensors(
 
 @pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("subject", NETWORK_OPS, ids=lambda subject: subject.op)
-def test_bits_repeat_at_the_sizes_of_the_networks(subject: gpu.Subject, backend: str) -> None:
+def test_bits_repeat_at_the_sizes_of_the_networks(subject: Subject, backend: str) -> None:
     """Results and gradients; without a GPU at those of the smallest networks."""
     where = torch.device(cases.device_of(backend))
     jobs = shapes.GPU_JOBS if where.type == "cuda" else device.dry_jobs()
-    make, served = gpu.Make(torch.bfloat16, where), 0
+    make, served = Make(torch.bfloat16, where), 0
     for name in ("SD 1.5 U-Net", "KL-f8 decoder") if where.type == "cuda" else jobs:
         for call in (c for c in jobs[name].collect() if c.op == subject.op):
             args, kwargs = subject.arguments(call, jobs[name], make)
@@ -197,12 +199,12 @@ def test_bits_repeat_at_the_sizes_of_the_networks(subject: gpu.Subject, backend:
 
 
 @gpu_test
-@pytest.mark.parametrize("case", tuning.cases(dtypes=[torch.bfloat16, torch.float32]), ids=str)
-def test_bits_of_triton_repeat_in_every_shape_class(case: tuning.Case) -> None:
+@pytest.mark.parametrize("case", tune.cases(dtypes=[torch.bfloat16, torch.float32]), ids=str)
+def test_bits_of_triton_repeat_in_every_shape_class(case: tune.Case) -> None:
     """The interpreter runs one program after the other; here they race if they can."""
     results = []
     for _ in range(3):
-        call, operands = tuning._prepared(case, torch.device("cuda"))
+        call, operands = tune._prepared(case, torch.device("cuda"))
         results.append(copies(tensors(call(), operands)))
     assert same(results[0], results[1])
     assert same(results[0], results[2])

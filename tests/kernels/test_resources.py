@@ -17,7 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import ahead_of_time, resources, resources_record
+from benchmarks.resources import ahead_of_time
+from benchmarks.resources import record as resources_record
+from benchmarks.resources import table as resources
 from fastdiff.kernels import _attention_forward, _triton
 from fastdiff.kernels._triton import TUNABLES
 

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
+from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts import diffusers
 from fastdiff.checkpoint.model import Checkpoint
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
-from fastdiff.checkpoint.weights import Weights, open_weights, read_json
+from fastdiff.checkpoint.weights import Weights, read_json
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet

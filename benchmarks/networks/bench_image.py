@@ -1,0 +1,128 @@
+"""End to end: 64 digits at 50 steps with guidance; one U-Net evaluation; decoding; peak memory.
+
+The digits model at its real size; random weights, since the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import PEAKS, measure
+from fastdiff.bench.record import Peak, Work
+from fastdiff.checkpoint.layouts.bundle import ModelConfig
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
+from fastdiff.models.unet import UNet
+
+DIGITS = 64
+SETTINGS = SampleSettings(steps=50, guidance_scale=2.0)
+SAMPLE = f"{DIGITS} digits, {SETTINGS.steps} steps, guided"
+MEMORY_LIMIT = 2 * 2**30
+"""Bytes that the process sampling 64 digits may have resident."""
+
+
+def digits_pipeline() -> LatentDiffusion:
+    """The shipped model's shapes with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet, autoencoder = UNet(UNETS["digits"]), Autoencoder(AUTOENCODERS["digits"])
+    config = ModelConfig(
+        image_size=32,
+        image_channels=1,
+        autoencoder=autoencoder.config,
+        unet=unet.config,
+        schedule=ScheduleConfig(),
+    )
+    return LatentDiffusion(config, unet, autoencoder)
+
+
+def sample_digits(pipeline: LatentDiffusion) -> torch.Tensor:
+    return pipeline([i % 10 for i in range(DIGITS)], list(range(DIGITS)), SETTINGS)
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def flops(function: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+def test_sample_64_digits(benchmark: Any) -> None:
+    pipeline = digits_pipeline()
+    short = SampleSettings(steps=1, guidance_scale=SETTINGS.guidance_scale)
+    one_step = flops(lambda: pipeline.latents([0] * DIGITS, list(range(DIGITS)), short))
+    rows = len(pipeline.table(SETTINGS))
+    measure(
+        benchmark,
+        lambda: sample_digits(pipeline),
+        name="sample",
+        shape=SAMPLE,
+        provider="auto",
+        work=Work(bytes=rows * weight_bytes(pipeline.unet), flops=rows * one_step),
+        rounds=2,
+    )
+
+
+def test_unet_step(benchmark: Any) -> None:
+    pipeline = digits_pipeline()
+    x = torch.randn(16, *pipeline.sample_shape).contiguous(memory_format=torch.channels_last)
+    emb = torch.randn(16, pipeline.unet.config.emb_dim)
+
+    def step() -> torch.Tensor:
+        with torch.inference_mode():
+            return pipeline.unet.body(x, emb)
+
+    work = Work(bytes=weight_bytes(pipeline.unet) + 2 * x.numel() * 4, flops=flops(step))
+    measure(benchmark, step, name="unet", shape="16 x 4 x 8 x 8", provider="auto", work=work)
+
+
+def test_decode(benchmark: Any) -> None:
+    pipeline = digits_pipeline()
+    assert pipeline.autoencoder is not None
+    z = torch.randn(DIGITS, *pipeline.sample_shape)
+    work = Work(
+        bytes=weight_bytes(pipeline.autoencoder.decoder) + (z.numel() + DIGITS * 32 * 32) * 4,
+        flops=flops(lambda: pipeline.decode(z)),
+    )
+    measure(
+        benchmark,
+        lambda: pipeline.decode(z),
+        name="decode",
+        shape=f"{DIGITS} x 4 x 8 x 8",
+        provider="auto",
+        work=work,
+        rounds=3,
+    )
+
+
+def test_peak_memory(benchmark: Any) -> None:
+    """Of a fresh process, interpreter and libraries included; the time is the whole process's."""
+    code = (
+        "from benchmarks.networks import bench_image\n"
+        "from fastdiff.bench import memory\n"
+        "bench_image.sample_digits(bench_image.digits_pipeline())\n"
+        "print(memory.peak_bytes())\n"
+    )
+
+    def run() -> int:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    peak = benchmark.pedantic(run, rounds=1, iterations=1)
+    benchmark.extra_info["peak_bytes"] = peak
+    PEAKS.append(
+        Peak(benchmark="sample", shape=SAMPLE, threads=torch.get_num_threads(), bytes=peak)
+    )
+    assert peak < MEMORY_LIMIT

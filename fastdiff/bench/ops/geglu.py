@@ -1,0 +1,33 @@
+"""GEGLU: 2D numbers in, D out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.bench.providers import Arguments, Make, Subject
+from fastdiff.bench.record import Work
+from fastdiff.bench.shapes import Call, Job
+
+
+def eager(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def arguments(call: Call, job: Job, make: Make) -> Arguments:
+    return (make(*call.tensors[0]),), {}
+
+
+SUBJECTS = (
+    Subject(
+        op="geglu",
+        arguments=arguments,
+        eager=eager,
+        work=lambda call, size: Work(bytes=torch.Size(call.tensors[0]).numel() * size * 3 // 2),
+        backward_work=lambda call, size: Work(
+            bytes=torch.Size(call.tensors[0]).numel() * size * 5 // 2
+        ),
+    ),
+)

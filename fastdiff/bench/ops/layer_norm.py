@@ -1,0 +1,41 @@
+"""LayerNorm: x once in, y once out; with the residual x and residual in, total and y out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.bench.providers import Arguments, Make, Subject
+from fastdiff.bench.record import Work
+from fastdiff.bench.shapes import Call, Job
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def add_eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias), total
+
+
+def arguments(call: Call, job: Job, make: Make) -> Arguments:
+    return tuple(make(*shape) for shape in call.tensors), {}
+
+
+SUBJECT = Subject(
+    op="layer_norm",
+    arguments=arguments,
+    eager=eager,
+    work=lambda call, size: Work(bytes=2 * torch.Size(call.tensors[0]).numel() * size),
+    backward_work=lambda call, size: Work(bytes=3 * torch.Size(call.tensors[0]).numel() * size),
+)
+ADD_SUBJECT = Subject(
+    op="add_layer_norm",
+    arguments=arguments,
+    eager=add_eager,
+    work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
+    backward_work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
+)
+SUBJECTS = (SUBJECT, ADD_SUBJECT)

@@ -1,0 +1,183 @@
+"""What an H200 is predicted to need for the shapes that are aimed at, before any GPU was measured.
+
+A kernel takes at least as long as the slowest of: the bytes it moves at the speed of a copy, its
+products at the speed of a large matrix product, its exponentials at the rate of the special
+function units.
+
+    python -m fastdiff.bench.predict     print the table
+    python -m fastdiff.bench.report      write it into docs/performance.md, beside what was measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdiff import kernels
+from fastdiff.bench.ops import sampler_step
+from fastdiff.bench.providers import Make
+from fastdiff.bench.record import duration
+from fastdiff.bench.run import Case, cases
+from fastdiff.bench.subjects import SUBJECTS
+from fastdiff.kernels import _triton
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Rates of a GPU, per second."""
+
+    name: str
+    architecture: str
+    copy: float
+    """Bytes, read and written ones together."""
+    l2: int
+    """Bytes of the L2 cache."""
+    matmul: float
+    """bf16 operations of a large product."""
+    exp2: float
+    """Exponentials: 16 a clock and multiprocessor."""
+
+
+H200 = Device(
+    name="H200",
+    architecture="sm_90",
+    copy=4.3e12,
+    l2=50 * 10**6,
+    matmul=790e12,
+    exp2=132 * 16 * 1.755e9,
+)
+LIBRARY_DIMS = (32, 64, 96, 128, 192, 256)
+"""Head dims that library kernels compute with; others are padded to the next one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of one case: what our kernel needs at least, and what a rival does."""
+
+    case: Case
+    seconds: dict[str, float]
+    """What may bind -> its time."""
+    rival: str
+    rival_s: float
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def floor_s(self) -> float:
+        return self.seconds[self.bound]
+
+
+def predictions(device: Device = H200) -> Iterator[Prediction]:
+    """The cases behind the aims, at their networks' own batch."""
+    subjects = [SUBJECTS["group_norm_silu"], SUBJECTS["attention"]]
+    for case in cases(subjects, batches=()):
+        if case.priority == 0 and case.direction == "forward":
+            yield of_norm(case, device) if case.subject.norm else of_attention(case, device)
+    yield of_step(sampler_step.gpu_cases()[0], device)
+
+
+def of_norm(case: Case, device: Device) -> Prediction:
+    """x comes from memory once if a sample stays on the chip or in the L2 (samples are taken one
+    after the other), else twice; the rival is a copy."""
+    kinds = {launch.kernel.__name__ for launch in launches(case, device)}
+    sample = case.work.bytes / 2 / case.call.tensors[0][0]
+    once = "_small_kernel" in kinds or 2 * sample <= device.l2
+    what = "x once, y once" if once else "x twice, y once"
+    return Prediction(
+        case=case,
+        seconds={what: case.work.bytes / 2 * (2 if once else 3) / device.copy},
+        rival="a copy",
+        rival_s=case.work.bytes / device.copy,
+    )
+
+
+def of_attention(case: Case, device: Device) -> Prediction:
+    """The rival pads the head dim and is bound by the same things."""
+    (n, length, heads, d), of_k, _ = case.call.tensors
+    scores = n * heads * length * of_k[1]
+    exponentials = scores / device.exp2
+
+    def seconds(dim: float, keys: float) -> dict[str, float]:
+        return {
+            "bytes": case.work.bytes / device.copy,
+            "products": 4 * scores * dim * keys / of_k[1] / device.matmul,
+            "exponentials": exponentials * keys / of_k[1],
+        }
+
+    # Q K^T sums over the head dim in steps of 16, V's columns come in pieces of 16 too (wgmma)
+    ours = seconds(math.ceil(d / 16) * 16, math.ceil(of_k[1] / 16) * 16)
+    padded = next((dim for dim in LIBRARY_DIMS if dim >= d), d)
+    theirs = seconds(padded, math.ceil(of_k[1] / 128) * 128)
+    return Prediction(
+        case=case,
+        seconds=ours,
+        rival=f"padded to {padded}, keys to a multiple of 128",
+        rival_s=max(theirs.values()),
+    )
+
+
+def of_step(case: Case, device: Device) -> Prediction:
+    """Launches decide: the rival starts ten kernels of 2 µs each."""
+    return Prediction(
+        case=case,
+        seconds={"one launch": 2e-6, "bytes": case.work.bytes / device.copy},
+        rival="10 launches",
+        rival_s=20e-6,
+    )
+
+
+def launches(case: Case, device: Device) -> list[Any]:
+    """What the Triton backend would start."""
+    args, kwargs = case.subject.arguments(
+        case.call, case.job, Make(case.dtype, torch.device("meta"))
+    )
+    implementation = kernels.OPS[case.subject.op].implementations["triton"]
+    function: Callable[..., Any] = implementation.function
+    with _triton.recording_launches(device.architecture) as found, torch.no_grad():
+        function(*args, **{"scale_shift": None, "eps": 1e-5, "activation": "silu", **kwargs})
+    return found
+
+
+def rows(device: Device = H200) -> list[tuple[str, ...]]:
+    """One row per case, the head first."""
+    table: list[tuple[str, ...]] = [
+        ("op", "job", "shape", "bound by", "floor", "rival", "its floor", "at best")
+    ]
+    for p in predictions(device):
+        call = p.case.call
+        table.append(
+            (
+                p.case.benchmark,
+                p.case.job_name,
+                str(call),
+                p.bound,
+                duration(p.floor_s),
+                p.rival,
+                duration(p.rival_s),
+                f"{p.rival_s / p.floor_s:.2f} x",
+            )
+        )
+    return table
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m fastdiff.bench.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    table = rows()
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Who can do an op's work, and how an op declares to a benchmark what that work is."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from fastdiff import kernels
+from fastdiff.bench.record import Work
+from fastdiff.bench.shapes import Call, Job
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+LIBRARY = tuple(SDPA)
+FAST_BYTES, FAST_FLOPS = 4e12, 8e14
+"""Rates of a fast GPU of today: what decides the method, the same for every provider."""
+LAUNCH_S = 10e-6
+OURS = ("triton", "cuda")
+EVERYTHING = (*OURS, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
+"""What is timed at the less telling shapes: neither the compiler's seconds nor the slowest."""
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes the operands of a call: random, since zeros are multiplied faster."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def channels_last(self, *shape: int) -> Tensor:
+        return self(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One op as its benchmark declares it."""
+
+    op: str
+    arguments: Callable[[Call, Job, Make], Arguments]
+    """Operands in the layout of `runtime.prepare`."""
+    eager: Callable[..., Any]
+    """What people write, with the op's signature."""
+    work: Callable[[Call, int], Work]
+    """(call, bytes of a number) -> what has to be done."""
+    backward_work: Callable[[Call, int], Work] | None = None
+    """The same for the gradients; None: they are not measured."""
+    gradients_first: bool = False
+    """Whether something is aimed at with the gradients: they are then measured with the first."""
+    norm: bool = False
+    """Whether eager is also given NCHW."""
+    written_out: Callable[..., Any] | None = None
+    """What people write without a library, where eager is a library's kernel."""
+    sdpa: bool = False
+    """Whether eager is PyTorch's attention, whose kernels are tried one by one."""
+
+    @property
+    def limit(self) -> Literal["copy", "matmul"]:
+        return "matmul" if self.sdpa else "copy"
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        names = [*OURS, "reference", "eager"]
+        names += ["eager channels_last"] if self.norm else []
+        names += LIBRARY if self.sdpa else ["compile"]
+        return tuple(names)
+
+    @property
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """Provider -> function of the operands, for benchmarks/bench_ops.py."""
+        by_hand = {"reference": self.ours, "eager": self.written_out or self.eager}
+        return {**by_hand, "library": self.eager} if self.written_out else by_hand
+
+    @property
+    def cpu_providers(self) -> tuple[str, ...]:
+        return (*self.functions, "compile", "sgemm" if self.limit == "matmul" else "copy")
+
+    def ours(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(kernels, self.op)(*args, **kwargs)
+
+
+def compiled_for(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backend: str = "inductor",
+) -> Callable[..., Any]:
+    """``torch.compile(function)``, compiled for these arguments."""
+    torch.compiler.reset()
+    result = torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+    result(*args, **kwargs)
+    return result
+
+
+def import_diffusers() -> Any:
+    """diffusers, without what it warns about; it must not take our folder `kernels` for another's.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise ImportError("diffusers is not installed")
+    absent = sys.modules.setdefault("kernels", None) is None  # type: ignore[arg-type]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import diffusers
+
+            for name in ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler"):
+                getattr(diffusers, name)
+    finally:
+        if absent:
+            del sys.modules["kernels"]
+    return diffusers

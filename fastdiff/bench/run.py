@@ -1,0 +1,384 @@
+"""The ops on a GPU: which shapes, which providers, how they are timed, what they leave.
+
+Each file of `ops` declares a `Subject` (providers.py); the shapes are those that the networks of
+`shapes.GPU_JOBS` send through the op. Providers:
+
+    triton, cuda          our kernels
+    reference             our reference in PyTorch
+    eager                 what people write; a norm gets NCHW, PyTorch's own layout
+    eager channels_last   the same on channels_last, the layout that triton and compile get
+    compile               that through torch.compile
+    sdpa ...              one of PyTorch's attention kernels each: flash, efficient, cudnn, math
+    copy, matmul          the limits: a copy of the same bytes by the same method, a large product
+                          in the same dtype
+
+A case that is likely to take less time than its launches is timed in a CUDA graph, for every
+provider; the others with a cold cache (fastdiff/bench/clock.py). Ours must agree with the reference
+before it is timed. Cases go by `priority` until the time is spent; what was left out is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+from torch.utils._pytree import tree_flatten
+
+from fastdiff import kernels
+from fastdiff.bench import shapes
+from fastdiff.bench.clock import Method, Timer
+from fastdiff.bench.providers import (
+    EVERYTHING,
+    FAST_BYTES,
+    FAST_FLOPS,
+    LATER,
+    LAUNCH_S,
+    LIBRARY,
+    OURS,
+    SDPA,
+    Arguments,
+    Make,
+    Subject,
+    compiled_for,
+)
+from fastdiff.bench.record import Record, Work
+from fastdiff.bench.shapes import Call, Job
+from fastdiff.bench.tune import agrees
+from fastdiff.kernels.measured import ANY, CLASSES
+
+Direction = Literal["forward", "backward"]
+MATMUL = 8192
+"""Side of the product whose rate is the peak."""
+PROVIDER_S = 0.05
+"""Seconds of timed rounds per provider."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of measurements."""
+
+    subject: Subject
+    job_name: str
+    job: Job
+    call: Call
+    direction: Direction = "forward"
+    dtype: torch.dtype = torch.bfloat16
+    providers: tuple[str, ...] = EVERYTHING
+    priority: int = 0
+
+    @property
+    def benchmark(self) -> str:
+        return self.subject.op + ("" if self.direction == "forward" else " backward")
+
+    @property
+    def work(self) -> Work:
+        of = self.subject.work if self.direction == "forward" else self.subject.backward_work
+        assert of is not None
+        return of(self.call, self.dtype.itemsize)
+
+    @property
+    def method(self) -> Method:
+        """A graph where launches decide; gradients never: autograd leaves the captured stream."""
+        work = self.work
+        least = max(work.bytes / FAST_BYTES, work.flops / FAST_FLOPS)
+        return "graph" if least < LAUNCH_S and self.direction == "forward" else "events"
+
+    def __str__(self) -> str:
+        return f"{self.benchmark} {self.job_name} {self.call}"
+
+
+def cases(
+    subjects: Sequence[Subject],
+    jobs: dict[str, Job] | None = None,
+    batches: Sequence[int] = shapes.GPU_BATCHES,
+) -> list[Case]:
+    """Every call of every job at every batch, the most telling ones first.
+
+    0: of each op the largest call of a job at the job's own batch, all attentions there, gradients
+       that something is aimed at
+    1: every other call at that batch, the other gradients
+    2: the largest calls at the other batches
+    3: everything else
+    """
+    found = []
+    for name, job in (shapes.GPU_JOBS if jobs is None else jobs).items():
+        single = replace(job, batch=1)
+        calls = list(single.collect())
+        for subject in subjects:
+            mine = sorted((c for c in calls if c.op == subject.op), key=lambda c: -c.numbers)
+            for place, one in enumerate(mine):
+                for batch in dict.fromkeys((job.batch, *batches)):
+                    usual, first = batch == job.batch, place == 0 or subject.sdpa
+                    priority = (0 if first else 1) if usual else (2 if place == 0 else 3)
+                    case = Case(
+                        subject=subject,
+                        job_name=name,
+                        job=replace(job, batch=batch),
+                        call=one.at_batch(batch),
+                        providers=EVERYTHING if priority == 0 else LATER,
+                        priority=priority,
+                    )
+                    found.append(case)
+                    if subject.backward_work is not None and usual and place == 0:
+                        gradient = replace(case, direction="backward")
+                        if not subject.gradients_first:
+                            gradient = replace(gradient, priority=1, providers=LATER)
+                        found.append(gradient)
+    # at the same priority each op gets its turn
+    turns: dict[tuple[int, str], int] = {}
+    keyed = []
+    for case in found:
+        key = case.priority, case.benchmark
+        turns[key] = turns.get(key, -1) + 1
+        keyed.append((case.priority, turns[key], case))
+    return [case for *_, case in sorted(keyed, key=lambda entry: entry[:2])]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run of cases came to."""
+
+    records: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """What should have run and did not, or was wrong."""
+    unavailable: list[str] = field(default_factory=list)
+    """Other people's kernels that do not take a case."""
+    left_out: list[str] = field(default_factory=list)
+    """Cases for which there was no time."""
+
+
+def run(
+    todo: Sequence[Case],
+    *,
+    timer: Timer,
+    device: torch.device,
+    deadline: float,
+    inductor: str = "inductor",
+    matmul: int = MATMUL,
+    progress: Callable[[Case, Outcome], None] = lambda case, outcome: None,
+) -> Outcome:
+    """Measure cases until ``time.monotonic()`` passes the deadline; a failure stops only its case.
+
+    Args:
+        inductor: the backend of torch.compile.
+        matmul: side of the product that gives the peak.
+    """
+    outcome = Outcome()
+    peaks: dict[torch.dtype, tuple[Any, Work]] = {}
+    for place, case in enumerate(todo):
+        if time.monotonic() > deadline:
+            outcome.left_out = [str(case) for case in todo[place:]]
+            break
+        progress(case, outcome)
+        if case.subject.limit == "matmul" and case.dtype not in peaks:
+            peaks[case.dtype] = _peak(case.dtype, device, timer, matmul)
+        try:
+            _measure_case(case, outcome, timer, device, inductor)
+            _limit(case, outcome, timer, device, peaks)
+        except Exception as error:  # noqa: BLE001 - told, and no reason to lose the other cases
+            outcome.failures.append(f"{case}: {said(error)}")
+            if "CUDA error" in str(error):
+                outcome.failures.append("the GPU's context is lost: no more cases")
+                outcome.left_out = [str(case) for case in todo[place + 1 :]]
+                break
+    return outcome
+
+
+def _measure_case(
+    case: Case, outcome: Outcome, timer: Timer, device: torch.device, inductor: str
+) -> None:
+    subject = case.subject
+    make = Make(case.dtype, device)
+    arguments = subject.arguments(case.call, case.job, make)
+    wanted = [p for p in subject.providers if p in case.providers]
+    for backend in [name for name in OURS if name in wanted]:
+        objection = _objection(case, backend, arguments)
+        if objection is not None:
+            wanted.remove(backend)
+            # every op has Triton kernels; CUDA's are there if nvcc was, and take fewer cases
+            if backend == "triton":
+                outcome.failures.append(f"{case}: triton does not run: {objection}")
+            elif backend in kernels.OPS[subject.op].implementations:
+                outcome.unavailable.append(f"{case} {backend}: {objection}")
+        elif not _ours_agrees(case, make, backend):
+            wanted.remove(backend)
+            outcome.failures.append(f"{case}: {backend} does not agree with the reference")
+    for provider in wanted:
+        foreign = provider in (*LIBRARY, "compile")
+        try:
+            with _provider(case, provider, arguments, inductor) as function:
+                timing = timer(function, method=case.method, budget_s=PROVIDER_S)
+        except Exception as error:
+            if not foreign or "CUDA error" in str(error):
+                raise
+            outcome.unavailable.append(f"{case} {provider}: {said(error)}")
+            continue
+        record = record_of(case, provider, timing, case.work)
+        if provider in OURS and case.direction == "forward" and subject.op in CLASSES:
+            args, kwargs = arguments
+            record = replace(record, shape_class=CLASSES[subject.op](*args, **kwargs))
+        outcome.records.append(record)
+
+
+def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """Op -> "dtype/shape class" -> the one of `OURS` that is faster there.
+
+    By the geometric mean of the ratio over the cases of a class that both took; a class in which
+    one took no case goes to the other. The class `ANY` takes all cases of an op.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
+    for record in records:
+        if record.provider in OURS and record.shape_class:
+            for shape_class in (record.shape_class, ANY):
+                of_class = found.setdefault((record.benchmark, f"{record.dtype}/{shape_class}"), {})
+                case = of_class.setdefault((record.job, record.shape), {})
+                case[record.provider] = record.median_s
+    winners: dict[str, dict[str, str]] = {}
+    for (op, key), cases_of_class in found.items():
+        both = [case for case in cases_of_class.values() if len(case) == len(OURS)]
+        if both:
+            one, other = OURS
+            ratio = sum(math.log(case[other] / case[one]) for case in both)
+            winner = one if ratio > 0 else other
+        else:
+            taken = {name for case in cases_of_class.values() for name in case}
+            winner = next(name for name in OURS if name in taken)
+        winners.setdefault(op, {})[key] = winner
+    return winners
+
+
+@contextlib.contextmanager
+def _provider(
+    case: Case, provider: str, arguments: Arguments, inductor: str
+) -> Iterator[Callable[[], Any]]:
+    """What to time, inside the settings under which it has to run."""
+    subject, (args, kwargs) = case.subject, arguments
+    backend = provider if provider in (*OURS, "reference") else "reference"
+    function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
+    if provider == "eager" and subject.norm:
+        args = tuple(_nchw(a) for a in args)
+        kwargs = {name: _nchw(a) for name, a in kwargs.items()}
+    kernel: AbstractContextManager[Any] = nullcontext()
+    if provider in SDPA:
+        kernel = sdpa_kernel(SDPA[provider])
+    with warnings.catch_warnings(), kernels.backend(backend), kernel:
+        warnings.simplefilter("ignore")  # SDPA and Inductor say at length what they do not take
+        if case.direction == "backward":
+            yield _backward(function, args, kwargs, provider == "compile", inductor)
+            return
+        with torch.inference_mode():
+            if provider == "compile":
+                function = compiled_for(function, args, kwargs, inductor)
+            yield lambda: function(*args, **kwargs)
+
+
+def _backward(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    compile_it: bool,
+    inductor: str,
+) -> Callable[[], Any]:
+    """The gradients of all floating-point operands, the forward pass done once."""
+
+    def leaf(a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        return a.detach().requires_grad_()
+
+    args, kwargs = tuple(map(leaf, args)), {name: leaf(a) for name, a in kwargs.items()}
+    if compile_it:
+        function = compiled_for(function, args, kwargs, inductor)
+    outputs = [t for t in tree_flatten(function(*args, **kwargs))[0] if t.requires_grad]
+    leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
+    torch.manual_seed(1)
+    gradients = [torch.randn_like(output) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+
+def _objection(case: Case, backend: str, arguments: Arguments) -> str | None:
+    """Why a backend does not take a case, or None."""
+    args, kwargs = arguments
+    try:
+        with kernels.backend(backend), torch.inference_mode():
+            case.subject.ours(*args, **kwargs)
+    except kernels.BackendError as error:
+        return error.reasons[backend]
+    return None
+
+
+def _ours_agrees(case: Case, make: Make, backend: str) -> bool:
+    """Whether a backend's numbers are the reference's, returned or left in the operands."""
+    results = []
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        arguments = case.subject.arguments(case.call, case.job, make)
+        with _provider(case, name, arguments, "") as function:
+            flat = tree_flatten((function(), arguments))[0]
+            results.append([t for t in flat if isinstance(t, Tensor)])
+    return all(map(agrees, *results))
+
+
+def _limit(
+    case: Case,
+    outcome: Outcome,
+    timer: Timer,
+    device: torch.device,
+    peaks: dict[torch.dtype, tuple[Any, Work]],
+) -> None:
+    if case.subject.limit == "matmul":
+        timing, work = peaks[case.dtype]
+        outcome.records.append(record_of(case, "matmul", timing, work))
+        return
+    source, target = copied(case.work, device)
+    timing = timer(lambda: target.copy_(source), method=case.method, budget_s=PROVIDER_S)
+    outcome.records.append(record_of(case, "copy", timing, case.work))
+
+
+def copied(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a copy reads and what it writes: together the bytes of the work."""
+    source = torch.ones(max(1, work.bytes // 2), dtype=torch.uint8, device=device)
+    return source, torch.zeros_like(source)
+
+
+def _peak(dtype: torch.dtype, device: torch.device, timer: Timer, side: int) -> tuple[Any, Work]:
+    make = Make(dtype, device)
+    a, b, out = make(side, side), make(side, side), make(side, side)
+    timing = timer(lambda: torch.mm(a, b, out=out), method="events", budget_s=0.2)
+    return timing, Work(bytes=3 * a.nbytes, flops=2 * side**3)
+
+
+def record_of(case: Case, provider: str, timing: Any, work: Work) -> Record:
+    return Record(
+        benchmark=case.benchmark,
+        job=case.job_name,
+        shape=str(case.call),
+        provider=provider,
+        dtype=str(case.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        rounds=timing.rounds,
+        q1_s=timing.q1_s,
+        median_s=timing.median_s,
+        q3_s=timing.q3_s,
+        bytes=work.bytes,
+        flops=work.flops,
+        method=timing.method,
+    )
+
+
+def _nchw(a: Any) -> Any:
+    return a.contiguous() if isinstance(a, Tensor) and a.ndim == 4 else a
+
+
+def said(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,197 @@
+"""The shapes that the presets send through each op, read off a forward pass on the meta device.
+
+No shape is typed in: `Job.collect` runs a preset's network without data and notes what every public
+op of `fastdiff.kernels` is given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff import kernels
+from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.presets import AUTOENCODERS, UNETS
+from fastdiff.models.unet import UNet
+
+Shape = tuple[int, ...]
+Function = Callable[..., Any]
+CONTEXT_TOKENS = 77  # Stable Diffusion's text encoder
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op and the shapes of what it is given."""
+
+    op: str
+    tensors: tuple[Shape, ...]
+    """Of the positional tensors, in order."""
+    options: tuple[tuple[str, Shape], ...] = ()
+    """Names and shapes of the keyword tensors."""
+
+    @property
+    def numbers(self) -> int:
+        return sum(torch.Size(s).numel() for s in (*self.tensors, *dict(self.options).values()))
+
+    def at_batch(self, batch: int) -> Call:
+        """The same call of an evaluation of `batch` samples; this one's has one.
+
+        Tensors of more than one dimension are per sample, the others are weights.
+        """
+
+        def scaled(shape: Shape) -> Shape:
+            return (batch * shape[0], *shape[1:]) if len(shape) > 1 else shape
+
+        return replace(
+            self,
+            tensors=tuple(map(scaled, self.tensors)),
+            options=tuple((name, scaled(shape)) for name, shape in self.options),
+        )
+
+    def __str__(self) -> str:
+        """The first tensor, the keys of an attention to other tokens, the options."""
+        first, *others = self.tensors
+        keys = f" to {others[0][1]}" if self.op == "attention" and others[0] != first else ""
+        return f"{first}{keys}{''.join(f', {name}' for name, _ in self.options)}"
+
+
+def call_of(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call that these arguments make."""
+    tensors = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
+    options = [(k, tuple(v.shape)) for k, v in kwargs.items() if isinstance(v, Tensor)]
+    return Call(op, tensors, tuple(sorted(options)))
+
+
+@contextmanager
+def wrapped(wrap: Callable[[str, Function], Function]) -> Iterator[None]:
+    """Put ``wrap(op, function)`` in the place of every implementation's function."""
+    before = {name: op.implementations for name, op in kernels.OPS.items()}
+    for name, op in kernels.OPS.items():
+        op.implementations = {
+            key: known.wrapped(partial(wrap, name)) for key, known in op.implementations.items()
+        }
+    try:
+        yield
+    finally:
+        for name, op in kernels.OPS.items():
+            op.implementations = before[name]
+
+
+@contextmanager
+def noting(calls: Counter[Call]) -> Iterator[None]:
+    """Count each op's calls by the shapes of its tensors."""
+
+    def noted(name: str, function: Function) -> Function:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[call_of(name, args, kwargs)] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    with wrapped(noted):
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One evaluation of a preset's network: what an op's time is a share of."""
+
+    network: Literal["unet", "decoder"]
+    preset: str
+    size: int
+    """Height and width of x or z."""
+    batch: int
+
+    @property
+    def norm_groups(self) -> int:
+        if self.network == "unet":
+            return UNETS[self.preset].norm_groups
+        return AUTOENCODERS[self.preset].norm_groups
+
+    def build(
+        self, device: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+        """The network, channels_last as `runtime.prepare` makes it, and what its forward takes.
+
+        Weights and data are small random numbers: time does not depend on them.
+        """
+        with torch.device("meta"):
+            if self.network == "unet":
+                module: torch.nn.Module = UNet(UNETS[self.preset])
+            else:
+                module = Autoencoder(AUTOENCODERS[self.preset]).decoder
+        module = module.to(dtype)
+        if device != "meta":
+            generator = torch.Generator(device).manual_seed(0)
+            module = module.to_empty(device=device)
+            for parameter in module.parameters():
+                parameter.data.normal_(0, 0.02, generator=generator)
+        module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.device(device):
+            inputs = self._inputs()
+        for name in ("x", "context", "added"):
+            if name in inputs:
+                inputs[name] = inputs[name].to(dtype)
+        return module, inputs
+
+    def _inputs(self) -> dict[str, Tensor]:
+        if self.network == "decoder":
+            channels = AUTOENCODERS[self.preset].latent_channels
+        else:
+            channels = UNETS[self.preset].in_channels
+        x = torch.zeros(self.batch, channels, self.size, self.size)
+        inputs = {"x": x.contiguous(memory_format=torch.channels_last)}
+        if self.network == "unet":
+            config = UNETS[self.preset]
+            inputs["t"] = torch.zeros(self.batch)
+            if config.context_dim:
+                inputs["context"] = torch.zeros(self.batch, CONTEXT_TOKENS, config.context_dim)
+            if config.added_condition_dim:
+                inputs["added"] = torch.zeros(self.batch, config.added_condition_dim)
+            if config.num_classes:
+                inputs["y"] = torch.zeros(self.batch, dtype=torch.int64)
+        return inputs
+
+    @lru_cache  # noqa: B019 - the jobs are constants
+    def collect(self) -> Counter[Call]:
+        """How often each op gets which shapes."""
+        calls: Counter[Call] = Counter()
+        module, inputs = self.build("meta")
+        with torch.device("meta"), torch.no_grad(), noting(calls):
+            module(**inputs)
+        return calls
+
+    def largest(self, op: str) -> Call:
+        """The call of `op` with the most numbers in its tensors."""
+        return max((c for c in self.collect() if c.op == op), key=lambda call: call.numbers)
+
+
+JOBS = {
+    "digits U-Net": Job(network="unet", preset="digits", size=8, batch=16),
+    "digits decoder": Job(network="decoder", preset="digits", size=8, batch=8),
+    "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=1),
+    "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=32, batch=1),
+}
+"""The digits' batches are the blocks of runtime/blocks.py: 8 images, 16 rows when guided."""
+
+
+GPU_JOBS = {
+    "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=2),
+    "SDXL U-Net": Job(network="unet", preset="sdxl", size=128, batch=2),
+    "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=64, batch=1),
+    "ADM-256 U-Net": Job(network="unet", preset="adm-imagenet256", size=256, batch=8),
+}
+"""The batch is the one that is measured first: one guided image, one image, a batch of samples."""
+GPU_BATCHES = (1, 2, 8, 16)
+
+
+def jobs_with(op: str) -> list[str]:
+    """The jobs in which an op occurs."""
+    return [name for name, job in JOBS.items() if any(call.op == op for call in job.collect())]

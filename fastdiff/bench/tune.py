@@ -1,0 +1,505 @@
+"""The search for launch configs behind ``fastdiff tune``, and which file serves a GPU.
+
+For each (tunable, shape class, dtype) the config in use and the op's candidates are timed on the
+GPU at hand. A candidate that does not compile or does not fit is counted and left. The fastest one
+must give the results of the config in use before it is written to the user's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import fastdiff
+from fastdiff.bench.clock import Method, Timer
+from fastdiff.files import write_text
+from fastdiff.kernels import _triton
+from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tuned
+
+GAIN = 1.02
+"""How many times as fast a candidate must be to replace the config in use: less is noise."""
+SMALL_S = 20e-6
+"""Calls below this take a CUDA graph: their launches would take longer than they do."""
+CASE_S = 0.05
+"""Seconds of timed calls per candidate."""
+# Of the largest and of the root-mean-square number. Both configs round at other places only.
+TOLERANCE = {
+    torch.float32: 64 * torch.finfo(torch.float32).eps,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One key of a file of configs."""
+
+    tunable: str
+    shape_class: str
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}/{self.shape_class}"
+
+    def __str__(self) -> str:
+        return f"{self.tunable} {self.key}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the search of one case came to."""
+
+    case: Case
+    before: Config
+    """The config in use."""
+    after: Config
+    """The fastest; the one in use if none is faster by `GAIN`."""
+    before_s: float
+    after_s: float
+    method: Method
+    tried: int
+    """Candidates that were compiled and, where they could be, timed."""
+    left: int
+    """Candidates for which there was no time."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Reason -> how many candidates."""
+
+    @property
+    def gain(self) -> float:
+        return self.before_s / self.after_s
+
+
+def cases(
+    ops: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype] = (),
+    shape_classes: Sequence[str] = (),
+) -> list[Case]:
+    """What there is to tune; empty: all.
+
+    Raises:
+        ValueError: an op or a shape class that is not there.
+    """
+    for what, asked, known in (
+        ("op", ops, list(TUNABLES)),
+        ("shape class", shape_classes, [c for t in TUNABLES.values() for c in t.shape_classes]),
+    ):
+        for word in asked:
+            if word not in known:
+                listed = ", ".join(dict.fromkeys(known))
+                raise ValueError(f"unknown {what} {word!r}; expected one of {listed}")
+    found = [
+        Case(tunable=name, shape_class=shape_class, dtype=dtype)
+        for name, tunable in TUNABLES.items()
+        for shape_class, dtype in tunable.pairs()
+        if (not ops or name in ops)
+        and (not dtypes or dtype in dtypes)
+        and (not shape_classes or shape_class in shape_classes)
+    ]
+    if not found:
+        raise ValueError("nothing to tune: these ops, dtypes and shape classes do not go together")
+    return found
+
+
+# One case
+
+
+def search(
+    case: Case, *, gpu: Gpu, device: torch.device, timer: Timer, budget_s: float = 60.0
+) -> Found:
+    """Time the config in use, then the candidates in random order until the budget is spent.
+
+    Raises:
+        RuntimeError: the config in use does not run (our bug, or the GPU has failed).
+    """
+    end = time.monotonic() + budget_s
+    before = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+    call = _prepared(case, device)[0]
+    with _triton.override_config(case.tunable, before, case.shape_class):
+        once = timer(call, method="events", budget_s=CASE_S / 5)
+        method: Method = "graph" if once.median_s < SMALL_S else "events"
+        before_s = timer(call, method=method, budget_s=CASE_S).median_s
+    timed: list[tuple[float, Config]] = []
+    rejected: Counter[str] = Counter()
+    todo = ordered_candidates(case, before)
+    tried = 0
+    while todo and time.monotonic() < end:
+        candidate = todo.pop(0)
+        tried += 1
+        try:
+            with _triton.override_config(case.tunable, candidate, case.shape_class):
+                timed.append((timer(call, method=method, budget_s=CASE_S).median_s, candidate))
+        except Exception as error:
+            reason = _refusal(error)
+            if reason is None:
+                raise RuntimeError(f"{case}, {candidate}: {error}") from error
+            rejected[reason] += 1
+    after, after_s = before, before_s
+    for seconds, candidate in sorted(timed, key=lambda pair: pair[0]):
+        if before_s / seconds < GAIN:
+            break
+        again = []
+        for chosen in (before, candidate):  # the best of many is lucky; clocks drift
+            with _triton.override_config(case.tunable, chosen, case.shape_class):
+                again.append(timer(call, method=method, budget_s=CASE_S).median_s)
+        if again[0] / again[1] < GAIN:
+            rejected["no faster when timed again"] += 1
+        elif not same_results(case, before, candidate, device):
+            rejected["gives other results"] += 1
+        else:
+            after, (before_s, after_s) = candidate, again
+            break
+    return Found(
+        case=case,
+        before=before,
+        after=after,
+        before_s=before_s,
+        after_s=after_s,
+        method=method,
+        tried=tried,
+        left=len(todo),
+        rejected=rejected,
+    )
+
+
+def ordered_candidates(case: Case, before: Config) -> list[Config]:
+    """All candidates but the config in use; shuffled, so that a short search sees each kind."""
+    listed = TUNABLES[case.tunable].candidates(case.shape_class, case.dtype)
+    unique = {json.dumps(c, sort_keys=True): c for c in listed if c != before}
+    candidates = list(unique.values())
+    random.Random(str(case)).shuffle(candidates)
+    return candidates
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why a candidate is not to be had; None for an error that no config should cause."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "OutOfResources" in names:
+        return "needs more than the GPU has"
+    if names & {"CompilationError", "PTXASError", "PassManagerError", "MLIRError"}:
+        return "does not compile"
+    if "PassManager" in str(error) or "failed to legalize" in str(error):
+        return "does not compile"  # the compiler's plain RuntimeError
+    return None
+
+
+class _Filled(TorchDispatchMode):
+    """Uninitialised tensors get normal numbers, integers zeros: empty ones may hold NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
+            result = result.normal_() if result.is_floating_point() else result.zero_()
+        new = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        known = {(t.data_ptr(), t.shape, t.stride()) for t in self.made}
+        self.made += [t for t in new if (t.data_ptr(), t.shape, t.stride()) not in known]
+        return result
+
+
+def _prepared(case: Case, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
+    """The call that is timed, on random numbers that are the same each time, and its operands."""
+    tunable = TUNABLES[case.tunable]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        with _Filled() as filled:
+            calls = tunable.calls(case.shape_class, case.dtype, str(device))
+    return calls[0], filled.made
+
+
+def same_results(case: Case, one: Config, other: Config, device: torch.device) -> bool:
+    """Whether two configs return the same, and leave the same in their operands."""
+    results = []
+    for chosen in (one, other):
+        call, operands = _prepared(case, device)
+        with _triton.override_config(case.tunable, chosen, case.shape_class):
+            returned = [t for t in tree_flatten(call())[0] if isinstance(t, Tensor)]
+        results.append([*returned, *operands])
+    return all(map(agrees, *results))
+
+
+def agrees(one: Tensor, other: Tensor) -> bool:
+    """Equal up to rounding; integers exactly."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    if not one.numel():
+        return True
+    a, b = one.float(), other.float()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
+    tolerance, error = TOLERANCE.get(one.dtype, TOLERANCE[torch.float32]), a - b
+    largest = bool(error.abs().max() <= tolerance * a.abs().max())
+    return largest and bool(error.square().mean() <= (tolerance * tolerance) * a.square().mean())
+
+
+# All cases
+
+
+def tune(
+    todo: Sequence[Case],
+    *,
+    gpu: Gpu,
+    device: torch.device,
+    timer: Timer,
+    budget_s: float,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 0,
+) -> Iterator[Found]:
+    """`search` each case, within a share of the time that goes by its number of candidates.
+
+    Args:
+        report: told (done, total) cases.
+        workers: processes that compile candidates ahead; 0: each is compiled when it is timed.
+    """
+    end = time.monotonic() + budget_s
+    sizes = [1 + len(list(TUNABLES[c.tunable].candidates(c.shape_class, c.dtype))) for c in todo]
+    with compiled_ahead(todo, gpu=gpu, workers=workers):
+        for done, case in enumerate(todo):
+            report(done, len(todo))
+            share = max(0.0, end - time.monotonic()) * sizes[done] / sum(sizes[done:])
+            yield search(case, gpu=gpu, device=device, timer=timer, budget_s=share)
+        report(len(todo), len(todo))
+
+
+@contextlib.contextmanager
+def compiled_ahead(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> Iterator[None]:
+    """Fill triton's cache on disk in other processes, in the order in which `tune` will ask.
+
+    What they have not reached when it is asked for is compiled there and then.
+    """
+    if not workers or _triton.INTERPRETED:
+        yield
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for case in todo:
+            before = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+            for candidate in ordered_candidates(case, before):
+                pool.submit(compile_one, case, candidate, gpu.architecture)
+        yield
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def compile_in_use(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> None:
+    """Compile the configs in use with all variants of their kernels, in several processes."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for case in todo:
+            chosen = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+            pool.submit(compile_one, case, chosen, gpu.architecture, variants=True)
+
+
+def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool = False) -> None:
+    """Compile what a config launches for an architecture, on meta tensors; nothing is run.
+
+    Errors are left to those who run the kernel: they meet them again.
+
+    Args:
+        variants: all calls of the tunable, not only the one that is timed.
+    """
+    from triton.runtime import driver
+
+    driver.set_active(_NoDriver(architecture))
+    calls = TUNABLES[case.tunable].calls(case.shape_class, case.dtype, "meta")
+    with (
+        contextlib.suppress(Exception),
+        _triton.recording_launches(architecture) as launches,
+        _triton.override_config(case.tunable, chosen, case.shape_class),
+    ):
+        for call in calls if variants else calls[:1]:
+            call()
+        for launch in launches:
+            launch.compile()
+
+
+@dataclass
+class _NoDriver:
+    """What triton asks of a driver in order to compile."""
+
+    architecture: str
+
+    def get_current_target(self) -> Any:
+        return _triton.target(self.architecture)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+# Files
+
+
+def facts(gpu: Gpu) -> dict[str, Any]:
+    """What a measurement depends on."""
+    import triton
+
+    return {
+        "gpu": gpu.name,
+        "architecture": gpu.architecture,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "fastdiff": fastdiff.__version__,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout that this package runs from; None for an installed one."""
+    folder = Path(fastdiff.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cache_file(gpu: Gpu) -> Path:
+    """The user's file for a GPU."""
+    return _triton.tuned_cache() / f"{gpu.slug}.json"
+
+
+def set_aside_broken(path: Path) -> Path | None:
+    """Rename a file that cannot be read as configs, so that a new one can take its place.
+
+    Returns:
+        Its new name; None if nothing was wrong.
+    """
+    if not path.exists():
+        return None
+    try:
+        _triton.read_tuned(path)
+    except ValueError:
+        aside = path.with_suffix(".broken")
+        os.replace(path, aside)
+        _triton.forget_configs()
+        return aside
+    return None
+
+
+def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
+    """Add configs to a file, atomically. What the search did not touch stays.
+
+    Raises:
+        ValueError: the file is there and cannot be read.
+    """
+    old = _triton.read_tuned(path) if path.exists() else None
+    configs = {name: dict(keys) for name, keys in (old.configs if old else {}).items()}
+    kept = sum(map(len, configs.values()))
+    for one in found:
+        kept -= one.case.key in configs.get(one.case.tunable, {})
+        configs.setdefault(one.case.tunable, {})[one.case.key] = one.after
+    if old and old.measured and "backends" in old.measured:
+        measured = {**measured, "backends": old.measured["backends"]}
+    if old and old.measured and kept:  # by earlier searches, unless by this one
+        last = {name: fact for name, fact in old.measured.items() if name != "earlier"}
+        earlier = old.measured.get("earlier", []) + ([last] if last != measured else [])
+        measured = {**measured, **({"earlier": earlier} if earlier else {})}
+    write_text(path, text_of(measured, configs, old.backends if old else {}))
+    _triton.forget_configs()
+
+
+def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], path: Path) -> None:
+    """Add to a file, atomically, which backend `auto` tries first (kernels/measured.py).
+
+    Args:
+        fastest: op -> "dtype/shape class" -> backend.
+
+    Raises:
+        ValueError: the file is there and cannot be read.
+    """
+    old = _triton.read_tuned(path) if path.exists() else None
+    backends = {op: dict(keys) for op, keys in (old.backends if old else {}).items()}
+    for op, keys in fastest.items():
+        backends.setdefault(op, {}).update(keys)
+    told = {**(old.measured if old and old.measured else measured), "backends": measured}
+    write_text(path, text_of(told, old.configs if old else {}, backends))
+    _triton.forget_configs()
+
+
+def text_of(
+    measured: dict[str, Any] | None,
+    configs: dict[str, dict[str, Config]],
+    backends: dict[str, dict[str, str]] | None = None,
+) -> str:
+    """A file of configs, one line for each."""
+    text = f'{{\n "measured": {json.dumps(measured)},\n "configs": {_section(configs)}'
+    return text + (f',\n "backends": {_section(backends)}' if backends else "") + "\n}\n"
+
+
+def _section(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = []
+    for name in sorted(entries):
+        lines = ",\n".join(
+            f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in entries[name].items()
+        )
+        parts.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}" if lines else f'  "{name}": {{}}')
+    body = ",\n".join(parts)
+    return f"{{\n{body}\n }}"
+
+
+# Which file serves a GPU
+
+
+def describe(gpu: Gpu) -> list[str]:
+    """Which files of configs a GPU gets, in words."""
+    lines = []
+    for tuned in _triton.tuned_files(gpu):
+        count = sum(map(len, tuned.configs.values()))
+        if tuned.measured:
+            lines.append(f"{count} tuned on {_when(tuned)}: {tuned.path}")
+    if not any(tuned.measured for tuned in _triton.tuned_files(gpu)):
+        nearest = _triton.nearest_architecture(gpu.architecture)
+        lines.append(
+            f"no configs measured for this GPU: uses those of {nearest}, chosen without "
+            "measurement; run 'fastdiff tune'"
+        )
+    return lines
+
+
+def shipped() -> dict[str, str]:
+    """File in the package -> where it was measured."""
+    files = map(_triton.read_tuned, sorted(_triton.TUNED.glob("*.json")))
+    return {tuned.path.stem: _when(tuned) for tuned in files}
+
+
+def _when(tuned: Tuned) -> str:
+    told = tuned.measured
+    if not told:
+        return "chosen without measurement"
+    return (
+        f"{told['gpu']}, {str(told['date'])[:10]}, torch {told['torch']}, triton {told['triton']}"
+    )

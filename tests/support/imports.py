@@ -1,0 +1,141 @@
+"""Which file of the package imports which, read off the sources without running them.
+
+`kernels/` is seen under its installed name, ``fastdiff.kernels``.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "fastdiff"
+COMPILED = frozenset({"fastdiff.kernels._native"})
+"""Modules without a Python file: what setup.py builds."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, or a name of one: ``fastdiff.models.unet.UNet``."""
+
+    line: int
+    target: str
+    for_types_only: bool
+    """Inside ``if TYPE_CHECKING:``, so that it never runs."""
+
+
+def module_of(path: Path, root: Path = ROOT) -> str:
+    """``fastdiff/models/unet.py`` -> ``fastdiff.models.unet``; ``__init__.py`` is its folder."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts.insert(0, PACKAGE)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_files(root: Path = ROOT) -> dict[str, Path]:
+    """Module -> its file, for everything that is installed."""
+    paths = [p for p in (root / PACKAGE).rglob("*.py") if not p.is_relative_to(_link(root))]
+    return {module_of(p, root): p for p in sorted([*paths, *(root / "kernels").rglob("*.py")])}
+
+
+def _link(root: Path) -> Path:
+    """``fastdiff/kernels`` is a link to ``kernels``: its files would count twice."""
+    return root / PACKAGE / "kernels"
+
+
+def imports(path: Path, module: str) -> Iterator[Import]:
+    """Every import in a file, those inside functions and literal `import_module` calls too.
+
+    Args:
+        module: the file's own name, from which relative imports are resolved.
+    """
+    is_package = path.name == "__init__.py"
+    stack: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), False)]
+    while stack:
+        node, typing = stack.pop()
+        if isinstance(node, ast.If) and _is_type_checking(node.test):
+            stack += [(child, True) for child in node.body]
+            stack += [(child, typing) for child in node.orelse]
+            continue
+        stack += [(child, typing) for child in ast.iter_child_nodes(node)]
+        for target in _targets(node, module, is_package):
+            yield Import(getattr(node, "lineno", 0), target, typing)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"
+
+
+def _targets(node: ast.AST, module: str, is_package: bool) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parts = module.split(".")
+        dropped = node.level - is_package
+        above = parts[: len(parts) - dropped] if node.level else []
+        base = ".".join([*above, *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args:
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        argument = node.args[0]
+        literal = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+        if name == "import_module" and literal:
+            return [argument.value]
+    return []
+
+
+def file_of(target: str, known: dict[str, Path]) -> str | None:
+    """The module that an import reads: itself, or the one that holds the imported name."""
+    if target in known:
+        return target
+    if target in COMPILED:
+        return None
+    parent = target.rpartition(".")[0]
+    return parent if parent in known else None
+
+
+def graph(known: dict[str, Path]) -> dict[str, set[str]]:
+    """Module -> the modules whose files it imports at some time, itself left out."""
+    edges: dict[str, set[str]] = {module: set() for module in known}
+    for module, path in known.items():
+        for found in imports(path, module):
+            other = file_of(found.target, known)
+            if other is not None and other != module and not found.for_types_only:
+                edges[module].add(other)
+    return edges
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """For every import that lies on a circle the shortest such circle, each circle once."""
+    found = set()
+    for start, targets in edges.items():
+        for target in targets:
+            way = _way(target, start, edges)
+            if way is not None:
+                first = way.index(min(way))
+                found.add((*way[first:], *way[:first]))
+    return [list(circle) for circle in sorted(found)]
+
+
+def _way(start: str, end: str, edges: dict[str, set[str]]) -> list[str] | None:
+    """The modules of a shortest way, both ends included; None if there is none."""
+    before: dict[str, str | None] = {start: None}
+    queue = deque([start])
+    while queue:
+        module = queue.popleft()
+        if module == end:
+            way: list[str] = []
+            step: str | None = end
+            while step is not None:
+                way.insert(0, step)
+                step = before[step]
+            return way
+        for other in sorted(edges[module]):
+            if other not in before:
+                before[other] = module
+                queue.append(other)
+    return None
