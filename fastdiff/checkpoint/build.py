@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.weights import Weights
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.models.network import kind_of, network_family
 
 Sources = dict[str, tuple[str, ...]]
 """Our parameter -> theirs, whose rows are concatenated."""
@@ -23,7 +23,7 @@ Layers = Mapping[type[nn.Module], Mapping[str, tuple[str, ...]]]
 Progress = Callable[[str, int], None]
 """Called as progress(tensor, bytes) after each tensor."""
 
-Model = TypeVar("Model", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def source_names(places: Iterable[Place], layers: Layers) -> Sources:
@@ -48,18 +48,17 @@ def _source_names(places: Iterable[Place], layers: Layers) -> Iterator[tuple[str
             )
 
 
-def empty_model(
-    config: UNetConfig | AutoencoderConfig, file: str, tensors: int
-) -> UNet | Autoencoder:
-    """The model that a config describes, on the meta device: without memory.
+def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
+    """The module that a config describes, on the meta device: without memory.
+
+    config: of an autoencoder or of a registered network; (rows, width) of an embedding.
+    tensors: how many the file has.
 
     Raises:
-        ValueError: it has more blocks than the file has tensors (building it might never end), or
-            sizes beyond 64 bits.
+        ValueError: the module has more blocks than the file has tensors (building it might never
+            end), or sizes beyond 64 bits.
     """
-    per_level = [1 + max(depth, 0) for depth in getattr(config, "attention_depth", ())]
-    blocks = config.num_res_blocks * max(sum(per_level), len(config.channel_mult))
-    blocks += getattr(config, "middle_depth", 0)
+    blocks = 1 if isinstance(config, tuple) else config.num_blocks
     if blocks > tensors:
         raise ValueError(
             f"{file}: the config asks for {blocks} blocks or more, the file has {tensors} tensors; "
@@ -67,7 +66,11 @@ def empty_model(
         )
     try:
         with torch.device("meta"):
-            return UNet(config) if isinstance(config, UNetConfig) else Autoencoder(config)
+            if isinstance(config, tuple):
+                return nn.Embedding(*config)
+            if isinstance(config, AutoencoderConfig):
+                return Autoencoder(config)
+            return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{file}: the config describes a network that cannot be built "
@@ -110,14 +113,14 @@ def _stacked(shapes: list[tuple[int, ...]], ndim: int) -> tuple[int, ...] | None
 
 
 def fill(
-    model: Model,
+    model: Module,
     sources: Sources,
     weights: Weights,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
     progress: Progress | None = None,
-) -> Model:
+) -> Module:
     """Give a model on the meta device its numbers; eval mode, no gradients.
 
     dtype: what they become; None: what most of them are in the file.
@@ -158,7 +161,7 @@ class Plan:
 
 
 def plan_model(
-    config: UNetConfig | AutoencoderConfig,
+    config: Any,
     names: Callable[[nn.Module], Sources],
     weights: Weights,
 ) -> Plan:

@@ -1,49 +1,183 @@
-"""What a checkpoint holds once it is read: whoever trained it, whatever its layout was."""
+"""A diffusion model read from disk: whoever trained it, whatever its layout was."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdiff.checkpoint.scheduler import SamplerSettings
+from fastdiff.configs import to_dict
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import TextEncoder
-from fastdiff.models.unet import UNet
+
+RUN_MODEL = "model"  # the bundle inside a training run's folder
+# What of a text encoder's config its weights' shapes do not say.
+ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 
 
-@dataclass(kw_only=True)
-class Checkpoint:
-    """A model read from disk, its modules in eval mode and without gradients."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class Model:
+    """The parts of a diffusion model, its modules in eval mode and without gradients.
+
+    Data only: what samples from it is in `fastdiff.generate`.
+    """
 
     layout: str
-    """How the files were laid out: "diffusers", "compvis", "guided-diffusion", "ddpm", "bundle"."""
-    unet: UNet | None = None
-    """The denoiser; None for an autoencoder alone."""
+    """How the files were laid out: "bundle", "compvis", "ddpm", "diffusers", "guided-diffusion"."""
+    denoiser: Network | None = None
+    """The network that is sampled; None for an autoencoder alone."""
     autoencoder: Autoencoder | None = None
     """The first stage; None for diffusion on pixels."""
     text_encoders: tuple[TextEncoder, ...] = ()
     """In the order in which their tokens are joined along the width."""
     class_embedding: nn.Embedding | None = None
-    """Classes as one context token each, where the U-Net has a context and no text (LDM)."""
+    """Classes as one context token each, for a denoiser that reads a context and no text (LDM)."""
     schedule: ScheduleConfig | None = None
-    """The noise the denoiser was trained with; None where there is no denoiser, or where a U-Net
-    came alone."""
+    """The noise the denoiser was trained with; None where there is no denoiser, or where a
+    denoiser's folder does not say."""
     prediction: Prediction = "eps"
     """What the denoiser returns."""
     sampler: SamplerSettings | None = None
     """How the files say to sample, `sampler.arguments(schedule, steps)` for `build_table`; None
-    where they say nothing or no table of ours does it (then provenance["no_sampler"] says why)."""
+    where they say nothing, or where fastdiff has no such sampler: provenance["no_sampler"] then
+    says why."""
     scale_factor: float = 1.0
     """Latents are multiplied by it before the denoiser sees them."""
     image_size: int | None = None
     """Height and width of the images it was trained on, in pixels, where the files tell."""
+    image_channels: int | None = None
+    """Channels of the images, 1 for grey and 3 for RGB; None where x is not an image."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in the order of the labels; empty where the files name none."""
     path: Path = Path()
+    """The file or folder it was read from."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """What else there is to know: "pipeline" (diffusers' class), "facts" of the files (training
-    step, metadata), "assumed" (name -> what the files do not say and was taken from the documents
-    of the published models), "ignored" (what was left in the files), "no_sampler"."""
+    """What else is known: "pipeline" (diffusers' class), "facts" of the files (training step,
+    metadata), "assumed" (name -> value: what the files do not say and was taken from the
+    documentation of the published models), "ignored" (what was left in the files), "no_sampler"."""
+    stored_hash: str = ""
+    """The weights hash that the files themselves state; see `weights_hash`."""
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its file's or folder's name, or its training run's."""
+        path = self.path.absolute()
+        if path.name == RUN_MODEL and self.layout == "bundle":
+            return path.parent.name
+        return path.stem if path.is_file() else path.name
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 that names these numbers: two models with one hash draw the same images.
+
+        A bundle states its own, over the hashes of its files. Otherwise it covers the weights as
+        they compute, configs, schedule and vocabularies; every number is then read once, which
+        takes about a second per GB.
+        """
+        return self.stored_hash or _hash(self)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Part -> module, of the parts that are there."""
+        parts: dict[str, Any] = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
+        for index, encoder in enumerate(self.text_encoders):
+            parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
+        parts["class_embedding"] = self.class_embedding
+        return {name: module for name, module in parts.items() if module is not None}
+
+    @property
+    def assumed(self) -> dict[str, Any]:
+        """What the files do not say and was assumed; each name is an argument of `load`."""
+        return dict(self.provenance.get("assumed", {}))
+
+    def summary(self) -> list[tuple[str, str]]:
+        """(title, text) of what a person wants to know first; at most nine pairs."""
+        pairs = [("layout", f"{self.layout}, {self.path}")]
+        for name, module in self.modules.items():
+            count = sum(parameter.numel() for parameter in module.parameters())
+            pairs.append((name, f"{type(module).__name__}, {count:,} parameters"))
+        if (denoiser := self.denoiser) is not None:
+            schedule = "no schedule"
+            if self.schedule is not None:
+                schedule = f"{self.schedule.kind} schedule of {self.schedule.num_timesteps} steps"
+            pairs.append(("predicts", f"{self.prediction}, {schedule}"))
+            config = denoiser.config
+            table = self.class_embedding
+            classes = config.num_classes if table is None else table.num_embeddings
+            if classes is not None:
+                pairs.append(("classes", str(classes)))
+        if self.image_size is not None:
+            pairs.append(("images", f"{self.image_size} x {self.image_size} pixels"))
+        return pairs
+
+    def __str__(self) -> str:
+        """At most ten lines."""
+        lines = [f"Model {self.name!r}", *(f"  {name}: {text}" for name, text in self.summary())]
+        return "\n".join([*lines, *(f"  {line}" for line in self.assumed_lines())])
+
+    __repr__ = __str__
+
+    def assumed_lines(self) -> list[str]:
+        """One line on what was assumed, for a command that samples; no line if nothing was."""
+        if not self.assumed:
+            return []
+        facts = ", ".join(f"{name}={_short(value)}" for name, value in self.assumed.items())
+        return [f"assumed: {facts} (the files do not say; give the options if that is wrong)"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, ScheduleConfig):
+        return f"{value.kind} ({value.beta_start:g} to {value.beta_end:g}, {value.num_timesteps})"
+    return str(value)
+
+
+def image_channels(denoiser: Network | None, autoencoder: Autoencoder | None) -> int | None:
+    """Channels of the images that these parts make."""
+    if autoencoder is not None:
+        return autoencoder.config.image_channels
+    if denoiser is None:
+        return None
+    return denoiser.config.out_channels // (2 if denoiser.config.learned_sigma else 1)
+
+
+def _hash(model: Model) -> str:
+    denoiser, autoencoder = model.denoiser, model.autoencoder
+    configs = [to_dict(part.config) for part in (denoiser, autoencoder) if part is not None]
+    facts: dict[str, Any] = {
+        "configs": configs,
+        "schedule": None if model.schedule is None else to_dict(model.schedule),
+        "prediction": model.prediction,
+        "scale_factor": model.scale_factor,
+        "encoders": [
+            [
+                *(getattr(encoder.model.config, name) for name in ENCODER_FACTS),
+                encoder.skip,
+                encoder.final_norm,
+                encoder.tokenizer.get_vocab() if encoder.tokenizer else None,
+            ]
+            for encoder in model.text_encoders
+        ],
+    }
+    if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":
+        facts["kind"] = kind
+    # Beside a denoiser in fp16 the autoencoder computes in fp32.
+    wide = denoiser is not None and next(denoiser.parameters()).dtype == torch.float16
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for module in model.modules.values():
+        for name, value in sorted(module.state_dict().items()):
+            widened = module is autoencoder and wide and value.is_floating_point()
+            tensor = value.float() if widened else value
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            numbers = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(numbers.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts import compvis, ddpm, openai
 from fastdiff.checkpoint.layouts.bundle import load_bundle, shipped_bundles
 from fastdiff.checkpoint.layouts.folders import load_component, load_pipeline
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.recognise import recognise_file, recognise_folder
 from fastdiff.checkpoint.request import Request, Unsaid
 from fastdiff.checkpoint.weights import Weights
@@ -34,7 +34,7 @@ def load(
     ema: bool = True,
     progress: Progress | None = None,
     **unsaid: Any,
-) -> Checkpoint:
+) -> Model:
     """Open a checkpoint: a diffusers folder, a single file, or a fastdiff bundle.
 
     The layout is recognised from keys and shapes, never from a name. Nothing in a pickle is run.
@@ -72,12 +72,12 @@ def load(
         unsaid=Unsaid(**unsaid),
         progress=progress,
     )
-    checkpoint = _load(Path(path), request)
-    _check_together(checkpoint)
-    return checkpoint
+    model = _load(Path(path), request)
+    _check_together(model)
+    return model
 
 
-def _load(path: Path, request: Request) -> Checkpoint:
+def _load(path: Path, request: Request) -> Model:
     if path.is_dir():
         layout = recognise_folder(path)
         if layout == "bundle":
@@ -104,7 +104,7 @@ def _load(path: Path, request: Request) -> Checkpoint:
     return _pixel_model(weights, layout, request)
 
 
-def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
+def _pixel_model(weights: Weights, layout: str, request: Request) -> Model:
     """guided-diffusion, improved-diffusion and DDPM: a U-Net on pixels and nothing else."""
     unsaid = request.unsaid
     assumed: dict[str, Any] = {}
@@ -127,69 +127,54 @@ def _pixel_model(weights: Weights, layout: str, request: Request) -> Checkpoint:
         assumed["prediction"] = "eps"
     if unsaid.image_size is None and size is not None:
         assumed["image_size"] = size
-    unet = request.fill(plan_model(config, names, weights))
-    assert isinstance(unet, UNet)
+    denoiser: UNet = request.fill(plan_model(config, names, weights))
     provenance: dict[str, Any] = {"facts": weights.facts, "assumed": assumed}
     if config.in_channels == 6:
         provenance["condition"] = "the low-resolution image, upsampled, in the last 3 channels of x"
-    return Checkpoint(
+    return Model(
         layout=layout,
-        unet=unet,
+        denoiser=denoiser,
         schedule=unsaid.schedule or schedule,
         prediction=unsaid.prediction or "eps",
         image_size=unsaid.image_size or size,
+        image_channels=image_channels(denoiser, None),
         path=weights.path,
         provenance=provenance,
     )
 
 
-def _bundle(path: Path, request: Request) -> Checkpoint:
+def _bundle(path: Path, request: Request) -> Model:
     if request.unsaid.given or request.variant:
         given = ", ".join([*request.unsaid.given, *(["variant"] if request.variant else [])])
         raise ValueError(f"{path}: a bundle says everything itself; leave {given} out")
-    bundle = load_bundle(path, device=request.device, dtype=request.dtype or torch.float32)
-    return Checkpoint(
-        layout="bundle",
-        unet=bundle.unet,
-        autoencoder=bundle.autoencoder,
-        schedule=bundle.config.schedule,
-        prediction=bundle.config.prediction,
-        scale_factor=bundle.config.scale_factor,
-        image_size=bundle.config.image_size,
-        path=bundle.folder,
-        provenance={
-            "facts": bundle.provenance,
-            "class_names": bundle.config.class_names,
-            "weights_hash": bundle.weights_hash,
-        },
-    )
+    return load_bundle(path, device=request.device, dtype=request.dtype, progress=request.progress)
 
 
-def _check_together(checkpoint: Checkpoint) -> None:
-    """The parts' widths must meet: latents with the U-Net, tokens with its context."""
-    unet, autoencoder = checkpoint.unet, checkpoint.autoencoder
-    if unet is None:
+def _check_together(model: Model) -> None:
+    """The parts' widths must meet: latents with the denoiser, tokens with its context."""
+    denoiser, autoencoder = model.denoiser, model.autoencoder
+    if denoiser is None:
         return
-    config = unet.config
+    config = denoiser.config
     if autoencoder is not None:
         latent = autoencoder.config.latent_channels
         out = config.out_channels // (2 if config.learned_sigma else 1)
         if latent != out:
             raise ValueError(
-                f"{checkpoint.path}: the autoencoder's latents have {latent} channels, the U-Net's "
+                f"{model.path}: the autoencoder's latents have {latent} channels, the denoiser's "
                 f"{out}; use the autoencoder that belongs to it"
             )
-    if checkpoint.text_encoders:
-        configs: list[Any] = [encoder.model.config for encoder in checkpoint.text_encoders]
+    if model.text_encoders:
+        configs: list[Any] = [encoder.model.config for encoder in model.text_encoders]
         widths = [text.hidden_size for text in configs]
         if sum(widths) != config.context_dim:
             raise ValueError(
-                f"{checkpoint.path}: the text encoders' tokens are {' + '.join(map(str, widths))} "
-                f"wide, the U-Net takes {config.context_dim}; use those that belong to it"
+                f"{model.path}: the text encoders' tokens are {' + '.join(map(str, widths))} "
+                f"wide, the denoiser reads {config.context_dim}; use those that belong to it"
             )
-    classes = checkpoint.class_embedding
+    classes = model.class_embedding
     if classes is not None and classes.embedding_dim != config.context_dim:
         raise ValueError(
-            f"{checkpoint.path}: the classes' tokens are {classes.embedding_dim} wide, the U-Net "
+            f"{model.path}: the classes' tokens are {classes.embedding_dim} wide, the U-Net "
             f"takes {config.context_dim}"
         )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.build import Progress
 from fastdiff.checkpoint.layouts import diffusers
-from fastdiff.checkpoint.layouts.bundle import ModelConfig, save_bundle, save_tensors
+from fastdiff.checkpoint.layouts.bundle import save_tensors
 from fastdiff.checkpoint.layouts.folders import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.scheduler import scheduler_config
 from fastdiff.files import atomic_folder, write_json
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -28,7 +28,7 @@ SAFETENSORS_METADATA = {"format": "pt"}  # diffusers asks for it
 
 
 def save_diffusers(
-    checkpoint: Checkpoint,
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
@@ -43,91 +43,57 @@ def save_diffusers(
         OSError: the folder cannot be written.
     """
     parts: dict[str, tuple[UNet | Autoencoder, dict[str, Any]]] = {}
-    if (unet := checkpoint.unet) is not None:
-        linear = checkpoint.provenance.get("linear projections", unet.config.num_heads is None)
+    if (unet := _unet(model)) is not None:
+        linear = model.provenance.get("linear projections", unet.config.num_heads is None)
         options = unet_options(unet.config, linear_projections=bool(linear))
         if "addition_time_embed_dim" in options:
-            width = checkpoint.provenance.get("addition_time_embed_dim", TIME_EMBED_DIM)
+            width = model.provenance.get("addition_time_embed_dim", TIME_EMBED_DIM)
             options["addition_time_embed_dim"] = width
         parts["unet"] = (unet, options)
-    if (first := checkpoint.autoencoder) is not None:
+    if (first := model.autoencoder) is not None:
         conditioned = unet is None or unet.config.context_dim is not None
         options = autoencoder_options(first.config)
-        options["scaling_factor"] = checkpoint.scale_factor
+        options["scaling_factor"] = model.scale_factor
         parts["vae" if conditioned else "vqvae"] = (first, options)
-    if unet is not None and checkpoint.image_size is not None:
+    if unet is not None and model.image_size is not None:
         if first is not None:
-            parts["unet"][1]["sample_size"] = checkpoint.image_size // first.downsample_factor
+            parts["unet"][1]["sample_size"] = model.image_size // first.downsample_factor
         elif unet.config.context_dim is None:
-            parts["unet"][1]["sample_size"] = checkpoint.image_size
-    if checkpoint.class_embedding is not None:
+            parts["unet"][1]["sample_size"] = model.image_size
+    if model.class_embedding is not None:
         raise ValueError(
-            "diffusers has no pipeline with a table of classes as context (LDM's cin256); save its "
-            "U-Net and autoencoder alone, or as a bundle"
+            "diffusers has no pipeline with a table of classes as context (LDM's cin256); write a "
+            "bundle"
         )
-    index = _index(checkpoint, {n: options["_class_name"] for n, (_, options) in parts.items()})
+    index = _index(model, {n: options["_class_name"] for n, (_, options) in parts.items()})
     with atomic_folder(folder) as temporary:
-        alone = len(parts) == 1 and checkpoint.schedule is None and not checkpoint.text_encoders
-        for name, (model, options) in parts.items():
+        alone = len(parts) == 1 and model.schedule is None and not model.text_encoders
+        for name, (part, options) in parts.items():
             place = temporary if alone else temporary / name
             place.mkdir(exist_ok=True)
             write_json(place / CONFIG, {**options, **VERSION})
-            _write_weights(
-                model, bool(options.get("use_linear_projection")), place, dtype, progress
-            )
+            _write_weights(part, bool(options.get("use_linear_projection")), place, dtype, progress)
         if not alone:
             write_json(temporary / INDEX, {**index, **VERSION})
-        if checkpoint.schedule is not None:
+        if model.schedule is not None:
             (temporary / "scheduler").mkdir()
-            settings = scheduler_config(
-                checkpoint.schedule, checkpoint.prediction, checkpoint.sampler
-            )
+            settings = scheduler_config(model.schedule, model.prediction, model.sampler)
             write_json(temporary / "scheduler" / SCHEDULER_CONFIG, {**settings, **VERSION})
-        for name, encoder in zip(_text_names(checkpoint), checkpoint.text_encoders, strict=True):
+        for name, encoder in zip(_text_names(model), model.text_encoders, strict=True):
             _write_text(encoder, name, temporary, dtype)
 
 
-def save_as_bundle(
-    checkpoint: Checkpoint,
-    folder: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
-) -> str:
-    """Write a checkpoint as a bundle; returns its weights hash.
+def _unet(model: Model) -> UNet | None:
+    """The denoiser, which diffusers' pipelines need to be a U-Net.
 
     Raises:
-        ValueError: a bundle has no place for a part of it (text encoders, a table of classes), or
-            image_size is None.
-        OSError: the folder cannot be written.
+        ValueError: it is something else.
     """
-    if checkpoint.text_encoders or checkpoint.class_embedding is not None:
-        raise ValueError(
-            "a bundle holds a U-Net and an autoencoder; this checkpoint has text encoders or a "
-            "table of classes too: write a diffusers folder, or load it with text_encoders=False"
-        )
-    unet, first = checkpoint.unet, checkpoint.autoencoder
-    if first is not None:
-        channels = first.config.image_channels
-    else:
-        assert unet is not None
-        channels = unet.config.out_channels // (2 if unet.config.learned_sigma else 1)
-    if checkpoint.image_size is None:
-        raise ValueError(
-            "a bundle says how large its images are, and these files do not; load them with "
-            "image_size="
-        )
-    config = ModelConfig(
-        image_size=checkpoint.image_size,
-        image_channels=channels,
-        autoencoder=None if first is None else first.config,
-        unet=None if unet is None else unet.config,
-        schedule=checkpoint.schedule,
-        prediction=checkpoint.prediction,
-        scale_factor=checkpoint.scale_factor,
-        class_names=tuple(checkpoint.provenance.get("class_names", ())),
+    if model.denoiser is None or isinstance(model.denoiser, UNet):
+        return model.denoiser
+    raise ValueError(
+        f"a diffusers folder holds a U-Net, got {type(model.denoiser).__name__}; write a bundle"
     )
-    facts = {"converted from": checkpoint.layout, "file": Path(checkpoint.path).name}
-    return save_bundle(folder, config, autoencoder=first, unet=unet, dtype=dtype, provenance=facts)
 
 
 def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, Any]:
@@ -281,37 +247,37 @@ def _write_weights(
     save_tensors(tensors, folder / WEIGHTS, SAFETENSORS_METADATA)
 
 
-def _text_names(checkpoint: Checkpoint) -> list[str]:
-    encoders = checkpoint.text_encoders
+def _text_names(model: Model) -> list[str]:
+    encoders = model.text_encoders
     if len(encoders) == 1:  # XL's refiner has the second encoder only
         return ["text_encoder_2" if encoders[0].pooled else "text_encoder"]
     return ["text_encoder", "text_encoder_2"][: len(encoders)]
 
 
-def _index(checkpoint: Checkpoint, parts: dict[str, str]) -> dict[str, Any]:
+def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     """model_index.json: the pipeline of diffusers that has these parts (name -> class)."""
-    unet, text = checkpoint.unet, _text_names(checkpoint)
-    pipeline = checkpoint.provenance.get("pipeline") or _pipeline(unet, parts, text)
+    unet, text = _unet(model), _text_names(model)
+    pipeline = model.provenance.get("pipeline") or _pipeline(unet, parts, text)
     result: dict[str, Any] = {"_class_name": pipeline}
     for name, kind in parts.items():
         result[name] = ["diffusers", kind]
-    if checkpoint.schedule is not None:
-        settings = scheduler_config(checkpoint.schedule, checkpoint.prediction, checkpoint.sampler)
+    if model.schedule is not None:
+        settings = scheduler_config(model.schedule, model.prediction, model.sampler)
         result["scheduler"] = ["diffusers", settings["_class_name"]]
-    for name, encoder in zip(text, checkpoint.text_encoders, strict=True):
+    for name, encoder in zip(text, model.text_encoders, strict=True):
         result[name] = ["transformers", type(encoder.model).__name__]
         tokenizer = None if encoder.tokenizer is None else "CLIPTokenizer"
         result[name.replace("text_encoder", "tokenizer")] = (
             ["transformers", tokenizer] if tokenizer else [None, None]
         )
     if pipeline.startswith("StableDiffusionXL"):
-        result["force_zeros_for_empty_prompt"] = checkpoint.provenance.get(
+        result["force_zeros_for_empty_prompt"] = model.provenance.get(
             "force_zeros_for_empty_prompt", pipeline == "StableDiffusionXLPipeline"
         )
         for name in ("text_encoder", "tokenizer"):
             result.setdefault(name, [None, None])
         if pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner is told a score, not sizes
-            result["requires_aesthetics_score"] = checkpoint.provenance.get(
+            result["requires_aesthetics_score"] = model.provenance.get(
                 "requires_aesthetics_score", text == ["text_encoder_2"]
             )
     elif pipeline.startswith("StableDiffusion"):

@@ -14,7 +14,7 @@ from fastdiff.cli.machine import TORCH_NAMES, DtypeName
 from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName, OptionalPath, parse
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint.model import Checkpoint
+    from fastdiff.checkpoint.model import Model
 
 
 SAID = (
@@ -81,8 +81,9 @@ def main(words: Sequence[str]) -> int:
 def run(options: Convert) -> int:
     import torch
 
+    from fastdiff.checkpoint.layouts.bundle import save_bundle
     from fastdiff.checkpoint.open import load
-    from fastdiff.checkpoint.save import save_as_bundle, save_diffusers
+    from fastdiff.checkpoint.save import save_diffusers
 
     if options.target.exists():
         raise ValueError(f"{options.target} exists already; choose another folder")
@@ -90,7 +91,7 @@ def run(options: Convert) -> int:
     dtype = getattr(torch, TORCH_NAMES[options.dtype]) if options.dtype else None
     clock, total = Clock(), _bytes(options.source)
     with progress("reading") as bar, clock("read"):
-        checkpoint = load(
+        model = load(
             options.source,
             variant=options.variant,
             dtype=None,
@@ -100,21 +101,21 @@ def run(options: Convert) -> int:
             progress=_counter(bar, total),
             **unsaid,
         )
-    size = sum(tensor.nbytes for tensor in _tensors(checkpoint))
+    size = sum(tensor.nbytes for tensor in _tensors(model))
     with progress("writing") as bar, clock("write"):
         if options.to == "bundle":
-            save_as_bundle(checkpoint, options.target, dtype=dtype)
+            save_bundle(model, options.target, dtype=dtype)
         else:
-            save_diffusers(checkpoint, options.target, dtype=dtype, progress=_counter(bar, size))
-    context = checkpoint.unet is not None and checkpoint.unet.config.context_dim is not None
+            save_diffusers(model, options.target, dtype=dtype, progress=_counter(bar, size))
+    context = model.denoiser is not None and model.denoiser.config.context_dim is not None
     left_out = options.to == "bundle" and context and options.text_encoders
     print_pairs(
         [
-            ("layout", checkpoint.layout),
+            ("layout", model.layout),
             *([("left out", "text encoders, for which a bundle has no place")] * left_out),
             *(
                 (f"assumed {name}", str(value))
-                for name, value in checkpoint.provenance.get("assumed", {}).items()
+                for name, value in model.provenance.get("assumed", {}).items()
             ),
             ("written", f"{options.target} ({options.to})"),
             ("time", clock.report()),
@@ -123,10 +124,8 @@ def run(options: Convert) -> int:
     return 0
 
 
-def _tensors(checkpoint: Checkpoint) -> list[Any]:
-    modules: list[Any] = [checkpoint.unet, checkpoint.autoencoder]
-    modules += [encoder.model for encoder in checkpoint.text_encoders]
-    return [tensor for module in modules if module for tensor in module.parameters()]
+def _tensors(model: Model) -> list[Any]:
+    return [tensor for module in model.modules.values() for tensor in module.parameters()]
 
 
 def _bytes(path: Path) -> int:

@@ -74,17 +74,17 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(options: Evaluate, words: Sequence[str]) -> int:
-    from fastdiff.checkpoint.layouts.bundle import load_bundle
+    from fastdiff.checkpoint.open import load
     from fastdiff.kernels import record_backends
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            bundle = load_bundle(options.model, device=device, dtype=dtype)
+            model = load(options.model, device=device, dtype=dtype)
         with clock("sample and measure"), progress("sampling") as tell:
             evaluation = evaluate(
-                bundle,
+                model,
                 count=options.count,
                 settings=options.settings,
                 first_seed=options.seed,

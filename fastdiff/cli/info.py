@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
 def run(options: Info) -> int:
     path = Path(options.what)
     is_picture = path.is_file() or path.suffix.lower() == ".png"
-    report = _picture(path) if is_picture else _bundle(options.what)
+    report = _picture(path) if is_picture else _model(options.what)
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -65,22 +65,33 @@ def _picture(path: Path) -> dict[str, Any]:
     return {"picture": str(path), "recipe": read_recipe(path)}
 
 
-def _bundle(name: str) -> dict[str, Any]:
-    from fastdiff.checkpoint.layouts.bundle import load_bundle
+def _model(name: str) -> dict[str, Any]:
+    from fastdiff.checkpoint.open import load
     from fastdiff.configs import to_dict
 
-    bundle = load_bundle(name)
-    modules = {"autoencoder": bundle.autoencoder, "unet": bundle.unet}
+    model = load(name)
+    parts = {"denoiser": model.denoiser, "autoencoder": model.autoencoder}
+    facts = {
+        name: getattr(model, name)
+        for name in ("prediction", "scale_factor", "image_size", "image_channels", "class_names")
+    }
+    schedule = {} if model.schedule is None else {"schedule": to_dict(model.schedule)}
+    sampler = {} if model.sampler is None else {"sampler": to_dict(model.sampler)}
     return {
-        "folder": str(bundle.folder),
-        "weights hash": bundle.weights_hash,
+        "path": str(model.path),
+        "layout": model.layout,
+        "weights hash": model.weights_hash,
         "parameters": {
             part: sum(parameter.numel() for parameter in module.parameters())
-            for part, module in modules.items()
-            if module is not None
+            for part, module in model.modules.items()
         },
-        "config": to_dict(bundle.config),
-        "provenance": bundle.provenance,
+        "config": {
+            **{part: to_dict(module.config) for part, module in parts.items() if module},
+            **schedule,
+            **sampler,
+            **facts,
+        },
+        "provenance": model.provenance,
     }
 
 

@@ -22,7 +22,6 @@ from fastdiff.cli.parsing import one_line, parse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastdiff.checkpoint.layouts.bundle import ModelConfig
 
 SHEET_COLUMNS = 12
 SHEET = "reconstruction.png"
@@ -48,7 +47,7 @@ class Reconstruct:
     ] = ()
     """Image files, or one folder of them; they are cropped and resized to the model's size."""
     model: str = "digits"
-    """A bundle's or a run's folder, or the name of a shipped bundle."""
+    """A bundle's or a run's folder, or the name of a shipped model."""
     out: Path = Path("out")
     """Folder for the pictures; made if it is missing."""
     batch: int = 64
@@ -73,7 +72,7 @@ def main(words: Sequence[str]) -> int:
 def run(options: Reconstruct) -> int:
     import torch
 
-    from fastdiff.checkpoint.layouts.bundle import load_bundle
+    from fastdiff.checkpoint.open import load
     from fastdiff.generate.reconstruction import reconstruct, ssim
     from fastdiff.images import contact_sheet, save_png
     from fastdiff.kernels import record_backends
@@ -82,15 +81,15 @@ def run(options: Reconstruct) -> int:
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            bundle = load_bundle(options.model, device=device, dtype=dtype)
-            if bundle.autoencoder is None:
+            model = load(options.model, device=device, dtype=dtype)
+            if model.autoencoder is None:
                 raise ValueError(
-                    f"{bundle.folder} works on pixels and has no autoencoder to reconstruct with"
+                    f"{model.path} works on pixels and has no autoencoder to reconstruct with"
                 )
-            images, names = _read(options.images, bundle.config)
+            images, names = _read(options.images, model)
         with clock("reconstruct"):
-            result = reconstruct(bundle.autoencoder, images, batch=options.batch)
-        recipe = {"model": bundle.name, "weights": bundle.weights_hash}
+            result = reconstruct(model.autoencoder, images, batch=options.batch)
+        recipe = {"model": model.name, "weights": model.weights_hash}
         count = min(len(images), SHEET_COLUMNS)
         latents = " x ".join(map(str, result.latent_shape))
         told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
@@ -102,7 +101,7 @@ def run(options: Reconstruct) -> int:
             sheet = contact_sheet(
                 torch.cat([images[:count], result.images[:count]]),
                 ["original", "decoded"],
-                title=bundle.name,
+                title=model.name,
                 caption=f"{told} over {len(images)} images, latents {latents}",
             )
             save_png(options.out / SHEET, sheet, recipe)
@@ -134,7 +133,7 @@ def _similarity(images: Tensor, back: Tensor, ssim: Callable[[Tensor, Tensor], T
     return f"{values.mean():.4f} on average, {values.min():.4f} at worst"
 
 
-def _read(paths: Sequence[Path], config: ModelConfig) -> tuple[Tensor, list[str]]:
+def _read(paths: Sequence[Path], image_size: int, image_channels: int) -> tuple[Tensor, list[str]]:
     """Images (N, C, H, W) at the model's size, and the names of those given one by one."""
     import torch
 
@@ -147,14 +146,14 @@ def _read(paths: Sequence[Path], config: ModelConfig) -> tuple[Tensor, list[str]
         return DataConfig(
             source="folder",
             path=str(path),
-            image_size=config.image_size,
-            channels=config.image_channels,
+            image_size=image_size,
+            channels=image_channels,
         )
 
     if not paths:
-        if config.image_channels != 1:
+        if image_channels != 1:
             raise ValueError("the digits are grey and this model takes RGB; name images")
-        digits = open_dataset(DataConfig(split="held-out", image_size=config.image_size))
+        digits = open_dataset(DataConfig(split="held-out", image_size=image_size))
         return to_float(digits.images), []
     if len(paths) == 1 and paths[0].is_dir():
         return to_float(open_dataset(data(paths[0])).images), []

@@ -92,15 +92,15 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Sample, recipe: Sample | None = None) -> int:
     """``recipe``: the options that the picture given as --like was made with."""
-    from fastdiff.checkpoint.layouts.bundle import load_bundle
+    from fastdiff.checkpoint.open import load
     from fastdiff.kernels import record_backends
 
     device, dtype = device_and_dtype(options.device, options.dtype)
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            bundle = load_bundle(options.model, device=device, dtype=dtype)
-            pipeline = LatentDiffusion.from_bundle(bundle)
+            model = load(options.model, device=device, dtype=dtype)
+            pipeline = LatentDiffusion(model)
         make = _make
         if recipe is not None and options.like is not None:
             from_recipe(read_recipe(options.like), weights_hash=pipeline.weights_hash)
@@ -198,7 +198,7 @@ def class_labels(words: Sequence[str], pipeline: LatentDiffusion) -> list[int | 
     Raises:
         ValueError: the model has no such class.
     """
-    names = pipeline.config.class_names
+    names = pipeline.model.class_names
     count = pipeline.unet.config.num_classes
     if not words:
         return [None] if count is None else [*range(count)]
@@ -221,7 +221,7 @@ def class_labels(words: Sequence[str], pipeline: LatentDiffusion) -> list[int | 
 
 def _file_names(labels: Sequence[int | None], pipeline: LatentDiffusion) -> dict[int | None, str]:
     """What the files of a class are called: its name, where that is a name that a file can have."""
-    known = pipeline.config.class_names
+    known = pipeline.model.class_names
     names = {label: _class_name(label, pipeline) for label in labels}
     safe = all(re.fullmatch(r"\w[\w-]*", name) for name in names.values())
     if safe and len(set(map(str.lower, names.values()))) == len(names):
@@ -235,7 +235,7 @@ def _file_names(labels: Sequence[int | None], pipeline: LatentDiffusion) -> dict
 def _class_name(label: int | None, pipeline: LatentDiffusion) -> str:
     if label is None:
         return NO_CLASS
-    return pipeline.config.class_names[label] if pipeline.config.class_names else f"class{label}"
+    return pipeline.model.class_names[label] if pipeline.model.class_names else f"class{label}"
 
 
 def _save_sheet(

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdiff.checkpoint.layouts.bundle import Bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.evaluation.classifier import Judge, Reference, digits_reference, pixels_of
 from fastdiff.evaluation.distances import (
     Neighbours,
@@ -117,7 +117,7 @@ class Evaluation:
 
 
 def evaluate(
-    bundle: Bundle,
+    model: Model,
     *,
     count: int = 1000,
     settings: SampleSettings | None = None,
@@ -134,21 +134,20 @@ def evaluate(
     Raises:
         ValueError: the model does not fit the reference, or the count is too small to measure.
     """
-    pipeline = LatentDiffusion.from_bundle(bundle)
-    config = bundle.config
+    pipeline = LatentDiffusion(model)
     if reference is None:
-        reference = digits_reference(config.image_size)
+        reference = digits_reference(model.image_size or 32)
     classes, shape = len(reference.class_names), tuple(reference.train_images.shape[1:])
-    assert bundle.unet is not None
-    if bundle.unet.config.num_classes != classes:
+    assert model.denoiser is not None
+    if model.denoiser.config.num_classes != classes:
         raise ValueError(
             f"expected a model of the {classes} classes {', '.join(reference.class_names)}, got "
-            f"{bundle.unet.config.num_classes or 'no'}; evaluate a model trained on this data"
+            f"{model.denoiser.config.num_classes or 'no'}; evaluate a model trained on this data"
         )
-    if (config.image_channels, config.image_size, config.image_size) != shape:
+    if (model.image_channels, model.image_size, model.image_size) != shape:
         raise ValueError(
-            f"expected a model of images of shape {shape}, got {config.image_channels} x "
-            f"{config.image_size} x {config.image_size}; evaluate a model trained on this data"
+            f"expected a model of images of shape {shape}, got {model.image_channels} x "
+            f"{model.image_size} x {model.image_size}; evaluate a model trained on this data"
         )
     minimum = len(reference.held_out_images)
     if count < minimum:
@@ -170,8 +169,8 @@ def evaluate(
         neighbours=neighbours,
         reference=reference,
         settings=settings,
-        weights_hash=bundle.weights_hash,
-        model=bundle.name,
+        weights_hash=model.weights_hash,
+        model=model.name,
     )
 
 

@@ -80,6 +80,11 @@ class AutoencoderConfig:
         """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.channel_mult) - 1)
 
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the encoder."""
+        return self.num_res_blocks * len(self.channel_mult)
+
     def has_attention(self, level: int) -> bool:
         return bool(self.attention) and self.attention[level]
 

@@ -9,7 +9,7 @@ Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from fastdiff.models.layers import (
     timestep_embedding,
     zero_init,
 )
+from fastdiff.models.network import Context, Network, check_conditions, register
 
 ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
 
@@ -171,6 +172,12 @@ class UNetConfig:
         convolutions = self.downsample_padding == "symmetric" and not self.resblock_updown
         return 1 if convolutions else self.downsample_factor
 
+    @property
+    def num_blocks(self) -> int:
+        """Residual and transformer blocks on the way down and in the middle."""
+        down = sum(1 + depth for depth in self.attention_depth)
+        return self.num_res_blocks * down + self.middle_depth
+
     def heads(self, width: int) -> int:
         """Heads of an attention over `width` channels."""
         if self.num_heads is not None:
@@ -203,11 +210,14 @@ class Stage(nn.ModuleList):
         return x if residual is None else x + residual
 
 
-class UNet(nn.Module):
+@register(UNetConfig)
+class UNet(Network):
     """Predict the noise (or v, or x0) in x at timestep t.
 
     Memory format: channels_last from the first convolution to the last when x and the weights are.
     """
+
+    config: UNetConfig
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -333,14 +343,7 @@ class UNet(nn.Module):
             ValueError: a condition is missing, superfluous or of the wrong shape.
         """
         config = self.config
-        self._check_condition("y", y, config.num_classes, (len(t),), "int64 class labels")
-        self._check_condition(
-            "added",
-            added,
-            config.added_condition_dim,
-            (len(t), config.added_condition_dim),
-            "vectors",
-        )
+        check_conditions(config, len(t), y, added)
         dtype = self.conv_out.weight.dtype
         if config.timestep_scale != 1:
             t = t.float() * config.timestep_scale
@@ -351,22 +354,6 @@ class UNet(nn.Module):
         if added is not None:
             emb = emb + self.added_embed(added.to(dtype))
         return F.silu(emb)
-
-    def _check_condition(
-        self,
-        name: str,
-        value: Tensor | None,
-        size: int | None,
-        shape: tuple[int | None, ...],
-        kind: str,
-    ) -> None:
-        if size is None and value is not None:
-            raise ValueError(
-                f"{name} must be None for this model, got {tuple(value.shape)}; leave it out"
-            )
-        if size is not None and (value is None or value.shape != shape):
-            got = None if value is None else tuple(value.shape)
-            raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}; pass {name}=")
 
     def project_context(self, context: Tensor) -> ContextKV:
         """Keys and values of every cross-attention: they depend on the prompt, not on the step.
@@ -387,38 +374,8 @@ class UNet(nn.Module):
             )
         return [transformer.project_context(context) for transformer in self.transformers()]
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        *,
-        context: Tensor | ContextKV | None = None,
-        y: Tensor | None = None,
-        added: Tensor | None = None,
-    ) -> Tensor:
-        """One evaluation of the network.
-
-        Args:
-            x: (N, in_channels, H, W), any strides; H and W multiples of `config.size_multiple`.
-            t: () or (N,), integer or real timesteps.
-            context: (N, T, context_dim), or what `project_context` returned for it.
-            y: (N,) int64 class labels; the null class is `config.num_classes`.
-            added: (N, added_condition_dim).
-
-        Returns:
-            (N, out_channels, H, W), dtype of x.
-
-        Raises:
-            ValueError: a size does not fit, or a condition is missing or superfluous.
-        """
-        self._check_input(x, context)
-        if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-            raise ValueError(
-                f"t must be () or ({len(x)},), got {tuple(t.shape)}; pass one timestep per sample"
-            )
-        return self.body(x, self.embed(t.expand(len(x)), y, added), context)
-
-    def _check_input(self, x: Tensor, context: Tensor | ContextKV | None) -> None:
+    def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
+        """Raise ValueError unless `body` can run on x: (N, in_channels, H, W) and this context."""
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(
@@ -438,7 +395,7 @@ class UNet(nn.Module):
                 f"context must be {expected} for this model, got {got}; check context="
             )
 
-    def body(self, x: Tensor, emb: Tensor, context: Tensor | ContextKV | None = None) -> Tensor:
+    def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
         """The network behind the embedding.
 
         Args:
@@ -446,7 +403,9 @@ class UNet(nn.Module):
             emb: (N, emb_dim), what `embed` returned.
             context: as in `forward`.
         """
-        kvs = self.project_context(context) if isinstance(context, Tensor) else context or []
+        if isinstance(context, Tensor):
+            context = self.project_context(context)
+        kvs = cast(ContextKV, context or [])
         skips: list[Tensor] = []
         for stage in self.input_blocks:
             x = self._run(stage, x, emb, kvs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastdiff.models.unet import UNetConfig
+from fastdiff.models.network import NetworkConfig
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,7 +33,7 @@ class Condition:
 
 
 def class_conditions(
-    config: UNetConfig, labels: Sequence[int | None], *, guided: bool
+    config: NetworkConfig, labels: Sequence[int | None], *, guided: bool
 ) -> tuple[list[Condition], list[Condition] | None]:
     """Conditions for classes, and the unconditional ones if guided: one object per class.
 

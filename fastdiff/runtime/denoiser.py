@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff.models.unet import ContextKV, UNet
+from fastdiff.models.network import Context, Network, map_context
 from fastdiff.runtime.blocks import in_blocks
 from fastdiff.runtime.conditions import Condition
 
 
 class Denoiser:
-    """A U-Net with its conditions: the ``predict(x, t, guided)`` that the sampling loop calls.
+    """A network with its conditions: the ``predict(x, t, guided)`` that the sampling loop calls.
 
     Computed once, here: the embeddings of all (timestep, condition) pairs, and each condition's
     keys and values in every cross-attention. A step looks them up.
@@ -21,7 +21,7 @@ class Denoiser:
 
     def __init__(
         self,
-        unet: UNet,
+        unet: Network,
         timesteps: Tensor | Sequence[float],
         conditions: Sequence[Condition],
         unconditional: Sequence[Condition] | None = None,
@@ -33,7 +33,7 @@ class Denoiser:
         timesteps: (rows,), every t that will be asked for.
         conditions: one per sample, all with as many tokens.
         unconditional: one per sample, for guidance; None if it will not be asked for.
-        extra: (N, C, H, W), channels that the U-Net reads behind those of x, as for inpainting.
+        extra: (N, C, H, W), channels that the network reads behind those of x, as for inpainting.
         block: samples per evaluation; see :func:`block_size`.
         """
         assert unconditional is None or len(unconditional) == len(conditions)
@@ -46,7 +46,7 @@ class Denoiser:
         self.kinds = [kinds.index(condition) for condition in conditions]
         self.null = [kinds.index(condition) for condition in unconditional or ()]
         self.samples = torch.arange(len(conditions))
-        self._chosen: dict[tuple[int, ...], tuple[Tensor, ContextKV]] = {}
+        self._chosen: dict[tuple[int, ...], tuple[Tensor, Context]] = {}
         with torch.inference_mode():
             t = torch.tensor(list(self.place), dtype=torch.float32, device=device)
             # One call per condition, so that each has the same shape in any batch.
@@ -92,15 +92,12 @@ class Denoiser:
             self.samples,
         ).to(x.dtype)
 
-    def _choose(self, chosen: tuple[int, ...]) -> tuple[Tensor, ContextKV]:
+    def _choose(self, chosen: tuple[int, ...]) -> tuple[Tensor, Context]:
         """The conditions of a piece as an index, and their keys and values, gathered once."""
         if chosen not in self._chosen:
             index = torch.tensor(chosen, device=self.embeddings.device)
             kvs = [self.kvs[kind] for kind in chosen] if self.kvs else []
-            gathered = [
-                [torch.cat(same) for same in zip(*blocks, strict=True)]
-                for blocks in zip(*kvs, strict=True)
-            ]
+            gathered = map_context(lambda *same: torch.cat(same), *kvs)
             self._chosen[chosen] = (index, gathered)
         return self._chosen[chosen]
 

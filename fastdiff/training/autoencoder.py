@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.layouts.bundle import RUN_MODEL, ModelConfig, save_bundle
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -218,16 +219,17 @@ class AutoencoderTask:
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged autoencoder."""
         run = self.run
-        config = ModelConfig(
+        assert isinstance(network, Autoencoder)
+        model = Model(
+            layout="bundle",
             image_size=run.data.image_size,
             image_channels=run.model.image_channels,
-            autoencoder=run.model,
+            autoencoder=network,
             class_names=self.classes,
         )
         save_bundle(
+            model,
             Path(run.output.folder) / RUN_MODEL,
-            config,
-            autoencoder=network,
             dtype=EXPORT_DTYPES[run.output.export_dtype],
             provenance=provenance(run, step),
         )

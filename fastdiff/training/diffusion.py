@@ -15,13 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.layouts.bundle import (
-    RUN_MODEL,
-    Bundle,
-    ModelConfig,
-    load_bundle,
-    save_bundle,
-)
+from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
+from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.diffusion.losses import min_snr_weight, simple_loss, variational_bound
 from fastdiff.diffusion.predictions import Prediction, target, to_denoised
@@ -29,6 +24,7 @@ from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, Posterior
+from fastdiff.models.network import Network
 from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.config import OptimizationConfig, OutputConfig
@@ -325,11 +321,13 @@ class DiffusionTask:
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged denoiser, and the first stage it was trained on."""
         run, bundle = self.run, self.bundle
-        config = ModelConfig(
+        assert isinstance(network, Network)
+        model = Model(
+            layout="bundle",
             image_size=run.data.image_size,
             image_channels=run.data.channels,
-            autoencoder=bundle.config.autoencoder if bundle else None,
-            unet=run.model,
+            autoencoder=self.autoencoder,
+            denoiser=network,
             schedule=run.schedule,
             prediction=run.prediction,
             scale_factor=self.scale_factor,
@@ -337,12 +335,13 @@ class DiffusionTask:
         )
         facts = provenance(run, step)
         if bundle is not None:
-            facts |= {"autoencoder": bundle.provenance, "autoencoder_hash": bundle.weights_hash}
+            facts |= {
+                "autoencoder": bundle.provenance["facts"],
+                "autoencoder_hash": bundle.weights_hash,
+            }
         save_bundle(
+            model,
             Path(run.output.folder) / RUN_MODEL,
-            config,
-            autoencoder=self.autoencoder,
-            unet=network,
             dtype=EXPORT_DTYPES[run.output.export_dtype],
             provenance=facts,
         )
@@ -422,7 +421,7 @@ class DiffusionTask:
         return (self.run.model.in_channels, side, side)
 
 
-def _first_stage(run: DiffusionRun, device: torch.device) -> Bundle | None:
+def _first_stage(run: DiffusionRun, device: torch.device) -> Model | None:
     if not run.autoencoder:
         return None
     bundle = load_bundle(run.autoencoder, device=device)
@@ -430,10 +429,10 @@ def _first_stage(run: DiffusionRun, device: torch.device) -> Bundle | None:
         raise ValueError(
             f"{run.autoencoder} holds no autoencoder; give the folder of an autoencoder's run"
         )
-    if bundle.config.image_size != run.data.image_size:
+    if bundle.image_size != run.data.image_size:
         raise ValueError(
-            f"the autoencoder was trained at {bundle.config.image_size} pixels, the data has "
-            f"{run.data.image_size}; set data image_size to {bundle.config.image_size}"
+            f"the autoencoder was trained at {bundle.image_size} pixels, the data has "
+            f"{run.data.image_size}; set data image_size to {bundle.image_size}"
         )
     return bundle
 

@@ -1,8 +1,9 @@
 """A bundle: the folder a trained model is kept in.
 
-    config.json               the model (ModelConfig), sha256 of each weights file, provenance
-    autoencoder.safetensors   absent for pixel diffusion
-    unet.safetensors          absent for an autoencoder alone
+    config.json                   the model (`Stored`), sha256 of each weights file, provenance
+    autoencoder.safetensors       absent for pixel diffusion
+    KIND.safetensors              the denoiser, "unet" for a U-Net; absent for an autoencoder alone
+    class_embedding.safetensors   classes as context tokens, where the denoiser reads them so
 
 Everything is checked before a number is used: the safetensors header against the file's size, the
 sha256 against config.json, names and shapes against the model that the config describes. Nothing
@@ -11,12 +12,13 @@ that could run code (pickle) is ever opened.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,160 +27,209 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.build import empty_model, fill
+from fastdiff.checkpoint.build import Progress, Sources, empty_model, fill
 from fastdiff.checkpoint.formats.safetensors import DTYPES, read_safetensors
+from fastdiff.checkpoint.model import RUN_MODEL, Model
+from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.checkpoint.weights import some
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import NO_SPACE, atomic_folder, write_json
-from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.network import kind_of, network_family
 
 ASSETS = Path(__file__).parents[2] / "assets"
 CONFIG_FILE = "config.json"
-RUN_MODEL = "model"  # the bundle inside a training run's folder
+NAME = "bundle"
+UNET = "unet"  # the kind of denoiser where config.json names none
+CLASS_EMBEDDING = "class_embedding"
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
 WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
-MODULES: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "unet": UNet}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What a bundle holds: enough to build the modules and to sample from them."""
+class Stored:
+    """What stands under "model" in config.json, beside the denoiser's config under its kind.
 
-    image_size: int
-    """Height and width of the images, in pixels."""
-    image_channels: int
-    """Channels of the images: 1 for grey, 3 for RGB."""
+    Fields that may be absent are left out where they say nothing, so that the hash of a bundle
+    does not depend on the version that wrote it.
+    """
+
+    image_size: int | None
+    image_channels: int | None
     autoencoder: AutoencoderConfig | None = None
-    """The first stage; None for diffusion on pixels."""
-    unet: UNetConfig | None = None
-    """The denoiser; None for an autoencoder alone."""
+    kind: str = UNET
+    """The denoiser's family; bundles without it are U-Nets."""
     schedule: ScheduleConfig | None = None
-    """The noise the denoiser was trained with; needed with a unet."""
     prediction: Prediction = "eps"
-    """What the denoiser returns."""
     scale_factor: float = 1.0
-    """1 / std of the latents: they are multiplied by it before the denoiser sees them."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes, in the order of the labels; empty without classes."""
+    class_embedding: tuple[int, int] | None = None
+    """Classes and width of a table of context tokens; its numbers are a file of their own."""
+    sampler: SamplerSettings | None = None
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.kind)
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.image_channels < 1:
+        denoiser, size, channels = self.denoiser, self.image_size, self.image_channels
+        if (size is None) != (channels is None) or (size or 1) < 1 or (channels or 1) < 1:
             raise ValueError(
-                "image_size and image_channels must be positive, got "
-                f"{self.image_size} and {self.image_channels}"
+                f"image_size and image_channels must be positive, got {size} and {channels}; both "
+                "are null only where x is not an image"
             )
-        if self.image_size > MAX_IMAGE_SIZE:
-            raise ValueError(
-                f"image_size must be at most {MAX_IMAGE_SIZE} pixels, got {self.image_size}"
-            )
+        if size is not None and size > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must be at most {MAX_IMAGE_SIZE} pixels, got {size}")
         first = self.autoencoder.image_channels if self.autoencoder is not None else None
-        if first is not None and first != self.image_channels:
+        if first is not None and first != channels:
             raise ValueError(
-                f"the autoencoder has {first} image channels, got image_channels "
-                f"{self.image_channels}"
+                f"the autoencoder has {first} image channels, got image_channels {channels}"
             )
-        if self.autoencoder is None and self.unet is None:
-            raise ValueError("expected an autoencoder, a unet or both, got neither")
-        if self.unet is not None and self.schedule is None:
-            raise ValueError("a unet needs the schedule it was trained with, got None")
+        if self.autoencoder is None and denoiser is None:
+            raise ValueError(f"expected an autoencoder, a {self.kind} or both, got neither")
+        if denoiser is not None and self.schedule is None:
+            raise ValueError(f"a {self.kind} needs the schedule it was trained with, got None")
         if self.prediction not in get_args(Prediction):
             raise ValueError(f"expected prediction 'eps', 'v' or 'x0', got {self.prediction!r}")
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
             raise ValueError(f"scale_factor must be positive and finite, got {self.scale_factor}")
-        classes = self.unet.num_classes if self.unet is not None else None
+        classes = denoiser.num_classes if denoiser is not None else None
         if classes is not None and self.class_names and len(self.class_names) != classes:
             raise ValueError(
-                f"the unet has {classes} classes, got {len(self.class_names)} class_names"
+                f"the {self.kind} has {classes} classes, got {len(self.class_names)} class_names"
             )
 
 
-@dataclass(kw_only=True)
-class Bundle:
-    """A model read from its folder, in eval mode, without gradients."""
+@functools.cache
+def _schema(kind: str) -> type[Stored]:
+    """`Stored` with the denoiser's config as a field of its kind's name.
 
-    config: ModelConfig
-    autoencoder: Autoencoder | None = None
-    unet: UNet | None = None
-    weights_hash: str = ""
-    """sha256 over the model's config and the sha256 of each weights file: names these numbers."""
-    folder: Path = Path()
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """What to call the model: its folder's name, or the run's if it is the model/ of a run."""
-        folder = self.folder.absolute()
-        return folder.parent.name if folder.name == RUN_MODEL else folder.name
+    Raises:
+        ValueError: there is no such kind.
+    """
+    config = network_family(kind).config
+    return make_dataclass(
+        "Model", [(kind, config | None, None)], bases=(Stored,), frozen=True, kw_only=True
+    )
 
 
 def save_bundle(
+    model: Model,
     folder: str | os.PathLike[str],
-    config: ModelConfig,
     *,
-    autoencoder: nn.Module | Mapping[str, Tensor] | None = None,
-    unet: nn.Module | Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Write a bundle: all of it or nothing. An existing folder is replaced as a whole.
 
-    autoencoder, unet: a module, or its state dict (EMA weights, say).
     dtype: what floating-point weights are stored as; None keeps each tensor's own.
-    provenance: JSON-able facts for people: command, commit, date, data, steps.
+    provenance: JSON-able facts for people: command, commit, date, data, steps; None: those of the
+    bundle it came from, or which file it was converted from.
+    progress: called as progress(tensor, bytes) after each tensor.
 
-    Returns the weights hash that :func:`load_bundle` will give.
+    Returns the weights hash that the bundle will have.
 
     Raises:
-        ValueError: the weights do not fit the config, or are not finite.
+        ValueError: a bundle has no place for a part of it (text encoders), it lacks what a bundle
+            must say, or its weights are not finite.
         OSError: the folder cannot be written.
     """
-    given = {"autoencoder": autoencoder, "unet": unet}
+    data = _stored(model)
     weights: dict[str, dict[str, Any]] = {}
     with atomic_folder(folder) as temporary:
-        for name in MODULES:
-            part_config, source = getattr(config, name), given[name]
-            if (part_config is None) != (source is None):
-                raise ValueError(
-                    f"{folder}: {name} needs both its config and its weights, got "
-                    f"{'no config' if part_config is None else 'a config'} and "
-                    f"{'no weights' if source is None else 'weights'}"
-                )
-            if source is None:
-                continue
-            state = source.state_dict() if isinstance(source, nn.Module) else source
-            tensors = {key: _storable(key, value, dtype) for key, value in state.items()}
+        for name, (module, config) in _parts(model).items():
+            tensors = {k: _storable(k, v, dtype) for k, v in module.state_dict().items()}
             path = temporary / f"{name}.safetensors"
-            _check_names_and_shapes(
-                path.name, {k: tuple(v.shape) for k, v in tensors.items()}, part_config
-            )
+            shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+            _check_names_and_shapes(path.name, shapes, config)
             save_tensors(tensors, path)
             weights[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        data = to_dict(config)
+            if progress is not None:
+                progress(name, weights[path.name]["bytes"])
         write_json(
             temporary / CONFIG_FILE,
             {
                 "format": FORMAT,
                 "model": data,
                 "weights": weights,
-                "provenance": dict(provenance or {}),
+                "provenance": dict(_origin(model) if provenance is None else provenance),
             },
         )
     return _weights_hash(data, weights)
+
+
+def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
+    """Name of the file -> module and its config, of the parts that the model has."""
+    parts: dict[str, tuple[nn.Module, Any]] = {}
+    if model.autoencoder is not None:
+        parts["autoencoder"] = (model.autoencoder, model.autoencoder.config)
+    if model.denoiser is not None:
+        parts[kind_of(model.denoiser.config)] = (model.denoiser, model.denoiser.config)
+    if (table := model.class_embedding) is not None:
+        parts[CLASS_EMBEDDING] = (table, (table.num_embeddings, table.embedding_dim))
+    return parts
+
+
+def _stored(model: Model) -> dict[str, Any]:
+    """What stands under "model" in config.json.
+
+    Raises:
+        ValueError: as `save_bundle`.
+    """
+    if model.text_encoders:
+        raise ValueError(
+            "a bundle has no place for text encoders; write a diffusers folder, or load the model "
+            "with text_encoders=False"
+        )
+    if model.image_size is None and model.image_channels is not None:
+        raise ValueError(
+            "a bundle says how large its images are, and these files do not; load them with "
+            "image_size="
+        )
+    denoiser, first, table = model.denoiser, model.autoencoder, model.class_embedding
+    kind = UNET if denoiser is None else kind_of(denoiser.config)
+    stored = _schema(kind)(
+        image_size=model.image_size,
+        image_channels=model.image_channels,
+        autoencoder=None if first is None else first.config,
+        kind=kind,
+        schedule=model.schedule,
+        prediction=model.prediction,
+        scale_factor=model.scale_factor,
+        class_names=model.class_names,
+        class_embedding=None if table is None else (table.num_embeddings, table.embedding_dim),
+        sampler=model.sampler,
+        **{kind: None if denoiser is None else denoiser.config},
+    )
+    data = to_dict(stored)
+    for name, absent in (("kind", UNET), ("class_embedding", None), ("sampler", None)):
+        if data[name] == absent:
+            del data[name]
+    return data
+
+
+def _origin(model: Model) -> dict[str, Any]:
+    """The provenance of a model that was not trained here: its own, or where it came from."""
+    if model.layout == "bundle":
+        return dict(model.provenance.get("facts", {}))
+    return {"converted from": model.layout, "file": model.path.name}
 
 
 def load_bundle(
     folder_or_name: str | os.PathLike[str],
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Bundle:
+    dtype: torch.dtype | None = torch.float32,
+    progress: Progress | None = None,
+) -> Model:
     """Read a bundle from its folder, or a shipped one by its name (``"digits"``).
 
-    dtype: what floating-point weights become, whatever they are stored as.
+    dtype: what floating-point weights become; None: what each file mostly has.
+    progress: called as progress(tensor, bytes) after each tensor.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or a file of it is missing.
@@ -188,13 +239,18 @@ def load_bundle(
     folder = _find(folder_or_name)
     data = _read_config(folder / CONFIG_FILE)
     try:
-        config = from_dict(ModelConfig, data["model"])
+        kind = data["model"].get("kind", UNET)
+        stored = from_dict(_schema(kind if isinstance(kind, str) else repr(kind)), data["model"])
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}; fetch the bundle again") from error
     modules: dict[str, Any] = {}
-    for name in MODULES:
-        part_config = getattr(config, name)
-        if part_config is None:
+    configs = {
+        "autoencoder": stored.autoencoder,
+        stored.kind: stored.denoiser,
+        CLASS_EMBEDDING: stored.class_embedding,
+    }
+    for name, config in configs.items():
+        if config is None:
             continue
         path = folder / f"{name}.safetensors"
         record = data["weights"].get(path.name)
@@ -202,13 +258,22 @@ def load_bundle(
             raise ValueError(
                 f"{folder / CONFIG_FILE}: no sha256 of {path.name} in it; fetch the bundle again"
             )
-        modules[name] = _load_module(path, part_config, record["sha256"], dtype, device)
-    return Bundle(
-        config=config,
-        weights_hash=_weights_hash(data["model"], data["weights"]),
-        folder=folder,
-        provenance=data["provenance"],
-        **modules,
+        modules[name] = _load_module(path, config, record["sha256"], dtype, device, progress)
+    return Model(
+        layout=NAME,
+        denoiser=modules.get(stored.kind),
+        autoencoder=modules.get("autoencoder"),
+        class_embedding=modules.get(CLASS_EMBEDDING),
+        schedule=stored.schedule,
+        prediction=stored.prediction,
+        sampler=stored.sampler,
+        scale_factor=stored.scale_factor,
+        image_size=stored.image_size,
+        image_channels=stored.image_channels,
+        class_names=stored.class_names,
+        path=folder,
+        provenance={"facts": data["provenance"]},
+        stored_hash=_weights_hash(data["model"], data["weights"]),
     )
 
 
@@ -265,8 +330,9 @@ def _load_module(
     path: Path,
     config: Any,
     sha256: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str,
+    progress: Progress | None,
 ) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; fetch the bundle again")
@@ -278,14 +344,13 @@ def _load_module(
             f"{path}: sha256 is {found[:16]}…, {CONFIG_FILE} says {sha256[:16]}…; "
             "the file was changed or damaged: fetch the bundle again"
         )
-    return fill(
-        module, {key: (key,) for key in weights.places}, weights, dtype=dtype, device=device
-    )
+    sources: Sources = {key: (key,) for key in weights.places}
+    return fill(module, sources, weights, dtype=dtype, device=device, progress=progress)
 
 
 def _check_names_and_shapes(
     file: str, shapes: Mapping[str, tuple[int, ...]], config: Any
-) -> UNet | Autoencoder:
+) -> nn.Module:
     """Compare with the module the config describes, built without memory; return the module."""
     module = empty_model(config, file, len(shapes))
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}

@@ -18,7 +18,7 @@ from torch import nn
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.layouts import ddpm, openai
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.weights import Weights, some
 from fastdiff.diffusion.predictions import Prediction
@@ -59,7 +59,7 @@ class Reading:
         return value
 
 
-def load_compvis(weights: Weights, request: Request) -> Checkpoint:
+def load_compvis(weights: Weights, request: Request) -> Model:
     """A whole file: U-Net, first stage, what conditions them.
 
     Raises:
@@ -90,9 +90,9 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
     # trainers mark Stable Diffusion XL files of v-prediction by an empty tensor of that name
     said: Prediction | None = "v" if "v_pred" in weights.places else None
     prediction = request.unsaid.prediction or said or reading.assume("prediction", "eps")
-    return Checkpoint(
+    return Model(
         layout="compvis",
-        unet=unet,
+        denoiser=unet,
         autoencoder=autoencoder,
         text_encoders=_text_encoders(reading, text_plans, xl),
         class_embedding=classes,
@@ -101,6 +101,7 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
         scale_factor=_scale_factor(reading, config, autoencoder),
         image_size=request.unsaid.image_size
         or reading.assume("image_size", _image_size(config, prediction)),
+        image_channels=image_channels(unet, autoencoder),
         path=weights.path,
         provenance={
             "facts": weights.facts,
@@ -111,17 +112,18 @@ def load_compvis(weights: Weights, request: Request) -> Checkpoint:
     )
 
 
-def load_first_stage(weights: Weights, request: Request) -> Checkpoint:
+def load_first_stage(weights: Weights, request: Request) -> Model:
     """An autoencoder alone."""
     reading = Reading(weights, request)
     own = _without_loss(weights)
     config = ddpm.autoencoder_config(own.shapes, request.unsaid)
     autoencoder: Autoencoder = request.fill(plan_model(config, ddpm.names, own))
-    return Checkpoint(
+    return Model(
         layout="compvis",
         autoencoder=autoencoder,
         scale_factor=_scale_factor(reading, None, autoencoder),
         image_size=request.unsaid.image_size,
+        image_channels=autoencoder.config.image_channels,
         path=weights.path,
         provenance={"facts": weights.facts, "assumed": reading.assumed},
     )

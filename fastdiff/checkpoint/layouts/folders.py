@@ -10,7 +10,7 @@ from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts import diffusers
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.request import Request
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
 from fastdiff.checkpoint.weights import Weights, read_json
@@ -32,7 +32,7 @@ XL_SCALE = 0.13025  # of the latents of Stable Diffusion XL's autoencoder; 1 and
 Result = TypeVar("Result")
 
 
-def load_pipeline(folder: Path, request: Request) -> Checkpoint:
+def load_pipeline(folder: Path, request: Request) -> Model:
     """A pipeline's folder.
 
     Raises:
@@ -73,9 +73,9 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
     models = {name: request.fill(plan) for name, plan in plans.items()}
     unet, autoencoder = models.get("unet"), models.get(first or "")
     xl = isinstance(unet, UNet) and unet.config.added_condition_dim is not None
-    checkpoint = Checkpoint(
+    model = Model(
         layout="diffusers",
-        unet=unet if isinstance(unet, UNet) else None,
+        denoiser=unet if isinstance(unet, UNet) else None,
         autoencoder=autoencoder if isinstance(autoencoder, Autoencoder) else None,
         text_encoders=_text_encoders(folder, parts, text, request, xl=xl),
         scale_factor=scale or 1.0,
@@ -86,11 +86,12 @@ def load_pipeline(folder: Path, request: Request) -> Checkpoint:
             "ignored": [name for name in LEFT_OUT if name in parts],
         },
     )
+    model.image_channels = image_channels(model.denoiser, model.autoencoder)
     for name in XL_FLAGS:
         if name in index:
-            checkpoint.provenance[name] = bool(index[name])
-    _describe(checkpoint, opened.get("unet", ({}, None))[0], scheduler, request)
-    return checkpoint
+            model.provenance[name] = bool(index[name])
+    _describe(model, opened.get("unet", ({}, None))[0], scheduler, request)
+    return model
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -98,27 +99,28 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def load_component(folder: Path, request: Request) -> Checkpoint:
+def load_component(folder: Path, request: Request) -> Model:
     """The folder of one model: a U-Net, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
     weights = find_weights(folder, request.variant)
-    checkpoint = Checkpoint(layout="diffusers", path=folder, image_size=request.unsaid.image_size)
+    model = Model(layout="diffusers", path=folder, image_size=request.unsaid.image_size)
     if "_class_name" in data:
-        model = request.fill(_plan(folder, data, weights))
-        if isinstance(model, UNet):
-            checkpoint.unet = model
+        part = request.fill(_plan(folder, data, weights))
+        if isinstance(part, UNet):
+            model.denoiser = part
             beside = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
             scheduler = _scheduler(folder) if beside.is_file() else None
-            _describe(checkpoint, data, scheduler, request)
+            _describe(model, data, scheduler, request)
         else:
-            assert isinstance(model, Autoencoder)
-            checkpoint.autoencoder = model
-            checkpoint.scale_factor = request.unsaid.scale_factor or scale_factor(data, folder)
+            assert isinstance(part, Autoencoder)
+            model.autoencoder = part
+            model.scale_factor = request.unsaid.scale_factor or scale_factor(data, folder)
+        model.image_channels = image_channels(model.denoiser, model.autoencoder)
     else:
-        model = request.fill(text_encoders.plan_folder(folder, weights, request))
-        pooled = type(model).__name__ == "CLIPTextModelWithProjection"
-        checkpoint.text_encoders = (text_encoders.conditioned(model, None, xl=pooled),)
-    return checkpoint
+        part = request.fill(text_encoders.plan_folder(folder, weights, request))
+        pooled = type(part).__name__ == "CLIPTextModelWithProjection"
+        model.text_encoders = (text_encoders.conditioned(part, None, xl=pooled),)
+    return model
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Weights:
@@ -207,39 +209,39 @@ def _scheduler(folder: Path) -> SchedulerConfig:
 
 
 def _describe(
-    checkpoint: Checkpoint,
+    model: Model,
     unet: Mapping[str, Any],
     scheduler: SchedulerConfig | None,
     request: Request,
 ) -> None:
     """What the scheduler and the U-Net's config say of the sampling."""
     unsaid = request.unsaid
-    if checkpoint.unet is None:
+    if model.denoiser is None:
         return
     if scheduler is not None:
         if unsaid.schedule is not None or unsaid.prediction is not None:
             raise ValueError(
-                f"{checkpoint.path}: schedule and prediction stand in its scheduler_config.json; "
+                f"{model.path}: schedule and prediction stand in its scheduler_config.json; "
                 "change them there"
             )
-        checkpoint.schedule, checkpoint.prediction = scheduler.schedule, scheduler.prediction
-        checkpoint.sampler = scheduler.sampler
+        model.schedule, model.prediction = scheduler.schedule, scheduler.prediction
+        model.sampler = scheduler.sampler
         if scheduler.no_sampler:
-            checkpoint.provenance["no_sampler"] = scheduler.no_sampler
+            model.provenance["no_sampler"] = scheduler.no_sampler
     else:
-        checkpoint.schedule = unsaid.schedule
-        checkpoint.prediction = unsaid.prediction or "eps"
+        model.schedule = unsaid.schedule
+        model.prediction = unsaid.prediction or "eps"
         if unsaid.prediction is None:
-            checkpoint.provenance["assumed"] = {"prediction": "eps"}
-    checkpoint.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
+            model.provenance["assumed"] = {"prediction": "eps"}
+    model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
     if unet.get("addition_time_embed_dim") is not None:
-        checkpoint.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
+        model.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
     size = unet.get("sample_size")
-    if checkpoint.image_size is None and type(size) is int and size > 0:
-        if checkpoint.autoencoder is not None:
-            checkpoint.image_size = size * checkpoint.autoencoder.downsample_factor
+    if model.image_size is None and type(size) is int and size > 0:
+        if model.autoencoder is not None:
+            model.image_size = size * model.autoencoder.downsample_factor
         elif unet.get("_class_name") == "UNet2DModel":
-            checkpoint.image_size = size
+            model.image_size = size
 
 
 def _text_plans(folder: Path, parts: Mapping[str, str], request: Request) -> dict[str, Plan]:

@@ -1,0 +1,228 @@
+"""What every denoiser has in common: the interface the runtime calls, and the table of families.
+
+A family is one file of this folder: a frozen config dataclass and a `Network`, joined by
+`@register(Config)`. Its kind is the file's name, which is how a bundle names it and how
+`network_family` finds it; there is no list to add it to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+
+from torch import Tensor, nn
+
+Context: TypeAlias = "Sequence[Tensor | Context]"
+"""Projected context tokens: lists of tensors, nested to any depth; every tensor is (N, ...)."""
+
+
+class NetworkConfig(Protocol):
+    """What the runtime reads of a denoiser's config, whatever the architecture."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that `body` reads: those of x, plus extra ones (mask, image, low resolution)."""
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that `body` returns; with `learned_sigma` twice those of x."""
+
+    @property
+    def learned_sigma(self) -> bool:
+        """Whether the second half of the output interpolates the log variance (IDDPM eq. 15)."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Class labels 0 .. num_classes - 1; None for a model without classes."""
+
+    @property
+    def null_class(self) -> bool:
+        """Whether label num_classes means "no class", which guidance needs."""
+
+    @property
+    def context_dim(self) -> int | None:
+        """Width of the context tokens; None for a model that reads none."""
+
+    @property
+    def added_condition_dim(self) -> int | None:
+        """Width of the vector added to the time embedding; None for a model without one."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Every spatial side of x must be a multiple of this."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks with weights of their own, or fewer: a file with fewer tensors cannot fit."""
+
+
+class Network(nn.Module):
+    """A denoiser: a prediction of the noise, or of whatever `Prediction` the model was trained on.
+
+    A base class rather than a Protocol, because everything that takes a network also takes it as
+    an `nn.Module` (parameters, dtype, device, state dict), which a Protocol cannot say.
+    """
+
+    config: NetworkConfig
+    """Each family annotates its own class."""
+
+    def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Everything that conditions the blocks as one vector per sample, (N, E).
+
+        It does not depend on x: the runtime computes it once for all rows of a sampler's table.
+
+        t: (N,) timesteps, integer or real. y: (N,) int64 class labels. added: (N, A).
+        """
+        raise NotImplementedError
+
+    def project_context(self, context: Tensor) -> Context:
+        """What `body` needs of the context tokens, which does not depend on x or t.
+
+        context: (N, T, context_dim). Returns nested lists of tensors whose first dimension is N.
+
+        Raises:
+            ValueError: this model reads no context.
+        """
+        raise ValueError("context must be None for a model without it; leave it out")
+
+    def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
+        """The network behind the embedding.
+
+        x: (N, in_channels, *spatial). emb: (N, E), what `embed` returned. context: (N, T, D), or
+        what `project_context` returned for it. Returns (N, out_channels, *spatial).
+        """
+        raise NotImplementedError
+
+    def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
+        """Raise ValueError unless `body` can run on x and this context."""
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        context: Tensor | Context | None = None,
+        y: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: (N, in_channels, *spatial), any strides; sides multiples of `config.size_multiple`.
+            t: () or (N,), integer or real timesteps.
+            context: (N, T, context_dim), or what `project_context` returned for it.
+            y: (N,) int64 class labels; the null class is `config.num_classes`.
+            added: (N, added_condition_dim).
+
+        Returns:
+            (N, out_channels, *spatial), dtype of x.
+
+        Raises:
+            ValueError: a size does not fit, or a condition is missing or superfluous.
+        """
+        self.check_input(x, context)
+        if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
+            raise ValueError(
+                f"t must be () or ({len(x)},), got {tuple(t.shape)}; pass one timestep per sample"
+            )
+        return self.body(x, self.embed(t.expand(len(x)), y, added), context)
+
+
+def check_conditions(
+    config: NetworkConfig, samples: int, y: Tensor | None, added: Tensor | None
+) -> None:
+    """Check what `Network.embed` is given beside the timesteps.
+
+    Raises:
+        ValueError: a condition is missing, superfluous or of the wrong shape.
+    """
+    width = config.added_condition_dim
+    for name, value, wanted, shape, kind in (
+        ("y", y, config.num_classes, (samples,), "int64 class labels"),
+        ("added", added, width, (samples, width), "vectors"),
+    ):
+        if wanted is None and value is not None:
+            raise ValueError(
+                f"{name} must be None for this model, got {tuple(value.shape)}; leave it out"
+            )
+        if wanted is not None and (value is None or value.shape != shape):
+            got = None if value is None else tuple(value.shape)
+            raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}; pass {name}=")
+
+
+def map_context(function: Callable[..., Tensor], *contexts: Context) -> Context:
+    """Apply a function to the tensors at the same place of each context.
+
+    >>> a, b = [[torch.zeros(1, 2)]], [[torch.ones(1, 2)]]
+    >>> map_context(lambda *same: torch.cat(same), a, b)
+    [[tensor([[0., 0.],
+            [1., 1.]])]]
+    """
+    return [
+        function(*same) if isinstance(same[0], Tensor) else map_context(function, *same)
+        for same in zip(*contexts, strict=True)
+    ]
+
+
+class Family(NamedTuple):
+    """An architecture: the class of its config, and of its network."""
+
+    config: type[Any]
+    network: type[Network]
+
+
+NETWORKS: dict[str, Family] = {}
+"""Kind -> family, of the families imported so far; `network_family` imports the others."""
+
+SomeNetwork = TypeVar("SomeNetwork", bound=type[Network])
+
+
+def register(config: type[Any]) -> Callable[[SomeNetwork], SomeNetwork]:
+    """Class decorator: make a network known under the name of the file it is written in."""
+
+    def add(network: SomeNetwork) -> SomeNetwork:
+        kind = network.__module__.rpartition(".")[2]
+        assert kind not in NETWORKS, f"{kind} is registered twice; use one file per family"
+        NETWORKS[kind] = Family(config, network)
+        return network
+
+    return add
+
+
+def network_family(kind: str) -> Family:
+    """The family of that kind, such as "unet"; its file is imported if it has not been yet.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    # A kind comes from a file on disk: only modules of this folder may be imported for it.
+    if kind not in NETWORKS and re.fullmatch(r"[a-z][a-z0-9_]*", kind):
+        module = f"{__package__}.{kind}"
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+    if kind not in NETWORKS:
+        for found in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
+            importlib.import_module(f"{__package__}.{found.name}")
+        raise ValueError(
+            f"unknown kind of denoiser {kind!r:.60}; expected one of {', '.join(sorted(NETWORKS))}"
+        )
+    return NETWORKS[kind]
+
+
+def kind_of(config: NetworkConfig) -> str:
+    """The kind of the family that a config belongs to.
+
+    Raises:
+        ValueError: no registered family has such a config.
+    """
+    for kind, family in NETWORKS.items():
+        if type(config) is family.config:
+            return kind
+    raise ValueError(
+        f"{type(config).__name__} is the config of no registered network; decorate the network "
+        "with fastdiff.models.network.register"
+    )
