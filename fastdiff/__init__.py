@@ -11,7 +11,7 @@ _FROM = {
     "backend": "fastdiff.kernels",
     "accelerate": "fastdiff.integrations",
     "compile_pass": "fastdiff.integrations",
-    "load": "fastdiff.checkpoint.open",
+    "load": "fastdiff.generate.model",
 }
 
 

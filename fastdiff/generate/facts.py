@@ -8,6 +8,8 @@ from typing import Literal
 
 from fastdiff.checkpoint.model import Model
 
+LDM_CLASSES = 1000
+"""Rows of a table of classes without one for "no class"."""
 Extra = Literal["none", "inpainting", "upsampler"]
 
 
@@ -72,8 +74,11 @@ class Facts:
         image_channels = channels if first is None else first.config.image_channels
         factor = 1 if first is None else first.downsample_factor
         table = model.class_embedding
-        # LDM's tables have one row more than classes, which stands for "no class".
-        classes = config.num_classes if table is None else table.num_embeddings - 1
+        rows = 0 if table is None else table.num_embeddings
+        # LDM's first ImageNet model has a row per class, 1000, and every later one a last row for
+        # "no class".
+        null = bool(config.null_class) if table is None else rows != LDM_CLASSES
+        classes = config.num_classes if table is None else rows - null
         _check_context(model, config.context_dim)
         named = model.sampler is not None or bool(model.provenance.get("no_sampler"))
         return cls(
@@ -85,7 +90,7 @@ class Facts:
             image_size=model.image_size,
             extra=_extra(config.in_channels, channels, image_channels, latent=first is not None),
             num_classes=classes,
-            null_class=table is not None or bool(config.null_class),
+            null_class=null,
             class_names=tuple(model.class_names),
             reads_text=config.context_dim is not None and table is None,
             pixels=first is None,

@@ -74,6 +74,7 @@ def generate(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     clock: Clock = contextlib.nullcontext,
+    expected: int | None = None,
 ) -> Iterator[Result]:
     """Do jobs of any kinds, sizes and settings, and yield their results in the jobs' order.
 
@@ -88,12 +89,15 @@ def generate(
             samplers' tables: those taken, and those of all jobs that have been begun.
         on_step: called with a `Step` after each step; an exception of its own ends the sampling.
         clock: times the stages.
+        expected: how many jobs there are, for `progress`; None: their length, if they have one.
 
     Raises:
         ValueError: a job that does not fit the model, or a result that is not finite.
     """
-    sessions = Session.of(model), None if refiner is None else Session.of(refiner)
-    run = _Run(*sessions, batch, progress, on_step, clock)
+    session, second = Session.of(model), None if refiner is None else Session.of(refiner)
+    if expected is None and isinstance(jobs, list | tuple):
+        expected = len(jobs)
+    run = _Run(session, second, batch, progress, on_step, clock, expected or 0)
     yield from _in_order(run.results(jobs))
 
 
@@ -127,6 +131,7 @@ class _Run:
     progress: Progress | None
     on_step: OnStep | None
     clock: Clock
+    expected: int
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """(number of the job, result), in the order in which they are done."""
@@ -161,7 +166,7 @@ class _Run:
                 done.append((task, x))
             else:
                 second.append(replace(task, now=task.now.then(x)))
-            if len(second) >= self._count(second[-1]) if second else False:
+            if second and len(second) >= self._count(second[-1]):
                 done += self._again(second)
                 second = []
             yield from done
@@ -192,7 +197,7 @@ class _Run:
             ),
             slots=self._count(first),
             on_step=self.on_step,
-            progress=self.progress,
+            progress=self._telling(first),
         )
         while True:
             with self.clock("sample"):
@@ -200,6 +205,14 @@ class _Run:
             if result is None:
                 return
             yield result.request.tag, result.x
+
+    def _telling(self, first: _Task) -> Progress | None:
+        """Progress whose total counts on jobs to come that take as many rows as the first."""
+        progress, request = self.progress, first.now.request
+        if progress is None or request is None:
+            return progress
+        least = self.expected * len(request.table)
+        return lambda done, total: progress(done, max(total, least))
 
     def _count(self, task: _Task) -> int:
         """Samples at once, from a job that is the first of its kind."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +52,15 @@ class Session:
         self.conditions = Conditions(model, self.facts, device=self.device, dtype=self.dtype)
         self.schedule = NoiseSchedule(model.schedule)
         self._kept: dict[str, dict[Hashable, Any]] = {}
+
+    @classmethod
+    def of(cls, model: Model) -> Session:
+        """The session of a model: one, for as long as the model's fields stay what they are."""
+        state = tuple(id(getattr(model, field.name)) for field in fields(model))
+        kept: tuple[object, Session] | None = vars(model).get("_session")
+        if kept is None or kept[0] != state:
+            kept = vars(model)["_session"] = (state, cls(model))
+        return kept[1]
 
     def table(
         self,
