@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from PIL import Image, ImageChops
 from torch import Tensor
@@ -26,7 +26,6 @@ COMMANDS: dict[str, type[Any]] = {
 }
 ROUNDING = 3
 """Levels of 255 by which a picture of an older recipe's version may differ and be the same one."""
-AnyCommand = TypeVar("AnyCommand", bound=Command)
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,7 @@ def original(command: str, words: Sequence[str]) -> Original | None:
     return Original(path, recipe, data)
 
 
-def options(
-    like: Original, command: type[AnyCommand], job: type[Any], **more: Any
-) -> AnyCommand:
+def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> Any:
     """The options that made a picture.
 
     job: the command's dataclass of the job's options. more: options of the command alone.
@@ -161,9 +158,8 @@ def options(
         load = LoadOptions.of_recipe(recipe.load)
     except ValueError as error:
         raise ValueError(f"the recipe in {like.path} cannot be read: {error}") from None
-    if "refiner" in {field.name for field in fields(command)}:  # type: ignore[arg-type]
-        path = recipe.refiner and recipe.refiner["path"]
-        more["refiner"] = None if path is None else Path(path)
+    if "refiner" in {field.name for field in fields(command)}:
+        more["refiner"] = recipe.refiner and Path(recipe.refiner["path"])
     return command(
         model=recipe.model,
         count=1,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import Flat, ImageToImageOptions, Machine, check_count
+from fastdiff.cli.options import FLAT, NO_NONE, ImageToImageOptions, Machine, check_count
 from fastdiff.cli.parsing import parse
 from fastdiff.generate.job import ImageToImageJob
 from fastdiff.images import read_image
@@ -25,13 +26,13 @@ class Img2Img:
       fastdiff img2img --image out/3-seed0.png --label 8 --model digits
     """
 
-    job: Flat[ImageToImageOptions]
+    job: Annotated[ImageToImageOptions, FLAT, NO_NONE]
     model: str
     """The checkpoint: a file or folder, a run's folder, or the name of a shipped model."""
     count: int = 1
     """Images to make."""
-    load: Flat[LoadOptions] = field(default_factory=LoadOptions)
-    machine: Flat[Machine] = field(default_factory=Machine)
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         check_count(self)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import Flat, InpaintOptions, Machine, as_job, check_count
+from fastdiff.cli.options import FLAT, NO_NONE, InpaintOptions, Machine, as_job, check_count
 from fastdiff.cli.parsing import parse
 from fastdiff.generate.job import InpaintJob, read_mask_of
 from fastdiff.images import read_image
@@ -26,13 +27,13 @@ class Inpaint:
       fastdiff inpaint "sky" --image photo.png --mask mask.png --model sdxl/ --strength 0.8
     """
 
-    job: Flat[InpaintOptions]
+    job: Annotated[InpaintOptions, FLAT, NO_NONE]
     model: str
     """The checkpoint: a file or folder, a run's folder, or the name of a shipped model."""
     count: int = 1
     """Images to make."""
-    load: Flat[LoadOptions] = field(default_factory=LoadOptions)
-    machine: Flat[Machine] = field(default_factory=Machine)
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         check_count(self)

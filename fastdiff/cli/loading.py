@@ -78,9 +78,7 @@ class LoadOptions:
         return cls(**{**recorded, "tokenizer": tuple(map(Path, folders))})
 
 
-def load(
-    path: str, options: LoadOptions, device: torch.device, dtype: torch.dtype
-) -> Model:
+def load(path: str, options: LoadOptions, device: torch.device, dtype: torch.dtype) -> Model:
     """A model that generates.
 
     Raises:
@@ -98,7 +96,9 @@ def assumed(model: Model) -> list[tuple[str, str]]:
         return []
     flags = {field.name for field in fields(LoadOptions)}
     said = [
-        f"--{name.replace('_', '-')}\N{NO-BREAK SPACE}{value}" if name in flags else f"{name} {value}"
+        f"--{name.replace('_', '-')}\N{NO-BREAK SPACE}{value}"
+        if name in flags
+        else f"{name} {value}"
         for name, value in facts.items()
     ]
     return [("assumed", f"{', '.join(said)} (the files do not say; give what is wrong yourself)")]

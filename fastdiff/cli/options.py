@@ -6,8 +6,7 @@ needs to know beside them: which ones are words without a flag, and which ones i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
@@ -27,7 +26,8 @@ from fastdiff.generate.job import (
 )
 from fastdiff.generate.settings import SampleSettings, TextSettings
 
-Flat = tyro.conf.OmitArgPrefixes
+FLAT, NO_NONE = tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone
+"""Of a field: its options without the field's name; None is said by leaving an option out."""
 Prompt = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
 OptionalPrompt = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
@@ -37,7 +37,7 @@ AnyJob = TypeVar("AnyJob")
 
 @dataclass(frozen=True, kw_only=True)
 class ClassOptions(ClassJob):
-    """`ClassJob` on a command line."""
+    """What to make."""
 
     label: tyro.conf.Suppress[int | str | None] = None
     image: OptionalPath = None
@@ -55,7 +55,7 @@ class ClassOptions(ClassJob):
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(TextJob):
-    """`TextJob` on a command line."""
+    """What to make."""
 
     prompt: Prompt
     """What to draw."""
@@ -75,7 +75,7 @@ class TextOptions(TextJob):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToImageOptions(ImageToImageJob):
-    """`ImageToImageJob` on a command line."""
+    """What to make."""
 
     prompt: OptionalPrompt = None
     """What the image is to become; models of classes take --label instead."""
@@ -95,7 +95,7 @@ class ImageToImageOptions(ImageToImageJob):
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintOptions(InpaintJob):
-    """`InpaintJob` on a command line."""
+    """What to make."""
 
     prompt: OptionalPrompt = None
     """What the masked part is to become; models of classes take --label instead."""

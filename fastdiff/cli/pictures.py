@@ -226,4 +226,3 @@ def file_stem(prompt: str) -> str:
     """A file name for a prompt: its first words, as letters and digits."""
     words = re.findall(r"\w+", prompt)
     return "-".join(words)[:40].strip("-_").lower() or "image"
-

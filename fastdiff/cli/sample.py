@@ -11,7 +11,7 @@ import tyro
 
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import ClassOptions, Flat, Machine, as_job, check_count, seeds
+from fastdiff.cli.options import FLAT, NO_NONE, ClassOptions, Machine, as_job, check_count, seeds
 from fastdiff.cli.parsing import parse
 from fastdiff.generate.job import ClassJob, Job
 
@@ -42,9 +42,9 @@ class Sample:
     """Classes by name or number, "none" for no class; all that the model knows if left out."""
     count: int = 8
     """Images per class."""
-    job: Flat[ClassOptions] = field(default_factory=ClassOptions)
-    load: Flat[LoadOptions] = field(default_factory=LoadOptions)
-    machine: Flat[Machine] = field(default_factory=Machine)
+    job: Annotated[ClassOptions, FLAT, NO_NONE] = field(default_factory=ClassOptions)
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         check_count(self)
@@ -100,9 +100,7 @@ def class_names(labels: Sequence[int | None], facts: Facts) -> dict[int | None, 
     }
 
 
-def file_names(
-    names: dict[int | None, str], labels: Sequence[int | None]
-) -> dict[int | None, str]:
+def file_names(names: dict[int | None, str], labels: Sequence[int | None]) -> dict[int | None, str]:
     """What the files of a class are called: its name, where that is a name that a file can have."""
     safe = all(re.fullmatch(r"\w[\w-]*", name) for name in names.values())
     if safe and len(set(map(str.lower, names.values()))) == len(names):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import Flat, Machine, TextOptions, check_count
+from fastdiff.cli.options import FLAT, NO_NONE, Machine, TextOptions, check_count
 from fastdiff.cli.parsing import OptionalPath, parse
 from fastdiff.generate.job import TextJob
 
@@ -25,15 +26,15 @@ class Txt2Img:
       fastdiff txt2img --like out/a-red-cat-oil-painting-seed7.png
     """
 
-    job: Flat[TextOptions]
+    job: Annotated[TextOptions, FLAT, NO_NONE]
     model: str
     """The checkpoint: a diffusers folder, or a .safetensors or .ckpt file."""
     refiner: OptionalPath = None
     """Stable Diffusion XL's refiner, for the last of the noise; takes the last --tokenizer."""
     count: int = 1
     """Images to make."""
-    load: Flat[LoadOptions] = field(default_factory=LoadOptions)
-    machine: Flat[Machine] = field(default_factory=Machine)
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         check_count(self)

@@ -1,7 +1,7 @@
 """What a job's words and classes become for the network: made in one place, once per content.
 
-    label -> a row of the label embedding, or of a table of classes as one context token (LDM)
-    prompt, negative prompt, sizes -> tokens; for XL the pooled text and the sizes too
+label -> a row of the label embedding, or of a table of classes as one context token (LDM)
+prompt, negative prompt, sizes -> tokens; for XL the pooled text and the sizes too
 """
 
 from __future__ import annotations

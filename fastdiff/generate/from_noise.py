@@ -1,6 +1,8 @@
-"""Classes and prompts to images: noise(seed) -> the whole table; then larger, or on to a refiner."""
+"""Classes and prompts to images: noise(seed) -> the whole table -> larger, or to a refiner."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,10 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     assert job.height is not None, "the job is checked"
     assert job.width is not None
     size = (job.height, job.width)
-    stop = None
-    then = None
+    stop: int | None = None
+    then: Callable[[Tensor], Pass] | None = None
     if isinstance(job, TextJob) and refiner is not None:
-        stop = refine.switch_step(session, refiner, job)
-        text_job, second, at = job, refiner, stop
-
-        def then(x: Tensor) -> Pass:
-            return refine.plan(session, second, text_job, x, start=at)
-
+        stop, then = refine.second_pass(session, refiner, job)
     elif isinstance(job, TextJob) and job.upscale is not None:
         then = upscale.second_pass(session, job, job.upscale)
     table = session.table(job.settings, stop=stop)

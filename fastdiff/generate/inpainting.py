@@ -7,6 +7,8 @@ image's latents with the noise of that level (Lugmayr et al. 2022, eq. 8, withou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -33,7 +35,7 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     if session.facts.extra == "inpainting":
         small = F.interpolate(mask[None], z.shape[1:])[0]  # the nearest pixel, as in training
         kept = session.encoded([job.image, job.mask], image * (mask < 0.5).to(image), tile)
-        more = {"extra": torch.cat([small, kept])}
+        more: dict[str, Any] = {"extra": torch.cat([small, kept])}
     else:
         # A latent pixel is new if any pixel of its square is: a thin stroke does not get lost.
         small = F.adaptive_max_pool2d(mask[None], z.shape[1:])[0]
@@ -41,6 +43,4 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     level = table.initial_level
     x = noise if job.strength == 1 else level.alpha * z + level.sigma * noise
     size = image.shape[1], image.shape[2]
-    return Pass(
-        session=session, request=session.request(job, table, x, size, **more), paste=paste
-    )
+    return Pass(session=session, request=session.request(job, table, x, size, **more), paste=paste)

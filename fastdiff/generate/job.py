@@ -255,8 +255,8 @@ def make_job(kind: type[AnyJob], options: Mapping[str, Any]) -> AnyJob:
     Raises:
         ValueError: an unknown name, a missing one, or a value that makes no sense.
     """
-    own = {field.name: field for field in fields(kind)}
-    groups = {name: GROUPS[name] for name in own if name in GROUPS}
+    own: dict[str, Any] = {field.name: field for field in fields(kind)}
+    groups: dict[str, type[Any]] = {name: GROUPS[name] for name in own if name in GROUPS}
     given: dict[str, Any] = {name: options[name] for name in own if name in options}
     for name, group in groups.items():
         inner = {f.name: options[f.name] for f in fields(group) if f.name in options}
@@ -306,14 +306,16 @@ def from_json(data: Any) -> Job:
     ]
     rest = {k: v for k, v in data.items() if k != "kind" and k not in PICTURES}
     shape = make_dataclass(cls.__name__, plain, frozen=True, kw_only=True)
-    given = {name: getattr(read, name) for read in [from_dict(shape, rest)] for name, *_ in plain}
+    made: Any = from_dict(shape, rest)
+    given = {name: getattr(made, name) for name, *_ in plain}
     for name in PICTURES:
         if data.get(name) is not None:
             given[name] = _path(name, data[name])
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
     if missing:
         raise ValueError(f"{cls.__name__}: {missing[0]}: missing")
-    return cls(**given)  # type: ignore[no-any-return]
+    job: Job = cls(**given)
+    return job
 
 
 def identity(picture: Picture) -> dict[str, str | None]:

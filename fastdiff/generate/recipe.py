@@ -1,7 +1,8 @@
 """Recipes: everything that one image depends on, as JSON inside its PNG; and reading them back.
 
     {"recipe": 2, "fastdiff", "torch", "model", "weights", "layout", "backend", "device", "dtype",
-     "job": `job.to_json`, "class_name", "sampler": what CHECKPOINT meant, "refiner": {path, weights}}
+     "job": `job.to_json`, "class_name", "sampler": what CHECKPOINT meant,
+     "refiner": {"path", "weights"}, "load": options of `fastdiff.load`}
 
 Version 1 is what pictures carry that were written before jobs: `classes` and text had a format
 each. It is read, and never written.

@@ -6,19 +6,32 @@ expert for little noise, goes on from there (Podell et al. 2023, section 2.5).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastdiff.generate.job import TextJob, stage_seed
 from fastdiff.generate.session import Pass, Session
 
 
-def plan(base: Session, refiner: Session, job: TextJob, x: Tensor, *, start: int) -> Pass:
-    """The refiner's part. x: (C, h, w), what the base left before step `start`."""
-    factor = refiner.facts.factor
-    size = x.shape[1] * factor, x.shape[2] * factor
-    table = refiner.table(job.settings, start=start, files=base)
-    seed = stage_seed(job.seed, "refine")
-    return Pass(session=refiner, request=refiner.request(job, table, x, size, seed=seed))
+def second_pass(
+    base: Session, refiner: Session, job: TextJob
+) -> tuple[int, Callable[[Tensor], Pass]]:
+    """The step at which the base stops, and what comes after it.
+
+    Raises:
+        ValueError: as `switch_step`.
+    """
+    start = switch_step(base, refiner, job)
+
+    def go_on(x: Tensor) -> Pass:
+        factor = refiner.facts.factor
+        size = x.shape[1] * factor, x.shape[2] * factor
+        table = refiner.table(job.settings, start=start, files=base)
+        seed = stage_seed(job.seed, "refine")
+        return Pass(session=refiner, request=refiner.request(job, table, x, size, seed=seed))
+
+    return start, go_on
 
 
 def switch_step(base: Session, refiner: Session, job: TextJob) -> int:
@@ -53,9 +66,7 @@ def check_pair(base: Session, refiner: Session) -> None:
             "the base must have no fewer text encoders than the refiner, got "
             f"{counts[0]} and {counts[1]}; swap them"
         )
-    facts = [
-        (s.facts.channels, s.model.scale_factor, s.model.schedule) for s in (base, refiner)
-    ]
+    facts = [(s.facts.channels, s.model.scale_factor, s.model.schedule) for s in (base, refiner)]
     if facts[0] != facts[1] or refiner.facts.extra != "none":
         raise ValueError(
             "base and refiner must share latent channels, scale factor and schedule, got "

@@ -36,6 +36,10 @@ Clock = Callable[[str], contextlib.AbstractContextManager[None]]
 """Entered as `with clock("sample")`, `with clock("decode")` around the stages, to time them."""
 
 
+def _no_clock(_: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
     """An image, and what it came from."""
@@ -73,7 +77,7 @@ def generate(
     batch: int | None = None,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
-    clock: Clock = contextlib.nullcontext,
+    clock: Clock = _no_clock,
     expected: int | None = None,
 ) -> Iterator[Result]:
     """Do jobs of any kinds, sizes and settings, and yield their results in the jobs' order.
@@ -233,15 +237,23 @@ class _Run:
         with self.clock("decode"):
             z = torch.stack([z for _, z in tasks])
             images = session.latents.decode(z, tile=tile).cpu()
+        refiner = None if session is self.session else session
         for (task, _), image in zip(tasks, images, strict=True):
-            if task.now.paste is not None:
-                mask, original = task.now.paste
-                image = torch.where(mask.bool(), image, original.to(image))
-            refiner = None if session is self.session else session
-            yield (
-                task.number,
-                Result(job=task.job, image=image, session=self.session, refiner=refiner),
+            made = Result(
+                job=task.job,
+                image=_pasted(image, task.now.paste),
+                session=self.session,
+                refiner=refiner,
             )
+            yield task.number, made
+
+
+def _pasted(image: Tensor, paste: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The image, with the original's pixels where the mask is 0."""
+    if paste is None:
+        return image
+    mask, original = paste
+    return torch.where(mask.bool(), image, original.to(image))
 
 
 def _kind(task: tuple[_Task, Tensor]) -> tuple[Any, ...]:

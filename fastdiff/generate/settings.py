@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.samplers import SAMPLERS, SPACINGS
@@ -129,7 +129,7 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
     guidance = TEXT_GUIDANCE if text else GUIDANCE if facts.null_class else 1.0
     # The papers' samplers clip the estimate of x0 to the range of pixels.
     clamp = 1.0 if facts.pixels and facts.published and not named else None
-    defaults = {
+    defaults: dict[str, Any] = {
         "sampler": CHECKPOINT if named else DEFAULT_SAMPLER,
         "steps": TEXT_STEPS if text else STEPS,
         "guidance_scale": guidance,
