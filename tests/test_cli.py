@@ -24,7 +24,8 @@ import tyro
 from PIL import Image
 
 from fastdiff import __version__
-from fastdiff.checkpoint.layouts.bundle import Bundle, ModelConfig, save_bundle
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.cli import COMMANDS, main
 from fastdiff.cli.again import Original
 from fastdiff.cli.doctor import ordinary_call
@@ -71,21 +72,16 @@ def make_bundle(folder: Path, seed: int) -> str:
     unet = UNet(UNET)
     for parameter in unet.parameters():  # a fresh one returns zeros, whatever it is asked
         parameter.data.normal_(std=0.1)
-    config = ModelConfig(
+    model = Model(
+        layout="bundle",
         image_size=32,
         image_channels=1,
-        autoencoder=AUTOENCODER,
-        unet=UNET,
+        autoencoder=Autoencoder(AUTOENCODER),
+        denoiser=unet,
         schedule=ScheduleConfig(),
         class_names=tuple("0123456789"),
     )
-    save_bundle(
-        folder,
-        config,
-        autoencoder=Autoencoder(AUTOENCODER),
-        unet=unet,
-        provenance={"command": "a test"},
-    )
+    save_bundle(model, folder, provenance={"command": "a test"})
     return str(folder)
 
 
@@ -184,7 +180,7 @@ MISTAKES = {
     "--bogus": "unknown option '--bogus'",
     "doctor --jsn": "unrecognized options: --jsn; did you mean --json?",
     "info": "missing: PATH|NAME",
-    "info nowhere": "no bundle at nowhere",
+    "info nowhere": "nowhere is missing; give a file",
     "info nowhere.png": "no image at nowhere.png",
     "samplers ddmi": "unknown sampler 'ddmi'; did you mean ddpm or ddim?",
     "samplers --steps x": "--steps: expected a whole number, got 'x'",
@@ -193,7 +189,7 @@ MISTAKES = {
     "samplers ddim --eta nan": "eta must lie in [0, 1], got nan",
     "samplers --spacing karas": "invalid choice 'karas' for argument '--spacing'",
     "samplers --plot x.jpg": "a plot is one of .png, .svg, .pdf",
-    "sample --model nowhere": "no bundle at nowhere",
+    "sample --model nowhere": "nowhere is missing; give a file",
     "sample --model TINY --classes 10": "unknown class '10'; expected one of 0, 1",
     "sample --model TINY --steps -1": "steps must be at least 1, got -1",
     "sample --model TINY --steps 0": "steps must be at least 1, got 0",
@@ -344,7 +340,7 @@ def test_debug_shows_the_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None
     code, _, err = run("info", "nowhere")
     assert code == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("fastdiff: no bundle at nowhere")
+    assert err.splitlines()[-1].startswith("fastdiff: nowhere is missing")
 
 
 def test_warnings_are_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,7 +501,7 @@ def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) 
 
     code, _, err = run("sample", "--like", "out/5-seed8.png")  # the recipe names it "tiny"
     assert code == 2
-    assert "no bundle at tiny" in err
+    assert "tiny is missing" in err
 
 
 def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
@@ -534,8 +530,8 @@ def test_info_on_a_bundle_and_on_a_picture(run, tiny: str) -> None:
     code, out, _ = run("info", tiny)
     assert code == 0
     parameters = UNet(UNET).parameters()
-    assert re.search(rf"unet +{sum(p.numel() for p in parameters):,}\n", out)
-    for line in (r"unet.channel_mult +1, 2", r"class_names +0, 1, 2", r"command +a test"):
+    assert re.search(rf"denoiser +{sum(p.numel() for p in parameters):,}\n", out)
+    for line in (r"denoiser.channel_mult +1, 2", r"class_names +0, 1, 2", r"command +a test"):
         assert re.search(rf"^  {line}", out, re.MULTILINE)
     code, out, _ = run("info", tiny, "--json")
     report = json.loads(out)
@@ -723,8 +719,8 @@ def test_evaluate_fails_when_a_limit_is_missed(
     """The measuring has its own tests; here it is told what came out."""
     asked = {}
 
-    def told(bundle: Bundle, **kwargs: object) -> SimpleNamespace:
-        asked.update(kwargs, weights=bundle.weights_hash)
+    def told(model: Model, **kwargs: object) -> SimpleNamespace:
+        asked.update(kwargs, weights=model.weights_hash)
         results = Results(
             samples=scores(accuracy),
             held_out=scores(0.98),

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import PEAKS, measure
 from fastdiff.bench.record import Peak, Work
-from fastdiff.checkpoint.layouts.bundle import ModelConfig
+from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.generate.core import SampleSettings
 from fastdiff.generate.latent import LatentDiffusion
@@ -34,14 +34,15 @@ def digits_pipeline() -> LatentDiffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet, autoencoder = UNet(UNETS["digits"]), Autoencoder(AUTOENCODERS["digits"])
-    config = ModelConfig(
+    model = Model(
+        layout="bundle",
         image_size=32,
         image_channels=1,
-        autoencoder=autoencoder.config,
-        unet=unet.config,
+        autoencoder=autoencoder,
+        denoiser=unet,
         schedule=ScheduleConfig(),
     )
-    return LatentDiffusion(config, unet, autoencoder)
+    return LatentDiffusion(model)
 
 
 def sample_digits(pipeline: LatentDiffusion) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_sample_64_digits(benchmark: Any) -> None:
 def test_unet_step(benchmark: Any) -> None:
     pipeline = digits_pipeline()
     x = torch.randn(16, *pipeline.sample_shape).contiguous(memory_format=torch.channels_last)
-    emb = torch.randn(16, pipeline.unet.config.emb_dim)
+    emb = torch.randn(16, UNETS["digits"].emb_dim)
 
     def step() -> torch.Tensor:
         with torch.inference_mode():

@@ -86,7 +86,9 @@ def run(options: Reconstruct) -> int:
                 raise ValueError(
                     f"{model.path} works on pixels and has no autoencoder to reconstruct with"
                 )
-            images, names = _read(options.images, model)
+            if model.image_size is None or model.image_channels is None:
+                raise ValueError(f"{model.path} does not say how large its images are")
+            images, names = _read(options.images, model.image_size, model.image_channels)
         with clock("reconstruct"):
             result = reconstruct(model.autoencoder, images, batch=options.batch)
         recipe = {"model": model.name, "weights": model.weights_hash}

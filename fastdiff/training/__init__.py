@@ -11,15 +11,12 @@ from fastdiff.training.autoencoder import (
 )
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.describe import describe
-from fastdiff.training.diffusion import (
-    DenoiserLossConfig,
-    DiffusionRun,
-    PreviewConfig,
-    train_diffusion,
-)
+from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.ema import EMA, ema_decay
+from fastdiff.training.objective import DenoiserLossConfig
 from fastdiff.training.presets import TRAINING_PRESETS
 from fastdiff.training.rates import learning_rate
+from fastdiff.training.task import train_diffusion
 
 __all__ = [
     "EMA",

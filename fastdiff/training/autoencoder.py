@@ -129,7 +129,7 @@ class AutoencoderTask:
         self.run = run
         self.device = resolve_device(run.device)
         dataset = open_dataset(run.data)
-        check_model_fits(dataset, run.data, channels=run.model.image_channels, what="autoencoder")
+        check_model_fits(run.data, channels=run.model.image_channels, what="autoencoder")
         factor = run.model.downsample_factor
         if run.data.image_size % factor:
             raise ValueError(

@@ -23,6 +23,7 @@ class Batches:
         seed: int,
         device: torch.device,
     ) -> None:
+        assert dataset.channels == config.channels
         self.dataset = dataset
         self.config = config
         self.seed = seed
@@ -61,13 +62,10 @@ class Batches:
         return self.dataset.batch(indices)[0].to(self.device)
 
 
-def check_model_fits(
-    dataset: ImageDataset, config: DataConfig, *, channels: int, what: str
-) -> None:
+def check_model_fits(config: DataConfig, *, channels: int, what: str) -> None:
     """Raise ValueError if a model for `channels` image channels cannot take the data."""
     if channels != config.channels:
         raise ValueError(
             f"the {what} takes images of {channels} channels, the data has {config.channels}; "
             f"set data channels to {channels} or choose another model"
         )
-    assert dataset.channels == config.channels

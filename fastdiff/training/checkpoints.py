@@ -115,16 +115,29 @@ def optimizer_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. A network that was not stepped yet has no state."""
+    """The inverse of `optimizer_tensors`. A network that was not stepped yet has no state.
+
+    Files hold moments in plain order. Fused AdamW reads parameter, gradient and moments by position
+    in memory, whatever their strides, so each moment gets the memory layout of its parameter.
+    """
     index_of = {name: index for index, name in enumerate(names)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         owner, _, rest = key.partition("/")
         if owner == prefix:
             name, _, slot = rest.rpartition("/")
-            states.setdefault(index_of[name], {})[slot] = tensor
+            parameter = parameters[index_of[name]]
+            states.setdefault(index_of[name], {})[slot] = _laid_out_like(parameter, tensor)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment with its parameter's strides; a counter () as it is."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, device="cpu", dtype=value.dtype).copy_(value)
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from fastdiff.models.discriminator import DiscriminatorConfig
 from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
 from fastdiff.training.config import OptimizationConfig, OutputConfig
-from fastdiff.training.diffusion import DenoiserLossConfig, DiffusionRun, PreviewConfig
+from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
+from fastdiff.training.objective import DenoiserLossConfig
 
 # Small changes that a hand makes anyway; some images stay as they are, so that the models see the
 # real distribution too. The autoencoder may see more than digits, the denoiser should make digits.

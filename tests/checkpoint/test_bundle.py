@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -17,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdiff.checkpoint.layouts import bundle as bundle_module
-from fastdiff.checkpoint.layouts.bundle import ModelConfig, load_bundle, save_bundle
-from fastdiff.models.unet import UNetConfig
-from tests.support.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
+from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
+from fastdiff.checkpoint.model import Model
+from tests.support.tiny import UNET, tiny_autoencoder, tiny_model, tiny_pixel_model, tiny_unet
 
 UNET_FILE = "unet.safetensors"
 
@@ -27,7 +28,7 @@ UNET_FILE = "unet.safetensors"
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "m"
-    save_bundle(folder, LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    save_bundle(tiny_model(), folder)
     return folder
 
 
@@ -69,16 +70,17 @@ def with_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_everything_comes_back(tmp_path: Path) -> None:
     autoencoder, unet = tiny_autoencoder(), tiny_unet()
     facts = {"command": "test", "steps": 3}
-    weights_hash = save_bundle(
-        tmp_path / "m", LATENT, autoencoder=autoencoder, unet=unet, provenance=facts
-    )
+    model = tiny_model(autoencoder=autoencoder, denoiser=unet)
+    weights_hash = save_bundle(model, tmp_path / "m", provenance=facts)
     before = torch.random.get_rng_state()
     bundle = load_bundle(tmp_path / "m")
     assert torch.equal(torch.random.get_rng_state(), before)  # loading draws no random numbers
-    assert bundle.config == LATENT
-    assert bundle.provenance == facts
+    for field in dataclasses.fields(Model):
+        if field.name not in ("denoiser", "autoencoder", "path", "provenance", "stored_hash"):
+            assert getattr(bundle, field.name) == getattr(model, field.name), field.name
+    assert bundle.provenance == {"facts": facts}
     assert bundle.weights_hash == weights_hash
-    for module, loaded in ((autoencoder, bundle.autoencoder), (unet, bundle.unet)):
+    for module, loaded in ((autoencoder, bundle.autoencoder), (unet, bundle.denoiser)):
         assert loaded is not None
         assert not loaded.training
         assert not any(p.requires_grad for p in loaded.parameters())
@@ -87,19 +89,20 @@ def test_everything_comes_back(tmp_path: Path) -> None:
             assert torch.equal(state[key], value), key
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
     y = torch.tensor([0, 4])
-    assert bundle.unet is not None
+    assert bundle.denoiser is not None
     with torch.no_grad():
-        assert torch.equal(bundle.unet(x, t, y=y), unet.eval()(x, t, y=y))
+        assert torch.equal(bundle.denoiser(x, t, y=y), unet.eval()(x, t, y=y))
 
 
 def test_half_precision_halves_the_file_and_comes_back_as_asked(tmp_path: Path) -> None:
-    state = {key: value + 1 / 3 for key, value in tiny_unet().state_dict().items()}
-    config = replace(LATENT, autoencoder=None, image_channels=3)
-    save_bundle(tmp_path / "full", config, unet=state)
-    save_bundle(tmp_path / "half", config, unet=state, dtype=torch.float16)
+    model = tiny_pixel_model()
+    state = {key: value + 1 / 3 for key, value in model.denoiser.state_dict().items()}
+    model.denoiser.load_state_dict(state)
+    save_bundle(model, tmp_path / "full")
+    save_bundle(model, tmp_path / "half", dtype=torch.float16)
     sizes = [(tmp_path / n / UNET_FILE).stat().st_size for n in ("full", "half")]
     assert sizes[1] < 0.6 * sizes[0]
-    unet = load_bundle(tmp_path / "half").unet
+    unet = load_bundle(tmp_path / "half").denoiser
     assert unet is not None
     for key, value in unet.state_dict().items():
         assert value.dtype == torch.float32
@@ -107,13 +110,12 @@ def test_half_precision_halves_the_file_and_comes_back_as_asked(tmp_path: Path) 
 
 
 def test_the_hash_names_weights_and_config(tmp_path: Path) -> None:
-    unet = tiny_unet()
-    config = replace(LATENT, autoencoder=None, image_channels=3)
-    one = save_bundle(tmp_path / "a", config, unet=unet, provenance={"a": 1})
-    assert save_bundle(tmp_path / "b", config, unet=unet, provenance={"b": 2}) == one
-    assert save_bundle(tmp_path / "c", replace(config, prediction="v"), unet=unet) != one
-    unet.conv_out.bias.data[0] += 1e-6
-    assert save_bundle(tmp_path / "d", config, unet=unet) != one
+    model = tiny_pixel_model()
+    one = save_bundle(model, tmp_path / "a", provenance={"a": 1})
+    assert save_bundle(model, tmp_path / "b", provenance={"b": 2}) == one
+    assert save_bundle(replace(model, prediction="v"), tmp_path / "c") != one
+    model.denoiser.conv_out.bias.data[0] += 1e-6
+    assert save_bundle(model, tmp_path / "d") != one
 
 
 def test_a_run_folder_stands_for_its_model(folder: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_run_folder_stands_for_its_model(folder: Path) -> None:
     run.mkdir()
     folder.rename(run / "model")
     (run / "config.json").write_text("{}")
-    assert load_bundle(run).config == LATENT
+    assert load_bundle(run).class_names == ("zero", "one", "two", "three")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 20, 2000, -1])
@@ -294,29 +296,30 @@ def test_a_write_that_fails_leaves_the_old_bundle(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     broken = tiny_unet()
     broken.conv_out.bias.data[0] = float("nan")
-    for unet, autoencoder, message in [
-        (broken, tiny_autoencoder(), "conv_out.bias is not finite"),
-        (tiny_unet(), None, "autoencoder needs both its config and its weights"),
-        (tiny_unet(replace(UNET, model_channels=32)), tiny_autoencoder(), "the config says"),
+    other = tiny_unet(replace(UNET, model_channels=32))
+    other.config = UNET
+    for model, message in [
+        (tiny_model(denoiser=broken), "conv_out.bias is not finite"),
+        (tiny_model(image_size=None), "load them with image_size="),
+        (tiny_model(denoiser=other), "the config says"),
     ]:
         with pytest.raises(ValueError, match=message):
-            save_bundle(folder, LATENT, autoencoder=autoencoder, unet=unet)
+            save_bundle(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
 
 
-def test_model_configs_that_make_no_sense() -> None:
+def test_models_that_make_no_sense(tmp_path: Path) -> None:
     for change, message in [
         ({"image_size": 0}, "must be positive, got 0"),
-        ({"autoencoder": None, "unet": None}, "got neither"),
+        ({"autoencoder": None, "denoiser": None}, "got neither"),
         ({"schedule": None}, "needs the schedule"),
         ({"prediction": "noise"}, "got 'noise'"),
         ({"scale_factor": float("nan")}, "positive and finite"),
     ]:
         with pytest.raises(ValueError, match=message):
-            replace(LATENT, **change)  # type: ignore[arg-type]
-    assert isinstance(LATENT, ModelConfig)
-    assert isinstance(UNET, UNetConfig)
+            save_bundle(tiny_model(**change), tmp_path / "m")
+    assert not any(tmp_path.iterdir())
 
 
 def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()
     folder = tmp_path / "bundle"
-    save_bundle(folder, LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    save_bundle(tiny_model(), folder)
     modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
     assert modes == dict.fromkeys(modes, plain.stat().st_mode)
 
@@ -332,7 +335,7 @@ def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
 def test_a_run_s_model_is_called_after_the_run(tmp_path: Path) -> None:
     run = tmp_path / "photos"
     run.mkdir()
-    save_bundle(run / "model", LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    save_bundle(tiny_model(), run / "model")
     assert load_bundle(run).name == load_bundle(run / "model").name == "photos"
     shutil.copytree(run / "model", tmp_path / "mine")
     assert load_bundle(tmp_path / "mine").name == "mine"

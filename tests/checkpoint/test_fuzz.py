@@ -26,7 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 import fastdiff
 from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts.bundle import save_bundle
-from tests.support.tiny import LATENT, tiny_autoencoder, tiny_unet
+from tests.support.tiny import tiny_model
 
 ROUNDS = 10_000
 SECONDS_PER_FILE = 5.0  # of processor time
@@ -192,7 +192,7 @@ def test_mutated_checkpoints(tmp_path: Path) -> None:
 def test_mutated_folders(tmp_path: Path) -> None:
     """A bundle, and a U-Net's and a scheduler's config with values of any type."""
     folder = tmp_path / "m"
-    save_bundle(folder, LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+    save_bundle(tiny_model(), folder)
     bundle = (folder / "config.json").read_bytes()
     unet = {
         "_class_name": "UNet2DConditionModel",

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, Posterior
 from fastdiff.models.unet import UNet
@@ -107,8 +107,8 @@ def same_text(ours: nn.Module, theirs: Any, layer: int = -1) -> None:
         assert_equal(mine.text_embeds, peer.text_embeds)
 
 
-def same(checkpoint: Checkpoint, models: Models) -> None:
-    same_unet(checkpoint.unet, models["unet"])
+def same(checkpoint: Model, models: Models) -> None:
+    same_unet(checkpoint.denoiser, models["unet"])
     same_autoencoder(checkpoint.autoencoder, models.get("vae", models.get("vqvae")))
     text = [models[name] for name in ("text_encoder", "text_encoder_2") if name in models]
     assert len(checkpoint.text_encoders) == len(text)
@@ -236,16 +236,16 @@ def test_a_training_file_with_averages_and_tables(saved: Any, tmp_path: Path) ->
     path = tmp_path / "last"
     torch.save({"state_dict": {**raw, **ema, **tables}, "global_step": 7, "lr": 0.1}, path)
     checkpoint = fastdiff.load(path, dtype=torch.float64)
-    same_unet(checkpoint.unet, models["unet"])
+    same_unet(checkpoint.denoiser, models["unet"])
     assert checkpoint.schedule == schedule
     assert checkpoint.scale_factor == 0.75
     assert checkpoint.provenance["facts"] == {"global_step": 7, "lr": 0.1}
     assert checkpoint.provenance["averaged weights"] is True
     assert checkpoint.provenance["assumed"].keys() == {"head_dim", "prediction", "image_size"}
     plain = fastdiff.load(path, dtype=torch.float64, ema=False)
-    assert plain.unet is not None
-    assert checkpoint.unet is not None
-    ours, others = checkpoint.unet.conv_out.bias, plain.unet.conv_out.bias
+    assert plain.denoiser is not None
+    assert checkpoint.denoiser is not None
+    ours, others = checkpoint.denoiser.conv_out.bias, plain.denoiser.conv_out.bias
     assert torch.equal(ours * 2, others)
     del ema[next(key for key in ema if "time_embed0weight" in key)]
     torch.save({"state_dict": {**raw, **ema, **tables}}, path)
@@ -272,7 +272,7 @@ def test_classes_as_context(tmp_path: Path) -> None:
     path = tmp_path / "cin"
     torch.save({"state_dict": {**state, "cond_stage_model.embedding.weight": table}}, path)
     checkpoint = fastdiff.load(path, dtype=torch.float64)
-    same_unet(checkpoint.unet, unet)
+    same_unet(checkpoint.denoiser, unet)
     assert checkpoint.class_embedding is not None
     assert torch.equal(checkpoint.class_embedding.weight, table.double())
     assert checkpoint.provenance["assumed"]["num_heads"] == 1
@@ -290,7 +290,7 @@ def test_a_first_stage_alone(name: str, tmp_path: Path) -> None:
     torch.save({"state_dict": state}, tmp_path / "f4")
     checkpoint = fastdiff.load(tmp_path / "f4", dtype=torch.float64)
     same_autoencoder(checkpoint.autoencoder, theirs)
-    assert checkpoint.unet is None
+    assert checkpoint.denoiser is None
     assert checkpoint.scale_factor == (0.18215 if name == "kl" else 1.0)
 
 
@@ -305,9 +305,9 @@ def test_openai(name: str, order: str, dtype: torch.dtype, tmp_path: Path) -> No
     named = openai_by_width(theirs.state_dict(), blocks, dim, order)
     torch.save(named, tmp_path / "model")
     checkpoint = fastdiff.load(tmp_path / "model", dtype=dtype, head_dim=dim, qkv_order=order)
-    same_unet(checkpoint.unet, theirs)
-    assert checkpoint.unet is not None
-    config = checkpoint.unet.config
+    same_unet(checkpoint.denoiser, theirs)
+    assert checkpoint.denoiser is not None
+    config = checkpoint.denoiser.config
     assert config.qkv_order == order
     assert config.learned_sigma == (name != "ldm")
     assert config.resblock_updown == (name == "adm")
@@ -320,7 +320,7 @@ def test_a_port_of_ddpm(dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = peer_model("UNet2DModel", DDPM, torch.float64)
     torch.save(layouts.ddpm(theirs.state_dict(), 3), tmp_path / "model")
     checkpoint = fastdiff.load(tmp_path / "model", dtype=dtype)
-    same_unet(checkpoint.unet, theirs)
+    same_unet(checkpoint.denoiser, theirs)
     assert checkpoint.layout == "ddpm"
     assert checkpoint.schedule == ScheduleConfig()
     assert checkpoint.provenance["assumed"]["num_heads"] == 1
@@ -347,7 +347,7 @@ def test_what_a_single_file_does_not_say_can_be_said(saved: Any, tmp_path: Path)
 
 def test_a_component_alone(saved: Any) -> None:
     folder, models = saved("sd1")
-    same_unet(fastdiff.load(folder / "unet", dtype=torch.float64).unet, models["unet"])
+    same_unet(fastdiff.load(folder / "unet", dtype=torch.float64).denoiser, models["unet"])
     vae = fastdiff.load(folder / "vae", dtype=torch.float64)
     same_autoencoder(vae.autoencoder, models["vae"])
     assert vae.scale_factor == 0.18215
@@ -365,7 +365,7 @@ def test_a_pipeline_whose_parts_lie_beside_its_index(tmp_path: Path) -> None:
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
     checkpoint = fastdiff.load(tmp_path, dtype=torch.float64)
-    same_unet(checkpoint.unet, theirs)
+    same_unet(checkpoint.denoiser, theirs)
     assert checkpoint.image_size == 16
     assert checkpoint.sampler is not None
     assert (checkpoint.sampler.sampler, checkpoint.sampler.variance) == ("ddpm", "fixed_large")
@@ -377,15 +377,15 @@ def test_shards_and_variants(saved: Any, tmp_path: Path) -> None:
     unet.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     files = list((tmp_path / "shards").glob("*-of-*.safetensors"))
     assert len(files) > 2
-    same_unet(fastdiff.load(tmp_path / "shards", dtype=torch.float64).unet, unet)
+    same_unet(fastdiff.load(tmp_path / "shards", dtype=torch.float64).denoiser, unet)
     unet.save_pretrained(tmp_path / "fp16", variant="fp16")
     with pytest.raises(FileNotFoundError, match=r"got .*fp16\.safetensors"):
         fastdiff.load(tmp_path / "fp16")
-    same_unet(fastdiff.load(tmp_path / "fp16", variant="fp16", dtype=torch.float64).unet, unet)
+    same_unet(fastdiff.load(tmp_path / "fp16", variant="fp16", dtype=torch.float64).denoiser, unet)
     unet.save_pretrained(tmp_path / "bin", safe_serialization=False)
-    same_unet(fastdiff.load(tmp_path / "bin", dtype=torch.float64).unet, unet)
+    same_unet(fastdiff.load(tmp_path / "bin", dtype=torch.float64).denoiser, unet)
     unet.save_pretrained(tmp_path / "v", variant="fp16", max_shard_size="100KB")
-    same_unet(fastdiff.load(tmp_path / "v", variant="fp16", dtype=torch.float64).unet, unet)
+    same_unet(fastdiff.load(tmp_path / "v", variant="fp16", dtype=torch.float64).denoiser, unet)
     files[0].unlink()
     with pytest.raises(FileNotFoundError, match=f"{files[0].name} is missing: "):
         fastdiff.load(tmp_path / "shards")
@@ -396,10 +396,10 @@ def test_dtype_none_keeps_the_files(saved: Any, tmp_path: Path) -> None:
     unet: Any = models["unet"]
     state = {k: v.half() for k, v in layouts.openai_unet(unet.state_dict(), 2).items()}
     save_file(state, tmp_path / "half")
-    half = fastdiff.load(tmp_path / "half", dtype=None, num_heads=4).unet
+    half = fastdiff.load(tmp_path / "half", dtype=None, num_heads=4).denoiser
     assert half is not None
     assert {p.dtype for p in half.parameters()} == {torch.float16}
-    wide = fastdiff.load(tmp_path / "half", num_heads=4).unet
+    wide = fastdiff.load(tmp_path / "half", num_heads=4).denoiser
     assert wide is not None
     for name, value in wide.state_dict().items():
         assert torch.equal(value, half.state_dict()[name].float()), name
@@ -408,7 +408,7 @@ def test_dtype_none_keeps_the_files(saved: Any, tmp_path: Path) -> None:
 def test_a_bundle() -> None:
     checkpoint = fastdiff.load("digits")
     assert checkpoint.layout == "bundle"
-    assert checkpoint.unet is not None
+    assert checkpoint.denoiser is not None
     assert checkpoint.autoencoder is not None
     assert checkpoint.image_size == 32
     with pytest.raises(ValueError, match="leave num_heads out"):

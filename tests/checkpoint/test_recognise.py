@@ -122,8 +122,8 @@ def test_what_openais_readmes_say(name: str) -> None:
 def test_the_network_sees_scaled_timesteps(tmp_path: Path) -> None:
     """improved-diffusion's rescale_timesteps: 4000 steps, which the network sees as 0 to 999.75."""
     path = guided(tmp_path)
-    scaled = fastdiff.load(path, timestep_scale=0.25).unet
-    plain = fastdiff.load(path).unet
+    scaled = fastdiff.load(path, timestep_scale=0.25).denoiser
+    plain = fastdiff.load(path).denoiser
     assert plain is not None
     assert scaled is not None
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3999, 6])
@@ -188,9 +188,9 @@ def test_an_upsampler_takes_the_small_image_beside_x(tmp_path: Path) -> None:
         fastdiff.load(tmp_path / "x", head_dim=24)
     torch.save(layouts.openai_unet(theirs.state_dict(), 2, 1, "new"), tmp_path / "x")
     checkpoint = fastdiff.load(tmp_path / "x", dtype=torch.float64, head_dim=16, qkv_order="new")
-    same_unet(checkpoint.unet, theirs)
-    assert checkpoint.unet is not None
-    assert checkpoint.unet.config.learned_sigma
+    same_unet(checkpoint.denoiser, theirs)
+    assert checkpoint.denoiser is not None
+    assert checkpoint.denoiser.config.learned_sigma
     assert "low-resolution" in checkpoint.provenance["condition"]
 
 
@@ -310,13 +310,13 @@ def test_parts_that_do_not_belong_together(folder: Path) -> None:
             (folder / "vae" / "config.json").write_text(before)
     wide = peer_model("AutoencoderKL", {**VAE, "latent_channels": 8}, torch.float32)
     wide.save_pretrained(folder / "vae")
-    with pytest.raises(ValueError, match="latents have 8 channels, the U-Net's 4"):
+    with pytest.raises(ValueError, match="latents have 8 channels, the denoiser's 4"):
         fastdiff.load(folder)
 
 
 def test_a_text_encoder_of_another_width(folder: Path) -> None:
     text_model("CLIPTextModel", 8, 2, torch.float32).save_pretrained(folder / "text_encoder")
-    with pytest.raises(ValueError, match="tokens are 8 wide, the U-Net takes 24"):
+    with pytest.raises(ValueError, match="tokens are 8 wide, the denoiser reads 24"):
         fastdiff.load(folder)
     assert fastdiff.load(folder, text_encoders=False).text_encoders == ()
     change_json(folder / "text_encoder" / "config.json", architectures=["BertModel"])
@@ -407,7 +407,7 @@ def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'fastdiff\[diffusers\]'"):
         fastdiff.load(folder)
-    assert fastdiff.load(folder, text_encoders=False).unet is not None
+    assert fastdiff.load(folder, text_encoders=False).denoiser is not None
 
 
 def test_betas_of_no_schedule(tmp_path: Path) -> None:

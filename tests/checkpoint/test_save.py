@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdiff
-from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
 from fastdiff.checkpoint.layouts.diffusers import unet_config
-from fastdiff.checkpoint.model import Checkpoint
-from fastdiff.checkpoint.save import save_as_bundle, save_diffusers, unet_options
+from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.save import save_diffusers, unet_options
 from fastdiff.cli import main
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -77,7 +77,7 @@ def test_a_pipeline_comes_back(saved: Saved, kind: str, tmp_path: Path) -> None:
     checkpoint = fastdiff.load(folder)
     save_diffusers(checkpoint, tmp_path / "again")
     again = fastdiff.load(tmp_path / "again")
-    identical(checkpoint.unet, again.unet)
+    identical(checkpoint.denoiser, again.denoiser)
     identical(checkpoint.autoencoder, again.autoencoder)
     for one, other in zip(checkpoint.text_encoders, again.text_encoders, strict=True):
         identical(one.model, other.model)
@@ -157,7 +157,7 @@ def test_a_legacy_attention_order_is_put_right(tmp_path: Path) -> None:
     for key, value in theirs.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[key], value), key
     again = fastdiff.load(tmp_path / "folder", dtype=torch.float64)
-    same_unet(again.unet, theirs)
+    same_unet(again.denoiser, theirs)
     assert again.schedule is not None
 
 
@@ -187,15 +187,15 @@ def test_the_shipped_model_in_diffusers(tmp_path: Path) -> None:
     save_diffusers(checkpoint, tmp_path / "digits")
     loaded = loaded_by_diffusers(tmp_path / "digits")
     again = fastdiff.load(tmp_path / "digits")
-    identical(checkpoint.unet, again.unet)
+    identical(checkpoint.denoiser, again.denoiser)
     identical(checkpoint.autoencoder, again.autoencoder)
     assert (again.scale_factor, again.schedule) == (checkpoint.scale_factor, checkpoint.schedule)
     x, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 10])
     t = torch.tensor([3, 700])
-    assert checkpoint.unet is not None
+    assert checkpoint.denoiser is not None
     assert checkpoint.autoencoder is not None
     with torch.no_grad():
-        assert_equal(checkpoint.unet(x, t, y=y), loaded.unet(x, t, class_labels=y).sample)
+        assert_equal(checkpoint.denoiser(x, t, y=y), loaded.unet(x, t, class_labels=y).sample)
         assert_equal(checkpoint.autoencoder.decode(x), loaded.vqvae.decode(x).sample)
 
 
@@ -214,20 +214,20 @@ def test_half_precision_and_an_autoencoder_alone(saved: Saved, tmp_path: Path) -
 def test_a_bundle_and_back(saved: Saved, tmp_path: Path) -> None:
     folder, _ = saved("ldm")
     checkpoint = fastdiff.load(folder)
-    weights_hash = save_as_bundle(checkpoint, tmp_path / "bundle")
+    weights_hash = save_bundle(checkpoint, tmp_path / "bundle")
     assert load_bundle(tmp_path / "bundle").weights_hash == weights_hash
     again = fastdiff.load(tmp_path / "bundle")
-    identical(checkpoint.unet, again.unet)
+    identical(checkpoint.denoiser, again.denoiser)
     identical(checkpoint.autoencoder, again.autoencoder)
     assert again.schedule == checkpoint.schedule
     text, _ = saved("sd1")
     with pytest.raises(ValueError, match="load them with image_size="):
-        save_as_bundle(fastdiff.load(text / "vae"), tmp_path / "no")
+        save_bundle(fastdiff.load(text / "vae"), tmp_path / "no")
     vae = fastdiff.load(text / "vae", image_size=48)
-    save_as_bundle(vae, tmp_path / "vae")
+    save_bundle(vae, tmp_path / "vae")
     assert fastdiff.load(tmp_path / "vae").image_size == 48
-    with pytest.raises(ValueError, match="has text encoders"):
-        save_as_bundle(fastdiff.load(text), tmp_path / "no")
+    with pytest.raises(ValueError, match="has no place for text encoders"):
+        save_bundle(fastdiff.load(text), tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
@@ -242,7 +242,7 @@ def test_what_diffusers_lacks_is_refused_and_nothing_is_written(tmp_path: Path) 
         num_heads=4,
     )
     unet = UNet(config)
-    checkpoint = Checkpoint(layout="", unet=unet, schedule=ScheduleConfig())
+    checkpoint = Model(layout="", denoiser=unet, schedule=ScheduleConfig())
     with pytest.raises(ValueError, match="diffusers has no U-Net with num_heads 4"):
         save_diffusers(checkpoint, tmp_path / "x")
     assert not list(tmp_path.iterdir())
@@ -302,7 +302,7 @@ def test_an_autoencoder_of_every_kind_has_a_config(tmp_path: Path) -> None:
         model = Autoencoder(config)
         randomize(model, index)
         save_diffusers(
-            Checkpoint(layout="", autoencoder=model.eval(), scale_factor=0.5), tmp_path / str(index)
+            Model(layout="", autoencoder=model.eval(), scale_factor=0.5), tmp_path / str(index)
         )
         again = fastdiff.load(tmp_path / str(index))
         identical(model, again.autoencoder)

@@ -14,14 +14,13 @@ import torch
 pytest.importorskip("sklearn", reason="the evaluation needs fastdiff[train]")
 pytest.importorskip("torchmetrics", reason="the evaluation needs fastdiff[train]")
 
-from fastdiff.checkpoint.layouts.bundle import Bundle
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_reference
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
 from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
 from fastdiff.generate.core import SampleSettings
-from tests.support.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
+from tests.support.tiny import UNET, tiny_model, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +175,17 @@ def test_a_random_model_is_sampled_and_fails(reference: Reference) -> None:
     """The whole of `evaluate`: labels and seeds go round, and a model that knows nothing fails."""
     unet = replace(UNET, num_classes=10)
     names = reference.class_names
-    config = replace(LATENT, image_size=32, unet=unet, class_names=names)
-    bundle = Bundle(config=config, autoencoder=tiny_autoencoder(), unet=tiny_unet(unet))
+    model = tiny_model(image_size=32, denoiser=tiny_unet(unet), class_names=names)
     quick = SampleSettings(steps=1, guidance_scale=1.0)
-    evaluation = evaluate(bundle, count=360, settings=quick, first_seed=5)
+    evaluation = evaluate(model, count=360, settings=quick, first_seed=5)
     assert evaluation.labels.tolist() == [index % 10 for index in range(360)]
     assert evaluation.seeds == tuple(range(5, 365))
     assert evaluation.results.samples.accuracy < 0.5
     assert len(evaluation.results.failures()) >= 2
     with pytest.raises(ValueError, match="at least 360 samples"):
-        evaluate(bundle, count=10)
-    other = Bundle(config=LATENT, autoencoder=tiny_autoencoder(), unet=tiny_unet())
+        evaluate(model, count=10)
     with pytest.raises(ValueError, match=r"expected a model of the 10 classes .* got 4"):
-        evaluate(other, reference=reference)
+        evaluate(tiny_model(), reference=reference)
 
 
 def test_subsets_keep_the_share_of_each_class() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 import fastdiff.kernels
-from fastdiff.checkpoint.layouts.bundle import Bundle, ModelConfig
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.sampling import sample
 from fastdiff.generate.core import SampleSettings
@@ -24,7 +24,14 @@ from fastdiff.runtime.blocks import block_size, in_blocks
 from fastdiff.runtime.conditions import class_conditions
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.prepare import prepare
-from tests.support.tiny import LATENT, UNET, tiny_autoencoder, tiny_unet
+from tests.support.tiny import (
+    SCALE_FACTOR,
+    UNET,
+    tiny_autoencoder,
+    tiny_model,
+    tiny_pixel_model,
+    tiny_unet,
+)
 
 CLASSES, SEEDS = [0, 3, None, 1, 2, 3, 0], [11, 12, 13, 14, 15, 2**40 + 16, 17]
 QUICK = SampleSettings(steps=3, guidance_scale=2.0)
@@ -32,16 +39,13 @@ QUICK = SampleSettings(steps=3, guidance_scale=2.0)
 
 @pytest.fixture(scope="module")
 def pipeline() -> LatentDiffusion:
-    return LatentDiffusion(
-        LATENT, tiny_unet(), tiny_autoencoder(), weights_hash="ab" * 32, name="t"
-    )
+    return LatentDiffusion(tiny_model(stored_hash="ab" * 32, path=Path("t")))
 
 
 @pytest.fixture(scope="module")
 def pixel_pipeline() -> LatentDiffusion:
     unet = replace(UNET, in_channels=1, out_channels=1)
-    config = replace(LATENT, autoencoder=None, unet=unet)
-    return LatentDiffusion(config, tiny_unet(unet))
+    return LatentDiffusion(tiny_pixel_model(denoiser=tiny_unet(unet), image_channels=1))
 
 
 def assert_alone_equals_batch(
@@ -121,8 +125,7 @@ def test_without_blocks_bits_depend_on_the_batch() -> None:
 
     def run(rows: slice, block: int | None) -> Tensor:
         conditions = class_conditions(UNET, [0] * len(x[rows]), guided=True)
-        call = Denoiser(unet, [500.0], *conditions, guided=[False], block=block)
-        return call(x[rows], 0)
+        return Denoiser(unet, [500.0], *conditions, block=block)(x[rows], 500.0, False)
 
     with_blocks = run(slice(None), 8)
     assert all(torch.equal(run(slice(i, i + 1), 8)[0], with_blocks[i]) for i in range(7))
@@ -140,18 +143,13 @@ def test_the_denoiser_is_the_network_called_plainly(count: int) -> None:
     y = torch.tensor([4 if label is None else label for label in labels])
     x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     conditions = class_conditions(UNET, labels, guided=True)
-    timesteps = [981.0, 500.5, 500.5, 0.0]
-    guided = [False, True, False, True]
-    denoiser = Denoiser(unet, torch.tensor(timesteps), *conditions, guided=guided, block=4)
-    both_always = Denoiser(unet, timesteps, *conditions, block=4)
-    for row in (1, 3, 0, 2):
-        t = timesteps[row]
+    denoiser = Denoiser(unet, torch.tensor([981.0, 500.5, 0.0]), *conditions, block=4)
+    for t in (500.5, 0.0, 981.0):
         steps = torch.full((count,), t, dtype=torch.float64)
         cond = unet(x.double(), steps, y=y)
         uncond = unet(x.double(), steps, y=torch.full((count,), 4))
-        both = both_always(x, row).double()
-        expected = torch.cat([uncond, cond]) if guided[row] else cond
-        torch.testing.assert_close(denoiser(x, row).double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(denoiser(x, t, False).double(), cond, rtol=1e-6, atol=1e-6)
+        both = denoiser(x, t, True).double()
         torch.testing.assert_close(both, torch.cat([uncond, cond]), rtol=1e-6, atol=1e-6)
         assert (both[:count] - both[count:]).abs().max() > 1e-3 or labels == [None] * count
 
@@ -161,18 +159,16 @@ def test_the_pipeline_is_the_sampling_loop_and_the_decoder(pipeline: LatentDiffu
     unet, autoencoder = pipeline.unet, pipeline.autoencoder
     assert autoencoder is not None
 
-    table = pipeline.table(QUICK)
-
-    def predict(x: Tensor, row: int) -> Tensor:
-        steps = torch.full((3,), float(table.timesteps[row]))
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        steps = torch.full((3,), t)
         cond = unet(x, steps, y=torch.tensor([2, 0, 4]))
-        if not table.guided[row]:
+        if not guided:
             return cond
         return torch.cat([unet(x, steps, y=torch.full((3,), 4)), cond])
 
     with torch.no_grad():
-        z = sample(predict, table, (3, 8, 8), [5, 6, 7])
-        expected = autoencoder.decode(z / LATENT.scale_factor).clamp(-1, 1)
+        z = sample(predict, pipeline.table(QUICK), (3, 8, 8), [5, 6, 7])
+        expected = autoencoder.decode(z / SCALE_FACTOR).clamp(-1, 1)
     images = pipeline([2, 0, None], [5, 6, 7], QUICK)
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-4)
     assert images.std() > 0.05
@@ -273,8 +269,7 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> No
 
 def test_a_model_without_classes_is_not_guided() -> None:
     unet = replace(UNET, num_classes=None, null_class=False)
-    config = ModelConfig(**{**LATENT.__dict__, "unet": unet, "class_names": ()})
-    pipeline = LatentDiffusion(config, tiny_unet(unet), tiny_autoencoder())
+    pipeline = LatentDiffusion(tiny_model(denoiser=tiny_unet(unet), class_names=()))
     with pytest.raises(ValueError, match="guidance is not to be had: this model has no classes"):
         pipeline([None], [0], QUICK)
     plain = replace(QUICK, guidance_scale=1.0)
@@ -287,17 +282,16 @@ def test_a_network_that_returns_nan_is_named(pipeline: LatentDiffusion) -> None:
     broken = tiny_unet()
     broken.conv_out.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity at step 0"):
-        LatentDiffusion(LATENT, broken, tiny_autoencoder())([0], [0], QUICK)
+        LatentDiffusion(tiny_model(denoiser=broken))([0], [0], QUICK)
     decoder = tiny_autoencoder()
     decoder.decoder.conv_out.bias.data[0] = float("inf")
     with pytest.raises(ValueError, match="the decoder returned NaN or infinity"):
-        LatentDiffusion(LATENT, tiny_unet(), decoder)([0], [0], QUICK)
+        LatentDiffusion(tiny_model(autoencoder=decoder))([0], [0], QUICK)
 
 
 def test_an_autoencoder_alone_does_not_sample() -> None:
-    config = replace(LATENT, unet=None, schedule=None, class_names=())
     with pytest.raises(ValueError, match="holds an autoencoder only"):
-        LatentDiffusion.from_bundle(Bundle(config=config, autoencoder=tiny_autoencoder()))
+        LatentDiffusion(tiny_model(denoiser=None, schedule=None, class_names=()))
 
 
 def test_blocks_depend_on_the_image_size_alone() -> None:
@@ -331,6 +325,6 @@ def test_embeddings_are_computed_once_per_class(monkeypatch: pytest.MonkeyPatch)
         return embed(self, t, y, added)
 
     monkeypatch.setattr(UNet, "embed", counted)
-    pipeline = LatentDiffusion(LATENT, unet, tiny_autoencoder())
+    pipeline = LatentDiffusion(tiny_model(denoiser=unet))
     pipeline([0, 1, 0, 1, 0], list(range(5)), replace(QUICK, steps=6))
     assert calls == [(6,)] * 3  # classes 0 and 1 and the null class, all six timesteps at once

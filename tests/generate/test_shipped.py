@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(not SHIPPED.is_dir(), reason="fastdiff/assets/di
 
 def test_the_shipped_bundle_is_small_and_whole() -> None:
     bundle = load_bundle("digits")
-    assert bundle.unet is not None
+    assert bundle.denoiser is not None
     assert bundle.autoencoder is not None
-    assert bundle.config.class_names == tuple("0123456789")
-    size = sum(path.stat().st_size for path in bundle.folder.glob("*.safetensors"))
+    assert bundle.class_names == tuple("0123456789")
+    size = sum(path.stat().st_size for path in bundle.path.glob("*.safetensors"))
     assert size <= 8 * 2**20
-    assert bundle.provenance, "the command that trained it should be recorded"
+    assert bundle.provenance["facts"], "the command that trained it should be recorded"
 
 
 def test_the_shipped_digits_are_digits() -> None:
@@ -33,7 +33,7 @@ def test_the_shipped_digits_are_digits() -> None:
     pytest.importorskip("sklearn", reason="the judge needs fastdiff[train]")
     from fastdiff.evaluation import Judge, digits_reference
 
-    pipeline = LatentDiffusion.from_bundle(load_bundle("digits"))
+    pipeline = LatentDiffusion(load_bundle("digits"))
     labels = list(range(10)) * 2
     images = pipeline(labels, list(range(20)), SampleSettings(steps=15))
     assert Judge(digits_reference(32)).accuracy(images, torch.tensor(labels)) >= 0.85

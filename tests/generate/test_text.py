@@ -251,7 +251,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def test_previews_look_like_the_image() -> None:
     """With the trained autoencoder that ships: held-out digits, encoded."""
-    digits = LatentDiffusion.from_bundle(load_bundle("digits")).core
+    digits = LatentDiffusion(load_bundle("digits")).core
     images = to_float(open_dataset(DataConfig(split="held-out", image_size=32)).images[:16])
     preview = digits.preview(digits.encode(images))
     small = F.interpolate(images, preview.shape[2:], mode="area")
@@ -344,7 +344,7 @@ def test_models_that_do_not_fit(models: Callable[[str], TextDiffusion], tmp_path
     made = checkpoint("sd1", components("sd1", tmp_path))
     xl = models("xl").checkpoint
     for change, message in (
-        ({"unet": None}, "got one without denoiser"),
+        ({"denoiser": None}, "got one without denoiser"),
         ({"autoencoder": None}, "got one without autoencoder"),
         ({"text_encoders": ()}, "has no text encoder"),
         ({"text_encoders": xl.text_encoders}, "32 wide and the text encoders make 56"),

@@ -15,7 +15,7 @@ from fastdiff.checkpoint.layouts.diffusers import (
     convert_state_dict,
     unet_config,
 )
-from fastdiff.checkpoint.model import Checkpoint
+from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.text import TextEncoder
@@ -221,7 +221,7 @@ def save_folder(kind: str, folder: Path) -> Path:
     return folder / kind
 
 
-def checkpoint(kind: str, parts: dict[str, Any]) -> Checkpoint:
+def checkpoint(kind: str, parts: dict[str, Any]) -> Model:
     """The same weights as fastdiff holds them."""
     theirs, vae = parts["unet"], parts["vae"]
     unet = UNet(unet_config(json.loads(theirs.to_json_string())))
@@ -241,9 +241,9 @@ def checkpoint(kind: str, parts: dict[str, Any]) -> Checkpoint:
         for model, words in names
         if parts.get(model) is not None
     )
-    return Checkpoint(
+    return Model(
         layout="diffusers",
-        unet=unet,
+        denoiser=unet,
         autoencoder=autoencoder,
         text_encoders=encoders,
         schedule=ScheduleConfig(kind="scaled_linear", beta_start=0.00085, beta_end=0.012),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from fastdiff.checkpoint.layouts.bundle import ModelConfig
+from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
@@ -30,15 +32,7 @@ UNET = UNetConfig(
     null_class=True,
     norm_groups=4,
 )
-LATENT = ModelConfig(
-    image_size=16,
-    image_channels=1,
-    autoencoder=AUTOENCODER,
-    unet=UNET,
-    schedule=ScheduleConfig(),
-    scale_factor=0.8,
-    class_names=("zero", "one", "two", "three"),
-)
+SCALE_FACTOR = 0.8
 
 
 def randomize(module: nn.Module, seed: int) -> nn.Module:
@@ -61,3 +55,24 @@ def tiny_autoencoder(config: AutoencoderConfig = AUTOENCODER) -> Autoencoder:
     autoencoder = Autoencoder(config)
     randomize(autoencoder, 2)
     return autoencoder
+
+
+def tiny_model(**changes: Any) -> Model:
+    """A latent diffusion model of four classes; changes: fields of `Model` instead."""
+    fields: dict[str, Any] = {
+        "layout": "bundle",
+        "denoiser": tiny_unet(),
+        "autoencoder": tiny_autoencoder(),
+        "schedule": ScheduleConfig(),
+        "scale_factor": SCALE_FACTOR,
+        "image_size": 16,
+        "image_channels": 1,
+        "class_names": ("zero", "one", "two", "three"),
+    }
+    return Model(**{**fields, **changes})
+
+
+def tiny_pixel_model(**changes: Any) -> Model:
+    """A model of the same classes on pixels, of three channels."""
+    pixels = {"autoencoder": None, "image_channels": 3, "scale_factor": 1.0}
+    return tiny_model(**{**pixels, **changes})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -149,3 +151,27 @@ def sheets(folder: Path) -> dict[str, bytes]:
     return {
         file.name: Image.open(file).tobytes() for file in sorted((folder / "samples").glob("*.png"))
     }
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, task: type, step: int, number: int) -> None:
+    """Send this process a signal while `task` makes the batch of `step`."""
+    batch = task.batch
+
+    def interrupted(self: Any, at: int) -> Any:
+        if at == step:
+            os.kill(os.getpid(), number)
+        return batch(self, at)
+
+    monkeypatch.setattr(task, "batch", interrupted)
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Losses, weights, moments, averages and samples are equal bit for bit."""
+    assert losses(first) == losses(second)
+    ours, theirs = final_tensors(first), final_tensors(second)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("optimizers") for name in ours)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+    assert len(sheets(first)) == 2
+    assert sheets(first) == sheets(second)

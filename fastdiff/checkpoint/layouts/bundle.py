@@ -76,7 +76,8 @@ class Stored:
 
     def __post_init__(self) -> None:
         denoiser, size, channels = self.denoiser, self.image_size, self.image_channels
-        if (size is None) != (channels is None) or (size or 1) < 1 or (channels or 1) < 1:
+        given = [number for number in (size, channels) if number is not None]
+        if len(given) == 1 or any(number < 1 for number in given):
             raise ValueError(
                 f"image_size and image_channels must be positive, got {size} and {channels}; both "
                 "are null only where x is not an image"

@@ -1,0 +1,151 @@
+"""What the denoiser is trained on: pixels, or latents of a trained autoencoder.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.2: the first stage is frozen, and its latents are
+scaled to unit variance by the standard deviation of the first batch (appendix G).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.checkpoint.model import Model
+from fastdiff.data import generator
+from fastdiff.models.autoencoder import Autoencoder, Posterior
+from fastdiff.training.batches import Batches
+
+_ENCODED_AT_ONCE = 256
+
+
+class Latents:
+    """Latents of any step (pixels without a first stage), as a function of (data, seed, step).
+
+    Attributes:
+        scale_factor: latents are multiplied by it before the denoiser sees them; 1 on pixels.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        autoencoder: Autoencoder | None,
+        *,
+        first_stage_hash: str = "",
+        views: int = 0,
+    ) -> None:
+        """
+        autoencoder: the frozen first stage; None to train on pixels.
+        first_stage_hash: names its weights, so that a resumed run can tell whether they changed.
+        views: augmented views of each image that are encoded once, here; 0 encodes every batch.
+        """
+        self.batches = batches
+        self.autoencoder = autoencoder
+        self.first_stage_hash = first_stage_hash
+        self._views: Tensor | None = None
+        self.scale_factor = 1.0
+        if autoencoder is not None:
+            self._views = self._encode_views(autoencoder, views) if views else None
+            self.scale_factor = 1 / float(self.unscaled(0)[0].double().std())
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """x0 (N, C, h, w) fp32, scaled to unit variance on latents, and labels (N,) int64."""
+        x0, labels = self.unscaled(step)
+        return x0 * self.scale_factor, labels
+
+    @torch.no_grad()
+    def unscaled(self, step: int) -> tuple[Tensor, Tensor]:
+        """`batch` before scaling; latents of a KL autoencoder are drawn from its posterior."""
+        if self.autoencoder is None:
+            return self.batches.images(step)
+        if self._views is not None:
+            moments, labels = self._from_views(self._views, step)
+        else:
+            images, labels = self.batches.images(step)
+            moments = _moments(self.autoencoder, images)
+        if self.autoencoder.config.regularization == "vq":
+            return moments, labels
+        mean, std = moments.chunk(2, dim=1)
+        device = self.batches.device
+        source = generator(self.batches.seed, "posterior", step, device=device)
+        return mean + std * torch.randn(mean.shape, generator=source, device=device), labels
+
+    def shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C, h, w) of one sample, for images of `image_size` pixels."""
+        if self.autoencoder is None:
+            return self.batches.config.channels, image_size, image_size
+        side = image_size // self.autoencoder.downsample_factor
+        return self.autoencoder.config.latent_channels, side, side
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] from what `batch` gives, or from samples of it."""
+        if self.autoencoder is None:
+            return x0.clamp(-1, 1)
+        return self.autoencoder.decode(x0 / self.scale_factor).clamp(-1, 1)
+
+    def state(self) -> dict[str, Any]:
+        """The scale factor, and which first stage and images it belongs to."""
+        first_stage = {"scale_factor": self.scale_factor, "autoencoder": self.first_stage_hash}
+        return first_stage | self.batches.state()
+
+    def load_state(self, state: Mapping[str, Any], *, first_stage: str) -> None:
+        """Take over the scale factor.
+
+        first_stage: where the autoencoder was read from, for the message.
+
+        Raises:
+            ValueError: the images or the autoencoder's weights are not those of `state`.
+        """
+        self.batches.check_state(state)
+        if state["autoencoder"] != self.first_stage_hash:
+            raise ValueError(
+                f"the autoencoder in {first_stage} has changed since this run was started; put the "
+                "old one back, or train the denoiser in a new folder"
+            )
+        self.scale_factor = state["scale_factor"]
+
+    @torch.no_grad()
+    def _encode_views(self, autoencoder: Autoencoder, views: int) -> Tensor:
+        """Moments of `views` augmented views of every image: (views, images, C, h, w)."""
+        dataset = self.batches.dataset
+        rows: list[Tensor] = []
+        for view in range(views):
+            for indices in torch.arange(len(dataset)).split(_ENCODED_AT_ONCE):
+                images = self.batches.augmented(indices, torch.full_like(indices, view))
+                rows.append(_moments(autoencoder, images))
+        return torch.cat(rows).unflatten(0, (views, len(dataset)))
+
+    def _from_views(self, views: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        indices, epochs = self.batches.order.batch(step)
+        device = self.batches.device
+        moments = views[(epochs % len(views)).to(device), indices.to(device)]
+        return moments, self.batches.dataset.labels[indices].to(device)
+
+
+def first_stage(folder: str, *, image_size: int, device: torch.device) -> Model:
+    """The trained autoencoder in a bundle's or a run's folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no autoencoder, or one that was trained at another image size.
+    """
+    bundle = load_bundle(folder, device=device)
+    if bundle.autoencoder is None:
+        raise ValueError(f"{folder} holds no autoencoder; give the folder of an autoencoder's run")
+    if bundle.image_size != image_size:
+        raise ValueError(
+            f"the autoencoder was trained at {bundle.image_size} pixels, the data has "
+            f"{image_size}; set data image_size to {bundle.image_size}"
+        )
+    return bundle
+
+
+def _moments(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Latents before quantisation (vq), or the posterior's [mean | std] in channels (kl)."""
+    if autoencoder.config.regularization == "vq":
+        return autoencoder.encode_latent(images)
+    posterior = autoencoder.encode(images)
+    assert isinstance(posterior, Posterior)
+    return torch.cat([posterior.mean, torch.exp(0.5 * posterior.logvar)], dim=1)

@@ -1,0 +1,119 @@
+"""The denoiser's loss on one batch: which noise levels it sees, and how each of them counts.
+
+The simple loss of DDPM (Ho et al. 2020, eq. 14) on any prediction, weighted by min-SNR (Hang et al.
+2023) if asked for, plus the variational bound of IDDPM (Nichol and Dhariwal 2021, eq. 16) where the
+network also returns its variance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.losses import min_snr_weight, simple_loss, variational_bound
+from fastdiff.diffusion.predictions import Prediction, target, to_denoised
+from fastdiff.diffusion.schedules import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserLossConfig:
+    """Which noise levels are trained on, and how each counts."""
+
+    weighting: Literal["simple", "min-snr"] = "simple"
+    """simple: DDPM eq. 14; min-snr: Hang et al. 2023 (arXiv 2303.09556)."""
+
+    min_snr_gamma: float = 5.0
+    """The signal-to-noise ratio above which min-snr stops growing."""
+
+    timesteps: Literal["uniform", "stratified", "logit-normal"] = "uniform"
+    """uniform: DDPM; stratified: also uniform, spread evenly over each batch (Kingma et al. 2021,
+    appendix I.1), which makes the gradient less noisy; logit-normal: sigmoid of a normal number
+    (Esser et al. 2024, section 3.1), more weight on the middle."""
+
+    logit_mean: float = 0.0
+    """Mean of the normal number of logit-normal."""
+
+    logit_std: float = 1.0
+    """Standard deviation of the normal number of logit-normal."""
+
+    bound_weight: float = 1e-3
+    """Weight of the variational bound for models with learned variance (IDDPM eq. 16)."""
+
+    bin_width: float = 2 / 255
+    """Distance of two grey levels in [-1, 1], for that bound; the digits have 17 levels: 0.125."""
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("simple", "min-snr"):
+            raise ValueError(f"weighting must be simple or min-snr, got {self.weighting!r}")
+        if self.timesteps not in ("uniform", "stratified", "logit-normal"):
+            raise ValueError(
+                f"timesteps must be uniform, stratified or logit-normal, got {self.timesteps!r}"
+            )
+        for name in ("min_snr_gamma", "logit_std", "bin_width"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not (math.isfinite(self.bound_weight) and self.bound_weight >= 0):
+            raise ValueError(f"bound_weight must be 0 or more, got {self.bound_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The maths of one batch, independent of where images, noise and network come from."""
+
+    config: DenoiserLossConfig
+    schedule: NoiseSchedule
+    prediction: Prediction
+    learned_sigma: bool = False
+    """The network returns twice the channels: its prediction, then its variance."""
+
+    def timesteps(self, count: int, source: torch.Generator) -> Tensor:
+        """Noise levels of a batch: (count,) on the CPU, int64, or fp64 for logit-normal."""
+        config, total = self.config, self.schedule.num_timesteps
+        if config.timesteps == "logit-normal":
+            normal = torch.randn(count, generator=source, dtype=torch.float64)
+            return torch.sigmoid(config.logit_mean + config.logit_std * normal) * (total - 1)
+        if config.timesteps == "stratified":
+            # One offset for all: sample i of N gets i/N + u, so that every t is equally likely.
+            offset = torch.rand((), generator=source, dtype=torch.float64)
+            strata = torch.randperm(count, generator=source) / count
+            return (((offset + strata.double()) % 1) * total).long().clamp(max=total - 1)
+        return torch.randint(total, (count,), generator=source)
+
+    def loss(self, output: Tensor, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted simple loss, plus the variational bound where the variance is learned.
+
+        output: (N, C, ...), or (N, 2C, ...) with learned_sigma; what the network returned for x.
+        x, x0, noise: (N, C, ...), fp32 or fp64, with x = alpha * x0 + sigma * noise. t: (N,).
+
+        Returns (), in fp32 (fp64 stays).
+        """
+        schedule, config = self.schedule, self.config
+        variance: Tensor | None = None
+        if self.learned_sigma:
+            output, variance = output.chunk(2, dim=1)
+        wanted = target(self.prediction, x0, noise, schedule.alpha(t), schedule.sigma(t))
+        weight = None
+        if config.weighting == "min-snr":
+            weight = min_snr_weight(schedule.snr(t), self.prediction, gamma=config.min_snr_gamma)
+        loss = simple_loss(output, wanted, weight)
+        if variance is not None and config.bound_weight:
+            denoised = self._denoised(output.detach(), x, t)  # only the variance learns from it
+            bits = variational_bound(
+                schedule, x0, x, denoised, variance.float(), t, bin_width=config.bin_width
+            )
+            loss = loss + config.bound_weight * (schedule.num_timesteps * bits.mean())
+        return loss
+
+    def _denoised(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x0 that a prediction makes at each sample's own t: (N, C, ...)."""
+        levels = [
+            to_denoised(float(a), float(s), self.prediction)
+            for a, s in zip(self.schedule.alpha(t), self.schedule.sigma(t), strict=True)
+        ]
+        shape = (2, -1, *(1,) * (x.ndim - 1))
+        u, v = torch.tensor(levels, dtype=x.dtype, device=x.device).T.reshape(shape)
+        return u * x + v * output.to(x.dtype)

@@ -1,0 +1,35 @@
+"""What a run writes about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastdiff.training import train_diffusion
+from tests.training import runs
+
+
+def test_lines_after_the_checkpoint_are_replaced(images: Path, tmp_path: Path) -> None:
+    """A killed run has logged more than it saved; resuming repeats those steps, not the lines."""
+    run = runs.diffusion_run(images, tmp_path / "run", optimization=runs.optimization(steps=3))
+    train_diffusion(run)
+    expected = runs.losses(tmp_path / "run")
+    with (tmp_path / "run/log.jsonl").open("a") as log:
+        log.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')  # cut off in the middle
+    train_diffusion(run, resume=True)
+    assert runs.losses(tmp_path / "run") == expected
+
+
+def test_tensorboard_has_scalars_and_sheets(images: Path, tmp_path: Path) -> None:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = runs.with_output(
+        runs.diffusion_run(images, tmp_path / "run", optimization=runs.optimization(steps=3)),
+        tensorboard=True,
+    )
+    train_diffusion(run)
+    events = loader.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    logged = [record["loss"] for record in runs.losses(tmp_path / "run")]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged, rel=1e-6)
+    assert [event.step for event in events.Images("samples")] == [3]

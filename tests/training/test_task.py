@@ -1,0 +1,179 @@
+"""The second stage from images to samples, in every kind that can be trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.training import DenoiserLossConfig, PreviewConfig, train_autoencoder, train_diffusion
+from fastdiff.training.autoencoder import AutoencoderTask
+from fastdiff.training.task import DiffusionTask
+from fastdiff.training.trainer import Trainer, fit, open_run
+from tests.training import runs
+
+SETTINGS = SampleSettings(steps=4, guidance_scale=1.0)
+
+
+def flat_folder(folder: Path) -> Path:
+    """Eight grey images without classes."""
+    folder.mkdir()
+    source = np.random.default_rng(0)
+    for number in range(8):
+        pixels = source.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_vq_latents_are_trained_on_and_sampled(images: Path, tmp_path: Path) -> None:
+    first = runs.autoencoder_run(
+        images, tmp_path / "first", "vq", optimization=runs.optimization(steps=20)
+    )
+    train_autoencoder(first)
+    start = AutoencoderTask(first).autoencoder.state_dict()
+    trained = load_bundle(tmp_path / "first").autoencoder
+    assert trained is not None
+    moved = [name for name, value in trained.state_dict().items() if not value.equal(start[name])]
+    assert any("codebook" in name for name in moved), "the codebook never learned"
+    second = runs.diffusion_run(
+        images,
+        tmp_path / "second",
+        data=first.data,
+        autoencoder=str(tmp_path / "first"),
+        model=runs.denoiser_model(2),
+        optimization=runs.optimization(steps=20),
+    )
+    train_diffusion(second)
+    bundle = load_bundle(tmp_path / "second")
+    assert bundle.scale_factor != 1.0
+    assert bundle.autoencoder is not None
+    for name, value in bundle.autoencoder.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), "the first stage must not move"
+    sampled = LatentDiffusion(bundle)([0, 1], [3, 4], SETTINGS)
+    assert sampled.shape == (2, 1, 16, 16)
+    assert not torch.equal(sampled[0], sampled[1])
+
+
+def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_path: Path) -> None:
+    """The variance half learns from the bound alone, the mean half from the simple loss alone."""
+    run = runs.diffusion_run(
+        images,
+        tmp_path / "run",
+        model=runs.denoiser_model(out_channels=2, learned_sigma=True, dropout=0.0),
+        prediction="eps",
+        loss=DenoiserLossConfig(bound_weight=1e-3),
+        optimization=runs.optimization(steps=10, batch_size=8),
+    )
+    gradients = {}
+    for weight in (0.0, 1e-3, 1.0):
+        changed = dataclasses.replace(run, loss=DenoiserLossConfig(bound_weight=weight))
+        task = DiffusionTask(changed)
+        loss, _ = task.losses(task.batch(0), 0)
+        loss["unet"].backward()
+        gradients[weight] = task.unet.conv_out.weight.grad.clone()
+    mean, variance = 0, 1
+    torch.testing.assert_close(gradients[0.0][mean], gradients[1.0][mean], rtol=1e-5, atol=1e-7)
+    assert gradients[0.0][variance].abs().max() == 0
+    assert gradients[1e-3][variance].abs().max() > 0
+    thousandfold = gradients[1e-3][variance] * 1000
+    assert (thousandfold - gradients[1.0][variance]).norm() < 1e-4 * thousandfold.norm()
+    train_diffusion(run)
+    bundle = load_bundle(tmp_path / "run")
+    assert bundle.denoiser is not None
+    start = DiffusionTask(run).unet.conv_out.weight
+    assert (bundle.denoiser.conv_out.weight != start).flatten(1).any(1).all(), "both halves learned"
+    pipeline = LatentDiffusion(bundle)
+    settings = dataclasses.replace(SETTINGS, sampler="ddpm", clamp=1.0)
+    sampled = pipeline([0, 1], [3, 4], settings)
+    assert sampled.shape == (2, 1, 8, 8)
+    with torch.no_grad():  # the second half reaches the sampler: another variance, another image
+        bundle.denoiser.conv_out.bias[variance] += 3
+    assert not torch.equal(pipeline([0, 1], [3, 4], settings), sampled)
+
+
+def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) -> None:
+    images = flat_folder(tmp_path / "flat")
+    model = runs.denoiser_model(num_classes=None, null_class=False)
+    run = runs.diffusion_run(images, tmp_path / "run", model=model, class_dropout=0.5)
+    assert set(DiffusionTask(run).batch(0)) == {"x0", "noise", "t"}
+    train_diffusion(run)
+    with Image.open(tmp_path / "run/samples/step_00000006.png") as sheet:
+        assert sheet.size == (16, 16), "four samples make a square"
+    bundle = load_bundle(tmp_path / "run")
+    assert bundle.class_names == ()
+    sampled = LatentDiffusion(bundle)([None], [3], SETTINGS)
+    assert sampled.shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"has 2 classes, the data has 0.*num_classes to None"):
+        train_diffusion(dataclasses.replace(run, model=runs.denoiser_model()))
+
+
+def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: Path) -> None:
+    """Training and pipeline have code of their own for sampling: scale, guidance, null class."""
+    first = runs.autoencoder_run(images, tmp_path / "first", optimization=runs.optimization())
+    train_autoencoder(first)
+    run = runs.diffusion_run(
+        images,
+        tmp_path / "second",
+        data=first.data,
+        prediction="eps",
+        autoencoder=str(tmp_path / "first"),
+        model=runs.denoiser_model(2),
+        preview=PreviewConfig(count=4, steps=3, guidance_scale=3.0),
+        optimization=runs.optimization(steps=30, learning_rate=1e-2, ema_decay=0.0),
+    )
+    task = DiffusionTask(run)
+    open_run(run, resume=False)
+    fit(task, dataclasses.replace(run), resume=False)
+    labels = torch.tensor([0, 1, 1])
+    preview = task.sample(task.unet.eval(), torch.tensor([0, 1, 7]), labels)
+    pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
+    settings = SampleSettings(sampler="ddim", steps=3, guidance_scale=3.0)
+    sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
+    torch.testing.assert_close(preview, sampled.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    unguided = pipeline([0, 1, 1], [0, 1, 7], dataclasses.replace(settings, guidance_scale=1.0))
+    assert (unguided - sampled).abs().max() > 1e-3, "guidance did nothing: the test sees nothing"
+
+
+def test_dropout_and_dropped_classes_are_drawn_anew_for_every_step_and_piece(
+    images: Path, tmp_path: Path
+) -> None:
+    run = runs.diffusion_run(
+        images,
+        tmp_path / "run",
+        class_dropout=0.5,
+        optimization=runs.optimization(batch_size=32, accumulate=2),
+    )
+    trainer = Trainer(DiffusionTask(run), run)
+    task, seen = trainer.task, []
+    losses = task.losses
+
+    def note(part: dict[str, torch.Tensor], step: int) -> object:
+        seen.append(torch.random.get_rng_state())  # what the dropout layers will draw from
+        return losses(part, step)
+
+    task.losses = note  # type: ignore[method-assign, assignment]
+    trainer.step()
+    trainer.step()
+    assert len({state.numpy().tobytes() for state in seen}) == 4
+    dropped = [task.batch(step)["y"] == 2 for step in range(3)]
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(dropped[1], task.batch(1)["y"] == 2)
+
+
+def test_models_that_do_not_fit_the_data_are_refused(images: Path, tmp_path: Path) -> None:
+    run = runs.diffusion_run(images, tmp_path / "run")
+    for changes, message in (
+        ({"model": runs.denoiser_model(3)}, "3 channels, the data has 1"),
+        ({"model": runs.denoiser_model(num_classes=7)}, "7 classes, the data has 2"),
+        ({"data": dataclasses.replace(run.data, image_size=9)}, "multiple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_diffusion(dataclasses.replace(run, **changes))
+    assert not (tmp_path / "run").exists(), "a mistake leaves no folder behind"
