@@ -388,6 +388,28 @@ def test_bits_do_not_depend_on_neighbours_places_or_the_stack(backend: str) -> N
         assert torch.equal(finite, expected[3][chosen])
 
 
+FAULTS = {
+    "noise of the place in the batch": lambda seeds, step: (seeds + torch.arange(len(seeds)), step),
+    "noise of the neighbours": lambda seeds, step: (seeds + seeds.sum(), step),
+    "one step for all": lambda seeds, step: (seeds, step[:1].expand(len(seeds))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_test_of_bits_sees_a_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[sampler_step.__module__]
+    whole = module.philox_normal_reference
+
+    def wrong(seeds: torch.Tensor, *args: object, step: torch.Tensor, **kw: object) -> torch.Tensor:
+        seeds, step = FAULTS[fault](seeds, step)
+        return whole(seeds, *args, step=step, **kw)
+
+    test_bits_do_not_depend_on_neighbours_places_or_the_stack("reference")
+    monkeypatch.setattr(module, "philox_normal_reference", wrong)
+    with pytest.raises(AssertionError):
+        test_bits_do_not_depend_on_neighbours_places_or_the_stack("reference")
+
+
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
