@@ -336,7 +336,9 @@ def along(route: Any) -> None:
     from tests.kernels import cases
 
     with route.forced():
-        cases.check_inputs(route.op, route.inputs(cases.device_of("cuda")), "cuda")
+        cases.check_inputs(
+            route.op, lambda seed: route.inputs(cases.device_of("cuda"), seed), "cuda"
+        )
 
 
 def agreement(op: str, backend: str) -> None:

@@ -223,7 +223,7 @@ def _slower(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> str | None:
-    """Where PyTorch's kernel is as fast or faster; docs/decisions.md has the figures."""
+    """Where PyTorch's kernel is as fast or faster; docs/decisions/kernels.md has the figures."""
     tensors = q, k, v, extra_k, extra_v, mask
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return "where a gradient is wanted the reference is faster"

@@ -245,7 +245,9 @@ def _run(*tensors: Tensor, **options: Any) -> None:
     sampler_step_triton(*tensors, **options)
 
 
-def _objection(x: Tensor, *tensors: Tensor, rescale: bool, **others: Tensor | None) -> str | None:
+def _objection(
+    x: Tensor, *tensors: Tensor, rescale: bool = True, **others: Tensor | None
+) -> str | None:
     if x.numel() and x[0].numel() > LARGEST:
         return f"an image may have 2^31 - 1 elements, got {x[0].numel()}"
     named = zip(("prediction", "history", "table", "rows", "seeds"), tensors, strict=True)
@@ -273,11 +275,11 @@ def _native(
     rows: Tensor,
     seeds: Tensor,
     *,
-    cond: Tensor | None,
-    uncond: Tensor | None,
-    denoised: Tensor | None,
-    finite: Tensor | None,
-    rescale: bool,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    denoised: Tensor | None = None,
+    finite: Tensor | None = None,
+    rescale: bool = True,
 ) -> None:
     if x.numel() == 0:
         return

@@ -76,6 +76,8 @@ def _model(name: str) -> dict[str, Any]:
         for name in ("prediction", "scale_factor", "image_size", "image_channels", "class_names")
     }
     schedule = {} if model.schedule is None else {"schedule": to_dict(model.schedule)}
+    known = model.provenance.get("facts", {})
+    rest = {name: value for name, value in model.provenance.items() if name != "facts"}
     sampler = {} if model.sampler is None else {"sampler": to_dict(model.sampler)}
     return {
         "path": str(model.path),
@@ -91,7 +93,7 @@ def _model(name: str) -> dict[str, Any]:
             **sampler,
             **facts,
         },
-        "provenance": model.provenance,
+        "provenance": {**rest, **known},
     }
 
 

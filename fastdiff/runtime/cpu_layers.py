@@ -1,7 +1,7 @@
 """Convolutions and linear layers as a CPU computes them fastest; results and dtypes stay.
 
 `runtime.prepare` gives these to a module. Each is used only where it was measured to win
-(docs/decisions.md, Native kernels):
+(docs/decisions/runtime.md):
 
 - **Packed weights.** oneDNN wants a convolution's weights in blocks of its own and rearranges them
   in every call, which at Stable Diffusion's 8x8 level takes longer than the products. Here they are
@@ -414,9 +414,9 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for its next tensors; nothing calls it by itself.
 
     glibc hands large blocks back to the system, and each new one is cleared page by page: a tenth
-    of a decoder's time (docs/decisions.md). This holds for the whole process and cannot be undone,
-    and the process stays as large as it once was. Where glibc cannot enlarge its main heap (seen in
-    one of four processes) it maps large blocks all the same, and nothing is kept.
+    of a decoder's time (docs/decisions/runtime.md). This holds for the whole process and cannot be
+    undone, and the process stays as large as it once was. Where glibc cannot enlarge its main heap
+    (seen in one of four processes) it maps large blocks all the same, and nothing is kept.
 
     Raises:
         OSError: the C library is not glibc, or refuses.

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.latent import LatentDiffusion
 
 from fastdiff.checkpoint.layouts.bundle import ASSETS, load_bundle
 from fastdiff.configs import from_dict
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.latent import LatentDiffusion
 from fastdiff.training import TRAINING_PRESETS
 
 SHIPPED = ASSETS / "digits"

@@ -11,21 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.generate.text import TEXT_SETTINGS, TextDiffusion, TextSettings, size_vector
+from fastdiff.generate.text_to_image import text_to_image, text_to_latents
 from torch import Tensor
 
-from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.data import DataConfig, open_dataset
 from fastdiff.data.dataset import to_float
 from fastdiff.diffusion.samplers import SamplerTable
 from fastdiff.diffusion.sampling import Step
-from fastdiff.generate.core import SampleSettings, stage_seeds
 from fastdiff.generate.image_to_image import first_step, image_to_image, latents_to_latents
 from fastdiff.generate.inpainting import inpaint
-from fastdiff.generate.latent import LatentDiffusion
 from fastdiff.generate.refine import refine
-from fastdiff.generate.text import TEXT_SETTINGS, TextDiffusion, TextSettings, size_vector
-from fastdiff.generate.text_to_image import text_to_image, text_to_latents
 from fastdiff.generate.upscale import upscale
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.unet import UNet

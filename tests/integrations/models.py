@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.support.parity import assert_parity
 from tests.support.peers import import_diffusers
 from tests.support.tiny import randomize
 
@@ -98,8 +100,8 @@ class Network(nn.Module):
         super().__init__()
         self.inner, self.kind, self.config = build(kind, config), kind, config
 
-    def inputs(self) -> list[Tensor]:
-        draw = torch.Generator().manual_seed(5)
+    def inputs(self, seed: int = 0) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(5 + seed)
         if self.kind in ("AutoencoderKL", "VQModel"):
             return [torch.randn(2, 3, 16, 16, generator=draw)]
         channels = self.config.get("in_channels", 3 if self.kind == "UNet2DModel" else 4)
@@ -166,9 +168,9 @@ def pipeline(scheduler: Any = None, **components: Any) -> Any:
     return pipe
 
 
-def images(pipe: Any, steps: int = 4, **options: Any) -> Tensor:
-    """(2, 3, 16, 16) in [0, 1], from fixed noise and embeddings."""
-    draw = torch.Generator().manual_seed(7)
+def images(pipe: Any, steps: int = 4, seed: int = 0, **options: Any) -> Tensor:
+    """(2, 3, 16, 16) in [0, 1], from the noise and embeddings of a seed."""
+    draw = torch.Generator().manual_seed(7 + seed)
     dtype = pipe.unet.dtype
     width = pipe.unet.config.cross_attention_dim
     prompts = torch.randn(2, 5, width, generator=draw).to(dtype)
@@ -184,3 +186,10 @@ def images(pipe: Any, steps: int = 4, **options: Any) -> Tensor:
         output_type="pt",
         **options,
     ).images
+
+
+def assert_images_parity(
+    pipe: Any, wide: Any, plain: Any, make: Callable[..., Tensor] = images
+) -> None:
+    """`assert_parity` of what pipelines draw: the one under test, in fp64, diffusers' own."""
+    assert_parity(*(lambda seed, p=p: make(p, seed=seed) for p in (pipe, wide, plain)))

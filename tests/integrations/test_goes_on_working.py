@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 import fastdiff
 from fastdiff.kernels import record_backends
 from tests.integrations import models
-from tests.integrations.models import NETWORKS, UNETS, Network, build, images, pipeline
+from tests.integrations.models import (
+    NETWORKS,
+    UNETS,
+    Network,
+    assert_images_parity,
+    build,
+    images,
+    pipeline,
+)
 from tests.support.parity import assert_parity
 
 pytestmark = pytest.mark.filterwarnings(
@@ -46,9 +55,8 @@ def test_lora(when: str) -> None:
     add_lora(with_lora)
     plain = pipeline(unet=with_lora, vae=pipe.vae)
     wide = pipeline(unet=copy.deepcopy(with_lora).double(), vae=copy.deepcopy(pipe.vae).double())
-    eager, reference = images(plain), images(wide)
     without = images(pipe)
-    assert (eager - without).abs().max() > 1e-3
+    assert (images(plain) - without).abs().max() > 1e-3
     if when == "before":
         add_lora(pipe.unet)
     report = fastdiff.accelerate(pipe.unet, pack_cpu_weights=True, strict=True)
@@ -56,12 +64,12 @@ def test_lora(when: str) -> None:
         add_lora(pipe.unet)
     assert report.count("attention") == (8, 0)
     with record_backends() as ran:
-        assert_parity(images(pipe), reference, eager)
+        assert_images_parity(pipe, wide, plain)
     assert {"add_group_norm_silu", "attention"} <= set(ran)
     assert set(pipe.unet.state_dict()) == set(with_lora.state_dict())
     pipe.unet.fuse_lora()
     with_lora.fuse_lora()
-    assert_parity(images(pipe), reference, images(plain))
+    assert_images_parity(pipe, wide, plain)
     pipe.unet.unfuse_lora()
     pipe.unet.disable_adapters()
     torch.testing.assert_close(images(pipe), without, rtol=0, atol=1e-4)
@@ -103,17 +111,18 @@ def test_controlnet() -> None:
 
     image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     pipe = make()
-    doubles = {
-        k: copy.deepcopy(v).double()
-        for k, v in pipe.components.items()
-        if k in ("unet", "vae", "controlnet")
-    }
-    eager, reference = images(pipe, image=image), images(make(**doubles), image=image.double())
+    learned = {k: v for k, v in pipe.components.items() if k in ("unet", "vae", "controlnet")}
+    plain = make(**{k: copy.deepcopy(v) for k, v in learned.items()})
+    wide = make(**{k: copy.deepcopy(v).double() for k, v in learned.items()})
+
+    def draw(pipe: Any, seed: int = 0) -> Tensor:
+        return images(pipe, seed=seed, image=image.to(pipe.unet.dtype))
+
     report = fastdiff.accelerate(pipe)
     assert any(e.name.startswith("controlnet.") for e in report.swapped)
-    assert_parity(images(pipe, image=image), reference, eager)
+    assert_images_parity(pipe, wide, plain, draw)
     report.restore()
-    assert torch.equal(images(pipe, image=image), eager)
+    assert torch.equal(draw(pipe), draw(plain))
 
 
 def test_another_processor_is_diffusers_own() -> None:
@@ -152,27 +161,35 @@ def test_masks_and_head_layouts() -> None:
     """AttnProcessor and AttnProcessor2_0, masks, the norm and residual of an attention."""
     from diffusers.models import attention_processor as ap
 
-    x, context = torch.randn(2, 6, 16), torch.randn(2, 4, 12)
     mask = torch.where(torch.rand(2, 1, 4) > 0.5, 0.0, -10000.0)
     mask[..., 0] = 0.0
-    image = torch.randn(2, 16, 3, 2)
+
+    def drawn(seed: int, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def cross_call(module: nn.Module, seed: int) -> Tensor:
+        dtype = next(module.parameters()).dtype
+        x, context = drawn(seed, 2, 6, 16), drawn(seed + 100, 2, 4, 12)
+        return module(x.to(dtype), context.to(dtype), mask.to(dtype))
+
+    def image_call(module: nn.Module, seed: int) -> Tensor:
+        return module(drawn(seed, 2, 16, 3, 2).to(next(module.parameters()).dtype))
+
+    def tokens_call(module: nn.Module, seed: int) -> Tensor:
+        tokens = drawn(seed, 2, 16, 3, 2).flatten(2).mT
+        return module(tokens.to(next(module.parameters()).dtype), temb=None)
+
     for processor in (ap.AttnProcessor(), ap.AttnProcessor2_0()):
         cross = ap.Attention(16, 12, heads=2, dim_head=8, processor=processor)
         own = ap.Attention(
             16, heads=1, dim_head=16, norm_num_groups=4, residual_connection=True,
             rescale_output_factor=1.4, bias=True, processor=processor,
         )  # fmt: skip
-        calls: list[tuple[nn.Module, Any]] = [
-            (cross, lambda m, c=torch.float32: m(x.to(c), context.to(c), mask.to(c))),
-            (own, lambda m, c=torch.float32: m(image.to(c))),
-            (own, lambda m, c=torch.float32: m(image.flatten(2).mT.to(c), temb=None)),
-        ]
-        for module, call in calls:
-            reference = call(copy.deepcopy(module).double(), torch.float64)
-            eager = call(module)
+        for module, call in ((cross, cross_call), (own, image_call), (own, tokens_call)):
+            plain, wide = copy.deepcopy(module), copy.deepcopy(module).double()
             report = fastdiff.accelerate(module, strict=True)
             with record_backends() as ran:
-                assert_parity(call(module), reference, eager)
+                assert_parity(*(partial(call, m) for m in (module, wide, plain)))
             assert "attention" in ran
             report.restore()
 
@@ -337,13 +354,16 @@ def test_torch_compile_without_a_break() -> None:
 
 def test_half_precision() -> None:
     network = Network(*NETWORKS["sd21"])
-    reference = copy.deepcopy(network).double()(*(x.double() for x in network.inputs()))
+    wide, plain = copy.deepcopy(network).double(), copy.deepcopy(network).bfloat16()
     half = network.bfloat16()
-    inputs = [x.bfloat16() for x in network.inputs()]
+    fastdiff.accelerate(half)
+
+    def call(module: Network, seed: int) -> Tensor:
+        dtype = next(module.parameters()).dtype
+        return module(*(x.to(dtype) for x in network.inputs(seed)))
+
     with torch.no_grad():
-        eager = half(*inputs)
-        fastdiff.accelerate(half)
-        assert_parity(half(*inputs), reference, eager)
+        assert_parity(*(partial(call, module) for module in (half, wide, plain)))
 
 
 def test_report_of_a_pipeline(

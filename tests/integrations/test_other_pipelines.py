@@ -14,10 +14,17 @@ from torch import Tensor
 import fastdiff
 from fastdiff.integrations.scheduler import FusedScheduler
 from fastdiff.kernels import record_backends
-from tests.integrations.models import NETWORKS, UNETS, VAE, build, images, pipeline
+from tests.integrations.models import (
+    NETWORKS,
+    UNETS,
+    VAE,
+    assert_images_parity,
+    build,
+    images,
+    pipeline,
+)
 from tests.integrations.test_goes_on_working import add_lora
 from tests.integrations.tokenizer import text_encoder, tokenizer
-from tests.support.parity import assert_parity
 from tests.support.peers import import_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -41,9 +48,9 @@ def xl_pipeline(unet: Any = None, vae: Any = None, **more: Any) -> Any:
     return pipe
 
 
-def xl_images(pipe: Any, **more: Any) -> Tensor:
-    """(2, 3, 16, 16) in [0, 1], from fixed noise and embeddings."""
-    draw, dtype = torch.Generator().manual_seed(7), pipe.unet.dtype
+def xl_images(pipe: Any, seed: int = 0, **more: Any) -> Tensor:
+    """(2, 3, 16, 16) in [0, 1], from the noise and embeddings of a seed."""
+    draw, dtype = torch.Generator().manual_seed(7 + seed), pipe.unet.dtype
     shapes = {
         "prompt_embeds": (2, 5, 24), "negative_prompt_embeds": (2, 5, 24),
         "pooled_prompt_embeds": (2, 16), "negative_pooled_prompt_embeds": (2, 16),
@@ -65,18 +72,20 @@ def test_xl(with_controlnet: bool) -> None:
         names += ("transformer_layers_per_block", "use_linear_projection")
         config = {**config, **{name: UNETS["sdxl"][name] for name in names}}
         more["controlnet"] = build(kind, config, 5)
-        draw = torch.Generator().manual_seed(1)
-        call["image"] = torch.rand(2, 3, 16, 16, generator=draw)
+        generator = torch.Generator().manual_seed(1)
+        call["image"] = torch.rand(2, 3, 16, 16, generator=generator)
     pipe = xl_pipeline(**more)
     eager = xl_images(pipe, **call)
     if with_controlnet:
         without = xl_images(pipe, **call, controlnet_conditioning_scale=0.0)
         assert (without - eager).abs().max() > 1e-3
-    wide = {k: copy.deepcopy(v).double() for k, v in more.items()}
-    doubled = xl_pipeline(
-        unet=copy.deepcopy(pipe.unet).double(), vae=copy.deepcopy(pipe.vae).double(), **wide
-    )
-    reference = xl_images(doubled, **{k: v.double() for k, v in call.items()})
+    learned = {"unet": pipe.unet, "vae": pipe.vae, **more}
+    plain = xl_pipeline(**{k: copy.deepcopy(v) for k, v in learned.items()})
+    wide = xl_pipeline(**{k: copy.deepcopy(v).double() for k, v in learned.items()})
+
+    def draw(pipe: Any, seed: int) -> Tensor:
+        return xl_images(pipe, seed, **{k: v.to(pipe.unet.dtype) for k, v in call.items()})
+
     report = fastdiff.accelerate(pipe, strict=True, pack_cpu_weights=True)
     roots = [pipe.unet, pipe.vae, *more.values()]
     found = [m for root in roots for m in root.modules()]
@@ -85,7 +94,7 @@ def test_xl(with_controlnet: bool) -> None:
     assert report.count("attention") == (attentions, 0)
     assert report.pairs == 2 * residual + 3  # conv_norm_out of U-Net, encoder and decoder
     with record_backends() as ran:
-        assert_parity(xl_images(pipe, **call), reference, eager)
+        assert_images_parity(pipe, wide, plain, draw)
     assert {"add_group_norm_silu", "add_layer_norm", "attention", "geglu"} <= set(ran)
     fused = fastdiff.accelerate(pipe, strict=True, scheduler="fused")
     torch.testing.assert_close(xl_images(pipe, **call), eager, rtol=0, atol=2e-4)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -89,8 +90,8 @@ class Case:
     reason: str
     build: Callable[[Draw], Inputs]
 
-    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + seed)
         return self.build(Draw(dtype, device, generator))
 
     def __str__(self) -> str:
@@ -325,12 +326,14 @@ def with_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
     return tuple(leaf(a) for a in args), {name: leaf(a) for name, a in kwargs.items()}
 
 
-def run(function: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of their sum weighted with fixed numbers."""
+def run(
+    function: Callable[..., Any], inputs: Inputs, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of their sum weighted with the numbers of a seed."""
     args, kwargs = inputs
     outputs = function(*args, **kwargs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + seed)
     weights = [torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in outputs]
     gradients = torch.autograd.grad(outputs, tensors_in(inputs), weights, allow_unused=True)
     leaves = tensors_in(inputs)
@@ -350,7 +353,10 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
 
     "cuda" without a GPU is the emulation on a CPU; each dtype has another order of the threads.
     """
-    inputs = case.inputs(dtype, device_of(backend))
+
+    def inputs(seed: int) -> Inputs:
+        return case.inputs(dtype, device_of(backend), seed)
+
     if backend == "cuda" and not torch.cuda.is_available():
         with cuda_host.emulated(list(cuda_host.ORDERS)[DTYPES.index(dtype)]):
             check_inputs(op, inputs, backend)
@@ -358,24 +364,37 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
         check_inputs(op, inputs, backend)
 
 
-def check_inputs(op: str, inputs: Inputs, backend: str) -> None:
-    """`check` for inputs at hand."""
-    with kernels.backend(backend), recording(op) as ran:
-        outputs, gradients = run(getattr(kernels, op), with_gradients(inputs))
-    assert ran == [backend]
-    expected, expected_gradients = run(
-        globals()[f"{op}_formula"], with_gradients(inputs, torch.float64)
-    )
-    eager, eager_gradients = run(globals()[f"{op}_eager"], with_gradients(inputs))
-    leaves = tensors_in(inputs)
+def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None:
+    """`check` for inputs that are a function of a seed."""
+
+    @cache
+    def actual(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        with kernels.backend(backend), recording(op) as ran:
+            results = run(getattr(kernels, op), with_gradients(inputs(seed)), seed)
+        assert ran == [backend]
+        return results
+
+    @cache
+    def expected(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        return run(globals()[f"{op}_formula"], with_gradients(inputs(seed), torch.float64), seed)
+
+    @cache
+    def eager(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        return run(globals()[f"{op}_eager"], with_gradients(inputs(seed)), seed)
+
+    def draws(kind: int, index: int) -> list[Callable[[int], Tensor]]:
+        def of(results: Callable[[int], tuple[list[Tensor], list[Tensor]]]) -> Any:
+            return lambda seed: results(seed)[kind][index]
+
+        return [of(results) for results in (actual, expected, eager)]
+
+    leaves, (outputs, gradients) = tensors_in(inputs(0)), actual(0)
     for index, output in enumerate(outputs):
         assert output.dtype == leaves[0].dtype
-        assert_parity(output, expected[index], eager[index], name=f"output {index}")
+        assert_parity(*draws(0, index), name=f"output {index}")
     for index, gradient in enumerate(gradients):
         assert gradient.dtype == leaves[index].dtype
-        assert_gradient_parity(
-            gradient, expected_gradients[index], eager_gradients[index], name=f"gradient {index}"
-        )
+        assert_gradient_parity(*draws(1, index), name=f"gradient {index}")
 
 
 def check_compiles(
@@ -778,13 +797,15 @@ ADD_LAYER_NORM = [
 ]
 
 
-def ordinary_inputs(op: str, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
+def ordinary_inputs(
+    op: str, device: str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Inputs:
     """Small arguments of any op, for tests of how it runs and not of what it computes.
 
     dtype: of the ops with parity cases; the others' are fp32.
     """
-    draw = Draw(dtype, device, torch.Generator().manual_seed(0))
-    seeds = torch.arange(2, device=device)
+    draw = Draw(dtype, device, torch.Generator().manual_seed(seed))
+    seeds = torch.arange(2, device=device) + seed
     if op == "philox_normal":
         return (seeds, (4, 9, 9)), {"stream": 1}
     if op == "sampler_step":

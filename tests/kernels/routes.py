@@ -53,11 +53,11 @@ class Route:
         served = implementation.dtypes if implementation else ()
         return torch.float32 if not served or torch.float32 in served else torch.float16
 
-    def inputs(self, device: str) -> cases.Inputs:
+    def inputs(self, device: str, seed: int = 0) -> cases.Inputs:
         if not self.case:
-            return cases.ordinary_inputs(self.op, device, self.dtype)
+            return cases.ordinary_inputs(self.op, device, self.dtype, seed)
         rows = {case.name: case for case in getattr(cases, self.op.upper())}
-        return rows[self.case].inputs(self.dtype, device)
+        return rows[self.case].inputs(self.dtype, device, seed)
 
     @contextmanager
     def forced(self) -> Iterator[None]:

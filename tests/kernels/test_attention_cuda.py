@@ -66,7 +66,7 @@ def check(case: cases.Case, dtype: torch.dtype, order: str) -> None:
         cases.check("attention", case, dtype, "cuda")
     else:
         with cuda_host.emulated(order):
-            cases.check_inputs("attention", case.inputs(dtype), "cuda")
+            cases.check_inputs("attention", lambda seed: case.inputs(dtype, seed=seed), "cuda")
 
 
 @needs_cuda

@@ -1,6 +1,6 @@
 """The only tolerance rule of the repository: no worse than eager PyTorch, measured against fp64.
 
-    err(actual) <= factor * err(eager PyTorch in the same dtype) + 1 ulp * rms(reference)
+    E[err(actual)] <= factor * E[err(eager PyTorch in the same dtype)] + 1 ulp * rms(reference)
 
 `err` is the largest absolute difference from an fp64 reference, and `factor` is 2 (3 for
 gradients). The largest and not the rms, because one wrong element among a million (a swapped
@@ -8,20 +8,35 @@ channel, a missed tail of a row) moves the rms by a thousandth and would pass; t
 maximum between two correct implementations is what the factor is for. The bound grows with what the
 dtype can do and not with the size of a hand-set tolerance: zeros never pass.
 
+`E` is the mean over `DRAWS` inputs. In one draw eager's error lies anywhere between a fifth of its
+mean and several times it, and a bound made of that one error fails correct results by bad luck and
+passes wrong ones by good luck, differently on each CPU. `assert_parity` therefore takes functions
+of a seed; `assert_parity_in_one_draw` is for yardsticks that involve no luck, such as the exact
+result rounded once.
+
 Where the reference rounds to infinity in the dtype, both must be that infinity. Where eager is not
 finite though the reference is, eager tells nothing and those elements are left out of its error,
-which tightens the bound.
+which tightens the bound. Eager in fp32 that errs by a twentieth of the rms computes something else
+(other weights, another formula): such a yardstick is an error of the test.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
+DRAWS = 16
+USELESS = 0.05  # of the rms; eager errs by 0.013 in the worst case (mean 100, deviation 0.01)
+
+Draw = Callable[[int], Tensor]
+"""A result as a function of the seed that its inputs are drawn with."""
 
 
 @dataclass(frozen=True)
@@ -41,58 +56,130 @@ def measure_parity(
     actual: Tensor,
     reference_fp64: Tensor,
     eager_same_dtype: Tensor,
-    ulp_dtype: torch.dtype | None = None,
     *,
     factor: float = FORWARD_FACTOR,
 ) -> Parity:
-    """The three numbers of the rule.
+    """The three numbers of the rule in one draw.
 
     Args:
         actual: the result under test.
         reference_fp64: the formula in fp64 on the same (rounded) inputs, the same shape.
         eager_same_dtype: ordinary PyTorch in the dtype of `actual`, the same shape.
-        ulp_dtype: the dtype whose spacing at 1 is the ulp; by default that of `actual`.
         factor: what multiplies eager's error.
     """
     assert reference_fp64.dtype == torch.float64, "the reference must be computed in fp64"
+    assert actual.dtype == eager_same_dtype.dtype, (
+        f"dtypes differ: {actual.dtype}, {eager_same_dtype.dtype}"
+    )
     assert actual.shape == reference_fp64.shape == eager_same_dtype.shape, (
         f"shapes differ: {actual.shape}, {reference_fp64.shape}, {eager_same_dtype.shape}"
     )
-    dtype = ulp_dtype or actual.dtype
-    rounded = reference_fp64.to(dtype)
+    rounded = reference_fp64.to(actual.dtype)
     finite = rounded.isfinite()
-    if not torch.equal(actual.to(dtype)[~finite], rounded[~finite]):
-        return Parity(float("nan"), float("nan"), 0.0)
+    if not torch.equal(actual[~finite], rounded[~finite]):
+        return Parity(math.nan, math.nan, 0.0)
     expected = reference_fp64[finite]
     if expected.numel() == 0:
         return Parity(0.0, 0.0, 0.0)
     eager_differences = (eager_same_dtype.double()[finite] - expected).abs()
     eager_differences = eager_differences[eager_differences.isfinite()]
     eager_error = eager_differences.max().item() if eager_differences.numel() else 0.0
-    ulp = torch.finfo(dtype).eps * expected.square().mean().sqrt().item()
+    rms = expected.square().mean().sqrt().item()
+    assert actual.dtype != torch.float32 or eager_error <= USELESS * rms, (
+        f"eager's error is {eager_error:.3g} at rms {rms:.3g}: it does not compute the reference"
+    )
+    ulp = torch.finfo(actual.dtype).eps * rms
     error = (actual.double()[finite] - expected).abs().max().item()
     return Parity(error, eager_error, factor * eager_error + ulp)
 
 
+def measure_expected_parity(
+    actual: Draw,
+    reference_fp64: Draw,
+    eager_same_dtype: Draw,
+    *,
+    factor: float = FORWARD_FACTOR,
+    draws: int = DRAWS,
+) -> Parity:
+    """The three numbers of the rule as means over `draws` seeds, or over fewer where that decides.
+
+    A first draw within half of its own bound passes: the result is then about as good as eager on
+    the very same numbers. Otherwise eager's error is averaged over all draws, which is cheap beside
+    an interpreted kernel, and only a first error above that bound has the result drawn again too.
+    """
+    first = measure_parity(actual(0), reference_fp64(0), eager_same_dtype(0), factor=factor)
+    if first.error <= first.bound / 2 or math.isnan(first.error):
+        return first
+
+    def error_and_bound(seed: int) -> Parity:
+        reference, eager = reference_fp64(seed), eager_same_dtype(seed)
+        return measure_parity(reference.to(eager.dtype), reference, eager, factor=factor)
+
+    pool = [first, *map(error_and_bound, range(1, draws))]
+    eager_error, bound = fmean(p.eager_error for p in pool), fmean(p.bound for p in pool)
+    if first.error <= bound:
+        return Parity(first.error, eager_error, bound)
+
+    def error(seed: int) -> float:
+        y, reference = actual(seed), reference_fp64(seed)
+        return measure_parity(y, reference, reference.to(y.dtype)).error
+
+    errors = [first.error, *map(error, range(1, draws))]
+    return Parity(fmean(errors), eager_error, bound)
+
+
 def assert_parity(
+    actual: Draw,
+    reference_fp64: Draw,
+    eager_same_dtype: Draw,
+    *,
+    factor: float = FORWARD_FACTOR,
+    draws: int = DRAWS,
+    name: str = "result",
+) -> None:
+    """Fail unless the expected error is within `factor` times eager's plus one ulp.
+
+    Each argument computes its result for the inputs of a seed from 0 to `draws - 1`: most verdicts
+    need the seed 0 alone.
+    """
+    functions = actual, reference_fp64, eager_same_dtype
+    assert all(map(callable, functions)), (
+        "assert_parity takes functions of a seed; for one draw use assert_parity_in_one_draw"
+    )
+    parity = measure_expected_parity(*functions, factor=factor, draws=draws)
+    _assert_holds(parity, factor, name)
+
+
+def assert_gradient_parity(
+    actual: Draw,
+    reference_fp64: Draw,
+    eager_same_dtype: Draw,
+    *,
+    draws: int = DRAWS,
+    name: str = "gradient",
+) -> None:
+    """`assert_parity` with the factor 3 of gradients."""
+    assert_parity(
+        actual, reference_fp64, eager_same_dtype, factor=GRADIENT_FACTOR, draws=draws, name=name
+    )
+
+
+def assert_parity_in_one_draw(
     actual: Tensor,
     reference_fp64: Tensor,
     eager_same_dtype: Tensor,
-    ulp_dtype: torch.dtype | None = None,
     *,
     factor: float = FORWARD_FACTOR,
     name: str = "result",
 ) -> None:
-    """Fail unless `actual` is within twice eager's error plus one ulp; see `measure_parity`."""
-    parity = measure_parity(actual, reference_fp64, eager_same_dtype, ulp_dtype, factor=factor)
+    """`assert_parity` for a yardstick whose error is no luck, such as an exact result rounded."""
+    _assert_holds(
+        measure_parity(actual, reference_fp64, eager_same_dtype, factor=factor), factor, name
+    )
+
+
+def _assert_holds(parity: Parity, factor: float, name: str) -> None:
     assert parity.holds, (
         f"{name}: error {parity.error:.3g} > {parity.bound:.3g} "
         f"= {factor:g} x eager's {parity.eager_error:.3g} + 1 ulp x rms"
     )
-
-
-def assert_gradient_parity(
-    actual: Tensor, reference_fp64: Tensor, eager_same_dtype: Tensor, *, name: str = "gradient"
-) -> None:
-    """`assert_parity` with the factor 3 of gradients."""
-    assert_parity(actual, reference_fp64, eager_same_dtype, factor=GRADIENT_FACTOR, name=name)
