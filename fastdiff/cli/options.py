@@ -127,6 +127,8 @@ def as_options(cls: type[AnyJob], job: Any) -> AnyJob:
     for name in ("image", "mask"):
         if own.get(name) is not None:
             own[name] = Path(own[name])
+    if cls is not ClassOptions and own.get("label") is not None:
+        own["label"] = str(own["label"])
     return cls(**own)
 
 
