@@ -59,8 +59,8 @@ OnStep = Callable[[Step], None]
 
 
 @dataclass(eq=False)
-class _Run:
-    """Slots that were filled together: what the host knows without reading from the device."""
+class _Place:
+    """Where a slot is in its table: what the host knows without reading from the device."""
 
     table: SamplerTable
     row: int = 0
@@ -102,7 +102,7 @@ class Slots:
         self.seeds, self.clean, self._ends = torch.zeros(3, count, dtype=torch.int64, device=device)
         self.rows = torch.full_like(self.seeds, IDLE)
         self.finite = torch.ones(count, dtype=torch.bool, device=device)
-        self._slots: list[_Run | None] = [None] * count
+        self._slots: list[_Place | None] = [None] * count
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -152,9 +152,9 @@ class Slots:
         for number in numbers:
             if self._slots[number] is not None:
                 raise ValueError(f"slot {number} is taken; remove it before it is filled again")
-        run, start = _Run(table), 0
+        start = 0
         for number in numbers:
-            self._slots[number] = run
+            self._slots[number] = _Place(table)
             start = self._stack.add(table, lambda: table.to(self.x.device, self.x.dtype))
         self.x[slot] = x
         self.seeds[slot] = seeds
@@ -192,30 +192,37 @@ class Slots:
         cond: Tensor | None = None,
         uncond: Tensor | None = None,
         denoised: Tensor | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        """Take every busy slot one row further.
+        """Take busy slots one row further.
 
         prediction, cond, uncond, denoised: as in `sampler_step`, with S for its N.
+        only: the slots that take part; None: all that are busy.
         """
-        runs = {run for run in self._slots if run is not None and not run.done}
+        rows, busy = self.rows, self.busy if only is None else only
+        if only is not None:
+            waiting = torch.ones_like(self.finite)
+            waiting[list(only)] = False
+            rows = rows.masked_fill(waiting, IDLE)
         sampler_step(
             self.x,
             prediction,
             self.history,
             self.tables,
-            self.rows,
+            rows,
             self.seeds,
             cond=cond,
             uncond=uncond,
             denoised=denoised,
             finite=self.finite,
-            rescale=any(run.table.rescales for run in runs),
+            rescale=any(self.table(slot).rescales for slot in busy),
         )
-        self.clean += self.finite
-        self.rows += self.rows != IDLE
+        taken = rows != IDLE
+        self.clean += self.finite & taken
+        self.rows += taken
         self.rows.masked_fill_(self.rows >= self._ends, IDLE)
-        for run in runs:
-            run.row += 1
+        for slot in busy:
+            self._held(slot).row += 1
 
     def failures(self) -> dict[int, int]:
         """Slot -> the first row at which the network returned a NaN or infinity for it; waits for
@@ -223,7 +230,7 @@ class Slots:
         rows = zip(self.finite.tolist(), self.clean.tolist(), strict=True)
         return {slot: clean for slot, (finite, clean) in enumerate(rows) if not finite}
 
-    def _held(self, slot: int) -> _Run:
+    def _held(self, slot: int) -> _Place:
         held = self._slots[slot]
         if held is None:
             raise ValueError(f"slot {slot} is empty; put a sample there first")
@@ -266,7 +273,7 @@ def sample(
     slots = Slots(count, x.shape[1:], device=x.device, dtype=x.dtype)
     slots.put(slice(None), table, x, seeds)
     first = torch.arange(count, device=x.device)
-    halves = {"cond": first + count, "uncond": first}
+    second = first + count
 
     for row in range(len(table)):
         prediction = predict(slots.x, row)
@@ -277,7 +284,8 @@ def sample(
                 "use guidance_scale=1 without them"
             )
         denoised = torch.empty_like(slots.x) if on_step else None
-        slots.step(prediction, denoised=denoised, **(halves if guided[row] else {}))
+        cond, uncond = (second, first) if guided[row] else (None, None)
+        slots.step(prediction, cond=cond, uncond=uncond, denoised=denoised)
         if check == "step":
             _check_finite(slots, table)
         if on_step and denoised is not None:

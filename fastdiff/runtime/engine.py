@@ -102,13 +102,15 @@ class _Seat:
     slot: int
     guide: Guide
     levels: int | None  # where its levels begin in `Engine._levels`, if it has a mask
+    turn: int = 0  # of all turns so far, the number of its last one
 
 
 @dataclass(eq=False)
 class _Plan:
-    """A step, kept until a request joins, leaves or changes between guided and not."""
+    """A step, kept as long as the next one has the same requests, equally guided."""
 
     turns: list[tuple[int, bool]]  # slot, guided
+    slots: list[int]
     batch: Batch
     masked: Tensor  # (n,) int64, the slots with a mask
     levels: Tensor  # (n,) int64, their rows of `Engine._levels`
@@ -140,7 +142,7 @@ class Engine:
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
         self._slots = Slots(slots, shape, device=device, dtype=dtype)
         self._seats: dict[int, _Seat] = {}  # by slot
-        self._tickets = count()
+        self._tickets, self._turn = count(), count(1)
         self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), once needed
         self._levels = Stack()  # (rows, 2), of tables with a mask: see `_levels_after`
         self._plan: _Plan | None = None
@@ -157,6 +159,11 @@ class Engine:
     def free(self) -> int:
         """Requests that may join."""
         return len(self._slots) - len(self._seats)
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """The slot of each request in the engine, by ticket."""
+        return {seat.ticket: slot for slot, seat in self._seats.items()}
 
     @torch.no_grad()
     def submit(self, request: Request) -> int:
@@ -190,7 +197,7 @@ class Engine:
         self._leave(self._seat(ticket))
 
     def preview(self, ticket: int) -> None:
-        """Ask for a request's estimate of x0: the next step puts it into `previews`.
+        """Ask for a request's estimate of x0: the next step that it takes puts it into `previews`.
 
         Raises:
             ValueError: it is not in the engine.
@@ -217,29 +224,62 @@ class Engine:
 
     @torch.no_grad()
     def step(self, *, watch: Watch | None = None) -> list[Result]:
-        """Take every request one row further. Returns those that have finished or failed.
+        """Take requests one row further. Returns those that have finished or failed.
+
+        All requests, except that on a CPU those whose rows would not fill a block wait, and are
+        first in the next step.
 
         A request fails when the network returns NaN or infinity for it; the others go on. On a CPU
         this is seen at once, on other devices when a request finishes: in between the host does
         not wait for the device.
 
-        watch: called with the x and the estimates of x0 of all requests, before any leaves.
+        watch: called with the x and the estimates of x0 of the requests that were taken further,
+            before any leaves.
         """
         slots = self._slots
-        if busy := slots.busy:
-            plan = self._plan_for([(slot, slots.guided(slot)) for slot in busy])
+        if turns := self._turns():
+            plan = self._plan_for(turns)
             prediction = self._denoiser(slots.x, plan.batch, self._state.get("extra"))
             denoised = torch.empty_like(slots.x) if watch or self._asked else None
             slots.step(
-                prediction, cond=plan.batch.cond, uncond=plan.batch.uncond, denoised=denoised
+                prediction,
+                cond=plan.batch.cond,
+                uncond=plan.batch.uncond,
+                denoised=denoised,
+                only=None if len(turns) == len(slots.busy) else plan.slots,
             )
             if len(plan.masked):
                 self._hold(plan.masked, plan.levels)
             plan.advance()
-            self.rows_taken += len(busy)
+            self.rows_taken += len(turns)
             if denoised is not None:
-                self._show(busy, denoised, watch)
+                self._show(plan.slots, denoised, watch)
         return self._collect()
+
+    def _turns(self) -> list[tuple[int, bool]]:
+        """The requests to take further, as (slot, guided); those that waited longest first.
+
+        Where rows are evaluated in blocks, as many as fill blocks: on a CPU a row that is there
+        only to fill a block costs as much as any other.
+        """
+        slots, blocks = self._slots, self._denoiser.blocks
+        busy = set(slots.busy)
+        seats = sorted(
+            (seat for seat in self._seats.values() if seat.slot in busy), key=lambda seat: seat.turn
+        )
+        turns = [(seat.slot, slots.guided(seat.slot)) for seat in seats]
+        if blocks is not None and blocks.guided == blocks.single:
+            room = sum(1 + guided for _, guided in turns)
+            room = max(room - room % blocks.single, blocks.single)
+            chosen = []
+            for turn in turns:
+                if (rows := 1 + turn[1]) <= room:
+                    room -= rows
+                    chosen.append(turn)
+            turns = chosen
+        for slot, _ in turns:
+            self._seats[slot].turn = next(self._turn)
+        return turns
 
     def _plan_for(self, turns: list[tuple[int, bool]]) -> _Plan:
         if self._plan is None or self._plan.turns != turns:
@@ -251,7 +291,7 @@ class Engine:
             starts = {slot: self._seats[slot].levels for slot in rows}
             masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
             places = torch.tensor(masked, dtype=torch.int64, device=self._denoiser.device)
-            self._plan = _Plan(turns, batch, *places.reshape(-1, 2).T.contiguous())
+            self._plan = _Plan(turns, list(rows), batch, *places.reshape(-1, 2).T.contiguous())
         return self._plan
 
     def _hold(self, slots: Tensor, levels: Tensor) -> None:
@@ -264,7 +304,7 @@ class Engine:
     def _show(self, busy: list[int], denoised: Tensor, watch: Watch | None) -> None:
         for slot in self._asked.intersection(busy):
             self.previews[self._seats[slot].ticket] = denoised[slot].clone()
-        self._asked.clear()
+        self._asked.difference_update(busy)
         if watch:
             tickets = [self._seats[slot].ticket for slot in busy]
             watch(tickets, self._slots.x[busy], denoised[busy])
