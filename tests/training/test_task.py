@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.generate.settings import SampleSettings
 from fastdiff.training import DenoiserLossConfig, PreviewConfig, train_autoencoder, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
 from fastdiff.training.trainer import Trainer, fit, open_run
+from tests.support.drawing import class_jobs
+from tests.support.drawing import images as images_of
 from tests.training import runs
 
 SETTINGS = SampleSettings(steps=4, guidance_scale=1.0)
@@ -56,7 +57,7 @@ def test_vq_latents_are_trained_on_and_sampled(images: Path, tmp_path: Path) -> 
     assert bundle.autoencoder is not None
     for name, value in bundle.autoencoder.state_dict().items():
         assert torch.equal(value, trained.state_dict()[name]), "the first stage must not move"
-    sampled = LatentDiffusion(bundle)([0, 1], [3, 4], SETTINGS)
+    sampled = images_of(bundle, class_jobs([0, 1], [3, 4], SETTINGS))
     assert sampled.shape == (2, 1, 16, 16)
     assert not torch.equal(sampled[0], sampled[1])
 
@@ -89,13 +90,12 @@ def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_pat
     assert bundle.denoiser is not None
     start = DiffusionTask(run).unet.conv_out.weight
     assert (bundle.denoiser.conv_out.weight != start).flatten(1).any(1).all(), "both halves learned"
-    pipeline = LatentDiffusion(bundle)
     settings = dataclasses.replace(SETTINGS, sampler="ddpm", clamp=1.0)
-    sampled = pipeline([0, 1], [3, 4], settings)
+    sampled = images_of(bundle, class_jobs([0, 1], [3, 4], settings))
     assert sampled.shape == (2, 1, 8, 8)
     with torch.no_grad():  # the second half reaches the sampler: another variance, another image
         bundle.denoiser.conv_out.bias[variance] += 3
-    assert not torch.equal(pipeline([0, 1], [3, 4], settings), sampled)
+    assert not torch.equal(images_of(bundle, class_jobs([0, 1], [3, 4], settings)), sampled)
 
 
 def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
         assert sheet.size == (16, 16), "four samples make a square"
     bundle = load_bundle(tmp_path / "run")
     assert bundle.class_names == ()
-    sampled = LatentDiffusion(bundle)([None], [3], SETTINGS)
+    sampled = images_of(bundle, class_jobs([None], [3], SETTINGS))
     assert sampled.shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"has 2 classes, the data has 0.*num_classes to None"):
         train_diffusion(dataclasses.replace(run, model=runs.denoiser_model()))
@@ -133,11 +133,12 @@ def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: 
     fit(task, dataclasses.replace(run), resume=False)
     labels = torch.tensor([0, 1, 1])
     preview = task.sample(task.unet.eval(), torch.tensor([0, 1, 7]), labels)
-    pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
+    bundle = load_bundle(tmp_path / "second")
     settings = SampleSettings(sampler="ddim", steps=3, guidance_scale=3.0)
-    sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
+    sampled = images_of(bundle, class_jobs([0, 1, 1], [0, 1, 7], settings))
     torch.testing.assert_close(preview, sampled.clamp(-1, 1), rtol=1e-4, atol=1e-4)
-    unguided = pipeline([0, 1, 1], [0, 1, 7], dataclasses.replace(settings, guidance_scale=1.0))
+    plain = dataclasses.replace(settings, guidance_scale=1.0)
+    unguided = images_of(bundle, class_jobs([0, 1, 1], [0, 1, 7], plain))
     assert (unguided - sampled).abs().max() > 1e-3, "guidance did nothing: the test sees nothing"
 
 
