@@ -46,7 +46,8 @@ class Stack:
             part = self._parts[key] = self._gap(len(array))
             if part.end > len(self.rows):
                 self._grow(part.end, array)
-            self.rows[part.start : part.end] = array
+            if len(array):
+                self.rows[part.start : part.end] = array
         part.users += 1
         return part.start
 
