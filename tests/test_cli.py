@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,12 +148,10 @@ def test_help_ends_with_three_examples_that_can_be_read(
         monkeypatch.setattr(command, "run", lambda *options: ran.append(options) or 0)
     jobs = {"sample": ClassJob(label=3), "txt2img": TextJob(prompt="a cat")}
 
-    def original(command: str, words: Sequence[str]) -> Original | None:
-        if "--like" not in words:
-            return None
+    def original(command: str, like: str) -> Original:
         facts = {"weights": "", "backend": "auto", "device": "cpu", "dtype": "float32"}
         recipe = Recipe(version=2, job=jobs[command], model="digits", **facts)
-        return Original(Path("a.png"), recipe, {})
+        return Original(Path(like), recipe, {})
 
     monkeypatch.setattr("fastdiff.cli.again.original", original)
     for example in examples:

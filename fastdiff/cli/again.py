@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,6 @@ from torch import Tensor
 from fastdiff.cli.loading import LoadOptions
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
 from fastdiff.cli.options import Command, Machine, as_options
-from fastdiff.cli.parsing import option_value
 from fastdiff.generate.job import PICTURES, ClassJob, ImageToImageJob, InpaintJob, TextJob, identity
 from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, read
 from fastdiff.images import read_recipe, to_pil
@@ -113,15 +112,12 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text[:40]
 
 
-def original(command: str, words: Sequence[str]) -> Original | None:
-    """What --like names among the words; None where there is no --like.
+def original(command: str, like: str) -> Original:
+    """The picture that --like names.
 
     Raises:
         FileNotFoundError, ValueError: there is no such picture, or no whole recipe in it.
     """
-    like = option_value(words, "--like")
-    if like is None:
-        return None
     path = Path(like)
     data = read_recipe(path)
     try:

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
 from fastdiff.cli.options import FLAT, NO_NONE, ImageToImageOptions, Machine, check_count
-from fastdiff.cli.parsing import parse
+from fastdiff.cli.parsing import option_value, parse
 from fastdiff.generate.job import ImageToImageJob
 from fastdiff.images import read_image
 
@@ -39,7 +39,8 @@ class Img2Img:
 
 
 def main(words: Sequence[str]) -> int:
-    like = again.original("img2img", words)
+    path = option_value(words, "--like")
+    like = None if path is None else again.original("img2img", path)
     default = like and again.options(like, Img2Img, ImageToImageOptions)
     options = parse(Img2Img, words, prog="fastdiff img2img", default=default)
     return 0 if options is None else run(options, like and like.asking(default))

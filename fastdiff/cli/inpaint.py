@@ -9,7 +9,7 @@ from typing import Annotated
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
 from fastdiff.cli.options import FLAT, NO_NONE, InpaintOptions, Machine, as_job, check_count
-from fastdiff.cli.parsing import parse
+from fastdiff.cli.parsing import option_value, parse
 from fastdiff.generate.job import InpaintJob, read_mask_of
 from fastdiff.images import read_image
 
@@ -40,7 +40,8 @@ class Inpaint:
 
 
 def main(words: Sequence[str]) -> int:
-    like = again.original("inpaint", words)
+    path = option_value(words, "--like")
+    like = None if path is None else again.original("inpaint", path)
     default = like and again.options(like, Inpaint, InpaintOptions)
     options = parse(Inpaint, words, prog="fastdiff inpaint", default=default)
     return 0 if options is None else run(options, like and like.asking(default))

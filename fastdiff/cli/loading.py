@@ -14,7 +14,7 @@ from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName
 if TYPE_CHECKING:
     import torch
 
-    from fastdiff.generate.model import Model
+    from fastdiff.checkpoint.model import Model
 
 HIDDEN = tyro.conf.arg(help_behavior_hint="")
 
@@ -79,12 +79,12 @@ class LoadOptions:
 
 
 def load(path: str, options: LoadOptions, device: torch.device, dtype: torch.dtype) -> Model:
-    """A model that generates.
+    """A model.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `fastdiff.load`.
     """
-    from fastdiff.generate.model import load as open_model
+    from fastdiff.checkpoint.open import load as open_model
 
     return open_model(path, device=device, dtype=dtype, **options.given)
 

@@ -19,12 +19,13 @@ from fastdiff.cli.options import Command, as_job, seeds
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import Job
 from fastdiff.generate.run import Result, generate
+from fastdiff.generate.session import Session
 from fastdiff.generate.settings import first_step
 from fastdiff.images import contact_sheet, save_png
 
 if TYPE_CHECKING:
+    from fastdiff.checkpoint.model import Model
     from fastdiff.diffusion.sampling import OnStep
-    from fastdiff.generate.model import Model
 
 SHEET, PREVIEW = "sheet.png", "preview.png"
 SHEET_ROWS, SHEET_COLUMNS = 64, 32
@@ -177,7 +178,7 @@ def recipe_of(options: Command, result: Result) -> dict[str, Any]:
 
 def _preview_writer(model: Model, folder: Path) -> OnStep:
     def write(step: Any) -> None:
-        small = model.preview(step.denoised).float().cpu()
+        small = Session.of(model).latents.preview(step.denoised).float().cpu()
         save_png(
             folder / PREVIEW,
             contact_sheet(small, cell=PREVIEW_SIDE, caption=f"{step.done}/{step.total}"),

@@ -12,7 +12,7 @@ import tyro
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
 from fastdiff.cli.options import FLAT, NO_NONE, ClassOptions, Machine, as_job, check_count, seeds
-from fastdiff.cli.parsing import parse
+from fastdiff.cli.parsing import option_value, parse
 from fastdiff.generate.job import ClassJob, Job
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Sample:
 
 
 def main(words: Sequence[str]) -> int:
-    like = again.original("sample", words)
+    path = option_value(words, "--like")
+    like = None if path is None else again.original("sample", path)
     default = like and again.options(like, Sample, ClassOptions, classes=_words(like.recipe.job))
     options = parse(Sample, words, prog="fastdiff sample", default=default)
     return 0 if options is None else run(options, like and like.asking(default))

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastdiff.cli import again, pictures
 from fastdiff.cli.loading import LoadOptions
 from fastdiff.cli.options import FLAT, NO_NONE, Machine, TextOptions, check_count
-from fastdiff.cli.parsing import OptionalPath, parse
+from fastdiff.cli.parsing import OptionalPath, option_value, parse
 from fastdiff.generate.job import TextJob
 
 
@@ -43,7 +43,8 @@ class Txt2Img:
 
 
 def main(words: Sequence[str]) -> int:
-    like = again.original("txt2img", words)
+    path = option_value(words, "--like")
+    like = None if path is None else again.original("txt2img", path)
     default = like and again.options(like, Txt2Img, TextOptions)
     options = parse(Txt2Img, words, prog="fastdiff txt2img", default=default)
     return 0 if options is None else run(options, like and like.asking(default))

@@ -13,12 +13,11 @@ LDM_CLASSES = 1000
 Extra = Literal["none", "inpainting", "upsampler"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Facts:
     """Of one model that samples."""
 
-    name: str
-    """What messages call the model."""
+    model: Model
     channels: int
     """Of x: of latents, or of pixels."""
     image_channels: int
@@ -43,6 +42,8 @@ class Facts:
     """Whether x is the image itself."""
     published: bool
     """Whether the files come from elsewhere, so that a paper says how to sample."""
+    learned_sigma: bool
+    """Whether the network returns a variance too."""
     names_sampler: bool
     """Whether the files name a sampler, even one that fastdiff lacks."""
 
@@ -82,7 +83,7 @@ class Facts:
         _check_context(model, config.context_dim)
         named = model.sampler is not None or bool(model.provenance.get("no_sampler"))
         return cls(
-            name=model.name,
+            model=model,
             channels=channels,
             image_channels=image_channels,
             factor=factor,
@@ -95,8 +96,14 @@ class Facts:
             reads_text=config.context_dim is not None and table is None,
             pixels=first is None,
             published=model.layout != "bundle",
+            learned_sigma=config.learned_sigma,
             names_sampler=named,
         )
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.model.name
 
     def x_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of what is diffused for an image of this size."""

@@ -21,6 +21,7 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     assert job.height is not None, "the job is checked"
     assert job.width is not None
     size = (job.height, job.width)
+    x = start_noise(session, job)
     stop: int | None = None
     then: Callable[[Tensor], Pass] | None = None
     if isinstance(job, TextJob) and refiner is not None:
@@ -28,7 +29,7 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     elif isinstance(job, TextJob) and job.upscale is not None:
         then = upscale.second_pass(session, job, job.upscale)
     table = session.table(job.settings, stop=stop)
-    x = start_noise(session, job) * table.initial_sigma
+    x = x * table.initial_sigma
     extra = None
     if isinstance(job, ClassJob) and job.image is not None:
         image = read_picture(job.image, session.facts.image_channels, None, None)

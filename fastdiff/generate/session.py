@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from fastdiff.generate.job import Job, Picture, read_picture
 from fastdiff.generate.latents import Latents
 from fastdiff.generate.settings import CHECKPOINT, DEFAULT_SAMPLER, SampleSettings
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
+from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
 
@@ -29,7 +31,7 @@ Made = TypeVar("Made")
 
 
 class Session:
-    """The networks of a model, prepared for inference in place, on their device, in their dtype.
+    """A model on its device and in its dtype; each part is prepared when it is first used.
 
     On the CPU an image depends on its job and the model only, bit for bit: not on the jobs around
     it, or on how many are done at once.
@@ -42,15 +44,9 @@ class Session:
         """
         self.model, self.facts = model, Facts.of(model)
         assert model.denoiser is not None
-        assert model.schedule is not None
         weight = next(model.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.network = prepare(model.denoiser, device=self.device, dtype=self.dtype)
-        self.latents = Latents(
-            model.autoencoder, model.scale_factor, device=self.device, dtype=self.dtype
-        )
-        self.conditions = Conditions(model, self.facts, device=self.device, dtype=self.dtype)
-        self.schedule = NoiseSchedule(model.schedule)
+        self.sample_dtype = torch.promote_types(self.dtype, torch.float32)
         self._kept: dict[str, dict[Hashable, Any]] = {}
 
     @classmethod
@@ -61,6 +57,29 @@ class Session:
         if kept is None or kept[0] != state:
             kept = vars(model)["_session"] = (state, cls(model))
         return kept[1]
+
+    @cached_property
+    def network(self) -> Network:
+        """The denoiser, prepared for inference in place."""
+        assert self.model.denoiser is not None
+        return prepare(self.model.denoiser, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def latents(self) -> Latents:
+        """The first stage, prepared for inference in place."""
+        first, scale = self.model.autoencoder, self.model.scale_factor
+        return Latents(first, scale, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        """What makes conditions of prompts and classes."""
+        return Conditions(self.model, self.facts, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise of the training."""
+        assert self.model.schedule is not None
+        return NoiseSchedule(self.model.schedule)
 
     def table(
         self,
@@ -82,7 +101,7 @@ class Session:
         self, settings: SampleSettings, start: int, stop: int | None, files: Session | None
     ) -> SamplerTable:
         name, options = (files or self).sampling(settings)
-        if name == "ddpm" and self.network.config.learned_sigma:
+        if name == "ddpm" and self.facts.learned_sigma:
             options["variance"] = "learned"
         return build_table(
             name,
@@ -118,7 +137,7 @@ class Session:
         """Noise N(0, 1), a function of the seed alone: (*shape) in the sample's dtype."""
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
         noise = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE)
-        return noise[0].to(self.latents.sample_dtype)
+        return noise[0].to(self.sample_dtype)
 
     def picture(self, picture: Picture, height: int | None, width: int | None) -> Tensor:
         """An image of a job as (C, H, W) in [-1, 1], of sides that the networks can halve.
@@ -164,7 +183,7 @@ class Session:
         condition, unconditional = self.conditions.of(job, size, guided=guided)
         return Request(
             table=table,
-            x=x.to(self.device, self.latents.sample_dtype),
+            x=x.to(self.device, self.sample_dtype),
             seed=job.seed if seed is None else seed,
             condition=condition,
             unconditional=unconditional,

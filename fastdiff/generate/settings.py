@@ -70,11 +70,12 @@ class SampleSettings:
             raise ValueError(f"eta must be a number >= 0, got {self.eta}; 0 adds no noise")
         if self.clamp is not None and not self.clamp > 0:
             raise ValueError(f"clamp must be positive, got {self.clamp}; 1 fits images")
-        GuidanceConfig(
-            scale=1.0 if self.guidance_scale is None else self.guidance_scale,
-            rescale=self.guidance_rescale,
-            interval=self.guidance_interval,
-        )
+        if (self.guidance_scale, self.guidance_rescale, self.guidance_interval) != (None, 0, None):
+            GuidanceConfig(
+                scale=1.0 if self.guidance_scale is None else self.guidance_scale,
+                rescale=self.guidance_rescale,
+                interval=self.guidance_interval,
+            )
 
     @property
     def weight(self) -> float:

@@ -155,7 +155,7 @@ def test_the_report_says_what_was_measured(
         seeds=tuple(range(360)),
         neighbours=neighbours,
         reference=reference,
-        settings=SampleSettings(),
+        settings=SampleSettings(sampler="dpmpp-2m", steps=50, guidance_scale=1.5),
         weights_hash="f" * 64,
         model="held-out",
     )
