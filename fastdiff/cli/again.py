@@ -10,9 +10,8 @@ from typing import Any, get_args
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from fastdiff.cli.loading import LoadOptions
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
-from fastdiff.cli.options import Command, Machine, as_options
+from fastdiff.cli.options import Command, LoadOptions, Machine, as_options
 from fastdiff.generate.job import PICTURES, ClassJob, ImageToImageJob, InpaintJob, TextJob, identity
 from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, read
 from fastdiff.images import read_recipe, to_pil

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastdiff.cli import again, pictures
-from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import FLAT, NO_NONE, ImageToImageOptions, Machine, check_count
+from fastdiff.cli.options import (
+    FLAT,
+    NO_NONE,
+    ImageToImageOptions,
+    LoadOptions,
+    Machine,
+    check_count,
+)
 from fastdiff.cli.parsing import option_value, parse
 from fastdiff.generate.job import ImageToImageJob
 from fastdiff.images import read_image

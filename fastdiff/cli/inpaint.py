@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastdiff.cli import again, pictures
-from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import FLAT, NO_NONE, InpaintOptions, Machine, as_job, check_count
+from fastdiff.cli.options import (
+    FLAT,
+    NO_NONE,
+    InpaintOptions,
+    LoadOptions,
+    Machine,
+    as_job,
+    check_count,
+)
 from fastdiff.cli.parsing import option_value, parse
 from fastdiff.generate.job import InpaintJob, read_mask_of
 from fastdiff.images import read_image

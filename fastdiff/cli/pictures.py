@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.cli import loading
+from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.open import load
 from fastdiff.cli.again import Original
 from fastdiff.cli.console import Clock, backends_line, print_pairs, progress
 from fastdiff.cli.machine import check_room, chosen_backend, device_and_dtype, output_folder
-from fastdiff.cli.options import Command, as_job, seeds
+from fastdiff.cli.options import Command, LoadOptions, as_job, seeds
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import Job
 from fastdiff.generate.run import Result, generate
@@ -24,7 +25,6 @@ from fastdiff.generate.settings import first_step
 from fastdiff.images import contact_sheet, save_png
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint.model import Model
     from fastdiff.diffusion.sampling import OnStep
 
 SHEET, PREVIEW = "sheet.png", "preview.png"
@@ -101,7 +101,7 @@ def run(
         [
             ("images", f"{wanted.total:,} of {_made_by(last)}"),
             ("weights", model.weights_hash[:12]),
-            *loading.assumed(model),
+            *assumed(model),
             *compared,
             ("backends", backends_line(served)),
             ("time", clock.report()),
@@ -113,11 +113,26 @@ def run(
 def _load(
     options: Command, refiner: Path | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Model, Model | None]:
-    model = loading.load(options.model, options.load, device, dtype)
+    model = load(options.model, device=device, dtype=dtype, **options.load.given)
     if refiner is None:
         return model, None
-    words = loading.LoadOptions(tokenizer=options.load.tokenizer[-1:])
-    return model, loading.load(str(refiner), words, device, dtype)
+    words = options.load.tokenizer[-1:] or None
+    return model, load(refiner, device=device, dtype=dtype, tokenizer=words)
+
+
+def assumed(model: Model) -> list[tuple[str, str]]:
+    """What the files do not say and was taken from the published models, as lines to print."""
+    facts = model.provenance.get("assumed", {})
+    if not facts:
+        return []
+    flags = {field.name for field in fields(LoadOptions)}
+    said = [
+        f"--{name.replace('_', '-')}\N{NO-BREAK SPACE}{value}"
+        if name in flags
+        else f"{name} {value}"
+        for name, value in facts.items()
+    ]
+    return [("assumed", f"{', '.join(said)} (the files do not say; give what is wrong yourself)")]
 
 
 def _paths(options: Command, wanted: Wanted, again: Original | None) -> list[Path]:

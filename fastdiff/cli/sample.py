@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastdiff.cli import again, pictures
-from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import FLAT, NO_NONE, ClassOptions, Machine, as_job, check_count, seeds
+from fastdiff.cli.options import (
+    FLAT,
+    NO_NONE,
+    ClassOptions,
+    LoadOptions,
+    Machine,
+    as_job,
+    check_count,
+    seeds,
+)
 from fastdiff.cli.parsing import option_value, parse
 from fastdiff.generate.job import ClassJob, Job
 

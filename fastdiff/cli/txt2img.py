@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastdiff.cli import again, pictures
-from fastdiff.cli.loading import LoadOptions
-from fastdiff.cli.options import FLAT, NO_NONE, Machine, TextOptions, check_count
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions, Machine, TextOptions, check_count
 from fastdiff.cli.parsing import OptionalPath, option_value, parse
 from fastdiff.generate.job import TextJob
 
