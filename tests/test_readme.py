@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.images import read_recipe
-from fastdiff.kernels import extension
+from fastdiff.kernels import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ def test_the_lines_of_python_run(
     exec(compile(block, "README.md", "exec"), {})
     assert len([line for line in block.splitlines() if line]) == 5
     assert read_recipe(tmp_path / "three.png")["job"]["label"] == 3
-    chosen = "cpu" if extension.native else "reference"
+    chosen = "cpu" if compiled.native else "reference"
     assert f"group_norm_silu (backend 'auto'): {chosen}" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ from fastdiff.configs import to_dict
 from fastdiff.generate.job import Job, from_json, to_json
 from fastdiff.generate.session import Session
 from fastdiff.generate.settings import CHECKPOINT
-from fastdiff.kernels.dispatch import selected_backend
+from fastdiff.kernels.choose import selected_backend
 
 VERSION = 2
 NEW_BITS = (
