@@ -3,18 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 ASSETS := fastdiff/assets/digits
 
-.PHONY: help venv build demo test lint types format bench wheel install-check weights clean
+.PHONY: help venv build demo test test-avx2 check lint types format bench wheel install-check weights clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed, got {v.major}.{v.minor}; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@# a path and not an import hook: type checkers find the package in the user's files too
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=compat
 	@touch $@
 
 venv: $(STAMP) ## make .venv with what constraints.txt pins
@@ -26,7 +28,13 @@ demo: $(STAMP) ## sample a labelled sheet of digits from the shipped weights int
 	$(BIN)/fastdiff sample --out out/demo
 
 test: $(STAMP) ## pass the tests, a process per core
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+test-avx2: $(STAMP) ## pass the tests that compute on this CPU once more, with AVX2 alone
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numeric
+
+check: $(STAMP) ## lint, types and the fast tests of what changed, within a minute
+	$(BIN)/python -m tests.support.check
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

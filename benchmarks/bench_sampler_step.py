@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import compare
 from fastdiff import kernels
-from fastdiff.bench.ops.sampler_step import ROWS, eager, row_of
+from fastdiff.bench.ops.sampler_step import ROWS, eager, halves, row_of
 from fastdiff.bench.record import Work
 from fastdiff.models.presets import UNETS
 
@@ -25,10 +25,11 @@ def test_sampler_step(
     x, history = torch.randn(shape), torch.zeros(3, *shape)
     prediction = torch.randn(2 * batch, *shape[1:])
     table = row_of(row, x.device)
-    step, seeds = torch.tensor(0), torch.arange(batch)
+    seeds = torch.arange(batch)
+    rows = torch.zeros_like(seeds)
 
     def reference(x: Tensor, prediction: Tensor, history: Tensor, _: float) -> None:
-        kernels.sampler_step(x, prediction, history, table, step, seeds)
+        kernels.sampler_step(x, prediction, history, table, rows, seeds, **halves(seeds))
 
     compare(
         benchmark,

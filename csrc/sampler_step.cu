@@ -29,15 +29,16 @@ const char* run(const StepArguments<T>& p, const Target& target) {
 
 using namespace fastdiff;
 
-/// A row of the table. dtype: the prediction's. elements: of an image, below 2^31. layouts: 4 times 5 numbers (see layout_of), of x,
-/// the prediction, history, and the prediction in the order of its memory. moments: (n, parts, 5)
-/// fp32 for guidance rescale, or null.
+/// Each sample's row of the table. dtype: the prediction's. images: of the prediction. elements: of an
+/// image, below 2^31. layouts: 5 times 5 numbers (see layout_of), of x, the prediction, history, the
+/// prediction in the order of its memory, and denoised. cond, uncond, denoised, finite: as in
+/// StepArguments. moments: (n, parts, 5) fp32 for rows that rescale, or null.
 FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
     int device, void* stream, int dtype, float* x, const void* prediction, float* history,
-    const float* table, const int64_t* step, const int64_t* seeds, float* moments,
-    const int64_t* layouts, int64_t slot_stride, int64_t variance, int64_t n, int64_t rows,
-    int64_t elements, int64_t parts, float rescale, int64_t noise_stream, int guided,
-    int learned) {
+    const float* table, const int64_t* rows, const int64_t* seeds, const int64_t* cond,
+    const int64_t* uncond, float* denoised, bool* finite, float* moments, const int64_t* layouts,
+    int64_t slot_stride, int64_t variance, int64_t n, int64_t table_rows, int64_t images,
+    int64_t elements, int64_t parts, int64_t noise_stream, int learned) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
   return with_dtype(dtype, [&](auto zero) {
@@ -47,23 +48,27 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
     p.prediction = static_cast<const T*>(prediction);
     p.history = history;
     p.table = table;
-    p.step = step;
+    p.rows = rows;
     p.seeds = seeds;
+    p.cond = cond;
+    p.uncond = uncond;
+    p.denoised = denoised;
+    p.finite = finite;
     p.moments = moments;
     p.at_x = layout_of(layouts, x, sizeof(float));
     p.at_f = layout_of(layouts + 5, prediction, sizeof(T));
     p.at_history = layout_of(layouts + 10, history, sizeof(float));
     p.at_history.dense = p.at_history.dense && slot_stride % 4 == 0;
     p.along_f = layout_of(layouts + 15, prediction, sizeof(T));
+    p.at_denoised = layout_of(layouts + 20, denoised, sizeof(float));
     p.slot_stride = slot_stride;
     p.variance = variance;
     p.n = n;
-    p.rows = rows;
+    p.table_rows = table_rows;
+    p.images = images;
     p.elements = unsigned(elements);
     p.parts = unsigned(parts);
-    p.rescale = rescale;
     p.stream = uint32_t(noise_stream);
-    p.guided = guided != 0;
     p.learned = learned != 0;
     return run<T>(p, target);
   });

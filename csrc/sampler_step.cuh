@@ -1,14 +1,16 @@
-// One row of a sampler table, in place on x and history (kernels/sampler_step.py has the maths).
+// A row of a sampler table for each sample, in place on x and history (kernels/sampler_step.py has
+// the maths).
 //
-// One launch; with guidance rescale one before it, for the deviations of whole images. Step and row
-// are read on the device, so that a captured launch serves every row. A thread has the four
-// elements of one Philox counter, in the logical order of an image, whatever the layouts: loads and
-// stores are of 16 bytes (8 of half precision) where a tensor is dense, else one number each. Bytes:
-// x in and out, the prediction (twice with guidance, once more for a learned variance), each history
-// slot that is read or written. A coefficient of 0 means that its tensor is not read.
+// One launch; where rows may rescale one before it, for the deviations of whole images. Rows, indices
+// and the table are read on the device, so that a captured launch serves any of them. A thread has the
+// four elements of one Philox counter, in the logical order of an image, whatever the layouts: loads
+// and stores are of 16 bytes (8 of half precision) where a tensor is dense, else one number each.
+// Bytes: x in and out, the prediction (twice with guidance, once more for a learned variance), each
+// history slot that is read or written, denoised out. A coefficient of 0 means that its tensor is not
+// read. A block belongs to one sample; those of idle samples return at once.
 //
-// A step outside of the table makes x NaN and leaves the history: a kernel cannot raise, and x as it
-// was would be a wrong image that nobody notices.
+// A row or index out of range makes the sample's x NaN and leaves its history: a kernel cannot raise,
+// and x as it was would be a wrong image that nobody notices.
 
 #pragma once
 
@@ -18,9 +20,10 @@ namespace fastdiff {
 
 /// The columns of a table, as kernels/sampler_step.py names them.
 enum Column : int {
-  kU, kV, kA, kB, kC1, kC2, kC3, kS, kP, kQ, kSlot, kW, kClamp, kLogvarMin, kLogvarMax
+  kU, kV, kA, kB, kC1, kC2, kC3, kS, kP, kQ, kSlot, kW, kClamp, kLogvarMin, kLogvarMax, kNoiseStep,
+  kRescale
 };
-constexpr int kColumns = 16;
+constexpr int kColumns = 20;
 constexpr int kSlots = 3;
 constexpr int kStepThreads = 128;
 constexpr int kMomentThreads = 256;
@@ -71,29 +74,58 @@ struct Quad {
   }
 };
 
+/// A sample's row of the table and its images of the prediction.
+template <typename T>
+struct Place {
+  const float* row;  // null: out of range
+  const T *cond, *uncond;  // uncond null: not guided
+  bool idle;
+};
+
 template <typename T>
 struct StepArguments {
   float* x;
-  const T* prediction;   // N or 2N images: [uncond; cond]
+  const T* prediction;   // images, in any number
   float* history;        // kSlots slots of N images
-  const float* table;    // (rows, kColumns)
-  const int64_t* step;
+  const float* table;    // (table_rows, kColumns)
+  const int64_t* rows;   // (N,); -1: the sample is left alone
   const int64_t* seeds;  // (N,)
-  float* moments;        // (N, parts, 5), or null without rescale
-  ImageLayout at_x, at_f, at_history, along_f;  // along_f: in the order of memory
+  const int64_t* cond;   // (N,): images of the prediction; null: the sample's own number
+  const int64_t* uncond;  // (N,): the same, -1: not guided; null: none is
+  float* denoised;       // N images, or null
+  bool* finite;          // (N,), or null: cleared where the prediction is not finite
+  float* moments;        // (N, parts, 5); null: no row of a guided sample may rescale
+  ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in the order of memory
   int64_t slot_stride, variance;  // from slot to slot; from a prediction to its learned variance
-  int64_t n, rows;
+  int64_t n, table_rows, images;
   unsigned elements, parts;
-  float rescale;
   uint32_t stream;
-  bool guided, learned;
+  bool learned;
 
-  /// The table's row, or null where it has none; its number.
-  __device__ __forceinline__ const float* row(int64_t& index) const {
-    index = *step;
-    return index >= 0 && index < rows ? table + index * kColumns : nullptr;
+  __device__ __forceinline__ Place<T> place(int64_t sample) const {
+    const int64_t index = rows[sample];
+    const int64_t own = cond != nullptr ? cond[sample] : sample;
+    const int64_t other = uncond != nullptr ? uncond[sample] : -1;
+    Place<T> out{};
+    out.idle = index == -1;
+    if (index < 0 || index >= table_rows || own < 0 || own >= images || other < -1 ||
+        other >= images)
+      return out;
+    const float* row = table + index * kColumns;
+    if (other >= 0 && moments == nullptr && row[kRescale] != 0) return out;
+    out.row = row;
+    out.cond = prediction + own * at_f.image;
+    out.uncond = other >= 0 ? prediction + other * at_f.image : nullptr;
+    return out;
   }
 };
+
+__device__ __forceinline__ bool all_finite(const float (&x)[4]) {
+  bool all = true;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) all = all && fabsf(x[k]) < __uint_as_float(0x7f800000u);
+  return all;
+}
 
 /// F = uncond + W (cond - uncond); one rounding order everywhere, so that a constant stays one.
 __device__ __forceinline__ float guide(float uncond, float cond, float scale) {
@@ -120,28 +152,27 @@ __device__ __forceinline__ void add_four(Moments& moments, const float (&d)[4], 
 }
 
 /// Count, mean and squares of F, mean and squares of F_cond, of every parts-th tile of an image;
-/// means are above the image's first number, so that a constant has none. Grid: N * parts.
+/// means are above the image's first number, so that a constant has none. Nothing for samples that are
+/// not rescaled. Grid: N * parts.
 template <typename T>
 __global__ void __launch_bounds__(kMomentThreads) sampler_step_moments(StepArguments<T> p) {
   FASTDIFF_SHARED(float, scratch, 3 * kMomentThreads / kWarpSize);
   const int64_t image = blockIdx.x / p.parts;
   const unsigned part = blockIdx.x % p.parts;
-  int64_t index;
-  const float* row = p.row(index);
-  if (row == nullptr) return;  // the whole block; the next launch does not read the moments then
-  const float scale = row[kW];
-  const T* uncond = p.prediction + image * p.along_f.image;
-  const T* cond = uncond + p.n * p.along_f.image;
-  const float pivot_cond = to_float(*cond);
-  const float pivot = guide(to_float(*uncond), pivot_cond, scale);
+  const Place<T> at = p.place(image);
+  // the whole block; the next launch does not read the moments then
+  if (at.row == nullptr || at.uncond == nullptr || at.row[kRescale] == 0) return;
+  const float scale = at.row[kW];
+  const float pivot_cond = to_float(*at.cond);
+  const float pivot = guide(to_float(*at.uncond), pivot_cond, scale);
   Moments of_f, of_cond;
   const unsigned stride = p.parts * kMomentThreads * 4;
   for (unsigned first = (part * kMomentThreads + threadIdx.x) * 4; first < p.elements;
        first += stride) {  // 2^31 + a stride is below 2^32
     const Quad quad(p.along_f, first, p.elements);
     float f[4], c[4];
-    quad.load(uncond, f);
-    quad.load(cond, c);
+    quad.load(at.uncond, f);
+    quad.load(at.cond, c);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       f[k] = guide(f[k], c[k], scale) - pivot;
@@ -181,21 +212,36 @@ __device__ __forceinline__ float ratio_of_deviations(const StepArguments<T>& p, 
   return of_f.m2 > 0 ? sqrtf(of_cond.m2 / of_f.m2) : 1.0f;
 }
 
-/// The factor of the noise: S, or exp(logvar / 2) from what the network learned.
+/// The factor of the noise: S, or exp(logvar / 2) from what the network learned; whether that is
+/// finite.
 template <typename T>
-__device__ __forceinline__ void noise_factors(const StepArguments<T>& p, const float* row,
-                                              const T* cond, Quad quad, float (&out)[4]) {
+__device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const Place<T>& at,
+                                              Quad quad, float (&out)[4]) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) out[k] = row[kS];
-  if (!p.learned) return;
+  for (int k = 0; k < 4; ++k) out[k] = at.row[kS];
+  if (!p.learned) return true;
   quad.packed = quad.packed && p.variance % 4 == 0;
-  quad.load(cond + p.variance, out);
-  const float low = row[kLogvarMin], high = row[kLogvarMax];
+  quad.load(at.cond + p.variance, out);
+  const bool finite = all_finite(out);
+  const float low = at.row[kLogvarMin], high = at.row[kLogvarMax];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const float fraction = (out[k] + 1.0f) * 0.5f;
     out[k] = expf(0.5f * (fraction * high + (1.0f - fraction) * low));
   }
+  return finite;
+}
+
+/// x and denoised of a sample whose row or indices are out of range become NaN.
+template <typename T>
+__device__ __forceinline__ void spoil(const StepArguments<T>& p, int64_t image, unsigned first) {
+  if (first >= p.elements) return;
+  const float nan = __uint_as_float(0x7fc00000u);
+  const float out[4] = {nan, nan, nan, nan};
+  Quad(p.at_x, first, p.elements).store(p.x + image * p.at_x.image, out);
+  if (p.denoised != nullptr)
+    Quad(p.at_denoised, first, p.elements).store(p.denoised + image * p.at_denoised.image, out);
+  if (p.finite != nullptr) p.finite[image] = false;
 }
 
 /// Grid: N * tiles, a tile being 4 kStepThreads elements of an image.
@@ -204,28 +250,25 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   const int64_t image = blockIdx.x / tiles;
   const unsigned block = blockIdx.x % tiles * kStepThreads + threadIdx.x;
   const bool outside = 4 * block >= p.elements;
-  int64_t index;
-  const float* row = p.row(index);
-  float* to = p.x + image * p.at_x.image;
-  const Quad at_x(p.at_x, 4 * block, p.elements);
-  if (row == nullptr) {  // the whole grid
-    const float nan = __uint_as_float(0x7fc00000u);
-    const float out[4] = {nan, nan, nan, nan};
-    if (!outside) at_x.store(to, out);
-    return;
-  }
+  const Place<T> place = p.place(image);
+  const float* row = place.row;
+  if (place.idle) return;  // the whole block, here and below
+  if (row == nullptr) return spoil(p, image, 4 * block);
   float share = 1.0f;
-  if (p.moments != nullptr)
-    share = p.rescale * ratio_of_deviations(p, image) + (1.0f - p.rescale);
+  if (place.uncond != nullptr && row[kRescale] != 0)
+    share = row[kRescale] * ratio_of_deviations(p, image) + (1.0f - row[kRescale]);
   if (outside) return;
 
   float x[4], f[4], d[4], next[4];
+  float* to = p.x + image * p.at_x.image;
+  const Quad at_x(p.at_x, 4 * block, p.elements);
   at_x.load(to, x);
   const Quad at_f(p.at_f, 4 * block, p.elements);
-  const T* cond = p.prediction + (p.guided ? p.n + image : image) * p.at_f.image;
-  at_f.load(cond, f);
-  if (p.guided) {
-    at_f.load(p.prediction + image * p.at_f.image, d);
+  at_f.load(place.cond, f);
+  bool finite = all_finite(f);
+  if (place.uncond != nullptr) {
+    at_f.load(place.uncond, d);
+    finite = finite && all_finite(d);
 #pragma unroll
     for (int k = 0; k < 4; ++k) f[k] = guide(d[k], f[k], row[kW]) * share;
   }
@@ -249,13 +292,16 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   }
   if (row[kS] != 0) {
     float factors[4], z[4];
-    noise_factors(p, row, cond, at_f, factors);
-    const NormalKey key{static_cast<uint64_t>(p.seeds[image]), static_cast<uint32_t>(index),
-                        p.stream};
+    finite = noise_factors(p, place, at_f, factors) && finite;
+    const NormalKey key{static_cast<uint64_t>(p.seeds[image]),
+                        static_cast<uint32_t>(row[kNoiseStep]), p.stream};
     normals_of_block(key, block, z);
 #pragma unroll
     for (int k = 0; k < 4; ++k) next[k] += factors[k] * z[k];
   }
+  if (p.denoised != nullptr)
+    Quad(p.at_denoised, 4 * block, p.elements).store(p.denoised + image * p.at_denoised.image, d);
+  if (p.finite != nullptr && !finite) p.finite[image] = false;  // by any of its threads
   const int slot = static_cast<int>(row[kSlot]);
   if (slot >= 0 && slot < kSlots) {
 #pragma unroll

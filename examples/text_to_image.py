@@ -10,7 +10,8 @@ import sys
 import torch
 
 import fastdiff
-from fastdiff.generate.core import SampleSettings, Step
+from fastdiff.diffusion.sampling import Step
+from fastdiff.generate.core import SampleSettings
 from fastdiff.generate.text import TextDiffusion, TextSettings
 from fastdiff.generate.text_to_image import text_to_image
 from fastdiff.images import save_png

@@ -39,16 +39,42 @@ def _place(
 
 
 @jit
-def _sampler_step_kernel(
+def _places(
+    image: tl.tensor,
+    rows: tl.tensor,
+    cond: tl.tensor,
+    uncond: tl.tensor,
+    table_rows: tl.tensor,
+    images: tl.tensor,
+) -> tl.tensor:
+    """A sample's row, its images of the prediction (uncond -1: not guided); whether all are in
+    range, whether it is idle. cond, uncond: pointers or None."""
+    index = tl.load(rows + image)
+    own, other = image, tl.full([], -1, tl.int64)
+    if cond is not None:
+        own = tl.load(cond + image)
+    if uncond is not None:
+        other = tl.load(uncond + image)
+    valid = (index >= 0) & (index < table_rows) & (own >= 0) & (own < images)
+    valid = valid & (other >= -1) & (other < images)
+    return index, own, other, valid, index == -1
+
+
+@jit
+def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they load
     x: tl.tensor,
     prediction: tl.tensor,
     history: tl.tensor,
     table: tl.tensor,
-    step: tl.tensor,
-    seeds: tl.tensor,
-    moments: tl.tensor,
-    n: tl.tensor,
     rows: tl.tensor,
+    seeds: tl.tensor,
+    cond: tl.tensor,
+    uncond: tl.tensor,
+    denoised: tl.tensor,
+    finite: tl.tensor,
+    moments: tl.tensor,
+    table_rows: tl.tensor,
+    images: tl.tensor,
     elements: tl.tensor,
     space: tl.tensor,
     x_n: tl.tensor,
@@ -61,80 +87,98 @@ def _sampler_step_kernel(
     h_n: tl.tensor,
     h_c: tl.tensor,
     h_s: tl.tensor,
-    rescale: tl.tensor,
+    d_n: tl.tensor,
+    d_c: tl.tensor,
+    d_s: tl.tensor,
     parts: tl.tensor,
-    GUIDED: tl.constexpr,
     LEARNED: tl.constexpr,
     X_DENSE: tl.constexpr,
     F_DENSE: tl.constexpr,
     H_DENSE: tl.constexpr,
+    D_DENSE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK Philox counters, 4 elements each, of one image; letters as in the module docstring.
+    """BLOCK Philox counters, 4 elements each, of one image; letters as in the op's docstring.
 
-    moments: None, or (n, parts, 5) of `_moments_kernel`. A row outside of the table is read as NaN.
+    moments: None, or (n, parts, 5) of `_moments_kernel`. A row out of range is read as NaN. Of an
+    idle sample nothing is read or written.
     """
     tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = (tl.program_id(0) // tiles).to(tl.int64)
     block = (tl.program_id(0) % tiles) * BLOCK
     e = block * 4 + tl.arange(0, 4 * BLOCK)
-    inside = e < elements
+    index, own, other, valid, idle = _places(image, rows, cond, uncond, table_rows, images)
+    row = table + index * 20
+    if moments is None:  # then no row of a guided sample may rescale
+        valid = valid & ((other < 0) | (tl.load(row + 16, valid, other=0.0) == 0))
+    written = (e < elements) & (idle == 0)
+    inside = written & valid
     x += image * x_n + _place(e, space, x_c, x_s, X_DENSE)
     f_place = _place(e, space, f_c, f_s, F_DENSE)
-    uncond = prediction + image * f_n + f_place
-    cond = uncond
-    if GUIDED:
-        cond += tl.cast(n, tl.int64) * f_n
     history += image * h_n + _place(e, space, h_c, h_s, H_DENSE)
     value = tl.load(x, inside, other=0.0)
-    f = tl.load(cond, inside, other=0.0).to(tl.float32)
-    index = tl.load(step)
-    there = (index >= 0) & (index < rows)
-    row = table + index * 16
+    f = tl.load(prediction + own * f_n + f_place, inside, other=0.0).to(tl.float32)
+    broken = (tl.abs(f) < float("inf")) == 0  # NaN is not smaller
 
-    if GUIDED:
-        base = tl.load(uncond, inside, other=0.0).to(tl.float32)
-        f = base + tl.load(row + 11, there, other=float("nan")) * (f - base)
+    if uncond is not None:
+        guided = other >= 0
+        base = tl.load(prediction + other * f_n + f_place, inside & guided, other=0.0)
+        base = base.to(tl.float32)
+        broken = broken | ((tl.abs(base) < float("inf")) == 0)
+        weight = tl.load(row + 11, valid, other=float("nan"))
+        f = tl.where(guided, base + weight * (f - base), f)
         if moments is not None:
-            ratio = _ratio_of_deviations(moments + image * parts * 5, parts, elements, PARTS)
-            f = rescale * f * ratio + (1.0 - rescale) * f
-    d = tl.load(row, there, other=float("nan")) * value
-    d += tl.load(row + 1, there, other=float("nan")) * f
-    bound = tl.load(row + 12, there, other=float("nan"))
+            phi = tl.load(row + 16, valid & guided, other=0.0)
+            if phi != 0:
+                ratio = _ratio_of_deviations(moments + image * parts * 5, parts, elements, PARTS)
+                f = phi * f * ratio + (1.0 - phi) * f
+    d = tl.load(row, valid, other=float("nan")) * value
+    d += tl.load(row + 1, valid, other=float("nan")) * f
+    bound = tl.load(row + 12, valid, other=float("nan"))
     d = tl.where(d > bound, bound, tl.where(d < -bound, -bound, d))  # keeps NaN
 
-    out = tl.load(row + 2, there, other=float("nan")) * value
-    out += tl.load(row + 3, there, other=float("nan")) * d
+    out = tl.load(row + 2, valid, other=float("nan")) * value
+    out += tl.load(row + 3, valid, other=float("nan")) * d
     for slot in tl.static_range(3):
-        c = tl.load(row + 4 + slot, there, other=0.0)
+        c = tl.load(row + 4 + slot, valid, other=0.0)
         read = inside & (c != 0)
         out += c * tl.load(history + slot * tl.cast(slot_stride, tl.int64), read, other=0.0)
-    s = tl.load(row + 7, there, other=0.0)
+    s = tl.load(row + 7, valid, other=0.0)
     if s != 0:
         factor = tl.full([4 * BLOCK], 0.0, tl.float32) + s
         if LEARNED:
-            channels = tl.cast(elements // space, tl.int64)
-            v = tl.load(cond + channels * f_c, inside, other=0.0).to(tl.float32)
+            learned = prediction + own * f_n + tl.cast(elements // space, tl.int64) * f_c
+            v = tl.load(learned + f_place, inside, other=0.0).to(tl.float32)
+            broken = broken | ((tl.abs(v) < float("inf")) == 0)
             fraction = (v + 1.0) * 0.5
             low, high = tl.load(row + 13), tl.load(row + 14)
             factor = tl.exp(0.5 * (fraction * high + (1.0 - fraction) * low))
-        out += factor * normals(block, index, 1, tl.load(seeds + image), BLOCK)
-    slot = tl.load(row + 10, there, other=-1.0).to(tl.int32)
-    kept = tl.load(row + 8, there, other=0.0) * value + tl.load(row + 9, there, other=0.0) * d
+        number = tl.load(row + 15).to(tl.int64)
+        out += factor * normals(block, number, 1, tl.load(seeds + image), BLOCK)
+    slot = tl.load(row + 10, valid, other=-1.0).to(tl.int32)
+    kept = tl.load(row + 8, valid, other=0.0) * value + tl.load(row + 9, valid, other=0.0) * d
     writes = inside & (slot >= 0) & (slot < 3)
     tl.store(history + slot * tl.cast(slot_stride, tl.int64), kept, writes)
-    tl.store(x, out, inside)
+    tl.store(x, out, written)
+    if denoised is not None:
+        denoised += image * d_n + _place(e, space, d_c, d_s, D_DENSE)
+        tl.store(denoised, d, written)
+    if finite is not None:  # bytes; several programs may store the same 0
+        wrong = (tl.max(broken.to(tl.int32), 0) > 0) | (valid == 0)
+        tl.store(finite + image, 0, wrong & (idle == 0))
 
 
 @jit
 def _moments_kernel(
     prediction: tl.tensor,
     table: tl.tensor,
-    step: tl.tensor,
-    moments: tl.tensor,
-    n: tl.tensor,
     rows: tl.tensor,
+    cond: tl.tensor,
+    uncond: tl.tensor,
+    moments: tl.tensor,
+    table_rows: tl.tensor,
+    images: tl.tensor,
     elements: tl.tensor,
     inner: tl.tensor,
     f_n: tl.tensor,
@@ -145,39 +189,41 @@ def _moments_kernel(
     TILE: tl.constexpr,
 ) -> None:
     """Of every parts-th tile of one image: count, mean and sum of squared differences from it, of
-    F_cond and of F. Means are above the image's first number, so that a constant has none."""
+    F_cond and of F. Means are above the image's first number, so that a constant has none. A sample
+    that is not rescaled has no tiles, and nothing of it is read or written."""
     image = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    index = tl.load(step)
-    there = (index >= 0) & (index < rows)
-    weight = tl.load(table + index * 16 + 11, there, other=0.0)
-    prediction += image * f_n
-    pair = tl.cast(n, tl.int64) * f_n
-    first, first_cond = (
-        tl.load(prediction).to(tl.float32),
-        tl.load(prediction + pair).to(tl.float32),
-    )
+    index, own, other, valid, _ = _places(image, rows, cond, uncond, table_rows, images)
+    row = table + index * 20
+    wanted = valid & (other >= 0)
+    wanted = wanted & (tl.load(row + 16, wanted, other=0.0) != 0)
+    weight = tl.load(row + 11, wanted, other=0.0)
+    pair = (own - other) * f_n
+    prediction += other * f_n
+    first = tl.load(prediction, wanted, other=0.0).to(tl.float32)
+    first_cond = tl.load(prediction + pair, wanted, other=0.0).to(tl.float32)
     first += weight * (first_cond - first)
     count, mean, squares, mean_cond, squares_cond = 0.0, 0.0, 0.0, 0.0, 0.0
-    for tile in range(part, (elements - 1) // TILE + 1, parts):
+    tiles = tl.where(wanted, (elements - 1) // TILE + 1, 0)
+    for tile in range(part, tiles, parts):
         e = tile * TILE + tl.arange(0, TILE)
         inside = e < elements
         source = prediction + _place(e, inner, f_outer, f_inner, DENSE)
         base = tl.load(source, inside, other=0.0).to(tl.float32)
-        cond = tl.load(source + pair, inside, other=0.0).to(tl.float32)
-        f = base + weight * (cond - base)
+        f_cond = tl.load(source + pair, inside, other=0.0).to(tl.float32)
+        f = base + weight * (f_cond - base)
         more = tl.minimum(elements - tile * TILE, TILE).to(tl.float32)
         mean, squares = with_tile(f - first, inside, more, count, mean, squares)
         mean_cond, squares_cond = with_tile(
-            cond - first_cond, inside, more, count, mean_cond, squares_cond
+            f_cond - first_cond, inside, more, count, mean_cond, squares_cond
         )
         count += more
     moments += tl.program_id(0).to(tl.int64) * 5
-    tl.store(moments, count)
-    tl.store(moments + 1, mean)
-    tl.store(moments + 2, squares)
-    tl.store(moments + 3, mean_cond)
-    tl.store(moments + 4, squares_cond)
+    tl.store(moments, count, wanted)
+    tl.store(moments + 1, mean, wanted)
+    tl.store(moments + 2, squares, wanted)
+    tl.store(moments + 3, mean_cond, wanted)
+    tl.store(moments + 4, squares_cond, wanted)
 
 
 @jit
@@ -244,30 +290,38 @@ def run_step(
     prediction: Tensor,
     history: Tensor,
     table: Tensor,
-    step: Tensor,
+    rows: Tensor,
     seeds: Tensor,
-    guidance_rescale: float,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    denoised: Tensor | None = None,
+    finite: Tensor | None = None,
+    rescale: bool = True,
 ) -> None:
     if x.numel() == 0:
         return
     n, c = x.shape[:2]
     elements, space = x[0].numel(), x[0, 0].numel()
-    guided, learned = prediction.shape[0] == 2 * n, prediction.shape[1] == 2 * c
     prediction, (f_c, f_s), f_dense = _strides(prediction, 1)
     written, x_strides, x_dense = _strides(x, 1)
     slots, h_strides, h_dense = _strides(history, 2)
-    table, seeds = table.contiguous(), seeds.contiguous()
+    estimate, d_strides, d_dense = (None, (0, 0), True)
+    if denoised is not None:
+        estimate, d_strides, d_dense = _strides(denoised, 1)
+    indices = table.contiguous(), rows.contiguous()
+    pair = [None if index is None else index.contiguous() for index in (cond, uncond)]
+    flags = None if finite is None else finite.contiguous().view(torch.uint8)
     chosen = config("sampler_step", x, "any")
     tile = 4 * chosen["BLOCK"]
     tiles = cdiv(elements, tile)
     moments, parts = None, 0
-    if guided and guidance_rescale > 0:
+    if uncond is not None and rescale:
         parts = min(PARTS, cdiv(elements, 2 * tile))
         moments = x.new_empty(n, parts, 5)
         launch(
             _moments_kernel,
             (n * parts,),
-            *(prediction, table, step, moments, n, len(table), elements),
+            *(prediction, *indices, *pair, moments, len(table), len(prediction), elements),
             *_by_memory(prediction, c, space, f_c, f_s),
             parts,
             DENSE=f_dense or (f_s == c and f_c == 1),
@@ -277,16 +331,25 @@ def run_step(
     launch(
         _sampler_step_kernel,
         (n * tiles,),
-        *(written, prediction, slots, table, step, seeds, moments),
-        *(n, len(table), elements, space, written.stride(0), *x_strides),
+        *(
+            written,
+            prediction,
+            slots,
+            *indices,
+            seeds.contiguous(),
+            *pair,
+            estimate,
+            flags,
+            moments,
+        ),
+        *(len(table), len(prediction), elements, space, written.stride(0), *x_strides),
         *(prediction.stride(0), f_c, f_s, *slots.stride()[:2], *h_strides),
-        guidance_rescale,
-        parts,
-        GUIDED=guided,
-        LEARNED=learned,
+        *(0 if estimate is None else estimate.stride(0), *d_strides, parts),
+        LEARNED=prediction.shape[1] == 2 * c,
         X_DENSE=x_dense,
         F_DENSE=f_dense,
         H_DENSE=h_dense,
+        D_DENSE=d_dense,
         PARTS=next_power_of_2(parts),
         **chosen,
     )
@@ -294,6 +357,10 @@ def run_step(
         x.copy_(written)
     if slots is not history:
         history.copy_(slots)
+    if denoised is not None and estimate is not None and estimate is not denoised:
+        denoised.copy_(estimate)
+    if finite is not None and flags is not None and not finite.is_contiguous():
+        finite.copy_(flags)
 
 
 def _by_memory(
@@ -314,7 +381,7 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     """SD's latents, which a U-Net in channels_last gives back as they are; x in fp32, NCHW. Then:
-    everything dense, learned variance (ADM-256), guidance_rescale."""
+    everything dense, learned variance (ADM-256), rows that may rescale."""
 
     def call(
         shape: tuple[int, ...],
@@ -323,23 +390,26 @@ def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[
         guided: bool = True,
         learned: bool = False,
         layout: torch.memory_format = torch.contiguous_format,
-        rescale: float = 0.0,
+        rescale: bool = False,
     ) -> Callable[[], Any]:
         n, c, *rest = shape
         x = torch.zeros(shape, device=device)
-        history, table = torch.zeros(3, *shape, device=device), torch.zeros(20, 16, device=device)
-        step = torch.zeros((), dtype=torch.int64, device=device)
-        seeds = torch.zeros(n, dtype=torch.int64, device=device)
+        history, table = torch.zeros(3, *shape, device=device), torch.zeros(20, 20, device=device)
+        rows, seeds, cond, uncond = torch.arange(n, device=device).repeat(4, 1)
+        finite = torch.ones(n, dtype=torch.bool, device=device)
         prediction = torch.zeros(
             n * (1 + guided), c * (1 + learned), *rest, dtype=prediction_dtype, device=device
         ).contiguous(memory_format=layout)
-        return lambda: run_step(x, prediction, history, table, step, seeds, rescale)
+        own, other = (cond + n, uncond) if guided else (None, None)
+        return lambda: run_step(
+            x, prediction, history, table, rows, seeds, own, other, None, finite, rescale
+        )
 
     latents, pixels, half = (4, 4, 64, 64), (4, 3, 256, 256), torch.bfloat16
     return [
         call(latents, half, layout=torch.channels_last),
         call(latents, torch.float32, guided=False),
-        call(latents, half, rescale=0.7),
+        call(latents, half, rescale=True),
         call(pixels, half, learned=True, layout=torch.channels_last),
     ]
 

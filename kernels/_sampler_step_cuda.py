@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastdiff.kernels._sampler_step import _by_memory, _strides
 from fastdiff.kernels._triton import cdiv
 from fastdiff.kernels.philox import SAMPLER_NOISE
 
-_cuda.declare("sampler_step", "ip" + "i" + "ppppppp" + "p" + "qqqqqq" + "fqii")
+_cuda.declare("sampler_step", "ip" + "i" + "pppppppppp" + "pp" + "qqqqqqq" + "qi")
 
 PART = 1024
 """The fewest numbers of an image that a block takes the moments of."""
@@ -25,64 +26,62 @@ def run_step(
     prediction: Tensor,
     history: Tensor,
     table: Tensor,
-    step: Tensor,
+    rows: Tensor,
     seeds: Tensor,
-    guidance_rescale: float,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    denoised: Tensor | None = None,
+    finite: Tensor | None = None,
+    rescale: bool = True,
 ) -> None:
     """`sampler_step` by the CUDA kernels."""
     if x.numel() == 0:
         return
     n, c = x.shape[:2]
     elements, space = x[0].numel(), x[0, 0].numel()
-    guided, learned = prediction.shape[0] == 2 * n, prediction.shape[1] == 2 * c
     prediction, (f_c, f_s), f_dense = _strides(prediction, 1)
     written, x_strides, x_dense = _strides(x, 1)
     slots, h_strides, h_dense = _strides(history, 2)
-    table, seeds = table.contiguous(), seeds.contiguous()
+    estimate, d_strides, d_dense = _strides(x if denoised is None else denoised, 1)
+    table, rows, seeds = table.contiguous(), rows.contiguous(), seeds.contiguous()
+    cond = None if cond is None else cond.contiguous()
+    uncond = None if uncond is None else uncond.contiguous()
+    flags = None if finite is None else finite.contiguous()
     inner, images, *along = _by_memory(prediction, c, space, f_c, f_s)
     in_order = f_dense or (f_s == c and f_c == 1)
-    layouts = (ctypes.c_int64 * 20)(
+    layouts = (ctypes.c_int64 * 25)(
         *(written.stride(0), *x_strides, space, x_dense),
         *(prediction.stride(0), f_c, f_s, space, f_dense),
         *(slots.stride(1), *h_strides, space, h_dense),
         *(images, *along, inner, in_order),
+        *(estimate.stride(0), *d_strides, space, d_dense),
     )
     moments, parts = None, min(PARTS, cdiv(elements, PART))
-    if guided and guidance_rescale > 0:
+    if uncond is not None and rescale:
         moments = torch.empty(n, parts, 5, dtype=torch.float32, device=x.device)
     _cuda.launch(
         "sampler_step", x, _cuda.DTYPES[prediction.dtype],
         written.data_ptr(), prediction.data_ptr(), slots.data_ptr(), table.data_ptr(),
-        step.data_ptr(), seeds.data_ptr(), _cuda.address(moments), ctypes.addressof(layouts),
-        slots.stride(0), c * f_c, n, len(table), elements, parts,
-        guidance_rescale, int(SAMPLER_NOISE), guided, learned,
+        rows.data_ptr(), seeds.data_ptr(), _cuda.address(cond), _cuda.address(uncond),
+        None if denoised is None else estimate.data_ptr(), _cuda.address(flags),
+        _cuda.address(moments), ctypes.addressof(layouts),
+        slots.stride(0), c * f_c, n, len(table), len(prediction), elements, parts,
+        int(SAMPLER_NOISE), prediction.shape[1] == 2 * c,
     )  # fmt: skip
-    if written is not x:
-        x.copy_(written)
-    if slots is not history:
-        history.copy_(slots)
+    outputs = ((x, written), (history, slots), (denoised, estimate), (finite, flags))
+    for given, filled in outputs:
+        if given is not None and filled is not None and filled is not given:
+            given.copy_(filled)
 
 
 sampler_step_cuda = torch.library.custom_op(
-    "fastdiff::sampler_step_cuda", run_step, mutates_args=("x", "history")
+    "fastdiff::sampler_step_cuda",
+    run_step,
+    mutates_args=("x", "history", "denoised", "finite"),
 )
 
 
-def plain_step(
-    x: Tensor,
-    prediction: Tensor,
-    history: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    *,
-    guidance_rescale: float = 0.0,
-) -> None:
-    """`sampler_step` past PyTorch's dispatcher."""
-    run_step(x, prediction, history, table, step, seeds, guidance_rescale)
-
-
 @torch.no_grad()
-def registered_step(*tensors: Tensor, guidance_rescale: float = 0.0) -> None:
+def registered_step(*tensors: Tensor, **options: Any) -> None:
     """`sampler_step` as PyTorch knows it."""
-    sampler_step_cuda(*tensors, guidance_rescale)
+    sampler_step_cuda(*tensors, **options)

@@ -113,9 +113,10 @@ def philox_normal_reference(
 
 
 def _normals_of_blocks(seeds: Tensor, block: Tensor, step: int | Tensor, stream: int) -> Tensor:
-    """seeds: (N,); block: (blocks,), int64 both -> the normals (N, 4 * blocks) fp32."""
+    """seeds: (N,); block: (blocks,), int64 both; step: a number, () or (N,) -> the normals
+    (N, 4 * blocks) fp32."""
     key = (seeds[:, None] & MASK32, (seeds[:, None] >> 32) & MASK32)  # (N, 1) each
-    step = torch.as_tensor(step, dtype=torch.int64, device=seeds.device) & MASK32
+    step = torch.as_tensor(step, dtype=torch.int64, device=seeds.device).reshape(-1, 1) & MASK32
     counter = (block & MASK32, block >> 32, step, torch.full_like(step, int(stream)))
     words = _rounds(counter, key)  # 4 of (N, blocks)
     uniform = [((w >> 9).double() + 0.5) * 2.0**-23 for w in words]

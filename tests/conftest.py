@@ -14,12 +14,21 @@ import os
 import pytest
 import torch
 
+from tests.support.imports import ROOT
+from tests.support.selection import is_numeric
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 os.environ.pop("COLUMNS", None)  # pytest -n sets it: output would wrap as on a terminal
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_numeric(item.path.relative_to(ROOT).as_posix(), item.name):
+            item.add_marker(pytest.mark.numeric)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,6 @@ STRANGERS = {("models", "diffusion"), ("diffusion", "models")}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 UNET_MAY_STAND_IN = ("fastdiff/models/", "fastdiff/checkpoint/layouts/")
 STILL_NAMES_UNET = {
-    "fastdiff/bench/shapes.py",
     "fastdiff/training/describe.py",
     "fastdiff/training/task.py",
 }

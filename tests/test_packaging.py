@@ -23,6 +23,9 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 ASSETS = ROOT / "fastdiff" / "assets"
 
 
+builds = pytest.mark.slow  # the first of them that runs waits for the C++ compiler
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _without_cuda() -> Iterator[None]:
     """nvcc takes long, and `make venv` has shown already that the CUDA kernels compile."""
@@ -51,15 +54,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wheel and sdist."""
+    """Sdist and wheel, both from the tree, so that later builds there find what is compiled; the
+    wheel from an sdist is .ci/run's."""
     out = tmp_path_factory.mktemp("dist")
+    kinds = ["--no-isolation", "--sdist", "--wheel"]
     subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
+        [sys.executable, "-m", "build", *kinds, "--outdir", str(out), str(source)],
         check=True, capture_output=True,
     )  # fmt: skip
     return out
 
 
+@builds
 def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
     names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
     assert len(names) == len(set(names))
@@ -82,6 +88,7 @@ def build_in_place(source: Path, **environment: str) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
+@builds
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
 def test_a_second_build_compiles_only_what_was_edited(dist: Path, source: Path) -> None:
     first = build_in_place(source)
@@ -94,6 +101,7 @@ def test_a_second_build_compiles_only_what_was_edited(dist: Path, source: Path) 
     assert list((source / "kernels").glob("_native.*"))
 
 
+@builds
 @pytest.mark.skipif(not COMPILER or not shutil.which("nm"), reason="no C++ compiler or nm here")
 def test_no_code_of_one_instruction_set_serves_another(dist: Path, source: Path) -> None:
     """A function that is weak (a template of a header) would be taken from any of the objects, from
@@ -106,6 +114,7 @@ def test_no_code_of_one_instruction_set_serves_another(dist: Path, source: Path)
         assert not weak, (path.name, weak)
 
 
+@builds
 def test_without_a_compiler_there_is_one_warning(source: Path, tmp_path: Path) -> None:
     """No module of an earlier build is left that would serve other sources; the reason is kept for
     the run time until a build succeeds."""
@@ -122,6 +131,7 @@ def test_without_a_compiler_there_is_one_warning(source: Path, tmp_path: Path) -
         assert not reason.exists()
 
 
+@builds
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
 def test_where_nvcc_fails_the_module_is_built_without_cuda(source: Path, tmp_path: Path) -> None:
     """Such as one that is too old for the C++ compiler; demanded, it fails."""
@@ -186,6 +196,7 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         script.architectures("nvcc")
 
 
+@builds
 def test_a_build_that_has_to_have_cuda_fails_without(source: Path, tmp_path: Path) -> None:
     built = build_in_place(source, PATH=str(tmp_path), CXX="", FASTDIFF_BUILD_CUDA="1")
     assert built.returncode != 0
@@ -194,12 +205,14 @@ def test_a_build_that_has_to_have_cuda_fails_without(source: Path, tmp_path: Pat
     assert "FASTDIFF_BUILD_CUDA must be 0, 1 or auto, got 'maybe'" in built.stderr
 
 
+@builds
 def test_wheel_holds_every_asset(dist: Path) -> None:
     names = set(zipfile.ZipFile(next(dist.glob("*.whl"))).namelist())
     assets = {str(p.relative_to(ROOT)) for p in ASSETS.rglob("*") if p.is_file()}
     assert assets <= names
 
 
+@builds
 def test_sdist_holds_kernels_once(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as tar:
         files = [Path(*Path(m.name).parts[1:]) for m in tar.getmembers() if not m.isdir()]

@@ -173,11 +173,11 @@ def native_image(unet: UNet, vae: Autoencoder, x: Tensor, context: Tensor) -> Te
         "ddim", schedule, STEPS, spacing="leading", steps_offset=1, final="sigma_min",
         guidance_scale=GUIDANCE,
     )  # fmt: skip
-    kvs = unet.project_context(context)
+    kvs, timesteps = unet.project_context(context), table.timesteps.tolist()
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+    def predict(x: Tensor, row: int) -> Tensor:
         both = torch.cat([x, x]).to(context.dtype)
-        return unet(both, torch.tensor(t, device=x.device), context=kvs)
+        return unet(both, torch.tensor(timesteps[row], device=x.device), context=kvs)
 
     z = sample(predict, table, x.float(), [0]).to(context.dtype)
     return (vae.decode(z / 0.18215) / 2 + 0.5).clamp(0, 1)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastdiff import kernels
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.network import network_family
 from fastdiff.models.presets import AUTOENCODERS, UNETS
-from fastdiff.models.unet import UNet
 
 Shape = tuple[int, ...]
 Function = Callable[..., Any]
@@ -124,7 +124,8 @@ class Job:
         """
         with torch.device("meta"):
             if self.network == "unet":
-                module: torch.nn.Module = UNet(UNETS[self.preset])
+                family = network_family(self.network)
+                module: torch.nn.Module = family.network(UNETS[self.preset])
             else:
                 module = Autoencoder(AUTOENCODERS[self.preset]).decoder
         module = module.to(dtype)

@@ -215,7 +215,7 @@ def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]
         "geglu": ((tokens,), {}),
         "layer_norm": ((tokens, zeros(64), zeros(64)), {}),
         "add_layer_norm": ((tokens, tokens, zeros(64), zeros(64)), {}),
-        "sampler_step": ((x, x, zeros(3, *x.shape), zeros(4, 16), seeds[0], seeds), {}),
+        "sampler_step": ((x, x, zeros(3, *x.shape), zeros(4, 20), seeds, seeds), {}),
         "philox_normal": ((seeds, (64, 8, 8)), {}),
     }
     return calls[op]

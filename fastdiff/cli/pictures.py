@@ -23,7 +23,8 @@ from fastdiff.cli.machine import (
     output_folder,
 )
 from fastdiff.cli.parsing import OptionalPath
-from fastdiff.generate.core import MAX_SEED, OnStep, SampleSettings, Step
+from fastdiff.diffusion.sampling import OnStep, Step
+from fastdiff.generate.core import MAX_SEED, SampleSettings
 from fastdiff.generate.image_to_image import first_step
 from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 from fastdiff.images import contact_sheet, save_png

@@ -1,6 +1,6 @@
 """Samplers as tables: one row per network evaluation, linear in what the network returns.
 
-    F   = F_uncond + W * (F_cond - F_uncond)                      guidance
+    F   = F_uncond + W * (F_cond - F_uncond)                      guidance, then RESCALE
     D   = clamp(U * x + V * F, -CLAMP, CLAMP)                     estimate of x0
     x'  = A * x + B * D + C1 * H_1 + C2 * H_2 + C3 * H_3 + S * noise
     H'  = P * x + Q * D                                           into slot SLOT, if it is not -1
@@ -19,6 +19,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -82,7 +83,7 @@ class SamplerTable:
 
     Attributes:
         name: the sampler's name in SAMPLERS.
-        columns: (rows, 16), fp64, CPU; the columns are `fastdiff.kernels.sampler_step.COLUMNS`.
+        columns: (rows, 20), fp64, CPU; the columns are `fastdiff.kernels.sampler_step.COLUMNS`.
         timesteps: (rows,), fp64: the t the network is given; real numbers with sigma spacings.
         sigmas: (rows,), fp64: sigma / alpha where the network is evaluated.
         steps: (rows,), int64: the step each row belongs to (Heun's steps have two rows).
@@ -107,13 +108,18 @@ class SamplerTable:
         """One named column, such as "A" or "W". Returns (rows,), fp64, CPU."""
         return self.columns[:, COLUMN[name]]
 
-    @property
+    @cached_property
     def guided(self) -> list[bool]:
         """For each row, whether it needs the unconditional half of the network's output too."""
         return [weight != 1 for weight in self.column("W").tolist()]
 
+    @cached_property
+    def rescales(self) -> bool:
+        """Whether a row rescales its guided prediction (RESCALE)."""
+        return any(self.column("RESCALE").tolist())
+
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The columns as `sampler_step` takes them: (rows, 16) on the device."""
+        """The columns as `sampler_step` takes them: (rows, 20) on the device."""
         return self.columns.to(device=device, dtype=dtype)
 
     def describe(self) -> list[list[str]]:
@@ -139,6 +145,7 @@ _IDLE = {
     "SLOT": NO_SLOT,
     "W": 1.0,
     "CLAMP": math.inf,
+    "RESCALE": 0.0,
 }
 
 
@@ -363,6 +370,7 @@ def build_table(
     stop: int | None = None,
     clamp: float | None = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
     guidance_interval: tuple[int, int] | None = None,
     **options: float | str | bool | None,
 ) -> SamplerTable:
@@ -383,7 +391,8 @@ def build_table(
             that is left before step `stop`. Steps keep their numbers.
         clamp: limit of |D|, 1 for pixels. x' is made from the clamped D alone, eps_hat included
             (diffusers' DDIM keeps the unclamped eps_hat unless use_clipped_model_output).
-        guidance_scale, guidance_interval: see GuidanceConfig; the interval counts steps.
+        guidance_scale, guidance_rescale, guidance_interval: see GuidanceConfig; the interval counts
+            steps.
         options: the sampler's own: eta (ddim, euler-ancestral, dpmpp-2m-sde), variance (ddpm),
             lower_order_final (dpmpp-2m, dpmpp-2m-sde). None means the sampler's default.
 
@@ -393,7 +402,9 @@ def build_table(
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
-    guidance = GuidanceConfig(scale=guidance_scale, interval=guidance_interval)
+    guidance = GuidanceConfig(
+        scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+    )
     if guidance_interval is not None and guidance_interval[1] > steps:
         raise ValueError(
             f"guidance_interval {guidance_interval} goes beyond the {steps} steps; "
@@ -416,7 +427,8 @@ def build_table(
         )
     rows = SAMPLERS[name](levels[start:], **_options(name, options)) if start < steps else []
     rows = [replace(row, step=row.step + start) for row in rows if row.step + start < stop]
-    return _table_of_rows(name, levels, rows, (start, stop), (prediction, clamp, guidance.weight))
+    settings = prediction, clamp, guidance.weight, guidance.rescale
+    return _table_of_rows(name, levels, rows, (start, stop), settings)
 
 
 def table_of_levels(
@@ -434,7 +446,7 @@ def table_of_levels(
     """
     rows = SAMPLERS[name](levels, **_options(name, options))
     ends = (0, len(levels) - 1)
-    return _table_of_rows(name, levels, rows, ends, (prediction, clamp, weight))
+    return _table_of_rows(name, levels, rows, ends, (prediction, clamp, weight, 0.0))
 
 
 def _table_of_rows(
@@ -442,11 +454,15 @@ def _table_of_rows(
     levels: Sequence[Level],
     rows: Sequence[Row],
     ends: tuple[int, int],
-    settings: tuple[Prediction, float | None, Callable[[int], float]],
+    settings: tuple[Prediction, float | None, Callable[[int], float], float],
 ) -> SamplerTable:
-    """ends: the levels to start from and to end at; settings: prediction, clamp, guidance."""
-    (start, stop), (prediction, clamp, weight) = ends, settings
-    columns = [_columns(row, prediction, weight(row.step), clamp) for row in rows]
+    """ends: the levels to start from and to end at; settings: prediction, clamp, guidance's weight
+    and rescale."""
+    (start, stop), (prediction, clamp, weight, rescale) = ends, settings
+    columns = [
+        _columns(row, number, prediction, clamp, (weight(row.step), rescale))
+        for number, row in enumerate(rows)
+    ]
     return SamplerTable(
         name=name,
         columns=torch.tensor(columns, dtype=torch.float64).reshape(-1, len(COLUMN)),
@@ -458,8 +474,15 @@ def _table_of_rows(
     )
 
 
-def _columns(row: Row, prediction: Prediction, weight: float, clamp: float | None) -> list[float]:
-    """A row as the numbers of its line of the table."""
+def _columns(
+    row: Row,
+    number: int,
+    prediction: Prediction,
+    clamp: float | None,
+    guidance: tuple[float, float],
+) -> list[float]:
+    """Row `number` as the numbers of its line of the table; guidance: weight and rescale."""
+    weight, rescale = guidance
     u, v = to_denoised(row.at.alpha, row.at.sigma, prediction)
     # A network with a variance of its own still gets this row's s: both bounds are its log.
     fixed = 2 * math.log(row.s) if row.s > 0 else 0.0
@@ -478,9 +501,10 @@ def _columns(row: Row, prediction: Prediction, weight: float, clamp: float | Non
         "CLAMP": math.inf if clamp is None else clamp,
         "LOGVAR_MIN": low,
         "LOGVAR_MAX": high,
-        "RESERVED": 0.0,
+        "NOISE_STEP": number,
+        "RESCALE": rescale if weight != 1 else 0.0,
     }
-    return [values[name] for name in COLUMN]
+    return [values.get(name, 0.0) for name in COLUMN]
 
 
 def spaced_levels(

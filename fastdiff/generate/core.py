@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.samplers import SAMPLERS, SPACINGS, SamplerTable, build_table
-from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.sampling import Adjust, OnStep, sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
@@ -41,27 +41,6 @@ PREVIEW_LATENTS = 4
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after each network evaluation of a pass."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a callback is told after each row of the table.
-
-    samples: which of the call's samples these are; there is more than one pass where they do not
-    fit into one batch. x: (n, C, h, w), the noisy latents. denoised: (n, C, h, w), the estimate of
-    the clean ones, for `Core.preview` or `Core.decode`.
-    """
-
-    done: int
-    total: int
-    samples: Sequence[int]
-    x: Tensor
-    denoised: Tensor
-
-
-OnStep = Callable[[Step], None]
-Adjust = Callable[[int, Tensor, Tensor], None]
-"""Called as adjust(row, x, samples) after each row; may change x in place. samples: (n,) int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +152,7 @@ class Core:
             start=start,
             stop=stop,
             guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
             guidance_interval=settings.guidance_interval,
             **options,
         )
@@ -221,6 +201,8 @@ class Core:
 
         x: (N, C, h, w) in `sample_dtype`, at the level of the table's first row. conditions,
         unconditional: one per sample; see `Denoiser`. extra: (N, C', h, w), see `Denoiser`.
+        adjust, on_step: see `sample`; the steps count the rows of all passes, and say which samples
+        a pass has.
 
         Returns (N, C, h, w).
 
@@ -237,34 +219,31 @@ class Core:
                 table.timesteps,
                 [conditions[i] for i in chosen],
                 None if unconditional is None else [unconditional[i] for i in chosen],
+                guided=table.guided,
                 extra=None if extra is None else extra[index],
                 block=block_size(x.shape[2], x.shape[3], self.device),
             )
 
-            def predict(x: Tensor, t: float, guided: bool, call: Denoiser = denoiser) -> Tensor:
+            def predict(x: Tensor, row: int, call: Denoiser = denoiser) -> Tensor:
                 nonlocal done
-                prediction = call(x, t, guided)
+                prediction = call(x, row)
                 done += 1
                 if progress is not None:
                     progress(done, total)
                 return prediction
 
-            def told(_: int, x: Tensor, denoised: Tensor, chosen: Sequence[int] = chosen) -> None:
-                assert on_step is not None
-                on_step(Step(done, total, chosen, x, denoised))
-
-            def adjusted(row: int, x: Tensor, index: Tensor = index) -> None:
-                assert adjust is not None
-                adjust(row, x, index)
+            def of_all(callback: OnStep | None, chosen: Sequence[int] = chosen) -> OnStep | None:
+                if callback is None:
+                    return None
+                return lambda step: callback(replace(step, done=done, total=total, samples=chosen))
 
             out[index] = sample(
                 predict,
                 table,
                 x[index],
                 torch.tensor([seeds[i] for i in chosen], dtype=torch.int64, device=self.device),
-                guidance_rescale=settings.guidance_rescale,
-                adjust=adjusted if adjust else None,
-                on_step=told if on_step else None,
+                adjust=of_all(adjust),
+                on_step=of_all(on_step),
             )
         return out
 

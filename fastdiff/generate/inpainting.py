@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.generate.core import Adjust, OnStep, Progress, SampleSettings
+from fastdiff.diffusion.sampling import Adjust, OnStep, Step
+from fastdiff.generate.core import Progress, SampleSettings
 from fastdiff.generate.image_to_image import check_image, first_step
 from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings, samples
 
@@ -129,10 +130,11 @@ def _hold(table: SamplerTable, z: Tensor, noise: Tensor, mask: Tensor) -> Adjust
     """Outside the mask, the image at the level of the next row; after the last, the image."""
     sigmas = [*table.sigmas.tolist()[1:], 0.0]
 
-    def adjust(row: int, x: Tensor, samples: Tensor) -> None:
-        alpha = (1 + sigmas[row] ** 2) ** -0.5
-        known = alpha * z[samples] + alpha * sigmas[row] * noise[samples]
-        x.copy_(torch.where(mask[samples] > 0, x, known))
+    def adjust(step: Step) -> None:
+        sigma, samples = sigmas[step.row], list(step.samples)
+        alpha = (1 + sigma**2) ** -0.5
+        known = alpha * z[samples] + alpha * sigma * noise[samples]
+        step.x.copy_(torch.where(mask[samples] > 0, step.x, known))
 
     return adjust
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastdiff.generate.core import OnStep, Progress, SampleSettings, stage_seeds
+from fastdiff.diffusion.sampling import OnStep
+from fastdiff.generate.core import Progress, SampleSettings, stage_seeds
 from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings, samples
 from fastdiff.generate.text_to_image import text_to_latents
 

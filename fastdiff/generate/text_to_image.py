@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastdiff.generate.core import OnStep, Progress, SampleSettings
+from fastdiff.diffusion.sampling import OnStep
+from fastdiff.generate.core import Progress, SampleSettings
 from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings, samples
 
 

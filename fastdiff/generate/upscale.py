@@ -8,7 +8,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.generate.core import OnStep, Progress, SampleSettings, stage_seeds
+from fastdiff.diffusion.sampling import OnStep
+from fastdiff.generate.core import Progress, SampleSettings, stage_seeds
 from fastdiff.generate.image_to_image import latents_to_latents
 from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
 

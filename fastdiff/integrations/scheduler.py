@@ -207,7 +207,6 @@ class Steps:
             self.eta, self.device = eta, sample.device
             built = self.build(eta)
             self.table = built.to(sample.device)
-            self.index = torch.arange(len(self.table), device=sample.device)
             if self.seeds is None and bool(built.column("S").any()):
                 self.seeds = seeds_of(generator, len(sample)).to(sample.device)
         seeds = self.seeds
@@ -216,7 +215,8 @@ class Steps:
         x = sample.to(torch.float32, copy=True)
         if self.history is None or self.history.shape[1:] != x.shape:
             self.history = x.new_zeros(HISTORY_SLOTS, *x.shape)
-        sampler_step(x, prediction, self.history, self.table, self.index[self.row], seeds)
+        rows = torch.full((len(x),), self.row, device=x.device)
+        sampler_step(x, prediction, self.history, self.table, rows, seeds)
         self.row += 1
         return x.to(sample.dtype)
 

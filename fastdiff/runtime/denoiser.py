@@ -13,7 +13,7 @@ from fastdiff.runtime.conditions import Condition
 
 
 class Denoiser:
-    """A network with its conditions: the ``predict(x, t, guided)`` that the sampling loop calls.
+    """A network with its conditions: the ``predict(x, row)`` that the sampling loop calls.
 
     Computed once, here: the embeddings of all (timestep, condition) pairs, and each condition's
     keys and values in every cross-attention. A step looks them up.
@@ -26,13 +26,15 @@ class Denoiser:
         conditions: Sequence[Condition],
         unconditional: Sequence[Condition] | None = None,
         *,
+        guided: Sequence[bool] | None = None,
         extra: Tensor | None = None,
         block: int | None = None,
     ) -> None:
         """
-        timesteps: (rows,), every t that will be asked for.
+        timesteps: (rows,), the t of each row.
         conditions: one per sample, all with as many tokens.
-        unconditional: one per sample, for guidance; None if it will not be asked for.
+        unconditional: one per sample, for guidance; None if no row is guided.
+        guided: for each row, whether it is; None: all are where there is `unconditional`.
         extra: (N, C, H, W), channels that the network reads behind those of x, as for inpainting.
         block: samples per evaluation; see :func:`block_size`.
         """
@@ -42,13 +44,16 @@ class Denoiser:
         self.dtype, device = weight.dtype, weight.device
         kinds = list(dict.fromkeys([*conditions, *(unconditional or ())]))
         assert len({kind.tokens for kind in kinds}) == 1, "samples differ in their tokens"
-        self.place = {float(t): row for row, t in enumerate(dict.fromkeys(_floats(timesteps)))}
+        self.guided = [unconditional is not None] * len(timesteps) if guided is None else guided
+        assert unconditional is not None or not any(self.guided), "guided without unconditional"
+        different = list(dict.fromkeys(_floats(timesteps)))
+        self.place = [different.index(t) for t in _floats(timesteps)]  # row -> embedding
         self.kinds = [kinds.index(condition) for condition in conditions]
         self.null = [kinds.index(condition) for condition in unconditional or ()]
         self.samples = torch.arange(len(conditions))
         self._chosen: dict[tuple[int, ...], tuple[Tensor, Context]] = {}
         with torch.inference_mode():
-            t = torch.tensor(list(self.place), dtype=torch.float32, device=device)
+            t = torch.tensor(different, dtype=torch.float32, device=device)
             # One call per condition, so that each has the same shape in any batch.
             vectors: dict[tuple[int | None, int], Tensor] = {}
             for kind in kinds:
@@ -58,7 +63,7 @@ class Denoiser:
                     added = None if added is None else added.to(device).expand(len(t), -1)
                     vectors[kind.key] = unet.embed(t, y, added)
             kinds_of_rows = [vectors[kind.key] for kind in kinds]
-            self.embeddings = torch.stack(kinds_of_rows, dim=1)  # (rows, conditions, E)
+            self.embeddings = torch.stack(kinds_of_rows, dim=1)  # (timesteps, conditions, E)
             self.kvs = [
                 unet.project_context(kind.context.to(device, self.dtype))
                 for kind in kinds
@@ -66,11 +71,11 @@ class Denoiser:
             ]
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, t: float, guided: bool) -> Tensor:
-        """x: (N, C, H, W). Returns in its dtype (N, ...), or (2N, ...) = [uncond; cond]."""
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        """x: (N, C, H, W). Returns in its dtype (N, ...), if the row is guided (2N, ...) = [uncond;
+        cond]."""
         assert len(x) == len(self.kinds), f"{len(self.kinds)} conditions for {len(x)} samples"
-        assert not guided or self.null, "made without unconditional"
-        emb = self.embeddings[self.place[t]]
+        guided, emb = self.guided[row], self.embeddings[self.place[row]]
 
         def evaluate(piece: Tensor, samples: Sequence[int]) -> Tensor:
             chosen = [self.kinds[sample] for sample in samples]

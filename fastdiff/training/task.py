@@ -131,13 +131,16 @@ class DiffusionTask:
         )
         null = None if labels is None else torch.full_like(labels, run.model.num_classes or 0)
 
-        def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        timesteps = table.timesteps.tolist()
+
+        def predict(x: Tensor, row: int) -> Tensor:
             y = labels
-            if guided:
+            if table.guided[row]:
                 assert labels is not None
                 assert null is not None
                 x, y = torch.cat([x, x]), torch.cat([null, labels])
-            return network(x, torch.full((len(x),), t, device=x.device), y=y).float()
+            t = torch.full((len(x),), timesteps[row], device=x.device)
+            return network(x, t, y=y).float()
 
         shape = self.latents.shape(run.data.image_size)
         return self.latents.decode(sample(predict, table, shape, seeds))

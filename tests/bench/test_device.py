@@ -156,10 +156,10 @@ def test_gradients_at_which_nothing_is_aimed_come_later() -> None:
 
 def test_what_people_write_as_a_sampler_step_is_ours() -> None:
     case = sampler_step.gpu_cases(4, (2,))[0]
-    args, _ = case.subject.arguments(case.call, case.job, Make(torch.float32, CPU))
+    args, options = case.subject.arguments(case.call, case.job, Make(torch.float32, CPU))
     ours, theirs = ([a.clone() for a in args] for _ in range(2))
-    case.subject.ours(*ours)
-    case.subject.eager(*theirs)
+    case.subject.ours(*ours, **options)
+    case.subject.eager(*theirs, **options)
     torch.testing.assert_close(ours[0], theirs[0])
     torch.testing.assert_close(ours[2], theirs[2])
 

@@ -162,7 +162,7 @@ def test_the_same_way_from_noise_to_sample(
     sampler = read.sampler.sampler
     table = build_table(sampler, schedule, steps, **read.sampler.arguments(schedule, steps))
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ours = sample(lambda x, t, guided: network(x, t, SHAPE[1]), table, x, SEEDS)
+    ours = sample(lambda x, row: network(x, float(table.timesteps[row]), SHAPE[1]), table, x, SEEDS)
     case = Case(sampler=sampler, scheduler=name)
     expected = their_trajectory(case, theirs, x, monkeypatch)[-1]
     assert float((ours - expected).norm() / expected.norm()) < 1e-3

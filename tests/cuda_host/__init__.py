@@ -8,6 +8,7 @@ sources) and kept in build/.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -56,23 +57,29 @@ def build(flags: str = "") -> Path:
         total.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build" / "cuda_host"
     library = folder / f"{total.hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{library.stem}-{path.stem}-{os.getpid()}.o" for path in sources()]
-        common = [COMPILER, *FLAGS.split(), *flags.split(), "-DFASTDIFF_EMULATE_CUDA"]
-        common += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            commands = [
-                [*common, "-c", "-x", "c++", str(path), "-o", str(target)]
-                for path, target in zip(sources(), objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
-        written = library.with_suffix(f".{os.getpid()}")
-        _run([*common, "-shared", *map(str, objects), "-o", str(written)])
-        written.rename(library)
-        for path in objects:
-            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of test processes side by side one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(library, flags)
     return library
+
+
+def _compile(library: Path, flags: str) -> None:
+    objects = [library.parent / f"{library.stem}-{path.stem}-{os.getpid()}.o" for path in sources()]
+    common = [COMPILER, *FLAGS.split(), *flags.split(), "-DFASTDIFF_EMULATE_CUDA"]
+    common += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        commands = [
+            [*common, "-c", "-x", "c++", str(path), "-o", str(target)]
+            for path, target in zip(sources(), objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
+    written = library.with_suffix(f".{os.getpid()}")
+    _run([*common, "-shared", *map(str, objects), "-o", str(written)])
+    written.rename(library)
+    for path in objects:
+        path.unlink()
 
 
 def _run(command: list[str]) -> None:

@@ -4,6 +4,8 @@ exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
@@ -34,8 +36,16 @@ def responsibilities(y: Tensor, sigma: float = 0.0) -> Tensor:
     return (WEIGHTS.log() - variance.log() - distance / variance / 2).softmax(-1)
 
 
-def exact_network(schedule: NoiseSchedule, prediction: str = "eps") -> Predict:
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+def along(table: SamplerTable, network: Callable[[Tensor, float], Tensor]) -> Predict:
+    """A network of (x, t) as the sampling loop calls it."""
+    timesteps = table.timesteps.tolist()
+    return lambda x, row: network(x, timesteps[row])
+
+
+def exact_network(
+    schedule: NoiseSchedule, prediction: str = "eps"
+) -> Callable[[Tensor, float], Tensor]:
+    def predict(x: Tensor, t: float) -> Tensor:
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         d = denoise(x.double() / alpha, sigma / alpha)
         if prediction == "x0":

@@ -297,7 +297,8 @@ def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     channels = 2 * SHAPE[1] if case.learned else SHAPE[1]
 
-    def predict(x: torch.Tensor, t: float, guided: bool) -> torch.Tensor:
+    def predict(x: torch.Tensor, row: int) -> torch.Tensor:
+        t = float(table.timesteps[row])
         return network(x, round(t) if case.rounds_t else t, channels)
 
     trajectory: list[torch.Tensor] = []
@@ -306,7 +307,7 @@ def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch
         table,
         x,
         SEEDS,
-        on_step=lambda row, x, denoised: trajectory.append(x.clone()),
+        on_step=lambda step: trajectory.append(step.x.clone()),
     )
 
     theirs = their_trajectory(case, scheduler, x, monkeypatch)

@@ -18,6 +18,7 @@ from tests.diffusion.mixture import (
     STDS,
     VARIANCE,
     WEIGHTS,
+    along,
     exact_end,
     exact_network,
     responsibilities,
@@ -79,7 +80,7 @@ def test_order(
             final="sigma_min",
             **options,
         )
-        result = sample(network, table, x, range(64))
+        result = sample(along(table, network), table, x, range(64))
         errors.append(float((result - exact).square().mean().sqrt()))
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.15, f"order {slope:.3f}, expected {order}; errors {errors}"
@@ -112,7 +113,7 @@ def test_distribution(name: str, options: dict, order: int) -> None:
     x = COARSE.add_noise(x0, noise[1], COARSE.num_timesteps - 1)
     spacing = smooth_timesteps("exponential", steps)
     table = build_table(name, COARSE, steps, spacing=spacing, final="sigma_min", **options)
-    x = sample(exact_network(COARSE), table, x, range(n))
+    x = sample(along(table, exact_network(COARSE)), table, x, range(n))
     alpha, sigma = COARSE.alpha(0), COARSE.sigma(0)
     for what, values, expected in (
         ("mean", x, alpha * MEAN),
@@ -168,5 +169,6 @@ def test_a_first_step_out_of_noise_alone(name: str, kind: str, steps: int) -> No
     errors = {}
     for sampler in (name, "euler"):
         table = build_table(sampler, schedule, steps, prediction="v")
-        errors[sampler] = float((sample(network, table, x, seeds) - exact).square().mean().sqrt())
+        result = sample(along(table, network), table, x, seeds)
+        errors[sampler] = float((result - exact).square().mean().sqrt())
     assert errors[name] < errors["euler"]

@@ -45,7 +45,8 @@ def test_a_point_is_hit_exactly(
         return  # errors, tested below
     point = torch.tensor([[0.7], [-0.4]], dtype=torch.float64)
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+    def predict(x: Tensor, row: int) -> Tensor:
+        t = float(table.timesteps[row])
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         eps_hat = (x - alpha * point) / sigma
         return {"eps": eps_hat, "v": alpha * eps_hat - sigma * point, "x0": point.expand_as(x)}[
@@ -78,11 +79,11 @@ def test_ddpm_step_is_the_posterior(variance: str) -> None:
     states = [noise(2, 3, 5)]
     output = torch.cat([d, v], 1) if variance == "learned" else d
     sample(
-        lambda x, t, guided: output,
+        lambda x, row: output,
         table,
         states[0],
         seeds,
-        on_step=lambda i, x, _: states.append(x.clone()),
+        on_step=lambda step: states.append(step.x.clone()),
     )
     for row, t in enumerate(range(19, -1, -1)):
         x, x_next = states[row], states[row + 1]
@@ -106,7 +107,7 @@ def test_fixed_noise_ignores_a_learned_variance() -> None:
         options = {} if name == "dpmpp-2m-sde" else {"eta": 0.7}
         table = build_table(name, LINEAR, 7, prediction="v", **options)
         results = [
-            sample(lambda x, t, guided, f=f: f, table, noise(2, 3, 5), [1, 2])
+            sample(lambda x, row, f=f: f, table, noise(2, 3, 5), [1, 2])
             for f in (d, torch.cat([d, v], 1))
         ]
         # exp(log s) in place of s
@@ -115,45 +116,45 @@ def test_fixed_noise_ignores_a_learned_variance() -> None:
 
 def test_guidance() -> None:
     """W applies in its steps, both halves are asked for only there, and F is the combination."""
-    asked = []
     uncond, cond = noise(2, 2, 3, seed=1), noise(2, 2, 3, seed=2)
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
-        asked.append(guided)
-        return torch.cat([uncond, cond]) if guided else cond
+    def predict(x: Tensor, row: int) -> Tensor:
+        return torch.cat([uncond, cond]) if table.guided[row] else cond
 
     settings = {"prediction": "x0", "guidance_scale": 3.0, "guidance_interval": (1, 3)}
     table = build_table("heun", LINEAR, 4, **settings)
-    estimates = []
-    sample(predict, table, noise(2, 2, 3), [1, 2], on_step=lambda *a: estimates.append(a[2]))
+    steps = []
+    sample(predict, table, noise(2, 2, 3), [1, 2], on_step=steps.append)
     assert table.steps.tolist() == [0, 0, 1, 1, 2, 2, 3]
-    assert asked == [False, False, True, True, True, True, False]
-    for guided, d in zip(asked, estimates, strict=True):
-        torch.testing.assert_close(d, uncond + 3 * (cond - uncond) if guided else cond)
+    assert table.guided == [False, False, True, True, True, True, False]
+    counts = [(step.row, step.done, step.total) for step in steps]
+    assert counts == [(row, row + 1, 7) for row in range(7)]
+    assert [list(step.samples) for step in steps] == [[0, 1]] * 7
+    for guided, step in zip(table.guided, steps, strict=True):
+        expected = uncond + 3 * (cond - uncond) if guided else cond
+        torch.testing.assert_close(step.denoised, expected)
 
     # Lin et al. 2023, eq. 15-16
-    sample(
-        predict,
-        build_table("ddim", LINEAR, 1, prediction="x0", guidance_scale=3.0),
-        noise(2, 2, 3),
-        [1, 2],
-        guidance_rescale=0.7,
-        on_step=lambda *a: estimates.append(a[2]),
-    )
+    settings["guidance_rescale"] = 0.7
+    table = build_table("heun", LINEAR, 4, **settings)
+    phi = [0.7 if guided else 0.0 for guided in table.guided]
+    assert table.column("RESCALE").tolist() == phi
+    sample(predict, table, noise(2, 2, 3), [1, 2], on_step=steps.append)
     combined = uncond + 3 * (cond - uncond)
     std = cond.std((1, 2), keepdim=True) / combined.std((1, 2), keepdim=True)
-    torch.testing.assert_close(estimates[-1], 0.7 * combined * std + 0.3 * combined)
+    torch.testing.assert_close(steps[-2].denoised, 0.7 * combined * std + 0.3 * combined)
+    torch.testing.assert_close(steps[-1].denoised, cond)
 
 
 def test_clamp() -> None:
     table = build_table("ddim", LINEAR, 5, prediction="x0", clamp=0.5)
     estimates = []
     result = sample(
-        lambda x, t, guided: 3 * torch.sign(x),
+        lambda x, row: 3 * torch.sign(x),
         table,
         noise(2, 2, 3),
         [1, 2],
-        on_step=lambda row, x, d: estimates.append(d),
+        on_step=lambda step: estimates.append(step.denoised),
     )
     assert (result.abs() == 0.5).all()
     assert all((d.abs() == 0.5).all() for d in estimates)  # previews are of the clamped D
@@ -167,8 +168,8 @@ def test_batch_and_seeds(name: str) -> None:
     table = build_table(name, LINEAR, 6)
     seeds = [11, 5, 2**62 + 3, 0, 5, 8, 13]
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
-        return torch.tanh(x) * math.cos(t)
+    def predict(x: Tensor, row: int) -> Tensor:
+        return torch.tanh(x) * math.cos(table.timesteps[row])
 
     batch = sample(predict, table, (3, 4, 4), seeds)
     assert batch.dtype == torch.float32
@@ -187,10 +188,12 @@ def test_fp32_follows_fp64() -> None:
     for name in SAMPLERS:
         table = build_table(name, LINEAR, 20, spacing="karras")
         x = noise(2, 3, 8).float()
-        results = [
-            sample(lambda x, t, g: torch.tanh(x) * math.cos(t / 300), table, start, [1, 2])
-            for start in (x, x.double())
-        ]
+        factors = (table.timesteps / 300).cos().tolist()
+
+        def predict(x: Tensor, row: int, factors: list[float] = factors) -> Tensor:
+            return torch.tanh(x) * factors[row]
+
+        results = [sample(predict, table, start, [1, 2]) for start in (x, x.double())]
         error = (results[0].double() - results[1]).norm() / results[1].norm()
         assert error < 1e-4, f"{name}: {error:.1e}"
 
@@ -199,8 +202,8 @@ def test_fp32_follows_fp64() -> None:
 def test_not_finite(check: str) -> None:
     calls = []
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
-        calls.append(t)
+    def predict(x: Tensor, row: int) -> Tensor:
+        calls.append(row)
         output = torch.zeros_like(x)
         if len(calls) == 4:
             output[1, 0, 2] = float("nan") if check == "end" else float("inf")
@@ -319,15 +322,15 @@ def test_none_is_the_samplers_default() -> None:
 def test_bad_sampling() -> None:
     table = build_table("ddim", LINEAR, 3, guidance_scale=2.0)
     with pytest.raises(ValueError, match="got 3 seeds for 2 samples; give each sample one"):
-        sample(lambda x, t, g: x, table, noise(2, 3), [1, 2, 3])
+        sample(lambda x, row: x, table, noise(2, 3), [1, 2, 3])
     with pytest.raises(ValueError, match=r"row 0 is guided.* return 4 outputs.* got 2; "):
-        sample(lambda x, t, g: x, table, noise(2, 3), [1, 2])
+        sample(lambda x, row: x, table, noise(2, 3), [1, 2])
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63), 1.5])
 def test_bad_seeds(seed: float) -> None:
     with pytest.raises(ValueError, match=r"whole number below 2\^63, got -?(92|1\.5)"):
-        sample(lambda x, t, g: x, build_table("ddim", LINEAR, 1), (2, 3), [seed])
+        sample(lambda x, row: x, build_table("ddim", LINEAR, 1), (2, 3), [seed])
 
 
 def test_bad_guidance() -> None:
@@ -341,7 +344,7 @@ def test_no_gradients_are_recorded() -> None:
     scale = torch.tensor(0.5, requires_grad=True)
     seen = []
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+    def predict(x: Tensor, row: int) -> Tensor:
         seen.append((x * scale).requires_grad)
         return torch.tanh(x * scale)
 
@@ -384,7 +387,7 @@ def test_the_loop_never_waits_for_the_device(previews: bool) -> None:
         return mode.counts
 
     few, many = calls(2), calls(5)
-    assert many["fastdiff::sampler_step_triton"] == 5 * (1 + previews)
+    assert many["fastdiff::sampler_step_triton"] == 5
     for op in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"):
         assert many[op] == 0, op
     assert many["aten::_to_copy"] == few["aten::_to_copy"]
@@ -405,7 +408,9 @@ def test_the_first_steps_are_those_of_the_whole_table(name: str, cut: int) -> No
 def test_the_last_steps_of_a_sampler_without_memory_are_those_of_the_whole_table(name: str) -> None:
     whole = build_table(name, LINEAR, 8, guidance_scale=3.0, guidance_interval=(2, 6))
     last = build_table(name, LINEAR, 8, guidance_scale=3.0, guidance_interval=(2, 6), start=5)
-    assert torch.equal(last.columns, whole.columns[5:])
+    own = [column for name, column in COLUMN.items() if name != "NOISE_STEP"]
+    assert torch.equal(last.columns[:, own], whole.columns[5:, own])
+    assert last.column("NOISE_STEP").tolist() == [0, 1, 2]  # of its own noise
     assert last.steps.tolist() == [5, 6, 7]
     assert last.initial_level.t == float(whole.timesteps[5])
     assert last.initial_level.alpha**2 + last.initial_level.sigma**2 == pytest.approx(1)
@@ -421,7 +426,7 @@ def test_a_sampler_with_memory_starts_anew() -> None:
 
 def test_no_steps_at_all() -> None:
     table = build_table("heun", LINEAR, 8, start=8)
-    assert (len(table), table.columns.shape, table.final_sigma) == (0, (0, 16), 0.0)
+    assert (len(table), table.columns.shape, table.final_sigma) == (0, (0, 20), 0.0)
     for start, stop in ((5, 3), (-1, 2), (0, 9)):
         with pytest.raises(ValueError, match=r"the steps to do must be \[start, stop\) of 8"):
             build_table("ddim", LINEAR, 8, start=start, stop=stop)

@@ -125,7 +125,8 @@ def test_without_blocks_bits_depend_on_the_batch() -> None:
 
     def run(rows: slice, block: int | None) -> Tensor:
         conditions = class_conditions(UNET, [0] * len(x[rows]), guided=True)
-        return Denoiser(unet, [500.0], *conditions, block=block)(x[rows], 500.0, False)
+        call = Denoiser(unet, [500.0], *conditions, guided=[False], block=block)
+        return call(x[rows], 0)
 
     with_blocks = run(slice(None), 8)
     assert all(torch.equal(run(slice(i, i + 1), 8)[0], with_blocks[i]) for i in range(7))
@@ -143,13 +144,18 @@ def test_the_denoiser_is_the_network_called_plainly(count: int) -> None:
     y = torch.tensor([4 if label is None else label for label in labels])
     x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     conditions = class_conditions(UNET, labels, guided=True)
-    denoiser = Denoiser(unet, torch.tensor([981.0, 500.5, 0.0]), *conditions, block=4)
-    for t in (500.5, 0.0, 981.0):
+    timesteps = [981.0, 500.5, 500.5, 0.0]
+    guided = [False, True, False, True]
+    denoiser = Denoiser(unet, torch.tensor(timesteps), *conditions, guided=guided, block=4)
+    both_always = Denoiser(unet, timesteps, *conditions, block=4)
+    for row in (1, 3, 0, 2):
+        t = timesteps[row]
         steps = torch.full((count,), t, dtype=torch.float64)
         cond = unet(x.double(), steps, y=y)
         uncond = unet(x.double(), steps, y=torch.full((count,), 4))
-        torch.testing.assert_close(denoiser(x, t, False).double(), cond, rtol=1e-6, atol=1e-6)
-        both = denoiser(x, t, True).double()
+        both = both_always(x, row).double()
+        expected = torch.cat([uncond, cond]) if guided[row] else cond
+        torch.testing.assert_close(denoiser(x, row).double(), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(both, torch.cat([uncond, cond]), rtol=1e-6, atol=1e-6)
         assert (both[:count] - both[count:]).abs().max() > 1e-3 or labels == [None] * count
 
@@ -159,15 +165,17 @@ def test_the_pipeline_is_the_sampling_loop_and_the_decoder(pipeline: LatentDiffu
     unet, autoencoder = pipeline.unet, pipeline.autoencoder
     assert autoencoder is not None
 
-    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
-        steps = torch.full((3,), t)
+    table = pipeline.table(QUICK)
+
+    def predict(x: Tensor, row: int) -> Tensor:
+        steps = torch.full((3,), float(table.timesteps[row]))
         cond = unet(x, steps, y=torch.tensor([2, 0, 4]))
-        if not guided:
+        if not table.guided[row]:
             return cond
         return torch.cat([unet(x, steps, y=torch.full((3,), 4)), cond])
 
     with torch.no_grad():
-        z = sample(predict, pipeline.table(QUICK), (3, 8, 8), [5, 6, 7])
+        z = sample(predict, table, (3, 8, 8), [5, 6, 7])
         expected = autoencoder.decode(z / SCALE_FACTOR).clamp(-1, 1)
     images = pipeline([2, 0, None], [5, 6, 7], QUICK)
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-4)

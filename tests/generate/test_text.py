@@ -18,7 +18,8 @@ from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.data import DataConfig, open_dataset
 from fastdiff.data.dataset import to_float
 from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.generate.core import SampleSettings, Step, stage_seeds
+from fastdiff.diffusion.sampling import Step
+from fastdiff.generate.core import SampleSettings, stage_seeds
 from fastdiff.generate.image_to_image import first_step, image_to_image, latents_to_latents
 from fastdiff.generate.inpainting import inpaint
 from fastdiff.generate.latent import LatentDiffusion

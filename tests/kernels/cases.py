@@ -383,7 +383,10 @@ def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None
         return run(globals()[f"{op}_eager"], with_gradients(inputs(seed)), seed)
 
     def draws(kind: int, index: int) -> list[Callable[[int], Tensor]]:
-        return [lambda seed, f=f: f(seed)[kind][index] for f in (actual, expected, eager)]
+        def of(results: Callable[[int], tuple[list[Tensor], list[Tensor]]]) -> Any:
+            return lambda seed: results(seed)[kind][index]
+
+        return [of(results) for results in (actual, expected, eager)]
 
     leaves, (outputs, gradients) = tensors_in(inputs(0)), actual(0)
     for index, output in enumerate(outputs):
@@ -808,10 +811,11 @@ def ordinary_inputs(
     if op == "sampler_step":
         c, table = kernels.COLUMNS, torch.zeros(2, len(kernels.COLUMNS))
         row = {c.U: 1.3, c.V: -0.7, c.A: 0.9, c.B: 0.4, c.C1: 0.1, c.S: 0.5, c.P: 0.6, c.W: 3.0}
-        for column, value in {**row, c.CLAMP: 2.0}.items():  # writes slot 0
+        for column, value in {**row, c.CLAMP: 2.0, c.RESCALE: 0.7}.items():  # writes slot 0
             table[:, column] = value
         x, f, history = draw(2, 4, 9, 9), draw(4, 4, 9, 9), draw(3, 2, 4, 9, 9)
-        step = torch.tensor(1, device=device)
-        return (x, f, history, table.to(device), step, seeds), {"guidance_rescale": 0.7}
+        index = torch.tensor([1, 0], device=device)
+        pair = {"cond": seeds + 2, "uncond": seeds}
+        return (x, f, history, table.to(device), index, seeds), pair
     rows: list[Case] = globals()[op.upper()]
     return rows[0].build(draw)

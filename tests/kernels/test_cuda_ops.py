@@ -159,8 +159,11 @@ def test_ops_are_registered_right(backend: str) -> None:
     seeds, step = (torch.tensor(n, device=x.device) for n in ([3, 4, 5], 0))
     check(philox_normal_cuda, (seeds, [3, 5], None, 7, 1))
     check(philox_normal_cuda, (seeds[:0], [3, 5], step, 0, 1))
-    table = torch.ones(2, 16, device=x.device)
-    check(sampler_step_cuda, (x, draw(6, 5, 74), draw(3, 3, 5, 74), table, step, seeds, 0.5))
+    table = torch.ones(2, 20, device=x.device)
+    rows = torch.zeros_like(seeds)
+    finite = torch.ones(3, dtype=torch.bool, device=x.device)
+    options = rows, rows + 1, torch.empty_like(x), finite, True
+    check(sampler_step_cuda, (x, draw(6, 5, 74), draw(3, 3, 5, 74), table, rows, seeds, *options))
 
 
 def test_gradients_and_gradients_of_gradients(backend: str) -> None:

@@ -4,6 +4,7 @@ holds for every CPU kernel; and what happens where it is not built."""
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from fastdiff import kernels
 from fastdiff.cli.doctor import ordinary_call
 from fastdiff.kernels import extension
 from fastdiff.kernels.philox import philox4x32
+from fastdiff.kernels.sampler_step import sampler_step_cpu
 from tests.kernels import cases
 from tests.kernels.test_philox import VECTORS
 
@@ -204,19 +206,21 @@ def test_sampler_step(isa: str, space: tuple[int, int], guided: bool, learned: b
     """Against the reference in fp64, for every layout and dtype of the prediction."""
     x, history = torch.randn(3, 4, *space), torch.randn(3, 3, 4, *space)
     prediction = torch.randn(6 if guided else 3, 8 if learned else 4, *space)
-    table = torch.randn(2, 16)
+    table = torch.randn(2, 20)
     table[:, 10:15] = torch.tensor([1.0, 2.5, 2.0, -1.0, 0.5])  # SLOT, W, CLAMP, LOGVAR_MIN, _MAX
-    seeds, step = torch.tensor([7, 8, 9]), torch.tensor(1)
+    table[:, 15] = torch.tensor([4.0, 9.0])  # NOISE_STEP
+    seeds, rows = torch.tensor([7, 8, 9]), torch.tensor([1, 0, 1])
+    pair = {"cond": torch.tensor([3, 4, 5]), "uncond": torch.tensor([0, 1, 2])} if guided else {}
     for dtype in cases.DTYPES:
         for layout in (torch.contiguous_format, torch.channels_last):
             f = prediction.to(dtype).contiguous(memory_format=layout)
             for rescale in (0.0, 0.7):
+                table[:, 16] = rescale
                 results = {}
                 for backend, wide in (("cpu", torch.float32), ("reference", torch.float64)):
                     out, slots = x.to(wide, copy=True), history.to(wide, copy=True)
                     with kernels.backend(backend):
-                        arguments = out, f, slots, table.to(wide), step, seeds
-                        kernels.sampler_step(*arguments, guidance_rescale=rescale)
+                        kernels.sampler_step(out, f, slots, table.to(wide), rows, seeds, **pair)
                     results[backend] = (out.double(), slots.double())
                 for have, want in zip(results["cpu"], results["reference"], strict=True):
                     torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
@@ -225,26 +229,43 @@ def test_sampler_step(isa: str, space: tuple[int, int], guided: bool, learned: b
 @cases.needs_native
 @pytest.mark.parametrize("graph", [False, True])
 def test_sampler_step_compiles(graph: bool) -> None:
-    """And an x that strides is written through."""
+    """And outputs that stride are written through."""
     torch._dynamo.reset()
     x, history = cases.channels_last(torch.randn(2, 4, 6, 6)), torch.zeros(3, 2, 4, 6, 6)
-    table = torch.rand(1, 16)
-    table[0, 10] = 0
-    seeds, step = torch.tensor([1, 2]), torch.tensor(0)
+    table = torch.rand(2, 20)
+    table[:, 10] = 0
+    seeds, rows = torch.tensor([1, 2]), torch.tensor([1, 0])
     expected, slots = x.clone(), history.clone()
+    estimates = [cases.channels_last(torch.zeros(2, 4, 6, 6)) for _ in range(2)]
+    flags = [torch.ones(4, dtype=torch.bool)[::2] for _ in range(2)]
+    f = x.clone()
+    f[1, 0, 0, 0] = math.inf
 
-    def call(x: Tensor, f: Tensor, history: Tensor) -> Tensor:
-        kernels.sampler_step(x, f, history, table, step, seeds)
+    def call(x: Tensor, f: Tensor, history: Tensor, denoised: Tensor, finite: Tensor) -> Tensor:
+        kernels.sampler_step(x, f, history, table, rows, seeds, denoised=denoised, finite=finite)
         return x * 1
 
     with kernels.backend("reference"):
-        call(expected, x.clone(), slots)
+        call(expected, f, slots, estimates[0], flags[0])
     function = torch.compile(call, fullgraph=True, backend="aot_eager") if graph else call
-    f = x.clone()
     with kernels.backend("cpu"):
-        y = function(x, f, history)
-    for have, want in ((y, expected), (x, expected), (history, slots)):
+        y = function(x, f, history, estimates[1], flags[1])
+    for have, want in ((y, expected), (x, expected), (history, slots), estimates):
         torch.testing.assert_close(have, want)
+    assert flags[0].tolist() == flags[1].tolist() == [True, False]
+
+
+@cases.needs_native
+def test_sampler_step_is_registered_right() -> None:
+    x, index = torch.randn(2, 4, 6, 6), torch.tensor([1, 0])
+    table, f, history = torch.rand(2, 20), torch.randn(4, 8, 6, 6), torch.zeros(3, 2, 4, 6, 6)
+    finite = torch.ones(2, dtype=torch.bool)
+    for options in (
+        (index + 2, index, x.clone(), finite, True),
+        (index, None, None, None, False),
+    ):
+        arguments = x, f, history, table, index, index, *options
+        torch.library.opcheck(sampler_step_cpu, arguments)
 
 
 WITHOUT = """

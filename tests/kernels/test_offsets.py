@@ -222,10 +222,10 @@ def test_philox_normal(n: int, elements: int) -> None:
 
 def test_sampler_step_of_an_image_of_almost_2_31_elements() -> None:
     x, f = torch.empty(1, MANY - 1), torch.empty(1, MANY - 1, dtype=torch.float16)
-    table, step, seeds = torch.zeros(1, 16), torch.tensor(0), torch.tensor([5])
+    table, rows, seeds = torch.zeros(1, 20), torch.tensor([0]), torch.tensor([5])
     table[0, COLUMNS.A], table[0, COLUMNS.SLOT] = 0.5, -1
     tail = x[0, -5:].normal_().clone()
-    kernels, _ = launched(lambda: run_step(x, f, x.expand(3, 1, -1), table, step, seeds, 0.0))
+    kernels, _ = launched(lambda: run_step(x, f, x.expand(3, 1, -1), table, rows, seeds))
     run_ends(kernels["sampler_step_kernel"])
     assert torch.equal(x[0, -5:], 0.5 * tail)
 
@@ -239,13 +239,18 @@ def test_sampler_step_over_images_far_apart() -> None:
         return room.as_strided(t.shape, (step, *t.stride()[1:])).copy_(t)
 
     x, f, history = torch.randn(shape), torch.randn(6, *shape[1:]).half(), torch.randn(3, *shape)
-    table = torch.tensor([[1.0, -0.5, 0.9, 0.4, 0.1, 0.2, 0.3, 0.5, 0.6, -1, 2, 3, 1, 0, 0, 0]])
+    row = [1.0, -0.5, 0.9, 0.4, 0.1, 0.2, 0.3, 0.5, 0.6, -1, 2, 3, 1, *[0] * 7]
+    table = torch.tensor([row, row])
+    table[1, COLUMNS.RESCALE] = 0.7
     seeds = torch.arange(3)
     distant = far(x, apart), far(f, MANY // 4), far(history, apart)
+    pair = {"cond": seeds + 3, "uncond": seeds}
+    estimates = torch.zeros(shape), far(torch.zeros(shape), apart)
     with backend("triton"):
-        for rescale in (0.0, 0.7):
-            rest = table, torch.tensor(0), seeds
-            sampler_step(x, f, history, *rest, guidance_rescale=rescale)
-            sampler_step(*distant, *rest, guidance_rescale=rescale)
+        for row in (0, 1):
+            rest = table, torch.full((3,), row), seeds
+            sampler_step(x, f, history, *rest, **pair, denoised=estimates[0])
+            sampler_step(*distant, *rest, **pair, denoised=estimates[1])
             assert torch.equal(x, distant[0])
             assert torch.equal(history, distant[2])
+            assert torch.equal(*estimates)

@@ -23,6 +23,7 @@ from fastdiff.kernels import (
     sampler_step,
 )
 from fastdiff.kernels._sampler_step import run_step
+from fastdiff.kernels.philox import philox4x32
 from fastdiff.kernels.sampler_step import sampler_step_triton
 from tests.kernels import cases
 from tests.kernels.cases import recording
@@ -37,6 +38,7 @@ SEEDS = torch.tensor([7, 2**40 + 1, 0])
 def make_table(*rows: dict[COLUMNS, float], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     table = torch.zeros(len(rows), len(COLUMNS), dtype=dtype)
     table[:, C.CLAMP], table[:, C.SLOT], table[:, C.W] = math.inf, -1, 1
+    table[:, C.NOISE_STEP] = torch.arange(len(rows))
     for i, row in enumerate(rows):
         for column, value in row.items():
             table[i, column] = value
@@ -55,7 +57,7 @@ def drawn(n: int = 3, c: int = 2, *, guided: bool, learned: bool) -> tuple[torch
 def by_hand(
     x: np.ndarray, f: np.ndarray, h: np.ndarray, row: np.ndarray, noise: np.ndarray, rescale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The module docstring's equations, sample by sample."""
+    """The module docstring's equations, sample by sample; f: (n, ...) or [uncond; cond]."""
     n, c = x.shape[:2]
     r = {column: float(row[column]) for column in COLUMNS}
     out, history = x.copy(), h.copy()
@@ -105,15 +107,20 @@ def test_rows_by_hand(name: str, guided: bool, rescale: float, learned: bool) ->
     arrays = (t.numpy().copy() for t in (x, f, history, table[1], noise))
     expected_x, expected_history = by_hand(*arrays, rescale)
     pointers = x.data_ptr(), history.data_ptr()
+    table[:, C.RESCALE] = rescale
     with recording("sampler_step") as ran:
-        assert (
-            sampler_step(x, f, history, table, torch.tensor(1), SEEDS, guidance_rescale=rescale)
-            is None
-        )
+        rows = torch.ones(3, dtype=torch.int64)
+        assert sampler_step(x, f, history, table, rows, SEEDS, **halves(x, f)) is None
     assert ran == ["reference"]
     assert (x.data_ptr(), history.data_ptr()) == pointers
     np.testing.assert_allclose(x.numpy(), expected_x, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(history.numpy(), expected_history, rtol=1e-12, atol=1e-12)
+
+
+def halves(x: torch.Tensor, f: torch.Tensor) -> dict[str, torch.Tensor]:
+    """cond and uncond for [uncond; cond]; none for a prediction of one part."""
+    own = torch.arange(len(x), device=x.device)
+    return {"cond": own + len(x), "uncond": own} if len(f) == 2 * len(x) and len(x) else {}
 
 
 def stepped(
@@ -124,17 +131,33 @@ def stepped(
     table: torch.Tensor,
     *,
     step: int = 0,
+    rows: torch.Tensor | None = None,
     seeds: torch.Tensor = SEEDS,
     rescale: float = 0.0,
+    promised: bool = False,
+    **options: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and history after a step of one backend, on copies with the same strides."""
+    """x and history after a step of one backend, on copies with the same strides.
+
+    step: the row of all samples, if `rows` is not given. rescale: column RESCALE of all rows.
+    promised: that no row rescales. options: of `sampler_step`, denoised and finite are written;
+    without cond those of `halves`.
+    """
     device = cases.device_of(backend)
+    if rows is None:
+        rows = torch.full((len(x),), step)
+    if rescale:
+        table = table.clone()
+        table[:, C.RESCALE] = rescale
+    indices = {} if "cond" in options else halves(x, f)
+    given = {name: t.to(device, copy=True) for name, t in {**indices, **options}.items()}
     x, history = x.to(device, copy=True), history.to(device, copy=True)
-    index = torch.tensor(step, device=device)
     with kernels.backend(backend), recording("sampler_step") as ran:
-        rest = f.to(device), history, table.to(device), index, seeds.to(device)
-        sampler_step(x, *rest, guidance_rescale=rescale)
+        rest = history, table.to(device), rows.to(device), seeds.to(device)
+        sampler_step(x, f.to(device), *rest, **given, rescale=not promised)
     assert ran == [backend]
+    for name in options.keys() & {"denoised", "finite"}:
+        options[name].copy_(given[name])
     return x.cpu(), history.cpu()
 
 
@@ -258,6 +281,186 @@ def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
         assert torch.equal(alone[0], together[i])
 
 
+MIX = {
+    **ROWS,
+    "rescaled": {**FULL, C.W: 4.0, C.RESCALE: 0.7},
+    "idle": {},
+}
+"""Rows side by side in one batch; "idle" is none."""
+
+
+def mixed(generator: torch.Generator, *, learned: bool = True) -> dict[str, torch.Tensor]:
+    """13 samples at drawn rows of a stack, some idle, some unguided, with parts of a prediction of
+    20 in any order."""
+    n, c, m = 13, 2, 20
+    names = [name for name in MIX if name != "idle"]
+    table = make_table(*(MIX[name] for name in names), dtype=torch.float32)
+    table[:, C.NOISE_STEP] = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 8][: len(names)])
+    rows = torch.arange(n) % len(names)
+    rows[[2, 11]] = -1
+    cond, uncond = torch.arange(n) + 7, torch.arange(n) % 7
+    uncond[[1, 4, 5]] = -1
+    shape = (c, 9, 13)
+    return {
+        "x": torch.randn(n, *shape, generator=generator),
+        "f": torch.randn(m, c * (1 + learned), 9, 13, generator=generator),
+        "history": torch.randn(3, n, *shape, generator=generator),
+        "table": table,
+        "rows": rows,
+        "seeds": torch.arange(n) + 2**40,
+        "cond": cond,
+        "uncond": uncond,
+    }
+
+
+def run_mixed(
+    backend: str, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, history, denoised and finite; the last two began as 7 and True."""
+    denoised = torch.full_like(batch["x"], 7.0)
+    finite = torch.ones(len(batch["x"]), dtype=torch.bool)
+    x, history = stepped(backend, **batch, denoised=denoised, finite=finite)
+    return x, history, denoised, finite
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_every_sample_takes_its_own_row(learned: bool, backend: str) -> None:
+    """Against NumPy, sample by sample: its row, its parts of the prediction, and D."""
+    batch = mixed(torch.Generator().manual_seed(5), learned=learned)
+    x, history, denoised, finite = run_mixed(backend, batch)
+    assert finite.all()
+    for i, row in enumerate(batch["rows"].tolist()):
+        if row < 0:
+            assert torch.equal(x[i], batch["x"][i])
+            assert torch.equal(history[:, i], batch["history"][:, i])
+            assert (denoised[i] == 7).all()
+            continue
+        numbers = batch["table"][row]
+        step = int(numbers[C.NOISE_STEP])
+        seed = batch["seeds"][i : i + 1]
+        noise = philox_normal(seed, batch["x"].shape[1:], step=step, stream=SAMPLER_NOISE)
+        parts = [batch["uncond"][i], batch["cond"][i]]
+        f = batch["f"][[int(part) for part in parts if part >= 0]]
+        own = batch["x"][i : i + 1], f, batch["history"][:, i : i + 1], numbers, noise
+        only_d = numbers.clone()
+        only_d[[C.A, C.C1, C.C2, C.C3, C.S]], only_d[C.B], only_d[C.SLOT] = 0.0, 1.0, -1
+        estimate = *own[:3], only_d, noise
+        wide, narrow = [], []
+        phi = float(numbers[C.RESCALE])
+        for outputs, cast in ((wide, torch.Tensor.double), (narrow, torch.Tensor.float)):
+            outputs.extend(by_hand(*(cast(t).numpy().copy() for t in own), phi))
+            outputs.append(by_hand(*(cast(t).numpy().copy() for t in estimate), phi)[0])
+        results = x[i : i + 1], history[:, i : i + 1], denoised[i : i + 1]
+        for result, exact, usual in zip(results, wide, narrow, strict=True):
+            assert_parity_in_one_draw(result, torch.from_numpy(exact), torch.from_numpy(usual))
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+def test_bits_do_not_depend_on_neighbours_places_or_the_stack(backend: str) -> None:
+    """Samples shuffled, beside other samples, their tables and their parts of the prediction
+    elsewhere: each sample's bits stay."""
+    generator = torch.Generator().manual_seed(11)
+    batch = mixed(generator)
+    expected = run_mixed(backend, batch)
+    for size in (13, 13, 5, 1):
+        chosen = torch.randperm(13, generator=generator)[:size]
+        stack = torch.randperm(len(batch["table"]), generator=generator)
+        parts = torch.randperm(len(batch["f"]), generator=generator)
+        above, ahead = 3, 2  # rows and parts of others before ours
+        other = torch.randn(above, len(C), generator=generator)
+        rows = torch.where(batch["rows"] < 0, -1, stack.argsort()[batch["rows"]] + above)
+        uncond = torch.where(batch["uncond"] < 0, -1, parts.argsort()[batch["uncond"]] + ahead)
+        moved = {
+            "x": batch["x"][chosen],
+            "f": torch.cat([torch.full_like(batch["f"][:ahead], math.nan), batch["f"][parts]]),
+            "history": batch["history"][:, chosen],
+            "table": torch.cat([other, batch["table"][stack]]),
+            "rows": rows[chosen],
+            "seeds": batch["seeds"][chosen],
+            "cond": parts.argsort()[batch["cond"]][chosen] + ahead,
+            "uncond": uncond[chosen],
+        }
+        x, history, denoised, finite = run_mixed(backend, moved)
+        assert torch.equal(x, expected[0][chosen])
+        assert torch.equal(history, expected[1][:, chosen])
+        assert torch.equal(denoised, expected[2][chosen])
+        assert torch.equal(finite, expected[3][chosen])
+
+
+FAULTS = {
+    "noise of the place in the batch": lambda seeds, step: (seeds + torch.arange(len(seeds)), step),
+    "noise of the neighbours": lambda seeds, step: (seeds + seeds.sum(), step),
+    "one step for all": lambda seeds, step: (seeds, step[:1].expand(len(seeds))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_test_of_bits_sees_a_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[sampler_step.__module__]
+    whole = module.philox_normal_reference
+
+    def wrong(seeds: torch.Tensor, *args: object, step: torch.Tensor, **kw: object) -> torch.Tensor:
+        seeds, step = FAULTS[fault](seeds, step)
+        return whole(seeds, *args, step=step, **kw)
+
+    test_bits_do_not_depend_on_neighbours_places_or_the_stack("reference")
+    monkeypatch.setattr(module, "philox_normal_reference", wrong)
+    with pytest.raises(AssertionError):
+        test_bits_do_not_depend_on_neighbours_places_or_the_stack("reference")
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_finite_is_cleared_for_the_samples_concerned(
+    value: float, dtype: torch.dtype, backend: str
+) -> None:
+    """By what a sample uses: its cond, its uncond, its variance in a row with noise."""
+    batch = mixed(torch.Generator().manual_seed(3))
+    batch["f"] = batch["f"].to(dtype)
+    noisy = (batch["table"][:, C.S] != 0)[batch["rows"]] & (batch["rows"] >= 0)
+    guided = (batch["uncond"] >= 0) & (batch["rows"] >= 0)
+    for part, channel in ((7, 0), (12, 1), (2, 1), (9, 0), (8, 3), (7 + 6, 2), (19, 2), (0, 3)):
+        spoiled = {**batch, "f": batch["f"].clone()}
+        spoiled["f"][part, channel, 8, 12] = value  # the image's last number
+        is_cond = (batch["cond"] == part) & (batch["rows"] >= 0)
+        hit = is_cond & noisy if channel >= 2 else is_cond | (guided & (batch["uncond"] == part))
+        *_, finite = run_mixed(backend, spoiled)
+        assert torch.equal(finite, ~hit), (part, channel)
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+def test_finite_is_never_set(backend: str) -> None:
+    x, f, history = (t.float() for t in drawn(guided=False, learned=False))
+    finite = torch.tensor([True, False, True])
+    table = make_table(ROWS["ddim"], dtype=torch.float32)
+    stepped(backend, x, f, history, table, finite=finite)
+    assert finite.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+@pytest.mark.parametrize("name", ["ancestral", "variance bounds"])
+def test_all_64_bits_of_a_seed_count(name: str, backend: str) -> None:
+    """5 and 5 + 2^32 differ, and a seed of 2^63 or more is its int64 bit pattern."""
+    seeds = [5, 5 + 2**32, 5 - 2**63, -1, 2**63 - 1]
+    x = torch.ones(len(seeds), 2, 4, 5)
+    f, history = torch.zeros(len(seeds), 4, 4, 5), torch.zeros(3, *x.shape)
+    row = {**ROWS[name], C.A: 0.0, C.B: 0.0, C.C1: 0.0, C.C2: 0.0, C.C3: 0.0}
+    table = make_table(row, dtype=torch.float32)
+    f = f if name == "variance bounds" else f[:, :2]
+    out, _ = stepped(backend, x, f, history, table, seeds=torch.tensor(seeds))
+    for i, seed in enumerate(seeds):
+        words = torch.tensor([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])
+        counter = torch.tensor([[block, 0, 0, SAMPLER_NOISE] for block in range(10)])
+        u = ((philox4x32(counter, words) >> 9).double() + 0.5) / 2**23
+        r, angle = (-2 * u[:, ::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]
+        z = torch.stack([r * angle.cos(), r * angle.sin()], dim=-1).reshape(2, 4, 5)
+        factor = math.exp(-0.5 * 1.75) if name == "variance bounds" else 0.5
+        torch.testing.assert_close(out[i].double(), factor * z, rtol=1e-5, atol=1e-5)
+        assert not any(torch.equal(out[i], out[j]) for j in range(i))
+
+
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_views_are_written_through(backend: str) -> None:
     """x as (H, W, C, N) in memory, and as a part whose rows have gaps."""
@@ -268,7 +471,8 @@ def test_views_are_written_through(backend: str) -> None:
     stored = x.permute(2, 3, 1, 0).contiguous().to(device)
     wide, wider = torch.zeros(3, 2, 4, 8, device=device), torch.zeros(3, 3, 2, 4, 8, device=device)
     wide[..., 2:7], wider[..., 2:7] = x.to(device), history.to(device)
-    rest = table.to(device), torch.tensor(0, device=device), SEEDS.to(device)
+    rest = (t.to(device) for t in (table, torch.zeros(3, dtype=torch.int64), SEEDS))
+    rest = tuple(rest)
     with kernels.backend(backend):
         sampler_step(stored.permute(3, 2, 0, 1), f.to(device), history.to(device), *rest)
         sampler_step(wide[..., 2:7], f.to(device), wider[..., 2:7], *rest)
@@ -316,7 +520,8 @@ def test_gaps_between_channels_are_not_written(backend: str) -> None:
     device = cases.device_of(backend)
     wide = torch.zeros(3, 2, 6, 5, device=device)
     wide[:, :, :4] = x.to(device)
-    rest = (t.to(device) for t in (f, history, table, torch.tensor(0), SEEDS))
+    rows = torch.zeros(3, dtype=torch.int64)
+    rest = (t.to(device) for t in (f, history, table, rows, SEEDS))
     with kernels.backend(backend):
         sampler_step(wide[:, :, :4], *rest)
     assert torch.equal(wide[:, :, :4].cpu(), expected)
@@ -368,41 +573,88 @@ def test_half_precision_predictions_and_empty_batches(backend: str) -> None:
     stepped(backend, x[:0], f[:0], history[:, :0], table, seeds=SEEDS[:0])
 
 
-@pytest.mark.parametrize("backend", cases.KERNELS)
-@pytest.mark.parametrize("step", [-1, 1, 2**40])
-def test_kernels_make_nan_of_a_step_beyond_the_table(step: int, backend: str) -> None:
+OUT_OF_RANGE = {"rows": (-2, 1, 2**40), "cond": (-1, 6, 2**40), "uncond": (-2, 6, 2**40)}
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+@pytest.mark.parametrize("which", OUT_OF_RANGE)
+def test_rows_and_indices_out_of_range(which: str, backend: str) -> None:
+    """An error where the host reads them, NaN elsewhere, of that sample alone; an idle slot may
+    hold any index."""
     x, f, history = (t.float() for t in drawn(guided=True, learned=True))
     table = make_table(ROWS["multistep"], dtype=torch.float32)
-    for rescale in (0.0, 0.7):
-        out, slots = stepped(backend, x, f, history, table, step=step, rescale=rescale)
-        assert out.isnan().all()
-        assert torch.equal(slots, history)
+    for wrong in OUT_OF_RANGE[which]:
+        indices = {"rows": torch.zeros(3, dtype=torch.int64), **halves(x, f)}
+        good = stepped(backend, x, f, history, table, **indices)
+        indices[which] = indices[which].clone()
+        indices[which][1] = wrong
+        finite, denoised = torch.ones(3, dtype=torch.bool), torch.zeros_like(x)
+        if backend in ("reference", "cpu"):
+            message = rf"{which} must be in \[(0|-1), [16]\), got {wrong} for sample 1"
+            with pytest.raises(ValueError, match=message):
+                stepped(backend, x, f, history, table, **indices)
+        else:
+            outputs = {"finite": finite, "denoised": denoised}
+            out, slots = stepped(backend, x, f, history, table, **indices, **outputs)
+            assert out[1].isnan().all()
+            assert denoised[1].isnan().all()
+            assert finite.tolist() == [True, False, True]
+            assert torch.equal(slots[:, 1], history[:, 1])
+            assert torch.equal(out[::2], good[0][::2])
+            assert torch.equal(slots[:, ::2], good[1][:, ::2])
+        if which != "rows":
+            indices["rows"][1] = -1
+            out, _ = stepped(backend, x, f, history, table, **indices)
+            assert torch.equal(out[1], x[1])
+            assert torch.equal(out[::2], good[0][::2])
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+def test_a_row_that_rescales_against_the_promise(backend: str) -> None:
+    x, f, history = (t.float() for t in drawn(guided=True, learned=False))
+    table = make_table(ROWS["guided"], {**ROWS["guided"], C.RESCALE: 0.7}, dtype=torch.float32)
+    rows = torch.tensor([0, 1, 0])
+    good, _ = stepped(backend, x, f, history, table, rows=rows)
+    if backend in ("reference", "cpu"):
+        with pytest.raises(ValueError, match=r"RESCALE 0\.7, but rescale=False.*leave rescale out"):
+            stepped(backend, x, f, history, table, rows=rows, promised=True)
+    else:
+        out, _ = stepped(backend, x, f, history, table, rows=rows, promised=True)
+        assert out[1].isnan().all()
+        assert torch.equal(out[::2], good[::2])
+    alone = {"cond": torch.arange(3), "uncond": torch.tensor([0, -1, 1])}
+    out, _ = stepped(backend, x, f, history, table, rows=rows, promised=True, **alone)
+    assert out.isfinite().all()  # unguided, so its RESCALE means nothing
 
 
 @cases.needs_triton
 def test_how_many_kernels_triton_launches() -> None:
     x, f = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(4, 4, 8, 8, device="meta")
-    history, table = torch.empty(3, 2, 4, 8, 8, device="meta"), torch.empty(5, 16, device="meta")
-    step = torch.empty((), dtype=torch.int64, device="meta")
-    seeds = torch.empty(2, dtype=torch.int64, device="meta")
-    for rescale, names in (
-        (0.0, ["_sampler_step_kernel"]),
-        (0.7, ["_moments_kernel", "_sampler_step_kernel"]),
+    history, table = torch.empty(3, 2, 4, 8, 8, device="meta"), torch.empty(5, 20, device="meta")
+    index = torch.empty(2, dtype=torch.int64, device="meta")
+    step, both = ["_sampler_step_kernel"], ["_moments_kernel", "_sampler_step_kernel"]
+    for pair, rescale, names in (
+        ((index, index), True, both),
+        ((index, index), False, step),
+        ((index, None), True, step),
+        ((None, None), True, step),
     ):
         with _triton.recording_launches("sm_90") as launches:
-            run_step(x, f, history, table, step, seeds, rescale)
+            run_step(x, f, history, table, index, index, *pair, None, None, rescale)
         assert [launch.kernel.__name__ for launch in launches] == names
 
 
 @cases.needs_triton
 def test_triton_objections() -> None:
     x, f, history = drawn(guided=False, learned=False)
-    table, step = make_table(ROWS["ddim"]), torch.tensor(0)
+    table, rows = make_table(ROWS["ddim"]), torch.zeros(3, dtype=torch.int64)
     objection = kernels.OPS["sampler_step"].implementations["triton"].why_not
-    arguments = x, f, history, table, step, SEEDS
-    assert "got float64" in objection(*arguments, guidance_rescale=0.0)
-    arguments = x.float(), f.float(), history.float(), table.float(), step.to("meta"), SEEDS
-    assert "step must be on the device of x" in objection(*arguments, guidance_rescale=0.0)
+    assert "got float64" in objection(x, f, history, table, rows, SEEDS, rescale=True)
+    wide = x.float(), f.float(), history.float(), table.float()
+    moved = objection(*wide, rows.to("meta"), SEEDS, rescale=True)
+    assert "rows must be on the device of x" in moved
+    moved = objection(*wide, rows, SEEDS, cond=None, uncond=rows.to("meta"), rescale=True)
+    assert "uncond must be on the device of x" in moved
 
 
 @cases.needs_triton
@@ -414,15 +666,25 @@ def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
     compiled = torch.compile(sampler_step, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (6, 7, 9):  # a size that another dimension has is one more graph
         x, f, history = (t.float().to(device) for t in drawn(n, guided=True, learned=False))
-        rest = table, torch.tensor(1, device=device), torch.arange(n, device=device)
+        rest = (
+            table,
+            torch.ones(n, dtype=torch.int64, device=device),
+            torch.arange(n, device=device),
+        )
+        pair, outputs = halves(x, f), [torch.ones(n, dtype=torch.bool, device=device)]
         if n == 6:
-            torch.library.opcheck(sampler_step_triton, (x, f, history, *rest, 0.5))
-        mine, slots = x.clone(), history.clone()
+            options = *pair.values(), torch.empty_like(x), *outputs, True
+            torch.library.opcheck(sampler_step_triton, (x, f, history, *rest, *options))
+            torch.library.opcheck(
+                sampler_step_triton, (x, f, history, *rest, None, None, None, None, True)
+            )
+        mine, slots, flags = x.clone(), history.clone(), outputs[0].clone()
+        estimates = [torch.empty_like(x), torch.empty_like(x)]
         with kernels.backend("triton"):
-            compiled(mine, f, slots, *rest)
-            sampler_step(x, f, history, *rest)
-        assert torch.equal(mine, x)
-        assert torch.equal(slots, history)
+            compiled(mine, f, slots, *rest, **pair, denoised=estimates[0], finite=flags)
+            sampler_step(x, f, history, *rest, **pair, denoised=estimates[1], finite=outputs[0])
+        for have, want in ((mine, x), (slots, history), estimates, (flags, outputs[0])):
+            assert torch.equal(have, want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -450,13 +712,20 @@ def test_traffic_is_what_the_docstring_says(
         with counting_traffic() as traffic:
             stepped("triton", x, f, history, table, seeds=SEEDS[:2], rescale=0.5)
         assert traffic.total == pytest.approx(expected + 2 * prediction, rel=0.05)
+    with counting_traffic() as traffic:
+        flags, d = torch.ones(2, dtype=torch.bool), torch.zeros_like(x)
+        stepped("triton", x, f, history, table, seeds=SEEDS[:2], denoised=d, finite=flags)
+    assert traffic.total == pytest.approx(expected + once, rel=0.05)
+    with counting_traffic() as traffic:
+        stepped("triton", x, f, history, table, seeds=SEEDS[:2], step=-1, denoised=d)
+    assert traffic.total < 0.01 * expected
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_a_captured_step_replays_with_another_step_seed_and_table(
+def test_a_captured_step_replays_with_other_rows_seeds_and_table(
     rescale: float, backend: str
 ) -> None:
     """And neither the launch nor the replay waits for the device."""
@@ -464,21 +733,24 @@ def test_a_captured_step_replays_with_another_step_seed_and_table(
         pytest.skip(f"no {backend} kernels here")
     x, f, history = (t.float().cuda() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], ROWS["multistep"], dtype=torch.float32).cuda()
-    step, seeds = torch.tensor(0, device="cuda"), SEEDS.cuda()
-    start, slots = x.clone(), history.clone()
+    table[:, C.RESCALE] = rescale
+    rows, seeds = torch.zeros(3, dtype=torch.int64, device="cuda"), SEEDS.cuda()
+    start, slots, pair = x.clone(), history.clone(), halves(x, f)
+
+    def step() -> None:
+        sampler_step(x, f, history, table, rows, seeds, **pair)
+
     with kernels.backend(backend):
-        graph, _ = captured(
-            lambda: sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)
-        )
+        graph, _ = captured(step)
         with no_waiting():
-            sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)
-        for row, shift, factor in ((0, 0, 1.0), (1, 0, 1.0), (0, 5, 1.0), (1, 5, 0.5)):
+            step()
+        for row, shift, factor in (([0] * 3, 0, 1.0), ([1, 0, -1], 5, 1.0), ([1] * 3, 5, 0.5)):
             x.copy_(start), history.copy_(slots)
-            step.fill_(row), seeds.add_(shift), table[:, C.A].mul_(factor)
+            rows.copy_(torch.tensor(row)), seeds.add_(shift), table[:, C.A].mul_(factor)
             graph.replay()
             have, kept = x.clone(), history.clone()
             x.copy_(start), history.copy_(slots)
-            sampler_step(x, f, history, table, step, seeds, guidance_rescale=rescale)
+            step()
             assert torch.equal(have, x)
             assert torch.equal(kept, history)
 
@@ -486,17 +758,25 @@ def test_a_captured_step_replays_with_another_step_seed_and_table(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": torch.zeros(3, 3, 4, 5)}, r"prediction must have shape \(3, 2, 4, 5\) or"),
+        (
+            {"prediction": torch.zeros(3, 3, 4, 5)},
+            r"prediction must have shape \(M, 2, 4, 5\) or \(M, 4, 4, 5\), got \(3, 3, 4, 5\)",
+        ),
+        ({"prediction": torch.zeros(6, 2, 4, 5)}, "without cond, .* each of the 3 .* got 6; cond"),
         ({"history": torch.zeros(2, 3, 2, 4, 5)}, r"history must have shape \(3, 3, 2, 4, 5\)"),
         ({"history": torch.zeros(3, 3, 2, 4, 5).half()}, "history must have the dtype of x"),
         ({"seeds": torch.zeros(2, dtype=torch.int64)}, r"seeds must have shape \(3,\)"),
         ({"seeds": torch.zeros(3)}, "seeds must be int64, got torch.float32"),
-        ({"step": torch.tensor([0])}, r"step must have shape \(\), got \(1,\)"),
-        ({"step": torch.tensor(1)}, r"step must be in \[0, 1\), got 1"),
-        ({"step": torch.tensor(-1)}, r"step must be in \[0, 1\), got -1"),
-        ({"table": torch.zeros(1, 15)}, r"table must be \(rows, 16\), got \(1, 15\)"),
-        ({"table": torch.zeros(1, 16).double()}, "table must have the dtype of x"),
-        ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1.5"),
+        ({"rows": torch.tensor(0)}, r"rows must have shape \(3,\), got \(\)"),
+        ({"rows": torch.zeros(3).int()}, "rows must be int64, got torch.int32"),
+        ({"cond": torch.zeros(2, dtype=torch.int64)}, r"cond must have shape \(3,\), got \(2,\)"),
+        ({"uncond": torch.zeros(3)}, "uncond must be int64, got torch.float32"),
+        ({"table": torch.zeros(1, 16)}, r"table must be \(rows, 20\), got \(1, 16\)"),
+        ({"table": torch.zeros(1, 20).double()}, "table must have the dtype of x"),
+        ({"denoised": torch.zeros(3, 2, 4)}, r"denoised must have shape \(3, 2, 4, 5\)"),
+        ({"denoised": torch.zeros(3, 2, 4, 5).half()}, "denoised must have the dtype of x"),
+        ({"finite": torch.ones(2, dtype=torch.bool)}, r"finite must have shape \(3,\), got \(2,\)"),
+        ({"finite": torch.ones(3)}, "finite must be bool, got torch.float32"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:
@@ -505,7 +785,7 @@ def test_bad_input(change: dict, message: str) -> None:
         "prediction": f,
         "history": history,
         "table": make_table({}, dtype=torch.float32),
-        "step": torch.tensor(0),
+        "rows": torch.zeros(3, dtype=torch.int64),
         "seeds": SEEDS,
         **change,
     }
@@ -541,4 +821,4 @@ def test_guided_half_precision_predictions_are_combined_in_fp32(backend: str) ->
 def test_x_is_kept_in_single_precision(dtype: torch.dtype) -> None:
     x, f, history = (t.to(dtype) for t in drawn(guided=False, learned=False))
     with pytest.raises(ValueError, match=r"fp32, got torch\.\w+ of .*keep x in fp32"):
-        sampler_step(x, f, history, make_table({}, dtype=dtype), torch.tensor(0), SEEDS)
+        sampler_step(x, f, history, make_table({}, dtype=dtype), SEEDS, SEEDS)

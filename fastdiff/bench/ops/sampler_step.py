@@ -51,18 +51,22 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
     x, prediction = call.tensors
     (row, _), *_ = call.options
     fp32 = Make(torch.float32, make.device)
-    step = torch.tensor(0, device=make.device)
-    seeds = torch.arange(x[0], device=make.device)
-    history = torch.zeros(3, *x, device=make.device)
-    return (fp32(*x), make(*prediction), history, row_of(row, make.device), step, seeds), {}
+    seeds, history = torch.arange(x[0], device=make.device), torch.zeros(3, *x, device=make.device)
+    rows, options = torch.zeros_like(seeds), halves(seeds)
+    return (fp32(*x), make(*prediction), history, row_of(row, make.device), rows, seeds), options
 
 
-def eager_deterministic(x: Tensor, prediction: Tensor, history: Tensor, *_: Tensor) -> None:
-    eager(x, prediction, history, ROWS["deterministic"])
+def halves(number: Tensor) -> dict[str, Any]:
+    """The options of a prediction [uncond; cond] whose rows do not rescale, as `Slots` has them."""
+    return {"cond": number + len(number), "uncond": number, "rescale": False}
 
 
-def eager_stochastic(x: Tensor, prediction: Tensor, history: Tensor, *_: Tensor) -> None:
-    eager(x, prediction, history, ROWS["stochastic"])
+def eager_deterministic(x: Tensor, f: Tensor, history: Tensor, *_: Tensor, **__: Any) -> None:
+    eager(x, f, history, ROWS["deterministic"])
+
+
+def eager_stochastic(x: Tensor, f: Tensor, history: Tensor, *_: Tensor, **__: Any) -> None:
+    eager(x, f, history, ROWS["stochastic"])
 
 
 def work(call: Call, size: int) -> Work:
@@ -134,12 +138,12 @@ def from_the_host(
     for case in gpu_cases(size, batches):
         if dict(case.call.options).keys() != {"deterministic"}:
             continue
-        args, _ = arguments(case.call, case.job, Make(case.dtype, device))
+        args, options = arguments(case.call, case.job, Make(case.dtype, device))
         x, prediction = args[0], args[1]
         known = kernels.OPS["sampler_step"].implementations
         ours = [name for name in (*OURS, "reference") if name in known]
         steps: dict[str, Callable[[], Any]] = {
-            name: functools.partial(kernels.sampler_step, *args) for name in ours
+            name: functools.partial(kernels.sampler_step, *args, **options) for name in ours
         }
         for name in SCHEDULERS if diffusers is not None else ():
             steps[name] = stepping(name, diffusers, x.to(prediction.dtype), prediction)

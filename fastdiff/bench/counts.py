@@ -1,0 +1,264 @@
+"""What can be counted without a GPU: the host's cost of every op call, launches stubbed.
+
+    python -m fastdiff.bench.counts host
+    python -m fastdiff.bench.counts host --op geglu attention --backend cpu --json
+    python -m fastdiff.bench.counts host --against ../older-checkout --at-most 1.05
+
+Costs are in units of one ``torch.add`` of two one-element tensors on the same machine in the same
+moment (host.py says how), so that they compare across machines. With --against, the package of
+another checkout runs the same calls in turns with this one, and the last column is the median of
+the paired ratios, this one's over the other's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fastdiff.bench.host import BACKENDS, MODES
+from fastdiff.bench.record import ROOT
+
+WORKER = Path(__file__).with_name("host.py")
+TURN = 4
+"""Rounds that one checkout measures before it is the other's turn."""
+
+
+class HostProcess:
+    """A process that measures with the package of one checkout."""
+
+    def __init__(self, checkout: Path) -> None:
+        program = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)  # -c puts the working folder first
+        environment.pop("FASTDIFF_BACKEND", None)
+        self.checkout = checkout
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program, str(WORKER)],
+            cwd=checkout,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method of `host.Worker`. Raises RuntimeError if the process has died."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # no answer tells that it has ended
+            self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise RuntimeError(f"the process in {self.checkout} ended with exit code {code}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process: it stops at the end of its input."""
+        with self._process:
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+
+@contextlib.contextmanager
+def host_process(checkout: Path) -> Iterator[HostProcess]:
+    process = HostProcess(checkout)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCost:
+    """One op on one backend; costs are in tiny adds."""
+
+    op: str
+    backend: str
+    mode: str
+    launches: int = 0
+    """Kernels that a call would start; of "gradient" with its backward pass."""
+    cost: float | None = None
+    missing: str = ""
+    """Why there is no cost, or none of the other checkout."""
+    note: str = ""
+    """What makes the two costs differ besides the code."""
+    other_cost: float | None = None
+    """The other checkout's."""
+    ratio: float | None = None
+    """Median of the paired ratios, this checkout's cost over the other's."""
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        def number(value: float | None, digits: int) -> str:
+            return "" if value is None else f"{value:.{digits}f}"
+
+        costs = number(self.cost, 1), number(self.other_cost, 1), number(self.ratio, 3)
+        return (self.op, self.backend, self.mode, str(self.launches), *costs)
+
+
+HEAD = ("op", "backend", "mode", "launches", "adds", "adds, other", "ratio")
+
+
+def host_costs(
+    *,
+    ops: Sequence[str] = (),
+    backends: Sequence[str] = BACKENDS,
+    modes: Sequence[str] = MODES,
+    rounds: int = 400,
+    checkout: Path = ROOT,
+    against: Path | None = None,
+) -> Iterator[HostCost]:
+    """Measure op after op.
+
+    Args:
+        ops: names; none: all.
+        rounds: of each case; each gives one ratio of op to add.
+        checkout: the folder that holds the package; against: another one, measured in turns.
+
+    Raises:
+        ValueError: an op that there is not.
+        RuntimeError: a process died; what it said is on stderr.
+    """
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(host_process(checkout))
+        known = mine.ask("ops")
+        if unknown := set(ops) - set(known):
+            listed = ", ".join(known)
+            raise ValueError(f"no op {', '.join(sorted(unknown))}; expected some of {listed}")
+        others = []
+        if against is not None:
+            others.append(stack.enter_context(host_process(against)))
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            mine.ask("save", f"{folder}/examples.pt")
+            others[0].ask("load", f"{folder}/examples.pt")
+        for op in known:
+            if not ops or op in ops:
+                for backend in backends:
+                    for mode in modes:
+                        yield _host_cost(mine, others, (op, backend, mode), rounds)
+
+
+def _host_cost(
+    mine: HostProcess, others: Sequence[HostProcess], case: tuple[str, str, str], rounds: int
+) -> HostCost:
+    op, backend, mode = case
+    cost = HostCost(op=op, backend=backend, mode=mode)
+    opened = mine.ask("open", *case)
+    if "missing" in opened:
+        return HostCost(**{**asdict(cost), "missing": opened["missing"]})
+    there = [other.ask("open", *case) for other in others]
+    others = [o for o, told in zip(others, there, strict=True) if "missing" not in told]
+    turns = max(1, round(rounds / TURN))
+    processes, pairs = (mine, *others), []
+    for turn in range(turns):
+        order = processes if turn % 2 else processes[::-1]  # neither is always the first
+        taken = {process: process.ask("measure", *case, TURN) for process in order}
+        pairs.append([taken[process] for process in processes])
+    found = {"launches": opened["launches"], "cost": median(pair[0] for pair in pairs)}
+    if others:
+        found["other_cost"] = median(pair[1] for pair in pairs)
+        found["ratio"] = median(pair[0] / pair[1] for pair in pairs)
+        if there[0]["own"]:
+            found["note"] = "the other takes other arguments: each has its own"
+    elif there:
+        found["missing"] = f"the other: {there[0]['missing']}"
+    return HostCost(**{**asdict(cost), **found})
+
+
+def table(costs: Sequence[HostCost]) -> str:
+    """The numbers, one line per case."""
+    rows = [HEAD, *(cost.row for cost in costs if cost.cost is not None)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        names = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        lines.append("  ".join([*names, *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def host(options: argparse.Namespace) -> int:
+    """The command ``host``; its exit code."""
+    found = list(
+        host_costs(
+            ops=options.op,
+            backends=options.backend,
+            modes=options.mode,
+            rounds=options.rounds,
+            against=options.against,
+        )
+    )
+    if options.json:
+        print(json.dumps([asdict(cost) for cost in found], indent=1))
+    else:
+        print(table(found))
+        for cost in found:
+            if told := cost.missing or cost.note:
+                print(f"{cost.op} {cost.backend} {cost.mode}: {told}")
+    if not any(cost.cost is not None for cost in found):
+        print("counts: nothing could be measured", file=sys.stderr)
+        return 2
+    limit = options.at_most
+    slower = [cost for cost in found if limit and cost.ratio is not None and cost.ratio > limit]
+    for cost in slower:
+        print(
+            f"counts: {cost.op} {cost.backend} {cost.mode} costs {cost.ratio:.3f} of what it does "
+            f"in {options.against}, more than {limit:g}",
+            file=sys.stderr,
+        )
+    return 1 if slower else 0
+
+
+def checkout(text: str) -> Path:
+    path = Path(text).resolve()
+    if not (path / "fastdiff" / "kernels" / "__init__.py").exists():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder that holds the package fastdiff")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdiff.bench.counts",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    words = commands.add_parser(
+        "host", help="host cost of every op call, in units of one tiny torch.add"
+    )
+    words.add_argument("--op", nargs="+", default=(), help="only these ops")
+    words.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
+    words.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    words.add_argument("--rounds", type=int, default=400, help="of each case; %(default)s")
+    words.add_argument("--against", type=checkout, help="another checkout, measured in turns")
+    words.add_argument("--at-most", type=float, help="exit code 1 if a ratio is larger")
+    words.add_argument("--json", action="store_true", help="print a JSON list")
+    words.set_defaults(run=host)
+    options = parser.parse_args(argv)
+    if options.at_most is not None and options.against is None:
+        parser.error("--at-most is about a ratio: give --against CHECKOUT too")
+    try:
+        code: int = options.run(options)
+    except (ValueError, RuntimeError) as error:
+        print(f"counts: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

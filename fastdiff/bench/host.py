@@ -1,0 +1,295 @@
+"""What one call of an op costs the host: Python, checks and allocations, with no kernel run.
+
+Every launch is replaced at its outermost edge, so that whatever the package does before it counts:
+
+    cpu      the functions of the compiled module return at once
+    triton   ``kernel[grid]`` returns a function that does nothing (under Triton's interpreter, so
+             that CPU tensors pass); Triton's own launch code does not count
+    cuda     the C functions that ctypes would call are Python functions that do nothing
+
+The unit is one ``torch.add`` of two one-element tensors. Each round times a few calls of the op
+between two batches of adds, and divides: what slows the machine down slows both.
+
+`counts.py` runs this file by its path in a process of its own, with another checkout's package on
+the path if asked to. So it imports nothing of `fastdiff.bench`, and of the package little more than
+what all versions have: ``fastdiff.kernels``, the ops' public functions and the registry ``OPS``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpu", "triton", "cuda")
+MODES = ("inference", "gradient")
+"""A call that wants no gradient; a call and its backward pass."""
+OLD_EXAMPLES = "fastdiff.cli.doctor"
+"""Where versions keep small arguments whose ops do not declare an example; not this version."""
+ADDS = 50
+"""Adds timed before the op and again after it."""
+BATCH_S = 300e-6
+"""About how long the calls of the op take in one round."""
+
+Call = Callable[[], Any]
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CannotRun(Exception):
+    """Why an op has no number on a backend."""
+
+
+class Stub:
+    """Stands for every launch and counts them."""
+
+    launches = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.launches += 1
+
+
+class Library:
+    """Stands for the library of CUDA launchers: any C function is there and does nothing."""
+
+    def __init__(self, stub: Stub) -> None:
+        self._stub = stub
+
+    def __getattr__(self, name: str) -> Any:
+        def function(*args: Any) -> None:
+            self._stub()
+
+        return function  # ctypes' argtypes and restype are set on it
+
+
+@contextmanager
+def stubbed(backend: str, stub: Stub) -> Iterator[None]:
+    """Calls inside the block reach `stub` where they would start a kernel of this backend."""
+    from fastdiff import kernels
+
+    if backend == "cpu":
+        with _native_stubbed(stub):
+            yield
+        return
+    if backend == "triton":
+        interpreter = import_module("triton.runtime.interpreter").InterpretedFunction
+        before = interpreter.__getitem__
+        interpreter.__getitem__ = lambda kernel, grid: stub
+        try:
+            with kernels.backend("triton"):
+                yield
+        finally:
+            interpreter.__getitem__ = before
+        return
+    cuda = _first_module("fastdiff.kernels.cuda", "fastdiff.kernels._cuda")
+    with cuda.using_library(Library(stub)), kernels.backend("cuda"):
+        yield
+
+
+@contextmanager
+def _native_stubbed(stub: Stub) -> Iterator[None]:
+    try:
+        native = import_module("fastdiff.kernels._native")
+    except ImportError as error:
+        raise CannotRun(f"the compiled module does not load: {error}") from error
+    before = {
+        name: value
+        for name, value in vars(native).items()
+        if callable(value) and not name.startswith("__")
+    }
+    for name in before:
+        setattr(native, name, stub)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(native, name, value)
+
+
+def _first_module(*names: str) -> ModuleType:
+    """The first of these modules that this version of the package has."""
+    for name in names[:-1]:
+        try:
+            return import_module(name)
+        except ModuleNotFoundError:
+            continue
+    return import_module(names[-1])
+
+
+# What is called
+
+
+def examples() -> dict[str, Example]:
+    """Op -> small arguments of its public function, as this version of the package has them."""
+    from fastdiff import kernels
+
+    return {name: _example(name, op) for name, op in kernels.OPS.items()}
+
+
+def _example(name: str, op: Any) -> Example:
+    if hasattr(op, "example"):
+        generator = torch.Generator().manual_seed(0)
+        return (), op.example(lambda *shape: torch.randn(shape, generator=generator))
+    found: Example = import_module(OLD_EXAMPLES).ordinary_call(name, "cpu")
+    return found
+
+
+def prepared(op: str, example: Example, mode: str) -> Call:
+    """The call that is timed. Raises CannotRun if it has no gradient and should."""
+    from fastdiff import kernels
+
+    function = getattr(kernels, op)
+    args, kwargs = example
+    if mode == "inference":
+        return lambda: function(*args, **kwargs)
+
+    def leaf(a: Any) -> Any:
+        wanted = isinstance(a, Tensor) and a.is_floating_point()
+        return a.detach().clone().requires_grad_() if wanted else a
+
+    args, kwargs = tuple(map(leaf, args)), {name: leaf(a) for name, a in kwargs.items()}
+    leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
+
+    def outputs() -> list[Tensor]:
+        y = function(*args, **kwargs)
+        flat = y if isinstance(y, (tuple, list)) else [y]
+        return [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
+
+    if not leaves or not (first := outputs()):
+        raise CannotRun("it has no gradient")
+    gradients = [torch.ones_like(t) for t in first]
+    return lambda: torch.autograd.grad(outputs(), leaves, gradients, allow_unused=True)
+
+
+def in_half_precision(example: Example) -> Example:
+    """The same with fp16 in the place of fp32."""
+
+    def half(a: Any) -> Any:
+        return a.half() if isinstance(a, Tensor) and a.dtype is torch.float32 else a
+
+    args, kwargs = example
+    return tuple(map(half, args)), {name: half(a) for name, a in kwargs.items()}
+
+
+class Case:
+    """One op on one backend in one mode, its launches stubbed."""
+
+    def __init__(self, op: str, backend: str, mode: str, example: Example) -> None:
+        from fastdiff.kernels import BackendError
+
+        self.stub = Stub()
+        self.backend, self.mode = backend, mode
+        with self._inside():
+            try:
+                self.call = prepared(op, example, mode)
+                self.call()
+            except BackendError:  # some kernels are for half precision only
+                self.call = prepared(op, in_half_precision(example), mode)
+            self.stub.launches = 0
+            self.call()
+            self.launches = self.stub.launches
+            if not self.launches:
+                raise CannotRun("no kernel was started: another backend ran it")
+            start = time.perf_counter()
+            for _ in range(10):
+                self.call()
+            self.calls = max(1, round(BATCH_S * 10 / (time.perf_counter() - start)))
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        no_gradient = torch.inference_mode() if self.mode == "inference" else nullcontext()
+        with stubbed(self.backend, self.stub), no_gradient:
+            yield
+
+    def rounds(self, count: int) -> list[float]:
+        """The cost of a call in adds, once per round."""
+        found, one = [], torch.ones(1)
+
+        def adds() -> float:
+            start = time.perf_counter()
+            for _ in range(ADDS):
+                torch.add(one, one)
+            return (time.perf_counter() - start) / ADDS
+
+        with self._inside():
+            call, calls = self.call, self.calls
+            for _ in range(count):
+                before = adds()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                taken = (time.perf_counter() - start) / calls
+                found.append(2 * taken / (before + adds()))
+        return found
+
+
+# The process
+
+
+class Worker:
+    """Answers one JSON line with another."""
+
+    def __init__(self) -> None:
+        self.own = examples()
+        self.given: dict[str, Example] = {}
+        """Another worker's examples, preferred to `own`."""
+        self.cases: dict[tuple[str, str, str], Case] = {}
+
+    def ops(self) -> list[str]:
+        return sorted(self.own)
+
+    def save(self, path: str) -> None:
+        """Write the examples for a worker of another checkout."""
+        torch.save(self.own, path)
+
+    def load(self, path: str) -> None:
+        """Take another worker's examples, so that both make the same calls."""
+        self.given = torch.load(path, weights_only=True)
+
+    def open(self, op: str, backend: str, mode: str) -> dict[str, Any]:
+        """Make a case ready: its launches per call, or why it cannot run.
+
+        Where the op takes other arguments than the other worker's, "own" says so.
+        """
+        if op not in self.own:
+            return {"missing": f"this version has no {op}"}
+        own, given = self.own[op], self.given.get(op)
+        try:
+            if given is not None:
+                with suppress(TypeError, ValueError):
+                    return self._opened(op, backend, mode, given)
+            return {**self._opened(op, backend, mode, own), "own": given is not None}
+        except CannotRun as error:
+            return {"missing": str(error)}
+        except Exception as error:  # noqa: BLE001 - told to the caller, who prints it
+            return {"missing": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+    def _opened(self, op: str, backend: str, mode: str, example: Example) -> dict[str, Any]:
+        case = self.cases[op, backend, mode] = Case(op, backend, mode, example)
+        return {"launches": case.launches, "own": False}
+
+    def measure(self, op: str, backend: str, mode: str, count: int) -> float:
+        """The median of some rounds."""
+        return median(self.cases[op, backend, mode].rounds(count))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gc.disable()
+    worker = Worker()
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(getattr(worker, name)(*arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The host's cost of op calls: launches are stubbed, slower code costs more, units are adds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import kernels
+from fastdiff.bench import counts, host
+from fastdiff.bench.counts import HostCost
+from fastdiff.bench.record import ROOT
+
+compiled = pytest.mark.skipif(
+    find_spec("fastdiff.kernels._native") is None, reason="the compiled module is not built here"
+)
+SLOWER_S = 300e-6
+SLOW = f"""
+import time as _time
+
+_fast = geglu
+
+
+def geglu(x):
+    end = _time.perf_counter() + {SLOWER_S}
+    while _time.perf_counter() < end:
+        pass
+    return _fast(x)
+"""
+"""Put behind ``kernels/__init__.py``."""
+
+
+@pytest.fixture(scope="module")
+def slow_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package whose geglu waits."""
+    folder = tmp_path_factory.mktemp("checkout")
+    skipped = shutil.ignore_patterns("__pycache__", "assets")
+    for name in ("fastdiff", "kernels"):  # fastdiff/kernels is a link that leads to the copy
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=skipped)
+    with (folder / "kernels" / "__init__.py").open("a") as file:
+        file.write(SLOW)
+    return folder
+
+
+def costs(**options: object) -> dict[tuple[str, str], HostCost]:
+    found = counts.host_costs(**{"rounds": 40, **options})  # type: ignore[arg-type]
+    return {(cost.backend, cost.mode): cost for cost in found}
+
+
+@compiled
+def test_a_stubbed_launch_computes_nothing_and_is_undone() -> None:
+    x, stub = torch.randn(4, 32), host.Stub()
+    with torch.inference_mode():
+        expected = kernels.geglu(x)
+        with host.stubbed("cpu", stub):
+            kernels.geglu(x)
+        assert stub.launches == 1
+        assert torch.equal(kernels.geglu(x), expected)
+    assert stub.launches == 1
+
+
+@pytest.mark.slow
+@compiled
+def test_launches_and_costs_of_every_backend() -> None:
+    """A launch forward, one more backward. An op costs more than one add, with a gradient more."""
+    found = costs(ops=["geglu"])
+    assert {case: cost.launches for case, cost in found.items()} == {
+        (backend, mode): launches
+        for backend in ("cpu", "triton", "cuda")
+        for mode, launches in (("inference", 1), ("gradient", 2))
+    }
+    for backend in host.BACKENDS:
+        inference, gradient = found[backend, "inference"].cost, found[backend, "gradient"].cost
+        assert inference is not None
+        assert gradient is not None
+        assert 1 < inference < gradient < 1000
+
+
+@pytest.mark.slow
+def test_slower_code_costs_more(slow_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"ops": ["geglu"], "backends": ["triton"], "modes": ["inference"]}
+    cost = costs(**options, against=slow_checkout)["triton", "inference"]
+    assert cost.cost is not None
+    assert cost.other_cost is not None
+    assert cost.ratio is not None
+    assert cost.ratio < 0.5
+    # 300 µs are at least 100 adds, unless an add takes 3 µs
+    assert cost.other_cost - cost.cost > 100
+    words = ["host", "--op", "geglu", "--backend", "triton", "--mode", "inference", "--json"]
+    words += ["--rounds", "8", "--against", str(slow_checkout), "--at-most", "0.001"]
+    assert counts.main(words) == 1
+    told = capsys.readouterr()
+    (found,) = json.loads(told.out)
+    assert (found["op"], found["backend"], found["launches"]) == ("geglu", "triton", 1)
+    assert "counts: geglu triton inference costs 0." in told.err
+
+
+@pytest.mark.slow
+def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["host", "--op", "philox_normal", "--backend", "cuda", "--mode", "gradient"]
+    assert counts.main(words) == 2
+    told = capsys.readouterr()
+    assert "philox_normal cuda gradient: it has no gradient" in told.out
+    assert counts.main(["host", "--op", "gelu"]) == 2
+    assert "counts: no op gelu; expected some of add_group_norm_silu, " in capsys.readouterr().err
+
+
+def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["host", "--at-most", "1"], "give --against CHECKOUT too"),
+        (["host", "--against", str(tmp_path)], "is not a folder that holds the package fastdiff"),
+    ):
+        with pytest.raises(SystemExit):
+            counts.main(words)
+        assert message in capsys.readouterr().err
+
+
+def test_the_table() -> None:
+    done = HostCost(op="geglu", backend="cpu", mode="inference", launches=1, cost=5.84)
+    beside = HostCost(
+        op="attention", backend="cuda", mode="gradient", launches=3, cost=91.2, other_cost=95.1,
+        ratio=0.9591,
+    )  # fmt: skip
+    absent = HostCost(op="geglu", backend="cuda", mode="inference", missing="no library")
+    assert counts.table([done, beside, absent]).splitlines()[1:] == [
+        "geglu      cpu      inference         1   5.8",
+        "attention  cuda     gradient          3  91.2         95.1  0.959",
+    ]
