@@ -1,6 +1,6 @@
 """From classes and seeds to images: latent diffusion, or pixel diffusion without a decoder.
 
-seeds -> noise -> table rows: Denoiser, sampler_step -> z / scale_factor -> decode -> images
+seeds -> noise -> requests to the engine -> z / scale_factor -> decode -> images
 """
 
 from __future__ import annotations
