@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdiff.kernels import OPS
 from tests.support.imports import PACKAGE, ROOT, circles, graph, imports, module_of, package_files
 
 FILES = package_files()
@@ -31,7 +32,8 @@ STILL_NAMES_UNET = {
 }
 """Files that still have to lose the word; a file that has lost it must leave this list."""
 FILES_TO_THE_FIRST_KERNEL = 28
-"""The most files that `fastdiff sample` may enter before it starts a kernel; the aim is 14."""
+"""The most files that `fastdiff sample` may enter before it starts a kernel. The aim is 14, and
+commit 9d6bd7a had 24: bundles go through the opening of all layouts since. Only ever lower it."""
 
 
 def room(module: str) -> str:
@@ -100,7 +102,8 @@ def test_few_files_lie_between_the_command_and_the_first_kernel() -> None:
     command = [sys.executable, "-m", "tests.support.entered", "--count", "1", "--classes", "3"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files, last = told.splitlines()[:-1], told.splitlines()[-1]
-    assert last == f"{len(files)} files to philox_normal", told
+    count, op = re.fullmatch(r"(\d+) files to (\w+)", last).groups()  # type: ignore[union-attr]
+    assert (int(count), op in OPS) == (len(files), True), told
     assert files[0] == "fastdiff/cli/__init__.py"
     assert len(files) <= FILES_TO_THE_FIRST_KERNEL, told
 
