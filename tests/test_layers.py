@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdiff.kernels import OPS
 from tests.support.imports import PACKAGE, ROOT, circles, graph, imports, module_of, package_files
 
 FILES = package_files()
@@ -26,7 +27,8 @@ STRANGERS = {("models", "diffusion"), ("diffusion", "models")}
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 UNET_MAY_STAND_IN = ("fastdiff/models/", "fastdiff/checkpoint/layouts/")
 FILES_TO_THE_FIRST_KERNEL = 29
-"""The most files that `fastdiff sample` may enter before it starts a kernel; the aim is 14."""
+"""The most files that `fastdiff sample` may enter before it starts a kernel. The aim is 14, and
+commit 9d6bd7a had 24: bundles go through the opening of all layouts since. Only ever lower it."""
 
 
 def room(module: str) -> str:
@@ -93,7 +95,8 @@ def test_few_files_lie_between_the_command_and_the_first_kernel() -> None:
     command = [sys.executable, "-m", "tests.support.entered", "--count", "1", "--classes", "3"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files, last = told.splitlines()[:-1], told.splitlines()[-1]
-    assert last == f"{len(files)} files to philox_normal", told
+    count, op = re.fullmatch(r"(\d+) files to (\w+)", last).groups()  # type: ignore[union-attr]
+    assert (int(count), op in OPS) == (len(files), True), told
     assert files[0] == "fastdiff/cli/__init__.py"
     assert len(files) <= FILES_TO_THE_FIRST_KERNEL, told
 
