@@ -40,7 +40,7 @@ def from_dict(cls: type[Config], data: Any) -> Config:
     try:
         return _converter().structure(data, cls)
     except Exception as error:
-        raise ValueError(f"{cls.__name__}: " + "; ".join(_describe(error))) from error
+        raise ValueError(f"{_name(cls)}: " + "; ".join(_describe(error))) from error
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_factory(
         lambda cls: get_origin(cls) is Literal, _strict_literal
     )
-    converter.register_structure_hook_factory(dataclasses.is_dataclass, _strict_dataclass)
+    converter.register_structure_hook_factory(_is_dataclass, _strict_dataclass)
     configure_union_passthrough(str | bool | int | float | None, converter)
     return converter
 
@@ -115,13 +115,18 @@ def _strict_literal(cls: Any, _: cattrs.Converter) -> Callable[[Any, Any], Any]:
     return structure
 
 
+def _is_dataclass(cls: Any) -> bool:
+    """Also of ``Run[Size]``, a generic one whose parameters are given."""
+    return dataclasses.is_dataclass(get_origin(cls) or cls)
+
+
 def _strict_dataclass(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
     inner = cattrs.gen.make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
 
     def structure(value: Any, kind: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(
-                f"expected an object with the fields of {cls.__name__}, got {_short(value)}"
+                f"expected an object with the fields of {_name(cls)}, got {_short(value)}"
             )
         return inner(value, kind)
 
@@ -151,6 +156,11 @@ def _describe(error: BaseException, path: str = "") -> list[str]:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _name(cls: Any) -> str:
+    """``Run`` for ``Run`` and for ``Run[Size]``."""
+    return (get_origin(cls) or cls).__name__
 
 
 def _short(value: Any) -> str:

@@ -28,8 +28,6 @@ UNET_MAY_STAND_IN = ("fastdiff/models/", "fastdiff/checkpoint/layouts/")
 STILL_NAMES_UNET = {
     "fastdiff/checkpoint/open.py",
     "fastdiff/checkpoint/save.py",
-    "fastdiff/training/describe.py",
-    "fastdiff/training/task.py",
 }
 """Files that still have to lose the word; a file that has lost it must leave this list."""
 FILES_TO_THE_FIRST_KERNEL = 28

@@ -205,9 +205,9 @@ def _make_all(
         for start in range(0, shared.count, batch):
             seeds = shared.seeds[start : start + batch]
 
-            def advance(done: int, total: int, start: int = start) -> None:
-                passes = -(-shared.count // batch)
-                tell(start // batch * total + done, passes * total)
+            def advance(done: int, total: int, start: int = start, size: int = len(seeds)) -> None:
+                rows = total // size  # of one image
+                tell(start * rows + done, shared.count * rows)
 
             with clock("sample"):
                 images = make(seeds, on_step=on_step, progress=advance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,22 +173,21 @@ def _images(
     clock: Clock,
 ) -> Iterator[tuple[int | None, int, Tensor]]:
     """(class, seed, image) of each job, a batch at a time."""
-    evaluations = len(pipeline.table(settings))
-    every = math.ceil(total / settings.batch) * evaluations
+    rows = len(pipeline.table(settings))
     before = 0
     with progress("sampling") as tell:
         while chunk := list(itertools.islice(jobs, settings.batch)):
             labels, seeds = zip(*chunk, strict=True)
 
             def advance(now: int, _: int, before: int = before) -> None:
-                tell(before + now, every)
+                tell(before + now, rows * total)
 
             with clock("sample"):
                 z = pipeline.latents(labels, seeds, settings, progress=advance)
             with clock("decode"):
                 images = pipeline.decode(z, tile=settings.tile).cpu()
             yield from zip(labels, seeds, images, strict=True)
-            before += evaluations
+            before += rows * len(chunk)
 
 
 def class_labels(words: Sequence[str], pipeline: LatentDiffusion) -> list[int | None]:

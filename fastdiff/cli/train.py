@@ -15,7 +15,7 @@ from fastdiff.cli.parsing import OptionalName, OptionalPath, UsageError, one_of,
 if TYPE_CHECKING:
     from fastdiff.training import AutoencoderRun, DiffusionRun
 
-RunT = TypeVar("RunT", "AutoencoderRun", "DiffusionRun")
+RunT = TypeVar("RunT", "AutoencoderRun", "DiffusionRun[Any]")
 STAGES = {
     "autoencoder": "the first stage: images to latents and back",
     "diffusion": "the second stage: a denoiser on the latents, or on pixels",
@@ -85,11 +85,14 @@ def main(words: Sequence[str]) -> int:
 
     kind: Any = AutoencoderRun if stage == "autoencoder" else DiffusionRun
     presets = {name: run for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)}
+    start: Any = _start(kind, presets, rest)
+    # Every field of a network's config is an option, so which there are depends on the network.
+    fields: Any = kind[type(start.model)] if kind is DiffusionRun else kind
     options = parse(
-        Train[kind],
+        Train[fields],
         rest,
         prog=f"fastdiff train {stage}",
-        default=Train(run=_start(kind, presets, rest)),
+        default=Train(run=start),
         text=STAGE_HELP.format(
             line=STAGES[stage], presets=", ".join(presets), examples=EXAMPLES[stage]
         ),
@@ -133,8 +136,6 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
 
 
 def _read(kind: type[RunT], path: Path) -> RunT:
-    from fastdiff.configs import from_dict
-
     path = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(path.read_bytes())
@@ -145,6 +146,6 @@ def _read(kind: type[RunT], path: Path) -> RunT:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     try:
-        return from_dict(kind, data)
+        return kind.from_json(data)
     except ValueError as error:
         raise ValueError(f"{path} is not the config of such a run: {error}") from error

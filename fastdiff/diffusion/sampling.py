@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import COLUMN, SamplerTable
+from fastdiff.diffusion.stack import Stack
 from fastdiff.kernels import INITIAL_NOISE, philox_normal, sampler_step
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
@@ -37,18 +38,15 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What callbacks are given after a row of the table.
+    """What callbacks are given after a step.
 
     Attributes:
-        row: of the table.
-        done, total: network evaluations so far, and in all.
-        samples: which of the call's samples these are; there is more than one pass where they do
-            not fit into one batch.
-        x: (n, *shape), the noisy samples; the next row overwrites them.
+        done, total: rows of tables taken so far, and in all; see the function that calls back.
+        samples: which of the call's samples these are.
+        x: (n, *shape), the noisy samples; the next row may overwrite them.
         denoised: (n, *shape), the row's estimate D of the clean ones.
     """
 
-    row: int
     done: int
     total: int
     samples: Sequence[int]
@@ -58,46 +56,32 @@ class Step:
 
 OnStep = Callable[[Step], None]
 """Called after each row; what it returns is ignored, what it raises ends the sampling."""
-Adjust = Callable[[Step], None]
-"""Called after each row, before `OnStep`; may change `step.x` in place."""
 
 
 @dataclass(eq=False)
-class _Stacked:
-    """A table in the buffer of `Slots`, which several slots may share."""
+class _Place:
+    """Where a slot is in its table: what the host knows without reading from the device."""
 
     table: SamplerTable
-    start: int
-    users: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.table)
-
-
-@dataclass(eq=False)
-class _Run:
-    """Slots that were filled together: what the host knows without reading from the device."""
-
-    stacked: _Stacked
     row: int = 0
 
     @property
     def done(self) -> bool:
-        return self.row == len(self.stacked.table)
+        return self.row == len(self.table)
 
 
 class Slots:
     """S samples of one shape, each at its own row of its own table.
 
     A slot is empty, busy, or done: it then keeps its sample, and stays idle until it is removed. A
-    slot's bits do not depend on the others, or on which slot it is. All tensors stay where they are
-    in memory, so that a captured graph of a step serves every step.
+    slot's bits do not depend on the others, or on which slot it is. Tensors stay where they are in
+    memory, so that a captured graph of a step serves every step; only `tables` moves, when `put`
+    finds no room in it.
 
     Attributes:
         x: (S, *shape) contiguous, fp32 (or fp64, on the reference backend).
         history: (3, S, *shape); a table reads only what it has written.
-        tables: (capacity, 20), the stacked tables.
+        tables: (capacity, 20), the stacked tables of the slots that are not empty.
         rows: (S,) int64, each slot's row of `tables`, or `IDLE`.
         seeds: (S,) int64.
         finite: (S,) bool, whether all that the network returned for the slot was.
@@ -109,22 +93,23 @@ class Slots:
         count: int,
         shape: Sequence[int],
         *,
-        capacity: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """capacity: rows of all the different tables that are there at a time."""
         self.x = torch.zeros(count, *shape, device=device, dtype=dtype)
         self.history = torch.zeros(HISTORY_SLOTS, count, *shape, device=device, dtype=dtype)
-        self.tables = torch.zeros(capacity, len(COLUMN), device=device, dtype=dtype)
+        self._stack = Stack(torch.zeros(0, len(COLUMN), device=device, dtype=dtype))
         self.seeds, self.clean, self._ends = torch.zeros(3, count, dtype=torch.int64, device=device)
         self.rows = torch.full_like(self.seeds, IDLE)
         self.finite = torch.ones(count, dtype=torch.bool, device=device)
-        self._slots: list[_Run | None] = [None] * count
-        self._stack: list[_Stacked] = []  # in the order of their rows
+        self._slots: list[_Place | None] = [None] * count
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def tables(self) -> Tensor:
+        return self._stack.rows
 
     @property
     def empty(self) -> list[int]:
@@ -138,7 +123,7 @@ class Slots:
 
     def table(self, slot: int) -> SamplerTable:
         """The table of a slot that is not empty."""
-        return self._held(slot).stacked.table
+        return self._held(slot).table
 
     def row(self, slot: int) -> int:
         """The row of its own table that a slot takes next; the table's length when it is done."""
@@ -152,10 +137,6 @@ class Slots:
         """Whether the next row of a busy slot needs an unconditional prediction too."""
         return self.table(slot).guided[self.row(slot)]
 
-    def fits(self, table: SamplerTable) -> bool:
-        """Whether there is room for a table beside those that are there."""
-        return self._find(table) is not None
-
     def put(self, slot: int | slice, table: SamplerTable, x: Tensor, seeds: Tensor | int) -> None:
         """Fill a slot, or a slice of slots that share a table.
 
@@ -164,41 +145,30 @@ class Slots:
             seeds: of the noise: a number, for a slice (k,) int64.
 
         Raises:
-            ValueError: a slot that is not empty, or no room for the table.
+            ValueError: a slot that is not empty.
         """
         chosen = range(len(self))[slot]
         numbers = [chosen] if isinstance(chosen, int) else list(chosen)
         for number in numbers:
             if self._slots[number] is not None:
                 raise ValueError(f"slot {number} is taken; remove it before it is filled again")
-        stacked = self._find(table)
-        if stacked is None:
-            raise ValueError(
-                f"no room for a table of {len(table)} rows in {len(self.tables)} beside "
-                f"{len(self._stack)} others; remove a slot, or give more capacity"
-            )
-        if not stacked.users:
-            self.tables[stacked.start : stacked.end] = table.to(self.x.device, self.x.dtype)
-            self._stack = sorted([*self._stack, stacked], key=lambda other: other.start)
-        stacked.users += len(numbers)
-        run = _Run(stacked)
+        start = 0
         for number in numbers:
-            self._slots[number] = run
+            self._slots[number] = _Place(table)
+            start = self._stack.add(table, lambda: table.to(self.x.device, self.x.dtype))
         self.x[slot] = x
         self.seeds[slot] = seeds
-        self.rows[slot] = stacked.start if len(table) else IDLE
-        self._ends[slot] = stacked.end
+        self.rows[slot] = start if len(table) else IDLE
+        self._ends[slot] = start + len(table)
         self.finite[slot] = True
         self.clean[slot] = 0
 
     def remove(self, slot: int) -> None:
         """Empty a slot, whether it is done or not. Its x stays until the slot is filled again."""
-        stacked = self._held(slot).stacked
-        stacked.users -= 1
-        if not stacked.users:
-            self._stack.remove(stacked)
+        self._stack.drop(self._held(slot).table)
         self._slots[slot] = None
         self.rows[slot] = IDLE
+        self.finite[slot] = True
 
     def move(self, slot: int, to: int) -> None:
         """Take a sample to an empty slot; it goes on there with the same bits.
@@ -222,29 +192,37 @@ class Slots:
         cond: Tensor | None = None,
         uncond: Tensor | None = None,
         denoised: Tensor | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        """Take every busy slot one row further.
+        """Take busy slots one row further.
 
         prediction, cond, uncond, denoised: as in `sampler_step`, with S for its N.
+        only: the slots that take part; None: all that are busy.
         """
+        rows, busy = self.rows, self.busy if only is None else only
+        if only is not None:
+            waiting = torch.ones_like(self.finite)
+            waiting[list(only)] = False
+            rows = rows.masked_fill(waiting, IDLE)
         sampler_step(
             self.x,
             prediction,
             self.history,
             self.tables,
-            self.rows,
+            rows,
             self.seeds,
             cond=cond,
             uncond=uncond,
             denoised=denoised,
             finite=self.finite,
-            rescale=any(stacked.table.rescales for stacked in self._stack),
+            rescale=any(self.table(slot).rescales for slot in busy),
         )
-        self.clean += self.finite
-        self.rows += self.rows != IDLE
+        taken = rows != IDLE
+        self.clean += self.finite & taken
+        self.rows += taken
         self.rows.masked_fill_(self.rows >= self._ends, IDLE)
-        for run in {run for run in self._slots if run is not None and not run.done}:
-            run.row += 1
+        for slot in busy:
+            self._held(slot).row += 1
 
     def failures(self) -> dict[int, int]:
         """Slot -> the first row at which the network returned a NaN or infinity for it; waits for
@@ -252,23 +230,11 @@ class Slots:
         rows = zip(self.finite.tolist(), self.clean.tolist(), strict=True)
         return {slot: clean for slot, (finite, clean) in enumerate(rows) if not finite}
 
-    def _held(self, slot: int) -> _Run:
+    def _held(self, slot: int) -> _Place:
         held = self._slots[slot]
         if held is None:
             raise ValueError(f"slot {slot} is empty; put a sample there first")
         return held
-
-    def _find(self, table: SamplerTable) -> _Stacked | None:
-        """Where a table is, or the first gap that it fits into; None: there is none."""
-        start = 0
-        for stacked in self._stack:
-            if stacked.table is table:
-                return stacked
-        for stacked in self._stack:
-            if stacked.start - start >= len(table):
-                break
-            start = stacked.end
-        return _Stacked(table, start) if start + len(table) <= len(self.tables) else None
 
 
 @torch.no_grad()
@@ -278,7 +244,6 @@ def sample(
     noise_or_shape: Tensor | Sequence[int],
     seeds: Tensor | Sequence[int],
     *,
-    adjust: Adjust | None = None,
     on_step: OnStep | None = None,
     check: Literal["end", "step", "never"] = "end",
 ) -> Tensor:
@@ -291,8 +256,7 @@ def sample(
             it is; or the shape of one sample, and the noise is drawn from the seeds (Philox, stream
             0).
         seeds: (N,), int64, one per sample; the noise of a sample depends on its own seed only.
-        adjust: called after each row with a Step, before on_step; may change its x in place.
-        on_step: called after each row with a Step.
+        on_step: called after each row with a Step of all samples, which counts the table's rows.
         check: when to look whether the network returned a NaN or infinity: once after the loop,
             after each row (waits for the device), or never. Flags are kept on the device, so "end"
             waits once.
@@ -306,10 +270,10 @@ def sample(
     """
     x, seeds = _start(table, noise_or_shape, seeds)
     count, guided = len(x), table.guided
-    slots = Slots(count, x.shape[1:], capacity=len(table), device=x.device, dtype=x.dtype)
+    slots = Slots(count, x.shape[1:], device=x.device, dtype=x.dtype)
     slots.put(slice(None), table, x, seeds)
     first = torch.arange(count, device=x.device)
-    halves = {"cond": first + count, "uncond": first}
+    second = first + count
 
     for row in range(len(table)):
         prediction = predict(slots.x, row)
@@ -319,15 +283,13 @@ def sample(
                 f"{2 * count} outputs, [unconditional; conditional], got {len(prediction)}; "
                 "use guidance_scale=1 without them"
             )
-        denoised = torch.empty_like(slots.x) if adjust or on_step else None
-        slots.step(prediction, denoised=denoised, **(halves if guided[row] else {}))
+        denoised = torch.empty_like(slots.x) if on_step else None
+        cond, uncond = (second, first) if guided[row] else (None, None)
+        slots.step(prediction, cond=cond, uncond=uncond, denoised=denoised)
         if check == "step":
             _check_finite(slots, table)
-        if denoised is not None:
-            step = Step(row, row + 1, len(table), range(count), slots.x, denoised)
-            for callback in (adjust, on_step):
-                if callback:
-                    callback(step)
+        if on_step and denoised is not None:
+            on_step(Step(row + 1, len(table), range(count), slots.x, denoised))
     if check == "end":
         _check_finite(slots, table)
     return slots.x
@@ -355,9 +317,13 @@ def _start(
 
 def _check_finite(slots: Slots, table: SamplerTable) -> None:
     if bad := slots.failures():
-        row = min(bad.values())
-        raise ValueError(
-            f"the network returned NaN or infinity at step {int(table.steps[row])} (row {row} of "
-            f"{len(table)}, t = {float(table.timesteps[row]):g}), expected finite numbers; "
-            "check its weights and input, or run it in fp32"
-        )
+        raise ValueError(not_finite(table, min(bad.values())))
+
+
+def not_finite(table: SamplerTable, row: int) -> str:
+    """What to tell the user where the network returned a NaN or infinity."""
+    return (
+        f"the network returned NaN or infinity at step {int(table.steps[row])} (row {row} of "
+        f"{len(table)}, t = {float(table.timesteps[row]):g}), expected finite numbers; "
+        "check its weights and input, or run it in fp32"
+    )

@@ -129,7 +129,7 @@ def evaluate(
 
     count: samples; a class gets every num_classes-th. first_seed: the i-th sample has seed
     first_seed + i. reference: real images; None takes the digits. progress: called as
-    progress(done, total) after each network evaluation.
+    progress(done, total) after each step, counting rows of all images.
 
     Raises:
         ValueError: the model does not fit the reference, or the count is too small to measure.

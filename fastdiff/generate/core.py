@@ -1,6 +1,6 @@
 """What every pipeline does: images to latents, along a sampler's table, latents to images.
 
-images -> encode -> z * scale_factor;  x -> table rows: Denoiser, sampler_step -> z
+images -> encode -> z * scale_factor;  x -> requests to the engine -> z
 z / scale_factor -> decode -> images, or a cheap preview of them
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,14 +22,14 @@ from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.samplers import SAMPLERS, SPACINGS, SamplerTable, build_table
-from fastdiff.diffusion.sampling import Adjust, OnStep, sample
+from fastdiff.diffusion.sampling import OnStep
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network
 from fastdiff.runtime.blocks import block_size, in_blocks
 from fastdiff.runtime.conditions import Condition
-from fastdiff.runtime.denoiser import Denoiser
+from fastdiff.runtime.engine import Progress, Request, run
 from fastdiff.runtime.prepare import prepare
 
 MAX_SEED = 2**63 - 1
@@ -38,9 +38,6 @@ CHECKPOINT = "checkpoint"
 """As a sampler: what the model's files say (diffusers' scheduler_config.json)."""
 PREVIEW_LATENTS = 4
 """Latents of 8x8 that are decoded once to learn what a preview looks like."""
-
-Progress = Callable[[int, int], None]
-"""Called as progress(done, total) after each network evaluation of a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class SampleSettings:
     tile: int | None = 96
     """Latents with a longer side are decoded in tiles of this side; None: never."""
     batch: int = 64
-    """Images at once: bounds memory, has no influence on the images."""
+    """Images at a time: bounds memory, has no influence on the images."""
 
     def __post_init__(self) -> None:
         if self.sampler not in (*SAMPLERS, CHECKPOINT):
@@ -193,58 +190,45 @@ class Core:
         *,
         settings: SampleSettings,
         extra: Tensor | None = None,
-        adjust: Adjust | None = None,
+        hold: tuple[Tensor, Tensor, Tensor] | None = None,
         on_step: OnStep | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Run a table from x, in batches of samples that have as many tokens each.
+        """Run a table from x, for `settings.batch` samples at a time.
 
         x: (N, C, h, w) in `sample_dtype`, at the level of the table's first row. conditions,
-        unconditional: one per sample; see `Denoiser`. extra: (N, C', h, w), see `Denoiser`.
-        adjust, on_step: see `sample`; the steps count the rows of all passes, and say which samples
-        a pass has.
+        unconditional: one per sample. extra: (N, C', h, w), channels that the network reads behind
+        x. hold: mask, known and noise, (N, ...) each; see `Request`. on_step, progress: see `run`.
 
         Returns (N, C, h, w).
 
         Raises:
             ValueError: the network's output is not finite.
         """
-        passes = _passes(conditions, settings.batch)
-        total, done = len(passes) * len(table), 0
+        mask, known, noise = hold or (None, None, None)
+
+        def part(whole: Tensor | None, i: int) -> Tensor | None:
+            return None if whole is None else whole[i]
+
+        requests = [
+            Request(
+                table=table,
+                x=x[i],
+                seed=seed,
+                condition=conditions[i],
+                unconditional=None if unconditional is None else unconditional[i],
+                extra=part(extra, i),
+                mask=part(mask, i),
+                known=part(known, i),
+                noise=part(noise, i),
+                tag=i,
+            )
+            for i, seed in enumerate(seeds)
+        ]
         out = torch.empty_like(x)
-        for chosen in passes:
-            index = torch.tensor(chosen, device=x.device)
-            denoiser = Denoiser(
-                self.unet,
-                table.timesteps,
-                [conditions[i] for i in chosen],
-                None if unconditional is None else [unconditional[i] for i in chosen],
-                guided=table.guided,
-                extra=None if extra is None else extra[index],
-                block=block_size(x.shape[2], x.shape[3], self.device),
-            )
-
-            def predict(x: Tensor, row: int, call: Denoiser = denoiser) -> Tensor:
-                nonlocal done
-                prediction = call(x, row)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                return prediction
-
-            def of_all(callback: OnStep | None, chosen: Sequence[int] = chosen) -> OnStep | None:
-                if callback is None:
-                    return None
-                return lambda step: callback(replace(step, done=done, total=total, samples=chosen))
-
-            out[index] = sample(
-                predict,
-                table,
-                x[index],
-                torch.tensor([seeds[i] for i in chosen], dtype=torch.int64, device=self.device),
-                adjust=of_all(adjust),
-                on_step=of_all(on_step),
-            )
+        results = run(self.unet, requests, slots=settings.batch, on_step=on_step, progress=progress)
+        for result in results:
+            out[result.request.tag] = result.x
         return out
 
     @torch.no_grad()
@@ -342,15 +326,3 @@ def check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if type(seed) is not int or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"a seed must be a whole number from 0 to 2**63 - 1, got {seed!r:.40}")
-
-
-def _passes(conditions: Sequence[Condition], batch: int) -> list[list[int]]:
-    """The samples of each pass: at most `batch`, all with as many tokens."""
-    groups: dict[int, list[int]] = {}
-    for index, condition in enumerate(conditions):
-        groups.setdefault(condition.tokens, []).append(index)
-    return [
-        group[start : start + batch]
-        for group in groups.values()
-        for start in range(0, len(group), batch)
-    ]

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.diffusion.sampling import Adjust, OnStep, Step
+from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate.core import Progress, SampleSettings
 from fastdiff.generate.image_to_image import check_image, first_step
 from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings, samples
@@ -99,7 +98,7 @@ def inpaint_latents(
     noise = core.noise(seeds, shape)
     mask = mask.to(noise)
     extra: Tensor | None = None
-    adjust: Adjust | None = None
+    hold: tuple[Tensor, Tensor, Tensor] | None = None
     if channels == trained:
         small = F.interpolate(mask, shape[1:])  # the nearest pixel, as in training
         kept = core.encode(image * (mask < 0.5).to(image), tile=settings.tile)
@@ -108,7 +107,7 @@ def inpaint_latents(
     else:
         # A latent pixel is new if any pixel of its square is: a thin stroke does not get lost.
         small = F.adaptive_max_pool2d(mask, shape[1:]).expand(count, -1, -1, -1)
-        adjust = _hold(table, z, noise, small)
+        hold = small, z, noise
     conditions, unconditional = model.conditions(prompts, size, text, guided=any(table.guided))
     level = table.initial_level
     x = noise if strength == 1 else level.alpha * z + level.sigma * noise
@@ -120,23 +119,10 @@ def inpaint_latents(
         seeds,
         settings=settings,
         extra=extra,
-        adjust=adjust,
+        hold=hold,
         on_step=on_step,
         progress=progress,
     )
-
-
-def _hold(table: SamplerTable, z: Tensor, noise: Tensor, mask: Tensor) -> Adjust:
-    """Outside the mask, the image at the level of the next row; after the last, the image."""
-    sigmas = [*table.sigmas.tolist()[1:], 0.0]
-
-    def adjust(step: Step) -> None:
-        sigma, samples = sigmas[step.row], list(step.samples)
-        alpha = (1 + sigma**2) ** -0.5
-        known = alpha * z[samples] + alpha * sigma * noise[samples]
-        step.x.copy_(torch.where(mask[samples] > 0, step.x, known))
-
-    return adjust
 
 
 def check_mask(mask: Tensor, image: Tensor, count: int) -> Tensor:

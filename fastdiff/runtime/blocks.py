@@ -1,53 +1,100 @@
-"""Blocks of fixed size, so that a sample has the same bits alone and in any batch.
+"""Blocks of a fixed number of rows, so that a sample has the same bits alone and in any batch.
 
-The same seed must give the same bits alone and at any place of any batch. Convolutions and matrix
-products on the CPU do not promise that: oneDNN picks another kernel for another batch size, with
-another order of summation. At one and the same batch size they are independent of the place and, in
-channels_last, of the number of threads (measured: docs/decisions/runtime.md). So the network on the
-CPU always sees blocks of one fixed size; the last block is filled up with copies of its last row.
+Convolutions and matrix products on a CPU do not promise that: oneDNN picks another kernel for
+another batch size, with another order of summation. At one batch size they are independent of the
+place in the batch and, in channels_last, of the number of threads (measured:
+docs/decisions/runtime.md). So on a CPU a network always sees blocks of one fixed size; only the
+last block is filled up, with copies of its last row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 BLOCK_PIXELS = 512
-"""Pixels of x that the network sees at once on the CPU: enough that a call's overhead is small."""
+"""Pixels of x that a network sees at once on a CPU: enough that a call's overhead is small."""
+
+Item = TypeVar("Item")
 
 
-def block_size(height: int, width: int, device: torch.device) -> int | None:
-    """Samples per evaluation, from the size of one sample alone; None: the batch as it comes.
+class RowBlocks(NamedTuple):
+    """Rows per evaluation of a denoiser; where the two are equal, both kinds share blocks."""
 
-    8 at 8x8, 1 from 32x32 on, where one image fills the cores and a batch would gain nothing. Other
-    devices take the whole batch: same seeds agree there up to rounding, not bit for bit.
+    guided: int
+    """For samples that take two rows, unconditional and conditional."""
+    single: int
+    """For samples that take one row."""
+
+
+def row_blocks(sides: Sequence[int], device: torch.device) -> RowBlocks | None:
+    """The blocks that a denoiser is evaluated in; None: the whole batch as it comes.
+
+    A function of the sample's size alone. At 8x8 a block has 16 rows, whatever they belong to: 8
+    guided samples, 16 others, or a mix. Above 256 pixels, where one image fills the cores, a guided
+    sample is a block of 2 and any other a block of 1, so that no row is wasted.
+
+    sides: (H, W) or any other number of spatial sides; () for points.
     """
     if device.type != "cpu":
         return None
-    return min(8, max(1, BLOCK_PIXELS // (height * width)))
+    samples = _samples(math.prod(sides))
+    return RowBlocks(2 * samples, 2 * samples if samples > 1 else 1)
 
 
-def in_blocks(
-    function: Callable[..., Tensor], block: int | None, x: Tensor, *others: Tensor
-) -> Tensor:
-    """Call ``function(x, *others)`` on blocks of exactly ``block`` rows and join what it returns.
+def block_size(height: int, width: int, device: torch.device) -> int | None:
+    """Images per evaluation of an autoencoder, from the size of one latent alone; None: all.
 
-    x: (N, C, H, W), handed on in channels_last and always with the same strides. others: (N, ...).
-    ``function`` returns (k * rows, ...), k parts stacked along the batch, as guidance's two halves
-    are; they stay stacked: (k * N, ...).
+    8 at 8x8, 1 above 256 pixels. Other devices take the whole batch: there equal seeds agree up to
+    rounding, not bit for bit.
     """
-    rows = len(x) if block is None else block
-    parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(x), rows):
-        index = torch.arange(start, start + rows, device=x.device).clamp_(max=len(x) - 1)
-        # Copied into a fresh tensor: slices of different batches may come with different strides,
-        # and strides too decide which convolution runs.
-        piece = x.new_empty((rows, *x.shape[1:])).contiguous(memory_format=torch.channels_last)
-        piece.copy_(x[index])
-        out = function(piece, *(other[index] for other in others))
-        kept = min(rows, len(x) - start)
-        parts.append(tuple(half[:kept] for half in out.split(rows)))
-    halves = [torch.cat(half) for half in zip(*parts, strict=True)]
-    return halves[0] if len(halves) == 1 else torch.cat(halves)
+    return _samples(height * width) if device.type == "cpu" else None
+
+
+def _samples(pixels: int) -> int:
+    return min(8, max(1, BLOCK_PIXELS // pixels))
+
+
+def in_blocks(function: Callable[[Tensor], Tensor], block: int | None, x: Tensor) -> Tensor:
+    """Call ``function`` on blocks of exactly ``block`` rows of x and join what it returns.
+
+    x: (N, C, *spatial); see :func:`gather` for how a block is laid out. ``function`` returns a row
+    per row. None for ``block``: one call on all rows.
+    """
+    rows = range(len(x))
+    blocks = filled(rows, block) if block is not None else [list(rows)]
+    parts = [function(gather(x, torch.tensor(piece, device=x.device))) for piece in blocks]
+    return torch.cat(parts)[: len(x)]
+
+
+def filled(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Items in lists of exactly ``size``; the last is filled up with copies of its last item.
+
+    >>> filled([1, 2, 3], 2)
+    [[1, 2], [3, 3]]
+    """
+    parts = [list(items[start : start + size]) for start in range(0, len(items), size)]
+    return [part + part[-1:] * (size - len(part)) for part in parts]
+
+
+def gather(x: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of x as a network sees them: a fresh tensor, channels_last where x is 4-D.
+
+    Slices of different batches may come with different strides, and strides too decide which
+    convolution runs; those of a fresh tensor depend on its shape alone. Differentiable in x.
+
+    x: (N, C, *spatial). index: (n,) int64. dtype: of the result; None: that of x. Returns
+    (n, C, *spatial).
+    """
+    layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    piece = torch.empty(
+        (len(index), *x.shape[1:]),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=layout,
+    )
+    return piece.copy_(x.index_select(0, index))

@@ -52,7 +52,7 @@ def check_label(label: int | None, num_classes: int | None, null_class: bool) ->
     """The row of the label embedding for a class or for None; None for a model without classes.
 
     Raises:
-        ValueError: out of range, or not to be had from this model.
+        ValueError: out of range, or this model has no such class.
     """
     if label is None:
         if num_classes is None:
@@ -70,12 +70,12 @@ def check_label(label: int | None, num_classes: int | None, null_class: bool) ->
 
 
 def check_guidance(num_classes: int | None, null_class: bool) -> int:
-    """The row of the label embedding that stands for "no class" in guidance.
+    """The row of the label embedding for "no class", which guidance needs.
 
     Raises:
         ValueError: the model cannot be guided.
     """
     if num_classes is None or not null_class:
         lacks = "has no classes" if num_classes is None else "was trained without a null class"
-        raise ValueError(f"guidance is not to be had: this model {lacks}; use guidance_scale 1")
+        raise ValueError(f"this model {lacks}, so it cannot be guided; set guidance_scale=1")
     return num_classes

@@ -1,111 +1,224 @@
-"""A network with its conditions, as the sampling loop calls it."""
+"""A network with the conditions of many samples, evaluated in blocks of a fixed number of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.stack import Stack
 from fastdiff.models.network import Context, Network, map_context
-from fastdiff.runtime.blocks import in_blocks
+from fastdiff.runtime.blocks import filled, gather, row_blocks
 from fastdiff.runtime.conditions import Condition
 
 
-class Denoiser:
-    """A network with its conditions: the ``predict(x, row)`` that the sampling loop calls.
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """What one sample is conditioned on, made ready for a table's timesteps.
 
-    Computed once, here: the embeddings of all (timestep, condition) pairs, and each condition's
-    keys and values in every cross-attention. A step looks them up.
+    Attributes:
+        timesteps: what the embeddings were made for, as bytes.
+        condition, unconditional: None for `unconditional` where no row is guided.
+        first, first_unconditional: where the embeddings of the two begin in
+            `Denoiser.embeddings`; that of the table's row i is i further.
     """
 
-    def __init__(
-        self,
-        unet: Network,
-        timesteps: Tensor | Sequence[float],
-        conditions: Sequence[Condition],
-        unconditional: Sequence[Condition] | None = None,
-        *,
-        guided: Sequence[bool] | None = None,
-        extra: Tensor | None = None,
-        block: int | None = None,
-    ) -> None:
+    timesteps: bytes
+    condition: Condition
+    unconditional: Condition | None
+    first: int
+    first_unconditional: int
+
+
+_Row = tuple[int, int, Condition]  # of an evaluation: sample, embedding, condition
+
+
+class Turn(NamedTuple):
+    """One sample's part in an evaluation: its place in x, its guide, its table's row."""
+
+    sample: int
+    guide: Guide
+    row: int
+    guided: bool
+
+
+@dataclass(eq=False)
+class _Block:
+    samples: Tensor  # (rows,) int64, places in x
+    embeddings: Tensor  # (rows,) int64, a view of Batch.embeddings
+    context: Context | None
+
+
+@dataclass(eq=False)
+class Batch:
+    """The rows of an evaluation, packed into blocks; serves until a sample joins, leaves or changes
+    between guided and not.
+
+    Attributes:
+        cond: (S,) int64, where each sample's prediction is in what `Denoiser` returns.
+        uncond: (S,) int64, where its unconditional one is, or -1; None: no sample is guided.
+        rows: rows that the network evaluates, those that fill up the last block included.
+    """
+
+    cond: Tensor
+    uncond: Tensor | None
+    rows: int
+    embeddings: Tensor  # (rows,) int64
+    blocks: list[_Block] = field(repr=False)
+
+    def advance(self) -> None:
+        """Go on to the next row of every sample's table."""
+        self.embeddings += 1
+
+
+class Denoiser:
+    """A network with conditions, for samples of one size.
+
+    Computed once: the embeddings of all timesteps of a table under a condition, in one call whose
+    shape is the table's alone, and what the cross-attentions read of a condition's context. An
+    evaluation looks them up.
+
+    A sample's bits on a CPU depend on its own x, condition, table and whether the row is guided,
+    not on the other samples; see `fastdiff.runtime.blocks`. Calls are differentiable in x where
+    gradients are enabled.
+    """
+
+    def __init__(self, network: Network, sides: Sequence[int]) -> None:
+        """sides: (H, W) of x, or any other number of spatial sides."""
+        weight = next(network.parameters())
+        self.network, self.dtype, self.device = network, weight.dtype, weight.device
+        self.blocks = row_blocks(sides, weight.device)
+        self.embeddings = Stack()
+        self._contexts: dict[Condition, Context] = {}
+        self._users: dict[Condition, int] = {}
+        self._gathered: dict[tuple[Condition, ...], Context] = {}
+
+    @torch.no_grad()
+    def add(
+        self, timesteps: Tensor, condition: Condition, unconditional: Condition | None = None
+    ) -> Guide:
+        """Make a sample's conditions ready, for `batch`, until :meth:`drop`.
+
+        timesteps: (rows,), the t of each row of the sample's table.
+        unconditional: for guidance; None if no row is guided.
+
+        Raises:
+            ValueError: a condition that the network does not take.
         """
-        timesteps: (rows,), the t of each row.
-        conditions: one per sample, all with as many tokens.
-        unconditional: one per sample, for guidance; None if no row is guided.
-        guided: for each row, whether it is; None: all are where there is `unconditional`.
-        extra: (N, C, H, W), channels that the network reads behind those of x, as for inpainting.
-        block: samples per evaluation; see :func:`block_size`.
+        key = timesteps.double().cpu().numpy().tobytes()
+        first = self._add(key, timesteps, condition)
+        if unconditional is None:
+            return Guide(key, condition, None, first, first)
+        try:
+            other = self._add(key, timesteps, unconditional)
+        except BaseException:
+            self._drop(key, condition)
+            raise
+        return Guide(key, condition, unconditional, first, other)
+
+    def drop(self, guide: Guide) -> None:
+        """Let go of what `add` made, where no other sample uses it."""
+        for condition in (guide.condition, guide.unconditional):
+            if condition is not None:
+                self._drop(guide.timesteps, condition)
+
+    def batch(self, turns: Sequence[Turn], samples: int) -> Batch:
+        """Pack the rows of an evaluation into blocks.
+
+        turns: of the samples that take part. samples: S, all places in x.
         """
-        assert unconditional is None or len(unconditional) == len(conditions)
-        self.unet, self.block, self.extra = unet, block, extra
-        weight = next(unet.parameters())
-        self.dtype, device = weight.dtype, weight.device
-        kinds = list(dict.fromkeys([*conditions, *(unconditional or ())]))
-        assert len({kind.tokens for kind in kinds}) == 1, "samples differ in their tokens"
-        self.guided = [unconditional is not None] * len(timesteps) if guided is None else guided
-        assert unconditional is not None or not any(self.guided), "guided without unconditional"
-        different = list(dict.fromkeys(_floats(timesteps)))
-        self.place = [different.index(t) for t in _floats(timesteps)]  # row -> embedding
-        self.kinds = [kinds.index(condition) for condition in conditions]
-        self.null = [kinds.index(condition) for condition in unconditional or ()]
-        self.samples = torch.arange(len(conditions))
-        self._chosen: dict[tuple[int, ...], tuple[Tensor, Context]] = {}
-        with torch.inference_mode():
-            t = torch.tensor(different, dtype=torch.float32, device=device)
-            # One call per condition, so that each has the same shape in any batch.
-            vectors: dict[tuple[int | None, int], Tensor] = {}
-            for kind in kinds:
-                if kind.key not in vectors:
-                    y = None if kind.label is None else torch.full_like(t, kind.label).long()
-                    added = kind.added
-                    added = None if added is None else added.to(device).expand(len(t), -1)
-                    vectors[kind.key] = unet.embed(t, y, added)
-            kinds_of_rows = [vectors[kind.key] for kind in kinds]
-            self.embeddings = torch.stack(kinds_of_rows, dim=1)  # (timesteps, conditions, E)
-            self.kvs = [
-                unet.project_context(kind.context.to(device, self.dtype))
-                for kind in kinds
-                if kind.context is not None
-            ]
+        groups: dict[int, list[Turn]] = {}  # rows of a block -> those whose rows go there
+        for turn in turns:
+            groups.setdefault(self._size(turn), []).append(turn)
+        cond, uncond, packed = [-1] * samples, [-1] * samples, list[list[_Row]]()
+        for size, members in groups.items():
+            start, rows = sum(map(len, packed)), list[_Row]()
+            for sample, guide, row, guided in members:
+                if guided:
+                    assert guide.unconditional is not None, "a guided row without unconditional"
+                    uncond[sample] = start + len(rows)
+                    rows.append((sample, guide.first_unconditional + row, guide.unconditional))
+                cond[sample] = start + len(rows)
+                rows.append((sample, guide.first + row, guide.condition))
+            packed += filled(rows, size or len(rows))
+        return self._batch(cond, uncond, packed)
 
-    @torch.inference_mode()
-    def __call__(self, x: Tensor, row: int) -> Tensor:
-        """x: (N, C, H, W). Returns in its dtype (N, ...), if the row is guided (2N, ...) = [uncond;
-        cond]."""
-        assert len(x) == len(self.kinds), f"{len(self.kinds)} conditions for {len(x)} samples"
-        guided, emb = self.guided[row], self.embeddings[self.place[row]]
+    def _size(self, turn: Turn) -> int:
+        """Rows of the blocks that a sample's rows go to; 0: one block of any size."""
+        if self.blocks is None:
+            return 0
+        return self.blocks.guided if turn.guided else self.blocks.single
 
-        def evaluate(piece: Tensor, samples: Sequence[int]) -> Tensor:
-            chosen = [self.kinds[sample] for sample in samples]
-            if guided:
-                piece = torch.cat([piece, piece])
-                chosen = [self.null[sample] for sample in samples] + chosen
-            index, kvs = self._choose(tuple(chosen))
-            return self.unet.body(piece, emb[index], kvs)
+    def __call__(self, x: Tensor, batch: Batch, extra: Tensor | None = None) -> Tensor:
+        """Evaluate the network for the samples of a batch.
 
-        inputs = x if self.extra is None else torch.cat([x, self.extra.to(x)], dim=1)
-        inputs = inputs.to(self.dtype)
-        if self.block is None:
-            piece = inputs.contiguous(memory_format=torch.channels_last)
-            return evaluate(piece, range(len(x))).to(x.dtype)
-        return in_blocks(
-            lambda piece, samples: evaluate(piece, samples.tolist()),
-            self.block,
-            inputs,
-            self.samples,
-        ).to(x.dtype)
+        x: (S, C, *spatial). extra: (S, C', *spatial), channels that the network reads behind x.
 
-    def _choose(self, chosen: tuple[int, ...]) -> tuple[Tensor, Context]:
-        """The conditions of a piece as an index, and their keys and values, gathered once."""
-        if chosen not in self._chosen:
-            index = torch.tensor(chosen, device=self.embeddings.device)
-            kvs = [self.kvs[kind] for kind in chosen] if self.kvs else []
-            gathered = map_context(lambda *same: torch.cat(same), *kvs)
-            self._chosen[chosen] = (index, gathered)
-        return self._chosen[chosen]
+        Returns (batch.rows, out_channels, *spatial) in the network's dtype.
+        """
+        inputs = x if extra is None else torch.cat([x, extra.to(x)], dim=1)
+        parts = [
+            self.network.body(
+                gather(inputs, block.samples, self.dtype),
+                self.embeddings.rows[block.embeddings],
+                block.context,
+            )
+            for block in batch.blocks
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _add(self, key: bytes, timesteps: Tensor, condition: Condition) -> int:
+        def embed() -> Tensor:
+            t = timesteps.to(self.device, torch.float32)
+            y = None if condition.label is None else torch.full_like(t, condition.label).long()
+            added = condition.added
+            added = None if added is None else added.to(self.device).expand(len(t), -1)
+            return self.network.embed(t, y, added)
 
-def _floats(timesteps: Tensor | Sequence[float]) -> list[float]:
-    return timesteps.tolist() if isinstance(timesteps, Tensor) else [float(t) for t in timesteps]
+        context = self._contexts.get(condition)
+        if context is None and condition.context is not None:
+            tokens = condition.context.to(self.device, self.dtype)
+            context = self.network.project_context(tokens)
+        start = self.embeddings.add((key, condition.key), embed)
+        if context is not None:
+            self._contexts[condition] = context
+        self._users[condition] = self._users.get(condition, 0) + 1
+        return start
+
+    def _drop(self, timesteps: bytes, condition: Condition) -> None:
+        self.embeddings.drop((timesteps, condition.key))
+        self._users[condition] -= 1
+        if not self._users[condition]:
+            del self._users[condition]
+            self._contexts.pop(condition, None)
+
+    def _batch(self, cond: list[int], uncond: list[int], packed: list[list[_Row]]) -> Batch:
+        flat = [row[:2] for block in packed for row in block]
+        samples, embeddings = torch.tensor(flat, device=self.device).T.contiguous()
+        places = torch.tensor([cond, uncond], device=self.device)
+        known, self._gathered = self._gathered, {}
+        contexts = [self._context(tuple(row[2] for row in block), known) for block in packed]
+        sizes = [len(block) for block in packed]
+        pieces = zip(samples.split(sizes), embeddings.split(sizes), contexts, strict=True)
+        return Batch(
+            cond=places[0],
+            uncond=places[1] if max(uncond) >= 0 else None,
+            rows=len(flat),
+            embeddings=embeddings,
+            blocks=[_Block(*piece) for piece in pieces],
+        )
+
+    def _context(
+        self, conditions: tuple[Condition, ...], known: dict[tuple[Condition, ...], Context]
+    ) -> Context | None:
+        """The projected context of a block's rows, gathered once for as long as the block stays."""
+        if conditions[0].context is None:
+            return None
+        if conditions not in self._gathered:
+            self._gathered[conditions] = known.get(conditions) or map_context(
+                lambda *same: torch.cat(same), *(self._contexts[c] for c in conditions)
+            )
+        return self._gathered[conditions]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
+from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig, generator, open_dataset
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -110,6 +111,19 @@ class AutoencoderRun:
                     f"the discriminator must take the autoencoder's {expected} image channels, "
                     f"got {got}; set discriminator image_channels to {expected}"
                 )
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return to_dict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> AutoencoderRun:
+        """Read what `to_json` gave. Fields that the writer did not know have their defaults.
+
+        Raises:
+            ValueError: an unknown field, or a missing or wrong one.
+        """
+        return from_dict(cls, data)
 
 
 def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:

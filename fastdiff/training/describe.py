@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 
-from fastdiff.configs import to_dict
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
-from fastdiff.models.unet import UNet
+from fastdiff.models.network import network_family
 from fastdiff.training.autoencoder import AutoencoderRun
 from fastdiff.training.diffusion import DiffusionRun
 
 
-def describe(run: AutoencoderRun | DiffusionRun) -> str:
+def describe(run: AutoencoderRun | DiffusionRun[Any]) -> str:
     """The whole config as JSON, and what follows from it, as text for `--dry-run`.
 
     Nothing is read or written and no weights are made.
     """
     config = run.optimization
-    lines = [json.dumps(to_dict(run), indent=2), ""]
+    lines = [json.dumps(run.to_json(), indent=2), ""]
     with torch.device("meta"):
         networks: dict[str, torch.nn.Module]
         if isinstance(run, AutoencoderRun):
@@ -28,7 +28,7 @@ def describe(run: AutoencoderRun | DiffusionRun) -> str:
             if run.loss.adversarial_weight:
                 networks["discriminator"] = PatchDiscriminator(run.discriminator)
         else:
-            networks = {"unet": UNet(run.model)}
+            networks = {run.kind: network_family(run.kind).network(run.model)}
     for name, network in networks.items():
         count = sum(parameter.numel() for parameter in network.parameters())
         lines.append(f"{name}: {count:,} parameters")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
+from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
-from fastdiff.models.unet import UNetConfig
+from fastdiff.models.network import NetworkConfig, kind_of, network_family
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.objective import DenoiserLossConfig
+
+OLDEST_KIND = "unet"
+"""The kind of denoiser in a config.json that names none: it is older than the second kind."""
+NetworkConfigT = TypeVar("NetworkConfigT", bound=NetworkConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +43,11 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionRun:
+class DiffusionRun(Generic[NetworkConfigT]):
     """Everything that decides a denoiser's training."""
 
-    model: UNetConfig
-    """The denoiser."""
+    model: NetworkConfigT
+    """The denoiser: the config of any family of `fastdiff.models.network.NETWORKS`."""
 
     optimization: OptimizationConfig
     """Steps, rates, precision."""
@@ -102,3 +109,27 @@ class DiffusionRun:
                 "training conditions on classes or on nothing, this model wants context or an "
                 "added vector; choose a model without context_dim and added_condition_dim"
             )
+
+    @property
+    def kind(self) -> str:
+        """The denoiser's family, such as "unet": `network` in config.json."""
+        return kind_of(self.model)
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json holds: the fields, and the denoiser's kind under "network"."""
+        return {"network": self.kind, **to_dict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> DiffusionRun[Any]:
+        """Read what `to_json` gave. Fields that the writer did not know have their defaults.
+
+        Raises:
+            ValueError: an unknown kind or field, or a missing or wrong one.
+        """
+        kind = OLDEST_KIND
+        if isinstance(data, Mapping):
+            data = dict(data)
+            kind = data.pop("network", OLDEST_KIND)
+        if not isinstance(kind, str):
+            raise ValueError(f"DiffusionRun: network: expected str, got {kind!r:.60}")
+        return from_dict(cls[network_family(kind).config], data)  # type: ignore[index]

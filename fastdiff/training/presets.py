@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fastdiff.data import AugmentConfig, DataConfig
 from fastdiff.diffusion.schedules import ScheduleConfig
@@ -18,7 +19,7 @@ from fastdiff.training.objective import DenoiserLossConfig
 _WIDE = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.75)
 _NARROW = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 
-TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun] = {
+TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun[Any]] = {
     "digits-autoencoder": AutoencoderRun(
         model=AUTOENCODERS["digits"],
         data=DataConfig(augment=_WIDE),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import fastdiff
-from fastdiff.configs import to_dict
 from fastdiff.training.trainer import Run
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -19,7 +18,7 @@ EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def provenance(run: Run, step: int) -> dict[str, Any]:
     """Command, version, steps, data, date and the run's whole config. No paths of this machine."""
-    config = to_dict(run)
+    config = run.to_json()
     config["output"]["folder"] = Path(run.output.folder).name
     if config.get("autoencoder") and not isinstance(config["autoencoder"], dict):
         config["autoencoder"] = Path(config["autoencoder"]).name

@@ -17,8 +17,7 @@ from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.network import Network
-from fastdiff.models.unet import UNet
+from fastdiff.models.network import Network, network_family
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
@@ -30,7 +29,7 @@ from fastdiff.training.trainer import Batch, fit, open_run, tile
 _PIXEL_CLAMP = 1.0
 
 
-def train_diffusion(run: DiffusionRun, *, resume: bool = False) -> Path:
+def train_diffusion(run: DiffusionRun[Any], *, resume: bool = False) -> Path:
     """Train the denoiser of a run; see `fastdiff.training.trainer.fit`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
     task = DiffusionTask(run)
@@ -41,9 +40,7 @@ def train_diffusion(run: DiffusionRun, *, resume: bool = False) -> Path:
 class DiffusionTask:
     """A denoiser, what it is trained on, and its objective (a `trainer.Task`)."""
 
-    averaged = "unet"
-
-    def __init__(self, run: DiffusionRun) -> None:
+    def __init__(self, run: DiffusionRun[Any]) -> None:
         self.run = run
         self.device = resolve_device(run.device)
         size = run.data.image_size
@@ -67,11 +64,11 @@ class DiffusionTask:
             learned_sigma=run.model.learned_sigma,
         )
         torch.manual_seed(generator(run.seed, "weights").initial_seed())
-        self.unet = UNet(run.model).to(self.device)
-        self.unet.gradient_checkpointing = run.optimization.gradient_checkpointing
+        self.denoiser = new_denoiser(run).to(self.device)
         if run.optimization.channels_last:
-            self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.networks: dict[str, nn.Module] = {"unet": self.unet}
+            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = run.kind  # as the files of a run name it
+        self.networks: dict[str, nn.Module] = {self.averaged: self.denoiser}
         self.latents = Latents(
             self.batches,
             autoencoder,
@@ -103,8 +100,8 @@ class DiffusionTask:
         x = self.objective.schedule.add_noise(x0, noise, t)
         if self.run.optimization.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        output = self.unet(x, t, y=part.get("y"))
-        return {"unet": self.objective.loss(output, x, x0, noise, t)}, {}
+        output = self.denoiser(x, t, y=part.get("y"))
+        return {self.averaged: self.objective.loss(output, x, x0, noise, t)}, {}
 
     def preview(self, network: nn.Module) -> Tensor:
         """A sheet of samples, classes in turn, from the averaged weights."""
@@ -186,8 +183,25 @@ class DiffusionTask:
         self.latents.load_state(state, first_stage=self.run.autoencoder)
 
 
+def new_denoiser(run: DiffusionRun[Any]) -> Network:
+    """The untrained denoiser of a run, on the CPU.
+
+    Raises:
+        ValueError: its family cannot do what the run asks for.
+    """
+    network = network_family(run.kind).network(run.model)
+    if run.optimization.gradient_checkpointing:
+        if not hasattr(network, "gradient_checkpointing"):
+            raise ValueError(
+                f"a denoiser of kind {run.kind!r} has no gradient checkpointing; set "
+                "optimization gradient_checkpointing to False"
+            )
+        network.gradient_checkpointing = True  # type: ignore[assignment]
+    return network
+
+
 def check_parts_fit(
-    run: DiffusionRun, classes: tuple[str, ...], autoencoder: Autoencoder | None
+    run: DiffusionRun[Any], classes: tuple[str, ...], autoencoder: Autoencoder | None
 ) -> None:
     """Raise ValueError where data, first stage and denoiser do not fit together."""
     model = run.model
@@ -212,7 +226,8 @@ def check_parts_fit(
             f"the denoiser must return {wanted_out} channels, got out_channels={model.out_channels}"
         )
     factor = 1 if autoencoder is None else autoencoder.downsample_factor
-    step = factor * model.downsample_factor
+    # A network may run on sizes that it halves unevenly, but to train on them is a mistake.
+    step = factor * getattr(model, "downsample_factor", model.size_multiple)
     if run.data.image_size % step:
         raise ValueError(
             f"image_size must be a multiple of {step} for these models, got {run.data.image_size}"

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdiff.configs import to_dict
 from fastdiff.data import DataConfig, derive_seed
 from fastdiff.files import atomic_file, remove_leftovers, write_json
 from fastdiff.training import checkpoints
@@ -46,6 +45,10 @@ class Run(Protocol):
     def output(self) -> OutputConfig: ...
     @property
     def seed(self) -> int: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+    @classmethod
+    def from_json(cls, data: Any) -> Run: ...
 
 
 class Task(Protocol):
@@ -348,7 +351,7 @@ def open_run(run: Run, *, resume: bool) -> None:
     """
     folder = Path(run.output.folder)
     path = folder / "config.json"
-    config = json.loads(json.dumps(to_dict(run)))
+    config = json.loads(json.dumps(run.to_json()))
     if not path.exists():
         if resume:
             raise FileNotFoundError(f"nothing to resume in {folder}: it has no config.json")
@@ -360,12 +363,13 @@ def open_run(run: Run, *, resume: bool) -> None:
         write_json(path, config)
         return
     try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+        saved = type(run).from_json(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not the config of such a run: {error}") from error
+    started = json.loads(json.dumps(saved.to_json()))
     different = [
         f"{name}: {old!r} there, {new!r} now"
-        for name, (old, new) in differences(saved, config).items()
+        for name, (old, new) in differences(started, config).items()
         if name != "output.folder"
     ]
     if different:

@@ -20,9 +20,6 @@ from fastdiff.generate.core import SampleSettings
 from fastdiff.generate.latent import LatentDiffusion, from_recipe
 from fastdiff.images import read_recipe, save_png
 from fastdiff.models.unet import UNet
-from fastdiff.runtime.blocks import block_size, in_blocks
-from fastdiff.runtime.conditions import class_conditions
-from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.prepare import prepare
 from tests.support.tiny import (
     SCALE_FACTOR,
@@ -115,51 +112,6 @@ def test_threads_do_not_matter_to_latents(pipeline: LatentDiffusion) -> None:
     assert torch.equal(*found)
 
 
-def test_without_blocks_bits_depend_on_the_batch() -> None:
-    """The test of the test: the same network called with the batch as it comes does differ.
-
-    A wider network than the tiny one, since oneDNN treats the smallest convolutions alike.
-    """
-    unet = prepare(tiny_unet(replace(UNET, model_channels=64, head_dim=64)))
-    x = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    def run(rows: slice, block: int | None) -> Tensor:
-        conditions = class_conditions(UNET, [0] * len(x[rows]), guided=True)
-        call = Denoiser(unet, [500.0], *conditions, guided=[False], block=block)
-        return call(x[rows], 0)
-
-    with_blocks = run(slice(None), 8)
-    assert all(torch.equal(run(slice(i, i + 1), 8)[0], with_blocks[i]) for i in range(7))
-    torch.testing.assert_close(run(slice(None), None), with_blocks, rtol=1e-4, atol=1e-4)
-    without = run(slice(None), None)
-    if all(torch.equal(run(slice(i, i + 1), None)[0], without[i]) for i in range(7)):
-        pytest.skip("this machine's convolutions do not depend on the batch at this size")
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
-def test_the_denoiser_is_the_network_called_plainly(count: int) -> None:
-    """Blocks, padding, precomputed embeddings, halves: the numbers are UNet.forward's, in fp64."""
-    unet = prepare(tiny_unet(), dtype=torch.float64)
-    labels = [(None, 0, 1, 2, 3)[index % 5] for index in range(count)]
-    y = torch.tensor([4 if label is None else label for label in labels])
-    x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    conditions = class_conditions(UNET, labels, guided=True)
-    timesteps = [981.0, 500.5, 500.5, 0.0]
-    guided = [False, True, False, True]
-    denoiser = Denoiser(unet, torch.tensor(timesteps), *conditions, guided=guided, block=4)
-    both_always = Denoiser(unet, timesteps, *conditions, block=4)
-    for row in (1, 3, 0, 2):
-        t = timesteps[row]
-        steps = torch.full((count,), t, dtype=torch.float64)
-        cond = unet(x.double(), steps, y=y)
-        uncond = unet(x.double(), steps, y=torch.full((count,), 4))
-        both = both_always(x, row).double()
-        expected = torch.cat([uncond, cond]) if guided[row] else cond
-        torch.testing.assert_close(denoiser(x, row).double(), expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(both, torch.cat([uncond, cond]), rtol=1e-6, atol=1e-6)
-        assert (both[:count] - both[count:]).abs().max() > 1e-3 or labels == [None] * count
-
-
 def test_the_pipeline_is_the_sampling_loop_and_the_decoder(pipeline: LatentDiffusion) -> None:
     """Against the loop with UNet.forward and no blocks: catches a missed scale or a wrong class."""
     unet, autoencoder = pipeline.unet, pipeline.autoencoder
@@ -194,12 +146,13 @@ def test_classes_seeds_and_guidance_change_the_image(pipeline: LatentDiffusion) 
     torch.testing.assert_close(image(None), none, rtol=1e-3, atol=1e-4)
 
 
-def test_progress_counts_every_evaluation(pipeline: LatentDiffusion) -> None:
+def test_progress_counts_the_rows_of_all_images(pipeline: LatentDiffusion) -> None:
     seen: list[tuple[int, int]] = []
     settings = replace(QUICK, sampler="heun", batch=2)
     pipeline([0] * 5, list(range(5)), settings, progress=lambda *now: seen.append(now))
-    total = 3 * len(pipeline.table(settings))
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    rows = len(pipeline.table(settings))
+    done = [*range(2, 4 * rows + 1, 2), *range(4 * rows + 1, 5 * rows + 1)]  # 2, 2 and 1 at a time
+    assert seen == [(now, 5 * rows) for now in done]
 
 
 def test_an_image_is_made_again_from_its_file(pipeline: LatentDiffusion, tmp_path: Any) -> None:
@@ -278,7 +231,7 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> No
 def test_a_model_without_classes_is_not_guided() -> None:
     unet = replace(UNET, num_classes=None, null_class=False)
     pipeline = LatentDiffusion(tiny_model(denoiser=tiny_unet(unet), class_names=()))
-    with pytest.raises(ValueError, match="guidance is not to be had: this model has no classes"):
+    with pytest.raises(ValueError, match="this model has no classes, so it cannot be guided"):
         pipeline([None], [0], QUICK)
     plain = replace(QUICK, guidance_scale=1.0)
     with pytest.raises(ValueError, match="has no classes, got class 1; give None"):
@@ -300,27 +253,6 @@ def test_a_network_that_returns_nan_is_named(pipeline: LatentDiffusion) -> None:
 def test_an_autoencoder_alone_does_not_sample() -> None:
     with pytest.raises(ValueError, match="holds an autoencoder only"):
         LatentDiffusion(tiny_model(denoiser=None, schedule=None, class_names=()))
-
-
-def test_blocks_depend_on_the_image_size_alone() -> None:
-    cpu = torch.device("cpu")
-    sizes = [(8, 8), (16, 16), (32, 32), (64, 64), (4, 4)]
-    assert [block_size(*size, cpu) for size in sizes] == [8, 2, 1, 1, 8]
-    assert block_size(8, 8, torch.device("cuda")) is None
-
-
-def test_in_blocks_pads_cuts_and_keeps_halves_together() -> None:
-    x = torch.arange(7.0).reshape(7, 1, 1, 1)
-    y = torch.arange(7.0) * 10
-    seen: list[int] = []
-
-    def halves(piece: Tensor, other: Tensor) -> Tensor:
-        seen.append(len(piece))
-        return torch.cat([-piece.flatten(), piece.flatten() + other])
-
-    out = in_blocks(halves, 3, x, y)
-    assert seen == [3, 3, 3]
-    assert out.tolist() == [*(-v for v in range(7)), *(11 * v for v in range(7))]
 
 
 def test_embeddings_are_computed_once_per_class(monkeypatch: pytest.MonkeyPatch) -> None:

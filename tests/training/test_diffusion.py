@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from fastdiff.training import DenoiserLossConfig
+from fastdiff.training import DenoiserLossConfig, DiffusionRun, PreviewConfig
 from tests.training import runs
 
 
@@ -18,3 +19,23 @@ def test_impossible_combinations_are_refused_before_anything_is_read(tmp_path: P
             model=runs.denoiser_model(out_channels=2, learned_sigma=True),
             loss=DenoiserLossConfig(timesteps="logit-normal"),
         )
+
+
+def test_a_config_without_a_kind_is_a_unets(tmp_path: Path) -> None:
+    run = runs.diffusion_run(tmp_path / "images", tmp_path / "run")
+    data = json.loads(json.dumps(run.to_json()))
+    assert data["network"] == "unet"
+    assert DiffusionRun.from_json(data) == run
+    del data["network"]
+    assert DiffusionRun.from_json(data) == run
+    for kind, message in (("nothing", "unknown kind of denoiser 'nothing'"), (3, "expected str")):
+        with pytest.raises(ValueError, match=message):
+            DiffusionRun.from_json({**data, "network": kind})
+    del data["preview"]  # as if from before there were previews
+    assert DiffusionRun.from_json(data).preview == PreviewConfig()
+    with pytest.raises(ValueError, match=r"^DiffusionRun: speed: unknown field"):
+        DiffusionRun.from_json({**data, "speed": 1})
+    with pytest.raises(ValueError, match=r"^DiffusionRun: model.num_res_blocks: expected int"):
+        DiffusionRun.from_json({**data, "model": {**data["model"], "num_res_blocks": "2"}})
+    with pytest.raises(ValueError, match="expected an object with the fields of DiffusionRun"):
+        DiffusionRun.from_json([])

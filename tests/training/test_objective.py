@@ -39,7 +39,7 @@ def test_denoiser_loss_is_the_papers(
         seen["x"] = x
         return answer
 
-    monkeypatch.setattr(task.unet, "forward", answer_known)
+    monkeypatch.setattr(task.denoiser, "forward", answer_known)
     losses, _ = task.losses(batch, 0)
 
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_the_bound_of_a_learned_variance_is_the_papers(images: Path, tmp_path: P
     part["x0"], part["noise"] = part["x0"].double(), part["noise"].double()
     part["t"] = torch.tensor([5, 700])
     answer = torch.randn(2, 2, 8, 8, dtype=torch.float64)
-    task.unet.forward = lambda x, t, **_: answer  # type: ignore[method-assign]
+    task.denoiser.forward = lambda x, t, **_: answer  # type: ignore[method-assign]
     total = float(task.losses(part, 0)[0]["unet"])
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     cumulative = (1 - betas).cumprod(0)

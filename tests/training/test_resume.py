@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
-from fastdiff.configs import from_dict
 from fastdiff.training import DiffusionRun, train_autoencoder, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
@@ -152,7 +151,7 @@ def test_a_run_that_an_older_version_left_unfinished_goes_on(
     monkeypatch.chdir(tmp_path / "runs")
     before = json.loads(Path("cut/checkpoints/step_00000003/state.json").read_text())
     old = runs.final_tensors(Path("cut"))
-    run = from_dict(DiffusionRun, json.loads(Path("cut/config.json").read_text()))
+    run = DiffusionRun.from_json(json.loads(Path("cut/config.json").read_text()))
     train_diffusion(run, resume=True)
 
     logged = runs.losses(Path("cut"))

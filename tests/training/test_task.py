@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,20 @@ from PIL import Image
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.generate.core import SampleSettings
 from fastdiff.generate.latent import LatentDiffusion
-from fastdiff.training import DenoiserLossConfig, PreviewConfig, train_autoencoder, train_diffusion
+from fastdiff.models.network import NETWORKS, Family
+from fastdiff.training import (
+    DenoiserLossConfig,
+    DiffusionRun,
+    PreviewConfig,
+    describe,
+    train_autoencoder,
+    train_diffusion,
+)
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
 from fastdiff.training.trainer import Trainer, fit, open_run
 from tests.training import runs
+from tests.training.plain_network import KIND, Plain, PlainConfig
 
 SETTINGS = SampleSettings(steps=4, guidance_scale=1.0)
 
@@ -77,7 +88,7 @@ def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_pat
         task = DiffusionTask(changed)
         loss, _ = task.losses(task.batch(0), 0)
         loss["unet"].backward()
-        gradients[weight] = task.unet.conv_out.weight.grad.clone()
+        gradients[weight] = task.denoiser.conv_out.weight.grad.clone()
     mean, variance = 0, 1
     torch.testing.assert_close(gradients[0.0][mean], gradients[1.0][mean], rtol=1e-5, atol=1e-7)
     assert gradients[0.0][variance].abs().max() == 0
@@ -87,7 +98,7 @@ def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_pat
     train_diffusion(run)
     bundle = load_bundle(tmp_path / "run")
     assert bundle.denoiser is not None
-    start = DiffusionTask(run).unet.conv_out.weight
+    start = DiffusionTask(run).denoiser.conv_out.weight
     assert (bundle.denoiser.conv_out.weight != start).flatten(1).any(1).all(), "both halves learned"
     pipeline = LatentDiffusion(bundle)
     settings = dataclasses.replace(SETTINGS, sampler="ddpm", clamp=1.0)
@@ -132,7 +143,7 @@ def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: 
     open_run(run, resume=False)
     fit(task, dataclasses.replace(run), resume=False)
     labels = torch.tensor([0, 1, 1])
-    preview = task.sample(task.unet.eval(), torch.tensor([0, 1, 7]), labels)
+    preview = task.sample(task.denoiser.eval(), torch.tensor([0, 1, 7]), labels)
     pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
     settings = SampleSettings(sampler="ddim", steps=3, guidance_scale=3.0)
     sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
@@ -177,3 +188,36 @@ def test_models_that_do_not_fit_the_data_are_refused(images: Path, tmp_path: Pat
         with pytest.raises(ValueError, match=message):
             train_diffusion(dataclasses.replace(run, **changes))
     assert not (tmp_path / "run").exists(), "a mistake leaves no folder behind"
+
+
+def test_any_network_is_trained_exported_and_resumed(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, KIND, Family(PlainConfig, Plain))
+    run = runs.diffusion_run(
+        images, tmp_path / "run", model=PlainConfig(), optimization=runs.optimization(steps=2)
+    )
+    longer = runs.diffusion_run(images, tmp_path / "whole", model=PlainConfig())
+    train_diffusion(longer)
+    with monkeypatch.context() as patch:
+        runs.signal_at(patch, DiffusionTask, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_diffusion(runs.with_output(longer, folder=str(tmp_path / "cut")))
+    text = (tmp_path / "cut/config.json").read_text()
+    assert json.loads(text)["network"] == KIND
+    again = DiffusionRun.from_json(json.loads(text))
+    assert again.model == PlainConfig()
+    train_diffusion(again, resume=True)
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+    denoiser = load_bundle(tmp_path / "whole").denoiser
+    assert isinstance(denoiser, Plain)
+    average = runs.final_tensors(tmp_path / "whole")
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(value, average[f"ema.safetensors:{name}"])
+    assert f"{KIND}: " in describe(run)
+    with pytest.raises(ValueError, match="network: 'plain' there, 'unet' now"):
+        train_diffusion(dataclasses.replace(longer, model=runs.denoiser_model()), resume=True)
+    checkpointed = runs.with_optimization(run, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing to False"):
+        train_diffusion(checkpointed)

@@ -34,7 +34,7 @@ def test_three_steps_equal_adamw_by_hand(images: Path, tmp_path: Path) -> None:
     )
     trainer = Trainer(DiffusionTask(run), run)
     task = DiffusionTask(run)
-    weights = list(task.unet.parameters())
+    weights = list(task.denoiser.parameters())
     shadow = [weight.detach().clone() for weight in weights]
     first = [torch.zeros_like(weight) for weight in weights]
     second = [torch.zeros_like(weight) for weight in weights]
@@ -181,7 +181,7 @@ def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     assert not shown[0].training
     for name, value in exported.state_dict().items():
         assert torch.equal(value, shown[0].state_dict()[name])
-    assert not torch.equal(shown[0].conv_out.weight, task.unet.conv_out.weight)
+    assert not torch.equal(shown[0].conv_out.weight, task.denoiser.conv_out.weight)
 
 
 def test_tile_puts_each_image_in_its_place() -> None:

@@ -1,0 +1,514 @@
+"""The slot engine: requests of one shape, each at its own step of its own sampler, side by side.
+
+A step is one evaluation of the network for all of them and one `sampler_step`. Between any two
+steps a request may join, finish, be cancelled, or be asked for a preview. On a CPU its result has
+the bits that it has alone, whatever its neighbours and whichever its slot.
+
+`run` is what most callers want: requests of any shapes in, results out as they finish.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.samplers import SamplerTable
+from fastdiff.diffusion.sampling import OnStep, Slots, Step, not_finite
+from fastdiff.diffusion.stack import Stack
+from fastdiff.models.network import Network
+from fastdiff.runtime.conditions import Condition
+from fastdiff.runtime.denoiser import Batch, Denoiser, Guide, Turn
+
+Progress = Callable[[int, int], None]
+"""Called as progress(done, total) after each step; both count rows of the requests' tables."""
+Watch = Callable[[Sequence[int], Tensor, Tensor], None]
+"""Called as watch(tickets, x, denoised) after a step of an engine; tensors are (n, *shape)."""
+
+
+class ShapeClass(NamedTuple):
+    """Requests that agree in this can share an engine."""
+
+    shape: tuple[int, ...]
+    """(C, *spatial), of x."""
+    tokens: int
+    """Of the condition's context; 0 without one."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """One sample to be made. Its tensors may be on any device: they are copied when it joins.
+
+    A table built with `start` begins in the middle; x is then noised to its `initial_level`.
+    """
+
+    table: SamplerTable
+    """Its sampler, steps, guidance and clamp."""
+    x: Tensor
+    """(C, *spatial), what it starts from: noise, or noised latents."""
+    seed: int
+    """Keys the noise that the sampler adds; 64 bits."""
+    condition: Condition
+    unconditional: Condition | None = None
+    """For guidance; needed where a row of the table is guided, otherwise not used."""
+    extra: Tensor | None = None
+    """(C', *spatial), channels that the network reads behind x, as for inpainting."""
+    mask: Tensor | None = None
+    """(1 or C, *spatial), to inpaint with a model that was not trained for it; `known` and `noise`
+    go with it. Where the mask is not above 0, x becomes alpha * known + sigma * noise after each
+    row, at the level of the next (Lugmayr et al. 2022, eq. 8, without resampling)."""
+    known: Tensor | None = None
+    """(C, *spatial), the clean latents that are kept outside of the mask."""
+    noise: Tensor | None = None
+    """(C, *spatial), N(0, 1), the same for all rows."""
+    tag: Any = None
+    """The caller's own mark; the engine does not look at it."""
+
+    @property
+    def shape_class(self) -> ShapeClass:
+        """What an engine must be made for to take this request."""
+        return ShapeClass(tuple(self.x.shape), self.condition.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A request that has left its engine.
+
+    Attributes:
+        ticket: what `Engine.submit` returned.
+        x: (C, *spatial), the sample, on the network's device.
+        rows: of its table that were taken: all, unless it failed.
+        error: why x cannot be used: the network returned NaN or infinity, and where; None: it can.
+    """
+
+    request: Request
+    ticket: int
+    x: Tensor
+    rows: int
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A request in the engine."""
+
+    request: Request
+    ticket: int
+    slot: int
+    guide: Guide
+    levels: int | None  # where its levels begin in `Engine._levels`, if it has a mask
+    turn: int = 0  # of all turns so far, the number of its last one
+
+
+@dataclass(eq=False)
+class _Plan:
+    """A step, kept as long as the next one has the same requests, equally guided."""
+
+    turns: list[tuple[int, bool]]  # slot, guided
+    slots: list[int]
+    batch: Batch
+    masked: Tensor  # (n,) int64, the slots with a mask
+    levels: Tensor  # (n,) int64, their rows of `Engine._levels`
+
+    def advance(self) -> None:
+        self.batch.advance()
+        self.levels += 1
+
+
+class Engine:
+    """S slots for requests of one shape class, taken a row further together.
+
+    Attributes:
+        previews: ticket -> (C, *spatial), the estimates of x0 that were asked for.
+        rows_taken: of the tables of all requests so far.
+    """
+
+    def __init__(
+        self, network: Network, *, shape: Sequence[int], slots: int, tokens: int = 0
+    ) -> None:
+        """
+        network: prepared for inference; it stays on its device and in its dtype.
+        shape, tokens: the class of the requests; see `ShapeClass`.
+        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
+        """
+        self._kind = ShapeClass(tuple(shape), tokens)
+        self._denoiser = Denoiser(network, shape[1:])
+        device = self._denoiser.device
+        dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
+        self._slots = Slots(slots, shape, device=device, dtype=dtype)
+        self._seats: dict[int, _Seat] = {}  # by slot
+        self._tickets, self._turn = count(), count(1)
+        self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), once needed
+        self._levels = Stack()  # (rows, 2), of tables with a mask: see `_levels_after`
+        self._plan: _Plan | None = None
+        self._asked: set[int] = set()
+        self.previews: dict[int, Tensor] = {}
+        self.rows_taken = 0
+
+    @property
+    def busy(self) -> int:
+        """Requests in the engine."""
+        return len(self._seats)
+
+    @property
+    def free(self) -> int:
+        """Requests that may join."""
+        return len(self._slots) - len(self._seats)
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """The slot of each request in the engine, by ticket."""
+        return {seat.ticket: slot for slot, seat in self._seats.items()}
+
+    @torch.no_grad()
+    def submit(self, request: Request) -> int:
+        """Let a request join. Returns its ticket.
+
+        Raises:
+            ValueError: no slot is free, or the request does not fit the network or the engine.
+        """
+        self._check(request)
+        table, slot, ticket = request.table, self._slots.empty[0], next(self._tickets)
+        unconditional = request.unconditional if any(table.guided) else None
+        guide = self._denoiser.add(table.timesteps, request.condition, unconditional)
+        levels = None
+        self._slots.put(slot, table, request.x, request.seed)
+        self._keep("extra", slot, request.extra)
+        if request.mask is not None:
+            levels = self._levels.add(table, lambda: _levels_after(table).to(self._slots.x))
+            self._keep("mask", slot, (request.mask > 0).expand(request.x.shape))
+            self._keep("known", slot, request.known)
+            self._keep("noise", slot, request.noise)
+        self._seats[slot] = _Seat(request, ticket, slot, guide, levels)
+        self._plan = None
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Take a request out, without a result.
+
+        Raises:
+            ValueError: it is not in the engine.
+        """
+        self._leave(self._seat(ticket))
+
+    def preview(self, ticket: int) -> None:
+        """Ask for a request's estimate of x0: the next step that it takes puts it into `previews`.
+
+        Raises:
+            ValueError: it is not in the engine.
+        """
+        self._asked.add(self._seat(ticket).slot)
+
+    def move(self, ticket: int, slot: int) -> None:
+        """Take a request to another slot, which changes no bit of its result.
+
+        Raises:
+            ValueError: it is not in the engine, or the slot is taken.
+        """
+        seat = self._seat(ticket)
+        if slot == seat.slot:
+            return
+        self._slots.move(seat.slot, slot)
+        for kept in self._state.values():
+            kept[slot] = kept[seat.slot]
+        del self._seats[seat.slot]
+        if seat.slot in self._asked:
+            self._asked.remove(seat.slot)
+            self._asked.add(slot)
+        seat.slot, self._seats[slot], self._plan = slot, seat, None
+
+    @torch.no_grad()
+    def step(self, *, watch: Watch | None = None) -> list[Result]:
+        """Take requests one row further. Returns those that have finished or failed.
+
+        All requests, except that on a CPU those whose rows would not fill a block wait, and are
+        first in the next step.
+
+        A request fails when the network returns NaN or infinity for it; the others go on. On a CPU
+        this is seen at once, on other devices when a request finishes: in between the host does
+        not wait for the device.
+
+        watch: called with the x and the estimates of x0 of the requests that were taken further,
+            before any leaves.
+        """
+        slots = self._slots
+        if turns := self._turns():
+            plan = self._plan_for(turns)
+            prediction = self._denoiser(slots.x, plan.batch, self._state.get("extra"))
+            denoised = torch.empty_like(slots.x) if watch or self._asked else None
+            slots.step(
+                prediction,
+                cond=plan.batch.cond,
+                uncond=plan.batch.uncond,
+                denoised=denoised,
+                only=None if len(turns) == len(slots.busy) else plan.slots,
+            )
+            if len(plan.masked):
+                self._hold(plan.masked, plan.levels)
+            plan.advance()
+            self.rows_taken += len(turns)
+            if denoised is not None:
+                self._show(plan.slots, denoised, watch)
+        return self._collect()
+
+    def _turns(self) -> list[tuple[int, bool]]:
+        """The requests to take further, as (slot, guided); those that waited longest first.
+
+        Where rows are evaluated in blocks, as many as fill blocks: on a CPU a row that is there
+        only to fill a block costs as much as any other.
+        """
+        slots, blocks = self._slots, self._denoiser.blocks
+        busy = set(slots.busy)
+        seats = sorted(
+            (seat for seat in self._seats.values() if seat.slot in busy), key=lambda seat: seat.turn
+        )
+        turns = [(seat.slot, slots.guided(seat.slot)) for seat in seats]
+        if blocks is not None and blocks.guided == blocks.single:
+            room = sum(1 + guided for _, guided in turns)
+            room = max(room - room % blocks.single, blocks.single)
+            chosen = []
+            for turn in turns:
+                if (rows := 1 + turn[1]) <= room:
+                    room -= rows
+                    chosen.append(turn)
+            turns = chosen
+        for slot, _ in turns:
+            self._seats[slot].turn = next(self._turn)
+        return turns
+
+    def _plan_for(self, turns: list[tuple[int, bool]]) -> _Plan:
+        if self._plan is None or self._plan.turns != turns:
+            rows = {slot: self._slots.row(slot) for slot, _ in turns}
+            batch = self._denoiser.batch(
+                [Turn(slot, self._seats[slot].guide, rows[slot], guided) for slot, guided in turns],
+                len(self._slots),
+            )
+            starts = {slot: self._seats[slot].levels for slot in rows}
+            masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
+            places = torch.tensor(masked, dtype=torch.int64, device=self._denoiser.device)
+            self._plan = _Plan(turns, list(rows), batch, *places.reshape(-1, 2).T.contiguous())
+        return self._plan
+
+    def _hold(self, slots: Tensor, levels: Tensor) -> None:
+        """Outside of masks, the known latents with the noise of the next row's level."""
+        x = self._slots.x
+        mask, known, noise = (self._state[name][slots] for name in ("mask", "known", "noise"))
+        alpha, sigma = self._levels.rows[levels].T.reshape(2, -1, *(1,) * (x.ndim - 1))
+        x[slots] = torch.where(mask, x[slots], alpha * known + sigma * noise)
+
+    def _show(self, busy: list[int], denoised: Tensor, watch: Watch | None) -> None:
+        for slot in self._asked.intersection(busy):
+            self.previews[self._seats[slot].ticket] = denoised[slot].clone()
+        self._asked.difference_update(busy)
+        if watch:
+            tickets = [self._seats[slot].ticket for slot in busy]
+            watch(tickets, self._slots.x[busy], denoised[busy])
+
+    def _collect(self) -> list[Result]:
+        """Take out the requests that have finished or failed."""
+        slots, seats = self._slots, list(self._seats.values())
+        done = {seat for seat in seats if slots.row(seat.slot) == len(seat.request.table)}
+        at_once = slots.finite.is_cpu and not bool(slots.finite.all())
+        failures = slots.failures() if done or at_once else {}
+        results = []
+        for seat in seats:
+            if seat in done or (at_once and seat.slot in failures):
+                bad, table = failures.get(seat.slot), seat.request.table
+                error = None if bad is None else not_finite(table, bad)
+                x, rows = slots.x[seat.slot].clone(), slots.row(seat.slot)
+                results.append(Result(seat.request, seat.ticket, x, rows, error))
+                self._leave(seat)
+        return results
+
+    def _leave(self, seat: _Seat) -> None:
+        self._slots.remove(seat.slot)
+        self._denoiser.drop(seat.guide)
+        if seat.levels is not None:
+            self._levels.drop(seat.request.table)
+        self._asked.discard(seat.slot)
+        del self._seats[seat.slot]
+
+    def _seat(self, ticket: int) -> _Seat:
+        for seat in self._seats.values():
+            if seat.ticket == ticket:
+                return seat
+        raise ValueError(f"request {ticket} is not in the engine; it has left, or never joined")
+
+    def _keep(self, name: str, slot: int, value: Tensor | None) -> None:
+        """Copy what belongs to a request into the tensor that holds it for all slots."""
+        if value is None:
+            return
+        if name not in self._state:
+            dtype = torch.bool if name == "mask" else self._slots.x.dtype
+            shape = len(self._slots), *value.shape
+            self._state[name] = torch.zeros(shape, dtype=dtype, device=self._slots.x.device)
+        self._state[name][slot] = value
+
+    def _check(self, request: Request) -> None:
+        """The errors of `submit`."""
+        config, kind = self._denoiser.network.config, request.shape_class
+        if not self.free:
+            raise ValueError(
+                f"all {len(self._slots)} slots are taken; step until a request finishes"
+            )
+        if kind != self._kind:
+            raise ValueError(
+                f"this engine takes x of shape {self._kind.shape} and {self._kind.tokens} tokens, "
+                f"got {kind.shape} and {kind.tokens}; make one engine per class, or use run()"
+            )
+        if (kind.tokens > 0) != (config.context_dim is not None):
+            wanted = "no context" if config.context_dim is None else "a context"
+            raise ValueError(
+                f"the network reads {wanted}, got a condition with {kind.tokens} tokens; check "
+                "that the model and the conditions belong together"
+            )
+        self._check_x(request)
+        other = request.unconditional
+        if any(request.table.guided) and (other is None or other.tokens != kind.tokens):
+            tokens = None if other is None else f"one with {other.tokens} tokens"
+            raise ValueError(
+                f"the table is guided, so unconditional must be a condition with {kind.tokens} "
+                f"tokens, got {tokens}; give one, or build the table with guidance_scale=1"
+            )
+
+    def _check_x(self, request: Request) -> None:
+        config, shape = self._denoiser.network.config, tuple(request.x.shape)
+        extra = request.x[:0] if request.extra is None else request.extra
+        if len(request.x) + len(extra) != config.in_channels:
+            raise ValueError(
+                f"the network reads {config.in_channels} channels, got {len(request.x)} of x and "
+                f"{len(extra)} extra ones; check that the model and the latents belong together"
+            )
+        if any(side % config.size_multiple or not side for side in shape[1:]):
+            raise ValueError(
+                f"the sides of x must be positive multiples of {config.size_multiple}, got "
+                f"{shape[1:]}; resize or pad the input"
+            )
+        if extra.shape[1:] != request.x.shape[1:]:
+            raise ValueError(
+                f"extra must have the sides of x, {shape[1:]}, got {tuple(extra.shape[1:])}; "
+                "resize it"
+            )
+        if not -(2**63) <= request.seed < 2**63:
+            raise ValueError(f"a seed must fit into 64 bits with its sign, got {request.seed}")
+        flat = (1, *shape[1:])
+        given = [request.mask, request.known, request.noise]
+        got = [None if tensor is None else tuple(tensor.shape) for tensor in given]
+        if got != [None] * 3 and (got[0] not in (shape, flat) or got[1:] != [shape, shape]):
+            raise ValueError(
+                f"mask, known and noise go together: expected {flat}, {shape} and {shape}, got "
+                f"{got[0]}, {got[1]} and {got[2]}"
+            )
+
+
+def _levels_after(table: SamplerTable) -> Tensor:
+    """(rows, 2): alpha and sigma of the level that each row of a table leads to."""
+    sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_tensor([table.final_sigma])])
+    alpha = (1 + sigmas**2) ** -0.5
+    return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
+
+
+def run(
+    network: Network,
+    requests: Iterable[Request],
+    *,
+    slots: int = 64,
+    on_step: OnStep | None = None,
+    progress: Progress | None = None,
+    check: bool = True,
+) -> Iterator[Result]:
+    """Make samples, yielding each as it finishes.
+
+    Requests are taken from the iterable as slots become free, so it may be long, or make them on
+    demand. Those of one shape class run together; those of others wait their turn, at most `slots`
+    of them, after which no more are taken until the class in front is done.
+
+    Args:
+        network: prepared for inference.
+        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
+        on_step: called after each step; `Step.samples` are the places of its requests among those
+            given, from 0.
+        progress: called after each step; its total covers all requests if they are a sequence,
+            otherwise those taken so far.
+        check: raise ValueError at the first request for which the network returns NaN or infinity.
+            False: its result says so (`Result.error`), and the others go on.
+
+    Raises:
+        ValueError: see `check` and `Engine.submit`; what was yielded before stays valid.
+    """
+    line = _Line(requests, slots)
+    places: dict[int, int] = {}  # ticket -> place among the requests given
+    engine: Engine
+    done = 0  # rows before the present engine's, and those that failed requests leave undone
+
+    def watch(tickets: Sequence[int], x: Tensor, denoised: Tensor) -> None:
+        assert on_step is not None
+        samples = [places[ticket] for ticket in tickets]
+        on_step(Step(done + engine.rows_taken, line.rows, samples, x, denoised))
+
+    while (kind := line.next_class()) is not None:
+        engine = Engine(network, shape=kind.shape, slots=line.at_most(slots), tokens=kind.tokens)
+        while True:
+            while engine.free and (found := line.take(kind)) is not None:
+                places[engine.submit(found[1])] = found[0]
+            if not engine.busy:
+                break
+            results = engine.step(watch=watch if on_step else None)
+            done += sum(len(result.request.table) - result.rows for result in results)
+            if progress is not None:
+                progress(done + engine.rows_taken, line.rows)
+            for result in results:
+                place = places.pop(result.ticket)
+                if check and result.error is not None:
+                    raise ValueError(f"{result.error} (request {place} of those given)")
+                yield result
+        done += engine.rows_taken
+
+
+class _Line:
+    """Requests in the order given, handed out by shape class.
+
+    Attributes:
+        rows: of the tables of all requests if they are a sequence, otherwise of those taken so far.
+    """
+
+    def __init__(self, requests: Iterable[Request], ahead: int) -> None:
+        """ahead: how many of other classes are taken from the iterable before their turn."""
+        self._given = requests if isinstance(requests, Sequence) else None
+        self._source = enumerate(requests)
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._ahead = ahead
+        self.rows = sum(len(request.table) for request in self._given or ())
+
+    def at_most(self, slots: int) -> int:
+        """No more slots than there are requests, where that is known."""
+        return slots if self._given is None else min(slots, len(self._given))
+
+    def next_class(self) -> ShapeClass | None:
+        """The class of the request that has waited longest; None: there are no more."""
+        if not self._waiting and (found := self._next()) is not None:
+            self._waiting.append(found)
+        return self._waiting[0][1].shape_class if self._waiting else None
+
+    def take(self, kind: ShapeClass) -> tuple[int, Request] | None:
+        """The next request of a class, and its place; None: none is within reach."""
+        for found in self._waiting:
+            if found[1].shape_class == kind:
+                self._waiting.remove(found)
+                return found
+        while len(self._waiting) < self._ahead and (new := self._next()) is not None:
+            if new[1].shape_class == kind:
+                return new
+            self._waiting.append(new)
+        return None
+
+    def _next(self) -> tuple[int, Request] | None:
+        found = next(self._source, None)
+        if found is not None and self._given is None:
+            self.rows += len(found[1].table)
+        return found
