@@ -137,7 +137,7 @@ def test_every_request_has_the_bits_it_has_alone(count: int, text: bool) -> None
     assert len({x.numpy().tobytes() for x in found.values()}) == count
 
 
-def test_the_engine_is_the_sampling_loop(unet: UNet) -> None:
+def test_the_engine_is_the_sampling_loop() -> None:
     """Against `sample` with UNet.forward in fp64: a missed condition or noise would show."""
     exact = prepare(tiny_unet(), dtype=torch.float64)
     requests = [
@@ -145,7 +145,11 @@ def test_the_engine_is_the_sampling_loop(unet: UNet) -> None:
         for seed, (sampler, scale, options) in enumerate(
             (sampler, scale, options)
             for sampler in SAMPLERS
-            for scale, options in ((1.0, {}), (3.0, {"guidance_rescale": 0.5}))
+            for scale, options in (
+                (1.0, {}),
+                (3.0, {"guidance_rescale": 0.5}),
+                (2.0, {"guidance_interval": (1, 3)}),
+            )
         )
     ]
     for result in run(exact, requests, slots=4):
