@@ -14,10 +14,13 @@ from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
 from fastdiff.diffusion.samplers import build_table
-from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
+from fastdiff.runtime import engine
+from fastdiff.runtime.conditions import class_conditions
+from fastdiff.runtime.engine import Request
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
@@ -126,21 +129,25 @@ class DiffusionTask:
             guidance_scale=guidance,
             clamp=None if run.autoencoder else _PIXEL_CLAMP,
         )
-        null = None if labels is None else torch.full_like(labels, run.model.num_classes or 0)
-
-        timesteps = table.timesteps.tolist()
-
-        def predict(x: Tensor, row: int) -> Tensor:
-            y = labels
-            if table.guided[row]:
-                assert labels is not None
-                assert null is not None
-                x, y = torch.cat([x, x]), torch.cat([null, labels])
-            t = torch.full((len(x),), timesteps[row], device=x.device)
-            return network(x, t, y=y).float()
-
+        classes = [None] * len(seeds) if labels is None else labels.tolist()
+        conditions, others = class_conditions(run.model, classes, guided=any(table.guided))
         shape = self.latents.shape(run.data.image_size)
-        return self.latents.decode(sample(predict, table, shape, seeds))
+        z = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE) * table.initial_sigma
+        requests = [
+            Request(
+                table=table,
+                x=z[place].clone(),
+                seed=seed,
+                condition=conditions[place],
+                unconditional=others[place] if others else None,
+                tag=place,
+            )
+            for place, seed in enumerate(seeds.tolist())
+        ]
+        assert isinstance(network, Network)
+        for result in engine.run(network, requests):
+            z[result.request.tag] = result.x
+        return self.latents.decode(z)
 
     def _preview_labels(self, count: int) -> Tensor | None:
         classes = self.run.model.num_classes

@@ -107,6 +107,7 @@ def random_requests(count: int, *, text: bool) -> Iterator[Request]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "text"), [(140, False), (60, True)], ids=["classes", "text"])
 def test_every_request_has_the_bits_it_has_alone(count: int, text: bool) -> None:
     """Arriving at random, in whatever slot, some moved to another slot on the way."""
@@ -254,6 +255,7 @@ def counted(network: UNet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["all", "some"])
 def test_few_rows_are_evaluated_in_vain(
     unet: UNet, guidance: str, monkeypatch: pytest.MonkeyPatch
