@@ -37,8 +37,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0")
-CPU_KERNELS = ("attention", "geglu", "group_norm_silu", "layer_norm", "philox", "sampler_step")
-"""Files of csrc/ that are compiled once per instruction set; the others only for any CPU."""
 ISAS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -56,7 +54,7 @@ SANITIZERS = (
     "-fno-sanitize-recover=undefined -fsanitize-recover=address"
 )
 MISSING = "_native_missing.txt"
-"""In the module's place where it is not built: why. `kernels/extension.py` reads it."""
+"""In the module's place where it is not built: why. `kernels/compiled.py` reads it."""
 
 
 SANITIZED = os.environ.get("FASTDIFF_SANITIZE") == "1"
@@ -168,9 +166,9 @@ def isas() -> dict[str, str]:
 def digest() -> str:
     """A hash of what the module is made of: tells a module that is older than its sources."""
     total = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
-            total.update(path.name.encode() + path.read_bytes())
+            total.update(path.relative_to(SOURCES).as_posix().encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
 
@@ -192,17 +190,17 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: cxx {_escape(source)}", f"  extra = {extra}"])
 
-    for source in sorted(SOURCES.glob("*.cpp")):
+    for source in sorted(SOURCES.glob("*/*.cpp")):
         stem = source.stem
-        if stem in CPU_KERNELS:
+        if stem.endswith(("_binding", "bindings")):
+            compile_(source, stem, f"{binding} {'-O0 -fno-sanitize=all' if SANITIZED else '-O1'}")
+        elif source.parent.name == "cpu":  # once per instruction set
             for isa, isa_flags in isas().items():
                 compile_(source, f"{stem}.{isa}", f"-DFASTDIFF_ISA={isa} {isa_flags}")
-        elif stem.startswith("bindings"):
-            compile_(source, stem, f"{binding} {'-O0 -fno-sanitize=all' if SANITIZED else ''}")
         else:
             compile_(source, stem, facts(version, cuda) if stem == "build_info" else "")
     cuda_objects = []
-    for source in sorted(SOURCES.glob("*.cu")) if isinstance(cuda, Cuda) else ():
+    for source in sorted(SOURCES.glob("cuda/*.cu")) if isinstance(cuda, Cuda) else ():
         name = f"{source.stem}.cu.o"
         cuda_objects.append(name)
         lines.append(f"build {name} | {name}.log: nvcc {_escape(source)}")
@@ -240,6 +238,7 @@ def rules(compiler: str, cuda: Cuda | str) -> list[str]:
     )
     flags = FLAGS if "clang" in told.stdout else f"{FLAGS} {GCC_FLAGS}"
     flags += f" {SANITIZERS}" if SANITIZED else ""
+    common = f"-I{shlex.quote(str(SOURCES / 'common'))}"
     defines = f"-DFASTDIFF_ISAS='{' '.join(f'X({name})' for name in isas())}'"
     # the linker's own options: nothing of the libraries linked in (CUDA's runtime) is exported
     shared = "-shared -Wl,--exclude-libs,ALL"
@@ -247,7 +246,7 @@ def rules(compiler: str, cuda: Cuda | str) -> list[str]:
         shared = "-bundle -undefined dynamic_lookup"
     lines = [
         f"cxx = {compiler}",
-        f"flags = {flags} {defines}",
+        f"flags = {flags} {common} {defines}",
         f"link = {shared} {SANITIZERS if SANITIZED else ''}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
@@ -262,7 +261,7 @@ def rules(compiler: str, cuda: Cuda | str) -> list[str]:
         linker = f"$nvcc -ccbin {host} -cudart static {shared.replace('-Wl,', '-Xlinker ')}"
         lines += [
             f"nvcc = {cuda.nvcc}",
-            f"nvccflags = -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
+            f"nvccflags = {common} -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
             f"-Xptxas -v -ccbin {host} {cuda.flags}",
             "rule nvcc",
             # ptxas tells what each kernel takes of a GPU: benchmarks/resources/cuda.py reads it
@@ -357,7 +356,7 @@ def main() -> None:
     packages += ["fastdiff.kernels", *(f"fastdiff.kernels.{p}" for p in find_packages("kernels"))]
     # folders of data, without code: named as packages, since setuptools warns about them otherwise
     assets = [f"fastdiff.assets.{p.name}" for p in sorted(Path("fastdiff/assets").iterdir())]
-    assets.append("fastdiff.kernels.tuned")
+    assets.append("fastdiff.kernels.tuning.tuned")
     setup(
         packages=packages + assets,
         package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},

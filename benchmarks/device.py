@@ -11,14 +11,14 @@ the others, and makes the exit code 1:
     build         the compiled module with the CUDA kernels, for this GPU alone
     tests         the parity tests and the tests marked `gpu`, on the device
     sanitize      small parity cases under compute-sanitizer's four tools, where it is installed
-    tune          launch configs, for the stages that follow and for kernels/tuned/
+    tune          launch configs, for the stages that follow and for kernels/tuning/tuned/
     bench         every op against its providers (fastdiff/bench/run.py); Triton beside CUDA,
-                  whose winners the stage that follows uses and kernels/tuned/ keeps
+                  whose winners the stage that follows uses and kernels/tuning/tuned/ keeps
     networks      whole evaluations, and what each op takes of them (networks/gpu_networks.py)
 
 What is left in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
-``tuned/<gpu>.json`` (move it to kernels/tuned/), ``cuda-kernels.txt`` (registers and occupancy of
-every launch), ``summary.json`` and ``log.txt``.
+``tuned/<gpu>.json`` (move it to kernels/tuning/tuned/), ``cuda-kernels.txt`` (registers and
+occupancy of every launch), ``summary.json`` and ``log.txt``.
 
 A dry run goes through every stage's code without a GPU: Triton's interpreter, the host's clock, the
 smallest networks. Its numbers mean nothing.
@@ -185,7 +185,7 @@ def build_stage(plan: Plan) -> list[str]:
     print(done.stdout[-20000:], done.stderr[-5000:])
     if done.returncode:
         raise Failed("the module was not built", *done.stderr.splitlines()[-10:])
-    say = "from fastdiff.kernels import extension; print(extension.describe())"
+    say = "from fastdiff.kernels import compiled; print(compiled.describe())"
     told = subprocess.run(
         [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -264,6 +264,7 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
     import torch
 
     from fastdiff import kernels
+    from fastdiff.kernels.choose import DEVICES, EMULATED
     from tests.kernels import cases
     from tests.kernels.routes import CUDA as ROUTES
 
@@ -287,7 +288,7 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
 
     todo: list[tuple[int, str, Callable[[], None]]] = []
     for op, backend in itertools.product(kernels.OPS, backends):
-        if backend not in kernels.OPS[op].implementations:
+        if kernels.available()[op][backend] is not None:
             continue
         # the largest error of a handful of numbers is luck
         rows = [case for case in getattr(cases, op.upper(), []) if numbers(case) > 100]
@@ -300,14 +301,9 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
             todo.append((2 * place, label, alone if case is None else check))
     # between an op's first case and its second: the ways through its kernels
     where = cases.device_of("cuda")  # a CPU, under the emulation
-    with_cuda = {
-        name
-        for name, op in kernels.OPS.items()
-        if (found := op.implementations.get("cuda")) is not None
-        and (found.serves(where) or where in found.emulated_on)
-    }
-    for route in ROUTES if "cuda" in backends else ():
-        if route.op in with_cuda and (clusters() or route.cluster == 1):
+    runs = where in (*DEVICES["cuda"], *EMULATED.get("cuda", ()))
+    for route in ROUTES if "cuda" in backends and runs else ():
+        if kernels.available()[route.op]["cuda"] is None and (clusters() or route.cluster == 1):
             todo.append((1, f"{route} on cuda", partial(along, route)))
     if not todo:
         print(f"no op has kernels for {' or '.join(backends)} here")
@@ -365,10 +361,11 @@ def tune_stage(plan: Plan) -> list[str]:
 
     from fastdiff.bench import tune
     from fastdiff.bench.clock import Method, Timing, timer_for
-    from fastdiff.kernels import _triton
+    from fastdiff.kernels.triton import recording_launches
+    from fastdiff.kernels.tuning import configs
 
     device = torch.device("meta" if plan.dry_run else "cuda")
-    gpu = _triton.Gpu("Dry run", "sm_90") if plan.dry_run else _triton.gpu_of(device)
+    gpu = configs.Gpu("Dry run", "sm_90") if plan.dry_run else configs.gpu_of(device)
 
     def fake(
         function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
@@ -378,7 +375,7 @@ def tune_stage(plan: Plan) -> list[str]:
 
     path, measured = tune.cache_file(gpu), tune.facts(gpu)
     notes = []
-    dry = _triton.recording_launches(gpu.architecture) if plan.dry_run else contextlib.nullcontext()
+    dry = recording_launches(gpu.architecture) if plan.dry_run else contextlib.nullcontext()
     with dry:
         for found in tune.tune(
             tuned_cases(),
@@ -403,7 +400,7 @@ def tuned_cases() -> list[Any]:
     import torch
 
     from fastdiff.bench import shapes, tune
-    from fastdiff.kernels._triton import TUNABLES
+    from fastdiff.kernels.tuning import TUNABLES
 
     dims = {
         str(call.tensors[0][3])
@@ -431,7 +428,7 @@ def bench_stage(plan: Plan) -> list[str]:
     from fastdiff.bench.run import MATMUL, Case, Outcome, cases, fastest_backends
     from fastdiff.bench.run import run as run_cases
     from fastdiff.bench.subjects import NETWORK_OPS, own_cases
-    from fastdiff.kernels import _triton
+    from fastdiff.kernels.tuning import configs
 
     end = time.monotonic() + plan.seconds
     device = torch.device("cpu" if plan.dry_run else "cuda")
@@ -446,7 +443,7 @@ def bench_stage(plan: Plan) -> list[str]:
     except ImportError as error:
         diffusers, notes = None, [f"diffusers' schedulers left out: {error}"]
     if not plan.dry_run:
-        gpu_here = _triton.gpu_of(device)
+        gpu_here = configs.gpu_of(device)
         tune.compile_in_use(tuned_cases(), gpu=gpu_here, workers=WORKERS)
     first = sampler_step.from_the_host(timer, device, diffusers, size=size, batches=batches)
     save(plan, first.records, [])

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or __name__ == "fastdiff.kernels":
-    from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu
-    from fastdiff.kernels.attention import attention
-    from fastdiff.kernels.dispatch import (
+if TYPE_CHECKING or __name__ != "kernels":
+    from .add_group_norm_silu import add_group_norm_silu
+    from .add_layer_norm import add_layer_norm
+    from .attention import attention
+    from .choose import (
         BACKENDS,
         OPS,
+        Backend,
         BackendError,
         BackendWarning,
         Explanation,
-        Implementation,
         available,
         backend,
+        checkpoint_contexts,
         explain,
         record_backends,
         selected_backend,
     )
-    from fastdiff.kernels.geglu import geglu
-    from fastdiff.kernels.group_norm_silu import group_norm_silu
-    from fastdiff.kernels.layer_norm import add_layer_norm, layer_norm
-    from fastdiff.kernels.measured import prefer_measured
-    from fastdiff.kernels.philox import (
-        INITIAL_NOISE,
-        POSTERIOR_NOISE,
-        SAMPLER_NOISE,
-        Stream,
-        philox4x32,
-        philox_normal,
-    )
-    from fastdiff.kernels.sampler_step import COLUMNS, sampler_step
-
-    prefer_measured()
+    from .geglu import geglu
+    from .group_norm_silu import group_norm_silu
+    from .layer_norm import layer_norm
+    from .op import Op, Work
+    from .philox_normal import philox4x32, philox_normal
+    from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
+    from .sampler_step import COLUMNS, sampler_step
 else:
     # In a checkout's root this folder can be seen as a top-level `kernels`, a name that belongs to
     # another project and that transformers probes by importing it. So the import is let pass,
@@ -57,16 +51,19 @@ __all__ = [
     "OPS",
     "POSTERIOR_NOISE",
     "SAMPLER_NOISE",
+    "Backend",
     "BackendError",
     "BackendWarning",
     "Explanation",
-    "Implementation",
+    "Op",
     "Stream",
+    "Work",
     "add_group_norm_silu",
     "add_layer_norm",
     "attention",
     "available",
     "backend",
+    "checkpoint_contexts",
     "explain",
     "geglu",
     "group_norm_silu",

@@ -32,16 +32,16 @@ VARIABLES = ("CXX", "NVCC", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "FASTDIFF_BUILD
 FACTS = """
 import pathlib, torch
 import fastdiff.kernels
-from fastdiff.kernels import extension
+from fastdiff.kernels import compiled
 home = pathlib.Path(fastdiff.kernels.__file__).resolve()
 assert "site-packages" in home.parts and not (home.parents[2] / "csrc").exists(), home
-native = extension.native
+native = compiled.native
 x = torch.randn(3, 2 * 40)
 with fastdiff.backend("reference"):
     expected = fastdiff.kernels.geglu(x)
 """
 COMPILED = """
-assert native is not None, extension.MISSING
+assert native is not None, compiled.MISSING
 assert fastdiff.kernels.explain("geglu", x).chosen == "cpu"
 torch.testing.assert_close(fastdiff.kernels.geglu(x), expected)
 assert native.has_parallel_for()

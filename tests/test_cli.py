@@ -23,19 +23,19 @@ import torch
 import tyro
 from PIL import Image
 
-from fastdiff import __version__
+from fastdiff import __version__, kernels
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
 from fastdiff.cli import COMMANDS, main
 from fastdiff.cli.again import Original
-from fastdiff.cli.doctor import ordinary_call
 from fastdiff.cli.parsing import one_line
 from fastdiff.cli.txt2img import Txt2Img
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.evaluation import Results, Scores
 from fastdiff.images import read_recipe
-from fastdiff.kernels import OPS, extension
+from fastdiff.kernels import OPS, compiled, record_backends
+from fastdiff.kernels.choose import UNAVAILABLE
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
 
@@ -265,8 +265,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
 
 
 def test_forced_backend_that_cannot_run(run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if all("cuda" in op.implementations for op in OPS.values()):
-        pytest.skip("every op has a CUDA implementation here")
+    if "cuda" not in UNAVAILABLE:
+        pytest.skip("there are CUDA kernels here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, err = run("sample", "--model", tiny, "--backend", "cuda", "--steps", "1")
     assert code == 2
@@ -438,7 +438,7 @@ def test_sample_writes_images_with_recipes_and_a_sheet(run, tiny: str) -> None:
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "out/sheet.png"
     norms = {"add_group_norm_silu", "group_norm_silu"}
-    assert served_by("cpu" if extension.native else "reference", out) >= norms
+    assert served_by("cpu" if compiled.native else "reference", out) >= norms
     assert re.search(r"^time +load .*, sample .*, decode .*, write ", out, re.MULTILINE)
     names = {f"{name}-seed{seed}.png" for name in ("3", "7", "none") for seed in (5, 6)}
     assert {path.name for path in Path("out").iterdir()} == {*names, "sheet.png"}
@@ -550,10 +550,10 @@ def test_doctor_explains_calls_that_really_run(run) -> None:
     assert report["packages"]["required"]["torch"] == torch.__version__
     assert set(report["ops"]) == set(OPS)
     for name, op in OPS.items():
-        args, kwargs = ordinary_call(name, "cpu")
-        op(*args, **kwargs)
+        with record_backends() as served:
+            getattr(kernels, name)(**op.example(torch.zeros))
         told = report["ops"][name]["cpu"]
-        assert told["backend"] == op.choose(args, kwargs).backend
+        assert served == {name: {told["backend"]}}
         assert set(told["others"]) == {"cuda", "triton", "cpu", "reference"} - {told["backend"]}
     code, out, _ = run("doctor")
     assert code == 0
@@ -567,7 +567,7 @@ def test_doctor_tells_what_the_module_is(run, monkeypatch: pytest.MonkeyPatch) -
         "isa": "new", "threads": "torch's pool", "stale": True, "cuda_architectures": "8.0;9.0a",
         "without_cuda": "", "sanitizers": "",
     }  # fmt: skip
-    monkeypatch.setattr("fastdiff.kernels.extension.describe", lambda: facts)
+    monkeypatch.setattr("fastdiff.kernels.compiled.describe", lambda: facts)
     monkeypatch.setenv("COLUMNS", "200")
     out = " ".join(run("doctor")[1].split())
     assert "g++ 99, fastdiff 1, /here/_native.so; csrc/ has changed since: run 'make build'" in out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.images import read_recipe
-from fastdiff.kernels import extension
+from fastdiff.kernels import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -21,7 +21,7 @@ def test_the_lines_of_python_run(
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert read_recipe(tmp_path / "three.png")["class"] == 3
-    chosen = "cpu" if extension.native else "reference"
+    chosen = "cpu" if compiled.native else "reference"
     assert f"group_norm_silu (backend 'auto'): {chosen}" in capsys.readouterr().out
 
 

@@ -117,11 +117,11 @@ def _shares(
     caught: dict[Call, Callable[[], Any]] = {}
 
     def catching(op: str, function: Function) -> Function:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            call = shapes.call_of(op, args, kwargs)
+        def run(*args: Any) -> Any:
+            call = shapes.call_of(op, args)
             counts[call] += 1
-            caught.setdefault(call, functools.partial(function, *args, **kwargs))
-            return function(*args, **kwargs)
+            caught.setdefault(call, functools.partial(function, *args))
+            return function(*args)
 
         return run
 

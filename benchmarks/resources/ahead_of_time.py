@@ -1,8 +1,8 @@
 """Compile Triton kernels for GPUs that are not here, and read what they take off the binary.
 
-Each config of `kernels/tuned/<architecture>.json` is compiled in the signature that a call on real
-shapes gives it (the calls of the op's `Tunable`, recorded on meta tensors). ptxas and the AMD
-backend come with triton.
+Each config of `kernels/tuning/tuned/<architecture>.json` is compiled in the signature that a call
+on real shapes gives it (the calls of the op's `Tunable`, recorded on meta tensors). ptxas and the
+AMD backend come with triton.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastdiff.kernels import _triton
-from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Launch
+from fastdiff.kernels.triton import Launch, recording_launches, target
+from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, configs
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 INTEGERS = {"int64": "i64", "int32": "i32", "uint8": "u8", "bool": "i1"}
@@ -167,7 +167,7 @@ def launches(
     known = TUNABLES[tunable]
     calls_of = known.all_calls if every and known.all_calls is not None else known.calls
     calls = calls_of(shape_class, getattr(torch, dtype), "meta")
-    with _triton.recording_launches(architecture) as recorded:
+    with recording_launches(architecture) as recorded:
         for call in calls:
             call()
     return list({identity(launch): launch for launch in recorded}.values())
@@ -224,7 +224,7 @@ def compile_one(task: Task) -> Resources:
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     try:
-        compiled = triton.compile(source, target=_triton.target(task.architecture), options=options)
+        compiled = triton.compile(source, target=target(task.architecture), options=options)
     except Exception as error:
         raise RuntimeError(f"{task}: {launch.kernel.__name__} does not compile: {error}") from error
     if chip.backend == "hip":
@@ -244,7 +244,7 @@ def compile_one(task: Task) -> Resources:
         dtype=task.dtype,
         architecture=task.architecture,
         kernel=launch.kernel.__name__,
-        config=_triton.lookup(
+        config=configs.lookup(
             task.tunable,
             Gpu("", task.architecture),
             getattr(torch, task.dtype),

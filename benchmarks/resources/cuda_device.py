@@ -27,8 +27,8 @@ from fastdiff import kernels
 from fastdiff.bench.providers import Make, Subject
 from fastdiff.bench.shapes import GPU_JOBS, Call, Job
 from fastdiff.bench.subjects import NETWORK_OPS, own_cases
-from fastdiff.kernels import _cuda
-from fastdiff.kernels.dispatch import UNAVAILABLE
+from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels.choose import UNAVAILABLE
 
 NO_BACKWARD = ("attention", "philox_normal", "sampler_step")
 """Ops whose gradients, if there are any, are no CUDA kernel's."""
@@ -125,7 +125,7 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         why = "no GPU that torch can use" if torch.version.cuda else "torch is built without CUDA"
         return f"{why}; without a GPU: python -m benchmarks.resources.cuda"
-    if _cuda._library is None:
+    if not _cuda.built():
         return UNAVAILABLE.get("cuda", "the compiled module has no CUDA kernels")
     return _cuda.refusal(torch.cuda.current_device())
 

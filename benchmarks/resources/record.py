@@ -36,8 +36,8 @@ from benchmarks.resources.ahead_of_time import (
     tasks,
 )
 from fastdiff.files import write_text
-from fastdiff.kernels import _triton
-from fastdiff.kernels._triton import TUNABLES
+from fastdiff.kernels.triton import triton
+from fastdiff.kernels.tuning import TUNABLES
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "resources.json"
 COMMAND = "python -m benchmarks.resources --every --docs"
@@ -103,7 +103,7 @@ def write_record(record: Record, path: Path = RECORD) -> None:
 
 
 def triton_version() -> str:
-    return str(_triton.triton.__version__)
+    return str(triton.__version__)
 
 
 def all_keys(

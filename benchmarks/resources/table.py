@@ -28,8 +28,8 @@ from benchmarks.resources import record
 from benchmarks.resources.ahead_of_time import CHIPS, DTYPES, KIB, Resources, compile_all, tasks
 from fastdiff.cli.parsing import UsageError, parse
 from fastdiff.files import write_text
-from fastdiff.kernels import _triton
-from fastdiff.kernels._triton import TUNABLES
+from fastdiff.kernels.triton import INTERPRETED, triton
+from fastdiff.kernels.tuning import TUNABLES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "resources.md"
 
@@ -73,7 +73,7 @@ class Options:
 
 
 def wrong_options(options: Options) -> str | None:
-    if _triton.triton is None or _triton.INTERPRETED:
+    if triton is None or INTERPRETED:
         return "needs triton, without TRITON_INTERPRET"
     classes = {c for tunable in TUNABLES.values() for c in tunable.shape_classes}
     for kind, chosen, known in (
@@ -213,9 +213,9 @@ def document(found: Sequence[Resources], known: record.Record) -> str:
         "# What the Triton kernels take of a GPU",
         "",
         "Made by `python -m benchmarks.resources --every --docs`, which compiles every config of",
-        "`kernels/tuned/<architecture>.json` ahead of time; no GPU was used. Tests hold that",
-        "nothing spills, that shared memory fits and that this page is of the kernels and configs",
-        "as they are.",
+        "`kernels/tuning/tuned/<architecture>.json` ahead of time; no GPU was used. Tests hold",
+        "that nothing spills, that shared memory fits and that this page is of the kernels and",
+        "configs as they are.",
         "",
         "## All kernels",
         "",

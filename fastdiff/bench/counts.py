@@ -7,20 +7,22 @@
 Costs are in units of one ``torch.add`` of two one-element tensors on the same machine in the same
 moment (host.py says how), so that they compare across machines. With --against, the package of
 another checkout runs the same calls in turns with this one, and the last column is the median of
-the paired ratios, this one's over the other's.
+the paired ratios, this one's over the other's. From one process to the next all costs move by some
+per cent: a close call needs --processes 4.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,6 +120,7 @@ def host_costs(
     backends: Sequence[str] = BACKENDS,
     modes: Sequence[str] = MODES,
     rounds: int = 400,
+    processes: int = 1,
     checkout: Path = ROOT,
     against: Path | None = None,
 ) -> Iterator[HostCost]:
@@ -126,6 +129,8 @@ def host_costs(
     Args:
         ops: names; none: all.
         rounds: of each case; each gives one ratio of op to add.
+        processes: per checkout. Where memory falls differs from one to the next, and moves all
+            costs of a process by some per cent; the rounds are shared among them.
         checkout: the folder that holds the package; against: another one, measured in turns.
 
     Raises:
@@ -133,49 +138,53 @@ def host_costs(
         RuntimeError: a process died; what it said is on stderr.
     """
     with contextlib.ExitStack() as stack:
-        mine = stack.enter_context(host_process(checkout))
-        known = mine.ask("ops")
+        folders = [checkout, *([against] if against else [])]
+        teams = [
+            tuple(stack.enter_context(host_process(folder)) for folder in folders)
+            for _ in range(processes)
+        ]
+        first = teams[0][0]
+        known = first.ask("ops")
         if unknown := set(ops) - set(known):
             listed = ", ".join(known)
             raise ValueError(f"no op {', '.join(sorted(unknown))}; expected some of {listed}")
-        others = []
-        if against is not None:
-            others.append(stack.enter_context(host_process(against)))
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            mine.ask("save", f"{folder}/examples.pt")
-            others[0].ask("load", f"{folder}/examples.pt")
-        for op in known:
-            if not ops or op in ops:
-                for backend in backends:
-                    for mode in modes:
-                        yield _host_cost(mine, others, (op, backend, mode), rounds)
+        path = f"{stack.enter_context(tempfile.TemporaryDirectory())}/examples.pt"
+        first.ask("save", path)
+        for process in itertools.chain(*teams):
+            process.ask("load", path)  # all of them: tensors from a file cost a little more
+        for case in itertools.product(ops or known, backends, modes):
+            yield _host_cost(teams, case, max(1, round(rounds / TURN / processes)))
 
 
 def _host_cost(
-    mine: HostProcess, others: Sequence[HostProcess], case: tuple[str, str, str], rounds: int
+    teams: Sequence[tuple[HostProcess, ...]], case: tuple[str, str, str], turns: int
 ) -> HostCost:
-    op, backend, mode = case
-    cost = HostCost(op=op, backend=backend, mode=mode)
-    opened = mine.ask("open", *case)
-    if "missing" in opened:
-        return HostCost(**{**asdict(cost), "missing": opened["missing"]})
-    there = [other.ask("open", *case) for other in others]
-    others = [o for o, told in zip(others, there, strict=True) if "missing" not in told]
-    turns = max(1, round(rounds / TURN))
-    processes, pairs = (mine, *others), []
-    for turn in range(turns):
-        order = processes if turn % 2 else processes[::-1]  # neither is always the first
-        taken = {process: process.ask("measure", *case, TURN) for process in order}
-        pairs.append([taken[process] for process in processes])
-    found = {"launches": opened["launches"], "cost": median(pair[0] for pair in pairs)}
-    if others:
-        found["other_cost"] = median(pair[1] for pair in pairs)
-        found["ratio"] = median(pair[0] / pair[1] for pair in pairs)
-        if there[0]["own"]:
-            found["note"] = "the other takes other arguments: each has its own"
-    elif there:
-        found["missing"] = f"the other: {there[0]['missing']}"
-    return HostCost(**{**asdict(cost), **found})
+    """teams: a process of this checkout each, and one of the other if there is one."""
+    cost = HostCost(op=case[0], backend=case[1], mode=case[2])
+    opened = [[process.ask("open", *case) for process in team] for team in teams]
+    mine, *there = opened[0]  # the others do as the first does
+    if "missing" in mine:
+        return replace(cost, missing=mine["missing"])
+    if there and "missing" in there[0]:
+        cost = replace(cost, missing=f"the other: {there[0]['missing']}")
+        teams = [team[:1] for team in teams]
+    measured = [_turn(team, case, turn) for turn in range(turns) for team in teams]
+    cost = replace(cost, launches=mine["launches"], cost=median(pair[0] for pair in measured))
+    if len(teams[0]) == 1:
+        return cost
+    return replace(
+        cost,
+        other_cost=median(pair[1] for pair in measured),
+        ratio=median(pair[0] / pair[1] for pair in measured),
+        note="the other takes other arguments: each has its own" if there[0]["own"] else "",
+    )
+
+
+def _turn(team: tuple[HostProcess, ...], case: tuple[str, str, str], turn: int) -> list[float]:
+    """Some rounds of each process, one after the other; neither is always the first."""
+    order = team if turn % 2 else team[::-1]
+    taken = {process: process.ask("measure", *case, TURN) for process in order}
+    return [taken[process] for process in team]
 
 
 def table(costs: Sequence[HostCost]) -> str:
@@ -198,6 +207,7 @@ def host(options: argparse.Namespace) -> int:
             backends=options.backend,
             modes=options.mode,
             rounds=options.rounds,
+            processes=options.processes,
             against=options.against,
         )
     )
@@ -245,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     words.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     words.add_argument("--rounds", type=int, default=400, help="of each case; %(default)s")
+    words.add_argument("--processes", type=int, default=1, help="per checkout; %(default)s")
     words.add_argument("--against", type=checkout, help="another checkout, measured in turns")
     words.add_argument("--at-most", type=float, help="exit code 1 if a ratio is larger")
     words.add_argument("--json", action="store_true", help="print a JSON list")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from fastdiff.bench.providers import Make
 from fastdiff.bench.record import duration
 from fastdiff.bench.run import Case, cases
 from fastdiff.bench.subjects import SUBJECTS
-from fastdiff.kernels import _triton
+from fastdiff.kernels.choose import bound_arguments
+from fastdiff.kernels.triton import recording_launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +139,9 @@ def launches(case: Case, device: Device) -> list[Any]:
     args, kwargs = case.subject.arguments(
         case.call, case.job, Make(case.dtype, torch.device("meta"))
     )
-    implementation = kernels.OPS[case.subject.op].implementations["triton"]
-    function: Callable[..., Any] = implementation.function
-    with _triton.recording_launches(device.architecture) as found, torch.no_grad():
-        function(*args, **{"scale_shift": None, "eps": 1e-5, "activation": "silu", **kwargs})
+    forward = kernels.OPS[case.subject.op].backends["triton"].forward
+    with recording_launches(device.architecture) as found, torch.no_grad():
+        forward(*bound_arguments(case.subject.op, args, kwargs), False)
     return found
 
 

@@ -62,7 +62,7 @@ class Record:
     method: str = "host"
     """How it was timed, in the words of fastdiff/bench/clock.py."""
     shape_class: str = ""
-    """In the words of kernels/measured.py; "" where no winner depends on it."""
+    """In the words of kernels/tuning/measured.py; "" where no winner depends on it."""
 
     @property
     def bytes_per_second(self) -> float:

@@ -53,7 +53,8 @@ from fastdiff.bench.providers import (
 from fastdiff.bench.record import Record, Work
 from fastdiff.bench.shapes import Call, Job
 from fastdiff.bench.tune import agrees
-from fastdiff.kernels.measured import ANY, CLASSES
+from fastdiff.kernels.choose import bound_arguments
+from fastdiff.kernels.tuning.measured import ANY
 
 Direction = Literal["forward", "backward"]
 MATMUL = 8192
@@ -207,7 +208,7 @@ def _measure_case(
             # every op has Triton kernels; CUDA's are there if nvcc was, and take fewer cases
             if backend == "triton":
                 outcome.failures.append(f"{case}: triton does not run: {objection}")
-            elif backend in kernels.OPS[subject.op].implementations:
+            elif kernels.available()[subject.op][backend] is None:
                 outcome.unavailable.append(f"{case} {backend}: {objection}")
         elif not _ours_agrees(case, make, backend):
             wanted.remove(backend)
@@ -223,9 +224,10 @@ def _measure_case(
             outcome.unavailable.append(f"{case} {provider}: {said(error)}")
             continue
         record = record_of(case, provider, timing, case.work)
-        if provider in OURS and case.direction == "forward" and subject.op in CLASSES:
-            args, kwargs = arguments
-            record = replace(record, shape_class=CLASSES[subject.op](*args, **kwargs))
+        class_of = kernels.OPS[subject.op].shape_class
+        if provider in OURS and case.direction == "forward" and class_of is not None:
+            given = bound_arguments(subject.op, *arguments)
+            record = replace(record, shape_class=class_of(*given))
         outcome.records.append(record)
 
 

@@ -6,6 +6,7 @@ op of `fastdiff.kernels` is given.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,26 +63,28 @@ class Call:
         return f"{first}{keys}{''.join(f', {name}' for name, _ in self.options)}"
 
 
-def call_of(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call that these arguments make."""
-    tensors = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
-    options = [(k, tuple(v.shape)) for k, v in kwargs.items() if isinstance(v, Tensor)]
+def call_of(op: str, args: tuple[Any, ...]) -> Call:
+    """The call that these arguments of an op make; options are what its function takes by name."""
+    parameters = inspect.signature(kernels.OPS[op].public).parameters
+    given = zip(kernels.OPS[op].types, args, strict=False)  # without `keep`, the last one
+    shapes = [(name, tuple(a.shape)) for name, a in given if isinstance(a, Tensor)]
+    by_name = [parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name, _ in shapes]
+    tensors = tuple(shape for (_, shape), named in zip(shapes, by_name, strict=True) if not named)
+    options = [pair for pair, named in zip(shapes, by_name, strict=True) if named]
     return Call(op, tensors, tuple(sorted(options)))
 
 
 @contextmanager
 def wrapped(wrap: Callable[[str, Function], Function]) -> Iterator[None]:
-    """Put ``wrap(op, function)`` in the place of every implementation's function."""
-    before = {name: op.implementations for name, op in kernels.OPS.items()}
+    """Put ``wrap(op, forward)`` in the place of every backend's forward pass."""
+    before = {name: op.backends for name, op in kernels.OPS.items()}
     for name, op in kernels.OPS.items():
-        op.implementations = {
-            key: known.wrapped(partial(wrap, name)) for key, known in op.implementations.items()
-        }
+        op.use({key: known.wrapped(partial(wrap, name)) for key, known in op.backends.items()})
     try:
         yield
     finally:
         for name, op in kernels.OPS.items():
-            op.implementations = before[name]
+            op.use(before[name])
 
 
 @contextmanager
@@ -89,9 +92,9 @@ def noting(calls: Counter[Call]) -> Iterator[None]:
     """Count each op's calls by the shapes of its tensors."""
 
     def noted(name: str, function: Function) -> Function:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            calls[call_of(name, args, kwargs)] += 1
-            return function(*args, **kwargs)
+        def run(*args: Any) -> Any:
+            calls[call_of(name, args)] += 1
+            return function(*args)
 
         return run
 

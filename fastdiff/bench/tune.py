@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_flatten
 import fastdiff
 from fastdiff.bench.clock import Method, Timer
 from fastdiff.files import write_text
-from fastdiff.kernels import _triton
-from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tuned
+from fastdiff.kernels.triton import INTERPRETED, recording_launches, target
+from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tuned, configs
 
 GAIN = 1.02
 """How many times as fast a candidate must be to replace the config in use: less is noise."""
@@ -130,9 +130,9 @@ def search(
         RuntimeError: the config in use does not run (our bug, or the GPU has failed).
     """
     end = time.monotonic() + budget_s
-    before = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+    before = configs.lookup(case.tunable, gpu, case.dtype, case.shape_class)
     call = _prepared(case, device)[0]
-    with _triton.override_config(case.tunable, before, case.shape_class):
+    with configs.override_config(case.tunable, before, case.shape_class):
         once = timer(call, method="events", budget_s=CASE_S / 5)
         method: Method = "graph" if once.median_s < SMALL_S else "events"
         before_s = timer(call, method=method, budget_s=CASE_S).median_s
@@ -144,7 +144,7 @@ def search(
         candidate = todo.pop(0)
         tried += 1
         try:
-            with _triton.override_config(case.tunable, candidate, case.shape_class):
+            with configs.override_config(case.tunable, candidate, case.shape_class):
                 timed.append((timer(call, method=method, budget_s=CASE_S).median_s, candidate))
         except Exception as error:
             reason = _refusal(error)
@@ -157,7 +157,7 @@ def search(
             break
         again = []
         for chosen in (before, candidate):  # the best of many is lucky; clocks drift
-            with _triton.override_config(case.tunable, chosen, case.shape_class):
+            with configs.override_config(case.tunable, chosen, case.shape_class):
                 again.append(timer(call, method=method, budget_s=CASE_S).median_s)
         if again[0] / again[1] < GAIN:
             rejected["no faster when timed again"] += 1
@@ -236,7 +236,7 @@ def same_results(case: Case, one: Config, other: Config, device: torch.device) -
     results = []
     for chosen in (one, other):
         call, operands = _prepared(case, device)
-        with _triton.override_config(case.tunable, chosen, case.shape_class):
+        with configs.override_config(case.tunable, chosen, case.shape_class):
             returned = [t for t in tree_flatten(call())[0] if isinstance(t, Tensor)]
         results.append([*returned, *operands])
     return all(map(agrees, *results))
@@ -295,13 +295,13 @@ def compiled_ahead(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> Iterator[
 
     What they have not reached when it is asked for is compiled there and then.
     """
-    if not workers or _triton.INTERPRETED:
+    if not workers or INTERPRETED:
         yield
         return
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for case in todo:
-            before = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+            before = configs.lookup(case.tunable, gpu, case.dtype, case.shape_class)
             for candidate in ordered_candidates(case, before):
                 pool.submit(compile_one, case, candidate, gpu.architecture)
         yield
@@ -314,7 +314,7 @@ def compile_in_use(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for case in todo:
-            chosen = _triton.lookup(case.tunable, gpu, case.dtype, case.shape_class)
+            chosen = configs.lookup(case.tunable, gpu, case.dtype, case.shape_class)
             pool.submit(compile_one, case, chosen, gpu.architecture, variants=True)
 
 
@@ -332,8 +332,8 @@ def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool
     calls = TUNABLES[case.tunable].calls(case.shape_class, case.dtype, "meta")
     with (
         contextlib.suppress(Exception),
-        _triton.recording_launches(architecture) as launches,
-        _triton.override_config(case.tunable, chosen, case.shape_class),
+        recording_launches(architecture) as launches,
+        configs.override_config(case.tunable, chosen, case.shape_class),
     ):
         for call in calls if variants else calls[:1]:
             call()
@@ -348,7 +348,7 @@ class _NoDriver:
     architecture: str
 
     def get_current_target(self) -> Any:
-        return _triton.target(self.architecture)
+        return target(self.architecture)
 
     def get_current_device(self) -> int:
         return 0
@@ -389,7 +389,7 @@ def commit() -> str | None:
 
 def cache_file(gpu: Gpu) -> Path:
     """The user's file for a GPU."""
-    return _triton.tuned_cache() / f"{gpu.slug}.json"
+    return configs.tuned_cache() / f"{gpu.slug}.json"
 
 
 def set_aside_broken(path: Path) -> Path | None:
@@ -401,11 +401,11 @@ def set_aside_broken(path: Path) -> Path | None:
     if not path.exists():
         return None
     try:
-        _triton.read_tuned(path)
+        configs.read_tuned(path)
     except ValueError:
         aside = path.with_suffix(".broken")
         os.replace(path, aside)
-        _triton.forget_configs()
+        configs.forget_configs()
         return aside
     return None
 
@@ -416,24 +416,24 @@ def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: the file is there and cannot be read.
     """
-    old = _triton.read_tuned(path) if path.exists() else None
-    configs = {name: dict(keys) for name, keys in (old.configs if old else {}).items()}
-    kept = sum(map(len, configs.values()))
+    old = configs.read_tuned(path) if path.exists() else None
+    entries = {name: dict(keys) for name, keys in (old.configs if old else {}).items()}
+    kept = sum(map(len, entries.values()))
     for one in found:
-        kept -= one.case.key in configs.get(one.case.tunable, {})
-        configs.setdefault(one.case.tunable, {})[one.case.key] = one.after
+        kept -= one.case.key in entries.get(one.case.tunable, {})
+        entries.setdefault(one.case.tunable, {})[one.case.key] = one.after
     if old and old.measured and "backends" in old.measured:
         measured = {**measured, "backends": old.measured["backends"]}
     if old and old.measured and kept:  # by earlier searches, unless by this one
         last = {name: fact for name, fact in old.measured.items() if name != "earlier"}
         earlier = old.measured.get("earlier", []) + ([last] if last != measured else [])
         measured = {**measured, **({"earlier": earlier} if earlier else {})}
-    write_text(path, text_of(measured, configs, old.backends if old else {}))
-    _triton.forget_configs()
+    write_text(path, text_of(measured, entries, old.backends if old else {}))
+    configs.forget_configs()
 
 
 def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], path: Path) -> None:
-    """Add to a file, atomically, which backend `auto` tries first (kernels/measured.py).
+    """Add to a file, atomically, which backend `auto` tries first (kernels/tuning/measured.py).
 
     Args:
         fastest: op -> "dtype/shape class" -> backend.
@@ -441,13 +441,13 @@ def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], 
     Raises:
         ValueError: the file is there and cannot be read.
     """
-    old = _triton.read_tuned(path) if path.exists() else None
+    old = configs.read_tuned(path) if path.exists() else None
     backends = {op: dict(keys) for op, keys in (old.backends if old else {}).items()}
     for op, keys in fastest.items():
         backends.setdefault(op, {}).update(keys)
     told = {**(old.measured if old and old.measured else measured), "backends": measured}
     write_text(path, text_of(told, old.configs if old else {}, backends))
-    _triton.forget_configs()
+    configs.forget_configs()
 
 
 def text_of(
@@ -477,12 +477,12 @@ def _section(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def describe(gpu: Gpu) -> list[str]:
     """Which files of configs a GPU gets, in words."""
     lines = []
-    for tuned in _triton.tuned_files(gpu):
+    for tuned in configs.tuned_files(gpu):
         count = sum(map(len, tuned.configs.values()))
         if tuned.measured:
             lines.append(f"{count} tuned on {_when(tuned)}: {tuned.path}")
-    if not any(tuned.measured for tuned in _triton.tuned_files(gpu)):
-        nearest = _triton.nearest_architecture(gpu.architecture)
+    if not any(tuned.measured for tuned in configs.tuned_files(gpu)):
+        nearest = configs.nearest_architecture(gpu.architecture)
         lines.append(
             f"no configs measured for this GPU: uses those of {nearest}, chosen without "
             "measurement; run 'fastdiff tune'"
@@ -492,7 +492,7 @@ def describe(gpu: Gpu) -> list[str]:
 
 def shipped() -> dict[str, str]:
     """File in the package -> where it was measured."""
-    files = map(_triton.read_tuned, sorted(_triton.TUNED.glob("*.json")))
+    files = map(configs.read_tuned, sorted(configs.TUNED.glob("*.json")))
     return {tuned.path.stem: _when(tuned) for tuned in files}
 
 

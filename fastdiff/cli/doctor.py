@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def diagnose() -> dict[str, Any]:
     """Everything ``doctor`` prints, in plain dictionaries, lists, strings and numbers."""
     import torch
 
-    from fastdiff.kernels import extension
+    from fastdiff.kernels import compiled
 
     return {
         "fastdiff": __version__,
@@ -84,7 +85,7 @@ def diagnose() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "cpu": _cpu(),
         "gpus": _gpus(),
-        "native": extension.describe(),
+        "native": compiled.describe(),
         "compilers": {name: _compiler(name) for name in COMPILERS},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "configs": _configs(),
@@ -174,8 +175,7 @@ def _ops() -> dict[str, Any]:
     for op in sorted(OPS):
         report[op] = {}
         for device in devices:
-            args, kwargs = ordinary_call(op, device)
-            told = explain(op, *args, **kwargs)
+            told = explain(op, **OPS[op].example(partial(torch.zeros, device=device)))
             against = {name: why for name, why in told.reasons.items() if name != told.chosen}
             report[op][device] = {"backend": told.chosen, "others": against}
     return report
@@ -186,39 +186,17 @@ def _configs() -> dict[str, list[str]]:
     import torch
 
     from fastdiff.bench import tune
-    from fastdiff.kernels import _triton
+    from fastdiff.kernels.tuning import configs
 
     def told(index: int) -> list[str]:
         try:
-            return tune.describe(_triton.gpu_of(torch.device("cuda", index)))
+            return tune.describe(configs.gpu_of(torch.device("cuda", index)))
         except ValueError as error:  # a file that cannot be read
             return [str(error)]
 
     if not torch.cuda.is_available():
         return {"shipped": [f"{name}: {how}" for name, how in tune.shipped().items()]}
     return {f"cuda:{index}": told(index) for index in range(torch.cuda.device_count())}
-
-
-def ordinary_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Small arguments of the kind a U-Net gives the op: fp32, contiguous, 64 channels."""
-    import torch
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=device)
-
-    x, tokens, heads = zeros(2, 64, 8, 8), zeros(2, 64, 64), zeros(2, 64, 4, 16)
-    seeds = torch.zeros(2, dtype=torch.int64, device=device)
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-        "group_norm_silu": ((x, 32, zeros(64), zeros(64)), {}),
-        "add_group_norm_silu": ((x, 32, zeros(64), zeros(64)), {"channel_add": zeros(2, 64)}),
-        "attention": ((heads, heads, heads), {}),
-        "geglu": ((tokens,), {}),
-        "layer_norm": ((tokens, zeros(64), zeros(64)), {}),
-        "add_layer_norm": ((tokens, tokens, zeros(64), zeros(64)), {}),
-        "sampler_step": ((x, x, zeros(3, *x.shape), zeros(4, 20), seeds, seeds), {}),
-        "philox_normal": ((seeds, (64, 8, 8)), {}),
-    }
-    return calls[op]
 
 
 def _print(report: dict[str, Any]) -> None:

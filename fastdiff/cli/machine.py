@@ -55,7 +55,7 @@ def chosen_backend(name: BackendName) -> contextlib.AbstractContextManager[None]
         ValueError: FASTDIFF_BACKEND names no backend.
     """
     from fastdiff.kernels import backend
-    from fastdiff.kernels.dispatch import selected_backend
+    from fastdiff.kernels.choose import selected_backend
 
     return backend(selected_backend() if name == "auto" else name)
 

@@ -48,7 +48,7 @@ class Tune:
     workers: int = min(16, os.cpu_count() or 1)
     """Processes that compile candidates ahead; 0: none."""
     export: OptionalPath = None
-    """Write what was found to this file too, in the form of kernels/tuned/<gpu>.json."""
+    """Write what was found to this file too, in the form of kernels/tuning/tuned/<gpu>.json."""
 
     def __post_init__(self) -> None:
         if not 0 < self.budget_minutes < float("inf"):
@@ -68,7 +68,8 @@ def run(options: Tune) -> int:
     from fastdiff.bench import tune
     from fastdiff.bench.clock import timer_for
     from fastdiff.cli.machine import device_and_dtype
-    from fastdiff.kernels import _triton
+    from fastdiff.kernels.triton import INTERPRETED, triton
+    from fastdiff.kernels.tuning import configs
 
     dtypes = [getattr(torch, TORCH_NAMES[name]) for name in options.dtype]
     todo = tune.cases(options.op, dtypes, options.shape_class)
@@ -77,9 +78,9 @@ def run(options: Tune) -> int:
     device, _ = device_and_dtype(options.device, "fp32")
     if device.type != "cuda":
         raise ValueError(f"tuning needs a GPU, got --device {options.device}")
-    if _triton.triton is None or _triton.INTERPRETED:
+    if triton is None or INTERPRETED:
         raise ValueError("tuning needs triton, and not its interpreter; unset TRITON_INTERPRET")
-    gpu = _triton.gpu_of(device)
+    gpu = configs.gpu_of(device)
     path = tune.cache_file(gpu)
     aside = tune.set_aside_broken(path)
     if aside:

@@ -15,7 +15,7 @@ import fastdiff
 from fastdiff.checkpoint.model import Model
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.generate.core import Core, Progress, SampleSettings, check_seeds
-from fastdiff.kernels.dispatch import selected_backend
+from fastdiff.kernels.choose import selected_backend
 from fastdiff.runtime.conditions import class_conditions
 
 NOT_IN_RECIPE = ("batch",)  # changes memory and time, not the image

@@ -20,7 +20,7 @@ import fastdiff
 from fastdiff.checkpoint.model import Model
 from fastdiff.configs import to_dict
 from fastdiff.generate.core import CHECKPOINT, Core, SampleSettings, check_seeds
-from fastdiff.kernels.dispatch import selected_backend
+from fastdiff.kernels.choose import selected_backend
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
 from fastdiff.runtime.conditions import Condition

@@ -11,12 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastdiff.kernels import (
-    add_group_norm_silu,
-    add_layer_norm,
-    group_norm_silu,
-    layer_norm,
-)
+from fastdiff.kernels import add_group_norm_silu, add_layer_norm, group_norm_silu, layer_norm
 
 
 def watched(*modules: nn.Module) -> bool:

@@ -12,9 +12,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastdiff.models.layers import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
+from fastdiff.models.layers import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+    checkpointed,
+)
 from fastdiff.models.tiling import tiled
 
 NORM_EPS = 1e-6
@@ -238,7 +244,7 @@ class Chain(nn.Module):
         x, residual = self.conv_in(x), None
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(_step, block, x, residual, use_reentrant=False)
+                x, residual = checkpointed(_step, block, x, residual)
             else:
                 x, residual = _step(block, x, residual)
         x, _ = self.norm_out(x, residual=residual)

@@ -13,16 +13,19 @@ E embedding width, d head width.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdiff.kernels import (
     add_group_norm_silu,
     add_layer_norm,
     attention,
+    checkpoint_contexts,
     geglu,
     group_norm_silu,
     layer_norm,
@@ -54,6 +57,16 @@ def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> T
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if kind == "openai" else [sin, cos], dim=1)
+
+
+def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    """Gradient checkpointing: what `function` computes is computed again in the backward pass, on
+    the backends of the first time."""
+    # Dynamo takes no other context_fn than its own
+    options: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        options["context_fn"] = checkpoint_contexts
+    return checkpoint(function, *args, use_reentrant=False, **options)
 
 
 def zero_init(module: nn.Module) -> nn.Module:

@@ -14,7 +14,6 @@ from typing import Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastdiff.models.layers import (
     AttentionBlock,
@@ -26,6 +25,7 @@ from fastdiff.models.layers import (
     SpatialTransformer,
     TimeEmbedding,
     Upsample,
+    checkpointed,
     timestep_embedding,
     zero_init,
 )
@@ -427,5 +427,5 @@ class UNet(Network):
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, kvs, size, use_reentrant=False)
+            return checkpointed(stage, x, emb, kvs, size)
         return stage(x, emb, kvs, size)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.kernels.dispatch import plain
+from fastdiff.kernels.choose import plain
 from fastdiff.models.layers import Upsample
 
 PACK_NUMBERS = 2**19

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig
 from fastdiff.diffusion.predictions import Prediction
+from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
 from fastdiff.training.config import OptimizationConfig, OutputConfig
@@ -39,6 +40,10 @@ class PreviewConfig:
         if self.count < 1 or self.steps < 1:
             raise ValueError(
                 f"preview count and steps must be at least 1, got {self.count} and {self.steps}"
+            )
+        if self.sampler not in SAMPLERS:
+            raise ValueError(
+                f"unknown sampler {self.sampler!r}; expected one of {', '.join(SAMPLERS)}"
             )
 
 

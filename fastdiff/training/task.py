@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
-from fastdiff.diffusion.samplers import build_table
+from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
 from fastdiff.runtime import engine
 from fastdiff.runtime.conditions import class_conditions
-from fastdiff.runtime.engine import Request
+from fastdiff.runtime.prepare import prepare
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
@@ -108,50 +109,65 @@ class DiffusionTask:
 
     def preview(self, network: nn.Module) -> Tensor:
         """A sheet of samples, classes in turn, from the averaged weights."""
-        config = self.run.preview
-        seeds = torch.arange(config.count, device=self.device)
-        labels = self._preview_labels(config.count)
-        columns = self.run.model.num_classes or 0
-        if not 0 < columns <= config.count:  # no classes, or more than images
-            columns = math.ceil(math.sqrt(config.count))
-        return tile(self.sample(network, seeds, labels), columns=columns)
+        assert isinstance(network, Network)
+        count, classes = self.run.preview.count, self.run.model.num_classes
+        labels = [None if classes is None else index % classes for index in range(count)]
+        columns = classes or 0
+        if not 0 < columns <= count:  # no classes, or more of them than images
+            columns = math.ceil(math.sqrt(count))
+        return tile(self.sample(network, range(count), labels), columns=columns)
 
     @torch.no_grad()
-    def sample(self, network: nn.Module, seeds: Tensor, labels: Tensor | None) -> Tensor:
-        """Images (N, C, H, W) in [-1, 1] with the preview's sampler; a function of the seeds."""
-        run, config = self.run, self.run.preview
-        guidance = config.guidance_scale if labels is not None and run.model.null_class else 1.0
-        table = build_table(
+    def sample(
+        self, network: Network, seeds: Sequence[int], labels: Sequence[int | None]
+    ) -> Tensor:
+        """Images with the preview's sampler: those that the exported model makes of these seeds.
+
+        labels: one class per seed; None for a model without classes.
+
+        Returns (N, C, H, W) in [-1, 1].
+        """
+        shape = self.latents.shape(self.run.data.image_size)
+        table = self._preview_table()
+        conditions, unconditional = class_conditions(
+            self.run.model, labels, guided=any(table.guided)
+        )
+        noise = philox_normal(
+            torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
+        )
+        requests = [
+            engine.Request(
+                table=table,
+                x=noise[index],
+                seed=seed,
+                condition=conditions[index],
+                unconditional=unconditional[index] if unconditional else None,
+                tag=index,
+            )
+            for index, seed in enumerate(seeds)
+        ]
+        # `prepare` changes a network for good, and this one is still being averaged.
+        ready = prepare(copy.deepcopy(network), device=self.device)
+        for result in engine.run(ready, requests):
+            noise[result.request.tag] = result.x
+        return self.latents.decode(noise)
+
+    def _preview_table(self) -> SamplerTable:
+        """Guided only if there is a null class; clamped on pixels, whose range is known."""
+        config, model = self.run.preview, self.run.model
+        options: dict[str, Any] = {}
+        if config.sampler == "ddpm" and model.learned_sigma:
+            options["variance"] = "learned"
+        if not self.run.autoencoder:
+            options["clamp"] = _PIXEL_CLAMP
+        return build_table(
             config.sampler,
             self.objective.schedule,
             config.steps,
-            prediction=run.prediction,
-            guidance_scale=guidance,
-            clamp=None if run.autoencoder else _PIXEL_CLAMP,
+            prediction=self.run.prediction,
+            guidance_scale=config.guidance_scale if model.null_class else 1.0,
+            **options,
         )
-        classes = [None] * len(seeds) if labels is None else labels.tolist()
-        conditions, others = class_conditions(run.model, classes, guided=any(table.guided))
-        shape = self.latents.shape(run.data.image_size)
-        z = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE) * table.initial_sigma
-        requests = [
-            Request(
-                table=table,
-                x=z[place].clone(),
-                seed=seed,
-                condition=conditions[place],
-                unconditional=others[place] if others else None,
-                tag=place,
-            )
-            for place, seed in enumerate(seeds.tolist())
-        ]
-        assert isinstance(network, Network)
-        for result in engine.run(network, requests):
-            z[result.request.tag] = result.x
-        return self.latents.decode(z)
-
-    def _preview_labels(self, count: int) -> Tensor | None:
-        classes = self.run.model.num_classes
-        return None if classes is None else torch.arange(count, device=self.device) % classes
 
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged denoiser, and the first stage it was trained on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,15 +53,24 @@ def costs(**options: object) -> dict[tuple[str, str], HostCost]:
 
 
 @compiled
-def test_a_stubbed_launch_computes_nothing_and_is_undone() -> None:
+def test_a_stubbed_launch_runs_once_and_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = import_module("fastdiff.kernels._native")
+    real, ran = native.geglu, []
+
+    def seen(*args: object) -> object:
+        ran.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(native, "geglu", seen)
     x, stub = torch.randn(4, 32), host.Stub()
     with torch.inference_mode():
         expected = kernels.geglu(x)
         with host.stubbed("cpu", stub):
-            kernels.geglu(x)
-        assert stub.launches == 1
+            for _ in range(3):
+                kernels.geglu(x)
+        assert (stub.launches, len(ran)) == (3, 2)  # one before the block
         assert torch.equal(kernels.geglu(x), expected)
-    assert stub.launches == 1
+    assert (stub.launches, len(ran)) == (3, 3)
 
 
 @pytest.mark.slow

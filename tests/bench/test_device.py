@@ -30,7 +30,8 @@ from fastdiff.bench.record import Record, Work
 from fastdiff.bench.run import Case, Outcome
 from fastdiff.bench.shapes import Call, Job
 from fastdiff.bench.subjects import NETWORK_OPS, SUBJECTS
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import choose
+from fastdiff.kernels import cuda as _cuda
 from tests import cuda_host
 from tests.kernels import cases as kernel_cases
 from tests.kernels.routes import cuda_kernels
@@ -194,8 +195,9 @@ def test_every_provider_leaves_a_record() -> None:
 def test_our_backends_are_timed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a CUDA implementation that takes CPU tensors."""
     op = kernels.OPS["geglu"]
-    stand_in = replace(op.implementations["reference"], backend="cuda")
-    monkeypatch.setattr(op, "implementations", {**op.implementations, "cuda": stand_in})
+    stand_in = replace(op.backends["cpu"], name="cuda")
+    monkeypatch.setitem(op.backends, "cuda", stand_in)
+    monkeypatch.setitem(choose.EMULATED, "cuda", ("cpu",))
     outcome = run([GEGLU])
     assert outcome.failures == outcome.unavailable == []
     ours = {r.provider: r.shape_class for r in outcome.records if r.provider in providers.OURS}
@@ -296,9 +298,9 @@ def test_without_time_a_case_is_left_out_by_name() -> None:
 @kernel_cases.needs_interpreter
 def test_a_wrong_kernel_is_a_failure_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     op = kernels.OPS["geglu"]
-    right = op.implementations["triton"]
-    wrong = replace(right, function=lambda x: right.function(x) * 1.2)
-    monkeypatch.setitem(op.implementations, "triton", wrong)
+    right = op.backends["triton"]
+    wrong = replace(right, forward=lambda x, keep: (right.forward(x, keep)[0] * 1.2, None))
+    monkeypatch.setitem(op.backends, "triton", wrong)
     outcome = run([GEGLU])
     assert outcome.failures == [f"{GEGLU}: triton does not agree with the reference"]
     assert "triton" not in {record.provider for record in outcome.records}
@@ -402,12 +404,10 @@ def test_the_sanitizers_see_every_op(
     assert ran == set(kernels.OPS)
     assert f"{len(lines) - 1} of {len(lines) - 1} cases" in lines
     for op in ("geglu", "sampler_step"):
-        right = kernels.OPS[op].implementations[sanitized_backend]
-        wrong = right.wrapped(lambda _: lambda x, *rest, **options: x[..., : x.shape[-1] // 2])
+        right = kernels.OPS[op].backends[sanitized_backend]
+        wrong = right.wrapped(lambda _: lambda x, *rest: (x[..., : x.shape[-1] // 2].clone(), None))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(kernels.OPS[op].implementations, sanitized_backend, wrong)
-            if sanitized_backend == "cuda":  # the emulation registers what stands here
-                patch.setitem(_cuda.IMPLEMENTATIONS, op, wrong)
+            patch.setitem(kernels.OPS[op].backends, sanitized_backend, wrong)
             patch.setattr(kernels, "OPS", {op: kernels.OPS[op]})
             with pytest.raises(AssertionError):
                 device.parity_cases([sanitized_backend], 100.0)
@@ -527,7 +527,7 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert [note for note in told["sanitize"]["notes"] if note.startswith("memcheck: ")]
     (path,) = tmp_path.glob("results/dry-run/*.json")
     assert list(tmp_path.glob("tuned/dry-run.json"))
-    if not all("triton" in op.implementations for op in kernels.OPS.values()):
+    if "triton" in choose.UNAVAILABLE:
         assert set(failing) <= {"bench", "networks"}, done.stdout  # some op is still to come
         return
     assert not failing, done.stdout

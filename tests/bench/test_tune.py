@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from fastdiff import kernels
 from fastdiff.bench import tune
 from fastdiff.bench.clock import HostTimer, Method, Timing
 from fastdiff.bench.tune import Case
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
-from fastdiff.kernels import _triton, measured
-from fastdiff.kernels._triton import TUNABLES, Config, Gpu, Tunable, jit, launch, tl
+from fastdiff.kernels.triton import cdiv, jit, launch, tl
+from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tunable, configs, measured
 from tests.kernels import cases
 
 CPU = torch.device("cpu")
@@ -56,14 +58,14 @@ def candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 def twice(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x)
-    chosen = _triton.config("twice", x, "rows")
+    chosen = configs.config("twice", x, "rows")
     if chosen["BLOCK"] == 256:
         raise OutOfResources
     if chosen["BLOCK"] == 512:
         raise CompilationError
     if chosen["BLOCK"] == 1024:
         raise RuntimeError("an illegal memory access was encountered")
-    launch(_twice_kernel, (_triton.cdiv(len(x), chosen["BLOCK"]),), x, y, len(x), **chosen)
+    launch(_twice_kernel, (cdiv(len(x), chosen["BLOCK"]),), x, y, len(x), **chosen)
     return y
 
 
@@ -72,9 +74,9 @@ def calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[]
     return [lambda: twice(x), lambda: 1 / 0]
 
 
-def _tried() -> _triton.Config:
+def _tried() -> configs.Config:
     """The config that the search has put in force."""
-    (config,) = [c for (name, _), c in _triton._overrides.items() if name == "twice"]
+    (config,) = [c for (name, _), c in configs._overrides.items() if name == "twice"]
     return config
 
 
@@ -94,14 +96,14 @@ def _tunable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setitem(TUNABLES, "twice", tunable)
     write(GPU, {"twice": {"*/rows": NOW}})
     yield
-    _triton.forget_configs()
+    configs.forget_configs()
 
 
-def write(gpu: Gpu, configs: dict[str, dict[str, Config]], measured: Any = None) -> Path:
+def write(gpu: Gpu, known: dict[str, dict[str, Config]], measured: Any = None) -> Path:
     path = tune.cache_file(gpu)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(tune.text_of(measured, configs))
-    _triton.forget_configs()
+    path.write_text(tune.text_of(measured, known))
+    configs.forget_configs()
     return path
 
 
@@ -231,10 +233,10 @@ def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch)
     real = TUNABLES["geglu"]
 
     def small(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-        from fastdiff.kernels.geglu import _geglu
+        from fastdiff.kernels.geglu.triton import forward
 
         x = torch.empty(2, 64, dtype=dtype, device=device)
-        return [lambda: _geglu(x)]
+        return [lambda: forward(x)]
 
     monkeypatch.setitem(TUNABLES, "geglu", replace(real, calls=small))
     for case in tune.cases(["geglu"]):
@@ -285,9 +287,9 @@ def test_what_is_found_is_written_and_read_at_once(tmp_path: Path) -> None:
         "float32/rows": better,
         "bfloat16/rows": better,
     }
-    assert _triton.lookup("twice", GPU, torch.float32, "rows") == better
-    assert _triton.lookup("twice", GPU, torch.float16, "rows") == NOW
-    assert _triton.lookup("geglu", GPU, torch.float32, "rows")  # the shipped file's
+    assert configs.lookup("twice", GPU, torch.float32, "rows") == better
+    assert configs.lookup("twice", GPU, torch.float16, "rows") == NOW
+    assert configs.lookup("geglu", GPU, torch.float32, "rows")  # the shipped file's
 
 
 @cases.needs_interpreter
@@ -297,7 +299,7 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
     tune.save([first], {"gpu": "A", "date": "1"}, path)
     tune.save([search()], {"gpu": "A", "date": "2"}, path)
     tune.save([search()], {"gpu": "A", "date": "3"}, path)
-    tuned = _triton.read_tuned(path)
+    tuned = configs.read_tuned(path)
     assert set(tuned.configs["twice"]) == {"float16/rows", "float32/rows"}
     assert tuned.measured == {
         "gpu": "A",
@@ -305,7 +307,7 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
         "earlier": [{"gpu": "A", "date": "1"}, {"gpu": "A", "date": "2"}],
     }
     tune.save([first, search()], {"gpu": "A", "date": "4"}, path)  # all measured anew
-    assert _triton.read_tuned(path).measured == {"gpu": "A", "date": "4"}
+    assert configs.read_tuned(path).measured == {"gpu": "A", "date": "4"}
 
 
 @cases.needs_interpreter
@@ -313,11 +315,11 @@ def test_configs_and_backends_keep_each_other(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     winners = {"geglu": {"bfloat16/cache": "cuda"}}
     tune.save_backends(winners, {"gpu": "A", "date": "1"}, path)
-    assert _triton.read_tuned(path).configs == {}
+    assert configs.read_tuned(path).configs == {}
     tune.save([search()], {"gpu": "A", "date": "2"}, path)
-    assert _triton.read_tuned(path).backends == winners
+    assert configs.read_tuned(path).backends == winners
     tune.save_backends({"geglu": {"bfloat16/memory": "triton"}}, {"gpu": "B"}, path)
-    tuned = _triton.read_tuned(path)
+    tuned = configs.read_tuned(path)
     assert tuned.backends["geglu"] == {"bfloat16/cache": "cuda", "bfloat16/memory": "triton"}
     assert set(tuned.configs) == {"twice"}
     assert tuned.measured is not None
@@ -333,34 +335,42 @@ def test_auto_tries_first_what_the_gpus_file_says() -> None:
     assert measured._fastest("geglu", GPU, "float16/cache") is None
 
 
-def test_unmeasured_attention_goes_to_the_larger_matrix_instructions() -> None:
-    key = "bfloat16/self/40"
+def test_unmeasured_attention_goes_to_the_larger_matrix_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hopper, ampere = Gpu("Some H", "sm_90"), Gpu("Some A", "sm_80")
-    assert measured._fastest("attention", hopper, key) == "triton"
-    assert measured._fastest("attention", ampere, key) is None
-    assert measured._fastest("geglu", hopper, "bfloat16/cache") is None
-    winners = {"attention": {key: "cuda"}}
+    q = torch.empty(2, 4096, 8, 40, dtype=torch.bfloat16, device="meta")
+
+    def first(op: str, gpu: Gpu, *args: torch.Tensor) -> str | None:
+        for module in (measured, sys.modules["fastdiff.kernels.attention"]):
+            monkeypatch.setattr(module, "gpu_of", lambda device: gpu)
+        return kernels.OPS[op].first(args)
+
+    assert first("attention", hopper, q, q, q) == "triton"
+    assert first("attention", ampere, q, q, q) is None
+    assert first("geglu", hopper, q) is None
+    winners = {"attention": {"bfloat16/self/40": "cuda"}}
     tune.save_backends(winners, {"gpu": hopper.name, "date": "1"}, tune.cache_file(hopper))
-    assert measured._fastest("attention", hopper, key) == "cuda"
+    assert first("attention", hopper, q, q, q) == "cuda"
 
 
 def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
     path = tune.cache_file(GPU)
     assert tune.set_aside_broken(path) is None
     path.write_text('{"measured": null')
-    _triton.forget_configs()
+    configs.forget_configs()
     with pytest.raises(ValueError, match="remove it or run 'fastdiff tune' again"):
-        _triton.lookup("twice", GPU, torch.float32, "rows")
+        configs.lookup("twice", GPU, torch.float32, "rows")
     aside = tune.set_aside_broken(path)
     assert aside is not None
     assert aside.read_text() == '{"measured": null'
     assert not path.exists()
     assert tune.set_aside_broken(path) is None
-    assert _triton.lookup("geglu", GPU, torch.float32, "rows")
+    assert configs.lookup("geglu", GPU, torch.float32, "rows")
 
 
 def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
-    for shipped in sorted(_triton.TUNED.glob("*.json")):
+    for shipped in sorted(configs.TUNED.glob("*.json")):
         content = json.loads(shipped.read_text())
         assert json.loads(tune.text_of(content["measured"], content["configs"])) == content
 
@@ -385,7 +395,7 @@ def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
 def test_the_nearest_architecture_is_the_last_earlier_one_of_the_vendor(
     architecture: str, nearest: str
 ) -> None:
-    assert _triton.nearest_architecture(architecture) == nearest
+    assert configs.nearest_architecture(architecture) == nearest
 
 
 def test_the_users_file_comes_before_the_gpus_before_the_architectures(
@@ -394,13 +404,13 @@ def test_the_users_file_comes_before_the_gpus_before_the_architectures(
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     for name, block in (("sm_80", 1), ("sm_90", 2), ("test-gpu-9000", 3)):
-        configs = {"twice": {"*/rows": {"BLOCK": block}, f"*/{name}": {"BLOCK": block}}}
-        (shipped / f"{name}.json").write_text(tune.text_of(None, configs))
-    monkeypatch.setattr(_triton, "TUNED", shipped)
+        known = {"twice": {"*/rows": {"BLOCK": block}, f"*/{name}": {"BLOCK": block}}}
+        (shipped / f"{name}.json").write_text(tune.text_of(None, known))
+    monkeypatch.setattr(configs, "TUNED", shipped)
 
     def block(gpu: Gpu, shape_class: str = "rows") -> int:
-        _triton.forget_configs()
-        return _triton.lookup("twice", gpu, torch.float32, shape_class)["BLOCK"]
+        configs.forget_configs()
+        return configs.lookup("twice", gpu, torch.float32, shape_class)["BLOCK"]
 
     assert block(GPU) == 16  # of the user's cache
     assert block(GPU, "test-gpu-9000") == 3  # which does not have that class
@@ -442,9 +452,9 @@ def test_doctor_tells_of_each_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpus = [GPU, Gpu("Other GPU", "sm_89")]
-    monkeypatch.setattr(_triton, "gpu_of", lambda device: gpus[device.index])
+    monkeypatch.setattr(configs, "gpu_of", lambda device: gpus[device.index])
     write(GPU, {}).write_text("not json")
-    _triton.forget_configs()
+    configs.forget_configs()
     told = doctor._configs()
     assert "is no file of launch configs" in told["cuda:0"][0]
     assert "uses those of sm_80" in told["cuda:1"][0]

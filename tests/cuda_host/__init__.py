@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import cuda as _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -45,13 +45,13 @@ needs_compiler = pytest.mark.skipif(
 
 def sources() -> list[Path]:
     """What the library is made of."""
-    folders = ((ROOT / "csrc", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
+    folders = ((ROOT / "csrc" / "cuda", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
     return [path for folder, names in folders for path in sorted(folder.glob(names))]
 
 
 def build(flags: str = "") -> Path:
     """The shared library, compiled if there is none of these sources yet."""
-    used = [*sources(), *(ROOT / "csrc").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
+    used = [*sources(), *(ROOT / "csrc").glob("*/*.cuh"), *(ROOT / "csrc").glob("*/*.h")]
     total = hashlib.sha256(f"{COMPILER} {FLAGS} {flags}".encode())
     for path in sorted({*used, *HERE.glob("*.h")}):
         total.update(path.name.encode() + path.read_bytes())
@@ -68,7 +68,7 @@ def build(flags: str = "") -> Path:
 def _compile(library: Path, flags: str) -> None:
     objects = [library.parent / f"{library.stem}-{path.stem}-{os.getpid()}.o" for path in sources()]
     common = [COMPILER, *FLAGS.split(), *flags.split(), "-DFASTDIFF_EMULATE_CUDA"]
-    common += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+    common += [f"-I{folder}" for folder in (*(ROOT / "csrc" / r for r in ("cuda", "common")), HERE)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         commands = [
             [*common, "-c", "-x", "c++", str(path), "-o", str(target)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, _triton, extension
-from fastdiff.kernels.dispatch import UNAVAILABLE
+from fastdiff.kernels import compiled
+from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.choose import UNAVAILABLE
 from tests import cuda_host
 from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
 from tests.support.parity import assert_gradient_parity, assert_parity
@@ -38,7 +40,7 @@ needs_interpreter = pytest.mark.skipif(
     not _triton.INTERPRETED, reason="what is counted here needs Triton's interpreter"
 )
 needs_native = pytest.mark.skipif(
-    extension.native is None, reason="the compiled module is not built here"
+    compiled.native is None, reason="the compiled module is not built here"
 )
 BACKENDS = [
     "reference",
@@ -48,7 +50,7 @@ BACKENDS = [
 """For parametrize: the backends that have an implementation of every op."""
 if torch.cuda.is_available():
     needs_cuda = pytest.mark.skipif(
-        _cuda._library is None, reason=UNAVAILABLE.get("cuda", "the module has no CUDA kernels")
+        not _cuda.built(), reason=UNAVAILABLE.get("cuda", "the module has no CUDA kernels")
     )
 else:
     needs_cuda = pytest.mark.skipif(
@@ -98,113 +100,6 @@ class Case:
         return self.name
 
 
-# The formulas: what each op means, written so that it can be compared with the paper. Any dtype,
-# fp64 in the tests.
-
-
-def group_norm_silu_formula(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    scale_shift: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str = "silu",
-) -> Tensor:
-    n, c = x.shape[:2]
-    if x.numel() == 0:
-        return x * 1
-    groups = x.reshape(n, num_groups, -1)
-    mean = groups.mean(2, keepdim=True)
-    variance = ((groups - mean) ** 2).mean(2, keepdim=True)
-    y = ((groups - mean) / torch.sqrt(variance + eps)).reshape(n, c, -1)
-    if weight is not None:
-        y = y * weight[None, :, None]
-    if bias is not None:
-        y = y + bias[None, :, None]
-    if scale_shift is not None:
-        scale, shift = scale_shift[:, :c, None], scale_shift[:, c:, None]
-        y = y * (1 + scale) + shift
-    if activation == "silu":
-        y = y / (1 + torch.exp(-y))
-    return y.reshape(x.shape)
-
-
-def add_group_norm_silu_formula(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    channel_add: Tensor | None = None,
-    residual: Tensor | None = None,
-    **rest: Any,
-) -> tuple[Tensor, Tensor]:
-    total = x
-    if channel_add is not None:
-        total = total + channel_add.reshape(*channel_add.shape, *[1] * (x.ndim - 2))
-    if residual is not None:
-        total = total + residual
-    return group_norm_silu_formula(total, num_groups, weight, bias, **rest), total
-
-
-def with_extra(
-    k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if extra_k is None or extra_v is None:
-        return k, v
-    return torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
-
-
-def attention_formula(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    extra_k: Tensor | None = None,
-    extra_v: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    k, v = with_extra(k, v, extra_k, extra_v)
-    scores = torch.einsum("nlhd,nshd->nhls", q, k) * (
-        q.shape[3] ** -0.5 if scale is None else scale
-    )
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask
-    if scores.shape[3] == 0:
-        return q * 0
-    weights = torch.exp(scores - scores.amax(3, keepdim=True).clamp(min=-1e300))
-    total = weights.sum(3, keepdim=True)
-    return torch.einsum("nhls,nshd->nlhd", weights / total.where(total > 0, 1.0), v)
-
-
-def geglu_formula(x: Tensor) -> Tensor:
-    d = x.shape[-1] // 2
-    value, gate = x[..., :d], x[..., d:]
-    return value * gate * (1 + torch.erf(gate / 2**0.5)) / 2
-
-
-def layer_norm_formula(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
-) -> Tensor:
-    mean = x.mean(-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    y = (x - mean) / torch.sqrt(variance + eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def add_layer_norm_formula(
-    x: Tensor, residual: Tensor, *parameters: Tensor | None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return layer_norm_formula(total, *parameters, eps=eps), total
-
-
 # Eager PyTorch: what people write today, in the dtype of the input. GroupNorm gets a contiguous
 # copy, because PyTorch's own CPU kernel for channels_last loses all digits when the mean is large,
 # and would prove nothing.
@@ -247,6 +142,14 @@ def add_group_norm_silu_eager(
     return group_norm_silu_eager(x, num_groups, weight, bias, **rest), x
 
 
+def with_extra(
+    k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if extra_k is None or extra_v is None:
+        return k, v
+    return torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
+
+
 def attention_eager(
     q: Tensor,
     k: Tensor,
@@ -281,6 +184,12 @@ def add_layer_norm_eager(
     return layer_norm_eager(x + residual, *parameters, eps=eps), x + residual
 
 
+def exact(op: str, *args: Any, **options: Any) -> Any:
+    """An op's formula in fp64."""
+    wide = (a.double() if isinstance(a, Tensor) else a for a in args)
+    return kernels.OPS[op].formula(*wide, **options)
+
+
 # The check
 
 
@@ -289,22 +198,22 @@ def recording(op: str) -> Iterator[list[str]]:
     """The backends that really ran `op` inside the block, in order."""
     ran: list[str] = []
 
-    def recorded(implementation: kernels.Implementation) -> kernels.Implementation:
-        def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-            def noted(*args: Any, **kwargs: Any) -> Any:
-                ran.append(implementation.backend)
-                return function(*args, **kwargs)
+    def recorded(backend: kernels.Backend) -> kernels.Backend:
+        def noting(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any) -> Any:
+                ran.append(backend.name)
+                return forward(*args)
 
             return noted
 
-        return implementation.wrapped(noting)
+        return backend.wrapped(noting)
 
-    registered = kernels.OPS[op].implementations
-    kernels.OPS[op].implementations = {name: recorded(i) for name, i in registered.items()}
+    before = kernels.OPS[op].backends
+    kernels.OPS[op].use({name: recorded(backend) for name, backend in before.items()})
     try:
         yield ran
     finally:
-        kernels.OPS[op].implementations = registered
+        kernels.OPS[op].use(before)
 
 
 def tensors_in(inputs: Inputs) -> list[Tensor]:
@@ -369,14 +278,18 @@ def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None
 
     @cache
     def actual(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        with kernels.backend(backend), recording(op) as ran:
+        with ExitStack() as stack:
+            stack.enter_context(kernels.backend(backend))
+            # with nothing to add, the op that adds is the one that does not
+            names = {op, op.removeprefix("add_")}
+            ran = [stack.enter_context(recording(name)) for name in names if name in kernels.OPS]
             results = run(getattr(kernels, op), with_gradients(inputs(seed)), seed)
-        assert ran == [backend]
+        assert [name for each in ran for name in each] == [backend]
         return results
 
     @cache
     def expected(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        return run(globals()[f"{op}_formula"], with_gradients(inputs(seed), torch.float64), seed)
+        return run(kernels.OPS[op].formula, with_gradients(inputs(seed), torch.float64), seed)
 
     @cache
     def eager(seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -417,6 +330,13 @@ def check_compiles(
         for have, want in zip(outputs + gradients, expected + expected_gradients, strict=True):
             assert torch.equal(have, want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def check_registration(op: str, backend: str, *args: Any) -> None:
+    """PyTorch's own checks of the op on a backend: schema, fake, derivative, functionalization."""
+    with kernels.backend(backend), recording(op) as ran:
+        torch.library.opcheck(kernels.OPS[op].known, args)
+    assert set(ran) == {backend}
 
 
 def check_gradients(function: Callable[..., Any], *arguments: Tensor) -> None:

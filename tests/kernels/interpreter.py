@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.kernels import _triton
+from fastdiff.kernels import triton as _triton
 
 
 @dataclass

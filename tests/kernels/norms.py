@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fastdiff.kernels import backend
-from fastdiff.kernels._triton import override_config, recording_launches
+from fastdiff.kernels.triton import recording_launches
+from fastdiff.kernels.tuning import override_config
 
 CONFIG = {
     "SEGMENT": 64,

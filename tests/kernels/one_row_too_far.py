@@ -8,7 +8,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fastdiff.kernels import _cuda, extension
+from fastdiff.kernels import compiled
+from fastdiff.kernels import cuda as _cuda
 
 
 class _Broken(SimpleNamespace):
@@ -30,4 +31,4 @@ def _launch(name: str, x: Any, *arguments: Any) -> None:
 
 right = _cuda.launch
 _cuda.launch = _launch
-extension.native = _Broken(module=extension.native)
+compiled.native = _Broken(module=compiled.native)

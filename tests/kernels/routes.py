@@ -18,11 +18,13 @@ import pytest
 import torch
 
 from fastdiff import kernels
-from fastdiff.kernels import _attention_cuda, _cuda, _group_norm_cuda, _layer_norm_cuda
+from fastdiff.kernels.attention import cuda as attention_cuda
+from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
+from fastdiff.kernels.layer_norm import cuda as layer_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
 
-WITHOUT_GRADIENTS = ("sampler_step", "philox_normal")
+WITHOUT_GRADIENTS = [name for name, op in kernels.OPS.items() if not op.differentiable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +49,7 @@ class Route:
     @property
     def dtype(self) -> torch.dtype:
         """fp32, or fp16 where that is not served."""
-        implementation = kernels.OPS[self.op].implementations.get(self.backend)
-        if self.backend == "cuda":  # known without a GPU too
-            implementation = _cuda.IMPLEMENTATIONS[self.op]
-        served = implementation.dtypes if implementation else ()
+        served = kernels.OPS[self.op].backends[self.backend].dtypes
         return torch.float32 if not served or torch.float32 in served else torch.float16
 
     def inputs(self, device: str, seed: int = 0) -> cases.Inputs:
@@ -79,11 +78,11 @@ def _norm(op: str, case: str, layout: str, **more: Any) -> Iterator[Route]:
     ):
         yield Route(
             op=op, backend="cuda", name=f"{layout} {name}", case=case,
-            set={_group_norm_cuda: values}, kernel=kernel, cluster=cluster, **more,
+            set={group_norm_cuda: values}, kernel=kernel, cluster=cluster, **more,
         )  # fmt: skip
 
 
-WIDE = {_layer_norm_cuda: {"WIDEST": 0, "PROGRAMS": 3}}
+WIDE = {layer_norm_cuda: {"WIDEST": 0, "PROGRAMS": 3}}
 CUDA = [
     *_norm("group_norm_silu", "adm-film-channels-last", "NHWC"),
     *_norm("group_norm_silu", "adm-film", "NCHW"),
@@ -100,7 +99,7 @@ CUDA = [
     Route(op="attention", backend="cuda", name="keys on chip", case="sd-40-text",
           kernel="attention_context"),
     Route(op="attention", backend="cuda", name="streamed", case="sd-40-text",
-          set={_attention_cuda: {"ON_CHIP": 0}}, kernel="attention_streaming"),
+          set={attention_cuda: {"ON_CHIP": 0}}, kernel="attention_streaming"),
     Route(op="attention", backend="cuda", name="hidden keys", case="extra-padding",
           kernel="attention_streaming"),
     Route(op="attention", backend="cuda", name="added mask", case="extra-mask",
@@ -110,7 +109,7 @@ CUDA = [
 
 def cuda_kernels() -> set[str]:
     """The kernels of csrc/, by their definitions."""
-    text = "".join(path.read_text() for path in (cuda_host.ROOT / "csrc").glob("*.cu*"))
+    text = "".join(path.read_text() for path in (cuda_host.ROOT / "csrc" / "cuda").glob("*.cu*"))
     text = re.sub(r"//.*", "", text)
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"
     return set(re.findall(rf"__global__\s+void\s+{bounds}(\w+)\s*\(", text))

@@ -9,11 +9,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fastdiff import kernels
 from fastdiff.kernels import add_group_norm_silu, backend, group_norm_silu
-from fastdiff.kernels._group_norm_backward import norm_backward_triton
-from fastdiff.kernels._group_norm_forward import norm_forward
-from fastdiff.kernels._triton import recording_launches
-from fastdiff.kernels.add_group_norm_silu import add_group_norm_silu_triton
+from fastdiff.kernels.group_norm_silu.triton_forward import norm_forward
+from fastdiff.kernels.triton import recording_launches
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
@@ -100,7 +99,9 @@ def test_gradients_where_one_result_is_used(used: str, shared: bool, kind: str, 
     with backend(name), regime(kind):
         have = gradients(add_group_norm_silu, *leaves)
     doubled = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    for got, want in zip(have, gradients(cases.add_group_norm_silu_formula, *doubled), strict=True):
+    for got, want in zip(
+        have, gradients(kernels.OPS["add_group_norm_silu"].formula, *doubled), strict=True
+    ):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -170,15 +171,10 @@ def test_triton_ops_are_registered_right(kind: str) -> None:
     with regime(kind):
         for channel_add, addend in ((add, residual), (None, residual), (add, None)):
             arguments = (x, 3, weight, weight, channel_add, addend, *options)
-            torch.library.opcheck(add_group_norm_silu_triton, arguments)
-        x, weight, film, add = (t.detach() for t in (x, weight, film, add))
-        y, total, *statistics = add_group_norm_silu_triton(
-            x, 3, weight, None, add, residual.detach(), film, 1e-5, "none"
-        )
-        rest = (*statistics, "none", torch.float32, [True] * 4)
-        torch.library.opcheck(
-            norm_backward_triton, (y, y, total, 3, weight, None, add, film, *rest)
-        )
+            cases.check_registration("add_group_norm_silu", "triton", *arguments)
+        x, weight, film = x.detach(), weight.detach(), film.detach()
+        arguments = (x, 3, weight, None, add, residual.detach(), film, 1e-5, "none")
+        cases.check_registration("add_group_norm_silu", "triton", *arguments)
 
 
 @cases.needs_triton

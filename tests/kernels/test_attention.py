@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _attention_forward, _triton, attention, backend
-from fastdiff.kernels._attention import HEAD_DIMS, aligned, pieces_of, room_for_sums
-from fastdiff.kernels._attention_backward import attention_backward
-from fastdiff.kernels._attention_cpu import _Call, attention_cpu
-from fastdiff.kernels._attention_forward import CONTEXTS, attention_forward
-from fastdiff.kernels.attention import _why_not, attention_triton
+from fastdiff.kernels import attention, backend
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.attention import triton_forward
+from fastdiff.kernels.attention.cpu import Call
+from fastdiff.kernels.attention.triton_backward import attention_backward
+from fastdiff.kernels.attention.triton_forward import CONTEXTS, attention_forward
+from fastdiff.kernels.attention.triton_tiles import HEAD_DIMS, aligned, pieces_of, room_for_sums
+from fastdiff.kernels.tuning import configs
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
@@ -59,7 +61,7 @@ def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
 
 def test_fp64_is_exact() -> None:
     q, k, v = torch.randn(3, 2, 9, 3, 5, dtype=torch.float64)
-    expected = cases.attention_formula(q, k, v)
+    expected = kernels.OPS["attention"].formula(q, k, v)
     torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-12, atol=1e-13)
 
 
@@ -271,11 +273,18 @@ def test_a_mask_may_have_more_numbers_than_32_bits_count(strides: tuple[int, ...
         assert torch.equal(attention(q, k, v, mask=far), attention(q, k, v, mask=far.clone()))
 
 
+def why_not(*tensors: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> str | None:
+    """What Triton objects to."""
+    objection = kernels.OPS["attention"].backends["triton"].why_not
+    assert objection is not None
+    return objection(*tensors, None, None, mask, scale)
+
+
 @cases.needs_triton
 def test_every_head_dim_has_a_config_and_no_other_is_taken() -> None:
     for d in range(1, 600):
         q = torch.empty(1, 4, 1, d, device="meta")
-        reason = _why_not(q, q, q)
+        reason = why_not(q, q, q)
         assert (reason is None) == (d % 8 == 0 and (d <= 256 or d == 512)), d
     assert max(d for d in HEAD_DIMS if d != 512) == 256
 
@@ -283,14 +292,14 @@ def test_every_head_dim_has_a_config_and_no_other_is_taken() -> None:
 @cases.needs_triton
 def test_what_triton_does_not_take_is_said() -> None:
     q = torch.empty(1, 4, 1, 8, device="meta")
-    assert _why_not(q, q, q, scale=0.3) is None
-    assert "scale > 0, got -0.3; negate q" in str(_why_not(q, q, q, scale=-0.3))
-    assert "takes fp32, fp16 and bf16, got float64" in str(_why_not(*[q.double()] * 3))
+    assert why_not(q, q, q, scale=0.3) is None
+    assert "scale > 0, got -0.3; negate q" in str(why_not(q, q, q, scale=-0.3))
+    assert "takes fp32, fp16 and bf16, got float64" in str(why_not(*[q.double()] * 3))
     many = torch.empty(1, 2**16, 1, 8, device="meta")
     mask = torch.empty(2**16, dtype=torch.bool, device="meta")
-    assert _why_not(many, many, many) is None
-    assert "got 65536 x 65536; split" in str(_why_not(many, many, many, mask=mask))
-    assert "pad the heads" in str(_why_not(*[q[..., :7]] * 3))
+    assert why_not(many, many, many) is None
+    assert "got 65536 x 65536; split" in str(why_not(many, many, many, mask=mask))
+    assert "pad the heads" in str(why_not(*[q[..., :7]] * 3))
 
 
 @cases.needs_triton
@@ -300,10 +309,10 @@ def test_triton_op_is_registered_right() -> None:
     text = torch.randn(2, 3, 2, 8, device=device)
     bias = torch.randn(5, 8, device=device, requires_grad=True)
     seen = bias.detach() > 0
-    torch.library.opcheck(attention_triton, (q, k, v, None, None, None, 0.3))
-    torch.library.opcheck(attention_triton, (q, k, v, text, text + 1, bias, 0.3))
+    cases.check_registration("attention", "triton", q, k, v, None, None, None, 0.3)
+    cases.check_registration("attention", "triton", q, k, v, text, text + 1, bias, 0.3)
     half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(attention_triton, (*half, None, None, seen[:, :5], 0.3))
+    cases.check_registration("attention", "triton", *half, None, None, seen[:, :5], 0.3)
 
 
 @cases.needs_triton
@@ -355,7 +364,7 @@ def test_a_packed_projection_is_not_copied() -> None:
     packed = torch.randn(2, 5, 3, 4, 8, dtype=torch.bfloat16)
     for dense in (True, False):
         x = packed if dense else packed.mT.contiguous().mT
-        call = _Call((*x.unbind(2), None, None), None, 1.0)
+        call = Call((*x.unbind(2), None, None), None, 1.0)
         taken = [t.data_ptr() for t in call.tensors if t is not None]
         assert (taken == [t.data_ptr() for t in x.unbind(2)]) == dense
 
@@ -392,8 +401,8 @@ def test_cpu_op_is_registered_right() -> None:
     q, k, v = (torch.randn(2, 5, 2, 7, requires_grad=True) for _ in range(3))
     text = torch.randn(2, 3, 2, 7)
     bias = torch.randn(5, 8, requires_grad=True)
-    torch.library.opcheck(attention_cpu, (q, k, v, None, None, None, 0.3))
-    torch.library.opcheck(attention_cpu, (q, k, v, text, text + 1, bias, 0.3))
+    cases.check_registration("attention", "cpu", q, k, v, None, None, None, 0.3)
+    cases.check_registration("attention", "cpu", q, k, v, text, text + 1, bias, 0.3)
 
 
 @cases.needs_native
@@ -411,7 +420,7 @@ def test_cpu_second_derivatives() -> None:
     with backend("cpu"):
         have = twice(attention, *leaves)
     exact = (x.detach().double().requires_grad_() for x in leaves)
-    want = twice(cases.attention_formula, *exact)
+    want = twice(kernels.OPS["attention"].formula, *exact)
     for one, other in zip(have, want, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
@@ -427,7 +436,7 @@ def test_a_program_of_the_context_kernel_takes_several_tiles(
 ) -> None:
     """Where tiles, samples and heads are more than fill a GPU."""
     case = cases.attention_case("rounds", "five tiles, two programs a head", (1, 300, 20, 2, 16))
-    monkeypatch.setattr(_attention_forward, "PROGRAMS", 4)
+    monkeypatch.setattr(triton_forward, "PROGRAMS", 4)
     q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
     with _triton.recording_launches() as launches:
         attention_forward(q, k, v, None, None, None, 0.1)
@@ -462,10 +471,10 @@ def test_traffic_is_what_the_docstring_says(keys: int, d: int) -> None:
         out = attention(q, k, v)
     row, numbers = n * heads * d * 2, 4 * n * heads * length
     if keys == 77:
-        config = _triton.config("attention_context", q, f"80/{d}")
+        config = configs.config("attention_context", q, f"80/{d}")
         programs = -(-length // config["BLOCK_M"])  # few enough that each has one tile
     else:
-        config = _triton.config("attention", q, f"self/{d}")
+        config = configs.config("attention", q, f"self/{d}")
         programs = -(-length // config["BLOCK_M"])
     expected = (2 * length + 2 * keys * programs) * row + numbers
     assert forward.total == pytest.approx(expected, rel=0.05)
@@ -473,8 +482,8 @@ def test_traffic_is_what_the_docstring_says(keys: int, d: int) -> None:
     dout = torch.randn_like(out)
     with counting_traffic() as backward:
         torch.autograd.grad(out, (q, k, v), dout)
-    of_keys = _triton.config("attention_backward_keys", q, f"self/{d}")
-    of_queries = _triton.config("attention_backward_queries", q, f"self/{d}")
+    of_keys = configs.config("attention_backward_keys", q, f"self/{d}")
+    of_queries = configs.config("attention_backward_queries", q, f"self/{d}")
     key_tiles = -(-keys // of_keys["BLOCK_N"])
     expected = (
         2 * length
@@ -488,7 +497,7 @@ def test_traffic_is_what_the_docstring_says(keys: int, d: int) -> None:
 def test_traffic_of_rows_read_in_chunks() -> None:
     keys, d = 128, 512
     q, k, v = (torch.randn(1, s, 1, d, dtype=torch.bfloat16) for s in (192, keys, keys))
-    config = _triton.config("attention", q, f"self/{d}")
+    config = configs.config("attention", q, f"self/{d}")
     query_tiles, key_tiles = -(-192 // config["BLOCK_M"]), keys // config["BLOCK_N"]
     with backend("triton"), counting_traffic() as forward:
         attention(q, k, v)

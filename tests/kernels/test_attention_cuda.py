@@ -17,7 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _attention_cuda, _triton, attention
+from fastdiff.kernels import attention
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.attention import cuda as attention_cuda
+from fastdiff.kernels.attention.triton_backward import attention_backward
+from fastdiff.kernels.attention.triton_tiles import room_for_sums
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -41,12 +45,12 @@ def fits_on_chip(case: cases.Case) -> bool:
 
 @contextmanager
 def keys_on_chip(count: int) -> Iterator[None]:
-    before = _attention_cuda.ON_CHIP
-    _attention_cuda.ON_CHIP = count
+    before = attention_cuda.ON_CHIP
+    attention_cuda.ON_CHIP = count
     try:
         yield
     finally:
-        _attention_cuda.ON_CHIP = before
+        attention_cuda.ON_CHIP = before
 
 
 @contextmanager
@@ -159,6 +163,13 @@ def log_sum(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> T
     return torch.logsumexp(scores, -1)[None] * math.log2(math.e)
 
 
+def with_sums(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The output, and the sums that Triton's backward pass takes."""
+    out, statistics = attention_cuda.forward(*arguments, True)
+    assert statistics is not None
+    return out, room_for_sums(arguments[0], arguments[5], statistics)
+
+
 @needs_cuda
 @pytest.mark.parametrize("on_chip", [0, 160])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -168,10 +179,10 @@ def test_log_sum_exp(dtype: torch.dtype, on_chip: int) -> None:
     mask[1, :, 5] = False
     with cuda("reverse"), keys_on_chip(on_chip):
         for scale in (40**-0.5, 2.5):
-            lse = _attention_cuda.attention_forward(q, k, v, None, None, None, scale)[1]
+            lse = with_sums(q, k, v, None, None, None, scale)[1]
             # a score is a sum of 40 fp32 numbers whose sizes go up to that of the largest score
             torch.testing.assert_close(lse.double(), log_sum(q, k, scale), rtol=2e-6, atol=1e-5)
-        out, lse = _attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)
+        out, lse = with_sums(q, k, v, None, None, mask, 0.2)
     seen = log_sum(q, k, 0.2, mask)[:, 0]
     torch.testing.assert_close(lse.double()[:, 0], seen, rtol=2e-6, atol=1e-5)
     assert bool((lse[0, 1, :, 5] == math.inf).all())
@@ -185,7 +196,7 @@ def test_log_sum_exp_under_an_added_mask_is_in_two_numbers() -> None:
     mask = torch.randn(20, 20, device=q.device)
     mask[2], mask[3] = -2e38, -math.inf
     with cuda():
-        lse = _attention_cuda.attention_forward(q, k, v, None, None, mask, 0.2)[1].double()
+        lse = with_sums(q, k, v, None, None, mask, 0.2)[1].double()
     scores = 0.2 * torch.einsum("nlhd,nshd->nhls", q.double(), k.double()) + mask.double()
     rows = [i for i in range(20) if i not in (2, 3)]
     expected = torch.logsumexp(scores, -1) * math.log2(math.e)
@@ -209,10 +220,9 @@ def test_triton_can_go_on_from_the_log_sum_exp(masked: str) -> None:
         mask[:, :, 4] = -1e38
         mask = mask if masked == "added" else mask > -1
     with cuda():
-        out, lse = _attention_cuda.attention_forward(q, k, v, *text, mask, 0.2)
-    expected = _attention_cuda.gradients_written_out(dout, q, k, v, *text, mask, lse, 0.2)
-    backward = torch.ops.fastdiff.attention_backward_triton
-    found = backward(dout, q, k, v, *text, mask, out, lse, 0.2, masked == "added")
+        out, lse = with_sums(q, k, v, *text, mask, 0.2)
+    expected = attention_cuda.gradients_written_out(dout, q, k, v, *text, mask, lse, 0.2)
+    found = attention_backward(dout, q, k, v, *text, mask, out, lse, 0.2, masked == "added")
     for have, want in zip(found, expected, strict=True):
         if want is not None:
             torch.testing.assert_close(have.float(), want.float(), rtol=2e-2, atol=2e-2)
@@ -238,12 +248,12 @@ def test_zeros_where_nothing_is_seen() -> None:
 def test_packed_rows_are_read_where_they_are() -> None:
     q = packed(2, 40, 2, 40)[0]
     for x in (q, q[:, ::2], q.transpose(1, 2).contiguous().transpose(1, 2), q[:, :1, :, ::]):
-        assert _attention_cuda._in_place_or_copied(x) is x
+        assert attention_cuda._in_place_or_copied(x) is x
     numbers = torch.randn(q.numel() + 1, device=q.device).to(q.dtype)
     unaligned = numbers[1:].view(q.shape)
     wider = torch.randn(2, 40, 2, 43, device=q.device).to(q.dtype)[..., :40]
     for x in (unaligned, wider, q.mT.contiguous().mT):
-        copied = _attention_cuda._in_place_or_copied(x)
+        copied = attention_cuda._in_place_or_copied(x)
         assert copied is not None
         assert copied.data_ptr() % 16 == 0
         assert copied.is_contiguous()
@@ -301,7 +311,7 @@ def test_the_op_is_registered_right() -> None:
     text = torch.randn(2, 3, 2, 8).half()
     bias = torch.randn(5, 8, requires_grad=True)
     with cuda_host.emulated():
-        torch.library.opcheck(_attention_cuda.attention_cuda, (q, k, v, text, text, bias, 0.3))
+        torch.library.opcheck(attention_cuda.attention_cuda, (q, k, v, text, text, bias, 0.3))
 
 
 @needs_cuda
@@ -348,7 +358,7 @@ def test_the_machine_code(tmp_path: Path) -> None:
     if _triton.triton is None:
         pytest.skip("cuobjdump comes with triton, which is not installed")
     tool = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin, source = tmp_path / "sm_80.cubin", cuda_host.ROOT / "csrc" / "attention.cu"
+    cubin, source = tmp_path / "sm_80.cubin", cuda_host.ROOT / "csrc" / "cuda" / "attention.cu"
     command = [str(NVCC), "-std=c++17", "-O3", "-arch=sm_80", "-cubin", str(source)]
     subprocess.run([*command, "-o", str(cubin)], capture_output=True, check=True)
     command = [str(tool), "-sass", str(cubin)]

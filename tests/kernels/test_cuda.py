@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, _group_norm_cuda, extension
+from fastdiff.kernels import compiled, cuda
+from fastdiff.kernels.cuda import library
+from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
 
@@ -36,7 +38,7 @@ def rows(ops: dict[str, list[cases.Case]]) -> list[object]:
 def in_parts() -> Iterator[None]:
     """The norms as if a block had no shared memory to keep a group in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_group_norm_cuda, "ON_CHIP", 0)
+        patch.setattr(group_norm_cuda, "ON_CHIP", 0)
         yield
 
 
@@ -49,7 +51,7 @@ CLUSTERS = dict(zip(cases.DTYPES, (2, 8, 4), strict=True))
 def in_clusters(blocks: int) -> Iterator[None]:
     """The norms on chip, in clusters of so many blocks; where that cannot be, an error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_group_norm_cuda, "CLUSTER", blocks)
+        patch.setattr(group_norm_cuda, "CLUSTER", blocks)
         yield
 
 
@@ -236,39 +238,39 @@ def test_a_parameter_of_an_unknown_dtype_is_named() -> None:
 def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
     told = b"no kernel image is available for execution on the device"
     native = SimpleNamespace(build=lambda: {"cuda_architectures": "8.0;9.0a"})
-    monkeypatch.setattr(extension, "native", native)
-    monkeypatch.setattr(_cuda, "function", lambda name: {"usable": lambda device: told}[name])
+    monkeypatch.setattr(compiled, "native", native)
+    monkeypatch.setattr(library, "function", lambda name: {"usable": lambda device: told}[name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of tomorrow")
-    _cuda._refusal.cache_clear()
+    library._refusal.cache_clear()
     try:
         with FakeTensorMode(), cuda_host.emulated():
             x = torch.empty(2, 8, 4, device="cuda:0")
-            reason = str(kernels.OPS["group_norm_silu"].reasons((x, 4), {})["cuda"])
+            reason = str(kernels.explain("group_norm_silu", x, 4).reasons["cuda"])
     finally:
-        _cuda._refusal.cache_clear()
+        library._refusal.cache_clear()
     assert "on cuda:0 (a GPU of tomorrow): no kernel image" in reason
     assert "8.0;9.0a" in reason
 
 
 def test_a_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "_library", object())
-    monkeypatch.setattr(_cuda, "_functions", {})
-    monkeypatch.setattr(extension, "stale", lambda: True)
+    monkeypatch.setattr(library, "_library", object())
+    monkeypatch.setattr(library, "_functions", {})
+    monkeypatch.setattr(compiled, "stale", lambda: True)
     with pytest.raises(RuntimeError, match="run 'make build'"):
-        _cuda.function("group_norm_silu")
+        library.function("group_norm_silu")
 
 
 def test_without_kernels_the_backend_is_missing() -> None:
-    if _cuda._library is not None:
+    if cuda.built():
         pytest.skip("the compiled module has CUDA kernels")
-    assert "cuda" not in kernels.OPS["group_norm_silu"].implementations
+    assert kernels.available()["group_norm_silu"]["cuda"] is not None
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        _cuda.function("group_norm_silu")
+        library.function("group_norm_silu")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The fields of csrc/norm_plan.h's NormPlan."""
+    """The fields of csrc/cuda/norm_plan.h's NormPlan."""
 
     on_chip: int
     vector: int
@@ -301,8 +303,8 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     name: str = "group_norm_plan",
 ) -> Plan:
-    sizes = (name, 0, _cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
-    return Plan(*run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes)))
+    sizes = (name, 0, cuda.DTYPES[dtype], last, n, c, s, groups, True, limit, cluster, False)
+    return Plan(*run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes)))
 
 
 def way(c: int, side: int, device: dict[str, int], *, last: bool = True, name: str = "") -> int:
@@ -376,19 +378,19 @@ def test_without_room_for_a_cluster_the_plan_takes_a_smaller_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("the room of a GPU cannot be set")
     set_clusters = cuda_host.library().emulation_set_clusters
-    bf16 = _cuda.DTYPES[torch.bfloat16]
+    bf16 = cuda.DTYPES[torch.bfloat16]
     sizes = ("group_norm_plan", 0, bf16, 1, 2, 320, 64 * 64, 32, 1, 227 * KIB, 0)
     found = []
     try:
         for limit, room in ((16, 16), (8, 8), (16, 4), (16, 1), (1, 1)):
             set_clusters(limit, room)
-            _group_norm_cuda.cuda_plan.cache_clear()
-            found.append(Plan(*run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes, 0))))
+            group_norm_cuda.cuda_plan.cache_clear()
+            found.append(Plan(*run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes, 0))))
         with pytest.raises(RuntimeError, match="cannot keep a group on chip"):
-            run_cuda(lambda: _group_norm_cuda.cuda_plan(*sizes[:-1], 8, 1))
+            run_cuda(lambda: group_norm_cuda.cuda_plan(*sizes[:-1], 8, 1))
     finally:
         set_clusters(16, 16)
-        _group_norm_cuda.cuda_plan.cache_clear()
+        group_norm_cuda.cuda_plan.cache_clear()
     assert [(p.on_chip, p.cluster) for p in found] == [(1, 8), (1, 8), (1, 4), (0, 1), (0, 1)]
 
 

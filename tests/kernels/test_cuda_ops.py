@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, _layer_norm_cuda
-from fastdiff.kernels._geglu_cuda import geglu_backward_cuda, geglu_cuda
-from fastdiff.kernels._layer_norm_cuda import (
-    add_layer_norm_cuda,
-    layer_norm_backward_cuda,
-    layer_norm_cuda,
-)
-from fastdiff.kernels._philox_cuda import philox_normal_cuda
-from fastdiff.kernels._sampler_step_cuda import sampler_step_cuda
+from fastdiff.kernels import cuda as _cuda
+from fastdiff.kernels.layer_norm import cuda as layer_norm_cuda
 from tests.kernels import cases
 
 pytestmark = pytest.mark.parametrize("backend", [cases.ALL_BACKENDS[-1]])
@@ -42,8 +35,8 @@ def results(op: Callable[..., Any], *tensors: Tensor | None) -> list[Tensor]:
 @pytest.fixture
 def rows_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row goes the way of those that registers do not hold."""
-    monkeypatch.setattr(_layer_norm_cuda, "WIDEST", 0)
-    monkeypatch.setattr(_layer_norm_cuda, "PROGRAMS", 3)
+    monkeypatch.setattr(layer_norm_cuda, "WIDEST", 0)
+    monkeypatch.setattr(layer_norm_cuda, "PROGRAMS", 3)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -62,7 +55,7 @@ def test_parity_with_many_tiles_to_a_program(
     op: str, shape: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shares of several tiles, the last not full; a row to a warp, to a block, beyond registers."""
-    monkeypatch.setattr(_layer_norm_cuda, "PROGRAMS", 2)
+    monkeypatch.setattr(layer_norm_cuda, "PROGRAMS", 2)
     case = cases.layer_norm_case("tiles", "as above", shape, residual=op == "add_layer_norm")
     for dtype in cases.DTYPES:
         cases.check(op, case, dtype, backend)
@@ -141,36 +134,32 @@ def test_parameters_and_residual_of_any_dtype(dtype: torch.dtype, backend: str) 
 def test_ops_are_registered_right(backend: str) -> None:
     x, residual, weight, bias = draw(3, 5, 74), draw(3, 5, 74), draw(74), draw(74)
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
-    check = torch.library.opcheck
-    check(geglu_cuda, (leaves[0],))
-    check(geglu_cuda, (x.mT.contiguous().mT,))
-    check(geglu_backward_cuda, (x[..., :37], x))
-    check(layer_norm_cuda, (leaves[0], leaves[2], None, 1e-5))
-    check(layer_norm_cuda, (x[:0], None, None, 1e-5))
-    check(add_layer_norm_cuda, (*leaves, 1e-5))
-    for dtotal, kept, *parameters in (
-        (residual, x, weight, bias),
-        (None, x, None, bias),
-        (None, x[:0], None, bias),
-    ):
-        needs = [parameters[0] is not None, True]
-        arguments = torch.ones_like(kept), dtotal, kept, *parameters, 1e-5, needs
-        check(layer_norm_backward_cuda, arguments)
+
+    def check(op: str, *arguments: Any) -> None:
+        torch.library.opcheck(kernels.OPS[op].known, arguments)
+
     seeds, step = (torch.tensor(n, device=x.device) for n in ([3, 4, 5], 0))
-    check(philox_normal_cuda, (seeds, [3, 5], None, 7, 1))
-    check(philox_normal_cuda, (seeds[:0], [3, 5], step, 0, 1))
-    table = torch.ones(2, 20, device=x.device)
-    rows = torch.zeros_like(seeds)
-    finite = torch.ones(3, dtype=torch.bool, device=x.device)
-    options = rows, rows + 1, torch.empty_like(x), finite, True
-    check(sampler_step_cuda, (x, draw(6, 5, 74), draw(3, 3, 5, 74), table, rows, seeds, *options))
+    with kernels.backend("cuda"):
+        check("geglu", leaves[0])
+        check("geglu", x.mT.contiguous().mT)
+        check("layer_norm", leaves[0], leaves[2], None, 1e-5)
+        check("layer_norm", x[:0], None, None, 1e-5)
+        check("add_layer_norm", *leaves, 1e-5)
+        check("philox_normal", seeds, [3, 5], None, 7, 1)
+        check("philox_normal", seeds[:0], [3, 5], step, 0, 1)
+        table, rows = torch.ones(2, 20, device=x.device), torch.zeros_like(seeds)
+        finite = torch.ones(3, dtype=torch.bool, device=x.device)
+        options = rows, rows + 1, torch.empty_like(x), finite, True
+        tensors = x, draw(6, 5, 74), draw(3, 3, 5, 74), table, rows, seeds
+        check("sampler_step", *tensors, *options)
 
 
 def test_gradients_and_gradients_of_gradients(backend: str) -> None:
     x, residual, weight, bias = draw(3, 6), draw(3, 6), draw(6), draw(6)
-    cases.check_gradients(geglu_cuda, x)
-    cases.check_gradients(lambda *t: layer_norm_cuda(*t, 1e-5), x, weight, bias)
-    cases.check_gradients(lambda *t: add_layer_norm_cuda(*t, 1e-5), x, residual, weight, bias)
+    with kernels.backend("cuda"):
+        cases.check_gradients(kernels.geglu, x)
+        cases.check_gradients(kernels.layer_norm, x, weight, bias)
+        cases.check_gradients(kernels.add_layer_norm, x, residual, weight, bias)
     x.requires_grad_()
     for op in (kernels.geglu, kernels.layer_norm):
         second = []
@@ -193,14 +182,15 @@ def test_ops_compile_without_break_for_any_batch(backend: str) -> None:
 def test_tensors_elsewhere_and_doubles_are_objected_to(backend: str) -> None:
     """A kernel that read an address of another device would kill the process."""
     x, elsewhere = draw(2, 6), torch.empty(6, device="meta")
-    why_not = _cuda.IMPLEMENTATIONS["layer_norm"].why_not
-    assert why_not(x, None, None, eps=1e-5) is None
-    assert "bias must be on the device of x" in (why_not(x, None, elsewhere, eps=1e-5) or "")
-    why_not = _cuda.IMPLEMENTATIONS["add_layer_norm"].why_not
-    assert "residual must be on" in (why_not(x, elsewhere, None, None, eps=1e-5) or "")
-    why_not, seeds = _cuda.IMPLEMENTATIONS["philox_normal"].why_not, torch.arange(2)
-    step = torch.empty((), dtype=torch.int64, device="meta")
-    assert "step must be on the device" in (why_not(seeds, (3,), step=step, stream=0) or "")
+
+    def why_not(op: str, *args: Any) -> str:
+        return str(kernels.OPS[op].backends["cuda"].why_not(*args))
+
+    assert why_not("layer_norm", x, None, None, 1e-5) == "None"
+    assert "bias must be on the device of x" in why_not("layer_norm", x, None, elsewhere, 1e-5)
+    assert "residual must be on" in why_not("add_layer_norm", x, elsewhere, None, None, 1e-5)
+    seeds, step = torch.arange(2), torch.empty((), dtype=torch.int64, device="meta")
+    assert "step must be on the device" in why_not("philox_normal", seeds, (3,), step, 0, 0)
     for op in (kernels.geglu, kernels.layer_norm):
         with kernels.backend("cuda"), pytest.raises(kernels.BackendError, match="got float64"):
             op(x.double())

@@ -13,8 +13,10 @@ import torch
 from benchmarks import device
 from benchmarks.resources import cuda_device
 from fastdiff import kernels
-from fastdiff.kernels import _cuda, _group_norm_cuda
-from fastdiff.kernels.dispatch import UNAVAILABLE
+from fastdiff.kernels import cuda
+from fastdiff.kernels.choose import UNAVAILABLE
+from fastdiff.kernels.cuda import library
+from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
 from tests import cuda_host
 from tests.kernels import cases
 from tests.kernels.routes import cuda_kernels
@@ -31,7 +33,7 @@ def runtime() -> Iterator[str]:
 @cases.needs_cuda
 def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
     x = torch.randn(3, 5, 2 * 64, device=runtime)
-    with _cuda.watched() as seen, kernels.backend("cuda"):
+    with cuda.watched() as seen, kernels.backend("cuda"):
         y = kernels.geglu(x)
         assert seen == []
     (launch,) = seen
@@ -50,7 +52,7 @@ def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
         torch.testing.assert_close(y, kernels.geglu(x))  # it ran
     with kernels.backend("cuda"):
         kernels.geglu(x)
-    with _cuda.watched() as seen:
+    with cuda.watched() as seen:
         pass
     assert seen == []  # nobody watched
 
@@ -58,8 +60,8 @@ def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
 @cases.needs_cuda
 def test_a_watch_can_keep_kernels_from_starting(runtime: str) -> None:
     x = torch.randn(2, 64, 16, 16, device=runtime).contiguous(memory_format=torch.channels_last)
-    with _cuda.watched(start=False) as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_group_norm_cuda, "CLUSTER", 16)
+    with cuda.watched(start=False) as seen, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_norm_cuda, "CLUSTER", 16)
         patch.setattr(torch, "empty_like", torch.zeros_like)
         with kernels.backend("cuda"):
             y = kernels.group_norm_silu(x.requires_grad_(), 8)
@@ -107,7 +109,7 @@ def test_without_a_gpu_the_command_says_what_to_do(
         capsys.readouterr().err,
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_cuda, "_library", None)
+    monkeypatch.setattr(library, "_library", None)
     monkeypatch.setitem(UNAVAILABLE, "cuda", "nvcc was not found; set CUDA_HOME")
     assert cuda_device.main(["--json"]) == 2
     assert "benchmarks.resources.cuda_device: nvcc was not found" in capsys.readouterr().err

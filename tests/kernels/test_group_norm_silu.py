@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fastdiff import kernels
 from fastdiff.kernels import BackendError, backend, group_norm_silu
-from fastdiff.kernels._group_norm_backward import norm_backward_triton
-from fastdiff.kernels.group_norm_silu import group_norm_silu_triton
+from fastdiff.kernels.group_norm_silu.triton import norm_forward
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
@@ -82,7 +82,7 @@ def test_parity_at_drawn_shapes(backend: str, data: st.DataObject) -> None:
 
 def test_fp64_is_exact() -> None:
     (x, *rest), kwargs = cases.GROUP_NORM_SILU[6].inputs(torch.float64)
-    expected = cases.group_norm_silu_formula(x, *rest, **kwargs)
+    expected = kernels.OPS["group_norm_silu"].formula(x, *rest, **kwargs)
     torch.testing.assert_close(
         group_norm_silu(x, *rest, **kwargs), expected, rtol=1e-12, atol=1e-12
     )
@@ -141,7 +141,7 @@ def test_parameters_in_fp32_serve_half_precision_input(kind: str, name: str) -> 
         assert torch.equal(y, group_norm_silu(x.float(), 4, weight, bias).bfloat16())
         (dweight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
     twin = weight.detach().double().requires_grad_()
-    cases.group_norm_silu_formula(x.double(), 4, twin, bias.double()).sum().backward()
+    kernels.OPS["group_norm_silu"].formula(x.double(), 4, twin, bias.double()).sum().backward()
     torch.testing.assert_close(dweight, twin.grad.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_training_a_norm_of_a_channels_last_constant() -> None:
     x, weight = cases.channels_last(torch.randn(2, 8, 4, 4)), torch.ones(8, requires_grad=True)
     group_norm_silu(x, 4, weight).sum().backward()
     twin = weight.detach().double().requires_grad_()
-    cases.group_norm_silu_formula(x.double(), 4, twin).sum().backward()
+    kernels.OPS["group_norm_silu"].formula(x.double(), 4, twin).sum().backward()
     torch.testing.assert_close(weight.grad.double(), twin.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_triton_in_fp32_is_good_to_the_last_places(layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(1, 64, 16, 16) * 0.1 + 1000).to(device)
     with backend("triton"), regime("small"):
         y = group_norm_silu(x, 8, activation="none")
-    expected = cases.group_norm_silu_formula(x.double(), 8, activation="none")
+    expected = kernels.OPS["group_norm_silu"].formula(x.double(), 8, activation="none")
     assert (y - expected).abs().max() < 2e-6
 
 
@@ -208,7 +208,7 @@ def expected_regimes() -> list[tuple[tuple[int, ...], str]]:
 def test_regime_at_real_sizes(shape: tuple[int, ...], kind: str) -> None:
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     x = x.contiguous(memory_format=torch.channels_last)
-    ran = kernels_of(lambda: group_norm_silu_triton._init_fn(x, 32, None, None, None, 1e-5, "silu"))
+    ran = kernels_of(lambda: norm_forward(x, 32, *[None] * 5, 1e-5, "silu"))
     assert ran
     assert set(ran) <= KERNELS[kind]
 
@@ -238,7 +238,7 @@ def test_triton_takes_gradients_of_any_strides(kind: str) -> None:
         dy = gradient.to(device)
         with backend("triton"), regime(kind):
             (dx,) = torch.autograd.grad(group_norm_silu(x, 3), x, dy)
-        expected = cases.group_norm_silu_formula(twin, 3)
+        expected = kernels.OPS["group_norm_silu"].formula(twin, 3)
         (expected,) = torch.autograd.grad(expected, twin, dy.double())
         torch.testing.assert_close(dx.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -271,12 +271,9 @@ def test_triton_ops_are_registered_right(kind: str) -> None:
     with regime(kind):
         for input_ in (x, nhwc):
             arguments = (input_, 3, weight, None, film, 1e-5, "silu")
-            torch.library.opcheck(group_norm_silu_triton, arguments)
-        x, weight, film = x.detach(), weight.detach(), film.detach()
-        y, mean, rstd = group_norm_silu_triton(x, 3, weight, None, film, 1e-5, "silu")
-        for wanted in ([True] * 4, [False] * 4):
-            saved = (x, 3, weight, None, None, film, mean, rstd, "silu", torch.float32, wanted)
-            torch.library.opcheck(norm_backward_triton, (y, None, *saved))
+            cases.check_registration("group_norm_silu", "triton", *arguments)
+        arguments = (x, 3, weight.detach(), None, film.detach(), 1e-5, "silu")
+        cases.check_registration("group_norm_silu", "triton", *arguments)
 
 
 @cases.needs_triton

@@ -10,13 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff.kernels import _triton, add_layer_norm, backend, layer_norm
-from fastdiff.kernels._layer_norm import norm_backward, norm_forward
-from fastdiff.kernels.layer_norm import (
-    add_layer_norm_triton,
-    layer_norm_backward_triton,
-    layer_norm_triton,
-)
+from fastdiff import kernels
+from fastdiff.kernels import add_layer_norm, backend, layer_norm
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.layer_norm.triton import norm_backward, norm_forward
+from fastdiff.kernels.tuning import configs
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 
@@ -58,8 +56,8 @@ TILES = {"ELEMENTS": 512, "num_warps": 4, "PROGRAMS": 3}
 def test_parity_with_many_tiles_to_a_program(op: str, shape: tuple[int, ...]) -> None:
     case = cases.layer_norm_case("tiles", "as above", shape, residual=op == "add_layer_norm")
     with (
-        _triton.override_config("layer_norm", TILES),
-        _triton.override_config("layer_norm_backward", TILES),
+        configs.override_config("layer_norm", TILES),
+        configs.override_config("layer_norm_backward", TILES),
     ):
         for dtype in (torch.float32, torch.bfloat16):
             cases.check(op, case, dtype, "triton")
@@ -116,7 +114,7 @@ def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
         weights = torch.randn(40, device=device).expand(5, 40)  # a gradient with a stride of 0
         gradients = torch.autograd.grad(out, leaves, weights, allow_unused=True)
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    out = cases.add_layer_norm_formula(*wide)[0 if used == "y" else 1]
+    out = kernels.OPS["add_layer_norm"].formula(*wide)[0 if used == "y" else 1]
     expected = torch.autograd.grad(out, wide, weights.double(), allow_unused=True)
     for have, want in zip(gradients, expected, strict=True):
         if want is None:
@@ -140,7 +138,7 @@ def test_parameters_and_residual_may_have_dtypes_of_their_own(backend_name: str)
     assert y.dtype == total.dtype == torch.bfloat16
     assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
     wide = [t.detach().double().requires_grad_() for t in (total, weight, bias)]
-    out = cases.layer_norm_formula(*wide)
+    out = kernels.OPS["layer_norm"].formula(*wide)
     expected = torch.autograd.grad(out, wide, torch.ones_like(out))
     torch.testing.assert_close(y.double(), out, rtol=2**-8, atol=2**-8)
     torch.testing.assert_close(gradients[2].double(), expected[1], rtol=1e-5, atol=1e-4)
@@ -160,27 +158,20 @@ def test_triton_ops_are_registered_right() -> None:
     x, residual = torch.randn(2, 3, 5, 40, device=device)
     weight, bias = torch.randn(2, 40, device=device)
     leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
-    torch.library.opcheck(layer_norm_triton, (x, weight, None, 1e-5))
-    torch.library.opcheck(layer_norm_triton, (x.detach().mT.contiguous().mT, None, None, 1e-5))
-    torch.library.opcheck(add_layer_norm_triton, (*leaves, 1e-5))
-    x, residual, weight, bias = (t.detach() for t in leaves)
-    for arguments in (
-        (residual, x, weight, bias),
-        (None, x, None, bias),
-        (None, x[:0], None, bias),
-    ):
-        dtotal, kept, *parameters = arguments
-        torch.library.opcheck(
-            layer_norm_backward_triton,
-            (torch.ones_like(kept), dtotal, kept, *parameters, 1e-5, [weight is None, True]),
-        )
+    check = cases.check_registration
+    check("layer_norm", "triton", x, weight, None, 1e-5)
+    check("layer_norm", "triton", x.detach().mT.contiguous().mT, None, None, 1e-5)
+    check("layer_norm", "triton", x[:0].detach(), None, bias, 1e-5)
+    check("add_layer_norm", "triton", *leaves, 1e-5)
+    check("add_layer_norm", "triton", x, residual.detach(), None, bias.detach(), 1e-5)
 
 
 @cases.needs_triton
 def test_triton_gradients() -> None:
     x, residual, weight, bias = torch.randn(3, 6), torch.randn(3, 6), torch.randn(6), torch.randn(6)
-    cases.check_gradients(lambda *t: layer_norm_triton(*t, 1e-5), x, weight, bias)
-    cases.check_gradients(lambda *t: add_layer_norm_triton(*t, 1e-5), x, residual, weight, bias)
+    with backend("triton"):
+        cases.check_gradients(layer_norm, x, weight, bias)
+        cases.check_gradients(add_layer_norm, x, residual, weight, bias)
 
 
 @cases.needs_triton
@@ -220,12 +211,12 @@ def test_traffic_of_parameters(d: int) -> None:
     x, weight, bias = torch.randn(rows, d), torch.randn(d), torch.randn(d)
     settings = {"ELEMENTS": 2048, "num_warps": 4, "PROGRAMS": programs}
     with (
-        _triton.override_config("layer_norm_backward", settings),
+        configs.override_config("layer_norm_backward", settings),
         counting_traffic() as plain,
     ):
         norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
     with (
-        _triton.override_config("layer_norm_backward", settings),
+        configs.override_config("layer_norm_backward", settings),
         counting_traffic() as both,
     ):
         norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
@@ -273,7 +264,7 @@ def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
     x = (1000 + 0.01 * torch.randn(8, d)).to(cases.device_of(backend_name))
     with backend(backend_name):
         y = layer_norm(x)
-    expected = cases.layer_norm_formula(x.double())
+    expected = kernels.OPS["layer_norm"].formula(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6)
 
 
@@ -291,7 +282,7 @@ def test_gradients_too_keep_their_digits_at_a_large_mean(d: int) -> None:
     x, weight = 1000 + 0.01 * torch.randn(8, d), torch.randn(d)
     have = results(layer_norm, x.to(device), weight.to(device))[1:]
     _, expected = cases.run(
-        cases.layer_norm_formula, cases.with_gradients(((x, weight), {}), torch.float64)
+        kernels.OPS["layer_norm"].formula, cases.with_gradients(((x, weight), {}), torch.float64)
     )
     for gradient, exact in zip(have, expected, strict=True):
         assert (gradient.cpu() - exact).abs().max() < 1e-5 * exact.abs().max()

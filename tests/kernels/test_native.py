@@ -18,15 +18,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff import kernels
-from fastdiff.cli.doctor import ordinary_call
-from fastdiff.kernels import extension
-from fastdiff.kernels.philox import philox4x32
-from fastdiff.kernels.sampler_step import sampler_step_cpu
+from fastdiff.kernels import compiled
+from fastdiff.kernels.philox_normal import philox4x32
 from tests.kernels import cases
 from tests.kernels.test_philox import VECTORS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-native = extension.native
+native = compiled.native
 ISAS = native.build()["isas"] if native else ("portable", "avx2", "avx512")
 ROWS = {
     "geglu": cases.GEGLU,
@@ -55,7 +53,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @cases.needs_native
 def test_the_module_is_built_from_these_sources() -> None:
-    told = extension.describe()
+    told = compiled.describe()
     assert not told["stale"], "csrc/ has changed since: run 'make build'"
     assert told["isa"] in told["isas"]
     assert Path(told["path"]).parent == Path(kernels.__file__).parent
@@ -90,7 +88,7 @@ def test_an_error_in_a_thread_is_an_error_of_the_call() -> None:
         with pytest.raises(RuntimeError, match="torch's thread pool failed"):
             native.layer_norm(*arguments, 100_000, 64, 0, 0, 1e-5)
     finally:
-        native.set_parallel_for(extension._find_parallel_for())
+        native.set_parallel_for(compiled._find_parallel_for())
 
 
 @cases.needs_native
@@ -265,7 +263,7 @@ def test_sampler_step_is_registered_right() -> None:
         (index, None, None, None, False),
     ):
         arguments = x, f, history, table, index, index, *options
-        torch.library.opcheck(sampler_step_cpu, arguments)
+        cases.check_registration("sampler_step", "cpu", *arguments)
 
 
 WITHOUT = """
@@ -303,9 +301,7 @@ def test_without_the_module_the_reference_serves_and_the_reason_is_given() -> No
 @cases.needs_native
 @pytest.mark.parametrize("op", sorted(kernels.OPS))
 def test_auto_takes_the_cpu_kernel_where_there_is_one(op: str) -> None:
-    args, kwargs = ordinary_call(op, "cpu")
-    expected = "cpu" if "cpu" in kernels.OPS[op].implementations else "reference"
-    assert kernels.explain(op, *args, **kwargs).chosen == expected
+    assert kernels.explain(op, **kernels.OPS[op].example(torch.zeros)).chosen == "cpu"
 
 
 @contextmanager
@@ -372,7 +368,7 @@ def test_forward_mode_derivatives_are_the_references(op: str) -> None:
     step = 1e-5 * tangent.double()
     differences = (function(x.double() + step) - function(x.double() - step)) / 2e-5
     torch.testing.assert_close(found.double(), differences, rtol=1e-3, atol=1e-4)
-    if extension.native is not None:
+    if compiled.native is not None:
         refused = pytest.raises(kernels.BackendError, match=r"under torch\.func")
         with kernels.backend("cpu"), refused:
             torch.func.jvp(function, (x,), (tangent,))

@@ -14,15 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels import COLUMNS, backend, philox_normal, sampler_step
-from fastdiff.kernels._group_norm_backward import norm_backward
-from fastdiff.kernels._group_norm_forward import norm_forward
-from fastdiff.kernels._layer_norm import norm_backward as layer_norm_backward
-from fastdiff.kernels._layer_norm import norm_forward as layer_norm_forward
-from fastdiff.kernels._sampler_step import run_step
-from fastdiff.kernels._triton import Launch, override_config, recording_launches
-from fastdiff.kernels.geglu import _geglu, _geglu_backward
-from fastdiff.kernels.philox import _normals_of_blocks, _philox_normal
+from fastdiff.kernels import COLUMNS, OPS, backend, philox_normal, sampler_step
+from fastdiff.kernels.geglu import triton as geglu
+from fastdiff.kernels.group_norm_silu.triton_backward import norm_backward
+from fastdiff.kernels.group_norm_silu.triton_forward import norm_forward
+from fastdiff.kernels.group_norm_silu.triton_tiles import mean_and_rstd
+from fastdiff.kernels.layer_norm.triton import norm_backward as layer_norm_backward
+from fastdiff.kernels.layer_norm.triton import norm_forward as layer_norm_forward
+from fastdiff.kernels.philox_normal import normals_of_blocks
+from fastdiff.kernels.philox_normal.triton import forward as philox_forward
+from fastdiff.kernels.sampler_step.triton import forward as run_step
+from fastdiff.kernels.triton import Launch, recording_launches
+from fastdiff.kernels.tuning import override_config
 from tests.kernels import cases
 from tests.kernels.norms import regime
 
@@ -85,13 +88,13 @@ def test_geglu() -> None:
     d = 1024
     x = huge(MANY // d + 64, 2 * d)
     dy = huge(len(x), d)
-    kernels, y = launched(lambda: _geglu(x))
+    kernels, (y, _) = launched(lambda: geglu.forward(x))
     run_ends(kernels["geglu_kernel"])
     rows = ENDS // d
     sides = [side.float().requires_grad_() for side in (x[:rows], x[-rows:])]
-    expected = [cases.geglu_formula(side) for side in sides]
+    expected = [OPS["geglu"].formula(side) for side in sides]
     check_ends(y, lambda i: expected[i].half())
-    kernels, dx = launched(lambda: _geglu_backward(dy, x))
+    kernels, (dx,) = launched(lambda: geglu.backward(dy, x))
     run_ends(kernels["geglu_backward_kernel"])
     gradients = [
         torch.autograd.grad(out, side, one.float().view(-1, d))[0].flatten()
@@ -129,22 +132,23 @@ def test_group_norm_of_many_samples(layout: torch.memory_format) -> None:
     x, dy = (huge(n, c, 8, 8, layout=layout) for _ in range(2))
     sides = [x[i : i + 1].float().requires_grad_() for i in (0, -1 % n)]
     with regime("small"):
-        kernels, (y, _, mean, rstd) = launched(
+        kernels, (y, _, statistics) = launched(
             lambda: norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
         )
         run_ends(kernels["small_kernel"])
         backward, (dx, *_) = launched(
             lambda: norm_backward(
-                *(dy, None, x, 32, None, None, None, None, mean, rstd, "silu", x.dtype),
-                [False] * 4,
+                *(dy, None, x, 32, None, None, None, None, "silu", statistics),
+                [True, *[False] * 4],
             )
         )
+        mean, rstd = mean_and_rstd(statistics)
         for i in (0, n - 1):
             groups = x[i].float().reshape(32, -1)
             mean[i] = groups.mean(1)
             rstd[i] = (groups.var(1, correction=0) + 1e-5).rsqrt()
         run_ends(backward["small_backward_kernel"])
-    expected = [cases.group_norm_silu_formula(side, 32) for side in sides]
+    expected = [OPS["group_norm_silu"].formula(side, 32) for side in sides]
     gradients = [
         torch.autograd.grad(out, side, dy[i : i + 1].float())[0]
         for out, side, i in zip(expected, sides, (0, n - 1), strict=True)
@@ -159,15 +163,16 @@ def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
     """The large regime. With mean 0 and scale 1 the last kernels apply the activation alone."""
     x, dy = (huge(1, 256, 2900, 2900, layout=layout) for _ in range(2))
     with regime("large", PROGRAMS=2**30):
-        kernels, (y, _, mean, rstd) = launched(
+        kernels, (y, _, statistics) = launched(
             lambda: norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
         )
         backward, (dx, *_) = launched(
             lambda: norm_backward(
-                *(dy, None, x, 32, None, None, None, None, mean, rstd, "silu", x.dtype),
-                [False] * 4,
+                *(dy, None, x, 32, None, None, None, None, "silu", statistics),
+                [True, *[False] * 4],
             )
         )
+        mean, rstd = mean_and_rstd(statistics)
     tables = [kernels["apply_kernel"].arguments["table"]]
     tables += [backward["apply_backward_kernel"].arguments["table"]]
     for table in tables:
@@ -207,13 +212,13 @@ def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
 def test_philox_normal(n: int, elements: int) -> None:
     """Many images, and one of which the elements or a tile's end just pass 32 bits."""
     seeds = torch.arange(n)
-    kernels, z = launched(lambda: _philox_normal(seeds, (elements,), None, 3, 1))
+    kernels, (z, _) = launched(lambda: philox_forward(seeds, (elements,), None, 3, 1))
     launch = kernels["philox_normal_kernel"]
     run_ends(launch)
     tile = 4 * launch.arguments["BLOCK"]
     begin = (elements - 1) // tile * tile
     blocks = torch.arange(begin // 4, (elements + 3) // 4)
-    expected = _normals_of_blocks(seeds[-1:], blocks, 3, 1)[0, : elements - begin]
+    expected = normals_of_blocks(seeds[-1:], blocks, 3, 1)[0, : elements - begin]
     torch.testing.assert_close(z[-1, begin:], expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         z[0, :tile], philox_normal(seeds[:1], (tile,), step=3, stream=1)[0], rtol=1e-6, atol=1e-6

@@ -20,7 +20,7 @@ from fastdiff import kernels
 from fastdiff.bench import shapes, tune
 from fastdiff.bench.providers import Make, Subject
 from fastdiff.bench.subjects import NETWORK_OPS
-from fastdiff.kernels import _cuda
+from fastdiff.kernels import cuda as _cuda
 from tests.kernels import cases, routes
 from tests.kernels.graphs import captured
 from tests.kernels.routes import Route

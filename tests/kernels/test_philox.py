@@ -12,15 +12,11 @@ import torch
 from scipy import stats
 
 from fastdiff import kernels
-from fastdiff.kernels import _triton, philox4x32, philox_normal
-from fastdiff.kernels._triton import jit, tl
-from fastdiff.kernels.philox import (
-    _normals_of_blocks,
-    circle,
-    philox_normal_triton,
-    philox_words,
-    radius,
-)
+from fastdiff.kernels import philox4x32, philox_normal
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.philox_normal import normals_of_blocks
+from fastdiff.kernels.philox_normal.triton import circle, philox_words, radius
+from fastdiff.kernels.triton import jit, tl
 from tests import cuda_host
 from tests.kernels import cases
 from tests.kernels.cases import recording
@@ -88,7 +84,7 @@ def test_the_normals_follow_the_counter_scheme() -> None:
 def test_blocks_beyond_32_bits_count_on_in_the_second_word() -> None:
     """Element 2^34 and those after it: an image too large to draw here."""
     block, seed = 2**32 + 5, torch.tensor([11])
-    z = _normals_of_blocks(seed, torch.tensor([block, 5]), 3, 1)[0].tolist()
+    z = normals_of_blocks(seed, torch.tensor([block, 5]), 3, 1)[0].tolist()
     words = philox4x32(torch.tensor([5, 1, 3, 1]), torch.tensor([11, 0])).tolist()
     u0, u1 = (((w >> 9) + 0.5) / 2**23 for w in words[:2])
     assert z[0] == np.float32(math.sqrt(-2 * math.log(u0)) * math.cos(2 * math.pi * u1))
@@ -359,8 +355,8 @@ def test_triton_and_cuda_give_the_same_bits() -> None:
 def test_triton_op_is_registered_right_and_compiles() -> None:
     device = cases.device_of("triton")
     seeds, step = torch.tensor([3, 4], device=device), torch.tensor(2, device=device)
-    torch.library.opcheck(philox_normal_triton, (seeds, [3, 5], None, 7, 1))
-    torch.library.opcheck(philox_normal_triton, (seeds[:0], [3, 5], step, 0, 1))
+    cases.check_registration("philox_normal", "triton", seeds, [3, 5], None, 7, 1)
+    cases.check_registration("philox_normal", "triton", seeds[:0], [3, 5], step, 0, 1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -378,10 +374,10 @@ def test_triton_op_is_registered_right_and_compiles() -> None:
 @cases.needs_triton
 def test_triton_objections() -> None:
     seeds = torch.empty(1, dtype=torch.int64, device="meta")
-    objection = kernels.OPS["philox_normal"].implementations["triton"].why_not
-    assert objection(seeds, (2**33,), step=0, stream=0) is None
-    assert "2^33 elements" in objection(seeds, (2**33, 2), step=0, stream=0)
-    assert "got cpu" in objection(seeds, (3,), step=torch.tensor(0), stream=0)
+    objection = kernels.OPS["philox_normal"].backends["triton"].why_not
+    assert objection(seeds, (2**33,), None, 0, 0) is None
+    assert "2^33 elements" in objection(seeds, (2**33, 2), None, 0, 0)
+    assert "got cpu" in objection(seeds, (3,), torch.tensor(0), 0, 0)
 
 
 @cases.needs_interpreter

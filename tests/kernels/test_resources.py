@@ -20,8 +20,9 @@ from rich.console import Console
 from benchmarks.resources import ahead_of_time
 from benchmarks.resources import record as resources_record
 from benchmarks.resources import table as resources
-from fastdiff.kernels import _attention_forward, _triton
-from fastdiff.kernels._triton import TUNABLES
+from fastdiff.kernels import triton as _triton
+from fastdiff.kernels.attention import triton_forward
+from fastdiff.kernels.tuning import TUNABLES, configs
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -247,14 +248,14 @@ def test_what_a_kernel_says_counts_and_not_how() -> None:
     for old, new in (("= 1", "= 2"), ("    return", "        return"), ("g(x)", "h(x)")):
         changed = one.replace(old, new)
         assert resources_record.plain(changed) != resources_record.plain(one), changed
-    names = resources_record.functions_of(_attention_forward._forward_kernel)
+    names = resources_record.functions_of(triton_forward._forward_kernel)
     assert {name.rpartition(".")[2] for name in names} >= {"_forward_kernel", "masked", "_begin"}
 
 
 def test_every_file_of_configs_has_every_class() -> None:
-    assert set(_triton.architectures()) == set(ARCHITECTURES)
+    assert set(configs.architectures()) == set(ARCHITECTURES)
     for architecture in ARCHITECTURES:
-        tuned = _triton.read_tuned(_triton.TUNED / f"{architecture}.json")
+        tuned = configs.read_tuned(configs.TUNED / f"{architecture}.json")
         for name, tunable in TUNABLES.items():
             for shape_class, dtype in tunable.pairs():
                 assert tuned.find(name, dtype, shape_class), (architecture, name, shape_class)

@@ -14,17 +14,11 @@ from hypothesis import strategies as st
 from fastdiff import kernels
 from fastdiff.diffusion.samplers import SAMPLERS, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from fastdiff.kernels import (
-    COLUMNS,
-    SAMPLER_NOISE,
-    _sampler_step_cuda,
-    _triton,
-    philox_normal,
-    sampler_step,
-)
-from fastdiff.kernels._sampler_step import run_step
-from fastdiff.kernels.philox import philox4x32
-from fastdiff.kernels.sampler_step import sampler_step_triton
+from fastdiff.kernels import COLUMNS, SAMPLER_NOISE, philox4x32, philox_normal, sampler_step
+from fastdiff.kernels.sampler_step import cuda as step_on_cuda
+from fastdiff.kernels.sampler_step import triton as step_on_triton
+from fastdiff.kernels.triton import recording_launches
+from fastdiff.kernels.tuning import configs
 from tests.kernels import cases
 from tests.kernels.cases import recording
 from tests.kernels.graphs import captured, no_waiting
@@ -557,9 +551,9 @@ def test_kernels_merge_the_moments_of_many_tiles(layout: str, learned: bool, bac
     exact, _ = stepped("reference", *wide, seeds=SEEDS[:2], rescale=0.9)
     eager, _ = stepped("reference", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     config = {"BLOCK": 32, "num_warps": 4}
-    with pytest.MonkeyPatch.context() as patch, _triton.override_config("sampler_step", config):
-        patch.setattr(sys.modules[run_step.__module__], "PARTS", 3)
-        patch.setattr(_sampler_step_cuda, "PARTS", 2)  # tiles of 1024
+    with pytest.MonkeyPatch.context() as patch, configs.override_config("sampler_step", config):
+        patch.setattr(step_on_triton, "PARTS", 3)
+        patch.setattr(step_on_cuda, "PARTS", 2)  # tiles of 1024
         result, _ = stepped(backend, x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
     assert_parity_in_one_draw(result, exact, eager)
 
@@ -639,8 +633,8 @@ def test_how_many_kernels_triton_launches() -> None:
         ((index, None), True, step),
         ((None, None), True, step),
     ):
-        with _triton.recording_launches("sm_90") as launches:
-            run_step(x, f, history, table, index, index, *pair, None, None, rescale)
+        with recording_launches("sm_90") as launches:
+            step_on_triton.forward(x, f, history, table, index, index, *pair, None, None, rescale)
         assert [launch.kernel.__name__ for launch in launches] == names
 
 
@@ -648,12 +642,13 @@ def test_how_many_kernels_triton_launches() -> None:
 def test_triton_objections() -> None:
     x, f, history = drawn(guided=False, learned=False)
     table, rows = make_table(ROWS["ddim"]), torch.zeros(3, dtype=torch.int64)
-    objection = kernels.OPS["sampler_step"].implementations["triton"].why_not
-    assert "got float64" in objection(x, f, history, table, rows, SEEDS, rescale=True)
+    objection = kernels.OPS["sampler_step"].backends["triton"].why_not
+    options = None, None, None, None, True
+    assert "got float64" in objection(x, f, history, table, rows, SEEDS, *options)
     wide = x.float(), f.float(), history.float(), table.float()
-    moved = objection(*wide, rows.to("meta"), SEEDS, rescale=True)
+    moved = objection(*wide, rows.to("meta"), SEEDS, *options)
     assert "rows must be on the device of x" in moved
-    moved = objection(*wide, rows, SEEDS, cond=None, uncond=rows.to("meta"), rescale=True)
+    moved = objection(*wide, rows, SEEDS, None, rows.to("meta"), *options[2:])
     assert "uncond must be on the device of x" in moved
 
 
@@ -674,9 +669,9 @@ def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
         pair, outputs = halves(x, f), [torch.ones(n, dtype=torch.bool, device=device)]
         if n == 6:
             options = *pair.values(), torch.empty_like(x), *outputs, True
-            torch.library.opcheck(sampler_step_triton, (x, f, history, *rest, *options))
-            torch.library.opcheck(
-                sampler_step_triton, (x, f, history, *rest, None, None, None, None, True)
+            cases.check_registration("sampler_step", "triton", x, f, history, *rest, *options)
+            cases.check_registration(
+                "sampler_step", "triton", x, f, history, *rest, None, None, None, None, True
             )
         mine, slots, flags = x.clone(), history.clone(), outputs[0].clone()
         estimates = [torch.empty_like(x), torch.empty_like(x)]
@@ -729,7 +724,7 @@ def test_a_captured_step_replays_with_other_rows_seeds_and_table(
     rescale: float, backend: str
 ) -> None:
     """And neither the launch nor the replay waits for the device."""
-    if backend not in kernels.OPS["sampler_step"].implementations:
+    if kernels.available()["sampler_step"][backend] is not None:
         pytest.skip(f"no {backend} kernels here")
     x, f, history = (t.float().cuda() for t in drawn(guided=True, learned=False))
     table = make_table(ROWS["guided"], ROWS["multistep"], dtype=torch.float32).cuda()

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.kernels import extension
+from fastdiff.kernels import compiled
 from tests.kernels.inner import assert_all_passed, assert_caught
 from tests.kernels.test_native import ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
-ISAS = extension.native.build()["isas"] if extension.native else []
+ISAS = compiled.native.build()["isas"] if compiled.native else []
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(extension.native is None, reason="the compiled module is not built here"),
+    pytest.mark.skipif(compiled.native is None, reason="the compiled module is not built here"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff import kernels
 from tests.kernels import cases
 from tests.support.parity import (
     DRAWS,
@@ -51,7 +52,7 @@ WRONG_NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def test_wrong_norms_fail(wrong: str, dtype: torch.dtype) -> None:
     def reference(seed: int) -> Tensor:
         x, weight, bias = (t.double() for t in norm_inputs(dtype, seed))
-        return cases.group_norm_silu_formula(x, 8, weight, bias)
+        return kernels.OPS["group_norm_silu"].formula(x, 8, weight, bias)
 
     def eager(seed: int) -> Tensor:
         x, weight, bias = norm_inputs(dtype, seed)
@@ -77,7 +78,7 @@ def test_wrong_attention_fails(wrong: str, dtype: torch.dtype) -> None:
         return torch.randn(3, 2, 16, 4, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def reference(seed: int) -> Tensor:
-        return cases.attention_formula(*drawn(seed).double())
+        return kernels.OPS["attention"].formula(*drawn(seed).double())
 
     def eager(seed: int) -> Tensor:
         return cases.attention_eager(*drawn(seed))
@@ -105,7 +106,7 @@ def test_wrong_gradients_fail(leaf: int, dtype: torch.dtype) -> None:
         inputs = cases.with_gradients(((x, 8, weight, bias), {}), wide)
         return cases.run(function, inputs, seed)[1][leaf]
 
-    reference = partial(gradient, cases.group_norm_silu_formula, torch.float64)
+    reference = partial(gradient, kernels.OPS["group_norm_silu"].formula, torch.float64)
     eager = partial(gradient, cases.group_norm_silu_eager, None)
     assert_gradient_parity(eager, reference, eager)
     for wrong in WRONG_GRADIENTS.values():

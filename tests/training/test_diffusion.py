@@ -21,6 +21,11 @@ def test_impossible_combinations_are_refused_before_anything_is_read(tmp_path: P
         )
 
 
+def test_a_previews_sampler_is_known_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match=r"unknown sampler 'dim'; expected one of .*ddim"):
+        PreviewConfig(sampler="dim")
+
+
 def test_a_config_without_a_kind_is_a_unets(tmp_path: Path) -> None:
     run = runs.diffusion_run(tmp_path / "images", tmp_path / "run")
     data = json.loads(json.dumps(run.to_json()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,31 +127,47 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
         train_diffusion(dataclasses.replace(run, model=runs.denoiser_model()))
 
 
-def test_previews_show_what_the_exported_bundle_samples(images: Path, tmp_path: Path) -> None:
-    """Training and pipeline have code of their own for sampling: scale, guidance, null class."""
-    first = runs.autoencoder_run(images, tmp_path / "first", optimization=runs.optimization())
-    train_autoencoder(first)
+@pytest.mark.parametrize("kind", ["latents", "pixels", "learned variance"])
+def test_previews_show_what_the_exported_bundle_samples(
+    images: Path, tmp_path: Path, kind: str
+) -> None:
+    """Scale, guidance, null class, clamp, variance and noise are those of sampling."""
+    changes: dict[str, Any] = {}
+    sampler, clamp = "ddim", 1.0
+    if kind == "latents":
+        first = runs.autoencoder_run(images, tmp_path / "first", optimization=runs.optimization())
+        train_autoencoder(first)
+        changes = {"data": first.data, "autoencoder": first.output.folder}
+        changes["model"] = runs.denoiser_model(2)
+        clamp = None
+    elif kind == "learned variance":
+        changes = {"model": runs.denoiser_model(out_channels=2, learned_sigma=True)}
+        sampler = "ddpm"
     run = runs.diffusion_run(
         images,
         tmp_path / "second",
-        data=first.data,
         prediction="eps",
-        autoencoder=str(tmp_path / "first"),
-        model=runs.denoiser_model(2),
-        preview=PreviewConfig(count=4, steps=3, guidance_scale=3.0),
+        preview=PreviewConfig(count=4, steps=3, guidance_scale=3.0, sampler=sampler),
         optimization=runs.optimization(steps=30, learning_rate=1e-2, ema_decay=0.0),
+        **changes,
     )
     task = DiffusionTask(run)
     open_run(run, resume=False)
-    fit(task, dataclasses.replace(run), resume=False)
-    labels = torch.tensor([0, 1, 1])
-    preview = task.sample(task.denoiser.eval(), torch.tensor([0, 1, 7]), labels)
+    fit(task, run, resume=False)
+    before = copy.deepcopy(task.denoiser.state_dict())
+    preview = task.sample(task.denoiser, [0, 1, 7], [0, 1, 1])
     pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
-    settings = SampleSettings(sampler="ddim", steps=3, guidance_scale=3.0)
+    settings = SampleSettings(sampler=sampler, steps=3, guidance_scale=3.0, clamp=clamp)
     sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
-    torch.testing.assert_close(preview, sampled.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    if kind == "latents":  # the decoder of a preview runs on the whole batch, not in blocks
+        torch.testing.assert_close(preview, sampled, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(preview, sampled)
     unguided = pipeline([0, 1, 1], [0, 1, 7], dataclasses.replace(settings, guidance_scale=1.0))
     assert (unguided - sampled).abs().max() > 1e-3, "guidance did nothing: the test sees nothing"
+    assert type(task.denoiser.conv_out) is torch.nn.Conv2d, "the network in training was prepared"
+    for name, value in task.denoiser.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_dropout_and_dropped_classes_are_drawn_anew_for_every_step_and_piece(

@@ -1,0 +1,283 @@
+"""Scaled dot-product attention on strided (N, L, H, D) tensors.
+
+    P   = softmax(scale * Q K^T + mask)       over the S keys, per sample and head
+    out = P V                                 Vaswani et al. 2017, eq. 1; scale = 1 / sqrt(D)
+
+Bytes that must move: Q, K, V in and out once, (2 * L + 2 * S) * N * H * D * itemsize; the L x S
+matrix never has to leave the chip. FLOPs: 4 * N * H * L * S * D (two products of 2 * L * S * D).
+
+The reference is PyTorch's `scaled_dot_product_attention` on fp32 (fp64) tensors: on a CPU it tiles,
+so it is up to 4 times faster than softmax(QK^T)V written out (1024 keys, d = 40, one core) and
+needs no L x S memory, and its result for one sample does not depend on the others in the batch. The
+written-out formula stands in the tests, in fp64.
+
+The Triton kernels hold a tile of queries and walk over the keys with an online softmax (Milakov and
+Gimelshein 2018; Dao 2023), or, where all keys fit on the chip (a text of 77 tokens), hold the keys
+and walk over the queries with a softmax in one pass. The scale is folded into the exponent,
+p = exp2(c * s - m) with c = scale * log2(e), and what is kept for the backward pass is
+log2(sum exp2(c * s)) per query, in fp32, +inf for a query that may see no key.
+
+A head dim is not padded to a power of two: it is cut into pieces that are, 40 = 32 + 8 columns of
+V and of the output where the matrix unit takes 8 (mma.sync), 32 + 16 where it takes 16 (wgmma,
+tcgen05, MFMA). The sum over the head dim in Q K^T goes in steps of 16 everywhere. Columns beyond D
+are zeros that are not read.
+
+fp32 goes through three TF32 products on NVIDIA (about 22 bits of each factor) and as it is on AMD.
+A head of 512, and fp32, is too wide to be kept: CHUNK columns of the rows at a time are read for
+each product, and SPLIT programs share the D output columns, each with all the scores.
+
+Bytes moved, in units of N * H * D * itemsize, with BLOCK_M queries and BLOCK_N keys a tile:
+
+    forward, streaming     2 L + 2 S ceil(L / BLOCK_M)
+    forward, keys on chip  2 L + 2 S programs    as many programs a head as fill the GPU, `_context`
+    backward, row sums     2 L
+    backward, dK and dV    2 L ceil(S / BLOCK_N) + 4 S
+    backward, dQ           3 L + 2 S ceil(L / BLOCK_M), twice for a mask's gradient in fp16, bf16
+
+and 4 bytes a query for each of its numbers (8 for the sum of fp32 and under an added mask, which is
+kept in two): one in the forward pass; one, 2 ceil(S / BLOCK_N), and 2 in the backward pass. Few
+keys, many queries: dK and dV are also written and read once in fp32 for each stretch of the
+queries. Rows read in chunks:
+
+    forward     L + SPLIT (L ceil(S / BLOCK_N) + S ceil(L / BLOCK_M)) + S ceil(L / BLOCK_M)
+
+Tensors whose rows do not begin at 16 bytes are copied first. A mask is read once for every score.
+Re-reads of K and V are what the L2 is for: one head of 4096 keys of 40 is 0.66 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_floating, check_number, compute_dtype
+from ..op import Op, Work
+from ..tuning import gpu_of
+from . import cpu, cuda, triton
+from .statistics import statistics_like
+
+CONTEXT = 336
+"""Keys that a text has at most (the longest class of the Triton kernel for contexts)."""
+WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+"""Where Triton's attention has the matrix instructions of a warp group and the CUDA kernel those of
+a warp (mma.sync), with which FlashAttention-2 reached a third of an H100's rate (Shah et al.
+2024)."""
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The op in plain PyTorch; see `attention`."""
+    if extra_k is not None and extra_v is not None:
+        k, v = torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape) + 0 * (k.sum() + v.sum()).to(q.dtype)
+    dtype = compute_dtype(q)
+    if mask is not None:
+        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+    q_heads, k_heads, v_heads = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (N, H, ., D)
+    with _without_autocast(q.device.type):
+        out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, scale=scale)
+    return out.transpose(1, 2).to(q.dtype).contiguous()  # (N, L, H, D)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would take the fp32 products back to half precision."""
+    if not _autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's Dynamo cannot trace the call
+def _autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def attention_formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The op as the paper has it; for fp64."""
+    if extra_k is not None and extra_v is not None:
+        k, v = torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scores = torch.einsum("nlhd,nshd->nhls", q, k) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    if scores.shape[3] == 0:
+        return q * 0
+    weights = torch.exp(scores - scores.amax(3, keepdim=True).clamp(min=-1e300))
+    total = weights.sum(3, keepdim=True)
+    return torch.einsum("nhls,nshd->nlhd", weights / total.where(total > 0, 1.0), v)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Any, ...]:
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else scale
+    return q, k, v, extra_k, extra_v, mask, scale
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), statistics_like(q)
+
+
+def _work(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, *_: Any) -> Work:
+    n, length, heads, d = q.shape
+    keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
+    return Work(
+        bytes=2 * (length + keys) * n * heads * d * q.element_size(),
+        flops=4 * n * heads * length * keys * d,
+    )
+
+
+def _shape_class(q: Tensor, k: Tensor, *_: Any) -> str:
+    """To a text or to an image, and the head dim."""
+    return f"{'context' if k.shape[1] <= CONTEXT else 'self'}/{q.shape[3]}"
+
+
+@torch.compiler.assume_constant_result
+def _unmeasured(device: torch.device) -> str | None:
+    return "triton" if gpu_of(device).architecture in WARP_GROUPS else None
+
+
+def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
+    q, k, v = draw(2, 16, 2, 40), draw(2, 24, 2, 40), draw(2, 24, 2, 40)
+    return {"q": q, "k": k, "v": v}
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> None:
+    check_floating("attention", "q", q)
+    if scale is not None:
+        check_number("attention", "scale", scale)
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            "attention: q and k must be (N, L, H, D) and (N, S, H, D), "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}; split the heads first"
+        )
+    n, length, heads, dim = q.shape
+    keys = k.shape[1]
+    if k.shape != (n, keys, heads, dim) or v.shape != k.shape:
+        raise ValueError(
+            f"attention: k and v must be (N, S, H, D) with N={n}, H={heads}, D={dim} as in q, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(
+            f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if (extra_k is None) != (extra_v is None):
+        raise ValueError("attention: extra_k and extra_v come together, got one of them")
+    if extra_k is not None and extra_v is not None:
+        extra = extra_k.shape[1] if extra_k.ndim == 4 else 0
+        if extra_k.shape != (n, extra, heads, dim) or extra_v.shape != extra_k.shape:
+            raise ValueError(
+                f"attention: extra_k and extra_v must be (N, T, H, D) with N={n}, H={heads}, "
+                f"D={dim} as in q, got {tuple(extra_k.shape)} and {tuple(extra_v.shape)}"
+            )
+        if extra_k.dtype != q.dtype or extra_v.dtype != q.dtype:
+            raise ValueError(
+                f"attention: extra_k and extra_v must have the dtype of q, {q.dtype}, "
+                f"got {extra_k.dtype} and {extra_v.dtype}"
+            )
+        keys += extra
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention: mask must be bool or floating point, got {mask.dtype}; "
+                "use mask.bool() if 1 marks the keys that may be seen"
+            )
+        full = (n, heads, length, keys)
+        last = zip(reversed(mask.shape), reversed(full), strict=False)
+        if mask.ndim > 4 or any(have not in (1, want) for have, want in last):
+            raise ValueError(
+                f"attention: mask must broadcast to (N, H, L, S) = {full}, got {tuple(mask.shape)}"
+                + ("" if extra_k is None else "; S counts the extra keys, which come last")
+            )
+
+
+_op = Op(
+    name="attention",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? extra_k, Tensor? extra_v, Tensor? mask, "
+    "float scale) -> Tensor",
+    reference=attention_reference,
+    formula=attention_formula,
+    arguments=_arguments,
+    fake=_fake,
+    work=_work,
+    shape_class=_shape_class,
+    unmeasured=_unmeasured,
+    example=_example,
+    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    statistics=True,
+    kept_outputs=(0,),
+)
+
+
+@_op.exposes
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention: ``softmax(scale * q k^T + mask) v`` per sample and head.
+
+    Args:
+        q: (N, L, H, D), fp64/fp32/fp16/bf16, any strides (a view of a packed QKV is fine).
+        k, v: (N, S, H, D), the dtype of q, any strides.
+        extra_k, extra_v: (N, T, H, D), keys and values that are seen after those of k and v, as if
+            concatenated to them (GLIDE's text tokens beside the image's).
+        mask: broadcasts to (N, H, L, S + T); bool, True where a key may be seen, or floating point,
+            added to the score. A query that may see no key gets zeros.
+        scale: factor of the scores; None is 1 / sqrt(D).
+
+    Returns:
+        (N, L, H, D), contiguous, in the dtype of q. Differentiable in all tensors but a
+        bool mask. The gradient of a mask needs N * H * L * (S + T) fp32 numbers on the way.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+
+    Vaswani et al. 2017, eq. 1.
+    """
+    _check(q, k, v, extra_k, extra_v, mask, scale)
+    result: Tensor = _op(*_arguments(q, k, v, extra_k, extra_v, mask, scale))
+    return result

@@ -1,0 +1,32 @@
+"""Checks of arguments that the public functions share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64, else fp32: the dtype in which every op takes its sums and statistics."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError unless x is a floating-point tensor."""
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}; use {name}.float()")
+
+
+def check_number(op: str, name: str, value: object, *, whole: bool = False) -> None:
+    """Raise ValueError unless value is a real number, or where `whole` an integer."""
+    kinds = (int, torch.SymInt) if whole else (float, int, torch.SymFloat, torch.SymInt)
+    if not isinstance(value, kinds):
+        expected = "an integer" if whole else "a number"
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+
+
+def check_shape(op: str, name: str, x: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Raise ValueError unless x is None or has one of the shapes."""
+    if x is not None and x.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")

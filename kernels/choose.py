@@ -1,0 +1,450 @@
+"""Which backend of an op runs: the order, the objections, the reasons.
+
+Every op has a readable `reference` and may have faster backends. In `auto` the first one in `ORDER`
+runs that has no objection (`why_not`) and is not known to be `slower` than a later one, unless
+another measured fastest for these arguments (`Choosable.first`); a backend that is forced, by
+``with fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND``, runs or
+raises `BackendError`. A fallback is never silent: when a backend made for the tensor's device
+objects, `auto` warns once per (op, reason).
+
+The choice is made when the op runs, inside a graph of `torch.compile` too. Tracing decides one
+thing only: whether the graph holds the op or its reference, operation by operation, for Inductor to
+fuse (`traces_reference`). Dynamo guards on that, so switching to or from the reference recompiles.
+
+What a call costs here is Python: what depends on device and dtype alone is worked out once per op.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+BACKENDS = (*ORDER, "auto")
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ()}
+"""Backend -> the device types that it is made for; empty: all. On others it is not a candidate, and
+passing over it does not warn."""
+EMULATED: dict[str, tuple[str, ...]] = {}
+"""Backend -> device types on which it also runs, slowly, and only when it is forced by name."""
+UNAVAILABLE: dict[str, str] = {}
+"""Backend -> why this installation has none of its kernels."""
+ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
+# os.environ says that a variable is not set by an exception, half a microsecond in every call
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_variable: Any = ENVIRONMENT_VARIABLE
+if _environment is not os.environ:
+    _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+_forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
+_served: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
+_warned: set[tuple[str, str]] = set()
+
+
+class _Forced(threading.local):
+    """What `_forced` means to a graph, where Dynamo can guard on it: it cannot on a ContextVar."""
+
+    def __init__(self) -> None:  # of every thread: Dynamo guards on what an instance has
+        self.any = False
+        """A backend is forced, "auto" among them."""
+        self.reference = False
+        self.kernel = False
+
+
+_traced = _Forced()
+
+
+class BackendError(RuntimeError):
+    """The forced backend cannot run this op; `reasons` has one sentence per backend."""
+
+    def __init__(self, message: str, reasons: dict[str, str | None]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
+class BackendWarning(UserWarning):
+    """`auto` passed over a backend made for this device; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One way to run an op: two plain functions, and when they can run."""
+
+    name: str
+    """One of `ORDER`."""
+    forward: Callable[..., Any]
+    """The op's arguments and `keep` -> (outputs, statistics). keep: whether a backward pass will
+    want the statistics, which are None otherwise (and always where the op has none)."""
+    backward: Callable[..., Any] | None = None
+    """The gradients of the outputs, what was kept (see `Op.keep`), the statistics where the op has
+    any, and `needs` -> a gradient, or None, per tensor argument."""
+    why_not: Callable[..., str | None] | None = None
+    """Why it cannot run these arguments, as one sentence with got and expected, or None."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Dtypes of the first tensor that it is made for; empty: all. Others are treated as `DEVICES`
+    are."""
+    slower: Callable[..., str | None] | None = None
+    """Where a later backend measured faster: the reason. No objection: a forced backend runs, and
+    `auto` goes on to the next one without a warning."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ORDER:
+            raise ValueError(f"backend must be one of {ORDER}, got {self.name!r}")
+
+    def wrapped(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Backend:
+        """The same with ``wrap(forward)`` in the place of its forward pass."""
+        return replace(self, forward=wrap(self.forward))
+
+    def made_for(self, device: str, dtype: torch.dtype) -> bool:
+        """Whether `auto` considers it for such a first tensor, and has to say why not."""
+        devices = DEVICES[self.name]
+        return (not devices or device in devices) and (not self.dtypes or dtype in self.dtypes)
+
+
+class Choosable(Protocol):
+    """What an op is here: a name and its backends."""
+
+    name: str
+    backends: dict[str, Backend]
+    """In the order of `ORDER`."""
+    candidates: dict[Any, tuple[Backend, ...]]
+    """(device, dtype, first) -> what `auto` goes through; emptied when `backends` changes."""
+
+    def first(self, args: tuple[Any, ...]) -> str | None:
+        """What `auto` tries before the others for these arguments; None: `ORDER` alone decides."""
+
+
+OPS: dict[str, Any] = {}
+"""Name -> op, each a `Choosable` that has a reference."""
+
+
+def forget_candidates() -> None:
+    """After `UNAVAILABLE` has changed."""
+    for op in OPS.values():
+        op.candidates.clear()
+
+
+def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
+    """Why a backend would not run these arguments now, None where it would."""
+    backend = available_backends(op).get(name)
+    if backend is None:
+        return missing(op, name)
+    x, devices = args[0], DEVICES[name]
+    device = x.device.type
+    emulated = device in EMULATED.get(name, ()) and selected_backend() == name
+    if devices and device not in devices and not emulated:
+        return f"it runs on {' and '.join(devices)}, got tensors on {device}"
+    if backend.dtypes and x.dtype not in backend.dtypes:
+        *known, got = (str(d).removeprefix("torch.") for d in (*backend.dtypes, x.dtype))
+        return f"it takes {', '.join(known)}, got {got}"
+    reason = None if backend.why_not is None else backend.why_not(*args)
+    if reason is None and backend.slower is not None and selected_backend() == "auto":
+        return backend.slower(*args)
+    return reason
+
+
+def available_backends(op: Choosable) -> dict[str, Backend]:
+    """The backends of an op that this installation has."""
+    return {name: b for name, b in op.backends.items() if name not in UNAVAILABLE}
+
+
+def missing(op: Choosable, name: str) -> str:
+    """Why an op does not have a backend here."""
+    return UNAVAILABLE.get(name, f"{op.name} has no {name} backend")
+
+
+def reasons(op: Choosable, args: tuple[Any, ...]) -> dict[str, str | None]:
+    """Backend -> why it would not run these arguments, None where it would."""
+    return {name: objection(op, name, args) for name in ORDER}
+
+
+def candidates(op: Choosable, args: tuple[Any, ...]) -> tuple[Backend, ...]:
+    """What `auto` goes through: the backends made for the device and dtype of the first tensor."""
+    x = args[0]
+    device = "cpu" if x.is_cpu else x.device.type
+    first = op.first(args) if device == "cuda" else None
+    if torch.compiler.is_compiling():
+        return _candidates(op, device, x.dtype, first)
+    key = device, x.dtype, first
+    found = op.candidates.get(key)
+    if found is None:
+        found = op.candidates[key] = _candidates(op, device, x.dtype, first)
+    return found
+
+
+def _candidates(
+    op: Choosable, device: str, dtype: torch.dtype, first: str | None
+) -> tuple[Backend, ...]:
+    known = available_backends(op)
+    names = [first, *(n for n in known if n != first)] if first in known else [*known]
+    return tuple(known[name] for name in names if known[name].made_for(device, dtype))
+
+
+def choose(op: Choosable, args: tuple[Any, ...]) -> Backend:
+    """The backend that these arguments get. Raises BackendError."""
+    name = selected_backend()
+    if transformed():
+        if name in ("auto", "reference"):
+            return op.backends["reference"]
+        raise BackendError(
+            f"backend {name!r} cannot run {op.name} under torch.func or forward-mode "
+            "differentiation, whose derivatives only the reference has; use backend='auto'",
+            {name: "it has no such derivatives"},
+        )
+    if name == "auto":
+        backend = _first_of(op, args)
+        if backend is not None:
+            return backend
+    elif objection(op, name, args) is None:
+        return op.backends[name]
+    why = reasons(op, args)
+    listed = "; ".join(f"{key}: {value or 'would run'}" for key, value in why.items())
+    raise BackendError(f"backend {name!r} cannot run {op.name} ({listed}); use backend='auto'", why)
+
+
+def _first_of(op: Choosable, args: tuple[Any, ...]) -> Backend | None:
+    """The first candidate without an objection that is not slower than a later one."""
+    for backend in candidates(op, args):
+        why_not, slower = backend.why_not, backend.slower
+        reason = None if why_not is None else why_not(*args)
+        if reason is not None:
+            _warn_once(op.name, backend.name, reason)
+        elif slower is None or slower(*args) is None:
+            if backend.name == "reference":
+                _warn_of_missing(args[0].device.type)
+            return backend
+    return None
+
+
+def traces_reference(op: Choosable, args: tuple[Any, ...]) -> bool:
+    """While tracing: whether the graph gets the reference in the op's place.
+
+    Yes where it is forced, and in `auto` where no kernel serves these arguments. Where a kernel is
+    forced the graph holds the op, which raises `BackendError` when it runs, as it does in eager.
+    """
+    if _traced.reference:
+        return True
+    asked = _from_environment()
+    if asked != "auto" and _traced.any:
+        asked = "auto"
+    found = _first_of(op, args)
+    if asked != "reference" and found is not None and found.name != "reference":
+        return False
+    return not _traced.kernel and asked in ("auto", "reference")
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is active: only the reference has those
+    derivatives, and an opaque kernel would silently give zeros."""
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def plain(arguments: Iterable[Any], *, on_cpu: bool, differentiable: bool = True) -> bool:
+    """Whether a call may go past PyTorch's dispatcher: no gradient is wanted, nothing is traced.
+
+    Args:
+        on_cpu: where all tensors have to be, on a CPU or not.
+        differentiable: whether a gradient can be wanted at all.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._get_tracing_state() is not None
+        or transformed()
+    ):
+        return False
+    wanted = differentiable and torch.is_grad_enabled()
+    for x in arguments:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_neg() or x.is_cpu is not on_cpu or (wanted and x.requires_grad):
+                return False
+        elif kind not in _NO_TENSORS and isinstance(x, Tensor):  # a subclass, which may do anything
+            return False
+    return True
+
+
+_NO_TENSORS = frozenset({type(None), bool, int, float, str})
+
+
+def _warn_once(op: str, backend_name: str, reason: str) -> None:
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        message = f"{op}: {backend_name} does not run here, the next one does: {reason}"
+        warnings.warn(message, BackendWarning, stacklevel=6)
+
+
+def _warn_of_missing(backend_name: str) -> None:
+    """Once, if there is a reason why it is missing: pip does not show what a build warned of."""
+    if (
+        backend_name in UNAVAILABLE
+        and not torch.compiler.is_compiling()
+        and ("", backend_name) not in _warned
+    ):
+        _warned.add(("", backend_name))
+        reason = UNAVAILABLE[backend_name]
+        message = f"fastdiff runs without its {backend_name} kernels, slower: {reason}"
+        warnings.warn(message, BackendWarning, stacklevel=6)
+
+
+# Dynamo cannot trace the environment either: what it says while tracing stays in the graph
+@torch.compiler.assume_constant_result
+def _from_environment() -> str:
+    """FASTDIFF_BACKEND, or "auto" where it is not set."""
+    if _variable not in _environment:
+        return "auto"
+    name = os.environ[ENVIRONMENT_VARIABLE] or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {BACKENDS}, got {name!r}")
+    return name
+
+
+# Dynamo cannot trace a ContextVar: it runs this function while tracing and keeps the answer
+@torch.compiler.assume_constant_result
+def selected_backend() -> str:
+    """The backend asked for: the innermost `backend()`, else FASTDIFF_BACKEND, else "auto"."""
+    name = _forced.get()
+    if name is None:
+        return "auto" if _variable not in _environment else _from_environment()
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` block on one backend; "auto" gives the choice back.
+
+    It holds for the thread or asyncio task that entered it, takes precedence over FASTDIFF_BACKEND,
+    and reaches into graphs of `torch.compile`, whenever they were compiled. A backward pass uses
+    the backend of its forward pass, inside the block or not.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    with _forcing(name):
+        yield
+
+
+@contextmanager
+def _forcing(name: str | None) -> Iterator[None]:
+    token = _forced.set(name)
+    before = _traced.any, _traced.reference, _traced.kernel
+    _traced.any, _traced.reference = name is not None, name == "reference"
+    _traced.kernel = name not in (None, "reference", "auto")
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _traced.any, _traced.reference, _traced.kernel = before
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint.checkpoint(..., context_fn=checkpoint_contexts)``: what is
+    computed again in the backward pass runs on the backends of the first time."""
+    return nullcontext(), _forcing(_forced.get())
+
+
+@contextmanager
+def record_backends() -> Iterator[dict[str, set[str]]]:
+    """Op -> the backends that ran it inside the ``with`` block; filled as the ops run.
+
+    Ops inside graphs of `torch.compile` are recorded too; a reference that was traced into a graph
+    is part of it and is not.
+    """
+    served: dict[str, set[str]] = {}
+    token = _served.set(served)
+    try:
+        yield served
+    finally:
+        _served.reset(token)
+
+
+def record(op: str, backend_name: str) -> None:
+    """Tell `record_backends` that a backend runs an op."""
+    served = _served.get()
+    if served is not None:
+        served.setdefault(op, set()).add(backend_name)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run (None: it would raise BackendError), and why each other one not."""
+
+    op: str
+    selected: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} (backend {self.selected!r}): {self.chosen or 'cannot run'}"]
+        for name, reason in self.reasons.items():
+            if name != self.chosen:
+                lines.append(
+                    f"  {name:<9} {reason or 'could run; it comes later or was not asked'}"
+                )
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend of `op` these arguments would get, and why the others would not run.
+
+    Args:
+        op: name of the op or its public function; args, kwargs: what the public function takes.
+
+    Raises:
+        ValueError: there is no such op, or no arguments are given.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise ValueError(f"op must be one of {tuple(sorted(OPS))}, got {name!r}")
+    if not args and not kwargs:
+        raise ValueError(
+            f"explain({name!r}) needs the arguments of {name}: the choice depends on them"
+        )
+    passed = bound_arguments(name, args, kwargs)
+    selected, why = selected_backend(), reasons(OPS[name], passed)
+    names = (backend.name for backend in candidates(OPS[name], passed))
+    order = tuple(names) if selected == "auto" else (selected,)
+    chosen = next((candidate for candidate in order if why[candidate] is None), None)
+    return Explanation(name, selected, chosen, why)
+
+
+def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the op gets when its public function is called so. Raises ValueError."""
+    op = OPS[name]
+    try:
+        bound = inspect.signature(op.public or op.reference).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"explain({name!r}) takes the arguments of {name}: {error}") from None
+    bound.apply_defaults()
+    given = tuple(bound.arguments.values())
+    if not isinstance(given[0], Tensor):
+        got = type(given[0]).__name__
+        raise ValueError(f"{name}: the first argument must be a tensor, got {got}")
+    passed: tuple[Any, ...] = op.arguments(*given)
+    return passed
+
+
+def available() -> dict[str, dict[str, str | None]]:
+    """Op -> backend -> why it is not there, None where it is."""
+    return {
+        op.name: {
+            name: None if name in available_backends(op) else missing(op, name) for name in ORDER
+        }
+        for op in OPS.values()
+    }

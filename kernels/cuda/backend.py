@@ -1,0 +1,39 @@
+"""An op's CUDA kernels as one of its backends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..choose import Backend
+from .library import SUPPORTED, refusal
+
+
+def cuda_backend(
+    *,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    why_not: Callable[..., str | None] | None = None,
+    dtypes: tuple[torch.dtype, ...] = SUPPORTED,
+) -> Backend:
+    """The backend "cuda" of an op; `why_not` says what it cannot run besides tensors on several
+    devices and what the library has no code for."""
+    names = list(inspect.signature(forward).parameters)
+
+    def objection(*args: Any) -> str | None:
+        x = args[0]
+        refused = refusal(x.device.index or 0) if x.is_cuda else None
+        if refused is not None:
+            return refused
+        for i, t in enumerate(args):
+            if isinstance(t, Tensor) and t.device != x.device:
+                return f"{names[i]} must be on the device of {names[0]}, {x.device}, got {t.device}"
+        return None if why_not is None else why_not(*args)
+
+    return Backend(
+        name="cuda", forward=forward, backward=backward, why_not=objection, dtypes=dtypes
+    )

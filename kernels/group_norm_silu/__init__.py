@@ -1,0 +1,218 @@
+"""GroupNorm, optional scale and shift (FiLM), SiLU: the norm of every residual block.
+
+    m, v   = mean and biased variance of x over the C/G channels of a group and all of space
+    n      = (x - m) / sqrt(v + eps) * weight + bias          Wu & He 2018, eq. 1-2 and 7
+    f      = n * (1 + scale) + shift                          Dhariwal & Nichol 2021, section 3.1
+    y      = f * sigmoid(f)                                   or f with activation "none"
+
+Bytes that must move: x once in, y once out, so 2 * N * C * H * W * itemsize; weight, bias,
+scale_shift and statistics are N * C numbers. The Triton implementation has two regimes, by bytes:
+
+    small   some groups of one sample fit in a program's registers: one launch, 2 trips
+    large   moments per (n, chunk of space, c) -> finalize to one scale and shift per (n, c) ->
+            apply: 3 trips, of which the second read finds the L2 where a sample fits there
+
+The CUDA kernels go 2 trips where a group fits into the shared memory of a block or, on sm_90, of a
+cluster of up to 16, else 3 (csrc/cuda/norm_plan.h); backward 3 or 5.
+
+The backward pass keeps x and the statistics (2 * N * G numbers) and computes the rest anew: x and
+dy in, dx out, 3 trips when small and 5 when large. To a large tensor's trips come the partial sums,
+20 (backward 16) bytes per channel and chunk of 128 or more positions, and the table of each
+channel's scale, shift and mean, 12 (backward 20) bytes per channel and tile of the last kernel, 64
+(32) positions; these are reads and writes of the caches.
+
+Statistics are fp32 (fp64 for fp64 input), whatever the dtype of x. The reference goes through a
+contiguous copy: PyTorch's CPU kernel for channels_last takes the variance as E[x^2] - E[x]^2 (at
+mean 100 and std 0.01 the result is wrong by 20, where the right one lies within 5), and its
+backward pass crashes the process when x needs no gradient (torch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_floating, check_number, check_shape, compute_dtype
+from ..op import Op, Work
+from ..tuning.measured import layout_and_regime
+from ..views import dense_like, memory_format_of
+from . import cpu, cuda, triton
+
+ACTIVATIONS = ("silu", "none")
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """The op in plain PyTorch; see `group_norm_silu`."""
+    dtype = compute_dtype(x)
+    if x.numel() == 0:  # group_norm would refuse; gradients are zeros of each one's shape
+        return x + sum(
+            0 * p.sum().to(x.dtype) for p in (weight, bias, scale_shift) if p is not None
+        )
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    centered = _subtract_mean(x.to(dtype).contiguous(), num_groups)
+    y = torch.group_norm(centered, num_groups, weight, bias, eps)
+    if scale_shift is not None:
+        scale, shift = (_over_space(half, x) for half in scale_shift.to(dtype).chunk(2, dim=1))
+        y = torch.addcmul(shift, y, 1 + scale)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def _subtract_mean(x: Tensor, num_groups: int) -> Tensor:
+    """Subtract from every group its mean.
+
+    GroupNorm and its gradient do not change when a group is shifted, so the shift is a constant to
+    autograd. It keeps the digits where the mean is large: the mean has an error of its own, and
+    PyTorch's dweight is a difference of two sums that grow with it.
+    """
+    size = x.shape[1] // num_groups
+    mean = x.detach().reshape(len(x), num_groups, -1).mean(2)  # (N, G)
+    return x - _over_space(mean.repeat_interleave(size, dim=1), x)
+
+
+def _over_space(numbers: Tensor, x: Tensor) -> Tensor:
+    """(N, C) as (N, C, 1, 1, ...), to broadcast over the space of x."""
+    return numbers.reshape(*numbers.shape, *[1] * (x.ndim - 2))
+
+
+def check_group_norm(
+    op: str,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> None:
+    """The checks shared by `group_norm_silu` and `add_group_norm_silu`. Raises ValueError."""
+    check_floating(op, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{op}: x must be (N, C, *spatial), got shape {tuple(x.shape)}")
+    n, c = x.shape[:2]
+    check_number(op, "num_groups", num_groups, whole=True)
+    check_number(op, "eps", eps)
+    if num_groups < 1 or c % num_groups:
+        raise ValueError(
+            f"{op}: num_groups must divide the {c} channels of x, got {num_groups}; "
+            "choose a divisor of the channel count"
+        )
+    check_shape(op, "weight", weight, (c,))
+    check_shape(op, "bias", bias, (c,))
+    check_shape(op, "scale_shift", scale_shift, (n, 2 * c))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def group_norm_silu_formula(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """The op as the papers have it; for fp64."""
+    n, c = x.shape[:2]
+    if x.numel() == 0:
+        return x * 1
+    groups = x.reshape(n, num_groups, -1)
+    mean = groups.mean(2, keepdim=True)
+    variance = ((groups - mean) ** 2).mean(2, keepdim=True)
+    y = ((groups - mean) / torch.sqrt(variance + eps)).reshape(n, c, -1)
+    if weight is not None:
+        y = y * weight[None, :, None]
+    if bias is not None:
+        y = y + bias[None, :, None]
+    if scale_shift is not None:
+        scale, shift = scale_shift[:, :c, None], scale_shift[:, c:, None]
+        y = y * (1 + scale) + shift
+    if activation == "silu":
+        y = y / (1 + torch.exp(-y))
+    return y.reshape(x.shape)
+
+
+def statistics_like(x: Tensor, num_groups: int) -> Tensor:
+    """Room for three fp32 numbers of each group, whose meaning is the backend's own."""
+    return x.new_empty(x.shape[0], num_groups, 3, dtype=torch.float32)
+
+
+def _fake(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return dense_like(x), statistics_like(x, num_groups)
+
+
+def _work(x: Tensor, *_: Any) -> Work:
+    return Work(bytes=2 * x.numel() * x.element_size())
+
+
+def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
+    x, scale_shift = draw(2, 64, 8, 8), draw(2, 128)
+    return {
+        "x": x, "num_groups": 32, "weight": draw(64), "bias": draw(64), "scale_shift": scale_shift,
+    }  # fmt: skip
+
+
+_op = Op(
+    name="group_norm_silu",
+    schema="(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? scale_shift, "
+    "float eps, str activation) -> Tensor",
+    reference=group_norm_silu_reference,
+    formula=group_norm_silu_formula,
+    fake=_fake,
+    work=_work,
+    shape_class=layout_and_regime,
+    example=_example,
+    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    statistics=True,
+    gradient_like=dense_like,
+)
+
+
+@_op.exposes
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """GroupNorm with optional scale and shift, then SiLU: ``silu(GN(x) * (1 + scale) + shift)``.
+
+    Args:
+        x: (N, C, *spatial), fp64/fp32/fp16/bf16, any strides; channels_last in gives channels_last
+            out.
+        num_groups: G, a divisor of C.
+        weight, bias: (C,), any float dtype, or None for 1 and 0.
+        scale_shift: (N, 2C) = [scale | shift], the FiLM projection as it comes out, or None.
+        eps: added to the variance.
+        activation: "silu" or "none".
+
+    Returns:
+        (N, C, *spatial) in the dtype of x. Differentiable in every tensor.
+
+    Raises:
+        ValueError: a shape, dtype or option that does not fit.
+
+    Wu & He 2018 (Group Normalization), eq. 1-2; scale and shift: Dhariwal & Nichol 2021, section
+    3.1.
+    """
+    check_group_norm("group_norm_silu", x, num_groups, weight, bias, scale_shift, activation, eps)
+    result: Tensor = _op(x, num_groups, weight, bias, scale_shift, eps, activation)
+    return result

@@ -1,0 +1,148 @@
+"""The CPU kernels of `group_norm_silu` and `add_group_norm_silu`, in
+csrc/cpu/group_norm_silu.cpp and csrc/cpu/group_norm_silu_backward.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import compiled
+from ..cpu import DTYPES, address, as_dtype_or_float, as_float, cpu_backend, room
+from ..views import memory_format_of
+from .adapters import without_addends
+
+
+def dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x without gaps, and True where its channels lie last (or there is one position only)."""
+    if x.is_contiguous():
+        return x, x.ndim == 2 or x.numel() == x.shape[0] * x.shape[1]
+    if memory_format_of(x) is torch.contiguous_format:
+        return x.contiguous(), False
+    return x, True
+
+
+def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
+    """t in the layout of a dense x."""
+    return t.contiguous(memory_format=memory_format_of(x))
+
+
+def norm_forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, total, statistics) of x + channel_add + residual; `total` is x where nothing is added.
+
+    statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps), if they are kept.
+    """
+    x, channels_last = dense(x)
+    n, c = x.shape[:2]
+    y = torch.empty_like(x)
+    adds = channel_add is not None or residual is not None
+    total = torch.empty_like(x) if adds else x
+    statistics = room(n, num_groups, 3) if keep else None
+    if x.numel() == 0:
+        return y, total, statistics
+    if residual is not None:
+        residual = laid_out_like(as_dtype_or_float(residual, x.dtype), x)
+    weight, bias, scale_shift = as_float(weight), as_float(bias), as_float(scale_shift)
+    channel_add = as_float(channel_add)
+    compiled.native.group_norm_silu(
+        DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        residual is not None and residual.dtype is not x.dtype,
+        x.data_ptr(),
+        address(residual),
+        address(channel_add),
+        c if channel_add is not None and channel_add.ndim == 2 else 0,
+        total.data_ptr() if adds else 0,
+        y.data_ptr(),
+        address(weight),
+        address(bias),
+        address(scale_shift),
+        address(statistics),
+        n,
+        c,
+        num_groups,
+        x.numel() // (n * c),
+        eps,
+    )
+    return y, total, statistics
+
+
+def norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    scale_shift: Tensor | None,
+    activation: str,
+    statistics: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the total x, weight, bias, channel_add and scale_shift."""
+    x, channels_last = dense(x)
+    n, c = x.shape[:2]
+    dx = torch.empty_like(x)
+    sums = partial(room, zeros=not x.numel())
+    dweight = None if weight is None else sums(c)
+    dbias = None if bias is None else sums(c)
+    dscale_shift = None if scale_shift is None else sums(n, 2 * c)
+    dchannel = sums(n, c) if needs[3] else None
+    if x.numel():
+        _run_backward(
+            (dy, dtotal, x, dx), channels_last, activation, (weight, bias, scale_shift), statistics,
+            (dweight, dbias, dscale_shift, dchannel),
+        )  # fmt: skip
+    if dchannel is not None and channel_add is not None and channel_add.ndim == 1:
+        dchannel = dchannel.sum(0)
+    found = (dweight, weight), (dbias, bias), (dchannel, channel_add), (dscale_shift, scale_shift)
+    return dx, *(None if g is None or p is None else g.to(p.dtype) for g, p in found)
+
+
+def _run_backward(
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    channels_last: bool,
+    activation: str,
+    parameters: tuple[Tensor | None, ...],
+    statistics: Tensor,
+    sums: tuple[Tensor | None, ...],
+) -> None:
+    """Fill dx, the last of the tensors (dy, dtotal, x, dx), and the fp32 sums that are wanted."""
+    dy, dtotal, x, dx = tensors
+    n, c = x.shape[:2]
+    dy, dtotal = laid_out_like(dy, x), None if dtotal is None else laid_out_like(dtotal, x)
+    filled = [as_float(p) for p in parameters]
+    compiled.native.group_norm_silu_backward(
+        DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        dy.data_ptr(),
+        address(dtotal),
+        x.data_ptr(),
+        dx.data_ptr(),
+        *map(address, filled),
+        statistics.data_ptr(),
+        *map(address, sums),
+        n,
+        c,
+        statistics.shape[1],
+        x.numel() // (n * c),
+    )
+
+
+BACKEND = cpu_backend(**without_addends(norm_forward, norm_backward))

@@ -1,0 +1,203 @@
+"""The CUDA kernels of `group_norm_silu` and `add_group_norm_silu`; their launchers are in
+csrc/cuda/group_norm_silu.cu."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cuda
+from ..views import memory_format_of
+from .adapters import without_addends
+
+cuda.declare("group_norm_plan", "iiiqiqiiqiip")
+cuda.declare("group_norm_backward_plan", "iiiqiqiiqiip")
+cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
+cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
+
+ON_CHIP: int | None = None
+"""Bytes of shared memory that a block of the CUDA kernel may fill; None: what the device has."""
+CLUSTER: int | None = None
+"""Blocks that share a sample's groups through a cluster's shared memory; None: as planned."""
+
+
+@dataclass(frozen=True)
+class _CudaLayout:
+    """x as the CUDA kernels take it: dense, (N, S, C) with channels_last, else (N, C, S)."""
+
+    x: Tensor
+    n: int
+    c: int
+    s: int
+    channels_last: bool
+
+    def dense(self, t: Tensor) -> Tensor:
+        """A tensor of x's shape in its layout and dtype."""
+        return t.to(self.x.dtype).contiguous(memory_format=memory_format_of(self.x))
+
+    def like(self, t: Tensor | None) -> Tensor | None:
+        """`dense` of a tensor that may be None."""
+        return None if t is None else self.dense(t)
+
+    def plan(self, groups: int, *tensors: Tensor | None, backward: bool = False) -> Any:
+        """How the kernels cut it up, by ON_CHIP and CLUSTER (NCHW has no clusters backward)."""
+        limit = -1 if ON_CHIP is None else ON_CHIP
+        cluster = 0 if CLUSTER is None or (backward and not self.channels_last) else CLUSTER
+        device, dtype = self.x.device.index or 0, cuda.DTYPES[self.x.dtype]
+        sizes = self.n, self.c, self.s, groups, cuda.aligned(self.x, *tensors)
+        name = "group_norm_backward_plan" if backward else "group_norm_plan"
+        return cuda_plan(
+            name, device, dtype, self.channels_last, *sizes, limit, cluster, cluster > 0
+        )
+
+
+@lru_cache(4096)
+def cuda_plan(name: str, *arguments: int) -> Any:
+    """NormPlan of csrc/cuda/norm_plan.h as a list, by "group_norm_plan" or the backward pass's.
+
+    arguments: the device, a code of DTYPES, channels_last, N, C, S, the groups, whether all is
+    aligned, and limits: see csrc/cuda/group_norm_silu.cu.
+
+    Raises:
+        RuntimeError: a cluster of the size asked for does not hold a group.
+    """
+    fields = (ctypes.c_int64 * 10)()
+    error = cuda.ask(name, *arguments, ctypes.addressof(fields))
+    if error is not None:
+        device, dtype, last, n, c, s, groups, _, limit, cluster, _ = arguments
+        kind = next(key for key, code in cuda.DTYPES.items() if code == dtype)
+        layout = f"({n}, {s}, {c})" if last else f"({n}, {c}, {s})"
+        raise RuntimeError(
+            f"{name}: {error} (x: {kind} {layout} in memory, {groups} groups, on cuda:{device}; "
+            f"clusters of {cluster or 'any size'}, "
+            f"{'all' if limit < 0 else limit} bytes of shared memory a block)"
+        )
+    return fields
+
+
+def _cuda_layout(x: Tensor) -> _CudaLayout:
+    form = memory_format_of(x)
+    x = x.contiguous(memory_format=form)
+    n, c = x.shape[:2]
+    s = math.prod(x.shape[2:])
+    return _CudaLayout(x, n, c, s, form != torch.contiguous_format or s == 1)
+
+
+def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if p is None else p.contiguous() for p in parameters)
+
+
+def norm_forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, total, statistics) of x + channel_add + residual; `total` is x where nothing is added.
+
+    statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps), which the kernels pass
+    to each other; they are written whether or not they are kept.
+    """
+    add = channel_add is not None or residual is not None
+    layout = _cuda_layout(x)
+    x = layout.x
+    y = torch.empty_like(x)
+    total = torch.empty_like(x) if add else x
+    statistics = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return y, total, statistics
+    weight, bias, scale_shift, channel_add = _dense(weight, bias, scale_shift, channel_add)
+    residual = layout.like(residual)
+    plan = layout.plan(num_groups, y, total, residual)
+    workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
+    cuda.launch(
+        "group_norm_silu", x, cuda.DTYPES[x.dtype], layout.channels_last,
+        layout.n, layout.c, layout.s, num_groups, ctypes.addressof(plan),
+        x.data_ptr(), y.data_ptr(), statistics.data_ptr(), workspace.data_ptr(),
+        *cuda.parameter(weight), *cuda.parameter(bias), *cuda.parameter(scale_shift),
+        *cuda.parameter(channel_add),
+        layout.c if channel_add is not None and channel_add.ndim == 2 else 0,
+        cuda.address(residual), total.data_ptr() if add else None, eps,
+        activation == "silu",
+    )  # fmt: skip
+    return y, total, statistics
+
+
+def norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    scale_shift: Tensor | None,
+    activation: str,
+    statistics: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the total x, weight, bias, channel_add and scale_shift."""
+    layout = _cuda_layout(x)
+    x, c = layout.x, layout.c
+    dx = torch.empty_like(x)
+    dweight, dbias = (torch.zeros(c, dtype=torch.float32, device=x.device) for _ in range(2))
+    parameters = weight, bias, scale_shift
+    weight, bias, scale_shift = _dense(*parameters)
+    film = 0 if scale_shift is None else scale_shift.numel()
+    dscale_shift = torch.zeros(film, dtype=torch.float32, device=x.device)
+    if scale_shift is not None:
+        dscale_shift = dscale_shift.view(scale_shift.shape)
+    if x.numel():
+        _run_backward(
+            layout, (dy, dtotal, dx), statistics, (weight, bias, scale_shift), activation,
+            (dweight, dbias, dscale_shift if film else None),
+        )  # fmt: skip
+    dchannel_add = None
+    if needs[3] and channel_add is not None:
+        over = [*([] if channel_add.ndim == 2 else [0]), *range(2, dx.ndim)]
+        dchannel_add = dx.sum(over, dtype=torch.float32) if over else dx.clone()
+        dchannel_add = dchannel_add.to(channel_add.dtype)
+    pairs = zip(parameters, (dweight, dbias, dscale_shift), strict=True)
+    of_weight, of_bias, of_film = (None if p is None else g.to(p.dtype) for p, g in pairs)
+    return dx, of_weight, of_bias, dchannel_add, of_film
+
+
+def _run_backward(
+    layout: _CudaLayout,
+    tensors: tuple[Tensor, Tensor | None, Tensor],
+    statistics: Tensor,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
+    activation: str,
+    sums: tuple[Tensor, Tensor, Tensor | None],
+) -> None:
+    """Fill dx, the last of the tensors (dy, dtotal, dx), and the sums: fp32 zeros for dweight,
+    dbias and dscale_shift."""
+    x, c, groups = layout.x, layout.c, statistics.shape[1]
+    dy, dtotal, dx = tensors
+    dy, dtotal = layout.dense(dy), layout.like(dtotal)
+    plan = layout.plan(groups, dy, dtotal, dx, backward=True)
+    numbers = plan[8] + 2 * layout.n * (c + groups)
+    workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)
+    cuda.launch(
+        "group_norm_silu_backward", x, cuda.DTYPES[x.dtype], layout.channels_last,
+        layout.n, c, layout.s, groups, ctypes.addressof(plan),
+        dy.data_ptr(), x.data_ptr(), cuda.address(dtotal), dx.data_ptr(), statistics.data_ptr(),
+        workspace.data_ptr(), *(part for p in parameters for part in cuda.parameter(p)),
+        *map(cuda.address, sums), activation == "silu",
+    )  # fmt: skip
+
+
+BACKEND = cuda.cuda_backend(**without_addends(norm_forward, norm_backward))

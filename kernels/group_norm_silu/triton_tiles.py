@@ -1,0 +1,238 @@
+"""What the Triton kernels of `group_norm_silu` and `add_group_norm_silu` share.
+
+A tensor is (N, C, S) to the kernels: element (n, c, s) lies at n * C * S + c * column_stride + s *
+row_stride, one of the strides being 1. A tile has ROWS positions of space and COLUMNS channels, so
+NCHW and NHWC differ in the tile's proportions alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from ..triton import cdiv, jit, next_power_of_2, tl
+from ..tuning import config
+from ..views import memory_format_of
+
+
+@jit
+def group_totals(
+    numbers: tl.tensor, SIZE: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr
+) -> tl.tensor:
+    """For each column the sum over its group: SIZE columns each, at most GROUPS groups."""
+    if GROUPS == 1:
+        totals = tl.sum(numbers, 0) + tl.zeros_like(numbers)
+    else:
+        group = tl.arange(0, COLUMNS) // SIZE
+        member = group[:, None] == tl.arange(0, GROUPS)[None, :]
+        of_group = tl.sum(tl.where(member, numbers[:, None], 0.0), 0)
+        totals = tl.sum(tl.where(member, of_group[None, :], 0.0), 1)
+    return totals
+
+
+@jit
+def film_scale(
+    scale_shift: tl.tensor,
+    sample: tl.tensor,
+    channel: tl.tensor,
+    channels: tl.tensor,
+    known: tl.tensor,
+) -> tl.tensor:
+    """1 + scale of each channel."""
+    film = known.to(tl.float32)
+    if scale_shift is not None:
+        source = scale_shift + sample * (2 * channels) + channel
+        film = 1.0 + tl.load(source, known, other=0.0).to(tl.float32)
+    return film
+
+
+@jit
+def affine(
+    weight: tl.tensor,
+    bias: tl.tensor,
+    scale_shift: tl.tensor,
+    sample: tl.tensor,
+    channel: tl.tensor,
+    channels: tl.tensor,
+    known: tl.tensor,
+) -> tl.tensor:
+    """What follows the norm as one scale and one shift per channel: (weight, bias), then FiLM."""
+    film = film_scale(scale_shift, sample, channel, channels, known)
+    scale = film
+    shift = tl.zeros_like(film)
+    if weight is not None:
+        scale = film * tl.load(weight + channel, known, other=0.0).to(tl.float32)
+    if bias is not None:
+        shift = film * tl.load(bias + channel, known, other=0.0).to(tl.float32)
+    if scale_shift is not None:
+        source = scale_shift + sample * (2 * channels) + channels + channel
+        shift += tl.load(source, known, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+# Regimes and tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """(N, C, S) in memory, and how the kernels walk it."""
+
+    samples: int
+    channels: int
+    space: int
+    size: int
+    """Channels of a group."""
+    layout: str
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of a row and of a column."""
+        return (self.channels, 1) if self.layout == "nhwc" else (1, self.space)
+
+
+def shape_of(x: Tensor, num_groups: int) -> Shape:
+    """Of a tensor that is dense in its `memory_format_of`."""
+    n, c = x.shape[:2]
+    space = x[0, 0].numel()
+    nhwc = space == 1 or memory_format_of(x) != torch.contiguous_format
+    return Shape(
+        samples=n,
+        channels=c,
+        space=space,
+        size=c // num_groups,
+        layout="nhwc" if nhwc else "nchw",
+    )
+
+
+def whole_groups(
+    shape: Shape, rows: int, itemsize: int, *, segment: int, least: int, most: int
+) -> int | None:
+    """How many groups a program takes: the fewest whose channels are dense reads.
+
+    In NHWC a row of the tile is whole 16-byte loads, 4 groups of 10 bf16 channels for one, and
+    `segment` bytes or more, or else 32. A tile has up to `least` numbers if there are as many; None
+    where it has more than `most`.
+    """
+    size, groups = shape.size, shape.channels // shape.size
+    area = lambda count: rows * next_power_of_2(count * size)  # noqa: E731
+    step, count = 16 // gcd(16, size * itemsize), 1
+    for wanted in (segment, 32):
+        if shape.layout == "nhwc":
+            count = min(groups, step * cdiv(wanted, step * size * itemsize))
+        if area(count) <= most:
+            while count * 2 <= groups and area(count * 2) <= least:
+                count *= 2
+            return count
+    return None
+
+
+def group_constants(shape: Shape, count: int, columns: int) -> dict[str, int]:
+    """Constants of the kernels that take whole groups: `count` of them."""
+    return {
+        "CHANNELS": count * shape.size,
+        "SIZE": shape.size,
+        "GROUPS": next_power_of_2(count),
+        "COLUMNS": columns,
+    }
+
+
+def small_regime(
+    name: str, x: Tensor, shape: Shape, *, share: int = 1
+) -> tuple[int, dict[str, int]] | None:
+    """Programs and constants of the one-launch regime, or None where a sample is too large.
+
+    share: the part of a program's registers that is left, 1 / share.
+    """
+    chosen = config(name, x, f"{shape.layout}/small")
+    rows = next_power_of_2(shape.space)
+    limits = {
+        "segment": chosen["SEGMENT"],
+        "least": chosen["LEAST"],
+        "most": chosen["MOST"] // share,
+    }
+    count = whole_groups(shape, rows, x.element_size(), **limits)
+    if count is None or x[0].numel() >= 2**31:  # offsets in a sample are 32-bit
+        return None
+    columns = next_power_of_2(count * shape.size)
+    warps = next_power_of_2(rows * columns // (32 * chosen["PER_THREAD"]))
+    constants = group_constants(shape, count, columns)
+    constants |= {"ROWS": rows, "num_warps": min(16, max(4, warps))}
+    return shape.samples * cdiv(shape.channels, constants["CHANNELS"]), constants
+
+
+@dataclass(frozen=True, kw_only=True)
+class Large:
+    """How the large regime cuts a sample up. Nothing here depends on the number of samples."""
+
+    chunks: int
+    steps: int
+    """Tiles of a chunk."""
+    tile: dict[str, int]
+    """ROWS, COLUMNS and num_warps of the kernels that take sums."""
+    apply_tile: dict[str, int]
+    programs: int
+    """For the sums of one sample."""
+    apply_programs: int
+    finalize_programs: int
+    finalize: dict[str, int]
+    samples: int
+    """Samples that go through all kernels before the next ones are read: they fit in the L2."""
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.steps * self.tile["ROWS"]
+
+
+def tile_of(shape: Shape, numbers: int, widest: int) -> tuple[int, int]:
+    """Rows and columns of a tile of `numbers`: along memory as far as it goes."""
+    if shape.layout == "nchw":
+        rows = min(numbers, next_power_of_2(shape.space))
+        return rows, min(numbers // rows, next_power_of_2(shape.channels))
+    widest = min(widest, next_power_of_2(shape.channels))
+    tried = [columns for columns in (widest, widest // 2) if columns]
+    columns = min(tried, key=lambda columns: (cdiv(shape.channels, columns) * columns, -columns))
+    return min(numbers // columns, next_power_of_2(shape.space)), columns
+
+
+def large_regime(name: str, x: Tensor, shape: Shape) -> Large:
+    chosen = config(name, x, f"{shape.layout}/large")
+    rows, columns = tile_of(shape, chosen["TILE"], chosen["COLUMNS"])
+    apply_rows, apply_columns = tile_of(shape, chosen["APPLY_TILE"], chosen["COLUMNS"])
+    tiles = cdiv(shape.channels, columns)
+    blocks = cdiv(shape.space, rows)
+    steps = max(cdiv(blocks * tiles, chosen["PROGRAMS"]), cdiv(chosen["CHUNK"], rows))
+    chunks = cdiv(blocks, steps)
+    merged = replace(shape, layout="nhwc")  # the partial sums are (chunks, C), fp32
+    numbers = chosen["FINALIZE"]
+    count = whole_groups(merged, 16, 4, segment=64, least=numbers // 2, most=numbers) or 1
+    widest = min(next_power_of_2(count * shape.size), numbers)
+    warps = {"num_warps": chosen["num_warps"]}
+    return Large(
+        chunks=chunks,
+        steps=steps,
+        tile={"ROWS": rows, "COLUMNS": columns, **warps},
+        apply_tile={"ROWS": apply_rows, "COLUMNS": apply_columns, **warps},
+        programs=chunks * tiles,
+        apply_programs=cdiv(shape.space, apply_rows) * cdiv(shape.channels, apply_columns),
+        finalize_programs=cdiv(shape.channels, count * shape.size),
+        finalize=group_constants(shape, count, widest) | {"ROWS": numbers // widest, **warps},
+        samples=max(1, chosen["L2_MIB"] * 2**20 // max(1, x[0].nbytes)),
+    )
+
+
+def mean_and_rstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of each group, (N, G) each and dense, in the memory of the statistics, (N, G, 3)."""
+    n, groups, _ = statistics.shape
+    mean, rstd, _ = statistics.view(3, n, groups).unbind()
+    return mean, rstd
+
+
+def slices(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t[start:stop] for t in tensors]
+
+
+def all_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]

@@ -1,0 +1,380 @@
+"""The Triton kernels of `sampler_step`, their launcher, and what is tuned.
+
+The maths and the bytes are in __init__.py, the columns of the table in table.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..philox_normal.triton import normals
+from ..triton import cdiv, jit, launch, merged, next_power_of_2, tl, triton_backend, with_tile
+from ..tuning import Config, Tunable, config, define_tunable
+from .layout import by_memory, strides_of, why_not
+
+
+@jit
+def _place(
+    e: tl.tensor, space: tl.tensor, c_stride: tl.tensor, s_stride: tl.tensor, DENSE: tl.constexpr
+) -> tl.tensor:
+    """Where element e of an image lies, e = c * space + s."""
+    if DENSE:
+        return e.to(tl.int64)
+    return (e // space).to(tl.int64) * c_stride + (e % space).to(tl.int64) * s_stride
+
+
+@jit
+def _places(
+    image: tl.tensor,
+    rows: tl.tensor,
+    cond: tl.tensor,
+    uncond: tl.tensor,
+    table_rows: tl.tensor,
+    images: tl.tensor,
+) -> tl.tensor:
+    """A sample's row, its images of the prediction (uncond -1: not guided); whether all are in
+    range, whether it is idle. cond, uncond: pointers or None."""
+    index = tl.load(rows + image)
+    own, other = image, tl.full([], -1, tl.int64)
+    if cond is not None:
+        own = tl.load(cond + image)
+    if uncond is not None:
+        other = tl.load(uncond + image)
+    valid = (index >= 0) & (index < table_rows) & (own >= 0) & (own < images)
+    valid = valid & (other >= -1) & (other < images)
+    return index, own, other, valid, index == -1
+
+
+@jit
+def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they load
+    x: tl.tensor,
+    prediction: tl.tensor,
+    history: tl.tensor,
+    table: tl.tensor,
+    rows: tl.tensor,
+    seeds: tl.tensor,
+    cond: tl.tensor,
+    uncond: tl.tensor,
+    denoised: tl.tensor,
+    finite: tl.tensor,
+    moments: tl.tensor,
+    table_rows: tl.tensor,
+    images: tl.tensor,
+    elements: tl.tensor,
+    space: tl.tensor,
+    x_n: tl.tensor,
+    x_c: tl.tensor,
+    x_s: tl.tensor,
+    f_n: tl.tensor,
+    f_c: tl.tensor,
+    f_s: tl.tensor,
+    slot_stride: tl.tensor,
+    h_n: tl.tensor,
+    h_c: tl.tensor,
+    h_s: tl.tensor,
+    d_n: tl.tensor,
+    d_c: tl.tensor,
+    d_s: tl.tensor,
+    parts: tl.tensor,
+    LEARNED: tl.constexpr,
+    X_DENSE: tl.constexpr,
+    F_DENSE: tl.constexpr,
+    H_DENSE: tl.constexpr,
+    D_DENSE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """BLOCK Philox counters, 4 elements each, of one image; letters as in the op's docstring.
+
+    moments: None, or (n, parts, 5) of `_moments_kernel`. A row out of range is read as NaN. Of an
+    idle sample nothing is read or written.
+    """
+    tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    block = (tl.program_id(0) % tiles) * BLOCK
+    e = block * 4 + tl.arange(0, 4 * BLOCK)
+    index, own, other, valid, idle = _places(image, rows, cond, uncond, table_rows, images)
+    row = table + index * 20
+    if moments is None:  # then no row of a guided sample may rescale
+        valid = valid & ((other < 0) | (tl.load(row + 16, valid, other=0.0) == 0))
+    written = (e < elements) & (idle == 0)
+    inside = written & valid
+    x += image * x_n + _place(e, space, x_c, x_s, X_DENSE)
+    f_place = _place(e, space, f_c, f_s, F_DENSE)
+    history += image * h_n + _place(e, space, h_c, h_s, H_DENSE)
+    value = tl.load(x, inside, other=0.0)
+    f = tl.load(prediction + own * f_n + f_place, inside, other=0.0).to(tl.float32)
+    broken = (tl.abs(f) < float("inf")) == 0  # NaN is not smaller
+
+    if uncond is not None:
+        guided = other >= 0
+        base = tl.load(prediction + other * f_n + f_place, inside & guided, other=0.0)
+        base = base.to(tl.float32)
+        broken = broken | ((tl.abs(base) < float("inf")) == 0)
+        weight = tl.load(row + 11, valid, other=float("nan"))
+        f = tl.where(guided, base + weight * (f - base), f)
+        if moments is not None:
+            phi = tl.load(row + 16, valid & guided, other=0.0)
+            if phi != 0:
+                ratio = _ratio_of_deviations(moments + image * parts * 5, parts, elements, PARTS)
+                f = phi * f * ratio + (1.0 - phi) * f
+    d = tl.load(row, valid, other=float("nan")) * value
+    d += tl.load(row + 1, valid, other=float("nan")) * f
+    bound = tl.load(row + 12, valid, other=float("nan"))
+    d = tl.where(d > bound, bound, tl.where(d < -bound, -bound, d))  # keeps NaN
+
+    out = tl.load(row + 2, valid, other=float("nan")) * value
+    out += tl.load(row + 3, valid, other=float("nan")) * d
+    for slot in tl.static_range(3):
+        c = tl.load(row + 4 + slot, valid, other=0.0)
+        read = inside & (c != 0)
+        out += c * tl.load(history + slot * tl.cast(slot_stride, tl.int64), read, other=0.0)
+    s = tl.load(row + 7, valid, other=0.0)
+    if s != 0:
+        factor = tl.full([4 * BLOCK], 0.0, tl.float32) + s
+        if LEARNED:
+            learned = prediction + own * f_n + tl.cast(elements // space, tl.int64) * f_c
+            v = tl.load(learned + f_place, inside, other=0.0).to(tl.float32)
+            broken = broken | ((tl.abs(v) < float("inf")) == 0)
+            fraction = (v + 1.0) * 0.5
+            low, high = tl.load(row + 13), tl.load(row + 14)
+            factor = tl.exp(0.5 * (fraction * high + (1.0 - fraction) * low))
+        number = tl.load(row + 15).to(tl.int64)
+        out += factor * normals(block, number, 1, tl.load(seeds + image), BLOCK)
+    slot = tl.load(row + 10, valid, other=-1.0).to(tl.int32)
+    kept = tl.load(row + 8, valid, other=0.0) * value + tl.load(row + 9, valid, other=0.0) * d
+    writes = inside & (slot >= 0) & (slot < 3)
+    tl.store(history + slot * tl.cast(slot_stride, tl.int64), kept, writes)
+    tl.store(x, out, written)
+    if denoised is not None:
+        denoised += image * d_n + _place(e, space, d_c, d_s, D_DENSE)
+        tl.store(denoised, d, written)
+    if finite is not None:  # bytes; several programs may store the same 0
+        wrong = (tl.max(broken.to(tl.int32), 0) > 0) | (valid == 0)
+        tl.store(finite + image, 0, wrong & (idle == 0))
+
+
+@jit
+def _moments_kernel(
+    prediction: tl.tensor,
+    table: tl.tensor,
+    rows: tl.tensor,
+    cond: tl.tensor,
+    uncond: tl.tensor,
+    moments: tl.tensor,
+    table_rows: tl.tensor,
+    images: tl.tensor,
+    elements: tl.tensor,
+    inner: tl.tensor,
+    f_n: tl.tensor,
+    f_outer: tl.tensor,
+    f_inner: tl.tensor,
+    parts: tl.tensor,
+    DENSE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Of every parts-th tile of one image: count, mean and sum of squared differences from it, of
+    F_cond and of F. Means are above the image's first number, so that a constant has none. A sample
+    that is not rescaled has no tiles, and nothing of it is read or written."""
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    index, own, other, valid, _ = _places(image, rows, cond, uncond, table_rows, images)
+    row = table + index * 20
+    wanted = valid & (other >= 0)
+    wanted = wanted & (tl.load(row + 16, wanted, other=0.0) != 0)
+    weight = tl.load(row + 11, wanted, other=0.0)
+    pair = (own - other) * f_n
+    prediction += other * f_n
+    first = tl.load(prediction, wanted, other=0.0).to(tl.float32)
+    first_cond = tl.load(prediction + pair, wanted, other=0.0).to(tl.float32)
+    first += weight * (first_cond - first)
+    count, mean, squares, mean_cond, squares_cond = 0.0, 0.0, 0.0, 0.0, 0.0
+    tiles = tl.where(wanted, (elements - 1) // TILE + 1, 0)
+    for tile in range(part, tiles, parts):
+        e = tile * TILE + tl.arange(0, TILE)
+        inside = e < elements
+        source = prediction + _place(e, inner, f_outer, f_inner, DENSE)
+        base = tl.load(source, inside, other=0.0).to(tl.float32)
+        f_cond = tl.load(source + pair, inside, other=0.0).to(tl.float32)
+        f = base + weight * (f_cond - base)
+        more = tl.minimum(elements - tile * TILE, TILE).to(tl.float32)
+        mean, squares = with_tile(f - first, inside, more, count, mean, squares)
+        mean_cond, squares_cond = with_tile(
+            f_cond - first_cond, inside, more, count, mean_cond, squares_cond
+        )
+        count += more
+    moments += tl.program_id(0).to(tl.int64) * 5
+    tl.store(moments, count, wanted)
+    tl.store(moments + 1, mean, wanted)
+    tl.store(moments + 2, squares, wanted)
+    tl.store(moments + 3, mean_cond, wanted)
+    tl.store(moments + 4, squares_cond, wanted)
+
+
+@jit
+def _ratio_of_deviations(
+    moments: tl.tensor, parts: tl.tensor, elements: tl.tensor, PARTS: tl.constexpr
+) -> tl.tensor:
+    """std(F_cond) / std(F) of an image from its parts; 1 where F is constant."""
+    part = tl.arange(0, PARTS)
+    source = moments + part * 5
+    inside = part < parts
+    count = tl.load(source, inside, other=0.0)
+    _, f = _merged_part(source + 1, inside, count, elements)
+    _, cond = _merged_part(source + 3, inside, count, elements)
+    return tl.where(f > 0, tl.sqrt_rn(tl.div_rn(cond, tl.where(f > 0, f, 1.0))), 1.0)
+
+
+@jit
+def _merged_part(
+    source: tl.tensor, inside: tl.tensor, count: tl.tensor, elements: tl.tensor
+) -> tl.tensor:
+    means = tl.load(source, inside, other=0.0)
+    squares = tl.load(source + 1, inside, other=0.0)
+    return merged(count, means, squares, elements)
+
+
+# Launcher
+
+PARTS = 64
+"""The most programs that share the moments of one image."""
+
+
+def forward(
+    x: Tensor,
+    prediction: Tensor,
+    history: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    seeds: Tensor,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    denoised: Tensor | None = None,
+    finite: Tensor | None = None,
+    rescale: bool = True,
+    keep: bool = False,
+) -> tuple[None, None]:
+    """Writes x, history, denoised and finite."""
+    if x.numel() == 0:
+        return None, None
+    n, c = x.shape[:2]
+    elements, space = x[0].numel(), x[0, 0].numel()
+    prediction, (f_c, f_s), f_dense = strides_of(prediction, 1)
+    written, x_strides, x_dense = strides_of(x, 1)
+    slots, h_strides, h_dense = strides_of(history, 2)
+    estimate, d_strides, d_dense = (None, (0, 0), True)
+    if denoised is not None:
+        estimate, d_strides, d_dense = strides_of(denoised, 1)
+    indices = table.contiguous(), rows.contiguous()
+    pair = [None if index is None else index.contiguous() for index in (cond, uncond)]
+    flags = None if finite is None else finite.contiguous().view(torch.uint8)
+    chosen = config("sampler_step", x, "any")
+    tile = 4 * chosen["BLOCK"]
+    tiles = cdiv(elements, tile)
+    moments, parts = None, 0
+    if uncond is not None and rescale:
+        parts = min(PARTS, cdiv(elements, 2 * tile))
+        moments = x.new_empty(n, parts, 5)
+        launch(
+            _moments_kernel,
+            (n * parts,),
+            *(prediction, *indices, *pair, moments, len(table), len(prediction), elements),
+            *by_memory(prediction, c, space, f_c, f_s),
+            parts,
+            DENSE=f_dense or (f_s == c and f_c == 1),
+            TILE=2 * tile,
+            num_warps=chosen["num_warps"],
+        )
+    launch(
+        _sampler_step_kernel,
+        (n * tiles,),
+        *(
+            written,
+            prediction,
+            slots,
+            *indices,
+            seeds.contiguous(),
+            *pair,
+            estimate,
+            flags,
+            moments,
+        ),
+        *(len(table), len(prediction), elements, space, written.stride(0), *x_strides),
+        *(prediction.stride(0), f_c, f_s, *slots.stride()[:2], *h_strides),
+        *(0 if estimate is None else estimate.stride(0), *d_strides, parts),
+        LEARNED=prediction.shape[1] == 2 * c,
+        X_DENSE=x_dense,
+        F_DENSE=f_dense,
+        H_DENSE=h_dense,
+        D_DENSE=d_dense,
+        PARTS=next_power_of_2(parts),
+        **chosen,
+    )
+    if written is not x:
+        x.copy_(written)
+    if slots is not history:
+        history.copy_(slots)
+    if denoised is not None and estimate is not None and estimate is not denoised:
+        denoised.copy_(estimate)
+    if finite is not None and flags is not None and not finite.is_contiguous():
+        finite.copy_(flags)
+    return None, None
+
+
+def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
+    for block in (64, 128, 256):
+        for warps in (2, 4, 8):
+            if 1 <= block // (32 * warps) <= 2:
+                yield {"BLOCK": block, "num_warps": warps}
+
+
+def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    """SD's latents, which a U-Net in channels_last gives back as they are; x in fp32, NCHW. Then:
+    everything dense, learned variance (ADM-256), rows that may rescale."""
+
+    def call(
+        shape: tuple[int, ...],
+        prediction_dtype: torch.dtype,
+        *,
+        guided: bool = True,
+        learned: bool = False,
+        layout: torch.memory_format = torch.contiguous_format,
+        rescale: bool = False,
+    ) -> Callable[[], Any]:
+        n, c, *rest = shape
+        x = torch.zeros(shape, device=device)
+        history, table = torch.zeros(3, *shape, device=device), torch.zeros(20, 20, device=device)
+        rows, seeds, cond, uncond = torch.arange(n, device=device).repeat(4, 1)
+        finite = torch.ones(n, dtype=torch.bool, device=device)
+        prediction = torch.zeros(
+            n * (1 + guided), c * (1 + learned), *rest, dtype=prediction_dtype, device=device
+        ).contiguous(memory_format=layout)
+        own, other = (cond + n, uncond) if guided else (None, None)
+        return lambda: forward(
+            x, prediction, history, table, rows, seeds, own, other, None, finite, rescale
+        )
+
+    latents, pixels, half = (4, 4, 64, 64), (4, 3, 256, 256), torch.bfloat16
+    return [
+        call(latents, half, layout=torch.channels_last),
+        call(latents, torch.float32, guided=False),
+        call(latents, half, rescale=True),
+        call(pixels, half, learned=True, layout=torch.channels_last),
+    ]
+
+
+define_tunable(
+    Tunable(
+        name="sampler_step",
+        shape_classes=("any",),
+        candidates=_candidates,
+        calls=_calls,
+        dtypes=(torch.float32,),
+    )
+)
+
+BACKEND = triton_backend(forward=forward, why_not=why_not)

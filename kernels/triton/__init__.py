@@ -1,0 +1,43 @@
+"""What the Triton kernels of all ops share: the launch, and small device functions."""
+
+from __future__ import annotations
+
+from .backend import triton_backend, why_not_dtypes
+from .functions import merged, sigmoid, two_sum, with_tile
+from .launches import (
+    DTYPES,
+    INTERPRETED,
+    Launch,
+    cdiv,
+    constexpr_function,
+    jit,
+    launch,
+    next_power_of_2,
+    recorded_architecture,
+    recording_launches,
+    target,
+    tl,
+    triton,
+)
+
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "Launch",
+    "cdiv",
+    "constexpr_function",
+    "jit",
+    "launch",
+    "merged",
+    "next_power_of_2",
+    "recorded_architecture",
+    "recording_launches",
+    "sigmoid",
+    "target",
+    "tl",
+    "triton",
+    "triton_backend",
+    "two_sum",
+    "why_not_dtypes",
+    "with_tile",
+]

@@ -1,0 +1,52 @@
+"""Device functions that the Triton kernels of several ops share."""
+
+from __future__ import annotations
+
+from .launches import jit, tl
+
+
+@jit
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    """1 / (1 + exp(-x)) in fp32: exact to the last places, no overflow (exp goes to inf or 0)."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@jit
+def two_sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """a + b rounded, and what the rounding took off (Knuth 1969, TAOCP 4.2.2, theorem B)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+# Moments: a count, the mean of so many numbers, and the sum of their squared differences from it.
+# Merged by the formula of Chan, Golub, LeVeque 1979, eq. 2.1; E[x^2] - E[x]^2 would lose all digits
+# where the mean is large.
+
+
+@jit
+def with_tile(
+    values: tl.tensor,
+    inside: tl.tensor,
+    more: tl.tensor,
+    count: tl.tensor,
+    mean: tl.tensor,
+    squares: tl.tensor,
+) -> tl.tensor:
+    """Mean and squares of `count` numbers and of the `more` numbers of a tile together."""
+    values = tl.where(inside, values, 0.0)
+    tile_mean = tl.sum(values) / more
+    apart = tl.where(inside, values - tile_mean, 0.0)
+    delta = tile_mean - mean
+    share = more / (count + more)
+    return mean + delta * share, squares + tl.sum(apart * apart) + delta * delta * count * share
+
+
+@jit
+def merged(counts: tl.tensor, means: tl.tensor, squares: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Mean and squares of `count` numbers from those of their parts along axis 0; a part may have
+    none. The mean is taken twice, the second time above the first."""
+    mean = tl.sum(means * counts, 0) / count
+    mean += tl.sum((means - tl.expand_dims(mean, 0)) * counts, 0) / count
+    apart = means - tl.expand_dims(mean, 0)
+    return mean, tl.sum(squares + counts * apart * apart, 0)

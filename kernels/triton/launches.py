@@ -1,0 +1,146 @@
+"""The launch of Triton kernels, with or without a triton to run them.
+
+Every kernel is started by `launch`. That makes the launches visible: `recording_launches` keeps
+them instead of running them, so that a call on meta tensors tells which kernels, grids and
+constants a real one would use. `benchmarks.resources` compiles those ahead of time for GPUs that
+this machine does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..choose import EMULATED, UNAVAILABLE
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+    UNAVAILABLE["triton"] = "the package triton is not installed (its wheels are for Linux)"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+"""True under TRITON_INTERPRET=1: kernels run in Python, on CPU tensors too. Fixed at import."""
+if INTERPRETED:
+    EMULATED["triton"] = ("cpu",)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`; without triton the function as it is, never to be called."""
+    return function if triton is None else triton.jit(function)
+
+
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """`triton.constexpr_function`: plain Python on constants, called inside a kernel."""
+    return function if triton is None else triton.constexpr_function(function)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n (1 for n <= 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One start of a kernel: what it was given, by parameter name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    """Tensors, numbers and None, then constants."""
+    num_warps: int
+    num_stages: int
+
+    def compile(self) -> Any:
+        """Compile it as a start of the kernel would, for triton's active driver; run nothing."""
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        values = [v for name, v in self.arguments.items() if name not in constants]
+        return self.kernel.warmup(
+            *values,
+            grid=self.grid,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            **{name: self.arguments[name] for name in constants},
+        )
+
+
+_recorded: list[Launch] | None = None
+_architecture: str | None = None
+
+
+def recorded_architecture() -> str | None:
+    """The architecture that `recording_launches` was asked for; None outside it."""
+    return _architecture
+
+
+@contextmanager
+def recording_launches(architecture: str | None = None) -> Iterator[list[Launch]]:
+    """Keep the launches in a list instead of running them; configs are those of `architecture`.
+
+    For calls on meta tensors: what a launcher returns holds no data.
+    """
+    global _recorded, _architecture
+    before = _recorded, _architecture
+    _recorded, _architecture = [], architecture
+    try:
+        yield _recorded
+    finally:
+        _recorded, _architecture = before
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Run a kernel on the device and the current stream of its first tensor.
+
+    Args:
+        kernel: a function under `jit`.
+        grid: programs along up to three axes; nothing runs if one is 0.
+        arguments: the kernel's tensors and numbers, in order.
+        constants: its `tl.constexpr` parameters.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = kernel.arg_names
+        bound = {**dict(zip(names, arguments, strict=False)), **constants}
+        assert set(bound) == set(names), f"{set(names) ^ set(bound)} of {kernel.__name__}"
+        _recorded.append(
+            Launch(
+                kernel=kernel,
+                grid=tuple(grid),
+                arguments=bound,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+        )
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[tuple(grid)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def target(architecture: str) -> Any:
+    """What triton calls an architecture."""
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)

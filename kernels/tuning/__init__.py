@@ -1,0 +1,43 @@
+"""Launch configs of the Triton kernels, and which backend measured fastest."""
+
+from __future__ import annotations
+
+from .configs import (
+    TUNED,
+    Config,
+    Gpu,
+    Tuned,
+    architectures,
+    config,
+    forget_configs,
+    gpu_of,
+    lookup,
+    nearest_architecture,
+    on_new_configs,
+    override_config,
+    read_tuned,
+    tuned_cache,
+    tuned_files,
+)
+from .tunables import TUNABLES, Tunable, define_tunable
+
+__all__ = [
+    "TUNABLES",
+    "TUNED",
+    "Config",
+    "Gpu",
+    "Tunable",
+    "Tuned",
+    "architectures",
+    "config",
+    "define_tunable",
+    "forget_configs",
+    "gpu_of",
+    "lookup",
+    "nearest_architecture",
+    "on_new_configs",
+    "override_config",
+    "read_tuned",
+    "tuned_cache",
+    "tuned_files",
+]

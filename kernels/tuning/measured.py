@@ -1,0 +1,50 @@
+"""Which backend measured fastest on a GPU: what `auto` tries first there.
+
+`python -m benchmarks.device` times Triton beside CUDA on the shapes of real networks and writes the
+winner of each (op, dtype, shape class) into the GPU's file of configs, ``tuned/<gpu>.json``, as
+"backends". Where nothing was measured, the order of `choose.ORDER` holds, unless the op knows
+better (`Op.unmeasured`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..views import memory_format_of
+from .configs import Gpu, gpu_of, on_new_configs, tuned_files
+
+LAUNCH_BYTES, CACHE_BYTES = 2**20, 2**25
+"""Below the first a launch takes longer than the work; from the second on x and y leave the L2."""
+ANY = "any"
+"""The class of all shapes together, for graphs: they may not depend on the batch."""
+
+
+def regime(x: Tensor, *_: Any) -> str:
+    """The shape class of an op that memory bounds: what decides its time."""
+    size = x.numel() * x.element_size()
+    return "launch" if size < LAUNCH_BYTES else "cache" if size < CACHE_BYTES else "memory"
+
+
+def layout_and_regime(x: Tensor, *_: Any) -> str:
+    """The shape class of an op whose time depends on the memory format as well."""
+    layout = "nchw" if memory_format_of(x) is torch.contiguous_format else "nhwc"
+    return f"{layout}/{regime(x)}"
+
+
+@torch.compiler.assume_constant_result
+def fastest(op: str, device: torch.device, dtype: torch.dtype, shape_class: str) -> str | None:
+    """The backend that measured fastest on a device's GPU; None where nothing was measured."""
+    return _fastest(op, gpu_of(device), f"{str(dtype).removeprefix('torch.')}/{shape_class}")
+
+
+@cache
+def _fastest(op: str, gpu: Gpu, key: str) -> str | None:
+    found = (tuned.backends.get(op, {}).get(key) for tuned in tuned_files(gpu))
+    return next((name for name in found if name is not None), None)
+
+
+on_new_configs(_fastest.cache_clear)

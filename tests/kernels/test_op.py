@@ -1,0 +1,383 @@
+"""One registration for all ops: what a graph follows, what backward passes take, what is saved."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff import kernels
+from fastdiff.kernels import BackendError
+from fastdiff.kernels.choose import bound_arguments
+from fastdiff.kernels.op import MARKS
+from tests.kernels import cases
+
+DIFFERENTIABLE = [name for name, op in kernels.OPS.items() if op.differentiable]
+pytestmark = cases.needs_native
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def example(name: str, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """An op's example, its tensors as leaves that want a gradient."""
+
+    def leaf(a: Any) -> Any:
+        wants = isinstance(a, Tensor) and a.is_floating_point()
+        return a.to(dtype).requires_grad_() if wants else a
+
+    return {key: leaf(a) for key, a in kernels.OPS[name].example(draw).items()}
+
+
+def leaves_of(given: dict[str, Any]) -> list[Tensor]:
+    return [a for a in given.values() if isinstance(a, Tensor) and a.requires_grad]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Which backends' backward passes ran, in order."""
+    seen: list[str] = []
+
+    def noted(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            seen.append(name)
+            return backward(*args)
+
+        return run
+
+    before = {name: op.backends for name, op in kernels.OPS.items()}
+    for op in kernels.OPS.values():
+        op.use(
+            {
+                name: known
+                if known.backward is None
+                else replace(known, backward=noted(name, known.backward))
+                for name, known in op.backends.items()
+            }
+        )
+    yield seen
+    for name, op in kernels.OPS.items():
+        op.use(before[name])
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+# What a graph follows
+
+
+@pytest.mark.parametrize("name", sorted(kernels.OPS))
+def test_a_graph_follows_the_backend_at_run_time(name: str) -> None:
+    """Compiled under `auto`, then forced: to another kernel in the same graph, to the reference and
+    back by recompiling, to what cannot run as eager raises."""
+    given = kernels.OPS[name].example(draw)
+    function = compiled(lambda: getattr(kernels, name)(**given))
+    others = [p for p in cases.BACKENDS if p != "reference" and not _skipped(p)]
+    with kernels.record_backends() as served:
+        function()
+    assert served == {name: {"cpu"}}
+    assert graphs() == 1
+    for backend in [p.values[0] for p in others]:
+        with kernels.backend(backend), kernels.record_backends() as served:
+            function()
+        assert served == {name: {backend}}
+    assert graphs() == 1
+    with kernels.backend("cuda"), pytest.raises(BackendError, match="it runs on cuda, got tensors"):
+        function()
+    assert graphs() == 1
+    with kernels.backend("reference"), kernels.record_backends() as served:
+        function()
+    # the reference's own operations are in the graph, where Dynamo can trace them
+    if kernels.OPS[name].traceable:
+        assert (served, graphs()) == ({}, 2)
+    else:
+        assert (served, graphs()) == ({name: {"reference"}}, 1)
+    before = graphs()
+    with kernels.record_backends() as served:
+        function()
+    assert (served, graphs()) == ({name: {"cpu"}}, before)
+
+
+def _skipped(parameter: Any) -> bool:
+    return any(mark.args and mark.args[0] for mark in getattr(parameter, "marks", ()))
+
+
+def test_a_graph_of_the_reference_gives_way_to_a_kernel_that_is_asked_for() -> None:
+    """`auto` has no kernel for fp64, so the graph holds the reference: a forced kernel must not
+    find it there."""
+    x = torch.randn(2, 8, dtype=torch.float64)
+    function = compiled(kernels.geglu)
+    with kernels.record_backends() as served:
+        function(x)
+    assert served == {}
+    with kernels.backend("cpu"), pytest.raises(BackendError, match="got float64"):
+        function(x)
+    torch.testing.assert_close(function(x), kernels.geglu(x))
+
+
+def test_a_graph_compiled_under_a_forced_kernel_is_as_free() -> None:
+    x = torch.randn(2, 8)
+    function = compiled(kernels.geglu)
+    with kernels.backend("cuda"), pytest.raises(BackendError, match="it runs on cuda"):
+        function(x)
+    with kernels.record_backends() as served:
+        function(x)
+    assert served == {"geglu": {"cpu"}}
+    assert graphs() == 1
+
+
+def test_a_thread_has_its_own_backend_in_a_graph() -> None:
+    x, seen = torch.randn(2, 8), []
+    function = compiled(kernels.geglu)
+    function(x)
+
+    def other() -> None:
+        with kernels.record_backends() as served:
+            function(x)
+        seen.append(served)
+
+    with kernels.backend("reference"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == [{"geglu": {"cpu"}}]
+
+
+def test_the_environment_is_followed_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8)
+    function = compiled(kernels.geglu)
+    function(x)
+    monkeypatch.setenv("FASTDIFF_BACKEND", "cuda")
+    with pytest.raises(BackendError, match="it runs on cuda"):
+        function(x)
+
+
+# What the backward pass takes
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_backward_takes_the_forward_passs_backend(name: str, graph: bool, ran: list[str]) -> None:
+    """Outside the block, in a thread of its own, under another backend."""
+    given = example(name)
+    leaves = leaves_of(given)
+
+    def call(*leaves: Tensor) -> Tensor:
+        y = getattr(kernels, name)(**given)
+        return sum(o.square().sum() for o in (y if isinstance(y, tuple) else (y,)))
+
+    function = compiled(call) if graph else call
+    with kernels.backend("cpu"):
+        loss = function(*leaves)
+    with kernels.backend("reference"):
+        expected = torch.autograd.grad(call(*leaves), leaves)
+    found: list[Any] = []
+
+    def differentiate() -> None:
+        with kernels.backend("triton"):  # which would object, or give other bits
+            found.append(torch.autograd.grad(loss, leaves))
+
+    thread = threading.Thread(target=differentiate)
+    thread.start()
+    thread.join()
+    assert ran == ["cpu"]
+    for have, want in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_marked_backend_is_told_through_a_graph(name: str, ran: list[str]) -> None:
+    """The same graph, two backends: each backward pass is its forward pass's."""
+    given = example(name)
+    leaves = leaves_of(given)
+
+    def call() -> Tensor:
+        y = getattr(kernels, name)(**given)
+        return sum(o.square().sum() for o in (y if isinstance(y, tuple) else (y,)))
+
+    others = [p.values[0] for p in cases.BACKENDS if p != "reference" and not _skipped(p)]
+    function = compiled(call)
+    losses = []
+    for backend in others:
+        with kernels.backend(backend):
+            losses.append(function())
+    for loss in reversed(losses):
+        torch.autograd.grad(loss, leaves)
+    assert ran == others[::-1]
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_checkpointing_recomputes_on_the_same_backend(name: str, ran: list[str]) -> None:
+    given = example(name)
+    leaves = leaves_of(given)
+
+    def call(*_: Tensor) -> Tensor:
+        y = getattr(kernels, name)(**given)
+        return sum(o.square().sum() for o in (y if isinstance(y, tuple) else (y,)))
+
+    with kernels.backend("cpu"), kernels.record_backends() as served:
+        plain = torch.autograd.grad(call(), leaves)
+        loss = checkpoint(
+            call, *leaves, use_reentrant=False, context_fn=kernels.checkpoint_contexts
+        )
+    assert served == {name: {"cpu"}}
+    with kernels.backend("reference"), kernels.record_backends() as served:
+        found = torch.autograd.grad(loss, leaves)
+    assert served == {name: {"cpu"}}  # the recomputed forward pass
+    assert ran == ["cpu", "cpu"]
+    assert all(map(torch.equal, found, plain))
+
+
+def test_without_its_mark_a_backward_pass_takes_the_reference(ran: list[str]) -> None:
+    """A hook that moves what is saved makes a tensor of other strides of the mark."""
+    given = example("group_norm_silu")
+    leaves = leaves_of(given)
+    copied = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().numpy().copy(), torch.from_numpy
+    )
+    with kernels.backend("cpu"):
+        expected = torch.autograd.grad(kernels.group_norm_silu(**given).square().sum(), leaves)
+        with copied:
+            loss = kernels.group_norm_silu(**given).square().sum()
+        found = torch.autograd.grad(loss, leaves)
+    assert ran == ["cpu", "reference"]
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+# What the op saves and returns, by its fake
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(kernels.OPS))
+def test_all_backends_return_what_the_fake_says(name: str, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides of the outputs and the statistics; a mark of the one that ran."""
+    op = kernels.OPS[name]
+    given = op.example(draw)
+    if op.differentiable:
+        given = {k: a.to(dtype) if isinstance(a, Tensor) else a for k, a in given.items()}
+    if name in ("group_norm_silu", "add_group_norm_silu"):
+        given = {
+            k: cases.channels_last(a) if isinstance(a, Tensor) and a.ndim == 4 else a
+            for k, a in given.items()
+        }
+    args = bound_arguments(name, (), given)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        expected = _tensors(op.known(*fakes))
+    for parameter in cases.BACKENDS:
+        backend = parameter if isinstance(parameter, str) else parameter.values[0]
+        if _skipped(parameter):
+            continue
+        fresh = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        with kernels.backend(backend):
+            found = _tensors(op.known(*fresh))
+        assert len(found) == len(expected)
+        for have, want in zip(found, expected, strict=True):
+            assert (have.shape, have.dtype) == (want.shape, want.dtype)
+            if have.numel():
+                assert have.stride() == want.stride()
+        if op.differentiable:
+            assert found[-1].stride() == (MARKS[backend],)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [] if result is None else [result]
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_registered_right(name: str, backend: str) -> None:
+    """By PyTorch's own checks, the reference inside the op too."""
+    given = example(name)
+    cases.check_registration(name, backend, *bound_arguments(name, (), given))
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivatives_of_every_op_on_every_backend(name: str, backend: str) -> None:
+    """As the formula has them in fp64."""
+    given, wide = example(name), example(name, dtype=torch.float64)
+
+    def twice(function: Callable[..., Any], given: dict[str, Any]) -> list[Tensor]:
+        y = function(**given)
+        outputs = y if isinstance(y, tuple) else (y,)
+        leaves = leaves_of(given)
+        first = torch.autograd.grad([o.sin().sum() for o in outputs], leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    with kernels.backend(backend), sdpa_kernel(SDPBackend.MATH):  # PyTorch's only one with these
+        found = twice(getattr(kernels, name), given)
+    for have, want in zip(found, twice(kernels.OPS[name].formula, wide), strict=True):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(have.double(), want, rtol=1e-3, atol=1e-4 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if "weight" in kernels.OPS[n].types])
+def test_an_empty_batch_gives_parameters_zeros(name: str, backend: str) -> None:
+    given = example(name)
+    for key in kernels.OPS[name].types:
+        batched = key in ("x", "residual", "scale_shift") or (key == "channel_add")
+        if batched and isinstance(given.get(key), Tensor):
+            given[key] = given[key][:0].detach().requires_grad_()
+    leaves = leaves_of(given)
+    with kernels.backend(backend):
+        y = getattr(kernels, name)(**given)
+        y = y[0] if isinstance(y, tuple) else y
+        found = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    for gradient, leaf in zip(found, leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+# What other transformations get
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_exported_programs_run_the_op(name: str) -> None:
+    given = kernels.OPS[name].example(draw)
+
+    class Module(torch.nn.Module):
+        def forward(self, **given: Any) -> Any:
+            return getattr(kernels, name)(**given)
+
+    program = torch.export.export(Module(), (), given)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert f"fastdiff.{name}.default" in targets
+    with kernels.record_backends() as served:
+        found = _tensors(program.module()(**given))
+    assert served == {name: {"cpu"}}
+    for have, want in zip(found, _tensors(getattr(kernels, name)(**given)), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_vmap_takes_the_reference_and_a_forced_kernel_refuses() -> None:
+    x = torch.randn(3, 2, 8)
+    torch.testing.assert_close(torch.vmap(kernels.geglu)(x), kernels.geglu(x))
+    refused = pytest.raises(BackendError, match=r"cannot run geglu under torch\.func")
+    with kernels.backend("cpu"), refused:
+        torch.vmap(kernels.geglu)(x)
+
+
+def test_tensors_on_several_devices_are_refused_by_name() -> None:
+    """Inside the op, where a kernel would take another device's address for one of its own."""
+    x, weight = torch.randn(2, 8), torch.empty(8, device="meta")
+    refused = pytest.raises(ValueError, match="weight must be on the device of x, cpu, got meta")
+    with kernels.backend("cpu"), refused:
+        kernels.OPS["layer_norm"]._run(x, weight, None, 1e-5)
