@@ -33,8 +33,8 @@ def write(folder: Path) -> None:
     """The same random weights as diffusers saves them, in both formats."""
     from safetensors.torch import save_file
 
-    from fastdiff.checkpoint.layouts.diffusers import names
-    from fastdiff.checkpoint.save import diffusers_state_dict, unet_options
+    from fastdiff.checkpoint.layouts.diffusers.read import names
+    from fastdiff.checkpoint.layouts.diffusers.write import diffusers_state_dict, unet_options
     from fastdiff.models.presets import UNETS
     from fastdiff.models.unet import UNet
 
@@ -95,7 +95,7 @@ def difference(folder: Path) -> float:
     x = torch.randn(1, 4, 32, 32, generator=generator)
     context = torch.randn(1, 77, 768, generator=generator)
     t = torch.tensor([501])
-    unet = fastdiff.load(folder / "safetensors").unet
+    unet = fastdiff.load(folder / "safetensors").denoiser
     assert unet is not None
     ours = unet(x, t, context=context)
     del unet
