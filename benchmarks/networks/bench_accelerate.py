@@ -33,7 +33,7 @@ from benchmarks.networks.bench_cpu_networks import KL_F8, Step, in_turns, keep, 
 from fastdiff.bench import shapes
 from fastdiff.bench.providers import import_diffusers
 from fastdiff.bench.record import Peak
-from fastdiff.checkpoint.layouts.diffusers import (
+from fastdiff.checkpoint.layouts.diffusers.read import (
     autoencoder_config,
     convert_state_dict,
     unet_config,

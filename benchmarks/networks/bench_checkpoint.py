@@ -33,8 +33,8 @@ def write(folder: Path) -> None:
     """The same random weights as diffusers saves them, in both formats."""
     from safetensors.torch import save_file
 
-    from fastdiff.checkpoint.layouts.diffusers import names
-    from fastdiff.checkpoint.save import diffusers_state_dict, unet_options
+    from fastdiff.checkpoint.layouts.diffusers.read import names
+    from fastdiff.checkpoint.layouts.diffusers.write import diffusers_state_dict, unet_options
     from fastdiff.models.presets import UNETS
     from fastdiff.models.unet import UNet
 

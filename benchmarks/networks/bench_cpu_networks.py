@@ -30,7 +30,7 @@ from benchmarks.harness import RECORDS
 from fastdiff.bench import shapes
 from fastdiff.bench.providers import import_diffusers
 from fastdiff.bench.record import END_TO_END, Record, quartiles_of
-from fastdiff.checkpoint.layouts.diffusers import (
+from fastdiff.checkpoint.layouts.diffusers.read import (
     autoencoder_config,
     convert_state_dict,
     unet_config,

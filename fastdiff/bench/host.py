@@ -263,7 +263,17 @@ class Worker:
 
     def save(self, path: str) -> None:
         """Write the examples for a worker of another checkout."""
-        torch.save(self.own, path)
+
+        def known(a: Any) -> Any:  # an enum of this version's is an int to another
+            return int(a) if isinstance(a, int) and not isinstance(a, bool) else a
+
+        torch.save(
+            {
+                op: (tuple(map(known, args)), {name: known(a) for name, a in kwargs.items()})
+                for op, (args, kwargs) in self.own.items()
+            },
+            path,
+        )
 
     def load(self, path: str) -> None:
         """Take another worker's examples, so that both make the same calls."""

@@ -128,11 +128,17 @@ class Model:
     __repr__ = __str__
 
     def assumed_lines(self) -> list[str]:
-        """One line on what was assumed, for a command that samples; no line if nothing was."""
-        if not self.assumed:
-            return []
-        facts = ", ".join(f"{name}={_short(value)}" for name, value in self.assumed.items())
-        return [f"assumed: {facts} (the files do not say; give the options if that is wrong)"]
+        """What a command that samples should say of the files: one line on what was assumed, one
+        if their sampler is not supported, one if a variant was not there for all parts."""
+        lines = []
+        if self.assumed:
+            facts = ", ".join(f"{name}={_short(value)}" for name, value in self.assumed.items())
+            lines.append(f"assumed: {facts} (the files do not say; give what is wrong yourself)")
+        if (reason := self.provenance.get("no_sampler")) is not None:
+            lines.append(f"sampler: not supported: {reason}")
+        if plain := self.provenance.get("without variant"):
+            lines.append(f"without variant: {', '.join(plain)}")
+        return lines
 
 
 def _short(value: Any) -> str:

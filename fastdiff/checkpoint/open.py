@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.checkpoint.build import Progress, plan_model
+from fastdiff.checkpoint.build import Progress
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts import compvis, ddpm, openai
-from fastdiff.checkpoint.layouts.bundle import load_bundle, shipped_bundles
-from fastdiff.checkpoint.layouts.folders import load_component, load_pipeline
+from fastdiff.checkpoint.layouts import Layout, Source, layouts
+from fastdiff.checkpoint.layouts.bundle import shipped_bundles, shipped_folder
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.recognise import recognise_file, recognise_folder
-from fastdiff.checkpoint.request import Request, Unsaid
-from fastdiff.checkpoint.weights import Weights
-from fastdiff.models.unet import UNet
+from fastdiff.checkpoint.options import Loading, LoadOptions
+from fastdiff.checkpoint.weights import Weights, some
+from fastdiff.diffusion.schedules import ScheduleConfig
 
 PathLike = str | os.PathLike[str]
 
@@ -26,14 +25,14 @@ PathLike = str | os.PathLike[str]
 def load(
     path: PathLike,
     *,
-    variant: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
-    text_encoders: bool = True,
-    tokenizer: PathLike | Sequence[PathLike] | None = None,
-    ema: bool = True,
     progress: Progress | None = None,
-    **unsaid: Any,
+    vae: PathLike | None = None,
+    tokenizer: PathLike | Sequence[PathLike] | None = None,
+    schedule: ScheduleConfig | str | None = None,
+    options: LoadOptions | None = None,
+    **said: Any,
 ) -> Model:
     """Open a checkpoint: a diffusers folder, a single file, or a fastdiff bundle.
 
@@ -46,108 +45,138 @@ def load(
             .ckpt, .pt or .bin file of CompVis' latent diffusion, Stable Diffusion 1, 2 or XL,
             OpenAI's guided-diffusion or improved-diffusion, or a port of DDPM; a bundle's or a
             training run's folder, or a shipped bundle's name.
-        variant: of the files in a diffusers folder, such as "fp16".
         dtype: what floating-point weights become; None: what each model mostly has in its file.
-        text_encoders: whether to load them; they need transformers.
-        tokenizer: a CLIP tokenizer's folder, or one per text encoder, for single files.
-        ema: take the averaged weights where a CompVis file has both.
         progress: called as progress(tensor, bytes) after each tensor.
-        unsaid: what single files do not say, the fields of `Unsaid`: prediction, schedule,
-            num_heads, head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size.
-            What was assumed for want of them stands in `provenance["assumed"]`.
+        vae: a file or folder whose autoencoder is used, for a model without one or instead of its
+            own.
+        tokenizer: a CLIP tokenizer's folder, or one per text encoder, for single files.
+        schedule: the noise of the training, whole or by the kind of its betas, where the files do
+            not say it.
+        options: the same and more as one object; what is given by name wins over it.
+        said: any other field of `LoadOptions`: variant, ema, text_encoders, prediction, num_heads,
+            head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size, ...
+
+    What had to be assumed is in `Model.assumed`, and in words in `Model.assumed_lines`.
 
     Raises:
         FileNotFoundError: nothing there, or a part of it is missing.
         ValueError: damaged, unknown, or parts that do not belong together; one line.
         ImportError: text encoders are wanted and transformers is not installed.
     """
-    folders = (tokenizer,) if isinstance(tokenizer, str | os.PathLike) else tuple(tokenizer or ())
-    request = Request(
-        variant=variant,
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = (tokenizer,)
+    if tokenizer is not None:
+        said["tokenizer"] = tuple(Path(folder) for folder in tokenizer)
+    if vae is not None:
+        said["vae"] = Path(vae)
+    if isinstance(schedule, str):
+        said["schedule"] = schedule
+    elif not isinstance(schedule, ScheduleConfig | None):
+        raise ValueError(
+            f"schedule must be a ScheduleConfig or the name of one, got {schedule!r:.60}"
+        )
+    loading = Loading(
+        options=replace(options or LoadOptions(), **said),
+        schedule=schedule if isinstance(schedule, ScheduleConfig) else None,
         dtype=dtype,
         device=device,
-        text_encoders=text_encoders,
-        tokenizers=folders,
-        ema=ema,
-        unsaid=Unsaid(**unsaid),
         progress=progress,
     )
-    model = _load(Path(path), request)
+    model = _open(Path(path), loading)
+    if loading.options.vae is not None:
+        model = _with_autoencoder(model, loading.options.vae, loading)
     _check_together(model)
     return model
 
 
-def _load(path: Path, request: Request) -> Model:
+def _open(path: Path, loading: Loading) -> Model:
+    source: Source
     if path.is_dir():
-        layout = recognise_folder(path)
-        if layout == "bundle":
-            return _bundle(path, request)
-        allowed = ("schedule", "prediction", "scale_factor", "image_size")
-        if extra := [name for name in request.unsaid.given if name not in allowed]:
-            raise ValueError(f"{path}: {', '.join(extra)} stand in its config.json; leave them out")
-        return (load_pipeline if layout == "pipeline" else load_component)(path, request)
-    if not path.exists():
-        if str(path) in shipped_bundles():
-            return _bundle(path, request)
+        source = path
+    elif path.exists():
+        if loading.options.variant is not None:
+            raise ValueError(
+                f"variant is for folders, got {loading.options.variant!r} with the file {path}"
+            )
+        source = open_weights(path)
+    elif (shipped := shipped_folder(str(path))) is not None:
+        source = shipped
+    else:
         raise FileNotFoundError(
             f"{path} is missing; give a file, a folder, or the name of a shipped model "
             f"({', '.join(shipped_bundles())})"
         )
-    if request.variant is not None:
-        raise ValueError(f"variant is for folders, got {request.variant!r} with the file {path}")
-    weights = open_weights(path)
-    layout = recognise_file(weights)
-    if layout == "compvis":
-        return compvis.load_compvis(weights, request)
-    if layout == "compvis first stage":
-        return compvis.load_first_stage(weights, request)
-    return _pixel_model(weights, layout, request)
+    return recognise(source).open(source, loading)
 
 
-def _pixel_model(weights: Weights, layout: str, request: Request) -> Model:
-    """guided-diffusion, improved-diffusion and DDPM: a U-Net on pixels and nothing else."""
-    unsaid = request.unsaid
-    assumed: dict[str, Any] = {}
-    if layout == "ddpm":
-        config, names = ddpm.unet_config(weights.shapes, unsaid), ddpm.names
-        schedule, size = ddpm.SCHEDULE, ddpm.IMAGE_SIZES.get(config.channel_mult)
-    else:
-        config, known = openai.pixel_unet_config(weights.shapes, unsaid)
-        names, schedule, size = openai.names, known.schedule, known.image_size
-        if unsaid.qkv_order is None:
-            assumed["qkv_order"] = config.qkv_order
-        if unsaid.timestep_scale is None and config.timestep_scale != 1:
-            assumed["timestep_scale"] = config.timestep_scale
-    if unsaid.num_heads is None and unsaid.head_dim is None:
-        heads = "num_heads" if config.num_heads is not None else "head_dim"
-        assumed[heads] = getattr(config, heads)
-    if unsaid.schedule is None:
-        assumed["schedule"] = schedule
-    if unsaid.prediction is None:
-        assumed["prediction"] = "eps"
-    if unsaid.image_size is None and size is not None:
-        assumed["image_size"] = size
-    denoiser: UNet = request.fill(plan_model(config, names, weights))
-    provenance: dict[str, Any] = {"facts": weights.facts, "assumed": assumed}
-    if config.in_channels == 6:
-        provenance["condition"] = "the low-resolution image, upsampled, in the last 3 channels of x"
-    return Model(
-        layout=layout,
-        denoiser=denoiser,
-        schedule=unsaid.schedule or schedule,
-        prediction=unsaid.prediction or "eps",
-        image_size=unsaid.image_size or size,
-        image_channels=image_channels(denoiser, None),
-        path=weights.path,
-        provenance=provenance,
+def recognise(source: Source) -> Layout:
+    """The layout of a folder or of an opened file, told by what is in it and never by its name.
+
+    Raises:
+        FileNotFoundError: a folder that holds no model.
+        ValueError: a file of no known layout; says what the file is, or lists its keys.
+    """
+    for layout in layouts():
+        if layout.recognises(source):
+            return layout
+    if isinstance(source, Path):
+        found = sorted(path.name for path in source.glob("*"))
+        raise FileNotFoundError(
+            f"{source}: expected model_index.json (a diffusers pipeline) or config.json (a model "
+            f"or a fastdiff bundle), got {some(found) or 'an empty folder'}"
+        )
+    raise ValueError(f"{source.path}: {_stranger(source)}")
+
+
+def _stranger(weights: Weights) -> str:
+    """What to say of a file of no known layout."""
+    for layout in layouts():
+        if (what := layout.refusal(weights)) is not None:
+            return f"these are {what}"
+    return (
+        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI or DDPM, got tensors of no "
+        f"known layout: {some(sorted(weights.places), 8) or 'none'}"
     )
 
 
-def _bundle(path: Path, request: Request) -> Model:
-    if request.unsaid.given or request.variant:
-        given = ", ".join([*request.unsaid.given, *(["variant"] if request.variant else [])])
-        raise ValueError(f"{path}: a bundle says everything itself; leave {given} out")
-    return load_bundle(path, device=request.device, dtype=request.dtype, progress=request.progress)
+def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
+    """The model with the autoencoder of another file or folder.
+
+    Raises:
+        ValueError: it holds none, or its latents are scaled in another way than the model's.
+    """
+    part = Loading(
+        options=LoadOptions(text_encoders=False, norm_groups=loading.options.norm_groups),
+        dtype=loading.dtype,
+        device=loading.device,
+        progress=loading.progress,
+    )
+    other = _open(path, part)
+    if other.autoencoder is None:
+        raise ValueError(f"{path} holds no autoencoder; give the file or folder of one as vae")
+    assumed, latent = model.assumed, model.provenance.get("latent size")
+    scale = model.scale_factor
+    if loading.options.scale_factor is None:
+        stated = "scale_factor" not in other.assumed
+        known = model.autoencoder is not None and "scale_factor" not in assumed
+        if known and stated and abs(other.scale_factor - scale) > 1e-6:
+            raise ValueError(
+                f"the latents of {path} are scaled by {other.scale_factor}, those of {model.path} "
+                f"by {scale}; use the autoencoder that belongs to it, or give scale_factor={scale} "
+                "if they were trained together"
+            )
+        if not known and stated:
+            scale = other.scale_factor
+            assumed.pop("scale_factor", None)
+    return replace(
+        model,
+        autoencoder=other.autoencoder,
+        scale_factor=scale,
+        image_size=model.image_size or (latent and latent * other.autoencoder.downsample_factor),
+        image_channels=image_channels(model.denoiser, other.autoencoder),
+        provenance={**model.provenance, "vae": str(path), "assumed": assumed},
+        stored_hash="",
+    )
 
 
 def _check_together(model: Model) -> None:
@@ -175,6 +204,6 @@ def _check_together(model: Model) -> None:
     classes = model.class_embedding
     if classes is not None and classes.embedding_dim != config.context_dim:
         raise ValueError(
-            f"{model.path}: the classes' tokens are {classes.embedding_dim} wide, the U-Net "
-            f"takes {config.context_dim}"
+            f"{model.path}: the classes' tokens are {classes.embedding_dim} wide, the denoiser "
+            f"reads {config.context_dim}"
         )

@@ -1,312 +1,37 @@
-"""The way back: a checkpoint as a diffusers folder that diffusers loads."""
+"""A model in any layout that can be written."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastdiff.checkpoint.build import Progress
-from fastdiff.checkpoint.layouts import diffusers
-from fastdiff.checkpoint.layouts.bundle import save_tensors
-from fastdiff.checkpoint.layouts.folders import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
+from fastdiff.checkpoint.layouts import layouts
 from fastdiff.checkpoint.model import Model
-from fastdiff.checkpoint.scheduler import scheduler_config
-from fastdiff.files import atomic_folder, write_json
-from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from fastdiff.models.layers import AttentionBlock
-from fastdiff.models.text import TextEncoder
-from fastdiff.models.unet import UNet, UNetConfig
-
-VERSION = {"_diffusers_version": "0.34.0"}  # whose options these are; pipelines look at it
-WEIGHTS = f"{STEMS[0]}.safetensors"
-TIME_EMBED_DIM = 256  # of each of SDXL's sizes and crops
-SAFETENSORS_METADATA = {"format": "pt"}  # diffusers asks for it
 
 
-def save_diffusers(
+def save(
     model: Model,
     folder: str | os.PathLike[str],
     *,
+    layout: str = "bundle",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint as diffusers would: all of it or nothing; an existing folder is replaced.
+    """Write a model: all of it or nothing; an existing folder is replaced.
 
+    layout: "bundle" or "diffusers", or another that can be written.
     dtype: what floating-point weights are stored as; None keeps each tensor's own.
+    progress: called as progress(tensor, bytes) after each tensor.
 
     Raises:
-        ValueError: a part that no model or pipeline of diffusers has; the message names it.
+        ValueError: there is no such layout, or it has no place for a part of the model.
         OSError: the folder cannot be written.
     """
-    parts: dict[str, tuple[UNet | Autoencoder, dict[str, Any]]] = {}
-    if (unet := _unet(model)) is not None:
-        linear = model.provenance.get("linear projections", unet.config.num_heads is None)
-        options = unet_options(unet.config, linear_projections=bool(linear))
-        if "addition_time_embed_dim" in options:
-            width = model.provenance.get("addition_time_embed_dim", TIME_EMBED_DIM)
-            options["addition_time_embed_dim"] = width
-        parts["unet"] = (unet, options)
-    if (first := model.autoencoder) is not None:
-        conditioned = unet is None or unet.config.context_dim is not None
-        options = autoencoder_options(first.config)
-        options["scaling_factor"] = model.scale_factor
-        parts["vae" if conditioned else "vqvae"] = (first, options)
-    if unet is not None and model.image_size is not None:
-        if first is not None:
-            parts["unet"][1]["sample_size"] = model.image_size // first.downsample_factor
-        elif unet.config.context_dim is None:
-            parts["unet"][1]["sample_size"] = model.image_size
-    if model.class_embedding is not None:
-        raise ValueError(
-            "diffusers has no pipeline with a table of classes as context (LDM's cin256); write a "
-            "bundle"
-        )
-    index = _index(model, {n: options["_class_name"] for n, (_, options) in parts.items()})
-    with atomic_folder(folder) as temporary:
-        alone = len(parts) == 1 and model.schedule is None and not model.text_encoders
-        for name, (part, options) in parts.items():
-            place = temporary if alone else temporary / name
-            place.mkdir(exist_ok=True)
-            write_json(place / CONFIG, {**options, **VERSION})
-            _write_weights(part, bool(options.get("use_linear_projection")), place, dtype, progress)
-        if not alone:
-            write_json(temporary / INDEX, {**index, **VERSION})
-        if model.schedule is not None:
-            (temporary / "scheduler").mkdir()
-            settings = scheduler_config(model.schedule, model.prediction, model.sampler)
-            write_json(temporary / "scheduler" / SCHEDULER_CONFIG, {**settings, **VERSION})
-        for name, encoder in zip(_text_names(model), model.text_encoders, strict=True):
-            _write_text(encoder, name, temporary, dtype)
-
-
-def _unet(model: Model) -> UNet | None:
-    """The denoiser, which diffusers' pipelines need to be a U-Net.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if model.denoiser is None or isinstance(model.denoiser, UNet):
-        return model.denoiser
-    raise ValueError(
-        f"a diffusers folder holds a U-Net, got {type(model.denoiser).__name__}; write a bundle"
-    )
-
-
-def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, Any]:
-    """The config.json of the diffusers U-Net that computes the same.
-
-    Raises:
-        ValueError: neither UNet2DConditionModel nor UNet2DModel has such an architecture.
-    """
-    if config.timestep_scale != 1:
-        raise _no_such("timestep_scale", config.timestep_scale, "1")
-    ddpm = config.time_embedding == "ddpm"
-    shared = {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": list(config.widths),
-        "layers_per_block": config.num_res_blocks,
-        "downsample_padding": int(config.downsample_padding == "symmetric"),
-        "flip_sin_to_cos": not ddpm,
-        "freq_shift": int(ddpm),
-        "norm_num_groups": config.norm_groups,
-        "norm_eps": config.norm_eps,
-        "dropout": config.dropout,
-        "act_fn": "silu",
-        "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
-    }
-    if config.num_classes is not None:
-        shared["num_class_embeds"] = config.num_classes + config.null_class
-    if config.context_dim is not None:
-        specific = _condition_options(config, linear_projections)
-    else:
-        specific = _unconditional_options(config)
-    return {**specific, **shared}
-
-
-def _condition_options(config: UNetConfig, linear_projections: bool) -> dict[str, Any]:
-    depths = list(config.attention_depth)
-    if depths[-1] not in (0, config.middle_depth) or config.middle_depth == 0:
-        raise _no_such("middle_depth", config.middle_depth, "that of the last level")
-    if config.resblock_updown:
-        raise _no_such("resblock_updown", True, "False with a context")
-    depths[-1] = config.middle_depth
-    on = [depth > 0 for depth in config.attention_depth]
-    heads = [config.heads(width) for width in config.widths]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "down_block_types": ["CrossAttnDownBlock2D" if x else "DownBlock2D" for x in on],
-        "up_block_types": ["CrossAttnUpBlock2D" if x else "UpBlock2D" for x in on[::-1]],
-        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
-        "cross_attention_dim": config.context_dim,
-        "attention_head_dim": heads[0] if config.num_heads is not None else heads,
-        "use_linear_projection": linear_projections,
-        **(
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": TIME_EMBED_DIM,
-                "projection_class_embeddings_input_dim": config.added_condition_dim,
-            }
-            if config.added_condition_dim is not None
-            else {}
-        ),
-    }
-
-
-def _unconditional_options(config: UNetConfig) -> dict[str, Any]:
-    attended = [w for w, d in zip(config.widths, config.attention_depth, strict=True) if d]
-    widths = {*attended, *([config.widths[-1]] if config.middle_depth else [])}
-    dims = {width // config.heads(width) for width in widths}
-    one_head = config.num_heads == 1
-    if len(dims) > 1 and not one_head:
-        raise _no_such("num_heads", config.num_heads, "1, or heads of one width (head_dim)")
-    if config.added_condition_dim is not None:
-        raise _no_such("added_condition_dim", config.added_condition_dim, "None without a context")
-    resnet = "resnet" if config.resblock_updown else "conv"
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-    if not config.resblock_updown:
-        plain = ("DownBlock2D", "UpBlock2D")
-    on = [depth > 0 for depth in config.attention_depth]
-    return {
-        "_class_name": "UNet2DModel",
-        "down_block_types": ["AttnDownBlock2D" if x else plain[0] for x in on],
-        "up_block_types": ["AttnUpBlock2D" if x else plain[1] for x in on[::-1]],
-        "downsample_type": resnet,
-        "upsample_type": resnet,
-        "attention_head_dim": None if one_head else next(iter(dims), 8),
-        "attn_norm_num_groups": config.norm_groups,
-        "add_attention": bool(config.middle_depth),
-    }
-
-
-def autoencoder_options(config: AutoencoderConfig) -> dict[str, Any]:
-    """The config.json of the AutoencoderKL or VQModel that computes the same."""
-    on = [config.has_attention(level) for level in range(len(config.channel_mult))]
-    vq = config.regularization == "vq"
-    return {
-        "_class_name": "VQModel" if vq else "AutoencoderKL",
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
-        "block_out_channels": list(config.widths),
-        "layers_per_block": config.num_res_blocks,
-        "latent_channels": config.latent_channels,
-        "down_block_types": ["AttnDownEncoderBlock2D" if x else "DownEncoderBlock2D" for x in on],
-        "up_block_types": ["AttnUpDecoderBlock2D" if x else "UpDecoderBlock2D" for x in on[::-1]],
-        "norm_num_groups": config.norm_groups,
-        "act_fn": "silu",
-        **({"num_vq_embeddings": config.codebook_size} if vq else {}),
-    }
-
-
-def diffusers_state_dict(
-    model: UNet | Autoencoder, *, linear_projections: bool = False
-) -> dict[str, Tensor]:
-    """Our weights under diffusers' names: views wherever rows need no other order."""
-    state = model.state_dict()
-    result: dict[str, Tensor] = {}
-    orders = {
-        f"{name}.qkv": (module.num_heads, module.qkv_order)
-        for name, module in model.named_modules()
-        if isinstance(module, AttentionBlock)
-    }
-    for name, keys in diffusers.names(model).items():
-        value = state[name]
-        heads, order = orders.get(name.rpartition(".")[0], (1, "new"))
-        if order == "legacy":  # rows (H, 3, d) to (3, H, d)
-            value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-        projection = name.endswith((".proj_in.weight", ".proj_out.weight"))
-        if projection and isinstance(model, UNet) and not linear_projections:
-            value = value[:, :, None, None]
-        result.update(zip(keys, value.chunk(len(keys)), strict=True))
-    return result
-
-
-def _no_such(name: str, got: Any, expected: str) -> ValueError:
-    return ValueError(
-        f"diffusers has no U-Net with {name} {got!r}, expected {expected}; save a bundle instead"
-    )
-
-
-def _write_weights(
-    model: UNet | Autoencoder,
-    linear: bool,
-    folder: Path,
-    dtype: torch.dtype | None,
-    progress: Progress | None,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for key, value in diffusers_state_dict(model, linear_projections=linear).items():
-        # A clone only where memory is shared or moves: safetensors refuses views.
-        tensors[key] = value.detach().to("cpu", dtype or value.dtype).contiguous().clone()
-        if progress is not None:
-            progress(key, tensors[key].nbytes)
-    save_tensors(tensors, folder / WEIGHTS, SAFETENSORS_METADATA)
-
-
-def _text_names(model: Model) -> list[str]:
-    encoders = model.text_encoders
-    if len(encoders) == 1:  # XL's refiner has the second encoder only
-        return ["text_encoder_2" if encoders[0].pooled else "text_encoder"]
-    return ["text_encoder", "text_encoder_2"][: len(encoders)]
-
-
-def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
-    """model_index.json: the pipeline of diffusers that has these parts (name -> class)."""
-    unet, text = _unet(model), _text_names(model)
-    pipeline = model.provenance.get("pipeline") or _pipeline(unet, parts, text)
-    result: dict[str, Any] = {"_class_name": pipeline}
-    for name, kind in parts.items():
-        result[name] = ["diffusers", kind]
-    if model.schedule is not None:
-        settings = scheduler_config(model.schedule, model.prediction, model.sampler)
-        result["scheduler"] = ["diffusers", settings["_class_name"]]
-    for name, encoder in zip(text, model.text_encoders, strict=True):
-        result[name] = ["transformers", type(encoder.model).__name__]
-        tokenizer = None if encoder.tokenizer is None else "CLIPTokenizer"
-        result[name.replace("text_encoder", "tokenizer")] = (
-            ["transformers", tokenizer] if tokenizer else [None, None]
-        )
-    if pipeline.startswith("StableDiffusionXL"):
-        result["force_zeros_for_empty_prompt"] = model.provenance.get(
-            "force_zeros_for_empty_prompt", pipeline == "StableDiffusionXLPipeline"
-        )
-        for name in ("text_encoder", "tokenizer"):
-            result.setdefault(name, [None, None])
-        if pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner is told a score, not sizes
-            result["requires_aesthetics_score"] = model.provenance.get(
-                "requires_aesthetics_score", text == ["text_encoder_2"]
-            )
-    elif pipeline.startswith("StableDiffusion"):
-        result["safety_checker"] = result["feature_extractor"] = [None, None]
-        result["requires_safety_checker"] = False
-    return result
-
-
-def _pipeline(unet: UNet | None, parts: dict[str, str], text: list[str]) -> str:
-    if unet is None or unet.config.context_dim is None:
-        return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
-    inpaint = unet.config.in_channels == 9
-    if unet.config.added_condition_dim is None:
-        return "StableDiffusionInpaintPipeline" if inpaint else "StableDiffusionPipeline"
-    if text == ["text_encoder_2"]:
-        return "StableDiffusionXLImg2ImgPipeline"
-    return "StableDiffusionXLInpaintPipeline" if inpaint else "StableDiffusionXLPipeline"
-
-
-def _write_text(encoder: TextEncoder, name: str, folder: Path, dtype: torch.dtype | None) -> None:
-    model: Any = encoder.model
-    own = next(nn.Module.parameters(model)).dtype
-    if dtype is None or dtype == own:
-        model.save_pretrained(folder / name, safe_serialization=True)
-    else:
-        state = {
-            key: value.to(dtype) if value.is_floating_point() else value
-            for key, value in model.state_dict().items()
-        }
-        model.save_pretrained(folder / name, state_dict=state, safe_serialization=True)
-    if encoder.tokenizer is not None:
-        encoder.tokenizer.save_pretrained(folder / name.replace("text_encoder", "tokenizer"))
+    writers = {known.name: known.save for known in layouts() if known.save is not None}
+    write = writers.get(layout)
+    if write is None:
+        raise ValueError(f"layout must be one of {', '.join(writers)}, got {layout!r:.60}")
+    write(model, Path(folder), dtype, progress)

@@ -244,36 +244,57 @@ def read_scheduler(data: Mapping[str, Any]) -> SchedulerConfig:
     """Read the contents of a scheduler_config.json.
 
     Options that another scheduler of diffusers has are left alone where this one has none (as
-    diffusers does: they are what `from_config` carried over); any other option must be off.
+    diffusers does: they are what `from_config` carried over). A scheduler or an option that
+    fastdiff does not know costs the sampler, not the model: noise and prediction are still read.
 
     Raises:
-        ValueError: another class, an unknown option, or noise or a prediction that we lack.
+        ValueError: noise or a prediction that fastdiff does not support, or that an unknown
+            scheduler does not state.
     """
     name = data.get("_class_name")
-    if not isinstance(name, str) or name not in DEFAULTS:
-        raise ValueError(
-            f"scheduler: _class_name must be one of {', '.join(DEFAULTS)}, got {name!r:.60}; "
-            "save the pipeline with one of these schedulers"
-        )
-    for key, value in data.items():
-        unknown = not key.startswith("_") and key not in KNOWN_OPTIONS
-        if unknown and value is not None and value is not False:
-            raise ValueError(f"{name}: option {key:.60} is unknown, got {value!r:.60}")
+    if not isinstance(name, str):
+        raise ValueError(f"scheduler: _class_name must be a class of diffusers, got {name!r:.60}")
+    strange = [
+        f"{key:.60}={value!r:.60}"
+        for key, value in data.items()
+        if not key.startswith("_") and key not in KNOWN_OPTIONS and value not in (None, False)
+    ]
+    defaults = DEFAULTS.get(name)
+    if defaults is None:
+        defaults = _noise_alone(name, data)
     options = {
         key: _checked(name, key, data.get(key, default), default)
-        for key, default in DEFAULTS[name].items()
+        for key, default in defaults.items()
     }
     schedule, prediction = (
         _schedule(name, options),
         _one_of(name, options, PREDICTIONS, "prediction_type"),
     )
     reason = _no_sampler(name, options)
+    if not reason and strange:
+        reason = f"fastdiff has no sampler like {name} with {', '.join(strange)}"
     return SchedulerConfig(
         schedule=schedule,
         prediction=prediction,
         sampler=None if reason else _settings(name, options),
         no_sampler=reason,
     )
+
+
+def _noise_alone(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler that fastdiff does not know says of the training's noise, and no more.
+
+    Raises:
+        ValueError: the file leaves a part of it to the defaults of a class that we cannot ask.
+    """
+    needed = [key for key in _TRAINING if key != "trained_betas"]
+    if missing := [key for key in needed if data.get(key) is None]:
+        raise ValueError(
+            f"{name:.60} is not a scheduler that fastdiff knows, and its file does not state "
+            f"{', '.join(missing)}; save the pipeline with one of {', '.join(DEFAULTS)}"
+        )
+    flow = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
+    return {**_TRAINING, **flow, "timestep_type": "discrete", "rescale_betas_zero_snr": False}
 
 
 def scheduler_config(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastdiff.checkpoint.build import Plan, Sources, check_names
-from fastdiff.checkpoint.request import Request
+from fastdiff.checkpoint.options import Loading
 from fastdiff.checkpoint.weights import Place, Weights, read_json
 from fastdiff.extras import import_extra
 from fastdiff.models.text import TextEncoder
@@ -39,7 +39,7 @@ _FIELDS = (
 _NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
 
 
-def plan_folder(folder: Path, weights: Weights, request: Request) -> Plan:
+def plan_folder(folder: Path, weights: Weights, loading: Loading) -> Plan:
     """A text_encoder folder of a diffusers pipeline: its config.json and the weights beside it.
 
     Raises:
@@ -55,20 +55,20 @@ def plan_folder(folder: Path, weights: Weights, request: Request) -> Plan:
             f"{path}: architectures must be CLIPTextModel or CLIPTextModelWithProjection, got "
             f"{kinds!r:.60}; text_encoders=False loads the rest"
         )
-    return _clip(data, kinds == known[1], weights, request)
+    return _clip(data, kinds == known[1], weights, loading)
 
 
-def plan_clip(weights: Weights, request: Request) -> Plan:
+def plan_clip(weights: Weights, loading: Loading) -> Plan:
     """CLIP's text model inside a single file, in transformers' own names."""
     weights = _plain(weights)
     # files of merged models have the projection too, which Stable Diffusion never runs
     names = {key: key for key in weights.places if key != "text_projection.weight"}
     weights = weights.renamed(names)
-    return _clip(_config(weights, "quick_gelu"), False, weights, request)
+    return _clip(_config(weights, "quick_gelu"), False, weights, loading)
 
 
 def plan_open_clip(
-    weights: Weights, request: Request, *, projection: bool, leave_out: int = 0
+    weights: Weights, loading: Loading, *, projection: bool, leave_out: int = 0
 ) -> Plan:
     """OpenCLIP's text model inside a single file.
 
@@ -82,7 +82,7 @@ def plan_open_clip(
             as_clip,
             places={k: v for k, v in as_clip.places.items() if not k.startswith(prefix)},
         )
-    return _clip(_config(as_clip, "gelu"), projection, as_clip, request)
+    return _clip(_config(as_clip, "gelu"), projection, as_clip, loading)
 
 
 def open_clip_as_clip(weights: Weights, *, projection: bool) -> Weights:
@@ -183,7 +183,7 @@ def _config(weights: Weights, activation: str) -> dict[str, Any]:
     }
 
 
-def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Request) -> Plan:
+def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loading) -> Plan:
     weights = _plain(weights)
     layers = data.get("num_hidden_layers")
     if not isinstance(layers, int) or layers > len(weights.places):
@@ -206,7 +206,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, request: Req
     check_names(model, sources, weights.shapes, str(weights.path))
     for module in model.modules():
         if isinstance(ids := getattr(module, "position_ids", None), torch.Tensor):
-            module.position_ids = torch.arange(ids.shape[-1], device=request.device).expand(1, -1)
+            module.position_ids = torch.arange(ids.shape[-1], device=loading.device).expand(1, -1)
     return Plan(model, sources, weights)
 
 

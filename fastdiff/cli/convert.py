@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.cli.console import Clock, print_pairs, progress
 from fastdiff.cli.machine import TORCH_NAMES, DtypeName
-from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName, OptionalPath, parse
+from fastdiff.cli.parsing import parse
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint.model import Model
-
-
-SAID = (
-    *("prediction", "num_heads", "head_dim", "qkv_order", "image_size"),
-    *("scale_factor", "timestep_scale"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,32 +40,7 @@ class Convert:
     """The layout to write."""
     dtype: Annotated[DtypeName | None, tyro.conf.arg(help_behavior_hint="")] = None
     """What the weights are stored as; left out: as in the source."""
-    variant: OptionalName = None
-    """Which files of a diffusers folder to read, such as fp16."""
-    prediction: Annotated[
-        Literal["eps", "v", "x0"] | None, tyro.conf.arg(help_behavior_hint="")
-    ] = None
-    """What the network returns, where a file does not say: v for Stable Diffusion 2 at 768."""
-    num_heads: OptionalInt = None
-    """Heads of every attention, where a file does not say."""
-    head_dim: OptionalInt = None
-    """Width of a head, where a file does not say."""
-    qkv_order: Annotated[Literal["legacy", "new"] | None, tyro.conf.arg(help_behavior_hint="")] = (
-        None
-    )
-    """Attention order of an OpenAI file."""
-    image_size: OptionalInt = None
-    """Height and width of the training's images, where a file does not say."""
-    scale_factor: OptionalFloat = None
-    """The latents are multiplied by it, where a file does not say."""
-    timestep_scale: OptionalFloat = None
-    """The network sees t times this; 1000 / T for improved-diffusion's rescale_timesteps."""
-    tokenizer: OptionalPath = None
-    """A CLIP tokenizer's folder, to go with a single file."""
-    ema: bool = True
-    """Take the averaged weights where the file has both."""
-    text_encoders: bool = True
-    """Convert the text encoders too; they need transformers."""
+    load: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
 
 
 def main(words: Sequence[str]) -> int:
@@ -81,34 +51,28 @@ def main(words: Sequence[str]) -> int:
 def run(options: Convert) -> int:
     import torch
 
-    from fastdiff.checkpoint.layouts.bundle import save_bundle
     from fastdiff.checkpoint.open import load
-    from fastdiff.checkpoint.save import save_diffusers
+    from fastdiff.checkpoint.save import save
 
     if options.target.exists():
         raise ValueError(f"{options.target} exists already; choose another folder")
-    unsaid = {name: value for name in SAID if (value := getattr(options, name)) is not None}
+    said = options.load
+    if options.to == "bundle":  # a bundle has no place for them
+        said = replace(said, text_encoders=False)
     dtype = getattr(torch, TORCH_NAMES[options.dtype]) if options.dtype else None
     clock, total = Clock(), _bytes(options.source)
     with progress("reading") as bar, clock("read"):
-        model = load(
-            options.source,
-            variant=options.variant,
-            dtype=None,
-            text_encoders=options.text_encoders and options.to != "bundle",
-            tokenizer=options.tokenizer,
-            ema=options.ema,
-            progress=_counter(bar, total),
-            **unsaid,
-        )
+        model = load(options.source, dtype=None, progress=_counter(bar, total), options=said)
     size = sum(tensor.nbytes for tensor in _tensors(model))
     with progress("writing") as bar, clock("write"):
-        if options.to == "bundle":
-            save_bundle(model, options.target, dtype=dtype)
-        else:
-            save_diffusers(model, options.target, dtype=dtype, progress=_counter(bar, size))
-    context = model.denoiser is not None and model.denoiser.config.context_dim is not None
-    left_out = options.to == "bundle" and context and options.text_encoders
+        counter = _counter(bar, size)
+        save(model, options.target, layout=options.to, dtype=dtype, progress=counter)
+    reads_text = (
+        model.denoiser is not None
+        and model.denoiser.config.context_dim is not None
+        and model.class_embedding is None
+    )
+    left_out = options.to == "bundle" and reads_text and options.load.text_encoders
     print_pairs(
         [
             ("layout", model.layout),

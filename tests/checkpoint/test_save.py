@@ -15,9 +15,9 @@ from torch import nn
 
 import fastdiff
 from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
-from fastdiff.checkpoint.layouts.diffusers import unet_config
+from fastdiff.checkpoint.layouts.diffusers.read import unet_config
+from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers, unet_options
 from fastdiff.checkpoint.model import Model
-from fastdiff.checkpoint.save import save_diffusers, unet_options
 from fastdiff.cli import main
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig

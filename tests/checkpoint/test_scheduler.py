@@ -30,6 +30,7 @@ STABLE_DIFFUSION = {
     "beta_end": 0.012,
     "steps_offset": 1,
 }
+UNKNOWN = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}  # stated, as diffusers does
 # scheduler_config.json of runwayml/stable-diffusion-v1-5 and of SDXL: each has options of others
 SD15 = {
     "_class_name": "PNDMScheduler",
@@ -256,12 +257,14 @@ def test_any_schedule_of_ours_reaches_diffusers(schedule: ScheduleConfig, name: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "EDMEulerScheduler"}, "_class_name must be one of DDPM"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": None},
+            "does not state prediction_type; save the pipeline with one of DDPM",
+        ),
         ({"_class_name": None}, "got None"),
         ({"prediction_type": "flow"}, "prediction_type must be one of epsilon"),
         ({"beta_schedule": "laplace"}, "beta_schedule must be one of linear"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas must be absent"),
-        ({"magic": 3}, "option magic is unknown, got 3"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps must be int, got '1000'"),
         ({"num_train_timesteps": True}, "num_train_timesteps must be int, got True"),
         ({"num_train_timesteps": 10**9}, "at most 1000000 timesteps"),
@@ -291,12 +294,17 @@ def test_what_the_model_cannot_have_is_named(change: dict[str, Any], message: st
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type="),
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
         ("DDPMScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
+        ("EulerDiscreteScheduler", {"magic": 3}, "EulerDiscreteScheduler with magic=3"),
+        ("DEISMultistepScheduler", UNKNOWN, "no sampler like DEIS"),
+        ("LCMScheduler", {**UNKNOWN, "original_inference_steps": 50}, "no sampler like LCM"),
+        ("TCDScheduler", UNKNOWN, "no sampler like TCD"),
+        ("KDPM2DiscreteScheduler", UNKNOWN, "no sampler like KDPM2"),
     ],
 )
 def test_a_sampler_that_we_lack_is_said_and_the_model_is_read(
     name: str, change: dict[str, Any], reason: str
 ) -> None:
-    data = {**DEFAULTS[name], **STABLE_DIFFUSION, **change, "_class_name": name}
+    data = {**DEFAULTS.get(name, {}), **STABLE_DIFFUSION, **change, "_class_name": name}
     read = read_scheduler(json.loads(json.dumps(data)))
     assert read.sampler is None
     assert reason in read.no_sampler

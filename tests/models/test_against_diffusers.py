@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.layouts.diffusers import (
+from fastdiff.checkpoint.layouts.diffusers.read import (
     autoencoder_config,
     convert_state_dict,
     unet_config,

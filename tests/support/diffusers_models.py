@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoint.layouts.diffusers import (
+from fastdiff.checkpoint.layouts.diffusers.read import (
     autoencoder_config,
     convert_state_dict,
     unet_config,

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.build import Progress, Sources, empty_model, fill
 from fastdiff.checkpoint.formats.safetensors import DTYPES, read_safetensors
+from fastdiff.checkpoint.layouts import Layout, Source
 from fastdiff.checkpoint.model import RUN_MODEL, Model
+from fastdiff.checkpoint.options import Loading
 from fastdiff.checkpoint.scheduler import SamplerSettings
-from fastdiff.checkpoint.weights import some
+from fastdiff.checkpoint.weights import read_json, some
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
@@ -283,6 +285,12 @@ def shipped_bundles() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}")))
 
 
+def shipped_folder(name: str) -> Path | None:
+    """The folder of a shipped bundle; None if there is none of that name."""
+    folder = ASSETS / name
+    return folder if len(Path(name).parts) == 1 and (folder / CONFIG_FILE).is_file() else None
+
+
 def _find(folder_or_name: str | os.PathLike[str]) -> Path:
     folder = Path(folder_or_name)
     if folder.is_dir():
@@ -293,8 +301,7 @@ def _find(folder_or_name: str | os.PathLike[str]) -> Path:
             f"{folder}: expected a bundle's folder (holding {CONFIG_FILE}), got a file; "
             f"give the folder, {folder.parent}"
         )
-    shipped = ASSETS / folder
-    if len(folder.parts) == 1 and (shipped / CONFIG_FILE).is_file():
+    if (shipped := shipped_folder(str(folder))) is not None:
         return shipped
     known = ", ".join(shipped_bundles()) or "none in this installation"
     raise FileNotFoundError(
@@ -415,3 +422,40 @@ def _weights_hash(model: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
     hashes = {name: record["sha256"] for name, record in weights.items()}
     text = json.dumps({"model": model, "weights": hashes}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_bundle(folder: Path) -> bool:
+    if (folder / "model_index.json").is_file():
+        return False
+    config = folder / CONFIG_FILE
+    if (folder / RUN_MODEL / CONFIG_FILE).is_file():
+        return True  # a training run
+    return config.is_file() and "format" in read_json(config)
+
+
+def _open(source: Source, loading: Loading) -> Model:
+    assert isinstance(source, Path)
+    allowed = ("vae", "tokenizer", "ema", "text_encoders")
+    if given := [name for name in loading.given if name not in allowed]:
+        raise ValueError(f"{source}: a bundle says everything itself; leave {', '.join(given)} out")
+    return load_bundle(
+        source, device=loading.device, dtype=loading.dtype, progress=loading.progress
+    )
+
+
+def _save(model: Model, folder: Path, dtype: torch.dtype | None, progress: Progress | None) -> None:
+    save_bundle(model, folder, dtype=dtype, progress=progress)
+
+
+LAYOUT = Layout(
+    name=NAME,
+    folder=_is_bundle,
+    refused={
+        "the weights of a fastdiff bundle, whose config stands beside them; give the folder": (
+            "input_blocks.0.0.weight",
+            "output_blocks.0.0.norm1.weight",
+        ),
+    },
+    open=_open,
+    save=_save,
+)

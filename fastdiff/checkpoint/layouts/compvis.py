@@ -17,9 +17,9 @@ from torch import nn
 
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
-from fastdiff.checkpoint.layouts import ddpm, openai
+from fastdiff.checkpoint.layouts import Layout, Source, ddpm, openai
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.request import Request
+from fastdiff.checkpoint.options import Loading
 from fastdiff.checkpoint.weights import Weights, some
 from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -37,6 +37,24 @@ _DERIVED = re.compile(
 )
 STABLE_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
 LATENT_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+# Heads of the published models whose shapes leave a choice, from the configs in CompVis'
+# repositories, by width, channel_mult and width of the context.
+PUBLISHED_HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, int]] = {
+    (256, (1, 2, 4), 512): {"head_dim": 32},  # cin-ldm-vq-f8
+    (192, (1, 2, 3, 5), 512): {"num_heads": 1},  # cin256-v2
+    (192, (1, 2, 3, 5), 640): {"head_dim": 32},  # text2img256
+    (128, (1, 2, 3, 4), 512): {"head_dim": 32},  # layout2img-openimages256
+    (256, (1, 2, 3, 4), None): {"num_heads": 8},  # inpainting_big
+}
+# What a file's metadata may say that the network returns (the model metadata specification of
+# Stability AI, and what trainers write).
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "eps": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "sample": "x0",
+}
 SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
 
 
@@ -45,7 +63,7 @@ class Reading:
     """A file, what of it has been read, and what had to be assumed."""
 
     weights: Weights
-    request: Request
+    loading: Loading
     read: set[str] = field(default_factory=set)
     assumed: dict[str, Any] = field(default_factory=dict)
 
@@ -59,13 +77,13 @@ class Reading:
         return value
 
 
-def load_compvis(weights: Weights, request: Request) -> Model:
+def load_compvis(weights: Weights, loading: Loading) -> Model:
     """A whole file: U-Net, first stage, what conditions them.
 
     Raises:
         ValueError: keys that are unknown, missing or mis-shaped; they are listed.
     """
-    reading = Reading(weights, request)
+    reading = Reading(weights, loading)
     unet_weights, averaged = _unet_weights(reading)
     first_stage = _without_loss(reading.under(FIRST_STAGE))
     condition = _condition_weights(reading)
@@ -81,15 +99,13 @@ def load_compvis(weights: Weights, request: Request) -> Model:
     plan = plan_model(config, openai.names, unet_weights)
     vae_plan: Plan | None = None
     if first_stage.places:
-        vae_config = ddpm.autoencoder_config(first_stage.shapes, request.unsaid)
+        vae_config = ddpm.autoencoder_config(first_stage.shapes, loading.options)
         vae_plan = plan_model(vae_config, ddpm.names, first_stage)
-    classes = _class_embedding(condition, request) if is_table else None
+    classes = _class_embedding(condition, loading) if is_table else None
     text_plans = _text_plans(reading, condition, xl) if classes is None else []
-    unet: UNet = request.fill(plan)
-    autoencoder: Autoencoder | None = None if vae_plan is None else request.fill(vae_plan)
-    # trainers mark Stable Diffusion XL files of v-prediction by an empty tensor of that name
-    said: Prediction | None = "v" if "v_pred" in weights.places else None
-    prediction = request.unsaid.prediction or said or reading.assume("prediction", "eps")
+    unet: UNet = loading.fill(plan)
+    autoencoder: Autoencoder | None = None if vae_plan is None else loading.fill(vae_plan)
+    prediction = _prediction(reading)
     return Model(
         layout="compvis",
         denoiser=unet,
@@ -99,7 +115,7 @@ def load_compvis(weights: Weights, request: Request) -> Model:
         schedule=_schedule(reading, config),
         prediction=prediction,
         scale_factor=_scale_factor(reading, config, autoencoder),
-        image_size=request.unsaid.image_size
+        image_size=loading.options.image_size
         or reading.assume("image_size", _image_size(config, prediction)),
         image_channels=image_channels(unet, autoencoder),
         path=weights.path,
@@ -112,17 +128,17 @@ def load_compvis(weights: Weights, request: Request) -> Model:
     )
 
 
-def load_first_stage(weights: Weights, request: Request) -> Model:
+def load_first_stage(weights: Weights, loading: Loading) -> Model:
     """An autoencoder alone."""
-    reading = Reading(weights, request)
+    reading = Reading(weights, loading)
     own = _without_loss(weights)
-    config = ddpm.autoencoder_config(own.shapes, request.unsaid)
-    autoencoder: Autoencoder = request.fill(plan_model(config, ddpm.names, own))
+    config = ddpm.autoencoder_config(own.shapes, loading.options)
+    autoencoder: Autoencoder = loading.fill(plan_model(config, ddpm.names, own))
     return Model(
         layout="compvis",
         autoencoder=autoencoder,
         scale_factor=_scale_factor(reading, None, autoencoder),
-        image_size=request.unsaid.image_size,
+        image_size=loading.options.image_size,
         image_channels=autoencoder.config.image_channels,
         path=weights.path,
         provenance={"facts": weights.facts, "assumed": reading.assumed},
@@ -139,7 +155,7 @@ def _unet_weights(reading: Reading) -> tuple[Weights, bool]:
     raw = reading.under(prefix)
     averaged = {key for key in places if key.startswith(EMA)}
     reading.read.update(averaged)
-    if not averaged or not reading.request.ema:
+    if not averaged or not reading.loading.options.ema:
         return raw, False
     names = {key: EMA + key.replace(".", "") for key in raw.places}
     if missing := sorted(set(names.values()) - averaged):
@@ -160,11 +176,14 @@ def _linear_projections(unet: Weights) -> bool:
 
 
 def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetConfig:
-    unsaid = reading.request.unsaid
-    plain = openai.unet_config(unet.shapes, unsaid, num_heads=1, qkv_order="legacy")
-    if unsaid.num_heads is not None or unsaid.head_dim is not None:
+    options = reading.loading.options
+    plain = openai.unet_config(unet.shapes, options, num_heads=1, qkv_order="legacy")
+    if options.num_heads is not None or options.head_dim is not None:
         return plain
-    if plain.context_dim is None:  # LDM's unconditional models: FFHQ, CelebA-HQ, beds; churches
+    published = PUBLISHED_HEADS.get((plain.model_channels, plain.channel_mult, plain.context_dim))
+    if published is not None:
+        heads = published
+    elif plain.context_dim is None:  # LDM's unconditional models: FFHQ, CelebA-HQ, beds; churches
         heads = {"num_heads": 8} if plain.model_channels == 192 else {"head_dim": 32}
     elif _linear_projections(unet):
         heads = {"head_dim": 64}
@@ -172,7 +191,21 @@ def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetC
         heads = {"num_heads": 1 if class_embedding else 8}
     reading.assume(*next(iter(heads.items())))
     fixed: dict[str, Any] = {"num_heads": None, **heads, "qkv_order": "legacy"}
-    return openai.unet_config(unet.shapes, unsaid, **fixed)
+    return openai.unet_config(unet.shapes, options, **fixed)
+
+
+def _prediction(reading: Reading) -> Prediction:
+    """As the caller says, as the file says in one of three ways, or the noise."""
+    if (asked := reading.loading.options.prediction) is not None:
+        return asked
+    # trainers mark Stable Diffusion XL files of v-prediction by an empty tensor of that name
+    if "v_pred" in reading.weights.places:
+        return "v"
+    facts = reading.weights.facts
+    said = PREDICTIONS.get(str(facts.get("modelspec.prediction_type", "")).lower())
+    if said is None and str(facts.get("ss_v_parameterization", "")).lower() == "true":
+        said = "v"
+    return said or reading.assume("prediction", "eps")
 
 
 def _condition_weights(reading: Reading) -> Weights:
@@ -183,8 +216,8 @@ def _condition_weights(reading: Reading) -> Weights:
 
 def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
     """The text encoders. Those of XL are numbered 0 and 1."""
-    request = reading.request
-    if not weights.places or not request.text_encoders:
+    loading = reading.loading
+    if not weights.places or not loading.options.text_encoders:
         return []
     plans: list[Plan] = []
     parts = [weights.under(f"{i}.") for i in (0, 1)] if xl else [weights]
@@ -206,49 +239,50 @@ def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
                 "no CLIP; text_encoders=False loads the rest"
             )
         if clip.places:
-            plans.append(text_encoders.plan_clip(clip, request))
+            plans.append(text_encoders.plan_clip(clip, loading))
         else:
             leave_out = 0 if xl else 1
             plans.append(
-                text_encoders.plan_open_clip(own, request, projection=xl, leave_out=leave_out)
+                text_encoders.plan_open_clip(own, loading, projection=xl, leave_out=leave_out)
             )
     return plans
 
 
 def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[TextEncoder, ...]:
-    folders = reading.request.tokenizers
+    folders = reading.loading.options.tokenizer
     if folders and len(folders) not in (1, len(plans)):
         raise ValueError(f"expected {len(plans)} tokenizers, got {len(folders)}")
     tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders] or [None]
     if len(tokenizers) == 1:
         tokenizers *= len(plans)
     return tuple(
-        text_encoders.conditioned(reading.request.fill(plan), tokenizer, xl=xl)
+        text_encoders.conditioned(reading.loading.fill(plan), tokenizer, xl=xl)
         for plan, tokenizer in zip(plans, tokenizers, strict=True)
     )
 
 
-def _class_embedding(weights: Weights, request: Request) -> nn.Embedding:
+def _class_embedding(weights: Weights, loading: Loading) -> nn.Embedding:
     table = weights.tensor("embedding.weight")
     if table.ndim != 2:
         raise ValueError(f"{weights.path}: the classes' table has shape {tuple(table.shape)}")
-    table = table.to(request.device, request.dtype or table.dtype)
+    table = table.to(loading.device, loading.dtype or table.dtype)
     return nn.Embedding.from_pretrained(table).eval()
 
 
 def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
     """Of the betas in the file, where it has them."""
-    unsaid, weights = reading.request.unsaid, reading.weights
-    if unsaid.schedule is not None:
-        return unsaid.schedule
-    if "betas" in weights.places:
-        return schedule_of(weights.tensor("betas"), str(weights.path))
-    if "alphas_cumprod" in weights.places:
-        return _schedule_of_products(weights.tensor("alphas_cumprod"), str(weights.path))
+    loading, weights = reading.loading, reading.weights
+    if "betas" in weights.places and loading.schedule is None:
+        return loading.noise(schedule_of(weights.tensor("betas"), str(weights.path)))
+    if "alphas_cumprod" in weights.places and loading.schedule is None:
+        table = weights.tensor("alphas_cumprod")
+        return loading.noise(_schedule_of_products(table, str(weights.path)))
     stable = config.context_dim is not None and config.model_channels >= 320
     schedule = STABLE_DIFFUSION if stable else LATENT_DIFFUSION
     if "ztsnr" in weights.places:  # beside v_pred, another mark
         schedule = replace(schedule, zero_terminal_snr=True)
+    if loading.says_noise:
+        return loading.noise(schedule)
     return reading.assume("schedule", schedule)
 
 
@@ -297,14 +331,12 @@ def schedule_of(betas: torch.Tensor, file: str, tolerance: float = 1e-4) -> Sche
 def _scale_factor(
     reading: Reading, unet: UNetConfig | None, autoencoder: Autoencoder | None
 ) -> float:
-    unsaid, weights = reading.request.unsaid, reading.weights
-    if unsaid.scale_factor is not None:
-        return unsaid.scale_factor
+    weights, asked = reading.weights, reading.loading.options.scale_factor
+    if asked is not None:
+        return asked
     if "scale_factor" in weights.places and weights.places["scale_factor"].numel == 1:
         return float(weights.tensor("scale_factor"))
-    if autoencoder is None:
-        return 1.0
-    kind: str = autoencoder.config.regularization
+    kind: str = "kl" if autoencoder is None else autoencoder.config.regularization
     if unet is not None and unet.added_condition_dim is not None:
         kind = "xl"
     return reading.assume("scale_factor", SCALE_FACTORS[kind])
@@ -316,3 +348,28 @@ def _image_size(config: UNetConfig, prediction: str) -> int:
     if config.context_dim is not None and config.model_channels >= 320:
         return 768 if prediction == "v" else 512
     return 256
+
+
+FIRST_STAGE_ALONE = ("encoder.down.0.block.0.norm1.weight", "post_quant_conv.weight")
+
+
+def _open(source: Source, loading: Loading) -> Model:
+    assert isinstance(source, Weights)
+    first_stage = all(mark in source.places for mark in FIRST_STAGE_ALONE)
+    return (load_first_stage if first_stage else load_compvis)(source, loading)
+
+
+LAYOUT = Layout(
+    name="compvis",
+    files=(
+        (f"{UNET}input_blocks.0.0.weight",),
+        FIRST_STAGE_ALONE,
+        # a U-Net alone: OpenAI's, with transformers inside
+        (
+            "input_blocks.0.0.weight",
+            "output_blocks.0.0.in_layers.0.weight",
+            "*.transformer_blocks.*",
+        ),
+    ),
+    open=_open,
+)

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from fastdiff.checkpoint.build import Layers, Place, Sources, source_names
-from fastdiff.checkpoint.layouts.diffusers import autoencoder_places, unet_places
-from fastdiff.checkpoint.layouts.openai import shape_of
-from fastdiff.checkpoint.request import Shapes, Unsaid
+from fastdiff.checkpoint.layouts import Layout, Source
+from fastdiff.checkpoint.layouts.diffusers.read import autoencoder_places, unet_places
+from fastdiff.checkpoint.layouts.openai import Published, pixel_model, shape_of
+from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.options import Loading, LoadOptions, Shapes
+from fastdiff.checkpoint.weights import Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.layers import AttentionBlock, ResBlock
@@ -63,7 +66,7 @@ def _port_name(name: str, last: int) -> str:
     return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", name)
 
 
-def unet_config(shapes: Shapes, unsaid: Unsaid) -> UNetConfig:
+def unet_config(shapes: Shapes, options: LoadOptions) -> UNetConfig:
     """Our config for a port of DDPM: one head, norms of epsilon 1e-6, asymmetric padding.
 
     Raises:
@@ -77,17 +80,17 @@ def unet_config(shapes: Shapes, unsaid: Unsaid) -> UNetConfig:
         channel_mult=mult,
         num_res_blocks=blocks,
         attention_depth=tuple(int(on) for on in attention),
-        head_dim=unsaid.head_dim,
+        head_dim=options.head_dim,
         downsample_padding="asymmetric",
         time_embedding="ddpm",
         norm_eps=1e-6,
-        norm_groups=unsaid.norm_groups,
-        timestep_scale=unsaid.timestep_scale or 1.0,
-        num_heads=unsaid.num_heads or (None if unsaid.head_dim else 1),
+        norm_groups=options.norm_groups,
+        timestep_scale=options.timestep_scale or 1.0,
+        num_heads=options.num_heads or (None if options.head_dim else 1),
     )
 
 
-def autoencoder_config(shapes: Shapes, unsaid: Unsaid) -> AutoencoderConfig:
+def autoencoder_config(shapes: Shapes, options: LoadOptions) -> AutoencoderConfig:
     """Our config for a first stage of CompVis: KL, or VQ where there is a codebook.
 
     Raises:
@@ -104,7 +107,7 @@ def autoencoder_config(shapes: Shapes, unsaid: Unsaid) -> AutoencoderConfig:
         latent_channels=shape_of(shapes, "post_quant_conv.weight", 4)[1],
         attention=attention if any(attention) else (),
         codebook_size=codes[0] if codes else 0,
-        norm_groups=unsaid.norm_groups,
+        norm_groups=options.norm_groups,
     )
 
 
@@ -126,3 +129,15 @@ def _levels(shapes: Shapes, prefix: str) -> tuple[int, tuple[int, ...], int, tup
         )
     attention = tuple((str(level), "attn", "0") in found for level in range(levels))
     return width, tuple(other // width for other in widths), blocks, attention
+
+
+def _open(source: Source, loading: Loading) -> Model:
+    assert isinstance(source, Weights)
+    config = unet_config(source.shapes, loading.options)
+    known = Published({}, SCHEDULE, IMAGE_SIZES.get(config.channel_mult))
+    return pixel_model(source, loading, config, known, names=names, layout="ddpm")
+
+
+LAYOUT = Layout(
+    name="ddpm", files=(("temb.dense.0.weight", "down.0.block.0.norm1.weight"),), open=_open
+)

@@ -2,21 +2,25 @@
 
 Nichol & Dhariwal 2021 (arXiv 2102.09672), Dhariwal & Nichol 2021 (2105.05233), Rombach et al. 2022
 (2112.10752). Our U-Net has the same lists of blocks (`input_blocks.N.M`), so only the names inside
-a block differ. The config is read off names and shapes; what they cannot tell stands in `Unsaid` or
-in the table of the published models.
+a block differ. The config is read off names and shapes; what they cannot tell is in `LoadOptions`
+or in the table of the published models.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from fastdiff.checkpoint.build import Layers, Sources, source_names
-from fastdiff.checkpoint.layouts import diffusers
-from fastdiff.checkpoint.request import Shapes, Unsaid
+from fastdiff.checkpoint.build import Layers, Sources, plan_model, source_names
+from fastdiff.checkpoint.layouts import Layout, Source
+from fastdiff.checkpoint.layouts.diffusers import read as diffusers
+from fastdiff.checkpoint.model import Model, image_channels
+from fastdiff.checkpoint.options import Loading, LoadOptions, Shapes
+from fastdiff.checkpoint.weights import Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.layers import (
     AttentionBlock,
@@ -39,6 +43,7 @@ class Published:
     timestep_scale: float = 1.0
 
 
+NAME = "guided-diffusion"
 LINEAR = ScheduleConfig(kind="linear", rescale_ends=True)
 COSINE = ScheduleConfig(kind="cosine")
 COSINE_4000 = ScheduleConfig(kind="cosine", num_timesteps=4000)
@@ -107,7 +112,7 @@ def names(model: nn.Module) -> Sources:
     return source_names(places, LAYERS)
 
 
-def unet_config(shapes: Shapes, unsaid: Unsaid, **fixed: Any) -> UNetConfig:
+def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfig:
     """Our config for the names and shapes of a U-Net in OpenAI's layout.
 
     fixed: fields of UNetConfig that the caller knows better.
@@ -160,14 +165,14 @@ def unet_config(shapes: Shapes, unsaid: Unsaid, **fixed: Any) -> UNetConfig:
         ),
         "scale_shift_norm": emb[0] == 2 * conv1[0][0],
         "resblock_updown": any("in_layers" in key for key in resampled),
-        "norm_groups": unsaid.norm_groups,
-        "timestep_scale": unsaid.timestep_scale or 1.0,
+        "norm_groups": options.norm_groups,
+        "timestep_scale": options.timestep_scale or 1.0,
         **fixed,
     }
-    if unsaid.qkv_order is not None:
-        config["qkv_order"] = unsaid.qkv_order
-    if unsaid.num_heads is not None or unsaid.head_dim is not None:
-        config.update(num_heads=unsaid.num_heads, head_dim=unsaid.head_dim)
+    if options.qkv_order is not None:
+        config["qkv_order"] = options.qkv_order
+    if options.num_heads is not None or options.head_dim is not None:
+        config.update(num_heads=options.num_heads, head_dim=options.head_dim)
     return UNetConfig(**config)
 
 
@@ -183,26 +188,26 @@ def published(config: UNetConfig) -> Published:
     return PUBLISHED.get(key, OTHER)
 
 
-def pixel_unet_config(shapes: Shapes, unsaid: Unsaid) -> tuple[UNetConfig, Published]:
+def pixel_unet_config(shapes: Shapes, options: LoadOptions) -> tuple[UNetConfig, Published]:
     """A U-Net of improved-diffusion or guided-diffusion, and what is taken from its documents.
 
     Twice as many channels out as an image has means a learned variance (IDDPM section 3.1); six in
     are those of an upsampler, x and the low-resolution image beside it.
     """
-    config = unet_config(shapes, unsaid, num_heads=1, qkv_order="legacy")
+    config = unet_config(shapes, options, num_heads=1, qkv_order="legacy")
     known = published(config)
-    heads = {"num_heads": unsaid.num_heads, "head_dim": unsaid.head_dim}
-    if unsaid.num_heads is None and unsaid.head_dim is None:
+    heads = {"num_heads": options.num_heads, "head_dim": options.head_dim}
+    if options.num_heads is None and options.head_dim is None:
         heads = {"num_heads": None, "head_dim": None, **known.heads}
     learned = config.out_channels in (2 * config.in_channels, 6) and config.out_channels > 1
     return (
         unet_config(
             shapes,
-            Unsaid(norm_groups=unsaid.norm_groups),
+            LoadOptions(norm_groups=options.norm_groups),
             **heads,
-            qkv_order=unsaid.qkv_order or known.qkv_order,
+            qkv_order=options.qkv_order or known.qkv_order,
             learned_sigma=learned,
-            timestep_scale=unsaid.timestep_scale or known.timestep_scale,
+            timestep_scale=options.timestep_scale or known.timestep_scale,
         ),
         known,
     )
@@ -235,3 +240,66 @@ def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
             "fastdiff has no such model"
         )
     return shape
+
+
+def pixel_model(
+    weights: Weights,
+    loading: Loading,
+    config: UNetConfig,
+    known: Published,
+    *,
+    names: Callable[[nn.Module], Sources],
+    layout: str,
+) -> Model:
+    """A U-Net on pixels and nothing else, and what is taken from its documentation."""
+    options = loading.options
+    assumed: dict[str, Any] = {}
+    if options.num_heads is None and options.head_dim is None:
+        heads = "num_heads" if config.num_heads is not None else "head_dim"
+        assumed[heads] = getattr(config, heads)
+    if not loading.says_noise:
+        assumed["schedule"] = known.schedule
+    if options.prediction is None:
+        assumed["prediction"] = "eps"
+    if options.image_size is None and known.image_size is not None:
+        assumed["image_size"] = known.image_size
+    denoiser: UNet = loading.fill(plan_model(config, names, weights))
+    provenance: dict[str, Any] = {"facts": weights.facts, "assumed": assumed}
+    if config.in_channels == 6:
+        provenance["condition"] = "the low-resolution image, upsampled, in the last 3 channels of x"
+    return Model(
+        layout=layout,
+        denoiser=denoiser,
+        schedule=loading.noise(known.schedule),
+        prediction=options.prediction or "eps",
+        image_size=options.image_size or known.image_size,
+        image_channels=image_channels(denoiser, None),
+        path=weights.path,
+        provenance=provenance,
+    )
+
+
+def _open(source: Source, loading: Loading) -> Model:
+    assert isinstance(source, Weights)
+    options = loading.options
+    config, known = pixel_unet_config(source.shapes, options)
+    model = pixel_model(source, loading, config, known, names=names, layout=NAME)
+    assumed = model.provenance["assumed"]
+    if options.qkv_order is None:
+        assumed["qkv_order"] = config.qkv_order
+    if options.timestep_scale is None and config.timestep_scale != 1:
+        assumed["timestep_scale"] = config.timestep_scale
+    return model
+
+
+LAYOUT = Layout(
+    name=NAME,
+    files=(("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),),
+    refused={
+        "the weights of an OpenAI classifier; give the diffusion model it was trained for": (
+            "input_blocks.0.0.weight",
+            "out.0.weight",
+        )
+    },
+    open=_open,
+)

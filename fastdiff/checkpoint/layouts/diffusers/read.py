@@ -25,6 +25,10 @@ from fastdiff.models.layers import (
 )
 from fastdiff.models.unet import UNet, UNetConfig
 
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # What has no bearing on the network, or is the pipeline's business.
 IGNORED_OPTIONS = {
     "sample_size",

@@ -9,19 +9,20 @@ from typing import Any, TypeVar
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts import diffusers
+from fastdiff.checkpoint.layouts import Layout, Source
+from fastdiff.checkpoint.layouts.diffusers import read as diffusers
+from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
+from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.request import Request
+from fastdiff.checkpoint.options import NOISE, Loading
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
 from fastdiff.checkpoint.weights import Weights, read_json
+from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet
 
-INDEX = "model_index.json"
-CONFIG = "config.json"
-SCHEDULER_CONFIG = "scheduler_config.json"
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+NAME = "diffusers"
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 # Parts of a pipeline that no image depends on.
@@ -32,7 +33,7 @@ XL_SCALE = 0.13025  # of the latents of Stable Diffusion XL's autoencoder; 1 and
 Result = TypeVar("Result")
 
 
-def load_pipeline(folder: Path, request: Request) -> Model:
+def load_pipeline(folder: Path, loading: Loading) -> Model:
     """A pipeline's folder.
 
     Raises:
@@ -50,18 +51,20 @@ def load_pipeline(folder: Path, request: Request) -> Model:
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
             f"{folder / INDEX}: {index.get('_class_name')!r:.60} has {', '.join(unknown)}, which "
-            "fastdiff has not; give a pipeline of a U-Net, an autoencoder and CLIP text encoders"
+            "fastdiff does not support; give a pipeline of a U-Net, an autoencoder and CLIP text "
+            "encoders"
         )
     first = next((name for name in ("vae", "vqvae") if name in parts), None)
+    files = _Files(loading.options.variant)
     # Configs and headers of all parts first: what does not fit fails before numbers are read.
     scheduler = _scheduler(_part(folder, "scheduler")) if "scheduler" in parts else None
     opened = {
-        name: (read_json(part / CONFIG), find_weights(part, request.variant))
+        name: (read_json(part / CONFIG), files.find(part))
         for name in ("unet", first)
         if name is not None and name in parts
         for part in (_part(folder, name),)
     }
-    scale = request.unsaid.scale_factor
+    scale = loading.options.scale_factor
     if first is not None:
         own = scale_factor(opened[first][0], _part(folder, first))
         _check_scale(opened.get("unet", ({}, None))[0], own, given=scale is not None)
@@ -69,28 +72,30 @@ def load_pipeline(folder: Path, request: Request) -> Model:
     plans = {
         name: _plan(_part(folder, name), data, weights) for name, (data, weights) in opened.items()
     }
-    text = _text_plans(folder, parts, request)
-    models = {name: request.fill(plan) for name, plan in plans.items()}
+    text = _text_plans(folder, parts, loading, files)
+    files.finish(folder)
+    models = {name: loading.fill(plan) for name, plan in plans.items()}
     unet, autoencoder = models.get("unet"), models.get(first or "")
     xl = isinstance(unet, UNet) and unet.config.added_condition_dim is not None
     model = Model(
-        layout="diffusers",
+        layout=NAME,
         denoiser=unet if isinstance(unet, UNet) else None,
         autoencoder=autoencoder if isinstance(autoencoder, Autoencoder) else None,
-        text_encoders=_text_encoders(folder, parts, text, request, xl=xl),
+        text_encoders=_text_encoders(folder, parts, text, loading, xl=xl),
         scale_factor=scale or 1.0,
-        image_size=request.unsaid.image_size,
+        image_size=loading.options.image_size,
         path=folder,
         provenance={
             "pipeline": index.get("_class_name"),
             "ignored": [name for name in LEFT_OUT if name in parts],
+            **({"without variant": files.plain} if files.plain else {}),
         },
     )
     model.image_channels = image_channels(model.denoiser, model.autoencoder)
     for name in XL_FLAGS:
         if name in index:
             model.provenance[name] = bool(index[name])
-    _describe(model, opened.get("unet", ({}, None))[0], scheduler, request)
+    _describe(model, opened.get("unet", ({}, None))[0], scheduler, loading)
     return model
 
 
@@ -99,25 +104,25 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def load_component(folder: Path, request: Request) -> Model:
+def load_component(folder: Path, loading: Loading) -> Model:
     """The folder of one model: a U-Net, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
-    weights = find_weights(folder, request.variant)
-    model = Model(layout="diffusers", path=folder, image_size=request.unsaid.image_size)
+    weights = find_weights(folder, loading.options.variant)
+    model = Model(layout=NAME, path=folder, image_size=loading.options.image_size)
     if "_class_name" in data:
-        part = request.fill(_plan(folder, data, weights))
+        part = loading.fill(_plan(folder, data, weights))
         if isinstance(part, UNet):
             model.denoiser = part
             beside = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
             scheduler = _scheduler(folder) if beside.is_file() else None
-            _describe(model, data, scheduler, request)
+            _describe(model, data, scheduler, loading)
         else:
             assert isinstance(part, Autoencoder)
             model.autoencoder = part
-            model.scale_factor = request.unsaid.scale_factor or scale_factor(data, folder)
+            model.scale_factor = loading.options.scale_factor or scale_factor(data, folder)
         model.image_channels = image_channels(model.denoiser, model.autoencoder)
     else:
-        part = request.fill(text_encoders.plan_folder(folder, weights, request))
+        part = loading.fill(text_encoders.plan_folder(folder, weights, loading))
         pooled = type(part).__name__ == "CLIPTextModelWithProjection"
         model.text_encoders = (text_encoders.conditioned(part, None, xl=pooled),)
     return model
@@ -145,6 +150,41 @@ def find_weights(folder: Path, variant: str | None = None) -> Weights:
         f"{folder}: no {wanted} (or {STEMS[1]}, {STEMS[2]}, .bin, an index) in it, got "
         f"{', '.join(there[:5]) or 'no weights'}; choose another variant or fetch the files"
     )
+
+
+class _Files:
+    """The weights of a pipeline's parts: of the variant, or plain where a part has no such files.
+
+    Published folders often have a variant of some parts only.
+    """
+
+    def __init__(self, variant: str | None) -> None:
+        self.variant = variant
+        self.found = False
+        self.plain: list[str] = []
+        self.missing: FileNotFoundError | None = None
+
+    def find(self, folder: Path) -> Weights:
+        try:
+            weights = find_weights(folder, self.variant)
+        except FileNotFoundError as error:
+            if self.variant is None or not _has_weights(folder):
+                raise
+            self.missing = self.missing or error
+            self.plain.append(folder.name)
+            return find_weights(folder)
+        self.found = True
+        return weights
+
+    def finish(self, folder: Path) -> None:
+        """Raise FileNotFoundError if no part had the variant."""
+        if self.missing is not None and not self.found:
+            raise self.missing
+
+
+def _has_weights(folder: Path) -> bool:
+    names = [f"{stem}.{kind}" for stem in STEMS for kind in ("safetensors", "bin")]
+    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
 def scale_factor(data: Mapping[str, Any], folder: Path) -> float:
@@ -212,14 +252,14 @@ def _describe(
     model: Model,
     unet: Mapping[str, Any],
     scheduler: SchedulerConfig | None,
-    request: Request,
+    loading: Loading,
 ) -> None:
     """What the scheduler and the U-Net's config say of the sampling."""
-    unsaid = request.unsaid
+    options = loading.options
     if model.denoiser is None:
         return
     if scheduler is not None:
-        if unsaid.schedule is not None or unsaid.prediction is not None:
+        if loading.says_noise or options.prediction is not None:
             raise ValueError(
                 f"{model.path}: schedule and prediction stand in its scheduler_config.json; "
                 "change them there"
@@ -229,9 +269,9 @@ def _describe(
         if scheduler.no_sampler:
             model.provenance["no_sampler"] = scheduler.no_sampler
     else:
-        model.schedule = unsaid.schedule
-        model.prediction = unsaid.prediction or "eps"
-        if unsaid.prediction is None:
+        model.schedule = loading.noise(ScheduleConfig()) if loading.says_noise else None
+        model.prediction = options.prediction or "eps"
+        if options.prediction is None:
             model.provenance["assumed"] = {"prediction": "eps"}
     model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
     if unet.get("addition_time_embed_dim") is not None:
@@ -242,28 +282,66 @@ def _describe(
             model.image_size = size * model.autoencoder.downsample_factor
         elif unet.get("_class_name") == "UNet2DModel":
             model.image_size = size
+        else:
+            model.provenance["latent size"] = size
 
 
-def _text_plans(folder: Path, parts: Mapping[str, str], request: Request) -> dict[str, Plan]:
-    if not request.text_encoders:
+def _text_plans(
+    folder: Path, parts: Mapping[str, str], loading: Loading, files: _Files
+) -> dict[str, Plan]:
+    if not loading.options.text_encoders:
         return {}
     plans = {}
     for name in ("text_encoder", "text_encoder_2"):
         if name in parts:
-            weights = find_weights(folder / name, request.variant)
-            plans[name] = text_encoders.plan_folder(folder / name, weights, request)
+            weights = files.find(folder / name)
+            plans[name] = text_encoders.plan_folder(folder / name, weights, loading)
     return plans
 
 
 def _text_encoders(
-    folder: Path, parts: Mapping[str, str], plans: Mapping[str, Plan], request: Request, *, xl: bool
+    folder: Path, parts: Mapping[str, str], plans: Mapping[str, Plan], loading: Loading, *, xl: bool
 ) -> tuple[TextEncoder, ...]:
     encoders = []
     for position, (name, plan) in enumerate(plans.items()):
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         place = folder / tokenizer_name if tokenizer_name in parts else None
-        if request.tokenizers:
-            place = Path(request.tokenizers[min(position, len(request.tokenizers) - 1)])
+        if loading.options.tokenizer:
+            given = loading.options.tokenizer
+            place = given[min(position, len(given) - 1)]
         tokenizer = text_encoders.read_tokenizer(place) if place is not None else None
-        encoders.append(text_encoders.conditioned(request.fill(plan), tokenizer, xl=xl))
+        encoders.append(text_encoders.conditioned(loading.fill(plan), tokenizer, xl=xl))
     return tuple(encoders)
+
+
+def _is_diffusers(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or (folder / CONFIG).is_file()
+
+
+def _open(source: Source, loading: Loading) -> Model:
+    assert isinstance(source, Path)
+    of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders")
+    noise = ("schedule", *NOISE, "prediction", "scale_factor", "image_size")
+    if extra := [name for name in loading.given if name not in (*of_pipeline, *noise)]:
+        raise ValueError(f"{source}: {', '.join(extra)} stand in its config.json; leave them out")
+    opened = load_pipeline if (source / INDEX).is_file() else load_component
+    return opened(source, loading)
+
+
+_BESIDE = "whose config stands beside them; give the folder they are in"
+LAYOUT = Layout(
+    name=NAME,
+    folder=_is_diffusers,
+    refused={
+        f"the weights of a diffusers model, {_BESIDE}": (
+            "conv_in.weight",
+            "down_blocks.0.resnets.0.norm1.weight",
+        ),
+        f"the weights of a diffusers autoencoder, {_BESIDE}": (
+            "encoder.conv_in.weight",
+            "encoder.mid_block.resnets.0.norm1.weight",
+        ),
+    },
+    open=_open,
+    save=save_diffusers,
+)

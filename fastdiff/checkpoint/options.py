@@ -1,0 +1,152 @@
+"""How to load a checkpoint, and what to say where its files say nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from fastdiff.checkpoint.build import Plan, Progress, fill
+from fastdiff.diffusion.predictions import Prediction
+from fastdiff.diffusion.schedules import ScheduleConfig, ScheduleKind
+from fastdiff.models.layers import QKVOrder
+
+Shapes = Mapping[str, tuple[int, ...]]
+NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What a model's files may leave open. None: what the published model of this layout has."""
+
+    vae: Path | None = None
+    """A file or folder whose autoencoder is used, for files without one or instead of theirs."""
+    tokenizer: tuple[Path, ...] = ()
+    """Folder of the CLIP tokenizer, one per text encoder, for files that hold none."""
+    variant: str | None = None
+    """Which files of a diffusers folder to read, such as fp16."""
+    ema: bool = True
+    """Take the averaged weights where a file has both."""
+    text_encoders: bool = True
+    """Load the text encoders; they need transformers."""
+    prediction: Prediction | None = None
+    """What the network returns; "v" for Stable Diffusion 2 at 768 pixels."""
+    schedule: ScheduleKind | None = None
+    """Shape of the betas that the model was trained with."""
+    num_timesteps: int | None = None
+    """Timesteps of the training."""
+    beta_start: float | None = None
+    """beta at t = 0."""
+    beta_end: float | None = None
+    """beta at the last timestep."""
+    zero_terminal_snr: bool | None = None
+    """Whether the last timestep is pure noise."""
+    num_heads: int | None = None
+    """Heads of every attention; give this or head_dim."""
+    head_dim: int | None = None
+    """Width of a head of every attention."""
+    qkv_order: QKVOrder | None = None
+    """Rows of an OpenAI file's packed qkv weights: legacy (H, 3, d), new (3, H, d)."""
+    timestep_scale: float | None = None
+    """The network sees t times this: 1000 / T for improved-diffusion's rescale_timesteps."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm."""
+    scale_factor: float | None = None
+    """The latents are multiplied by it."""
+    image_size: int | None = None
+    """Height and width of the images that the model was trained on, in pixels."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("prediction", get_args(Prediction)),
+            ("schedule", get_args(ScheduleKind)),
+            ("qkv_order", get_args(QKVOrder)),
+        ):
+            value = getattr(self, name)
+            if value not in (None, *choices):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
+        for name in ("image_size", "num_heads", "head_dim", "norm_groups", "num_timesteps"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise ValueError(f"{name} must be a positive whole number, got {value!r:.60}")
+        for name in ("scale_factor", "timestep_scale", "beta_start", "beta_end"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be positive and finite, got {value!r:.60}")
+        if self.num_heads is not None and self.head_dim is not None:
+            raise ValueError(
+                f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}"
+            )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Name -> value of what was set."""
+        plain = LoadOptions()
+        names = [entry.name for entry in fields(self)]
+        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(plain, n)}
+
+    @property
+    def says_noise(self) -> bool:
+        """Whether anything about the training's noise was set."""
+        return any(getattr(self, name) is not None for name in ("schedule", *NOISE))
+
+    def noise(self, found: ScheduleConfig) -> ScheduleConfig:
+        """A schedule that was found or assumed, with what was set in its place.
+
+        Raises:
+            ValueError: the values do not make a schedule.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in NOISE}
+        given["kind"] = self.schedule
+        return replace(found, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """One call of `fastdiff.load`."""
+
+    options: LoadOptions = field(default_factory=LoadOptions)
+    schedule: ScheduleConfig | None = None
+    """The whole of the noise, where the caller said it."""
+    dtype: torch.dtype | None = torch.float32
+    device: torch.device | str = "cpu"
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        dtype = self.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be one of torch's, such as 'cpu' or 'cuda', got {self.device!r}"
+            ) from error
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the options that were set."""
+        return [*(["schedule"] if self.schedule is not None else []), *self.options.given]
+
+    @property
+    def says_noise(self) -> bool:
+        return self.schedule is not None or self.options.says_noise
+
+    def noise(self, found: ScheduleConfig) -> ScheduleConfig:
+        """The training's noise: as the caller says, else as was found or assumed."""
+        return self.options.noise(self.schedule or found)
+
+    def fill(self, plan: Plan) -> Any:
+        """The planned module with its weights."""
+        return fill(
+            plan.model,
+            plan.sources,
+            plan.weights,
+            dtype=self.dtype,
+            device=self.device,
+            progress=self.progress,
+        )
