@@ -1,0 +1,63 @@
+"""The documentation names files that exist: links, paths, rooms, and the index of decisions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.imports import ROOT
+from tests.test_layers import LEVELS
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SYSTEMS = ROOT / "docs/systems.md"
+PACKAGE = ROOT / "fastdiff"
+TOPS = {"fastdiff", "kernels", "tests", "benchmarks", "csrc"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    dead = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not dead
+
+
+def missing_paths(text: str) -> list[str]:
+    """The paths of files and folders in backticks that do not exist, from the root or a room."""
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    missing = []
+    for path in re.findall(r"`([\w./<>-]+/[\w./<>-]*)", text):
+        first = path.split("/")[0]
+        base = ROOT if first in TOPS else PACKAGE
+        if first in TOPS | rooms and not list(base.glob(re.sub(r"<\w+>", "*", path.rstrip("/")))):
+            missing.append(path)
+    return missing
+
+
+def test_systems_names_files_that_exist() -> None:
+    assert not missing_paths(SYSTEMS.read_text())
+    assert missing_paths("`cli/nothing.py`, `kernels/<op>/none.py`, `cli/sample.py`, `cli/`") == [
+        "cli/nothing.py",
+        "kernels/<op>/none.py",
+    ]
+
+
+def test_systems_lists_every_room_with_its_level() -> None:
+    rows = re.findall(r"^\| (\d) \| ((?:`[\w./]+`(?:, )?)+) \|", SYSTEMS.read_text(), re.M)
+    listed = {
+        name.removesuffix("/").removesuffix(".py"): int(level)
+        for level, names in rows
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    there = {
+        name for name in LEVELS if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+    }
+    assert listed == {name: LEVELS[name] for name in there - {"__main__"}}
+
+
+def test_the_index_lists_every_file_of_decisions() -> None:
+    folder = ROOT / "docs/decisions"
+    index = (folder / "README.md").read_text()
+    files = {path.name for path in folder.glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[([\w.]+)\]", index, re.M)) == files
