@@ -10,10 +10,6 @@ import sys
 import torch
 
 import fastdiff
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.refine import refine
-from fastdiff.generate.text import TextDiffusion, TextSettings
-from fastdiff.images import save_png
 
 
 def main(base: str, refiner: str, prompt: str, size: int = 1024, steps: int = 30) -> None:
@@ -22,18 +18,20 @@ def main(base: str, refiner: str, prompt: str, size: int = 1024, steps: int = 30
         "device": "cuda" if gpu else "cpu",
         "dtype": torch.float16 if gpu else torch.float32,  # the autoencoder stays in fp32
     }
-    images = refine(
-        TextDiffusion(fastdiff.load(base), **where),
-        TextDiffusion(fastdiff.load(refiner), **where),
+    model, second = fastdiff.load(base, **where), fastdiff.load(refiner, **where)
+    images = model.generate(
         prompt,
-        seeds=[0],
+        refiner=second,
         switch=0.8,
         height=size,
         width=size,
-        text=TextSettings(original_size=(size, size), crop=(0, 0), aesthetic_score=6.5),
-        settings=SampleSettings(steps=steps, guidance_scale=6.0, tile=128, batch=1),
+        original_size=(size, size),
+        crop=(0, 0),
+        aesthetic_score=6.5,
+        steps=steps,
+        guidance_scale=6.0,
     )
-    save_png("fox.png", images[0])
+    images[0].save("fox.png")
 
 
 if __name__ == "__main__":

@@ -11,33 +11,29 @@ import torch
 
 import fastdiff
 from fastdiff.diffusion.sampling import Step
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.text import TextDiffusion, TextSettings
-from fastdiff.generate.text_to_image import text_to_image
 from fastdiff.images import save_png
 
 
 def main(path: str, prompt: str, out: str = "cat.png", steps: int = 30) -> None:
     gpu = torch.cuda.is_available()
-    model = TextDiffusion(
-        fastdiff.load(path),
-        device="cuda" if gpu else "cpu",
-        dtype=torch.float16 if gpu else torch.float32,
+    model = fastdiff.load(
+        path, device="cuda" if gpu else "cpu", dtype=torch.float16 if gpu else torch.float32
     )
 
     def show(step: Step) -> None:
-        save_png("preview.png", model.core.preview(step.denoised)[0])
+        save_png("preview.png", model.preview(step.denoised)[0])
 
-    images = text_to_image(
-        model,
+    images = model.generate(
         prompt,
         seeds=[0, 1],  # an image per seed; seed 1 alone gives the second of them
-        text=TextSettings(negative="blurry, people"),
-        settings=SampleSettings(sampler="dpmpp-2m", steps=steps, guidance_scale=7.5, tile=128),
+        negative="blurry, people",
+        sampler="dpmpp-2m",
+        steps=steps,
+        guidance_scale=7.5,
         on_step=show,
         progress=lambda done, total: print(f"{done}/{total}", end="\r"),
     )
-    save_png(out, images[0])
+    images[0].save(out)  # with its recipe inside: fastdiff txt2img --like cat.png
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.cli import COMMANDS, main
 from fastdiff.cli.again import Original
 from fastdiff.cli.parsing import one_line
-from fastdiff.cli.txt2img import Txt2Img
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.evaluation import Results, Scores
+from fastdiff.generate.job import ClassJob, TextJob
+from fastdiff.generate.recipe import Recipe
 from fastdiff.images import read_recipe
 from fastdiff.kernels import OPS, compiled, record_backends
 from fastdiff.kernels.choose import UNAVAILABLE
@@ -145,13 +146,14 @@ def test_help_ends_with_three_examples_that_can_be_read(
     for module in COMMANDS:
         command = importlib.import_module(f"fastdiff.cli.{module}")
         monkeypatch.setattr(command, "run", lambda *options: ran.append(options) or 0)
-    monkeypatch.setattr("fastdiff.cli.sample._options_of", lambda path: None)
-    like = Txt2Img(prompt="a cat", model=Path("model"))
-    original = Original(Path("a.png"), {}, like)
-    monkeypatch.setattr(
-        "fastdiff.cli.txt2img.original",
-        lambda command, pipeline, words: original if "--like" in words else None,
-    )
+    jobs = {"sample": ClassJob(label=3), "txt2img": TextJob(prompt="a cat")}
+
+    def original(command: str, like: str) -> Original:
+        facts = {"weights": "", "backend": "auto", "device": "cpu", "dtype": "float32"}
+        recipe = Recipe(version=2, job=jobs[command], model="digits", **facts)
+        return Original(Path(like), recipe, {})
+
+    monkeypatch.setattr("fastdiff.cli.again.original", original)
     for example in examples:
         parts = shlex.split(example.partition(">")[0])
         assert main(parts[parts.index("fastdiff") + 1 :]) == 0, example
@@ -191,6 +193,8 @@ MISTAKES = {
     "samplers --plot x.jpg": "a plot is one of .png, .svg, .pdf",
     "sample --model nowhere": "nowhere is missing; give a file",
     "sample --model TINY --classes 10": "unknown class '10'; expected one of 0, 1",
+    "sample --model TINY --image PLAIN": "is not an upsampler and starts from noise",
+    "img2img cat --image PLAIN --model TINY": "reads no text, got prompt 'cat'",
     "sample --model TINY --steps -1": "steps must be at least 1, got -1",
     "sample --model TINY --steps 0": "steps must be at least 1, got 0",
     "sample --model TINY --steps 1001": "steps must be 1 to 1000",
@@ -201,7 +205,7 @@ MISTAKES = {
     "sample --model TINY --batch 0": "batch must be at least 1, got 0",
     "sample --model TINY --guidance-scale nan": "guidance scale must be a number",
     "sample --model TINY --guidance-scale x": "--guidance-scale: expected a number, got 'x'",
-    "sample --model TINY --seed -1": "seeds must lie in 0 to 2^63 - 1, got -1",
+    "sample --model TINY --seed -1": "seed must be a whole number from 0 to 2**63 - 1, got -1",
     "sample --model TINY --seed 9223372036854775801": "seeds must lie in 0 to 2^63 - 1",
     "sample --model TINY --device gpu": "unknown device 'gpu'",
     "sample --model TINY --device cuda:99": "device 'cuda:99' is not there",
@@ -443,9 +447,11 @@ def test_sample_writes_images_with_recipes_and_a_sheet(run, tiny: str) -> None:
     names = {f"{name}-seed{seed}.png" for name in ("3", "7", "none") for seed in (5, 6)}
     assert {path.name for path in Path("out").iterdir()} == {*names, "sheet.png"}
     recipe = read_recipe("out/7-seed6.png")
-    assert (recipe["class"], recipe["seed"], recipe["settings"]["steps"]) == (7, 6, 3)
-    assert (recipe["settings"]["sampler"], recipe["settings"]["guidance_scale"]) == ("ddim", 2)
-    assert read_recipe("out/none-seed5.png")["class"] is None
+    job = recipe["job"]
+    assert (job["kind"], job["label"], job["seed"], job["settings"]["steps"]) == ("class", 7, 6, 3)
+    assert (job["settings"]["sampler"], job["settings"]["guidance_scale"]) == ("ddim", 2)
+    assert recipe["class_name"] == "7"
+    assert read_recipe("out/none-seed5.png")["job"]["label"] is None
     assert read_recipe("out/sheet.png")["seeds"] == [5, 6]
     with Image.open("out/3-seed5.png") as a, Image.open("out/7-seed5.png") as b:
         assert a.size == (32, 32)
@@ -479,7 +485,8 @@ def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) 
     assert code == 0
     assert "bit for bit" not in out
     recipe = read_recipe("other/5-seed9.png")
-    assert recipe["settings"] == read_recipe("out/5-seed8.png")["settings"]
+    before = read_recipe("out/5-seed8.png")
+    assert recipe["job"] == {**before["job"], "seed": 9}
 
     # A pixel that is not ours: the claim fails, and says so.
     from PIL import PngImagePlugin
@@ -493,22 +500,25 @@ def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) 
     assert code == 1
     assert "NOT identical to touched.png" in out
 
+    # Another model of the same shape: made, compared, and what differs is named.
     other = make_bundle(tmp_path / "bundle" / "tiny", seed=1)
     code, out, err = run("sample", "--like", "out/5-seed8.png", "--model", other, "--out", "no")
-    assert code == 2
-    assert re.fullmatch(r"fastdiff: the image was made by weights \w+ .*; give that model\n", err)
-    assert not Path("no").exists()
+    assert (code, err) == (1, "")
+    told = " ".join(out.split())
+    now = read_recipe("no/5-seed8-again.png")["weights"]
+    assert f"NOT identical to out/5-seed8.png: weights {before['weights'][:12]} then, " in told
+    assert f"{now[:12]} now" in told
 
-    code, _, err = run("sample", "--like", "out/5-seed8.png")  # the recipe names it "tiny"
-    assert code == 2
-    assert "tiny is missing" in err
+    # The recipe knows where the model was.
+    assert before["model"] == tiny
+    assert run("sample", "--like", "out/5-seed8.png", "--out", "same")[0] == 0
 
 
 def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     run("sample", "--model", tiny, "--classes", "1", "--count", "2", "--steps", "1")
     code, _, err = run("sample", "--like", "out/sheet.png", "--model", tiny)
     assert code == 2
-    assert "is a contact sheet; give one of the images" in err
+    assert "a contact sheet is no single image; give one of the images" in err
 
     from fastdiff.images import save_png
 
@@ -520,7 +530,7 @@ def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     save_png("strange.png", torch.zeros(1, 32, 32), {**recipe, "dtype": []})
     code, _, err = run("sample", "--like", "strange.png", "--model", tiny)
     assert (code, err.count("\n")) == (2, 1)
-    assert "unknown dtype: []" in err
+    assert "dtype must be text, got []" in err
 
 
 # --- the other commands -------------------------------------------------------------------------

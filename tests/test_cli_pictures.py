@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.cli import main
-from fastdiff.generate.refine import refine
-from fastdiff.generate.text import TEXT_SETTINGS, TextDiffusion
-from fastdiff.generate.text_to_image import text_to_image, text_to_latents
-from fastdiff.generate.upscale import upscale
+from fastdiff.generate.run import generate
 from fastdiff.images import read_image, read_recipe, save_png
 from tests.support.diffusers_models import save_folder
 
@@ -79,9 +76,10 @@ def test_txt2img_writes_images_and_makes_one_again(run: Run) -> None:
     stem = "a-red-1-2-cat-seed"
     assert names == [f"{stem}{seed}.png" for seed in (5, 6, 7)] + ["preview.png", "sheet.png"]
     recipe = read_recipe(f"out/{stem}6.png")
-    assert recipe["prompt"] == "a (red:1.2) cat"
-    assert recipe["text"]["negative"] == "dog"
-    assert (recipe["seed"], recipe["height"], recipe["pipeline"]) == (6, 64, "txt2img")
+    job = recipe["job"]
+    assert job["prompt"] == "a (red:1.2) cat"
+    assert job["text"]["negative"] == "dog"
+    assert (job["seed"], job["height"], job["kind"]) == (6, 64, "text")
     assert read_recipe("out/sheet.png")["seeds"] == [5, 6, 7]
 
     code, out, err = run(f"txt2img --like out/{stem}6.png")
@@ -111,8 +109,8 @@ def test_img2img(run: Run) -> None:
     )
     assert not torch.equal(same, new)
     recipe = read_recipe("new/cat-seed0.png")
-    assert recipe["image"]["path"] == "photo.png"
-    assert len(recipe["image"]["sha256"]) == 64
+    assert recipe["job"]["image"]["path"] == "photo.png"
+    assert len(recipe["job"]["image"]["sha256"]) == 64
     assert run(f"{line} --height 32 --width 48 --out small")[0] == 0
     assert read_image("small/cat-seed0.png").shape == (3, 32, 48)
     assert photo.shape == same.shape
@@ -129,7 +127,7 @@ def test_inpaint(run: Run, kind: str) -> None:
     assert torch.equal(made[:, :16], photo[:, :16])
     assert torch.equal(made[..., 48:], photo[..., 48:])
     assert (made != photo).any(0)[16:48, 16:48].float().mean() > 0.9
-    assert read_recipe("out/cat-seed0.png")["mask"]["path"] == "mask.png"
+    assert read_recipe("out/cat-seed0.png")["job"]["mask"]["path"] == "mask.png"
 
 
 @pytest.mark.parametrize("command", ["img2img", "inpaint"])
@@ -153,7 +151,7 @@ def test_like_makes_edited_images_again(run: Run, command: str) -> None:
     save_png("photo.png", -read_image("photo.png"))
     code, out, err = run(f"{command} --like out/cat-seed3.png")
     assert code == 1
-    then = read_recipe("out/cat-seed3.png")["image"]["sha256"][:12]
+    then = read_recipe("out/cat-seed3.png")["job"]["image"]["sha256"][:12]
     assert f"image {then} then" in out
     code, out, err = run(f"{command} --like out/cat-seed3.png --strength 1 --out other")
     assert (code, "compared" in out) == (0, False)
@@ -208,36 +206,31 @@ def test_upscale_and_refiner(run: Run, folders: dict[str, str]) -> None:
     code, out, err = run(f"txt2img cat --model sd1 --upscale 1.5 --upscale-strength 0.7 {FAST}")
     assert (code, err) == (0, "")
     assert "1 of 96 x 96" in out
-    model = TextDiffusion(fastdiff.load(folders["sd1"]))
-    settings = replace(TEXT_SETTINGS, steps=3)
-    z = text_to_latents(model, "cat", [0], settings=settings)
-    large = upscale(model, z, "cat", [0], scale=1.5, strength=0.7, settings=settings)
+    model = fastdiff.load(folders["sd1"])
+    large = model.generate("cat", upscale=1.5, upscale_strength=0.7, steps=3)
     written = read_image("out/cat-seed0.png")
-    assert (written - large[0]).abs().max() < 1 / 127
+    assert (written - large[0].image).abs().max() < 1 / 127
     assert run("txt2img --like out/cat-seed0.png")[0] == 0
 
     code, out, err = run(
         "txt2img cat --model XL --refiner REFINER --switch 0.5 --out fine --device cpu --steps 5"
     )
     assert (code, err) == (0, "")
-    pair = [TextDiffusion(fastdiff.load(folders[kind])) for kind in ("XL", "REFINER")]
-    settings = replace(TEXT_SETTINGS, steps=5)
-    image = refine(pair[0], pair[1], "cat", [0], switch=0.5, settings=settings)[0]
+    base, refiner = (fastdiff.load(folders[kind]) for kind in ("XL", "REFINER"))
+    image = base.generate("cat", refiner=refiner, switch=0.5, steps=5)[0].image
     assert (read_image("fine/cat-seed0.png") - image).abs().max() < 1 / 127
-    assert read_recipe("fine/cat-seed0.png")["refiner"]["sha256"] == pair[1].weights_hash
+    assert read_recipe("fine/cat-seed0.png")["refiner"]["weights"] == refiner.weights_hash
     assert run("txt2img --like fine/cat-seed0.png")[0] == 0
 
 
 def test_images_are_written_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is stopped keeps what it has made."""
-    calls = iter([text_to_image, text_to_image])
 
-    def make(*args: Any, **options: Any) -> Any:
-        for original in calls:
-            return original(*args, **options)
+    def stopped(*args: Any, **options: Any) -> Any:
+        yield from itertools.islice(generate(*args, **options), 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdiff.cli.txt2img.text_to_image", make)
+    monkeypatch.setattr("fastdiff.cli.pictures.generate", stopped)
     code, _, err = run(f"txt2img cat --model sd1 --count 6 --batch 2 {FAST}")
     assert (code, err) == (130, "fastdiff: interrupted\n")
     assert sorted(path.name for path in Path("out").iterdir()) == [
@@ -248,21 +241,30 @@ def test_images_are_written_as_they_come(run: Run, monkeypatch: pytest.MonkeyPat
 def test_recipes_that_cannot_be_read(run: Run) -> None:
     assert run(f"txt2img cat --model sd1 {FAST}")[0] == 0
     recipe = read_recipe("out/cat-seed0.png")
+    job = recipe["job"]
     for change, message in (
-        ({"dtype": ["float32"]}, "dtype is unknown"),
-        ({"backend": "magic"}, "backend is unknown, got 'magic'"),
-        ({"seed": "x"}, "cannot be read"),
-        ({"height": "64"}, "height: expected int"),
-        ({"tokenizer": 3}, "cannot be read"),
-        ({"settings": {"sampler": "magic"}}, "unknown sampler 'magic'"),
+        ({"dtype": ["float32"]}, "dtype must be text"),
+        ({"backend": "magic"}, "unknown backend: 'magic'"),
+        ({"recipe": 3}, "recipe version 3 is newer than this fastdiff"),
+        ({"load": {"tokenizer": 3}}, "tokenizer must be a list of folders"),
+        ({"load": {"heads": 3}}, "unknown option of loading 'heads'"),
+        ({"job": None}, "unknown kind of job None"),
+        ({"job": {**job, "kind": "film"}}, "unknown kind of job 'film'; expected one of class"),
+        ({"job": {**job, "seed": "x"}}, "seed: expected int, got 'x'"),
+        ({"job": {**job, "height": "64"}}, "height: expected int"),
+        ({"job": {**job, "settings": {"sampler": "magic"}}}, "unknown sampler 'magic'"),
+        ({"job": {"kind": "text"}}, "prompt: missing"),
     ):
         save_png("bad.png", read_image("photo.png"), {**recipe, **change})
         code, out, err = run("txt2img --like bad.png")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err
-    del recipe["height"]
+    del recipe["weights"]
     save_png("bad.png", read_image("photo.png"), recipe)
-    assert "the recipe in bad.png lacks 'height'" in run("txt2img --like bad.png")[2]
+    assert (
+        "the recipe in bad.png cannot be read: it lacks 'weights'"
+        in run("txt2img --like bad.png")[2]
+    )
 
 
 MISTAKES = {
@@ -271,7 +273,7 @@ MISTAKES = {
     "txt2img cat --model nowhere": "nowhere is missing",
     "txt2img cat --model sd1 --width 60": "multiples of 8, got 60 x 64",
     "txt2img cat --model sd1 --count 0": "count must be at least 1, got 0",
-    "txt2img cat --model sd1 --seed -1": "seeds must lie in 0 to 2^63 - 1",
+    "txt2img cat --model sd1 --seed -1": "seed must be a whole number from 0 to 2**63 - 1",
     "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
     "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
     "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
@@ -281,7 +283,7 @@ MISTAKES = {
     "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must lie in [0, 1]",
     "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give one of them",
     "txt2img cat --model XL --refiner sd1": "must share latent channels",
-    "txt2img cat --model REFINER --refiner XL": "change their places",
+    "txt2img cat --model REFINER --refiner XL": "swap them",
     "txt2img cat --model XL --crop -1 0": "crop must be two numbers >= 0, got (-1, 0)",
     "txt2img cat --model XL --original-size 0 64": "original_size must be two numbers >= 1",
     "txt2img cat --model REFINER --aesthetic-score nan": "aesthetic_score must lie in 0 to 10",
@@ -290,6 +292,10 @@ MISTAKES = {
     "txt2img cat --model XL --refiner REFINER --switch 1": "switch must leave steps",
     "txt2img cat --model NINE": "reads 9 channels",
     "txt2img cat --model digits": "fastdiff sample",
+    "sample --model sd1": "sd1 draws what a prompt says; give it one",
+    "img2img --image photo.png --model sd1": "draws what a prompt says; give it one",
+    "img2img cat --label 3 --image photo.png --model sd1": "this model has no classes, got class",
+    "sample --model NINE": "draws what a prompt says",
     "txt2img --like photo.png": "carries no recipe",
     "txt2img --like nowhere.png": "no image at nowhere.png",
     "img2img cat --model sd1": "missing: --image",

@@ -20,7 +20,8 @@ def test_the_lines_of_python_run(
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    assert read_recipe(tmp_path / "three.png")["class"] == 3
+    assert len([line for line in block.splitlines() if line]) == 5
+    assert read_recipe(tmp_path / "three.png")["job"]["label"] == 3
     chosen = "cpu" if compiled.native else "reference"
     assert f"group_norm_silu (backend 'auto'): {chosen}" in capsys.readouterr().out
 

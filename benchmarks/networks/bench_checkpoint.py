@@ -95,7 +95,7 @@ def difference(folder: Path) -> float:
     x = torch.randn(1, 4, 32, 32, generator=generator)
     context = torch.randn(1, 77, 768, generator=generator)
     t = torch.tensor([501])
-    unet = fastdiff.load(folder / "safetensors").unet
+    unet = fastdiff.load(folder / "safetensors").denoiser
     assert unet is not None
     ours = unet(x, t, context=context)
     del unet

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from benchmarks.harness import PEAKS, measure
 from fastdiff.bench.record import Peak, Work
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.generate.job import ClassJob
+from fastdiff.generate.run import generate
+from fastdiff.generate.session import Session
+from fastdiff.generate.settings import SampleSettings, resolved
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet
@@ -29,12 +32,12 @@ MEMORY_LIMIT = 2 * 2**30
 """Bytes that the process sampling 64 digits may have resident."""
 
 
-def digits_pipeline() -> LatentDiffusion:
+def digits_model() -> Model:
     """The shipped model's shapes with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet, autoencoder = UNet(UNETS["digits"]), Autoencoder(AUTOENCODERS["digits"])
-    model = Model(
+    return Model(
         layout="bundle",
         image_size=32,
         image_channels=1,
@@ -42,11 +45,11 @@ def digits_pipeline() -> LatentDiffusion:
         denoiser=unet,
         schedule=ScheduleConfig(),
     )
-    return LatentDiffusion(model)
 
 
-def sample_digits(pipeline: LatentDiffusion) -> torch.Tensor:
-    return pipeline([i % 10 for i in range(DIGITS)], list(range(DIGITS)), SETTINGS)
+def sample_digits(model: Model, settings: SampleSettings = SETTINGS) -> torch.Tensor:
+    jobs = [ClassJob(label=i % 10, seed=i, settings=settings) for i in range(DIGITS)]
+    return torch.stack([result.image for result in generate(model, jobs)])
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
@@ -60,45 +63,50 @@ def flops(function: Any) -> int:
 
 
 def test_sample_64_digits(benchmark: Any) -> None:
-    pipeline = digits_pipeline()
-    short = SampleSettings(steps=1, guidance_scale=SETTINGS.guidance_scale)
-    one_step = flops(lambda: pipeline.latents([0] * DIGITS, list(range(DIGITS)), short))
-    rows = len(pipeline.table(SETTINGS))
+    model = digits_model()
+    session = Session.of(model)
+    decoding = flops(lambda: session.latents.decode(torch.zeros(DIGITS, 4, 8, 8)))
+    short = replace(SETTINGS, steps=1)
+    one_step = flops(lambda: sample_digits(model, short)) - decoding
+    rows = len(session.table(resolved(SETTINGS, session.facts)))
     measure(
         benchmark,
-        lambda: sample_digits(pipeline),
+        lambda: sample_digits(model),
         name="sample",
         shape=SAMPLE,
         provider="auto",
-        work=Work(bytes=rows * weight_bytes(pipeline.unet), flops=rows * one_step),
+        work=Work(bytes=rows * weight_bytes(session.network), flops=rows * one_step),
         rounds=2,
     )
 
 
 def test_unet_step(benchmark: Any) -> None:
-    pipeline = digits_pipeline()
-    x = torch.randn(16, *pipeline.sample_shape).contiguous(memory_format=torch.channels_last)
+    session = Session.of(digits_model())
+    x = torch.randn(16, *session.facts.x_shape(32, 32)).contiguous(
+        memory_format=torch.channels_last
+    )
     emb = torch.randn(16, UNETS["digits"].emb_dim)
 
     def step() -> torch.Tensor:
         with torch.inference_mode():
-            return pipeline.unet.body(x, emb)
+            return session.network.body(x, emb)
 
-    work = Work(bytes=weight_bytes(pipeline.unet) + 2 * x.numel() * 4, flops=flops(step))
+    work = Work(bytes=weight_bytes(session.network) + 2 * x.numel() * 4, flops=flops(step))
     measure(benchmark, step, name="unet", shape="16 x 4 x 8 x 8", provider="auto", work=work)
 
 
 def test_decode(benchmark: Any) -> None:
-    pipeline = digits_pipeline()
-    assert pipeline.autoencoder is not None
-    z = torch.randn(DIGITS, *pipeline.sample_shape)
+    model = digits_model()
+    session = Session.of(model)
+    assert model.autoencoder is not None
+    z = torch.randn(DIGITS, *session.facts.x_shape(32, 32))
     work = Work(
-        bytes=weight_bytes(pipeline.autoencoder.decoder) + (z.numel() + DIGITS * 32 * 32) * 4,
-        flops=flops(lambda: pipeline.decode(z)),
+        bytes=weight_bytes(model.autoencoder.decoder) + (z.numel() + DIGITS * 32 * 32) * 4,
+        flops=flops(lambda: session.latents.decode(z)),
     )
     measure(
         benchmark,
-        lambda: pipeline.decode(z),
+        lambda: session.latents.decode(z),
         name="decode",
         shape=f"{DIGITS} x 4 x 8 x 8",
         provider="auto",
@@ -112,7 +120,7 @@ def test_peak_memory(benchmark: Any) -> None:
     code = (
         "from benchmarks.networks import bench_image\n"
         "from fastdiff.bench import memory\n"
-        "bench_image.sample_digits(bench_image.digits_pipeline())\n"
+        "bench_image.sample_digits(bench_image.digits_model())\n"
         "print(memory.peak_bytes())\n"
     )
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
-from fastdiff.cli.parsing import option_value
-from fastdiff.cli.pictures import Command, Shared, identity
-from fastdiff.configs import from_dict, to_dict
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.text import TextSettings
+from fastdiff.cli.options import Command, LoadOptions, Machine, as_options
+from fastdiff.generate.job import PICTURES, ClassJob, ImageToImageJob, InpaintJob, TextJob, identity
+from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, read
 from fastdiff.images import read_recipe, to_pil
 
-COMMON = ("prompt", "model", "shared")
+COMMANDS: dict[str, type[Any]] = {
+    "sample": ClassJob,
+    "txt2img": TextJob,
+    "img2img": ImageToImageJob,
+    "inpaint": InpaintJob,
+}
+ROUNDING = 3
+"""Levels of 255 by which a picture of an older recipe's version may differ and be the same one."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +31,40 @@ class Original:
     """A picture given as --like, its recipe, and the options that made it."""
 
     path: Path
-    recipe: dict[str, Any]
-    options: Any
+    recipe: Recipe
+    data: dict[str, Any]
+    """The recipe as the file has it."""
+    options: Any = None
+
+    def asking(self, options: Any) -> Original:
+        """The same with the options that `options` made of the recipe."""
+        return replace(self, options=options)
 
     def is_asked_again(self, options: Command) -> bool:
         """Whether nothing is changed on which the image depends; files may have moved."""
-        mine, other = self.options.shared, options.shared
-        kept = {name: getattr(other, name) for name in ("out", "preview", "like")}
-        batch = replace(mine.settings, batch=other.settings.batch)
-        shared = replace(mine, settings=batch, **kept)
+        mine = self.options
+        kept = {name: getattr(options.machine, name) for name in ("out", "preview", "like")}
+        settings = replace(mine.job.settings, batch=options.job.settings.batch)
         moved = {
-            name: getattr(options, name)
-            for name in ("image", "mask")
-            if hasattr(options, name)
-            and identity(getattr(options, name))["sha256"] == self.recipe[name].get("sha256")
+            name: getattr(options.job, name)
+            for name in PICTURES
+            if getattr(options.job, name, None) is not None
+            and identity(getattr(options.job, name))["sha256"] == self._sha256(name)
         }
-        return bool(replace(self.options, model=options.model, shared=shared, **moved) == options)
+        unchanged = replace(
+            mine,
+            model=options.model,
+            load=options.load,
+            job=replace(mine.job, settings=settings, **moved),
+            machine=replace(mine.machine, **kept),
+        )
+        return bool(unchanged == options)
+
+    def _sha256(self, name: str) -> Any:
+        """Of a picture that the job began with."""
+        data = self.data if self.recipe.version == 1 else self.data["job"]
+        found = data.get(name)
+        return found.get("sha256") if isinstance(found, dict) else None
 
     def compared(self, image: Tensor, recipe: Mapping[str, Any]) -> tuple[int, str]:
         """0 if the image has the very pixels of the file, else 1; and what to say."""
@@ -50,81 +73,97 @@ class Original:
         new = to_pil(image).convert("RGB")
         if old.size == new.size and old.tobytes() == new.tobytes():
             return 0, f"identical to {self.path}, bit for bit"
-        changed = [
-            f"{key} {_short(self.recipe.get(key))} then, {_short(now)} now"
-            for key, now in recipe.items()
-            if self.recipe.get(key) != now and key != "checkpoint"
-        ]
+        changed = self._changed(recipe)
+        if old.size == new.size and self.recipe.version < VERSION and not changed:
+            extrema = ImageChops.difference(old, new).getextrema()
+            most = max(high for _, high in extrema)  # type: ignore[misc]
+            if most <= ROUNDING:
+                return 0, f"the same as {self.path} but for {most} of 255 ({NEW_BITS})"
         why = ", ".join(changed) or (
             "the file's pixels were changed, or this machine computes otherwise"
         )
+        if self.recipe.version < VERSION:
+            why += f"; {NEW_BITS}"
         return 1, f"NOT identical to {self.path}: {why}"
+
+    def _changed(self, now: Mapping[str, Any]) -> list[str]:
+        """What is not as it was, of what an image depends on."""
+        then = self.data
+        pairs = {name: (then.get(name), now[name]) for name in ("fastdiff", "torch", "weights")}
+        pairs |= {name: (then.get(name), now[name]) for name in ("backend", "device", "dtype")}
+        for name in PICTURES:
+            if isinstance(found := now["job"].get(name), dict):
+                pairs[name] = (self._sha256(name), found["sha256"])
+        if self.recipe.refiner is not None and now["refiner"] is not None:
+            pairs["refiner"] = (self.recipe.refiner["weights"], now["refiner"]["weights"])
+        if self.recipe.version == VERSION:
+            pairs["sampler"] = (then.get("sampler"), now["sampler"])
+        return [
+            f"{name} {_short(old)} then, {_short(new)} now"
+            for name, (old, new) in pairs.items()
+            if old != new
+        ]
 
 
 def _short(value: Any) -> str:
     """A value of a recipe in a few characters; a hash as far as one compares it."""
-    text = str(value.get("sha256", value) if isinstance(value, dict) else value)
+    text = str(value)
     return text[:12] if len(text) == 64 else text[:40]
 
 
-def original(
-    command: Callable[..., Command], pipeline: str, words: Sequence[str]
-) -> Original | None:
-    """What --like names among the words; None where there is no --like.
+def original(command: str, like: str) -> Original:
+    """The picture that --like names.
 
     Raises:
         FileNotFoundError, ValueError: there is no such picture, or no whole recipe in it.
     """
-    like = option_value(words, "--like")
-    if like is None:
-        return None
     path = Path(like)
-    recipe = read_recipe(path)
-    if recipe.get("pipeline") != pipeline or "seeds" in recipe:
-        raise ValueError(f"{path} is no single image of 'fastdiff {pipeline}'; give one of those")
+    data = read_recipe(path)
     try:
-        options = command(
-            prompt=str(recipe["prompt"]),
-            model=Path(recipe["checkpoint"]),
-            shared=_shared(recipe),
-            **_own(command, recipe),
-        )
-    except KeyError as error:
-        raise ValueError(f"the recipe in {path} lacks {error}") from None
-    except (ValueError, TypeError) as error:
+        recipe = read(data)
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the recipe in {path} cannot be read: {error}") from None
-    return Original(path, recipe, options)
+    if not isinstance(recipe.job, COMMANDS[command]):
+        made = [name for name, kind in COMMANDS.items() if isinstance(recipe.job, kind)]
+        raise ValueError(
+            f"{path} is no single image of 'fastdiff {command}'; "
+            + (f"use 'fastdiff {made[0]} --like {path}'" if made else "give one of those")
+        )
+    return Original(path, recipe, data)
 
 
-def _shared(recipe: Mapping[str, Any]) -> Shared:
+def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> Any:
+    """The options that made a picture.
+
+    job: the command's dataclass of the job's options. more: options of the command alone.
+
+    Raises:
+        ValueError: the recipe holds what the command does not take.
+    """
+    recipe = like.recipe
     short = {long: name for name, long in TORCH_NAMES.items()}
-    for key, known in (("dtype", tuple(short)), ("backend", get_args(BackendName))):
-        if recipe[key] not in known:
-            raise ValueError(f"{key} is unknown, got {recipe[key]!r:.40}")
-    return Shared(
+    for name, value, known in (
+        ("dtype", recipe.dtype, tuple(short)),
+        ("backend", recipe.backend, get_args(BackendName)),
+        ("device", recipe.device, ("cpu", "cuda")),
+    ):
+        if value not in known:
+            raise ValueError(f"the recipe in {like.path} has an unknown {name}: {value!r:.40}")
+    try:
+        load = LoadOptions.of_recipe(recipe.load)
+    except ValueError as error:
+        raise ValueError(f"the recipe in {like.path} cannot be read: {error}") from None
+    if "refiner" in {field.name for field in fields(command)}:
+        more["refiner"] = recipe.refiner and Path(recipe.refiner["path"])
+    return command(
+        model=recipe.model,
         count=1,
-        seed=int(recipe["seed"]),
-        text=from_dict(TextSettings, recipe["text"]),
-        settings=from_dict(SampleSettings, recipe["settings"]),
-        tokenizer=tuple(Path(folder) for folder in recipe["tokenizer"]),
-        backend=recipe["backend"],
-        device=str(recipe["device"]),
-        dtype=short[recipe["dtype"]],
+        job=as_options(job, recipe.job),
+        load=load,
+        machine=Machine(
+            backend=recipe.backend,  # type: ignore[arg-type]
+            device=recipe.device,
+            dtype=short[recipe.dtype],
+        ),
+        **more,
     )
-
-
-def _own(command: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of one command alone; files as the paths in their identities."""
-    hints = get_type_hints(command)
-    names = [field.name for field in fields(command) if field.name not in COMMON]
-    files = {name for name in names if hints[name] in (Path, Path | None)}
-    kinds = [(name, str | None if name in files else hints[name]) for name in names]
-    given = {
-        name: recipe[name] and recipe[name]["path"] if name in files else recipe[name]
-        for name in names
-    }
-    read = to_dict(from_dict(make_dataclass("Recipe", kinds, frozen=True, kw_only=True), given))
-    return {
-        name: Path(value) if name in files and value is not None else value
-        for name, value in read.items()
-    }

@@ -21,7 +21,8 @@ from fastdiff.cli.machine import (
 from fastdiff.cli.parsing import parse
 from fastdiff.evaluation import Results, evaluate, write_report
 from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
-from fastdiff.generate.core import MAX_SEED, SampleSettings
+from fastdiff.generate.job import MAX_SEED
+from fastdiff.generate.settings import SampleSettings
 
 GOAL_MISSED = 1
 

@@ -1,81 +1,60 @@
-"""``fastdiff img2img``: variations of an image, led by a prompt."""
+"""``fastdiff img2img``: variations of an image, led by a prompt or a class."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import tyro
-
-from fastdiff.cli import pictures
-from fastdiff.cli.again import Original, original
-from fastdiff.cli.parsing import OptionalInt, parse
-from fastdiff.generate.image_to_image import check_image, first_step, image_to_image
-from fastdiff.generate.text import TextDiffusion
+from fastdiff.cli import again, pictures
+from fastdiff.cli.options import (
+    FLAT,
+    NO_NONE,
+    ImageToImageOptions,
+    LoadOptions,
+    Machine,
+    check_count,
+)
+from fastdiff.cli.parsing import option_value, parse
+from fastdiff.generate.job import ImageToImageJob
 from fastdiff.images import read_image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Img2Img:
-    """Change an image after a prompt with a Stable Diffusion checkpoint (1, 2, XL).
+    """Change an image after a prompt, or after a class with a model of classes.
 
     Writes a PNG per seed with its recipe inside, and a contact sheet of several.
 
     Examples:
       fastdiff img2img "an oil painting" --image photo.jpg --model stable-diffusion-v1-5/
       fastdiff img2img "winter" --image photo.jpg --model sd15.safetensors --strength 0.5 --count 4
-      fastdiff img2img "a castle" --image sketch.png --model sdxl/ --height 1024 --width 1024
+      fastdiff img2img --image out/3-seed0.png --label 8 --model digits
     """
 
-    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
-    """What the image is to become."""
-    image: Path
-    """The picture to begin with."""
-    model: Path
-    """The checkpoint: a diffusers folder, or a .safetensors or .ckpt file."""
-    strength: float = 0.75
-    """Share of the steps that are done: 0 keeps the image, 1 makes a new one."""
-    height: OptionalInt = None
-    """Crop and resize the picture to this height first."""
-    width: OptionalInt = None
-    """Crop and resize the picture to this width first."""
-    shared: Annotated[pictures.Shared, tyro.conf.arg(name="")] = field(
-        default_factory=pictures.Shared
-    )
+    job: Annotated[ImageToImageOptions, FLAT, NO_NONE]
+    model: str
+    """The checkpoint: a file or folder, a run's folder, or the name of a shipped model."""
+    count: int = 1
+    """Images to make."""
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        check_count(self)
 
 
 def main(words: Sequence[str]) -> int:
-    like = original(Img2Img, "img2img", words)
-    options = parse(Img2Img, words, prog="fastdiff img2img", default=like and like.options)
-    return 0 if options is None else run(options, like)
+    path = option_value(words, "--like")
+    like = None if path is None else again.original("img2img", path)
+    default = like and again.options(like, Img2Img, ImageToImageOptions)
+    options = parse(Img2Img, words, prog="fastdiff img2img", default=default)
+    return 0 if options is None else run(options, like and like.asking(default))
 
 
-def run(options: Img2Img, like: Original | None = None) -> int:
+def run(options: Img2Img, like: again.Original | None = None) -> int:
     """``like``: the picture given as --like."""
-    shared = options.shared
-    first_step(shared.settings.steps, options.strength)
-    image = read_image(options.image, height=options.height, width=options.width)
-
-    def prepare(model: TextDiffusion) -> tuple[pictures.Make, dict[str, Any]]:
-        check_image(model, image, 1)
-        make = functools.partial(
-            image_to_image,
-            model,
-            image,
-            options.prompt,
-            strength=options.strength,
-            text=shared.text,
-            settings=shared.settings,
-        )
-        return make, {
-            "pipeline": "img2img",
-            "image": pictures.identity(options.image),
-            "strength": options.strength,
-            "height": image.shape[1],
-            "width": image.shape[2],
-        }
-
-    return pictures.run(options, prepare, inputs=[options.image], original=like)
+    job = options.job
+    read_image(job.image, height=job.height, width=job.width)  # what is wrong is said before load
+    want = pictures.of_one_prompt(options, ImageToImageJob)
+    return pictures.run(options, want, inputs=[job.image], original=like)

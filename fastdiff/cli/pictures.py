@@ -1,159 +1,108 @@
-"""What ``txt2img``, ``img2img`` and ``inpaint`` share: a text-conditioned checkpoint to PNGs."""
+"""What the commands that make images share: a model and jobs in, PNGs and a contact sheet out."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 from torch import Tensor
 
+from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.open import load
+from fastdiff.cli.again import Original
 from fastdiff.cli.console import Clock, backends_line, print_pairs, progress
-from fastdiff.cli.machine import (
-    BackendName,
-    DtypeName,
-    check_room,
-    chosen_backend,
-    device_and_dtype,
-    output_folder,
-)
-from fastdiff.cli.parsing import OptionalPath
-from fastdiff.diffusion.sampling import OnStep, Step
-from fastdiff.generate.core import MAX_SEED, SampleSettings
-from fastdiff.generate.image_to_image import first_step
-from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings
+from fastdiff.cli.machine import check_room, chosen_backend, device_and_dtype, output_folder
+from fastdiff.cli.options import Command, LoadOptions, as_job, seeds
+from fastdiff.generate.facts import Facts
+from fastdiff.generate.job import Job
+from fastdiff.generate.run import Result, generate
+from fastdiff.generate.session import Session
+from fastdiff.generate.settings import first_step
 from fastdiff.images import contact_sheet, save_png
 
 if TYPE_CHECKING:
-    from fastdiff.cli.again import Original
+    from fastdiff.diffusion.sampling import OnStep
 
-SHEET_IMAGES = 64
+SHEET, PREVIEW = "sheet.png", "preview.png"
+SHEET_ROWS, SHEET_COLUMNS = 64, 32
 PREVIEW_SIDE = 256
-PREVIEW = "preview.png"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shared:
-    """The options that the three commands share."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a command is to make: a row of images per name, an image per seed in it."""
 
-    count: int = 1
-    """Images to make."""
-    seed: int = 0
-    """Seed of the first image; the next ones count up from it."""
-    text: Annotated[TextSettings, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: PLAIN_TEXT
-    )
-    settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: TEXT_SETTINGS
-    )
-    tokenizer: tuple[Path, ...] = ()
-    """Folder of the CLIP tokenizer, one per text encoder, for files that hold none."""
-    out: Path = Path("out")
-    """Folder for the images; made if it is missing."""
-    preview: bool = False
-    """Write out/preview.png after each step: a cheap look at what is being made."""
-    backend: BackendName = "auto"
-    """Who computes the ops; auto takes the best that serves ('fastdiff doctor' lists them)."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    dtype: DtypeName = "fp32"
-    """Number format of the networks; beside fp16 the autoencoder computes in fp32."""
-    like: OptionalPath = None
-    """Take the options from the recipe in this PNG. Without others the image is made again, bit for
-    bit, compared, and written as NAME-again.png."""
+    names: Sequence[str]
+    """Of the rows: classes, or one prompt."""
+    seeds: range
+    job: Callable[[int, int], tuple[str, Job]]
+    """(row, seed) -> the name of the file without its ending, and what is to be done."""
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        if self.settings.guidance_scale == 1 and self.text.negative is not None:
-            raise ValueError(
-                "guidance_scale 1 is no guidance and has no negative prompt, "
-                f"got {self.text.negative!r:.40}; leave one of them out"
-            )
-        if not 0 <= self.seed <= MAX_SEED - (self.count - 1):
-            raise ValueError(
-                f"seeds must lie in 0 to 2^63 - 1, got {self.seed} to {self.seed + self.count - 1}"
-            )
+    def __iter__(self) -> Iterator[tuple[str, Job]]:
+        return (self.job(row, seed) for row in range(len(self.names)) for seed in self.seeds)
 
     @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.count)
+    def total(self) -> int:
+        return len(self.names) * len(self.seeds)
 
 
-class Command(Protocol):
-    """What the options of each of the three commands have."""
+def of_one_prompt(options: Command, kind: type[Any]) -> Callable[[Facts], Wanted]:
+    """Images of a single prompt: an image per seed, called after its first words."""
+    prompt = options.job.prompt
+    stem = file_stem(prompt or options.job.image.stem)
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    def job(_: int, seed: int) -> tuple[str, Job]:
+        return f"{stem}-seed{seed}", as_job(kind, options.job, seed=seed)
 
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def model(self) -> Path: ...
-    @property
-    def shared(self) -> Shared: ...
-
-
-Make = Callable[..., Tensor]
-"""Images for some of the seeds: make(seeds, on_step=..., progress=...)."""
+    return lambda facts: Wanted([prompt or stem], seeds(options), job)
 
 
 def run(
     options: Command,
-    prepare: Callable[[TextDiffusion], tuple[Make, dict[str, Any]]],
+    want: Callable[[Facts], Wanted],
     *,
     inputs: Sequence[Path] = (),
+    refiner: Path | None = None,
     original: Original | None = None,
 ) -> int:
-    """Load the checkpoint, make an image per seed, write PNGs and a contact sheet.
+    """Load the model, do the jobs, write a PNG each as they come, and a contact sheet of several.
 
-    prepare: called with the loaded model, before anything is computed; returns what makes the
-    images, and what the recipe holds beside the prompt, the seed and the settings.
-    inputs: files that must not be written over. original: the picture of ``--like``; if its image
-    is asked for again, the new one is NAME-again.png and the two are compared.
+    want: called with what the model is like, before anything is computed. inputs: files that must
+    not be written over. original: the picture of ``--like``; if its image is asked for again, the
+    new one is NAME-again.png and the two are compared.
     """
-    import fastdiff
     from fastdiff.kernels import record_backends
 
-    shared = options.shared
+    machine = options.machine
     again = original if original is not None and original.is_asked_again(options) else None
-    paths = _paths(options, again)
-    _keep([*inputs, *([original.path] if original else [])], paths, shared)
-    device, dtype = device_and_dtype(shared.device, shared.dtype)
-    clock = Clock()
-    code = 0
-    facts: list[tuple[str, str]] = []
-    with output_folder(shared.out), chosen_backend(shared.backend), record_backends() as served:
+    device, dtype = device_and_dtype(machine.device, machine.dtype)
+    clock, code, compared = Clock(), 0, list[tuple[str, str]]()
+    with output_folder(machine.out), chosen_backend(machine.backend), record_backends() as served:
         with clock("load"):
-            checkpoint = fastdiff.load(
-                options.model, device=device, dtype=dtype, tokenizer=shared.tokenizer or None
-            )
-            model = TextDiffusion(checkpoint, device=device, dtype=dtype)
-        make, more = prepare(model)
-        check_room(shared.out, shared.count)
-        more["tokenizer"] = [str(folder) for folder in shared.tokenizer]
-
-        def recipe(seed: int) -> dict[str, Any]:
-            return model.recipe(options.prompt, seed, shared.text, shared.settings, **more)
-
-        images = _make_all(model, shared, make, recipe, paths, clock)
+            model, second = _load(options, refiner, device, dtype)
+        wanted = want(Facts.of(model))
+        check_room(machine.out, wanted.total)
+        paths = _paths(options, wanted, again)
+        _keep([*inputs, *([original.path] if original else [])], paths, options)
+        shown, last = _make(options, wanted, paths, (model, second), clock)
         if again is not None:
-            code, told = again.compared(images[0], recipe(shared.seed))
-            facts = [("compared", told)]
-        if shared.count > 1:
+            code, text = again.compared(last.image, recipe_of(options, last))
+            compared = [("compared", text)]
+        if wanted.total > 1:
+            paths.append(machine.out / SHEET)
             with clock("write"):
-                _save_sheet(paths[-1], images, options, recipe(shared.seed))
+                _save_sheet(paths[-1], shown, wanted, options, last)
     print(paths[-1])
-    made = f"{shared.count} of {images.shape[3]} x {images.shape[2]}, {_steps(model, shared, more)}"
     print_pairs(
         [
-            ("images", made),
+            ("images", f"{wanted.total:,} of {_made_by(last)}"),
             ("weights", model.weights_hash[:12]),
-            *facts,
+            *assumed(model),
+            *compared,
             ("backends", backends_line(served)),
             ("time", clock.report()),
         ]
@@ -161,66 +110,90 @@ def run(
     return code
 
 
-def _steps(model: TextDiffusion, shared: Shared, more: Mapping[str, Any]) -> str:
-    """The sampler, and how many steps were done."""
-    asked, strength = shared.settings.steps, more.get("strength", 1.0)
-    done = asked - first_step(asked, strength)
-    of = "" if done == asked else f"{done} of "
-    return f"{model.core.sampling(shared.settings)[0]}, {of}{asked} steps"
+def _load(
+    options: Command, refiner: Path | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Model, Model | None]:
+    model = load(options.model, device=device, dtype=dtype, **options.load.given)
+    if refiner is None:
+        return model, None
+    words = options.load.tokenizer[-1:] or None
+    return model, load(refiner, device=device, dtype=dtype, tokenizer=words)
 
 
-def _paths(options: Command, again: Original | None) -> list[Path]:
-    """The files to write: one per seed, behind them the sheet of several."""
-    out, seeds = options.shared.out, options.shared.seeds
+def assumed(model: Model) -> list[tuple[str, str]]:
+    """What the files do not say and was taken from the published models, as lines to print."""
+    facts = model.provenance.get("assumed", {})
+    if not facts:
+        return []
+    flags = {field.name for field in fields(LoadOptions)}
+    said = [
+        f"--{name.replace('_', '-')}\N{NO-BREAK SPACE}{value}"
+        if name in flags
+        else f"{name} {value}"
+        for name, value in facts.items()
+    ]
+    return [("assumed", f"{', '.join(said)} (the files do not say; give what is wrong yourself)")]
+
+
+def _paths(options: Command, wanted: Wanted, again: Original | None) -> list[Path]:
+    """The files to write, one per image."""
+    out = options.machine.out
     if again is not None:
         return [out / f"{again.path.stem}-again.png"]
-    name = file_stem(options.prompt)
-    sheet = [out / "sheet.png"] if len(seeds) > 1 else []
-    return [*(out / f"{name}-seed{seed}.png" for seed in seeds), *sheet]
+    return [out / f"{stem}.png" for stem, _ in wanted]
 
 
-def _keep(inputs: Sequence[Path], paths: Sequence[Path], shared: Shared) -> None:
+def _keep(inputs: Sequence[Path], paths: Sequence[Path], options: Command) -> None:
     """Raise ValueError if an input would be written over."""
+    out = options.machine.out
     written = {path.resolve() for path in paths}
-    if shared.preview:
-        written.add((shared.out / PREVIEW).resolve())
+    if len(paths) > 1:
+        written.add((out / SHEET).resolve())
+    if options.machine.preview:
+        written.add((out / PREVIEW).resolve())
     for path in inputs:
         if path.resolve() in written:
             raise ValueError(f"{path} would be written over; give another --out")
 
 
-def _make_all(
-    model: TextDiffusion,
-    shared: Shared,
-    make: Make,
-    recipe: Callable[[int], dict[str, Any]],
+def _make(
+    options: Command,
+    wanted: Wanted,
     paths: Sequence[Path],
+    models: tuple[Model, Model | None],
     clock: Clock,
-) -> Tensor:
-    """Make and write a batch of seeds at a time; returns the first ones, (N, 3, H, W)."""
-    on_step = _preview_writer(model, shared.out) if shared.preview else None
-    batch = shared.settings.batch
+) -> tuple[list[Tensor], Result]:
+    """Make and write the images as they come; returns those of the sheet, and the last result."""
+    model, refiner = models
+    preview = _preview_writer(model, options.machine.out) if options.machine.preview else None
     shown: list[Tensor] = []
     with progress("sampling") as tell:
-        for start in range(0, shared.count, batch):
-            seeds = shared.seeds[start : start + batch]
-
-            def advance(done: int, total: int, start: int = start, size: int = len(seeds)) -> None:
-                rows = total // size  # of one image
-                tell(start * rows + done, shared.count * rows)
-
-            with clock("sample"):
-                images = make(seeds, on_step=on_step, progress=advance)
+        results = generate(
+            model,
+            (job for _, job in wanted),
+            refiner=refiner,
+            progress=tell,
+            on_step=preview,
+            clock=clock,
+            expected=wanted.total,
+        )
+        for number, (path, result) in enumerate(zip(paths, results, strict=True)):
+            row, column = divmod(number, len(wanted.seeds))
+            if row < SHEET_ROWS and column < SHEET_COLUMNS:
+                shown.append(result.image)
             with clock("write"):
-                for seed, image, path in zip(seeds, images, paths[start:], strict=False):
-                    save_png(path, image, recipe(seed))
-            shown += images[: SHEET_IMAGES - len(shown)]
-    return torch.stack(shown)
+                save_png(path, result.image, recipe_of(options, result))
+    return shown, result
 
 
-def _preview_writer(model: TextDiffusion, folder: Path) -> OnStep:
-    def write(step: Step) -> None:
-        small = model.core.preview(step.denoised).float().cpu()
+def recipe_of(options: Command, result: Result) -> dict[str, Any]:
+    """A result's recipe with what the model was loaded with."""
+    return {**result.recipe, "load": options.load.recorded}
+
+
+def _preview_writer(model: Model, folder: Path) -> OnStep:
+    def write(step: Any) -> None:
+        small = Session.of(model).latents.preview(step.denoised).float().cpu()
         save_png(
             folder / PREVIEW,
             contact_sheet(small, cell=PREVIEW_SIDE, caption=f"{step.done}/{step.total}"),
@@ -229,24 +202,43 @@ def _preview_writer(model: TextDiffusion, folder: Path) -> OnStep:
     return write
 
 
-def _save_sheet(path: Path, images: Tensor, options: Command, recipe: dict[str, Any]) -> None:
-    seeds = options.shared.seeds
+def _save_sheet(
+    path: Path, images: Sequence[Tensor], wanted: Wanted, options: Command, last: Result
+) -> None:
+    """A row per name and a column per seed; of one seed, or one name, the others share a row."""
+    names, columns = wanted.names[:SHEET_ROWS], wanted.seeds[:SHEET_COLUMNS]
+    labels = [f"seed {seed}" for seed in columns]
+    grid = len(columns) > 1 and len(names) > 1
+    if not grid:
+        labels = [name[:80] for name in names] if len(columns) == 1 else labels
+    wide = min(len(labels), SHEET_COLUMNS if images[0].shape[-1] <= 64 else 4)
+    named = grid or wide == len(labels)
     sheet = contact_sheet(
-        images,
-        columns=min(len(images), 4),
-        title=options.prompt[:80],
-        caption=f"seeds {seeds[0]} to {seeds[len(images) - 1]}",
+        torch.stack(list(images)),
+        row_labels=names if grid else None,
+        columns=None if grid else wide,
+        column_labels=labels if named else None,
+        title=last.session.facts.name if grid or len(columns) == 1 else wanted.names[0][:80],
+        caption=f"{_made_by(last)}, weights {last.session.model.weights_hash[:12]}",
     )
-    del recipe["seed"]
-    save_png(path, sheet, {**recipe, "seeds": list(seeds)})
+    recipe = recipe_of(options, last)
+    job = {key: value for key, value in recipe.pop("job").items() if key not in ("seed", "label")}
+    kept = {"names": list(wanted.names[:SHEET_ROWS]), "seeds": list(columns)}
+    save_png(path, sheet, {**recipe, "of": job, **kept})
+
+
+def _made_by(result: Result) -> str:
+    """The size, the sampler, how many steps were done, the guidance."""
+    settings, session = result.job.settings, result.session
+    asked, strength = settings.total, getattr(result.job, "strength", 1.0)
+    done = asked - first_step(asked, strength)
+    of = "" if done == asked else f"{done} of "
+    guidance = f", guidance {settings.weight:g}" if settings.weight != 1 else ""
+    height, width = result.image.shape[1:]
+    return f"{width} x {height}, {session.sampling(settings)[0]}, {of}{asked} steps{guidance}"
 
 
 def file_stem(prompt: str) -> str:
     """A file name for a prompt: its first words, as letters and digits."""
     words = re.findall(r"\w+", prompt)
     return "-".join(words)[:40].strip("-_").lower() or "image"
-
-
-def identity(path: Path) -> dict[str, str]:
-    """A file in a recipe: where it lay and the hash of its bytes."""
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -7,7 +7,6 @@ model would reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +22,9 @@ from fastdiff.evaluation.distances import (
     nearest_training,
     precision_recall,
 )
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.generate.job import ClassJob
+from fastdiff.generate.run import Progress, generate
+from fastdiff.generate.settings import SampleSettings
 
 NEAR_COPY_QUANTILE = 0.05
 """A near-copy is closer to a training image than all but this fraction of held-out images."""
@@ -123,7 +123,7 @@ def evaluate(
     settings: SampleSettings | None = None,
     first_seed: int = 0,
     reference: Reference | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Sample from a model, class after class, and measure the samples.
 
@@ -134,7 +134,6 @@ def evaluate(
     Raises:
         ValueError: the model does not fit the reference, or the count is too small to measure.
     """
-    pipeline = LatentDiffusion(model)
     if reference is None:
         reference = digits_reference(model.image_size or 32)
     classes, shape = len(reference.class_names), tuple(reference.train_images.shape[1:])
@@ -158,7 +157,12 @@ def evaluate(
     settings = settings or SampleSettings()
     labels = [index % classes for index in range(count)]
     seeds = [first_seed + index for index in range(count)]
-    images = pipeline(labels, seeds, settings, progress=progress)
+    jobs = [
+        ClassJob(label=label, seed=seed, settings=settings)
+        for label, seed in zip(labels, seeds, strict=True)
+    ]
+    made = list(generate(model, jobs, progress=progress))
+    images = torch.stack([result.image for result in made])
     wanted = torch.tensor(labels)
     results, neighbours = evaluate_images(images, wanted, reference)
     return Evaluation(
@@ -168,7 +172,7 @@ def evaluate(
         seeds=tuple(seeds),
         neighbours=neighbours,
         reference=reference,
-        settings=settings,
+        settings=made[0].job.settings,
         weights_hash=model.weights_hash,
         model=model.name,
     )

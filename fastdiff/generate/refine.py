@@ -6,107 +6,68 @@ expert for little noise, goes on from there (Podell et al. 2023, section 2.5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
-from fastdiff.diffusion.sampling import OnStep
-from fastdiff.generate.core import Progress, SampleSettings, stage_seeds
-from fastdiff.generate.text import PLAIN_TEXT, TEXT_SETTINGS, TextDiffusion, TextSettings, samples
-from fastdiff.generate.text_to_image import text_to_latents
+from fastdiff.generate.job import TextJob, stage_seed
+from fastdiff.generate.session import Pass, Session
 
 
-def refine(
-    base: TextDiffusion,
-    refiner: TextDiffusion,
-    prompt: str | Sequence[str],
-    seeds: Sequence[int] = (0,),
-    *,
-    switch: float = 0.8,
-    height: int | None = None,
-    width: int | None = None,
-    text: TextSettings = PLAIN_TEXT,
-    settings: SampleSettings = TEXT_SETTINGS,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> Tensor:
-    """One image per seed, begun by the base and ended by the refiner.
-
-    Args:
-        switch: the share of the training's timesteps, from the noisy end, that is the base's
-            (diffusers' denoising_end and denoising_start).
-        progress, on_step: called for both parts, one after the other, each with its own total.
-        The rest as in `text_to_image`.
-
-    Returns (N, 3, H, W) fp32 on the CPU, in [-1, 1].
+def second_pass(
+    base: Session, refiner: Session, job: TextJob
+) -> tuple[int, Callable[[Tensor], Pass]]:
+    """The step at which the base stops, and what comes after it.
 
     Raises:
-        ValueError: the models do not share latents and noise, `switch` leaves no step to one of
-            them, or what `text_to_image` refuses.
+        ValueError: as `switch_step`.
     """
-    prompts = samples(prompt, seeds)
-    _check_pair(base, refiner)
-    refiner.check_plain()
-    at = switch_step(base, settings, switch)
-    x = text_to_latents(
-        base,
-        prompts,
-        seeds,
-        height=height,
-        width=width,
-        stop=at,
-        text=text,
-        settings=settings,
-        on_step=on_step,
-        progress=progress,
-    )
-    factor = refiner.autoencoder.downsample_factor
-    size = x.shape[2] * factor, x.shape[3] * factor
-    table = refiner.core.table(settings, start=at, files=base.core)
-    conditions, unconditional = refiner.conditions(prompts, size, text, guided=any(table.guided))
-    z = refiner.core.denoise(
-        table,
-        x.to(refiner.core.device, refiner.core.sample_dtype),
-        conditions,
-        unconditional,
-        stage_seeds(seeds, "refine"),
-        settings=settings,
-        on_step=on_step,
-        progress=progress,
-    )
-    return refiner.decode(z, settings)
+    start = switch_step(base, refiner, job)
+
+    def go_on(x: Tensor) -> Pass:
+        factor = refiner.facts.factor
+        size = x.shape[1] * factor, x.shape[2] * factor
+        table = refiner.table(job.settings, start=start, files=base)
+        seed = stage_seed(job.seed, "refine")
+        return Pass(session=refiner, request=refiner.request(job, table, x, size, seed=seed))
+
+    return start, go_on
 
 
-def switch_step(base: TextDiffusion, settings: SampleSettings, switch: float) -> int:
+def switch_step(base: Session, refiner: Session, job: TextJob) -> int:
     """The first of the refiner's steps.
 
     Raises:
-        ValueError: one of the two would have none.
+        ValueError: the models do not share latents and noise, the job enlarges its image too, or
+            one of the two would have no step.
     """
-    table = base.core.table(settings)
-    total = base.core.schedule.num_timesteps
-    first = round(total - switch * total)
+    if job.upscale is not None:
+        raise ValueError("upscale and refiner do not go together; give one of them")
+    check_pair(base, refiner)
+    table = base.table(job.settings)
+    total = base.schedule.num_timesteps
+    first = round(total - job.switch * total)
     rows = list(zip(table.steps.tolist(), table.timesteps.tolist(), strict=True))
     begins = dict(reversed(rows))  # of a step with several rows, the first one's t
     at = sum(t >= first for t in begins.values())
-    if not 0 < at < settings.steps:
+    if not 0 < at < job.settings.total:
         raise ValueError(
-            f"switch must leave steps to the base and to the refiner, got {switch}, which gives "
-            f"the base {at} of {settings.steps}; 0.8 is usual"
+            f"switch must leave steps to the base and to the refiner, got {job.switch}, which "
+            f"gives the base {at} of {job.settings.total}; 0.8 is usual"
         )
     return at
 
 
-def _check_pair(base: TextDiffusion, refiner: TextDiffusion) -> None:
-    if len(base.encoders) < len(refiner.encoders):
+def check_pair(base: Session, refiner: Session) -> None:
+    """Raise ValueError unless the second model can go on where the first one stops."""
+    counts = [len(session.model.text_encoders) for session in (base, refiner)]
+    if counts[0] < counts[1]:
         raise ValueError(
-            f"the base must have no fewer text encoders than the refiner, got {len(base.encoders)} "
-            f"and {len(refiner.encoders)}; change their places"
+            "the base must have no fewer text encoders than the refiner, got "
+            f"{counts[0]} and {counts[1]}; swap them"
         )
-    facts = [
-        (m.latent_channels, m.core.scale_factor, m.checkpoint.schedule) for m in (base, refiner)
-    ]
-    if facts[0] != facts[1]:
+    facts = [(s.facts.channels, s.model.scale_factor, s.model.schedule) for s in (base, refiner)]
+    if facts[0] != facts[1] or refiner.facts.extra != "none":
         raise ValueError(
             "base and refiner must share latent channels, scale factor and schedule, got "
             f"{facts[0]} and {facts[1]}; use Stable Diffusion XL's own pair"

@@ -19,7 +19,7 @@ from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_re
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
 from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
-from fastdiff.generate.core import SampleSettings
+from fastdiff.generate.settings import SampleSettings
 from tests.support.tiny import UNET, tiny_model, tiny_unet
 
 
@@ -155,7 +155,7 @@ def test_the_report_says_what_was_measured(
         seeds=tuple(range(360)),
         neighbours=neighbours,
         reference=reference,
-        settings=SampleSettings(),
+        settings=SampleSettings(sampler="dpmpp-2m", steps=50, guidance_scale=1.5),
         weights_hash="f" * 64,
         model="held-out",
     )

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 
+import fastdiff
 from fastdiff.checkpoint.layouts.bundle import ASSETS, load_bundle
 from fastdiff.configs import from_dict
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.latent import LatentDiffusion
 from fastdiff.training import TRAINING_PRESETS
 
 SHIPPED = ASSETS / "digits"
@@ -33,9 +32,9 @@ def test_the_shipped_digits_are_digits() -> None:
     pytest.importorskip("sklearn", reason="the judge needs fastdiff[train]")
     from fastdiff.evaluation import Judge, digits_reference
 
-    pipeline = LatentDiffusion(load_bundle("digits"))
+    model = fastdiff.load("digits")
     labels = list(range(10)) * 2
-    images = pipeline(labels, list(range(20)), SampleSettings(steps=15))
+    images = model.generate(classes=labels, seeds=range(20), steps=15).tensor
     assert Judge(digits_reference(32)).accuracy(images, torch.tensor(labels)) >= 0.85
 
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.image_to_image import image_to_image, latents_to_latents
-from fastdiff.generate.inpainting import inpaint_latents
-from fastdiff.generate.refine import refine
-from fastdiff.generate.text import TEXT_SETTINGS, TextDiffusion, TextSettings
-from fastdiff.generate.text_to_image import text_to_image, text_to_latents
+from fastdiff.checkpoint.model import Model
+from fastdiff.generate.job import ImageToImageJob, InpaintJob, Job
+from fastdiff.generate.session import Session
+from fastdiff.generate.settings import SampleSettings, TextSettings
 from tests.support.diffusers_models import SCHEDULER, checkpoint, components, pipeline
+from tests.support.drawing import images, latents, text_jobs
 from tests.support.peers import import_diffusers
 
 # diffusers hands a torch tensor to np.array; torch's tensors do not know numpy 2's `copy` yet.
@@ -57,12 +56,15 @@ class Pair:
     def __init__(self, kind: str, folder: Any) -> None:
         self.kind, self.parts = kind, components(kind, folder)
 
-    def at(self, dtype: torch.dtype) -> tuple[TextDiffusion, dict[str, Any]]:
+    def at(self, dtype: torch.dtype) -> tuple[Model, dict[str, Any]]:
         parts = dict(self.parts)
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module):
                 parts[name] = part.to(dtype)
-        return TextDiffusion(checkpoint(self.kind, parts), dtype=dtype), parts
+        model = checkpoint(self.kind, parts)
+        assert model.denoiser is not None
+        model.denoiser.to(dtype)
+        return model, parts
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +73,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return {kind: Pair(kind, folder / kind) for kind in ("sd1", "sd2", "inpaint", "xl", "refiner")}
 
 
-def their_scheduler(sampler: str, model: TextDiffusion) -> Any:
+def noise_of(model: Model, seeds: list[int], height: int = 72, width: int = 40) -> Tensor:
+    """What our images begin as: (N, C, h, w)."""
+    session = Session.of(model)
+    shape = session.facts.x_shape(height, width)
+    return torch.stack([session.noise(seed, shape) for seed in seeds])
+
+
+def their_scheduler(sampler: str, model: Model) -> Any:
     name, options = SAMPLERS[sampler]
-    prediction = {"eps": "epsilon", "v": "v_prediction"}[model.core.prediction]
+    prediction = {"eps": "epsilon", "v": "v_prediction"}[model.prediction]
     kept = {
         key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")
     }
@@ -83,7 +92,7 @@ def their_scheduler(sampler: str, model: TextDiffusion) -> Any:
         **kept, **options, prediction_type=prediction, timestep_spacing="trailing"
     )
     if sampler == "ddim":
-        scheduler.alphas_cumprod = model.core.schedule.alphas_cumprod
+        scheduler.alphas_cumprod = Session.of(model).schedule.alphas_cumprod
         scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return scheduler
 
@@ -144,13 +153,11 @@ def theirs(pipe: Any, settings: SampleSettings, prompt: Any, **call: Any) -> tup
     return last["latents"], 2 * images - 1
 
 
-def assert_both_equal(
-    model: TextDiffusion, z: Tensor, settings: SampleSettings, expected: tuple[Tensor, Tensor]
-) -> None:
-    assert_equal(z, expected[0], "latents")
-    images = model.decode(z, settings)
-    assert_equal(images, expected[1], "images")
-    assert images.std() > 0.05
+def assert_both_equal(model: Model, jobs: list[Job], expected: tuple[Tensor, Tensor]) -> None:
+    assert_equal(latents(model, jobs), expected[0], "latents")
+    made = images(model, jobs)
+    assert_equal(made, expected[1], "images")
+    assert made.std() > 0.05
 
 
 @pytest.mark.parametrize(("sampler", "dtype"), CASES, ids=str)
@@ -160,7 +167,7 @@ def test_text_to_image(pairs: dict[str, Pair], kind: str, sampler: str, dtype: t
     scheduler = their_scheduler(sampler, model)
     pipe = pipeline("StableDiffusionPipeline", parts | {"scheduler": scheduler})
     settings = replace(SETTINGS, sampler=sampler)
-    noise = model.core.noise(SEEDS, model.latent_shape(72, 40))
+    noise = noise_of(model, SEEDS)
     expected = theirs(
         pipe,
         settings,
@@ -170,10 +177,7 @@ def test_text_to_image(pairs: dict[str, Pair], kind: str, sampler: str, dtype: t
         **SIZE,
     )
     call: dict[str, Any] = {"text": TextSettings(negative=NEGATIVE), "settings": settings, **SIZE}
-    z = text_to_latents(model, PROMPTS, SEEDS, **call)
-    assert_both_equal(model, z, settings, expected)
-    if sampler == "ddim":
-        assert torch.equal(text_to_image(model, PROMPTS, SEEDS, **call), model.decode(z, settings))
+    assert_both_equal(model, text_jobs(PROMPTS, SEEDS, **call), expected)
 
 
 def test_guidance_rescale(pairs: dict[str, Pair]) -> None:
@@ -182,10 +186,9 @@ def test_guidance_rescale(pairs: dict[str, Pair]) -> None:
         "StableDiffusionPipeline", parts | {"scheduler": their_scheduler("ddim", model)}
     )
     settings = replace(SETTINGS, steps=4, guidance_scale=5.0, guidance_rescale=0.7)
-    noise = model.core.noise([1], (4, 8, 8))
+    noise = noise_of(model, [1], 64, 64)
     expected = theirs(pipe, settings, "a cat", guidance_rescale=0.7, latents=noise)
-    z = text_to_latents(model, "a cat", [1], settings=settings)
-    assert_both_equal(model, z, settings, expected)
+    assert_both_equal(model, text_jobs("a cat", [1], settings=settings), expected)
 
 
 @pytest.mark.parametrize(("sampler", "dtype"), CASES, ids=str)
@@ -201,16 +204,15 @@ def test_image_to_image(
     scheduler = their_scheduler(sampler, model)
     pipe = pipeline("StableDiffusionImg2ImgPipeline", parts | {"scheduler": scheduler})
     settings = replace(SETTINGS, sampler=sampler)
-    replace_draws(monkeypatch, pipe, model.core.noise(SEEDS, model.latent_shape(72, 40)))
+    replace_draws(monkeypatch, pipe, noise_of(model, SEEDS))
     given = image(dtype)
     many = ((given + 1) / 2).expand(3, -1, -1, -1)
     expected = theirs(pipe, settings, PROMPTS, image=many, strength=strength)
-    call: dict[str, Any] = {"strength": strength, "settings": settings}
-    z = latents_to_latents(model, model.core.encode(given), PROMPTS, SEEDS, **call)
-    assert_both_equal(model, z, settings, expected)
-    if sampler == "ddim":
-        whole = image_to_image(model, given, PROMPTS, SEEDS, **call)
-        assert torch.equal(whole, model.decode(z, settings))
+    jobs: list[Job] = [
+        ImageToImageJob(image=given, prompt=prompt, seed=seed, strength=strength, settings=settings)
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
+    assert_both_equal(model, jobs, expected)
 
 
 INPAINTING = [
@@ -235,7 +237,7 @@ def test_inpainting(
     scheduler = their_scheduler(sampler, model)
     pipe = pipeline("StableDiffusionInpaintPipeline", parts | {"scheduler": scheduler})
     settings = replace(SETTINGS, sampler=sampler)
-    noise = model.core.noise(SEEDS, model.latent_shape(72, 40))
+    noise = noise_of(model, SEEDS)
     if strength == 1:
         noise = their_noise(noise, scheduler, settings.steps)
     replace_draws(monkeypatch, pipe, noise)
@@ -253,17 +255,19 @@ def test_inpainting(
         strength=strength,
         **SIZE,
     )
-    z = inpaint_latents(
-        model,
-        given,
-        mask,
-        PROMPTS,
-        SEEDS,
-        strength=strength,
-        text=TextSettings(),
-        settings=settings,
-    )
-    assert_both_equal(model, z, settings, expected)
+    jobs: list[Job] = [
+        InpaintJob(
+            image=given,
+            mask=mask,
+            prompt=prompt,
+            seed=seed,
+            strength=strength,
+            paste=False,
+            settings=settings,
+        )
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
+    assert_both_equal(model, jobs, expected)
 
 
 @pytest.mark.parametrize(("sampler", "dtype"), CASES, ids=str)
@@ -273,7 +277,7 @@ def test_xl(pairs: dict[str, Pair], sampler: str, dtype: torch.dtype, negative: 
     scheduler = their_scheduler(sampler, model)
     pipe = pipeline("StableDiffusionXLPipeline", parts | {"scheduler": scheduler})
     settings = replace(SETTINGS, sampler=sampler)
-    noise = model.core.noise(SEEDS, model.latent_shape(72, 40))
+    noise = noise_of(model, SEEDS)
     expected = theirs(
         pipe,
         settings,
@@ -288,8 +292,8 @@ def test_xl(pairs: dict[str, Pair], sampler: str, dtype: torch.dtype, negative: 
     text = TextSettings(
         negative=negative, original_size=(512, 384), crop=(8, 16), target_size=(96, 80)
     )
-    z = text_to_latents(model, PROMPTS, SEEDS, text=text, settings=settings, **SIZE)
-    assert_both_equal(model, z, settings, expected)
+    jobs = text_jobs(PROMPTS, SEEDS, text=text, settings=settings, **SIZE)
+    assert_both_equal(model, jobs, expected)
 
 
 @pytest.mark.parametrize(("sampler", "dtype"), CASES, ids=str)
@@ -306,7 +310,7 @@ def test_xl_with_refiner(pairs: dict[str, Pair], sampler: str, dtype: torch.dtyp
         force_zeros_for_empty_prompt=False,
     )
     settings = replace(SETTINGS, sampler=sampler)
-    noise = base.core.noise(SEEDS, base.latent_shape(72, 40))
+    noise = noise_of(base, SEEDS)
     negative = [NEGATIVE] * 3
     handed, _ = theirs(
         first,
@@ -321,8 +325,8 @@ def test_xl_with_refiner(pairs: dict[str, Pair], sampler: str, dtype: torch.dtyp
         second, settings, PROMPTS, negative_prompt=negative, image=handed, denoising_start=0.6
     )
     text = TextSettings(negative=NEGATIVE)
-    ours = refine(base, refiner, PROMPTS, SEEDS, switch=0.6, text=text, settings=settings, **SIZE)
-    assert_equal(ours, expected, "images")
+    jobs = text_jobs(PROMPTS, SEEDS, switch=0.6, text=text, settings=settings, **SIZE)
+    assert_equal(images(base, jobs, refiner=refiner), expected, "images")
 
 
 DEFAULTS = {  # what published folders say: SD 1, 2, XL; and others
@@ -359,12 +363,13 @@ def test_the_folders_own_sampler_is_the_default(
     parts = pairs[kind].at(torch.float32)[1] | {"scheduler": scheduler}
     pipe = pipeline("StableDiffusionPipeline", parts)
     pipe.save_pretrained(tmp_path)
-    model = TextDiffusion(fastdiff.load(tmp_path))
-    settings = replace(TEXT_SETTINGS, steps=10)
-    noise = model.core.noise([7], model.latent_shape(64, 64))
-    latents = their_noise(noise, scheduler, 10)
-    expected = theirs(pipe, settings, ["a red cat"], latents=latents)
-    z = text_to_latents(model, ["a red cat"], [7], settings=settings)
-    assert_both_equal(model, z, settings, expected)
-    other = text_to_latents(model, ["a red cat"], [7], settings=replace(settings, sampler="ddpm"))
-    assert (other - z).norm() > 0.01 * z.norm()
+    model = fastdiff.load(tmp_path)
+    settings = SampleSettings(steps=10)
+    noise = noise_of(model, [7], 64, 64)
+    start = their_noise(noise, scheduler, 10)
+    expected = theirs(pipe, replace(settings, guidance_scale=7.5), ["a red cat"], latents=start)
+    jobs = text_jobs(["a red cat"], [7], settings=settings)
+    assert_both_equal(model, jobs, expected)
+    other = text_jobs(["a red cat"], [7], settings=replace(settings, sampler="ddpm"))
+    z = latents(model, jobs)
+    assert (latents(model, other) - z).norm() > 0.01 * z.norm()

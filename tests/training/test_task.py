@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
-from fastdiff.generate.core import SampleSettings
-from fastdiff.generate.latent import LatentDiffusion
+from fastdiff.generate.settings import SampleSettings
 from fastdiff.models.network import NETWORKS, Family
 from fastdiff.training import (
     DenoiserLossConfig,
@@ -29,6 +28,8 @@ from fastdiff.training import (
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
 from fastdiff.training.trainer import Trainer, fit, open_run
+from tests.support.drawing import class_jobs
+from tests.support.drawing import images as images_of
 from tests.training import runs
 from tests.training.plain_network import KIND, Plain, PlainConfig
 
@@ -69,7 +70,7 @@ def test_vq_latents_are_trained_on_and_sampled(images: Path, tmp_path: Path) -> 
     assert bundle.autoencoder is not None
     for name, value in bundle.autoencoder.state_dict().items():
         assert torch.equal(value, trained.state_dict()[name]), "the first stage must not move"
-    sampled = LatentDiffusion(bundle)([0, 1], [3, 4], SETTINGS)
+    sampled = images_of(bundle, class_jobs([0, 1], [3, 4], SETTINGS))
     assert sampled.shape == (2, 1, 16, 16)
     assert not torch.equal(sampled[0], sampled[1])
 
@@ -102,13 +103,12 @@ def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_pat
     assert bundle.denoiser is not None
     start = DiffusionTask(run).denoiser.conv_out.weight
     assert (bundle.denoiser.conv_out.weight != start).flatten(1).any(1).all(), "both halves learned"
-    pipeline = LatentDiffusion(bundle)
     settings = dataclasses.replace(SETTINGS, sampler="ddpm", clamp=1.0)
-    sampled = pipeline([0, 1], [3, 4], settings)
+    sampled = images_of(bundle, class_jobs([0, 1], [3, 4], settings))
     assert sampled.shape == (2, 1, 8, 8)
     with torch.no_grad():  # the second half reaches the sampler: another variance, another image
         bundle.denoiser.conv_out.bias[variance] += 3
-    assert not torch.equal(pipeline([0, 1], [3, 4], settings), sampled)
+    assert not torch.equal(images_of(bundle, class_jobs([0, 1], [3, 4], settings)), sampled)
 
 
 def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
         assert sheet.size == (16, 16), "four samples make a square"
     bundle = load_bundle(tmp_path / "run")
     assert bundle.class_names == ()
-    sampled = LatentDiffusion(bundle)([None], [3], SETTINGS)
+    sampled = images_of(bundle, class_jobs([None], [3], SETTINGS))
     assert sampled.shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"has 2 classes, the data has 0.*num_classes to None"):
         train_diffusion(dataclasses.replace(run, model=runs.denoiser_model()))
@@ -156,14 +156,15 @@ def test_previews_show_what_the_exported_bundle_samples(
     fit(task, run, resume=False)
     before = copy.deepcopy(task.denoiser.state_dict())
     preview = task.sample(task.denoiser, [0, 1, 7], [0, 1, 1])
-    pipeline = LatentDiffusion(load_bundle(tmp_path / "second"))
+    bundle = load_bundle(tmp_path / "second")
     settings = SampleSettings(sampler=sampler, steps=3, guidance_scale=3.0, clamp=clamp)
-    sampled = pipeline([0, 1, 1], [0, 1, 7], settings)
+    sampled = images_of(bundle, class_jobs([0, 1, 1], [0, 1, 7], settings))
     if kind == "latents":  # the decoder of a preview runs on the whole batch, not in blocks
         torch.testing.assert_close(preview, sampled, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(preview, sampled)
-    unguided = pipeline([0, 1, 1], [0, 1, 7], dataclasses.replace(settings, guidance_scale=1.0))
+    plain = dataclasses.replace(settings, guidance_scale=1.0)
+    unguided = images_of(bundle, class_jobs([0, 1, 1], [0, 1, 7], plain))
     assert (unguided - sampled).abs().max() > 1e-3, "guidance did nothing: the test sees nothing"
     assert type(task.denoiser.conv_out) is torch.nn.Conv2d, "the network in training was prepared"
     for name, value in task.denoiser.state_dict().items():

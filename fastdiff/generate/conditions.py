@@ -1,0 +1,162 @@
+"""What a job's words and classes become for the network: made in one place, once per content.
+
+label -> a row of the label embedding, or of a table of classes as one context token (LDM)
+prompt, negative prompt, sizes -> tokens; for XL the pooled text and the sizes too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoint.model import Model
+from fastdiff.generate.facts import Facts
+from fastdiff.generate.job import ClassJob, Job
+from fastdiff.generate.settings import TextSettings
+from fastdiff.models.layers import timestep_embedding
+from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
+from fastdiff.runtime.conditions import Condition
+
+KEPT = 256
+"""Conditions that are kept, the last ones used."""
+Pair = tuple[Condition, Condition | None]
+"""A condition, and the one to guide away from."""
+Made = TypeVar("Made")
+
+
+class Conditions:
+    """Of one model. Equal contents share one object, and with it all that is computed from it."""
+
+    def __init__(
+        self, model: Model, facts: Facts, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """The text encoders are prepared for inference in place."""
+        assert model.denoiser is not None
+        self.facts, self.encoders, self.table = facts, model.text_encoders, model.class_embedding
+        self.added = model.denoiser.config.added_condition_dim
+        for encoder in self.encoders:
+            encoder.model.to(device, dtype)
+            encoder.model.eval().requires_grad_(False)
+        if self.table is not None:
+            self.table.to(device, dtype)
+        # XL's base, with two encoders, saw zeros in place of a dropped prompt.
+        self.zero_negative = bool(
+            model.provenance.get("force_zeros_for_empty_prompt", len(self.encoders) == 2)
+        )
+        self._kept: dict[Hashable, object] = {}
+
+    @torch.no_grad()
+    def of(self, job: Job, size: tuple[int, int], *, guided: bool) -> Pair:
+        """The conditions of a checked job. size: (height, width) of the image, in pixels.
+
+        Raises:
+            ValueError: as `encode_prompt` and `size_vector`.
+        """
+        if not isinstance(job, ClassJob) and job.prompt is not None:
+            return self._text(job.prompt, size, job.text, guided)
+        label = getattr(job, "label", None)
+        assert label is None or isinstance(label, int), "the job is checked"
+        return self._class(label), self._class(None) if guided else None
+
+    def _class(self, label: int | None) -> Condition:
+        count, table = self.facts.num_classes, self.table
+        row = count if label is None else label
+        if table is None:
+            return self._once(("class", row), lambda: Condition(label=row))
+        assert row is not None
+        return self._once(("class", row), lambda: Condition(context=table.weight[row][None, None]))
+
+    def _text(
+        self, prompt: str, size: tuple[int, int], text: TextSettings, guided: bool
+    ) -> tuple[Condition, Condition | None]:
+        zeros = text.negative is None and self.zero_negative
+        negative = text.negative or ""
+        pair = [prompt] if zeros or not guided else [prompt, negative]
+        chunks = max(self._chunks(words, text) for words in pair)
+        condition = self._once(
+            ("prompt", prompt, chunks, size, text),
+            lambda: self._condition(
+                self._encode(prompt, chunks, text), size, text, text.aesthetic_score
+            ),
+        )
+        if not guided:
+            return condition, None
+
+        def nothing() -> Condition:
+            shape_of = prompt if zeros else negative
+            encoded = self._encode(shape_of, chunks, text)
+            encoded = encoded.zeros() if zeros else encoded
+            return self._condition(encoded, size, text, text.negative_aesthetic_score)
+
+        return condition, self._once(("negative", negative, zeros, chunks, size, text), nothing)
+
+    def _chunks(self, prompt: str, text: TextSettings) -> int:
+        def count() -> int:
+            return count_chunks(self.encoders, prompt, emphasis=text.emphasis)
+
+        return self._once(("chunks", prompt, text.emphasis), count)
+
+    def _encode(self, prompt: str, chunks: int, text: TextSettings) -> EncodedPrompt:
+        def encode() -> EncodedPrompt:
+            return encode_prompt(
+                self.encoders,
+                prompt,
+                chunks=chunks,
+                clip_skip=text.clip_skip,
+                emphasis=text.emphasis,
+            )
+
+        return self._once(("encoded", prompt, chunks, text.clip_skip, text.emphasis), encode)
+
+    def _condition(
+        self, encoded: EncodedPrompt, size: tuple[int, int], text: TextSettings, score: float
+    ) -> Condition:
+        if self.added is None:
+            return Condition(context=encoded.tokens)
+        if encoded.pooled is None:
+            raise ValueError(
+                "the denoiser needs a pooled text vector, got none from the text encoders; "
+                "give Stable Diffusion XL's second encoder with pooled=True"
+            )
+        numbers = (*(text.original_size or size), *text.crop)
+        vector = size_vector(
+            encoded.pooled,
+            self.added,
+            {6: (*numbers, *(text.target_size or size)), 5: (*numbers, score)},
+        )
+        return Condition(context=encoded.tokens, added=vector)
+
+    def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What was made for a key; the keys that were used longest ago are dropped."""
+        value: Made = self._kept.pop(key) if key in self._kept else make()  # type: ignore[assignment]
+        self._kept[key] = value
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return value
+
+
+def size_vector(pooled: Tensor, width: int, choices: dict[int, tuple[float, ...]]) -> Tensor:
+    """XL's added condition: the pooled text, then each number as a timestep is embedded.
+
+    pooled: (1, P). width: A, of the whole. choices: the numbers of XL's base (6) and of its refiner
+    (5); which it is follows from A - P, with the original 256 channels per number and any other
+    power of two. Returns (1, A). Podell et al. 2023, section 2.2.
+
+    Raises:
+        ValueError: neither fits.
+    """
+    room = width - pooled.shape[1]
+    for count, numbers in choices.items():
+        channels = room // count
+        if channels > 0 and channels * count == room and channels & (channels - 1) == 0:
+            given = torch.tensor(numbers, device=pooled.device, dtype=torch.float32)
+            embedded = timestep_embedding(given, channels, "openai").to(pooled)
+            return torch.cat([pooled, embedded.reshape(1, -1)], dim=1)
+    raise ValueError(
+        f"the denoiser's added condition is {width} wide, got {pooled.shape[1]} of pooled text and "
+        f"{room} left for 6 numbers (XL's base) or 5 (its refiner); use the text encoders that it "
+        "was trained with"
+    )

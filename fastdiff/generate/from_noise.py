@@ -1,0 +1,69 @@
+"""Classes and prompts to images: noise(seed) -> the whole table -> larger, or to a refiner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.generate import refine, upscale
+from fastdiff.generate.job import ClassJob, TextJob, read_picture
+from fastdiff.generate.session import Pass, Session
+
+
+def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = None) -> Pass:
+    """
+    Raises:
+        ValueError: prompts or pictures that do not fit the model, or a refiner that does not.
+    """
+    assert job.height is not None, "the job is checked"
+    assert job.width is not None
+    size = (job.height, job.width)
+    x = start_noise(session, job)
+    stop: int | None = None
+    then: Callable[[Tensor], Pass] | None = None
+    if isinstance(job, TextJob) and refiner is not None:
+        stop, then = refine.second_pass(session, refiner, job)
+    elif isinstance(job, TextJob) and job.upscale is not None:
+        then = upscale.second_pass(session, job, job.upscale)
+    table = session.table(job.settings, stop=stop)
+    x = x * table.initial_sigma
+    extra = None
+    if isinstance(job, ClassJob) and job.image is not None:
+        image = read_picture(job.image, session.facts.image_channels, None, None)
+        extra = F.interpolate(image[None], x.shape[1:], mode="bilinear")[0].to(x)
+    return Pass(
+        session=session, request=session.request(job, table, x, size, extra=extra), then=then
+    )
+
+
+def start_noise(session: Session, job: ClassJob | TextJob) -> Tensor:
+    """What x starts as: the seed's noise, or between it and another seed's.
+
+    Returns (C, h, w). Between two seeds it goes along the great circle, so that every mix has the
+    length of noise (White 2016, "slerp").
+    """
+    assert job.height is not None
+    assert job.width is not None
+    shape = session.facts.x_shape(job.height, job.width)
+    noise = session.noise(job.seed, shape)
+    if job.variation_seed is None or job.variation == 0:
+        return noise
+    return slerp(noise, session.noise(job.variation_seed, shape), job.variation)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """sin((1 - s) theta) / sin(theta) a + sin(s theta) / sin(theta) b, theta the angle between.
+
+    a, b: the same shape. share: s; 0 is a, 1 is b.
+    """
+    u, v = a.double().flatten(), b.double().flatten()
+    cosine = torch.dot(u, v) / (u.norm() * v.norm())
+    theta = torch.arccos(cosine.clamp(-1, 1))
+    if theta.sin() < 1e-6:  # the same direction, or opposite ones, which no circle tells apart
+        return torch.lerp(a, b, share)
+    weights = torch.sin((1 - share) * theta), torch.sin(share * theta)
+    mixed = (weights[0] * u + weights[1] * v) / theta.sin()
+    return mixed.reshape(a.shape).to(a.dtype)

@@ -1,0 +1,187 @@
+"""`fastdiff.load`: a model that generates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any, overload
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from fastdiff.checkpoint import open as checkpoint_open
+from fastdiff.checkpoint.model import Model as CheckpointModel
+from fastdiff.diffusion.sampling import OnStep
+from fastdiff.generate.facts import Facts
+from fastdiff.generate.job import (
+    ClassJob,
+    ImageToImageJob,
+    InpaintJob,
+    Job,
+    Picture,
+    TextJob,
+    UpscaleJob,
+    make_job,
+)
+from fastdiff.generate.run import Progress, Result, generate
+from fastdiff.generate.session import Session
+
+
+class Model(CheckpointModel):
+    """A checkpoint's parts, and what samples from them."""
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        classes: int | str | Sequence[int | str | None] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        image: Picture | None = None,
+        mask: Picture | None = None,
+        refiner: CheckpointModel | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Images:
+        """Images in one call; `fastdiff.generate` streams any mix of jobs.
+
+        The kind of job follows from what is given: a mask makes an `InpaintJob`, an image with
+        `scale` an `UpscaleJob`, an image an `ImageToImageJob` (a `ClassJob` of an upsampler), a
+        prompt a `TextJob`, anything else a `ClassJob`.
+
+        Args:
+            prompts: one for all images, or one each.
+            classes: one for all images, or one each: by number or name, None for no class.
+            seeds: one each; None: from 0 up, one per prompt or class.
+            image, mask: files, or pixels (C, H, W) in [-1, 1]; the mask is 1 where the image is to
+                be new. A batch (N, C, H, W) has one image per seed.
+            options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
+                sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
+            refiner, progress, on_step: as in `fastdiff.generate`.
+
+        Raises:
+            ValueError: what does not fit the model or each other.
+        """
+        count, seeds = _seeds(seeds, prompts, classes)
+        given = {
+            "prompt": _each("prompts", prompts, count),
+            "label": _each("classes", classes, count),
+            "image": _pictures("image", image, count),
+            "mask": _pictures("mask", mask, count),
+        }
+        facts = Facts.of(self)
+        kind = _kind(facts, prompts, image, mask, options)
+        jobs: list[Job] = []
+        for index, seed in enumerate(seeds):
+            own = {name: each[index] for name, each in given.items() if each is not None}
+            jobs.append(make_job(kind, {**options, **own, "seed": seed}))
+        made = generate(self, jobs, refiner=refiner, progress=progress, on_step=on_step)
+        return Images(list(made))
+
+    def preview(self, z: Tensor) -> Tensor:
+        """A cheap look at latents, such as a `Step`'s `denoised`, without decoding them.
+
+        z: (N, C, h, w). Returns (N, image_channels, h, w) in [-1, 1].
+        """
+        return Session.of(self).latents.preview(z)
+
+
+class Images(Sequence[Result]):
+    """The results of one call, in the order of the seeds."""
+
+    def __init__(self, results: list[Result]) -> None:
+        self.results = results
+
+    @property
+    def pil(self) -> list[Image]:
+        """The images for Pillow."""
+        return [result.pil for result in self.results]
+
+    @property
+    def tensor(self) -> Tensor:
+        """(N, C, H, W) in [-1, 1], on the CPU."""
+        return torch.stack([result.image for result in self.results])
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    @overload
+    def __getitem__(self, index: int) -> Result: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: int | slice) -> Result | Images:
+        found = self.results[index]
+        return Images(found) if isinstance(found, list) else found
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> Model:
+    return with_generate(checkpoint_open.load(path, **options))
+
+
+def with_generate(model: CheckpointModel) -> Model:
+    """The same model, with `generate`."""
+    if isinstance(model, Model):
+        return model
+    return Model(**{field.name: getattr(model, field.name) for field in fields(model)})
+
+
+load.__doc__ = checkpoint_open.load.__doc__
+
+
+def _kind(
+    facts: Facts,
+    prompts: object,
+    image: Picture | None,
+    mask: Picture | None,
+    options: dict[str, Any],
+) -> type[Any]:
+    if mask is not None:
+        return InpaintJob
+    if image is not None:
+        if facts.extra == "upsampler":
+            return ClassJob
+        return UpscaleJob if "scale" in options else ImageToImageJob
+    return ClassJob if prompts is None else TextJob
+
+
+def _seeds(seeds: Any, prompts: Any, classes: Any) -> tuple[int, list[int]]:
+    """The number of images, and a seed for each."""
+    lists = [each for each in (prompts, classes) if each is not None and not _single(each)]
+    if seeds is None:
+        seeds = range(len(lists[0]) if lists else 1)
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not seeds:
+        raise ValueError("expected at least one seed, got none; each seed is an image")
+    return len(seeds), seeds
+
+
+def _single(value: object) -> bool:
+    return isinstance(value, str | int)
+
+
+def _each(name: str, value: Any, count: int) -> list[Any] | None:
+    if value is None or _single(value):
+        return None if value is None else [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"expected one of {name} per seed, or one for all, got {len(value)} {name} and "
+            f"{count} seeds"
+        )
+    return list(value)
+
+
+def _pictures(name: str, value: Picture | None, count: int) -> list[Picture] | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor) and value.ndim == 4 and len(value) != 1:
+        if len(value) != count:
+            raise ValueError(
+                f"expected one {name}, or one per seed, got {len(value)} for {count} seeds"
+            )
+        return list(value)
+    return [value] * count

@@ -1,0 +1,57 @@
+"""Short ways to draw, for tests: jobs to latents and to images in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoint.model import Model
+from fastdiff.generate.job import ClassJob, Job, TextJob, check
+from fastdiff.generate.run import generate, plan
+from fastdiff.generate.session import Session
+from fastdiff.runtime import engine
+
+
+def images(model: Model, jobs: Sequence[Job], **options: Any) -> Tensor:
+    """(N, C, H, W), in the order of the jobs."""
+    return torch.stack([result.image for result in generate(model, jobs, **options)])
+
+
+def latents(
+    model: Model, jobs: Sequence[Job], *, slots: int = 64, refiner: Model | None = None
+) -> Tensor:
+    """(N, C, h, w), what is decoded in the end, or handed to the second pass."""
+    session = Session.of(model)
+    second = None if refiner is None else Session.of(refiner)
+    passes = [plan(session, check(job, session.facts), second) for job in jobs]
+    out = [now.x for now in passes]
+    requests = [
+        replace(now.request, tag=number)
+        for number, now in enumerate(passes)
+        if now.request is not None
+    ]
+    for result in engine.run(session.network, requests, slots=slots):
+        out[result.request.tag] = result.x
+    assert all(x is not None for x in out)
+    return torch.stack([x for x in out if x is not None])
+
+
+def class_jobs(classes: Sequence[Any], seeds: Sequence[int], settings: Any) -> list[Job]:
+    """A job per class and seed."""
+    return [
+        ClassJob(label=label, seed=seed, settings=settings)
+        for label, seed in zip(classes, seeds, strict=True)
+    ]
+
+
+def text_jobs(prompts: str | Sequence[str], seeds: Sequence[int], **options: Any) -> list[Job]:
+    """A job per seed, of one prompt or a prompt each."""
+    each = [prompts] * len(seeds) if isinstance(prompts, str) else prompts
+    return [
+        TextJob(prompt=prompt, seed=seed, **options)
+        for prompt, seed in zip(each, seeds, strict=True)
+    ]
