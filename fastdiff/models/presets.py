@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.mlp import MLPConfig
 from fastdiff.models.unet import UNetConfig
 
 
@@ -118,6 +119,10 @@ UNETS: dict[str, UNetConfig] = {
         scale_shift_norm=True,
         norm_groups=16,
     ),
+}
+
+MLPS: dict[str, MLPConfig] = {
+    "points2d": MLPConfig(),  # 182,274; points in the plane
 }
 
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
