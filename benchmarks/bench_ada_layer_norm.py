@@ -6,16 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.harness import compare
 from fastdiff import kernels
+from fastdiff.bench.ops.ada_layer_norm import eager
 from fastdiff.bench.record import Work
 from fastdiff.kernels.ada_layer_norm import ada_layer_norm
-
-
-def eager(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 @pytest.mark.parametrize(("network", "width"), [("DiT-S", 384), ("DiT-XL", 1152)])
