@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from fastdiff.cli.console import print_pairs
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import parse
 
 
@@ -18,7 +19,7 @@ from fastdiff.cli.parsing import parse
 class Info:
     """Show a model's config, parameters, hash and provenance, or the recipe inside a PNG.
 
-    A model's weights are checked against the hashes in its config on the way.
+    A bundle's weights are checked against the hashes in its config on the way.
 
     Examples:
       fastdiff info digits
@@ -27,7 +28,8 @@ class Info:
     """
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH|NAME")]
-    """A bundle's or a run's folder, the name of a shipped bundle, or a PNG."""
+    """A checkpoint's file or folder, a run's folder, the name of a shipped model, or a PNG."""
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
 
@@ -39,8 +41,8 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Info) -> int:
     path = Path(options.what)
-    is_picture = path.is_file() or path.suffix.lower() == ".png"
-    report = _picture(path) if is_picture else _model(options.what)
+    is_picture = path.suffix.lower() == ".png" or (path.is_file() and _begins_as_png(path))
+    report = _picture(path) if is_picture else _model(options.what, options.load)
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -59,17 +61,22 @@ def run(options: Info) -> int:
     return 0
 
 
+def _begins_as_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
 def _picture(path: Path) -> dict[str, Any]:
     from fastdiff.images import read_recipe
 
     return {"picture": str(path), "recipe": read_recipe(path)}
 
 
-def _model(name: str) -> dict[str, Any]:
+def _model(name: str, options: LoadOptions) -> dict[str, Any]:
     from fastdiff.checkpoint.open import load
     from fastdiff.configs import to_dict
 
-    model = load(name)
+    model = load(name, options=options)
     parts = {"denoiser": model.denoiser, "autoencoder": model.autoencoder}
     facts = {
         name: getattr(model, name)

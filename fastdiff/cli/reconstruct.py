@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,7 @@ from fastdiff.cli.machine import (
     device_and_dtype,
     output_folder,
 )
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import one_line, parse
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Reconstruct:
     ] = ()
     """Image files, or one folder of them; they are cropped and resized to the model's size."""
     model: str = "digits"
-    """A bundle's or a run's folder, or the name of a shipped model."""
+    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     out: Path = Path("out")
     """Folder for the pictures; made if it is missing."""
     batch: int = 64
@@ -81,13 +83,16 @@ def run(options: Reconstruct) -> int:
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            model = load(options.model, device=device, dtype=dtype)
+            said = replace(options.load, text_encoders=False)
+            model = load(options.model, device=device, dtype=dtype, options=said)
             if model.autoencoder is None:
                 raise ValueError(
                     f"{model.path} works on pixels and has no autoencoder to reconstruct with"
                 )
             if model.image_size is None or model.image_channels is None:
-                raise ValueError(f"{model.path} does not say how large its images are")
+                raise ValueError(
+                    f"{model.path} does not say how large its images are; give --image-size"
+                )
             images, names = _read(options.images, model.image_size, model.image_channels)
         with clock("reconstruct"):
             result = reconstruct(model.autoencoder, images, batch=options.batch)
