@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __name__ != "kernels":
@@ -29,6 +31,13 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .philox_normal import philox4x32, philox_normal
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
     from .sampler_step import COLUMNS, sampler_step
+
+    # a folder is an op: those that are not named above are found
+    for _room in iter_modules(__path__):
+        if _room.ispkg:
+            import_module(f"{__name__}.{_room.name}")
+    for _name, _op in OPS.items():
+        globals()[_name] = _op.public
 else:
     # In a checkout's root this folder can be seen as a top-level `kernels`, a name that belongs to
     # another project and that transformers probes by importing it. So the import is let pass,
@@ -74,3 +83,6 @@ __all__ = [
     "sampler_step",
     "selected_backend",
 ]
+
+if __name__ != "kernels":
+    __all__ += [name for name in OPS if name not in __all__]
