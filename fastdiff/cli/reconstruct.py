@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,6 @@ from fastdiff.cli.machine import (
     device_and_dtype,
     output_folder,
 )
-from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import one_line, parse
 
 if TYPE_CHECKING:
@@ -49,7 +48,6 @@ class Reconstruct:
     """Image files, or one folder of them; they are cropped and resized to the model's size."""
     model: str = "digits"
     """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
-    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     out: Path = Path("out")
     """Folder for the pictures; made if it is missing."""
     batch: int = 64
@@ -83,15 +81,15 @@ def run(options: Reconstruct) -> int:
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            said = replace(options.load, text_encoders=False)
-            model = load(options.model, device=device, dtype=dtype, options=said)
+            model = load(options.model, device=device, dtype=dtype, text_encoders=False)
             if model.autoencoder is None:
                 raise ValueError(
                     f"{model.path} works on pixels and has no autoencoder to reconstruct with"
                 )
             if model.image_size is None or model.image_channels is None:
                 raise ValueError(
-                    f"{model.path} does not say how large its images are; give --image-size"
+                    f"{model.path} does not say how large its images are; give "
+                    "the folder of the whole model"
                 )
             images, names = _read(options.images, model.image_size, model.image_channels)
         with clock("reconstruct"):
