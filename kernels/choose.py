@@ -32,6 +32,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .tracing import constant_in_graphs
+
 ORDER = ("cuda", "triton", "cpu", "reference")
 BACKENDS = (*ORDER, "auto")
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ()}
@@ -302,7 +304,7 @@ def _warn_of_missing(backend_name: str) -> None:
 
 
 # Dynamo cannot trace the environment either: what it says while tracing stays in the graph
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _from_environment() -> str:
     """FASTDIFF_BACKEND, or "auto" where it is not set."""
     if _variable not in _environment:
@@ -314,7 +316,7 @@ def _from_environment() -> str:
 
 
 # Dynamo cannot trace a ContextVar: it runs this function while tracing and keeps the answer
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def selected_backend() -> str:
     """The backend asked for: the innermost `backend()`, else FASTDIFF_BACKEND, else "auto"."""
     name = _forced.get()

@@ -186,7 +186,8 @@ def sdist_to_wheel(place: Place) -> str:
     sdist = next((place.folder / "dist").glob("*.tar.gz"))
     with tarfile.open(sdist) as tar:
         held = {Path(*Path(name).parts[1:]).as_posix() for name in tar.getnames()}
-    missing = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} - held
+    sources = (ROOT / "csrc").rglob("*.*")
+    missing = {path.relative_to(ROOT).as_posix() for path in sources} - held
     if missing:
         raise FailedError(f"the sdist lacks {', '.join(sorted(missing))}")
     wheels = place.folder / "wheels"

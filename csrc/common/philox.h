@@ -1,4 +1,4 @@
-// Philox4x32-10, for every processor: Salmon et al. 2011, section 3.3. kernels/philox.py says what
+// Philox4x32-10, for every processor: Salmon et al. 2011, section 3.3. kernels/philox_normal says what
 // the counter and the key are made of.
 #pragma once
 

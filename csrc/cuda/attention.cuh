@@ -1,5 +1,5 @@
 // softmax(scale * Q K^T + mask) V, forward, on the matrix unit of sm_80 and later
-// (kernels/attention.py has the maths, kernels/_attention_cuda.py the calls).
+// (kernels/attention has the maths, its cuda.py the calls).
 //
 //   streaming  a block has 64 or 128 queries and walks over tiles of 32 or 64 keys with an online
 //              softmax (Milakov and Gimelshein 2018; Dao 2023); the next tile is copied meanwhile

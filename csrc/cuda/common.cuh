@@ -40,7 +40,7 @@ using bfloat16 = __nv_bfloat16;
 // ---------------------------------------------------------------------------------------------
 // Numbers
 
-/// Codes of element types, the same in kernels/_cuda.py.
+/// Codes of element types, the same in kernels/cuda.
 enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }

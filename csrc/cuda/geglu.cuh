@@ -1,4 +1,4 @@
-// GEGLU (kernels/geglu.py has the maths): y = a gelu(g), x = [a | g], and its gradient.
+// GEGLU (kernels/geglu has the maths): y = a gelu(g), x = [a | g], and its gradient.
 //
 // Elementwise: a thread has two packs of the result, whatever the rows they lie in. Bytes: 3 rows D
 // itemsize forward, 5 backward, each number once; 256 threads of at most 128 registers, so that an

@@ -1,5 +1,5 @@
-// GroupNorm, scale and shift, SiLU; optionally an addition before (kernels/group_norm_silu.py and
-// kernels/add_group_norm_silu.py have the maths).
+// GroupNorm, scale and shift, SiLU; optionally an addition before (kernels/group_norm_silu and
+// kernels/add_group_norm_silu have the maths).
 //
 // Two layouts: "columns" is NHWC, rows of C channels for every place; "rows" is NCHW, a row of S
 // places for every channel. Two ways through:

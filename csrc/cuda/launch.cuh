@@ -50,7 +50,7 @@ inline const char* message_of(cudaError_t status) {
   return keep_message(cudaGetErrorString(status));
 }
 
-/// torch and this library have their own runtimes: both must mean the same device. kernels/_cuda.py
+/// torch and this library have their own runtimes: both must mean the same device. kernels/cuda
 /// has torch select it around every call, and select the one before afterwards, for both.
 inline const char* select_device(const Target& target) {
   return message_of(cudaSetDevice(target.device));
@@ -130,7 +130,7 @@ inline const char* active_clusters(const Target& target, const void* kernel, int
 }
 
 /// A launch and what it takes of its device, as CUDA's runtime tells it. Field for field the integers
-/// of `Launch` in kernels/_cuda.py.
+/// of `Launch` in kernels/cuda.
 struct Seen {
   std::string kernel;  // mangled
   int64_t blocks, threads, cluster;

@@ -1,4 +1,4 @@
-// LayerNorm of rows, alone or after an addition (kernels/layer_norm.py has the maths).
+// LayerNorm of rows, alone or after an addition (kernels/layer_norm has the maths).
 //
 // A thread keeps 16 numbers of a row in registers, so x is read once: a warp has a row of up to 512
 // numbers, eight warps a block; a wider row, up to 8192, has a block of its own. Rows beyond that

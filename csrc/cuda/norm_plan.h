@@ -23,7 +23,7 @@ struct NormPlan {
   int64_t workspace;  // fp32 numbers
   int cluster;      // on chip: blocks that share a slab (NCHW: a group)
 
-  static constexpr int kFields = 10;  // as kernels/group_norm_silu.py knows it
+  static constexpr int kFields = 10;  // as kernels/group_norm_silu knows it
   static NormPlan from(const int64_t* f) {
     return {f[0] != 0, int(f[1]), int(f[2]), int(f[3]), f[4], f[5], f[6], int(f[7]), f[8],
             int(f[9])};

@@ -1,9 +1,9 @@
-// Normal numbers of Philox words on a GPU (kernels/philox.py has the scheme, philox.h the words).
+// Normal numbers of Philox words on a GPU (kernels/philox has the scheme, philox.h the words).
 //
 // fp32 and integers only: r, cos and sin are sums of two fp32 numbers, good to 2^-25, and their
 // product is rounded once: at most 1.4 ulp from the reference, a test enumerates all 2^23 values of
 // u. Every product that is added to something is an explicit fma or exact, so that no compiler has a
-// choice and every GPU gives the same bits. kernels/philox.py has the same functions for Triton.
+// choice and every GPU gives the same bits. kernels/philox has the same functions for Triton.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// A row of a sampler table for each sample, in place on x and history (kernels/sampler_step.py has
+// A row of a sampler table for each sample, in place on x and history (kernels/sampler_step has
 // the maths).
 //
 // One launch; where rows may rescale one before it, for the deviations of whole images. Rows, indices
@@ -18,7 +18,7 @@
 
 namespace fastdiff {
 
-/// The columns of a table, as kernels/sampler_step.py names them.
+/// The columns of a table, as kernels/sampler_step names them.
 enum Column : int {
   kU, kV, kA, kB, kC1, kC2, kC3, kS, kP, kQ, kSlot, kW, kClamp, kLogvarMin, kLogvarMax, kNoiseStep,
   kRescale

@@ -1,7 +1,7 @@
 """Small random affine changes, a pure function of (seed, epoch, index).
 
-Nothing here holds a state: image `index` looks the same in epoch `epoch` whatever was drawn before,
-in whatever batch it comes, so a resumed run sees the very pixels the interrupted one would have.
+There is no state: image `index` looks the same in epoch `epoch` regardless of what was drawn before
+and of its batch, so a resumed run sees the same pixels as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _UNIFORM_SCALE = 2.0**-32
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Ranges of the random affine change; all zero means none."""
+    """Ranges of the random affine transform; all zero: no augmentation."""
 
     shift: float = 0.0
     """Largest shift along each axis, in pixels."""
 
     rotation: float = 0.0
-    """Largest turn to either side, in degrees."""
+    """Largest rotation in either direction, in degrees."""
 
     scale: float = 0.0
-    """Largest relative change of size: 0.1 draws 0.9 to 1.1, each axis for itself."""
+    """Largest relative change of size: 0.1 draws from 0.9 to 1.1, independently per axis."""
 
     shear: float = 0.0
-    """Largest horizontal shear to either side, in degrees."""
+    """Largest horizontal shear in either direction, in degrees."""
 
     flip: bool = False
-    """Mirror half of the images left to right."""
+    """Flip half of the images horizontally."""
 
     probability: float = 1.0
-    """Share of the images that are changed at all; the others stay exactly as they are."""
+    """Fraction of images that are transformed; the others stay unchanged."""
 
     fill: Literal["black", "border", "reflection"] = "black"
-    """What comes in from outside the image."""
+    """How pixels outside the image are filled."""
 
     def __post_init__(self) -> None:
         for name in ("shift", "rotation", "scale", "shear"):
@@ -71,7 +71,7 @@ class AugmentConfig:
 def augment(
     images: Tensor, indices: Tensor, epochs: Tensor, *, seed: int, config: AugmentConfig
 ) -> Tensor:
-    """Turn, scale, shear, shift and mirror each image by its own random amounts.
+    """Rotate, scale, shear, shift and flip each image by random amounts of its own.
 
     Args:
         images: (N, C, H, W), fp32 in [-1, 1].
@@ -81,7 +81,7 @@ def augment(
         config: the ranges.
 
     Returns:
-        (N, C, H, W), fp32 in [-1, 1]; rows that are left alone come back bit for bit.
+        (N, C, H, W), fp32 in [-1, 1]; images that are not transformed keep their bits.
     """
     if not config.enabled or not len(images):
         return images

@@ -1,4 +1,4 @@
-"""What to train on: one typed description of a data set."""
+"""Typed description of a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Split = Literal["train", "held-out"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, at which size, and how they are varied."""
+    """Images, their size and their augmentation."""
 
     source: Source = "digits"
     """digits: scikit-learn's handwritten digits; folder: image files, a class per sub-folder;
@@ -29,13 +29,13 @@ class DataConfig:
     """1: grey, 3: RGB."""
 
     split: Split = "train"
-    """Which part of the digits; folders and shards are taken whole."""
+    """Part of the digits; folders and shards are always used in full."""
 
     background: tuple[int, int, int] = (255, 255, 255)
     """The RGB colour, 0 to 255, put behind transparent pixels."""
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of each image, drawn anew in every epoch."""
+    """Random changes of each image, redrawn every epoch."""
 
     def __post_init__(self) -> None:
         if self.source not in ("digits", "folder", "shards"):
@@ -56,4 +56,4 @@ class DataConfig:
         if self.source == "digits" and self.channels != 1:
             raise ValueError(f"the digits are grey: channels must be 1, got {self.channels}")
         if self.source != "digits" and not self.path:
-            raise ValueError(f"source {self.source!r} needs a path, got none")
+            raise ValueError(f"source {self.source!r} needs a path; set path to the images")

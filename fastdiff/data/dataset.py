@@ -1,4 +1,4 @@
-"""A data set that has been read: pixels, labels, class names, and what could not be read."""
+"""A data set in memory: pixels, labels, class names, and the files that could not be read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ImageDataset:
 
     Attributes:
         images: (N, C, H, W), uint8 (0 to 255) or fp32 in [-1, 1].
-        labels: (N,) int64; all 0 where there are no classes.
+        labels: (N,) int64; all 0 without classes.
         classes: their names; empty for data without classes.
         skipped: the files that could not be read.
         fingerprint: a hash of pixels and class names in their order; empty for the digits, which
@@ -80,10 +80,10 @@ def collect(
     channels: int,
     image_size: int,
 ) -> tuple[Tensor, list[str | int], str]:
-    """Write decoded images one after another into an unnamed temporary file and map it.
+    """Write decoded images to an unnamed temporary file and memory-map it.
 
-    A set larger than the memory therefore works, and random access costs a page fault at most. The
-    file lies where Python's `tempfile` puts it (`TMPDIR` moves it) and disappears with the process.
+    Data sets larger than memory work, and random access costs at most a page fault. The file is
+    created where Python's `tempfile` puts it (`TMPDIR` moves it) and vanishes with the process.
 
     Args:
         decoded: (C, H, W) uint8 images with their labels, in order.
@@ -114,7 +114,7 @@ def collect(
             file.flush()
         report(skipped, where)
         if not labels:
-            found = f"all {len(skipped)} unreadable" if skipped else "it holds none"
+            found = f"all {len(skipped)} unreadable" if skipped else "it contains none"
             raise ValueError(f"no image could be read from {where}: {found}")
         shape = (len(labels), channels, image_size, image_size)
         mapped = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file
@@ -128,13 +128,13 @@ def _room_for(where: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot hold the decoded images of {where} in {tempfile.gettempdir()}: "
+            f"cannot store the decoded images of {where} in {tempfile.gettempdir()}: "
             f"{error.strerror}; set TMPDIR to a larger disk",
         ) from error
 
 
 def report(skipped: list[Skipped], where: str) -> None:
-    """One warning that counts and names the files that were left out."""
+    """Warn once, with the number and names of the skipped files."""
     if not skipped:
         return
     named = "; ".join(f"{item.name} ({item.reason})" for item in skipped[:_NAMED_IN_WARNING])

@@ -1,4 +1,4 @@
-"""One image file of any kind -> uint8 pixels of one size."""
+"""Decode an image file of any format to uint8 pixels of a fixed size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastdiff.images import open_flat, resize
 
 
 def decode(source: Path | bytes, config: DataConfig) -> np.ndarray:
-    """Read, turn upright, flatten, resize and crop one image.
+    """Read, orient, flatten, crop and resize one image.
 
-    The first frame of an animation counts. EXIF orientation is applied. Transparent pixels lie on
+    Of an animation the first frame is used. EXIF orientation is applied. Transparent pixels get
     `config.background`. 16-bit grey is rounded to 8 bits, CMYK and palettes become RGB. The largest
     centred square is resized with Pillow's antialiased bicubic filter.
 
@@ -25,7 +25,7 @@ def decode(source: Path | bytes, config: DataConfig) -> np.ndarray:
         (C, H, W) uint8.
 
     Raises:
-        any of `UNREADABLE`: the file is damaged, of an unknown kind, or too large to be true.
+        any of `UNREADABLE`: the file is damaged, of an unknown format, or suspiciously large.
     """
     flat = open_flat(source, config.background).convert("L" if config.channels == 1 else "RGB")
     size = (config.image_size, config.image_size)

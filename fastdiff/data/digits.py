@@ -28,7 +28,7 @@ def digits_split(split: Split, *, image_size: int = 32) -> tuple[Tensor, Tensor]
 
     Args:
         split: "train" (1,437 images) or "held-out" (360).
-        image_size: the side they are enlarged to, bicubic; 8 gives the scans themselves.
+        image_size: side they are resized to (bicubic); 8 returns the original scans.
 
     Returns:
         Images (N, 1, image_size, image_size), fp32 in [-1, 1], and labels (N,) int64.
@@ -44,10 +44,10 @@ def digits_split(split: Split, *, image_size: int = 32) -> tuple[Tensor, Tensor]
 
 
 def held_out_mask(labels: Tensor) -> Tensor:
-    """Which 360 images are held out: (N,) bool, each class in proportion (largest remainder).
+    """Mask (N,) of the 360 held-out images, classes in proportion (largest remainder method).
 
-    Inside a class the order is that of a hash of the image's number, so that the split depends on
-    no library's random numbers.
+    Within a class, images are ordered by a hash of their number, so that the split does not depend
+    on the random number generator of any library.
     """
     counts = torch.bincount(labels)
     shares = counts.double() * HELD_OUT / len(labels)

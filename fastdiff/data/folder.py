@@ -23,28 +23,28 @@ _AHEAD = 256  # decoded images waiting to be written, at most
 def open_folder(config: DataConfig) -> ImageDataset:
     """Read all images below `config.path`.
 
-    With sub-folders, each is a class (its own sub-folders belong to it); with image files at the
-    top, there are no classes. Order: by class, then by path, whatever the file system says.
+    Each sub-folder is a class, including its own sub-folders; image files directly in the folder
+    have no classes. Images are ordered by class, then by path, on every file system.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no readable image, or both images and sub-folders with images.
+        ValueError: it contains no readable image, or both images and sub-folders with images.
     """
     root = Path(config.path)
     if not root.exists():
-        raise FileNotFoundError(f"no folder at {root}")
+        raise FileNotFoundError(f"no folder at {root}; set path to a folder of images")
     if not root.is_dir():
         raise ValueError(f"expected a folder of images, got the file {root}")
     files = list_images(root)
     if not files:
         raise ValueError(
-            f"no image in {root}: expected files that Pillow reads, such as .png, .jpg"
+            f"no images in {root}; expected files that Pillow can read, such as .png or .jpg"
         )
     top_level = [path for path in files if len(path.parts) == 1]
     if top_level and len(top_level) != len(files):
         raise ValueError(
-            f"{root} holds both images ({top_level[0]}) and folders of images; "
-            "put every image in its class's folder, or all at the top"
+            f"{root} contains both images ({top_level[0]}) and folders of images; "
+            f"put every image into the folder of its class, or all directly into {root}"
         )
     skipped: list[Skipped] = []
     names = [() if top_level else (path.parts[0],) for path in files]
@@ -62,9 +62,9 @@ def open_folder(config: DataConfig) -> ImageDataset:
 
 
 def list_images(root: Path) -> list[Path]:
-    """Files below `root` whose ending Pillow knows, as sorted relative paths; hidden ones are left.
+    """Files below `root` with an extension Pillow knows, as sorted relative paths; no hidden files.
 
-    Links are followed, each real folder once.
+    Symbolic links are followed, each real folder once.
     """
     endings = {ending.lower() for ending in Image.registered_extensions()}
     found: list[Path] = []
@@ -87,7 +87,7 @@ def list_images(root: Path) -> list[Path]:
 def _decoded(
     root: Path, files: list[Path], config: DataConfig, skipped: list[Skipped]
 ) -> Iterator[tuple[np.ndarray, str]]:
-    """Pixels and class name of each readable file, decoded by threads, in order."""
+    """Pixels and class name of each readable file, in order; decoded in threads."""
 
     def read(path: Path) -> np.ndarray | Skipped:
         try:

@@ -1,4 +1,4 @@
-"""In which order images are seen: a pure function of (seed, step), so there is nothing to save."""
+"""Order of the images: a pure function of (seed, step), so there is no state to save."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed for one purpose, well mixed: equal arguments only give equal seeds.
+    """A 63-bit seed for one purpose: a hash, so different arguments give unrelated seeds.
 
     >>> derive_seed(0, "order", 1) != derive_seed(0, "noise", 1)
     True
@@ -34,7 +34,7 @@ class DataOrder:
 
     def __init__(self, length: int, batch_size: int, *, seed: int) -> None:
         if length < 1:
-            raise ValueError(f"an order needs at least 1 image, got {length}")
+            raise ValueError(f"the data set must have at least 1 image, got {length}")
         self.length = length
         self.batch_size = batch_size
         self.seed = seed

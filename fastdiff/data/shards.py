@@ -27,7 +27,7 @@ def open_shards(config: DataConfig) -> ImageDataset:
     """Read all samples of the shards that match `config.path`, in the order of their names.
 
     The class is the text of the sample's `.cls` (or `.txt`) member, or `label`, `class` or `cls`
-    of its `.json`. Without any of them there are no classes; a mixture is an error.
+    of its `.json`. If no sample has one there are no classes; a mixture is an error.
 
     Raises:
         FileNotFoundError: no file matches.
@@ -35,7 +35,9 @@ def open_shards(config: DataConfig) -> ImageDataset:
     """
     paths = [Path(name) for name in sorted(glob.glob(config.path, recursive=True))]
     if not paths:
-        raise FileNotFoundError(f"no shard matches {config.path!r}")
+        raise FileNotFoundError(
+            f"no shard matches {config.path!r}; set path to a .tar file or a pattern of them"
+        )
     skipped: list[Skipped] = []
     pixels, labels, fingerprint = collect(
         _decoded(paths, config, skipped),
@@ -49,7 +51,7 @@ def open_shards(config: DataConfig) -> ImageDataset:
         count = sum(label == "" for label in labels)
         raise ValueError(
             f"{count} of {len(labels)} samples of {config.path} have no class; "
-            "give each a .cls member, or none"
+            "give all of them a .cls member, or none"
         )
     classes = tuple(sorted(names - {""}, key=_natural))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -92,7 +94,7 @@ def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
 
 
 def _members(path: Path, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """Name and content of each file in the shard; None for the content of one that is too large."""
+    """Name and content of each file in the shard; content is None if it is too large."""
     try:
         with tarfile.open(path, mode="r|*") as archive:
             for member in archive:
@@ -119,5 +121,5 @@ def _label(members: dict[str, Any]) -> str:
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    """Numbers by value and before words, so that class 10 follows class 9."""
+    """Sort key: numbers by value, before words, so that class 10 follows class 9."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)

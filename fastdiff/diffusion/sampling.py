@@ -63,11 +63,8 @@ class _Place:
     """Where a slot is in its table: what the host knows without reading from the device."""
 
     table: SamplerTable
+    rows: int  # of the table; asking a tensor for its length is slow
     row: int = 0
-
-    @property
-    def done(self) -> bool:
-        return self.row == len(self.table)
 
 
 class Slots:
@@ -119,7 +116,8 @@ class Slots:
     @property
     def busy(self) -> list[int]:
         """The slots with rows left to take."""
-        return [s for s, held in enumerate(self._slots) if held is not None and not held.done]
+        slots = enumerate(self._slots)
+        return [slot for slot, held in slots if held is not None and held.row < held.rows]
 
     def table(self, slot: int) -> SamplerTable:
         """The table of a slot that is not empty."""
@@ -154,7 +152,7 @@ class Slots:
                 raise ValueError(f"slot {number} is taken; remove it before it is filled again")
         start = 0
         for number in numbers:
-            self._slots[number] = _Place(table)
+            self._slots[number] = _Place(table, len(table))
             start = self._stack.add(table, lambda: table.to(self.x.device, self.x.dtype))
         self.x[slot] = x
         self.seeds[slot] = seeds

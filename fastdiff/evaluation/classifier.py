@@ -1,6 +1,6 @@
-"""The judge: a classifier trained on real images only, and the feature space it gives.
+"""The judge: a classifier trained on real images only, and its feature space.
 
-A multilayer perceptron on pixels, 98% on held-out digits in seconds of training. Its last hidden
+A multilayer perceptron on pixels: 98% on held-out digits after seconds of training. Its last hidden
 layer, rotated onto the principal components that carry 99.9% of its variance, is where Fréchet
 distance, precision and recall are taken: units that never fire would make the covariance singular.
 """
@@ -37,7 +37,7 @@ class Reference:
 
 @functools.cache
 def digits_reference(image_size: int = 32) -> Reference:
-    """The digits: 1,437 to train the judge and the model, 360 that neither has seen."""
+    """The digits: 1,437 to train judge and model, 360 that neither has seen."""
     train_images, train_labels = digits_split("train", image_size=image_size)
     held_out_images, held_out_labels = digits_split("held-out", image_size=image_size)
     return Reference(
@@ -62,7 +62,7 @@ class Judge:
             HIDDEN, alpha=1e-2, max_iter=100, random_state=seed
         )
         with warnings.catch_warnings():
-            # Stopping at max_iter is meant; the held-out accuracy says whether it matters.
+            # Stopping at max_iter is intended; held-out accuracy shows whether it matters.
             warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
             self.classifier.fit(pixels, labels)
         self.projection: Any = decomposition.PCA(KEPT_VARIANCE, svd_solver="full")
@@ -108,5 +108,5 @@ def pixels_of(images: Tensor) -> NDArray[np.float32]:
         ValueError: a pixel is NaN or infinite.
     """
     if not images.isfinite().all():
-        raise ValueError("expected finite images to evaluate, got NaN or infinity in them")
+        raise ValueError("images to evaluate must be finite, got NaN or infinity")
     return images.detach().flatten(1).float().cpu().numpy()

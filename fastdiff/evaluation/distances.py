@@ -16,8 +16,8 @@ Rows = NDArray[np.float64] | NDArray[np.float32]
 def frechet_distance(a: Rows, b: Rows) -> float:
     """|mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017).
 
-    a, b: (N, D) and (M, D), fp64. Computed by torchmetrics. It is biased upwards, by about 1/N:
-    only distances between sets of the same sizes compare.
+    a, b: (N, D) and (M, D), fp64. Computed by torchmetrics. It is biased upwards by about 1/N:
+    only distances between sets of equal size are comparable.
     """
     metric = import_extra("torchmetrics.image.fid", extra="train").FrechetInceptionDistance
     identity = torch.nn.Identity()
@@ -51,12 +51,12 @@ def _covered(manifold: Rows, points: Rows, k: int) -> float:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """For each point: its nearest training image, how far, and how far compared with others.
+    """For each point, its nearest training image: index, distance, and distance relative to others.
 
     index: (N,) of the training set. distance: (N,), Euclidean, in pixels from -1 to 1.
-    ratio: (N,), distance over the mean distance to the 50 nearest: a copy has 0, an image as near
-    to one training image as to many has 1. Unlike the distance it does not call a plain shape,
-    near to everything, a copy (Carlini et al. 2023, section 4.2).
+    ratio: (N,), distance divided by the mean distance to the 50 nearest: 0 for a copy, 1 for an
+    image equally close to many. Unlike the distance itself, it does not flag plain shapes that are
+    close to everything (Carlini et al. 2023, section 4.2).
     """
 
     index: NDArray[np.int64]
@@ -65,7 +65,7 @@ class Neighbours:
 
 
 def nearest_training(points: Rows, training: Rows, *, crowd: int = 50) -> Neighbours:
-    """Look for each point's nearest neighbours among the training images.
+    """Find the nearest training images of each point.
 
     points: (N, D), training: (M, D). crowd: how many neighbours the ratio compares with.
     """

@@ -1,8 +1,8 @@
-"""How good samples are, with what real images score beside each number.
+"""Quality of samples, each metric next to what real images score on it.
 
-Chosen before any model was trained: what counts as a near-copy, the sizes of the subsets, the
-limits. Every number of the samples stands beside the same number of the held-out images, which no
-model has seen: the floor that a perfect model would reach.
+The near-copy criterion, subset sizes and limits were chosen before any model was trained. Every
+metric is also computed on the held-out images, which no model has seen: the floor that a perfect
+model would reach.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastdiff.generate.run import Progress, generate
 from fastdiff.generate.settings import SampleSettings
 
 NEAR_COPY_QUANTILE = 0.05
-"""A near-copy is nearer to a training image than this share of the held-out images are."""
+"""A near-copy is closer to a training image than all but this fraction of held-out images."""
 SUBSETS = 5
 """Random subsets, of the held-out split's size, over which equal-size numbers are averaged."""
 MIN_ACCURACY = 0.95
@@ -36,12 +36,12 @@ MAX_FRECHET_RATIO = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a set of images scores."""
+    """Metrics of a set of images."""
 
     count: int
     """Images."""
     accuracy: float
-    """Share in which the judge sees the class that was asked for."""
+    """Fraction that the judge classifies as the requested class."""
     class_accuracy: tuple[float | None, ...]
     """The same per class; None for a class without images."""
     frechet: float
@@ -80,7 +80,7 @@ class Results:
     """Images the samples are compared with."""
 
     def failures(self) -> tuple[str, ...]:
-        """What misses its limit, one line each; empty if nothing does."""
+        """One line per metric that misses its limit; empty if all are met."""
         checks = [
             (
                 self.samples.accuracy >= MIN_ACCURACY,
@@ -103,7 +103,7 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results and what they were made from, for the report."""
+    """Results, and what they were computed from, for the report."""
 
     results: Results
     images: Tensor

@@ -1,4 +1,4 @@
-"""docs/results.md and its pictures, written from an evaluation and never by hand."""
+"""Write docs/results.md and its images from an evaluation."""
 
 from __future__ import annotations
 

@@ -236,8 +236,8 @@ class Engine:
         watch: called with the x and the estimates of x0 of the requests that were taken further,
             before any leaves.
         """
-        slots = self._slots
-        if turns := self._turns():
+        slots, busy = self._slots, self._slots.busy
+        if turns := self._turns(busy):
             plan = self._plan_for(turns)
             prediction = self._denoiser(slots.x, plan.batch, self._state.get("extra"))
             denoised = torch.empty_like(slots.x) if watch or self._asked else None
@@ -246,7 +246,7 @@ class Engine:
                 cond=plan.batch.cond,
                 uncond=plan.batch.uncond,
                 denoised=denoised,
-                only=None if len(turns) == len(slots.busy) else plan.slots,
+                only=None if len(turns) == len(busy) else plan.slots,
             )
             if len(plan.masked):
                 self._hold(plan.masked, plan.levels)
@@ -256,18 +256,15 @@ class Engine:
                 self._show(plan.slots, denoised, watch)
         return self._collect()
 
-    def _turns(self) -> list[tuple[int, bool]]:
+    def _turns(self, busy: list[int]) -> list[tuple[int, bool]]:
         """The requests to take further, as (slot, guided); those that waited longest first.
 
         Where rows are evaluated in blocks, as many as fill blocks: on a CPU a row that is there
         only to fill a block costs as much as any other.
         """
         slots, blocks = self._slots, self._denoiser.blocks
-        busy = set(slots.busy)
-        seats = sorted(
-            (seat for seat in self._seats.values() if seat.slot in busy), key=lambda seat: seat.turn
-        )
-        turns = [(seat.slot, slots.guided(seat.slot)) for seat in seats]
+        order = sorted(busy, key=lambda slot: self._seats[slot].turn)
+        turns = [(slot, slots.guided(slot)) for slot in order]
         if blocks is not None and blocks.guided == blocks.single:
             room = sum(1 + guided for _, guided in turns)
             room = max(room - room % blocks.single, blocks.single)
@@ -312,7 +309,8 @@ class Engine:
     def _collect(self) -> list[Result]:
         """Take out the requests that have finished or failed."""
         slots, seats = self._slots, list(self._seats.values())
-        done = {seat for seat in seats if slots.row(seat.slot) == len(seat.request.table)}
+        busy = set(slots.busy)
+        done = {seat for seat in seats if seat.slot not in busy}
         at_once = slots.finite.is_cpu and not bool(slots.finite.all())
         failures = slots.failures() if done or at_once else {}
         results = []

@@ -42,8 +42,8 @@ class AutoencoderLossConfig:
     """Weight of the perceptual distance."""
 
     lpips: tuple[str, ...] = ()
-    """Files with LPIPS weights (VGG16's and the linear ones); without them the perceptual distance
-    is that of `fastdiff.models.perceptual.LocalFeatureLoss`."""
+    """Files with LPIPS weights (VGG16 and the linear layers); without them the perceptual distance
+    is `fastdiff.models.perceptual.LocalFeatureLoss`."""
 
     kl_weight: float = 1e-6
     """Weight of the KL divergence, divided by the number of pixel values: LDM's 1e-6 (kl)."""
@@ -55,10 +55,10 @@ class AutoencoderLossConfig:
     """Share of the commitment term in the codebook loss, beta."""
 
     adversarial_weight: float = 0.5
-    """Weight of the discriminator's verdict after balancing; 0 trains without a discriminator."""
+    """Weight of the adversarial loss after balancing; 0: no discriminator."""
 
     adversarial_start: int = 50_000
-    """Finished steps before the discriminator takes part; earlier it only disturbs."""
+    """Steps before the discriminator is used; earlier it only hurts."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -77,16 +77,16 @@ class AutoencoderLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRun:
-    """Everything that decides an autoencoder's training."""
+    """Everything that determines the training of an autoencoder."""
 
     model: AutoencoderConfig
     """The autoencoder."""
 
     optimization: OptimizationConfig
-    """Steps, rates, precision; also of the discriminator."""
+    """Steps, learning rate, precision; the discriminator uses the same."""
 
     output: OutputConfig
-    """The run's folder and how often it is written to."""
+    """The run folder, and how often it is written to."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
@@ -98,10 +98,10 @@ class AutoencoderRun:
     """The weights of the losses."""
 
     seed: int = 0
-    """All randomness of the run follows from it."""
+    """Determines all randomness of the run."""
 
     device: str = "auto"
-    """cpu, cuda, or auto for cuda where there is one."""
+    """cpu, cuda, or auto: cuda if available."""
 
     def __post_init__(self) -> None:
         if self.loss.adversarial_weight:
@@ -113,12 +113,12 @@ class AutoencoderRun:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """Contents of config.json."""
         return to_dict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> AutoencoderRun:
-        """Read what `to_json` gave. Fields that the writer did not know have their defaults.
+        """Inverse of `to_json`. Fields missing from configs of older versions get their defaults.
 
         Raises:
             ValueError: an unknown field, or a missing or wrong one.
@@ -249,11 +249,11 @@ class AutoencoderTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """Which images it is trained on."""
+        """Identifies the images it is trained on."""
         return self.batches.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The images must be the same ones."""
+        """Check that the images are the same."""
         self.batches.check_state(state)
 
 

@@ -1,4 +1,4 @@
-"""The images of a step: order, augmentation and the way to the device in one place."""
+"""The images of a step: order, augmentation, transfer to the device."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Batches:
         self.order = DataOrder(len(dataset), batch_size, seed=seed)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged: how many images, and their hash."""
+        """What must be unchanged when the run is resumed: the number of images and their hash."""
         return {"images": len(self.dataset), "data": self.dataset.fingerprint}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if the data is not that of `state`; an older one without it passes."""
+        """Raise ValueError if the data differs from that of `state`; states without it pass."""
         now = self.state()
         if any(state.get(key, now[key]) != now[key] for key in now):
             raise ValueError(
                 f"the images of {self.config.path or self.config.source} have changed since this "
-                f"run was started (it had {state.get('images')}, there are {now['images']}); put "
-                "the old ones back, or train in a new folder"
+                f"run was started (had {state.get('images')}, there are {now['images']}); restore "
+                "them, or train in a new folder"
             )
 
     def images(self, step: int) -> tuple[Tensor, Tensor]:
@@ -51,13 +51,13 @@ class Batches:
         return self.augmented(indices, epochs), labels
 
     def augmented(self, indices: Tensor, epochs: Tensor) -> Tensor:
-        """Images (N, C, H, W) as epochs (N,) see them, on the device."""
+        """Images (N, C, H, W) augmented for their epochs (N,), on the device."""
         images, _ = self.dataset.batch(indices)
         images = images.to(self.device, non_blocking=True)
         return augment(images, indices, epochs, seed=self.seed, config=self.config.augment)
 
     def fixed(self, count: int) -> Tensor:
-        """`count` images spread over the data set, unchanged, for previews."""
+        """`count` unaugmented images spread over the data set, for previews."""
         indices = torch.linspace(0, len(self.dataset) - 1, min(count, len(self.dataset))).long()
         return self.dataset.batch(indices)[0].to(self.device)
 

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: folders that are complete or absent.
+"""Checkpoints of a training run: folders that are written completely or not at all.
 
     checkpoints/step_00001000/networks.safetensors    weights of every trained network
                               ema.safetensors         averaged weights
                               optimizers.safetensors  AdamW's moments, by parameter name
                               state.json              step, counters, loss scale
-    checkpoints/latest                                the newest one's name
+    checkpoints/latest                                name of the newest one
 
-No random state is kept: all randomness is a function of (seed, purpose, step).
+No random state is stored: all randomness is a function of (seed, purpose, step).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LATEST = "latest"
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+    """Path of the checkpoint written after `step` steps."""
     return root / f"step_{step:08d}"
 
 
@@ -46,7 +46,7 @@ def save_checkpoint(
         state: JSON-able counters.
 
     Raises:
-        OSError: a full disk, say; earlier checkpoints are as they were.
+        OSError: for example a full disk; earlier checkpoints are left untouched.
     """
     with atomic_folder(step_folder(root, step)) as folder:
         for stem, named in tensors.items():
@@ -73,8 +73,8 @@ def latest_checkpoint(root: Path) -> Path | None:
     folder = root / name
     if Path(name).name != name or not (folder / "state.json").is_file():
         raise ValueError(
-            f"{root / LATEST} names {name!r}, which is no checkpoint; write the name of another "
-            f"one of {root} into it, or train in a new folder"
+            f"{root / LATEST} names {name!r}, which is not a checkpoint; write the name of another "
+            f"checkpoint in {root} into it, or train in a new folder"
         )
     return folder
 
@@ -94,7 +94,7 @@ def load_checkpoint(
         tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems}
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"checkpoint {folder} cannot be read: {error}; write an older one's name into "
+            f"cannot read checkpoint {folder}: {error}; write an older one's name into "
             f"{folder.parent / LATEST}"
         ) from error
     return tensors, state
@@ -115,7 +115,7 @@ def optimizer_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. A network that was not stepped yet has no state.
+    """Inverse of `optimizer_tensors`. A network that has not been stepped yet has no state.
 
     Files hold moments in plain order. Fused AdamW reads parameter, gradient and moments by position
     in memory, whatever their strides, so each moment gets the memory layout of its parameter.
@@ -141,5 +141,5 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    # A copy on the CPU in plain order: safetensors stores no strides and refuses shared memory.
+    # A contiguous copy on the CPU: safetensors stores no strides and refuses shared memory.
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,4 +1,4 @@
-"""The parts of a run's config that both stages share."""
+"""The parts of a run config that both stages share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """How long, how fast and how exactly the weights are learned (AdamW)."""
+    """Training length, learning rate schedule and precision (AdamW)."""
 
     steps: int
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
 
     batch_size: int
     """Images per optimizer step."""
 
     accumulate: int = 1
-    """Pieces a batch is computed in, to save memory; the gradient stays that of the whole batch."""
+    """Pieces that a batch is split into to save memory; the gradient is that of the whole batch."""
 
     learning_rate: float = 1e-4
     """Highest learning rate of AdamW."""
@@ -35,16 +35,16 @@ class OptimizationConfig:
     """AdamW's decoupled weight decay."""
 
     warmup_steps: int = 0
-    """Steps over which the learning rate grows linearly from 0; a shorter run ends within."""
+    """Steps of linear warm-up from 0."""
 
     decay: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or half a cosine down to final_learning_rate at the end."""
 
     final_learning_rate: float = 0.0
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
 
     clip_norm: float = 0.0
-    """Largest norm of each network's gradient; 0 does not clip."""
+    """Gradients of each network are clipped to this norm; 0: no clipping."""
 
     ema_decay: float = 0.9999
     """Decay of the averaged weights, which are the ones exported; 0 keeps the latest weights."""
@@ -53,13 +53,13 @@ class OptimizationConfig:
     """Let the decay grow as (1 + n) / (10 + n) over the updates n, as LDM does."""
 
     precision: PrecisionName = "fp32"
-    """fp32, or autocast to bf16 or fp16 (with a loss scale); an error where the device cannot."""
+    """fp32, or autocast to bf16 or fp16 (with loss scaling); an error if unsupported."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: saves memory, costs about a third more time."""
 
     channels_last: bool = False
-    """Keep images and weights in the channels_last layout."""
+    """Use the channels_last memory format for images and weights."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
@@ -68,7 +68,7 @@ class OptimizationConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and "
-                f"{self.accumulate}; the pieces must be equal for an exact mean"
+                f"{self.accumulate}; unequal pieces would make the mean inexact"
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
@@ -93,32 +93,32 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """The run's folder and what is written into it, how often."""
+    """The run folder, and what is written to it how often."""
 
     folder: str
-    """config.json, log.jsonl, checkpoints/, samples/, tensorboard/ and model/ come here."""
+    """Where config.json, log.jsonl, checkpoints/, samples/, tensorboard/ and model/ are written."""
 
     log_every: int = 50
-    """Steps between two lines of the log; each holds the means since the line before."""
+    """Steps between log lines; each holds the means since the previous line."""
 
     preview_every: int = 1000
-    """Steps between two sheets of samples or reconstructions; 0 for none."""
+    """Steps between preview sheets of samples or reconstructions; 0: none."""
 
     save_every: int = 1000
-    """Steps between two checkpoints; 0 saves only at the end and when interrupted."""
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
 
     keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
 
     tensorboard: bool = True
-    """Write TensorBoard scalars and sheets as well."""
+    """Also write scalars and sheets to TensorBoard."""
 
     export_dtype: Literal["fp32", "fp16"] = "fp32"
     """Precision of the weights in model/."""
 
     def __post_init__(self) -> None:
         if not self.folder:
-            raise ValueError("the run needs an output folder, got an empty name")
+            raise ValueError("output folder must not be empty; name a folder for the run")
         for name in ("log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

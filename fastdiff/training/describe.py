@@ -1,4 +1,4 @@
-"""What a run would do, without doing it."""
+"""Describe a run without starting it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastdiff.training.diffusion import DiffusionRun
 
 
 def describe(run: AutoencoderRun | DiffusionRun[Any]) -> str:
-    """The whole config as JSON, and what follows from it, as text for `--dry-run`.
+    """The full config as JSON, parameter counts and number of images, as text for `--dry-run`.
 
-    Nothing is read or written and no weights are made.
+    Nothing is read or written, and no weights are allocated.
     """
     config = run.optimization
     lines = [json.dumps(run.to_json(), indent=2), ""]

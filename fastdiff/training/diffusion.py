@@ -22,19 +22,19 @@ NetworkConfigT = TypeVar("NetworkConfigT", bound=NetworkConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """How the sheets of samples are made while training."""
+    """How sample sheets are made during training."""
 
     count: int = 40
-    """Images per sheet; seeds 0, 1, 2 and so on, classes in turn."""
+    """Images per sheet, with seeds 0, 1, 2, ... and cycling through the classes."""
 
     sampler: str = "ddim"
-    """A sampler's name, see `fastdiff samplers`."""
+    """Name of a sampler; `fastdiff samplers` lists them."""
 
     steps: int = 50
     """Sampling steps."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    """Classifier-free guidance scale; 1: no guidance."""
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.steps < 1:
@@ -49,25 +49,25 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionRun(Generic[NetworkConfigT]):
-    """Everything that decides a denoiser's training."""
+    """Everything that determines the training of a denoiser."""
 
     model: NetworkConfigT
     """The denoiser: the config of any family of `fastdiff.models.network.NETWORKS`."""
 
     optimization: OptimizationConfig
-    """Steps, rates, precision."""
+    """Steps, learning rate, precision."""
 
     output: OutputConfig
-    """The run's folder and how often it is written to."""
+    """The run folder, and how often it is written to."""
 
     autoencoder: str = ""
-    """Bundle folder of the trained first stage, or its run's folder; empty to train on pixels."""
+    """Bundle or run folder of the trained first stage; empty to train on pixels."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
 
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """The noise."""
+    """Noise schedule."""
 
     prediction: Prediction = "eps"
     """What the network returns: eps, v or x0."""
@@ -76,20 +76,20 @@ class DiffusionRun(Generic[NetworkConfigT]):
     """Noise levels and weights of the loss."""
 
     class_dropout: float = 0.1
-    """Share of labels replaced by "no class", for classifier-free guidance."""
+    """Fraction of labels replaced by "no class", for classifier-free guidance."""
 
     latent_views: int = 0
-    """0 encodes each batch anew. k > 0 encodes k augmented views of every image once, before the
-    first step, and cycles through them: faster, and the posterior noise is still fresh."""
+    """0: encode each batch when it is needed. k > 0: encode k augmented views of every image before
+    the first step and cycle through them, which is faster; posterior noise is drawn per step."""
 
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    """The sheets of samples."""
+    """Sample sheets."""
 
     seed: int = 0
-    """All randomness of the run follows from it."""
+    """Determines all randomness of the run."""
 
     device: str = "auto"
-    """cpu, cuda, or auto for cuda where there is one."""
+    """cpu, cuda, or auto: cuda if available."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.class_dropout <= 1:
@@ -111,8 +111,8 @@ class DiffusionRun(Generic[NetworkConfigT]):
             )
         if self.model.context_dim is not None or self.model.added_condition_dim is not None:
             raise ValueError(
-                "training conditions on classes or on nothing, this model wants context or an "
-                "added vector; choose a model without context_dim and added_condition_dim"
+                "training supports class labels only, but this model expects context or an added "
+                "vector; choose a model without context_dim and added_condition_dim"
             )
 
     @property
@@ -121,12 +121,12 @@ class DiffusionRun(Generic[NetworkConfigT]):
         return kind_of(self.model)
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds: the fields, and the denoiser's kind under "network"."""
+        """Contents of config.json: the fields, and the kind of denoiser under "network"."""
         return {"network": self.kind, **to_dict(self)}
 
     @classmethod
     def from_json(cls, data: Any) -> DiffusionRun[Any]:
-        """Read what `to_json` gave. Fields that the writer did not know have their defaults.
+        """Inverse of `to_json`. Fields missing from configs of older versions get their defaults.
 
         Raises:
             ValueError: an unknown kind or field, or a missing or wrong one.

@@ -1,4 +1,4 @@
-"""Averaged weights: what is sampled from and exported."""
+"""Exponential moving average of the weights: what is sampled from and exported."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def ema_decay(update: int, decay: float, *, warmup: bool) -> float:
     """Decay of the `update`-th update, counted from 1.
 
-    With warm-up min(decay, (1 + n) / (10 + n)), as LDM and diffusers do: an average that starts
-    from random weights must forget them quickly.
+    With warm-up min(decay, (1 + n) / (10 + n)), as in LDM and diffusers, so that the average
+    quickly forgets the random initial weights.
     """
     return min(decay, (1 + update) / (10 + update)) if warmup else decay
 
@@ -22,7 +22,7 @@ class EMA:
 
     Attributes:
         network: a copy of the averaged network that holds the shadow, in eval mode.
-        updates: how often it was updated.
+        updates: number of updates so far.
     """
 
     def __init__(self, network: nn.Module, *, decay: float, warmup: bool) -> None:
@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the weights; buffers are copied."""
+        """Move the shadow towards the weights, and copy the buffers."""
         self.updates += 1
         weight = 1 - ema_decay(self.updates, self.decay, warmup=self.warmup)
         torch._foreach_lerp_(self._shadow, self._weights, weight)

@@ -1,4 +1,4 @@
-"""What the denoiser is trained on: pixels, or latents of a trained autoencoder.
+"""Training data of the denoiser: pixels, or latents of a trained autoencoder.
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.2: the first stage is frozen, and its latents are
 scaled to unit variance by the standard deviation of the first batch (appendix G).
@@ -101,8 +101,8 @@ class Latents:
         self.batches.check_state(state)
         if state["autoencoder"] != self.first_stage_hash:
             raise ValueError(
-                f"the autoencoder in {first_stage} has changed since this run was started; put the "
-                "old one back, or train the denoiser in a new folder"
+                f"the autoencoder in {first_stage} has changed since this run was started; restore "
+                "it, or train the denoiser in a new folder"
             )
         self.scale_factor = state["scale_factor"]
 
@@ -133,7 +133,7 @@ def first_stage(folder: str, *, image_size: int, device: torch.device) -> Model:
     """
     bundle = load_bundle(folder, device=device)
     if bundle.autoencoder is None:
-        raise ValueError(f"{folder} holds no autoencoder; give the folder of an autoencoder's run")
+        raise ValueError(f"{folder} contains no autoencoder; pass the run folder of an autoencoder")
     if bundle.image_size != image_size:
         raise ValueError(
             f"the autoencoder was trained at {bundle.image_size} pixels, the data has "

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: log.jsonl, TensorBoard, a progress bar or plain lines."""
+"""Logging of a run: log.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LOG_FILE = "log.jsonl"
 
 
 class Monitor:
-    """Writes and shows a run's scalars and sheets; entered for the time of training.
+    """Context manager that writes and shows the scalars and sheets of a run.
 
-    A terminal gets a progress bar with loss, it/s and ETA; anything else gets a line per record.
+    A terminal gets a progress bar with loss, it/s and ETA; other outputs get a line per record.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Monitor:
         self._log.close()
 
     def tick(self, done: int) -> None:
-        """`done` steps are finished."""
+        """Show that `done` steps are finished."""
         self._done = done
         if self._progress is not None:
             self._progress.update(self._task, completed=done)
 
     def record(self, done: int, scalars: dict[str, float]) -> None:
-        """Scalars after `done` steps, into every channel."""
+        """Write the scalars after `done` steps to the log, TensorBoard and the console."""
         now = time.perf_counter()
         rate = (done - self._since[0]) / max(now - self._since[1], 1e-9)
         self._since = (done, now)
@@ -105,21 +105,21 @@ class Monitor:
             self.say(f"step {done}/{self.steps}  {shown}  {rate:.2f} it/s  ETA {eta}")
 
     def sheet(self, done: int, image: Tensor, name: str) -> None:
-        """A sheet of images (C, H, W) in [0, 1] for TensorBoard."""
+        """Write a sheet of images, (C, H, W) in [0, 1], to TensorBoard."""
         if self._board is not None:
             self._board.add_image(name, image, done)
 
     def pause(self) -> None:
-        """Leave out the time until now (previews, saving) from the next rate."""
+        """Exclude the time until now (previews, saving) from the next rate."""
         self._since = (self._done, time.perf_counter())
 
     def say(self, text: str) -> None:
-        """One line for the user, above the progress bar where there is one."""
+        """Print one line for the user, above the progress bar if there is one."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of log.jsonl; a last line that was cut off is left out."""
+    """Read the records of log.jsonl; a truncated last line is skipped."""
     records = []
     for line in (folder / LOG_FILE).read_text().splitlines():
         try:
@@ -130,7 +130,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go."""
+    """Drop the lines of steps after the checkpoint, which a resumed run repeats."""
     if not path.exists():
         return
     kept = [record for record in read_log(path.parent) if record["step"] <= step]

@@ -1,4 +1,4 @@
-"""The denoiser's loss on one batch: which noise levels it sees, and how each of them counts.
+"""The loss of the denoiser on one batch: noise levels and their weights.
 
 The simple loss of DDPM (Ho et al. 2020, eq. 14) on any prediction, weighted by min-SNR (Hang et al.
 2023) if asked for, plus the variational bound of IDDPM (Nichol and Dhariwal 2021, eq. 16) where the
@@ -21,7 +21,7 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLossConfig:
-    """Which noise levels are trained on, and how each counts."""
+    """Distribution of noise levels in training, and their weights in the loss."""
 
     weighting: Literal["simple", "min-snr"] = "simple"
     """simple: DDPM eq. 14; min-snr: Hang et al. 2023 (arXiv 2303.09556)."""
@@ -44,7 +44,7 @@ class DenoiserLossConfig:
     """Weight of the variational bound for models with learned variance (IDDPM eq. 16)."""
 
     bin_width: float = 2 / 255
-    """Distance of two grey levels in [-1, 1], for that bound; the digits have 17 levels: 0.125."""
+    """Distance between grey levels in [-1, 1], for the bound; 0.125 for the 17 levels of digits."""
 
     def __post_init__(self) -> None:
         if self.weighting not in ("simple", "min-snr"):
@@ -62,7 +62,7 @@ class DenoiserLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The maths of one batch, independent of where images, noise and network come from."""
+    """The loss of one batch as a function of the network output."""
 
     config: DenoiserLossConfig
     schedule: NoiseSchedule

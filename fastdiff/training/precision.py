@@ -1,4 +1,4 @@
-"""Devices and number formats: what was asked for, or an error."""
+"""Devices and precisions: what was requested, or an error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is any, else the CPU.
+    """The device called `name`; "auto" is CUDA if available, otherwise the CPU.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"device {name!r} cannot be used ({first}); try 'cpu' or 'auto'"
+            f"device {name!r} is not available ({first}); use 'cpu' or 'auto'"
         ) from error
     return device
 

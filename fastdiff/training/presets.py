@@ -1,4 +1,4 @@
-"""Runs that are known to work, by name; `dataclasses.replace` or the command line change them."""
+"""Tested runs by name; change fields with `dataclasses.replace` or on the command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.objective import DenoiserLossConfig
 
-# Small changes that a hand makes anyway; some images stay as they are, so that the models see the
-# real distribution too. The autoencoder may see more than digits, the denoiser should make digits.
+# Variations as small as those of handwriting; some images stay unchanged so that the models also
+# see the real distribution. The autoencoder may learn more than digits, the denoiser may not.
 _WIDE = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.75)
 _NARROW = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 

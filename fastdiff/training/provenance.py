@@ -1,4 +1,4 @@
-"""Where exported weights come from, for the people who will use them."""
+"""Where exported weights come from, for those who use them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def provenance(run: Run, step: int) -> dict[str, Any]:
-    """Command, version, steps, data, date and the run's whole config. No paths of this machine."""
+    """Command, versions, steps, data, date and the full config, without paths of this machine."""
     config = run.to_json()
     config["output"]["folder"] = Path(run.output.folder).name
     if config.get("autoencoder") and not isinstance(config["autoencoder"], dict):
@@ -35,6 +35,6 @@ def provenance(run: Run, step: int) -> dict[str, Any]:
 
 
 def program() -> str:
-    """What to type to run this process's program again; ``python -m fastdiff`` is ``fastdiff``."""
+    """The name this program is run by; ``fastdiff`` for ``python -m fastdiff``."""
     path = Path(sys.argv[0])
     return path.parent.name if path.name == "__main__.py" else path.name

@@ -1,4 +1,4 @@
-"""Second stage: what the training loop asks of a denoiser (a `trainer.Task`)."""
+"""Second stage: networks, batches, losses and previews of a denoiser (a `trainer.Task`)."""
 
 from __future__ import annotations
 
@@ -210,13 +210,13 @@ def new_denoiser(run: DiffusionRun[Any]) -> Network:
     """The untrained denoiser of a run, on the CPU.
 
     Raises:
-        ValueError: its family cannot do what the run asks for.
+        ValueError: the family does not support what the run asks for.
     """
     network = network_family(run.kind).network(run.model)
     if run.optimization.gradient_checkpointing:
         if not hasattr(network, "gradient_checkpointing"):
             raise ValueError(
-                f"a denoiser of kind {run.kind!r} has no gradient checkpointing; set "
+                f"denoisers of kind {run.kind!r} do not support gradient checkpointing; set "
                 "optimization gradient_checkpointing to False"
             )
         network.gradient_checkpointing = True  # type: ignore[assignment]

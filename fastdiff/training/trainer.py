@@ -1,11 +1,10 @@
 """The training loop of both stages.
 
-A `Task` says what a batch is and what it costs; the loop does the rest: learning rate,
-accumulation, mixed precision, clipping, averaged weights, logging, checkpoints, interruption,
-resuming.
+A `Task` defines batches and losses; the loop does the rest: learning rate, accumulation, mixed
+precision, clipping, averaged weights, logging, checkpoints, interruption, resuming.
 
-Everything random is a function of (seed, purpose, step), so a checkpoint holds weights, moments and
-counters but no generator's state, and a resumed run repeats an uninterrupted one bit for bit.
+All randomness is a function of (seed, purpose, step), so a checkpoint holds weights, moments and
+counters but no generator state, and a resumed run repeats an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from fastdiff.training.precision import autocast, check_precision
 from fastdiff.training.rates import learning_rate
 
 Batch = dict[str, Tensor]
-_LOWER_THE_RATE = "start again with a lower learning rate, with clip_norm or with precision fp32"
-MAX_SKIPPED = 50  # fp16 steps in a row that overflow before the run is given up
+_LOWER_THE_RATE = "restart with a lower learning rate, with clip_norm, or with precision fp32"
+MAX_SKIPPED = 50  # consecutive fp16 steps that may overflow before the run is aborted
 
 
 class Run(Protocol):
@@ -160,7 +159,7 @@ class Trainer:
         return norm.detach()
 
     def settle(self) -> None:
-        """Bring the scalars of the steps since the last call to the CPU and check them.
+        """Copy the scalars of the steps since the last call to the CPU and check them.
 
         Raises:
             ValueError: a loss that is not finite; the message names the step. With fp16, whose loss
@@ -194,7 +193,7 @@ class Trainer:
         """Write a checkpoint below `root` and delete the oldest.
 
         Raises:
-            ValueError: a weight is not finite: good checkpoints do not make room for a useless one.
+            ValueError: a weight is not finite; the good checkpoints are kept.
         """
         networks = {
             f"{name}/{key}": value
@@ -229,7 +228,7 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: it is damaged, or of another run.
+            ValueError: it is damaged, or belongs to another run.
         """
         tensors, state = checkpoints.load_checkpoint(folder, ("networks", "ema", "optimizers"))
         try:
@@ -272,7 +271,7 @@ def fit(task: Task, run: Run, *, resume: bool) -> Path:
     Raises:
         ValueError: a loss that is not finite, or a checkpoint that does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both after saving.
-        OSError: a full disk; the checkpoints written before are as they were.
+        OSError: for example a full disk; earlier checkpoints are left untouched.
     """
     folder = Path(run.output.folder)
     root = folder / "checkpoints"
@@ -296,14 +295,14 @@ def fit(task: Task, run: Run, *, resume: bool) -> Path:
         trainer.settle()
         save(trainer, monitor, folder)
         if interrupts.received is not None:
-            monitor.say(f"stopped at step {trainer.done}; resume to go on")
+            monitor.say(f"stopped at step {trainer.done}; resume to continue")
             raise SystemExit(interrupts.exit_code)
         monitor.say(f"finished: {folder / 'model'}")
     return folder
 
 
 def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
-    """A step, and whatever is due after it."""
+    """One step, then logging, preview and saving as due."""
     output, config = trainer.run.output, trainer.config
     rate = learning_rate(trainer.done, config)
     trainer.step()
@@ -313,7 +312,7 @@ def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
         "log": done % output.log_every == 0 or done == config.steps,
         "save": bool(output.save_every) and done % output.save_every == 0 and done < config.steps,
     }
-    # Reading a loss waits for the device: on a GPU only when somebody looks at it.
+    # Reading a loss waits for the device: on a GPU do it only when the value is used.
     if trainer.task.device.type == "cpu" or any(due.values()):
         trainer.settle()
     if due["log"]:
@@ -342,12 +341,12 @@ def save(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
 
 
 def open_run(run: Run, *, resume: bool) -> None:
-    """Make the run's folder and its config.json, or check that they belong to this run.
+    """Create the run folder and its config.json, or check that they belong to this run.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or that run's config differs
             (all differing fields are named; the folder itself may have moved).
-        FileNotFoundError: nothing to resume.
+        FileNotFoundError: there is nothing to resume.
     """
     folder = Path(run.output.folder)
     path = folder / "config.json"
@@ -365,7 +364,7 @@ def open_run(run: Run, *, resume: bool) -> None:
     try:
         saved = type(run).from_json(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not the config of such a run: {error}") from error
+        raise ValueError(f"{path} is not the config of this kind of run: {error}") from error
     started = json.loads(json.dumps(saved.to_json()))
     different = [
         f"{name}: {old!r} there, {new!r} now"
@@ -374,8 +373,8 @@ def open_run(run: Run, *, resume: bool) -> None:
     ]
     if different:
         raise ValueError(
-            f"{folder} was started with another config; resume with the same one or choose another "
-            f"folder; {'; '.join(different)}"
+            f"{folder} was started with another config; resume with the same config or choose "
+            f"another folder; {'; '.join(different)}"
         )
 
 

@@ -57,6 +57,7 @@ from torch import Tensor
 
 from ..checks import check_floating, check_number, compute_dtype
 from ..op import Op, Work
+from ..tracing import constant_in_graphs
 from ..tuning import gpu_of
 from . import cpu, cuda, triton
 from .statistics import statistics_like
@@ -100,7 +101,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's Dynamo cannot trace the call
+@constant_in_graphs  # torch 2.11's Dynamo cannot trace the call
 def _autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -161,7 +162,7 @@ def _shape_class(q: Tensor, k: Tensor, *_: Any) -> str:
     return f"{'context' if k.shape[1] <= CONTEXT else 'self'}/{q.shape[3]}"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _unmeasured(device: torch.device) -> str | None:
     return "triton" if gpu_of(device).architecture in WARP_GROUPS else None
 

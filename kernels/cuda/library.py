@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import compiled
 from ..choose import EMULATED, UNAVAILABLE, forget_candidates
+from ..tracing import constant_in_graphs
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 """The codes of csrc/cuda/common.cuh; fp64 for parameters only."""
@@ -138,7 +139,7 @@ def _refusal(device: int) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result  # Dynamo does not trace ctypes
+@constant_in_graphs  # Dynamo does not trace ctypes
 def refusal(device: int) -> str | None:
     """Why a device cannot run the kernels (an old driver, no code for it), or None."""
     return _refusal(device)

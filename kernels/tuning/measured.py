@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import constant_in_graphs
 from ..views import memory_format_of
 from .configs import Gpu, gpu_of, on_new_configs, tuned_files
 
@@ -35,7 +36,7 @@ def layout_and_regime(x: Tensor, *_: Any) -> str:
     return f"{layout}/{regime(x)}"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def fastest(op: str, device: torch.device, dtype: torch.dtype, shape_class: str) -> str | None:
     """The backend that measured fastest on a device's GPU; None where nothing was measured."""
     return _fastest(op, gpu_of(device), f"{str(dtype).removeprefix('torch.')}/{shape_class}")

@@ -231,6 +231,7 @@ def test_sanitizers_that_find_no_kernel_are_left_out_by_name(
         code = 0 if "triton" in words[0] else device.NOTHING_TO_RUN
         return subprocess.CompletedProcess(words, code, "geglu: ok\n1 of 1 cases\n", "")
 
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
     monkeypatch.setattr(device.subprocess, "run", no_kernels)
     notes = device.sanitize_stage(plan(tmp_path))
     assert notes[:2] == ["memcheck: geglu: ok", "memcheck: 1 of 1 cases"]
@@ -267,6 +268,7 @@ def test_reports_in_the_kernels_of_libraries_are_no_failure(
 ) -> None:
     """But for memcheck's: nobody's kernel may read beyond the end."""
     done = subprocess.CompletedProcess([], device.FOUND, told, "")
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
     monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(device.Failed) as failure:
         device.sanitize_stage(plan(tmp_path))

@@ -151,7 +151,7 @@ def test_decompression_bombs_are_unreadable(
 
 
 def test_empty_folder_missing_folder_and_mixture_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no image in"):
+    with pytest.raises(ValueError, match="no images in"):
         open_dataset(folder_config(tmp_path))
     with pytest.raises(FileNotFoundError, match="no folder at"):
         open_dataset(folder_config(tmp_path / "nowhere"))

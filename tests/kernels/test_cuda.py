@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from fastdiff import kernels
-from fastdiff.kernels import compiled, cuda
+from fastdiff.kernels import choose, compiled, cuda
 from fastdiff.kernels.cuda import library
 from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
 from tests import cuda_host
@@ -245,7 +245,8 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.M
     try:
         with FakeTensorMode(), cuda_host.emulated():
             x = torch.empty(2, 8, 4, device="cuda:0")
-            reason = str(kernels.explain("group_norm_silu", x, 4).reasons["cuda"])
+            given = choose.bound_arguments("group_norm_silu", (x, 4), {})
+            reason = str(choose.objection(kernels.OPS["group_norm_silu"], "cuda", given))
     finally:
         library._refusal.cache_clear()
     assert "on cuda:0 (a GPU of tomorrow): no kernel image" in reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.kernels import cases
 from tests.kernels.cases import recording
 from tests.kernels.graphs import captured, no_waiting
 from tests.kernels.interpreter import counting_traffic
-from tests.support.parity import assert_parity_in_one_draw
+from tests.support.parity import assert_parity
 
 C = COLUMNS
 SEEDS = torch.tensor([7, 2**40 + 1, 0])
@@ -39,8 +40,10 @@ def make_table(*rows: dict[COLUMNS, float], dtype: torch.dtype = torch.float64) 
     return table
 
 
-def drawn(n: int = 3, c: int = 2, *, guided: bool, learned: bool) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(n + 10 * c)
+def drawn(
+    n: int = 3, c: int = 2, *, guided: bool, learned: bool, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(n + 10 * c + 100 * seed)
     shape = (c, 4, 5)
     x = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
     f = torch.randn(n * (1 + guided), c * (1 + learned), 4, 5, generator=generator).double()
@@ -159,17 +162,30 @@ def check_row(
     backend: str, row: dict[COLUMNS, float], f_dtype: torch.dtype, *, guided: bool, learned: bool
 ) -> None:
     """One step in fp32, with and without rescaling, against NumPy in fp64 by the rule of parity."""
-    x, f, history = (t.float() for t in drawn(guided=guided, learned=learned))
-    f = f.to(f_dtype)
     table = make_table(row, dtype=torch.float32)
-    noise = philox_normal(SEEDS, x.shape[1:], step=0, stream=SAMPLER_NOISE)
-    inputs = x, f.float(), history, table[0], noise
+
+    def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+        x, f, history = (t.float() for t in drawn(guided=guided, learned=learned, seed=seed))
+        return x, f.to(f_dtype), history
+
+    @cache
+    def ours(rescale: float, seed: int) -> tuple[torch.Tensor, ...]:
+        return stepped(backend, *inputs(seed), table, seeds=SEEDS + seed, rescale=rescale)
+
+    @cache
+    def numpys(dtype: torch.dtype, rescale: float, seed: int) -> tuple[torch.Tensor, ...]:
+        x, f, history = inputs(seed)
+        noise = philox_normal(SEEDS + seed, x.shape[1:], step=0, stream=SAMPLER_NOISE)
+        arrays = (t.to(dtype).numpy().copy() for t in (x, f, history, table[0], noise))
+        return tuple(map(torch.from_numpy, by_hand(*arrays, rescale)))
+
     for rescale in (0.0, 0.7) if guided else (0.0,):
-        exact = by_hand(*(t.double().numpy().copy() for t in inputs), rescale)
-        eager = by_hand(*(t.numpy().copy() for t in inputs), rescale)
-        results = stepped(backend, x, f, history, table, rescale=rescale)
-        for result, wanted, usual in zip(results, exact, eager, strict=True):
-            assert_parity_in_one_draw(result, torch.from_numpy(wanted), torch.from_numpy(usual))
+        for index in (0, 1):
+            assert_parity(
+                lambda seed, r=rescale, i=index: ours(r, seed)[i],
+                lambda seed, r=rescale, i=index: numpys(torch.float64, r, seed)[i],
+                lambda seed, r=rescale, i=index: numpys(torch.float32, r, seed)[i],
+            )
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
@@ -220,23 +236,33 @@ def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
         options["eta"] = 0.7
     clamp = 1.0 if name == "clamped" else None
     table = build_table(sampler, LINEAR, 10, clamp=clamp, guidance_scale=2.0, **options)
-    start = torch.randn(3, 2, 6, 5)
+    predictions: dict[tuple[int, int], torch.Tensor] = {}
 
-    predictions: list[torch.Tensor] = []
-
-    def run(backend: str, dtype: torch.dtype) -> torch.Tensor:
-        x, columns = start.to(dtype), table.columns.float().to(dtype)
+    def run(backend: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        x, columns = torch.randn(3, 2, 6, 5, generator=draw), table.columns.float().to(dtype)
+        x = x.to(dtype)
         history = torch.full((3, *x.shape), math.nan, dtype=dtype)
         for row in range(len(table)):
-            if row == len(predictions):
-                predictions.append(network(x, learned=learned))
-            f = predictions[row].to(dtype)
+            if (seed, row) not in predictions:
+                assert dtype == torch.float32
+                predictions[seed, row] = network(x, learned=learned)
+            f = predictions[seed, row].to(dtype)
             x, history = stepped(backend, x, f, history, columns, step=row, rescale=rescale)
         return x
 
-    eager, exact = run("reference", torch.float32), run("reference", torch.float64)
-    assert exact.isfinite().all()
-    assert_parity_in_one_draw(run(backend, torch.float32), exact, eager)
+    @cache
+    def eager(seed: int) -> torch.Tensor:
+        return run("reference", torch.float32, seed)
+
+    def exact(seed: int) -> torch.Tensor:
+        eager(seed)  # it predicts
+        y = run("reference", torch.float64, seed)
+        assert y.isfinite().all()
+        return y
+
+    eager(0)
+    assert_parity(lambda seed: run(backend, torch.float32, seed), exact, eager)
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
@@ -321,14 +347,42 @@ def run_mixed(
 @pytest.mark.parametrize("learned", [False, True])
 def test_every_sample_takes_its_own_row(learned: bool, backend: str) -> None:
     """Against NumPy, sample by sample: its row, its parts of the prediction, and D."""
-    batch = mixed(torch.Generator().manual_seed(5), learned=learned)
-    x, history, denoised, finite = run_mixed(backend, batch)
-    assert finite.all()
+
+    @cache
+    def batch(seed: int) -> dict[str, torch.Tensor]:
+        return mixed(torch.Generator().manual_seed(5 + seed), learned=learned)
+
+    @cache
+    def ours(seed: int) -> list[torch.Tensor]:
+        x, history, denoised, finite = run_mixed(backend, batch(seed))
+        assert finite.all()
+        idle = batch(seed)["rows"] < 0
+        assert idle.any()
+        assert torch.equal(x[idle], batch(seed)["x"][idle])
+        assert torch.equal(history[:, idle], batch(seed)["history"][:, idle])
+        assert (denoised[idle] == 7).all()
+        return [x[~idle], history[:, ~idle], denoised[~idle]]
+
+    @cache
+    def numpys(dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+        found = samples_by_hand(batch(seed), dtype)
+        return [torch.cat(parts, dim) for parts, dim in zip(found, (0, 1, 0), strict=True)]
+
+    for index in range(3):
+        assert_parity(
+            lambda seed, i=index: ours(seed)[i],
+            lambda seed, i=index: numpys(torch.float64, seed)[i],
+            lambda seed, i=index: numpys(torch.float32, seed)[i],
+        )
+
+
+def samples_by_hand(
+    batch: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """x, history and D of each sample of `mixed` that is not idle."""
+    found: tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] = [], [], []
     for i, row in enumerate(batch["rows"].tolist()):
         if row < 0:
-            assert torch.equal(x[i], batch["x"][i])
-            assert torch.equal(history[:, i], batch["history"][:, i])
-            assert (denoised[i] == 7).all()
             continue
         numbers = batch["table"][row]
         step = int(numbers[C.NOISE_STEP])
@@ -340,14 +394,14 @@ def test_every_sample_takes_its_own_row(learned: bool, backend: str) -> None:
         only_d = numbers.clone()
         only_d[[C.A, C.C1, C.C2, C.C3, C.S]], only_d[C.B], only_d[C.SLOT] = 0.0, 1.0, -1
         estimate = *own[:3], only_d, noise
-        wide, narrow = [], []
         phi = float(numbers[C.RESCALE])
-        for outputs, cast in ((wide, torch.Tensor.double), (narrow, torch.Tensor.float)):
-            outputs.extend(by_hand(*(cast(t).numpy().copy() for t in own), phi))
-            outputs.append(by_hand(*(cast(t).numpy().copy() for t in estimate), phi)[0])
-        results = x[i : i + 1], history[:, i : i + 1], denoised[i : i + 1]
-        for result, exact, usual in zip(results, wide, narrow, strict=True):
-            assert_parity_in_one_draw(result, torch.from_numpy(exact), torch.from_numpy(usual))
+        results = (
+            *by_hand(*(t.to(dtype).numpy().copy() for t in own), phi),
+            by_hand(*(t.to(dtype).numpy().copy() for t in estimate), phi)[0],
+        )
+        for outputs, result in zip(found, results, strict=True):
+            outputs.append(torch.from_numpy(result))
+    return found
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
@@ -543,19 +597,25 @@ def test_kernels_merge_the_moments_of_many_tiles(layout: str, learned: bool, bac
     channels of a learned variance, which lie between the others in channels_last, are left out."""
     shape = (2, 4, 20, 27)  # 9 tiles of 256
     x, history = torch.zeros(shape), torch.zeros(3, *shape)
-    f = 300 + torch.randn(4, 4, 20, 27) * torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None, None, None]
-    f = torch.cat([f, 50 * f], dim=1) if learned else f
-    f = cases.channels_last(f) if layout == "channels_last" else f
     table = make_table({C.V: 1.0, C.B: 1.0, C.W: 3.0}, dtype=torch.float32)
-    wide = (x.double(), f.double(), history.double(), table.double())
-    exact, _ = stepped("reference", *wide, seeds=SEEDS[:2], rescale=0.9)
-    eager, _ = stepped("reference", x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
+
+    def run(backend: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
+        numbers = torch.randn(4, 4, 20, 27, generator=torch.Generator().manual_seed(seed))
+        f = 300 + numbers * torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None, None, None]
+        f = torch.cat([f, 50 * f], dim=1) if learned else f
+        f = cases.channels_last(f) if layout == "channels_last" else f
+        inputs = (t.to(dtype) for t in (x, f, history, table))
+        return stepped(backend, *inputs, seeds=SEEDS[:2], rescale=0.9)[0]
+
     config = {"BLOCK": 32, "num_warps": 4}
     with pytest.MonkeyPatch.context() as patch, configs.override_config("sampler_step", config):
         patch.setattr(step_on_triton, "PARTS", 3)
         patch.setattr(step_on_cuda, "PARTS", 2)  # tiles of 1024
-        result, _ = stepped(backend, x, f, history, table, seeds=SEEDS[:2], rescale=0.9)
-    assert_parity_in_one_draw(result, exact, eager)
+        assert_parity(
+            partial(run, backend, torch.float32),
+            partial(run, "reference", torch.float64),
+            partial(run, "reference", torch.float32),
+        )
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.network import Network
 from fastdiff.models.unet import UNet
 from fastdiff.runtime.blocks import RowBlocks, block_size, in_blocks, row_blocks
 from fastdiff.runtime.conditions import Condition, class_conditions
@@ -33,9 +34,10 @@ class PointsConfig:
     context_dim: int | None = None
     added_condition_dim: int | None = None
     size_multiple: int = 1
+    num_blocks: int = 1
 
 
-class Points(nn.Module):
+class Points(Network):
     """The smallest network there is: points in the plane, no spatial sides."""
 
     def __init__(self) -> None:

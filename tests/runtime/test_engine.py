@@ -107,6 +107,7 @@ def random_requests(count: int, *, text: bool) -> Iterator[Request]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "text"), [(140, False), (60, True)], ids=["classes", "text"])
 def test_every_request_has_the_bits_it_has_alone(count: int, text: bool) -> None:
     """Arriving at random, in whatever slot, some moved to another slot on the way."""
@@ -137,7 +138,7 @@ def test_every_request_has_the_bits_it_has_alone(count: int, text: bool) -> None
     assert len({x.numpy().tobytes() for x in found.values()}) == count
 
 
-def test_the_engine_is_the_sampling_loop(unet: UNet) -> None:
+def test_the_engine_is_the_sampling_loop() -> None:
     """Against `sample` with UNet.forward in fp64: a missed condition or noise would show."""
     exact = prepare(tiny_unet(), dtype=torch.float64)
     requests = [
@@ -145,7 +146,11 @@ def test_the_engine_is_the_sampling_loop(unet: UNet) -> None:
         for seed, (sampler, scale, options) in enumerate(
             (sampler, scale, options)
             for sampler in SAMPLERS
-            for scale, options in ((1.0, {}), (3.0, {"guidance_rescale": 0.5}))
+            for scale, options in (
+                (1.0, {}),
+                (3.0, {"guidance_rescale": 0.5}),
+                (2.0, {"guidance_interval": (1, 3)}),
+            )
         )
     ]
     for result in run(exact, requests, slots=4):
@@ -250,6 +255,7 @@ def counted(network: UNet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["all", "some"])
 def test_few_rows_are_evaluated_in_vain(
     unet: UNet, guidance: str, monkeypatch: pytest.MonkeyPatch
