@@ -22,7 +22,7 @@ COMMANDS: dict[str, type[Any]] = {
     "img2img": ImageToImageJob,
     "inpaint": InpaintJob,
 }
-ROUNDING = 3
+ROUNDING = 1
 """Levels of 255 by which a picture of an older recipe's version may differ and be the same one."""
 
 
@@ -54,7 +54,7 @@ class Original:
         unchanged = replace(
             mine,
             model=options.model,
-            load=options.load,
+            load=replace(mine.load, tokenizer=options.load.tokenizer),
             job=replace(mine.job, settings=settings, **moved),
             machine=replace(mine.machine, **kept),
         )

@@ -405,8 +405,9 @@ class Engine:
 
 
 def _levels_after(table: SamplerTable) -> Tensor:
-    """(rows, 2): alpha and sigma of the level that each row of a table leads to."""
-    sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_tensor([table.final_sigma])])
+    """(rows, 2): alpha and sigma of the level that each row of a table leads to; after the last the
+    image is kept as it is, whatever noise the table leaves in the rest, as in diffusers."""
+    sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     alpha = (1 + sigmas**2) ** -0.5
     return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
 

@@ -217,6 +217,28 @@ def test_inpainting_keeps_what_is_not_masked(models: Callable[[str], Model], kin
         assert (loose - plain)[..., :8].abs().max() < (loose - plain)[..., 24:40].abs().max()
 
 
+def test_the_image_is_kept_clean_where_a_sampler_ends_with_noise_left(tmp_path: Any) -> None:
+    """As in diffusers: DDIM with set_alpha_to_one=False ends at the noise of t = 0."""
+    model = checkpoint("sd1", components("sd1", tmp_path))
+    model.sampler = SamplerSettings(sampler="ddim", spacing="leading", final="sigma_min")
+    image, mask = picture(), torch.zeros(64, 64)
+    mask[16:48, 8:24] = 1
+    [z] = latents(
+        model,
+        [InpaintJob(image=image, mask=mask, prompt="a cat", settings=SampleSettings(steps=3))],
+    )
+    kept = encoded(model, image[None])[0]
+    outside = F.max_pool2d(mask[None], 8)[0] == 0
+    assert (
+        Session.of(model)
+        .table(resolved(SampleSettings(steps=3), Session.of(model).facts))
+        .final_sigma
+        > 0.02
+    )
+    torch.testing.assert_close(z[:, outside], kept[:, outside], rtol=1e-6, atol=1e-6)
+    assert (z - kept)[:, ~outside].abs().max() > 0.1
+
+
 def test_a_mask_of_ones_makes_everything_new(models: Callable[[str], Model]) -> None:
     model = models("sd1")
     ones = torch.ones(64, 64, dtype=torch.bool)
