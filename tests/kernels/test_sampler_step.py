@@ -467,8 +467,10 @@ def test_the_test_of_bits_sees_a_planted_fault(fault: str, monkeypatch: pytest.M
 def test_finite_is_cleared_for_the_samples_concerned(
     value: float, dtype: torch.dtype, backend: str
 ) -> None:
-    """By what a sample uses: its cond, its uncond, its variance in a row with noise. Each value in one
-    dtype: all are widened to fp32 first."""
+    """By what a sample uses: its cond, its uncond, its variance in a row with noise.
+
+    Each value in one dtype: all are widened to fp32 first.
+    """
     batch = mixed(torch.Generator().manual_seed(3))
     batch["f"] = batch["f"].to(dtype)
     noisy = (batch["table"][:, C.S] != 0)[batch["rows"]] & (batch["rows"] >= 0)
