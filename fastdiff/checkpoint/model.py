@@ -127,12 +127,18 @@ class Model:
 
     __repr__ = __str__
 
-    def assumed_lines(self) -> list[str]:
+    def assumed_lines(self, *, flags: bool = False) -> list[str]:
         """What a command that samples should say of the files: one line on what was assumed, one
-        if their sampler is not supported, one if a variant was not there for all parts."""
+        if their sampler is not supported, one if a variant was not there for all parts.
+
+        flags: name options as on a command line instead of as in Python.
+        """
         lines = []
         if self.assumed:
-            facts = ", ".join(f"{name}={_short(value)}" for name, value in self.assumed.items())
+            pairs = [(name, _short(value)) for name, value in self.assumed.items()]
+            if flags:
+                pairs = [(f"--{name.replace('_', '-')}", value) for name, value in pairs]
+            facts = ", ".join((" " if flags else "=").join(pair) for pair in pairs)
             lines.append(f"assumed: {facts} (the files do not say; give what is wrong yourself)")
         if (reason := self.provenance.get("no_sampler")) is not None:
             lines.append(f"sampler: not supported: {reason}")

@@ -21,7 +21,7 @@ NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a model's files may leave open. None: what the published model of this layout has."""
+    """What a model's files may leave open; what is left out is as the published models have it."""
 
     vae: Path | None = None
     """A file or folder whose autoencoder is used, for files without one or instead of theirs."""
@@ -88,6 +88,36 @@ class LoadOptions:
         plain = LoadOptions()
         names = [entry.name for entry in fields(self)]
         return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(plain, n)}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """`given` for a recipe: JSON-able."""
+        given = self.given
+        if "vae" in given:
+            given["vae"] = str(self.vae)
+        if "tokenizer" in given:
+            given["tokenizer"] = [str(folder) for folder in self.tokenizer]
+        return given
+
+    @classmethod
+    def of_recipe(cls, recorded: Mapping[str, Any]) -> LoadOptions:
+        """What `recorded` gave.
+
+        Raises:
+            ValueError: an unknown option, or a value of another kind.
+        """
+        if unknown := sorted(recorded.keys() - {entry.name for entry in fields(cls)}):
+            raise ValueError(f"unknown option of loading {unknown[0]!r:.40}")
+        folders, vae = recorded.get("tokenizer", ()), recorded.get("vae")
+        if not isinstance(folders, list | tuple) or not all(isinstance(f, str) for f in folders):
+            raise ValueError(f"tokenizer must be a list of folders, got {folders!r:.40}")
+        if not isinstance(vae, str | None):
+            raise ValueError(f"vae must be a file or folder, got {vae!r:.40}")
+        paths = {
+            "tokenizer": tuple(Path(folder) for folder in folders),
+            "vae": None if vae is None else Path(vae),
+        }
+        return cls(**{**recorded, **paths})
 
     @property
     def says_noise(self) -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.cli.console import Clock, print_pairs, progress
 from fastdiff.cli.machine import TORCH_NAMES, DtypeName
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Convert:
     """The layout to write."""
     dtype: Annotated[DtypeName | None, tyro.conf.arg(help_behavior_hint="")] = None
     """What the weights are stored as; left out: as in the source."""
-    load: Annotated[LoadOptions, tyro.conf.arg(name="")] = field(default_factory=LoadOptions)
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
 
 
 def main(words: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from fastdiff.cli.machine import (
     device_and_dtype,
     output_folder,
 )
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import parse
 from fastdiff.evaluation import Results, evaluate, write_report
 from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
@@ -43,7 +44,7 @@ class Evaluate:
     """
 
     model: str = "digits"
-    """A bundle's or a run's folder, or the name of a shipped bundle."""
+    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
     count: int = 1000
     """Samples, all classes in turn; at least as many as held-out images, 360."""
     seed: int = 0
@@ -51,6 +52,7 @@ class Evaluate:
     settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(
         default_factory=SampleSettings
     )
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     out: Path = Path("out/evaluation")
     """Folder for the report and its pictures; made if it is missing."""
     backend: BackendName = "auto"
@@ -82,7 +84,7 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            model = load(options.model, device=device, dtype=dtype)
+            model = load(options.model, device=device, dtype=dtype, options=options.load)
         with clock("sample and measure"), progress("sampling") as tell:
             evaluation = evaluate(
                 model,

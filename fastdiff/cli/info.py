@@ -18,7 +18,7 @@ from fastdiff.cli.parsing import parse
 class Info:
     """Show a model's config, parameters, hash and provenance, or the recipe inside a PNG.
 
-    A model's weights are checked against the hashes in its config on the way.
+    A bundle's weights are checked against the hashes in its config on the way.
 
     Examples:
       fastdiff info digits
@@ -27,7 +27,7 @@ class Info:
     """
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH|NAME")]
-    """A bundle's or a run's folder, the name of a shipped bundle, or a PNG."""
+    """A checkpoint's file or folder, a run's folder, the name of a shipped model, or a PNG."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
 
@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Info) -> int:
     path = Path(options.what)
-    is_picture = path.is_file() or path.suffix.lower() == ".png"
+    is_picture = path.suffix.lower() == ".png" or (path.is_file() and _begins_as_png(path))
     report = _picture(path) if is_picture else _model(options.what)
     if options.json:
         print(json.dumps(report, indent=2))
@@ -57,6 +57,11 @@ def run(options: Info) -> int:
         else:
             print_pairs([(title, str(facts))])
     return 0
+
+
+def _begins_as_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def _picture(path: Path) -> dict[str, Any]:

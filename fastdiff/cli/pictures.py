@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from fastdiff.checkpoint.open import load
 from fastdiff.cli.again import Original
 from fastdiff.cli.console import Clock, backends_line, print_pairs, progress
 from fastdiff.cli.machine import check_room, chosen_backend, device_and_dtype, output_folder
-from fastdiff.cli.options import Command, LoadOptions, as_job, seeds
+from fastdiff.cli.options import Command, as_job, seeds
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import Job
 from fastdiff.generate.run import Result, generate
@@ -101,7 +101,7 @@ def run(
         [
             ("images", f"{wanted.total:,} of {_made_by(last)}"),
             ("weights", model.weights_hash[:12]),
-            *assumed(model),
+            *about_files(model),
             *compared,
             ("backends", backends_line(served)),
             ("time", clock.report()),
@@ -113,26 +113,17 @@ def run(
 def _load(
     options: Command, refiner: Path | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Model, Model | None]:
-    model = load(options.model, device=device, dtype=dtype, **options.load.given)
+    model = load(options.model, device=device, dtype=dtype, options=options.load)
     if refiner is None:
         return model, None
     words = options.load.tokenizer[-1:] or None
     return model, load(refiner, device=device, dtype=dtype, tokenizer=words)
 
 
-def assumed(model: Model) -> list[tuple[str, str]]:
-    """What the files do not say and was taken from the published models, as lines to print."""
-    facts = model.provenance.get("assumed", {})
-    if not facts:
-        return []
-    flags = {field.name for field in fields(LoadOptions)}
-    said = [
-        f"--{name.replace('_', '-')}\N{NO-BREAK SPACE}{value}"
-        if name in flags
-        else f"{name} {value}"
-        for name, value in facts.items()
-    ]
-    return [("assumed", f"{', '.join(said)} (the files do not say; give what is wrong yourself)")]
+def about_files(model: Model) -> list[tuple[str, str]]:
+    """What had to be assumed of the model's files, and what of them is not supported."""
+    lines = (line.partition(": ") for line in model.assumed_lines(flags=True))
+    return [(title, text) for title, _, text in lines]
 
 
 def _paths(options: Command, wanted: Wanted, again: Original | None) -> list[Path]:

@@ -47,7 +47,7 @@ class Reconstruct:
     ] = ()
     """Image files, or one folder of them; they are cropped and resized to the model's size."""
     model: str = "digits"
-    """A bundle's or a run's folder, or the name of a shipped model."""
+    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
     out: Path = Path("out")
     """Folder for the pictures; made if it is missing."""
     batch: int = 64
@@ -81,13 +81,16 @@ def run(options: Reconstruct) -> int:
     clock = Clock()
     with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
         with clock("load"):
-            model = load(options.model, device=device, dtype=dtype)
+            model = load(options.model, device=device, dtype=dtype, text_encoders=False)
             if model.autoencoder is None:
                 raise ValueError(
                     f"{model.path} works on pixels and has no autoencoder to reconstruct with"
                 )
             if model.image_size is None or model.image_channels is None:
-                raise ValueError(f"{model.path} does not say how large its images are")
+                raise ValueError(
+                    f"{model.path} does not say how large its images are; give "
+                    "the folder of the whole model"
+                )
             images, names = _read(options.images, model.image_size, model.image_channels)
         with clock("reconstruct"):
             result = reconstruct(model.autoencoder, images, batch=options.batch)

@@ -343,6 +343,20 @@ def test_options_replace_a_part_of_the_noise(sd1: Any, tmp_path: Path) -> None:
             LoadOptions(**{name: value})
 
 
+def test_options_go_through_a_recipe() -> None:
+    options = LoadOptions(vae=Path("v"), tokenizer=(Path("a"), Path("b")), num_heads=4, ema=False)
+    recorded = json.loads(json.dumps(options.recorded))
+    assert LoadOptions.of_recipe(recorded) == options
+    for change, message in (
+        ({"nonsense": 1}, "unknown option of loading 'nonsense'"),
+        ({"tokenizer": "a"}, "tokenizer must be a list of folders"),
+        ({"vae": 3}, "vae must be a file or folder, got 3"),
+        ({"num_heads": "4"}, "num_heads must be a positive whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LoadOptions.of_recipe(change)
+
+
 def test_every_layout_says_what_it_recognises(tmp_path: Path) -> None:
     found = list(layouts())
     assert [layout.name for layout in found] == [
@@ -371,10 +385,15 @@ def test_kinds_of_denoisers_are_looked_up_in_their_own_room_only(tmp_path: Path)
     assert "antigravity" not in NETWORKS
 
 
-def test_info_on_a_folder_of_diffusers(
+def test_info_on_files_and_folders(
     sd1: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    folder, _ = sd1
+    folder, models = sd1
+    path = pruned(models, tmp_path / "x.safetensors")
+    assert fastdiff.cli.main(["info", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "layout  compvis" in told
+    assert "denoiser.channel_mult" in told
     assert fastdiff.cli.main(["info", str(folder)]) == 0
     told = capsys.readouterr().out
     assert "layout  diffusers" in told

@@ -459,12 +459,18 @@ def test_the_test_of_bits_sees_a_planted_fault(fault: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    list(zip([math.nan, math.inf, -math.inf], cases.DTYPES, strict=True)),
+    ids=str,
+)
 def test_finite_is_cleared_for_the_samples_concerned(
     value: float, dtype: torch.dtype, backend: str
 ) -> None:
-    """By what a sample uses: its cond, its uncond, its variance in a row with noise."""
+    """By what a sample uses: its cond, its uncond, its variance in a row with noise.
+
+    Each value in one dtype: all are widened to fp32 first.
+    """
     batch = mixed(torch.Generator().manual_seed(3))
     batch["f"] = batch["f"].to(dtype)
     noisy = (batch["table"][:, C.S] != 0)[batch["rows"]] & (batch["rows"] >= 0)

@@ -85,7 +85,8 @@ def measure_parity(
     eager_differences = eager_differences[eager_differences.isfinite()]
     eager_error = eager_differences.max().item() if eager_differences.numel() else 0.0
     rms = expected.square().mean().sqrt().item()
-    assert actual.dtype != torch.float32 or eager_error <= USELESS * rms, (
+    is_zero = rms < 1e-9  # such as the gradient of one key: only rounding errors are compared
+    assert actual.dtype != torch.float32 or is_zero or eager_error <= USELESS * rms, (
         f"eager's error is {eager_error:.3g} at rms {rms:.3g}: it does not compute the reference"
     )
     ulp = torch.finfo(actual.dtype).eps * rms

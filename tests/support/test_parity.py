@@ -261,6 +261,8 @@ def test_eager_that_computes_something_else_is_no_yardstick() -> None:
     reference = torch.tensor([1.0, 2.0], dtype=torch.float64)
     with pytest.raises(AssertionError, match="does not compute the reference"):
         assert_parity_in_one_draw(reference.float(), reference, torch.tensor([1.0, 2.2]))
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert_parity_in_one_draw(zero.float(), zero, torch.tensor([1e-7, 0.0]))
 
 
 def test_functions_of_a_seed_are_asked_for() -> None:
