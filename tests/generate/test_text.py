@@ -382,10 +382,10 @@ def test_the_autoencoder_stays_in_fp32_beside_fp16(tmp_path: Any) -> None:
     for module in model.modules.values():
         module.half()
     session = Session.of(model)
+    assert session.latents.sample_dtype == torch.float32
     assert model.autoencoder is not None
     assert {p.dtype for p in model.autoencoder.parameters()} == {torch.float32}
     assert {p.dtype for p in session.network.parameters()} == {torch.float16}
-    assert session.latents.sample_dtype == torch.float32
 
 
 def refused(message: str) -> Any:
