@@ -299,7 +299,7 @@ def test_what_is_not_served_is_said() -> None:
     assert "scale > 0, got -0.3; negate q" in reason(q, q, q, scale=-0.3)
     assert "float16, bfloat16, got float32" in reason(*[q.float()] * 3)
     elsewhere = torch.ones(4, 4, dtype=torch.bool, device="meta")
-    assert "mask must be on the device of x, " in reason(q, q, q, mask=elsewhere)
+    assert "mask must be on the device of q, " in reason(q, q, q, mask=elsewhere)
     for case in cases.ATTENTION:
         args, kwargs = case.inputs(torch.float16, cases.device_of("cuda"))
         assert (reason(*args, **kwargs) == "None") == (case.name not in UNSERVED), case
@@ -311,7 +311,7 @@ def test_the_op_is_registered_right() -> None:
     text = torch.randn(2, 3, 2, 8).half()
     bias = torch.randn(5, 8, requires_grad=True)
     with cuda_host.emulated():
-        torch.library.opcheck(attention_cuda.attention_cuda, (q, k, v, text, text, bias, 0.3))
+        cases.check_registration("attention", "cuda", q, k, v, text, text + 1, bias, 0.3)
 
 
 @needs_cuda
