@@ -285,19 +285,26 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
         check_inputs(op, inputs, backend)
 
 
+def run_on(
+    backend: str, op: str, inputs: Inputs, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`run` of an op on a backend; that it ran there is asserted."""
+    with ExitStack() as stack:
+        stack.enter_context(kernels.backend(backend))
+        # with nothing to add, the op that adds is the one that does not
+        names = {op, op.removeprefix("add_")}
+        ran = [stack.enter_context(recording(name)) for name in names if name in kernels.OPS]
+        results = run(getattr(kernels, op), with_gradients(inputs), seed)
+    assert [name for each in ran for name in each] == [backend], (op, backend, ran)
+    return results
+
+
 def check_inputs(op: str, inputs: Callable[[int], Inputs], backend: str) -> None:
     """`check` for inputs that are a function of a seed."""
 
     @cache
     def actual(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        with ExitStack() as stack:
-            stack.enter_context(kernels.backend(backend))
-            # with nothing to add, the op that adds is the one that does not
-            names = {op, op.removeprefix("add_")}
-            ran = [stack.enter_context(recording(name)) for name in names if name in kernels.OPS]
-            results = run(getattr(kernels, op), with_gradients(inputs(seed)), seed)
-        assert [name for each in ran for name in each] == [backend]
-        return results
+        return run_on(backend, op, inputs(seed), seed)
 
     @cache
     def expected(seed: int) -> tuple[list[Tensor], list[Tensor]]:
