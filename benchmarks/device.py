@@ -340,7 +340,7 @@ def along(route: Any) -> None:
 
 
 def agreement(op: str, backend: str) -> None:
-    """One call of an op that has no parity cases, and what it left in its operands."""
+    """One call of an op that has no parity cases, what it left in its operands, and gradients."""
     import torch
     from torch.utils._pytree import tree_flatten
 
@@ -350,9 +350,16 @@ def agreement(op: str, backend: str) -> None:
     results = []
     for name in (backend, "reference"):
         args, kwargs = cases.ordinary_inputs(op, cases.device_of(backend))
+        leaves = cases.tensors_in((args, kwargs)) if kernels.OPS[op].differentiable else []
+        for leaf in leaves:
+            leaf.requires_grad_()
         with kernels.backend(name):
-            flat = tree_flatten((getattr(kernels, op)(*args, **kwargs), args))[0]
-        results.append([t for t in flat if isinstance(t, torch.Tensor)])
+            found = getattr(kernels, op)(*args, **kwargs)
+        flat = [t for t in tree_flatten((found, args))[0] if isinstance(t, torch.Tensor)]
+        if leaves:
+            y = found if isinstance(found, torch.Tensor) else found[0]
+            flat += torch.autograd.grad(y, leaves, y.detach())
+        results.append([t.detach() for t in flat])
     for have, want in zip(*results, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
