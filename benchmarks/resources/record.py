@@ -148,18 +148,21 @@ def plain(source: str) -> str:
     return " ".join(words)
 
 
-def functions_of(function: Any, found: dict[str, str] | None = None) -> dict[str, str]:
-    """The source of a function under `jit` and of ours that it calls, by name; constants too."""
-    found = {} if found is None else found
+def functions_of(function: Any, found: set[str] | None = None) -> set[str]:
+    """The source of a function under `jit` and of ours that it calls; constants too.
+
+    Without the module that they are in: a kernel that moves stays the kernel that it was.
+    """
+    found = set() if found is None else found
     inner = getattr(function, "fn", function)
-    name = f"{inner.__module__}.{inner.__qualname__}"
-    if name in found:
+    source = f"{inner.__qualname__}: {plain(textwrap.dedent(inspect.getsource(inner)))}"
+    if source in found:
         return found
-    found[name] = plain(textwrap.dedent(inspect.getsource(inner)))
+    found.add(source)
     for word in sorted({w for code in codes_of(inner.__code__) for w in code.co_names}):
         value = inner.__globals__.get(word)
         if isinstance(value, (int, float, str, tuple)):
-            found[f"{inner.__module__}.{word}"] = repr(value)
+            found.add(f"{word} = {value!r}")
         called = getattr(value, "fn", value)
         if inspect.isfunction(called) and called.__module__.startswith("fastdiff."):
             functions_of(called, found)
@@ -176,7 +179,7 @@ def codes_of(code: Any) -> list[Any]:
 
 @cache
 def source_of(kernel: Any) -> str:
-    return json.dumps(functions_of(kernel), sort_keys=True)
+    return json.dumps(sorted(functions_of(kernel)))
 
 
 def digest(key: Key) -> str:
