@@ -56,7 +56,7 @@ struct AdaLayerNormGradients {
 /// Grid: N * chunks; a block has every chunks-th row of a sample, from its own on. A thread has the same
 /// columns in every row, so the shares are its alone.
 template <typename T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     ada_layer_norm_rows_backward(AdaLayerNormGradients<T> p) {
   FASTDIFF_SHARED(float, scratch, kRowScratch);
   const RowTeam team(false);
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     };
     float means[2] = {};  // of g and g n
+#pragma unroll 1  // unrolled, it spills on sm_100
     for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x) {
       float x[V], g[V], dy[V];
       load_both(pack, x, g);
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(kRowThreads)
     team.sum(means, scratch);
     means[0] /= static_cast<float>(p.d);
     means[1] /= static_cast<float>(p.d);
+#pragma unroll 1  // unrolled, it spills on sm_100
     for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x) {
       float x[V], g[V];
       load_both(pack, x, g);
