@@ -233,7 +233,7 @@ def document(found: Sequence[Resources], known: record.Record) -> str:
         "resident warps as a share of the most possible. A row takes all variants of a kernel",
         "together (options, layouts) and shows the most that any of them takes.",
     ]
-    for name, rows in by_tunable(found):
+    for name, rows in sorted(by_tunable(found)):
         chips = [chip for chip in CHIPS if chip in {row.architecture for row in rows}]
         lines += ["", f"### {name}", ""]
         lines.append(f"| kernel | class | dtype | {' | '.join(chips)} |")

@@ -69,17 +69,14 @@ def test_requests_that_join_leave_and_move_have_the_bits_they_have_alone() -> No
     draw = random.Random(0)
     waiting = [(draw.choice(TABLES), draw.getrandbits(63) - 2**62) for _ in range(40)]
     noise = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(1))
-    capacity = max(len(t) for t in TABLES) + sum(sorted(len(t) for t in TABLES)[-4:])
-    slots = Slots(5, SHAPE, capacity=capacity)
+    slots = Slots(5, SHAPE)
     where: dict[int, int] = {}  # slot -> request
     results: dict[int, Tensor] = {}
-    pointers = slots.x.data_ptr(), slots.rows.data_ptr(), slots.tables.data_ptr()
+    pointers = slots.x.data_ptr(), slots.rows.data_ptr()
     arrived = 0
     while len(results) < len(waiting):
         while slots.empty and arrived < len(waiting) and (not where or draw.random() < 0.5):
             request, seed = waiting[arrived]
-            if not slots.fits(request):
-                break
             slot = draw.choice(slots.empty)
             slots.put(slot, request, noise[arrived], seed)
             where[slot], arrived = arrived, arrived + 1
@@ -92,13 +89,14 @@ def test_requests_that_join_leave_and_move_have_the_bits_they_have_alone() -> No
             assert int(slots.rows[slot]) == IDLE
             results[where.pop(slot)] = slots.x[slot].clone()
             slots.remove(slot)
-    assert (slots.x.data_ptr(), slots.rows.data_ptr(), slots.tables.data_ptr()) == pointers
+    assert (slots.x.data_ptr(), slots.rows.data_ptr()) == pointers
+    assert len(slots.tables) <= 2 * sum(map(len, TABLES))
     for number, (request, seed) in enumerate(waiting):
         assert torch.equal(results[number], alone(request, noise[number], seed)), number
 
 
 def test_a_done_slot_keeps_its_sample_while_others_go_on() -> None:
-    slots = Slots(3, SHAPE, capacity=30)
+    slots = Slots(3, SHAPE)
     noise = torch.randn(3, *SHAPE)
     for slot, request in enumerate((TABLES[0], TABLES[1], TABLES[0])):
         slots.put(slot, request, noise[slot], slot)
@@ -118,7 +116,7 @@ def test_a_done_slot_keeps_its_sample_while_others_go_on() -> None:
 
 
 def test_previews_are_of_busy_slots() -> None:
-    slots = Slots(2, SHAPE, capacity=9)
+    slots = Slots(2, SHAPE)
     noise = torch.randn(SHAPE)
     slots.put(1, TABLES[6], noise, 3)
     denoised = torch.full_like(slots.x, 7.0)
@@ -130,7 +128,7 @@ def test_previews_are_of_busy_slots() -> None:
 
 
 def test_failures_are_of_a_slot_and_a_row() -> None:
-    slots = Slots(3, SHAPE, capacity=20)
+    slots = Slots(3, SHAPE)
     slots.put(slice(0, 2), TABLES[0], torch.randn(2, *SHAPE), torch.tensor([1, 2]))
     for row in range(5):
         prediction = torch.zeros(3, *SHAPE)
@@ -144,21 +142,18 @@ def test_failures_are_of_a_slot_and_a_row() -> None:
     assert slots.failures() == {}
 
 
-def test_tables_come_and_go_within_the_capacity() -> None:
-    slots = Slots(4, SHAPE, capacity=14)
+def test_tables_come_and_go() -> None:
+    slots = Slots(4, SHAPE)
     x = torch.randn(SHAPE)
     slots.put(0, TABLES[0], x, 0)  # rows 0 to 5
     slots.put(1, TABLES[1], x, 0)  # 5 to 14
-    assert slots.fits(TABLES[1])  # it is there
-    assert not slots.fits(TABLES[6])
-    with pytest.raises(ValueError, match="no room for a table of 1 rows in 14 beside 2 others"):
-        slots.put(2, TABLES[6], x, 0)
-    slots.put(2, TABLES[1], x, 0)
+    room = len(slots.tables)
+    slots.put(2, TABLES[1], x, 0)  # it is there
     slots.remove(1)
-    assert not slots.fits(TABLES[6])  # slot 2 uses it still
     slots.remove(0)
-    slots.put(3, TABLES[6], x, 0)
+    slots.put(3, TABLES[6], x, 0)  # in the place of the first
     assert slots.rows.tolist() == [IDLE, IDLE, 5, 0]
+    assert len(slots.tables) == room
     with pytest.raises(ValueError, match="slot 3 is taken; remove it"):
         slots.put(3, TABLES[6], x, 0)
     with pytest.raises(ValueError, match="slot 0 is empty; put a sample there first"):

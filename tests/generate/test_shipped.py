@@ -9,7 +9,6 @@ import torch
 
 import fastdiff
 from fastdiff.checkpoint.layouts.bundle import ASSETS, load_bundle
-from fastdiff.configs import from_dict
 from fastdiff.training import TRAINING_PRESETS
 
 SHIPPED = ASSETS / "digits"
@@ -42,7 +41,7 @@ def test_the_shipped_digits_are_digits() -> None:
 def test_the_documented_command_is_the_one_that_trained_them(stage: str) -> None:
     """The preset is what the run that made the weights was told; its log goes to the end."""
     preset = TRAINING_PRESETS[f"digits-{stage}"]
-    run = from_dict(type(preset), json.loads((SHIPPED / f"{stage}-run.json").read_text()))
+    run = type(preset).from_json(json.loads((SHIPPED / f"{stage}-run.json").read_text()))
     assert run == preset
     last = json.loads((SHIPPED / f"{stage}-log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == preset.optimization.steps
