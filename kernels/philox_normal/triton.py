@@ -180,8 +180,6 @@ def why_not(
     """Why the kernel cannot run this call, or None if it can."""
     if math.prod(shape) > LARGEST:
         return f"an image may have 2^33 elements, got {math.prod(shape)}"
-    if step is not None and step.device != seeds.device:
-        return f"step must be on the device of the seeds, {seeds.device}, got {step.device}"
     return None
 
 
@@ -212,4 +210,4 @@ define_tunable(
     )
 )
 
-BACKEND = triton_backend(forward=forward, why_not=why_not)
+BACKEND = triton_backend(forward=forward, why_not=why_not, one_device=True)

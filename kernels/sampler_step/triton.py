@@ -377,4 +377,4 @@ define_tunable(
     )
 )
 
-BACKEND = triton_backend(forward=forward, why_not=why_not)
+BACKEND = triton_backend(forward=forward, why_not=why_not, one_device=True)
