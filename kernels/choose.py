@@ -148,9 +148,8 @@ def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
     if backend is None or name in UNAVAILABLE:
         return missing(op, name)
     x, devices = args[0], DEVICES[name]
-    if devices and (device := x.device.type) not in devices:
-        if not (device in EMULATED.get(name, ()) and selected_backend() == name):
-            return f"it runs on {' and '.join(devices)}, got tensors on {device}"
+    if devices and x.device.type not in devices and not _emulated(name, x.device.type):
+        return f"it runs on {' and '.join(devices)}, got tensors on {x.device.type}"
     if backend.dtypes and x.dtype not in backend.dtypes:
         *known, got = (str(d).removeprefix("torch.") for d in (*backend.dtypes, x.dtype))
         return f"it takes {', '.join(known)}, got {got}"
@@ -158,6 +157,10 @@ def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
     if reason is None and backend.slower is not None and selected_backend() == "auto":
         return backend.slower(*args)
     return reason
+
+
+def _emulated(name: str, device: str) -> bool:
+    return device in EMULATED.get(name, ()) and selected_backend() == name
 
 
 def elsewhere(names: Sequence[str], args: Sequence[Any]) -> str | None:
@@ -313,11 +316,7 @@ def _warn_once(op: str, backend_name: str, reason: str) -> None:
 
 def _warn_of_missing(backend_name: str) -> None:
     """Once, if there is a reason why it is missing: pip does not show what a build warned of."""
-    if (
-        backend_name in UNAVAILABLE
-        and not is_compiling()
-        and ("", backend_name) not in _warned
-    ):
+    if backend_name in UNAVAILABLE and not is_compiling() and ("", backend_name) not in _warned:
         _warned.add(("", backend_name))
         reason = UNAVAILABLE[backend_name]
         message = f"fastdiff runs without its {backend_name} kernels, slower: {reason}"

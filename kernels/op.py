@@ -4,9 +4,9 @@ An op is one `torch.library` op, ``fastdiff::<name>``, and one for its backward 
 backend when it runs, so a graph of `torch.compile` follows ``with backend(...)`` too. What the
 forward pass saves has one shape for all backends, and every output has the strides of `fake`.
 
-In eager a call goes straight to the backend's function, through an `autograd.Function` of ours where
-a gradient is wanted: PyTorch's dispatcher costs more than a small tensor's work. The backward pass
-takes the backend of its forward pass, which it finds in its context: it runs in autograd's own
+In eager a call goes straight to the backend's function, through an `autograd.Function` of ours
+where a gradient is wanted: PyTorch's dispatcher costs more than a small tensor's work. The backward
+pass takes the backend of its forward pass, which it finds in its context: it runs in autograd's own
 threads, or after the ``with`` block, where no `ContextVar` tells.
 
 Only graphs, dispatch modes and transformations see the op that PyTorch knows. A differentiable one
@@ -296,7 +296,7 @@ class Op:
         elif torch.is_grad_enabled():
             found = self.gradients_by_reference(given, kept)
         else:
-            needs = [any([wanted[i] for i in places]) for places in self.takers]
+            needs = [any(wanted[i] for i in places) for places in self.takers]
             rest = *given, *kept, *tensors[count:]
             found = self._gradients_of_kernel(ctx.backend, rest, needs)
         for places, gradient in zip(self.takers, found, strict=True):
