@@ -119,6 +119,33 @@ class Backend:
         return (not devices or device in devices) and (not self.dtypes or dtype in self.dtypes)
 
 
+def without(wide: Backend, places: slice, gradients: slice = slice(0, 0)) -> Backend:
+    """A backend of an op with two outputs as that of the op that has the first one only, and not
+    the arguments at `places`: None goes in.
+
+    Args:
+        gradients: where those arguments' own gradients are among all.
+    """
+    first, absent = places.start, (None,) * (places.stop - places.start)
+    unwanted = (False,) * (gradients.stop - gradients.start)
+
+    def forward(*args: Any) -> tuple[Any, Tensor | None]:
+        (y, _), statistics = wide.forward(*args[:first], *absent, *args[first:])
+        return y, statistics
+
+    def backward(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        needs = *rest[-1][: gradients.start], *unwanted, *rest[-1][gradients.start :]
+        assert wide.backward is not None
+        found = wide.backward(dy, None, *rest[:first], *absent, *rest[first:-1], needs)
+        return *found[: gradients.start], *found[gradients.stop :]
+
+    def why_not(*args: Any) -> str | None:
+        why_not = wide.why_not
+        return None if why_not is None else why_not(*args[:first], *absent, *args[first:])
+
+    return replace(wide, forward=forward, backward=backward, why_not=wide.why_not and why_not)
+
+
 class Choosable(Protocol):
     """What an op is here: a name and its backends."""
 

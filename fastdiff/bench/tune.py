@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_flatten
 
 import fastdiff
 from fastdiff.bench.clock import Method, Timer
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.files import write_text
 from fastdiff.kernels.triton import INTERPRETED, recording_launches, target
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tuned, configs
+from fastdiff.kernels.tuning import Config, Gpu, Tuned, configs
 
 GAIN = 1.02
 """How many times as fast a candidate must be to replace the config in use: less is noise."""

@@ -19,25 +19,3 @@ from .launches import (
     tl,
     triton,
 )
-
-__all__ = [
-    "DTYPES",
-    "INTERPRETED",
-    "Launch",
-    "cdiv",
-    "constexpr_function",
-    "jit",
-    "launch",
-    "merged",
-    "next_power_of_2",
-    "recorded_architecture",
-    "recording_launches",
-    "sigmoid",
-    "target",
-    "tl",
-    "triton",
-    "triton_backend",
-    "two_sum",
-    "why_not_dtypes",
-    "with_tile",
-]

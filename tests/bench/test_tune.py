@@ -15,11 +15,12 @@ import torch
 from fastdiff import kernels
 from fastdiff.bench import tune
 from fastdiff.bench.clock import HostTimer, Method, Timing
+from fastdiff.bench.tunables import TUNABLES, Tunable
 from fastdiff.bench.tune import Case
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
 from fastdiff.kernels.triton import cdiv, jit, launch, tl
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tunable, configs, measured
+from fastdiff.kernels.tuning import Config, Gpu, configs, measured
 from tests.kernels import cases
 
 CPU = torch.device("cpu")
