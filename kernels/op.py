@@ -33,6 +33,7 @@ from .choose import (
     ORDER,
     Backend,
     choose,
+    elsewhere,
     record,
     traces_reference,
     unseen,
@@ -208,8 +209,9 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         backend = choose(self, args)
-        if backend.name != "reference":
-            self._check_devices(args)
+        moved = None if backend.name == "reference" else elsewhere(list(self.types), args)
+        if moved is not None:  # a kernel would take another device's address for one of its own
+            raise ValueError(f"{self.name}: {moved}; use .to({args[0].device.type!r})")
         record(self.name, backend.name)
         outputs, statistics = backend.forward(*args, True)
         return self._packed(args[0], outputs, statistics, MARKS[backend.name])
@@ -222,22 +224,12 @@ class Op:
         """Outputs, statistics and mark, as the op's schema has them."""
         if outputs is None:
             return None
-        flat = outputs if isinstance(outputs, tuple) else (outputs,)
+        flat = _flat(outputs)
         if self.statistics:
             flat = (*flat, statistics)
         if self.differentiable:
             flat = (*flat, _mark(x, mark))
         return flat if len(flat) > 1 else flat[0]
-
-    def _check_devices(self, args: tuple[Any, ...]) -> None:
-        """Raises ValueError: a kernel would take another device's address for one of its own."""
-        for i in self.tensors:
-            if args[i] is not None and args[i].device != args[0].device:
-                name, first = list(self.types)[i], next(iter(self.types))
-                raise ValueError(
-                    f"{self.name}: {name} must be on the device of {first}, {args[0].device}, "
-                    f"got {args[i].device}; use {name}.to({first}.device)"
-                )
 
     # Its derivative
 
@@ -392,8 +384,7 @@ def reference_gradients(
     A backward pass calls it when a graph of it is wanted (gradients are enabled in it).
     """
     leaves = [i for i in places if isinstance(inputs[i], Tensor) and inputs[i].requires_grad]
-    y = reference(*inputs)
-    outputs = y if isinstance(y, tuple) else (y,)
+    outputs = _flat(reference(*inputs))
     given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
     found = torch.autograd.grad(
         [o for o, _ in given],

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from fastdiff.bench.compile import target
 from fastdiff.bench.tunables import TUNABLES
-from fastdiff.kernels.triton import Launch, recording_launches, target
+from fastdiff.kernels.triton import Launch, recording_launches
 from fastdiff.kernels.tuning import Config, Gpu, configs
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

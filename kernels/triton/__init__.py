@@ -15,7 +15,6 @@ from .launches import (
     next_power_of_2,
     recorded_architecture,
     recording_launches,
-    target,
     tl,
     triton,
 )
