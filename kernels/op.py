@@ -225,7 +225,7 @@ class Op:
         """Outputs, statistics and mark, as the op's schema has them."""
         if outputs is None:
             return None
-        flat = _flat(outputs)
+        flat: tuple[Any, ...] = _flat(outputs)
         if self.statistics:
             flat = (*flat, statistics)
         if self.differentiable:
