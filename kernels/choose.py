@@ -175,8 +175,9 @@ def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
     if backend is None or name in UNAVAILABLE:
         return missing(op, name)
     x, devices = args[0], DEVICES[name]
-    if devices and x.device.type not in devices and not _emulated(name, x.device.type):
-        return f"it runs on {' and '.join(devices)}, got tensors on {x.device.type}"
+    device = x.device.type
+    if devices and device not in devices and not _emulated(name, device):
+        return f"it runs on {' and '.join(devices)}, got tensors on {device}"
     if backend.dtypes and x.dtype not in backend.dtypes:
         *known, got = (str(d).removeprefix("torch.") for d in (*backend.dtypes, x.dtype))
         return f"it takes {', '.join(known)}, got {got}"
