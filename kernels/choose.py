@@ -326,10 +326,9 @@ def wants_gradient(arguments: Iterable[Any]) -> bool:
     )
 
 
-def plain(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a call on a CPU may go past PyTorch's dispatcher and past autograd."""
-    tensors = x, *parameters
-    return x.is_cpu and untraced(tensors) and not wants_gradient(tensors)
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a call may go past PyTorch's dispatcher and past autograd."""
+    return untraced(tensors) and not wants_gradient(tensors)
 
 
 _NO_TENSORS = frozenset({type(None), bool, int, float, str})
