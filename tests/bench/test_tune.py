@@ -237,7 +237,7 @@ def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch)
         from fastdiff.kernels.geglu.triton import forward
 
         x = torch.empty(2, 64, dtype=dtype, device=device)
-        return [lambda: forward(x)]
+        return [lambda: forward(x, False)]
 
     monkeypatch.setitem(TUNABLES, "geglu", replace(real, calls=small))
     for case in tune.cases(["geglu"]):

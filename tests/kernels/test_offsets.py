@@ -88,13 +88,13 @@ def test_geglu() -> None:
     d = 1024
     x = huge(MANY // d + 64, 2 * d)
     dy = huge(len(x), d)
-    kernels, (y, _) = launched(lambda: geglu.forward(x))
+    kernels, (y, _) = launched(lambda: geglu.forward(x, False))
     run_ends(kernels["geglu_kernel"])
     rows = ENDS // d
     sides = [side.float().requires_grad_() for side in (x[:rows], x[-rows:])]
     expected = [OPS["geglu"].formula(side) for side in sides]
     check_ends(y, lambda i: expected[i].half())
-    kernels, (dx,) = launched(lambda: geglu.backward(dy, x))
+    kernels, (dx,) = launched(lambda: geglu.backward(dy, x, (True,)))
     run_ends(kernels["geglu_backward_kernel"])
     gradients = [
         torch.autograd.grad(out, side, one.float().view(-1, d))[0].flatten()
