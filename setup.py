@@ -9,7 +9,7 @@ Environment:
     FASTDIFF_BUILD_CUDA    1: the CUDA kernels too, or fail; 0: without; auto, the default: for the
                            GPUs of this machine if there are any and nvcc is found
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a+PTX": what to compile for, whatever GPU is here;
-                           without it, 1 compiles for all of `ARCHITECTURES` that nvcc knows: minutes
+                           without it, 1 compiles for all of `ARCHITECTURES`, which takes minutes
     NVCC, CUDA_HOME        where nvcc is; else from PATH or /usr/local/cuda
     FASTDIFF_SANITIZE      1: AddressSanitizer and UBSan, without CUDA; for tests, not to install
 
