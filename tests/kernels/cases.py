@@ -35,6 +35,7 @@ from tests.support.parity import assert_gradient_parity, assert_parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Results = tuple[list[Tensor], list[Tensor]]
 needs_triton = pytest.mark.skipif(
     not torch.cuda.is_available() and not _triton.INTERPRETED,
     reason="Triton kernels need a GPU, or triton and TRITON_INTERPRET=1",
@@ -321,24 +322,46 @@ def check_case(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     """`check`, with the emulation's threads in whatever order they are set to run."""
     device = device_of(backend)
 
-    def inputs(seed: int) -> Inputs:
-        return case.inputs(dtype, device, seed)
+    check_inputs(
+        op,
+        lambda seed: case.inputs(dtype, device, seed),
+        backend,
+        expected=lambda seed: expected_results(op, case, dtype, device, seed),
+        eager=lambda seed: eager_results(op, case, dtype, device, seed),
+    )
+
+
+def check_inputs(
+    op: str,
+    inputs: Callable[[int], Inputs],
+    backend: str,
+    *,
+    expected: Callable[[int], Results] | None = None,
+    eager: Callable[[int], Results] | None = None,
+) -> None:
+    """`check` for inputs that are a function of a seed.
+
+    expected, eager: results and gradients of the formula in fp64 and of eager PyTorch; None: they
+    are computed here.
+    """
 
     @cache
-    def actual(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    def actual(seed: int) -> Results:
         return run_on(backend, op, inputs(seed), seed)
 
-    def expected(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        return expected_results(op, case, dtype, device, seed)
+    @cache
+    def by_formula(seed: int) -> Results:
+        return run(kernels.OPS[op].formula, with_gradients(inputs(seed), torch.float64), seed)
 
-    def eager(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        return eager_results(op, case, dtype, device, seed)
+    @cache
+    def by_eager(seed: int) -> Results:
+        return run(EAGER[op], with_gradients(inputs(seed)), seed)
 
     def draws(kind: int, index: int) -> list[Callable[[int], Tensor]]:
-        def of(results: Callable[[int], tuple[list[Tensor], list[Tensor]]]) -> Any:
+        def of(results: Callable[[int], Results]) -> Any:
             return lambda seed: results(seed)[kind][index]
 
-        return [of(results) for results in (actual, expected, eager)]
+        return [of(results) for results in (actual, expected or by_formula, eager or by_eager)]
 
     leaves, (outputs, gradients) = tensors_in(inputs(0)), actual(0)
     for index, output in enumerate(outputs):
