@@ -168,14 +168,22 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
     assert "in (anonymous namespace)::reversed" not in done.stderr
 
 
+LARGE = (
+    "silu-sd", "silu-vae", "silu-ldm", "silu-block", "u-vit", "karlo", "t5", "1152", "1280", "4100",
+    "8192", "chunks_and_column_blocks[NCHW]",
+)  # fmt: skip
+"""Rows whose every edge a smaller one has too: under sanitizers each number costs a hundredfold."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "tests"),
     [
         (
             ("cuda", "geglu", "layer_norm", "sampler_step", "philox", "cuda_ops"),
-            "(parity and (bfloat16 or drawn or chunks or (ragged and 16))) and test_cuda.py or "
-            "cuda and (bfloat16 or drawn or rows or tiles or layout or reference or unaligned)",
+            "((parity and (bfloat16 or drawn or chunks or (ragged and 8))) and test_cuda.py or "
+            "cuda and (bfloat16 or drawn or rows or tiles or layout or reference or unaligned)) "
+            f"and not ({' or '.join(LARGE)})",
         ),
         (("attention_cuda",), "parity and bfloat16 and shuffled"),
     ],
