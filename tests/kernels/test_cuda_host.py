@@ -193,7 +193,7 @@ def test_kernels_are_clean_under_sanitizers(
     files: tuple[str, ...], tests: str, sanitized: dict[str, str]
 ) -> None:
     """The parity tests of the CUDA kernels again, with ASan and UBSan."""
-    command = ["-m", "pytest", "-s", "-rps", "-x", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "-s", "-rps", "-x", "-p", "no:cacheprovider", "-p", "no:costs"]
     command += ["-k", tests, "-m", "not gpu"]
     named = [f"tests/kernels/test_{name}.py" for name in files]
     done = run_python([*command, *named], sanitized)
