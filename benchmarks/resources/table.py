@@ -94,9 +94,8 @@ def wrong_options(options: Options) -> str | None:
     ):
         if unknown := set(chosen) - set(known):
             return f"{kind} must be of {', '.join(known)}, got {', '.join(sorted(unknown))}"
-    some = options.op or options.dtype or options.shape_class
-    some = some or options.once or options.architecture != Options().architecture
-    if options.docs and some:
+    some = bool(options.op or options.dtype or options.shape_class or options.once)
+    if options.docs and (some or options.architecture != Options().architecture):
         return "docs/resources.md is of all kernels: --docs takes no --op, --dtype and so on"
     return None
 
