@@ -34,10 +34,10 @@ from benchmarks.resources.ahead_of_time import (
     on_one_gpu_each,
     tasks,
 )
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.cli.parsing import UsageError, parse
 from fastdiff.files import write_text
 from fastdiff.kernels.triton import INTERPRETED, triton
-from fastdiff.kernels.tuning import TUNABLES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "resources.md"
 
