@@ -160,13 +160,17 @@ def test_help_ends_with_three_examples_that_can_be_read(
     assert len(ran) == 3
 
 
-def test_top_level_and_light_commands_parse_without_torch(tmp_path: Path) -> None:
+def test_help_and_wrong_options_are_answered_without_torch(tmp_path: Path) -> None:
     code = """
 import sys
-from fastdiff.cli import main
-for words in (["--help"], ["--version"], ["nonsense"], ["info", "--help"], ["doctor", "--bogus"],
-              ["samplers", "--steps", "x"], ["reconstruct", "--help"], ["train", "--help"]):
-    main(words)
+from fastdiff.cli import COMMANDS, main
+for name in COMMANDS:
+    main([name, "--help"])
+    main([name, "--bogus"])
+for words in (["--help"], ["--version"], ["nonsense"], ["samplers", "--steps", "x"],
+              ["sample", "--count", "0"], ["sample", "--steps", "x"], ["sample", "--seed", "-1"],
+              ["txt2img"], ["convert", "a", "b", "--prediction", "x"]):
+    assert main(words) in (0, 2), words
 assert "torch" not in sys.modules and "rich" not in sys.modules and "PIL" not in sys.modules
 """
     process = python(code, cwd=tmp_path)
@@ -184,6 +188,10 @@ MISTAKES = {
     "info": "missing: PATH|NAME",
     "info nowhere": "nowhere is missing; give a file",
     "info nowhere.png": "no image at nowhere.png",
+    "info PLAIN --num-heads 4": "is a picture, and num_heads says how to load a model",
+    "info TINY --num-heads 4": "leave num_heads out",
+    "reconstruct --model TINY --prediction v": "leave prediction out",
+    "evaluate --model TINY --image-size 64": "leave image_size out",
     "samplers ddmi": "unknown sampler 'ddmi'; did you mean ddpm or ddim?",
     "samplers --steps x": "--steps: expected a whole number, got 'x'",
     "samplers ddim --steps 0": "steps must be at least 1, got 0",
@@ -746,8 +754,8 @@ def test_evaluate_fails_when_a_limit_is_missed(
         asked["command"] = command
         return folder / "results.md"
 
-    monkeypatch.setattr("fastdiff.cli.evaluate.evaluate", told)
-    monkeypatch.setattr("fastdiff.cli.evaluate.write_report", report)
+    monkeypatch.setattr("fastdiff.evaluation.evaluate", told)
+    monkeypatch.setattr("fastdiff.evaluation.write_report", report)
     words = ("evaluate", "--model", tiny, "--count", "360", "--steps", "7", "--seed", "4")
     code, out, err = run(*words)
     assert (code, err) == (expected, "")

@@ -14,11 +14,11 @@ from torch import nn
 
 from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.configs import to_dict
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import TextEncoder
+from fastdiff.names import Prediction
 
 RUN_MODEL = "model"  # the bundle inside a training run's folder
 # What of a text encoder's config its weights' shapes do not say.

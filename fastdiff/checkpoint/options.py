@@ -1,21 +1,21 @@
-"""How to load a checkpoint, and what to say where its files say nothing."""
+"""How to load a checkpoint, and what to say where its files say nothing.
+
+Nothing here imports torch: commands have these fields as options.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
+from fastdiff.names import Prediction, QKVOrder, ScheduleKind
 
-from fastdiff.checkpoint.build import Plan, Progress, fill
-from fastdiff.diffusion.predictions import Prediction
-from fastdiff.diffusion.schedules import ScheduleConfig, ScheduleKind
-from fastdiff.models.layers import QKVOrder
+if TYPE_CHECKING:
+    from fastdiff.diffusion.schedules import ScheduleConfig
 
-Shapes = Mapping[str, tuple[int, ...]]
 NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
 
@@ -133,50 +133,3 @@ class LoadOptions:
         given: dict[str, Any] = {name: getattr(self, name) for name in NOISE}
         given["kind"] = self.schedule
         return replace(found, **{name: value for name, value in given.items() if value is not None})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """One call of `fastdiff.load`."""
-
-    options: LoadOptions = field(default_factory=LoadOptions)
-    schedule: ScheduleConfig | None = None
-    """The whole of the noise, where the caller said it."""
-    dtype: torch.dtype | None = torch.float32
-    device: torch.device | str = "cpu"
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        dtype = self.dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-        try:
-            torch.device(self.device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"device must be one of torch's, such as 'cpu' or 'cuda', got {self.device!r}"
-            ) from error
-
-    @property
-    def given(self) -> list[str]:
-        """Names of the options that were set."""
-        return [*(["schedule"] if self.schedule is not None else []), *self.options.given]
-
-    @property
-    def says_noise(self) -> bool:
-        return self.schedule is not None or self.options.says_noise
-
-    def noise(self, found: ScheduleConfig) -> ScheduleConfig:
-        """The training's noise: as the caller says, else as was found or assumed."""
-        return self.options.noise(self.schedule or found)
-
-    def fill(self, plan: Plan) -> Any:
-        """The planned module with its weights."""
-        return fill(
-            plan.model,
-            plan.sources,
-            plan.weights,
-            dtype=self.dtype,
-            device=self.device,
-            progress=self.progress,
-        )

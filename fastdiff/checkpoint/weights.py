@@ -21,6 +21,9 @@ MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
 MAX_DIMS = 64  # of a tensor; the product of a million sizes takes for ever
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor stands: `offset` bytes into a file, `shape` numbers of `dtype` in a row."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.facts import Facts
-from fastdiff.generate.job import ClassJob, Job
-from fastdiff.generate.settings import TextSettings
+from fastdiff.generate.job import ClassJob, Job, TextSettings
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
 from fastdiff.runtime.conditions import Condition

@@ -19,10 +19,10 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate import from_noise, image_to_image, inpainting, upscale
-from fastdiff.generate.job import ClassJob, ImageToImageJob, InpaintJob, Job, TextJob, check
+from fastdiff.generate.facts import check, default_batch
+from fastdiff.generate.job import ClassJob, ImageToImageJob, InpaintJob, Job, TextJob
 from fastdiff.generate.recipe import write_recipe
 from fastdiff.generate.session import Pass, Session
-from fastdiff.generate.settings import default_batch
 from fastdiff.images import save_png, to_pil
 from fastdiff.runtime import engine
 from fastdiff.runtime.blocks import block_size

@@ -20,7 +20,6 @@ from fastdiff.models.layers import (
     Downsample,
     DownsamplePadding,
     GroupNorm,
-    QKVOrder,
     ResBlock,
     SpatialTransformer,
     TimeEmbedding,
@@ -30,6 +29,7 @@ from fastdiff.models.layers import (
     zero_init,
 )
 from fastdiff.models.network import Context, Network, check_conditions, register
+from fastdiff.names import QKVOrder
 
 ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastdiff.cli
-from fastdiff.checkpoint.layouts import compvis, layouts, openai
+from fastdiff.checkpoint.layouts import compvis, openai
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
-from fastdiff.checkpoint.open import load
-from fastdiff.checkpoint.options import Loading, LoadOptions
+from fastdiff.checkpoint.open import Loading, layouts, load
+from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.save import save
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig

@@ -17,7 +17,8 @@ from torch import Tensor
 import fastdiff
 from fastdiff.checkpoint.layouts import compvis, ddpm, openai
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
-from fastdiff.checkpoint.options import Loading, LoadOptions
+from fastdiff.checkpoint.open import Loading
+from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder

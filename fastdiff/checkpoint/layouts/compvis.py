@@ -17,15 +17,15 @@ from torch import nn
 
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
-from fastdiff.checkpoint.layouts import Layout, Source, ddpm, openai
+from fastdiff.checkpoint.layouts import ddpm, openai
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import Loading
+from fastdiff.checkpoint.open import Layout, Loading, Source
 from fastdiff.checkpoint.weights import Weights, some
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.names import Prediction
 
 UNET = "model.diffusion_model."
 EMA = "model_ema.diffusion_model"

@@ -16,20 +16,20 @@ from typing import Any
 from torch import nn
 
 from fastdiff.checkpoint.build import Layers, Sources, plan_model, source_names
-from fastdiff.checkpoint.layouts import Layout, Source
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import Loading, LoadOptions, Shapes
-from fastdiff.checkpoint.weights import Weights
+from fastdiff.checkpoint.open import Layout, Loading, Source
+from fastdiff.checkpoint.options import LoadOptions
+from fastdiff.checkpoint.weights import Shapes, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.layers import (
     AttentionBlock,
     Downsample,
-    QKVOrder,
     ResBlock,
     SpatialTransformer,
 )
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.names import QKVOrder
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts import Layout, Source
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import NOISE, Loading
+from fastdiff.checkpoint.open import Layout, Loading, Source
+from fastdiff.checkpoint.options import NOISE
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
 from fastdiff.checkpoint.weights import Weights, read_json
 from fastdiff.diffusion.schedules import ScheduleConfig
