@@ -34,6 +34,29 @@ Save = Callable[[Model, Path, torch.dtype | None, Progress | None], None]
 """save(model, folder, dtype, progress): write all of it or nothing; dtype None keeps each own."""
 
 
+@dataclass
+class Assumed:
+    """What a model's files do not say, as far as it has been met."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Field of `LoadOptions` -> what was taken."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """Of those that no published model decides: what else it may be, in words."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """For `Model.provenance`."""
+        undecided = {"undecided": dict(self.choices)} if self.choices else {}
+        return {"assumed": dict(self.values), **undecided}
+
+    def take(self, name: str, value: Any, choices: str | None = None) -> Any:
+        """Assume a value. choices: None where a published model of this architecture has it."""
+        self.values[name] = value
+        if choices is not None:
+            self.choices[name] = choices
+        return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """One call of `fastdiff.load`."""
@@ -44,6 +67,7 @@ class Loading:
     dtype: torch.dtype | None = torch.float32
     device: torch.device | str = "cpu"
     progress: Progress | None = None
+    assumed: Assumed = field(default_factory=Assumed)
 
     def __post_init__(self) -> None:
         dtype = self.dtype
@@ -65,12 +89,32 @@ class Loading:
     def says_noise(self) -> bool:
         return self.schedule is not None or self.options.says_noise
 
+    def check_decided(self, path: Path) -> None:
+        """
+        Raises:
+            ValueError: `LoadOptions.strict`, and something is left to choose.
+        """
+        if not (self.options.strict and self.assumed.choices):
+            return
+        left = "; ".join(f"{name}: {words}" for name, words in self.assumed.choices.items())
+        names = " ".join(f"--{name.replace('_', '-')}" for name in self.assumed.choices)
+        raise ValueError(
+            f"{path} and the published models leave open {left}. Say which "
+            f"({', '.join(f'{name}=' for name in self.assumed.choices)}; of a command {names}), or "
+            "load without strict"
+        )
+
     def noise(self, found: ScheduleConfig) -> ScheduleConfig:
         """The training's noise: as the caller says, else as was found or assumed."""
         return self.options.noise(self.schedule or found)
 
     def fill(self, plan: Plan) -> Any:
-        """The planned module with its weights."""
+        """The planned module with its weights.
+
+        Raises:
+            ValueError: as `check_decided`; what a layout assumes is known before it reads weights.
+        """
+        self.check_decided(plan.weights.path)
         return fill(
             plan.model,
             plan.sources,
@@ -139,9 +183,10 @@ def load(
             not say it.
         options: the same and more as one object; what is given by name wins over it.
         said: any other field of `LoadOptions`: variant, ema, text_encoders, prediction, num_heads,
-            head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size, ...
+            head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size, strict, ...
 
-    What had to be assumed is in `Model.assumed`, and in words in `Model.assumed_lines`.
+    What had to be assumed is in `Model.assumed`, and in words in `Model.assumed_lines`; strict=True
+    refuses where the choice is a guess.
 
     Raises:
         FileNotFoundError: nothing there, or a part of it is missing.
@@ -170,6 +215,7 @@ def load(
     model = _open(Path(path), loading)
     if loading.options.vae is not None:
         model = _with_autoencoder(model, loading.options.vae, loading)
+    loading.check_decided(model.path)
     _check_together(model)
     return model
 

@@ -47,6 +47,9 @@ class LoadOptions:
     """Whether the last timestep is pure noise."""
     num_heads: int | None = None
     """Heads of every attention; give this or head_dim."""
+    num_heads_upsample: int | None = None
+    """Heads on the way up of a U-Net where they differ from num_heads: improved-diffusion's option
+    of this name, which no file records."""
     head_dim: int | None = None
     """Width of a head of every attention."""
     qkv_order: QKVOrder | None = None
@@ -59,6 +62,9 @@ class LoadOptions:
     """The latents are multiplied by it."""
     image_size: int | None = None
     """Height and width of the images that the model was trained on, in pixels."""
+    strict: bool = False
+    """Refuse to load where neither the files nor a published model of the same architecture decide;
+    the error lists the choices."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -69,7 +75,10 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in (None, *choices):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
-        for name in ("image_size", "num_heads", "head_dim", "norm_groups", "num_timesteps"):
+        for name in (
+            *("image_size", "num_heads", "num_heads_upsample", "head_dim"),
+            *("norm_groups", "num_timesteps"),
+        ):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r:.60}")
@@ -80,6 +89,10 @@ class LoadOptions:
         if self.num_heads is not None and self.head_dim is not None:
             raise ValueError(
                 f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}"
+            )
+        if self.num_heads_upsample is not None and self.head_dim is not None:
+            raise ValueError(
+                f"num_heads_upsample goes with num_heads, got head_dim {self.head_dim}; give one"
             )
 
     @property

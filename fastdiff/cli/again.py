@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
 from fastdiff.cli.options import Command, Compute, LoadOptions
-from fastdiff.generate.job import PICTURES, ClassJob, ImageToImageJob, InpaintJob, TextJob
+from fastdiff.generate.job import (
+    PICTURES,
+    ClassJob,
+    ImageToImageJob,
+    InpaintJob,
+    InterpolationJob,
+    TextJob,
+)
 from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, identity, read
 from fastdiff.images import read_recipe, to_pil
 
@@ -21,6 +28,7 @@ COMMANDS: dict[str, type[Any]] = {
     "txt2img": TextJob,
     "img2img": ImageToImageJob,
     "inpaint": InpaintJob,
+    "interpolate": InterpolationJob,
 }
 ROUNDING = 1
 """Levels of 255 by which a picture of an older recipe's version may differ and be the same one."""
@@ -152,11 +160,13 @@ def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> 
         load = LoadOptions.of_recipe(recipe.load)
     except ValueError as error:
         raise ValueError(f"the recipe in {like.path} cannot be read: {error}") from None
-    if "refiner" in {field.name for field in fields(command)}:
+    names = {field.name for field in fields(command)}
+    if "count" in names:
+        more["count"] = 1
+    if "refiner" in names:
         more["refiner"] = recipe.refiner and Path(recipe.refiner["path"])
     return command(
         model=recipe.model,
-        count=1,
         job=_as_options(job, recipe.job),
         load=load,
         compute=Compute(
@@ -174,6 +184,7 @@ def _as_options(cls: type[Any], job: Any) -> Any:
     for name in PICTURES:
         if own.get(name) is not None:
             own[name] = Path(own[name])
-    if not isinstance(job, ClassJob) and own.get("label") is not None:
-        own["label"] = str(own["label"])
+    for name in ("label", "to_label"):
+        if not isinstance(job, ClassJob) and own.get(name) is not None:
+            own[name] = str(own[name])
     return cls(**own)

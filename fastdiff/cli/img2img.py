@@ -57,5 +57,5 @@ def run(options: Img2Img, like: Original | None = None) -> int:
     job = options.job
     # what is wrong with the picture is said before the model is loaded
     read_image(job.image, height=job.height, width=job.width)
-    want = pictures.of_one_prompt(options, ImageToImageJob)
+    want = pictures.of_one_prompt(options, ImageToImageJob, options.count)
     return pictures.run(options, want, inputs=[job.image], original=like)

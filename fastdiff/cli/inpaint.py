@@ -60,5 +60,5 @@ def run(options: Inpaint, like: Original | None = None) -> int:
     # what is wrong with the pictures is said before the model is loaded
     image = read_image(job.image, height=job.height, width=job.width)
     read_mask_of(pictures.as_job(InpaintJob, job), image)
-    want = pictures.of_one_prompt(options, InpaintJob)
+    want = pictures.of_one_prompt(options, InpaintJob, options.count)
     return pictures.run(options, want, inputs=[job.image, job.mask], original=like)

@@ -22,6 +22,7 @@ from fastdiff.generate.job import (
     ClassJob,
     ImageToImageJob,
     InpaintJob,
+    InterpolationJob,
     SampleSettings,
     TextJob,
     TextSettings,
@@ -116,6 +117,30 @@ class InpaintOptions(InpaintJob):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InterpolationOptions(InterpolationJob):
+    """What to make."""
+
+    prompt: OptionalPrompt = None
+    """The first image's prompt; models of classes take --label instead."""
+    to_prompt: OptionalName = None
+    """The last image's prompt; the first's if left out."""
+    label: OptionalName = None
+    """The first image's class by number or name, for models of classes."""
+    to_label: OptionalName = None
+    """The last image's class; the first's if left out."""
+    to_seed: OptionalInt = None
+    """The last image's seed; the first's if left out."""
+    at: float = 0.0
+    """With --frames 1: where on the way, from 0, the first image, to 1, the last."""
+    height: OptionalInt = None
+    """Height in pixels; as the model was trained if left out."""
+    width: OptionalInt = None
+    """Width in pixels; as the model was trained if left out."""
+    text: TextSettings = PLAIN_TEXT
+    settings: SampleSettings = PLAIN
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """What a command writes, and the picture that it starts from."""
 
@@ -135,8 +160,6 @@ class Command(Protocol):
 
     @property
     def model(self) -> str: ...
-    @property
-    def count(self) -> int: ...
     @property
     def job(self) -> Any: ...
     @property

@@ -31,20 +31,23 @@ AnyJob = TypeVar("AnyJob")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a command is to make: a row of images per name, an image per seed in it."""
+    """What a command is to make: a row of images per name, an image per seed or frame in it."""
 
     names: Sequence[str]
     """Of the rows: classes, or one prompt."""
-    seeds: range
+    columns: range
+    """Seeds, or frames."""
     job: Callable[[int, int], tuple[str, Job]]
-    """(row, seed) -> the name of the file without its ending, and what is to be done."""
+    """(row, column) -> the name of the file without its ending, and what is to be done."""
+    column: str = "seed"
+    """What a column is."""
 
     def __iter__(self) -> Iterator[tuple[str, Job]]:
-        return (self.job(row, seed) for row in range(len(self.names)) for seed in self.seeds)
+        return (self.job(row, at) for row in range(len(self.names)) for at in self.columns)
 
     @property
     def total(self) -> int:
-        return len(self.names) * len(self.seeds)
+        return len(self.names) * len(self.columns)
 
 
 def main(
@@ -78,12 +81,7 @@ def as_job(kind: type[AnyJob], options: Any, **change: Any) -> AnyJob:
     return kind(**{**own, **change})
 
 
-def seeds(options: Command) -> range:
-    """The seeds of `count` images, from the job's own up."""
-    return range(options.job.seed, options.job.seed + options.count)
-
-
-def of_one_prompt(options: Command, kind: type[Any]) -> Callable[[Facts], Wanted]:
+def of_one_prompt(options: Command, kind: type[Any], count: int) -> Callable[[Facts], Wanted]:
     """Images of a single prompt: an image per seed, called after its first words."""
     prompt = options.job.prompt
     stem = file_stem(prompt or options.job.image.stem)
@@ -91,7 +89,8 @@ def of_one_prompt(options: Command, kind: type[Any]) -> Callable[[Facts], Wanted
     def job(_: int, seed: int) -> tuple[str, Job]:
         return f"{stem}-seed{seed}", as_job(kind, options.job, seed=seed)
 
-    return lambda facts: Wanted([prompt or stem], seeds(options), job)
+    seeds = range(options.job.seed, options.job.seed + count)
+    return lambda facts: Wanted([prompt or stem], seeds, job)
 
 
 def run(
@@ -184,7 +183,7 @@ def _make(
             expected=wanted.total,
         )
         for number, (path, result) in enumerate(zip(paths, results, strict=True)):
-            row, column = divmod(number, len(wanted.seeds))
+            row, column = divmod(number, len(wanted.columns))
             if row < SHEET_ROWS and column < SHEET_COLUMNS:
                 shown.append(result.image)
             with clock("write"):

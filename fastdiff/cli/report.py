@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SHEET_ROWS, SHEET_COLUMNS = 64, 32
 """Images of a contact sheet; there may be more files."""
 PREVIEW_SIDE = 256
+OF_A_COLUMN = ("seed", "label", "at")
+"""Of a job, what differs between the images of a sheet."""
 
 
 def summary(path: Path, wanted: Wanted, last: Result, more: Sequence[tuple[str, str]]) -> None:
@@ -56,12 +58,13 @@ def preview_writer(model: Model, path: Path) -> OnStep:
 def save_sheet(
     path: Path, images: Sequence[Tensor], wanted: Wanted, recipe: dict[str, Any], last: Result
 ) -> None:
-    """A row per name and a column per seed; of one seed, or one name, the others share a row.
+    """A row per name and a column per seed or frame; of one column, or one name, the others share
+    rows.
 
     recipe: of the last image.
     """
-    names, columns = wanted.names[:SHEET_ROWS], wanted.seeds[:SHEET_COLUMNS]
-    labels = [f"seed {seed}" for seed in columns]
+    names, columns = wanted.names[:SHEET_ROWS], wanted.columns[:SHEET_COLUMNS]
+    labels = [f"{wanted.column} {at}" for at in columns]
     grid = len(columns) > 1 and len(names) > 1
     if not grid:
         labels = [name[:80] for name in names] if len(columns) == 1 else labels
@@ -75,9 +78,9 @@ def save_sheet(
         title=last.session.facts.name if grid or len(columns) == 1 else wanted.names[0][:80],
         caption=f"{_made_by(last)}, weights {last.session.model.weights_hash[:12]}",
     )
-    job = {key: value for key, value in recipe["job"].items() if key not in ("seed", "label")}
+    job = {key: value for key, value in recipe["job"].items() if key not in OF_A_COLUMN}
     rest = {key: value for key, value in recipe.items() if key != "job"}
-    kept = {"names": list(wanted.names[:SHEET_ROWS]), "seeds": list(columns)}
+    kept = {"names": list(wanted.names[:SHEET_ROWS]), f"{wanted.column}s": list(columns)}
     save_png(path, sheet, {**rest, "of": job, **kept})
 
 

@@ -69,12 +69,14 @@ def run(options: Sample, like: Original | None = None) -> int:
         names = class_names(labels, facts)
         stems = file_names(names, labels)
 
+        seeds = range(options.job.seed, options.job.seed + options.count)
+
         def job(row: int, seed: int) -> tuple[str, Job]:
             label = labels[row]
             made = pictures.as_job(ClassJob, options.job, label=label, seed=seed)
             return f"{stems[label]}-seed{seed}", made
 
-        return pictures.Wanted([names[label] for label in labels], pictures.seeds(options), job)
+        return pictures.Wanted([names[label] for label in labels], seeds, job)
 
     inputs = [] if options.job.image is None else [options.job.image]
     return pictures.run(options, want, inputs=inputs, original=like)

@@ -58,5 +58,5 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Txt2Img, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
-    want = pictures.of_one_prompt(options, TextJob)
+    want = pictures.of_one_prompt(options, TextJob, options.count)
     return pictures.run(options, want, refiner=options.refiner, original=like)

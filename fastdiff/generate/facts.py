@@ -12,6 +12,7 @@ from fastdiff.generate.job import (
     DEFAULT_SAMPLER,
     ClassJob,
     InpaintJob,
+    InterpolationJob,
     Job,
     SampleSettings,
     TextJob,
@@ -206,7 +207,9 @@ def check(job: Job, facts: Facts) -> Job:
     change: dict[str, Any] = {"settings": settings}
     if not isinstance(job, TextJob) and not facts.reads_text:
         change["label"] = facts.label(job.label)
-    if isinstance(job, ClassJob | TextJob):
+        if isinstance(job, InterpolationJob) and job.to_label is not None:
+            change["to_label"] = facts.label(job.to_label)
+    if isinstance(job, ClassJob | TextJob | InterpolationJob):
         change["height"], change["width"] = facts.size(job.height, job.width)
     return replace(job, **change)
 
@@ -219,13 +222,15 @@ def _check_condition(job: Job, facts: Facts) -> None:
             f"{facts.name} draws what a prompt says; give it one "
             "(model.generate('a cat'), or fastdiff txt2img PROMPT)"
         )
+    prompt = getattr(job, "to_prompt", None) if prompt is None else prompt
     if not facts.reads_text and prompt is not None:
         raise ValueError(
             f"the denoiser of {facts.name} reads no text, got prompt {prompt!r:.40}; leave the "
             "prompt out (fastdiff sample draws classes)"
         )
-    if facts.reads_text and getattr(job, "label", None) is not None:
-        raise ValueError(f"this model has no classes, got class {job.label!r}; leave it out")  # type: ignore[union-attr]
+    for name in ("label", "to_label"):
+        if facts.reads_text and (label := getattr(job, name, None)) is not None:
+            raise ValueError(f"this model has no classes, got class {label!r}; leave it out")
     if facts.extra == "inpainting" and not isinstance(job, InpaintJob):
         reads = facts.channels * 2 + 1
         raise ValueError(

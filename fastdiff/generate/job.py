@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.names import SPACINGS
@@ -293,40 +292,79 @@ class UpscaleJob:
         _check_scale(self.scale, self.via)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InterpolationJob:
+    """A frame on the way from one image to another: between seeds, prompts or classes.
+
+    The noise goes along the great circle between two seeds', the condition along the straight line
+    between two. Noise that a sampler adds on its way is the first seed's in every frame.
+    """
+
+    prompt: str | None = None
+    """The first image's prompt, for models that read text."""
+    to_prompt: str | None = None
+    """The last image's prompt; None: the first's."""
+    label: int | str | None = None
+    """The first image's class by number or name, for models of classes; None: no class."""
+    to_label: int | str | None = None
+    """The last image's class; None: the first's."""
+    seed: int = 0
+    """The first image's seed."""
+    to_seed: int | None = None
+    """The last image's seed; None: the first's."""
+    at: float = 0.0
+    """Where the frame is on the way, from 0, the first image, to 1, the last."""
+    height: int | None = None
+    """Height in pixels; None: as the model was trained."""
+    width: int | None = None
+    """Width in pixels; None: as the model was trained."""
+    text: TextSettings = PLAIN_TEXT
+    """How the prompts become conditions."""
+    settings: SampleSettings = PLAIN
+    """How to sample."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.to_seed is not None:
+            check_seed(self.to_seed)
+        if not 0 <= self.at <= 1:
+            raise ValueError(f"at must lie in [0, 1], got {self.at}; 0 is the first image")
+        if (self.to_seed, self.to_prompt, self.to_label) == (None, None, None):
+            raise ValueError(
+                "an interpolation needs another image to go to; give one or more of to_seed, "
+                "to_prompt and to_label"
+            )
+
+
 ImageJob = ImageToImageJob | InpaintJob | UpscaleJob
-Job = ClassJob | TextJob | ImageJob
+Job = ClassJob | TextJob | ImageJob | InterpolationJob
 KINDS: dict[str, type[Any]] = {
     "class": ClassJob,
     "text": TextJob,
     "image-to-image": ImageToImageJob,
     "inpaint": InpaintJob,
     "upscale": UpscaleJob,
+    "interpolation": InterpolationJob,
 }
 PICTURES = ("image", "mask")
 GROUPS = {"text": TextSettings, "settings": SampleSettings}
-AnyJob = TypeVar("AnyJob", ClassJob, TextJob, ImageToImageJob, InpaintJob, UpscaleJob)
 
 
-def make_job(kind: type[AnyJob], options: Mapping[str, Any]) -> AnyJob:
-    """A job from flat names: its own fields, and those of its settings and of its text.
+def frames_of(job: InterpolationJob, count: int) -> list[InterpolationJob]:
+    """The frames of an interpolation at equal distances, both ends included; 1: the one at `at`.
 
     Raises:
-        ValueError: an unknown name, a missing one, or a value that makes no sense.
+        ValueError: fewer than 1, or several with an `at`.
     """
-    own: dict[str, Any] = {field.name: field for field in fields(kind)}
-    groups: dict[str, type[Any]] = {name: GROUPS[name] for name in own if name in GROUPS}
-    given: dict[str, Any] = {name: options[name] for name in own if name in options}
-    for name, group in groups.items():
-        inner = {f.name: options[f.name] for f in fields(group) if f.name in options}
-        if inner:
-            given[name] = replace(given.get(name, own[name].default), **inner)
-    known = [*own, *(f.name for group in groups.values() for f in fields(group))]
-    if unknown := [name for name in options if name not in known]:
+    if count < 1:
+        raise ValueError(f"frames must be at least 1, got {count}; 2 are the ends themselves")
+    if count == 1:
+        return [job]
+    if job.at:
         raise ValueError(
-            f"unknown option {unknown[0]!r}; expected one of "
-            f"{', '.join(name for name in known if name not in GROUPS)}"
+            f"at is for a single frame, got {job.at:g} and {count} frames; leave it out"
         )
-    return kind(**given)
+    return [replace(job, at=index / (count - 1)) for index in range(count)]
 
 
 def check_seed(seed: int) -> None:

@@ -163,7 +163,7 @@ def read(data: Mapping[str, Any]) -> Recipe:
             f"recipe version {version!r:.40} is newer than this fastdiff, which reads up to "
             f"{VERSION}; update fastdiff"
         )
-    if "seeds" in data or "classes" in data or "jobs" in data:
+    if not {"seeds", "frames", "classes", "jobs"}.isdisjoint(data):
         raise ValueError("a contact sheet is no single image; give one of the images beside it")
     needed = ["weights", "backend", "device", "dtype"]
     needed += ["job", "model"] if version == VERSION else ["seed", "settings"]

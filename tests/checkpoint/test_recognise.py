@@ -154,7 +154,11 @@ def test_compvis_published_models(name: str) -> None:
     if expected.context_dim is not None:  # there is no packed attention whose order counts
         config = replace(config, qkv_order="new")
     assert config == expected
-    assert reading.assumed.keys() <= {"num_heads", "head_dim"}
+    assert reading.loading.assumed.values.keys() <= {"num_heads", "head_dim"}
+    assert not reading.loading.assumed.choices  # all of them are published
+    # Stable Diffusion 2 was published in both ways.
+    assert compvis._prediction(reading, config) == "eps"
+    assert list(reading.loading.assumed.choices) == ["prediction"] * (name == "sd2")
 
 
 def test_sdxls_refiner() -> None:

@@ -272,7 +272,8 @@ def _describe(
         model.schedule = loading.noise(ScheduleConfig()) if loading.says_noise else None
         model.prediction = options.prediction or "eps"
         if options.prediction is None:
-            model.provenance["assumed"] = {"prediction": "eps"}
+            loading.assumed.take("prediction", "eps")
+            model.provenance |= loading.assumed.provenance
     model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
     if unet.get("addition_time_embed_dim") is not None:
         model.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
@@ -320,7 +321,7 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders")
+    of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders", "strict")
     noise = ("schedule", *NOISE, "prediction", "scale_factor", "image_size")
     if extra := [name for name in loading.given if name not in (*of_pipeline, *noise)]:
         raise ValueError(f"{source}: {', '.join(extra)} stand in its config.json; leave them out")
