@@ -225,6 +225,10 @@ MISTAKES = {
     "sample --like nowhere.png": "no image at nowhere.png",
     "sample --like FILE": "is not a PNG",
     "sample --like PLAIN": "carries no recipe",
+    "interpolate --model TINY": "needs another image to go to; give one or more of to_seed",
+    "interpolate --model TINY --to-seed 1 --frames 0": "frames must be at least 1, got 0",
+    "interpolate --model TINY --to-seed 1 --at 0.5": "at is for a single frame, got 0.5 and 9",
+    "interpolate --model TINY --label 1 --to-label 12": "unknown class '12'; expected one of",
     "reconstruct nowhere.png --model TINY": "no image at nowhere.png",
     "reconstruct FILE --model TINY": "cannot be read: not an image",
     "reconstruct --model TINY --batch 0": "batch must be at least 1",
@@ -520,6 +524,30 @@ def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) 
     # The recipe knows where the model was.
     assert before["model"] == tiny
     assert run("sample", "--like", "out/5-seed8.png", "--out", "same")[0] == 0
+
+
+def test_interpolate_writes_frames_and_makes_one_again(run, tiny: str) -> None:
+    words = ("--label", "3", "--to-label", "8", "--seed", "4", "--to-seed", "9", "--steps", "2")
+    code, out, err = run("interpolate", "--model", tiny, *words, "--frames", "3")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "out/sheet.png"
+    names = {f"3-to-8-frame{number}.png" for number in range(3)}
+    assert {path.name for path in Path("out").iterdir()} == {*names, "sheet.png"}
+    job = read_recipe("out/3-to-8-frame1.png")["job"]
+    assert (job["kind"], job["at"], job["label"], job["to_label"]) == ("interpolation", 0.5, 3, 8)
+    assert read_recipe("out/sheet.png")["frames"] == [0, 1, 2]
+    assert "a contact sheet" in run("interpolate", "--like", "out/sheet.png")[2]
+
+    for number, label, seed in ((0, "3", "4"), (2, "8", "9")):  # the ends are the images themselves
+        ends = ("--classes", label, "--seed", seed, "--count", "1", "--steps", "2", "--out", "ends")
+        assert run("sample", "--model", tiny, *ends)[0] == 0
+        frame = f"out/3-to-8-frame{number}.png"
+        with Image.open(frame) as a, Image.open(f"ends/{label}-seed{seed}.png") as b:
+            assert a.tobytes() == b.tobytes()
+
+    code, out, err = run("interpolate", "--like", "out/3-to-8-frame1.png")
+    assert (code, err) == (0, "")
+    assert "identical to out/3-to-8-frame1.png, bit for bit" in out
 
 
 def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:

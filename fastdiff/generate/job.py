@@ -362,7 +362,7 @@ def frames_of(job: InterpolationJob, count: int) -> list[InterpolationJob]:
         return [job]
     if job.at:
         raise ValueError(
-            f"at is for a single frame, got {job.at:g} and {count} frames; leave it out"
+            f"at is for a single frame, got {job.at:g} and {count} frames; leave one of them out"
         )
     return [replace(job, at=index / (count - 1)) for index in range(count)]
 

@@ -77,9 +77,14 @@ class Model(CheckpointModel):
             "mask": _pictures("mask", mask, count),
         }
         facts = Facts.of(self)
-        kind = InterpolationJob
+        kind: type[Any] = InterpolationJob
         if frames is None:
             kind = _kind(facts, prompts, image, mask, options)
+            if leads := [name for name in ("to_seed", "to_prompt", "to_label") if name in options]:
+                raise ValueError(
+                    f"{leads[0]} leads to another image; give frames, the images on the way (1 and "
+                    "at for a single one)"
+                )
         jobs: list[Job] = []
         for index, seed in enumerate(seeds):
             own = {name: each[index] for name, each in given.items() if each is not None}
