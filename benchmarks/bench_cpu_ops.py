@@ -98,7 +98,7 @@ def in_turns(functions: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 
 
 def records(case: Case, seconds: dict[str, list[float]], kept: bool = False) -> list[Record]:
-    work = case.subject.work(case.call, MAKE.dtype.itemsize)
+    work = case.subject.work(case.call, case.of, MAKE.dtype)
     return [
         Record(
             benchmark=IN_TURNS,

@@ -34,5 +34,5 @@ def test_op(benchmark: Any, op: str, job: str, provider: str) -> None:
         name=op,
         job=job,
         shape=str(call.tensors[0]),
-        work=subject.work(call, CPU.dtype.itemsize),
+        work=subject.work(call, shapes.JOBS[job], CPU.dtype),
     )

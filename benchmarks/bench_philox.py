@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.harness import compare
 from fastdiff import kernels
-from fastdiff.bench.record import Work
+from fastdiff.kernels import Work
 from fastdiff.models.presets import UNETS
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.harness import compare
 from fastdiff import kernels
 from fastdiff.bench.ops.sampler_step import ROWS, eager, halves, row_of
-from fastdiff.bench.record import Work
+from fastdiff.kernels import Work
 from fastdiff.models.presets import UNETS
 
 

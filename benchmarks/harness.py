@@ -29,8 +29,9 @@ from torch import Tensor
 
 from fastdiff import kernels
 from fastdiff.bench.providers import compiled_for
-from fastdiff.bench.record import LIMITS, Peak, Record, Share, Work
+from fastdiff.bench.record import LIMITS, Peak, Record, Share
 from fastdiff.bench.run import copied
+from fastdiff.kernels import Work
 
 PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
 BUDGET_S = 1.0

@@ -45,12 +45,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to do at least."""
+    """What a call has to do at least, declared and not measured."""
 
     bytes: int
-    """Read from memory and written to it."""
+    """Read from memory and written to it, each number once."""
     flops: int = 0
-    """Of matrix products; the other ops are bound by memory."""
+    """Of matrix products, 2 per multiply-add; the other ops are bound by memory."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -67,7 +67,8 @@ class Op:
     """The op as the paper has it, for fp64: what all backends are tested against."""
     fake: Callable[..., Any]
     """Empty (outputs, statistics) for arguments; statistics is None where the op has none."""
-    work: Callable[..., Work] | None = None
+    work: Callable[..., Work]
+    """The op's arguments -> what a call has to do; with ``backward=True``, the backward pass."""
     shape_class: Callable[..., str] | None = None
     """What decides on a GPU which backend is the fastest; None: it was never measured."""
     unmeasured: Callable[[torch.device], str | None] | None = None

@@ -14,13 +14,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import PEAKS, measure
-from fastdiff.bench.record import Peak, Work
+from fastdiff.bench.record import Peak
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.generate.facts import resolved
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import generate
 from fastdiff.generate.session import Session
+from fastdiff.kernels import Work
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet

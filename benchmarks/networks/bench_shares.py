@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import SHARES, measure
 from fastdiff import kernels
 from fastdiff.bench import shapes
-from fastdiff.bench.record import Share, Work
+from fastdiff.bench.record import Share
+from fastdiff.kernels import Work
 
 
 @pytest.mark.parametrize("job", shapes.JOBS)

@@ -17,70 +17,21 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from fastdiff.bench.checkout import CheckoutProcess, checkout_folder, checkout_process
 from fastdiff.bench.host import BACKENDS, MODES
 from fastdiff.bench.record import ROOT
 
 WORKER = Path(__file__).with_name("host.py")
+VARIABLES = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 TURN = 4
 """Rounds that one checkout measures before it is the other's turn."""
-
-
-class HostProcess:
-    """A process that measures with the package of one checkout."""
-
-    def __init__(self, checkout: Path) -> None:
-        program = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)  # -c puts the working folder first
-        environment.pop("FASTDIFF_BACKEND", None)
-        self.checkout = checkout
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program, str(WORKER)],
-            cwd=checkout,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Call a method of `host.Worker`. Raises RuntimeError if the process has died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # no answer tells that it has ended
-            self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise RuntimeError(f"the process in {self.checkout} ended with exit code {code}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the process: it stops at the end of its input."""
-        with self._process:
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-
-
-@contextlib.contextmanager
-def host_process(checkout: Path) -> Iterator[HostProcess]:
-    process = HostProcess(checkout)
-    try:
-        yield process
-    finally:
-        process.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +91,10 @@ def host_costs(
     with contextlib.ExitStack() as stack:
         folders = [checkout, *([against] if against else [])]
         teams = [
-            tuple(stack.enter_context(host_process(folder)) for folder in folders)
+            tuple(
+                stack.enter_context(checkout_process(folder, WORKER, **VARIABLES))
+                for folder in folders
+            )
             for _ in range(processes)
         ]
         first = teams[0][0]
@@ -157,7 +111,7 @@ def host_costs(
 
 
 def _host_cost(
-    teams: Sequence[tuple[HostProcess, ...]], case: tuple[str, str, str], turns: int
+    teams: Sequence[tuple[CheckoutProcess, ...]], case: tuple[str, str, str], turns: int
 ) -> HostCost:
     """teams: a process of this checkout each, and one of the other if there is one."""
     cost = HostCost(op=case[0], backend=case[1], mode=case[2])
@@ -180,7 +134,7 @@ def _host_cost(
     )
 
 
-def _turn(team: tuple[HostProcess, ...], case: tuple[str, str, str], turn: int) -> list[float]:
+def _turn(team: tuple[CheckoutProcess, ...], case: tuple[str, str, str], turn: int) -> list[float]:
     """Some rounds of each process, one after the other; neither is always the first."""
     order = team if turn % 2 else team[::-1]
     taken = {process: process.ask("measure", *case, TURN) for process in order}
@@ -232,13 +186,6 @@ def host(options: argparse.Namespace) -> int:
     return 1 if slower else 0
 
 
-def checkout(text: str) -> Path:
-    path = Path(text).resolve()
-    if not (path / "fastdiff" / "kernels" / "__init__.py").exists():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder that holds the package fastdiff")
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     head, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -256,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     words.add_argument("--rounds", type=int, default=400, help="of each case; %(default)s")
     words.add_argument("--processes", type=int, default=1, help="per checkout; %(default)s")
-    words.add_argument("--against", type=checkout, help="another checkout, measured in turns")
+    words.add_argument(
+        "--against", type=checkout_folder, help="another checkout, measured in turns"
+    )
     words.add_argument("--at-most", type=float, help="exit code 1 if a ratio is larger")
     words.add_argument("--json", action="store_true", help="print a JSON list")
     words.set_defaults(run=host)

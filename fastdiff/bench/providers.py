@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from fastdiff import kernels
-from fastdiff.bench.record import Work
 from fastdiff.bench.shapes import Call, Job
+from fastdiff.kernels import Work
+from fastdiff.kernels.choose import bound_arguments
 
+Direction = Literal["forward", "backward"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -57,10 +59,6 @@ class Subject:
     """Operands in the layout of `runtime.prepare`."""
     eager: Callable[..., Any]
     """What people write, with the op's signature."""
-    work: Callable[[Call, int], Work]
-    """(call, bytes of a number) -> what has to be done."""
-    backward_work: Callable[[Call, int], Work] | None = None
-    """The same for the gradients; None: they are not measured."""
     gradients_first: bool = False
     """Whether something is aimed at with the gradients: they are then measured with the first."""
     norm: bool = False
@@ -69,6 +67,14 @@ class Subject:
     """What people write without a library, where eager is a library's kernel."""
     sdpa: bool = False
     """Whether eager is PyTorch's attention, whose kernels are tried one by one."""
+
+    def work(
+        self, call: Call, job: Job, dtype: torch.dtype, direction: Direction = "forward"
+    ) -> Work:
+        """What the op declares for these operands."""
+        args, kwargs = self.arguments(call, job, Make(dtype, torch.device("meta")))
+        op, passed = kernels.OPS[self.op], bound_arguments(self.op, args, kwargs)
+        return op.work(*passed, **({"backward": True} if direction == "backward" else {}))
 
     @property
     def limit(self) -> Literal["copy", "matmul"]:

@@ -33,16 +33,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What has to be done, declared beside the benchmark and not measured."""
-
-    bytes: int
-    """Bytes that must be read and written once."""
-    flops: int = 0
-    """Floating-point operations, 2 per multiply-add; 0 where the bytes decide."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Record:
     """One timing: seconds are per call; quartiles and median over the rounds."""
 

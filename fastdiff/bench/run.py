@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +46,18 @@ from fastdiff.bench.providers import (
     OURS,
     SDPA,
     Arguments,
+    Direction,
     Make,
     Subject,
     compiled_for,
 )
-from fastdiff.bench.record import Record, Work
+from fastdiff.bench.record import Record
 from fastdiff.bench.shapes import Call, Job
 from fastdiff.bench.tune import agrees
+from fastdiff.kernels import Work
 from fastdiff.kernels.choose import bound_arguments
 from fastdiff.kernels.tuning.measured import ANY
 
-Direction = Literal["forward", "backward"]
 MATMUL = 8192
 """Side of the product whose rate is the peak."""
 PROVIDER_S = 0.05
@@ -82,9 +83,7 @@ class Case:
 
     @property
     def work(self) -> Work:
-        of = self.subject.work if self.direction == "forward" else self.subject.backward_work
-        assert of is not None
-        return of(self.call, self.dtype.itemsize)
+        return self.subject.work(self.call, self.job, self.dtype, self.direction)
 
     @property
     def method(self) -> Method:
@@ -129,7 +128,7 @@ def cases(
                         priority=priority,
                     )
                     found.append(case)
-                    if subject.backward_work is not None and usual and place == 0:
+                    if kernels.OPS[subject.op].differentiable and usual and place == 0:
                         gradient = replace(case, direction="backward")
                         if not subject.gradients_first:
                             gradient = replace(gradient, priority=1, providers=LATER)

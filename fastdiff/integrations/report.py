@@ -74,9 +74,12 @@ def change_class(module: nn.Module, to: type[nn.Module]) -> None:
 class Report:
     """What became of each module that fastdiff has an op for."""
 
-    def __init__(self, entries: list[Entry], undo: list[Callable[[], None]]) -> None:
+    def __init__(
+        self, entries: list[Entry], undo: list[Callable[[], None]], *, scheduler: Any = None
+    ) -> None:
         self.entries = entries
         self._undo = undo
+        self._scheduler = (lambda: None) if scheduler is None else weakref.ref(scheduler)
 
     @property
     def swapped(self) -> list[Entry]:
@@ -103,6 +106,13 @@ class Report:
         return sum(entry.pairs for entry in self.swapped)
 
     @property
+    def scheduler_steps_left(self) -> dict[str, int]:
+        """Steps of the fused scheduler that diffusers' own code has run so far: reason -> how
+        many."""
+        fused = getattr(self._scheduler(), "fused", None)
+        return {} if fused is None else dict(fused.left)
+
+    @property
     def data(self) -> dict[str, Any]:
         """The report as plain data: counts per op and one row per module."""
         ops = dict.fromkeys(entry.op for entry in self.entries)
@@ -113,6 +123,7 @@ class Report:
                 op: dict(zip(("swapped", "left"), self.count(op), strict=True)) for op in ops
             },
             "modules": [asdict(entry) for entry in self.entries],
+            "scheduler_steps_left": self.scheduler_steps_left,
         }
 
     @property

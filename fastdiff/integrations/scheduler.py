@@ -1,230 +1,328 @@
 """diffusers' schedulers with each step as one kernel: `accelerate(pipeline, scheduler="fused")`.
 
-The scheduler's class becomes a subclass of its own: its config, timesteps, `scale_model_input`,
-`add_noise`, `init_noise_sigma`, `from_config` and `save_pretrained` are diffusers'. Only `step` is
-ours: the noise levels that `set_timesteps` left in the scheduler become a table of
-`fastdiff.diffusion.samplers`, and `sampler_step` runs its rows.
+The scheduler's class becomes a subclass of its own, in which `step` alone is ours: it reads the row
+of this step off diffusers' attributes (`scheduler_rows`), runs it by `sampler_step`, and writes the
+attributes that diffusers' step would have written. Signatures, config, timesteps, `set_timesteps`,
+`set_begin_index`, `scale_model_input`, `add_noise`, `from_config` and `save_pretrained` are
+diffusers', and so is any step that our rows do not cover: it is counted, with the reason, in
+`Report.scheduler_steps_left`.
 
-x stays in fp32 inside a step. Where a sampler draws noise it is Philox noise, its seeds drawn from
-the generators, not what `torch.Generator` would give: other images of the same distribution. Euler,
-Euler ancestral and Heun live in diffusers' variance-exploding space, x / alpha: their rows are
-rescaled.
+x stays in fp32 inside a step (fp64 where the sample is). Noise is Philox noise by default, of seeds
+drawn from the generators: other images of the same distribution. noise="generator" draws what
+diffusers draws, so that the images are the same.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import replace
-from itertools import pairwise
-from typing import Any
+import sys
+import weakref
+from collections import Counter
+from typing import Any, Literal
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
-from fastdiff.diffusion.samplers import CLEAN, COLUMN, Level, SamplerTable, table_of_levels
+from fastdiff.checkpoint.scheduler import DEFAULTS
+from fastdiff.diffusion.samplers import COLUMN, NO_SLOT
+from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step
 from fastdiff.kernels import sampler_step
+from fastdiff.kernels.choose import plain
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
-EXPLODING = ("euler", "euler-ancestral", "heun")
-TWO_ROWS = ("heun", "plms")  # their timesteps come twice
-KEEPS_HISTORY = ("plms", "dpmpp-2m", "dpmpp-2m-sde")
-UNUSED: dict[str, Any] = {
-    "s_churn": 0.0,
-    "s_tmin": 0.0,
-    "s_tmax": float("inf"),
-    "s_noise": 1.0,
-    "use_clipped_model_output": False,
-    "variance_noise": None,
-}
-"""Arguments of diffusers' `step` that our tables have no column for, at what means none."""
-
-
-def read(scheduler: Any) -> SchedulerConfig:
-    """The scheduler's config in our words."""
-    name = type(scheduler).__name__
-    return read_scheduler({**scheduler.config, "_class_name": name})
+Noise = Literal["philox", "generator"]
+NOISES: tuple[str, ...] = ("philox", "generator")
 
 
 def objection(scheduler: Any) -> str | None:
     """Why a scheduler of diffusers cannot be served, or None."""
-    if not type(scheduler).__module__.startswith("diffusers."):
-        return f"{type(scheduler).__name__} is not a scheduler of diffusers"
-    try:
-        config = read(scheduler)
-    except ValueError as error:
-        return str(error)
-    return config.no_sampler or _difference(config)
-
-
-def _difference(config: SchedulerConfig) -> str | None:
-    """Where our table of the same name does something else."""
-    assert config.sampler is not None
-    if config.sampler.sampler == "ddim" and config.sampler.clamp is not None:
-        return "a clamp of diffusers' DDIM leaves the noise estimate as it was (clip_sample=True)"
-    settings = config.sampler
-    ends_at_0 = settings.spacing == "leading" and settings.steps_offset == 0
-    if settings.variance == "fixed_large" and not ends_at_0:
-        return "diffusers' DDPM adds noise in its last step where that is not t = 0, ours does not"
-    if config.sampler.sampler == "plms" and config.prediction != "eps":
-        return "diffusers' PNDM combines outputs that are not noise, ours combines noise"
-    if config.schedule.zero_terminal_snr and config.sampler.sampler != "ddim":
-        return "its zero-terminal-SNR levels end at a small number in place of 0"
+    theirs = type(scheduler)
+    name, config = theirs.__name__, scheduler.config
+    if not theirs.__module__.startswith("diffusers."):
+        return f"{name} is not a scheduler of diffusers"
+    if name not in KINDS:
+        return f"fastdiff has no sampler like {name}"
+    for option, parameter in inspect.signature(theirs.__init__).parameters.items():
+        default, value = parameter.default, config.get(option)
+        if option not in ("self", *DEFAULTS[name]) and value not in (None, False, default):
+            return f"fastdiff does not know {name}'s option {option}={value!r:.60}"
+    for option, allowed in KINDS[name].allowed.items():
+        value = config.get(option, allowed[0])
+        if value in allowed:
+            continue
+        if option == "clip_sample":
+            return "a clamp of diffusers' DDIM leaves the noise estimate as it was, ours does not"
+        known = ", ".join(map(repr, allowed))
+        return f"fastdiff has no sampler like {name} with {option}={value!r:.60} (it has {known})"
     return None
+
+
+class Ring:
+    """The history slots that `sampler_step` reads: copies of the scheduler's own tensors.
+
+    What a step keeps goes into a slot by the kernel, so the next one finds it there. A slot counts
+    only as long as the scheduler's tensor is the same and has not been written to.
+    """
+
+    def __init__(self) -> None:
+        self.slots: Tensor | None = None
+        self._holds: list[tuple[weakref.ref[Tensor], int] | None] = [None] * HISTORY_SLOTS
+
+    def place(self, x: Tensor, older: list[Tensor], *, keep: bool) -> tuple[list[int], int]:
+        """The slots of `older`, filled, and the one to write to (NO_SLOT: none).
+
+        With `keep` alone the slots are new ones, so that what is kept stays what it is.
+        """
+        if self.slots is None or not self._fits(x) or (keep and not older):
+            self.slots = x.new_empty(HISTORY_SLOTS, *x.shape)
+            self._holds = [None] * HISTORY_SLOTS
+        places = [self._find(tensor) for tensor in older]
+        for number, tensor in enumerate(older):
+            if places[number] == NO_SLOT:
+                free = next(slot for slot in range(HISTORY_SLOTS) if slot not in places)
+                self.slots[free].copy_(tensor)
+                self.holds(free, tensor)
+                places[number] = free
+        if not keep:
+            return places, NO_SLOT
+        unused = [slot for slot in range(HISTORY_SLOTS) if slot not in places]
+        free = unused[0] if unused else places[-1]  # the oldest has been read by then
+        self._holds[free] = None
+        return places, free
+
+    def holds(self, slot: int, tensor: Tensor) -> None:
+        """A slot's numbers are this tensor's from now on."""
+        counted = not tensor.is_inference()  # such tensors do not count what is written to them
+        self._holds[slot] = (weakref.ref(tensor), tensor._version) if counted else None
+
+    def _find(self, tensor: Tensor) -> int:
+        for slot, held in enumerate(self._holds):
+            if held is not None and held[0]() is tensor and held[1] == tensor._version:
+                return slot
+        return NO_SLOT
+
+    def _fits(self, x: Tensor) -> bool:
+        slots = self.slots
+        assert slots is not None
+        same = (slots.shape[1:], slots.dtype, slots.device) == (x.shape, x.dtype, x.device)
+        return same and (torch.is_inference_mode_enabled() or not slots.is_inference())
+
+
+class Fused:
+    """What a fused scheduler has besides diffusers' attributes; nothing here outlives a copy."""
+
+    def __init__(self) -> None:
+        self.host = Host()
+        self.ring = Ring()
+        self.left: Counter[str] = Counter()
+        """Reason -> steps that diffusers' own code has run."""
+        self.checked: tuple[Any, str | None] = (None, None)
+        """A config, and why it cannot be served."""
+
+    def objection(self, scheduler: Any) -> str | None:
+        """`objection`, looked up again where a pipeline has replaced the config."""
+        if self.checked[0] is not scheduler.config:
+            self.checked = scheduler.config, objection(scheduler)
+        return self.checked[1]
 
 
 class FusedScheduler:
     """What `fused_class` puts in front of a scheduler of diffusers."""
 
     served: type
+    noise: Noise
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', then the table of these timesteps."""
-        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
-        self.__dict__["_fused"] = Steps(self)
+    @property
+    def fused(self) -> Fused:
+        """Its caches, made where they are missing: by `from_config`, or in a copy."""
+        found: Fused = self.__dict__.setdefault("_fused", Fused())
+        return found
 
-    def _fused_step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *,
-        generator: Any = None,
-        eta: float = 0.0,
-        return_dict: bool = True,
-        **others: Any,
-    ) -> Any:
-        for name, value in others.items():
-            if value is not None and value != UNUSED.get(name, value):
-                raise ValueError(
-                    f"a fused {type(self).__name__} has no {name}, got {value!r:.60}; "
-                    "leave it out, or use report.restore()"
-                )
-        steps = self.__dict__.get("_fused")
-        if steps is None:
-            raise ValueError("step came before set_timesteps; call it with the number of steps")
-        x = steps.run(model_output, timestep, sample, generator, float(eta))
-        if getattr(self, "_step_index", 0) is None:  # what scale_model_input looks up
-            self._init_step_index(timestep)  # type: ignore[attr-defined]
-        if hasattr(self, "_step_index"):
-            self._step_index += 1
-        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_fused"}
+        return _empty, (self.served, self.noise), state
 
 
 @functools.cache
-def fused_class(theirs: Any) -> Any:
+def fused_class(theirs: Any, noise: Noise = "philox") -> Any:
     """A subclass of a scheduler of diffusers whose `step` is ours, with the same signature."""
     signature = inspect.signature(theirs.step)
 
     @functools.wraps(theirs.step)  # pipelines look for eta, generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return theirs.step(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:
+            return theirs.step(self, *args, **kwargs)  # raises, and names itself
         bound.apply_defaults()
-        given = dict(bound.arguments)
-        given.pop("self")
-        given.update(given.pop("kwargs", {}))
-        return self._fused_step(**given)
+        given = {name: bound.arguments[name] for name in list(bound.arguments)[1:]}
+        found = _step(self, given)
+        if isinstance(found, str):
+            self.fused.left[found] += 1
+            return theirs.step(self, *args, **kwargs)
+        return found
 
     # pipelines write a component's module and class into model_index.json: diffusers' own
-    members = {"step": step, "served": theirs, "__reduce_ex__": _reduce}
-    members["__module__"] = theirs.__module__
+    members = {"step": step, "served": theirs, "noise": noise, "__module__": theirs.__module__}
     return type(theirs.__name__, (FusedScheduler, theirs), members)
 
 
-def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    return _empty, (type(self).served,), dict(self.__dict__)
-
-
-def _empty(theirs: type) -> Any:
-    fused = fused_class(theirs)
+def _empty(theirs: type, noise: Noise) -> Any:
+    fused = fused_class(theirs, noise)
     return fused.__new__(fused)
 
 
-class Steps:
-    """A table of one `set_timesteps`, where it is, and the history it has written."""
+def _step(scheduler: Any, given: dict[str, Any]) -> Any:
+    """What diffusers' step returns, or the reason why it has to run itself."""
+    fused: Fused = scheduler.fused
+    reason = fused.objection(scheduler)
+    if reason is not None:
+        return reason
+    names = ("model_output", "timestep", "sample", "generator")
+    others = {name: value for name, value in given.items() if name not in names}
+    call = Call(others=others, **{name: given[name] for name in names if name in given})
+    kind = KINDS[type(scheduler).__name__]
+    if (reason := _unfit(call, kind)) is not None:
+        return reason
+    row = kind.read(scheduler, call, fused.host)
+    if isinstance(row, str):
+        return row
+    x, *older = [call.sample if row.sample is None else row.sample, *(t for t, _ in row.older)]
+    if any(t.shape != call.sample.shape for t in (x, *older)) or not _plain(call.sample, x, *older):
+        return "its history has another shape or device, or wants a gradient"
+    if row.draws and row.log_variance is not None and scheduler.noise == "generator":
+        return "the noise of a learned variance is drawn from the generator"
+    after, denoised = _run(scheduler, kind, row, call, x)
+    output = _output_class(scheduler.served)
+    to, estimate = _dtypes(kind, row, call)
+    fields = {"prev_sample": after.to(to)}
+    if "pred_original_sample" in output.__dataclass_fields__:
+        fields["pred_original_sample"] = denoised.to(estimate)
+    return output(**fields) if given["return_dict"] else tuple(fields.values())
 
-    def __init__(self, scheduler: Any) -> None:
-        config = read(scheduler)
-        assert config.sampler is not None, config.no_sampler
-        self.sampler, self.prediction = config.sampler, config.prediction
-        self.levels = levels_of(scheduler, self.sampler.sampler)
-        self.timesteps = [float(t) for t in scheduler.timesteps]
-        self.row: int | None = None
-        self.eta: float | None = None
-        self.start = 0
-        self.device: torch.device | None = None
-        self.history: Tensor | None = None
-        self.seeds: Tensor | None = None
 
-    def build(self, eta: float) -> SamplerTable:
-        """The rows from the level of `start` on."""
-        name, last = self.sampler.sampler, len(self.levels) - 1
-        options: dict[str, Any] = {}
-        if name == "ddim":
-            options["eta"] = eta
-        if name == "ddpm":
-            options["variance"] = self.sampler.variance
-        if name.startswith("dpmpp"):
-            early = self.sampler.lower_order_final and last < 15
-            options["lower_order_final"] = bool(early or self.sampler.euler_at_final)
-        table = table_of_levels(
-            name,
-            self.levels[self.start :],
-            prediction=self.prediction,
-            clamp=self.sampler.clamp,
-            **options,
+def _dtypes(kind: Kind, row: Step, call: Call) -> tuple[torch.dtype, torch.dtype]:
+    """What diffusers returns: of the next sample, and of the estimate of x0."""
+    of_output, of_sample = call.model_output.dtype, call.sample.dtype
+    if kind.dtype == "output":
+        of_sample = torch.float32
+    widest = torch.promote_types(of_output, of_sample)
+    estimate = of_output if (row.u, row.v) == (0, 1) else widest  # the output itself
+    return {"widest": widest, "output": of_output, "estimate": estimate}[kind.dtype], estimate
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these lie on one device, and nothing is differentiated, transformed or traced."""
+    first = tensors[0].device
+    return all(t.device == first for t in tensors) and plain(tensors, on_cpu=first.type == "cpu")
+
+
+def _unfit(call: Call, kind: Kind) -> str | None:
+    """Why the tensors of a call cannot go into the kernel, or None."""
+    x, f = call.sample, call.model_output
+    if not isinstance(x, Tensor) or not isinstance(f, Tensor):
+        return "sample or model_output is not a tensor"
+    if not _plain(x, f):
+        return "a gradient, a transform, a trace or another kind of tensor"
+    if not (x.is_floating_point() and f.is_floating_point() and x.numel() and x.ndim >= 2):
+        return "the shapes are not (N, C, ...), or the numbers not of floating point"
+    doubled = kind.doubled and f.ndim > 1 and f.shape[1] == 2 * x.shape[1]
+    if (x[:, :0] if doubled else x).shape != (f[:, :0] if doubled else f).shape:
+        return "sample and model_output differ in shape"
+    if isinstance(call.generator, list) and len(call.generator) not in (1, len(x)):
+        return "the generators are not one, or one for each sample"
+    return None
+
+
+@functools.cache
+def _output_class(theirs: Any) -> Any:
+    """What a scheduler's step returns with return_dict."""
+    module = sys.modules[theirs.__module__]
+    return getattr(module, f"{theirs.__name__}Output", SchedulerOutput)
+
+
+@torch.no_grad()
+def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tuple[Tensor, Tensor]:
+    """(the next sample, the estimate of x0), fp32 or fp64; the scheduler's state moves on."""
+    prediction, ring = call.model_output, scheduler.fused.ring
+    widest = torch.promote_types(start.dtype, prediction.dtype)
+    x = start.to(torch.float64 if widest is torch.float64 else torch.float32, copy=True)
+    places: list[int] = []
+    slots, slot, denoised = None, NO_SLOT, torch.empty_like(x)
+    if row.older or row.keep is not None:
+        older = [tensor for tensor, _ in row.older]
+        places, slot = ring.place(x, older, keep=row.keep is not None)
+        slots = ring.slots
+    if slots is None:
+        slots = x.new_empty(HISTORY_SLOTS, *x.shape)
+    from_generator = scheduler.noise == "generator"
+    columns = _columns(row, places, slot, noise=not from_generator)
+    none = _zeros(len(x), x.device)
+    seeds = none
+    if columns[COLUMN["S"]]:
+        seeds = seeds_of(call.generator, len(x)).to(x.device)
+    table = _table(columns, x.dtype, x.device)
+    sampler_step(x, prediction, slots, table, none, seeds, denoised=denoised)
+    if row.draws and from_generator:
+        dtype = torch.float32 if kind.dtype == "estimate" else prediction.dtype
+        x.add_(
+            randn_tensor(
+                prediction.shape, generator=call.generator, device=prediction.device, dtype=dtype
+            ),
+            alpha=row.s,
         )
-        return exploding(table) if name in EXPLODING else table
+    kept = None if slot == NO_SLOT else slots[slot].data  # .data: counts its own writes
+    state = kind.state(call, denoised)
+    if kept is not None:
+        ring.holds(slot, kept if state is None else state)
+    kind.write(scheduler, call, denoised, kept)
+    return x, denoised
 
-    def begin(self, timestep: float) -> int:
-        """The row to begin with: image-to-image enters in the middle."""
-        near = [abs(t - timestep) < 1e-3 * max(1.0, abs(t)) for t in self.timesteps]
-        if not any(near):
-            raise ValueError(
-                f"timestep must be one of the scheduler's, got {timestep:g}; they go from "
-                f"{self.timesteps[0]:g} to {self.timesteps[-1]:g}"
-            )
-        index = near.index(True)
-        if self.sampler.sampler == "plms" and index:
-            raise ValueError(
-                f"a fused PNDMScheduler starts at its first timestep, got {timestep:g}; "
-                "use DPMSolverMultistepScheduler for image-to-image"
-            )
-        if self.sampler.sampler in KEEPS_HISTORY:  # begins with a step of order 1 there
-            self.start = index
-            return 0
-        return index
 
-    def run(
-        self, prediction: Tensor, timestep: Any, sample: Tensor, generator: Any, eta: float
-    ) -> Tensor:
-        """One row; sample: (N, C, ...) -> the next one, in the dtype of sample."""
-        if self.row is None:
-            self.row = self.begin(float(timestep))
-        if eta != self.eta or self.device != sample.device:
-            self.eta, self.device = eta, sample.device
-            built = self.build(eta)
-            self.table = built.to(sample.device)
-            if self.seeds is None and bool(built.column("S").any()):
-                self.seeds = seeds_of(generator, len(sample)).to(sample.device)
-        seeds = self.seeds
-        if seeds is None:  # nothing is drawn, so the generator stays where it is
-            seeds = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
-        x = sample.to(torch.float32, copy=True)
-        if self.history is None or self.history.shape[1:] != x.shape:
-            self.history = x.new_zeros(HISTORY_SLOTS, *x.shape)
-        rows = torch.full((len(x),), self.row, device=x.device)
-        sampler_step(x, prediction, self.history, self.table, rows, seeds)
-        self.row += 1
-        return x.to(sample.dtype)
+def _columns(row: Step, places: list[int], slot: int, *, noise: bool) -> tuple[float, ...]:
+    low, high = row.log_variance or (0.0, 0.0)
+    p, q = row.keep or (0.0, 0.0)
+    values = {
+        "U": row.u,
+        "V": row.v,
+        "A": row.a,
+        "B": row.b,
+        "S": row.s if noise else 0.0,
+        "P": p,
+        "Q": q,
+        "SLOT": slot,
+        "W": 1.0,
+        "CLAMP": row.clamp,
+        "LOGVAR_MIN": low,
+        "LOGVAR_MAX": high,
+    }
+    factors = {f"C{place + 1}": c for place, (_, c) in zip(places, row.older, strict=True)}
+    return tuple(float({**values, **factors}.get(name, 0.0)) for name in COLUMN)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, 20): a row where it is read; the steps of the next image are the same."""
+    with torch.inference_mode(False):
+        return torch.tensor([columns], dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """(count,) int64: the only row of a table, or the seeds where nothing is drawn."""
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int64, device=device)
 
 
 def seeds_of(generator: Any, count: int) -> Tensor:
     """(count,) int64, drawn from the generators, which move on as diffusers' noise moves them.
 
-    So a second image of the same generator has other noise. None is PyTorch's own generator.
+    On the generator's device, so that nothing waits for it. None is PyTorch's own generator.
     """
     several = generator if isinstance(generator, list) else [generator]
     each = count if len(several) == 1 else 1
@@ -232,56 +330,4 @@ def seeds_of(generator: Any, count: int) -> Tensor:
         torch.randint(2**62, (each,), generator=g, device="cpu" if g is None else g.device)
         for g in several
     ]
-    return torch.cat([seeds.cpu() for seeds in drawn])
-
-
-def levels_of(scheduler: Any, sampler: str) -> list[Level]:
-    """The noise levels a scheduler will go through, the one to end at last."""
-    timesteps = [float(t) for t in scheduler.timesteps]
-    if sampler in ("ddim", "ddpm", "plms"):
-        return _levels_by_timestep(scheduler, sampler, list(dict.fromkeys(timesteps)))
-    sigmas = [float(s) for s in scheduler.sigmas]
-    if sampler == "heun":
-        timesteps, sigmas = timesteps[:1] + timesteps[1::2], sigmas[:1] + sigmas[1::2]
-    levels = []
-    for t, sigma in zip([*timesteps, -1.0], sigmas, strict=True):
-        alpha = (1 + sigma**2) ** -0.5
-        levels.append(Level(t, alpha, sigma * alpha) if sigma else CLEAN)
-    return levels
-
-
-def _levels_by_timestep(scheduler: Any, sampler: str, timesteps: list[float]) -> list[Level]:
-    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    given = getattr(scheduler, "custom_timesteps", False)  # DDPM's own
-    uneven = any(a - b != stride for a, b in pairwise(timesteps))
-    if uneven and not given:
-        raise ValueError(
-            f"a fused {type(scheduler).__name__} steps from timestep to timestep, diffusers' by "
-            f"{stride}: give a number of steps that divides "
-            f"{scheduler.config.num_train_timesteps}, or timestep_spacing='leading'"
-        )
-    after = -1.0 if given else timesteps[-1] - stride
-    alphas = scheduler.alphas_cumprod
-    levels = [_level(t, float(alphas[int(t)])) for t in timesteps]
-    if after >= 0:
-        last = float(alphas[int(after)])
-    else:
-        last = 1.0 if sampler == "ddpm" else float(scheduler.final_alpha_cumprod)
-    return [*levels, _level(after, last) if last < 1 else CLEAN]
-
-
-def _level(t: float, alpha_cumprod: float) -> Level:
-    return Level(t, alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
-
-
-def exploding(table: SamplerTable) -> SamplerTable:
-    """The table for x / alpha in place of x: the history stays what it was."""
-    now = (1 + table.sigmas.square()).rsqrt()
-    final = torch.tensor([table.final_sigma], dtype=now.dtype)
-    after = (1 + torch.cat([table.sigmas[1:], final]).square()).rsqrt()
-    columns = table.columns.clone()
-    for name in ("U", "A", "P"):
-        columns[:, COLUMN[name]] *= now
-    for name in ("A", "B", "C1", "C2", "C3", "S"):
-        columns[:, COLUMN[name]] /= after
-    return replace(table, columns=columns)
+    return torch.cat([seeds.to(drawn[0].device) for seeds in drawn])

@@ -91,6 +91,7 @@ def accelerate(
     channels_last: bool = True,
     pack_cpu_weights: bool = False,
     scheduler: Literal["fused"] | None = None,
+    noise: Literal["philox", "generator"] = "philox",
     strict: bool = False,
 ) -> Report:
     """Let a diffusers pipeline or model, or any module, compute with fastdiff's ops, in place.
@@ -110,8 +111,13 @@ def accelerate(
         pack_cpu_weights: on a CPU, keep a second form of large convolutions' weights, and fold
             upsamplings into their convolutions (`fastdiff.runtime.cpu_layers`). For Stable
             Diffusion 1.5's U-Net 2.3 GB beside 3.4.
-        scheduler: "fused" replaces a pipeline's scheduler by one with the same call signature that
-            runs each step as one kernel (`fastdiff.integrations.scheduler`).
+        scheduler: "fused" lets a pipeline's scheduler run each step as one kernel
+            (`fastdiff.integrations.scheduler`). Its signatures, attributes and results stay; a step
+            that the kernel does not cover, such as one with a gradient, is diffusers' own and is
+            counted in `report.scheduler_steps_left`.
+        noise: of a fused scheduler that draws some. "philox" is made inside the kernel, of seeds
+            drawn from the generators: other images of the same distribution. "generator" draws
+            what diffusers draws, so that images are diffusers'; one kernel more per step.
         strict: raise rather than leave a module that we have an op for. A pipeline's components
             that are other libraries' (text encoders) are not meant.
 
@@ -124,6 +130,10 @@ def accelerate(
     """
     if scheduler not in (None, "fused"):
         raise ValueError(f"scheduler must be None or 'fused', got {scheduler!r}")
+    if noise not in ("philox", "generator"):
+        raise ValueError(f"noise must be 'philox' or 'generator', got {noise!r}")
+    if noise != "philox" and scheduler is None:
+        raise ValueError(f"noise={noise!r} is for a fused scheduler; add scheduler='fused'")
     found = list(roots(obj))
     if not found:
         raise TypeError(
@@ -158,7 +168,7 @@ def accelerate(
                         new=bool(other),
                     )
                 )
-    changes = scheduler_change(obj, entries) if scheduler == "fused" else []
+    changes = scheduler_change(obj, entries, noise) if scheduler == "fused" else []
     if strict and any(e.by is None and e.op != "component" for e in entries):
         raise AccelerateError(Report(entries, []))
     for swap in swaps:
@@ -166,10 +176,12 @@ def accelerate(
     for layer, name in weights:
         undo.append(to_channels_last(layer, name))
     undo += [change() for change in changes]
-    return Report(entries, undo)
+    return Report(entries, undo, scheduler=obj.scheduler if scheduler == "fused" else None)
 
 
-def scheduler_change(pipeline: Any, entries: list[Entry]) -> list[Callable[[], Callable[[], None]]]:
+def scheduler_change(
+    pipeline: Any, entries: list[Entry], noise: Literal["philox", "generator"]
+) -> list[Callable[[], Callable[[], None]]]:
     """What gives a pipeline's scheduler its fused step: a function that returns what undoes it."""
     import_extra("diffusers", extra="diffusers")
     from fastdiff.integrations import scheduler as fused
@@ -179,7 +191,8 @@ def scheduler_change(pipeline: Any, entries: list[Entry]) -> list[Callable[[], C
         raise TypeError(
             f"scheduler='fused' wants a pipeline with a scheduler, got {type(pipeline).__name__}"
         )
-    new = not isinstance(current, fused.FusedScheduler)
+    served = isinstance(current, fused.FusedScheduler)
+    new = not served or current.noise != noise
     reason = fused.objection(current)
     entries.append(
         Entry(
@@ -196,7 +209,7 @@ def scheduler_change(pipeline: Any, entries: list[Entry]) -> list[Callable[[], C
 
     def change() -> Callable[[], None]:
         before: Any = type(current)
-        current.__class__ = fused.fused_class(before)
+        current.__class__ = fused.fused_class(current.served if served else before, noise)
 
         def undo() -> None:
             current.__class__ = before

@@ -58,8 +58,8 @@ def _fake(x: Tensor, *_: Any) -> tuple[Tensor, None]:
     return x.new_empty(x.shape), None
 
 
-def _work(x: Tensor, *_: Any) -> Work:
-    return Work(bytes=2 * x.numel() * x.element_size())
+def _work(x: Tensor, *_: Any, backward: bool = False) -> Work:
+    return Work(bytes=(3 if backward else 2) * x.numel() * x.element_size())
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:

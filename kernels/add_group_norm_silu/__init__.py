@@ -135,8 +135,9 @@ def _work(
     channel_add: Tensor | None,
     residual: Tensor | None,
     *_: Any,
+    backward: bool = False,
 ) -> Work:
-    trips = 3 if residual is None else 4
+    trips = 3 if residual is None and not backward else 4
     return Work(bytes=trips * x.numel() * x.element_size())
 
 

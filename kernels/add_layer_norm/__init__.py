@@ -74,7 +74,7 @@ def _of_total(gradients: Sequence[Tensor | None], *_: Any) -> tuple[Tensor | Non
     return gradients[1], None, None
 
 
-def _work(x: Tensor, *_: Any) -> Work:
+def _work(x: Tensor, *_: Any, backward: bool = False) -> Work:
     return Work(bytes=4 * x.numel() * x.element_size())
 
 

@@ -148,12 +148,15 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), statistics_like(q)
 
 
-def _work(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, *_: Any) -> Work:
+def _work(
+    q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, *_: Any, backward: bool = False
+) -> Work:
+    """Backwards q, k, v, out and its gradient in, three gradients out; five products for two."""
     n, length, heads, d = q.shape
     keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
     return Work(
-        bytes=2 * (length + keys) * n * heads * d * q.element_size(),
-        flops=4 * n * heads * length * keys * d,
+        bytes=(4 if backward else 2) * (length + keys) * n * heads * d * q.element_size(),
+        flops=(10 if backward else 4) * n * heads * length * keys * d,
     )
 
 

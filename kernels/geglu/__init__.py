@@ -39,8 +39,8 @@ def _fake(x: Tensor) -> tuple[Tensor, None]:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2), None
 
 
-def _work(x: Tensor) -> Work:
-    return Work(bytes=3 * x.numel() // 2 * x.element_size())
+def _work(x: Tensor, backward: bool = False) -> Work:
+    return Work(bytes=(5 if backward else 3) * x.numel() // 2 * x.element_size())
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:

@@ -155,8 +155,8 @@ def _fake(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor]:
     return dense_like(x), statistics_like(x, num_groups)
 
 
-def _work(x: Tensor, *_: Any) -> Work:
-    return Work(bytes=2 * x.numel() * x.element_size())
+def _work(x: Tensor, *_: Any, backward: bool = False) -> Work:
+    return Work(bytes=(3 if backward else 2) * x.numel() * x.element_size())
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:

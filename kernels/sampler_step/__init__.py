@@ -146,8 +146,8 @@ def _work(
     denoised: Tensor | None,
     *_: Any,
 ) -> Work:
-    """Without history and learned variance."""
-    numbers = x.numel() * (2 if denoised is None else 3)
+    """Of a row that reads one slot of the history and writes one; no learned variance."""
+    numbers = x.numel() * (4 if denoised is None else 5)
     predicted = x.numel() * (1 if uncond is None else 2)
     return Work(bytes=numbers * x.element_size() + predicted * prediction.element_size())
 

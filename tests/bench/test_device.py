@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from fastdiff.bench import run as bench_run
 from fastdiff.bench.clock import HostTimer
 from fastdiff.bench.ops import sampler_step
 from fastdiff.bench.providers import LATER, Make, Subject
-from fastdiff.bench.record import Record, Work
+from fastdiff.bench.record import Record
 from fastdiff.bench.run import Case, Outcome
 from fastdiff.bench.shapes import Call, Job
 from fastdiff.bench.subjects import NETWORK_OPS, SUBJECTS
-from fastdiff.kernels import choose
+from fastdiff.kernels import Work, choose
 from fastdiff.kernels import cuda as _cuda
 from tests import cuda_host
 from tests.kernels import cases as kernel_cases
@@ -198,6 +199,7 @@ def test_our_backends_are_timed_beside_each_other(monkeypatch: pytest.MonkeyPatc
     stand_in = replace(op.backends["cpu"], name="cuda")
     monkeypatch.setitem(op.backends, "cuda", stand_in)
     monkeypatch.setitem(choose.EMULATED, "cuda", ("cpu",))
+    monkeypatch.delitem(choose.UNAVAILABLE, "cuda", raising=False)  # it may not be built here
     outcome = run([GEGLU])
     assert outcome.failures == outcome.unavailable == []
     ours = {r.provider: r.shape_class for r in outcome.records if r.provider in providers.OURS}
@@ -644,7 +646,8 @@ def test_every_case_of_a_real_run_fits_its_providers() -> None:
     ours_apart = ("reference", "eager", "eager channels_last", "sdpa math")
     todo = [replace(case, providers=ours_apart) for case in bench_run.cases(NETWORK_OPS)]
     assert len(todo) > 400
-    outcome = run(todo, timer=HostTimer(rounds=1), device=torch.device("meta"))
+    timer = HostTimer(rounds=1)
+    outcome = run(todo, timer=timer, device=torch.device("meta"), deadline=math.inf)
     assert outcome.failures == outcome.unavailable == outcome.left_out == []
     assert {record.benchmark for record in outcome.records} == {
         *(subject.op for subject in NETWORK_OPS),

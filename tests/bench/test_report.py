@@ -13,8 +13,9 @@ import torch
 from benchmarks.networks import bench_accelerate, bench_cpu_networks
 from fastdiff import kernels
 from fastdiff.bench import cpu_report, predict, record, report, shapes
-from fastdiff.bench.record import Peak, Record, Share, Work
+from fastdiff.bench.record import Peak, Record, Share
 from fastdiff.bench.subjects import SUBJECTS
+from fastdiff.kernels import Work
 
 EAGER = Record(
     benchmark="geglu",
@@ -51,7 +52,9 @@ def test_rates_and_shares() -> None:
 def test_declared_work_by_hand() -> None:
     call = shapes.Call("attention", ((1, 10, 2, 4), (1, 7, 2, 4), (1, 7, 2, 4)))
     # q and out: 80 numbers each; k and v: 56 each; 2 heads x 10 x 7 x 4 x 2 products x 2 FLOPs
-    assert SUBJECTS["attention"].work(call, 4) == Work(bytes=(160 + 112) * 4, flops=2240)
+    assert SUBJECTS["attention"].work(call, shapes.JOBS["SD 1.5 U-Net"], torch.float32) == Work(
+        bytes=(160 + 112) * 4, flops=2240
+    )
 
 
 def test_shapes_are_those_of_the_published_networks() -> None:

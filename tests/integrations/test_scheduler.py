@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -44,16 +43,28 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
+PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def image_pipeline(kind: str, scheduler: Any) -> Any:
+    """Stable Diffusion's pipeline of that kind, of the parts of `pipeline`."""
+    name = f"StableDiffusion{kind}Pipeline"
+    parts = dict(pipeline(scheduler=scheduler).components)
+    pipe = getattr(models.import_diffusers(name), name)(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def make(name: str, options: dict[str, Any]) -> Any:
     return getattr(models.import_diffusers(name), name)(**{**BETAS, **options})
 
 
-def philox_in_place_of_torchs(monkeypatch: pytest.MonkeyPatch, module: str, seeds: Any) -> None:
-    """Let diffusers draw the noise that ours draws, in the order of its steps."""
-    rows = iter(range(1000))
+def philox_in_place_of_torchs(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Let diffusers draw the noise that ours draws: Philox's, of seeds from the generator."""
 
-    def noise(shape: Any, **others: Any) -> torch.Tensor:
-        return philox_normal(seeds, tuple(shape[1:]), step=next(rows), stream=SAMPLER_NOISE)
+    def noise(shape: Any, generator: Any, **others: Any) -> torch.Tensor:
+        seeds = seeds_of(generator, shape[0])
+        return philox_normal(seeds, tuple(shape[1:]), step=0, stream=SAMPLER_NOISE)
 
     where = __import__(module, fromlist=["randn_tensor"])
     if hasattr(where, "randn_tensor"):
@@ -66,58 +77,36 @@ def test_same_images(
 ) -> None:
     scheduler = make(name, options)
     pipe = pipeline(scheduler=scheduler)
-    seeds = seeds_of(torch.Generator().manual_seed(11), 2)
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator()
     module = type(scheduler).__module__
     with monkeypatch.context() as patch:
-        philox_in_place_of_torchs(patch, module, seeds)
-        wanted = images(pipe, steps, generator=generator)
+        philox_in_place_of_torchs(patch, module)
+        wanted = images(pipe, steps, generator=generator.manual_seed(11))
     report = fastdiff.accelerate(pipe, scheduler="fused")
     assert report.count("scheduler") == (1, 0)
     assert isinstance(pipe.scheduler, FusedScheduler)
     kind = type(make(name, options))
     assert isinstance(pipe.scheduler, kind)
     with record_backends() as ran:
-        found = images(pipe, steps, generator=generator)
+        found = images(pipe, steps, generator=generator.manual_seed(11))
     assert "sampler_step" in ran
+    assert not report.scheduler_steps_left
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
     report.restore()
     assert type(pipe.scheduler) is kind
     with monkeypatch.context() as patch:
-        philox_in_place_of_torchs(patch, module, seeds)
-        assert torch.equal(images(pipe, steps, generator=generator), wanted)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "steps"),
-    [("DDIMScheduler", {"clip_sample": False}, 8), (DPM, {}, 8), ("EulerDiscreteScheduler", {}, 8)],
-)
-def test_entering_in_the_middle(name: str, options: dict[str, Any], steps: int) -> None:
-    """Image-to-image starts at a later timestep, where multistep methods have no history."""
-    results = []
-    for fused in (False, True):
-        scheduler = make(name, options)
-        pipe = pipeline(scheduler=scheduler)
-        if fused:
-            fastdiff.accelerate(pipe, scheduler="fused")
-        scheduler.set_timesteps(steps)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(3)
-        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        for t in scheduler.timesteps[3:]:
-            output = torch.tanh(scheduler.scale_model_input(x, t) + float(t) / 1000)
-            x = scheduler.step(output, t, x, return_dict=False)[0]
-        results.append(x)
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        philox_in_place_of_torchs(patch, module)
+        again = images(pipe, steps, generator=generator.manual_seed(11))
+        assert torch.equal(again, wanted)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("DDPMScheduler", {"variance_type": "fixed_large"}, "adds noise in its last step"),
+        ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'"),
         ("UniPCMultistepScheduler", {}, "no sampler like UniPCMultistepScheduler"),
         ("PNDMScheduler", {"skip_prk_steps": False}, "skip_prk_steps"),
-        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas"),
+        (DPM, {"solver_order": 3}, "solver_order=3"),
     ],
 )
 def test_what_no_table_does_is_left(name: str, options: dict[str, Any], reason: str) -> None:
@@ -141,16 +130,20 @@ def test_it_is_still_a_scheduler_of_diffusers(tmp_path: Path) -> None:
     assert type(kind.from_pretrained(tmp_path / "scheduler")) is kind
     other = models.import_diffusers(DPM).DPMSolverMultistepScheduler
     assert type(other.from_config(pipe.scheduler.config)) is other
-    again = copy.deepcopy(pipe.scheduler)
-    again.set_timesteps(5)
-    with pytest.raises(ValueError, match="use_clipped_model_output, got True"):
-        again.step(torch.ones(1, 4), 1, torch.ones(1, 4), use_clipped_model_output=True)
-    fused = make("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"})
-    fastdiff.accelerate(pipeline(scheduler=fused), scheduler="fused")
-    with pytest.raises(ValueError, match="divides 1000"):
-        fused.set_timesteps(7)
     # a pipeline of Stable Diffusion takes the clamp out of a scheduler's config
     assert "noise estimate" in str(objection(make("DDIMScheduler", {"clip_sample": True})))
+
+
+def test_an_option_that_a_later_diffusers_has_is_left() -> None:
+    theirs = type(make("DDIMScheduler", {}))
+
+    def init(self: Any, clip_sample: bool = True, bend: float = 1.0) -> None:
+        self.register_to_config(clip_sample=clip_sample, bend=bend)
+
+    later = type("DDIMScheduler", (theirs,), {"__init__": init, "__module__": theirs.__module__})
+    assert objection(later(clip_sample=False)) is None
+    reason = objection(later(clip_sample=False, bend=2.0))
+    assert reason == "fastdiff does not know DDIMScheduler's option bend=2.0"
 
 
 @pytest.mark.parametrize(
@@ -175,3 +168,84 @@ def test_generators_move_on_where_noise_is_drawn(name: str, draws: bool) -> None
     again = images(pipe, 3, generator=apart)
     assert torch.equal(again[0], both[0])
     assert torch.equal(again[1], both[1]) is not draws
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.5), (20, 0.3)])
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("HeunDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("PNDMScheduler", PNDM),
+        ("DDPMScheduler", {"clip_sample": False}),
+    ],
+)
+def test_image_to_image_and_inpainting(
+    kind: str, name: str, options: dict[str, Any], steps: int, strength: float
+) -> None:
+    """They enter in the middle: Heun at a timestep that occurs twice, PNDM without a start."""
+    pipe = image_pipeline(kind, make(name, options))
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        more = {"mask_image": torch.ones(2, 1, 16, 16).tril()} if kind == "Inpaint" else {}
+        return images(
+            pipe,
+            steps,
+            latents=None,
+            image=PICTURES,
+            strength=strength,
+            generator=generator,
+            **more,
+        )
+
+    wanted = draw()
+    report = fastdiff.accelerate(pipe, scheduler="fused", noise="generator")
+    torch.testing.assert_close(draw(), wanted, rtol=0, atol=1e-4)
+    assert not report.scheduler_steps_left
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        (DPM, {"timesteps": [999, 700, 400, 100]}),
+        ("HeunDiscreteScheduler", {"timesteps": [999, 700, 400, 100]}),
+        ("DDPMScheduler", {"timesteps": [999, 700, 400, 100]}),
+        ("EulerDiscreteScheduler", {"sigmas": [14.0, 6.0, 2.0, 0.5, 0.0]}),
+    ],
+)
+def test_a_pipeline_takes_timesteps_and_sigmas(name: str, given: dict[str, Any]) -> None:
+    """Pipelines look for the argument in the signature of `set_timesteps`."""
+    pipe = pipeline(scheduler=make(name, {}))
+    wanted = images(pipe, generator=torch.Generator().manual_seed(1), **given)
+    assert not torch.equal(wanted, images(pipe, generator=torch.Generator().manual_seed(1)))
+    fastdiff.accelerate(pipe, scheduler="fused", noise="generator")
+    found = images(pipe, generator=torch.Generator().manual_seed(1), **given)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_noise_of_the_generator_is_an_option() -> None:
+    """The images of diffusers, seed for seed, and a choice that later calls may change."""
+    name = "EulerAncestralDiscreteScheduler"
+    pipe = pipeline(scheduler=make(name, {}))
+
+    def draw() -> torch.Tensor:
+        return images(pipe, 3, generator=torch.Generator().manual_seed(2))
+
+    wanted = draw()
+    philox = fastdiff.accelerate(pipe, scheduler="fused")
+    assert (draw() - wanted).abs().max() > 1e-2
+    same = fastdiff.accelerate(pipe, scheduler="fused", noise="generator")
+    assert same.changed == 1
+    torch.testing.assert_close(draw(), wanted, rtol=0, atol=1e-4)
+    again = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    assert again.noise == "generator"
+    same.restore()
+    assert pipe.scheduler.noise == "philox"
+    philox.restore()
+    assert not isinstance(pipe.scheduler, FusedScheduler)
+    with pytest.raises(ValueError, match="noise must be 'philox' or 'generator', got 'blue'"):
+        fastdiff.accelerate(pipe, scheduler="fused", noise="blue")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="add scheduler='fused'"):
+        fastdiff.accelerate(pipe, noise="generator")

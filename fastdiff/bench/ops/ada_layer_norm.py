@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.bench.providers import LATER, Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
 
@@ -24,16 +22,10 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
     return tuple(make(*shape) for shape in call.tensors), {}
 
 
-def _numbers(call: Call) -> int:
-    return torch.Size(call.tensors[0]).numel()
-
-
 SUBJECT = Subject(
     op="ada_layer_norm",
     arguments=arguments,
     eager=eager,
-    work=lambda call, size: Work(bytes=2 * _numbers(call) * size),
-    backward_work=lambda call, size: Work(bytes=3 * _numbers(call) * size),
 )
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastdiff.bench.ops import group_norm_silu
 from fastdiff.bench.ops.group_norm_silu import arguments
 from fastdiff.bench.providers import Subject
-from fastdiff.bench.record import Work
-from fastdiff.bench.shapes import Call
 
 
 def eager(
@@ -27,19 +24,11 @@ def eager(
     return group_norm_silu.eager(total, groups, weight, bias, scale_shift=scale_shift), total
 
 
-def work(call: Call, size: int) -> Work:
-    """x in, total and y out, and the residual in where there is one."""
-    passes = 4 if "residual" in dict(call.options) else 3
-    return Work(bytes=passes * torch.Size(call.tensors[0]).numel() * size)
-
-
 SUBJECTS = (
     Subject(
         op="add_group_norm_silu",
         arguments=arguments,
         eager=eager,
-        work=work,
-        backward_work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
         norm=True,
     ),
 )

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.bench.providers import Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.shapes import Call, Job
 
 
@@ -29,27 +28,12 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
     return (make(n, length, heads, d), *make(n, of_k[1], 2, heads, d).unbind(2)), {}
 
 
-def work(call: Call, size: int) -> Work:
-    of_q, of_k, _ = call.tensors
-    q, k = torch.Size(of_q).numel(), torch.Size(of_k).numel()
-    return Work(bytes=2 * (q + k) * size, flops=4 * q * of_k[1])
-
-
-def backward_work(call: Call, size: int) -> Work:
-    """q, k, v, out and its gradient in, three gradients out; five products instead of two."""
-    of_q, of_k, _ = call.tensors
-    q, k = torch.Size(of_q).numel(), torch.Size(of_k).numel()
-    return Work(bytes=4 * (q + k) * size, flops=10 * q * of_k[1])
-
-
 SUBJECTS = (
     Subject(
         op="attention",
         arguments=arguments,
         eager=sdpa,
         written_out=written_out,
-        work=work,
-        backward_work=backward_work,
         gradients_first=True,
         sdpa=True,
     ),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.bench.providers import Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.shapes import Call, Job
 
 
@@ -25,9 +23,5 @@ SUBJECTS = (
         op="geglu",
         arguments=arguments,
         eager=eager,
-        work=lambda call, size: Work(bytes=torch.Size(call.tensors[0]).numel() * size * 3 // 2),
-        backward_work=lambda call, size: Work(
-            bytes=torch.Size(call.tensors[0]).numel() * size * 5 // 2
-        ),
     ),
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.bench.providers import Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.shapes import Call, Job
 
 
@@ -36,8 +34,6 @@ SUBJECTS = (
         op="group_norm_silu",
         arguments=arguments,
         eager=eager,
-        work=lambda call, size: Work(bytes=2 * torch.Size(call.tensors[0]).numel() * size),
-        backward_work=lambda call, size: Work(bytes=3 * torch.Size(call.tensors[0]).numel() * size),
         gradients_first=True,
         norm=True,
     ),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.bench.providers import Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.shapes import Call, Job
 
 
@@ -28,14 +26,10 @@ SUBJECT = Subject(
     op="layer_norm",
     arguments=arguments,
     eager=eager,
-    work=lambda call, size: Work(bytes=2 * torch.Size(call.tensors[0]).numel() * size),
-    backward_work=lambda call, size: Work(bytes=3 * torch.Size(call.tensors[0]).numel() * size),
 )
 ADD_SUBJECT = Subject(
     op="add_layer_norm",
     arguments=arguments,
     eager=add_eager,
-    work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
-    backward_work=lambda call, size: Work(bytes=4 * torch.Size(call.tensors[0]).numel() * size),
 )
 SUBJECTS = (SUBJECT, ADD_SUBJECT)

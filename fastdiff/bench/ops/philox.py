@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from fastdiff.bench.providers import LATER, Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
 from fastdiff.models.presets import UNETS
@@ -25,7 +24,6 @@ SUBJECT = Subject(
     op="philox_normal",
     arguments=arguments,
     eager=eager,
-    work=lambda call, size: Work(bytes=torch.Size(call.tensors[0]).numel() * 4),
 )
 
 

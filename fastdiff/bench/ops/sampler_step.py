@@ -15,7 +15,6 @@ from torch import Tensor
 from fastdiff import kernels
 from fastdiff.bench.clock import Timer
 from fastdiff.bench.providers import EVERYTHING, LATER, OURS, Arguments, Make, Subject
-from fastdiff.bench.record import Work
 from fastdiff.bench.run import Case, Outcome, record_of, said
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
 from fastdiff.kernels import COLUMNS as C
@@ -69,17 +68,11 @@ def eager_stochastic(x: Tensor, f: Tensor, history: Tensor, *_: Tensor, **__: An
     eager(x, f, history, ROWS["stochastic"])
 
 
-def work(call: Call, size: int) -> Work:
-    """x and the slot in and out in fp32, both halves of the prediction in."""
-    n = torch.Size(call.tensors[0]).numel()
-    return Work(bytes=n * (4 * 4 + 2 * size))
-
-
 def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
     """Latents of Stable Diffusion; no network calls this op."""
     cases = []
     for row, function in (("deterministic", eager_deterministic), ("stochastic", eager_stochastic)):
-        subject = Subject(op="sampler_step", arguments=arguments, eager=function, work=work)
+        subject = Subject(op="sampler_step", arguments=arguments, eager=function)
         for batch in batches:
             shapes = (batch, 4, size, size), (2 * batch, 4, size, size)
             call = Call("sampler_step", shapes, ((row, ()),))

@@ -1,0 +1,462 @@
+"""One step of each scheduler of diffusers as a row of `sampler_step`, read off the scheduler.
+
+    D  = clamp(u x + v F, -clamp, clamp)
+    x' = a x + b D + sum of factor * tensor over `older` + s noise
+
+What a step depends on (timesteps, sigmas, `step_index`, `begin_index`, earlier outputs) stays in
+diffusers' own attributes and is read at the moment of the call. So a step may be taken twice, out
+of order, from a copy, or by diffusers' own code, and the next one is right.
+
+A reader returns the row, or the reason why diffusers' own step has to take it. It changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.predictions import Prediction, to_denoised
+from fastdiff.diffusion.samplers import CLEAN, Level, Row, ddim, ddpm, dpmpp_2m_sde
+
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "original_sample": "x0",
+}
+LEAST_VARIANCE = 1e-20
+"""diffusers' DDPM takes logarithms of variances no smaller than this."""
+PLMS_WEIGHTS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+"""Of the last outputs, the newest first (PNDM, Liu et al. 2022, eq. 12)."""
+DEGENERATE = "a noise level repeats or is 0, where the formula divides by zero"
+
+
+class Host:
+    """A scheduler's tensors as Python numbers, read once each: reading one waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[Tensor, int, list[Any]]] = {}
+
+    def numbers(self, scheduler: Any, name: str) -> list[Any]:
+        """The numbers of the attribute `name`, read again where it was replaced or written to."""
+        tensor = getattr(scheduler, name)
+        if not isinstance(tensor, Tensor) or tensor.is_inference():  # no count of writes
+            return [float(t) for t in tensor]
+        known = self._read.get(name)
+        if known is None or known[0] is not tensor or known[1] != tensor._version:
+            known = self._read[name] = (tensor, tensor._version, tensor.tolist())
+        return known[2]
+
+    def timestep(self, scheduler: Any, timestep: Any) -> int | None:
+        """A timestep that is a whole number, or None.
+
+        A view of `scheduler.timesteps`, which is what a loop over them gives, is not read from its
+        device.
+        """
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1 or timestep.dtype not in (torch.int64, torch.int32):
+                return None
+            own = scheduler.timesteps
+            place = _place(timestep, own) if isinstance(own, Tensor) else None
+            return int(timestep) if place is None else self.numbers(scheduler, "timesteps")[place]
+        return None if isinstance(timestep, float) else int(timestep)
+
+
+def _place(view: Tensor, of: Tensor) -> int | None:
+    """Where in a vector a view of one of its numbers lies; None: it is not a view of it."""
+    if view.dtype is not of.dtype or of.ndim != 1 or of.stride(0) != 1 or of.is_inference():
+        return None
+    if view.untyped_storage().data_ptr() != of.untyped_storage().data_ptr():
+        return None
+    place = int(view.storage_offset()) - int(of.storage_offset())
+    return place if 0 <= place < len(of) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The arguments of one `step`; output and sample are tensors in every row that is read."""
+
+    model_output: Any
+    timestep: Any
+    sample: Any
+    generator: Any = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The row of one step (letters: module docstring)."""
+
+    u: float
+    v: float
+    a: float
+    b: float
+    s: float = 0.0
+    draws: bool = False
+    """diffusers draws noise in this step, also where its factor is 0."""
+    clamp: float = math.inf
+    log_variance: tuple[float, float] | None = None
+    older: tuple[tuple[Tensor, float], ...] = ()
+    """Tensors of the scheduler's state, the newest first, and their factors."""
+    keep: tuple[float, float] | None = None
+    """(p, q): p x + q D is what later steps read."""
+    sample: Tensor | None = None
+    """x, where it is not the sample that was given."""
+
+
+Reader = Callable[[Any, Call, Host], Step | str]
+
+
+def _clamp(scheduler: Any) -> float:
+    config = scheduler.config
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else math.inf
+
+
+def _level(t: float, alpha_cumprod: float) -> Level:
+    return Level(t, alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
+
+
+def _estimate(level: Level, scheduler: Any) -> tuple[float, float] | None:
+    """(u, v) in the variance-preserving space; None where x says nothing of x0."""
+    prediction = PREDICTIONS[scheduler.config.prediction_type]
+    if level.alpha == 0 and prediction == "eps":
+        return None
+    return to_denoised(level.alpha, level.sigma, prediction)
+
+
+def _exploding_estimate(sigma: float, scheduler: Any) -> tuple[float, float]:
+    """(u, v) for x = x0 + sigma n (Karras et al. 2022)."""
+    prediction = PREDICTIONS[scheduler.config.prediction_type]
+    u, v = to_denoised(1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma), prediction)
+    return (u, v) if prediction == "x0" else (u / math.hypot(1, sigma), v)
+
+
+def _index(scheduler: Any, timestep: Any) -> int:
+    """Where a scheduler with sigmas is; at its first step it looks that up, as diffusers does."""
+    if scheduler.step_index is None:
+        scheduler._init_step_index(timestep)
+    return int(scheduler.step_index)
+
+
+def _pair(scheduler: Any, index: int, host: Host) -> tuple[float, float] | None:
+    """The sigmas that a step goes from and to, or None where it has none or starts at 0."""
+    sigmas = host.numbers(scheduler, "sigmas")
+    if not 0 <= index < len(sigmas) - 1 or sigmas[index] <= 0 or sigmas[index + 1] < 0:
+        return None
+    return sigmas[index], sigmas[index + 1]
+
+
+# --- DDIM, DDPM: functions of the output, the timestep and the sample ---
+
+
+def read_ddim(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """DDIM (Song et al. 2021, eq. 12 and 16); its stride is T // steps whatever the spacing."""
+    eta, steps = call.others.get("eta", 0.0), scheduler.num_inference_steps
+    alphas = host.numbers(scheduler, "alphas_cumprod")
+    t = host.timestep(scheduler, call.timestep)
+    if steps is None or t is None or not 0 <= t < len(alphas):
+        return "the timestep is not one of the training's"
+    if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        return "eta is not a number from 0 to 1"
+    if eta > 0 and call.others.get("variance_noise") is not None:
+        return "variance_noise is given"
+    before = t - scheduler.config.num_train_timesteps // steps
+    final = float(scheduler.final_alpha_cumprod)
+    now, to = _level(t, alphas[t]), _level(before, alphas[before] if before >= 0 else final)
+    estimate = _estimate(now, scheduler)
+    if now.sigma == 0 or estimate is None or to.alpha < now.alpha:
+        return DEGENERATE
+    return _of_row(ddim([now, to], eta=eta)[0], estimate, draws=eta > 0)
+
+
+def _of_row(row: Row, estimate: tuple[float, float], **more: Any) -> Step:
+    return Step(u=estimate[0], v=estimate[1], a=row.a, b=row.b, **{"s": row.s, **more})
+
+
+def read_ddpm(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """DDPM (Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, eq. 15 where variances are learned)."""
+    alphas = host.numbers(scheduler, "alphas_cumprod")
+    t = host.timestep(scheduler, call.timestep)
+    if t is None or not 0 <= t < len(alphas):
+        return "the timestep is not one of the training's"
+    before = t - 1
+    if scheduler.custom_timesteps or scheduler.num_inference_steps:
+        timesteps = host.numbers(scheduler, "timesteps")
+        if t not in timesteps:
+            return "the timestep is not one of the scheduler's"
+        following = timesteps[timesteps.index(t) + 1 :]
+        before = int(following[0]) if following else -1
+    now = _level(t, alphas[t])
+    to = _level(before, alphas[before]) if before >= 0 else CLEAN
+    estimate, kind = _estimate(now, scheduler), scheduler.variance_type
+    if estimate is None or not to.alpha > now.alpha:
+        return DEGENERATE
+    if kind != scheduler.config.variance_type:
+        return "variance_type was changed"
+    if (kind == "learned_range") != (call.model_output.shape[1] == 2 * call.sample.shape[1]):
+        return "the channels of model_output do not fit variance_type"
+    beta = 1 - (now.alpha / to.alpha) ** 2
+    small = max(beta * (to.sigma / now.sigma) ** 2, LEAST_VARIANCE)
+    s, bounds = math.sqrt(beta if kind == "fixed_large" else small), None
+    if kind == "learned_range":
+        s, bounds = 1.0, (math.log(small), math.log(beta))
+    noise = {"s": s, "log_variance": bounds} if t > 0 else {"s": 0.0}
+    row = ddpm([now, to])[0]
+    return _of_row(row, estimate, draws=t > 0, clamp=_clamp(scheduler), **noise)
+
+
+# --- Euler, Euler ancestral, Heun: in the variance-exploding space, by index ---
+
+
+def _whole(timestep: Any) -> bool:
+    """What diffusers' Euler schedulers refuse as timestep."""
+    return isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
+
+
+def read_euler(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """Euler (Karras et al. 2022, algorithm 1 without the correction)."""
+    return _euler(scheduler, call, host, ancestral=False)
+
+
+def read_euler_ancestral(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """Euler to sigma_down, then noise of sigma_up (k-diffusion)."""
+    return _euler(scheduler, call, host, ancestral=True)
+
+
+def _euler(scheduler: Any, call: Call, host: Host, *, ancestral: bool) -> Step | str:
+    if _whole(call.timestep):
+        return "the timestep is an integer"
+    if not scheduler.is_scale_input_called:
+        return "scale_model_input was not called"
+    if call.others.get("s_churn", 0.0):
+        return "s_churn is not 0"
+    sigmas = _pair(scheduler, _index(scheduler, call.timestep), host)
+    if sigmas is None or (ancestral and sigmas[1] > sigmas[0]):
+        return DEGENERATE
+    now, to = sigmas
+    up = to * math.sqrt(1 - (to / now) ** 2) if ancestral else 0.0
+    a = math.sqrt(to**2 - up**2) / now
+    u, v = _exploding_estimate(now, scheduler)
+    return Step(u=u, v=v, a=a, b=1 - a, s=up, draws=ancestral)
+
+
+def read_heun(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """Heun (Karras et al. 2022, algorithm 1): an Euler step, then its correction from the start."""
+    index, first = _index(scheduler, call.timestep), scheduler.state_in_first_order
+    sigmas = _pair(scheduler, index if first else index - 1, host)
+    if sigmas is None or (not first and sigmas[1] == 0):
+        return DEGENERATE
+    now, to = sigmas
+    u, v = _exploding_estimate(now if first else to, scheduler)
+    clamp = _clamp(scheduler)
+    if first:  # d = (x - D) / sigma
+        return Step(u=u, v=v, a=to / now, b=1 - to / now, clamp=clamp, keep=(1 / now, -1 / now))
+    half = float(scheduler.dt) / 2  # x' = start + (d + (x - D) / sigma') dt / 2
+    older = ((scheduler.prev_derivative, half), (scheduler.sample, 1.0))
+    return Step(u=u, v=v, a=half / to, b=-half / to, clamp=clamp, older=older)
+
+
+# --- PNDM, DPM-Solver++: with a history ---
+
+
+def read_pndm(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """PNDM's linear multistep (Liu et al. 2022, eq. 11 and 12), started twice as PLMS is.
+
+    x' = c x + g e with e a combination of the last outputs, so D is the output itself.
+    """
+    alphas, steps = host.numbers(scheduler, "alphas_cumprod"), scheduler.num_inference_steps
+    t = host.timestep(scheduler, call.timestep)
+    if steps is None or t is None:
+        return "the timestep is not one of the training's"
+    stride = scheduler.config.num_train_timesteps // steps
+    before, counter, x = t - stride, scheduler.counter, call.sample
+    older = list(scheduler.ets[-3:])
+    if counter == 1:  # again from where the first step began
+        before, t, x, older = t, t + stride, scheduler.cur_sample, list(scheduler.ets)
+        if len(older) != 1 or x is None:
+            return "its history was changed"
+        weights: tuple[float, ...] = (0.5, 0.5)
+    else:
+        weights = PLMS_WEIGHTS[len(older)]
+    if not 0 <= t < len(alphas) or before >= len(alphas):
+        return "the timestep is not one of the training's"
+    now, to = alphas[t], alphas[before] if before >= 0 else float(scheduler.final_alpha_cumprod)
+    root = math.sqrt(now * (1 - now) * to)
+    if now == 0 or (denominator := now * math.sqrt(1 - to) + root) == 0:
+        return DEGENERATE
+    g, a = -(to - now) / denominator, math.sqrt(to / now)
+    if scheduler.config.prediction_type == "v_prediction":  # of the combined output, at x
+        a, g = a + g * math.sqrt(1 - now), g * math.sqrt(now)
+    return Step(
+        u=0.0,
+        v=1.0,
+        a=a,
+        b=g * weights[0],
+        older=tuple(zip(reversed(older), (g * w for w in weights[1:]), strict=True)),
+        keep=None if counter == 1 else (0.0, 1.0),
+        sample=x,
+    )
+
+
+def read_dpm(scheduler: Any, call: Call, host: Host) -> Step | str:
+    """DPM-Solver++(2M) and its SDE form (Lu et al. 2022b)."""
+    if scheduler.num_inference_steps is None:
+        return "set_timesteps was not called"
+    noisy = scheduler.config.algorithm_type == "sde-dpmsolver++"
+    if noisy and call.others.get("variance_noise") is not None:
+        return "variance_noise is given"
+    index = _index(scheduler, call.timestep)
+    pair, order = _pair(scheduler, index, host), _order(scheduler, index)
+    if pair is None or pair[1] > pair[0]:
+        return DEGENERATE
+    now, to = (_exploded(sigma) for sigma in pair)
+    estimate, eta = _estimate(now, scheduler), float(noisy)
+    assert estimate is not None, "alpha is 1 / sqrt(1 + sigma**2)"
+    if order == 1:
+        row = dpmpp_2m_sde([now, to], eta=eta)[0]
+        return _of_row(row, estimate, draws=noisy, keep=(0.0, 1.0))
+    earlier, before = scheduler.model_outputs[-1], host.numbers(scheduler, "sigmas")[index - 1]
+    if earlier is None or not before > pair[0] > pair[1] > 0:  # also where index is 0
+        return DEGENERATE
+    levels = [_exploded(before), now, to]
+    row = dpmpp_2m_sde(levels, eta=eta, lower_order_final=False)[1]
+    older = ((earlier, row.c[0]),)
+    return _of_row(row, estimate, draws=noisy, keep=(0.0, 1.0), older=older)
+
+
+def _order(scheduler: Any, index: int) -> int:
+    """Of a step of DPM-Solver++: 1 without a history and, mostly, at the end."""
+    config, steps = scheduler.config, len(scheduler.timesteps)
+    first_at_end = (
+        config.get("euler_at_final")
+        or (config.lower_order_final and steps < 15)
+        or config.get("final_sigmas_type", "zero") == "zero"
+    )
+    low = scheduler.lower_order_nums < 1 or (index == steps - 1 and first_at_end)
+    return 1 if low else int(config.solver_order)
+
+
+def _exploded(sigma: float) -> Level:
+    """The level of a sigma / alpha."""
+    alpha = 1 / math.hypot(1, sigma)
+    return Level(-1.0, alpha, sigma * alpha)
+
+
+# --- what a step leaves in the scheduler ---
+
+Writer = Callable[[Any, Call, Tensor, "Tensor | None"], None]
+
+
+def write_nothing(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
+    """DDIM and DDPM have no state."""
+
+
+def write_index(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
+    """The place in the list of sigmas."""
+    scheduler._step_index += 1
+
+
+def write_heun(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
+    """The slope and the start of the step, or nothing after its correction."""
+    index = scheduler.step_index
+    if kept is not None:
+        scheduler.prev_derivative, scheduler.sample = kept, call.sample
+        scheduler.dt = scheduler.sigmas[index + 1] - scheduler.sigmas[index]
+    else:
+        scheduler.prev_derivative = scheduler.sample = scheduler.dt = None
+    scheduler._step_index += 1
+
+
+def write_pndm(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
+    """The last outputs."""
+    if scheduler.counter != 1:
+        scheduler.ets = [*scheduler.ets[-3:], call.model_output]
+    if scheduler.counter == 0 and len(scheduler.ets) == 1:
+        scheduler.cur_sample = call.sample
+    elif scheduler.counter == 1:
+        scheduler.cur_sample = None
+    scheduler.counter += 1
+
+
+def write_dpm(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
+    """The last estimates of x0."""
+    outputs = scheduler.model_outputs
+    outputs[:] = [*outputs[1:], denoised]
+    scheduler.lower_order_nums = min(scheduler.lower_order_nums + 1, scheduler.config.solver_order)
+    scheduler._step_index += 1
+
+
+class Kind(NamedTuple):
+    """How a scheduler of diffusers is served."""
+
+    read: Reader
+    write: Writer
+    allowed: dict[str, tuple[Any, ...]]
+    """Option -> the values that the reader knows; other options are in the scheduler's numbers."""
+    state: Callable[[Call, Tensor], Tensor | None] = lambda call, denoised: None
+    """The scheduler's own tensor that holds what `Step.keep` keeps; None: the kept one itself."""
+    dtype: Literal["widest", "output", "estimate"] = "widest"
+    """Of the next sample: the wider one of sample and output, the output's (Euler, which turns the
+    sample to fp32 before), or that of the estimate of x0 (DPM-Solver++, which draws in fp32)."""
+    doubled: bool = False
+    """model_output may have 2C channels: it holds a learned variance."""
+
+
+_PREDICTS = {"prediction_type": ("epsilon", "v_prediction", "sample")}
+KINDS = {
+    "DDIMScheduler": Kind(
+        read_ddim, write_nothing, {**_PREDICTS, "clip_sample": (False,), "thresholding": (False,)}
+    ),
+    "DDPMScheduler": Kind(
+        read_ddpm,
+        write_nothing,
+        {
+            **_PREDICTS,
+            "thresholding": (False,),
+            "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+        },
+        doubled=True,
+    ),
+    "EulerDiscreteScheduler": Kind(
+        read_euler, write_index, {"prediction_type": tuple(PREDICTIONS)}, dtype="output"
+    ),
+    "EulerAncestralDiscreteScheduler": Kind(
+        read_euler_ancestral,
+        write_index,
+        {"prediction_type": ("epsilon", "v_prediction")},
+        dtype="output",
+    ),
+    "HeunDiscreteScheduler": Kind(read_heun, write_heun, _PREDICTS),
+    "PNDMScheduler": Kind(
+        read_pndm,
+        write_pndm,
+        {"prediction_type": ("epsilon", "v_prediction"), "skip_prk_steps": (True,)},
+        lambda call, denoised: call.model_output,
+    ),
+    "DPMSolverMultistepScheduler": Kind(
+        read_dpm,
+        write_dpm,
+        {
+            **_PREDICTS,
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+            "solver_order": (1, 2),
+            "solver_type": ("midpoint",),
+            "thresholding": (False,),
+            "variance_type": (None, "fixed_small", "fixed_large"),
+            "use_flow_sigmas": (False,),
+        },
+        lambda call, denoised: denoised,
+        dtype="estimate",
+    ),
+}
+"""diffusers' class -> how it is served."""

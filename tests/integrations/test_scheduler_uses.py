@@ -1,0 +1,198 @@
+"""Every way in which pipelines, trainers and loops use a scheduler: fused, it does as diffusers'.
+
+Each use runs with diffusers' own scheduler and with the fused one, of noise="generator", in the
+same process; both have to give the same, errors included.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff.integrations.scheduler import FusedScheduler
+from fastdiff.kernels import record_backends
+from tests.integrations import scheduler_uses as uses
+from tests.integrations.scheduler_uses import SCHEDULERS, Use, begin, go, make, outcome
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    # DPM-Solver++ turns its betas to arrays in set_timesteps
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+CLASSES = ("ddim", "ddpm", "pndm", "euler", "ancestral", "heun", "dpm", "dpm-sde")
+"""One case of each class, and of each kind of noise: these run all uses."""
+
+
+def fuse(scheduler: Any) -> Any:
+    """The report; the scheduler is fused in place."""
+    holder = SimpleNamespace(components={"unet": torch.nn.Identity()}, scheduler=scheduler)
+    report = fastdiff.accelerate(holder, scheduler="fused", noise="generator", strict=True)
+    assert isinstance(scheduler, FusedScheduler)
+    return report
+
+
+def largest(seen: Any) -> float:
+    """The largest number of all samples: fp32 rounds in units of it."""
+    if isinstance(seen, list | tuple):
+        return max(map(largest, seen), default=0.0)
+    if not isinstance(seen, Tensor) or seen.ndim < 2 or not seen.numel():
+        return 0.0
+    return float(seen.double().abs().nan_to_num(0, 0).max())
+
+
+def assert_same(found: Any, wanted: Any, where: str, bound: float) -> None:
+    """Tensors up to the bound, everything else equal."""
+    if isinstance(wanted, Tensor) and isinstance(found, Tensor):
+        assert found.shape == wanted.shape, where
+        torch.testing.assert_close(
+            found.double(),
+            wanted.double(),
+            rtol=0,
+            atol=bound,
+            equal_nan=True,
+            msg=lambda text: f"{where}: {text}",
+        )
+    elif isinstance(wanted, list | tuple) and isinstance(found, list | tuple):
+        assert len(found) == len(wanted), f"{where}: {found} for {wanted}"
+        for number, pair in enumerate(zip(found, wanted, strict=True)):
+            assert_same(*pair, where=f"{where}[{number}]", bound=bound)
+    else:
+        assert found == wanted, where
+
+
+TOLERANCE = 2e-6
+"""About 32 units of fp32's last place of the largest number."""
+
+
+OPTIONS_MATTER = (
+    uses.loop,
+    uses.many_steps,
+    uses.one_step,
+    uses.as_many_steps_as_training,
+    uses.image_to_image,
+    uses.inpainting,
+    uses.gradients,
+    uses.half_precision,
+    uses.mixed_precision,
+    uses.double_precision,
+)
+"""Uses that see what the options of a scheduler change."""
+TABLE = [
+    *((case, use) for case in CLASSES for use in uses.USES),
+    *((case, use) for case in SCHEDULERS if case not in CLASSES for use in OPTIONS_MATTER),
+]
+
+
+@pytest.mark.parametrize(("case", "use"), TABLE, ids=lambda part: getattr(part, "__name__", part))
+def test_a_fused_scheduler_does_as_diffusers(case: str, use: Use) -> None:
+    wanted = outcome(use, make(case))
+    fused = make(case)
+    fuse(fused)
+    bound = TOLERANCE * max(1.0, largest(wanted), largest(begin(make(case))))
+    assert_same(outcome(use, fused), wanted, use.__name__, bound)
+
+
+LEFT: dict[Use, str] = {
+    uses.gradients: "a gradient",
+    uses.gradient_of_the_last_step: "a gradient",
+    uses.gradient_ends: "a gradient",
+    uses.vmapped: "a gradient, a transform",
+    uses.forward_mode: "a gradient, a transform",
+    uses.broadcast: "differ in shape",
+    uses.a_vector: "the shapes are not",
+}
+"""Uses with steps that diffusers' own code has to take, and what the report says of them."""
+SERVED = (
+    uses.loop,
+    uses.loop_of_tuples,
+    uses.keywords,
+    uses.many_steps,
+    uses.uneven_stride,
+    uses.image_to_image,
+    uses.image_to_image_by_index,
+    uses.inpainting,
+    uses.started_again,
+    uses.deep_fork,
+    uses.pickled_fork,
+    uses.from_config,
+    uses.history_changed,
+    uses.written_in_place,
+    uses.mixed_precision,
+    uses.double_precision,
+    uses.channels_last,
+    uses.not_contiguous,
+    uses.expanded,
+    uses.inference_mode,
+)
+"""Uses of which every step is ours."""
+
+
+@pytest.mark.parametrize("use", [*LEFT, *SERVED], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("case", ["ddim", "heun", "pndm", "dpm-sde"])
+def test_the_report_says_which_steps_are_diffusers_own(case: str, use: Use) -> None:
+    scheduler = make(case)
+    report = fuse(scheduler)
+    with record_backends() as ran:
+        outcome(use, scheduler)
+    left = report.scheduler_steps_left
+    if use in SERVED:
+        assert not left
+        assert "sampler_step" in ran
+    else:
+        assert LEFT[use] in "; ".join(left)
+        assert report.data["scheduler_steps_left"] == left
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_fused_and_restored_in_the_middle_of_a_run(case: str) -> None:
+    """State is diffusers' own: each goes on where the other was."""
+    wanted = outcome(uses.loop, make(case))
+    scheduler = make(case)
+    scheduler.set_timesteps(5)
+    draw = torch.Generator().manual_seed(3)
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": draw} if takes else {}
+    x, seen, fused = begin(scheduler), [], 0
+    for number, t in enumerate(scheduler.timesteps):
+        report = fuse(scheduler) if number % 3 != 1 else None
+        x, more = go(scheduler, x, [t], **options)
+        seen += more[1:]
+        if report is not None:
+            assert not report.scheduler_steps_left
+            fused += 1
+            report.restore()
+            assert not isinstance(scheduler, FusedScheduler)
+    assert fused > 2
+    bound = TOLERANCE * max(1.0, largest(wanted))
+    assert_same([wanted[0], *seen], wanted, case, bound)
+
+
+def test_no_timestep_is_read_from_its_device_in_a_loop() -> None:
+    """Reading one would wait for a GPU in every step."""
+    scheduler = make("ddim")
+    fuse(scheduler)
+    scheduler.set_timesteps(5)
+    x = begin(scheduler)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    scheduler.fused.host.timestep = functools.partial(only_views, scheduler.fused.host)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x), t, x).prev_sample
+    assert not scheduler.fused.left
+
+
+def only_views(host: Any, scheduler: Any, timestep: Tensor) -> int | None:
+    """`Host.timestep` of a tensor whose own numbers cannot be read."""
+
+    class Unread(Tensor):
+        def __int__(self) -> int:
+            raise AssertionError("the timestep was read from its device")
+
+    return type(host).timestep(host, scheduler, timestep.as_subclass(Unread))
