@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoint.build import Plan, Progress, fill
+from fastdiff.checkpoint.build import Plan
 from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.checkpoint.weights import Weights, some
+from fastdiff.checkpoint.weights import Progress, Weights, fill, some
 from fastdiff.diffusion.schedules import ScheduleConfig
 
 PathLike = str | os.PathLike[str]

@@ -27,7 +27,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.build import Progress, Sources, empty_model, fill
 from fastdiff.checkpoint.formats.safetensors import DTYPES, read_safetensors
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.checkpoint.open import (
@@ -39,7 +38,7 @@ from fastdiff.checkpoint.open import (
     shipped_folder,
 )
 from fastdiff.checkpoint.scheduler import SamplerSettings
-from fastdiff.checkpoint.weights import read_json, some
+from fastdiff.checkpoint.weights import Progress, Sources, empty_model, fill, read_json, some
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import NO_SPACE, atomic_folder, write_json

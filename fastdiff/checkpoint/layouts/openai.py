@@ -15,12 +15,12 @@ from typing import Any, get_args
 
 from torch import nn
 
-from fastdiff.checkpoint.build import Layers, Sources, plan_model, source_names
+from fastdiff.checkpoint.build import Layers, plan_model, source_names
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.open import Layout, Loading, Source
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.checkpoint.weights import Shapes, Weights
+from fastdiff.checkpoint.weights import Shapes, Sources, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.layers import (
     AttentionBlock,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.build import Progress
 from fastdiff.checkpoint.layouts.bundle import save_tensors
 from fastdiff.checkpoint.layouts.diffusers.read import (
     CONFIG,
@@ -20,6 +19,7 @@ from fastdiff.checkpoint.layouts.diffusers.read import (
 )
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.scheduler import scheduler_config
+from fastdiff.checkpoint.weights import Progress
 from fastdiff.files import atomic_folder, write_json
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.layers import AttentionBlock
