@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import tyro
 from PIL import Image
 
 from fastdiff import __version__, kernels
+from fastdiff.checkpoint.layouts import openai
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
 from fastdiff.cli import COMMANDS, main
@@ -701,6 +703,51 @@ def test_reconstruct(run, tiny: str) -> None:
     similarity = re.search(r"SSIM +(-?[\d.]+) on average, (-?[\d.]+) at worst", out)
     assert similarity is not None
     assert -1 <= float(similarity[2]) <= float(similarity[1]) < 1
+
+
+def test_options_of_loading_in_commands_that_do_not_sample(
+    run, tiny: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = make_bundle(tmp_path_factory.mktemp("bundles") / "other", seed=1)
+    run("sample", "--model", tiny, "--classes", "1", "--count", "1", "--steps", "1")
+    made = []
+    for out, words in (
+        ("mine", ("--model", tiny)),
+        ("theirs", ("--model", other)),
+        ("mixed", ("--model", tiny, "--vae", f"{other}")),
+    ):
+        code, _, err = run("reconstruct", "out/1-seed0.png", *words, "--out", out)
+        assert (code, err) == (0, "")
+        with Image.open(f"{out}/1-seed0-reconstructed.png") as image:
+            made.append(image.tobytes())
+    assert made[2] == made[1] != made[0]
+
+    unet = UNet(replace(UNET, num_classes=None, null_class=False, channel_mult=(1, 1)))
+    shapes = {key: torch.zeros(shape) for key, shape in openai_shapes(unet).items()}
+    torch.save(shapes, "unet.pt")
+    heads = ("--num-heads", "4", "--num-heads-upsample", "2", "--norm-groups", "4")
+    code, out, err = run("info", "unet.pt", *heads, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["provenance"]["assumed"]["schedule"]["kind"] == "linear"
+    config = report["config"]["denoiser"]
+    assert (config["num_heads"], config["num_heads_upsample"]) == (4, 2)
+    code, _, err = run("info", "unet.pt", "--norm-groups", "4", "--strict")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "leave open" in err
+    assert "of a command --qkv-order --num-heads --num-heads-upsample" in err
+
+
+def openai_shapes(unet: UNet) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a U-Net's file in OpenAI's layout."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    state = unet.state_dict()
+    for ours, theirs in openai.names(unet).items():
+        shapes[theirs[0]] = tuple(state[ours].shape)
+    for key, shape in shapes.items():  # attention's linear layers are convolutions there
+        if key.endswith(("qkv.weight", "proj_out.weight")):
+            shapes[key] = (*shape, 1)
+    return shapes
 
 
 SMALL_RUN = (

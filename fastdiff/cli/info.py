@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +89,8 @@ def _model(name: str, options: LoadOptions) -> dict[str, Any]:
     schedule = {} if model.schedule is None else {"schedule": to_dict(model.schedule)}
     known = model.provenance.get("facts", {})
     rest = {name: value for name, value in model.provenance.items() if name != "facts"}
+    if assumed := rest.get("assumed"):
+        rest["assumed"] = {n: to_dict(v) if is_dataclass(v) else v for n, v in assumed.items()}
     sampler = {} if model.sampler is None else {"sampler": to_dict(model.sampler)}
     return {
         "path": str(model.path),
