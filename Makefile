@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
 	@# a path and not an import hook: type checkers find the package in the user's files too
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=compat
+	@$(BIN)/python -c 'from fastdiff.kernels.compiled import describe; b = describe(); print("compiled for this CPU:", b.get("isa") or b["missing"]); print("CUDA kernels:", b.get("cuda_architectures") or b.get("without_cuda", "none"))'
 	@touch $@
 
 venv: $(STAMP) ## make .venv with what constraints.txt pins
