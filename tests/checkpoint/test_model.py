@@ -258,7 +258,8 @@ def test_heads_of_compvis_models(
     reading = compvis.Reading(Weights(Path("x"), places), Loading())
     found = compvis.unet_config(reading, reading.weights, table)
     assert tuple(found.heads(width * factor) for factor in mult) == expected
-    assert reading.assumed
+    assert reading.loading.assumed.values
+    assert not reading.loading.assumed.choices  # published, so nothing is a guess
 
 
 def test_a_table_of_classes_comes_back_from_a_bundle(tmp_path: Path) -> None:
