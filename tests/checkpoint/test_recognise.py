@@ -157,7 +157,7 @@ def test_compvis_published_models(name: str) -> None:
     assert reading.loading.assumed.values.keys() <= {"num_heads", "head_dim"}
     assert not reading.loading.assumed.choices  # all of them are published
     # Stable Diffusion 2 was published in both ways.
-    assert compvis._prediction(reading, config) == "eps"
+    assert compvis.prediction_of(reading, config) == "eps"
     assert list(reading.loading.assumed.choices) == ["prediction"] * (name == "sd2")
 
 

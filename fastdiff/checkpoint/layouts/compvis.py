@@ -110,7 +110,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
     classes = _class_embedding(condition, loading) if is_table else None
     text_plans = _text_plans(reading, condition, xl) if classes is None else []
     # what is assumed is known before any weights are read: `strict` refuses it there
-    prediction, schedule = _prediction(reading, config), _schedule(reading, config)
+    prediction, schedule = prediction_of(reading, config), _schedule(reading, config)
     unet: UNet = loading.fill(plan)
     autoencoder: Autoencoder | None = None if vae_plan is None else loading.fill(vae_plan)
     return Model(
@@ -202,7 +202,7 @@ def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetC
     return openai.unet_config(unet.shapes, options, **fixed)
 
 
-def _prediction(reading: Reading, config: UNetConfig) -> Prediction:
+def prediction_of(reading: Reading, config: UNetConfig) -> Prediction:
     """As the caller says, as the file says in one of three ways, or the noise."""
     if (asked := reading.loading.options.prediction) is not None:
         return asked
