@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastdiff.kernels.triton import Launch, recording_launches, target
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, configs
+from fastdiff.bench.compile import target
+from fastdiff.bench.tunables import TUNABLES
+from fastdiff.kernels.triton import Launch, recording_launches
+from fastdiff.kernels.tuning import Config, Gpu, configs
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 INTEGERS = {"int64": "i64", "int32": "i32", "uint8": "u8", "bool": "i1"}
@@ -331,6 +333,19 @@ def tasks(
         for architecture in architectures
         for index in range(len(launches(name, shape_class, dtype, architecture, every=every)))
     ]
+
+
+def on_one_gpu_each(todo: Sequence[Task]) -> list[Task]:
+    """Of tasks that differ in nothing but the GPU one, of another GPU from task to task: what the
+    front end makes of a kernel (loads, double precision) does not depend on the GPU. AMD's gets
+    only what NVIDIA's do not have: less is read off its machine code."""
+    same: dict[Hashable, list[Task]] = {}
+    for task in sorted(todo, key=lambda task: CHIPS[task.architecture].backend):  # cuda, hip
+        alike = same.setdefault(identity(task.launch), [])
+        if not alike or CHIPS[task.architecture].backend == CHIPS[alike[0].architecture].backend:
+            alike.append(task)
+    chosen = {alike[place % len(alike)] for place, alike in enumerate(same.values())}
+    return [task for task in todo if task in chosen]
 
 
 def pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:

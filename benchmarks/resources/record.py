@@ -35,9 +35,9 @@ from benchmarks.resources.ahead_of_time import (
     pairs,
     tasks,
 )
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.files import write_text
 from fastdiff.kernels.triton import triton
-from fastdiff.kernels.tuning import TUNABLES
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "resources.json"
 COMMAND = "python -m benchmarks.resources --every --docs"
@@ -301,6 +301,12 @@ def summary(record: Record) -> list[str]:
                 )
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def fingerprint(record: Record) -> str:
+    """Of all kernels in a record: docs/resources.md says which ones its tables are of."""
+    told = json.dumps([[key, row.source] for key, row in sorted(record.taken.items())])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def complaints(keys: Sequence[Key], path: Path = RECORD) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastdiff import kernels
 from fastdiff.kernels import add_group_norm_silu, backend, group_norm_silu
-from fastdiff.kernels.group_norm_silu.triton_forward import norm_forward
+from fastdiff.kernels.group_norm_silu.triton_forward import forward
 from fastdiff.kernels.triton import recording_launches
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
@@ -154,7 +154,7 @@ def test_the_addends_take_registers_from_the_small_regime() -> None:
     x = cases.channels_last(x)
     for residual, kind in ((None, "small"), (x, "large")):
         with recording_launches() as launches:
-            norm_forward(x, 32, None, None, None, residual, None, 1e-5, "silu")
+            forward(x, 32, None, None, None, residual, None, 1e-5, "silu")
         assert {launch.kernel.__name__ for launch in launches} <= KERNELS[kind]
 
 

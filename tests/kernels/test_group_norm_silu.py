@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastdiff import kernels
 from fastdiff.kernels import BackendError, backend, group_norm_silu
-from fastdiff.kernels.group_norm_silu.triton import norm_forward
+from fastdiff.kernels.group_norm_silu.triton import forward
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
@@ -208,7 +208,7 @@ def expected_regimes() -> list[tuple[tuple[int, ...], str]]:
 def test_regime_at_real_sizes(shape: tuple[int, ...], kind: str) -> None:
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     x = x.contiguous(memory_format=torch.channels_last)
-    ran = kernels_of(lambda: norm_forward(x, 32, *[None] * 5, 1e-5, "silu"))
+    ran = kernels_of(lambda: forward(x, 32, *[None] * 5, 1e-5, "silu"))
     assert ran
     assert set(ran) <= KERNELS[kind]
 

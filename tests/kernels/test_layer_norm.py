@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff import kernels
 from fastdiff.kernels import add_layer_norm, backend, layer_norm
 from fastdiff.kernels import triton as _triton
-from fastdiff.kernels.layer_norm.triton import norm_backward, norm_forward
+from fastdiff.kernels.layer_norm.triton import backward, forward
 from fastdiff.kernels.tuning import configs
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
@@ -75,12 +75,12 @@ def test_which_kernels_run() -> None:
     """A row of 4096 in registers, a wider one in tiles; shares only where a gradient needs them."""
     for d, kind in ((4096, "layer_norm"), (4097, "layer_norm_wide")):
         x, weight = torch.empty(5, d, device="meta"), torch.empty(d, device="meta")
-        assert names(lambda: norm_forward(x, None, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
-        assert names(lambda: norm_forward(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
-        backward = names(lambda: norm_backward(x, x, x, weight, None, 1e-5, [True, False]))  # noqa: B023
+        assert names(lambda: forward(x, None, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        assert names(lambda: forward(x, x, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
+        ran = names(lambda: backward(x, x, x, None, weight, None, 1e-5, [True, True, False]))  # noqa: B023
         shares = [] if d == 4096 else ["wide_shares_kernel"]
-        assert backward == [f"{kind}_backward_kernel", *shares, "sum_shares_kernel"]
-        plain = names(lambda: norm_backward(x, None, x, weight, None, 1e-5, [False, False]))  # noqa: B023
+        assert ran == [f"{kind}_backward_kernel", *shares, "sum_shares_kernel"]
+        plain = names(lambda: backward(x, None, x, None, weight, None, 1e-5, [True, False, False]))  # noqa: B023
         assert plain == [f"{kind}_backward_kernel"]
 
 
@@ -205,12 +205,12 @@ def test_traffic_of_parameters(d: int) -> None:
         configs.override_config("layer_norm_backward", settings),
         counting_traffic() as plain,
     ):
-        norm_backward(x, None, x, weight, bias, 1e-5, [False, False])
+        backward(x, None, x, None, weight, bias, 1e-5, [True, False, False])
     with (
         configs.override_config("layer_norm_backward", settings),
         counting_traffic() as both,
     ):
-        norm_backward(x, None, x, weight, bias, 1e-5, [True, True])
+        backward(x, None, x, None, weight, bias, 1e-5, [True] * 3)
     again = 2 * rows * d * x.itemsize if wide else 0  # x and dy once more
     saved = 0 if wide else (rows // 4 - programs) * d * 4  # fewer programs read the weight
     expected = again - saved + 2 * 8 * programs * d + 2 * d * 4
