@@ -27,19 +27,18 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.guidance import GuidanceConfig
-from fastdiff.diffusion.predictions import Prediction, to_denoised
+from fastdiff.diffusion.predictions import to_denoised
 from fastdiff.diffusion.schedules import (
     NoiseSchedule,
-    TimestepSpacing,
     sigma_spacing,
     timestep_spacing,
 )
 from fastdiff.kernels import COLUMNS
+from fastdiff.names import SPACINGS, Prediction, TimestepSpacing
 
 NO_SLOT = -1
 COLUMN = {column.name: int(column) for column in COLUMNS}
 Spacing = Literal["leading", "trailing", "linspace", "simple", "karras", "exponential"]
-SPACINGS: tuple[str, ...] = ("trailing", "leading", "linspace", "simple", "karras", "exponential")
 Variance = Literal["fixed_small", "fixed_large", "learned"]
 
 

@@ -30,9 +30,9 @@ from fastdiff.kernels import (
     group_norm_silu,
     layer_norm,
 )
+from fastdiff.names import QKVOrder
 
 TimeEmbedding = Literal["openai", "ddpm"]
-QKVOrder = Literal["legacy", "new"]
 DownsamplePadding = Literal["symmetric", "asymmetric"]
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.diffusion.guidance import GuidanceConfig
-from fastdiff.diffusion.samplers import COLUMN, NEEDS_SIGNAL, SAMPLERS, SPACINGS, build_table
+from fastdiff.diffusion.samplers import COLUMN, NEEDS_SIGNAL, SAMPLERS, build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import INITIAL_NOISE, SAMPLER_NOISE, backend, philox_normal
+from fastdiff.names import SPACINGS
 from tests.kernels.cases import device_of, needs_triton
 
 LINEAR = NoiseSchedule(ScheduleConfig())

@@ -230,6 +230,23 @@ def test_embedding_and_context_can_be_computed_ahead() -> None:
 
 
 @torch.no_grad()
+def test_a_mixture_of_classes_is_the_mixture_of_their_embeddings() -> None:
+    model, t = build("adm", torch.float64), torch.tensor([7, 500])
+    table = model.label_embed.weight
+    weights = torch.zeros(2, len(table), dtype=torch.float64)
+    weights[:, 1] = 1
+    torch.testing.assert_close(
+        model.embed(t, weights), model.embed(t, torch.tensor([1, 1])), rtol=0, atol=1e-14
+    )
+    weights[:, 1], weights[:, 4] = 0.25, 0.75
+    mixed = model.embed(t, weights)
+    table[2] = 0.25 * table[1] + 0.75 * table[4]
+    torch.testing.assert_close(mixed, model.embed(t, torch.tensor([2, 2])), rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match=r"y must be weights of shape \(2, 11\), got \(2, 3\)"):
+        model.embed(t, torch.zeros(2, 3))
+
+
+@torch.no_grad()
 def test_classes_and_the_null_class_differ() -> None:
     model, arguments = build("adm"), inputs("adm")
     rows = [model(arguments["x"][:1], torch.tensor(5), y=torch.tensor([y])) for y in (0, 1, 10)]
