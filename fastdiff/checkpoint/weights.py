@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastdiff.files import printable
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.network import kind_of, network_family
 
@@ -34,6 +36,15 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
+class Record:
+    """Bytes of a file with their CRC-32."""
+
+    offset: int
+    length: int
+    crc: int
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a tensor stands: `offset` bytes into a file, `shape` numbers of `dtype` in a row."""
 
@@ -43,6 +54,8 @@ class Place:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
     """Strides in numbers where they do not lie in a row; `span` numbers are read then."""
+    record: Record | None = None
+    """What it lies in, where the file carries a checksum of that."""
 
     @property
     def numel(self) -> int:
@@ -65,6 +78,8 @@ class Weights:
     places: dict[str, Place]
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the file says: metadata, global_step."""
+    checked: set[tuple[Path, int]] = field(default_factory=set)
+    """The records (file, offset) whose checksums have been compared."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,7 +87,8 @@ class Weights:
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Those tensors of ours that `names` (new -> ours) names, under their new names."""
-        return Weights(self.path, {new: self.places[key] for new, key in names.items()}, self.facts)
+        places = {new: self.places[key] for new, key in names.items()}
+        return Weights(self.path, places, self.facts, self.checked)
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin with `prefix`, without it."""
@@ -107,7 +123,12 @@ class Weights:
                 part.copy_(read)
 
     def _read(self, place: Place, out: Tensor, start: int = 0) -> None:
-        """Fill the one-dimensional `out` with the numbers from `start` on."""
+        """Fill the one-dimensional `out` with the numbers from `start` on.
+
+        Raises:
+            ValueError: the file ends too early, or its bytes do not have the checksum that it says.
+        """
+        self._check(place)
         view = out.view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         with place.path.open("rb", buffering=0) as file:
             file.seek(place.offset + start * place.dtype.itemsize)
@@ -118,6 +139,23 @@ class Weights:
                         f"{place.path}: the file ends inside a tensor; was it changed?"
                     )
                 view = view[count:]
+
+    def _check(self, place: Place) -> None:
+        """Compare the checksum of the record that a tensor lies in, once."""
+        record = place.record
+        if record is None or (place.path, record.offset) in self.checked:
+            return
+        crc, left = 0, record.length
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(record.offset)
+            while left and (part := file.read(min(left, CHUNK))):
+                crc, left = zlib.crc32(part, crc), left - len(part)
+        if crc != record.crc:
+            raise ValueError(
+                f"{place.path}: damaged: the checksum of the {record.length} bytes from "
+                f"{record.offset} on is {crc:08x}, expected {record.crc:08x}; fetch the file again"
+            )
+        self.checked.add((place.path, record.offset))
 
 
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
@@ -211,5 +249,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def some(names: Iterable[str], count: int = 5) -> str:
     """The first names of a list, for messages."""
-    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
+    names = list(map(printable, names))
     return ", ".join(names[:count]) + (f", … ({len(names)})" if len(names) > count else "")
