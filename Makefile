@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 ASSETS := fastdiff/assets/digits
 
-.PHONY: help venv build demo test test-avx2 check lint types format bench wheel install-check weights clean
+.PHONY: help venv build demo test test-avx2 durations check lint types format bench wheel install-check weights clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
 	@# a path and not an import hook: type checkers find the package in the user's files too
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=compat
+	@$(BIN)/python -c 'from fastdiff.kernels.compiled import describe; b = describe(); print("compiled for this CPU:", b.get("isa") or b["missing"]); print("CUDA kernels:", b.get("cuda_architectures") or b.get("without_cuda", "none"))'
 	@touch $@
 
 venv: $(STAMP) ## make .venv with what constraints.txt pins
@@ -46,6 +47,9 @@ types: $(STAMP) ## mypy
 format: $(STAMP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+durations: $(STAMP) ## what tests cost, in one process: make durations WHAT=tests/kernels
+	$(BIN)/python -m pytest $(or $(WHAT),tests)
 
 bench: $(STAMP) ## time every op and the whole pipeline on this machine
 	$(BIN)/python -m pytest benchmarks

@@ -6,8 +6,10 @@ kernel is compiled once per instruction set, and the module takes the best one w
 
 Environment:
     CXX                    the C++ compiler; else c++, g++ or clang++ from PATH
-    FASTDIFF_BUILD_CUDA    1: the CUDA kernels too, or fail; 0: without; auto: where nvcc is found
-    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a+PTX"; default: those of `ARCHITECTURES` nvcc knows
+    FASTDIFF_BUILD_CUDA    1: the CUDA kernels too, or fail; 0: without; auto, the default: for the
+                           GPUs of this machine if there are any and nvcc is found
+    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a+PTX": what to compile for, whatever GPU is here;
+                           without it, 1 compiles for all of `ARCHITECTURES`, which takes minutes
     NVCC, CUDA_HOME        where nvcc is; else from PATH or /usr/local/cuda
     FASTDIFF_SANITIZE      1: AddressSanitizer and UBSan, without CUDA; for tests, not to install
 
@@ -125,24 +127,48 @@ def find_cuda() -> Cuda | str:
         return (
             "FASTDIFF_BUILD_CUDA was 0" if asked == "0" else "it is built for tests of CPU kernels"
         )
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    here = () if asked == "1" or listed else gpus()
+    if asked == "auto" and not listed and not here:
+        return "no GPU was found here; FASTDIFF_BUILD_CUDA=1 builds them all the same"
+    cuda = cuda_for(here)
+    if isinstance(cuda, str) and asked == "1":
+        raise SystemExit(f"fastdiff: FASTDIFF_BUILD_CUDA=1, but {cuda}")
+    return cuda
+
+
+def cuda_for(here: tuple[str, ...] = ()) -> Cuda | str:
+    """nvcc and the architectures of `here` that it knows, or why there is none.
+
+    here: none given: what TORCH_CUDA_ARCH_LIST says, else all that the kernels are written for.
+    """
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     candidates = [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
     nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
-    names = architectures(nvcc) if nvcc else ()
     if nvcc is None:
-        missing = "nvcc was not found; set CUDA_HOME"
-    elif not names:
-        asked_for = os.environ.get("TORCH_CUDA_ARCH_LIST") or ", ".join(ARCHITECTURES)
-        missing = f"{nvcc} and the kernels share none of the architectures {asked_for}"
-    else:
-        return Cuda(nvcc=nvcc, architectures=names)
-    if asked == "1":
-        raise SystemExit(f"fastdiff: FASTDIFF_BUILD_CUDA=1, but {missing}")
-    return missing
+        return "nvcc was not found; set CUDA_HOME"
+    names = architectures(nvcc, here)
+    if not names:
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or ", ".join(here or ARCHITECTURES)
+        return f"{nvcc} and the kernels share none of the architectures {listed}"
+    return Cuda(nvcc=nvcc, architectures=names)
 
 
-def architectures(nvcc: str) -> tuple[str, ...]:
-    """Those of TORCH_CUDA_ARCH_LIST from 8.0 on, else those of `ARCHITECTURES` nvcc knows."""
+def gpus() -> tuple[str, ...]:
+    """What to compile for the GPUs of this machine, as nvidia-smi tells of them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = dict.fromkeys(re.findall(r"^(\d+\.\d)$", told.stdout, re.MULTILINE))
+    named = {name.rstrip("a"): name for name in ARCHITECTURES}
+    return tuple(named.get(number, number) for number in found)
+
+
+def architectures(nvcc: str, here: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Those of TORCH_CUDA_ARCH_LIST from 8.0 on, else those of `here` that nvcc knows; none given:
+    of `ARCHITECTURES`."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     names = [name for name in listed.split(";") if name]
     for name in names:
@@ -154,7 +180,8 @@ def architectures(nvcc: str) -> tuple[str, ...]:
         return tuple(name for name in names if int(name.partition(".")[0]) >= 8)
     told = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
     known = set(re.findall(r"sm_(\w+)", told.stdout))
-    return tuple(name for name in ARCHITECTURES if name.replace(".", "").rstrip("a") in known)
+    wanted = [name for name in here or ARCHITECTURES if int(name.partition(".")[0]) >= 8]
+    return tuple(name for name in wanted if name.replace(".", "").rstrip("a") in known)
 
 
 def isas() -> dict[str, str]:
@@ -326,6 +353,8 @@ class BuildNative(build_ext):
         """With the CUDA kernels where that works. Raises CannotBuildError."""
         target, version = build_folder() / name, self.distribution.get_version()
         cuda = find_cuda()
+        told = ", ".join(cuda.architectures) if isinstance(cuda, Cuda) else f"none: {cuda}"
+        print(f"fastdiff: CPU kernels: {', '.join(isas())}; CUDA kernels: {told}", flush=True)
         if run_ninja(target, version, cuda):
             return target
         if isinstance(cuda, Cuda) and os.environ.get("FASTDIFF_BUILD_CUDA") != "1":

@@ -409,7 +409,7 @@ def tuned_cases() -> list[Any]:
     import torch
 
     from fastdiff.bench import shapes, tune
-    from fastdiff.kernels.tuning import TUNABLES
+    from fastdiff.bench.tunables import TUNABLES
 
     dims = {
         str(call.tensors[0][3])

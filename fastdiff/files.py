@@ -17,8 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 # the names of _temporary_sibling and _replace_folder, with tempfile's eight characters
 _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
+LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,6 +91,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write ``data`` to ``path`` as indented JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, *, what: str) -> Iterator[None]:
+    """Keep other processes out of ``folder``, which is made if it is missing, during the block.
+
+    The lock belongs to the process: it goes with it, however the process ends.
+
+    Args:
+        what: what the other process would be doing there, as in "is training".
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"another process {what} in {folder}; wait for it to end, or choose another folder"
+        ) from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageDraw,
+    ImageFont,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from torch import Tensor
 
 from fastdiff.files import atomic_file
@@ -28,6 +35,17 @@ MAX_SIDE = 65_535
 # RuntimeError (AVIF), NotImplementedError (DDS), AttributeError (SPIDER) and more: whatever it is,
 # one bad file must not end a run.
 UNREADABLE = Exception
+_GREY = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's Orientation -> what brings the image upright (Exif 2.32, 4.6.4 A)."""
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 BACKGROUND, FRAME, INK, FAINT = "#fafaf8", "#d8d8d2", "#26262a", "#77777f"
@@ -237,7 +255,32 @@ def open_flat(source: Path | bytes, background: tuple[int, int, int]) -> Image.I
     with Image.open(stream, formats=_formats()) as image:
         image.seek(0)
         image.load()
-        return _flatten(ImageOps.exif_transpose(image), background)
+        return _flatten(_upright(image), background)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF or XMP orientation says. Other metadata, whole or damaged, has no say.
+
+    (`ImageOps.exif_transpose` also writes the metadata anew, and fails on a single damaged tag.)
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        orientation = None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def in_colour(path: Path) -> bool:
+    """Whether a file holds an image that is not grey; False where it cannot be read."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            if image.mode == "P":
+                levels = image.getpalette("RGB") or []
+                return levels[0::3] != levels[1::3] or levels[1::3] != levels[2::3]
+            return image.mode not in _GREY
+    except UNREADABLE:
+        return False
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -20,7 +20,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -49,6 +50,9 @@ _environment: Any = getattr(os.environ, "_data", os.environ)
 _variable: Any = ENVIRONMENT_VARIABLE
 if _environment is not os.environ:
     _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+_tracing_state = torch._C._get_tracing_state
+_transformation = torch._C._functorch.peek_interpreter_stack
 
 _forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
 _served: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
@@ -115,6 +119,33 @@ class Backend:
         return (not devices or device in devices) and (not self.dtypes or dtype in self.dtypes)
 
 
+def without(wide: Backend, places: slice, gradients: slice = slice(0, 0)) -> Backend:
+    """A backend of an op with two outputs as that of the op that has the first one only, and not
+    the arguments at `places`: None goes in.
+
+    Args:
+        gradients: where those arguments' own gradients are among all.
+    """
+    first, absent = places.start, (None,) * (places.stop - places.start)
+    unwanted = (False,) * (gradients.stop - gradients.start)
+
+    def forward(*args: Any) -> tuple[Any, Tensor | None]:
+        (y, _), statistics = wide.forward(*args[:first], *absent, *args[first:])
+        return y, statistics
+
+    def backward(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        needs = *rest[-1][: gradients.start], *unwanted, *rest[-1][gradients.start :]
+        assert wide.backward is not None
+        found = wide.backward(dy, None, *rest[:first], *absent, *rest[first:-1], needs)
+        return *found[: gradients.start], *found[gradients.stop :]
+
+    def why_not(*args: Any) -> str | None:
+        why_not = wide.why_not
+        return None if why_not is None else why_not(*args[:first], *absent, *args[first:])
+
+    return replace(wide, forward=forward, backward=backward, why_not=wide.why_not and why_not)
+
+
 class Choosable(Protocol):
     """What an op is here: a name and its backends."""
 
@@ -140,13 +171,12 @@ def forget_candidates() -> None:
 
 def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
     """Why a backend would not run these arguments now, None where it would."""
-    backend = available_backends(op).get(name)
-    if backend is None:
+    backend = op.backends.get(name)
+    if backend is None or name in UNAVAILABLE:
         return missing(op, name)
     x, devices = args[0], DEVICES[name]
     device = x.device.type
-    emulated = device in EMULATED.get(name, ()) and selected_backend() == name
-    if devices and device not in devices and not emulated:
+    if devices and device not in devices and not _emulated(name, device):
         return f"it runs on {' and '.join(devices)}, got tensors on {device}"
     if backend.dtypes and x.dtype not in backend.dtypes:
         *known, got = (str(d).removeprefix("torch.") for d in (*backend.dtypes, x.dtype))
@@ -155,6 +185,19 @@ def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
     if reason is None and backend.slower is not None and selected_backend() == "auto":
         return backend.slower(*args)
     return reason
+
+
+def _emulated(name: str, device: str) -> bool:
+    return device in EMULATED.get(name, ()) and selected_backend() == name
+
+
+def elsewhere(names: Sequence[str], args: Sequence[Any]) -> str | None:
+    """Why kernels cannot run these arguments where a tensor is on another device than the first."""
+    device = args[0].device
+    for i, t in enumerate(args[1:], start=1):
+        if isinstance(t, Tensor) and t.device != device:
+            return f"{names[i]} must be on the device of {names[0]}, {device}, got {t.device}"
+    return None
 
 
 def available_backends(op: Choosable) -> dict[str, Backend]:
@@ -177,7 +220,7 @@ def candidates(op: Choosable, args: tuple[Any, ...]) -> tuple[Backend, ...]:
     x = args[0]
     device = "cpu" if x.is_cpu else x.device.type
     first = op.first(args) if device == "cuda" else None
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _candidates(op, device, x.dtype, first)
     key = device, x.dtype, first
     found = op.candidates.get(key)
@@ -250,34 +293,42 @@ def traces_reference(op: Choosable, args: tuple[Any, ...]) -> bool:
 def transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is active: only the reference has those
     derivatives, and an opaque kernel would silently give zeros."""
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return forward_ad._current_level >= 0 or _transformation() is not None
 
 
-def plain(arguments: Iterable[Any], *, on_cpu: bool, differentiable: bool = True) -> bool:
-    """Whether a call may go past PyTorch's dispatcher: no gradient is wanted, nothing is traced.
+def untraced(arguments: Iterable[Any]) -> bool:
+    """Whether a call may go past PyTorch's dispatcher: nothing is compiled, transformed or traced,
+    and the tensors are plain ones on one device."""
+    return not (is_compiling() or transformed()) and unseen(arguments)
 
-    Args:
-        on_cpu: where all tensors have to be, on a CPU or not.
-        differentiable: whether a gradient can be wanted at all.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._get_tracing_state() is not None
-        or transformed()
-    ):
+
+def unseen(arguments: Iterable[Any]) -> bool:
+    """`untraced` where it is known that nothing is compiled or transformed."""
+    if is_in_torch_dispatch_mode() or _tracing_state() is not None:
         return False
-    wanted = differentiable and torch.is_grad_enabled()
+    device = None
     for x in arguments:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
-            if x.is_neg() or x.is_cpu is not on_cpu or (wanted and x.requires_grad):
+            where = "cpu" if x.is_cpu else x.device
+            if x.is_neg() or (device is not None and where != device):
                 return False
+            device = where
         elif kind not in _NO_TENSORS and isinstance(x, Tensor):  # a subclass, which may do anything
             return False
     return True
+
+
+def wants_gradient(arguments: Iterable[Any]) -> bool:
+    """Whether autograd has to know of a call."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in arguments
+    )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a call may go past PyTorch's dispatcher and past autograd."""
+    return untraced(tensors) and not wants_gradient(tensors)
 
 
 _NO_TENSORS = frozenset({type(None), bool, int, float, str})
@@ -292,11 +343,7 @@ def _warn_once(op: str, backend_name: str, reason: str) -> None:
 
 def _warn_of_missing(backend_name: str) -> None:
     """Once, if there is a reason why it is missing: pip does not show what a build warned of."""
-    if (
-        backend_name in UNAVAILABLE
-        and not torch.compiler.is_compiling()
-        and ("", backend_name) not in _warned
-    ):
+    if backend_name in UNAVAILABLE and not is_compiling() and ("", backend_name) not in _warned:
         _warned.add(("", backend_name))
         reason = UNAVAILABLE[backend_name]
         message = f"fastdiff runs without its {backend_name} kernels, slower: {reason}"

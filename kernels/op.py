@@ -4,15 +4,17 @@ An op is one `torch.library` op, ``fastdiff::<name>``, and one for its backward 
 backend when it runs, so a graph of `torch.compile` follows ``with backend(...)`` too. What the
 forward pass saves has one shape for all backends, and every output has the strides of `fake`.
 
-A differentiable op returns, after its outputs and its statistics, a mark: the backend that ran,
-which the backward pass takes again. It runs in autograd's own threads, or after the ``with`` block,
-where no `ContextVar` tells. The mark is an empty tensor whose stride is the backend's number: a
-graph can pass it on, reading it waits for no GPU, and it keeps no memory (docs/decisions/kernels.md
-has the alternatives). Where a hook on saved tensors made another tensor of it, the gradients are
-those of the reference, which needs none of the statistics.
+In eager a call goes straight to the backend's function, through an `autograd.Function` of ours
+where a gradient is wanted: PyTorch's dispatcher costs more than a small tensor's work. The backward
+pass takes the backend of its forward pass, which it finds in its context: it runs in autograd's own
+threads, or after the ``with`` block, where no `ContextVar` tells.
 
-Calls that are `plain` go straight to the backend's function: a call through PyTorch's dispatcher
-costs more than a small tensor's work.
+Only graphs, dispatch modes and transformations see the op that PyTorch knows. A differentiable one
+returns, after its outputs and its statistics, a mark: the backend that ran. The mark is an empty
+tensor whose stride is the backend's number: a graph can pass it on, reading it waits for no GPU,
+and it keeps no memory (docs/decisions/kernels.md has the alternatives). Where a hook on saved
+tensors made another tensor of it, the gradients are those of the reference, which needs none of the
+statistics.
 """
 
 from __future__ import annotations
@@ -24,21 +26,28 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .choose import (
     OPS,
     ORDER,
     Backend,
     choose,
-    plain,
+    elsewhere,
     record,
     traces_reference,
+    unseen,
+    untraced,
+    wants_gradient,
 )
 from .tuning import measured
 
 NAMESPACE = "fastdiff"
 MARKS = {name: 2 + number for number, name in enumerate(ORDER)}
 """Backend -> its mark's stride. 1 is what an empty tensor has by itself."""
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""What ``torch.autograd.grad(..., is_grads_batched=True)`` passes to a backward pass."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -110,6 +119,8 @@ class Op:
     """Places of the tensors among the arguments."""
     own: list[int] = field(init=False)
     """Places of those that have a gradient of their own."""
+    takers: list[list[int]] = field(init=False)
+    """For each of `own`: the places of the arguments that get its gradient."""
     outputs: int = field(init=False)
     known: Any = field(init=False)
     """The op that PyTorch knows."""
@@ -126,6 +137,10 @@ class Op:
         names = list(self.types)
         self.tensors = [i for i, name in enumerate(names) if "Tensor" in self.types[name]]
         self.own = [i for i in self.tensors if names[i] not in self.passed_on]
+        self.takers = [
+            [i for i in self.tensors if names[i] == a or self.passed_on.get(names[i]) == a]
+            for a in (names[place] for place in self.own)
+        ]
         given = {kernel.name: kernel for kernel in (*self.kernels, _reference_backend(self))}
         self.use({name: given[name] for name in ORDER if name in given})
         OPS[self.name] = self
@@ -142,17 +157,19 @@ class Op:
         return function
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if self.traceable and traces_reference(self, args):
                 return self.backends["reference"].forward(*args, False)[0]
             return self._through_pytorch(args)
         backend = choose(self, args)
-        if backend.name == "reference" or plain(
-            args, on_cpu=args[0].is_cpu, differentiable=self.differentiable
-        ):
-            record(self.name, backend.name)
-            return backend.forward(*args, False)[0]
-        return self._through_pytorch(args)
+        if backend.name != "reference":
+            if not unseen(args):
+                return self._through_pytorch(args)
+            if self.differentiable and wants_gradient(args):
+                record(self.name, backend.name)
+                return _Differentiable.apply(self, backend, *args)
+        record(self.name, backend.name)
+        return backend.forward(*args, False)[0]
 
     def first(self, args: tuple[Any, ...]) -> str | None:
         """What measured fastest on the GPU of these arguments."""
@@ -160,7 +177,7 @@ class Op:
             return None
         x = args[0]
         # graphs may not depend on the batch
-        of = measured.ANY if torch.compiler.is_compiling() else self.shape_class(*args)
+        of = measured.ANY if is_compiling() else self.shape_class(*args)
         found = measured.fastest(self.name, x.device, x.dtype, of)
         if found is None and self.unmeasured is not None:
             return self.unmeasured(x.device)
@@ -193,8 +210,9 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         backend = choose(self, args)
-        if backend.name != "reference":
-            self._check_devices(args)
+        moved = None if backend.name == "reference" else elsewhere(list(self.types), args)
+        if moved is not None:  # a kernel would take another device's address for one of its own
+            raise ValueError(f"{self.name}: {moved}; use .to({args[0].device.type!r})")
         record(self.name, backend.name)
         outputs, statistics = backend.forward(*args, True)
         return self._packed(args[0], outputs, statistics, MARKS[backend.name])
@@ -207,23 +225,12 @@ class Op:
         """Outputs, statistics and mark, as the op's schema has them."""
         if outputs is None:
             return None
-        flat = outputs if isinstance(outputs, tuple) else (outputs,)
+        flat: tuple[Any, ...] = _flat(outputs)
         if self.statistics:
             flat = (*flat, statistics)
         if self.differentiable:
-            marked = torch.empty_strided((0,), (mark,), dtype=torch.uint8, device=x.device)
-            flat = (*flat, marked)
+            flat = (*flat, _mark(x, mark))
         return flat if len(flat) > 1 else flat[0]
-
-    def _check_devices(self, args: tuple[Any, ...]) -> None:
-        """Raises ValueError: a kernel would take another device's address for one of its own."""
-        for i in self.tensors:
-            if args[i] is not None and args[i].device != args[0].device:
-                name, first = list(self.types)[i], next(iter(self.types))
-                raise ValueError(
-                    f"{self.name}: {name} must be on the device of {first}, {args[0].device}, "
-                    f"got {args[i].device}; use {name}.to({first}.device)"
-                )
 
     # Its derivative
 
@@ -247,54 +254,66 @@ class Op:
         self.known_backward = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = self.keep(inputs, output[: self.outputs])
-        ctx.others = [None if isinstance(a, Tensor) else a for a in kept]
-        ctx.dtypes = [a.dtype if isinstance(a, Tensor) else None for a in inputs]
-        ctx.set_materialize_grads(False)
+        ctx.backend = None  # the mark, the last of what is saved, tells
         if self.statistics:
             ctx.mark_non_differentiable(output[self.outputs])
+        self.save(ctx, inputs, output[: self.outputs], output[self.outputs :])
+
+    def save(
+        self, ctx: Any, args: tuple[Any, ...], outputs: Sequence[Tensor], more: Sequence[Tensor]
+    ) -> None:
+        """Save what the backward pass needs; `more` is the statistics and the mark, if any."""
+        kept = self.keep(args, outputs)
+        ctx.others = [None if isinstance(a, Tensor) else a for a in kept]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            *(a if isinstance(a, Tensor) else None for a in kept),
-            *(output[i] for i in self.kept_outputs),
-            *output[self.outputs :],
+            *(kept[i] for i in self.tensors), *(outputs[i] for i in self.kept_outputs), *more
         )
 
     def _differentiate(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = list(gradients[: self.outputs])
-        some = next((g for g in given if g is not None), None)
-        if some is None:
-            return (None,) * len(self.types)
-        count = len(self.types)
-        tensors = ctx.saved_tensors
-        pairs = zip(tensors[:count], ctx.others, strict=True)
-        kept = tuple(other if t is None else t for t, other in pairs)
-        needs = self._needs(ctx.needs_input_grad)
+        return self.differentiate(ctx, ctx.needs_input_grad, gradients[: self.outputs])
+
+    def differentiate(
+        self, ctx: Any, wanted: Sequence[bool], given: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the arguments, where they are wanted, from those of the outputs."""
+        results: list[Tensor | None] = [None] * len(self.types)
+        if all(gradient is None for gradient in given):
+            return tuple(results)
+        count, tensors, kept = len(self.tensors), ctx.saved_tensors, ctx.others.copy()
+        for i, tensor in zip(self.tensors, tensors, strict=False):
+            kept[i] = tensor
         if given[0] is None:
             assert self.without_first is not None
             found = self.without_first(given, *kept)
         elif torch.is_grad_enabled():
             found = self.gradients_by_reference(given, kept)
         else:
-            found = self.known_backward(*given, *kept, *tensors[count:], needs)
-            found = found if isinstance(found, (tuple, list)) else (found,)
-        mine = dict(zip(self.own, found, strict=True))
-        names = list(self.types)
-        results: list[Tensor | None] = [None] * count
-        for i in self.tensors:
-            source = names.index(self.passed_on.get(names[i], names[i]))
-            gradient = mine[source]
-            if ctx.needs_input_grad[i] and gradient is not None:
-                results[i] = gradient.to(ctx.dtypes[i])
+            needs = [any(wanted[i] for i in places) for places in self.takers]
+            rest = *given, *kept, *tensors[count:]
+            found = self._gradients_of_kernel(ctx.backend, rest, needs)
+        for places, gradient in zip(self.takers, found, strict=True):
+            for i in places:
+                if wanted[i]:
+                    results[i] = gradient
         return tuple(results)
 
-    def _needs(self, wanted: Sequence[bool]) -> list[bool]:
-        """Which of the arguments with a gradient of their own have to have it."""
-        names = list(self.types)
-        through = {names.index(b) for a, b in self.passed_on.items() if wanted[names.index(a)]}
-        return [bool(wanted[i]) or i in through for i in self.own]
+    def _gradients_of_kernel(
+        self, backend: Backend | None, rest: Sequence[Any], needs: list[bool]
+    ) -> Sequence[Tensor | None]:
+        """backend: of the forward pass; None: the last of `rest` is its mark."""
+        if backend is not None:
+            batched = (g is not None and _is_batched(g) for g in rest[: self.outputs])
+            if untraced(rest) and not any(batched):
+                assert backend.backward is not None, f"no backward pass of {self.name}"
+                gradients: Sequence[Tensor | None] = backend.backward(*rest, needs)
+                return gradients
+            rest = *rest, _mark(rest[0], MARKS[backend.name])
+        found = self.known_backward(*rest, needs)
+        return found if isinstance(found, (tuple, list)) else (found,)
 
     def gradients_by_reference(
-        self, gradients: Sequence[Tensor | None], kept: tuple[Any, ...]
+        self, gradients: Sequence[Tensor | None], kept: Sequence[Any]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the arguments of `own`, differentiable once more."""
         if self.again is not None:
@@ -336,6 +355,25 @@ class Op:
         return tuple(results) if len(results) > 1 else results[0]
 
 
+class _Differentiable(torch.autograd.Function):
+    """A call in eager that wants a gradient: the backend's two functions, and nothing between."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:
+        outputs, statistics = backend.forward(*args, True)
+        ctx.op, ctx.backend = op, backend
+        op.save(ctx, args, _flat(outputs), (statistics,) if op.statistics else ())
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.op.differentiate(ctx, ctx.needs_input_grad[2:], gradients)
+
+
+def _mark(x: Tensor, stride: int) -> Tensor:
+    return torch.empty_strided((0,), (stride,), dtype=torch.uint8, device=x.device)
+
+
 def reference_gradients(
     reference: Callable[..., Any],
     inputs: Sequence[Any],
@@ -347,8 +385,7 @@ def reference_gradients(
     A backward pass calls it when a graph of it is wanted (gradients are enabled in it).
     """
     leaves = [i for i in places if isinstance(inputs[i], Tensor) and inputs[i].requires_grad]
-    y = reference(*inputs)
-    outputs = y if isinstance(y, tuple) else (y,)
+    outputs = _flat(reference(*inputs))
     given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
     found = torch.autograd.grad(
         [o for o, _ in given],

@@ -14,6 +14,7 @@ import os
 import pytest
 import torch
 
+from tests.support.costs import Costs
 from tests.support.imports import ROOT
 from tests.support.selection import is_numeric
 
@@ -23,6 +24,10 @@ if not torch.cuda.is_available():
 os.environ.pop("COLUMNS", None)  # pytest -n sets it: output would wrap as on a terminal
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs(), "costs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from fastdiff.kernels import OPS
-from tests.support.imports import PACKAGE, ROOT, circles, graph, imports, module_of, package_files
+from tests.support.imports import (
+    PACKAGE,
+    ROOT,
+    circles,
+    graph,
+    imports,
+    module_of,
+    package_files,
+    private_uses,
+)
 
 FILES = package_files()
 LEVELS = {
@@ -74,6 +83,36 @@ def test_no_files_form_a_circle() -> None:
     others = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     found = circles(graph({**FILES, **{module_of(path): path for path in others}}))
     assert not found, "\n".join(" -> ".join([*circle, circle[0]]) for circle in found)
+
+
+def test_no_private_name_crosses_a_module() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for module, path in FILES.items()
+        for line, name in private_uses(path, module, FILES)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from fastdiff.room.b import _f", "fastdiff.room.b._f"),
+        ("from .b import _f as f", "fastdiff.room.b._f"),
+        ("from fastdiff.room import b\nb._f()", "fastdiff.room.b._f"),
+        ("def g():\n    from . import b as c\n    return c._f", "fastdiff.room.b._f"),
+        ("import fastdiff.room.b\nfastdiff.room.b._f", "fastdiff.room.b._f"),
+        ("import fastdiff.room.b as b\nb._f = 1", "fastdiff.room.b._f"),
+        ("from .b import f\nf._g\nf.__doc__\nimport torch\ntorch._C", None),
+    ],
+)
+def test_a_private_name_from_elsewhere_is_seen(tmp_path: Path, line: str, name: str | None) -> None:
+    folder = tmp_path / PACKAGE / "room"
+    folder.mkdir(parents=True)
+    (folder / "a.py").write_text(line)
+    (folder / "b.py").write_text("def _f(): ...")
+    found = private_uses(folder / "a.py", "fastdiff.room.a", package_files(tmp_path))
+    assert [each for _, each in found] == ([] if name is None else [name])
 
 
 def says_unet(path: Path) -> bool:

@@ -28,7 +28,7 @@ builds = pytest.mark.slow  # the first of them that runs waits for the C++ compi
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_cuda() -> Iterator[None]:
-    """nvcc takes long, and `make venv` has shown already that the CUDA kernels compile."""
+    """nvcc takes long, and tests/kernels/test_cuda_resources.py shows that the kernels compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIFF_BUILD_CUDA", "0")
         yield
@@ -139,7 +139,8 @@ def test_where_nvcc_fails_the_module_is_built_without_cuda(source: Path, tmp_pat
     nvcc = tmp_path / "nvcc"
     nvcc.write_text('#!/bin/sh\ntest "$1" = --list-gpu-code && echo sm_80 || exit 1\n')
     nvcc.chmod(0o755)
-    built = build_in_place(source, FASTDIFF_BUILD_CUDA="auto", NVCC=str(nvcc))
+    a_gpu = {"TORCH_CUDA_ARCH_LIST": "8.0"}
+    built = build_in_place(source, FASTDIFF_BUILD_CUDA="auto", NVCC=str(nvcc), **a_gpu)
     assert built.returncode == 0, built.stderr
     assert built.stderr.count(f"installed without CUDA kernels: {nvcc} failed on them") == 1
     module = next((source / "kernels").glob("_native.*"))
@@ -163,7 +164,41 @@ def test_cuda_that_is_demanded_and_not_there(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(SystemExit, match="FASTDIFF_BUILD_CUDA=1, but nvcc was not found; set"):
         script.find_cuda()
     monkeypatch.setenv("FASTDIFF_BUILD_CUDA", "auto")
+    monkeypatch.setattr(script, "gpus", lambda: ("9.0a",))
     assert script.find_cuda() == "nvcc was not found; set CUDA_HOME"
+
+
+def nvcc_and_gpus(folder: Path, *capabilities: str) -> None:
+    """Executables that answer as nvcc and nvidia-smi do."""
+    codes = " ".join(f"sm_{code}" for code in ("75", "80", "86", "89", "90", "100", "120"))
+    for name, told in (("nvcc", codes), ("nvidia-smi", "\n".join(capabilities))):
+        (folder / name).write_text(f"#!/bin/sh\necho '{told}'\n")
+        (folder / name).chmod(0o755)
+
+
+def test_cuda_kernels_are_built_for_the_gpus_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For two kinds of GPU both; for none nothing, unless it is demanded or listed."""
+    script = build_script()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("FASTDIFF_BUILD_CUDA", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    nvcc_and_gpus(tmp_path, "9.0", "9.0", "12.0")
+    assert script.find_cuda().architectures == ("9.0a", "12.0")
+    nvcc_and_gpus(tmp_path, "7.5")
+    assert "share none of the architectures 7.5" in script.find_cuda()
+    nvcc_and_gpus(tmp_path, "No devices were found")
+    assert script.find_cuda() == (
+        "no GPU was found here; FASTDIFF_BUILD_CUDA=1 builds them all the same"
+    )
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert script.find_cuda().architectures == ("8.0",)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setenv("FASTDIFF_BUILD_CUDA", "1")
+    assert script.find_cuda().architectures == script.ARCHITECTURES
+    (tmp_path / "nvidia-smi").unlink()
+    assert script.gpus() == ()
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

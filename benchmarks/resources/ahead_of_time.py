@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastdiff.kernels.triton import Launch, recording_launches, target
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, configs
+from fastdiff.bench.compile import target
+from fastdiff.bench.tunables import TUNABLES
+from fastdiff.kernels.triton import Launch, recording_launches
+from fastdiff.kernels.tuning import Config, Gpu, configs
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 INTEGERS = {"int64": "i64", "int32": "i32", "uint8": "u8", "bool": "i1"}

@@ -101,7 +101,7 @@ def compiled() -> list[Path]:
     folder = script.build_folder()
     target = folder / f"_native.{folder.name}.so"
     try:
-        cuda = script.find_cuda()
+        cuda = script.cuda_for()
         if isinstance(cuda, str):
             raise NoCompilerError(cuda)
         names = script.write_ninja(folder, target, __version__, cuda)

@@ -27,6 +27,7 @@ from fastdiff import kernels
 from fastdiff.bench.providers import Make, Subject
 from fastdiff.bench.shapes import GPU_JOBS, Call, Job
 from fastdiff.bench.subjects import NETWORK_OPS, own_cases
+from fastdiff.bench.watch import Launch, watched
 from fastdiff.kernels import cuda as _cuda
 from fastdiff.kernels.choose import UNAVAILABLE
 
@@ -42,7 +43,7 @@ HEADS = (
 class Row:
     """Launches that differ in their number of blocks only, and the first call that makes one."""
 
-    launch: _cuda.Launch
+    launch: Launch
     name: str
     shapes: int
     example: str
@@ -86,10 +87,10 @@ def run(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 def collect(jobs: Mapping[str, Job] = GPU_JOBS, device: str = "cuda") -> list[Row]:
     """The launches of `calls`, forward and backward. Raises RuntimeError without CUDA kernels."""
-    seen: dict[_cuda.Launch, list[str]] = {}
+    seen: dict[Launch, list[str]] = {}
     for subject, call, job, dtype in calls(jobs):
         args, kwargs = subject.arguments(call, job, Make(dtype, torch.device(device)))
-        with kernels.backend("cuda"), _cuda.watched(start=False) as launches:
+        with kernels.backend("cuda"), watched(start=False) as launches:
             if kernels.explain(subject.op, *args, **kwargs).chosen == "cuda":  # no heads of 512
                 run(subject, args, kwargs)
         for launch in launches:

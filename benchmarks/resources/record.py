@@ -35,9 +35,9 @@ from benchmarks.resources.ahead_of_time import (
     pairs,
     tasks,
 )
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.files import write_text
 from fastdiff.kernels.triton import triton
-from fastdiff.kernels.tuning import TUNABLES
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "resources.json"
 COMMAND = "python -m benchmarks.resources --every --docs"

@@ -26,10 +26,10 @@ from rich.table import Table
 
 from benchmarks.resources import record
 from benchmarks.resources.ahead_of_time import CHIPS, DTYPES, KIB, Resources, compile_all, tasks
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.cli.parsing import UsageError, parse
 from fastdiff.files import write_text
 from fastdiff.kernels.triton import INTERPRETED, triton
-from fastdiff.kernels.tuning import TUNABLES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "resources.md"
 

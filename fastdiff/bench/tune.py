@@ -29,9 +29,11 @@ from torch.utils._pytree import tree_flatten
 
 import fastdiff
 from fastdiff.bench.clock import Method, Timer
+from fastdiff.bench.compile import compile_launch, target
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.files import write_text
-from fastdiff.kernels.triton import INTERPRETED, recording_launches, target
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tuned, configs
+from fastdiff.kernels.triton import INTERPRETED, recording_launches
+from fastdiff.kernels.tuning import Config, Gpu, Tuned, configs
 
 GAIN = 1.02
 """How many times as fast a candidate must be to replace the config in use: less is noise."""
@@ -338,7 +340,7 @@ def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool
         for call in calls if variants else calls[:1]:
             call()
         for launch in launches:
-            launch.compile()
+            compile_launch(launch)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
@@ -36,8 +36,10 @@ STAGE_HELP = """\
 Train {line}.
 
 Every field of the run's config is an option. The values to start from are those of a preset
-({presets}), of a config.json, or with --resume of the run in output.folder. Ctrl-C and SIGTERM
-save before they end the run. The folder gets config.json, log.jsonl, checkpoints/, samples/,
+({presets}), of a config.json, or with --resume of the run in output.folder. With
+--data.source folder and no preset, channels, classes and augmentation follow from the images. A
+resumed run may be given more --optimization.steps. Ctrl-C and SIGTERM save before they end the run.
+The folder gets config.json, log.jsonl, checkpoints/, samples/,
 tensorboard/ and model/, which the other commands take.
 
 Examples:
@@ -132,7 +134,21 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
         folder = Path(option_value(words, "--output.folder") or default.output.folder)
         if (folder / "config.json").is_file():
             return _read(kind, folder)
-    return default
+    return default if preset is not None else _for_data(default, words)
+
+
+def _for_data(run: RunT, words: Sequence[str]) -> RunT:
+    """The default run with what follows from the images that the options name."""
+    source, path = option_value(words, "--data.source"), option_value(words, "--data.path")
+    if not path or source not in ("folder", "shards"):
+        return run
+    from fastdiff.data import DataConfig
+    from fastdiff.training import for_data
+
+    if (autoencoder := option_value(words, "--autoencoder")) is not None:
+        run = replace(run, autoencoder=autoencoder, latent_views=0)  # type: ignore[call-arg]
+    data = DataConfig(source=source, path=path)  # type: ignore[arg-type]
+    return for_data(run, data)
 
 
 def _read(kind: type[RunT], path: Path) -> RunT:

@@ -6,7 +6,7 @@ from fastdiff.data.augment import AugmentConfig, augment
 from fastdiff.data.config import DataConfig
 from fastdiff.data.dataset import ImageDataset, Skipped
 from fastdiff.data.digits import digits_split, open_digits
-from fastdiff.data.folder import open_folder
+from fastdiff.data.folder import describe_folder, open_folder
 from fastdiff.data.order import DataOrder, derive_seed, generator
 from fastdiff.data.shards import open_shards
 
@@ -18,6 +18,7 @@ __all__ = [
     "Skipped",
     "augment",
     "derive_seed",
+    "describe_folder",
     "digits_split",
     "generator",
     "open_dataset",

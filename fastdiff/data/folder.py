@@ -15,8 +15,9 @@ from PIL import Image
 from fastdiff.data.config import DataConfig
 from fastdiff.data.dataset import ImageDataset, Skipped, collect
 from fastdiff.data.decode import decode
-from fastdiff.images import UNREADABLE, reason
+from fastdiff.images import UNREADABLE, in_colour, reason
 
+_LOOKED_AT = 16  # images of each class, to tell grey from colour
 _AHEAD = 256  # decoded images waiting to be written, at most
 
 
@@ -40,6 +41,7 @@ def open_folder(config: DataConfig) -> ImageDataset:
         raise ValueError(
             f"no images in {root}; expected files that Pillow can read, such as .png or .jpg"
         )
+    _check_names(root, files)
     top_level = [path for path in files if len(path.parts) == 1]
     if top_level and len(top_level) != len(files):
         raise ValueError(
@@ -59,6 +61,42 @@ def open_folder(config: DataConfig) -> ImageDataset:
     numbers = {name: number for number, name in enumerate(classes)}
     label_numbers = torch.tensor([numbers.get(str(label), 0) for label in labels])
     return ImageDataset(pixels, label_numbers, classes, skipped, fingerprint)
+
+
+def _check_names(root: Path, files: list[Path]) -> None:
+    """Refuse class names that no text file can hold, before anything is done with them."""
+    for path in files:
+        name = path.parts[0]
+        if len(path.parts) > 1 and printable(name) != name:
+            raise ValueError(
+                f"the class folder {printable(name)} in {printable(str(root))} has a name that is "
+                "not valid UTF-8; rename it"
+            )
+
+
+def printable(text: str) -> str:
+    """`text` with what is not UTF-8, as names of files may hold, written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def describe_folder(root: Path) -> tuple[int, int]:
+    """Channels and number of classes of a folder of images, as :func:`open_folder` would read it.
+
+    Returns:
+        3 if one of the first readable images of each class is in colour, else 1; and the classes, 0
+        without sub-folders.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}; set path to a folder of images")
+    folders: dict[str, list[Path]] = {}
+    for path in list_images(root):
+        folders.setdefault(path.parts[0] if len(path.parts) > 1 else "", []).append(path)
+    looked_at = [path for paths in folders.values() for path in paths[:_LOOKED_AT]]
+    colours = any(in_colour(root / path) for path in looked_at)
+    return 3 if colours else 1, len(folders.keys() - {""})
 
 
 def list_images(root: Path) -> list[Path]:
@@ -93,7 +131,7 @@ def _decoded(
         try:
             return decode(root / path, config)
         except UNREADABLE as error:
-            return Skipped(path.as_posix(), reason(error))
+            return Skipped(printable(path.as_posix()), reason(error))
 
     with ThreadPoolExecutor() as pool:
         for chunk in _chunks(files, _AHEAD):

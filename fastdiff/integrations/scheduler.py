@@ -193,7 +193,7 @@ def _step(scheduler: Any, given: dict[str, Any]) -> Any:
     if isinstance(row, str):
         return row
     x, *older = [call.sample if row.sample is None else row.sample, *(t for t, _ in row.older)]
-    if any(t.shape != call.sample.shape for t in (x, *older)) or not _plain(call.sample, x, *older):
+    if any(t.shape != call.sample.shape for t in (x, *older)) or not plain(call.sample, x, *older):
         return "its history has another shape or device, or wants a gradient"
     if row.draws and row.log_variance is not None and scheduler.noise == "generator":
         return "the noise of a learned variance is drawn from the generator"
@@ -216,18 +216,12 @@ def _dtypes(kind: Kind, row: Step, call: Call) -> tuple[torch.dtype, torch.dtype
     return {"widest": widest, "output": of_output, "estimate": estimate}[kind.dtype], estimate
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether these lie on one device, and nothing is differentiated, transformed or traced."""
-    first = tensors[0].device
-    return all(t.device == first for t in tensors) and plain(tensors, on_cpu=first.type == "cpu")
-
-
 def _unfit(call: Call, kind: Kind) -> str | None:
     """Why the tensors of a call cannot go into the kernel, or None."""
     x, f = call.sample, call.model_output
     if not isinstance(x, Tensor) or not isinstance(f, Tensor):
         return "sample or model_output is not a tensor"
-    if not _plain(x, f):
+    if not plain(x, f):
         return "a gradient, a transform, a trace or another kind of tensor"
     if not (x.is_floating_point() and f.is_floating_point() and x.numel() and x.ndim >= 2):
         return "the shapes are not (N, C, ...), or the numbers not of floating point"

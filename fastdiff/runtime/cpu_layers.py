@@ -279,7 +279,7 @@ class PreparedConv2d(Prepared, nn.Conv2d):
         if _usual(x, self.weight) or x.ndim != 4:
             return super().forward(x)
         wide = self.plan.widens(x.dtype)
-        keeps = self.plan.keep_copies and plain((x, self.weight, self.bias), on_cpu=True)
+        keeps = self.plan.keep_copies and x.is_cpu and plain(x, self.weight, self.bias)
         packs = keeps and self._packs(x, wide)
         if packs:
             conv, weight = self.kept((self.weight, self.bias), lambda: self._pack(x))
@@ -320,7 +320,7 @@ class PreparedLinear(Prepared, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or not self.plan.widens(x.dtype):
             return super().forward(x)
-        if self.plan.keep_copies and plain((x, self.weight, self.bias), on_cpu=True):
+        if self.plan.keep_copies and x.is_cpu and plain(x, self.weight, self.bias):
             weight, bias = self.kept(
                 (self.weight, self.bias), lambda: (_float(self.weight), _float(self.bias))
             )
@@ -353,7 +353,7 @@ def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
         or not (x.dtype is torch.float32 or layer.plan.widens(x.dtype))
         or weight.numel() < PACK_NUMBERS
         or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
-        or not plain((x, weight, bias), on_cpu=True)
+        or not (x.is_cpu and plain(x, weight, bias))
         or packing_objection()
     ):
         return None

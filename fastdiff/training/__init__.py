@@ -10,6 +10,7 @@ from fastdiff.training.autoencoder import (
     train_autoencoder,
 )
 from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.derive import for_data
 from fastdiff.training.describe import describe
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.ema import EMA, ema_decay
@@ -31,6 +32,7 @@ __all__ = [
     "adaptive_weight",
     "describe",
     "ema_decay",
+    "for_data",
     "hinge_loss",
     "learning_rate",
     "train_autoencoder",

@@ -27,7 +27,7 @@ from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
-from fastdiff.training.trainer import Batch, fit, open_run, tile
+from fastdiff.training.trainer import Batch, tile, train
 
 _PREVIEWED = 32
 _MAX_ADAPTIVE_WEIGHT = 1e4
@@ -127,11 +127,9 @@ class AutoencoderRun:
 
 
 def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:
-    """Train the autoencoder of a run; see `fastdiff.training.trainer.fit`."""
+    """Train the autoencoder of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    task = AutoencoderTask(run)
-    open_run(run, resume=resume)
-    return fit(task, run, resume=resume)
+    return train(AutoencoderTask(run), run, resume=resume)
 
 
 class AutoencoderTask:

@@ -12,6 +12,7 @@ No random state is stored: all randomness is a function of (seed, purpose, step)
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +59,19 @@ def save_checkpoint(
     write_text(root / LATEST, step_folder(root, step).name + "\n")
 
 
-def delete_old(root: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep`."""
-    for folder in sorted(root.glob("step_*"))[:-keep]:
+def step_of(folder: Path) -> int:
+    """Inverse of `step_folder`."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def delete_old(root: Path, step: int, keep: int) -> None:
+    """Delete all checkpoints up to `step`, the one just saved, but the newest `keep`.
+
+    Later ones are left: they are of a run that went further before it was taken back, or that was
+    killed before `latest` named them. They are written over when this run gets there.
+    """
+    folders = sorted((f for f in root.glob("step_*") if step_of(f) <= step), key=step_of)
+    for folder in folders[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -71,7 +82,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     except FileNotFoundError:
         return None
     folder = root / name
-    if Path(name).name != name or not (folder / "state.json").is_file():
+    if not re.fullmatch(r"step_\d+", name) or not (folder / "state.json").is_file():
         raise ValueError(
             f"{root / LATEST} names {name!r}, which is not a checkpoint; write the name of another "
             f"checkpoint in {root} into it, or train in a new folder"

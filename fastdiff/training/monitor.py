@@ -43,7 +43,8 @@ class Monitor:
             import_extra("tensorboard", extra="train")
             module = import_extra("torch.utils.tensorboard", extra="train")
             self._board = module.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step or None
+                str(folder / "tensorboard"),
+                purge_step=first_step + 1,  # steps are counted from 1 there
             )
         self._progress: Progress | None = None
         self._since = (first_step, time.perf_counter())

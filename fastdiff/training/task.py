@@ -28,17 +28,15 @@ from fastdiff.training.latents import Latents, first_stage
 from fastdiff.training.objective import Objective
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
-from fastdiff.training.trainer import Batch, fit, open_run, tile
+from fastdiff.training.trainer import Batch, tile, train
 
 _PIXEL_CLAMP = 1.0
 
 
 def train_diffusion(run: DiffusionRun[Any], *, resume: bool = False) -> Path:
-    """Train the denoiser of a run; see `fastdiff.training.trainer.fit`."""
+    """Train the denoiser of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    task = DiffusionTask(run)
-    open_run(run, resume=resume)
-    return fit(task, run, resume=resume)
+    return train(DiffusionTask(run), run, resume=resume)
 
 
 class DiffusionTask:

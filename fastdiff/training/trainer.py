@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.data import DataConfig, derive_seed
-from fastdiff.files import atomic_file, remove_leftovers, write_json
+from fastdiff.files import atomic_file, locked_folder, remove_leftovers, write_json
 from fastdiff.training import checkpoints
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.ema import EMA
@@ -30,6 +30,8 @@ from fastdiff.training.rates import learning_rate
 
 Batch = dict[str, Tensor]
 _LOWER_THE_RATE = "restart with a lower learning rate, with clip_norm, or with precision fp32"
+CONFIG = "config.json"
+STEPS = "optimization.steps"
 MAX_SKIPPED = 50  # consecutive fp16 steps that may overflow before the run is aborted
 
 
@@ -222,7 +224,7 @@ class Trainer:
             "torch": torch.__version__,
         }
         checkpoints.save_checkpoint(root, self.done, tensors, state)
-        checkpoints.delete_old(root, self.run.output.keep)
+        checkpoints.delete_old(root, self.done, self.run.output.keep)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -262,8 +264,25 @@ class Trainer:
         self.done = state["step"]
 
 
-def fit(task: Task, run: Run, *, resume: bool) -> Path:
+def train(task: Task, run: Run, *, resume: bool) -> Path:
+    """Open the run's folder, keep other trainings out of it, and :func:`fit`.
+
+    Raises:
+        ValueError: another process is training there, or the folder holds another run.
+        FileNotFoundError: there is nothing to resume.
+    """
+    folder = Path(run.output.folder)
+    if resume and not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"nothing to resume in {folder}: it has no {CONFIG}")
+    with locked_folder(folder, what="is training"):
+        told = open_run(run, resume=resume)
+        return fit(task, run, resume=resume, told=told)
+
+
+def fit(task: Task, run: Run, *, resume: bool, told: str = "") -> Path:
     """Train to the last step of `run`, from its newest checkpoint if `resume`.
+
+    told: a line to print once it has begun.
 
     Returns:
         the run's folder; its model/ is the bundle of the averaged weights.
@@ -290,6 +309,8 @@ def fit(task: Task, run: Run, *, resume: bool) -> Path:
     with monitor, Interrupts() as interrupts:
         if checkpoint is not None:
             monitor.say(f"resumed {folder} at step {trainer.done}")
+        if told:
+            monitor.say(told)
         while trainer.done < run.optimization.steps and interrupts.received is None:
             _one_step(trainer, monitor, folder)
         trainer.settle()
@@ -340,42 +361,55 @@ def save(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
     monitor.pause()
 
 
-def open_run(run: Run, *, resume: bool) -> None:
-    """Create the run folder and its config.json, or check that they belong to this run.
+def open_run(run: Run, *, resume: bool) -> str:
+    """Write the run folder's config.json, or check that it is this run's.
+
+    A run may be resumed with another number of steps and other output settings; config.json is then
+    updated. Everything else must be as it was, or the result would belong to neither config.
+
+    Returns:
+        what changed, in one line; empty if nothing did.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or that run's config differs
             (all differing fields are named; the folder itself may have moved).
-        FileNotFoundError: there is nothing to resume.
     """
     folder = Path(run.output.folder)
-    path = folder / "config.json"
+    path = folder / CONFIG
     config = json.loads(json.dumps(run.to_json()))
-    if not path.exists():
-        if resume:
-            raise FileNotFoundError(f"nothing to resume in {folder}: it has no config.json")
-        write_json(path, config)
-        return
+    newest = checkpoints.latest_checkpoint(folder / "checkpoints")
     if not resume:
-        if checkpoints.latest_checkpoint(folder / "checkpoints") is not None:
+        if newest is not None:
             raise ValueError(f"{folder} already holds a run; resume it or choose another folder")
         write_json(path, config)
-        return
+        return ""
     try:
         saved = type(run).from_json(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not the config of this kind of run: {error}") from error
     started = json.loads(json.dumps(saved.to_json()))
-    different = [
-        f"{name}: {old!r} there, {new!r} now"
-        for name, (old, new) in differences(started, config).items()
-        if name != "output.folder"
-    ]
-    if different:
+    changes = differences(started, config)
+    changes.pop("output.folder", None)  # it has been moved
+    fixed = [name for name in changes if name != STEPS and not name.startswith("output.")]
+    if fixed:
+        listed = "; ".join(f"{n}: {changes[n][0]!r} there, {changes[n][1]!r} now" for n in fixed)
         raise ValueError(
             f"{folder} was started with another config; resume with the same config or choose "
-            f"another folder; {'; '.join(different)}"
+            f"another folder; {listed}"
         )
+    done = checkpoints.step_of(newest) if newest is not None else 0
+    if run.optimization.steps < done:
+        raise ValueError(
+            f"{folder} has already been trained for {done} steps, more than the "
+            f"{run.optimization.steps} asked for; set optimization steps to {done} or more"
+        )
+    if started != config:
+        write_json(path, config)
+    told = "; ".join(f"{name}: {old!r} before, {new!r} now" for name, (old, new) in changes.items())
+    before, now = (learning_rate(done, r.optimization) for r in (saved, run))
+    if before != now:
+        told += f"; the learning rate of the next step changes from {before:.3g} to {now:.3g}"
+    return told
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

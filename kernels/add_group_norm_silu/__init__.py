@@ -27,15 +27,17 @@ from torch import Tensor
 from ..checks import check_shape, compute_dtype
 from ..group_norm_silu import (
     check_group_norm,
+    cpu,
+    cuda,
     group_norm_silu,
     group_norm_silu_formula,
     group_norm_silu_reference,
     statistics_like,
+    triton,
 )
 from ..op import Op, Work, reference_gradients
 from ..tuning.measured import layout_and_regime
 from ..views import dense_like
-from . import cpu, cuda, triton
 
 
 def add_group_norm_silu_reference(
@@ -159,7 +161,7 @@ _op = Op(
     work=_work,
     shape_class=layout_and_regime,
     example=_example,
-    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    kernels=(cuda.ADDING, triton.ADDING, cpu.ADDING),
     statistics=True,
     keep=_keep,
     passed_on={"residual": "x"},

@@ -16,10 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_shape, compute_dtype
-from ..layer_norm import check_layer_norm, layer_norm_formula, layer_norm_reference
+from ..layer_norm import (
+    check_layer_norm,
+    cpu,
+    cuda,
+    layer_norm_formula,
+    layer_norm_reference,
+    triton,
+)
 from ..op import Op, Work, reference_gradients
 from ..tuning.measured import regime
-from . import cpu, cuda, triton
 
 
 def add_layer_norm_reference(
@@ -93,7 +99,7 @@ _op = Op(
     work=_work,
     shape_class=regime,
     example=_example,
-    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    kernels=(cuda.ADDING, triton.ADDING, cpu.ADDING),
     keep=_keep,
     passed_on={"residual": "x"},
     again=_again,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..triton import triton_backend
-from . import tuning  # noqa: F401 - it enters what is tuned
 from .statistics import statistics_like
 from .triton_backward import attention_backward
 from .triton_forward import attention_forward

@@ -11,26 +11,9 @@ from .library import (
     ask,
     built,
     declare,
+    function,
     launch,
     parameter,
     refusal,
     using_library,
 )
-from .watch import Launch, watched
-
-__all__ = [
-    "DTYPES",
-    "SUPPORTED",
-    "Launch",
-    "address",
-    "aligned",
-    "ask",
-    "built",
-    "cuda_backend",
-    "declare",
-    "launch",
-    "parameter",
-    "refusal",
-    "using_library",
-    "watched",
-]

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..choose import Backend
+from ..choose import Backend, elsewhere
 from .library import SUPPORTED, refusal
 
 
@@ -27,12 +26,8 @@ def cuda_backend(
     def objection(*args: Any) -> str | None:
         x = args[0]
         refused = refusal(x.device.index or 0) if x.is_cuda else None
-        if refused is not None:
-            return refused
-        for i, t in enumerate(args):
-            if isinstance(t, Tensor) and t.device != x.device:
-                return f"{names[i]} must be on the device of {names[0]}, {x.device}, got {t.device}"
-        return None if why_not is None else why_not(*args)
+        refused = refused or elsewhere(names, args)
+        return refused if refused is not None or why_not is None else why_not(*args)
 
     return Backend(
         name="cuda", forward=forward, backward=backward, why_not=objection, dtypes=dtypes

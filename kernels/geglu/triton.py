@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..triton import cdiv, jit, launch, tl, triton_backend
-from ..tuning import Config, Tunable, config, define_tunable
+from ..tuning import config
 from ..views import as_rows
 
 
@@ -60,7 +59,7 @@ def _geglu_backward_kernel(
     tl.store(target + d, dgate.to(dx.dtype.element_ty), inside)
 
 
-def forward(x: Tensor, keep: bool = False) -> tuple[Tensor, None]:
+def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
     """y, dense."""
     d = x.shape[-1] // 2
     flat = as_rows(x)
@@ -71,7 +70,7 @@ def forward(x: Tensor, keep: bool = False) -> tuple[Tensor, None]:
     return y, None
 
 
-def backward(dy: Tensor, x: Tensor, needs: Sequence[bool] = (True,)) -> tuple[Tensor]:
+def backward(dy: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
     """dx, dense."""
     d = x.shape[-1] // 2
     flat, flat_dy = as_rows(x), as_rows(dy)
@@ -82,33 +81,5 @@ def backward(dy: Tensor, x: Tensor, needs: Sequence[bool] = (True,)) -> tuple[Te
     launch(_geglu_backward_kernel, grid, flat_dy, flat, dx, len(flat), d, *strides, **chosen)
     return (dx,)
 
-
-def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    for columns in (256, 512, 1024):
-        for rows in (1, 2, 4, 8):
-            for warps in (4, 8):
-                yield {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
-
-
-def _arguments(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """x and dy of SD 1.5's first level at 64 x 64 latents: 4096 tokens, 2 x 1280."""
-    x = torch.empty(2 * 4096, 2 * 1280, dtype=dtype, device=device)
-    return x, torch.empty(2 * 4096, 1280, dtype=dtype, device=device)
-
-
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    x, _ = _arguments(dtype, device)
-    return [lambda: forward(x)]
-
-
-def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    x, dy = _arguments(dtype, device)
-    return [lambda: backward(dy, x)]
-
-
-for _name, _make in (("geglu", _calls), ("geglu_backward", _backward_calls)):
-    define_tunable(
-        Tunable(name=_name, shape_classes=("rows",), candidates=_candidates, calls=_make)
-    )
 
 BACKEND = triton_backend(forward=forward, backward=backward)

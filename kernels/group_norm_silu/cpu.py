@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import compiled
+from ..choose import without
 from ..cpu import DTYPES, address, as_dtype_or_float, as_float, cpu_backend, room
 from ..views import memory_format_of
-from .adapters import without_addends
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
@@ -29,7 +29,7 @@ def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
     return t.contiguous(memory_format=memory_format_of(x))
 
 
-def norm_forward(
+def forward(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -40,8 +40,8 @@ def norm_forward(
     eps: float,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, total, statistics) of x + channel_add + residual; `total` is x where nothing is added.
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """((y, total), statistics) of x + channel_add + residual; `total` is x where nothing is added.
 
     statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps), if they are kept.
     """
@@ -52,36 +52,24 @@ def norm_forward(
     total = torch.empty_like(x) if adds else x
     statistics = room(n, num_groups, 3) if keep else None
     if x.numel() == 0:
-        return y, total, statistics
+        return (y, total), statistics
     if residual is not None:
         residual = laid_out_like(as_dtype_or_float(residual, x.dtype), x)
     weight, bias, scale_shift = as_float(weight), as_float(bias), as_float(scale_shift)
     channel_add = as_float(channel_add)
     compiled.native.group_norm_silu(
-        DTYPES[x.dtype],
-        channels_last,
-        activation == "silu",
+        DTYPES[x.dtype], channels_last, activation == "silu",
         residual is not None and residual.dtype is not x.dtype,
-        x.data_ptr(),
-        address(residual),
-        address(channel_add),
+        x.data_ptr(), address(residual), address(channel_add),
         c if channel_add is not None and channel_add.ndim == 2 else 0,
-        total.data_ptr() if adds else 0,
-        y.data_ptr(),
-        address(weight),
-        address(bias),
-        address(scale_shift),
-        address(statistics),
-        n,
-        c,
-        num_groups,
-        x.numel() // (n * c),
-        eps,
-    )
-    return y, total, statistics
+        total.data_ptr() if adds else 0, y.data_ptr(),
+        address(weight), address(bias), address(scale_shift), address(statistics),
+        n, c, num_groups, x.numel() // (n * c), eps,
+    )  # fmt: skip
+    return (y, total), statistics
 
 
-def norm_backward(
+def backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -89,7 +77,9 @@ def norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     channel_add: Tensor | None,
+    residual: None,
     scale_shift: Tensor | None,
+    eps: float,
     activation: str,
     statistics: Tensor,
     needs: Sequence[bool],
@@ -128,21 +118,13 @@ def _run_backward(
     dy, dtotal = laid_out_like(dy, x), None if dtotal is None else laid_out_like(dtotal, x)
     filled = [as_float(p) for p in parameters]
     compiled.native.group_norm_silu_backward(
-        DTYPES[x.dtype],
-        channels_last,
-        activation == "silu",
-        dy.data_ptr(),
-        address(dtotal),
-        x.data_ptr(),
-        dx.data_ptr(),
-        *map(address, filled),
-        statistics.data_ptr(),
-        *map(address, sums),
-        n,
-        c,
-        statistics.shape[1],
-        x.numel() // (n * c),
-    )
+        DTYPES[x.dtype], channels_last, activation == "silu",
+        dy.data_ptr(), address(dtotal), x.data_ptr(), dx.data_ptr(),
+        *map(address, filled), statistics.data_ptr(), *map(address, sums),
+        n, c, statistics.shape[1], x.numel() // (n * c),
+    )  # fmt: skip
 
 
-BACKEND = cpu_backend(**without_addends(norm_forward, norm_backward))
+ADDING = cpu_backend(forward=forward, backward=backward)
+"""Of `add_group_norm_silu`."""
+BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import cuda
+from ..choose import without
 from ..views import memory_format_of
-from .adapters import without_addends
 
 cuda.declare("group_norm_plan", "iiiqiqiiqiip")
 cuda.declare("group_norm_backward_plan", "iiiqiqiiqiip")
@@ -94,7 +94,7 @@ def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if p is None else p.contiguous() for p in parameters)
 
 
-def norm_forward(
+def forward(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -105,8 +105,8 @@ def norm_forward(
     eps: float,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, total, statistics) of x + channel_add + residual; `total` is x where nothing is added.
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((y, total), statistics) of x + channel_add + residual; `total` is x where nothing is added.
 
     statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps), which the kernels pass
     to each other; they are written whether or not they are kept.
@@ -118,7 +118,7 @@ def norm_forward(
     total = torch.empty_like(x) if add else x
     statistics = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, total, statistics
+        return (y, total), statistics
     weight, bias, scale_shift, channel_add = _dense(weight, bias, scale_shift, channel_add)
     residual = layout.like(residual)
     plan = layout.plan(num_groups, y, total, residual)
@@ -133,10 +133,10 @@ def norm_forward(
         cuda.address(residual), total.data_ptr() if add else None, eps,
         activation == "silu",
     )  # fmt: skip
-    return y, total, statistics
+    return (y, total), statistics
 
 
-def norm_backward(
+def backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -144,7 +144,9 @@ def norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     channel_add: Tensor | None,
+    residual: None,
     scale_shift: Tensor | None,
+    eps: float,
     activation: str,
     statistics: Tensor,
     needs: Sequence[bool],
@@ -200,4 +202,6 @@ def _run_backward(
     )  # fmt: skip
 
 
-BACKEND = cuda.cuda_backend(**without_addends(norm_forward, norm_backward))
+ADDING = cuda.cuda_backend(forward=forward, backward=backward)
+"""Of `add_group_norm_silu`."""
+BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

@@ -1,10 +1,12 @@
-"""`group_norm_silu` by the Triton kernels of triton_forward.py and triton_backward.py."""
+"""The Triton kernels of `group_norm_silu` and `add_group_norm_silu`, as backends of both."""
 
 from __future__ import annotations
 
+from ..choose import without
 from ..triton import triton_backend
-from .adapters import without_addends
-from .triton_backward import norm_backward
-from .triton_forward import norm_forward
+from .triton_backward import backward
+from .triton_forward import forward
 
-BACKEND = triton_backend(**without_addends(norm_forward, norm_backward))
+ADDING = triton_backend(forward=forward, backward=backward)
+"""Of `add_group_norm_silu`."""
+BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

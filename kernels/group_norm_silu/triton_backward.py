@@ -432,7 +432,7 @@ def _empty_gradients(
     return dx, dweight, dbias, dchannel_add, dscale_shift
 
 
-def norm_backward(
+def backward(
     dy: Tensor,
     dtotal: Tensor | None,
     total: Tensor,
@@ -440,7 +440,9 @@ def norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     channel_add: Tensor | None,
+    residual: None,
     scale_shift: Tensor | None,
+    eps: float,
     activation: str,
     statistics: Tensor,
     needs: Sequence[bool],

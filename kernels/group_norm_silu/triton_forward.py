@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..triton import jit, launch, merged, sigmoid, tl
-from ..tuning import Config, Tunable, define_tunable
 from ..views import memory_format_of
-from .triton_backward import norm_backward
 from .triton_tiles import (
     affine,
     all_contiguous,
@@ -303,7 +297,7 @@ def _apply_kernel(
     tl.store(y + base + place, result.to(y.dtype.element_ty), inside)
 
 
-def norm_forward(
+def forward(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -314,8 +308,8 @@ def norm_forward(
     eps: float,
     activation: str,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, total, statistics) of x + channel_add + residual; `total` is x where nothing is added.
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((y, total), statistics) of x + channel_add + residual; `total` is x where nothing is added.
 
     statistics: (N, G, 3), fp32, in the layout of `mean_and_rstd`; keep: for the backward pass, so
     every number of it is written.
@@ -329,7 +323,7 @@ def norm_forward(
     adds = channel_add is not None or residual is not None
     total = torch.empty_like(x) if adds else x
     if x.numel() == 0:
-        return y, total, statistics.zero_()
+        return (y, total), statistics.zero_()
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
     weight, bias, channel_add, scale_shift = all_contiguous(weight, bias, channel_add, scale_shift)
@@ -345,7 +339,7 @@ def norm_forward(
         outputs = y, stored, mean, rstd
         numbers = *sizes, *shape.strides, add_stride, eps
         launch(_small_kernel, (programs,), *inputs, *outputs, *numbers, **constants, **silu)
-        return y, total, statistics
+        return (y, total), statistics
 
     plan = large_regime("group_norm_silu", x, shape)
     moments = x.new_empty(plan.samples, plan.chunks, 2, shape.channels, dtype=torch.float32)
@@ -378,99 +372,4 @@ def norm_forward(
             **plan.apply_tile,
             **silu,
         )
-    return y, total, statistics
-
-
-def _candidates(most: int, shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    """most: where the regimes part, which a search within one of them does not move."""
-    if shape_class.endswith("small"):
-        for segment in (32, 64, 128):
-            for per_thread in (8, 16, 32, 64):
-                limits = {"SEGMENT": segment, "LEAST": 1024, "MOST": most}
-                yield limits | {"PER_THREAD": per_thread}
-        return
-    for columns in (64, 128):
-        for tile in (1024, 2048, 4096):
-            for warps in (4, 8):
-                for programs in (256, 512):
-                    cut = {"COLUMNS": columns, "TILE": tile, "APPLY_TILE": 2 * tile}
-                    rest = {"CHUNK": 128, "FINALIZE": 1024, "L2_MIB": 32, "num_warps": warps}
-                    yield cut | rest | {"PROGRAMS": programs}
-
-
-def _arguments(
-    shape_class: str,
-    dtype: torch.dtype,
-    device: str,
-    size: Sequence[int],
-    *,
-    film: bool = False,
-    adds: bool = False,
-) -> dict[str, Any]:
-    """Arguments of `norm_forward` by name."""
-    nhwc = shape_class.startswith("nhwc")
-    memory_format = torch.channels_last if nhwc else torch.contiguous_format
-    draw = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
-    n, c = size[:2]
-    x = draw(*size).contiguous(memory_format=memory_format)
-    return {
-        "x": x,
-        "num_groups": 32,
-        "weight": draw(c),
-        "bias": draw(c),
-        "channel_add": draw(n, c) if adds else None,
-        "residual": x if adds else None,
-        "scale_shift": draw(n, 2 * c) if film else None,
-        "eps": 1e-5,
-        "activation": "silu",
-    }
-
-
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """SD 1.5's sizes at 64 x 64 latents, and ADM's with FiLM."""
-    given = partial(_arguments, shape_class, dtype, device)
-    if shape_class.endswith("large"):
-        made = [given((2, 320, 64, 64)), given((2, 640, 64, 64), film=True, adds=True)]
-    else:
-        made = [
-            given((2, 1280, 16, 16)),
-            given((2, 512, 32, 32)),
-            given((2, 128, 32, 32), film=True),
-            given((2, 320, 16, 16), adds=True),
-        ]
-    return [partial(norm_forward, **arguments) for arguments in made]
-
-
-def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    def call(size: Sequence[int], **options: bool) -> Callable[[], Any]:
-        given = _arguments(shape_class, dtype, device, size, **options)
-        x = given["x"]
-        return partial(
-            norm_backward,
-            dy=x,
-            dtotal=given["residual"],
-            total=x,
-            activation="silu",
-            statistics=torch.empty(size[0], 32, 3, dtype=torch.float32, device=device),
-            needs=[True] * 5,
-            **{name: given[name] for name in ("num_groups", "weight", "bias")},
-            **{name: given[name] for name in ("channel_add", "scale_shift")},
-        )
-
-    if shape_class.endswith("large"):
-        return [call((2, 320, 64, 64)), call((2, 640, 64, 64), film=True, adds=True)]
-    return [call((2, 2560, 8, 8)), call((2, 320, 8, 8), film=True, adds=True)]
-
-
-for _name, _most, _made in (
-    ("group_norm_silu", 32768, _calls),
-    ("group_norm_silu_backward", 8192, _backward_calls),
-):
-    define_tunable(
-        Tunable(
-            name=_name,
-            shape_classes=("nhwc/small", "nhwc/large", "nchw/small", "nchw/large"),
-            candidates=partial(_candidates, _most),
-            calls=_made,
-        )
-    )
+    return (y, total), statistics

@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from .. import compiled
+from ..choose import without
 from ..cpu import DTYPES, address, as_dtype_or_float, as_float, cpu_backend, room
 from ..views import as_rows, rows_of
-from .adapters import without_residual
 from .gradients import empty_gradients
 
 
-def norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool = False,
+) -> tuple[tuple[Tensor, Tensor | None], None]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
     if x.numel() == 0:
-        return y, total
+        return (y, total), None
     flat, rows, stride = rows_of(x)
     addend, addend_stride, wide = None, 0, False
     if residual is not None:
@@ -28,36 +33,28 @@ def norm_forward(
         wide = addend.dtype is not x.dtype
     weight, bias = as_float(weight), as_float(bias)
     compiled.native.layer_norm(
-        DTYPES[x.dtype],
-        wide,
-        flat.data_ptr(),
-        address(addend),
-        address(total),
-        y.data_ptr(),
-        address(weight),
-        address(bias),
-        rows,
-        x.shape[-1],
-        stride,
-        addend_stride,
-        eps,
-    )
-    return y, total
+        DTYPES[x.dtype], wide,
+        flat.data_ptr(), address(addend), address(total), y.data_ptr(),
+        address(weight), address(bias), rows, x.shape[-1], stride, addend_stride, eps,
+    )  # fmt: skip
+    return (y, total), None
 
 
-def norm_backward(
+def backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
+    residual: None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias where `needs` (for weight, for bias) says so, else empty.
+    """dx, and dweight and dbias where `needs` says so, else empty.
 
     x is what was normed; dtotal is added to its gradient.
     """
+    needs = needs[1:]
     dx, dweight, dbias = empty_gradients(x, weight, bias, needs)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
@@ -74,4 +71,6 @@ def norm_backward(
     return dx, dweight.copy_(sums[0]), dbias.copy_(sums[1])
 
 
-BACKEND = cpu_backend(**without_residual(norm_forward, norm_backward))
+ADDING = cpu_backend(forward=forward, backward=backward)
+"""Of `add_layer_norm`."""
+BACKEND = without(ADDING, slice(1, 2))

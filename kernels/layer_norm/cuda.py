@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import cuda
+from ..choose import without
 from ..cpu import as_dtype_or_float
 from ..views import as_rows
-from .adapters import without_residual
 from .gradients import empty_gradients
 
 cuda.declare("layer_norm", "ipi" + "ppi" + "pp" + "pipi" + "qqqqfq")
@@ -23,14 +23,19 @@ PROGRAMS = 256
 """The most shares that dweight and dbias are summed of."""
 
 
-def norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool = False,
+) -> tuple[tuple[Tensor, Tensor | None], None]:
     """y, and with a residual the total."""
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
     if x.numel() == 0:
-        return y, total
+        return (y, total), None
     flat, addend = as_rows(x), None
     if residual is not None:
         addend = as_rows(as_dtype_or_float(residual, x.dtype))
@@ -42,22 +47,24 @@ def norm_forward(
         *cuda.parameter(weight), *cuda.parameter(bias),
         len(flat), x.shape[-1], *strides, eps, WIDEST,
     )  # fmt: skip
-    return y, total
+    return (y, total), None
 
 
-def norm_backward(
+def backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
+    residual: None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias where `needs` (for weight, for bias) says so, else empty.
+    """dx, and dweight and dbias where `needs` says so, else empty.
 
     x is what was normed; dtotal is added to its gradient.
     """
+    needs = needs[1:]
     dx, dweight, dbias = empty_gradients(x, weight, bias, needs)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
@@ -83,4 +90,6 @@ def norm_backward(
     return dx, dweight, dbias
 
 
-BACKEND = cuda.cuda_backend(**without_residual(norm_forward, norm_backward))
+ADDING = cuda.cuda_backend(forward=forward, backward=backward)
+"""Of `add_layer_norm`."""
+BACKEND = without(ADDING, slice(1, 2))

@@ -6,16 +6,16 @@ kernels of triton_wide.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..choose import without
 from ..triton import cdiv, jit, launch, next_power_of_2, tl, triton_backend, two_sum
-from ..tuning import Config, Tunable, config, define_tunable
+from ..tuning import Config, config
 from ..views import as_rows
-from .adapters import without_residual
 from .gradients import empty_gradients
 from .triton_wide import (
     layer_norm_wide_backward_kernel,
@@ -188,13 +188,18 @@ def _block(d: int, chosen: Config) -> tuple[dict[str, int], int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": chosen["num_warps"]}, rows
 
 
-def norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool = False,
+) -> tuple[tuple[Tensor, Tensor | None], None]:
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
     if x.numel() == 0:
-        return y, total
+        return (y, total), None
     d, shape_class = x.shape[-1], _shape_class(x.shape[-1])
     flat, addend = as_rows(x), None if residual is None else as_rows(residual)
     strides = flat.stride(0), 0 if addend is None else addend.stride(0)
@@ -207,22 +212,24 @@ def norm_forward(
     else:
         constants, rows = _block(d, chosen)
         launch(_layer_norm_kernel, (cdiv(len(flat), rows),), *arguments, **constants)
-    return y, total
+    return (y, total), None
 
 
-def norm_backward(
+def backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
+    residual: None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias where `needs` (for weight, for bias) says so, else empty.
+    """dx, and dweight and dbias where `needs` says so, else empty.
 
     x is what was normed; dtotal is added to its gradient.
     """
+    needs = needs[1:]
     d, shape_class = x.shape[-1], _shape_class(x.shape[-1])
     dx, dweight, dbias = empty_gradients(x, weight, bias, needs)
     if x.numel() == 0:
@@ -263,54 +270,6 @@ def norm_backward(
     return dx, dweight, dbias
 
 
-def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    elements = (4096, 8192) if shape_class == "wide" else (1024, 2048, 4096, 8192)
-    for count in elements:
-        for warps in (1, 2, 4, 8, 16):
-            if 8 <= count // (32 * warps) <= 32:
-                yield {"ELEMENTS": count, "num_warps": warps}
-
-
-def _backward_candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    for candidate in _candidates(shape_class, dtype):
-        for programs in (132, 264, 528):
-            yield {**candidate, "PROGRAMS": programs}
-
-
-SHAPES = {"512": (8192, 320), "1024": (2048, 640), "2048": (512, 1280), "4096": (154, 4096)}
-"""Rows and D: SD 1.5's levels with guidance at 64 x 64 latents; a T5 encoder's."""
-
-
-def _arguments(shape_class: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    rows, d = SHAPES.get(shape_class, (64, 20000))
-    sizes = ((rows, d), (rows, d), (d,), (d,))
-    x, other, weight, bias = (torch.empty(size, dtype=dtype, device=device) for size in sizes)
-    return x, other, weight, bias
-
-
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    x, residual, weight, bias = _arguments(shape_class, dtype, device)
-    calls: list[Callable[[], Any]] = [lambda: norm_forward(x, None, weight, bias, 1e-5)]
-    if shape_class in ("2048", "wide"):
-        calls.append(lambda: norm_forward(x, None, None, None, 1e-6))  # DiT
-        calls.append(lambda: norm_forward(x, residual, weight, bias, 1e-5))
-    return calls
-
-
-def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    x, dy, weight, bias = _arguments(shape_class, dtype, device)
-    calls = [lambda: norm_backward(dy, None, x, weight, bias, 1e-5, [True, True])]
-    if shape_class in ("2048", "wide"):
-        calls.append(lambda: norm_backward(dy, dy, x, None, None, 1e-6, [False, False]))
-    return calls
-
-
-for _name, _make, _search in (
-    ("layer_norm", _calls, _candidates),
-    ("layer_norm_backward", _backward_calls, _backward_candidates),
-):
-    define_tunable(
-        Tunable(name=_name, shape_classes=(*SHAPES, "wide"), candidates=_search, calls=_make)
-    )
-
-BACKEND = triton_backend(**without_residual(norm_forward, norm_backward))
+ADDING = triton_backend(forward=forward, backward=backward)
+"""Of `add_layer_norm`."""
+BACKEND = without(ADDING, slice(1, 2))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..triton import cdiv, jit, launch, tl, triton_backend
-from ..tuning import Config, Tunable, config, define_tunable
-from .streams import INITIAL_NOISE, SAMPLER_NOISE
+from ..tuning import config
 
 # Device functions: fp32 and uint32 only. Every product that is added to something is an explicit
 # fma or exact, so that no compiler has a choice and all GPUs (and the interpreter) get the same
@@ -180,36 +178,7 @@ def why_not(
     """Why the kernel cannot run this call, or None if it can."""
     if math.prod(shape) > LARGEST:
         return f"an image may have 2^33 elements, got {math.prod(shape)}"
-    if step is not None and step.device != seeds.device:
-        return f"step must be on the device of the seeds, {seeds.device}, got {step.device}"
     return None
 
 
-def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    for block in (64, 128, 256, 512):
-        for warps in (1, 2, 4, 8):
-            if 1 <= block // (32 * warps) <= 4:
-                yield {"BLOCK": block, "num_warps": warps}
-
-
-def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """SDXL's latents at 1024 x 1024, four images; the step given as a tensor."""
-    seeds = torch.empty(4, dtype=torch.int64, device=device)
-    step = torch.empty((), dtype=torch.int64, device=device)
-    return [
-        lambda: forward(seeds, (4, 128, 128), None, 0, INITIAL_NOISE),
-        lambda: forward(seeds, (4, 128, 128), step, 0, SAMPLER_NOISE),
-    ]
-
-
-define_tunable(
-    Tunable(
-        name="philox_normal",
-        shape_classes=("any",),
-        candidates=_candidates,
-        calls=_calls,
-        dtypes=(torch.float32,),
-    )
-)
-
-BACKEND = triton_backend(forward=forward, why_not=why_not)
+BACKEND = triton_backend(forward=forward, why_not=why_not, one_device=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -12,42 +12,41 @@ LARGEST = 2**31 - 1
 
 
 def why_not(x: Tensor, *others: Any) -> str | None:
-    """Why the kernels cannot run this call, or None if they can."""
-    if x.numel() and x[0].numel() > LARGEST:
+    """Why the kernels cannot run this call on one device, or None if they can."""
+    if x.numel() > LARGEST and x[0].numel() > LARGEST:
         return f"an image may have 2^31 - 1 elements, got {x[0].numel()}"
-    names = ("prediction", "history", "table", "rows", "seeds", "cond", "uncond", "denoised")
-    for name, tensor in zip((*names, "finite"), others, strict=False):
-        if isinstance(tensor, Tensor) and tensor.device != x.device:
-            return f"{name} must be on the device of x, {x.device}, got {tensor.device}"
     return None
 
 
-def _folded(x: Tensor, lead: int) -> tuple[int, int] | None:
-    """Strides of dimension `lead` (channels) and of all that follow as one; None where those have
-    no single stride."""
-    space, unit = 1, None
-    for size, stride in zip(x.shape[:lead:-1], x.stride()[:lead:-1], strict=True):
+@lru_cache(1024)
+def _folded(
+    shape: tuple[int, ...], strides: tuple[int, ...], lead: int
+) -> tuple[tuple[int, int], bool] | None:
+    """Strides of dimension `lead` (channels) and of all that follow as one, and whether an image is
+    in order, without a gap; None where what follows has no single stride."""
+    space, unit = 1, 1
+    for size, stride in zip(shape[:lead:-1], strides[:lead:-1], strict=True):
         if size == 1:
             continue
-        if unit is None:
+        if space == 1:
             unit = stride
         elif stride != unit * space:
             return None
         space *= size
-    return x.stride(lead), 1 if unit is None else unit
+    channels = strides[lead]
+    dense = (space == 1 or unit == 1) and (shape[lead] == 1 or channels == space)
+    return (channels, unit), dense
 
 
 def strides_of(x: Tensor, lead: int) -> tuple[Tensor, tuple[int, int], bool]:
     """x, or a dense copy where its space does not fold; (channel, space) strides; whether an image
     is in order, without a gap."""
-    found = _folded(x, lead)
+    found = _folded(x.shape, x.stride(), lead)
     if found is None:
         x = x.contiguous()
-        found = _folded(x, lead)
+        found = _folded(x.shape, x.stride(), lead)
         assert found is not None
-    space = math.prod(x.shape[lead + 1 :])
-    dense = (space == 1 or found[1] == 1) and (x.shape[lead] == 1 or found[0] == space)
-    return x, found, dense
+    return x, *found
 
 
 def by_memory(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..choose import Backend
+from ..choose import Backend, elsewhere
 from .launches import DTYPES
 
 
@@ -24,10 +25,18 @@ def triton_backend(
     forward: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     why_not: Callable[..., str | None] | None = None,
+    one_device: bool = False,
 ) -> Backend:
-    """The backend "triton" of an op; `why_not` says what it cannot run besides other dtypes."""
+    """The backend "triton" of an op.
+
+    Args:
+        why_not: what it cannot run besides other dtypes.
+        one_device: it cannot run tensors on several devices, and the reference can.
+    """
+    names = list(inspect.signature(forward).parameters)
 
     def objection(*args: Any) -> str | None:
-        return why_not_dtypes(*args) or (None if why_not is None else why_not(*args))
+        reason = why_not_dtypes(*args) or (elsewhere(names, args) if one_device else None)
+        return reason if reason is not None or why_not is None else why_not(*args)
 
     return Backend(name="triton", forward=forward, backward=backward, why_not=objection)

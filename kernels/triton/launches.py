@@ -63,18 +63,6 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def compile(self) -> Any:
-        """Compile it as a start of the kernel would, for triton's active driver; run nothing."""
-        constants = {p.name for p in self.kernel.params if p.is_constexpr}
-        values = [v for name, v in self.arguments.items() if name not in constants]
-        return self.kernel.warmup(
-            *values,
-            grid=self.grid,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            **{name: self.arguments[name] for name in constants},
-        )
-
 
 _recorded: list[Launch] | None = None
 _architecture: str | None = None
@@ -135,12 +123,3 @@ def launch(
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(grid)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
-
-
-def target(architecture: str) -> Any:
-    """What triton calls an architecture."""
-    from triton.backends.compiler import GPUTarget
-
-    if architecture.startswith("gfx"):
-        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
-    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)

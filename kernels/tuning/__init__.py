@@ -19,25 +19,3 @@ from .configs import (
     tuned_cache,
     tuned_files,
 )
-from .tunables import TUNABLES, Tunable, define_tunable
-
-__all__ = [
-    "TUNABLES",
-    "TUNED",
-    "Config",
-    "Gpu",
-    "Tunable",
-    "Tuned",
-    "architectures",
-    "config",
-    "define_tunable",
-    "forget_configs",
-    "gpu_of",
-    "lookup",
-    "nearest_architecture",
-    "on_new_configs",
-    "override_config",
-    "read_tuned",
-    "tuned_cache",
-    "tuned_files",
-]

@@ -31,8 +31,8 @@ from fastdiff.bench.record import Record
 from fastdiff.bench.run import Case, Outcome
 from fastdiff.bench.shapes import Call, Job
 from fastdiff.bench.subjects import NETWORK_OPS, SUBJECTS
+from fastdiff.bench.watch import watched
 from fastdiff.kernels import Work, choose
-from fastdiff.kernels import cuda as _cuda
 from tests import cuda_host
 from tests.kernels import cases as kernel_cases
 from tests.kernels.routes import cuda_kernels
@@ -422,7 +422,7 @@ def test_the_sanitizers_see_every_op(
 def test_the_sanitizers_see_every_cuda_kernel() -> None:
     """Each that stands in csrc/, but for the one that nothing launches."""
     emulated = not torch.cuda.is_available()
-    with cuda_host.emulated() if emulated else nullcontext(), _cuda.watched() as seen:
+    with cuda_host.emulated() if emulated else nullcontext(), watched() as seen:
         device.parity_cases(["cuda"], 1000.0)
     names = cuda_kernels() - {"any_kernel"}
     mangled = {name: f"{len(name)}{name}" for name in names}

@@ -15,11 +15,12 @@ import torch
 from fastdiff import kernels
 from fastdiff.bench import tune
 from fastdiff.bench.clock import HostTimer, Method, Timing
+from fastdiff.bench.tunables import TUNABLES, Tunable
 from fastdiff.bench.tune import Case
 from fastdiff.cli import main
 from fastdiff.cli.tune import print_found
 from fastdiff.kernels.triton import cdiv, jit, launch, tl
-from fastdiff.kernels.tuning import TUNABLES, Config, Gpu, Tunable, configs, measured
+from fastdiff.kernels.tuning import Config, Gpu, configs, measured
 from tests.kernels import cases
 
 CPU = torch.device("cpu")
@@ -236,7 +237,7 @@ def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch)
         from fastdiff.kernels.geglu.triton import forward
 
         x = torch.empty(2, 64, dtype=dtype, device=device)
-        return [lambda: forward(x)]
+        return [lambda: forward(x, False)]
 
     monkeypatch.setitem(TUNABLES, "geglu", replace(real, calls=small))
     for case in tune.cases(["geglu"]):

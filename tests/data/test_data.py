@@ -15,7 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.data import DataConfig, DataOrder, digits_split, open_dataset, shards
+from fastdiff.data import (
+    DataConfig,
+    DataOrder,
+    describe_folder,
+    digits_split,
+    open_dataset,
+    shards,
+)
 
 
 def folder_config(path: Path, **changes: object) -> DataConfig:
@@ -86,6 +93,54 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     read = write_only(tmp_path / "e", "a.jpg", image, exif=exif, quality=95)
     # left half black, turned clockwise: the top half is black
     assert corners(read) == pytest.approx([-1, -1, 1, 1], abs=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_metadata_does_not_decide_whether_pixels_are_read(tmp_path: Path) -> None:
+    """Orientation 6 beside an XResolution that is stored as text; and EXIF that is cut off."""
+    entries = struct.pack("<HHIHxx", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    image = Image.fromarray(halves(0, 255))
+    read = write_only(tmp_path / "text", "a.jpg", image, exif=exif, quality=95)
+    assert corners(read) == pytest.approx([-1, -1, 1, 1], abs=0.05)
+    read = write_only(tmp_path / "cut", "a.jpg", image, exif=exif[:20], quality=95)
+    assert corners(read) == pytest.approx([-1, 1, -1, 1], abs=0.05)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are not bytes there")
+def test_a_class_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
+    """No config.json could hold it; a file's name may be anything."""
+    folder = os.fsdecode(os.fsencode(tmp_path / "set") + b"/caf\xe9")
+    os.makedirs(folder)
+    Image.fromarray(halves(0, 255)).save(os.path.join(folder, "a.png"))
+    with pytest.raises(
+        ValueError, match=r"the class folder caf\\udce9 in .*set has a name"
+    ) as told:
+        open_dataset(folder_config(tmp_path / "set"))
+    os.rename(folder, tmp_path / "set" / "cafe")  # as the message says
+    assert str(told.value).isprintable()
+    broken = os.fsdecode(os.fsencode(tmp_path / "set" / "cafe") + b"/\xe9.png")
+    Path(broken).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"unreadable file in .*udce9.png \(not an image"):
+        assert open_dataset(folder_config(tmp_path / "set")).classes == ("cafe",)
+
+
+def test_a_folder_is_described_without_reading_all_of_it(tmp_path: Path) -> None:
+    grey = Image.fromarray(halves(0, 255))
+    palette = grey.convert("P")
+    grey.save(write := tmp_path / "a.png")
+    palette.save(tmp_path / "b.gif")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    assert describe_folder(tmp_path) == (1, 0)
+    for name in ("x", "y"):
+        (tmp_path / "named" / name).mkdir(parents=True)
+        grey.save(tmp_path / "named" / name / "a.png")
+    assert describe_folder(tmp_path / "named") == (1, 2)
+    coloured = Image.new("RGB", (4, 4), (255, 0, 0))
+    coloured.convert("P").save(tmp_path / "named" / "y" / "b.png")
+    assert describe_folder(tmp_path / "named") == (3, 2)
+    with pytest.raises(FileNotFoundError, match="set path to a folder of images"):
+        describe_folder(write)
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:

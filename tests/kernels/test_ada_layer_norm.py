@@ -68,9 +68,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("case", ROWS, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "backend"), cases.parity_rows(ROWS, cases.ALL_BACKENDS))
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("ada_layer_norm", case, dtype, backend)
 

@@ -360,7 +360,8 @@ class Mode(TorchDispatchMode):
 
 
 def test_only_plain_calls_go_past_pytorch() -> None:
-    """layer_norm's arguments: the others go through the op that PyTorch knows."""
+    """layer_norm's arguments: the others go through the op that PyTorch knows. A gradient that is
+    wanted takes the same way, forward and backward."""
     op = kernels.OPS["layer_norm"]
     wanted, weight = X.clone().requires_grad_(), torch.ones(8)
 
@@ -371,20 +372,25 @@ def test_only_plain_calls_go_past_pytorch() -> None:
         raise Seen
 
     def goes_through(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
-        before, op.known = op.known, told
+        before = op.known, op.known_backward
+        op.known = op.known_backward = told
         try:
-            op(x, weight, None, 1e-5)
+            y = op(x, weight, None, 1e-5)
+            if y.requires_grad:
+                y.sum().backward()
         except Seen:
             return True
         finally:
-            op.known = before
+            op.known, op.known_backward = before
         return False
 
     with kernels.backend("cpu"):
         for x, w in ((X, None), (X, weight), (X, torch.nn.Parameter(weight, False))):
             assert not goes_through(x, w)
-        assert goes_through(wanted)
-        assert goes_through(X, torch.nn.Parameter(weight))
+        assert not goes_through(wanted)
+        assert not goes_through(X, torch.nn.Parameter(weight))
+        with Mode():
+            assert goes_through(wanted)
         with torch.no_grad():
             assert not goes_through(wanted)
         assert goes_through(X, weight.as_subclass(Subclass))

@@ -34,6 +34,15 @@ def rows(ops: dict[str, list[cases.Case]]) -> list[object]:
     return [pytest.param(op, case, id=f"{op}-{case}") for op in ops for case in ops[op]]
 
 
+def rows_in_turn(ops: dict[str, list[cases.Case]], first: int) -> list[object]:
+    """(op, case, dtype) for parametrize."""
+    return [
+        pytest.param(op, case, dtype, id=f"{op}-{case}-{dtype}")
+        for op in ops
+        for case, dtype in cases.in_turn(ops[op], first)
+    ]
+
+
 @contextmanager
 def in_parts() -> Iterator[None]:
     """The norms as if a block had no shared memory to keep a group in."""
@@ -61,16 +70,14 @@ def test_parity(op: str, case: cases.Case, dtype: torch.dtype) -> None:
     cases.check(op, case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), rows(NORMS))
+@pytest.mark.parametrize(("op", "case", "dtype"), rows_in_turn(NORMS, 0))
 def test_parity_of_norms_in_parts(op: str, case: cases.Case, dtype: torch.dtype) -> None:
     with in_parts():
         cases.check(op, case, dtype, "cuda")
 
 
 @needs_clusters
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), rows(NORMS))
+@pytest.mark.parametrize(("op", "case", "dtype"), rows_in_turn(NORMS, 1))
 def test_parity_of_norms_in_clusters(op: str, case: cases.Case, dtype: torch.dtype) -> None:
     with in_clusters(CLUSTERS[dtype]):
         cases.check(op, case, dtype, "cuda")

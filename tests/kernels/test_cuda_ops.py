@@ -39,9 +39,10 @@ def rows_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_norm_cuda, "PROGRAMS", 3)
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("op", "case"), [(op, case) for op in NORMS for case in NORMS[op]], ids=str
+    ("op", "case", "dtype"),
+    [(op, *pair) for op in NORMS for pair in cases.in_turn(NORMS[op])],
+    ids=str,
 )
 def test_parity_of_wide_rows(
     op: str, case: cases.Case, dtype: torch.dtype, backend: str, rows_are_wide: None

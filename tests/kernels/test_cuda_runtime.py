@@ -13,7 +13,7 @@ import torch
 from benchmarks import device
 from benchmarks.resources import cuda_device
 from fastdiff import kernels
-from fastdiff.kernels import cuda
+from fastdiff.bench.watch import watched
 from fastdiff.kernels.choose import UNAVAILABLE
 from fastdiff.kernels.cuda import library
 from fastdiff.kernels.group_norm_silu import cuda as group_norm_cuda
@@ -33,7 +33,7 @@ def runtime() -> Iterator[str]:
 @cases.needs_cuda
 def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
     x = torch.randn(3, 5, 2 * 64, device=runtime)
-    with cuda.watched() as seen, kernels.backend("cuda"):
+    with watched() as seen, kernels.backend("cuda"):
         y = kernels.geglu(x)
         assert seen == []
     (launch,) = seen
@@ -52,7 +52,7 @@ def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
         torch.testing.assert_close(y, kernels.geglu(x))  # it ran
     with kernels.backend("cuda"):
         kernels.geglu(x)
-    with cuda.watched() as seen:
+    with watched() as seen:
         pass
     assert seen == []  # nobody watched
 
@@ -60,7 +60,7 @@ def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
 @cases.needs_cuda
 def test_a_watch_can_keep_kernels_from_starting(runtime: str) -> None:
     x = torch.randn(2, 64, 16, 16, device=runtime).contiguous(memory_format=torch.channels_last)
-    with cuda.watched(start=False) as seen, pytest.MonkeyPatch.context() as patch:
+    with watched(start=False) as seen, pytest.MonkeyPatch.context() as patch:
         patch.setattr(group_norm_cuda, "CLUSTER", 16)
         patch.setattr(torch, "empty_like", torch.zeros_like)
         with kernels.backend("cuda"):

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fastdiff.kernels import COLUMNS, OPS, backend, philox_normal, sampler_step
 from fastdiff.kernels.geglu import triton as geglu
-from fastdiff.kernels.group_norm_silu.triton_backward import norm_backward
-from fastdiff.kernels.group_norm_silu.triton_forward import norm_forward
+from fastdiff.kernels.group_norm_silu.triton_backward import backward as group_norm_backward
+from fastdiff.kernels.group_norm_silu.triton_forward import forward as group_norm_forward
 from fastdiff.kernels.group_norm_silu.triton_tiles import mean_and_rstd
-from fastdiff.kernels.layer_norm.triton import norm_backward as layer_norm_backward
-from fastdiff.kernels.layer_norm.triton import norm_forward as layer_norm_forward
+from fastdiff.kernels.layer_norm.triton import backward as layer_norm_backward
+from fastdiff.kernels.layer_norm.triton import forward as layer_norm_forward
 from fastdiff.kernels.philox_normal import normals_of_blocks
 from fastdiff.kernels.philox_normal.triton import forward as philox_forward
 from fastdiff.kernels.sampler_step.triton import forward as run_step
@@ -88,13 +88,13 @@ def test_geglu() -> None:
     d = 1024
     x = huge(MANY // d + 64, 2 * d)
     dy = huge(len(x), d)
-    kernels, (y, _) = launched(lambda: geglu.forward(x))
+    kernels, (y, _) = launched(lambda: geglu.forward(x, False))
     run_ends(kernels["geglu_kernel"])
     rows = ENDS // d
     sides = [side.float().requires_grad_() for side in (x[:rows], x[-rows:])]
     expected = [OPS["geglu"].formula(side) for side in sides]
     check_ends(y, lambda i: expected[i].half())
-    kernels, (dx,) = launched(lambda: geglu.backward(dy, x))
+    kernels, (dx,) = launched(lambda: geglu.backward(dy, x, (True,)))
     run_ends(kernels["geglu_backward_kernel"])
     gradients = [
         torch.autograd.grad(out, side, one.float().view(-1, d))[0].flatten()
@@ -109,13 +109,13 @@ def test_layer_norm(d: int) -> None:
     kind = "layer_norm" if d == 512 else "layer_norm_wide"
     sides = [side.view(-1, d).float().requires_grad_() for side in ends(x)]
     expected = [F.layer_norm(side, (d,)) for side in sides]
-    kernels, (y, total) = launched(lambda: layer_norm_forward(x, x, None, None, 1e-5))
+    kernels, ((y, total), _) = launched(lambda: layer_norm_forward(x, x, None, None, 1e-5))
     run_ends(kernels[f"{kind}_kernel"])
     check_ends(total, lambda i: 2 * ends(x)[i])
     check_ends(y, lambda i: expected[i].half())  # but for eps, the norm of 2 x is that of x
     with override_config("layer_norm_backward", {"ELEMENTS": 2048, "num_warps": 4, "PROGRAMS": 4}):
         kernels, (dx, *_) = launched(
-            lambda: layer_norm_backward(dy, dy, x, None, None, 1e-5, [False, False])
+            lambda: layer_norm_backward(dy, dy, x, None, None, None, 1e-5, [True, False, False])
         )
     run_ends(kernels[f"{kind}_backward_kernel"])
     gradients = [
@@ -132,13 +132,13 @@ def test_group_norm_of_many_samples(layout: torch.memory_format) -> None:
     x, dy = (huge(n, c, 8, 8, layout=layout) for _ in range(2))
     sides = [x[i : i + 1].float().requires_grad_() for i in (0, -1 % n)]
     with regime("small"):
-        kernels, (y, _, statistics) = launched(
-            lambda: norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
+        kernels, ((y, _), statistics) = launched(
+            lambda: group_norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
         )
         run_ends(kernels["small_kernel"])
         backward, (dx, *_) = launched(
-            lambda: norm_backward(
-                *(dy, None, x, 32, None, None, None, None, "silu", statistics),
+            lambda: group_norm_backward(
+                *(dy, None, x, 32, *[None] * 5, 1e-5, "silu", statistics),
                 [True, *[False] * 4],
             )
         )
@@ -163,12 +163,12 @@ def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
     """The large regime. With mean 0 and scale 1 the last kernels apply the activation alone."""
     x, dy = (huge(1, 256, 2900, 2900, layout=layout) for _ in range(2))
     with regime("large", PROGRAMS=2**30):
-        kernels, (y, _, statistics) = launched(
-            lambda: norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
+        kernels, ((y, _), statistics) = launched(
+            lambda: group_norm_forward(x, 32, None, None, None, None, None, 1e-5, "silu")
         )
         backward, (dx, *_) = launched(
-            lambda: norm_backward(
-                *(dy, None, x, 32, None, None, None, None, "silu", statistics),
+            lambda: group_norm_backward(
+                *(dy, None, x, 32, *[None] * 5, 1e-5, "silu", statistics),
                 [True, *[False] * 4],
             )
         )

@@ -20,7 +20,7 @@ from fastdiff import kernels
 from fastdiff.bench import shapes, tune
 from fastdiff.bench.providers import Make, Subject
 from fastdiff.bench.subjects import NETWORK_OPS
-from fastdiff.kernels import cuda as _cuda
+from fastdiff.bench.watch import watched
 from tests.kernels import cases, routes
 from tests.kernels.graphs import captured
 from tests.kernels.routes import Route
@@ -102,7 +102,7 @@ def test_a_route_goes_its_way_and_repeats_its_bits(
         changed_to(operands, numbers)
         assert same(copies(run()), first)
     if backend == "cuda":
-        with _cuda.watched() as seen:
+        with watched() as seen:
             run()
         assert any(route.kernel in launch.kernel for launch in seen), seen
         assert max(launch.cluster for launch in seen) >= route.cluster, seen

@@ -244,21 +244,76 @@ def test_checkpointing_recomputes_on_the_same_backend(name: str, ran: list[str])
     assert all(map(torch.equal, found, plain))
 
 
-def test_without_its_mark_a_backward_pass_takes_the_reference(ran: list[str]) -> None:
-    """A hook that moves what is saved makes a tensor of other strides of the mark."""
+def test_a_hook_on_saved_tensors_leaves_the_backend_or_the_reference(ran: list[str]) -> None:
+    """A hook that moves what is saved makes a tensor of other strides of the mark; in eager the
+    backend needs none."""
     given = example("group_norm_silu")
-    leaves = leaves_of(given)
+    leaves, args = leaves_of(given), bound_arguments("group_norm_silu", (), given)
     copied = torch.autograd.graph.saved_tensors_hooks(
         lambda t: t.detach().numpy().copy(), torch.from_numpy
     )
     with kernels.backend("cpu"):
         expected = torch.autograd.grad(kernels.group_norm_silu(**given).square().sum(), leaves)
         with copied:
-            loss = kernels.group_norm_silu(**given).square().sum()
-        found = torch.autograd.grad(loss, leaves)
-    assert ran == ["cpu", "reference"]
-    for have, want in zip(found, expected, strict=True):
+            eager = kernels.group_norm_silu(**given).square().sum()
+            registered = kernels.OPS["group_norm_silu"].known(*args)[0].square().sum()
+    found = [torch.autograd.grad(loss, leaves) for loss in (eager, registered)]
+    assert ran == ["cpu", "cpu", "reference"]
+    assert all(map(torch.equal, found[0], expected))
+    for have, want in zip(found[1], expected, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_eager_and_registered_gradients_are_the_same_bits(name: str) -> None:
+    """An output may be unused: the gradient of the other alone, too."""
+    given = example(name)
+    leaves, args, op = leaves_of(given), bound_arguments(name, (), given), kernels.OPS[name]
+    with kernels.backend("cpu"):
+        pair = [getattr(kernels, name)(**given), op.known(*args)]
+    eager, registered = (_tensors(outputs)[: op.outputs] for outputs in pair)
+    for chosen in (eager, registered):
+        assert [o.requires_grad for o in chosen] == [True] * op.outputs
+    for used in ([0], [op.outputs - 1], list(range(op.outputs))):
+        losses = [sum(outputs[i].sin().sum() for i in used) for outputs in (eager, registered)]
+        mine, theirs = (
+            torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+            for loss in losses
+        )
+        for have, want in zip(mine, theirs, strict=True):
+            assert (have is None) == (want is None)
+            assert have is None or torch.equal(have, want)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_batched_gradients(name: str) -> None:
+    """`is_grads_batched` runs a backward pass of eager under vmap, where no kernel can."""
+    given = example(name)
+    leaves = leaves_of(given)
+    with kernels.backend("cpu"):
+        y = _tensors(getattr(kernels, name)(**given))[0]
+    dys = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(
+        y, leaves, dys, is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
+    single = [
+        torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True) for dy in dys
+    ]
+    for have, *rows in zip(found, *single, strict=True):
+        assert all(map(torch.equal, have, rows))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # as it makes fake tensors
+def test_compiled_autograd_traces_a_backward_pass_of_eager() -> None:
+    x = draw(2, 8).requires_grad_()
+    (expected,) = torch.autograd.grad(kernels.geglu(x).sin().sum(), x)
+    torch._dynamo.reset()
+    loss = kernels.geglu(x).sin().sum()
+    with torch._dynamo.compiled_autograd._enable(
+        lambda graph: torch.compile(graph, backend="aot_eager", fullgraph=True)
+    ):
+        loss.backward()
+    assert torch.equal(x.grad, expected)
 
 
 # What the op saves and returns, by its fake

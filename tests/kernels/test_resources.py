@@ -20,9 +20,10 @@ from rich.console import Console
 from benchmarks.resources import ahead_of_time
 from benchmarks.resources import record as resources_record
 from benchmarks.resources import table as resources
+from fastdiff.bench.tunables import TUNABLES
 from fastdiff.kernels import triton as _triton
 from fastdiff.kernels.attention import triton_forward
-from fastdiff.kernels.tuning import TUNABLES, configs
+from fastdiff.kernels.tuning import configs
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")

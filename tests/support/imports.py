@@ -139,3 +139,32 @@ def _way(start: str, end: str, edges: dict[str, set[str]]) -> list[str] | None:
                 before[other] = module
                 queue.append(other)
     return None
+
+
+def private_uses(path: Path, module: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """(line, name) of names with a leading underscore that belong to another module of `known`:
+    imported from it, or reached as an attribute of it."""
+    tree = ast.parse(path.read_text())
+    modules: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        for target, alias in zip(
+            _targets(node, module, path.name == "__init__.py"), node.names, strict=True
+        ):
+            parent, _, name = target.rpartition(".")
+            if target in known:
+                modules[alias.asname or (name if isinstance(node, ast.ImportFrom) else target)] = (
+                    target
+                )
+            elif parent in known and parent != module and _is_private(name):
+                yield node.lineno, f"{parent}.{name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and _is_private(node.attr):
+            owner = modules.get(ast.unparse(node.value))
+            if owner is not None and owner != module and f"{owner}.{node.attr}" not in COMPILED:
+                yield node.lineno, f"{owner}.{node.attr}"
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")

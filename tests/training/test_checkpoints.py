@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import resource
+import signal
 from pathlib import Path
 
 import pytest
 
-from fastdiff.training import train_diffusion
+from fastdiff.training import checkpoints, train_diffusion
 from fastdiff.training.task import DiffusionTask
 from fastdiff.training.trainer import Trainer
 from tests.training import runs
@@ -41,11 +42,43 @@ def test_only_the_newest_checkpoints_are_kept(images: Path, tmp_path: Path) -> N
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["latest", "step_00000004", "step_00000006"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "config.json",
         "log.jsonl",
         "checkpoints",
         "model",
     }
+
+
+def test_the_newest_checkpoint_is_never_deleted(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 4's folder was renamed and before `latest` named it; then resumed, and
+    stopped at step 3, before the one that nothing names."""
+    run = runs.diffusion_run(images, tmp_path / "run")
+    run = runs.with_output(run, save_every=2, keep=1)
+    root, real = tmp_path / "run/checkpoints", checkpoints.write_text
+
+    def killed(path: Path, text: str) -> None:
+        if "step_00000004" in text:
+            raise KeyboardInterrupt
+        real(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_diffusion(run)
+    assert (root / "step_00000004").is_dir()
+    assert (root / "latest").read_text() == "step_00000002\n"
+    with monkeypatch.context() as patch:
+        runs.signal_at(patch, DiffusionTask, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_diffusion(run, resume=True)
+    assert checkpoints.latest_checkpoint(root) == root / "step_00000003"
+    train_diffusion(run, resume=True)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000006"]
+    train_diffusion(runs.with_output(run, folder=str(tmp_path / "whole")))
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_damaged_checkpoints_are_named(images: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from fastdiff.training import train_diffusion
+from fastdiff.training.task import DiffusionTask
 from tests.training import runs
 
 
@@ -33,3 +35,19 @@ def test_tensorboard_has_scalars_and_sheets(images: Path, tmp_path: Path) -> Non
     logged = [record["loss"] for record in runs.losses(tmp_path / "run")]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged, rel=1e-6)
     assert [event.step for event in events.Images("samples")] == [3]
+
+
+def test_tensorboard_keeps_every_step_across_a_resume(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step of the checkpoint was purged with the ones after it."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = runs.with_output(runs.diffusion_run(images, tmp_path / "run"), tensorboard=True)
+    with monkeypatch.context() as patch:
+        runs.signal_at(patch, DiffusionTask, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_diffusion(run)
+    train_diffusion(run, resume=True)
+    events = loader.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.files import locked_folder
 from fastdiff.training import DiffusionRun, train_autoencoder, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
@@ -137,6 +138,65 @@ def test_resuming_with_another_config_names_every_difference(images: Path, tmp_p
     assert message.count(" there, ") == 2
     (tmp_path / "run").rename(tmp_path / "moved")  # a folder may move
     train_diffusion(runs.with_output(run, folder=str(tmp_path / "moved")), resume=True)
+
+
+def test_a_finished_run_goes_on_to_more_steps(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if it had been asked for them in the first place, where the learning rate is constant."""
+    whole = runs.diffusion_run(
+        images, tmp_path / "whole", optimization=runs.optimization(steps=6, decay="constant")
+    )
+    train_diffusion(whole)
+    short = runs.with_output(whole, folder=str(tmp_path / "cut"))
+    train_diffusion(runs.with_optimization(short, steps=3))
+    capsys.readouterr()
+    train_diffusion(short, resume=True)
+    assert "optimization.steps: 3 before, 6 now\n" in capsys.readouterr().out
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert json.loads((tmp_path / "cut/config.json").read_text())["optimization"]["steps"] == 6
+    with pytest.raises(ValueError, match="already been trained for 6 steps, more than the 5"):
+        train_diffusion(runs.with_optimization(short, steps=5), resume=True)
+
+
+def test_a_schedule_that_changes_is_said(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cosine that was at its end has half of its height again."""
+    run = runs.diffusion_run(
+        images, tmp_path / "run", optimization=runs.optimization(steps=2, warmup_steps=0)
+    )
+    train_diffusion(run)
+    train_diffusion(runs.with_optimization(run, steps=4), resume=True)
+    assert "the learning rate of the next step changes from 0 to 0.0005" in capsys.readouterr().out
+
+
+def test_a_folder_takes_one_training_at_a_time(images: Path, tmp_path: Path) -> None:
+    """Also --resume beside a running one; a process that was killed holds nothing."""
+    run = runs.diffusion_run(images, tmp_path / "run", optimization=runs.optimization(steps=1))
+    code = (
+        "import sys, time, pathlib; from fastdiff.files import locked_folder\n"
+        "with locked_folder(pathlib.Path(sys.argv[1]), what='waits'):\n"
+        "    print('locked', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=r"another process is training in .*run; wait for it"):
+            train_diffusion(run)
+        assert not (tmp_path / "run/config.json").exists()
+        other.kill()
+    train_diffusion(run)
+    with (
+        locked_folder(tmp_path / "run", what="is training"),
+        pytest.raises(ValueError, match="another process is training"),
+    ):
+        train_diffusion(run, resume=True)
 
 
 def test_a_run_that_an_older_version_left_unfinished_goes_on(

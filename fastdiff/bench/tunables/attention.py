@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tuning import Config, Tunable, define_tunable
-from .triton_backward import keys_gradient, queries_gradient, row_sums
-from .triton_forward import CONTEXT_DIMS, CONTEXTS, STREAMS, attention_forward, streaming
-from .triton_tiles import (
+from fastdiff.bench.tunables.tunable import Tunable, define_tunable
+from fastdiff.kernels.attention.triton_backward import keys_gradient, queries_gradient, row_sums
+from fastdiff.kernels.attention.triton_forward import (
+    CONTEXT_DIMS,
+    CONTEXTS,
+    STREAMS,
+    attention_forward,
+    streaming,
+)
+from fastdiff.kernels.attention.triton_tiles import (
     BACKWARD_DIMS,
     FULL_PRECISION_DIMS,
     HEAD_DIMS,
@@ -22,6 +28,7 @@ from .triton_tiles import (
     room_for_sums,
     split_sums,
 )
+from fastdiff.kernels.tuning import Config
 
 REAL_SHAPES = {
     24: (2, 1024, 8),
@@ -165,7 +172,6 @@ def _all_context_calls(
     ]
 
 
-HALF = (torch.float16, torch.bfloat16)
 define_tunable(
     Tunable(
         name="attention",

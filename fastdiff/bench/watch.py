@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .library import declare, function
+from fastdiff.kernels.cuda import declare, function
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..triton import DTYPES
-from .configs import Config
+from fastdiff.kernels.triton import DTYPES
+from fastdiff.kernels.tuning import Config
 
 
 @dataclass(frozen=True, kw_only=True)

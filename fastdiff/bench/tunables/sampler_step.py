@@ -1,0 +1,65 @@
+"""What the config of `sampler_step`'s Triton kernels is searched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastdiff.bench.tunables.tunable import Tunable, define_tunable
+from fastdiff.kernels.sampler_step.triton import forward
+from fastdiff.kernels.tuning import Config
+
+
+def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
+    for block in (64, 128, 256):
+        for warps in (2, 4, 8):
+            if 1 <= block // (32 * warps) <= 2:
+                yield {"BLOCK": block, "num_warps": warps}
+
+
+def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    """SD's latents, which a U-Net in channels_last gives back as they are; x in fp32, NCHW. Then:
+    everything dense, learned variance (ADM-256), rows that may rescale."""
+
+    def call(
+        shape: tuple[int, ...],
+        prediction_dtype: torch.dtype,
+        *,
+        guided: bool = True,
+        learned: bool = False,
+        layout: torch.memory_format = torch.contiguous_format,
+        rescale: bool = False,
+    ) -> Callable[[], Any]:
+        n, c, *rest = shape
+        x = torch.zeros(shape, device=device)
+        history, table = torch.zeros(3, *shape, device=device), torch.zeros(20, 20, device=device)
+        rows, seeds, cond, uncond = torch.arange(n, device=device).repeat(4, 1)
+        finite = torch.ones(n, dtype=torch.bool, device=device)
+        prediction = torch.zeros(
+            n * (1 + guided), c * (1 + learned), *rest, dtype=prediction_dtype, device=device
+        ).contiguous(memory_format=layout)
+        own, other = (cond + n, uncond) if guided else (None, None)
+        return lambda: forward(
+            x, prediction, history, table, rows, seeds, own, other, None, finite, rescale
+        )
+
+    latents, pixels, half = (4, 4, 64, 64), (4, 3, 256, 256), torch.bfloat16
+    return [
+        call(latents, half, layout=torch.channels_last),
+        call(latents, torch.float32, guided=False),
+        call(latents, half, rescale=True),
+        call(pixels, half, learned=True, layout=torch.channels_last),
+    ]
+
+
+define_tunable(
+    Tunable(
+        name="sampler_step",
+        shape_classes=("any",),
+        candidates=_candidates,
+        calls=_calls,
+        dtypes=(torch.float32,),
+    )
+)

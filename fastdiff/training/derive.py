@@ -1,0 +1,68 @@
+"""Settings of a run that follow from its images: where nothing else is said, they are derived."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.data import AugmentConfig, DataConfig, describe_folder
+from fastdiff.training.autoencoder import AutoencoderRun
+from fastdiff.training.diffusion import DiffusionRun
+
+RunT = TypeVar("RunT", AutoencoderRun, DiffusionRun[Any])
+PHOTOGRAPHS = AugmentConfig(flip=True, fill="reflection")
+"""A mirrored photograph is a photograph; one that is rotated or sheared is not."""
+
+
+def for_data(run: RunT, data: DataConfig) -> RunT:
+    """The run on other images: augmentation, channels, classes and guidance that fit them.
+
+    Args:
+        run: what is known to work, on the digits.
+        data: source and path are used. A folder is looked at; of shards only the augmentation
+            follows, since reading them takes long.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fastdiff.data.open_dataset` and `load_bundle`.
+    """
+    channels, classes = run.data.channels, 0
+    if data.source == "folder":
+        channels, classes = describe_folder(Path(data.path))
+    data = replace(data, augment=PHOTOGRAPHS, channels=channels, image_size=run.data.image_size)
+    if isinstance(run, AutoencoderRun):
+        return replace(
+            run,
+            data=data,
+            model=replace(run.model, image_channels=channels),
+            discriminator=replace(run.discriminator, image_channels=channels),
+        )
+    model = run.model
+    if run.autoencoder:
+        first = load_bundle(run.autoencoder)
+        data = replace(
+            data,
+            channels=first.image_channels or data.channels,
+            image_size=first.image_size or data.image_size,
+        )
+        if first.autoencoder is not None:
+            model = _taking(model, first.autoencoder.config.latent_channels)
+    else:
+        model = _taking(model, channels)
+    if data.source != "folder":
+        return replace(run, data=data, model=model)
+    return replace(
+        run,
+        data=data,
+        model=replace(model, num_classes=classes or None, null_class=bool(classes)),
+        class_dropout=run.class_dropout if classes else 0.0,
+        preview=replace(run.preview, guidance_scale=run.preview.guidance_scale if classes else 1.0),
+        latent_views=run.latent_views if run.autoencoder else 0,
+    )
+
+
+def _taking(model: Any, channels: int) -> Any:
+    """The denoiser for samples of another number of channels."""
+    out = channels * (2 if model.learned_sigma else 1)
+    return replace(model, in_channels=channels, out_channels=out)

@@ -1,0 +1,91 @@
+"""What tests cost, in seconds of CPU time: the summary of a run lists it, and a test that takes too
+much without being marked slow fails.
+
+CPU time and not the clock's: a machine that does something else besides takes longer, but computes
+hardly more. That of processes which a test started and waited for counts too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+SLOW = 5.0
+"""Seconds of CPU time from which a test is to be marked slow."""
+LIMIT = 3 * SLOW
+"""Seconds from which one that is not marked fails: shared cores can cost a factor of two."""
+BUDGET = 30.0
+"""Minutes for the whole suite."""
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+class Costs:
+    """A pytest plugin; in a run with processes side by side each of them has one, and the one that
+    started them sums up what their reports say."""
+
+    def __init__(self, limit: float = LIMIT) -> None:
+        self.limit = limit
+        self._phase = 0.0
+        self.files: dict[str, float] = defaultdict(float)
+        self.functions: dict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Iterator[None]:
+        return (yield from self._timed())
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self) -> Iterator[None]:
+        return (yield from self._timed())
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self) -> Iterator[None]:
+        return (yield from self._timed())
+
+    def _timed(self) -> Iterator[None]:
+        start = cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            self._phase = cpu_seconds() - start
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Iterator[Any]:
+        report = yield
+        report.cpu_seconds = self._phase  # travels with the report from a process to the other
+        too_long = call.when == "call" and report.passed and self._phase > self.limit
+        if too_long and item.get_closest_marker("slow") is None:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{self._phase:.1f} s of CPU time, the limit is {self.limit:g} s; make it smaller, "
+                f"split it, or mark it slow (from {SLOW:g} s on)"
+            )
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        seconds = getattr(report, "cpu_seconds", 0.0)
+        file, _, name = report.nodeid.partition("::")
+        self.files[file] += seconds
+        self.functions[f"{file}::{name.partition('[')[0]}"] += seconds
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        total = sum(self.files.values())
+        if total < 60 or hasattr(terminalreporter.config, "workerinput"):
+            return
+        terminalreporter.section("CPU time")
+        for costs, count in ((self.files, 20), (self.functions, 40)):
+            costliest = sorted(costs, key=lambda name: -costs[name])[:count]
+            for name in costliest:
+                terminalreporter.line(f"{costs[name]:7.1f} s  {name}")
+            terminalreporter.line("")
+        terminalreporter.line(f"{total / 60:.1f} minutes in tests; at most {BUDGET:g} for all")
