@@ -202,6 +202,9 @@ def digest() -> str:
 def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> list[str]:
     """Write build.ninja; what did not change is not written anew. Returns the CUDA objects.
 
+    Sources are named by their way from the build folder: objects of another checkout, copied with
+    the folder, are then up to date as far as the sources are the same.
+
     Raises:
         CannotBuildError: there is no C++ compiler.
     """
@@ -210,12 +213,13 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
     compiler = find_compiler()
     includes = [sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"]]
     binding = " ".join(f"-isystem {p}" for p in dict.fromkeys([*includes, pybind11.get_include()]))
-    lines = rules(compiler, cuda)
+    lines = rules(compiler, cuda, os.path.relpath(SOURCES / "common", build))
     objects = []
 
     def compile_(source: Path, name: str, extra: str = "") -> None:
         objects.append(f"{name}.o")
-        lines.extend([f"build {name}.o: cxx {_escape(source)}", f"  extra = {extra}"])
+        path = _escape(os.path.relpath(source, build))
+        lines.extend([f"build {name}.o: cxx {path}", f"  extra = {extra}"])
 
     for source in sorted(SOURCES.glob("*/*.cpp")):
         stem = source.stem
@@ -230,13 +234,14 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
     for source in sorted(SOURCES.glob("cuda/*.cu")) if isinstance(cuda, Cuda) else ():
         name = f"{source.stem}.cu.o"
         cuda_objects.append(name)
-        lines.append(f"build {name} | {name}.log: nvcc {_escape(source)}")
+        path = _escape(os.path.relpath(source, build))
+        lines.append(f"build {name} | {name}.log: nvcc {path}")
     objects += cuda_objects
     lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
     text = "\n".join([*lines, f"default {_escape(target)}", ""])
-    path = build / "build.ninja"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    written = build / "build.ninja"
+    if not written.exists() or written.read_text() != text:
+        written.write_text(text)
     return cuda_objects
 
 
@@ -258,14 +263,17 @@ def facts(version: str, cuda: Cuda | str) -> str:
     ).replace("$", "$$")
 
 
-def rules(compiler: str, cuda: Cuda | str) -> list[str]:
-    """The head of build.ninja: how a file is compiled and the module linked."""
+def rules(compiler: str, cuda: Cuda | str, headers: str) -> list[str]:
+    """The head of build.ninja: how a file is compiled and the module linked.
+
+    headers: csrc/common, from the build folder.
+    """
     told = subprocess.run(
         [*shlex.split(compiler), "--version"], capture_output=True, text=True, check=False
     )
     flags = FLAGS if "clang" in told.stdout else f"{FLAGS} {GCC_FLAGS}"
     flags += f" {SANITIZERS}" if SANITIZED else ""
-    common = f"-I{shlex.quote(str(SOURCES / 'common'))}"
+    common = f"-I{shlex.quote(headers)}"
     defines = f"-DFASTDIFF_ISAS='{' '.join(f'X({name})' for name in isas())}'"
     # the linker's own options: nothing of the libraries linked in (CUDA's runtime) is exported
     shared = "-shared -Wl,--exclude-libs,ALL"
@@ -302,7 +310,7 @@ def rules(compiler: str, cuda: Cuda | str) -> list[str]:
     return [*lines, "rule link", f"  command = {linker} $in -o $out", "  description = link $out"]
 
 
-def _escape(path: Path) -> str:
+def _escape(path: Path | str) -> str:
     return re.sub(r"([ :$])", r"$\1", str(path))
 
 

@@ -15,6 +15,9 @@ import cattrs
 from cattrs.strategies import configure_union_passthrough
 
 Config = TypeVar("Config")
+LATER = {"later": True}
+"""Metadata of a field that was added after files with this config were written: `to_dict` leaves it
+out where it has its default, so that the hash of such a config does not depend on the version."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -55,8 +58,26 @@ def _converter() -> cattrs.Converter:
         lambda cls: get_origin(cls) is Literal, _strict_literal
     )
     converter.register_structure_hook_factory(_is_dataclass, _strict_dataclass)
+    converter.register_unstructure_hook_factory(_has_later_fields, _without_later_defaults)
     configure_union_passthrough(str | bool | int | float | None, converter)
     return converter
+
+
+def _has_later_fields(cls: Any) -> bool:
+    kind = get_origin(cls) or cls
+    return dataclasses.is_dataclass(kind) and any(
+        "later" in field.metadata for field in dataclasses.fields(kind)
+    )
+
+
+def _without_later_defaults(cls: Any, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    kind = get_origin(cls) or cls
+    later = {field.name for field in dataclasses.fields(kind) if "later" in field.metadata}
+    overrides: Any = {name: cattrs.gen.override(omit_if_default=True) for name in later}
+    unstructure: Callable[[Any], Any] = cattrs.gen.make_dict_unstructure_fn(
+        cls, converter, **overrides
+    )
+    return unstructure
 
 
 def _strict(kind: type, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]:

@@ -93,6 +93,18 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def printable(text: str, limit: int = 80) -> str:
+    """`text` that came from a file, made fit for a message.
+
+    At most `limit` characters of it; newlines, terminal escapes and whatever else cannot be printed
+    are written out as escapes.
+    """
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut
+    )
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path, *, what: str) -> Iterator[None]:
     """Keep other processes out of ``folder``, which is made if it is missing, during the block.

@@ -34,3 +34,8 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
         return x, x.numel() // d, d
     flat = as_rows(x)
     return flat, len(flat), flat.stride(0)
+
+
+def all_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each of them dense, in the order of its dimensions; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import tyro
 from PIL import Image
 
 from fastdiff import __version__, kernels
+from fastdiff.checkpoint.layouts import openai
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
 from fastdiff.cli import COMMANDS, main
@@ -160,13 +162,17 @@ def test_help_ends_with_three_examples_that_can_be_read(
     assert len(ran) == 3
 
 
-def test_top_level_and_light_commands_parse_without_torch(tmp_path: Path) -> None:
+def test_help_and_wrong_options_are_answered_without_torch(tmp_path: Path) -> None:
     code = """
 import sys
-from fastdiff.cli import main
-for words in (["--help"], ["--version"], ["nonsense"], ["info", "--help"], ["doctor", "--bogus"],
-              ["samplers", "--steps", "x"], ["reconstruct", "--help"], ["train", "--help"]):
-    main(words)
+from fastdiff.cli import COMMANDS, main
+for name in COMMANDS:
+    main([name, "--help"])
+    main([name, "--bogus"])
+for words in (["--help"], ["--version"], ["nonsense"], ["samplers", "--steps", "x"],
+              ["sample", "--count", "0"], ["sample", "--steps", "x"], ["sample", "--seed", "-1"],
+              ["txt2img"], ["convert", "a", "b", "--prediction", "x"]):
+    assert main(words) in (0, 2), words
 assert "torch" not in sys.modules and "rich" not in sys.modules and "PIL" not in sys.modules
 """
     process = python(code, cwd=tmp_path)
@@ -184,6 +190,10 @@ MISTAKES = {
     "info": "missing: PATH|NAME",
     "info nowhere": "nowhere is missing; give a file",
     "info nowhere.png": "no image at nowhere.png",
+    "info PLAIN --num-heads 4": "is a picture, and num_heads says how to load a model",
+    "info TINY --num-heads 4": "leave num_heads out",
+    "reconstruct --model TINY --prediction v": "leave prediction out",
+    "evaluate --model TINY --image-size 64": "leave image_size out",
     "samplers ddmi": "unknown sampler 'ddmi'; did you mean ddpm or ddim?",
     "samplers --steps x": "--steps: expected a whole number, got 'x'",
     "samplers ddim --steps 0": "steps must be at least 1, got 0",
@@ -217,6 +227,10 @@ MISTAKES = {
     "sample --like nowhere.png": "no image at nowhere.png",
     "sample --like FILE": "is not a PNG",
     "sample --like PLAIN": "carries no recipe",
+    "interpolate --model TINY": "needs another image to go to; give one or more of to_seed",
+    "interpolate --model TINY --to-seed 1 --frames 0": "frames must be at least 1, got 0",
+    "interpolate --model TINY --to-seed 1 --at 0.5": "at is for a single frame, got 0.5 and 9",
+    "interpolate --model TINY --label 1 --to-label 12": "unknown class '12'; expected one of",
     "reconstruct nowhere.png --model TINY": "no image at nowhere.png",
     "reconstruct FILE --model TINY": "cannot be read: not an image",
     "reconstruct --model TINY --batch 0": "batch must be at least 1",
@@ -514,6 +528,30 @@ def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) 
     assert run("sample", "--like", "out/5-seed8.png", "--out", "same")[0] == 0
 
 
+def test_interpolate_writes_frames_and_makes_one_again(run, tiny: str) -> None:
+    words = ("--label", "3", "--to-label", "8", "--seed", "4", "--to-seed", "9", "--steps", "2")
+    code, out, err = run("interpolate", "--model", tiny, *words, "--frames", "3")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "out/sheet.png"
+    names = {f"3-to-8-frame{number}.png" for number in range(3)}
+    assert {path.name for path in Path("out").iterdir()} == {*names, "sheet.png"}
+    job = read_recipe("out/3-to-8-frame1.png")["job"]
+    assert (job["kind"], job["at"], job["label"], job["to_label"]) == ("interpolation", 0.5, 3, 8)
+    assert read_recipe("out/sheet.png")["frames"] == [0, 1, 2]
+    assert "a contact sheet" in run("interpolate", "--like", "out/sheet.png")[2]
+
+    for number, label, seed in ((0, "3", "4"), (2, "8", "9")):  # the ends are the images themselves
+        ends = ("--classes", label, "--seed", seed, "--count", "1", "--steps", "2", "--out", "ends")
+        assert run("sample", "--model", tiny, *ends)[0] == 0
+        frame = f"out/3-to-8-frame{number}.png"
+        with Image.open(frame) as a, Image.open(f"ends/{label}-seed{seed}.png") as b:
+            assert a.tobytes() == b.tobytes()
+
+    code, out, err = run("interpolate", "--like", "out/3-to-8-frame1.png")
+    assert (code, err) == (0, "")
+    assert "identical to out/3-to-8-frame1.png, bit for bit" in out
+
+
 def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     run("sample", "--model", tiny, "--classes", "1", "--count", "2", "--steps", "1")
     code, _, err = run("sample", "--like", "out/sheet.png", "--model", tiny)
@@ -667,6 +705,51 @@ def test_reconstruct(run, tiny: str) -> None:
     assert -1 <= float(similarity[2]) <= float(similarity[1]) < 1
 
 
+def test_options_of_loading_in_commands_that_do_not_sample(
+    run, tiny: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = make_bundle(tmp_path_factory.mktemp("bundles") / "other", seed=1)
+    run("sample", "--model", tiny, "--classes", "1", "--count", "1", "--steps", "1")
+    made = []
+    for out, words in (
+        ("mine", ("--model", tiny)),
+        ("theirs", ("--model", other)),
+        ("mixed", ("--model", tiny, "--vae", f"{other}")),
+    ):
+        code, _, err = run("reconstruct", "out/1-seed0.png", *words, "--out", out)
+        assert (code, err) == (0, "")
+        with Image.open(f"{out}/1-seed0-reconstructed.png") as image:
+            made.append(image.tobytes())
+    assert made[2] == made[1] != made[0]
+
+    unet = UNet(replace(UNET, num_classes=None, null_class=False, channel_mult=(1, 1)))
+    shapes = {key: torch.zeros(shape) for key, shape in openai_shapes(unet).items()}
+    torch.save(shapes, "unet.pt")
+    heads = ("--num-heads", "4", "--num-heads-upsample", "2", "--norm-groups", "4")
+    code, out, err = run("info", "unet.pt", *heads, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["provenance"]["assumed"]["schedule"]["kind"] == "linear"
+    config = report["config"]["denoiser"]
+    assert (config["num_heads"], config["num_heads_upsample"]) == (4, 2)
+    code, _, err = run("info", "unet.pt", "--norm-groups", "4", "--strict")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "leave open" in err
+    assert "of a command --qkv-order --num-heads --num-heads-upsample" in err
+
+
+def openai_shapes(unet: UNet) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a U-Net's file in OpenAI's layout."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    state = unet.state_dict()
+    for ours, theirs in openai.names(unet).items():
+        shapes[theirs[0]] = tuple(state[ours].shape)
+    for key, shape in shapes.items():  # attention's linear layers are convolutions there
+        if key.endswith(("qkv.weight", "proj_out.weight")):
+            shapes[key] = (*shape, 1)
+    return shapes
+
+
 SMALL_RUN = (
     *("--model.model-channels", "8", "--model.norm-groups", "4", "--optimization.steps", "2"),
     *("--optimization.batch-size", "4", "--optimization.warmup-steps", "0"),
@@ -746,8 +829,8 @@ def test_evaluate_fails_when_a_limit_is_missed(
         asked["command"] = command
         return folder / "results.md"
 
-    monkeypatch.setattr("fastdiff.cli.evaluate.evaluate", told)
-    monkeypatch.setattr("fastdiff.cli.evaluate.write_report", report)
+    monkeypatch.setattr("fastdiff.evaluation.evaluate", told)
+    monkeypatch.setattr("fastdiff.evaluation.write_report", report)
     words = ("evaluate", "--model", tiny, "--count", "360", "--steps", "7", "--seed", "4")
     code, out, err = run(*words)
     assert (code, err) == (expected, "")

@@ -230,7 +230,7 @@ def test_images_are_written_as_they_come(run: Run, monkeypatch: pytest.MonkeyPat
         yield from itertools.islice(generate(*args, **options), 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdiff.cli.pictures.generate", stopped)
+    monkeypatch.setattr("fastdiff.generate.run.generate", stopped)
     code, _, err = run(f"txt2img cat --model sd1 --count 6 --batch 2 {FAST}")
     assert (code, err) == (130, "fastdiff: interrupted\n")
     assert sorted(path.name for path in Path("out").iterdir()) == [

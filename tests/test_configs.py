@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
-from fastdiff.configs import from_dict, to_dict
+from fastdiff.configs import LATER, from_dict, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,26 @@ def test_round_trip_through_json_keeps_values_and_types() -> None:
     assert again == config
     assert type(again.inner.levels) is tuple
     assert type(again.inner.interval) is tuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown(Inner):
+    added: int | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    inner: Grown | None = None
+
+
+def test_a_field_that_came_later_is_left_out_where_it_says_nothing() -> None:
+    """Files from before it, and their hashes, stay what they were."""
+    assert to_dict(Grown(width=3)) == to_dict(Inner(width=3))
+    assert to_dict(Holder(inner=Grown())) == {"inner": to_dict(Inner())}
+    said = Grown(added=2)
+    assert to_dict(said) == {**to_dict(Inner()), "added": 2}
+    for config in (said, Grown()):
+        assert from_dict(Holder, to_dict(Holder(inner=config))).inner == config
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from benchmarks.harness import PEAKS, measure
 from fastdiff.bench.record import Peak
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig
-from fastdiff.generate.job import ClassJob
+from fastdiff.generate.facts import resolved
+from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import generate
 from fastdiff.generate.session import Session
-from fastdiff.generate.settings import SampleSettings, resolved
 from fastdiff.kernels import Work
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.presets import AUTOENCODERS, UNETS

@@ -335,6 +335,19 @@ def tasks(
     ]
 
 
+def on_one_gpu_each(todo: Sequence[Task]) -> list[Task]:
+    """Of tasks that differ in nothing but the GPU one, of another GPU from task to task: what the
+    front end makes of a kernel (loads, double precision) does not depend on the GPU. AMD's gets
+    only what NVIDIA's do not have: less is read off its machine code."""
+    same: dict[Hashable, list[Task]] = {}
+    for task in sorted(todo, key=lambda task: CHIPS[task.architecture].backend):  # cuda, hip
+        alike = same.setdefault(identity(task.launch), [])
+        if not alike or CHIPS[task.architecture].backend == CHIPS[alike[0].architecture].backend:
+            alike.append(task)
+    chosen = {alike[place % len(alike)] for place, alike in enumerate(same.values())}
+    return [task for task in todo if task in chosen]
+
+
 def pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:
     """(shape class, dtype) of a tunable that have a config."""
     have = {(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()}

@@ -303,6 +303,12 @@ def summary(record: Record) -> list[str]:
     return lines
 
 
+def fingerprint(record: Record) -> str:
+    """Of all kernels in a record: docs/resources.md says which ones its tables are of."""
+    told = json.dumps([[key, row.source] for key, row in sorted(record.taken.items())])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def complaints(keys: Sequence[Key], path: Path = RECORD) -> list[str]:
     """Why the record does not hold for kernels and configs as they are; compiles nothing."""
     record = read_record(path)

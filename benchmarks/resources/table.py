@@ -25,7 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.resources import record
-from benchmarks.resources.ahead_of_time import CHIPS, DTYPES, KIB, Resources, compile_all, tasks
+from benchmarks.resources.ahead_of_time import (
+    CHIPS,
+    DTYPES,
+    KIB,
+    Resources,
+    compile_all,
+    on_one_gpu_each,
+    tasks,
+)
 from fastdiff.bench.tunables import TUNABLES
 from fastdiff.cli.parsing import UsageError, parse
 from fastdiff.files import write_text
@@ -62,6 +70,8 @@ class Options:
     """Which classes of the files of configs, such as self/64; none: all."""
     every: tyro.conf.FlagCreatePairsOff[bool] = False
     """Every size and option; bring docs/resources.json up to date."""
+    once: tyro.conf.FlagCreatePairsOff[bool] = False
+    """A kernel that is the same for several GPUs for one of them only, for each in turn."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compile nothing; say whether docs/resources.json is of these kernels and configs."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -84,7 +94,7 @@ def wrong_options(options: Options) -> str | None:
     ):
         if unknown := set(chosen) - set(known):
             return f"{kind} must be of {', '.join(known)}, got {', '.join(sorted(unknown))}"
-    some = options.op or options.dtype or options.shape_class
+    some = bool(options.op or options.dtype or options.shape_class or options.once)
     if options.docs and (some or options.architecture != Options().architecture):
         return "docs/resources.md is of all kernels: --docs takes no --op, --dtype and so on"
     return None
@@ -124,7 +134,7 @@ def compiled(options: Options) -> list[Resources]:
         shape_classes=options.shape_class,
         every=options.every,
     )
-    return compile_all(todo, workers=options.workers)
+    return compile_all(on_one_gpu_each(todo) if options.once else todo, workers=options.workers)
 
 
 def every(keys: Sequence[record.Key], workers: int) -> list[str]:
@@ -207,9 +217,9 @@ def tables(found: Sequence[Resources]) -> Iterator[Table]:
         yield shown
 
 
-def document(found: Sequence[Resources], known: record.Record) -> str:
-    """docs/resources.md."""
-    lines = [
+def summary(known: record.Record) -> list[str]:
+    """The head of docs/resources.md, which the record alone gives."""
+    return [
         "# What the Triton kernels take of a GPU",
         "",
         "Made by `python -m benchmarks.resources --every --docs`, which compiles every config of",
@@ -232,7 +242,13 @@ def document(found: Sequence[Resources], known: record.Record) -> str:
         "A cell is registers of a thread / KiB of shared memory of a block / occupancy, which is",
         "resident warps as a share of the most possible. A row takes all variants of a kernel",
         "together (options, layouts) and shows the most that any of them takes.",
+        f"Kernels and configs: {record.fingerprint(known)}.",
     ]
+
+
+def document(found: Sequence[Resources], known: record.Record) -> str:
+    """docs/resources.md."""
+    lines = summary(known)
     for name, rows in sorted(by_tunable(found)):
         chips = [chip for chip in CHIPS if chip in {row.architecture for row in rows}]
         lines += ["", f"### {name}", ""]

@@ -1,29 +1,20 @@
-"""From a config and the names in a file to a model: checked by shapes alone, then filled once."""
+"""Other people's names: which of a file's tensors make a parameter of ours, checked by shapes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdiff.checkpoint.weights import Weights
-from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from fastdiff.models.network import kind_of, network_family
+from fastdiff.checkpoint.weights import Sources, Weights, empty_model
 
-Sources = dict[str, tuple[str, ...]]
-"""Our parameter -> theirs, whose rows are concatenated."""
 Place = tuple[str, nn.Module, str]
 """Our prefix, our module, their prefix."""
 Layers = Mapping[type[nn.Module], Mapping[str, tuple[str, ...]]]
 """Our layer inside a block -> theirs; what is not named is called the same."""
-Progress = Callable[[str, int], None]
-"""Called as progress(tensor, bytes) after each tensor."""
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def source_names(places: Iterable[Place], layers: Layers) -> Sources:
@@ -46,36 +37,6 @@ def _source_names(places: Iterable[Place], layers: Layers) -> Iterator[tuple[str
                     for layer in named.get(stem, (stem,))
                 ),
             )
-
-
-def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
-    """The module that a config describes, on the meta device: without memory.
-
-    config: of an autoencoder or of a registered network; (rows, width) of an embedding.
-    tensors: how many the file has.
-
-    Raises:
-        ValueError: the module has more blocks than the file has tensors (building it might never
-            end), or sizes beyond 64 bits.
-    """
-    blocks = 1 if isinstance(config, tuple) else config.num_blocks
-    if blocks > tensors:
-        raise ValueError(
-            f"{file}: the config asks for {blocks} blocks or more, the file has {tensors} tensors; "
-            "use the weights that belong to this config"
-        )
-    try:
-        with torch.device("meta"):
-            if isinstance(config, tuple):
-                return nn.Embedding(*config)
-            if isinstance(config, AutoencoderConfig):
-                return Autoencoder(config)
-            return network_family(kind_of(config)).network(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(
-            f"{file}: the config describes a network that cannot be built "
-            f"({str(error).splitlines()[0]:.120}); use the config that belongs to these weights"
-        ) from error
 
 
 def check_names(
@@ -110,45 +71,6 @@ def _stacked(shapes: list[tuple[int, ...]], ndim: int) -> tuple[int, ...] | None
         return shapes[0] if len(shapes) == 1 else None
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     return shape[:ndim] if all(size == 1 for size in shape[ndim:]) else shape
-
-
-def fill(
-    model: Module,
-    sources: Sources,
-    weights: Weights,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    progress: Progress | None = None,
-) -> Module:
-    """Give a model on the meta device its numbers; eval mode, no gradients.
-
-    dtype: what they become; None: what most of them are in the file.
-    """
-    dtype = dtype or common_dtype(weights)
-    state: dict[str, Tensor] = {}
-    for name, expected in model.state_dict().items():
-        value = torch.empty(expected.shape, dtype=dtype, device=device)
-        row = 0
-        for key in sources[name]:
-            rows = weights.places[key].shape[0]
-            weights.copy_into(key, value[row : row + rows])
-            row += rows
-        state[name] = value
-        if progress is not None:
-            progress(name, value.nbytes)
-    model.load_state_dict(state, assign=True)
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval().requires_grad_(False)
-
-
-def common_dtype(weights: Weights) -> torch.dtype:
-    """The floating-point dtype of most numbers; fp32 where there are none."""
-    counts: dict[torch.dtype, int] = {}
-    for place in weights.places.values():
-        if place.dtype.is_floating_point:
-            counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
-    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import nn
 
 from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.configs import to_dict
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import TextEncoder
+from fastdiff.names import Prediction
 
 RUN_MODEL = "model"  # the bundle inside a training run's folder
 # What of a text encoder's config its weights' shapes do not say.
@@ -64,7 +64,8 @@ class Model:
     provenance: dict[str, Any] = field(default_factory=dict)
     """What else is known: "pipeline" (diffusers' class), "facts" of the files (training step,
     metadata), "assumed" (name -> value: what the files do not say and was taken from the
-    documentation of the published models), "ignored" (what was left in the files), "no_sampler"."""
+    documentation of the published models), "undecided" (of those that none of them decides: the
+    choices, in words), "ignored" (what was left in the files), "no_sampler"."""
     stored_hash: str = ""
     """The weights hash that the files themselves state; see `weights_hash`."""
 
@@ -135,7 +136,11 @@ class Model:
         """
         lines = []
         if self.assumed:
-            pairs = [(name, _short(value)) for name, value in self.assumed.items()]
+            guesses = self.provenance.get("undecided", {})
+            pairs = [
+                (name, _short(value) + (f" (or {guesses[name]})" if name in guesses else ""))
+                for name, value in self.assumed.items()
+            ]
             if flags:
                 pairs = [(f"--{name.replace('_', '-')}", value) for name, value in pairs]
             facts = ", ".join((" " if flags else "=").join(pair) for pair in pairs)

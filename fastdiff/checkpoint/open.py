@@ -2,24 +2,153 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
+import importlib
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+import pkgutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.checkpoint.build import Progress
+from fastdiff.checkpoint.build import Plan
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts import Layout, Source, layouts
-from fastdiff.checkpoint.layouts.bundle import shipped_bundles, shipped_folder
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import Loading, LoadOptions
-from fastdiff.checkpoint.weights import Weights, some
+from fastdiff.checkpoint.options import LoadOptions
+from fastdiff.checkpoint.weights import Progress, Weights, fill, some
 from fastdiff.diffusion.schedules import ScheduleConfig
 
 PathLike = str | os.PathLike[str]
+ASSETS = Path(__file__).parents[1] / "assets"
+CONFIG_FILE = "config.json"
+FOLDER = "fastdiff.checkpoint.layouts"
+"""The room of the layouts: every file or folder in it with a `LAYOUT` is one."""
+Marks = tuple[str, ...]
+"""Keys that a file has together; * stands for any text."""
+Source = Path | Weights
+"""A folder, or an opened file."""
+Save = Callable[[Model, Path, torch.dtype | None, Progress | None], None]
+"""save(model, folder, dtype, progress): write all of it or nothing; dtype None keeps each own."""
+
+
+@dataclass
+class Assumed:
+    """What a model's files do not say, as far as it has been met."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Field of `LoadOptions` -> what was taken."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """Of those that no published model decides: what else it may be, in words."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """For `Model.provenance`."""
+        undecided = {"undecided": dict(self.choices)} if self.choices else {}
+        return {"assumed": dict(self.values), **undecided}
+
+    def take(self, name: str, value: Any, choices: str | None = None) -> Any:
+        """Assume a value. choices: None where a published model of this architecture has it."""
+        self.values[name] = value
+        if choices is not None:
+            self.choices[name] = choices
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """One call of `fastdiff.load`."""
+
+    options: LoadOptions = field(default_factory=LoadOptions)
+    schedule: ScheduleConfig | None = None
+    """The whole of the noise, where the caller said it."""
+    dtype: torch.dtype | None = torch.float32
+    device: torch.device | str = "cpu"
+    progress: Progress | None = None
+    assumed: Assumed = field(default_factory=Assumed)
+
+    def __post_init__(self) -> None:
+        dtype = self.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be one of torch's, such as 'cpu' or 'cuda', got {self.device!r}"
+            ) from error
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the options that were set."""
+        return [*(["schedule"] if self.schedule is not None else []), *self.options.given]
+
+    @property
+    def says_noise(self) -> bool:
+        return self.schedule is not None or self.options.says_noise
+
+    def check_decided(self, path: Path) -> None:
+        """
+        Raises:
+            ValueError: `LoadOptions.strict`, and something is left to choose.
+        """
+        if not (self.options.strict and self.assumed.choices):
+            return
+        left = "; ".join(f"{name}: {words}" for name, words in self.assumed.choices.items())
+        names = " ".join(f"--{name.replace('_', '-')}" for name in self.assumed.choices)
+        raise ValueError(
+            f"{path} and the published models leave open {left}. Say which "
+            f"({', '.join(f'{name}=' for name in self.assumed.choices)}; of a command {names}), or "
+            "load without strict"
+        )
+
+    def noise(self, found: ScheduleConfig) -> ScheduleConfig:
+        """The training's noise: as the caller says, else as was found or assumed."""
+        return self.options.noise(self.schedule or found)
+
+    def fill(self, plan: Plan) -> Any:
+        """The planned module with its weights.
+
+        Raises:
+            ValueError: as `check_decided`; what a layout assumes is known before it reads weights.
+        """
+        self.check_decided(plan.weights.path)
+        return fill(
+            plan.model,
+            plan.sources,
+            plan.weights,
+            dtype=self.dtype,
+            device=self.device,
+            progress=self.progress,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way in which checkpoints lie on disk."""
+
+    name: str
+    files: tuple[Marks, ...] = ()
+    """A file with all keys of one of these is of this layout."""
+    folder: Callable[[Path], bool] = lambda path: False
+    """Whether a folder is of this layout."""
+    refused: Mapping[str, Marks] = field(default_factory=dict)
+    """What a file is -> its marks, where this layout knows the file but cannot open it alone:
+    the name ends the sentence "these are ..."."""
+    open: Callable[[Source, Loading], Model]
+    save: Save | None = None
+
+    def recognises(self, source: Source) -> bool:
+        if isinstance(source, Path):
+            return self.folder(source)
+        return any(_has(source.places.keys(), marks) for marks in self.files)
+
+    def refusal(self, weights: Weights) -> str | None:
+        """What a file is that cannot be opened alone; None where it is not known."""
+        keys = weights.places.keys()
+        return next((what for what, marks in self.refused.items() if _has(keys, marks)), None)
 
 
 def load(
@@ -54,9 +183,10 @@ def load(
             not say it.
         options: the same and more as one object; what is given by name wins over it.
         said: any other field of `LoadOptions`: variant, ema, text_encoders, prediction, num_heads,
-            head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size, ...
+            head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size, strict, ...
 
-    What had to be assumed is in `Model.assumed`, and in words in `Model.assumed_lines`.
+    What had to be assumed is in `Model.assumed`, and in words in `Model.assumed_lines`; strict=True
+    refuses where the choice is a guess.
 
     Raises:
         FileNotFoundError: nothing there, or a part of it is missing.
@@ -85,6 +215,7 @@ def load(
     model = _open(Path(path), loading)
     if loading.options.vae is not None:
         model = _with_autoencoder(model, loading.options.vae, loading)
+    loading.check_decided(model.path)
     _check_together(model)
     return model
 
@@ -107,6 +238,38 @@ def _open(path: Path, loading: Loading) -> Model:
             f"({', '.join(shipped_bundles())})"
         )
     return recognise(source).open(source, loading)
+
+
+def shipped_bundles() -> tuple[str, ...]:
+    """Names of the bundles that come with the package."""
+    return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}")))
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of a shipped bundle; None if there is none of that name."""
+    folder = ASSETS / name
+    return folder if len(Path(name).parts) == 1 and (folder / CONFIG_FILE).is_file() else None
+
+
+def _has(keys: Collection[str], marks: Marks) -> bool:
+    return all(
+        mark in keys if "*" not in mark else any(fnmatch.fnmatchcase(key, mark) for key in keys)
+        for mark in marks
+    )
+
+
+def layouts() -> Iterator[Layout]:
+    """Every layout; a module is imported when its turn comes."""
+    for name in _modules():
+        layout = getattr(importlib.import_module(f"{FOLDER}.{name}"), "LAYOUT", None)
+        if layout is not None:
+            yield layout
+
+
+@functools.cache
+def _modules() -> tuple[str, ...]:
+    path = importlib.import_module(FOLDER).__path__
+    return tuple(sorted(found.name for found in pkgutil.iter_modules(path)))
 
 
 def recognise(source: Source) -> Layout:

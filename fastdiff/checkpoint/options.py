@@ -1,21 +1,21 @@
-"""How to load a checkpoint, and what to say where its files say nothing."""
+"""How to load a checkpoint, and what to say where its files say nothing.
+
+Nothing here imports torch: commands have these fields as options.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
+from fastdiff.names import Prediction, QKVOrder, ScheduleKind
 
-from fastdiff.checkpoint.build import Plan, Progress, fill
-from fastdiff.diffusion.predictions import Prediction
-from fastdiff.diffusion.schedules import ScheduleConfig, ScheduleKind
-from fastdiff.models.layers import QKVOrder
+if TYPE_CHECKING:
+    from fastdiff.diffusion.schedules import ScheduleConfig
 
-Shapes = Mapping[str, tuple[int, ...]]
 NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
 
@@ -47,6 +47,9 @@ class LoadOptions:
     """Whether the last timestep is pure noise."""
     num_heads: int | None = None
     """Heads of every attention; give this or head_dim."""
+    num_heads_upsample: int | None = None
+    """Heads on the way up of a U-Net where they differ from num_heads: improved-diffusion's option
+    of this name, which no file records."""
     head_dim: int | None = None
     """Width of a head of every attention."""
     qkv_order: QKVOrder | None = None
@@ -59,6 +62,9 @@ class LoadOptions:
     """The latents are multiplied by it."""
     image_size: int | None = None
     """Height and width of the images that the model was trained on, in pixels."""
+    strict: bool = False
+    """Refuse to load where neither the files nor a published model of the same architecture decide;
+    the error lists the choices."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -69,7 +75,10 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in (None, *choices):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
-        for name in ("image_size", "num_heads", "head_dim", "norm_groups", "num_timesteps"):
+        for name in (
+            *("image_size", "num_heads", "num_heads_upsample", "head_dim"),
+            *("norm_groups", "num_timesteps"),
+        ):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r:.60}")
@@ -80,6 +89,10 @@ class LoadOptions:
         if self.num_heads is not None and self.head_dim is not None:
             raise ValueError(
                 f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}"
+            )
+        if self.num_heads_upsample is not None and self.head_dim is not None:
+            raise ValueError(
+                f"num_heads_upsample goes with num_heads, got head_dim {self.head_dim}; give one"
             )
 
     @property
@@ -133,50 +146,3 @@ class LoadOptions:
         given: dict[str, Any] = {name: getattr(self, name) for name in NOISE}
         given["kind"] = self.schedule
         return replace(found, **{name: value for name, value in given.items() if value is not None})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """One call of `fastdiff.load`."""
-
-    options: LoadOptions = field(default_factory=LoadOptions)
-    schedule: ScheduleConfig | None = None
-    """The whole of the noise, where the caller said it."""
-    dtype: torch.dtype | None = torch.float32
-    device: torch.device | str = "cpu"
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        dtype = self.dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-        try:
-            torch.device(self.device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"device must be one of torch's, such as 'cpu' or 'cuda', got {self.device!r}"
-            ) from error
-
-    @property
-    def given(self) -> list[str]:
-        """Names of the options that were set."""
-        return [*(["schedule"] if self.schedule is not None else []), *self.options.given]
-
-    @property
-    def says_noise(self) -> bool:
-        return self.schedule is not None or self.options.says_noise
-
-    def noise(self, found: ScheduleConfig) -> ScheduleConfig:
-        """The training's noise: as the caller says, else as was found or assumed."""
-        return self.options.noise(self.schedule or found)
-
-    def fill(self, plan: Plan) -> Any:
-        """The planned module with its weights."""
-        return fill(
-            plan.model,
-            plan.sources,
-            plan.weights,
-            dtype=self.dtype,
-            device=self.device,
-            progress=self.progress,
-        )

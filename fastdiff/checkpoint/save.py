@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.checkpoint.build import Progress
-from fastdiff.checkpoint.layouts import layouts
 from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.open import layouts
+from fastdiff.checkpoint.weights import Progress
 
 
 def save(

@@ -21,17 +21,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.samplers import Spacing, Variance
 from fastdiff.diffusion.schedules import (
     NoiseSchedule,
     ScheduleConfig,
-    ScheduleKind,
-    SigmaSpacing,
-    TimestepSpacing,
     sigma_spacing,
     timestep_spacing,
 )
+from fastdiff.names import Prediction, ScheduleKind, SigmaSpacing, TimestepSpacing
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETA_SCHEDULES: dict[str, ScheduleKind] = {

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoint.build import Plan, Sources, check_names
-from fastdiff.checkpoint.options import Loading
-from fastdiff.checkpoint.weights import Place, Weights, read_json
+from fastdiff.checkpoint.build import Plan, check_names
+from fastdiff.checkpoint.open import Loading
+from fastdiff.checkpoint.weights import Place, Sources, Weights, read_json
 from fastdiff.extras import import_extra
 from fastdiff.models.text import TextEncoder
 

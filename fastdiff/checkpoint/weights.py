@@ -1,4 +1,6 @@
-"""The tensors of a file of weights: names, shapes and dtypes at once, numbers when asked for.
+"""The tensors of a file of weights, and the modules that hold them.
+
+Names, shapes and dtypes are known at once, numbers when asked for.
 
 A tensor is read from its place in the file straight into the memory where it stays
 (`Weights.copy_into`): nothing is held twice. `formats.open_weights` finds the places.
@@ -8,17 +10,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastdiff.files import printable
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.network import kind_of, network_family
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
 MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
 MAX_DIMS = 64  # of a tensor; the product of a million sizes takes for ever
+
+Shapes = Mapping[str, tuple[int, ...]]
+Sources = dict[str, tuple[str, ...]]
+"""Our parameter -> those of a file, whose rows are concatenated."""
+Progress = Callable[[str, int], None]
+"""Called as progress(tensor, bytes) after each tensor."""
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Bytes of a file with their CRC-32."""
+
+    offset: int
+    length: int
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,8 @@ class Place:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
     """Strides in numbers where they do not lie in a row; `span` numbers are read then."""
+    record: Record | None = None
+    """What it lies in, where the file carries a checksum of that."""
 
     @property
     def numel(self) -> int:
@@ -53,6 +78,8 @@ class Weights:
     places: dict[str, Place]
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the file says: metadata, global_step."""
+    checked: set[tuple[Path, int]] = field(default_factory=set)
+    """The records (file, offset) whose checksums have been compared."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -60,7 +87,8 @@ class Weights:
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Those tensors of ours that `names` (new -> ours) names, under their new names."""
-        return Weights(self.path, {new: self.places[key] for new, key in names.items()}, self.facts)
+        places = {new: self.places[key] for new, key in names.items()}
+        return Weights(self.path, places, self.facts, self.checked)
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin with `prefix`, without it."""
@@ -95,7 +123,12 @@ class Weights:
                 part.copy_(read)
 
     def _read(self, place: Place, out: Tensor, start: int = 0) -> None:
-        """Fill the one-dimensional `out` with the numbers from `start` on."""
+        """Fill the one-dimensional `out` with the numbers from `start` on.
+
+        Raises:
+            ValueError: the file ends too early, or its bytes do not have the checksum that it says.
+        """
+        self._check(place)
         view = out.view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         with place.path.open("rb", buffering=0) as file:
             file.seek(place.offset + start * place.dtype.itemsize)
@@ -106,6 +139,92 @@ class Weights:
                         f"{place.path}: the file ends inside a tensor; was it changed?"
                     )
                 view = view[count:]
+
+    def _check(self, place: Place) -> None:
+        """Compare the checksum of the record that a tensor lies in, once."""
+        record = place.record
+        if record is None or (place.path, record.offset) in self.checked:
+            return
+        crc, left = 0, record.length
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(record.offset)
+            while left and (part := file.read(min(left, CHUNK))):
+                crc, left = zlib.crc32(part, crc), left - len(part)
+        if crc != record.crc:
+            raise ValueError(
+                f"{place.path}: damaged: the checksum of the {record.length} bytes from "
+                f"{record.offset} on is {crc:08x}, expected {record.crc:08x}; fetch the file again"
+            )
+        self.checked.add((place.path, record.offset))
+
+
+def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
+    """The module that a config describes, on the meta device: without memory.
+
+    config: of an autoencoder or of a registered network; (rows, width) of an embedding.
+    tensors: how many the file has.
+
+    Raises:
+        ValueError: the module has more blocks than the file has tensors (building it might never
+            end), or sizes beyond 64 bits.
+    """
+    blocks = 1 if isinstance(config, tuple) else config.num_blocks
+    if blocks > tensors:
+        raise ValueError(
+            f"{file}: the config asks for {blocks} blocks or more, the file has {tensors} tensors; "
+            "use the weights that belong to this config"
+        )
+    try:
+        with torch.device("meta"):
+            if isinstance(config, tuple):
+                return nn.Embedding(*config)
+            if isinstance(config, AutoencoderConfig):
+                return Autoencoder(config)
+            return network_family(kind_of(config)).network(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{file}: the config describes a network that cannot be built "
+            f"({str(error).splitlines()[0]:.120}); use the config that belongs to these weights"
+        ) from error
+
+
+def fill(
+    model: Module,
+    sources: Sources,
+    weights: Weights,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    progress: Progress | None = None,
+) -> Module:
+    """Give a model on the meta device its numbers; eval mode, no gradients.
+
+    dtype: what they become; None: what most of them are in the file.
+    """
+    dtype = dtype or common_dtype(weights)
+    state: dict[str, Tensor] = {}
+    for name, expected in model.state_dict().items():
+        value = torch.empty(expected.shape, dtype=dtype, device=device)
+        row = 0
+        for key in sources[name]:
+            rows = weights.places[key].shape[0]
+            weights.copy_into(key, value[row : row + rows])
+            row += rows
+        state[name] = value
+        if progress is not None:
+            progress(name, value.nbytes)
+    model.load_state_dict(state, assign=True)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval().requires_grad_(False)
+
+
+def common_dtype(weights: Weights) -> torch.dtype:
+    """The floating-point dtype of most numbers; fp32 where there are none."""
+    counts: dict[torch.dtype, int] = {}
+    for place in weights.places.values():
+        if place.dtype.is_floating_point:
+            counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,5 +249,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def some(names: Iterable[str], count: int = 5) -> str:
     """The first names of a list, for messages."""
-    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
+    names = list(map(printable, names))
     return ", ".join(names[:count]) + (f", … ({len(names)})" if len(names) > count else "")

@@ -27,6 +27,7 @@ COMMANDS = {
     "txt2img": "images from a prompt, with a Stable Diffusion checkpoint",
     "img2img": "change an image after a prompt",
     "inpaint": "make a part of an image new",
+    "interpolate": "make the frames between two seeds, prompts or classes",
     "reconstruct": "pass images through the autoencoder and measure what is lost",
     "evaluate": "measure samples against real images, with the floor beside each number",
     "train": "train an autoencoder, or a denoiser on its latents",

@@ -11,9 +11,16 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
-from fastdiff.cli.options import Command, LoadOptions, Machine, as_options
-from fastdiff.generate.job import PICTURES, ClassJob, ImageToImageJob, InpaintJob, TextJob, identity
-from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, read
+from fastdiff.cli.options import Command, Compute, LoadOptions
+from fastdiff.generate.job import (
+    PICTURES,
+    ClassJob,
+    ImageToImageJob,
+    InpaintJob,
+    InterpolationJob,
+    TextJob,
+)
+from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, identity, read
 from fastdiff.images import read_recipe, to_pil
 
 COMMANDS: dict[str, type[Any]] = {
@@ -21,6 +28,7 @@ COMMANDS: dict[str, type[Any]] = {
     "txt2img": TextJob,
     "img2img": ImageToImageJob,
     "inpaint": InpaintJob,
+    "interpolate": InterpolationJob,
 }
 ROUNDING = 1
 """Levels of 255 by which a picture of an older recipe's version may differ and be the same one."""
@@ -43,7 +51,6 @@ class Original:
     def is_asked_again(self, options: Command) -> bool:
         """Whether nothing is changed on which the image depends; files may have moved."""
         mine = self.options
-        kept = {name: getattr(options.machine, name) for name in ("out", "preview", "like")}
         settings = replace(mine.job.settings, batch=options.job.settings.batch)
         moved = {
             name: getattr(options.job, name)
@@ -56,7 +63,7 @@ class Original:
             model=options.model,
             load=replace(mine.load, tokenizer=options.load.tokenizer),
             job=replace(mine.job, settings=settings, **moved),
-            machine=replace(mine.machine, **kept),
+            output=options.output,
         )
         return bool(unchanged == options)
 
@@ -153,17 +160,31 @@ def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> 
         load = LoadOptions.of_recipe(recipe.load)
     except ValueError as error:
         raise ValueError(f"the recipe in {like.path} cannot be read: {error}") from None
-    if "refiner" in {field.name for field in fields(command)}:
+    names = {field.name for field in fields(command)}
+    if "count" in names:
+        more["count"] = 1
+    if "refiner" in names:
         more["refiner"] = recipe.refiner and Path(recipe.refiner["path"])
     return command(
         model=recipe.model,
-        count=1,
-        job=as_options(job, recipe.job),
+        job=_as_options(job, recipe.job),
         load=load,
-        machine=Machine(
+        compute=Compute(
             backend=recipe.backend,  # type: ignore[arg-type]
             device=recipe.device,
             dtype=short[recipe.dtype],
         ),
         **more,
     )
+
+
+def _as_options(cls: type[Any], job: Any) -> Any:
+    """The options that make this job."""
+    own = {f.name: getattr(job, f.name) for f in fields(cls) if hasattr(job, f.name)}
+    for name in PICTURES:
+        if own.get(name) is not None:
+            own[name] = Path(own[name])
+    for name in ("label", "to_label"):
+        if not isinstance(job, ClassJob) and own.get(name) is not None:
+            own[name] = str(own[name])
+    return cls(**own)

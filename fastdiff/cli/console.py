@@ -1,15 +1,16 @@
-"""What the commands share on the screen: aligned columns, a progress bar, a clock per stage."""
+"""What the commands print when their work is done: aligned columns, times, what was assumed."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdiff.checkpoint.model import Model
 
 GAP = "  "
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -79,48 +80,7 @@ def backends_line(served: Mapping[str, set[str]]) -> str:
     )
 
 
-@dataclass
-class Clock:
-    """Wall time per stage, in the order the stages were first entered."""
-
-    stages: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
-
-    def report(self) -> str:
-        return ", ".join(f"{stage} {seconds(value)}" for stage, value in self.stages.items())
-
-
-@contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is told (done, total); nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def about_files(model: Model) -> list[tuple[str, str]]:
+    """What had to be assumed of the model's files, and what of them is not supported."""
+    lines = (line.partition(": ") for line in model.assumed_lines(flags=True))
+    return [(title, text) for title, _, text in lines]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastdiff.cli.console import Clock, print_pairs, progress
-from fastdiff.cli.machine import TORCH_NAMES, DtypeName
+from fastdiff.cli.console import print_pairs
+from fastdiff.cli.machine import TORCH_NAMES, Clock, DtypeName, progress
 from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import parse
 

@@ -6,24 +6,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from fastdiff.cli.console import Clock, backends_line, print_numbers, print_pairs, progress
-from fastdiff.cli.machine import (
-    BackendName,
-    DtypeName,
-    chosen_backend,
-    device_and_dtype,
-    output_folder,
-)
-from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
+from fastdiff.cli.console import about_files, print_numbers, print_pairs
+from fastdiff.cli.machine import at_work, device_and_dtype, progress
+from fastdiff.cli.options import FLAT, NO_NONE, Compute, LoadOptions
 from fastdiff.cli.parsing import parse
-from fastdiff.evaluation import Results, evaluate, write_report
-from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
-from fastdiff.generate.job import MAX_SEED
-from fastdiff.generate.settings import SampleSettings
+from fastdiff.generate.job import SampleSettings, check_seeds
+
+if TYPE_CHECKING:
+    from fastdiff.evaluation import Results
 
 GOAL_MISSED = 1
 
@@ -49,26 +41,14 @@ class Evaluate:
     """Samples, all classes in turn; at least as many as held-out images, 360."""
     seed: int = 0
     """Seed of the first sample; the next ones count up from it."""
-    settings: Annotated[SampleSettings, tyro.conf.arg(name="")] = field(
-        default_factory=SampleSettings
-    )
+    settings: Annotated[SampleSettings, FLAT] = field(default_factory=SampleSettings)
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     out: Path = Path("out/evaluation")
     """Folder for the report and its pictures; made if it is missing."""
-    backend: BackendName = "auto"
-    """Who computes the ops; auto takes the best that serves ('fastdiff doctor' lists them)."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    dtype: DtypeName = "fp32"
-    """Number format of the networks."""
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        if not 0 <= self.seed <= MAX_SEED - (self.count - 1):
-            raise ValueError(
-                f"seeds must lie in 0 to 2^63 - 1, got {self.seed} to {self.seed + self.count - 1}"
-            )
+        check_seeds(self.seed, self.count)
 
 
 def main(words: Sequence[str]) -> int:
@@ -78,14 +58,13 @@ def main(words: Sequence[str]) -> int:
 
 def run(options: Evaluate, words: Sequence[str]) -> int:
     from fastdiff.checkpoint.open import load
-    from fastdiff.kernels import record_backends
+    from fastdiff.evaluation import evaluate, write_report
 
-    device, dtype = device_and_dtype(options.device, options.dtype)
-    clock = Clock()
-    with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
-        with clock("load"):
+    device, dtype = device_and_dtype(options.compute)
+    with at_work(options.out, options.compute) as work:
+        with work.clock("load"):
             model = load(options.model, device=device, dtype=dtype, options=options.load)
-        with clock("sample and measure"), progress("sampling") as tell:
+        with work.clock("sample and measure"), progress("sampling") as tell:
             evaluation = evaluate(
                 model,
                 count=options.count,
@@ -93,7 +72,7 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
                 first_seed=options.seed,
                 progress=tell,
             )
-        with clock("write"):
+        with work.clock("write"):
             command = shlex.join(["fastdiff", "evaluate", *words])
             report = write_report(evaluation, options.out, command=command)
     _print_scores(evaluation.results)
@@ -102,14 +81,16 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
         [
             ("verdict", "all limits are met" if not failures else f"missed: {'; '.join(failures)}"),
             ("report", str(report)),
-            ("backends", backends_line(served)),
-            ("time", clock.report()),
+            *about_files(model),
+            *work.report(),
         ]
     )
     return GOAL_MISSED if failures else 0
 
 
 def _print_scores(results: Results) -> None:
+    from fastdiff.evaluation.evaluate import MAX_FRECHET_RATIO, MIN_ACCURACY
+
     mine, real = results.samples, results.held_out
     rows = [
         ("", "samples", "real, held out", "limit"),

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from fastdiff.cli import again, pictures
+from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
+    Compute,
     ImageToImageOptions,
     LoadOptions,
-    Machine,
-    check_count,
+    Output,
 )
-from fastdiff.cli.parsing import option_value, parse
-from fastdiff.generate.job import ImageToImageJob
-from fastdiff.images import read_image
+from fastdiff.generate.job import ImageToImageJob, check_seeds
+
+if TYPE_CHECKING:
+    from fastdiff.cli.again import Original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +39,23 @@ class Img2Img:
     count: int = 1
     """Images to make."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
-    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
+    output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        check_count(self)
+        check_seeds(self.job.seed, self.count)
 
 
 def main(words: Sequence[str]) -> int:
-    path = option_value(words, "--like")
-    like = None if path is None else again.original("img2img", path)
-    default = like and again.options(like, Img2Img, ImageToImageOptions)
-    options = parse(Img2Img, words, prog="fastdiff img2img", default=default)
-    return 0 if options is None else run(options, like and like.asking(default))
+    return pictures.main(Img2Img, ImageToImageOptions, words, run)
 
 
-def run(options: Img2Img, like: again.Original | None = None) -> int:
+def run(options: Img2Img, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
+    from fastdiff.images import read_image
+
     job = options.job
-    read_image(job.image, height=job.height, width=job.width)  # what is wrong is said before load
-    want = pictures.of_one_prompt(options, ImageToImageJob)
+    # what is wrong with the picture is said before the model is loaded
+    read_image(job.image, height=job.height, width=job.width)
+    want = pictures.of_one_prompt(options, ImageToImageJob, options.count)
     return pictures.run(options, want, inputs=[job.image], original=like)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from fastdiff.cli.console import print_pairs
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import parse
 
 
@@ -30,6 +31,7 @@ class Info:
     """A checkpoint's file or folder, a run's folder, the name of a shipped model, or a PNG."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
 
 
 def main(words: Sequence[str]) -> int:
@@ -40,7 +42,11 @@ def main(words: Sequence[str]) -> int:
 def run(options: Info) -> int:
     path = Path(options.what)
     is_picture = path.suffix.lower() == ".png" or (path.is_file() and _begins_as_png(path))
-    report = _picture(path) if is_picture else _model(options.what)
+    if is_picture and (given := options.load.given):
+        raise ValueError(
+            f"{path} is a picture, and {', '.join(given)} says how to load a model; leave it out"
+        )
+    report = _picture(path) if is_picture else _model(options.what, options.load)
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -70,11 +76,11 @@ def _picture(path: Path) -> dict[str, Any]:
     return {"picture": str(path), "recipe": read_recipe(path)}
 
 
-def _model(name: str) -> dict[str, Any]:
+def _model(name: str, options: LoadOptions) -> dict[str, Any]:
     from fastdiff.checkpoint.open import load
     from fastdiff.configs import to_dict
 
-    model = load(name)
+    model = load(name, options=options)
     parts = {"denoiser": model.denoiser, "autoencoder": model.autoencoder}
     facts = {
         name: getattr(model, name)
@@ -83,6 +89,8 @@ def _model(name: str) -> dict[str, Any]:
     schedule = {} if model.schedule is None else {"schedule": to_dict(model.schedule)}
     known = model.provenance.get("facts", {})
     rest = {name: value for name, value in model.provenance.items() if name != "facts"}
+    if assumed := rest.get("assumed"):
+        rest["assumed"] = {n: to_dict(v) if is_dataclass(v) else v for n, v in assumed.items()}
     sampler = {} if model.sampler is None else {"sampler": to_dict(model.sampler)}
     return {
         "path": str(model.path),

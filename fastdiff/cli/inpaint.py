@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from fastdiff.cli import again, pictures
+from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
+    Compute,
     InpaintOptions,
     LoadOptions,
-    Machine,
-    as_job,
-    check_count,
+    Output,
 )
-from fastdiff.cli.parsing import option_value, parse
-from fastdiff.generate.job import InpaintJob, read_mask_of
-from fastdiff.images import read_image
+from fastdiff.generate.job import InpaintJob, check_seeds
+
+if TYPE_CHECKING:
+    from fastdiff.cli.again import Original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +40,25 @@ class Inpaint:
     count: int = 1
     """Images to make."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
-    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
+    output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        check_count(self)
+        check_seeds(self.job.seed, self.count)
 
 
 def main(words: Sequence[str]) -> int:
-    path = option_value(words, "--like")
-    like = None if path is None else again.original("inpaint", path)
-    default = like and again.options(like, Inpaint, InpaintOptions)
-    options = parse(Inpaint, words, prog="fastdiff inpaint", default=default)
-    return 0 if options is None else run(options, like and like.asking(default))
+    return pictures.main(Inpaint, InpaintOptions, words, run)
 
 
-def run(options: Inpaint, like: again.Original | None = None) -> int:
+def run(options: Inpaint, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
+    from fastdiff.generate.pictures import read_mask_of
+    from fastdiff.images import read_image
+
     job = options.job
+    # what is wrong with the pictures is said before the model is loaded
     image = read_image(job.image, height=job.height, width=job.width)
-    read_mask_of(as_job(InpaintJob, job), image)  # what is wrong with them is said before load
-    want = pictures.of_one_prompt(options, InpaintJob)
+    read_mask_of(pictures.as_job(InpaintJob, job), image)
+    want = pictures.of_one_prompt(options, InpaintJob, options.count)
     return pictures.run(options, want, inputs=[job.image, job.mask], original=like)

@@ -1,14 +1,19 @@
-"""What the commands ask of the machine: a device, a number format, a folder to write to."""
+"""Where and how a command works: device, backend, output folder, a clock, a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from fastdiff.cli.console import backends_line, seconds
 
 if TYPE_CHECKING:
     import torch
@@ -20,14 +25,27 @@ BLOCK_BYTES = 4096
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def device_and_dtype(device: str, dtype: DtypeName) -> tuple[torch.device, torch.dtype]:
-    """Check that the device is there and that the format makes sense on it.
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What a command computes on, and with."""
+
+    backend: BackendName = "auto"
+    """Who computes the ops; auto takes the best that serves ('fastdiff doctor' lists them)."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    dtype: DtypeName = "fp32"
+    """Number format of the networks; beside fp16 the autoencoder computes in fp32."""
+
+
+def device_and_dtype(compute: Compute) -> tuple[torch.device, torch.dtype]:
+    """The device, checked to be there, and a number format that makes sense on it.
 
     Raises:
         ValueError: no such device, or fp16 on a CPU.
     """
     import torch
 
+    device, dtype = compute.device, compute.dtype
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
         raise ValueError(f"unknown device {device!r}; expected one of auto, cpu, cuda, cuda:0")
@@ -97,3 +115,77 @@ def output_folder(path: Path) -> Iterator[Path]:
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: it stays
                 folder.rmdir()
+
+
+@dataclass
+class Clock:
+    """Wall time per stage, in the order the stages were first entered."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+
+    def report(self) -> str:
+        return ", ".join(f"{stage} {seconds(value)}" for stage, value in self.stages.items())
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is told (done, total); nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured while a command works."""
+
+    served: dict[str, set[str]]
+    """Op -> the backends that ran it."""
+    clock: Clock = field(default_factory=Clock)
+
+    def report(self) -> list[tuple[str, str]]:
+        """For the end of the output: the backends that ran, and the time of each stage."""
+        return [("backends", backends_line(self.served)), ("time", self.clock.report())]
+
+
+@contextlib.contextmanager
+def at_work(out: Path, compute: Compute) -> Iterator[Work]:
+    """An output folder and a backend for a block of code, and what is measured in it.
+
+    Raises:
+        OSError: as `output_folder`.
+        ValueError: as `chosen_backend`.
+    """
+    from fastdiff.kernels import record_backends
+
+    with output_folder(out), chosen_backend(compute.backend), record_backends() as served:
+        yield Work(served)

@@ -2,29 +2,31 @@
 
 A command's options are a job's own fields (`fastdiff.generate.job`) with what only a command line
 needs to know beside them: which ones are words without a flag, and which ones it fills in itself.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import tyro
 
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.cli.machine import BackendName, DtypeName
+from fastdiff.cli.machine import Compute
 from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName, OptionalPath
 from fastdiff.generate.job import (
-    MAX_SEED,
     PLAIN,
     PLAIN_TEXT,
     ClassJob,
     ImageToImageJob,
     InpaintJob,
+    InterpolationJob,
+    SampleSettings,
     TextJob,
+    TextSettings,
 )
-from fastdiff.generate.settings import SampleSettings, TextSettings
 
 FLAT, NO_NONE = tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone
 """Of a field: its options without the field's name; None is said by leaving an option out."""
@@ -32,8 +34,6 @@ Prompt = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
 OptionalPrompt = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
 ]
-AnyJob = TypeVar("AnyJob")
-HIDDEN = tyro.conf.arg(help_behavior_hint="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,37 +116,38 @@ class InpaintOptions(InpaintJob):
     settings: SampleSettings = PLAIN
 
 
-def as_job(kind: type[AnyJob], options: Any, **change: Any) -> AnyJob:
-    """A plain job of the options of one."""
-    own = {field.name: getattr(options, field.name) for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{**own, **change})
+@dataclass(frozen=True, kw_only=True)
+class InterpolationOptions(InterpolationJob):
+    """What to make."""
 
-
-def as_options(cls: type[AnyJob], job: Any) -> AnyJob:
-    """The options that make this job."""
-    own = {f.name: getattr(job, f.name) for f in fields(cls) if hasattr(job, f.name)}  # type: ignore[arg-type]
-    for name in ("image", "mask"):
-        if own.get(name) is not None:
-            own[name] = Path(own[name])
-    if cls is not ClassOptions and own.get("label") is not None:
-        own["label"] = str(own["label"])
-    return cls(**own)
+    prompt: OptionalPrompt = None
+    """The first image's prompt; models of classes take --label instead."""
+    to_prompt: OptionalName = None
+    """The last image's prompt; the first's if left out."""
+    label: OptionalName = None
+    """The first image's class by number or name, for models of classes."""
+    to_label: OptionalName = None
+    """The last image's class; the first's if left out."""
+    to_seed: OptionalInt = None
+    """The last image's seed; the first's if left out."""
+    at: float = 0.0
+    """With --frames 1: where on the way, from 0, the first image, to 1, the last."""
+    height: OptionalInt = None
+    """Height in pixels; as the model was trained if left out."""
+    width: OptionalInt = None
+    """Width in pixels; as the model was trained if left out."""
+    text: TextSettings = PLAIN_TEXT
+    settings: SampleSettings = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where a command computes, and what it writes."""
+class Output:
+    """What a command writes, and the picture that it starts from."""
 
     out: Path = Path("out")
     """Folder for the images; made if it is missing."""
     preview: bool = False
     """Write out/preview.png after each step: a cheap look at what is being made."""
-    backend: BackendName = "auto"
-    """Who computes the ops; auto takes the best that serves ('fastdiff doctor' lists them)."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    dtype: DtypeName = "fp32"
-    """Number format of the networks; beside fp16 the autoencoder computes in fp32."""
     like: OptionalPath = None
     """Take the options from the recipe in this PNG. Without others the image is made again, bit for
     bit, compared, and written as NAME-again.png."""
@@ -160,24 +161,10 @@ class Command(Protocol):
     @property
     def model(self) -> str: ...
     @property
-    def count(self) -> int: ...
-    @property
     def job(self) -> Any: ...
     @property
     def load(self) -> LoadOptions: ...
     @property
-    def machine(self) -> Machine: ...
-
-
-def seeds(options: Command) -> range:
-    """The seeds of `count` images, from the job's own up."""
-    return range(options.job.seed, options.job.seed + options.count)
-
-
-def check_count(options: Command) -> None:
-    """Raise ValueError unless there are images to make and seeds for them."""
-    if options.count < 1:
-        raise ValueError(f"count must be at least 1, got {options.count}")
-    first, last = seeds(options)[0], seeds(options)[-1]
-    if not 0 <= first <= last <= MAX_SEED:
-        raise ValueError(f"seeds must lie in 0 to 2^63 - 1, got {first} to {last}")
+    def output(self) -> Output: ...
+    @property
+    def compute(self) -> Compute: ...

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastdiff.cli.console import Clock, backends_line, print_pairs
-from fastdiff.cli.machine import (
-    BackendName,
-    DtypeName,
-    chosen_backend,
-    device_and_dtype,
-    output_folder,
-)
+from fastdiff.cli.console import about_files, print_pairs
+from fastdiff.cli.machine import at_work, device_and_dtype
+from fastdiff.cli.options import FLAT, NO_NONE, Compute, LoadOptions
 from fastdiff.cli.parsing import one_line, parse
 
 if TYPE_CHECKING:
@@ -52,12 +47,8 @@ class Reconstruct:
     """Folder for the pictures; made if it is missing."""
     batch: int = 64
     """Images at once: bounds memory, has no influence on the images."""
-    backend: BackendName = "auto"
-    """Who computes the ops."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    dtype: DtypeName = "fp32"
-    """Number format of the autoencoder."""
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -75,31 +66,31 @@ def run(options: Reconstruct) -> int:
     from fastdiff.checkpoint.open import load
     from fastdiff.generate.reconstruction import reconstruct, ssim
     from fastdiff.images import contact_sheet, save_png
-    from fastdiff.kernels import record_backends
 
-    device, dtype = device_and_dtype(options.device, options.dtype)
-    clock = Clock()
-    with output_folder(options.out), chosen_backend(options.backend), record_backends() as served:
-        with clock("load"):
-            model = load(options.model, device=device, dtype=dtype, text_encoders=False)
+    device, dtype = device_and_dtype(options.compute)
+    said = replace(options.load, text_encoders=False)
+    with at_work(options.out, options.compute) as work:
+        with work.clock("load"):
+            model = load(options.model, device=device, dtype=dtype, options=said)
             if model.autoencoder is None:
                 raise ValueError(
-                    f"{model.path} works on pixels and has no autoencoder to reconstruct with"
+                    f"{model.path} works on pixels and has no autoencoder to reconstruct with; "
+                    "give one with --vae"
                 )
             if model.image_size is None or model.image_channels is None:
                 raise ValueError(
-                    f"{model.path} does not say how large its images are; give "
+                    f"{model.path} does not say how large its images are; give --image-size, or "
                     "the folder of the whole model"
                 )
             images, names = _read(options.images, model.image_size, model.image_channels)
-        with clock("reconstruct"):
+        with work.clock("reconstruct"):
             result = reconstruct(model.autoencoder, images, batch=options.batch)
         recipe = {"model": model.name, "weights": model.weights_hash}
         count = min(len(images), SHEET_COLUMNS)
         latents = " x ".join(map(str, result.latent_shape))
         told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
         similar = _similarity(images, result.images, ssim)
-        with clock("write"):
+        with work.clock("write"):
             for name, image in zip(names, result.images, strict=False):
                 path = options.out / f"{name}-reconstructed.png"
                 save_png(path, image, {**recipe, "reconstruction_of": name})
@@ -121,8 +112,8 @@ def run(options: Reconstruct) -> int:
             ),
             ("PSNR", told),
             ("SSIM", similar),
-            ("backends", backends_line(served)),
-            ("time", clock.report()),
+            *about_files(model),
+            *work.report(),
         ]
     )
     return 0

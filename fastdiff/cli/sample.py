@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastdiff.cli import again, pictures
+from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
     ClassOptions,
+    Compute,
     LoadOptions,
-    Machine,
-    as_job,
-    check_count,
-    seeds,
+    Output,
 )
-from fastdiff.cli.parsing import option_value, parse
-from fastdiff.generate.job import ClassJob, Job
+from fastdiff.generate.job import ClassJob, Job, check_seeds
 
 if TYPE_CHECKING:
+    from fastdiff.cli.again import Original
     from fastdiff.generate.facts import Facts
 
 NO_CLASS = "none"
@@ -52,21 +50,18 @@ class Sample:
     """Images per class."""
     job: Annotated[ClassOptions, FLAT, NO_NONE] = field(default_factory=ClassOptions)
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
-    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
+    output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        check_count(self)
+        check_seeds(self.job.seed, self.count)
 
 
 def main(words: Sequence[str]) -> int:
-    path = option_value(words, "--like")
-    like = None if path is None else again.original("sample", path)
-    default = like and again.options(like, Sample, ClassOptions, classes=_words(like.recipe.job))
-    options = parse(Sample, words, prog="fastdiff sample", default=default)
-    return 0 if options is None else run(options, like and like.asking(default))
+    return pictures.main(Sample, ClassOptions, words, run, more=_classes)
 
 
-def run(options: Sample, like: again.Original | None = None) -> int:
+def run(options: Sample, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
 
     def want(facts: Facts) -> pictures.Wanted:
@@ -74,12 +69,14 @@ def run(options: Sample, like: again.Original | None = None) -> int:
         names = class_names(labels, facts)
         stems = file_names(names, labels)
 
+        seeds = range(options.job.seed, options.job.seed + options.count)
+
         def job(row: int, seed: int) -> tuple[str, Job]:
             label = labels[row]
-            made = as_job(ClassJob, options.job, label=label, seed=seed)
+            made = pictures.as_job(ClassJob, options.job, label=label, seed=seed)
             return f"{stems[label]}-seed{seed}", made
 
-        return pictures.Wanted([names[label] for label in labels], seeds(options), job)
+        return pictures.Wanted([names[label] for label in labels], seeds, job)
 
     inputs = [] if options.job.image is None else [options.job.image]
     return pictures.run(options, want, inputs=inputs, original=like)
@@ -123,7 +120,6 @@ def _plain(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z]+", "-", name)
 
 
-def _words(job: object) -> tuple[str, ...]:
+def _classes(job: ClassJob) -> dict[str, tuple[str, ...]]:
     """--classes of a recipe's job."""
-    label = getattr(job, "label", None)
-    return (NO_CLASS if label is None else str(label),)
+    return {"classes": (NO_CLASS if job.label is None else str(job.label),)}

@@ -5,19 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fastdiff.cli.console import print_numbers, print_pairs
 from fastdiff.cli.parsing import OptionalFloat, OptionalPath, one_of, parse
+from fastdiff.names import Prediction, ScheduleKind, Spacing
 
 if TYPE_CHECKING:
     from fastdiff.diffusion.samplers import SamplerTable
 
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
-SpacingName = Literal["trailing", "leading", "linspace", "simple", "karras", "exponential"]
-PredictionName = Literal["eps", "v", "x0"]
 COLUMNS_LEGEND = """\
 x0 = u x + v F from the network's output F; then x <- a x + b x0 + c1 h1 + c2 h2 + c3 h3 + s noise,
 and where slot is not -1: h[slot] <- p x + q x0. sigma is the noise per signal, w the guidance."""
@@ -43,16 +41,16 @@ class Samplers:
     """Samplers to show."""
     steps: int = 10
     """Steps from noise to image."""
-    spacing: SpacingName = "trailing"
+    spacing: Spacing = "trailing"
     """Where the steps lie among the training timesteps, or among the noise levels."""
-    schedule: ScheduleName = "scaled_linear"
+    schedule: ScheduleKind = "scaled_linear"
     """The noise a model was trained with; "scaled_linear" is Stable Diffusion's."""
-    prediction: PredictionName = "eps"
+    prediction: Prediction = "eps"
     """What the network returns: the noise, the velocity or the clean image."""
     eta: OptionalFloat = None
     """How much fresh noise, 0 to 1, where the sampler has a choice."""
     guidance_scale: float = 1.0
-    """Weight of classifier-free guidance; 1 is none."""
+    """Weight of classifier-free guidance; 1: no guidance."""
     plot: OptionalPath = None
     """Draw instead of print: a PNG, SVG or PDF file."""
 

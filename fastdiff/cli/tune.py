@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastdiff.cli.console import print_numbers, progress, seconds
-from fastdiff.cli.machine import TORCH_NAMES, DtypeName
+from fastdiff.cli.console import print_numbers, seconds
+from fastdiff.cli.machine import TORCH_NAMES, Compute, DtypeName, device_and_dtype, progress
 from fastdiff.cli.parsing import OptionalPath, parse
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def run(options: Tune) -> int:
 
     from fastdiff.bench import tune
     from fastdiff.bench.clock import timer_for
-    from fastdiff.cli.machine import device_and_dtype
     from fastdiff.kernels.triton import INTERPRETED, triton
     from fastdiff.kernels.tuning import configs
 
@@ -75,7 +74,7 @@ def run(options: Tune) -> int:
     todo = tune.cases(options.op, dtypes, options.shape_class)
     if options.device == "auto" and not torch.cuda.is_available():
         raise ValueError("tuning needs a GPU, and this machine has none that torch can use")
-    device, _ = device_and_dtype(options.device, "fp32")
+    device, _ = device_and_dtype(Compute(device=options.device))
     if device.type != "cuda":
         raise ValueError(f"tuning needs a GPU, got --device {options.device}")
     if triton is None or INTERPRETED:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from fastdiff.cli import again, pictures
-from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions, Machine, TextOptions, check_count
-from fastdiff.cli.parsing import OptionalPath, option_value, parse
-from fastdiff.generate.job import TextJob
+from fastdiff.cli import pictures
+from fastdiff.cli.options import (
+    FLAT,
+    NO_NONE,
+    Compute,
+    LoadOptions,
+    Output,
+    TextOptions,
+)
+from fastdiff.cli.parsing import OptionalPath
+from fastdiff.generate.job import TextJob, check_seeds
+
+if TYPE_CHECKING:
+    from fastdiff.cli.again import Original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +43,20 @@ class Txt2Img:
     count: int = 1
     """Images to make."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
-    machine: Annotated[Machine, FLAT, NO_NONE] = field(default_factory=Machine)
+    output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        check_count(self)
+        check_seeds(self.job.seed, self.count)
         if self.job.upscale is not None and self.refiner is not None:
             raise ValueError("upscale and refiner do not go together; give one of them")
 
 
 def main(words: Sequence[str]) -> int:
-    path = option_value(words, "--like")
-    like = None if path is None else again.original("txt2img", path)
-    default = like and again.options(like, Txt2Img, TextOptions)
-    options = parse(Txt2Img, words, prog="fastdiff txt2img", default=default)
-    return 0 if options is None else run(options, like and like.asking(default))
+    return pictures.main(Txt2Img, TextOptions, words, run)
 
 
-def run(options: Txt2Img, like: again.Original | None = None) -> int:
+def run(options: Txt2Img, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
-    want = pictures.of_one_prompt(options, TextJob)
+    want = pictures.of_one_prompt(options, TextJob, options.count)
     return pictures.run(options, want, refiner=options.refiner, original=like)

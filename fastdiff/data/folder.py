@@ -15,6 +15,7 @@ from PIL import Image
 from fastdiff.data.config import DataConfig
 from fastdiff.data.dataset import ImageDataset, Skipped, collect
 from fastdiff.data.decode import decode
+from fastdiff.files import printable
 from fastdiff.images import UNREADABLE, in_colour, reason
 
 _LOOKED_AT = 16  # images of each class, to tell grey from colour
@@ -72,11 +73,6 @@ def _check_names(root: Path, files: list[Path]) -> None:
                 f"the class folder {printable(name)} in {printable(str(root))} has a name that is "
                 "not valid UTF-8; rename it"
             )
-
-
-def printable(text: str) -> str:
-    """`text` with what is not UTF-8, as names of files may hold, written as escapes."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def describe_folder(root: Path) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
     F = F_uncond + scale * (F_cond - F_uncond)
 
-The paper's w is our scale - 1: scale 1 is the conditional model, 0 the unconditional one.
+The paper's w is our scale - 1, so scale 1 is the conditional model. Jobs treat a smaller scale as 1
+(`SampleSettings.weight`), as diffusers does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class GuidanceConfig:
     """How strongly, how and when samples are pulled towards their condition."""
 
     scale: float = 1.0
-    """1: the conditional model as it is, at half the cost; more: nearer to the condition."""
+    """1: the conditional model as it is, at half the cost; more: closer to the condition."""
     rescale: float = 0.0
     """phi of Lin et al. 2023, eq. 16: 1 gives F the conditional F's std back, 0 leaves it."""
     interval: tuple[int, int] | None = None
@@ -26,7 +27,7 @@ class GuidanceConfig:
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(
                 f"guidance scale must be a number >= 0, got {self.scale}; "
-                "1 is none, 0 ignores the condition"
+                "up to 1 is no guidance, 7.5 is usual with a prompt"
             )
         if not 0 <= self.rescale <= 1:
             raise ValueError(

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.names import Prediction
 
 
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

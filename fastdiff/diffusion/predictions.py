@@ -9,11 +9,11 @@ With x = alpha * x0 + sigma * n:
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-Prediction = Literal["eps", "v", "x0"]
+from fastdiff.names import Prediction
 
 
 def to_denoised(alpha: float, sigma: float, prediction: Prediction) -> tuple[float, float]:

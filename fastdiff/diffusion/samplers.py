@@ -27,19 +27,18 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.guidance import GuidanceConfig
-from fastdiff.diffusion.predictions import Prediction, to_denoised
+from fastdiff.diffusion.predictions import to_denoised
 from fastdiff.diffusion.schedules import (
     NoiseSchedule,
-    TimestepSpacing,
     sigma_spacing,
     timestep_spacing,
 )
 from fastdiff.kernels import COLUMNS
+from fastdiff.names import SPACINGS, Prediction, TimestepSpacing
 
 NO_SLOT = -1
 COLUMN = {column.name: int(column) for column in COLUMNS}
 Spacing = Literal["leading", "trailing", "linspace", "simple", "karras", "exponential"]
-SPACINGS: tuple[str, ...] = ("trailing", "leading", "linspace", "simple", "karras", "exponential")
 Variance = Literal["fixed_small", "fixed_large", "learned"]
 
 
@@ -183,12 +182,22 @@ def ddim(levels: Sequence[Level], *, eta: float = 0.0) -> list[Row]:
 
     x' = alpha' * D + sqrt(sigma'² - s²) * eps_hat + s * noise,
     s = eta * sigma' / sigma * sqrt(1 - alpha² / alpha'²).
-    eta = 0 is an ODE solver of order 1, eta = 1 is DDPM.
+    eta = 0 is an ODE solver of order 1, eta = 1 is DDPM. Without noise the levels may also rise:
+    that encodes a sample (section 4.3, the reverse of the ODE).
+
+    Raises:
+        ValueError: rising levels with eta > 0, or ones that begin at the clean sample.
     """
     _check_eta(eta)
     rows = []
     for step, (now, to) in enumerate(pairwise(levels)):
-        s = eta * to.sigma / now.sigma * math.sqrt(1 - (now.alpha / to.alpha) ** 2)
+        if not now.sigma:
+            raise ValueError(
+                "levels must begin above the clean sample, whose noise is unknown; begin at t = 0"
+            )
+        if eta and to.sigma * now.alpha > now.sigma * to.alpha:
+            raise ValueError(f"rising levels encode and take no noise: eta must be 0, got {eta}")
+        s = eta and eta * to.sigma / now.sigma * math.sqrt(1 - (now.alpha / to.alpha) ** 2)
         a = math.sqrt(max(to.sigma**2 - s**2, 0.0)) / now.sigma  # eps_hat = (x - alpha * D) / sigma
         rows.append(Row(at=now, step=step, a=a, b=to.alpha - now.alpha * a, s=s))
     return rows

@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
-TimestepSpacing = Literal["leading", "trailing", "linspace", "simple"]
-SigmaSpacing = Literal["karras", "exponential"]
+from fastdiff.names import ScheduleKind, SigmaSpacing, TimestepSpacing
+
 MAX_TIMESTEPS = 10**6  # a thousand are usual; the schedule's tables are built in memory
 
 

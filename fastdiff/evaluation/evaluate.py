@@ -22,9 +22,8 @@ from fastdiff.evaluation.distances import (
     nearest_training,
     precision_recall,
 )
-from fastdiff.generate.job import ClassJob
+from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import Progress, generate
-from fastdiff.generate.settings import SampleSettings
 
 NEAR_COPY_QUANTILE = 0.05
 """A near-copy is closer to a training image than all but this fraction of held-out images."""

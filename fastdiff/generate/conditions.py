@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.facts import Facts
-from fastdiff.generate.job import ClassJob, Job
-from fastdiff.generate.settings import TextSettings
+from fastdiff.generate.job import ClassJob, InterpolationJob, Job, TextSettings
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
 from fastdiff.runtime.conditions import Condition
@@ -55,11 +54,30 @@ class Conditions:
         Raises:
             ValueError: as `encode_prompt` and `size_vector`.
         """
+        if isinstance(job, InterpolationJob):
+            return self._between(job, size, guided)
         if not isinstance(job, ClassJob) and job.prompt is not None:
             return self._text(job.prompt, size, job.text, guided)
         label = getattr(job, "label", None)
         assert label is None or isinstance(label, int), "the job is checked"
         return self._class(label), self._class(None) if guided else None
+
+    def _between(self, job: InterpolationJob, size: tuple[int, int], guided: bool) -> Pair:
+        """At the ends the conditions of the ends."""
+        if job.prompt is not None:
+            other = job.prompt if job.to_prompt is None else job.to_prompt
+            first, negative = self._text(job.prompt, size, job.text, guided, beside=other)
+            last, _ = self._text(other, size, job.text, guided, beside=job.prompt)
+        else:
+            start, end = job.label, job.label if job.to_label is None else job.to_label
+            assert not isinstance(start, str), "the job is checked"
+            assert not isinstance(end, str)
+            first, last = self._class(start), self._class(end)
+            negative = self._class(None) if guided else None
+        if job.at in (0, 1) or first is last:
+            return (last if job.at == 1 else first), negative
+        key = ("between", first, last, job.at)
+        return self._once(key, lambda: first.mixed(last, job.at)), negative
 
     def _class(self, label: int | None) -> Condition:
         count, table = self.facts.num_classes, self.table
@@ -70,11 +88,20 @@ class Conditions:
         return self._once(("class", row), lambda: Condition(context=table.weight[row][None, None]))
 
     def _text(
-        self, prompt: str, size: tuple[int, int], text: TextSettings, guided: bool
-    ) -> tuple[Condition, Condition | None]:
+        self,
+        prompt: str,
+        size: tuple[int, int],
+        text: TextSettings,
+        guided: bool,
+        *,
+        beside: str | None = None,
+    ) -> Pair:
+        """beside: a prompt with which this one shares an evaluation, so its length too."""
         zeros = text.negative is None and self.zero_negative
         negative = text.negative or ""
         pair = [prompt] if zeros or not guided else [prompt, negative]
+        if beside is not None:
+            pair.append(beside)
         chunks = max(self._chunks(words, text) for words in pair)
         condition = self._once(
             ("prompt", prompt, chunks, size, text),

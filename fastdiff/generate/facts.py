@@ -1,15 +1,30 @@
-"""What jobs need to know of a model: its channels, its conditions, the sizes it takes."""
+"""What jobs need to know of a model, and the check of a job against it, which fills in defaults."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from fastdiff.checkpoint.model import Model
+from fastdiff.generate.job import (
+    CHECKPOINT,
+    DEFAULT_SAMPLER,
+    ClassJob,
+    InpaintJob,
+    InterpolationJob,
+    Job,
+    SampleSettings,
+    TextJob,
+)
 
 LDM_CLASSES = 1000
 """Rows of a table of classes without one for "no class"."""
+STEPS, TEXT_STEPS = 50, 30
+GUIDANCE, TEXT_GUIDANCE = 1.5, 7.5
+TILE, TEXT_TILE = 96, 128
+BATCH_PIXELS = 64 * 32 * 32
+"""Pixels of x at once by default, in at most 64 images: 64 of 32 x 32, 16 of 64 x 64."""
 Extra = Literal["none", "inpainting", "upsampler"]
 
 
@@ -172,6 +187,90 @@ class Facts:
             return
         lacks = "has no classes" if self.num_classes is None else "was trained without a null class"
         raise ValueError(f"this model {lacks}, so it cannot be guided; set guidance_scale=1")
+
+
+def check(job: Job, facts: Facts) -> Job:
+    """The job as the model does it: the class as a number, the defaults filled in.
+
+    Raises:
+        ValueError: it does not fit the model; one line with the way out.
+    """
+    settings = resolved(job.settings, facts)
+    facts.check_guidance(settings.weight)
+    negative = None if isinstance(job, ClassJob) else job.text.negative
+    if settings.weight == 1 and negative is not None:
+        raise ValueError(
+            f"guidance_scale {settings.guidance_scale:g} is no guidance and has no negative "
+            f"prompt, got {negative!r:.40}; leave one of them out"
+        )
+    _check_condition(job, facts)
+    change: dict[str, Any] = {"settings": settings}
+    if not isinstance(job, TextJob) and not facts.reads_text:
+        change["label"] = facts.label(job.label)
+        if isinstance(job, InterpolationJob) and job.to_label is not None:
+            change["to_label"] = facts.label(job.to_label)
+    if isinstance(job, ClassJob | TextJob | InterpolationJob):
+        change["height"], change["width"] = facts.size(job.height, job.width)
+    return replace(job, **change)
+
+
+def _check_condition(job: Job, facts: Facts) -> None:
+    """A prompt, a class, an image to inpaint or enlarge: what the model reads, and no more."""
+    prompt = None if isinstance(job, ClassJob) else job.prompt
+    if facts.reads_text and prompt is None:
+        raise ValueError(
+            f"{facts.name} draws what a prompt says; give it one "
+            "(model.generate('a cat'), or fastdiff txt2img PROMPT)"
+        )
+    prompt = getattr(job, "to_prompt", None) if prompt is None else prompt
+    if not facts.reads_text and prompt is not None:
+        raise ValueError(
+            f"the denoiser of {facts.name} reads no text, got prompt {prompt!r:.40}; leave the "
+            "prompt out (fastdiff sample draws classes)"
+        )
+    for name in ("label", "to_label"):
+        if facts.reads_text and (label := getattr(job, name, None)) is not None:
+            raise ValueError(f"this model has no classes, got class {label!r}; leave it out")
+    if facts.extra == "inpainting" and not isinstance(job, InpaintJob):
+        reads = facts.channels * 2 + 1
+        raise ValueError(
+            f"this denoiser reads {reads} channels, {facts.channels} of latents and an image to "
+            "inpaint; use inpaint, with a mask of ones to make the whole image new"
+        )
+    if facts.extra == "upsampler" and (not isinstance(job, ClassJob) or job.image is None):
+        raise ValueError(
+            f"{facts.name} enlarges a small image and needs one; give image= "
+            "(fastdiff sample --image FILE)"
+        )
+    if facts.extra != "upsampler" and isinstance(job, ClassJob) and job.image is not None:
+        raise ValueError(
+            f"{facts.name} is not an upsampler and starts from noise; for variations of an image "
+            "use an ImageToImageJob (fastdiff img2img)"
+        )
+
+
+def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
+    """The settings with nothing left open but what the sampler itself decides."""
+    text, named = facts.reads_text, facts.names_sampler
+    guidance = TEXT_GUIDANCE if text else GUIDANCE if facts.null_class else 1.0
+    # The papers' samplers clip the estimate of x0 to the range of pixels.
+    clamp = 1.0 if facts.pixels and facts.published and not named else None
+    defaults: dict[str, Any] = {
+        "sampler": CHECKPOINT if named else DEFAULT_SAMPLER,
+        "steps": TEXT_STEPS if text else STEPS,
+        "guidance_scale": guidance,
+        "clamp": clamp,
+        "tile": TEXT_TILE if text else TILE,
+    }
+    return replace(
+        settings,
+        **{name: value for name, value in defaults.items() if getattr(settings, name) is None},
+    )
+
+
+def default_batch(height: int, width: int, *, text: bool) -> int:
+    """Samples of x at once, from the size of one; text: with a context to attend to."""
+    return max(1, min(4 if text else 64, BATCH_PIXELS // (height * width)))
 
 
 def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> Extra:

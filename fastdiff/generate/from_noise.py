@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.generate import refine, upscale
-from fastdiff.generate.job import ClassJob, TextJob, read_picture
+from fastdiff.generate.job import ClassJob, TextJob
+from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.session import Pass, Session
 
 

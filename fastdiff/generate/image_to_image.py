@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdiff.generate.job import ImageToImageJob, Job
+from fastdiff.generate.job import ImageToImageJob, Job, first_step
 from fastdiff.generate.session import Pass, Session
-from fastdiff.generate.settings import first_step
 
 
 def plan(session: Session, job: ImageToImageJob) -> Pass:

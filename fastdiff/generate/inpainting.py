@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastdiff.generate.job import InpaintJob, read_mask_of
+from fastdiff.generate.job import InpaintJob, first_step
+from fastdiff.generate.pictures import read_mask_of
 from fastdiff.generate.session import Pass, Session
-from fastdiff.generate.settings import first_step
 
 
 def plan(session: Session, job: InpaintJob) -> Pass:

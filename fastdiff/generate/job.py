@@ -2,29 +2,142 @@
 
 One object is the keyword arguments of `model.generate`, the options of a command, the recipe in a
 PNG and a line of a file of jobs. What can be checked without a model is checked when the object is
-made; `check` does the rest and fills in what the model decides.
+made; `facts.check` does the rest and fills in what the model decides. Nothing here imports torch,
+so that a command can be read before it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import Tensor
+from fastdiff.diffusion.guidance import GuidanceConfig
+from fastdiff.names import SPACINGS
 
-from fastdiff.configs import from_dict, to_dict
-from fastdiff.generate.facts import Facts
-from fastdiff.generate.settings import SampleSettings, TextSettings, first_step, resolved
-from fastdiff.images import read_image, read_mask
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Picture = Tensor | str | os.PathLike[str]
+    """A file, or pixels: (C, H, W) in [-1, 1]; of a mask (1, H, W), from 0.5 on new."""
+else:
+    Picture = Any  # readers of the annotations get by without torch
 
 MAX_SEED = 2**63 - 1
-Picture = Tensor | str | os.PathLike[str]
-"""A file, or pixels: (C, H, W) in [-1, 1]; of a mask (1, H, W), from 0.5 on new."""
 Via = Literal["latent", "image"]
+DEFAULT_SAMPLER = "dpmpp-2m"
+CHECKPOINT = "checkpoint"
+"""As a sampler: what the model's files say (diffusers' scheduler_config.json)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How to get from noise to an image. What is None is chosen for the model, see
+    `facts.resolved`."""
+
+    sampler: str | None = None
+    """One of those that 'fastdiff samplers' lists, or checkpoint: as the model's files say; None:
+    checkpoint where the files name a sampler, else dpmpp-2m."""
+    steps: int | None = None
+    """Steps from noise to image; None: 30 with a prompt, else 50."""
+    eta: float | None = None
+    """Noise added back per step, for samplers that have it; None: the sampler's own default."""
+    guidance_scale: float | None = None
+    """Up to 1: the conditional model as it is, at half the cost; more: closer to the condition.
+    None: 7.5 with a prompt, 1.5 with classes, 1 where the model cannot be guided."""
+    guidance_rescale: float = 0.0
+    """phi of Lin et al. 2023 in [0, 1]: against the over-exposure of strong guidance."""
+    guidance_interval: tuple[int, int] | None = None
+    """Steps [first, stop) that are guided, from 0, the noisiest; None: all."""
+    spacing: str | None = None
+    """Where the steps lie: trailing, leading, linspace, simple, karras or exponential; None: with
+    sampler checkpoint as the files say, else trailing."""
+    clamp: float | None = None
+    """Bound on the estimate of x0; None: with sampler checkpoint as the files say, 1 for the
+    published pixel models, else none."""
+    tile: int | None = None
+    """Latents with a longer side are decoded in tiles of this side, 0: never; None: 128 for models
+    that read text, else 96."""
+    batch: int | None = None
+    """Images at once: bounds memory, has no influence on the images; None: by their size."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in (None, CHECKPOINT):
+            from fastdiff.diffusion.samplers import SAMPLERS  # imports torch
+
+            if self.sampler not in SAMPLERS:
+                known = ", ".join((*SAMPLERS, CHECKPOINT))
+                raise ValueError(f"unknown sampler {self.sampler!r}; expected one of {known}")
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            raise ValueError(
+                f"unknown spacing {self.spacing!r}; expected one of {', '.join(SPACINGS)}"
+            )
+        for name, least in (("steps", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.tile is not None and self.tile != 0 and self.tile < 8:
+            raise ValueError(f"tile must be at least 8, got {self.tile}; 0 decodes images whole")
+        if self.eta is not None and not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"eta must be a number >= 0, got {self.eta}; 0 adds no noise")
+        if self.clamp is not None and not self.clamp > 0:
+            raise ValueError(f"clamp must be positive, got {self.clamp}; 1 fits images")
+        if (self.guidance_scale, self.guidance_rescale, self.guidance_interval) != (None, 0, None):
+            GuidanceConfig(
+                scale=1.0 if self.guidance_scale is None else self.guidance_scale,
+                rescale=self.guidance_rescale,
+                interval=self.guidance_interval,
+            )
+
+    @property
+    def weight(self) -> float:
+        """The scale that guidance computes with: at least 1, as in diffusers."""
+        assert self.guidance_scale is not None, "settings of a checked job"
+        return max(self.guidance_scale, 1.0)
+
+    @property
+    def total(self) -> int:
+        """Steps, of settings of a checked job."""
+        assert self.steps is not None, "settings of a checked job"
+        return self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How prompts become conditions."""
+
+    negative: str | None = None
+    """What to guide away from; None: what the model was trained with for "no prompt", which is the
+    empty prompt, and for XL's base zeros."""
+    clip_skip: int = 0
+    """Layers of the text encoder left out, of the negative prompt too; "clip skip 2" elsewhere."""
+    emphasis: bool = True
+    """Read (word:1.2), (word) and [word] as weights; False: as text."""
+    original_size: tuple[int, int] | None = None
+    """XL: height and width the image claims to have had before cropping; None: its own."""
+    crop: tuple[int, int] = (0, 0)
+    """XL: top and left of the crop that the image claims to be."""
+    target_size: tuple[int, int] | None = None
+    """XL's base: height and width the image claims to have been made for; None: its own."""
+    aesthetic_score: float = 6.0
+    """XL's refiner: what the prompt claims of the image, 0 to 10."""
+    negative_aesthetic_score: float = 2.5
+    """XL's refiner: the same of the negative prompt."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("original_size", 1), ("crop", 0), ("target_size", 1)):
+            sides = getattr(self, name)
+            if sides is not None and min(sides) < least:
+                raise ValueError(f"{name} must be two numbers >= {least}, got {sides}")
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            if not 0 <= getattr(self, name) <= 10:
+                raise ValueError(f"{name} must lie in 0 to 10, got {getattr(self, name)}")
+        if self.clip_skip < 0:
+            raise ValueError(f"clip_skip must be at least 0, got {self.clip_skip}; 0 leaves none")
+
+
 PLAIN, PLAIN_TEXT = SampleSettings(), TextSettings()
 
 
@@ -179,222 +292,93 @@ class UpscaleJob:
         _check_scale(self.scale, self.via)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InterpolationJob:
+    """A frame on the way from one image to another: between seeds, prompts or classes.
+
+    The noise goes along the great circle between two seeds', the condition along the straight line
+    between two. Noise that a sampler adds on its way is the first seed's in every frame.
+    """
+
+    prompt: str | None = None
+    """The first image's prompt, for models that read text."""
+    to_prompt: str | None = None
+    """The last image's prompt; None: the first's."""
+    label: int | str | None = None
+    """The first image's class by number or name, for models of classes; None: no class."""
+    to_label: int | str | None = None
+    """The last image's class; None: the first's."""
+    seed: int = 0
+    """The first image's seed."""
+    to_seed: int | None = None
+    """The last image's seed; None: the first's."""
+    at: float = 0.0
+    """Where the frame is on the way, from 0, the first image, to 1, the last."""
+    height: int | None = None
+    """Height in pixels; None: as the model was trained."""
+    width: int | None = None
+    """Width in pixels; None: as the model was trained."""
+    text: TextSettings = PLAIN_TEXT
+    """How the prompts become conditions."""
+    settings: SampleSettings = PLAIN
+    """How to sample."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.to_seed is not None:
+            check_seed(self.to_seed)
+        if not 0 <= self.at <= 1:
+            raise ValueError(f"at must lie in [0, 1], got {self.at}; 0 is the first image")
+        if (self.to_seed, self.to_prompt, self.to_label) == (None, None, None):
+            raise ValueError(
+                "an interpolation needs another image to go to; give one or more of to_seed, "
+                "to_prompt and to_label"
+            )
+
+
 ImageJob = ImageToImageJob | InpaintJob | UpscaleJob
-Job = ClassJob | TextJob | ImageJob
+Job = ClassJob | TextJob | ImageJob | InterpolationJob
 KINDS: dict[str, type[Any]] = {
     "class": ClassJob,
     "text": TextJob,
     "image-to-image": ImageToImageJob,
     "inpaint": InpaintJob,
     "upscale": UpscaleJob,
+    "interpolation": InterpolationJob,
 }
 PICTURES = ("image", "mask")
 GROUPS = {"text": TextSettings, "settings": SampleSettings}
-AnyJob = TypeVar("AnyJob", ClassJob, TextJob, ImageToImageJob, InpaintJob, UpscaleJob)
 
 
-def check(job: Job, facts: Facts) -> Job:
-    """The job as the model does it: the class as a number, the defaults filled in.
-
-    Raises:
-        ValueError: it does not fit the model; one line with the way out.
-    """
-    settings = resolved(job.settings, facts)
-    facts.check_guidance(settings.weight)
-    negative = None if isinstance(job, ClassJob) else job.text.negative
-    if settings.weight == 1 and negative is not None:
-        raise ValueError(
-            f"guidance_scale {settings.guidance_scale:g} is no guidance and has no negative "
-            f"prompt, got {negative!r:.40}; leave one of them out"
-        )
-    _check_condition(job, facts)
-    change: dict[str, Any] = {"settings": settings}
-    if not isinstance(job, TextJob) and not facts.reads_text:
-        change["label"] = facts.label(job.label)
-    if isinstance(job, ClassJob | TextJob):
-        change["height"], change["width"] = facts.size(job.height, job.width)
-    return replace(job, **change)
-
-
-def _check_condition(job: Job, facts: Facts) -> None:
-    """A prompt, a class, an image to inpaint or enlarge: what the model reads, and no more."""
-    prompt = None if isinstance(job, ClassJob) else job.prompt
-    if facts.reads_text and prompt is None:
-        raise ValueError(
-            f"{facts.name} draws what a prompt says; give it one "
-            "(model.generate('a cat'), or fastdiff txt2img PROMPT)"
-        )
-    if not facts.reads_text and prompt is not None:
-        raise ValueError(
-            f"the denoiser of {facts.name} reads no text, got prompt {prompt!r:.40}; leave the "
-            "prompt out (fastdiff sample draws classes)"
-        )
-    if facts.reads_text and getattr(job, "label", None) is not None:
-        raise ValueError(f"this model has no classes, got class {job.label!r}; leave it out")  # type: ignore[union-attr]
-    if facts.extra == "inpainting" and not isinstance(job, InpaintJob):
-        reads = facts.channels * 2 + 1
-        raise ValueError(
-            f"this denoiser reads {reads} channels, {facts.channels} of latents and an image to "
-            "inpaint; use inpaint, with a mask of ones to make the whole image new"
-        )
-    if facts.extra == "upsampler" and (not isinstance(job, ClassJob) or job.image is None):
-        raise ValueError(
-            f"{facts.name} enlarges a small image and needs one; give image= "
-            "(fastdiff sample --image FILE)"
-        )
-    if facts.extra != "upsampler" and isinstance(job, ClassJob) and job.image is not None:
-        raise ValueError(
-            f"{facts.name} is not an upsampler and starts from noise; for variations of an image "
-            "use an ImageToImageJob (fastdiff img2img)"
-        )
-
-
-def make_job(kind: type[AnyJob], options: Mapping[str, Any]) -> AnyJob:
-    """A job from flat names: its own fields, and those of its settings and of its text.
+def frames_of(job: InterpolationJob, count: int) -> list[InterpolationJob]:
+    """The frames of an interpolation at equal distances, both ends included; 1: the one at `at`.
 
     Raises:
-        ValueError: an unknown name, a missing one, or a value that makes no sense.
+        ValueError: fewer than 1, or several with an `at`.
     """
-    own: dict[str, Any] = {field.name: field for field in fields(kind)}
-    groups: dict[str, type[Any]] = {name: GROUPS[name] for name in own if name in GROUPS}
-    given: dict[str, Any] = {name: options[name] for name in own if name in options}
-    for name, group in groups.items():
-        inner = {f.name: options[f.name] for f in fields(group) if f.name in options}
-        if inner:
-            given[name] = replace(given.get(name, own[name].default), **inner)
-    known = [*own, *(f.name for group in groups.values() for f in fields(group))]
-    if unknown := [name for name in options if name not in known]:
+    if count < 1:
+        raise ValueError(f"frames must be at least 1, got {count}; 2 are the ends themselves")
+    if count == 1:
+        return [job]
+    if job.at:
         raise ValueError(
-            f"unknown option {unknown[0]!r}; expected one of "
-            f"{', '.join(name for name in known if name not in GROUPS)}"
+            f"at is for a single frame, got {job.at:g} and {count} frames; leave one of them out"
         )
-    return kind(**given)
-
-
-def to_json(job: Job) -> dict[str, Any]:
-    """A job as JSON: its kind, its fields, and pictures as path and sha256 of the file's bytes.
-
-    A picture given as pixels has no path, and the hash of its numbers.
-    """
-    kind = next(name for name, cls in KINDS.items() if isinstance(job, cls))
-    data: dict[str, Any] = {"kind": kind}
-    for field in fields(job):
-        value = getattr(job, field.name)
-        if is_dataclass(value):
-            value = {k: v for k, v in to_dict(value).items() if k != "batch"}
-        elif field.name in PICTURES and value is not None:
-            value = identity(value)
-        data[field.name] = value
-    return data
-
-
-def from_json(data: Any) -> Job:
-    """Read what `to_json` gave; what is left out has its default.
-
-    Raises:
-        ValueError: an unknown kind or field, a missing or wrong value.
-    """
-    if not isinstance(data, dict) or data.get("kind") not in tuple(KINDS):
-        got = data.get("kind") if isinstance(data, dict) else data
-        raise ValueError(f"unknown kind of job {got!r:.40}; expected one of {', '.join(KINDS)}")
-    cls = KINDS[data["kind"]]
-    hints = get_type_hints(cls)
-    plain = [
-        (f.name, hints[f.name], f) if f.default is not MISSING else (f.name, hints[f.name])
-        for f in fields(cls)
-        if f.name not in PICTURES
-    ]
-    rest = {k: v for k, v in data.items() if k != "kind" and k not in PICTURES}
-    shape = make_dataclass(cls.__name__, plain, frozen=True, kw_only=True)
-    made: Any = from_dict(shape, rest)
-    given = {name: getattr(made, name) for name, *_ in plain}
-    for name in PICTURES:
-        if data.get(name) is not None:
-            given[name] = _path(name, data[name])
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
-    if missing:
-        raise ValueError(f"{cls.__name__}: {missing[0]}: missing")
-    job: Job = cls(**given)
-    return job
-
-
-def identity(picture: Picture) -> dict[str, str | None]:
-    """A picture in a recipe: where it lay, and the hash of its bytes or numbers."""
-    if isinstance(picture, Tensor):
-        numbers = picture.detach().float().cpu().contiguous().numpy().tobytes()
-        return {"path": None, "sha256": hashlib.sha256(numbers).hexdigest()}
-    path = Path(picture)
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _path(name: str, value: Any) -> str:
-    path = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(path, str):
-        raise ValueError(
-            f"the {name} was given as pixels, not as a file, so it cannot be found again; give it"
-        )
-    return path
-
-
-def read_picture(picture: Picture, channels: int, height: int | None, width: int | None) -> Tensor:
-    """An image as (C, H, W) in [-1, 1], from a file in the model's colours.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not such an image.
-    """
-    if not isinstance(picture, Tensor):
-        if channels == 1:
-            return read_mask(picture, height=height, width=width) * 2 - 1
-        return read_image(picture, height=height, width=width)
-    image = picture[0] if picture.ndim == 4 and len(picture) == 1 else picture
-    if image.ndim != 3 or image.shape[0] != channels or not image.is_floating_point():
-        raise ValueError(
-            f"the image must be ({channels}, H, W) floating point in [-1, 1], got "
-            f"{tuple(image.shape)} {image.dtype}; fastdiff.images.read_image reads one so"
-        )
-    if (height or image.shape[1], width or image.shape[2]) != tuple(image.shape[1:]):
-        raise ValueError(
-            f"height and width resize files, got them with pixels of {tuple(image.shape)}; "
-            "leave them out"
-        )
-    low, high = float(image.min()), float(image.max())
-    if not -1.001 <= low <= high <= 1.001:
-        raise ValueError(
-            f"pixels must lie in [-1, 1], got {low:g} to {high:g}; "
-            "fastdiff.images.read_image reads an image so"
-        )
-    return image
-
-
-def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
-    """The mask as (1, H, W), 0 or 1, fp32. image: (C, H, W), the job's.
-
-    Raises:
-        ValueError: another size than the image, more than one channel, or all zeros.
-    """
-    mask = job.mask
-    if not isinstance(mask, Tensor):
-        mask = read_mask(mask, height=job.height, width=job.width)
-    given = tuple(mask.shape)
-    mask = mask[None] if mask.ndim == 2 else mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
-    if mask.ndim != 3 or mask.shape[0] != 1 or mask.shape[1:] != image.shape[1:]:
-        height, width = image.shape[1:]
-        raise ValueError(
-            f"the mask must be (1, {height}, {width}), as large as the image, got {given}; "
-            "resize it, and give it one channel"
-        )
-    binary = (mask if mask.is_floating_point() is False else mask >= 0.5).float()
-    if not binary.any():
-        raise ValueError(
-            "the mask is empty, expected 1 (white) where the image is to be new; invert it?"
-        )
-    return binary
+    return [replace(job, at=index / (count - 1)) for index in range(count)]
 
 
 def check_seed(seed: int) -> None:
     """Raise ValueError unless it is a whole number from 0 to 2**63 - 1."""
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"a seed must be a whole number from 0 to 2**63 - 1, got {seed!r:.40}")
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Raise ValueError unless there is something to make, and a seed for each."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if not 0 <= first <= MAX_SEED - (count - 1):
+        raise ValueError(f"seeds must lie in 0 to 2^63 - 1, got {first} to {first + count - 1}")
 
 
 def stage_seed(seed: int, stage: str) -> int:
@@ -422,3 +406,16 @@ def _check_scale(scale: float, via: str) -> None:
         raise ValueError(f"scale must lie in 1 to 16, got {scale}; 2 doubles both sides")
     if via not in get_args(Via):
         raise ValueError(f"unknown way {via!r}; expected one of latent, image")
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The first of the steps that `strength` leaves to do; `steps` for none.
+
+    Raises:
+        ValueError: strength outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(
+            f"strength must lie in [0, 1], got {strength}; 0 keeps the image, 1 makes a new one"
+        )
+    return steps - int(steps * strength + 1e-9)  # 100 * 0.29 is 28.999999999999996

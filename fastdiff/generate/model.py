@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, overload
 
 import torch
@@ -16,14 +16,16 @@ from fastdiff.checkpoint.model import Model as CheckpointModel
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
+    GROUPS,
     ClassJob,
     ImageToImageJob,
     InpaintJob,
+    InterpolationJob,
     Job,
     Picture,
     TextJob,
     UpscaleJob,
-    make_job,
+    frames_of,
 )
 from fastdiff.generate.run import Progress, Result, generate
 from fastdiff.generate.session import Session
@@ -40,6 +42,7 @@ class Model(CheckpointModel):
         seeds: int | Sequence[int] | None = None,
         image: Picture | None = None,
         mask: Picture | None = None,
+        frames: int | None = None,
         refiner: CheckpointModel | None = None,
         progress: Progress | None = None,
         on_step: OnStep | None = None,
@@ -48,8 +51,8 @@ class Model(CheckpointModel):
         """Images in one call; `fastdiff.generate` streams any mix of jobs.
 
         The kind of job follows from what is given: a mask makes an `InpaintJob`, an image with
-        `scale` an `UpscaleJob`, an image an `ImageToImageJob` (a `ClassJob` of an upsampler), a
-        prompt a `TextJob`, anything else a `ClassJob`.
+        `scale` an `UpscaleJob`, an image an `ImageToImageJob` (a `ClassJob` of an upsampler),
+        `frames` an `InterpolationJob`, a prompt a `TextJob`, anything else a `ClassJob`.
 
         Args:
             prompts: one for all images, or one each.
@@ -57,6 +60,8 @@ class Model(CheckpointModel):
             seeds: one each; None: from 0 up, one per prompt or class.
             image, mask: files, or pixels (C, H, W) in [-1, 1]; the mask is 1 where the image is to
                 be new. A batch (N, C, H, W) has one image per seed.
+            frames: images on the way from each seed's image to that of to_seed, to_prompt or
+                to_label (any of them), both ends included; 1: the one that `at` names.
             options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             refiner, progress, on_step: as in `fastdiff.generate`.
@@ -72,11 +77,19 @@ class Model(CheckpointModel):
             "mask": _pictures("mask", mask, count),
         }
         facts = Facts.of(self)
-        kind = _kind(facts, prompts, image, mask, options)
+        kind: type[Any] = InterpolationJob
+        if frames is None:
+            kind = _kind(facts, prompts, image, mask, options)
+            if leads := [name for name in ("to_seed", "to_prompt", "to_label") if name in options]:
+                raise ValueError(
+                    f"{leads[0]} leads to another image; give frames, the images on the way (1 and "
+                    "at for a single one)"
+                )
         jobs: list[Job] = []
         for index, seed in enumerate(seeds):
             own = {name: each[index] for name, each in given.items() if each is not None}
-            jobs.append(make_job(kind, {**options, **own, "seed": seed}))
+            job = _make(kind, {**options, **own, "seed": seed})
+            jobs += [job] if frames is None else frames_of(job, frames)
         made = generate(self, jobs, refiner=refiner, progress=progress, on_step=on_step)
         return Images(list(made))
 
@@ -185,3 +198,25 @@ def _pictures(name: str, value: Picture | None, count: int) -> list[Picture] | N
             )
         return list(value)
     return [value] * count
+
+
+def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:
+    """A job from flat names: its own fields, and those of its settings and of its text.
+
+    Raises:
+        ValueError: an unknown name, a missing one, or a value that makes no sense.
+    """
+    own: dict[str, Any] = {field.name: field for field in fields(kind)}
+    groups: dict[str, type[Any]] = {name: GROUPS[name] for name in own if name in GROUPS}
+    given: dict[str, Any] = {name: options[name] for name in own if name in options}
+    for name, group in groups.items():
+        inner = {f.name: options[f.name] for f in fields(group) if f.name in options}
+        if inner:
+            given[name] = replace(given.get(name, own[name].default), **inner)
+    known = [*own, *(f.name for group in groups.values() for f in fields(group))]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"unknown option {unknown[0]!r}; expected one of "
+            f"{', '.join(name for name in known if name not in GROUPS)}"
+        )
+    return kind(**given)

@@ -1,7 +1,7 @@
 """Recipes: everything that one image depends on, as JSON inside its PNG; and reading them back.
 
     {"recipe": 2, "fastdiff", "torch", "model", "weights", "layout", "backend", "device", "dtype",
-     "job": `job.to_json`, "class_name", "sampler": what CHECKPOINT meant,
+     "job": `to_json`, "class_name", "sampler": what CHECKPOINT meant,
      "refiner": {"path", "weights"}, "load": options of `fastdiff.load`}
 
 Version 1 is what pictures carry that were written before jobs: `classes` and text had a format
@@ -10,19 +10,21 @@ each. It is read, and never written.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 import fastdiff
-from fastdiff.checkpoint.layouts.bundle import ASSETS
 from fastdiff.checkpoint.model import Model
-from fastdiff.configs import to_dict
-from fastdiff.generate.job import Job, from_json, to_json
+from fastdiff.checkpoint.open import ASSETS
+from fastdiff.configs import from_dict, to_dict
+from fastdiff.generate.job import CHECKPOINT, KINDS, PICTURES, Job, Picture
 from fastdiff.generate.session import Session
-from fastdiff.generate.settings import CHECKPOINT
 from fastdiff.kernels.choose import selected_backend
 
 VERSION = 2
@@ -78,6 +80,71 @@ def write_recipe(job: Job, session: Session, refiner: Session | None = None) -> 
     }
 
 
+def to_json(job: Job) -> dict[str, Any]:
+    """A job as JSON: its kind, its fields, and pictures as path and sha256 of the file's bytes.
+
+    A picture given as pixels has no path, and the hash of its numbers.
+    """
+    kind = next(name for name, cls in KINDS.items() if isinstance(job, cls))
+    data: dict[str, Any] = {"kind": kind}
+    for name in (entry.name for entry in fields(job)):
+        value = getattr(job, name)
+        if is_dataclass(value):
+            value = {k: v for k, v in to_dict(value).items() if k != "batch"}
+        elif name in PICTURES and value is not None:
+            value = identity(value)
+        data[name] = value
+    return data
+
+
+def from_json(data: Any) -> Job:
+    """Read what `to_json` gave; what is left out has its default.
+
+    Raises:
+        ValueError: an unknown kind or field, a missing or wrong value.
+    """
+    if not isinstance(data, dict) or data.get("kind") not in tuple(KINDS):
+        got = data.get("kind") if isinstance(data, dict) else data
+        raise ValueError(f"unknown kind of job {got!r:.40}; expected one of {', '.join(KINDS)}")
+    cls = KINDS[data["kind"]]
+    hints = get_type_hints(cls)
+    plain = [
+        (f.name, hints[f.name], f) if f.default is not MISSING else (f.name, hints[f.name])
+        for f in fields(cls)
+        if f.name not in PICTURES
+    ]
+    rest = {k: v for k, v in data.items() if k != "kind" and k not in PICTURES}
+    shape = make_dataclass(cls.__name__, plain, frozen=True, kw_only=True)
+    made: Any = from_dict(shape, rest)
+    given = {name: getattr(made, name) for name, *_ in plain}
+    for name in PICTURES:
+        if data.get(name) is not None:
+            given[name] = _path(name, data[name])
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
+    if missing:
+        raise ValueError(f"{cls.__name__}: {missing[0]}: missing")
+    job: Job = cls(**given)
+    return job
+
+
+def identity(picture: Picture) -> dict[str, str | None]:
+    """A picture in a recipe: where it lay, and the hash of its bytes or numbers."""
+    if isinstance(picture, Tensor):
+        numbers = picture.detach().float().cpu().contiguous().numpy().tobytes()
+        return {"path": None, "sha256": hashlib.sha256(numbers).hexdigest()}
+    path = Path(picture)
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _path(name: str, value: Any) -> str:
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str):
+        raise ValueError(
+            f"the {name} was given as pixels, not as a file, so it cannot be found again; give it"
+        )
+    return path
+
+
 def place(model: Model) -> str:
     """Where a model can be loaded from again: a shipped one by name."""
     path = model.path
@@ -96,7 +163,7 @@ def read(data: Mapping[str, Any]) -> Recipe:
             f"recipe version {version!r:.40} is newer than this fastdiff, which reads up to "
             f"{VERSION}; update fastdiff"
         )
-    if "seeds" in data or "classes" in data or "jobs" in data:
+    if not {"seeds", "frames", "classes", "jobs"}.isdisjoint(data):
         raise ValueError("a contact sheet is no single image; give one of the images beside it")
     needed = ["weights", "backend", "device", "dtype"]
     needed += ["job", "model"] if version == VERSION else ["seed", "settings"]

@@ -18,11 +18,18 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.sampling import OnStep
-from fastdiff.generate import from_noise, image_to_image, inpainting, upscale
-from fastdiff.generate.job import ClassJob, ImageToImageJob, InpaintJob, Job, TextJob, check
+from fastdiff.generate import from_noise, image_to_image, inpainting, interpolation, upscale
+from fastdiff.generate.facts import check, default_batch
+from fastdiff.generate.job import (
+    ClassJob,
+    ImageToImageJob,
+    InpaintJob,
+    InterpolationJob,
+    Job,
+    TextJob,
+)
 from fastdiff.generate.recipe import write_recipe
 from fastdiff.generate.session import Pass, Session
-from fastdiff.generate.settings import default_batch
 from fastdiff.images import save_png, to_pil
 from fastdiff.runtime import engine
 from fastdiff.runtime.blocks import block_size
@@ -113,6 +120,8 @@ def plan(session: Session, job: Job, refiner: Session | None = None) -> Pass:
         return image_to_image.plan(session, job)
     if isinstance(job, InpaintJob):
         return inpainting.plan(session, job)
+    if isinstance(job, InterpolationJob):
+        return interpolation.plan(session, job)
     return upscale.plan(session, job)
 
 

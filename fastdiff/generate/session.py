@@ -17,9 +17,9 @@ from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
-from fastdiff.generate.job import Job, Picture, read_picture
+from fastdiff.generate.job import CHECKPOINT, DEFAULT_SAMPLER, Job, Picture, SampleSettings
 from fastdiff.generate.latents import Latents
-from fastdiff.generate.settings import CHECKPOINT, DEFAULT_SAMPLER, SampleSettings
+from fastdiff.generate.pictures import read_picture
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request

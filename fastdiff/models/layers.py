@@ -30,9 +30,9 @@ from fastdiff.kernels import (
     group_norm_silu,
     layer_norm,
 )
+from fastdiff.names import QKVOrder
 
 TimeEmbedding = Literal["openai", "ddpm"]
-QKVOrder = Literal["legacy", "new"]
 DownsamplePadding = Literal["symmetric", "asymmetric"]
 
 
@@ -52,9 +52,12 @@ def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> T
         (N, dim) fp32.
     """
     half = dim // 2
-    spread = half if kind == "openai" else half - 1
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
+    if kind == "openai":
+        exponent = -math.log(10000) * index / half
+    else:
+        exponent = index * -(math.log(10000) / (half - 1))
+    angles = t.float()[:, None] * torch.exp(exponent)[None]
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if kind == "openai" else [sin, cos], dim=1)
 

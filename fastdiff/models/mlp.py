@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.models.layers import timestep_embedding, zero_init
-from fastdiff.models.network import Context, Network, check_conditions, register
+from fastdiff.models.network import Context, Network, check_conditions, embed_labels, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class MLP(Network):
         check_conditions(self.config, len(t), y, added)
         dtype = self.linear_in.weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.width).to(dtype))  # (N, width)
-        return F.silu(emb if y is None else emb + self.label_embed(y))
+        return F.silu(emb if y is None else emb + embed_labels(self.label_embed, y))
 
     def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
         """Raise ValueError unless `body` can run on x: (N, in_channels), without a context."""

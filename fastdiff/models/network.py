@@ -75,7 +75,8 @@ class Network(nn.Module):
 
         It does not depend on x: the runtime computes it once for all rows of a sampler's table.
 
-        t: (N,) timesteps, integer or real. y: (N,) int64 class labels. added: (N, A).
+        t: (N,) timesteps, integer or real. y: (N,) int64 class labels, or floating-point weights
+        (N, rows of the label embedding) of a mixture of them. added: (N, A).
         """
         raise NotImplementedError
 
@@ -141,6 +142,11 @@ def check_conditions(
         ValueError: a condition is missing, superfluous or of the wrong shape.
     """
     width = config.added_condition_dim
+    if y is not None and y.is_floating_point() and config.num_classes is not None:
+        weights = samples, config.num_classes + config.null_class
+        if y.shape != weights:
+            raise ValueError(f"y must be weights of shape {weights}, got {tuple(y.shape)}; pass y=")
+        y = y[:, 0]
     for name, value, wanted, shape, kind in (
         ("y", y, config.num_classes, (samples,), "int64 class labels"),
         ("added", added, width, (samples, width), "vectors"),
@@ -152,6 +158,15 @@ def check_conditions(
         if wanted is not None and (value is None or value.shape != shape):
             got = None if value is None else tuple(value.shape)
             raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}; pass {name}=")
+
+
+def embed_labels(table: nn.Embedding, y: Tensor) -> Tensor:
+    """Rows of a label embedding, or mixtures of them. y: as in `Network.embed`. Returns (N, E)."""
+    if y.is_floating_point():
+        mixed: Tensor = y.to(table.weight) @ table.weight
+        return mixed
+    rows: Tensor = table(y)
+    return rows
 
 
 def map_context(function: Callable[..., Tensor], *contexts: Context) -> Context:

@@ -8,19 +8,19 @@ Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.configs import LATER
 from fastdiff.models.layers import (
     AttentionBlock,
     Downsample,
     DownsamplePadding,
     GroupNorm,
-    QKVOrder,
     ResBlock,
     SpatialTransformer,
     TimeEmbedding,
@@ -29,7 +29,8 @@ from fastdiff.models.layers import (
     timestep_embedding,
     zero_init,
 )
-from fastdiff.models.network import Context, Network, check_conditions, register
+from fastdiff.models.network import Context, Network, check_conditions, embed_labels, register
+from fastdiff.names import QKVOrder
 
 ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
 
@@ -69,6 +70,8 @@ class UNetConfig:
     norm_groups: int = 32  # groups of every GroupNorm
     norm_eps: float = 1e-5  # epsilon of every GroupNorm but the transformers' (1e-6)
     dropout: float = 0.0  # probability, in residual blocks and feed-forwards
+    num_heads_upsample: int | None = field(default=None, metadata=LATER)
+    # heads on the way up (IDDPM's option of this name); None: num_heads there too
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -93,6 +96,7 @@ class UNetConfig:
             require(value > 0, f"{name} must be positive, got {value}")
         for name in (
             "num_heads",
+            "num_heads_upsample",
             "head_dim",
             "context_dim",
             "added_condition_dim",
@@ -127,6 +131,11 @@ class UNetConfig:
             f"give one of num_heads and head_dim, got {self.num_heads} and {self.head_dim}",
         )
         require(
+            self.num_heads_upsample is None or self.num_heads is not None,
+            f"num_heads_upsample goes with num_heads, got {self.num_heads_upsample} and head_dim "
+            f"{self.head_dim}",
+        )
+        require(
             self.model_channels % 2 == 0, f"model_channels must be even, got {self.model_channels}"
         )
         require(
@@ -149,6 +158,12 @@ class UNetConfig:
             require(
                 depth == 0 or width % split == 0,
                 f"num_heads or head_dim must divide the width {width} of a level, got {split}",
+            )
+        for width, depth in zip(self.widths, self.attention_depth, strict=True):
+            split = self.num_heads_upsample or 1
+            require(
+                depth == 0 or width % split == 0,
+                f"num_heads_upsample must divide the width {width} of a level, got {split}",
             )
 
     @property
@@ -178,8 +193,10 @@ class UNetConfig:
         down = sum(1 + depth for depth in self.attention_depth)
         return self.num_res_blocks * down + self.middle_depth
 
-    def heads(self, width: int) -> int:
-        """Heads of an attention over `width` channels."""
+    def heads(self, width: int, *, up: bool = False) -> int:
+        """Heads of an attention over `width` channels; up: on the way up."""
+        if up and self.num_heads_upsample is not None:
+            return self.num_heads_upsample
         if self.num_heads is not None:
             return self.num_heads
         assert self.head_dim is not None
@@ -261,7 +278,7 @@ class UNet(Network):
             for index in range(config.num_res_blocks + 1):
                 stage = [
                     self._res_block(width + skips.pop(), widths[level]),
-                    *self._attention(widths[level], config.attention_depth[level]),
+                    *self._attention(widths[level], config.attention_depth[level], up=True),
                 ]
                 width = widths[level]
                 if level > 0 and index == config.num_res_blocks:
@@ -293,11 +310,11 @@ class UNet(Network):
             resample=resample,
         )
 
-    def _attention(self, width: int, depth: int) -> list[nn.Module]:
+    def _attention(self, width: int, depth: int, *, up: bool = False) -> list[nn.Module]:
         config = self.config
         if depth == 0:
             return []
-        heads, groups = config.heads(width), config.norm_groups
+        heads, groups = config.heads(width, up=up), config.norm_groups
         if config.context_dim is None:
             return [
                 AttentionBlock(
@@ -333,7 +350,7 @@ class UNet(Network):
 
         Args:
             t: (N,) timesteps, integer or real.
-            y: (N,) int64 class labels, where the model has classes.
+            y: (N,) int64 class labels where the model has classes, or weights of a mixture.
             added: (N, added_condition_dim), where the model has it.
 
         Returns:
@@ -350,7 +367,7 @@ class UNet(Network):
         emb = timestep_embedding(t, config.model_channels, config.time_embedding)
         emb = self.time_embed(emb.to(dtype))  # (N, emb_dim)
         if y is not None:
-            emb = emb + self.label_embed(y)
+            emb = emb + embed_labels(self.label_embed, y)
         if added is not None:
             emb = emb + self.added_embed(added.to(dtype))
         return F.silu(emb)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastdiff.models.network import NetworkConfig
@@ -16,6 +17,8 @@ class Condition:
 
     label: int | None = None
     """Row of the label embedding; see :func:`check_label`."""
+    toward: tuple[int, float] | None = None
+    """Another row, and its share: the embedding of a class between the two."""
     context: Tensor | None = None
     """(1, T, D): the tokens that the cross-attentions read."""
     added: Tensor | None = None
@@ -27,9 +30,39 @@ class Condition:
         return 0 if self.context is None else self.context.shape[1]
 
     @property
-    def key(self) -> tuple[int | None, int]:
+    def key(self) -> tuple[int | None, tuple[int, float] | None, int]:
         """What the embedding depends on."""
-        return self.label, id(self.added)
+        return self.label, self.toward, id(self.added)
+
+    def mixed(self, other: Condition, share: float) -> Condition:
+        """A condition between this one and another of the same kind, on the straight line.
+
+        share: 0 is this one, 1 the other. Context tokens, added vectors and rows of the label
+        embedding are mixed, each before the network sees it.
+        """
+        if (self.label is None) != (other.label is None) or self.tokens != other.tokens:
+            raise ValueError(
+                f"conditions of one kind can be mixed, got {self.tokens} and {other.tokens} "
+                f"tokens, labels {self.label} and {other.label}"
+            )
+        pairs = (self.context, other.context), (self.added, other.added)
+        context, added = (
+            None if a is None or b is None else torch.lerp(a, b, share) for a, b in pairs
+        )
+        toward = None if other.label is None else (other.label, share)
+        return Condition(label=self.label, toward=toward, context=context, added=added)
+
+    def labels(self, count: int, rows: int, device: torch.device) -> Tensor | None:
+        """What `Network.embed` takes for `count` samples. rows: of the label embedding."""
+        if self.label is None:
+            return None
+        if self.toward is None:
+            return torch.full((count,), self.label, dtype=torch.int64, device=device)
+        other, share = self.toward
+        weights = torch.zeros(rows, dtype=torch.float64, device=device)
+        weights[self.label] += 1 - share
+        weights[other] += share
+        return weights.expand(count, -1)
 
 
 def class_conditions(

@@ -173,7 +173,9 @@ class Denoiser:
     def _add(self, key: bytes, timesteps: Tensor, condition: Condition) -> int:
         def embed() -> Tensor:
             t = timesteps.to(self.device, torch.float32)
-            y = None if condition.label is None else torch.full_like(t, condition.label).long()
+            config = self.network.config
+            rows = (config.num_classes or 0) + config.null_class
+            y = condition.labels(len(t), rows, self.device)
             added = condition.added
             added = None if added is None else added.to(self.device).expand(len(t), -1)
             return self.network.embed(t, y, added)

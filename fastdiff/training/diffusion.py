@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
+from fastdiff.names import Prediction
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.objective import DenoiserLossConfig
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import min_snr_weight, simple_loss, variational_bound
-from fastdiff.diffusion.predictions import Prediction, target, to_denoised
+from fastdiff.diffusion.predictions import target, to_denoised
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.names import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import cuda
 from ..choose import without
-from ..views import memory_format_of
+from ..views import all_contiguous, memory_format_of
 
 cuda.declare("group_norm_plan", "iiiqiqiiqiip")
 cuda.declare("group_norm_backward_plan", "iiiqiqiiqiip")
@@ -90,10 +90,6 @@ def _cuda_layout(x: Tensor) -> _CudaLayout:
     return _CudaLayout(x, n, c, s, form != torch.contiguous_format or s == 1)
 
 
-def _dense(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if p is None else p.contiguous() for p in parameters)
-
-
 def forward(
     x: Tensor,
     num_groups: int,
@@ -119,7 +115,7 @@ def forward(
     statistics = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return (y, total), statistics
-    weight, bias, scale_shift, channel_add = _dense(weight, bias, scale_shift, channel_add)
+    weight, bias, scale_shift, channel_add = all_contiguous(weight, bias, scale_shift, channel_add)
     residual = layout.like(residual)
     plan = layout.plan(num_groups, y, total, residual)
     workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
@@ -157,7 +153,7 @@ def backward(
     dx = torch.empty_like(x)
     dweight, dbias = (torch.zeros(c, dtype=torch.float32, device=x.device) for _ in range(2))
     parameters = weight, bias, scale_shift
-    weight, bias, scale_shift = _dense(*parameters)
+    weight, bias, scale_shift = all_contiguous(*parameters)
     film = 0 if scale_shift is None else scale_shift.numel()
     dscale_shift = torch.zeros(film, dtype=torch.float32, device=x.device)
     if scale_shift is not None:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..triton import cdiv, jit, launch, sigmoid, tl
-from ..views import memory_format_of
+from ..views import all_contiguous, memory_format_of
 from .triton_tiles import (
     affine,
-    all_contiguous,
     film_scale,
     group_totals,
     large_regime,

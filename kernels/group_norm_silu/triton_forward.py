@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..triton import jit, launch, merged, sigmoid, tl
-from ..views import memory_format_of
+from ..views import all_contiguous, memory_format_of
 from .triton_tiles import (
     affine,
-    all_contiguous,
     group_totals,
     large_regime,
     mean_and_rstd,

@@ -232,7 +232,3 @@ def mean_and_rstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
 
 def slices(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t[start:stop] for t in tensors]
-
-
-def all_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]

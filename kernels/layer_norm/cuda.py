@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import cuda
 from ..choose import without
 from ..cpu import as_dtype_or_float
-from ..views import as_rows
+from ..views import all_contiguous, as_rows
 from .gradients import empty_gradients
 
 cuda.declare("layer_norm", "ipi" + "ppi" + "pp" + "pipi" + "qqqqfq")
@@ -39,7 +39,7 @@ def forward(
     flat, addend = as_rows(x), None
     if residual is not None:
         addend = as_rows(as_dtype_or_float(residual, x.dtype))
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    weight, bias = all_contiguous(weight, bias)
     strides = flat.stride(0), 0 if addend is None else addend.stride(0)
     cuda.launch(
         "layer_norm", x, cuda.DTYPES[x.dtype], flat.data_ptr(),

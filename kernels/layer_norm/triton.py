@@ -15,7 +15,7 @@ from torch import Tensor
 from ..choose import without
 from ..triton import cdiv, jit, launch, next_power_of_2, tl, triton_backend, two_sum
 from ..tuning import Config, config
-from ..views import as_rows
+from ..views import all_contiguous, as_rows
 from .gradients import empty_gradients
 from .triton_wide import (
     layer_norm_wide_backward_kernel,
@@ -203,7 +203,7 @@ def forward(
     d, shape_class = x.shape[-1], _shape_class(x.shape[-1])
     flat, addend = as_rows(x), None if residual is None else as_rows(residual)
     strides = flat.stride(0), 0 if addend is None else addend.stride(0)
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    weight, bias = all_contiguous(weight, bias)
     arguments = flat, addend, weight, bias, y, total, len(flat), d, *strides, eps
     chosen = config("layer_norm", x, shape_class)
     if shape_class == "wide":

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import compiled
 from ..cpu import DTYPES, address, cpu_backend
 from ..philox_normal.streams import SAMPLER_NOISE
+from ..views import all_contiguous
 from .table import check_places
 
 
@@ -35,7 +36,7 @@ def forward(
         and (finite is None or finite.is_contiguous())
     ):
         outputs = x, history, denoised, finite
-        dense = [None if t is None else t.contiguous() for t in outputs]
+        dense = all_contiguous(*outputs)
         written = dict(zip(("x", "history", "denoised", "finite"), dense, strict=True))
         given = {"prediction": prediction, "table": table, "rows": rows, "seeds": seeds}
         options = {"cond": cond, "uncond": uncond, "rescale": rescale, "keep": keep}
@@ -56,8 +57,7 @@ def forward(
         prediction = prediction.movedim(1, -1).contiguous()
     runs, length, stride = (c, space, channels) if channels_last else (1, c * space, 1)
     table, rows, seeds = table.contiguous(), rows.contiguous(), seeds.contiguous()
-    cond = None if cond is None else cond.contiguous()
-    uncond = None if uncond is None else uncond.contiguous()
+    cond, uncond = all_contiguous(cond, uncond)
     bad = compiled.native.sampler_step(
         DTYPES[prediction.dtype], channels == 2 * c, rescale,
         x.data_ptr(), prediction.data_ptr(), history.data_ptr(), table.data_ptr(), rows.data_ptr(),

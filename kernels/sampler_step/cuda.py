@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import cuda
 from ..philox_normal.streams import SAMPLER_NOISE
 from ..triton import cdiv
+from ..views import all_contiguous
 from .layout import by_memory, strides_of, why_not
 
 cuda.declare("sampler_step", "ip" + "i" + "pppppppppp" + "pp" + "qqqqqqq" + "qi")
@@ -44,9 +45,7 @@ def forward(
     slots, h_strides, h_dense = strides_of(history, 2)
     estimate, d_strides, d_dense = strides_of(x if denoised is None else denoised, 1)
     table, rows, seeds = table.contiguous(), rows.contiguous(), seeds.contiguous()
-    cond = None if cond is None else cond.contiguous()
-    uncond = None if uncond is None else uncond.contiguous()
-    flags = None if finite is None else finite.contiguous()
+    cond, uncond, flags = all_contiguous(cond, uncond, finite)
     inner, images, *along = by_memory(prediction, c, space, f_c, f_s)
     in_order = f_dense or (f_s == c and f_c == 1)
     layouts = (ctypes.c_int64 * 25)(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..philox_normal.triton import normals
 from ..triton import cdiv, jit, launch, merged, next_power_of_2, tl, triton_backend, with_tile
 from ..tuning import config
+from ..views import all_contiguous
 from .layout import by_memory, strides_of, why_not
 
 
@@ -267,7 +268,7 @@ def forward(
     if denoised is not None:
         estimate, d_strides, d_dense = strides_of(denoised, 1)
     indices = table.contiguous(), rows.contiguous()
-    pair = [None if index is None else index.contiguous() for index in (cond, uncond)]
+    pair = all_contiguous(cond, uncond)
     flags = None if finite is None else finite.contiguous().view(torch.uint8)
     chosen = config("sampler_step", x, "any")
     tile = 4 * chosen["BLOCK"]

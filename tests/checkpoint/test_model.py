@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastdiff.cli
-from fastdiff.checkpoint.layouts import compvis, layouts, openai
+from fastdiff.checkpoint.layouts import compvis, openai
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
-from fastdiff.checkpoint.open import load
-from fastdiff.checkpoint.options import Loading, LoadOptions
+from fastdiff.checkpoint.open import Loading, layouts, load
+from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.save import save
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
@@ -258,7 +258,8 @@ def test_heads_of_compvis_models(
     reading = compvis.Reading(Weights(Path("x"), places), Loading())
     found = compvis.unet_config(reading, reading.weights, table)
     assert tuple(found.heads(width * factor) for factor in mult) == expected
-    assert reading.assumed
+    assert reading.loading.assumed.values
+    assert not reading.loading.assumed.choices  # published, so nothing is a guess
 
 
 def test_a_table_of_classes_comes_back_from_a_bundle(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.save import save
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, Posterior
 from fastdiff.models.unet import UNet
@@ -313,6 +314,80 @@ def test_openai(name: str, order: str, dtype: torch.dtype, tmp_path: Path) -> No
     assert config.resblock_updown == (name == "adm")
     assert config.num_classes == (10 if name == "adm" else None)
     assert checkpoint.provenance["assumed"]["prediction"] == "eps"
+
+
+def upsampling_heads(order: str, file: Path) -> nn.Module:
+    """improved-diffusion with 4 heads, and 2 on the way up: diffusers' network, told so."""
+    theirs: Any = peer_model("UNet2DModel", IDDPM, torch.float64)
+    for block in theirs.up_blocks:
+        for attention in getattr(block, "attentions", ()):
+            attention.heads = 2
+    down, up = (layouts.openai_unet(theirs.state_dict(), 3, heads, order) for heads in (4, 2))
+    named = {k: (up if k.startswith("output_blocks.") else down)[k] for k in down}
+    torch.save(named, file)
+    return theirs
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_heads_on_the_way_up(order: str, tmp_path: Path) -> None:
+    """improved-diffusion's num_heads_upsample, which a file does not record."""
+    theirs = upsampling_heads(order, tmp_path / "model")
+    said: dict[str, Any] = {"num_heads": 4, "qkv_order": order, "dtype": torch.float64}
+    right = fastdiff.load(tmp_path / "model", num_heads_upsample=2, image_size=16, **said)
+    same_unet(right.denoiser, theirs)
+    assert "num_heads_upsample" not in right.assumed
+
+    wrong = fastdiff.load(tmp_path / "model", **said)
+    assert wrong.assumed["num_heads_upsample"] == 4
+    (line,) = (line for line in wrong.assumed_lines(flags=True) if line.startswith("assumed"))
+    assert "--num-heads-upsample 4 (or as num_heads, unless it was set in training)" in line
+    with pytest.raises(AssertionError):
+        same_unet(wrong.denoiser, theirs)
+
+    save(right, tmp_path / "bundle", layout="bundle")
+    same_unet(fastdiff.load(tmp_path / "bundle", dtype=torch.float64).denoiser, theirs)
+    with pytest.raises(ValueError, match=r"no U-Net with num_heads_upsample 2, expected 4; save a"):
+        save(right, tmp_path / "folder", layout="diffusers")
+    with pytest.raises(ValueError, match="goes with num_heads, got head_dim 16"):
+        fastdiff.load(tmp_path / "model", head_dim=16, num_heads_upsample=2)
+    with pytest.raises(ValueError, match="num_heads_upsample must divide the width 64 of a level"):
+        fastdiff.load(tmp_path / "model", num_heads=4, num_heads_upsample=3)
+
+
+def test_strict_refuses_to_guess(tmp_path: Path, saved: Any) -> None:
+    theirs = upsampling_heads("new", tmp_path / "model")
+    read: list[str] = []
+
+    def refused(path: Path, **said: Any) -> str:
+        with pytest.raises(ValueError, match="leave open") as caught:
+            fastdiff.load(path, strict=True, progress=lambda name, _: read.append(name), **said)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    message = refused(tmp_path / "model")
+    for choice in (
+        "num_heads: 1, 2, 4, 8, 16 or head_dim 16 or head_dim 32 or head_dim 64; ",
+        "num_heads_upsample: as num_heads, unless it was set in training",
+        "qkv_order: legacy, new",
+        "schedule: linear, scaled_linear, cosine, sigmoid",
+        "prediction: eps, v, x0",
+        "; of a command --qkv-order --num-heads --num-heads-upsample --schedule --prediction)",
+    ):
+        assert choice in message
+    said: dict[str, Any] = {"num_heads": 4, "num_heads_upsample": 2, "qkv_order": "new"}
+    assert "num_heads" not in refused(tmp_path / "model", **said)
+    assert not read  # it was refused before any weights were read
+    said |= {"schedule": "cosine", "prediction": "eps"}
+    loaded = fastdiff.load(tmp_path / "model", strict=True, dtype=torch.float64, **said)
+    same_unet(loaded.denoiser, theirs)
+
+    # A single file whose channels are those of no published model, and what states everything.
+    folder, models = saved("sd1")
+    save_file(compvis_state("sd1", models), tmp_path / "sd1")
+    assert "leave open num_heads: 1, 2, 4, 8, 16 or" in refused(tmp_path / "sd1")
+    assert fastdiff.load(folder, strict=True, text_encoders=False).denoiser is not None
+    assert fastdiff.load("digits", strict=True).denoiser is not None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,8 @@ from torch import Tensor
 import fastdiff
 from fastdiff.checkpoint.layouts import compvis, ddpm, openai
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
-from fastdiff.checkpoint.options import Loading, LoadOptions
+from fastdiff.checkpoint.open import Loading
+from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Place, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
@@ -153,7 +154,11 @@ def test_compvis_published_models(name: str) -> None:
     if expected.context_dim is not None:  # there is no packed attention whose order counts
         config = replace(config, qkv_order="new")
     assert config == expected
-    assert reading.assumed.keys() <= {"num_heads", "head_dim"}
+    assert reading.loading.assumed.values.keys() <= {"num_heads", "head_dim"}
+    assert not reading.loading.assumed.choices  # all of them are published
+    # Stable Diffusion 2 was published in both ways.
+    assert compvis.prediction_of(reading, config) == "eps"
+    assert list(reading.loading.assumed.choices) == ["prediction"] * (name == "sd2")
 
 
 def test_sdxls_refiner() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import zipfile
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint import weights as weights_module
 from fastdiff.checkpoint.formats import open_weights
+from fastdiff.checkpoint.open import load
 
 TENSORS: dict[str, Tensor] = {
     "a.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
@@ -225,8 +227,93 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     refused(path, "expected a dictionary of tensors")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
-    refused(path, "expected one data.pkl in it, got 0")
+    refused(path, r"holds a data\.pkl; got one that holds a\.txt")
     with pytest.raises(FileNotFoundError, match="is missing"):
         open_weights(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="not a file"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GGUF" + bytes(40), "got GGUF; fetch the safetensors"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "got HDF5"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a Git LFS pointer, .* git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html>sign in</html>", "got a web page; the address wants a login"),
+        (b"", "the file is empty; fetch it again"),
+        (pickle.dumps([1, 2, 3]), "got another pickle, which holds a list of 3"),
+        (pickle.dumps({"lr": 0.1, "x": 2}), "which holds a dictionary of other things under lr, x"),
+        (pickle.dumps(None), "which holds a single NoneType"),
+        (pickle.dumps({"a": 1}, protocol=0), "got a pickle in text form"),
+        (
+            pickle.dumps(frozenset([1])),
+            "an instruction FROZENSET, which torch.save never",
+        ),
+        (b"\x80\x02e.", r"instruction 1 \(APPENDS\) takes what no earlier one left"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value[:24],
+)
+def test_whole_files_of_something_else_say_what_they_are(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    """To fetch such a file again would not help."""
+    (tmp_path / "x.bin").write_bytes(content)
+    refused(tmp_path / "x.bin", message)
+
+
+def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path: Path) -> None:
+    """The zip carries a checksum of each storage; it is compared once, when a number is read."""
+    path = write(tmp_path / "x.pt", TENSORS, "zip")
+    opened = open_weights(path)
+    place = opened.places["a.weight"]
+    raw = bytearray(path.read_bytes())
+    raw[place.offset + 7] ^= 0x40  # the exponent of the second number
+    path.write_bytes(raw)
+    damaged = open_weights(path)
+    assert torch.equal(damaged.tensor("whole"), TENSORS["whole"]), "others can be read"
+    for part in (damaged, damaged.renamed({"new": "a.weight"})):
+        with pytest.raises(ValueError, match=r"x.pt: damaged: the checksum of the 48 bytes from"):
+            part.tensor(next(iter(part.places)) if "new" in part.places else "a.weight")
+    with pytest.raises(ValueError, match="damaged: the checksum"):
+        open_weights(path).copy_into("a.weight", torch.empty(3, 4, dtype=torch.float64))
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """torch writes zeros in their place."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = write(tmp_path / "x.pt", TENSORS, "zip")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    opened = open_weights(path)
+    for key, value in TENSORS.items():
+        assert torch.equal(opened.tensor(key), value), key
+
+
+NASTY = "\x1b[31mred\nnext line" + "x" * 200_000
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_names_of_a_refused_file_are_escaped_and_cut(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "x.bin", {NASTY: torch.zeros(2)}, kind)
+    with pytest.raises(ValueError, match="known layout") as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 1000
+    assert r"\x1b[31mred\nnext line" in message
+
+
+def test_names_in_damaged_headers_are_escaped_and_cut(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({NASTY: {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(7))
+    with pytest.raises(ValueError, match="does not fit offsets") as caught:
+        open_weights(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000

@@ -4,12 +4,14 @@ distribution.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.samplers import COLUMN, build_table
+from fastdiff.diffusion.samplers import CLEAN, COLUMN, Level, build_table, table_of_levels
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig, sigma_spacing
 from tests.diffusion.mixture import (
@@ -84,6 +86,38 @@ def test_order(
         errors.append(float((result - exact).square().mean().sqrt()))
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.15, f"order {slope:.3f}, expected {order}; errors {errors}"
+
+
+def test_ddim_upwards_encodes() -> None:
+    """Samples of N(0, std²): the ODE keeps their quantile, x_T / x_0 = sd(x_T) / sd(x_0), and the
+    error of a solver of order 1 halves with twice the steps."""
+    std, errors = 0.6, []
+
+    def level(t: float) -> Level:
+        return Level(t, float(COARSE.alpha(t)), float(COARSE.sigma(t)))
+
+    def sd(at: Level) -> float:
+        return math.hypot(at.alpha * std, at.sigma)
+
+    x = torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for steps in (200, 400):
+        last = COARSE.num_timesteps - 1
+        levels = [level(last * i / steps) for i in range(steps + 1)]
+        table = table_of_levels("ddim", levels, prediction="x0")
+
+        def predict(x: Tensor, row: int, levels: list[Level] = levels) -> Tensor:
+            at = levels[row]
+            return at.alpha * std**2 / sd(at) ** 2 * x
+
+        encoded = sample(predict, table, x, range(16))
+        exact = x * sd(levels[-1]) / sd(levels[0])
+        errors.append(float((encoded - exact).norm() / exact.norm()))
+    assert errors[0] < 0.02
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    with pytest.raises(ValueError, match=r"eta must be 0, got 1\.0"):
+        table_of_levels("ddim", levels, eta=1.0)
+    with pytest.raises(ValueError, match="begin at t = 0"):
+        table_of_levels("ddim", [CLEAN, *levels])
 
 
 STOCHASTIC = [

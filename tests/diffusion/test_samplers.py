@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.diffusion.guidance import GuidanceConfig
-from fastdiff.diffusion.samplers import COLUMN, NEEDS_SIGNAL, SAMPLERS, SPACINGS, build_table
+from fastdiff.diffusion.samplers import COLUMN, NEEDS_SIGNAL, SAMPLERS, build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import INITIAL_NOISE, SAMPLER_NOISE, backend, philox_normal
+from fastdiff.names import SPACINGS
 from tests.kernels.cases import device_of, needs_triton
 
 LINEAR = NoiseSchedule(ScheduleConfig())
@@ -180,6 +181,21 @@ def test_batch_and_seeds(name: str) -> None:
     before = start.clone()
     assert torch.equal(sample(predict, table, start, seeds), batch)
     assert torch.equal(start, before), "the caller's noise is left as it is"
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("seed", [5, -3, 2**31 + 7])
+def test_all_64_bits_of_a_seed_count(name: str, seed: int) -> None:
+    """In the noise that a sample starts from, and in that of the steps."""
+    table = build_table(name, LINEAR, 4)
+    start = noise(2, 3, 4, 4).float()
+    start[1] = start[0]
+    for flipped in (1, 31, 32, 33, 62):
+        seeds = [seed, seed ^ (1 << flipped)]
+        drawn = sample(lambda x, row: 0.1 * x, table, (3, 4, 4), seeds)
+        assert not torch.equal(drawn[0], drawn[1]), f"bit {flipped} of the initial noise's seed"
+        same = sample(lambda x, row: 0.1 * x, table, start, seeds)
+        assert torch.equal(same[0], same[1]) == (name == "ddim"), flipped
 
 
 def test_fp32_follows_fp64() -> None:

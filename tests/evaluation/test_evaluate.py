@@ -19,7 +19,7 @@ from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_re
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
 from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
-from fastdiff.generate.settings import SampleSettings
+from fastdiff.generate.job import SampleSettings
 from tests.support.tiny import UNET, tiny_model, tiny_unet
 
 

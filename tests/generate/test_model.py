@@ -33,7 +33,7 @@ def same(model: Model, made: Any, jobs: list[Job]) -> None:
 
 
 def test_one_call_makes_the_jobs(model: Model, tmp_path: Path) -> None:
-    settings = {"settings": fastdiff.generate.settings.SampleSettings(steps=3, sampler="ddim")}
+    settings = {"settings": fastdiff.generate.job.SampleSettings(steps=3, sampler="ddim")}
     call: dict[str, Any] = {"steps": 3, "sampler": "ddim"}
     made = model.generate(classes=["one", 3, None], seeds=[4, 5, 6], **call)
     jobs: list[Job] = [

@@ -17,14 +17,13 @@ from fastdiff.generate.job import (
     ImageToImageJob,
     InpaintJob,
     Job,
+    SampleSettings,
     TextJob,
+    TextSettings,
     UpscaleJob,
-    from_json,
-    to_json,
 )
 from fastdiff.generate.model import with_generate
-from fastdiff.generate.recipe import read
-from fastdiff.generate.settings import SampleSettings, TextSettings
+from fastdiff.generate.recipe import from_json, read, to_json
 from fastdiff.images import read_recipe, save_png
 from tests.support.tiny import tiny_model
 

@@ -17,10 +17,9 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.sampling import sample
 from fastdiff.generate.from_noise import slerp
-from fastdiff.generate.job import ClassJob
+from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import generate
 from fastdiff.generate.session import Session
-from fastdiff.generate.settings import SampleSettings
 from fastdiff.models.unet import UNet
 from tests.support import drawing
 from tests.support.drawing import class_jobs

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.checkpoint.layouts.bundle import ASSETS, load_bundle
+from fastdiff.checkpoint.layouts.bundle import load_bundle
+from fastdiff.checkpoint.open import ASSETS
 from fastdiff.training import TRAINING_PRESETS
 
 SHIPPED = ASSETS / "digits"

@@ -20,18 +20,20 @@ from fastdiff.data.dataset import to_float
 from fastdiff.diffusion.samplers import SamplerTable
 from fastdiff.diffusion.sampling import Step
 from fastdiff.generate.conditions import size_vector
+from fastdiff.generate.facts import check, resolved
 from fastdiff.generate.image_to_image import from_latents
 from fastdiff.generate.job import (
     ImageToImageJob,
     InpaintJob,
     Job,
+    SampleSettings,
     TextJob,
+    TextSettings,
     UpscaleJob,
-    check,
+    first_step,
     stage_seed,
 )
 from fastdiff.generate.session import Session
-from fastdiff.generate.settings import SampleSettings, TextSettings, first_step, resolved
 from fastdiff.generate.upscale import enlarge
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.unet import UNet

@@ -18,9 +18,8 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.checkpoint.model import Model
-from fastdiff.generate.job import ImageToImageJob, InpaintJob, Job
+from fastdiff.generate.job import ImageToImageJob, InpaintJob, Job, SampleSettings, TextSettings
 from fastdiff.generate.session import Session
-from fastdiff.generate.settings import SampleSettings, TextSettings
 from tests.support.diffusers_models import SCHEDULER, checkpoint, components, pipeline
 from tests.support.drawing import images, latents, text_jobs
 from tests.support.peers import import_diffusers

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pytest
@@ -300,42 +300,53 @@ def run_on(
     return results
 
 
-@lru_cache(maxsize=1024)
-def expected_results(
-    op: str, case: Case, dtype: torch.dtype, device: str, seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Results and gradients of the formula in fp64, the same for every backend and regime."""
-    inputs = case.inputs(dtype, device, seed)
-    return run(kernels.OPS[op].formula, with_gradients(inputs, torch.float64), seed)
+Results = tuple[list[Tensor], list[Tensor]]
+"""Outputs and gradients."""
+
+
+def formulas(op: str, inputs: Inputs, seed: int) -> tuple[Results, Results]:
+    """The formula in fp64, and eager PyTorch in the dtype of the inputs."""
+    exact = run(kernels.OPS[op].formula, with_gradients(inputs, torch.float64), seed)
+    return exact, run(EAGER[op], with_gradients(inputs), seed)
 
 
 @lru_cache(maxsize=1024)
-def eager_results(
+def formulas_of_case(
     op: str, case: Case, dtype: torch.dtype, device: str, seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Results and gradients of eager PyTorch in the dtype."""
-    return run(EAGER[op], with_gradients(case.inputs(dtype, device, seed)), seed)
+) -> tuple[Results, Results]:
+    """`formulas`, which are the same for every backend and regime."""
+    return formulas(op, case.inputs(dtype, device, seed), seed)
 
 
 def check_case(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     """`check`, with the emulation's threads in whatever order they are set to run."""
     device = device_of(backend)
+    known = partial(formulas_of_case, op, case, dtype, device)
+    check_inputs(op, lambda seed: case.inputs(dtype, device, seed), backend, known)
 
-    def inputs(seed: int) -> Inputs:
-        return case.inputs(dtype, device, seed)
+
+def check_inputs(
+    op: str,
+    inputs: Callable[[int], Inputs],
+    backend: str,
+    known: Callable[[int], tuple[Results, Results]] | None = None,
+) -> None:
+    """`check_case` for inputs that are a function of a seed; `known`: their `formulas`."""
+    if known is None:
+        known = cache(lambda seed: formulas(op, inputs(seed), seed))
 
     @cache
-    def actual(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    def actual(seed: int) -> Results:
         return run_on(backend, op, inputs(seed), seed)
 
-    def expected(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        return expected_results(op, case, dtype, device, seed)
+    def expected(seed: int) -> Results:
+        return known(seed)[0]
 
-    def eager(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        return eager_results(op, case, dtype, device, seed)
+    def eager(seed: int) -> Results:
+        return known(seed)[1]
 
     def draws(kind: int, index: int) -> list[Callable[[int], Tensor]]:
-        def of(results: Callable[[int], tuple[list[Tensor], list[Tensor]]]) -> Any:
+        def of(results: Callable[[int], Results]) -> Any:
             return lambda seed: results(seed)[kind][index]
 
         return [of(results) for results in (actual, expected, eager)]

@@ -203,6 +203,19 @@ def test_timestep_embedding_is_the_published_formula(kind: str) -> None:
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-4)  # fp32 angles up to 1000
 
 
+@pytest.mark.parametrize("dim", [128, 256])
+def test_ddpm_timestep_embedding_has_the_bits_of_the_original(dim: int) -> None:
+    """Ho et al.'s get_timestep_embedding: the factor of the exponent is one number, which fp32
+    rounds once; at t = 999 another order of operations is 1e-6 away."""
+    t = torch.arange(1000)
+    frequencies = torch.exp(
+        torch.arange(dim // 2, dtype=torch.float32) * -(math.log(10000) / (dim // 2 - 1))
+    )
+    angles = t.float()[:, None] * frequencies[None, :]
+    original = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+    assert torch.equal(timestep_embedding(t, dim, "ddpm"), original)
+
+
 @torch.no_grad()
 def test_embedding_and_context_can_be_computed_ahead() -> None:
     model, arguments = build("sdxl", torch.float64), inputs("sdxl", torch.float64)
@@ -214,6 +227,23 @@ def test_embedding_and_context_can_be_computed_ahead() -> None:
     assert torch.equal(one_step, model(x, torch.tensor([500, 500]), context=context, added=added))
     # sample 0 has t = 500; another batch size may sum in another order
     torch.testing.assert_close(one_step[0], ahead[0], rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_mixture_of_classes_is_the_mixture_of_their_embeddings() -> None:
+    model, t = build("adm", torch.float64), torch.tensor([7, 500])
+    table = model.label_embed.weight
+    weights = torch.zeros(2, len(table), dtype=torch.float64)
+    weights[:, 1] = 1
+    torch.testing.assert_close(
+        model.embed(t, weights), model.embed(t, torch.tensor([1, 1])), rtol=0, atol=1e-14
+    )
+    weights[:, 1], weights[:, 4] = 0.25, 0.75
+    mixed = model.embed(t, weights)
+    table[2] = 0.25 * table[1] + 0.75 * table[4]
+    torch.testing.assert_close(mixed, model.embed(t, torch.tensor([2, 2])), rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match=r"y must be weights of shape \(2, 11\), got \(2, 3\)"):
+        model.embed(t, torch.zeros(2, 3))
 
 
 @torch.no_grad()

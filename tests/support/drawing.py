@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.generate.job import ClassJob, Job, TextJob, check
+from fastdiff.generate.facts import check
+from fastdiff.generate.job import ClassJob, Job, TextJob
 from fastdiff.generate.run import generate, plan
 from fastdiff.generate.session import Session
 from fastdiff.runtime import engine

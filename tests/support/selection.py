@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from tests.support.imports import ROOT, imports
 
-NUMERIC_ROOMS = frozenset(
-    {"diffusion", "generate", "integrations", "kernels", "models", "runtime", "support"}
+NUMERIC = (
+    "diffusion/test_against_diffusers.py",
+    "diffusion/test_losses.py",
+    "diffusion/test_slots.py",
+    "generate/test_run.py",
+    "generate/test_text_against_diffusers.py",
+    "integrations/test_accelerate.py",
+    "integrations/test_known_blocks.py",
+    "integrations/test_odd_modules.py",
+    "kernels/test_native.py",
+    "models/",
+    "runtime/",
+    "support/test_parity.py",
+    "support/test_selection.py",
 )
-"""Rooms of tests whose results come from this CPU's arithmetic: they run once more with AVX2."""
-OTHER_ARITHMETIC = ("triton", "cuda", "gpu", "resources", "sanitizers", "offsets", "entered")
+"""Tests whose results come from this CPU's arithmetic (its convolutions, its products, our kernels
+for it): they run once more with AVX2."""
+ON_THIS_CPU = re.compile(r"(?<![a-z])(cpu|reference)(?![a-z])")
+"""In the name of a test of kernels, or in its parameters."""
+OTHER_ARITHMETIC = (
+    "triton",
+    "cuda",
+    "gpu",
+    "inductor",
+    "presets",
+    "prompts",
+    "test_op.",
+    "test_choose.",
+)
 """In the name of a file or a test: interpreted, emulated, or nothing is computed."""
 
 
@@ -22,9 +47,12 @@ def is_numeric(path: str, name: str) -> bool:
         path: of its file, from the repository's root.
         name: of the test with its parameters.
     """
-    _, room, *_ = (*PurePosixPath(path).parts, "")
-    file = PurePosixPath(path).relative_to("tests")
-    return room in NUMERIC_ROOMS and not any(word in f"{file} {name}" for word in OTHER_ARITHMETIC)
+    file = PurePosixPath(path).relative_to("tests").as_posix()
+    if any(word in f"{file} {name}" for word in OTHER_ARITHMETIC):
+        return False
+    return file.startswith(NUMERIC) or (
+        file.startswith("kernels/") and ON_THIS_CPU.search(name) is not None
+    )
 
 
 def mirrors(changed: str, tests: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
-from fastdiff.generate.settings import SampleSettings
+from fastdiff.generate.job import SampleSettings
 from fastdiff.models.network import NETWORKS, Family
 from fastdiff.training import (
     DenoiserLossConfig,

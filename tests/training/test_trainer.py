@@ -165,6 +165,25 @@ def test_fp16_skips_overflows_but_not_for_ever(images: Path, tmp_path: Path) -> 
         trainer.settle()
 
 
+def test_clipping_is_of_the_gradient_and_not_of_the_scaled_loss(
+    images: Path, tmp_path: Path
+) -> None:
+    """With fp16's loss scale the norm and the step are those of a run without one."""
+    run = runs.diffusion_run(
+        images, tmp_path / "run", optimization=runs.optimization(clip_norm=1e-6, warmup_steps=0)
+    )
+    plain, scaled = (Trainer(DiffusionTask(run), run) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**16)
+    norms = []
+    for trainer in (plain, scaled):
+        trainer.step()
+        trainer.settle()
+        norms.append(trainer.take_means()["grad_norm/unet"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    for ours, theirs in zip(scaled.parameters["unet"], plain.parameters["unet"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
 def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     run = runs.diffusion_run(
         images, tmp_path / "run", optimization=runs.optimization(steps=3, ema_decay=0.9)

@@ -17,6 +17,20 @@ from fastdiff.checkpoint.formats.pickles import looks_like_torch_save, read_torc
 from fastdiff.checkpoint.formats.safetensors import header_fits, read_safetensors
 from fastdiff.checkpoint.weights import Place, Weights, read_json, some
 
+_CONVERT = "write the weights as safetensors with the program that made it"
+KNOWN = {
+    b"GGUF": ("GGUF", "fetch the safetensors of the model instead"),
+    b"\x89HDF": ("HDF5, as Keras writes", _CONVERT),
+    b"\x93NUMPY": ("a NumPy array", _CONVERT),
+    b"(dp": ("a pickle in text form", _CONVERT),
+    b"(lp": ("a pickle in text form", _CONVERT),
+    b"version ": ("a Git LFS pointer, not the file", "run git lfs pull where it was cloned"),
+    b"<!DOCTYP": ("a web page", "the address wants a login or another link: fetch the file again"),
+    b"<html": ("a web page", "the address wants a login or another link: fetch the file again"),
+    b"<!doctyp": ("a web page", "the address wants a login or another link: fetch the file again"),
+}
+"""How files begin that people give instead -> what they are, and what to do."""
+
 
 def open_weights(path: str | os.PathLike[str]) -> Weights:
     """Open a file of weights, or the index of several.
@@ -37,9 +51,17 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         return read_safetensors(path)
     if looks_like_torch_save(start):
         return read_torch_save(path)
+    size = path.stat().st_size
+    for begins, (kind, advice) in KNOWN.items():
+        if start.lstrip().startswith(begins):
+            raise ValueError(
+                f"{path}: expected safetensors or what torch.save wrote, got {kind}; {advice}"
+            )
+    if not size:
+        raise ValueError(f"{path}: the file is empty; fetch it again")
     raise ValueError(
-        f"{path}: expected safetensors or what torch.save wrote, got {path.stat().st_size} bytes "
-        f"that begin with {start!r}; the file is truncated or something else"
+        f"{path}: expected safetensors or what torch.save wrote, got {size} bytes that begin with "
+        f"{start!r}; the file is truncated or something else"
     )
 
 

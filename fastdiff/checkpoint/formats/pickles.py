@@ -13,12 +13,14 @@ import io
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastdiff.checkpoint.formats.unpickle import CodeError, Storage, TensorAt, run
-from fastdiff.checkpoint.weights import Place, Weights
+from fastdiff.checkpoint.weights import Place, Record, Weights, some
+from fastdiff.files import printable
 
 MAX_TENSORS = 100_000
 MAX_PICKLE_BYTES = 16 * 2**20  # the names and places of so many; the numbers lie outside
@@ -26,6 +28,10 @@ MAX_SHARING = 8  # bytes of all tensors to one of the file; tensors may share th
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 STATE_DICT_KEYS = ("state_dict", "model")  # where trainers put it among their other things
+
+
+class _ForeignError(ValueError):
+    """A file that is whole, and not what torch.save writes."""
 
 
 def looks_like_torch_save(start: bytes) -> bool:
@@ -42,18 +48,19 @@ def read_torch_save(path: Path) -> Weights:
         zipped = file.read(4) == b"PK\x03\x04"
     try:
         root, places = _read_zip(path) if zipped else _read_legacy(path)
-    except CodeError as error:
+    except (CodeError, _ForeignError) as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # damaged bytes fail in any way; none of them ran
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{path}: not readable as what torch.save wrote ({reason:.200}); fetch the file again"
+            f"{path}: not readable as what torch.save wrote ({printable(reason, 200)}); "
+            "fetch the file again"
         ) from error
     state = _state_dict(root)
     if state is None:
         raise ValueError(
             f"{path}: expected a dictionary of tensors (or one under "
-            f"{' or '.join(map(repr, STATE_DICT_KEYS))}), got {type(root).__name__}"
+            f"{' or '.join(map(repr, STATE_DICT_KEYS))}), got {_held(root)}"
         )
     tensors = {key: value for key, value in state.items() if isinstance(value, TensorAt)}
     facts = {
@@ -74,6 +81,20 @@ def read_torch_save(path: Path) -> Weights:
     return Weights(path, placed, facts)
 
 
+def _held(value: Any) -> str:
+    """What a pickle built, in a few words."""
+    if isinstance(value, dict):
+        if not value:
+            return "an empty dictionary"
+        return f"a dictionary of other things under {some(map(str, value))}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, TensorAt):
+        return "a single tensor"
+    plain = value is None or isinstance(value, str | bytes | int | float)
+    return f"a single {type(value).__name__}" if plain else "a single object"
+
+
 _Places = Callable[[TensorAt], Place]
 
 
@@ -87,7 +108,9 @@ def _state_dict(root: Any) -> dict[str, Any] | None:
     return None
 
 
-def _place(path: Path, start: int, available: int, tensor: TensorAt) -> Place:
+def _place(
+    path: Path, start: int, available: int, tensor: TensorAt, crc: int | None = None
+) -> Place:
     """Where the tensor's numbers lie, if its storage has that many."""
     storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
     row, expected = 1, []
@@ -104,6 +127,7 @@ def _place(path: Path, start: int, available: int, tensor: TensorAt) -> Place:
         storage.dtype,
         tensor.shape,
         None if in_a_row or 0 in tensor.shape else tensor.stride,
+        None if crc is None else Record(start, available, crc),
     )
     # As many numbers as the storage has, at most: a stride of 0 could ask for any size.
     if max(place.numel, tensor.offset + place.span) > min(storage.numel, available // itemsize):
@@ -118,6 +142,11 @@ def _read_zip(path: Path) -> tuple[Any, _Places]:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+        if not roots:
+            raise _ForeignError(
+                "expected a file of torch.save, whose zip archive holds a data.pkl; got one that "
+                f"holds {some(members) or 'nothing'}"
+            )
         if len(roots) != 1:
             raise ValueError(f"expected one data.pkl in it, got {len(roots)}")
         folder = roots[0].removesuffix("data.pkl")
@@ -125,40 +154,63 @@ def _read_zip(path: Path) -> tuple[Any, _Places]:
         _check_stored(info)
         if info.file_size > MAX_PICKLE_BYTES:
             raise ValueError(f"its data.pkl has {info.file_size} bytes, beyond {MAX_PICKLE_BYTES}")
-        raw = archive.read(info)
+        # torch.serialization.set_crc32_options(False) writes zeros, which zipfile would refuse
+        with_checksums = any(member.CRC for member in members.values())
+        raw = _contents(path, info, with_checksums)
         order = members.get(f"{folder}byteorder")
         if order is not None:
             _check_stored(order)
-            if order.file_size > 16 or archive.read(order).decode() != sys.byteorder:
+            written = _contents(path, order, with_checksums) if order.file_size <= 16 else b""
+            if written.decode() != sys.byteorder:
                 raise ValueError(f"its numbers are not {sys.byteorder}-endian")
-    size = path.stat().st_size
 
     def places(tensor: TensorAt) -> Place:
         info = members[f"{folder}data/{tensor.storage.key}"]
         _check_stored(info)
-        with path.open("rb") as file:
-            file.seek(info.header_offset)
-            header = file.read(30)
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
-        start = info.header_offset + 30 + name_length + extra_length
-        if signature != b"PK\x03\x04" or start + info.file_size > size:
-            raise ValueError(f"member {info.filename:.60} lies outside the file")
-        return _place(path, start, info.file_size, tensor)
+        crc = info.CRC if with_checksums else None
+        return _place(path, _start(path, info), info.file_size, tensor, crc)
 
     return run(io.BytesIO(raw)), _reported(path, places)
 
 
+def _start(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+    start: int = info.header_offset + 30 + name_length + extra_length
+    if signature != b"PK\x03\x04" or start + info.file_size > path.stat().st_size:
+        raise ValueError(f"member {printable(info.filename, 60)} lies outside the file")
+    return start
+
+
+def _contents(path: Path, info: zipfile.ZipInfo, with_checksums: bool) -> bytes:
+    """A small member's bytes."""
+    with path.open("rb") as file:
+        file.seek(_start(path, info))
+        raw = file.read(info.file_size)
+    if with_checksums and zlib.crc32(raw) != info.CRC:
+        raise ValueError(f"the checksum of {printable(info.filename, 60)} does not fit")
+    return raw
+
+
 def _check_stored(info: zipfile.ZipInfo) -> None:
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ValueError(f"member {info.filename:.60} is compressed, which torch.save never does")
+        raise ValueError(
+            f"member {printable(info.filename, 60)} is compressed, which torch.save never does"
+        )
 
 
 def _read_legacy(path: Path) -> tuple[Any, _Places]:
     size = path.stat().st_size
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-        if run(stream) != MAGIC:
-            raise ValueError("it does not begin as torch.save's files do")
+        first = run(stream)
+        if first != MAGIC:
+            raise _ForeignError(
+                "expected a file of torch.save, or safetensors; got another pickle, which holds "
+                f"{_held(first)}"
+            )
         protocol, machine = run(stream), run(stream)
         if protocol != PROTOCOL or not isinstance(machine, dict):
             raise ValueError("an unknown protocol")
@@ -177,7 +229,9 @@ def _read_legacy(path: Path) -> tuple[Any, _Places]:
             starts[key] = position + 8
             position += 8 + storage.numel * storage.dtype.itemsize
             if count != storage.numel or position > size:
-                raise ValueError(f"storage {key:.60} lies outside the file; it is truncated")
+                raise ValueError(
+                    f"storage {printable(key, 60)} lies outside the file; it is truncated"
+                )
 
     def places(tensor: TensorAt) -> Place:
         storage = tensor.storage
@@ -192,6 +246,8 @@ def _reported(path: Path, places: _Places) -> _Places:
         try:
             return places(tensor)
         except (ValueError, KeyError, struct.error, OSError, OverflowError) as error:
-            raise ValueError(f"{path}: damaged ({error}); fetch the file again") from error
+            raise ValueError(
+                f"{path}: damaged ({printable(str(error), 200)}); fetch the file again"
+            ) from error
 
     return place

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoint.weights import MAX_DIMS, Place, Weights
+from fastdiff.files import printable
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 DTYPES = {
@@ -96,27 +97,28 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice:.80} stands in it twice")
+        raise ValueError(f"{printable(twice)} stands in it twice")
     return data
 
 
 def _span(key: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
     """The tensor's first byte and the one behind its last; dtype, shape and offsets must agree."""
+    name = printable(key)
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(dtype, str) or dtype not in dtypes:
-        raise ValueError(f"{key:.80}: expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
+        raise ValueError(f"{name}: expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(
             type(n) is int and 0 <= n < 2**63 for n in numbers
         ):
-            raise ValueError(f"{key:.80}: expected a list of whole numbers, got {numbers!r:.60}")
+            raise ValueError(f"{name}: expected a list of whole numbers, got {numbers!r:.60}")
         if len(numbers) > MAX_DIMS:
-            raise ValueError(f"{key:.80}: {len(numbers)} sizes, a tensor has {MAX_DIMS} at most")
+            raise ValueError(f"{name}: {len(numbers)} sizes, a tensor has {MAX_DIMS} at most")
     itemsize = dtypes[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize:
-        raise ValueError(f"{key:.80}: shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
+        raise ValueError(f"{name}: shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
     return offsets[0], offsets[1]
 
 
@@ -126,7 +128,8 @@ def _check_in_a_row(spans: dict[str, tuple[int, int]]) -> int:
     for key, (first, behind) in sorted(spans.items(), key=lambda item: item[1]):
         if first != end:
             raise ValueError(
-                f"{key:.80} begins at byte {first}, expected {end}: tensors overlap or leave a gap"
+                f"{printable(key)} begins at byte {first}, expected {end}: tensors overlap or "
+                "leave a gap"
             )
         end = behind
     return end

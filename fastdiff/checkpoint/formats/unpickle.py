@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoint.weights import MAX_DIMS
+from fastdiff.files import printable
 
 MAX_INSTRUCTIONS = 4_000_000  # of 100,000 tensors; one byte may make an object of 64
 MAX_ARGUMENTS = 16  # of what rebuilds a tensor
@@ -64,7 +65,7 @@ INERT_NAMES = {
 
 
 class CodeError(ValueError):
-    """A pickle that names what is no tensor."""
+    """A pickle that holds what is no tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +169,10 @@ class _Machine:
         elif name == "BUILD":
             stack.pop()  # the state of an object: an OrderedDict's, or an inert one's
         else:
-            raise ValueError(f"instruction {name} does not occur in what torch.save writes")
+            raise CodeError(
+                f"this pickle has an instruction {name}, which torch.save never writes; expected a "
+                "dictionary of tensors"
+            )
 
     def fill(self, name: str, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -203,9 +207,14 @@ def run(stream: io.BytesIO, storages: dict[str, Storage] | None = None) -> Any:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count >= MAX_INSTRUCTIONS:
             raise ValueError(f"a pickle of more than {MAX_INSTRUCTIONS} instructions")
-        if opcode.name == "STOP":
-            return machine.stack.pop()
-        machine.step(opcode.name, argument)
+        try:
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            machine.step(opcode.name, argument)
+        except (IndexError, KeyError):  # of the stack and the memo
+            raise ValueError(
+                f"its instruction {count} ({opcode.name}) takes what no earlier one left"
+            ) from None
     raise ValueError("the pickle has no end")
 
 
@@ -222,9 +231,9 @@ def _named(module: Any, attribute: Any) -> _Name:
     ):
         return _Name(name)
     raise CodeError(
-        f"this pickle asks for {name[:80]!r}, which is no tensor and could run code; nothing of it "
-        "was run. If you trust where it came from, load it with torch and save its state dict as "
-        "safetensors"
+        f"this pickle asks for '{printable(name)}', which is no tensor and could run code; nothing "
+        "of it was run. If you trust where it came from, load it with torch and save its state "
+        "dict as safetensors"
     )
 
 

@@ -27,22 +27,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.build import Progress, Sources, empty_model, fill
 from fastdiff.checkpoint.formats.safetensors import DTYPES, read_safetensors
-from fastdiff.checkpoint.layouts import Layout, Source
 from fastdiff.checkpoint.model import RUN_MODEL, Model
-from fastdiff.checkpoint.options import Loading
+from fastdiff.checkpoint.open import (
+    CONFIG_FILE,
+    Layout,
+    Loading,
+    Source,
+    shipped_bundles,
+    shipped_folder,
+)
 from fastdiff.checkpoint.scheduler import SamplerSettings
-from fastdiff.checkpoint.weights import read_json, some
+from fastdiff.checkpoint.weights import Progress, Sources, empty_model, fill, read_json, some
 from fastdiff.configs import from_dict, to_dict
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import NO_SPACE, atomic_folder, write_json
 from fastdiff.models.autoencoder import AutoencoderConfig
 from fastdiff.models.network import kind_of, network_family
+from fastdiff.names import Prediction
 
-ASSETS = Path(__file__).parents[2] / "assets"
-CONFIG_FILE = "config.json"
 NAME = "bundle"
 UNET = "unet"  # the kind of denoiser where config.json names none
 CLASS_EMBEDDING = "class_embedding"
@@ -280,17 +283,6 @@ def load_bundle(
     )
 
 
-def shipped_bundles() -> tuple[str, ...]:
-    """Names of the bundles that come with the package."""
-    return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}")))
-
-
-def shipped_folder(name: str) -> Path | None:
-    """The folder of a shipped bundle; None if there is none of that name."""
-    folder = ASSETS / name
-    return folder if len(Path(name).parts) == 1 and (folder / CONFIG_FILE).is_file() else None
-
-
 def _find(folder_or_name: str | os.PathLike[str]) -> Path:
     folder = Path(folder_or_name)
     if folder.is_dir():
@@ -435,7 +427,7 @@ def _is_bundle(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    allowed = ("vae", "tokenizer", "ema", "text_encoders")
+    allowed = ("vae", "tokenizer", "ema", "text_encoders", "strict")
     if given := [name for name in loading.given if name not in allowed]:
         raise ValueError(f"{source}: a bundle says everything itself; leave {', '.join(given)} out")
     return load_bundle(

@@ -17,15 +17,15 @@ from torch import nn
 
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
-from fastdiff.checkpoint.layouts import Layout, Source, ddpm, openai
+from fastdiff.checkpoint.layouts import ddpm, openai
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import Loading
+from fastdiff.checkpoint.open import Layout, Loading, Source
 from fastdiff.checkpoint.weights import Weights, some
-from fastdiff.diffusion.predictions import Prediction
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.names import Prediction
 
 UNET = "model.diffusion_model."
 EMA = "model_ema.diffusion_model"
@@ -45,6 +45,12 @@ PUBLISHED_HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, int]] =
     (192, (1, 2, 3, 5), 640): {"head_dim": 32},  # text2img256
     (128, (1, 2, 3, 4), 512): {"head_dim": 32},  # layout2img-openimages256
     (256, (1, 2, 3, 4), None): {"num_heads": 8},  # inpainting_big
+    (224, (1, 2, 3, 4), None): {"head_dim": 32},  # ffhq256, celebahq256, lsun_beds256
+    (192, (1, 2, 2, 4, 4), None): {"num_heads": 8},  # lsun_churches256
+    (320, (1, 2, 4, 4), 768): {"num_heads": 8},  # Stable Diffusion 1
+    (320, (1, 2, 4, 4), 1024): {"head_dim": 64},  # Stable Diffusion 2
+    (320, (1, 2, 4), 2048): {"head_dim": 64},  # Stable Diffusion XL, and its refiner
+    (384, (1, 2, 4, 4), 1280): {"head_dim": 64},
 }
 # What a file's metadata may say that the network returns (the model metadata specification of
 # Stability AI, and what trainers write).
@@ -55,26 +61,26 @@ PREDICTIONS: dict[str, Prediction] = {
     "v_prediction": "v",
     "sample": "x0",
 }
+STABLE_2_WIDTH = 1024
+"""Of the context of Stable Diffusion 2."""
 SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
 
 
 @dataclass
 class Reading:
-    """A file, what of it has been read, and what had to be assumed."""
+    """A file, and what of it has been read."""
 
     weights: Weights
     loading: Loading
     read: set[str] = field(default_factory=set)
-    assumed: dict[str, Any] = field(default_factory=dict)
 
     def under(self, prefix: str) -> Weights:
         """The tensors under a prefix, which count as read."""
         self.read.update(key for key in self.weights.places if key.startswith(prefix))
         return self.weights.under(prefix)
 
-    def assume(self, name: str, value: Any) -> Any:
-        self.assumed[name] = value
-        return value
+    def assume(self, name: str, value: Any, choices: str | None = None) -> Any:
+        return self.loading.assumed.take(name, value, choices)
 
 
 def load_compvis(weights: Weights, loading: Loading) -> Model:
@@ -103,16 +109,17 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
         vae_plan = plan_model(vae_config, ddpm.names, first_stage)
     classes = _class_embedding(condition, loading) if is_table else None
     text_plans = _text_plans(reading, condition, xl) if classes is None else []
+    # what is assumed is known before any weights are read: `strict` refuses it there
+    prediction, schedule = prediction_of(reading, config), _schedule(reading, config)
     unet: UNet = loading.fill(plan)
     autoencoder: Autoencoder | None = None if vae_plan is None else loading.fill(vae_plan)
-    prediction = _prediction(reading)
     return Model(
         layout="compvis",
         denoiser=unet,
         autoencoder=autoencoder,
         text_encoders=_text_encoders(reading, text_plans, xl),
         class_embedding=classes,
-        schedule=_schedule(reading, config),
+        schedule=schedule,
         prediction=prediction,
         scale_factor=_scale_factor(reading, config, autoencoder),
         image_size=loading.options.image_size
@@ -121,7 +128,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
         path=weights.path,
         provenance={
             "facts": weights.facts,
-            "assumed": reading.assumed,
+            **loading.assumed.provenance,
             "averaged weights": averaged,
             "linear projections": _linear_projections(unet_weights),
         },
@@ -141,7 +148,7 @@ def load_first_stage(weights: Weights, loading: Loading) -> Model:
         image_size=loading.options.image_size,
         image_channels=autoencoder.config.image_channels,
         path=weights.path,
-        provenance={"facts": weights.facts, "assumed": reading.assumed},
+        provenance={"facts": weights.facts, **loading.assumed.provenance},
     )
 
 
@@ -183,18 +190,19 @@ def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetC
     published = PUBLISHED_HEADS.get((plain.model_channels, plain.channel_mult, plain.context_dim))
     if published is not None:
         heads = published
-    elif plain.context_dim is None:  # LDM's unconditional models: FFHQ, CelebA-HQ, beds; churches
-        heads = {"num_heads": 8} if plain.model_channels == 192 else {"head_dim": 32}
+    elif plain.context_dim is None:  # as most of LDM's unconditional models
+        heads = {"head_dim": 32}
     elif _linear_projections(unet):
         heads = {"head_dim": 64}
     else:
         heads = {"num_heads": 1 if class_embedding else 8}
-    reading.assume(*next(iter(heads.items())))
+    choices = openai.head_choices(plain) if published is None else None
+    reading.assume(*next(iter(heads.items())), choices)
     fixed: dict[str, Any] = {"num_heads": None, **heads, "qkv_order": "legacy"}
     return openai.unet_config(unet.shapes, options, **fixed)
 
 
-def _prediction(reading: Reading) -> Prediction:
+def prediction_of(reading: Reading, config: UNetConfig) -> Prediction:
     """As the caller says, as the file says in one of three ways, or the noise."""
     if (asked := reading.loading.options.prediction) is not None:
         return asked
@@ -205,7 +213,9 @@ def _prediction(reading: Reading) -> Prediction:
     said = PREDICTIONS.get(str(facts.get("modelspec.prediction_type", "")).lower())
     if said is None and str(facts.get("ss_v_parameterization", "")).lower() == "true":
         said = "v"
-    return said or reading.assume("prediction", "eps")
+    # Stable Diffusion 2 was published in both ways with one architecture.
+    both = "eps (512 pixels), v (768 pixels)" if config.context_dim == STABLE_2_WIDTH else None
+    return said or reading.assume("prediction", "eps", both)
 
 
 def _condition_weights(reading: Reading) -> Weights:

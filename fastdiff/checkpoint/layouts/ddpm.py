@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from fastdiff.checkpoint.build import Layers, Place, Sources, source_names
-from fastdiff.checkpoint.layouts import Layout, Source
+from fastdiff.checkpoint.build import Layers, Place, source_names
 from fastdiff.checkpoint.layouts.diffusers.read import autoencoder_places, unet_places
 from fastdiff.checkpoint.layouts.openai import Published, pixel_model, shape_of
 from fastdiff.checkpoint.model import Model
-from fastdiff.checkpoint.options import Loading, LoadOptions, Shapes
-from fastdiff.checkpoint.weights import Weights
+from fastdiff.checkpoint.open import Layout, Loading, Source
+from fastdiff.checkpoint.options import LoadOptions
+from fastdiff.checkpoint.weights import Shapes, Sources, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.layers import AttentionBlock, ResBlock

@@ -10,26 +10,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from torch import nn
 
-from fastdiff.checkpoint.build import Layers, Sources, plan_model, source_names
-from fastdiff.checkpoint.layouts import Layout, Source
+from fastdiff.checkpoint.build import Layers, plan_model, source_names
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import Loading, LoadOptions, Shapes
-from fastdiff.checkpoint.weights import Weights
+from fastdiff.checkpoint.open import Layout, Loading, Source
+from fastdiff.checkpoint.options import LoadOptions
+from fastdiff.checkpoint.weights import Shapes, Sources, Weights
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.layers import (
     AttentionBlock,
     Downsample,
-    QKVOrder,
     ResBlock,
     SpatialTransformer,
 )
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.names import Prediction, QKVOrder, ScheduleKind
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,9 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
         "timestep_scale": options.timestep_scale or 1.0,
         **fixed,
     }
-    if options.qkv_order is not None:
-        config["qkv_order"] = options.qkv_order
+    for name in ("qkv_order", "num_heads_upsample"):
+        if (said := getattr(options, name)) is not None:
+            config[name] = said
     if options.num_heads is not None or options.head_dim is not None:
         config.update(num_heads=options.num_heads, head_dim=options.head_dim)
     return UNetConfig(**config)
@@ -194,7 +195,8 @@ def pixel_unet_config(shapes: Shapes, options: LoadOptions) -> tuple[UNetConfig,
     Twice as many channels out as an image has means a learned variance (IDDPM section 3.1); six in
     are those of an upsampler, x and the low-resolution image beside it.
     """
-    config = unet_config(shapes, options, num_heads=1, qkv_order="legacy")
+    plain = replace(options, num_heads_upsample=None)
+    config = unet_config(shapes, plain, num_heads=1, qkv_order="legacy")
     known = published(config)
     heads = {"num_heads": options.num_heads, "head_dim": options.head_dim}
     if options.num_heads is None and options.head_dim is None:
@@ -205,12 +207,24 @@ def pixel_unet_config(shapes: Shapes, options: LoadOptions) -> tuple[UNetConfig,
             shapes,
             LoadOptions(norm_groups=options.norm_groups),
             **heads,
+            num_heads_upsample=options.num_heads_upsample,
             qkv_order=options.qkv_order or known.qkv_order,
             learned_sigma=learned,
             timestep_scale=options.timestep_scale or known.timestep_scale,
         ),
         known,
     )
+
+
+def head_choices(config: UNetConfig) -> str:
+    """The numbers and widths of heads that the levels' widths allow, in words."""
+    depths = (*config.attention_depth, config.middle_depth)
+    widths = [w for w, d in zip((*config.widths, config.widths[-1]), depths, strict=True) if d]
+    counts, dims = (
+        [str(n) for n in usual if all(width % n == 0 for width in widths)]
+        for usual in ((1, 2, 4, 8, 16), (16, 32, 64))
+    )
+    return " or ".join([", ".join(counts), *(f"head_dim {dim}" for dim in dims)])
 
 
 def _count(shapes: Shapes, part: str) -> int:
@@ -252,19 +266,25 @@ def pixel_model(
     layout: str,
 ) -> Model:
     """A U-Net on pixels and nothing else, and what is taken from its documentation."""
-    options = loading.options
-    assumed: dict[str, Any] = {}
+    options, take = loading.options, loading.assumed.take
+
+    def unless_published(words: str) -> str | None:
+        return words if known is OTHER else None
+
     if options.num_heads is None and options.head_dim is None:
         heads = "num_heads" if config.num_heads is not None else "head_dim"
-        assumed[heads] = getattr(config, heads)
+        take(heads, getattr(config, heads), unless_published(head_choices(config)))
+    if known is OTHER and config.num_heads is not None and options.num_heads_upsample is None:
+        take("num_heads_upsample", config.num_heads, "as num_heads, unless it was set in training")
     if not loading.says_noise:
-        assumed["schedule"] = known.schedule
+        take("schedule", known.schedule, unless_published(", ".join(get_args(ScheduleKind))))
     if options.prediction is None:
-        assumed["prediction"] = "eps"
+        take("prediction", "eps", unless_published(", ".join(get_args(Prediction))))
     if options.image_size is None and known.image_size is not None:
-        assumed["image_size"] = known.image_size
-    denoiser: UNet = loading.fill(plan_model(config, names, weights))
-    provenance: dict[str, Any] = {"facts": weights.facts, "assumed": assumed}
+        take("image_size", known.image_size)
+    plan = plan_model(config, names, weights)
+    denoiser: UNet = loading.fill(plan)
+    provenance: dict[str, Any] = {"facts": weights.facts, **loading.assumed.provenance}
     if config.in_channels == 6:
         provenance["condition"] = "the low-resolution image, upsampled, in the last 3 channels of x"
     return Model(
@@ -281,15 +301,13 @@ def pixel_model(
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Weights)
-    options = loading.options
+    options, take = loading.options, loading.assumed.take
     config, known = pixel_unet_config(source.shapes, options)
-    model = pixel_model(source, loading, config, known, names=names, layout=NAME)
-    assumed = model.provenance["assumed"]
     if options.qkv_order is None:
-        assumed["qkv_order"] = config.qkv_order
+        take("qkv_order", config.qkv_order, "legacy, new" if known is OTHER else None)
     if options.timestep_scale is None and config.timestep_scale != 1:
-        assumed["timestep_scale"] = config.timestep_scale
-    return model
+        take("timestep_scale", config.timestep_scale)
+    return pixel_model(source, loading, config, known, names=names, layout=NAME)
 
 
 LAYOUT = Layout(

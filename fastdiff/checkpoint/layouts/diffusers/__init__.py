@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts import Layout, Source
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model, image_channels
-from fastdiff.checkpoint.options import NOISE, Loading
+from fastdiff.checkpoint.open import Layout, Loading, Source
+from fastdiff.checkpoint.options import NOISE
 from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
 from fastdiff.checkpoint.weights import Weights, read_json
 from fastdiff.diffusion.schedules import ScheduleConfig
@@ -272,7 +272,8 @@ def _describe(
         model.schedule = loading.noise(ScheduleConfig()) if loading.says_noise else None
         model.prediction = options.prediction or "eps"
         if options.prediction is None:
-            model.provenance["assumed"] = {"prediction": "eps"}
+            loading.assumed.take("prediction", "eps")
+            model.provenance |= loading.assumed.provenance
     model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
     if unet.get("addition_time_embed_dim") is not None:
         model.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
@@ -320,7 +321,7 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders")
+    of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders", "strict")
     noise = ("schedule", *NOISE, "prediction", "scale_factor", "image_size")
     if extra := [name for name in loading.given if name not in (*of_pipeline, *noise)]:
         raise ValueError(f"{source}: {', '.join(extra)} stand in its config.json; leave them out")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.build import Layers, Place, Sources, check_names, source_names
+from fastdiff.checkpoint.build import Layers, Place, check_names, source_names
+from fastdiff.checkpoint.weights import Sources
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Chain
 from fastdiff.models.layers import (
     AttentionBlock,

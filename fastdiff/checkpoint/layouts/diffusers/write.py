@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.build import Progress
 from fastdiff.checkpoint.layouts.bundle import save_tensors
 from fastdiff.checkpoint.layouts.diffusers.read import (
     CONFIG,
@@ -20,6 +19,7 @@ from fastdiff.checkpoint.layouts.diffusers.read import (
 )
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.scheduler import scheduler_config
+from fastdiff.checkpoint.weights import Progress
 from fastdiff.files import atomic_folder, write_json
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.layers import AttentionBlock
@@ -108,6 +108,8 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
     """
     if config.timestep_scale != 1:
         raise _no_such("timestep_scale", config.timestep_scale, "1")
+    if config.num_heads_upsample not in (None, config.num_heads):
+        raise _no_such("num_heads_upsample", config.num_heads_upsample, str(config.num_heads))
     ddpm = config.time_embedding == "ddpm"
     shared = {
         "in_channels": config.in_channels,

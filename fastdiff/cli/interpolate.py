@@ -1,0 +1,73 @@
+"""``fastdiff interpolate``: frames between two images of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from fastdiff.cli import pictures
+from fastdiff.cli.options import (
+    FLAT,
+    NO_NONE,
+    Compute,
+    InterpolationOptions,
+    LoadOptions,
+    Output,
+)
+from fastdiff.generate.job import InterpolationJob, frames_of
+
+if TYPE_CHECKING:
+    from fastdiff.cli.again import Original
+    from fastdiff.generate.facts import Facts
+    from fastdiff.generate.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate:
+    """Make the frames between two images: between two seeds, two prompts or two classes.
+
+    The noise goes along the great circle between the seeds', the condition straight from one to the
+    other; the first and the last frame are the two images themselves. Writes a PNG per frame with
+    its recipe inside, and a contact sheet.
+
+    Examples:
+      fastdiff interpolate --label 3 --to-label 8
+      fastdiff interpolate --label 3 --to-seed 1 --frames 16 --out out/walk
+      fastdiff interpolate "a cat" --to-prompt "a dog" --model stable-diffusion-v1-5/ --to-seed 7
+    """
+
+    job: Annotated[InterpolationOptions, FLAT, NO_NONE]
+    model: str = "digits"
+    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
+    frames: int = 9
+    """Images, both ends included; 1: the one that --at names."""
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
+    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        frames_of(self.job, self.frames)
+
+
+def main(words: Sequence[str]) -> int:
+    return pictures.main(
+        Interpolate, InterpolationOptions, words, run, more=lambda job: {"frames": 1}
+    )
+
+
+def run(options: Interpolate, like: Original | None = None) -> int:
+    """``like``: the picture given as --like."""
+    job = pictures.as_job(InterpolationJob, options.job)
+    made = frames_of(job, options.frames)
+    ends = (job.prompt, job.to_prompt) if job.prompt is not None else (job.label, job.to_label)
+    name = " to ".join(str(end) for end in ends if end is not None) or f"seed {job.seed}"
+    stem = pictures.file_stem(name)
+
+    def frame(_: int, number: int) -> tuple[str, Job]:
+        return f"{stem}-frame{number:0{len(str(options.frames - 1))}}", made[number]
+
+    def want(facts: Facts) -> pictures.Wanted:
+        return pictures.Wanted([name], range(options.frames), frame, column="frame")
+
+    return pictures.run(options, want, original=like)

@@ -1,0 +1,95 @@
+"""What comes after the images: the contact sheet and the lines that sum up; previews on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoint.model import Model
+from fastdiff.cli.console import about_files, print_pairs
+from fastdiff.generate.job import first_step
+from fastdiff.generate.run import Result
+from fastdiff.generate.session import Session
+from fastdiff.images import contact_sheet, save_png
+
+if TYPE_CHECKING:
+    from fastdiff.cli.pictures import Wanted
+    from fastdiff.diffusion.sampling import OnStep
+
+SHEET_ROWS, SHEET_COLUMNS = 64, 32
+"""Images of a contact sheet; there may be more files."""
+PREVIEW_SIDE = 256
+OF_A_COLUMN = ("seed", "label", "at")
+"""Of a job, what differs between the images of a sheet."""
+
+
+def summary(path: Path, wanted: Wanted, last: Result, more: Sequence[tuple[str, str]]) -> None:
+    """Print the last file's path and what was made, with what.
+
+    more: lines for the end.
+    """
+    model = last.session.model
+    print(path)
+    print_pairs(
+        [
+            ("images", f"{wanted.total:,} of {_made_by(last)}"),
+            ("weights", model.weights_hash[:12]),
+            *about_files(model),
+            *more,
+        ]
+    )
+
+
+def preview_writer(model: Model, path: Path) -> OnStep:
+    """A callback that writes a cheap look at each step's estimate to a file."""
+
+    def write(step: Any) -> None:
+        small = Session.of(model).latents.preview(step.denoised).float().cpu()
+        caption = f"{step.done}/{step.total}"
+        save_png(path, contact_sheet(small, cell=PREVIEW_SIDE, caption=caption))
+
+    return write
+
+
+def save_sheet(
+    path: Path, images: Sequence[Tensor], wanted: Wanted, recipe: dict[str, Any], last: Result
+) -> None:
+    """A row per name and a column per seed or frame; of one column, or one name, the others share
+    rows.
+
+    recipe: of the last image.
+    """
+    names, columns = wanted.names[:SHEET_ROWS], wanted.columns[:SHEET_COLUMNS]
+    labels = [f"{wanted.column} {at}" for at in columns]
+    grid = len(columns) > 1 and len(names) > 1
+    if not grid:
+        labels = [name[:80] for name in names] if len(columns) == 1 else labels
+    wide = min(len(labels), SHEET_COLUMNS if images[0].shape[-1] <= 64 else 4)
+    named = grid or wide == len(labels)
+    sheet = contact_sheet(
+        torch.stack(list(images)),
+        row_labels=names if grid else None,
+        columns=None if grid else wide,
+        column_labels=labels if named else None,
+        title=last.session.facts.name if grid or len(columns) == 1 else wanted.names[0][:80],
+        caption=f"{_made_by(last)}, weights {last.session.model.weights_hash[:12]}",
+    )
+    job = {key: value for key, value in recipe["job"].items() if key not in OF_A_COLUMN}
+    rest = {key: value for key, value in recipe.items() if key != "job"}
+    kept = {"names": list(wanted.names[:SHEET_ROWS]), f"{wanted.column}s": list(columns)}
+    save_png(path, sheet, {**rest, "of": job, **kept})
+
+
+def _made_by(result: Result) -> str:
+    """The size, the sampler, how many steps were done, the guidance."""
+    settings, session = result.job.settings, result.session
+    asked, strength = settings.total, getattr(result.job, "strength", 1.0)
+    done = asked - first_step(asked, strength)
+    of = "" if done == asked else f"{done} of "
+    guidance = f", guidance {settings.weight:g}" if settings.weight != 1 else ""
+    height, width = result.image.shape[1:]
+    return f"{width} x {height}, {session.sampling(settings)[0]}, {of}{asked} steps{guidance}"

@@ -1,0 +1,35 @@
+"""Between two images: noise on the great circle of two seeds', the condition on the straight line.
+
+x_s = slerp(noise(seed), noise(to_seed), s), c_s = (1 - s) c_0 + s c_1, and from there as any image.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastdiff.generate.from_noise import slerp
+from fastdiff.generate.job import InterpolationJob
+from fastdiff.generate.session import Pass, Session
+
+
+def plan(session: Session, job: InterpolationJob) -> Pass:
+    """
+    Raises:
+        ValueError: prompts or classes that do not fit the model.
+    """
+    assert job.height is not None, "the job is checked"
+    assert job.width is not None
+    table = session.table(job.settings)
+    x = noise_between(session, job) * table.initial_sigma
+    return Pass(session=session, request=session.request(job, table, x, (job.height, job.width)))
+
+
+def noise_between(session: Session, job: InterpolationJob) -> Tensor:
+    """(C, h, w), N(0, 1); at the ends the very numbers of the seed's own image."""
+    assert job.height is not None
+    assert job.width is not None
+    shape = session.facts.x_shape(job.height, job.width)
+    if job.to_seed is None or job.at == 0:
+        return session.noise(job.seed, shape)
+    last = session.noise(job.to_seed, shape)
+    return last if job.at == 1 else slerp(session.noise(job.seed, shape), last, job.at)

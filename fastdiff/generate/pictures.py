@@ -1,0 +1,63 @@
+"""The pictures of jobs, files or pixels: read and checked."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastdiff.generate.job import InpaintJob, Picture
+from fastdiff.images import read_image, read_mask
+
+
+def read_picture(picture: Picture, channels: int, height: int | None, width: int | None) -> Tensor:
+    """An image as (C, H, W) in [-1, 1], from a file in the model's colours.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not such an image.
+    """
+    if not isinstance(picture, Tensor):
+        if channels == 1:
+            return read_mask(picture, height=height, width=width) * 2 - 1
+        return read_image(picture, height=height, width=width)
+    image = picture[0] if picture.ndim == 4 and len(picture) == 1 else picture
+    if image.ndim != 3 or image.shape[0] != channels or not image.is_floating_point():
+        raise ValueError(
+            f"the image must be ({channels}, H, W) floating point in [-1, 1], got "
+            f"{tuple(image.shape)} {image.dtype}; fastdiff.images.read_image reads one so"
+        )
+    if (height or image.shape[1], width or image.shape[2]) != tuple(image.shape[1:]):
+        raise ValueError(
+            f"height and width resize files, got them with pixels of {tuple(image.shape)}; "
+            "leave them out"
+        )
+    low, high = float(image.min()), float(image.max())
+    if not -1.001 <= low <= high <= 1.001:
+        raise ValueError(
+            f"pixels must lie in [-1, 1], got {low:g} to {high:g}; "
+            "fastdiff.images.read_image reads an image so"
+        )
+    return image
+
+
+def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
+    """The mask as (1, H, W), 0 or 1, fp32. image: (C, H, W), the job's.
+
+    Raises:
+        ValueError: another size than the image, more than one channel, or all zeros.
+    """
+    mask = job.mask
+    if not isinstance(mask, Tensor):
+        mask = read_mask(mask, height=job.height, width=job.width)
+    given = tuple(mask.shape)
+    mask = mask[None] if mask.ndim == 2 else mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
+    if mask.ndim != 3 or mask.shape[0] != 1 or mask.shape[1:] != image.shape[1:]:
+        height, width = image.shape[1:]
+        raise ValueError(
+            f"the mask must be (1, {height}, {width}), as large as the image, got {given}; "
+            "resize it, and give it one channel"
+        )
+    binary = (mask if mask.is_floating_point() is False else mask >= 0.5).float()
+    if not binary.any():
+        raise ValueError(
+            "the mask is empty, expected 1 (white) where the image is to be new; invert it?"
+        )
+    return binary

@@ -1,0 +1,20 @@
+"""Words that options, configs and files share. Imports nothing, so that a command can list the
+choices of an option before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Prediction = Literal["eps", "v", "x0"]
+"""What a network returns: the noise, the velocity or the clean sample."""
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+"""Shapes of the betas; see `diffusion.schedules`."""
+TimestepSpacing = Literal["leading", "trailing", "linspace", "simple"]
+"""How a sampler's steps are spaced over the training timesteps."""
+SigmaSpacing = Literal["karras", "exponential"]
+"""How a sampler's steps are spaced over the noise levels."""
+Spacing = Literal["trailing", "leading", "linspace", "simple", "karras", "exponential"]
+SPACINGS: tuple[str, ...] = get_args(Spacing)
+QKVOrder = Literal["legacy", "new"]
+"""Rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)."""
