@@ -641,6 +641,7 @@ def test_the_networks_take_half_precision(name: str) -> None:
     assert y.shape[0] == 1
 
 
+@pytest.mark.slow
 def test_every_case_of_a_real_run_fits_its_providers() -> None:
     """All shapes, batches and directions, on tensors without data."""
     ours_apart = ("reference", "eager", "eager channels_last", "sdpa math")

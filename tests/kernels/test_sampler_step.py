@@ -718,6 +718,7 @@ def test_triton_objections() -> None:
     assert "uncond must be on the device of x" in moved
 
 
+@pytest.mark.slow
 @cases.needs_triton
 def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
     device = cases.device_of("triton")

@@ -13,7 +13,6 @@ NUMERIC = (
     "diffusion/test_losses.py",
     "diffusion/test_slots.py",
     "generate/test_run.py",
-    "generate/test_text_against_diffusers.py",
     "integrations/test_accelerate.py",
     "integrations/test_known_blocks.py",
     "integrations/test_odd_modules.py",
