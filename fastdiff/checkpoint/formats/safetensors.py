@@ -71,7 +71,12 @@ def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> 
         if not isinstance(header, dict):
             raise ValueError(f"got {type(header).__name__}")
         facts = header.pop("__metadata__", None)
-        spans = {key: _span(key, entry, dtypes) for key, entry in header.items()}
+        spans = {}
+        for key, entry in header.items():
+            try:
+                spans[key] = _span(entry, dtypes)
+            except ValueError as error:
+                raise ValueError(f"{printable(key)}: {error}") from None
         end = _check_in_a_row(spans)
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -101,24 +106,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _span(key: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
+def _span(entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
     """The tensor's first byte and the one behind its last; dtype, shape and offsets must agree."""
-    name = printable(key)
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(dtype, str) or dtype not in dtypes:
-        raise ValueError(f"{name}: expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
+        raise ValueError(f"expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(
             type(n) is int and 0 <= n < 2**63 for n in numbers
         ):
-            raise ValueError(f"{name}: expected a list of whole numbers, got {numbers!r:.60}")
+            raise ValueError(f"expected a list of whole numbers, got {numbers!r:.60}")
         if len(numbers) > MAX_DIMS:
-            raise ValueError(f"{name}: {len(numbers)} sizes, a tensor has {MAX_DIMS} at most")
+            raise ValueError(f"{len(numbers)} sizes, a tensor has {MAX_DIMS} at most")
     itemsize = dtypes[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize:
-        raise ValueError(f"{name}: shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
+        raise ValueError(f"shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
     return offsets[0], offsets[1]
 
 
