@@ -12,12 +12,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, resnet, upsampling
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
-from fastdiff.integrations.layers import needs_original, norm_objection, rescaled, watched
+from fastdiff.integrations.layers import (
+    needs_original,
+    norm_objection,
+    rescaled,
+    under_transform,
+    watched,
+)
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
 from fastdiff.models.layers import from_tokens, is_channels_last, to_tokens
@@ -87,7 +94,12 @@ class Attention(attention_processor.Attention):
         **cross_attention_kwargs: Any,
     ) -> Tensor:
         """hidden_states: (N, L, C) or (N, C, H, W); encoder_hidden_states: (N, T, D)."""
-        if cross_attention_kwargs.keys() - {"temb"} or attention_objection(self):
+        if (
+            cross_attention_kwargs.keys() - {"temb"}
+            or under_transform()
+            or attention_objection(self)
+            or self._may_be_differentiated_twice(hidden_states)
+        ):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
@@ -112,6 +124,15 @@ class Attention(attention_processor.Attention):
             x = x + hidden_states
         return rescaled(x, self.rescale_output_factor)
 
+    def _may_be_differentiated_twice(self, x: Tensor) -> bool:
+        """Whether a gradient is wanted of AttnProcessor: products and a softmax, which have second
+        derivatives. PyTorch's fused attention, which AttnProcessor2_0 calls, has none on a CPU."""
+        return (
+            type(self.processor) is attention_processor.AttnProcessor
+            and torch.is_grad_enabled()
+            and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        )
+
 
 def attention_objection(attn: Any) -> str | None:
     """Why an Attention runs as diffusers wrote it."""
@@ -132,7 +153,7 @@ class GEGLU(activations.GEGLU):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states: (..., C) -> (..., D)."""
-        if args or kwargs:
+        if args or kwargs or under_transform():
             return super().forward(hidden_states, *args, **kwargs)
         return geglu(self.proj(hidden_states))
 
@@ -205,6 +226,9 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
     """The stack of transformer blocks over the pixels: views, not copies, in channels_last."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        if under_transform():
+            found: tuple[Tensor, int] = super()._operate_on_continuous_inputs(hidden_states)
+            return found
         h = self.norm(hidden_states)
         tokens = to_tokens(h)
         if self.use_linear_projection:
@@ -224,6 +248,11 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
         width: int,
         inner_dim: int,
     ) -> Tensor:
+        if under_transform():
+            y: Tensor = super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+            return y
         if self.use_linear_projection:
             return from_tokens(self.proj_out(hidden_states), residual) + residual
         if is_matrix(self.proj_out):
@@ -275,7 +304,7 @@ class Upsample2D(upsampling.Upsample2D):
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """hidden_states: (N, C, H, W) -> (N, C', 2H, 2W)."""
-        if output_size is None and not args and not kwargs:
+        if output_size is None and not args and not kwargs and not under_transform():
             y = folded_upsampling(self, self.conv, hidden_states) if self.conv else None
             if y is not None:
                 return y

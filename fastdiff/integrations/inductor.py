@@ -10,16 +10,21 @@ have been decomposed.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fastdiff.kernels import attention, group_norm_silu
+from fastdiff import kernels
+from fastdiff.kernels import attention, choose, group_norm_silu
 
 HOOK = "pre_grad_custom_pass"
 
@@ -39,8 +44,23 @@ def dot_product_attention(
     return attention(q, k, v, mask=attn_mask, scale=scale).transpose(1, 2)
 
 
-class CompilePass:
-    """What `compile_pass` registered; `replaced` counts what it has done so far."""
+@functools.cache
+def sources() -> str:
+    """A hash of what decides which graphs the pass makes: this file, the ops, their tables."""
+    folder = Path(kernels.__file__).parent
+    files = [Path(__file__), *(p for kind in ("py", "json") for p in folder.rglob(f"*.{kind}"))]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class CompilePass(CustomGraphPass):
+    """What `compile_pass` registered.
+
+    `replaced` counts what it has done so far in graphs that were compiled; one that comes from
+    Inductor's cache was done when it was put there.
+    """
 
     def __init__(self, before: Any) -> None:
         self.replaced: Counter[str] = Counter()
@@ -58,11 +78,21 @@ class CompilePass:
             elif node.op == "call_function" and node.target is F.scaled_dot_product_attention:
                 self._attention(graph, node)
 
-    def uuid(self) -> str:
-        """Names the pass in the keys of Inductor's caches."""
-        import fastdiff
+    def uuid(self) -> str | None:
+        """Names the graphs that the pass makes, in the keys of Inductor's caches; None where an
+        earlier pass does not name its own.
 
-        return f"fastdiff.compile_pass {fastdiff.__version__} {self._active}"
+        Where no kernel serves an op, or the reference is forced, its reference is traced into the
+        graph, so what is forced and what is missing count too.
+        """
+        earlier = [getattr(one, "uuid", lambda: None)() for one in _listed(self._before)]
+        if None in earlier:
+            return None
+        forced = choose._traced
+        chosen = choose._from_environment(), forced.reference, forced.kernel, forced.any
+        missing = sorted(choose.UNAVAILABLE)
+        state = (self._active, *map(str, chosen), missing, *map(str, earlier))
+        return f"fastdiff.compile_pass {sources()} {state}"
 
     def remove(self) -> None:
         """Stop replacing, and put back what was registered before unless another pass came since.

@@ -9,14 +9,24 @@ input: only where the results agree is its kind of block swapped (`difference`).
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.integrations.layers import GroupNorm, LayerNorm, Sequential, needs_original
+from fastdiff.integrations.layers import (
+    GroupNorm,
+    LayerNorm,
+    Sequential,
+    is_silu,
+    needs_original,
+    under_transform,
+)
 from fastdiff.kernels import attention, geglu
 from fastdiff.models.layers import from_tokens, split_qkv, to_tokens
 
@@ -77,13 +87,17 @@ class OpenAIResBlock(_Block):
 
 
 class OpenAIQKVAttention(_Block):
-    """OpenAI's attention over a packed (N, 3C, L); the rows are (H, 3, d)."""
+    """OpenAI's attention over a packed (N, 3C, L); the rows are (H, 3, d).
+
+    improved-diffusion's has no `n_heads`: its caller has put the heads into N.
+    """
 
     order = "legacy"
 
     def forward(self, qkv: Tensor) -> Tensor:
         """qkv: (N, 3C, L) -> (N, C, L)."""
-        q, k, v = split_qkv(qkv.mT, self.n_heads, "new" if self.order == "new" else "legacy")
+        heads = getattr(self, "n_heads", 1)
+        q, k, v = split_qkv(qkv.mT, heads, "new" if self.order == "new" else "legacy")
         return attention(q, k, v).flatten(2).mT
 
 
@@ -96,10 +110,8 @@ class OpenAIQKVAttentionNew(OpenAIQKVAttention):
 class CompVisCrossAttention(_Block):
     """latent-diffusion's CrossAttention."""
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Any = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x: (N, L, C); context: (N, T, D)."""
-        if mask is not None:
-            return super().forward(x, context, mask)
         tokens = x if context is None else context
         projected = self.to_q(x), self.to_k(tokens), self.to_v(tokens)
         q, k, v = (p.unflatten(2, (self.heads, -1)) for p in projected)
@@ -163,7 +175,7 @@ def _openai_fits(m: Any) -> bool:
     if not _has(m, "in_layers emb_layers out_layers skip_connection") or not hasattr(m, "_forward"):
         return False
     first, last = [*m.in_layers], [*m.out_layers]
-    silu = len(first) == 3 and len(last) >= 3 and all(type(s[1]) is nn.SiLU for s in (first, last))
+    silu = len(first) == 3 and len(last) >= 3 and all(is_silu(s[1]) for s in (first, last))
     norms = silu and all(isinstance(s[0], nn.GroupNorm) for s in (first, last))
     return norms and hasattr(m, "use_scale_shift_norm")
 
@@ -176,20 +188,21 @@ def _openai_examples(m: Any) -> list[tuple[Any, ...]]:
 
 def _tokens(m: Any) -> list[tuple[Any, ...]]:
     x, own = torch.randn(2, 5, m.to_q.in_features), m.to_k.in_features == m.to_q.in_features
-    return [*([(x,)] if own else []), (x, torch.randn(2, 3, m.to_k.in_features))]
+    return [*([(x, None)] if own else []), (x, torch.randn(2, 3, m.to_k.in_features))]
 
 
 def _lucidrains_examples(m: Any) -> list[tuple[Any, ...]]:
     x, film = torch.randn(2, m.proj.in_channels, 4, 4), torch.randn(2, m.norm.num_channels, 1, 1)
-    return [(x,), (x, (film, 0.5 * film.flip(1)))]
+    return [(x, None), (x, (film, 0.5 * film.flip(1)))]
 
 
 def _qkv(m: Any) -> list[tuple[Any, ...]]:
-    return [(torch.randn(2, 3 * 4 * m.n_heads, 6),)]
+    return [(torch.randn(2, 3 * 4 * getattr(m, "n_heads", 1), 6),)]
 
 
 def _is_qkv(m: Any) -> bool:
-    return not [*m.children()] and isinstance(getattr(m, "n_heads", None), int)
+    heads = getattr(m, "n_heads", None if "QKVAttention" not in type(m).__name__ else 1)
+    return not [*m.children(), *m.parameters()] and isinstance(heads, int)
 
 
 KINDS = (
@@ -254,9 +267,7 @@ KINDS = (
         LucidrainsBlock,
         "norm and activation",
         1,
-        lambda m: (
-            _has(m, "proj norm act") and isinstance(m.norm, nn.GroupNorm) and type(m.act) is nn.SiLU
-        ),
+        lambda m: _has(m, "proj norm act") and isinstance(m.norm, nn.GroupNorm) and is_silu(m.act),
         _lucidrains_examples,
     ),
 )
@@ -270,23 +281,77 @@ GROUP_NORM = Kind(
 """Subclasses of nn.GroupNorm, such as OpenAI's GroupNorm32, which computes in fp32 as ours does."""
 
 
-_SERVED: dict[tuple[type, type], Any] = {}
+Form = tuple[bool, ...]
+"""Of a call's arguments, which are given and not None."""
 
 
-def served_class(ours: type, theirs: type) -> Any:
-    """A subclass of `theirs` with our forward; objects of it can be copied and pickled."""
-    if (ours, theirs) not in _SERVED:
-        members = {"__reduce_ex__": _reduce, "__module__": __name__, "served": (ours, theirs)}
-        _SERVED[ours, theirs] = type(theirs.__name__, (ours, theirs), members)
-    return _SERVED[ours, theirs]
+@functools.cache
+def served_class(ours: Any, theirs: Any, forms: frozenset[Form] | None = None) -> Any:
+    """A subclass of `theirs` with our forward; objects of it can be copied and pickled.
+
+    Our forward runs for calls of the given forms (None: for all), the original for any other: with
+    more arguments, or with None where that was not proven.
+    """
+    served = (ours, theirs, forms)
+    members = {"__reduce_ex__": _reduce, "__module__": __name__, "served": served}
+    if forms is not None:
+        name = "_forward" if "_forward" in ours.__dict__ else "forward"
+        members[name] = _guarded(getattr(ours, name), getattr(theirs, name), forms)
+    return type(theirs.__name__, (ours, theirs), members)
+
+
+def _guarded(
+    mine: Callable[..., Any], original: Callable[..., Any], forms: frozenset[Form]
+) -> Callable[..., Any]:
+    """A forward with the original's signature that chooses between the two."""
+    count = max(map(len, forms))
+    parameters = [*inspect.signature(original).parameters.values()][1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    fused = inspect.getfullargspec(mine).kwonlyargs  # of our norms, for our blocks
+
+    def proven(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The arguments as ours takes them, or None."""
+        if len(args) > len(names) or any(key in names[: len(args)] for key in kwargs):
+            return None
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for key, value in given.items():
+            if key not in names[:count] and not _is_default(value, key, defaults):
+                return None
+        taken = [given.get(key, defaults.get(key)) for key in names[:count]]
+        missing = [key for key in names[:count] if key not in given]
+        if any(key not in defaults or defaults[key] is not None for key in missing):
+            return None
+        return taken if tuple(value is not None for value in taken) in forms else None
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and all(key in fused for key in kwargs):
+            return mine(self, *args, **kwargs)
+        if under_transform():  # PyTorch's jvp of a norm takes no channels_last
+            args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+            return original(self, *args, **kwargs)
+        taken = proven(args, kwargs)
+        return original(self, *args, **kwargs) if taken is None else mine(self, *taken)
+
+    return forward
+
+
+def _is_default(value: Any, key: str, defaults: dict[str, Any]) -> bool:
+    """Whether an argument might as well have been left out."""
+    if key not in defaults:
+        return False
+    plain = isinstance(value, bool | int | float | str)
+    return value is defaults[key] or (plain and bool(value == defaults[key]))
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     return _empty, type(self).served, dict(self.__dict__)
 
 
-def _empty(ours: type, theirs: type) -> Any:
-    served = served_class(ours, theirs)
+def _empty(ours: type, theirs: type, forms: frozenset[Form] | None) -> Any:
+    kinds: Any = ours, theirs
+    served = served_class(*kinds, forms)
     return served.__new__(served)
 
 
@@ -296,31 +361,34 @@ def serve_norms(module: nn.Module) -> None:
         if type(layer) is nn.GroupNorm:
             layer.__class__ = GroupNorm
         elif isinstance(layer, nn.GroupNorm) and not isinstance(layer, GroupNorm):
-            layer.__class__ = served_class(GroupNorm, type(layer))
+            kinds: Any = GroupNorm, type(layer)
+            layer.__class__ = served_class(*kinds)
         elif type(layer) is nn.LayerNorm:
             layer.__class__ = LayerNorm
         elif type(layer) is nn.Sequential:
             layer.__class__ = Sequential
 
 
-def known_objection(module: nn.Module, kind: Kind) -> str | None:
-    """Why a module that has the layers of a known block is not served as one, or None."""
+def proof(module: nn.Module, kind: Kind) -> frozenset[Form] | str:
+    """The forms of calls in which a module computes what `kind` does, or why it is not one."""
     layers = f"it has the layers of {kind.ours.__name__}"
     try:
         moved = difference(module, kind)
     except Exception as error:  # noqa: BLE001 - whatever an unknown forward raises is the answer
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"{layers}, but a copy cannot be called as one ({said:.120})"
-    if moved <= TOLERANCE:  # not so where it is nan
-        return None
-    return f"{layers} but computes something else (relative difference {moved:.1g})"
+    worst = max(moved.values())
+    if not worst <= TOLERANCE:  # also where it is nan
+        return f"{layers} but computes something else (relative difference {worst:.1g})"
+    return frozenset(moved)
 
 
-def difference(module: nn.Module, kind: Kind) -> float:
-    """How far a block's results move if it is served as `kind`, relative.
+def difference(module: nn.Module, kind: Kind) -> dict[Form, float]:
+    """How far a block's results move if it is served as `kind`, relative, per form of call.
 
     Measured on a copy with random weights on the CPU, so that layers that begin at zero, hooks and
-    the device do not matter; nothing of the module itself runs. Raises what its forward raises.
+    the device do not matter; nothing of the module itself runs. Raises what its forward raises,
+    except that a call without an optional argument may raise or differ: that form is left out.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
@@ -330,17 +398,39 @@ def difference(module: nn.Module, kind: Kind) -> float:
             if tensor.is_floating_point():
                 fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
                 tensor.copy_(torch.randn(tensor.shape) / fan_in**0.5)
-        for layer in ours.modules():  # nobody shall hear of this
+        for layer in ours.modules():  # the trial must not trigger anybody's callbacks
             for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
                 hooks.clear()
         theirs, examples = copy.deepcopy(ours), kind.examples(module)
         serve_norms(ours)
-        ours.__class__ = served_class(kind.ours, type(theirs))
-        moved = []
+        count = max(map(len, examples))
+        all_forms = frozenset((True, *rest) for rest in product((True, False), repeat=count - 1))
+        kinds: Any = kind.ours, type(theirs)  # classes can be hashed, which mypy doubts
+        ours.__class__ = served_class(*kinds, all_forms)
+        moved = {form_of(example): _moved(ours, theirs, example) for example in examples}
         for example in examples:
-            found, wanted = ours(*example), theirs(*example)
-            if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
-                raise TypeError("it returns something else than one tensor of that shape")
-            scale = float(wanted.abs().max()) or 1.0
-            moved.append((found - wanted).abs().max() / scale)
-        return float(torch.stack(moved).max())  # nan if any is
+            for place in range(1, len(example)):
+                without = (*example[:place], None, *example[place + 1 :])
+                if form_of(without) not in moved:
+                    found = _moved_if_it_runs(ours, theirs, without)
+                    moved |= {form_of(without): found} if found <= TOLERANCE else {}
+        return moved
+
+
+def form_of(example: tuple[Any, ...]) -> Form:
+    return tuple(argument is not None for argument in example)
+
+
+def _moved(ours: nn.Module, theirs: nn.Module, example: tuple[Any, ...]) -> float:
+    found, wanted = ours(*example), theirs(*example)
+    if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
+        raise TypeError("it returns something else than one tensor of that shape")
+    scale = float(wanted.abs().max()) or 1.0
+    return float((found - wanted).abs().max() / scale)  # nan if any is
+
+
+def _moved_if_it_runs(ours: nn.Module, theirs: nn.Module, example: tuple[Any, ...]) -> float:
+    try:
+        return _moved(ours, theirs, example)
+    except Exception:  # noqa: BLE001 - without this argument the original has to answer
+        return float("inf")

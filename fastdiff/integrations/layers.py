@@ -9,18 +9,31 @@ They go through the layer's `__call__`, so hooks that bring its weights to the d
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.kernels import add_group_norm_silu, add_layer_norm, group_norm_silu, layer_norm
+from fastdiff.kernels.choose import transformed
+
+
+def under_transform() -> bool:
+    """Whether `torch.func` (vmap, jvp, grad) or forward-mode differentiation is at work.
+
+    The modules as they were written support what PyTorch supports, so they run then. A graph that
+    is being compiled has its own rules for ops.
+    """
+    return not torch.compiler.is_compiling() and transformed()
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether somebody listens to one of the modules or has replaced its forward on the object.
+    """Whether each of the modules has to be called as it was, with its own input and output.
 
-    Then it has to be called as it was, with its own input and output. The hooks with which
-    Hugging Face's accelerate moves weights do not count: they pass arguments on.
+    Somebody listens to one, or has replaced its forward on the object, or a transform is at work.
+    The hooks with which Hugging Face's accelerate moves weights do not count: they pass arguments
+    on.
     """
-    return any(
+    return under_transform() or any(
         m._forward_hooks
         or m._forward_pre_hooks
         or m._backward_hooks
@@ -28,6 +41,32 @@ def watched(*modules: nn.Module) -> bool:
         or ("forward" in m.__dict__ and has_other_forward(m))
         for m in modules
     )
+
+
+_SILUS: dict[type, bool] = {}
+
+
+def is_silu(module: nn.Module) -> bool:
+    """Whether a module is `nn.SiLU`, or one of the many classes named so that compute the same.
+
+    improved-diffusion and others have their own, without state: each class is tried once.
+    """
+    kind = type(module)
+    if kind is nn.SiLU:
+        return True
+    if kind not in _SILUS:
+        named = any(word in kind.__name__.lower() for word in ("silu", "swish"))
+        _SILUS[kind] = named and _computes_silu(module)
+    return _SILUS[kind]
+
+
+def _computes_silu(module: nn.Module) -> bool:
+    if module.__dict__.keys() - nn.Module().__dict__.keys() or [*module.parameters()]:
+        return False  # what it computes may depend on the object
+    x = torch.linspace(-6, 6, 25)
+    with torch.no_grad():
+        y = type(module).forward(module, x.clone())
+    return isinstance(y, Tensor) and torch.allclose(y, F.silu(x), rtol=1e-5, atol=1e-6)
 
 
 def has_other_forward(module: nn.Module) -> bool:
@@ -45,7 +84,7 @@ def needs_original(*layers: nn.Module) -> bool:
 
     Somebody listens to one, or has put another layer in its place since, or has restored it alone.
     """
-    known = all(isinstance(m, GroupNorm | LayerNorm) or type(m) is nn.SiLU for m in layers)
+    known = all(isinstance(m, GroupNorm | LayerNorm) or is_silu(m) for m in layers)
     return not known or watched(*layers)
 
 
@@ -64,6 +103,9 @@ class GroupNorm(nn.GroupNorm):
 
         input: (N, C, *spatial). channel_add: (N, C). scale_shift: (N, 2C) = [scale | shift].
         """
+        if under_transform() and channel_add is None and scale_shift is None:
+            y = super().forward(input.contiguous())  # its jvp takes no channels_last
+            return y if activation == "none" else F.silu(y)
         if channel_add is not None and channel_add.dtype == input.dtype:
             return add_group_norm_silu(
                 input,
@@ -116,6 +158,8 @@ class LayerNorm(nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """LN(input); with a residual (LN(total), total), total = input + residual."""
+        if under_transform() and residual is None:
+            return super().forward(input)
         if residual is None:
             return layer_norm(input, self.weight, self.bias, eps=self.eps)
         if residual.dtype != input.dtype:  # autocast may mix them; PyTorch adds in the wider one
@@ -151,7 +195,7 @@ def is_pair(layers: list[nn.Module]) -> bool:
         len(layers) == 2
         and isinstance(layers[0], GroupNorm)
         and not isinstance(layers[0], GroupNormBeforeSiLU)
-        and type(layers[1]) is nn.SiLU
+        and is_silu(layers[1])
     )
 
 

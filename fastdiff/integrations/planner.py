@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,7 +15,7 @@ from fastdiff.integrations.known_blocks import (
     GROUP_NORM,
     KINDS,
     Kind,
-    known_objection,
+    proof,
     served_class,
 )
 from fastdiff.integrations.layers import (
@@ -22,6 +24,7 @@ from fastdiff.integrations.layers import (
     LayerNorm,
     Sequential,
     SiLUInNorm,
+    is_silu,
     norm_objection,
     replaced_forward,
 )
@@ -32,7 +35,18 @@ LEAVES: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
     nn.GroupNorm: (GroupNorm, "group norm"),
     nn.LayerNorm: (LayerNorm, "layer norm"),
 }
-ATTENTION_LAYERS = (("to_q", "to_k", "to_v"), ("q", "k", "v"), ("query", "key", "value"))
+ATTENTION_LAYERS = (
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+)
+PACKED_LAYERS = ("to_qkv", "qkv", "in_proj")
+NAMED_LIKE = {
+    "attention": re.compile(r"attention|attn", re.IGNORECASE),
+    "geglu": re.compile(r"geglu", re.IGNORECASE),
+    "norm": re.compile(r"norm", re.IGNORECASE),
+}
+"""What classes are called that compute what we have an op for, whatever their layers."""
 
 
 class Planner:
@@ -41,7 +55,7 @@ class Planner:
     def __init__(self, prefix: str, root: nn.Module, *, pack: bool) -> None:
         self.entries: list[Entry] = []
         self.swaps: dict[int, Swap] = {}
-        self.objections: dict[Any, str | None] = {}
+        self.proofs: dict[Any, Any] = {}
         self.modules = dict(self._enter(prefix, root))
         for name, module in self.modules.items():
             self._norm(name, module)
@@ -51,6 +65,12 @@ class Planner:
             self._pairs(name, module)
             if pack:
                 self._pack(name, module)
+        listed = {entry.name for entry in self.entries}
+        for name, module in reversed(self.modules.items()):
+            if name not in listed and not type(module).__module__.startswith(
+                ("torch.", "fastdiff.")
+            ):
+                self._unlisted(name, module)
 
     def _enter(self, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of what can be looked into, each module once."""
@@ -112,13 +132,17 @@ class Planner:
             self._add(name, module, LEAVES[kind][1], LEAVES[kind][0], norm_objection(module))
         elif isinstance(module, nn.GroupNorm):
             self._known(name, module, GROUP_NORM)
+        elif isinstance(module, nn.LayerNorm):
+            reason = "a subclass of LayerNorm may compute something else"
+            self._left(name, module, "layer norm", reason)
 
     def _block(self, name: str, module: nn.Module) -> None:
         blocks = diffusers_blocks()
         known = blocks.BLOCKS.get(original(module)) if blocks else None
         if known is not None:
             to, op, pairs, objection = known
-            self._add(name, module, op, to, objection(module), pairs=pairs)
+            reason = objection(module) or argument_objection(to, original(module))
+            self._add(name, module, op, to, reason, pairs=pairs)
             return
         if type(module).__module__.startswith(("torch.", "diffusers.")):
             self._unknown(name, module)
@@ -137,15 +161,16 @@ class Planner:
             self._add(name, module, kind.op, type(module), None, pairs=kind.pairs)
             return True
         key = (kind.ours, signature(module))
-        if key not in self.objections:
-            self.objections[key] = known_objection(module, kind)
-        reason = self.objections[key]
-        if reason is None:
-            to = served_class(kind.ours, type(module))
+        if key not in self.proofs:
+            self.proofs[key] = proof(module, kind)
+        found = self.proofs[key]
+        if not isinstance(found, str):
+            kinds: Any = kind.ours, type(module)
+            to = served_class(*kinds, found)
             self._add(name, module, kind.op, to, None, pairs=kind.pairs)
         elif last:
-            self._left(name, module, kind.op, reason)
-        return reason is None
+            self._left(name, module, kind.op, found)
+        return not isinstance(found, str)
 
     def _unknown(self, name: str, module: nn.Module) -> None:
         """Say what is left: an attention whose forward we do not know."""
@@ -153,17 +178,39 @@ class Planner:
         if isinstance(module, nn.MultiheadAttention):
             self._left(name, module, "attention", "PyTorch's own fused path serves it")
         elif any(all(children.get(part) for part in parts) for parts in ATTENTION_LAYERS):
-            reason = f"no op of ours is known to fit the forward of {type(module).__name__}"
-            self._left(name, module, "attention", reason)
+            self._left(name, module, "attention", unfitting(module))
+
+    def _unlisted(self, name: str, module: nn.Module) -> None:
+        """Say what is left of the modules that no rule above knows: inner ones come first."""
+        kind, children = type(module).__name__, {k: m for k, m in module._modules.items() if m}
+        found = [op for op in ("attention", "geglu") if NAMED_LIKE[op].search(kind)]
+        if any(layer in children for layer in PACKED_LAYERS):
+            found = ["attention"]
+        norms = sorted({type(m).__name__ for m in children.values() if self._is_other(m)})
+        if norms and any(is_silu(m) for m in children.values()):
+            found.append("norm and activation")
+        if not found:
+            return
+        inner = {e.op for e in self.entries if e.name.startswith(f"{name}." if name else "")}
+        for op in found:
+            if op in inner:
+                continue  # a block around it
+            reason = f"its norm is a {', '.join(norms)}, which fastdiff has no op for"
+            self._left(name, module, op, reason if op.startswith("norm") else unfitting(module))
+
+    def _is_other(self, module: nn.Module) -> bool:
+        """Whether a module is called a norm, but is not PyTorch's nor one that is entered."""
+        kind = type(module)
+        return bool(NAMED_LIKE["norm"].search(kind.__name__)) and not (
+            kind.__module__.startswith("torch.") or isinstance(module, nn.GroupNorm | nn.LayerNorm)
+        )
 
     def _pairs(self, name: str, module: nn.Module) -> None:
         """GroupNorm followed by SiLU where no block has taken both."""
-        children = module._modules
+        children: dict[str, Any] = dict(module._modules)
         if original(module) is nn.Sequential:
             layers = list(children.values())
-            pairs = sum(
-                self._is_norm(norm) and type(act) is nn.SiLU for norm, act in pairwise(layers)
-            )
+            pairs = sum(self._is_norm(norm) and is_silu(act) for norm, act in pairwise(layers))
             if pairs:
                 parent = name.rpartition(".")[0]  # a residual block that does them itself
                 counted = any(e.name == parent and e.pairs for e in self.entries)
@@ -173,7 +220,11 @@ class Planner:
         if id(module) in self.swaps or ours(module):
             return
         norms = {key: m for key, m in children.items() if self._is_norm(m)}
-        acts = {key: m for key, m in children.items() if isinstance(m, nn.SiLU)}
+        acts = {
+            key: m
+            for key, m in children.items()
+            if isinstance(m, nn.SiLU) or (m is not None and is_silu(m))
+        }
         if not norms or not acts or any(e.name == name for e in self.entries):
             return
         blocks = diffusers_blocks()
@@ -227,6 +278,25 @@ class Planner:
             return  # nothing to win
         plan = cpu_layers.plan_for(dtype, keep_copies=True, half_as_fp32=None)
         self._add(name, module, "weights", to, objection, plan=plan, kept=cpu_layers.Kept())
+
+
+def unfitting(module: nn.Module) -> str:
+    return f"no op of ours is known to fit the forward of {type(module).__name__}"
+
+
+def argument_objection(to: type[nn.Module], theirs: type[nn.Module]) -> str | None:
+    """Why a forward of ours cannot stand for another: an argument that it does not take.
+
+    diffusers' blocks get arguments from release to release.
+    """
+    mine, other = (inspect.signature(kind.forward).parameters for kind in (to, theirs))
+    if any(p.kind is p.VAR_KEYWORD for p in mine.values()):
+        return None
+    named = [n for n, p in other.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [name for name in named if name not in mine]
+    if missing:
+        return f"the forward of this diffusers' {theirs.__name__} takes {', '.join(missing)} too"
+    return None
 
 
 def ours(module: nn.Module) -> bool:

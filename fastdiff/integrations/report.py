@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -139,20 +138,34 @@ class Report:
         return f"{self.changed} modules swapped, {len(self.left)} left"
 
     def print(self) -> None:
-        """A table on the standard output: a row per op, class and outcome, then the reasons."""
+        """A table on the standard output: a row per op, class and outcome; where it does not fit
+        the width, a paragraph for each.
+
+        Below it, the steps of a fused scheduler that diffusers' own code has run so far.
+        """
         from rich.console import Console
+        from rich.padding import Padding
         from rich.table import Table
 
-        table = Table("op", "class", "modules", "becomes", "first of them", title=str(self))
-        groups = Counter((e.op, e.type, e.by or f"left: {e.reason}") for e in self.entries)
-        for (op, kind, outcome), number in groups.items():
-            first = next(
-                e.name
-                for e in self.entries
-                if (e.op, e.type, e.by or f"left: {e.reason}") == (op, kind, outcome)
-            )
-            table.add_row(op, kind, str(number), outcome, first)
-        Console().print(table)
+        headings = ("op", "class", "modules", "becomes", "first of them")
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for e in self.entries:
+            groups.setdefault((e.op, e.type, e.by or f"left: {e.reason}"), []).append(e.name)
+        table = Table(*headings, title=str(self))
+        for (op, kind, outcome), names in groups.items():
+            table.add_row(op, kind, str(len(names)), outcome, names[0])
+        console = Console(highlight=False, markup=False)
+        unbounded = console.options.update(max_width=10_000)
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            console.print(table)
+        else:
+            console.print(str(self))
+            for (op, kind, outcome), names in groups.items():
+                console.print(f"{op}: {len(names)} {kind}", overflow="fold")
+                for line in (outcome, f"first: {names[0]}"):
+                    console.print(Padding(line, (0, 0, 0, 2)), overflow="fold")
+        for reason, steps in self.scheduler_steps_left.items():
+            console.print(f"{steps} scheduler steps ran as diffusers wrote them: {reason}")
 
     def restore(self) -> None:
         """Undo what this call did: classes, attributes, memory formats, the scheduler.

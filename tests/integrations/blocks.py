@@ -208,3 +208,109 @@ class Impostor(Block):
 
     def forward(self, x: Tensor, scale_shift: Any = None) -> Tensor:
         return self.act(self.norm(self.proj(x))) * 1.5
+
+
+class ImprovedSiLU(nn.Module):
+    """improved-diffusion's own, for old releases of PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class ImprovedQKVAttention(nn.Module):
+    """improved-diffusion: the heads are in the batch."""
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        c = qkv.shape[1] // 3
+        q, k, v = torch.split(qkv, c, dim=1)
+        scale = 1 / math.sqrt(math.sqrt(c))
+        w = torch.softmax((q * scale).mT @ (k * scale), dim=-1)
+        return v @ w.mT
+
+
+class ImprovedAttentionBlock(AttentionBlock):
+    """improved-diffusion's block around it."""
+
+    def __init__(self, c: int, heads: int) -> None:
+        super().__init__(c, heads, legacy=True)
+        self.num_heads, self.attention = heads, ImprovedQKVAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        qkv = self.qkv(self.norm(flat))
+        h = self.attention(qkv.reshape(len(x) * self.num_heads, -1, qkv.shape[2]))
+        return (flat + self.proj_out(h.reshape(flat.shape))).reshape(x.shape)
+
+
+class ImprovedResBlock(ResBlock):
+    """improved-diffusion's, which is guided-diffusion's with another SiLU."""
+
+    def __init__(self, c: int, out: int, film: bool) -> None:
+        super().__init__(c, out, film)
+        self.in_layers[1] = self.out_layers[1] = ImprovedSiLU()
+
+
+class GlideAttention(QKVAttention):
+    """GLIDE: a text's keys and values beside the image's, and a mask."""
+
+    def forward(self, qkv: Tensor, encoder_kv: Any = None, mask: Any = None) -> Tensor:
+        n, width, length = qkv.shape
+        d = width // (3 * self.n_heads)
+        q, k, v = qkv.reshape(n * self.n_heads, 3 * d, length).split(d, dim=1)
+        if encoder_kv is not None:
+            ek, ev = encoder_kv.reshape(n * self.n_heads, 2 * d, -1).split(d, dim=1)
+            k, v = torch.cat([ek, k], dim=-1), torch.cat([ev, v], dim=-1)
+        scores = q.mT @ k / math.sqrt(d)
+        if mask is not None:
+            scores = scores + mask
+        return (v @ scores.softmax(-1).mT).reshape(n, -1, length)
+
+
+class RMSNorm(nn.Module):
+    """lucidrains, from 1.9 on."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.g * x.shape[1] ** 0.5
+
+
+class RMSBlock(Block):
+    """lucidrains, from 1.9 on."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__(dim, out)
+        self.norm = RMSNorm(out)  # type: ignore[assignment]
+
+
+class RMSResnetBlock(nn.Module):
+    """lucidrains."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(12, 2 * dim))
+        self.block1, self.block2 = RMSBlock(dim, dim), RMSBlock(dim, dim)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        film = self.mlp(emb)[:, :, None, None].chunk(2, dim=1)
+        return self.block2(self.block1(x, film)) + x
+
+
+class LinearAttention(nn.Module):
+    """lucidrains."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, RMSNorm(dim)
+        self.to_qkv, self.to_out = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        q, k, v = (
+            part.reshape(n, self.heads, -1, h * w)
+            for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
+        )
+        context = k.softmax(-1) @ v.mT
+        return self.to_out((context.mT @ q.softmax(-2)).reshape(n, c, h, w)) + x

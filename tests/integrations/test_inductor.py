@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.integrations.inductor import HOOK
+from fastdiff.kernels import record_backends
 from tests.support.parity import assert_gradient_parity, assert_parity
 
 
@@ -83,19 +86,26 @@ def test_an_inductor_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
         fastdiff.compile_pass()
 
 
-def test_removed_below_a_later_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody's pass that calls ours before it: ours cannot be taken out, but does nothing."""
+@pytest.fixture
+def config() -> Iterator[Any]:
+    """Inductor's config, whose hook is put back afterwards."""
     from torch._inductor import config
 
+    with config.patch({HOOK: None}):
+        yield config
+
+
+def test_removed_below_a_later_pass(config: Any) -> None:
+    """Somebody's pass that calls ours before it: ours cannot be taken out, but does nothing."""
     seen: list[int] = []
-    monkeypatch.setattr(config, HOOK, lambda graph: seen.append(1))
+    setattr(config, HOOK, lambda graph: seen.append(1))
     registered = fastdiff.compile_pass()
 
     def later(graph: torch.fx.Graph) -> None:
         registered(graph)
         seen.append(2)
 
-    monkeypatch.setattr(config, HOOK, later)
+    setattr(config, HOOK, later)
     registered.remove()
     assert getattr(config, HOOK) is later
     graph = torch.fx.symbolic_trace(Pair()).graph
@@ -111,3 +121,53 @@ def test_removed_below_a_later_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(F.group_norm(x, 2))
+
+
+def test_the_pass_names_itself_for_inductors_caches(config: Any) -> None:
+    """What changes the graphs it makes changes the name, and an unnamed pass leaves none."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    registered = fastdiff.compile_pass()
+    assert isinstance(registered, CustomGraphPass)
+    name = registered.uuid()
+    assert name
+    registered.remove()
+    assert registered.uuid() != name
+    again = fastdiff.compile_pass()
+    assert again.uuid() == name
+    with fastdiff.kernels.backend("reference"):
+        assert again.uuid() != name
+    again.remove()
+    setattr(config, HOOK, lambda graph: None)
+    assert fastdiff.compile_pass().uuid() is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wants a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_a_graph_that_was_compiled_before_is_found(
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Inductor keeps the graph and finds it, with what the pass has put into it."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(2, 4, 3, 3)
+    registered = fastdiff.compile_pass()
+    try:
+        for hits in (0, 1):
+            torch._dynamo.reset()
+            counters.clear()
+            with record_backends() as ran:
+                y = torch.compile(Pair(), fullgraph=True)(x)
+            torch.testing.assert_close(y, Pair()(x))
+            assert "group_norm_silu" in ran
+            found = counters["aot_autograd"]["autograd_cache_hit"]
+            assert max(found, counters["inductor"]["fxgraph_cache_hit"]) == hits
+        assert "uuid" not in caplog.text
+        assert registered.replaced == {"group_norm_silu": 1}
+    finally:
+        torch._dynamo.reset()

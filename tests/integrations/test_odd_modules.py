@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.integrations import AccelerateError
-from fastdiff.integrations.known_blocks import known_objection
+from fastdiff.integrations.known_blocks import proof
 from tests.integrations import blocks
 from tests.integrations.models import UNETS, VAE, Network, build
 from tests.support.tiny import randomize
@@ -90,9 +90,9 @@ def test_blocks_of_other_sizes_are_compared_once(monkeypatch: pytest.MonkeyPatch
 
     def counted(module: nn.Module, kind: Any) -> str | None:
         compared.append(type(module).__name__)
-        return known_objection(module, kind)
+        return proof(module, kind)
 
-    monkeypatch.setattr("fastdiff.integrations.planner.known_objection", counted)
+    monkeypatch.setattr("fastdiff.integrations.planner.proof", counted)
     net = nn.Sequential(
         *(blocks.ResBlock(c, c, film=True, updown=True) for c in (16, 32, 64)),
         *(blocks.ResnetBlock(16, c) for c in (24, 48)),
