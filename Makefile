@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# files in the order of tests/conftest.py, which has the longest first
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ASSETS := fastdiff/assets/digits
 
 .PHONY: help venv build demo test test-avx2 durations check lint types format bench wheel install-check weights clean

@@ -26,6 +26,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+LONG = ("test_sanitizers", "test_cuda_host", "test_resources", "test_device", "test_packaging")
+"""Files of few tests that take minutes, for they compile."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs(), "costs")
 
@@ -34,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_numeric(item.path.relative_to(ROOT).as_posix(), item.name):
             item.add_marker(pytest.mark.numeric)
+    # begun last, a file of minutes would have one process work while the others have nothing left
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -229,6 +229,7 @@ MISTAKES = {
     "sample --like PLAIN": "carries no recipe",
     "interpolate --model TINY": "needs another image to go to; give one or more of to_seed",
     "interpolate --model TINY --to-seed 1 --frames 0": "frames must be at least 1, got 0",
+    "interpolate --model TINY --to-seed 1 --frames 1000000000000000": "images need",
     "interpolate --model TINY --to-seed 1 --at 0.5": "at is for a single frame, got 0.5 and 9",
     "interpolate --model TINY --label 1 --to-label 12": "unknown class '12'; expected one of",
     "reconstruct nowhere.png --model TINY": "no image at nowhere.png",

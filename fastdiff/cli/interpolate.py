@@ -15,7 +15,7 @@ from fastdiff.cli.options import (
     LoadOptions,
     Output,
 )
-from fastdiff.generate.job import InterpolationJob, frames_of
+from fastdiff.generate.job import InterpolationJob, check_frames, frame_of
 
 if TYPE_CHECKING:
     from fastdiff.cli.again import Original
@@ -47,7 +47,7 @@ class Interpolate:
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        frames_of(self.job, self.frames)
+        check_frames(self.job, self.frames)
 
 
 def main(words: Sequence[str]) -> int:
@@ -59,13 +59,13 @@ def main(words: Sequence[str]) -> int:
 def run(options: Interpolate, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
     job = pictures.as_job(InterpolationJob, options.job)
-    made = frames_of(job, options.frames)
     ends = (job.prompt, job.to_prompt) if job.prompt is not None else (job.label, job.to_label)
     name = " to ".join(str(end) for end in ends if end is not None) or f"seed {job.seed}"
     stem = pictures.file_stem(name)
 
     def frame(_: int, number: int) -> tuple[str, Job]:
-        return f"{stem}-frame{number:0{len(str(options.frames - 1))}}", made[number]
+        name = f"{stem}-frame{number:0{len(str(options.frames - 1))}}"
+        return name, frame_of(job, number, options.frames)
 
     def want(facts: Facts) -> pictures.Wanted:
         return pictures.Wanted([name], range(options.frames), frame, column="frame")

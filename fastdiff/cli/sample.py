@@ -68,7 +68,6 @@ def run(options: Sample, like: Original | None = None) -> int:
         labels = class_labels(options.classes, facts)
         names = class_names(labels, facts)
         stems = file_names(names, labels)
-
         seeds = range(options.job.seed, options.job.seed + options.count)
 
         def job(row: int, seed: int) -> tuple[str, Job]:

@@ -75,8 +75,8 @@ def _markdown(evaluation: Evaluation, provenance: Mapping[str, object], title: s
         if not failures
         else "**Not met:**\n\n" + "\n".join(f"- {failure}" for failure in failures)
     )
-    guidance = f"guidance {settings.guidance_scale:g}"
-    if settings.guidance_interval:
+    guidance = "no guidance" if settings.weight == 1 else f"guidance {settings.weight:g}"
+    if settings.guidance_interval and settings.weight != 1:
         guidance += f" in steps {settings.guidance_interval[0]} to {settings.guidance_interval[1]}"
     rows = [
         ("images", f"{samples.count}", f"{real.count}", ""),

@@ -354,17 +354,25 @@ def frames_of(job: InterpolationJob, count: int) -> list[InterpolationJob]:
     """The frames of an interpolation at equal distances, both ends included; 1: the one at `at`.
 
     Raises:
-        ValueError: fewer than 1, or several with an `at`.
+        ValueError: as `check_frames`.
     """
+    check_frames(job, count)
+    return [frame_of(job, index, count) for index in range(count)]
+
+
+def frame_of(job: InterpolationJob, index: int, count: int) -> InterpolationJob:
+    """One of the frames."""
+    return job if count == 1 else replace(job, at=index / (count - 1))
+
+
+def check_frames(job: InterpolationJob, count: int) -> None:
+    """Raise ValueError for fewer frames than 1, or for several with an `at`."""
     if count < 1:
         raise ValueError(f"frames must be at least 1, got {count}; 2 are the ends themselves")
-    if count == 1:
-        return [job]
-    if job.at:
+    if count > 1 and job.at:
         raise ValueError(
             f"at is for a single frame, got {job.at:g} and {count} frames; leave one of them out"
         )
-    return [replace(job, at=index / (count - 1)) for index in range(count)]
 
 
 def check_seed(seed: int) -> None:

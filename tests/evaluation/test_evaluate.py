@@ -166,6 +166,10 @@ def test_the_report_says_what_was_measured(
     for picture in ("evaluation-samples.png", "evaluation-neighbours.png"):
         assert f"(images/{picture})" in text
         assert (tmp_path / "images" / picture).stat().st_size > 10_000
+    assert ", guidance 1.5, seeds 0 to 359." in " ".join(text.split())
+    weak = replace(evaluation, settings=replace(evaluation.settings, guidance_scale=0.0))
+    text = write_report(weak, tmp_path / "weak", command="fastdiff evaluate").read_text()
+    assert ", no guidance, seeds 0 to 359." in " ".join(text.split())
     data = json.loads((tmp_path / "results.json").read_text())
     assert from_dict(Results, data["results"]) == results
     assert to_dict(results) == data["results"]

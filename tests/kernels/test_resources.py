@@ -47,7 +47,7 @@ def rows() -> list[dict[str, Any]]:
     many pieces: each with each config on one GPU of those that have it. What each takes of every
     GPU is in the record."""
     moving = ("--op", *(name for name in TUNABLES if name not in PRODUCTS))
-    products = ("--op", *PRODUCTS, "--shape-class", "self/80", "80/80")
+    products = ("--op", *PRODUCTS, "--shape-class", "self/80", "80/80", "fp32/64")
     some = (moving, (*moving, "--dtype", "float16"), products)
     return [row for options in some for row in compiled("--once", *options)]
 
