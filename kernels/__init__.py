@@ -28,7 +28,7 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .group_norm_silu import group_norm_silu
     from .layer_norm import layer_norm
     from .op import Op, Work
-    from .philox_normal import philox4x32, philox_normal
+    from .philox_normal import int64_bits, philox4x32, philox_normal
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
     from .sampler_step import COLUMNS, sampler_step
 
@@ -76,6 +76,7 @@ __all__ = [
     "explain",
     "geglu",
     "group_norm_silu",
+    "int64_bits",
     "layer_norm",
     "philox4x32",
     "philox_normal",

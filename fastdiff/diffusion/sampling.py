@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.samplers import COLUMN, SamplerTable
 from fastdiff.diffusion.stack import Stack
-from fastdiff.kernels import INITIAL_NOISE, philox_normal, sampler_step
+from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal, sampler_step
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
 IDLE = -1
@@ -51,20 +51,6 @@ class Step:
     samples: Sequence[int]
     x: Tensor
     denoised: Tensor
-
-
-def int64_bits(seed: int) -> int:
-    """A seed of 64 bits, with a sign or without one, as the int64 that tensors of seeds hold.
-
-    >>> int64_bits(2**64 - 1), int64_bits(-1), int64_bits(5)
-    (-1, -1, 5)
-
-    Raises:
-        ValueError: not a whole number from -2^63 to 2^64 - 1.
-    """
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"a seed must be a whole number of at most 64 bits, got {seed!r:.40}")
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 OnStep = Callable[[Step], None]

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.samplers import SamplerTable, build_table
-from fastdiff.diffusion.sampling import int64_bits
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import CHECKPOINT, DEFAULT_SAMPLER, Job, Picture, SampleSettings
 from fastdiff.generate.latents import Latents
 from fastdiff.generate.pictures import read_picture
-from fastdiff.kernels import INITIAL_NOISE, philox_normal
+from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.diffusion.sampling import OnStep, Slots, Step, int64_bits, not_finite
+from fastdiff.diffusion.sampling import OnStep, Slots, Step, not_finite
 from fastdiff.diffusion.stack import Stack
+from fastdiff.kernels import int64_bits
 from fastdiff.models.network import Network
 from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.denoiser import Batch, Denoiser, Guide, Turn
