@@ -12,12 +12,16 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+if sys.platform != "win32":
+    import fcntl
 
 # the names of _temporary_sibling and _replace_folder, with tempfile's eight characters
 _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
@@ -37,14 +41,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _clear_errors(path):
         temporary = _temporary_sibling(path)
-        try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with _in_use(temporary):
+            try:
+                yield temporary
+                _sync(temporary)
+                os.replace(temporary, path)
+                _sync(path.parent)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
 
 @contextlib.contextmanager
@@ -65,16 +70,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 errno.ENOTDIR, f"a folder is to be written, got a file: {path}; choose another name"
             )
         temporary = _temporary_sibling(path, folder=True)
-        try:
-            yield temporary
-            for entry in sorted(temporary.rglob("*")):
-                _sync(entry)
-            _sync(temporary)
-            _replace_folder(temporary, path)
-            _sync(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with _in_use(temporary):
+            try:
+                yield temporary
+                for entry in sorted(temporary.rglob("*")):
+                    _sync(entry)
+                _sync(temporary)
+                _replace_folder(temporary, path)
+                _sync(path.parent)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -130,11 +136,12 @@ def locked_folder(folder: Path, *, what: str) -> Iterator[None]:
 def remove_leftovers(folder: Path) -> None:
     """Clean up in ``folder`` after a process that was killed (kill -9, power) while it wrote.
 
-    Unfinished temporaries are deleted; a folder that had been moved aside comes back.
+    Unfinished temporaries are deleted, but for those that a living process is writing; a folder
+    that had been moved aside comes back.
     """
     for entry in sorted(folder.glob(".*")):
         match = _LEFTOVER.fullmatch(entry.name)
-        if match is None:
+        if match is None or _is_in_use(entry):
             continue
         if match["aside"] and not (folder / match["aside"]).exists():
             os.replace(entry, folder / match["aside"])
@@ -156,6 +163,39 @@ def _temporary_sibling(path: Path, *, folder: bool = False) -> Path:
     # mkstemp and mkdtemp make private files; the result should have the usual permissions.
     temporary.chmod((0o777 if folder else 0o666) & ~_umask())
     return temporary
+
+
+@contextlib.contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Hold a lock on a temporary: it goes with the process, and with it the sign that it lives."""
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_in_use(path: Path) -> bool:
+    if sys.platform == "win32":
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # it was renamed just now
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def _umask() -> int:

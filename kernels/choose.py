@@ -352,6 +352,15 @@ def _warn_of_missing(backend_name: str) -> None:
 
 # Dynamo cannot trace the environment either: what it says while tracing stays in the graph
 @constant_in_graphs
+def traced_choice() -> tuple[str, ...]:
+    """What decides whether a graph that is traced now holds an op or its reference.
+
+    Graphs that are kept for later runs have it in their keys.
+    """
+    forced = _traced.reference, _traced.kernel, _traced.any
+    return _from_environment(), *map(str, forced)
+
+
 def _from_environment() -> str:
     """FASTDIFF_BACKEND, or "auto" where it is not set."""
     if _variable not in _environment:

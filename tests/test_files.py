@@ -14,6 +14,7 @@ import pytest
 from fastdiff.files import (
     atomic_file,
     atomic_folder,
+    printable,
     remove_leftovers,
     write_json,
     write_text,
@@ -127,6 +128,40 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
     assert target.read_text() == "old"
     assert listing(tmp_path) == ["big.txt"]
+
+
+WRITING = """
+import os, signal, sys, time
+from fastdiff.files import atomic_file, atomic_folder
+with atomic_file(sys.argv[1] + "/a.png") as file, atomic_folder(sys.argv[1] + "/model") as folder:
+    file.write_bytes(b"half")
+    (folder / "weights").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WRITING, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert len(left) == 2
+        remove_leftovers(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+        other.kill()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_from_files_is_printable() -> None:
+    assert printable("ünï tri") == "ünï tri"
+    assert printable("a\nb\x1b[0m\udce9\u202e") == r"a\nb\x1b[0m\udce9\u202e"
+    assert printable("x" * 100, 10) == "x" * 9 + "…"
 
 
 def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastdiff.cli.console import backends_line, seconds
+from fastdiff.files import remove_leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +79,26 @@ def chosen_backend(name: BackendName) -> contextlib.AbstractContextManager[None]
     return backend(selected_backend() if name == "auto" else name)
 
 
+def size(count: int) -> str:
+    """Bytes for people: three digits and a unit.
+
+    >>> size(0), size(1536), size(5 * 2**30), size(3 * 2**50)
+    ('0 B', '1.5 KiB', '5 GiB', '3,072 TiB')
+    """
+    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
+    return (
+        f"{count / 2 ** (10 * unit):,.{1 if count < 10 << (10 * unit) else 0}f}".removesuffix(".0")
+        + (" B", " KiB", " MiB", " GiB", " TiB")[unit]
+    )
+
+
 def check_room(folder: Path, files: int) -> None:
     """Raise ValueError if so many small files cannot fit on the disk that ``folder`` lies on."""
     free = shutil.disk_usage(folder).free
     if files * BLOCK_BYTES > free:
         raise ValueError(
-            f"{files:,} images need {files * BLOCK_BYTES / 2**30:,.0f} GiB or more, {folder} has "
-            f"{free / 2**30:,.0f} GiB free; a smaller --count, or another --out"
+            f"{files:,} images need {size(files * BLOCK_BYTES)} or more, {folder} has "
+            f"{size(free)} free; a smaller --count, or another --out"
         )
 
 
@@ -100,6 +114,7 @@ def output_folder(path: Path) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # root may write where permissions say no: try it
             pass
+        remove_leftovers(path)
     except FileExistsError:
         raise NotADirectoryError(
             errno.ENOTDIR, f"the output must be a folder, {path} is something else; name another"

@@ -23,7 +23,6 @@ from fastdiff.diffusion.stack import Stack
 from fastdiff.kernels import INITIAL_NOISE, philox_normal, sampler_step
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
-MAX_SEED = 2**63 - 1
 IDLE = -1
 """In `Slots.rows`: no row to take; `sampler_step` leaves the slot alone."""
 
@@ -52,6 +51,20 @@ class Step:
     samples: Sequence[int]
     x: Tensor
     denoised: Tensor
+
+
+def int64_bits(seed: int) -> int:
+    """A seed of 64 bits, with a sign or without one, as the int64 that tensors of seeds hold.
+
+    >>> int64_bits(2**64 - 1), int64_bits(-1), int64_bits(5)
+    (-1, -1, 5)
+
+    Raises:
+        ValueError: not a whole number from -2^63 to 2^64 - 1.
+    """
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"a seed must be a whole number of at most 64 bits, got {seed!r:.40}")
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 OnStep = Callable[[Step], None]
@@ -262,7 +275,7 @@ def sample(
     Returns (N, *shape) in the noise's dtype.
 
     Raises:
-        ValueError: a seed is no whole number below 2^63, seeds and noise do not match, or the
+        ValueError: a seed is not a whole number of 64 bits, seeds and noise do not match, or the
             network's output has the wrong shape or is not finite; the message names the first such
             row.
     """
@@ -299,10 +312,7 @@ def _start(
     """x to start with, and the seeds as a tensor; the errors of `sample`."""
     if not isinstance(seeds, Tensor):
         device = noise_or_shape.device if isinstance(noise_or_shape, Tensor) else None
-        for seed in seeds:
-            if not isinstance(seed, int) or not -MAX_SEED <= seed <= MAX_SEED:
-                raise ValueError(f"a seed must be a whole number below 2^63, got {seed!r:.40}")
-        seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        seeds = torch.tensor(list(map(int64_bits, seeds)), dtype=torch.int64, device=device)
     if isinstance(noise_or_shape, Tensor):
         if len(noise_or_shape) != len(seeds):
             raise ValueError(

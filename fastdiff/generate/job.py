@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     Picture = Any  # readers of the annotations get by without torch
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 Via = Literal["latent", "image"]
 DEFAULT_SAMPLER = "dpmpp-2m"
 CHECKPOINT = "checkpoint"
@@ -376,9 +376,9 @@ def check_frames(job: InterpolationJob, count: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError unless it is a whole number from 0 to 2**63 - 1."""
+    """Raise ValueError unless it is a whole number from 0 to 2**64 - 1."""
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"a seed must be a whole number from 0 to 2**63 - 1, got {seed!r:.40}")
+        raise ValueError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r:.40}")
 
 
 def check_seeds(first: int, count: int) -> None:
@@ -386,13 +386,13 @@ def check_seeds(first: int, count: int) -> None:
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     if not 0 <= first <= MAX_SEED - (count - 1):
-        raise ValueError(f"seeds must lie in 0 to 2^63 - 1, got {first} to {first + count - 1}")
+        raise ValueError(f"seeds must lie in 0 to 2^64 - 1, got {first} to {first + count - 1}")
 
 
 def stage_seed(seed: int, stage: str) -> int:
     """A seed for a second pass, such as "upscale": no number of the first pass's noise recurs."""
     digest = hashlib.blake2b(f"{stage} {seed}".encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") & MAX_SEED
+    return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
 
 
 def _check_start(job: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.samplers import SamplerTable, build_table
+from fastdiff.diffusion.sampling import int64_bits
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
@@ -135,7 +136,7 @@ class Session:
 
     def noise(self, seed: int, shape: tuple[int, ...]) -> Tensor:
         """Noise N(0, 1), a function of the seed alone: (*shape) in the sample's dtype."""
-        seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
+        seeds = torch.tensor([int64_bits(seed)], dtype=torch.int64, device=self.device)
         noise = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE)
         return noise[0].to(self.sample_dtype)
 

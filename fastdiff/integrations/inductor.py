@@ -88,10 +88,8 @@ class CompilePass(CustomGraphPass):
         earlier = [getattr(one, "uuid", lambda: None)() for one in _listed(self._before)]
         if None in earlier:
             return None
-        forced = choose._traced
-        chosen = choose._from_environment(), forced.reference, forced.kernel, forced.any
         missing = sorted(choose.UNAVAILABLE)
-        state = (self._active, *map(str, chosen), missing, *map(str, earlier))
+        state = (self._active, *choose.traced_choice(), missing, *map(str, earlier))
         return f"fastdiff.compile_pass {sources()} {state}"
 
     def remove(self) -> None:

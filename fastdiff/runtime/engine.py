@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.diffusion.sampling import OnStep, Slots, Step, not_finite
+from fastdiff.diffusion.sampling import OnStep, Slots, Step, int64_bits, not_finite
 from fastdiff.diffusion.stack import Stack
 from fastdiff.models.network import Network
 from fastdiff.runtime.conditions import Condition
@@ -177,7 +177,7 @@ class Engine:
         unconditional = request.unconditional if any(table.guided) else None
         guide = self._denoiser.add(table.timesteps, request.condition, unconditional)
         levels = None
-        self._slots.put(slot, table, request.x, request.seed)
+        self._slots.put(slot, table, request.x, int64_bits(request.seed))
         self._keep("extra", slot, request.extra)
         if request.mask is not None:
             levels = self._levels.add(table, lambda: _levels_after(table).to(self._slots.x))
@@ -392,8 +392,7 @@ class Engine:
                 f"extra must have the sides of x, {shape[1:]}, got {tuple(extra.shape[1:])}; "
                 "resize it"
             )
-        if not -(2**63) <= request.seed < 2**63:
-            raise ValueError(f"a seed must fit into 64 bits with its sign, got {request.seed}")
+        int64_bits(request.seed)
         flat = (1, *shape[1:])
         given = [request.mask, request.known, request.noise]
         got = [None if tensor is None else tuple(tensor.shape) for tensor in given]

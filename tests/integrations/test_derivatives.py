@@ -121,6 +121,7 @@ def compare_second_derivatives() -> None:
     print("equal")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_a_gradient_of_a_gradient_costs_what_the_original_costs() -> None:
     """One op saves its own output: its second derivative must not walk its own graph again."""

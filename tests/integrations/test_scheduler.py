@@ -30,6 +30,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}, 5),
     ("DDPMScheduler", {"clip_sample": False}, 4),
     ("DDPMScheduler", {"clip_sample": True}, 4),
+    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}, 3),
     ("PNDMScheduler", PNDM, 6),
     ("EulerDiscreteScheduler", {}, 6),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, 5),

@@ -422,7 +422,7 @@ def without(name: str) -> Callable[[Request], Request]:
         (lambda r: replace(r, extra=r.x[:1]), "reads 3 channels, got 3 of x and 1 extra"),
         (without("unconditional"), "the table is guided, so unconditional must be a condition"),
         (lambda r: replace(r, mask=r.x[:1]), "mask, known and noise go together"),
-        (lambda r: replace(r, seed=2**63), "a seed must fit into 64 bits"),
+        (lambda r: replace(r, seed=2**64), "a whole number of at most 64 bits"),
         (
             lambda r: replace(r, condition=Condition(context=torch.zeros(1, 7, 24))),
             "0 tokens, got .* and 7",
