@@ -39,4 +39,5 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     (tmp_path / ".7-seed0.png.a1b2c3d4.tmp.png").write_bytes(b"half")
     (tmp_path / ".mine").write_bytes(b"")
     with output_folder(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == [".mine"]
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".mine"]

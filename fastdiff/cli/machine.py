@@ -114,7 +114,6 @@ def output_folder(path: Path) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # root may write where permissions say no: try it
             pass
-        remove_leftovers(path)
     except FileExistsError:
         raise NotADirectoryError(
             errno.ENOTDIR, f"the output must be a folder, {path} is something else; name another"
@@ -127,6 +126,7 @@ def output_folder(path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
+        remove_leftovers(path)  # those of runs that were killed
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: it stays
                 folder.rmdir()
