@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,6 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}, 5),
     ("DDPMScheduler", {"clip_sample": False}, 4),
     ("DDPMScheduler", {"clip_sample": True}, 4),
-    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}, 3),
     ("PNDMScheduler", PNDM, 6),
     ("EulerDiscreteScheduler", {}, 6),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, 5),
@@ -169,6 +169,28 @@ def test_generators_move_on_where_noise_is_drawn(name: str, draws: bool) -> None
     again = images(pipe, 3, generator=apart)
     assert torch.equal(again[0], both[0])
     assert torch.equal(again[1], both[1]) is not draws
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_philox_noise_is_left_out_where_diffusers_leaves_it_out(variance: str) -> None:
+    """DDPM's step from t = 0, and nowhere else."""
+    scheduler = make("DDPMScheduler", {"clip_sample": False, "variance_type": variance})
+    fastdiff.accelerate(
+        SimpleNamespace(components={"unet": torch.nn.Identity()}, scheduler=scheduler),
+        scheduler="fused",
+    )
+    scheduler.set_timesteps(1000)
+    x, output = PICTURES, PICTURES.flip(0)
+    for t, noisy in ((0, False), (1, True)):
+        first, second = (
+            scheduler.step(output, t, x, generator=torch.Generator().manual_seed(seed)).prev_sample
+            for seed in (1, 2)
+        )
+        assert torch.equal(first, second) is not noisy
+    theirs = make("DDPMScheduler", {"clip_sample": False, "variance_type": variance})
+    theirs.set_timesteps(1000)
+    wanted = theirs.step(output, 0, x).prev_sample
+    torch.testing.assert_close(scheduler.step(output, 0, x).prev_sample, wanted)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(10, 0.5), (20, 0.3)])
