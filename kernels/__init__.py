@@ -7,9 +7,9 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __name__ != "kernels":
-    from .add_group_norm_silu import add_group_norm_silu
-    from .add_layer_norm import add_layer_norm
-    from .attention import attention
+    from .add_group_norm_silu import add_group_norm_silu as add_group_norm_silu
+    from .add_layer_norm import add_layer_norm as add_layer_norm
+    from .attention import attention as attention
     from .choose import (
         BACKENDS,
         OPS,
@@ -24,15 +24,15 @@ if TYPE_CHECKING or __name__ != "kernels":
         record_backends,
         selected_backend,
     )
-    from .geglu import geglu
-    from .group_norm_silu import group_norm_silu
-    from .layer_norm import layer_norm
+    from .geglu import geglu as geglu
+    from .group_norm_silu import group_norm_silu as group_norm_silu
+    from .layer_norm import layer_norm as layer_norm
     from .op import Op, Work
     from .philox_normal import int64_bits, philox4x32, philox_normal
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
     from .sampler_step import COLUMNS, sampler_step
 
-    # a folder is an op: those that are not named above are found
+    # "as" exports a name to type checkers; a folder is an op: those not named above are found
     for _room in iter_modules(__path__):
         if _room.ispkg:
             import_module(f"{__name__}.{_room.name}")
@@ -67,23 +67,15 @@ __all__ = [
     "Op",
     "Stream",
     "Work",
-    "add_group_norm_silu",
-    "add_layer_norm",
-    "attention",
     "available",
     "backend",
     "checkpoint_contexts",
     "explain",
-    "geglu",
-    "group_norm_silu",
     "int64_bits",
-    "layer_norm",
     "philox4x32",
     "philox_normal",
     "record_backends",
     "sampler_step",
     "selected_backend",
 ]
-
-if __name__ != "kernels":
-    __all__ += [name for name in OPS if name not in __all__]
+__all__ += [name for name in globals().get("OPS", ()) if name not in __all__]

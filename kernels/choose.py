@@ -357,8 +357,7 @@ def traced_choice() -> tuple[str, ...]:
 
     Graphs that are kept for later runs have it in their keys.
     """
-    forced = _traced.reference, _traced.kernel, _traced.any
-    return _from_environment(), *map(str, forced)
+    return tuple(map(str, (_from_environment(), _traced.reference, _traced.kernel, _traced.any)))
 
 
 def _from_environment() -> str:
