@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,13 @@ RECIPE_KEY = "fastdiff"
 
 MAX_SIDE = 65_535
 """Longest side of a picture that is resized to be read: JPEG's limit."""
+
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
+    *("DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "PingFang.ttc"),  # macOS
+    *("arial.ttf", "msyh.ttc", "msgothic.ttc", "malgun.ttf", "seguisym.ttf"),  # Windows
+)
+"""Fonts with many letters, by the names of their files; which of them there are is the system's."""
 
 # Garbled files make Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error (WebP),
 # RuntimeError (AVIF), NotImplementedError (DDS), AttributeError (SPIDER) and more: whatever it is,
@@ -211,7 +219,12 @@ def contact_sheet(
     factor = max(1, math.ceil(cell / max(images.shape[2:])))
     height, width = (edge * factor for edge in images.shape[2:])
     gap, margin = max(4, height // 16), max(16, height // 4)
-    font, small, large = (ImageFont.load_default(size) for size in (20, 14, 26))
+    texts = [title or "", caption or "", *(row_labels or ()), *(column_labels or ())]
+    (font, small, large), show = fonts_for("".join(texts), (20, 14, 26))
+    title, caption = title and show(title), caption and show(caption)
+    row_labels, column_labels = (
+        labels and [show(label) for label in labels] for labels in (row_labels, column_labels)
+    )
 
     left = margin + max(
         (math.ceil(font.getlength(t)) + margin // 2 for t in row_labels or ()), default=0
@@ -219,8 +232,8 @@ def contact_sheet(
     top = margin + (44 if title else 0) + (26 if column_labels else 0)
     right = left + columns * width + (columns - 1) * gap
     bottom = top + rows * height + (rows - 1) * gap
-    texts = [(title, large), (caption, small)]
-    needed = max((math.ceil(f.getlength(t)) + 2 * margin for t, f in texts if t), default=0)
+    lines = [(title, large), (caption, small)]
+    needed = max((math.ceil(f.getlength(t)) + 2 * margin for t, f in lines if t), default=0)
     size = (max(right + margin, needed), bottom + margin + (22 if caption else 0))
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -241,6 +254,55 @@ def contact_sheet(
         sheet.paste(to_pil(image).resize((width, height), method), (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
     return sheet
+
+
+def fonts_for(
+    text: str, sizes: Sequence[int]
+) -> tuple[list[ImageFont.FreeTypeFont], Callable[[str], str]]:
+    """A font in some sizes that has the letters of `text`, and a function for what is drawn in it.
+
+    Pillow's own font where it suffices; otherwise whichever of `FONTS` is installed and has most of
+    the letters. The function writes letters that none has as escapes, as
+    in ``\\u65e5``, since a row of equal boxes would say nothing.
+    """
+    best = ImageFont.load_default(20)
+    assert isinstance(best, ImageFont.FreeTypeFont), "Pillow is built without FreeType"
+    missing = _without_glyph(best, text)
+    for name in _font_files():
+        if not missing:
+            break
+        try:
+            font = ImageFont.truetype(name, 20)
+        except OSError:
+            continue
+        if len(left := _without_glyph(font, text)) < len(missing):
+            best, missing = font, left
+
+    def show(line: str) -> str:
+        return "".join(
+            c.encode("unicode_escape", "surrogatepass").decode() if c in missing else c
+            for c in line
+        )
+
+    return [best.font_variant(size=size) for size in sizes], show
+
+
+@functools.cache
+def _font_files() -> tuple[str, ...]:
+    """Where fonts may be: in matplotlib, if it is installed, and where the system has them."""
+    found = importlib.util.find_spec("matplotlib")
+    folder = Path(found.origin).parent / "mpl-data/fonts/ttf" if found and found.origin else None
+    return (*([str(folder / "DejaVuSans.ttf")] if folder else []), *FONTS)
+
+
+def _without_glyph(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
+    """The letters that the font draws as it draws a character that does not exist."""
+
+    def drawn(letter: str) -> tuple[tuple[float, ...], bytes]:
+        return font.getbbox(letter), bytes(font.getmask(letter))
+
+    nothing = drawn("\uffff")
+    return {c for c in set(text) if not c.isspace() and drawn(c) == nothing}
 
 
 def open_flat(source: Path | bytes, background: tuple[int, int, int]) -> Image.Image:

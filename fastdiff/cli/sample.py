@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -116,7 +117,7 @@ def file_names(names: dict[int | None, str], labels: Sequence[int | None]) -> di
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "-", name)
+    return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", name))
 
 
 def _classes(job: ClassJob) -> dict[str, tuple[str, ...]]:

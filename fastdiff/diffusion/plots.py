@@ -25,7 +25,7 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
 
     Four panels over the network evaluations: noise level sigma / alpha; length of the step in
     log(sigma / alpha); weight b of the new estimate D and, hollow, the sum of the history's
-    weights; fresh noise s. Samplers with the same rows share one line.
+    weights; fresh noise s, where there is any. Samplers with the same rows share one line.
 
     Args:
         tables: what to draw, at least one.
@@ -58,6 +58,10 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
         }
         _draw(panels, table, style)
     _caption(panels)
+    if not any(_adds_noise(table) for table in tables):
+        panels[0, 1].set_xlabel(panels[1, 1].get_xlabel())
+        panels[0, 1].tick_params(labelbottom=True)
+        panels[1, 1].remove()
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
     with atomic_file(path) as temporary:
@@ -74,8 +78,12 @@ def _draw(panels: Any, table: SamplerTable, style: dict[str, Any]) -> None:
     used = history != 0
     hollow = {**style, "linestyle": "none", "markerfacecolor": "none", "markersize": 5}
     panels[1, 0].plot(torch.arange(1, len(table) + 1)[used], history[used], **hollow)
-    if bool((table.column("S") != 0).any()):
+    if _adds_noise(table):
         panels[1, 1].plot(evaluation, table.column("S"), **style)
+
+
+def _adds_noise(table: SamplerTable) -> bool:
+    return bool((table.column("S") != 0).any())
 
 
 def step_lengths(table: SamplerTable) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,19 @@ def test_plot(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("name", "noise"), [("ddim", False), ("ddpm", True)])
+def test_a_panel_without_noise_is_left_out(
+    tmp_path: Path, name: str, noise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text stays text
+    plot_tables([build_table(name, SCHEDULE, 6)], tmp_path / "table.svg")
+    drawn = (tmp_path / "table.svg").read_text()
+    assert ("Fresh noise" in drawn) == noise
+    assert "Weight b of the new estimate" in drawn
+    assert drawn.count("network evaluation<") >= 2  # below each column
+
+
 def test_equal_tables_share_a_line() -> None:
     names = ["ddim", "heun", "euler", "ddpm", "euler-ancestral"]
     groups = _distinct([build_table(name, SCHEDULE, 6) for name in names])

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
+from fastdiff import images as images_module
 from fastdiff.images import (
     contact_sheet,
+    fonts_for,
     read_image,
     read_mask,
     read_recipe,
@@ -118,6 +120,26 @@ def test_a_contact_sheet_shows_each_image_enlarged_in_its_place() -> None:
     # The labels are drawn: there is ink left of the first image, on both rows.
     for y, x in (centres[0], centres[3]):
         assert (pixels[y - 15 : y + 15, : x - 50] < 100).any()
+
+
+def test_labels_are_drawn_in_a_font_that_has_their_letters() -> None:
+    pytest.importorskip("matplotlib", reason="DejaVu comes with it")
+    (font, small), show = fonts_for("ünï tri, Ж, Ω", (20, 14))
+    boxes = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != boxes for letter in "ünïЖΩ")
+    assert len({bytes(font.getmask(letter)) for letter in "ünïЖΩ"}) == 5
+    assert (small.size, show("ünï tri")) == (14, "ünï tri")
+    (plain,), _ = fonts_for("digits", (20,))
+    assert plain.getname() == ImageFont.load_default(20).getname()
+
+
+def test_letters_that_no_font_has_are_written_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "_font_files", lambda: ("nowhere.ttf",))
+    _, show = fonts_for("cat 日", (20,))
+    assert show("cat 日") == r"cat \u65e5"
+    sheet = contact_sheet(ramp().expand(1, 1, 5, 7), ["日"], title="日")
+    escaped = contact_sheet(ramp().expand(1, 1, 5, 7), [r"\u65e5"], title=r"\u65e5")
+    assert sheet.tobytes() == escaped.tobytes()
 
 
 def test_a_contact_sheet_refuses_labels_that_do_not_fit() -> None:
