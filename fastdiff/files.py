@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -30,12 +31,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to; it is renamed to ``path`` when the block ends well.
 
     The parent folder is made if it is missing.
 
+    new: never replace a file, whoever wrote it and when.
+
     Raises:
+        FileExistsError: with `new`, there is such a file at the end of the block.
         OSError: the file cannot be written; says so in one line when the disk is full.
     """
     path = Path(path)
@@ -45,7 +49,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             try:
                 yield temporary
                 _sync(temporary)
-                os.replace(temporary, path)
+                (_rename_to_new if new else os.replace)(temporary, path)
                 _sync(path.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -97,6 +101,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write ``data`` to ``path`` as indented JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """``cat.png``, ``cat-2.png``, ``cat-3.png`` and so on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def printable(text: str, limit: int = 80) -> str:
@@ -196,6 +207,19 @@ def _is_in_use(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
 
 
 def _umask() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -24,7 +26,7 @@ from PIL import (
 )
 from torch import Tensor
 
-from fastdiff.files import atomic_file
+from fastdiff.files import atomic_file, numbered
 
 RECIPE_KEY = "fastdiff"
 """Name of the PNG text chunk that holds the recipe."""
@@ -136,21 +138,55 @@ def save_png(
     path: str | os.PathLike[str],
     image: Tensor | Image.Image,
     recipe: Mapping[str, Any] | None = None,
+    *,
+    new: bool = False,
 ) -> None:
     """Write a PNG, atomically, with the recipe as JSON in its text chunk ``fastdiff``.
 
     image: (1 or 3, H, W) in [-1, 1], or a Pillow image.
+    new: never replace a file.
 
     Raises:
         ValueError: the image has another shape or is not finite.
+        FileExistsError: with `new`, there is such a file.
         OSError: the file cannot be written.
     """
     picture = image if isinstance(image, Image.Image) else to_pil(image)
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(RECIPE_KEY, json.dumps(dict(recipe), sort_keys=True))  # ASCII: fits tEXt
-    with atomic_file(path) as temporary:
+    with atomic_file(path, new=new) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def add_png(path: Path, image: Tensor | Image.Image, recipe: Mapping[str, Any]) -> Path:
+    """Write a PNG and no file over: to ``cat.png`` if it is free, else to ``cat-2.png`` and so on.
+
+    A picture of the same recipe is not written again. Returns where it lies; other arguments and
+    errors as :func:`save_png`.
+    """
+    for place in numbered(path):
+        with contextlib.suppress(FileExistsError):  # another process was faster: see what it wrote
+            if not os.path.lexists(place):
+                save_png(place, image, recipe, new=True)
+                return place
+        if has_recipe(place, recipe):
+            return place
+    raise AssertionError("numbers do not end")
+
+
+def find_png(path: Path, recipe: Mapping[str, Any]) -> Path | None:
+    """Where :func:`add_png` would find a picture of this recipe."""
+    there = itertools.takewhile(os.path.lexists, numbered(path))
+    return next((place for place in there if has_recipe(place, recipe)), None)
+
+
+def has_recipe(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether a file is a PNG of this very recipe."""
+    try:
+        return read_recipe(path) == json.loads(json.dumps(dict(recipe)))
+    except (OSError, ValueError):
+        return False
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -92,9 +92,10 @@ def test_txt2img_writes_images_and_makes_one_again(run: Run) -> None:
     assert code == 1
     assert "NOT identical" in out
     assert "pixels were changed" in out
+    before = Path(f"out/{stem}6.png").read_bytes()
     code, out, err = run(f"txt2img --like out/{stem}6.png --steps 2")
-    assert (code, out) == (2, "")
-    assert f"out/{stem}6.png would be written over; give another --out" in err
+    assert (code, out.splitlines()[0]) == (0, f"out/{stem}6-2.png")
+    assert Path(f"out/{stem}6.png").read_bytes() == before
     code, out, err = run(f"txt2img --like out/{stem}6.png --out other --seed 9")
     assert (code, "compared" in out) == (0, False)
     assert Path(f"other/{stem}9.png").exists()
@@ -162,6 +163,34 @@ def test_like_makes_edited_images_again(run: Run, command: str) -> None:
     )
 
 
+def test_nothing_is_written_over_and_nothing_made_twice(run: Run) -> None:
+    """Prompts with one file name, other settings, and the same again."""
+    lines = (
+        f'txt2img "a cat!" --model sd1 --count 2 {FAST}',
+        f'txt2img "A: cat?" --model sd1 --count 2 {FAST} --guidance-scale 3',
+        f'txt2img "a cat!" --model sd1 --count 2 {FAST} --sampler heun',
+    )
+    for line in lines:
+        assert run(line)[0] == 0
+    made = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    stems = [f"a-cat-seed{seed}" for seed in (0, 1)] + ["sheet"]
+    assert set(made) == {f"{stem}{end}.png" for stem in stems for end in ("", "-2", "-3")}
+    assert len(set(made.values())) == 9
+    for number, line in enumerate(lines, start=1):
+        code, out, err = run(line)
+        assert (code, err) == (0, "")
+        end = "" if number == 1 else f"-{number}"
+        assert out.splitlines() == [
+            f"out/a-cat-seed1{end}.png",
+            "2 of 2 exist, made with this very recipe before",
+        ]
+    Path("out/a-cat-seed0-2.png").unlink()
+    code, out, err = run(lines[1])  # one of two is there
+    assert (code, err) == (0, "")
+    assert re.search(r"kept +1 of them, made with this very recipe before", out)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == made
+
+
 def test_inputs_are_never_written_over(run: Run) -> None:
     assert run(f"img2img cat --image photo.png --model sd1 {FAST}")[0] == 0
     before = Path("out/cat-seed0.png").read_bytes()
@@ -170,10 +199,11 @@ def test_inputs_are_never_written_over(run: Run) -> None:
         "img2img cat --image out/../out/cat-seed0.png --seed 0 --count 2",
         "inpaint cat --image photo.png --mask out/cat-seed0.png",
     ):
-        code, out, err = run(f"{line} --model sd1 {FAST}")
-        assert (code, out) == (2, "")
-        assert "cat-seed0.png would be written over" in err
+        assert run(f"{line} --model sd1 {FAST}")[0] == 0
         assert Path("out/cat-seed0.png").read_bytes() == before
+    assert {path.name for path in Path("out").glob("cat-seed0*")} == {
+        *("cat-seed0.png", "cat-seed0-2.png", "cat-seed0-3.png", "cat-seed0-4.png")
+    }
     Path("out/preview.png").write_bytes(before)
     line = f"img2img cat --image out/preview.png --model sd1 --seed 5 {FAST}"
     assert "preview.png would be written over" in run(f"{line} --preview")[2]

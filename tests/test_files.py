@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from fastdiff.files import (
     atomic_file,
     atomic_folder,
+    numbered,
     printable,
     remove_leftovers,
     write_json,
@@ -156,6 +158,30 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         other.kill()
     remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_new_file_replaces_none(tmp_path: Path) -> None:
+    """Not one that another process has written meanwhile either."""
+    target = tmp_path / "a.png"
+    with atomic_file(target, new=True) as temporary:
+        temporary.write_text("first")
+    with pytest.raises(FileExistsError), atomic_file(target, new=True) as temporary:
+        temporary.write_text("second")
+    assert target.read_text() == "first"
+    assert listing(tmp_path) == ["a.png"]
+    assert [p.name for p in itertools.islice(numbered(target), 3)] == [
+        *("a.png", "a-2.png", "a-3.png")
+    ]
+
+
+def test_where_there_are_no_hard_links_a_new_file_replaces_none_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, to: Path) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    test_a_new_file_replaces_none(tmp_path)
 
 
 def test_text_from_files_is_printable() -> None:

@@ -118,21 +118,69 @@ def run(
             models = _load(options, refiner, device=device, dtype=dtype)
         wanted = want(Facts.of(models[0]))
         check_room(out, wanted.total)
-        paths = [out / f"{stem}.png" for stem, _ in wanted]
-        if again is not None:
-            paths = [out / f"{again.path.stem}-again.png"]
-        _keep([*inputs, *([original.path] if original else [])], paths, options)
-        shown, last = _make(options, wanted, paths, models, work.clock)
+        if options.output.preview:
+            _keep([*inputs, *([original.path] if original else [])], out / PREVIEW)
+        plan = _Plan(options, wanted, models, again)
+        if len(plan.there) == wanted.total:
+            print(plan.there[wanted.total - 1])
+            print(f"{wanted.total:,} of {wanted.total:,} exist, made with this very recipe before")
+            return 0
+        path, shown, last = _make(options, plan, models, work.clock)
         code, compared = 0, list[tuple[str, str]]()
         if again is not None:
-            code, text = again.compared(last.image, recipe_of(options, last))
+            code, text = again.compared(last.image, recipe_of(options, last.recipe))
             compared = [("compared", text)]
         if wanted.total > 1:
-            paths.append(out / SHEET)
             with work.clock("write"):
-                report.save_sheet(paths[-1], shown, wanted, recipe_of(options, last), last)
-    report.summary(paths[-1], wanted, last, [*compared, *work.report()])
+                recipe = recipe_of(options, last.recipe)
+                path = report.save_sheet(out / SHEET, shown, wanted, recipe, last)
+    report.summary(path, wanted, last, len(plan.there), [*compared, *work.report()])
     return code
+
+
+class _Plan:
+    """Where each image goes, and which are there already: no file is written over, or made twice.
+
+    Attributes:
+        paths: of the images, in order; where one is taken by another image, a number is added.
+        there: number of an image -> the file that was made with its very recipe.
+    """
+
+    def __init__(
+        self,
+        options: Command,
+        wanted: Wanted,
+        models: tuple[Model, Model | None],
+        again: Original | None,
+    ) -> None:
+        out = options.output.out
+        self.wanted = wanted
+        self.paths = [out / f"{stem}.png" for stem, _ in wanted]
+        self.there: dict[int, Path] = {}
+        if again is not None:  # to be compared, it is made again
+            self.paths = [out / f"{again.path.stem}-again.png"]
+            return
+        for number, (path, (_, job)) in enumerate(zip(self.paths, wanted, strict=True)):
+            if path.exists() and (place := _find(path, options, job, models)) is not None:
+                self.there[number] = place
+
+    def jobs(self) -> Iterator[Job]:
+        """Of the images that are not there."""
+        return (job for number, (_, job) in enumerate(self.wanted) if number not in self.there)
+
+
+def _find(
+    path: Path, options: Command, job: Job, models: tuple[Model, Model | None]
+) -> Path | None:
+    from fastdiff.generate.facts import check
+    from fastdiff.generate.recipe import write_recipe
+    from fastdiff.generate.session import Session
+    from fastdiff.images import find_png
+
+    session = Session.of(models[0])
+    refiner = None if models[1] is None else Session.of(models[1])
+    recipe = write_recipe(check(job, session.facts), session, refiner)
+    return find_png(path, recipe_of(options, recipe))
 
 
 def _load(options: Command, refiner: Path | None, **machine: Any) -> tuple[Model, Model | None]:
@@ -144,30 +192,24 @@ def _load(options: Command, refiner: Path | None, **machine: Any) -> tuple[Model
     return model, load(refiner, tokenizer=options.load.tokenizer[-1:] or None, **machine)
 
 
-def _keep(inputs: Sequence[Path], paths: Sequence[Path], options: Command) -> None:
-    """Raise ValueError if an input would be written over."""
-    out = options.output.out
-    written = {path.resolve() for path in paths}
-    if len(paths) > 1:
-        written.add((out / SHEET).resolve())
-    if options.output.preview:
-        written.add((out / PREVIEW).resolve())
+def _keep(inputs: Sequence[Path], preview: Path) -> None:
+    """Raise ValueError if an input would be replaced by the preview, which is written over."""
     for path in inputs:
-        if path.resolve() in written:
-            raise ValueError(f"{path} would be written over; give another --out")
+        if path.resolve() == preview.resolve():
+            raise ValueError(f"{path} would be written over by the preview; give another --out")
 
 
 def _make(
     options: Command,
-    wanted: Wanted,
-    paths: Sequence[Path],
+    plan: _Plan,
     models: tuple[Model, Model | None],
     clock: Clock,
-) -> tuple[list[Tensor], Result]:
-    """Make and write the images as they come; returns those of the sheet, and the last result."""
+) -> tuple[Path, list[Tensor], Result]:
+    """Make and write the images as they come; returns the last one's file, the images of the sheet,
+    and the last result."""
     from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS, preview_writer
     from fastdiff.generate.run import generate
-    from fastdiff.images import save_png
+    from fastdiff.images import add_png, read_image
 
     (model, refiner), out = models, options.output.out
     preview = preview_writer(model, out / PREVIEW) if options.output.preview else None
@@ -175,25 +217,31 @@ def _make(
     with progress("sampling") as tell:
         results = generate(
             model,
-            (job for _, job in wanted),
+            plan.jobs(),
             refiner=refiner,
             progress=tell,
             on_step=preview,
             clock=clock,
-            expected=wanted.total,
+            expected=plan.wanted.total - len(plan.there),
         )
-        for number, (path, result) in enumerate(zip(paths, results, strict=True)):
-            row, column = divmod(number, len(wanted.columns))
+        for number, place in enumerate(plan.paths):
+            row, column = divmod(number, len(plan.wanted.columns))
+            if number in plan.there:
+                path = plan.there[number]
+                image = read_image(path) * 2 - 1
+            else:
+                result = next(results)
+                image = result.image
+                with clock("write"):
+                    path = add_png(place, image, recipe_of(options, result.recipe))
             if row < SHEET_ROWS and column < SHEET_COLUMNS:
-                shown.append(result.image)
-            with clock("write"):
-                save_png(path, result.image, recipe_of(options, result))
-    return shown, result
+                shown.append(image)
+    return path, shown, result
 
 
-def recipe_of(options: Command, result: Result) -> dict[str, Any]:
-    """A result's recipe with what the model was loaded with."""
-    return {**result.recipe, "load": options.load.recorded}
+def recipe_of(options: Command, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's recipe with what the model was loaded with."""
+    return {**recipe, "load": options.load.recorded}
 
 
 def file_stem(prompt: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -64,8 +64,9 @@ def run(options: Reconstruct) -> int:
     import torch
 
     from fastdiff.checkpoint.open import load
+    from fastdiff.generate.recipe import identity
     from fastdiff.generate.reconstruction import reconstruct, ssim
-    from fastdiff.images import contact_sheet, save_png
+    from fastdiff.images import add_png, contact_sheet
 
     device, dtype = device_and_dtype(options.compute)
     said = replace(options.load, text_encoders=False)
@@ -82,7 +83,7 @@ def run(options: Reconstruct) -> int:
                     f"{model.path} does not say how large its images are; give --image-size, or "
                     "the folder of the whole model"
                 )
-            images, names = _read(options.images, model.image_size, model.image_channels)
+            images, files = _read(options.images, model.image_size, model.image_channels)
         with work.clock("reconstruct"):
             result = reconstruct(model.autoencoder, images, batch=options.batch)
         recipe = {"model": model.name, "weights": model.weights_hash}
@@ -91,17 +92,18 @@ def run(options: Reconstruct) -> int:
         told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
         similar = _similarity(images, result.images, ssim)
         with work.clock("write"):
-            for name, image in zip(names, result.images, strict=False):
-                path = options.out / f"{name}-reconstructed.png"
-                save_png(path, image, {**recipe, "reconstruction_of": name})
+            for file, image in zip(files, result.images, strict=False):
+                of = {"reconstruction_of": identity(file)}
+                add_png(options.out / f"{file.stem}-reconstructed.png", image, {**recipe, **of})
             sheet = contact_sheet(
                 torch.cat([images[:count], result.images[:count]]),
                 ["original", "decoded"],
                 title=model.name,
                 caption=f"{told} over {len(images)} images, latents {latents}",
             )
-            save_png(options.out / SHEET, sheet, recipe)
-    print(options.out / SHEET)
+            shown: list[Any] = [identity(file) for file in files] or list(map(str, options.images))
+            path = add_png(options.out / SHEET, sheet, {**recipe, "reconstructions_of": shown})
+    print(path)
     shape = " x ".join(map(str, images.shape[1:]))
     ratio = images[0].numel() / torch.Size(result.latent_shape).numel()
     print_pairs(
@@ -129,8 +131,8 @@ def _similarity(images: Tensor, back: Tensor, ssim: Callable[[Tensor, Tensor], T
     return f"{values.mean():.4f} on average, {values.min():.4f} at worst"
 
 
-def _read(paths: Sequence[Path], image_size: int, image_channels: int) -> tuple[Tensor, list[str]]:
-    """Images (N, C, H, W) at the model's size, and the names of those given one by one."""
+def _read(paths: Sequence[Path], image_size: int, image_channels: int) -> tuple[Tensor, list[Path]]:
+    """Images (N, C, H, W) at the model's size, and the files of those given one by one."""
     import torch
 
     from fastdiff.data import DataConfig, open_dataset
@@ -162,6 +164,4 @@ def _read(paths: Sequence[Path], image_size: int, image_channels: int) -> tuple[
         except UNREADABLE as error:
             raise ValueError(f"{path} cannot be read: {reason(error)}") from error
         images.append(torch.tensor(pixels))
-    stems = [path.stem for path in paths]
-    names = [f"{n}-{s}" if stems.count(s) > 1 else s for n, s in enumerate(stems)]
-    return to_float(torch.stack(images)), names
+    return to_float(torch.stack(images)), list(paths)

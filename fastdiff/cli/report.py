@@ -14,7 +14,7 @@ from fastdiff.cli.console import about_files, print_pairs
 from fastdiff.generate.job import first_step
 from fastdiff.generate.run import Result
 from fastdiff.generate.session import Session
-from fastdiff.images import contact_sheet, save_png
+from fastdiff.images import add_png, contact_sheet, save_png
 
 if TYPE_CHECKING:
     from fastdiff.cli.pictures import Wanted
@@ -27,16 +27,19 @@ OF_A_COLUMN = ("seed", "label", "at")
 """Of a job, what differs between the images of a sheet."""
 
 
-def summary(path: Path, wanted: Wanted, last: Result, more: Sequence[tuple[str, str]]) -> None:
+def summary(
+    path: Path, wanted: Wanted, last: Result, kept: int, more: Sequence[tuple[str, str]]
+) -> None:
     """Print the last file's path and what was made, with what.
 
-    more: lines for the end.
+    kept: images that were there already. more: lines for the end.
     """
     model = last.session.model
     print(path)
     print_pairs(
         [
             ("images", f"{wanted.total:,} of {_made_by(last)}"),
+            *([("kept", f"{kept:,} of them, made with this very recipe before")] if kept else []),
             ("weights", model.weights_hash[:12]),
             *about_files(model),
             *more,
@@ -57,11 +60,11 @@ def preview_writer(model: Model, path: Path) -> OnStep:
 
 def save_sheet(
     path: Path, images: Sequence[Tensor], wanted: Wanted, recipe: dict[str, Any], last: Result
-) -> None:
+) -> Path:
     """A row per name and a column per seed or frame; of one column, or one name, the others share
     rows.
 
-    recipe: of the last image.
+    recipe: of the last image. Returns where the sheet was written: `path`, or beside it.
     """
     names, columns = wanted.names[:SHEET_ROWS], wanted.columns[:SHEET_COLUMNS]
     labels = [f"{wanted.column} {at}" for at in columns]
@@ -81,7 +84,7 @@ def save_sheet(
     job = {key: value for key, value in recipe["job"].items() if key not in OF_A_COLUMN}
     rest = {key: value for key, value in recipe.items() if key != "job"}
     kept = {"names": list(wanted.names[:SHEET_ROWS]), f"{wanted.column}s": list(columns)}
-    save_png(path, sheet, {**rest, "of": job, **kept})
+    return add_png(path, sheet, {**rest, "of": job, **kept})
 
 
 def _made_by(result: Result) -> str:
