@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastdiff.files import printable
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -158,6 +159,21 @@ class Weights:
         self.checked.add((place.path, record.offset))
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the first values of parameters.
+
+    On the meta device PyTorch fills an embedding through its decompositions, whose import takes
+    Dynamo along: more than a second in every command.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
@@ -175,7 +191,7 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
             "use the weights that belong to this config"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             if isinstance(config, tuple):
                 return nn.Embedding(*config)
             if isinstance(config, AutoencoderConfig):

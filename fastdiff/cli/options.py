@@ -145,7 +145,7 @@ class Output:
     """What a command writes, and the picture that it starts from."""
 
     out: Path = Path("out")
-    """Folder for the images; made if it is missing."""
+    """Folder for the images; made if it is missing. No picture in it is written over."""
     preview: bool = False
     """Write out/preview.png after each step: a cheap look at what is being made."""
     like: OptionalPath = None

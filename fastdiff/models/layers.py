@@ -52,12 +52,9 @@ def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> T
         (N, dim) fp32.
     """
     half = dim // 2
+    spread = half if kind == "openai" else half - 1
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    if kind == "openai":
-        exponent = -math.log(10000) * index / half
-    else:
-        exponent = index * -(math.log(10000) / (half - 1))
-    angles = t.float()[:, None] * torch.exp(exponent)[None]
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if kind == "openai" else [sin, cos], dim=1)
 

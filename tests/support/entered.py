@@ -85,5 +85,7 @@ def files_of_sample(options: Sequence[str] = ()) -> tuple[list[str], str | None]
 
 if __name__ == "__main__":
     found, op = files_of_sample(sys.argv[1:])
+    if "torch._dynamo" in sys.modules:
+        print("the command imports torch._dynamo, which takes over a second")
     print("\n".join(found))
     print(f"{len(found)} files to {op}")
