@@ -281,9 +281,7 @@ def traces_reference(op: Choosable, args: tuple[Any, ...]) -> bool:
     """
     if _traced.reference:
         return True
-    asked = _from_environment()
-    if asked != "auto" and _traced.any:
-        asked = "auto"
+    asked = "auto" if _traced.any else _from_environment()
     found = _first_of(op, args)
     if asked != "reference" and found is not None and found.name != "reference":
         return False
@@ -400,14 +398,17 @@ def backend(name: str) -> Iterator[None]:
 @contextmanager
 def _forcing(name: str | None) -> Iterator[None]:
     token = _forced.set(name)
-    before = _traced.any, _traced.reference, _traced.kernel
-    _traced.any, _traced.reference = name is not None, name == "reference"
-    _traced.kernel = name not in (None, "reference", "auto")
+    _tell_graphs(name)
     try:
         yield
     finally:
         _forced.reset(token)
-        _traced.any, _traced.reference, _traced.kernel = before
+        _tell_graphs(_forced.get())  # asyncio tasks may leave in another order than they came
+
+
+def _tell_graphs(name: str | None) -> None:
+    _traced.any, _traced.reference = name is not None, name == "reference"
+    _traced.kernel = name not in (None, "reference", "auto")
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

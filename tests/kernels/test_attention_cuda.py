@@ -15,7 +15,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.resources import cuda as cuda_resources
 from fastdiff import kernels
 from fastdiff.kernels import attention
 from fastdiff.kernels import triton as _triton
@@ -355,6 +354,10 @@ def test_it_indexes_with_64_bits() -> None:
 def test_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel multiplies on the matrix unit, from ldmatrix, from asynchronous copies. After
     `make build` nothing is compiled for it."""
+    from benchmarks.resources import (
+        cuda as cuda_resources,  # not where a GPU is lent: it takes tyro
+    )
+
     if _triton.triton is None:
         pytest.skip("cuobjdump comes with triton, which is not installed")
     tool = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

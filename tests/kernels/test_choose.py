@@ -247,7 +247,9 @@ def test_tasks_do_not_see_each_other() -> None:
     async def both() -> list[str]:
         return await asyncio.gather(task("cpu"), task("triton"))
 
+    before = choose.traced_choice()
     assert asyncio.run(both()) == ["cpu", "triton"]
+    assert choose.traced_choice() == before, "graphs are told of a backend that nobody forces"
 
 
 def test_explain_prints_the_choice_and_the_reasons(op: Probe) -> None:
