@@ -36,8 +36,7 @@ if TYPE_CHECKING or __name__ != "kernels":
     for _room in iter_modules(__path__):
         if _room.ispkg:
             import_module(f"{__name__}.{_room.name}")
-    for _name, _op in OPS.items():
-        globals()[_name] = _op.public
+    globals().update({_name: _op.public for _name, _op in OPS.items()})
 else:
     # In a checkout's root this folder can be seen as a top-level `kernels`, a name that belongs to
     # another project and that transformers probes by importing it. So the import is let pass,

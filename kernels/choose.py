@@ -281,7 +281,9 @@ def traces_reference(op: Choosable, args: tuple[Any, ...]) -> bool:
     """
     if _traced.reference:
         return True
-    asked = "auto" if _traced.any else _from_environment()
+    asked = _from_environment()
+    if asked != "auto" and _traced.any:  # in this order: what is read here, Dynamo guards on
+        asked = "auto"
     found = _first_of(op, args)
     if asked != "reference" and found is not None and found.name != "reference":
         return False
