@@ -82,6 +82,8 @@ def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
     expected = {f"fastdiff/{path.relative_to(ROOT)}" for path in sources}
     assert shipped - compiled == expected | reason
     assert "fastdiff/py.typed" in names
+    rooms = {str(path.relative_to(ROOT)) for path in (ROOT / "fastdiff").rglob("*.py")}
+    assert {name for name in rooms if not name.startswith("fastdiff/kernels/")} <= set(names)
 
 
 def build_in_place(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
