@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RECORDS
+from benchmarks.networks.call import filled
 from fastdiff.bench import shapes
 from fastdiff.bench.providers import import_diffusers
 from fastdiff.bench.record import END_TO_END, Record, quartiles_of
@@ -60,14 +61,7 @@ def peer_of(build: Callable[[], nn.Module]) -> Any:
     """A diffusers module with random weights that keep the activations' size."""
     with torch.device("meta"):
         module = build()
-    module = module.to_empty(device="cpu").eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.fill_(float(name.endswith("weight")))
-    return module
+    return filled(module)
 
 
 def sharing(module: nn.Module, build: Callable[[], nn.Module]) -> Any:

@@ -30,7 +30,7 @@ def first(*places: str) -> Any:
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
-    """With random weights that keep the activations' size, as `runtime.prepare` leaves it."""
+    """On the CPU, with random weights that keep the activations' size."""
     module = module.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
@@ -38,6 +38,12 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
             parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.fill_(float(name.endswith("weight")))
+    return module
+
+
+def prepared(module: torch.nn.Module) -> torch.nn.Module:
+    """`filled`, as `runtime.prepare` leaves it."""
+    filled(module)
     prepare = first("fastdiff.runtime.prepare:prepare", "fastdiff.runtime:prepare")
     prepare(module)
     return module
@@ -48,7 +54,7 @@ def unet() -> Callable[[], Any]:
     presets = first("fastdiff.models.presets:UNETS", "fastdiff.presets:UNETS")
     with torch.device("meta"):
         network = import_module("fastdiff.models.unet").UNet(presets["sd1"])
-    module: Any = filled(network)
+    module: Any = prepared(network)
     x, t, context = torch.randn(1, 4, 32, 32), torch.tensor([500.0]), torch.randn(1, 77, 768)
     return lambda: module(x, t, context=context)
 
@@ -58,7 +64,7 @@ def decoder() -> Callable[[], Any]:
     presets = first("fastdiff.models.presets:AUTOENCODERS", "fastdiff.presets:AUTOENCODERS")
     with torch.device("meta"):
         network = import_module("fastdiff.models.autoencoder").Autoencoder(presets["kl-f8"])
-    module: Any = filled(network)
+    module: Any = prepared(network)
     z = torch.randn(1, 4, 32, 32)
     return lambda: module.decode(z)
 

@@ -18,6 +18,7 @@ from fastdiff.checkpoint.formats.safetensors import header_fits, read_safetensor
 from fastdiff.checkpoint.weights import Place, Weights, read_json, some
 
 _CONVERT = "write the weights as safetensors with the program that made it"
+_PAGE = ("a web page", "the address wants a login or another link: fetch the file again")
 KNOWN = {
     b"GGUF": ("GGUF", "fetch the safetensors of the model instead"),
     b"\x89HDF": ("HDF5, as Keras writes", _CONVERT),
@@ -25,9 +26,9 @@ KNOWN = {
     b"(dp": ("a pickle in text form", _CONVERT),
     b"(lp": ("a pickle in text form", _CONVERT),
     b"version ": ("a Git LFS pointer, not the file", "run git lfs pull where it was cloned"),
-    b"<!DOCTYP": ("a web page", "the address wants a login or another link: fetch the file again"),
-    b"<html": ("a web page", "the address wants a login or another link: fetch the file again"),
-    b"<!doctyp": ("a web page", "the address wants a login or another link: fetch the file again"),
+    b"<!DOCTYP": _PAGE,
+    b"<html": _PAGE,
+    b"<!doctyp": _PAGE,
 }
 """How files begin that people give instead -> what they are, and what to do."""
 
