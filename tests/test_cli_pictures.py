@@ -306,7 +306,7 @@ MISTAKES = {
     "txt2img cat --model sd1 --seed -1": "seed must be a whole number from 0 to 2**64 - 1",
     "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
     "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
-    "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
+    "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must be in [0, 1], got 2",
     "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must lie within 100",
     "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "has no negative prompt",
     "txt2img cat --model sd1 --upscale 0.5": "scale must lie in 1 to 16, got 0.5",
