@@ -354,7 +354,7 @@ MISTAKES = {
     "img2img --image photo.png --model sd1": "draws what a prompt says; give it one",
     "img2img cat --label 3 --image photo.png --model sd1": "this model has no classes, got class",
     "sample --model NINE": "draws what a prompt says",
-    "txt2img --like photo.png": "carries no recipe",
+    "txt2img --like photo.png": "contains no recipe",
     "txt2img --like nowhere.png": "no image at nowhere.png",
     "img2img cat --model sd1": "missing: --image",
     "img2img cat --model sd1 --image nowhere.png": "no image at nowhere.png",
