@@ -28,13 +28,32 @@ from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import DEFAULTS
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT
-from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step
+from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step, write_nothing
 from fastdiff.kernels import sampler_step
 from fastdiff.kernels.choose import plain
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
 Noise = Literal["philox", "generator"]
 NOISES: tuple[str, ...] = ("philox", "generator")
+
+
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    """The names of a class's methods."""
+    return frozenset(name for name in dir(kind) if inspect.isfunction(getattr(kind, name)))
+
+
+def replaced(scheduler: Any, *, but: str = "") -> str | None:
+    """Why a scheduler does not compute what its class says, or None.
+
+    A caller has put a function in the place of a method on the object itself; `but` does not count.
+    """
+    kind: Any = type(scheduler)  # classes can be hashed, which mypy doubts
+    names = _methods(kind)
+    if names.isdisjoint(scheduler.__dict__):
+        return None
+    found = sorted(names.intersection(scheduler.__dict__) - {but})
+    return f"its {', '.join(found)} was replaced on this object" if found else None
 
 
 def objection(scheduler: Any) -> str | None:
@@ -49,12 +68,12 @@ def objection(scheduler: Any) -> str | None:
         default, value = parameter.default, config.get(option)
         if option not in ("self", *DEFAULTS[name]) and value not in (None, False, default):
             return f"fastdiff does not know {name}'s option {option}={value!r:.60}"
+    if theirs.step.__module__ != theirs.__module__ and not isinstance(scheduler, FusedScheduler):
+        return f"{name}.step was replaced by a function of {theirs.step.__module__}"
     for option, allowed in KINDS[name].allowed.items():
         value = config.get(option, allowed[0])
         if value in allowed:
             continue
-        if option == "clip_sample":
-            return "a clamp of diffusers' DDIM leaves the noise estimate as it was, ours does not"
         known = ", ".join(map(repr, allowed))
         return f"fastdiff has no sampler like {name} with {option}={value!r:.60} (it has {known})"
     return None
@@ -167,6 +186,7 @@ def fused_class(theirs: Any, noise: Noise = "philox") -> Any:
             return theirs.step(self, *args, **kwargs)
         return found
 
+    step.__signature__ = signature  # type: ignore[attr-defined]  # inspect.getfullargspec wants it
     # pipelines write a component's module and class into model_index.json: diffusers' own
     members = {"step": step, "served": theirs, "noise": noise, "__module__": theirs.__module__}
     return type(theirs.__name__, (FusedScheduler, theirs), members)
@@ -180,7 +200,7 @@ def _empty(theirs: type, noise: Noise) -> Any:
 def _step(scheduler: Any, given: dict[str, Any]) -> Any:
     """What diffusers' step returns, or the reason why it has to run itself."""
     fused: Fused = scheduler.fused
-    reason = fused.objection(scheduler)
+    reason = fused.objection(scheduler) or replaced(scheduler, but="step")
     if reason is not None:
         return reason
     names = ("model_output", "timestep", "sample", "generator")
@@ -243,7 +263,9 @@ def _output_class(theirs: Any) -> Any:
 @torch.no_grad()
 def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tuple[Tensor, Tensor]:
     """(the next sample, the estimate of x0), fp32 or fp64; the scheduler's state moves on."""
-    prediction, ring = call.model_output, scheduler.fused.ring
+    prediction = call.model_output
+    # several threads may share a scheduler without state
+    ring = Ring() if kind.write is write_nothing else scheduler.fused.ring
     widest = torch.promote_types(start.dtype, prediction.dtype)
     x = start.to(torch.float64 if widest is torch.float64 else torch.float32, copy=True)
     places: list[int] = []
