@@ -143,7 +143,7 @@ def test_an_option_that_a_later_diffusers_has_is_left() -> None:
     later = type("DDIMScheduler", (theirs,), {"__init__": init, "__module__": theirs.__module__})
     assert objection(later(clip_sample=False)) is None
     reason = objection(later(clip_sample=False, bend=2.0))
-    assert reason == "fastdiff does not know DDIMScheduler's option bend=2.0"
+    assert reason == "fastdiff does not support DDIMScheduler's option bend=2.0"
 
 
 def test_a_scheduler_of_the_users_own_is_left() -> None:
@@ -151,7 +151,7 @@ def test_a_scheduler_of_the_users_own_is_left() -> None:
     theirs = type(make("DDIMScheduler", {}))
     scheduler = type("DDIMScheduler", (theirs,), {"__module__": __name__})()
     report = fastdiff.accelerate(pipeline(scheduler=scheduler), scheduler="fused")
-    assert report.left[-1].reason == "DDIMScheduler is not a scheduler of diffusers"
+    assert report.left[-1].reason == "DDIMScheduler is not one of diffusers' schedulers"
     for name in ("step", "_get_variance"):
         scheduler = make("DDIMScheduler", {})
         setattr(scheduler, name, functools.partial(getattr(scheduler, name)))
