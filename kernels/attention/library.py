@@ -64,8 +64,8 @@ def backward(
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.numel() == 0 or k.shape[1] == 0:
         return q.new_zeros(q.shape) + 0 * (q.sum() + k.sum() + v.sum())
-    heads = (x.transpose(1, 2) for x in (q, k, v))  # (N, H, ., D)
-    return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).contiguous()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, H, ., D)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
 def _fused(q: Tensor) -> AbstractContextManager[Any]:
