@@ -57,7 +57,7 @@ class NetworkConfig(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """A lower bound of the number of blocks with weights; files with fewer tensors do not fit."""
+        """Lower bound of the number of blocks with weights; no file with fewer tensors can fit."""
 
 
 class Network(nn.Module):
