@@ -76,7 +76,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars: dict[str, list[str]] = dict.fromkeys(["index", "start", "commands", "search"], [])
+html_sidebars: dict[str, list[str]] = {"index": [], "start": [], "commands": [], "search": []}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False

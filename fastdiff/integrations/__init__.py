@@ -1,4 +1,4 @@
-"""Other people's models and pipelines with our ops: `fastdiff.accelerate`, `compile_pass`."""
+"""Our ops in existing models and pipelines: `fastdiff.accelerate` and `fastdiff.compile_pass`."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ __all__ = ["AccelerateError", "Entry", "Report", "accelerate", "compile_pass"]
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """Import Inductor only when `compile_pass` is used."""
+        """Import `compile_pass` on first use, because it imports Inductor."""
         if name == "compile_pass":
             from fastdiff.integrations.inductor import compile_pass
 
