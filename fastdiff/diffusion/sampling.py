@@ -39,20 +39,18 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """The argument of callbacks after a step.
-
-    Attributes:
-        done, total: table rows taken so far and in total; see the function that calls back.
-        samples: indices of these samples within the call.
-        x: (n, *shape), the noisy samples; the next row may overwrite them.
-        denoised: (n, *shape), this row's estimate D of the clean samples.
-    """
+    """The argument of callbacks after a step."""
 
     done: int
+    """Rows of tables taken so far; see the function that calls back."""
     total: int
+    """Rows of tables in all."""
     samples: Sequence[int]
+    """Which of the call's samples these are."""
     x: Tensor
+    """(n, *shape), the noisy samples; the next row may overwrite them."""
     denoised: Tensor
+    """(n, *shape), the row's estimate D of the clean samples."""
 
 
 OnStep = Callable[[Step], None]
