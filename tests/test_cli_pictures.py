@@ -277,7 +277,7 @@ def test_recipes_that_cannot_be_read(run: Run) -> None:
         ({"backend": "magic"}, "unknown backend: 'magic'"),
         ({"recipe": 4}, "recipe version 4 is newer than this fastdiff"),
         ({"load": {"tokenizer": 3}}, "tokenizer must be a list of folders"),
-        ({"load": {"heads": 3}}, "unknown option of loading 'heads'"),
+        ({"load": {"heads": 3}}, "unknown loading option 'heads'"),
         ({"job": None}, "unknown kind of job None"),
         ({"job": {**job, "kind": "film"}}, "unknown kind of job 'film'; expected one of class"),
         ({"job": {**job, "seed": "x"}}, "seed: expected int, got 'x'"),

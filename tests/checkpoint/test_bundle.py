@@ -147,7 +147,7 @@ def test_bytes_behind_the_end(folder: Path) -> None:
     with (folder / UNET_FILE).open("ab") as file:
         file.write(b"code")
     rehash(folder)
-    refused(folder, "header promises .* bytes, got")
+    refused(folder, "expected .* bytes according to the header, got")
 
 
 class Bomb:
@@ -177,7 +177,7 @@ def test_a_pickle_is_not_opened(folder: Path, how: str) -> None:
 def test_a_header_of_absurd_length(folder: Path, length: int) -> None:
     (folder / UNET_FILE).write_bytes(struct.pack("<Q", length) + b"{}" * 100)
     rehash(folder)
-    refused(folder, f"header claims {length}")
+    refused(folder, f"header length of {length}")
 
 
 @pytest.mark.parametrize(

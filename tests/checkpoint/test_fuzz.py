@@ -266,12 +266,12 @@ def test_hostile_archives(tmp_path: Path) -> None:
 
 
 def test_hostile_headers(tmp_path: Path) -> None:
-    """A name that stands in it twice among many; more sizes than can be multiplied."""
+    """A name that occurs twice among many; more sizes than can be multiplied."""
     path = tmp_path / "x"
     names = b",".join(b'"%d":{}' % number for number in range(100_000))
     sizes = json.dumps({"dtype": "F32", "shape": [2**63 - 1] * 300_000, "data_offsets": [0, 4]})
     for text, message in (
-        (b"{" + names + b',"z":1,"z":2}', "z stands in it twice"),
+        (b"{" + names + b',"z":1,"z":2}', "z occurs twice"),
         (b'{"a":' + sizes.encode() + b"}", "300000 sizes"),
     ):
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))

@@ -213,7 +213,7 @@ def test_empty_folder_missing_folder_and_mixture_are_errors(tmp_path: Path) -> N
     (tmp_path / "bad.png").write_text("x")
     with (
         pytest.warns(UserWarning, match="bad.png"),
-        pytest.raises(ValueError, match="all 1 unreadable"),
+        pytest.raises(ValueError, match="all 1 files are unreadable"),
     ):
         open_dataset(folder_config(tmp_path))
     (tmp_path / "deep").mkdir()
