@@ -391,7 +391,7 @@ def test_every_part_is_checked_before_a_number_is_read(
 
 
 def test_what_a_folder_says_itself_is_not_overruled(folder: Path) -> None:
-    with pytest.raises(ValueError, match="num_heads stand in its config"):
+    with pytest.raises(ValueError, match="num_heads cannot be given, because its config"):
         fastdiff.load(folder, num_heads=2)
     with pytest.raises(ValueError, match="prediction are set by its scheduler_config"):
         fastdiff.load(folder, prediction="v")
