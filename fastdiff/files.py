@@ -28,6 +28,7 @@ if sys.platform != "win32":
 _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
 LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_MESSAGE = 500  # characters of an error's message
 
 
 @contextlib.contextmanager
@@ -120,6 +121,44 @@ def printable(text: str, limit: int = 80) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut
     )
+
+
+def message_line(text: object, limit: int = MAX_MESSAGE) -> str:
+    """`text` as one line of printable characters, at most `limit` of them.
+
+    A longer text loses its middle: the beginning says what is wrong, the end what to do about it.
+    """
+    joined = " ".join(str(text).split())
+    line = joined if len(joined) > limit else printable(joined, limit)
+    if len(line) <= limit:
+        return line
+    end = limit // 3
+    head, tail = joined[:limit], joined[-limit:]
+    return f"{printable(head, limit)[: limit - end - 3]} … {printable(tail, limit)[-end:]}"
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Whatever files say, errors raised in the block have a message that :func:`message_line` made.
+
+    Every function that opens what a user was given goes through it, so no reader has to think of
+    terminal escapes or of names of 200,000 letters. Kinds of errors and tracebacks stay.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        line = message_line(error)
+        if line == str(error):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            error.strerror = message_line(error.strerror)
+        elif isinstance(error, ImportError):
+            error.msg = line
+        elif isinstance(error, UnicodeError):  # makes its text of its fields
+            raise ValueError(line) from error
+        else:
+            error.args = (line,)
+        raise
 
 
 @contextlib.contextmanager
