@@ -105,7 +105,7 @@ def open_clip_as_clip(weights: Weights, *, projection: bool) -> Weights:
                 places[f"{_block(block)}.self_attn.{name}.{leaf}"] = replace(part, offset=offset)
         else:
             places[_clip_name(key)] = place
-    return Weights(weights.path, places, weights.facts)
+    return Weights(weights.path, places, weights.facts, weights.checked)
 
 
 def _clip_name(key: str) -> str:
