@@ -1,5 +1,7 @@
-"""Words that options, configs and files share. Imports nothing, so that a command can list the
-choices of an option before torch is loaded.
+"""Names shared by options, configs and files.
+
+This module imports nothing heavy, so that a command can list the choices of an option before torch
+is loaded.
 """
 
 from __future__ import annotations
@@ -17,4 +19,4 @@ SigmaSpacing = Literal["karras", "exponential"]
 Spacing = Literal["trailing", "leading", "linspace", "simple", "karras", "exponential"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
 QKVOrder = Literal["legacy", "new"]
-"""Rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)."""
+"""Row order of packed qkv weights: new is (3, H, d), legacy is (H, 3, d)."""

@@ -226,7 +226,7 @@ MISTAKES = {
     "sample --model TINY --out /dev/full": "the output must be a folder",
     "sample --like nowhere.png": "no image at nowhere.png",
     "sample --like FILE": "is not a PNG",
-    "sample --like PLAIN": "carries no recipe",
+    "sample --like PLAIN": "contains no recipe",
     "interpolate --model TINY": "needs another image to go to; give one or more of to_seed",
     "interpolate --model TINY --to-seed 1 --frames 0": "frames must be at least 1, got 0",
     "interpolate --model TINY --to-seed 1 --frames 1000000000000000": "images need",

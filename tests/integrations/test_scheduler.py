@@ -144,7 +144,7 @@ def test_an_option_that_a_later_diffusers_has_is_left() -> None:
     later = type("DDIMScheduler", (theirs,), {"__init__": init, "__module__": theirs.__module__})
     assert objection(later(clip_sample=False)) is None
     reason = objection(later(clip_sample=False, bend=2.0))
-    assert reason == "fastdiff does not know DDIMScheduler's option bend=2.0"
+    assert reason == "fastdiff does not support DDIMScheduler's option bend=2.0"
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,9 @@ LEFT: dict[Use, str] = {
     uses.vmapped: "a gradient, a transform",
     uses.forward_mode: "a gradient, a transform",
     uses.broadcast: "differ in shape",
-    uses.a_vector: "the shapes are not",
+    uses.a_vector: "do not have shape (N, C, ...)",
 }
-"""Uses with steps that diffusers' own code has to take, and what the report says of them."""
+"""Uses with steps that diffusers' own code has to take, and the reason in the report."""
 SERVED = (
     uses.loop,
     uses.loop_of_tuples,
