@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +56,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "a program": (_run("true"), "CodeRanError"),
     "a file elsewhere": (lambda folder: open("/proc/self/comm", "r+"), "CodeRanError"),  # noqa: SIM115
     "memory": (lambda folder: bytearray(EXTRA_BYTES + 2**26), "more than 1,073,741,824 bytes"),
-    "a crash": (lambda folder: ctypes.string_at(0), "the process died (-11)"),
+    "a crash": (lambda folder: os.kill(os.getpid(), signal.SIGKILL), "the process died (-9)"),
     "a hang": (lambda folder: time.sleep(600), "hung for 3 s"),
     "slow": (lambda folder: [None for _ in range(10**7)], "of processor time"),
 }
