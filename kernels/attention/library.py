@@ -55,9 +55,9 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv by the library's own backward pass, after its forward pass once more."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False), recording_a_graph(), _fused(q):
-        found = torch.autograd.grad(_attention(*leaves, scale), leaves, dout)
+        found = torch.autograd.grad(_attention(q, k, v, scale), (q, k, v), dout)
     return *(gradient.contiguous() for gradient in found), None, None, None
 
 
