@@ -31,7 +31,7 @@ if sys.platform != "win32":
 _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
 LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAX_MESSAGE = 500  # characters of an error's message
+MAX_MESSAGE = 1000  # characters of an error; our own longest list of choices has 600
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import random
 import resource
@@ -12,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -164,17 +165,16 @@ class _Calls:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def blows(count: int, *, calls: int, seconds: float, largest: int, seed: int = 0) -> list[Blow]:
-    """Half of them at calls, a third at times, the rest in writes.
+def blows(*, calls: int, seconds: float, largest: int, seed: int = 0) -> Iterator[Blow]:
+    """Without end: half of them at calls, a third at times, the rest in writes.
 
     calls, seconds, largest: of the work when nobody kills it; the last in bytes of a file.
     """
-    rng, made = random.Random(seed), list[Blow]()
-    for number in range(count):
+    rng = random.Random(seed)
+    for number in itertools.count():
         if number % 6 in (0, 2, 4):
-            made.append(Blow("call", rng.randint(1, calls)))
+            yield Blow("call", rng.randint(1, calls))
         elif number % 6 in (1, 3):
-            made.append(Blow("time", rng.uniform(0, seconds)))
+            yield Blow("time", rng.uniform(0, seconds))
         else:
-            made.append(Blow("write", rng.randint(1, largest - 1)))
-    return made
+            yield Blow("write", rng.randint(1, largest - 1))

@@ -21,6 +21,8 @@ from tests.endure.work import Work, listing
 DISK = 16 * 2**20
 PAGE = 4096
 CLONE_NEWNS, CLONE_NEWUSER, MS_PRIVATE, MS_REC = 0x20000, 0x10000000, 1 << 18, 1 << 14
+FULL = ("no space left to write", "images need")
+"""What a command says: while it writes, or before it begins."""
 UNAVAILABLE = 77
 """Exit code: this process may not mount anything."""
 
@@ -65,7 +67,6 @@ class Filling:
 
     Attributes:
         begin: what stands there before.
-        again: makes the result comparable: the same work where there is room.
     """
 
     work: Work
@@ -125,7 +126,7 @@ def _judge(code: int, said: str, work: Work, place: Path, before: dict[str, byte
     lines = [line for line in said.splitlines() if line.startswith("fastdiff: ")]
     if code != 2 or len(lines) != 1 or "Traceback" in said:
         return f"exit code {code}: {said[-600:]}"
-    if "no space left" not in lines[0] or ";" not in lines[0]:
+    if not any(words in lines[0] for words in FULL) or ";" not in lines[0]:
         return f"not clear: {lines[0]}"
     if before and (wrong := work.whole(place)):
         return f"after the disk was full: {wrong}"

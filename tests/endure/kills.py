@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def kill(
 ) -> Row:
     """Kill the work `count` times; it is gone on with, and compared with undisturbed work.
 
+    What is done before it is hit does not count.
+
     begin: what stands in the folder before.
     """
     row, since = Row(name), time.perf_counter()
@@ -50,14 +53,13 @@ def kill(
     seconds = time.monotonic() - start
     assert ended.code == 0, ended.said
     largest = max(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
-    planned = blows(count, calls=ended.calls, seconds=seconds, largest=largest, seed=seed)
-    while planned:
+    planned = blows(calls=ended.calls, seconds=seconds, largest=largest, seed=seed)
+    while (left := count - sum(row.hits.values())) > 0:
         folder = root / f"{name} {row.trials}"
         folder.mkdir()
         begin(folder)
-        mine = [
-            planned.pop() for _ in range(min(2 if row.trials % AGAIN == 0 else 1, len(planned)))
-        ]
+        twice = left > 1 and row.trials % AGAIN == 0
+        mine = list(itertools.islice(planned, 1 + twice))
         found = _one(work, folder, undisturbed, mine, row, tell)
         row.trials += 1
         if found:
@@ -80,9 +82,9 @@ def _one(
     before: tuple[int, ...] = ()
     for blow in planned:
         ended = attempt(lambda: work.start(folder), folder, blow)
-        tell()
         if ended.killed:
             row.hits[blow.how] = row.hits.get(blow.how, 0) + 1
+            tell()
         elif ended.code != 0:
             return f"exit code {ended.code}: {ended.said[-300:]}"
         if wrong := work.whole(folder):
