@@ -31,6 +31,8 @@ if sys.platform != "win32":
 _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
 LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSALS = (ValueError, OSError, ImportError)
+"""What is raised where a file or an option cannot be used."""
 MAX_MESSAGE = 1000  # characters of an error; our own longest list of choices has 600
 
 
@@ -141,26 +143,35 @@ def message_line(text: object, limit: int = MAX_MESSAGE) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Whatever files say, errors raised in the block have a message that :func:`message_line` made.
+    """Give errors that are raised in the block a message as :func:`message_line` makes it.
 
     Every function that opens what a user was given goes through it, so no reader has to think of
     terminal escapes or of names of 200,000 letters. Kinds of errors and tracebacks stay.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        line = message_line(error)
-        if line == str(error):
-            raise
-        if isinstance(error, OSError) and error.strerror:
-            error.strerror = message_line(error.strerror)
-        elif isinstance(error, ImportError):
-            error.msg = line
-        elif isinstance(error, UnicodeError):  # makes its text of its fields
-            raise ValueError(line) from error
-        else:
-            error.args = (line,)
+    except REFUSALS as error:
+        put_in_one_line(error)
         raise
+
+
+def put_in_one_line(error: Exception) -> None:
+    """Give an error of `REFUSALS` a message as :func:`message_line` makes it.
+
+    Raises:
+        ValueError: instead of an error that makes its text of its fields (UnicodeDecodeError).
+    """
+    line = message_line(error)
+    if line == str(error):
+        return
+    if isinstance(error, OSError) and error.strerror:
+        error.strerror = message_line(error.strerror)
+    elif isinstance(error, ImportError):
+        error.msg = line
+    elif isinstance(error, UnicodeError):
+        raise ValueError(line) from error
+    else:
+        error.args = (line,)
 
 
 @contextlib.contextmanager

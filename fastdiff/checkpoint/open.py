@@ -21,7 +21,7 @@ from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
 from fastdiff.diffusion.schedules import ScheduleConfig
-from fastdiff.files import one_line_errors
+from fastdiff.files import REFUSALS, put_in_one_line
 
 PathLike = str | os.PathLike[str]
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -153,7 +153,6 @@ class Layout:
         return next((what for what, marks in self.refused.items() if _has(keys, marks)), None)
 
 
-@one_line_errors()
 def load(
     path: PathLike,
     *,
@@ -216,7 +215,15 @@ def load(
         device=device,
         progress=progress,
     )
-    model = _open(Path(path), loading)
+    try:
+        return _open_whole(Path(path), loading)
+    except REFUSALS as error:
+        put_in_one_line(error)
+        raise
+
+
+def _open_whole(path: Path, loading: Loading) -> Model:
+    model = _open(path, loading)
     if loading.options.vae is not None:
         model = _with_autoencoder(model, loading.options.vae, loading)
     loading.check_decided(model.path)

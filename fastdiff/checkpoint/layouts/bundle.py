@@ -41,7 +41,7 @@ from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.checkpoint.weights import Progress, Sources, empty_model, fill, read_json, some
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.diffusion.schedules import ScheduleConfig
-from fastdiff.files import NO_SPACE, atomic_folder, one_line_errors, write_json
+from fastdiff.files import NO_SPACE, atomic_folder, write_json
 from fastdiff.models.autoencoder import AutoencoderConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.names import Prediction
@@ -225,7 +225,6 @@ def _origin(model: Model) -> dict[str, Any]:
     return {"converted from": model.layout, "file": model.path.name}
 
 
-@one_line_errors()
 def load_bundle(
     folder_or_name: str | os.PathLike[str],
     *,
