@@ -420,7 +420,7 @@ def test_the_users_file_comes_before_the_gpus_before_the_architectures(
     assert block(GPU) == 3
     assert block(Gpu("Another", "sm_90")) == 2
     assert block(Gpu("Another", "sm_89")) == 1
-    with pytest.raises(LookupError, match=r"no launch config of twice for torch\.float32 sm_90"):
+    with pytest.raises(LookupError, match=r"no launch config for twice, torch\.float32, sm_90"):
         block(Gpu("Another", "sm_80"), "sm_90")
 
 
@@ -457,7 +457,7 @@ def test_doctor_tells_of_each_gpu(
     write(GPU, {}).write_text("not json")
     configs.forget_configs()
     told = doctor._configs()
-    assert "is no file of launch configs" in told["cuda:0"][0]
+    assert "is not a valid file of launch configs" in told["cuda:0"][0]
     assert "uses those of sm_80" in told["cuda:1"][0]
 
 

@@ -189,7 +189,7 @@ def test_bad_dtypes_and_masks() -> None:
         attention(q, q, q, mask=torch.ones(1, 1, 1, 1, 4))
     with pytest.raises(ValueError, match=r"\(2, 2, 4, 7\), got \(4, 4\); S counts the extra keys"):
         attention(q, q, q, extra_k=q[:, :3], extra_v=q[:, :3], mask=torch.ones(4, 4))
-    with pytest.raises(ValueError, match="come together, got one"):
+    with pytest.raises(ValueError, match="must be given together, got only one"):
         attention(q, q, q, extra_k=q)
     with pytest.raises(ValueError, match=r"with N=2, H=2, D=8 as in q, got \(2, 4, 2, 4\)"):
         attention(q, q, q, extra_k=q[..., :4], extra_v=q[..., :4])
