@@ -1,9 +1,9 @@
-"""Diffusion models with fused kernels: a complete, readable, proven system.
+"""Diffusion models with fused kernels: a complete, readable, tested system.
 
 model = fastdiff.load(path)                           any checkpoint, as one `Model`
 images = model.generate("a cat", seeds=[0, 1])        one call for the common case
 for result in fastdiff.generate(model, jobs): ...     any mix of jobs, streamed
-fastdiff.accelerate(pipeline)                         somebody else's modules, faster
+fastdiff.accelerate(pipeline)                         makes existing modules faster
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _FROM = {
     "compile_pass": "fastdiff.integrations",
     "load": "fastdiff.generate.model",
 }
-_MODULES = ("generate", "kernels")  # packages; `fastdiff.generate` can be called
+_MODULES = ("generate", "kernels")  # packages; `fastdiff.generate` is callable as well
 
 
 def __getattr__(name: str) -> Any:
-    """`fastdiff.accelerate` and so on: nothing heavy is imported before it is asked for."""
+    """Import `fastdiff.accelerate` and the others on first use, so that importing stays cheap."""
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
     if name in _MODULES:

@@ -1,7 +1,7 @@
-"""Configs to plain dictionaries (JSON) and back, strictly.
+"""Strict conversion of configs to plain dictionaries (JSON) and back.
 
-Only what the dataclass declares is read: an unknown key, a missing one or a value of another type
-is a ValueError that names the field, as in ``unet.channel_mult[2]: expected int, got 'two'``.
+Unknown keys, missing keys and values of the wrong type raise a ValueError that names the field, as
+in ``unet.channel_mult[2]: expected int, got 'two'``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cattrs.strategies import configure_union_passthrough
 
 Config = TypeVar("Config")
 LATER = {"later": True}
-"""Metadata of a field that was added after files with this config were written: `to_dict` leaves it
-out where it has its default, so that the hash of such a config does not depend on the version."""
+"""Metadata for a field added after files with this config had been written: `to_dict` omits it when
+it has its default value, so that the hash of an old config does not change."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -35,10 +35,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], data: Any) -> Config:
-    """Build ``cls`` from what :func:`to_dict` gave.
+    """Build ``cls`` from the output of :func:`to_dict`.
 
     Raises:
-        ValueError: an unknown, missing or wrong value; one line, with the field's path.
+        ValueError: a value is unknown, missing or of the wrong type. The message is one line and
+            contains the path of the field.
     """
     try:
         return _converter().structure(data, cls)
@@ -81,7 +82,7 @@ def _without_later_defaults(cls: Any, converter: cattrs.Converter) -> Callable[[
 
 
 def _strict(kind: type, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]:
-    """cattrs would call ``int("3")`` and ``bool("no")``; a config file should say what it means."""
+    """Reject other types: by default cattrs would accept ``int("3")`` and ``bool("no")``."""
 
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
@@ -92,7 +93,7 @@ def _strict(kind: type, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]
 
 
 def _strict_tuple(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    """cattrs would take the letters of a string for the items of a tuple."""
+    """Reject strings: by default cattrs would take their letters as the items of a tuple."""
     kinds = get_args(cls)
     variadic = len(kinds) == 2 and kinds[1] is Ellipsis
 
@@ -115,7 +116,7 @@ def _strict_tuple(cls: Any, converter: cattrs.Converter) -> Callable[[Any, Any],
 
 
 class _ItemError(ValueError):
-    """The item of a tuple that ``__cause__`` is about."""
+    """Position of a tuple item that failed to convert; ``__cause__`` is the failure."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"item {index}")
@@ -126,7 +127,7 @@ def _strict_literal(cls: Any, _: cattrs.Converter) -> Callable[[Any, Any], Any]:
     choices = get_args(cls)
 
     def structure(value: Any, _: Any) -> Any:
-        # True == 1, so the type is compared too.
+        # True == 1, so compare the types too.
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             raise ValueError(
                 f"expected one of {', '.join(map(repr, choices))}, got {_short(value)}"
@@ -137,7 +138,7 @@ def _strict_literal(cls: Any, _: cattrs.Converter) -> Callable[[Any, Any], Any]:
 
 
 def _is_dataclass(cls: Any) -> bool:
-    """Also of ``Run[Size]``, a generic one whose parameters are given."""
+    """Whether ``cls`` is a dataclass, or a parametrised generic one such as ``Run[Size]``."""
     return dataclasses.is_dataclass(get_origin(cls) or cls)
 
 
@@ -155,7 +156,7 @@ def _strict_dataclass(cls: Any, converter: cattrs.Converter) -> Callable[[Any, A
 
 
 def _describe(error: BaseException, path: str = "") -> list[str]:
-    """One ``path: what is wrong`` per leaf of cattrs' tree of errors."""
+    """Format each leaf of cattrs' tree of errors as ``path: what is wrong``."""
     if isinstance(error, cattrs.ClassValidationError):
         noted, other = error.group_exceptions()
         lines = [line for inner, note in noted for line in _describe(inner, _join(path, note.name))]
@@ -180,7 +181,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _name(cls: Any) -> str:
-    """``Run`` for ``Run`` and for ``Run[Size]``."""
+    """The name of a class without its parameters: ``Run`` for ``Run[Size]``."""
     return (get_origin(cls) or cls).__name__
 
 

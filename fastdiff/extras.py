@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, with an error that says what to install."""
+"""Optional packages: imported where they are used, with an error that names what to install."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def import_extra(name: str, *, extra: str) -> ModuleType:
 
     Args:
         name: dotted module name, such as ``"sklearn.datasets"``.
-        extra: the optional dependency group of fastdiff that brings it, such as ``"train"``.
+        extra: the optional dependency group of fastdiff that installs it, such as ``"train"``.
 
     Raises:
         ImportError: the package is missing; the message says how to install it.

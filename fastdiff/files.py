@@ -1,7 +1,8 @@
-"""Atomic writes: what stands under a name is the old content or the new one, never half of it.
+"""Atomic writes: a path holds either the old content or the new content, never a part of it.
 
-A temporary sibling (same folder, so the rename stays on one filesystem) is written, flushed to the
-disk and renamed. An error, a full disk or Ctrl-C removes the sibling and leaves the old content.
+The content is written to a temporary sibling (in the same folder, so that the rename stays on one
+filesystem), flushed to disk and renamed. After an error, a full disk or Ctrl-C the sibling is
+removed and the old content is still there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 if sys.platform != "win32":
     import fcntl
 
-# the names of _temporary_sibling and _replace_folder, with tempfile's eight characters
+# names made by _temporary_sibling and _replace_folder, with tempfile's eight random characters
 _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-[a-z0-9_]{8})")
 LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,15 +33,16 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to; it is renamed to ``path`` when the block ends well.
+    """Yield a temporary path to write to; it is renamed to ``path`` if the block succeeds.
 
-    The parent folder is made if it is missing.
+    The parent folder is created if it is missing.
 
-    new: never replace a file, whoever wrote it and when.
+    Args:
+        new: never replace an existing file, even one that another process wrote in the meantime.
 
     Raises:
-        FileExistsError: with `new`, there is such a file at the end of the block.
-        OSError: the file cannot be written; says so in one line when the disk is full.
+        FileExistsError: with `new`, the file exists at the end of the block.
+        OSError: the file cannot be written. If the disk is full, a one-line message says so.
     """
     path = Path(path)
     with _clear_errors(path):
@@ -58,20 +60,20 @@ def atomic_file(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary folder to fill; it replaces ``path`` when the block ends well.
+    """Yield a temporary folder to fill; it replaces ``path`` if the block succeeds.
 
-    An existing folder is moved aside first and moved back if the second rename fails; only a power
-    cut between the two renames can leave it under its ``.<name>.old-`` name, from where
-    :func:`remove_leftovers` brings it back.
+    An existing folder is moved aside first and moved back if the second rename fails. Only a power
+    cut between the two renames can leave it under its ``.<name>.old-`` name, in which case
+    :func:`remove_leftovers` moves it back.
 
     Raises:
-        OSError: as for :func:`atomic_file`; also when ``path`` is a file.
+        OSError: as for :func:`atomic_file`; also if ``path`` is a file.
     """
     path = Path(path)
     with _clear_errors(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(
-                errno.ENOTDIR, f"a folder is to be written, got a file: {path}; choose another name"
+                errno.ENOTDIR, f"expected a folder, got a file: {path}; choose another name"
             )
         temporary = _temporary_sibling(path, folder=True)
         with _in_use(temporary):
@@ -104,17 +106,17 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """``cat.png``, ``cat-2.png``, ``cat-3.png`` and so on."""
+    """Yield ``cat.png``, ``cat-2.png``, ``cat-3.png`` and so on."""
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def printable(text: str, limit: int = 80) -> str:
-    """`text` that came from a file, made fit for a message.
+    """Make text from a file safe to show in a message.
 
-    At most `limit` characters of it; newlines, terminal escapes and whatever else cannot be printed
-    are written out as escapes.
+    It is cut to `limit` characters; newlines, terminal escapes and other unprintable characters are
+    written as escape sequences.
     """
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(
@@ -124,12 +126,12 @@ def printable(text: str, limit: int = 80) -> str:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, *, what: str) -> Iterator[None]:
-    """Keep other processes out of ``folder``, which is made if it is missing, during the block.
+    """Lock ``folder`` against other processes during the block; create it if it is missing.
 
-    The lock belongs to the process: it goes with it, however the process ends.
+    The operating system releases the lock however the process ends.
 
     Args:
-        what: what the other process would be doing there, as in "is training".
+        what: what another process that holds the lock is doing, as in "is training".
 
     Raises:
         ValueError: another process holds the lock.
@@ -145,10 +147,10 @@ def locked_folder(folder: Path, *, what: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clean up in ``folder`` after a process that was killed (kill -9, power) while it wrote.
+    """Clean up ``folder`` after a process was killed (kill -9, power cut) while it was writing.
 
-    Unfinished temporaries are deleted, but for those that a living process is writing; a folder
-    that had been moved aside comes back.
+    Unfinished temporaries are deleted, except those that a live process is still writing. A folder
+    that had been moved aside is moved back.
     """
     for entry in sorted(folder.glob(".*")):
         match = _LEFTOVER.fullmatch(entry.name)
@@ -171,20 +173,20 @@ def _temporary_sibling(path: Path, *, folder: bool = False) -> Path:
         handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-    # mkstemp and mkdtemp make private files; the result should have the usual permissions.
+    # mkstemp and mkdtemp create private files; the result should have the usual permissions.
     temporary.chmod((0o777 if folder else 0o666) & ~_umask())
     return temporary
 
 
 @contextlib.contextmanager
 def _in_use(path: Path) -> Iterator[None]:
-    """Hold a lock on a temporary: it goes with the process, and with it the sign that it lives."""
+    """Lock a temporary, to show that its process is alive: the lock ends with the process."""
     if sys.platform == "win32":
         yield
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # this file system has no locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -196,13 +198,13 @@ def _is_in_use(path: Path) -> bool:
         return False
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # it was renamed just now
+    except OSError:  # it has just been renamed
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks
+    except OSError:  # this file system has no locks
         return False
     finally:
         os.close(handle)
@@ -210,12 +212,12 @@ def _is_in_use(path: Path) -> bool:
 
 
 def _rename_to_new(temporary: Path, path: Path) -> None:
-    """Raises FileExistsError."""
+    """Rename; raise FileExistsError instead of replacing a file."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # this file system has no hard links
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
         os.replace(temporary, path)
     else:
@@ -223,7 +225,7 @@ def _rename_to_new(temporary: Path, path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # the only portable way to read it is to set it
+    mask = os.umask(0)  # setting it is the only portable way to read it
     os.umask(mask)
     return mask
 
@@ -234,7 +236,7 @@ def _replace_folder(temporary: Path, path: Path) -> None:
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
     try:
-        os.replace(path, aside)  # renaming onto an empty folder is allowed
+        os.replace(path, aside)  # a rename may replace an empty folder
         os.replace(temporary, path)
     except BaseException:
         if not path.exists():
@@ -246,7 +248,7 @@ def _replace_folder(temporary: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -257,7 +259,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk into one line that says which file and what to do."""
+    """Report a full disk in one line that names the file and the way out."""
     try:
         yield
     except OSError as error:
@@ -265,6 +267,6 @@ def _clear_errors(path: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"no space left to write {path} (nothing half-written was kept); "
+            f"no space left to write {path} (the unfinished file was removed); "
             "free some space or choose another folder",
         ) from error

@@ -1,4 +1,4 @@
-"""Images in and out: files to pixels, tensors to bytes, PNGs with recipes, contact sheets."""
+"""Image input and output: files to pixels, tensors to bytes, PNGs with recipes, contact sheets."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from torch import Tensor
 from fastdiff.files import atomic_file, numbered
 
 RECIPE_KEY = "fastdiff"
-"""Name of the PNG text chunk that holds the recipe."""
+"""Name of the PNG text chunk that contains the recipe."""
 
 MAX_SIDE = 65_535
-"""Longest side of a picture that is resized to be read: JPEG's limit."""
+"""Longest side that a picture may be resized to when it is read: JPEG's limit."""
 
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
     *("DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "PingFang.ttc"),  # macOS
     *("arial.ttf", "msyh.ttc", "msgothic.ttc", "malgun.ttf", "seguisym.ttf"),  # Windows
 )
-"""Fonts with many letters, by the names of their files; which of them there are is the system's."""
+"""File names of fonts that cover many scripts; each system has some of them."""
 
 # Garbled files make Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error (WebP),
-# RuntimeError (AVIF), NotImplementedError (DDS), AttributeError (SPIDER) and more: whatever it is,
-# one bad file must not end a run.
+# RuntimeError (AVIF), NotImplementedError (DDS), AttributeError (SPIDER) and more. One bad file
+# must not end a run, whatever it raises.
 UNREADABLE = Exception
 _GREY = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _TURNS = {
@@ -55,14 +55,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's Orientation -> what brings the image upright (Exif 2.32, 4.6.4 A)."""
+"""EXIF Orientation -> the transposition that turns the image upright (Exif 2.32, 4.6.4 A)."""
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 BACKGROUND, FRAME, INK, FAINT = "#fafaf8", "#d8d8d2", "#26262a", "#77777f"
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Turn images into bytes: -1 becomes 0, 1 becomes 255, values outside are clipped.
+    """Convert images to bytes: -1 becomes 0, 1 becomes 255, values outside [-1, 1] are clipped.
 
     images: (..., H, W), floating point, in [-1, 1]. Returns the same shape, uint8, on the CPU.
 
@@ -75,14 +75,14 @@ def to_uint8(images: Tensor) -> Tensor:
     if not images.isfinite().all():
         bad = int(images.isfinite().logical_not().sum())
         raise ValueError(
-            f"expected finite pixels, got {bad} NaN or infinite of {images.numel()}; "
+            f"expected finite pixels, got {bad} NaN or infinite values of {images.numel()}; "
             "sample in float32 or with less guidance"
         )
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Turn one image, (1 or 3, H, W) in [-1, 1], into a Pillow image, grey or RGB."""
+    """Convert one image, (1 or 3, H, W) in [-1, 1], to a Pillow image, grey or RGB."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"expected an image (1 or 3, H, W), got shape {tuple(image.shape)}")
     pixels = to_uint8(image)
@@ -96,13 +96,16 @@ def read_image(
 ) -> Tensor:
     """Read a picture of any kind as RGB: (3, H, W) fp32 in [-1, 1].
 
-    EXIF orientation is applied, grey and palettes become RGB, transparent pixels lie on white.
-    height, width: cropped around the centre and resized to this; None: as the other one and the
-    picture's proportions say.
+    The EXIF orientation is applied, grey and palette images become RGB, and transparent pixels are
+    composited onto white.
+
+    Args:
+        height, width: the picture is cropped around its centre and resized to this size. A side
+            that is None follows from the other one and the picture's proportions.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or a side that is no side.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, or a side is not within 1 and `MAX_SIDE`.
     """
     return _read(path, "RGB", height, width) * 2 - 1
 
@@ -110,12 +113,15 @@ def read_image(
 def read_mask(
     path: str | os.PathLike[str], *, height: int | None = None, width: int | None = None
 ) -> Tensor:
-    """Read a mask, white where an image is to be new: (1, H, W) fp32 in [0, 1]; as `read_image`."""
+    """Read a mask, white where the image is to be replaced: (1, H, W) fp32 in [0, 1].
+
+    Arguments and errors are those of `read_image`.
+    """
     return _read(path, "L", height, width)
 
 
 def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: int | None) -> Tensor:
-    """(C, H, W) fp32 in [0, 1]."""
+    """Read an image file in a Pillow mode: (C, H, W) fp32 in [0, 1]."""
     for name, side in (("height", height), ("width", width)):
         if side is not None and not 1 <= side <= MAX_SIDE:
             raise ValueError(f"{name} must be 1 to {MAX_SIDE} pixels, got {side}")
@@ -141,14 +147,15 @@ def save_png(
     *,
     new: bool = False,
 ) -> None:
-    """Write a PNG, atomically, with the recipe as JSON in its text chunk ``fastdiff``.
+    """Write a PNG atomically, with the recipe as JSON in its text chunk ``fastdiff``.
 
-    image: (1 or 3, H, W) in [-1, 1], or a Pillow image.
-    new: never replace a file.
+    Args:
+        image: (1 or 3, H, W) in [-1, 1], or a Pillow image.
+        new: never replace an existing file.
 
     Raises:
         ValueError: the image has another shape or is not finite.
-        FileExistsError: with `new`, there is such a file.
+        FileExistsError: with `new`, the file exists.
         OSError: the file cannot be written.
     """
     picture = image if isinstance(image, Image.Image) else to_pil(image)
@@ -160,29 +167,29 @@ def save_png(
 
 
 def add_png(path: Path, image: Tensor | Image.Image, recipe: Mapping[str, Any]) -> Path:
-    """Write a PNG and no file over: to ``cat.png`` if it is free, else to ``cat-2.png`` and so on.
+    """Write a PNG to the first free name of ``cat.png``, ``cat-2.png`` and so on.
 
-    A picture of the same recipe is not written again. Returns where it lies; other arguments and
-    errors as :func:`save_png`.
+    No file is overwritten. A picture whose recipe is already there is not written again. Returns
+    the path of the picture; other arguments and errors are those of :func:`save_png`.
     """
     for place in numbered(path):
-        with contextlib.suppress(FileExistsError):  # another process was faster: see what it wrote
+        with contextlib.suppress(FileExistsError):  # another process was faster: check its file
             if not os.path.lexists(place):
                 save_png(place, image, recipe, new=True)
                 return place
         if has_recipe(place, recipe):
             return place
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable: `numbered` is endless")
 
 
 def find_png(path: Path, recipe: Mapping[str, Any]) -> Path | None:
-    """Where :func:`add_png` would find a picture of this recipe."""
+    """Find the picture of this recipe that :func:`add_png` would return, or None."""
     there = itertools.takewhile(os.path.lexists, numbered(path))
     return next((place for place in there if has_recipe(place, recipe)), None)
 
 
 def has_recipe(path: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether a file is a PNG of this very recipe."""
+    """Whether a file is a PNG with exactly this recipe."""
     try:
         return read_recipe(path) == json.loads(json.dumps(dict(recipe)))
     except (OSError, ValueError):
@@ -193,29 +200,29 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the recipe that :func:`save_png` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a PNG, is damaged, or carries no recipe.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a PNG, is damaged, or contains no recipe.
     """
-    way_out = "give a PNG written by fastdiff that no other program has saved again"
+    way_out = "give a PNG written by fastdiff that was not edited or re-saved by another program"
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()  # text chunks may stand behind the pixels
+            picture.load()  # text chunks may follow the pixels
             text = getattr(picture, "text", {}).get(RECIPE_KEY)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}; {way_out}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG; {way_out}") from None
-    # Pillow's ways to say "damaged"; the last one for sizes that would not fit into memory
+    # what Pillow raises for damaged files; the last one is for sizes that would not fit into memory
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
     if text is None:
-        raise ValueError(f"{path} carries no recipe; {way_out}")
+        raise ValueError(f"{path} contains no recipe; {way_out}")
     try:
         recipe = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the recipe in {path} is not valid JSON ({error}); {way_out}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe in {path} is no object, got {text!r:.60}; {way_out}")
+        raise ValueError(f"the recipe in {path} is not an object, got {text!r:.60}; {way_out}")
     return recipe
 
 
@@ -232,13 +239,16 @@ def contact_sheet(
 ) -> Image.Image:
     """Lay images out in a labelled grid, row by row.
 
-    images: (N, 1 or 3, H, W) in [-1, 1].
-    row_labels: one per row, written on the left; the last row may be short.
-    columns: images per row; with row_labels it follows from them, else about square.
-    cell: least edge of a shown image in pixels; images are enlarged by a whole factor to reach it.
+    Args:
+        images: (N, 1 or 3, H, W) in [-1, 1].
+        row_labels: one per row, written on the left; the last row may be short.
+        columns: images per row. By default it follows from row_labels; without them the grid is
+            about square.
+        cell: least edge of an image on the sheet, in pixels; images are enlarged by an integer
+            factor to reach it.
 
     Raises:
-        ValueError: no images, or labels that do not fit the grid.
+        ValueError: there are no images, or the labels do not fit the grid.
     """
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"expected images (N, C, H, W), at least one, got {tuple(images.shape)}")
@@ -295,11 +305,11 @@ def contact_sheet(
 def fonts_for(
     text: str, sizes: Sequence[int]
 ) -> tuple[list[ImageFont.FreeTypeFont], Callable[[str], str]]:
-    """A font in some sizes that has the letters of `text`, and a function for what is drawn in it.
+    """Choose a font that covers `text`, in some sizes, and make a function that prepares labels.
 
-    Pillow's own font where it suffices; otherwise whichever of `FONTS` is installed and has most of
-    the letters. The function writes letters that none has as escapes, as
-    in ``\\u65e5``, since a row of equal boxes would say nothing.
+    The font is Pillow's own if it has all letters; otherwise the installed one of `FONTS` that has
+    the most. The function replaces letters that the font lacks by escapes such as ``\\u65e5``,
+    because a row of identical boxes would tell the reader nothing.
     """
     best = ImageFont.load_default(20)
     assert isinstance(best, ImageFont.FreeTypeFont), "Pillow is built without FreeType"
@@ -325,14 +335,14 @@ def fonts_for(
 
 @functools.cache
 def _font_files() -> tuple[str, ...]:
-    """Where fonts may be: in matplotlib, if it is installed, and where the system has them."""
+    """Candidates for `ImageFont.truetype`: matplotlib's font if installed, then system fonts."""
     found = importlib.util.find_spec("matplotlib")
     folder = Path(found.origin).parent / "mpl-data/fonts/ttf" if found and found.origin else None
     return (*([str(folder / "DejaVuSans.ttf")] if folder else []), *FONTS)
 
 
 def _without_glyph(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
-    """The letters that the font draws as it draws a character that does not exist."""
+    """The letters that the font lacks: those drawn like a character that does not exist."""
 
     def drawn(letter: str) -> tuple[tuple[float, ...], bytes]:
         return font.getbbox(letter), bytes(font.getmask(letter))
@@ -342,13 +352,13 @@ def _without_glyph(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
 
 
 def open_flat(source: Path | bytes, background: tuple[int, int, int]) -> Image.Image:
-    """The first frame of an image file, upright, 8 bits per channel, without transparency.
+    """Read the first frame of an image file, upright, 8 bits per channel, without transparency.
 
     Raises:
-        any of `UNREADABLE`: as `decode`.
+        Exception: the file cannot be read; Pillow's plugins raise many types (`UNREADABLE`).
     """
     if isinstance(source, Path) and source.exists() and not source.is_file():
-        raise ValueError("not a regular file")  # opening a named pipe would wait for ever
+        raise ValueError("not a regular file")  # opening a named pipe would block forever
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     with Image.open(stream, formats=_formats()) as image:
         image.seek(0)
@@ -357,9 +367,9 @@ def open_flat(source: Path | bytes, background: tuple[int, int, int]) -> Image.I
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF or XMP orientation says. Other metadata, whole or damaged, has no say.
+    """Turn an image according to its EXIF or XMP orientation; ignore all other metadata.
 
-    (`ImageOps.exif_transpose` also writes the metadata anew, and fails on a single damaged tag.)
+    (`ImageOps.exif_transpose` also rewrites the metadata, and fails on a single damaged tag.)
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -370,7 +380,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def in_colour(path: Path) -> bool:
-    """Whether a file holds an image that is not grey; False where it cannot be read."""
+    """Whether a file contains an image that is not grey; False if it cannot be read."""
     try:
         with Image.open(path, formats=_formats()) as image:
             if image.mode == "P":
@@ -382,8 +392,8 @@ def in_colour(path: Path) -> bool:
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of those proportions, with Pillow's antialiased bicubic filter."""
-    # not more than the image by a rounding: Pillow would refuse that
+    """Crop to the target's proportions around the centre and resize (antialiased bicubic)."""
+    # min: rounding must not make the crop larger than the image, which Pillow would reject
     across = min(image.width, image.height * width / height)
     down = min(image.height, image.width * height / width)
     left, top = (image.width - across) / 2, (image.height - down) / 2
@@ -393,13 +403,13 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """All that Pillow reads but PostScript: a program, which Pillow hands to Ghostscript to run."""
+    """All formats that Pillow reads except PostScript, a program that Ghostscript would execute."""
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
 
 def reason(error: BaseException) -> str:
-    """An unreadable file's error in a few words."""
+    """Describe in a few words why a file cannot be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     text = str(error).splitlines()
@@ -407,14 +417,16 @@ def reason(error: BaseException) -> str:
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """8 bits per channel, no palette, no transparency."""
+    """Convert to 8 bits per channel, without palette or transparency."""
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(f"integer values outside 16 bits: {values.min()} to {values.max()}")
+            raise ValueError(
+                f"expected integer values of 16 bits, got {values.min()} to {values.max()}"
+            )
         return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("floating-point images have no known range")
+        raise ValueError("the range of its floating-point values is unknown")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)

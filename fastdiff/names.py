@@ -1,5 +1,7 @@
-"""Words that options, configs and files share. Imports nothing, so that a command can list the
-choices of an option before torch is loaded.
+"""Names shared by options, configs and files.
+
+This module imports nothing heavy, so that a command can list the choices of an option before torch
+is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +16,21 @@ TimestepSpacing = Literal["leading", "trailing", "linspace", "simple"]
 """How a sampler's steps are spaced over the training timesteps."""
 SigmaSpacing = Literal["karras", "exponential"]
 """How a sampler's steps are spaced over the noise levels."""
-Spacing = Literal["trailing", "leading", "linspace", "simple", "karras", "exponential"]
+FastDPMSpacing = Literal["var-linear", "var-quadratic", "step-linear", "step-quadratic"]
+"""How FastDPM chooses noise levels; see `diffusion.fastdpm`."""
+FASTDPM_SPACINGS: tuple[str, ...] = get_args(FastDPMSpacing)
+Spacing = Literal[
+    "trailing",
+    "leading",
+    "linspace",
+    "simple",
+    "karras",
+    "exponential",
+    "var-linear",
+    "var-quadratic",
+    "step-linear",
+    "step-quadratic",
+]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
 QKVOrder = Literal["legacy", "new"]
-"""Rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)."""
+"""Row order of packed qkv weights: new is (3, H, d), legacy is (H, 3, d)."""

@@ -36,13 +36,21 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .tracing import constant_in_graphs
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = ("cuda", "triton", "library", "cpu", "reference")
 BACKENDS = (*ORDER, "auto")
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ()}
+DEVICES = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "library": ("cuda",),
+    "cpu": ("cpu",),
+    "reference": (),
+}
 """Backend -> the device types it is made for; empty: all. On other devices it is not a candidate,
 and skipping it does not warn."""
-EMULATED: dict[str, tuple[str, ...]] = {}
-"""Backend -> device types on which it is emulated: slow, and only when the backend is forced."""
+OPTIONAL = ("library",)
+"""Backends that an op need not have; messages do not mention it if they are absent."""
+EMULATED: dict[str, tuple[str, ...]] = {"library": ("cpu",)}
+"""Backend -> other device types on which it runs, but only when the backend is forced."""
 UNAVAILABLE: dict[str, str] = {}
 """Backend -> why its kernels are missing from this installation."""
 ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
@@ -213,7 +221,9 @@ def missing(op: Choosable, name: str) -> str:
 
 def reasons(op: Choosable, args: tuple[Any, ...]) -> dict[str, str | None]:
     """Backend -> why it would not run these arguments, or None if it would."""
-    return {name: objection(op, name, args) for name in ORDER}
+    asked = selected_backend()
+    shown = [n for n in ORDER if n in op.backends or n not in OPTIONAL or n == asked]
+    return {name: objection(op, name, args) for name in shown}
 
 
 def candidates(op: Choosable, args: tuple[Any, ...]) -> tuple[Backend, ...]:

@@ -81,8 +81,9 @@ class Op:
     """The op's arguments -> the work of a call; with ``backward=True``, of the backward pass."""
     shape_class: Callable[..., str] | None = None
     """The class by which the fastest backend of a GPU is looked up; None: never measured."""
-    unmeasured: Callable[[torch.device], str | None] | None = None
-    """The backend to try first on a GPU without measurements; None: the order is `ORDER`."""
+    unmeasured: Callable[..., str | None] | None = None
+    """The op's arguments -> the backend to try first on a GPU without measurements; None: the order
+    is `ORDER`."""
     example: Callable[[Callable[..., Tensor]], dict[str, Any]]
     """Takes a function that makes a tensor of a shape, returns small example arguments."""
     kernels: Sequence[Backend] = ()
@@ -181,7 +182,7 @@ class Op:
         of = measured.ANY if is_compiling() else self.shape_class(*args)
         found = measured.fastest(self.name, x.device, x.dtype, of)
         if found is None and self.unmeasured is not None:
-            return self.unmeasured(x.device)
+            return self.unmeasured(*args)
         return found
 
     # The op registered with PyTorch
@@ -427,7 +428,7 @@ def _reference_backend(op: Op) -> Backend:
         for i in op.own:  # even if not needed: one gradient may be a sum over another
             if isinstance(kept[i], Tensor) and kept[i].is_floating_point():
                 leaves[i] = kept[i].detach().requires_grad_()
-        with _recording_a_graph():
+        with recording_a_graph():
             found = op.gradients_by_reference(gradients, tuple(leaves))
         results: list[Tensor | None] = []
         for i, gradient, need in zip(op.own, found, needs, strict=True):
@@ -439,7 +440,7 @@ def _reference_backend(op: Op) -> Backend:
 
 
 @contextmanager
-def _recording_a_graph() -> Iterator[None]:
+def recording_a_graph() -> Iterator[None]:
     """Enable autograd inside an op, where PyTorch's dispatcher has already excluded it."""
     autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
     included = torch._C._dispatch_tls_local_include_set()

@@ -31,7 +31,9 @@ FAST_BYTES, FAST_FLOPS = 4e12, 8e14
 """Rates of a fast current GPU; they decide the timing method, which all providers share."""
 LAUNCH_S = 10e-6
 OURS = ("triton", "cuda")
-EVERYTHING = (*OURS, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+CHOICES = (*OURS, "library")
+"""The backends among which a record decides what `auto` takes first on a GPU."""
+EVERYTHING = (*CHOICES, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
 LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
 """Providers timed at less important shapes: without those that are slow to compile or to run."""
 
@@ -84,7 +86,7 @@ class Subject:
     def providers(self) -> tuple[str, ...]:
         names = [*OURS, "reference", "eager"]
         names += ["eager channels_last"] if self.norm else []
-        names += LIBRARY if self.sdpa else ["compile"]
+        names += ["library", *LIBRARY] if self.sdpa else ["compile"]
         return tuple(names)
 
     @property

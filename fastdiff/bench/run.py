@@ -37,13 +37,13 @@ from fastdiff import kernels
 from fastdiff.bench import shapes
 from fastdiff.bench.clock import Method, Timer
 from fastdiff.bench.providers import (
+    CHOICES,
     EVERYTHING,
     FAST_BYTES,
     FAST_FLOPS,
     LATER,
     LAUNCH_S,
     LIBRARY,
-    OURS,
     SDPA,
     Arguments,
     Direction,
@@ -200,7 +200,7 @@ def _measure_case(
     make = Make(case.dtype, device)
     arguments = subject.arguments(case.call, case.job, make)
     wanted = [p for p in subject.providers if p in case.providers]
-    for backend in [name for name in OURS if name in wanted]:
+    for backend in [name for name in CHOICES if name in wanted]:
         objection = _objection(case, backend, arguments)
         if objection is not None:
             wanted.remove(backend)
@@ -224,37 +224,33 @@ def _measure_case(
             continue
         record = record_of(case, provider, timing, case.work)
         class_of = kernels.OPS[subject.op].shape_class
-        if provider in OURS and case.direction == "forward" and class_of is not None:
+        if provider in CHOICES and case.direction == "forward" and class_of is not None:
             given = bound_arguments(subject.op, *arguments)
             record = replace(record, shape_class=class_of(*given))
         outcome.records.append(record)
 
 
 def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
-    """Op -> "dtype/shape class" -> the faster one of `OURS`.
+    """Op -> "dtype/shape class" -> the fastest one of `CHOICES`.
 
-    The winner is decided by the geometric mean of the ratio over the cases of a class that both
-    ran. If one of them ran no case of a class, the other wins it. The class `ANY` contains all
-    cases of an op.
+    The winner has the smallest geometric mean over the cases of a class that all of its backends
+    ran; without such a case, it is the first of `CHOICES` that ran one. The class `ANY` contains
+    all cases of an op.
     """
     found: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
     for record in records:
-        if record.provider in OURS and record.shape_class:
+        if record.provider in CHOICES and record.shape_class:
             for shape_class in (record.shape_class, ANY):
                 of_class = found.setdefault((record.benchmark, f"{record.dtype}/{shape_class}"), {})
                 case = of_class.setdefault((record.job, record.shape), {})
                 case[record.provider] = record.median_s
     winners: dict[str, dict[str, str]] = {}
     for (op, key), cases_of_class in found.items():
-        both = [case for case in cases_of_class.values() if len(case) == len(OURS)]
-        if both:
-            one, other = OURS
-            ratio = sum(math.log(case[other] / case[one]) for case in both)
-            winner = one if ratio > 0 else other
-        else:
-            taken = {name for case in cases_of_class.values() for name in case}
-            winner = next(name for name in OURS if name in taken)
-        winners.setdefault(op, {})[key] = winner
+        took = {name for case in cases_of_class.values() for name in case}
+        names = [name for name in CHOICES if name in took]
+        shared = [case for case in cases_of_class.values() if len(case) == len(names)]
+        seconds = {name: sum(math.log(case[name]) for case in shared) for name in names}
+        winners.setdefault(op, {})[key] = min(names, key=seconds.__getitem__)  # the first of equals
     return winners
 
 
@@ -264,7 +260,7 @@ def _provider(
 ) -> Iterator[Callable[[], Any]]:
     """The function to time, in a context with the settings it needs."""
     subject, (args, kwargs) = case.subject, arguments
-    backend = provider if provider in (*OURS, "reference") else "reference"
+    backend = provider if provider in (*CHOICES, "reference") else "reference"
     function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
     if provider == "eager" and subject.norm:
         args = tuple(_nchw(a) for a in args)

@@ -1,4 +1,4 @@
-"""Other people's models and pipelines with our ops: `fastdiff.accelerate`, `compile_pass`."""
+"""Our ops in existing models and pipelines: `fastdiff.accelerate` and `fastdiff.compile_pass`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["AccelerateError", "Entry", "Report", "accelerate", "compile_pass"]
 
 
 def __getattr__(name: str) -> Any:
-    """`compile_pass`: Inductor is imported when it is asked for."""
+    """Import `compile_pass` on first use, because it imports Inductor."""
     if name == "compile_pass":
         from fastdiff.integrations.inductor import compile_pass
 

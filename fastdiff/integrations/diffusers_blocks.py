@@ -1,9 +1,9 @@
 """diffusers' blocks with our ops, for diffusers 0.34 and later.
 
-Each class here has the name of the one it serves and is a subclass of it without new state. Where a
-call asks for something that ours does not do (another attention processor, GLIGEN, a hook on an
-inner layer), the original forward runs, decided anew in each call: what is loaded or set later
-(IP-Adapter, LoRA, attention slicing, fused projections) works as before.
+Each class here is a subclass of the diffusers class of the same name and adds no state. If a call
+needs something that our forward does not support (another attention processor, GLIGEN, a hook on an
+inner layer), the original forward runs. Each call decides this again, so features that are loaded
+or set later (IP-Adapter, LoRA, attention slicing, fused projections) work as before.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ NORM_THEN_ACT = (
     "Decoder",
     "MaskConditionDecoder",
 )
-"""Classes whose forward hands conv_norm_out's output to conv_act and nowhere else."""
+"""Classes whose forward passes conv_norm_out's output to conv_act and to nothing else."""
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
-    """norm-SiLU-conv, time embedding, norm-SiLU-conv and the shortcut."""
+    """Norm, SiLU and convolution twice, with the time embedding between them and a shortcut."""
 
     def forward(self, input_tensor: Tensor, temb: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """input_tensor: (N, C, H, W); temb: (N, E) or None -> (N, C', H', W')."""
@@ -57,7 +57,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         x, h = input_tensor, self.norm1(input_tensor, activation="silu")
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
-            if self.upsample is not None and len(x) >= 64:  # as diffusers does: its issue 984
+            if self.upsample is not None and len(x) >= 64:  # as in diffusers, see its issue 984
                 x, h = x.contiguous(), h.contiguous()
             x, h = resample(x), resample(h)  # (N, C, 2H, 2W) or (N, C, H/2, W/2)
         h = self.conv1(h)  # (N, C', H', W')
@@ -74,7 +74,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
 
 
 def resnet_objection(block: Any) -> str | None:
-    """Why a ResnetBlock2D stays as it is."""
+    """Why a ResnetBlock2D cannot be swapped, or None."""
     if type(block.nonlinearity) is not nn.SiLU:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
     embeds = block.time_emb_proj is not None
@@ -84,7 +84,7 @@ def resnet_objection(block: Any) -> str | None:
 
 
 class Attention(attention_processor.Attention):
-    """Self- and cross-attention, with the norm and the residual around it in VAEs."""
+    """Self- and cross-attention, including the norm and the residual that VAEs put around it."""
 
     def forward(
         self,
@@ -125,8 +125,11 @@ class Attention(attention_processor.Attention):
         return rescaled(x, self.rescale_output_factor)
 
     def _may_be_differentiated_twice(self, x: Tensor) -> bool:
-        """Whether a gradient is wanted of AttnProcessor: products and a softmax, which have second
-        derivatives. PyTorch's fused attention, which AttnProcessor2_0 calls, has none on a CPU."""
+        """Whether the original is AttnProcessor and a gradient is required.
+
+        AttnProcessor computes products and a softmax, which can be differentiated twice. PyTorch's
+        fused attention, which AttnProcessor2_0 calls, has no second derivatives on a CPU.
+        """
         return (
             type(self.processor) is attention_processor.AttnProcessor
             and torch.is_grad_enabled()
@@ -135,7 +138,7 @@ class Attention(attention_processor.Attention):
 
 
 def attention_objection(attn: Any) -> str | None:
-    """Why an Attention runs as diffusers wrote it."""
+    """Why an Attention runs diffusers' own forward, or None."""
     if type(attn.processor) not in PROCESSORS:
         return f"its processor is {type(attn.processor).__name__}"
     if attn.to_out is None or attn.to_k is None:
@@ -149,7 +152,7 @@ def attention_objection(attn: Any) -> str | None:
 
 
 class GEGLU(activations.GEGLU):
-    """The gated activation behind its projection."""
+    """A projection followed by the gated activation."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states: (..., C) -> (..., D)."""
@@ -159,7 +162,7 @@ class GEGLU(activations.GEGLU):
 
 
 class BasicTransformerBlock(attention.BasicTransformerBlock):
-    """Self-attention, cross-attention, feed-forward; the sums are formed in the norms."""
+    """Self-attention, cross-attention and feed-forward, with the residual sums fused into norms."""
 
     def forward(
         self,
@@ -213,17 +216,17 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
 
 
 def transformer_objection(block: Any) -> str | None:
-    """Why a BasicTransformerBlock stays as it is (its attentions and norms may be ours still)."""
+    """Why a BasicTransformerBlock cannot be swapped, or None; its inner layers still may be."""
     if block.norm_type != "layer_norm":
         return f"its norm_type is {block.norm_type!r}"
     if block.pos_embed is not None:
-        return "it adds a position embedding behind its norms"
+        return "it adds a position embedding after its norms"
     norms = [block.norm1, block.norm3, *([] if block.attn2 is None else [block.norm2])]
     return next((o for o in map(norm_objection, norms) if o is not None), None)
 
 
 class Transformer2DModel(transformer_2d.Transformer2DModel):
-    """The stack of transformer blocks over the pixels: views, not copies, in channels_last."""
+    """The transformer blocks over all pixels; in channels_last, tokens are views and not copies."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         if under_transform():
@@ -263,9 +266,12 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
 
 
 def continuous_objection(model: Any) -> str | None:
-    """Why a Transformer2DModel stays as it is: the two methods that ours replaces are private."""
+    """Why a Transformer2DModel cannot be swapped, or None.
+
+    The two methods that ours overrides are private in diffusers, so their signatures are checked.
+    """
     if not model.is_input_continuous:
-        return "its input is not an image of features"
+        return "its input is not a feature map"
     for name in ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs"):
         theirs = getattr(transformer_2d.Transformer2DModel, name, None)
         known = inspect.signature(getattr(Transformer2DModel, name)).parameters
@@ -275,7 +281,7 @@ def continuous_objection(model: Any) -> str | None:
 
 
 def is_matrix(layer: Any) -> bool:
-    """Whether a layer is a plain 1x1 convolution that nobody listens to, moves or has wrapped."""
+    """Whether a layer is a plain 1x1 convolution, without hooks, offload or a replaced forward."""
     options = getattr(layer, "kernel_size", None), getattr(layer, "stride", None)
     return (
         type(layer) in (nn.Conv2d, PreparedConv2d)
@@ -287,15 +293,16 @@ def is_matrix(layer: Any) -> bool:
 
 
 def as_matrix(conv: Any, tokens: Tensor) -> Tensor:
-    """A 1x1 convolution of tokens; as such PyTorch takes im2col for few pixels on a CPU.
+    """Apply a 1x1 convolution to tokens as a matrix product.
 
+    For few pixels on a CPU, PyTorch's own 1x1 convolution would go through im2col.
     tokens: (N, L, C) -> (N, L, C').
     """
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 class Upsample2D(upsampling.Upsample2D):
-    """A doubling and its convolution as one transposed convolution on the CPU."""
+    """Upsampling by 2 and its convolution as one transposed convolution on the CPU."""
 
     plan: Plan
     kept: Kept
@@ -312,10 +319,10 @@ class Upsample2D(upsampling.Upsample2D):
 
 
 def upsample_objection(layer: Any) -> str | None:
-    """Why an Upsample2D is not folded."""
+    """Why an Upsample2D cannot be folded, or None."""
     plain = layer.interpolate and layer.norm is None and not layer.use_conv_transpose
     if not plain or not layer.use_conv or layer.name != "conv":
-        return "it is not a doubling with a convolution behind it"
+        return "it is not upsampling by 2 followed by a convolution"
     return None
 
 
@@ -336,4 +343,4 @@ BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], str, int, Callable[[Any], s
     ),
     activations.GEGLU: (GEGLU, "geglu", 0, lambda m: None),
 }
-"""diffusers' class -> ours, what it computes, its GroupNorm+SiLU pairs, its objection."""
+"""diffusers' class -> our class, its op, its number of GroupNorm + SiLU pairs, its objection."""

@@ -1,11 +1,11 @@
-"""`fastdiff.compile_pass`: our ops inside graphs that `torch.compile` makes anyway.
+"""`fastdiff.compile_pass`: our ops inside the graphs of `torch.compile`.
 
 Inductor calls `torch._inductor.config.pre_grad_custom_pass` with each graph that Dynamo has
-captured, before autograd is traced: there a GroupNorm whose only reader is a SiLU, and
-`scaled_dot_product_attention`, are still single calls, and what takes their place brings its own
-gradients. That hook is named in PyTorch's config but not promised, and there is no public one;
-where it is missing `compile_pass` raises. Patterns of Inductor's own matcher come later, when both
-have been decomposed.
+captured, before autograd is traced. At that point GroupNorm, SiLU and
+`scaled_dot_product_attention` are still single calls, and the ops that replace them bring their own
+gradients. (Inductor's own pattern matcher runs too late, after both have been decomposed.) The hook
+is part of PyTorch's config but not a stable API, and there is no public one; if it is missing,
+`compile_pass` raises.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def norm_then_silu(
 def dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, scale: Any = None
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` of (N, H, L, D)."""
+    """`F.scaled_dot_product_attention` on (N, H, L, D)."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return attention(q, k, v, mask=attn_mask, scale=scale).transpose(1, 2)
 
 
 @functools.cache
 def sources() -> str:
-    """A hash of what decides which graphs the pass makes: this file, the ops, their tables."""
+    """Hash of everything that determines the resulting graphs: this file, the ops, their tables."""
     folder = Path(kernels.__file__).parent
     files = [Path(__file__), *(p for kind in ("py", "json") for p in folder.rglob(f"*.{kind}"))]
     digest = hashlib.sha256()
@@ -56,10 +56,10 @@ def sources() -> str:
 
 
 class CompilePass(CustomGraphPass):
-    """What `compile_pass` registered.
+    """The graph pass that `compile_pass` registers.
 
-    `replaced` counts what it has done so far in graphs that were compiled; one that comes from
-    Inductor's cache was done when it was put there.
+    `replaced` counts the replacements in all graphs compiled so far. A graph that comes from
+    Inductor's cache is not counted again.
     """
 
     def __init__(self, before: Any) -> None:
@@ -79,11 +79,10 @@ class CompilePass(CustomGraphPass):
                 self._attention(graph, node)
 
     def uuid(self) -> str | None:
-        """Names the graphs that the pass makes, in the keys of Inductor's caches; None where an
-        earlier pass does not name its own.
+        """Identify the pass in the keys of Inductor's caches; None if an earlier pass has no uuid.
 
-        Where no kernel serves an op, or the reference is forced, its reference is traced into the
-        graph, so what is forced and what is missing count too.
+        If no kernel can run an op, or the reference backend is forced, the reference is traced into
+        the graph. So the forced backend and the unavailable ones are part of the identity.
         """
         earlier = [getattr(one, "uuid", lambda: None)() for one in _listed(self._before)]
         if None in earlier:
@@ -93,9 +92,9 @@ class CompilePass(CustomGraphPass):
         return f"fastdiff.compile_pass {sources()} {state}"
 
     def remove(self) -> None:
-        """Stop replacing, and put back what was registered before unless another pass came since.
+        """Stop replacing ops, and restore the previous pass unless another was registered since.
 
-        Graphs that are compiled keep what they have.
+        Graphs that are already compiled do not change.
         """
         self._active = False
         if getattr(config, HOOK) is self:
@@ -152,15 +151,16 @@ def _listed(passes: Any) -> list[Callable[[fx.Graph], None]]:
 
 
 def compile_pass() -> CompilePass:
-    """Put our ops into every graph that `torch.compile` gives to Inductor from now on.
+    """Put our ops into every graph that `torch.compile` passes to Inductor from now on.
 
-    GroupNorm read by a SiLU alone becomes `group_norm_silu`, `scaled_dot_product_attention` without
-    dropout and causal mask `attention`. For models whose modules `accelerate` does not know, or
-    that must not be touched; Inductor fuses nothing into these ops, and `accelerate` fuses more
-    (time embedding, residuals). Graphs compiled before keep what they have.
+    A GroupNorm whose output is only read by a SiLU becomes `group_norm_silu`, and
+    `scaled_dot_product_attention` without dropout or causal mask becomes `attention`. Use it for
+    models whose modules `accelerate` does not know or must not change. `accelerate` fuses more
+    (time embedding, residuals), and Inductor fuses nothing into these ops. Graphs compiled earlier
+    do not change.
 
     Returns:
-        the registered pass: `replaced` counts, `remove()` undoes.
+        The registered pass: `replaced` counts its replacements, `remove()` undoes the registration.
 
     Raises:
         RuntimeError: this PyTorch's Inductor has no such hook.

@@ -1,9 +1,9 @@
-"""Blocks of well-known repositories, recognised by their layers and proven by their results.
+"""Blocks of well-known repositories, recognised by their layers and verified by their results.
 
-CompVis (latent-diffusion), OpenAI (improved-diffusion, guided-diffusion) and lucidrains are copied
-into many projects, so their classes cannot be imported, and a name says little. A block that has
-the layers of one of them is copied, filled with random weights and called both ways on a small
-input: only where the results agree is its kind of block swapped (`difference`).
+The code of CompVis (latent-diffusion), OpenAI (improved-diffusion, guided-diffusion) and lucidrains
+is copied into many projects, so the classes cannot be imported, and a class name proves little. A
+block that has the layers of one of them is therefore copied, filled with random weights and called
+both ways on a small input. Blocks like it are swapped only if the results agree (`difference`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fastdiff.kernels import attention, geglu
 from fastdiff.models.layers import from_tokens, split_qkv, to_tokens
 
 TOLERANCE = 1e-4
-"""Relative difference, in fp32, up to which two results are the same function's."""
+"""Largest relative difference, in fp32, between results of the same function."""
 
 
 class _Block(nn.Module):
-    """What the mixins below stand in front of: the attributes are the other class's."""
+    """Base of the mixins below, which are combined with a class that has the attributes."""
 
     if TYPE_CHECKING:
 
@@ -43,7 +43,7 @@ class _Block(nn.Module):
 
 
 class CompVisResnetBlock(_Block):
-    """latent-diffusion's ResnetBlock of the autoencoders (and DDPM's in PyTorch)."""
+    """ResnetBlock of latent-diffusion's autoencoders (and of DDPM's port to PyTorch)."""
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); temb: (N, E) or None -> (N, C', H, W)."""
@@ -87,9 +87,9 @@ class OpenAIResBlock(_Block):
 
 
 class OpenAIQKVAttention(_Block):
-    """OpenAI's attention over a packed (N, 3C, L); the rows are (H, 3, d).
+    """OpenAI's attention over a packed (N, 3C, L) whose channels are ordered (H, 3, d).
 
-    improved-diffusion's has no `n_heads`: its caller has put the heads into N.
+    improved-diffusion's class has no `n_heads`: its caller moves the heads into N.
     """
 
     order = "legacy"
@@ -102,7 +102,7 @@ class OpenAIQKVAttention(_Block):
 
 
 class OpenAIQKVAttentionNew(OpenAIQKVAttention):
-    """The same with rows (3, H, d)."""
+    """OpenAI's attention with channels ordered (3, H, d)."""
 
     order = "new"
 
@@ -127,7 +127,7 @@ class GatedGELU(_Block):
 
 
 class CompVisTransformerBlock(_Block):
-    """latent-diffusion's BasicTransformerBlock; the sums are formed in the norms."""
+    """latent-diffusion's BasicTransformerBlock, with the residual sums fused into the norms."""
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if needs_original(self.norm1, self.norm2, self.norm3) or getattr(
@@ -152,7 +152,7 @@ class LucidrainsBlock(_Block):
 
 
 class Kind(NamedTuple):
-    """A block we know: how it is recognised, and inputs to compare on."""
+    """A known block: how to recognise it, and example inputs to compare the results on."""
 
     ours: type[nn.Module]
     op: str
@@ -278,19 +278,19 @@ GROUP_NORM = Kind(
     lambda m: isinstance(m, nn.GroupNorm),
     lambda m: [(torch.randn(2, m.num_channels, 3, 4) + 0.5,)],
 )
-"""Subclasses of nn.GroupNorm, such as OpenAI's GroupNorm32, which computes in fp32 as ours does."""
+"""Subclasses of nn.GroupNorm such as OpenAI's GroupNorm32, which computes in fp32 like ours."""
 
 
 Form = tuple[bool, ...]
-"""Of a call's arguments, which are given and not None."""
+"""For each argument of a call, whether it is given and not None."""
 
 
 @functools.cache
 def served_class(ours: Any, theirs: Any, forms: frozenset[Form] | None = None) -> Any:
-    """A subclass of `theirs` with our forward; objects of it can be copied and pickled.
+    """Create a subclass of `theirs` with our forward; its objects can be copied and pickled.
 
-    Our forward runs for calls of the given forms (None: for all), the original for any other: with
-    more arguments, or with None where that was not proven.
+    Our forward runs for calls of the given forms (None: for all calls). Any other call, such as one
+    with more arguments or with a None that was not verified, runs the original.
     """
     served = (ours, theirs, forms)
     members = {"__reduce_ex__": _reduce, "__module__": __name__, "served": served}
@@ -303,15 +303,15 @@ def served_class(ours: Any, theirs: Any, forms: frozenset[Form] | None = None) -
 def _guarded(
     mine: Callable[..., Any], original: Callable[..., Any], forms: frozenset[Form]
 ) -> Callable[..., Any]:
-    """A forward with the original's signature that chooses between the two."""
+    """Create a forward with the original's signature that chooses between the two."""
     count = max(map(len, forms))
     parameters = [*inspect.signature(original).parameters.values()][1:]
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    fused = inspect.getfullargspec(mine).kwonlyargs  # of our norms, for our blocks
+    fused = inspect.getfullargspec(mine).kwonlyargs  # arguments that our blocks pass to our norms
 
     def proven(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The arguments as ours takes them, or None."""
+        """The arguments for our forward, or None if the original has to run."""
         if len(args) > len(names) or any(key in names[: len(args)] for key in kwargs):
             return None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -328,7 +328,7 @@ def _guarded(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs and all(key in fused for key in kwargs):
             return mine(self, *args, **kwargs)
-        if under_transform():  # PyTorch's jvp of a norm takes no channels_last
+        if under_transform():  # PyTorch's jvp of a norm rejects channels_last
             args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
             return original(self, *args, **kwargs)
         taken = proven(args, kwargs)
@@ -338,7 +338,7 @@ def _guarded(
 
 
 def _is_default(value: Any, key: str, defaults: dict[str, Any]) -> bool:
-    """Whether an argument might as well have been left out."""
+    """Whether an argument has its default value."""
     if key not in defaults:
         return False
     plain = isinstance(value, bool | int | float | str)
@@ -356,7 +356,7 @@ def _empty(ours: type, theirs: type, forms: frozenset[Form] | None) -> Any:
 
 
 def serve_norms(module: nn.Module) -> None:
-    """Make a copy's own norms ours, as `accelerate` will have done."""
+    """Swap the norms inside a copy, as `accelerate` does in the module itself."""
     for layer in module.modules():
         if type(layer) is nn.GroupNorm:
             layer.__class__ = GroupNorm
@@ -370,42 +370,43 @@ def serve_norms(module: nn.Module) -> None:
 
 
 def proof(module: nn.Module, kind: Kind) -> frozenset[Form] | str:
-    """The forms of calls in which a module computes what `kind` does, or why it is not one."""
+    """The forms of calls in which a module computes what `kind` does, or why it does not."""
     layers = f"it has the layers of {kind.ours.__name__}"
     try:
         moved = difference(module, kind)
-    except Exception as error:  # noqa: BLE001 - whatever an unknown forward raises is the answer
+    except Exception as error:  # noqa: BLE001 - an unknown forward may raise anything
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{layers}, but a copy cannot be called as one ({said:.120})"
+        return f"{layers}, but calling a copy like one fails ({said:.120})"
     worst = max(moved.values())
-    if not worst <= TOLERANCE:  # also where it is nan
+    if not worst <= TOLERANCE:  # also if it is NaN
         return f"{layers} but computes something else (relative difference {worst:.1g})"
     return frozenset(moved)
 
 
 def difference(module: nn.Module, kind: Kind) -> dict[Form, float]:
-    """How far a block's results move if it is served as `kind`, relative, per form of call.
+    """Relative difference between a block's results and those of `kind`, per form of call.
 
-    Measured on a copy with random weights on the CPU, so that layers that begin at zero, hooks and
-    the device do not matter; nothing of the module itself runs. Raises what its forward raises,
-    except that a call without an optional argument may raise or differ: that form is left out.
+    It is measured on a copy with random weights on the CPU, so that zero-initialised layers, hooks
+    and the device do not matter; the module itself does not run. Errors of its forward propagate,
+    except in calls without an optional argument: if such a call fails or differs, its form is left
+    out.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also reseed the GPUs
         ours = copy.deepcopy(module)
         ours = ours.to_empty(device="cpu").float().eval()
         for tensor in [*ours.parameters(), *ours.buffers()]:
             if tensor.is_floating_point():
                 fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
                 tensor.copy_(torch.randn(tensor.shape) / fan_in**0.5)
-        for layer in ours.modules():  # the trial must not trigger anybody's callbacks
+        for layer in ours.modules():  # drop hooks: the trial run must not trigger user callbacks
             for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
                 hooks.clear()
         theirs, examples = copy.deepcopy(ours), kind.examples(module)
         serve_norms(ours)
         count = max(map(len, examples))
         all_forms = frozenset((True, *rest) for rest in product((True, False), repeat=count - 1))
-        kinds: Any = kind.ours, type(theirs)  # classes can be hashed, which mypy doubts
+        kinds: Any = kind.ours, type(theirs)  # Any: mypy does not know that classes are hashable
         ours.__class__ = served_class(*kinds, all_forms)
         moved = {form_of(example): _moved(ours, theirs, example) for example in examples}
         for example in examples:
@@ -424,13 +425,13 @@ def form_of(example: tuple[Any, ...]) -> Form:
 def _moved(ours: nn.Module, theirs: nn.Module, example: tuple[Any, ...]) -> float:
     found, wanted = ours(*example), theirs(*example)
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
-        raise TypeError("it returns something else than one tensor of that shape")
+        raise TypeError("it does not return one tensor of the expected shape")
     scale = float(wanted.abs().max()) or 1.0
-    return float((found - wanted).abs().max() / scale)  # nan if any is
+    return float((found - wanted).abs().max() / scale)  # NaN if any value is
 
 
 def _moved_if_it_runs(ours: nn.Module, theirs: nn.Module, example: tuple[Any, ...]) -> float:
     try:
         return _moved(ours, theirs, example)
-    except Exception:  # noqa: BLE001 - without this argument the original has to answer
+    except Exception:  # noqa: BLE001 - then calls without this argument run the original
         return float("inf")

@@ -1,10 +1,10 @@
-"""PyTorch's own layers with our ops behind them: same parameters, same results, more arguments.
+"""PyTorch's layers on top of our ops: same parameters, same results, additional arguments.
 
-`accelerate` makes these of a module's layers by changing their class; the object, its parameters,
-buffers, hooks and names stay. Called as the original is, each computes what the original does. The
-further arguments are for the blocks of this room, which fuse what comes before and after a norm.
-They go through the layer's `__call__`, so hooks that bring its weights to the device
-(`enable_sequential_cpu_offload`) run as for the original.
+`accelerate` changes the class of a module's layers to these; the object, its parameters, buffers,
+hooks and names stay. Called like the original, each layer computes what the original computes. The
+additional arguments are for the blocks of this package, which fuse the operations around a norm.
+They pass through the layer's `__call__`, so that hooks that move its weights to the device
+(`enable_sequential_cpu_offload`) still run.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from fastdiff.kernels.choose import transformed
 
 
 def under_transform() -> bool:
-    """Whether `torch.func` (vmap, jvp, grad) or forward-mode differentiation is at work.
+    """Whether a `torch.func` transform (vmap, jvp, grad) or forward-mode autograd is active.
 
-    The modules as they were written support what PyTorch supports, so they run then. A graph that
-    is being compiled has its own rules for ops.
+    The original modules then run instead of ours, because they support all that PyTorch supports.
+    While a graph is being compiled this is False; compiled graphs have their own rules for ops.
     """
     return not torch.compiler.is_compiling() and transformed()
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether each of the modules has to be called as it was, with its own input and output.
+    """Whether each module must be called on its own, with the input and output of the original.
 
-    Somebody listens to one, or has replaced its forward on the object, or a transform is at work.
-    The hooks with which Hugging Face's accelerate moves weights do not count: they pass arguments
-    on.
+    That is so if one of them has hooks or a replaced forward, or if a transform is active. The
+    hooks with which Hugging Face's accelerate moves weights do not count: they pass all arguments
+    through.
     """
     return under_transform() or any(
         m._forward_hooks
@@ -47,9 +47,9 @@ _SILUS: dict[type, bool] = {}
 
 
 def is_silu(module: nn.Module) -> bool:
-    """Whether a module is `nn.SiLU`, or one of the many classes named so that compute the same.
+    """Whether a module is `nn.SiLU` or another class with a similar name that computes the same.
 
-    improved-diffusion and others have their own, without state: each class is tried once.
+    improved-diffusion and others define their own stateless SiLU. Each class is tested once.
     """
     kind = type(module)
     if kind is nn.SiLU:
@@ -62,7 +62,7 @@ def is_silu(module: nn.Module) -> bool:
 
 def _computes_silu(module: nn.Module) -> bool:
     if module.__dict__.keys() - nn.Module().__dict__.keys() or [*module.parameters()]:
-        return False  # what it computes may depend on the object
+        return False  # its result may depend on the state of the object
     x = torch.linspace(-6, 6, 25)
     with torch.no_grad():
         y = type(module).forward(module, x.clone())
@@ -70,9 +70,10 @@ def _computes_silu(module: nn.Module) -> bool:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the forward on the object is neither a hook's that moves weights nor its class's own.
+    """Whether the `forward` set on the object computes something other than the class's forward.
 
-    The latter is what Hugging Face's accelerate leaves behind when its hooks are removed.
+    It does not if it belongs to a hook of Hugging Face's accelerate that moves weights, or if it is
+    the class's own forward, which those hooks leave behind when they are removed.
     """
     forward = module.__dict__["forward"]
     moved = "_hf_hook" in module.__dict__
@@ -80,16 +81,16 @@ def has_other_forward(module: nn.Module) -> bool:
 
 
 def needs_original(*layers: nn.Module) -> bool:
-    """Whether a block with these norms and SiLUs has to run as it was written.
+    """Whether a block with these norms and SiLUs has to run its original forward.
 
-    Somebody listens to one, or has put another layer in its place since, or has restored it alone.
+    That is so if one of them is watched, was replaced by another layer, or was restored on its own.
     """
     known = all(isinstance(m, GroupNorm | LayerNorm) or is_silu(m) for m in layers)
     return not known or watched(*layers)
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` by `group_norm_silu` and `add_group_norm_silu`."""
+    """`nn.GroupNorm` on top of `group_norm_silu` and `add_group_norm_silu`."""
 
     def forward(
         self,
@@ -104,7 +105,7 @@ class GroupNorm(nn.GroupNorm):
         input: (N, C, *spatial). channel_add: (N, C). scale_shift: (N, 2C) = [scale | shift].
         """
         if under_transform() and channel_add is None and scale_shift is None:
-            y = super().forward(input.contiguous())  # its jvp takes no channels_last
+            y = super().forward(input.contiguous())  # PyTorch's jvp rejects channels_last
             return y if activation == "none" else F.silu(y)
         if channel_add is not None and channel_add.dtype == input.dtype:
             return add_group_norm_silu(
@@ -117,7 +118,7 @@ class GroupNorm(nn.GroupNorm):
                 eps=self.eps,
                 activation=activation,
             )[0]
-        if channel_add is not None:  # autocast may mix dtypes; PyTorch adds in the wider one
+        if channel_add is not None:  # autocast may mix dtypes; like PyTorch, add in the wider one
             input = input + channel_add.unflatten(1, (-1, *[1] * (input.ndim - 2)))
         return group_norm_silu(
             input,
@@ -131,9 +132,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 class GroupNormBeforeSiLU(GroupNorm):
-    """A norm whose output goes into one SiLU module alone, the `partner`: it does the SiLU too.
+    """A norm whose output goes only into one SiLU module, its `partner`; it applies that SiLU too.
 
-    Serves pairs that a model calls one after the other (`conv_norm_out`, `conv_act`).
+    It is for pairs that a model calls one after the other (`conv_norm_out`, `conv_act`).
     """
 
     partner: tuple[nn.Module]  # in a tuple, so that it is not registered as a submodule
@@ -143,7 +144,7 @@ class GroupNormBeforeSiLU(GroupNorm):
 
 
 class SiLUInNorm(nn.SiLU):
-    """The partner of a `GroupNormBeforeSiLU`: hands its input on, unless somebody listens."""
+    """The partner of a `GroupNormBeforeSiLU`: returns its input unless one of them is watched."""
 
     partner: tuple[nn.Module]
 
@@ -152,27 +153,27 @@ class SiLUInNorm(nn.SiLU):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimension by `layer_norm` and `add_layer_norm`."""
+    """`nn.LayerNorm` over the last dimension, on top of `layer_norm` and `add_layer_norm`."""
 
     def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """LN(input); with a residual (LN(total), total), total = input + residual."""
+        """LN(input), or with a residual (LN(total), total) where total = input + residual."""
         if under_transform() and residual is None:
             return super().forward(input)
         if residual is None:
             return layer_norm(input, self.weight, self.bias, eps=self.eps)
-        if residual.dtype != input.dtype:  # autocast may mix them; PyTorch adds in the wider one
+        if residual.dtype != input.dtype:  # autocast may mix them; like PyTorch, add in the wider
             total = input + residual
             return layer_norm(total, self.weight, self.bias, eps=self.eps), total
         return add_layer_norm(input, residual, self.weight, self.bias, eps=self.eps)
 
 
 class Sequential(nn.Sequential):
-    """`nn.Sequential` in which a GroupNorm and the SiLU behind it are one op.
+    """`nn.Sequential` in which a GroupNorm and the SiLU that follows it run as one op.
 
-    Slices of it are of its class too, and a single layer of it is the layer: code that takes it
-    apart (guided-diffusion's `out_layers[0]`, `in_layers[:-1]`) computes the same.
+    Slices have this class too, and indexing returns the layer itself, so code that takes it apart
+    (guided-diffusion's `out_layers[0]`, `in_layers[:-1]`) computes the same as before.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class Sequential(nn.Sequential):
 
 
 def is_pair(layers: list[nn.Module]) -> bool:
-    """Whether these are a GroupNorm that was made ours and a SiLU."""
+    """Whether these two layers are a swapped GroupNorm and a SiLU."""
     return (
         len(layers) == 2
         and isinstance(layers[0], GroupNorm)
@@ -200,23 +201,23 @@ def is_pair(layers: list[nn.Module]) -> bool:
 
 
 def rescaled(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, without a trip through memory for 1."""
+    """x / divisor; without a pass over memory if the divisor is 1."""
     return x if divisor == 1 else x / divisor
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Why a module's class does not say what it computes, or None."""
+    """Why a module computes something other than its class does, or None."""
     if "forward" in module.__dict__ and has_other_forward(module):
         return "its forward was replaced on this object"
     return None
 
 
 def norm_objection(norm: nn.Module) -> str | None:
-    """Why a norm cannot be ours. Subclasses may compute something else."""
+    """Why a norm cannot be swapped, or None. Subclasses may compute something else."""
     if isinstance(norm, GroupNorm | LayerNorm):
         return None
     if type(norm) not in (nn.GroupNorm, nn.LayerNorm):
         return f"its norm is a {type(norm).__name__}"
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
-        return f"it norms over {len(norm.normalized_shape)} dimensions, ours over the last one"
+        return f"it normalizes over {len(norm.normalized_shape)} dimensions, ours over the last one"
     return replaced_forward(norm)

@@ -1,4 +1,4 @@
-"""What becomes of each module below one root: all is planned before anything is changed."""
+"""Plan what happens to each module of one root; nothing is changed while planning."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ NAMED_LIKE = {
     "geglu": re.compile(r"geglu", re.IGNORECASE),
     "norm": re.compile(r"norm", re.IGNORECASE),
 }
-"""What classes are called that compute what we have an op for, whatever their layers."""
+"""Class names that suggest a computation that we have an op for, whatever the layers are."""
 
 
 class Planner:
-    """The entries and swaps of one root."""
+    """The report entries and the swaps planned for one root."""
 
     def __init__(self, prefix: str, root: nn.Module, *, pack: bool) -> None:
         self.entries: list[Entry] = []
@@ -73,7 +73,7 @@ class Planner:
                 self._unlisted(name, module)
 
     def _enter(self, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of what can be looked into, each module once."""
+        """Yield (name, module) for each module that can be inspected, each one once."""
         seen: set[nn.Module] = set()
         todo = [(name, module)]
         while todo:
@@ -82,7 +82,7 @@ class Planner:
                 continue
             seen.add(module)
             if isinstance(module, jit.ScriptModule):
-                reason = "compiled by TorchScript; accelerate it before torch.jit.script or trace"
+                reason = "compiled by TorchScript; accelerate it before torch.jit.script or .trace"
                 self._left(name, module, "module", reason)
                 continue
             yield name, module
@@ -100,7 +100,7 @@ class Planner:
         pairs: int = 0,
         **attributes: Any,
     ) -> None:
-        """Enter a module, swapped if nothing stands against it."""
+        """Add an entry for a module: swapped to `to`, or left if there is an objection."""
         before = type(module)
         objection = objection or replaced_forward(module)
         if objection is not None:
@@ -133,7 +133,7 @@ class Planner:
         elif isinstance(module, nn.GroupNorm):
             self._known(name, module, GROUP_NORM)
         elif isinstance(module, nn.LayerNorm):
-            reason = "a subclass of LayerNorm may compute something else"
+            reason = "it is a subclass of LayerNorm, which may compute something else"
             self._left(name, module, "layer norm", reason)
 
     def _block(self, name: str, module: nn.Module) -> None:
@@ -154,7 +154,7 @@ class Planner:
             return
 
     def _known(self, name: str, module: nn.Module, kind: Kind, *, last: bool = True) -> bool:
-        """Swap a block that looks like a known one and computes the same; False: it does not."""
+        """Swap a block if it computes the same as a known one; return whether it does."""
         if ours(module):
             if not isinstance(module, kind.ours):
                 return False
@@ -173,15 +173,15 @@ class Planner:
         return not isinstance(found, str)
 
     def _unknown(self, name: str, module: nn.Module) -> None:
-        """Say what is left: an attention whose forward we do not know."""
+        """Add an entry for an attention whose forward is unknown."""
         children = module._modules
         if isinstance(module, nn.MultiheadAttention):
-            self._left(name, module, "attention", "PyTorch's own fused path serves it")
+            self._left(name, module, "attention", "it uses PyTorch's own fused path")
         elif any(all(children.get(part) for part in parts) for parts in ATTENTION_LAYERS):
             self._left(name, module, "attention", unfitting(module))
 
     def _unlisted(self, name: str, module: nn.Module) -> None:
-        """Say what is left of the modules that no rule above knows: inner ones come first."""
+        """Add entries for modules that only their names give away; inner ones come first."""
         kind, children = type(module).__name__, {k: m for k, m in module._modules.items() if m}
         found = [op for op in ("attention", "geglu") if NAMED_LIKE[op].search(kind)]
         if any(layer in children for layer in PACKED_LAYERS):
@@ -194,25 +194,25 @@ class Planner:
         inner = {e.op for e in self.entries if e.name.startswith(f"{name}." if name else "")}
         for op in found:
             if op in inner:
-                continue  # a block around it
+                continue  # it is only a wrapper around such a module
             reason = f"its norm is a {', '.join(norms)}, which fastdiff has no op for"
             self._left(name, module, op, reason if op.startswith("norm") else unfitting(module))
 
     def _is_other(self, module: nn.Module) -> bool:
-        """Whether a module is called a norm, but is not PyTorch's nor one that is entered."""
+        """Whether a module is called a norm but is neither PyTorch's nor one with its own entry."""
         kind = type(module)
         return bool(NAMED_LIKE["norm"].search(kind.__name__)) and not (
             kind.__module__.startswith("torch.") or isinstance(module, nn.GroupNorm | nn.LayerNorm)
         )
 
     def _pairs(self, name: str, module: nn.Module) -> None:
-        """GroupNorm followed by SiLU where no block has taken both."""
+        """Plan GroupNorm + SiLU pairs that are not already part of a swapped block."""
         children: dict[str, Any] = dict(module._modules)
         if original(module) is nn.Sequential:
             layers = list(children.values())
             pairs = sum(self._is_norm(norm) and is_silu(act) for norm, act in pairwise(layers))
             if pairs:
-                parent = name.rpartition(".")[0]  # a residual block that does them itself
+                parent = name.rpartition(".")[0]  # a residual block may have counted them
                 counted = any(e.name == parent and e.pairs for e in self.entries)
                 pairs = 0 if counted else pairs
                 self._add(name, module, "group norm + silu", Sequential, None, pairs=pairs)
@@ -238,7 +238,7 @@ class Planner:
             self._norm_then_act(f"{name}.conv_norm_out".lstrip("."), norms, acts)
         else:
             reason = (
-                f"how {type(module).__name__}'s forward uses {[*norms]} and {[*acts]} is not known"
+                f"it is unknown how {type(module).__name__}'s forward uses {[*norms]} and {[*acts]}"
             )
             self._left(name, module, "group norm + silu", reason)
 
@@ -258,7 +258,7 @@ class Planner:
         return isinstance(module, nn.GroupNorm) and (ours(module) or id(module) in self.swaps)
 
     def _pack(self, name: str, module: nn.Module) -> None:
-        """A faster form of the weights on the CPU."""
+        """Plan a faster form of the weights on the CPU."""
         kind, blocks = original(module), diffusers_blocks()
         layer: Any = module
         if kind in (nn.Conv2d, nn.Linear):
@@ -275,19 +275,19 @@ class Planner:
         if device != "cpu":
             objection = f"its weights are on {device}"
         elif kind is nn.Linear and dtype not in cpu_layers.INSTRUCTIONS:
-            return  # nothing to win
+            return  # nothing to gain
         plan = cpu_layers.plan_for(dtype, keep_copies=True, half_as_fp32=None)
         self._add(name, module, "weights", to, objection, plan=plan, kept=cpu_layers.Kept())
 
 
 def unfitting(module: nn.Module) -> str:
-    return f"no op of ours is known to fit the forward of {type(module).__name__}"
+    return f"fastdiff does not know what the forward of {type(module).__name__} computes"
 
 
 def argument_objection(to: type[nn.Module], theirs: type[nn.Module]) -> str | None:
-    """Why a forward of ours cannot stand for another: an argument that it does not take.
+    """Why our forward cannot replace theirs: it lacks an argument. None if it takes all of them.
 
-    diffusers' blocks get arguments from release to release.
+    New releases of diffusers add arguments to its blocks.
     """
     mine, other = (inspect.signature(kind.forward).parameters for kind in (to, theirs))
     if any(p.kind is p.VAR_KEYWORD for p in mine.values()):
@@ -295,17 +295,20 @@ def argument_objection(to: type[nn.Module], theirs: type[nn.Module]) -> str | No
     named = [n for n, p in other.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [name for name in named if name not in mine]
     if missing:
-        return f"the forward of this diffusers' {theirs.__name__} takes {', '.join(missing)} too"
+        return (
+            f"the forward of {theirs.__name__} in this version of diffusers also takes "
+            f"{', '.join(missing)}"
+        )
     return None
 
 
 def ours(module: nn.Module) -> bool:
-    """Whether an earlier call has swapped it."""
+    """Whether an earlier call has swapped the module."""
     return type(module) is not original(module)
 
 
 def original(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before it was swapped."""
+    """The class of a module, or the class it had before it was swapped."""
     kind = type(module)
     if kind.__module__.startswith("fastdiff.integrations") or kind in cpu_layers.PREPARED.values():
         return next(
@@ -317,7 +320,7 @@ def original(module: nn.Module) -> type[nn.Module]:
 
 
 def diffusers_blocks() -> Any:
-    """Our blocks for diffusers; None where nobody has imported diffusers, so nothing can be its."""
+    """Our blocks for diffusers, or None if diffusers is not imported, so no module can be its."""
     if sys.modules.get("diffusers") is None:
         return None
     from fastdiff.integrations import diffusers_blocks as blocks
@@ -326,10 +329,10 @@ def diffusers_blocks() -> Any:
 
 
 def signature(module: nn.Module, sizes: frozenset[int] = frozenset()) -> tuple[Any, ...]:
-    """What decides the function that a block computes, beside its sizes.
+    """Key of the function that a block computes, without its sizes.
 
-    An int may be a size or a choice: a small one, or one that no weight of the block has (`sizes`
-    are those of what is around), is taken for a choice.
+    An integer attribute may be a size or an option. It counts as an option if it is small or is not
+    a size of any weight of the block (`sizes` are those of the enclosing blocks).
     """
     sizes |= {size for parameter in module.parameters() for size in parameter.shape if size >= 8}
     flags = tuple(

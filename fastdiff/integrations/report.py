@@ -13,24 +13,24 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One module: swapped by `by`, or left for `reason`; exactly one of the two is set."""
+    """One module: replaced by `by`, or left for `reason`; exactly one of the two is set."""
 
     name: str
-    """Dotted name inside the object that was accelerated."""
+    """Dotted name within the accelerated object."""
     type: str
     op: str
-    """What it computes: "group norm", "residual block", "attention", ..."""
+    """What the module computes: "group norm", "residual block", "attention", ..."""
     by: str | None = None
     reason: str | None = None
     pairs: int = 0
-    """How many GroupNorms followed by SiLU it does as one op each (0 where it was left)."""
+    """Number of GroupNorm + SiLU pairs in it that now run as one op each (0 if it was left)."""
     new: bool = True
-    """False where an earlier call had swapped it."""
+    """False if an earlier call had already swapped it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swap:
-    """A module's change of class, with the attributes that the new class wants."""
+    """A change of a module's class, with the attributes that the new class needs."""
 
     module: nn.Module
     before: type[nn.Module]
@@ -38,7 +38,7 @@ class Swap:
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def do(self) -> Callable[[], None]:
-        """Change the class; returns what undoes it and does not keep the module alive."""
+        """Change the class. Returns a function that undoes this, holding only a weak reference."""
         change_class(self.module, self.after)
         self.module.__dict__.update(self.attributes)
         there = weakref.ref(self.module)
@@ -46,7 +46,7 @@ class Swap:
 
         def undo() -> None:
             module = there()
-            if type(module) is after:  # a module whose class somebody else has changed is left
+            if type(module) is after:  # leave modules whose class was changed again since
                 change_class(module, before)
                 for name in names:
                     module.__dict__.pop(name, None)
@@ -55,9 +55,9 @@ class Swap:
 
 
 def change_class(module: nn.Module, to: type[nn.Module]) -> None:
-    """Give a module another class, and its hooks the forward of that class.
+    """Change the class of a module, and rebind the forward that its hooks keep.
 
-    Hugging Face's accelerate keeps the bound forward that it wrapped in `_old_forward`, and leaves
+    Hugging Face's accelerate stores the bound forward that it wraps in `_old_forward`, and leaves
     it as the object's `forward` when its hooks are removed.
     """
     bound = [
@@ -71,7 +71,7 @@ def change_class(module: nn.Module, to: type[nn.Module]) -> None:
 
 
 class Report:
-    """What became of each module that fastdiff has an op for."""
+    """What `accelerate` did with each module that fastdiff has an op for."""
 
     def __init__(
         self, entries: list[Entry], undo: list[Callable[[], None]], *, scheduler: Any = None
@@ -82,32 +82,31 @@ class Report:
 
     @property
     def swapped(self) -> list[Entry]:
-        """Modules that compute with our ops now, those of an earlier call too."""
+        """Modules that now use our ops, including those swapped by an earlier call."""
         return [entry for entry in self.entries if entry.by is not None]
 
     @property
     def left(self) -> list[Entry]:
-        """Modules that stay as they are, each with its reason."""
+        """Modules that were left unchanged, each with its reason."""
         return [entry for entry in self.entries if entry.by is None]
 
     @property
     def changed(self) -> int:
-        """Modules that this call has swapped; 0 where everything had been done before."""
+        """Number of modules that this call swapped; 0 if earlier calls had swapped everything."""
         return sum(entry.new for entry in self.swapped)
 
     def count(self, op: str) -> tuple[int, int]:
-        """(swapped, left) of an op."""
+        """How many modules of an op were (swapped, left)."""
         return tuple(sum(e.op == op for e in es) for es in (self.swapped, self.left))  # type: ignore[return-value]
 
     @property
     def pairs(self) -> int:
-        """GroupNorms followed by SiLU that are one op now."""
+        """Number of GroupNorm + SiLU pairs that now run as one op."""
         return sum(entry.pairs for entry in self.swapped)
 
     @property
     def scheduler_steps_left(self) -> dict[str, int]:
-        """Steps of the fused scheduler that diffusers' own code has run so far: reason -> how
-        many."""
+        """Number of steps that the fused scheduler has left to diffusers' own code, by reason."""
         fused = getattr(self._scheduler(), "fused", None)
         return {} if fused is None else dict(fused.left)
 
@@ -132,22 +131,22 @@ class Report:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "nothing here that fastdiff has an op for"
+            return "found no module that fastdiff has an op for"
         if self.changed == 0 and self.swapped:
-            return f"nothing to do: accelerated already ({len(self.swapped)} modules)"
+            return f"nothing to do: already accelerated ({len(self.swapped)} modules)"
         return f"{self.changed} modules swapped, {len(self.left)} left"
 
     def print(self) -> None:
-        """A table on the standard output: a row per op, class and outcome; where it does not fit
-        the width, a paragraph for each.
+        """Print a table with one row per op, class and outcome.
 
-        Below it, the steps of a fused scheduler that diffusers' own code has run so far.
+        If the table is wider than the terminal, print a paragraph for each row instead. The steps
+        that a fused scheduler has left to diffusers' own code follow below.
         """
         from rich.console import Console
         from rich.padding import Padding
         from rich.table import Table
 
-        headings = ("op", "class", "modules", "becomes", "first of them")
+        headings = ("op", "class", "modules", "becomes", "first module")
         groups: dict[tuple[str, str, str], list[str]] = {}
         for e in self.entries:
             groups.setdefault((e.op, e.type, e.by or f"left: {e.reason}"), []).append(e.name)
@@ -165,26 +164,26 @@ class Report:
                 for line in (outcome, f"first: {names[0]}"):
                     console.print(Padding(line, (0, 0, 0, 2)), overflow="fold")
         for reason, steps in self.scheduler_steps_left.items():
-            console.print(f"{steps} scheduler steps ran as diffusers wrote them: {reason}")
+            console.print(f"{steps} scheduler steps ran in diffusers' own code: {reason}")
 
     def restore(self) -> None:
-        """Undo what this call did: classes, attributes, memory formats, the scheduler.
+        """Undo what this call changed: classes, attributes, memory formats, the scheduler.
 
-        Modules, parameters and hooks are the same objects throughout. A second call does nothing.
-        Where sequential offload keeps the weights, remove its hooks first: their memory format
-        stays. A report does not keep a model alive: what has been deleted since is skipped.
+        Modules, parameters and hooks remain the same objects. Calling it again does nothing. With
+        sequential offload, remove its hooks first; otherwise the weights keep their memory format.
+        A report does not keep a model alive: modules that have been deleted are skipped.
         """
         while self._undo:
             self._undo.pop()()
 
 
 class AccelerateError(ValueError):
-    """`strict=True` and something would have been left; `report` says what, nothing was changed."""
+    """`strict=True`, but some modules would have been left: see `report`. Nothing was changed."""
 
     def __init__(self, report: Report) -> None:
         lines = [f"  {e.name} ({e.type}): {e.reason}" for e in report.left]
         super().__init__(
-            f"{len(lines)} modules would be left as they are:\n"
+            f"{len(lines)} modules would be left unchanged:\n"
             + "\n".join(lines)
             + "\nNothing was changed; use strict=False to swap the others"
         )

@@ -1,15 +1,15 @@
 """diffusers' schedulers with each step as one kernel: `accelerate(pipeline, scheduler="fused")`.
 
-The scheduler's class becomes a subclass of its own, in which `step` alone is ours: it reads the row
-of this step off diffusers' attributes (`scheduler_rows`), runs it by `sampler_step`, and writes the
+The scheduler's class becomes a subclass of itself in which only `step` is ours. It reads the row of
+this step from diffusers' attributes (`scheduler_rows`), runs it with `sampler_step`, and writes the
 attributes that diffusers' step would have written. Signatures, config, timesteps, `set_timesteps`,
-`set_begin_index`, `scale_model_input`, `add_noise`, `from_config` and `save_pretrained` are
-diffusers', and so is any step that our rows do not cover: it is counted, with the reason, in
-`Report.scheduler_steps_left`.
+`set_begin_index`, `scale_model_input`, `add_noise`, `from_config` and `save_pretrained` remain
+diffusers' own. A step that our rows do not cover runs in diffusers' code and is counted, with the
+reason, in `Report.scheduler_steps_left`.
 
-x stays in fp32 inside a step (fp64 where the sample is). Noise is Philox noise by default, of seeds
-drawn from the generators: other images of the same distribution. noise="generator" draws what
-diffusers draws, so that the images are the same.
+Inside a step x is fp32 (fp64 if the sample is). By default the noise is Philox noise with seeds
+drawn from the generators, which gives different images of the same distribution. With
+noise="generator" the noise, and so the images, are the same as with diffusers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import DEFAULTS
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT
-from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step
+from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step, write_nothing
 from fastdiff.kernels import sampler_step
 from fastdiff.kernels.choose import plain
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
@@ -37,34 +37,53 @@ Noise = Literal["philox", "generator"]
 NOISES: tuple[str, ...] = ("philox", "generator")
 
 
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    """Names of the methods of a class."""
+    return frozenset(name for name in dir(kind) if inspect.isfunction(getattr(kind, name)))
+
+
+def replaced(scheduler: Any, *, but: str = "") -> str | None:
+    """Which methods were replaced on the object itself, as a reason not to fuse it, or None.
+
+    A replaced method named `but` is ignored.
+    """
+    kind: Any = type(scheduler)  # classes can be hashed, which mypy doubts
+    names = _methods(kind)
+    if names.isdisjoint(scheduler.__dict__):
+        return None
+    found = sorted(names.intersection(scheduler.__dict__) - {but})
+    return f"its {', '.join(found)} was replaced on this object" if found else None
+
+
 def objection(scheduler: Any) -> str | None:
-    """Why a scheduler of diffusers cannot be served, or None."""
+    """Why one of diffusers' schedulers cannot be fused, or None."""
     theirs = type(scheduler)
     name, config = theirs.__name__, scheduler.config
     if not theirs.__module__.startswith("diffusers."):
-        return f"{name} is not a scheduler of diffusers"
+        return f"{name} is not one of diffusers' schedulers"
     if name not in KINDS:
         return f"fastdiff has no sampler like {name}"
     for option, parameter in inspect.signature(theirs.__init__).parameters.items():
         default, value = parameter.default, config.get(option)
         if option not in ("self", *DEFAULTS[name]) and value not in (None, False, default):
-            return f"fastdiff does not know {name}'s option {option}={value!r:.60}"
+            return f"fastdiff does not support {name}'s option {option}={value!r:.60}"
+    if theirs.step.__module__ != theirs.__module__ and not isinstance(scheduler, FusedScheduler):
+        return f"{name}.step was replaced by a function of {theirs.step.__module__}"
     for option, allowed in KINDS[name].allowed.items():
         value = config.get(option, allowed[0])
         if value in allowed:
             continue
-        if option == "clip_sample":
-            return "a clamp of diffusers' DDIM leaves the noise estimate as it was, ours does not"
         known = ", ".join(map(repr, allowed))
-        return f"fastdiff has no sampler like {name} with {option}={value!r:.60} (it has {known})"
+        return f"fastdiff does not support {name} with {option}={value!r:.60}, only with {known}"
     return None
 
 
 class Ring:
     """The history slots that `sampler_step` reads: copies of the scheduler's own tensors.
 
-    What a step keeps goes into a slot by the kernel, so the next one finds it there. A slot counts
-    only as long as the scheduler's tensor is the same and has not been written to.
+    The kernel writes the result that a step keeps into a slot, where the next step finds it. A slot
+    is valid only while the scheduler's tensor is the same object and has not been modified.
     """
 
     def __init__(self) -> None:
@@ -72,9 +91,10 @@ class Ring:
         self._holds: list[tuple[weakref.ref[Tensor], int] | None] = [None] * HISTORY_SLOTS
 
     def place(self, x: Tensor, older: list[Tensor], *, keep: bool) -> tuple[list[int], int]:
-        """The slots of `older`, filled, and the one to write to (NO_SLOT: none).
+        """Put `older` into slots. Returns their slots and the slot to write to (NO_SLOT: none).
 
-        With `keep` alone the slots are new ones, so that what is kept stays what it is.
+        If `keep` is set without `older`, the slots are newly allocated, so that tensors kept by
+        earlier steps do not change.
         """
         if self.slots is None or not self._fits(x) or (keep and not older):
             self.slots = x.new_empty(HISTORY_SLOTS, *x.shape)
@@ -89,13 +109,13 @@ class Ring:
         if not keep:
             return places, NO_SLOT
         unused = [slot for slot in range(HISTORY_SLOTS) if slot not in places]
-        free = unused[0] if unused else places[-1]  # the oldest has been read by then
+        free = unused[0] if unused else places[-1]  # the kernel reads the oldest before it writes
         self._holds[free] = None
         return places, free
 
     def holds(self, slot: int, tensor: Tensor) -> None:
-        """A slot's numbers are this tensor's from now on."""
-        counted = not tensor.is_inference()  # such tensors do not count what is written to them
+        """Record that a slot now contains the values of this tensor."""
+        counted = not tensor.is_inference()  # inference tensors have no version counter
         self._holds[slot] = (weakref.ref(tensor), tensor._version) if counted else None
 
     def _find(self, tensor: Tensor) -> int:
@@ -112,32 +132,32 @@ class Ring:
 
 
 class Fused:
-    """What a fused scheduler has besides diffusers' attributes; nothing here outlives a copy."""
+    """The caches that a fused scheduler adds to diffusers' attributes; copies get new ones."""
 
     def __init__(self) -> None:
         self.host = Host()
         self.ring = Ring()
         self.left: Counter[str] = Counter()
-        """Reason -> steps that diffusers' own code has run."""
+        """Reason -> number of steps that diffusers' own code has run."""
         self.checked: tuple[Any, str | None] = (None, None)
-        """A config, and why it cannot be served."""
+        """The config checked last, and why it cannot be fused (None if it can)."""
 
     def objection(self, scheduler: Any) -> str | None:
-        """`objection`, looked up again where a pipeline has replaced the config."""
+        """`objection`, evaluated again if a pipeline has replaced the config."""
         if self.checked[0] is not scheduler.config:
             self.checked = scheduler.config, objection(scheduler)
         return self.checked[1]
 
 
 class FusedScheduler:
-    """What `fused_class` puts in front of a scheduler of diffusers."""
+    """Base that `fused_class` puts in front of one of diffusers' schedulers."""
 
     served: type
     noise: Noise
 
     @property
     def fused(self) -> Fused:
-        """Its caches, made where they are missing: by `from_config`, or in a copy."""
+        """The caches, created if they are missing: after `from_config`, or in a copy."""
         found: Fused = self.__dict__.setdefault("_fused", Fused())
         return found
 
@@ -148,17 +168,17 @@ class FusedScheduler:
 
 @functools.cache
 def fused_class(theirs: Any, noise: Noise = "philox") -> Any:
-    """A subclass of a scheduler of diffusers whose `step` is ours, with the same signature."""
+    """Create a subclass of one of diffusers' schedulers with our `step` of the same signature."""
     signature = inspect.signature(theirs.step)
 
-    @functools.wraps(theirs.step)  # pipelines look for eta, generator
+    @functools.wraps(theirs.step)  # pipelines inspect its signature for eta and generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return theirs.step(self, *args, **kwargs)
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:
-            return theirs.step(self, *args, **kwargs)  # raises, and names itself
+            return theirs.step(self, *args, **kwargs)  # raises its own TypeError
         bound.apply_defaults()
         given = {name: bound.arguments[name] for name in list(bound.arguments)[1:]}
         found = _step(self, given)
@@ -167,7 +187,8 @@ def fused_class(theirs: Any, noise: Noise = "philox") -> Any:
             return theirs.step(self, *args, **kwargs)
         return found
 
-    # pipelines write a component's module and class into model_index.json: diffusers' own
+    step.__signature__ = signature  # type: ignore[attr-defined]  # inspect.getfullargspec reads it
+    # pipelines write a component's module and class name to model_index.json: keep diffusers' own
     members = {"step": step, "served": theirs, "noise": noise, "__module__": theirs.__module__}
     return type(theirs.__name__, (FusedScheduler, theirs), members)
 
@@ -178,9 +199,9 @@ def _empty(theirs: type, noise: Noise) -> Any:
 
 
 def _step(scheduler: Any, given: dict[str, Any]) -> Any:
-    """What diffusers' step returns, or the reason why it has to run itself."""
+    """The same result as diffusers' step, or the reason why that has to run itself."""
     fused: Fused = scheduler.fused
-    reason = fused.objection(scheduler)
+    reason = fused.objection(scheduler) or replaced(scheduler, but="step")
     if reason is not None:
         return reason
     names = ("model_output", "timestep", "sample", "generator")
@@ -194,9 +215,9 @@ def _step(scheduler: Any, given: dict[str, Any]) -> Any:
         return row
     x, *older = [call.sample if row.sample is None else row.sample, *(t for t, _ in row.older)]
     if any(t.shape != call.sample.shape for t in (x, *older)) or not plain(call.sample, x, *older):
-        return "its history has another shape or device, or wants a gradient"
+        return "its history has another shape or device, or requires a gradient"
     if row.draws and row.log_variance is not None and scheduler.noise == "generator":
-        return "the noise of a learned variance is drawn from the generator"
+        return "the variance is learned and its noise is drawn from the generator"
     after, denoised = _run(scheduler, kind, row, call, x)
     output = _output_class(scheduler.served)
     to, estimate = _dtypes(kind, row, call)
@@ -207,7 +228,7 @@ def _step(scheduler: Any, given: dict[str, Any]) -> Any:
 
 
 def _dtypes(kind: Kind, row: Step, call: Call) -> tuple[torch.dtype, torch.dtype]:
-    """What diffusers returns: of the next sample, and of the estimate of x0."""
+    """The dtypes in which diffusers returns the next sample and the estimate of x0."""
     of_output, of_sample = call.model_output.dtype, call.sample.dtype
     if kind.dtype == "output":
         of_sample = torch.float32
@@ -222,28 +243,30 @@ def _unfit(call: Call, kind: Kind) -> str | None:
     if not isinstance(x, Tensor) or not isinstance(f, Tensor):
         return "sample or model_output is not a tensor"
     if not plain(x, f):
-        return "a gradient, a transform, a trace or another kind of tensor"
+        return "a gradient, a transform, tracing or a tensor subclass is in use"
     if not (x.is_floating_point() and f.is_floating_point() and x.numel() and x.ndim >= 2):
-        return "the shapes are not (N, C, ...), or the numbers not of floating point"
+        return "the tensors do not have shape (N, C, ...) or are not floating-point"
     doubled = kind.doubled and f.ndim > 1 and f.shape[1] == 2 * x.shape[1]
     if (x[:, :0] if doubled else x).shape != (f[:, :0] if doubled else f).shape:
         return "sample and model_output differ in shape"
     if isinstance(call.generator, list) and len(call.generator) not in (1, len(x)):
-        return "the generators are not one, or one for each sample"
+        return "the number of generators is neither 1 nor the number of samples"
     return None
 
 
 @functools.cache
 def _output_class(theirs: Any) -> Any:
-    """What a scheduler's step returns with return_dict."""
+    """The class that a scheduler's step returns with return_dict=True."""
     module = sys.modules[theirs.__module__]
     return getattr(module, f"{theirs.__name__}Output", SchedulerOutput)
 
 
 @torch.no_grad()
 def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(the next sample, the estimate of x0), fp32 or fp64; the scheduler's state moves on."""
-    prediction, ring = call.model_output, scheduler.fused.ring
+    """Take the step and update the scheduler's state. Returns (next sample, estimate of x0)."""
+    prediction = call.model_output
+    # a scheduler without state may be shared by several threads
+    ring = Ring() if kind.write is write_nothing else scheduler.fused.ring
     widest = torch.promote_types(start.dtype, prediction.dtype)
     x = start.to(torch.float64 if widest is torch.float64 else torch.float32, copy=True)
     places: list[int] = []
@@ -270,7 +293,7 @@ def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tu
             ),
             alpha=row.s,
         )
-    kept = None if slot == NO_SLOT else slots[slot].data  # .data: counts its own writes
+    kept = None if slot == NO_SLOT else slots[slot].data  # .data: with its own version counter
     state = kind.state(call, denoised)
     if kept is not None:
         ring.holds(slot, kept if state is None else state)
@@ -301,22 +324,23 @@ def _columns(row: Step, places: list[int], slot: int, *, noise: bool) -> tuple[f
 
 @functools.lru_cache(maxsize=1024)
 def _table(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, 20): a row where it is read; the steps of the next image are the same."""
+    """(1, 20): one row, cached on its device because the next image takes the same steps."""
     with torch.inference_mode(False):
         return torch.tensor([columns], dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=64)
 def _zeros(count: int, device: torch.device) -> Tensor:
-    """(count,) int64: the only row of a table, or the seeds where nothing is drawn."""
+    """(count,) int64 zeros: the index of a table's only row, or the seeds if nothing is drawn."""
     with torch.inference_mode(False):
         return torch.zeros(count, dtype=torch.int64, device=device)
 
 
 def seeds_of(generator: Any, count: int) -> Tensor:
-    """(count,) int64, drawn from the generators, which move on as diffusers' noise moves them.
+    """Draw seeds, (count,) int64, from the generators, which advance as for diffusers' noise.
 
-    On the generator's device, so that nothing waits for it. None is PyTorch's own generator.
+    The seeds are on the generator's device, so that nothing waits for it. None is PyTorch's default
+    generator.
     """
     several = generator if isinstance(generator, list) else [generator]
     each = count if len(several) == 1 else 1

@@ -1,13 +1,13 @@
-"""One step of each scheduler of diffusers as a row of `sampler_step`, read off the scheduler.
+"""One step of each of diffusers' schedulers as a row of `sampler_step`, read from the scheduler.
 
     D  = clamp(u x + v F, -clamp, clamp)
     x' = a x + b D + sum of factor * tensor over `older` + s noise
 
-What a step depends on (timesteps, sigmas, `step_index`, `begin_index`, earlier outputs) stays in
-diffusers' own attributes and is read at the moment of the call. So a step may be taken twice, out
-of order, from a copy, or by diffusers' own code, and the next one is right.
+The state that a step depends on (timesteps, sigmas, `step_index`, `begin_index`, earlier outputs)
+stays in diffusers' own attributes and is read during the call. So a step may be repeated, taken out
+of order, taken from a copy or by diffusers' own code, and the next step is still correct.
 
-A reader returns the row, or the reason why diffusers' own step has to take it. It changes nothing.
+A reader returns the row, or the reason why diffusers' own step has to run. It changes nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.levels import CLEAN, Level
 from fastdiff.diffusion.predictions import Prediction, to_denoised
-from fastdiff.diffusion.samplers import CLEAN, Level, Row, ddim, ddpm, dpmpp_2m_sde
+from fastdiff.diffusion.samplers import Row, ddim, ddpm, dpmpp_2m_sde
 
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "eps",
@@ -30,27 +31,27 @@ PREDICTIONS: dict[str, Prediction] = {
     "original_sample": "x0",
 }
 LEAST_VARIANCE = 1e-20
-"""diffusers' DDPM takes logarithms of variances no smaller than this."""
+"""Lower limit of variances in diffusers' DDPM, applied before taking logarithms."""
 PLMS_WEIGHTS = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-"""Of the last outputs, the newest first (PNDM, Liu et al. 2022, eq. 12)."""
-DEGENERATE = "a noise level repeats or is 0, where the formula divides by zero"
+"""Weights of the last outputs, the newest first (PNDM, Liu et al. 2022, eq. 12)."""
+DEGENERATE = "a noise level is 0 or occurs twice, so the formula would divide by zero"
 
 
 class Host:
-    """A scheduler's tensors as Python numbers, read once each: reading one waits for a GPU."""
+    """A scheduler's tensors as Python numbers, each read only once: reading may wait for a GPU."""
 
     def __init__(self) -> None:
         self._read: dict[str, tuple[Tensor, int, list[Any]]] = {}
 
     def numbers(self, scheduler: Any, name: str) -> list[Any]:
-        """The numbers of the attribute `name`, read again where it was replaced or written to."""
+        """The values of attribute `name`, read again if it was replaced or modified in place."""
         tensor = getattr(scheduler, name)
-        if not isinstance(tensor, Tensor) or tensor.is_inference():  # no count of writes
+        if not isinstance(tensor, Tensor) or tensor.is_inference():  # no version counter
             return [float(t) for t in tensor]
         known = self._read.get(name)
         if known is None or known[0] is not tensor or known[1] != tensor._version:
@@ -58,10 +59,10 @@ class Host:
         return known[2]
 
     def timestep(self, scheduler: Any, timestep: Any) -> int | None:
-        """A timestep that is a whole number, or None.
+        """The timestep as an int, or None if it is not a whole number.
 
-        A view of `scheduler.timesteps`, which is what a loop over them gives, is not read from its
-        device.
+        A view of `scheduler.timesteps`, as a loop over them yields it, is looked up without reading
+        from its device.
         """
         if isinstance(timestep, Tensor):
             if timestep.numel() != 1 or timestep.dtype not in (torch.int64, torch.int32):
@@ -73,7 +74,7 @@ class Host:
 
 
 def _place(view: Tensor, of: Tensor) -> int | None:
-    """Where in a vector a view of one of its numbers lies; None: it is not a view of it."""
+    """The index of a one-element view within a vector, or None if it is not a view of it."""
     if view.dtype is not of.dtype or of.ndim != 1 or of.stride(0) != 1 or of.is_inference():
         return None
     if view.untyped_storage().data_ptr() != of.untyped_storage().data_ptr():
@@ -84,7 +85,7 @@ def _place(view: Tensor, of: Tensor) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The arguments of one `step`; output and sample are tensors in every row that is read."""
+    """The arguments of one `step`; readers may assume that output and sample are tensors."""
 
     model_output: Any
     timestep: Any
@@ -103,15 +104,15 @@ class Step:
     b: float
     s: float = 0.0
     draws: bool = False
-    """diffusers draws noise in this step, also where its factor is 0."""
+    """Whether diffusers draws noise in this step, even if its factor is 0."""
     clamp: float = math.inf
     log_variance: tuple[float, float] | None = None
     older: tuple[tuple[Tensor, float], ...] = ()
-    """Tensors of the scheduler's state, the newest first, and their factors."""
+    """Tensors of the scheduler's state, newest first, or the model output; each with its factor."""
     keep: tuple[float, float] | None = None
-    """(p, q): p x + q D is what later steps read."""
+    """(p, q): later steps need p x + q D."""
     sample: Tensor | None = None
-    """x, where it is not the sample that was given."""
+    """x, if it is not the sample that was passed in."""
 
 
 Reader = Callable[[Any, Call, Host], Step | str]
@@ -122,12 +123,15 @@ def _clamp(scheduler: Any) -> float:
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else math.inf
 
 
-def _level(t: float, alpha_cumprod: float) -> Level:
+def _level(t: float, alpha_cumprod: float) -> Level | None:
+    """None if alpha_cumprod is not in [0, 1]: betas above 1, or a schedule that overflowed."""
+    if not 0 <= alpha_cumprod <= 1:
+        return None
     return Level(t, alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
 
 
 def _estimate(level: Level, scheduler: Any) -> tuple[float, float] | None:
-    """(u, v) in the variance-preserving space; None where x says nothing of x0."""
+    """(u, v) in the variance-preserving space; None where x contains no information about x0."""
     prediction = PREDICTIONS[scheduler.config.prediction_type]
     if level.alpha == 0 and prediction == "eps":
         return None
@@ -142,41 +146,60 @@ def _exploding_estimate(sigma: float, scheduler: Any) -> tuple[float, float]:
 
 
 def _index(scheduler: Any, timestep: Any) -> int:
-    """Where a scheduler with sigmas is; at its first step it looks that up, as diffusers does."""
+    """The step index of a scheduler with sigmas, looked up at its first step as in diffusers."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return int(scheduler.step_index)
 
 
 def _pair(scheduler: Any, index: int, host: Host) -> tuple[float, float] | None:
-    """The sigmas that a step goes from and to, or None where it has none or starts at 0."""
+    """The sigmas at the start and end of a step, or None if there are none or it starts at 0."""
     sigmas = host.numbers(scheduler, "sigmas")
-    if not 0 <= index < len(sigmas) - 1 or sigmas[index] <= 0 or sigmas[index + 1] < 0:
+    if not 0 <= index < len(sigmas) - 1:
         return None
-    return sigmas[index], sigmas[index + 1]
+    now, to = sigmas[index], sigmas[index + 1]
+    return (now, to) if 0 < now < math.inf and 0 <= to < math.inf else None
 
 
 # --- DDIM, DDPM: functions of the output, the timestep and the sample ---
 
 
 def read_ddim(scheduler: Any, call: Call, host: Host) -> Step | str:
-    """DDIM (Song et al. 2021, eq. 12 and 16); its stride is T // steps whatever the spacing."""
+    """DDIM (Song et al. 2021, eq. 12 and 16); the stride is T // steps for every spacing."""
     eta, steps = call.others.get("eta", 0.0), scheduler.num_inference_steps
     alphas = host.numbers(scheduler, "alphas_cumprod")
     t = host.timestep(scheduler, call.timestep)
     if steps is None or t is None or not 0 <= t < len(alphas):
-        return "the timestep is not one of the training's"
+        return "the timestep is not a training timestep"
     if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
-        return "eta is not a number from 0 to 1"
+        return "eta is not a number between 0 and 1"
     if eta > 0 and call.others.get("variance_noise") is not None:
         return "variance_noise is given"
     before = t - scheduler.config.num_train_timesteps // steps
     final = float(scheduler.final_alpha_cumprod)
     now, to = _level(t, alphas[t]), _level(before, alphas[before] if before >= 0 else final)
-    estimate = _estimate(now, scheduler)
-    if now.sigma == 0 or estimate is None or to.alpha < now.alpha:
+    estimate = None if now is None else _estimate(now, scheduler)
+    if now is None or to is None or estimate is None or now.sigma == 0 or to.alpha < now.alpha:
         return DEGENERATE
-    return _of_row(ddim([now, to], eta=eta)[0], estimate, draws=eta > 0)
+    row, clamp = ddim([now, to], eta=eta)[0], _clamp(scheduler)
+    if clamp == math.inf or call.others.get("use_clipped_model_output"):
+        return _of_row(row, estimate, draws=eta > 0, clamp=clamp)
+    direction = row.a * now.sigma  # factor of the noise estimate, which is not clamped
+    of_x, of_output = {
+        "eps": (0.0, 1.0),
+        "v": (now.sigma, now.alpha),
+        "x0": (1 / now.sigma, -now.alpha / now.sigma),
+    }[PREDICTIONS[scheduler.config.prediction_type]]
+    return Step(
+        u=estimate[0],
+        v=estimate[1],
+        a=direction * of_x,
+        b=to.alpha,
+        s=row.s,
+        draws=eta > 0,
+        clamp=clamp,
+        older=((call.model_output, direction * of_output),),
+    )
 
 
 def _of_row(row: Row, estimate: tuple[float, float], **more: Any) -> Step:
@@ -184,22 +207,22 @@ def _of_row(row: Row, estimate: tuple[float, float], **more: Any) -> Step:
 
 
 def read_ddpm(scheduler: Any, call: Call, host: Host) -> Step | str:
-    """DDPM (Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, eq. 15 where variances are learned)."""
+    """DDPM (Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, eq. 15 for learned variances)."""
     alphas = host.numbers(scheduler, "alphas_cumprod")
     t = host.timestep(scheduler, call.timestep)
     if t is None or not 0 <= t < len(alphas):
-        return "the timestep is not one of the training's"
+        return "the timestep is not a training timestep"
     before = t - 1
     if scheduler.custom_timesteps or scheduler.num_inference_steps:
         timesteps = host.numbers(scheduler, "timesteps")
         if t not in timesteps:
-            return "the timestep is not one of the scheduler's"
+            return "the timestep is not in scheduler.timesteps"
         following = timesteps[timesteps.index(t) + 1 :]
         before = int(following[0]) if following else -1
     now = _level(t, alphas[t])
     to = _level(before, alphas[before]) if before >= 0 else CLEAN
-    estimate, kind = _estimate(now, scheduler), scheduler.variance_type
-    if estimate is None or not to.alpha > now.alpha:
+    estimate, kind = None if now is None else _estimate(now, scheduler), scheduler.variance_type
+    if now is None or to is None or estimate is None or not to.alpha > now.alpha:
         return DEGENERATE
     if kind != scheduler.config.variance_type:
         return "variance_type was changed"
@@ -219,7 +242,7 @@ def read_ddpm(scheduler: Any, call: Call, host: Host) -> Step | str:
 
 
 def _whole(timestep: Any) -> bool:
-    """What diffusers' Euler schedulers refuse as timestep."""
+    """Whether a timestep is of a type that diffusers' Euler schedulers reject."""
     return isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
 
 
@@ -251,7 +274,7 @@ def _euler(scheduler: Any, call: Call, host: Host, *, ancestral: bool) -> Step |
 
 
 def read_heun(scheduler: Any, call: Call, host: Host) -> Step | str:
-    """Heun (Karras et al. 2022, algorithm 1): an Euler step, then its correction from the start."""
+    """Heun (Karras et al. 2022, algorithm 1): an Euler step, then its correction."""
     index, first = _index(scheduler, call.timestep), scheduler.state_in_first_order
     sigmas = _pair(scheduler, index if first else index - 1, host)
     if sigmas is None or (not first and sigmas[1] == 0):
@@ -270,18 +293,19 @@ def read_heun(scheduler: Any, call: Call, host: Host) -> Step | str:
 
 
 def read_pndm(scheduler: Any, call: Call, host: Host) -> Step | str:
-    """PNDM's linear multistep (Liu et al. 2022, eq. 11 and 12), started twice as PLMS is.
+    """PNDM's linear multistep (Liu et al. 2022, eq. 11 and 12).
 
-    x' = c x + g e with e a combination of the last outputs, so D is the output itself.
+    x' = c x + g e, where e is a combination of the last outputs, so D is the output itself. As in
+    PLMS, the first step is taken twice.
     """
     alphas, steps = host.numbers(scheduler, "alphas_cumprod"), scheduler.num_inference_steps
     t = host.timestep(scheduler, call.timestep)
     if steps is None or t is None:
-        return "the timestep is not one of the training's"
+        return "the timestep is not a training timestep"
     stride = scheduler.config.num_train_timesteps // steps
     before, counter, x = t - stride, scheduler.counter, call.sample
     older = list(scheduler.ets[-3:])
-    if counter == 1:  # again from where the first step began
+    if counter == 1:  # redo the first step from its start
         before, t, x, older = t, t + stride, scheduler.cur_sample, list(scheduler.ets)
         if len(older) != 1 or x is None:
             return "its history was changed"
@@ -289,13 +313,15 @@ def read_pndm(scheduler: Any, call: Call, host: Host) -> Step | str:
     else:
         weights = PLMS_WEIGHTS[len(older)]
     if not 0 <= t < len(alphas) or before >= len(alphas):
-        return "the timestep is not one of the training's"
+        return "the timestep is not a training timestep"
     now, to = alphas[t], alphas[before] if before >= 0 else float(scheduler.final_alpha_cumprod)
+    if not (0 < now <= 1 and 0 <= to <= 1):
+        return DEGENERATE
     root = math.sqrt(now * (1 - now) * to)
-    if now == 0 or (denominator := now * math.sqrt(1 - to) + root) == 0:
+    if (denominator := now * math.sqrt(1 - to) + root) == 0:
         return DEGENERATE
     g, a = -(to - now) / denominator, math.sqrt(to / now)
-    if scheduler.config.prediction_type == "v_prediction":  # of the combined output, at x
+    if scheduler.config.prediction_type == "v_prediction":  # the combined output is a v at x
         a, g = a + g * math.sqrt(1 - now), g * math.sqrt(now)
     return Step(
         u=0.0,
@@ -322,11 +348,12 @@ def read_dpm(scheduler: Any, call: Call, host: Host) -> Step | str:
     now, to = (_exploded(sigma) for sigma in pair)
     estimate, eta = _estimate(now, scheduler), float(noisy)
     assert estimate is not None, "alpha is 1 / sqrt(1 + sigma**2)"
-    if order == 1:
-        row = dpmpp_2m_sde([now, to], eta=eta)[0]
-        return _of_row(row, estimate, draws=noisy, keep=(0.0, 1.0))
+    first = _of_row(dpmpp_2m_sde([now, to], eta=eta)[0], estimate, draws=noisy, keep=(0.0, 1.0))
     earlier, before = scheduler.model_outputs[-1], host.numbers(scheduler, "sigmas")[index - 1]
-    if earlier is None or not before > pair[0] > pair[1] > 0:  # also where index is 0
+    repeated = now == to and index == len(scheduler.timesteps) - 1 and before > pair[0]
+    if order == 1 or (repeated and earlier is not None):  # x stays at a repeated last level
+        return first
+    if earlier is None or not before > pair[0] > pair[1] > 0:  # also if index is 0
         return DEGENERATE
     levels = [_exploded(before), now, to]
     row = dpmpp_2m_sde(levels, eta=eta, lower_order_final=False)[1]
@@ -335,7 +362,7 @@ def read_dpm(scheduler: Any, call: Call, host: Host) -> Step | str:
 
 
 def _order(scheduler: Any, index: int) -> int:
-    """Of a step of DPM-Solver++: 1 without a history and, mostly, at the end."""
+    """Order of a step of DPM-Solver++: 1 without a history and, with most options, at the end."""
     config, steps = scheduler.config, len(scheduler.timesteps)
     first_at_end = (
         config.get("euler_at_final")
@@ -347,12 +374,12 @@ def _order(scheduler: Any, index: int) -> int:
 
 
 def _exploded(sigma: float) -> Level:
-    """The level of a sigma / alpha."""
+    """The level for a given sigma / alpha."""
     alpha = 1 / math.hypot(1, sigma)
     return Level(-1.0, alpha, sigma * alpha)
 
 
-# --- what a step leaves in the scheduler ---
+# --- how a step updates the state of the scheduler ---
 
 Writer = Callable[[Any, Call, Tensor, "Tensor | None"], None]
 
@@ -362,12 +389,12 @@ def write_nothing(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | N
 
 
 def write_index(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
-    """The place in the list of sigmas."""
+    """Advance the index into the sigmas."""
     scheduler._step_index += 1
 
 
 def write_heun(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
-    """The slope and the start of the step, or nothing after its correction."""
+    """Store the slope and the start of the step, or clear them after its correction."""
     index = scheduler.step_index
     if kept is not None:
         scheduler.prev_derivative, scheduler.sample = kept, call.sample
@@ -378,7 +405,7 @@ def write_heun(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None
 
 
 def write_pndm(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
-    """The last outputs."""
+    """Append to the last outputs."""
     if scheduler.counter != 1:
         scheduler.ets = [*scheduler.ets[-3:], call.model_output]
     if scheduler.counter == 0 and len(scheduler.ets) == 1:
@@ -389,7 +416,7 @@ def write_pndm(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None
 
 
 def write_dpm(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
-    """The last estimates of x0."""
+    """Append to the last estimates of x0."""
     outputs = scheduler.model_outputs
     outputs[:] = [*outputs[1:], denoised]
     scheduler.lower_order_nums = min(scheduler.lower_order_nums + 1, scheduler.config.solver_order)
@@ -397,26 +424,24 @@ def write_dpm(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None)
 
 
 class Kind(NamedTuple):
-    """How a scheduler of diffusers is served."""
+    """How one of diffusers' schedulers is fused."""
 
     read: Reader
     write: Writer
     allowed: dict[str, tuple[Any, ...]]
-    """Option -> the values that the reader knows; other options are in the scheduler's numbers."""
+    """Option -> the values that the reader supports; the scheduler's numbers reflect all others."""
     state: Callable[[Call, Tensor], Tensor | None] = lambda call, denoised: None
-    """The scheduler's own tensor that holds what `Step.keep` keeps; None: the kept one itself."""
+    """The scheduler's own tensor with the value that `Step.keep` keeps; None: the kept tensor."""
     dtype: Literal["widest", "output", "estimate"] = "widest"
-    """Of the next sample: the wider one of sample and output, the output's (Euler, which turns the
-    sample to fp32 before), or that of the estimate of x0 (DPM-Solver++, which draws in fp32)."""
+    """dtype of the next sample: the wider one of sample and output; the output's (Euler, which
+    converts the sample to fp32 first); or that of the x0 estimate (DPM-Solver++: noise in fp32)."""
     doubled: bool = False
-    """model_output may have 2C channels: it holds a learned variance."""
+    """Whether model_output may have 2C channels, the second half being a learned variance."""
 
 
 _PREDICTS = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 KINDS = {
-    "DDIMScheduler": Kind(
-        read_ddim, write_nothing, {**_PREDICTS, "clip_sample": (False,), "thresholding": (False,)}
-    ),
+    "DDIMScheduler": Kind(read_ddim, write_nothing, {**_PREDICTS, "thresholding": (False,)}),
     "DDPMScheduler": Kind(
         read_ddpm,
         write_nothing,
@@ -459,4 +484,4 @@ KINDS = {
         dtype="estimate",
     ),
 }
-"""diffusers' class -> how it is served."""
+"""diffusers' class -> how it is fused."""

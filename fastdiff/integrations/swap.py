@@ -1,8 +1,8 @@
-"""`fastdiff.accelerate`: somebody else's pipeline or module computes with our ops, in place.
+"""`fastdiff.accelerate`: make an existing pipeline or module use our ops, in place.
 
-A module is swapped by giving it a subclass of its own class (`Swap`): the object stays, with its
-parameters, buffers, hooks, names and state_dict, and `isinstance` goes on answering as it did. All
-is planned first; nothing is changed before the plan stands.
+A module is swapped by changing its class to a subclass of that class (`Swap`). The object stays,
+with its parameters, buffers, hooks, names and state_dict, and `isinstance` gives the same answers.
+Everything is planned first; nothing is changed before the plan is complete.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NHWC = torch.channels_last
 
 
 def is_diffusion_model(component: nn.Module) -> bool:
-    """Whether a pipeline's component is diffusers' or its user's, not another library's encoder."""
+    """Whether a pipeline's component is a diffusion model, not an encoder from transformers."""
     inner = getattr(component, "_orig_mod", component)
     return not any(c.__module__.startswith("transformers.") for c in type(inner).__mro__)
 
 
 def roots(obj: Any, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each module to enter; nested pipelines and lists are entered too."""
+    """Yield (name, module) for each top-level module, also of nested pipelines and lists."""
     if isinstance(obj, nn.Module):
         yield prefix, obj
     elif isinstance(getattr(obj, "components", None), dict):
@@ -41,11 +41,11 @@ def roots(obj: Any, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def convolution_weights(root: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(layer, parameter's name) of those that a memory format means something for.
+    """List the convolution weights whose memory format can be changed, as (layer, parameter name).
 
-    Adapters' own (a LoRA's) are left: peft and diffusers save them by safetensors as they lie, and
-    it refuses all but contiguous ones. So are weights that sequential offload keeps elsewhere: it
-    brings copies of its own.
+    The layers of adapters such as LoRA are excluded: peft and diffusers save their weights with
+    safetensors, which rejects tensors that are not contiguous. So are weights that sequential
+    offload keeps elsewhere, because it loads its own copies.
     """
     peft = sys.modules.get("peft.tuners.tuners_utils")
     adapters: set[int] = set()
@@ -67,9 +67,9 @@ def in_nhwc(layer: nn.Module, name: str) -> bool:
 
 
 def to_channels_last(layer: nn.Module, name: str) -> Callable[[], None]:
-    """Change a weight's memory format; returns what undoes it and does not keep it alive.
+    """Change a weight's memory format. Returns a function that undoes it without a reference to it.
 
-    Offload makes other parameters of the same names, so it is looked up again.
+    Offloading replaces parameters by others of the same name, so the weight is looked up again.
     """
     weight: nn.Parameter = getattr(layer, name)
     there, shape, stride = weakref.ref(layer), weight.shape, weight.stride()
@@ -94,50 +94,52 @@ def accelerate(
     noise: Literal["philox", "generator"] = "philox",
     strict: bool = False,
 ) -> Report:
-    """Let a diffusers pipeline or model, or any module, compute with fastdiff's ops, in place.
+    """Make a diffusers pipeline or model, or any module, use fastdiff's ops, in place.
 
     GroupNorm (with the SiLU, time embedding and scale and shift around it), LayerNorm (with the
     residual before it), attention and GEGLU are swapped in diffusers' blocks, in `nn.Sequential`,
-    and in blocks that have the layers of CompVis', OpenAI's or lucidrains' and prove, on a copy, to
-    compute the same. Objects, parameters, names, state_dict and hooks stay. In half precision the
-    norms and the softmax are exacter than before; otherwise only rounding changes.
+    and in blocks that have the layers of CompVis', OpenAI's or lucidrains' if a copy of the block
+    computes the same result both ways. Objects, parameters, names, state_dict and hooks stay. In
+    half precision the norms and the softmax become more accurate; otherwise only rounding changes.
 
     Args:
-        obj: a diffusers pipeline (its `transformers` components are left), a model, an `nn.Module`,
-            or a list of them.
-        channels_last: give the convolutions' weights that memory format, so that the network's
-            tensors take it from the first convolution on. `save_pretrained` goes on working;
-            `safetensors.torch.save_file` of a state_dict takes contiguous weights only.
-        pack_cpu_weights: on a CPU, keep a second form of large convolutions' weights, and fold
-            upsamplings into their convolutions (`fastdiff.runtime.cpu_layers`). For Stable
-            Diffusion 1.5's U-Net 2.3 GB beside 3.4.
-        scheduler: "fused" lets a pipeline's scheduler run each step as one kernel
-            (`fastdiff.integrations.scheduler`). Its signatures, attributes and results stay; a step
-            that the kernel does not cover, such as one with a gradient, is diffusers' own and is
-            counted in `report.scheduler_steps_left`.
-        noise: of a fused scheduler that draws some. "philox" is made inside the kernel, of seeds
-            drawn from the generators: other images of the same distribution. "generator" draws
-            what diffusers draws, so that images are diffusers'; one kernel more per step.
-        strict: raise rather than leave a module that we have an op for. A pipeline's components
-            that are other libraries' (text encoders) are not meant.
+        obj: a diffusers pipeline (its `transformers` components are left alone), a model, an
+            `nn.Module`, or a list of them.
+        channels_last: convert the convolutions' weights to this memory format, so that activations
+            have it from the first convolution on. `save_pretrained` still works;
+            `safetensors.torch.save_file` of a state_dict accepts contiguous weights only.
+        pack_cpu_weights: on a CPU, keep a second, faster form of the weights of large convolutions,
+            and fold upsampling into the convolution that follows (`fastdiff.runtime.cpu_layers`).
+            For Stable Diffusion 1.5's U-Net this takes 2.3 GB in addition to 3.4 GB.
+        scheduler: "fused" makes a pipeline's scheduler run each step as one kernel
+            (`fastdiff.integrations.scheduler`). Its signatures, attributes and results stay. A step
+            that the kernel does not cover, such as one with a gradient, runs in diffusers' own code
+            and is counted in `report.scheduler_steps_left`.
+        noise: how a fused scheduler draws noise, if it draws any. "philox" generates it inside the
+            kernel, from seeds drawn from the generators, which gives different images of the same
+            distribution. "generator" draws the same noise as diffusers, so that the images are the
+            same; it costs one more kernel per step.
+        strict: raise an error instead of leaving a module that fastdiff has an op for. This does
+            not apply to a pipeline's components from other libraries (text encoders).
 
     Returns:
-        what was swapped, what was left and why; `report.restore()` undoes it.
+        A report of what was swapped, what was left and why; `report.restore()` undoes the changes.
 
     Raises:
-        TypeError: there is no module in `obj`.
-        AccelerateError: `strict` and something would be left. Nothing was changed.
+        TypeError: `obj` contains no module.
+        ValueError: an unknown `scheduler` or `noise`, or `noise` without a fused scheduler.
+        AccelerateError: with `strict`, a module would be left. Nothing was changed.
     """
     if scheduler not in (None, "fused"):
         raise ValueError(f"scheduler must be None or 'fused', got {scheduler!r}")
     if noise not in ("philox", "generator"):
         raise ValueError(f"noise must be 'philox' or 'generator', got {noise!r}")
     if noise != "philox" and scheduler is None:
-        raise ValueError(f"noise={noise!r} is for a fused scheduler; add scheduler='fused'")
+        raise ValueError(f"noise={noise!r} needs a fused scheduler; add scheduler='fused'")
     found = list(roots(obj))
     if not found:
         raise TypeError(
-            f"accelerate takes a diffusers pipeline, an nn.Module or a list of them, "
+            f"accelerate expects a diffusers pipeline, an nn.Module or a list of them, "
             f"got {type(obj).__name__} without a module in it"
         )
     entries: list[Entry] = []
@@ -147,7 +149,7 @@ def accelerate(
     entered: dict[int, nn.Module] = {}
     for name, module in found:
         if module is not obj and not is_diffusion_model(module):
-            reason = "not a diffusion model; it runs once per prompt or image"
+            reason = "not a diffusion model: it runs only once per prompt or image"
             entries.append(
                 Entry(name=name, type=type(module).__name__, op="component", reason=reason)
             )
@@ -182,18 +184,19 @@ def accelerate(
 def scheduler_change(
     pipeline: Any, entries: list[Entry], noise: Literal["philox", "generator"]
 ) -> list[Callable[[], Callable[[], None]]]:
-    """What gives a pipeline's scheduler its fused step: a function that returns what undoes it."""
+    """Plan the change to a fused scheduler: functions that do it and return how to undo it."""
     import_extra("diffusers", extra="diffusers")
     from fastdiff.integrations import scheduler as fused
 
     current = getattr(pipeline, "scheduler", None)
     if current is None:
         raise TypeError(
-            f"scheduler='fused' wants a pipeline with a scheduler, got {type(pipeline).__name__}"
+            f"scheduler='fused' needs a pipeline with a scheduler, got {type(pipeline).__name__}; "
+            "leave it out to accelerate the modules alone"
         )
     served = isinstance(current, fused.FusedScheduler)
     new = not served or current.noise != noise
-    reason = fused.objection(current)
+    reason = fused.objection(current) or fused.replaced(current)
     entries.append(
         Entry(
             name="scheduler",

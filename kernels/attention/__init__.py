@@ -61,7 +61,7 @@ from ..checks import check_floating, check_number, compute_dtype
 from ..op import Op, Work
 from ..tracing import constant_in_graphs
 from ..tuning import gpu_of
-from . import cpu, cuda, triton
+from . import cpu, cuda, library, triton
 from .statistics import statistics_like
 
 CONTEXT = 336
@@ -70,6 +70,8 @@ WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
 """Architectures on which Triton's attention uses warp-group matrix instructions, but the CUDA
 kernel only those of one warp (mma.sync), which took FlashAttention-2 to a third of an H100's peak
 (Shah et al. 2024)."""
+LIBRARY_DIMS = (64, 128)
+"""Head dims that cuDNN and FlashAttention 3 are built for, where theirs are the kernels to beat."""
 
 
 def attention_reference(
@@ -167,9 +169,15 @@ def _shape_class(q: Tensor, k: Tensor, *_: Any) -> str:
     return f"{'context' if k.shape[1] <= CONTEXT else 'self'}/{q.shape[3]}"
 
 
+def _unmeasured(q: Tensor, *_: Any) -> str | None:
+    if not _has_warp_groups(q.device):
+        return None
+    return "library" if q.shape[3] in LIBRARY_DIMS else "triton"
+
+
 @constant_in_graphs
-def _unmeasured(device: torch.device) -> str | None:
-    return "triton" if gpu_of(device).architecture in WARP_GROUPS else None
+def _has_warp_groups(device: torch.device) -> bool:
+    return gpu_of(device).architecture in WARP_GROUPS
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
@@ -247,7 +255,7 @@ _op = Op(
     shape_class=_shape_class,
     unmeasured=_unmeasured,
     example=_example,
-    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    kernels=(cuda.BACKEND, triton.BACKEND, library.BACKEND, cpu.BACKEND),
     statistics=True,
     kept_outputs=(0,),
 )

@@ -84,11 +84,11 @@ def test_files_without_a_recipe_say_so(tmp_path: Path) -> None:
         info.save(tmp_path / name, pnginfo=chunk)
     info.close()
     for name, message in [
-        ("bare.png", "carries no recipe"),
+        ("bare.png", "contains no recipe"),
         ("cut.png", "damaged"),
         ("text.png", "not a PNG"),
         ("photo.jpg", "not a PNG"),
-        ("list.png", "no object"),
+        ("list.png", "not an object"),
         ("broken.png", "not valid JSON"),
     ]:
         with pytest.raises(

@@ -158,5 +158,5 @@ def test_what_cannot_be_accelerated() -> None:
         fastdiff.accelerate(3)
     with pytest.raises(ValueError, match="scheduler must be None or 'fused', got 'quick'"):
         fastdiff.accelerate(nn.Linear(2, 2), scheduler="quick")
-    assert str(fastdiff.accelerate(nn.ReLU(), channels_last=False)).startswith("nothing here")
+    assert str(fastdiff.accelerate(nn.ReLU(), channels_last=False)).startswith("found no module")
     assert fastdiff.accelerate(nn.MultiheadAttention(8, 2)).count("attention") == (0, 1)

@@ -204,7 +204,7 @@ def test_a_report_does_not_keep_what_was_deleted() -> None:
 
 
 def test_nothing_to_do_is_said() -> None:
-    assert str(fastdiff.accelerate(nn.ReLU())).startswith("nothing here")
+    assert str(fastdiff.accelerate(nn.ReLU())).startswith("found no module")
     for nothing in ([], None, "unet", torch.zeros(2)):
         with pytest.raises(TypeError, match=f"got {type(nothing).__name__} without a module"):
             fastdiff.accelerate(nothing)
