@@ -32,7 +32,7 @@ FAST_BYTES, FAST_FLOPS = 4e12, 8e14
 LAUNCH_S = 10e-6
 OURS = ("triton", "cuda")
 CHOICES = (*OURS, "library")
-"""The backends among which a record decides what `auto` takes first on a GPU."""
+"""Backends among which measurements decide what `auto` tries first on a GPU."""
 EVERYTHING = (*CHOICES, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
 LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
 """Providers timed at less important shapes: without those that are slow to compile or to run."""
