@@ -121,7 +121,7 @@ def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str]) ->
 
 def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
-        (["host", "--at-most", "1"], "give --against CHECKOUT too"),
+        (["host", "--at-most", "1"], "so it needs --against CHECKOUT"),
         (["host", "--against", str(tmp_path)], "does not contain the package fastdiff"),
     ):
         with pytest.raises(SystemExit):
