@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.checkpoint.model import Model
 from fastdiff.data import generator
+from fastdiff.files import one_line_errors
 from fastdiff.models.autoencoder import Autoencoder, Posterior
 from fastdiff.training.batches import Batches
 
@@ -127,6 +128,7 @@ class Latents:
         return moments, self.batches.dataset.labels[indices].to(device)
 
 
+@one_line_errors()
 def first_stage(folder: str, *, image_size: int, device: torch.device) -> Model:
     """Load the trained autoencoder from the folder of a bundle or a run.
 
