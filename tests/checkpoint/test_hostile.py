@@ -318,7 +318,7 @@ def test_hostile_headers(tmp_path: Path) -> None:
     sizes = json.dumps({"dtype": "F32", "shape": [2**63 - 1] * 300_000, "data_offsets": [0, 4]})
     for header, message in (
         (b"{" + names + b',"z":1,"z":2}', "z occurs twice"),
-        (b'{"a":' + sizes.encode() + b"}", "300000 sizes"),
+        (b'{"a":' + sizes.encode() + b"}", "got 300000"),
     ):
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
         assert message in refused(path)

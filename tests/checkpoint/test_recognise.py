@@ -219,8 +219,8 @@ def guided(tmp_path: Path, **change: Tensor | None) -> Path:
             {"input_blocks__1__0__in_layers__2__bias": torch.zeros(5)},
             r"in_layers\.2\.bias has shape \(5,\), expected \(32,\)",
         ),
-        ({"out__2__weight": None}, r"out\.2\.weight must have 4 dimensions, got nothing"),
-        ({"out__2__weight": torch.zeros(6)}, r"out\.2\.weight must have 4 dimensions"),
+        ({"out__2__weight": None}, r"out\.2\.weight must be a tensor of 4 dimensions, got none"),
+        ({"out__2__weight": torch.zeros(6)}, r"out\.2\.weight must be a tensor of 4 dimensions"),
         # guided-diffusion's 512x512 model: its first level is half as wide as its embedding
         ({"input_blocks__0__0__weight": torch.zeros(16, 3, 3, 3)}, "must be a multiple of 32"),
         ({"output_blocks__9__0__x": torch.zeros(1)}, "expected a U-Net, got 6 input blocks, 7 out"),
@@ -247,7 +247,7 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
                 key: torch.zeros(1)
                 for key in ("conv_in.weight", "down_blocks.0.resnets.0.norm1.weight")
             },
-            "weights of a diffusers model, whose config stands beside them; give the folder",
+            "weights of a diffusers model, whose config is in the same folder; give that folder",
         ),
     ):
         save_file(state, path)
@@ -297,9 +297,7 @@ def change_json(path: Path, **change: Any) -> None:
 
 def test_an_autoencoder_of_sdxl_under_a_unet_of_sd1(folder: Path) -> None:
     change_json(folder / "vae" / "config.json", scaling_factor=0.13025)
-    with pytest.raises(
-        ValueError, match=r"scaling_factor is 0\.13025, that of Stable Diffusion XL"
-    ):
+    with pytest.raises(ValueError, match=r"scaling_factor is 0\.13025, as in Stable Diffusion XL"):
         fastdiff.load(folder)
     assert fastdiff.load(folder, scale_factor=0.13025).scale_factor == 0.13025
 
@@ -371,7 +369,7 @@ def test_damaged_parts_of_a_pipeline(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"unet"):
         fastdiff.load(folder)
     change_json(folder / "model_index.json", controlnet=["diffusers", "ControlNetModel"])
-    with pytest.raises(ValueError, match="has controlnet, which fastdiff does not support"):
+    with pytest.raises(ValueError, match="contains controlnet, which fastdiff does not support"):
         fastdiff.load(folder)
 
 
