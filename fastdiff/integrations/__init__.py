@@ -4,8 +4,16 @@ from typing import Any
 
 from fastdiff.integrations.report import AccelerateError, Entry, Report
 from fastdiff.integrations.swap import accelerate
+from fastdiff.integrations.verify import VerificationWarning
 
-__all__ = ["AccelerateError", "Entry", "Report", "accelerate", "compile_pass"]
+__all__ = [
+    "AccelerateError",
+    "Entry",
+    "Report",
+    "VerificationWarning",
+    "accelerate",
+    "compile_pass",
+]
 
 
 def __getattr__(name: str) -> Any:
