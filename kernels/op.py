@@ -110,6 +110,8 @@ class Op:
     once more; None: those of `reference`."""
     without_first: Callable[..., Any] | None = None
     """The same where nothing depends on the first output, whose gradient is None."""
+    reference_once: bool = False
+    """PyTorch has no second derivative of what the reference calls; `again` has it."""
 
     # Worked out from the above
     public: Callable[..., Any] | None = field(default=None, init=False)
@@ -170,6 +172,8 @@ class Op:
                 record(self.name, backend.name)
                 return _Differentiable.apply(self, backend, *args)
         record(self.name, backend.name)
+        if self.reference_once and backend.name == "reference" and wants_gradient(args):
+            return _ByReference.apply(self, *args) if untraced(args) else self.reference(*args)
         return backend.forward(*args, False)[0]
 
     def first(self, args: tuple[Any, ...]) -> str | None:
@@ -369,6 +373,32 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.op.differentiate(ctx, ctx.needs_input_grad[2:], gradients)
+
+
+class _ByReference(torch.autograd.Function):
+    """The reference in eager where `reference_once`: PyTorch's first derivative, then `again`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, *args: Any) -> Any:
+        with torch.enable_grad():
+            own = [
+                a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+                for a in args
+            ]
+            y = op.reference(*own)
+        output = y.detach()
+        ctx.op, ctx.backend, ctx.graph = op, None, (y, own)
+        op.save(ctx, args, (output,), ())
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted, (y, own) = ctx.needs_input_grad[1:], ctx.graph
+        if gradient is None or torch.is_grad_enabled():
+            return None, *ctx.op.differentiate(ctx, wanted, (gradient,))
+        leaves = [a for a, want in zip(own, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(y, leaves, gradient, retain_graph=True, allow_unused=True))
+        return None, *(next(found) if want else None for want in wanted)
 
 
 def _mark(x: Tensor, stride: int) -> Tensor:
