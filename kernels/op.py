@@ -171,9 +171,10 @@ class Op:
             if self.differentiable and wants_gradient(args):
                 record(self.name, backend.name)
                 return _Differentiable.apply(self, backend, *args)
+        elif self.reference_once and wants_gradient(args) and untraced(args):
+            record(self.name, backend.name)
+            return _ByReference.apply(self, backend, *args)
         record(self.name, backend.name)
-        if self.reference_once and backend.name == "reference" and wants_gradient(args):
-            return _ByReference.apply(self, *args) if untraced(args) else self.reference(*args)
         return backend.forward(*args, False)[0]
 
     def first(self, args: tuple[Any, ...]) -> str | None:
@@ -379,13 +380,13 @@ class _ByReference(torch.autograd.Function):
     """The reference in eager where `reference_once`: PyTorch's first derivative, then `again`'s."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, *args: Any) -> Any:
+    def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:
         with torch.enable_grad():
             own = [
                 a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
                 for a in args
             ]
-            y = op.reference(*own)
+            y = backend.forward(*own, False)[0]
         output = y.detach()
         ctx.op, ctx.backend, ctx.graph = op, None, (y, own)
         op.save(ctx, args, (output,), ())
@@ -393,12 +394,12 @@ class _ByReference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted, (y, own) = ctx.needs_input_grad[1:], ctx.graph
+        wanted, (y, own) = ctx.needs_input_grad[2:], ctx.graph
         if gradient is None or torch.is_grad_enabled():
-            return None, *ctx.op.differentiate(ctx, wanted, (gradient,))
+            return None, None, *ctx.op.differentiate(ctx, wanted, (gradient,))
         leaves = [a for a, want in zip(own, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, leaves, gradient, retain_graph=True, allow_unused=True))
-        return None, *(next(found) if want else None for want in wanted)
+        return None, None, *(next(found) if want else None for want in wanted)
 
 
 def _mark(x: Tensor, stride: int) -> Tensor:

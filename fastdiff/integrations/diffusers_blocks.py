@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, resnet, upsampling
 from diffusers.models.transformers import transformer_2d

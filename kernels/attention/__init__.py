@@ -137,10 +137,10 @@ def _written_out(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    extra_k: Tensor | None = None,
-    extra_v: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The reference as two products and a softmax, which have derivatives of every order."""
     if extra_k is not None and extra_v is not None:
