@@ -113,8 +113,10 @@ class Loading:
 
         Raises:
             ValueError: as `check_decided`; what a layout assumes is known before it reads weights.
+                As `Plan.check`.
         """
         self.check_decided(plan.weights.path)
+        plan.check()
         return fill(
             plan.model,
             plan.sources,
