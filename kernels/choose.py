@@ -35,13 +35,21 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .tracing import constant_in_graphs
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = ("cuda", "triton", "library", "cpu", "reference")
 BACKENDS = (*ORDER, "auto")
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ()}
+DEVICES = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "library": ("cuda",),
+    "cpu": ("cpu",),
+    "reference": (),
+}
 """Backend -> the device types that it is made for; empty: all. On others it is not a candidate, and
 passing over it does not warn."""
-EMULATED: dict[str, tuple[str, ...]] = {}
-"""Backend -> device types on which it also runs, slowly, and only when it is forced by name."""
+OPTIONAL = ("library",)
+"""Backends that an op need not have: messages are silent about their absence."""
+EMULATED: dict[str, tuple[str, ...]] = {"library": ("cpu",)}
+"""Backend -> device types on which it also runs, and only when it is forced by name."""
 UNAVAILABLE: dict[str, str] = {}
 """Backend -> why this installation has none of its kernels."""
 ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
@@ -212,7 +220,9 @@ def missing(op: Choosable, name: str) -> str:
 
 def reasons(op: Choosable, args: tuple[Any, ...]) -> dict[str, str | None]:
     """Backend -> why it would not run these arguments, None where it would."""
-    return {name: objection(op, name, args) for name in ORDER}
+    asked = selected_backend()
+    shown = [n for n in ORDER if n in op.backends or n not in OPTIONAL or n == asked]
+    return {name: objection(op, name, args) for name in shown}
 
 
 def candidates(op: Choosable, args: tuple[Any, ...]) -> tuple[Backend, ...]:

@@ -80,8 +80,9 @@ class Op:
     """The op's arguments -> what a call has to do; with ``backward=True``, the backward pass."""
     shape_class: Callable[..., str] | None = None
     """What decides on a GPU which backend is the fastest; None: it was never measured."""
-    unmeasured: Callable[[torch.device], str | None] | None = None
-    """The backend that comes first on a GPU where nothing was measured; None: by `ORDER`."""
+    unmeasured: Callable[..., str | None] | None = None
+    """The op's arguments -> the backend that comes first on a GPU where nothing was measured; None:
+    by `ORDER`."""
     example: Callable[[Callable[..., Tensor]], dict[str, Any]]
     """A function that makes a tensor of a shape -> small arguments of the public function."""
     kernels: Sequence[Backend] = ()
@@ -180,7 +181,7 @@ class Op:
         of = measured.ANY if is_compiling() else self.shape_class(*args)
         found = measured.fastest(self.name, x.device, x.dtype, of)
         if found is None and self.unmeasured is not None:
-            return self.unmeasured(x.device)
+            return self.unmeasured(*args)
         return found
 
     # The op that PyTorch knows
@@ -423,7 +424,7 @@ def _reference_backend(op: Op) -> Backend:
         for i in op.own:  # whatever is needed: one gradient may be a sum of another
             if isinstance(kept[i], Tensor) and kept[i].is_floating_point():
                 leaves[i] = kept[i].detach().requires_grad_()
-        with _recording_a_graph():
+        with recording_a_graph():
             found = op.gradients_by_reference(gradients, tuple(leaves))
         results: list[Tensor | None] = []
         for i, gradient, need in zip(op.own, found, needs, strict=True):
@@ -435,7 +436,7 @@ def _reference_backend(op: Op) -> Backend:
 
 
 @contextmanager
-def _recording_a_graph() -> Iterator[None]:
+def recording_a_graph() -> Iterator[None]:
     """Autograd at work inside an op, where PyTorch's dispatcher has left it behind."""
     autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
     included = torch._C._dispatch_tls_local_include_set()

@@ -275,7 +275,7 @@ def test_recipes_that_cannot_be_read(run: Run) -> None:
     for change, message in (
         ({"dtype": ["float32"]}, "dtype must be text"),
         ({"backend": "magic"}, "unknown backend: 'magic'"),
-        ({"recipe": 3}, "recipe version 3 is newer than this fastdiff"),
+        ({"recipe": 4}, "recipe version 4 is newer than this fastdiff"),
         ({"load": {"tokenizer": 3}}, "tokenizer must be a list of folders"),
         ({"load": {"heads": 3}}, "unknown option of loading 'heads'"),
         ({"job": None}, "unknown kind of job None"),
@@ -297,6 +297,30 @@ def test_recipes_that_cannot_be_read(run: Run) -> None:
     )
 
 
+@pytest.mark.filterwarnings("default")
+def test_like_keeps_what_was_text_before_it_was_syntax(run: Run) -> None:
+    prompt = r"'a cat \BREAK (blue:1.2) sky'"
+    assert run(f"txt2img {prompt} --negative 'x [a\\|b]' --model sd1 {FAST}")[0] == 0
+    [made] = Path("out").glob("*-seed0.png")
+    recipe = read_recipe(made)
+    job = recipe["job"]
+    assert job["prompt"] == r"a cat \BREAK (blue:1.2) sky"
+    before = {
+        **recipe,
+        "recipe": 2,
+        "job": {
+            **job,
+            "prompt": "a cat BREAK (blue:1.2) sky",
+            "text": {**job["text"], "negative": "x [a|b]"},
+        },
+    }
+    save_png("before.png", Image.open(made), before)
+    code, out, err = run("txt2img --like before.png")
+    assert (code, "identical to before.png" in " ".join(out.split())) == (0, True)
+    assert "was made when BREAK and other syntax of web UIs was text" in err
+    assert read_recipe("out/before-again.png") == recipe
+
+
 MISTAKES = {
     "txt2img cat": "missing: --model",
     "txt2img --model sd1": "missing: PROMPT",
@@ -308,6 +332,10 @@ MISTAKES = {
     "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
     "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
     "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must lie within 100",
+    "txt2img '[cat:dog:0.5] sky' --model nowhere": r"for the text as it is",
+    "txt2img '<lora:x:0.8> cat' --model nowhere": r"prompt syntax '<lora:x:0.8>' is not supported",
+    "txt2img cat --model nowhere --negative 'a AND b'": r"prompt syntax 'AND' is not supported",
+    "img2img '[cat|dog]' --model nowhere --image photo.png": "or [cat\\|dog] for the text",
     "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "has no negative prompt",
     "txt2img cat --model sd1 --upscale 0.5": "scale must lie in 1 to 16, got 0.5",
     "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must lie in [0, 1]",

@@ -31,7 +31,9 @@ FAST_BYTES, FAST_FLOPS = 4e12, 8e14
 """Rates of a fast GPU of today: what decides the method, the same for every provider."""
 LAUNCH_S = 10e-6
 OURS = ("triton", "cuda")
-EVERYTHING = (*OURS, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+CHOICES = (*OURS, "library")
+"""The backends among which a record decides what `auto` takes first on a GPU."""
+EVERYTHING = (*CHOICES, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
 LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
 """What is timed at the less telling shapes: neither the compiler's seconds nor the slowest."""
 
@@ -84,7 +86,7 @@ class Subject:
     def providers(self) -> tuple[str, ...]:
         names = [*OURS, "reference", "eager"]
         names += ["eager channels_last"] if self.norm else []
-        names += LIBRARY if self.sdpa else ["compile"]
+        names += ["library", *LIBRARY] if self.sdpa else ["compile"]
         return tuple(names)
 
     @property

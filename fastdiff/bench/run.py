@@ -37,13 +37,13 @@ from fastdiff import kernels
 from fastdiff.bench import shapes
 from fastdiff.bench.clock import Method, Timer
 from fastdiff.bench.providers import (
+    CHOICES,
     EVERYTHING,
     FAST_BYTES,
     FAST_FLOPS,
     LATER,
     LAUNCH_S,
     LIBRARY,
-    OURS,
     SDPA,
     Arguments,
     Direction,
@@ -200,7 +200,7 @@ def _measure_case(
     make = Make(case.dtype, device)
     arguments = subject.arguments(case.call, case.job, make)
     wanted = [p for p in subject.providers if p in case.providers]
-    for backend in [name for name in OURS if name in wanted]:
+    for backend in [name for name in CHOICES if name in wanted]:
         objection = _objection(case, backend, arguments)
         if objection is not None:
             wanted.remove(backend)
@@ -224,36 +224,32 @@ def _measure_case(
             continue
         record = record_of(case, provider, timing, case.work)
         class_of = kernels.OPS[subject.op].shape_class
-        if provider in OURS and case.direction == "forward" and class_of is not None:
+        if provider in CHOICES and case.direction == "forward" and class_of is not None:
             given = bound_arguments(subject.op, *arguments)
             record = replace(record, shape_class=class_of(*given))
         outcome.records.append(record)
 
 
 def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
-    """Op -> "dtype/shape class" -> the one of `OURS` that is faster there.
+    """Op -> "dtype/shape class" -> the one of `CHOICES` that is fastest there.
 
-    By the geometric mean of the ratio over the cases of a class that both took; a class in which
-    one took no case goes to the other. The class `ANY` takes all cases of an op.
+    By the geometric mean over the cases of a class that all of its backends took; without such a
+    case, the first of `CHOICES` that took one. The class `ANY` takes all cases of an op.
     """
     found: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
     for record in records:
-        if record.provider in OURS and record.shape_class:
+        if record.provider in CHOICES and record.shape_class:
             for shape_class in (record.shape_class, ANY):
                 of_class = found.setdefault((record.benchmark, f"{record.dtype}/{shape_class}"), {})
                 case = of_class.setdefault((record.job, record.shape), {})
                 case[record.provider] = record.median_s
     winners: dict[str, dict[str, str]] = {}
     for (op, key), cases_of_class in found.items():
-        both = [case for case in cases_of_class.values() if len(case) == len(OURS)]
-        if both:
-            one, other = OURS
-            ratio = sum(math.log(case[other] / case[one]) for case in both)
-            winner = one if ratio > 0 else other
-        else:
-            taken = {name for case in cases_of_class.values() for name in case}
-            winner = next(name for name in OURS if name in taken)
-        winners.setdefault(op, {})[key] = winner
+        took = {name for case in cases_of_class.values() for name in case}
+        names = [name for name in CHOICES if name in took]
+        shared = [case for case in cases_of_class.values() if len(case) == len(names)]
+        seconds = {name: sum(math.log(case[name]) for case in shared) for name in names}
+        winners.setdefault(op, {})[key] = min(names, key=seconds.__getitem__)  # the first of equals
     return winners
 
 
@@ -263,7 +259,7 @@ def _provider(
 ) -> Iterator[Callable[[], Any]]:
     """What to time, inside the settings under which it has to run."""
     subject, (args, kwargs) = case.subject, arguments
-    backend = provider if provider in (*OURS, "reference") else "reference"
+    backend = provider if provider in (*CHOICES, "reference") else "reference"
     function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
     if provider == "eager" and subject.norm:
         args = tuple(_nchw(a) for a in args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from fastdiff.generate.job import (
     InterpolationJob,
     TextJob,
 )
-from fastdiff.generate.recipe import NEW_BITS, VERSION, Recipe, identity, read
+from fastdiff.generate.recipe import NEW_BITS, Recipe, identity, read
 from fastdiff.images import read_recipe, to_pil
 
 COMMANDS: dict[str, type[Any]] = {
@@ -81,7 +82,7 @@ class Original:
         if old.size == new.size and old.tobytes() == new.tobytes():
             return 0, f"identical to {self.path}, bit for bit"
         changed = self._changed(recipe)
-        if old.size == new.size and self.recipe.version < VERSION and not changed:
+        if old.size == new.size and self.recipe.version == 1 and not changed:
             extrema = ImageChops.difference(old, new).getextrema()
             most = max(high for _, high in extrema)  # type: ignore[misc]
             if most <= ROUNDING:
@@ -89,7 +90,7 @@ class Original:
         why = ", ".join(changed) or (
             "the file's pixels were changed, or this machine computes otherwise"
         )
-        if self.recipe.version < VERSION:
+        if self.recipe.version == 1:
             why += f"; {NEW_BITS}"
         return 1, f"NOT identical to {self.path}: {why}"
 
@@ -103,7 +104,7 @@ class Original:
                 pairs[name] = (self._sha256(name), found["sha256"])
         if self.recipe.refiner is not None and now["refiner"] is not None:
             pairs["refiner"] = (self.recipe.refiner["weights"], now["refiner"]["weights"])
-        if self.recipe.version == VERSION:
+        if self.recipe.version > 1:
             pairs["sampler"] = (then.get("sampler"), now["sampler"])
         return [
             f"{name} {_short(old)} then, {_short(new)} now"
@@ -135,6 +136,12 @@ def original(command: str, like: str) -> Original:
         raise ValueError(
             f"{path} is no single image of 'fastdiff {command}'; "
             + (f"use 'fastdiff {made[0]} --like {path}'" if made else "give one of those")
+        )
+    if recipe.reread:
+        warnings.warn(
+            f"{path} was made when BREAK and other syntax of web UIs was text in prompts; it is "
+            "kept as text by backslashes",
+            stacklevel=1,
         )
     return Original(path, recipe, data)
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Txt2Img:
     """Make images from a prompt with a Stable Diffusion checkpoint (1, 2, XL).
 
-    Weights in prompts: (word:1.3), (word), [word]; a backslash before a bracket takes it as text.
+    In prompts, (word:1.3), (word) and [word] are weights, and BREAK begins a new chunk of 77
+    tokens. Other syntax of web UIs (AND, [a:b:0.5], [a|b], <lora:...>, __wildcards__) is refused. A
+    backslash before any of it takes it as text; --no-emphasis takes the whole prompt so.
     Writes a PNG per seed with its recipe inside, and a contact sheet of several.
 
     Examples:

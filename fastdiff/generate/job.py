@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastdiff.diffusion.guidance import GuidanceConfig
+from fastdiff.models.prompts import read_prompt
 from fastdiff.names import SPACINGS
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class TextSettings:
     clip_skip: int = 0
     """Layers of the text encoder left out, of the negative prompt too; "clip skip 2" elsewhere."""
     emphasis: bool = True
-    """Read (word:1.2), (word) and [word] as weights; False: as text."""
+    """Read (word:1.2), (word) and [word] as weights, BREAK as the end of a chunk; False: as
+    text, like all other syntax of web UIs, which is refused otherwise."""
     original_size: tuple[int, int] | None = None
     """XL: height and width the image claims to have had before cropping; None: its own."""
     crop: tuple[int, int] = (0, 0)
@@ -136,6 +138,8 @@ class TextSettings:
                 raise ValueError(f"{name} must lie in 0 to 10, got {getattr(self, name)}")
         if self.clip_skip < 0:
             raise ValueError(f"clip_skip must be at least 0, got {self.clip_skip}; 0 leaves none")
+        if self.negative is not None:
+            read_prompt(self.negative, emphasis=self.emphasis)
 
 
 PLAIN, PLAIN_TEXT = SampleSettings(), TextSettings()
@@ -171,7 +175,7 @@ class TextJob:
     """An image from a prompt."""
 
     prompt: str
-    """What to draw; (word:1.3), (word) and [word] are weights."""
+    """What to draw; (word:1.3), (word) and [word] are weights, BREAK begins a new chunk."""
     seed: int = 0
     """Of all randomness in the image."""
     variation_seed: int | None = None
@@ -196,6 +200,7 @@ class TextJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_prompts(self)
         _check_start(self)
         if self.upscale is not None:
             _check_scale(self.upscale, self.upscale_via)
@@ -226,6 +231,7 @@ class ImageToImageJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_prompts(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -258,6 +264,7 @@ class InpaintJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_prompts(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -287,6 +294,7 @@ class UpscaleJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_prompts(self)
         check_seed(self.seed)
         first_step(1, self.strength)
         _check_scale(self.scale, self.via)
@@ -324,6 +332,7 @@ class InterpolationJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_prompts(self)
         check_seed(self.seed)
         if self.to_seed is not None:
             check_seed(self.to_seed)
@@ -393,6 +402,14 @@ def stage_seed(seed: int, stage: str) -> int:
     """A seed for a second pass, such as "upscale": no number of the first pass's noise recurs."""
     digest = hashlib.blake2b(f"{stage} {seed}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
+
+
+def _check_prompts(job: Any) -> None:
+    """Raise ValueError for a prompt in a syntax that is not supported; `TextSettings` checks the
+    negative one."""
+    for prompt in (job.prompt, getattr(job, "to_prompt", None)):
+        if prompt is not None:
+            read_prompt(prompt, emphasis=job.text.emphasis)
 
 
 def _check_start(job: Any) -> None:

@@ -1,11 +1,12 @@
 """Recipes: everything that one image depends on, as JSON inside its PNG; and reading them back.
 
-    {"recipe": 2, "fastdiff", "torch", "model", "weights", "layout", "backend", "device", "dtype",
+    {"recipe": 3, "fastdiff", "torch", "model", "weights", "layout", "backend", "device", "dtype",
      "job": `to_json`, "class_name", "sampler": what CHECKPOINT meant,
      "refiner": {"path", "weights"}, "load": options of `fastdiff.load`}
 
-Version 1 is what pictures carry that were written before jobs: `classes` and text had a format
-each. It is read, and never written.
+Older versions are read, and never written. Version 1 is what pictures carry that were written
+before jobs: `classes` and text had a format each. Until version 2 prompts had brackets, and nothing
+else of the syntax of web UIs: what has a meaning since then is read as the text it was.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from fastdiff.configs import from_dict, to_dict
 from fastdiff.generate.job import CHECKPOINT, KINDS, PICTURES, Job, Picture
 from fastdiff.generate.session import Session
 from fastdiff.kernels.choose import selected_backend
+from fastdiff.models.prompts import as_text
 
-VERSION = 2
+VERSION = 3
+SYNTAX_VERSION = 3
+"""Since which BREAK and other syntax of web UIs have a meaning in prompts."""
 NEW_BITS = (
     "recipe version 1: since then guided and unguided images are computed in one batch, which "
     "rounds differently"
@@ -55,6 +59,8 @@ class Recipe:
     """Options of `fastdiff.load` that were given."""
     refiner: dict[str, Any] | None = None
     """path and weights."""
+    reread: bool = False
+    """Whether a prompt got backslashes, so that it still is the text that it was."""
 
 
 def write_recipe(job: Job, session: Session, refiner: Session | None = None) -> dict[str, Any]:
@@ -158,7 +164,7 @@ def read(data: Mapping[str, Any]) -> Recipe:
         ValueError: a field is missing, unknown or wrong; one line.
     """
     version = data.get("recipe", 1)
-    if version not in (1, VERSION):
+    if version not in range(1, VERSION + 1):
         raise ValueError(
             f"recipe version {version!r:.40} is newer than this fastdiff, which reads up to "
             f"{VERSION}; update fastdiff"
@@ -166,7 +172,7 @@ def read(data: Mapping[str, Any]) -> Recipe:
     if not {"seeds", "frames", "classes", "jobs"}.isdisjoint(data):
         raise ValueError("a contact sheet is no single image; give one of the images beside it")
     needed = ["weights", "backend", "device", "dtype"]
-    needed += ["job", "model"] if version == VERSION else ["seed", "settings"]
+    needed += ["seed", "settings"] if version == 1 else ["job", "model"]
     if missing := [name for name in needed if name not in data]:
         raise ValueError(f"it lacks {missing[0]!r}; give an image that fastdiff wrote")
     for name in ("weights", "backend", "device", "dtype"):
@@ -177,9 +183,12 @@ def read(data: Mapping[str, Any]) -> Recipe:
     if refiner is not None and not isinstance(refiner, dict):
         raise ValueError(f"refiner must be an object or null, got {refiner!r:.40}")
     tokenizer = data.get("tokenizer") if old else None
+    written = _old_job(data) if old else data["job"]
+    wanted = _as_text(written) if version < SYNTAX_VERSION else written
     return Recipe(
         version=version,
-        job=from_json(_old_job(data) if old else data["job"]),
+        job=from_json(wanted),
+        reread=wanted != written,
         model=str(data["checkpoint" if "pipeline" in data else "model"]),
         weights=data["weights"],
         backend=data["backend"],
@@ -188,6 +197,20 @@ def read(data: Mapping[str, Any]) -> Recipe:
         load={"tokenizer": tokenizer} if tokenizer else dict(data.get("load") or {}),
         refiner=refiner and {"path": refiner["path"], "weights": refiner.get("weights")},
     )
+
+
+def _as_text(job: Any) -> Any:
+    """A job whose prompts mean today what they meant before SYNTAX_VERSION."""
+    text = job.get("text", {}) if isinstance(job, dict) else None
+    if not isinstance(text, dict) or text.get("emphasis") is False:
+        return job
+
+    def changed(values: dict[str, Any], *names: str) -> dict[str, Any]:
+        own = {name: as_text(values[name]) for name in names if isinstance(values.get(name), str)}
+        return {**values, **own}
+
+    job = changed(job, "prompt", "to_prompt")
+    return {**job, "text": changed(text, "negative")} if text else job
 
 
 def _old_job(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,23 @@
-"""Weights in prompts: ``(word)``, ``(word:1.3)``, ``[word]``, the syntax of AUTOMATIC1111's web UI.
+"""Prompt syntax: the weights and ``BREAK`` of AUTOMATIC1111's web UI.
 
     (a)      weight times 1.1        (a:1.3)  weight times 1.3
-    [a]      weight by 1.1           \\( \\) \\[ \\] \\\\  the character itself
+    [a]      weight by 1.1           BREAK    the rest goes into a new chunk of 77 tokens
 
 Brackets nest, and their factors multiply. One that is never closed holds to the end of the prompt,
 one that was never opened is a character like any other. What a weight does to the text's vectors is
-said in `fastdiff.models.text`.
+described in `fastdiff.models.text`.
+
+Web UIs give a meaning to more than that: scheduled words, ``AND``, LoRA files, wildcards. What
+fastdiff does not do is refused by name (`UNSUPPORTED`), because CLIP would read it as words. A
+backslash in front makes any of it text: ``\\(``, ``\\BREAK``, ``\\<lora:x:1>``, ``[a\\:b\\:0.5]``.
+
+Nothing here imports torch, so that a prompt can be checked before a model is loaded.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BRACKET = 1.1
 """Factor of a pair of round brackets; a square pair divides by it."""
@@ -19,13 +25,36 @@ MAX_WEIGHT = 100.0
 """Largest weight: more is a typing mistake."""
 MAX_DEPTH = 50
 """Deepest nesting: as many round brackets give a weight beyond MAX_WEIGHT."""
+BREAK = "BREAK"
+SHOWN = 60
+"""Characters of a prompt that a message quotes."""
 
+_CONSTRUCTS = {
+    "combined": r"\bAND\b",
+    "network": r"<\w+:[^<>]+>",
+    "wildcard": r"__(?!_)[\w/*.-]+?(?<!_)__(?!_)",
+    "variants": r"\{[^{}]*\|[^{}]*\}",
+    "embedding": r"\bembedding:\S+",
+}
+UNSUPPORTED = {
+    "combined": "AND combines prompts in web UIs",
+    "network": "<...> loads a LoRA, LyCORIS or hypernetwork file in web UIs",
+    "wildcard": "__...__ stands for a random line of a file in web UIs",
+    "variants": "{...|...} stands for a random choice in web UIs",
+    "embedding": "embedding:... is a textual inversion in web UIs",
+    "scheduled": "[from:to:when] changes words between two steps in web UIs",
+    "alternating": "[a|b] alternates between words in web UIs",
+}
+"""Constructs of web UIs that are refused, and what they mean there."""
+
+_KEYWORD = "|".join((rf"\b{BREAK}\b", *_CONSTRUCTS.values()))
 _PIECES = re.compile(
-    r"""
-    \\(?P<escaped>[()\[\]\\])
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<weighted>\))
+    rf"""
+    \\(?P<escaped>[()\[\]\\:|] | (?={_KEYWORD}).)
+    | (?P<keyword>{_KEYWORD})
+    | :\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<closing>[)\]])
     | (?P<bracket>[()\[\]])
-    | (?P<text>[^\\()\[\]:]+ | [\\:])
+    | (?P<text>(?:(?!{_KEYWORD})[^\\()\[\]:|])+ | [\\:|])
     """,
     re.VERBOSE,
 )
@@ -40,52 +69,164 @@ class Fragment:
     weight: float = 1.0
 
 
-def parse_prompt(prompt: str) -> list[Fragment]:
-    """Split a prompt into fragments of one weight each, the brackets and escapes taken out.
+def read_prompt(prompt: str, *, emphasis: bool = True) -> list[list[Fragment]]:
+    """The fragments of each part of a prompt, as :func:`parse_prompt`.
 
-    Neighbours differ in weight, none is empty; an empty prompt has no fragments.
+    emphasis: False takes the prompt as plain text, brackets, ``BREAK`` and all.
 
     Raises:
-        ValueError: a weight beyond MAX_WEIGHT, brackets deeper than MAX_DEPTH.
+        ValueError: not a str, not valid Unicode, or as `parse_prompt`.
     """
-    texts: list[str] = []
-    weights: list[float] = []
-    opened: list[tuple[str, int]] = []  # the bracket, and how many pieces there were before it
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt must be text, got {type(prompt).__name__}; give a str")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt is not valid Unicode at character {error.start}, got {prompt[:40]!r}; "
+            "write it in UTF-8"
+        ) from None
+    return parse_prompt(prompt) if emphasis else [[Fragment(prompt)]]
 
-    def multiply(start: int, factor: float) -> None:
+
+def parse_prompt(prompt: str) -> list[list[Fragment]]:
+    """Split a prompt at ``BREAK`` into parts, and each into fragments of one weight.
+
+    Brackets and escapes are taken out. Neighbours in a part differ in weight, none is empty; an
+    empty part has no fragments. There is at least one part.
+
+    Raises:
+        ValueError: a construct that is not supported, a weight beyond MAX_WEIGHT, brackets deeper
+            than MAX_DEPTH.
+    """
+    pieces, weights, refused = _scan(prompt)
+    if refused:
+        raise ValueError(_refusal(prompt, refused[0]))
+    return _parts(pieces, weights)
+
+
+def as_text(prompt: str) -> str:
+    """The prompt with a backslash before all that older versions of fastdiff took as text.
+
+    They read brackets and their escapes, and nothing else of this syntax.
+    """
+
+    def as_it_was(piece: re.Match[str]) -> str:  # the backslash of later escapes was text too
+        later = piece["escaped"] is not None and piece["escaped"] not in tuple("()[]\\")
+        return "\\" + piece[0] if later or piece["keyword"] else piece[0]
+
+    prompt = _PIECES.sub(as_it_was, prompt)  # may leave keywords that an escape was hiding
+    prompt = _PIECES.sub(lambda piece: "\\" + piece[0] if piece["keyword"] else piece[0], prompt)
+    marks = [at for construct in _scan(prompt)[2] for at in construct.marks]
+    for at in sorted(marks, reverse=True):
+        prompt = f"{prompt[:at]}\\{prompt[at:]}"
+    return prompt
+
+
+@dataclass
+class _Opened:
+    """A bracket that is open."""
+
+    bracket: str
+    pieces: int
+    """How many pieces there were before it."""
+    at: int
+    """Its place in the prompt."""
+    bars: list[int] = field(default_factory=list)
+    """Places of each "|" directly in it."""
+
+
+@dataclass(frozen=True)
+class _Construct:
+    """A part of a prompt that is not supported."""
+
+    kind: str
+    start: int
+    stop: int
+    marks: tuple[int, ...]
+    """Where backslashes make text of it."""
+
+
+def _scan(prompt: str) -> tuple[list[str | None], list[float], list[_Construct]]:
+    """The pieces of text (None: a break), their weights, and what is not supported."""
+    pieces: list[str | None] = []
+    weights: list[float] = []
+    refused: list[_Construct] = []
+    opened: list[_Opened] = []
+
+    def close(factor: float) -> None:
+        start = opened.pop().pieces
         weights[start:] = [weight * factor for weight in weights[start:]]
 
-    def literal(text: str) -> None:
-        texts.append(text)
-        weights.append(1.0)
-
     for piece in _PIECES.finditer(prompt):
-        bracket = piece["bracket"] or ""
-        if piece["weighted"] and opened and opened[-1][0] == "(":
-            multiply(opened.pop()[1], float(piece["weight"]))
-        elif bracket in ("(", "["):
-            opened.append((bracket, len(texts)))
-            if len(opened) > MAX_DEPTH:
-                raise ValueError(
-                    f"brackets in a prompt may nest {MAX_DEPTH} deep, got more from character "
-                    f"{piece.start()} on; close them, or write \\( for the character itself"
-                )
-        elif bracket and opened and opened[-1][0] == _CLOSES[bracket]:
-            multiply(opened.pop()[1], _factor(_CLOSES[bracket]))
+        closing, inner = piece["closing"] or piece["bracket"], opened[-1].bracket if opened else ""
+        if closing == "]" and inner == "[":
+            refused += _changing_words(opened[-1], piece)
+            close(1 / BRACKET)
+        elif closing == ")" and inner == "(":
+            close(float(piece["number"] or BRACKET))
+        elif piece["bracket"] in ("(", "["):
+            opened.append(_Opened(piece["bracket"], len(pieces), piece.start()))
+            _check_depth(opened)
         else:
-            literal(piece["escaped"] or piece[0])
-    for bracket, start in opened:
-        multiply(start, _factor(bracket))
-    return _joined(texts, weights)
+            if piece["keyword"] not in (None, BREAK):
+                refused.append(_keyword(piece))
+            if piece[0] == "|" and inner == "[":
+                opened[-1].bars.append(piece.start())
+            pieces.append(None if piece["keyword"] == BREAK else piece["escaped"] or piece[0])
+            weights.append(1.0)
+    while opened:
+        close(BRACKET if opened[-1].bracket == "(" else 1 / BRACKET)
+    return pieces, weights, sorted(refused, key=lambda construct: construct.start)
 
 
-def _factor(bracket: str) -> float:
-    return BRACKET if bracket == "(" else 1 / BRACKET
+def _keyword(piece: re.Match[str]) -> _Construct:
+    kind = next(k for k, pattern in _CONSTRUCTS.items() if re.fullmatch(pattern, piece[0]))
+    return _Construct(kind, *piece.span(), (piece.start(),))
 
 
-def _joined(texts: list[str], weights: list[float]) -> list[Fragment]:
-    fragments: list[Fragment] = []
-    for text, weight in zip(texts, weights, strict=True):
+def _changing_words(opened: _Opened, piece: re.Match[str]) -> list[_Construct]:
+    """Square brackets that a web UI reads as words that change from step to step.
+
+    piece: what closes them.
+    """
+    marks = (*opened.bars, *([piece.start()] if piece["number"] else ()))
+    kind = "alternating" if opened.bars else "scheduled"
+    return [_Construct(kind, opened.at, piece.end(), marks)] if marks else []
+
+
+def _refusal(prompt: str, construct: _Construct) -> str:
+    found = marked = prompt[construct.start : construct.stop]
+    for at in reversed(construct.marks):
+        split = at - construct.start
+        marked = f"{marked[:split]}\\{marked[split:]}"
+    advice = {
+        "combined": f"write 'and', or {marked} for the word itself",
+        "network": "leave it out (LoRA files are not supported yet)",
+    }.get(construct.kind, "write the words that you want")
+    if construct.kind != "combined" and len(marked) <= SHOWN and marked.isprintable():
+        advice += f", or {marked} for the text as it is"
+    return (
+        f"prompt syntax {found[:SHOWN]!r} is not supported ({UNSUPPORTED[construct.kind]}); "
+        f"{advice}"
+    )
+
+
+def _check_depth(opened: list[_Opened]) -> None:
+    if len(opened) > MAX_DEPTH:
+        raise ValueError(
+            f"brackets in a prompt may nest {MAX_DEPTH} deep, got more from character "
+            f"{opened[-1].at} on; close them, or write \\( for the character itself"
+        )
+
+
+def _parts(pieces: list[str | None], weights: list[float]) -> list[list[Fragment]]:
+    parts: list[list[Fragment]] = [[]]
+    for text, weight in zip(pieces, weights, strict=True):
+        if text is None:
+            parts.append([])
+            continue
+        fragments = parts[-1]
         if not abs(weight) <= MAX_WEIGHT:
             raise ValueError(
                 f"the weight of {text.strip()[:30]!r} in the prompt must lie within "
@@ -95,4 +236,4 @@ def _joined(texts: list[str], weights: list[float]) -> list[Fragment]:
             fragments[-1] = Fragment(fragments[-1].text + text, weight)
         else:
             fragments.append(Fragment(text, weight))
-    return fragments
+    return parts

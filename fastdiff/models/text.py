@@ -3,6 +3,8 @@
     prompt -> fragments with weights -> tokens -> chunks [BOS, 75 tokens, EOS] -> encoder
            -> (chunks * 77, D), the encoders' outputs side by side along D
 
+``BREAK`` ends a chunk early: its rest is padding, as for the last one.
+
 The transformers themselves are Hugging Face's (`transformers`, an optional extra); nothing here
 imports it.
 
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.prompts import Fragment, parse_prompt
+from fastdiff.models.prompts import Fragment, read_prompt
 
 MAX_CHUNKS = 64
 """Longest prompt, in chunks of 75 tokens: each is a column of keys in every cross-attention."""
@@ -76,28 +78,29 @@ def encode_prompt(
         chunks: fill up with empty chunks to this many, as a prompt and its negative one need the
             same number; None takes what the prompt needs (`count_chunks`).
         clip_skip: layers left out beyond the encoder's own `skip`; the web UI's "clip skip 2" is 1.
-        emphasis: read brackets as weights; False takes them as text, as diffusers does.
+        emphasis: read brackets as weights and ``BREAK`` as the end of a chunk; False takes all as
+            text, as diffusers does.
 
     Raises:
-        ValueError: the prompt is too long or no text, an encoder has no tokenizer, or clip_skip
-            leaves no layer.
+        ValueError: the prompt is too long, not text or in a syntax that is not supported
+            (`fastdiff.models.prompts`), an encoder has no tokenizer, or clip_skip leaves no layer.
     """
     if not encoders:
         raise ValueError(
             "expected a text encoder for the prompt, got none; load a checkpoint that has one"
         )
-    fragments = _fragments(prompt, emphasis)
-    rows = [_tokenize(encoder, fragments) for encoder in encoders]
+    parts = read_prompt(prompt, emphasis=emphasis)
+    rows = [_tokenize(encoder, parts) for encoder in encoders]
     needed = max(map(len, rows))
     if chunks is not None and chunks < needed:
         raise ValueError(f"the prompt needs {needed} chunks, got chunks={chunks}; give more")
-    parts = [
+    made = [
         _encode(encoder, tokens, chunks or needed, clip_skip)
         for encoder, tokens in zip(encoders, rows, strict=True)
     ]
-    pooled = [vector for _, vector in parts if vector is not None]
+    pooled = [vector for _, vector in made if vector is not None]
     return EncodedPrompt(
-        torch.cat([tokens for tokens, _ in parts], dim=-1), pooled[-1] if pooled else None
+        torch.cat([tokens for tokens, _ in made], dim=-1), pooled[-1] if pooled else None
     )
 
 
@@ -107,44 +110,39 @@ def count_chunks(encoders: Sequence[TextEncoder], prompt: str, *, emphasis: bool
     Raises:
         ValueError: as `encode_prompt`.
     """
-    fragments = _fragments(prompt, emphasis)
-    return max(len(_tokenize(encoder, fragments)) for encoder in encoders)
+    parts = read_prompt(prompt, emphasis=emphasis)
+    return max(len(_tokenize(encoder, parts)) for encoder in encoders)
 
 
 Token = tuple[int, float]
 """(id, weight)"""
 
 
-def _fragments(prompt: str, emphasis: bool) -> list[Fragment]:
-    if not isinstance(prompt, str):
-        raise ValueError(f"a prompt must be text, got {type(prompt).__name__}; give a str")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the prompt is not valid Unicode at character {error.start}, got {prompt[:40]!r}; "
-            "write it in UTF-8"
-        ) from None
-    return parse_prompt(prompt) if emphasis else [Fragment(prompt)]
+def _tokenize(encoder: TextEncoder, parts: Sequence[Sequence[Fragment]]) -> list[list[Token]]:
+    """The tokens of each chunk, without BOS, EOS and padding; one empty chunk for no text.
 
-
-def _tokenize(encoder: TextEncoder, fragments: Sequence[Fragment]) -> list[list[Token]]:
-    """The tokens of each chunk, without BOS, EOS and padding; one empty chunk for no text."""
+    Each part begins a chunk. As in the web UI, an empty part is an empty chunk, but for the last.
+    """
     if encoder.tokenizer is None:
         raise ValueError(
             f"the {type(encoder.model).__name__} has no tokenizer, got weights alone; "
             "give the folder of the tokenizer that it was trained with"
         )
-    tokens: list[Token] = []
-    for fragment in fragments:
-        # verbose: the tokenizer would log that more than 77 do not fit, which is our business
-        ids = encoder.tokenizer(fragment.text, add_special_tokens=False, verbose=False)
-        tokens += [(token, fragment.weight) for token in ids["input_ids"]]
     size = _length(encoder) - 2
-    chunks = [tokens[start : start + size] for start in range(0, len(tokens), size)] or [[]]
+    chunks: list[list[Token]] = []
+    for number, fragments in enumerate(parts, start=1):
+        tokens: list[Token] = []
+        for fragment in fragments:
+            # verbose: the tokenizer would log that more than 77 do not fit, which is our business
+            ids = encoder.tokenizer(fragment.text, add_special_tokens=False, verbose=False)
+            tokens += [(token, fragment.weight) for token in ids["input_ids"]]
+        pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        chunks += pieces or ([[]] if number < len(parts) or not chunks else [])
     if len(chunks) > MAX_CHUNKS:
+        taken = (len(chunks) - 1) * size + len(chunks[-1])
+        filled = ", as each BREAK fills its chunk" if len(parts) > 1 else ""
         raise ValueError(
-            f"a prompt may have {MAX_CHUNKS * size:,} tokens, got {len(tokens):,}; shorten it"
+            f"a prompt may have {MAX_CHUNKS * size:,} tokens, got {taken:,}{filled}; shorten it"
         )
     return chunks
 

@@ -59,7 +59,7 @@ from ..checks import check_floating, check_number, compute_dtype
 from ..op import Op, Work
 from ..tracing import constant_in_graphs
 from ..tuning import gpu_of
-from . import cpu, cuda, triton
+from . import cpu, cuda, library, triton
 from .statistics import statistics_like
 
 CONTEXT = 336
@@ -68,6 +68,8 @@ WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
 """Where Triton's attention has the matrix instructions of a warp group and the CUDA kernel those of
 a warp (mma.sync), with which FlashAttention-2 reached a third of an H100's rate (Shah et al.
 2024)."""
+LIBRARY_DIMS = (64, 128)
+"""Head dims for which cuDNN and FlashAttention 3 are made: theirs is the kernel to beat there."""
 
 
 def attention_reference(
@@ -165,9 +167,15 @@ def _shape_class(q: Tensor, k: Tensor, *_: Any) -> str:
     return f"{'context' if k.shape[1] <= CONTEXT else 'self'}/{q.shape[3]}"
 
 
+def _unmeasured(q: Tensor, *_: Any) -> str | None:
+    if not _has_warp_groups(q.device):
+        return None
+    return "library" if q.shape[3] in LIBRARY_DIMS else "triton"
+
+
 @constant_in_graphs
-def _unmeasured(device: torch.device) -> str | None:
-    return "triton" if gpu_of(device).architecture in WARP_GROUPS else None
+def _has_warp_groups(device: torch.device) -> bool:
+    return gpu_of(device).architecture in WARP_GROUPS
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
@@ -245,7 +253,7 @@ _op = Op(
     shape_class=_shape_class,
     unmeasured=_unmeasured,
     example=_example,
-    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    kernels=(cuda.BACKEND, triton.BACKEND, library.BACKEND, cpu.BACKEND),
     statistics=True,
     kept_outputs=(0,),
 )

@@ -25,6 +25,7 @@ from fastdiff.generate.image_to_image import from_latents
 from fastdiff.generate.job import (
     ImageToImageJob,
     InpaintJob,
+    InterpolationJob,
     Job,
     SampleSettings,
     TextJob,
@@ -440,6 +441,35 @@ def test_prompts_and_seeds_that_do_not_fit(model: Model) -> None:
             text_to_image(model, "a cat", seeds)
     with refused("may have 4,800 tokens, got 10,000"):
         text_to_image(model, "cat " * 10_000)
+
+
+def test_syntax_that_is_not_supported_is_refused_before_a_model_is_there() -> None:
+    image = torch.zeros(3, 8, 8)
+    makers: dict[str, Callable[..., Job]] = {
+        "txt2img": TextJob,
+        "img2img": lambda **o: ImageToImageJob(image=image, **o),
+        "inpaint": lambda **o: InpaintJob(image=image, mask=image[:1], **o),
+        "upscale": lambda **o: UpscaleJob(image=image, **o),
+        "interpolate": lambda **o: InterpolationJob(to_seed=1, **o),
+    }
+    for make in makers.values():
+        with refused(r"prompt syntax '<lora:x:1>' is not supported"):
+            make(prompt="a cat <lora:x:1>")
+        make(prompt="a cat <lora:x:1>", text=TextSettings(emphasis=False))
+        make(prompt=r"a cat \<lora:x:1>")
+    with refused(r"prompt syntax '\[a:b:0.5\]' is not supported"):
+        InterpolationJob(prompt="a", to_prompt="[a:b:0.5]")
+    with refused(r"prompt syntax 'AND' is not supported"):
+        TextSettings(negative="a AND b")
+    TextSettings(negative="a AND b", emphasis=False)
+
+
+def test_a_break_is_another_image_than_its_word(model: Model) -> None:
+    first = text_to_image(model, "a cat BREAK blue sky", settings=QUICK)
+    word = text_to_image(model, r"a cat \BREAK blue sky", settings=QUICK)
+    assert not torch.equal(first, word)
+    beside = text_to_image(model, ["a cat", "a cat BREAK blue sky"], [5, 0], settings=QUICK)
+    assert torch.equal(beside[1], first[0])
 
 
 def refined(base: Model, refiner: Model, **options: Any) -> Tensor:

@@ -121,6 +121,8 @@ def test_auto_takes_the_first_without_an_objection(op: Probe) -> None:
     assert op(X) == "reference"
     op.add("cpu")
     assert op(X) == "cpu"
+    op.add("library")
+    assert op(X) == "library"
     op.add("triton")
     op.add("cuda")
     assert op(X) == "cuda"

@@ -173,6 +173,42 @@ def test_a_short_prompt_is_filled_up_with_empty_chunks(words: Any) -> None:
     assert_equal(filled.tokens, torch.cat([one.tokens, empty.tokens, empty.tokens], dim=1))
 
 
+def test_a_break_begins_a_new_chunk(words: Any, other_words: Any) -> None:
+    """Padded as a prompt of its own, by both encoders; the pooled vector is the first chunk's."""
+    encoders = xl(words, other_words)
+    whole = encode_prompt(encoders, "a red cat BREAK blue (sky:1.5)BREAK")
+    parts = [encode_prompt(encoders, prompt) for prompt in ("a red cat", "blue (sky:1.5)")]
+    assert count_chunks(encoders, "a BREAK b BREAK c") == 3
+    assert_equal(whole.tokens, torch.cat([part.tokens for part in parts], dim=1))
+    assert parts[0].pooled is not None
+    assert_equal(whole.pooled, parts[0].pooled)
+    text = encode_prompt(encoders, "a red cat \\BREAK blue sky")
+    assert_equal(
+        text.tokens, encode_prompt(encoders, "a red cat BREAK blue sky", emphasis=False).tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lengths"),
+    [
+        ("BREAK cat", [0, 1]),
+        ("cat BREAK BREAK cat", [1, 0, 1]),
+        ("cat " * 75 + "BREAK sky", [75, 1]),
+        ("cat " * 76 + "BREAK sky BREAK", [75, 1, 1]),
+    ],
+)
+def test_chunks_are_cut_as_the_web_ui_cuts_them(
+    words: Any, prompt: str, lengths: list[int]
+) -> None:
+    encoder = plain(words)
+    pieces = [encode_prompt([encoder], "cat " * n if n != 1 else "cat") for n in lengths]
+    last = "sky" if "sky" in prompt else "cat"
+    pieces[-1] = encode_prompt([encoder], last)
+    assert count_chunks([encoder], prompt) == len(lengths)
+    whole = encode_prompt([encoder], prompt)
+    assert_equal(whole.tokens, torch.cat([piece.tokens for piece in pieces], dim=1))
+
+
 def test_weights_move_vectors_from_the_empty_prompts(words: Any) -> None:
     encoder = plain(words)
     encoded = encode_prompt([encoder], "a (red:1.5) cat [dog] sky \\(x\\)").tokens
@@ -207,6 +243,8 @@ def test_the_longest_prompt(words: Any) -> None:
     assert longest.tokens.shape == (1, 77 * MAX_CHUNKS, 32)
     with pytest.raises(ValueError, match=r"may have 4,800 tokens, got 10,000; shorten it"):
         encode_prompt([encoder], "cat " * 10_000)
+    with pytest.raises(ValueError, match="got 4,801, as each BREAK fills its chunk; shorten it"):
+        encode_prompt([encoder], "cat BREAK " * MAX_CHUNKS + "cat")
 
 
 def test_prompts_and_encoders_that_do_not_fit(words: Any) -> None:
