@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __name__ != "kernels":
+    from .ada_layer_norm import ada_layer_norm as ada_layer_norm
     from .add_group_norm_silu import add_group_norm_silu as add_group_norm_silu
     from .add_layer_norm import add_layer_norm as add_layer_norm
     from .attention import attention as attention
@@ -32,7 +33,7 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
     from .sampler_step import COLUMNS, sampler_step
 
-    # "as" exports a name to type checkers; a folder is an op: those not named above are found
+    # Every folder is an op and is found here; the lines with "as" show them to type checkers
     for _room in iter_modules(__path__):
         if _room.ispkg:
             import_module(f"{__name__}.{_room.name}")
@@ -78,3 +79,8 @@ __all__ = [
     "selected_backend",
 ]
 __all__ += [name for name in globals().get("OPS", ()) if name not in __all__]
+
+
+def __dir__() -> list[str]:
+    """The public names; the files of the package stay importable."""
+    return sorted(__all__)

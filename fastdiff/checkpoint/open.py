@@ -177,6 +177,7 @@ def load(
             OpenAI's guided-diffusion or improved-diffusion, or a port of DDPM; a bundle's or a
             training run's folder, or a shipped bundle's name.
         dtype: what floating-point weights become; None: what each model mostly has in its file.
+        device: where the weights are read to.
         progress: called as progress(tensor, bytes) after each tensor.
         vae: a file or folder whose autoencoder is used, for a model without one or instead of its
             own.

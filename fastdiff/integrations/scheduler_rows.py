@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.levels import CLEAN, Level
 from fastdiff.diffusion.predictions import Prediction, to_denoised
-from fastdiff.diffusion.samplers import CLEAN, Level, Row, ddim, ddpm, dpmpp_2m_sde
+from fastdiff.diffusion.samplers import Row, ddim, ddpm, dpmpp_2m_sde
 
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "eps",
