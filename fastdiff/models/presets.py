@@ -157,13 +157,12 @@ DITS: dict[str, DiTConfig] = {
     "dit-l-8": _dit(1024, 24, 16, 8),  # 458,578,432
     "dit-xl-8": _dit(1152, 28, 16, 8),  # 675,664,640
     # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"
-    "tiny": DiTConfig(  # 1,866,504
+    "tiny": DiTConfig(  # 1,871,136
         in_channels=4,
         out_channels=8,
         width=128,
         depth=6,
         num_heads=4,
-        patch_size=1,
         sample_size=8,
         num_classes=10,
         null_class=True,
@@ -201,13 +200,12 @@ UVITS: dict[str, UViTConfig] = {
     "uvit-s-2-coco": _uvit(512, 12, 8, 2, **_COCO),  # 44,692,644
     "uvit-s-2-coco-deep": _uvit(512, 16, 8, 2, **_COCO),  # 58,345,636
     # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"
-    "tiny": UViTConfig(  # 1,495,320
+    "tiny": UViTConfig(  # 1,492,260
         in_channels=4,
         out_channels=4,
         width=128,
         depth=6,
         num_heads=4,
-        patch_size=1,
         sample_size=8,
         num_classes=10,
         null_class=True,
