@@ -138,7 +138,9 @@ def _users_mistake(error: Exception) -> str | None:
 
 
 def _complain(message: str) -> None:
-    print(f"fastdiff: {message}", file=sys.stderr, flush=True)
+    from fastdiff.files import message_line
+
+    print(f"fastdiff: {message_line(message)}", file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
