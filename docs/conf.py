@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import re
 import sys
 from dataclasses import is_dataclass
@@ -20,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import fastdiff  # noqa: E402
 import fastdiff.generate.run  # noqa: E402
 from fastdiff.cli import COMMANDS  # noqa: E402
-from fastdiff.cli import main as fastdiff_command  # noqa: E402
+from fastdiff.cli.completion import help_text  # noqa: E402
 from fastdiff.cli.train import STAGES  # noqa: E402
 
 # The attribute is the package, which can be called; the page documents the function behind it.
@@ -94,25 +91,10 @@ class CommandHelp(Directive):
             title = " ".join(["fastdiff", *words])
             section = nodes.section(ids=[title.replace(" ", "-")], names=[title])
             section += nodes.title(title, title)
-            text = help_text([*words, "--help"])
+            text = help_text(words)
             section += nodes.literal_block(text, text, language="text")
             sections.append(section)
         return [*sections]
-
-
-def help_text(words: list[str]) -> str:
-    """What the command prints, 88 columns wide and without colours."""
-    out = io.StringIO()
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "88"
-    try:
-        with contextlib.redirect_stdout(out):
-            assert fastdiff_command(words) == 0, words
-    finally:
-        os.environ.pop("COLUMNS")
-        if before is not None:
-            os.environ["COLUMNS"] = before
-    return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).rstrip()
 
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Examples:", "Note:")

@@ -26,7 +26,7 @@ from PIL import (
 )
 from torch import Tensor
 
-from fastdiff.files import atomic_file, numbered
+from fastdiff.files import atomic_file, numbered, one_line_errors
 
 RECIPE_KEY = "fastdiff"
 """Name of the PNG text chunk that contains the recipe."""
@@ -120,6 +120,7 @@ def read_mask(
     return _read(path, "L", height, width)
 
 
+@one_line_errors()
 def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: int | None) -> Tensor:
     """Read an image file in a Pillow mode: (C, H, W) fp32 in [0, 1]."""
     for name, side in (("height", height), ("width", width)):
@@ -196,6 +197,7 @@ def has_recipe(path: Path, recipe: Mapping[str, Any]) -> bool:
         return False
 
 
+@one_line_errors()
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the recipe that :func:`save_png` wrote.
 

@@ -484,6 +484,18 @@ def test_an_image_does_not_depend_on_its_company(run, tiny: str) -> None:
         assert a.tobytes() == b.tobytes()
 
 
+def test_a_sheet_that_was_lost_is_made_again(run, tiny: str) -> None:
+    """A sampling that was killed before its sheet, or before half of its images."""
+    words = ("sample", "--model", tiny, "--classes", "1", "2", "--count", "2", "--steps", "2")
+    assert run(*words)[0] == 0
+    whole = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    for lost in (["sheet"], ["sheet", "2-seed0", "2-seed1"], ["sheet", "1-seed0"]):
+        for name in lost:
+            Path(f"out/{name}.png").unlink()
+        assert run(*words)[0] == 0
+        assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == whole, lost
+
+
 def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) -> None:
     common = ("--steps", "3", "--sampler", "dpmpp-2m-sde", "--guidance-scale", "2.5")
     run("sample", "--model", tiny, "--classes", "5", "--seed", "8", "--count", "1", *common)

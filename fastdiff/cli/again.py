@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
 from fastdiff.cli.options import Command, Compute, LoadOptions
+from fastdiff.files import one_line_errors
 from fastdiff.generate.job import (
     PICTURES,
     ClassJob,
@@ -119,6 +120,7 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text[:40]
 
 
+@one_line_errors()
 def original(command: str, like: str) -> Original:
     """The picture that --like names.
 
@@ -146,6 +148,7 @@ def original(command: str, like: str) -> Original:
     return Original(path, recipe, data)
 
 
+@one_line_errors()
 def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> Any:
     """The options that made a picture.
 

@@ -1,7 +1,7 @@
-"""Attention by the best kernel that PyTorch has for the GPU: cuDNN's, FlashAttention, CUTLASS.
+"""`attention` with the best kernel that PyTorch has for the GPU: cuDNN, FlashAttention, CUTLASS.
 
-FlashAttention 3 and 4 run here once they are installed and activated in PyTorch
-(``torch.nn.attention.activate_flash_attention_impl("FA3")``); they then come first.
+FlashAttention 3 and 4 are used if they are installed and activated in PyTorch
+(``torch.nn.attention.activate_flash_attention_impl("FA3")``), and then have priority.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..op import recording_a_graph
 from .statistics import statistics_like
 
 WIDEST = 256
-"""The largest head dim of FlashAttention."""
+"""Largest head dim that FlashAttention supports."""
 FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-"""In this order; the unfused formula would write out all scores."""
+"""Tried in this order; the unfused formula, which would write out all scores, is excluded."""
 
 
 def forward(
@@ -35,7 +35,7 @@ def forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output; nothing is kept, so the statistics are zeros."""
+    """Return the output; nothing is saved for the backward pass, so the statistics are zeros."""
     with torch.autocast(q.device.type, enabled=False), _fused(q):
         out = _attention(q, k, v, scale)
     return out, statistics_like(q).zero_() if keep else None
@@ -54,7 +54,7 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv by the library's own backward pass, after its forward pass once more."""
+    """Return dq, dk, dv from the library's backward pass, after recomputing its forward pass."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False), recording_a_graph(), _fused(q):
         found = torch.autograd.grad(_attention(q, k, v, scale), (q, k, v), dout)
@@ -87,14 +87,14 @@ def why_not(
 ) -> str | None:
     """Why the library's kernels cannot run this call, or None if they can."""
     if mask is not None or extra_k is not None:
-        return f"it takes no mask and no extra keys, got {'extra_k' if mask is None else 'a mask'}"
+        return f"it supports no mask or extra keys, got {'extra_k' if mask is None else 'a mask'}"
     if q.shape[3] % 8 or q.shape[3] > WIDEST:
-        return f"it takes head dims that are multiples of 8 up to {WIDEST}, got {q.shape[3]}"
+        return f"it supports head dims that are multiples of 8 up to {WIDEST}, got {q.shape[3]}"
     return None
 
 
 def slower(*args: Any) -> str | None:
-    """Why another backend comes first in `auto`, or None."""
+    """Why `auto` prefers another backend, or None."""
     return "its backward pass runs the forward pass again" if wants_gradient(args) else None
 
 

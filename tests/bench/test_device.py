@@ -292,8 +292,8 @@ def test_what_the_driver_tells_of_the_kernels_is_kept(
     assert device._kernels_of_the_gpu(plan(tmp_path)) == ["1 kinds of launches in cuda-kernels.txt"]
     assert (tmp_path / "cuda-kernels.txt").read_text() == done.stdout
     assert tmp_path / "cuda-kernels.txt" in set(device.written(tmp_path))
-    done.returncode, done.stderr = 2, "no GPU that torch can use"
-    with pytest.raises(device.Failed, match="no GPU that torch can use"):
+    done.returncode, done.stderr = 2, "torch finds no usable GPU"
+    with pytest.raises(device.Failed, match="torch finds no usable GPU"):
         device._kernels_of_the_gpu(plan(tmp_path))
 
 

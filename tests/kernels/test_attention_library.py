@@ -43,11 +43,11 @@ def test_most_shapes_of_networks_are_served() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"mask": torch.ones(5, 6, dtype=torch.bool)}, "it takes no mask and no extra keys"),
+        ({"mask": torch.ones(5, 6, dtype=torch.bool)}, "it supports no mask or extra keys"),
         ({"extra": True}, "got extra_k"),
         ({"dim": 12}, "multiples of 8 up to 256, got 12"),
         ({"dim": 264}, "multiples of 8 up to 256, got 264"),
-        ({"dtype": torch.float32}, "it takes float16, bfloat16, got float32"),
+        ({"dtype": torch.float32}, "it supports float16, bfloat16, got float32"),
     ],
     ids=["mask", "extra keys", "odd head dim", "wide head dim", "fp32"],
 )
