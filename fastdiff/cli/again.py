@@ -76,7 +76,7 @@ class Original:
         return found.get("sha256") if isinstance(found, dict) else None
 
     def compared(self, image: Tensor, recipe: Mapping[str, Any]) -> tuple[int, str]:
-        """Compare with the file. Returns an exit code, 0 if all pixels are equal, and the result."""
+        """Compare with the file. Returns an exit code, 0 if all pixels are equal, and a text."""
         with Image.open(self.path) as file:
             old = file.convert("RGB")
         new = to_pil(image).convert("RGB")

@@ -27,9 +27,14 @@ class Stack:
         rows: (capacity, *width), the buffer; the contents of rows outside all arrays are arbitrary.
     """
 
-    def __init__(self, rows: Tensor | None = None) -> None:
-        """rows: (capacity, *width), the initial buffer; None: allocate it for the first array."""
-        self.rows = torch.empty(0) if rows is None else rows
+    def __init__(self, rows: Tensor | None = None, *, room: int = 0) -> None:
+        """Create an empty stack.
+
+        Args:
+            rows: (capacity, *width), the initial buffer; None: allocate it for the first array.
+            room: minimum capacity from the first array on.
+        """
+        self.rows, self._room = torch.empty(0) if rows is None else rows, room
         self._parts: dict[Hashable, _Part] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -69,6 +74,6 @@ class Stack:
 
     def _grow(self, least: int, like: Tensor) -> None:
         old = self.rows
-        self.rows = like.new_zeros(max(least, 2 * len(old)), *like.shape[1:])
+        self.rows = like.new_zeros(max(least, 2 * len(old), self._room), *like.shape[1:])
         if len(old):
             self.rows[: len(old)] = old
