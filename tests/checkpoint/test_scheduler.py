@@ -312,7 +312,9 @@ def test_a_sampler_that_we_lack_is_said_and_the_model_is_read(
 
 
 def test_a_setting_that_diffusers_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler has no final 'sigma_min'"):
+    with pytest.raises(
+        ValueError, match="HeunDiscreteScheduler does not support final 'sigma_min'"
+    ):
         scheduler_config(
             ScheduleConfig(), "eps", SamplerSettings(sampler="heun", final="sigma_min")
         )
