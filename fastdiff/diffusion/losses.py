@@ -12,10 +12,15 @@ from fastdiff.names import Prediction
 
 
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean over samples of `simple_losses`. Returns ()."""
+    return simple_losses(prediction, target, weight).mean()
+
+
+def simple_losses(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Weighted mean squared error (DDPM eq. 14).
 
     prediction, target: (N, ...), any float dtype; computed in fp32 (fp64 stays). weight: (N,), such
-    as `min_snr_weight`. Returns (), the mean over samples of weight * MSE.
+    as `min_snr_weight`. Returns (N,), weight * MSE of each sample.
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -24,7 +29,7 @@ def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None
         )
     dtype = torch.promote_types(torch.float32, prediction.dtype)
     errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
-    return (errors if weight is None else errors * weight.to(errors)).mean()
+    return errors if weight is None else errors * weight.to(errors)
 
 
 def min_snr_weight(snr: Tensor, prediction: Prediction, *, gamma: float = 5.0) -> Tensor:
