@@ -360,7 +360,7 @@ def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
     assert tune.set_aside_broken(path) is None
     path.write_text('{"measured": null')
     configs.forget_configs()
-    with pytest.raises(ValueError, match="remove it or run 'fastdiff tune' again"):
+    with pytest.raises(ValueError, match="delete it or run 'fastdiff tune' again"):
         configs.lookup("twice", GPU, torch.float32, "rows")
     aside = tune.set_aside_broken(path)
     assert aside is not None
