@@ -19,9 +19,10 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
-from fastdiff.runtime import engine
 from fastdiff.runtime.conditions import class_conditions
+from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
@@ -73,6 +74,7 @@ class DiffusionTask:
         )
         torch.manual_seed(generator(run.seed, "weights").initial_seed())
         self.denoiser = new_denoiser(run).to(self.device)
+        check_size(run, self.denoiser, autoencoder)
         if run.optimization.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = run.kind  # as the files of a run name it
@@ -150,7 +152,7 @@ class DiffusionTask:
             torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
         )
         requests = [
-            engine.Request(
+            Request(
                 table=table,
                 x=noise[index],
                 seed=seed,
@@ -162,7 +164,7 @@ class DiffusionTask:
         ]
         # `prepare` changes a network for good, and this one is still being averaged.
         ready = prepare(copy.deepcopy(network), device=self.device)
-        for result in engine.run(ready, requests):
+        for result in run(ready, requests):
             noise[result.request.tag] = result.x
         return self.latents.decode(noise)
 
@@ -244,6 +246,17 @@ def new_denoiser(run: DiffusionRun[Any]) -> Network:
             )
         network.gradient_checkpointing = True  # type: ignore[assignment]
     return network
+
+
+def check_size(run: DiffusionRun[Any], denoiser: Network, autoencoder: Autoencoder | None) -> None:
+    """Raise ValueError where the images are not of the size that a denoiser has positions for."""
+    factor = 1 if autoencoder is None else autoencoder.downsample_factor
+    only = denoiser.only_side
+    if only is not None and run.data.image_size != only * factor:
+        raise ValueError(
+            f"image_size must be {only * factor} for this denoiser, got {run.data.image_size}; set "
+            f"model sample_size to {run.data.image_size // factor}, or change the images' size"
+        )
 
 
 def check_parts_fit(
