@@ -384,6 +384,12 @@ class Engine:
                 f"the network takes {config.in_channels} channels, got {len(request.x)} of x and "
                 f"{len(extra)} extra ones; check that the latents were made for this model"
             )
+        only = self._denoiser.network.only_side
+        if only is not None and any(side != only for side in shape[1:]):
+            raise ValueError(
+                f"the sides of x must be {only}, since this network has learned a position for "
+                f"each of its patches, got {shape[1:]}; resize the input"
+            )
         if any(side % config.size_multiple or not side for side in shape[1:]):
             raise ValueError(
                 f"the sides of x must be positive multiples of {config.size_multiple}, got "

@@ -73,6 +73,7 @@ class DiffusionTask:
         )
         torch.manual_seed(generator(run.seed, "weights").initial_seed())
         self.denoiser = new_denoiser(run).to(self.device)
+        check_size(run, self.denoiser, autoencoder)
         if run.optimization.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = run.kind  # as the files of a run name it
@@ -244,6 +245,17 @@ def new_denoiser(run: DiffusionRun[Any]) -> Network:
             )
         network.gradient_checkpointing = True  # type: ignore[assignment]
     return network
+
+
+def check_size(run: DiffusionRun[Any], denoiser: Network, autoencoder: Autoencoder | None) -> None:
+    """Raise ValueError where the images are not of the size that a denoiser has positions for."""
+    factor = 1 if autoencoder is None else autoencoder.downsample_factor
+    only = denoiser.only_side
+    if only is not None and run.data.image_size != only * factor:
+        raise ValueError(
+            f"image_size must be {only * factor} for this denoiser, got {run.data.image_size}; set "
+            f"model sample_size to {run.data.image_size // factor}, or change the images' size"
+        )
 
 
 def check_parts_fit(
