@@ -9,8 +9,7 @@ Most callers should use `run`: it takes requests of any shape and yields results
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.diffusion.sampling import OnStep, Slots, Step, not_finite
+from fastdiff.diffusion.sampling import Slots, not_finite
 from fastdiff.diffusion.stack import Stack
 from fastdiff.kernels import int64_bits
 from fastdiff.models.network import Network
 from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.denoiser import Batch, Denoiser, Guide, Turn
+from fastdiff.runtime.graphs import ROWS, StepGraphs, rounded_rows
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after each step; both count table rows over all requests."""
@@ -126,23 +126,43 @@ class Engine:
     """S slots for requests of one shape class, which advance together, one row per step.
 
     Attributes:
+<<<<<<< HEAD
+        previews: ticket -> (C, *spatial), the estimates of x0 that were asked for.
+        rows_taken: of the tables of all requests so far.
+        graphs: None where steps are not recorded.
+=======
         previews: ticket -> (C, *spatial), the estimates of x0 that were requested.
         rows_taken: number of table rows taken so far, over all requests.
+>>>>>>> main
     """
 
     def __init__(
-        self, network: Network, *, shape: Sequence[int], slots: int, tokens: int = 0
+        self,
+        network: Network,
+        *,
+        shape: Sequence[int],
+        slots: int,
+        tokens: int = 0,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """
         network: prepared for inference; it stays on its device and in its dtype.
         shape, tokens: the class of the requests; see `ShapeClass`.
+<<<<<<< HEAD
+        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
+        graphs: records the steps and replays them; None: each is run anew.
+=======
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
+>>>>>>> main
         """
-        self._kind = ShapeClass(tuple(shape), tokens)
-        self._denoiser = Denoiser(network, shape[1:])
+        self._kind, self.graphs = ShapeClass(tuple(shape), tokens), graphs
+        room = 0 if graphs is None else ROWS
+        rounded = None if graphs is None else rounded_rows
+        self._denoiser = Denoiser(network, shape[1:], rounded=rounded, room=room)
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
-        self._slots = Slots(slots, shape, device=device, dtype=dtype)
+        self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room)
+        self._estimates: Tensor | None = None  # of x0, where a graph leaves them
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
         self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), if needed
@@ -198,6 +218,14 @@ class Engine:
         """
         self._leave(self._seat(ticket))
 
+    def clear(self) -> None:
+        """Take all requests out, without results."""
+        for seat in list(self._seats.values()):
+            self._leave(seat)
+        self._plan = None
+        self.previews.clear()
+        self.rows_taken = 0
+
     def preview(self, ticket: int) -> None:
         """Request an estimate of x0, which the request's next step puts into `previews`.
 
@@ -231,32 +259,64 @@ class Engine:
         All requests advance, except that on a CPU those whose rows would not fill a block wait, and
         come first in the next step.
 
+<<<<<<< HEAD
+        A request fails when the network returns NaN or infinity for it; the others go on. On a CPU
+        this is seen at once, on other devices, and with graphs, when a request finishes: in between
+        the host does not wait for the device.
+=======
         A request fails if the network returns NaN or infinity for it; the others continue. On a CPU
         this is detected immediately, on other devices when a request finishes: until then the host
         does not wait for the device.
+>>>>>>> main
 
         watch: called with x and the estimates of x0 of the requests that advanced, before any of
             them leaves.
         """
         slots, busy = self._slots, self._slots.busy
         if turns := self._turns(busy):
-            plan = self._plan_for(turns)
-            prediction = self._denoiser(slots.x, plan.batch, self._state.get("extra"))
-            denoised = torch.empty_like(slots.x) if watch or self._asked else None
-            slots.step(
-                prediction,
-                cond=plan.batch.cond,
-                uncond=plan.batch.uncond,
-                denoised=denoised,
-                only=None if len(turns) == len(busy) else plan.slots,
-            )
-            if len(plan.masked):
-                self._hold(plan.masked, plan.levels)
-            plan.advance()
+            plan, shown = self._plan_for(turns), bool(watch or self._asked)
+            if self.graphs is None:
+                denoised = torch.empty_like(slots.x) if shown else None
+                self._evaluate(plan, denoised, None if len(turns) == len(busy) else plan.slots)
+            else:
+                denoised = self._replay(self.graphs, plan, shown=shown)
             self.rows_taken += len(turns)
             if denoised is not None:
                 self._show(plan.slots, denoised, watch)
         return self._collect()
+
+    def _evaluate(self, plan: _Plan, denoised: Tensor | None, only: list[int] | None) -> None:
+        prediction = self._denoiser(self._slots.x, plan.batch, self._state.get("extra"))
+        cond, uncond = plan.batch.cond, plan.batch.uncond
+        self._slots.step(prediction, cond=cond, uncond=uncond, denoised=denoised, only=only)
+        if len(plan.masked):
+            self._hold(plan.masked, plan.levels)
+        plan.advance()
+
+    def _replay(self, graphs: StepGraphs, plan: _Plan, *, shown: bool) -> Tensor | None:
+        """`_evaluate` by a graph. Returns the estimates of x0, if they are to be shown."""
+        slots, extra = self._slots, self._state.get("extra")
+        if shown and self._estimates is None:
+            self._estimates = torch.empty_like(slots.x)
+        denoised = self._estimates if shown else None
+        kept = graphs.static(plan.batch, plan.masked, plan.levels)
+        kept.load(plan.batch, plan.masked, plan.levels)
+        rescale = slots.rescales(plan.slots)
+
+        def work() -> None:
+            prediction = self._denoiser(slots.x, kept.batch, extra)
+            cond, uncond = kept.batch.cond, kept.batch.uncond
+            slots.take(prediction, slots.rows, cond, uncond, denoised, rescale=rescale)
+            if len(kept.masked):
+                self._hold(kept.masked, kept.levels)
+            kept.advance()
+
+        state = [*slots.state, kept.batch.embeddings, kept.levels]
+        reads = [*state, *slots.inputs, self._denoiser.embeddings.rows, self._levels.rows]
+        reads += self._state.values()
+        graphs.run((kept, rescale, shown), work, reads=reads, state=state)
+        slots.count(plan.slots)
+        return denoised
 
     def _turns(self, busy: list[int]) -> list[tuple[int, bool]]:
         """The requests to advance, as (slot, guided), with those that waited longest first.
@@ -289,6 +349,8 @@ class Engine:
             )
             starts = {slot: self._seats[slot].levels for slot in rows}
             masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
+            if self.graphs is not None:
+                self.graphs.forget_if_moved(self._denoiser.network)
             places = torch.tensor(masked, dtype=torch.int64, device=self._denoiser.device)
             self._plan = _Plan(turns, list(rows), batch, *places.reshape(-1, 2).T.contiguous())
         return self._plan
@@ -313,7 +375,7 @@ class Engine:
         slots, seats = self._slots, list(self._seats.values())
         busy = set(slots.busy)
         done = {seat for seat in seats if seat.slot not in busy}
-        at_once = slots.finite.is_cpu and not bool(slots.finite.all())
+        at_once = self.graphs is None and slots.finite.is_cpu and not bool(slots.finite.all())
         failures = slots.failures() if done or at_once else {}
         results = []
         for seat in seats:
@@ -420,6 +482,8 @@ def _levels_after(table: SamplerTable) -> Tensor:
     sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     alpha = (1 + sigmas**2) ** -0.5
     return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
+<<<<<<< HEAD
+=======
 
 
 def run(
@@ -521,3 +585,4 @@ class _Line:
         if found is not None and self._given is None:
             self.rows += len(found[1].table)
         return found
+>>>>>>> main
