@@ -126,14 +126,9 @@ class Engine:
     """S slots for requests of one shape class, which advance together, one row per step.
 
     Attributes:
-<<<<<<< HEAD
-        previews: ticket -> (C, *spatial), the estimates of x0 that were asked for.
-        rows_taken: of the tables of all requests so far.
-        graphs: None where steps are not recorded.
-=======
         previews: ticket -> (C, *spatial), the estimates of x0 that were requested.
         rows_taken: number of table rows taken so far, over all requests.
->>>>>>> main
+        graphs: records and replays the steps; None where they are launched kernel by kernel.
     """
 
     def __init__(
@@ -148,12 +143,8 @@ class Engine:
         """
         network: prepared for inference; it stays on its device and in its dtype.
         shape, tokens: the class of the requests; see `ShapeClass`.
-<<<<<<< HEAD
-        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
-        graphs: records the steps and replays them; None: each is run anew.
-=======
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
->>>>>>> main
+        graphs: records the steps and replays them; None: each one is launched kernel by kernel.
         """
         self._kind, self.graphs = ShapeClass(tuple(shape), tokens), graphs
         room = 0 if graphs is None else ROWS
@@ -259,15 +250,9 @@ class Engine:
         All requests advance, except that on a CPU those whose rows would not fill a block wait, and
         come first in the next step.
 
-<<<<<<< HEAD
-        A request fails when the network returns NaN or infinity for it; the others go on. On a CPU
-        this is seen at once, on other devices, and with graphs, when a request finishes: in between
-        the host does not wait for the device.
-=======
         A request fails if the network returns NaN or infinity for it; the others continue. On a CPU
         this is detected immediately, on other devices when a request finishes: until then the host
         does not wait for the device.
->>>>>>> main
 
         watch: called with x and the estimates of x0 of the requests that advanced, before any of
             them leaves.
@@ -482,107 +467,3 @@ def _levels_after(table: SamplerTable) -> Tensor:
     sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     alpha = (1 + sigmas**2) ** -0.5
     return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
-<<<<<<< HEAD
-=======
-
-
-def run(
-    network: Network,
-    requests: Iterable[Request],
-    *,
-    slots: int = 64,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-    check: bool = True,
-) -> Iterator[Result]:
-    """Generate samples, yielding each as it finishes.
-
-    Requests are taken from the iterable as slots become free, so it may be long, or create them on
-    demand. Requests of one shape class run together. At most `slots` requests of other classes are
-    read ahead and wait for their turn; then no more are read until the current class is done.
-
-    Args:
-        network: prepared for inference.
-        slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
-        on_step: called after each step; `Step.samples` are the positions of its requests in
-            `requests`, from 0.
-        progress: called after each step; its total covers all requests if they are a sequence,
-            otherwise those taken so far.
-        check: raise ValueError at the first request for which the network returns NaN or infinity.
-            If False, its result has an error (`Result.error`), and the others continue.
-
-    Raises:
-        ValueError: see `check` and `Engine.submit`; results yielded before stay valid.
-    """
-    line = _Line(requests, slots)
-    places: dict[int, int] = {}  # ticket -> position in `requests`
-    engine: Engine
-    done = 0  # rows of earlier engines, and rows that failed requests have left undone
-
-    def watch(tickets: Sequence[int], x: Tensor, denoised: Tensor) -> None:
-        assert on_step is not None
-        samples = [places[ticket] for ticket in tickets]
-        on_step(Step(done + engine.rows_taken, line.rows, samples, x, denoised))
-
-    while (kind := line.next_class()) is not None:
-        engine = Engine(network, shape=kind.shape, slots=line.at_most(slots), tokens=kind.tokens)
-        while True:
-            while engine.free and (found := line.take(kind)) is not None:
-                places[engine.submit(found[1])] = found[0]
-            if not engine.busy:
-                break
-            results = engine.step(watch=watch if on_step else None)
-            done += sum(len(result.request.table) - result.rows for result in results)
-            if progress is not None:
-                progress(done + engine.rows_taken, line.rows)
-            for result in results:
-                place = places.pop(result.ticket)
-                if check and result.error is not None:
-                    raise ValueError(f"{result.error} (request {place}, counted from 0)")
-                yield result
-        done += engine.rows_taken
-
-
-class _Line:
-    """A queue of requests that hands them out by shape class, in order.
-
-    Attributes:
-        rows: table rows of all requests if they are a sequence, otherwise of those taken so far.
-    """
-
-    def __init__(self, requests: Iterable[Request], ahead: int) -> None:
-        """ahead: how many requests of other classes may be read ahead of their turn."""
-        self._given = requests if isinstance(requests, Sequence) else None
-        self._source = enumerate(requests)
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._ahead = ahead
-        self.rows = sum(len(request.table) for request in self._given or ())
-
-    def at_most(self, slots: int) -> int:
-        """The number of slots, limited to the number of requests if that is known."""
-        return slots if self._given is None else min(slots, len(self._given))
-
-    def next_class(self) -> ShapeClass | None:
-        """The class of the request that has waited longest; None if there are no more."""
-        if not self._waiting and (found := self._next()) is not None:
-            self._waiting.append(found)
-        return self._waiting[0][1].shape_class if self._waiting else None
-
-    def take(self, kind: ShapeClass) -> tuple[int, Request] | None:
-        """The next request of a class, and its position; None if none is within reach."""
-        for found in self._waiting:
-            if found[1].shape_class == kind:
-                self._waiting.remove(found)
-                return found
-        while len(self._waiting) < self._ahead and (new := self._next()) is not None:
-            if new[1].shape_class == kind:
-                return new
-            self._waiting.append(new)
-        return None
-
-    def _next(self) -> tuple[int, Request] | None:
-        found = next(self._source, None)
-        if found is not None and self._given is None:
-            self.rows += len(found[1].table)
-        return found
->>>>>>> main

@@ -56,30 +56,30 @@ def run(
     check: bool = True,
     engines: Engines | None = None,
 ) -> Iterator[Result]:
-    """Make samples, yielding each as it finishes.
+    """Generate samples, yielding each as it finishes.
 
-    Requests are taken from the iterable as slots become free, so it may be long, or make them on
-    demand. Those of one shape class run together; those of others wait their turn, at most `slots`
-    of them, after which no more are taken until the class in front is done.
+    Requests are taken from the iterable as slots become free, so it may be long, or create them on
+    demand. Requests of one shape class run together. At most `slots` requests of other classes are
+    read ahead and wait for their turn; then no more are read until the current class is done.
 
     Args:
         network: prepared for inference.
-        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
-        on_step: called after each step; `Step.samples` are the places of its requests among those
-            given, from 0.
+        slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
+        on_step: called after each step; `Step.samples` are the positions of its requests in
+            `requests`, from 0.
         progress: called after each step; its total covers all requests if they are a sequence,
             otherwise those taken so far.
         check: raise ValueError at the first request for which the network returns NaN or infinity.
-            False: its result says so (`Result.error`), and the others go on.
+            If False, its result has an error (`Result.error`), and the others continue.
         engines: keeps the engines, and with them their graphs, for the next call.
 
     Raises:
-        ValueError: see `check` and `Engine.submit`; what was yielded before stays valid.
+        ValueError: see `check` and `Engine.submit`; results yielded before stay valid.
     """
     line, engines = _Line(requests, slots), Engines(network) if engines is None else engines
-    places: dict[int, int] = {}  # ticket -> place among the requests given
+    places: dict[int, int] = {}  # ticket -> position in `requests`
     engine: Engine
-    done = 0  # rows before the present engine's, and those that failed requests leave undone
+    done = 0  # rows of earlier engines, and rows that failed requests have left undone
 
     def watch(tickets: Sequence[int], x: Tensor, denoised: Tensor) -> None:
         assert on_step is not None
@@ -100,20 +100,20 @@ def run(
                 for result in results:
                     place = places.pop(result.ticket)
                     if check and result.error is not None:
-                        raise ValueError(f"{result.error} (request {place} of those given)")
+                        raise ValueError(f"{result.error} (request {place}, counted from 0)")
                     yield result
             done += engine.rows_taken
 
 
 class _Line:
-    """Requests in the order given, handed out by shape class.
+    """A queue of requests that hands them out by shape class, in order.
 
     Attributes:
-        rows: of the tables of all requests if they are a sequence, otherwise of those taken so far.
+        rows: table rows of all requests if they are a sequence, otherwise of those taken so far.
     """
 
     def __init__(self, requests: Iterable[Request], ahead: int) -> None:
-        """ahead: how many of other classes are taken from the iterable before their turn."""
+        """ahead: how many requests of other classes may be read ahead of their turn."""
         self._given = requests if isinstance(requests, Sequence) else None
         self._source = enumerate(requests)
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -121,17 +121,17 @@ class _Line:
         self.rows = sum(len(request.table) for request in self._given or ())
 
     def at_most(self, slots: int) -> int:
-        """No more slots than there are requests, where that is known."""
+        """The number of slots, limited to the number of requests if that is known."""
         return slots if self._given is None else min(slots, len(self._given))
 
     def next_class(self) -> ShapeClass | None:
-        """The class of the request that has waited longest; None: there are no more."""
+        """The class of the request that has waited longest; None if there are no more."""
         if not self._waiting and (found := self._next()) is not None:
             self._waiting.append(found)
         return self._waiting[0][1].shape_class if self._waiting else None
 
     def take(self, kind: ShapeClass) -> tuple[int, Request] | None:
-        """The next request of a class, and its place; None: none is within reach."""
+        """The next request of a class, and its position; None if none is within reach."""
         for found in self._waiting:
             if found[1].shape_class == kind:
                 self._waiting.remove(found)
