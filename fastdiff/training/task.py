@@ -19,9 +19,10 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
-from fastdiff.runtime import engine
 from fastdiff.runtime.conditions import class_conditions
+from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
@@ -151,7 +152,7 @@ class DiffusionTask:
             torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
         )
         requests = [
-            engine.Request(
+            Request(
                 table=table,
                 x=noise[index],
                 seed=seed,
@@ -163,7 +164,7 @@ class DiffusionTask:
         ]
         # `prepare` changes a network for good, and this one is still being averaged.
         ready = prepare(copy.deepcopy(network), device=self.device)
-        for result in engine.run(ready, requests):
+        for result in run(ready, requests):
             noise[result.request.tag] = result.x
         return self.latents.decode(noise)
 
