@@ -748,8 +748,8 @@ def test_options_of_loading_in_commands_that_do_not_sample(
     assert (config["num_heads"], config["num_heads_upsample"]) == (4, 2)
     code, _, err = run("info", "unet.pt", "--norm-groups", "4", "--strict")
     assert (code, err.count("\n")) == (2, 1)
-    assert "leave open" in err
-    assert "of a command --qkv-order --num-heads --num-heads-upsample" in err
+    assert "nor a published model determines" in err
+    assert "on the command line --qkv-order --num-heads --num-heads-upsample" in err
 
 
 def openai_shapes(unet: UNet) -> dict[str, tuple[int, ...]]:

@@ -144,7 +144,7 @@ def test_shards(tmp_path: Path) -> None:
         open_weights(index)
     for outside in ("../one.safetensors", str(tmp_path / "one.safetensors"), "..", index.name):
         changed(stray=outside)
-        refused(index, "must be a file beside the index")
+        refused(index, "must be a file in the folder of the index")
     changed(stray="three.safetensors")
     with pytest.raises(FileNotFoundError, match=r"three\.safetensors is missing: .* 1 tensors"):
         open_weights(index)
@@ -220,7 +220,7 @@ def test_sizes_beyond_the_storage_and_compressed_members(tmp_path: Path) -> None
 def test_other_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"<html>not found</html>")
-    refused(path, "expected safetensors or what torch.save wrote")
+    refused(path, "expected safetensors or a file of torch.save")
     torch.save([torch.zeros(3)], path)
     refused(path, "expected a dictionary of tensors")
     torch.save({1: torch.zeros(3)}, path)

@@ -498,7 +498,7 @@ def test_models_that_do_not_fit(models: Callable[[str], Model], tmp_path: Any) -
     with refused("needs a pooled text vector"):
         encoders = tuple(replace(encoder, pooled=False) for encoder in xl.text_encoders)
         text_to_image(replace(xl, text_encoders=encoders), "a cat")
-    with refused("added condition has 30 channels, got 16 of pooled text which leaves 14"):
+    with refused("added condition has 30 channels, got 16 of pooled text, which leaves 14"):
         size_vector(torch.zeros(1, 16), 30, {6: (0,) * 6, 5: (0,) * 5})
 
 
