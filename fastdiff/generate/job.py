@@ -227,7 +227,7 @@ class ImageToImageJob:
     strength: float = 0.75
     """Fraction of the steps that are taken: 0 keeps the image, 1 makes a new one."""
     seed: int = 0
-    """Seed of all randomness in the image."""
+    """Of all randomness in the image."""
     height: int | None = None
     """Crop and resize the picture to this height first."""
     width: int | None = None
@@ -261,7 +261,7 @@ class InpaintJob:
     paste: bool = True
     """Restore the original pixels outside the mask."""
     seed: int = 0
-    """Seed of all randomness in the image."""
+    """Of all randomness in the image."""
     height: int | None = None
     """Crop and resize the picture and the mask to this height first."""
     width: int | None = None
@@ -293,7 +293,7 @@ class UpscaleJob:
     """Enlarge the latents (bicubic, which is soft and needs a strength of 0.5 or more), or the
     image between decoding and encoding (which preserves more at low strength)."""
     strength: float = 0.6
-    """Fraction of the steps that are taken."""
+    """Share of the steps that are done."""
     seed: int = 0
     """Seed of all randomness in the image."""
     text: TextSettings = PLAIN_TEXT
