@@ -227,7 +227,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     refused(path, "expected a dictionary of tensors")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
-    refused(path, r"holds a data\.pkl; got one that holds a\.txt")
+    refused(path, r"contains a data\.pkl; got one that contains a\.txt")
     with pytest.raises(FileNotFoundError, match="is missing"):
         open_weights(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="not a file"):
@@ -245,7 +245,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         ),
         (b"<!DOCTYPE html><html>sign in</html>", "got a web page; the address wants a login"),
         (b"", "the file is empty; download it again"),
-        (pickle.dumps([1, 2, 3]), "got another pickle, which holds a list of 3"),
+        (pickle.dumps([1, 2, 3]), "got another pickle, which contains a list of 3"),
         (pickle.dumps({"lr": 0.1, "x": 2}), "which holds a dictionary of other things under lr, x"),
         (pickle.dumps(None), "which holds a single NoneType"),
         (pickle.dumps({"a": 1}, protocol=0), "got a pickle in text form"),

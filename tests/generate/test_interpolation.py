@@ -148,7 +148,7 @@ def test_one_call_makes_the_frames(model: Model) -> None:
         ({"frames": 1, "to_seed": 1, "at": 1.5}, r"at must be in \[0, 1\], got 1.5"),
         ({"frames": 3, "to_label": 4}, "class must be from 0 to 3, got 4"),
         ({"frames": 3, "to_prompt": "a cat"}, "reads no text, got prompt 'a cat'"),
-        ({"to_seed": 1}, "to_seed leads to another image; give frames, the images on the way"),
+        ({"to_seed": 1}, "to_seed needs frames, the number of images to make"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(classes=0, **options)

@@ -428,7 +428,7 @@ def test_images_and_masks_that_do_not_fit(model: Model) -> None:
         inpaint(model, image, torch.zeros(64, 64), "a cat")
     with refused("scale must be in \\[1, 16\\], got 0.5"):
         UpscaleJob(image=image, prompt="a cat", scale=0.5)
-    with refused("unknown way 'pixels'; expected one of latent, image"):
+    with refused("unknown way to enlarge 'pixels'; expected one of latent, image"):
         UpscaleJob(image=image, prompt="a cat", via="pixels")  # type: ignore[arg-type]
 
 
@@ -439,7 +439,7 @@ def test_prompts_and_seeds_that_do_not_fit(model: Model) -> None:
     ):
         with refused(message):
             text_to_image(model, "a cat", seeds)
-    with refused("may have 4,800 tokens, got 10,000"):
+    with refused("may have at most 4,800 tokens, got 10,000"):
         text_to_image(model, "cat " * 10_000)
 
 
