@@ -128,7 +128,7 @@ def _users_mistake(error: Exception) -> str | None:
         return one_line(error)
     # Classes of modules that may not be loaded yet: asked for by name, so that nothing is imported.
     names = {cls.__name__ for cls in type(error).__mro__}
-    if "BackendError" in names:
+    if not names.isdisjoint(("BackendError", "NotEnoughMemory")):
         return one_line(error)
     text = str(error)
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate" in text:

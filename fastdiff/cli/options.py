@@ -150,7 +150,8 @@ class Output:
     """Write out/preview.png after each step: a cheap look at what is being made."""
     like: OptionalPath = None
     """Take the options from the recipe in this PNG. Without others the image is made again, bit for
-    bit, compared, and written as NAME-again.png."""
+    bit, compared, and written as NAME-again.png. Of a web UI's picture prompt and settings are
+    taken."""
 
 
 class Command(Protocol):

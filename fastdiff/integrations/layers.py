@@ -219,7 +219,5 @@ def norm_objection(norm: nn.Module) -> str | None:
     if type(norm) not in (nn.GroupNorm, nn.LayerNorm):
         return f"its norm is a {type(norm).__name__}"
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
-        return (
-            f"it normalizes over {len(norm.normalized_shape)} dimensions, ours over the last one"
-        )
+        return f"it normalizes over {len(norm.normalized_shape)} dimensions, ours over the last one"
     return replaced_forward(norm)

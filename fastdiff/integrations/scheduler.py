@@ -56,9 +56,7 @@ def objection(scheduler: Any) -> str | None:
         if option == "clip_sample":
             return "diffusers' DDIM does not update the noise estimate after clamping; ours does"
         known = ", ".join(map(repr, allowed))
-        return (
-            f"fastdiff does not support {name} with {option}={value!r:.60}, only with {known}"
-        )
+        return f"fastdiff does not support {name} with {option}={value!r:.60}, only with {known}"
     return None
 
 

@@ -25,6 +25,7 @@ from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminato
 from fastdiff.models.perceptual import LPIPS, LocalFeatureLoss
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
 from fastdiff.training.trainer import Batch, tile, train
@@ -129,7 +130,9 @@ class AutoencoderRun:
 def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:
     """Train the autoencoder of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    return train(AutoencoderTask(run), run, resume=resume)
+    task = AutoencoderTask(run)
+    check_training(task.needed_bytes(), run.output.folder, task.device)
+    return train(task, run, resume=resume)
 
 
 class AutoencoderTask:
@@ -164,6 +167,26 @@ class AutoencoderTask:
             for network in self.networks.values():
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.perceptual = perceptual_distance(run.loss).to(self.device)
+
+    def needed_bytes(self) -> int:
+        """What the training takes; see `fastdiff.training.memory`. Of the losses, which keep
+        feature maps too, only the discriminator's weights count."""
+        run, others = self.run, self.networks.get("discriminator")
+        side = run.data.image_size // run.model.downsample_factor
+
+        def forward(network: Any, rows: int) -> Any:
+            shape = (rows, run.model.image_channels, run.data.image_size, run.data.image_size)
+            noise = torch.empty(rows, run.model.latent_channels, side, side, device="meta")
+            return network(torch.empty(shape, device="meta"), noise)
+
+        return training_bytes(
+            run.model,
+            run.optimization,
+            run.data,
+            forward,
+            others=0 if others is None else sum(p.numel() for p in others.parameters()),
+            device=self.device,
+        )
 
     def batch(self, step: int) -> Batch:
         """images (N, C, H, W) in [-1, 1]; noise (N, z, h, w) for the posterior's sample."""

@@ -25,6 +25,7 @@ from fastdiff.runtime.prepare import prepare
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
+from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.objective import Objective
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
@@ -36,7 +37,9 @@ _PIXEL_CLAMP = 1.0
 def train_diffusion(run: DiffusionRun[Any], *, resume: bool = False) -> Path:
     """Train the denoiser of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    return train(DiffusionTask(run), run, resume=resume)
+    task = DiffusionTask(run)
+    check_training(task.needed_bytes(), run.output.folder, task.device)
+    return train(task, run, resume=resume)
 
 
 class DiffusionTask:
@@ -77,6 +80,19 @@ class DiffusionTask:
             first_stage_hash=self.bundle.weights_hash if self.bundle else "",
             views=run.latent_views,
         )
+
+    def needed_bytes(self) -> int:
+        """What the training takes; see `fastdiff.training.memory`."""
+        run, shape = self.run, self.latents.shape(self.run.data.image_size)
+
+        def forward(network: Any, rows: int) -> Tensor:
+            x = torch.empty(rows, *shape, device="meta")
+            t, y = torch.empty(rows, device="meta"), None
+            if run.model.num_classes is not None:
+                y = torch.empty(rows, dtype=torch.int64, device="meta")
+            return network(x, t, y=y)
+
+        return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
 
     def batch(self, step: int) -> Batch:
         """x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,) where the model has classes."""
