@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ASSETS := fastdiff/assets/digits
 
-.PHONY: help venv build demo test test-avx2 durations check lint types format bench wheel install-check weights clean
+.PHONY: help venv build demo test test-avx2 durations check lint types format docs links bench wheel install-check weights clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -48,6 +48,12 @@ types: $(STAMP) ## mypy
 format: $(STAMP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## build the site into build/docs/html; a warning fails it (Python 3.11 and later)
+	$(BIN)/python -m sphinx -b html -d build/docs/doctrees --fresh-env --fail-on-warning --keep-going --quiet docs build/docs/html
+
+links: $(STAMP) ## check the links of the site that lead elsewhere; needs the network
+	$(BIN)/python -m sphinx -b linkcheck -d build/docs/doctrees --quiet docs build/docs/links
 
 durations: $(STAMP) ## what tests cost, in one process: make durations WHAT=tests/kernels
 	$(BIN)/python -m pytest $(or $(WHAT),tests)

@@ -1,1 +1,1 @@
-"""Benchmarks: ``pytest benchmarks``; the installed part of them is fastdiff/bench/."""
+"""Benchmarks, run by ``pytest benchmarks``; the part that is installed is fastdiff/bench/."""

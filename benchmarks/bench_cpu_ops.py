@@ -1,12 +1,13 @@
-"""Every call of the networks to an op on the CPU: our kernel and eager PyTorch, in turns.
+"""Every op call of the networks on the CPU: our kernel against eager PyTorch, in turns.
 
-    cpu                   what `auto` takes: the native kernel, or what measured faster
+    cpu                   the choice of `auto`: the native kernel, or what measured faster
     eager                 what people write: channels_last, or scaled_dot_product_attention
     cpu, memory kept      the same two in a process that keeps the memory it frees
-    eager, memory kept    (cpu_layers.keep_freed_memory): outputs are reused, no page is faulted
+    eager, memory kept    (cpu_layers.keep_freed_memory): outputs are reused without page faults
 
-Sampler steps also stand beside diffusers' schedulers. The table of aims in docs/performance.md is
-made from these records and those of networks/bench_cpu_networks.py, by the worst case of each.
+Sampler steps are also compared with diffusers' schedulers. The table of goals in
+docs/performance.md uses the worst case of each from these records and those of
+networks/bench_cpu_networks.py.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Case:
 
 
 def cases(op: str) -> Iterator[Case]:
-    """The distinct calls of all networks to an op, the largest first."""
+    """The distinct calls of an op in each network, largest first."""
     for name, job in shapes.JOBS.items():
         for call in sorted(job.collect(), key=lambda call: -call.numbers):
             if call.op == op:
@@ -65,7 +66,7 @@ def cases(op: str) -> Iterator[Case]:
 
 
 def step_cases() -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
-    """Sampler steps on Stable Diffusion's latents, with diffusers' schedulers."""
+    """Sampler steps on Stable Diffusion's latents, with diffusers' schedulers as peers."""
     from fastdiff.bench.providers import import_diffusers
 
     diffusers = import_diffusers()
@@ -73,7 +74,7 @@ def step_cases() -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
         found = Case("", case.job, case.subject, case.call)
         x, prediction, *_ = case.subject.arguments(case.call, case.job, MAKE)[0]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its schedulers use what numpy deprecates
+            warnings.simplefilter("ignore")  # its schedulers use deprecated numpy functions
             peers = {
                 name: sampler_step.stepping(name, diffusers, x, prediction)
                 for name in sampler_step.SCHEDULERS
@@ -82,7 +83,7 @@ def step_cases() -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
 
 
 def in_turns(functions: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of each, one call each per round, after two that are not timed."""
+    """Seconds of each function, called once per round, after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     with torch.inference_mode():
         for _, function in itertools.product(range(2), functions.values()):
@@ -117,12 +118,12 @@ def records(case: Case, seconds: dict[str, list[float]], kept: bool = False) -> 
 
 
 def measure(op: str, kept: bool = False) -> list[Record]:
-    """All calls to an op."""
+    """Measure all calls of an op."""
     return [r for case in cases(op) for r in records(case, in_turns(case.providers()), kept)]
 
 
 def tell(found: list[Record]) -> None:
-    """Enter the records; print each case's ratio."""
+    """Store the records and print the ratio of each case."""
     RECORDS.extend(found)
     eager = {(r.job, r.shape, r.provider): r.median_s for r in found}
     for r in found:
@@ -137,7 +138,7 @@ def test_op(benchmark: Any, op: str) -> None:
 
 
 def test_group_norm_silu_memory_kept(benchmark: Any) -> None:
-    """In a process of its own: what is kept cannot be given back."""
+    """In a process of its own, because keeping freed memory cannot be undone."""
 
     def run() -> list[Record]:
         words = [sys.executable, "-m", "benchmarks.bench_cpu_ops"]

@@ -1,4 +1,4 @@
-"""Every op of the networks at its largest call of each job, beside what people write instead."""
+"""Every op of the networks at its largest call in each job, against what people write instead."""
 
 from __future__ import annotations
 

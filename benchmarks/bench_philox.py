@@ -1,4 +1,4 @@
-"""Noise: nothing in, one fp32 number per element out; 64 digits' latents and four of SD's."""
+"""Noise: nothing in, one fp32 number per element out; latents of 64 digits, and of 4 SD images."""
 
 from __future__ import annotations
 

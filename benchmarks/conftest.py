@@ -1,4 +1,4 @@
-"""Chooses the providers; saves the records of a run when asked to."""
+"""Options of the benchmarks: which providers run, and whether to save the records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--providers",
         default=",".join(p for p in harness.PROVIDERS if p != "compile"),
-        help="comma-separated; compile is left out by default, since it takes minutes: %(default)s",
+        help="comma-separated; compile takes minutes and is off by default (default: %(default)s)",
     )
 
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = config.getoption("--providers").split(",")
     if unknown := set(chosen) - set(harness.PROVIDERS):
         raise pytest.UsageError(
-            f"--providers must be of {','.join(harness.PROVIDERS)}, got {','.join(unknown)}"
+            f"--providers must be some of {','.join(harness.PROVIDERS)}, got {','.join(unknown)}"
         )
     dropped = [
         item

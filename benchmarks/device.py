@@ -1,27 +1,27 @@
-"""Everything that needs a GPU, in one command and under ten minutes.
+"""Run everything that needs a GPU, in one command and under ten minutes.
 
     python -m benchmarks.device --out results
     python -m benchmarks.device --only environment bench --minutes 5
     python -m benchmarks.device --dry-run --out /tmp/dry       on the CPU, on tiny shapes
 
-Stages, each in a process of its own with its own share of the time; one that fails does not stop
-the others, and makes the exit code 1:
+Each stage runs in a process of its own, with its own share of the time. A stage that fails does not
+stop the others, but the exit code is then 1:
 
     environment   the GPU, its driver, the versions
-    build         the compiled module with the CUDA kernels, for this GPU alone
+    build         the compiled module with the CUDA kernels, for this GPU only
     tests         the parity tests and the tests marked `gpu`, on the device
-    sanitize      small parity cases under compute-sanitizer's four tools, where it is installed
-    tune          launch configs, for the stages that follow and for kernels/tuning/tuned/
-    bench         every op against its providers (fastdiff/bench/run.py); Triton beside CUDA,
-                  whose winners the stage that follows uses and kernels/tuning/tuned/ keeps
-    networks      whole evaluations, and what each op takes of them (networks/gpu_networks.py)
+    sanitize      small parity cases under the four tools of compute-sanitizer, if installed
+    tune          launch configs, for the later stages and for kernels/tuning/tuned/
+    bench         every op against its providers (fastdiff/bench/run.py), including Triton against
+                  CUDA; the winners are used by the next stage and go to kernels/tuning/tuned/
+    networks      whole evaluations, and the share of each op in them (networks/gpu_networks.py)
 
-What is left in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
+Output in --out: ``results/<device>/<commit>.json`` (move it to benchmarks/results/),
 ``tuned/<gpu>.json`` (move it to kernels/tuning/tuned/), ``cuda-kernels.txt`` (registers and
 occupancy of every launch), ``summary.json`` and ``log.txt``.
 
-A dry run goes through every stage's code without a GPU: Triton's interpreter, the host's clock, the
-smallest networks. Its numbers mean nothing.
+A dry run executes the code of every stage without a GPU, with Triton's interpreter, the host's
+clock and the smallest networks. Its numbers are meaningless.
 """
 
 from __future__ import annotations
@@ -57,34 +57,34 @@ SECONDS = {
 }
 """Each stage's share of ten minutes."""
 NOTHING_TO_RUN = 98
-"""Exit code of a process that found no kernel to run."""
+"""Exit code of a process that has no kernel to run."""
 FOUND = 99
-"""Exit code of compute-sanitizer where the process did well and it has something to report."""
+"""Exit code of compute-sanitizer if the process succeeded but there is something to report."""
 GRACE_S = 15
-"""After its share a stage has this long to write down what it has."""
+"""Extra time after a stage's share, to write down its results."""
 TESTS = ("tests/kernels", "tests/bench/test_clock.py")
 IGNORED = tuple(
     f"tests/kernels/test_{name}.py"
     for name in ("resources", "cuda_resources", "cuda_host", "cuda_matrix", "native", "sanitizers")
 )
-"""Compilation ahead of time, the emulation, code for CPUs: they say nothing about the device."""
+"""Tests of ahead-of-time compilation, the emulation and CPU code, which do not use the device."""
 WORKERS = min(14, os.cpu_count() or 1)
 """Processes that compile."""
 SANITIZED_CASES = 2
-"""Of each op, the smallest; and every way through the CUDA kernels."""
+"""Parity cases per op, the smallest ones; every route of the CUDA kernels runs as well."""
 TOOLS = {
     "memcheck": ("triton", "cuda"),
     "racecheck": ("cuda",),
     "synccheck": ("cuda",),
     "initcheck": ("cuda",),
 }
-"""compute-sanitizer's tools -> the backends whose kernels they watch: what Triton makes has no
-barrier or shared memory that we wrote."""
+"""compute-sanitizer's tools -> the backends whose kernels they check. Triton's kernels contain no
+barriers or shared memory written by us."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage is told."""
+    """The arguments of a stage."""
 
     out: Path
     seconds: float
@@ -94,7 +94,7 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Result:
-    """What became of a stage."""
+    """The outcome of a stage."""
 
     stage: str
     status: str
@@ -104,18 +104,18 @@ class Result:
 
 
 class LeftOut(Exception):
-    """A stage has nothing to work with here."""
+    """A stage cannot run on this machine."""
 
 
 class Failed(Exception):
-    """A stage found something wrong, after it did all it could."""
+    """A stage found something wrong; raised after it has done everything it could."""
 
 
 # Stages: each runs in a process of its own and returns notes
 
 
 def environment_stage(plan: Plan) -> list[str]:
-    """What the numbers depend on, into facts.json for the other stages."""
+    """Write the facts that the numbers depend on to facts.json, for the other stages."""
     import torch
 
     from fastdiff.bench import record
@@ -140,15 +140,15 @@ def environment_stage(plan: Plan) -> list[str]:
             "clocks": _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.limit"),
         }
     elif not plan.dry_run:
-        raise Failed("no GPU that torch can use")
+        raise Failed("torch finds no usable GPU")
     (plan.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     return [f"{name} {value}" for name, value in facts.items()]
 
 
 def tests_stage(plan: Plan) -> list[str]:
-    """pytest on the device; in several processes where pytest-xdist is installed."""
+    """Run pytest on the device, in several processes if pytest-xdist is installed."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    words += ["-p", "no:benchmark"]  # it warns where xdist is, and a warning is an error here
+    words += ["-p", "no:benchmark"]  # it warns under xdist, and warnings are errors
     if plan.dry_run:
         words += ["tests/kernels/test_geglu.py", "-k", "bad_input"]
     else:
@@ -165,13 +165,13 @@ def tests_stage(plan: Plan) -> list[str]:
 
 
 def build_stage(plan: Plan) -> list[str]:
-    """``setup.py build_ext`` with the CUDA kernels, for the architecture at hand."""
+    """Run ``setup.py build_ext`` with the CUDA kernels, for the architecture of this GPU."""
     if plan.dry_run:
-        raise LeftOut("a dry run takes the module that is built")
+        raise LeftOut("a dry run uses the existing module")
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    # the accelerated features of an architecture are under its name with an a
+    # the suffix "a" enables the accelerated features of an architecture
     architecture = f"{major}.{minor}" + ("a" if major >= 9 else "")
     environment = {
         **os.environ,
@@ -184,7 +184,7 @@ def build_stage(plan: Plan) -> list[str]:
     )
     print(done.stdout[-20000:], done.stderr[-5000:])
     if done.returncode:
-        raise Failed("the module was not built", *done.stderr.splitlines()[-10:])
+        raise Failed("the build failed", *done.stderr.splitlines()[-10:])
     say = "from fastdiff.kernels import compiled; print(compiled.describe())"
     told = subprocess.run(
         [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
@@ -193,21 +193,21 @@ def build_stage(plan: Plan) -> list[str]:
 
 
 def _kernels_of_the_gpu(plan: Plan) -> list[str]:
-    """What the driver tells of every launch, into cuda-kernels.txt."""
+    """Write the resources of every launch, as the driver reports them, to cuda-kernels.txt."""
     words = [sys.executable, "-m", "benchmarks.resources.cuda_device"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Failed("the kernels' resources were not told", *done.stderr.splitlines()[-10:])
+        raise Failed("listing the kernels' resources failed", *done.stderr.splitlines()[-10:])
     (plan.out / "cuda-kernels.txt").write_text(done.stdout)
     return [f"{len(done.stdout.splitlines()) - 1} kinds of launches in cuda-kernels.txt"]
 
 
 def sanitize_stage(plan: Plan) -> list[str]:
-    """compute-sanitizer's tools over `parity_cases`."""
+    """Run the tools of compute-sanitizer on `parity_cases`."""
     found = shutil.which("compute-sanitizer")
     if found is None and not plan.dry_run:
         raise LeftOut("compute-sanitizer is not installed")
-    # without the tools their runs differ in nothing, and memcheck's has every backend
+    # without compute-sanitizer all runs are the same, and that of memcheck has every backend
     tools = TOOLS if found else {"memcheck": TOOLS["memcheck"]}
     end, notes, bad = time.monotonic() + plan.seconds, [], []
     for place, (tool, backends) in enumerate(tools.items()):
@@ -223,12 +223,12 @@ def sanitize_stage(plan: Plan) -> list[str]:
 
 
 def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: float) -> list[str]:
-    """One tool; without compute-sanitizer (a dry run) the cases alone."""
+    """Run one tool; without compute-sanitizer (in a dry run), only the cases."""
     inner = [sys.executable, "-m", "benchmarks.device", "--parity-cases", *backends]
     inner += ["--seconds", str(seconds)]
     words = [found, "--tool", tool, "--error-exitcode", str(FOUND)] if found else []
     if found and tool == "memcheck":
-        words += ["--report-api-errors", "no"]  # libraries probe, and take a no
+        words += ["--report-api-errors", "no"]  # libraries probe the API and expect errors
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
@@ -236,7 +236,7 @@ def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: fl
             check=False, timeout=2 * seconds + GRACE_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise Failed(f"did not end within {2 * seconds + GRACE_S:.0f} s") from None
+        raise Failed(f"timed out after {2 * seconds + GRACE_S:.0f} s") from None
     print(done.stdout[-20000:], done.stderr[-5000:])
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     if done.returncode == NOTHING_TO_RUN:
@@ -248,20 +248,20 @@ def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: fl
 
 
 def in_kernels_of_others(told: str) -> int:
-    """How many places compute-sanitizer names, if none of them is in a kernel of csrc/, else 0.
+    """The number of places that compute-sanitizer reports, if none is in a kernel of csrc/, else 0.
 
-    PyTorch's and cuBLAS's kernels are watched too: initcheck has to see who writes an input.
+    Kernels of PyTorch and cuBLAS are checked too, because initcheck must see what writes an input.
     """
     places = [line for line in told.splitlines() if re.match(r"=+ .*\bat .*\+0x", line)]
     return 0 if any("fastdiff::" in place for place in places) else len(places)
 
 
 def parity_cases(backends: Sequence[str], seconds: float) -> int:
-    """The smallest parity cases of every op on some backends, and one for every way through the
+    """Run the smallest parity cases of every op on some backends, and one for every route of the
     CUDA kernels, as many as there is time for.
 
     Returns:
-        The exit code: 0, or `NOTHING_TO_RUN` where no op has these backends here.
+        The exit code: 0, or `NOTHING_TO_RUN` if no op has these backends on this machine.
     """
     import torch
 
@@ -292,7 +292,7 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
     for op, backend in itertools.product(kernels.OPS, backends):
         if kernels.available()[op][backend] is not None:
             continue
-        # the largest error of a handful of numbers is luck
+        # with only a handful of numbers, the largest error is a matter of luck
         rows = [case for case in getattr(cases, op.upper(), []) if numbers(case) > 100]
         ordered = sorted(rows, key=numbers) or [None]
         served = (case for case in ordered if takes(op, case, backend))
@@ -301,36 +301,36 @@ def parity_cases(backends: Sequence[str], seconds: float) -> int:
             check = partial(cases.check, op, case, torch.float16, backend)
             alone = partial(agreement, op, backend)
             todo.append((2 * place, label, alone if case is None else check))
-    # between an op's first case and its second: the ways through its kernels
-    where = cases.device_of("cuda")  # a CPU, under the emulation
+    # routes come between an op's first and second case
+    where = cases.device_of("cuda")  # the CPU under the emulation
     runs = where in (*DEVICES["cuda"], *EMULATED.get("cuda", ()))
     for route in ROUTES if "cuda" in backends and runs else ():
         if kernels.available()[route.op]["cuda"] is None and (clusters() or route.cluster == 1):
             todo.append((1, f"{route} on cuda", partial(along, route)))
     if not todo:
-        print(f"no op has kernels for {' or '.join(backends)} here")
+        print(f"no op has kernels for {' or '.join(backends)} on this machine")
         return NOTHING_TO_RUN
     ran = 0
-    for _, label, run in sorted(todo, key=lambda entry: entry[0]):  # each op has its turn
+    for _, label, run in sorted(todo, key=lambda entry: entry[0]):  # ops take turns
         if time.monotonic() > end:
             break
         run()
         print(f"{label}: ok", flush=True)
         ran += 1
     print(f"{ran} of {len(todo)} cases" + ("; no time for the rest" if ran < len(todo) else ""))
-    assert ran, "there was no time for one case"
+    assert ran, "there was not enough time for a single case"
     return 0
 
 
 def clusters() -> bool:
-    """Whether blocks can read each other's shared memory here; the emulation's can."""
+    """Whether blocks can read each other's shared memory; under the emulation they can."""
     import torch
 
     return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
 
 
 def along(route: Any) -> None:
-    """Parity of one way through an op's CUDA kernels (tests/kernels/routes.py)."""
+    """Check the parity of one route of an op's CUDA kernels (tests/kernels/routes.py)."""
     from tests.kernels import cases
 
     with route.forced():
@@ -340,7 +340,8 @@ def along(route: Any) -> None:
 
 
 def agreement(op: str, backend: str) -> None:
-    """One call of an op that has no parity cases, what it left in its operands, and gradients."""
+    """Compare a backend with the reference for an op without parity cases: outputs, modified
+    operands and gradients of one call."""
     import torch
     from torch.utils._pytree import tree_flatten
 
@@ -365,7 +366,7 @@ def agreement(op: str, backend: str) -> None:
 
 
 def tune_stage(plan: Plan) -> list[str]:
-    """`fastdiff tune` for bf16 within the stage's time, into <out>/tuned/."""
+    """Run `fastdiff tune` for bf16 within the time of the stage, writing to <out>/tuned/."""
     import torch
 
     from fastdiff.bench import tune
@@ -405,7 +406,7 @@ def tune_stage(plan: Plan) -> list[str]:
 
 
 def tuned_cases() -> list[Any]:
-    """What `bench` and `networks` will use: bf16 where a kernel takes it, their head dimensions."""
+    """The cases that `bench` and `networks` use: bf16 if supported, and only their head dims."""
     import torch
 
     from fastdiff.bench import shapes, tune
@@ -421,14 +422,14 @@ def tuned_cases() -> list[Any]:
     def used(case: tune.Case) -> bool:
         if torch.bfloat16 in TUNABLES[case.tunable].dtypes and case.dtype != torch.bfloat16:
             return False
-        # an attention's class ends in its head dimension
+        # shape classes of attention end in the head dim
         return not case.tunable.startswith("attention") or case.shape_class.split("/")[-1] in dims
 
     return [case for case in tune.cases() if used(case)]
 
 
 def bench_stage(plan: Plan) -> list[str]:
-    """Every op against its providers."""
+    """Benchmark every op against its providers."""
     import torch
 
     from fastdiff.bench import shapes, tune
@@ -465,7 +466,7 @@ def bench_stage(plan: Plan) -> list[str]:
 
     def progress(case: Case, outcome: Outcome) -> None:
         print(f"{len(outcome.records):5} timings, {end - time.monotonic():4.0f} s: {case}")
-        if time.monotonic() - saved[1] > 20:  # what is measured outlives a crash
+        if time.monotonic() - saved[1] > 20:  # so that measurements survive a crash
             save(plan, outcome.records[int(saved[0]) :], [])
             saved[:] = [len(outcome.records), time.monotonic()]
 
@@ -482,13 +483,13 @@ def bench_stage(plan: Plan) -> list[str]:
     if not plan.dry_run:
         winners = fastest_backends(outcome.records)
         tune.save_backends(winners, tune.facts(gpu_here), tune.cache_file(gpu_here))
-        notes += [f"auto takes for {op}: {keys}" for op, keys in winners.items()]
+        notes += [f"auto will try first for {op}: {keys}" for op, keys in winners.items()]
     outcome.failures = [*first.failures, *outcome.failures]
     return told(outcome, [f"{len(first.records)} timings from the host", *notes])
 
 
 def networks_stage(plan: Plan) -> list[str]:
-    """Whole evaluations."""
+    """Benchmark whole evaluations."""
     import torch
 
     from benchmarks.networks import gpu_networks
@@ -519,7 +520,7 @@ STAGES: dict[str, Callable[[Plan], list[str]]] = {
 
 
 def dry_jobs() -> dict[str, Any]:
-    """The smallest networks there are."""
+    """The smallest networks."""
     from fastdiff.bench.shapes import Job
 
     return {
@@ -529,7 +530,7 @@ def dry_jobs() -> dict[str, Any]:
 
 
 def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
-    """The transformer's ops, which the smallest networks lack."""
+    """Cases for the ops of transformers, which the smallest networks lack."""
     from fastdiff.bench.run import Case
     from fastdiff.bench.shapes import Call
 
@@ -549,12 +550,12 @@ def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
 
 
 def told(outcome: Any, notes: Sequence[str]) -> list[str]:
-    """An outcome as notes. Raises Failed if something failed."""
+    """Summarize an outcome as notes. Raises Failed if something failed."""
     counts = [
         f"{len(outcome.records)} timings",
         f"{len(outcome.left_out)} cases left out for lack of time"
         + (f", from {outcome.left_out[0]} on" if outcome.left_out else ""),
-        f"{len(outcome.unavailable)} not to be had from others",
+        f"{len(outcome.unavailable)} not supported by the provider",
     ]
     for line in (*outcome.left_out, *outcome.unavailable):
         print(line)
@@ -565,7 +566,7 @@ def told(outcome: Any, notes: Sequence[str]) -> list[str]:
 
 
 def save(plan: Plan, records: Sequence[Any], shares: Sequence[Any]) -> None:
-    """Into <out>/results/<device>/<commit>.json."""
+    """Save records and shares to <out>/results/<device>/<commit>.json."""
     from fastdiff.bench import record
 
     known = plan.out / "facts.json"
@@ -599,7 +600,7 @@ def _nvidia_smi(query: str) -> str | None:
 
 
 def run_stage(stage: str, plan: Plan) -> Result:
-    """One stage in its own process; what it prints goes to log.txt."""
+    """Run one stage in its own process; its output goes to log.txt."""
     words = [sys.executable, "-m", "benchmarks.device", "--inside", stage, "--out", str(plan.out)]
     words += ["--seconds", str(plan.seconds), *(["--dry-run"] if plan.dry_run else [])]
     words += ["--commit", plan.commit] if plan.commit else []
@@ -637,10 +638,10 @@ def run_stage(stage: str, plan: Plan) -> Result:
 
 
 def inside(stage: str, plan: Plan) -> int:
-    """What the process of a stage does; an error that nobody foresaw keeps its traceback."""
+    """Run a stage inside its process; unexpected errors propagate, with their traceback."""
     status, notes = "ok", []
     if plan.dry_run:
-        import tests.kernels.interpreter  # noqa: F401 - it rounds as GPUs do
+        import tests.kernels.interpreter  # noqa: F401 - makes Triton's interpreter round like GPUs
     try:
         notes = STAGES[stage](plan)
     except LeftOut as reason:
@@ -653,7 +654,7 @@ def inside(stage: str, plan: Plan) -> int:
 
 
 def run(stages: Sequence[str], plan: Plan, minutes: float) -> int:
-    """The stages one after the other; 1 if one failed."""
+    """Run the stages one after the other; returns 1 if one failed."""
     plan.out.mkdir(parents=True, exist_ok=True)
     (plan.out / "log.txt").unlink(missing_ok=True)
     whole = minutes * 60
@@ -661,12 +662,12 @@ def run(stages: Sequence[str], plan: Plan, minutes: float) -> int:
     asked = sum(SECONDS[stage] for stage in stages)
     results: list[Result] = []
     for place, stage in enumerate(stages):
-        # what earlier stages left of the time is shared among the rest
+        # time that earlier stages did not use is shared among the rest
         rest = sum(SECONDS[later] for later in stages[place:])
         left = end - time.monotonic()
         share = left * SECONDS[stage] / rest if asked else left
         if share < 1:
-            note = "no time left; a larger --minutes, or --only"
+            note = "no time left; use a larger --minutes, or --only"
             results.append(Result(stage=stage, status="timed out", seconds=0.0, notes=[note]))
             continue
         print(f"{stage}: up to {share:.0f} s", flush=True)
@@ -705,11 +706,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("out/device"), help="%(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/device"), help="output folder (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all; %(default)s")
-    parser.add_argument("--commit", help="where the working tree is a copy without git's files")
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU, on tiny shapes")
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="for all stages (default: %(default)s)"
+    )
+    parser.add_argument("--commit", help="the commit, if the working tree is a copy without .git")
+    parser.add_argument("--dry-run", action="store_true", help="run without a GPU, on tiny shapes")
     parser.add_argument("--inside", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     parser.add_argument("--parity-cases", nargs="+", help=argparse.SUPPRESS)

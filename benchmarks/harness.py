@@ -1,18 +1,18 @@
-"""How pytest-benchmark times what the files here declare.
+"""Time the benchmarks of this folder with pytest-benchmark.
 
 `compare` times one provider of several:
 
     reference   the op through `fastdiff.kernels`
     eager       what people write with PyTorch today
     compile     the same through `torch.compile`
-    library     the best ready-made kernel, where there is one
-    copy        the limit of an op that memory bounds: a copy that moves the same bytes
-    sgemm       the limit of an op that arithmetic bounds: a square product of the same FLOPs
+    library     the best library kernel, if there is one
+    copy        the limit of a memory-bound op: a copy that moves the same bytes
+    sgemm       the limit of a compute-bound op: a square product with the same FLOPs
 
-A GPU has more providers and methods: fastdiff/bench/run.py.
+On a GPU there are more providers and methods: fastdiff/bench/run.py.
 
-With ``--save-records`` the run leaves ``benchmarks/results/<device>/<commit>.json``, from which
-fastdiff/bench/report.py makes docs/performance.md; a plain run leaves the tree as it was.
+With ``--save-records`` the run writes ``benchmarks/results/<device>/<commit>.json``, from which
+fastdiff/bench/report.py generates docs/performance.md; otherwise it changes no files.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from fastdiff.kernels import Work
 
 PROVIDERS = ("reference", "eager", "compile", "library", "copy", "sgemm", "auto")
 BUDGET_S = 1.0
-"""How long the timed rounds of one benchmark may take together."""
+"""Time limit for all timed rounds of one benchmark together."""
 RECORDS: list[Record] = []
 SHARES: list[Share] = []
 PEAKS: list[Peak] = []
-"""What this run measured, in the order of the benchmarks."""
+"""The measurements of this run, in the order of the benchmarks."""
 
 
 def measure(
@@ -54,13 +54,13 @@ def measure(
     dtype: torch.dtype = torch.float32,
     rounds: int | None = None,
 ) -> Record:
-    """Time ``function()`` after a warm-up call (two where it takes less than a second).
+    """Time ``function()`` after a warm-up call (two if it takes less than a second).
 
     Args:
         benchmark: the fixture of pytest-benchmark.
-        name: the op or what is done; shape: its row in shapes.py; provider: who does the work.
+        name: the op or the task; shape: its row in shapes.py; provider: what does the work.
         work: the declared bytes and FLOPs.
-        job: the name in shapes.JOBS that it is a part of.
+        job: the name of its job in shapes.JOBS.
         rounds: timed calls; None: as many as fit into `BUDGET_S`, from 2 to 50.
     """
 
@@ -110,12 +110,12 @@ def compare(
     work: Work,
     **options: Any,
 ) -> Record:
-    """`measure` one provider of an op, without gradients, the op on its reference backend.
+    """`measure` one provider of an op, without gradients and with ops on the reference backend.
 
     Args:
-        functions: provider -> function of the arguments and keywords; "compile" is made of
-            "eager", the limits of the declared work.
-        options: name, job, shape and what else `measure` takes.
+        functions: provider -> function of the arguments and keywords; "compile" is derived from
+            "eager", the limits from the declared work.
+        options: name, job, shape and other arguments of `measure`.
     """
     if provider in LIMITS:
         function, arguments, keywords = limit(provider, work), (), {}
@@ -136,9 +136,9 @@ def compare(
 def compiled(
     function: Callable[..., Any], arguments: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """``torch.compile(function)``, compiled for these shapes; skips where it cannot compile."""
+    """``torch.compile(function)``, compiled for these shapes; skips the test if that fails."""
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Inductor's own imports use what PyTorch deprecates
+        warnings.simplefilter("ignore")  # Inductor's own imports use deprecated PyTorch functions
         try:
             return compiled_for(function, arguments, dict(keywords))
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -146,7 +146,7 @@ def compiled(
 
 
 def limit(kind: str, work: Work) -> Callable[[], Tensor]:
-    """What the hardware needs for the declared work; its own rate is the 100%."""
+    """What the hardware needs at least for the declared work, by definition at 100% of the rate."""
     if kind == "copy":
         source, target = copied(work, torch.device("cpu"))
         return lambda: target.copy_(source)

@@ -26,7 +26,7 @@ from PIL import (
 )
 from torch import Tensor
 
-from fastdiff.files import atomic_file, numbered
+from fastdiff.files import atomic_file, numbered, one_line_errors
 from fastdiff.memory import check_memory
 
 RECIPE_KEY = "fastdiff"
@@ -127,6 +127,7 @@ def read_mask(
     return _read(path, "L", height, width)
 
 
+@one_line_errors()
 def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: int | None) -> Tensor:
     """Read an image file in a Pillow mode: (C, H, W) fp32 in [0, 1]."""
     for name, side in (("height", height), ("width", width)):
@@ -220,6 +221,7 @@ def has_recipe(path: Path, recipe: Mapping[str, Any]) -> bool:
         return False
 
 
+@one_line_errors()
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the recipe that :func:`save_png` wrote.
 

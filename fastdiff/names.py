@@ -16,7 +16,21 @@ TimestepSpacing = Literal["leading", "trailing", "linspace", "simple"]
 """How a sampler's steps are spaced over the training timesteps."""
 SigmaSpacing = Literal["karras", "exponential"]
 """How a sampler's steps are spaced over the noise levels."""
-Spacing = Literal["trailing", "leading", "linspace", "simple", "karras", "exponential"]
+FastDPMSpacing = Literal["var-linear", "var-quadratic", "step-linear", "step-quadratic"]
+"""How FastDPM chooses noise levels; see `diffusion.fastdpm`."""
+FASTDPM_SPACINGS: tuple[str, ...] = get_args(FastDPMSpacing)
+Spacing = Literal[
+    "trailing",
+    "leading",
+    "linspace",
+    "simple",
+    "karras",
+    "exponential",
+    "var-linear",
+    "var-quadratic",
+    "step-linear",
+    "step-quadratic",
+]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
 QKVOrder = Literal["legacy", "new"]
 """Row order of packed qkv weights: new is (3, H, d), legacy is (H, 3, d)."""

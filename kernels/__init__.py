@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __name__ != "kernels":
+    from .ada_layer_norm import ada_layer_norm as ada_layer_norm
     from .add_group_norm_silu import add_group_norm_silu as add_group_norm_silu
     from .add_layer_norm import add_layer_norm as add_layer_norm
     from .attention import attention as attention
@@ -32,23 +33,23 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
     from .sampler_step import COLUMNS, sampler_step
 
-    # "as" exports a name to type checkers; a folder is an op: those not named above are found
+    # every folder is an op and is imported here; the "as" lines above are for type checkers
     for _room in iter_modules(__path__):
         if _room.ispkg:
             import_module(f"{__name__}.{_room.name}")
     globals().update({_name: _op.public for _name, _op in OPS.items()})
 else:
-    # In a checkout's root this folder can be seen as a top-level `kernels`, a name that belongs to
-    # another project and that transformers probes by importing it. So the import is let pass,
-    # submodules are out of reach, and the first use says what is wrong.
+    # From the root of a checkout this folder is importable as a top-level `kernels`, a name that
+    # belongs to another project and that transformers probes by importing it. So the import itself
+    # succeeds, submodules are hidden, and the first use raises an error that explains the mix-up.
     __path__ = []
 
     def __getattr__(name: str) -> object:
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)
         raise ImportError(
-            f"{name!r} was asked of {__name__!r}, but this package is called 'fastdiff.kernels' "
-            "(a top-level 'kernels' belongs to another project): use 'from fastdiff import kernels'"
+            f"cannot import {name!r} from {__name__!r}: this package is 'fastdiff.kernels' "
+            "(a top-level 'kernels' belongs to another project); use 'from fastdiff import kernels'"
         )
 
 
@@ -79,3 +80,8 @@ __all__ = [
     "shapes_only",
 ]
 __all__ += [name for name in globals().get("OPS", ()) if name not in __all__]
+
+
+def __dir__() -> list[str]:
+    """The public names; the files of the package stay importable."""
+    return sorted(__all__)

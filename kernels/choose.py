@@ -1,17 +1,18 @@
-"""Which backend of an op runs: the order, the objections, the reasons.
+"""Choose which backend of an op runs, and explain the choice.
 
-Every op has a readable `reference` and may have faster backends. In `auto` the first one in `ORDER`
-runs that has no objection (`why_not`) and is not known to be `slower` than a later one, unless
-another measured fastest for these arguments (`Choosable.first`); a backend that is forced, by
-``with fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND``, runs or
-raises `BackendError`. A fallback is never silent: when a backend made for the tensor's device
-objects, `auto` warns once per (op, reason).
+Every op has a readable `reference` and may have faster backends. `auto` runs the first backend in
+`ORDER` that accepts the arguments (`why_not` returns None) and is not known to be `slower` than a
+later one, unless another measured fastest for these arguments (`Choosable.first`). A backend forced
+by ``with fastdiff.backend("triton"):`` or by the environment variable ``FASTDIFF_BACKEND`` runs or
+raises `BackendError`. A fallback is never silent: if a backend made for the tensor's device cannot
+run the call, `auto` warns once per (op, reason).
 
-The choice is made when the op runs, inside a graph of `torch.compile` too. Tracing decides one
-thing only: whether the graph holds the op or its reference, operation by operation, for Inductor to
-fuse (`traces_reference`). Dynamo guards on that, so switching to or from the reference recompiles.
+The choice is made when the op runs, also inside a graph of `torch.compile`. Tracing decides only
+whether the graph contains the op, or the operations of its reference for Inductor to fuse
+(`traces_reference`). Dynamo guards on that, so switching to or from the reference recompiles.
 
-What a call costs here is Python: what depends on device and dtype alone is worked out once per op.
+The cost of a call here is Python overhead, so whatever depends only on device and dtype is computed
+once per op.
 """
 
 from __future__ import annotations
@@ -35,17 +36,25 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .tracing import constant_in_graphs
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = ("cuda", "triton", "library", "cpu", "reference")
 BACKENDS = (*ORDER, "auto")
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ()}
-"""Backend -> the device types that it is made for; empty: all. On others it is not a candidate, and
-passing over it does not warn."""
-EMULATED: dict[str, tuple[str, ...]] = {}
-"""Backend -> device types on which it also runs, slowly, and only when it is forced by name."""
+DEVICES = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "library": ("cuda",),
+    "cpu": ("cpu",),
+    "reference": (),
+}
+"""Backend -> the device types it is made for; empty: all. On other devices it is not a candidate,
+and skipping it does not warn."""
+OPTIONAL = ("library",)
+"""Backends that an op need not have; messages do not mention it if they are absent."""
+EMULATED: dict[str, tuple[str, ...]] = {"library": ("cpu",)}
+"""Backend -> other device types on which it runs, but only when the backend is forced."""
 UNAVAILABLE: dict[str, str] = {}
-"""Backend -> why this installation has none of its kernels."""
+"""Backend -> why its kernels are missing from this installation."""
 ENVIRONMENT_VARIABLE = "FASTDIFF_BACKEND"
-# os.environ says that a variable is not set by an exception, half a microsecond in every call
+# looking up an unset variable in os.environ raises internally, half a microsecond in every call
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _variable: Any = ENVIRONMENT_VARIABLE
 if _environment is not os.environ:
@@ -60,11 +69,11 @@ _warned: set[tuple[str, str]] = set()
 
 
 class _Forced(threading.local):
-    """What `_forced` means to a graph, where Dynamo can guard on it: it cannot on a ContextVar."""
+    """A copy of `_forced` that Dynamo can guard on, which it cannot do for a ContextVar."""
 
-    def __init__(self) -> None:  # of every thread: Dynamo guards on what an instance has
+    def __init__(self) -> None:  # runs in every thread; Dynamo guards on instance attributes
         self.any = False
-        """A backend is forced, "auto" among them."""
+        """A backend is forced, possibly "auto"."""
         self.reference = False
         self.kernel = False
 
@@ -81,7 +90,7 @@ class BackendError(RuntimeError):
 
 
 class BackendWarning(UserWarning):
-    """`auto` passed over a backend made for this device; the message says why."""
+    """`auto` skipped a backend made for this device; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,40 +100,40 @@ class Backend:
     name: str
     """One of `ORDER`."""
     forward: Callable[..., Any]
-    """The op's arguments and `keep` -> (outputs, statistics). keep: whether a backward pass will
-    want the statistics, which are None otherwise (and always where the op has none)."""
+    """Takes the op's arguments and `keep`, returns (outputs, statistics). keep: whether a backward
+    pass will need the statistics; if not, or if the op has none, they are None."""
     backward: Callable[..., Any] | None = None
-    """The gradients of the outputs, what was kept (see `Op.keep`), the statistics where the op has
-    any, and `needs` -> a gradient, or None, per tensor argument."""
+    """Takes the gradients of the outputs, the saved arguments (see `Op.keep`), the statistics if
+    the op has any, and `needs`; returns a gradient, or None, per tensor argument."""
     why_not: Callable[..., str | None] | None = None
-    """Why it cannot run these arguments, as one sentence with got and expected, or None."""
+    """Why it cannot run these arguments, as one sentence with expected and got, or None."""
     dtypes: tuple[torch.dtype, ...] = ()
-    """Dtypes of the first tensor that it is made for; empty: all. Others are treated as `DEVICES`
-    are."""
+    """Dtypes of the first tensor it is made for; empty: all. With another dtype it is not a
+    candidate, as with another device (`DEVICES`)."""
     slower: Callable[..., str | None] | None = None
-    """Where a later backend measured faster: the reason. No objection: a forced backend runs, and
-    `auto` goes on to the next one without a warning."""
+    """The reason why a later backend measured faster, or None. It still runs if forced; `auto`
+    moves on to the next backend without a warning."""
 
     def __post_init__(self) -> None:
         if self.name not in ORDER:
             raise ValueError(f"backend must be one of {ORDER}, got {self.name!r}")
 
     def wrapped(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Backend:
-        """The same with ``wrap(forward)`` in the place of its forward pass."""
+        """A copy whose forward pass is ``wrap(forward)``."""
         return replace(self, forward=wrap(self.forward))
 
     def made_for(self, device: str, dtype: torch.dtype) -> bool:
-        """Whether `auto` considers it for such a first tensor, and has to say why not."""
+        """Whether `auto` considers it for such a first tensor, and warns if it has to skip it."""
         devices = DEVICES[self.name]
         return (not devices or device in devices) and (not self.dtypes or dtype in self.dtypes)
 
 
 def without(wide: Backend, places: slice, gradients: slice = slice(0, 0)) -> Backend:
-    """A backend of an op with two outputs as that of the op that has the first one only, and not
-    the arguments at `places`: None goes in.
+    """Adapt a backend of an op with two outputs to the op that has only the first output.
 
     Args:
-        gradients: where those arguments' own gradients are among all.
+        places: the arguments that the narrower op lacks; the backend receives None for them.
+        gradients: the positions of their gradients among all gradients.
     """
     first, absent = places.start, (None,) * (places.stop - places.start)
     unwanted = (False,) * (gradients.stop - gradients.start)
@@ -147,30 +156,30 @@ def without(wide: Backend, places: slice, gradients: slice = slice(0, 0)) -> Bac
 
 
 class Choosable(Protocol):
-    """What an op is here: a name and its backends."""
+    """An op as far as the choice is concerned: a name and its backends."""
 
     name: str
     backends: dict[str, Backend]
     """In the order of `ORDER`."""
     candidates: dict[Any, tuple[Backend, ...]]
-    """(device, dtype, first) -> what `auto` goes through; emptied when `backends` changes."""
+    """(device, dtype, first) -> the backends `auto` tries; cleared when `backends` changes."""
 
     def first(self, args: tuple[Any, ...]) -> str | None:
-        """What `auto` tries before the others for these arguments; None: `ORDER` alone decides."""
+        """The backend `auto` tries first for these arguments; None: the order is `ORDER`."""
 
 
 OPS: dict[str, Any] = {}
-"""Name -> op, each a `Choosable` that has a reference."""
+"""Name -> op, each a `Choosable` with a reference."""
 
 
 def forget_candidates() -> None:
-    """After `UNAVAILABLE` has changed."""
+    """Clear the cached candidates of all ops; call this after changing `UNAVAILABLE`."""
     for op in OPS.values():
         op.candidates.clear()
 
 
 def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
-    """Why a backend would not run these arguments now, None where it would."""
+    """Why a backend would not run these arguments now, or None if it would."""
     backend = op.backends.get(name)
     if backend is None or name in UNAVAILABLE:
         return missing(op, name)
@@ -180,7 +189,7 @@ def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
         return f"it runs on {' and '.join(devices)}, got tensors on {device}"
     if backend.dtypes and x.dtype not in backend.dtypes:
         *known, got = (str(d).removeprefix("torch.") for d in (*backend.dtypes, x.dtype))
-        return f"it takes {', '.join(known)}, got {got}"
+        return f"it supports {', '.join(known)}, got {got}"
     reason = None if backend.why_not is None else backend.why_not(*args)
     if reason is None and backend.slower is not None and selected_backend() == "auto":
         return backend.slower(*args)
@@ -192,7 +201,7 @@ def _emulated(name: str, device: str) -> bool:
 
 
 def elsewhere(names: Sequence[str], args: Sequence[Any]) -> str | None:
-    """Why kernels cannot run these arguments where a tensor is on another device than the first."""
+    """Why kernels cannot run these arguments: a tensor is on another device than the first."""
     device = args[0].device
     for i, t in enumerate(args[1:], start=1):
         if isinstance(t, Tensor) and t.device != device:
@@ -201,22 +210,24 @@ def elsewhere(names: Sequence[str], args: Sequence[Any]) -> str | None:
 
 
 def available_backends(op: Choosable) -> dict[str, Backend]:
-    """The backends of an op that this installation has."""
+    """The backends of an op that are available in this installation."""
     return {name: b for name, b in op.backends.items() if name not in UNAVAILABLE}
 
 
 def missing(op: Choosable, name: str) -> str:
-    """Why an op does not have a backend here."""
+    """Why a backend of an op is not available."""
     return UNAVAILABLE.get(name, f"{op.name} has no {name} backend")
 
 
 def reasons(op: Choosable, args: tuple[Any, ...]) -> dict[str, str | None]:
-    """Backend -> why it would not run these arguments, None where it would."""
-    return {name: objection(op, name, args) for name in ORDER}
+    """Backend -> why it would not run these arguments, or None if it would."""
+    asked = selected_backend()
+    shown = [n for n in ORDER if n in op.backends or n not in OPTIONAL or n == asked]
+    return {name: objection(op, name, args) for name in shown}
 
 
 def candidates(op: Choosable, args: tuple[Any, ...]) -> tuple[Backend, ...]:
-    """What `auto` goes through: the backends made for the device and dtype of the first tensor."""
+    """The backends that `auto` tries: those made for the device and dtype of the first tensor."""
     x = args[0]
     device = "cpu" if x.is_cpu else x.device.type
     first = op.first(args) if device == "cuda" else None
@@ -238,15 +249,15 @@ def _candidates(
 
 
 def choose(op: Choosable, args: tuple[Any, ...]) -> Backend:
-    """The backend that these arguments get. Raises BackendError."""
+    """The backend that runs these arguments. Raises BackendError."""
     name = selected_backend()
     if transformed():
         if name in ("auto", "reference"):
             return op.backends["reference"]
         raise BackendError(
             f"backend {name!r} cannot run {op.name} under torch.func or forward-mode "
-            "differentiation, whose derivatives only the reference has; use backend='auto'",
-            {name: "it has no such derivatives"},
+            "differentiation, which only the reference supports; use backend='auto'",
+            {name: "it does not support torch.func or forward-mode differentiation"},
         )
     if name == "auto":
         backend = _first_of(op, args)
@@ -260,7 +271,7 @@ def choose(op: Choosable, args: tuple[Any, ...]) -> Backend:
 
 
 def _first_of(op: Choosable, args: tuple[Any, ...]) -> Backend | None:
-    """The first candidate without an objection that is not slower than a later one."""
+    """The first candidate that can run these arguments and is not slower than a later one."""
     for backend in candidates(op, args):
         why_not, slower = backend.why_not, backend.slower
         reason = None if why_not is None else why_not(*args)
@@ -274,15 +285,15 @@ def _first_of(op: Choosable, args: tuple[Any, ...]) -> Backend | None:
 
 
 def traces_reference(op: Choosable, args: tuple[Any, ...]) -> bool:
-    """While tracing: whether the graph gets the reference in the op's place.
+    """While tracing: whether the graph gets the reference instead of the op.
 
-    Yes where it is forced, and in `auto` where no kernel serves these arguments. Where a kernel is
-    forced the graph holds the op, which raises `BackendError` when it runs, as it does in eager.
+    True if the reference is forced, or in `auto` if no kernel can run these arguments. If a kernel
+    is forced the graph contains the op, which raises `BackendError` when it runs, as in eager mode.
     """
     if _traced.reference:
         return True
     asked = _from_environment()
-    if asked != "auto" and _traced.any:  # in this order: what is read here, Dynamo guards on
+    if asked != "auto" and _traced.any:  # order matters: Dynamo guards on whatever is read here
         asked = "auto"
     found = _first_of(op, args)
     if asked != "reference" and found is not None and found.name != "reference":
@@ -291,19 +302,19 @@ def traces_reference(op: Choosable, args: tuple[Any, ...]) -> bool:
 
 
 def transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is active: only the reference has those
-    derivatives, and an opaque kernel would silently give zeros."""
+    """Whether `torch.func` or forward-mode differentiation is active. Only the reference supports
+    them; an opaque kernel would silently give zeros."""
     return forward_ad._current_level >= 0 or _transformation() is not None
 
 
 def untraced(arguments: Iterable[Any]) -> bool:
-    """Whether a call may go past PyTorch's dispatcher: nothing is compiled, transformed or traced,
-    and the tensors are plain ones on one device."""
+    """Whether a call may bypass PyTorch's dispatcher: nothing is being compiled, transformed or
+    traced, and the tensors are ordinary ones on one device."""
     return not (is_compiling() or transformed()) and unseen(arguments)
 
 
 def unseen(arguments: Iterable[Any]) -> bool:
-    """`untraced` where it is known that nothing is compiled or transformed."""
+    """`untraced`, given that nothing is being compiled or transformed."""
     if is_in_torch_dispatch_mode() or _tracing_state() is not None:
         return False
     device = None
@@ -314,20 +325,20 @@ def unseen(arguments: Iterable[Any]) -> bool:
             if x.is_neg() or (device is not None and where != device):
                 return False
             device = where
-        elif kind not in _NO_TENSORS and isinstance(x, Tensor):  # a subclass, which may do anything
+        elif kind not in _NO_TENSORS and isinstance(x, Tensor):  # a subclass may override anything
             return False
     return True
 
 
 def wants_gradient(arguments: Iterable[Any]) -> bool:
-    """Whether autograd has to know of a call."""
+    """Whether autograd has to record a call."""
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in arguments
     )
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether a call may go past PyTorch's dispatcher and past autograd."""
+    """Whether a call may bypass both PyTorch's dispatcher and autograd."""
     return untraced(tensors) and not wants_gradient(tensors)
 
 
@@ -337,31 +348,31 @@ _NO_TENSORS = frozenset({type(None), bool, int, float, str})
 def _warn_once(op: str, backend_name: str, reason: str) -> None:
     if (op, reason) not in _warned:
         _warned.add((op, reason))
-        message = f"{op}: {backend_name} does not run here, the next one does: {reason}"
+        message = f"{op}: {backend_name} cannot run this call, so the next backend does: {reason}"
         warnings.warn(message, BackendWarning, stacklevel=6)
 
 
 def _warn_of_missing(backend_name: str) -> None:
-    """Once, if there is a reason why it is missing: pip does not show what a build warned of."""
+    """Warn once that a backend is missing, and why: pip hides the warnings of a build."""
     if backend_name in UNAVAILABLE and not is_compiling() and ("", backend_name) not in _warned:
         _warned.add(("", backend_name))
         reason = UNAVAILABLE[backend_name]
-        message = f"fastdiff runs without its {backend_name} kernels, slower: {reason}"
+        message = f"fastdiff runs without its {backend_name} kernels, which is slower: {reason}"
         warnings.warn(message, BackendWarning, stacklevel=6)
 
 
-# Dynamo cannot trace the environment either: what it says while tracing stays in the graph
+# Dynamo cannot trace the environment either: its value during tracing is baked into the graph
 @constant_in_graphs
 def traced_choice() -> tuple[str, ...]:
-    """What decides whether a graph that is traced now holds an op or its reference.
+    """Everything that decides whether a graph traced now contains an op or its reference.
 
-    Graphs that are kept for later runs have it in their keys.
+    It is part of the key of graphs that are cached for later runs.
     """
     return tuple(map(str, (_from_environment(), _traced.reference, _traced.kernel, _traced.any)))
 
 
 def _from_environment() -> str:
-    """FASTDIFF_BACKEND, or "auto" where it is not set."""
+    """FASTDIFF_BACKEND, or "auto" if it is not set."""
     if _variable not in _environment:
         return "auto"
     name = os.environ[ENVIRONMENT_VARIABLE] or "auto"
@@ -370,10 +381,10 @@ def _from_environment() -> str:
     return name
 
 
-# Dynamo cannot trace a ContextVar: it runs this function while tracing and keeps the answer
+# Dynamo cannot trace a ContextVar: it runs this function while tracing and keeps the result
 @constant_in_graphs
 def selected_backend() -> str:
-    """The backend asked for: the innermost `backend()`, else FASTDIFF_BACKEND, else "auto"."""
+    """The requested backend: the innermost `backend()`, else FASTDIFF_BACKEND, else "auto"."""
     name = _forced.get()
     if name is None:
         return "auto" if _variable not in _environment else _from_environment()
@@ -382,14 +393,14 @@ def selected_backend() -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the ``with`` block on one backend; "auto" gives the choice back.
+    """Run the ops inside the ``with`` block on one backend; "auto" restores the automatic choice.
 
-    It holds for the thread or asyncio task that entered it, takes precedence over FASTDIFF_BACKEND,
-    and reaches into graphs of `torch.compile`, whenever they were compiled. A backward pass uses
-    the backend of its forward pass, inside the block or not.
+    Applies to the thread or asyncio task that entered the block, takes precedence over
+    FASTDIFF_BACKEND, and also affects graphs of `torch.compile`, whenever they were compiled. A
+    backward pass uses the backend of its forward pass, inside the block or not.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: unknown backend.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
@@ -405,7 +416,7 @@ def _forcing(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
-        _tell_graphs(_forced.get())  # asyncio tasks may leave in another order than they came
+        _tell_graphs(_forced.get())  # asyncio tasks may exit in a different order than they entered
 
 
 def _tell_graphs(name: str | None) -> None:
@@ -414,17 +425,17 @@ def _tell_graphs(name: str | None) -> None:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For ``torch.utils.checkpoint.checkpoint(..., context_fn=checkpoint_contexts)``: what is
-    computed again in the backward pass runs on the backends of the first time."""
+    """For ``torch.utils.checkpoint.checkpoint(..., context_fn=checkpoint_contexts)``: recomputation
+    in the backward pass then uses the same backends as the forward pass."""
     return nullcontext(), _forcing(_forced.get())
 
 
 @contextmanager
 def record_backends() -> Iterator[dict[str, set[str]]]:
-    """Op -> the backends that ran it inside the ``with`` block; filled as the ops run.
+    """Record which backends run each op inside the ``with`` block, as a dict that fills meanwhile.
 
-    Ops inside graphs of `torch.compile` are recorded too; a reference that was traced into a graph
-    is part of it and is not.
+    Ops inside graphs of `torch.compile` are recorded too, except a reference that was traced into
+    the graph: its operations are no longer an op.
     """
     served: dict[str, set[str]] = {}
     token = _served.set(served)
@@ -443,7 +454,7 @@ def record(op: str, backend_name: str) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run (None: it would raise BackendError), and why each other one not."""
+    """Which backend would run (None: BackendError), and why each of the others would not."""
 
     op: str
     selected: str
@@ -455,7 +466,7 @@ class Explanation:
         for name, reason in self.reasons.items():
             if name != self.chosen:
                 lines.append(
-                    f"  {name:<9} {reason or 'could run; it comes later or was not asked'}"
+                    f"  {name:<9} {reason or 'could run, but comes later or is not selected'}"
                 )
         return "\n".join(lines)
 
@@ -464,10 +475,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """Say which backend of `op` these arguments would get, and why the others would not run.
 
     Args:
-        op: name of the op or its public function; args, kwargs: what the public function takes.
+        op: name of the op or its public function.
+        args, kwargs: the arguments of the public function.
 
     Raises:
-        ValueError: there is no such op, or no arguments are given.
+        ValueError: unknown op, or no arguments given.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
@@ -485,7 +497,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What the op gets when its public function is called so. Raises ValueError."""
+    """The op's arguments for such a call of its public function. Raises ValueError."""
     op = OPS[name]
     try:
         bound = inspect.signature(op.public or op.reference).bind(*args, **kwargs)
@@ -501,7 +513,7 @@ def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def available() -> dict[str, dict[str, str | None]]:
-    """Op -> backend -> why it is not there, None where it is."""
+    """Op -> backend -> why it is not available, or None if it is."""
     return {
         op.name: {
             name: None if name in available_backends(op) else missing(op, name) for name in ORDER

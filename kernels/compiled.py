@@ -1,8 +1,8 @@
-"""The compiled module `fastdiff.kernels._native`, or the reason why there is none.
+"""The compiled module `fastdiff.kernels._native`, or the reason why it is missing.
 
-It is built from ``csrc/`` by setup.py and holds no torch header: its functions take addresses,
-sizes and strides. Its loops run on the threads of torch's own pool, through the C function
-``torch_parallel_for``; where a torch does not have that one, they run on the calling thread.
+It is built from ``csrc/`` by setup.py without torch headers: its functions take addresses, sizes
+and strides. Its loops run on torch's own thread pool, through the C function
+``torch_parallel_for``; if torch does not export that function, they run on the calling thread.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .choose import UNAVAILABLE
 
 NAME = f"{__package__}._native"
 native: Any = None
-"""The module; None where it is not built or does not load."""
+"""The module; None if it is not built or does not load."""
 
 
 def _why_missing(error: ImportError) -> str:
     if find_spec(NAME) is not None:
-        return f"the compiled module does not load: {error}"
-    told = Path(__file__).with_name("_native_missing.txt")  # setup.py left it
-    if told.exists():
-        return f"the compiled module was not built: {told.read_text().strip()}"
+        return f"the compiled module failed to load: {error}"
+    reason = Path(__file__).with_name("_native_missing.txt")  # written by setup.py
+    if reason.exists():
+        return f"the compiled module was not built: {reason.read_text().strip()}"
     return (
-        "the compiled module is not built here; with a C++ compiler, 'make build' or "
-        "installing again builds it"
+        "the compiled module has not been built; install a C++ compiler, then run 'make build' "
+        "or reinstall fastdiff"
     )
 
 
@@ -43,7 +43,7 @@ except ImportError as error:
 
 
 def _find_parallel_for() -> int:
-    """The address of torch's thread pool, 0 where this torch does not have it."""
+    """The address of ``torch_parallel_for``, or 0 if this torch does not export it."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
@@ -61,7 +61,7 @@ if native is not None:
 
 
 def describe() -> dict[str, Any]:
-    """What ``fastdiff doctor`` tells about the module."""
+    """What ``fastdiff doctor`` reports about the module."""
     if native is None:
         return {"missing": MISSING}
     return {
@@ -70,13 +70,13 @@ def describe() -> dict[str, Any]:
         "isa": native.isa(),
         "threads": "torch's pool"
         if native.has_parallel_for()
-        else "one: torch lacks its C function",
+        else "one: torch does not export torch_parallel_for",
         "stale": stale(),
     }
 
 
 def stale() -> bool:
-    """True in a checkout whose ``csrc/`` is not what the module was built from."""
+    """Whether this is a checkout whose ``csrc/`` changed since the module was built."""
     sources = Path(__file__).resolve().parent.parent / "csrc"
     if native is None or not (sources / "common" / "bindings.cpp").exists():
         return False

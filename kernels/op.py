@@ -1,20 +1,21 @@
-"""What an op is: its schema, its shapes, its derivative and its backends, registered once.
+"""The definition of an op: its schema, shapes, derivative and backends, registered once.
 
-An op is one `torch.library` op, ``fastdiff::<name>``, and one for its backward pass. Each picks the
-backend when it runs, so a graph of `torch.compile` follows ``with backend(...)`` too. What the
-forward pass saves has one shape for all backends, and every output has the strides of `fake`.
+An op is one `torch.library` op, ``fastdiff::<name>``, plus one for its backward pass. Both choose
+the backend when they run, so ``with backend(...)`` affects graphs of `torch.compile` too. The
+tensors saved by the forward pass have the same shape on all backends, and every output has the
+strides of `fake`.
 
-In eager a call goes straight to the backend's function, through an `autograd.Function` of ours
-where a gradient is wanted: PyTorch's dispatcher costs more than a small tensor's work. The backward
-pass takes the backend of its forward pass, which it finds in its context: it runs in autograd's own
-threads, or after the ``with`` block, where no `ContextVar` tells.
+In eager mode a call goes straight to the backend's function, or through an `autograd.Function` of
+ours if a gradient is needed, because PyTorch's dispatcher takes longer than the work on a small
+tensor. The backward pass uses the backend of its forward pass and finds it in its autograd context:
+it may run in autograd's own threads or after the ``with`` block, where a `ContextVar` is not set.
 
-Only graphs, dispatch modes and transformations see the op that PyTorch knows. A differentiable one
-returns, after its outputs and its statistics, a mark: the backend that ran. The mark is an empty
-tensor whose stride is the backend's number: a graph can pass it on, reading it waits for no GPU,
-and it keeps no memory (docs/decisions/kernels.md has the alternatives). Where a hook on saved
-tensors made another tensor of it, the gradients are those of the reference, which needs none of the
-statistics.
+Only graphs, dispatch modes and transformations see the op registered with PyTorch. If it is
+differentiable, it returns a mark after its outputs and its statistics, which identifies the backend
+that ran. The mark is an empty tensor whose stride is the backend's number: it can pass through a
+graph, reading it does not synchronize with the GPU, and it holds no memory
+(docs/decisions/kernels.md discusses the alternatives). If a saved-tensor hook replaced the mark by
+another tensor, the gradients are those of the reference, which does not need the statistics.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from .tuning import measured
 
 NAMESPACE = "fastdiff"
 MARKS = {name: 2 + number for number, name in enumerate(ORDER)}
-"""Backend -> its mark's stride. 1 is what an empty tensor has by itself."""
+"""Backend -> its mark's stride. 1 is reserved: it is the default stride of an empty tensor."""
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-"""What ``torch.autograd.grad(..., is_grads_batched=True)`` passes to a backward pass."""
+"""Detects the tensors that ``torch.autograd.grad(..., is_grads_batched=True)`` passes in."""
 
 _shapes_only: ContextVar[bool] = ContextVar("fastdiff_shapes_only", default=False)
 
@@ -57,76 +58,77 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to do at least, declared and not measured."""
+    """The least work that a call has to do; computed from shapes, not measured."""
 
     bytes: int
-    """Read from memory and written to it, each number once."""
+    """Bytes read from and written to memory, each element once."""
     flops: int = 0
-    """Of matrix products, 2 per multiply-add; the other ops are bound by memory."""
+    """FLOPs of matrix products, 2 per multiply-add; other ops are memory bound and leave it 0."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Op:
-    """An op; call it with the arguments of its schema to run it on the backend of the moment."""
+    """An op. Call it with the arguments of its schema to run it on the selected backend."""
 
     name: str
     schema: str
     """Arguments and outputs, as in ``(Tensor x, Tensor? weight, float eps) -> Tensor``. The first
-    argument is a tensor; the choice of the backend goes by it."""
+    argument must be a tensor; its device and dtype determine the candidate backends."""
     reference: Callable[..., Any]
     """The op in plain PyTorch: readable, differentiable any number of times, traceable."""
     formula: Callable[..., Any] | None = None
-    """The op as the paper has it, for fp64: what all backends are tested against."""
+    """The paper's formula, evaluated in fp64; all backends are tested against it."""
     fake: Callable[..., Any]
-    """Empty (outputs, statistics) for arguments; statistics is None where the op has none."""
+    """Takes the arguments, returns empty (outputs, statistics); statistics may be None."""
     work: Callable[..., Work]
-    """The op's arguments -> what a call has to do; with ``backward=True``, the backward pass."""
+    """The op's arguments -> the work of a call; with ``backward=True``, of the backward pass."""
     shape_class: Callable[..., str] | None = None
-    """What decides on a GPU which backend is the fastest; None: it was never measured."""
-    unmeasured: Callable[[torch.device], str | None] | None = None
-    """The backend that comes first on a GPU where nothing was measured; None: by `ORDER`."""
+    """The class by which the fastest backend of a GPU is looked up; None: never measured."""
+    unmeasured: Callable[..., str | None] | None = None
+    """The op's arguments -> the backend to try first on a GPU without measurements; None: the order
+    is `ORDER`."""
     example: Callable[[Callable[..., Tensor]], dict[str, Any]]
-    """A function that makes a tensor of a shape -> small arguments of the public function."""
+    """Takes a function that makes a tensor of a shape, returns small example arguments."""
     kernels: Sequence[Backend] = ()
     statistics: bool = False
-    """Whether the forward pass leaves a tensor for the backward pass, besides its outputs."""
+    """Whether the forward pass saves a tensor for the backward pass, besides its outputs."""
     differentiable: bool = True
     traceable: bool = True
-    """Whether Dynamo can trace the reference; otherwise graphs hold the op, whatever runs."""
+    """Whether Dynamo can trace the reference; if not, graphs always contain the op."""
     arguments: Callable[..., tuple[Any, ...]] = lambda *args: args
     """The public function's arguments, in its order -> the op's."""
 
     # What the backward pass needs
     keep: Callable[..., tuple[Any, ...]] = lambda args, outputs: args
-    """(arguments, outputs) -> what backward gets in the arguments' places."""
+    """(arguments, outputs) -> what is saved in place of the arguments for the backward pass."""
     kept_outputs: tuple[int, ...] = ()
-    """Outputs that it gets besides, after the arguments."""
+    """Outputs that are saved too, after the arguments."""
     passed_on: dict[str, str] = field(default_factory=dict)
-    """Argument -> the one whose gradient is its gradient too."""
+    """Argument -> another argument, whose gradient is also its own."""
     gradient_like: Callable[[Tensor], Tensor] = lambda x: torch.empty(
         x.shape, dtype=x.dtype, device=x.device
     )
-    """Room for the gradient of an argument."""
+    """Allocates the gradient of an argument."""
     again: Callable[..., Any] | None = None
-    """(gradients of the outputs, what was kept) -> the gradients of the arguments, differentiable
-    once more; None: those of `reference`."""
+    """(gradients of the outputs, saved arguments) -> the gradients of the arguments, themselves
+    differentiable; None: differentiate `reference`."""
     without_first: Callable[..., Any] | None = None
-    """The same where nothing depends on the first output, whose gradient is None."""
+    """Like `again`, for the case that the gradient of the first output is None."""
 
-    # Worked out from the above
+    # Derived from the above
     public: Callable[..., Any] | None = field(default=None, init=False)
     """The function that checks its arguments and calls the op."""
     types: dict[str, str] = field(init=False)
     """Argument -> its type in the schema."""
     tensors: list[int] = field(init=False)
-    """Places of the tensors among the arguments."""
+    """Positions of the tensors among the arguments."""
     own: list[int] = field(init=False)
-    """Places of those that have a gradient of their own."""
+    """Positions of the tensors that have a gradient of their own (not in `passed_on`)."""
     takers: list[list[int]] = field(init=False)
-    """For each of `own`: the places of the arguments that get its gradient."""
+    """For each of `own`: the positions of the arguments that get its gradient."""
     outputs: int = field(init=False)
     known: Any = field(init=False)
-    """The op that PyTorch knows."""
+    """The op registered with PyTorch."""
     known_backward: Any = field(default=None, init=False)
     backends: dict[str, Backend] = field(init=False)
     candidates: dict[Any, tuple[Backend, ...]] = field(default_factory=dict, init=False)
@@ -150,12 +152,12 @@ class Op:
         self._register(arguments)
 
     def use(self, backends: dict[str, Backend]) -> None:
-        """Put other backends in the place of the op's, in the order of `ORDER`."""
+        """Replace the op's backends; they must be in the order of `ORDER`."""
         self.backends = backends
         self.candidates.clear()
 
     def exposes(self, function: F) -> F:
-        """Decorate the public function, the one that checks its arguments and calls the op."""
+        """Decorator for the public function, which checks its arguments and calls the op."""
         self.public = function
         return function
 
@@ -175,18 +177,18 @@ class Op:
         return backend.forward(*args, False)[0]
 
     def first(self, args: tuple[Any, ...]) -> str | None:
-        """What measured fastest on the GPU of these arguments."""
+        """The backend that measured fastest for these arguments on their GPU, or None."""
         if self.shape_class is None:
             return None
         x = args[0]
-        # graphs may not depend on the batch
+        # graphs must not depend on the batch size
         of = measured.ANY if is_compiling() else self.shape_class(*args)
         found = measured.fastest(self.name, x.device, x.dtype, of)
         if found is None and self.unmeasured is not None:
-            return self.unmeasured(x.device)
+            return self.unmeasured(*args)
         return found
 
-    # The op that PyTorch knows
+    # The op registered with PyTorch
 
     def _register(self, arguments: str) -> None:
         more = self.statistics + self.differentiable
@@ -204,7 +206,7 @@ class Op:
         self.known = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def _through_pytorch(self, args: tuple[Any, ...]) -> Any:
-        """Run the op as PyTorch knows it: with a gradient, a trace, a dispatch mode."""
+        """Run the registered op, through the dispatcher: for autograd, tracing, dispatch modes."""
         if not self.differentiable:
             with torch.no_grad():
                 return self.known(*args)
@@ -214,7 +216,7 @@ class Op:
     def _run(self, *args: Any) -> Any:
         backend = choose(self, args)
         moved = None if backend.name == "reference" else elsewhere(list(self.types), args)
-        if moved is not None:  # a kernel would take another device's address for one of its own
+        if moved is not None:  # a kernel would mistake another device's address for its own
             raise ValueError(f"{self.name}: {moved}; use .to({args[0].device.type!r})")
         record(self.name, backend.name)
         outputs, statistics = backend.forward(*args, True)
@@ -225,7 +227,7 @@ class Op:
         return self._packed(args[0], outputs, statistics, 1)
 
     def _packed(self, x: Tensor, outputs: Any, statistics: Tensor | None, mark: int) -> Any:
-        """Outputs, statistics and mark, as the op's schema has them."""
+        """Outputs, statistics and mark, as in the schema of the registered op."""
         if outputs is None:
             return None
         flat: tuple[Any, ...] = _flat(outputs)
@@ -257,7 +259,7 @@ class Op:
         self.known_backward = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = None  # the mark, the last of what is saved, tells
+        ctx.backend = None  # identified by the mark, the last saved tensor
         if self.statistics:
             ctx.mark_non_differentiable(output[self.outputs])
         self.save(ctx, inputs, output[: self.outputs], output[self.outputs :])
@@ -265,7 +267,7 @@ class Op:
     def save(
         self, ctx: Any, args: tuple[Any, ...], outputs: Sequence[Tensor], more: Sequence[Tensor]
     ) -> None:
-        """Save what the backward pass needs; `more` is the statistics and the mark, if any."""
+        """Save what the backward pass needs; `more` is the statistics and mark, if any."""
         kept = self.keep(args, outputs)
         ctx.others = [None if isinstance(a, Tensor) else a for a in kept]
         ctx.set_materialize_grads(False)
@@ -279,7 +281,7 @@ class Op:
     def differentiate(
         self, ctx: Any, wanted: Sequence[bool], given: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of the arguments, where they are wanted, from those of the outputs."""
+        """The gradients of the wanted arguments, given those of the outputs."""
         results: list[Tensor | None] = [None] * len(self.types)
         if all(gradient is None for gradient in given):
             return tuple(results)
@@ -304,7 +306,7 @@ class Op:
     def _gradients_of_kernel(
         self, backend: Backend | None, rest: Sequence[Any], needs: list[bool]
     ) -> Sequence[Tensor | None]:
-        """backend: of the forward pass; None: the last of `rest` is its mark."""
+        """Run the backward pass of `backend`; None: of the mark at the end of `rest`."""
         if backend is not None:
             batched = (g is not None and _is_batched(g) for g in rest[: self.outputs])
             if untraced(rest) and not any(batched):
@@ -318,7 +320,7 @@ class Op:
     def gradients_by_reference(
         self, gradients: Sequence[Tensor | None], kept: Sequence[Any]
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of the arguments of `own`, differentiable once more."""
+        """The gradients of the arguments in `own`, themselves differentiable."""
         if self.again is not None:
             found: tuple[Tensor | None, ...] = self.again(gradients, *kept)
             return found
@@ -347,7 +349,7 @@ class Op:
         needs: Sequence[bool],
         room: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
-        """What was found, with tensors of no elements for what is not needed."""
+        """The gradients found, with empty tensors for those that are not needed."""
         results = []
         for i, gradient, need in zip(self.own, found, needs, strict=True):
             if not need or kept[i] is None:
@@ -359,7 +361,7 @@ class Op:
 
 
 class _Differentiable(torch.autograd.Function):
-    """A call in eager that wants a gradient: the backend's two functions, and nothing between."""
+    """An eager call that needs a gradient: calls the backend's two functions directly."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:
@@ -393,9 +395,9 @@ def reference_gradients(
     gradients: Sequence[Tensor | None],
     places: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a reference for the inputs at `places`, differentiable once more.
+    """The gradients of a reference for the inputs at `places`, themselves differentiable.
 
-    A backward pass calls it when a graph of it is wanted (gradients are enabled in it).
+    Called by a backward pass with create_graph=True (gradients are enabled inside it).
     """
     leaves = [i for i in places if isinstance(inputs[i], Tensor) and inputs[i].requires_grad]
     outputs = _flat(reference(*inputs))
@@ -412,8 +414,11 @@ def reference_gradients(
 
 
 def _reference_backend(op: Op) -> Backend:
-    """The reference as a backend: itself, with a graph of its own, where PyTorch sees what it does;
-    inside the op, as a graph holds it, with the outputs and the derivative of all backends."""
+    """Wrap the reference as a backend.
+
+    Called directly, it is the reference itself, differentiated by PyTorch. Inside the registered
+    op it has the same outputs, statistics and backward function as any other backend.
+    """
 
     def forward(*args: Any) -> tuple[Any, Tensor | None]:
         *given, inside = args
@@ -433,10 +438,10 @@ def _reference_backend(op: Op) -> Backend:
         *given, needs = args
         gradients, kept = given[: op.outputs], op.kept_arguments(given)
         leaves = list(kept)
-        for i in op.own:  # whatever is needed: one gradient may be a sum of another
+        for i in op.own:  # even if not needed: one gradient may be a sum over another
             if isinstance(kept[i], Tensor) and kept[i].is_floating_point():
                 leaves[i] = kept[i].detach().requires_grad_()
-        with _recording_a_graph():
+        with recording_a_graph():
             found = op.gradients_by_reference(gradients, tuple(leaves))
         results: list[Tensor | None] = []
         for i, gradient, need in zip(op.own, found, needs, strict=True):
@@ -448,8 +453,8 @@ def _reference_backend(op: Op) -> Backend:
 
 
 @contextmanager
-def _recording_a_graph() -> Iterator[None]:
-    """Autograd at work inside an op, where PyTorch's dispatcher has left it behind."""
+def recording_a_graph() -> Iterator[None]:
+    """Enable autograd inside an op, where PyTorch's dispatcher has already excluded it."""
     autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
     included = torch._C._dispatch_tls_local_include_set()
     excluded = torch._C._dispatch_tls_local_exclude_set() - autograd

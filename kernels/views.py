@@ -1,4 +1,4 @@
-"""How tensors lie in memory, as the kernels of all backends take them."""
+"""Memory layouts and views of tensors, shared by the kernels of all backends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last where x is stored so (and could not as well be called contiguous)."""
+    """channels_last if x is stored that way and is not also contiguous."""
     if not x.is_contiguous():
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -17,19 +17,19 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def dense_like(x: Tensor) -> Tensor:
-    """Room for a tensor of the shape, dtype and memory format of x."""
+    """An empty tensor with the shape, dtype and memory format of x, without gaps."""
     return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., D) as (rows, D) with the last dimension dense; a view where the strides allow it."""
+    """(..., D) as (rows, D) with the last dimension dense; a view if the strides allow it."""
     flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
-    """(..., D) as dense rows: a tensor that holds them, how many, how far apart. x has numbers."""
-    if x.is_contiguous():  # no view has to be made
+    """(..., D), not empty, as dense rows: a tensor that holds them, their number, and stride."""
+    if x.is_contiguous():  # avoids creating a view
         d = x.shape[-1]
         return x, x.numel() // d, d
     flat = as_rows(x)
@@ -37,5 +37,5 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def all_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Each of them dense, in the order of its dimensions; None stays None."""
+    """Make each tensor contiguous; None stays None."""
     return [None if t is None else t.contiguous() for t in tensors]

@@ -199,7 +199,8 @@ MISTAKES = {
     "samplers ddim --steps 0": "steps must be at least 1, got 0",
     "samplers ddim --eta": "missing value for argument '--eta'",
     "samplers ddim --eta nan": "eta must lie in [0, 1], got nan",
-    "samplers --spacing karas": "invalid choice 'karas' for argument '--spacing'",
+    "samplers --spacing karas": "unknown spacing 'karas'; did you mean karras?",
+    "samplers ddpm --spacing 10,15 --steps 20": "'10,15' has 25 steps, got 20; set steps to 25",
     "samplers --plot x.jpg": "a plot is one of .png, .svg, .pdf",
     "sample --model nowhere": "nowhere is missing; give a file",
     "sample --model TINY --classes 10": "unknown class '10'; expected one of 0, 1",
@@ -481,6 +482,18 @@ def test_an_image_does_not_depend_on_its_company(run, tiny: str) -> None:
     assert out.splitlines()[0] == "one/4-seed2.png"  # no sheet for one image
     with Image.open("many/4-seed2.png") as a, Image.open("one/4-seed2.png") as b:
         assert a.tobytes() == b.tobytes()
+
+
+def test_a_sheet_that_was_lost_is_made_again(run, tiny: str) -> None:
+    """A sampling that was killed before its sheet, or before half of its images."""
+    words = ("sample", "--model", tiny, "--classes", "1", "2", "--count", "2", "--steps", "2")
+    assert run(*words)[0] == 0
+    whole = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    for lost in (["sheet"], ["sheet", "2-seed0", "2-seed1"], ["sheet", "1-seed0"]):
+        for name in lost:
+            Path(f"out/{name}.png").unlink()
+        assert run(*words)[0] == 0
+        assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == whole, lost
 
 
 def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) -> None:

@@ -1,13 +1,25 @@
-"""The documentation names files that exist: links, paths, rooms, and the index of decisions."""
+"""The documentation names files that exist, its Python runs, and its commands can be read."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import torch
+import tyro
 
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.cli import main
+from fastdiff.images import save_png
+from fastdiff.training import TRAINING_PRESETS, DiffusionRun
+from tests.support.diffusers_models import save_folder
 from tests.support.imports import ROOT
+from tests.support.tiny import tiny_model
 from tests.test_layers import LEVELS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -15,7 +27,11 @@ SYSTEMS = ROOT / "docs/systems.md"
 PACKAGE = ROOT / "fastdiff"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     dead = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
@@ -60,3 +76,79 @@ def test_the_index_lists_every_file_of_decisions() -> None:
     index = (folder / "README.md").read_text()
     files = {path.name for path in folder.glob("*.md")} - {"README.md"}
     assert set(re.findall(r"^\| \[([\w.]+)\]", index, re.M)) == files
+
+
+def blocks(page: Path, language: str) -> str:
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S))
+
+
+def commands(page: Path) -> list[str]:
+    return re.findall(r"^fastdiff .*$", blocks(page, "sh"), re.M)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the pages speak of, small and random."""
+    folder = tmp_path_factory.mktemp("things")
+    save_folder("sd1", folder).rename(folder / "stable-diffusion-v1-5")
+    photo = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    save_png(folder / "photo.png", photo)
+    save_png(folder / "mask.png", (photo[:1] > 0).float() * 2 - 1)
+    for number in range(4):
+        (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        save_png(folder / "photos" / "ab"[number % 2] / f"{number}.png", photo.roll(number, -1))
+    save_bundle(tiny_model(), folder / "runs" / "first")
+    return folder
+
+
+def small_run() -> DiffusionRun[Any]:
+    run: Any = TRAINING_PRESETS["digits-diffusion"]
+    return replace(
+        run,
+        model=replace(run.model, model_channels=16, num_res_blocks=1),
+        optimization=replace(run.optimization, batch_size=2),
+        preview=replace(run.preview, count=2, steps=2),
+    )
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p.name != "README.md"], ids=page_name
+)
+def test_the_python_of_a_page_runs(
+    page: Path, things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, one block after the other; a training is shorter and its network smaller."""
+    shutil.copytree(things, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TRAINING_PRESETS, "digits-diffusion", small_run())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code = re.sub(r"\bsteps=\d{4,}", "steps=2", blocks(page, "python"))
+    exec(compile(code, page.name, "exec"), {"__name__": page.stem})
+    for name in re.findall(r'\.save\("(.*)"\)', code):
+        assert (tmp_path / name).exists()
+
+
+class _Read(BaseException):
+    """The words of a command have become options."""
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=page_name)
+def test_the_commands_of_a_page_can_be_read(
+    page: Path, things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the moment at which they would begin to work."""
+    shutil.copytree(things, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    understand = tyro.cli
+
+    def only_read(*args: Any, **options: Any) -> NoReturn:
+        understand(*args, **options)
+        raise _Read
+
+    monkeypatch.setattr(tyro, "cli", only_read)
+    for line in commands(page):
+        words = shlex.split(line.partition(" > ")[0], comments=True)[1:]
+        if "--like" in words:  # reads the picture first
+            words = words[: words.index("--like")]
+        with pytest.raises(_Read):
+            main(words)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdiff import files
 from fastdiff.files import (
     atomic_file,
     atomic_folder,
@@ -94,6 +95,7 @@ def test_a_failed_second_rename_moves_the_old_folder_back(
         replace(source, to)
 
     monkeypatch.setattr(os, "replace", fail_on_new)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     with pytest.raises(OSError, match="disk error"), atomic_folder(target) as temporary:
         (temporary / "new.bin").write_bytes(b"2")
     assert listing(target) == ["old.bin"]
@@ -203,6 +205,16 @@ def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
 
 
+def _can_exchange(folder: Path) -> bool:
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+    try:
+        return files._exchange(folder / "one", folder / "other")
+    finally:
+        for name in ("one", "other"):
+            (folder / name).rmdir()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -217,6 +229,8 @@ def die_at(call, real):
         return real(*args)
     return maybe
 root, call = Path(sys.argv[1]), int(sys.argv[3])
+if sys.argv[4] == "two renames":
+    files._exchange = lambda one, other: False
 target = os if sys.argv[2] == "replace" else files
 setattr(target, sys.argv[2], die_at(call, getattr(target, sys.argv[2])))
 with files.atomic_folder(root / "model") as temporary:
@@ -226,31 +240,41 @@ files.write_text(root / "latest", "new")
 
 
 @pytest.mark.parametrize(
-    ("function", "call", "model", "latest"),
+    ("how", "function", "call", "model", "latest"),
     [
-        ("_sync", 1, "old", "old"),  # before the first file of the folder is on the disk
-        ("replace", 1, "old", "old"),  # before the old folder is moved aside
-        ("replace", 2, "old", "old"),  # between the two renames: nothing under the name
-        ("_sync", 4, "new", "old"),  # the folder stands, the file is being written
-        ("replace", 3, "new", "old"),
+        ("two renames", "_sync", 1, "old", "old"),  # before the first file is on the disk
+        ("two renames", "replace", 1, "old", "old"),  # before the old folder is moved aside
+        ("two renames", "replace", 2, None, "old"),  # between the two renames
+        ("two renames", "_sync", 4, "new", "old"),  # the folder stands, the file is being written
+        ("two renames", "replace", 3, "new", "old"),
+        ("one step", "_sync", 1, "old", "old"),
+        ("one step", "_exchange", 1, "old", "old"),
+        ("one step", "_sync", 3, "new", "old"),  # the old folder has the temporary's name
+        ("one step", "replace", 1, "new", "old"),
     ],
 )
 def test_kill_9_while_writing_leaves_old_or_new_and_nothing_else(
-    tmp_path: Path, function: str, call: int, model: str, latest: str
+    tmp_path: Path, how: str, function: str, call: int, model: str | None, latest: str
 ) -> None:
+    if how == "one step" and not _can_exchange(tmp_path):
+        pytest.skip("two folders cannot change places in one step on this file system")
     with atomic_folder(tmp_path / "model") as temporary:
         (temporary / "a.bin").write_text("old")
     write_text(tmp_path / "latest", "old")
     (tmp_path / ".hidden").write_text("the user's own")
     done = subprocess.run(
-        [sys.executable, "-B", "-c", KILLED, str(tmp_path), function, str(call)], check=False
+        [sys.executable, "-B", "-c", KILLED, str(tmp_path), function, str(call), how], check=False
     )
     assert done.returncode == -signal.SIGKILL
+    if model is None:
+        assert not (tmp_path / "model").exists(), "nothing stands under the name for an instant"
+    else:
+        assert (tmp_path / "model/a.bin").read_text() == model, "before anything is cleaned up"
     assert len(listing(tmp_path)) > 3, "the kill came too late to leave anything"
     remove_leftovers(tmp_path)
     assert listing(tmp_path) == [".hidden", "latest", "model"]
     assert listing(tmp_path / "model") == ["a.bin"]
-    assert (tmp_path / "model/a.bin").read_text() == model
+    assert (tmp_path / "model/a.bin").read_text() == (model or "old")
     assert (tmp_path / "latest").read_text() == latest
 
 
@@ -278,3 +302,34 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(
     with atomic_file(tmp_path / "f") as file:
         file.write_text("1")
     assert calls == [f"sync {file.name}", "rename f", f"sync {tmp_path.name}"]
+
+
+def test_the_next_writer_of_a_folder_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / ".model.abcd1234.tmp").mkdir()
+    (tmp_path / ".model.abcd1234.tmp/half").write_text("half")
+    (tmp_path / ".model.old-abcd1234").mkdir()
+    (tmp_path / ".models.abcd1234.tmp").mkdir()
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a.bin").write_text("new")
+    assert listing(tmp_path) == [".models.abcd1234.tmp", "model"], "another name's are left"
+
+
+def test_a_temporary_that_is_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process cleans up between its making and its locking."""
+    real, taken = os.open, []
+
+    def open_(path: Path, *how: int) -> int:
+        if how == (os.O_RDONLY,) and str(path).endswith(".tmp.txt") and not taken:
+            taken.append(path)
+            os.unlink(path)
+        return real(path, *how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "open", open_)
+        with atomic_file(tmp_path / "a.txt") as temporary:
+            temporary.write_text("new")
+    assert taken
+    assert temporary != taken[0]
+    assert listing(tmp_path) == ["a.txt"]

@@ -1,1 +1,1 @@
-"""Whole networks, images and checkpoints: time, memory, what each op takes of them."""
+"""Benchmarks of whole networks, images and checkpoints: time, memory, the share of each op."""

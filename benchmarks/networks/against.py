@@ -1,11 +1,11 @@
-"""This checkout's networks beside another's on this CPU, in turns: no change may make them slower.
+"""Compare this checkout's networks with another's on this CPU, in turns, to catch slowdowns.
 
     python -m benchmarks.networks.against ../older-checkout
     python -m benchmarks.networks.against ../older-checkout --only digits --rounds 9 --at-least 0.98
 
-Each checkout has a process of its own with the same random weights; a round is one call of each,
-and neither is always the first. A speed-up is the median of the rounds' ratios, the other's seconds
-over this one's: by the clock, and in CPU time, which other work on the machine disturbs less.
+Each checkout runs in a process of its own, with the same random weights. A round is one call of
+each, alternating which goes first. A speed-up is the median over rounds of the ratio of the other's
+seconds to this one's, by the clock and in CPU time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEAD = ("network", "seconds", "seconds, other", "speed-up", "speed-up, CPU time"
 
 @dataclass(frozen=True)
 class Compared:
-    """Medians of the rounds; seconds by the clock."""
+    """Medians over the rounds; seconds are by the clock."""
 
     name: str
     seconds: float
@@ -44,7 +44,7 @@ class Compared:
 
 
 def compared(name: str, against: Path, rounds: int) -> Compared:
-    """One of `CALLS`. Raises RuntimeError if a process dies; what it said is on stderr."""
+    """Compare one of `CALLS`. Raises RuntimeError if a process dies; its output is on stderr."""
     with contextlib.ExitStack() as stack:
         pair = [stack.enter_context(checkout_process(c, WORKER)) for c in (ROOT, against)]
         for process in pair:
@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkout", type=checkout_folder, help="with its compiled module in place")
+    parser.add_argument(
+        "checkout", type=checkout_folder, help="the other checkout, with its compiled module built"
+    )
     parser.add_argument("--only", nargs="+", choices=CALLS, default=tuple(CALLS))
-    parser.add_argument("--rounds", type=int, default=7, help="%(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--at-least", type=float, help="exit code 1 if a CPU speed-up is smaller")
     options = parser.parse_args(argv)
     try:
@@ -83,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(HEAD, [one.row for one in found]))
     slower = [f for f in found if options.at_least and f.cpu_speedup < options.at_least]
     for one in slower:
-        told = f"{one.name} runs at {one.cpu_speedup:.3f} of the other's speed"
-        print(f"against: {told}, less than {options.at_least:g}", file=sys.stderr)
+        message = f"{one.name} runs at {one.cpu_speedup:.3f} of the other's speed"
+        print(f"against: {message}, less than {options.at_least:g}", file=sys.stderr)
     return 1 if slower else 0
 
 

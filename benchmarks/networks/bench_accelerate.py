@@ -1,16 +1,17 @@
-"""`fastdiff.accelerate` beside what it starts from and what it cannot reach, on the same weights.
+"""`fastdiff.accelerate` against stock diffusers and against our own modules, on the same weights.
 
-    diffusers              as it comes
-    diffusers compile      through torch.compile, only where --providers asks for compile
+    diffusers              unchanged
+    diffusers compile      through torch.compile, only if --providers includes compile
     accelerated            after fastdiff.accelerate(..., pack_cpu_weights=True)
     accelerated compile    both
     fastdiff               our own modules after `runtime.prepare`
 
-A U-Net step, a decoder call and a whole image (guided DDIM and decoding, no text encoder), in
-turns; then each provider alone in a process: seconds from nothing to the first result, and its
-peak. Random weights; results have to agree before anything is timed. Where there is an NVIDIA GPU
-it runs there, in fp16 at 64 x 64 and with the GPU's own memory as peak; each timing waits for it.
-Evaluations without Python's share are timed by `python -m benchmarks.device` (gpu_networks.py).
+A U-Net step, a decoder call and a whole image (guided DDIM and decoding, no text encoder) are timed
+in turns. Then each provider runs alone in a process, which gives the seconds from process start to
+the first result, and the peak memory. Weights are random; results must agree before anything is
+timed. With an NVIDIA GPU it runs there, in fp16 at 64 x 64, reporting the peak of the GPU's memory;
+each timing synchronizes. Evaluations without Python overhead are timed by
+`python -m benchmarks.device` (gpu_networks.py).
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ STEPS, GUIDANCE, ROUNDS = 4, 7.5, 3
 
 
 class Place(NamedTuple):
-    """Where and in what a comparison runs."""
+    """The device, dtype and size of a comparison."""
 
     device: str
     dtype: torch.dtype
     size: int
-    """Side of the latents."""
+    """Height and width of the latents."""
     tolerance: float
     """Relative to diffusers' largest number."""
 
@@ -83,7 +84,7 @@ SMALL_VAE: dict[str, Any] = {
 
 
 def here() -> Place:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return GPU if torch.cuda.is_available() else CPU
 
 
@@ -115,7 +116,7 @@ def networks(provider: str, small: bool, place: Place) -> tuple[Any, Any]:
     for build, original in zip(builders(small), (unet, vae), strict=True):
         with torch.device("meta"):
             twin = build()
-        # parameters of their own on the same memory: another memory format is a copy
+        # separate parameters on shared memory; changing the memory format makes a copy
         state = {key: value.detach() for key, value in original.state_dict().items()}
         twin.load_state_dict(state, assign=True)
         twin.eval().requires_grad_(False)
@@ -135,7 +136,7 @@ def native(theirs: Any, read: Callable[[dict[str, Any]], Any], kind: Any) -> Any
 
 
 def step_of(part: str, provider: str, small: bool, place: Place) -> Step:
-    """One call of a part, finished: what is timed."""
+    """The function to time: one call of a part, including synchronization."""
     step = unfinished(part, provider, small, place)
 
     def finished() -> Tensor:
@@ -207,15 +208,15 @@ def pipeline_image(unet: Any, vae: Any, x: Tensor, context: Tensor, *, fused: bo
 def compare(
     part: str, providers: list[str], place: Place, *, small: bool = False, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Seconds of each provider, in turns; their results agree."""
+    """Seconds of each provider, measured in turns after checking that their results agree."""
     steps = {provider: step_of(part, provider, small, place) for provider in providers}
     return in_turns(steps, rounds, place.tolerance)
 
 
 def alone(part: str, provider: str, small: bool, place: Place) -> dict[str, float]:
-    """In a process of its own: seconds to the first result, imports included, and peak bytes.
+    """Run in a process of its own: seconds to the first result, including imports, and peak bytes.
 
-    On a GPU the bytes are what PyTorch allocated there.
+    On a GPU, the bytes are PyTorch's allocations there.
     """
     on_gpu = place.device == "cuda"
     peak = "torch.cuda.max_memory_allocated()" if on_gpu else "memory.peak_bytes()"
@@ -253,7 +254,7 @@ def test_accelerated(benchmark: Any, part: str, request: pytest.FixtureRequest) 
 
 
 def test_start_and_peak(benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """Of a whole image, each provider alone."""
+    """A whole image, with each provider alone in its process."""
     place = here()
     found = benchmark.pedantic(
         lambda: {p: alone("image", p, False, place) for p in chosen(request)}, rounds=1

@@ -1,13 +1,13 @@
-"""Time and memory to load a full-size Stable Diffusion 1.5 U-Net, beside safetensors' own read.
+"""Time and memory to load a full-size Stable Diffusion 1.5 U-Net, against safetensors itself.
 
     python -m benchmarks.networks.bench_checkpoint
 
-Writes random fp32 weights once (3.4 GB, removed afterwards), reads them once to have them in the
-page cache, then loads them in a fresh process per measurement, and compares the output of the
-loaded U-Net with diffusers' on the same file, in fp32. "pread" and "mmap, copied" are
-safetensors' two ways to get all numbers into memory of the process; "fastdiff.load" reads the same
-file as part of a diffusers folder, checks it and builds the U-Net. Memory is the growth of the
-process's peak resident set over what it was after the imports.
+Writes random fp32 weights once (3.4 GB, removed afterwards), reads them once to fill the page
+cache, then loads them in a fresh process per measurement, and compares the output of the loaded
+U-Net with that of diffusers on the same file, in fp32. "pread" and "mmap, copied" are safetensors'
+two ways to read everything into the memory of the process; "fastdiff.load" reads the same file as
+part of a diffusers folder, checks it and builds the U-Net. Memory is the growth of the process's
+peak resident set since the imports.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAYS = ("pread", "mmap, copied", "fastdiff.load", "fastdiff.load, torch.save's f
 
 
 def write(folder: Path) -> None:
-    """The same random weights as diffusers saves them, in both formats."""
+    """Write the same random weights in both formats, as diffusers would save them."""
     from safetensors.torch import save_file
 
     from fastdiff.checkpoint.layouts.diffusers.read import names
@@ -58,9 +58,9 @@ def write(folder: Path) -> None:
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:
-    """One load in this process, which must be fresh: seconds, and peak memory over the file."""
+    """Load once in this process, which must be fresh: seconds, and peak memory over file size."""
     import fastdiff
-    from fastdiff.checkpoint.open import load  # noqa: F401, what is imported is not what is measured
+    from fastdiff.checkpoint.open import load  # noqa: F401 - import outside of the measurement
 
     file = folder / "safetensors" / "diffusion_pytorch_model.safetensors"
     torch.zeros(1)
@@ -86,7 +86,7 @@ def _way(way: str, folder: Path, file: Path, load: Callable[..., object]) -> Cal
 
 @torch.no_grad()
 def difference(folder: Path) -> float:
-    """Largest difference of the two U-Nets' outputs, relative to the largest output."""
+    """Largest difference between the outputs of the two U-Nets, relative to the largest output."""
     import fastdiff
     from fastdiff.extras import import_extra
 
@@ -107,7 +107,9 @@ def difference(folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--repeat", type=int, default=3, help="fresh processes per way")
-    parser.add_argument("--folder", type=Path, help="where to write 6.9 GB (default: temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder with room for 6.9 GB (default: a temporary one)"
+    )
     parser.add_argument("--measure", choices=(*WAYS, "difference"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure == "difference":

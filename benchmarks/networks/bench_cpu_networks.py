@@ -1,14 +1,14 @@
-"""Whole networks on the CPU beside diffusers', on the same weights, in turns.
+"""Whole networks on the CPU against diffusers', on the same weights, in turns.
 
-    fastdiff                 after `runtime.prepare`, native kernels where they are built
-    diffusers                as it comes: contiguous images
+    fastdiff                 after `runtime.prepare`, with native kernels if they are built
+    diffusers                unchanged, with contiguous images
     diffusers channels_last  its module and its input in our layout
-    compile                  diffusers through `torch.compile`, only where --providers asks for it:
-                             that takes four minutes for the U-Net
+    compile                  diffusers through `torch.compile`, only if --providers includes
+                             compile, because it takes four minutes for the U-Net
 
-Random weights at full size; the outputs have to agree before anything is timed. The residual block
-in bf16 runs in a process of its own, in which oneDNN is told to do without the CPU's newer
-instructions, as a CPU without AVX512-BF16 would have to.
+Weights are random, at full size; outputs must agree before anything is timed. The residual block in
+bf16 runs in a process of its own, where oneDNN is restricted to the instructions of a CPU without
+AVX512-BF16.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ KL_F8: dict[str, Any] = {
     "latent_channels": 4,
 }
 LIMITED = "AVX2"
-"""oneDNN's instructions in the process of the residual block."""
+"""The instruction set that oneDNN may use in the process of the residual block."""
 
 Step = Callable[[], Tensor]
 
 
 def peer_of(build: Callable[[], nn.Module]) -> Any:
-    """A diffusers module with random weights that keep the activations' size."""
+    """A diffusers module with random weights that preserve the scale of activations."""
     with torch.device("meta"):
         module = build()
     return filled(module)
 
 
 def sharing(module: nn.Module, build: Callable[[], nn.Module]) -> Any:
-    """Another such module on the same weights, in channels_last: only convolutions' are copied."""
+    """Another module with the same weights, in channels_last; copies only convolution weights."""
     with torch.device("meta"):
         other = build()
     other.load_state_dict(module.state_dict(), assign=True)
@@ -150,14 +150,14 @@ def block_steps(channels: int = 320, size: int = 16) -> dict[str, Step]:
 
 
 def in_turns(steps: dict[str, Step], rounds: int, tolerance: float) -> dict[str, list[float]]:
-    """Seconds of each provider, one call each per round, once the results have been compared."""
+    """Seconds of each provider, called once per round, after comparing their results."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with torch.inference_mode():
         results = {name: step() for name, step in steps.items()}
         expected = results["diffusers"].float()
         for name, result in results.items():
             error = ((result.float() - expected).abs().max() / expected.abs().max()).item()
-            assert error <= tolerance, f"{name} is {error:.1e} from diffusers' result"
+            assert error <= tolerance, f"{name} differs from diffusers by {error:.1e}"
         for _ in range(rounds):
             for name, step in steps.items():
                 start = time.perf_counter()
@@ -187,7 +187,7 @@ def records(
 
 
 def keep(found: list[Record], benchmark: Any) -> None:
-    """Enter the records, and the ratio to diffusers where pytest-benchmark prints it."""
+    """Store the records, and show pytest-benchmark the ratio to diffusers."""
     RECORDS.extend(found)
     by = {record.provider: record.median_s for record in found}
     for provider, median in by.items():
@@ -197,7 +197,7 @@ def keep(found: list[Record], benchmark: Any) -> None:
 
 
 def flops(job: str) -> int:
-    """Of diffusers' work for one evaluation, upsampling unfolded, counted on the meta device."""
+    """FLOPs of one evaluation in diffusers (without folded upsampling), from the meta device."""
     known = shapes.JOBS[job]
     resized = shapes.Job(network=known.network, preset=known.preset, size=SIZE, batch=1)
     module, inputs = resized.build("meta")

@@ -1,6 +1,6 @@
 """End to end: 64 digits at 50 steps with guidance; one U-Net evaluation; decoding; peak memory.
 
-The digits model at its real size; random weights, since the time does not depend on them.
+The digits model has its real size but random weights, because the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ DIGITS = 64
 SETTINGS = SampleSettings(steps=50, guidance_scale=2.0)
 SAMPLE = f"{DIGITS} digits, {SETTINGS.steps} steps, guided"
 MEMORY_LIMIT = 2 * 2**30
-"""Bytes that the process sampling 64 digits may have resident."""
+"""Most bytes that a process sampling 64 digits may have resident."""
 
 
 def digits_model() -> Model:
-    """The shipped model's shapes with random weights."""
+    """A model with the shapes of the shipped one, and random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet, autoencoder = UNet(UNETS["digits"]), Autoencoder(AUTOENCODERS["digits"])
@@ -117,7 +117,7 @@ def test_decode(benchmark: Any) -> None:
 
 
 def test_peak_memory(benchmark: Any) -> None:
-    """Of a fresh process, interpreter and libraries included; the time is the whole process's."""
+    """Peak memory of a fresh process, including interpreter and libraries; times all of it."""
     code = (
         "from benchmarks.networks import bench_image\n"
         "from fastdiff.bench import memory\n"

@@ -1,4 +1,4 @@
-"""What each op takes of a whole evaluation: what making it faster can be worth (Amdahl).
+"""The share of each op in a whole evaluation, which bounds the gain from a faster op (Amdahl).
 
 Each network of shapes.JOBS is evaluated on the reference backend, with a clock around every op.
 """
@@ -73,7 +73,7 @@ def test_share_of_each_op(benchmark: Any, job: str) -> None:
 
 
 def flops(job: str) -> int:
-    """Of one evaluation, 2 per multiply-add, counted on the meta device."""
+    """FLOPs of one evaluation, 2 per multiply-add, counted on the meta device."""
     module, inputs = shapes.JOBS[job].build("meta")
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(**inputs)

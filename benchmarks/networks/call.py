@@ -1,6 +1,6 @@
-"""Full-size networks and the digits, called with the package of any checkout: against.py's worker.
+"""The worker of against.py: calls full-size networks and the digits with any checkout's package.
 
-So it imports nothing of this checkout, and takes each name from where any version has it.
+So it imports nothing from this checkout, and looks up each name wherever a version has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 
 def first(*places: str) -> Any:
-    """The first of some ``module:name`` that there is."""
+    """The first ``module:name`` that exists."""
     for place in places:
         module, _, name = place.partition(":")
         try:
@@ -30,7 +30,7 @@ def first(*places: str) -> Any:
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
-    """On the CPU, with random weights that keep the activations' size."""
+    """Move a module to the CPU, with random weights that preserve the scale of activations."""
     module = module.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
@@ -42,7 +42,7 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def prepared(module: torch.nn.Module) -> torch.nn.Module:
-    """`filled`, as `runtime.prepare` leaves it."""
+    """Fill a module with random weights, then prepare it for inference."""
     filled(module)
     prepare = first("fastdiff.runtime.prepare:prepare", "fastdiff.runtime:prepare")
     prepare(module)
@@ -50,7 +50,7 @@ def prepared(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def unet() -> Callable[[], Any]:
-    """Stable Diffusion 1's, 4 x 32 x 32, one row."""
+    """The U-Net of Stable Diffusion 1 on 4 x 32 x 32, one row."""
     presets = first("fastdiff.models.presets:UNETS", "fastdiff.presets:UNETS")
     with torch.device("meta"):
         network = import_module("fastdiff.models.unet").UNet(presets["sd1"])
@@ -60,7 +60,7 @@ def unet() -> Callable[[], Any]:
 
 
 def decoder() -> Callable[[], Any]:
-    """KL-f8's, 4 x 32 x 32, one row."""
+    """The KL-f8 decoder on 4 x 32 x 32, one row."""
     presets = first("fastdiff.models.presets:AUTOENCODERS", "fastdiff.presets:AUTOENCODERS")
     with torch.device("meta"):
         network = import_module("fastdiff.models.autoencoder").Autoencoder(presets["kl-f8"])
@@ -70,7 +70,7 @@ def decoder() -> Callable[[], Any]:
 
 
 def digits() -> Callable[[], Any]:
-    """The command ``fastdiff sample``, from start to end: 64 images of the shipped weights."""
+    """The command ``fastdiff sample``, from start to end: 64 images with the shipped weights."""
 
     def call() -> None:
         with tempfile.TemporaryDirectory() as out:
@@ -86,12 +86,12 @@ CALLS = {"unet": unet, "decoder": decoder, "digits": digits}
 
 class Worker:
     def open(self, name: str) -> None:
-        """Build what is called, and call it once."""
+        """Build one of `CALLS`, and call it once."""
         self.call = CALLS[name]()
         self.measure()
 
     def measure(self) -> tuple[float, float]:
-        """One call: seconds by the clock, and CPU seconds of this process and its children."""
+        """Call it once: seconds by the clock, and CPU seconds of this process and its children."""
         before, start = cpu_seconds(), time.perf_counter()
         with torch.inference_mode():
             self.call()

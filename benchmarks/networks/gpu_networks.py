@@ -1,8 +1,8 @@
-"""Whole evaluations on a GPU: our backends, diffusers' modules, and what each op takes of them.
+"""Whole evaluations on a GPU: our backends, diffusers' modules, and the share of each op.
 
-The networks have random weights in bf16. One evaluation is timed as a CUDA graph, so that neither
-side pays for Python. What an op takes is the sum over its calls: each distinct call of the network
-is caught with its operands and timed by itself, on both backends.
+The networks have random weights in bf16. One evaluation is timed as a CUDA graph, so that Python
+overhead counts for neither side. The time of an op is the sum over its calls: each distinct call of
+the network is captured with its operands and timed by itself, on each backend.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastdiff.bench.run import Outcome, said
 from fastdiff.bench.shapes import Call, Function, Job
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
-"""auto: of each op what measured fastest."""
+"""auto: for each op, the backend that measured fastest."""
 NETWORKS = ("SD 1.5 U-Net", "KL-f8 decoder")
 DTYPE = torch.bfloat16
 
@@ -38,7 +38,7 @@ def evaluate(
     budget_s: float = 0.5,
     peers: bool = True,
 ) -> tuple[Outcome, list[Share]]:
-    """Time each network on each backend and as diffusers has it.
+    """Time each network on each backend and in diffusers.
 
     Args:
         peers: whether to try diffusers.
@@ -53,9 +53,9 @@ def evaluate(
                     total = timer(step, method="graph", budget_s=budget_s)
                     outcome.records.append(_record(name, job, backend, total))
                     shares += _shares(name, backend, module, inputs, total, timer)
-            except kernels.BackendError as error:  # forced, and it does not take every call
+            except kernels.BackendError as error:  # a forced backend may not support every call
                 outcome.unavailable.append(f"{name} on {backend} alone: {said(error)}")
-            except Exception as error:  # noqa: BLE001 - told, and no reason to lose the others
+            except Exception as error:  # noqa: BLE001 - reported; the other backends continue
                 outcome.failures.append(f"{name} on {backend}: {said(error)}")
         if not peers:
             continue
@@ -64,7 +64,7 @@ def evaluate(
                 with torch.inference_mode():
                     total = timer(peer, method="graph", budget_s=budget_s)
                 outcome.records.append(_record(name, job, provider, total))
-        except Exception as error:  # noqa: BLE001 - it may be absent or broken here
+        except Exception as error:  # noqa: BLE001 - diffusers may be missing or broken
             outcome.unavailable.append(f"{name} in diffusers: {said(error)}")
     return outcome, shares
 
@@ -112,7 +112,7 @@ def _shares(
     total: Timing,
     timer: Timer,
 ) -> list[Share]:
-    """What each op takes, from every distinct call with its own operands."""
+    """The share of each op, from timing every distinct call with its own operands."""
     counts: Counter[Call] = Counter()
     caught: dict[Call, Callable[[], Any]] = {}
 
@@ -149,7 +149,7 @@ def _shares(
 
 
 def _diffusers(job: Job, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The same evaluation by diffusers' modules, as they come and in channels_last."""
+    """The same evaluation with diffusers' modules: unchanged, channels_last, and accelerated."""
     diffusers = import_diffusers()
     make = functools.partial(torch.randn, device=device, dtype=DTYPE)
     with torch.device(device):

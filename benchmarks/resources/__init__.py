@@ -1,1 +1,1 @@
-"""Compilation ahead of time: what the kernels take of a GPU, without one."""
+"""Ahead-of-time compilation: the GPU resources of the kernels, without a GPU."""

@@ -1,8 +1,8 @@
-"""Compile Triton kernels for GPUs that are not here, and read what they take off the binary.
+"""Compile Triton kernels for other GPUs ahead of time, and read their resources off the binary.
 
-Each config of `kernels/tuning/tuned/<architecture>.json` is compiled in the signature that a call
-on real shapes gives it (the calls of the op's `Tunable`, recorded on meta tensors). ptxas and the
-AMD backend come with triton.
+Each config of `kernels/tuning/tuned/<architecture>.json` is compiled with the signature of a call
+on real shapes (the calls of the op's `Tunable`, recorded on meta tensors). ptxas and the AMD
+backend come with triton.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Chip:
     backend: str
     warp_size: int = 32
     warps: int
-    """Resident warps."""
+    """Most resident warps."""
     blocks: int = 32
     shared_per_block: int
-    """Bytes of shared memory that one block can have."""
+    """Most bytes of shared memory per block."""
     shared: int
-    """Bytes of shared memory of all resident blocks."""
+    """Bytes of shared memory for all resident blocks together."""
     registers: int = 65536
     """32-bit registers."""
     matrix: str
@@ -55,7 +55,7 @@ class Chip:
         granted = max(1, -(-registers // 8) * 8) * self.warp_size
         blocks = min(self.blocks, self.warps // warps, self.registers // (granted * warps))
         if shared:
-            blocks = min(blocks, self.shared // (shared + 1024))  # 1 KiB a block is the system's
+            blocks = min(blocks, self.shared // (shared + 1024))  # 1 KiB per block is reserved
         return blocks * warps / self.warps
 
 
@@ -90,7 +90,7 @@ CHIPS = {
         shared=100 * KIB,
         matrix=r"mma\.sync",
     ),
-    # 4 SIMDs with 8 waves and 512 vector registers a lane each
+    # 4 SIMDs, each with 8 waves and 512 vector registers per lane
     "gfx942": Chip(
         backend="hip",
         warp_size=64,
@@ -113,45 +113,45 @@ class Resources:
     architecture: str
     kernel: str
     config: Config
-    """What the file of configs says."""
+    """The config from the file of configs."""
     constants: dict[str, Any]
-    """What the kernel was compiled for; absent tensors are None."""
+    """The constants the kernel was compiled with; absent tensors are None."""
     num_warps: int
     num_stages: int
     registers: int
-    """Of one thread."""
+    """Per thread."""
     spills: int
-    """Bytes of one thread's registers and arrays that went to memory."""
+    """Bytes of registers and arrays per thread that went to memory."""
     shared: int
-    """Bytes of one block."""
+    """Bytes per block."""
     shared_limit: int
     occupancy: float
     dots: int
     """Products of tiles in the kernel."""
     matrix: str
-    """The matrix instructions that they became, "" if none."""
+    """The matrix instructions that they compile to, "" if none."""
     widest_load: int
-    """Bytes that the widest load from global memory moves in one thread."""
+    """Bytes per thread of the widest load from global memory."""
     narrow_loads: int
-    """Loads from global memory that move less than 16 bytes in one thread."""
+    """Number of loads from global memory with fewer than 16 bytes per thread."""
     approximations: str
-    """The fp32 functions that the hardware approximates ("ex2.approx"), "" if none; NVIDIA only."""
+    """The approximate fp32 instructions used ("ex2.approx"), "" if none; NVIDIA only."""
     doubles: int
     """fp64 instructions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One compilation, in plain values that another process can take."""
+    """One compilation, as plain values that can be sent to another process."""
 
     tunable: str
     shape_class: str
     dtype: str
     architecture: str
     every: bool
-    """Whether the calls are all of the class, or some."""
+    """Whether to use all calls of the class, or some."""
     index: int
-    """Which of the recorded launches of this class."""
+    """Index among the recorded launches of this class."""
 
     @property
     def launch(self) -> Launch:
@@ -165,7 +165,7 @@ class Task:
 def launches(
     tunable: str, shape_class: str, dtype: str, architecture: str, *, every: bool = False
 ) -> list[Launch]:
-    """The different kernels that the calls of a shape class start."""
+    """The distinct kernels launched by the calls of a shape class."""
     known = TUNABLES[tunable]
     calls_of = known.all_calls if every and known.all_calls is not None else known.calls
     calls = calls_of(shape_class, getattr(torch, dtype), "meta")
@@ -182,7 +182,7 @@ def identity(launch: Launch) -> Hashable:
 
 
 def _source(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes by place, as triton specialises them."""
+    """Signature, constants and attributes by position, as triton specializes them."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -217,7 +217,7 @@ def _source(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
 
 
 def compile_one(task: Task) -> Resources:
-    """Compile one launch and read what it takes off the binary."""
+    """Compile one launch and read its resources off the binary."""
     import triton
     from triton.compiler import ASTSource
 
@@ -292,8 +292,8 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
@@ -305,7 +305,7 @@ def _amd_usage(text: str) -> tuple[int, int]:
         )
     }
     spilled = max(4 * found["vgpr_spill_count"], found["private_segment_fixed_size"])
-    return found["vgpr_count"], spilled  # vgpr_count holds the accumulation registers too
+    return found["vgpr_count"], spilled  # vgpr_count includes the accumulation registers
 
 
 def tasks(
@@ -316,8 +316,8 @@ def tasks(
     shape_classes: Sequence[str] = (),
     every: bool = False,
 ) -> list[Task]:
-    """Kernels of every config that ships, or of some classes; `every`: for all sizes and options
-    that take it."""
+    """Kernels of every shipped config, or of some classes; `every`: with all sizes and options
+    that use it."""
     return [
         Task(
             tunable=name,
@@ -336,9 +336,11 @@ def tasks(
 
 
 def on_one_gpu_each(todo: Sequence[Task]) -> list[Task]:
-    """Of tasks that differ in nothing but the GPU one, of another GPU from task to task: what the
-    front end makes of a kernel (loads, double precision) does not depend on the GPU. AMD's gets
-    only what NVIDIA's do not have: less is read off its machine code."""
+    """Keep one of the tasks that differ only in their GPU, rotating through the GPUs.
+
+    The output of the compiler's front end (loads, double precision) does not depend on the GPU.
+    AMD's GPU only gets kernels that NVIDIA's do not have, since less can be read off its code.
+    """
     same: dict[Hashable, list[Task]] = {}
     for task in sorted(todo, key=lambda task: CHIPS[task.architecture].backend):  # cuda, hip
         alike = same.setdefault(identity(task.launch), [])
@@ -349,25 +351,25 @@ def on_one_gpu_each(todo: Sequence[Task]) -> list[Task]:
 
 
 def pairs(tunable: str, dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    """(shape class, dtype) of a tunable that have a config."""
+    """The pairs (shape class, dtype) of a tunable that have a config."""
     have = {(c, str(d).removeprefix("torch.")) for c, d in TUNABLES[tunable].pairs()}
     known = TUNABLES[tunable].shape_classes
     return [(c, dtype) for c in known for dtype in dtypes if (c, dtype) in have]
 
 
 def compile_all(todo: Sequence[Task], *, workers: int | None = None) -> list[Resources]:
-    """Compile in parallel, what is the same only once; a progress bar on stderr."""
+    """Compile in parallel, identical kernels only once, with a progress bar on stderr."""
     same: dict[Hashable, list[Task]] = {}
     for task in todo:
         same.setdefault((task.architecture, identity(task.launch)), []).append(task)
     found: dict[Task, Resources] = {}
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        # Neighbours have their calls in common, which a worker keeps; the slow ones come first.
+        # neighbors share their calls, which a worker caches; the slow ones come first
         futures = {pool.submit(compile_one, alike[0]): alike for alike in same.values()}
         try:
             for done in track(
                 as_completed(futures),
-                f"compiling {len(futures)} of {len(todo)} kernels that differ",
+                f"compiling {len(futures)} distinct kernels of {len(todo)}",
                 total=len(futures),
                 console=Console(stderr=True),
                 transient=True,

@@ -1,13 +1,13 @@
-"""What every CUDA kernel takes of a GPU: registers, spills, shared memory, occupancy.
+"""The GPU resources of every CUDA kernel: registers, spills, shared memory, occupancy.
 
     python -m benchmarks.resources.cuda            a table for all architectures
     python -m benchmarks.resources.cuda --json > cuda.json
     python -m benchmarks.resources.cuda --docs     write docs/resources-cuda.md
-    python -m benchmarks.resources.cuda --device   ask the GPU at hand instead (cuda_device.py)
+    python -m benchmarks.resources.cuda --device   query this machine's GPU (cuda_device.py)
 
-setup.py compiles the files of ``csrc/`` with nvcc and keeps what ptxas told of each kernel beside
-the object, so that after ``make build`` nothing is compiled for it. No GPU is needed. Exit code 1
-where a kernel spills on one of `DOCUMENTED`, 2 where nvcc is not found.
+setup.py compiles the files of ``csrc/`` with nvcc and stores the output of ptxas next to each
+object file, so after ``make build`` nothing has to be compiled. No GPU is needed. The exit code is
+1 if a kernel spills on one of `DOCUMENTED`, and 2 if nvcc is not found.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from fastdiff.files import write_text
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "resources-cuda.md"
 DOCUMENTED = ("sm_80", "sm_90a", "sm_100")
-"""The generations; sm_86 and sm_89 have the instructions of sm_80."""
+"""One architecture per generation; sm_86 and sm_89 have the same instructions as sm_80."""
 
 
 class NoCompilerError(Exception):
-    """nvcc or a tool beside it is not here."""
+    """nvcc, or a tool needed along with it, was not found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,18 @@ class Resources:
     symbol: str
     kernel: str
     arguments: tuple[str, ...]
-    """Of the template: the dtype, the numbers of one load, what else there is."""
+    """Template arguments: the dtype, elements per load, and others."""
     architecture: str
     registers: int
-    """Of one thread."""
+    """Per thread."""
     spills: int
-    """Bytes of one thread's registers that are stored in memory and loaded again."""
+    """Bytes of registers per thread that are stored in memory and loaded again."""
     stack: int
-    """Bytes of one thread's arrays that are in memory, spilled registers among them."""
+    """Bytes of stack per thread: arrays in memory and spilled registers."""
     shared: int
-    """Bytes of one block whose size stands in the source; a launch may add more."""
+    """Bytes of static shared memory per block; a launch may add dynamic shared memory."""
     threads: int | None = None
-    """The most that a block may have, if the source says so."""
+    """Most threads per block, if the source declares it."""
 
     @property
     def dtype(self) -> str:
@@ -72,7 +72,7 @@ class Resources:
 
     @property
     def occupancy(self) -> float | None:
-        """Resident warps as a share of the most possible, as far as a compiler knows."""
+        """Resident warps as a share of the most possible, without dynamic shared memory."""
         chip = CHIPS.get(self.architecture.rstrip("af"))
         if chip is None or self.threads is None:
             return None
@@ -82,7 +82,7 @@ class Resources:
 
 
 def build_script() -> ModuleType:
-    """setup.py as a module: it knows the flags and where objects are."""
+    """Import setup.py, which knows the compiler flags and the location of object files."""
     spec = importlib.util.spec_from_file_location("fastdiff_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -92,10 +92,10 @@ def build_script() -> ModuleType:
 
 
 def compiled() -> list[Path]:
-    """The objects of the CUDA files; what has changed since the last build is compiled.
+    """The object files of the CUDA sources; compiles those that changed since the last build.
 
     Raises:
-        NoCompilerError: nvcc, the C++ compiler or ninja is not here.
+        NoCompilerError: nvcc, the C++ compiler or ninja was not found.
     """
     script = build_script()
     folder = script.build_folder()
@@ -110,12 +110,12 @@ def compiled() -> list[Path]:
         raise NoCompilerError(str(error)) from None
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode != 0:
-        raise SystemExit("nvcc failed, its messages stand above")
+        raise SystemExit("nvcc failed, see its messages above")
     return [folder / name for name in names]
 
 
 def parse_log(source: str, text: str) -> list[Resources]:
-    """What ``nvcc -Xptxas -v`` told. Names are still mangled."""
+    """Parse the output of ``nvcc -Xptxas -v``. Names are still mangled."""
     found = []
     for part in text.split("Compiling entry function ")[1:]:
         name, architecture = re.findall(r"'([^']+)'", part)[:2]
@@ -143,7 +143,7 @@ def parse_log(source: str, text: str) -> list[Resources]:
 
 
 def block_sizes(objects: Sequence[Path]) -> dict[str, int]:
-    """Symbol -> the most threads of a block (``__launch_bounds__``); empty without cuobjdump."""
+    """Symbol -> most threads per block (``__launch_bounds__``); empty without cuobjdump."""
     nvcc = shutil.which("nvcc")
     folders = [str(Path(nvcc).resolve().parent)] if nvcc else []
     triton = importlib.util.find_spec("triton")
@@ -155,8 +155,8 @@ def block_sizes(objects: Sequence[Path]) -> dict[str, int]:
         return {}
     sizes: dict[str, int] = {}
     for each in objects:
-        told = subprocess.run([tool, "-elf", str(each)], capture_output=True, text=True, check=True)
-        for section in re.split(r"^\.nv\.info\.", told.stdout, flags=re.MULTILINE)[1:]:
+        dump = subprocess.run([tool, "-elf", str(each)], capture_output=True, text=True, check=True)
+        for section in re.split(r"^\.nv\.info\.", dump.stdout, flags=re.MULTILINE)[1:]:
             found = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(.*)", section)
             if found:
                 x, y, z = (int(n, 0) for n in found[1].split())
@@ -174,7 +174,9 @@ def collect() -> list[Resources]:
     ]
     names, sizes = demangled([row.symbol for row in found]), block_sizes(objects)
     if names is None:
-        raise NoCompilerError("neither c++filt nor cu++filt was found to read kernels' names with")
+        raise NoCompilerError(
+            "demangling kernel names needs c++filt or cu++filt; neither was found"
+        )
     rows = []
     for row in found:
         kernel, arguments = split_name(names[row.symbol])
@@ -184,23 +186,23 @@ def collect() -> list[Resources]:
 
 
 def cell(rows: Sequence[Resources]) -> str:
-    """What the hungriest variant takes; spills, which a test forbids, are not kept quiet."""
+    """The resources of the most demanding variant; shows spills, which a test forbids."""
     if not rows:
         return "-"
     shares = [row.occupancy for row in rows]
     least = "?" if None in shares else f"{min(share for share in shares if share is not None):.0%}"
     spills, stack = max(row.spills for row in rows), max(row.stack for row in rows)
-    told = f"{max(row.registers for row in rows)} / {max(row.shared for row in rows) / KIB:.1f} / "
-    told += least
+    text = f"{max(row.registers for row in rows)} / {max(row.shared for row in rows) / KIB:.1f} / "
+    text += least
     return (
-        told
+        text
         + (f" / {stack} B of stack" if stack else "")
         + (f", {spills} B spilled" * (spills > 0))
     )
 
 
 def grouped(rows: Sequence[Resources]) -> dict[tuple[str, str, str], list[Resources]]:
-    """(file, kernel, dtype) -> its template's variants on all architectures."""
+    """(file, kernel, dtype) -> the variants of the template on all architectures."""
     groups: dict[tuple[str, str, str], list[Resources]] = {}
     for row in sorted(rows, key=lambda row: (row.source, row.kernel, row.dtype)):
         groups.setdefault((row.source, row.kernel, row.dtype), []).append(row)
@@ -219,18 +221,18 @@ def cells(rows: Sequence[Resources], architectures: Sequence[str]) -> list[str]:
 
 
 def document(rows: Sequence[Resources]) -> str:
-    """docs/resources-cuda.md."""
+    """The text of docs/resources-cuda.md."""
     lines = [
-        "# What the CUDA kernels take of a GPU",
+        "# GPU resources of the CUDA kernels",
         "",
-        "Made by `python -m benchmarks.resources.cuda --docs` from what ptxas told when nvcc",
-        "compiled `csrc/`; no GPU was used and no time was measured. A cell is registers of a",
-        "thread / KiB of shared memory of a block whose size stands in the source / occupancy,",
-        "which is resident warps as a share of the most possible, at the largest block that the",
-        "kernel may be launched with. What a launch adds of shared memory depends on the shape",
-        "and is not in it. A row takes all variants of a kernel together (vector widths, head",
-        "sizes) and shows the most that any of them takes. Stack is arrays that are indexed at run",
-        "time. A test holds that nothing spills on these three and that every kernel is named.",
+        "Generated by `python -m benchmarks.resources.cuda --docs` from the output of ptxas when",
+        "nvcc compiled `csrc/`; no GPU was used and no time was measured. A cell shows registers",
+        "per thread / KiB of static shared memory per block / occupancy (resident warps as a share",
+        "of the most possible, at the largest block that the kernel may be launched with). Dynamic",
+        "shared memory depends on the shape and is not included. A row combines all variants of a",
+        "kernel (vector widths, head sizes) and shows the largest value of any of them. Stack is",
+        "memory for arrays indexed at run time. A test checks that nothing spills on these three",
+        "architectures and that every kernel is listed.",
     ]
     groups = grouped(rows)
     for source in dict.fromkeys(key[0] for key in groups):
@@ -238,14 +240,14 @@ def document(rows: Sequence[Resources]) -> str:
         lines += ["", f"## {source}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for (file, kernel, dtype), variants in groups.items():
             if file == source:
-                told = [kernel, dtype, *cells(variants, DOCUMENTED)]
-                lines.append(f"| {' | '.join(told)} |")
+                row = [kernel, dtype, *cells(variants, DOCUMENTED)]
+                lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compile the CUDA kernels and list what each takes of a GPU.
+    """Compile the CUDA kernels and list the GPU resources of each.
 
     Examples:
       python -m benchmarks.resources.cuda
@@ -258,7 +260,7 @@ class Options:
     docs: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write docs/resources-cuda.md."""
     device: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Ask the GPU at hand about the launches that networks make; with --json too."""
+    """Query this machine's GPU about the launches of real networks; can be combined with --json."""
 
 
 def main(options: Options) -> int:

@@ -1,13 +1,13 @@
-"""What the CUDA kernels take of the GPU at hand, as CUDA's runtime tells it.
+"""The resources that the CUDA kernels use on this machine's GPU, from the CUDA runtime.
 
     python -m benchmarks.resources.cuda_device            a table
     python -m benchmarks.resources.cuda_device --json
 
-Registers, stack and shared memory are of the code that this GPU's driver has loaded; resident
-blocks and clusters are its occupancy, for the block sizes and the shared memory that the launchers
-ask for at the shapes of the networks (fastdiff/bench/shapes.py), one sample. No kernel is started.
-Without a GPU, `python -m benchmarks.resources.cuda` tells what ptxas knows. Exit code 2 where there
-is no GPU or no CUDA kernel.
+Registers, stack and shared memory are those of the code that this GPU's driver has loaded. Resident
+blocks and clusters give the occupancy for the block sizes and shared memory that the launchers
+request at the shapes of the networks (fastdiff/bench/shapes.py), with one sample. No kernel is
+started. Without a GPU, `python -m benchmarks.resources.cuda` shows what ptxas reports. The exit
+code is 2 if there is no GPU or no CUDA kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastdiff.kernels import cuda as _cuda
 from fastdiff.kernels.choose import UNAVAILABLE
 
 NO_BACKWARD = ("attention", "philox_normal", "sampler_step")
-"""Ops whose gradients, if there are any, are no CUDA kernel's."""
+"""Ops whose gradients, if they have any, do not come from a CUDA kernel."""
 HEADS = (
     *("kernel", "threads", "cluster", "registers", "stack", "shared", "blocks/SM", "occupancy"),
     *("clusters", "blocks", "code", "shapes", "such as"),
@@ -41,7 +41,7 @@ HEADS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Launches that differ in their number of blocks only, and the first call that makes one."""
+    """Launches that differ only in their number of blocks, and the first call that makes one."""
 
     launch: Launch
     name: str
@@ -60,7 +60,7 @@ class Row:
 
 
 def calls(jobs: Mapping[str, Job]) -> list[tuple[Subject, Call, Job, torch.dtype]]:
-    """What the networks ask of every op that has CUDA kernels, each call once."""
+    """The distinct calls that the networks make to ops with CUDA kernels."""
     found = []
     for subject in NETWORK_OPS:
         for job in jobs.values():
@@ -73,7 +73,7 @@ def calls(jobs: Mapping[str, Job]) -> list[tuple[Subject, Call, Job, torch.dtype
 
 
 def run(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A call, and where CUDA kernels have its gradients, those."""
+    """Make a call and, if CUDA kernels compute its gradients, those."""
     if subject.op in NO_BACKWARD:
         subject.ours(*args, **kwargs)
         return
@@ -91,7 +91,8 @@ def collect(jobs: Mapping[str, Job] = GPU_JOBS, device: str = "cuda") -> list[Ro
     for subject, call, job, dtype in calls(jobs):
         args, kwargs = subject.arguments(call, job, Make(dtype, torch.device(device)))
         with kernels.backend("cuda"), watched(start=False) as launches:
-            if kernels.explain(subject.op, *args, **kwargs).chosen == "cuda":  # no heads of 512
+            # head dims of 512 are not supported
+            if kernels.explain(subject.op, *args, **kwargs).chosen == "cuda":
                 run(subject, args, kwargs)
         for launch in launches:
             alike = dataclasses.replace(launch, blocks=0)
@@ -122,10 +123,10 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def missing() -> str | None:
-    """Why nothing can be asked here, and the way out; or None."""
+    """Why there is nothing to query, and what to do instead; or None."""
     if not torch.cuda.is_available():
-        why = "no GPU that torch can use" if torch.version.cuda else "torch is built without CUDA"
-        return f"{why}; without a GPU: python -m benchmarks.resources.cuda"
+        why = "torch finds no usable GPU" if torch.version.cuda else "torch is built without CUDA"
+        return f"{why}; without a GPU, use python -m benchmarks.resources.cuda"
     if not _cuda.built():
         return UNAVAILABLE.get("cuda", "the compiled module has no CUDA kernels")
     return _cuda.refusal(torch.cuda.current_device())

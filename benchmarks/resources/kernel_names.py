@@ -1,4 +1,4 @@
-"""Names of CUDA kernels, from the compiler's to readable ones."""
+"""Turn mangled names of CUDA kernels into readable ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def split_name(demangled: str) -> tuple[str, tuple[str, ...]]:
 
 
 def demangled(symbols: Sequence[str]) -> dict[str, str] | None:
-    """By binutils or CUDA's own tool; None where neither is installed."""
+    """Demangle with binutils or CUDA's own tool; None if neither is installed."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
         return None
-    told = subprocess.run(
+    names = subprocess.run(
         [tool], input="\n".join(symbols), capture_output=True, text=True, check=True
     )
-    return dict(zip(symbols, told.stdout.splitlines(), strict=True))
+    return dict(zip(symbols, names.stdout.splitlines(), strict=True))

@@ -1,9 +1,10 @@
 """The record of `python -m benchmarks.resources --every`: docs/resources.json.
 
 One line per (GPU, dtype, tunable, shape class): a digest of everything that its kernels are
-compiled from, and the most that any of them takes. Digests take seconds and compiling everything
-most of an hour; so a test compares digests, and whoever changes a kernel or a config compiles what
-is not known any more. Triton's version stands at the head: another compiler, another record.
+compiled from, and the largest resources of any of them. Digests take seconds but compiling
+everything takes most of an hour, so a test only compares digests, and whoever changes a kernel or
+a config compiles what has become outdated. The header has Triton's version, since another compiler
+gives other results.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ COMMAND = "python -m benchmarks.resources --every --docs"
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Kernels that share a config on one GPU, in one dtype."""
+    """Identifies the kernels that share a config, on one GPU and in one dtype."""
 
     architecture: str
     dtype: str
@@ -58,33 +59,33 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """Of the kernels under one key."""
+    """The resources of the kernels under one key."""
 
     source: str
     """Digest of what they are compiled from."""
     kernels: int
-    """How many differ."""
+    """Number of distinct kernels."""
     registers: int
-    """The most of any thread."""
+    """Most registers per thread of any kernel."""
     shared: int
-    """The most of any block, bytes."""
+    """Most bytes of shared memory per block of any kernel."""
     spilling: int
-    """How many of them spill."""
+    """Number of kernels that spill."""
     spills: int
-    """The most that any of them spills, bytes."""
+    """Most bytes spilled by any kernel."""
     off_matrix: int
-    """How many have products of half precision and no matrix instruction."""
+    """Number of kernels with half-precision products but no matrix instruction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     triton: str
     taken: dict[str, Taken]
-    """Of `str(Key)`."""
+    """By `str(Key)`."""
 
 
 def read_record(path: Path = RECORD) -> Record:
-    """Raises ValueError if the file is not such a record; one that is not there is empty."""
+    """Read a record; a missing file is an empty record. Raises ValueError if it is not valid."""
     if not path.exists():
         return Record(triton="", taken={})
     try:
@@ -92,11 +93,13 @@ def read_record(path: Path = RECORD) -> Record:
         taken = {key: Taken(**row) for key, row in content["kernels"].items()}
         return Record(triton=content["triton"], taken=taken)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record of resources ({error}); run {COMMAND}") from error
+        raise ValueError(
+            f"{path} is not a valid record of resources ({error}); run {COMMAND}"
+        ) from error
 
 
 def write_record(record: Record, path: Path = RECORD) -> None:
-    """One key a line, so that a change shows which."""
+    """Write a record with one key per line, so that diffs show which keys changed."""
     rows = [f"  {json.dumps(key)}: {json.dumps(vars(row))}" for key, row in record.taken.items()]
     text = f'{{\n "triton": {json.dumps(record.triton)},\n "kernels": {{\n'
     write_text(path, text + ",\n".join(rows) + "\n }\n}\n")
@@ -112,7 +115,7 @@ def all_keys(
     architectures: Iterable[str] = (),
     shape_classes: Sequence[str] = (),
 ) -> list[Key]:
-    """Every key, or those of some tunables, dtypes, GPUs, classes."""
+    """Every key, or those of some tunables, dtypes, GPUs or classes."""
     return [
         Key(architecture, dtype, name, shape_class)
         for architecture in architectures or CHIPS
@@ -127,7 +130,7 @@ def all_keys(
 
 
 def plain(source: str) -> str:
-    """Python source without comments, docstrings and line breaks: what it says, not how."""
+    """Python source without comments, docstrings and line breaks: only what affects the code."""
     docstrings = {
         node.body[0].lineno
         for node in ast.walk(ast.parse(source))
@@ -149,9 +152,9 @@ def plain(source: str) -> str:
 
 
 def functions_of(function: Any, found: set[str] | None = None) -> set[str]:
-    """The source of a function under `jit` and of ours that it calls; constants too.
+    """The source of a function under `jit` and of our functions that it calls, and constants.
 
-    Without the module that they are in: a kernel that moves stays the kernel that it was.
+    Module names are left out, so that moving a kernel does not change it.
     """
     found = set() if found is None else found
     inner = getattr(function, "fn", function)
@@ -170,7 +173,7 @@ def functions_of(function: Any, found: set[str] | None = None) -> set[str]:
 
 
 def codes_of(code: Any) -> list[Any]:
-    """A function's code and that of the comprehensions and lambdas in it."""
+    """A function's code objects, including those of comprehensions and lambdas in it."""
     return [
         code,
         *(c for each in code.co_consts if hasattr(each, "co_names") for c in codes_of(each)),
@@ -183,17 +186,17 @@ def source_of(kernel: Any) -> str:
 
 
 def digest(key: Key) -> str:
-    """Of the source, signature, constants and options of every kernel under a key."""
+    """A hash of the source, signature, constants and options of every kernel under a key."""
     known = launches(key.tunable, key.shape_class, key.dtype, key.architecture, every=True)
-    told = sorted(f"{identity(launch)}{source_of(launch.kernel)}" for launch in known)
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    parts = sorted(f"{identity(launch)}{source_of(launch.kernel)}" for launch in known)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 # The record
 
 
 def stale(record: Record, keys: Iterable[Key]) -> list[Key]:
-    """Keys whose kernels are not those of the record."""
+    """Keys whose kernels differ from those of the record."""
     if record.triton != triton_version():
         return list(keys)
     return [
@@ -235,8 +238,11 @@ def bring_up_to_date(
     workers: int | None = None,
     path: Path = RECORD,
 ) -> Record:
-    """Compile what the record does not know, GPU by GPU and dtype by dtype; it is written after
-    each, so that an interrupted run goes on where it stopped. `tell` gets a line of progress."""
+    """Compile everything that is missing from the record, GPU by GPU and dtype by dtype.
+
+    The record is written after each, so that an interrupted run continues where it stopped. `tell`
+    is called with lines that report progress.
+    """
     record = read_record(path)
     todo = stale(record, keys)
     parts = {
@@ -260,14 +266,14 @@ def bring_up_to_date(
 
 
 def merged(record: Record, new: dict[str, Taken]) -> Record:
-    """The record with new lines in the order of the keys, without those of another compiler."""
+    """The record with new lines added in key order, without those of another compiler."""
     taken = {**(record.taken if record.triton == triton_version() else {}), **new}
     order = [str(key) for key in all_keys()]
     return Record(triton=triton_version(), taken={k: taken[k] for k in order if k in taken})
 
 
 def faults(record: Record) -> list[str]:
-    """What no kernel that ships may do, by key."""
+    """Violations of what every shipped kernel must satisfy, by key."""
     found = []
     for key, row in record.taken.items():
         limit = CHIPS[key.partition("/")[0]].shared_per_block
@@ -304,21 +310,21 @@ def summary(record: Record) -> list[str]:
 
 
 def fingerprint(record: Record) -> str:
-    """Of all kernels in a record: docs/resources.md says which ones its tables are of."""
-    told = json.dumps([[key, row.source] for key, row in sorted(record.taken.items())])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """A hash of all kernels in a record; docs/resources.md states which its tables are for."""
+    text = json.dumps([[key, row.source] for key, row in sorted(record.taken.items())])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def complaints(keys: Sequence[Key], path: Path = RECORD) -> list[str]:
-    """Why the record does not hold for kernels and configs as they are; compiles nothing."""
+    """Why the record does not match the current kernels and configs; compiles nothing."""
     record = read_record(path)
     if record.triton != triton_version():
-        return [f"{path.name} is of triton {record.triton}, here is {triton_version()}"]
+        return [f"{path.name} is for triton {record.triton}, installed is {triton_version()}"]
     known = {str(key): record.taken[str(key)] for key in keys if str(key) in record.taken}
     found = faults(Record(triton=record.triton, taken=known))
     found += [f"{key}: not in {path.name}" for key in keys if str(key) not in known]
     found += [
-        f"{key}: other kernels or configs" for key in stale(record, keys) if str(key) in known
+        f"{key}: kernels or configs changed" for key in stale(record, keys) if str(key) in known
     ]
     unknown = set(record.taken) - {str(key) for key in all_keys()}
-    return [*found, *(f"{key}: there are no such kernels" for key in sorted(unknown))]
+    return [*found, *(f"{key}: no such kernels exist" for key in sorted(unknown))]

@@ -1,12 +1,12 @@
-"""What every Triton kernel takes of a GPU: registers, spills, shared memory, occupancy.
+"""The GPU resources of every Triton kernel: registers, spills, shared memory, occupancy.
 
     python -m benchmarks.resources                     a table for all architectures
     python -m benchmarks.resources --architecture sm_90 --op geglu
     python -m benchmarks.resources --json > resources.json
-    python -m benchmarks.resources --every --docs      everything; docs/resources.json and .md
-    python -m benchmarks.resources --check             whether these are up to date
+    python -m benchmarks.resources --every --docs      update docs/resources.json and .md
+    python -m benchmarks.resources --check             check whether these are up to date
 
-No GPU is needed, see `ahead_of_time.py`; the record of --every: `resources_record.py`.
+No GPU is needed, see `ahead_of_time.py`. `record.py` handles the record of --every.
 """
 
 from __future__ import annotations
@@ -44,47 +44,47 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "resources.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compile Triton kernels ahead of time and list what they take of each GPU.
+    """Compile Triton kernels ahead of time and list the resources they use on each GPU.
 
-    Without --every, the sizes of real models; some minutes, as long as triton's cache is empty.
-    With it, every head dim that takes a config, and every option at the head dims the classes are
-    named after, in every dtype, as far as docs/resources.json does not know the result yet: from
-    nothing about an hour on one core. Exit code 1 if a kernel spills, needs more shared memory than
-    there is, or, with --check, if a file in docs is not of these kernels and configs; 2 for wrong
-    options.
+    By default this covers the sizes of real models and takes some minutes if triton's cache is
+    empty. --every covers every head dim that uses a config, and every option at the head dims that
+    classes are named after, in every dtype, as far as docs/resources.json lacks the result; from
+    scratch that takes about an hour on one core. The exit code is 1 if a kernel spills or needs
+    more shared memory than there is, or, with --check, if a file in docs does not match the kernels
+    and configs; it is 2 for wrong options.
 
     Examples:
       python -m benchmarks.resources --architecture sm_90 --op geglu --dtype bfloat16
       python -m benchmarks.resources --op attention --shape-class self/40 self/64
-      python -m benchmarks.resources --every --docs      after a change of kernels or configs
-      python -m benchmarks.resources --check             whether that is needed; seconds
+      python -m benchmarks.resources --every --docs      after kernels or configs have changed
+      python -m benchmarks.resources --check             whether that is needed; takes seconds
     """
 
     architecture: tuple[str, ...] = tuple(CHIPS)
-    """Which GPUs."""
+    """GPUs to compile for."""
     op: tuple[str, ...] = ()
-    """Which tunables of `kernels`; none: all."""
+    """Tunables to compile (default: all)."""
     dtype: tuple[str, ...] = ()
-    """Which dtypes; none: bfloat16 and float32, with --every all three."""
+    """Dtypes to compile (default: bfloat16 and float32; with --every all three)."""
     shape_class: tuple[str, ...] = ()
-    """Which classes of the files of configs, such as self/64; none: all."""
+    """Shape classes to compile, such as self/64 (default: all)."""
     every: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Every size and option; bring docs/resources.json up to date."""
+    """Compile every size and option, and bring docs/resources.json up to date."""
     once: tyro.conf.FlagCreatePairsOff[bool] = False
-    """A kernel that is the same for several GPUs for one of them only, for each in turn."""
+    """Compile a kernel that is the same for several GPUs for only one of them, in rotation."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Compile nothing; say whether docs/resources.json is of these kernels and configs."""
+    """Compile nothing; report whether docs/resources.json matches the kernels and configs."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print a JSON list of all that was compiled (with --every: of all, known or not)."""
+    """Print a JSON list of everything compiled (with --every: even if it is in the record)."""
     docs: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Write docs/resources.md: the record's summary and a table of all real sizes."""
+    """Write docs/resources.md: the summary of the record and a table of all real sizes."""
     workers: int = len(os.sched_getaffinity(0))
-    """Processes that compile."""
+    """Number of processes that compile."""
 
 
 def wrong_options(options: Options) -> str | None:
     if triton is None or INTERPRETED:
-        return "needs triton, without TRITON_INTERPRET"
+        return "this needs triton, with TRITON_INTERPRET unset"
     classes = {c for tunable in TUNABLES.values() for c in tunable.shape_classes}
     for kind, chosen, known in (
         ("architecture", options.architecture, CHIPS),
@@ -93,10 +93,10 @@ def wrong_options(options: Options) -> str | None:
         ("shape class", options.shape_class, sorted(classes)),
     ):
         if unknown := set(chosen) - set(known):
-            return f"{kind} must be of {', '.join(known)}, got {', '.join(sorted(unknown))}"
+            return f"{kind} must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}"
     some = bool(options.op or options.dtype or options.shape_class or options.once)
     if options.docs and (some or options.architecture != Options().architecture):
-        return "docs/resources.md is of all kernels: --docs takes no --op, --dtype and so on"
+        return "--docs covers all kernels; omit --op, --dtype and other options that select some"
     return None
 
 
@@ -138,7 +138,7 @@ def compiled(options: Options) -> list[Resources]:
 
 
 def every(keys: Sequence[record.Key], workers: int) -> list[str]:
-    """--every: compile what is not in the record, print its summary; what is wrong."""
+    """Run --every: compile what is missing from the record, print its summary, return faults."""
     known = record.bring_up_to_date(keys, Console(stderr=True).print, workers=workers)
     print("\n".join([*record.summary(known), *(wrong := record.faults(known))]))
     return wrong
@@ -146,7 +146,7 @@ def every(keys: Sequence[record.Key], workers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """Variants of a kernel (options, layouts) of one class, the most that any of them takes."""
+    """All variants (options, layouts) of a kernel in one class, with the largest of each value."""
 
     kernel: str
     classes: str
@@ -156,29 +156,29 @@ class Row:
 
 
 def kernel_name(kernel: str) -> str:
-    """Without the underscore and the word that all of them have."""
+    """The name without its leading underscore and the suffix that all kernels have."""
     return kernel.strip("_").removesuffix("_kernel")
 
 
 def config_text(row: Resources) -> str:
-    """``ROWS 4, COLUMNS 256, 4 warps``; stages where the config chooses them."""
+    """A config as text, ``ROWS 4, COLUMNS 256, 4 warps``, with stages if the config sets them."""
     own = [f"{name} {value}" for name, value in row.config.items() if not name.startswith("num_")]
     stages = [f"{row.num_stages} stages"] if "num_stages" in row.config else []
     return ", ".join([*own, f"{row.num_warps} warps", *stages])
 
 
 def cell(rows: Sequence[Resources]) -> str:
-    """What the hungriest variant takes; spills, which a test forbids, are not kept quiet."""
+    """The resources of the most demanding variant; shows spills, which a test forbids."""
     spills = max(row.spills for row in rows)
-    told = (
+    text = (
         f"{max(row.registers for row in rows)} / {max(row.shared for row in rows) / KIB:.0f} / "
         f"{min(row.occupancy for row in rows):.0%}"
     )
-    return told + (f" / {spills} B spilled" if spills else "")
+    return text + (f" / {spills} B spilled" if spills else "")
 
 
 def condensed(found: Sequence[Resources]) -> list[Row]:
-    """The rows of one tunable; classes and dtypes about which the same is to be said share one."""
+    """The rows of one tunable; classes and dtypes with equal values share a row."""
     variants: dict[tuple[str, str, str], dict[str, list[Resources]]] = {}
     for found_row in found:
         key = kernel_name(found_row.kernel), found_row.shape_class, DTYPES[found_row.dtype]
@@ -204,7 +204,7 @@ def by_tunable(found: Sequence[Resources]) -> Iterator[tuple[str, list[Resources
 
 
 def tables(found: Sequence[Resources]) -> Iterator[Table]:
-    """For the terminal: one per tunable, a line per GPU, 80 columns wide or more."""
+    """Tables for the terminal: one per tunable with one line per GPU, at least 80 columns wide."""
     for name, rows in by_tunable(found):
         shown = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for heading in ("kernel", "class", "dtype", "GPU", "config", "reg / KiB / occ."):
@@ -218,36 +218,35 @@ def tables(found: Sequence[Resources]) -> Iterator[Table]:
 
 
 def summary(known: record.Record) -> list[str]:
-    """The head of docs/resources.md, which the record alone gives."""
+    """The header of docs/resources.md, which depends only on the record."""
     return [
-        "# What the Triton kernels take of a GPU",
+        "# GPU resources of the Triton kernels",
         "",
-        "Made by `python -m benchmarks.resources --every --docs`, which compiles every config of",
-        "`kernels/tuning/tuned/<architecture>.json` ahead of time; no GPU was used. Tests hold",
-        "that nothing spills, that shared memory fits and that this page is of the kernels and",
-        "configs as they are.",
+        "Generated by `python -m benchmarks.resources --every --docs`, which compiles every config",
+        "of `kernels/tuning/tuned/<architecture>.json` ahead of time; no GPU was used. Tests check",
+        "that nothing spills, that shared memory fits and that this page matches the current",
+        "kernels and configs.",
         "",
         "## All kernels",
         "",
-        "Every head dim that takes a config, and every option at the head dim that its class is",
+        "Every head dim that uses a config, and every option at the head dim that its class is",
         "named after (masks, extra keys, numbers of keys), from the record",
-        f"[resources.json](resources.json); triton {known.triton}. A pair of GPU and dtype without"
-        " a",
-        "row is not in the record yet.",
+        f"[resources.json](resources.json), made with triton {known.triton}. A GPU and dtype",
+        "without a row are not in the record yet.",
         "",
         *record.summary(known),
         "",
         "## Sizes of real models",
         "",
-        "A cell is registers of a thread / KiB of shared memory of a block / occupancy, which is",
-        "resident warps as a share of the most possible. A row takes all variants of a kernel",
-        "together (options, layouts) and shows the most that any of them takes.",
+        "A cell shows registers per thread / KiB of shared memory per block / occupancy (resident",
+        "warps as a share of the most possible). A row combines all variants of a kernel (options,",
+        "layouts) and shows the largest value of any of them.",
         f"Kernels and configs: {record.fingerprint(known)}.",
     ]
 
 
 def document(found: Sequence[Resources], known: record.Record) -> str:
-    """docs/resources.md."""
+    """The text of docs/resources.md."""
     lines = summary(known)
     for name, rows in sorted(by_tunable(found)):
         chips = [chip for chip in CHIPS if chip in {row.architecture for row in rows}]

@@ -1,4 +1,4 @@
-// The module fastdiff.kernels._native: what it was built with, and the functions of every op.
+// The module fastdiff.kernels._native: its build information, and the functions of every op.
 #include "bindings.h"
 
 #include "build_info.h"

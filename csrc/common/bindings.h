@@ -1,5 +1,5 @@
-// What an op's functions for Python are made of. Tensors come as addresses (data_ptr()), sizes and
-// strides; the Python side has checked them. No torch header, so one build serves every torch.
+// Building blocks for an op's Python functions. Tensors arrive as addresses (data_ptr()), sizes and
+// strides, already checked on the Python side. No torch header, so one build serves every torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,8 +20,8 @@ template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(add
 inline const void* in(Address address) { return pointer<const void>(address); }
 inline void* out(Address address) { return pointer<void>(address); }
 
-// The functions that a file adds to the module when it is loaded: a constant of each
-// cpu/<op>_binding.cpp.
+// Adds a file's functions to the module when it is loaded; each cpu/<op>_binding.cpp defines one
+// constant of this type.
 struct Binding {
   using Define = void (*)(py::module_&);
 

@@ -1,5 +1,5 @@
-// Philox4x32-10, for every processor: Salmon et al. 2011, section 3.3. kernels/philox_normal says what
-// the counter and the key are made of.
+// Philox4x32-10, for CPUs and GPUs: Salmon et al. 2011, section 3.3. kernels/philox_normal defines
+// the counter and the key.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Which instruction set and which threads.
+// Selection of the instruction set, and the thread pool.
 #include <atomic>
 #include <cstring>
 #include <exception>
@@ -39,8 +39,8 @@ int best() {
 int active = best();
 ParallelFor pool = nullptr;
 
-// The pool is a C function: it turns an exception into a number, and the loop's result would be
-// garbage. So a thread's first exception is kept, and thrown where the loop was called.
+// The pool is a C function that turns an exception into a status code, which would lose the error.
+// So the first exception of any thread is stored, and rethrown by the caller of the loop.
 struct Guarded {
   ParallelFunc f;
   void* context;

@@ -1,4 +1,4 @@
-// Adaptive LayerNorm on a CPU: row by row, a row stays in the first cache.
+// Adaptive LayerNorm on a CPU: row by row, so that a row stays in the L1 cache.
 #include "ada_layer_norm.h"
 
 #include "cpu.h"
@@ -7,11 +7,11 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
-constexpr int64_t CHUNK = 16384;              // numbers whose shares of dscale are added up in fp32
+constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer do not justify waking a thread
+constexpr int64_t CHUNK = 16384;              // elements whose dscale is accumulated in fp32
 
-// A row, normalised, in fp32. The mean is high + low, since x - high is exact where the mean is large;
-// squares are taken around it. Returns 1 / deviation.
+// Normalizes a row in fp32. The mean is stored as high + low, since x - high is exact when the mean
+// is large; squares are taken around it. Returns 1 / standard deviation.
 inline float normalise(const float* RESTRICT x, float* RESTRICT normal, int64_t d, double eps) {
   const float center = float(double(sum(x, d)) / double(d));
   float off, squares;
@@ -42,8 +42,8 @@ template <class T> void forward(const AdaLayerNorm& a) {
   });
 }
 
-// With g = dy (1 + scale): dx = (g - mean(g) - n^ mean(g n^)) / deviation. A sample's rows are cut into
-// chunks, which depend on its shape alone; their shares are added up in order.
+// With g = dy (1 + scale): dx = (g - mean(g) - n^ mean(g n^)) / deviation. A sample's rows are split
+// into chunks that depend only on its shape; their partial sums are added up in order.
 template <class T> void backward(const AdaLayerNormBackward& a) {
   const int64_t rows = larger(1, CHUNK / a.d), chunks = ceil_div(a.length, rows);
   Scratch<float> shares(a.n * chunks * 2 * a.d);

@@ -1,11 +1,11 @@
-// What the CPU kernels of `ada_layer_norm` take.
+// Arguments of the CPU kernels of `ada_layer_norm`.
 #pragma once
 
 #include "kernels.h"
 
 namespace fastdiff {
 
-// y = n^ (1 + scale) + shift, n^ the normalised rows of d numbers of x; scale and shift per sample.
+// y = n^ (1 + scale) + shift, where n^ is x normalized over rows of d; scale and shift per sample.
 struct AdaLayerNorm {
   Dtype dtype;
   const void* x;  // (n, length, d), rows x_stride apart

@@ -1,4 +1,4 @@
-// The Python side of the CPU kernels of `ada_layer_norm`.
+// Python bindings of the CPU kernels of `ada_layer_norm`.
 #include "ada_layer_norm.h"
 #include "bindings.h"
 

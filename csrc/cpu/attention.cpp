@@ -1,9 +1,10 @@
-// Attention on a CPU. A tile of queries meets a block of keys: the scores in one product, the softmax of
-// their rows, and a second product with V; over several blocks the softmax is online (Milakov and
-// Gimelshein 2018). K^T and V of a block are packed once for all the tiles of a piece of work.
+// Attention on a CPU. For a tile of queries and a block of keys, one product gives the scores, then
+// comes the softmax of their rows, then a second product with V. Over several blocks the softmax is
+// online (Milakov and Gimelshein 2018). K^T and V of a block are packed once for all tiles of a piece
+// of work.
 //
-// The sums of a row run over the keys of a block in order, then over the blocks. Blocks depend on the
-// number of keys alone and a row's bits on no other row, so neither tiles nor threads show in them.
+// The sums of a row run over the keys of a block in order, then over the blocks. Blocks depend only on
+// the number of keys, and no row depends on another, so tiling and threads do not change any bit.
 #include "attention.h"
 
 #include "product.h"
@@ -12,13 +13,13 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t QUERIES = 40, KEYS = 160;  // of a tile, of a block: the scores fill half of L1
-constexpr int64_t DEPTH = 128;               // a longer sum over d is cut
-constexpr int64_t STATE = 1 << 17;           // numbers of the tiles that share a packed block
-constexpr int64_t PIECES = 4;                // of work per thread, at least
+constexpr int64_t QUERIES = 40, KEYS = 160;  // per tile, per block: the scores fill half of L1
+constexpr int64_t DEPTH = 128;               // a longer sum over d is split
+constexpr int64_t STATE = 1 << 17;           // output elements of the tiles that share a packed block
+constexpr int64_t PIECES = 4;                // pieces of work per thread, at least
 constexpr float LOWEST = -__FLT_MAX__;      // finite, so that no difference is inf - inf
 
-// [0, n) in pieces of nearly one size, none larger than `most`.
+// Splits [0, n) into pieces of nearly equal size, none larger than `most`.
 struct Pieces {
   int64_t n, count, size;
   Pieces(int64_t n, int64_t most) : n(n), count(ceil_div(n, most)), size(ceil_div(n, larger(1, count))) {}
@@ -37,7 +38,7 @@ template <class T> struct Rows {
   const T* operator[](int64_t i) const { return x + i * stride; }
 };
 
-// The same of keys or values from `first` on: `count` rows in all, then those of the extra keys.
+// Keys or values from `first` on: `count` rows in total, followed by those of the extra keys.
 template <class T> struct TwoRows {
   Rows<T> rows, extra;
   int64_t count, first;
@@ -46,7 +47,7 @@ template <class T> struct TwoRows {
   }
 };
 
-// n dense rows of d numbers as fp32: where they are, or converted into `buffer`.
+// n dense rows of d elements as fp32: in place, or converted into `buffer`.
 inline Rows<float> as_float(Rows<float> rows, float*, int64_t, int64_t) { return rows; }
 template <class T> Rows<float> as_float(Rows<T> rows, float* buffer, int64_t n, int64_t d) {
   for (int64_t i = 0; i < n; ++i) widen(rows[i], buffer + i * d, d);
@@ -58,7 +59,7 @@ inline void copy(const float* x, float* y, int64_t n) {
 }
 template <class T> void copy(const T* x, float* y, int64_t n) { widen(x, y, n); }
 
-// n rows of d numbers as those of y, filled up with zeros to `wide`.
+// Copies n rows of d elements to rows of y, padded with zeros to `wide`.
 template <class R> void pack(const R& rows, int64_t n, int64_t d, int64_t wide, float* y) {
   for (int64_t i = 0; i < n; ++i, y += wide) {
     copy(rows[i], y, d);
@@ -66,7 +67,7 @@ template <class R> void pack(const R& rows, int64_t n, int64_t d, int64_t wide, 
   }
 }
 
-// The same as columns of y, whose rows are y_row apart; zeros up to a multiple of LANES.
+// Copies n rows to columns of y, whose rows are y_row apart; padded with zeros to a multiple of LANES.
 template <class R>
 void pack_columns(const R& rows, int64_t n, int64_t d, int64_t wide, float* buffer, float* y,
                   int64_t y_row) {
@@ -84,16 +85,16 @@ void pack_columns(const R& rows, int64_t n, int64_t d, int64_t wide, float* buff
 // Tiles of queries of one sample and head that are computed together.
 struct Piece {
   int64_t head, n, h, first, last;  // tiles
-  int64_t query, queries;           // the first of all, how many
+  int64_t query, queries;           // the first query, and their number
 };
 
-// What forward and backward pass share: the call, its cut into pieces, and the scores of a tile.
+// Shared by the forward and backward pass: the call, how it is split, and the scores of a tile.
 template <class T> struct Call {
   const Attention& a;
   Pieces blocks, tiles, depths;
-  int64_t wide, block_wide;  // d and the keys of a block, as multiples of LANES
-  int64_t group, groups;     // tiles of a piece, pieces of a head
-  bool plain;                // the scale is in the exponent
+  int64_t wide, block_wide;  // d and the keys per block, rounded up to multiples of LANES
+  int64_t group, groups;     // tiles per piece, pieces per head
+  bool plain;                // the scale is applied in the exponent
   float scale;
 
   explicit Call(const Attention& a)
@@ -130,12 +131,12 @@ template <class T> struct Call {
   TwoRows<T> values(const Piece& p, int64_t first) const {
     return {{a.v, p.n, p.h}, {a.extra_v, p.n, p.h}, a.keys, first};
   }
-  // Where row r of a piece stands among all rows of a dense tensor.
+  // Index of row r of a piece among all rows of a dense tensor.
   int64_t query_row(const Piece& p, int64_t r) const {
     return (p.n * a.length + p.query + r) * a.heads + p.h;
   }
 
-  // left right^T, summed over pieces of d; `right` is packed as columns.
+  // Computes left right^T, summed over pieces of d; `right` is packed as columns.
   void scores(Rows<float> left, int64_t rows, const float* right, int64_t columns, float* out) const {
     for (int64_t i = 0; i < depths.count; ++i) {
       const int64_t from = depths.begin(i);
@@ -145,7 +146,7 @@ template <class T> struct Call {
     }
   }
 
-  // Unless they are plain: scores to scale score + mask.
+  // Turns scores into scale * score + mask, unless the call is `plain`.
   void finish(float* scores, const Piece& p, int64_t query, int64_t rows, int64_t key,
               int64_t count) const {
     if (plain) return;
@@ -165,9 +166,9 @@ template <class T> struct Call {
   }
 };
 
-// The softmax of rows, online: scores become exp(unit (score - top)), of which `weight` is the sum, and
-// `factor` is what earlier blocks' sums are to be multiplied by. Three loops, since a row alone is one
-// long chain of operations. `tail` is added to the last LANES columns: -inf for those without a key.
+// The online softmax of rows: scores become exp(unit (score - top)), `weight` is their sum, and sums of
+// earlier blocks must be multiplied by `factor`. It takes three loops, because row by row it would be
+// one long dependency chain. `tail` is added to the last LANES columns: -inf for columns without a key.
 inline void soften(float* scores, int64_t rows, int64_t wide, int64_t columns, const float* tail,
                    float unit, float* RESTRICT top, float* RESTRICT weight, float* RESTRICT factor) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -197,7 +198,7 @@ inline void soften(float* scores, int64_t rows, int64_t wide, int64_t columns, c
   }
 }
 
-// Rows of results in fp32, `wide` apart, to the dense tensor y at `at(row)`; row r times factor(r).
+// Writes fp32 result rows, `wide` apart, to row `at(r)` of the dense tensor y, multiplied by factor(r).
 template <class T, class At, class Factor>
 void write(float* x, int64_t wide, int64_t rows, int64_t d, void* y, const At& at, const Factor& factor) {
   for (int64_t r = 0; r < rows; ++r, x += wide) {
@@ -217,7 +218,7 @@ template <class T> void forward(const Attention& a) {
         q_buffer(call.tiles.size * a.d), scores(call.tiles.size * block_wide), sums(most * wide),
         top(most), weight(most), factor(call.tiles.size);
     alignas(64) float tail[LANES];
-    int64_t packed = -1;  // the head that is, where a head is one block
+    int64_t packed = -1;  // the head whose keys are packed, if a head is one block
     for (int64_t item = begin; item < end; ++item) {
       const Piece piece = call.piece(item);
       for (int64_t i = 0; i < piece.queries; ++i) top.data[i] = LOWEST, weight.data[i] = 0;
@@ -255,13 +256,13 @@ template <class T> void forward(const Attention& a) {
   });
 }
 
-// What the backward pass knows of each query: (n, heads, length) numbers.
+// What the backward pass knows about each query: three arrays of (n, heads, length).
 struct Known {
   const float *top, *weight, *dots;
   Known at(int64_t i) const { return {top + i, weight + i, dots + i}; }
 };
 
-// Scores become P, and dP becomes the gradient of the scores, P (dP - the row's sum of P dP).
+// Turns scores into P, and dP into the gradient of the scores, P (dP - the row's sum of P dP).
 inline void differentiate(float* scores, float* dp, int64_t rows, int64_t wide, int64_t columns,
                           float unit, Known known, bool one_key) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -275,7 +276,7 @@ inline void differentiate(float* scores, float* dp, int64_t rows, int64_t wide, 
   }
 }
 
-// The sum of P dP of each query, which is that of dout out.
+// Each query's sum of P dP, which equals the sum of dout * out.
 template <class T> void dots_of_rows(const AttentionBackward& b, float* dots) {
   const Attention& a = b.forward;
   parallel(a.n * a.heads * a.length, 64, [&](int64_t begin, int64_t end) {
@@ -285,7 +286,7 @@ template <class T> void dots_of_rows(const AttentionBackward& b, float* dots) {
       const T* dout = Rows<T>(b.dout, n, h).from(query).x;
       const T* out = static_cast<const T*>(a.out) + ((n * a.length + query) * a.heads + h) * a.d;
       const float *x = widen(dout, buffer.data, a.d), *y = widen(out, buffer.data + a.d, a.d);
-      double sum = 0;  // dP is close to it
+      double sum = 0;  // fp64, because dP - sum cancels
       _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < a.d; ++j)
         sum += double(x[j]) * double(y[j]);
       dots[i] = float(sum);
@@ -293,8 +294,8 @@ template <class T> void dots_of_rows(const AttentionBackward& b, float* dots) {
   });
 }
 
-// What is missing in the sums, found in the gradient of the scores, whose rows sum to zero.
-// PyTorch, asked for a mask's gradient, keeps the output in fp32; ours was rounded to half precision.
+// Corrects the sums for the output having been rounded to half precision (PyTorch keeps an fp32 output
+// when a mask needs a gradient). Rows of dscores must sum to zero, so their actual sum is the error.
 void correct(float* dots, const float* dscores, int64_t rows, int64_t keys) {
   parallel(rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -381,7 +382,7 @@ template <class T> void keys_gradient(const AttentionBackward& b, Known known) {
         multiply({dscores.data, 1, block_wide, q_rows.data, wide, dk.data, wide, rows, nullptr, tile > 0},
                  count, wide);
       }
-      const int64_t own = larger(0, smaller(count, a.keys - key));  // the others are extra keys
+      const int64_t own = larger(0, smaller(count, a.keys - key));  // the rest are extra keys
       const auto at = [&](int64_t r) { return (piece.n * a.keys + key + r) * a.heads + piece.h; };
       const auto extra_at = [&](int64_t r) {
         return (piece.n * a.extra_keys + key + own - a.keys + r) * a.heads + piece.h;

@@ -1,4 +1,4 @@
-// The Python side of the CPU kernels of `attention`.
+// Python bindings of the CPU kernels of `attention`.
 #include "bindings.h"
 #include "attention.h"
 
@@ -6,7 +6,7 @@ using namespace fastdiff;
 
 namespace {
 
-// A tensor of heads: its address and strides from sample to sample, row to row, head to head.
+// A tensor of heads: its address, and its strides over samples, rows and heads.
 using Strided = std::array<int64_t, 4>;
 Heads heads(const Strided& x) { return {in(Address(x[0])), x[1], x[2], x[3]}; }
 

@@ -1,6 +1,6 @@
-// What the CPU kernel files share: half precision in and out, functions that compilers vectorise,
+// Shared by the CPU kernels: half precision in and out, functions that compilers can vectorize, and
 // parallel loops. Included by files that are compiled once per instruction set, so everything has
-// internal linkage: the linker must never take one instruction set's copy for another's.
+// internal linkage: the linker must never substitute one instruction set's copy for another's.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace {
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
-// Kernels compute on fp32 in pieces of at most this many numbers, which stay in the first cache.
+// Kernels compute in fp32 on pieces of at most this many elements, which stay in the L1 cache.
 constexpr int64_t PIECE = 1024;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -34,7 +34,7 @@ inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
-  // exponent and mantissa in fp32's place, 2^112 too small; infinity and NaN have their own exponent
+  // exponent and mantissa moved to their fp32 position, 2^112 too small; infinity and NaN are special
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   float wide = from_bits(magnitude) * 0x1p112f;
   wide = magnitude >= 0x0f800000 ? from_bits(magnitude | 0x7f800000) : wide;
@@ -52,7 +52,7 @@ template <> inline bf16 from_float<bf16>(float x) {
 template <> inline fp16 from_float<fp16>(float x) {
   const uint32_t sign = to_bits(x) >> 16 & 0x8000, magnitude = to_bits(x) & 0x7fffffff;
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  // under 2^-14: adding 1/2 leaves the subnormal's digits, rounded, at the end of the sum
+  // below 2^-14: adding 1/2 leaves the bits of the subnormal, rounded, at the end of the sum
   const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000;
   uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
@@ -60,7 +60,7 @@ template <> inline fp16 from_float<fp16>(float x) {
   return {uint16_t(sign | half)};
 }
 
-// n numbers as fp32: where they are, or converted into `buffer`.
+// n elements as fp32: in place, or converted into `buffer`.
 inline const float* widen(const float* x, float*, int64_t) { return x; }
 
 inline const float* widen(const bf16* RESTRICT x, float* RESTRICT buffer, int64_t n) {
@@ -81,11 +81,11 @@ inline const float* widen(const fp16* RESTRICT x, float* RESTRICT buffer, int64_
   return buffer;
 }
 
-// Where results may be written as fp32 before `narrow` puts them into y.
+// Where to write fp32 results before `narrow` stores them to y.
 inline float* target(float* y, float*) { return y; }
 template <class T> inline float* target(T*, float* buffer) { return buffer; }
 
-inline void narrow(const float*, float*, int64_t) {}  // they are in place
+inline void narrow(const float*, float*, int64_t) {}  // already in place
 
 inline void narrow(const float* RESTRICT x, bf16* RESTRICT y, int64_t n) {
   SIMD for (int64_t i = 0; i < n; ++i) y[i] = from_float<bf16>(x[i]);
@@ -142,10 +142,10 @@ inline float erf_(float x) {
   log_erfc = log_erfc * far + -3.537089215e-04f;
   const float outer = 1.0f - exp_(log_erfc);
   const float signed_outer = x < 0 ? -outer : outer;
-  return z > 1.0f ? signed_outer : x * inner;  // NaN goes by the second
+  return z > 1.0f ? signed_outer : x * inner;  // NaN takes the second branch
 }
 
-// LANES numbers in a register of the instruction set (in several, where there is none).
+// LANES numbers in one vector register (several, if the instruction set has no wide enough one).
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
@@ -170,8 +170,8 @@ inline float sum_of_lanes(Vector v) {
   return lanes[0];
 }
 
-// Calls add(u, i) for vectors that begin at i, four in turn, and rest(i) for single numbers: an order
-// that depends on n and the instruction set alone.
+// Calls add(u, i) for vectors starting at i, with u cycling through four accumulators, and rest(i) for
+// the remaining elements: an order that depends only on n and the instruction set.
 template <class Add, class Rest> inline void in_vectors(int64_t n, const Add& add, const Rest& rest) {
   int64_t i = 0;
   for (; i + 4 * LANES <= n; i += 4 * LANES) {
@@ -220,7 +220,7 @@ inline void sums_around(const float* x, int64_t n, float center, float* off, flo
   *squares = sum_of(q) + q_rest;
 }
 
-// Memory of a call, given back at its end; begins where a cache line does.
+// Temporary memory, freed at the end of the scope and aligned to a cache line.
 template <class T> struct Scratch {
   T* data;
   explicit Scratch(int64_t n)
@@ -232,7 +232,7 @@ template <class T> struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
-// Call f(begin, end) on pieces of [0, n) of at least `grain`, on the pool's threads.
+// Call f(begin, end) on pieces of [0, n), each of at least `grain`, on the pool's threads.
 template <class F> inline void parallel(int64_t n, int64_t grain, const F& f) {
   fastdiff::parallel_for(
       n, grain,

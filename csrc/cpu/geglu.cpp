@@ -1,4 +1,4 @@
-// GEGLU on a CPU: row by row, in pieces that stay in the first cache.
+// GEGLU on a CPU: row by row, in pieces that stay in the L1 cache.
 #include "geglu.h"
 
 #include "cpu.h"
@@ -8,7 +8,7 @@ namespace FASTDIFF_ISA {
 namespace {
 
 constexpr float SQRT_HALF = 0.70710678f;
-constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
+constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer do not justify waking a thread
 
 template <class T> void forward(const Geglu& a) {
   const int64_t grain = larger(1, NUMBERS_PER_THREAD / larger(1, a.d));

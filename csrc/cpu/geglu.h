@@ -1,4 +1,4 @@
-// What the CPU kernels of `geglu` take.
+// Arguments of the CPU kernels of `geglu`.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// The Python side of the CPU kernels of `geglu`.
+// Python bindings of the CPU kernels of `geglu`.
 #include "bindings.h"
 #include "geglu.h"
 

@@ -1,13 +1,13 @@
-// GroupNorm with what comes before it (addends) and after it (scale and shift, SiLU) on a CPU.
+// GroupNorm on a CPU, with addends before it, and scale, shift and SiLU after it.
 //
-// NHWC: the sample's rows of C numbers are taken k at a time, so that a loop is long for few channels
-// too, and split into chunks that stay in the second cache. A chunk's moments are taken in one pass
-// around a pivot for each channel, its mean over a few rows: it lies so near the mean that the squares
-// lose no digit. The channels' and the chunks' moments are merged in fp64 by Chan's formula, in order.
-// NCHW: a group is contiguous, and is one unit of work from its moments to its results.
+// NHWC: the sample's rows of C elements are processed k at a time, so that loops are long even with few
+// channels, and split into chunks that stay in the L2 cache. A chunk's moments are computed in one pass
+// around a pivot per channel, the mean of a few of its rows: it is so close to the mean that the squares
+// lose no precision. The moments of channels and chunks are merged in fp64 with Chan's formula, in
+// order. NCHW: a group is contiguous, and is one unit of work from its moments to its results.
 //
-// A mean is kept as two fp32 numbers (high + low): x - high is exact where the mean is large, and the
-// low part goes into the shift.
+// A mean is stored as two fp32 numbers (high + low): x - high is exact when the mean is large, and the
+// low part is folded into the shift.
 #include "group_norm_walk.h"
 
 namespace fastdiff {
@@ -17,11 +17,11 @@ namespace {
 template <class T> struct Forward {
   const GroupNorm& a;
   const Affine affine;
-  const int64_t size, numbers;  // channels of a group, numbers of a sample
+  const int64_t size, numbers;  // channels per group, elements per sample
   const bool adds;
   const T* x;
   T *total, *y;
-  const T* normed;  // what is normed: x, or the total
+  const T* normed;  // the tensor to normalize: x, or the total
 
   explicit Forward(const GroupNorm& arguments)
       : a(arguments), affine{a.weight, a.bias, a.scale_shift, a.c}, size(a.c / a.groups),
@@ -70,7 +70,7 @@ template <class T> struct Forward {
 
   // NHWC
 
-  // Groups that are worked on together: all, or some of the columns of whole rows.
+  // Groups that are processed together: all, or a range of the columns of whole rows.
   struct Part {
     int64_t first_group, last_group, first, last;  // columns
   };
@@ -108,12 +108,12 @@ template <class T> struct Forward {
     });
   }
 
-  // s += the sum of x - pivot, q += that of its square, over some rows of one piece of the columns.
+  // s += the sum of x - pivot, q += the sum of its square, over some rows of one piece of the columns.
   static void add_rows(const T* x, int64_t stride, int64_t count_of_rows, int64_t n,
                        const float* RESTRICT pivot, float* RESTRICT s, float* RESTRICT q) {
     alignas(64) float buffers[4][PIECE];
     int64_t r = 0;
-    for (; r + 4 <= count_of_rows; r += 4) {  // four at a time: s and q are the costly part
+    for (; r + 4 <= count_of_rows; r += 4) {  // four at a time: updating s and q is the costly part
       const T* from = x + r * stride;
       const float* RESTRICT x0 = widen(from, buffers[0], n);
       const float* RESTRICT x1 = widen(from + stride, buffers[1], n);
@@ -136,7 +136,7 @@ template <class T> struct Forward {
     }
   }
 
-  // A number near the mean of each channel: the mean over some rows of a chunk of `count` numbers.
+  // Approximates the mean of each channel by the mean of some rows of a chunk of `count` elements.
   static void pivots(const Rows& rows, const T* chunk, int64_t count, const Part& part,
                      float* pivot) {
     alignas(64) float buffer[PIECE];
@@ -182,8 +182,8 @@ template <class T> struct Forward {
                                   part_of_group);
   }
 
-  // Of the channels of a group, from the sums around their pivots. The channels' means are taken above
-  // the first pivot: in fp64 their squares lose nothing that fp32 sums had.
+  // Merges the channels of a group, given the sums around their pivots. The channels' means are taken
+  // relative to the first pivot: in fp64 their squares lose no precision that the fp32 sums had.
   Moments merge_channels(const float* RESTRICT s, const float* RESTRICT q,
                          const float* RESTRICT pivot, double count, double share,
                          double part_of_group) const {
@@ -210,7 +210,7 @@ template <class T> struct Forward {
       within += double(q[i]) - double(s[i]) * off;
     }
     const double mean = total * part_of_group, between = squares - total * mean;
-    // rounding may leave less than none; NaN passes
+    // rounding may leave a negative sum; NaN passes through
     return {first + mean, (within < 0 ? 0 : within) + (between < 0 ? 0 : between) * count};
   }
 
@@ -251,14 +251,14 @@ template <class T> struct Forward {
     });
   }
 
-  // A sample on one thread, or each part of its groups on one, start to end.
+  // One thread per sample, or per part of its groups, from start to end.
   void small_samples(const Rows& rows, int64_t parts) const {
     const int64_t groups = ceil_div(a.groups, parts);
     parts = ceil_div(a.groups, groups);
     parallel(a.n * parts, larger(1, NUMBERS_PER_THREAD * parts / numbers),
              [&](int64_t begin, int64_t end) {
                Scratch<Moments> moments(rows.chunks * a.groups);
-               Scratch<float> columns(3 * rows.width);  // before that the moments' memory
+               Scratch<float> columns(3 * rows.width);  // until then, scratch for the moments
                for (int64_t i = begin; i < end; ++i) {
                  const int64_t n = i / parts, g = i % parts * groups;
                  const Part part = part_of(rows, g, smaller(g + groups, a.groups));
@@ -271,7 +271,8 @@ template <class T> struct Forward {
              });
   }
 
-  // Which threads do what changes no bit: a chunk's moments are taken in the same way in all cases.
+  // How threads share the work does not change any bit: a chunk's moments are always computed the same
+  // way.
   void channels_last() const {
     const Rows rows(a.c, a.space);
     if (numbers <= SMALL_SAMPLE) {
@@ -292,7 +293,7 @@ template <class T> struct Forward {
       columns_of(rows, n, part, moments.data + n * rows.chunks * a.groups,
                  columns.data + n * 3 * rows.width);
     parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in the cache
+      for (int64_t i = end; i-- > begin;)  // backwards: the last chunks read are still in the cache
         apply_chunk(rows, i / rows.chunks, i % rows.chunks, part,
                     columns.data + i / rows.chunks * 3 * rows.width);
     });

@@ -1,4 +1,4 @@
-// The gradients of GroupNorm with addends, scale and shift, SiLU on a CPU; walked as in
+// The gradients of GroupNorm with addends, scale, shift and SiLU on a CPU, traversed as in
 // group_norm_silu.cpp.
 #include "group_norm_walk.h"
 
@@ -6,7 +6,7 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-// Backward: with n^ the normalised x, f = n^ factor + offset and df = dy activation'(f),
+// With n^ the normalized x, f = n^ factor + offset and df = dy activation'(f):
 //   s1 = sum of df, s2 = sum of df n^ over space, per sample and channel
 //   p1, p2 = sums of factor s1 and factor s2 over the channels of a group of M numbers
 //   dx = (df factor - p1 / M - n^ p2 / M) / std
@@ -29,7 +29,7 @@ template <class T> struct Backward {
     return s * (1.0f + f * (1.0f - s));
   }
 
-  // Of a channel: n^ = (x - m) r + t, f = n^ factor + offset, dx = df k1 + n^ k2 + k3.
+  // Per channel: n^ = (x - m) r + t, f = n^ factor + offset, dx = df k1 + n^ k2 + k3.
   enum Column { M, R, T_, FACTOR, OFFSET, K1, K2, K3, COLUMNS };
 
   void channel(int64_t n, int64_t c, float* columns, int64_t stride) const {
@@ -41,7 +41,7 @@ template <class T> struct Backward {
     columns[OFFSET * stride] = affine.offset(n, c);
   }
 
-  // The sums of a group's channels -> k1, k2, k3. s1, s2: of the sample's channels.
+  // Computes k1, k2, k3 of a group. s1, s2: the sums of the sample's channels.
   void finish_group(int64_t n, int64_t g, const double* s1, const double* s2, float* columns,
                     int64_t stride) const {
     double p1 = 0, p2 = 0;
@@ -57,7 +57,7 @@ template <class T> struct Backward {
     }
   }
 
-  // The parameters' gradients, from s1 and s2 (n, c); samples in order.
+  // The gradients of the parameters, from s1 and s2 (n, c), adding up samples in order.
   void parameters(const double* s1, const double* s2) const {
     for (int64_t n = 0; a.dscale_shift && n < a.n; ++n)
       for (int64_t c = 0; c < a.c; ++c) {
@@ -115,7 +115,7 @@ template <class T> struct Backward {
     }
   }
 
-  // channel_sums: (c) of this chunk's dx, or null.
+  // channel_sums: (c), sums of this chunk's dx, or null.
   void chunk_dx(const Rows& rows, int64_t n, int64_t chunk, const float* columns,
                 float* channel_sums) const {
     Scratch<float> memory(rows.width);
@@ -273,7 +273,7 @@ template <class T> struct Backward {
     Scratch<double> s1(a.n * a.c), s2(a.n * a.c);
     const int64_t grain = larger(1, NUMBERS_PER_THREAD / (size * a.space));
     parallel(a.n * a.groups, grain, [&](int64_t begin, int64_t end) {
-      Scratch<float> columns(COLUMNS * a.c);  // K1, K2, K3 of the group's channels
+      Scratch<float> columns(COLUMNS * a.c);  // only K1, K2, K3 of the group's channels are used
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / a.groups, g = i % a.groups;
         float v[COLUMNS];

@@ -1,4 +1,4 @@
-// The Python side of the CPU kernels of `group_norm_silu`.
+// Python bindings of the CPU kernels of `group_norm_silu`.
 #include "bindings.h"
 #include "group_norm_silu.h"
 

@@ -1,5 +1,5 @@
-// How the CPU kernels of GroupNorm walk a sample, forward and backward: pieces, moments, and what
-// follows the norm.
+// How the CPU kernels of GroupNorm traverse a sample, forward and backward: pieces, moments, and the
+// affine step after the norm.
 #pragma once
 
 #include "cpu.h"
@@ -9,14 +9,14 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 32768;             // numbers; 128 KB as fp32
-constexpr int64_t ROW = 256;                 // short rows are joined up to this many numbers
-constexpr int64_t PIVOT_ROWS = 8;            // of a chunk, spread over it
-constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
-constexpr int64_t SMALL_SAMPLE = 262144;     // numbers; smaller ones are not walked in two rounds
-constexpr int64_t MANY_SAMPLES = 8;          // enough to give each to one thread
+constexpr int64_t CHUNK = 32768;             // elements; 128 KB as fp32
+constexpr int64_t ROW = 256;                 // short rows are joined up to this many elements
+constexpr int64_t PIVOT_ROWS = 8;            // rows of a chunk, evenly spaced
+constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer do not justify waking a thread
+constexpr int64_t SMALL_SAMPLE = 262144;     // elements; up to this, one parallel loop does it all
+constexpr int64_t MANY_SAMPLES = 8;          // enough to give each sample to one thread
 
-// As many fp64 numbers as a register has, and sums of them.
+// A register full of fp64 numbers, and sums of them.
 constexpr int64_t WIDE_LANES = LANES / 2;
 typedef double Wide __attribute__((vector_size(4 * LANES)));
 
@@ -37,7 +37,7 @@ struct Moments {
   double mean, m2;  // m2: sum of squared distances from the mean
 };
 
-// How a sample in NHWC is walked.
+// How a sample in NHWC is traversed.
 struct Rows {
   int64_t c, numbers, k, width, per_chunk, count, chunks;
 
@@ -50,8 +50,8 @@ struct Rows {
     return smaller(per_chunk * width, numbers - chunk * per_chunk * width);
   }
 
-  // Calls f(offset in the sample, column, n) for the pieces of a chunk that lie in the columns from
-  // `first` to `last`, n <= PIECE columns each.
+  // Calls f(offset in the sample, column, n) for the pieces of a chunk within the columns from `first`
+  // to `last`, with n <= PIECE columns each.
   template <class F>
   void pieces(int64_t chunk, int64_t first, int64_t last, const F& f) const {
     const int64_t begin = chunk * per_chunk * width, end = begin + chunk_numbers(chunk);
@@ -62,7 +62,7 @@ struct Rows {
   }
   template <class F> void pieces(int64_t chunk, const F& f) const { pieces(chunk, 0, width, f); }
 
-  // Columns of k rows side by side, added up to the c channels.
+  // Adds up the columns of k joined rows to the c channels.
   void fold(float* v) const {
     for (int64_t j = 1; j < k; ++j) {
       const float* RESTRICT from = v + j * c;
@@ -70,7 +70,7 @@ struct Rows {
     }
   }
 
-  // The c channels, repeated for each of k rows.
+  // Repeats the c channels for each of the k joined rows.
   void spread(float* v) const {
     for (int64_t j = c; j < width; ++j) v[j] = v[j - c];
   }
@@ -80,7 +80,7 @@ void clear(float* v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = 0;
 }
 
-// The chunks' moments merged (Chan et al. 1982): `full` numbers each, the last one's are `last`.
+// Merges the chunks' moments (Chan et al. 1982): `full` elements each, `last` in the last one.
 Moments merge(const Moments* parts, int64_t count, int64_t stride, double full, double last) {
   if (count == 1) return *parts;
   const double share = 1 / (full * double(count - 1) + last);
@@ -101,7 +101,7 @@ void write_stats(float* stats, const Moments& m, double numbers, double eps) {
   stats[2] = float(1.0 / __builtin_sqrt(m.m2 / numbers + eps));
 }
 
-// What becomes of a channel c of sample n after the normalisation: n * factor + offset.
+// The affine step after the norm, for channel c of sample n: n^ * factor + offset.
 struct Affine {
   const float *weight, *bias, *scale_shift;
   int64_t channels;

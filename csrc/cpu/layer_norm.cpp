@@ -1,4 +1,4 @@
-// LayerNorm with an addition before it on a CPU: row by row, a row stays in the first cache.
+// LayerNorm on a CPU, optionally after an addition: row by row, so that a row stays in the L1 cache.
 #include "layer_norm.h"
 
 #include "cpu.h"
@@ -7,11 +7,11 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer are not worth waking one for
-constexpr int64_t CHUNK = 16384;              // numbers whose shares of dweight are added up in fp32
+constexpr int64_t NUMBERS_PER_THREAD = 8192;  // fewer do not justify waking a thread
+constexpr int64_t CHUNK = 16384;              // elements whose dweight is accumulated in fp32
 
-// The mean of 64 numbers of a row, spread over it: so near the row's that the squares of what lies above
-// it lose no digit, and a pass less than the mean itself. Exact where all are equal.
+// The mean of 64 elements spread over a row: so close to the row's mean that squares of differences from
+// it lose no precision, and one pass cheaper than the mean itself. Exact if all elements are equal.
 inline float near_mean(const float* x, int64_t d) {
   constexpr int64_t NUMBERS = 64, PLACES = NUMBERS / LANES;
   if (d < 2 * NUMBERS) return float(double(sum(x, d)) / double(d));
@@ -22,7 +22,7 @@ inline float near_mean(const float* x, int64_t d) {
   return sum_of_lanes(parts[0]) * (1.0f / NUMBERS);
 }
 
-// A row's mean as high + low, since x - high is exact where the mean is large, and 1 / deviation.
+// A row's mean as high + low, since x - high is exact when the mean is large, and 1 / deviation.
 struct Statistics {
   float high, low, r;
 
@@ -75,7 +75,7 @@ template <class T> void forward(const LayerNorm& a) {
   });
 }
 
-// With n^ the normalised row and g = dy weight: dx = (g - mean(g) - n^ mean(g n^)) / deviation.
+// With n^ the normalized row and g = dy weight: dx = (g - mean(g) - n^ mean(g n^)) / deviation.
 template <class T> void backward(const LayerNormBackward& a) {
   const int64_t rows_per_chunk = larger(1, CHUNK / a.d), chunks = ceil_div(a.rows, rows_per_chunk);
   const bool wants = a.dweight || a.dbias;

@@ -1,14 +1,14 @@
-// What the CPU kernels of `layer_norm` take.
+// Arguments of the CPU kernels of `layer_norm`.
 #pragma once
 
 #include "kernels.h"
 
 namespace fastdiff {
 
-// total = x + residual, rounded; y = LayerNorm of its rows. Without a total x is normed.
+// total = x + residual, rounded; y = LayerNorm of its rows. Without a total x is normalized.
 struct LayerNorm {
   Dtype dtype;
-  bool wide_residual;                // it is float
+  bool wide_residual;                // the residual is float
   const void *x, *residual;          // (rows, d), rows x_stride and residual_stride apart
   void *total, *y;                   // (rows, d)
   const float *weight, *bias;        // (d,) or null
@@ -16,7 +16,7 @@ struct LayerNorm {
   double eps;
 };
 
-// The gradients, from dy and the total (or x). dtotal is added to dx; what is not wanted is null.
+// The gradients, given dy and the total (or x). dtotal is added to dx; outputs not needed are null.
 struct LayerNormBackward {
   Dtype dtype;
   const void *dy, *dtotal, *x;

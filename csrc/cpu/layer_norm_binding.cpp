@@ -1,4 +1,4 @@
-// The Python side of the CPU kernels of `layer_norm`.
+// Python bindings of the CPU kernels of `layer_norm`.
 #include "bindings.h"
 #include "layer_norm.h"
 

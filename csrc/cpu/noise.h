@@ -1,6 +1,6 @@
-// Normal numbers from Philox words on a CPU, included by the kernels that need noise. The formulas
-// stand in kernels/philox.py. log, sin and cos are taken in fp64 (errors of 1e-11) and the product is
-// rounded once, so that a number differs from the reference's only where both lie at a tie.
+// Normal numbers from Philox words on a CPU, included by the kernels that need noise. The formulas are
+// in kernels/philox_normal. log, sin and cos are computed in fp64 (errors of 1e-11) and the product is
+// rounded once, so a number differs from the reference only if both are next to a rounding tie.
 #pragma once
 
 #include "cpu.h"
@@ -10,7 +10,7 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t BLOCKS = 256;  // of 4 numbers, made at once
+constexpr int64_t BLOCKS = 256;  // blocks of 4 numbers generated at a time
 
 struct NoiseKey {
   uint32_t seed_low, seed_high, step, stream;
@@ -64,7 +64,7 @@ inline void box_muller(uint32_t w0, uint32_t w1, float* z0, float* z1) {
   *z1 = from_bits(to_bits(across) ^ flip_sine);
 }
 
-// Numbers 4 first to 4 (first + count) of an image, count <= BLOCKS.
+// Numbers 4 * first to 4 * (first + count) of an image, count <= BLOCKS.
 inline void normals_of_blocks(const NoiseKey& key, int64_t first, int64_t count,
                               float* RESTRICT out) {
   alignas(64) uint32_t c0[BLOCKS], c1[BLOCKS], c2[BLOCKS], c3[BLOCKS];
@@ -98,8 +98,8 @@ inline void normals_of_blocks(const NoiseKey& key, int64_t first, int64_t count,
   }
 }
 
-// Numbers first to first + n of an image, n <= 4 BLOCKS - 4: where they begin in `buffer`, which
-// holds 4 BLOCKS.
+// Generates the numbers first to first + n of an image, n <= 4 * BLOCKS - 4, and returns where they
+// begin in `buffer`, which has room for 4 * BLOCKS.
 inline const float* normals(const NoiseKey& key, int64_t first, int64_t n, float* buffer) {
   const int64_t block = first / 4, end = ceil_div(first + n, 4);
   normals_of_blocks(key, block, end - block, buffer);

@@ -1,4 +1,4 @@
-// What the CPU kernels of `philox_normal` take.
+// Arguments of the CPU kernel of `philox_normal`.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// The Python side of the CPU kernels of `philox_normal`.
+// Python bindings of the CPU kernel of `philox_normal`.
 #include "bindings.h"
 #include "philox_normal.h"
 #include "philox.h"
@@ -18,7 +18,7 @@ void philox_normal(Address seeds, Address out, int64_t n, int64_t elements, uint
 }
 
 const Binding binding([](py::module_& m) {
-  m.def("philox4x32", &philox, "Ten rounds on four words with a key of two.");
+  m.def("philox4x32", &philox, "Ten rounds of Philox on four words, with a key of two words.");
   m.def("philox_normal", &philox_normal, Release());
 });
 

@@ -1,4 +1,4 @@
-// Small matrix products on the vectors of the instruction set. Included like cpu.h, after it.
+// Small matrix products on the vectors of the instruction set. Included in the same way as cpu.h.
 #pragma once
 
 #include "cpu.h"
@@ -7,7 +7,8 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-// Vectors of a row that a product has in registers, and for 1, 2, .. of them the rows.
+// The most vectors per row that a product holds in registers, and the number of rows for 1, 2, ... of
+// them.
 #if defined(__AVX512F__)
 constexpr int MOST_VECTORS = 5, ROWS_OF[] = {0, 12, 12, 8, 6, 5};
 #else
@@ -16,7 +17,8 @@ constexpr int MOST_VECTORS = 3, ROWS_OF[] = {0, 12, 6, 4};
 typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 
 inline int64_t padded(int64_t n) { return ceil_div(n, LANES) * LANES; }
-// A product C = A B: rows of A lie `row` apart, its columns `column`; rows of B and C b_row and c_row.
+// A product C = A B. `row` and `column` are the strides of A, b_row and c_row the row strides of B and
+// C.
 struct Product {
   const float* a;
   int64_t row, column;
@@ -24,8 +26,8 @@ struct Product {
   int64_t b_row;
   float* c;
   int64_t c_row, depth;
-  const float* factor;  // of the rows of C, to which the product is then added
-  bool add;             // without a factor: as if it were 1
+  const float* factor;  // if given, row r of C is multiplied by factor[r] and the product is added
+  bool add;             // without a factor: add the product to C
 
   void step(int64_t rows) {
     a += rows * row;
@@ -34,7 +36,7 @@ struct Product {
   }
 };
 
-// Keeps x in a register, where the compiler would rather read it again for every use.
+// Keeps x in a register; the compiler would otherwise reload it for every use.
 #if defined(__x86_64__)
 #define IN_REGISTER(x) asm("" : "+v"(x))
 #else
@@ -91,7 +93,7 @@ inline void panel_of(const Product& p, int64_t rows, int64_t vectors) {
     panel_of<VECTORS - 1>(p, rows, vectors);
 }
 
-// The whole product, `columns` (a multiple of LANES) wide.
+// Computes the whole product, `columns` wide (a multiple of LANES).
 void multiply(Product p, int64_t rows, int64_t columns) {
   int64_t vectors = columns / LANES;
   for (int64_t left = ceil_div(vectors, MOST_VECTORS); left > 0; --left) {
@@ -103,7 +105,7 @@ void multiply(Product p, int64_t rows, int64_t columns) {
   }
 }
 
-// The numbers of a and b in turns, from their first halves or from their second.
+// Interleaves the first (or second) halves of a and b.
 inline Vector interleave(Vector a, Vector b, bool second) {
 #if defined(__clang__)
   Vector both{};
@@ -117,7 +119,7 @@ inline Vector interleave(Vector a, Vector b, bool second) {
 #endif
 }
 
-// LANES x LANES numbers, rows `from` apart, written as columns.
+// Transposes LANES x LANES elements; rows of x are x_row apart, rows of y are y_row apart.
 inline void transpose(const float* x, int64_t x_row, float* y, int64_t y_row) {
   Vector rows[LANES], next[LANES];
 #pragma GCC unroll 16

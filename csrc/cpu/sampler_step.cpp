@@ -1,4 +1,4 @@
-// A row of a sampler table for each image on a CPU: every tensor is read and written once.
+// One sampler step per image on a CPU, by its row of the table: every tensor is read and written once.
 #include "sampler_step.h"
 
 #include "noise.h"
@@ -9,11 +9,11 @@ namespace {
 
 using namespace columns;
 
-constexpr int64_t PART = 4 * BLOCKS - 4;  // numbers at once
-// Fewer are not worth waking a thread for, which takes longer than 10 us: without noise and with it.
+constexpr int64_t PART = 4 * BLOCKS - 4;  // elements at a time
+// Fewer do not justify waking a thread, which takes longer than 10 us; without noise, and with it.
 constexpr int64_t NUMBERS_PER_THREAD = 65536, NOISY_NUMBERS_PER_THREAD = 16384;
 
-// Whether all n numbers are finite: no magnitude reaches infinity's, as bits.
+// Whether all n numbers are finite: compared as bits, no magnitude reaches that of infinity.
 inline bool all_finite(const float* x, int64_t n) {
   uint32_t largest = 0;
   _Pragma("omp simd reduction(max : largest)") for (int64_t i = 0; i < n; ++i) {
@@ -23,7 +23,7 @@ inline bool all_finite(const float* x, int64_t n) {
   return largest < 0x7f800000u;
 }
 
-// An image's row of the table, and its images of the prediction.
+// An image's row of the table, and its indices into the prediction.
 struct Place {
   const float* row;      // null: an idle slot
   int64_t cond, uncond;  // uncond -1: not guided
@@ -33,7 +33,7 @@ struct Place {
 
 template <class T> struct Step {
   const SamplerStep& a;
-  const int64_t numbers;  // of a sample
+  const int64_t numbers;  // elements per sample
   const T* prediction;
 
   explicit Step(const SamplerStep& arguments)
@@ -45,19 +45,19 @@ template <class T> struct Step {
             a.uncond ? a.uncond[image] : -1};
   }
 
-  // n <= PART numbers of an image of the prediction from position j of a run, as fp32
+  // n <= PART elements of an image of the prediction, from position j of a run, as fp32
   const float* read(int64_t image, int64_t run, int64_t j, int64_t channels, float* buffer,
                     int64_t n) const {
     const T* p = prediction + image * a.image_stride + run * a.run_stride + j * a.stride + channels;
     if (a.stride == 1) return widen(p, buffer, n);
-    if (a.stride == 4)  // latents in channels_last: a constant stride is shuffled, not gathered
+    if (a.stride == 4)  // channels_last latents: with a constant stride, compilers shuffle, not gather
       SIMD for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(p[i * 4]);
     else
       for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(p[i * a.stride]);
     return buffer;
   }
 
-  // The network's F, guided: n numbers. Clears `finite`, if it is given, where those read are not.
+  // n elements of the network's F, guided. Clears `finite`, if given, if any element read is not.
   const float* guided(const Place& at, int64_t run, int64_t j, float* buffer, float* other,
                       int64_t n, bool* finite) const {
     const float* cond = read(at.cond, run, j, 0, buffer, n);
@@ -70,8 +70,8 @@ template <class T> struct Step {
     return buffer;
   }
 
-  // Variance over a sample of what `piece(run, j, n)` gives, in two passes; the mean is taken above the
-  // first number, so that a constant sample has none.
+  // Variance over a sample of the values that `piece(run, j, n)` returns, in two passes. The mean is taken
+  // relative to the first value, so that a constant sample has a variance of exactly 0.
   template <class F> double variance(const F& piece) const {
     const double first = piece(0, 0, 1)[0];
     double total = 0, squares = 0;
@@ -92,7 +92,7 @@ template <class T> struct Step {
     return squares / double(numbers);
   }
 
-  // What rescaling multiplies F by: phi std(F_cond) / std(F) + 1 - phi.
+  // The factor by which rescaling multiplies F: phi std(F_cond) / std(F) + 1 - phi.
   float rescale(const Place& at) const {
     alignas(64) float buffer[4 * BLOCKS], other[4 * BLOCKS];
     const double wanted = variance([&](int64_t run, int64_t j, int64_t n) {
@@ -152,7 +152,7 @@ template <class T> struct Step {
     }
     SIMD for (int64_t i = 0; i < n; ++i) x[i] = next[i];
     if (a.denoised) __builtin_memcpy(a.denoised + first, d, size_t(n) * sizeof(float));
-    if (!finite) __atomic_store_n(a.finite + image, false, __ATOMIC_RELAXED);  // by any thread
+    if (!finite) __atomic_store_n(a.finite + image, false, __ATOMIC_RELAXED);  // threads may race
   }
 
   void all() const {

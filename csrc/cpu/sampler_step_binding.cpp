@@ -1,4 +1,4 @@
-// The Python side of the CPU kernel of `sampler_step`.
+// Python bindings of the CPU kernel of `sampler_step`.
 #include "bindings.h"
 #include "sampler_step.h"
 
@@ -6,8 +6,8 @@ using namespace fastdiff;
 
 namespace {
 
-// Returns the first sample whose row or indices are out of range, or whose row rescales against
-// `rescale`; -1 where there is none, and only then anything is computed.
+// Returns the first sample with a row or an index out of range, or with RESCALE although `rescale` is
+// false. Otherwise takes the step and returns -1; on an error nothing is computed.
 int64_t sampler_step(int dtype, bool learned, bool rescale, Address x, Address prediction,
                      Address history, Address table, Address rows, Address seeds, Address cond,
                      Address uncond, Address denoised, Address finite, int64_t n,

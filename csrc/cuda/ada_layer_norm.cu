@@ -6,7 +6,7 @@
 
 using namespace fastdiff;
 
-/// x: (n, length, d), rows x_stride apart; y: dense; scale and shift: (n, d), dense.
+/// x: (n, length, d), rows x_stride apart; y: dense; scale, shift: (n, d), dense.
 FASTDIFF_EXPORT const char* fastdiff_cuda_ada_layer_norm(
     int device, void* stream, int dtype, const void* x, void* y, const void* scale,
     int scale_dtype, const void* shift, int shift_dtype, int64_t n, int64_t length, int64_t d,

@@ -1,10 +1,10 @@
-// Adaptive LayerNorm: rows of C numbers normalised, then y = n (1 + scale) + shift, scale and shift per
-// sample (kernels/ada_layer_norm has the maths and the gradients).
+// Adaptive LayerNorm: normalizes rows of C elements to n, then y = n (1 + scale) + shift, with scale and
+// shift per sample (kernels/ada_layer_norm documents the maths and the gradients).
 //
-// A block has a row at a time and reads it from memory once and from the caches twice more, as
-// layer_norm does with wide rows: 512 threads, 16-byte loads where rows begin at them. Bytes forward:
-// 2 N T C itemsize; backward 3, and the shares of dscale and dshift, to which a block adds its rows in
-// order, in the caches.
+// A block processes one row at a time. It reads the row once from memory and twice more from the caches,
+// as layer_norm does for wide rows, with 512 threads and 16-byte loads if rows are aligned. Bytes:
+// 2 N T C itemsize forward, 3 backward. Partial sums of dscale and dshift, to which a block adds its rows
+// in order, stay in the caches.
 
 #pragma once
 
@@ -53,8 +53,8 @@ struct AdaLayerNormGradients {
   float eps;
 };
 
-/// Grid: N * chunks; a block has every chunks-th row of a sample, from its own on. A thread has the same
-/// columns in every row, so the shares are its alone.
+/// Grid: N * chunks; a block processes every chunks-th row of a sample. A thread has the same columns in
+/// every row, so no other thread writes to its partial sums.
 template <typename T, int V>
 __global__ void __launch_bounds__(kRowThreads, 1)
     ada_layer_norm_rows_backward(AdaLayerNormGradients<T> p) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       }
     };
     float means[2] = {};  // of g and g n
-#pragma unroll 1  // unrolled, it spills on sm_100
+#pragma unroll 1  // spills on sm_100 if unrolled
     for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x) {
       float x[V], g[V], dy[V];
       load_both(pack, x, g);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     team.sum(means, scratch);
     means[0] /= static_cast<float>(p.d);
     means[1] /= static_cast<float>(p.d);
-#pragma unroll 1  // unrolled, it spills on sm_100
+#pragma unroll 1  // spills on sm_100 if unrolled
     for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x) {
       float x[V], g[V];
       load_both(pack, x, g);

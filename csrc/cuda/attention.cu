@@ -1,4 +1,4 @@
-// Launcher of attention, forward: which kernel, which instance.
+// Launcher of the forward pass of attention: chooses the kernel and its template instance.
 
 #include "attention.cuh"
 
@@ -7,7 +7,7 @@
 namespace fastdiff {
 namespace {
 
-/// What fills a GPU: about four blocks on each of its 80 to 150 multiprocessors.
+/// Blocks that fill a GPU: about four on each of its 80 to 150 multiprocessors.
 constexpr int64_t kContextBlocks = 512;
 
 template <typename T, int W, bool MASKED>
@@ -60,10 +60,10 @@ Rows<T> rows(const void* data, const int64_t* strides) {
 using namespace fastdiff;
 
 /// q (N, L, H, d), k and v (N, S, H, d), extra_k and extra_v (N, T, H, d) or null: fp16 or bf16, d
-/// a multiple of 8 up to 160, rows dense and 16-byte aligned. strides: three each (sample, token,
-/// head; a token's below 2^31), then the mask's four (sample, head, query, key). mask: null, fp32,
-/// or bytes. on_chip: the most keys that may be kept in shared memory; the streaming kernel takes
-/// more. tops: null but for an fp32 mask. N, L, H and S + T must be above 0.
+/// a multiple of 8 up to 160, rows dense and 16-byte aligned. strides: three for each tensor (sample,
+/// token, head; that of tokens below 2^31), then four for the mask (sample, head, query, key). mask:
+/// null, fp32 or bytes. on_chip: the most keys to keep in shared memory; beyond that the streaming
+/// kernel runs. tops: null unless the mask is fp32. N, L, H and S + T must be above 0.
 FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
     int device, void* stream, int dtype, int64_t n, int64_t length, int64_t keys,
     int64_t extra_keys, int heads, int d, const void* q, const void* k, const void* v,
@@ -71,7 +71,7 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
     const int64_t* strides, float factor, int on_chip, void* out, float* lse, float* tops) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
-  constexpr int64_t kMost = 0x7fffffff - 1024;  // tiles reach beyond the last row
+  constexpr int64_t kMost = 0x7fffffff - 1024;  // tiles extend beyond the last row
   if (length > kMost || keys + extra_keys > kMost)
     return keep_message("more than 2^31 - 1024 queries or keys");
   return with_dtype(dtype, [&](auto zero) -> const char* {
@@ -95,7 +95,7 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
       p.factor = factor;
       return run<T>(p, n * heads, on_chip, target);
     } else {
-      return keep_message("attention takes fp16 and bf16");
+      return keep_message("attention supports fp16 and bf16");
     }
   });
 }

@@ -1,24 +1,25 @@
 // softmax(scale * Q K^T + mask) V, forward, on the matrix unit of sm_80 and later
-// (kernels/attention has the maths, its cuda.py the calls).
+// (kernels/attention documents the maths; its cuda.py calls the launcher).
 //
-//   streaming  a block has 64 or 128 queries and walks over tiles of 32 or 64 keys with an online
-//              softmax (Milakov and Gimelshein 2018; Dao 2023); the next tile is copied meanwhile
-//   context    all keys, 77 or 154 of text, stay in shared memory; every warp walks over tiles of
-//              16 queries with a softmax in one pass, and waits for no other warp
+//   streaming  a block holds 64 or 128 queries and iterates over tiles of 32 or 64 keys with an
+//              online softmax (Milakov and Gimelshein 2018; Dao 2023) while it copies the next tile
+//   context    all keys, 77 or 154 of a text, stay in shared memory; every warp iterates over tiles
+//              of 16 queries with a one-pass softmax, without waiting for other warps
 //
-// Q K^T sums over the head dim in steps of 16, the last one of 8 where it is needed, and P V has 8
-// columns a product: a head of 40 costs 40. A head dim takes the instance of the next W of 40, 64,
-// 80, 128 and 160; the columns from d to W are zeros in shared memory and are not stored.
+// Q K^T sums over the head dim in steps of 16 (the last one 8 if necessary), and P V has 8 columns
+// per product, so a head dim of 40 costs 40. A head dim uses the instance for the next larger W of
+// 40, 64, 80, 128 and 160; the columns from d to W are zeros in shared memory and are not stored.
 //
-// Bytes, in units of N * H * d * 2: streaming 2 L + 2 S ceil(L / queries), context 2 L + 2 S blocks
-// a head; and 4 bytes a query for the log-sum-exp. Q, K, V and the output move 16 bytes at a time.
-// Aimed at: two blocks or more of the streaming kernel on a multiprocessor with 100 KB of shared
-// memory (sm_86, sm_89), three where the registers allow it. No GPU has run these kernels: that
-// they are right is known from the emulation (tests/cuda_host), their speed is not known.
+// Bytes, in units of N * H * d * 2: streaming 2 L + 2 S ceil(L / queries), context
+// 2 L + 2 S (blocks per head); and 4 bytes per query for the log-sum-exp. Q, K, V and the output
+// move 16 bytes at a time. Occupancy target: at least two blocks of the streaming kernel on a
+// multiprocessor with 100 KB of shared memory (sm_86, sm_89), three if the registers allow it. The
+// kernels have not run on a GPU yet: the emulation (tests/cuda_host) shows that they are correct,
+// but their speed is unknown.
 //
-// Numbers: P is rounded to the dtype of V before P V; sums, scores and the softmax are fp32. The
-// scale is folded into the exponent, exp2(factor * (s - top)) with factor = scale * log2(e). What a
-// query gets depends on its own row and on the keys alone: the same bits in any batch.
+// Precision: P is rounded to the dtype of V before P V; sums, scores and the softmax are fp32. The
+// scale is folded into the exponent, exp2(factor * (s - top)) with factor = scale * log2(e). The
+// result for a query depends only on its own row and on the keys: bit-identical in any batch.
 
 #pragma once
 
@@ -28,22 +29,22 @@ namespace fastdiff {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
-/// Bytes of shared memory that a block may have on sm_86 and sm_89; the others have more.
+/// Most bytes of shared memory per block on sm_86 and sm_89; other architectures have more.
 constexpr int kSharedLimit = 99 * 1024;
 
-/// Tiles of 16 queries a warp has in the streaming kernel: two use every fragment of K and V twice;
-/// from 128 columns on, and under a mask, there are registers for one.
+/// Tiles of 16 queries per warp in the streaming kernel: with two, every fragment of K and V is used
+/// twice; from 128 columns on, and with a mask, there are registers for only one.
 template <int W, bool MASKED>
 constexpr int kRowTiles = W <= 80 && !MASKED ? 2 : 1;
-/// Queries of a block, and keys of a tile, for M of them. One buffer of K and V holds the queries.
+/// Queries per block and keys per tile, for M such tiles. One buffer of K and V holds the queries.
 template <int M>
 constexpr int kQueryRows = 16 * M * kAttentionWarps;
 template <int M>
 constexpr int kKeyRows = 32 * M;
-/// Keys for which the scores are in registers at a time.
+/// Keys whose scores are in registers at a time.
 constexpr int kStepKeys = 32;
-/// Numbers from row to row in shared memory: an odd number of 16-byte pieces, so that the eight
-/// rows of an 8 x 8 matrix lie on different banks.
+/// Elements from row to row in shared memory: an odd number of 16-byte pieces, so that the eight
+/// rows of an 8 x 8 matrix are in different banks.
 template <int W>
 constexpr int kPitch = (W / 8 | 1) * 8;
 
@@ -51,7 +52,7 @@ constexpr int kPitch = (W / 8 | 1) * 8;
 template <typename T>
 struct Rows {
   const T* data;
-  int64_t sample, head;  // strides, in numbers
+  int64_t sample, head;  // strides, in elements
   int token;
 
   __device__ __forceinline__ const T* of(int64_t n, int h) const {
@@ -59,20 +60,21 @@ struct Rows {
   }
 };
 
-/// Where row `i` lies, one 32 x 32 bit product.
+/// Address of row `i`, with a single 32 x 32 bit multiplication.
 template <typename T>
 __device__ __forceinline__ const T* row_at(const T* begin, int i, int stride) {
   return begin + static_cast<int64_t>(i) * stride;
 }
 
-/// What is added to the scores: null, fp32 numbers, or bytes that tell which keys are seen.
+/// The mask: null, fp32 numbers to add to the scores, or bytes that are nonzero for visible keys.
 struct Mask {
   const void* data;
   bool bytes;
-  int64_t sample, head, query, key;  // strides, 0 where it is broadcast
+  int64_t sample, head, query, key;  // strides, 0 if broadcast
 
-  /// Into a score in units of log2. A finite number stays finite, as fp32's smallest one times
-  /// log2(e) would not: a query whose every key has it sees them all alike.
+  /// Applies the mask to a score in units of log2. A finite mask value stays finite, which fp32's
+  /// most negative number times log2(e) would not: a query whose keys all have that value attends
+  /// to them equally.
   __device__ __forceinline__ float onto(float score, int64_t at) const {
     if (bytes) return static_cast<const uint8_t*>(data)[at] ? score : -INFINITY;
     const float added = static_cast<const float*>(data)[at];
@@ -85,8 +87,9 @@ struct Attention {
   Rows<T> q, k, v, extra_k, extra_v;
   Mask mask;
   T* out;      // (N, L, H, d)
-  // (N, H, L): log2 of the sum of exp2, inf for a query that sees no key. Where `tops` is not null,
-  // which takes a mask, that of exp2(s - top) and, in it, top: a mask may add -3e38 to all keys.
+  // (N, H, L). lse: log2 of the sum of exp2, inf for a query that may attend to no key. If `tops` is
+  // not null (only with a mask), lse is that of exp2(s - top), and tops holds top: a mask may add
+  // -3e38 to all keys.
   float *lse, *tops;
   int length, keys, extra_keys, heads, d;
   float factor;
@@ -94,7 +97,7 @@ struct Attention {
   __device__ __forceinline__ int all_keys() const { return keys + extra_keys; }
 };
 
-/// A lane's place in a fragment; see mma.cuh.
+/// A lane's position in a fragment; see mma.cuh.
 struct Lane {
   int index, g, t;
 
@@ -105,8 +108,8 @@ struct Lane {
 // ---------------------------------------------------------------------------------------------
 // Global to shared memory
 
-/// How the threads of a block share rows of W numbers: each keeps to one 16-byte piece of the row
-/// and takes every kStep-th row.
+/// How the threads of a block share rows of W elements: each always handles the same 16-byte piece of
+/// a row, of every kStep-th row.
 template <int W>
 struct Pieces {
   static constexpr int kPieces = W / 8, kStep = kAttentionThreads / kPieces;
@@ -119,8 +122,8 @@ struct Pieces {
         active(row < kStep) {}
 };
 
-/// Begins to copy ROWS keys, or values, from number `first` on into a tile: the own ones, then the
-/// extra ones, then zeros, which also come from column d on.
+/// Starts copying ROWS keys, or values, from index `first` on into a tile: those of `own`, then those
+/// of `extra`, then zeros. Columns from d on are zeros too.
 template <typename T, int W, int ROWS>
 __device__ __forceinline__ void copy_keys(const Attention<T>& p, const Rows<T>& own,
                                           const Rows<T>& extra, int64_t n, int h, int first,
@@ -150,7 +153,7 @@ __device__ __forceinline__ void copy_keys(const Attention<T>& p, const Rows<T>& 
   }
 }
 
-/// Begins to copy ROWS queries from `first` on into rows of this warp; zeros where there are none.
+/// Starts copying ROWS queries from `first` on into rows of this warp; zeros beyond the last one.
 template <typename T, int W, int ROWS>
 __device__ __forceinline__ void copy_queries(const Attention<T>& p, int64_t n, int h, int first,
                                              T* tile) {
@@ -171,7 +174,7 @@ __device__ __forceinline__ void copy_queries(const Attention<T>& p, int64_t n, i
 template <int W>
 struct Queries {
   unsigned sixteens[W / 16][4];
-  unsigned eight[2];  // the last 8 columns, where W is not a multiple of 16
+  unsigned eight[2];  // the last 8 columns, if W is not a multiple of 16
 
   template <typename T>
   __device__ __forceinline__ void load(const T* tile) {
@@ -188,7 +191,7 @@ struct Queries {
 template <typename T, int W, int M, int TILES>
 __device__ __forceinline__ void score(float (&s)[M][TILES][4], const Queries<W> (&q)[M],
                                       const T* keys) {
-  static_assert(TILES % 2 == 0, "K comes in pairs of tiles");
+  static_assert(TILES % 2 == 0, "K is loaded in pairs of tiles");
   const int lane = Lane().index;
 #pragma unroll
   for (int j = 0; j < TILES; j += 2) {
@@ -220,7 +223,7 @@ __device__ __forceinline__ void score(float (&s)[M][TILES][4], const Queries<W> 
   }
 }
 
-/// P of 16 queries and 16 keys as A: two tiles of scores, C, become halves where they are.
+/// P of 16 queries and 16 keys as A: converts two tiles of scores, C, to halves in place.
 template <typename T>
 __device__ __forceinline__ void halve(unsigned (&a)[4], const float (&left)[4],
                                       const float (&right)[4]) {
@@ -260,7 +263,7 @@ __device__ __forceinline__ void accumulate(float (&total)[M][W / 8][4],
 // ---------------------------------------------------------------------------------------------
 // Softmax
 
-/// Scores of 16 queries under the mask, in units of log2.
+/// Scales the scores of 16 queries to units of log2 and applies the mask.
 template <typename T, int TILES>
 __device__ __forceinline__ void add_mask(float (&s)[TILES][4], const Attention<T>& p, int64_t n,
                                          int h, int first_query, int first_key) {
@@ -279,7 +282,7 @@ __device__ __forceinline__ void add_mask(float (&s)[TILES][4], const Attention<T
   }
 }
 
-/// -inf for the keys that do not exist: those from `count` of these on.
+/// Sets the scores of keys that do not exist to -inf: those from index `count` on.
 template <int TILES>
 __device__ __forceinline__ void cut(float (&s)[TILES][4], int count) {
   const int t = Lane().t;
@@ -290,12 +293,12 @@ __device__ __forceinline__ void cut(float (&s)[TILES][4], int count) {
       if (8 * j + 2 * t + i % 2 >= count) s[j][i] = -INFINITY;
 }
 
-/// What the softmax of a lane's two rows, g and g + 8, has come to.
+/// State of the online softmax of a lane's two rows, g and g + 8.
 struct Softmax {
   float top[2] = {-3.3e38f, -3.3e38f};  // finite, so that no difference is inf - inf
-  float weight[2] = {0.0f, 0.0f};       // of this lane's columns
+  float weight[2] = {0.0f, 0.0f};       // sums over this lane's columns
 
-  /// Turns scores into exp2(unit * (s - top)), and tells by how much all before them shrinks.
+  /// Turns scores into exp2(unit * (s - top)); earlier sums must be multiplied by `shrink`.
   template <int TILES>
   __device__ __forceinline__ void take(float (&s)[TILES][4], float unit, float (&shrink)[2]) {
 #pragma unroll
@@ -320,7 +323,7 @@ struct Softmax {
     }
   }
 
-  /// The weights of whole rows.
+  /// Adds up the weights over whole rows.
   __device__ __forceinline__ void add_up() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -330,8 +333,8 @@ struct Softmax {
   }
 };
 
-/// One step of the softmax for 16 queries and TILES * 8 keys from `first_key` on: from scores to
-/// weights, in halves.
+/// One step of the softmax for 16 queries and TILES * 8 keys from `first_key` on: turns scores into
+/// weights, in half precision.
 template <bool MASKED, typename T, int TILES>
 __device__ __forceinline__ void weigh(float (&s)[TILES][4], unsigned (&weights)[TILES / 2][4],
                                       Softmax& softmax, const Attention<T>& p, int64_t n, int h,
@@ -343,8 +346,8 @@ __device__ __forceinline__ void weigh(float (&s)[TILES][4], unsigned (&weights)[
   for (int j = 0; j < TILES / 2; ++j) halve<T>(weights[j], s[2 * j], s[2 * j + 1]);
 }
 
-/// Writes 16 rows of the output by way of `stage`, 16 rows of shared memory of this warp alone, and
-/// their log-sum-exp.
+/// Writes 16 rows of the output and their log-sum-exp, staged through `stage`: 16 rows of shared
+/// memory that only this warp uses.
 template <bool MASKED, typename T, int W>
 __device__ __forceinline__ void write_rows(const Attention<T>& p, int64_t n, int h, int first,
                                            const float (&total)[W / 8][4], Softmax& softmax,
@@ -387,7 +390,7 @@ __device__ __forceinline__ void write_rows(const Attention<T>& p, int64_t n, int
 // ---------------------------------------------------------------------------------------------
 // Kernels
 
-/// Shared bytes: K and V, two buffers each.
+/// Bytes of shared memory: K and V, two buffers each.
 template <int W, int M>
 constexpr int kStreamingShared = 4 * kKeyRows<M> * kPitch<W> * 2;
 
@@ -399,8 +402,8 @@ __global__ void __launch_bounds__(kAttentionThreads, M * W <= 80 ? 3 : 2)
   FASTDIFF_DYNAMIC_SHARED(memory);
   constexpr int KEYS = kKeyRows<M>;
   constexpr int kTile = KEYS * kPitch<W>;
-  static_assert(kQueryRows<M> <= 2 * KEYS, "the queries come through the second buffer");
-  static_assert(kStreamingShared<W, M> <= kSharedLimit, "more than sm_86 has");
+  static_assert(kQueryRows<M> <= 2 * KEYS, "the queries are loaded through the second buffer");
+  static_assert(kStreamingShared<W, M> <= kSharedLimit, "more shared memory than sm_86 has");
   T* const buffers = reinterpret_cast<T*>(memory);  // K and V of even tiles, then of odd ones
   const int blocks = (p.length + kQueryRows<M> - 1) / kQueryRows<M>;
   const int head = static_cast<int>(blockIdx.x) / blocks, h = head % p.heads;
@@ -431,7 +434,7 @@ __global__ void __launch_bounds__(kAttentionThreads, M * W <= 80 ? 3 : 2)
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     wait_for_copies<0>();
-    __syncthreads();  // this tile is there, and nobody needs the other buffer any more
+    __syncthreads();  // this tile has arrived, and no thread needs the other buffer any more
     if (tile + 1 < tiles) copy_tile(tile + 1);
     const T* const keys = buffers + tile % 2 * 2 * kTile;
 #pragma unroll 1
@@ -444,7 +447,7 @@ __global__ void __launch_bounds__(kAttentionThreads, M * W <= 80 ? 3 : 2)
         float shrink[2];
         weigh<MASKED>(s[m], weights[m], softmax[m], p, n, h, first + 16 * m, tile * KEYS + i,
                       shrink);
-        // after a few tiles the largest score seldom moves, and a product with 1 can be left out
+        // after a few tiles the largest score rarely changes, and a product with 1 can be skipped
         if (__ballot_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1) == 0) continue;
 #pragma unroll
         for (int c = 0; c < W / 8; ++c)
@@ -461,12 +464,12 @@ __global__ void __launch_bounds__(kAttentionThreads, M * W <= 80 ? 3 : 2)
                              buffers + (own + 16 * m) * kPitch<W>);
 }
 
-/// Shared bytes: K, V, and two buffers of 16 queries for each warp.
+/// Bytes of shared memory: K, V, and two buffers of 16 queries per warp.
 template <int W, int KEYS>
 constexpr int kContextShared = (2 * KEYS + 32 * kAttentionWarps) * kPitch<W> * 2;
 
-/// Up to KEYS keys, no mask. Grid: N * H * blocks; a block's warps take every (4 blocks)-th tile of
-/// 16 queries.
+/// Up to KEYS keys, no mask. Grid: N * H * blocks; a warp processes every (4 * blocks)-th tile of 16
+/// queries.
 template <typename T, int W, int KEYS>
 __global__ void __launch_bounds__(kAttentionThreads, KEYS + W <= 200 ? 3 : 2)
     attention_context(Attention<T> p, int blocks) {
@@ -475,7 +478,7 @@ __global__ void __launch_bounds__(kAttentionThreads, KEYS + W <= 200 ? 3 : 2)
   const int head = static_cast<int>(blockIdx.x) / blocks, h = head % p.heads;
   const int64_t n = head / p.heads;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  static_assert(kContextShared<W, KEYS> <= kSharedLimit, "more than sm_86 has");
+  static_assert(kContextShared<W, KEYS> <= kSharedLimit, "more shared memory than sm_86 has");
   T* const keys = reinterpret_cast<T*>(memory);
   T* const values = keys + KEYS * kPitch<W>;
   T* const own = values + (KEYS + 32 * warp) * kPitch<W>;
@@ -491,7 +494,7 @@ __global__ void __launch_bounds__(kAttentionThreads, KEYS + W <= 200 ? 3 : 2)
 #pragma unroll 1
   for (int buffer = 0; first < p.length; first += step, buffer ^= 1) {
     T* const rows = own + 16 * buffer * kPitch<W>;
-    __syncwarp();  // all lanes have written out what the other buffer held
+    __syncwarp();  // all lanes have stored the results staged in the other buffer
     if (first + step < p.length)
       copy_queries<T, W, 16>(p, n, h, first + step, own + 16 * (buffer ^ 1) * kPitch<W>);
     commit_copies();

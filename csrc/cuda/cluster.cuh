@@ -1,10 +1,11 @@
-// Thread-block clusters (sm_90 and up): neighbouring blocks of a grid that run at the same time and
-// read each other's shared memory. Kernels that use them are compiled for older GPUs too, where
+// Thread-block clusters (sm_90 and up): neighboring blocks of a grid that run at the same time and
+// can read each other's shared memory. Kernels that use them are also compiled for older GPUs, where
 // they trap; launch_cluster does not start them there.
 //
-// The barrier comes in two halves. Between `cluster_arrive` and `cluster_wait` a thread may do
-// what concerns nobody else. Writes before a thread's arrival are seen by all after their wait. A
-// block must not end before the last read of its memory: arrive after reading, wait at the end.
+// The barrier is split in two. Between `cluster_arrive` and `cluster_wait` a thread may do work that
+// other threads do not depend on. Writes before a thread's arrive are visible to all threads after
+// their wait. A block must not exit before the last read of its memory: arrive after reading, and
+// wait at the end.
 
 #pragma once
 
@@ -25,7 +26,7 @@ inline float cluster_load(const float* own, int rank) {
 
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-/// The block's place in its cluster, 0 to cluster_blocks() - 1.
+/// The block's rank in its cluster, 0 to cluster_blocks() - 1.
 __device__ __forceinline__ int cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -47,7 +48,7 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-/// What the block `rank` has where this block has `own` in shared memory.
+/// Reads the shared memory of block `rank` at the address that is `own` in this block.
 __device__ __forceinline__ float cluster_load(const float* own, int rank) {
   const unsigned mine = static_cast<unsigned>(__cvta_generic_to_shared(own));
   unsigned theirs;

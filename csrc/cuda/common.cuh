@@ -1,5 +1,5 @@
-// What the CUDA kernels of all ops share: numbers in storage and in registers, sums over warps and
-// blocks, and the launch. No torch header: a kernel file compiles in seconds.
+// Shared by the CUDA kernels of all ops: conversions between storage and registers, and sums over
+// warps and blocks. No torch headers, so a kernel file compiles in seconds.
 //
 // Under FASTDIFF_EMULATE_CUDA the same source compiles with g++ and runs on the CPU
 // (tests/cuda_host/emulation.h).
@@ -17,7 +17,7 @@
 #include <cuda_runtime.h>
 #endif
 
-// Shared memory: `type name[count]` of a fixed size, and the block's dynamic part, 16-byte aligned
+// Shared memory: a fixed-size array `type name[count]`, and the block's dynamic part, 16-byte aligned
 #ifdef FASTDIFF_EMULATE_CUDA
 #define FASTDIFF_SHARED(type, name, count)  \
   static const char name##_declaration = 0; \
@@ -40,7 +40,7 @@ using bfloat16 = __nv_bfloat16;
 // ---------------------------------------------------------------------------------------------
 // Numbers
 
-/// Codes of element types, the same in kernels/cuda.
+/// Codes of element types; must match kernels/cuda.
 enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -62,18 +62,18 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-/// V neighbours, moved by one instruction (16 bytes when V = 16 / sizeof(T)).
+/// V neighboring elements, moved by one instruction (16 bytes if V = 16 / sizeof(T)).
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T data[V];
 };
 
-/// The widest pack of a type.
+/// Elements in the widest pack of a type.
 template <typename T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
 #ifndef FASTDIFF_EMULATE_CUDA
-/// The machine word of so many bytes.
+/// The machine word with that many bytes.
 template <int Bytes>
 struct WordOf;
 template <>
@@ -102,7 +102,7 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
-/// A pack of a tensor that the kernel does not write: loads may then run ahead of stores.
+/// Loads a pack of a tensor that the kernel does not write; such loads may move ahead of stores.
 template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> load_input(const T* from) {
 #ifdef FASTDIFF_EMULATE_CUDA
@@ -136,9 +136,9 @@ __device__ __forceinline__ Pack<T, V> pack_of(const float (&in)[V]) {
   return pack;
 }
 
-/// A parameter tensor of any floating dtype (weights and biases: few numbers, read once a block).
+/// A parameter tensor of any floating dtype (weights and biases: few elements, read once per block).
 struct Parameter {
-  const void* data;  // null where the op has none
+  const void* data;  // null if the parameter is absent
   int dtype;
 
   __device__ __forceinline__ float at(int64_t i, float otherwise) const {
@@ -172,7 +172,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
 
-  /// Both together (Chan, Golub, LeVeque 1979, eq. 2.1): no difference of large sums.
+  /// Merges both (Chan, Golub, LeVeque 1979, eq. 2.1), without a difference of large sums.
   __device__ __forceinline__ void merge(const Moments& other) {
     const float total = count + other.count;
     if (total == 0) return;
@@ -183,7 +183,8 @@ struct Moments {
   }
 };
 
-/// The same result in every lane: a butterfly, merged in lane order of each pair.
+/// Merges the moments of all lanes, with the same result in every lane: a butterfly in which each pair
+/// merges in lane order.
 __device__ __forceinline__ Moments warp_merge(Moments mine) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
@@ -192,7 +193,7 @@ __device__ __forceinline__ Moments warp_merge(Moments mine) {
     other.count = __shfl_xor_sync(kAllLanes, mine.count, bits);
     other.mean = __shfl_xor_sync(kAllLanes, mine.mean, bits);
     other.m2 = __shfl_xor_sync(kAllLanes, mine.m2, bits);
-    // number by number: a choice between two structs would put both into memory
+    // member by member: selecting between two structs would put both into memory
     const bool second = (lane & bits) != 0;
     Moments low, high;
     low.count = second ? other.count : mine.count;
@@ -207,7 +208,8 @@ __device__ __forceinline__ Moments warp_merge(Moments mine) {
   return mine;
 }
 
-/// The same result in every thread. `scratch`: 3 numbers a warp; free again after the call.
+/// Merges the moments of all threads, with the same result in every thread. `scratch`: 3 numbers per
+/// warp, free again after the call.
 __device__ __forceinline__ Moments block_merge(Moments mine, float* scratch) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
@@ -233,7 +235,7 @@ __device__ __forceinline__ Moments block_merge(Moments mine, float* scratch) {
 // ---------------------------------------------------------------------------------------------
 // Functions
 
-/// x / (1 + exp(-x)); halves take the fast exponential and division (2 ulp of fp32).
+/// 1 / (1 + exp(-x)); half precision uses the fast exponential and division (2 ulp of fp32).
 template <typename T>
 __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-x));

@@ -1,4 +1,4 @@
-// Whether a device can run this library's kernels at all, and what they take of it.
+// Whether a device can run this library's kernels at all, and what resources their launches use.
 
 #include "launch.cuh"
 
@@ -6,14 +6,14 @@ namespace {
 __global__ void __launch_bounds__(fastdiff::kWarpSize) any_kernel() {}
 }  // namespace
 
-/// Null where it can; else what CUDA says: the driver is too old, there is no code for the device.
+/// Null if it can; else CUDA's error: the driver is too old, or there is no code for the device.
 FASTDIFF_EXPORT const char* fastdiff_cuda_usable(int device) {
   FASTDIFF_TRY(fastdiff::select_device({device, nullptr}));
   return fastdiff::kernel_image(reinterpret_cast<const void*>(any_kernel));
 }
 
-/// From now on this thread's launches are written down (what was before is forgotten), and with
-/// `starts` = 0 no kernel starts; with `on` = 0 all is as ever again.
+/// Starts recording this thread's launches, discarding earlier records; with `starts` = 0 the kernels
+/// are not started. `on` = 0 stops recording.
 FASTDIFF_EXPORT const char* fastdiff_cuda_watch(int on, int starts) {
   auto& watch = fastdiff::watch();
   watch.on = on != 0;
@@ -22,8 +22,8 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_watch(int on, int starts) {
   return nullptr;
 }
 
-/// The launch of a number: its kernel's mangled name, cut to `size` bytes with the 0 at the end, and
-/// the 12 integers of `Seen`. No name after the last one.
+/// The recorded launch with a given number: its kernel's mangled name, truncated to `size` bytes
+/// including the final 0, and the 12 integers of `Seen`. The name is empty after the last launch.
 FASTDIFF_EXPORT const char* fastdiff_cuda_seen(int64_t number, int64_t size, void* name,
                                                int64_t* fields) {
   const auto& all = fastdiff::watch().seen;

@@ -1,8 +1,8 @@
-// GEGLU (kernels/geglu has the maths): y = a gelu(g), x = [a | g], and its gradient.
+// GEGLU (kernels/geglu documents the maths): y = a gelu(g), x = [a | g], and its gradient.
 //
-// Elementwise: a thread has two packs of the result, whatever the rows they lie in. Bytes: 3 rows D
-// itemsize forward, 5 backward, each number once; 256 threads of at most 128 registers, so that an
-// SM has 512 of them and 32 KB of loads in flight.
+// Elementwise: a thread computes two packs of the result, in whichever rows they are. Bytes:
+// 3 rows D itemsize forward, 5 backward, each element once. Blocks have 256 threads of at most 128
+// registers, so that an SM holds 512 threads with 32 KB of loads in flight.
 
 #pragma once
 
@@ -12,9 +12,9 @@ namespace fastdiff {
 
 constexpr int kGegluThreads = 256;
 constexpr int kGegluPacks = 2;
-constexpr int kGegluSpan = kGegluThreads * kGegluPacks;  // packs of a block
+constexpr int kGegluSpan = kGegluThreads * kGegluPacks;  // packs per block
 
-/// Rows of 2 d numbers, and where a pack of the result has its two in them.
+/// Rows of x have 2 d elements, rows of the result d.
 struct GegluShape {
   int64_t rows, d;
 

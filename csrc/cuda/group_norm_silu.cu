@@ -1,4 +1,4 @@
-// Launchers of group_norm_silu and add_group_norm_silu, forward: which way through, and how large.
+// Launchers of the forward pass of group_norm_silu and add_group_norm_silu: which kernels, which grids.
 
 #include "group_norm_silu_on_chip.cuh"
 
@@ -85,9 +85,9 @@ const char* run(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
 
 using namespace fastdiff;
 
-/// How a norm is cut up: the fields of NormPlan. limit: bytes of shared memory a block may have, < 0
-/// for the device's. cluster: blocks a cluster may have, 0 for the device's; exact: so many, or an
-/// error where they do not hold a group.
+/// How a norm is split: the fields of NormPlan. limit: most bytes of shared memory per block, < 0 for the
+/// device's limit. cluster: most blocks per cluster, 0 for the device's limit; exact: exactly that many,
+/// or an error if they cannot hold a group.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype, int channels_last,
                                                           int64_t n, int c, int64_t s, int groups,
                                                           int aligned, int64_t limit, int cluster,
@@ -99,9 +99,9 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
   return plan_on_device({device, nullptr}, dtype, task, {limit, cluster, exact != 0}, kernel, out);
 }
 
-/// Forward of group_norm_silu, and with `total` of add_group_norm_silu. x, residual, total and y
-/// are dense in one layout; stats (N, G, 3) and workspace are fp32. `plan`: as
-/// fastdiff_cuda_group_norm_plan gave it.
+/// Forward pass of group_norm_silu, or if `total` is given, of add_group_norm_silu. x, residual, total
+/// and y are dense and have the same layout; stats (N, G, 3) and workspace are fp32. plan_fields: from
+/// fastdiff_cuda_group_norm_plan.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu(
     int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
     int groups, const int64_t* plan_fields, const void* x, void* y, float* stats,

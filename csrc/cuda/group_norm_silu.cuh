@@ -1,21 +1,21 @@
-// GroupNorm, scale and shift, SiLU; optionally an addition before (kernels/group_norm_silu and
-// kernels/add_group_norm_silu have the maths).
+// GroupNorm, scale and shift, SiLU, optionally after an addition (kernels/group_norm_silu and
+// kernels/add_group_norm_silu document the maths).
 //
-// Two layouts: "columns" is NHWC, rows of C channels for every place; "rows" is NCHW, a row of S
-// places for every channel. Two ways through:
-//   on chip   whole groups of one sample lie in the shared memory of one block, or (sm_90) of the
-//             blocks of a cluster, each with a stretch of the places: x is read once
-//   in parts  moments of chunks -> one block a group merges them -> an elementwise pass; x is read
-//             twice, in full rows of channels (ten bf16 channels are 20 bytes: no group alone is
-//             well aligned)
+// Two layouts: "columns" is NHWC, with a row of C channels per place (spatial position); "rows" is
+// NCHW, with a row of S places per channel. Two strategies:
+//   on chip   whole groups of one sample are held in the shared memory of one block, or (sm_90) of
+//             the blocks of a cluster, each with a stretch of the places: x is read once
+//   in parts  moments of chunks -> one block per group merges them -> an elementwise pass; x is read
+//             twice, in full rows of channels (a group of ten bf16 channels is 20 bytes, so single
+//             groups would be poorly aligned)
 // Bytes: 2 N C S itemsize on chip, 3 in parts (1 or 2 more with an addition, which writes the sum).
-// norm_plan.h decides. The kernels of the first way are in group_norm_silu_on_chip.cuh. No GPU has
-// run any of them yet.
+// norm_plan.h chooses. The on-chip kernels are in group_norm_silu_on_chip.cuh. None of the kernels
+// has run on a GPU yet.
 //
-// Numbers: moments are taken of x - pivot, pivot being the group's first number, in batches that
-// are merged by Chan's formula; the mean is kept as a rounded `mean` and its `rest`, so that
-// (x - mean) * a + b, with -rest * a in b, keeps its digits where the mean is large. All merges
-// have a fixed order that depends on the shape of one sample only.
+// Precision: moments are taken of x - pivot, where pivot is the group's first element, in batches that
+// are merged with Chan's formula. The mean is stored as a rounded `mean` and its `rest`, so that
+// (x - mean) * a + b, with -rest * a in b, keeps its precision when the mean is large. All merges have
+// a fixed order that depends only on the shape of one sample.
 
 #pragma once
 
@@ -25,17 +25,17 @@ namespace fastdiff {
 
 struct NormShape {
   int64_t n, s;         // samples, places
-  int c, groups, size;  // channels, groups, channels a group
+  int c, groups, size;  // channels, groups, channels per group
 };
 
 /// Arguments of the forward kernels.
 template <typename T>
 struct Norm {
   const T* x;
-  const T* residual;       // null: none (the next three are for the op that adds)
+  const T* residual;       // null: none (like the next three, only for the op that adds)
   Parameter channel_add;   // (C,) or (N, C)
   int64_t channel_add_stride;
-  T* total;                // the sum, or null where nothing is added
+  T* total;                // the sum, or null if nothing is added
   T* y;
   Parameter weight, bias;  // (C,)
   Parameter scale_shift;   // (N, 2C)
@@ -45,15 +45,15 @@ struct Norm {
 };
 
 constexpr int kNormThreads = 256;
-constexpr int kNormBlocks = 2;  // a multiprocessor: without a number ptxas spills to fit more
-constexpr int kNormBatch = 4;  // packs a thread loads before it merges them
+constexpr int kNormBlocks = 2;  // per multiprocessor; without this bound ptxas spills to fit more
+constexpr int kNormBatch = 4;  // packs that a thread loads before it merges them
 
 template <typename T>
 __device__ __forceinline__ float channel_addend(const Norm<T>& p, int64_t n, int c) {
   return p.channel_add.at(n * p.channel_add_stride + c, 0.0f);
 }
 
-/// x + channel_add + residual, rounded to T; plain x where nothing is added.
+/// x + channel_add + residual, rounded to T; just x if nothing is added.
 template <typename T>
 __device__ __forceinline__ float source_at(const Norm<T>& p, int64_t n, int c, int64_t place) {
   float x = to_float(p.x[place]);
@@ -65,8 +65,8 @@ __device__ __forceinline__ float source_at(const Norm<T>& p, int64_t n, int c, i
   return x;
 }
 
-/// Loads a pack; where something is added, adds and writes the total. Returns what the norm sees.
-/// add: one number a column, `add_step` apart (0: one for all).
+/// Loads a pack and, if there are addends, adds them and writes the total. Returns the input of the
+/// norm. add: one number per column, `add_step` apart (0: one for all).
 template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> load_source(const Norm<T>& p, int64_t place,
                                                   const float* add, int add_step) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ Pack<T, V> load_source(const Norm<T>& p, int64_t plac
 }
 
 /// A channel's factor and addend, f = xhat * a + b with a = weight (1 + scale), in fp64: there are
-/// few, and a is rounded once then, after it is multiplied by 1 / std.
+/// few of them, and a is then rounded only once, after it is multiplied by 1 / std.
 struct Affine {
   double a, b;
 };
@@ -103,7 +103,7 @@ __device__ __forceinline__ Affine affine(const Parameter& weight, const Paramete
           bias.at(c, 0.0f) * scale + scale_shift.at(film + shape.c, 0.0f)};
 }
 
-/// What turns x into the input of the activation: (x - mean) * a + b.
+/// Coefficients that turn x into the input of the activation: (x - mean) * a + b.
 struct Coefficients {
   float mean, a, b;
 };
@@ -142,7 +142,7 @@ struct ColumnMoments {
     m2[v] += other_m2 + delta * delta * count * share;
   }
 
-  /// Takes in `rows` (1 to kNormBatch) numbers of every column.
+  /// Adds `rows` (1 to kNormBatch) elements of every column.
   __device__ __forceinline__ void add(const float (&d)[kNormBatch][V], int rows) {
     const float inverse = 1.0f / static_cast<float>(rows);
 #pragma unroll
@@ -162,10 +162,11 @@ struct ColumnMoments {
   }
 };
 
-/// A block on rows of `width` channels: each thread keeps to V columns and takes every R-th row.
+/// How a block covers rows of `width` channels: a thread always has the same V columns and processes
+/// every `rows`-th row.
 template <int V>
 struct ColumnPlace {
-  int packs, rows, column, row;  // packs in a row, rows at a time, this thread's place
+  int packs, rows, column, row;  // packs per row, rows at a time, this thread's position
   bool active;
 
   __device__ __forceinline__ explicit ColumnPlace(int width)
@@ -176,7 +177,7 @@ struct ColumnPlace {
         active(row < rows) {}
 };
 
-/// Per column of the block: its group's pivot and, `width` further on, what is added to it.
+/// Per column of the block: its group's pivot and, `width` further on, its channel_add.
 template <typename T>
 __device__ __forceinline__ void column_heads(const Norm<T>& p, const NormShape& shape, int64_t n,
                                              int first, int width, float* heads) {
@@ -189,7 +190,7 @@ __device__ __forceinline__ void column_heads(const Norm<T>& p, const NormShape& 
   __syncthreads();
 }
 
-/// Per column of the block: mean, a and b, each `width` apart. stats: those of the first group.
+/// Per column of the block: mean, a and b, each `width` apart. stats: starts at the first group.
 template <typename T>
 __device__ __forceinline__ void column_coefficients(const Norm<T>& p, const NormShape& shape,
                                                     int64_t n, int first, int width,
@@ -205,7 +206,7 @@ __device__ __forceinline__ void column_coefficients(const Norm<T>& p, const Norm
   __syncthreads();
 }
 
-/// A thread's part of what `column_coefficients` wrote.
+/// A thread's columns of the coefficients written by `column_coefficients`.
 template <int V>
 struct ColumnCoefficients {
   float mean[V], a[V], b[V];
@@ -221,7 +222,7 @@ struct ColumnCoefficients {
   }
 };
 
-/// Moments of this thread's columns over rows [begin, end); `tile` keeps the numbers if not null.
+/// Moments of this thread's columns over rows [begin, end); stores the elements to `tile` if not null.
 template <typename T, int V>
 __device__ __forceinline__ ColumnMoments<V> column_moments(const Norm<T>& p,
                                                            const NormShape& shape, int64_t n,
@@ -261,8 +262,8 @@ __device__ __forceinline__ ColumnMoments<V> column_moments(const Norm<T>& p,
   return moments;
 }
 
-/// Merges the moments of all threads with the same columns; afterwards `scratch` begins with the
-/// mean and then, rows * width further on, the m2 of every column, and row 0's threads hold both.
+/// Merges the moments of all threads with the same columns. Afterwards `scratch` begins with the mean
+/// of every column, followed (rows * width further on) by its m2, and the threads of row 0 hold both.
 template <int V>
 __device__ __forceinline__ void merge_rows(ColumnMoments<V>& mine, const ColumnPlace<V>& at,
                                            float* scratch) {
@@ -293,13 +294,13 @@ __device__ __forceinline__ void merge_rows(ColumnMoments<V>& mine, const ColumnP
         m2s[to] = mine.m2[v];
       }
       mine.count += count;
-      if (at.column == 0) counts[at.row] = mine.count;  // rows below half are read later only
+      if (at.column == 0) counts[at.row] = mine.count;  // rows below half are only read later
     }
     __syncthreads();
   }
 }
 
-/// Takes `packs` packs of d into the moments of one group.
+/// Adds `packs` packs of d to the moments of one group.
 template <int V>
 __device__ __forceinline__ void add_packs(Moments& moments, const float (&d)[kNormBatch][V],
                                           int packs) {
@@ -321,13 +322,13 @@ __device__ __forceinline__ void add_packs(Moments& moments, const float (&d)[kNo
 }
 
 // ---------------------------------------------------------------------------------------------
-// In parts. partial: (N, chunks, C, 2), mean and m2 of a channel's numbers in a chunk of places.
+// In parts. partial: (N, chunks, C, 2), the mean and m2 of a channel over a chunk of places.
 
 struct Chunks {
   int64_t count, length;
 
-  /// Sample and chunk of a block, for a grid of N * count. 32 bits hold both: dividing 64 calls a
-  /// function, around which registers spill.
+  /// Sample and chunk of a block, for a grid of N * count. Both fit in 32 bits: a 64-bit division is a
+  /// function call, around which registers spill.
   __device__ __forceinline__ int64_t sample() const {
     return blockIdx.x / static_cast<unsigned>(count);
   }
@@ -340,13 +341,13 @@ struct Chunks {
   }
 };
 
-/// A block's share of the columns of a wide tensor: grid.y blocks of `columns` channels.
+/// Number of columns of this block, if grid.y blocks share the channels, `columns` each.
 __device__ __forceinline__ int columns_here(const NormShape& shape, int columns) {
   return min(columns, shape.c - static_cast<int>(blockIdx.y) * columns);
 }
 
-/// NHWC. Grid: N * chunks, column blocks. Shared memory: 2 a column, then the
-/// tree's.
+/// NHWC. Grid: N * chunks, column blocks. Shared memory: 2 numbers per column, then those of
+/// merge_rows.
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
@@ -370,7 +371,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
 }
 
-/// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
+/// NCHW. A warp processes one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_rows(Norm<T> p, NormShape shape, Chunks chunks, float* partial) {
@@ -410,8 +411,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   out[1] = moments.m2;
 }
 
-/// Merges the parts of a group, whatever the layout: `source` is x, or the total where one was
-/// written, and `step` the distance of two channels' first numbers. Grid: N * G.
+/// Merges the parts of a group, in either layout: `source` is x, or the total if there is one, and
+/// `step` the distance between the first elements of two channels. Grid: N * G.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize(Norm<T> p, NormShape shape, Chunks chunks, const float* partial,
@@ -438,7 +439,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
               moments.count, p.eps);
 }
 
-/// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 a column.
+/// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 numbers per column.
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, const T* source) {
@@ -466,7 +467,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
 }
 
-/// NCHW. A warp has one chunk of one channel. Grid: ceil(N * C * chunks / warps).
+/// NCHW. A warp processes one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks, const T* source) {

@@ -56,7 +56,7 @@ const char* run(NormBackward<T> p, const NormShape& shape, const NormPlan& plan,
 
 using namespace fastdiff;
 
-/// How the backward pass is cut up: as fastdiff_cuda_group_norm_plan.
+/// How the backward pass is split; arguments as in fastdiff_cuda_group_norm_plan.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_backward_plan(
     int device, int dtype, int channels_last, int64_t n, int c, int64_t s, int groups, int aligned,
     int64_t limit, int cluster, int exact, int64_t* out) {
@@ -70,9 +70,9 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_backward_plan(
   return plan_on_device({device, nullptr}, dtype, task, {limit, cluster, exact != 0}, kernel, out);
 }
 
-/// Gradients of group_norm_silu. `plan`: as the function above gave it. workspace: its fp32 numbers,
-/// then N * C * 2 and N * G * 2. dweight, dbias: (C,) fp32 or null; dscale_shift: (N, 2C) fp32 or
-/// null; dtotal: added to dx, or null.
+/// Gradients of group_norm_silu. plan_fields: from the function above. workspace: fp32, as many numbers
+/// as the plan says, plus N * C * 2 and N * G * 2. dweight, dbias: (C,) fp32 or null; dscale_shift:
+/// (N, 2C) fp32 or null; dtotal: added to dx, or null.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu_backward(
     int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
     int groups, const int64_t* plan_fields, const void* dy, const void* x, const void* dtotal,

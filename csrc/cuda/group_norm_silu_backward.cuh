@@ -3,12 +3,12 @@
 //     A = sum df,  B = sum df xhat,          df = dy silu'(f),  xhat = (x - mean) / std
 // give the gradients of all parameters, and
 //     dx = (a df - p - xhat q) / std,        a = weight (1 + scale)
-// with p and q the means over a group of a df and a df xhat.
+// where p and q are the means over a group of a df and a df xhat.
 //
-// In parts, three kernels: A and B of chunks of places; one block a group merges them; an
-// elementwise pass. dy and x are read twice: 5 N C S itemsize. On chip (NHWC; see
+// In parts there are three kernels: A and B of chunks of places; one block per group that merges them;
+// an elementwise pass. dy and x are read twice: 5 N C S itemsize. On chip (NHWC; see
 // group_norm_silu_on_chip.cuh) dy and x stay in the shared memory of a block or cluster and are read
-// once: 3 N C S itemsize. One more kernel sums the parameters' gradients over N.
+// once: 3 N C S itemsize. Another kernel sums the gradients of the parameters over N.
 
 #pragma once
 
@@ -20,7 +20,7 @@ template <typename T>
 struct NormBackward {
   const T* dy;
   const T* x;
-  const T* dtotal;  // gradient that reaches x by another way, added to dx; null: none
+  const T* dtotal;  // gradient of the other output, added to dx; null: none
   T* dx;
   Parameter weight, bias, scale_shift;
   const float* stats;  // (N, G, 3), from the forward pass
@@ -28,7 +28,7 @@ struct NormBackward {
   bool silu;
 };
 
-/// What one channel of one sample needs: xhat = (x - mean) * rstd - rest, f = xhat * a + b.
+/// Numbers of one channel of one sample: xhat = (x - mean) * rstd - rest, f = xhat * a + b.
 struct ChannelNumbers {
   float mean, rstd, rest, a, b;
 };
@@ -51,7 +51,7 @@ __device__ __forceinline__ float activate_gradient(float dy, float f, bool silu)
   return dy * s * (1.0f + f * (1.0f - s));
 }
 
-/// What one place has for its channel's sums and for dx.
+/// What one element contributes to its channel's sums and to dx.
 struct Slope {
   float xhat, df;
 };
@@ -69,7 +69,7 @@ __device__ __forceinline__ float input_gradient(const Slope& at, const ChannelNu
 
 constexpr int kChannelNumbers = 5;
 
-/// `channel_numbers` of a block's columns, each number `width` apart; then, with means, p and q.
+/// `channel_numbers` of a block's columns, each number `width` apart; then, if there are means, p and q.
 template <typename T>
 __device__ __forceinline__ void column_numbers(const NormBackward<T>& p, const NormShape& shape,
                                                int64_t n, int first, int width, float* out) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void column_numbers(const NormBackward<T>& p, const N
   __syncthreads();
 }
 
-/// A thread's V columns of what `column_numbers` wrote.
+/// A thread's V columns of the numbers written by `column_numbers`.
 template <int V, int N>
 struct ColumnNumbers {
   float at[N][V];
@@ -127,8 +127,8 @@ struct ColumnSums {
   }
 };
 
-/// Adds up all threads with the same columns, a tree of fixed shape; row 0 has the result.
-/// scratch: 2 numbers a thread row and column.
+/// Adds up the sums of all threads with the same columns, in a tree of fixed shape; row 0 has the
+/// result. scratch: 2 numbers per thread row and column.
 template <int V>
 __device__ __forceinline__ void sum_rows(ColumnSums<V>& mine, const ColumnPlace<V>& at,
                                          float* scratch) {
@@ -178,8 +178,8 @@ __device__ __forceinline__ void store_input_gradient(
   store_pack<T, V>(p.dx + place, pack_of<T, V>(extra));
 }
 
-/// NHWC: A and B of a chunk of places. Grid: N * chunks, column blocks; shared memory: 5 a column,
-/// then 2 a thread and column. partial: (N, chunks, C, 2).
+/// NHWC: A and B of a chunk of places. Grid: N * chunks, column blocks. Shared memory: 5 numbers per
+/// column, then 2 per thread row and column. partial: (N, chunks, C, 2).
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns,
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
 }
 
-/// NCHW: A and B of a chunk of one channel. A warp each. Grid: ceil(N * C * chunks / warps).
+/// NCHW: A and B of a chunk of one channel, one warp each. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_rows(NormBackward<T> p, NormShape shape, Chunks chunks, float* partial) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   out[1] = b;
 }
 
-/// Where the sums of a group go.
+/// Where the sums of a group are stored.
 struct NormSums {
   float* sums;    // (N, C, 2): A and B
   float* means;   // (N, G, 2): p and q
@@ -266,7 +266,7 @@ __device__ __forceinline__ void store_sums(const NormBackward<T>& p, const NormS
   out.dscale[n * 2 * shape.c + shape.c + c] = a;
 }
 
-/// Merges the chunks of a group, a warp a channel. Grid: N * G.
+/// Merges the chunks of a group, one warp per channel. Grid: N * G.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize_sums(NormBackward<T> p, NormShape shape, Chunks chunks, const float* partial,
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       sum / (static_cast<float>(shape.size) * static_cast<float>(shape.s));
 }
 
-/// Gradients of weight and bias: the sums of all samples, a thread a channel.
+/// Gradients of weight and bias: sums over all samples, one thread per channel.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_parameter_gradients(NormBackward<T> p, NormShape shape, const float* sums,
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   if (dbias != nullptr) dbias[c] = a;
 }
 
-/// NHWC: dx. Grid: N * chunks, column blocks; shared memory: 7 a column.
+/// NHWC: dx. Grid: N * chunks, column blocks. Shared memory: 7 numbers per column.
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns) {
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
 }
 
-/// NCHW: dx. A warp a chunk of one channel. Grid: ceil(N * C * chunks / warps).
+/// NCHW: dx, one warp per chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_rows(NormBackward<T> p, NormShape shape, Chunks chunks) {
@@ -376,9 +376,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
 }
 
-/// NHWC on chip: all of it in one launch but the sums over N. A block has the stretch of a slab that
-/// norm_on_chip_columns has. Shared memory: the stretch of x, that of dy, 7 numbers a column, 2 a
-/// group, 2 a column, in a cluster 2 a column and rank, then the tree's. Grid: as there.
+/// NHWC on chip: everything except the sums over N in one launch. A block has the same stretch of a slab
+/// as in norm_on_chip_columns, with the same grid. Shared memory: the stretch of x, that of dy, 7 numbers
+/// per column, 2 per group, 2 per column, in a cluster 2 per column and rank, then those of sum_rows.
 template <typename T, int V, bool kCluster>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_backward_on_chip(NormBackward<T> p, NormShape shape, int slab, int64_t length,
@@ -423,7 +423,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
   gather_parts<kCluster>(parts, 2 * width, mine.ranks, gathered);
 
-  // a warp a group: its channels' sums, of all ranks in their order, and their means
+  // one warp per group: the sums of its channels, over all ranks in order, and their means
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
 #pragma unroll 1

@@ -1,11 +1,11 @@
-// GroupNorm, SiLU on chip (see group_norm_silu.cuh): whole groups of one sample in shared memory.
+// GroupNorm and SiLU on chip (see group_norm_silu.cuh): whole groups of one sample in shared memory.
 //
-// The blocks of a cluster (kCluster; else a block is alone) share a slab of groups of one sample:
-// rank r has the r-th stretch of its places. Between reading and writing they tell each other their
-// moments, 12 bytes a group; nothing else goes from block to block. Bytes: x in and y out, once.
-// Occupancy aimed at: two blocks of a cluster in an SM, 256 threads with up to 128 registers and
-// 113 KiB each, so that one reads while the other writes; each has 16 KiB of loads under way. Tiles
-// are 32 KiB, two rounds of loads, where 8 blocks are enough for that.
+// The blocks of a cluster (kCluster; else a block works alone) share a slab of groups of one sample:
+// rank r has the r-th stretch of its places. Between reading and writing they exchange their moments,
+// 12 bytes per group, and nothing else. Bytes: x in and y out, once. Occupancy target: two blocks of
+// a cluster per SM, with 256 threads of up to 128 registers and 113 KiB each, so that one reads while
+// the other writes; each has 16 KiB of loads in flight. Tiles are 32 KiB, two rounds of loads, if 8
+// blocks suffice for that.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace fastdiff {
 template <bool kCluster>
 constexpr int kOnChipThreads = kCluster ? kNormThreads : 2 * kNormThreads;
 
-/// The stretch of a block, `length` of `all` places or packs; the last ones may be short or empty.
+/// A block's stretch of the places or packs; the last stretches may be short or empty.
 struct Stretch {
   int rank, ranks;
   int64_t begin, end;
@@ -31,8 +31,8 @@ __device__ __forceinline__ Stretch my_stretch(int64_t all, int64_t length) {
   return {rank, cluster_blocks(), begin < all ? begin : all, end < all ? end : all};
 }
 
-/// `parts` holds `numbers` of this block's stretch; afterwards `gathered` holds those of all ranks,
-/// rank by rank (one block alone has them in the same place). In the end: leave_cluster.
+/// `parts` holds `numbers` numbers of this block's stretch; afterwards `gathered` holds those of all
+/// ranks, rank by rank (the same memory for a block alone). The kernel must end with leave_cluster.
 template <bool kCluster>
 __device__ __forceinline__ void gather_parts(const float* parts, int numbers, int ranks,
                                              float* gathered) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void gather_parts(const float* parts, int numbers, in
   __syncthreads();
 }
 
-/// A group's moments out of all parts, in the order of the ranks: the same bits in every block.
+/// Merges a group's moments from all parts in the order of ranks: bit-identical in every block.
 __device__ __forceinline__ Moments merge_parts(const float* gathered, int g, int groups,
                                                int ranks) {
   Moments all;
@@ -66,13 +66,13 @@ __device__ __forceinline__ Moments merge_parts(const float* gathered, int g, int
   return all;
 }
 
-/// Every thread's last word: others may still be reading this block's parts.
+/// Must be the last call of every thread: other blocks may still be reading this block's parts.
 template <bool kCluster>
 __device__ __forceinline__ void leave_cluster() {
   if constexpr (kCluster) cluster_wait();
 }
 
-/// The slab of groups that a block, or a cluster, has: NHWC.
+/// NHWC: the slab of groups of a block or cluster.
 struct Slab {
   int64_t n;
   int first_group, groups, first, width;  // `width` channels from `first` on
@@ -89,8 +89,8 @@ struct Slab {
 };
 
 /// NHWC. A block has `slab` groups of one sample, in a cluster a stretch of `length` places of
-/// them. Shared memory: their numbers, 3 a column, 6 a group, 3 a group and rank, then the tree's.
-/// Grid: N * ceil(G / slab) * blocks of a cluster.
+/// them. Shared memory: their elements, 3 numbers per column, 6 per group, 3 per group and rank, then
+/// those of merge_rows. Grid: N * ceil(G / slab) * blocks per cluster.
 template <typename T, int V, bool kCluster>
 __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_columns(Norm<T> p, NormShape shape, int slab, int64_t length) {
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
 }
 
 /// NCHW. A block has one group of one sample, in a cluster a stretch of `length` packs of it.
-/// Shared memory: its numbers, then a and b a channel, then 3 a warp, 6, and 3 a rank.
-/// Grid: N * G * blocks of a cluster.
+/// Shared memory: its elements, then a and b per channel, then 3 numbers per warp, 6, and 3 per rank.
+/// Grid: N * G * blocks per cluster.
 template <typename T, int V, bool kCluster>
 __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_rows(Norm<T> p, NormShape shape, int64_t length) {
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   const int g = static_cast<int>(task % shape.groups);
   const int first = g * shape.size;
   const int64_t base = (n * shape.c + first) * shape.s;
-  // below 2^31: a cluster's shared memory holds a group
+  // below 2^31, because a group fits into a cluster's shared memory
   const unsigned places = static_cast<unsigned>(shape.s);
   const unsigned begin = static_cast<unsigned>(mine.begin), end = static_cast<unsigned>(mine.end);
 
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
     parts[2] = moments.m2;
   }
   gather_parts<kCluster>(parts, 3, mine.ranks, gathered);
-  if (threadIdx.x == 0) {  // one thread: half of it is fp64, which few GPUs have much of
+  if (threadIdx.x == 0) {  // one thread: half of this is fp64, which is slow on most GPUs
     moments = merge_parts(gathered, 0, 1, mine.ranks);
     store_stats(stats, pivot, moments.mean, moments.m2, moments.count, p.eps);
     float* out = p.stats + (n * shape.groups + g) * 3;

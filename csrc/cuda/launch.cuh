@@ -1,4 +1,4 @@
-// Host side of the CUDA kernels: starting a kernel, limits of the device, errors as text.
+// Host side of the CUDA kernels: launches, device limits, errors as text.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace fastdiff {
 
-/// What every launcher takes: where to run. All launchers return null or what went wrong.
+/// Where to run; every launcher takes one. All launchers return null or an error message.
 struct Target {
   int device;
   void* stream;
@@ -27,7 +27,7 @@ inline const char* keep_message(const char* text) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// A grid. More blocks than 32 bits count stay too many, so that the launch is refused.
+/// A grid. A block count beyond 32 bits is clamped, so that the launch is still refused.
 inline dim3 grid_of(int64_t x, int64_t y = 1) {
   const auto clamped = [](int64_t blocks) {
     return blocks < 0xffffffff ? static_cast<unsigned>(blocks) : 0xffffffffu;
@@ -37,26 +37,26 @@ inline dim3 grid_of(int64_t x, int64_t y = 1) {
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-/// True where every row of a tensor begins at a multiple of 16 bytes.
+/// Whether every row of a tensor is aligned to 16 bytes.
 template <typename T>
 bool rows_aligned(const void* p, int64_t stride) {
   return aligned16(p) && stride * int64_t(sizeof(T)) % 16 == 0;
 }
 
-/// Null or the error's text. An error that was told must not meet the next call once more.
+/// Null or the error's text. Clears the error, so that the next call does not report it again.
 inline const char* message_of(cudaError_t status) {
   if (status == cudaSuccess) return nullptr;
   cudaGetLastError();
   return keep_message(cudaGetErrorString(status));
 }
 
-/// torch and this library have their own runtimes: both must mean the same device. kernels/cuda
-/// has torch select it around every call, and select the one before afterwards, for both.
+/// torch and this library have separate CUDA runtimes, which must agree on the device. kernels/cuda
+/// lets torch select it around every call and restore the previous one afterwards, for both.
 inline const char* select_device(const Target& target) {
   return message_of(cudaSetDevice(target.device));
 }
 
-/// Bytes of shared memory that one block can have on a device.
+/// Most bytes of shared memory per block on a device.
 inline const char* shared_limit(int device, int64_t* bytes) {
   int value = 0;
   const auto status =
@@ -65,8 +65,8 @@ inline const char* shared_limit(int device, int64_t* bytes) {
   return message_of(status);
 }
 
-/// Blocks that a cluster may have on a device; 1 where there are no clusters. More than 8 are not
-/// portable: whether a kernel can have them, `active_clusters` tells.
+/// Most blocks per cluster on a device; 1 if it has no clusters. More than 8 are not portable: call
+/// `active_clusters` to find out whether a kernel can have them.
 inline const char* cluster_limit(int device, int* blocks) {
   int clusters = 0;
   const auto status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
@@ -74,16 +74,16 @@ inline const char* cluster_limit(int device, int* blocks) {
   return message_of(status);
 }
 
-/// Null where the current device can run a kernel: its driver is new enough for this runtime, and
-/// the library has code for it.
+/// Null if the current device can run a kernel: the driver is new enough for this runtime, and the
+/// library has code for the device.
 inline const char* kernel_image(const void* kernel) {
   cudaFuncAttributes attributes;
   return message_of(cudaFuncGetAttributes(&attributes, kernel));
 }
 
-/// How a kernel is started, and what it must be allowed for that. The leave is the current
-/// device's, so it is asked for each time. Nothing here is an operation of a stream: a graph that
-/// captures gets the launch alone.
+/// How to launch a kernel, and the attributes it needs for that. Attributes belong to the current
+/// device, so they are set for every launch. None of this is a stream operation: while a graph is
+/// captured, only the launch itself becomes part of it.
 struct LaunchConfig {
   cudaLaunchAttribute cluster_size{};
   cudaLaunchConfig_t config{};
@@ -114,14 +114,14 @@ struct LaunchConfig {
   }
 };
 
-/// How many clusters of a kernel the device has room for at a time; 0: it cannot run one.
+/// How many clusters of a kernel can be resident on the device at a time; 0: it cannot run one.
 inline const char* active_clusters(const Target& target, const void* kernel, int cluster,
                                    int threads, size_t shared, int* count) {
   *count = 0;
   const LaunchConfig launch(dim3(cluster), cluster, threads, shared, target);
   if (const char* error = launch.allow(kernel)) return error;
   const auto status = cudaOccupancyMaxActiveClusters(count, kernel, &launch.config);
-  if (status == cudaErrorInvalidClusterSize) {  // some GPUs end at 8
+  if (status == cudaErrorInvalidClusterSize) {  // some GPUs support at most 8
     cudaGetLastError();
     *count = 0;
     return nullptr;
@@ -129,18 +129,18 @@ inline const char* active_clusters(const Target& target, const void* kernel, int
   return message_of(status);
 }
 
-/// A launch and what it takes of its device, as CUDA's runtime tells it. Field for field the integers
-/// of `Launch` in kernels/cuda.
+/// A launch and the resources it uses, as reported by the CUDA runtime. The fields are those of `Launch`
+/// in fastdiff/bench/watch.py, in the same order.
 struct Seen {
   std::string kernel;  // mangled
   int64_t blocks, threads, cluster;
-  int64_t registers, stack, fixed_shared, shared;  // stack: of a thread, spilled registers too
-  int64_t binary;                                  // sm_90 is 90
-  int64_t resident, clusters;                      // blocks of an SM, clusters of the device
-  int64_t multiprocessors, most_threads;           // of the device, of an SM
+  int64_t registers, stack, fixed_shared, shared;  // stack: per thread, including spilled registers
+  int64_t binary;                                  // architecture, 90 for sm_90
+  int64_t resident, clusters;                      // blocks per SM, clusters on the device
+  int64_t multiprocessors, most_threads;           // of the device; per SM
 };
 
-/// The launches of this thread, written down while somebody watches.
+/// Records the launches of this thread while it is on.
 struct Watch {
   bool on = false, starts = true;
   std::vector<Seen> seen;
@@ -195,14 +195,14 @@ const char* launch_cluster(void (*kernel)(P...), dim3 grid, int cluster, int thr
   return message_of(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
 }
 
-/// Starts a kernel; null, or what went wrong.
+/// Launches a kernel; returns null or an error message.
 template <typename... P, typename... A>
 const char* launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared,
                    const Target& target, A... arguments) {
   return launch_cluster(kernel, grid, 1, threads, shared, target, arguments...);
 }
 
-/// Calls `work(T{})` with the element type of a code; an error for another code.
+/// Calls `work(T{})` with the element type of a code; returns an error for an unsupported code.
 template <typename Work>
 const char* with_dtype(int dtype, Work work) {
   switch (dtype) {
@@ -219,7 +219,7 @@ const char* with_dtype(int dtype, Work work) {
 
 }  // namespace fastdiff
 
-/// Leaves the function with the error of a launch, if there is one.
+/// Returns from the function with the error of `call`, if there is one.
 #define FASTDIFF_TRY(call)                        \
   do {                                            \
     if (const char* fastdiff_error = (call)) return fastdiff_error; \

@@ -1,4 +1,4 @@
-// Launcher of layer_norm and add_layer_norm, forward.
+// Launcher of the forward pass of layer_norm and add_layer_norm.
 
 #include "layer_norm.cuh"
 
@@ -21,8 +21,8 @@ const char* run(const LayerNormRows<T>& p, int64_t widest, const Target& target)
 
 using namespace fastdiff;
 
-/// x and residual: (rows, D) with strides, the residual of any dtype or null; y and, with a
-/// residual, total: dense. widest: the longest row to keep in registers, where the kernels can.
+/// x, residual: (rows, D) with strides, the residual of any dtype or null; y and, with a residual,
+/// total: dense. widest: the longest row to keep in registers, as far as the kernels can.
 FASTDIFF_EXPORT const char* fastdiff_cuda_layer_norm(
     int device, void* stream, int dtype, const void* x, const void* residual, int residual_dtype,
     void* total, void* y, const void* weight, int weight_dtype, const void* bias, int bias_dtype,

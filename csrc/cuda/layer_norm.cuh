@@ -1,14 +1,14 @@
-// LayerNorm of rows, alone or after an addition (kernels/layer_norm has the maths).
+// LayerNorm of rows, alone or after an addition (kernels/layer_norm documents the maths).
 //
-// A thread keeps 16 numbers of a row in registers, so x is read once: a warp has a row of up to 512
-// numbers, eight warps a block; a wider row, up to 8192, has a block of its own. Rows beyond that
-// are read three times, from the caches but for the first time. Rows without 16-byte loads: half as
-// many numbers everywhere. Bytes: 2 rows D itemsize, 4 with an addition. At most 64 registers a
-// thread forward: an SM holds 1,024 threads with 32 KB of loads in flight.
+// A thread keeps 16 elements of a row in registers, so x is read once: a row of up to 512 elements is
+// handled by a warp, with eight warps per block; a wider row, up to 8192, has a block of its own. Rows
+// beyond that are read three times, from the caches except for the first time. Without 16-byte loads
+// all these limits are half as large. Bytes: 2 rows D itemsize, 4 with an addition. The forward pass
+// needs at most 64 registers per thread: an SM holds 1,024 threads with 32 KB of loads in flight.
 //
-// Numbers: in two passes over a row; sums are taken above the row's first number, and the mean is kept in two parts (Knuth's
-// two-sum), so that a large mean costs no digits and a constant row gives exactly 0. Sums have a
-// fixed order that depends on D only.
+// Precision: there are two passes over a row. The first element is subtracted before summing, and the
+// mean is stored in two parts (Knuth's two-sum), so that a large mean costs no precision and a constant
+// row gives exactly 0. Sums have a fixed order that depends only on D.
 
 #pragma once
 
@@ -16,14 +16,14 @@
 
 namespace fastdiff {
 
-/// Of a row in a thread's registers, loaded V at a time.
+/// Elements of a row in a thread's registers, loaded V at a time.
 template <int V>
 constexpr int kRowNumbers = V == 1 ? 8 : 16;
-constexpr int kRowBlock = 256;     // threads of a block with a row to each warp
-constexpr int kRowThreads = 512;   // the most that a block on one row has
+constexpr int kRowBlock = 256;     // threads of a block with one row per warp
+constexpr int kRowThreads = 512;   // most threads of a block on one row
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 
-/// Numbers of a dtype known at run time, as fp32: V neighbours from a multiple of V on.
+/// Loads V neighboring elements of a tensor as fp32, starting at a multiple of V.
 template <typename S, int V>
 __device__ __forceinline__ void load_as(const void* data, int64_t i, float (&out)[V]) {
   constexpr int W = V < kWide<S> ? V : kWide<S>;
@@ -52,9 +52,9 @@ __device__ __forceinline__ void load_parameter(const Parameter& p, int64_t i, fl
   }
 }
 
-/// The threads on a row: a warp of a block, or the whole block.
+/// The threads that share a row: a warp, or the whole block.
 struct RowTeam {
-  int thread, threads, index, count;  // of this thread in its team, of its team in the block
+  int thread, threads, index, count;  // this thread in its team, and its team in the block
 
   __device__ __forceinline__ explicit RowTeam(bool warps)
       : thread(static_cast<int>(warps ? threadIdx.x % kWarpSize : threadIdx.x)),
@@ -62,7 +62,7 @@ struct RowTeam {
         index(warps ? static_cast<int>(threadIdx.x) / kWarpSize : 0),
         count(warps ? static_cast<int>(blockDim.x) / kWarpSize : 1) {}
 
-  /// Sums over the team, the same in all its threads. scratch: N numbers a warp, free afterwards.
+  /// Sums over the team, identical in all its threads. scratch: N numbers per warp, free afterwards.
   template <int N>
   __device__ __forceinline__ void sum(float (&x)[N], float* scratch) const {
 #pragma unroll
@@ -87,15 +87,15 @@ struct RowTeam {
 struct RowStatistics {
   float mean, rest, rstd;
 
-  /// first + above is the mean.
+  /// The mean is first + above.
   __device__ __forceinline__ RowStatistics(float first, float above) {
     mean = first + above;
     const float part = mean - first;
     rest = (first - (mean - part)) + (above - part);
   }
 
-  /// One step of Newton's on the exact variance + eps, in two parts: an error of rstd is every
-  /// number's, and four roundings would be seen. (fp64 is 32 times slower on most GPUs.)
+  /// One Newton step on the exact variance + eps, in two parts: an error of rstd affects every element
+  /// of the row, and four roundings would be noticeable. (fp64 is 32 times slower on most GPUs.)
   __device__ __forceinline__ void finish(float squares, int64_t d, float eps) {
     const float size = static_cast<float>(d), variance = squares / size;
     const float high = variance + eps, part = high - variance;
@@ -112,7 +112,7 @@ struct RowStatistics {
 
 constexpr int kRowScratch = 2 * kRowWarps;
 
-/// Statistics of a row in registers, which becomes centered. Numbers beyond the row stay 0.
+/// Computes the statistics of a row in registers and centers it. Elements beyond the row stay 0.
 template <int K, int V>
 __device__ __forceinline__ RowStatistics center_row(float (&x)[K][V], float first,
                                                     const RowTeam& team, int64_t d, float eps,
@@ -139,8 +139,8 @@ __device__ __forceinline__ RowStatistics center_row(float (&x)[K][V], float firs
   return s;
 }
 
-/// Statistics of a row that a block reads twice, by `load(pack, out)` and `load_again(pack, out)`,
-/// which give V numbers each.
+/// Statistics of a row that a block reads twice, with `load(pack, out)` and `load_again(pack, out)`,
+/// which load V elements each.
 template <int V, typename Load, typename Again>
 __device__ __forceinline__ RowStatistics read_statistics(const Load& load, const Again& load_again,
                                                          float first, int64_t d, float eps,
@@ -170,14 +170,14 @@ __device__ __forceinline__ RowStatistics read_statistics(const Load& load, const
 template <typename T>
 struct LayerNormRows {
   const T* x;
-  Parameter residual;  // (rows, D) as x, of its own dtype; null: nothing is added
+  Parameter residual;  // (rows, D) like x, of any dtype; null: nothing is added
   T* total;            // with a residual: the rounded sum
   T* y;
   Parameter weight, bias;  // (D,)
   int64_t rows, d, x_stride, residual_stride;
   float eps;
 
-  /// V numbers of a row as the norm sees them; where something is added, writes the total.
+  /// Loads V elements of the input of the norm; with a residual, also writes the total.
   template <int V>
   __device__ __forceinline__ void load(int64_t row, int64_t column, float (&out)[V]) const {
     Pack<T, V> pack = load_input<T, V>(x + row * x_stride + column);
@@ -198,7 +198,7 @@ struct LayerNormRows {
     return to_float(from_float<T>(x0 + residual.at(row * residual_stride, 0.0f)));
   }
 
-  /// Writes V numbers, given centered.
+  /// Writes V elements of y, given centered x.
   template <int V>
   __device__ __forceinline__ void store(int64_t row, int64_t column, float rstd,
                                         float (&x)[V]) const {
@@ -215,7 +215,7 @@ struct LayerNormRows {
   }
 };
 
-/// A row in registers. Grid: ceil(rows / teams of a block).
+/// A row in registers. Grid: ceil(rows / teams per block).
 template <typename T, int V>
 __global__ void __launch_bounds__(kRowThreads)
     layer_norm_rows(LayerNormRows<T> p, bool warps) {
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kRowThreads)
   constexpr int K = kRowNumbers<V> / V;
   const RowTeam team(warps);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * team.count + team.index;
-  if (row >= p.rows) return;  // a whole warp; never one of several on a row
+  if (row >= p.rows) return;  // only if a warp has its own row, and then the whole warp
   const int packs = static_cast<int>(p.d / V);
   float x[K][V] = {};
   const float first = p.first(row);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-/// A row too wide for registers; grid: rows. A thread reads anew what it wrote to the total.
+/// A row too wide for registers. Grid: rows. A thread reads back what it wrote to the total.
 template <typename T, int V>
 __global__ void __launch_bounds__(kRowThreads) layer_norm_wide(LayerNormRows<T> p) {
   FASTDIFF_SHARED(float, scratch, kRowScratch);

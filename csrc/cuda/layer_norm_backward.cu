@@ -8,7 +8,7 @@
 namespace fastdiff {
 namespace {
 
-/// `programs`: the most shares that there is room for.
+/// `programs`: the most partial sums that the workspace has room for.
 template <typename T, int V>
 const char* run(const LayerNormGradients<T>& p, const ParameterGradient& dweight,
                 const ParameterGradient& dbias, int64_t programs, int64_t widest,
@@ -40,9 +40,9 @@ const char* run(const LayerNormGradients<T>& p, const ParameterGradient& dweight
 
 using namespace fastdiff;
 
-/// Gradients of layer_norm; x is what was normed. dweights and dbiases: (programs, D) fp32 of
-/// workspace for dweight and dbias, null where those are not wanted; statistics: (rows, 3) fp32 for
-/// rows longer than `widest` or than registers hold. dx, dweight and dbias are dense.
+/// Gradients of layer_norm; x is the tensor that was normalized. dweights, dbiases: (programs, D) fp32
+/// workspace for dweight and dbias, null if those are not needed; statistics: (rows, 3) fp32 for rows
+/// longer than `widest` or than registers can hold. dx, dweight and dbias are dense.
 FASTDIFF_EXPORT const char* fastdiff_cuda_layer_norm_backward(
     int device, void* stream, int dtype, const void* dy, const void* dtotal, const void* x,
     void* dx, const void* weight, int weight_dtype, float* dweights, void* dweight,

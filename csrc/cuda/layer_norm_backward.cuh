@@ -1,12 +1,12 @@
-// Gradients of layer_norm. With g = dy weight and xhat = (x - mean) / std, computed again,
+// Gradients of layer_norm. With g = dy weight and xhat = (x - mean) / std, which is recomputed,
 //     dx = (g - mean(g) - xhat mean(g xhat)) / std + dtotal
 //     dweight = sum over rows of dy xhat,    dbias = sum over rows of dy
 //
-// Bytes: 3 rows D itemsize (x and dy in, dx out), 4 with dtotal. dweight and dbias go in two steps,
-// without atomics: each of P blocks adds up every P-th tile of rows and writes its share, then a
-// second kernel adds the P shares in order: 16 P D bytes that stay in the L2. x, dy and both sums
-// are in registers, 16 numbers each (128 registers a thread); rows beyond 8192 are read anew, x four
-// times and dy twice, and once more each for the shares.
+// Bytes: 3 rows D itemsize (x and dy in, dx out), 4 with dtotal. dweight and dbias take two steps,
+// without atomics: each of P blocks adds up every P-th tile of rows and writes its partial sum, then a
+// second kernel adds the P partial sums in order: 16 P D bytes that stay in the L2. x, dy and both sums
+// are in registers, 16 elements each (128 registers per thread). Rows beyond 8192 are read again: x four
+// times and dy twice, and both once more for the partial sums.
 
 #pragma once
 
@@ -18,17 +18,17 @@ namespace fastdiff {
 template <typename T>
 struct LayerNormGradients {
   const T* dy;
-  const T* dtotal;  // gradient that reaches x by another way, added to dx; null: none
-  const T* x;       // what was normed
+  const T* dtotal;  // gradient of the other output, added to dx; null: none
+  const T* x;       // the tensor that was normalized
   Parameter weight;
   T* dx;
-  float* dweights;    // shares: (P, D), or null
+  float* dweights;    // partial sums: (P, D), or null
   float* dbiases;
   float* statistics;  // wide rows: (rows, 3)
   int64_t rows, d, dy_stride, dtotal_stride, x_stride;
   float eps;
 
-  /// dy, and then dy times the weight.
+  /// Loads dy; `weigh` then multiplies it by the weight.
   template <int V>
   __device__ __forceinline__ void load_dy(int64_t row, int64_t column, float (&out)[V]) const {
     unpack(load_input<T, V>(dy + row * dy_stride + column), out);
@@ -54,7 +54,8 @@ struct LayerNormGradients {
   }
 };
 
-/// Adds the teams' sums in order and writes the block's share. buffer: d numbers a team, if many.
+/// Adds up the teams' sums in order and writes the block's partial sum. buffer: d numbers per team, if
+/// there are several.
 template <int K, int V>
 __device__ __forceinline__ void write_share(const float (&sums)[K][V], const RowTeam& team,
                                             int64_t d, float* buffer, float* out) {
@@ -77,7 +78,7 @@ __device__ __forceinline__ void write_share(const float (&sums)[K][V], const Row
   __syncthreads();
 }
 
-/// Rows in registers: every gridDim.x-th tile. Shared memory: d numbers for each of many teams.
+/// Rows in registers: every gridDim.x-th tile. Shared memory: d numbers per team, if there are several.
 template <typename T, int V>
 __global__ void __launch_bounds__(kRowThreads)
     layer_norm_rows_backward(LayerNormGradients<T> p, bool warps, int64_t tiles) {
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kRowThreads)
   float dweight[K][V] = {}, dbias[K][V] = {};
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t row = tile * team.count + team.index;
-    if (row >= p.rows) break;  // a whole warp; never one of several on a row
+    if (row >= p.rows) break;  // only if a warp has its own row, and then the whole warp
     float x[K][V] = {}, g[K][V] = {};
     const float first = to_float(p.x[row * p.x_stride]);
 #pragma unroll
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (p.dbiases != nullptr) write_share(dbias, team, p.d, buffer, p.dbiases + share);
 }
 
-/// dx of a row too wide for registers, and its statistics. Grid: rows.
+/// Computes dx of a row too wide for registers, and stores its statistics. Grid: rows.
 template <typename T, int V>
 __global__ void __launch_bounds__(kRowThreads)
     layer_norm_wide_backward(LayerNormGradients<T> p) {
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kRowThreads)
   p.statistics[3 * row + 2] = s.rstd;
 }
 
-/// Wide rows: the shares of dweight and dbias, V columns a thread and every gridDim.y-th row.
+/// Wide rows: partial sums of dweight and dbias, V columns per thread over every gridDim.y-th row.
 template <typename T, int V>
 __global__ void __launch_bounds__(kRowBlock)
     layer_norm_wide_shares(LayerNormGradients<T> p) {
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kRowBlock)
 
 constexpr int kShareColumns = 32, kShareRows = 8;
 
-/// A gradient of a parameter, in the parameter's dtype; null where it is not wanted.
+/// A gradient of a parameter, in the parameter's dtype; null if it is not needed.
 struct ParameterGradient {
   const float* shares;
   void* out;
@@ -231,7 +232,7 @@ struct ParameterGradient {
   }
 };
 
-/// Adds the shares in order. Grid: ceil(D / kShareColumns), 2 (the weight's, the bias's).
+/// Adds up the partial sums in order. Grid: ceil(D / kShareColumns), 2 (for weight and bias).
 __global__ void __launch_bounds__(kShareColumns* kShareRows)
     layer_norm_sum_shares(ParameterGradient dweight, ParameterGradient dbias, int64_t shares,
                           int64_t d) {

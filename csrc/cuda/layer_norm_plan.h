@@ -1,4 +1,4 @@
-// How layer_norm is cut into blocks: by D only, so that a row's bits do not depend on the others.
+// How layer_norm is split into blocks: it depends only on D, so that no row affects another's bits.
 
 #pragma once
 
@@ -9,11 +9,11 @@ namespace fastdiff {
 
 struct RowPlan {
   bool wide;     // a row does not fit into registers
-  bool warps;    // a warp has a row, else a block
-  int threads;   // of a block
-  int64_t rows;  // of a block
+  bool warps;    // one row per warp, else per block
+  int threads;   // per block
+  int64_t rows;  // per block
 
-  /// numbers: of a row in a thread. widest: the longest row to keep in registers, where they can.
+  /// numbers: elements of a row per thread. widest: the longest row to keep in registers, if it fits.
   RowPlan(int64_t d, int numbers, int64_t widest)
       : wide(d > widest || d > numbers * kRowThreads), warps(!wide && d <= numbers * kWarpSize) {
     const int64_t needed = ceil_div(d, numbers * kWarpSize) * kWarpSize;

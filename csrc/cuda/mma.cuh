@@ -1,14 +1,14 @@
-// The instructions of the matrix unit that kernels of sm_80 and later use: cp.async, ldmatrix and
-// mma.sync, in the words of the PTX ISA ("Warp-level matrix instructions"). Under
-// FASTDIFF_EMULATE_CUDA they are those of tests/cuda_host/matrix.h.
+// Instructions for the matrix unit of sm_80 and later: cp.async, ldmatrix and mma.sync, in the terms
+// of the PTX ISA ("Warp-level matrix instructions"). Under FASTDIFF_EMULATE_CUDA they are emulated by
+// tests/cuda_host/matrix.h.
 //
-// Fragments. Of a tile of halves, lane 4 g + t of a warp (g < 8, t < 4) has pairs of neighbours,
-// two to a register, the first in the low bits:
-//   A (16 x 16)  a[0] = (row g, columns 2t, 2t+1), a[1] = row g + 8, a[2] and a[3] the same of the
-//                columns + 8
+// Fragments. Lane 4 g + t of a warp (g < 8, t < 4) holds pairs of neighboring elements of a tile of
+// halves, two per register, the first in the low bits:
+//   A (16 x 16)  a[0] = (row g, columns 2t, 2t+1), a[1] = row g + 8; a[2] and a[3] are the same rows
+//                with columns + 8
 //   B (16 x 8)   b[0] = (rows 2t, 2t+1 of column g), b[1] = rows + 8
 //   C (16 x 8)   fp32: c[0], c[1] = (row g, columns 2t, 2t+1), c[2], c[3] = row g + 8
-// The products of 8 in place of 16 have the first half of A's and B's registers.
+// Products over 8 instead of 16 use only the first half of the registers of A and B.
 
 #pragma once
 
@@ -23,10 +23,10 @@
 namespace fastdiff {
 
 // ---------------------------------------------------------------------------------------------
-// Copies from global to shared memory past the registers
+// Copies from global to shared memory, bypassing the registers
 
-/// Begins to copy 16 bytes, or to write 16 zeros where `real` is false (`from` is not read then,
-/// but must be an aligned address). Both must be multiples of 16.
+/// Starts copying 16 bytes, or writing 16 zero bytes if `real` is false (`from` is not read then, but
+/// must still be aligned). Both addresses must be multiples of 16.
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool real) {
 #ifdef FASTDIFF_EMULATE_CUDA
   emulation::copy_async(to, from, 16, real ? 16 : 0);
@@ -38,7 +38,7 @@ __device__ __forceinline__ void copy_16(void* to, const void* from, bool real) {
 #endif
 }
 
-/// Closes a group: this thread's copies since the last one.
+/// Closes a group, which contains this thread's copies since the previous group.
 __device__ __forceinline__ void commit_copies() {
 #ifdef FASTDIFF_EMULATE_CUDA
   emulation::commit_copies();
@@ -47,8 +47,8 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-/// Waits until all but the `Left` youngest groups of this thread have arrived. Other threads see
-/// them after a barrier.
+/// Waits until all but the `Left` most recent groups of this thread have arrived. Other threads see
+/// the data after a barrier.
 template <int Left>
 __device__ __forceinline__ void wait_for_copies() {
 #ifdef FASTDIFF_EMULATE_CUDA
@@ -61,9 +61,9 @@ __device__ __forceinline__ void wait_for_copies() {
 // ---------------------------------------------------------------------------------------------
 // Fragments
 
-/// Count (2 or 4) matrices of 8 x 8 halves from shared memory. Lane i gives the address of row
-/// i % 8 of matrix i / 8, 16 bytes at a multiple of 16; register m of lane 4 g + t gets row g,
-/// columns 2t, 2t+1 of matrix m, or, Transposed, rows 2t, 2t+1 of column g.
+/// Loads Count (2 or 4) matrices of 8 x 8 halves from shared memory. Lane i passes the address of row
+/// i % 8 of matrix i / 8, 16 bytes at a multiple of 16. Register m of lane 4 g + t receives row g,
+/// columns 2t, 2t+1 of matrix m, or if Transposed, rows 2t, 2t+1 of column g.
 template <bool Transposed, int Count>
 __device__ __forceinline__ void load_matrices(unsigned (&to)[Count], const void* row) {
   static_assert(Count == 2 || Count == 4, "two or four matrices");
@@ -117,7 +117,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], 
 #endif
 }
 
-/// The same, summed over 8: A is 16 x 8, B is 8 x 8.
+/// c += A B, 16 x 8, summed over 8: A is 16 x 8, B is 8 x 8.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[2], unsigned b0) {
 #ifdef FASTDIFF_EMULATE_CUDA
@@ -138,7 +138,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[2], 
 #endif
 }
 
-/// Two numbers, rounded, in one register; the first in the low bits.
+/// Rounds two numbers and packs them into one register, the first in the low bits.
 template <typename T>
 __device__ __forceinline__ unsigned pair_of(float low, float high) {
 #ifdef FASTDIFF_EMULATE_CUDA
@@ -155,7 +155,7 @@ __device__ __forceinline__ unsigned pair_of(float low, float high) {
 #endif
 }
 
-/// 2^x in one instruction (2 ulp of fp32); 0 for -inf, and numbers below 2^-126 are 0.
+/// 2^x in one instruction (2 ulp of fp32); results below 2^-126 are flushed to 0, as is -inf.
 __device__ __forceinline__ float fast_exp2(float x) {
 #ifdef FASTDIFF_EMULATE_CUDA
   return std::exp2(x);

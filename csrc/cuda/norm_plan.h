@@ -1,5 +1,5 @@
-// How group_norm_silu is cut into blocks. It depends on the shape of one sample and on the device,
-// never on the number of samples: a sample's bits do not depend on its batch.
+// How group_norm_silu is split into blocks. It depends on the shape of one sample and on the device,
+// never on the number of samples, so a sample's result does not depend on its batch.
 
 #pragma once
 
@@ -13,17 +13,17 @@ namespace fastdiff {
 
 struct NormPlan {
   bool on_chip;
-  int vector;       // numbers in one load
-  int slab;         // NHWC on chip: groups of a block
-  int threads;      // of a block on chip
+  int vector;       // elements per load
+  int slab;         // NHWC on chip: groups per block
+  int threads;      // on chip: threads per block
   int64_t shared;   // dynamic shared memory of the first kernel, bytes
   int64_t chunks;   // in parts: chunks of a sample's places
-  int64_t length;   // of a chunk, or of a stretch on chip: places (NCHW on chip: packs)
-  int columns;      // NHWC in parts: channels of a block
+  int64_t length;   // places per chunk, or per stretch on chip (NCHW on chip: packs)
+  int columns;      // NHWC in parts: channels per block
   int64_t workspace;  // fp32 numbers
   int cluster;      // on chip: blocks that share a slab (NCHW: a group)
 
-  static constexpr int kFields = 10;  // as kernels/group_norm_silu knows it
+  static constexpr int kFields = 10;  // must match kernels/group_norm_silu/cuda.py
   static NormPlan from(const int64_t* f) {
     return {f[0] != 0, int(f[1]), int(f[2]), int(f[3]), f[4], f[5], f[6], int(f[7]), f[8],
             int(f[9])};
@@ -35,32 +35,32 @@ struct NormPlan {
   }
 };
 
-/// What is to be planned.
+/// The call to plan for.
 struct NormTask {
   NormShape shape;
   int itemsize;
   bool channels_last, aligned, backward;
 };
 
-/// What a block may use.
+/// Limits of a block.
 struct NormLimits {
   int64_t shared;  // bytes of shared memory
-  int cluster;     // blocks of a cluster; 1: no clusters
-  bool exact;      // so many and no fewer, if they fit
+  int cluster;     // blocks per cluster; 1: no clusters
+  bool exact;      // use exactly that many blocks
 };
 
 constexpr int64_t kAnySize = int64_t{1} << 62;
-constexpr int64_t kAimedTile = 32 * 1024;  // see "Occupancy" in group_norm_silu.cuh
-constexpr int kPortableCluster = 8;        // what every GPU with clusters can do
+constexpr int64_t kAimedTile = 32 * 1024;  // see "Occupancy target" in group_norm_silu_on_chip.cuh
+constexpr int kPortableCluster = 8;        // supported by every GPU with clusters
 
-/// Bytes of shared memory for 3 numbers a column and the tree over the rows of a block.
+/// Bytes of shared memory for 3 numbers per column and for the tree of merge_rows.
 inline int64_t tree_bytes(int64_t width, int vector, int threads) {
   const int64_t packs = width / vector, rows = threads / packs;
   return rows * (2 * width + 1) * 4 + 3 * width * 4;
 }
 
 /// NHWC: plans `blocks` blocks for a slab of whole groups and whole packs, with at least `least`
-/// bytes of every row if there are as many. Returns the bytes of a block's tile.
+/// bytes of every row, or the whole row. Returns the size of a block's tile in bytes.
 inline int64_t plan_columns(NormPlan& plan, const NormTask& task, int64_t least, int blocks) {
   const NormShape& shape = task.shape;
   const int step = plan.vector / std::gcd(shape.size, plan.vector);
@@ -86,7 +86,7 @@ inline int64_t plan_columns(NormPlan& plan, const NormTask& task, int64_t least,
   return tile;
 }
 
-/// NCHW, forward only: plans `blocks` blocks for a group.
+/// NCHW, forward only: plans `blocks` blocks for a group. Returns the size of a block's tile in bytes.
 inline int64_t plan_rows(NormPlan& plan, const NormTask& task, int blocks) {
   const NormShape& shape = task.shape;
   const int64_t packs = shape.size * shape.s / plan.vector;
@@ -100,9 +100,10 @@ inline int64_t plan_rows(NormPlan& plan, const NormTask& task, int blocks) {
   return tile;
 }
 
-/// Plans the on-chip way, false where there is none. Clusters: as many blocks as bring the tiles
-/// down to kAimedTile (one, where that is enough), up to the portable 8; else 8 or 16 and fewer bytes
-/// of a row, so that two blocks share an SM, or one has it. Without clusters: one block.
+/// Plans the on-chip strategy; false if it is impossible. With clusters, it takes as many blocks (one, if
+/// that is enough) as bring the tiles down to kAimedTile, up to the portable 8. Failing that, it takes 8
+/// or 16 blocks and fewer bytes of a row, such that two blocks share an SM or one has it for itself.
+/// Without clusters: one block.
 inline bool plan_on_chip(NormPlan& plan, const NormTask& task, const NormLimits& limits) {
   if (task.backward && !task.channels_last) return false;
   const auto fits = [&](int64_t least, int blocks, int64_t shared, int64_t most = kAnySize) {
@@ -110,13 +111,13 @@ inline bool plan_on_chip(NormPlan& plan, const NormTask& task, const NormLimits&
                                             : plan_rows(plan, task, blocks);
     return plan.shared <= shared && tile <= most;
   };
-  // 128 bytes of every row, 64 (what the L2 fetches), or what groups and packs ask for
+  // 128 bytes of every row, 64 (the fetch size of the L2), or as few as groups and packs allow
   const int64_t wide = 128, narrow = 64, any = 0;
   if (limits.exact)
     return fits(wide, limits.cluster, limits.shared) ||
            fits(any, limits.cluster, limits.shared);
   const int portable = limits.cluster < kPortableCluster ? limits.cluster : kPortableCluster;
-  const int64_t half_an_sm = (limits.shared + 1024) / 2 - 1024;  // an SM keeps 1 KiB a block
+  const int64_t half_an_sm = (limits.shared + 1024) / 2 - 1024;  // an SM reserves 1 KiB per block
   if (limits.cluster > 1)
     for (const int64_t shared : {half_an_sm, limits.shared})
       for (const int64_t least : {wide, narrow}) {
@@ -136,7 +137,7 @@ inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
   plan.on_chip = plan_on_chip(plan, task, limits);
   if (plan.on_chip) return plan;
 
-  // 8 packs a thread, 32 where a sample is so large that many blocks remain
+  // 8 packs per thread, 32 if a sample is large enough that many blocks remain
   plan.cluster = 1;
   const int64_t bytes = shape.s * shape.c * itemsize;
   const int64_t packs = bytes < 8 * 1024 * 1024 ? 8 : 32;
@@ -147,7 +148,7 @@ inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
     plan.columns = int(mine * plan.vector);
     plan.length = packs * (kNormThreads / mine);
     plan.shared = tree_bytes(plan.columns, plan.vector, kNormThreads);
-    // the last block may be narrower and then has more rows: the most that a tree can take
+    // the last block may be narrower and then has more rows, so its tree may need more
     const int64_t last = shape.c - (blocks - 1) * plan.columns;
     const int64_t other = tree_bytes(last, plan.vector, kNormThreads);
     if (other > plan.shared) plan.shared = other;
@@ -160,9 +161,10 @@ inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
   return plan;
 }
 
-/// Writes the plan for a device: with fewer blocks a cluster where it has no room for one of that
-/// size (a part of a GPU, or GPCs with SMs missing), and without clusters in the end. Of the limits,
-/// shared < 0 and cluster = 0 ask for the device's. kernel(T{}, vector): what runs in clusters.
+/// Writes the plan for a device. If the device has no room for a cluster of the planned size (part of a
+/// GPU, or GPCs with missing SMs), it plans with fewer blocks per cluster, and finally without clusters.
+/// limits.shared < 0 and limits.cluster = 0 stand for the device's limits. kernel(T{}, vector): the
+/// kernel that runs in clusters.
 template <typename Kernel>
 const char* plan_on_device(const Target& target, int dtype, NormTask task, NormLimits limits,
                            Kernel kernel, int64_t* out) {
@@ -177,12 +179,13 @@ const char* plan_on_device(const Target& target, int dtype, NormTask task, NormL
       const NormPlan plan = plan_norm(task, limits);
       plan.write(out);
       int count = plan.on_chip && limits.cluster <= possible;
-      // a plan for more than this device has is somebody else's question
+      // a plan for larger clusters than this device has cannot be checked here
       if (plan.cluster > 1 && plan.cluster <= possible)
         FASTDIFF_TRY(active_clusters(target, kernel(zero, plan.vector), plan.cluster,
                                      plan.threads, plan.shared, &count));
       if (limits.exact)
-        return count > 0 ? nullptr : keep_message("so many blocks cannot keep a group on chip");
+        return count > 0 ? nullptr
+                         : keep_message("a cluster of this size cannot keep a group on chip");
       if (plan.cluster <= 1 || plan.cluster > possible || count > 0) return nullptr;
       limits.cluster = plan.cluster / 2;
     }

@@ -1,9 +1,11 @@
-// Normal numbers of Philox words on a GPU (kernels/philox has the scheme, philox.h the words).
+// Normal numbers from Philox words on a GPU (kernels/philox_normal documents the scheme; philox.h
+// computes the words).
 //
-// fp32 and integers only: r, cos and sin are sums of two fp32 numbers, good to 2^-25, and their
-// product is rounded once: at most 1.4 ulp from the reference, a test enumerates all 2^23 values of
-// u. Every product that is added to something is an explicit fma or exact, so that no compiler has a
-// choice and every GPU gives the same bits. kernels/philox has the same functions for Triton.
+// fp32 and integers only: r, cos and sin are sums of two fp32 numbers, accurate to 2^-25, and their
+// product is rounded once. The result is at most 1.4 ulp from the reference, as a test over all 2^23
+// values of u confirms. Every product that is added to something is either an explicit fma or exact, so
+// that every compiler and GPU gives the same bits. kernels/philox_normal/triton.py has the same
+// functions for Triton.
 
 #pragma once
 
@@ -20,12 +22,12 @@ struct TwoPart {
 /// sqrt(-2 ln u), u = (k + 1/2) / 2^23.
 ///
 /// u = 2^-halvings (1 + x) with sqrt(1/2) <= 1 + x < sqrt(2), x exact. Then -ln u = halvings ln 2 - x
-/// + x^2 / 2 - x^3 p(x), where all but the small last term is summed in two parts; p is the minimax
-/// polynomial of relative error 2^-30 of the sum.
+/// + x^2 / 2 - x^3 p(x), where all but the small last term is summed in two parts. p is a minimax
+/// polynomial; its error relative to the sum is 2^-30.
 __device__ __forceinline__ TwoPart normal_radius(int k) {
   const float n = static_cast<float>(2 * k + 1);
   const int bits = static_cast<int>(__float_as_uint(n));
-  const int exponent = (bits - 0x3F3504F3) >> 23;  // less the bits of sqrt(1/2)
+  const int exponent = (bits - 0x3F3504F3) >> 23;  // minus the bits of sqrt(1/2)
   const float x =
       __uint_as_float(static_cast<uint32_t>(bits) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   const float halvings = static_cast<float>(24 - exponent);
@@ -53,8 +55,8 @@ __device__ __forceinline__ TwoPart normal_radius(int k) {
 
 /// cos and sin of 2 pi u, u = (k + 1/2) / 2^23.
 ///
-/// Integers take off the nearest quarter turn; what is left is t eighths of a turn, -1 < t < 1 exact,
-/// sin = t (pi/4 + s S(s)) and cos = 1 + s (-pi^2/32 + s C(s)), s = t^2.
+/// The nearest quarter turn is subtracted in integers. The rest is t eighths of a turn, -1 < t < 1
+/// exact, with sin = t (pi/4 + s S(s)) and cos = 1 + s (-pi^2/32 + s C(s)), s = t^2.
 __device__ __forceinline__ void normal_circle(int k, TwoPart& across, TwoPart& up) {
   const int n = 2 * k + 1;
   const int quarter = (n + 0x200000) >> 22;
@@ -88,13 +90,13 @@ __device__ __forceinline__ float rounded_product(const TwoPart& a, const TwoPart
   return fmaf(a.high, b.high, fmaf(a.high, b.low, a.low * b.high));
 }
 
-/// What an image's noise is keyed by, but for the element.
+/// The key of an image's noise, apart from the element.
 struct NormalKey {
   uint64_t seed;
   uint32_t step, stream;
 };
 
-/// Numbers 4 block to 4 block + 3 of an image.
+/// Numbers 4 * block to 4 * block + 3 of an image.
 __device__ __forceinline__ void normals_of_block(const NormalKey& key, uint64_t block,
                                                  float (&z)[4]) {
   const Words words = philox4x32({{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),

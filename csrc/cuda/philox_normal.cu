@@ -6,7 +6,7 @@
 
 using namespace fastdiff;
 
-/// z: (n, elements) fp32, dense and 16-byte aligned. step: a number on the device, or null for
+/// z: (n, elements) fp32, dense and 16-byte aligned. step: an int64 on the device, or null to use
 /// `number`.
 FASTDIFF_EXPORT const char* fastdiff_cuda_philox_normal(int device, void* stream,
                                                         const int64_t* seeds, const int64_t* step,

@@ -8,8 +8,8 @@ namespace fastdiff {
 
 constexpr int kNormalThreads = 256;
 
-/// z: (N, elements). The step is read from the device, or `number` where `step` is null. Four
-/// numbers a thread, one store. Grid: N * ceil(elements / (4 kNormalThreads)).
+/// z: (N, elements). The step is *step, or `number` if `step` is null. A thread computes four numbers
+/// and stores them at once. Grid: N * ceil(elements / (4 * kNormalThreads)).
 __global__ void __launch_bounds__(kNormalThreads)
     philox_normals(const int64_t* seeds, const int64_t* step, uint32_t number, uint32_t stream,
                    float* z, int64_t elements, int64_t tiles) {

@@ -7,7 +7,7 @@
 namespace fastdiff {
 namespace {
 
-/// fields: strides of images, of the outer and the inner dimension, the inner's size, in order.
+/// fields: strides of the image, outer and inner dimensions; size of the inner dimension; in order?
 ImageLayout layout_of(const int64_t* fields, const void* data, size_t itemsize) {
   const bool aligned = reinterpret_cast<uintptr_t>(data) % (4 * itemsize) == 0;
   return {fields[0], fields[1], fields[2], unsigned(fields[3]),
@@ -29,10 +29,10 @@ const char* run(const StepArguments<T>& p, const Target& target) {
 
 using namespace fastdiff;
 
-/// Each sample's row of the table. dtype: the prediction's. images: of the prediction. elements: of an
-/// image, below 2^31. layouts: 5 times 5 numbers (see layout_of), of x, the prediction, history, the
-/// prediction in the order of its memory, and denoised. cond, uncond, denoised, finite: as in
-/// StepArguments. moments: (n, parts, 5) fp32 for rows that rescale, or null.
+/// Applies each sample's row of the table. dtype: of the prediction. images: in the prediction. elements:
+/// per image, below 2^31. layouts: 5 times 5 numbers (see layout_of), for x, the prediction, history, the
+/// prediction in memory order, and denoised. cond, uncond, denoised, finite: as in StepArguments.
+/// moments: (n, parts, 5) fp32 for rows with RESCALE, or null.
 FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
     int device, void* stream, int dtype, float* x, const void* prediction, float* history,
     const float* table, const int64_t* rows, const int64_t* seeds, const int64_t* cond,

@@ -1,16 +1,16 @@
-// A row of a sampler table for each sample, in place on x and history (kernels/sampler_step has
-// the maths).
+// Applies a row of a sampler table to each sample, updating x and history in place
+// (kernels/sampler_step documents the maths).
 //
-// One launch; where rows may rescale one before it, for the deviations of whole images. Rows, indices
-// and the table are read on the device, so that a captured launch serves any of them. A thread has the
-// four elements of one Philox counter, in the logical order of an image, whatever the layouts: loads
-// and stores are of 16 bytes (8 of half precision) where a tensor is dense, else one number each.
+// One launch; if rows may rescale, another launch before it computes the deviations of whole images.
+// Rows, indices and the table are read on the device, so a captured launch works for any of them. A
+// thread handles the four elements of one Philox counter, in the logical order of an image whatever the
+// layouts. Loads and stores are 16 bytes (8 for half precision) if a tensor is dense, else one element.
 // Bytes: x in and out, the prediction (twice with guidance, once more for a learned variance), each
-// history slot that is read or written, denoised out. A coefficient of 0 means that its tensor is not
-// read. A block belongs to one sample; those of idle samples return at once.
+// history slot that is read or written, denoised out. If a coefficient is 0, its tensor is not read. A
+// block belongs to one sample; blocks of idle samples return at once.
 //
-// A row or index out of range makes the sample's x NaN and leaves its history: a kernel cannot raise,
-// and x as it was would be a wrong image that nobody notices.
+// A row or index out of range makes the sample's x NaN and leaves its history alone: a kernel cannot
+// raise, and an unchanged x would be a wrong image without any sign of an error.
 
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace fastdiff {
 
-/// The columns of a table, as kernels/sampler_step names them.
+/// The columns of a table, with the names of kernels/sampler_step/table.py.
 enum Column : int {
   kU, kV, kA, kB, kC1, kC2, kC3, kS, kP, kQ, kSlot, kW, kClamp, kLogvarMin, kLogvarMax, kNoiseStep,
   kRescale
@@ -28,15 +28,15 @@ constexpr int kSlots = 3;
 constexpr int kStepThreads = 128;
 constexpr int kMomentThreads = 256;
 
-/// Where the elements of an image lie: e = outer * size + inner. An image has fewer than 2^31
-/// elements, whose numbers are 32-bit (a 64-bit division is a call); where they lie is not.
+/// Offsets of the elements of an image, e = outer * size + inner. An image has fewer than 2^31 elements,
+/// so indices are 32-bit (a 64-bit division is a function call); offsets are 64-bit.
 struct ImageLayout {
   int64_t image, outer, inner;  // strides
   unsigned size;                // of the inner dimension
   bool dense;                   // in order, without gaps, and images begin at a multiple of 4
 };
 
-/// Where four neighbouring elements lie in an image; `count` of them are there.
+/// Offsets of four neighboring elements of an image, of which `count` exist.
 struct Quad {
   int64_t at[4];
   int count;
@@ -58,7 +58,7 @@ struct Quad {
     }
   }
 
-  /// Their numbers as fp32, 0 beyond the image. `from`: the image's first number.
+  /// Loads them as fp32, 0 beyond the image. `from`: the image's first element.
   template <typename T>
   __device__ __forceinline__ void load(const T* from, float (&out)[4]) const {
     if (packed) return unpack(load_pack<T, 4>(from + at[0]), out);
@@ -74,7 +74,7 @@ struct Quad {
   }
 };
 
-/// A sample's row of the table and its images of the prediction.
+/// A sample's row of the table and its entries of the prediction.
 template <typename T>
 struct Place {
   const float* row;  // null: out of range
@@ -85,18 +85,18 @@ struct Place {
 template <typename T>
 struct StepArguments {
   float* x;
-  const T* prediction;   // images, in any number
+  const T* prediction;   // any number of images
   float* history;        // kSlots slots of N images
   const float* table;    // (table_rows, kColumns)
-  const int64_t* rows;   // (N,); -1: the sample is left alone
+  const int64_t* rows;   // (N,); -1: leave the sample alone
   const int64_t* seeds;  // (N,)
-  const int64_t* cond;   // (N,): images of the prediction; null: the sample's own number
-  const int64_t* uncond;  // (N,): the same, -1: not guided; null: none is
+  const int64_t* cond;   // (N,): index into the prediction; null: the sample's own index
+  const int64_t* uncond;  // (N,): index, or -1: not guided; null: no sample is guided
   float* denoised;       // N images, or null
-  bool* finite;          // (N,), or null: cleared where the prediction is not finite
+  bool* finite;          // (N,), or null: cleared if the prediction is not finite
   float* moments;        // (N, parts, 5); null: no row of a guided sample may rescale
-  ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in the order of memory
-  int64_t slot_stride, variance;  // from slot to slot; from a prediction to its learned variance
+  ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in memory order
+  int64_t slot_stride, variance;  // between slots; from a prediction to its learned variance
   int64_t n, table_rows, images;
   unsigned elements, parts;
   uint32_t stream;
@@ -127,13 +127,13 @@ __device__ __forceinline__ bool all_finite(const float (&x)[4]) {
   return all;
 }
 
-/// F = uncond + W (cond - uncond); one rounding order everywhere, so that a constant stays one.
+/// F = uncond + W (cond - uncond), rounded the same way everywhere, so that a constant F stays constant.
 __device__ __forceinline__ float guide(float uncond, float cond, float scale) {
   return fmaf(scale, cond - uncond, uncond);
 }
 
-/// Takes in the first `count` (1 to 4) numbers, by Chan's formula as `Moments::merge`; the division
-/// may be 2 ulp off, in a share of the mean.
+/// Adds the first `count` (1 to 4) numbers, with Chan's formula like `Moments::merge`. The division may
+/// be off by 2 ulp, which only affects the weights of the merge.
 __device__ __forceinline__ void add_four(Moments& moments, const float (&d)[4], int count) {
   const float more = static_cast<float>(count), total = moments.count + more;
   float mean = 0, m2 = 0;
@@ -151,16 +151,16 @@ __device__ __forceinline__ void add_four(Moments& moments, const float (&d)[4], 
   moments.count = total;
 }
 
-/// Count, mean and squares of F, mean and squares of F_cond, of every parts-th tile of an image;
-/// means are above the image's first number, so that a constant has none. Nothing for samples that are
-/// not rescaled. Grid: N * parts.
+/// Over every parts-th tile of an image: the count, mean and squares of F, and mean and squares of
+/// F_cond. Means are relative to the image's first element, so that a constant image has squares of
+/// exactly 0. Skips samples that are not rescaled. Grid: N * parts.
 template <typename T>
 __global__ void __launch_bounds__(kMomentThreads) sampler_step_moments(StepArguments<T> p) {
   FASTDIFF_SHARED(float, scratch, 3 * kMomentThreads / kWarpSize);
   const int64_t image = blockIdx.x / p.parts;
   const unsigned part = blockIdx.x % p.parts;
   const Place<T> at = p.place(image);
-  // the whole block; the next launch does not read the moments then
+  // the whole block returns; the next launch does not read its moments
   if (at.row == nullptr || at.uncond == nullptr || at.row[kRescale] == 0) return;
   const float scale = at.row[kW];
   const float pivot_cond = to_float(*at.cond);
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kMomentThreads) sampler_step_moments(StepArgum
   Moments of_f, of_cond;
   const unsigned stride = p.parts * kMomentThreads * 4;
   for (unsigned first = (part * kMomentThreads + threadIdx.x) * 4; first < p.elements;
-       first += stride) {  // 2^31 + a stride is below 2^32
+       first += stride) {  // cannot overflow: 2^31 plus a stride is below 2^32
     const Quad quad(p.along_f, first, p.elements);
     float f[4], c[4];
     quad.load(at.uncond, f);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMomentThreads) sampler_step_moments(StepArgum
   out[4] = of_cond.m2;
 }
 
-/// std(F_cond) / std(F) of an image, 1 where F is constant; every lane of a warp must call it.
+/// std(F_cond) / std(F) of an image, 1 if F is constant; every lane of a warp must call it.
 template <typename T>
 __device__ __forceinline__ float ratio_of_deviations(const StepArguments<T>& p, int64_t image) {
   Moments of_f, of_cond;
@@ -212,8 +212,8 @@ __device__ __forceinline__ float ratio_of_deviations(const StepArguments<T>& p, 
   return of_f.m2 > 0 ? sqrtf(of_cond.m2 / of_f.m2) : 1.0f;
 }
 
-/// The factor of the noise: S, or exp(logvar / 2) from what the network learned; whether that is
-/// finite.
+/// Computes the factor of the noise, S or exp(logvar / 2) from the learned variance; returns whether the
+/// latter is finite.
 template <typename T>
 __device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const Place<T>& at,
                                               Quad quad, float (&out)[4]) {
@@ -232,7 +232,7 @@ __device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const P
   return finite;
 }
 
-/// x and denoised of a sample whose row or indices are out of range become NaN.
+/// Sets x and denoised of a sample whose row or indices are out of range to NaN.
 template <typename T>
 __device__ __forceinline__ void spoil(const StepArguments<T>& p, int64_t image, unsigned first) {
   if (first >= p.elements) return;
@@ -244,7 +244,7 @@ __device__ __forceinline__ void spoil(const StepArguments<T>& p, int64_t image, 
   if (p.finite != nullptr) p.finite[image] = false;
 }
 
-/// Grid: N * tiles, a tile being 4 kStepThreads elements of an image.
+/// Grid: N * tiles; a tile is 4 * kStepThreads elements of an image.
 template <typename T>
 __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
   const int64_t image = blockIdx.x / tiles;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   const bool outside = 4 * block >= p.elements;
   const Place<T> place = p.place(image);
   const float* row = place.row;
-  if (place.idle) return;  // the whole block, here and below
+  if (place.idle) return;  // the whole block, here and in the next line
   if (row == nullptr) return spoil(p, image, 4 * block);
   float share = 1.0f;
   if (place.uncond != nullptr && row[kRescale] != 0)
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   }
   if (p.denoised != nullptr)
     Quad(p.at_denoised, 4 * block, p.elements).store(p.denoised + image * p.at_denoised.image, d);
-  if (p.finite != nullptr && !finite) p.finite[image] = false;  // by any of its threads
+  if (p.finite != nullptr && !finite) p.finite[image] = false;  // several threads may store this
   const int slot = static_cast<int>(row[kSlot]);
   if (slot >= 0 && slot < kSlots) {
 #pragma unroll

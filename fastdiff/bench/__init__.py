@@ -1,1 +1,1 @@
-"""Measuring: what an op, a network and the host cost, and the search for launch configs."""
+"""Benchmarks: the cost of ops, of networks and of the host, and the search for launch configs."""

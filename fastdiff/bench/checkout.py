@@ -1,4 +1,4 @@
-"""The package of another checkout, in a process of its own that answers questions."""
+"""Run the package of another checkout in a process of its own, and query it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 
 class CheckoutProcess:
-    """Runs a worker, a file of this checkout, with the package of another one.
+    """Runs a worker, which is a file of this checkout, with the package of another checkout.
 
     The worker reads lines ``["method", argument, ...]`` and answers each with a line of JSON. It
-    imports nothing of ``fastdiff`` that the other checkout may lack.
+    must not import anything from ``fastdiff`` that the other checkout may lack.
     """
 
     def __init__(self, checkout: Path, worker: Path, **variables: str) -> None:
-        """variables: of the environment, beside this process's."""
+        """variables: environment variables to add to those of this process."""
         program = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
         environment = {**os.environ, **variables}
-        environment.pop("PYTHONPATH", None)  # -c puts the working folder first
+        environment.pop("PYTHONPATH", None)  # -c puts the working directory first on sys.path
         environment.pop("FASTDIFF_BACKEND", None)
         self.checkout = checkout
         self._process = subprocess.Popen(
@@ -40,17 +40,17 @@ class CheckoutProcess:
         """Call a method of the worker. Raises RuntimeError if the process has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # no answer tells that it has ended
+        with contextlib.suppress(BrokenPipeError):  # if it has exited, there is no answer below
             self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise RuntimeError(f"the process in {self.checkout} ended with exit code {code}")
+            raise RuntimeError(f"the process in {self.checkout} exited with code {code}")
         return json.loads(line)
 
     def close(self) -> None:
-        """End the process: it stops at the end of its input."""
+        """Close the input of the process, which makes it exit."""
         with self._process:
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -67,8 +67,8 @@ def checkout_process(checkout: Path, worker: Path, **variables: str) -> Iterator
 
 
 def checkout_folder(text: str) -> Path:
-    """A command's argument."""
+    """Parse a command-line argument that names a checkout."""
     path = Path(text).resolve()
     if not (path / "fastdiff" / "kernels" / "__init__.py").exists():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder that holds the package fastdiff")
+        raise argparse.ArgumentTypeError(f"{text} does not contain the package fastdiff")
     return path

@@ -1,14 +1,14 @@
-"""How long a function takes: device events on GPUs, the clock on the CPU.
+"""Measure how long a function takes, with device events on GPUs and the clock on the CPU.
 
-A timing says by which method it was made:
+A timing names the method it was made with:
 
-    events   the GPU's cache is overwritten, then one call between two events; the calls wait in
-             the queue meanwhile, so that the host's launch times do not count
-    graph    `CALLS` calls (one, if it is long) in one CUDA graph, replayed between two events: for
-             work that takes less time than its launches. The operands stay in the cache, as in a
-             network whose tensors are that small
-    host     the host's clock around calls that the device has finished: on the CPU one, on a GPU
-             `CALLS`; launches and waiting for the device count
+    events   one call between two events, after the GPU's cache has been overwritten. Calls are
+             queued in advance, so that the host's launch times do not count
+    graph    `CALLS` calls (one if it is long) in a CUDA graph, replayed between two events, for
+             work that is shorter than its launches. The operands stay in the cache, as they would
+             in a network with tensors that small
+    host     the host's clock, until the device has finished: around one call on a CPU, around
+             `CALLS` on a GPU. Launches and waiting for the device count
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 
 Method = Literal["events", "graph", "host"]
 ROUNDS = 50
-"""The most timed rounds."""
+"""Most timed rounds."""
 CALLS = 20
 LONG_S = 2e-3
-"""One call in a graph is enough from here on."""
+"""From this duration on, a graph has one call."""
 HEAD_START = 500_000
-"""Clock cycles, a quarter of a millisecond, that the GPU waits while the host queues a call."""
+"""Clock cycles (a quarter of a millisecond) that the GPU waits while the host queues a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Timing:
 
 
 class Timer(Protocol):
-    """Times a function within a budget; a device without events takes "host" for every method."""
+    """Times a function within a budget; a device without events always uses the method "host"."""
 
     def __call__(
         self, function: Callable[[], Any], *, method: Method = "events", budget_s: float = 0.2
@@ -60,7 +60,7 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """The clock, for a CPU."""
+    """Times with the host's clock, for a CPU."""
 
     def __init__(self, rounds: int = ROUNDS) -> None:
         self.rounds = rounds
@@ -78,7 +78,7 @@ class HostTimer:
 
 
 class GpuTimer:
-    """Events on one GPU. Holds a buffer four times as large as its L2 cache."""
+    """Times with events on one GPU. Allocates a buffer four times the size of its L2 cache."""
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
@@ -118,7 +118,7 @@ class GpuTimer:
     ) -> Callable[[], Any]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a capture wants a warm-up on a stream of its own
+        with torch.cuda.stream(stream):  # a capture needs a warm-up on a side stream
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -159,5 +159,5 @@ def _event() -> Any:
 
 
 def timer_for(device: torch.device | str) -> Timer:
-    """Events for a GPU, the clock for anything else."""
+    """A timer with events for a GPU, with the clock for anything else."""
     return GpuTimer(device) if torch.device(device).type == "cuda" else HostTimer()

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for a GPU that need not be here."""
+"""Compile Triton kernels for a GPU that this machine need not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastdiff.kernels.triton import Launch
 
 
 def target(architecture: str) -> Any:
-    """What triton calls an architecture."""
+    """Triton's target for an architecture."""
     from triton.backends.compiler import GPUTarget
 
     if architecture.startswith("gfx"):
@@ -17,7 +17,7 @@ def target(architecture: str) -> Any:
 
 
 def compile_launch(launch: Launch) -> Any:
-    """Compile it as a start of the kernel would, for triton's active driver; run nothing."""
+    """Compile a kernel as launching it would, for triton's active driver, without running it."""
     constants = {p.name for p in launch.kernel.params if p.is_constexpr}
     values = [v for name, v in launch.arguments.items() if name not in constants]
     return launch.kernel.warmup(

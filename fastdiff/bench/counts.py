@@ -1,14 +1,14 @@
-"""What can be counted without a GPU: the host's cost of every op call, launches stubbed.
+"""Count what can be counted without a GPU: the host cost of every op call, with launches stubbed.
 
     python -m fastdiff.bench.counts host
     python -m fastdiff.bench.counts host --op geglu attention --backend cpu --json
     python -m fastdiff.bench.counts host --against ../older-checkout --at-most 1.05
 
-Costs are in units of one ``torch.add`` of two one-element tensors on the same machine in the same
-moment (host.py says how), so that they compare across machines. With --against, the package of
-another checkout runs the same calls in turns with this one, and the last column is the median of
-the paired ratios, this one's over the other's. From one process to the next all costs move by some
-per cent: a close call needs --processes 4.
+Costs are in units of one ``torch.add`` of two one-element tensors, on the same machine at the same
+moment (see host.py), so that they can be compared across machines. With --against, the package of
+another checkout alternates with this one on the same calls, and the last column is the median of
+the paired ratios, this checkout over the other. Costs vary by a few percent from one process to the
+next: to decide a close result, use --processes 4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastdiff.bench.record import ROOT
 WORKER = Path(__file__).with_name("host.py")
 VARIABLES = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 TURN = 4
-"""Rounds that one checkout measures before it is the other's turn."""
+"""Rounds that one checkout measures before the other takes over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,14 @@ class HostCost:
     backend: str
     mode: str
     launches: int = 0
-    """Kernels that a call would start; of "gradient" with its backward pass."""
+    """Kernels that a call would start, including the backward pass in mode "gradient"."""
     cost: float | None = None
     missing: str = ""
-    """Why there is no cost, or none of the other checkout."""
+    """Why there is no cost, or none for the other checkout."""
     note: str = ""
     """What makes the two costs differ besides the code."""
     other_cost: float | None = None
-    """The other checkout's."""
+    """The cost in the other checkout."""
     ratio: float | None = None
     """Median of the paired ratios, this checkout's cost over the other's."""
 
@@ -78,15 +78,16 @@ def host_costs(
     """Measure op after op.
 
     Args:
-        ops: names; none: all.
-        rounds: of each case; each gives one ratio of op to add.
-        processes: per checkout. Where memory falls differs from one to the next, and moves all
-            costs of a process by some per cent; the rounds are shared among them.
-        checkout: the folder that holds the package; against: another one, measured in turns.
+        ops: names; empty: all.
+        rounds: per case; each gives one ratio of op to add.
+        processes: per checkout; they share the rounds. Memory is laid out differently in each
+            process, which changes all of its costs by a few percent.
+        checkout: the folder that contains the package.
+        against: another checkout to alternate with.
 
     Raises:
-        ValueError: an op that there is not.
-        RuntimeError: a process died; what it said is on stderr.
+        ValueError: unknown op.
+        RuntimeError: a process died; its output is on stderr.
     """
     with contextlib.ExitStack() as stack:
         folders = [checkout, *([against] if against else [])]
@@ -101,11 +102,11 @@ def host_costs(
         known = first.ask("ops")
         if unknown := set(ops) - set(known):
             listed = ", ".join(known)
-            raise ValueError(f"no op {', '.join(sorted(unknown))}; expected some of {listed}")
+            raise ValueError(f"unknown op {', '.join(sorted(unknown))}; expected some of {listed}")
         path = f"{stack.enter_context(tempfile.TemporaryDirectory())}/examples.pt"
         first.ask("save", path)
         for process in itertools.chain(*teams):
-            process.ask("load", path)  # all of them: tensors from a file cost a little more
+            process.ask("load", path)  # in all processes: tensors from a file cost a little more
         for case in itertools.product(ops or known, backends, modes):
             yield _host_cost(teams, case, max(1, round(rounds / TURN / processes)))
 
@@ -113,14 +114,14 @@ def host_costs(
 def _host_cost(
     teams: Sequence[tuple[CheckoutProcess, ...]], case: tuple[str, str, str], turns: int
 ) -> HostCost:
-    """teams: a process of this checkout each, and one of the other if there is one."""
+    """teams: each has a process of this checkout and, if there is another checkout, one of that."""
     cost = HostCost(op=case[0], backend=case[1], mode=case[2])
     opened = [[process.ask("open", *case) for process in team] for team in teams]
-    mine, *there = opened[0]  # the others do as the first does
+    mine, *there = opened[0]  # all teams answer the same
     if "missing" in mine:
         return replace(cost, missing=mine["missing"])
     if there and "missing" in there[0]:
-        cost = replace(cost, missing=f"the other: {there[0]['missing']}")
+        cost = replace(cost, missing=f"other checkout: {there[0]['missing']}")
         teams = [team[:1] for team in teams]
     measured = [_turn(team, case, turn) for turn in range(turns) for team in teams]
     cost = replace(cost, launches=mine["launches"], cost=median(pair[0] for pair in measured))
@@ -130,19 +131,19 @@ def _host_cost(
         cost,
         other_cost=median(pair[1] for pair in measured),
         ratio=median(pair[0] / pair[1] for pair in measured),
-        note="the other takes other arguments: each has its own" if there[0]["own"] else "",
+        note="the other checkout uses arguments of its own" if there[0]["own"] else "",
     )
 
 
 def _turn(team: tuple[CheckoutProcess, ...], case: tuple[str, str, str], turn: int) -> list[float]:
-    """Some rounds of each process, one after the other; neither is always the first."""
+    """Measure some rounds in each process, alternating which one goes first."""
     order = team if turn % 2 else team[::-1]
     taken = {process: process.ask("measure", *case, TURN) for process in order}
     return [taken[process] for process in team]
 
 
 def table(costs: Sequence[HostCost]) -> str:
-    """The numbers, one line per case."""
+    """Format the costs as a table with one line per case."""
     rows = [HEAD, *(cost.row for cost in costs if cost.cost is not None)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -154,7 +155,7 @@ def table(costs: Sequence[HostCost]) -> str:
 
 
 def host(options: argparse.Namespace) -> int:
-    """The command ``host``; its exit code."""
+    """Run the command ``host`` and return its exit code."""
     found = list(
         host_costs(
             ops=options.op,
@@ -170,8 +171,8 @@ def host(options: argparse.Namespace) -> int:
     else:
         print(table(found))
         for cost in found:
-            if told := cost.missing or cost.note:
-                print(f"{cost.op} {cost.backend} {cost.mode}: {told}")
+            if remark := cost.missing or cost.note:
+                print(f"{cost.op} {cost.backend} {cost.mode}: {remark}")
     if not any(cost.cost is not None for cost in found):
         print("counts: nothing could be measured", file=sys.stderr)
         return 2
@@ -179,7 +180,7 @@ def host(options: argparse.Namespace) -> int:
     slower = [cost for cost in found if limit and cost.ratio is not None and cost.ratio > limit]
     for cost in slower:
         print(
-            f"counts: {cost.op} {cost.backend} {cost.mode} costs {cost.ratio:.3f} of what it does "
+            f"counts: {cost.op} {cost.backend} {cost.mode} costs {cost.ratio:.3f} times as much as "
             f"in {options.against}, more than {limit:g}",
             file=sys.stderr,
         )
@@ -201,17 +202,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--op", nargs="+", default=(), help="only these ops")
     words.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     words.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
-    words.add_argument("--rounds", type=int, default=400, help="of each case; %(default)s")
-    words.add_argument("--processes", type=int, default=1, help="per checkout; %(default)s")
     words.add_argument(
-        "--against", type=checkout_folder, help="another checkout, measured in turns"
+        "--rounds", type=int, default=400, help="rounds per case (default: %(default)s)"
     )
+    words.add_argument(
+        "--processes", type=int, default=1, help="processes per checkout (default: %(default)s)"
+    )
+    words.add_argument("--against", type=checkout_folder, help="another checkout to alternate with")
     words.add_argument("--at-most", type=float, help="exit code 1 if a ratio is larger")
     words.add_argument("--json", action="store_true", help="print a JSON list")
     words.set_defaults(run=host)
     options = parser.parse_args(argv)
     if options.at_most is not None and options.against is None:
-        parser.error("--at-most is about a ratio: give --against CHECKOUT too")
+        parser.error("--at-most limits a ratio, so it needs --against CHECKOUT")
     try:
         code: int = options.run(options)
     except (ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The CPU's part of docs/performance.md that says what was aimed at and what came out."""
+"""The CPU section of docs/performance.md: goals against measurements."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from fastdiff.bench.record import END_TO_END, IN_TURNS, Record, duration
 
 AIMS = {"SD 1.5 U-Net": 1.1, "KL-f8 decoder": 1.2, "residual block, bf16": 10.0}
-"""How many times as fast as diffusers as it comes; set before anything was measured."""
+"""Speedup over stock diffusers; set before anything was measured."""
 LARGE = 34_000_000
-"""Bytes of x from which the memory decides."""
+"""Bytes of x above which calls are memory bound."""
 CACHE = 4 * 2**20
-"""Bytes of x and y that the second-level caches of two cores hold together."""
+"""Bytes of x and y that fit into the L2 caches of two cores together."""
 Cases = dict[tuple[str, str], dict[str, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """A ratio that was aimed at before anything was measured, fp32 on two cores."""
+    """A speedup set as a goal before anything was measured, fp32 on two cores."""
 
     op: str
     where: str
@@ -28,7 +28,7 @@ class Aim:
     applies: Callable[[Record], bool]
 
     def worst(self, cases: Cases) -> tuple[float, Record] | None:
-        """The smallest ratio over the cases that have both."""
+        """The smallest ratio over the cases that have both providers, and its record."""
         found = [
             (by[self.rival].median_s / by[self.ours].median_s, by[self.ours])
             for by in cases.values()
@@ -88,7 +88,7 @@ NETWORKS = tuple(
 
 
 def cases_of(records: Sequence[Record]) -> Cases:
-    """(job, shape) -> provider -> record, of what was measured in turns."""
+    """(job, shape) -> provider -> record, of everything that was measured in turns."""
     found: Cases = {}
     for record in records:
         if record.benchmark in (END_TO_END, IN_TURNS):
@@ -97,7 +97,7 @@ def cases_of(records: Sequence[Record]) -> Cases:
 
 
 def aims(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """One row per aim, the head first. records: of one run."""
+    """One row per goal, after the header. records: of one run."""
     rows: list[tuple[str, ...]] = [("what", "where", "against", "aimed at", "measured", "worst at")]
     cases = cases_of(records)
     for aim in (*OPS, *NETWORKS):
@@ -111,7 +111,7 @@ def aims(records: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def op_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """One row per call, the head first: ours, eager beside it, both again with memory kept."""
+    """One row per call, after the header: ours against eager, then both with outputs reused."""
     rows: list[tuple[str, ...]] = [
         ("job", "call", "ours", "eager", "ratio", "ours, memory kept", "ratio to eager with it")
     ]

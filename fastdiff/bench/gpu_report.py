@@ -1,4 +1,4 @@
-"""The GPU's part of docs/performance.md: what was aimed at, and every op beside its rivals."""
+"""The GPU section of docs/performance.md: goals, and every op against its rivals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOTHING = (
     "No GPU has been measured yet: `python -m benchmarks.device` does it, on a machine with one."
 )
 ABOVE_CACHE = 128 * 2**20
-"""Bytes that do not fit into the L2 cache of any GPU of today."""
+"""Bytes that exceed the L2 cache of every current GPU."""
 COLUMNS = ("eager", "eager channels_last", "compile", "reference")
 
 
@@ -26,7 +26,7 @@ class Group:
 
     @property
     def ours(self) -> Record | None:
-        """The faster of our kernels: the one that `auto` takes."""
+        """The faster of our kernels, which is the one `auto` uses."""
         found = [self.records[name] for name in ("auto", *OURS) if name in self.records]
         return min(found, key=lambda record: record.median_s, default=None)
 
@@ -35,14 +35,18 @@ class Group:
         return next(iter(self.records.values()))
 
     def against(self, provider: str) -> float | None:
-        """How many times as fast ours is."""
+        """Our speedup over a provider."""
         other = self.records.get(provider)
         return other.median_s / self.ours.median_s if other and self.ours else None
 
     @property
     def best(self) -> Record | None:
-        """The fastest of the ready-made kernels."""
-        found = [record for name, record in self.records.items() if name in (*LIBRARY, "eager")]
+        """The fastest library kernel."""
+        found = [
+            record
+            for name, record in self.records.items()
+            if name in (*LIBRARY, "library", "eager")
+        ]
         known = any(record.provider in LIBRARY for record in found)
         return min(found, key=lambda record: record.median_s) if known else None
 
@@ -55,7 +59,7 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """Records of the same case together, in their order."""
+    """Group the records of each case, keeping their order."""
     found: dict[Hashable, dict[str, Record]] = {}
     for record in records:
         key = record.benchmark, record.job, record.shape, record.dtype
@@ -65,7 +69,7 @@ def groups(records: Sequence[Record]) -> list[Group]:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A ratio that was aimed at before anything was measured, bf16 on an H200."""
+    """A ratio set as a goal before anything was measured, bf16 on an H200."""
 
     op: str
     where: str
@@ -79,7 +83,7 @@ class Target:
         return f"{value:.0%}" if self.percent else f"{value:.2f} x"
 
     def worst(self, found: Sequence[Group]) -> tuple[float, Group] | None:
-        """The smallest value over the cases that it holds for: "at least" means all of them."""
+        """The smallest value over the cases it applies to: all of them must reach the goal."""
         values = [(self.value(group), group) for group in found if self.applies(group)]
         known = [(value, group) for value, group in values if value is not None]
         return min(known, key=lambda pair: pair[0]) if known else None
@@ -107,7 +111,7 @@ def _cross_attention(group: Group) -> bool:
 
 
 def _against_diffusers(group: Group) -> float | None:
-    """The fastest scheduler of diffusers."""
+    """Our speedup over the fastest diffusers scheduler."""
     theirs = [r.median_s for name, r in group.records.items() if name.startswith("diffusers")]
     return min(theirs) / group.ours.median_s if theirs and group.ours else None
 
@@ -176,7 +180,7 @@ TARGETS = (
 
 
 def targets(found: Sequence[Group]) -> list[tuple[str, ...]]:
-    """One row per target, the head first."""
+    """One row per target, after the header."""
     rows: list[tuple[str, ...]] = [("op", "where", "against", "aimed at", "measured", "worst at")]
     for target in TARGETS:
         worst = target.worst(found)
@@ -191,7 +195,7 @@ def targets(found: Sequence[Group]) -> list[tuple[str, ...]]:
 
 
 def op_rows(found: Sequence[Group]) -> list[tuple[str, ...]]:
-    """One row per case, the head first: ours, its share of the limit, its rivals."""
+    """One row per case, after the header: ours, its share of the limit, its rivals."""
     rows: list[tuple[str, ...]] = [
         (
             "op",
@@ -232,14 +236,14 @@ def op_rows(found: Sequence[Group]) -> list[tuple[str, ...]]:
 
 
 def _against_the_other(group: Group) -> str:
-    """Triton beside CUDA."""
+    """The speedup of the faster of Triton and CUDA over the other."""
     others = [name for name in OURS if group.ours and name != group.ours.provider]
     ratios = [ratio for name in others if (ratio := group.against(name)) is not None]
     return f"{min(ratios):.2f} x" if ratios else ""
 
 
 def network_rows(found: Sequence[Group]) -> list[tuple[str, ...]]:
-    """Whole evaluations, the head first."""
+    """One row per provider of whole evaluations, after the header."""
     rows: list[tuple[str, ...]] = [("job", "shape", "by", "median", "quartiles", "as fast as ours")]
     for group in found:
         if group.any.benchmark != "network":

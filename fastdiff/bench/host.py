@@ -1,19 +1,19 @@
-"""What one call of an op costs the host: Python, checks and allocations, with no kernel run.
+"""The host cost of one op call: Python, checks and allocations, without running any kernel.
 
-Every launch is replaced at its outermost edge, so that whatever the package does before it counts:
+Every launch is replaced as late as possible, so that everything the package does before it counts:
 
-    cpu      the functions of the compiled module run once, and from then on return at once
-    triton   ``kernel[grid]`` returns a function that does nothing (under Triton's interpreter, so
-             that CPU tensors pass); Triton's own launch code does not count
-    cuda     the C functions that ctypes would call are Python functions that do nothing
+    cpu      the functions of the compiled module run once, and return immediately afterwards
+    triton   ``kernel[grid]`` returns a function that does nothing (under Triton's interpreter,
+             which accepts CPU tensors); Triton's own launch code does not count
+    cuda     the C functions called through ctypes become Python functions that do nothing
 
 The unit is one ``torch.add`` of two one-element tensors. Each round times a few calls of the op
-between two batches of adds, and divides: what slows the machine down slows both. The clock is the
-thread's own, which stands still while another process has the core.
+between two batches of adds, and divides: whatever slows down the machine affects both. The clock is
+the thread's own, which stops while another process has the core.
 
-`counts.py` runs this file by its path in a process of its own, with another checkout's package on
-the path if asked to. So it imports nothing of `fastdiff.bench`, and of the package little more than
-what all versions have: ``fastdiff.kernels``, the ops' public functions and the registry ``OPS``.
+`counts.py` runs this file by its path in a separate process, optionally with the package of another
+checkout on the path. So it imports nothing from `fastdiff.bench`, and from the package little more
+than all versions have: ``fastdiff.kernels``, the ops' public functions and the registry ``OPS``.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from torch import Tensor
 
 BACKENDS = ("cpu", "triton", "cuda")
 MODES = ("inference", "gradient")
-"""A call that wants no gradient; a call and its backward pass."""
+"""A call without gradient; a call and its backward pass."""
 OLD_EXAMPLES = "fastdiff.cli.doctor"
-"""Where versions keep small arguments whose ops do not declare an example; not this version."""
+"""The module with example arguments in older versions, whose ops do not declare any."""
 ADDS = 50
-"""Adds timed before the op and again after it."""
+"""Adds timed before the op, and again after it."""
 BATCH_S = 300e-6
-"""About how long the calls of the op take in one round."""
+"""Approximate duration of the op's calls in one round."""
 
 Call = Callable[[], Any]
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class CannotRun(Exception):
-    """Why an op has no number on a backend."""
+    """The op cannot be measured on the backend; the message says why."""
 
 
 class Stub:
-    """Stands for every launch and counts them."""
+    """Replaces every launch, and counts them."""
 
     launches = 0
 
@@ -60,7 +60,7 @@ class Stub:
 
 
 class Library:
-    """Stands for the library of CUDA launchers: any C function is there and does nothing."""
+    """Replaces the library of CUDA launchers: it has every C function, and they do nothing."""
 
     def __init__(self, stub: Stub) -> None:
         self._stub = stub
@@ -69,12 +69,12 @@ class Library:
         def function(*args: Any) -> None:
             self._stub()
 
-        return function  # ctypes' argtypes and restype are set on it
+        return function  # a new object each time: callers set argtypes and restype on it
 
 
 @contextmanager
 def stubbed(backend: str, stub: Stub) -> Iterator[None]:
-    """Calls inside the block reach `stub` where they would start a kernel of this backend."""
+    """Inside the block, calls reach `stub` where they would launch a kernel of this backend."""
     from fastdiff import kernels
 
     if backend == "cpu":
@@ -101,7 +101,7 @@ def _native_stubbed(stub: Stub) -> Iterator[None]:
     try:
         native = import_module("fastdiff.kernels._native")
     except ImportError as error:
-        raise CannotRun(f"the compiled module does not load: {error}") from error
+        raise CannotRun(f"the compiled module failed to load: {error}") from error
     before = {
         name: value
         for name, value in vars(native).items()
@@ -117,20 +117,20 @@ def _native_stubbed(stub: Stub) -> Iterator[None]:
 
 
 def _replayed(function: Callable[..., Any], stub: Stub) -> Callable[..., Any]:
-    """A function that runs once, to learn what it returns, and only returns that from then on."""
-    told: list[Any] = []
+    """Wrap a function to run only once and to return that result from then on."""
+    result: list[Any] = []
 
     def launched(*args: Any) -> Any:
         stub()
-        if not told:
-            told.append(function(*args))
-        return told[0]
+        if not result:
+            result.append(function(*args))
+        return result[0]
 
     return launched
 
 
 def _first_module(*names: str) -> ModuleType:
-    """The first of these modules that this version of the package has."""
+    """The first of these modules that exists in this version of the package."""
     for name in names[:-1]:
         try:
             return import_module(name)
@@ -143,7 +143,7 @@ def _first_module(*names: str) -> ModuleType:
 
 
 def examples() -> dict[str, Example]:
-    """Op -> small arguments of its public function, as this version of the package has them."""
+    """Op -> small arguments for its public function in this version of the package."""
     from fastdiff import kernels
 
     return {name: _example(name, op) for name, op in kernels.OPS.items()}
@@ -158,7 +158,7 @@ def _example(name: str, op: Any) -> Example:
 
 
 def prepared(op: str, example: Example, mode: str) -> Call:
-    """The call that is timed. Raises CannotRun if it has no gradient and should."""
+    """The call to time. Raises CannotRun if the mode needs a gradient and the op has none."""
     from fastdiff import kernels
 
     function = getattr(kernels, op)
@@ -185,7 +185,7 @@ def prepared(op: str, example: Example, mode: str) -> Call:
 
 
 def in_half_precision(example: Example) -> Example:
-    """The same with fp16 in the place of fp32."""
+    """Copy an example with fp16 instead of fp32."""
 
     def half(a: Any) -> Any:
         return a.half() if isinstance(a, Tensor) and a.dtype is torch.float32 else a
@@ -195,7 +195,7 @@ def in_half_precision(example: Example) -> Example:
 
 
 class Case:
-    """One op on one backend in one mode, its launches stubbed."""
+    """One op on one backend in one mode, with stubbed launches."""
 
     def __init__(self, op: str, backend: str, mode: str, example: Example) -> None:
         from fastdiff.kernels import BackendError
@@ -206,13 +206,13 @@ class Case:
             try:
                 self.call = prepared(op, example, mode)
                 self.call()
-            except BackendError:  # some kernels are for half precision only
+            except BackendError:  # some kernels support only half precision
                 self.call = prepared(op, in_half_precision(example), mode)
             self.stub.launches = 0
             self.call()
             self.launches = self.stub.launches
             if not self.launches:
-                raise CannotRun("no kernel was started: another backend ran it")
+                raise CannotRun("it launched no kernel: another backend ran it")
             start = time.thread_time()
             for _ in range(10):
                 self.call()
@@ -225,7 +225,7 @@ class Case:
             yield
 
     def rounds(self, count: int) -> list[float]:
-        """The cost of a call in adds, once per round."""
+        """The cost of a call in adds, one number per round."""
         found, one = [], torch.ones(1)
 
         def adds() -> float:
@@ -250,21 +250,21 @@ class Case:
 
 
 class Worker:
-    """Answers one JSON line with another."""
+    """Answers requests, one line of JSON each."""
 
     def __init__(self) -> None:
         self.own = examples()
         self.given: dict[str, Example] = {}
-        """Another worker's examples, preferred to `own`."""
+        """Examples from another worker, preferred over `own`."""
         self.cases: dict[tuple[str, str, str], Case] = {}
 
     def ops(self) -> list[str]:
         return sorted(self.own)
 
     def save(self, path: str) -> None:
-        """Write the examples for a worker of another checkout."""
+        """Write the examples to a file, for a worker of another checkout."""
 
-        def known(a: Any) -> Any:  # an enum of this version's is an int to another
+        def known(a: Any) -> Any:  # another version may lack an enum, so save it as an int
             return int(a) if isinstance(a, int) and not isinstance(a, bool) else a
 
         torch.save(
@@ -276,13 +276,13 @@ class Worker:
         )
 
     def load(self, path: str) -> None:
-        """Take another worker's examples, so that both make the same calls."""
+        """Use the examples of another worker, so that both make the same calls."""
         self.given = torch.load(path, weights_only=True)
 
     def open(self, op: str, backend: str, mode: str) -> dict[str, Any]:
-        """Make a case ready: its launches per call, or why it cannot run.
+        """Prepare a case, and return its launches per call or why it cannot run.
 
-        Where the op takes other arguments than the other worker's, "own" says so.
+        "own" is true if the op does not accept the other worker's arguments and uses its own.
         """
         if op not in self.own:
             return {"missing": f"this version has no {op}"}
@@ -294,7 +294,7 @@ class Worker:
             return {**self._opened(op, backend, mode, own), "own": given is not None}
         except CannotRun as error:
             return {"missing": str(error)}
-        except Exception as error:  # noqa: BLE001 - told to the caller, who prints it
+        except Exception as error:  # noqa: BLE001 - returned to the caller, which prints it
             return {"missing": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
     def _opened(self, op: str, backend: str, mode: str, example: Example) -> dict[str, Any]:

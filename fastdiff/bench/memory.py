@@ -1,4 +1,4 @@
-"""How much memory a process had at most."""
+"""The peak memory of a process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 def peak_bytes() -> int:
     """Largest resident set of this process so far; Linux.
 
-    Not getrusage's ru_maxrss: a child's begins with what its parent had when it was started.
+    ru_maxrss of getrusage is not suitable: in a child it starts from the size of its parent.
     """
     status = Path("/proc/self/status").read_text().splitlines()
     line = next(x for x in status if x.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""The picture of docs/performance.md: how one evaluation of each network divides into ops."""
+"""The figure of docs/performance.md: the share of each op in one evaluation of each network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from fastdiff.bench.record import Share, duration
 from fastdiff.files import atomic_file
 
-# Okabe and Ito's colours, which people with colour-blindness can tell apart; relatives are the
-# dark and the light of one hue.
+# Okabe and Ito's colors, distinguishable with color blindness; related ops have the dark and the
+# light shade of one hue.
 COLOURS = {
     "group_norm_silu": "#0072B2",
     "add_group_norm_silu": "#56B4E9",
@@ -22,9 +22,9 @@ COLOURS = {
     "add_layer_norm": "#CC79A7",
 }
 UNKNOWN, REST = "#000000", "#E4E4E4"
-LIGHT = (REST, "#56B4E9", "#CC79A7")  # black numbers on these
+LIGHT = (REST, "#56B4E9", "#CC79A7")  # these get black numbers
 READABLE = 0.03
-"""The smallest share that has room for its number."""
+"""Smallest share with room for its number."""
 
 
 def draw_shares(shares: Sequence[Share], device: str, path: Path) -> None:
@@ -32,7 +32,7 @@ def draw_shares(shares: Sequence[Share], device: str, path: Path) -> None:
 
     Args:
         shares: of one device; the ops of a job add up to less than 1.
-        path: a .png file; written whole or not at all.
+        path: a .png file, written atomically.
     """
     jobs = list(dict.fromkeys(share.job for share in shares))
     order = [*COLOURS, *sorted({share.op for share in shares} - set(COLOURS))]

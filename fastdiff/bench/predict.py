@@ -1,11 +1,11 @@
-"""What an H200 is predicted to need for the shapes that are aimed at, before any GPU was measured.
+"""Predicted times on an H200 for the shapes that have goals, made before any GPU was measured.
 
-A kernel takes at least as long as the slowest of: the bytes it moves at the speed of a copy, its
-products at the speed of a large matrix product, its exponentials at the rate of the special
+A kernel takes at least as long as the slowest of these: moving its bytes at the speed of a copy,
+its matrix products at the speed of a large product, and its exponentials at the rate of the special
 function units.
 
     python -m fastdiff.bench.predict     print the table
-    python -m fastdiff.bench.report      write it into docs/performance.md, beside what was measured
+    python -m fastdiff.bench.report      write it into docs/performance.md, next to measurements
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Device:
     name: str
     architecture: str
     copy: float
-    """Bytes, read and written ones together."""
+    """Bytes, counting both reads and writes."""
     l2: int
-    """Bytes of the L2 cache."""
+    """Bytes of the L2 cache (not a rate)."""
     matmul: float
-    """bf16 operations of a large product."""
+    """bf16 FLOPs of a large product."""
     exp2: float
-    """Exponentials: 16 a clock and multiprocessor."""
+    """Exponentials: 16 per clock and multiprocessor."""
 
 
 H200 = Device(
@@ -53,16 +53,16 @@ H200 = Device(
     exp2=132 * 16 * 1.755e9,
 )
 LIBRARY_DIMS = (32, 64, 96, 128, 192, 256)
-"""Head dims that library kernels compute with; others are padded to the next one."""
+"""Head dims that library kernels are compiled for; others are padded to the next larger one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Of one case: what our kernel needs at least, and what a rival does."""
+    """Lower bounds for one case: of our kernel, and of a rival."""
 
     case: Case
     seconds: dict[str, float]
-    """What may bind -> its time."""
+    """Possible bottleneck -> its time."""
     rival: str
     rival_s: float
 
@@ -76,7 +76,7 @@ class Prediction:
 
 
 def predictions(device: Device = H200) -> Iterator[Prediction]:
-    """The cases behind the aims, at their networks' own batch."""
+    """Predictions for the cases that have goals, at the batch sizes of their networks."""
     subjects = [SUBJECTS["group_norm_silu"], SUBJECTS["attention"]]
     for case in cases(subjects, batches=()):
         if case.priority == 0 and case.direction == "forward":
@@ -85,8 +85,8 @@ def predictions(device: Device = H200) -> Iterator[Prediction]:
 
 
 def of_norm(case: Case, device: Device) -> Prediction:
-    """x comes from memory once if a sample stays on the chip or in the L2 (samples are taken one
-    after the other), else twice; the rival is a copy."""
+    """x is read from memory once if a sample fits on the chip or in the L2 (samples are processed
+    one after the other), else twice; the rival is a copy."""
     kinds = {launch.kernel.__name__ for launch in launches(case, device)}
     sample = case.work.bytes / 2 / case.call.tensors[0][0]
     once = "_small_kernel" in kinds or 2 * sample <= device.l2
@@ -100,7 +100,7 @@ def of_norm(case: Case, device: Device) -> Prediction:
 
 
 def of_attention(case: Case, device: Device) -> Prediction:
-    """The rival pads the head dim and is bound by the same things."""
+    """The rival pads the head dim and has the same bottlenecks."""
     (n, length, heads, d), of_k, _ = case.call.tensors
     scores = n * heads * length * of_k[1]
     exponentials = scores / device.exp2
@@ -112,7 +112,7 @@ def of_attention(case: Case, device: Device) -> Prediction:
             "exponentials": exponentials * keys / of_k[1],
         }
 
-    # Q K^T sums over the head dim in steps of 16, V's columns come in pieces of 16 too (wgmma)
+    # Q K^T sums over the head dim in steps of 16, and V has pieces of 16 columns (wgmma)
     ours = seconds(math.ceil(d / 16) * 16, math.ceil(of_k[1] / 16) * 16)
     padded = next((dim for dim in LIBRARY_DIMS if dim >= d), d)
     theirs = seconds(padded, math.ceil(of_k[1] / 128) * 128)
@@ -125,7 +125,7 @@ def of_attention(case: Case, device: Device) -> Prediction:
 
 
 def of_step(case: Case, device: Device) -> Prediction:
-    """Launches decide: the rival starts ten kernels of 2 µs each."""
+    """Launch bound: the rival launches ten kernels of 2 µs each."""
     return Prediction(
         case=case,
         seconds={"one launch": 2e-6, "bytes": case.work.bytes / device.copy},
@@ -135,7 +135,7 @@ def of_step(case: Case, device: Device) -> Prediction:
 
 
 def launches(case: Case, device: Device) -> list[Any]:
-    """What the Triton backend would start."""
+    """The launches that the Triton backend would make."""
     args, kwargs = case.subject.arguments(
         case.call, case.job, Make(case.dtype, torch.device("meta"))
     )
@@ -146,7 +146,7 @@ def launches(case: Case, device: Device) -> list[Any]:
 
 
 def rows(device: Device = H200) -> list[tuple[str, ...]]:
-    """One row per case, the head first."""
+    """One row per case, after the header."""
     table: list[tuple[str, ...]] = [
         ("op", "job", "shape", "bound by", "floor", "rival", "its floor", "at best")
     ]

@@ -1,4 +1,4 @@
-"""Who can do an op's work, and how an op declares to a benchmark what that work is."""
+"""The providers that can do an op's work, and how an op declares that work to benchmarks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ SDPA = {
 }
 LIBRARY = tuple(SDPA)
 FAST_BYTES, FAST_FLOPS = 4e12, 8e14
-"""Rates of a fast GPU of today: what decides the method, the same for every provider."""
+"""Rates of a fast current GPU; they decide the timing method, which all providers share."""
 LAUNCH_S = 10e-6
 OURS = ("triton", "cuda")
-EVERYTHING = (*OURS, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
+CHOICES = (*OURS, "library")
+"""Backends among which measurements decide what `auto` tries first on a GPU."""
+EVERYTHING = (*CHOICES, "reference", "eager", "eager channels_last", "compile", *LIBRARY)
 LATER = tuple(name for name in EVERYTHING if name not in ("reference", "compile", "sdpa math"))
-"""What is timed at the less telling shapes: neither the compiler's seconds nor the slowest."""
+"""Providers timed at less important shapes: without those that are slow to compile or to run."""
 
 
 @dataclass(frozen=True)
 class Make:
-    """Makes the operands of a call: random, since zeros are multiplied faster."""
+    """Makes the operands of a call: random numbers, because zeros multiply faster."""
 
     dtype: torch.dtype
     device: torch.device
@@ -52,26 +54,26 @@ class Make:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One op as its benchmark declares it."""
+    """The declaration of an op for benchmarks."""
 
     op: str
     arguments: Callable[[Call, Job, Make], Arguments]
-    """Operands in the layout of `runtime.prepare`."""
+    """Makes the operands, in the layout of `runtime.prepare`."""
     eager: Callable[..., Any]
     """What people write, with the op's signature."""
     gradients_first: bool = False
-    """Whether something is aimed at with the gradients: they are then measured with the first."""
+    """Whether the gradients have a goal: then they are measured among the first."""
     norm: bool = False
-    """Whether eager is also given NCHW."""
+    """Whether eager is also measured on NCHW."""
     written_out: Callable[..., Any] | None = None
-    """What people write without a library, where eager is a library's kernel."""
+    """What people write without a library, if `eager` is a library's kernel."""
     sdpa: bool = False
-    """Whether eager is PyTorch's attention, whose kernels are tried one by one."""
+    """Whether `eager` is PyTorch's attention, each of whose kernels is measured."""
 
     def work(
         self, call: Call, job: Job, dtype: torch.dtype, direction: Direction = "forward"
     ) -> Work:
-        """What the op declares for these operands."""
+        """The work that the op declares for these operands."""
         args, kwargs = self.arguments(call, job, Make(dtype, torch.device("meta")))
         op, passed = kernels.OPS[self.op], bound_arguments(self.op, args, kwargs)
         return op.work(*passed, **({"backward": True} if direction == "backward" else {}))
@@ -84,7 +86,7 @@ class Subject:
     def providers(self) -> tuple[str, ...]:
         names = [*OURS, "reference", "eager"]
         names += ["eager channels_last"] if self.norm else []
-        names += LIBRARY if self.sdpa else ["compile"]
+        names += ["library", *LIBRARY] if self.sdpa else ["compile"]
         return tuple(names)
 
     @property
@@ -115,7 +117,9 @@ def compiled_for(
 
 
 def import_diffusers() -> Any:
-    """diffusers, without what it warns about; it must not take our folder `kernels` for another's.
+    """Import diffusers, silencing its warnings.
+
+    It must not mistake our folder `kernels` for the package of that name.
 
     Raises:
         ImportError: it is not installed.

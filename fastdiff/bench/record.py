@@ -1,4 +1,4 @@
-"""What a measurement leaves: a record of who did what in which time, and what it depends on.
+"""Records of measurements: which provider did what in which time, and the environment.
 
 A run is saved as ``benchmarks/results/<device>/<commit>.json``, from which report.py makes
 docs/performance.md.
@@ -24,11 +24,11 @@ import fastdiff
 
 LIMITS = ("copy", "sgemm", "matmul")
 END_TO_END = "end to end"
-"""Records of whole networks beside others' (benchmarks/networks/bench_cpu_networks.py)."""
+"""Records of whole networks against those of others (benchmarks/networks/bench_cpu_networks.py)."""
 IN_TURNS = "in turns"
-"""Records of ops beside eager PyTorch (benchmarks/bench_cpu_ops.py)."""
+"""Records of ops against eager PyTorch (benchmarks/bench_cpu_ops.py)."""
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout; of an installed package the folder that holds it."""
+"""The checkout or, if the package is installed, the folder that contains it."""
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -38,7 +38,7 @@ class Record:
 
     benchmark: str
     job: str
-    """The job in shapes.JOBS that this call is part of, or ""."""
+    """The job of shapes.JOBS that this call belongs to, or ""."""
     shape: str
     provider: str
     dtype: str
@@ -50,9 +50,9 @@ class Record:
     bytes: int
     flops: int
     method: str = "host"
-    """How it was timed, in the words of fastdiff/bench/clock.py."""
+    """The timing method, one of those of fastdiff/bench/clock.py."""
     shape_class: str = ""
-    """In the words of kernels/tuning/measured.py; "" where no winner depends on it."""
+    """A class of kernels/tuning/measured.py; "" if it does not determine a winner."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -63,7 +63,7 @@ class Record:
         return self.flops / self.median_s
 
     def share_of(self, limit: Record) -> float:
-        """The rate as a share of the limit's: in bytes of a copy's, in FLOPs of a product's."""
+        """The rate as a share of the limit's: in bytes for a copy, in FLOPs for a product."""
         if limit.provider != "copy":
             return self.flops_per_second / limit.flops_per_second
         return self.bytes_per_second / limit.bytes_per_second
@@ -71,15 +71,15 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one op takes of a job."""
+    """The share of one op in a job."""
 
     job: str
     op: str
     calls: int
     seconds: float
-    """In all calls of one evaluation."""
+    """Over all calls of one evaluation."""
     total_s: float
-    """The whole evaluation."""
+    """Of the whole evaluation."""
     backend: str = "reference"
 
     @property
@@ -89,7 +89,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The most memory that a fresh process, doing nothing but one job, had resident."""
+    """The peak resident memory of a fresh process that does only one job."""
 
     benchmark: str
     shape: str
@@ -98,7 +98,7 @@ class Peak:
 
 
 def amdahl(share: float, ratio: float) -> float:
-    """How much faster the job is when a `share` of it becomes `ratio` times as fast."""
+    """The speedup of a job if a `share` of it becomes `ratio` times as fast (Amdahl's law)."""
     return 1 / (1 - share + share / ratio)
 
 
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def device_name() -> str:
-    """The device as people call it: the GPU's name, else the CPU's model."""
+    """The common name of the device: of the GPU, else of the CPU model."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -126,9 +126,9 @@ def device_name() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git says about this checkout, "unknown" outside one."""
+    """The output of git for this checkout, "unknown" outside of one."""
     if not (ROOT / ".git").exists():
-        return "unknown"  # installed, perhaps somewhere inside another checkout
+        return "unknown"  # an installed package, which may lie inside another checkout
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -137,13 +137,13 @@ def git(*arguments: str) -> str:
 
 
 def quartiles_of(seconds: Sequence[float]) -> dict[str, Any]:
-    """In the words of `Record`."""
+    """Quartiles by the field names of `Record`."""
     q1, median, q3 = quantiles(seconds, n=4, method="inclusive")
     return {"q1_s": q1, "median_s": median, "q3_s": q3}
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The facts that the numbers depend on."""
     return {
         "commit": git("rev-parse", "HEAD"),
         "clean": git("status", "--porcelain", "--untracked-files=no") == "",
@@ -164,14 +164,14 @@ def save_records(
     results: Path = RESULTS,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what one run measured as ``results/<device>/<commit>.json`` and return the path.
+    """Write the measurements of one run to ``results/<device>/<commit>.json``; return the path.
 
     Args:
         results: the folder of all devices.
-        extra: more facts for the record's environment.
+        extra: additional facts for the record's environment.
 
-    Another run of the same commit on the same device adds to the file: what was measured again
-    replaces what it was, and the file is clean only if all its runs were.
+    Another run of the same commit on the same device adds to the file: new measurements of the same
+    case replace the old ones, and the file counts as clean only if all runs were.
     """
     facts = {**environment(), **(extra or {})}
     folder = results / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")

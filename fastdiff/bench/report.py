@@ -1,9 +1,9 @@
-"""``python -m fastdiff.bench.report``: docs/performance.md's tables and pictures from the records.
+"""``python -m fastdiff.bench.report``: write tables and figures of docs/performance.md.
 
-The text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is rewritten from the records in
-benchmarks/results/<device>/: of each case the newest, with the commit it was measured at; that
-between ``<!-- predictions -->`` and its end from predict.py. What stands outside is written by hand
-and kept.
+The text between ``<!-- tables -->`` and ``<!-- end of tables -->`` is generated from the records in
+benchmarks/results/<device>/, using the newest record of each case and naming its commit. The text
+between ``<!-- predictions -->`` and its end comes from predict.py. Everything else is written by
+hand and kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """One file of results: one commit on one device."""
+    """One file of results, from one commit on one device."""
 
     environment: dict[str, Any]
     records: list[Record]
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def commit(self) -> str:
-        """Its first seven digits."""
+        """The first seven digits of the commit hash."""
         return str(self.environment["commit"][:7])
 
     def describe(self) -> str:
@@ -88,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Device:
-    """All runs of one device, the oldest first; of each case the newest run counts."""
+    """All runs of one device, oldest first; for each case the newest run counts."""
 
     folder: str
     runs: list[Run]
@@ -120,12 +120,12 @@ class Device:
         )
 
     def shares(self) -> list[tuple[Run, Share]]:
-        """All ops of a job are of one run: its clock ran around one evaluation."""
+        """All ops of a job come from the same run, which timed one evaluation."""
         last = {share.job: run for run in self.runs for share in run.shares}
         return [(run, s) for job, run in last.items() for s in run.shares if s.job == job]
 
     def rows(self) -> list[tuple[Run, Row]]:
-        """Providers beside the reference of their own run, never of another."""
+        """Providers against the reference of the same run, never of another run."""
         shares = [share for _, share in self.shares()]
         return newest(
             ((run, row) for run in self.runs for row in compared(run.records, shares)),
@@ -140,18 +140,18 @@ class Device:
 
 
 def newest(pairs: Iterable[tuple[Run, T]], key: Callable[[T], Hashable]) -> list[tuple[Run, T]]:
-    """Of the items with the same key the last; in the order in which the keys first appeared."""
+    """The last of the items with the same key, in the order in which keys first appeared."""
     return list({key(item): (run, item) for run, item in pairs}.values())
 
 
 def devices(results: Path = RESULTS) -> list[Device]:
-    """What the records hold. Raises FileNotFoundError if there are none."""
+    """Load all records. Raises FileNotFoundError if there are none."""
     runs: dict[str, list[Run]] = {}
     for path in sorted(results.glob("*/*.json")):
         runs.setdefault(path.parent.name, []).append(Run.load(path))
     if not runs:
         raise FileNotFoundError(
-            f"no records in {results}/<device>/; make them: pytest benchmarks --save-records"
+            f"no records in {results}/<device>/; run 'pytest benchmarks --save-records' first"
         )
     return [
         Device(folder, sorted(found, key=lambda run: run.environment["date"]))
@@ -161,19 +161,19 @@ def devices(results: Path = RESULTS) -> list[Device]:
 
 @dataclass(frozen=True)
 class Row:
-    """One provider beside the reference at one shape."""
+    """One provider compared to the reference at one shape."""
 
     record: Record
     ratio: float
-    """How many times as fast as the reference."""
+    """Speedup over the reference."""
     of_limit: float | None
-    """Share of what a copy, or sgemm, reaches."""
+    """Share of the rate of a copy, or of sgemm."""
     job_ratio: float | None
-    """How many times as fast the whole job would be with this provider in the reference's place."""
+    """Speedup of the whole job if this provider replaced the reference."""
 
 
 def compared(records: Sequence[Record], shares: Sequence[Share]) -> list[Row]:
-    """Every record of one run that has a reference beside it, limits left out."""
+    """Compare every record of one run with its reference, if there is one; limits are left out."""
     of_job = {(share.job, share.op): share.share for share in shares}
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
@@ -198,7 +198,7 @@ def compared(records: Sequence[Record], shares: Sequence[Share]) -> list[Row]:
 
 
 def gpu_section(device: Device) -> str:
-    """The tables of one GPU: its newest run, since ratios hold within one run only."""
+    """The tables of one GPU, from its newest run: ratios are only meaningful within one run."""
     run = device.runs[-1]
     found = gpu_report.groups(run.records)
     ops, networks = gpu_report.op_rows(found), gpu_report.network_rows(found)
@@ -225,7 +225,7 @@ def headed(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def no_gpu() -> str:
-    """What is said as long as there is no record of a GPU."""
+    """The section that stands in as long as there is no record of a GPU."""
     aims = table(*headed(gpu_report.targets([])))
     return f"### GPUs\n\n{gpu_report.NOTHING}\n\n{aims}"
 
@@ -252,12 +252,12 @@ BEFORE_KERNELS = (
 
 
 def by_a_kernel(run: Run) -> bool:
-    """Whether CPU kernels took part, as in all that is measured in turns with a rival."""
+    """Whether CPU kernels took part, which is true of everything measured in turns with a rival."""
     return any(record.benchmark in (IN_TURNS, END_TO_END) for record in run.records)
 
 
 def section(device: Device) -> str:
-    """The picture and the tables of one device that is no GPU."""
+    """The figure and the tables of one device other than a GPU."""
     rows, shares, peaks = device.rows(), device.shares(), device.peaks()
     ops = {row.record.benchmark for _, row in rows}
     measured = [pair for pair in device.records() if pair[1].benchmark not in ops]
@@ -285,7 +285,7 @@ def section(device: Device) -> str:
 
 
 def cpu_tables(device: Device) -> list[str]:
-    """Aims, and every call beside eager, of the newest run that has them."""
+    """Goals, and every call against eager PyTorch, from the newest run that has them."""
     runs = [run for run in device.runs if any(r.benchmark == IN_TURNS for r in run.records)]
     if not runs:
         return []
@@ -318,7 +318,7 @@ def whole(run: Run, record: Record) -> tuple[str, ...]:
 
 
 def peer_table(pairs: Sequence[tuple[Run, Record]]) -> str:
-    """Each provider of a network beside diffusers as it comes, of the same run."""
+    """Each provider of a network against stock diffusers of the same run."""
     rows: list[tuple[str, ...]] = []
     for run, record in pairs:
         case = record.job, record.shape, record.dtype
@@ -376,11 +376,11 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def fill(document: str, tables: str, markers: tuple[str, str] = MEASURED) -> str:
-    """The document with the text between the markers replaced. Raises ValueError without them."""
+    """Replace the text between the markers. Raises ValueError if they are missing."""
     before, begin, rest = document.partition(markers[0])
     _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"the document must contain {' and '.join(markers)}; put them in by hand")
+        raise ValueError(f"the document must contain {' and '.join(markers)}; add them by hand")
     return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 

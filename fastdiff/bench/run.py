@@ -1,20 +1,20 @@
-"""The ops on a GPU: which shapes, which providers, how they are timed, what they leave.
+"""Benchmark the ops on a GPU: shapes, providers, timing, records.
 
 Each file of `ops` declares a `Subject` (providers.py); the shapes are those that the networks of
-`shapes.GPU_JOBS` send through the op. Providers:
+`shapes.GPU_JOBS` pass to the op. Providers:
 
     triton, cuda          our kernels
     reference             our reference in PyTorch
-    eager                 what people write; a norm gets NCHW, PyTorch's own layout
+    eager                 what people write; a norm gets NCHW, PyTorch's default layout
     eager channels_last   the same on channels_last, the layout that triton and compile get
-    compile               that through torch.compile
-    sdpa ...              one of PyTorch's attention kernels each: flash, efficient, cudnn, math
-    copy, matmul          the limits: a copy of the same bytes by the same method, a large product
-                          in the same dtype
+    compile               eager channels_last through torch.compile
+    sdpa ...              each of PyTorch's attention kernels: flash, efficient, cudnn, math
+    copy, matmul          the limits: a copy of the same bytes, timed with the same method, and a
+                          large product in the same dtype
 
-A case that is likely to take less time than its launches is timed in a CUDA graph, for every
-provider; the others with a cold cache (fastdiff/bench/clock.py). Ours must agree with the reference
-before it is timed. Cases go by `priority` until the time is spent; what was left out is counted.
+A case that probably takes less time than its launches is timed in a CUDA graph for every provider,
+the others with a cold cache (fastdiff/bench/clock.py). Our kernels must agree with the reference
+before they are timed. Cases run in order of `priority` until the time is up; the rest are counted.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from fastdiff import kernels
 from fastdiff.bench import shapes
 from fastdiff.bench.clock import Method, Timer
 from fastdiff.bench.providers import (
+    CHOICES,
     EVERYTHING,
     FAST_BYTES,
     FAST_FLOPS,
     LATER,
     LAUNCH_S,
     LIBRARY,
-    OURS,
     SDPA,
     Arguments,
     Direction,
@@ -59,14 +59,14 @@ from fastdiff.kernels.choose import bound_arguments
 from fastdiff.kernels.tuning.measured import ANY
 
 MATMUL = 8192
-"""Side of the product whose rate is the peak."""
+"""Size of the square matrix product whose rate counts as the peak."""
 PROVIDER_S = 0.05
 """Seconds of timed rounds per provider."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of measurements."""
+    """One call to measure, with several providers."""
 
     subject: Subject
     job_name: str
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def method(self) -> Method:
-        """A graph where launches decide; gradients never: autograd leaves the captured stream."""
+        """A graph if launch bound, except for gradients: autograd leaves the captured stream."""
         work = self.work
         least = max(work.bytes / FAST_BYTES, work.flops / FAST_FLOPS)
         return "graph" if least < LAUNCH_S and self.direction == "forward" else "events"
@@ -101,12 +101,12 @@ def cases(
     jobs: dict[str, Job] | None = None,
     batches: Sequence[int] = shapes.GPU_BATCHES,
 ) -> list[Case]:
-    """Every call of every job at every batch, the most telling ones first.
+    """Every call of every job at every batch size, the most important ones first.
 
-    0: of each op the largest call of a job at the job's own batch, all attentions there, gradients
-       that something is aimed at
-    1: every other call at that batch, the other gradients
-    2: the largest calls at the other batches
+    Priority 0: each op's largest call of a job at the job's own batch size, all attention calls
+       there, and gradients that have a goal
+    1: every other call at that batch size, and the other gradients
+    2: the largest calls at the other batch sizes
     3: everything else
     """
     found = []
@@ -133,7 +133,7 @@ def cases(
                         if not subject.gradients_first:
                             gradient = replace(gradient, priority=1, providers=LATER)
                         found.append(gradient)
-    # at the same priority each op gets its turn
+    # within a priority, ops take turns
     turns: dict[tuple[int, str], int] = {}
     keyed = []
     for case in found:
@@ -145,15 +145,15 @@ def cases(
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run of cases came to."""
+    """The result of running some cases."""
 
     records: list[Record] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """What should have run and did not, or was wrong."""
+    """Cases that should have run and did not, or gave wrong results."""
     unavailable: list[str] = field(default_factory=list)
-    """Other people's kernels that do not take a case."""
+    """Cases that a rival's kernel does not support."""
     left_out: list[str] = field(default_factory=list)
-    """Cases for which there was no time."""
+    """Cases that were skipped for lack of time."""
 
 
 def run(
@@ -166,11 +166,11 @@ def run(
     matmul: int = MATMUL,
     progress: Callable[[Case, Outcome], None] = lambda case, outcome: None,
 ) -> Outcome:
-    """Measure cases until ``time.monotonic()`` passes the deadline; a failure stops only its case.
+    """Measure cases until ``time.monotonic()`` passes the deadline; failures affect only one case.
 
     Args:
         inductor: the backend of torch.compile.
-        matmul: side of the product that gives the peak.
+        matmul: size of the matrix product that determines the peak.
     """
     outcome = Outcome()
     peaks: dict[torch.dtype, tuple[Any, Work]] = {}
@@ -184,10 +184,10 @@ def run(
         try:
             _measure_case(case, outcome, timer, device, inductor)
             _limit(case, outcome, timer, device, peaks)
-        except Exception as error:  # noqa: BLE001 - told, and no reason to lose the other cases
+        except Exception as error:  # noqa: BLE001 - reported; the other cases continue
             outcome.failures.append(f"{case}: {said(error)}")
             if "CUDA error" in str(error):
-                outcome.failures.append("the GPU's context is lost: no more cases")
+                outcome.failures.append("the CUDA context is lost, so no more cases can run")
                 outcome.left_out = [str(case) for case in todo[place + 1 :]]
                 break
     return outcome
@@ -200,13 +200,13 @@ def _measure_case(
     make = Make(case.dtype, device)
     arguments = subject.arguments(case.call, case.job, make)
     wanted = [p for p in subject.providers if p in case.providers]
-    for backend in [name for name in OURS if name in wanted]:
+    for backend in [name for name in CHOICES if name in wanted]:
         objection = _objection(case, backend, arguments)
         if objection is not None:
             wanted.remove(backend)
-            # every op has Triton kernels; CUDA's are there if nvcc was, and take fewer cases
+            # every op has Triton kernels; CUDA kernels need nvcc and support fewer cases
             if backend == "triton":
-                outcome.failures.append(f"{case}: triton does not run: {objection}")
+                outcome.failures.append(f"{case}: triton cannot run: {objection}")
             elif kernels.available()[subject.op][backend] is None:
                 outcome.unavailable.append(f"{case} {backend}: {objection}")
         elif not _ours_agrees(case, make, backend):
@@ -224,36 +224,33 @@ def _measure_case(
             continue
         record = record_of(case, provider, timing, case.work)
         class_of = kernels.OPS[subject.op].shape_class
-        if provider in OURS and case.direction == "forward" and class_of is not None:
+        if provider in CHOICES and case.direction == "forward" and class_of is not None:
             given = bound_arguments(subject.op, *arguments)
             record = replace(record, shape_class=class_of(*given))
         outcome.records.append(record)
 
 
 def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
-    """Op -> "dtype/shape class" -> the one of `OURS` that is faster there.
+    """Op -> "dtype/shape class" -> the fastest one of `CHOICES`.
 
-    By the geometric mean of the ratio over the cases of a class that both took; a class in which
-    one took no case goes to the other. The class `ANY` takes all cases of an op.
+    The winner has the smallest geometric mean over the cases of a class that all of its backends
+    ran; without such a case, it is the first of `CHOICES` that ran one. The class `ANY` contains
+    all cases of an op.
     """
     found: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
     for record in records:
-        if record.provider in OURS and record.shape_class:
+        if record.provider in CHOICES and record.shape_class:
             for shape_class in (record.shape_class, ANY):
                 of_class = found.setdefault((record.benchmark, f"{record.dtype}/{shape_class}"), {})
                 case = of_class.setdefault((record.job, record.shape), {})
                 case[record.provider] = record.median_s
     winners: dict[str, dict[str, str]] = {}
     for (op, key), cases_of_class in found.items():
-        both = [case for case in cases_of_class.values() if len(case) == len(OURS)]
-        if both:
-            one, other = OURS
-            ratio = sum(math.log(case[other] / case[one]) for case in both)
-            winner = one if ratio > 0 else other
-        else:
-            taken = {name for case in cases_of_class.values() for name in case}
-            winner = next(name for name in OURS if name in taken)
-        winners.setdefault(op, {})[key] = winner
+        took = {name for case in cases_of_class.values() for name in case}
+        names = [name for name in CHOICES if name in took]
+        shared = [case for case in cases_of_class.values() if len(case) == len(names)]
+        seconds = {name: sum(math.log(case[name]) for case in shared) for name in names}
+        winners.setdefault(op, {})[key] = min(names, key=seconds.__getitem__)  # the first of equals
     return winners
 
 
@@ -261,9 +258,9 @@ def fastest_backends(records: Sequence[Record]) -> dict[str, dict[str, str]]:
 def _provider(
     case: Case, provider: str, arguments: Arguments, inductor: str
 ) -> Iterator[Callable[[], Any]]:
-    """What to time, inside the settings under which it has to run."""
+    """The function to time, in a context with the settings it needs."""
     subject, (args, kwargs) = case.subject, arguments
-    backend = provider if provider in (*OURS, "reference") else "reference"
+    backend = provider if provider in (*CHOICES, "reference") else "reference"
     function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
     if provider == "eager" and subject.norm:
         args = tuple(_nchw(a) for a in args)
@@ -272,7 +269,7 @@ def _provider(
     if provider in SDPA:
         kernel = sdpa_kernel(SDPA[provider])
     with warnings.catch_warnings(), kernels.backend(backend), kernel:
-        warnings.simplefilter("ignore")  # SDPA and Inductor say at length what they do not take
+        warnings.simplefilter("ignore")  # SDPA and Inductor are verbose about unsupported calls
         if case.direction == "backward":
             yield _backward(function, args, kwargs, provider == "compile", inductor)
             return
@@ -289,7 +286,7 @@ def _backward(
     compile_it: bool,
     inductor: str,
 ) -> Callable[[], Any]:
-    """The gradients of all floating-point operands, the forward pass done once."""
+    """Computes the gradients of all floating-point operands; the forward pass runs only once."""
 
     def leaf(a: Any) -> Any:
         if not isinstance(a, Tensor) or not a.is_floating_point():
@@ -307,7 +304,7 @@ def _backward(
 
 
 def _objection(case: Case, backend: str, arguments: Arguments) -> str | None:
-    """Why a backend does not take a case, or None."""
+    """Why a backend cannot run a case, or None."""
     args, kwargs = arguments
     try:
         with kernels.backend(backend), torch.inference_mode():
@@ -318,7 +315,7 @@ def _objection(case: Case, backend: str, arguments: Arguments) -> str | None:
 
 
 def _ours_agrees(case: Case, make: Make, backend: str) -> bool:
-    """Whether a backend's numbers are the reference's, returned or left in the operands."""
+    """Whether a backend agrees with the reference, in its outputs and in modified operands."""
     results = []
     for name in (backend, "reference"):
         torch.manual_seed(0)
@@ -346,7 +343,7 @@ def _limit(
 
 
 def copied(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a copy reads and what it writes: together the bytes of the work."""
+    """Source and target of a copy that moves the bytes of the work."""
     source = torch.ones(max(1, work.bytes // 2), dtype=torch.uint8, device=device)
     return source, torch.zeros_like(source)
 
@@ -381,5 +378,5 @@ def _nchw(a: Any) -> Any:
 
 
 def said(error: Exception) -> str:
-    """An error in one short line."""
+    """An error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

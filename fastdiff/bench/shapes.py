@@ -1,7 +1,7 @@
-"""The shapes that the presets send through each op, read off a forward pass on the meta device.
+"""The shapes that presets pass to each op, recorded in a forward pass on the meta device.
 
-No shape is typed in: `Job.collect` runs a preset's network without data and notes what every public
-op of `fastdiff.kernels` is given.
+No shape is written by hand: `Job.collect` runs a preset's network without data and records the
+arguments of every public op of `fastdiff.kernels`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CONTEXT_TOKENS = 77  # Stable Diffusion's text encoder
 
 @dataclass(frozen=True)
 class Call:
-    """An op and the shapes of what it is given."""
+    """An op and the shapes of its arguments."""
 
     op: str
     tensors: tuple[Shape, ...]
-    """Of the positional tensors, in order."""
+    """Shapes of the positional tensors, in order."""
     options: tuple[tuple[str, Shape], ...] = ()
     """Names and shapes of the keyword tensors."""
 
@@ -42,9 +42,9 @@ class Call:
         return sum(torch.Size(s).numel() for s in (*self.tensors, *dict(self.options).values()))
 
     def at_batch(self, batch: int) -> Call:
-        """The same call of an evaluation of `batch` samples; this one's has one.
+        """The same call at batch size `batch`, given that this one has batch size 1.
 
-        Tensors of more than one dimension are per sample, the others are weights.
+        Tensors with more than one dimension are per sample, the others are weights.
         """
 
         def scaled(shape: Shape) -> Shape:
@@ -57,14 +57,14 @@ class Call:
         )
 
     def __str__(self) -> str:
-        """The first tensor, the keys of an attention to other tokens, the options."""
+        """The first tensor, the number of keys in cross-attention, and the options."""
         first, *others = self.tensors
         keys = f" to {others[0][1]}" if self.op == "attention" and others[0] != first else ""
         return f"{first}{keys}{''.join(f', {name}' for name, _ in self.options)}"
 
 
 def call_of(op: str, args: tuple[Any, ...]) -> Call:
-    """The call that these arguments of an op make; options are what its function takes by name."""
+    """The call with these arguments; options are the public function's keyword-only tensors."""
     parameters = inspect.signature(kernels.OPS[op].public).parameters
     given = zip(kernels.OPS[op].types, args, strict=False)  # without `keep`, the last one
     shapes = [(name, tuple(a.shape)) for name, a in given if isinstance(a, Tensor)]
@@ -76,7 +76,7 @@ def call_of(op: str, args: tuple[Any, ...]) -> Call:
 
 @contextmanager
 def wrapped(wrap: Callable[[str, Function], Function]) -> Iterator[None]:
-    """Put ``wrap(op, forward)`` in the place of every backend's forward pass."""
+    """Replace the forward pass of every backend by ``wrap(op, forward)``."""
     before = {name: op.backends for name, op in kernels.OPS.items()}
     for name, op in kernels.OPS.items():
         op.use({key: known.wrapped(partial(wrap, name)) for key, known in op.backends.items()})
@@ -104,7 +104,7 @@ def noting(calls: Counter[Call]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One evaluation of a preset's network: what an op's time is a share of."""
+    """One evaluation of a preset's network, in which each op has a share."""
 
     network: Literal["unet", "decoder"]
     preset: str
@@ -121,9 +121,9 @@ class Job:
     def build(
         self, device: str, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-        """The network, channels_last as `runtime.prepare` makes it, and what its forward takes.
+        """The network, channels_last like from `runtime.prepare`, and the inputs of its forward.
 
-        Weights and data are small random numbers: time does not depend on them.
+        Weights and data are small random numbers; the time does not depend on them.
         """
         with torch.device("meta"):
             if self.network == "unet":
@@ -165,7 +165,7 @@ class Job:
 
     @lru_cache  # noqa: B019 - the jobs are constants
     def collect(self) -> Counter[Call]:
-        """How often each op gets which shapes."""
+        """Count the calls of each op by their shapes."""
         calls: Counter[Call] = Counter()
         module, inputs = self.build("meta")
         with torch.device("meta"), torch.no_grad(), noting(calls):
@@ -173,7 +173,7 @@ class Job:
         return calls
 
     def largest(self, op: str) -> Call:
-        """The call of `op` with the most numbers in its tensors."""
+        """The call of `op` with the most elements in its tensors."""
         return max((c for c in self.collect() if c.op == op), key=lambda call: call.numbers)
 
 
@@ -183,7 +183,7 @@ JOBS = {
     "SD 1.5 U-Net": Job(network="unet", preset="sd1", size=64, batch=1),
     "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=32, batch=1),
 }
-"""The digits' batches are the blocks of runtime/blocks.py: 8 images, 16 rows when guided."""
+"""Batch sizes of the digits are the blocks of runtime/blocks.py: 8 images, 16 rows if guided."""
 
 
 GPU_JOBS = {
@@ -192,7 +192,7 @@ GPU_JOBS = {
     "KL-f8 decoder": Job(network="decoder", preset="kl-f8", size=64, batch=1),
     "ADM-256 U-Net": Job(network="unet", preset="adm-imagenet256", size=256, batch=8),
 }
-"""The batch is the one that is measured first: one guided image, one image, a batch of samples."""
+"""The batch sizes measured first: one guided image, one image, a batch of samples."""
 GPU_BATCHES = (1, 2, 8, 16)
 
 

@@ -1,4 +1,4 @@
-"""Every op's `Subject`, as the files of `fastdiff.bench.ops` declare them."""
+"""Collects the `Subject` of every op from the files of `fastdiff.bench.ops`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FILES = [
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject for file in _FILES for subject in getattr(file, "SUBJECTS", ())
 }
-"""Op -> its subject, of the ops that networks are made of."""
+"""Op -> its subject, for the ops that networks consist of."""
 NETWORK_OPS = tuple(SUBJECTS.values())
 
 
 def own_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
-    """The cases of ops that no network calls, which declare them themselves."""
+    """The cases of ops that no network calls; they declare their own."""
     found = [file.gpu_cases for file in _FILES if hasattr(file, "gpu_cases")]
     return [case for cases in found for case in cases(size, batches)]

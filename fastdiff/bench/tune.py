@@ -1,8 +1,8 @@
-"""The search for launch configs behind ``fastdiff tune``, and which file serves a GPU.
+"""The search for launch configs behind ``fastdiff tune``, and the files that apply to a GPU.
 
-For each (tunable, shape class, dtype) the config in use and the op's candidates are timed on the
-GPU at hand. A candidate that does not compile or does not fit is counted and left. The fastest one
-must give the results of the config in use before it is written to the user's cache.
+For each (tunable, shape class, dtype), the config in use and the op's candidates are timed on the
+current GPU. A candidate that does not compile or does not fit is counted and skipped. The fastest
+one must give the same results as the config in use before it is written to the user's cache.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from fastdiff.kernels.triton import INTERPRETED, recording_launches
 from fastdiff.kernels.tuning import Config, Gpu, Tuned, configs
 
 GAIN = 1.02
-"""How many times as fast a candidate must be to replace the config in use: less is noise."""
+"""Speedup that a candidate needs to replace the config in use; anything less is noise."""
 SMALL_S = 20e-6
-"""Calls below this take a CUDA graph: their launches would take longer than they do."""
+"""Calls shorter than this are timed in a CUDA graph, because their launches would take longer."""
 CASE_S = 0.05
 """Seconds of timed calls per candidate."""
-# Of the largest and of the root-mean-square number. Both configs round at other places only.
+# Relative to the largest and to the root-mean-square number: two configs only differ in rounding.
 TOLERANCE = {
     torch.float32: 64 * torch.finfo(torch.float32).eps,
     torch.float16: 4 * torch.finfo(torch.float16).eps,
@@ -67,22 +67,22 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the search of one case came to."""
+    """The result of searching one case."""
 
     case: Case
     before: Config
     """The config in use."""
     after: Config
-    """The fastest; the one in use if none is faster by `GAIN`."""
+    """The fastest config, or the one in use if none is faster by `GAIN`."""
     before_s: float
     after_s: float
     method: Method
     tried: int
-    """Candidates that were compiled and, where they could be, timed."""
+    """Candidates that were compiled and, if possible, timed."""
     left: int
-    """Candidates for which there was no time."""
+    """Candidates skipped for lack of time."""
     rejected: Counter[str] = field(default_factory=Counter)
-    """Reason -> how many candidates."""
+    """Reason -> number of candidates."""
 
     @property
     def gain(self) -> float:
@@ -94,10 +94,10 @@ def cases(
     dtypes: Sequence[torch.dtype] = (),
     shape_classes: Sequence[str] = (),
 ) -> list[Case]:
-    """What there is to tune; empty: all.
+    """The cases to tune; an empty argument selects all.
 
     Raises:
-        ValueError: an op or a shape class that is not there.
+        ValueError: unknown op or shape class, or a combination that does not exist.
     """
     for what, asked, known in (
         ("op", ops, list(TUNABLES)),
@@ -116,7 +116,9 @@ def cases(
         and (not shape_classes or shape_class in shape_classes)
     ]
     if not found:
-        raise ValueError("nothing to tune: these ops, dtypes and shape classes do not go together")
+        raise ValueError(
+            "nothing to tune: no case has this combination of ops, dtypes and shape classes"
+        )
     return found
 
 
@@ -129,7 +131,7 @@ def search(
     """Time the config in use, then the candidates in random order until the budget is spent.
 
     Raises:
-        RuntimeError: the config in use does not run (our bug, or the GPU has failed).
+        RuntimeError: the config in use does not run (a bug, or the GPU has failed).
     """
     end = time.monotonic() + budget_s
     before = configs.lookup(case.tunable, gpu, case.dtype, case.shape_class)
@@ -158,13 +160,13 @@ def search(
         if before_s / seconds < GAIN:
             break
         again = []
-        for chosen in (before, candidate):  # the best of many is lucky; clocks drift
+        for chosen in (before, candidate):  # time again: the best of many is lucky, clocks drift
             with configs.override_config(case.tunable, chosen, case.shape_class):
                 again.append(timer(call, method=method, budget_s=CASE_S).median_s)
         if again[0] / again[1] < GAIN:
             rejected["no faster when timed again"] += 1
         elif not same_results(case, before, candidate, device):
-            rejected["gives other results"] += 1
+            rejected["gives different results"] += 1
         else:
             after, (before_s, after_s) = candidate, again
             break
@@ -182,7 +184,7 @@ def search(
 
 
 def ordered_candidates(case: Case, before: Config) -> list[Config]:
-    """All candidates but the config in use; shuffled, so that a short search sees each kind."""
+    """All candidates except the config in use, shuffled so that a short search covers each kind."""
     listed = TUNABLES[case.tunable].candidates(case.shape_class, case.dtype)
     unique = {json.dumps(c, sort_keys=True): c for c in listed if c != before}
     candidates = list(unique.values())
@@ -191,19 +193,19 @@ def ordered_candidates(case: Case, before: Config) -> list[Config]:
 
 
 def _refusal(error: Exception) -> str | None:
-    """Why a candidate is not to be had; None for an error that no config should cause."""
+    """Why a candidate is rejected; None for an error that no config should cause."""
     names = {cls.__name__ for cls in type(error).__mro__}
     if "OutOfResources" in names:
         return "needs more than the GPU has"
     if names & {"CompilationError", "PTXASError", "PassManagerError", "MLIRError"}:
         return "does not compile"
     if "PassManager" in str(error) or "failed to legalize" in str(error):
-        return "does not compile"  # the compiler's plain RuntimeError
+        return "does not compile"  # raised by the compiler as a plain RuntimeError
     return None
 
 
 class _Filled(TorchDispatchMode):
-    """Uninitialised tensors get normal numbers, integers zeros: empty ones may hold NaN."""
+    """Fills uninitialized tensors, which may contain NaN, with normal numbers (integers: zeros)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +225,7 @@ class _Filled(TorchDispatchMode):
 
 
 def _prepared(case: Case, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
-    """The call that is timed, on random numbers that are the same each time, and its operands."""
+    """The call to time, on random numbers that are the same every time, and its operands."""
     tunable = TUNABLES[case.tunable]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -234,7 +236,7 @@ def _prepared(case: Case, device: torch.device) -> tuple[Callable[[], Any], list
 
 
 def same_results(case: Case, one: Config, other: Config, device: torch.device) -> bool:
-    """Whether two configs return the same, and leave the same in their operands."""
+    """Whether two configs give the same outputs and the same modified operands."""
     results = []
     for chosen in (one, other):
         call, operands = _prepared(case, device)
@@ -245,7 +247,7 @@ def same_results(case: Case, one: Config, other: Config, device: torch.device) -
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:
-    """Equal up to rounding; integers exactly."""
+    """Whether two tensors are equal up to rounding (integers: exactly)."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point():
@@ -275,11 +277,11 @@ def tune(
     report: Callable[[int, int], None] = lambda done, total: None,
     workers: int = 0,
 ) -> Iterator[Found]:
-    """`search` each case, within a share of the time that goes by its number of candidates.
+    """`search` each case, with a share of the time in proportion to its number of candidates.
 
     Args:
-        report: told (done, total) cases.
-        workers: processes that compile candidates ahead; 0: each is compiled when it is timed.
+        report: called with the numbers of finished and of all cases.
+        workers: processes that compile candidates in advance; 0: compile each when it is timed.
     """
     end = time.monotonic() + budget_s
     sizes = [1 + len(list(TUNABLES[c.tunable].candidates(c.shape_class, c.dtype))) for c in todo]
@@ -293,9 +295,9 @@ def tune(
 
 @contextlib.contextmanager
 def compiled_ahead(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> Iterator[None]:
-    """Fill triton's cache on disk in other processes, in the order in which `tune` will ask.
+    """Fill triton's disk cache in other processes, in the order in which `tune` needs candidates.
 
-    What they have not reached when it is asked for is compiled there and then.
+    A candidate that they have not reached in time is compiled when it is timed.
     """
     if not workers or INTERPRETED:
         yield
@@ -312,7 +314,7 @@ def compiled_ahead(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> Iterator[
 
 
 def compile_in_use(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> None:
-    """Compile the configs in use with all variants of their kernels, in several processes."""
+    """Compile all kernel variants with the configs in use, in several processes."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for case in todo:
@@ -321,12 +323,12 @@ def compile_in_use(todo: Sequence[Case], *, gpu: Gpu, workers: int) -> None:
 
 
 def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool = False) -> None:
-    """Compile what a config launches for an architecture, on meta tensors; nothing is run.
+    """Compile everything that a config launches for an architecture, on meta tensors.
 
-    Errors are left to those who run the kernel: they meet them again.
+    Errors are ignored here, because running the kernel raises them again.
 
     Args:
-        variants: all calls of the tunable, not only the one that is timed.
+        variants: compile all calls of the tunable, not only the one that is timed.
     """
     from triton.runtime import driver
 
@@ -345,7 +347,7 @@ def compile_one(case: Case, chosen: Config, architecture: str, *, variants: bool
 
 @dataclass
 class _NoDriver:
-    """What triton asks of a driver in order to compile."""
+    """The part of a triton driver that compilation needs."""
 
     architecture: str
 
@@ -363,7 +365,7 @@ class _NoDriver:
 
 
 def facts(gpu: Gpu) -> dict[str, Any]:
-    """What a measurement depends on."""
+    """The facts that a measurement depends on."""
     import triton
 
     return {
@@ -378,7 +380,7 @@ def facts(gpu: Gpu) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this package runs from; None for an installed one."""
+    """The commit of the checkout that this package runs from; None for an installed package."""
     folder = Path(fastdiff.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
@@ -390,15 +392,15 @@ def commit() -> str | None:
 
 
 def cache_file(gpu: Gpu) -> Path:
-    """The user's file for a GPU."""
+    """The user's file of configs for a GPU."""
     return configs.tuned_cache() / f"{gpu.slug}.json"
 
 
 def set_aside_broken(path: Path) -> Path | None:
-    """Rename a file that cannot be read as configs, so that a new one can take its place.
+    """Rename a file that is not a valid file of configs, so that a new one can replace it.
 
     Returns:
-        Its new name; None if nothing was wrong.
+        Its new name, or None if nothing was wrong.
     """
     if not path.exists():
         return None
@@ -413,10 +415,10 @@ def set_aside_broken(path: Path) -> Path | None:
 
 
 def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
-    """Add configs to a file, atomically. What the search did not touch stays.
+    """Add configs to a file, atomically. Entries that were not searched are kept.
 
     Raises:
-        ValueError: the file is there and cannot be read.
+        ValueError: the file exists but is not a valid file of configs.
     """
     old = configs.read_tuned(path) if path.exists() else None
     entries = {name: dict(keys) for name, keys in (old.configs if old else {}).items()}
@@ -426,7 +428,7 @@ def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
         entries.setdefault(one.case.tunable, {})[one.case.key] = one.after
     if old and old.measured and "backends" in old.measured:
         measured = {**measured, "backends": old.measured["backends"]}
-    if old and old.measured and kept:  # by earlier searches, unless by this one
+    if old and old.measured and kept:  # some entries come from earlier searches
         last = {name: fact for name, fact in old.measured.items() if name != "earlier"}
         earlier = old.measured.get("earlier", []) + ([last] if last != measured else [])
         measured = {**measured, **({"earlier": earlier} if earlier else {})}
@@ -435,13 +437,13 @@ def save(found: Iterable[Found], measured: dict[str, Any], path: Path) -> None:
 
 
 def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], path: Path) -> None:
-    """Add to a file, atomically, which backend `auto` tries first (kernels/tuning/measured.py).
+    """Add the backends that `auto` tries first to a file, atomically (kernels/tuning/measured.py).
 
     Args:
         fastest: op -> "dtype/shape class" -> backend.
 
     Raises:
-        ValueError: the file is there and cannot be read.
+        ValueError: the file exists but is not a valid file of configs.
     """
     old = configs.read_tuned(path) if path.exists() else None
     backends = {op: dict(keys) for op, keys in (old.backends if old else {}).items()}
@@ -457,7 +459,7 @@ def text_of(
     configs: dict[str, dict[str, Config]],
     backends: dict[str, dict[str, str]] | None = None,
 ) -> str:
-    """A file of configs, one line for each."""
+    """The text of a file of configs, one line per config."""
     text = f'{{\n "measured": {json.dumps(measured)},\n "configs": {_section(configs)}'
     return text + (f',\n "backends": {_section(backends)}' if backends else "") + "\n}\n"
 
@@ -473,11 +475,11 @@ def _section(entries: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{{\n{body}\n }}"
 
 
-# Which file serves a GPU
+# The files that apply to a GPU
 
 
 def describe(gpu: Gpu) -> list[str]:
-    """Which files of configs a GPU gets, in words."""
+    """Describe the files of configs that apply to a GPU, one line each."""
     lines = []
     for tuned in configs.tuned_files(gpu):
         count = sum(map(len, tuned.configs.values()))
@@ -486,7 +488,7 @@ def describe(gpu: Gpu) -> list[str]:
     if not any(tuned.measured for tuned in configs.tuned_files(gpu)):
         nearest = configs.nearest_architecture(gpu.architecture)
         lines.append(
-            f"no configs measured for this GPU: uses those of {nearest}, chosen without "
+            f"no configs measured for this GPU: using those of {nearest}, chosen without "
             "measurement; run 'fastdiff tune'"
         )
     return lines

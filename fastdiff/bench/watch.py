@@ -1,4 +1,4 @@
-"""The launches of CUDA kernels, and what each takes of its GPU."""
+"""Record the launches of CUDA kernels, and the resources that each uses."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from fastdiff.kernels.cuda import declare, function
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch and what it takes of its GPU, as CUDA's runtime tells it (csrc/launch.cuh)."""
+    """A launch and its resources, as the CUDA runtime reports them (csrc/cuda/launch.cuh)."""
 
     kernel: str
     """The C++ name, mangled."""
     blocks: int
     threads: int
-    """Of a block."""
+    """Threads per block."""
     cluster: int
-    """Blocks of a cluster; 1: without clusters."""
+    """Blocks per cluster; 1: no clusters."""
     registers: int
-    """Of a thread."""
+    """Registers per thread."""
     stack: int
-    """Bytes of a thread's memory: arrays that are indexed at run time, and spilled registers."""
+    """Bytes of local memory per thread: arrays indexed at run time, and spilled registers."""
     fixed_shared: int
-    """Bytes of a block's shared memory whose size stands in the source."""
+    """Bytes of static shared memory per block."""
     shared: int
-    """Bytes of a block's shared memory that the launch asks for."""
+    """Bytes of dynamic shared memory per block."""
     binary: int
-    """The architecture whose code runs: 90 is sm_90."""
+    """The architecture of the code that runs: 90 for sm_90."""
     resident: int
-    """Blocks that a multiprocessor has room for at a time."""
+    """Resident blocks per multiprocessor."""
     clusters: int
-    """Clusters that the GPU has room for at a time; 0 without clusters."""
+    """Resident clusters on the GPU; 0 without clusters."""
     multiprocessors: int
     most_threads: int
-    """Of a multiprocessor."""
+    """Most resident threads per multiprocessor."""
 
     @property
     def occupancy(self) -> float:
-        """Threads a multiprocessor has room for, as a share of the most it can have."""
+        """Resident threads as a share of the most that a multiprocessor can have."""
         return self.resident * self.threads / self.most_threads
 
 
@@ -53,13 +53,16 @@ declare("seen", "qqpp")
 
 @contextmanager
 def watched(*, start: bool = True) -> Iterator[list[Launch]]:
-    """The launches of the CUDA kernels inside the block; the list is filled at its end.
+    """Record the launches of CUDA kernels inside the block; the list is filled when it exits.
 
-    start: False asks what launches would take and starts no kernel: results stay unwritten.
-    Backward passes run on the calling thread inside the block, since each thread has its own list.
+    Args:
+        start: False records the launches without starting kernels, so outputs are not written.
+
+    Backward passes run on the calling thread inside the block, because each thread has its own
+    record.
 
     Raises:
-        RuntimeError: there are no CUDA kernels here.
+        RuntimeError: there are no CUDA kernels.
     """
     watch, seen = function("watch"), function("seen")
     found: list[Launch] = []

@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 
 from fastdiff.checkpoint.weights import Sources, Weights, empty_model
+from fastdiff.files import printable
 
 Place = tuple[str, nn.Module, str]
 """Our prefix, our module, their prefix."""
 Layers = Mapping[type[nn.Module], Mapping[str, tuple[str, ...]]]
 """Our layer inside a block -> theirs; what is not named is called the same."""
+LISTED = 3
+"""Tensors that a message names, of each kind of mistake."""
 
 
 def source_names(places: Iterable[Place], layers: Layers) -> Sources:
@@ -45,23 +48,27 @@ def check_names(
     """Raise unless the file has exactly the tensors that the model needs, in their shapes.
 
     Raises:
-        ValueError: keys are unknown, missing or of the wrong shape; all of them are listed.
+        ValueError: keys are unknown, missing or of the wrong shape; the first of each are listed.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert sources.keys() == ours.keys(), sources.keys() ^ ours.keys()
     needed = {key for keys in sources.values() for key in keys}
-    problems = [f"{key} is unknown" for key in sorted(shapes.keys() - needed)]
-    problems += [f"{key} is missing" for key in sorted(needed - shapes.keys())]
+    unknown = [f"{printable(key)} is unknown" for key in sorted(shapes.keys() - needed)]
+    missing = [f"{key} is missing" for key in sorted(needed - shapes.keys())]
+    misshapen = []
     for name, keys in sources.items():
         if not all(key in shapes for key in keys):
             continue
         got = _stacked([shapes[key] for key in keys], len(ours[name]))
         if got != ours[name]:
-            problems.append(f"{' + '.join(keys)} has shape {got}, expected {ours[name]}")
-    if problems:
+            misshapen.append(f"{' + '.join(keys)} has shape {got}, expected {ours[name]}")
+    kinds = (unknown, missing, misshapen)
+    if listed := [problem for problems in kinds for problem in problems[:LISTED]]:
+        more = sum(map(len, kinds)) - len(listed)
         raise ValueError(
             f"{f'{file}: ' * bool(file)}these are not the weights of this {type(model).__name__}: "
-            f"{'; '.join(problems)}; check that the config and the weights belong together"
+            f"{'; '.join(listed)}{f'; and {more} more' * bool(more)}; check that the config and "
+            "the weights belong together"
         )
 
 

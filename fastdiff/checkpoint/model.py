@@ -15,6 +15,7 @@ from torch import nn
 from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.configs import to_dict
 from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.files import message_line
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import TextEncoder
@@ -146,7 +147,7 @@ class Model:
             facts = ", ".join((" " if flags else "=").join(pair) for pair in pairs)
             lines.append(f"assumed: {facts} (the files do not say; give what is wrong yourself)")
         if (reason := self.provenance.get("no_sampler")) is not None:
-            lines.append(f"sampler: not supported: {reason}")
+            lines.append(f"sampler: not supported: {message_line(reason, 200)}")
         if plain := self.provenance.get("without variant"):
             lines.append(f"without variant: {', '.join(plain)}")
         return lines

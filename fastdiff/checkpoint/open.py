@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib
@@ -20,6 +21,7 @@ from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
 from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.files import REFUSALS, put_in_one_line
 
 PathLike = str | os.PathLike[str]
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -175,6 +177,7 @@ def load(
             OpenAI's guided-diffusion or improved-diffusion, or a port of DDPM; a bundle's or a
             training run's folder, or a shipped bundle's name.
         dtype: what floating-point weights become; None: what each model mostly has in its file.
+        device: where the weights are read to.
         progress: called as progress(tensor, bytes) after each tensor.
         vae: a file or folder whose autoencoder is used, for a model without one or instead of its
             own.
@@ -212,7 +215,15 @@ def load(
         device=device,
         progress=progress,
     )
-    model = _open(Path(path), loading)
+    try:
+        return _open_whole(Path(path), loading)
+    except REFUSALS as error:
+        put_in_one_line(error)
+        raise
+
+
+def _open_whole(path: Path, loading: Loading) -> Model:
+    model = _open(path, loading)
     if loading.options.vae is not None:
         model = _with_autoencoder(model, loading.options.vae, loading)
     loading.check_decided(model.path)
@@ -237,7 +248,20 @@ def _open(path: Path, loading: Loading) -> Model:
             f"{path} is missing; give a file, a folder, or the name of a shipped model "
             f"({', '.join(shipped_bundles())})"
         )
-    return recognise(source).open(source, loading)
+    layout = recognise(source)
+    with _naming(source if isinstance(source, Path) else source.path):
+        return layout.open(source, loading)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path before what is wrong with its names or shapes."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def shipped_bundles() -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from fastdiff.diffusion.samplers import Spacing, Variance
+from fastdiff.diffusion.samplers import Variance
 from fastdiff.diffusion.schedules import (
     NoiseSchedule,
     ScheduleConfig,
@@ -205,7 +205,7 @@ class SamplerSettings:
         spacing, offset = self._spacing(schedule, steps)
         return {**options, "spacing": spacing, "steps_offset": offset}
 
-    def _spacing(self, schedule: NoiseSchedule, steps: int) -> tuple[Spacing | list[float], int]:
+    def _spacing(self, schedule: NoiseSchedule, steps: int) -> tuple[str | list[float], int]:
         total = schedule.num_timesteps
         offset = self.steps_offset if self.spacing == "leading" else 0
         if self.sigmas is not None:

@@ -105,7 +105,7 @@ def open_clip_as_clip(weights: Weights, *, projection: bool) -> Weights:
                 places[f"{_block(block)}.self_attn.{name}.{leaf}"] = replace(part, offset=offset)
         else:
             places[_clip_name(key)] = place
-    return Weights(weights.path, places, weights.facts)
+    return Weights(weights.path, places, weights.facts, weights.checked)
 
 
 def _clip_name(key: str) -> str:
@@ -138,13 +138,25 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            kind = transformers.CLIPTokenizer
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+        _try_tokenizer(tokenizer)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{folder}: no CLIP tokenizer can be read there ({reason:.200}); give a folder with "
             "vocab.json and merges.txt"
         ) from error
+    return tokenizer
+
+
+def _try_tokenizer(tokenizer: Any) -> None:
+    """Use it once: transformers looks at some of a tokenizer's options only then."""
+    ids = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids.append(getattr(tokenizer, name))
+    if not all(type(number) is int and number >= 0 for number in ids):
+        raise ValueError(f"expected ids of 'a', of begin, end and padding, got {ids}")
 
 
 def _plain(weights: Weights) -> Weights:
@@ -211,7 +223,19 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loa
 
 
 def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:
-    """What of an encoder's output its U-Net was trained on."""
+    """What of an encoder's output its U-Net was trained on.
+
+    Raises:
+        ValueError: the tokenizer has tokens that the encoder does not know.
+    """
+    if tokenizer is not None:
+        config: Any = model.config
+        highest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id])
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has tokens up to {highest}, the text encoder knows "
+                f"{config.vocab_size}; use the tokenizer that belongs to it"
+            )
     pooled = type(model).__name__ == "CLIPTextModelWithProjection"
     return TextEncoder(
         model=model, tokenizer=tokenizer, skip=int(xl), final_norm=not xl, pooled=xl and pooled

@@ -36,6 +36,7 @@ COMMANDS = {
     "info": "what a model folder, a run folder or a PNG holds",
     "tune": "search the launch configs of the Triton kernels on this machine's GPU",
     "doctor": "versions, devices, compilers, and which backend serves each op",
+    "completion": "print a script that completes commands and options in bash, zsh or fish",
 }
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -137,7 +138,9 @@ def _users_mistake(error: Exception) -> str | None:
 
 
 def _complain(message: str) -> None:
-    print(f"fastdiff: {message}", file=sys.stderr, flush=True)
+    from fastdiff.files import message_line
+
+    print(f"fastdiff: {message_line(message)}", file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
 from fastdiff.cli.options import Command, Compute, LoadOptions
+from fastdiff.files import one_line_errors
 from fastdiff.generate.job import (
     PICTURES,
     ClassJob,
@@ -121,6 +122,7 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text[:40]
 
 
+@one_line_errors()
 def original(command: str, like: str) -> Original:
     """The picture that --like names.
 
@@ -148,6 +150,7 @@ def original(command: str, like: str) -> Original:
     return Original(path, recipe, data)
 
 
+@one_line_errors()
 def foreign(command: str, like: str) -> TextJob | None:
     """The job of a picture that a web UI made, as far as it means the same here; None if the file
     is not such a picture. What is left out is said in a warning.
@@ -182,6 +185,7 @@ def foreign_options(made: TextJob, command: type[Any], job: type[Any]) -> Any:
     return command(model=tyro.MISSING, job=_as_options(job, made))
 
 
+@one_line_errors()
 def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> Any:
     """The options that made a picture.
 

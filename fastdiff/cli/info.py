@@ -13,6 +13,10 @@ import tyro
 from fastdiff.cli.console import print_pairs
 from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import parse
+from fastdiff.files import printable
+
+MAX_VALUE = 2000
+"""Characters of a value that are shown; --json has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             lines += _flat(value, f"{prefix}{name}.")
         else:
-            lines.append((f"{prefix}{name}", _text(value)))
+            lines.append((printable(f"{prefix}{name}"), printable(_text(value), MAX_VALUE)))
     return lines
 
 

@@ -19,7 +19,7 @@ from fastdiff.files import remove_leftovers
 if TYPE_CHECKING:
     import torch
 
-BackendName = Literal["auto", "reference", "triton", "cuda", "cpu"]
+BackendName = Literal["auto", "reference", "triton", "cuda", "library", "cpu"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 BLOCK_BYTES = 4096
 """What the smallest file takes on a usual disk."""

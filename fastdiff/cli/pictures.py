@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastdiff.generate.facts import Facts
     from fastdiff.generate.job import Job
     from fastdiff.generate.run import Result
+    from fastdiff.generate.session import Session
 
 LARGE = 2**28
 """Bytes of files from which on a model is looked at before its numbers are read."""
@@ -129,10 +130,6 @@ def run(
         if options.output.preview:
             _keep([*inputs, *([original.path] if original else [])], out / PREVIEW)
         plan = _Plan(options, wanted, models, again)
-        if len(plan.there) == wanted.total:
-            print(plan.there[wanted.total - 1])
-            print(f"{wanted.total:,} of {wanted.total:,} exist, made with this very recipe before")
-            return 0
         path, shown, last = _make(options, plan, models, work.clock)
         code, compared = 0, list[tuple[str, str]]()
         if again is not None:
@@ -142,6 +139,10 @@ def run(
             with work.clock("write"):
                 recipe = recipe_of(options, last.recipe)
                 path = report.save_sheet(out / SHEET, shown, wanted, recipe, last)
+    if len(plan.there) == wanted.total:
+        print(plan.there[wanted.total - 1])
+        print(f"{wanted.total:,} of {wanted.total:,} exist, made with this very recipe before")
+        return 0
     report.summary(path, wanted, last, len(plan.there), [*compared, *work.report()])
     return code
 
@@ -163,32 +164,49 @@ class _Plan:
     ) -> None:
         out = options.output.out
         self.wanted = wanted
+        self._sessions = _sessions(models)
         self.paths = [out / f"{stem}.png" for stem, _ in wanted]
         self.there: dict[int, Path] = {}
         if again is not None:  # to be compared, it is made again
             self.paths = [out / f"{again.path.stem}-again.png"]
             return
         for number, (path, (_, job)) in enumerate(zip(self.paths, wanted, strict=True)):
-            if path.exists() and (place := _find(path, options, job, models)) is not None:
+            if path.exists() and (place := self._find(path, options, job)) is not None:
                 self.there[number] = place
 
     def jobs(self) -> Iterator[Job]:
         """Of the images that are not there."""
         return (job for number, (_, job) in enumerate(self.wanted) if number not in self.there)
 
+    def result(self, number: int) -> Result:
+        """Of an image that is there, as if it had just been made."""
+        from fastdiff.generate.facts import check
+        from fastdiff.generate.run import Result
+        from fastdiff.images import read_image
 
-def _find(
-    path: Path, options: Command, job: Job, models: tuple[Model, Model | None]
-) -> Path | None:
-    from fastdiff.generate.facts import check
-    from fastdiff.generate.recipe import write_recipe
+        session, refiner = self._sessions
+        row, column = divmod(number, len(self.wanted.columns))
+        _, job = self.wanted.job(row, self.wanted.columns[column])
+        picture = read_image(self.there[number])
+        grey = session.model.image_channels == 1
+        job = check(job, session.facts)
+        image = picture[:1] if grey else picture
+        return Result(job=job, image=image, session=session, refiner=refiner)
+
+    def _find(self, path: Path, options: Command, job: Job) -> Path | None:
+        from fastdiff.generate.facts import check
+        from fastdiff.generate.recipe import write_recipe
+        from fastdiff.images import find_png
+
+        session, refiner = self._sessions
+        recipe = write_recipe(check(job, session.facts), session, refiner)
+        return find_png(path, recipe_of(options, recipe))
+
+
+def _sessions(models: tuple[Model, Model | None]) -> tuple[Session, Session | None]:
     from fastdiff.generate.session import Session
-    from fastdiff.images import find_png
 
-    session = Session.of(models[0])
-    refiner = None if models[1] is None else Session.of(models[1])
-    recipe = write_recipe(check(job, session.facts), session, refiner)
-    return find_png(path, recipe_of(options, recipe))
+    return Session.of(models[0]), None if models[1] is None else Session.of(models[1])
 
 
 def _load(options: Command, refiner: Path | None, **machine: Any) -> tuple[Model, Model | None]:
@@ -271,7 +289,7 @@ def _make(
     from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS, preview_writer
     from fastdiff.generate.run import generate
     from fastdiff.generate.webui import to_parameters
-    from fastdiff.images import add_png, read_image
+    from fastdiff.images import add_png
 
     (model, refiner), out = models, options.output.out
     preview = preview_writer(model, out / PREVIEW) if options.output.preview else None
@@ -288,17 +306,16 @@ def _make(
         )
         for number, place in enumerate(plan.paths):
             row, column = divmod(number, len(plan.wanted.columns))
-            if number in plan.there:
-                path = plan.there[number]
-                image = read_image(path) * 2 - 1
-            else:
+            in_sheet = row < SHEET_ROWS and column < SHEET_COLUMNS
+            if number not in plan.there:
                 result = next(results)
-                image = result.image
                 with clock("write"):
                     recipe = recipe_of(options, result.recipe)
-                    path = add_png(place, image, recipe, parameters=to_parameters(recipe))
-            if row < SHEET_ROWS and column < SHEET_COLUMNS:
-                shown.append(image)
+                    path = add_png(place, result.image, recipe, parameters=to_parameters(recipe))
+            elif in_sheet or number == len(plan.paths) - 1:
+                path, result = plan.there[number], plan.result(number)
+            if in_sheet:
+                shown.append(result.image)
     return path, shown, result
 
 

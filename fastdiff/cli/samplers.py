@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastdiff.cli.console import print_numbers, print_pairs
-from fastdiff.cli.parsing import OptionalFloat, OptionalPath, one_of, parse
-from fastdiff.names import Prediction, ScheduleKind, Spacing
+from fastdiff.cli.parsing import (
+    OptionalFloat,
+    OptionalInt,
+    OptionalName,
+    OptionalPath,
+    one_of,
+    parse,
+)
+from fastdiff.diffusion.respacing import check_spacing, respacing_steps
+from fastdiff.names import Prediction, ScheduleKind
 
 if TYPE_CHECKING:
     from fastdiff.diffusion.samplers import SamplerTable
 
+DEFAULT_STEPS = 10
 COLUMNS_LEGEND = """\
 x0 = u x + v F from the network's output F; then x <- a x + b x0 + c1 h1 + c2 h2 + c3 h3 + s noise,
 and where slot is not -1: h[slot] <- p x + q x0. sigma is the noise per signal, w the guidance."""
@@ -31,7 +40,7 @@ class Samplers:
     Examples:
       fastdiff samplers
       fastdiff samplers dpmpp-2m --steps 20 --spacing karras
-      fastdiff samplers ddim heun dpmpp-2m-sde --steps 20 --plot out/samplers.png
+      fastdiff samplers ddim heun fastdpm --steps 20 --plot out/samplers.png
     """
 
     names: Annotated[
@@ -39,10 +48,12 @@ class Samplers:
         tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint=""),
     ] = ()
     """Samplers to show."""
-    steps: int = 10
-    """Steps from noise to image."""
-    spacing: Spacing = "trailing"
-    """Where the steps lie among the training timesteps, or among the noise levels."""
+    steps: OptionalInt = None
+    """Steps from noise to image; as many as a spacing such as 10,15,20 has, or 10, if left out."""
+    spacing: OptionalName = None
+    """Where the steps lie: trailing, leading, linspace, simple, karras, exponential, FastDPM's
+    var-linear, var-quadratic, step-linear, step-quadratic, or IDDPM's strings such as 10,15,20 and
+    ddim50; the sampler's own if left out."""
     schedule: ScheduleKind = "scaled_linear"
     """The noise a model was trained with; "scaled_linear" is Stable Diffusion's."""
     prediction: Prediction = "eps"
@@ -53,6 +64,17 @@ class Samplers:
     """Weight of classifier-free guidance; 1: no guidance."""
     plot: OptionalPath = None
     """Draw instead of print: a PNG, SVG or PDF file."""
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None:
+            check_spacing(self.spacing)
+
+    @property
+    def total(self) -> int:
+        """The number of steps."""
+        if self.steps is not None:
+            return self.steps
+        return (self.spacing and respacing_steps(self.spacing)) or DEFAULT_STEPS
 
 
 def main(words: Sequence[str]) -> int:
@@ -98,7 +120,7 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
     return build_table(
         name,
         NoiseSchedule(config),
-        options.steps,
+        options.total,
         prediction=options.prediction,
         spacing=options.spacing,
         guidance_scale=options.guidance_scale,

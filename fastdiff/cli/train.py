@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 import tyro
 
 from fastdiff.cli.parsing import OptionalName, OptionalPath, UsageError, one_of, option_value, parse
+from fastdiff.files import one_line_errors
 
 if TYPE_CHECKING:
     from fastdiff.training import AutoencoderRun, DiffusionRun
@@ -151,6 +152,7 @@ def _for_data(run: RunT, words: Sequence[str]) -> RunT:
     return for_data(run, data)
 
 
+@one_line_errors()
 def _read(kind: type[RunT], path: Path) -> RunT:
     path = path / "config.json" if path.is_dir() else path
     try:

@@ -9,6 +9,7 @@ from fastdiff.data.digits import digits_split, open_digits
 from fastdiff.data.folder import describe_folder, open_folder
 from fastdiff.data.order import DataOrder, derive_seed, generator
 from fastdiff.data.shards import open_shards
+from fastdiff.files import one_line_errors
 
 __all__ = [
     "AugmentConfig",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 
+@one_line_errors()
 def open_dataset(config: DataConfig) -> ImageDataset:
     """Read the images that `config` describes."""
     openers = {"digits": open_digits, "folder": open_folder, "shards": open_shards}

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.files import printable
+
 _NAMED_IN_WARNING = 10
 
 
@@ -22,6 +24,9 @@ class Skipped:
 
     name: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.name)} ({printable(self.reason, 200)})"
 
 
 @dataclass
@@ -137,7 +142,7 @@ def report(skipped: list[Skipped], where: str) -> None:
     """Warn once, with the number and names of the skipped files."""
     if not skipped:
         return
-    named = "; ".join(f"{item.name} ({item.reason})" for item in skipped[:_NAMED_IN_WARNING])
+    named = "; ".join(map(str, skipped[:_NAMED_IN_WARNING]))
     rest = len(skipped) - _NAMED_IN_WARNING
     more = f"; and {rest} more" if rest > 0 else ""
     files = "file" if len(skipped) == 1 else "files"

@@ -55,18 +55,41 @@ def variational_bound(
     *,
     bin_width: float,
 ) -> Tensor:
-    """The bound's term L_t with learned variance, in bits per dimension (IDDPM eq. 4-6).
+    """`bound_term` of a network that learns its variance (IDDPM eq. 4-6 and 15).
 
-    For t > 0 the KL divergence from q(x_{t-1} | x_t, x0) to the model's normal distribution, whose
-    log variance interpolates between beta-tilde and beta (eq. 15); for t = 0 the likelihood of x0's
-    bin (DDPM eq. 13). L_hybrid = simple_loss + 0.001 * L_vlb (eq. 16) detaches `denoised`, so that
-    only the variance learns from the bound; averaged over uniform t, multiply by T to get the whole
-    sum.
+    L_hybrid = simple_loss + 0.001 * L_vlb (eq. 16) detaches `denoised`, so that only the variance
+    learns from the bound; averaged over uniform t, multiply by T to get the whole sum.
+
+    Args:
+        variance: (N, ...), the second half of the network's channels, -1 to 1.
+        schedule, x0, x, denoised, t, bin_width: as in `bound_term`.
+
+    Returns (N,).
+    """
+    dtype = torch.promote_types(torch.float32, x.dtype)
+    log_variance = learned_log_variance(schedule, variance.to(dtype), t)
+    return bound_term(schedule, x0, x, denoised, log_variance, t, bin_width=bin_width)
+
+
+def bound_term(
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    x: Tensor,
+    denoised: Tensor,
+    log_variance: Tensor,
+    t: Tensor,
+    *,
+    bin_width: float,
+) -> Tensor:
+    """The bound's term L_t, in bits per dimension (DDPM eq. 5, IDDPM eq. 4-6).
+
+    For t > 0 the KL divergence from q(x_{t-1} | x_t, x0) to the model's normal distribution; for
+    t = 0 minus the log likelihood of x0's bin (DDPM eq. 13).
 
     Args:
         x0, x: (N, ...), clean in [-1, 1] and noisy at t. Computed in fp32 (fp64 stays).
         denoised: (N, ...), the network's estimate of x0.
-        variance: (N, ...), the second half of the network's channels, -1 to 1.
+        log_variance: of the model's distribution, any shape that broadcasts against x.
         t: (N,), int64.
         bin_width: distance between two grey levels of x0; 2 / 255 for 8 bits in [-1, 1].
 
@@ -75,10 +98,9 @@ def variational_bound(
     if not bin_width > 0:
         raise ValueError(f"bin_width must be positive, got {bin_width}; 8-bit images have 2 / 255")
     dtype = torch.promote_types(torch.float32, x.dtype)
-    x0, x, denoised, variance = (a.to(dtype) for a in (x0, x, denoised, variance))
+    x0, x, denoised, log_variance = (a.to(dtype) for a in (x0, x, denoised, log_variance))
     true_mean, _, true_log_variance = schedule.posterior(x, x0, t)
     mean, _, _ = schedule.posterior(x, denoised, t)
-    log_variance = learned_log_variance(schedule, variance, t)
 
     divergence = 0.5 * (
         log_variance

@@ -21,42 +21,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastdiff.diffusion.guidance import GuidanceConfig
+from fastdiff.diffusion.levels import CLEAN, Level, final_level, spaced_levels
 from fastdiff.diffusion.predictions import to_denoised
-from fastdiff.diffusion.schedules import (
-    NoiseSchedule,
-    sigma_spacing,
-    timestep_spacing,
-)
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.kernels import COLUMNS
-from fastdiff.names import SPACINGS, Prediction, TimestepSpacing
+from fastdiff.names import Prediction
 
 NO_SLOT = -1
 COLUMN = {column.name: int(column) for column in COLUMNS}
-Spacing = Literal["leading", "trailing", "linspace", "simple", "karras", "exponential"]
 Variance = Literal["fixed_small", "fixed_large", "learned"]
-
-
-@dataclass(frozen=True)
-class Level:
-    """A noise level: x = alpha * x0 + sigma * n at timestep t (real; -1 for the clean image)."""
-
-    t: float
-    alpha: float
-    sigma: float
-
-    @property
-    def ve_sigma(self) -> float:
-        """sigma / alpha: the noise level of Karras et al. 2022; inf where no signal is left."""
-        return self.sigma / self.alpha if self.alpha else math.inf
-
-
-CLEAN = Level(-1.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +180,15 @@ def ddim(levels: Sequence[Level], *, eta: float = 0.0) -> list[Row]:
         a = math.sqrt(max(to.sigma**2 - s**2, 0.0)) / now.sigma  # eps_hat = (x - alpha * D) / sigma
         rows.append(Row(at=now, step=step, a=a, b=to.alpha - now.alpha * a, s=s))
     return rows
+
+
+def fastdpm(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
+    """FastDPM (Kong and Ping 2021): DDIM's update at VAR or STEP noise levels; eta is kappa.
+
+    eta = 1 is DDPM-rev, 0 DDIM-rev. The levels are the spacing's: "var-linear", "var-quadratic",
+    "step-linear" or "step-quadratic" (`fastdiff.diffusion.fastdpm`).
+    """
+    return ddim(levels, eta=eta)
 
 
 def euler(levels: Sequence[Level]) -> list[Row]:
@@ -358,9 +346,12 @@ SAMPLERS: dict[str, Callable[..., list[Row]]] = {
     "plms": plms,
     "dpmpp-2m": dpmpp_2m,
     "dpmpp-2m-sde": dpmpp_2m_sde,
+    "fastdpm": fastdpm,
 }
 NEEDS_SIGNAL = ("heun", "plms")
 """Samplers whose formulas divide by alpha at every level."""
+SPACING_OF = {"fastdpm": "var-linear"}
+"""Samplers with a default spacing of their own; the others' is "trailing"."""
 
 
 # --- from a name to a table ---
@@ -372,7 +363,7 @@ def build_table(
     steps: int,
     *,
     prediction: Prediction = "eps",
-    spacing: Spacing | Sequence[float] = "trailing",
+    spacing: str | Sequence[float] | None = None,
     steps_offset: int = 0,
     final: Literal["zero", "sigma_min"] = "zero",
     start: int = 0,
@@ -391,8 +382,10 @@ def build_table(
         steps: steps from noise to image; `len(table)` is the number of network evaluations.
         prediction: what the network returns.
         spacing: where the steps lie: timesteps "trailing", "leading" (with `steps_offset`),
-            "linspace", "simple", noise levels "karras", "exponential", or the timesteps themselves,
-            descending reals.
+            "linspace", "simple", noise levels "karras", "exponential", FastDPM's "var-linear",
+            "var-quadratic", "step-linear", "step-quadratic", a respacing string of IDDPM such as
+            "10,15,20" or "ddim50", or the timesteps themselves, descending reals. None: the
+            sampler's own, "trailing" but for fastdpm.
         final: end at the clean image, or at the noise of t = 0 (diffusers' final_sigmas_type; its
             set_alpha_to_one=False).
         start, stop: of the steps, do [start, stop) only: from a sample that has been noised to the
@@ -402,8 +395,8 @@ def build_table(
             (diffusers' DDIM keeps the unclamped eps_hat unless use_clipped_model_output).
         guidance_scale, guidance_rescale, guidance_interval: see GuidanceConfig; the interval counts
             steps.
-        options: the sampler's own: eta (ddim, euler-ancestral, dpmpp-2m-sde), variance (ddpm),
-            lower_order_final (dpmpp-2m, dpmpp-2m-sde). None means the sampler's default.
+        options: the sampler's own: eta (ddim, fastdpm, euler-ancestral, dpmpp-2m-sde), variance
+            (ddpm), lower_order_final (dpmpp-2m, dpmpp-2m-sde). None means the sampler's default.
 
     Raises:
         ValueError: an unknown name or option, steps out of range, or a spacing, prediction or
@@ -421,13 +414,14 @@ def build_table(
         )
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp must be positive, got {clamp}; 1 fits images, None is no clamp")
+    spacing = SPACING_OF.get(name, "trailing") if spacing is None else spacing
     levels = spaced_levels(schedule, steps, spacing, steps_offset=steps_offset)
     if levels[0].alpha == 0 and name in NEEDS_SIGNAL:
         raise ValueError(
             f"sampler {name!r} divides by alpha, which is 0 at t = {levels[0].t:g} of this "
             "zero-terminal-SNR schedule; use 'ddim' or 'dpmpp-2m', or spacing 'leading'"
         )
-    levels.append(_final_level(schedule, final))
+    levels.append(final_level(schedule, final))
     stop = steps if stop is None else stop
     if not 0 <= start <= stop <= steps:
         raise ValueError(
@@ -514,63 +508,6 @@ def _columns(
         "RESCALE": rescale if weight != 1 else 0.0,
     }
     return [values.get(name, 0.0) for name in COLUMN]
-
-
-def spaced_levels(
-    schedule: NoiseSchedule,
-    steps: int,
-    spacing: Spacing | Sequence[float],
-    *,
-    steps_offset: int = 0,
-) -> list[Level]:
-    """The noise levels of the steps, the noisiest first, without the one to end at."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}; 20 to 50 are usual")
-    last = schedule.num_timesteps - 1
-    if not isinstance(spacing, str):
-        timesteps = [float(t) for t in spacing]
-        if len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
-            raise ValueError(
-                f"timesteps given as spacing must be {steps} descending numbers, one per step, "
-                f"got {len(timesteps)}: {timesteps[:4]}..."
-            )
-    elif spacing in ("karras", "exponential"):
-        if steps_offset:
-            raise ValueError(
-                f"steps_offset is for spacing 'leading', got {steps_offset} with "
-                f"{spacing!r}; leave it out"
-            )
-        ends = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (0, last))
-        sigmas = sigma_spacing(spacing, steps, *ends)
-        ts = schedule.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
-        return [
-            Level(t, 1 / math.hypot(1, s), s / math.hypot(1, s))
-            for t, s in zip(ts, sigmas, strict=True)
-        ]
-    elif spacing in SPACINGS:
-        kind = cast(TimestepSpacing, spacing)
-        whole = timestep_spacing(kind, steps, schedule.num_timesteps, offset=steps_offset)
-        timesteps = [float(t) for t in whole]
-    else:
-        raise ValueError(
-            f"unknown spacing {spacing!r}; expected one of {', '.join(SPACINGS)}, or timesteps"
-        )
-    return _levels_at(schedule, timesteps)
-
-
-def _levels_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[Level]:
-    t = torch.tensor(timesteps, dtype=torch.float64)
-    alphas, sigmas = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
-    return [Level(*numbers) for numbers in zip(timesteps, alphas, sigmas, strict=True)]
-
-
-def _final_level(schedule: NoiseSchedule, final: str) -> Level:
-    if final == "zero":
-        return CLEAN
-    if final != "sigma_min":
-        raise ValueError(f"unknown final {final!r}; expected one of zero, sigma_min")
-    # The last step of "leading" without an offset is there already and then goes nowhere.
-    return _levels_at(schedule, [0.0])[0]
 
 
 def _options(name: str, options: dict[str, float | str | bool | None]) -> dict[str, object]:

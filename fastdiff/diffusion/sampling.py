@@ -37,20 +37,18 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What callbacks are given after a step.
-
-    Attributes:
-        done, total: rows of tables taken so far, and in all; see the function that calls back.
-        samples: which of the call's samples these are.
-        x: (n, *shape), the noisy samples; the next row may overwrite them.
-        denoised: (n, *shape), the row's estimate D of the clean ones.
-    """
+    """What callbacks are given after a step."""
 
     done: int
+    """Rows of tables taken so far; see the function that calls back."""
     total: int
+    """Rows of tables in all."""
     samples: Sequence[int]
+    """Which of the call's samples these are."""
     x: Tensor
+    """(n, *shape), the noisy samples; the next row may overwrite them."""
     denoised: Tensor
+    """(n, *shape), the row's estimate D of the clean samples."""
 
 
 OnStep = Callable[[Step], None]

@@ -138,7 +138,8 @@ class NoiseSchedule:
     """alpha, sigma and signal-to-noise ratio at any real timestep, from a config or from betas.
 
     Attributes:
-        betas, alphas_cumprod: (T,), fp64, on the CPU.
+        betas: (T,), fp64, on the CPU, as the others.
+        alphas_cumprod: (T,).
         posterior_variance: (T,), beta-tilde of DDPM eq. 7; 0 at t = 0.
         posterior_log_variance_clipped: (T,), its log, the first replaced by the second, since log 0
             is not finite (IDDPM's code; DDPM section 3.2 leaves it open).

@@ -1,7 +1,12 @@
-"""From jobs to images. `fastdiff.generate(model, jobs)` is a call of this package."""
+"""From jobs to images.
+
+The package can be called: `fastdiff.generate(model, jobs)` does the jobs and yields a `Result` for
+each, in their order. `fastdiff.generate.run.generate` documents the arguments.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -23,6 +28,13 @@ class _Callable(types.ModuleType):
         from fastdiff.generate.run import generate
 
         return generate(*args, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's, for `inspect.signature`, editors and IPython's ``?``."""
+        from fastdiff.generate.run import generate
+
+        return inspect.signature(generate)
 
 
 sys.modules[__name__].__class__ = _Callable

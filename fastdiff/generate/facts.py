@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.respacing import respacing_steps
 from fastdiff.generate.job import (
     CHECKPOINT,
     DEFAULT_SAMPLER,
@@ -262,7 +263,8 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
     clamp = 1.0 if facts.pixels and facts.published and not named else None
     defaults: dict[str, Any] = {
         "sampler": CHECKPOINT if named else DEFAULT_SAMPLER,
-        "steps": TEXT_STEPS if text else STEPS,
+        "steps": (settings.spacing and respacing_steps(settings.spacing))
+        or (TEXT_STEPS if text else STEPS),
         "guidance_scale": guidance,
         "clamp": clamp,
         "tile": TEXT_TILE if text else TILE,

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastdiff.diffusion.guidance import GuidanceConfig
+from fastdiff.diffusion.respacing import check_spacing, check_steps
 from fastdiff.models.prompts import read_prompt
-from fastdiff.names import SPACINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,8 @@ class SampleSettings:
     """One of those that 'fastdiff samplers' lists, or checkpoint: as the model's files say; None:
     checkpoint where the files name a sampler, else dpmpp-2m."""
     steps: int | None = None
-    """Steps from noise to image; None: 30 with a prompt, else 50."""
+    """Steps from noise to image; None: as many as a spacing such as 10,15,20 has, else 30 with a
+    prompt and 50 without."""
     eta: float | None = None
     """Noise added back per step, for samplers that have it; None: the sampler's own default."""
     guidance_scale: float | None = None
@@ -53,8 +54,9 @@ class SampleSettings:
     guidance_interval: tuple[int, int] | None = None
     """Steps [first, stop) that are guided, from 0, the noisiest; None: all."""
     spacing: str | None = None
-    """Where the steps lie: trailing, leading, linspace, simple, karras or exponential; None: with
-    sampler checkpoint as the files say, else trailing."""
+    """Where the steps lie: trailing, leading, linspace, simple, karras, exponential, FastDPM's
+    var-linear, var-quadratic, step-linear, step-quadratic, or IDDPM's strings such as 10,15,20 and
+    ddim50; None: with sampler checkpoint as the files say, else the sampler's own."""
     clamp: float | None = None
     """Bound on the estimate of x0; None: with sampler checkpoint as the files say, 1 for the
     published pixel models, else none."""
@@ -71,10 +73,10 @@ class SampleSettings:
             if self.sampler not in SAMPLERS:
                 known = ", ".join((*SAMPLERS, CHECKPOINT))
                 raise ValueError(f"unknown sampler {self.sampler!r}; expected one of {known}")
-        if self.spacing is not None and self.spacing not in SPACINGS:
-            raise ValueError(
-                f"unknown spacing {self.spacing!r}; expected one of {', '.join(SPACINGS)}"
-            )
+        if self.spacing is not None:
+            check_spacing(self.spacing)
+            if self.steps is not None:
+                check_steps(self.spacing, self.steps)
         for name, least in (("steps", 1), ("batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, overload
+from typing import Any, ParamSpec, overload
 
 import torch
 from PIL.Image import Image
@@ -132,8 +132,17 @@ class Images(Sequence[Result]):
         return iter(self.results)
 
 
-def load(path: str | os.PathLike[str], **options: Any) -> Model:
-    return with_generate(checkpoint_open.load(path, **options))
+P = ParamSpec("P")
+
+
+def _sampling(opener: Callable[P, CheckpointModel]) -> Callable[P, Model]:
+    """The same function with the same arguments, returning a model that generates."""
+
+    @functools.wraps(opener)
+    def load(*args: P.args, **options: P.kwargs) -> Model:
+        return with_generate(opener(*args, **options))
+
+    return load
 
 
 def with_generate(model: CheckpointModel) -> Model:
@@ -143,7 +152,7 @@ def with_generate(model: CheckpointModel) -> Model:
     return Model(**{field.name: getattr(model, field.name) for field in fields(model)})
 
 
-load.__doc__ = checkpoint_open.load.__doc__
+load = _sampling(checkpoint_open.load)
 
 
 def _kind(

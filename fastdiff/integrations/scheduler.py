@@ -28,13 +28,32 @@ from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import DEFAULTS
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT
-from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step
+from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step, write_nothing
 from fastdiff.kernels import sampler_step
 from fastdiff.kernels.choose import plain
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
 Noise = Literal["philox", "generator"]
 NOISES: tuple[str, ...] = ("philox", "generator")
+
+
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    """Names of the methods of a class."""
+    return frozenset(name for name in dir(kind) if inspect.isfunction(getattr(kind, name)))
+
+
+def replaced(scheduler: Any, *, but: str = "") -> str | None:
+    """Which methods were replaced on the object itself, as a reason not to fuse it, or None.
+
+    A replaced method named `but` is ignored.
+    """
+    kind: Any = type(scheduler)  # classes can be hashed, which mypy doubts
+    names = _methods(kind)
+    if names.isdisjoint(scheduler.__dict__):
+        return None
+    found = sorted(names.intersection(scheduler.__dict__) - {but})
+    return f"its {', '.join(found)} was replaced on this object" if found else None
 
 
 def objection(scheduler: Any) -> str | None:
@@ -49,12 +68,12 @@ def objection(scheduler: Any) -> str | None:
         default, value = parameter.default, config.get(option)
         if option not in ("self", *DEFAULTS[name]) and value not in (None, False, default):
             return f"fastdiff does not support {name}'s option {option}={value!r:.60}"
+    if theirs.step.__module__ != theirs.__module__ and not isinstance(scheduler, FusedScheduler):
+        return f"{name}.step was replaced by a function of {theirs.step.__module__}"
     for option, allowed in KINDS[name].allowed.items():
         value = config.get(option, allowed[0])
         if value in allowed:
             continue
-        if option == "clip_sample":
-            return "diffusers' DDIM does not update the noise estimate after clamping; ours does"
         known = ", ".join(map(repr, allowed))
         return f"fastdiff does not support {name} with {option}={value!r:.60}, only with {known}"
     return None
@@ -168,6 +187,7 @@ def fused_class(theirs: Any, noise: Noise = "philox") -> Any:
             return theirs.step(self, *args, **kwargs)
         return found
 
+    step.__signature__ = signature  # type: ignore[attr-defined]  # inspect.getfullargspec reads it
     # pipelines write a component's module and class name to model_index.json: keep diffusers' own
     members = {"step": step, "served": theirs, "noise": noise, "__module__": theirs.__module__}
     return type(theirs.__name__, (FusedScheduler, theirs), members)
@@ -181,7 +201,7 @@ def _empty(theirs: type, noise: Noise) -> Any:
 def _step(scheduler: Any, given: dict[str, Any]) -> Any:
     """The same result as diffusers' step, or the reason why that has to run itself."""
     fused: Fused = scheduler.fused
-    reason = fused.objection(scheduler)
+    reason = fused.objection(scheduler) or replaced(scheduler, but="step")
     if reason is not None:
         return reason
     names = ("model_output", "timestep", "sample", "generator")
@@ -244,7 +264,9 @@ def _output_class(theirs: Any) -> Any:
 @torch.no_grad()
 def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tuple[Tensor, Tensor]:
     """Take the step and update the scheduler's state. Returns (next sample, estimate of x0)."""
-    prediction, ring = call.model_output, scheduler.fused.ring
+    prediction = call.model_output
+    # a scheduler without state may be shared by several threads
+    ring = Ring() if kind.write is write_nothing else scheduler.fused.ring
     widest = torch.promote_types(start.dtype, prediction.dtype)
     x = start.to(torch.float64 if widest is torch.float64 else torch.float32, copy=True)
     places: list[int] = []

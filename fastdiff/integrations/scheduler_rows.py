@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.levels import CLEAN, Level
 from fastdiff.diffusion.predictions import Prediction, to_denoised
-from fastdiff.diffusion.samplers import CLEAN, Level, Row, ddim, ddpm, dpmpp_2m_sde
+from fastdiff.diffusion.samplers import Row, ddim, ddpm, dpmpp_2m_sde
 
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "eps",
@@ -107,7 +108,7 @@ class Step:
     clamp: float = math.inf
     log_variance: tuple[float, float] | None = None
     older: tuple[tuple[Tensor, float], ...] = ()
-    """Tensors of the scheduler's state, the newest first, each with its factor."""
+    """Tensors of the scheduler's state, newest first, or the model output; each with its factor."""
     keep: tuple[float, float] | None = None
     """(p, q): later steps need p x + q D."""
     sample: Tensor | None = None
@@ -122,7 +123,10 @@ def _clamp(scheduler: Any) -> float:
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else math.inf
 
 
-def _level(t: float, alpha_cumprod: float) -> Level:
+def _level(t: float, alpha_cumprod: float) -> Level | None:
+    """None if alpha_cumprod is not in [0, 1]: betas above 1, or a schedule that overflowed."""
+    if not 0 <= alpha_cumprod <= 1:
+        return None
     return Level(t, alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
 
 
@@ -151,9 +155,10 @@ def _index(scheduler: Any, timestep: Any) -> int:
 def _pair(scheduler: Any, index: int, host: Host) -> tuple[float, float] | None:
     """The sigmas at the start and end of a step, or None if there are none or it starts at 0."""
     sigmas = host.numbers(scheduler, "sigmas")
-    if not 0 <= index < len(sigmas) - 1 or sigmas[index] <= 0 or sigmas[index + 1] < 0:
+    if not 0 <= index < len(sigmas) - 1:
         return None
-    return sigmas[index], sigmas[index + 1]
+    now, to = sigmas[index], sigmas[index + 1]
+    return (now, to) if 0 < now < math.inf and 0 <= to < math.inf else None
 
 
 # --- DDIM, DDPM: functions of the output, the timestep and the sample ---
@@ -173,10 +178,28 @@ def read_ddim(scheduler: Any, call: Call, host: Host) -> Step | str:
     before = t - scheduler.config.num_train_timesteps // steps
     final = float(scheduler.final_alpha_cumprod)
     now, to = _level(t, alphas[t]), _level(before, alphas[before] if before >= 0 else final)
-    estimate = _estimate(now, scheduler)
-    if now.sigma == 0 or estimate is None or to.alpha < now.alpha:
+    estimate = None if now is None else _estimate(now, scheduler)
+    if now is None or to is None or estimate is None or now.sigma == 0 or to.alpha < now.alpha:
         return DEGENERATE
-    return _of_row(ddim([now, to], eta=eta)[0], estimate, draws=eta > 0)
+    row, clamp = ddim([now, to], eta=eta)[0], _clamp(scheduler)
+    if clamp == math.inf or call.others.get("use_clipped_model_output"):
+        return _of_row(row, estimate, draws=eta > 0, clamp=clamp)
+    direction = row.a * now.sigma  # factor of the noise estimate, which is not clamped
+    of_x, of_output = {
+        "eps": (0.0, 1.0),
+        "v": (now.sigma, now.alpha),
+        "x0": (1 / now.sigma, -now.alpha / now.sigma),
+    }[PREDICTIONS[scheduler.config.prediction_type]]
+    return Step(
+        u=estimate[0],
+        v=estimate[1],
+        a=direction * of_x,
+        b=to.alpha,
+        s=row.s,
+        draws=eta > 0,
+        clamp=clamp,
+        older=((call.model_output, direction * of_output),),
+    )
 
 
 def _of_row(row: Row, estimate: tuple[float, float], **more: Any) -> Step:
@@ -198,8 +221,8 @@ def read_ddpm(scheduler: Any, call: Call, host: Host) -> Step | str:
         before = int(following[0]) if following else -1
     now = _level(t, alphas[t])
     to = _level(before, alphas[before]) if before >= 0 else CLEAN
-    estimate, kind = _estimate(now, scheduler), scheduler.variance_type
-    if estimate is None or not to.alpha > now.alpha:
+    estimate, kind = None if now is None else _estimate(now, scheduler), scheduler.variance_type
+    if now is None or to is None or estimate is None or not to.alpha > now.alpha:
         return DEGENERATE
     if kind != scheduler.config.variance_type:
         return "variance_type was changed"
@@ -292,8 +315,10 @@ def read_pndm(scheduler: Any, call: Call, host: Host) -> Step | str:
     if not 0 <= t < len(alphas) or before >= len(alphas):
         return "the timestep is not a training timestep"
     now, to = alphas[t], alphas[before] if before >= 0 else float(scheduler.final_alpha_cumprod)
+    if not (0 < now <= 1 and 0 <= to <= 1):
+        return DEGENERATE
     root = math.sqrt(now * (1 - now) * to)
-    if now == 0 or (denominator := now * math.sqrt(1 - to) + root) == 0:
+    if (denominator := now * math.sqrt(1 - to) + root) == 0:
         return DEGENERATE
     g, a = -(to - now) / denominator, math.sqrt(to / now)
     if scheduler.config.prediction_type == "v_prediction":  # the combined output is a v at x
@@ -323,10 +348,11 @@ def read_dpm(scheduler: Any, call: Call, host: Host) -> Step | str:
     now, to = (_exploded(sigma) for sigma in pair)
     estimate, eta = _estimate(now, scheduler), float(noisy)
     assert estimate is not None, "alpha is 1 / sqrt(1 + sigma**2)"
-    if order == 1:
-        row = dpmpp_2m_sde([now, to], eta=eta)[0]
-        return _of_row(row, estimate, draws=noisy, keep=(0.0, 1.0))
+    first = _of_row(dpmpp_2m_sde([now, to], eta=eta)[0], estimate, draws=noisy, keep=(0.0, 1.0))
     earlier, before = scheduler.model_outputs[-1], host.numbers(scheduler, "sigmas")[index - 1]
+    repeated = now == to and index == len(scheduler.timesteps) - 1 and before > pair[0]
+    if order == 1 or (repeated and earlier is not None):  # x stays at a repeated last level
+        return first
     if earlier is None or not before > pair[0] > pair[1] > 0:  # also if index is 0
         return DEGENERATE
     levels = [_exploded(before), now, to]
@@ -415,9 +441,7 @@ class Kind(NamedTuple):
 
 _PREDICTS = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 KINDS = {
-    "DDIMScheduler": Kind(
-        read_ddim, write_nothing, {**_PREDICTS, "clip_sample": (False,), "thresholding": (False,)}
-    ),
+    "DDIMScheduler": Kind(read_ddim, write_nothing, {**_PREDICTS, "thresholding": (False,)}),
     "DDPMScheduler": Kind(
         read_ddpm,
         write_nothing,

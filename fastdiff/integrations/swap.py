@@ -196,7 +196,7 @@ def scheduler_change(
         )
     served = isinstance(current, fused.FusedScheduler)
     new = not served or current.noise != noise
-    reason = fused.objection(current)
+    reason = fused.objection(current) or fused.replaced(current)
     entries.append(
         Entry(
             name="scheduler",

@@ -1,1 +1,1 @@
-"""Between a network and the sampling loop: layout, precomputed conditions, blocks of fixed size."""
+"""The layer between networks and sampling: layout, precomputed conditions, blocks, the engine."""

@@ -1,10 +1,10 @@
-"""Blocks of a fixed number of rows, so that a sample has the same bits alone and in any batch.
+"""Blocks of a fixed number of rows, so that a sample is bit-identical alone and in any batch.
 
-Convolutions and matrix products on a CPU do not promise that: oneDNN picks another kernel for
-another batch size, with another order of summation. At one batch size they are independent of the
-place in the batch and, in channels_last, of the number of threads (measured:
-docs/decisions/runtime.md). So on a CPU a network always sees blocks of one fixed size; only the
-last block is filled up, with copies of its last row.
+Convolutions and matrix products on a CPU do not guarantee that: for another batch size, oneDNN
+picks another kernel with another order of summation. At a fixed batch size the results do not
+depend on the position in the batch or, in channels_last, on the number of threads (measured:
+docs/decisions/runtime.md). So on a CPU a network always sees blocks of one fixed size, where the
+last block is padded with copies of its last row.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 BLOCK_PIXELS = 512
-"""Pixels of x that a network sees at once on a CPU: enough that a call's overhead is small."""
+"""Pixels of x per network call on a CPU: enough to make the overhead of a call small."""
 
 Item = TypeVar("Item")
 
 
 class RowBlocks(NamedTuple):
-    """Rows per evaluation of a denoiser; where the two are equal, both kinds share blocks."""
+    """Rows per evaluation of a denoiser; if the two are equal, both kinds share blocks."""
 
     guided: int
-    """For samples that take two rows, unconditional and conditional."""
+    """For samples with two rows, unconditional and conditional."""
     single: int
-    """For samples that take one row."""
+    """For samples with one row."""
 
 
 def row_blocks(sides: Sequence[int], device: torch.device) -> RowBlocks | None:
-    """The blocks that a denoiser is evaluated in; None: the whole batch as it comes.
+    """The blocks that a denoiser is evaluated in; None: the whole batch at once.
 
-    A function of the sample's size alone. At 8x8 a block has 16 rows, whatever they belong to: 8
-    guided samples, 16 others, or a mix. Above 256 pixels, where one image fills the cores, a guided
-    sample is a block of 2 and any other a block of 1, so that no row is wasted.
+    They depend only on the size of a sample. At 8x8 a block has 16 rows: 8 guided samples, 16
+    others, or a mix. Above 256 pixels, where one image keeps all cores busy, a guided sample is a
+    block of 2 and any other a block of 1, so that no row is wasted.
 
     sides: (H, W) or any other number of spatial sides; () for points.
     """
@@ -47,10 +47,10 @@ def row_blocks(sides: Sequence[int], device: torch.device) -> RowBlocks | None:
 
 
 def block_size(height: int, width: int, device: torch.device) -> int | None:
-    """Images per evaluation of an autoencoder, from the size of one latent alone; None: all.
+    """Images per evaluation of an autoencoder, given only the size of one latent; None: all.
 
-    8 at 8x8, 1 above 256 pixels. Other devices take the whole batch: there equal seeds agree up to
-    rounding, not bit for bit.
+    8 at 8x8, 1 above 256 pixels. Other devices process the whole batch at once, where equal seeds
+    agree only up to rounding, not bit for bit.
     """
     return _samples(height * width) if device.type == "cpu" else None
 
@@ -60,10 +60,10 @@ def _samples(pixels: int) -> int:
 
 
 def in_blocks(function: Callable[[Tensor], Tensor], block: int | None, x: Tensor) -> Tensor:
-    """Call ``function`` on blocks of exactly ``block`` rows of x and join what it returns.
+    """Call ``function`` on blocks of exactly ``block`` rows of x and concatenate the results.
 
-    x: (N, C, *spatial); see :func:`gather` for how a block is laid out. ``function`` returns a row
-    per row. None for ``block``: one call on all rows.
+    x: (N, C, *spatial); see :func:`gather` for the layout of a block. ``function`` must return one
+    row per row. If ``block`` is None, it is called once on all rows.
     """
     rows = range(len(x))
     blocks = filled(rows, block) if block is not None else [list(rows)]
@@ -72,7 +72,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], block: int | None, x: Tensor
 
 
 def filled(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Items in lists of exactly ``size``; the last is filled up with copies of its last item.
+    """Split items into lists of exactly ``size``; the last is padded with copies of its last item.
 
     >>> filled([1, 2, 3], 2)
     [[1, 2], [3, 3]]
@@ -82,10 +82,10 @@ def filled(items: Sequence[Item], size: int) -> list[list[Item]]:
 
 
 def gather(x: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows of x as a network sees them: a fresh tensor, channels_last where x is 4-D.
+    """Gather rows of x into a new tensor for a network, channels_last if x is 4-D.
 
-    Slices of different batches may come with different strides, and strides too decide which
-    convolution runs; those of a fresh tensor depend on its shape alone. Differentiable in x.
+    Slices of different batches may have different strides, which also affect which convolution
+    runs; the strides of a new tensor depend only on its shape. Differentiable in x.
 
     x: (N, C, *spatial). index: (n,) int64. dtype: of the result; None: that of x. Returns
     (n, C, *spatial).

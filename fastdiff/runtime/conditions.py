@@ -1,4 +1,4 @@
-"""What a sample is conditioned on, and the checks of class labels and of guidance."""
+"""The condition of a sample, and checks of class labels and guidance."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from fastdiff.models.network import NetworkConfig
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Condition:
-    """What a sample is conditioned on; samples that share one object share its precomputation."""
+    """What a sample is conditioned on; samples with the same object share its precomputation."""
 
     label: int | None = None
     """Row of the label embedding; see :func:`check_label`."""
     toward: tuple[int, float] | None = None
-    """Another row, and its share: the embedding of a class between the two."""
+    """Another row, and its share: an embedding between the two classes."""
     context: Tensor | None = None
-    """(1, T, D): the tokens that the cross-attentions read."""
+    """(1, T, D): the tokens for cross-attention."""
     added: Tensor | None = None
     """(1, A): the vector added to the time embedding."""
 
     @property
     def tokens(self) -> int:
-        """T; the samples of one evaluation must agree in it."""
+        """T; all samples of one evaluation must have the same."""
         return 0 if self.context is None else self.context.shape[1]
 
     @property
     def key(self) -> tuple[int | None, tuple[int, float] | None, int]:
-        """What the embedding depends on."""
+        """Identifies the embedding."""
         return self.label, self.toward, id(self.added)
 
     def mixed(self, other: Condition, share: float) -> Condition:
-        """A condition between this one and another of the same kind, on the straight line.
+        """Interpolate linearly between this condition and another one of the same kind.
 
-        share: 0 is this one, 1 the other. Context tokens, added vectors and rows of the label
-        embedding are mixed, each before the network sees it.
+        share: 0 gives this condition, 1 the other. Context tokens, added vectors and rows of the
+        label embedding are interpolated, each before the network sees them.
         """
         if (self.label is None) != (other.label is None) or self.tokens != other.tokens:
             raise ValueError(
-                f"conditions of one kind can be mixed, got {self.tokens} and {other.tokens} "
-                f"tokens, labels {self.label} and {other.label}"
+                f"only conditions of the same kind can be mixed, got {self.tokens} and "
+                f"{other.tokens} tokens, labels {self.label} and {other.label}"
             )
         pairs = (self.context, other.context), (self.added, other.added)
         context, added = (
@@ -53,7 +53,10 @@ class Condition:
         return Condition(label=self.label, toward=toward, context=context, added=added)
 
     def labels(self, count: int, rows: int, device: torch.device) -> Tensor | None:
-        """What `Network.embed` takes for `count` samples. rows: of the label embedding."""
+        """The labels that `Network.embed` expects, for `count` samples.
+
+        rows: number of rows of the label embedding.
+        """
         if self.label is None:
             return None
         if self.toward is None:
@@ -68,12 +71,13 @@ class Condition:
 def class_conditions(
     config: NetworkConfig, labels: Sequence[int | None], *, guided: bool
 ) -> tuple[list[Condition], list[Condition] | None]:
-    """Conditions for classes, and the unconditional ones if guided: one object per class.
+    """Conditions for classes and, if guided, the unconditional ones; one object per class.
 
     labels: one per sample: a class, or None for no class.
 
     Raises:
-        ValueError: a label out of range; no class, or guidance, without a null class for it.
+        ValueError: a label is out of range, or the model lacks the null class that a label of None
+            or guidance needs.
     """
     rows = [check_label(label, config.num_classes, config.null_class) for label in labels]
     null = check_guidance(config.num_classes, config.null_class) if guided else None
@@ -82,21 +86,21 @@ def class_conditions(
 
 
 def check_label(label: int | None, num_classes: int | None, null_class: bool) -> int | None:
-    """The row of the label embedding for a class or for None; None for a model without classes.
+    """The row of the label embedding for a class or for None; None if the model has no classes.
 
     Raises:
-        ValueError: out of range, or this model has no such class.
+        ValueError: the label is out of range, or the model has no such class.
     """
     if label is None:
         if num_classes is None:
             return None
         if not null_class:
             raise ValueError(
-                f"this model has no null class, got None; give a class from 0 to {num_classes - 1}"
+                f"this model has no null class, got None; pass a class from 0 to {num_classes - 1}"
             )
         return num_classes
     if num_classes is None:
-        raise ValueError(f"this model has no classes, got class {label}; give None")
+        raise ValueError(f"this model has no classes, got class {label}; pass None")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
         raise ValueError(f"class must be from 0 to {num_classes - 1}, got {label!r}")
     return label

@@ -1,26 +1,26 @@
-"""Convolutions and linear layers as a CPU computes them fastest; results and dtypes stay.
+"""Faster convolutions and linear layers for CPUs, with the same results and dtypes.
 
-`runtime.prepare` gives these to a module. Each is used only where it was measured to win
+`runtime.prepare` installs them in a module. Each is used only where it was measured to be faster
 (docs/decisions/runtime.md):
 
-- **Packed weights.** oneDNN wants a convolution's weights in blocks of its own and rearranges them
-  in every call, which at Stable Diffusion's 8x8 level takes longer than the products. Here they are
-  rearranged once. The result has the bits of oneDNN's convolution; for small inputs PyTorch takes
-  one of its own, which rounds elsewhere.
-- **Folded upsampling.** A nearest-neighbour doubling and the 3x3 convolution behind it are one
+- **Packed weights.** oneDNN needs a convolution's weights in a blocked layout and reorders them in
+  every call, which at Stable Diffusion's 8x8 level takes longer than the products. Here they are
+  reordered once. The result is bit-identical to oneDNN's convolution; for small inputs PyTorch has
+  a convolution of its own, which rounds differently.
+- **Folded upsampling.** A nearest-neighbor doubling followed by a 3x3 convolution equals one
   transposed convolution with a 4x4 kernel and stride 2: 16 instead of 36 products per pixel of the
-  small image. The kernel's sums of weights are taken in fp64 and rounded once.
-- **fp32 arithmetic for half precision**, where the CPU has no instructions for it and oneDNN or
-  PyTorch emulate them many times slower. bf16 and fp16 numbers are fp32 numbers too, so the inputs
-  are exact, and the result is rounded once to the dtype: what the instructions would have done.
+  small image. The kernel's sums of weights are computed in fp64 and rounded once.
+- **fp32 arithmetic for half precision**, if the CPU has no instructions for it, since oneDNN and
+  PyTorch emulate them many times slower. bf16 and fp16 numbers are exact in fp32, and the result is
+  rounded once to the dtype, which is what the instructions would have done.
 
-Each keeps a second copy of the weights that it serves: in fp32, and 16/9 of the size where folded.
-The parameters stay where they are, and the copy is made anew once they change (a write through
-``parameter.data``, numpy or shared memory is seen by a sample of 16 numbers only: dense changes,
-such as a merged LoRA, are found; after others call `prepare` again). Where gradients
-are wanted, under `torch.compile`, `torch.jit.trace`, `torch.func` and dispatch modes PyTorch's own
-are used. Tools that look at a layer's exact class or its source (`torch.fx`, `torch.jit.script`,
-`quantize_dynamic`) want a module that was not prepared for the CPU.
+Each keeps a second copy of its weights: in fp32, and 16/9 of the size if folded. The parameters
+stay in place, and the copy is rebuilt when they change. A write through ``parameter.data``, numpy
+or shared memory is only detected by a sample of 16 numbers: that finds dense changes, such as a
+merged LoRA; after other changes call `prepare` again. When gradients are needed, and under
+`torch.compile`, `torch.jit.trace`, `torch.func` and dispatch modes, PyTorch's own layers run. Tools
+that depend on a layer's exact class or its source (`torch.fx`, `torch.jit.script`,
+`quantize_dynamic`) need a module that was not prepared for the CPU.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ from fastdiff.kernels.choose import plain
 from fastdiff.models.layers import Upsample
 
 PACK_NUMBERS = 2**19
-"""Weights of fewer numbers are neither packed nor folded: the digits' layers won nothing."""
+"""Smaller weights are neither packed nor folded: the layers of the digits model gained nothing."""
 PACK_PIXELS = 4096
-"""Up to this many output pixels packing wins more than 5%; it is 3% at 4 times as many."""
+"""Up to this many output pixels packing gains more than 5%; with 4 times as many, it is 3%."""
 FOLD_PIXELS = 256
-"""From this many input pixels folding wins; below, the larger kernel takes longer to read."""
+"""From this many input pixels on folding is faster; below, reading the larger kernel dominates."""
 
 INSTRUCTIONS = {
     torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16"}),
     torch.float16: frozenset({"avx512_fp16", "amx_fp16", "fp16_arith", "asimdhp"}),
 }
-"""Any of these makes arithmetic in the dtype fast, in the words of PyTorch or of Linux."""
+"""CPU features, as named by PyTorch or Linux; any of them makes arithmetic in the dtype fast."""
 LESSER_ISAS = {
     torch.bfloat16: frozenset(
         {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
     ),
 }
 LESSER_ISAS[torch.float16] = LESSER_ISAS[torch.bfloat16] | {"AVX512_CORE_BF16"}
-"""Values of oneDNN's ONEDNN_MAX_CPU_ISA that take the dtype's instructions away from it."""
+"""Values of ONEDNN_MAX_CPU_ISA that keep oneDNN from using the dtype's instructions."""
 
 logger = logging.getLogger(__name__)
 
 
 def fast_half(dtype: torch.dtype) -> bool:
-    """Whether convolutions and products in a half precision are fast on this CPU and torch."""
+    """Whether convolutions and products in a half-precision dtype are fast on this machine."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     return (
         torch.backends.mkldnn.is_available()
@@ -76,7 +76,7 @@ def fast_half(dtype: torch.dtype) -> bool:
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """What this CPU has, as PyTorch (2.11 and later) or Linux says; empty where neither does."""
+    """The features of this CPU, from PyTorch (2.11 and later) or Linux; empty if unknown."""
     if hasattr(torch.cpu, "get_capabilities"):
         return frozenset(name for name, has in torch.cpu.get_capabilities().items() if has is True)
     try:
@@ -97,7 +97,7 @@ def _say_fp32(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     logger.warning(
         "this CPU has no fast %s arithmetic: convolutions and linear layers compute in float32 "
-        "and round their results to %s. With dtype=torch.float32 they take less memory and time",
+        "and round their results to %s; dtype=torch.float32 would take less memory and time",
         name,
         name,
     )
@@ -107,12 +107,12 @@ def _say_fp32(dtype: torch.dtype) -> None:
 def packing_objection() -> str | None:
     """Why convolutions cannot be packed with this torch, or None.
 
-    Packed convolutions are operators that Inductor calls, not documented ones; so they are tried.
-    An objection is logged, once.
+    Packed convolutions are undocumented operators that Inductor uses, so this tries them out. The
+    reason is logged once.
     """
     objection = _try_packing()
     if objection is not None:
-        logger.warning("convolutions compute unpacked, slower: %s", objection)
+        logger.warning("convolutions run with unpacked weights, which is slower: %s", objection)
     return objection
 
 
@@ -127,8 +127,8 @@ def _try_packing() -> str | None:
         y = packed_conv(x, conv.pack(weight, x), conv)
         z = packed_fold(x, pack_folded(folded(weight), x), None)
     except (AttributeError, RuntimeError, TypeError) as error:
-        return f"PyTorch {torch.__version__} has other operators: {str(error).splitlines()[0]}"
-    # 16 channels of ones: 4 places of the kernel are inside the image at a corner, 9 in the middle
+        return f"the operators of PyTorch {torch.__version__} differ: {str(error).splitlines()[0]}"
+    # 16 channels of ones: 4 taps of the kernel are inside the image at a corner, 9 in the middle
     right = (
         y[0, 0, 0, 0] == 64
         and y[0, 0, 1, 1] == 144
@@ -136,13 +136,13 @@ def _try_packing() -> str | None:
         and z[0, 0, 3, 3] == 144
     )
     return (
-        None if right else f"PyTorch {torch.__version__}'s packed convolutions give other results"
+        None if right else f"PyTorch {torch.__version__}'s packed convolutions give wrong results"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `prepare_layers` was asked for."""
+    """The options of a prepared layer."""
 
     keep_copies: bool
     half_as_fp32: bool
@@ -153,7 +153,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvOptions:
-    """What `packed_conv` takes besides input and weight."""
+    """The arguments of `packed_conv` besides input and weight."""
 
     bias: Tensor | None
     padding: tuple[int, ...]
@@ -162,7 +162,7 @@ class ConvOptions:
     groups: int
 
     def pack(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The weight as oneDNN wants it for inputs like x (others give the same result)."""
+        """The weight in oneDNN's layout for inputs like x (other inputs give the same result)."""
         return torch.ops.mkldnn._reorder_convolution_weight(
             weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
         )
@@ -175,17 +175,17 @@ def packed_conv(x: Tensor, weight: Tensor, conv: ConvOptions) -> Tensor:
 
 
 def folded(weight: Tensor) -> Tensor:
-    """The transposed kernel that stands for a doubling and this 3x3 kernel, padding 1.
+    """The kernel of the transposed convolution that equals a doubling and this 3x3 convolution.
 
-    weight: (O, I, 3, 3) -> fp32 (I, O, 4, 4), for stride 2 and padding 1. Nearest-neighbour
-    doubling is a transposed convolution with four ones; two linear maps in a row are one, whose
-    kernel is their full convolution.
+    weight: (O, I, 3, 3), padding 1 -> fp32 (I, O, 4, 4), for stride 2 and padding 1.
+    Nearest-neighbor doubling is a transposed convolution with a 2x2 kernel of ones. The composition
+    of two convolutions has the full convolution of their kernels as its kernel.
     """
     wide = torch.zeros(weight.shape[0], weight.shape[1], 4, 4, dtype=torch.float64, device="cpu")
     for row in (0, 1):
         for column in (0, 1):
             wide[:, :, row : row + 3, column : column + 3] += weight
-    # PyTorch's convolutions correlate, their transposes convolve: mirrored
+    # PyTorch's convolutions correlate and their transposes convolve, so mirror the kernel
     return wide.flip(2, 3).transpose(0, 1).float().contiguous()
 
 
@@ -202,16 +202,16 @@ def packed_fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Kept:
-    """A form of parameters that is made once and again when they have changed.
+    """A cached form of parameters, rebuilt when they have changed.
 
-    A copy or a pickle of the module starts without it.
+    Copies and pickles of the module start without it.
     """
 
     def __init__(self) -> None:
         self.drop()
 
     def drop(self) -> None:
-        """Give the form's memory back; the next call makes it anew."""
+        """Free the memory of the form; the next call rebuilds it."""
         self.sources: tuple[Tensor | None, ...] = ()
         self.state: tuple[Any, ...] = ()
         self.form: Any = None
@@ -221,19 +221,19 @@ class Kept:
 
     def __call__(self, parameters: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
         if any(p is not None and p.is_inference() for p in parameters):
-            return make()  # made in inference mode: nobody counts their changes
+            return make()  # inference tensors have no version counter, so do not cache
         state = tuple(None if p is None else _state(p) for p in parameters)
         if state != self.state:
             self.form = make()
-            # aliases, so that no other numbers can come to the same address
+            # keep the storage alive, so that no other tensor can get the same address
             self.sources = tuple(None if p is None else p.detach() for p in parameters)
             self.state = state
         return self.form
 
 
 def _state(parameter: Tensor, count: int = 16) -> tuple[int, int, bytes]:
-    """What changes when a parameter does; a sample of its numbers too, since peft merges a LoRA
-    through `.data`, which counts nothing."""
+    """A fingerprint of a parameter. It includes a sample of its numbers, because peft merges a LoRA
+    through `.data`, which does not increment the version."""
     stride = max(1, parameter.numel() // count)
     few = parameter.detach().as_strided((min(count, parameter.numel()),), (stride,)).clone()
     return parameter.data_ptr(), parameter._version, few.view(torch.uint8).numpy().tobytes()
@@ -244,7 +244,7 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def _usual(x: Tensor, weight: Tensor) -> bool:
-    """Whether a call is PyTorch's: another device, dtypes that differ, autocast, oneDNN off."""
+    """Whether to leave a call to PyTorch: another device, mixed dtypes, autocast, or no oneDNN."""
     return (
         not x.is_cpu
         or not torch.backends.mkldnn.enabled
@@ -255,25 +255,25 @@ def _usual(x: Tensor, weight: Tensor) -> bool:
 
 
 PLAIN = Plan(keep_copies=False, half_as_fp32=False)
-"""Of a layer that others make of a prepared layer's class, as peft makes a LoRA's convolutions."""
+"""The plan of a layer that other code creates from a prepared class, as peft does for LoRA."""
 
 
 class Prepared(nn.Module):
-    """What the prepared layers share."""
+    """Base class of the prepared layers."""
 
     plan: Plan = PLAIN
     kept: Kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
-        """Moving to another device or dtype: nobody will ask for the present copy again."""
-        if "kept" in self.__dict__:  # a layer that peft makes of our class has none
+        """Drop the copy when the module moves to another device or dtype."""
+        if "kept" in self.__dict__:  # a layer that peft creates from our class has none
             self.kept.drop()
         super()._apply(fn, recurse)
         return self
 
 
 class PreparedConv2d(Prepared, nn.Conv2d):
-    """A convolution with packed weights, in fp32 where the plan says so."""
+    """A convolution with packed weights, in fp32 if the plan says so."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or x.ndim != 4:
@@ -290,7 +290,7 @@ class PreparedConv2d(Prepared, nn.Conv2d):
         return self._conv_forward(x.float(), weight, bias).to(x.dtype)
 
     def _packs(self, x: Tensor, wide: bool) -> bool:
-        """Whether packing is possible and wins."""
+        """Whether packing is possible and faster."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or packing_objection():
             return False
         if wide:  # the copy is needed anyway
@@ -316,7 +316,7 @@ def pack_wins(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 class PreparedLinear(Prepared, nn.Linear):
-    """A linear layer that computes in fp32 where the plan says so."""
+    """A linear layer that computes in fp32 if the plan says so."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or not self.plan.widens(x.dtype):
@@ -331,7 +331,7 @@ class PreparedLinear(Prepared, nn.Linear):
 
 
 def _folds(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is what `folded` assumes, and nobody listens to its calls."""
+    """Whether a convolution meets the assumptions of `folded`, and has no hooks."""
     options = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     return (
         options == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
@@ -346,9 +346,9 @@ def fold_wins(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
-    """Nearest-neighbour doubling and `conv` as one transposed convolution; None where it loses.
+    """Nearest-neighbor doubling and `conv` as one transposed convolution; None if that is slower.
 
-    layer: the upsampling, with the `plan` and `kept` that `prepare_layers` gave it.
+    layer: the upsampling, with `plan` and `kept` from `prepare_layers`.
     """
     if type(conv) is not PreparedConv2d or not _folds(conv):
         return None
@@ -369,7 +369,7 @@ def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class PreparedUpsample(Prepared, Upsample):
-    """A doubling and its convolution as one transposed convolution."""
+    """Doubling and convolution as one transposed convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = folded_upsampling(self, self.conv, x)
@@ -384,16 +384,15 @@ PREPARED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def prepare_layers(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool | None) -> None:
-    """Let a module's convolutions, linear layers and upsamplings compute as above, in place.
+    """Prepare a module's convolutions, linear layers and upsamplings as described above, in place.
 
-    Names, parameters and state_dict stay; the layers' classes change. Subclasses of them, which
-    may compute something else, are left alone.
+    Names, parameters and state_dict stay the same; the classes of the layers change. Subclasses,
+    which may compute something else, are left alone.
 
     Args:
-        keep_copies: whether memory may be spent on copies of weights. Without it nothing is packed
-            or folded, and half precision weights are widened in every call.
-        half_as_fp32: whether bf16 and fp16 layers compute in fp32; None: where `fast_half` says
-            no.
+        keep_copies: whether to spend memory on copies of weights. If not, nothing is packed or
+            folded, and half-precision weights are converted in every call.
+        half_as_fp32: whether bf16 and fp16 layers compute in fp32; None: if not `fast_half`.
     """
     for layer in module.modules():
         if type(layer) in PREPARED:
@@ -406,7 +405,7 @@ def prepare_layers(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool |
 
 
 def plan_for(dtype: torch.dtype, *, keep_copies: bool, half_as_fp32: bool | None) -> Plan:
-    """The plan of a layer whose weights have this dtype; says once where fp32 serves for it."""
+    """The plan of a layer whose weights have this dtype; logs once if it will compute in fp32."""
     wide = half_as_fp32
     if wide is None:
         wide = dtype in INSTRUCTIONS and not fast_half(dtype)
@@ -416,19 +415,21 @@ def plan_for(dtype: torch.dtype, *, keep_copies: bool, half_as_fp32: bool | None
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, for its next tensors; nothing calls it by itself.
+    """Let this process keep freed memory for its next tensors. fastdiff never calls this itself.
 
-    glibc hands large blocks back to the system, and each new one is cleared page by page: a tenth
-    of a decoder's time (docs/decisions/runtime.md). This holds for the whole process and cannot be
-    undone, and the process stays as large as it once was. Where glibc cannot enlarge its main heap
-    (seen in one of four processes) it maps large blocks all the same, and nothing is kept.
+    glibc returns large blocks to the system, and each new one is cleared page by page: a tenth of
+    the time of a decoder (docs/decisions/runtime.md). The setting affects the whole process and
+    cannot be undone, and the process stays as large as it has ever been. If glibc cannot enlarge
+    its main heap (seen in one of four processes), it maps large blocks anyway, and nothing is kept.
 
     Raises:
-        OSError: the C library is not glibc, or refuses.
+        OSError: the C library is not glibc, or the call failed.
     """
     largest_trim = 2**31 - 1  # mallopt takes an int
     settings = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, largest_trim)}
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     for name, setting in settings.items():
         if mallopt is None or mallopt(*setting) != 1:
-            raise OSError(f"{name} cannot be set: that takes glibc's mallopt; go on without")
+            raise OSError(
+                f"cannot set {name}, which needs glibc's mallopt; remove this call to go on without"
+            )

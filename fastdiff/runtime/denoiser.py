@@ -1,4 +1,4 @@
-"""A network with the conditions of many samples, evaluated in blocks of a fixed number of rows."""
+"""Evaluate a network under the conditions of many samples, in blocks of a fixed number of rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastdiff.runtime.conditions import Condition
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """What one sample is conditioned on, made ready for a table's timesteps.
+    """The conditions of one sample, prepared for the timesteps of a table.
 
     Attributes:
-        timesteps: what the embeddings were made for, as bytes.
-        condition, unconditional: None for `unconditional` where no row is guided.
-        first, first_unconditional: where the embeddings of the two begin in
-            `Denoiser.embeddings`; that of the table's row i is i further.
+        timesteps: the timesteps of the embeddings, as bytes.
+        condition, unconditional: the conditions; `unconditional` is None if no row is guided.
+        first, first_unconditional: indices into `Denoiser.embeddings` at which the embeddings of
+            the two begin; the one for row i of the table is at index first + i.
     """
 
     timesteps: bytes
@@ -33,11 +33,11 @@ class Guide:
     first_unconditional: int
 
 
-_Row = tuple[int, int, Condition]  # of an evaluation: sample, embedding, condition
+_Row = tuple[int, int, Condition]  # a row of an evaluation: sample, embedding, condition
 
 
 class Turn(NamedTuple):
-    """One sample's part in an evaluation: its place in x, its guide, its table's row."""
+    """One sample's part in an evaluation: its index in x, its guide, and the row of its table."""
 
     sample: int
     guide: Guide
@@ -47,20 +47,20 @@ class Turn(NamedTuple):
 
 @dataclass(eq=False)
 class _Block:
-    samples: Tensor  # (rows,) int64, places in x
+    samples: Tensor  # (rows,) int64, indices into x
     embeddings: Tensor  # (rows,) int64, a view of Batch.embeddings
     context: Context | None
 
 
 @dataclass(eq=False)
 class Batch:
-    """The rows of an evaluation, packed into blocks; serves until a sample joins, leaves or changes
-    between guided and not.
+    """The rows of an evaluation, packed into blocks; valid until a sample joins, leaves, or becomes
+    guided or unguided.
 
     Attributes:
-        cond: (S,) int64, where each sample's prediction is in what `Denoiser` returns.
-        uncond: (S,) int64, where its unconditional one is, or -1; None: no sample is guided.
-        rows: rows that the network evaluates, those that fill up the last block included.
+        cond: (S,) int64, index of each sample's prediction in the output of `Denoiser`.
+        uncond: (S,) int64, index of its unconditional prediction, or -1; None: no sample is guided.
+        rows: rows that the network evaluates, including the padding of the last block.
     """
 
     cond: Tensor
@@ -70,20 +70,20 @@ class Batch:
     blocks: list[_Block] = field(repr=False)
 
     def advance(self) -> None:
-        """Go on to the next row of every sample's table."""
+        """Advance to the next row of every sample's table."""
         self.embeddings += 1
 
 
 class Denoiser:
     """A network with conditions, for samples of one size.
 
-    Computed once: the embeddings of all timesteps of a table under a condition, in one call whose
-    shape is the table's alone, and what the cross-attentions read of a condition's context. An
-    evaluation looks them up.
+    The embeddings of all timesteps of a table under a condition are computed once, in one call
+    whose shape depends only on the table. So is a condition's context as projected for
+    cross-attention. Evaluations look them up.
 
-    A sample's bits on a CPU depend on its own x, condition, table and whether the row is guided,
-    not on the other samples; see `fastdiff.runtime.blocks`. Calls are differentiable in x where
-    gradients are enabled.
+    On a CPU, a sample's bits depend on its own x, condition and table and on whether the row is
+    guided, but not on the other samples; see `fastdiff.runtime.blocks`. Calls are differentiable in
+    x if gradients are enabled.
     """
 
     def __init__(self, network: Network, sides: Sequence[int]) -> None:
@@ -100,13 +100,13 @@ class Denoiser:
     def add(
         self, timesteps: Tensor, condition: Condition, unconditional: Condition | None = None
     ) -> Guide:
-        """Make a sample's conditions ready, for `batch`, until :meth:`drop`.
+        """Prepare a sample's conditions for `batch`; :meth:`drop` releases them.
 
         timesteps: (rows,), the t of each row of the sample's table.
         unconditional: for guidance; None if no row is guided.
 
         Raises:
-            ValueError: a condition that the network does not take.
+            ValueError: the network does not support the condition.
         """
         key = timesteps.double().cpu().numpy().tobytes()
         first = self._add(key, timesteps, condition)
@@ -120,7 +120,7 @@ class Denoiser:
         return Guide(key, condition, unconditional, first, other)
 
     def drop(self, guide: Guide) -> None:
-        """Let go of what `add` made, where no other sample uses it."""
+        """Release what `add` prepared, unless another sample uses it."""
         for condition in (guide.condition, guide.unconditional):
             if condition is not None:
                 self._drop(guide.timesteps, condition)
@@ -128,9 +128,9 @@ class Denoiser:
     def batch(self, turns: Sequence[Turn], samples: int) -> Batch:
         """Pack the rows of an evaluation into blocks.
 
-        turns: of the samples that take part. samples: S, all places in x.
+        turns: one per sample that takes part. samples: S, the number of samples in x.
         """
-        groups: dict[int, list[Turn]] = {}  # rows of a block -> those whose rows go there
+        groups: dict[int, list[Turn]] = {}  # rows per block -> turns whose rows go into such blocks
         for turn in turns:
             groups.setdefault(self._size(turn), []).append(turn)
         cond, uncond, packed = [-1] * samples, [-1] * samples, list[list[_Row]]()
@@ -147,7 +147,7 @@ class Denoiser:
         return self._batch(cond, uncond, packed)
 
     def _size(self, turn: Turn) -> int:
-        """Rows of the blocks that a sample's rows go to; 0: one block of any size."""
+        """Rows per block for a sample's rows; 0: one block of any size."""
         if self.blocks is None:
             return 0
         return self.blocks.guided if turn.guided else self.blocks.single
@@ -155,7 +155,7 @@ class Denoiser:
     def __call__(self, x: Tensor, batch: Batch, extra: Tensor | None = None) -> Tensor:
         """Evaluate the network for the samples of a batch.
 
-        x: (S, C, *spatial). extra: (S, C', *spatial), channels that the network reads behind x.
+        x: (S, C, *spatial). extra: (S, C', *spatial), input channels appended to x.
 
         Returns (batch.rows, out_channels, *spatial) in the network's dtype.
         """
@@ -216,7 +216,7 @@ class Denoiser:
     def _context(
         self, conditions: tuple[Condition, ...], known: dict[tuple[Condition, ...], Context]
     ) -> Context | None:
-        """The projected context of a block's rows, gathered once for as long as the block stays."""
+        """The projected context of a block's rows, gathered once and kept while the block stays."""
         if conditions[0].context is None:
             return None
         if conditions not in self._gathered:

@@ -1,10 +1,10 @@
-"""The slot engine: requests of one shape, each at its own step of its own sampler, side by side.
+"""The slot engine: runs requests of one shape together, each at its own step of its own sampler.
 
 A step is one evaluation of the network for all of them and one `sampler_step`. Between any two
-steps a request may join, finish, be cancelled, or be asked for a preview. On a CPU its result has
-the bits that it has alone, whatever its neighbours and whichever its slot.
+steps a request may join, finish, be cancelled, or be asked for a preview. On a CPU its result is
+bit-identical to running it alone, whatever the other requests and whichever its slot.
 
-`run` is what most callers want: requests of any shapes in, results out as they finish.
+Most callers should use `run`: it takes requests of any shape and yields results as they finish.
 """
 
 from __future__ import annotations
@@ -27,52 +27,52 @@ from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.denoiser import Batch, Denoiser, Guide, Turn
 
 Progress = Callable[[int, int], None]
-"""Called as progress(done, total) after each step; both count rows of the requests' tables."""
+"""Called as progress(done, total) after each step; both count table rows over all requests."""
 Watch = Callable[[Sequence[int], Tensor, Tensor], None]
 """Called as watch(tickets, x, denoised) after a step of an engine; tensors are (n, *shape)."""
 
 
 class ShapeClass(NamedTuple):
-    """Requests that agree in this can share an engine."""
+    """Requests with the same shape class can share an engine."""
 
     shape: tuple[int, ...]
-    """(C, *spatial), of x."""
+    """(C, *spatial) of x."""
     tokens: int
-    """Of the condition's context; 0 without one."""
+    """Number of tokens in the condition's context; 0 without one."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """One sample to be made. Its tensors may be on any device: they are copied when it joins.
+    """One sample to generate. Its tensors may be on any device; they are copied when it joins.
 
-    A table built with `start` begins in the middle; x is then noised to its `initial_level`.
+    A table built with `start` begins in the middle; x must then be noised to its `initial_level`.
     """
 
     table: SamplerTable
     """Its sampler, steps, guidance and clamp."""
     x: Tensor
-    """(C, *spatial), what it starts from: noise, or noised latents."""
+    """(C, *spatial), the starting point: noise, or noised latents."""
     seed: int
-    """Keys the noise that the sampler adds; 64 bits."""
+    """The key of the noise that the sampler adds; 64 bits."""
     condition: Condition
     unconditional: Condition | None = None
-    """For guidance; needed where a row of the table is guided, otherwise not used."""
+    """For guidance; required if a row of the table is guided, otherwise unused."""
     extra: Tensor | None = None
-    """(C', *spatial), channels that the network reads behind x, as for inpainting."""
+    """(C', *spatial), input channels appended to x, such as those of an inpainting model."""
     mask: Tensor | None = None
-    """(1 or C, *spatial), to inpaint with a model that was not trained for it; `known` and `noise`
-    go with it. Where the mask is not above 0, x becomes alpha * known + sigma * noise after each
-    row, at the level of the next (Lugmayr et al. 2022, eq. 8, without resampling)."""
+    """(1 or C, *spatial), to inpaint with a model that was not trained for it; requires `known` and
+    `noise`. Where the mask is not above 0, x becomes alpha * known + sigma * noise after each
+    row, at the noise level of the next (Lugmayr et al. 2022, eq. 8, without resampling)."""
     known: Tensor | None = None
-    """(C, *spatial), the clean latents that are kept outside of the mask."""
+    """(C, *spatial), the clean latents to keep outside of the mask."""
     noise: Tensor | None = None
     """(C, *spatial), N(0, 1), the same for all rows."""
     tag: Any = None
-    """The caller's own mark; the engine does not look at it."""
+    """For the caller's own use; ignored by the engine."""
 
     @property
     def shape_class(self) -> ShapeClass:
-        """What an engine must be made for to take this request."""
+        """The shape class of an engine that can run this request."""
         return ShapeClass(tuple(self.x.shape), self.condition.tokens)
 
 
@@ -81,10 +81,11 @@ class Result:
     """A request that has left its engine.
 
     Attributes:
-        ticket: what `Engine.submit` returned.
+        ticket: the ticket returned by `Engine.submit`.
         x: (C, *spatial), the sample, on the network's device.
-        rows: of its table that were taken: all, unless it failed.
-        error: why x cannot be used: the network returned NaN or infinity, and where; None: it can.
+        rows: number of rows of its table that were taken: all, unless it failed.
+        error: if the network returned NaN or infinity, a message that says where; x is then
+            unusable. None otherwise.
     """
 
     request: Request
@@ -102,19 +103,19 @@ class _Seat:
     ticket: int
     slot: int
     guide: Guide
-    levels: int | None  # where its levels begin in `Engine._levels`, if it has a mask
-    turn: int = 0  # of all turns so far, the number of its last one
+    levels: int | None  # index into `Engine._levels` at which its levels begin, if it has a mask
+    turn: int = 0  # the number of its last turn, counting all turns so far
 
 
 @dataclass(eq=False)
 class _Plan:
-    """A step, kept as long as the next one has the same requests, equally guided."""
+    """A step; reused as long as the next one has the same requests, guided in the same way."""
 
     turns: list[tuple[int, bool]]  # slot, guided
     slots: list[int]
     batch: Batch
     masked: Tensor  # (n,) int64, the slots with a mask
-    levels: Tensor  # (n,) int64, their rows of `Engine._levels`
+    levels: Tensor  # (n,) int64, their rows in `Engine._levels`
 
     def advance(self) -> None:
         self.batch.advance()
@@ -122,11 +123,11 @@ class _Plan:
 
 
 class Engine:
-    """S slots for requests of one shape class, taken a row further together.
+    """S slots for requests of one shape class, which advance together, one row per step.
 
     Attributes:
-        previews: ticket -> (C, *spatial), the estimates of x0 that were asked for.
-        rows_taken: of the tables of all requests so far.
+        previews: ticket -> (C, *spatial), the estimates of x0 that were requested.
+        rows_taken: number of table rows taken so far, over all requests.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Engine:
         """
         network: prepared for inference; it stays on its device and in its dtype.
         shape, tokens: the class of the requests; see `ShapeClass`.
-        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
+        slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
         """
         self._kind = ShapeClass(tuple(shape), tokens)
         self._denoiser = Denoiser(network, shape[1:])
@@ -144,8 +145,8 @@ class Engine:
         self._slots = Slots(slots, shape, device=device, dtype=dtype)
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
-        self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), once needed
-        self._levels = Stack()  # (rows, 2), of tables with a mask: see `_levels_after`
+        self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), if needed
+        self._levels = Stack()  # (rows, 2), for requests with a mask; see `_levels_after`
         self._plan: _Plan | None = None
         self._asked: set[int] = set()
         self.previews: dict[int, Tensor] = {}
@@ -153,12 +154,12 @@ class Engine:
 
     @property
     def busy(self) -> int:
-        """Requests in the engine."""
+        """Number of requests in the engine."""
         return len(self._seats)
 
     @property
     def free(self) -> int:
-        """Requests that may join."""
+        """Number of requests that may join."""
         return len(self._slots) - len(self._seats)
 
     @property
@@ -168,10 +169,10 @@ class Engine:
 
     @torch.no_grad()
     def submit(self, request: Request) -> int:
-        """Let a request join. Returns its ticket.
+        """Add a request. Returns its ticket.
 
         Raises:
-            ValueError: no slot is free, or the request does not fit the network or the engine.
+            ValueError: no slot is free, or the request does not match the network or the engine.
         """
         self._check(request)
         table, slot, ticket = request.table, self._slots.empty[0], next(self._tickets)
@@ -190,7 +191,7 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: int) -> None:
-        """Take a request out, without a result.
+        """Remove a request without a result.
 
         Raises:
             ValueError: it is not in the engine.
@@ -198,7 +199,7 @@ class Engine:
         self._leave(self._seat(ticket))
 
     def preview(self, ticket: int) -> None:
-        """Ask for a request's estimate of x0: the next step that it takes puts it into `previews`.
+        """Request an estimate of x0, which the request's next step puts into `previews`.
 
         Raises:
             ValueError: it is not in the engine.
@@ -206,10 +207,10 @@ class Engine:
         self._asked.add(self._seat(ticket).slot)
 
     def move(self, ticket: int, slot: int) -> None:
-        """Take a request to another slot, which changes no bit of its result.
+        """Move a request to another slot, which does not affect its result.
 
         Raises:
-            ValueError: it is not in the engine, or the slot is taken.
+            ValueError: it is not in the engine, or the slot is occupied.
         """
         seat = self._seat(ticket)
         if slot == seat.slot:
@@ -225,17 +226,17 @@ class Engine:
 
     @torch.no_grad()
     def step(self, *, watch: Watch | None = None) -> list[Result]:
-        """Take requests one row further. Returns those that have finished or failed.
+        """Advance requests by one row. Returns those that have finished or failed.
 
-        All requests, except that on a CPU those whose rows would not fill a block wait, and are
-        first in the next step.
+        All requests advance, except that on a CPU those whose rows would not fill a block wait, and
+        come first in the next step.
 
-        A request fails when the network returns NaN or infinity for it; the others go on. On a CPU
-        this is seen at once, on other devices when a request finishes: in between the host does
-        not wait for the device.
+        A request fails if the network returns NaN or infinity for it; the others continue. On a CPU
+        this is detected immediately, on other devices when a request finishes: until then the host
+        does not wait for the device.
 
-        watch: called with the x and the estimates of x0 of the requests that were taken further,
-            before any leaves.
+        watch: called with x and the estimates of x0 of the requests that advanced, before any of
+            them leaves.
         """
         slots, busy = self._slots, self._slots.busy
         if turns := self._turns(busy):
@@ -258,10 +259,10 @@ class Engine:
         return self._collect()
 
     def _turns(self, busy: list[int]) -> list[tuple[int, bool]]:
-        """The requests to take further, as (slot, guided); those that waited longest first.
+        """The requests to advance, as (slot, guided), with those that waited longest first.
 
-        Where rows are evaluated in blocks, as many as fill blocks: on a CPU a row that is there
-        only to fill a block costs as much as any other.
+        If rows are evaluated in blocks, as many as fill whole blocks: on a CPU a row of padding
+        costs as much as any other.
         """
         slots, blocks = self._slots, self._denoiser.blocks
         order = sorted(busy, key=lambda slot: self._seats[slot].turn)
@@ -293,7 +294,7 @@ class Engine:
         return self._plan
 
     def _hold(self, slots: Tensor, levels: Tensor) -> None:
-        """Outside of masks, the known latents with the noise of the next row's level."""
+        """Outside of masks, set x to the known latents, noised to the level of the next row."""
         x = self._slots.x
         mask, known, noise = (self._state[name][slots] for name in ("mask", "known", "noise"))
         alpha, sigma = self._levels.rows[levels].T.reshape(2, -1, *(1,) * (x.ndim - 1))
@@ -308,7 +309,7 @@ class Engine:
             watch(tickets, self._slots.x[busy], denoised[busy])
 
     def _collect(self) -> list[Result]:
-        """Take out the requests that have finished or failed."""
+        """Remove the requests that have finished or failed, and return their results."""
         slots, seats = self._slots, list(self._seats.values())
         busy = set(slots.busy)
         done = {seat for seat in seats if seat.slot not in busy}
@@ -339,7 +340,7 @@ class Engine:
         raise ValueError(f"request {ticket} is not in the engine; it has left, or never joined")
 
     def _keep(self, name: str, slot: int, value: Tensor | None) -> None:
-        """Copy what belongs to a request into the tensor that holds it for all slots."""
+        """Copy a tensor of a request into the one that holds it for all slots."""
         if value is None:
             return
         if name not in self._state:
@@ -353,18 +354,18 @@ class Engine:
         config, kind = self._denoiser.network.config, request.shape_class
         if not self.free:
             raise ValueError(
-                f"all {len(self._slots)} slots are taken; step until a request finishes"
+                f"all {len(self._slots)} slots are occupied; call step() until a request finishes"
             )
         if kind != self._kind:
             raise ValueError(
                 f"this engine takes x of shape {self._kind.shape} and {self._kind.tokens} tokens, "
-                f"got {kind.shape} and {kind.tokens}; make one engine per class, or use run()"
+                f"got {kind.shape} and {kind.tokens}; use one engine per shape class, or run()"
             )
         if (kind.tokens > 0) != (config.context_dim is not None):
             wanted = "no context" if config.context_dim is None else "a context"
             raise ValueError(
-                f"the network reads {wanted}, got a condition with {kind.tokens} tokens; check "
-                "that the model and the conditions belong together"
+                f"the network takes {wanted}, got a condition with {kind.tokens} tokens; check "
+                "that the conditions were made for this model"
             )
         self._check_x(request)
         other = request.unconditional
@@ -372,7 +373,7 @@ class Engine:
             tokens = None if other is None else f"one with {other.tokens} tokens"
             raise ValueError(
                 f"the table is guided, so unconditional must be a condition with {kind.tokens} "
-                f"tokens, got {tokens}; give one, or build the table with guidance_scale=1"
+                f"tokens, got {tokens}; pass one, or build the table with guidance_scale=1"
             )
 
     def _check_x(self, request: Request) -> None:
@@ -380,8 +381,8 @@ class Engine:
         extra = request.x[:0] if request.extra is None else request.extra
         if len(request.x) + len(extra) != config.in_channels:
             raise ValueError(
-                f"the network reads {config.in_channels} channels, got {len(request.x)} of x and "
-                f"{len(extra)} extra ones; check that the model and the latents belong together"
+                f"the network takes {config.in_channels} channels, got {len(request.x)} of x and "
+                f"{len(extra)} extra ones; check that the latents were made for this model"
             )
         if any(side % config.size_multiple or not side for side in shape[1:]):
             raise ValueError(
@@ -399,14 +400,17 @@ class Engine:
         got = [None if tensor is None else tuple(tensor.shape) for tensor in given]
         if got != [None] * 3 and (got[0] not in (shape, flat) or got[1:] != [shape, shape]):
             raise ValueError(
-                f"mask, known and noise go together: expected {flat}, {shape} and {shape}, got "
-                f"{got[0]}, {got[1]} and {got[2]}"
+                f"mask, known and noise must be given together: expected {flat}, {shape} and "
+                f"{shape}, got {got[0]}, {got[1]} and {got[2]}"
             )
 
 
 def _levels_after(table: SamplerTable) -> Tensor:
-    """(rows, 2): alpha and sigma of the level that each row of a table leads to; after the last the
-    image is kept as it is, whatever noise the table leaves in the rest, as in diffusers."""
+    """(rows, 2): alpha and sigma of the level that each row of a table leads to.
+
+    After the last row the known image is kept without noise, whatever noise the table leaves in
+    the rest, as in diffusers.
+    """
     sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     alpha = (1 + sigmas**2) ** -0.5
     return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
@@ -421,29 +425,29 @@ def run(
     progress: Progress | None = None,
     check: bool = True,
 ) -> Iterator[Result]:
-    """Make samples, yielding each as it finishes.
+    """Generate samples, yielding each as it finishes.
 
-    Requests are taken from the iterable as slots become free, so it may be long, or make them on
-    demand. Those of one shape class run together; those of others wait their turn, at most `slots`
-    of them, after which no more are taken until the class in front is done.
+    Requests are taken from the iterable as slots become free, so it may be long, or create them on
+    demand. Requests of one shape class run together. At most `slots` requests of other classes are
+    read ahead and wait for their turn; then no more are read until the current class is done.
 
     Args:
         network: prepared for inference.
-        slots: requests at a time. They bound memory and change no bit of a result on a CPU.
-        on_step: called after each step; `Step.samples` are the places of its requests among those
-            given, from 0.
+        slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
+        on_step: called after each step; `Step.samples` are the positions of its requests in
+            `requests`, from 0.
         progress: called after each step; its total covers all requests if they are a sequence,
             otherwise those taken so far.
         check: raise ValueError at the first request for which the network returns NaN or infinity.
-            False: its result says so (`Result.error`), and the others go on.
+            If False, its result has an error (`Result.error`), and the others continue.
 
     Raises:
-        ValueError: see `check` and `Engine.submit`; what was yielded before stays valid.
+        ValueError: see `check` and `Engine.submit`; results yielded before stay valid.
     """
     line = _Line(requests, slots)
-    places: dict[int, int] = {}  # ticket -> place among the requests given
+    places: dict[int, int] = {}  # ticket -> position in `requests`
     engine: Engine
-    done = 0  # rows before the present engine's, and those that failed requests leave undone
+    done = 0  # rows of earlier engines, and rows that failed requests have left undone
 
     def watch(tickets: Sequence[int], x: Tensor, denoised: Tensor) -> None:
         assert on_step is not None
@@ -464,20 +468,20 @@ def run(
             for result in results:
                 place = places.pop(result.ticket)
                 if check and result.error is not None:
-                    raise ValueError(f"{result.error} (request {place} of those given)")
+                    raise ValueError(f"{result.error} (request {place}, counted from 0)")
                 yield result
         done += engine.rows_taken
 
 
 class _Line:
-    """Requests in the order given, handed out by shape class.
+    """A queue of requests that hands them out by shape class, in order.
 
     Attributes:
-        rows: of the tables of all requests if they are a sequence, otherwise of those taken so far.
+        rows: table rows of all requests if they are a sequence, otherwise of those taken so far.
     """
 
     def __init__(self, requests: Iterable[Request], ahead: int) -> None:
-        """ahead: how many of other classes are taken from the iterable before their turn."""
+        """ahead: how many requests of other classes may be read ahead of their turn."""
         self._given = requests if isinstance(requests, Sequence) else None
         self._source = enumerate(requests)
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -485,17 +489,17 @@ class _Line:
         self.rows = sum(len(request.table) for request in self._given or ())
 
     def at_most(self, slots: int) -> int:
-        """No more slots than there are requests, where that is known."""
+        """The number of slots, limited to the number of requests if that is known."""
         return slots if self._given is None else min(slots, len(self._given))
 
     def next_class(self) -> ShapeClass | None:
-        """The class of the request that has waited longest; None: there are no more."""
+        """The class of the request that has waited longest; None if there are no more."""
         if not self._waiting and (found := self._next()) is not None:
             self._waiting.append(found)
         return self._waiting[0][1].shape_class if self._waiting else None
 
     def take(self, kind: ShapeClass) -> tuple[int, Request] | None:
-        """The next request of a class, and its place; None: none is within reach."""
+        """The next request of a class, and its position; None if none is within reach."""
         for found in self._waiting:
             if found[1].shape_class == kind:
                 self._waiting.remove(found)

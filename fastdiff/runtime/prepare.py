@@ -1,4 +1,4 @@
-"""Make a module ready for inference: device, dtype, memory layout and the CPU's faster layers."""
+"""Prepare a module for inference: device, dtype, memory layout and faster CPU layers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def prepare(
     keep_copies: bool = True,
     half_as_fp32: bool | None = None,
 ) -> Module:
-    """Make a module ready for inference, in place: device, dtype, layout, eval, no gradients.
+    """Prepare a module for inference, in place: device, dtype, layout, eval, no gradients.
 
-    On the CPU its convolutions, linear layers and upsamplings then compute as
-    `fastdiff.runtime.cpu_layers` says.
+    On the CPU its convolutions, linear layers and upsamplings are also replaced by those of
+    `fastdiff.runtime.cpu_layers`.
 
     Args:
-        keep_copies: CPU: let layers keep a second, faster form of their weights, made at the first
-            call. In fp32 that is 2.3 GB beside the 3.4 GB of Stable Diffusion 1.5's U-Net;
-            where bf16 or fp16 weights are computed with in fp32, 4 bytes for each of their 2.
-            Results depend on it by rounding only: of an upsampling's weights, and in small
-            convolutions, for which PyTorch has another kernel.
-        half_as_fp32: CPU: whether convolutions and linear layers with bf16 or fp16 weights compute
-            in fp32 and round their results; None: where the CPU lacks the instructions
-            (AVX512-BF16, AVX512-FP16, AMX, Arm's), which is said once in the log.
+        keep_copies: CPU only: let layers keep a second, faster form of their weights, made at the
+            first call. In fp32 that takes 2.3 GB on top of the 3.4 GB of Stable Diffusion 1.5's
+            U-Net; if bf16 or fp16 weights compute in fp32, 4 bytes for each 2-byte weight. Results
+            change only by rounding: in the weights of upsamplings, and in small convolutions, for
+            which PyTorch has another kernel.
+        half_as_fp32: CPU only: whether convolutions and linear layers with bf16 or fp16 weights
+            compute in fp32 and round their results; None: if the CPU lacks the instructions
+            (AVX512-BF16, AVX512-FP16, AMX, or those of Arm), which is logged once.
     """
     module.to(device=device, dtype=dtype)
     if channels_last:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fastdiff.files import atomic_folder, write_text
+from fastdiff.files import atomic_folder, one_line_errors, write_text
 
 FORMAT = "fastdiff training state 1"
 LATEST = "latest"
@@ -75,10 +75,11 @@ def delete_old(root: Path, step: int, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@one_line_errors()
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint's folder, or None."""
     try:
-        name = (root / LATEST).read_text().strip()
+        name = (root / LATEST).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     folder = root / name
@@ -90,6 +91,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     return folder
 
 
+@one_line_errors()
 def load_checkpoint(
     folder: Path, stems: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.data import AugmentConfig, DataConfig, describe_folder
+from fastdiff.files import one_line_errors
 from fastdiff.training.autoencoder import AutoencoderRun
 from fastdiff.training.diffusion import DiffusionRun
 
@@ -16,6 +17,7 @@ PHOTOGRAPHS = AugmentConfig(flip=True, fill="reflection")
 """A mirrored photograph is a photograph; one that is rotated or sheared is not."""
 
 
+@one_line_errors()
 def for_data(run: RunT, data: DataConfig) -> RunT:
     """The run on other images: augmentation, channels, classes and guidance that fit them.
 

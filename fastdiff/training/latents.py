@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.checkpoint.model import Model
 from fastdiff.data import generator
+from fastdiff.files import one_line_errors
 from fastdiff.models.autoencoder import Autoencoder, Posterior
 from fastdiff.training.batches import Batches
 
@@ -124,6 +125,7 @@ class Latents:
         return moments, self.batches.dataset.labels[indices].to(device)
 
 
+@one_line_errors()
 def first_stage(folder: str, *, image_size: int, device: torch.device) -> Model:
     """The trained autoencoder in a bundle's or a run's folder.
 

@@ -120,13 +120,16 @@ class Monitor:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of log.jsonl; a truncated last line is skipped."""
+    """Read the records of log.jsonl up to the first damaged line, such as a truncated last one."""
     records = []
-    for line in (folder / LOG_FILE).read_text().splitlines():
+    for line in (folder / LOG_FILE).read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

@@ -19,7 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.data import DataConfig, derive_seed
-from fastdiff.files import atomic_file, locked_folder, remove_leftovers, write_json
+from fastdiff.files import (
+    atomic_file,
+    locked_folder,
+    one_line_errors,
+    remove_leftovers,
+    write_json,
+)
 from fastdiff.training import checkpoints
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.ema import EMA
@@ -226,6 +232,7 @@ class Trainer:
         checkpoints.save_checkpoint(root, self.done, tensors, state)
         checkpoints.delete_old(root, self.done, self.run.output.keep)
 
+    @one_line_errors()
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint.
 

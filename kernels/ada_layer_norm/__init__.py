@@ -1,22 +1,22 @@
-"""LayerNorm without parameters, then a scale and a shift per sample: adaptive LayerNorm.
+"""Adaptive LayerNorm: LayerNorm without parameters, then a scale and a shift per sample.
 
     n = (x - m) / sqrt(v + eps)                   Ba et al. 2016, eq. 3-4
     y = n * (1 + scale) + shift                   Peebles & Xie 2023, section 3.2 (adaLN-Zero)
     m, v = mean and biased variance of a row of C numbers
 
 Bytes that must move: x in, y out, 2 * N * T * C * itemsize; scale and shift are 2 * N * C numbers.
-Eager moves 6: the norm, the product and the sum each read and write. Statistics are fp32 (fp64 for
-fp64 input).
+Eager PyTorch moves 6 * N * T * C * itemsize, because the norm, the product and the sum each read
+and write. Statistics are fp32 (fp64 for fp64 input).
 
-Backward, with m and v computed again (nothing but x and scale is kept):
+Backward, which recomputes m and v (only x and scale are saved):
 
     g      = dy * (1 + scale)
     dx     = (g - mean(g) - n mean(g n)) / sqrt(v + eps)
     dscale = sum over T of dy n,   dshift = sum over T of dy
 
 Bytes: 3 * N * T * C * itemsize. The sums over T are taken in a fixed order, without atomics: the
-rows of a sample are cut into P chunks, each of which leaves its share, and a second step adds the
-P shares: 8 * N * P * C bytes more, twice.
+rows of a sample are split into P chunks, each of which writes a partial sum, and a second step adds
+the P partial sums. That writes and reads another 8 * N * P * C bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def ada_layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float
     """The op in plain PyTorch; see `ada_layer_norm`."""
     dtype = compute_dtype(x)
     wide = x.to(dtype)
-    # a row may be shifted: this keeps the digits where the mean is large
+    # the norm is invariant to a shift: subtracting the mean first keeps precision if it is large
     first = wide.detach()[..., :1]
     centered = wide - (first + (wide.detach() - first).mean(-1, keepdim=True))
     normed = F.layer_norm(centered, x.shape[-1:], None, None, eps)
@@ -47,7 +47,7 @@ def ada_layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float
 
 
 def ada_layer_norm_formula(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """The op as the papers have it; for fp64."""
+    """The papers' formula, evaluated in fp64 to check the kernels."""
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     normed = (x - mean) / torch.sqrt(variance + eps)
@@ -92,7 +92,7 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
         (N, T, C), contiguous, in the dtype of x. Differentiable in every tensor.
 
     Raises:
-        ValueError: a shape or dtype that does not fit.
+        ValueError: unsupported shape or dtype.
 
     Peebles & Xie 2023 (Scalable Diffusion Models with Transformers), section 3.2.
     """

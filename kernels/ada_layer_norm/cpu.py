@@ -12,7 +12,7 @@ from ..views import as_rows
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, keep: bool) -> tuple[Tensor, None]:
-    """y, dense."""
+    """Return y, contiguous."""
     n, length, d = x.shape
     y = x.new_empty(x.shape)
     if x.numel():
@@ -26,7 +26,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, keep: bool) -> 
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dscale, dshift."""
+    """Return dx, dscale, dshift."""
     n, length, d = x.shape
     dx = x.new_empty(x.shape)
     dscale, dshift = (room(n, d, zeros=not x.numel()) for _ in range(2))

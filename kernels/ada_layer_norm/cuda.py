@@ -14,11 +14,11 @@ cuda.declare("ada_layer_norm", "ip" + "i" + "pp" + "pipi" + "qqqqf")
 cuda.declare("ada_layer_norm_backward", "ip" + "i" + "ppp" + "pi" + "p" + "qqqqqqf")
 
 CHUNKS = 64
-"""The most shares that a sample's dscale and dshift are summed of."""
+"""Most partial sums per sample for dscale and dshift."""
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, keep: bool) -> tuple[Tensor, None]:
-    """y, dense."""
+    """Return y, contiguous."""
     n, length, d = x.shape
     y = x.new_empty(x.shape)
     if x.numel():
@@ -34,7 +34,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, keep: bool) -> 
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dscale, dshift."""
+    """Return dx, dscale, dshift."""
     n, length, d = x.shape
     dx, chunks = x.new_empty(x.shape), max(1, min(CHUNKS, length))
     shares = torch.zeros(n, chunks, 2, d, dtype=torch.float32, device=x.device)

@@ -11,17 +11,20 @@ from ..triton import cdiv, jit, launch, next_power_of_2, tl, triton_backend, two
 from ..views import as_rows
 
 WIDEST = 8192
-"""The longest row that is held in registers."""
+"""Longest row that fits in registers."""
 CHUNKS = 64
-"""The most shares that a sample's dscale and dshift are summed of."""
+"""Most partial sums per sample for dscale and dshift."""
 
 
 @jit
 def _normed(
     x: tl.tensor, column: tl.tensor, inside: tl.tensor, d: tl.tensor, eps: tl.tensor
 ) -> tl.tensor:
-    """A row, normalised, and 1 / sqrt(v + eps). Sums are taken above the row's first number: exact
-    where the mean is large, exactly 0 in a constant row."""
+    """The normalized row and 1 / sqrt(v + eps).
+
+    The row's first number is subtracted before summing, which keeps precision when the mean is
+    large and gives exactly 0 for a constant row.
+    """
     value = tl.load(x + column, inside, other=0.0).to(tl.float32)
     first = tl.load(x).to(tl.float32)
     mean, rest = two_sum(first, tl.sum(tl.where(inside, value - first, 0.0)) / d)
@@ -68,7 +71,7 @@ def _ada_layer_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dx of ROWS rows of a sample, and their share of dscale and dshift."""
+    """Compute dx for ROWS rows of a sample, and their partial sums of dscale and dshift."""
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     begin = tl.program_id(0) % chunks * ROWS
     column = tl.arange(0, BLOCK)
@@ -99,7 +102,7 @@ def _constants(d: int) -> dict[str, int]:
 def forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, keep: bool = False
 ) -> tuple[Tensor, None]:
-    """y, dense."""
+    """Return y, contiguous."""
     _, length, d = x.shape
     y = x.new_empty(x.shape)
     if x.numel():
@@ -113,7 +116,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dscale, dshift."""
+    """Return dx, dscale, dshift."""
     n, length, d = x.shape
     dx = x.new_empty(x.shape)
     rows = max(1, cdiv(length, CHUNKS))
@@ -136,7 +139,7 @@ def backward(
 def why_not(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> str | None:
     """Why the kernels cannot run this call, or None if they can."""
     if x.shape[2] > WIDEST:
-        return f"it takes rows of up to {WIDEST} numbers, got {x.shape[2]}"
+        return f"it supports rows of up to {WIDEST} elements, got {x.shape[2]}"
     return None
 
 

@@ -1,20 +1,20 @@
-"""Convolution bias, time embedding and residual added up, then GroupNorm and SiLU.
+"""Add convolution bias, time embedding and residual, then apply GroupNorm and SiLU.
 
     total = x + channel_add + residual          rounded to the dtype of x
     y     = group_norm_silu(total, ...)
 
 The convolution's bias and the time embedding are both constant over space, so the caller adds them
-up first (N * C numbers) and passes one `channel_add`. The sum comes back since the next residual
-adds to it.
+up first (N * C numbers) and passes one `channel_add`. The sum is returned as well, because the next
+residual connection adds to it.
 
 Bytes that must move: x and residual in, total and y out, 4 * N * C * H * W * itemsize (3 without
-residual). Eager moves 2 or 3 per addition on top of the norm. The kernels are those of
+residual). Eager PyTorch moves 2 or 3 per addition on top of the norm. The kernels are those of
 `group_norm_silu`: in its large regime total is read once more (5 trips, 4 without residual). The
 backward pass reads total, dy and dtotal and writes one gradient for x and residual, 4 trips when
-small and 6 when large (7 where channel_add wants its gradient, for the sum of dtotal).
+small and 6 when large (7 if channel_add needs a gradient, which takes the sum of dtotal).
 
-y is the norm of the *rounded* total: that is the tensor the backward pass has, so both see the same
-numbers.
+y is the norm of the *rounded* total. The backward pass saves the rounded tensor too, so forward and
+backward see the same numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def add_group_norm_silu_formula(
     eps: float = 1e-5,
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """The op as the papers have it; for fp64."""
+    """The papers' formula, evaluated in fp64 to check the kernels."""
     total = x
     if channel_add is not None:
         total = total + channel_add.reshape(*channel_add.shape, *[1] * (x.ndim - 2))
@@ -89,7 +89,7 @@ def _fake(x: Tensor, num_groups: int, *_: Any) -> tuple[tuple[Tensor, Tensor], T
 
 
 def _keep(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """total in the place of x; the residual is not needed."""
+    """Save total in place of x; the residual is not needed."""
     return outputs[1], *args[1:5], None, *args[6:]
 
 
@@ -105,7 +105,7 @@ def _again(
     eps: float,
     activation: str,
 ) -> tuple[Tensor | None, ...]:
-    """Of the norm of total, which depends on all addends through its own graph."""
+    """Gradients from the norm of total; total depends on the addends through its own graph."""
     dy, dtotal = gradients
     norm = (total, num_groups, weight, bias, scale_shift, eps, activation)
     dx, dweight, dbias, dscale_shift = reference_gradients(
@@ -117,7 +117,7 @@ def _again(
 
 
 def _sum_like(channel_add: Tensor | None, dx: Tensor | None) -> Tensor | None:
-    """The gradient of channel_add, from that of total."""
+    """Reduce the gradient of total to the gradient of channel_add."""
     if dx is None or channel_add is None:
         return None
     over = [*([] if channel_add.ndim == 2 else [0]), *range(2, dx.ndim)]
@@ -187,19 +187,18 @@ def add_group_norm_silu(
     """Add, then norm: ``total = x + channel_add + residual``, ``y = group_norm_silu(total, ...)``.
 
     Args:
-        x: (N, C, *spatial), fp64/fp32/fp16/bf16, any strides; channels_last in gives channels_last
-            out.
+        x: (N, C, *spatial), fp64/fp32/fp16/bf16, any strides; channels_last is preserved.
         num_groups, weight, bias, scale_shift, eps, activation: as in `group_norm_silu`.
         channel_add: (N, C) or (C,), added to every position, or None.
         residual: the shape of x, or None.
 
     Returns:
         (y, total), both (N, C, *spatial) in the dtype of x; the sum is taken in fp32 and rounded
-        once. With nothing to add `group_norm_silu` runs and `total` is x itself. Differentiable in
-        every tensor.
+        once. If there is nothing to add, `group_norm_silu` runs and `total` is x itself.
+        Differentiable in every tensor.
 
     Raises:
-        ValueError: a shape, dtype or option that does not fit.
+        ValueError: unsupported shape, dtype or option.
     """
     op = "add_group_norm_silu"
     check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation, eps)

@@ -1,11 +1,11 @@
-"""A residual addition, then LayerNorm over the last dimension.
+"""Add a residual, then apply LayerNorm over the last dimension.
 
     total = x + residual                          rounded to the dtype of x
     y     = layer_norm(total, weight, bias)
 
-Bytes that must move: x and residual in, total and y out, 4 * rows * D * itemsize; eager 5. The
-kernels are those of `layer_norm`. The backward pass keeps total alone, and adds its gradient to the
-norm's: one gradient for x and residual, 4 * rows * D * itemsize.
+Bytes that must move: x and residual in, total and y out, 4 * rows * D * itemsize; eager PyTorch
+moves 5. The kernels are those of `layer_norm`. Only total is saved for the backward pass, which
+adds its gradient to the norm's: one gradient for x and residual, 4 * rows * D * itemsize.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def add_layer_norm_formula(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The op as the paper has it; for fp64."""
+    """The paper's formula, evaluated in fp64 to check the kernels."""
     total = x + residual
     return layer_norm_formula(total, weight, bias, eps), total
 
@@ -58,7 +58,7 @@ def _fake(x: Tensor, *_: Any) -> tuple[tuple[Tensor, Tensor], None]:
 
 
 def _keep(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """total in the place of x; the residual is not needed."""
+    """Save total in place of x; the residual is not needed."""
     return outputs[1], None, *args[2:]
 
 
@@ -126,7 +126,7 @@ def add_layer_norm(
         (y, total), both (..., D) in the dtype of x; y is the norm of the rounded total.
 
     Raises:
-        ValueError: a shape or dtype that does not fit.
+        ValueError: unsupported shape or dtype.
     """
     check_layer_norm("add_layer_norm", x, weight, bias, eps)
     check_shape("add_layer_norm", "residual", residual, tuple(x.shape))

@@ -3,30 +3,32 @@
     P   = softmax(scale * Q K^T + mask)       over the S keys, per sample and head
     out = P V                                 Vaswani et al. 2017, eq. 1; scale = 1 / sqrt(D)
 
-Bytes that must move: Q, K, V in and out once, (2 * L + 2 * S) * N * H * D * itemsize; the L x S
-matrix never has to leave the chip. FLOPs: 4 * N * H * L * S * D (two products of 2 * L * S * D).
+Bytes that must move: Q, K, V and the output once each, (2 * L + 2 * S) * N * H * D * itemsize; the
+L x S matrix never has to leave the chip. FLOPs: 4 * N * H * L * S * D (two products of
+2 * L * S * D).
 
-The reference is PyTorch's `scaled_dot_product_attention` on fp32 (fp64) tensors: on a CPU it tiles,
-so it is up to 4 times faster than softmax(QK^T)V written out (1024 keys, d = 40, one core) and
-needs no L x S memory, and its result for one sample does not depend on the others in the batch. The
-written-out formula stands in the tests, in fp64.
+The reference is PyTorch's `scaled_dot_product_attention` on fp32 (fp64) tensors. On a CPU it works
+in tiles, so it is up to 4 times faster than a literal softmax(QK^T)V (1024 keys, d = 40, one core)
+and needs no L x S memory, and its result for one sample does not depend on the others in the batch.
+`attention_formula` is the literal version; tests evaluate it in fp64.
 
-The Triton kernels hold a tile of queries and walk over the keys with an online softmax (Milakov and
-Gimelshein 2018; Dao 2023), or, where all keys fit on the chip (a text of 77 tokens), hold the keys
-and walk over the queries with a softmax in one pass. The scale is folded into the exponent,
-p = exp2(c * s - m) with c = scale * log2(e), and what is kept for the backward pass is
-log2(sum exp2(c * s)) per query, in fp32, +inf for a query that may see no key.
+The Triton kernels hold a tile of queries and iterate over the keys with an online softmax (Milakov
+and Gimelshein 2018; Dao 2023). If all keys fit on the chip (a text of 77 tokens), they hold the
+keys instead and iterate over the queries with a one-pass softmax. The scale is folded into the
+exponent, p = exp2(c * s - m) with c = scale * log2(e). The backward pass gets
+log2(sum exp2(c * s)) per query, in fp32, +inf for a query that may attend to no key.
 
-A head dim is not padded to a power of two: it is cut into pieces that are, 40 = 32 + 8 columns of
-V and of the output where the matrix unit takes 8 (mma.sync), 32 + 16 where it takes 16 (wgmma,
-tcgen05, MFMA). The sum over the head dim in Q K^T goes in steps of 16 everywhere. Columns beyond D
-are zeros that are not read.
+A head dim is not padded to a power of two but split into pieces that are powers of two. 40 columns
+of V and of the output are 32 + 8 if the matrix unit handles 8 columns (mma.sync), 32 + 16 if it
+needs 16 (wgmma, tcgen05, MFMA). The sum over the head dim in Q K^T always runs in steps of 16.
+Columns beyond D count as zeros and are not read.
 
-fp32 goes through three TF32 products on NVIDIA (about 22 bits of each factor) and as it is on AMD.
-A head of 512, and fp32, is too wide to be kept: CHUNK columns of the rows at a time are read for
-each product, and SPLIT programs share the D output columns, each with all the scores.
+fp32 is computed as three TF32 products on NVIDIA (about 22 bits of each factor) and natively on
+AMD. A head dim of 512, and any fp32 head, is too wide to keep on the chip: each product reads CHUNK
+columns of the rows at a time, and SPLIT programs share the D output columns, each computing all
+scores.
 
-Bytes moved, in units of N * H * D * itemsize, with BLOCK_M queries and BLOCK_N keys a tile:
+Bytes moved, in units of N * H * D * itemsize, with tiles of BLOCK_M queries and BLOCK_N keys:
 
     forward, streaming     2 L + 2 S ceil(L / BLOCK_M)
     forward, keys on chip  2 L + 2 S programs    as many programs a head as fill the GPU, `_context`
@@ -34,15 +36,15 @@ Bytes moved, in units of N * H * D * itemsize, with BLOCK_M queries and BLOCK_N 
     backward, dK and dV    2 L ceil(S / BLOCK_N) + 4 S
     backward, dQ           3 L + 2 S ceil(L / BLOCK_M), twice for a mask's gradient in fp16, bf16
 
-and 4 bytes a query for each of its numbers (8 for the sum of fp32 and under an added mask, which is
-kept in two): one in the forward pass; one, 2 ceil(S / BLOCK_N), and 2 in the backward pass. Few
-keys, many queries: dK and dV are also written and read once in fp32 for each stretch of the
-queries. Rows read in chunks:
+Each number kept per query adds 4 bytes per access (8 for the sum in fp32 or under an additive mask,
+which is stored as two numbers): 1 access in the forward pass; 1, 2 ceil(S / BLOCK_N) and 2 in the
+three backward kernels. With few keys and many queries, dK and dV are also written and read once in
+fp32 for each stretch of queries. When rows are read in chunks:
 
     forward     L + SPLIT (L ceil(S / BLOCK_N) + S ceil(L / BLOCK_M)) + S ceil(L / BLOCK_M)
 
-Tensors whose rows do not begin at 16 bytes are copied first. A mask is read once for every score.
-Re-reads of K and V are what the L2 is for: one head of 4096 keys of 40 is 0.66 MB.
+Tensors whose rows are not aligned to 16 bytes are copied first. A mask is read once for every
+score. Repeated reads of K and V hit the L2: one head with 4096 keys of dim 40 is 0.66 MB.
 """
 
 from __future__ import annotations
@@ -59,15 +61,17 @@ from ..checks import check_floating, check_number, compute_dtype
 from ..op import Op, Work
 from ..tracing import constant_in_graphs
 from ..tuning import gpu_of
-from . import cpu, cuda, triton
+from . import cpu, cuda, library, triton
 from .statistics import statistics_like
 
 CONTEXT = 336
-"""Keys that a text has at most (the longest class of the Triton kernel for contexts)."""
+"""Most keys that count as a text (the longest class of the Triton kernel for contexts)."""
 WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
-"""Where Triton's attention has the matrix instructions of a warp group and the CUDA kernel those of
-a warp (mma.sync), with which FlashAttention-2 reached a third of an H100's rate (Shah et al.
-2024)."""
+"""Architectures on which Triton's attention uses warp-group matrix instructions, but the CUDA
+kernel only those of one warp (mma.sync), which took FlashAttention-2 to a third of an H100's peak
+(Shah et al. 2024)."""
+LIBRARY_DIMS = (64, 128)
+"""Head dims that cuDNN and FlashAttention 3 are built for, where theirs are the kernels to beat."""
 
 
 def attention_reference(
@@ -95,7 +99,7 @@ def attention_reference(
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast would take the fp32 products back to half precision."""
+    """Disable autocast, which would cast the fp32 products back to half precision."""
     if not _autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -115,7 +119,7 @@ def attention_formula(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The op as the paper has it; for fp64."""
+    """The paper's formula, evaluated in fp64 to check the kernels."""
     if extra_k is not None and extra_v is not None:
         k, v = torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -151,7 +155,7 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _work(
     q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, *_: Any, backward: bool = False
 ) -> Work:
-    """Backwards q, k, v, out and its gradient in, three gradients out; five products for two."""
+    """Backward reads q, k, v, out and dout, writes three gradients, and has 5 products, not 2."""
     n, length, heads, d = q.shape
     keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
     return Work(
@@ -161,13 +165,19 @@ def _work(
 
 
 def _shape_class(q: Tensor, k: Tensor, *_: Any) -> str:
-    """To a text or to an image, and the head dim."""
+    """Attention to a text ("context") or to an image ("self"), and the head dim."""
     return f"{'context' if k.shape[1] <= CONTEXT else 'self'}/{q.shape[3]}"
 
 
+def _unmeasured(q: Tensor, *_: Any) -> str | None:
+    if not _has_warp_groups(q.device):
+        return None
+    return "library" if q.shape[3] in LIBRARY_DIMS else "triton"
+
+
 @constant_in_graphs
-def _unmeasured(device: torch.device) -> str | None:
-    return "triton" if gpu_of(device).architecture in WARP_GROUPS else None
+def _has_warp_groups(device: torch.device) -> bool:
+    return gpu_of(device).architecture in WARP_GROUPS
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
@@ -204,7 +214,7 @@ def _check(
             f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if (extra_k is None) != (extra_v is None):
-        raise ValueError("attention: extra_k and extra_v come together, got one of them")
+        raise ValueError("attention: extra_k and extra_v must be given together, got only one")
     if extra_k is not None and extra_v is not None:
         extra = extra_k.shape[1] if extra_k.ndim == 4 else 0
         if extra_k.shape != (n, extra, heads, dim) or extra_v.shape != extra_k.shape:
@@ -222,7 +232,7 @@ def _check(
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(
                 f"attention: mask must be bool or floating point, got {mask.dtype}; "
-                "use mask.bool() if 1 marks the keys that may be seen"
+                "use mask.bool() if nonzero marks the keys to attend to"
             )
         full = (n, heads, length, keys)
         last = zip(reversed(mask.shape), reversed(full), strict=False)
@@ -245,7 +255,7 @@ _op = Op(
     shape_class=_shape_class,
     unmeasured=_unmeasured,
     example=_example,
-    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    kernels=(cuda.BACKEND, triton.BACKEND, library.BACKEND, cpu.BACKEND),
     statistics=True,
     kept_outputs=(0,),
 )
@@ -267,18 +277,18 @@ def attention(
     Args:
         q: (N, L, H, D), fp64/fp32/fp16/bf16, any strides (a view of a packed QKV is fine).
         k, v: (N, S, H, D), the dtype of q, any strides.
-        extra_k, extra_v: (N, T, H, D), keys and values that are seen after those of k and v, as if
-            concatenated to them (GLIDE's text tokens beside the image's).
-        mask: broadcasts to (N, H, L, S + T); bool, True where a key may be seen, or floating point,
-            added to the score. A query that may see no key gets zeros.
-        scale: factor of the scores; None is 1 / sqrt(D).
+        extra_k, extra_v: (N, T, H, D), more keys and values, as if concatenated after k and v
+            (in GLIDE, the text tokens next to the image tokens).
+        mask: broadcasts to (N, H, L, S + T); bool, True where a query may attend to a key, or
+            floating point, added to the scores. A query with every key masked out gets zeros.
+        scale: factor of the scores; None means 1 / sqrt(D).
 
     Returns:
-        (N, L, H, D), contiguous, in the dtype of q. Differentiable in all tensors but a
-        bool mask. The gradient of a mask needs N * H * L * (S + T) fp32 numbers on the way.
+        (N, L, H, D), contiguous, in the dtype of q. Differentiable in all tensors except a
+        bool mask. The gradient of a mask takes N * H * L * (S + T) fp32 numbers of memory.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: unsupported shapes or dtypes.
 
     Vaswani et al. 2017, eq. 1.
     """

@@ -1,8 +1,8 @@
 """The CPU kernels of `attention`, in csrc/cpu/attention.cpp.
 
-The forward pass keeps two fp32 numbers per query for the backward pass: the largest score and the
-sum of exp. That computes P for dQ and again for dK and dV: seven products of 2 * L * S * D instead
-of five, but no sum whose order depends on the threads.
+The forward pass saves two fp32 numbers per query: the largest score and the sum of exp. The
+backward pass computes P once for dQ and again for dK and dV. That takes seven products of
+2 * L * S * D instead of five, but no sum depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ WIDE, MANY_KEYS = 256, 160
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
-    """x with neighbours in the head dim; other strides stay as they are."""
+    """x with a contiguous head dim; copies only if needed."""
     return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
 def _strided(x: Tensor | None) -> Strided:
-    """Where x begins, and its strides from sample to sample, row to row, head to head."""
+    """Address of x, and its strides over samples, rows and heads."""
     if x is None:
         return (0, 0, 0, 0)
     sample, row, head, _ = x.stride()
@@ -42,7 +42,7 @@ def _expanded(mask: Tensor | None, full: tuple[int, int, int, int]) -> Tensor | 
 
 
 class Call:
-    """What both passes give the module; it keeps alive the copies that had to be made."""
+    """Arguments that both passes hand to the module; keeps temporary copies alive."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ def forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output; for the backward pass the largest score and the sum of exp of each query."""
+    """Return the output and, if `keep`, the largest score and the sum of exp of each query."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     statistics = statistics_like(q) if keep else None
     call = Call((q, k, v, extra_k, extra_v), mask, scale)
@@ -102,7 +102,7 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, dextra_k, dextra_v, dmask."""
+    """Return dq, dk, dv, dextra_k, dextra_v, dmask."""
     tensors = q, k, v, extra_k, extra_v
     gradients = [None if x is None else x.new_empty(x.shape) for x in tensors]
     call = Call(tensors, mask, scale)
@@ -134,10 +134,10 @@ def slower(
     mask: Tensor | None,
     scale: float,
 ) -> str | None:
-    """Where PyTorch's kernel is as fast or faster; docs/decisions/kernels.md has the figures."""
+    """Where PyTorch's kernel is at least as fast; measurements in docs/decisions/kernels.md."""
     tensors = q, k, v, extra_k, extra_v, mask
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return "where a gradient is wanted the reference is faster"
+        return "the reference is faster when a gradient is needed"
     keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
     if q.dtype is torch.float32 and q.shape[3] > WIDE and keys > MANY_KEYS:
         return (

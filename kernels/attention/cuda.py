@@ -1,13 +1,13 @@
-"""`attention` by the CUDA kernels of csrc/cuda/attention.cuh: fp16 and bf16, head dims that are
+"""`attention` with the CUDA kernels of csrc/cuda/attention.cuh: fp16 and bf16, head dims that are
 multiples of 8 up to 160.
 
-The forward pass is one launch. Rows that are dense and begin at multiples of 16 bytes, as those of
-a packed QKV do, are read where they are; others are copied first. Gradients on a GPU are Triton's
-(`attention_backward`), which needs the output and the log-sum-exp that this forward pass
-leaves behind; without triton, under the emulation, and where a mask is wider than Triton takes,
-they are the formula written out in fp32, with L x S numbers per sample and head.
+The forward pass is one launch. Rows that are dense and aligned to 16 bytes, such as those of a
+packed QKV, are read in place; others are copied first. On a GPU, gradients come from Triton
+(`attention_backward`), which uses the output and the log-sum-exp saved by this forward pass.
+Without triton, under the emulation, and when a mask is wider than Triton supports, they come from
+the formula written out in fp32, with L x S numbers per sample and head.
 
-No GPU has run these kernels yet, and nothing is known of their speed.
+These kernels have not run on a GPU yet, so their speed is unknown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .triton_tiles import WIDEST_MASK, room_for_sums, split_sums
 
 WIDEST = 160
 ON_CHIP = 160
-"""The most keys that stay in shared memory (80 where heads are wider than 80); 0 in tests: none."""
+"""Most keys kept in shared memory (80 for head dims above 80); tests set 0 to keep none there."""
 
 cuda.declare("attention", "ipiqqqqiippppppipfippp")
 _Strides = ctypes.c_int64 * 19
@@ -45,16 +45,16 @@ def why_not(
     """Why the kernels cannot run this call, or None if they can."""
     d = q.shape[3]
     if d % 8 or d > WIDEST:
-        return f"it takes head dims that are multiples of 8 up to {WIDEST}, got {d}"
+        return f"it supports head dims that are multiples of 8 up to {WIDEST}, got {d}"
     if not scale > 0:
-        return f"it takes a scale > 0, got {scale}; negate q"
+        return f"it supports a scale > 0, got {scale}; negate q instead"
     return None
 
 
 def _in_place_or_copied(x: Tensor | None) -> Tensor | None:
-    """x with dense rows that begin at multiples of 16 bytes (8 numbers), which cp.async reads.
+    """x with dense rows aligned to 16 bytes (8 elements), as cp.async requires.
 
-    The kernels keep the stride of a token in 32 bits.
+    The kernels hold the stride between tokens in 32 bits.
     """
     if x is None:
         return None
@@ -75,10 +75,11 @@ def forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output (N, L, H, D) and, per query, what Triton's backward pass takes (`room_for_sums`).
+    """Return the output (N, L, H, D) and the statistics that Triton's backward pass expects.
 
-    That is log2 of the sum of exp2(log2(e) * scores), inf for a query that may see no key; under an
-    added mask in two numbers, relative to the largest score and that score.
+    Per query that is log2 of the sum of exp2(log2(e) * scores), inf for a query that may attend to
+    no key. Under an additive mask it is two numbers: the same relative to the largest score, and
+    that score (see `room_for_sums`).
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     statistics = statistics_like(q).zero_() if keep else None
@@ -116,7 +117,7 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, dextra_k, dextra_v, dmask: Triton's, or the formula written out."""
+    """Return dq, dk, dv, dextra_k, dextra_v, dmask, from Triton or from the formula written out."""
     inputs = q, k, v, extra_k, extra_v, mask
     sums = room_for_sums(q, mask, statistics)
     keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
@@ -137,10 +138,10 @@ def gradients_written_out(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, dextra_k, dextra_v, dmask in plain fp32 PyTorch.
+    """Compute dq, dk, dv, dextra_k, dextra_v, dmask in fp32 with plain PyTorch.
 
     P = softmax(scores), dV = P^T dO, dP = dO V^T, dS = P * (dP - sum P * dP), dQ = scale * dS K,
-    dK = scale * dS^T Q. Of lse only the queries are taken that see no key.
+    dK = scale * dS^T Q. lse only shows which queries may attend to no key.
     """
     keys, dtype = k.shape[1], q.dtype
     if extra_k is not None and extra_v is not None:
@@ -154,7 +155,7 @@ def gradients_written_out(
             scores = scores + mask.float()
         p = scores.softmax(-1).masked_fill((lse[0] == torch.inf)[..., None], 0)
         dp = dout @ v.mT
-        dp = dp - dp[..., :1]  # changes no dS, and keeps the digits where all values are large
+        dp = dp - dp[..., :1]  # leaves dS unchanged; keeps precision where all values are large
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         dq, dk, dv = scale * ds @ k, scale * ds.mT @ q, p.mT @ dout
     dq, dk, dv = (x.transpose(1, 2).to(dtype).contiguous() for x in (dq, dk, dv))

@@ -1,4 +1,4 @@
-"""What every backend of `attention` keeps for the backward pass."""
+"""The statistics that every backend of `attention` saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def statistics_like(q: Tensor) -> Tensor:
-    """Room for two fp32 numbers of each query, (2, N, H, L), whose meaning is the backend's own."""
+    """Room for two fp32 numbers per query, (2, N, H, L); each backend defines their meaning."""
     n, length, heads, _ = q.shape
     return torch.empty(2, n, heads, length, dtype=torch.float32, device=q.device)

@@ -1,4 +1,4 @@
-"""`attention` by the Triton kernels of triton_forward.py and triton_backward.py."""
+"""`attention` with the Triton kernels of triton_forward.py and triton_backward.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and for the backward pass the sums of each query."""
+    """Return the output and, if `keep`, the softmax sums of each query."""
     statistics = statistics_like(q).zero_() if keep else None
     return attention_forward(q, k, v, extra_k, extra_v, mask, scale, statistics)[0], statistics
 
@@ -41,7 +41,7 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dextra_k, dextra_v, dmask."""
+    """Return dq, dk, dv, dextra_k, dextra_v, dmask."""
     inputs = q, k, v, extra_k, extra_v, mask
     sums = room_for_sums(q, mask, statistics)
     return attention_backward(dout, *inputs, out, sums, scale, needs[5])
@@ -60,15 +60,15 @@ def why_not(
     d = q.shape[3]
     if d % 8 or (d > WIDEST and d != SINGLE_HEAD):
         return (
-            f"it takes head dims that are multiples of 8 up to {WIDEST}, and {SINGLE_HEAD}, "
+            f"it supports head dims that are multiples of 8 up to {WIDEST}, and {SINGLE_HEAD}, "
             f"got {d}; pad the heads with zeros and pass scale={d}**-0.5"
         )
     if not scale > 0:
-        return f"it takes a scale > 0, got {scale}; negate q"
+        return f"it supports a scale > 0, got {scale}; negate q instead"
     keys = k.shape[1] + (0 if extra_k is None else extra_k.shape[1])
     if mask is not None and q.shape[1] * keys > WIDEST_MASK:
         return (
-            f"under a mask it takes up to {WIDEST_MASK} scores per head, "
+            f"with a mask it supports up to {WIDEST_MASK} scores per head, "
             f"got {q.shape[1]} x {keys}; split the queries"
         )
     return None

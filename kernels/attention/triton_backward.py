@@ -1,4 +1,4 @@
-"""The backward pass of `attention` in Triton, and what is tuned."""
+"""The backward pass of `attention` in Triton: kernels and launchers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _row_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """sum_d dout * out, which is sum_s P dP, per query: (N, L, H, D) to (N, H, L)."""
+    """Per query, sum_d dout * out, which equals sum_s P dP: (N, L, H, D) to (N, H, L)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n, l, h = row // (length * heads), row // heads % length, row % heads
     column = tl.arange(0, COLUMNS)[None, :]
@@ -96,10 +96,10 @@ def _keys_gradient_kernel(  # noqa: PLR0915
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """dK and dV of one tile of keys, and of D / SPLIT columns, from a stretch of the queries.
+    """Compute dK and dV for one tile of keys and D / SPLIT columns, from a stretch of queries.
 
-    Everything is transposed, (keys, queries), so that both products with P and dS take them from
-    registers. Stretch i is written to slice i of dk and dv, (stretches, N, S, H, D).
+    Everything is transposed, (keys, queries), so that both products read P and dS from registers.
+    Stretch i is written to slice i of dk and dv, (stretches, N, S, H, D).
     """
     COLUMNS: tl.constexpr = columns_of(D, SPLIT)
     KNOWN: tl.constexpr = known_columns(D, SPLIT)
@@ -127,7 +127,7 @@ def _keys_gradient_kernel(  # noqa: PLR0915
         q_rows = rows_of(q, q_strides, n, h, row)
         dout_rows = rows_of(dout, dout_strides, n, h, row)
         q_tile = load_pieces(q_rows + part * COLUMNS, inside, limit, KNOWN, WIDTHS, True)
-        if q.dtype.element_ty == tl.float32:  # rounded as before, or P of a sharp softmax is not 1
+        if q.dtype.element_ty == tl.float32:  # round as forward does, or a sharp softmax has P != 1
             scores = zeros(BLOCK_M, BLOCK_N)
             scores = streamed_product(q_rows, inside, k_rows, real, scores, D, CHUNK, PRECISION)
             scores = tl.trans(scores)
@@ -196,7 +196,7 @@ def _queries_gradient_kernel(  # noqa: PLR0915
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """dQ of one tile of queries, and of D / SPLIT columns; dS as (N, H, L, S + T) if wanted."""
+    """Compute dQ for a tile of queries and D / SPLIT columns; optionally dS, (N, H, L, S + T)."""
     COLUMNS: tl.constexpr = columns_of(D, SPLIT)
     KNOWN: tl.constexpr = known_columns(D, SPLIT)
     tiles = tl.cdiv(length, BLOCK_M)
@@ -269,7 +269,7 @@ def attention_backward(
     scale: float,
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dextra_k, dextra_v, dmask; of size 0 where there is nothing to differentiate."""
+    """Return dq, dk, dv, dextra_k, dextra_v, dmask; an absent input has a gradient of size 0."""
     n, length, heads, _ = q.shape
     keys, extra_keys = k.shape[1], 0 if extra_k is None else extra_k.shape[1]
     dq, dk, dv, dextra_k, dextra_v, dmask = room_for_gradients(
@@ -292,8 +292,8 @@ def attention_backward(
         queries_gradient(tensors, masks, numbers, dq, dscores, scale)
 
     if dscores is not None and q.dtype != torch.float32:
-        # PyTorch keeps an fp32 output where a mask's gradient is wanted; ours was rounded, and so
-        # were its sums. What they lack stands in the gradient of the scores, whose rows sum to 0.
+        # Our output was rounded, and so were its row sums (PyTorch keeps an fp32 output when a mask
+        # needs a gradient). Rows of dS must sum to 0, so their actual sum is the rounding error.
         gradient_of_queries()
         sums += dscores.sum(-1)
     for some_k, some_v, some_mask, some_dk, some_dv in (
@@ -327,7 +327,7 @@ def room_for_gradients(
     mask: Tensor | None,
     mask_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    """Room for the gradients, contiguous."""
+    """Allocate the gradients, contiguous."""
 
     def like(x: Tensor | None) -> Tensor:
         return torch.empty((0,) if x is None else x.shape, dtype=q.dtype, device=q.device)
@@ -368,8 +368,8 @@ def keys_gradient(
     gradients: tuple[Tensor, Tensor],
     scale: float,
 ) -> None:
-    """dK and dV. Few keys do not fill the GPU: then the queries are cut into stretches, whose sums
-    are added in order."""
+    """Compute dK and dV. If there are too few keys to fill the GPU, the queries are split into
+    stretches, whose sums are then added in a fixed order."""
     _, q, k, _ = tensors
     (n, length, heads, d), keys = q.shape, k.shape[1]
     if keys == 0:

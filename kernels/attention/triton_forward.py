@@ -1,4 +1,4 @@
-"""The forward pass of `attention` in Triton, and what is tuned."""
+"""The forward pass of `attention` in Triton: kernels and launchers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .triton_tiles import (
 
 @constexpr_function
 def _piece(groups: tuple[tuple[int, ...], ...], g: int, j: int) -> int:
-    """Which of all pieces is the j-th of group g."""
+    """Index among all pieces of the j-th piece of group g."""
     return sum(len(group) for group in groups[:g]) + j
 
 
@@ -91,10 +91,10 @@ def _forward_kernel(  # noqa: PLR0915
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """One tile of queries, and of D / SPLIT output columns, over all keys.
+    """Compute one tile of queries and D / SPLIT output columns over all keys.
 
-    The loop over the keys stands once and is compiled up to four times: keys and extra keys, whole
-    tiles without bounds and the last one with.
+    The loop over the keys is written once and compiled up to four times: for keys and extra keys,
+    each for whole tiles without bounds checks and for the last tile with them.
     """
     COLUMNS: tl.constexpr = columns_of(D, SPLIT)
     KNOWN: tl.constexpr = known_columns(D, SPLIT)
@@ -183,10 +183,10 @@ def _context_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
-    """Every `programs`-th tile of queries over keys that stay on the chip.
+    """Compute every `programs`-th tile of queries over keys that stay on the chip.
 
-    77 keys are one group of 64 + 16, whose softmax takes one pass; groups follow one another by the
-    online softmax.
+    77 keys are one group of 64 + 16, whose softmax takes one pass; several groups are combined by
+    an online softmax.
     """
     head = tl.program_id(0) // programs
     n, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
@@ -244,18 +244,18 @@ def _context_kernel(
 # Launchers
 
 CONTEXTS = (80, 160, 336)
-"""Keys of 77, 154 and 256 + 77 tokens; what fits on the chip has its config for each."""
+"""Classes for 77, 154 and 256 + 77 tokens; keys that fit on the chip have a config per class."""
 CONTEXT_DIMS = (40, 64, 80, 160)
 MASKED_CONTEXT, MASKED_CONTEXT_DIM = 80, 80
-"""The most under a mask, which takes registers too: with 336 keys of 64 it spilled 1,480 bytes."""
+"""Limits with a mask, which needs registers too: 336 keys of dim 64 spilled 1,480 bytes."""
 MMA_SYNC = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
-"""The architectures whose matrix unit is driven by mma.sync."""
+"""Architectures whose matrix unit is programmed with mma.sync."""
 STREAMS: Config = {"BLOCK_M": 0, "num_warps": 4, "num_stages": 1}
-"""In place of a config for keys on the chip: they do not fit there."""
+"""Stands in for a config of the on-chip kernel where the keys do not fit: stream them instead."""
 
 
 def _groups(keys: int) -> tuple[tuple[int, ...], ...]:
-    """Keys whose softmax is taken in one pass: up to 128 + 32, for which the registers suffice."""
+    """Groups of keys, each with a one-pass softmax: up to 128 + 32, all that registers can hold."""
     groups: tuple[tuple[int, ...], ...] = ()
     while keys > 160:
         groups += ((128,),)
@@ -264,7 +264,7 @@ def _groups(keys: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _out_widths(columns: int, x: Tensor) -> tuple[int, ...]:
-    """Pieces of V: mma.sync takes 8 columns; wgmma, tcgen05 and AMD's unit take 16."""
+    """Widths of the pieces of V: mma.sync handles 8 columns; wgmma, tcgen05 and MFMA need 16."""
     takes_8 = x.dtype != torch.float32 and gpu_of(x.device).architecture in MMA_SYNC
     return pieces_of(columns, 8 if takes_8 else 16)
 
@@ -279,10 +279,10 @@ def attention_forward(
     scale: float,
     room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output and, per query, log2 of the sum of exp2(log2(e) * scores), (1, N, H, L).
+    """Return the output and, per query, log2 of the sum of exp2(log2(e) * scores), (1, N, H, L).
 
-    In two numbers, the log2 relative to the largest score and that score, (2, N, H, L), for fp32
-    and under an added mask. room: memory for them, (2, N, H, L) fp32.
+    For fp32 and under an additive mask there are two numbers per query, (2, N, H, L): the log2
+    relative to the largest score, and that score. `room` is memory for them, (2, N, H, L) fp32.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = room_for_sums(q, mask, room)

@@ -1,9 +1,9 @@
-"""What the Triton kernels of `attention` share.
+"""Device functions and launch helpers shared by the Triton kernels of `attention`.
 
 A tile of rows is a tuple of pieces, one per width, since the sides of a Triton tile are powers of
 two. `inside` marks the rows that exist, as (rows, 1). Strides are tuples (sample, token, head) in
-units of 8 numbers: the product tells the compiler that rows begin at 16 bytes. MASK is 0 without a
-mask, 1 for bytes that tell which keys are seen, 2 for numbers that are added.
+units of 8 elements: multiplying by 8 tells the compiler that rows are aligned to 16 bytes. MASK is
+0 without a mask, 1 for a bool mask stored as bytes, 2 for an additive mask.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def _begin(widths: tuple[int, ...], i: int) -> int:
 
 @constexpr_function
 def _beyond(widths: tuple[int, ...], i: int, columns: int) -> bool:
-    """Piece i has columns that do not exist."""
+    """Whether piece i extends beyond the columns that exist."""
     return sum(widths[: i + 1]) > columns
 
 
 @constexpr_function
 def columns_of(d: int, split: int) -> int:
-    """Columns of one of `split` programs: D itself, or a share rounded up to a multiple of 16."""
+    """Columns per program: D, or for `split` > 1 an equal share rounded up to a multiple of 16."""
     return d if split == 1 else (d + 16 * split - 1) // (16 * split) * 16
 
 
 @constexpr_function
 def known_columns(d: int, split: int) -> int:
-    """The same where all programs have as many columns, else 0."""
+    """`columns_of` if all programs have equally many columns, else 0."""
     share = columns_of(d, split)
     return share if share * split == d else 0
 
@@ -66,7 +66,7 @@ def zero_pieces(ROWS: tl.constexpr, WIDTHS: tl.constexpr) -> tl.tensor:
 def rows_of(
     x: tl.tensor, strides: tl.tensor, n: tl.tensor, h: tl.tensor, row: tl.tensor
 ) -> tl.tensor:
-    """Where rows of one sample and head begin, (rows, 1)."""
+    """Pointers to the rows of one sample and head, (rows, 1)."""
     head = x + (n * strides[0] + h * strides[2]) * 8
     return head + (row.to(tl.int64)[:, None] * strides[1]) * 8
 
@@ -80,9 +80,9 @@ def load_pieces(
     WIDTHS: tl.constexpr,
     GUARD: tl.constexpr,
 ) -> tl.tensor:
-    """The pieces of rows, 0 from column `limit` on, of which the first KNOWN are there for sure.
+    """Load the pieces of rows, with 0 from column `limit` on; the first KNOWN columns always exist.
 
-    GUARD: some rows may not exist; 0 there too.
+    GUARD: some rows may not exist, and load as 0 too.
     """
     pieces = no_pieces()
     for i in tl.static_range(len(WIDTHS)):
@@ -130,7 +130,7 @@ def streamed_product(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """The same of rows that are too wide to be kept: CHUNK columns at a time from memory."""
+    """`product` for rows too wide to keep on the chip: loads CHUNK columns at a time."""
     for start in range(0, D, CHUNK):
         column = start + tl.arange(0, CHUNK)[None, :]
         if D % CHUNK == 0:
@@ -149,9 +149,9 @@ def accumulate(
 ) -> tl.tensor:
     """total * factor + a b, piece by piece.
 
-    fp32 is added outside the matrix unit, by an fma that the compiler does not merge into the
-    product: the unit truncates its sums (Ootomo and Yokota 2022), which thousands of keys would
-    show.
+    fp32 is added outside the matrix unit, with an fma that the compiler does not merge into the
+    product: the unit truncates its sums (Ootomo and Yokota 2022), an error that would become
+    visible over thousands of keys.
     """
     pieces = no_pieces()
     for i in tl.static_range(len(total)):
@@ -167,9 +167,9 @@ def accumulate(
 def weights(
     scores: tl.tensor, top: tl.tensor, unit: tl.tensor, FULL_PRECISION: tl.constexpr
 ) -> tl.tensor:
-    """exp2(unit * (scores - top)), by one fma where half precision follows.
+    """exp2(unit * (scores - top)), as a single fma if the result is rounded to half precision.
 
-    Scores of some hundreds have errors of 1e-5 in fp32; the difference to the largest has not.
+    Scores in the hundreds carry errors of 1e-5 in fp32; their difference to the largest does not.
     """
     return tl.exp2((scores - top) * unit if FULL_PRECISION else scores * unit - top * unit)
 
@@ -184,7 +184,7 @@ def keep_sums(
     unit: tl.tensor,
     inside: tl.tensor,
 ) -> None:
-    """What the backward pass needs: log2 of the sum of exp2, or that above the top and the top."""
+    """Store log2 of the sum of exp2 for the backward pass, or that relative to top, and top."""
     some = weight > 0
     log = tl.where(some, tl.log2(weight), float("inf"))
     if tops is None:
@@ -198,7 +198,7 @@ def keep_sums(
 def kept_sums(
     lse: tl.tensor, tops: tl.tensor, at: tl.tensor, inside: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """What `keep_sums` kept; inf, so that P is 0, for queries that do not exist."""
+    """Load what `keep_sums` stored; inf for queries that do not exist, so that P is 0."""
     log = tl.load(lse + at, inside, other=float("inf"))
     top = 0.0
     if tops is not None:
@@ -214,7 +214,7 @@ def weights_again(
     unit: tl.tensor,
     FULL_PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """P in the backward pass."""
+    """Recompute P in the backward pass."""
     return tl.exp2(((scores - top) * unit if FULL_PRECISION else scores * unit) - log)
 
 
@@ -227,17 +227,17 @@ def mask_at(
     row: tl.tensor,
     column: tl.tensor,
 ) -> tl.tensor:
-    """The numbers of one head are within 2^31, see `masks_of`: 64 bits for each spilled."""
+    """Pointers into the mask. Offsets in a head fit 32 bits (see `masks_of`); 64 bits spilled."""
     head = mask + n * strides[0] + h * strides[1]
     return head + (row * strides[2] + column * strides[3])
 
 
 @jit
 def masked(scores: tl.tensor, at: tl.tensor, inside: tl.tensor, MASK: tl.constexpr) -> tl.tensor:
-    """Scores in log2 units under the mask that stands at `at`.
+    """Apply the mask loaded from `at` to scores in log2 units.
 
-    A finite mask stays finite, as fp32's smallest number times log2(e) would not: a query whose
-    every key has it sees them all alike.
+    A finite mask value stays finite, which fp32's most negative number times log2(e) would not: a
+    query whose keys all have that value attends to them equally.
     """
     value = tl.load(at, inside, other=0)
     if MASK == 1:
@@ -252,12 +252,12 @@ def masked(scores: tl.tensor, at: tl.tensor, inside: tl.tensor, MASK: tl.constex
 # Launchers
 
 HEAD_DIMS = (24, 32, 40, 48, 64, 72, 80, 96, 128, 144, 160, 192, 256, 512)
-"""Those of real models, each with a config; another takes that of the next one."""
+"""Head dims of real models, each with a config; any other takes the config of the next larger."""
 WIDEST, SINGLE_HEAD = 256, 512
 BACKWARD_DIMS = (40, 64, 80, 128, 160, 256, 512)
 FULL_PRECISION_DIMS = (64, 256, 512)
 PROGRAMS = 512
-"""What fills a GPU: about four programs on each of its 80 to 150 multiprocessors."""
+"""Programs that fill a GPU: about four on each of its 80 to 150 multiprocessors."""
 LOG2_E = 1.4426950408889634
 
 
@@ -266,22 +266,22 @@ def next_of(value: int, known: tuple[int, ...]) -> int | None:
 
 
 def pieces_of(columns: int, smallest: int = 8) -> tuple[int, ...]:
-    """Powers of two, falling, whose sum is `columns` rounded up to a multiple of the smallest."""
+    """Descending powers of two that sum to `columns` rounded up to a multiple of `smallest`."""
     columns = cdiv(columns, smallest) * smallest
     return tuple(1 << bit for bit in reversed(range(columns.bit_length())) if columns >> bit & 1)
 
 
 def precision_of(x: Tensor) -> str:
-    """How fp32 tiles are multiplied: three TF32 products on NVIDIA's matrix unit, as PyTorch's
-    memory-efficient attention does; AMD's multiplies fp32 as it is, and so does the interpreter."""
+    """How fp32 tiles are multiplied: as three TF32 products on NVIDIA's matrix unit, like PyTorch's
+    memory-efficient attention; AMD's matrix unit and the interpreter multiply fp32 natively."""
     split = gpu_of(x.device).architecture.startswith("sm_") and not INTERPRETED
     return "tf32x3" if split and x.dtype == torch.float32 else "ieee"
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x where its rows are dense and begin at 16 bytes, else a copy whose rows do.
+    """x if its rows are dense and aligned to 16 bytes, else a contiguous copy.
 
-    Loads of 2 bytes, again for each tile, would take longer than the copy.
+    Loading 2 bytes at a time, once for every tile, would take longer than the copy.
     """
     steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
@@ -293,16 +293,16 @@ def strides_of(x: Tensor | None) -> tuple[int, int, int] | None:
 
 
 WIDEST_MASK = 2**31 - 1
-"""Numbers from the first to the last of one head of a mask: what 32 bits count."""
+"""Most elements that one head of a mask may span: offsets are 32-bit."""
 
 
 def span_of_head(mask: Tensor) -> int:
-    """Of a mask as (N, H, L, S)."""
+    """Elements from the first to the last of one head of a mask (N, H, L, S)."""
     return (mask.shape[2] - 1) * mask.stride(2) + (mask.shape[3] - 1) * mask.stride(3)
 
 
 Masks = tuple[Tensor | None, Tensor | None]
-"""What a kernel sees: a mask as a view of (N, H, L, S) and one of (N, H, L, T)."""
+"""The mask as a kernel sees it: a view (N, H, L, S) and, for extra keys, a view (N, H, L, T)."""
 
 
 def masks_of(mask: Tensor | None, q: Tensor, keys: int, extra_keys: int) -> Masks:
@@ -334,13 +334,13 @@ def shape_class_of(q: Tensor, known: tuple[int, ...]) -> str:
 
 
 def class_dim(shape_class: str) -> int:
-    """The head dim that a class is named after."""
+    """The head dim in the name of a shape class."""
     return int(shape_class.partition("/")[2])
 
 
 def tiles_for(name: str, q: Tensor, mask: Tensor | None) -> Config:
-    """The config; under a mask half as many rows in the tiles that stream past, for which the
-    registers are needed. Those that stay keep the 64 rows that wgmma takes."""
+    """The config to launch with. A mask needs registers, so it halves the rows of the tiles that
+    are streamed; the tiles that stay on the chip keep the 64 rows that wgmma needs."""
     known = HEAD_DIMS if name == "attention" else BACKWARD_DIMS
     shape_class = shape_class_of(q, known)
     chosen = {"CHUNK": 0, "SPLIT": 1, **config(name, q, shape_class)}
@@ -353,10 +353,10 @@ def tiles_for(name: str, q: Tensor, mask: Tensor | None) -> Config:
 
 
 def room_for_sums(q: Tensor, mask: Tensor | None, room: Tensor | None = None) -> Tensor:
-    """(numbers, N, H, L) fp32, the first of `room` if that is given: two numbers where a score may
-    be too large to be added to a sum.
+    """Memory for the softmax sums, (numbers, N, H, L) fp32, taken from `room` if that is given.
 
-    fp32 wants more digits; an added mask may be -3e38 for all keys of a query.
+    Two numbers per query if a score may be too large to be added to a sum: fp32 needs the digits,
+    and an additive mask may be -3e38 for all keys of a query.
     """
     n, length, heads, _ = q.shape
     added = mask is not None and mask.dtype != torch.bool

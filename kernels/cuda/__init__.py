@@ -1,4 +1,4 @@
-"""What the CUDA kernels of all ops share: the library they are in, and calls into it."""
+"""Shared by the CUDA kernels of all ops: the library that contains them, and calls into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An op's CUDA kernels as one of its backends."""
+"""Wrap an op's CUDA kernels as one of its backends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def cuda_backend(
     why_not: Callable[..., str | None] | None = None,
     dtypes: tuple[torch.dtype, ...] = SUPPORTED,
 ) -> Backend:
-    """The backend "cuda" of an op; `why_not` says what it cannot run besides tensors on several
-    devices and what the library has no code for."""
+    """Build an op's backend "cuda". Tensors on several devices and devices that the library has no
+    code for are always refused; `why_not` adds the op's own limits."""
     names = list(inspect.signature(forward).parameters)
 
     def objection(*args: Any) -> str | None:

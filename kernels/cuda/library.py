@@ -1,9 +1,9 @@
 """The library with the CUDA kernels, and calls into it.
 
-A launcher is a C function of ``csrc/cuda/<op>.cu`` in the compiled module, called through ctypes:
-it takes addresses, sizes and the stream, starts the kernels and returns null or what went wrong.
-The same source compiled with g++ under a host emulation (tests/cuda_host) has the same C functions
-and takes CPU tensors; `using_library` puts it in the module's place.
+A launcher is a C function of ``csrc/cuda/<op>.cu`` in the compiled module, called through ctypes.
+It takes addresses, sizes and the stream, starts the kernels and returns null or an error message.
+The same source, compiled with g++ for a host emulation (tests/cuda_host), exports the same C
+functions but takes CPU tensors; `using_library` substitutes it for the compiled module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..choose import EMULATED, UNAVAILABLE, forget_candidates
 from ..tracing import constant_in_graphs
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-"""The codes of csrc/cuda/common.cuh; fp64 for parameters only."""
+"""Dtype codes of csrc/cuda/common.cuh; fp64 for parameters only."""
 SUPPORTED = tuple(DTYPES)[:3]
 
 _TYPES = {
@@ -40,12 +40,12 @@ _functions: dict[str, Any] = {}
 
 
 def built() -> bool:
-    """Whether there is a library with CUDA kernels: the compiled module's or an emulation's."""
+    """Whether a library with CUDA kernels is loaded: the compiled module or an emulation."""
     return _library is not None
 
 
 def declare(name: str, arguments: str) -> None:
-    """Enter the C function ``fastdiff_cuda_<name>`` with a letter for each argument.
+    """Declare the C function ``fastdiff_cuda_<name>``, with a letter for each argument.
 
     i: int, q: int64, p: pointer (a tensor, an address or None), f: float.
     """
@@ -53,14 +53,15 @@ def declare(name: str, arguments: str) -> None:
 
 
 def function(name: str) -> Any:
-    """The C function. Raises RuntimeError where no library has it.
+    """Look up a declared C function. Raises RuntimeError if there are no CUDA kernels.
 
-    A module older than csrc/ may take other arguments, which ctypes cannot tell: it is an error.
+    A module older than csrc/ may expect other arguments. ctypes cannot detect that, so it is also a
+    RuntimeError.
     """
     found = _functions.get(name)
     if found is None:
         if _library is None:
-            raise RuntimeError("the compiled module has no CUDA kernels here")
+            raise RuntimeError("the compiled module was built without CUDA kernels")
         if not _emulated and compiled.stale():
             raise RuntimeError(
                 "csrc/ has changed since the compiled module was built; run 'make build'"
@@ -73,7 +74,7 @@ def function(name: str) -> Any:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Where a tensor's numbers begin; None for None."""
+    """A tensor's data pointer; None for None."""
     return None if x is None else x.data_ptr()
 
 
@@ -81,7 +82,7 @@ def parameter(x: Tensor | None) -> tuple[int | None, int]:
     """Address and dtype code of a dense parameter tensor; (None, 0) for None.
 
     Raises:
-        ValueError: a dtype that the kernels do not read.
+        ValueError: a dtype that the kernels do not support.
     """
     if x is None:
         return None, 0
@@ -92,17 +93,21 @@ def parameter(x: Tensor | None) -> tuple[int | None, int]:
 
 
 def ask(name: str, device: int, *arguments: Any) -> str | None:
-    """Call a function that starts no kernel, on a device, its first argument; what it refuses."""
+    """Call a function that starts no kernel, with the device as its first argument.
+
+    Returns:
+        Its error message, or None.
+    """
     with nullcontext() if _emulated else torch.cuda.device(device):
         error = function(name)(device, *arguments)
     return None if error is None else error.decode()
 
 
 def launch(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call a launcher on the device and the current stream of x; its first two arguments are those.
+    """Call a launcher, passing the device and the current stream of x as its first two arguments.
 
     Raises:
-        RuntimeError: CUDA refused, with the shape of x.
+        RuntimeError: CUDA reported an error; the message includes the shape of x.
     """
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -118,7 +123,7 @@ def launch(name: str, x: Tensor, *arguments: Any) -> None:
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """True where all begin at a multiple of 16 bytes."""
+    """Whether all tensors are aligned to 16 bytes."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
@@ -135,7 +140,7 @@ def _refusal(device: int) -> str | None:
     built = compiled.native.build()["cuda_architectures"]
     return (
         f"the compiled kernels do not run on cuda:{device} ({name}): {error}; they were "
-        f"built for {built} (TORCH_CUDA_ARCH_LIST names others when fastdiff is installed)"
+        f"built for {built}; to change that, set TORCH_CUDA_ARCH_LIST and reinstall fastdiff"
     )
 
 
@@ -147,7 +152,7 @@ def refusal(device: int) -> str | None:
 
 @contextmanager
 def using_library(library: ctypes.CDLL) -> Iterator[None]:
-    """Run the launchers of another library, on CPU tensors when "cuda" is asked for by name."""
+    """Use the launchers of another library, on CPU tensors, when backend "cuda" is forced."""
     global _library, _emulated
     before = _library, _emulated
     reason, devices = UNAVAILABLE.pop("cuda", None), EMULATED.get("cuda")

@@ -3,8 +3,8 @@
     y = a * gelu(g),   x = [a | g]                      Shazeer 2020, eq. 5
     gelu(g) = g * (1 + erf(g / sqrt(2))) / 2
 
-Bytes that must move: 2D numbers in, D out, 3 * rows * D * itemsize; eager moves 5. The backward
-pass reads x and dy and writes dx, 5 * rows * D * itemsize; nothing else is kept for it.
+Bytes that must move: 2D numbers in, D out, 3 * rows * D * itemsize; eager PyTorch moves 5. The
+backward pass reads x and dy and writes dx, 5 * rows * D * itemsize; only x is saved for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def geglu_reference(x: Tensor) -> Tensor:
 
 
 def geglu_formula(x: Tensor) -> Tensor:
-    """The op as the paper has it; for fp64."""
+    """The paper's formula, evaluated in fp64 to check the kernels."""
     d = x.shape[-1] // 2
     value, gate = x[..., :d], x[..., d:]
     return value * gate * (1 + torch.erf(gate / 2**0.5)) / 2

@@ -12,7 +12,7 @@ from ..views import as_rows, rows_of
 
 
 def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
-    """y, dense."""
+    """Return y, contiguous."""
     d = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], d))
     if y.numel():
@@ -22,7 +22,7 @@ def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
 
 
 def backward(dy: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
-    """dx, dense."""
+    """Return dx, contiguous."""
     d = x.shape[-1] // 2
     flat, flat_dy = as_rows(x), as_rows(dy)
     dx = x.new_empty(x.shape)

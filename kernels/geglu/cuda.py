@@ -15,7 +15,7 @@ cuda.declare("geglu_backward", "ipipppqqqq")
 
 
 def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
-    """y, dense."""
+    """Return y, contiguous."""
     d = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], d)
     if y.numel():
@@ -26,7 +26,7 @@ def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
 
 
 def backward(dy: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
-    """dx, dense."""
+    """Return dx, contiguous."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel():
         flat, flat_dy = as_rows(x), as_rows(dy)

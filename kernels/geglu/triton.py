@@ -60,7 +60,7 @@ def _geglu_backward_kernel(
 
 
 def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
-    """y, dense."""
+    """Return y, contiguous."""
     d = x.shape[-1] // 2
     flat = as_rows(x)
     y = x.new_empty(*x.shape[:-1], d)
@@ -71,7 +71,7 @@ def forward(x: Tensor, keep: bool) -> tuple[Tensor, None]:
 
 
 def backward(dy: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
-    """dx, dense."""
+    """Return dx, contiguous."""
     d = x.shape[-1] // 2
     flat, flat_dy = as_rows(x), as_rows(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

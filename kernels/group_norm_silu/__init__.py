@@ -6,24 +6,25 @@
     y      = f * sigmoid(f)                                   or f with activation "none"
 
 Bytes that must move: x once in, y once out, so 2 * N * C * H * W * itemsize; weight, bias,
-scale_shift and statistics are N * C numbers. The Triton implementation has two regimes, by bytes:
+scale_shift and statistics are N * C numbers. The Triton implementation has two regimes, chosen by
+size; a trip is one read or write of the whole tensor:
 
     small   some groups of one sample fit in a program's registers: one launch, 2 trips
     large   moments per (n, chunk of space, c) -> finalize to one scale and shift per (n, c) ->
-            apply: 3 trips, of which the second read finds the L2 where a sample fits there
+            apply: 3 trips, of which the second read hits the L2 if a sample fits there
 
-The CUDA kernels go 2 trips where a group fits into the shared memory of a block or, on sm_90, of a
-cluster of up to 16, else 3 (csrc/cuda/norm_plan.h); backward 3 or 5.
+The CUDA kernels take 2 trips if a group fits into the shared memory of a block or, on sm_90, of a
+cluster of up to 16 blocks, else 3 (csrc/cuda/norm_plan.h); backward takes 3 or 5.
 
-The backward pass keeps x and the statistics (2 * N * G numbers) and computes the rest anew: x and
-dy in, dx out, 3 trips when small and 5 when large. To a large tensor's trips come the partial sums,
-20 (backward 16) bytes per channel and chunk of 128 or more positions, and the table of each
-channel's scale, shift and mean, 12 (backward 20) bytes per channel and tile of the last kernel, 64
-(32) positions; these are reads and writes of the caches.
+The backward pass saves x and the statistics (2 * N * G numbers) and recomputes the rest: x and dy
+in, dx out, 3 trips when small and 5 when large. The large regime also moves partial sums, 20
+(backward 16) bytes per channel and chunk of 128 or more positions, and the table of each channel's
+scale, shift and mean, 12 (backward 20) bytes per channel and tile of the last kernel, 64 (32)
+positions; these reads and writes stay in the caches.
 
-Statistics are fp32 (fp64 for fp64 input), whatever the dtype of x. The reference goes through a
-contiguous copy: PyTorch's CPU kernel for channels_last takes the variance as E[x^2] - E[x]^2 (at
-mean 100 and std 0.01 the result is wrong by 20, where the right one lies within 5), and its
+Statistics are fp32 (fp64 for fp64 input), whatever the dtype of x. The reference makes a contiguous
+copy first, because PyTorch's CPU kernel for channels_last computes the variance as E[x^2] - E[x]^2
+(at mean 100 and std 0.01 the result is off by 20, while correct values lie within 5), and its
 backward pass crashes the process when x needs no gradient (torch 2.13).
 """
 
@@ -56,7 +57,7 @@ def group_norm_silu_reference(
 ) -> Tensor:
     """The op in plain PyTorch; see `group_norm_silu`."""
     dtype = compute_dtype(x)
-    if x.numel() == 0:  # group_norm would refuse; gradients are zeros of each one's shape
+    if x.numel() == 0:  # torch.group_norm would raise; parameters still get zero gradients
         return x + sum(
             0 * p.sum().to(x.dtype) for p in (weight, bias, scale_shift) if p is not None
         )
@@ -72,11 +73,11 @@ def group_norm_silu_reference(
 
 
 def _subtract_mean(x: Tensor, num_groups: int) -> Tensor:
-    """Subtract from every group its mean.
+    """Subtract each group's mean from the group.
 
-    GroupNorm and its gradient do not change when a group is shifted, so the shift is a constant to
-    autograd. It keeps the digits where the mean is large: the mean has an error of its own, and
-    PyTorch's dweight is a difference of two sums that grow with it.
+    GroupNorm and its gradient are invariant to a shift of a group, so autograd may treat the mean
+    as a constant. The subtraction keeps precision when the mean is large: the mean has a rounding
+    error of its own, and PyTorch's dweight is a difference of two sums that grow with it.
     """
     size = x.shape[1] // num_groups
     mean = x.detach().reshape(len(x), num_groups, -1).mean(2)  # (N, G)
@@ -84,7 +85,7 @@ def _subtract_mean(x: Tensor, num_groups: int) -> Tensor:
 
 
 def _over_space(numbers: Tensor, x: Tensor) -> Tensor:
-    """(N, C) as (N, C, 1, 1, ...), to broadcast over the space of x."""
+    """Reshape (N, C) to (N, C, 1, 1, ...), to broadcast over the spatial dimensions of x."""
     return numbers.reshape(*numbers.shape, *[1] * (x.ndim - 2))
 
 
@@ -98,7 +99,7 @@ def check_group_norm(
     activation: str,
     eps: float,
 ) -> None:
-    """The checks shared by `group_norm_silu` and `add_group_norm_silu`. Raises ValueError."""
+    """Checks shared by `group_norm_silu` and `add_group_norm_silu`. Raises ValueError."""
     check_floating(op, "x", x)
     if x.ndim < 2:
         raise ValueError(f"{op}: x must be (N, C, *spatial), got shape {tuple(x.shape)}")
@@ -126,7 +127,7 @@ def group_norm_silu_formula(
     eps: float = 1e-5,
     activation: str = "silu",
 ) -> Tensor:
-    """The op as the papers have it; for fp64."""
+    """The papers' formula, evaluated in fp64 to check the kernels."""
     n, c = x.shape[:2]
     if x.numel() == 0:
         return x * 1
@@ -147,7 +148,7 @@ def group_norm_silu_formula(
 
 
 def statistics_like(x: Tensor, num_groups: int) -> Tensor:
-    """Room for three fp32 numbers of each group, whose meaning is the backend's own."""
+    """Room for three fp32 numbers per group, (N, G, 3); each backend defines their meaning."""
     return x.new_empty(x.shape[0], num_groups, 3, dtype=torch.float32)
 
 
@@ -196,11 +197,10 @@ def group_norm_silu(
     """GroupNorm with optional scale and shift, then SiLU: ``silu(GN(x) * (1 + scale) + shift)``.
 
     Args:
-        x: (N, C, *spatial), fp64/fp32/fp16/bf16, any strides; channels_last in gives channels_last
-            out.
+        x: (N, C, *spatial), fp64/fp32/fp16/bf16, any strides; channels_last is preserved.
         num_groups: G, a divisor of C.
         weight, bias: (C,), any float dtype, or None for 1 and 0.
-        scale_shift: (N, 2C) = [scale | shift], the FiLM projection as it comes out, or None.
+        scale_shift: (N, 2C) = [scale | shift], the output of the FiLM projection, or None.
         eps: added to the variance.
         activation: "silu" or "none".
 
@@ -208,7 +208,7 @@ def group_norm_silu(
         (N, C, *spatial) in the dtype of x. Differentiable in every tensor.
 
     Raises:
-        ValueError: a shape, dtype or option that does not fit.
+        ValueError: unsupported shape, dtype or option.
 
     Wu & He 2018 (Group Normalization), eq. 1-2; scale and shift: Dhariwal & Nichol 2021, section
     3.1.

@@ -16,7 +16,7 @@ from ..views import memory_format_of
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x without gaps, and True where its channels lie last (or there is one position only)."""
+    """x without gaps, and whether channels are its innermost dimension (or space has size 1)."""
     if x.is_contiguous():
         return x, x.ndim == 2 or x.numel() == x.shape[0] * x.shape[1]
     if memory_format_of(x) is torch.contiguous_format:
@@ -41,9 +41,9 @@ def forward(
     activation: str,
     keep: bool,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """((y, total), statistics) of x + channel_add + residual; `total` is x where nothing is added.
+    """Return ((y, total), statistics) for x + channel_add + residual; without addends total is x.
 
-    statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps), if they are kept.
+    statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps); None unless `keep`.
     """
     x, channels_last = dense(x)
     n, c = x.shape[:2]
@@ -84,7 +84,7 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the total x, weight, bias, channel_add and scale_shift."""
+    """Return the gradients of x (the total), weight, bias, channel_add and scale_shift."""
     x, channels_last = dense(x)
     n, c = x.shape[:2]
     dx = torch.empty_like(x)
@@ -112,7 +112,7 @@ def _run_backward(
     statistics: Tensor,
     sums: tuple[Tensor | None, ...],
 ) -> None:
-    """Fill dx, the last of the tensors (dy, dtotal, x, dx), and the fp32 sums that are wanted."""
+    """Fill dx, the last of the tensors (dy, dtotal, x, dx), and those fp32 sums that are given."""
     dy, dtotal, x, dx = tensors
     n, c = x.shape[:2]
     dy, dtotal = laid_out_like(dy, x), None if dtotal is None else laid_out_like(dtotal, x)
@@ -126,5 +126,5 @@ def _run_backward(
 
 
 ADDING = cpu_backend(forward=forward, backward=backward)
-"""Of `add_group_norm_silu`."""
+"""The backend of `add_group_norm_silu`."""
 BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

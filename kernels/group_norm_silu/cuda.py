@@ -23,14 +23,14 @@ cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
 cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
 
 ON_CHIP: int | None = None
-"""Bytes of shared memory that a block of the CUDA kernel may fill; None: what the device has."""
+"""Limit on the shared memory of a block of the CUDA kernel, in bytes; None: the device's limit."""
 CLUSTER: int | None = None
-"""Blocks that share a sample's groups through a cluster's shared memory; None: as planned."""
+"""Blocks that share a sample's groups through a cluster's shared memory; None: the plan decides."""
 
 
 @dataclass(frozen=True)
 class _CudaLayout:
-    """x as the CUDA kernels take it: dense, (N, S, C) with channels_last, else (N, C, S)."""
+    """x as the CUDA kernels expect it: dense, (N, S, C) if channels_last, else (N, C, S)."""
 
     x: Tensor
     n: int
@@ -39,15 +39,15 @@ class _CudaLayout:
     channels_last: bool
 
     def dense(self, t: Tensor) -> Tensor:
-        """A tensor of x's shape in its layout and dtype."""
+        """Convert a tensor of x's shape to its layout and dtype."""
         return t.to(self.x.dtype).contiguous(memory_format=memory_format_of(self.x))
 
     def like(self, t: Tensor | None) -> Tensor | None:
-        """`dense` of a tensor that may be None."""
+        """`dense` for a tensor that may be None."""
         return None if t is None else self.dense(t)
 
     def plan(self, groups: int, *tensors: Tensor | None, backward: bool = False) -> Any:
-        """How the kernels cut it up, by ON_CHIP and CLUSTER (NCHW has no clusters backward)."""
+        """How the kernels split x, given ON_CHIP and CLUSTER (NCHW backward uses no clusters)."""
         limit = -1 if ON_CHIP is None else ON_CHIP
         cluster = 0 if CLUSTER is None or (backward and not self.channels_last) else CLUSTER
         device, dtype = self.x.device.index or 0, cuda.DTYPES[self.x.dtype]
@@ -60,13 +60,15 @@ class _CudaLayout:
 
 @lru_cache(4096)
 def cuda_plan(name: str, *arguments: int) -> Any:
-    """NormPlan of csrc/cuda/norm_plan.h as a list, by "group_norm_plan" or the backward pass's.
+    """NormPlan of csrc/cuda/norm_plan.h as an array of its fields.
 
-    arguments: the device, a code of DTYPES, channels_last, N, C, S, the groups, whether all is
-    aligned, and limits: see csrc/cuda/group_norm_silu.cu.
+    Args:
+        name: "group_norm_plan" or "group_norm_backward_plan".
+        arguments: the device, a code of DTYPES, channels_last, N, C, S, the number of groups,
+            whether all tensors are aligned, and limits; see csrc/cuda/group_norm_silu.cu.
 
     Raises:
-        RuntimeError: a cluster of the size asked for does not hold a group.
+        RuntimeError: a group does not fit into a cluster of the requested size.
     """
     fields = (ctypes.c_int64 * 10)()
     error = cuda.ask(name, *arguments, ctypes.addressof(fields))
@@ -77,7 +79,7 @@ def cuda_plan(name: str, *arguments: int) -> Any:
         raise RuntimeError(
             f"{name}: {error} (x: {kind} {layout} in memory, {groups} groups, on cuda:{device}; "
             f"clusters of {cluster or 'any size'}, "
-            f"{'all' if limit < 0 else limit} bytes of shared memory a block)"
+            f"{'all' if limit < 0 else limit} bytes of shared memory per block)"
         )
     return fields
 
@@ -102,10 +104,10 @@ def forward(
     activation: str,
     keep: bool,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((y, total), statistics) of x + channel_add + residual; `total` is x where nothing is added.
+    """Return ((y, total), statistics) for x + channel_add + residual; without addends total is x.
 
-    statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps), which the kernels pass
-    to each other; they are written whether or not they are kept.
+    statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps). The kernels pass them
+    to each other, so they are written whether or not `keep` is set.
     """
     add = channel_add is not None or residual is not None
     layout = _cuda_layout(x)
@@ -147,7 +149,7 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the total x, weight, bias, channel_add and scale_shift."""
+    """Return the gradients of x (the total), weight, bias, channel_add and scale_shift."""
     layout = _cuda_layout(x)
     x, c = layout.x, layout.c
     dx = torch.empty_like(x)
@@ -181,8 +183,8 @@ def _run_backward(
     activation: str,
     sums: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
-    """Fill dx, the last of the tensors (dy, dtotal, dx), and the sums: fp32 zeros for dweight,
-    dbias and dscale_shift."""
+    """Fill dx, the last of the tensors (dy, dtotal, dx), and the sums dweight, dbias and
+    dscale_shift, which are fp32 zeros on entry."""
     x, c, groups = layout.x, layout.c, statistics.shape[1]
     dy, dtotal, dx = tensors
     dy, dtotal = layout.dense(dy), layout.like(dtotal)
@@ -199,5 +201,5 @@ def _run_backward(
 
 
 ADDING = cuda.cuda_backend(forward=forward, backward=backward)
-"""Of `add_group_norm_silu`."""
+"""The backend of `add_group_norm_silu`."""
 BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

@@ -1,4 +1,4 @@
-"""The Triton kernels of `group_norm_silu` and `add_group_norm_silu`, as backends of both."""
+"""The Triton backends of `group_norm_silu` and `add_group_norm_silu`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from .triton_backward import backward
 from .triton_forward import forward
 
 ADDING = triton_backend(forward=forward, backward=backward)
-"""Of `add_group_norm_silu`."""
+"""The backend of `add_group_norm_silu`."""
 BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

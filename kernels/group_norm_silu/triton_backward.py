@@ -1,12 +1,12 @@
 """The backward pass of `group_norm_silu` and `add_group_norm_silu` in Triton.
 
-With g the gradient before the activation, n the normed x, a and b the scale and shift that follow
-the norm (`affine`), and means over a group's channels and space:
+Let g be the gradient before the activation, n the normalized x, a and b the scale and shift that
+follow the norm (`affine`), and take means over a group's channels and space:
 
     dx = (g * a - mean(g * a) - n * mean(g * a * n)) / sqrt(v + eps) + dtotal
     da = sum over space of g * n,   db = sum over space of g
 
-Everything but x, the mean and 1 / sqrt(v + eps) is computed anew.
+Everything except x, the mean and 1 / sqrt(v + eps) is recomputed.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ def _gradient(
     inside: tl.tensor,
     SILU: tl.constexpr,
 ) -> tl.tensor:
-    """The gradient before the activation; the norm's result is centered * scale + shift.
-
-    0 outside.
-    """
+    """The gradient before the activation, 0 outside; the norm is centered * scale + shift."""
     gradient = tl.load(dy + place, inside, other=0.0).to(tl.float32)
     if SILU:
         result = centered * scale[None, :] + shift[None, :]
@@ -67,7 +64,10 @@ def _store_parameter_gradients(
     known: tl.tensor,
     SHARES: tl.constexpr,
 ) -> None:
-    """One sample's share of dweight and dbias, and its dscale_shift, from those of `affine`."""
+    """Store one sample's share of dweight and dbias, and its dscale_shift.
+
+    dscale and dshift are the gradients of the scale and shift of `affine`.
+    """
     if dscale_shift is not None:
         target = dscale_shift + sample * (2 * channels) + channel
         dtype = dscale_shift.dtype.element_ty
@@ -111,7 +111,7 @@ def _small_backward_kernel(
     SHARES: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
-    """The gradients of what `_small_kernel` made of the same channels."""
+    """The backward pass of `_small_kernel`, over the same channels."""
     tiles = tl.cdiv(channels, CHANNELS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     begin = tl.program_id(0) % tiles * CHANNELS
@@ -187,10 +187,10 @@ def _sums_backward_kernel(
     SUMS: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
-    """Each channel's sums over one chunk of space that dx and the parameters' gradients need:
+    """Per channel, the sums over one chunk of space from which all gradients are computed.
 
-    of g * n, of g, and with SUMS == 4 of n and of dtotal (for the gradient of channel_add), g being
-    the gradient before the activation and n the normed x.
+    They are the sums of g * n and of g and, with SUMS == 4, of n and of dtotal (for the gradient of
+    channel_add), where g is the gradient before the activation and n the normalized x.
     """
     tiles = tl.cdiv(channels, COLUMNS)
     tile = tl.program_id(0) % tiles
@@ -243,7 +243,7 @@ def _chunk_total(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """One of the sums of `_sums_backward_kernel` over all chunks, in their order."""
+    """Add up one of the sums of `_sums_backward_kernel` over all chunks, in order."""
     total = tl.zeros((COLUMNS,), tl.float32)
     for block in range(0, chunks, ROWS):
         chunk = (block + tl.arange(0, ROWS)).to(tl.int64)
@@ -276,7 +276,7 @@ def _finalize_backward_kernel(
     SUMS: tl.constexpr,
     SHARES: tl.constexpr,
 ) -> None:
-    """Add the chunks up: the table that dx is made by, the parameters' gradients by one sample."""
+    """Add up the chunks: write the table that dx needs, and one sample's parameter gradients."""
     tiles = tl.cdiv(channels, CHANNELS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     begin = (tl.program_id(0) % tiles) * CHANNELS
@@ -355,7 +355,7 @@ def _apply_backward_kernel(
     COLUMNS: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
-    """dx, last to first: the ends of x and dy are still in the L2."""
+    """Compute dx from last to first, since the ends of x and dy are still in the L2."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = tl.cdiv(channels, COLUMNS)
     blocks = tl.cdiv(space, ROWS)
@@ -398,7 +398,7 @@ def _over_samples_kernel(
     COLUMNS: tl.constexpr,
     SHARES: tl.constexpr,
 ) -> None:
-    """Add the samples' shares of a gradient up, in their order."""
+    """Add up the samples' shares of a gradient, in order."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     known = channel < channels
     stride = SHARES * channels
@@ -446,9 +446,9 @@ def backward(
     statistics: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of total, weight, bias, channel_add and scale_shift; `needs` says which of them.
+    """Return the gradients of total, weight, bias, channel_add and scale_shift.
 
-    The last four come back without elements where they are not needed.
+    Of the last four, those that `needs` does not ask for are empty tensors.
     """
     mean, rstd = mean_and_rstd(statistics)
     layout = memory_format_of(total)
@@ -466,7 +466,7 @@ def backward(
     shape = shape_of(total, num_groups)
     sizes = shape.space, shape.channels
     silu = {"SILU": activation == "silu"}
-    # gradients of what all samples share: first one share per sample, then their sum
+    # parameters shared by all samples: one partial gradient per sample first, then their sum
     shared_add = dchannel_add if dchannel_add is not None and dchannel_add.ndim == 1 else None
     sample_add = dchannel_add if shared_add is None else None
     width = 3 if shared_add is not None else 2

@@ -1,4 +1,4 @@
-"""The forward pass of `group_norm_silu` and `add_group_norm_silu` in Triton, and what is tuned."""
+"""The forward pass of `group_norm_silu` and `add_group_norm_silu` in Triton."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .triton_tiles import (
 
 @jit
 def _inverse_sqrt(x: tl.tensor) -> tl.tensor:
-    """1 / sqrt(x): a GPU's rsqrt is good to 2 ulp, one step of Newton's makes it 1."""
+    """1 / sqrt(x): a GPU's rsqrt is accurate to 2 ulp; one Newton step makes that 1."""
     guess = tl.rsqrt(x)
     better = guess + 0.5 * guess * (1.0 - x * guess * guess)
     return tl.where(guess > 0, better, guess)  # 0 where x is infinite
@@ -38,9 +38,9 @@ def _load_sum(
     channel_place: tl.tensor,
     known: tl.tensor,
 ) -> tl.tensor:
-    """x in fp32; with addends their sum, stored to `total` and rounded as it was stored.
+    """Load x in fp32; with addends, store their sum to `total` and return it as rounded there.
 
-    What is not read again leaves the L2 first.
+    Values that are not read again are evicted from the L2 first.
     """
     if total is None:
         numbers = tl.load(x + base + place, inside, other=0.0).to(tl.float32)
@@ -84,7 +84,7 @@ def _small_kernel(
     COLUMNS: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
-    """CHANNELS channels of one sample, whole groups, from x to y without leaving the registers."""
+    """Compute y for CHANNELS channels (whole groups) of one sample, entirely in registers."""
     tiles = tl.cdiv(channels, CHANNELS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     begin = tl.program_id(0) % tiles * CHANNELS
@@ -104,7 +104,7 @@ def _small_kernel(
         numbers = tl.where(inside, numbers, 0.0)
     center = group_totals(tl.sum(numbers, 0), SIZE, GROUPS, COLUMNS) / count
     centered = tl.where(inside, numbers - center[None, :], 0.0)
-    # what rounding left of the mean: it counts where the mean is large beside the deviation
+    # the rounding error of the mean, which matters when the mean is large against the deviation
     rest = group_totals(tl.sum(centered, 0), SIZE, GROUPS, COLUMNS) / count
     squares = group_totals(tl.sum(centered * centered, 0), SIZE, GROUPS, COLUMNS)
     inverse = _inverse_sqrt(tl.maximum(squares / count - rest * rest, 0.0) + eps)
@@ -137,9 +137,9 @@ def _moments_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Mean and sum of centred squares of each channel over one chunk: `steps` tiles of space.
+    """Mean and sum of centered squares of each channel over one chunk of `steps` tiles of space.
 
-    Each place of the tile keeps its own running moments (Welford), the rows are merged last (Chan).
+    Each element of the tile keeps running moments (Welford); its rows are merged at the end (Chan).
     """
     tiles = tl.cdiv(channels, COLUMNS)
     tile = tl.program_id(0) % tiles
@@ -167,7 +167,7 @@ def _moments_kernel(
         base += ROWS * row_stride
 
     left = tl.maximum(space - begin - row + ROWS - 1, 0) // ROWS
-    counts = tl.minimum(left, steps).to(tl.float32)[:, None]  # of numbers at each place
+    counts = tl.minimum(left, steps).to(tl.float32)[:, None]  # values seen by each row
     count = tl.minimum(space - begin, steps * ROWS).to(tl.float32)
     mean, squares = merged(counts, mean, squares, count)
     target = moments + (sample * chunks + chunk) * (2 * channels) + channel
@@ -197,7 +197,8 @@ def _finalize_kernel(
 ) -> None:
     """Merge the chunks' moments (Chan) group by group; fold affine and FiLM into the table.
 
-    CHANNELS channels, whole groups, of one sample; more than COLUMNS when a group is wider.
+    A program handles CHANNELS channels (whole groups) of one sample; that is more than COLUMNS if a
+    group is wider.
     """
     tiles = tl.cdiv(channels, CHANNELS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -239,7 +240,7 @@ def _finalize_kernel(
     variance = group_totals(squares, SIZE, GROUPS, COLUMNS) / count - rest * rest
     inverse = _inverse_sqrt(tl.maximum(variance, 0.0) + eps)
     merged = center + rest
-    rest -= merged - center  # what `merged` lost in rounding
+    rest -= merged - center  # the rounding error of `merged`
 
     for start in range(0, CHANNELS, COLUMNS):
         channel = begin + start + column
@@ -269,7 +270,7 @@ def _apply_kernel(
     COLUMNS: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
-    """y = silu((x - mean) * scale + shift), last to first: the end of x is still in the L2."""
+    """y = silu((x - mean) * scale + shift), from last to first: the end of x is still in the L2."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = tl.cdiv(channels, COLUMNS)
     blocks = tl.cdiv(space, ROWS)
@@ -308,10 +309,10 @@ def forward(
     activation: str,
     keep: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((y, total), statistics) of x + channel_add + residual; `total` is x where nothing is added.
+    """Return ((y, total), statistics) for x + channel_add + residual; without addends total is x.
 
-    statistics: (N, G, 3), fp32, in the layout of `mean_and_rstd`; keep: for the backward pass, so
-    every number of it is written.
+    statistics: (N, G, 3), fp32, in the layout of `mean_and_rstd`. If they are kept for the backward
+    pass, every element is initialized.
     """
     layout = memory_format_of(x)
     x = x.contiguous(memory_format=layout)

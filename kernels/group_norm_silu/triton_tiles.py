@@ -1,8 +1,8 @@
-"""What the Triton kernels of `group_norm_silu` and `add_group_norm_silu` share.
+"""Shared by the Triton kernels of `group_norm_silu` and `add_group_norm_silu`.
 
-A tensor is (N, C, S) to the kernels: element (n, c, s) lies at n * C * S + c * column_stride + s *
-row_stride, one of the strides being 1. A tile has ROWS positions of space and COLUMNS channels, so
-NCHW and NHWC differ in the tile's proportions alone.
+To the kernels a tensor is (N, C, S): element (n, c, s) is at n * C * S + c * column_stride + s *
+row_stride, where one of the strides is 1. A tile has ROWS positions of space and COLUMNS channels,
+so NCHW and NHWC differ only in the proportions of the tile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..views import memory_format_of
 def group_totals(
     numbers: tl.tensor, SIZE: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr
 ) -> tl.tensor:
-    """For each column the sum over its group: SIZE columns each, at most GROUPS groups."""
+    """For each column, the sum over its group of SIZE columns; there are at most GROUPS groups."""
     if GROUPS == 1:
         totals = tl.sum(numbers, 0) + tl.zeros_like(numbers)
     else:
@@ -59,7 +59,7 @@ def affine(
     channels: tl.tensor,
     known: tl.tensor,
 ) -> tl.tensor:
-    """What follows the norm as one scale and one shift per channel: (weight, bias), then FiLM."""
+    """Weight, bias and FiLM, which follow the norm, as one scale and one shift per channel."""
     film = film_scale(scale_shift, sample, channel, channels, known)
     scale = film
     shift = tl.zeros_like(film)
@@ -78,23 +78,23 @@ def affine(
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """(N, C, S) in memory, and how the kernels walk it."""
+    """The sizes of (N, C, S) and its layout in memory."""
 
     samples: int
     channels: int
     space: int
     size: int
-    """Channels of a group."""
+    """Channels per group."""
     layout: str
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of a row and of a column."""
+        """(row_stride, column_stride)."""
         return (self.channels, 1) if self.layout == "nhwc" else (1, self.space)
 
 
 def shape_of(x: Tensor, num_groups: int) -> Shape:
-    """Of a tensor that is dense in its `memory_format_of`."""
+    """The shape of a tensor that is dense in its `memory_format_of`."""
     n, c = x.shape[:2]
     space = x[0, 0].numel()
     nhwc = space == 1 or memory_format_of(x) != torch.contiguous_format
@@ -110,11 +110,11 @@ def shape_of(x: Tensor, num_groups: int) -> Shape:
 def whole_groups(
     shape: Shape, rows: int, itemsize: int, *, segment: int, least: int, most: int
 ) -> int | None:
-    """How many groups a program takes: the fewest whose channels are dense reads.
+    """How many groups one program handles, or None if even the smallest tile exceeds `most`.
 
-    In NHWC a row of the tile is whole 16-byte loads, 4 groups of 10 bf16 channels for one, and
-    `segment` bytes or more, or else 32. A tile has up to `least` numbers if there are as many; None
-    where it has more than `most`.
+    In NHWC a row of the tile must consist of whole 16-byte loads (4 groups of 10 bf16 channels, for
+    example) and span at least `segment` bytes, or 32 if that is too many. The number of groups is
+    then doubled as long as the tile has at most `least` elements.
     """
     size, groups = shape.size, shape.channels // shape.size
     area = lambda count: rows * next_power_of_2(count * size)  # noqa: E731
@@ -130,7 +130,7 @@ def whole_groups(
 
 
 def group_constants(shape: Shape, count: int, columns: int) -> dict[str, int]:
-    """Constants of the kernels that take whole groups: `count` of them."""
+    """Constants of a kernel whose programs handle `count` whole groups."""
     return {
         "CHANNELS": count * shape.size,
         "SIZE": shape.size,
@@ -142,9 +142,9 @@ def group_constants(shape: Shape, count: int, columns: int) -> dict[str, int]:
 def small_regime(
     name: str, x: Tensor, shape: Shape, *, share: int = 1
 ) -> tuple[int, dict[str, int]] | None:
-    """Programs and constants of the one-launch regime, or None where a sample is too large.
+    """Programs and constants of the one-launch regime, or None if a sample is too large.
 
-    share: the part of a program's registers that is left, 1 / share.
+    share: 1 / share of a program's registers is available for the tile.
     """
     chosen = config(name, x, f"{shape.layout}/small")
     rows = next_power_of_2(shape.space)
@@ -165,21 +165,21 @@ def small_regime(
 
 @dataclass(frozen=True, kw_only=True)
 class Large:
-    """How the large regime cuts a sample up. Nothing here depends on the number of samples."""
+    """How the large regime splits a sample. Nothing here depends on the number of samples."""
 
     chunks: int
     steps: int
-    """Tiles of a chunk."""
+    """Tiles per chunk."""
     tile: dict[str, int]
-    """ROWS, COLUMNS and num_warps of the kernels that take sums."""
+    """ROWS, COLUMNS and num_warps of the kernels that compute sums."""
     apply_tile: dict[str, int]
     programs: int
-    """For the sums of one sample."""
+    """Programs that compute the sums of one sample."""
     apply_programs: int
     finalize_programs: int
     finalize: dict[str, int]
     samples: int
-    """Samples that go through all kernels before the next ones are read: they fit in the L2."""
+    """Samples that pass through all kernels before the next are read, so that they fit the L2."""
 
     @property
     def chunk_rows(self) -> int:
@@ -187,7 +187,7 @@ class Large:
 
 
 def tile_of(shape: Shape, numbers: int, widest: int) -> tuple[int, int]:
-    """Rows and columns of a tile of `numbers`: along memory as far as it goes."""
+    """Rows and columns of a tile of `numbers` elements, as long as possible along memory."""
     if shape.layout == "nchw":
         rows = min(numbers, next_power_of_2(shape.space))
         return rows, min(numbers // rows, next_power_of_2(shape.channels))
@@ -224,7 +224,7 @@ def large_regime(name: str, x: Tensor, shape: Shape) -> Large:
 
 
 def mean_and_rstd(statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of each group, (N, G) each and dense, in the memory of the statistics, (N, G, 3)."""
+    """Mean and rstd of each group, (N, G) each and dense: views of the statistics, (N, G, 3)."""
     n, groups, _ = statistics.shape
     mean, rstd, _ = statistics.view(3, n, groups).unbind()
     return mean, rstd

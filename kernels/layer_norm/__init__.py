@@ -5,9 +5,9 @@
     m, v  = mean and biased variance of a row of D numbers
 
 Bytes that must move: 2 * rows * D * itemsize; with the addition 4 (x and residual in, total and y
-out), eager 5. Statistics are fp32 (fp64 for fp64 input).
+out), where eager PyTorch moves 5. Statistics are fp32 (fp64 for fp64 input).
 
-Backward, with m and v computed again (nothing but x, or total, is kept):
+Backward, which recomputes m and v (only x, or total, is saved):
 
     g  = dy * weight,   n = (x - m) / sqrt(v + eps)
     dx = (g - mean(g) - n mean(g n)) / sqrt(v + eps) + dtotal
@@ -15,11 +15,12 @@ Backward, with m and v computed again (nothing but x, or total, is kept):
 
 Bytes: 3 * rows * D * itemsize (x and dy in, dx out), 4 with dtotal. dweight and dbias are summed in
 two steps, without atomics: each of P programs adds up every P-th tile of rows, then a second kernel
-adds the P shares in order. Each of the two adds 8 * P * D bytes, written and read in the L2 cache.
+adds the P partial sums in order. That costs 8 * P * D bytes for each of dweight and dbias, written
+and read in the L2 cache.
 
-A row of up to 4096 numbers stays in registers: one read. Wider ones (no model has them) are read
-twice (x and residual), by the backward pass 3 times (x; dy twice), and once more each for dweight
-and dbias.
+A row of up to 4096 elements stays in registers and is read once. Wider rows (no known model has
+them) are read twice (x and residual). The backward pass reads x 3 times and dy twice, and both once
+more for dweight and dbias.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def layer_norm_reference(
     dtype = compute_dtype(x)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     wide = x.to(dtype)
-    # LayerNorm and its gradient do not change when a row is shifted: this keeps the digits where
-    # the mean is large, and makes a constant row exactly 0
+    # LayerNorm and its gradient are invariant to a shift of a row: subtracting the mean first keeps
+    # precision when the mean is large, and makes a constant row exactly 0
     first = wide.detach()[..., :1]
     mean = first + (wide.detach() - first).mean(-1, keepdim=True)
     centered = wide - mean
@@ -55,7 +56,7 @@ def layer_norm_reference(
 def layer_norm_formula(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """The op as the paper has it; for fp64."""
+    """The paper's formula, evaluated in fp64 to check the kernels."""
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     y = (x - mean) / torch.sqrt(variance + eps)
@@ -78,11 +79,11 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
 def check_layer_norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> None:
-    """The checks shared by `layer_norm` and `add_layer_norm`. Raises ValueError."""
+    """Checks shared by `layer_norm` and `add_layer_norm`. Raises ValueError."""
     check_floating(op, "x", x)
     if x.ndim < 1:
         raise ValueError(
-            f"{op}: x must be (..., D), got a scalar; give it a dimension to norm over"
+            f"{op}: x must be (..., D), got a scalar; add a dimension to normalize over"
         )
     check_shape(op, "weight", weight, (x.shape[-1],))
     check_shape(op, "bias", bias, (x.shape[-1],))
@@ -117,7 +118,7 @@ def layer_norm(
         (..., D) in the dtype of x. Differentiable in every tensor.
 
     Raises:
-        ValueError: a shape or dtype that does not fit.
+        ValueError: unsupported shape or dtype.
 
     Ba et al. 2016 (Layer Normalization), eq. 3-4.
     """

@@ -50,9 +50,9 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias where `needs` says so, else empty.
+    """Return dx, dweight and dbias; the last two are empty unless `needs` asks for them.
 
-    x is what was normed; dtotal is added to its gradient.
+    x is the normalized tensor (x or total); dtotal is added to its gradient.
     """
     needs = needs[1:]
     dx, dweight, dbias = empty_gradients(x, weight, bias, needs)
@@ -72,5 +72,5 @@ def backward(
 
 
 ADDING = cpu_backend(forward=forward, backward=backward)
-"""Of `add_layer_norm`."""
+"""The backend of `add_layer_norm`."""
 BACKEND = without(ADDING, slice(1, 2))

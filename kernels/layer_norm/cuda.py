@@ -18,9 +18,9 @@ cuda.declare("layer_norm", "ipi" + "ppi" + "pp" + "pipi" + "qqqqfq")
 cuda.declare("layer_norm_backward", "ipi" + "pppp" + "pi" + "ppippi" + "p" + "qqqqqfqq")
 
 WIDEST = 8192
-"""The longest row to keep in registers; rows without 16-byte loads fit in up to 4096."""
+"""Longest row kept in registers; without 16-byte loads the limit is 4096."""
 PROGRAMS = 256
-"""The most shares that dweight and dbias are summed of."""
+"""Most partial sums for dweight and dbias."""
 
 
 def forward(
@@ -31,7 +31,7 @@ def forward(
     eps: float,
     keep: bool = False,
 ) -> tuple[tuple[Tensor, Tensor | None], None]:
-    """y, and with a residual the total."""
+    """Return y and, if there is a residual, the total."""
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
     if x.numel() == 0:
@@ -60,9 +60,9 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias where `needs` says so, else empty.
+    """Return dx, dweight and dbias; the last two are empty unless `needs` asks for them.
 
-    x is what was normed; dtotal is added to its gradient.
+    x is the normalized tensor (x or total); dtotal is added to its gradient.
     """
     needs = needs[1:]
     dx, dweight, dbias = empty_gradients(x, weight, bias, needs)
@@ -91,5 +91,5 @@ def backward(
 
 
 ADDING = cuda.cuda_backend(forward=forward, backward=backward)
-"""Of `add_layer_norm`."""
+"""The backend of `add_layer_norm`."""
 BACKEND = without(ADDING, slice(1, 2))

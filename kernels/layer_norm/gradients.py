@@ -1,4 +1,4 @@
-"""What the backward passes of `layer_norm` and `add_layer_norm` return, on every backend."""
+"""The gradients that the backward passes of `layer_norm` and `add_layer_norm` fill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def empty_gradients(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for dx, dweight and dbias; the last two are empty where they are not needed."""
+    """Allocate dx, dweight and dbias; the last two are empty if they are not needed."""
     dweight, dbias = (
         torch.empty(
             x.shape[-1] if need else 0, dtype=x.dtype if p is None else p.dtype, device=x.device

@@ -1,6 +1,6 @@
-"""The Triton kernels of `layer_norm` and `add_layer_norm`, their launchers, and what is tuned.
+"""The Triton kernels of `layer_norm` and `add_layer_norm`, and their launchers.
 
-A row of up to `WIDEST` numbers stays in registers, ROWS of them to a tile; wider ones have the
+A row of up to `WIDEST` elements stays in registers, with ROWS rows per tile; wider rows use the
 kernels of triton_wide.py.
 """
 
@@ -44,7 +44,7 @@ def _layer_norm_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < d)
     value = tl.load(x + row * x_stride + column, inside, other=0.0).to(tl.float32)
-    # a vector, not a column of the tile: each thread of a tile would load it for all its numbers
+    # a vector, not a column of the tile, for which a thread would repeat the load per element
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.load(x + place * x_stride, place < rows, other=0.0).to(tl.float32)
     if residual is not None:
@@ -69,8 +69,11 @@ def _layer_norm_kernel(
 def _normed(
     value: tl.tensor, first: tl.tensor, inside: tl.tensor, d: tl.tensor, eps: tl.tensor
 ) -> tl.tensor:
-    """Rows minus their means, 0 outside; 1 / sqrt(v + eps). Sums are taken above the first number
-    of a row: exact where the mean is large, exactly 0 in a constant row."""
+    """Rows minus their means, 0 outside, and 1 / sqrt(v + eps).
+
+    A row's first number is subtracted before summing, which keeps precision when the mean is large
+    and gives exactly 0 for a constant row.
+    """
     above = tl.sum(tl.where(inside, value - first, 0.0), 1, keep_dims=True) / d
     mean, rest = two_sum(first, above)
     centered = tl.where(inside, value - mean - rest, 0.0)
@@ -97,7 +100,7 @@ def _layer_norm_backward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """dx = rstd (g - mean(g) - xhat mean(g xhat)) + dtotal, g = dy weight, for every
-    num_programs-th tile of rows; this program's share of dweight and dbias."""
+    num_programs-th tile of rows, and this program's partial sums of dweight and dbias."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)[None, :]
     if weight is not None:
@@ -143,7 +146,7 @@ def _sum_shares_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Add up (shares, D) fp32, always in the same order."""
+    """Add up the partial sums, (shares, D) fp32, always in the same order."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if dweight is not None:
         out = _sum_rows(dweights, shares, d, column, ROWS, COLUMNS)
@@ -173,16 +176,16 @@ def _sum_rows(
 # Launchers
 
 WIDEST = 4096
-"""The longest row that is held in registers."""
+"""Longest row kept in registers."""
 
 
 def _shape_class(d: int) -> str:
-    """By the power of two that holds a row."""
+    """The smallest class that holds a row."""
     return next((str(width) for width in (512, 1024, 2048, WIDEST) if d <= width), "wide")
 
 
 def _block(d: int, chosen: Config) -> tuple[dict[str, int], int]:
-    """The constants of a kernel of whole rows, and how many rows one tile has."""
+    """The constants of a kernel over whole rows, and the number of rows per tile."""
     block = next_power_of_2(d)
     rows = max(1, chosen["ELEMENTS"] // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": chosen["num_warps"]}, rows
@@ -225,9 +228,9 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias where `needs` says so, else empty.
+    """Return dx, dweight and dbias; the last two are empty unless `needs` asks for them.
 
-    x is what was normed; dtotal is added to its gradient.
+    x is the normalized tensor (x or total); dtotal is added to its gradient.
     """
     needs = needs[1:]
     d, shape_class = x.shape[-1], _shape_class(x.shape[-1])
@@ -271,5 +274,5 @@ def backward(
 
 
 ADDING = triton_backend(forward=forward, backward=backward)
-"""Of `add_layer_norm`."""
+"""The backend of `add_layer_norm`."""
 BACKEND = without(ADDING, slice(1, 2))

@@ -1,4 +1,4 @@
-"""The Triton kernels of `layer_norm` for rows too wide for registers, in tiles of BLOCK columns."""
+"""Triton kernels of `layer_norm` for rows too wide for registers, in tiles of BLOCK columns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _row_statistics(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """A row's mean in two parts, and 1 / sqrt(v + eps), summed above the row's first number."""
+    """A row's mean in two parts, and 1 / sqrt(v + eps); sums are relative to its first number."""
     place = tl.arange(0, BLOCK)
     first = tl.sum(_row_tile(x, residual, total, 0, d, 1))
     above = 0.0
@@ -98,7 +98,7 @@ def layer_norm_wide_backward_kernel(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dx of one row, and its statistics for `wide_shares_kernel`."""
+    """Compute dx for one row, and store its statistics for `wide_shares_kernel`."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     dy += row * dy_stride
@@ -144,7 +144,7 @@ def wide_shares_kernel(
     x_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The share of every num_programs-th row in dweight and dbias, for one tile of columns."""
+    """Partial dweight and dbias over every num_programs-th row, for one tile of columns."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
     dweight = tl.zeros([BLOCK], tl.float32)

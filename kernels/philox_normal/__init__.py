@@ -1,4 +1,4 @@
-"""Counter-based noise: Philox4x32-10 words and the normal numbers made of them.
+"""Counter-based noise: Philox4x32-10 words, and normal numbers computed from them.
 
     round    (c0, c1) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2))
              (c2, c3) <- (hi(M0 c0) ^ c3 ^ k1, lo(M0 c0))
@@ -6,17 +6,17 @@
     normals  u = ((w >> 9) + 1/2) / 2^23,  r = sqrt(-2 ln u_0)
              (z_0, z_1) = (r cos 2 pi u_1, r sin 2 pi u_1)                   Box & Muller 1958
 
-The counter is (block_lo, block_hi, step, stream) and the key is the image's seed, where element e
-of the image is number e % 4 of block e // 4. So every number depends on (seed, stream, step,
-element) only: one image gets the same noise alone or in any batch, and a longer image begins with
-the numbers of a shorter one of the same seed.
+The counter is (block_lo, block_hi, step, stream) and the key is the image's seed; element e of the
+image is number e % 4 of block e // 4. So every number depends only on (seed, stream, step,
+element): an image gets the same noise alone or in any batch, and a longer image begins with the
+numbers of a shorter one with the same seed.
 
-Words are equal bit for bit everywhere. The reference takes the normals in fp64 and rounds once to
-fp32, so two libraries whose fp64 log, sin and cos differ in the last place give the same fp32 (up
-to a tie, about 1 in 10^8). u keeps 23 bits and is exact in fp32, so that fp32 implementations start
-from the same numbers; |z| <= 5.77. The GPU kernels take no fp64: they compute r, cos and sin as
-sums of two fp32 numbers, good to 2^-25, and round their product once. A test enumerates all 2^23
-values of u and finds that this is at most 1.4 ulp from the reference.
+Words are bit-identical everywhere. The reference computes the normals in fp64 and rounds once to
+fp32, so two libraries whose fp64 log, sin and cos differ in the last place give the same fp32
+(except near a tie, about 1 in 10^8). u keeps 23 bits and is exact in fp32, so that fp32
+implementations start from the same numbers; |z| <= 5.77. The GPU kernels do not use fp64: they
+compute r, cos and sin as sums of two fp32 numbers, accurate to 2^-25, and round their product once.
+A test enumerates all 2^23 values of u and confirms at most 1.4 ulp from the reference.
 
 Bytes that must move: N * elements * 4 out, nothing in; inside `sampler_step`, none.
 """
@@ -44,15 +44,15 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: (..., 4) int64 that hold uint32 words, word 0 first.
-        key: (..., 2) int64 that hold uint32 words; its leading dimensions broadcast with the
-            counter's.
+        counter: (..., 4) int64 holding uint32 words, word 0 first.
+        key: (..., 2) int64 holding uint32 words; its leading dimensions broadcast with those of
+            the counter.
 
     Returns:
-        (..., 4) int64 that hold uint32 words.
+        (..., 4) int64 holding uint32 words.
 
     Raises:
-        ValueError: another dtype or last dimension.
+        ValueError: wrong dtype or size of the last dimension.
 
     Salmon, Moraes, Dror, Shaw 2011 (Parallel Random Numbers: As Easy as 1, 2, 3), section 3.3.
     """
@@ -67,12 +67,12 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def _rounds(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox on separate words that broadcast with each other."""
+    """Philox on separate word tensors, which broadcast with each other."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 wraps around, so the 64 bits of the product are right; the mask drops the copies of
-        # its sign
+        # int64 wraps around, so the 64 bits of the product are right; the mask removes the sign
+        # extension of the shift
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1 = (product1 >> 32) & MASK32 ^ c1 ^ k0, product1 & MASK32
         c2, c3 = (product0 >> 32) & MASK32 ^ c3 ^ k1, product0 & MASK32
@@ -95,8 +95,10 @@ def philox_normal_reference(
 
 
 def normals_of_blocks(seeds: Tensor, block: Tensor, step: int | Tensor, stream: int) -> Tensor:
-    """seeds: (N,); block: (blocks,), int64 both; step: a number, () or (N,) -> the normals
-    (N, 4 * blocks) fp32."""
+    """The normals of some blocks, (N, 4 * blocks) fp32.
+
+    seeds: (N,) int64; block: (blocks,) int64; step: a number, () or (N,).
+    """
     key = (seeds[:, None] & MASK32, (seeds[:, None] >> 32) & MASK32)  # (N, 1) each
     step = torch.as_tensor(step, dtype=torch.int64, device=seeds.device).reshape(-1, 1) & MASK32
     counter = (block & MASK32, block >> 32, step, torch.full_like(step, int(stream)))
@@ -112,7 +114,7 @@ def normals_of_blocks(seeds: Tensor, block: Tensor, step: int | Tensor, stream: 
 def _arguments(
     seeds: Tensor, shape: Sequence[int], step: int | Tensor, stream: int
 ) -> tuple[Any, ...]:
-    """The op takes the step as a tensor or as a number."""
+    """The op has separate arguments for a step given as a tensor and as a number."""
     tensor, number = (step, 0) if isinstance(step, Tensor) else (None, step)
     return seeds, tuple(shape), tensor, number, int(stream)
 
@@ -151,13 +153,13 @@ _op = Op(
 
 
 def int64_bits(seed: int) -> int:
-    """A seed of 64 bits, with a sign or without one, as the int64 that tensors of seeds hold.
+    """Convert a signed or unsigned 64-bit seed to the int64 that seed tensors hold.
 
     >>> int64_bits(2**64 - 1), int64_bits(-1), int64_bits(5)
     (-1, -1, 5)
 
     Raises:
-        ValueError: not a whole number from -2^63 to 2^64 - 1.
+        ValueError: not an integer from -2^63 to 2^64 - 1.
     """
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
         raise ValueError(f"a seed must be a whole number of at most 64 bits, got {seed!r:.40}")
@@ -171,19 +173,19 @@ def philox_normal(
     """Standard normal noise, one image per seed: a function of (seed, stream, step, element).
 
     Args:
-        seeds: (N,) int64, on the device where the noise is wanted. Seeds are meant to be >= 0; a
-            negative one is taken by its 64 bits, as 2^64 + seed, and so is a stream of its own.
+        seeds: (N,) int64, on the device where the noise is generated. Seeds are normally >= 0; a
+            negative seed is read as the unsigned 64-bit number 2^64 + seed.
         shape: the shape of one image, without N.
         step: which noise of the image, such as the row of the sampler table; an int or a () int64
-            tensor on the device of the seeds (no host synchronisation), 0 <= step < 2^32.
-        stream: what it is for, a `Stream` (0 <= stream < 2^32).
+            tensor on the device of the seeds (no host synchronization), 0 <= step < 2^32.
+        stream: the purpose of the noise, a `Stream` (0 <= stream < 2^32).
 
     Returns:
         (N, *shape) fp32, contiguous.
 
     Raises:
-        ValueError: seeds that are not a vector of int64, a negative size, a step or stream out of
-            range.
+        ValueError: seeds that are not a vector of int64, a negative size, or a step or stream out
+            of range.
 
     Box & Muller 1958 on the words of Salmon et al. 2011.
     """

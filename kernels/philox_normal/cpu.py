@@ -21,7 +21,7 @@ def forward(
     stream: int,
     keep: bool,
 ) -> tuple[Tensor, None]:
-    """The noise."""
+    """Return the noise."""
     out = room(len(seeds), *shape)
     if out.numel():
         seeds = seeds.contiguous()

@@ -20,7 +20,7 @@ def forward(
     stream: int,
     keep: bool,
 ) -> tuple[Tensor, None]:
-    """The noise; the step is the tensor `step`, or `number` where that is None."""
+    """Return the noise; the step is the tensor `step`, or `number` if that is None."""
     z = torch.empty(len(seeds), *shape, dtype=torch.float32, device=seeds.device)
     if z.numel():
         seeds = seeds.contiguous()

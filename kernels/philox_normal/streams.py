@@ -1,4 +1,4 @@
-"""What noise is for."""
+"""The purposes that noise is generated for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Stream(IntEnum):
-    """What the noise is for: the last word of the counter, so that no two uses share a number."""
+    """The purpose of the noise: the last word of the counter, so that no two uses share numbers."""
 
     INITIAL_NOISE = 0
     SAMPLER_NOISE = 1

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..triton import cdiv, jit, launch, tl, triton_backend
 from ..tuning import config
 
-# Device functions: fp32 and uint32 only. Every product that is added to something is an explicit
-# fma or exact, so that no compiler has a choice and all GPUs (and the interpreter) get the same
-# bits.
+# Device functions: fp32 and uint32 only. Every product that is added to something is either an
+# explicit fma or exact. That leaves the compiler no choice, so all GPUs and the interpreter compute
+# the same bits.
 
 
 @jit
@@ -34,12 +34,12 @@ def radius(k: tl.tensor) -> tl.tensor:
     """sqrt(-2 ln u), u = (k + 1/2) / 2^23, as a sum of two fp32 numbers.
 
     u = 2^-halvings (1 + x) with sqrt(1/2) <= 1 + x < sqrt(2), x exact. Then -ln u = halvings ln 2 -
-    x + x^2 / 2 - x^3 p(x), where all but the small last term is summed in two parts; p is the
-    minimax polynomial of relative error 2^-30 of the sum.
+    x + x^2 / 2 - x^3 p(x), where all but the small last term is summed in two parts. p is a minimax
+    polynomial; its error relative to the sum is 2^-30.
     """
     n = (2 * k + 1).to(tl.float32)
     bits = n.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23  # less the bits of sqrt(1/2)
+    exponent = (bits - 0x3F3504F3) >> 23  # minus the bits of sqrt(1/2)
     x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     halvings = (24 - exponent).to(tl.float32)
     square = x * x
@@ -70,8 +70,8 @@ def radius(k: tl.tensor) -> tl.tensor:
 def circle(k: tl.tensor) -> tl.tensor:
     """cos and sin of 2 pi u, u = (k + 1/2) / 2^23, each as a sum of two fp32 numbers.
 
-    Integers take off the nearest quarter turn; what is left is t eighths of a turn, -1 < t < 1
-    exact, sin = t (pi/4 + s S(s)) and cos = 1 + s (-pi^2/32 + s C(s)), s = t^2.
+    The nearest quarter turn is subtracted in integers. The rest is t eighths of a turn, -1 < t < 1
+    exact, with sin = t (pi/4 + s S(s)) and cos = 1 + s (-pi^2/32 + s C(s)), s = t^2.
     """
     n = 2 * k + 1
     quarter = (n + 0x200000) >> 22
@@ -111,8 +111,8 @@ def _product(a: tl.tensor, a_rest: tl.tensor, b: tl.tensor, b_rest: tl.tensor) -
 def normals(
     block: tl.tensor, step: tl.tensor, stream: tl.tensor, seed: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The normals of BLOCK consecutive counters from `block` on: (4 * BLOCK,) fp32, in the order of
-    the elements."""
+    """The normals of BLOCK consecutive counters starting at `block`: (4 * BLOCK,) fp32, in element
+    order."""
     c0 = (block + tl.arange(0, BLOCK)).to(tl.uint32)
     c2 = (tl.zeros([BLOCK], tl.int64) + step).to(tl.uint32)
     c3 = (tl.zeros([BLOCK], tl.int64) + stream).to(tl.uint32)
@@ -150,7 +150,7 @@ def _philox_normal_kernel(
 
 
 LARGEST = 2**33
-"""Elements of an image whose blocks a kernel can count in 31 bits."""
+"""Most elements of an image: a kernel counts its blocks in 31 bits."""
 
 
 def forward(
@@ -161,7 +161,7 @@ def forward(
     stream: int,
     keep: bool = False,
 ) -> tuple[Tensor, None]:
-    """The noise; the step is the tensor `step`, or `number` where that is None."""
+    """Return the noise; the step is the tensor `step`, or `number` if that is None."""
     z = torch.empty(len(seeds), *shape, dtype=torch.float32, device=seeds.device)
     elements = math.prod(shape)
     chosen = config("philox_normal", z, "any")
@@ -177,7 +177,7 @@ def why_not(
 ) -> str | None:
     """Why the kernel cannot run this call, or None if it can."""
     if math.prod(shape) > LARGEST:
-        return f"an image may have 2^33 elements, got {math.prod(shape)}"
+        return f"an image may have at most 2^33 elements, got {math.prod(shape)}"
     return None
 
 

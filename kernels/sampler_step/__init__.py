@@ -1,5 +1,5 @@
-"""Each sample's row of a sampler table: guidance, x0 estimate, clamp, update, noise and history in
-one pass.
+"""One sampler step per sample: guidance, x0 estimate, clamp, update, noise and history in one pass,
+with the coefficients of the sample's row of a sampler table.
 
     F  = F_uncond + W (F_cond - F_uncond)                        Ho & Salimans 2022, eq. 6
     F  = phi F std(F_cond) / std(F) + (1 - phi) F                Lin et al. 2023, eq. 15-16
@@ -7,31 +7,32 @@ one pass.
     x' = A x + B D + C1 H_1 + C2 H_2 + C3 H_3 + S noise
     H' = P x + Q D                                               into slot SLOT, after x'
 
-phi is RESCALE; x and H on the right hand sides are the old ones. Samples without an unconditional
-prediction have F = F_cond. A network that learns the variance gives 2C channels, the second half v
-in [-1, 1]; the factor of the noise is then exp(logvar / 2), logvar = f LOGVAR_MAX + (1 - f)
-LOGVAR_MIN with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15), in rows where S is not 0. With
-guidance it is the conditional prediction's.
+phi is RESCALE; x and H on the right hand sides are the old values. Samples without an unconditional
+prediction have F = F_cond. A network that learns the variance returns 2C channels, of which the
+second half is v in [-1, 1]. In rows where S is not 0, the factor of the noise is then
+exp(logvar / 2), logvar = f LOGVAR_MAX + (1 - f) LOGVAR_MIN with f = (v + 1) / 2 (Nichol & Dhariwal
+2021, eq. 15). With guidance, v is taken from the conditional prediction.
 
-The tables of all requests lie stacked in one buffer and every sample has its own row of it, so
-samplers, numbers of steps and guidance may differ within a batch. A sample's bits do not depend on
-the other samples, on its place in the batch, or on where its table lies: its noise is keyed by its
-seed and by NOISE_STEP.
+The tables of all requests are stacked in one buffer and every sample has its own row of it, so
+samplers, numbers of steps and guidance may differ within a batch. A sample's result is
+bit-identical whatever the other samples, its position in the batch and the position of its table:
+its noise is keyed by its seed and by NOISE_STEP.
 
 Bytes that must move, in numbers per element of x: x in and out, the prediction (1; 2 with
 guidance; one more for a learned variance, in rows with noise), one per history slot that is read or
-written, one for `denoised`; the noise is made on the spot and `finite` costs no further read. Eager
-schedulers make 10 to 40 passes. Idle samples move nothing. One launch; where samples may be
-rescaled, a launch before it for the deviations of whole images. It reads the prediction (its 2
-numbers) once more, which the second launch then finds in the L2 cache, and returns at once for
-samples whose row does not rescale.
+written, one for `denoised`; the noise is generated in the kernel and `finite` costs no extra read.
+Eager schedulers make 10 to 40 passes. Idle samples move nothing. One launch suffices, unless
+samples may be rescaled: then another launch before it computes the deviations of whole images. It
+reads the prediction (its 2 numbers) once more, which the second launch then finds in the L2 cache,
+and returns at once for samples whose row does not rescale.
 
-A coefficient of 0 means that its tensor is not read: a history slot may hold anything before it is
-first written.
+If a coefficient is 0, its tensor is not read: a history slot may hold anything before it is first
+written.
 
-A row or an index out of range is a ValueError where the host reads it (reference, CPU). On a GPU a
-kernel cannot raise, and the host does not wait for it: the sample's x and denoised become NaN, its
-`finite` False, and its history stays. x left as it is would be a wrong image that nobody notices.
+A row or an index out of range is a ValueError if the host reads it (reference, CPU). A GPU kernel
+cannot raise and the host does not wait for it, so the sample's x and denoised become NaN, its
+`finite` becomes False, and its history is left alone. Leaving x unchanged instead would give a
+wrong image without any sign of an error.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def sampler_step_reference(
     finite: Tensor | None = None,
     rescale: bool = True,
 ) -> None:
-    """The op in plain PyTorch; see `sampler_step`. On a GPU it waits to read rows and indices."""
+    """The op in plain PyTorch; see `sampler_step`. It synchronizes to read rows and indices."""
     if x.numel() == 0:
         return
     check_places(prediction, table, rows, cond, uncond, rescale)
@@ -125,9 +126,9 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _rescaled(guided: Tensor, cond: Tensor, phi: Tensor) -> Tensor:
-    """One sample's guided prediction, its deviation brought back towards the conditional one's.
+    """One sample's guided prediction, rescaled towards the deviation of the conditional one.
 
-    A constant F has no deviation to rescale and stays as it is, where the formula says 0 / 0.
+    A constant F has no deviation to rescale and is left alone, where the formula would be 0 / 0.
     """
     wanted, have = (t.contiguous().std(correction=0) for t in (cond, guided))
     ratio = torch.where(have > 0, wanted / have, 1.0)
@@ -146,14 +147,14 @@ def _work(
     denoised: Tensor | None,
     *_: Any,
 ) -> Work:
-    """Of a row that reads one slot of the history and writes one; no learned variance."""
+    """The work of a row that reads and writes one history slot each, without learned variance."""
     numbers = x.numel() * (4 if denoised is None else 5)
     predicted = x.numel() * (1 if uncond is None else 2)
     return Work(bytes=numbers * x.element_size() + predicted * prediction.element_size())
 
 
 def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
-    """Two DDIM-like samples."""
+    """Two samples of a DDIM-like sampler."""
     x, prediction, history = draw(2, 4, 8, 8), draw(2, 4, 8, 8), draw(3, 2, 4, 8, 8)
     table = torch.zeros(4, len(Column), dtype=x.dtype, device=x.device)
     table[:, Column.U], table[:, Column.V] = 1.3, -0.7
@@ -178,7 +179,7 @@ _op = Op(
     example=_example,
     kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
     differentiable=False,
-    traceable=False,  # the host reads rows and places
+    traceable=False,  # the host reads rows and indices
 )
 
 
@@ -217,8 +218,8 @@ def _check(
         _check_vector("cond", cond, n, torch.int64)
     elif have[0] != n:
         raise ValueError(
-            f"{op}: without cond, prediction must have one part for each of the {n} samples, got "
-            f"{have[0]}; cond and uncond say which are whose"
+            f"{op}: without cond, prediction must have one entry for each of the {n} samples, got "
+            f"{have[0]}; pass cond and uncond to map samples to entries"
         )
     if uncond is not None:
         _check_vector("uncond", uncond, n, torch.int64)
@@ -256,32 +257,32 @@ def sampler_step(
     finite: Tensor | None = None,
     rescale: bool = True,
 ) -> None:
-    """Take each sample along its row of the stacked sampler tables; x and history in place.
+    """Advance each sample by its row of the stacked sampler tables; updates x and history in place.
 
     Args:
         x: (N, C, *spatial) fp32, the noisy samples; overwritten by the next ones.
-        prediction: what the network returned, any float dtype: (M, C or 2C, *spatial), any M. The
+        prediction: the network's output, any float dtype: (M, C or 2C, *spatial), any M. The
             second C channels are the learned variance.
-        history: (3, N, C, *spatial) in the dtype of x; one slot of a sample may be overwritten.
-        table: (R, 20) in the dtype of x, on its device; the columns are `COLUMNS`. The tables of
-            all samples, one after the other.
+        history: (3, N, C, *spatial) in the dtype of x; one slot per sample may be overwritten.
+        table: (R, 20) in the dtype of x and on its device: the tables of all samples, stacked. The
+            columns are `COLUMNS`.
         rows: (N,) int64, each sample's row of the stacked table. -1 is an idle slot: its part of
-            every tensor is left alone, and its prediction not read.
+            every tensor is left alone, and its prediction is not read.
         seeds: (N,) int64, the seed of each sample's noise; all 64 bits count.
-        cond: (N,) int64, each sample's place in the prediction; None: M = N, in order.
-        uncond: (N,) int64, the place of its unconditional prediction, combined by column W; -1 or
-            None: no guidance. A network's [uncond; cond] has cond = N + i and uncond = i.
+        cond: (N,) int64, each sample's index into the prediction; None: M = N, in order.
+        uncond: (N,) int64, the index of its unconditional prediction, combined by column W; -1 or
+            None: no guidance. If the network returns [uncond; cond], cond = N + i and uncond = i.
         denoised: (N, C, *spatial) in the dtype of x; overwritten by the x0 estimates D.
-        finite: (N,) bool; becomes False for a sample whose part of the prediction (cond, uncond,
-            variance where it is used) holds a NaN or infinity. Never set to True.
-        rescale: False says that no guided sample's row has RESCALE, which saves a launch on a GPU.
+        finite: (N,) bool; set to False for a sample whose part of the prediction (cond, uncond,
+            variance if it is used) contains a NaN or infinity. Never set to True.
+        rescale: False promises that no guided sample's row has RESCALE, which saves a GPU launch.
 
-    x and the table may be fp64 (for tests); the noise is fp32 numbers always. Not differentiable.
+    x and the table may be fp64 (for tests); the noise is always fp32. Not differentiable.
 
     Raises:
-        ValueError: a shape or dtype that does not fit; on a CPU, and with the reference, also a row
-            or an index out of range, or a RESCALE against `rescale`. In the Triton and CUDA
-            kernels that sample's x and denoised become NaN then, and its finite False.
+        ValueError: unsupported shape or dtype; on a CPU and with the reference, also a row or an
+            index out of range, or a row with RESCALE despite ``rescale=False``. In those cases the
+            Triton and CUDA kernels set the sample's x and denoised to NaN and its finite to False.
 
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """

@@ -26,7 +26,7 @@ def forward(
     rescale: bool,
     keep: bool,
 ) -> tuple[None, None]:
-    """Writes x, history, denoised and finite."""
+    """Update x, history, denoised and finite in place."""
     if x.numel() == 0:
         return None, None
     if not (

@@ -16,9 +16,9 @@ from .layout import by_memory, strides_of, why_not
 cuda.declare("sampler_step", "ip" + "i" + "pppppppppp" + "pp" + "qqqqqqq" + "qi")
 
 PART = 1024
-"""The fewest numbers of an image that a block takes the moments of."""
+"""Fewest elements of an image whose moments one block computes."""
 PARTS = 128
-"""The most blocks that share the moments of an image."""
+"""Most blocks that share the moments of an image."""
 
 
 def forward(
@@ -35,7 +35,7 @@ def forward(
     rescale: bool,
     keep: bool,
 ) -> tuple[None, None]:
-    """Writes x, history, denoised and finite."""
+    """Update x, history, denoised and finite in place."""
     if x.numel() == 0:
         return None, None
     n, c = x.shape[:2]

@@ -1,4 +1,4 @@
-"""How the GPU kernels of `sampler_step` walk images, and which calls they refuse."""
+"""How the GPU kernels of `sampler_step` traverse images, and which calls they do not support."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 LARGEST = 2**31 - 1
-"""Elements of an image, counted in 32 bits (images together may have more)."""
+"""Most elements of one image, counted in 32 bits (all images together may have more)."""
 
 
 def why_not(x: Tensor, *others: Any) -> str | None:
     """Why the kernels cannot run this call on one device, or None if they can."""
     if x.numel() > LARGEST and x[0].numel() > LARGEST:
-        return f"an image may have 2^31 - 1 elements, got {x[0].numel()}"
+        return f"an image may have at most 2^31 - 1 elements, got {x[0].numel()}"
     return None
 
 
@@ -22,8 +22,8 @@ def why_not(x: Tensor, *others: Any) -> str | None:
 def _folded(
     shape: tuple[int, ...], strides: tuple[int, ...], lead: int
 ) -> tuple[tuple[int, int], bool] | None:
-    """Strides of dimension `lead` (channels) and of all that follow as one, and whether an image is
-    in order, without a gap; None where what follows has no single stride."""
+    """Strides of dimension `lead` (channels) and of all later dimensions folded into one (space),
+    and whether an image is dense and in order; None if the later dimensions do not fold."""
     space, unit = 1, 1
     for size, stride in zip(shape[:lead:-1], strides[:lead:-1], strict=True):
         if size == 1:
@@ -39,8 +39,8 @@ def _folded(
 
 
 def strides_of(x: Tensor, lead: int) -> tuple[Tensor, tuple[int, int], bool]:
-    """x, or a dense copy where its space does not fold; (channel, space) strides; whether an image
-    is in order, without a gap."""
+    """x, or a dense copy if its spatial dimensions do not fold; the (channel, space) strides; and
+    whether an image is dense and in order."""
     found = _folded(x.shape, x.stride(), lead)
     if found is None:
         x = x.contiguous()
@@ -52,7 +52,7 @@ def strides_of(x: Tensor, lead: int) -> tuple[Tensor, tuple[int, int], bool]:
 def by_memory(
     prediction: Tensor, c: int, space: int, f_c: int, f_s: int
 ) -> tuple[int, int, int, int]:
-    """How to walk an image along its memory, in any order of its numbers: the size of the inner
-    dimension, strides of images, outer and inner dimension."""
+    """How to traverse an image along memory when element order does not matter: the size of the
+    inner dimension, and the strides of the image, outer and inner dimensions."""
     sizes = (c, f_s, f_c) if f_c < f_s else (space, f_c, f_s)
     return sizes[0], prediction.stride(0), sizes[1], sizes[2]

@@ -1,4 +1,4 @@
-"""A sampler table: its columns, and which rows and places a call may name."""
+"""A sampler table: its columns, and checks of the rows and indices that a call uses."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Column(IntEnum):
     LOGVAR_MAX = 14
     """Learned variance: log variance at v = 1."""
     NOISE_STEP = 15
-    """The step that keys the noise: the row's number within its own table, below 2^24."""
+    """The step that keys the noise: the row's index within its own table, below 2^24."""
     RESCALE = 16
     """phi of Lin et al. 2023; 0 leaves the guided prediction alone."""
     RESERVED_17 = 17
-    """Zero, as the next two; they make a row a multiple of 16 bytes."""
+    """Zero, like the next two; they pad a row to a multiple of 16 bytes."""
     RESERVED_18 = 18
     RESERVED_19 = 19
 
@@ -61,8 +61,8 @@ def check_places(
     uncond: Tensor | None,
     rescale: bool,
 ) -> None:
-    """Raise ValueError for a row or an index out of range in a sample that is not idle, or for a
-    row that rescales against `rescale`. Reads them on the host."""
+    """Raise ValueError if a sample that is not idle has a row or an index out of range, or a row
+    with RESCALE despite ``rescale=False``. Reads them on the host."""
     op, busy = "sampler_step", (rows != -1).nonzero().flatten()
     indices = (
         ("rows", rows, 0, len(table), "; -1 is an idle slot"),
@@ -83,6 +83,6 @@ def check_places(
         phi = torch.where(uncond[busy] >= 0, table[rows[busy], Column.RESCALE], 0.0)
         if (phi != 0).any():
             raise ValueError(
-                f"{op}: a row has RESCALE {float(phi[phi != 0][0]):g}, but rescale=False says "
-                "that none has; leave rescale out"
+                f"{op}: a row has RESCALE {float(phi[phi != 0][0]):g}, but rescale=False promises "
+                "that there is none; omit rescale=False"
             )

@@ -1,4 +1,4 @@
-"""The Triton kernels of `sampler_step`, their launcher, and what is tuned.
+"""The Triton kernels of `sampler_step`, and their launcher.
 
 The maths and the bytes are in __init__.py, the columns of the table in table.py.
 """
@@ -19,7 +19,7 @@ from .layout import by_memory, strides_of, why_not
 def _place(
     e: tl.tensor, space: tl.tensor, c_stride: tl.tensor, s_stride: tl.tensor, DENSE: tl.constexpr
 ) -> tl.tensor:
-    """Where element e of an image lies, e = c * space + s."""
+    """The offset of element e = c * space + s of an image."""
     if DENSE:
         return e.to(tl.int64)
     return (e // space).to(tl.int64) * c_stride + (e % space).to(tl.int64) * s_stride
@@ -34,8 +34,8 @@ def _places(
     table_rows: tl.tensor,
     images: tl.tensor,
 ) -> tl.tensor:
-    """A sample's row, its images of the prediction (uncond -1: not guided); whether all are in
-    range, whether it is idle. cond, uncond: pointers or None."""
+    """A sample's row, its two indices into the prediction (uncond -1: not guided), whether all are
+    in range, and whether it is idle. cond, uncond: pointers or None."""
     index = tl.load(rows + image)
     own, other = image, tl.full([], -1, tl.int64)
     if cond is not None:
@@ -86,10 +86,10 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK Philox counters, 4 elements each, of one image; letters as in the op's docstring.
+    """Update one image's elements for BLOCK Philox counters, 4 each; notation as in __init__.py.
 
-    moments: None, or (n, parts, 5) of `_moments_kernel`. A row out of range is read as NaN. Of an
-    idle sample nothing is read or written.
+    moments: None, or the (n, parts, 5) of `_moments_kernel`. A row out of range reads as NaN. An
+    idle sample is neither read nor written.
     """
     tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -97,7 +97,7 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
     e = block * 4 + tl.arange(0, 4 * BLOCK)
     index, own, other, valid, idle = _places(image, rows, cond, uncond, table_rows, images)
     row = table + index * 20
-    if moments is None:  # then no row of a guided sample may rescale
+    if moments is None:  # then the row of a guided sample must not rescale
         valid = valid & ((other < 0) | (tl.load(row + 16, valid, other=0.0) == 0))
     written = (e < elements) & (idle == 0)
     inside = written & valid
@@ -106,7 +106,7 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
     history += image * h_n + _place(e, space, h_c, h_s, H_DENSE)
     value = tl.load(x, inside, other=0.0)
     f = tl.load(prediction + own * f_n + f_place, inside, other=0.0).to(tl.float32)
-    broken = (tl.abs(f) < float("inf")) == 0  # NaN is not smaller
+    broken = (tl.abs(f) < float("inf")) == 0  # the comparison is false for NaN
 
     if uncond is not None:
         guided = other >= 0
@@ -175,9 +175,9 @@ def _moments_kernel(
     DENSE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Of every parts-th tile of one image: count, mean and sum of squared differences from it, of
-    F_cond and of F. Means are above the image's first number, so that a constant has none. A sample
-    that is not rescaled has no tiles, and nothing of it is read or written."""
+    """Over every parts-th tile of one image: the count, and the mean and sum of squared differences
+    from it, for F and F_cond. Means are relative to the image's first element, so that a constant
+    image has squares of exactly 0. A sample that is not rescaled is neither read nor written."""
     image = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     index, own, other, valid, _ = _places(image, rows, cond, uncond, table_rows, images)
@@ -217,7 +217,7 @@ def _moments_kernel(
 def _ratio_of_deviations(
     moments: tl.tensor, parts: tl.tensor, elements: tl.tensor, PARTS: tl.constexpr
 ) -> tl.tensor:
-    """std(F_cond) / std(F) of an image from its parts; 1 where F is constant."""
+    """std(F_cond) / std(F) of an image, from the moments of its parts; 1 if F is constant."""
     part = tl.arange(0, PARTS)
     source = moments + part * 5
     inside = part < parts
@@ -239,7 +239,7 @@ def _merged_part(
 # Launcher
 
 PARTS = 64
-"""The most programs that share the moments of one image."""
+"""Most programs that share the moments of one image."""
 
 
 def forward(
@@ -256,7 +256,7 @@ def forward(
     rescale: bool = True,
     keep: bool = False,
 ) -> tuple[None, None]:
-    """Writes x, history, denoised and finite."""
+    """Update x, history, denoised and finite in place."""
     if x.numel() == 0:
         return None, None
     n, c = x.shape[:2]

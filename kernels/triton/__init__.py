@@ -1,4 +1,4 @@
-"""What the Triton kernels of all ops share: the launch, and small device functions."""
+"""Shared by the Triton kernels of all ops: launching, and small device functions."""
 
 from __future__ import annotations
 

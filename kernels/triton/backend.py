@@ -1,4 +1,4 @@
-"""An op's Triton kernels as one of its backends."""
+"""Wrap an op's Triton kernels as one of its backends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .launches import DTYPES
 
 
 def why_not_dtypes(*args: Any) -> str | None:
-    """Why no Triton kernel takes the tensors among these arguments, or None if they all do."""
+    """Why Triton kernels cannot take the tensors among these arguments, or None if they can."""
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in DTYPES:
-            return f"it takes fp32, fp16 and bf16, got {str(x.dtype).removeprefix('torch.')}"
+            return f"it supports fp32, fp16 and bf16, got {str(x.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -27,11 +27,11 @@ def triton_backend(
     why_not: Callable[..., str | None] | None = None,
     one_device: bool = False,
 ) -> Backend:
-    """The backend "triton" of an op.
+    """Build an op's backend "triton".
 
     Args:
-        why_not: what it cannot run besides other dtypes.
-        one_device: it cannot run tensors on several devices, and the reference can.
+        why_not: the op's own limits; unsupported dtypes are always refused.
+        one_device: refuse tensors on several devices, for an op whose reference supports them.
     """
     names = list(inspect.signature(forward).parameters)
 

@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels of several ops share."""
+"""Device functions shared by the Triton kernels of several ops."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from .launches import jit, tl
 
 @jit
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """1 / (1 + exp(-x)) in fp32: exact to the last places, no overflow (exp goes to inf or 0)."""
+    """1 / (1 + exp(-x)) in fp32: accurate to the last places, and safe if exp is inf or 0."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @jit
 def two_sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """a + b rounded, and what the rounding took off (Knuth 1969, TAOCP 4.2.2, theorem B)."""
+    """a + b rounded, and the rounding error (Knuth 1969, TAOCP 4.2.2, theorem B)."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
 
 
-# Moments: a count, the mean of so many numbers, and the sum of their squared differences from it.
-# Merged by the formula of Chan, Golub, LeVeque 1979, eq. 2.1; E[x^2] - E[x]^2 would lose all digits
-# where the mean is large.
+# Moments are a count, the mean of that many numbers, and the sum of squared differences from it.
+# They are merged with Chan, Golub, LeVeque 1979, eq. 2.1; E[x^2] - E[x]^2 would lose all precision
+# when the mean is large.
 
 
 @jit
@@ -33,7 +33,7 @@ def with_tile(
     mean: tl.tensor,
     squares: tl.tensor,
 ) -> tl.tensor:
-    """Mean and squares of `count` numbers and of the `more` numbers of a tile together."""
+    """Mean and squares of `count` numbers combined with the `more` numbers of a tile."""
     values = tl.where(inside, values, 0.0)
     tile_mean = tl.sum(values) / more
     apart = tl.where(inside, values - tile_mean, 0.0)
@@ -44,8 +44,8 @@ def with_tile(
 
 @jit
 def merged(counts: tl.tensor, means: tl.tensor, squares: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """Mean and squares of `count` numbers from those of their parts along axis 0; a part may have
-    none. The mean is taken twice, the second time above the first."""
+    """Mean and squares of `count` numbers, merged from parts along axis 0, which may be empty.
+    The mean is computed twice, the second time relative to the first."""
     mean = tl.sum(means * counts, 0) / count
     mean += tl.sum((means - tl.expand_dims(mean, 0)) * counts, 0) / count
     apart = means - tl.expand_dims(mean, 0)

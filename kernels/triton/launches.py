@@ -1,9 +1,8 @@
-"""The launch of Triton kernels, with or without a triton to run them.
+"""Launching Triton kernels, or recording the launches without running them.
 
-Every kernel is started by `launch`. That makes the launches visible: `recording_launches` keeps
-them instead of running them, so that a call on meta tensors tells which kernels, grids and
-constants a real one would use. `benchmarks.resources` compiles those ahead of time for GPUs that
-this machine does not have.
+Every kernel is started by `launch`, so `recording_launches` can record launches instead of running
+them: a call on meta tensors then shows which kernels, grids and constants a real call would use.
+`benchmarks.resources` compiles those ahead of time for GPUs that this machine does not have.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
-    UNAVAILABLE["triton"] = "the package triton is not installed (its wheels are for Linux)"
+    UNAVAILABLE["triton"] = "the package triton is not installed (it has wheels only for Linux)"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -33,7 +32,7 @@ if INTERPRETED:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`; without triton the function as it is, never to be called."""
+    """`triton.jit`; without triton, returns the function unchanged (it is never called then)."""
     return function if triton is None else triton.jit(function)
 
 
@@ -54,7 +53,7 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One start of a kernel: what it was given, by parameter name."""
+    """One launch of a kernel, with its arguments by parameter name."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -69,15 +68,15 @@ _architecture: str | None = None
 
 
 def recorded_architecture() -> str | None:
-    """The architecture that `recording_launches` was asked for; None outside it."""
+    """The architecture passed to `recording_launches`; None outside of it."""
     return _architecture
 
 
 @contextmanager
 def recording_launches(architecture: str | None = None) -> Iterator[list[Launch]]:
-    """Keep the launches in a list instead of running them; configs are those of `architecture`.
+    """Record launches in a list instead of running them, with the configs of `architecture`.
 
-    For calls on meta tensors: what a launcher returns holds no data.
+    Meant for calls on meta tensors: the outputs hold no data.
     """
     global _recorded, _architecture
     before = _recorded, _architecture

@@ -1,4 +1,4 @@
-"""Launch configs of the Triton kernels, and which backend measured fastest."""
+"""Launch configs of the Triton kernels, and the backends that measured fastest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Launch configs (tile sizes, warps, pipeline stages), by (tunable, GPU, dtype, shape class).
 
-They are looked up in the user's cache, written by ``fastdiff tune``; in ``tuned/<gpu>.json``; in
-the file of the GPU's architecture. Nothing is searched on first use.
+They are looked up first in the user's cache, written by ``fastdiff tune``, then in
+``tuned/<gpu>.json``, then in the file of the GPU's architecture. Nothing is tuned on first use.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 from ..triton import recorded_architecture
 
 Config = dict[str, int]
-"""Constants of a kernel by name, with num_warps and num_stages among them."""
+"""Constants of a kernel by name, including num_warps and num_stages."""
 TUNED = Path(__file__).parent / "tuned"
 _overrides: dict[tuple[str, str | None], Config] = {}
 
 
 @contextmanager
 def override_config(name: str, config: Config, shape_class: str | None = None) -> Iterator[None]:
-    """Use one config for a tunable, whatever the files say: the search tries candidates by it.
+    """Use one config for a tunable instead of those in the files; the search tries candidates so.
 
     Args:
-        shape_class: the class it holds for; None: all.
+        shape_class: the class to override; None: all.
     """
     before = dict(_overrides)
     _overrides[name, shape_class] = config
@@ -47,7 +47,7 @@ def config(name: str, x: Tensor, shape_class: str) -> Config:
     """The launch config of a tunable for x's device and dtype.
 
     Raises:
-        LookupError: no file has the class (our bug: a test holds that all files have all classes).
+        LookupError: no file has the class (a bug: a test checks that all files have all classes).
     """
     for key in ((name, shape_class), (name, None)):
         if key in _overrides:
@@ -57,7 +57,7 @@ def config(name: str, x: Tensor, shape_class: str) -> Config:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What configs are kept for: the GPU's name and its architecture."""
+    """The key of configs: a GPU's name and its architecture."""
 
     name: str
     architecture: str
@@ -69,7 +69,7 @@ class Gpu:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU of a device; for interpreted or recorded launches one of no name."""
+    """The GPU of a device; one without a name for interpreted or recorded launches."""
     if device.type == "cuda":
         return _gpu_at(device.index if device.index is not None else torch.cuda.current_device())
     return Gpu("", recorded_architecture() or "sm_90")
@@ -84,7 +84,7 @@ def _gpu_at(index: int) -> Gpu:
 
 
 def tuned_cache() -> Path:
-    """Where ``fastdiff tune`` writes: FASTDIFF_CACHE or the user's cache folder."""
+    """The folder that ``fastdiff tune`` writes to: under FASTDIFF_CACHE or the user's cache."""
     root = os.environ.get("FASTDIFF_CACHE")
     if root:
         return Path(root) / "tuned"
@@ -98,7 +98,7 @@ class Tuned:
 
     path: Path
     measured: dict[str, Any] | None
-    """Where, when and with which versions it was searched; None: chosen without measurement."""
+    """Where, when and with which versions it was tuned; None: chosen without measurement."""
     configs: dict[str, dict[str, Config]] = field(repr=False)
     """Tunable -> "dtype/shape class" ("*/shape class" for all dtypes) -> config."""
     backends: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
@@ -111,7 +111,7 @@ class Tuned:
 
 
 def read_tuned(path: Path) -> Tuned:
-    """Read a file of configs. Raises ValueError when it is not one."""
+    """Read a file of configs. Raises ValueError if it is not one."""
     try:
         content = json.loads(path.read_text())
         return Tuned(
@@ -122,19 +122,20 @@ def read_tuned(path: Path) -> Tuned:
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no file of launch configs ({type(error).__name__}: {error}); "
-            "remove it or run 'fastdiff tune' again"
+            f"{path} is not a valid file of launch configs ({type(error).__name__}: {error}); "
+            "delete it or run 'fastdiff tune' again"
         ) from error
 
 
 def architectures() -> tuple[str, ...]:
-    """The architectures with a file of their own."""
+    """The architectures that have a file of configs."""
     names = sorted(path.stem for path in TUNED.glob("*.json"))
     return tuple(name for name in names if re.fullmatch(r"sm_\d+|gfx\w+", name))
 
 
 def nearest_architecture(architecture: str) -> str:
-    """The one itself; else the last earlier one of the same vendor, else the first later one."""
+    """The architecture itself if it has a file; else the nearest earlier one of the same vendor;
+    else the first later one."""
     vendor = architecture[:2]
     known = [name for name in architectures() if name.startswith(vendor)]
     if architecture in known or not known:
@@ -146,7 +147,7 @@ def nearest_architecture(architecture: str) -> str:
 
 @lru_cache
 def tuned_files(gpu: Gpu) -> tuple[Tuned, ...]:
-    """The files that hold for a GPU, first come first served."""
+    """The files that apply to a GPU, in order of precedence."""
     paths = [tuned_cache() / f"{gpu.slug}.json", TUNED / f"{gpu.slug}.json"] if gpu.name else []
     paths.append(TUNED / f"{nearest_architecture(gpu.architecture)}.json")
     return tuple(read_tuned(path) for path in paths if path.exists())
@@ -154,24 +155,24 @@ def tuned_files(gpu: Gpu) -> tuple[Tuned, ...]:
 
 @cache
 def lookup(name: str, gpu: Gpu, dtype: torch.dtype, shape_class: str) -> Config:
-    """The config that the files have for a GPU. Raises LookupError."""
+    """The config for a GPU from the files. Raises LookupError."""
     for tuned in tuned_files(gpu):
         found = tuned.find(name, dtype, shape_class)
         if found is not None:
             return found
-    raise LookupError(f"no launch config of {name} for {dtype} {shape_class} on {gpu}")
+    raise LookupError(f"no launch config for {name}, {dtype}, {shape_class} on {gpu}")
 
 
 _on_new_configs: list[Callable[[], None]] = []
 
 
 def on_new_configs(function: Callable[[], None]) -> None:
-    """Call a function whenever `forget_configs` is called."""
+    """Register a function to call whenever `forget_configs` is called."""
     _on_new_configs.append(function)
 
 
 def forget_configs() -> None:
-    """Read the files anew on the next call (after a search wrote one)."""
+    """Read the files again on the next call (after tuning has written one)."""
     tuned_files.cache_clear()
     lookup.cache_clear()
     for function in _on_new_configs:

@@ -58,4 +58,4 @@ def test_a_checkout_that_is_slower_than_allowed(
 def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         against.main([str(tmp_path)])
-    assert "is not a folder that holds the package fastdiff" in capsys.readouterr().err
+    assert "does not contain the package fastdiff" in capsys.readouterr().err

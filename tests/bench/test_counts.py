@@ -116,13 +116,13 @@ def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str]) ->
     told = capsys.readouterr()
     assert "philox_normal cuda gradient: it has no gradient" in told.out
     assert counts.main(["host", "--op", "gelu"]) == 2
-    assert "no op gelu; expected some of ada_layer_norm, add_" in capsys.readouterr().err
+    assert "unknown op gelu; expected some of ada_layer_norm, add_" in capsys.readouterr().err
 
 
 def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
-        (["host", "--at-most", "1"], "give --against CHECKOUT too"),
-        (["host", "--against", str(tmp_path)], "is not a folder that holds the package fastdiff"),
+        (["host", "--at-most", "1"], "so it needs --against CHECKOUT"),
+        (["host", "--against", str(tmp_path)], "does not contain the package fastdiff"),
     ):
         with pytest.raises(SystemExit):
             counts.main(words)

@@ -216,13 +216,17 @@ def test_the_winner_of_a_class_is_faster_over_all_its_cases() -> None:
     large = records("geglu", "E", triton=9.0, cuda=1.0)
     measured += [replace(record, shape_class="launch") for record in large]
     measured += records("geglu backward", "A", triton=1.0, cuda=0.5)  # has no class
+    of_library = [*records("attention", "F", triton=2.0, cuda=3.0, library=1.0)]
+    of_library += records("attention", "G", triton=1.0)  # with a mask, which the library refuses
+    measured += [replace(record, shape_class="self/64") for record in of_library]
     assert bench_run.fastest_backends(measured) == {
         "geglu": {
             "bfloat16/cache": "triton",  # 0.9 x 2 x 1 > 1
             "bfloat16/memory": "cuda",
             "bfloat16/launch": "cuda",
             "bfloat16/any": "cuda",
-        }
+        },
+        "attention": {"bfloat16/self/64": "library", "bfloat16/any": "library"},
     }
 
 
@@ -288,8 +292,8 @@ def test_what_the_driver_tells_of_the_kernels_is_kept(
     assert device._kernels_of_the_gpu(plan(tmp_path)) == ["1 kinds of launches in cuda-kernels.txt"]
     assert (tmp_path / "cuda-kernels.txt").read_text() == done.stdout
     assert tmp_path / "cuda-kernels.txt" in set(device.written(tmp_path))
-    done.returncode, done.stderr = 2, "no GPU that torch can use"
-    with pytest.raises(device.Failed, match="no GPU that torch can use"):
+    done.returncode, done.stderr = 2, "torch finds no usable GPU"
+    with pytest.raises(device.Failed, match="torch finds no usable GPU"):
         device._kernels_of_the_gpu(plan(tmp_path))
 
 

@@ -171,7 +171,7 @@ def test_providers_take_turns_once_their_results_agree() -> None:
         return lambda: (calls.append(name), torch.tensor([result, -1.0]))[1]
 
     steps = {"fastdiff": step("f", 4.02), "diffusers": step("d", 4.0)}
-    with pytest.raises(AssertionError, match=r"fastdiff is 5\.0e-03 from diffusers"):
+    with pytest.raises(AssertionError, match=r"fastdiff differs from diffusers by 5\.0e-03"):
         bench_cpu_networks.in_turns(steps, 2, 1e-3)
     calls.clear()
     seconds = bench_cpu_networks.in_turns(steps, 2, 1e-2)

@@ -124,7 +124,7 @@ def test_the_fastest_config_that_computes_the_same_wins() -> None:
     assert found.rejected == {
         "needs more than the GPU has": 1,
         "does not compile": 1,
-        "gives other results": 1,
+        "gives different results": 1,
     }
 
 
@@ -420,14 +420,14 @@ def test_the_users_file_comes_before_the_gpus_before_the_architectures(
     assert block(GPU) == 3
     assert block(Gpu("Another", "sm_90")) == 2
     assert block(Gpu("Another", "sm_89")) == 1
-    with pytest.raises(LookupError, match=r"no launch config of twice for torch\.float32 sm_90"):
+    with pytest.raises(LookupError, match=r"no launch config for twice, torch\.float32, sm_90"):
         block(Gpu("Another", "sm_80"), "sm_90")
 
 
 def test_a_gpu_without_measured_configs_is_told_so() -> None:
     (line,) = tune.describe(Gpu("Other GPU", "sm_89"))
     assert line == (
-        "no configs measured for this GPU: uses those of sm_80, chosen without measurement; "
+        "no configs measured for this GPU: using those of sm_80, chosen without measurement; "
         "run 'fastdiff tune'"
     )
     facts = {"gpu": GPU.name, "date": "2026-01-02T03:04", "torch": "2.11", "triton": "3.6"}
@@ -457,8 +457,8 @@ def test_doctor_tells_of_each_gpu(
     write(GPU, {}).write_text("not json")
     configs.forget_configs()
     told = doctor._configs()
-    assert "is no file of launch configs" in told["cuda:0"][0]
-    assert "uses those of sm_80" in told["cuda:1"][0]
+    assert "is not a valid file of launch configs" in told["cuda:0"][0]
+    assert "using those of sm_80" in told["cuda:1"][0]
 
 
 # The command

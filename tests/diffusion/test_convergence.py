@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.samplers import CLEAN, COLUMN, Level, build_table, table_of_levels
+from fastdiff.diffusion.levels import CLEAN, Level
+from fastdiff.diffusion.samplers import COLUMN, build_table, table_of_levels
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig, sigma_spacing
 from tests.diffusion.mixture import (

@@ -18,6 +18,7 @@ from tests.support.peers import import_diffusers
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "ddim-clip": ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 0.7}),
     "ddim-v-trailing": (
         "DDIMScheduler",
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,8 +132,6 @@ def test_it_is_still_a_scheduler_of_diffusers(tmp_path: Path) -> None:
     assert type(kind.from_pretrained(tmp_path / "scheduler")) is kind
     other = models.import_diffusers(DPM).DPMSolverMultistepScheduler
     assert type(other.from_config(pipe.scheduler.config)) is other
-    # a pipeline of Stable Diffusion takes the clamp out of a scheduler's config
-    assert "noise estimate" in str(objection(make("DDIMScheduler", {"clip_sample": True})))
 
 
 def test_an_option_that_a_later_diffusers_has_is_left() -> None:
@@ -145,6 +144,74 @@ def test_an_option_that_a_later_diffusers_has_is_left() -> None:
     assert objection(later(clip_sample=False)) is None
     reason = objection(later(clip_sample=False, bend=2.0))
     assert reason == "fastdiff does not support DDIMScheduler's option bend=2.0"
+
+
+def test_a_scheduler_of_the_users_own_is_left() -> None:
+    """A subclass may compute something else, and so may a function in the place of a method."""
+    theirs = type(make("DDIMScheduler", {}))
+    scheduler = type("DDIMScheduler", (theirs,), {"__module__": __name__})()
+    report = fastdiff.accelerate(pipeline(scheduler=scheduler), scheduler="fused")
+    assert report.left[-1].reason == "DDIMScheduler is not one of diffusers' schedulers"
+    for name in ("step", "_get_variance"):
+        scheduler = make("DDIMScheduler", {})
+        setattr(scheduler, name, functools.partial(getattr(scheduler, name)))
+        report = fastdiff.accelerate(pipeline(scheduler=scheduler), scheduler="fused")
+        assert report.left[-1].reason == f"its {name} was replaced on this object"
+        assert type(scheduler) is theirs
+
+
+def test_a_step_that_another_library_has_replaced_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make("DDIMScheduler", {})
+    monkeypatch.setattr(type(scheduler), "step", another_step)
+    report = fastdiff.accelerate(pipeline(scheduler=scheduler), scheduler="fused")
+    assert report.left[-1].reason == f"DDIMScheduler.step was replaced by a function of {__name__}"
+
+
+def another_step(self: Any, model_output: Any, timestep: Any, sample: Any) -> Any:
+    return (sample,)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in their constructors
+def test_every_scheduler_of_diffusers_is_served_or_named() -> None:
+    """Each is accelerated as its class is by default."""
+    diffusers = models.import_diffusers("DDIMScheduler")
+    outcomes: dict[str, str | None] = {}
+    for name in sorted(n for n in dir(diffusers.schedulers) if n.endswith("Scheduler")):
+        try:
+            scheduler = getattr(diffusers.schedulers, name)()
+        except (TypeError, ImportError):  # wants arguments, or a package that is not installed
+            continue
+        holder = SimpleNamespace(
+            components={"unet": torch.nn.Identity(), "scheduler": scheduler}, scheduler=scheduler
+        )
+        report = fastdiff.accelerate(holder, scheduler="fused")
+        entry = next(e for e in report.entries if e.op == "scheduler")
+        assert (entry.reason is None) == isinstance(scheduler, FusedScheduler)
+        outcomes[name] = entry.reason
+    assert len(outcomes) > 30
+    served = {name for name, reason in outcomes.items() if reason is None}
+    assert served == {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        DPM,
+    }
+    assert all(name in str(reason) for name, reason in outcomes.items() if reason is not None)
+
+
+def test_pipelines_made_of_another_one_share_its_scheduler() -> None:
+    """`from_pipe` hands the components on; the switch of classes goes through the config."""
+    pipe = pipeline()
+    fastdiff.accelerate(pipe, scheduler="fused")
+    diffusers = models.import_diffusers("StableDiffusionImg2ImgPipeline")
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.scheduler is pipe.scheduler
+    assert isinstance(other.scheduler, FusedScheduler)
+    assert other.config["scheduler"] == ("diffusers", "DDIMScheduler")
+    for kind in other.scheduler.compatibles:
+        assert not issubclass(kind, FusedScheduler)
 
 
 @pytest.mark.parametrize(

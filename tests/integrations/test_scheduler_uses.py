@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import Tensor
 import fastdiff
 from fastdiff.integrations.scheduler import FusedScheduler
 from fastdiff.kernels import record_backends
+from tests.integrations import scheduler_settings as settings
 from tests.integrations import scheduler_uses as uses
 from tests.integrations.scheduler_uses import SCHEDULERS, Use, begin, go, make, outcome
+from tests.support.parity import assert_parity
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -27,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
-CLASSES = ("ddim", "ddpm", "pndm", "euler", "ancestral", "heun", "dpm", "dpm-sde")
+CLASSES = ("ddim", "ddim-clip", "ddpm", "pndm", "euler", "ancestral", "heun", "dpm", "dpm-sde")
 """One case of each class, and of each kind of noise: these run all uses."""
 
 
@@ -86,7 +89,7 @@ OPTIONS_MATTER = (
 )
 """Uses that see what the options of a scheduler change."""
 TABLE = [
-    *((case, use) for case in CLASSES for use in uses.USES),
+    *((case, use) for case in CLASSES for use in (*uses.USES, *settings.USES)),
     *((case, use) for case in SCHEDULERS if case not in CLASSES for use in OPTIONS_MATTER),
 ]
 
@@ -173,6 +176,70 @@ def test_fused_and_restored_in_the_middle_of_a_run(case: str) -> None:
     assert fused > 2
     bound = TOLERANCE * max(1.0, largest(wanted))
     assert_same([wanted[0], *seen], wanted, case, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["ddim", "ddim-clip", *CLASSES[2:]])
+def test_half_precision_is_no_worse_than_diffusers(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop in half precision against the same in fp64, from the same outputs and noise."""
+
+    def noise(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return drawn.bfloat16().to(dtype)
+
+    for module in (type(make(case)).__module__, "fastdiff.integrations.scheduler"):
+        if hasattr(sys.modules[module], "randn_tensor"):
+            monkeypatch.setattr(f"{module}.randn_tensor", noise)
+
+    def run(seed: int, fused: bool, dtype: torch.dtype, outputs: list[Tensor]) -> Tensor:
+        """`outputs` are made by the first of the three runs."""
+        scheduler = make(case)
+        if fused:
+            fuse(scheduler)
+        scheduler.set_timesteps(5)
+        draw = torch.Generator().manual_seed(seed)
+        more = {"generator": draw} if "generator" in vars_of(scheduler.step) else {}
+        x = begin(scheduler, seed, 2, 4, 8, 8).bfloat16().to(dtype)
+        for number, t in enumerate(scheduler.timesteps):
+            y = uses.network(scheduler, x, t)  # scales its input, which Euler wants to see
+            if len(outputs) == number:
+                outputs.append(y.bfloat16())
+            x = scheduler.step(outputs[number].to(dtype), t, x, **more).prev_sample
+        assert x.dtype == dtype
+        return x
+
+    every: dict[int, list[Tensor]] = {}
+    assert_parity(
+        lambda seed: run(seed, True, dtype, every.setdefault(seed, [])),
+        lambda seed: run(seed, False, torch.float64, every.setdefault(seed, [])),
+        lambda seed: run(seed, False, dtype, every.setdefault(seed, [])),
+    )
+
+
+def vars_of(function: Any) -> Any:
+    return inspect.signature(function).parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddim", "dpm"])
+def test_a_compiled_step_is_diffusers_own(case: str) -> None:
+    """Dynamo traces the scheduler's own step, which Inductor fuses as it did before."""
+    wanted, found = [], []
+    for seen, fused in ((wanted, False), (found, True)):
+        torch._dynamo.reset()
+        scheduler = make(case)
+        report = fuse(scheduler) if fused else None
+        scheduler.set_timesteps(4)
+        step = torch.compile(scheduler.step, backend="eager")
+        x = begin(scheduler)
+        for t in scheduler.timesteps:
+            x = step(uses.network(scheduler, x, t), t, x, return_dict=False)[0]
+            seen.append(x)
+        assert report is None or not report.scheduler_steps_left
+    torch._dynamo.reset()
+    assert_same(found, wanted, "compiled", TOLERANCE * max(1.0, largest(wanted)))
 
 
 def test_no_timestep_is_read_from_its_device_in_a_loop() -> None:

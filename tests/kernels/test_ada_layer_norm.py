@@ -131,7 +131,7 @@ def test_triton_compiles_without_break_for_any_batch() -> None:
 def test_triton_refuses_rows_that_registers_do_not_hold() -> None:
     x, own = torch.randn(1, 1, 8193), torch.randn(1, 8193)
     x, own = x.to(cases.device_of("triton")), own.to(cases.device_of("triton"))
-    refused = pytest.raises(kernels.BackendError, match="rows of up to 8192 numbers, got 8193")
+    refused = pytest.raises(kernels.BackendError, match="rows of up to 8192 elements, got 8193")
     with backend("triton"), refused:
         ada_layer_norm(x, own, own)
 

@@ -25,8 +25,8 @@ from tests.kernels.interpreter import counting_traffic
 UNSERVED = {
     "odd": "multiples of 8 up to 256, and 512, got 7",
     "cin-384": "and 512, got 384",
-    "all-alike": "takes a scale > 0, got 0.0",
-    "turned-round": "takes a scale > 0, got -0.7; negate q",
+    "all-alike": "supports a scale > 0, got 0.0",
+    "turned-round": "supports a scale > 0, got -0.7; negate q",
 }
 """Rows that no Triton kernel takes, and why."""
 
@@ -189,7 +189,7 @@ def test_bad_dtypes_and_masks() -> None:
         attention(q, q, q, mask=torch.ones(1, 1, 1, 1, 4))
     with pytest.raises(ValueError, match=r"\(2, 2, 4, 7\), got \(4, 4\); S counts the extra keys"):
         attention(q, q, q, extra_k=q[:, :3], extra_v=q[:, :3], mask=torch.ones(4, 4))
-    with pytest.raises(ValueError, match="come together, got one"):
+    with pytest.raises(ValueError, match="must be given together, got only one"):
         attention(q, q, q, extra_k=q)
     with pytest.raises(ValueError, match=r"with N=2, H=2, D=8 as in q, got \(2, 4, 2, 4\)"):
         attention(q, q, q, extra_k=q[..., :4], extra_v=q[..., :4])
@@ -296,7 +296,7 @@ def test_what_triton_does_not_take_is_said() -> None:
     q = torch.empty(1, 4, 1, 8, device="meta")
     assert why_not(q, q, q, scale=0.3) is None
     assert "scale > 0, got -0.3; negate q" in str(why_not(q, q, q, scale=-0.3))
-    assert "takes fp32, fp16 and bf16, got float64" in str(why_not(*[q.double()] * 3))
+    assert "supports fp32, fp16 and bf16, got float64" in str(why_not(*[q.double()] * 3))
     many = torch.empty(1, 2**16, 1, 8, device="meta")
     mask = torch.empty(2**16, dtype=torch.bool, device="meta")
     assert why_not(many, many, many) is None

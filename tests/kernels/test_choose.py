@@ -75,7 +75,7 @@ def test_a_backend_for_other_dtypes_is_passed_in_silence(op: Probe) -> None:
     op.add("cpu", dtypes=(torch.float32, torch.half))
     assert (op(X), op(X.half()), op(X.double())) == ("cpu", "cpu", "reference")
     explained = str(kernels.explain("probe", X.double()))
-    assert "it takes float32, float16, got float64" in explained
+    assert "it supports float32, float16, got float64" in explained
     with kernels.backend("cpu"), pytest.raises(BackendError, match="got float64"):
         op(X.double())
 
@@ -121,6 +121,8 @@ def test_auto_takes_the_first_without_an_objection(op: Probe) -> None:
     assert op(X) == "reference"
     op.add("cpu")
     assert op(X) == "cpu"
+    op.add("library")
+    assert op(X) == "library"
     op.add("triton")
     op.add("cuda")
     assert op(X) == "cuda"

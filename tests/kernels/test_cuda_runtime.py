@@ -104,8 +104,8 @@ def test_without_a_gpu_the_command_says_what_to_do(
     assert cuda_device.main([]) == 2
     assert re.fullmatch(
         r"benchmarks.resources.cuda_device: "
-        r"(no GPU that torch can use|torch is built without CUDA); "
-        r"without a GPU: python -m benchmarks.resources.cuda\n",
+        r"(torch finds no usable GPU|torch is built without CUDA); "
+        r"without a GPU, use python -m benchmarks.resources.cuda\n",
         capsys.readouterr().err,
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -257,7 +257,7 @@ def test_triton_objects_to_fp64() -> None:
     x = torch.randn(2, 8, 4, device=cases.device_of("triton"))
     with backend("triton"):
         for arguments in ((x.double(), 4), (x, 4, torch.ones(8).double().to(x.device))):
-            with pytest.raises(BackendError, match="takes fp32, fp16 and bf16, got float64"):
+            with pytest.raises(BackendError, match="supports fp32, fp16 and bf16, got float64"):
                 group_norm_silu(*arguments)
 
 

@@ -292,9 +292,9 @@ def test_without_the_module_the_reference_serves_and_the_reason_is_given() -> No
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    reason = "the compiled module is not built here; with a C++ compiler, 'make build'"
+    reason = "the compiled module has not been built; install a C++ compiler, then run 'make build'"
     assert f"cpu: {reason}" in ran.stdout
-    warning = f"fastdiff runs without its cpu kernels, slower: {reason}"
+    warning = f"fastdiff runs without its cpu kernels, which is slower: {reason}"
     assert ran.stdout.count(warning) == 1, ran.stdout
 
 

@@ -229,7 +229,7 @@ def test_a_record_is_written_as_it_is_read(tmp_path: Path) -> None:
     resources_record.write_record(record, tmp_path / "r.json")
     assert resources_record.read_record(tmp_path / "r.json") == record
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"r\.json is no record of resources.*run python -m"):
+    with pytest.raises(ValueError, match=r"r\.json is not a valid record of res.*run python -m"):
         resources_record.read_record(tmp_path / "r.json")
 
 

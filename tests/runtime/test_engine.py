@@ -329,7 +329,7 @@ def test_a_poisoned_request_fails_alone() -> None:
         else:
             assert result.error is None
             assert torch.equal(result.x, alone(network, requests[place]))
-    with pytest.raises(ValueError, match=rf"{message}.*request 1 of those given"):
+    with pytest.raises(ValueError, match=rf"{message}.*\(request 1, counted from 0\)"):
         list(run(network, requests))
 
 
@@ -419,9 +419,9 @@ def without(name: str) -> Callable[[Request], Request]:
     ("change", "message"),
     [
         (lambda r: replace(r, x=r.x[:2]), r"takes x of shape \(3, 4, 4\) and 0 tokens, got \(2,"),
-        (lambda r: replace(r, extra=r.x[:1]), "reads 3 channels, got 3 of x and 1 extra"),
+        (lambda r: replace(r, extra=r.x[:1]), "takes 3 channels, got 3 of x and 1 extra"),
         (without("unconditional"), "the table is guided, so unconditional must be a condition"),
-        (lambda r: replace(r, mask=r.x[:1]), "mask, known and noise go together"),
+        (lambda r: replace(r, mask=r.x[:1]), "mask, known and noise must be given together"),
         (lambda r: replace(r, seed=2**64), "a whole number of at most 64 bits"),
         (
             lambda r: replace(r, condition=Condition(context=torch.zeros(1, 7, 24))),
@@ -435,7 +435,7 @@ def test_requests_that_do_not_fit(unet: UNet, change: Callable, message: str) ->
     with pytest.raises(ValueError, match=message):
         engine.submit(change(request(0)))
     ticket = engine.submit(request(0))  # nothing was left behind
-    with pytest.raises(ValueError, match="all 1 slots are taken"):
+    with pytest.raises(ValueError, match="all 1 slots are occupied"):
         engine.submit(request(1))
     assert torch.equal(finish(engine)[ticket].x, alone(unet, request(0)))
 
@@ -444,7 +444,7 @@ def test_sides_and_contexts_that_do_not_fit() -> None:
     folded = prepare(tiny_unet(replace(UNET, downsample_padding="asymmetric")))
     with pytest.raises(ValueError, match=r"positive multiples of 2, got \(5, 4\)"):
         alone(folded, replace(request(0), x=torch.zeros(3, 5, 4)))
-    with pytest.raises(ValueError, match="reads a context, got a condition with 0 tokens"):
+    with pytest.raises(ValueError, match="takes a context, got a condition with 0 tokens"):
         alone(prepare(tiny_unet(TEXT)), request(0))
 
 

@@ -1,1 +1,1 @@
-"""One file per op: what people write instead, the operands of a call, the work that it declares."""
+"""One file per op: the operands of a call, and what people write instead of the op."""

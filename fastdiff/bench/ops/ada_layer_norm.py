@@ -10,11 +10,11 @@ from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
 
 WIDTH = 1152
-"""Of DiT-XL (Peebles & Xie 2023, table 1)."""
+"""Width of DiT-XL (Peebles & Xie 2023, table 1)."""
 
 
 def eager(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The norm, the product and the sum as DiT's authors write them."""
+    """The norm, the product and the sum as in the authors' DiT code."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -30,7 +30,7 @@ SUBJECT = Subject(
 
 
 def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
-    """A patch of 2 x 2 latents is a token; no network of ours calls this op yet."""
+    """A token is a patch of 2 x 2 latents; none of our networks calls this op yet."""
     tokens = (size // 2) ** 2
     return [
         Case(

@@ -1,4 +1,4 @@
-"""The residual sum, then GroupNorm and SiLU: x and residual in, total and y out."""
+"""A residual addition, then GroupNorm and SiLU: x and residual in, total and y out."""
 
 from __future__ import annotations
 

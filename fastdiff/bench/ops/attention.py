@@ -21,7 +21,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def arguments(call: Call, job: Job, make: Make) -> Arguments:
-    """Views of one packed projection: q, k and v of self-attention, else k and v."""
+    """Views of one packed projection: q, k and v in self-attention, k and v in cross-attention."""
     (n, length, heads, d), of_k, _ = call.tensors
     if of_k[1] == length:
         return make(n, length, 3, heads, d).unbind(2), {}

@@ -20,7 +20,7 @@ def eager(
 
 
 def arguments(call: Call, job: Job, make: Make) -> Arguments:
-    """Images in channels_last; weights, scales and shifts as they are."""
+    """Images are channels_last; weights, scales and shifts are contiguous."""
     x, *parameters = call.tensors
     options = {
         name: make.channels_last(*shape) if len(shape) == 4 else make(*shape)

@@ -1,4 +1,4 @@
-"""LayerNorm: x once in, y once out; with the residual x and residual in, total and y out."""
+"""LayerNorm: x once in, y once out; with a residual, x and residual in, total and y out."""
 
 from __future__ import annotations
 

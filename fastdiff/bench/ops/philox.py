@@ -1,4 +1,4 @@
-"""Noise: nothing in, one fp32 number per element out; 64 digits' latents and four of SD's."""
+"""Noise: nothing in, one fp32 number per element out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 
 
 def eager(seeds: torch.Tensor, image: tuple[int, ...]) -> torch.Tensor:
-    """PyTorch's generator: one stream for all images."""
+    """PyTorch's generator, with one stream for all images."""
     return torch.randn(len(seeds), *image, device=seeds.device)
 
 

@@ -21,11 +21,11 @@ from fastdiff.kernels import COLUMNS as C
 
 COEFFICIENTS = {C.U: 1.0, C.V: -0.5, C.A: 0.5, C.B: 0.4, C.C1: 0.1, C.P: 0.1, C.Q: 1.0, C.W: 3.0}
 ROWS = {"deterministic": 0.0, "stochastic": 0.1}
-"""The factor of the noise."""
+"""Row -> the factor of the noise."""
 
 
 def eager(x: Tensor, prediction: Tensor, history: Tensor, noise_factor: float) -> None:
-    """The row as a scheduler writes it, with PyTorch's own noise."""
+    """The step as a scheduler would write it, with PyTorch's own noise."""
     c = COEFFICIENTS
     uncond, cond = prediction.chunk(2)
     guided = uncond + c[C.W] * (cond - uncond)
@@ -38,7 +38,7 @@ def eager(x: Tensor, prediction: Tensor, history: Tensor, noise_factor: float) -
 
 
 def row_of(row: str, device: torch.device) -> Tensor:
-    """A table of one row."""
+    """A table with one row."""
     table = torch.zeros(1, len(C))
     extra = {C.SLOT: 0.0, C.CLAMP: math.inf, C.S: ROWS[row]}
     for column, value in {**COEFFICIENTS, **extra}.items():
@@ -56,7 +56,7 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 
 
 def halves(number: Tensor) -> dict[str, Any]:
-    """The options of a prediction [uncond; cond] whose rows do not rescale, as `Slots` has them."""
+    """The options for a prediction [uncond; cond] without rescaling, as in the engine."""
     return {"cond": number + len(number), "uncond": number, "rescale": False}
 
 
@@ -69,7 +69,7 @@ def eager_stochastic(x: Tensor, f: Tensor, history: Tensor, *_: Tensor, **__: An
 
 
 def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
-    """Latents of Stable Diffusion; no network calls this op."""
+    """Stable Diffusion's latents; no network calls this op."""
     cases = []
     for row, function in (("deterministic", eager_deterministic), ("stochastic", eager_stochastic)):
         subject = Subject(op="sampler_step", arguments=arguments, eager=function)
@@ -95,18 +95,18 @@ FROM_THE_HOST = "sampler_step, from the host"
 
 
 def stepping(name: str, diffusers: Any, x: Tensor, prediction: Tensor) -> Callable[[], None]:
-    """Guidance and ``scheduler.step`` as a pipeline writes them; each call is the next step."""
+    """Guidance and ``scheduler.step`` as in a pipeline; each call takes the next step."""
     scheduler = getattr(diffusers, SCHEDULERS[name])(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
     )
     scheduler.set_timesteps(STEPS, device=x.device)
-    scheduler.is_scale_input_called = True  # Euler would complain at every step
+    scheduler.is_scale_input_called = True  # otherwise Euler warns at every step
     taken = itertools.count()
 
     def step() -> None:
         index = 1 + next(taken) % (STEPS - 2)
         if getattr(scheduler, "_step_index", None) is not None:
-            scheduler._step_index = index  # round again after the last but one
+            scheduler._step_index = index  # start over after the last step but one
         uncond, cond = prediction.chunk(2)
         guided = uncond + COEFFICIENTS[C.W] * (cond - uncond)
         scheduler.step(guided, scheduler.timesteps[index], x, return_dict=False)
@@ -122,10 +122,10 @@ def from_the_host(
     size: int = 64,
     batches: tuple[int, ...] = GPU_BATCHES,
 ) -> Outcome:
-    """A step as a sampling loop meets it, launches and waiting included: ours and diffusers'.
+    """Time our step and diffusers' as a sampling loop experiences them, with launches and waiting.
 
     Args:
-        diffusers: the package, or None where it is not installed: then ours alone.
+        diffusers: the package, or None if it is not installed; then only ours is timed.
     """
     outcome = Outcome()
     for case in gpu_cases(size, batches):
@@ -145,10 +145,10 @@ def from_the_host(
             try:
                 with torch.inference_mode(), kernels.backend(backend):
                     timing = timer(function, method="host")
-            except kernels.BackendError as error:  # CUDA kernels are built, and not for this device
+            except kernels.BackendError as error:  # the CUDA kernels are not built for this device
                 outcome.unavailable.append(f"{case} {name}: {said(error)}")
                 continue
-            except Exception as error:  # noqa: BLE001 - told, and no reason to lose the others
+            except Exception as error:  # noqa: BLE001 - reported; the other cases continue
                 outcome.failures.append(f"{case} {name}: {said(error)}")
                 continue
             record = record_of(case, name, timing, case.work)

@@ -1,5 +1,5 @@
-"""What `fastdiff tune` searches and `benchmarks.resources` compiles: a file per op, found by its
-place here. The kernels themselves only look configs up (fastdiff.kernels.tuning)."""
+"""What `fastdiff tune` searches and `benchmarks.resources` compiles, with one file per op, which is
+found automatically. The kernels themselves only look configs up (fastdiff.kernels.tuning)."""
 
 from __future__ import annotations
 

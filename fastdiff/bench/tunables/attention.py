@@ -1,4 +1,4 @@
-"""What the configs of `attention`'s Triton kernels are searched on and compiled for."""
+"""Tunables of the Triton kernels of `attention`: candidates, and calls to time and compile."""
 
 from __future__ import annotations
 
@@ -46,25 +46,27 @@ REAL_SHAPES = {
     256: (8, 256, 1),
     512: (1, 4096, 1),
 }
-"""Head dim -> (N, L, H) of a model with it: SD 1.5, SDXL, LDM, DiT, IDDPM, DDPM, the VAE."""
+"""Head dim -> (N, L, H) of a model that has it: SD 1.5, SDXL, LDM, DiT, IDDPM, DDPM, the VAE."""
 
 
 def packed(d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """q, k, v as a model with that head dim, or the next larger, has them."""
+    """q, k, v with the sizes of a model that has this head dim, or the next larger one."""
     n, length, heads = REAL_SHAPES[next(each for each in REAL_SHAPES if each >= d)]
     return torch.empty(n, length, 3, heads, d, dtype=dtype, device=device).unbind(2)
 
 
 def borrowers(shape_class: str, known: tuple[int, ...]) -> list[int]:
-    """The head dims below that of a class which take its config."""
+    """The smaller head dims that use the config of a class."""
     last = class_dim(shape_class)
     known = FULL_PRECISION_DIMS if shape_class.startswith("fp32") else known
     return [d for d in range(8, last, 8) if next_of(d, known) == last and last != SINGLE_HEAD]
 
 
 def with_hungriest(shape_class: str, known: tuple[int, ...]) -> list[int]:
-    """The head dim of a class, and of those that borrow its config the one in most pieces, where
-    the class itself is close to a thread's 255 registers."""
+    """The head dim of a class and, if it borrows the config, `HUNGRIEST`.
+
+    That one is split into the most pieces, in a class already close to 255 registers per thread.
+    """
     return [class_dim(shape_class), *({HUNGRIEST} & {*borrowers(shape_class, known)})]
 
 
@@ -86,7 +88,7 @@ def has_dtype(shape_class: str, dtype: torch.dtype) -> bool:
 
 HALF = (torch.float16, torch.bfloat16)
 CUTS = (16, 64, 112, 144, 160, 240, 288)
-"""Numbers of keys in one to three pieces, in one to three groups."""
+"""Numbers of keys that split into one to three pieces and one to three groups."""
 HUNGRIEST = 152
 FULL_PRECISION = tuple(f"fp32/{d}" for d in FULL_PRECISION_DIMS)
 
@@ -159,7 +161,7 @@ def _context_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Ca
 def _all_context_calls(
     shape_class: str, dtype: torch.dtype, device: str
 ) -> list[Callable[[], Any]]:
-    """Other head dims; other numbers of keys, which are cut into more pieces or larger groups."""
+    """Also other head dims, and numbers of keys that split into more pieces or larger groups."""
     keys, d = (int(number) for number in shape_class.split("/"))
     dims = [each for each in range(8, d, 8) if next_of(each, CONTEXT_DIMS) == d]
     cuts = [each for each in CUTS if next_of(each, CONTEXTS) == keys]
@@ -202,7 +204,7 @@ def _keys_call(
     *,
     text: int = 0,
 ) -> Callable[[], Any]:
-    """Over the model's own keys, or over those of a text."""
+    """A call over the model's own keys, or over those of a text."""
     q, k, v = packed(d, dtype, device)
     if text:
         k, v = torch.empty(2, len(q), text, *q.shape[2:], dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What the configs of `geglu`'s Triton kernels are searched on."""
+"""Tunables of the Triton kernels of `geglu`: candidates, and calls to time and compile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 
 def _arguments(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """x and dy of SD 1.5's first level at 64 x 64 latents: 4096 tokens, 2 x 1280."""
+    """x and dy of SD 1.5's first level at 64 x 64 latents: 4096 tokens, 2 x 1280 features."""
     x = torch.empty(2 * 4096, 2 * 1280, dtype=dtype, device=device)
     return x, torch.empty(2 * 4096, 1280, dtype=dtype, device=device)
 

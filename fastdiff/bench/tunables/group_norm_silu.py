@@ -1,5 +1,5 @@
-"""What the configs of the Triton kernels of `group_norm_silu` and `add_group_norm_silu` are
-searched on."""
+"""Tunables of the Triton kernels of `group_norm_silu` and `add_group_norm_silu`: candidates, and
+calls to time and compile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.kernels.tuning import Config
 
 
 def _candidates(most: int, shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
-    """most: where the regimes part, which a search within one of them does not move."""
+    """most: the boundary between the regimes, which a search within one of them cannot move."""
     if shape_class.endswith("small"):
         for segment in (32, 64, 128):
             for per_thread in (8, 16, 32, 64):

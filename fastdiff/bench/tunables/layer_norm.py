@@ -1,4 +1,5 @@
-"""What the configs of the Triton kernels of `layer_norm` and `add_layer_norm` are searched on."""
+"""Tunables of the Triton kernels of `layer_norm` and `add_layer_norm`: candidates, and calls to
+time and compile."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def _backward_candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Confi
 
 
 SHAPES = {"512": (8192, 320), "1024": (2048, 640), "2048": (512, 1280), "4096": (154, 4096)}
-"""Rows and D: SD 1.5's levels with guidance at 64 x 64 latents; a T5 encoder's."""
+"""Rows and D of SD 1.5's levels with guidance at 64 x 64 latents, and of a T5 encoder."""
 
 
 def _arguments(shape_class: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:

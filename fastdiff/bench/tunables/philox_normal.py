@@ -1,4 +1,4 @@
-"""What the config of `philox_normal`'s Triton kernel is searched on."""
+"""The tunable of the Triton kernel of `philox_normal`: candidates, calls to time and compile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """SDXL's latents at 1024 x 1024, four images; the step given as a tensor."""
+    """SDXL's latents at 1024 x 1024 for four images; the step as a number and as a tensor."""
     seeds = torch.empty(4, dtype=torch.int64, device=device)
     step = torch.empty((), dtype=torch.int64, device=device)
     return [

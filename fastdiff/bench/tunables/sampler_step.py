@@ -1,4 +1,4 @@
-"""What the config of `sampler_step`'s Triton kernels is searched on."""
+"""The tunable of the Triton kernels of `sampler_step`: candidates, calls to time and compile."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 
 
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """SD's latents, which a U-Net in channels_last gives back as they are; x in fp32, NCHW. Then:
-    everything dense, learned variance (ADM-256), rows that may rescale."""
+    """SD's latents, with the prediction in channels_last as from a U-Net, and x in fp32, NCHW.
+
+    Then: everything contiguous; rows that may rescale; learned variance (ADM-256).
+    """
 
     def call(
         shape: tuple[int, ...],

@@ -1,4 +1,4 @@
-"""What `fastdiff tune` searches: the kernels of an op that share a launch config."""
+"""The unit that `fastdiff tune` searches: kernels of an op that share a launch config."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from fastdiff.kernels.tuning import Config
 class Tunable:
     """The kernels of one op that share a config, and how to search for it.
 
-    `fastdiff tune` times ``calls(...)[0]`` under every candidate; `benchmarks.resources` compiles
-    what all the calls launch, for every architecture.
+    `fastdiff tune` times ``calls(...)[0]`` with every candidate; `benchmarks.resources` compiles
+    everything that the calls launch, for every architecture.
     """
 
     name: str
-    """Key in the JSON files; the op's name, or that with "_backward"."""
+    """Key in the JSON files: the op's name, possibly with a suffix such as "_backward"."""
     shape_classes: tuple[str, ...]
     candidates: Callable[[str, torch.dtype], Iterable[Config]]
     """(shape class, dtype) -> the configs to try."""
     calls: Callable[[str, torch.dtype, str], list[Callable[[], Any]]]
-    """(shape class, dtype, device) -> calls on tensors of that class: the one that is timed, then
+    """(shape class, dtype, device) -> calls on tensors of that class: first the one to time, then
     other variants of the kernels (layouts, options)."""
     all_calls: Callable[[str, torch.dtype, str], list[Callable[[], Any]]] | None = None
-    """Calls of every size and option that takes the config of the class, where these are too many
-    to be compiled each time; None: `calls` are all."""
+    """Calls of every size and option that uses the config of the class, if they are too many to
+    compile each time; None: `calls` has them all."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     takes: Callable[[str, torch.dtype], bool] = lambda shape_class, dtype: True
     """(shape class, one of `dtypes`) -> whether there is such a config."""
 
     def pairs(self) -> list[tuple[str, torch.dtype]]:
-        """The (shape class, dtype) that have a config."""
+        """The pairs (shape class, dtype) that have a config."""
         return [(c, d) for c in self.shape_classes for d in self.dtypes if self.takes(c, d)]
 
 
@@ -44,6 +44,6 @@ TUNABLES: dict[str, Tunable] = {}
 
 
 def define_tunable(tunable: Tunable) -> None:
-    """Enter a tunable in TUNABLES."""
+    """Register a tunable in TUNABLES."""
     assert tunable.name not in TUNABLES, f"tunable {tunable.name} is defined twice"
     TUNABLES[tunable.name] = tunable

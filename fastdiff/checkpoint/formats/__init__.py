@@ -16,6 +16,7 @@ from pathlib import Path
 from fastdiff.checkpoint.formats.pickles import looks_like_torch_save, read_torch_save
 from fastdiff.checkpoint.formats.safetensors import header_fits, read_safetensors
 from fastdiff.checkpoint.weights import Place, Weights, read_json, some
+from fastdiff.files import one_line_errors
 
 _CONVERT = "write the weights as safetensors with the program that made it"
 _PAGE = ("a web page", "the address wants a login or another link: fetch the file again")
@@ -33,6 +34,7 @@ KNOWN = {
 """How files begin that people give instead -> what they are, and what to do."""
 
 
+@one_line_errors()
 def open_weights(path: str | os.PathLike[str]) -> Weights:
     """Open a file of weights, or the index of several.
 

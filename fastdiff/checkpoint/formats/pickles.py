@@ -14,6 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,11 @@ def _place(
 
 def _read_zip(path: Path) -> tuple[Any, _Places]:
     with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+        listed = archive.infolist()
+        members = {info.filename: info for info in listed}
+        if len(members) != len(listed):  # readers would differ in which one they take
+            (twice, _), *_ = Counter(info.filename for info in listed).most_common(1)
+            raise ValueError(f"{printable(twice, 60)} stands in it twice")
         roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if not roots:
             raise _ForeignError(
@@ -178,9 +183,12 @@ def _start(path: Path, info: zipfile.ZipInfo) -> int:
     with path.open("rb") as file:
         file.seek(info.header_offset)
         signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+        name = file.read(name_length)
     start: int = info.header_offset + 30 + name_length + extra_length
     if signature != b"PK\x03\x04" or start + info.file_size > path.stat().st_size:
         raise ValueError(f"member {printable(info.filename, 60)} lies outside the file")
+    if name not in (info.orig_filename.encode(), info.orig_filename.encode("cp437", "replace")):
+        raise ValueError(f"member {printable(info.filename, 60)} has another name where it lies")
     return start
 
 
@@ -195,6 +203,8 @@ def _contents(path: Path, info: zipfile.ZipInfo, with_checksums: bool) -> bytes:
 
 
 def _check_stored(info: zipfile.ZipInfo) -> None:
+    if info.flag_bits & 1:
+        raise ValueError(f"member {printable(info.filename, 60)} is encrypted")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(
             f"member {printable(info.filename, 60)} is compressed, which torch.save never does"

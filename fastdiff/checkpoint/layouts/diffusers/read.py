@@ -331,7 +331,7 @@ def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -
         model: may be on the meta device; only its names and shapes are read.
 
     Raises:
-        ValueError: keys are unknown, missing or of the wrong shape; all of them are listed.
+        ValueError: as `check_names`.
     """
     state = {current_name(key): value for key, value in state.items()}
     ours, sources = model.state_dict(), names(model)

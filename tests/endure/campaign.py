@@ -1,0 +1,144 @@
+"""What is tried, and how often."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.cli import main
+from tests.endure.child import import_what
+from tests.endure.disks import Filling, can_mount, fill
+from tests.endure.kills import Row, kill
+from tests.endure.pairs import both_sample, one_is_saved, one_trains, pair, undisturbed
+from tests.endure.work import Work, difference, listing, sampling, saving, training
+from tests.support.tiny import tiny_model
+from tests.training import runs
+
+Trial = Callable[[Callable[[], None]], Row]
+"""Runs; it calls its argument after each process that was killed, pair, or disk."""
+PAIRS, DISKS = 5, 4
+"""Kinds of pairs, and of commands on a full disk."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many processes are killed, how many pairs and how many sizes of disks there are."""
+
+    kills: int
+    pairs: int
+    disks: int
+    seed: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kills + self.pairs // PAIRS * PAIRS + DISKS * self.disks
+
+
+def trials(plan: Plan, root: Path) -> Iterator[tuple[str, Trial]]:
+    """(name, what to run) of each kind."""
+    torch.set_num_threads(1)  # processes are forked
+    images = runs.image_folder(root / "images")
+    bundle = root / "bundle"
+    save_bundle(tiny_model(), bundle)
+    for name, work in (("training", training(images)), ("sampling", sampling(bundle))):
+        place = root / f"{name} for its imports"
+        import_what(lambda work=work, place=place: work.start(place), root / f"{name} imports")
+    yield from _kills(plan, root, images, bundle)
+    if plan.pairs >= PAIRS:
+        yield from _pairs(plan, root, images, bundle)
+    if plan.disks:
+        if not can_mount(root):
+            raise OSError("this process may not mount a small disk; use --disks 0")
+        yield from _disks(plan, root, images, bundle)
+
+
+def _kills(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple[str, Trial]]:
+    save = saving(1)
+    works: dict[str, tuple[Work, Callable[[Path], object], int]] = {
+        "training": (training(images), lambda folder: None, plan.kills // 2),
+        "sampling": (sampling(bundle), lambda folder: None, plan.kills // 4),
+        "saving": (save, lambda folder: saving(0).start(folder), 0),
+    }
+    rest = plan.kills - sum(count for _, _, count in works.values())
+    for name, (work, begin, share) in works.items():
+        if count := share or rest:
+            how = {"begin": begin, "count": count, "seed": plan.seed}
+            yield name, functools.partial(_kill, name, work, root, **how)
+
+
+def _kill(name: str, work: Work, root: Path, tell: Callable[[], None], **how: object) -> Row:
+    return kill(name, work, root, tell=tell, **how)  # type: ignore[arg-type]
+
+
+def _pairs(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple[str, Trial]]:
+    count = plan.pairs // PAIRS
+    train, sample, other = training(images), sampling(bundle), sampling(bundle, "--steps", "3")
+    alone = {
+        name: undisturbed(work, root / f"{name} alone")
+        for name, work in (("train", train), ("sample", sample), ("other", other))
+    }
+    saves = [undisturbed(saving(seed), root / f"save {seed} alone") for seed in (0, 1)]
+    wanted: dict[str, tuple[Work, Work, object, float]] = {
+        "two trainings": (train, train, one_trains(train, alone["train"]), 0.3),
+        "a training and its resumption": (train, train, one_trains(train, alone["train"]), 2.0),
+        "two samplings of one recipe": (sample, sample, both_sample(alone["sample"]), 0.3),
+        "two samplings": (sample, other, both_sample(alone["sample"], alone["other"]), 0.3),
+        "two savings": (saving(0), saving(1), one_is_saved(*saves), 0.02),
+    }
+    for name, (first, second, judge, apart) in wanted.items():
+
+        def run(
+            tell: Callable[[], None],
+            name: str = name,
+            works: tuple[Work, Work] = (first, second),
+            judge: object = judge,
+            apart: float = apart,
+        ) -> Row:
+            how = {"count": count, "judge": judge, "apart": apart, "seed": plan.seed}
+            return pair(name, *works, root, tell=tell, **how)  # type: ignore[arg-type]
+
+        yield name, run
+
+
+def _disks(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple[str, Trial]]:
+    train = training(images)
+    config = root / "run.json"
+    run = runs.with_output(runs.diffusion_run(images, Path("run")), save_every=1, keep=2)
+    config.write_text(json.dumps(run.to_json()))
+
+    def train_command(folder: Path) -> int:
+        torch.set_num_threads(1)
+        words = ["train", "diffusion", "--output.folder", str(folder)]
+        resume = (folder / "config.json").exists()
+        return main([*words, *(["--resume"] if resume else ["--config", str(config)])])
+
+    def convert(folder: Path) -> int:
+        return main(["convert", str(bundle), str(folder / "model"), "--to", "bundle"])
+
+    def reconstruct(folder: Path) -> int:
+        pictures = sorted(map(str, images.rglob("*.png")))[:3]
+        model = ["--model", str(bundle), "--device", "cpu"]
+        return main(["reconstruct", *pictures, *model, "--out", str(folder)])
+
+    def same(one: Path, other: Path) -> str:
+        return difference(listing(one), listing(other))
+
+    plain = sampling(bundle)
+    wanted = {
+        "training on a full disk": Work(train_command, train.whole, train.done),
+        "sampling on a full disk": plain,
+        "converting on a full disk": Work(convert, lambda folder: "", same),
+        "reconstructing on a full disk": Work(reconstruct, plain.whole, same),
+    }
+    for name, work in wanted.items():
+
+        def go(tell: Callable[[], None], name: str = name, work: Work = work) -> Row:
+            return fill(name, Filling(work), root, count=plan.disks, tell=tell)
+
+        yield name, go
