@@ -24,7 +24,8 @@ LDM_CLASSES = 1000
 STEPS, TEXT_STEPS = 50, 30
 GUIDANCE, TEXT_GUIDANCE = 1.5, 7.5
 TILE, TEXT_TILE = 96, 128
-BATCH_PIXELS = 64 * 32 * 32
+MOST_AT_ONCE = 64
+BATCH_PIXELS = MOST_AT_ONCE * 32 * 32
 """Pixels of x at once by default, in at most 64 images: 64 of 32 x 32, 16 of 64 x 64."""
 SMALL = 2**28
 """Bytes below which a job's memory is not estimated before it starts."""
@@ -277,7 +278,7 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
 
 def default_batch(height: int, width: int, *, text: bool) -> int:
     """Samples of x at once, from the size of one; text: with a context to attend to."""
-    return max(1, min(4 if text else 64, BATCH_PIXELS // (height * width)))
+    return max(1, min(4 if text else MOST_AT_ONCE, BATCH_PIXELS // (height * width)))
 
 
 def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate import from_noise, image_to_image, inpainting, interpolation, upscale
-from fastdiff.generate.facts import check, default_batch, is_small
+from fastdiff.generate.facts import MOST_AT_ONCE, check, default_batch, is_small
 from fastdiff.generate.job import (
     ClassJob,
     ImageToImageJob,
@@ -204,8 +204,8 @@ class _Run:
         if None not in size and key in seen:
             return
         seen.add(key)
-        session, count = self.session, max(self.expected, 1)
-        batch = min(self.batch or job.settings.batch or 64, count)
+        session, batch = self.session, self.batch or job.settings.batch or MOST_AT_ONCE
+        batch = min(batch, self.expected or batch)
         if is_small(job, session.facts, batch, on_cpu=session.device.type == "cpu"):
             return
         from fastdiff.generate.memory import Call, check_fits
@@ -213,7 +213,7 @@ class _Run:
         check_fits(
             [session.model, self.refiner and self.refiner.model],
             job,
-            Call(device=session.device, dtype=session.dtype, count=count, batch=self.batch),
+            Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
             way_out="give a smaller height, width or batch",
             loaded=True,
         )

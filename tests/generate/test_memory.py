@@ -105,10 +105,18 @@ def test_images_at_once_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(fastdiff.generate(model, small))) == 2
 
 
+def test_a_job_is_estimated_before_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound(monkeypatch, 2**10)
+    monkeypatch.setattr("fastdiff.generate.facts.SMALL", 0)
+    monkeypatch.setattr("fastdiff.generate.run.plan", None)
+    with pytest.raises(NotEnoughMemory, match="making images of 16 x 16"):
+        next(fastdiff.generate(tiny_model(), iter([ClassJob(label=1)])))
+
+
 def test_where_nobody_knows_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bound(monkeypatch, None)
-    model = tiny_model()
-    job = ClassJob(label=1, height=512, width=16, settings=SampleSettings(steps=1, batch=2**17))
+    monkeypatch.setattr("fastdiff.generate.facts.SMALL", 0)
+    model, job = tiny_model(), ClassJob(label=1, settings=SampleSettings(steps=1))
     assert len(list(fastdiff.generate(model, iter([job])))) == 1
 
 
@@ -199,7 +207,7 @@ FILES: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "free"), zip(FILES, (32, 2, 3, 6, 0), strict=True))
+@pytest.mark.parametrize(("name", "free"), [*zip(FILES, (32, 2, 3, 6, 0), strict=True)])
 def test_free_memory_is_what_system_and_groups_leave(
     name: str, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
