@@ -142,7 +142,7 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
     return _for_data(default, words)
 
 
-def _like_model(run: RunT, place: str) -> RunT:
+def _like_model(run: Any, place: str) -> Any:
     """The default run with the architecture of the model whose weights it starts from.
 
     Raises:
@@ -157,11 +157,11 @@ def _like_model(run: RunT, place: str) -> RunT:
         raise ValueError(f"{place} contains no {part} to start from; give a model that has one")
     change: dict[str, Any] = {"model": network.config, "init_from": place}
     if model.image_size and model.image_channels:
-        size = {"image_size": model.image_size, "channels": model.image_channels}
-        change["data"] = replace(run.data, **size)
+        channels = model.image_channels
+        change["data"] = replace(run.data, image_size=model.image_size, channels=channels)
     if part == "denoiser":
         change["prediction"] = model.prediction
-        change["schedule"] = model.schedule or run.schedule  # type: ignore[union-attr]
+        change["schedule"] = model.schedule or run.schedule
         if not network.config.null_class:
             change["class_dropout"] = 0.0
         if model.autoencoder is None:
@@ -170,7 +170,7 @@ def _like_model(run: RunT, place: str) -> RunT:
             change["autoencoder"] = place
     else:
         seen = {"image_channels": network.config.image_channels}
-        change["discriminator"] = replace(run.discriminator, **seen)  # type: ignore[union-attr]
+        change["discriminator"] = replace(run.discriminator, **seen)
     return replace(run, **change)
 
 

@@ -146,8 +146,11 @@ class Facts:
         self.check_size(height, width)
         return height, width
 
-    def check_size(self, height: int, width: int, what: str = "the image") -> None:
-        """Raise ValueError, with the nearest sizes, unless the networks can halve these sides."""
+    def check_size(self, height: int, width: int, *, fits: bool = False) -> None:
+        """Raise ValueError, with the nearest sizes, unless the networks can halve these sides.
+
+        fits: they are a picture's, which `fit` would crop or resize.
+        """
         factor = self.size_factor
         if height % factor == 0 and width % factor == 0 and height > 0 and width > 0:
             return
@@ -155,10 +158,11 @@ class Facts:
             [max(rounded(side / factor), 1) * factor for side in (width, height)]
             for rounded in (math.floor, math.ceil)
         )
+        way_out = ", and fit (--fit) crop or resize makes it so" if fits else ""
         near = " or ".join(dict.fromkeys(f"{w} x {h}" for w, h in (below, above)))
         raise ValueError(
-            f"the sides of {what} must be positive multiples of {factor}, got {width} x {height} "
-            f"(width x height); the nearest sizes are {near}"
+            f"the sides of the image must be positive multiples of {factor}, got "
+            f"{width} x {height} (width x height); the nearest sizes are {near}{way_out}"
         )
 
     def label(self, wanted: int | str | None) -> int | None:

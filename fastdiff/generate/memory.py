@@ -89,8 +89,12 @@ def check_fits(
         NotEnoughMemory: more is needed than is free; where that is unknown nothing is refused.
         ValueError: as `facts.check`.
     """
+    facts = Facts.of(models[0])  # type: ignore[arg-type]
+    sizes = _sizes(check(job, facts), facts)
+    if min(map(min, sizes)) < facts.factor:
+        return  # no picture of this size is taken: its plan says so
     need = need_of([model for model in models if model is not None], job, call, loaded=loaded)
-    height, width = _sizes(job, Facts.of(models[0]))[-1]  # type: ignore[arg-type]
+    height, width = sizes[-1]
     check_memory(
         need.total,
         f"making images of {width} x {height} with {models[0].name}",  # type: ignore[union-attr]
@@ -211,9 +215,8 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
     tokens = 0 if context is None else TOKENS if facts.reads_text else 1
     words = getattr(job, "prompt", None) or ""
     tokens *= 1 + max(len(words) // CHARACTERS, words.count("BREAK"))
-    peak = _evaluation(
-        model.denoiser.config, rows, shape[1:], tokens, call.device, call.dtype, selected_backend()
-    )
+    config: Any = model.denoiser.config  # frozen, so it can be a key
+    peak = _evaluation(config, rows, shape[1:], tokens, call.device, call.dtype, selected_backend())
     embedding, projected, output = peak.result
     x = math.prod(shape) * FP32
     masked = 4 if isinstance(job, InpaintJob) else 0

@@ -211,7 +211,7 @@ class _Run:
         from fastdiff.generate.memory import Call, check_fits
 
         check_fits(
-            [session.model, self.refiner and self.refiner.model],
+            [session.model, None if self.refiner is None else self.refiner.model],
             job,
             Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
             way_out="give a smaller height, width or batch",

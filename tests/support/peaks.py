@@ -108,7 +108,7 @@ def main(folder: str) -> None:
     shipped, words = load("digits"), tokenizer(Path(folder))
     sample(shipped, digits(1, 32))
     sample(text_model(16, words), [TextJob(prompt="a", settings=SampleSettings(steps=1))])
-    for count, size, batch in ((4, 384, None), (16, 192, 16), (1, 512, None)):
+    for count, size, batch in ((4, 384, None), (16, 192, 16)):
         jobs = digits(count, size, 1, batch)
         need = memory.need_of(
             [shipped], jobs[0], call(count, batch=batch, conditions=10), loaded=True
@@ -126,7 +126,7 @@ def main(folder: str) -> None:
         report(f"text {size}", need.total, make)
     decoder = Latents(first_stage(32), 1.0, device=CPU, dtype=torch.float32)
     whole = text_model(64, words)
-    for size, tile in ((256, 0), (384, 0), (512, 64)):
+    for size, tile in ((256, 0), (384, 64)):
         need = memory._decoding(whole, (size, size), tile, call())
         z = torch.randn(1, 4, size // 4, size // 4)
         report(
