@@ -71,7 +71,7 @@ def to_parameters(recipe: Mapping[str, Any]) -> str | None:
     schedule = {ours: name for name, ours in SCHEDULES.items()}.get(spacing)
     pairs: dict[str, Any] = {
         "Steps": settings["steps"],
-        "Sampler": theirs.get(sampler, sampler),
+        "Sampler": theirs.get(sampler or "", sampler),
         "Schedule type": schedule,
         "CFG scale": settings["guidance_scale"],
         "Seed": job["seed"],
