@@ -431,7 +431,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 class _Reusable(AbstractContextManager[None]):
-    """`_forcing` that can be entered again: a backward pass inside a backward pass recomputes too."""
+    """`_forcing` that can be entered again: nested backward passes each recompute."""
 
     def __init__(self, name: str | None) -> None:
         self._name = name
