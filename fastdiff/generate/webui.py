@@ -68,7 +68,7 @@ def to_parameters(recipe: Mapping[str, Any]) -> str | None:
     named = recipe.get("sampler") or {}
     sampler = named.get("sampler", settings["sampler"])
     spacing = settings["spacing"] or named.get("sigmas")
-    schedule = {ours: name for name, ours in SCHEDULES.items()}.get(spacing)
+    schedule = {ours: name for name, ours in SCHEDULES.items()}.get(spacing or "")
     pairs: dict[str, Any] = {
         "Steps": settings["steps"],
         "Sampler": theirs.get(sampler or "", sampler),
