@@ -28,6 +28,7 @@ else:
 
 MAX_SEED = 2**64 - 1
 Via = Literal["latent", "image"]
+Fit = Literal["crop", "resize"]
 DEFAULT_SAMPLER = "dpmpp-2m"
 CHECKPOINT = "checkpoint"
 """Name of the sampler that stands for the model's own (diffusers' scheduler_config.json)."""
@@ -228,6 +229,9 @@ class ImageToImageJob:
     """Fraction of the steps that are taken: 0 keeps the image, 1 makes a new one."""
     seed: int = 0
     """Of all randomness in the image."""
+    fit: Fit | None = None
+    """Pictures whose sides the model cannot take: crop them to the next smaller ones around the
+    centre, or resize them to the nearest ones; None: refuse them."""
     height: int | None = None
     """Crop and resize the picture to this height first."""
     width: int | None = None
@@ -239,6 +243,7 @@ class ImageToImageJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        _check_fit(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -262,6 +267,9 @@ class InpaintJob:
     """Restore the original pixels outside the mask."""
     seed: int = 0
     """Of all randomness in the image."""
+    fit: Fit | None = None
+    """Pictures and masks whose sides the model cannot take: crop them to the next smaller ones
+    around the centre, or resize them to the nearest ones; None: refuse them."""
     height: int | None = None
     """Crop and resize the picture and the mask to this height first."""
     width: int | None = None
@@ -273,6 +281,7 @@ class InpaintJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        _check_fit(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -294,6 +303,9 @@ class UpscaleJob:
     image between decoding and encoding (which preserves more at low strength)."""
     strength: float = 0.6
     """Share of the steps that are done."""
+    fit: Fit | None = None
+    """Pictures whose sides the model cannot take: crop them to the next smaller ones around the
+    centre, or resize them to the nearest ones; None: refuse them."""
     seed: int = 0
     """Seed of all randomness in the image."""
     text: TextSettings = PLAIN_TEXT
@@ -303,6 +315,7 @@ class UpscaleJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        _check_fit(self)
         check_seed(self.seed)
         first_step(1, self.strength)
         _check_scale(self.scale, self.via)
@@ -418,6 +431,11 @@ def _check_prompts(job: Any) -> None:
     for prompt in (job.prompt, getattr(job, "to_prompt", None)):
         if prompt is not None:
             read_prompt(prompt, emphasis=job.text.emphasis)
+
+
+def _check_fit(job: Any) -> None:
+    if job.fit not in (None, *get_args(Fit)):
+        raise ValueError(f"unknown fit {job.fit!r:.40}; expected one of crop, resize")
 
 
 def _check_start(job: Any) -> None:
