@@ -206,7 +206,7 @@ def test_inputs_are_never_written_over(run: Run) -> None:
     }
     Path("out/preview.png").write_bytes(before)
     line = f"img2img cat --image out/preview.png --model sd1 --seed 5 {FAST}"
-    assert "preview.png would be written over" in run(f"{line} --preview")[2]
+    assert "the preview would overwrite" in run(f"{line} --preview")[2]
     assert run(line)[0] == 0
 
 
@@ -344,7 +344,7 @@ MISTAKES = {
     "txt2img cat --model REFINER --refiner XL": "swap the two models",
     "txt2img cat --model XL --crop -1 0": "crop must be two numbers >= 0, got (-1, 0)",
     "txt2img cat --model XL --original-size 0 64": "original_size must be two numbers >= 1",
-    "txt2img cat --model REFINER --aesthetic-score nan": "aesthetic_score must lie in 0 to 10",
+    "txt2img cat --model REFINER --aesthetic-score nan": "aesthetic_score must be in [0, 10]",
     "txt2img cat --model sd1 --clip-skip -1": "clip_skip must be at least 0, got -1",
     "txt2img cat --model XL --refiner nowhere": "nowhere is missing",
     "txt2img cat --model XL --refiner REFINER --switch 1": "switch must leave steps",

@@ -246,8 +246,11 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html>sign in</html>", "got a web page; the address wants a login"),
         (b"", "the file is empty; download it again"),
         (pickle.dumps([1, 2, 3]), "got another pickle, which contains a list of 3"),
-        (pickle.dumps({"lr": 0.1, "x": 2}), "which holds a dictionary of other things under lr, x"),
-        (pickle.dumps(None), "which holds a single NoneType"),
+        (
+            pickle.dumps({"lr": 0.1, "x": 2}),
+            "which contains a dictionary of other things under lr, x",
+        ),
+        (pickle.dumps(None), "which contains a single NoneType"),
         (pickle.dumps({"a": 1}, protocol=0), "got a pickle in text form"),
         (
             pickle.dumps(frozenset([1])),
