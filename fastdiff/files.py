@@ -105,7 +105,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write ``data`` to ``path`` as indented JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    # half a surrogate, as in a name that is not UTF-8, has no other form than JSON's own escape
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -190,6 +191,13 @@ def test_text_from_files_is_printable() -> None:
     assert printable("ünï tri") == "ünï tri"
     assert printable("a\nb\x1b[0m\udce9\u202e") == r"a\nb\x1b[0m\udce9\u202e"
     assert printable("x" * 100, 10) == "x" * 9 + "…"
+
+
+def test_json_of_any_text_comes_back(tmp_path: Path) -> None:
+    data = {"caf\udce9": ["ünï\n\x1b", "\\udce9", "\U0001f600", None, 1.5]}
+    write_json(tmp_path / "a.json", data)
+    assert json.loads((tmp_path / "a.json").read_bytes()) == data
+    assert "ünï" in (tmp_path / "a.json").read_text(), "letters are not escaped"
 
 
 def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
