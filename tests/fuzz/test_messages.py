@@ -5,20 +5,28 @@ from __future__ import annotations
 import copy
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.open import load
-from fastdiff.cli import main
+from fastdiff.cli import again, main
 from fastdiff.cli.info import MAX_VALUE
+from fastdiff.cli.train import _read
+from fastdiff.data import DataConfig, open_dataset
 from fastdiff.files import MAX_MESSAGE, message_line, one_line_errors
+from fastdiff.images import RECIPE_KEY, read_recipe, save_png
 from fastdiff.models.text import encode_prompt
+from fastdiff.training import DiffusionRun
+from fastdiff.training.checkpoints import load_checkpoint
 from tests.fuzz.mutate import NASTY, chunks_of, places, png_of
 from tests.fuzz.property import Bench, broken
 from tests.support.tiny import tiny_model
@@ -110,6 +118,58 @@ def test_errors_keep_their_kind(error: Exception) -> None:
     assert len(str(caught.value)) <= MAX_MESSAGE + len("[Errno 28] ")
     assert str(caught.value).endswith("; fetch it again")
     assert getattr(caught.value, "errno", None) == getattr(error, "errno", None)
+
+
+def _bundle(folder: Path) -> object:
+    (folder / "config.json").write_text(json.dumps({"format": NASTY}))
+    return load(folder)
+
+
+def _picture(folder: Path) -> object:
+    save_png(folder / "x.png", torch.zeros(3, 8, 8), {"recipe": NASTY})
+    return again.original("sample", str(folder / "x.png"))
+
+
+def _no_recipe(folder: Path) -> object:
+    info = PngInfo()
+    info.add_text(RECIPE_KEY, json.dumps(NASTY))
+    Image.new("L", (8, 8)).save(folder / "x.png", pnginfo=info)
+    return read_recipe(folder / "x.png")
+
+
+def _weights(folder: Path) -> object:
+    (folder / "x.index.json").write_text(json.dumps({"weight_map": {"a": "\x00\x1b[0m"}}))
+    return open_weights(folder / "x.index.json")
+
+
+def _checkpoint(folder: Path) -> object:
+    (folder / "state.json").write_bytes(b"\xff\n\x1b[0m")
+    return load_checkpoint(folder, ())
+
+
+def _run(folder: Path) -> object:
+    data = {"data": {NASTY: 1}, "model": NASTY, "output": {NASTY: NASTY}}
+    (folder / "config.json").write_text(json.dumps(data))
+    return _read(DiffusionRun, folder)
+
+
+def _data(folder: Path) -> object:
+    return open_dataset(DataConfig(source="folder", path=f"{folder}/\x1b[0m"))
+
+
+@pytest.mark.parametrize(
+    "opens",
+    [_bundle, _picture, _no_recipe, _weights, _checkpoint, _run, _data],
+    ids=lambda opens: opens.__name__,
+)
+def test_what_opens_files_has_printable_errors(
+    tmp_path: Path, opens: Callable[[Path], object]
+) -> None:
+    """One of each: `load`, recipes, weights, checkpoints of training, configs of runs, images."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        opens(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= MAX_MESSAGE
 
 
 def test_what_commands_print_of_a_model_is_printable(
