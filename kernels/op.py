@@ -111,6 +111,8 @@ class Op:
     differentiable; None: differentiate `reference`."""
     without_first: Callable[..., Any] | None = None
     """Like `again`, for the case that the gradient of the first output is None."""
+    reference_once: bool = False
+    """PyTorch cannot differentiate `reference` twice; `again` gives the second derivative."""
 
     # Derived from the above
     public: Callable[..., Any] | None = field(default=None, init=False)
@@ -170,6 +172,9 @@ class Op:
             if self.differentiable and wants_gradient(args):
                 record(self.name, backend.name)
                 return _Differentiable.apply(self, backend, *args)
+        elif self.reference_once and wants_gradient(args) and untraced(args):
+            record(self.name, backend.name)
+            return _ByReference.apply(self, backend, *args)
         record(self.name, backend.name)
         return backend.forward(*args, False)[0]
 
@@ -370,6 +375,32 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.op.differentiate(ctx, ctx.needs_input_grad[2:], gradients)
+
+
+class _ByReference(torch.autograd.Function):
+    """The reference in eager where `reference_once`: PyTorch's first derivative, then `again`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:
+        with torch.enable_grad():
+            own = [
+                a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+                for a in args
+            ]
+            y = backend.forward(*own, False)[0]
+        output = y.detach()
+        ctx.op, ctx.backend, ctx.graph = op, None, (y, own)
+        op.save(ctx, args, (output,), ())
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted, (y, own) = ctx.needs_input_grad[2:], ctx.graph
+        if gradient is None or torch.is_grad_enabled():
+            return None, None, *ctx.op.differentiate(ctx, wanted, (gradient,))
+        leaves = [a for a, want in zip(own, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(y, leaves, gradient, retain_graph=True, allow_unused=True))
+        return None, None, *(next(found) if want else None for want in wanted)
 
 
 def _mark(x: Tensor, stride: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,10 @@ os.environ.pop("COLUMNS", None)  # pytest -n sets it: output would wrap as on a 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
+
+# a limit in seconds for each example fails where the machine is busy
+hypothesis.settings.register_profile("fastdiff", deadline=None)
+hypothesis.settings.load_profile("fastdiff")
 
 LONG = ("test_sanitizers", "test_cuda_host", "test_resources", "test_device", "test_packaging")
 """Files of few tests that take minutes, for they compile."""

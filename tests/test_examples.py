@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.images import read_image, save_png
+from fastdiff.images import read_image, read_recipe, save_png
+from fastdiff.training import TRAINING_PRESETS
+from fastdiff.training.monitor import read_log
 from tests.support.diffusers_models import save_folder
+from tests.test_docs import small_run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -58,6 +62,36 @@ def test_sdxl_with_refiner(folder: Path) -> None:
     base, refiner = save_folder("xl", folder), save_folder("refiner", folder)
     example("sdxl_with_refiner")(str(base), str(refiner), "a cat", size=64, steps=5)
     assert read_image(folder / "fox.png").shape == (3, 64, 64)
+
+
+def test_training_goes_on_and_samples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        photo = torch.rand(3, 40, 32) * 2 - 1
+        save_png(folder / "photos" / "ab"[number % 2] / f"{number}.png", photo)
+    monkeypatch.setitem(TRAINING_PRESETS, "digits-diffusion", small_run())
+    run = example("train_on_your_images")
+    run("photos", "runs/photos", steps=2)
+    assert read_image(folder / "sample.png").shape == (3, 32, 32)
+    run("photos", "runs/photos", steps=3)
+    steps = [line["step"] for line in read_log(folder / "runs/photos")]
+    assert steps[-1] == 3
+    assert fastdiff.load("runs/photos").class_names == ("a", "b")
+
+
+def test_the_notebook_runs_and_carries_no_outputs(folder: Path) -> None:
+    """Cell after cell; the last expression of a cell, which a notebook shows, too."""
+    notebook = json.loads((EXAMPLES / "first_pictures.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+        exec(compile("".join(cell["source"]), "first_pictures.ipynb", "exec"), names)
+    assert read_recipe(folder / "three.png")["job"]["label"] == 3
+    kept, original = names["repainted"].tensor[0, :, :16], names["images"].tensor[0, :, :16]
+    assert torch.equal(kept, original)
+    assert len(names["frames"]) == 5
+    assert names["report"].pairs == 1
 
 
 def test_what_to_install_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

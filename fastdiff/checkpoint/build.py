@@ -87,6 +87,9 @@ class Plan:
     model: nn.Module
     sources: Sources
     weights: Weights
+    check: Callable[[], None] = lambda: None
+    """Raise ValueError if numbers that the model has no place for are not what it takes them for;
+    called before the others are read."""
 
 
 def plan_model(

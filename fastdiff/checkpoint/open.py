@@ -115,8 +115,10 @@ class Loading:
 
         Raises:
             ValueError: as `check_decided`; what a layout assumes is known before it reads weights.
+                As `Plan.check`.
         """
         self.check_decided(plan.weights.path)
+        plan.check()
         return fill(
             plan.model,
             plan.sources,
@@ -174,8 +176,8 @@ def load(
     Args:
         path: a folder with model_index.json, or with the config.json of one model; a .safetensors,
             .ckpt, .pt or .bin file of CompVis' latent diffusion, Stable Diffusion 1, 2 or XL,
-            OpenAI's guided-diffusion or improved-diffusion, or a port of DDPM; a bundle's or a
-            training run's folder, or a shipped bundle's name.
+            OpenAI's guided-diffusion or improved-diffusion, a port of DDPM, DiT or U-ViT; a
+            bundle's or a training run's folder, or a shipped bundle's name.
         dtype: what floating-point weights become; None: what each model mostly has in its file.
         device: where the weights are read to.
         progress: called as progress(tensor, bytes) after each tensor.
@@ -321,8 +323,8 @@ def _stranger(weights: Weights) -> str:
         if (what := layout.refusal(weights)) is not None:
             return f"these are {what}"
     return (
-        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI or DDPM, got tensors of no "
-        f"known layout: {some(sorted(weights.places), 8) or 'none'}"
+        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI, DDPM, DiT or U-ViT, got "
+        f"tensors of no known layout: {some(sorted(weights.places), 8) or 'none'}"
     )
 
 

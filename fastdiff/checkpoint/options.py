@@ -56,6 +56,8 @@ class LoadOptions:
     """Rows of an OpenAI file's packed qkv weights: legacy (H, 3, d), new (3, H, d)."""
     timestep_scale: float | None = None
     """The network sees t times this: 1000 / T for improved-diffusion's rescale_timesteps."""
+    null_class: bool | None = None
+    """Whether the last row of a DiT's or U-ViT's table of classes means "no class"."""
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     scale_factor: float | None = None
@@ -75,6 +77,8 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in (None, *choices):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
+        if self.null_class not in (None, True, False) or type(self.null_class) is int:
+            raise ValueError(f"null_class must be True or False, got {self.null_class!r:.60}")
         for name in (
             *("image_size", "num_heads", "num_heads_upsample", "head_dim"),
             *("norm_groups", "num_timesteps"),

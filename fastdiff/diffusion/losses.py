@@ -12,10 +12,15 @@ from fastdiff.names import Prediction
 
 
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean over samples of `simple_losses`. Returns ()."""
+    return simple_losses(prediction, target, weight).mean()
+
+
+def simple_losses(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Weighted mean squared error (DDPM eq. 14).
 
     prediction, target: (N, ...), any float dtype; computed in fp32 (fp64 stays). weight: (N,), such
-    as `min_snr_weight`. Returns (), the mean over samples of weight * MSE.
+    as `min_snr_weight`. Returns (N,), weight * MSE of each sample.
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -24,7 +29,7 @@ def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None
         )
     dtype = torch.promote_types(torch.float32, prediction.dtype)
     errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
-    return (errors if weight is None else errors * weight.to(errors)).mean()
+    return errors if weight is None else errors * weight.to(errors)
 
 
 def min_snr_weight(snr: Tensor, prediction: Prediction, *, gamma: float = 5.0) -> Tensor:
@@ -129,9 +134,15 @@ def learned_log_variance(schedule: NoiseSchedule, variance: Tensor, t: Tensor) -
 
 
 def _bin_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor, bin_width: float) -> Tensor:
-    """Log probability of x0's bin under a normal distribution; the end bins reach to infinity."""
-    upper = torch.special.ndtr((x0 + bin_width / 2 - mean) / std)
-    lower = torch.special.ndtr((x0 - bin_width / 2 - mean) / std)
-    upper = torch.where(x0 > 1 - bin_width / 2, torch.ones_like(upper), upper)
-    lower = torch.where(x0 < -1 + bin_width / 2, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log()
+    """Log probability of x0's bin under a normal distribution; the end bins reach to infinity.
+
+    A difference of two tails: of the upper ones where the bin lies above the mean, since near 1
+    the lower ones leave fp32 no digits.
+    """
+    upper, lower = (x0 + bin_width / 2 - mean) / std, (x0 - bin_width / 2 - mean) / std
+    upper = torch.where(x0 > 1 - bin_width / 2, math.inf, upper)
+    lower = torch.where(x0 < -1 + bin_width / 2, -math.inf, lower)
+    above = upper + lower > 0
+    far, near = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
+    probability = torch.special.ndtr(near) - torch.special.ndtr(far)
+    return probability.clamp(min=1e-12).log()

@@ -1,4 +1,4 @@
-"""Pictures of sampler tables."""
+"""Pictures of sampler tables and of the variational bound."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.bound import Bound
 from fastdiff.diffusion.samplers import SamplerTable
 from fastdiff.extras import import_extra
 from fastdiff.files import atomic_file
@@ -36,10 +37,7 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
         ImportError: matplotlib is missing.
     """
     path = Path(path)
-    if not tables:
-        raise ValueError("there is no table to plot, expected at least one; name a sampler")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"a plot is one of {', '.join(FORMATS)}, got {str(path)!r}; rename it")
+    _check_plot(tables, path, "table")
     figure = import_extra("matplotlib.figure", extra="train").Figure(
         figsize=(11, 7.2), layout="constrained", dpi=150
     )
@@ -66,6 +64,55 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:])
+
+
+def plot_bound(curves: Sequence[tuple[str, Bound]], path: str | Path) -> None:
+    """Draw the terms of variational bounds over the timesteps, as IDDPM's figure 2 does.
+
+    Above, each term in bits per dimension, on logarithmic axes (t + 1, so that L_0 is shown); below
+    it what the terms add up to from the noise down, beginning with the prior term.
+
+    Args:
+        curves: a label for the legend, or none (""), and a bound each; at least one.
+        path: a .png, .svg or .pdf file; written whole or not at all.
+
+    Raises:
+        ValueError: no curve, or another kind of file.
+        ImportError: matplotlib is missing.
+    """
+    path = Path(path)
+    _check_plot(curves, path, "bound")
+    figure = import_extra("matplotlib.figure", extra="train").Figure(
+        figsize=(8, 7), layout="constrained", dpi=150
+    )
+    above, below = figure.subplots(2, 1, sharex=True)
+    for index, (label, bound) in enumerate(curves):
+        t = torch.tensor(bound.timesteps) + 1
+        terms = bound.terms.mean(0)
+        style = {"color": COLOURS[index % len(COLOURS)], "label": label, "linewidth": 1.5}
+        above.plot(t, terms.clamp(min=1e-12), **style)
+        rest = terms.flip(0).cumsum(0).flip(0) + bound.prior.mean()
+        below.plot(t, rest, **style)
+    titles = "Term of the bound", "Sum of the terms from the noise down to t, with the prior term"
+    for panel, title in zip((above, below), titles, strict=True):
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        panel.set_ylabel("bits per dimension")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    above.set_xscale("log")
+    above.set_yscale("log")
+    below.set_xlabel("t + 1")
+    if any(label for label, _ in curves):
+        above.legend(frameon=False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower()[1:])
+
+
+def _check_plot(shown: Sequence[object], path: Path, what: str) -> None:
+    if not shown:
+        raise ValueError(f"there is no {what} to plot, got an empty list; give at least one")
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"a plot is one of {', '.join(FORMATS)}, got {str(path)!r}; rename it")
 
 
 def _draw(panels: Any, table: SamplerTable, style: dict[str, Any]) -> None:

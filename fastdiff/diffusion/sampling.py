@@ -89,10 +89,12 @@ class Slots:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        room: int = 0,
     ) -> None:
+        """room: rows of tables that there is room for from the start."""
         self.x = torch.zeros(count, *shape, device=device, dtype=dtype)
         self.history = torch.zeros(HISTORY_SLOTS, count, *shape, device=device, dtype=dtype)
-        self._stack = Stack(torch.zeros(0, len(COLUMN), device=device, dtype=dtype))
+        self._stack = Stack(torch.zeros(room, len(COLUMN), device=device, dtype=dtype))
         self.seeds, self.clean, self._ends = torch.zeros(3, count, dtype=torch.int64, device=device)
         self.rows = torch.full_like(self.seeds, IDLE)
         self.finite = torch.ones(count, dtype=torch.bool, device=device)
@@ -199,6 +201,33 @@ class Slots:
             waiting = torch.ones_like(self.finite)
             waiting[list(only)] = False
             rows = rows.masked_fill(waiting, IDLE)
+        rescale = self.rescales(busy)
+        self.take(prediction, rows, cond, uncond, denoised, rescale=rescale)
+        self.count(busy)
+
+    def rescales(self, busy: Sequence[int]) -> bool:
+        """Whether a row of these slots' tables rescales its guided prediction."""
+        return any(self.table(slot).rescales for slot in busy)
+
+    def count(self, busy: Sequence[int]) -> None:
+        """The host's part of a step: these slots have taken a row."""
+        for slot in busy:
+            self._held(slot).row += 1
+
+    def take(
+        self,
+        prediction: Tensor,
+        rows: Tensor,
+        cond: Tensor | None,
+        uncond: Tensor | None,
+        denoised: Tensor | None,
+        *,
+        rescale: bool,
+    ) -> None:
+        """The device's part of a step, which a graph can record: it changes tensors in place.
+
+        rows: (S,) int64, `self.rows`, or with more slots left alone. rescale: see `rescales`.
+        """
         sampler_step(
             self.x,
             prediction,
@@ -210,14 +239,22 @@ class Slots:
             uncond=uncond,
             denoised=denoised,
             finite=self.finite,
-            rescale=any(self.table(slot).rescales for slot in busy),
+            rescale=rescale,
         )
         taken = rows != IDLE
         self.clean += self.finite & taken
         self.rows += taken
         self.rows.masked_fill_(self.rows >= self._ends, IDLE)
-        for slot in busy:
-            self._held(slot).row += 1
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What `take` changes."""
+        return [self.x, self.history, self.rows, self.finite, self.clean]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What it reads and leaves alone."""
+        return [self.tables, self.seeds, self._ends]
 
     def failures(self) -> dict[int, int]:
         """Slot -> the first row at which the network returned a NaN or infinity for it; waits for

@@ -27,9 +27,12 @@ class Stack:
         rows: (capacity, *width), the buffer; rows that belong to no array hold anything.
     """
 
-    def __init__(self, rows: Tensor | None = None) -> None:
-        """rows: (capacity, *width), the buffer to begin with; None: like the first array."""
-        self.rows = torch.empty(0) if rows is None else rows
+    def __init__(self, rows: Tensor | None = None, *, room: int = 0) -> None:
+        """
+        rows: (capacity, *width), the buffer to begin with; None: like the first array.
+        room: rows that there is room for from the first array on.
+        """
+        self.rows, self._room = torch.empty(0) if rows is None else rows, room
         self._parts: dict[Hashable, _Part] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -69,6 +72,6 @@ class Stack:
 
     def _grow(self, least: int, like: Tensor) -> None:
         old = self.rows
-        self.rows = like.new_zeros(max(least, 2 * len(old)), *like.shape[1:])
+        self.rows = like.new_zeros(max(least, 2 * len(old), self._room), *like.shape[1:])
         if len(old):
             self.rows[: len(old)] = old

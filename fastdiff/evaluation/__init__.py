@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from fastdiff.evaluation.bits import (
+    BitsPerDimension,
+    bits_per_dimension,
+    digits_bits,
+    write_bits,
+)
 from fastdiff.evaluation.classifier import Judge, Reference, digits_reference
 from fastdiff.evaluation.evaluate import Evaluation, Results, Scores, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
 
 __all__ = [
+    "BitsPerDimension",
     "Evaluation",
     "Judge",
     "Reference",
     "Results",
     "Scores",
+    "bits_per_dimension",
+    "digits_bits",
     "digits_reference",
     "evaluate",
     "evaluate_images",
+    "write_bits",
     "write_report",
 ]

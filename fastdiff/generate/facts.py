@@ -42,6 +42,8 @@ class Facts:
     """Pixels of the image per pixel of x along a side."""
     size_factor: int
     """Heights and widths of images must be multiples of this."""
+    only_size: int | None
+    """The only height and width of images that the network can make; None: any multiple."""
     image_size: int | None
     """Height and width the model was trained on, in pixels; None where it does not say."""
     extra: Extra
@@ -97,6 +99,11 @@ class Facts:
         null = bool(config.null_class) if table is None else rows != LDM_CLASSES
         classes = config.num_classes if table is None else rows - null
         _check_context(model, config.context_dim)
+        if first is None and "latent size" in model.provenance:
+            raise ValueError(
+                f"the denoiser of {model.path} makes latents, which need an autoencoder; give the "
+                "one that it was trained with as vae="
+            )
         named = model.sampler is not None or bool(model.provenance.get("no_sampler"))
         return cls(
             model=model,
@@ -104,6 +111,7 @@ class Facts:
             image_channels=image_channels,
             factor=factor,
             size_factor=factor * config.size_multiple,
+            only_size=None if network.only_side is None else factor * network.only_side,
             image_size=model.image_size,
             extra=_extra(config.in_channels, channels, image_channels, latent=first is not None),
             num_classes=classes,
@@ -142,6 +150,11 @@ class Facts:
 
     def check_size(self, height: int, width: int, what: str = "the image") -> None:
         """Raise ValueError, with the nearest sizes, unless the networks can halve these sides."""
+        if (only := self.only_size) is not None and (height, width) != (only, only):
+            raise ValueError(
+                f"{what} must be {only} x {only} for this model, which has learned a position for "
+                f"each of its patches, got {width} x {height} (width x height)"
+            )
         factor = self.size_factor
         if height % factor == 0 and width % factor == 0 and height > 0 and width > 0:
             return

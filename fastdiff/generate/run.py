@@ -31,8 +31,10 @@ from fastdiff.generate.job import (
 from fastdiff.generate.recipe import write_recipe
 from fastdiff.generate.session import Pass, Session
 from fastdiff.images import save_png, to_pil
-from fastdiff.runtime import engine
 from fastdiff.runtime.blocks import block_size
+from fastdiff.runtime.graphs import no_graphs
+from fastdiff.runtime.run import Engines
+from fastdiff.runtime.run import run as run_requests
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,6 +88,7 @@ def generate(
     on_step: OnStep | None = None,
     clock: Clock = _no_clock,
     expected: int | None = None,
+    graphs: bool = True,
 ) -> Iterator[Result]:
     """Do jobs of any kinds, sizes and settings, and yield their results in the jobs' order.
 
@@ -101,6 +104,7 @@ def generate(
         on_step: called with a `Step` after each step; an exception of its own ends the sampling.
         clock: times the stages.
         expected: how many jobs there are, for `progress`; None: their length, if they have one.
+        graphs: on a GPU each step is one CUDA graph; False: it is launched kernel by kernel.
 
     Raises:
         ValueError: a job that does not fit the model, or a result that is not finite.
@@ -108,7 +112,7 @@ def generate(
     session, second = Session.of(model), None if refiner is None else Session.of(refiner)
     if expected is None and isinstance(jobs, list | tuple):
         expected = len(jobs)
-    run = _Run(session, second, batch, progress, on_step, clock, expected or 0)
+    run = _Run(session, second, batch, progress, on_step, clock, expected or 0, graphs)
     yield from _in_order(run.results(jobs))
 
 
@@ -145,6 +149,7 @@ class _Run:
     on_step: OnStep | None
     clock: Clock
     expected: int
+    graphs: bool
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """(number of the job, result), in the order in which they are done."""
@@ -201,7 +206,7 @@ class _Run:
         first = next(tasks, None)
         if first is None:
             return
-        results = engine.run(
+        results = run_requests(
             session.network,
             (
                 replace(task.now.request, tag=task)
@@ -209,6 +214,7 @@ class _Run:
                 if task.now.request is not None
             ),
             slots=self._count(first),
+            engines=session.engines if self.graphs else Engines(session.network, graphs=no_graphs),
             on_step=self.on_step,
             progress=self._telling(first),
         )

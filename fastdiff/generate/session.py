@@ -24,6 +24,7 @@ from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import Engines
 
 TABLES, PICTURES = 64, 8
 """How many are kept, the last ones used."""
@@ -63,6 +64,11 @@ class Session:
         """The denoiser, prepared for inference in place."""
         assert self.model.denoiser is not None
         return prepare(self.model.denoiser, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def engines(self) -> Engines:
+        """The engines of the denoiser, with the graphs that they keep."""
+        return Engines(self.network)
 
     @cached_property
     def latents(self) -> Latents:

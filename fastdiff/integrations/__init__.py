@@ -4,11 +4,19 @@ from typing import TYPE_CHECKING
 
 from fastdiff.integrations.report import AccelerateError, Entry, Report
 from fastdiff.integrations.swap import accelerate
+from fastdiff.integrations.verify import VerificationWarning
 
 if TYPE_CHECKING:
     from fastdiff.integrations.inductor import compile_pass as compile_pass
 
-__all__ = ["AccelerateError", "Entry", "Report", "accelerate", "compile_pass"]
+__all__ = [
+    "AccelerateError",
+    "Entry",
+    "Report",
+    "VerificationWarning",
+    "accelerate",
+    "compile_pass",
+]
 
 if not TYPE_CHECKING:
 

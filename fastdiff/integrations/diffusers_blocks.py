@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, resnet, upsampling
 from diffusers.models.transformers import transformer_2d
@@ -98,7 +97,6 @@ class Attention(attention_processor.Attention):
             cross_attention_kwargs.keys() - {"temb"}
             or under_transform()
             or attention_objection(self)
-            or self._may_be_differentiated_twice(hidden_states)
         ):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
@@ -123,18 +121,6 @@ class Attention(attention_processor.Attention):
         if self.residual_connection:
             x = x + hidden_states
         return rescaled(x, self.rescale_output_factor)
-
-    def _may_be_differentiated_twice(self, x: Tensor) -> bool:
-        """Whether the original is AttnProcessor and a gradient is required.
-
-        AttnProcessor computes products and a softmax, which can be differentiated twice. PyTorch's
-        fused attention, which AttnProcessor2_0 calls, has no second derivatives on a CPU.
-        """
-        return (
-            type(self.processor) is attention_processor.AttnProcessor
-            and torch.is_grad_enabled()
-            and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        )
 
 
 def attention_objection(attn: Any) -> str | None:

@@ -29,6 +29,7 @@ from fastdiff.integrations.layers import (
     replaced_forward,
 )
 from fastdiff.integrations.report import Entry, Swap
+from fastdiff.integrations.verify import fastdiff_class
 from fastdiff.runtime import cpu_layers
 
 LEAVES: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
@@ -101,27 +102,26 @@ class Planner:
         **attributes: Any,
     ) -> None:
         """Add an entry for a module: swapped to `to`, or left if there is an objection."""
-        before = type(module)
+        before = fastdiff_class(module)
         objection = objection or replaced_forward(module)
         if objection is not None:
             self._left(name, module, op, objection)
             return
         new = not isinstance(module, to)
+        by = (to if new else before).__mro__[1 if hasattr(to, "served") else 0]
+        entry = Entry(
+            name=name,
+            type=before.__name__,
+            op=op,
+            by=f"{by.__module__}.{by.__name__}".removeprefix("fastdiff.integrations."),
+            pairs=pairs,
+            new=new,
+        )
         if new:
             self.swaps[id(module)] = Swap(
-                module=module, before=original(module), after=to, attributes=attributes
+                module=module, before=original(module), after=to, attributes=attributes, entry=entry
             )
-        by = (to if new else before).__mro__[1 if hasattr(to, "served") else 0]
-        self.entries.append(
-            Entry(
-                name=name,
-                type=before.__name__,
-                op=op,
-                by=f"{by.__module__}.{by.__name__}".removeprefix("fastdiff.integrations."),
-                pairs=pairs,
-                new=new,
-            )
-        )
+        self.entries.append(entry)
 
     def _left(self, name: str, module: nn.Module, op: str, reason: str) -> None:
         self.entries.append(Entry(name=name, type=type(module).__name__, op=op, reason=reason))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,8 @@ class Swap:
     before: type[nn.Module]
     after: type[nn.Module]
     attributes: dict[str, Any] = field(default_factory=dict)
+    entry: Entry | None = None
+    """Its line in the report; None if another module's line covers it."""
 
     def do(self) -> Callable[[], None]:
         """Change the class. Returns a function that undoes this, holding only a weak reference."""
@@ -74,11 +76,39 @@ class Report:
     """What `accelerate` did with each module that fastdiff has an op for."""
 
     def __init__(
-        self, entries: list[Entry], undo: list[Callable[[], None]], *, scheduler: Any = None
+        self,
+        entries: list[Entry],
+        undo: list[Callable[[], None]],
+        *,
+        scheduler: Any = None,
+        checks: dict[int, Any] | None = None,
     ) -> None:
-        self.entries = entries
+        self._entries = entries
+        self._checks = checks or {}  # id of an entry -> its Verification
         self._undo = undo
         self._scheduler = (lambda: None) if scheduler is None else weakref.ref(scheduler)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """One entry per module; those that `verify` has restored are left, with the reason."""
+        found = []
+        for entry in self._entries:
+            miss = getattr(self._checks.get(id(entry)), "miss", None)
+            left = None if miss is None else replace(entry, by=None, reason=f"restored: {miss}")
+            found.append(left or entry)
+        return found
+
+    @property
+    def verified(self) -> dict[str, int]:
+        """With `verify`: name of a module -> input signatures for which it matched its original."""
+        checked = ((e.name, self._checks.get(id(e))) for e in self._entries)
+        return {name: check.compared for name, check in checked if check and check.compared}
+
+    @property
+    def unverified(self) -> dict[str, str]:
+        """With `verify`: name of a swapped module that was not compared yet -> why."""
+        checked = ((e.name, self._checks.get(id(e))) for e in self._entries)
+        return {name: check.unverified for name, check in checked if check and check.unverified}
 
     @property
     def swapped(self) -> list[Entry]:
@@ -122,6 +152,8 @@ class Report:
             },
             "modules": [asdict(entry) for entry in self.entries],
             "scheduler_steps_left": self.scheduler_steps_left,
+            "verified": self.verified,
+            "unverified": self.unverified,
         }
 
     @property
@@ -163,6 +195,9 @@ class Report:
                 console.print(f"{op}: {len(names)} {kind}", overflow="fold")
                 for line in (outcome, f"first: {names[0]}"):
                     console.print(Padding(line, (0, 0, 0, 2)), overflow="fold")
+        if self._checks:
+            matched, open_ = len(self.verified), len(self.unverified)
+            console.print(f"{matched} modules matched their originals, {open_} were not compared")
         for reason, steps in self.scheduler_steps_left.items():
             console.print(f"{steps} scheduler steps ran in diffusers' own code: {reason}")
 

@@ -18,6 +18,7 @@ from torch import nn
 from fastdiff.extras import import_extra
 from fastdiff.integrations.planner import Planner
 from fastdiff.integrations.report import AccelerateError, Entry, Report, Swap
+from fastdiff.integrations.verify import Verification, verified
 
 NHWC = torch.channels_last
 
@@ -93,6 +94,7 @@ def accelerate(
     scheduler: Literal["fused"] | None = None,
     noise: Literal["philox", "generator"] = "philox",
     strict: bool = False,
+    verify: bool = False,
 ) -> Report:
     """Make a diffusers pipeline or model, or any module, use fastdiff's ops, in place.
 
@@ -121,6 +123,12 @@ def accelerate(
             same; it costs one more kernel per step.
         strict: raise an error instead of leaving a module that fastdiff has an op for. This does
             not apply to a pipeline's components from other libraries (text encoders).
+        verify: compare each module swapped by this call with its original on the first call with
+            each input signature. A module that differs gets its original class back, with a
+            `VerificationWarning` and the reason in `report.left`. This costs one evaluation of the
+            original per module and signature, and a copy of its inputs. Results are compared,
+            gradients are not; calls inside `torch.compile` graphs are not either
+            (`report.unverified`). The scheduler is not compared.
 
     Returns:
         A report of what was swapped, what was left and why; `report.restore()` undoes the changes.
@@ -173,12 +181,17 @@ def accelerate(
     changes = scheduler_change(obj, entries, noise) if scheduler == "fused" else []
     if strict and any(e.by is None and e.op != "component" for e in entries):
         raise AccelerateError(Report(entries, []))
-    for swap in swaps:
+    checks: dict[int, Verification] = {}
+    for planned in swaps:
+        swap = planned
+        if verify and planned.entry is not None:
+            swap, checks[id(planned.entry)] = verified(planned)
         undo.append(swap.do())
     for layer, name in weights:
         undo.append(to_channels_last(layer, name))
     undo += [change() for change in changes]
-    return Report(entries, undo, scheduler=obj.scheduler if scheduler == "fused" else None)
+    fused = obj.scheduler if scheduler == "fused" else None
+    return Report(entries, undo, scheduler=fused, checks=checks)
 
 
 def scheduler_change(

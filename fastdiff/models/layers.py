@@ -1,4 +1,4 @@
-"""The layers that the U-Net and the autoencoder share.
+"""Layers that the denoisers and the autoencoder share.
 
 Blocks exchange a pair `(h, residual)` whose sum is the activation: the addition is left to the norm
 that reads it next, where `add_group_norm_silu` and `add_layer_norm` do it without another trip
@@ -36,7 +36,9 @@ TimeEmbedding = Literal["openai", "ddpm"]
 DownsamplePadding = Literal["symmetric", "asymmetric"]
 
 
-def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, kind: TimeEmbedding = "openai", shift: int | None = None
+) -> Tensor:
     """Sinusoidal embedding of the timestep, angles t * 10000^(-i / n) for i = 0 .. dim/2 - 1.
 
     `openai` (ADM, LDM, Stable Diffusion): [cos | sin] with n = dim/2. `ddpm` (Ho et al. 2020, after
@@ -47,12 +49,15 @@ def timestep_embedding(t: Tensor, dim: int, kind: TimeEmbedding = "openai") -> T
     Args:
         t: (N,), integer or real, in units of the training schedule's steps.
         dim: even width of the embedding.
+        shift: n = dim/2 - shift, for models that differ from both; None: that of the kind.
 
     Returns:
         (N, dim) fp32.
     """
     half = dim // 2
-    spread = half if kind == "openai" else half - 1
+    if shift is None:
+        shift = 0 if kind == "openai" else 1
+    spread = half - shift
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
     sin, cos = angles.sin(), angles.cos()
@@ -89,6 +94,15 @@ def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
     """(N, H*W, C) -> (N, C, H, W), memory format of `like`; a view when that is channels_last."""
     x = tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
     return x if is_channels_last(like) else x.contiguous()
+
+
+def from_patches(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """(N, L, size*size*C) -> (N, C, size*h, size*w), channels_last, for L = h*w patches in rows.
+
+    The numbers of a patch are in the order (row, column, channel). grid: (h, w).
+    """
+    x = patches.unflatten(2, (size, size, -1)).unflatten(1, grid)  # (N, h, w, size, size, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class GroupNorm(nn.Module):
@@ -308,12 +322,15 @@ class AttentionBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of the tokens to themselves, one packed projection without bias."""
+    """Attention of the tokens to themselves, one packed projection.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    bias: of the projection to q, k and v.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, bias: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -357,6 +374,31 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.dropout(geglu(self.proj(x))))
+
+
+class GELUFeedForward(nn.Module):
+    """Linear to `hidden`, GELU, linear back (Dosovitskiy et al. 2021, eq. 3).
+
+    approximate: "tanh" for GELU's approximation by a tanh (Hendrycks & Gimpel 2016, section 2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        approximate: Literal["none", "tanh"] = "none",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) -> (..., C)."""
+        return self.fc2(self.dropout(F.gelu(self.fc1(x), approximate=self.approximate)))
 
 
 class TransformerBlock(nn.Module):

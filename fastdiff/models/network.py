@@ -69,6 +69,9 @@ class Network(nn.Module):
 
     config: NetworkConfig
     """Each family annotates its own class."""
+    only_side: int | None = None
+    """Height and width that x must have, where positions are learned; None: any multiple of
+    `config.size_multiple`."""
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Everything that conditions the blocks as one vector per sample, (N, E).
@@ -131,6 +134,31 @@ class Network(nn.Module):
                 f"t must be () or ({len(x)},), got {tuple(t.shape)}; pass one timestep per sample"
             )
         return self.body(x, self.embed(t.expand(len(x)), y, added), context)
+
+
+def check_image(config: NetworkConfig, x: Tensor, context: Tensor | Context | None) -> None:
+    """Check what `Network.body` is given, for networks on images.
+
+    x: (N, in_channels, H, W).
+
+    Raises:
+        ValueError: another shape, or a context that is missing or superfluous.
+    """
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(
+            f"x must be (N, {config.in_channels}, H, W), got {tuple(x.shape)}; "
+            "check that the model and the image or latent belong together"
+        )
+    factor = config.size_multiple
+    if any(side % factor or side == 0 for side in x.shape[2:]):
+        raise ValueError(
+            f"H and W of x must be positive multiples of {factor}, "
+            f"got {x.shape[2]} x {x.shape[3]}; resize or pad the input"
+        )
+    if (context is None) != (config.context_dim is None):
+        expected = f"(N, T, {config.context_dim})" if config.context_dim is not None else "None"
+        got = "None" if context is None else "one"
+        raise ValueError(f"context must be {expected} for this model, got {got}; check context=")
 
 
 def check_conditions(

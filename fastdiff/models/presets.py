@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.dit import DiTConfig
 from fastdiff.models.mlp import MLPConfig
 from fastdiff.models.unet import UNetConfig
+from fastdiff.models.uvit import UViTConfig
 
 
 def _stable_diffusion_1(in_channels: int) -> UNetConfig:
@@ -118,6 +122,93 @@ UNETS: dict[str, UNetConfig] = {
         null_class=True,
         scale_shift_norm=True,
         norm_groups=16,
+    ),
+}
+
+
+def _dit(width: int, depth: int, heads: int, patch: int) -> DiTConfig:
+    """Peebles & Xie 2023, table 1: latents of 256 x 256 images of ImageNet."""
+    return DiTConfig(
+        in_channels=4,
+        out_channels=8,
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        patch_size=patch,
+        num_classes=1000,
+        null_class=True,
+        learned_sigma=True,
+    )
+
+
+DITS: dict[str, DiTConfig] = {
+    # Published counts include the table of positions, which is fixed and no parameter here:
+    # 256 * width more with patches of 2, 64 * width with 4, 16 * width with 8.
+    "dit-s-2": _dit(384, 12, 6, 2),  # 32,865,056
+    "dit-b-2": _dit(768, 12, 12, 2),  # 130,315,808
+    "dit-l-2": _dit(1024, 24, 16, 2),  # 457,840,672
+    "dit-xl-2": _dit(1152, 28, 16, 2),  # 674,834,720; published as 675,129,632
+    "dit-s-4": _dit(384, 12, 6, 4),  # 32,920,448
+    "dit-b-4": _dit(768, 12, 12, 4),  # 130,426,496
+    "dit-l-4": _dit(1024, 24, 16, 4),  # 457,988,224
+    "dit-xl-4": _dit(1152, 28, 16, 4),  # 675,000,704
+    "dit-s-8": _dit(384, 12, 6, 8),  # 33,142,016
+    "dit-b-8": _dit(768, 12, 12, 8),  # 130,869,248
+    "dit-l-8": _dit(1024, 24, 16, 8),  # 458,578,432
+    "dit-xl-8": _dit(1152, 28, 16, 8),  # 675,664,640
+    # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"
+    "tiny": DiTConfig(  # 1,871,136
+        in_channels=4,
+        out_channels=8,
+        width=128,
+        depth=6,
+        num_heads=4,
+        sample_size=8,
+        num_classes=10,
+        null_class=True,
+        learned_sigma=True,
+    ),
+}
+
+
+def _uvit(width: int, depth: int, heads: int, patch: int, **other: Any) -> UViTConfig:
+    """Bao et al. 2023, table 1; latents of ImageNet where nothing else is said."""
+    latent = {"in_channels": 4, "out_channels": 4, "num_classes": 1000, "null_class": True}
+    return UViTConfig(
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        patch_size=patch,
+        timestep_offset=1.0,
+        **{**latent, **other},
+    )
+
+
+_PIXELS = {"in_channels": 3, "out_channels": 3, "null_class": False}
+_COCO = {"num_classes": None, "null_class": False, "context_dim": 768, "context_tokens": 77}
+UVITS: dict[str, UViTConfig] = {
+    "uvit-s-2-cifar10": _uvit(512, 12, 8, 2, **_PIXELS, num_classes=None),  # 44,255,328
+    "uvit-s-4-celeba64": _uvit(
+        512, 12, 8, 4, **_PIXELS, num_classes=None, sample_size=64
+    ),  # 44,292,228
+    "uvit-m-4-imagenet64": _uvit(768, 16, 12, 4, **_PIXELS, sample_size=64),  # 130,940,292
+    "uvit-l-4-imagenet64": _uvit(1024, 20, 16, 4, **_PIXELS, sample_size=64),  # 286,827,652
+    "uvit-l-2-imagenet256": _uvit(1024, 20, 16, 2),  # 286,763,172
+    "uvit-h-2-imagenet256": _uvit(1152, 28, 16, 2, conv_out=False),  # 500,832,016
+    "uvit-l-4-imagenet512": _uvit(1024, 20, 16, 4, sample_size=64),  # 286,861,524
+    "uvit-h-4-imagenet512": _uvit(1152, 28, 16, 4, sample_size=64, conv_out=False),  # 500,942,656
+    "uvit-s-2-coco": _uvit(512, 12, 8, 2, **_COCO),  # 44,692,644
+    "uvit-s-2-coco-deep": _uvit(512, 16, 8, 2, **_COCO),  # 58,345,636
+    # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"
+    "tiny": UViTConfig(  # 1,492,260
+        in_channels=4,
+        out_channels=4,
+        width=128,
+        depth=6,
+        num_heads=4,
+        sample_size=8,
+        num_classes=10,
+        null_class=True,
     ),
 }
 

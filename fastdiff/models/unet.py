@@ -29,7 +29,14 @@ from fastdiff.models.layers import (
     timestep_embedding,
     zero_init,
 )
-from fastdiff.models.network import Context, Network, check_conditions, embed_labels, register
+from fastdiff.models.network import (
+    Context,
+    Network,
+    check_conditions,
+    check_image,
+    embed_labels,
+    register,
+)
 from fastdiff.names import QKVOrder
 
 ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
@@ -393,24 +400,7 @@ class UNet(Network):
 
     def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
         """Raise ValueError unless `body` can run on x: (N, in_channels, H, W) and this context."""
-        config = self.config
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(
-                f"x must be (N, {config.in_channels}, H, W), got {tuple(x.shape)}; "
-                "check that the model and the image or latent belong together"
-            )
-        factor = config.size_multiple
-        if any(side % factor or side == 0 for side in x.shape[2:]):
-            raise ValueError(
-                f"H and W of x must be positive multiples of {factor}, "
-                f"got {x.shape[2]} x {x.shape[3]}; resize or pad the input"
-            )
-        if (context is None) != (config.context_dim is None):
-            expected = f"(N, T, {config.context_dim})" if config.context_dim is not None else "None"
-            got = "None" if context is None else "one"
-            raise ValueError(
-                f"context must be {expected} for this model, got {got}; check context="
-            )
+        check_image(self.config, x, context)
 
     def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
         """The network behind the embedding.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -73,6 +73,33 @@ class Batch:
         """Advance to the next row of every sample's table."""
         self.embeddings += 1
 
+    def copied(self) -> Batch:
+        """The same in tensors of its own, those of the blocks too."""
+        embeddings, uncond = self.embeddings.clone(), self.uncond
+        sizes = [len(block.samples) for block in self.blocks]
+        pieces = zip(self.blocks, embeddings.split(sizes), strict=True)
+        blocks = [
+            _Block(
+                block.samples.clone(),
+                piece,
+                None if block.context is None else map_context(torch.clone, block.context),
+            )
+            for block, piece in pieces
+        ]
+        uncond = None if uncond is None else uncond.clone()
+        return Batch(self.cond.clone(), uncond, self.rows, embeddings, blocks)
+
+    def copy_from(self, other: Batch) -> None:
+        """Take over the numbers of a batch of the same shape."""
+        self.cond.copy_(other.cond)
+        self.embeddings.copy_(other.embeddings)
+        if self.uncond is not None and other.uncond is not None:
+            self.uncond.copy_(other.uncond)
+        for mine, block in zip(self.blocks, other.blocks, strict=True):
+            mine.samples.copy_(block.samples)
+            if mine.context is not None and block.context is not None:
+                map_context(Tensor.copy_, mine.context, block.context)
+
 
 class Denoiser:
     """A network with conditions, for samples of one size.
@@ -86,12 +113,25 @@ class Denoiser:
     x if gradients are enabled.
     """
 
-    def __init__(self, network: Network, sides: Sequence[int]) -> None:
-        """sides: (H, W) of x, or any other number of spatial sides."""
+    def __init__(
+        self,
+        network: Network,
+        sides: Sequence[int],
+        *,
+        rounded: Callable[[int], int] | None = None,
+        room: int = 0,
+    ) -> None:
+        """
+        sides: (H, W) of x, or any other number of spatial sides.
+        rounded: rows to evaluate -> rows of the one block that they are filled up to; None: blocks
+            as `row_blocks` says.
+        room: rows of embeddings that there is room for from the start.
+        """
         weight = next(network.parameters())
         self.network, self.dtype, self.device = network, weight.dtype, weight.device
-        self.blocks = row_blocks(sides, weight.device)
-        self.embeddings = Stack()
+        self.blocks = row_blocks(sides, weight.device) if rounded is None else None
+        self._rounded = rounded or (lambda rows: rows)
+        self.embeddings = Stack(room=room)
         self._contexts: dict[Condition, Context] = {}
         self._users: dict[Condition, int] = {}
         self._gathered: dict[tuple[Condition, ...], Context] = {}
@@ -143,7 +183,7 @@ class Denoiser:
                     rows.append((sample, guide.first_unconditional + row, guide.unconditional))
                 cond[sample] = start + len(rows)
                 rows.append((sample, guide.first + row, guide.condition))
-            packed += filled(rows, size or len(rows))
+            packed += filled(rows, size or self._rounded(len(rows)))
         return self._batch(cond, uncond, packed)
 
     def _size(self, turn: Turn) -> int:

@@ -9,8 +9,7 @@ Most callers should use `run`: it takes requests of any shape and yields results
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import SamplerTable
-from fastdiff.diffusion.sampling import OnStep, Slots, Step, not_finite
+from fastdiff.diffusion.sampling import Slots, not_finite
 from fastdiff.diffusion.stack import Stack
 from fastdiff.kernels import int64_bits
 from fastdiff.models.network import Network
 from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.denoiser import Batch, Denoiser, Guide, Turn
+from fastdiff.runtime.graphs import ROWS, StepGraphs, rounded_rows
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after each step; both count table rows over all requests."""
@@ -128,21 +128,32 @@ class Engine:
     Attributes:
         previews: ticket -> (C, *spatial), the estimates of x0 that were requested.
         rows_taken: number of table rows taken so far, over all requests.
+        graphs: records and replays the steps; None where they are launched kernel by kernel.
     """
 
     def __init__(
-        self, network: Network, *, shape: Sequence[int], slots: int, tokens: int = 0
+        self,
+        network: Network,
+        *,
+        shape: Sequence[int],
+        slots: int,
+        tokens: int = 0,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """
         network: prepared for inference; it stays on its device and in its dtype.
         shape, tokens: the class of the requests; see `ShapeClass`.
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
+        graphs: records the steps and replays them; None: each one is launched kernel by kernel.
         """
-        self._kind = ShapeClass(tuple(shape), tokens)
-        self._denoiser = Denoiser(network, shape[1:])
+        self._kind, self.graphs = ShapeClass(tuple(shape), tokens), graphs
+        room = 0 if graphs is None else ROWS
+        rounded = None if graphs is None else rounded_rows
+        self._denoiser = Denoiser(network, shape[1:], rounded=rounded, room=room)
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
-        self._slots = Slots(slots, shape, device=device, dtype=dtype)
+        self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room)
+        self._estimates: Tensor | None = None  # of x0, where a graph leaves them
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
         self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), if needed
@@ -198,6 +209,14 @@ class Engine:
         """
         self._leave(self._seat(ticket))
 
+    def clear(self) -> None:
+        """Take all requests out, without results."""
+        for seat in list(self._seats.values()):
+            self._leave(seat)
+        self._plan = None
+        self.previews.clear()
+        self.rows_taken = 0
+
     def preview(self, ticket: int) -> None:
         """Request an estimate of x0, which the request's next step puts into `previews`.
 
@@ -240,23 +259,49 @@ class Engine:
         """
         slots, busy = self._slots, self._slots.busy
         if turns := self._turns(busy):
-            plan = self._plan_for(turns)
-            prediction = self._denoiser(slots.x, plan.batch, self._state.get("extra"))
-            denoised = torch.empty_like(slots.x) if watch or self._asked else None
-            slots.step(
-                prediction,
-                cond=plan.batch.cond,
-                uncond=plan.batch.uncond,
-                denoised=denoised,
-                only=None if len(turns) == len(busy) else plan.slots,
-            )
-            if len(plan.masked):
-                self._hold(plan.masked, plan.levels)
-            plan.advance()
+            plan, shown = self._plan_for(turns), bool(watch or self._asked)
+            if self.graphs is None:
+                denoised = torch.empty_like(slots.x) if shown else None
+                self._evaluate(plan, denoised, None if len(turns) == len(busy) else plan.slots)
+            else:
+                denoised = self._replay(self.graphs, plan, shown=shown)
             self.rows_taken += len(turns)
             if denoised is not None:
                 self._show(plan.slots, denoised, watch)
         return self._collect()
+
+    def _evaluate(self, plan: _Plan, denoised: Tensor | None, only: list[int] | None) -> None:
+        prediction = self._denoiser(self._slots.x, plan.batch, self._state.get("extra"))
+        cond, uncond = plan.batch.cond, plan.batch.uncond
+        self._slots.step(prediction, cond=cond, uncond=uncond, denoised=denoised, only=only)
+        if len(plan.masked):
+            self._hold(plan.masked, plan.levels)
+        plan.advance()
+
+    def _replay(self, graphs: StepGraphs, plan: _Plan, *, shown: bool) -> Tensor | None:
+        """`_evaluate` by a graph. Returns the estimates of x0, if they are to be shown."""
+        slots, extra = self._slots, self._state.get("extra")
+        if shown and self._estimates is None:
+            self._estimates = torch.empty_like(slots.x)
+        denoised = self._estimates if shown else None
+        kept = graphs.static(plan.batch, plan.masked, plan.levels)
+        kept.load(plan.batch, plan.masked, plan.levels)
+        rescale = slots.rescales(plan.slots)
+
+        def work() -> None:
+            prediction = self._denoiser(slots.x, kept.batch, extra)
+            cond, uncond = kept.batch.cond, kept.batch.uncond
+            slots.take(prediction, slots.rows, cond, uncond, denoised, rescale=rescale)
+            if len(kept.masked):
+                self._hold(kept.masked, kept.levels)
+            kept.advance()
+
+        state = [*slots.state, kept.batch.embeddings, kept.levels]
+        reads = [*state, *slots.inputs, self._denoiser.embeddings.rows, self._levels.rows]
+        reads += self._state.values()
+        graphs.run((kept, rescale, shown), work, reads=reads, state=state)
+        slots.count(plan.slots)
+        return denoised
 
     def _turns(self, busy: list[int]) -> list[tuple[int, bool]]:
         """The requests to advance, as (slot, guided), with those that waited longest first.
@@ -289,6 +334,8 @@ class Engine:
             )
             starts = {slot: self._seats[slot].levels for slot in rows}
             masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
+            if self.graphs is not None:
+                self.graphs.forget_if_moved(self._denoiser.network)
             places = torch.tensor(masked, dtype=torch.int64, device=self._denoiser.device)
             self._plan = _Plan(turns, list(rows), batch, *places.reshape(-1, 2).T.contiguous())
         return self._plan
@@ -313,7 +360,7 @@ class Engine:
         slots, seats = self._slots, list(self._seats.values())
         busy = set(slots.busy)
         done = {seat for seat in seats if seat.slot not in busy}
-        at_once = slots.finite.is_cpu and not bool(slots.finite.all())
+        at_once = self.graphs is None and slots.finite.is_cpu and not bool(slots.finite.all())
         failures = slots.failures() if done or at_once else {}
         results = []
         for seat in seats:
@@ -384,6 +431,12 @@ class Engine:
                 f"the network takes {config.in_channels} channels, got {len(request.x)} of x and "
                 f"{len(extra)} extra ones; check that the latents were made for this model"
             )
+        only = self._denoiser.network.only_side
+        if only is not None and any(side != only for side in shape[1:]):
+            raise ValueError(
+                f"the sides of x must be {only}, since this network has learned a position for "
+                f"each of its patches, got {shape[1:]}; resize the input"
+            )
         if any(side % config.size_multiple or not side for side in shape[1:]):
             raise ValueError(
                 f"the sides of x must be positive multiples of {config.size_multiple}, got "
@@ -414,104 +467,3 @@ def _levels_after(table: SamplerTable) -> Tensor:
     sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     alpha = (1 + sigmas**2) ** -0.5
     return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
-
-
-def run(
-    network: Network,
-    requests: Iterable[Request],
-    *,
-    slots: int = 64,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-    check: bool = True,
-) -> Iterator[Result]:
-    """Generate samples, yielding each as it finishes.
-
-    Requests are taken from the iterable as slots become free, so it may be long, or create them on
-    demand. Requests of one shape class run together. At most `slots` requests of other classes are
-    read ahead and wait for their turn; then no more are read until the current class is done.
-
-    Args:
-        network: prepared for inference.
-        slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
-        on_step: called after each step; `Step.samples` are the positions of its requests in
-            `requests`, from 0.
-        progress: called after each step; its total covers all requests if they are a sequence,
-            otherwise those taken so far.
-        check: raise ValueError at the first request for which the network returns NaN or infinity.
-            If False, its result has an error (`Result.error`), and the others continue.
-
-    Raises:
-        ValueError: see `check` and `Engine.submit`; results yielded before stay valid.
-    """
-    line = _Line(requests, slots)
-    places: dict[int, int] = {}  # ticket -> position in `requests`
-    engine: Engine
-    done = 0  # rows of earlier engines, and rows that failed requests have left undone
-
-    def watch(tickets: Sequence[int], x: Tensor, denoised: Tensor) -> None:
-        assert on_step is not None
-        samples = [places[ticket] for ticket in tickets]
-        on_step(Step(done + engine.rows_taken, line.rows, samples, x, denoised))
-
-    while (kind := line.next_class()) is not None:
-        engine = Engine(network, shape=kind.shape, slots=line.at_most(slots), tokens=kind.tokens)
-        while True:
-            while engine.free and (found := line.take(kind)) is not None:
-                places[engine.submit(found[1])] = found[0]
-            if not engine.busy:
-                break
-            results = engine.step(watch=watch if on_step else None)
-            done += sum(len(result.request.table) - result.rows for result in results)
-            if progress is not None:
-                progress(done + engine.rows_taken, line.rows)
-            for result in results:
-                place = places.pop(result.ticket)
-                if check and result.error is not None:
-                    raise ValueError(f"{result.error} (request {place}, counted from 0)")
-                yield result
-        done += engine.rows_taken
-
-
-class _Line:
-    """A queue of requests that hands them out by shape class, in order.
-
-    Attributes:
-        rows: table rows of all requests if they are a sequence, otherwise of those taken so far.
-    """
-
-    def __init__(self, requests: Iterable[Request], ahead: int) -> None:
-        """ahead: how many requests of other classes may be read ahead of their turn."""
-        self._given = requests if isinstance(requests, Sequence) else None
-        self._source = enumerate(requests)
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._ahead = ahead
-        self.rows = sum(len(request.table) for request in self._given or ())
-
-    def at_most(self, slots: int) -> int:
-        """The number of slots, limited to the number of requests if that is known."""
-        return slots if self._given is None else min(slots, len(self._given))
-
-    def next_class(self) -> ShapeClass | None:
-        """The class of the request that has waited longest; None if there are no more."""
-        if not self._waiting and (found := self._next()) is not None:
-            self._waiting.append(found)
-        return self._waiting[0][1].shape_class if self._waiting else None
-
-    def take(self, kind: ShapeClass) -> tuple[int, Request] | None:
-        """The next request of a class, and its position; None if none is within reach."""
-        for found in self._waiting:
-            if found[1].shape_class == kind:
-                self._waiting.remove(found)
-                return found
-        while len(self._waiting) < self._ahead and (new := self._next()) is not None:
-            if new[1].shape_class == kind:
-                return new
-            self._waiting.append(new)
-        return None
-
-    def _next(self) -> tuple[int, Request] | None:
-        found = next(self._source, None)
-        if found is not None and self._given is None:
-            self.rows += len(found[1].table)
-        return found

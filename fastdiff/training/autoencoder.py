@@ -250,6 +250,13 @@ class AutoencoderTask:
         """Identifies the images it is trained on."""
         return self.batches.state()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing but the networks' own."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Not called, since there are none."""
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Check that the images are the same."""
         self.batches.check_state(state)

@@ -3,6 +3,7 @@
     checkpoints/step_00001000/networks.safetensors    weights of every trained network
                               ema.safetensors         averaged weights
                               optimizers.safetensors  AdamW's moments, by parameter name
+                              task.safetensors        what the task itself has learned, if anything
                               state.json              step, counters, loss scale
     checkpoints/latest                                name of the newest one
 

@@ -49,9 +49,11 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
             image_size=first.image_size or data.image_size,
         )
         if first.autoencoder is not None:
-            model = _taking(model, first.autoencoder.config.latent_channels)
+            latent = first.autoencoder
+            side = data.image_size // latent.downsample_factor
+            model = _taking(model, latent.config.latent_channels, side)
     else:
-        model = _taking(model, channels)
+        model = _taking(model, channels, data.image_size)
     if data.source != "folder":
         return replace(run, data=data, model=model)
     return replace(
@@ -64,7 +66,9 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
     )
 
 
-def _taking(model: Any, channels: int) -> Any:
-    """The denoiser for samples of another number of channels."""
+def _taking(model: Any, channels: int, side: int) -> Any:
+    """The denoiser for samples of (channels, side, side)."""
     out = channels * (2 if model.learned_sigma else 1)
+    if hasattr(model, "sample_size"):
+        model = replace(model, sample_size=side)
     return replace(model, in_channels=channels, out_channels=out)

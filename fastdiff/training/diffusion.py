@@ -109,6 +109,11 @@ class DiffusionRun(Generic[NetworkConfigT]):
                 "the bound of a learned variance needs whole timesteps, got timesteps "
                 "'logit-normal'; use 'uniform' or 'stratified'"
             )
+        if self.loss.weighting == "bound" and not self.model.learned_sigma:
+            raise ValueError(
+                "loss weighting 'bound' trains prediction and variance by the bound and needs a "
+                "model with learned_sigma=True; set it and twice the out_channels, or use 'simple'"
+            )
         if self.model.context_dim is not None or self.model.added_condition_dim is not None:
             raise ValueError(
                 "training supports class labels only, but this model expects context or an added "

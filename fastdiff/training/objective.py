@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.losses import min_snr_weight, simple_loss, variational_bound
+from fastdiff.diffusion.losses import min_snr_weight, simple_losses, variational_bound
 from fastdiff.diffusion.predictions import target, to_denoised
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.names import Prediction
@@ -24,16 +24,18 @@ from fastdiff.names import Prediction
 class DenoiserLossConfig:
     """Distribution of noise levels in training, and their weights in the loss."""
 
-    weighting: Literal["simple", "min-snr"] = "simple"
-    """simple: DDPM eq. 14; min-snr: Hang et al. 2023 (arXiv 2303.09556)."""
+    weighting: Literal["simple", "min-snr", "bound"] = "simple"
+    """simple: DDPM eq. 14, with a learned variance L_hybrid of IDDPM (eq. 16); min-snr: Hang et al.
+    2023 (arXiv 2303.09556); bound: the variational bound alone, L_vlb of IDDPM."""
 
     min_snr_gamma: float = 5.0
     """The signal-to-noise ratio above which min-snr stops growing."""
 
-    timesteps: Literal["uniform", "stratified", "logit-normal"] = "uniform"
+    timesteps: Literal["uniform", "stratified", "logit-normal", "second-moment"] = "uniform"
     """uniform: DDPM; stratified: also uniform, spread evenly over each batch (Kingma et al. 2021,
     appendix I.1), which makes the gradient less noisy; logit-normal: sigmoid of a normal number
-    (Esser et al. 2024, section 3.1), more weight on the middle."""
+    (Esser et al. 2024, section 3.1), more weight on the middle; second-moment: where losses were
+    large, weighted back (IDDPM section 3.3), which makes the gradient of bound less noisy."""
 
     logit_mean: float = 0.0
     """Mean of the normal number of logit-normal."""
@@ -48,11 +50,12 @@ class DenoiserLossConfig:
     """Distance between grey levels in [-1, 1], for the bound; 0.125 for the 17 levels of digits."""
 
     def __post_init__(self) -> None:
-        if self.weighting not in ("simple", "min-snr"):
-            raise ValueError(f"weighting must be simple or min-snr, got {self.weighting!r}")
-        if self.timesteps not in ("uniform", "stratified", "logit-normal"):
+        if self.weighting not in ("simple", "min-snr", "bound"):
+            raise ValueError(f"weighting must be simple, min-snr or bound, got {self.weighting!r}")
+        if self.timesteps not in ("uniform", "stratified", "logit-normal", "second-moment"):
             raise ValueError(
-                f"timesteps must be uniform, stratified or logit-normal, got {self.timesteps!r}"
+                "timesteps must be uniform, stratified, logit-normal or second-moment, got "
+                f"{self.timesteps!r}"
             )
         for name in ("min_snr_gamma", "logit_std", "bin_width"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
@@ -72,7 +75,10 @@ class Objective:
     """The network returns twice the channels: its prediction, then its variance."""
 
     def timesteps(self, count: int, source: torch.Generator) -> Tensor:
-        """Noise levels of a batch: (count,) on the CPU, int64, or fp64 for logit-normal."""
+        """Noise levels of a batch: (count,) on the CPU, int64, or fp64 for logit-normal.
+
+        Those of second-moment depend on the losses so far: `SecondMomentResampler.draw`.
+        """
         config, total = self.config, self.schedule.num_timesteps
         if config.timesteps == "logit-normal":
             normal = torch.randn(count, generator=source, dtype=torch.float64)
@@ -85,29 +91,48 @@ class Objective:
         return torch.randint(total, (count,), generator=source)
 
     def loss(self, output: Tensor, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted simple loss, plus the variational bound where the variance is learned.
+        """The mean over the batch of `losses`. Returns ()."""
+        return self.losses(output, x, x0, noise, t).mean()
+
+    def losses(self, output: Tensor, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted simple loss, plus the variational bound where the variance is learned; with
+        weighting "bound" the bound alone, from which the prediction learns too (L_vlb of IDDPM).
 
         output: (N, C, ...), or (N, 2C, ...) with learned_sigma; what the network returned for x.
         x, x0, noise: (N, C, ...), fp32 or fp64, with x = alpha * x0 + sigma * noise. t: (N,).
 
-        Returns (), in fp32 (fp64 stays).
+        Returns (N,), in fp32 (fp64 stays).
         """
         schedule, config = self.schedule, self.config
         variance: Tensor | None = None
         if self.learned_sigma:
             output, variance = output.chunk(2, dim=1)
+        if config.weighting == "bound":
+            assert variance is not None, "checked by the run's config"
+            return self._bound(output, variance, x, x0, t)
         wanted = target(self.prediction, x0, noise, schedule.alpha(t), schedule.sigma(t))
         weight = None
         if config.weighting == "min-snr":
             weight = min_snr_weight(schedule.snr(t), self.prediction, gamma=config.min_snr_gamma)
-        loss = simple_loss(output, wanted, weight)
+        losses = simple_losses(output, wanted, weight)
         if variance is not None and config.bound_weight:
-            denoised = self._denoised(output.detach(), x, t)  # only the variance learns from it
-            bits = variational_bound(
-                schedule, x0, x, denoised, variance.float(), t, bin_width=config.bin_width
-            )
-            loss = loss + config.bound_weight * (schedule.num_timesteps * bits.mean())
-        return loss
+            # detached: only the variance learns from it
+            bound = self._bound(output.detach(), variance, x, x0, t)
+            losses = losses + config.bound_weight * bound
+        return losses
+
+    def _bound(self, output: Tensor, variance: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """T * L_t: (N,), whose mean over uniform t is the whole bound but for its prior term."""
+        bits = variational_bound(
+            self.schedule,
+            x0,
+            x,
+            self._denoised(output, x, t),
+            variance.float(),
+            t,
+            bin_width=self.config.bin_width,
+        )
+        return self.schedule.num_timesteps * bits
 
     def _denoised(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The estimate of x0 that a prediction makes at each sample's own t: (N, C, ...)."""

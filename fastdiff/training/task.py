@@ -19,15 +19,17 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
-from fastdiff.runtime import engine
 from fastdiff.runtime.conditions import class_conditions
+from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
 from fastdiff.training.objective import Objective
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
+from fastdiff.training.resampler import SecondMomentResampler
 from fastdiff.training.trainer import Batch, tile, train
 
 _PIXEL_CLAMP = 1.0
@@ -65,8 +67,14 @@ class DiffusionTask:
             prediction=run.prediction,
             learned_sigma=run.model.learned_sigma,
         )
+        self.resampler = (
+            SecondMomentResampler(schedule.num_timesteps)
+            if run.loss.timesteps == "second-moment"
+            else None
+        )
         torch.manual_seed(generator(run.seed, "weights").initial_seed())
         self.denoiser = new_denoiser(run).to(self.device)
+        check_size(run, self.denoiser, autoencoder)
         if run.optimization.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = run.kind  # as the files of a run name it
@@ -79,12 +87,18 @@ class DiffusionTask:
         )
 
     def batch(self, step: int) -> Batch:
-        """x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,) where the model has classes."""
+        """x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,) where the model has classes;
+        weight (N,) of the losses where timesteps are not drawn evenly."""
         run = self.run
         x0, labels = self.latents.batch(step)
         source = generator(run.seed, "noise", step, device=self.device)
         noise = torch.randn(x0.shape, generator=source, device=self.device)
-        batch = {"x0": x0, "noise": noise, "t": self.timesteps(step)}
+        batch = {"x0": x0, "noise": noise}
+        if self.resampler is None:
+            batch["t"] = self.timesteps(step)
+        else:
+            t, weight = self.resampler.draw(len(x0), generator(run.seed, "timesteps", step))
+            batch |= {"t": t.to(self.device), "weight": weight.to(self.device)}
         if run.model.num_classes is not None:
             source = generator(run.seed, "class-dropout", step)
             dropped = torch.rand(len(labels), generator=source).to(self.device) < run.class_dropout
@@ -97,13 +111,17 @@ class DiffusionTask:
         return self.objective.timesteps(self.run.optimization.batch_size, source).to(self.device)
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The denoiser's loss; see `Objective.loss`."""
+        """The denoiser's loss; see `Objective.losses`."""
         x0, noise, t = part["x0"], part["noise"], part["t"]
         x = self.objective.schedule.add_noise(x0, noise, t)
         if self.run.optimization.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         output = self.denoiser(x, t, y=part.get("y"))
-        return {self.averaged: self.objective.loss(output, x, x0, noise, t)}, {}
+        losses = self.objective.losses(output, x, x0, noise, t)
+        if self.resampler is None:
+            return {self.averaged: losses.mean()}, {}
+        self.resampler.update(t, losses.detach())
+        return {self.averaged: (part["weight"] * losses).mean()}, {}
 
     def preview(self, network: nn.Module) -> Tensor:
         """A sheet of samples, classes in turn, from the averaged weights."""
@@ -134,7 +152,7 @@ class DiffusionTask:
             torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
         )
         requests = [
-            engine.Request(
+            Request(
                 table=table,
                 x=noise[index],
                 seed=seed,
@@ -146,7 +164,7 @@ class DiffusionTask:
         ]
         # `prepare` changes a network for good, and this one is still being averaged.
         ready = prepare(copy.deepcopy(network), device=self.device)
-        for result in engine.run(ready, requests):
+        for result in run(ready, requests):
             noise[result.request.tag] = result.x
         return self.latents.decode(noise)
 
@@ -199,6 +217,15 @@ class DiffusionTask:
         """The scale factor, and which first stage and images it belongs to."""
         return self.latents.state()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The losses that timesteps are drawn by; empty where they are drawn evenly."""
+        return {} if self.resampler is None else self.resampler.tensors()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        assert self.resampler is not None
+        self.resampler.load(tensors)
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over the scale factor; the first stage and the images must be the same ones."""
         self.latents.load_state(state, first_stage=self.run.autoencoder)
@@ -219,6 +246,17 @@ def new_denoiser(run: DiffusionRun[Any]) -> Network:
             )
         network.gradient_checkpointing = True  # type: ignore[assignment]
     return network
+
+
+def check_size(run: DiffusionRun[Any], denoiser: Network, autoencoder: Autoencoder | None) -> None:
+    """Raise ValueError where the images are not of the size that a denoiser has positions for."""
+    factor = 1 if autoencoder is None else autoencoder.downsample_factor
+    only = denoiser.only_side
+    if only is not None and run.data.image_size != only * factor:
+        raise ValueError(
+            f"image_size must be {only * factor} for this denoiser, got {run.data.image_size}; set "
+            f"model sample_size to {run.data.image_size // factor}, or change the images' size"
+        )
 
 
 def check_parts_fit(

@@ -91,6 +91,14 @@ class Task(Protocol):
         """JSON-able facts that a resumed run must share."""
         ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the task itself has learned, on the CPU: the file task.safetensors; often empty."""
+        ...
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave; called only where that is not empty."""
+        ...
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave, or raise ValueError if it cannot be the same run."""
         ...
@@ -221,6 +229,8 @@ class Trainer:
             "ema": self.ema.network.state_dict(),
             "optimizers": optimizers,
         }
+        if own := self.task.tensors():
+            tensors["task"] = own
         state = {
             "ema_updates": self.ema.updates,
             "skipped": self._skipped,
@@ -239,7 +249,8 @@ class Trainer:
         Raises:
             ValueError: it is damaged, or belongs to another run.
         """
-        tensors, state = checkpoints.load_checkpoint(folder, ("networks", "ema", "optimizers"))
+        stems = ("networks", "ema", "optimizers", *(["task"] if self.task.tensors() else []))
+        tensors, state = checkpoints.load_checkpoint(folder, stems)
         try:
             self._take_over(tensors, state)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -250,6 +261,8 @@ class Trainer:
 
     def _take_over(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         self.task.load_state(state["task"])
+        if "task" in tensors:
+            self.task.load_tensors(tensors["task"])
         for name, network in self.task.networks.items():
             prefix = f"{name}/"
             network.load_state_dict(

@@ -49,7 +49,7 @@ score. Repeated reads of K and V hit the L2: one head with 4096 keys of dim 40 i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -58,7 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_number, compute_dtype
-from ..op import Op, Work
+from ..op import Op, Work, reference_gradients
 from ..tracing import constant_in_graphs
 from ..tuning import gpu_of
 from . import cpu, cuda, library, triton
@@ -133,6 +133,36 @@ def attention_formula(
     weights = torch.exp(scores - scores.amax(3, keepdim=True).clamp(min=-1e300))
     total = weights.sum(3, keepdim=True)
     return torch.einsum("nhls,nshd->nlhd", weights / total.where(total > 0, 1.0), v)
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The reference as two products and a softmax, which have derivatives of every order."""
+    if extra_k is not None and extra_v is not None:
+        k, v = torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
+    dtype = compute_dtype(q)
+    with _without_autocast(q.device.type):
+        scores = torch.einsum("nlhd,nshd->nhls", q.to(dtype), k.to(dtype)) * scale
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        elif mask is not None:
+            scores = scores + mask.to(dtype)
+        unseen = (scores == float("-inf")).all(3, keepdim=True)  # a query that may see no key
+        weights = scores.masked_fill(unseen, 0).softmax(3).masked_fill(unseen, 0)
+        out = torch.einsum("nhls,nshd->nlhd", weights, v.to(dtype))
+    return out.to(q.dtype)
+
+
+def _again(gradients: Sequence[Tensor | None], *kept: Any) -> tuple[Tensor | None, ...]:
+    """PyTorch's fused attention has no second derivative."""
+    return reference_gradients(_written_out, kept, gradients, _op.own)
 
 
 def _arguments(
@@ -258,6 +288,8 @@ _op = Op(
     kernels=(cuda.BACKEND, triton.BACKEND, library.BACKEND, cpu.BACKEND),
     statistics=True,
     kept_outputs=(0,),
+    again=_again,
+    reference_once=True,
 )
 
 

@@ -41,7 +41,7 @@ def test_bytes_round_to_nearest_and_clip() -> None:
 def test_a_pixel_that_is_no_number_is_refused(bad: float) -> None:
     image = ramp()
     image[0, 2, 3] = bad
-    with pytest.raises(ValueError, match="expected finite pixels, got 1 NaN or infinite of 35"):
+    with pytest.raises(ValueError, match="finite pixels, got 1 NaN or infinite values of 35"):
         to_uint8(image)
 
 

@@ -38,7 +38,7 @@ from fastdiff.generate.session import Session
 from fastdiff.generate.upscale import enlarge
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.unet import UNet
-from fastdiff.runtime import engine
+from fastdiff.runtime.run import run as run_requests
 from tests.support.diffusers_models import checkpoint, components
 from tests.support.drawing import images, latents, text_jobs
 
@@ -282,7 +282,7 @@ def test_a_second_pass_at_a_larger_size(model: Model, via: Any) -> None:
             start = enlarge(session, z[0], 1.5, via, 0)
             now = from_latents(session, job, start, strength=0.5, seed=seed)
             assert now.request is not None
-            [result] = engine.run(session.network, [now.request])
+            [result] = run_requests(session.network, [now.request])
             found = decoded(model, result.x[None])[0]
             assert torch.equal(found, large[0]) == same
 

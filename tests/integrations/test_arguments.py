@@ -161,5 +161,5 @@ def test_an_argument_that_a_later_diffusers_adds(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(theirs, "forward", forward)
     report = fastdiff.accelerate(unet)
     assert {e.reason for e in report.left if e.op == "transformer block"} == {
-        "the forward of this diffusers' BasicTransformerBlock takes rotary too"
+        "the forward of BasicTransformerBlock in this version of diffusers also takes rotary"
     }

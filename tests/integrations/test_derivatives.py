@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fastdiff
 from tests.integrations import blocks
 from tests.integrations.models import UNCONDITIONAL, UNETS, build
+from tests.support.parity import assert_gradient_parity
 from tests.support.tiny import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -132,6 +133,71 @@ def test_a_gradient_of_a_gradient_costs_what_the_original_costs() -> None:
         cwd=root, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr[-2000:]
+
+
+def diffusers_attention() -> nn.Module:
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
+    return Attention(16, 20, heads=2, dim_head=8, processor=AttnProcessor())
+
+
+TOKENS, TEXT = (
+    torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)),
+    torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(2)),
+)
+IMAGE = torch.randn(2, 16, 3, 4, generator=torch.Generator().manual_seed(3))
+WRITTEN_OUT: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    # blocks whose attention is products and a softmax, and what they are called with
+    "CompVis, autoencoder": (lambda: blocks.AttnBlock(16), (IMAGE,)),
+    "CompVis, self": (lambda: blocks.CrossAttention(16, None, 2), (TOKENS,)),
+    "CompVis, cross": (lambda: blocks.CrossAttention(16, 20, 2), (TOKENS, TEXT)),
+    "CompVis, transformer": (lambda: blocks.BasicTransformerBlock(16, 20), (TOKENS, TEXT)),
+    "OpenAI, rows (H, 3, d)": (lambda: blocks.AttentionBlock(16, 2, legacy=True), (IMAGE,)),
+    "OpenAI, rows (3, H, d)": (lambda: blocks.AttentionBlock(16, 2, legacy=False), (IMAGE,)),
+    "improved-diffusion": (lambda: blocks.ImprovedAttentionBlock(16, 2), (IMAGE,)),
+    "diffusers": (diffusers_attention, (TOKENS, TEXT)),
+}
+
+
+def gradient_penalty(block: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Second derivatives for the inputs and all parameters, one after another."""
+    dtype = next(block.parameters()).dtype
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    slopes = torch.autograd.grad(block(*leaves).square().sum(), leaves, create_graph=True)
+    penalty = sum(slope.square().sum() for slope in slopes)
+    found = torch.autograd.grad(penalty, [*leaves, *block.parameters()], allow_unused=True)
+    scale = float(inputs[0].numel())
+    return torch.cat([g.flatten() for g in found if g is not None]) / scale
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_second_derivatives_of_an_attention_that_was_written_out(name: str, backend: str) -> None:
+    """PyTorch's fused attention, which our reference calls, has none on a CPU."""
+    make, inputs = WRITTEN_OUT[name]
+    block = make()
+    randomize(block, 3)
+    plain, wide = copy.deepcopy(block), copy.deepcopy(block).double()
+    for layer in wide.modules():
+        if isinstance(layer, blocks.GroupNorm32):  # rounds to fp32
+            layer.__class__ = nn.GroupNorm
+    report = fastdiff.accelerate(block, strict=True)
+    assert report.count("attention")[0]
+
+    def drawn(seed: int) -> tuple[Tensor, ...]:
+        draw = torch.Generator().manual_seed(seed)
+        return tuple(torch.randn(x.shape, generator=draw) for x in inputs)
+
+    with fastdiff.backend(backend):
+        assert_gradient_parity(
+            lambda seed: gradient_penalty(block, drawn(seed)),
+            lambda seed: gradient_penalty(wide, drawn(seed)),
+            lambda seed: gradient_penalty(plain, drawn(seed)),
+        )
+        double = copy.deepcopy(wide)
+        fastdiff.accelerate(double, strict=True)
+        found, wanted = (gradient_penalty(m, inputs) for m in (double, wide))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_copies_of_a_model_differentiate_alone() -> None:

@@ -58,7 +58,7 @@ SILENCES: dict[str, tuple[Any, str, str]] = {
     "to_q, to_k, to_v": (
         module("Mixer", to_q=linear(), to_k=linear(), to_v=linear()),
         "attention",
-        "no op of ours is known to fit the forward of Mixer",
+        "fastdiff does not know what the forward of Mixer computes",
     ),
     "q, k, v": (module("Mixer", q=linear(), k=linear(), v=linear()), "attention", "Mixer"),
     "query, key, value": (
@@ -81,7 +81,11 @@ SILENCES: dict[str, tuple[Any, str, str]] = {
     ),
     "geglu without a projection": (FunctionalGEGLU(), "geglu", "FunctionalGEGLU"),
     "a subclass of LayerNorm": (Fp32LayerNorm(8), "layer norm", "subclass of LayerNorm"),
-    "a norm over two dimensions": (nn.LayerNorm((4, 8)), "layer norm", "norms over 2 dimensions"),
+    "a norm over two dimensions": (
+        nn.LayerNorm((4, 8)),
+        "layer norm",
+        "normalizes over 2 dimensions",
+    ),
     "a forward on the object": (replaced(), "group norm", "replaced on this object"),
     "norm and SiLU in an unknown forward": (
         module("Head", norm=nn.GroupNorm(2, 8), act=nn.SiLU()),

@@ -107,11 +107,11 @@ def test_blocks_of_other_sizes_are_compared_once(monkeypatch: pytest.MonkeyPatch
     ("make", "reason"),
     [
         (lambda: NotANumber(16, 16), "computes something else .*nan"),
-        (lambda: Two(16, 16), "cannot be called as one .*something else than one tensor"),
-        (lambda: Particular(16, 16), "cannot be called as one .*images of 64 pixels only"),
-        (Linear, "cannot be called as one .*in_channels"),
-        (no_linear, "cannot be called as one .*not iterable"),
-        (uncopied, "cannot be called as one .*deepcopy"),
+        (lambda: Two(16, 16), "calling a copy like one fails .*does not return one tensor"),
+        (lambda: Particular(16, 16), "calling a copy like one fails .*images of 64 pixels only"),
+        (Linear, "calling a copy like one fails .*in_channels"),
+        (no_linear, "calling a copy like one fails .*not iterable"),
+        (uncopied, "calling a copy like one fails .*deepcopy"),
     ],
 )
 def test_what_cannot_be_compared_is_left(make: Callable[[], nn.Module], reason: str) -> None:
@@ -208,7 +208,7 @@ def test_nothing_to_do_is_said() -> None:
     for nothing in ([], None, "unet", torch.zeros(2)):
         with pytest.raises(TypeError, match=f"got {type(nothing).__name__} without a module"):
             fastdiff.accelerate(nothing)
-    with pytest.raises(TypeError, match="wants a pipeline with a scheduler, got Linear"):
+    with pytest.raises(TypeError, match="needs a pipeline with a scheduler, got Linear"):
         fastdiff.accelerate(nn.Linear(2, 2), scheduler="fused")
 
 

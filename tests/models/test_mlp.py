@@ -23,8 +23,9 @@ from fastdiff.models.mlp import MLP, MLPConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.presets import MLPS
 from fastdiff.runtime.conditions import Condition
-from fastdiff.runtime.engine import Request, run
+from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from fastdiff.training.objective import DenoiserLossConfig, Objective
 from tests.diffusion.mixture import (
     MEAN,

@@ -27,9 +27,9 @@ from tests.support.parity import assert_parity, assert_parity_in_one_draw
 
 HALF = [torch.bfloat16, torch.float16]
 OBJECTION = cpu_layers.packing_objection()
-# where packing works but gives other results these tests must fail and not be skipped
+# where packing works but gives wrong results, these tests must fail rather than be skipped
 packing = pytest.mark.skipif(
-    OBJECTION is not None and "other results" not in OBJECTION, reason=f"no packing: {OBJECTION}"
+    OBJECTION is not None and "wrong results" not in OBJECTION, reason=f"no packing: {OBJECTION}"
 )
 
 
@@ -377,14 +377,14 @@ def test_copies_do_not_outlive_a_move(move: str) -> None:
         assert all(map(made, network))
 
 
-@pytest.mark.parametrize("fault", ["other operators", "other results"])
+@pytest.mark.parametrize("fault", ["operators of PyTorch", "wrong results"])
 def test_a_torch_without_these_operators(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is packed; log and doctor say why, once; half precision is widened still."""
+    """Nothing is packed, the log and doctor say why once, and half precision is still widened."""
 
     def broken(x: Tensor, weight: Tensor, options: object) -> Tensor:
-        if fault == "other operators":
+        if fault == "operators of PyTorch":
             raise RuntimeError("expected at most 9 arguments\nbut got 10")
         return torch.zeros(1, 16, 4, 4)
 

@@ -17,8 +17,9 @@ from fastdiff.diffusion.sampling import Step, sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.unet import UNet
 from fastdiff.runtime.conditions import Condition, class_conditions
-from fastdiff.runtime.engine import Engine, Request, Result, run
+from fastdiff.runtime.engine import Engine, Request, Result
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from tests.support.tiny import UNET, tiny_unet
 
 SHAPE = (3, 4, 4)

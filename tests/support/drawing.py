@@ -14,7 +14,7 @@ from fastdiff.generate.facts import check
 from fastdiff.generate.job import ClassJob, Job, TextJob
 from fastdiff.generate.run import generate, plan
 from fastdiff.generate.session import Session
-from fastdiff.runtime import engine
+from fastdiff.runtime.run import run
 
 
 def images(model: Model, jobs: Sequence[Job], **options: Any) -> Tensor:
@@ -35,7 +35,7 @@ def latents(
         for number, now in enumerate(passes)
         if now.request is not None
     ]
-    for result in engine.run(session.network, requests, slots=slots):
+    for result in run(session.network, requests, slots=slots):
         out[result.request.tag] = result.x
     assert all(x is not None for x in out)
     return torch.stack([x for x in out if x is not None])

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
+from fastdiff.checkpoint.layouts.diffusers import dit
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
@@ -19,12 +22,17 @@ from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
 from fastdiff.checkpoint.weights import Weights, read_json
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.dit import DiT
+from fastdiff.models.network import Network
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet
 
 NAME = "diffusers"
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
+TRANSFORMERS = (dit.NAME, dit.OLD_NAME)
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
+DENOISERS = ("unet", "transformer")
+"""Folders of a pipeline that hold its denoiser."""
 # Parts of a pipeline that no image depends on.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
@@ -46,13 +54,19 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
-    known = {"unet", "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
+    known = {*DENOISERS, "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
     known |= {"tokenizer", "tokenizer_2"}
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
             f"{folder / INDEX}: {index.get('_class_name')!r:.60} has {', '.join(unknown)}, which "
-            "fastdiff does not support; give a pipeline of a U-Net, an autoencoder and CLIP text "
-            "encoders"
+            "fastdiff does not support; give a pipeline of a U-Net or DiT, an autoencoder and CLIP "
+            "text encoders"
+        )
+    own = [name for name in DENOISERS if name in parts]
+    if len(own) > 1:
+        raise ValueError(
+            f"{folder / INDEX}: {index.get('_class_name')!r:.60} has {' and '.join(own)}; fastdiff "
+            "supports pipelines with one denoiser"
         )
     first = next((name for name in ("vae", "vqvae") if name in parts), None)
     files = _Files(loading.options.variant)
@@ -60,30 +74,31 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     scheduler = _scheduler(_part(folder, "scheduler")) if "scheduler" in parts else None
     opened = {
         name: (read_json(part / CONFIG), files.find(part))
-        for name in ("unet", first)
+        for name in (*own, first)
         if name is not None and name in parts
         for part in (_part(folder, name),)
     }
     scale = loading.options.scale_factor
     if first is not None:
-        own = scale_factor(opened[first][0], _part(folder, first))
-        _check_scale(opened.get("unet", ({}, None))[0], own, given=scale is not None)
-        scale = scale or own
+        stated = scale_factor(opened[first][0], _part(folder, first))
+        _check_scale(opened.get("unet", ({}, None))[0], stated, given=scale is not None)
+        scale = scale or stated
     plans = {
         name: _plan(_part(folder, name), data, weights) for name, (data, weights) in opened.items()
     }
     text = _text_plans(folder, parts, loading, files)
     files.finish(folder)
     models = {name: loading.fill(plan) for name, plan in plans.items()}
-    unet, autoencoder = models.get("unet"), models.get(first or "")
-    xl = isinstance(unet, UNet) and unet.config.added_condition_dim is not None
+    denoiser, autoencoder = models.get(own[0] if own else ""), models.get(first or "")
+    xl = isinstance(denoiser, UNet) and denoiser.config.added_condition_dim is not None
     model = Model(
         layout=NAME,
-        denoiser=unet if isinstance(unet, UNet) else None,
+        denoiser=denoiser if isinstance(denoiser, Network) else None,
         autoencoder=autoencoder if isinstance(autoencoder, Autoencoder) else None,
         text_encoders=_text_encoders(folder, parts, text, loading, xl=xl),
         scale_factor=scale or 1.0,
         image_size=loading.options.image_size,
+        class_names=_class_names(index, denoiser),
         path=folder,
         provenance={
             "pipeline": index.get("_class_name"),
@@ -95,8 +110,33 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     for name in XL_FLAGS:
         if name in index:
             model.provenance[name] = bool(index[name])
-    _describe(model, opened.get("unet", ({}, None))[0], scheduler, loading)
+    if model.class_names:
+        model.provenance[dit.ID2LABEL] = index[dit.ID2LABEL]
+    _describe(model, opened[own[0]][0] if own else {}, scheduler, loading)
     return model
+
+
+def _class_names(index: Mapping[str, Any], denoiser: nn.Module | None) -> tuple[str, ...]:
+    """The first of each class's names in DiTPipeline's `id2label`; empty where it has none.
+
+    Raises:
+        ValueError: it does not name every class of the denoiser once.
+    """
+    table = index.get(dit.ID2LABEL)
+    if table is None or not isinstance(denoiser, DiT):
+        return ()
+    count = denoiser.config.num_classes or 0
+    keys = {str(label) for label in range(count)}
+    if (
+        not isinstance(table, dict)
+        or table.keys() != keys
+        or not all(isinstance(name, str) for name in table.values())
+    ):
+        raise ValueError(
+            f"{INDEX}: {dit.ID2LABEL} must name the classes 0 to {count - 1}, got {table!r:.60}; "
+            "correct or remove it"
+        )
+    return dit.first_names(table)
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -111,7 +151,7 @@ def load_component(folder: Path, loading: Loading) -> Model:
     model = Model(layout=NAME, path=folder, image_size=loading.options.image_size)
     if "_class_name" in data:
         part = loading.fill(_plan(folder, data, weights))
-        if isinstance(part, UNet):
+        if isinstance(part, Network):
             model.denoiser = part
             beside = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
             scheduler = _scheduler(folder) if beside.is_file() else None
@@ -217,11 +257,14 @@ def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
 
 def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     kind = data.get("_class_name")
-    if kind not in UNETS + AUTOENCODERS:
+    known = UNETS + TRANSFORMERS[:1] + AUTOENCODERS
+    if kind not in known + TRANSFORMERS[1:]:
         raise ValueError(
-            f"{folder / CONFIG}: _class_name must be one of {', '.join(UNETS + AUTOENCODERS)}, "
-            f"got {kind!r:.60}"
+            f"{folder / CONFIG}: _class_name must be one of {', '.join(known)}, got {kind!r:.60}"
         )
+    if kind in TRANSFORMERS:
+        transformer = reading(folder / CONFIG, lambda: dit.config(data))
+        return dit.plan(transformer, weights)
     read: Callable[[Mapping[str, Any]], Any] = (
         diffusers.unet_config if kind in UNETS else diffusers.autoencoder_config
     )
@@ -274,7 +317,8 @@ def _describe(
         if options.prediction is None:
             loading.assumed.take("prediction", "eps")
             model.provenance |= loading.assumed.provenance
-    model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
+    if isinstance(model.denoiser, UNet):
+        model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
     if unet.get("addition_time_embed_dim") is not None:
         model.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
     size = unet.get("sample_size")
@@ -337,6 +381,10 @@ LAYOUT = Layout(
         f"the weights of a diffusers model, {_BESIDE}": (
             "conv_in.weight",
             "down_blocks.0.resnets.0.norm1.weight",
+        ),
+        f"the weights of a diffusers DiT, {_BESIDE}": (
+            "pos_embed.proj.weight",
+            "transformer_blocks.0.norm1.linear.weight",
         ),
         f"the weights of a diffusers autoencoder, {_BESIDE}": (
             "encoder.conv_in.weight",

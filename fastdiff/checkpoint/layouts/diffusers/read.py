@@ -1,6 +1,7 @@
 """diffusers' configs and state dicts, read as ours.
 
-Understood: `UNet2DConditionModel`, `UNet2DModel`, `AutoencoderKL`, `VQModel`. Everything else, and
+Understood: `UNet2DConditionModel`, `UNet2DModel`, `AutoencoderKL`, `VQModel`;
+`DiTTransformer2DModel` has a file of its own, `dit.py`. Everything else, and
 every option that our models do not have, is an error that names it. Nothing here imports diffusers:
 a config is what its `config.json` holds, weights are a dictionary of tensors.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.build import Layers, Place, check_names, source_names
+from fastdiff.checkpoint.layouts.diffusers.options import Options
 from fastdiff.checkpoint.weights import Sources
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Chain
 from fastdiff.models.layers import (
@@ -30,71 +32,6 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-# What has no bearing on the network, or is the pipeline's business.
-IGNORED_OPTIONS = {
-    "sample_size",
-    "scaling_factor",
-    "shift_factor",
-    "latents_mean",
-    "latents_std",
-    "force_upcast",
-    "upcast_attention",
-    "addition_embed_type_num_heads",
-    "num_train_timesteps",
-}
-# Options that our models have in one way only.
-FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "mid_block_add_attention": (True,),
-    "mid_block_scale_factor": (1,),
-    "norm_type": ("group",),
-    "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",),
-    "use_post_quant_conv": (True,),
-    "use_quant_conv": (True,),
-}
-
-
-class _Options:
-    """A config whose every entry must be read, fixed or switched off."""
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self.data = {key: value for key, value in data.items() if not key.startswith("_")}
-        self.read: set[str] = set(IGNORED_OPTIONS)
-        self.class_name = data.get("_class_name")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        value = self.data.get(name, default)
-        return default if value is None else value
-
-    def require(self, name: str) -> Any:
-        value = self.get(name)
-        if value is None:
-            raise ValueError(
-                f"{self.class_name}: {name} is missing; give the whole config.json of the model"
-            )
-        return value
-
-    def fail(self, name: str, expected: str) -> ValueError:
-        return ValueError(
-            f"{self.class_name}: {name} must be {expected}, got {self.data.get(name)!r}; "
-            "fastdiff has no such model"
-        )
-
-    def finish(self) -> None:
-        """Raise unless all that was not read is at the only value we have, or off."""
-        for name, value in self.data.items():
-            if name in self.read:
-                continue
-            if name in FIXED_OPTIONS:
-                if value not in FIXED_OPTIONS[name]:
-                    raise self.fail(name, " or ".join(map(repr, FIXED_OPTIONS[name])))
-            elif value not in (None, False):
-                raise self.fail(name, "absent or off")
 
 
 def unet_config(data: Mapping[str, Any]) -> UNetConfig:
@@ -103,7 +40,7 @@ def unet_config(data: Mapping[str, Any]) -> UNetConfig:
     Raises:
         ValueError: another class, or an option that our U-Net does not have.
     """
-    options = _Options(data)
+    options = Options(data)
     if options.class_name == "UNet2DConditionModel":
         specific = _condition_options(options)
     elif options.class_name == "UNet2DModel":
@@ -145,7 +82,7 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
     Raises:
         ValueError: another class, or an option that our autoencoder does not have.
     """
-    options = _Options(data)
+    options = Options(data)
     if options.class_name not in ("AutoencoderKL", "VQModel"):
         raise ValueError(
             f"_class_name must be 'AutoencoderKL' or 'VQModel', got {options.class_name!r}; "
@@ -179,7 +116,7 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
     return config
 
 
-def _condition_options(options: _Options) -> dict[str, Any]:
+def _condition_options(options: Options) -> dict[str, Any]:
     """What only UNet2DConditionModel has: transformers, their depth, SDXL's added condition."""
     options.get("use_linear_projection")  # one linear layer of ours serves both
     levels = len(options.require("block_out_channels"))
@@ -207,7 +144,7 @@ def _condition_options(options: _Options) -> dict[str, Any]:
     }
 
 
-def _heads(options: _Options, attention: tuple[bool, ...]) -> dict[str, int]:
+def _heads(options: Options, attention: tuple[bool, ...]) -> dict[str, int]:
     """`attention_head_dim` of UNet2DConditionModel is the number of heads, one or one per level."""
     widths = options.require("block_out_channels")
     heads = _per_level(options.get("attention_head_dim", 8), len(widths))
@@ -220,7 +157,7 @@ def _heads(options: _Options, attention: tuple[bool, ...]) -> dict[str, int]:
     return {"head_dim": int(dims.pop())}
 
 
-def _unconditional_options(options: _Options) -> dict[str, Any]:
+def _unconditional_options(options: Options) -> dict[str, Any]:
     """What only UNet2DModel has: self-attention, residual blocks that change the resolution."""
     attention = _levels(
         options,
@@ -255,7 +192,7 @@ def _unconditional_options(options: _Options) -> dict[str, Any]:
     }
 
 
-def _levels(options: _Options, down: dict[str, Any], up: dict[str, Any]) -> tuple[Any, ...]:
+def _levels(options: Options, down: dict[str, Any], up: dict[str, Any]) -> tuple[Any, ...]:
     """The meaning of each level's block type; the way up must mirror the way down."""
     for name, known in (("down_block_types", down), ("up_block_types", up)):
         if not set(options.get(name, ())) <= set(known):
@@ -271,7 +208,7 @@ def _per_level(value: Any, levels: int) -> list[Any]:
     return [value] * levels if isinstance(value, int) else list(value)
 
 
-def _constant(options: _Options, name: str, default: Any = None) -> Any:
+def _constant(options: Options, name: str, default: Any = None) -> Any:
     """An option that may be one number per level, where all must be the same."""
     value = options.require(name) if default is None else options.get(name, default)
     values = {value} if isinstance(value, int) else set(value)
@@ -280,14 +217,14 @@ def _constant(options: _Options, name: str, default: Any = None) -> Any:
     return values.pop()
 
 
-def _one_of(options: _Options, name: str, meaning: dict[Any, Any], default: Any) -> Any:
+def _one_of(options: Options, name: str, meaning: dict[Any, Any], default: Any) -> Any:
     value = options.get(name, default)
     if value not in meaning:
         raise options.fail(name, " or ".join(map(repr, meaning)))
     return meaning[value]
 
 
-def _time_embedding(options: _Options) -> TimeEmbedding:
+def _time_embedding(options: Options) -> TimeEmbedding:
     kind = (options.get("flip_sin_to_cos", True), options.get("freq_shift", 0))
     if kind == (True, 0):
         return "openai"

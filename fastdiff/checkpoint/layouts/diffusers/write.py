@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.layouts.bundle import save_tensors
+from fastdiff.checkpoint.layouts.diffusers import dit
 from fastdiff.checkpoint.layouts.diffusers.read import (
     CONFIG,
     INDEX,
@@ -22,6 +23,7 @@ from fastdiff.checkpoint.scheduler import scheduler_config
 from fastdiff.checkpoint.weights import Progress
 from fastdiff.files import atomic_folder, write_json
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.dit import DiT
 from fastdiff.models.layers import AttentionBlock
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet, UNetConfig
@@ -46,8 +48,12 @@ def save_diffusers(
         ValueError: a part that no model or pipeline of diffusers has; the message names it.
         OSError: the folder cannot be written.
     """
-    parts: dict[str, tuple[UNet | Autoencoder, dict[str, Any]]] = {}
-    if (unet := _unet(model)) is not None:
+    parts: dict[str, tuple[UNet | DiT | Autoencoder, dict[str, Any]]] = {}
+    denoiser = _denoiser(model)
+    if isinstance(denoiser, DiT):
+        parts["transformer"] = (denoiser, dit.options(denoiser.config))
+    unet = denoiser if isinstance(denoiser, UNet) else None
+    if unet is not None:
         linear = model.provenance.get("linear projections", unet.config.num_heads is None)
         options = unet_options(unet.config, linear_projections=bool(linear))
         if "addition_time_embed_dim" in options:
@@ -55,7 +61,7 @@ def save_diffusers(
             options["addition_time_embed_dim"] = width
         parts["unet"] = (unet, options)
     if (first := model.autoencoder) is not None:
-        conditioned = unet is None or unet.config.context_dim is not None
+        conditioned = unet is None or unet.config.context_dim is not None  # or a DiT
         options = autoencoder_options(first.config)
         options["scaling_factor"] = model.scale_factor
         parts["vae" if conditioned else "vqvae"] = (first, options)
@@ -76,7 +82,8 @@ def save_diffusers(
             place = temporary if alone else temporary / name
             place.mkdir(exist_ok=True)
             write_json(place / CONFIG, {**options, **VERSION})
-            _write_weights(part, bool(options.get("use_linear_projection")), place, dtype, progress)
+            linear = bool(options.get("use_linear_projection"))
+            _write_weights(_state_dict(part, linear), place, dtype, progress)
         if not alone:
             write_json(temporary / INDEX, {**index, **VERSION})
         if model.schedule is not None:
@@ -87,16 +94,21 @@ def save_diffusers(
             _write_text(encoder, name, temporary, dtype)
 
 
-def _unet(model: Model) -> UNet | None:
-    """The denoiser, which diffusers' pipelines need to be a U-Net.
+def _denoiser(model: Model) -> UNet | DiT | None:
+    """The denoiser, if diffusers has such a one.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it has not.
     """
-    if model.denoiser is None or isinstance(model.denoiser, UNet):
+    if isinstance(model.denoiser, DiT) and model.schedule is not None and not model.autoencoder:
+        raise ValueError(
+            "diffusers' DiTPipeline needs an autoencoder, got a DiT on pixels; write a bundle"
+        )
+    if model.denoiser is None or isinstance(model.denoiser, UNet | DiT):
         return model.denoiser
     raise ValueError(
-        f"a diffusers folder holds a U-Net, got {type(model.denoiser).__name__}; write a bundle"
+        f"a diffusers folder holds a U-Net or DiT, got {type(model.denoiser).__name__}; write a "
+        "bundle"
     )
 
 
@@ -237,15 +249,20 @@ def _no_such(name: str, got: Any, expected: str) -> ValueError:
     )
 
 
+def _state_dict(part: UNet | DiT | Autoencoder, linear: bool) -> dict[str, Tensor]:
+    if isinstance(part, DiT):
+        return dit.state_dict(part)
+    return diffusers_state_dict(part, linear_projections=linear)
+
+
 def _write_weights(
-    model: UNet | Autoencoder,
-    linear: bool,
+    state: dict[str, Tensor],
     folder: Path,
     dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> None:
     tensors: dict[str, Tensor] = {}
-    for key, value in diffusers_state_dict(model, linear_projections=linear).items():
+    for key, value in state.items():
         # A clone only where memory is shared or moves: safetensors refuses views.
         tensors[key] = value.detach().to("cpu", dtype or value.dtype).contiguous().clone()
         if progress is not None:
@@ -262,8 +279,8 @@ def _text_names(model: Model) -> list[str]:
 
 def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     """model_index.json: the pipeline of diffusers that has these parts (name -> class)."""
-    unet, text = _unet(model), _text_names(model)
-    pipeline = model.provenance.get("pipeline") or _pipeline(unet, parts, text)
+    text = _text_names(model)
+    pipeline = model.provenance.get("pipeline") or _pipeline(model.denoiser, parts, text)
     result: dict[str, Any] = {"_class_name": pipeline}
     for name, kind in parts.items():
         result[name] = ["diffusers", kind]
@@ -276,6 +293,9 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
         result[name.replace("text_encoder", "tokenizer")] = (
             ["transformers", tokenizer] if tokenizer else [None, None]
         )
+    if pipeline == "DiTPipeline" and model.class_names:
+        known = model.provenance.get(dit.ID2LABEL)
+        result[dit.ID2LABEL] = dit.all_names(model.class_names, known)
     if pipeline.startswith("StableDiffusionXL"):
         result["force_zeros_for_empty_prompt"] = model.provenance.get(
             "force_zeros_for_empty_prompt", pipeline == "StableDiffusionXLPipeline"
@@ -292,8 +312,10 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     return result
 
 
-def _pipeline(unet: UNet | None, parts: dict[str, str], text: list[str]) -> str:
-    if unet is None or unet.config.context_dim is None:
+def _pipeline(unet: nn.Module | None, parts: dict[str, str], text: list[str]) -> str:
+    if isinstance(unet, DiT):
+        return "DiTPipeline"
+    if not isinstance(unet, UNet) or unet.config.context_dim is None:
         return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
     inpaint = unet.config.in_channels == 9
     if unet.config.added_condition_dim is None:

@@ -1,0 +1,241 @@
+"""DiT: a vision transformer that timestep and class modulate through its norms.
+
+Peebles & Xie 2023 (arXiv 2212.09748). x is cut into patches, each of which is a token; positions
+are fixed sinusoids. Every block scales, shifts and gates its two branches by what a linear layer
+makes of the embedding (adaLN-Zero, section 3.2). That layer starts at zero, so that every block
+starts as the identity.
+
+    h = x + gate1 * attention(LN(x) * (1 + scale1) + shift1)
+    y = h + gate2 * mlp(LN(h) * (1 + scale2) + shift2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.kernels.ada_layer_norm import ada_layer_norm
+from fastdiff.models.layers import (
+    GELUFeedForward,
+    SelfAttention,
+    checkpointed,
+    from_patches,
+    timestep_embedding,
+    to_tokens,
+    zero_init,
+)
+from fastdiff.models.network import (
+    Context,
+    Network,
+    check_conditions,
+    check_image,
+    embed_labels,
+    register,
+)
+
+FREQUENCIES = 256
+"""Width of the sinusoidal embedding of the timestep, whatever the width of the model."""
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The architecture of a `DiT`."""
+
+    in_channels: int  # channels of x
+    out_channels: int  # channels of the prediction; with learned_sigma twice those of x
+    width: int  # of a token; a multiple of 4
+    depth: int  # blocks
+    num_heads: int  # of every attention; divides width
+    patch_size: int = 2  # a token is a square of so many pixels of x
+    sample_size: int = 32  # height and width of x in training, which positions are counted in
+    mlp_ratio: float = 4.0  # width of the hidden layers, in widths of a token
+    num_classes: int | None = None  # class labels 0 .. num_classes - 1
+    null_class: bool = False  # one more label, index num_classes: "no class", for guidance
+    learned_sigma: bool = False  # the second half of the output interpolates the log variance
+    frequency_shift: int = 0  # of the timestep's frequencies; diffusers' DiT has 1
+    mlp_norm_eps: float = EPS  # epsilon of the norm before an MLP; diffusers' DiT has 1e-5
+    dropout: float = 0.0  # probability, behind attentions and inside MLPs
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, message: str) -> None:
+            if not holds:
+                raise ValueError(f"DiTConfig: {message}")
+
+        for name in ("in_channels", "out_channels", "width", "depth", "num_heads", "patch_size"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+        require(self.width % 4 == 0, f"width must be a multiple of 4, got {self.width}")
+        require(
+            self.width % self.num_heads == 0,
+            f"num_heads must divide width, got {self.num_heads} and {self.width}",
+        )
+        require(
+            self.sample_size > 0 and self.sample_size % self.patch_size == 0,
+            f"sample_size must be a multiple of patch_size, got {self.sample_size} and "
+            f"{self.patch_size}",
+        )
+        require(
+            0 < self.mlp_ratio < float("inf") and self.hidden > 0,
+            f"mlp_ratio must be positive, got {self.mlp_ratio}",
+        )
+        require(
+            self.num_classes is None or self.num_classes > 0,
+            f"num_classes must be None or positive, got {self.num_classes}",
+        )
+        require(
+            not self.null_class or self.num_classes is not None,
+            "null_class needs num_classes, got None",
+        )
+        require(
+            not self.learned_sigma or self.out_channels % 2 == 0,
+            f"out_channels must be even with learned_sigma, got {self.out_channels}",
+        )
+        require(
+            self.frequency_shift in (0, 1),
+            f"frequency_shift must be 0 or 1, got {self.frequency_shift}",
+        )
+        require(self.mlp_norm_eps > 0, f"mlp_norm_eps must be positive, got {self.mlp_norm_eps}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the hidden layers."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def context_dim(self) -> None:
+        return None
+
+    @property
+    def added_condition_dim(self) -> None:
+        return None
+
+    @property
+    def size_multiple(self) -> int:
+        return self.patch_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
+
+def position_table(width: int, grid: tuple[int, int], base: int, device: torch.device) -> Tensor:
+    """Fixed positions of a grid of tokens, sinusoids of the column and of the row.
+
+    Positions are counted in tokens of the square grid that the model was trained on: a finer grid
+    has fractions of them. Half of the width is [sin | cos] of the column, half of the row, with
+    frequencies 10000^(-i / n) for i = 0 .. n - 1, n = width/4.
+
+    grid: (h, w). base: tokens along a side in training. Returns (h*w, width) fp32, rows of the
+    grid in a row: the numbers of the published code, which takes them in fp64 and rounds.
+    """
+    frequencies = torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4)
+    frequencies = 1.0 / 10000**frequencies
+
+    def along(count: int) -> Tensor:
+        places = torch.arange(count, dtype=torch.float32, device=device) / (count / base)
+        angles = torch.outer(places.double(), frequencies)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (count, width/2)
+
+    rows, columns = (along(count) for count in grid)
+    table = torch.cat(
+        [columns[None].expand(*grid, -1), rows[:, None].expand(*grid, -1)], dim=2
+    )  # (h, w, width)
+    return table.flatten(0, 1)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each behind an adaptive norm and in front of a gate (adaLN-Zero)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.mlp_norm_eps = config.mlp_norm_eps
+        self.modulation = zero_init(nn.Linear(config.width, 6 * config.width))
+        self.attn = SelfAttention(config.width, config.num_heads, bias=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp = GELUFeedForward(
+            config.width, config.hidden, approximate="tanh", dropout=config.dropout
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (N, L, C); emb: (N, C), activated -> (N, L, C)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, dim=1)
+        h = self.attn(ada_layer_norm(x, scale1, shift1, eps=EPS))
+        x = torch.addcmul(x, gate1[:, None], self.dropout(h))
+        h = self.mlp(ada_layer_norm(x, scale2, shift2, eps=self.mlp_norm_eps))
+        return torch.addcmul(x, gate2[:, None], h)
+
+
+@register(DiTConfig)
+class DiT(Network):
+    """Predict the noise (or v, or x0) in x at timestep t."""
+
+    config: DiTConfig
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each block in the backward pass
+        width, patch = config.width, config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.time_embed = nn.Sequential(
+            nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        if config.num_classes is not None:
+            self.label_embed = nn.Embedding(config.num_classes + config.null_class, width)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.linear_out = nn.Linear(width, patch * patch * config.out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """First values as published: Xavier, embeddings of deviation 0.02, zeros where a block or
+        the output is to begin as nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        for module in self.time_embed:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.config.num_classes is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.02)
+        for block in self.blocks:
+            assert isinstance(block, DiTBlock)
+            zero_init(block.modulation)
+        zero_init(self.modulation_out)
+        zero_init(self.linear_out)
+
+    def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """See `Network.embed`. Returns (N, width), after the SiLU that is first in every block."""
+        check_conditions(self.config, len(t), y, added)
+        emb = timestep_embedding(t, FREQUENCIES, "openai", self.config.frequency_shift)
+        emb = self.time_embed(emb.to(self.linear_out.weight.dtype))  # (N, width)
+        return F.silu(emb if y is None else emb + embed_labels(self.label_embed, y))
+
+    def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
+        """Raise ValueError unless `body` can run on x: (N, in_channels, H, W), without context."""
+        check_image(self.config, x, context)
+
+    def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
+        """See `Network.body`. x: (N, in_channels, H, W). Returns (N, out_channels, H, W)."""
+        config, patch = self.config, self.config.patch_size
+        grid = x.shape[2] // patch, x.shape[3] // patch
+        positions = position_table(config.width, grid, config.sample_size // patch, x.device)
+        h = to_tokens(self.patch_embed(x))  # (N, L, width)
+        h = h + positions.to(h.dtype)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpointed(block, h, emb)
+            else:
+                h = block(h, emb)
+        shift, scale = self.modulation_out(emb).chunk(2, dim=1)
+        h = self.linear_out(ada_layer_norm(h, scale, shift, eps=EPS))  # (N, L, p*p*out_channels)
+        return from_patches(h, grid, patch)

@@ -1,0 +1,227 @@
+"""Steps as graphs, on a stand-in that records operations by address (`tests.support.tape`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.network import Network
+from fastdiff.runtime import graphs
+from fastdiff.runtime.denoiser import Denoiser
+from fastdiff.runtime.engine import Engine, Request, Result
+from fastdiff.runtime.graphs import StepGraphs, graphs_for, objection, rounded_rows
+from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import Engines, run
+from tests.runtime.test_engine import SHAPE, TEXT, finish, random_requests, request, table
+from tests.support.tape import HostRead, Idle, Tape, no_host_reads
+from tests.support.tiny import tiny_unet
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["classes", "text"])
+def network(request: pytest.FixtureRequest) -> Network:
+    return prepare(tiny_unet(TEXT) if request.param else tiny_unet())
+
+
+def engine(network: Network, recorder: StepGraphs, slots: int = 5) -> Engine:
+    tokens = 7 if network.config.context_dim else 0
+    return Engine(network, shape=SHAPE, slots=slots, tokens=tokens, graphs=recorder)
+
+
+def plain_engine(network: Network, slots: int = 5) -> Engine:
+    """Steps that are run, on network rows of the sizes that graphs have."""
+    tokens = 7 if network.config.context_dim else 0
+    made = Engine(network, shape=SHAPE, slots=slots, tokens=tokens)
+    made._denoiser = Denoiser(network, SHAPE[1:], rounded=rounded_rows)
+    return made
+
+
+def all_of(made: Engine, requests: list[Request]) -> dict[int, Result]:
+    """Requests that join whenever a slot is free; some are looked at on the way."""
+    waiting, found, places = list(enumerate(requests)), dict[int, Result](), dict[int, int]()
+    while waiting or made.busy:
+        while waiting and made.free:
+            place, wanted = waiting.pop(0)
+            places[made.submit(wanted)] = place
+            if place % 5 == 0:
+                made.preview(max(places))
+        found |= {places[result.ticket]: result for result in made.step()}
+    return found
+
+
+def same(a: dict[int, Result], b: dict[int, Result]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n].x, b[n].x) for n in a)
+
+
+def test_replayed_steps_have_the_bits_of_steps_that_are_run(network: Network) -> None:
+    """Any sampler, guidance, mask, prompt and length, arriving when a slot is free."""
+    requests = list(random_requests(40, text=network.config.context_dim is not None))
+    tape = Tape()
+    recorded, plain = engine(network, StepGraphs(tape)), plain_engine(network)
+    assert same(all_of(recorded, requests), all_of(plain, requests))
+    assert recorded.previews.keys() == plain.previews.keys()
+    for ticket, preview in recorded.previews.items():
+        assert torch.equal(preview, plain.previews[ticket])
+    assert tape.replays > 100
+    assert len(tape.lengths) < tape.replays / 3
+
+
+def test_the_results_are_the_loops(network: Network) -> None:
+    """Rounding apart: the loop evaluates blocks of another size."""
+    requests = list(random_requests(6, text=network.config.context_dim is not None))
+    found = all_of(engine(network, StepGraphs(Tape())), requests)
+    for place, wanted in enumerate(requests):
+        (alone,) = run(network, [wanted])
+        torch.testing.assert_close(found[place].x, alone.x, rtol=1e-4, atol=1e-4)
+
+
+def test_other_requests_of_the_same_shape_are_served_by_the_same_graph() -> None:
+    tape = Tape()
+    made = engine(prepare(tiny_unet()), StepGraphs(tape), slots=2)
+    made.submit(request(1, table(4, "ddim", 2.0), label=1))
+    finish(made)
+    assert len(tape.lengths) == 1
+    for seed, (sampler, steps, scale) in enumerate(
+        [("heun", 9, 3.5), ("dpmpp-2m-sde", 6, 1.5), ("plms", 12, 7.0)]
+    ):
+        made.submit(request(seed + 50, table(steps, sampler, scale), label=seed))
+        finish(made)
+    assert len(tape.lengths) == 1
+
+
+def test_a_step_in_the_middle_issues_nothing_but_the_replay() -> None:
+    """No launch, no allocation, no host read outside of the graph."""
+    tape = Tape()
+    made = engine(prepare(tiny_unet()), StepGraphs(tape))
+    for seed in range(3):
+        made.submit(request(seed, table(8, "dpmpp-2m-sde")))
+    made.step()
+    with no_host_reads(), Idle(tape) as idle:
+        made.step()
+        made.step()
+    assert idle.calls == []
+
+
+def test_other_weights_in_place_are_seen_and_moved_ones_recorded_anew() -> None:
+    tape, unet = Tape(), prepare(tiny_unet())
+    made = engine(unet, StepGraphs(tape))
+
+    def sampled() -> Tensor:
+        made.submit(request(3))
+        (result,) = finish(made).values()
+        return result.x
+
+    first = sampled()
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.5)
+    second = sampled()
+    assert len(tape.lengths) == 1
+    assert not torch.equal(first, second)
+    unet.conv_out.weight = nn.Parameter(unet.conv_out.weight.detach() * 2, requires_grad=False)
+    third = sampled()
+    assert len(tape.lengths) == 2
+    assert torch.equal(third, first)
+
+
+def test_a_buffer_that_grew_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.runtime.engine.ROWS", 8)
+    tape, unet = Tape(), prepare(tiny_unet())
+    made, plain = engine(unet, StepGraphs(tape), slots=2), plain_engine(unet, slots=2)
+    requests = [request(seed, table(steps)) for seed, steps in enumerate((3, 4, 20, 50, 5))]
+    assert same(all_of(made, requests), all_of(plain, requests))
+
+
+def test_few_graphs_are_kept() -> None:
+    tape = Tape()
+    kept = StepGraphs(tape, limit=2)
+    x = torch.zeros(2)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        kept.run(key, lambda: x.add_(1), reads=[x], state=[x])
+    assert kept.recorded == 4  # a, b, c, and b again, which was used longest ago
+    assert x.tolist() == [6.0, 6.0]
+
+
+def test_failures_are_seen_when_a_request_finishes() -> None:
+    unet = prepare(tiny_unet())
+    made = engine(unet, StepGraphs(Tape()))
+    bad = request(1)
+    made.submit(replace(bad, x=bad.x * torch.nan))
+    made.submit(request(2))
+    found = finish(made)
+    assert [result.error is None for result in found.values()] == [False, True]
+
+
+def test_a_network_with_a_hook_is_not_recorded() -> None:
+    unet = tiny_unet()
+    assert objection(unet) is None
+    handle = unet.conv_out.register_forward_hook(lambda *_: None)
+    assert "conv_out has a hook" in str(objection(unet))
+    handle.remove()
+    assert objection(unet) is None
+    assert graphs_for(unet) is None  # on a CPU there are none
+
+
+class Curious(Network):
+    """Looks at its input on the host."""
+
+    def __init__(self, inner: Network) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def embed(self, *args: Any) -> Tensor:
+        return self.inner.embed(*args)
+
+    def body(self, x: Tensor, emb: Tensor, context: Any = None) -> Tensor:
+        return self.inner.body(x if x.mean() > -99 else -x, emb, context)
+
+
+def test_a_network_that_reads_on_the_host_cannot_be_recorded() -> None:
+    made = engine(Curious(prepare(tiny_unet())), StepGraphs(Tape()))
+    made.submit(request(1))
+    with pytest.raises(HostRead):
+        made.step()
+
+
+def test_engines_are_kept_for_the_next_call_and_never_shared() -> None:
+    unet, tapes = prepare(tiny_unet()), list[Tape]()
+
+    def made(_: nn.Module) -> StepGraphs:
+        tapes.append(Tape())
+        return StepGraphs(tapes[-1])
+
+    engines = Engines(unet, graphs=made)
+
+    def calls() -> Iterator[Result]:
+        return run(unet, [request(seed, table(3 + seed)) for seed in range(2)], engines=engines)
+
+    first = [result.x for result in calls()]
+    again = [result.x for result in calls()]
+    assert len(tapes) == 1
+    assert all(map(torch.equal, first, again))
+    pairs = list(zip(calls(), calls(), strict=True))  # one after the other, in turns
+    assert len(tapes) == 2
+    assert all(torch.equal(a.x, b.x) for a, b in pairs)
+    broken = calls()
+    next(broken)
+    broken.close()  # its engine is emptied
+    assert all(map(torch.equal, [result.x for result in calls()], first))
+
+
+def test_at_most_a_quarter_of_the_rows_fill_up() -> None:
+    for rows in range(1, 200):
+        assert rows <= rounded_rows(rows) <= rows * 5 / 4
+        assert rounded_rows(rounded_rows(rows)) == rounded_rows(rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_have_the_bits_of_steps_that_are_run() -> None:
+    unet = prepare(tiny_unet(), device="cuda")
+    requests = list(random_requests(40, text=False))
+    recorder = graphs.CudaRecorder(torch.device("cuda"))
+    recorded, plain = engine(unet, StepGraphs(recorder)), plain_engine(unet)
+    assert same(all_of(recorded, requests), all_of(plain, requests))
