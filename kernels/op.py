@@ -378,7 +378,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _ByReference(torch.autograd.Function):
-    """The reference in eager where `reference_once`: PyTorch's first derivative, then `again`'s."""
+    """The reference in eager mode: first derivatives by PyTorch, second derivatives by `again`."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:

@@ -154,7 +154,8 @@ class Weights:
         if crc != record.crc:
             raise ValueError(
                 f"{place.path}: damaged: the checksum of the {record.length} bytes from "
-                f"{record.offset} on is {crc:08x}, expected {record.crc:08x}; fetch the file again"
+                f"{record.offset} on is {crc:08x}, expected {record.crc:08x}; download the file "
+                "again"
             )
         self.checked.add((place.path, record.offset))
 

@@ -1,7 +1,7 @@
-"""First stage: the autoencoder, trained to reconstruct and to look real.
+"""First stage: the autoencoder, trained to reconstruct images and to make them look real.
 
-Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G; the adversarial part is VQGAN's,
-Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7.
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G; the adversarial loss is that of
+VQGAN, Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastdiff.training.trainer import Batch, tile, train
 
 _PREVIEWED = 32
 _MAX_ADAPTIVE_WEIGHT = 1e4
-_HALF_PRECISION_SCALE = 1024.0  # keeps fp16 gradients of the balance above underflow
+_HALF_PRECISION_SCALE = 1024.0  # keeps the fp16 gradients that are balanced from underflowing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +46,20 @@ class AutoencoderLossConfig:
     is `fastdiff.models.perceptual.LocalFeatureLoss`."""
 
     kl_weight: float = 1e-6
-    """Weight of the KL divergence, divided by the number of pixel values: LDM's 1e-6 (kl)."""
+    """Weight of the KL divergence, divided by the number of pixel values (kl models); LDM uses
+    1e-6."""
 
     codebook_weight: float = 1.0
     """Weight of the codebook loss (vq models)."""
 
     commitment: float = 0.25
-    """Share of the commitment term in the codebook loss, beta."""
+    """Weight beta of the commitment term in the codebook loss."""
 
     adversarial_weight: float = 0.5
     """Weight of the adversarial loss after balancing; 0: no discriminator."""
 
     adversarial_start: int = 50_000
-    """Steps before the discriminator is used; earlier it only hurts."""
+    """Step at which the discriminator is first used; starting earlier only hurts."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -83,10 +84,10 @@ class AutoencoderRun:
     """The autoencoder."""
 
     optimization: OptimizationConfig
-    """Steps, learning rate, precision; the discriminator uses the same."""
+    """Steps, learning rate, precision; the discriminator uses the same ones."""
 
     output: OutputConfig
-    """The run folder, and how often it is written to."""
+    """The run folder, and how often to write to it."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
@@ -118,10 +119,10 @@ class AutoencoderRun:
 
     @classmethod
     def from_json(cls, data: Any) -> AutoencoderRun:
-        """Inverse of `to_json`. Fields missing from configs of older versions get their defaults.
+        """Inverse of `to_json`. Fields missing in configs of older versions get their defaults.
 
         Raises:
-            ValueError: an unknown field, or a missing or wrong one.
+            ValueError: a field is unknown, missing or wrong.
         """
         return from_dict(cls, data)
 
@@ -166,7 +167,7 @@ class AutoencoderTask:
         self.perceptual = perceptual_distance(run.loss).to(self.device)
 
     def batch(self, step: int) -> Batch:
-        """images (N, C, H, W) in [-1, 1]; noise (N, z, h, w) for the posterior's sample."""
+        """Images (N, C, H, W) in [-1, 1], and noise (N, z, h, w) to sample the posterior."""
         images, _ = self.batches.images(step)
         model = self.run.model
         side = self.run.data.image_size // model.downsample_factor
@@ -178,7 +179,7 @@ class AutoencoderTask:
         }
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Reconstruction, regularisation and, from its start on, the discriminator's part."""
+        """Reconstruction and regularisation, and from its start on the adversarial loss."""
         config, images = self.run.loss, part["images"]
         if self.run.optimization.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -213,7 +214,7 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def preview(self, network: nn.Module) -> Tensor:
-        """A sheet of pairs: images in one row, their reconstructions in the row below."""
+        """A sheet of pairs: a row of images above a row of their reconstructions."""
         images = self.batches.fixed(_PREVIEWED)
         reconstructions, _ = network(images)
         columns = 8
@@ -224,7 +225,7 @@ class AutoencoderTask:
             )
             for tensor in (original, restored)
         ]
-        if len(images) % columns:  # an uneven last row would shift its reconstructions
+        if len(images) % columns:  # a short last row would misalign its reconstructions
             return tile(torch.cat([images, reconstructions.clamp(-1, 1)]), columns=len(images))
         return tile(torch.cat(rows), columns=columns)
 
@@ -247,7 +248,7 @@ class AutoencoderTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """Identifies the images it is trained on."""
+        """Identity of the training images."""
         return self.batches.state()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -263,20 +264,20 @@ class AutoencoderTask:
 
 
 def perceptual_distance(config: AutoencoderLossConfig) -> nn.Module:
-    """LPIPS with the user's weights, or the local feature loss without."""
+    """LPIPS if the config names weights, else the local feature loss."""
     return LPIPS.from_files(*config.lpips) if config.lpips else LocalFeatureLoss()
 
 
 def regularization_loss(
     latent: Posterior | Quantized, values: int, config: AutoencoderLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The latents' part of the loss, and what to log of it.
+    """The loss on the latents, and the scalars to log.
 
-    LDM sums the distance over an image's pixel values where this trainer takes the mean, so the KL
-    divergence is divided by their number; the balance of the two is LDM's.
+    LDM sums the distance over the pixel values of an image, while this trainer takes the mean. So
+    the KL divergence is divided by their number, which keeps LDM's balance between the two.
 
     Args:
-        latent: what the encoder gave.
+        latent: the output of the encoder.
         values: C * H * W of the image.
         config: the weights.
     """
@@ -292,16 +293,17 @@ def adaptive_weight(
 ) -> Tensor:
     """|grad restored| / (|grad verdict| + 1e-4) at the decoder's last layer, at most 1e4.
 
-    Equation 7 of Esser et al. 2021: both losses then pull equally hard at what they share.
+    With this weight (Esser et al. 2021, eq. 7) both losses have equally large gradients at the
+    layer that they share.
 
     Args:
         restored: (), the reconstruction loss.
         verdict: (), the adversarial loss.
-        last_layer: the weight at which the gradients are compared.
-        scale: both losses are multiplied by it before the gradients are taken (fp16).
+        last_layer: the weight whose gradients are compared.
+        scale: factor of both losses while the gradients are computed (fp16).
 
     Returns:
-        (), without gradient.
+        (), detached.
     """
     (by_restored,) = torch.autograd.grad(restored * scale, last_layer, retain_graph=True)
     (by_verdict,) = torch.autograd.grad(verdict * scale, last_layer, retain_graph=True)
@@ -310,8 +312,8 @@ def adaptive_weight(
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Mean of max(0, 1 - real) / 2 + max(0, 1 + fake) / 2 (Lim and Ye 2017), for the discriminator.
+    """The discriminator's loss: mean of max(0, 1 - real) / 2 + max(0, 1 + fake) / 2.
 
-    real, fake: logits of any shape. Returns ().
+    Lim and Ye 2017. real, fake: logits of any shape. Returns ().
     """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

@@ -1,4 +1,4 @@
-"""Where exported weights come from, for those who use them."""
+"""The origin of exported weights, for those who use them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def provenance(run: Run, step: int) -> dict[str, Any]:
-    """Command, versions, steps, data, date and the full config, without paths of this machine."""
+    """Command, versions, steps, data, date and the full config, without this machine's paths."""
     config = run.to_json()
     config["output"]["folder"] = Path(run.output.folder).name
     if config.get("autoencoder") and not isinstance(config["autoencoder"], dict):
@@ -35,6 +35,6 @@ def provenance(run: Run, step: int) -> dict[str, Any]:
 
 
 def program() -> str:
-    """The name this program is run by; ``fastdiff`` for ``python -m fastdiff``."""
+    """The name that this program was started with; ``fastdiff`` for ``python -m fastdiff``."""
     path = Path(sys.argv[0])
     return path.parent.name if path.name == "__main__.py" else path.name

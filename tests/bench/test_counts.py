@@ -133,12 +133,12 @@ def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_table() -> None:
     done = HostCost(op="geglu", backend="cpu", mode="inference", launches=1, cost=5.84)
-    beside = HostCost(
+    compared = HostCost(
         op="attention", backend="cuda", mode="gradient", launches=3, cost=91.2, other_cost=95.1,
         ratio=0.9591,
     )  # fmt: skip
     absent = HostCost(op="geglu", backend="cuda", mode="inference", missing="no library")
-    assert counts.table([done, beside, absent]).splitlines()[1:] == [
+    assert counts.table([done, compared, absent]).splitlines()[1:] == [
         "geglu      cpu      inference         1   5.8",
         "attention  cuda     gradient          3  91.2         95.1  0.959",
     ]

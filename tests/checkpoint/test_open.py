@@ -348,7 +348,7 @@ def test_heads_on_the_way_up(order: str, tmp_path: Path) -> None:
     same_unet(fastdiff.load(tmp_path / "bundle", dtype=torch.float64).denoiser, theirs)
     with pytest.raises(ValueError, match=r"no U-Net with num_heads_upsample 2, expected 4; save a"):
         save(right, tmp_path / "folder", layout="diffusers")
-    with pytest.raises(ValueError, match="goes with num_heads, got head_dim 16"):
+    with pytest.raises(ValueError, match="needs num_heads, got head_dim 16"):
         fastdiff.load(tmp_path / "model", head_dim=16, num_heads_upsample=2)
     with pytest.raises(ValueError, match="num_heads_upsample must divide the width 64 of a level"):
         fastdiff.load(tmp_path / "model", num_heads=4, num_heads_upsample=3)

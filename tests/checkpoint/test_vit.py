@@ -246,7 +246,7 @@ def test_a_uvit_makes_the_size_it_knows(tmp_path: Path) -> None:
     assert again.denoiser.config == pixels
     (same,) = again.generate(classes=[1], seeds=[0], steps=2, clamp=1.0)
     assert torch.equal(same.image, image.image)
-    with pytest.raises(ValueError, match="a diffusers folder holds a U-Net or DiT, got UViT"):
+    with pytest.raises(ValueError, match="a diffusers folder needs a U-Net or DiT, got UViT"):
         save_diffusers(model, tmp_path / "no")
 
 

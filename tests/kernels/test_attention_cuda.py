@@ -136,7 +136,7 @@ def test_parity_where_the_largest_score_moves_from_tile_to_tile(
     where: list[int], dtype: torch.dtype
 ) -> None:
     case = cases.Case("grown", "the sum is rescaled", lambda draw: grown(draw, 200, where))
-    check(case, dtype, "shuffled anew")
+    check(case, dtype, "shuffled again")
 
 
 @needs_cuda
@@ -270,7 +270,7 @@ def test_bits_do_not_depend_on_the_batch_or_the_run() -> None:
         k, v = torch.randn(2, 3, keys, 2, d, device=q.device).half()
         with cuda("shuffled"):
             together = attention(q, k, v)
-        with cuda("shuffled anew"):
+        with cuda("shuffled again"):
             assert torch.equal(attention(q, k, v), together)
             for i in range(3):
                 alone = attention(*(t[i : i + 1] for t in (q, k, v)))

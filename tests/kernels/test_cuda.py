@@ -243,11 +243,11 @@ def test_a_parameter_of_an_unknown_dtype_is_named() -> None:
 
 
 def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = b"no kernel image is available for execution on the device"
+    message = b"no kernel image is available for execution on the device"
     native = SimpleNamespace(build=lambda: {"cuda_architectures": "8.0;9.0a"})
     monkeypatch.setattr(compiled, "native", native)
-    monkeypatch.setattr(library, "function", lambda name: {"usable": lambda device: told}[name])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of tomorrow")
+    monkeypatch.setattr(library, "function", lambda name: {"usable": lambda device: message}[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a future GPU")
     library._refusal.cache_clear()
     try:
         with FakeTensorMode(), cuda_host.emulated():
@@ -256,7 +256,7 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.M
             reason = str(choose.objection(kernels.OPS["group_norm_silu"], "cuda", given))
     finally:
         library._refusal.cache_clear()
-    assert "on cuda:0 (a GPU of tomorrow): no kernel image" in reason
+    assert "on cuda:0 (a future GPU): no kernel image" in reason
     assert "8.0;9.0a" in reason
 
 

@@ -205,15 +205,15 @@ def test_kernels_are_clean_under_sanitizers(
 
 
 def test_the_output_of_the_inner_pytest_is_checked() -> None:
-    told = (
+    output = (
         "9 items / 6 deselected / 3 selected\nPASSED tests/a.py::x\nPASSED tests/a.py::y\n"
         "SKIPPED [1] tests/b.py:3: instruction set 'z' is not compiled in or not in this CPU\n"
     )
-    assert_all_passed(told, ["tests/a.py"])
+    assert_all_passed(output, ["tests/a.py"])
     for other in (
-        told.replace("3 selected", "4 selected"),
-        told.replace("not in this CPU", "no compiler"),
-        told.replace("a.py::y", "b.py::y"),
+        output.replace("3 selected", "4 selected"),
+        output.replace("not in this CPU", "no compiler"),
+        output.replace("a.py::y", "b.py::y"),
         "no tests ran",
     ):
         with pytest.raises(AssertionError):

@@ -224,8 +224,8 @@ def network(x: torch.Tensor, *, learned: bool) -> torch.Tensor:
 def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
     """10 steps with guidance and noise: fp32 on each backend, in parity with fp64.
 
-    All runs get the predictions of one fp32 run: a network fed with its own results would make
-    errors of the last place large or small by luck.
+    All runs use the predictions of one fp32 run. If each run fed its own results to the network,
+    chance would decide whether errors in the last place grow or shrink.
     """
     learned, rescale = name == "ddpm-learned", 0.7 if name == "rescaled" else 0.0
     sampler = {"ddpm-learned": "ddpm", "clamped": "ddpm", "rescaled": "dpmpp-2m-sde"}.get(

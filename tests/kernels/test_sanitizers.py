@@ -1,6 +1,6 @@
 """The compiled module under AddressSanitizer and UBSan, on every instruction set.
 
-A second module is built for it, in a folder of its own; tests run on it in another process. (The
+For this, a second module is built in a separate folder and tested in another process. (The
 CUDA kernels have theirs in test_cuda_host.py.)
 """
 
