@@ -366,6 +366,8 @@ MISTAKES = {
     "img2img cat --model sd1 --image photo.png --height 0": "height must be 1 to 65535 pixels",
     "img2img cat --model sd1 --image photo.png --width -8": "width must be 1 to 65535 pixels, got",
     "img2img cat --model sd1 --image photo.png --height 99999999": "height must be 1 to 65535",
+    "img2img cat --model sd1 --image dot.png --fit crop": "got 1 x 1 (width x height)",
+    "img2img cat --model sd1 --image photo.png --fit x": "invalid choice 'x' for argument '--fit'",
     "inpaint cat --model sd1 --image photo.png": "missing: --mask",
     "inpaint cat --model sd1 --image photo.png --mask narrow.png": "mask must be (1, 64, 64)",
     "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is empty",
