@@ -134,7 +134,7 @@ def draw(rows: list[list[Tensor]], show: Callable[..., object], picture: Path) -
     panels = figure.subplots(2, len(rows[0]), sharex=True, sharey=True)
     for line, (row, name) in enumerate(zip(rows, ("forward", "reverse"), strict=True)):
         for panel, x in zip(panels[line], row, strict=True):
-            show(panel, x.detach())
+            show(panel, x.detach().numpy())
             panel.set_xticks([])
             panel.set_yticks([])
         panels[line][0].set_ylabel(name)

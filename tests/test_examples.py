@@ -121,6 +121,6 @@ def test_ddpm_on_one_screen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(run.__globals__, "BATCH", 32)
     before, after = run(str(folder / "digits.png"), steps=30)
     assert after < 0.6 * before
-    assert read_image(folder / "digits.png").shape == (1, 64, 64)
+    assert read_image(folder / "digits.png").shape == (3, 64, 64)
     lines = (EXAMPLES / "ddpm_on_one_screen.py").read_text().splitlines()
     assert len(lines) <= 60, "one screen"
