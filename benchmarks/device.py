@@ -186,10 +186,10 @@ def build_stage(plan: Plan) -> list[str]:
     if done.returncode:
         raise Failed("the build failed", *done.stderr.splitlines()[-10:])
     say = "from fastdiff.kernels import compiled; print(compiled.describe())"
-    told = subprocess.run(
+    module = subprocess.run(
         [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return [told.stdout.strip() or told.stderr.strip()[-300:], *_kernels_of_the_gpu(plan)]
+    return [module.stdout.strip() or module.stderr.strip()[-300:], *_kernels_of_the_gpu(plan)]
 
 
 def _kernels_of_the_gpu(plan: Plan) -> list[str]:
@@ -247,12 +247,12 @@ def _sanitize(found: str | None, tool: str, backends: Sequence[str], seconds: fl
     return [f"reports in other kernels than ours: {others}"] * bool(others) + lines[-2:]
 
 
-def in_kernels_of_others(told: str) -> int:
+def in_kernels_of_others(report: str) -> int:
     """The number of places that compute-sanitizer reports, if none is in a kernel of csrc/, else 0.
 
     Kernels of PyTorch and cuBLAS are checked too, because initcheck must see what writes an input.
     """
-    places = [line for line in told.splitlines() if re.match(r"=+ .*\bat .*\+0x", line)]
+    places = [line for line in report.splitlines() if re.match(r"=+ .*\bat .*\+0x", line)]
     return 0 if any("fastdiff::" in place for place in places) else len(places)
 
 
@@ -485,7 +485,7 @@ def bench_stage(plan: Plan) -> list[str]:
         tune.save_backends(winners, tune.facts(gpu_here), tune.cache_file(gpu_here))
         notes += [f"auto will try first for {op}: {keys}" for op, keys in winners.items()]
     outcome.failures = [*first.failures, *outcome.failures]
-    return told(outcome, [f"{len(first.records)} timings from the host", *notes])
+    return summarized(outcome, [f"{len(first.records)} timings from the host", *notes])
 
 
 def networks_stage(plan: Plan) -> list[str]:
@@ -505,7 +505,7 @@ def networks_stage(plan: Plan) -> list[str]:
         peers=not plan.dry_run,
     )
     save(plan, outcome.records, shares)
-    return told(outcome, [])
+    return summarized(outcome, [])
 
 
 STAGES: dict[str, Callable[[Plan], list[str]]] = {
@@ -549,7 +549,7 @@ def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
     ]
 
 
-def told(outcome: Any, notes: Sequence[str]) -> list[str]:
+def summarized(outcome: Any, notes: Sequence[str]) -> list[str]:
     """Summarize an outcome as notes. Raises Failed if something failed."""
     counts = [
         f"{len(outcome.records)} timings",

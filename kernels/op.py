@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,6 +50,8 @@ MARKS = {name: 2 + number for number, name in enumerate(ORDER)}
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 """Detects the tensors that ``torch.autograd.grad(..., is_grads_batched=True)`` passes in."""
+
+_shapes_only: ContextVar[bool] = ContextVar("fastdiff_shapes_only", default=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -166,7 +169,7 @@ class Op:
                 return self.backends["reference"].forward(*args, False)[0]
             return self._through_pytorch(args)
         backend = choose(self, args)
-        if backend.name != "reference":
+        if backend.name != "reference" or _shapes_only.get():
             if not unseen(args):
                 return self._through_pytorch(args)
             if self.differentiable and wants_gradient(args):
@@ -377,8 +380,18 @@ class _Differentiable(torch.autograd.Function):
         return None, None, *ctx.op.differentiate(ctx, ctx.needs_input_grad[2:], gradients)
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """For dispatch modes that run meta tensors: they see each op as one, not its reference."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
 class _ByReference(torch.autograd.Function):
-    """The reference in eager where `reference_once`: PyTorch's first derivative, then `again`'s."""
+    """The reference in eager mode: first derivatives by PyTorch, second derivatives by `again`."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:

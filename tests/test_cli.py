@@ -190,7 +190,7 @@ MISTAKES = {
     "info": "missing: PATH|NAME",
     "info nowhere": "nowhere is missing; give a file",
     "info nowhere.png": "no image at nowhere.png",
-    "info PLAIN --num-heads 4": "is a picture, and num_heads says how to load a model",
+    "info PLAIN --num-heads 4": "is a picture, but num_heads can only be given for a model",
     "info TINY --num-heads 4": "leave num_heads out",
     "reconstruct --model TINY --prediction v": "leave prediction out",
     "evaluate --model TINY --image-size 64": "leave image_size out",
@@ -198,10 +198,10 @@ MISTAKES = {
     "samplers --steps x": "--steps: expected a whole number, got 'x'",
     "samplers ddim --steps 0": "steps must be at least 1, got 0",
     "samplers ddim --eta": "missing value for argument '--eta'",
-    "samplers ddim --eta nan": "eta must lie in [0, 1], got nan",
+    "samplers ddim --eta nan": "eta must be in [0, 1], got nan",
     "samplers --spacing karas": "unknown spacing 'karas'; did you mean karras?",
     "samplers ddpm --spacing 10,15 --steps 20": "'10,15' has 25 steps, got 20; set steps to 25",
-    "samplers --plot x.jpg": "a plot is one of .png, .svg, .pdf",
+    "samplers --plot x.jpg": "must end in one of .png, .svg, .pdf",
     "sample --model nowhere": "nowhere is missing; give a file",
     "sample --model TINY --classes 10": "unknown class '10'; expected one of 0, 1",
     "sample --model TINY --image PLAIN": "is not an upsampler and starts from noise",
@@ -214,13 +214,13 @@ MISTAKES = {
     "sample --model TINY --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
     "sample --model TINY --count 0": "count must be at least 1, got 0",
     "sample --model TINY --batch 0": "batch must be at least 1, got 0",
-    "sample --model TINY --guidance-scale nan": "guidance scale must be a number",
+    "sample --model TINY --guidance-scale nan": "guidance scale must be a finite number",
     "sample --model TINY --guidance-scale x": "--guidance-scale: expected a number, got 'x'",
     "sample --model TINY --seed -1": "seed must be a whole number from 0 to 2**64 - 1, got -1",
     "sample --model TINY --seed 18446744073709551609": "seeds must lie in 0 to 2^64 - 1",
     "sample --model TINY --device gpu": "unknown device 'gpu'",
-    "sample --model TINY --device cuda:99": "device 'cuda:99' is not there",
-    "sample --model TINY --device cpu --dtype fp16": "dtype fp16 is for GPUs",
+    "sample --model TINY --device cuda:99": "device 'cuda:99' is not available",
+    "sample --model TINY --device cpu --dtype fp16": "dtype fp16 needs a GPU",
     "sample --model TINY --dtype int8": "invalid choice 'int8'",
     "sample --model TINY --out FILE": "the output must be a folder",
     "sample --model TINY --out FILE/x": "cannot write to the folder",
@@ -620,7 +620,7 @@ def test_doctor_explains_calls_that_really_run(run) -> None:
     code, out, _ = run("doctor")
     assert code == 0
     for backend in {told["cpu"]["backend"] for told in report["ops"].values()}:
-        assert f"ops on cpu served by {backend}" in out
+        assert f"ops on cpu run by {backend}" in out
 
 
 def test_doctor_tells_what_the_module_is(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -801,7 +801,7 @@ def test_train_saves_resumes_and_starts_from_a_config(run) -> None:
 
     code, _, err = run("train", "diffusion", "--config", "runs/small/config.json")
     assert code == 2
-    assert "is not the config of such a run" in err
+    assert "is not the config of a run of this stage" in err
 
 
 def scores(accuracy: float) -> Scores:

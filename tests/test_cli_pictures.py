@@ -91,7 +91,7 @@ def test_txt2img_writes_images_and_makes_one_again(run: Run) -> None:
     code, out, err = run(f"txt2img --like out/{stem}6.png --out again")
     assert code == 1
     assert "NOT identical" in out
-    assert "pixels were changed" in out
+    assert "pixels of the file were changed" in out
     before = Path(f"out/{stem}6.png").read_bytes()
     code, out, err = run(f"txt2img --like out/{stem}6.png --steps 2")
     assert (code, out.splitlines()[0]) == (0, f"out/{stem}6-2.png")
@@ -158,7 +158,7 @@ def test_like_makes_edited_images_again(run: Run, command: str) -> None:
     assert (code, "compared" in out) == (0, False)
     elsewhere = "img2img" if command == "inpaint" else "txt2img"
     assert (
-        f"no single image of 'fastdiff {elsewhere}'"
+        f"not a single image made by 'fastdiff {elsewhere}'"
         in run(f"{elsewhere} --like out/cat-seed3.png")[2]
     )
 
@@ -182,12 +182,12 @@ def test_nothing_is_written_over_and_nothing_made_twice(run: Run) -> None:
         end = "" if number == 1 else f"-{number}"
         assert out.splitlines() == [
             f"out/a-cat-seed1{end}.png",
-            "2 of 2 exist, made with this very recipe before",
+            "2 of 2 already exist with the same recipe",
         ]
     Path("out/a-cat-seed0-2.png").unlink()
     code, out, err = run(lines[1])  # one of two is there
     assert (code, err) == (0, "")
-    assert re.search(r"kept +1 of them, made with this very recipe before", out)
+    assert re.search(r"kept +1 that already exist with the same recipe", out)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == made
 
 
@@ -277,7 +277,7 @@ def test_recipes_that_cannot_be_read(run: Run) -> None:
         ({"backend": "magic"}, "unknown backend: 'magic'"),
         ({"recipe": 4}, "recipe version 4 is newer than this fastdiff"),
         ({"load": {"tokenizer": 3}}, "tokenizer must be a list of folders"),
-        ({"load": {"heads": 3}}, "unknown option of loading 'heads'"),
+        ({"load": {"heads": 3}}, "unknown loading option 'heads'"),
         ({"job": None}, "unknown kind of job None"),
         ({"job": {**job, "kind": "film"}}, "unknown kind of job 'film'; expected one of class"),
         ({"job": {**job, "seed": "x"}}, "seed: expected int, got 'x'"),
@@ -317,7 +317,7 @@ def test_like_keeps_what_was_text_before_it_was_syntax(run: Run) -> None:
     save_png("before.png", Image.open(made), before)
     code, out, err = run("txt2img --like before.png")
     assert (code, "identical to before.png" in " ".join(out.split())) == (0, True)
-    assert "was made when BREAK and other syntax of web UIs was text" in err
+    assert "was made when BREAK and other syntax of web UIs was plain text" in err
     assert read_recipe("out/before-again.png") == recipe
 
 
@@ -329,17 +329,17 @@ MISTAKES = {
     "txt2img cat --model sd1 --count 0": "count must be at least 1, got 0",
     "txt2img cat --model sd1 --seed -1": "seed must be a whole number from 0 to 2**64 - 1",
     "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
-    "txt2img cat --model sd1 --clip-skip 3": "clip_skip must lie in 0 to 2",
-    "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must lie in [0, 1], got 2",
-    "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must lie within 100",
-    "txt2img '[cat:dog:0.5] sky' --model nowhere": r"for the text as it is",
+    "txt2img cat --model sd1 --clip-skip 3": "clip_skip must be 0 to 2",
+    "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must be in [0, 1], got 2",
+    "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must be between -100 and 100",
+    "txt2img '[cat:dog:0.5] sky' --model nowhere": r"for the literal text",
     "txt2img '<lora:x:0.8> cat' --model nowhere": r"prompt syntax '<lora:x:0.8>' is not supported",
     "txt2img cat --model nowhere --negative 'a AND b'": r"prompt syntax 'AND' is not supported",
-    "img2img '[cat|dog]' --model nowhere --image photo.png": "or [cat\\|dog] for the text",
+    "img2img '[cat|dog]' --model nowhere --image photo.png": "or [cat\\|dog] for the literal text",
     "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "has no negative prompt",
     "txt2img cat --model sd1 --upscale 0.5": "scale must lie in 1 to 16, got 0.5",
     "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must lie in [0, 1]",
-    "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give one of them",
+    "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give only one of them",
     "txt2img cat --model XL --refiner sd1": "must share latent channels",
     "txt2img cat --model REFINER --refiner XL": "swap them",
     "txt2img cat --model XL --crop -1 0": "crop must be two numbers >= 0, got (-1, 0)",
@@ -366,6 +366,8 @@ MISTAKES = {
     "img2img cat --model sd1 --image photo.png --height 0": "height must be 1 to 65535 pixels",
     "img2img cat --model sd1 --image photo.png --width -8": "width must be 1 to 65535 pixels, got",
     "img2img cat --model sd1 --image photo.png --height 99999999": "height must be 1 to 65535",
+    "img2img cat --model sd1 --image dot.png --fit crop": "got 1 x 1 (width x height)",
+    "img2img cat --model sd1 --image photo.png --fit x": "invalid choice 'x' for argument '--fit'",
     "inpaint cat --model sd1 --image photo.png": "missing: --mask",
     "inpaint cat --model sd1 --image photo.png --mask narrow.png": "mask must be (1, 64, 64)",
     "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is empty",

@@ -65,8 +65,8 @@ def test_bash_offers_commands(ask: Ask) -> None:
         (["sample", "--sampler", "dd"], ["ddpm", "ddim"]),
         (["samplers", "he"], ["heun"]),
         (["train", ""], ["autoencoder", "diffusion"]),
-        (["train", "diffusion", "--preset", ""], ["digits-diffusion"]),
-        (["train", "autoencoder", "--preset", ""], ["digits-autoencoder"]),
+        (["train", "diffusion", "--preset", "dig"], ["digits-diffusion"]),
+        (["train", "autoencoder", "--preset", "dig"], ["digits-autoencoder"]),
         (["train", "diffusion", "--optimization.st"], ["--optimization.steps"]),
         (["train", "autoencoder", "--prediction"], []),
         (["completion", ""], ["bash", "zsh", "fish"]),
@@ -91,7 +91,7 @@ def test_fish_offers_the_same(scripts: Path) -> None:
     lines = [
         "fastdiff sample --pre",
         "fastdiff sample --prediction ",
-        "fastdiff train diffusion --preset ",
+        "fastdiff train diffusion --preset dig",
     ]
     code = "; ".join([f"source {scripts / 'fish'}", *(f"complete -C '{line}'" for line in lines)])
     told = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)

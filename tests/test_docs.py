@@ -78,6 +78,22 @@ def test_the_index_lists_every_file_of_decisions() -> None:
     assert set(re.findall(r"^\| \[([\w.]+)\]", index, re.M)) == files
 
 
+LABELS = ["Decided", "Because", "Would change if"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/decisions").glob("[a-z]*.md")), ids=page_name)
+def test_a_decision_says_why_and_what_would_change_it(page: Path) -> None:
+    """Under each heading of the lowest level the three parts, in this order, and nothing else."""
+    text = page.read_text()
+    level = "###" if "\n### " in text else "##"
+    entries = re.split(rf"^{level} (.*)$", text, flags=re.M)[1:]
+    titles, bodies = entries[::2], entries[1::2]
+    assert len(titles) == len(set(titles)) > 2
+    for title, body in zip(titles, bodies, strict=True):
+        own = re.split(r"^##? ", body, flags=re.M)[0]  # up to the next group
+        assert re.findall(r"^- \*\*([^*]+)\*\*", own, re.M) == LABELS, title
+
+
 def blocks(page: Path, language: str) -> str:
     return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S))
 
@@ -111,6 +127,7 @@ def small_run() -> DiffusionRun[Any]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "python") and p.name != "README.md"], ids=page_name
 )

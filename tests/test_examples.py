@@ -64,6 +64,7 @@ def test_sdxl_with_refiner(folder: Path) -> None:
     assert read_image(folder / "fox.png").shape == (3, 64, 64)
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_samples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,7 @@ def test_training_goes_on_and_samples(folder: Path, monkeypatch: pytest.MonkeyPa
     assert fastdiff.load("runs/photos").class_names == ("a", "b")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_carries_no_outputs(folder: Path) -> None:
     """Cell after cell; the last expression of a cell, which a notebook shows, too."""
     notebook = json.loads((EXAMPLES / "first_pictures.ipynb").read_text())

@@ -276,7 +276,7 @@ def test_sdist_holds_kernels_once(dist: Path) -> None:
 def test_kernels_refuses_a_wrong_name(statement: str) -> None:
     ran = in_the_root(statement)
     assert ran.returncode == 1
-    assert "this package is called 'fastdiff.kernels'" in ran.stderr
+    assert "this package is 'fastdiff.kernels'" in ran.stderr
 
 
 def test_kernels_submodules_have_no_second_name() -> None:

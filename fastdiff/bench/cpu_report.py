@@ -101,12 +101,12 @@ def aims(records: Sequence[Record]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("what", "where", "against", "aimed at", "measured", "worst at")]
     cases = cases_of(records)
     for aim in (*OPS, *NETWORKS):
-        worst, told = aim.worst(cases), ("not measured", "")
+        worst, result = aim.worst(cases), ("not measured", "")
         if worst is not None:
             ratio, record = worst
             missed = "" if ratio >= aim.goal else ", missed"
-            told = f"{ratio:.2f} x{missed}", f"{record.job} {record.shape}".strip()
-        rows.append((aim.op, aim.where, aim.rival, f"at least {aim.goal:.1f} x", *told))
+            result = f"{ratio:.2f} x{missed}", f"{record.job} {record.shape}".strip()
+        rows.append((aim.op, aim.where, aim.rival, f"at least {aim.goal:.1f} x", *result))
     return rows
 
 

@@ -185,12 +185,12 @@ def targets(found: Sequence[Group]) -> list[tuple[str, ...]]:
     for target in TARGETS:
         worst = target.worst(found)
         goal = f"at least {target.text(target.goal)}"
-        told = ("not measured", "")
+        result = ("not measured", "")
         if worst is not None:
             value, group = worst
             missed = "" if value >= target.goal else ", missed"
-            told = (f"{target.text(value)}{missed}", f"{group.any.job} {group.any.shape}".strip())
-        rows.append((target.op, target.where, target.against, goal, *told))
+            result = (f"{target.text(value)}{missed}", f"{group.any.job} {group.any.shape}".strip())
+        rows.append((target.op, target.where, target.against, goal, *result))
     return rows
 
 

@@ -225,7 +225,7 @@ def headed(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def no_gpu() -> str:
-    """The section that stands in as long as there is no record of a GPU."""
+    """The section used as long as there is no record of a GPU."""
     aims = table(*headed(gpu_report.targets([])))
     return f"### GPUs\n\n{gpu_report.NOTHING}\n\n{aims}"
 
@@ -293,7 +293,7 @@ def cpu_tables(device: Device) -> list[str]:
     return [
         f"#### Aims ({runs[-1].commit})",
         table(*headed(cpu_report.aims(records))),
-        f"#### Every call beside eager PyTorch ({runs[-1].commit})",
+        f"#### Every call compared with eager PyTorch ({runs[-1].commit})",
         table(*headed(cpu_report.op_rows(records))),
     ]
 

@@ -449,8 +449,8 @@ def save_backends(fastest: dict[str, dict[str, str]], measured: dict[str, Any], 
     backends = {op: dict(keys) for op, keys in (old.backends if old else {}).items()}
     for op, keys in fastest.items():
         backends.setdefault(op, {}).update(keys)
-    told = {**(old.measured if old and old.measured else measured), "backends": measured}
-    write_text(path, text_of(told, old.configs if old else {}, backends))
+    origin = {**(old.measured if old and old.measured else measured), "backends": measured}
+    write_text(path, text_of(origin, old.configs if old else {}, backends))
     configs.forget_configs()
 
 
@@ -501,9 +501,8 @@ def shipped() -> dict[str, str]:
 
 
 def _when(tuned: Tuned) -> str:
-    told = tuned.measured
-    if not told:
+    origin = tuned.measured
+    if not origin:
         return "chosen without measurement"
-    return (
-        f"{told['gpu']}, {str(told['date'])[:10]}, torch {told['torch']}, triton {told['triton']}"
-    )
+    date = str(origin["date"])[:10]
+    return f"{origin['gpu']}, {date}, torch {origin['torch']}, triton {origin['triton']}"

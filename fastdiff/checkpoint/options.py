@@ -1,6 +1,6 @@
-"""How to load a checkpoint, and what to say where its files say nothing.
+"""How to load a checkpoint, and settings that its files may not state.
 
-Nothing here imports torch: commands have these fields as options.
+This module does not import torch, because commands have these fields as options.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a model's files may leave open; what is left out is as the published models have it."""
+    """Settings that a model's files may not state; by default those of the published models."""
 
     vae: Path | None = None
-    """A file or folder whose autoencoder is used, for files without one or instead of theirs."""
+    """File or folder with the autoencoder to use, if the model has none or in place of its own."""
     tokenizer: tuple[Path, ...] = ()
-    """Folder of the CLIP tokenizer, one per text encoder, for files that hold none."""
+    """Folder of the CLIP tokenizer, one per text encoder, for files without one."""
     variant: str | None = None
     """Which files of a diffusers folder to read, such as fp16."""
     ema: bool = True
-    """Take the averaged weights where a file has both."""
+    """Use the averaged weights if a file contains both kinds."""
     text_encoders: bool = True
     """Load the text encoders; they need transformers."""
     prediction: Prediction | None = None
@@ -38,7 +38,7 @@ class LoadOptions:
     schedule: ScheduleKind | None = None
     """Shape of the betas that the model was trained with."""
     num_timesteps: int | None = None
-    """Timesteps of the training."""
+    """Number of training timesteps."""
     beta_start: float | None = None
     """beta at t = 0."""
     beta_end: float | None = None
@@ -46,26 +46,26 @@ class LoadOptions:
     zero_terminal_snr: bool | None = None
     """Whether the last timestep is pure noise."""
     num_heads: int | None = None
-    """Heads of every attention; give this or head_dim."""
+    """Number of heads of every attention; give this or head_dim."""
     num_heads_upsample: int | None = None
-    """Heads on the way up of a U-Net where they differ from num_heads: improved-diffusion's option
-    of this name, which no file records."""
+    """Number of heads on the way up of a U-Net, if it differs from num_heads: improved-diffusion's
+    option of the same name, which its files do not record."""
     head_dim: int | None = None
-    """Width of a head of every attention."""
+    """Width of the heads of every attention; give this or num_heads."""
     qkv_order: QKVOrder | None = None
-    """Rows of an OpenAI file's packed qkv weights: legacy (H, 3, d), new (3, H, d)."""
+    """Row order of an OpenAI file's packed qkv weights: legacy (H, 3, d), new (3, H, d)."""
     timestep_scale: float | None = None
-    """The network sees t times this: 1000 / T for improved-diffusion's rescale_timesteps."""
+    """Factor of t before the network sees it: 1000 / T for IDDPM's rescale_timesteps."""
     null_class: bool | None = None
-    """Whether the last row of a DiT's or U-ViT's table of classes means "no class"."""
+    """Whether the last row of a DiT's or U-ViT's label embedding means "no class"."""
     norm_groups: int = 32
     """Groups of every GroupNorm."""
     scale_factor: float | None = None
-    """The latents are multiplied by it."""
+    """Factor by which the latents are multiplied."""
     image_size: int | None = None
     """Height and width of the images that the model was trained on, in pixels."""
     strict: bool = False
-    """Refuse to load where neither the files nor a published model of the same architecture decide;
+    """Refuse to guess what neither the files nor a published model of the same architecture state;
     the error lists the choices."""
 
     def __post_init__(self) -> None:
@@ -96,19 +96,20 @@ class LoadOptions:
             )
         if self.num_heads_upsample is not None and self.head_dim is not None:
             raise ValueError(
-                f"num_heads_upsample goes with num_heads, got head_dim {self.head_dim}; give one"
+                f"num_heads_upsample needs num_heads, got head_dim {self.head_dim}; give num_heads "
+                "instead of head_dim"
             )
 
     @property
     def given(self) -> dict[str, Any]:
-        """Name -> value of what was set."""
+        """Name -> value of the options that were set."""
         plain = LoadOptions()
         names = [entry.name for entry in fields(self)]
         return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(plain, n)}
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """`given` for a recipe: JSON-able."""
+        """`given` as JSON-compatible values, for a recipe."""
         given = self.given
         if "vae" in given:
             given["vae"] = str(self.vae)
@@ -118,13 +119,13 @@ class LoadOptions:
 
     @classmethod
     def of_recipe(cls, recorded: Mapping[str, Any]) -> LoadOptions:
-        """What `recorded` gave.
+        """Inverse of `recorded`.
 
         Raises:
-            ValueError: an unknown option, or a value of another kind.
+            ValueError: an option is unknown, or a value is of the wrong type.
         """
         if unknown := sorted(recorded.keys() - {entry.name for entry in fields(cls)}):
-            raise ValueError(f"unknown option of loading {unknown[0]!r:.40}")
+            raise ValueError(f"unknown loading option {unknown[0]!r:.40}")
         folders, vae = recorded.get("tokenizer", ()), recorded.get("vae")
         if not isinstance(folders, list | tuple) or not all(isinstance(f, str) for f in folders):
             raise ValueError(f"tokenizer must be a list of folders, got {folders!r:.40}")
@@ -138,14 +139,14 @@ class LoadOptions:
 
     @property
     def says_noise(self) -> bool:
-        """Whether anything about the training's noise was set."""
+        """Whether any option about the training's noise schedule was set."""
         return any(getattr(self, name) is not None for name in ("schedule", *NOISE))
 
     def noise(self, found: ScheduleConfig) -> ScheduleConfig:
-        """A schedule that was found or assumed, with what was set in its place.
+        """Override a schedule that was found or assumed by the options that were set.
 
         Raises:
-            ValueError: the values do not make a schedule.
+            ValueError: the values do not form a valid schedule.
         """
         given: dict[str, Any] = {name: getattr(self, name) for name in NOISE}
         given["kind"] = self.schedule

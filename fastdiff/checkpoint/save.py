@@ -1,4 +1,4 @@
-"""A model in any layout that can be written."""
+"""Write a model in any layout that supports it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def save(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model: all of it or nothing; an existing folder is replaced.
+    """Write a model atomically; an existing folder is replaced.
 
-    layout: "bundle" or "diffusers", or another that can be written.
-    dtype: what floating-point weights are stored as; None keeps each tensor's own.
-    progress: called as progress(tensor, bytes) after each tensor.
+    Args:
+        layout: "bundle", "diffusers", or another layout that can be written.
+        dtype: dtype to store floating-point weights in; None keeps each tensor's own.
+        progress: called as progress(tensor, bytes) after each tensor.
 
     Raises:
-        ValueError: there is no such layout, or it has no place for a part of the model.
+        ValueError: there is no such layout, or it cannot store a part of the model.
         OSError: the folder cannot be written.
     """
     writers = {known.name: known.save for known in layouts() if known.save is not None}

@@ -1,14 +1,15 @@
-"""diffusers' scheduler_config.json, read as ours and written back.
+"""Read and write diffusers' scheduler_config.json.
 
-One file says three things: the noise the network was trained with (`ScheduleConfig`), what the
-network predicts, and how to sample. The first two belong to the model, so what we lack there is an
-error. The third is a habit: where we have no table for it, `SchedulerConfig.sampler` is None,
-`no_sampler` says why, and any other sampler may be used.
+The file states three things: the noise schedule that the network was trained with
+(`ScheduleConfig`), what the network predicts, and how to sample. The first two belong to the model,
+so it is an error if fastdiff does not support them. The third is a preference: if fastdiff has no
+table for it, `SchedulerConfig.sampler` is None, `no_sampler` explains why, and any other sampler
+can be used.
 
-Three things differ in spite of equal settings. Between timesteps diffusers' Euler, Euler ancestral
+Three things differ in spite of equal settings. Between timesteps, diffusers' Euler, Euler ancestral
 and Heun interpolate sigma, ours its logarithm. diffusers' DDIM and PNDM step down by T // steps
-whatever the spacing, ours to the next timestep; that is the same where steps divides T. A clamp of
-diffusers' DDIM leaves the noise estimate as it was, ours does not.
+with every spacing, ours to the next timestep; that is the same if steps divides T. When clamping,
+diffusers' DDIM does not update the noise estimate; ours does.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ SCHEDULERS = {
     "dpmpp-2m": "DPMSolverMultistepScheduler",
     "dpmpp-2m-sde": "DPMSolverMultistepScheduler",
 }
-"""Our sampler -> the scheduler of diffusers that does the same."""
+"""Our sampler -> diffusers' equivalent scheduler."""
 _OURS = {name: sampler for sampler, name in SCHEDULERS.items() if sampler != "dpmpp-2m-sde"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
@@ -162,38 +163,38 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "lambda_min_clipped": (-math.inf,),
 }
-"""What our tables can do of each option."""
+"""The values of each option that our tables support."""
 REAL_TIMESTEPS = ("euler", "euler-ancestral", "heun")  # their "linspace" is not rounded
-ONE_POINT_MORE = ("dpmpp-2m", "dpmpp-2m-sde")  # "leading", "linspace": steps + 1 points less one
+ONE_POINT_MORE = ("dpmpp-2m", "dpmpp-2m-sde")  # "leading", "linspace": steps + 1 points minus one
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """How a scheduler of diffusers samples; `arguments` says it in the words of `build_table`."""
+    """How one of diffusers' schedulers samples; `arguments` converts it for `build_table`."""
 
     sampler: str
     """A key of SCHEDULERS, and so of our SAMPLERS."""
     spacing: TimestepSpacing = "trailing"
-    """Where the timesteps lie, as that scheduler means it."""
+    """How the timesteps are spaced, by that scheduler's definition."""
     steps_offset: int = 0
     """Added to the timesteps of spacing "leading"."""
     sigmas: SigmaSpacing | None = None
-    """Noise levels between the first and the last timestep instead; None: the timesteps' own."""
+    """Spacing of noise levels between the first and last timestep; None: those of the timesteps."""
     final: Literal["zero", "sigma_min"] = "zero"
-    """End at the clean image, or at the noise of t = 0."""
+    """End at the clean image, or at the noise level of t = 0."""
     clamp: float | None = None
-    """Bound of the estimate of x0; None: none."""
+    """Limit of the estimate of x0; None: no limit."""
     variance: Variance | None = None
-    """Of ddpm only."""
+    """Only for ddpm."""
     lower_order_final: bool | None = None
-    """Of dpmpp-2m and dpmpp-2m-sde only: last step of order 1, below 15 steps."""
+    """Only for dpmpp-2m and dpmpp-2m-sde: a last step of order 1 if there are fewer than 15."""
     euler_at_final: bool = False
-    """Of the same: last step of order 1, whatever the number of steps."""
+    """Only for dpmpp-2m and dpmpp-2m-sde: a last step of order 1 for any number of steps."""
 
     def arguments(self, schedule: NoiseSchedule, steps: int) -> dict[str, Any]:
-        """Keyword arguments of `build_table` beside `name`, `schedule`, `steps`, `prediction`.
+        """Keyword arguments of `build_table` other than `name`, `schedule`, `steps`, `prediction`.
 
-        Where our spacing of that name means something else, `spacing` is the timesteps themselves.
+        If our spacing of the same name is different, `spacing` contains the timesteps themselves.
         """
         options: dict[str, Any] = {"final": self.final, "clamp": self.clamp}
         if self.variance is not None:
@@ -209,7 +210,7 @@ class SamplerSettings:
         total = schedule.num_timesteps
         offset = self.steps_offset if self.spacing == "leading" else 0
         if self.sigmas is not None:
-            # DPM-Solver++ goes from end to end, the others between the ends of their timesteps.
+            # DPM-Solver++ spans the whole schedule, the others the range of their timesteps.
             if self.sampler in ONE_POINT_MORE or self.spacing == "linspace":
                 return self.sigmas, 0
             ends = timestep_spacing(self.spacing, steps, total, offset=offset)
@@ -228,25 +229,25 @@ class SamplerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """What a scheduler_config.json says, in our words."""
+    """The contents of a scheduler_config.json in fastdiff's terms."""
 
     schedule: ScheduleConfig
     prediction: Prediction
     sampler: SamplerSettings | None = None
-    """None: we have no table that does the same; `no_sampler` says why."""
+    """None if fastdiff has no equivalent table; `no_sampler` explains why."""
     no_sampler: str = ""
 
 
 def read_scheduler(data: Mapping[str, Any]) -> SchedulerConfig:
     """Read the contents of a scheduler_config.json.
 
-    Options that another scheduler of diffusers has are left alone where this one has none (as
-    diffusers does: they are what `from_config` carried over). A scheduler or an option that
-    fastdiff does not know costs the sampler, not the model: noise and prediction are still read.
+    Options of diffusers' other schedulers are ignored, as in diffusers, because `from_config`
+    carries them over. If fastdiff does not know the scheduler or an option, there is no sampler,
+    but the noise schedule and the prediction are still read.
 
     Raises:
-        ValueError: noise or a prediction that fastdiff does not support, or that an unknown
-            scheduler does not state.
+        ValueError: the noise schedule or the prediction is not supported, or an unknown scheduler
+            does not state them.
     """
     name = data.get("_class_name")
     if not isinstance(name, str):
@@ -279,15 +280,15 @@ def read_scheduler(data: Mapping[str, Any]) -> SchedulerConfig:
 
 
 def _noise_alone(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler that fastdiff does not know says of the training's noise, and no more.
+    """The options of an unknown scheduler that concern the training's noise schedule.
 
     Raises:
-        ValueError: the file leaves a part of it to the defaults of a class that we cannot ask.
+        ValueError: the file relies on defaults of the class, which are unknown.
     """
     needed = [key for key in _TRAINING if key != "trained_betas"]
     if missing := [key for key in needed if data.get(key) is None]:
         raise ValueError(
-            f"{name:.60} is not a scheduler that fastdiff knows, and its file does not state "
+            f"fastdiff does not know the scheduler {name:.60}, and its file does not state "
             f"{', '.join(missing)}; save the pipeline with one of {', '.join(DEFAULTS)}"
         )
     flow = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
@@ -297,12 +298,12 @@ def _noise_alone(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
 def scheduler_config(
     schedule: ScheduleConfig, prediction: Prediction, sampler: SamplerSettings | None = None
 ) -> dict[str, Any]:
-    """The scheduler_config.json for a model of ours; without a sampler, DDIM's from T - 1 down.
+    """The scheduler_config.json of one of our models; without a sampler, DDIM from T - 1 down.
 
     Betas that diffusers has no name for are written as numbers ("trained_betas").
 
     Raises:
-        ValueError: a sampler or setting that no scheduler of diffusers has.
+        ValueError: diffusers has no scheduler with this sampler or setting.
     """
     sampler = sampler or SamplerSettings(sampler="ddim")
     if sampler.sampler not in SCHEDULERS or sampler.spacing == "simple":
@@ -336,13 +337,14 @@ def scheduler_config(
         asked = getattr(sampler, field.name)
         if asked is not None and asked != getattr(kept, field.name):
             raise ValueError(
-                f"{name} has no {field.name} {asked!r}; leave it at {getattr(kept, field.name)!r}"
+                f"{name} does not support {field.name} {asked!r}; set it to "
+                f"{getattr(kept, field.name)!r}"
             )
     return {"_class_name": name, **data}
 
 
 def _checked(name: str, key: str, value: Any, default: Any) -> Any:
-    """The value, if it is of its default's type; whatever it is where the default has none."""
+    """Check that a value has the type of its default; any type is valid if the default is None."""
     if default is None or isinstance(default, tuple):
         return value
     if key == "lambda_min_clipped" and value in ("-Infinity", None):  # JSON has no infinity
@@ -357,7 +359,7 @@ def _one_of(name: str, options: Mapping[str, Any], known: Mapping[str, Any], key
     if options[key] not in known:
         raise ValueError(
             f"{name}: {key} must be one of {', '.join(known)}, got {options[key]!r:.60}; "
-            "fastdiff has no such model"
+            "fastdiff does not support this model"
         )
     return known[options[key]]
 
@@ -367,7 +369,7 @@ def _key(mapping: Mapping[str, str], value: str) -> str:
 
 
 def _schedule(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
-    """The noise of the training, which is the model's and cannot be replaced."""
+    """The noise schedule of the training, which belongs to the model and cannot be replaced."""
     if options["trained_betas"] is not None:
         raise ValueError(
             f"{name}: trained_betas must be absent, got {options['trained_betas']!r:.40}; "
@@ -375,11 +377,13 @@ def _schedule(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
         )
     for key in ("use_flow_sigmas", "use_dynamic_shifting"):
         if options.get(key):
-            raise ValueError(f"{name}: {key} must be off, got True; fastdiff has no flow matching")
+            raise ValueError(
+                f"{name}: {key} must be False, got True; fastdiff does not support flow matching"
+            )
     if options.get("timestep_type", "discrete") != "discrete":
         raise ValueError(
             f"{name}: timestep_type must be 'discrete', got {options['timestep_type']!r:.60}; "
-            "fastdiff gives networks timesteps, not log sigma"
+            "fastdiff passes timesteps to networks, not log sigma"
         )
     kind = _one_of(name, options, BETA_SCHEDULES, "beta_schedule")
     try:
@@ -395,7 +399,7 @@ def _schedule(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
 
 
 def _betas(name: str, schedule: ScheduleConfig) -> dict[str, Any]:
-    """How this scheduler of diffusers gets our betas."""
+    """The options that give our betas to this scheduler."""
     plain = ScheduleConfig()
     cosine = (schedule.cosine_offset, schedule.max_beta)
     if (
@@ -414,18 +418,18 @@ def _betas(name: str, schedule: ScheduleConfig) -> dict[str, Any]:
 
 
 def _no_sampler(name: str, options: Mapping[str, Any]) -> str:
-    """Why no table of ours does what this scheduler does; empty where one does."""
+    """Why fastdiff has no table equivalent to this scheduler; empty if it has one."""
     if name not in _OURS:
         return f"fastdiff has no sampler like {name}"
     for key, allowed in _ALLOWED.items():
         value = options.get(key, allowed[0])
         if value not in allowed:
             return (
-                f"fastdiff has no sampler like {name} with {key}={value!r:.60} "
-                f"(it has {', '.join(map(repr, allowed))})"
+                f"fastdiff does not support {name} with {key}={value!r:.60}, "
+                f"only with {', '.join(map(repr, allowed))}"
             )
     if options.get("use_karras_sigmas") and options.get("use_exponential_sigmas"):
-        return f"{name} cannot have karras and exponential sigmas at once"
+        return f"{name} cannot use karras and exponential sigmas at the same time"
     return ""
 
 

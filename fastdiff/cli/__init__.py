@@ -1,13 +1,13 @@
 """The command line: ``fastdiff COMMAND [OPTIONS]``.
 
 A command is a module of this package with a frozen dataclass of its options and a function
-``run(options) -> exit code``. tyro turns the dataclass into flags and help. Only the module of
-the command that was asked for is imported, and torch not before the command runs, so that
-``fastdiff --help`` and a mistyped flag answer at once.
+``run(options) -> exit code``. tyro turns the dataclass into flags and help. Only the module of the
+requested command is imported, and torch only when the command runs, so that ``fastdiff --help`` and
+mistyped flags are answered at once.
 
-Exit codes: 0 done, 1 the work was done but its claim does not hold (an image made again differs,
-an evaluation misses its goal), 2 a mistake of the user or of the machine (one line on stderr),
-130 Ctrl-C. Anything else is a bug of ours and shows its traceback.
+Exit codes: 0 success; 1 the command ran, but its check failed (an image made again differs, an
+evaluation misses a limit); 2 an error of the user or the machine (one line on stderr); 130 Ctrl-C.
+Anything else is a bug in fastdiff and shows its traceback.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fastdiff import __version__
 from fastdiff.cli.parsing import UsageError, one_line
 
 COMMANDS = {
-    "sample": "make new images: PNGs with their recipe inside, and a contact sheet",
-    "txt2img": "images from a prompt, with a Stable Diffusion checkpoint",
-    "img2img": "change an image after a prompt",
-    "inpaint": "make a part of an image new",
+    "sample": "make new images as PNGs that contain their recipes, and a contact sheet",
+    "txt2img": "make images from a prompt, with a Stable Diffusion checkpoint",
+    "img2img": "change an image according to a prompt or a class",
+    "inpaint": "replace a part of an image",
     "interpolate": "make the frames between two seeds, prompts or classes",
-    "reconstruct": "pass images through the autoencoder and measure what is lost",
-    "evaluate": "measure samples against real images, with the floor beside each number",
+    "reconstruct": "pass images through the autoencoder and measure the loss",
+    "evaluate": "measure samples against real images",
     "train": "train an autoencoder, or a denoiser on its latents",
-    "convert": "write a checkpoint as a diffusers folder or a bundle",
-    "samplers": "list the samplers, print or draw the table of one",
-    "info": "what a model folder, a run folder or a PNG holds",
-    "tune": "search the launch configs of the Triton kernels on this machine's GPU",
-    "doctor": "versions, devices, compilers, and which backend serves each op",
-    "completion": "print a script that completes commands and options in bash, zsh or fish",
+    "convert": "convert a checkpoint to a diffusers folder or a bundle",
+    "samplers": "list the samplers, or print or plot their tables",
+    "info": "show the contents of a model folder, a run folder or a PNG",
+    "tune": "search for the fastest launch configs of the Triton kernels on this GPU",
+    "doctor": "show versions, devices, compilers, and which backend runs each op",
+    "completion": "print a script for shell completion in bash, zsh or fish",
 }
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _dispatch(arguments)
             sys.stdout.flush()
             return code
-    except SystemExit as stop:  # a training run that was told to stop: 143 or 130, saved
+    except SystemExit as stop:  # a training run was interrupted and has saved: 143 or 130
         return stop.code if isinstance(stop.code, int) else EXIT_MISTAKE
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `fastdiff samplers | head`: the reader has left, and that is fine
+    except BrokenPipeError:  # `fastdiff samplers | head`: the reader has closed the pipe
         _abandon_stdout()
         return EXIT_BROKEN_PIPE
     except Exception as error:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # said above; Python would try again on its way out, and complain
+        except OSError:  # reported above; at exit Python would flush again and complain
             _abandon_stdout()
 
 
@@ -117,23 +117,24 @@ def _help() -> str:
         "  fastdiff samplers dpmpp-2m --steps 20",
         "  fastdiff doctor",
         "",
-        "FASTDIFF_BACKEND=NAME chooses who computes each op (see fastdiff doctor),",
-        "FASTDIFF_DEBUG=1 shows where an error came from.",
+        "environment:",
+        "  FASTDIFF_BACKEND=NAME  run all ops on this backend (see fastdiff doctor)",
+        "  FASTDIFF_DEBUG=1       show the traceback of errors",
     ]
     return "\n".join(lines)
 
 
 def _users_mistake(error: Exception) -> str | None:
-    """One line for an error that the user can mend, None for a bug of ours."""
+    """One line for an error that the user can fix, None for a bug in fastdiff."""
     if isinstance(error, (ValueError, OSError, ImportError)):
         return one_line(error)
-    # Classes of modules that may not be loaded yet: asked for by name, so that nothing is imported.
+    # Compare class names, so that no module is imported just to check for its errors.
     names = {cls.__name__ for cls in type(error).__mro__}
-    if "BackendError" in names:
+    if not names.isdisjoint(("BackendError", "NotEnoughMemory")):
         return one_line(error)
     text = str(error)
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate" in text:
-        return f"not enough memory: {one_line(error)}; a smaller --batch needs less"
+        return f"not enough memory: {one_line(error)}; use a smaller --batch"
     return None
 
 

@@ -1,4 +1,4 @@
-"""``--like``: the options out of a picture's recipe, and whether the picture came out again."""
+"""``--like``: options from the recipe of a picture, and a comparison with the new picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import tyro
 from PIL import Image, ImageChops
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from fastdiff.generate.job import (
     TextJob,
 )
 from fastdiff.generate.recipe import NEW_BITS, Recipe, identity, read
-from fastdiff.images import read_recipe, to_pil
+from fastdiff.generate.webui import from_parameters
+from fastdiff.images import has_own_recipe, read_parameters, read_recipe, to_pil
 
 COMMANDS: dict[str, type[Any]] = {
     "sample": ClassJob,
@@ -33,7 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "interpolate": InterpolationJob,
 }
 ROUNDING = 1
-"""Levels of 255 by which a picture of an older recipe's version may differ and be the same one."""
+"""Grey levels of 255 by which a picture with a recipe of version 1 may differ from a new one."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,15 @@ class Original:
     path: Path
     recipe: Recipe
     data: dict[str, Any]
-    """The recipe as the file has it."""
+    """The recipe exactly as stored in the file."""
     options: Any = None
 
     def asking(self, options: Any) -> Original:
-        """The same with the options that `options` made of the recipe."""
+        """A copy with the options that `options` derived from the recipe."""
         return replace(self, options=options)
 
     def is_asked_again(self, options: Command) -> bool:
-        """Whether nothing is changed on which the image depends; files may have moved."""
+        """Whether no option that affects the image has changed; files may have moved."""
         mine = self.options
         settings = replace(mine.job.settings, batch=options.job.settings.batch)
         moved = {
@@ -70,13 +72,13 @@ class Original:
         return bool(unchanged == options)
 
     def _sha256(self, name: str) -> Any:
-        """Of a picture that the job began with."""
+        """The hash of an input picture of the job, from the recipe."""
         data = self.data if self.recipe.version == 1 else self.data["job"]
         found = data.get(name)
         return found.get("sha256") if isinstance(found, dict) else None
 
     def compared(self, image: Tensor, recipe: Mapping[str, Any]) -> tuple[int, str]:
-        """0 if the image has the very pixels of the file, else 1; and what to say."""
+        """Compare with the file. Returns an exit code, 0 if all pixels are equal, and a text."""
         with Image.open(self.path) as file:
             old = file.convert("RGB")
         new = to_pil(image).convert("RGB")
@@ -87,16 +89,16 @@ class Original:
             extrema = ImageChops.difference(old, new).getextrema()
             most = max(high for _, high in extrema)  # type: ignore[misc]
             if most <= ROUNDING:
-                return 0, f"the same as {self.path} but for {most} of 255 ({NEW_BITS})"
+                return 0, f"equal to {self.path} up to {most} of 255 levels ({NEW_BITS})"
         why = ", ".join(changed) or (
-            "the file's pixels were changed, or this machine computes otherwise"
+            "the pixels of the file were changed, or this machine rounds differently"
         )
         if self.recipe.version == 1:
             why += f"; {NEW_BITS}"
         return 1, f"NOT identical to {self.path}: {why}"
 
     def _changed(self, now: Mapping[str, Any]) -> list[str]:
-        """What is not as it was, of what an image depends on."""
+        """List the changes in everything that an image depends on."""
         then = self.data
         pairs = {name: (then.get(name), now[name]) for name in ("fastdiff", "torch", "weights")}
         pairs |= {name: (then.get(name), now[name]) for name in ("backend", "device", "dtype")}
@@ -115,7 +117,7 @@ class Original:
 
 
 def _short(value: Any) -> str:
-    """A value of a recipe in a few characters; a hash as far as one compares it."""
+    """Shorten a value of a recipe; a hash to the length that people compare."""
     text = str(value)
     return text[:12] if len(text) == 64 else text[:40]
 
@@ -125,7 +127,7 @@ def original(command: str, like: str) -> Original:
     """The picture that --like names.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such picture, or no whole recipe in it.
+        FileNotFoundError, ValueError: the picture does not exist, or has no complete recipe.
     """
     path = Path(like)
     data = read_recipe(path)
@@ -136,26 +138,61 @@ def original(command: str, like: str) -> Original:
     if not isinstance(recipe.job, COMMANDS[command]):
         made = [name for name, kind in COMMANDS.items() if isinstance(recipe.job, kind)]
         raise ValueError(
-            f"{path} is no single image of 'fastdiff {command}'; "
-            + (f"use 'fastdiff {made[0]} --like {path}'" if made else "give one of those")
+            f"{path} is not a single image made by 'fastdiff {command}'; "
+            + (f"use 'fastdiff {made[0]} --like {path}'" if made else "give such an image")
         )
     if recipe.reread:
         warnings.warn(
-            f"{path} was made when BREAK and other syntax of web UIs was text in prompts; it is "
-            "kept as text by backslashes",
+            f"{path} was made when BREAK and other syntax of web UIs was plain text in prompts; "
+            "backslashes were added to keep it as text",
             stacklevel=1,
         )
     return Original(path, recipe, data)
 
 
 @one_line_errors()
+def foreign(command: str, like: str) -> TextJob | None:
+    """The job of a picture that a web UI made, as far as it means the same here; None if the file
+    is not such a picture. What is left out is said in a warning.
+
+    Raises:
+        ValueError: the text in it cannot be read, or is not of this command.
+    """
+    text = read_parameters(like)
+    if text is None or has_own_recipe(like):
+        return None
+    try:
+        found = from_parameters(text)
+    except ValueError as error:
+        raise ValueError(f"the parameters in {like} cannot be read: {error}") from None
+    if not isinstance(found.job, COMMANDS[command]):
+        raise ValueError(
+            f"{like} was made from a prompt by another program; "
+            f"use 'fastdiff txt2img --like {like}'"
+        )
+    left = f"; not taken: {', '.join(found.left_out)}" if found.left_out else ""
+    warnings.warn(
+        f"{like} was made by another program, whose noise fastdiff does not have: a new picture is "
+        f"made with its prompt and settings{left}",
+        stacklevel=1,
+    )
+    return found.job
+
+
+def foreign_options(made: TextJob, command: type[Any], job: type[Any]) -> Any:
+    """The options of a web UI's picture; which model to use it does not say in a way that counts
+    here."""
+    return command(model=tyro.MISSING, job=_as_options(job, made))
+
+
+@one_line_errors()
 def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> Any:
     """The options that made a picture.
 
-    job: the command's dataclass of the job's options. more: options of the command alone.
+    job: the command's dataclass of the job's options. more: the command's own options.
 
     Raises:
-        ValueError: the recipe holds what the command does not take.
+        ValueError: the recipe contains values that the command does not accept.
     """
     recipe = like.recipe
     short = {long: name for name, long in TORCH_NAMES.items()}
@@ -189,7 +226,7 @@ def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> 
 
 
 def _as_options(cls: type[Any], job: Any) -> Any:
-    """The options that make this job."""
+    """Convert a job to options."""
     own = {f.name: getattr(job, f.name) for f in fields(cls) if hasattr(job, f.name)}
     for name in PICTURES:
         if own.get(name) is not None:

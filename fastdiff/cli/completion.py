@@ -1,7 +1,7 @@
-"""``fastdiff completion``: a script with which a shell completes commands, options and values.
+"""``fastdiff completion``: print a script for shell completion of commands, options and values.
 
-The script is a table of words: the shell answers from it at once, without starting Python. The
-table is read off what each command prints with ``--help``, so that both always say the same.
+The script contains a table of words, so that the shell can complete at once, without starting
+Python. The table is extracted from the ``--help`` of each command, so that both always agree.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fastdiff.names import SPACINGS
 
 Shell = Literal["bash", "zsh", "fish"]
 WIDTH = 88
-"""Columns of a help text: wide enough for an option's choices, too narrow for two columns."""
+"""Width of the help texts: wide enough for an option's choices, too narrow for two columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """Print a script that completes commands, options and their values in a shell.
+    """Print a script for shell completion of commands, options and their values.
 
-    bash reads it from the folder below by itself; for zsh, source the file in ~/.zshrc after
-    compinit. Print it again after an update of fastdiff.
+    bash and fish load it automatically from the folders below; for zsh, source the file in ~/.zshrc
+    after compinit. Print it again after updating fastdiff.
 
     Examples:
       fastdiff completion bash > ~/.local/share/bash-completion/completions/fastdiff
@@ -39,7 +39,7 @@ class Completion:
     """
 
     shell: tyro.conf.Positional[Shell]
-    """The shell that is to read it."""
+    """The shell to write the script for."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -54,18 +54,18 @@ def run(options: Completion) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What may follow a command."""
+    """The words that may follow a command."""
 
     line: str
-    """What the command does."""
+    """A description of the command."""
     options: Mapping[str, Sequence[str]]
-    """Option -> its values, where there are only a few; empty: anything, or nothing."""
+    """Option -> its values if there is a fixed choice; empty if it takes any value, or none."""
     words: Sequence[str] = ()
-    """What may stand where an option need not."""
+    """Words that may follow without an option."""
 
 
 def table() -> dict[str, Entry]:
-    """Command, such as ``sample`` or ``train diffusion`` -> what may follow it."""
+    """Command, such as ``sample`` or ``train diffusion`` -> the words that may follow it."""
     from fastdiff.cli import COMMANDS
     from fastdiff.cli.train import STAGES
     from fastdiff.diffusion.samplers import SAMPLERS
@@ -89,9 +89,9 @@ def table() -> dict[str, Entry]:
 
 
 def options_of(command: Sequence[str], values: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Option -> choices, as a command's help lists them.
+    """Option -> choices, from the help of a command.
 
-    values: of options whose help names a kind of value only.
+    values: the choices of options whose help does not list them.
     """
     options: dict[str, list[str]] = {"--help": []}
     for line in help_text(command).splitlines():
@@ -105,7 +105,7 @@ def options_of(command: Sequence[str], values: Mapping[str, Sequence[str]]) -> d
 
 
 def help_text(command: Sequence[str]) -> str:
-    """What ``fastdiff COMMAND --help`` prints, without colours."""
+    """The output of ``fastdiff COMMAND --help``, without colours."""
     from fastdiff.cli import main as fastdiff
 
     out, before = io.StringIO(), os.environ.get("COLUMNS")
@@ -125,7 +125,7 @@ def bash(entries: Mapping[str, Entry]) -> str:
     """The script for bash 3.2 and later."""
     commands = " ".join(name for name in entries if " " not in name)
     cases = []
-    for name in sorted(entries, key=lambda name: -name.count(" ")):  # the first that fits counts
+    for name in sorted(entries, key=lambda name: -name.count(" ")):  # the first match is used
         entry = entries[name]
         for option, values in entry.options.items():
             if values:

@@ -1,4 +1,4 @@
-"""What the commands print when their work is done: aligned columns, times, what was assumed."""
+"""Output of the commands: aligned columns, times, and assumptions about the model's files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ UNLIMITED = 1_000_000
 
 
 def width() -> int:
-    """Columns of the terminal; no limit where the output goes to a file or a pipe."""
+    """Width of the terminal in columns; unlimited if the output goes to a file or a pipe."""
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return shutil.get_terminal_size().columns
     return UNLIMITED
 
 
 def print_numbers(rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
-    """Right-aligned columns under the headings of the first row; ``left``: but for the first.
+    """Print right-aligned columns; the first row contains the headings.
 
-    A table wider than the terminal is printed in blocks of columns, the first column in each.
+    left: align the first column to the left. A table wider than the terminal is printed in blocks
+    of columns, each of which repeats the first column.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     blocks: list[list[int]] = [[]]
@@ -48,7 +49,7 @@ def print_numbers(rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]], *, indent: int = 0) -> None:
-    """``name  text`` lines, the texts aligned and wrapped to the terminal, not at NO_BREAK."""
+    """Print ``name  text`` lines with the texts aligned and wrapped, but not at NO_BREAK."""
     if not pairs:
         return
     left = indent + max(len(name) for name, _ in pairs) + len(GAP)
@@ -72,7 +73,7 @@ def seconds(value: float) -> str:
 
 
 def backends_line(served: Mapping[str, set[str]]) -> str:
-    """Who ran which ops, as ``reference: attention, geglu; triton: ...``."""
+    """Which backend ran which ops, as ``reference: attention, geglu; triton: ...``."""
     names = sorted({name for backends in served.values() for name in backends})
     return "; ".join(
         f"{name}: {', '.join(op for op, backends in sorted(served.items()) if name in backends)}"
@@ -81,6 +82,6 @@ def backends_line(served: Mapping[str, set[str]]) -> str:
 
 
 def about_files(model: Model) -> list[tuple[str, str]]:
-    """What had to be assumed of the model's files, and what of them is not supported."""
+    """What was assumed about the model's files, and which parts of them are not supported."""
     lines = (line.partition(": ") for line in model.assumed_lines(flags=True))
     return [(title, text) for title, _, text in lines]

@@ -1,4 +1,4 @@
-"""``fastdiff convert``: a checkpoint in another layout."""
+"""``fastdiff convert``: convert a checkpoint to another layout."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a checkpoint as a diffusers folder, or as a fastdiff bundle.
+    """Convert a checkpoint to a diffusers folder or a fastdiff bundle.
 
     Reads diffusers folders, single files of Stable Diffusion and latent diffusion, OpenAI's
-    guided-diffusion and improved-diffusion, ports of DDPM, and bundles. What a file does not say is
-    taken from the published models and printed; the options say it otherwise.
+    guided-diffusion and improved-diffusion, ports of DDPM, and bundles. What a file does not state
+    is taken from the published models and printed; the options override it.
 
     Examples:
       fastdiff convert sd-v1-5.safetensors sd15
@@ -33,13 +33,13 @@ class Convert:
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-    """A file or folder; the layout is recognised from what is in it."""
+    """File or folder to read; its layout is recognised from the contents."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """The folder to write; one that exists already is left alone."""
+    """Folder to write, which must not exist yet."""
     to: Literal["diffusers", "bundle"] = "diffusers"
-    """The layout to write."""
+    """Layout to write."""
     dtype: Annotated[DtypeName | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """What the weights are stored as; left out: as in the source."""
+    """Number format of the stored weights; by default that of the source."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
 
 
@@ -55,9 +55,9 @@ def run(options: Convert) -> int:
     from fastdiff.checkpoint.save import save
 
     if options.target.exists():
-        raise ValueError(f"{options.target} exists already; choose another folder")
+        raise ValueError(f"{options.target} already exists; choose another folder")
     said = options.load
-    if options.to == "bundle":  # a bundle has no place for them
+    if options.to == "bundle":  # a bundle cannot store them
         said = replace(said, text_encoders=False)
     dtype = getattr(torch, TORCH_NAMES[options.dtype]) if options.dtype else None
     clock, total = Clock(), _bytes(options.source)
@@ -76,7 +76,7 @@ def run(options: Convert) -> int:
     print_pairs(
         [
             ("layout", model.layout),
-            *([("left out", "text encoders, for which a bundle has no place")] * left_out),
+            *([("left out", "text encoders, which a bundle cannot store")] * left_out),
             *(
                 (f"assumed {name}", str(value))
                 for name, value in model.provenance.get("assumed", {}).items()
@@ -93,14 +93,14 @@ def _tensors(model: Model) -> list[Any]:
 
 
 def _bytes(path: Path) -> int:
-    """Of a file, or of a model's folder and its parts': a wrong folder may hold a whole disk."""
+    """Size of a file, or of a model's folder to a depth of two: a wrong folder may be huge."""
     inside = (*path.glob("*"), *path.glob("*/*"))
     files = [path] if path.is_file() else [file for file in inside if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
 def _counter(bar: Any, total: int) -> Any:
-    """Adds up what the loader tells in bytes, shown in MiB."""
+    """A callback that adds up bytes and shows MiB."""
     done = 0
 
     def count(_: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""``fastdiff doctor``: what this machine has, and who computes each op on it."""
+"""``fastdiff doctor``: describe this machine, and which backend runs each op on it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Show versions, devices, CPU features, compilers, and which backend serves each op.
+    """Show versions, devices, CPU features, compilers, and which backend runs each op.
 
-    For an op that a backend does not serve here, the reason is given. Nothing is changed.
+    If a backend cannot run an op here, the reason is given. Nothing is changed.
 
     Examples:
       fastdiff doctor
@@ -50,7 +50,7 @@ class Doctor:
     """
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object, for programs and bug reports."""
+    """Print a JSON object, for programs and bug reports."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -68,7 +68,7 @@ def run(options: Doctor) -> int:
 
 
 def diagnose() -> dict[str, Any]:
-    """Everything ``doctor`` prints, in plain dictionaries, lists, strings and numbers."""
+    """Everything that ``doctor`` prints, as plain dictionaries, lists, strings and numbers."""
     import torch
 
     from fastdiff.kernels import compiled
@@ -97,7 +97,7 @@ def _version(package: str) -> str | None:
     if package == "torch":
         import torch
 
-        return str(torch.__version__)  # names the build too, which the wheel's metadata may not
+        return str(torch.__version__)  # includes the build, which the wheel's metadata may not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -149,7 +149,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _compiler(name: str) -> str | None:
-    """The line of ``name --version`` that holds the version, and the path; None if not found."""
+    """The version line of ``name --version`` and the path of the program; None if not found."""
     path = shutil.which(name)
     if path is None:
         return None
@@ -160,12 +160,12 @@ def _compiler(name: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run ({type(error).__name__}) {path}"
     lines = (done.stdout or done.stderr).strip().splitlines() or ["no version"]
-    told = next((line for line in lines if "release" in line), lines[0])  # nvcc: the fourth line
+    told = next((line for line in lines if "release" in line), lines[0])  # nvcc's fourth line
     return f"{told.strip()} {path}"
 
 
 def _ops() -> dict[str, Any]:
-    """Op -> device -> who runs an ordinary call there, and what stands against the others."""
+    """Op -> device -> the backend that runs an ordinary call, and why the others do not."""
     import torch
 
     from fastdiff.kernels import OPS, explain
@@ -182,7 +182,7 @@ def _ops() -> dict[str, Any]:
 
 
 def _configs() -> dict[str, list[str]]:
-    """GPU, or "shipped" where there is none -> which launch configs its Triton kernels get."""
+    """GPU (or "shipped" if there is none) -> the launch configs of its Triton kernels."""
     import torch
 
     from fastdiff.bench import tune
@@ -228,11 +228,11 @@ def _print(report: dict[str, Any]) -> None:
         (
             "",
             f"torch runs {cpu['torch_capability']}; "
-            f"the CPU has {' '.join(cpu['features']) or 'no feature known here'}",
+            f"the CPU has {' '.join(cpu['features']) or 'no known features'}",
         ),
     ]
     if cpu["unpacked_convolutions"] is not None:
-        pairs.append(("", f"convolutions compute unpacked, slower: {cpu['unpacked_convolutions']}"))
+        pairs.append(("", f"slow, unpacked convolutions: {cpu['unpacked_convolutions']}"))
     for gpu in report["gpus"]:
         pairs.append(
             (
@@ -279,22 +279,22 @@ def _native(told: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _print_ops(ops: dict[str, Any]) -> None:
-    """Ops about which the same is to be said share a paragraph."""
+    """Print the ops; those with the same backend and reasons share a paragraph."""
     paragraphs: dict[str, list[str]] = {}
     for op, devices in ops.items():
         for device, told in devices.items():
             against = {
-                # The op's name stands above; with it in every reason no two would be equal.
-                name: (why or "would run; comes later, or another was asked for").replace(
+                # Drop the op's name, so that ops with the same reasons can share a paragraph.
+                name: (why or "could run, but has lower priority or was not requested").replace(
                     f" of {op}", ""
                 )
                 for name, why in told["others"].items()
             }
-            same = json.dumps([device, told["backend"] or "nobody", against])
+            same = json.dumps([device, told["backend"] or "no backend", against])
             paragraphs.setdefault(same, []).append(op)
     for same, names in paragraphs.items():
         device, chosen, against = json.loads(same)
-        print(f"\nops on {device} served by {chosen}")
+        print(f"\nops on {device} run by {chosen}")
         print_pairs([("", ", ".join(names))])
-        print("  why not the others")
+        print("  other backends")
         print_pairs(list(against.items()), indent=2)

@@ -1,4 +1,4 @@
-"""``fastdiff evaluate``: samples measured against real images, a floor beside each number."""
+"""``fastdiff evaluate``: measure samples against real images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ GOAL_MISSED = 1
 class Evaluate:
     """Sample from a model of the digits and measure the samples against real digits.
 
-    Class accuracy under a classifier trained on real digits only; Fréchet distance, precision and
-    recall in its feature space; near-copies of training images. Beside each stands what held-out
-    real digits score, the floor. Writes results.md, results.json and pictures. The exit code is 1
-    if a limit is missed. With --bits, for models of pixels, the negative log likelihood of the
-    held-out digits instead: bits.json, and the bound's terms over the timesteps in bits.png.
+    Measures class accuracy under a classifier trained on real digits only; Fréchet distance,
+    precision and recall in its feature space; and near-copies of training images. For each number
+    it also shows the score of held-out real digits, the floor. Writes results.md, results.json and
+    pictures. The exit code is 1 if a limit is missed. With --bits, measures instead, for models on
+    pixels, the negative log likelihood of the held-out digits: writes bits.json, and the terms of
+    the bound over the timesteps to bits.png.
 
     Examples:
       fastdiff evaluate
@@ -39,20 +40,20 @@ class Evaluate:
     """
 
     model: str = "digits"
-    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     count: int = 1000
-    """Samples, all classes in turn; at least as many as held-out images, 360."""
+    """Number of samples, cycling through the classes; at least 360, as many as held-out images."""
     seed: int = 0
-    """Seed of the first sample; the next ones count up from it."""
+    """Seed of the first sample; the following seeds count up from it."""
     bits: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Bits per dimension of held-out digits (at most --count), one evaluation per timestep: all of
-    them, or those of --steps or --spacing."""
+    """Measure the bits per dimension of held-out digits (at most --count), with one evaluation per
+    timestep: all timesteps, or those of --steps or --spacing."""
     bin_width: OptionalFloat = None
-    """With --bits: distance between grey levels from -1 to 1; that of the digits if left out."""
+    """With --bits: distance between grey levels from -1 to 1; by default that of the digits."""
     settings: Annotated[SampleSettings, FLAT] = field(default_factory=SampleSettings)
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     out: Path = Path("out/evaluation")
-    """Folder for the report and its pictures; made if it is missing."""
+    """Folder for the report and its pictures, created if it is missing."""
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:

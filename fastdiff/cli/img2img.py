@@ -1,4 +1,4 @@
-"""``fastdiff img2img``: variations of an image, led by a prompt or a class."""
+"""``fastdiff img2img``: change an image according to a prompt or a class."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Img2Img:
-    """Change an image after a prompt, or after a class with a model of classes.
+    """Change an image according to a prompt, or to a class with a class-conditional model.
 
-    Writes a PNG per seed with its recipe inside, and a contact sheet of several.
+    Writes one PNG per seed that contains its recipe, and a contact sheet if there are several.
 
     Examples:
       fastdiff img2img "an oil painting" --image photo.jpg --model stable-diffusion-v1-5/
@@ -35,9 +35,9 @@ class Img2Img:
 
     job: Annotated[ImageToImageOptions, FLAT, NO_NONE]
     model: str
-    """The checkpoint: a file or folder, a run's folder, or the name of a shipped model."""
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     count: int = 1
-    """Images to make."""
+    """Number of images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)

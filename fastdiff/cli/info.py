@@ -1,4 +1,4 @@
-"""``fastdiff info``: what stands in a model's folder, or in a picture that this program made."""
+"""``fastdiff info``: show the contents of a model, or the recipe in a picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_VALUE = 2000
 class Info:
     """Show a model's config, parameters, hash and provenance, or the recipe inside a PNG.
 
-    A bundle's weights are checked against the hashes in its config on the way.
+    The weights of a bundle are verified against the hashes in its config.
 
     Examples:
       fastdiff info digits
@@ -32,7 +32,7 @@ class Info:
     """
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH|NAME")]
-    """A checkpoint's file or folder, a run's folder, the name of a shipped model, or a PNG."""
+    """File or folder of a checkpoint, folder of a run, name of a shipped model, or a PNG."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
@@ -48,7 +48,8 @@ def run(options: Info) -> int:
     is_picture = path.suffix.lower() == ".png" or (path.is_file() and _begins_as_png(path))
     if is_picture and (given := options.load.given):
         raise ValueError(
-            f"{path} is a picture, and {', '.join(given)} says how to load a model; leave it out"
+            f"{path} is a picture, but {', '.join(given)} can only be given for a model; leave it "
+            "out"
         )
     report = _picture(path) if is_picture else _model(options.what, options.load)
     if options.json:
@@ -59,7 +60,7 @@ def run(options: Info) -> int:
             print()
         if isinstance(facts, Mapping):
             print(title)
-            counts = title == "parameters"  # 83,653,863 reads better; a seed has to be copied
+            counts = title == "parameters"  # separate thousands, but not in a seed to be copied
             print_pairs(
                 [(n, f"{int(t):,}" if counts else t) for n, t in _flat(facts)] or [("none", "")],
                 indent=2,

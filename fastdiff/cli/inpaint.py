@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint:
-    """Make a part of an image new, with a model for inpainting or any other.
+    """Replace a part of an image, with an inpainting model or any other model.
 
-    The mask is a picture of the image's size, white where the image is to be new. Everything else
-    keeps its pixels. Writes a PNG per seed, and a contact sheet of several.
+    The mask is a picture of the same size as the image, white where the image is to be replaced.
+    All other pixels are kept. Writes one PNG per seed, and a contact sheet if there are several.
 
     Examples:
       fastdiff inpaint "a dog" --image photo.png --mask mask.png --model sd-inpainting/
@@ -36,9 +36,9 @@ class Inpaint:
 
     job: Annotated[InpaintOptions, FLAT, NO_NONE]
     model: str
-    """The checkpoint: a file or folder, a run's folder, or the name of a shipped model."""
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     count: int = 1
-    """Images to make."""
+    """Number of images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)

@@ -1,4 +1,4 @@
-"""``fastdiff interpolate``: frames between two images of a model."""
+"""``fastdiff interpolate``: make the frames between two images of a model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate:
-    """Make the frames between two images: between two seeds, two prompts or two classes.
+    """Make the frames between two seeds, two prompts or two classes.
 
-    The noise goes along the great circle between the seeds', the condition straight from one to the
-    other; the first and the last frame are the two images themselves. Writes a PNG per frame with
-    its recipe inside, and a contact sheet.
+    The noise moves along the great circle between those of the seeds, the condition along a
+    straight line; the first and the last frame are the two images themselves. Writes one PNG per
+    frame that contains its recipe, and a contact sheet.
 
     Examples:
       fastdiff interpolate --label 3 --to-label 8
@@ -39,9 +39,9 @@ class Interpolate:
 
     job: Annotated[InterpolationOptions, FLAT, NO_NONE]
     model: str = "digits"
-    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     frames: int = 9
-    """Images, both ends included; 1: the one that --at names."""
+    """Number of frames including both ends; 1: only the frame at the position --at."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)

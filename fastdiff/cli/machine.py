@@ -1,4 +1,4 @@
-"""Where and how a command works: device, backend, output folder, a clock, a progress bar."""
+"""The environment of a command: device, backend, output folder, a clock, a progress bar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BackendName = Literal["auto", "reference", "triton", "cuda", "library", "cpu"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 BLOCK_BYTES = 4096
-"""What the smallest file takes on a usual disk."""
+"""Space that the smallest file takes on a usual disk."""
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -31,18 +31,18 @@ class Compute:
     """What a command computes on, and with."""
 
     backend: BackendName = "auto"
-    """Who computes the ops; auto takes the best that serves ('fastdiff doctor' lists them)."""
+    """Backend of the ops; auto uses the fastest available ('fastdiff doctor' lists them)."""
     device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    """cpu, cuda or cuda:N; auto uses a GPU if there is one."""
     dtype: DtypeName = "fp32"
-    """Number format of the networks; beside fp16 the autoencoder computes in fp32."""
+    """Number format of the networks; with fp16 the autoencoder still computes in fp32."""
 
 
 def device_and_dtype(compute: Compute) -> tuple[torch.device, torch.dtype]:
-    """The device, checked to be there, and a number format that makes sense on it.
+    """Check that the device is available and the number format makes sense on it; return both.
 
     Raises:
-        ValueError: no such device, or fp16 on a CPU.
+        ValueError: the device is not available, or fp16 is requested on a CPU.
     """
     import torch
 
@@ -54,15 +54,16 @@ def device_and_dtype(compute: Compute) -> tuple[torch.device, torch.dtype]:
     if kind == "auto":
         kind = "cuda" if there else "cpu"
     if kind == "cuda" and not there:
-        why = "no GPU is found" if torch.version.cuda else "this torch is built without CUDA"
-        raise ValueError(f"device {device!r} is not there: {why}; use --device cpu")
+        why = "no GPU found" if torch.version.cuda else "this torch is built without CUDA"
+        raise ValueError(f"device {device!r} is not available: {why}; use --device cpu")
     if index and int(index) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {device!r} is not there; there are {torch.cuda.device_count()}, counted from 0"
+            f"device {device!r} is not available: this machine has {torch.cuda.device_count()} "
+            "GPUs, counted from 0"
         )
     if kind == "cpu" and dtype == "fp16":
         raise ValueError(
-            "dtype fp16 is for GPUs, got device cpu, where it is slower than fp32; use --dtype fp32"
+            "dtype fp16 needs a GPU, got device cpu, where it is slower than fp32; use --dtype fp32"
         )
     return torch.device(f"{kind}:{index}" if index else kind), getattr(torch, TORCH_NAMES[dtype])
 
@@ -80,7 +81,7 @@ def chosen_backend(name: BackendName) -> contextlib.AbstractContextManager[None]
 
 
 def size(count: int) -> str:
-    """Bytes for people: three digits and a unit.
+    """Format a number of bytes with about three digits and a unit.
 
     >>> size(0), size(1536), size(5 * 2**30), size(3 * 2**50)
     ('0 B', '1.5 KiB', '5 GiB', '3,072 TiB')
@@ -93,48 +94,48 @@ def size(count: int) -> str:
 
 
 def check_room(folder: Path, files: int) -> None:
-    """Raise ValueError if so many small files cannot fit on the disk that ``folder`` lies on."""
+    """Raise ValueError if so many files, however small, cannot fit on the disk of ``folder``."""
     free = shutil.disk_usage(folder).free
     if files * BLOCK_BYTES > free:
         raise ValueError(
-            f"{files:,} images need {size(files * BLOCK_BYTES)} or more, {folder} has "
-            f"{size(free)} free; a smaller --count, or another --out"
+            f"{files:,} images need at least {size(files * BLOCK_BYTES)}, but {folder} has only "
+            f"{size(free)} free; make fewer images, or give another --out"
         )
 
 
 @contextlib.contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
-    """Make a folder before the work starts; take it away again if the work leaves it empty.
+    """Create a folder before the work starts; remove it if it is empty afterwards.
 
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: the folder cannot be created or written to.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # root may write where permissions say no: try it
+        with tempfile.TemporaryFile(dir=path):  # try to write: permissions do not bind root
             pass
     except FileExistsError:
         raise NotADirectoryError(
-            errno.ENOTDIR, f"the output must be a folder, {path} is something else; name another"
+            errno.ENOTDIR, f"the output must be a folder, got a file: {path}; give another --out"
         ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise OSError(
-            error.errno, f"cannot write to the folder {path}: {reason}; name another"
+            error.errno, f"cannot write to the folder {path}: {reason}; give another --out"
         ) from error
     try:
         yield path
     finally:
-        remove_leftovers(path)  # those of runs that were killed
+        remove_leftovers(path)  # temporary files of runs that were killed
         for folder in made:
-            with contextlib.suppress(OSError):  # not empty: it stays
+            with contextlib.suppress(OSError):  # keep it if it is not empty
                 folder.rmdir()
 
 
 @dataclass
 class Clock:
-    """Wall time per stage, in the order the stages were first entered."""
+    """Wall time per stage, in the order in which the stages were first entered."""
 
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -152,7 +153,7 @@ class Clock:
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is told (done, total); nothing where stderr is no terminal."""
+    """A progress bar on stderr, updated by calling (done, total); none if stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -181,24 +182,24 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured while a command works."""
+    """Measurements of a command's work."""
 
     served: dict[str, set[str]]
     """Op -> the backends that ran it."""
     clock: Clock = field(default_factory=Clock)
 
     def report(self) -> list[tuple[str, str]]:
-        """For the end of the output: the backends that ran, and the time of each stage."""
+        """Lines for the end of the output: the backends used, and the time of each stage."""
         return [("backends", backends_line(self.served)), ("time", self.clock.report())]
 
 
 @contextlib.contextmanager
 def at_work(out: Path, compute: Compute) -> Iterator[Work]:
-    """An output folder and a backend for a block of code, and what is measured in it.
+    """Set up the output folder and the backend for a block of code, and measure its work.
 
     Raises:
-        OSError: as `output_folder`.
-        ValueError: as `chosen_backend`.
+        OSError: as for `output_folder`.
+        ValueError: as for `chosen_backend`.
     """
     from fastdiff.kernels import record_backends
 

@@ -1,8 +1,8 @@
-"""The jobs' dataclasses as options of commands, and the options that all such commands share.
+"""The dataclasses of jobs as options of commands, and the options that these commands share.
 
-A command's options are a job's own fields (`fastdiff.generate.job`) with what only a command line
-needs to know beside them: which ones are words without a flag, and which ones it fills in itself.
-Nothing here imports torch.
+The options of a command are the fields of a job (`fastdiff.generate.job`) with additions that only
+a command line needs: which fields are words without a flag, and which ones the command fills in.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastdiff.generate.job import (
 )
 
 FLAT, NO_NONE = tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone
-"""Of a field: its options without the field's name; None is said by leaving an option out."""
+"""Markers of a field: no prefix for its options; None is expressed by leaving an option out."""
 Prompt = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
 OptionalPrompt = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
@@ -42,15 +42,15 @@ class ClassOptions(ClassJob):
 
     label: tyro.conf.Suppress[int | str | None] = None
     image: OptionalPath = None
-    """Upsamplers: the low-resolution picture to enlarge."""
+    """Only for upsamplers: the low-resolution picture to enlarge."""
     seed: int = 0
-    """Seed of the first image of each class; the next ones count up from it."""
+    """Seed of the first image of each class; the following seeds count up from it."""
     variation_seed: OptionalInt = None
-    """Start from noise between the seed's and this one's, on the sphere (slerp)."""
+    """Start from noise between that of --seed and that of this seed (slerp)."""
     height: OptionalInt = None
-    """Height in pixels; as the model was trained if left out."""
+    """Height in pixels; by default the size that the model was trained at."""
     width: OptionalInt = None
-    """Width in pixels; as the model was trained if left out."""
+    """Width in pixels; by default the size that the model was trained at."""
     settings: SampleSettings = PLAIN
 
 
@@ -59,15 +59,15 @@ class TextOptions(TextJob):
     """What to make."""
 
     prompt: Prompt
-    """What to draw."""
+    """What the image should show."""
     seed: int = 0
-    """Seed of the first image; the next ones count up from it."""
+    """Seed of the first image; the following seeds count up from it."""
     variation_seed: OptionalInt = None
-    """Start from noise between the seed's and this one's, on the sphere (slerp)."""
+    """Start from noise between that of --seed and that of this seed (slerp)."""
     height: OptionalInt = None
-    """Height in pixels; as the model was trained if left out."""
+    """Height in pixels; by default the size that the model was trained at."""
     width: OptionalInt = None
-    """Width in pixels; as the model was trained if left out."""
+    """Width in pixels; by default the size that the model was trained at."""
     upscale: OptionalFloat = None
     """Enlarge both sides by this factor in a second pass ("hires fix")."""
     text: TextSettings = PLAIN_TEXT
@@ -79,13 +79,13 @@ class ImageToImageOptions(ImageToImageJob):
     """What to make."""
 
     prompt: OptionalPrompt = None
-    """What the image is to become; models of classes take --label instead."""
+    """What the image should become; class-conditional models take --label instead."""
     image: Path
-    """The picture to begin with."""
+    """The picture to start from."""
     label: OptionalName = None
-    """What it is to become, for models of classes: one by number or name."""
+    """Class that the image should become, by number or name, for class-conditional models."""
     seed: int = 0
-    """Seed of the first image; the next ones count up from it."""
+    """Seed of the first image; the following seeds count up from it."""
     height: OptionalInt = None
     """Crop and resize the picture to this height first."""
     width: OptionalInt = None
@@ -99,15 +99,15 @@ class InpaintOptions(InpaintJob):
     """What to make."""
 
     prompt: OptionalPrompt = None
-    """What the masked part is to become; models of classes take --label instead."""
+    """What the masked part should become; class-conditional models take --label instead."""
     image: Path
     """The picture to change."""
     mask: Path
-    """A picture of the same size, white where the image is to be new."""
+    """A picture of the same size, white where the image is to be replaced."""
     label: OptionalName = None
-    """What it is to become, for models of classes: one by number or name."""
+    """Class that the masked part should become, by number or name, for class-conditional models."""
     seed: int = 0
-    """Seed of the first image; the next ones count up from it."""
+    """Seed of the first image; the following seeds count up from it."""
     height: OptionalInt = None
     """Crop and resize the picture and the mask to this height first."""
     width: OptionalInt = None
@@ -121,40 +121,41 @@ class InterpolationOptions(InterpolationJob):
     """What to make."""
 
     prompt: OptionalPrompt = None
-    """The first image's prompt; models of classes take --label instead."""
+    """Prompt of the first image; class-conditional models take --label instead."""
     to_prompt: OptionalName = None
-    """The last image's prompt; the first's if left out."""
+    """Prompt of the last image; by default that of the first."""
     label: OptionalName = None
-    """The first image's class by number or name, for models of classes."""
+    """Class of the first image, by number or name, for class-conditional models."""
     to_label: OptionalName = None
-    """The last image's class; the first's if left out."""
+    """Class of the last image; by default that of the first."""
     to_seed: OptionalInt = None
-    """The last image's seed; the first's if left out."""
+    """Seed of the last image; by default that of the first."""
     at: float = 0.0
-    """With --frames 1: where on the way, from 0, the first image, to 1, the last."""
+    """With --frames 1: position of the frame, from 0 (the first image) to 1 (the last)."""
     height: OptionalInt = None
-    """Height in pixels; as the model was trained if left out."""
+    """Height in pixels; by default the size that the model was trained at."""
     width: OptionalInt = None
-    """Width in pixels; as the model was trained if left out."""
+    """Width in pixels; by default the size that the model was trained at."""
     text: TextSettings = PLAIN_TEXT
     settings: SampleSettings = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a command writes, and the picture that it starts from."""
+    """What a command writes, and the picture whose recipe it takes."""
 
     out: Path = Path("out")
-    """Folder for the images; made if it is missing. No picture in it is written over."""
+    """Folder for the images, created if it is missing; existing pictures are not overwritten."""
     preview: bool = False
-    """Write out/preview.png after each step: a cheap look at what is being made."""
+    """Write preview.png to the folder after each step: a cheap preview of the images."""
     like: OptionalPath = None
-    """Take the options from the recipe in this PNG. Without others the image is made again, bit for
-    bit, compared, and written as NAME-again.png."""
+    """Take the options from the recipe in this PNG. Without other options, the image is made again
+    bit for bit, compared, and written as NAME-again.png. Of a picture of a web UI, the prompt and
+    the settings are used."""
 
 
 class Command(Protocol):
-    """What the options of each command that makes images have."""
+    """The options that every command for making images has."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

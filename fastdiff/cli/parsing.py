@@ -1,6 +1,6 @@
-"""From words to a typed options object, and every mistake on the way to one clear line.
+"""Parse words into a typed options object, and report every mistake in one clear line.
 
-tyro draws a box of five to ten lines around each mistake. Its text is kept, its box is not.
+tyro draws a box of five to ten lines around each mistake. The text is kept, the box is not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tyro
 
 T = TypeVar("T")
 
-# Left out is how nothing is spelled: the help names the kind of value and no default.
+# None is expressed by leaving the option out: the help shows the kind of value and no default.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
@@ -42,16 +42,16 @@ def parse(
     """Read ``words`` into a dataclass.
 
     Args:
-        options: a frozen dataclass; the line under a field is its help, "Examples:" in its
-            docstring goes to the end of the help.
-        default: where the defaults come from, instead of the class.
-        text: the help's words, instead of the class's docstring.
+        options: a frozen dataclass. The docstring of a field is its help; the "Examples:" section
+            of the class's docstring is printed at the end of the help.
+        default: the source of the defaults, if not the class.
+        text: the text of the help, if not the class's docstring.
 
     Returns:
-        The options, or None when help was asked for and has been printed.
+        The options, or None if help was requested and has been printed.
 
     Raises:
-        UsageError: a word that cannot be read.
+        UsageError: a word cannot be parsed.
     """
     description, _, examples = (text or inspect.getdoc(options) or "").partition("\nExamples:\n")
     if not {"-h", "--help"}.isdisjoint(words):
@@ -79,7 +79,7 @@ def parse(
 
 
 def option_value(words: Sequence[str], flag: str) -> str | None:
-    """What follows ``flag``, before the words are parsed: it decides on the others' defaults."""
+    """The value after ``flag``, read before parsing because other defaults depend on it."""
     value = None
     for index, word in enumerate(words):
         if word == flag and index + 1 < len(words):
@@ -90,7 +90,7 @@ def option_value(words: Sequence[str], flag: str) -> str | None:
 
 
 def one_of(word: str, known: Iterable[str], what: str) -> str:
-    """``word`` if it is one of the known names; else a ValueError that lists them."""
+    """Return ``word`` if it is one of the known names; else raise a ValueError that lists them."""
     names = list(known)
     if word not in names:
         raise ValueError(f"unknown {what} {word!r}; expected one of {', '.join(names)}")
@@ -98,10 +98,10 @@ def one_of(word: str, known: Iterable[str], what: str) -> str:
 
 
 def one_line(message: object) -> str:
-    """The text of an error without line breaks; a mistyped name is told what it is close to.
+    """The text of an error without line breaks, with a suggestion for a mistyped name.
 
-    All rooms say ``unknown sampler 'ddmi'; expected one of ddpm, ddim, ...``: the proposal is made
-    here for all of them. An OSError names its file.
+    All packages write ``unknown sampler 'ddmi'; expected one of ddpm, ddim, ...``; the suggestion
+    of close matches is added here for all of them. An OSError names its file.
     """
     if isinstance(message, OSError) and message.strerror:
         named = f": {message.filename}" if message.filename is not None else ""
@@ -119,16 +119,16 @@ def one_line(message: object) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Paragraphs wrapped to the terminal, which tyro does for options only."""
+    """Wrap paragraphs to the terminal, which tyro does only for options."""
     width = min(shutil.get_terminal_size().columns, 100)
     paragraphs = (textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
     return "\n\n".join(paragraphs).strip()
 
 
 def _unboxed(text: str) -> str:
-    """The first section of tyro's error box, and the options it proposes, in one line.
+    """The first section of tyro's error box and the options it suggests, in one line.
 
-    The box is drawn without lines at its sides where the output's encoding has none.
+    If the encoding of the output has no box characters, the box has no lines at its sides.
     """
     sections: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
@@ -139,14 +139,14 @@ def _unboxed(text: str) -> str:
             sections.append([])
         elif inner:
             sections[-1].append(inner)
-    told, *more = [section for section in sections if section] or [["this cannot be read"]]
+    told, *more = [section for section in sections if section] or [["cannot parse the options"]]
     if told[0].startswith("Missing from"):  # names are indented by 4, their help by 8
         names = [line.strip() for line in told if re.match(r" {4}\S", line)]
         return f"missing: {', '.join(names)}"
     message = " ".join(line.strip() for line in told).rstrip(".")
     for pattern, better in (
         (r"^Error parsing (--\S+):", r"\1:"),
-        (r"^Error parsing [^:]+: ", ""),  # what a config says about itself
+        (r"^Error parsing [^:]+: ", ""),  # an error raised by a config
         (r"invalid literal for int\(\) with base 10: (.*)$", r"expected a whole number, got \1"),
         (r"could not convert string to float: (.*)$", r"expected a number, got \1"),
         (r"no type matching .*Got errors:.*: (expected .*)$", r"\1"),

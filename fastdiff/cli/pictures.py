@@ -1,6 +1,6 @@
-"""What the commands that make images share: words to options, jobs to PNGs and a contact sheet.
+"""Shared by all commands that make images: from words to options to jobs to PNGs and a sheet.
 
-Nothing heavy is imported before the options are read.
+Nothing heavy is imported before the options have been parsed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastdiff.cli.options import Command
 from fastdiff.cli.parsing import option_value, parse
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from fastdiff.checkpoint.model import Model
@@ -26,22 +27,24 @@ if TYPE_CHECKING:
     from fastdiff.generate.run import Result
     from fastdiff.generate.session import Session
 
+LARGE = 2**28
+"""Bytes of files from which on a model is looked at before its numbers are read."""
 SHEET, PREVIEW = "sheet.png", "preview.png"
 AnyJob = TypeVar("AnyJob")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a command is to make: a row of images per name, an image per seed or frame in it."""
+    """The images to make: a row per name, with an image per seed or frame."""
 
     names: Sequence[str]
-    """Of the rows: classes, or one prompt."""
+    """Names of the rows: the classes, or one prompt."""
     columns: range
-    """Seeds, or frames."""
+    """Seeds or frames."""
     job: Callable[[int, int], tuple[str, Job]]
-    """(row, column) -> the name of the file without its ending, and what is to be done."""
+    """(row, column) -> the stem of the file, and the job."""
     column: str = "seed"
-    """What a column is."""
+    """What a column stands for: "seed" or "frame"."""
 
     def __iter__(self) -> Iterator[tuple[str, Job]]:
         return (self.job(row, at) for row in range(len(self.names)) for at in self.columns)
@@ -58,18 +61,23 @@ def main(
     run: Callable[[Any, Original | None], int],
     more: Callable[[Any], Mapping[str, Any]] = lambda job: {},
 ) -> int:
-    """Read a command's words, with the recipe of `--like` as the defaults, and run it.
+    """Parse a command's words, with defaults from the recipe of `--like` if given, and run it.
 
-    job: the dataclass of the job's options. more: options of the command alone that follow from a
-    recipe's job. run: called with the options and the picture given as `--like`.
+    Args:
+        job: the dataclass of the job's options.
+        more: the command's own options that follow from the job in a recipe.
+        run: called with the options and the picture given as `--like`.
     """
     name, path = command.__name__.lower(), option_value(words, "--like")
     like = default = None
     if path is not None:
         from fastdiff.cli import again
 
-        like = again.original(name, path)
-        default = again.options(like, command, job, **more(like.recipe.job))
+        if (foreign := again.foreign(name, path)) is not None:
+            default = again.foreign_options(foreign, command, job)
+        else:
+            like = again.original(name, path)
+            default = again.options(like, command, job, **more(like.recipe.job))
     options = parse(command, words, prog=f"fastdiff {name}", default=default)
     if options is None:
         return 0
@@ -77,13 +85,13 @@ def main(
 
 
 def as_job(kind: type[AnyJob], options: Any, **change: Any) -> AnyJob:
-    """A plain job of the options of one."""
+    """Convert a command's options to a plain job."""
     own = {field.name: getattr(options, field.name) for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{**own, **change})
 
 
 def of_one_prompt(options: Command, kind: type[Any], count: int) -> Callable[[Facts], Wanted]:
-    """Images of a single prompt: an image per seed, called after its first words."""
+    """The images of a single prompt: one per seed, named after the first words of the prompt."""
     prompt = options.job.prompt
     stem = file_stem(prompt or options.job.image.stem)
 
@@ -102,22 +110,26 @@ def run(
     refiner: Path | None = None,
     original: Original | None = None,
 ) -> int:
-    """Load the model, do the jobs, write a PNG each as they come, and a contact sheet of several.
+    """Load the model, run the jobs, write each PNG when it is done, and a sheet of several.
 
-    want: called with what the model is like, before anything is computed. inputs: files that must
-    not be written over. original: the picture of ``--like``; if its image is asked for again, the
-    new one is NAME-again.png and the two are compared.
+    Args:
+        want: called with the facts of the model, before anything is computed.
+        inputs: files that must not be overwritten.
+        original: the picture of ``--like``; if the same image is requested again, it is written as
+            NAME-again.png and compared.
     """
     from fastdiff.cli import report
-    from fastdiff.generate.facts import Facts
 
     out = options.output.out
     again = original if original is not None and original.is_asked_again(options) else None
     device, dtype = device_and_dtype(options.compute)
     with at_work(out, options.compute) as work:
         with work.clock("load"):
+            if _is_large(options.model, refiner):  # nothing is read that will not fit
+                planned = _load(options, refiner, device="meta", dtype=dtype)
+                _check_fits(planned, want, device, dtype, loaded=False)
             models = _load(options, refiner, device=device, dtype=dtype)
-        wanted = want(Facts.of(models[0]))
+        wanted = _check_fits(models, want, device, dtype, loaded=True)
         check_room(out, wanted.total)
         if options.output.preview:
             _keep([*inputs, *([original.path] if original else [])], out / PREVIEW)
@@ -133,18 +145,20 @@ def run(
                 path = report.save_sheet(out / SHEET, shown, wanted, recipe, last)
     if len(plan.there) == wanted.total:
         print(plan.there[wanted.total - 1])
-        print(f"{wanted.total:,} of {wanted.total:,} exist, made with this very recipe before")
+        print(f"{wanted.total:,} of {wanted.total:,} already exist with the same recipe")
         return 0
     report.summary(path, wanted, last, len(plan.there), [*compared, *work.report()])
     return code
 
 
 class _Plan:
-    """Where each image goes, and which are there already: no file is written over, or made twice.
+    """The path of each image, and which images exist already.
+
+    No file is overwritten, and no image is made twice.
 
     Attributes:
-        paths: of the images, in order; where one is taken by another image, a number is added.
-        there: number of an image -> the file that was made with its very recipe.
+        paths: the paths of the images, in order; a number is added if another image has the name.
+        there: index of an image -> the existing file with the same recipe.
     """
 
     def __init__(
@@ -159,7 +173,7 @@ class _Plan:
         self._sessions = _sessions(models)
         self.paths = [out / f"{stem}.png" for stem, _ in wanted]
         self.there: dict[int, Path] = {}
-        if again is not None:  # to be compared, it is made again
+        if again is not None:  # it is made again in any case, to be compared
             self.paths = [out / f"{again.path.stem}-again.png"]
             return
         for number, (path, (_, job)) in enumerate(zip(self.paths, wanted, strict=True)):
@@ -167,11 +181,11 @@ class _Plan:
                 self.there[number] = place
 
     def jobs(self) -> Iterator[Job]:
-        """Of the images that are not there."""
+        """The jobs of the images that do not exist yet."""
         return (job for number, (_, job) in enumerate(self.wanted) if number not in self.there)
 
     def result(self, number: int) -> Result:
-        """Of an image that is there, as if it had just been made."""
+        """The result for an existing image, as if it had just been made."""
         from fastdiff.generate.facts import check
         from fastdiff.generate.run import Result
         from fastdiff.images import read_image
@@ -210,11 +224,64 @@ def _load(options: Command, refiner: Path | None, **machine: Any) -> tuple[Model
     return model, load(refiner, tokenizer=options.load.tokenizer[-1:] or None, **machine)
 
 
+def _is_large(model: str, refiner: Path | None) -> bool:
+    """Whether the files of the models together are large enough to look at them first."""
+    total = 0
+    for place in [Path(model)] + ([] if refiner is None else [refiner]):
+        files = place.rglob("*") if place.is_dir() else [place]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return total > LARGE
+
+
+def _check_fits(
+    models: tuple[Model, Model | None],
+    want: Callable[[Facts], Wanted],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    loaded: bool,
+) -> Wanted:
+    """What is wanted, once it is known that it fits into memory.
+
+    models: may be on the meta device, if not `loaded`.
+
+    Raises:
+        NotEnoughMemory: it does not.
+    """
+    from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS
+    from fastdiff.generate.facts import Facts, check, is_small
+
+    facts = Facts.of(models[0])
+    wanted = want(facts)
+    job = check(next(iter(wanted))[1], facts)
+    rows = min(len(wanted.names), SHEET_ROWS)
+    kept = rows * min(len(wanted.columns), SHEET_COLUMNS)
+    batch = min(job.settings.batch or kept, wanted.total)
+    if loaded and is_small(job, facts, max(batch, kept), on_cpu=device.type == "cpu"):
+        return wanted
+    from fastdiff.generate.memory import Call, check_fits
+
+    check_fits(
+        models,
+        job,
+        Call(
+            device=device,
+            dtype=dtype,
+            count=wanted.total,
+            conditions=len(wanted.names),
+            kept=kept,
+        ),
+        way_out="give a smaller --width, --height, --count or --batch",
+        loaded=loaded,
+    )
+    return wanted
+
+
 def _keep(inputs: Sequence[Path], preview: Path) -> None:
-    """Raise ValueError if an input would be replaced by the preview, which is written over."""
+    """Raise ValueError if the preview would overwrite an input."""
     for path in inputs:
         if path.resolve() == preview.resolve():
-            raise ValueError(f"{path} would be written over by the preview; give another --out")
+            raise ValueError(f"the preview would overwrite {path}; give another --out")
 
 
 def _make(
@@ -223,10 +290,13 @@ def _make(
     models: tuple[Model, Model | None],
     clock: Clock,
 ) -> tuple[Path, list[Tensor], Result]:
-    """Make and write the images as they come; returns the last one's file, the images of the sheet,
-    and the last result."""
+    """Make the images and write each one when it is done.
+
+    Returns the path of the last image, the images of the sheet, and the last result.
+    """
     from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS, preview_writer
     from fastdiff.generate.run import generate
+    from fastdiff.generate.webui import to_parameters
     from fastdiff.images import add_png
 
     (model, refiner), out = models, options.output.out
@@ -248,7 +318,8 @@ def _make(
             if number not in plan.there:
                 result = next(results)
                 with clock("write"):
-                    path = add_png(place, result.image, recipe_of(options, result.recipe))
+                    recipe = recipe_of(options, result.recipe)
+                    path = add_png(place, result.image, recipe, parameters=to_parameters(recipe))
             elif in_sheet or number == len(plan.paths) - 1:
                 path, result = plan.there[number], plan.result(number)
             if in_sheet:
@@ -257,7 +328,7 @@ def _make(
 
 
 def recipe_of(options: Command, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's recipe with what the model was loaded with."""
+    """A job's recipe, with the options that the model was loaded with."""
     return {**recipe, "load": options.load.recorded}
 
 

@@ -1,4 +1,4 @@
-"""``fastdiff reconstruct``: images through the autoencoder and back."""
+"""``fastdiff reconstruct``: pass images through the autoencoder and back."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SSIM_WINDOW = 11
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct:
-    """Pass images through the autoencoder and back, and measure what is lost.
+    """Pass images through the autoencoder and back, and measure the loss.
 
-    Writes reconstruction.png, the originals above what came back, and for each image given by name
-    NAME-reconstructed.png. Without images the held-out digits are taken.
+    Writes reconstruction.png with the originals above their reconstructions, and for each image
+    that is named NAME-reconstructed.png. Without images, the held-out digits are used.
 
     Examples:
       fastdiff reconstruct
@@ -40,19 +40,19 @@ class Reconstruct:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="[PATH ...]", help_behavior_hint=""),
     ] = ()
-    """Image files, or one folder of them; they are cropped and resized to the model's size."""
+    """Image files, or one folder of images; they are cropped and resized to the model's size."""
     model: str = "digits"
-    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     out: Path = Path("out")
-    """Folder for the pictures; made if it is missing."""
+    """Folder for the pictures, created if it is missing."""
     batch: int = 64
-    """Images at once: bounds memory, has no influence on the images."""
+    """Number of images processed at once: limits memory, does not change the images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+            raise ValueError(f"--batch must be at least 1, got {self.batch}")
 
 
 def main(words: Sequence[str]) -> int:
@@ -75,12 +75,12 @@ def run(options: Reconstruct) -> int:
             model = load(options.model, device=device, dtype=dtype, options=said)
             if model.autoencoder is None:
                 raise ValueError(
-                    f"{model.path} works on pixels and has no autoencoder to reconstruct with; "
-                    "give one with --vae"
+                    f"{model.path} has no autoencoder, because its denoiser works on pixels; give "
+                    "one with --vae"
                 )
             if model.image_size is None or model.image_channels is None:
                 raise ValueError(
-                    f"{model.path} does not say how large its images are; give --image-size, or "
+                    f"{model.path} does not state the size of its images; give --image-size, or "
                     "the folder of the whole model"
                 )
             images, files = _read(options.images, model.image_size, model.image_channels)
@@ -110,7 +110,7 @@ def run(options: Reconstruct) -> int:
         [
             (
                 "images",
-                f"{len(images)} of {shape}, latents {latents}, {ratio:.3g} times fewer numbers",
+                f"{len(images)} of {shape}, latents {latents} ({ratio:.3g} times fewer numbers)",
             ),
             ("PSNR", told),
             ("SSIM", similar),
@@ -123,16 +123,16 @@ def run(options: Reconstruct) -> int:
 
 def _similarity(images: Tensor, back: Tensor, ssim: Callable[[Tensor, Tensor], Tensor]) -> str:
     if min(images.shape[2:]) < SSIM_WINDOW:
-        return f"none: it needs images of {SSIM_WINDOW} x {SSIM_WINDOW} or more"
+        return f"none: needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW}"
     try:
         values = ssim(back, images)
-    except ImportError as error:  # the rest of the command does without
+    except ImportError as error:  # the rest of the command works without it
         return f"none: {one_line(error)}"
     return f"{values.mean():.4f} on average, {values.min():.4f} at worst"
 
 
 def _read(paths: Sequence[Path], image_size: int, image_channels: int) -> tuple[Tensor, list[Path]]:
-    """Images (N, C, H, W) at the model's size, and the files of those given one by one."""
+    """Images (N, C, H, W) at the model's size, and the paths of those given individually."""
     import torch
 
     from fastdiff.data import DataConfig, open_dataset
@@ -150,7 +150,9 @@ def _read(paths: Sequence[Path], image_size: int, image_channels: int) -> tuple[
 
     if not paths:
         if image_channels != 1:
-            raise ValueError("the digits are grey and this model takes RGB; name images")
+            raise ValueError(
+                "the digits are grey, but this model expects RGB images; name images to reconstruct"
+            )
         digits = open_dataset(DataConfig(split="held-out", image_size=image_size))
         return to_float(digits.images), []
     if len(paths) == 1 and paths[0].is_dir():

@@ -1,4 +1,4 @@
-"""What comes after the images: the contact sheet and the lines that sum up; previews on the way."""
+"""The contact sheet, the summary, and previews while images are being made."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from fastdiff.diffusion.sampling import OnStep
 
 SHEET_ROWS, SHEET_COLUMNS = 64, 32
-"""Images of a contact sheet; there may be more files."""
+"""Largest size of a contact sheet; there may be more images."""
 PREVIEW_SIDE = 256
 OF_A_COLUMN = ("seed", "label", "at")
-"""Of a job, what differs between the images of a sheet."""
+"""Fields of a job that differ between the images of a sheet."""
 
 
 def summary(
     path: Path, wanted: Wanted, last: Result, kept: int, more: Sequence[tuple[str, str]]
 ) -> None:
-    """Print the last file's path and what was made, with what.
+    """Print the path of the last file, and a summary of the images and the model.
 
-    kept: images that were there already. more: lines for the end.
+    kept: number of images that already existed. more: lines to add at the end.
     """
     model = last.session.model
     print(path)
     print_pairs(
         [
             ("images", f"{wanted.total:,} of {_made_by(last)}"),
-            *([("kept", f"{kept:,} of them, made with this very recipe before")] if kept else []),
+            *([("kept", f"{kept:,} that already exist with the same recipe")] if kept else []),
             ("weights", model.weights_hash[:12]),
             *about_files(model),
             *more,
@@ -48,7 +48,7 @@ def summary(
 
 
 def preview_writer(model: Model, path: Path) -> OnStep:
-    """A callback that writes a cheap look at each step's estimate to a file."""
+    """A callback that writes a cheap preview of each step's estimate to a file."""
 
     def write(step: Any) -> None:
         small = Session.of(model).latents.preview(step.denoised).float().cpu()
@@ -61,10 +61,10 @@ def preview_writer(model: Model, path: Path) -> OnStep:
 def save_sheet(
     path: Path, images: Sequence[Tensor], wanted: Wanted, recipe: dict[str, Any], last: Result
 ) -> Path:
-    """A row per name and a column per seed or frame; of one column, or one name, the others share
-    rows.
+    """Write a sheet with a row per name and a column per seed or frame.
 
-    recipe: of the last image. Returns where the sheet was written: `path`, or beside it.
+    If there is only one name or one column, the images are wrapped over several rows. recipe: that
+    of the last image. Returns the path of the sheet: `path`, or a numbered name in its folder.
     """
     names, columns = wanted.names[:SHEET_ROWS], wanted.columns[:SHEET_COLUMNS]
     labels = [f"{wanted.column} {at}" for at in columns]
@@ -88,7 +88,7 @@ def save_sheet(
 
 
 def _made_by(result: Result) -> str:
-    """The size, the sampler, how many steps were done, the guidance."""
+    """The size, the sampler, the number of steps taken, and the guidance, as text."""
     settings, session = result.job.settings, result.session
     asked, strength = settings.total, getattr(result.job, "strength", 1.0)
     done = asked - first_step(asked, strength)

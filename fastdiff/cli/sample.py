@@ -1,4 +1,4 @@
-"""``fastdiff sample``: new images, each with its recipe inside, and a contact sheet of them."""
+"""``fastdiff sample``: make new images, each containing its recipe, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NO_CLASS = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Make new images from a model of classes, or of none; upsamplers take a picture.
+    """Make new images with a class-conditional or unconditional model, or enlarge a picture.
 
     Writes one PNG per image, with its recipe in the metadata, and a contact sheet, sheet.png. An
-    image depends on its class, its seed and the settings, not on what else is made with it.
+    image depends only on its class, its seed and the settings, not on the other images.
 
     Examples:
       fastdiff sample
@@ -42,11 +42,11 @@ class Sample:
     """
 
     model: str = "digits"
-    """A checkpoint's file or folder, a run's folder, or the name of a shipped model."""
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     classes: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="CLASS [CLASS ...]", help_behavior_hint="")
     ] = ()
-    """Classes by name or number, "none" for no class; all that the model knows if left out."""
+    """Classes by name or number, "none" for no class; by default all classes of the model."""
     count: int = 8
     """Images per class."""
     job: Annotated[ClassOptions, FLAT, NO_NONE] = field(default_factory=ClassOptions)
@@ -83,7 +83,7 @@ def run(options: Sample, like: Original | None = None) -> int:
 
 
 def class_labels(words: Sequence[str], facts: Facts) -> list[int | None]:
-    """Class names or numbers to labels, None for no class; no words: all classes of the model.
+    """Convert class names or numbers to labels, None for no class; without words, all classes.
 
     Raises:
         ValueError: the model has no such class.
@@ -98,7 +98,7 @@ def class_labels(words: Sequence[str], facts: Facts) -> list[int | None]:
 
 
 def class_names(labels: Sequence[int | None], facts: Facts) -> dict[int | None, str]:
-    """What to call each class."""
+    """The name of each class."""
     known = facts.class_names
     return {
         label: NO_CLASS if label is None else known[label] if known else f"class{label}"
@@ -107,7 +107,7 @@ def class_names(labels: Sequence[int | None], facts: Facts) -> dict[int | None, 
 
 
 def file_names(names: dict[int | None, str], labels: Sequence[int | None]) -> dict[int | None, str]:
-    """What the files of a class are called: its name, where that is a name that a file can have."""
+    """The stem of each class's files: its name if that is a valid file name, else with a number."""
     safe = all(re.fullmatch(r"\w[\w-]*", name) for name in names.values())
     if safe and len(set(map(str.lower, names.values()))) == len(names):
         return names
@@ -121,5 +121,5 @@ def _plain(name: str) -> str:
 
 
 def _classes(job: ClassJob) -> dict[str, tuple[str, ...]]:
-    """--classes of a recipe's job."""
+    """The value of --classes for a recipe's job."""
     return {"classes": (NO_CLASS if job.label is None else str(job.label),)}

@@ -1,4 +1,4 @@
-"""``fastdiff samplers``: which samplers there are, and what each does in every step."""
+"""``fastdiff samplers``: list the samplers, and show what they do in each step."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 DEFAULT_STEPS = 10
 COLUMNS_LEGEND = """\
-x0 = u x + v F from the network's output F; then x <- a x + b x0 + c1 h1 + c2 h2 + c3 h3 + s noise,
-and where slot is not -1: h[slot] <- p x + q x0. sigma is the noise per signal, w the guidance."""
+x0 = u x + v F, where F is the network's output; then x <- a x + b x0 + c1 h1 + c2 h2 + c3 h3 +
+s noise, and unless slot is -1, h[slot] <- p x + q x0. sigma is noise / signal, w the guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samplers:
-    """List the samplers, print the table of one, or draw the tables of several.
+    """List the samplers, or print or plot their tables.
 
-    A sampler is a table: one row per network evaluation, every row a linear update. Without a name
-    all samplers are listed; with names their tables are printed, or drawn with --plot.
+    A sampler is a table with one row per network evaluation; every row is a linear update. Without
+    names, all samplers are listed; with names, their tables are printed, or plotted with --plot.
 
     Examples:
       fastdiff samplers
@@ -49,21 +49,21 @@ class Samplers:
     ] = ()
     """Samplers to show."""
     steps: OptionalInt = None
-    """Steps from noise to image; as many as a spacing such as 10,15,20 has, or 10, if left out."""
+    """Steps from noise to image; by default 10, or the number in a spacing such as 10,15,20."""
     spacing: OptionalName = None
-    """Where the steps lie: trailing, leading, linspace, simple, karras, exponential, FastDPM's
-    var-linear, var-quadratic, step-linear, step-quadratic, or IDDPM's strings such as 10,15,20 and
-    ddim50; the sampler's own if left out."""
+    """How the steps are spaced: trailing, leading, linspace, simple, karras, exponential; FastDPM's
+    var-linear, var-quadratic, step-linear, step-quadratic; or IDDPM's strings such as 10,15,20 and
+    ddim50. By default the sampler's own."""
     schedule: ScheduleKind = "scaled_linear"
-    """The noise a model was trained with; "scaled_linear" is Stable Diffusion's."""
+    """Noise schedule that the model was trained with; "scaled_linear" is Stable Diffusion's."""
     prediction: Prediction = "eps"
     """What the network returns: the noise, the velocity or the clean image."""
     eta: OptionalFloat = None
-    """How much fresh noise, 0 to 1, where the sampler has a choice."""
+    """Amount of fresh noise, 0 to 1, for samplers with this option."""
     guidance_scale: float = 1.0
     """Weight of classifier-free guidance; 1: no guidance."""
     plot: OptionalPath = None
-    """Draw instead of print: a PNG, SVG or PDF file."""
+    """Plot the tables to this PNG, SVG or PDF file instead of printing them."""
 
     def __post_init__(self) -> None:
         if self.spacing is not None:
@@ -104,7 +104,7 @@ def run(options: Samplers) -> int:
 
 
 def _headline(sampler: Any) -> str:
-    """The first sentence of the sampler's docstring: what it is, and the paper."""
+    """The first sentence of the sampler's docstring, which names the method and the paper."""
     return " ".join((inspect.getdoc(sampler) or "").partition("\n\n")[0].split())
 
 
@@ -113,9 +113,9 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
     from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
     config = ScheduleConfig(kind=options.schedule)
-    if options.schedule == "scaled_linear":  # with Stable Diffusion's ends; the defaults are DDPM's
+    if options.schedule == "scaled_linear":  # use Stable Diffusion's ends; the default is DDPM's
         config = replace(config, beta_start=0.00085, beta_end=0.012)
-    # With several names, --eta goes to those that have one.
+    # With several names, --eta applies to the samplers that have it.
     takes_eta = "eta" in inspect.signature(sampler).parameters or len(options.names) == 1
     return build_table(
         name,
@@ -130,7 +130,7 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
 
 def _print_table(table: SamplerTable, sampler: Any) -> None:
     heading, *rows = [["0" if cell == "-0" else cell for cell in row] for row in table.describe()]
-    if all(row[0] == row[1] for row in rows):  # one evaluation per step: say it once
+    if all(row[0] == row[1] for row in rows):  # one evaluation per step: drop a column
         heading, rows = [heading[0], *heading[2:]], [[row[0], *row[2:]] for row in rows]
     constant = [
         index

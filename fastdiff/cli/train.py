@@ -1,4 +1,4 @@
-"""``fastdiff train``: one typed config per run; a preset or a file gives it, flags change it."""
+"""``fastdiff train``: a preset or a file gives the typed config of a run, and flags change it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ examples:
 STAGE_HELP = """\
 Train {line}.
 
-Every field of the run's config is an option. The values to start from are those of a preset
-({presets}), of a config.json, or with --resume of the run in output.folder. With
---data.source folder and no preset, channels, classes and augmentation follow from the images. A
-resumed run may be given more --optimization.steps. Ctrl-C and SIGTERM save before they end the run.
-The folder gets config.json, log.jsonl, checkpoints/, samples/,
-tensorboard/ and model/, which the other commands take.
+Every field of the run's config is an option. The defaults come from a preset ({presets}), from a
+config.json, or with --resume from the run in --output.folder. With --data.source folder and no
+preset, channels, classes and augmentation are derived from the images. A resumed run may be given
+more --optimization.steps. Ctrl-C and SIGTERM save before they stop the run. The folder will contain
+config.json, log.jsonl, checkpoints/, samples/, tensorboard/, and model/ for the other commands.
 
 Examples:
 {examples}
@@ -53,24 +52,25 @@ EXAMPLES = {
   fastdiff train autoencoder --resume""",
     "diffusion": """\
   fastdiff train diffusion --autoencoder runs/digits-autoencoder
-  fastdiff train diffusion --preset digits-diffusion --prediction eps --seed 1 --dry-run
+  fastdiff train diffusion --init-from digits --output.folder runs/tuned
   fastdiff train diffusion --resume --output.folder runs/digits-diffusion""",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Generic[RunT]):
-    """A run's config and what to do with it."""
+    """The config of a run, and what to do with it."""
 
     run: Annotated[RunT, tyro.conf.arg(name="")]
     preset: OptionalName = None
-    """A run that is known to work, to start from."""
+    """Name of a tested run to take the defaults from."""
     config: OptionalPath = None
-    """A run's config.json to start from, or the folder it lies in."""
+    """The config.json of a run to take the defaults from, or its folder."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on from the newest checkpoint in output.folder, to the same numbers as without a stop."""
+    """Continue from the newest checkpoint in --output.folder, with the same results as without the
+    interruption."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the config and what follows from it; write nothing."""
+    """Print the config and the size of the run, and write nothing."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> int:
     kind: Any = AutoencoderRun if stage == "autoencoder" else DiffusionRun
     presets = {name: run for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)}
     start: Any = _start(kind, presets, rest)
-    # Every field of a network's config is an option, so which there are depends on the network.
+    # Every field of a network's config is an option, so the options depend on the network.
     fields: Any = kind[type(start.model)] if kind is DiffusionRun else kind
     options = parse(
         Train[fields],
@@ -116,14 +116,14 @@ def run(options: Train[Any]) -> int:
 
 
 def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) -> RunT:
-    """The config that the options change: of --config, of --preset, of the run to resume.
+    """The config that the options change: from --config, from --preset, or of the run to resume.
 
     Raises:
-        FileNotFoundError, ValueError: no such preset, no such file, or not a run of this stage.
+        FileNotFoundError, ValueError: the preset or file does not exist, or is of another stage.
     """
     preset, config = option_value(words, "--preset"), option_value(words, "--config")
     if preset is not None and config is not None:
-        raise ValueError("--preset and --config both give the whole run; leave one of them out")
+        raise ValueError("--preset and --config cannot be combined; leave one of them out")
     if config is not None:
         return _read(kind, Path(config))
     default = (
@@ -135,11 +135,47 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
         folder = Path(option_value(words, "--output.folder") or default.output.folder)
         if (folder / "config.json").is_file():
             return _read(kind, folder)
-    return default if preset is not None else _for_data(default, words)
+    if preset is not None:
+        return default
+    if (place := option_value(words, "--init-from")) is not None:
+        default = _like_model(default, place)
+    return _for_data(default, words)
+
+
+def _like_model(run: Any, place: str) -> Any:
+    """The default run with the architecture of the model whose weights it starts from.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fastdiff.load`, or the model lacks the part.
+    """
+    from fastdiff.checkpoint.open import load
+    from fastdiff.training import AutoencoderRun
+
+    model = load(place, device="meta", text_encoders=False)
+    part = "autoencoder" if isinstance(run, AutoencoderRun) else "denoiser"
+    if (network := getattr(model, part)) is None:
+        raise ValueError(f"{place} contains no {part} to start from; give a model that has one")
+    change: dict[str, Any] = {"model": network.config, "init_from": place}
+    if model.image_size and model.image_channels:
+        channels = model.image_channels
+        change["data"] = replace(run.data, image_size=model.image_size, channels=channels)
+    if part == "denoiser":
+        change["prediction"] = model.prediction
+        change["schedule"] = model.schedule or run.schedule
+        if not network.config.null_class:
+            change["class_dropout"] = 0.0
+        if model.autoencoder is None:
+            change |= {"autoencoder": "", "latent_views": 0}
+        elif model.layout == "bundle":
+            change["autoencoder"] = place
+    else:
+        seen = {"image_channels": network.config.image_channels}
+        change["discriminator"] = replace(run.discriminator, **seen)
+    return replace(run, **change)
 
 
 def _for_data(run: RunT, words: Sequence[str]) -> RunT:
-    """The default run with what follows from the images that the options name."""
+    """Adapt the default run to the images that the options name."""
     source, path = option_value(words, "--data.source"), option_value(words, "--data.path")
     if not path or source not in ("folder", "shards"):
         return run
@@ -166,4 +202,4 @@ def _read(kind: type[RunT], path: Path) -> RunT:
     try:
         return kind.from_json(data)
     except ValueError as error:
-        raise ValueError(f"{path} is not the config of such a run: {error}") from error
+        raise ValueError(f"{path} is not the config of a run of this stage: {error}") from error

@@ -1,4 +1,4 @@
-"""``fastdiff tune``: search launch configs on the GPU at hand."""
+"""``fastdiff tune``: search for the fastest launch configs on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """Search the launch configs of the Triton kernels on the GPU at hand.
+    """Search for the fastest launch configs of the Triton kernels on this machine's GPU.
 
-    Times each op's candidates, checks that the fastest computes what the present one does, and
-    writes it to the user's cache (FASTDIFF_CACHE, else ~/.cache/fastdiff), which later runs read
-    first. What the search does not touch stays. See 'fastdiff doctor' for the files in use.
+    Times the candidates of each op, checks that the fastest one computes the same as the current
+    one, and writes it to the user's cache (FASTDIFF_CACHE, else ~/.cache/fastdiff), which later
+    runs read first. Other configs are kept. 'fastdiff doctor' shows the files in use.
 
     Examples:
       fastdiff tune
@@ -34,27 +34,27 @@ class Tune:
     """
 
     op: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
-    """Only these ops; the table's first column names them."""
+    """Tune only these ops, by the names in the table's first column."""
     dtype: Annotated[tuple[DtypeName, ...], tyro.conf.arg(help_behavior_hint="")] = ()
-    """Only these dtypes."""
+    """Tune only these dtypes."""
     shape_class: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
     ] = ()
-    """Only these shape classes, which the table names after the dtype."""
+    """Tune only these shape classes, which follow the dtype in the table."""
     budget_minutes: float = 20.0
-    """How long the search may take, in minutes."""
+    """Time limit of the search in minutes."""
     device: str = "auto"
-    """Which GPU: auto, cuda, cuda:0, ..."""
+    """Which GPU to use: auto, cuda, cuda:0, ..."""
     workers: int = min(16, os.cpu_count() or 1)
-    """Processes that compile candidates ahead; 0: none."""
+    """Number of processes that compile candidates in advance; 0: none."""
     export: OptionalPath = None
-    """Write what was found to this file too, in the form of kernels/tuning/tuned/<gpu>.json."""
+    """Also write the results to this file, in the format of kernels/tuning/tuned/<gpu>.json."""
 
     def __post_init__(self) -> None:
         if not 0 < self.budget_minutes < float("inf"):
-            raise ValueError(f"budget minutes must be positive, got {self.budget_minutes:g}")
+            raise ValueError(f"--budget-minutes must be positive, got {self.budget_minutes:g}")
         if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
+            raise ValueError(f"--workers must be at least 0, got {self.workers}")
 
 
 def main(words: Sequence[str]) -> int:
@@ -73,12 +73,14 @@ def run(options: Tune) -> int:
     dtypes = [getattr(torch, TORCH_NAMES[name]) for name in options.dtype]
     todo = tune.cases(options.op, dtypes, options.shape_class)
     if options.device == "auto" and not torch.cuda.is_available():
-        raise ValueError("tuning needs a GPU, and this machine has none that torch can use")
+        raise ValueError("tuning needs a GPU, but torch finds none on this machine")
     device, _ = device_and_dtype(Compute(device=options.device))
     if device.type != "cuda":
         raise ValueError(f"tuning needs a GPU, got --device {options.device}")
     if triton is None or INTERPRETED:
-        raise ValueError("tuning needs triton, and not its interpreter; unset TRITON_INTERPRET")
+        raise ValueError(
+            "tuning needs triton without its interpreter; install triton and unset TRITON_INTERPRET"
+        )
     gpu = configs.gpu_of(device)
     path = tune.cache_file(gpu)
     aside = tune.set_aside_broken(path)
@@ -108,7 +110,7 @@ def run(options: Tune) -> int:
 
 
 def print_found(found: Sequence[Found]) -> None:
-    """The table, and what became of the candidates."""
+    """Print the table, and why candidates were left out."""
     heading = ("op", "dtype/class", "before", "", "after", "", "gain", "tried")
     rows: list[tuple[str, ...]] = [heading]
     for one in found:
@@ -130,7 +132,7 @@ def print_found(found: Sequence[Found]) -> None:
     told = [f"{count} {reason}" for reason, count in rejected.most_common()]
     left = sum(one.left for one in found)
     if left:
-        told.append(f"{left} not tried: a larger --budget-minutes would")
+        told.append(f"{left} not tried (use a larger --budget-minutes)")
     if told:
         print(f"\ncandidates left out: {'; '.join(told)}")
 

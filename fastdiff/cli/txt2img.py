@@ -1,4 +1,4 @@
-"""``fastdiff txt2img``: images from a prompt."""
+"""``fastdiff txt2img``: make images from a prompt."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Txt2Img:
     """Make images from a prompt with a Stable Diffusion checkpoint (1, 2, XL).
 
     In prompts, (word:1.3), (word) and [word] are weights, and BREAK begins a new chunk of 77
-    tokens. Other syntax of web UIs (AND, [a:b:0.5], [a|b], <lora:...>, __wildcards__) is refused. A
-    backslash before any of it takes it as text; --no-emphasis takes the whole prompt so.
-    Writes a PNG per seed with its recipe inside, and a contact sheet of several.
+    tokens. Other syntax of web UIs (AND, [a:b:0.5], [a|b], <lora:...>, __wildcards__) is rejected.
+    A preceding backslash turns any of it into text; --no-emphasis does so for the whole prompt.
+    Writes one PNG per seed that contains its recipe, and a contact sheet if there are several.
 
     Examples:
       fastdiff txt2img "a red cat, oil painting" --model stable-diffusion-v1-5/ --seed 7
@@ -41,9 +41,9 @@ class Txt2Img:
     model: str
     """The checkpoint: a diffusers folder, or a .safetensors or .ckpt file."""
     refiner: OptionalPath = None
-    """Stable Diffusion XL's refiner, for the last of the noise; takes the last --tokenizer."""
+    """Stable Diffusion XL's refiner for the last steps; it uses the last --tokenizer."""
     count: int = 1
-    """Images to make."""
+    """Number of images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
     compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
@@ -51,7 +51,7 @@ class Txt2Img:
     def __post_init__(self) -> None:
         check_seeds(self.job.seed, self.count)
         if self.job.upscale is not None and self.refiner is not None:
-            raise ValueError("upscale and refiner do not go together; give one of them")
+            raise ValueError("--upscale and --refiner cannot be combined; give only one of them")
 
 
 def main(words: Sequence[str]) -> int:

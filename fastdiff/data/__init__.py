@@ -1,4 +1,4 @@
-"""Images to train on: scikit-learn's digits, a folder of files, webdataset shards."""
+"""Training images: scikit-learn's digits, a folder of files, or webdataset shards."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ __all__ = [
 
 @one_line_errors()
 def open_dataset(config: DataConfig) -> ImageDataset:
-    """Read the images that `config` describes."""
+    """Open the data set that `config` describes."""
     openers = {"digits": open_digits, "folder": open_folder, "shards": open_shards}
     return openers[config.source](config)

@@ -1,7 +1,7 @@
-"""Small random affine changes, a pure function of (seed, epoch, index).
+"""Small random affine transforms, a pure function of (seed, epoch, index).
 
-There is no state: image `index` looks the same in epoch `epoch` regardless of what was drawn before
-and of its batch, so a resumed run sees the same pixels as an uninterrupted one.
+There is no state: image `index` looks the same in epoch `epoch` whatever was drawn before and
+whatever its batch contains, so a resumed run sees the same pixels as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fastdiff.kernels import philox4x32
 
-_KEY_TAG = 0x41554731  # "AUG1": sets these words apart from the noise of the images' seeds
+_KEY_TAG = 0x41554731  # "AUG1": keeps these numbers distinct from the noise of the images' seeds
 _UNIFORM_SCALE = 2.0**-32
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Ranges of the random affine transform; all zero: no augmentation."""
+    """Ranges of the random affine transforms; all zero means no augmentation."""
 
     shift: float = 0.0
     """Largest shift along each axis, in pixels."""
@@ -31,7 +31,7 @@ class AugmentConfig:
     """Largest rotation in either direction, in degrees."""
 
     scale: float = 0.0
-    """Largest relative change of size: 0.1 draws from 0.9 to 1.1, independently per axis."""
+    """Largest relative change of size: 0.1 scales by 0.9 to 1.1, independently for each axis."""
 
     shear: float = 0.0
     """Largest horizontal shear in either direction, in degrees."""
@@ -40,7 +40,7 @@ class AugmentConfig:
     """Flip half of the images horizontally."""
 
     probability: float = 1.0
-    """Fraction of images that are transformed; the others stay unchanged."""
+    """Fraction of images that are transformed; the others are left unchanged."""
 
     fill: Literal["black", "border", "reflection"] = "black"
     """How pixels outside the image are filled."""
@@ -57,13 +57,13 @@ class AugmentConfig:
                 f"got {self.rotation} and {self.shear}"
             )
         if not 0 <= self.probability <= 1:
-            raise ValueError(f"augment probability must be 0 to 1, got {self.probability}")
+            raise ValueError(f"augment probability must be in [0, 1], got {self.probability}")
         if self.fill not in ("black", "border", "reflection"):
             raise ValueError(f"augment fill must be black, border or reflection, got {self.fill!r}")
 
     @property
     def enabled(self) -> bool:
-        """Whether any image can change."""
+        """Whether any image may change."""
         ranges = self.shift or self.rotation or self.scale or self.shear or self.flip
         return bool(ranges) and self.probability > 0
 
@@ -71,12 +71,12 @@ class AugmentConfig:
 def augment(
     images: Tensor, indices: Tensor, epochs: Tensor, *, seed: int, config: AugmentConfig
 ) -> Tensor:
-    """Rotate, scale, shear, shift and flip each image by random amounts of its own.
+    """Rotate, scale, shear, shift and flip each image by its own random amounts.
 
     Args:
         images: (N, C, H, W), fp32 in [-1, 1].
-        indices: (N,) int64, which image of the data set each row is.
-        epochs: (N,) int64, which time it is seen.
+        indices: (N,) int64, the index of each image in the data set.
+        epochs: (N,) int64, the epoch in which each image is used.
         seed: the run's seed.
         config: the ranges.
 
@@ -109,7 +109,7 @@ def augment(
     theta = torch.stack([row_x, row_y], dim=1).to(images.dtype)  # (N, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     padding = "zeros" if config.fill == "black" else config.fill
-    # +1 puts black at zero, which is what the padding brings in; bicubic keeps the strokes sharp
+    # +1 moves black to zero, the value of the padding; bicubic keeps the strokes sharp
     moved = F.grid_sample(
         images + 1, grid, mode="bicubic", padding_mode=padding, align_corners=False
     )
@@ -130,7 +130,7 @@ def uniforms(indices: Tensor, epochs: Tensor, *, seed: int) -> Tensor:
     """
     mask = 0xFFFFFFFF
     zeros = torch.zeros_like(indices)
-    # the upper half of the index shares a word with the block number: 2^33 images are enough
+    # the upper half of the index shares a word with the block number, which limits it to 2^63
     counters = torch.stack(
         [
             torch.stack([indices & mask, (indices >> 32) * 2 + block, epochs & mask, zeros], dim=1)

@@ -16,26 +16,27 @@ class DataConfig:
     """Images, their size and their augmentation."""
 
     source: Source = "digits"
-    """digits: scikit-learn's handwritten digits; folder: image files, a class per sub-folder;
+    """digits: scikit-learn's handwritten digits; folder: image files, one sub-folder per class;
     shards: webdataset .tar files."""
 
     path: str = ""
-    """The folder of images, or one shard, or a pattern such as data/train-*.tar."""
+    """A folder of images, a shard, or a pattern such as data/train-*.tar."""
 
     image_size: int = 32
-    """Side of the square images in pixels: the shorter side is resized to it, the rest cropped."""
+    """Side of the square images in pixels: the shorter side is resized to it, the rest is cropped.
+    """
 
     channels: int = 1
     """1: grey, 3: RGB."""
 
     split: Split = "train"
-    """Part of the digits; folders and shards are always used in full."""
+    """Which part of the digits to use; folders and shards are always used in full."""
 
     background: tuple[int, int, int] = (255, 255, 255)
-    """The RGB colour, 0 to 255, put behind transparent pixels."""
+    """RGB colour, 0 to 255, behind transparent pixels."""
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of each image, redrawn every epoch."""
+    """Random changes to each image, drawn again every epoch."""
 
     def __post_init__(self) -> None:
         if self.source not in ("digits", "folder", "shards"):
@@ -47,13 +48,15 @@ class DataConfig:
         if self.split not in ("train", "held-out"):
             raise ValueError(f"split must be train or held-out, got {self.split!r}")
         if len(self.background) != 3 or any(not 0 <= level <= 255 for level in self.background):
-            raise ValueError(f"background must be three numbers 0 to 255, got {self.background}")
+            raise ValueError(
+                f"background must be three numbers from 0 to 255, got {self.background}"
+            )
         if self.source == "digits" and self.path:
             raise ValueError(
-                f"the digits come with scikit-learn and have no path, got path={self.path!r}; "
+                f"path must be empty with source 'digits', got {self.path!r}; "
                 "use source='folder' or source='shards'"
             )
         if self.source == "digits" and self.channels != 1:
-            raise ValueError(f"the digits are grey: channels must be 1, got {self.channels}")
+            raise ValueError(f"channels must be 1 for the grey digits, got {self.channels}")
         if self.source != "digits" and not self.path:
-            raise ValueError(f"source {self.source!r} needs a path; set path to the images")
+            raise ValueError(f"source {self.source!r} needs a path; set path to your images")

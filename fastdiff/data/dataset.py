@@ -35,11 +35,11 @@ class ImageDataset:
 
     Attributes:
         images: (N, C, H, W), uint8 (0 to 255) or fp32 in [-1, 1].
-        labels: (N,) int64; all 0 without classes.
-        classes: their names; empty for data without classes.
+        labels: (N,) int64; all 0 for data without classes.
+        classes: the class names; empty for data without classes.
         skipped: the files that could not be read.
-        fingerprint: a hash of pixels and class names in their order; empty for the digits, which
-            do not change.
+        fingerprint: a hash of the pixels and class names in order; empty for the digits, which
+            never change.
     """
 
     images: Tensor
@@ -64,7 +64,7 @@ class ImageDataset:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image (C, H, W), fp32 in [-1, 1], and its label."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+            raise IndexError(f"image index {index} is out of range for {len(self)} images")
         return to_float(self.images[index]), int(self.labels[index])
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class ImageDataset:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0 to 255 -> fp32 -1 to 1; fp32 passes through."""
+    """Convert uint8 0 to 255 to fp32 -1 to 1; fp32 is returned unchanged."""
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
@@ -87,13 +87,14 @@ def collect(
 ) -> tuple[Tensor, list[str | int], str]:
     """Write decoded images to an unnamed temporary file and memory-map it.
 
-    Data sets larger than memory work, and random access costs at most a page fault. The file is
-    created where Python's `tempfile` puts it (`TMPDIR` moves it) and vanishes with the process.
+    So a data set may be larger than memory, and random access costs at most a page fault. The file
+    is created in the directory of Python's `tempfile` (set by `TMPDIR`) and disappears with the
+    process.
 
     Args:
         decoded: (C, H, W) uint8 images with their labels, in order.
-        skipped: filled by `decoded` while it is being read; reported here, once.
-        where: what was read, for messages.
+        skipped: filled by `decoded` while it is being read; reported here once.
+        where: the source of the images, for messages.
         channels: C.
         image_size: H = W.
 
@@ -102,7 +103,7 @@ def collect(
 
     Raises:
         ValueError: no image could be read.
-        OSError: the temporary file does not fit on its disk.
+        OSError: the temporary file does not fit on the disk.
     """
     labels: list[str | int] = []
     digest = hashlib.blake2b(digest_size=16)
@@ -119,10 +120,10 @@ def collect(
             file.flush()
         report(skipped, where)
         if not labels:
-            found = f"all {len(skipped)} unreadable" if skipped else "it contains none"
+            found = f"all {len(skipped)} files are unreadable" if skipped else "it contains none"
             raise ValueError(f"no image could be read from {where}: {found}")
         shape = (len(labels), channels, image_size, image_size)
-        mapped = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file
+        mapped = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)  # outlives the file object
     return torch.from_numpy(mapped), labels, digest.hexdigest()
 
 
@@ -139,7 +140,7 @@ def _room_for(where: str) -> Iterator[None]:
 
 
 def report(skipped: list[Skipped], where: str) -> None:
-    """Warn once, with the number and names of the skipped files."""
+    """Warn once about the skipped files, with their number and names."""
     if not skipped:
         return
     named = "; ".join(map(str, skipped[:_NAMED_IN_WARNING]))

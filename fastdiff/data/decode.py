@@ -13,9 +13,9 @@ from fastdiff.images import open_flat, resize
 def decode(source: Path | bytes, config: DataConfig) -> np.ndarray:
     """Read, orient, flatten, crop and resize one image.
 
-    Of an animation the first frame is used. EXIF orientation is applied. Transparent pixels get
-    `config.background`. 16-bit grey is rounded to 8 bits, CMYK and palettes become RGB. The largest
-    centred square is resized with Pillow's antialiased bicubic filter.
+    Animations are reduced to the first frame. The EXIF orientation is applied. Transparent pixels
+    are composited onto `config.background`. 16-bit grey is rounded to 8 bits, CMYK and palettes
+    become RGB. The largest centred square is resized with Pillow's antialiased bicubic filter.
 
     Args:
         source: a file, or its bytes.
@@ -25,7 +25,8 @@ def decode(source: Path | bytes, config: DataConfig) -> np.ndarray:
         (C, H, W) uint8.
 
     Raises:
-        any of `UNREADABLE`: the file is damaged, of an unknown format, or suspiciously large.
+        Exception: the file is damaged, of an unknown format, or suspiciously large; Pillow's
+            plugins raise many types (`UNREADABLE`).
     """
     flat = open_flat(source, config.background).convert("L" if config.channels == 1 else "RGB")
     size = (config.image_size, config.image_size)

@@ -28,7 +28,7 @@ def digits_split(split: Split, *, image_size: int = 32) -> tuple[Tensor, Tensor]
 
     Args:
         split: "train" (1,437 images) or "held-out" (360).
-        image_size: side they are resized to (bicubic); 8 returns the original scans.
+        image_size: side that the images are resized to (bicubic); 8 returns the original scans.
 
     Returns:
         Images (N, 1, image_size, image_size), fp32 in [-1, 1], and labels (N,) int64.
@@ -44,10 +44,10 @@ def digits_split(split: Split, *, image_size: int = 32) -> tuple[Tensor, Tensor]
 
 
 def held_out_mask(labels: Tensor) -> Tensor:
-    """Mask (N,) of the 360 held-out images, classes in proportion (largest remainder method).
+    """Mask (N,) of the 360 held-out images, with classes in proportion (largest remainder method).
 
-    Within a class, images are ordered by a hash of their number, so that the split does not depend
-    on the random number generator of any library.
+    Within a class, images are ordered by a hash of their index, so that the split does not depend
+    on any library's random number generator.
     """
     counts = torch.bincount(labels)
     shares = counts.double() * HELD_OUT / len(labels)

@@ -1,4 +1,4 @@
-"""A folder of images, a class per sub-folder."""
+"""A folder of images, with one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fastdiff.data.decode import decode
 from fastdiff.files import printable
 from fastdiff.images import UNREADABLE, in_colour, reason
 
-_LOOKED_AT = 16  # images of each class, to tell grey from colour
-_AHEAD = 256  # decoded images waiting to be written, at most
+_LOOKED_AT = 16  # images of each class that are checked for colour
+_AHEAD = 256  # maximum number of decoded images waiting to be written
 
 
 def open_folder(config: DataConfig) -> ImageDataset:
     """Read all images below `config.path`.
 
-    Each sub-folder is a class, including its own sub-folders; image files directly in the folder
-    have no classes. Images are ordered by class, then by path, on every file system.
+    Each sub-folder, including its own sub-folders, is a class; image files directly in the folder
+    have no class. Images are ordered by class, then by path, on every file system.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: it contains no readable image, or both images and sub-folders with images.
     """
     root = Path(config.path)
@@ -47,7 +47,7 @@ def open_folder(config: DataConfig) -> ImageDataset:
     if top_level and len(top_level) != len(files):
         raise ValueError(
             f"{root} contains both images ({top_level[0]}) and folders of images; "
-            f"put every image into the folder of its class, or all directly into {root}"
+            f"put every image into the folder of its class, or all images directly into {root}"
         )
     skipped: list[Skipped] = []
     names = [() if top_level else (path.parts[0],) for path in files]
@@ -65,25 +65,25 @@ def open_folder(config: DataConfig) -> ImageDataset:
 
 
 def _check_names(root: Path, files: list[Path]) -> None:
-    """Refuse class names that no text file can hold, before anything is done with them."""
+    """Reject class names that cannot be stored in a text file, before they are used."""
     for path in files:
         name = path.parts[0]
         if len(path.parts) > 1 and printable(name) != name:
             raise ValueError(
-                f"the class folder {printable(name)} in {printable(str(root))} has a name that is "
-                "not valid UTF-8; rename it"
+                f"the name of the class folder {printable(name)} in {printable(str(root))} "
+                "contains unprintable or invalid characters; rename the folder"
             )
 
 
 def describe_folder(root: Path) -> tuple[int, int]:
-    """Channels and number of classes of a folder of images, as :func:`open_folder` would read it.
+    """Number of channels and classes of a folder of images, as :func:`open_folder` would read it.
 
     Returns:
-        3 if one of the first readable images of each class is in colour, else 1; and the classes, 0
-        without sub-folders.
+        The channels: 3 if any of the first images of the classes is in colour, else 1. The number
+        of classes: 0 without sub-folders.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root}; set path to a folder of images")
@@ -96,9 +96,9 @@ def describe_folder(root: Path) -> tuple[int, int]:
 
 
 def list_images(root: Path) -> list[Path]:
-    """Files below `root` with an extension Pillow knows, as sorted relative paths; no hidden files.
+    """Files below `root` with an extension that Pillow knows, as sorted relative paths.
 
-    Symbolic links are followed, each real folder once.
+    Hidden files are left out. Symbolic links are followed, but each real folder is visited once.
     """
     endings = {ending.lower() for ending in Image.registered_extensions()}
     found: list[Path] = []
@@ -121,7 +121,7 @@ def list_images(root: Path) -> list[Path]:
 def _decoded(
     root: Path, files: list[Path], config: DataConfig, skipped: list[Skipped]
 ) -> Iterator[tuple[np.ndarray, str]]:
-    """Pixels and class name of each readable file, in order; decoded in threads."""
+    """Yield pixels and class name of each readable file in order, decoding in threads."""
 
     def read(path: Path) -> np.ndarray | Skipped:
         try:

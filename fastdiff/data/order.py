@@ -1,4 +1,4 @@
-"""Order of the images: a pure function of (seed, step), so there is no state to save."""
+"""The order of the images, a pure function of (seed, step), so that there is no state to save."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed for one purpose: a hash, so different arguments give unrelated seeds.
+    """Derive a 63-bit seed by hashing, so that different arguments give unrelated seeds.
 
     >>> derive_seed(0, "order", 1) != derive_seed(0, "noise", 1)
     True
@@ -21,15 +21,15 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
 def generator(
     seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A torch generator that starts at `derive_seed(seed, purpose, *counters)`."""
+    """A torch generator seeded with `derive_seed(seed, purpose, *counters)`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *counters))
 
 
 class DataOrder:
-    """Batches of indices: each epoch is a fresh permutation, and a batch may span two epochs.
+    """Batches of indices. Each epoch is a new permutation, and a batch may span two epochs.
 
-    No image is dropped: number `k` of the whole run is element `k % length` of permutation
-    `k // length`, so a step number alone says which images come next.
+    No image is dropped: image `k` of the whole run is element `k % length` of permutation
+    `k // length`, so the step number alone determines which images come next.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int) -> None:
@@ -41,7 +41,7 @@ class DataOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Indices (batch_size,) and epochs (batch_size,), int64, of step `step` (from 0)."""
+        """Indices and epochs, each (batch_size,) int64, of step `step`, counted from 0."""
         numbers = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = numbers // self.length
         positions = numbers % self.length

@@ -1,4 +1,4 @@
-"""webdataset shards: tar files whose members `name.jpg` and `name.cls` belong together."""
+"""webdataset shards: tar files in which `name.jpg` and `name.cls` form a sample."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ _LABEL_KEYS = ("label", "class", "cls")
 
 
 def open_shards(config: DataConfig) -> ImageDataset:
-    """Read all samples of the shards that match `config.path`, in the order of their names.
+    """Read all samples of the shards that match `config.path`, with the shards sorted by name.
 
-    The class is the text of the sample's `.cls` (or `.txt`) member, or `label`, `class` or `cls`
-    of its `.json`. If no sample has one there are no classes; a mixture is an error.
+    The class of a sample is the text of its `.cls` (or `.txt`) member, or the field `label`,
+    `class` or `cls` of its `.json` member. If no sample has a class, there are no classes; if only
+    some have one, that is an error.
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: no readable image in them, or only some samples have a class.
+        ValueError: the shards contain no readable image, or only some samples have a class.
     """
     paths = [Path(name) for name in sorted(glob.glob(config.path, recursive=True))]
     if not paths:
         raise FileNotFoundError(
-            f"no shard matches {config.path!r}; set path to a .tar file or a pattern of them"
+            f"no shard matches {config.path!r}; set path to a .tar file or a pattern for several"
         )
     skipped: list[Skipped] = []
     pixels, labels, fingerprint = collect(
@@ -50,8 +51,8 @@ def open_shards(config: DataConfig) -> ImageDataset:
     if "" in names and len(names) > 1:
         count = sum(label == "" for label in labels)
         raise ValueError(
-            f"{count} of {len(labels)} samples of {config.path} have no class; "
-            "give all of them a .cls member, or none"
+            f"{count} of {len(labels)} samples in {config.path} have no class; "
+            "add a .cls member to all samples, or to none"
         )
     classes = tuple(sorted(names - {""}, key=_natural))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -62,7 +63,7 @@ def open_shards(config: DataConfig) -> ImageDataset:
 def _decoded(
     paths: list[Path], config: DataConfig, skipped: list[Skipped]
 ) -> Iterator[tuple[np.ndarray, str]]:
-    """Pixels and class name of each readable sample. Members are never unpickled or executed."""
+    """Yield pixels and class name of each readable sample; members are never unpickled or run."""
     endings = {ending.lower().lstrip(".") for ending in Image.registered_extensions()}
     for path in paths:
         for sample in _samples(path, skipped):
@@ -80,13 +81,13 @@ def _decoded(
 def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
     """The members of one shard, grouped by webdataset.
 
-    The file is opened and read here: webdataset runs a name such as "pipe:command" in a shell, and
-    would unpack a compressed shard's gigabytes of zeros into memory.
+    The file is opened and read here, because webdataset would run a name such as "pipe:command" in
+    a shell, and would unpack gigabytes of zeros from a compressed shard into memory.
     """
     tar = import_extra("webdataset.tariterators", extra="train")
 
     def note(error: Exception) -> bool:
-        if not any(item.name == path.name for item in skipped):  # one fault is raised twice
+        if not any(item.name == path.name for item in skipped):  # the same error is raised twice
             skipped.append(Skipped(path.name, f"damaged archive: {reason(error)}"))
         return True
 
@@ -94,7 +95,7 @@ def _samples(path: Path, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
 
 
 def _members(path: Path, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """Name and content of each file in the shard; content is None if it is too large."""
+    """Yield name and content of each file in the shard; the content is None if it is too large."""
     try:
         with tarfile.open(path, mode="r|*") as archive:
             for member in archive:
@@ -103,7 +104,7 @@ def _members(path: Path, note: Callable[[Exception], bool]) -> Iterator[dict[str
                 file = archive.extractfile(member) if member.size <= MAX_MEMBER_BYTES else None
                 data = file.read() if file is not None else None
                 yield {"fname": member.name, "data": data, "__url__": str(path)}
-                archive.members = []  # type: ignore[attr-defined]  # or it keeps every header
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps all headers
     except UNREADABLE as error:
         note(error)
 
@@ -121,5 +122,5 @@ def _label(members: dict[str, Any]) -> str:
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    """Sort key: numbers by value, before words, so that class 10 follows class 9."""
+    """Sort key with numbers by value and before words, so that class 10 follows class 9."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)

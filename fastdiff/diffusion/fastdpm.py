@@ -1,14 +1,14 @@
 """Noise levels of FastDPM (Kong and Ping 2021, arXiv 2106.00132): S steps for a network of T.
 
-Both ways choose S noise levels, each with the real timestep that the network is given for it:
+Both methods choose S noise levels, each with the real timestep to pass to the network:
 
     VAR    S variances eta_1..eta_S, linear or quadratic in their index, from the first training
            variance to the one whose product reaches the noise of T - 1 (section 3);
            gamma_s = prod (1 - eta_i), and the timestep t with alphas_cumprod(t) = gamma_s.
     STEP   S of the training timesteps, linear or quadratic in their index.
 
-The reverse process with kappa is then DDIM's with eta = kappa (Song et al. 2021, eq. 12 and 16): 1
-for DDPM-rev, 0 for DDIM-rev. The lists are those of the authors' program, FastDPM_pytorch.
+The reverse process with kappa is then DDIM with eta = kappa (Song et al. 2021, eq. 12 and 16): 1
+for DDPM-rev, 0 for DDIM-rev. The lists equal those of the authors' program, FastDPM_pytorch.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 
 Curve = Literal["linear", "quadratic"]
 LAST_VARIANCE, STRIDE_SHARE = 0.99, 0.95
-"""VAR: the largest last variance (linear), and the largest stride as a share of 1 / (S
-sqrt(beta_0)) (quadratic); the authors' program searches up to them."""
+"""VAR: the largest last variance (linear), and the largest stride relative to 1 / (S sqrt(beta_0))
+(quadratic); the authors' program searches up to these limits."""
 STEP_QUADRATIC_END = 0.8
-"""STEP, quadratic: the first step lies at this share of T (the authors' program, CIFAR-10)."""
+"""STEP, quadratic: the first step is at this fraction of T (the authors' program, CIFAR-10)."""
 
 
 def variances(curve: Curve, steps: int, schedule: NoiseSchedule) -> list[float]:
     """The VAR list eta, smallest first.
 
-    linear: from beta_0 in equal strides; quadratic: beta_0 * (1 + i * x)². The stride is the one
-    with prod (1 - eta_i) = alphas_cumprod[T - 1], but no larger than the authors' limits: the last
-    variance is at most 0.99, and x at most 0.95 / (S sqrt(beta_0)). Few quadratic steps meet the
-    limit and begin with less noise than T - 1 has (20 of DDPM's at t = 930), as theirs do.
+    linear: from beta_0 in equal strides; quadratic: beta_0 * (1 + i * x)². The stride is chosen so
+    that prod (1 - eta_i) = alphas_cumprod[T - 1], but no larger than the authors' limits: the last
+    variance is at most 0.99, and x at most 0.95 / (S sqrt(beta_0)). With few quadratic steps the
+    limit applies, so that they start with less noise than T - 1 has (20 steps of DDPM start at
+    t = 930), as with the authors' program.
 
     Raises:
-        ValueError: fewer than 2 steps, no signal-free end (zero terminal SNR has product 0), or so
-            many steps that beta_0 alone is too much noise.
+        ValueError: there are fewer than 2 steps, the schedule has zero terminal SNR (the product
+            would be 0), or there are so many steps that beta_0 alone is too much noise.
     """
     first, goal = float(schedule.betas[0]), float(schedule.alphas_cumprod[-1])
     name = f"var-{curve}"
@@ -85,7 +86,7 @@ def step_timesteps(curve: Curve, steps: int, num_timesteps: int) -> list[int]:
     linear: floor(i * (T - 1) / (S - 1)); quadratic: floor((i * sqrt(0.8 T) / (S - 1))²).
 
     Raises:
-        ValueError: fewer than 2 steps, or so many that a timestep repeats.
+        ValueError: there are fewer than 2 steps, or so many that a timestep repeats.
     """
     name = f"step-{curve}"
     _at_least_two(name, steps)
@@ -106,9 +107,9 @@ def step_timesteps(curve: Curve, steps: int, num_timesteps: int) -> list[int]:
 def _timesteps(schedule: NoiseSchedule, gammas: Sequence[float]) -> list[float]:
     """The real t with alphas_cumprod(t) = gamma, for each of gammas.
 
-    Betas that are linear in t have a product that the Gamma function continues to real t (the
-    paper's R): log alphas_cumprod(t) = (t + 1) log d + log Gamma(c + 1) - log Gamma(c - t), d the
-    stride of the betas, c = (1 - beta_0) / d. For other schedules log-SNR is linear between
+    For betas that are linear in t, the Gamma function continues the product to real t (the paper's
+    R): log alphas_cumprod(t) = (t + 1) log d + log Gamma(c + 1) - log Gamma(c - t), where d is the
+    stride of the betas and c = (1 - beta_0) / d. For other schedules the log-SNR is linear between
     timesteps, as everywhere in fastdiff.
     """
     wanted = torch.tensor(gammas, dtype=torch.float64)
@@ -137,8 +138,10 @@ def _timesteps(schedule: NoiseSchedule, gammas: Sequence[float]) -> list[float]:
 
 
 def _root(f: Callable[[float], float], ends: tuple[float, float]) -> float:
-    """Where a falling function changes sign, by bisection to the last bit; the nearer end where it
-    does not."""
+    """Root of a decreasing function, by bisection to the last bit.
+
+    If the function does not change sign between the ends, returns the end closer to the root.
+    """
     low, high = ends
     if f(low) <= 0:
         return low
@@ -152,5 +155,6 @@ def _root(f: Callable[[float], float], ends: tuple[float, float]) -> float:
 def _at_least_two(name: str, steps: int) -> None:
     if steps < 2:
         raise ValueError(
-            f"spacing {name!r} needs at least 2 steps, got {steps}; its first and last are given"
+            f"spacing {name!r} needs at least 2 steps, got {steps}; its first and last step are "
+            "fixed"
         )

@@ -1,4 +1,4 @@
-"""Noise levels, and where the steps of a sampler lie among them."""
+"""Noise levels, and how a sampler's steps are spaced over them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def spaced_levels(
     *,
     steps_offset: int = 0,
 ) -> list[Level]:
-    """The noise levels of the steps, the noisiest first, without the one to end at.
+    """The noise levels of the steps, the noisiest first, without the final one.
 
     Args:
-        spacing: a name of `fastdiff.names.SPACINGS`, a respacing string (`respacing`), or the
-            timesteps themselves, descending reals.
+        spacing: a name in `fastdiff.names.SPACINGS`, a respacing string (`respacing`), or the
+            timesteps themselves, as descending real numbers.
         steps_offset: added to the timesteps of "leading".
 
     Raises:
-        ValueError: an unknown spacing, or one that does not have this many steps on this schedule.
+        ValueError: the spacing is unknown, or cannot have this many steps on this schedule.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}; 20 to 50 are usual")
@@ -59,7 +59,7 @@ def spaced_levels(
         timesteps = [float(t) for t in spacing]
         if len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
             raise ValueError(
-                f"timesteps given as spacing must be {steps} descending numbers, one per step, "
+                f"spacing must contain {steps} descending timesteps, one per step, "
                 f"got {len(timesteps)}: {timesteps[:4]}..."
             )
     elif spacing in get_args(TimestepSpacing):
@@ -68,8 +68,8 @@ def spaced_levels(
         timesteps = [float(t) for t in whole]
     elif steps_offset:
         raise ValueError(
-            f"steps_offset is for spacing 'leading', got {steps_offset} with "
-            f"{spacing!r}; leave it out"
+            f"steps_offset must be 0 with spacing {spacing!r}, got {steps_offset}; "
+            "it is for spacing 'leading'"
         )
     elif spacing in get_args(SigmaSpacing):
         ends = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (0, last))
@@ -93,17 +93,17 @@ def spaced_levels(
 
 
 def levels_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[Level]:
-    """The schedule's levels at real timesteps, in their order."""
+    """The schedule's levels at the given real timesteps, in the same order."""
     t = torch.tensor(timesteps, dtype=torch.float64)
     alphas, sigmas = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
     return [Level(*numbers) for numbers in zip(timesteps, alphas, sigmas, strict=True)]
 
 
 def final_level(schedule: NoiseSchedule, final: str) -> Level:
-    """Where a table ends: "zero", the clean image, or "sigma_min", the noise of t = 0."""
+    """The level a table ends at: the clean image ("zero"), or the level of t = 0 ("sigma_min")."""
     if final == "zero":
         return CLEAN
     if final != "sigma_min":
         raise ValueError(f"unknown final {final!r}; expected one of zero, sigma_min")
-    # The last step of "leading" without an offset is there already and then goes nowhere.
+    # "leading" without an offset already ends at this level; its last step then does nothing.
     return levels_at(schedule, [0.0])[0]

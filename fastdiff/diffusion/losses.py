@@ -25,7 +25,8 @@ def simple_losses(prediction: Tensor, target: Tensor, weight: Tensor | None = No
     if prediction.shape != target.shape:
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}, expected the target's "
-            f"{tuple(target.shape)}; with learned variance pass the first half of the channels"
+            f"{tuple(target.shape)}; with learned variance, pass only the first half of the "
+            "channels"
         )
     dtype = torch.promote_types(torch.float32, prediction.dtype)
     errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
@@ -35,9 +36,9 @@ def simple_losses(prediction: Tensor, target: Tensor, weight: Tensor | None = No
 def min_snr_weight(snr: Tensor, prediction: Prediction, *, gamma: float = 5.0) -> Tensor:
     """Min-SNR-gamma weights (Hang et al. 2023).
 
-    min(SNR, gamma) for a loss on x0. A loss on eps is 1 / SNR of it, since |n - n_hat|² = SNR |x0 -
-    D|², and one on v 1 / (SNR + 1). snr: any shape, alpha² / sigma², 0 allowed. Returns its shape
-    and dtype.
+    The weight is min(SNR, gamma) for a loss on x0. It is divided by SNR for a loss on eps, because
+    |n - n_hat|² = SNR |x0 - D|², and by SNR + 1 for a loss on v. snr: any shape, alpha² / sigma²,
+    0 allowed. Returns its shape and dtype.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}; the paper uses 5")
@@ -63,13 +64,14 @@ def variational_bound(
     """`bound_term` of a network that learns its variance (IDDPM eq. 4-6 and 15).
 
     L_hybrid = simple_loss + 0.001 * L_vlb (eq. 16) detaches `denoised`, so that only the variance
-    learns from the bound; averaged over uniform t, multiply by T to get the whole sum.
+    learns from the bound. For the whole bound, multiply the mean over uniform t by T.
 
     Args:
         variance: (N, ...), the second half of the network's channels, -1 to 1.
         schedule, x0, x, denoised, t, bin_width: as in `bound_term`.
 
-    Returns (N,).
+    Returns:
+        (N,).
     """
     dtype = torch.promote_types(torch.float32, x.dtype)
     log_variance = learned_log_variance(schedule, variance.to(dtype), t)
@@ -86,10 +88,10 @@ def bound_term(
     *,
     bin_width: float,
 ) -> Tensor:
-    """The bound's term L_t, in bits per dimension (DDPM eq. 5, IDDPM eq. 4-6).
+    """The term L_t of the variational bound, in bits per dimension (DDPM eq. 5, IDDPM eq. 4-6).
 
-    For t > 0 the KL divergence from q(x_{t-1} | x_t, x0) to the model's normal distribution; for
-    t = 0 minus the log likelihood of x0's bin (DDPM eq. 13).
+    For t > 0 it is the KL divergence from q(x_{t-1} | x_t, x0) to the model's normal distribution;
+    for t = 0 it is the negative log likelihood of x0's bin (DDPM eq. 13).
 
     Args:
         x0, x: (N, ...), clean in [-1, 1] and noisy at t. Computed in fp32 (fp64 stays).
@@ -98,7 +100,8 @@ def bound_term(
         t: (N,), int64.
         bin_width: distance between two grey levels of x0; 2 / 255 for 8 bits in [-1, 1].
 
-    Returns (N,).
+    Returns:
+        (N,).
     """
     if not bin_width > 0:
         raise ValueError(f"bin_width must be positive, got {bin_width}; 8-bit images have 2 / 255")
@@ -123,8 +126,8 @@ def bound_term(
 def learned_log_variance(schedule: NoiseSchedule, variance: Tensor, t: Tensor) -> Tensor:
     """Log variance from the network's second output v in [-1, 1] (IDDPM eq. 15).
 
-    f * log beta + (1 - f) * log beta-tilde with f = (v + 1) / 2, beta-tilde clipped at t = 0.
-    variance: (N, ...); t: (N,), int64. Returns (N, ...), variance's dtype.
+    It is f * log beta + (1 - f) * log beta-tilde with f = (v + 1) / 2; beta-tilde is clipped at
+    t = 0. variance: (N, ...); t: (N,), int64. Returns (N, ...), variance's dtype.
     """
     shape = (-1, *(1,) * (variance.ndim - 1))
     high = schedule.betas.log().to(t.device)[t].to(variance).reshape(shape)
@@ -134,10 +137,10 @@ def learned_log_variance(schedule: NoiseSchedule, variance: Tensor, t: Tensor) -
 
 
 def _bin_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor, bin_width: float) -> Tensor:
-    """Log probability of x0's bin under a normal distribution; the end bins reach to infinity.
+    """Log probability of x0's bin under a normal distribution; the end bins extend to infinity.
 
-    A difference of two tails: of the upper ones where the bin lies above the mean, since near 1
-    the lower ones leave fp32 no digits.
+    It is a difference of two tails. If the bin lies above the mean, the upper tails are used,
+    because the lower ones are so close to 1 that fp32 has no digits left.
     """
     upper, lower = (x0 + bin_width / 2 - mean) / std, (x0 - bin_width / 2 - mean) / std
     upper = torch.where(x0 > 1 - bin_width / 2, math.inf, upper)

@@ -1,4 +1,4 @@
-"""Pictures of sampler tables and of the variational bound."""
+"""Plots of sampler tables and of the variational bound."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from fastdiff.extras import import_extra
 from fastdiff.files import atomic_file
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, which people with colour-blindness can tell apart.
+# Okabe and Ito's palette, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
 MARKERS = "osD^vPX*"
 
 
 def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
-    """Draw several samplers over each other: where they evaluate, how far they step, what they
-    weigh.
+    """Plot several samplers together: noise levels, step lengths and weights.
 
-    Four panels over the network evaluations: noise level sigma / alpha; length of the step in
-    log(sigma / alpha); weight b of the new estimate D and, hollow, the sum of the history's
-    weights; fresh noise s, where there is any. Samplers with the same rows share one line.
+    The four panels show, for each network evaluation: the noise level sigma / alpha; the length of
+    the step in log(sigma / alpha); the weight b of the new estimate D and, as hollow markers, the
+    sum of the history's weights; the fresh noise s, if any. Samplers with equal rows share a line.
 
     Args:
-        tables: what to draw, at least one.
-        path: a .png, .svg or .pdf file; written whole or not at all.
+        tables: the tables to plot, at least one.
+        path: a .png, .svg or .pdf file, written atomically.
 
     Raises:
-        ValueError: no table, or another kind of file.
+        ValueError: there is no table, or the file has another suffix.
         ImportError: matplotlib is missing.
     """
     path = Path(path)
@@ -44,8 +43,7 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
     panels = figure.subplots(2, 2, sharex=True)
     distinct = _distinct(tables)
     for index, (names, table) in enumerate(distinct):
-        # Lines lie on each other where samplers agree: the earlier ones are wider and show on
-        # both sides.
+        # Where samplers agree, their lines coincide: earlier lines are wider, to show on both sides
         width = 1.3 + 3.2 * (len(distinct) - 1 - index) / max(len(distinct) - 1, 1)
         style = {
             "color": COLOURS[index % len(COLOURS)],
@@ -110,9 +108,11 @@ def plot_bound(curves: Sequence[tuple[str, Bound]], path: str | Path) -> None:
 
 def _check_plot(shown: Sequence[object], path: Path, what: str) -> None:
     if not shown:
-        raise ValueError(f"there is no {what} to plot, got an empty list; give at least one")
+        raise ValueError(f"expected at least one {what} to plot, got none")
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"a plot is one of {', '.join(FORMATS)}, got {str(path)!r}; rename it")
+        raise ValueError(
+            f"the plot's file name must end in one of {', '.join(FORMATS)}, got {str(path)!r}"
+        )
 
 
 def _draw(panels: Any, table: SamplerTable, style: dict[str, Any]) -> None:
@@ -134,10 +134,10 @@ def _adds_noise(table: SamplerTable) -> bool:
 
 
 def step_lengths(table: SamplerTable) -> tuple[Tensor, Tensor]:
-    """Length of each step in log(sigma / alpha), at the number (from 1) of its first network
-    evaluation.
+    """The length of each step in log(sigma / alpha), and where it begins.
 
-    Steps from no signal or to no noise are infinite and left out. Returns two vectors of a length.
+    Steps from pure noise or to a clean image are infinitely long and left out. Returns two vectors
+    of equal length: the number (from 1) of a step's first network evaluation, and its length.
     """
     first = torch.tensor([row for row in range(len(table)) if row in _first_rows(table)])
     levels = torch.cat([table.sigmas[first], torch.tensor([table.final_sigma]).double()]).log()
@@ -151,7 +151,7 @@ def _first_rows(table: SamplerTable) -> set[int]:
 
 
 def _distinct(tables: Sequence[SamplerTable]) -> list[tuple[list[str], SamplerTable]]:
-    """Tables with different rows, each with the names of those that share them."""
+    """Group the tables by their rows: (names, table) for each distinct one."""
     found: list[tuple[list[str], SamplerTable]] = []
     for table in tables:
         for names, other in found:

@@ -1,4 +1,4 @@
-"""What the network predicts, and how that becomes an estimate of x0: the one place where they meet.
+"""Prediction types: what the network predicts, and how that becomes an estimate of x0.
 
 With x = alpha * x0 + sigma * n:
 
@@ -17,17 +17,17 @@ from fastdiff.names import Prediction
 
 
 def to_denoised(alpha: float, sigma: float, prediction: Prediction) -> tuple[float, float]:
-    """The (u, v) with D = u * x + v * F, at one noise level.
+    """Return (u, v) such that D = u * x + v * F at one noise level.
 
     Raises:
-        ValueError: an unknown prediction, or "eps" where no signal is left: x is the noise there,
-            and says nothing about x0.
+        ValueError: the prediction is unknown, or it is "eps" where alpha is 0: there x is pure
+            noise and contains no information about x0.
     """
     if prediction == "eps":
         if alpha == 0:
             raise ValueError(
-                "prediction 'eps' says nothing about x0 at alpha = 0 (a zero-terminal-SNR schedule "
-                "from its last timestep); use prediction 'v' or 'x0', or spacing 'leading'"
+                "prediction 'eps' contains no information about x0 at alpha = 0 (the last timestep "
+                "of a zero-terminal-SNR schedule); use prediction 'v' or 'x0', or spacing 'leading'"
             )
         return 1 / alpha, -sigma / alpha
     if prediction == "v":
@@ -40,7 +40,7 @@ def to_denoised(alpha: float, sigma: float, prediction: Prediction) -> tuple[flo
 def target(
     prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """What the network should return for x = alpha * x0 + sigma * noise.
+    """The training target: what the network should return for x = alpha * x0 + sigma * noise.
 
     x0, noise: (N, ...), any float dtype. alpha, sigma: () or (N,) or anything that broadcasts.
     Returns x0's shape and dtype.

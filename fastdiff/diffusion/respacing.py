@@ -1,10 +1,10 @@
-"""Respacing strings of IDDPM (Nichol and Dhariwal 2021, section 4), as its command line takes them.
+"""Respacing strings, as the command line of IDDPM takes them (Nichol and Dhariwal 2021, section 4).
 
     "25"         25 timesteps over all T, both ends included
     "10,15,20"   T in three equal sections, the cleanest first, with 10, 15 and 20 timesteps
-    "ddim50"     DDIM's: multiples of the whole stride that gives exactly 50
+    "ddim50"     DDIM's: multiples of the integer stride that gives exactly 50
 
-Imports no torch, so that a command's options are checked before it is loaded.
+This module does not import torch, so that options are checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DDIM, _SECTIONS = re.compile(r"ddim(\d{1,7})"), re.compile(r"\d{1,7}(,\d{1,7})*
 
 
 def check_spacing(spacing: str) -> None:
-    """Raise ValueError unless this is a spacing's name or a respacing string."""
+    """Raise ValueError unless this is the name of a spacing or a respacing string."""
     if spacing not in SPACINGS and respacing_steps(spacing) is None:
         raise ValueError(
             f"unknown spacing {spacing!r}; expected one of {', '.join(SPACINGS)} "
@@ -27,10 +27,10 @@ def check_spacing(spacing: str) -> None:
 
 
 def respacing_steps(spacing: str) -> int | None:
-    """How many timesteps a respacing string asks for; None if it is not one.
+    """Number of timesteps in a respacing string; None if it is not a respacing string.
 
     Raises:
-        ValueError: it asks for none.
+        ValueError: the number is 0.
     """
     if match := _DDIM.fullmatch(spacing):
         steps = int(match[1])
@@ -44,7 +44,7 @@ def respacing_steps(spacing: str) -> int | None:
 
 
 def check_steps(spacing: str, steps: int) -> None:
-    """Raise ValueError where a respacing string does not have this many timesteps."""
+    """Raise ValueError if a respacing string has another number of timesteps."""
     wanted = respacing_steps(spacing)
     if wanted not in (None, steps):
         raise ValueError(
@@ -55,13 +55,13 @@ def check_steps(spacing: str, steps: int) -> None:
 def respaced_timesteps(spacing: str, num_timesteps: int) -> list[int]:
     """The timesteps of a respacing string, highest first.
 
-    A section of n timesteps with k of them visits its first and last one and strides evenly by (n -
-    1) / (k - 1) between them, rounded half to even; with one, its first. Where T is not a multiple
-    of the sections, the first ones are one timestep longer.
+    If k of a section's n timesteps are visited, they are the first, the last, and those in between
+    at strides of (n - 1) / (k - 1), rounded half to even; if k is 1, it is the first. If T is not a
+    multiple of the number of sections, the first ones are one timestep longer.
 
     Raises:
-        ValueError: not a respacing string, a section with more timesteps than it has, or no whole
-            stride that gives exactly the wanted number.
+        ValueError: this is not a respacing string, a section has fewer timesteps than it asks for,
+            or no integer stride gives exactly the requested number.
     """
     wanted = respacing_steps(spacing)
     if wanted is None:
@@ -71,8 +71,8 @@ def respaced_timesteps(spacing: str, num_timesteps: int) -> list[int]:
             if len(range(0, num_timesteps, stride)) == wanted:
                 return list(reversed(range(0, num_timesteps, stride)))
         raise ValueError(
-            f"no whole stride over {num_timesteps} timesteps gives exactly {wanted}, got spacing "
-            f"{spacing!r}; use '{wanted}', whose stride need not be whole"
+            f"no integer stride over {num_timesteps} timesteps gives exactly {wanted}, got spacing "
+            f"{spacing!r}; use '{wanted}', whose stride need not be an integer"
         )
     counts = [int(count) for count in spacing.split(",")]
     length, longer = divmod(num_timesteps, len(counts))
@@ -82,10 +82,10 @@ def respaced_timesteps(spacing: str, num_timesteps: int) -> list[int]:
         size = length + (index < longer)
         if count > size:
             raise ValueError(
-                f"spacing {spacing!r} takes {count} timesteps from a section of {size}; "
-                f"ask for at most {size} there"
+                f"spacing {spacing!r} needs {count} timesteps from a section of {size}; "
+                f"use at most {size} there"
             )
-        position = 0.0  # added up, as the original does, so that halves round alike
+        position = 0.0  # summed up as in the original, so that halves are rounded alike
         for _ in range(count):
             timesteps.append(start + round(position))
             position += (size - 1) / (count - 1) if count > 1 else 0.0

@@ -5,12 +5,13 @@
     x'  = A * x + B * D + C1 * H_1 + C2 * H_2 + C3 * H_3 + S * noise
     H'  = P * x + Q * D                                           into slot SLOT, if it is not -1
 
-`fastdiff.kernels.sampler_step` executes a row. All samplers live in the variance-preserving space
-x = alpha * x0 + sigma * n, those from variance-exploding papers too (their x is ours divided by
-alpha), so the network's input needs no scaling, and Euler and DDIM are the same table.
+`fastdiff.kernels.sampler_step` executes a row. All samplers work in the variance-preserving space
+x = alpha * x0 + sigma * n, including those from variance-exploding papers (whose x is ours divided
+by alpha). So the network's input needs no scaling, and Euler and DDIM give the same table.
 
-A sampler is a function from noise levels to rows. `levels` holds one `Level` per step, the noisiest
-first, and the level to end at last. In comments, a prime marks the level a step goes to.
+A sampler is a function from noise levels to rows. `levels` contains one `Level` per step, the
+noisiest first, and finally the level to end at. In comments, a prime marks the level that a step
+ends at.
 """
 
 from __future__ import annotations
@@ -52,22 +53,22 @@ class Row:
     p: float = 0.0
     q: float = 0.0
     log_variance: tuple[float, float] | None = None
-    """Bounds that a network with learned variance interpolates; None: the noise is s, always."""
+    """Bounds between which a network with learned variance interpolates; None: the noise is s."""
 
 
 @dataclass(frozen=True, eq=False)
 class SamplerTable:
-    """A sampler's rows, ready for `sampler_step`, and what plots and messages need to know of them.
+    """A sampler's rows, ready for `sampler_step`, with the levels that plots and messages show.
 
     Attributes:
         name: the sampler's name in SAMPLERS.
         columns: (rows, 20), fp64, CPU; the columns are `fastdiff.kernels.sampler_step.COLUMNS`.
-        timesteps: (rows,), fp64: the t the network is given; real numbers with sigma spacings.
-        sigmas: (rows,), fp64: sigma / alpha where the network is evaluated.
-        steps: (rows,), int64: the step each row belongs to (Heun's steps have two rows).
+        timesteps: (rows,), fp64: the t passed to the network; not integers with sigma spacings.
+        sigmas: (rows,), fp64: sigma / alpha at which the network is evaluated.
+        steps: (rows,), int64: the step that each row belongs to (Heun's steps have two rows).
         final_sigma: sigma / alpha of the result, 0 for a clean image.
-        initial_sigma: standard deviation of the noise that x starts as.
-        initial_level: what x is noised to before the first row, if it does not start as noise.
+        initial_sigma: standard deviation of the initial noise.
+        initial_level: the level to noise x to before the first row, if x does not start as noise.
     """
 
     name: str
@@ -88,22 +89,22 @@ class SamplerTable:
 
     @cached_property
     def guided(self) -> list[bool]:
-        """For each row, whether it needs the unconditional half of the network's output too."""
+        """For each row, whether it also needs the unconditional output of the network."""
         return [weight != 1 for weight in self.column("W").tolist()]
 
     @cached_property
     def rescales(self) -> bool:
-        """Whether a row rescales its guided prediction (RESCALE)."""
+        """Whether any row rescales its guided prediction (RESCALE)."""
         return any(self.column("RESCALE").tolist())
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The columns as `sampler_step` takes them: (rows, 20) on the device."""
+        """The columns in the form that `sampler_step` takes: (rows, 20) on the device."""
         return self.columns.to(device=device, dtype=dtype)
 
     def describe(self) -> list[list[str]]:
-        """The table to print: a row of headings, then one row of strings per network evaluation.
+        """The table as text: a row of headings, then one row of strings per network evaluation.
 
-        Columns that say nothing (all zero, or no clamp anywhere) are left out.
+        Columns without effect (all zero, or no clamp in any row) are left out.
         """
         shown = [
             name
@@ -134,8 +135,8 @@ def ddpm(levels: Sequence[Level], *, variance: Variance = "fixed_small") -> list
     """Ancestral sampling (Ho et al. 2020, algorithm 2) on any timesteps (IDDPM section 4).
 
     x' = mean of q(x' | x, D) (eq. 7) + sqrt(variance) * noise. The variance is eq. 7's beta-tilde
-    ("fixed_small"), the step's beta ("fixed_large"), or between the two in log space as the network
-    says ("learned", IDDPM eq. 15; the network then returns 2C channels).
+    ("fixed_small"), the step's beta ("fixed_large"), or the network's interpolation between the two
+    in log space ("learned", IDDPM eq. 15; the network then returns 2C channels).
     """
     if variance not in ("fixed_small", "fixed_large", "learned"):
         raise ValueError(
@@ -161,21 +162,22 @@ def ddim(levels: Sequence[Level], *, eta: float = 0.0) -> list[Row]:
 
     x' = alpha' * D + sqrt(sigma'² - s²) * eps_hat + s * noise,
     s = eta * sigma' / sigma * sqrt(1 - alpha² / alpha'²).
-    eta = 0 is an ODE solver of order 1, eta = 1 is DDPM. Without noise the levels may also rise:
-    that encodes a sample (section 4.3, the reverse of the ODE).
+    eta = 0 is an ODE solver of order 1, eta = 1 is DDPM. Without noise the levels may also ascend,
+    which encodes a sample (section 4.3, the reverse of the ODE).
 
     Raises:
-        ValueError: rising levels with eta > 0, or ones that begin at the clean sample.
+        ValueError: the levels ascend with eta > 0, or begin at the clean sample.
     """
     _check_eta(eta)
     rows = []
     for step, (now, to) in enumerate(pairwise(levels)):
         if not now.sigma:
             raise ValueError(
-                "levels must begin above the clean sample, whose noise is unknown; begin at t = 0"
+                "levels must not begin at the clean sample, because its noise is unknown; "
+                "begin at t = 0"
             )
         if eta and to.sigma * now.alpha > now.sigma * to.alpha:
-            raise ValueError(f"rising levels encode and take no noise: eta must be 0, got {eta}")
+            raise ValueError(f"eta must be 0 for ascending levels (encoding), got {eta}")
         s = eta and eta * to.sigma / now.sigma * math.sqrt(1 - (now.alpha / to.alpha) ** 2)
         a = math.sqrt(max(to.sigma**2 - s**2, 0.0)) / now.sigma  # eps_hat = (x - alpha * D) / sigma
         rows.append(Row(at=now, step=step, a=a, b=to.alpha - now.alpha * a, s=s))
@@ -194,8 +196,8 @@ def fastdpm(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
 def euler(levels: Sequence[Level]) -> list[Row]:
     """Euler steps of the probability-flow ODE in sigma / alpha (Karras et al. 2022, eq. 1 and 3).
 
-    y' = y + (sigma_ve' - sigma_ve) * (y - D) / sigma_ve with y = x / alpha. Multiplied by alpha'
-    that is DDIM at eta = 0, term by term, and so it is the same table.
+    y' = y + (sigma_ve' - sigma_ve) * (y - D) / sigma_ve with y = x / alpha. Multiplied by alpha',
+    this equals DDIM with eta = 0 term by term, so the table is the same.
     """
     return ddim(levels, eta=0.0)
 
@@ -204,17 +206,18 @@ def euler_ancestral(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
     """Euler to sigma_down, then noise of sigma_up, as in k-diffusion.
 
     sigma_up² = eta² * sigma_ve'² * (1 - sigma_ve'² / sigma_ve²), sigma_down² = sigma_ve'² -
-    sigma_up². Multiplied by alpha', sigma_up is DDIM's s and sigma_down its sqrt(sigma'² - s²): the
-    same table again, with eta = 1.
+    sigma_up². Multiplied by alpha', sigma_up is DDIM's s and sigma_down its sqrt(sigma'² - s²), so
+    this is DDIM's table with eta = 1.
     """
     return ddim(levels, eta=eta)
 
 
 OUT_OF_NOISE = 20.0
-"""A step from above this sigma / alpha that also divides it by more starts from noise alone, as the
-first one of a cosine schedule does (20,000 to 13 in 20 steps). A method that corrects the step by
-the slope at its end, d1 - d0 = (D0 - D1) / sigma', weighted with the step's length, would multiply
-a small difference of estimates by half this ratio: such a step is Euler's instead."""
+"""A step that starts above this sigma / alpha and reduces it by more than this factor starts from
+nearly pure noise, like the first step of a cosine schedule (20,000 to 13 in 20 steps). A method
+that corrects the step by the slope at its end, d1 - d0 = (D0 - D1) / sigma', weighted with the
+length of the step, would multiply a small difference between estimates by half this ratio. Such a
+step is an Euler step instead."""
 
 
 def _out_of_noise(now: Level, to: Level) -> bool:
@@ -224,9 +227,10 @@ def _out_of_noise(now: Level, to: Level) -> bool:
 def heun(levels: Sequence[Level]) -> list[Row]:
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two rows per step.
 
-    The first row makes an Euler step and keeps y + (sigma_ve' - sigma_ve) / 2 * d, all of the
-    result that is known by then; the second adds the other half of the slope, taken at the end. The
-    step to sigma = 0 is Euler's, as there, and so is one out of noise alone (`OUT_OF_NOISE`).
+    The first row takes an Euler step and keeps y + (sigma_ve' - sigma_ve) / 2 * d, the part of the
+    result that is known by then. The second row adds the other half of the slope, evaluated at the
+    end. As in the paper, the step to sigma = 0 is an Euler step; so is a step from nearly pure
+    noise (`OUT_OF_NOISE`).
     """
     rows = []
     for step, (now, to) in enumerate(pairwise(levels)):
@@ -246,11 +250,11 @@ def heun(levels: Sequence[Level]) -> list[Row]:
 def plms(levels: Sequence[Level]) -> list[Row]:
     """Pseudo linear multistep (PNDM, Liu et al. 2022, F-PNDM), started as in Stable Diffusion.
 
-    x' = alpha' / alpha * x + g * e with g = sigma' - sigma * alpha' / alpha and e a combination of
-    the last four eps_hat. The first step is taken twice, so there is one row more than steps: row 1
-    evaluates at its end and redoes it with the mean slope, x + g * (e_1 - e_0) / 2, since x already
-    holds g * e_0. A first step out of noise alone (`OUT_OF_NOISE`) is Euler's; the start is then
-    the second step.
+    x' = alpha' / alpha * x + g * e, where g = sigma' - sigma * alpha' / alpha and e is a
+    combination of the last four eps_hat. The first step is taken twice, so there is one more row
+    than steps: row 1 evaluates the network at the end of the step and redoes the step with the mean
+    slope, x + g * (e_1 - e_0) / 2, because x already contains g * e_0. If the first step starts
+    from nearly pure noise (`OUT_OF_NOISE`), it is an Euler step, and the second is taken twice.
     """
     weights = (
         (1.0,),
@@ -296,8 +300,8 @@ def dpmpp_2m_sde(
              + alpha' * (1 - e^(-(1 + eta) h)) * (D + (D - D_previous) / (2 r))
              + sigma' * sqrt(1 - e^(-2 eta h)) * noise
 
-    The first step and, with lower_order_final, the last are of order 1 (the last has to be where it
-    ends at sigma = 0, since h is infinite there).
+    The first step and, with lower_order_final, the last one are of order 1. The last one has to be
+    if it ends at sigma = 0, where h is infinite.
     """
     _check_eta(eta)
     rows: list[Row] = []
@@ -333,7 +337,7 @@ def _eps_weights(level: Level, weight: float) -> tuple[float, float]:
 def _check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(
-            f"eta must lie in [0, 1], got {eta}; 0 adds no noise, 1 all that the posterior has"
+            f"eta must be in [0, 1], got {eta}; 0 adds no noise, 1 adds as much as DDPM"
         )
 
 
@@ -349,9 +353,9 @@ SAMPLERS: dict[str, Callable[..., list[Row]]] = {
     "fastdpm": fastdpm,
 }
 NEEDS_SIGNAL = ("heun", "plms")
-"""Samplers whose formulas divide by alpha at every level."""
+"""Samplers whose formulas divide by alpha at each level, so no level may have alpha = 0."""
 SPACING_OF = {"fastdpm": "var-linear"}
-"""Samplers with a default spacing of their own; the others' is "trailing"."""
+"""Samplers with their own default spacing; the default of the others is "trailing"."""
 
 
 # --- from a name to a table ---
@@ -378,29 +382,30 @@ def build_table(
 
     Args:
         name: a key of SAMPLERS.
-        schedule: the noise the network was trained with.
+        schedule: the noise schedule that the network was trained with.
         steps: steps from noise to image; `len(table)` is the number of network evaluations.
         prediction: what the network returns.
-        spacing: where the steps lie: timesteps "trailing", "leading" (with `steps_offset`),
-            "linspace", "simple", noise levels "karras", "exponential", FastDPM's "var-linear",
-            "var-quadratic", "step-linear", "step-quadratic", a respacing string of IDDPM such as
-            "10,15,20" or "ddim50", or the timesteps themselves, descending reals. None: the
-            sampler's own, "trailing" but for fastdpm.
-        final: end at the clean image, or at the noise of t = 0 (diffusers' final_sigmas_type; its
-            set_alpha_to_one=False).
-        start, stop: of the steps, do [start, stop) only: from a sample that has been noised to the
-            level of step `start`, without the history of the steps before it, or up to the noise
-            that is left before step `stop`. Steps keep their numbers.
-        clamp: limit of |D|, 1 for pixels. x' is made from the clamped D alone, eps_hat included
-            (diffusers' DDIM keeps the unclamped eps_hat unless use_clipped_model_output).
+        spacing: how the steps are spaced: over timesteps ("trailing", "leading" with
+            `steps_offset`, "linspace", "simple"), over noise levels ("karras", "exponential"), as
+            in FastDPM ("var-linear", "var-quadratic", "step-linear", "step-quadratic"), by a
+            respacing string of IDDPM such as "10,15,20" or "ddim50", or at the given timesteps,
+            descending real numbers. None: the sampler's default, "trailing" except for fastdpm.
+        final: end at the clean image, or at the noise level of t = 0 (diffusers'
+            final_sigmas_type, or set_alpha_to_one=False).
+        start, stop: take only the steps [start, stop). They start from a sample noised to the level
+            of step `start`, without the history of earlier steps, and end at the noise level of
+            step `stop`. The steps keep their numbers.
+        clamp: limit of |D|, 1 for pixels. x' is computed entirely from the clamped D, including its
+            eps_hat (diffusers' DDIM keeps the unclamped eps_hat unless use_clipped_model_output).
         guidance_scale, guidance_rescale, guidance_interval: see GuidanceConfig; the interval counts
             steps.
-        options: the sampler's own: eta (ddim, fastdpm, euler-ancestral, dpmpp-2m-sde), variance
-            (ddpm), lower_order_final (dpmpp-2m, dpmpp-2m-sde). None means the sampler's default.
+        options: options of the sampler: eta (ddim, fastdpm, euler-ancestral, dpmpp-2m-sde),
+            variance (ddpm), lower_order_final (dpmpp-2m, dpmpp-2m-sde). None means the sampler's
+            default.
 
     Raises:
-        ValueError: an unknown name or option, steps out of range, or a spacing, prediction or
-            sampler that cannot start where the schedule has no signal.
+        ValueError: a name or option is unknown, the steps are out of range, or the spacing,
+            prediction or sampler cannot start where the schedule has no signal.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
@@ -409,11 +414,13 @@ def build_table(
     )
     if guidance_interval is not None and guidance_interval[1] > steps:
         raise ValueError(
-            f"guidance_interval {guidance_interval} goes beyond the {steps} steps; "
-            f"the last possible one ends at {steps}"
+            f"guidance_interval must end at {steps} or earlier for {steps} steps, "
+            f"got {guidance_interval}"
         )
     if clamp is not None and not clamp > 0:
-        raise ValueError(f"clamp must be positive, got {clamp}; 1 fits images, None is no clamp")
+        raise ValueError(
+            f"clamp must be positive, got {clamp}; use 1 for images, None for no clamp"
+        )
     spacing = SPACING_OF.get(name, "trailing") if spacing is None else spacing
     levels = spaced_levels(schedule, steps, spacing, steps_offset=steps_offset)
     if levels[0].alpha == 0 and name in NEEDS_SIGNAL:
@@ -425,8 +432,8 @@ def build_table(
     stop = steps if stop is None else stop
     if not 0 <= start <= stop <= steps:
         raise ValueError(
-            f"the steps to do must be [start, stop) of {steps}, got [{start}, {stop}); "
-            "0 and None do all of them"
+            f"start and stop must satisfy 0 <= start <= stop <= {steps}, got {start} and {stop}; "
+            "start=0 and stop=None take all steps"
         )
     rows = SAMPLERS[name](levels[start:], **_options(name, options)) if start < steps else []
     rows = [replace(row, step=row.step + start) for row in rows if row.step + start < stop]
@@ -443,9 +450,12 @@ def table_of_levels(
     weight: Callable[[int], float] = lambda step: 1.0,
     **options: float | str | bool | None,
 ) -> SamplerTable:
-    """A sampler's table through given noise levels, the noisiest first, the one to end at last.
+    """Build a sampler's table through given noise levels.
 
-    weight: step -> guidance scale; clamp, options: as in `build_table`.
+    Args:
+        levels: the level of each step, and finally the level to end at; the noisiest first.
+        weight: step -> guidance scale.
+        clamp, options: as in `build_table`.
     """
     rows = SAMPLERS[name](levels, **_options(name, options))
     ends = (0, len(levels) - 1)
@@ -459,8 +469,11 @@ def _table_of_rows(
     ends: tuple[int, int],
     settings: tuple[Prediction, float | None, Callable[[int], float], float],
 ) -> SamplerTable:
-    """ends: the levels to start from and to end at; settings: prediction, clamp, guidance's weight
-    and rescale."""
+    """Assemble a table.
+
+    ends: indices of the levels to start from and to end at. settings: prediction, clamp, guidance
+    weight and guidance rescale.
+    """
     (start, stop), (prediction, clamp, weight, rescale) = ends, settings
     columns = [
         _columns(row, number, prediction, clamp, (weight(row.step), rescale))
@@ -484,10 +497,10 @@ def _columns(
     clamp: float | None,
     guidance: tuple[float, float],
 ) -> list[float]:
-    """Row `number` as the numbers of its line of the table; guidance: weight and rescale."""
+    """The values of row `number` in the order of the columns; guidance: weight and rescale."""
     weight, rescale = guidance
     u, v = to_denoised(row.at.alpha, row.at.sigma, prediction)
-    # A network with a variance of its own still gets this row's s: both bounds are its log.
+    # With equal bounds, a network with learned variance gets this row's s too.
     fixed = 2 * math.log(row.s) if row.s > 0 else 0.0
     low, high = row.log_variance or (fixed, fixed)
     values = {

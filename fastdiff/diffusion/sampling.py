@@ -1,12 +1,11 @@
 """The sampling loop: a table and a callable in, samples out; and the slots that it runs in.
 
-`Slots` holds samples of one shape, each at its own row of its own sampler's table, and takes all of
-them a row further at a time. `sample` fills slots with one table and steps until it is done; an
-engine puts requests in and takes them out between any two steps.
+`Slots` holds samples of one shape, each at its own row of its own sampler's table, and advances all
+of them by one row at a time. `sample` fills the slots with one table and steps until it is done; an
+engine adds and removes requests between any two steps.
 
-Tables, rows and seeds are on the device before a step begins, and no step asks the device for a
-number: with the ops of a GPU the host runs ahead of it, until the look at the end whether
-everything was finite.
+Tables, rows and seeds are on the device before a step begins, and no step reads from the device. On
+a GPU the host therefore runs ahead, until the check at the end that everything was finite.
 """
 
 from __future__ import annotations
@@ -24,20 +23,23 @@ from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal, sampler_s
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
 IDLE = -1
-"""In `Slots.rows`: no row to take; `sampler_step` leaves the slot alone."""
+"""Value in `Slots.rows` for a slot without a next row; `sampler_step` does not touch it."""
 
 
 class Predict(Protocol):
-    """The network with its conditioning, along one table."""
+    """The network with its conditioning, evaluated along one table."""
 
     def __call__(self, x: Tensor, row: int) -> Tensor:
-        """x: (N, *shape) at the table's `row`. Returns (N, ...); in a row of `table.guided`
-        (2N, ...), [unconditional; conditional]."""
+        """Evaluate the network at the table's `row`.
+
+        x: (N, *shape). Returns (N, ...), or (2N, ...) = [unconditional; conditional] if
+        `table.guided[row]`.
+        """
 
 
 @dataclass(frozen=True)
 class Step:
-    """What callbacks are given after a step."""
+    """The argument of callbacks after a step."""
 
     done: int
     """Rows of tables taken so far; see the function that calls back."""
@@ -52,34 +54,34 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
-"""Called after each row; what it returns is ignored, what it raises ends the sampling."""
+"""Called after each row. Its return value is ignored; an exception it raises ends the sampling."""
 
 
 @dataclass(eq=False)
 class _Place:
-    """Where a slot is in its table: what the host knows without reading from the device."""
+    """The position of a slot in its table, kept on the host to avoid reading from the device."""
 
     table: SamplerTable
-    rows: int  # of the table; asking a tensor for its length is slow
+    rows: int  # length of the table, cached because asking a tensor for its length is slow
     row: int = 0
 
 
 class Slots:
     """S samples of one shape, each at its own row of its own table.
 
-    A slot is empty, busy, or done: it then keeps its sample, and stays idle until it is removed. A
-    slot's bits do not depend on the others, or on which slot it is. Tensors stay where they are in
-    memory, so that a captured graph of a step serves every step; only `tables` moves, when `put`
-    finds no room in it.
+    A slot is empty, busy or done; when done it keeps its sample and is idle until it is removed.
+    The bits of a sample depend neither on the other slots nor on which slot it is in. Tensors keep
+    their addresses, so that one captured graph can run every step; only `tables` moves, when `put`
+    has to enlarge it.
 
     Attributes:
         x: (S, *shape) contiguous, fp32 (or fp64, on the reference backend).
-        history: (3, S, *shape); a table reads only what it has written.
+        history: (3, S, *shape); a table only reads values that it has written.
         tables: (capacity, 20), the stacked tables of the slots that are not empty.
         rows: (S,) int64, each slot's row of `tables`, or `IDLE`.
         seeds: (S,) int64.
-        finite: (S,) bool, whether all that the network returned for the slot was.
-        clean: (S,) int64, how many of the slot's rows were taken before it was not.
+        finite: (S,) bool, whether everything the network returned for the slot was finite.
+        clean: (S,) int64, number of the slot's rows taken before the first value was not finite.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Slots:
 
     @property
     def busy(self) -> list[int]:
-        """The slots with rows left to take."""
+        """The slots with rows left."""
         slots = enumerate(self._slots)
         return [slot for slot, held in slots if held is not None and held.row < held.rows]
 
@@ -123,11 +125,11 @@ class Slots:
         return self._held(slot).table
 
     def row(self, slot: int) -> int:
-        """The row of its own table that a slot takes next; the table's length when it is done."""
+        """The next row of a slot in its own table; the table's length when it is done."""
         return self._held(slot).row
 
     def timestep(self, slot: int) -> float:
-        """What the network of a busy slot is given as t."""
+        """The timestep t at which the network is evaluated next for a busy slot."""
         return float(self.table(slot).timesteps[self.row(slot)])
 
     def guided(self, slot: int) -> bool:
@@ -138,17 +140,17 @@ class Slots:
         """Fill a slot, or a slice of slots that share a table.
 
         Args:
-            x: (*shape), for a slice (k, *shape): what to start with, at the table's first level.
-            seeds: of the noise: a number, for a slice (k,) int64.
+            x: (*shape), or (k, *shape) for a slice: the start, at the table's first noise level.
+            seeds: seed of the noise: an int, or (k,) int64 for a slice.
 
         Raises:
-            ValueError: a slot that is not empty.
+            ValueError: a slot is not empty.
         """
         chosen = range(len(self))[slot]
         numbers = [chosen] if isinstance(chosen, int) else list(chosen)
         for number in numbers:
             if self._slots[number] is not None:
-                raise ValueError(f"slot {number} is taken; remove it before it is filled again")
+                raise ValueError(f"slot {number} is not empty; call remove({number}) first")
         start = 0
         for number in numbers:
             self._slots[number] = _Place(table, len(table))
@@ -161,21 +163,21 @@ class Slots:
         self.clean[slot] = 0
 
     def remove(self, slot: int) -> None:
-        """Empty a slot, whether it is done or not. Its x stays until the slot is filled again."""
+        """Empty a slot, whether it is done or not. Its x keeps its values until the next `put`."""
         self._stack.drop(self._held(slot).table)
         self._slots[slot] = None
         self.rows[slot] = IDLE
         self.finite[slot] = True
 
     def move(self, slot: int, to: int) -> None:
-        """Take a sample to an empty slot; it goes on there with the same bits.
+        """Move a sample to an empty slot, where it continues with the same bits.
 
         Raises:
-            ValueError: a slot to take it from that is empty, or one to take it to that is not.
+            ValueError: `slot` is empty, or `to` is not.
         """
         held = self._held(slot)
         if self._slots[to] is not None:
-            raise ValueError(f"slot {to} is taken; remove it before it is filled again")
+            raise ValueError(f"slot {to} is not empty; call remove({to}) first")
         for state in (self.x, self.seeds, self.rows, self._ends, self.finite, self.clean):
             state[to] = state[slot]
         self.history[:, to] = self.history[:, slot]
@@ -191,10 +193,11 @@ class Slots:
         denoised: Tensor | None = None,
         only: Sequence[int] | None = None,
     ) -> None:
-        """Take busy slots one row further.
+        """Advance busy slots by one row.
 
-        prediction, cond, uncond, denoised: as in `sampler_step`, with S for its N.
-        only: the slots that take part; None: all that are busy.
+        Args:
+            prediction, cond, uncond, denoised: as in `sampler_step`, with S in place of N.
+            only: the slots to advance; None: all busy slots.
         """
         rows, busy = self.rows, self.busy if only is None else only
         if only is not None:
@@ -257,15 +260,17 @@ class Slots:
         return [self.tables, self.seeds, self._ends]
 
     def failures(self) -> dict[int, int]:
-        """Slot -> the first row at which the network returned a NaN or infinity for it; waits for
-        the device."""
+        """Slot -> the first row at which the network returned NaN or infinity for it.
+
+        This waits for the device.
+        """
         rows = zip(self.finite.tolist(), self.clean.tolist(), strict=True)
         return {slot: clean for slot, (finite, clean) in enumerate(rows) if not finite}
 
     def _held(self, slot: int) -> _Place:
         held = self._slots[slot]
         if held is None:
-            raise ValueError(f"slot {slot} is empty; put a sample there first")
+            raise ValueError(f"slot {slot} is empty; fill it with put() first")
         return held
 
 
@@ -283,21 +288,22 @@ def sample(
 
     Args:
         predict: called once per row as predict(x, row); see Predict.
-        table: from build_table.
-        noise_or_shape: x to start with, (N, *shape), fp32 (fp64 on the reference backend), left as
-            it is; or the shape of one sample, and the noise is drawn from the seeds (Philox, stream
+        table: the result of build_table.
+        noise_or_shape: the initial x, (N, *shape), fp32 (fp64 on the reference backend), which is
+            not modified; or the shape of one sample, for noise drawn from the seeds (Philox, stream
             0).
-        seeds: (N,), int64, one per sample; the noise of a sample depends on its own seed only.
+        seeds: (N,), int64, one per sample; the noise of a sample depends only on its own seed.
         on_step: called after each row with a Step of all samples, which counts the table's rows.
-        check: when to look whether the network returned a NaN or infinity: once after the loop,
-            after each row (waits for the device), or never. Flags are kept on the device, so "end"
-            waits once.
+        check: when to check for NaN or infinity in the network's output: once after the loop, after
+            each row, or never. The flags are kept on the device, so "end" waits for it once and
+            "step" after every row.
 
-    Returns (N, *shape) in the noise's dtype.
+    Returns:
+        (N, *shape) in the dtype of the noise.
 
     Raises:
-        ValueError: a seed is not a whole number of 64 bits, seeds and noise do not match, or the
-            network's output has the wrong shape or is not finite; the message names the first such
+        ValueError: a seed is not a 64-bit integer, the numbers of seeds and samples differ, or the
+            network's output has the wrong shape or is not finite. The message names the first such
             row.
     """
     x, seeds = _start(table, noise_or_shape, seeds)
@@ -313,7 +319,7 @@ def sample(
             raise ValueError(
                 f"row {row} is guided, so the network must return "
                 f"{2 * count} outputs, [unconditional; conditional], got {len(prediction)}; "
-                "use guidance_scale=1 without them"
+                "set guidance_scale=1 to sample without guidance"
             )
         denoised = torch.empty_like(slots.x) if on_step else None
         cond, uncond = (second, first) if guided[row] else (None, None)
@@ -330,14 +336,14 @@ def sample(
 def _start(
     table: SamplerTable, noise_or_shape: Tensor | Sequence[int], seeds: Tensor | Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """x to start with, and the seeds as a tensor; the errors of `sample`."""
+    """The initial x, and the seeds as a tensor; raises the errors of `sample`."""
     if not isinstance(seeds, Tensor):
         device = noise_or_shape.device if isinstance(noise_or_shape, Tensor) else None
         seeds = torch.tensor(list(map(int64_bits, seeds)), dtype=torch.int64, device=device)
     if isinstance(noise_or_shape, Tensor):
         if len(noise_or_shape) != len(seeds):
             raise ValueError(
-                f"got {len(seeds)} seeds for {len(noise_or_shape)} samples; give each sample one"
+                f"expected one seed per sample, got {len(seeds)} for {len(noise_or_shape)} samples"
             )
         return noise_or_shape, seeds
     x = philox_normal(seeds, tuple(noise_or_shape), step=0, stream=INITIAL_NOISE)
@@ -350,7 +356,7 @@ def _check_finite(slots: Slots, table: SamplerTable) -> None:
 
 
 def not_finite(table: SamplerTable, row: int) -> str:
-    """What to tell the user where the network returned a NaN or infinity."""
+    """The error message for a network that returned NaN or infinity."""
     return (
         f"the network returned NaN or infinity at step {int(table.steps[row])} (row {row} of "
         f"{len(table)}, t = {float(table.timesteps[row]):g}), expected finite numbers; "

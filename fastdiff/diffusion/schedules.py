@@ -1,9 +1,9 @@
-"""Noise schedules: how much signal and how much noise there is at a timestep, in fp64.
+"""Noise schedules: the shares of signal and noise at each timestep, in fp64.
 
-Everything lives in the variance-preserving space x = alpha * x0 + sigma * n with alpha² + sigma² =
-1 and alpha² = alphas_cumprod (DDPM, Ho et al. 2020, eq. 4). The signal-to-noise ratio is alpha² /
-sigma²; sigma / alpha is the noise level of the variance-exploding papers (Karras et al. 2022) and
-of k-diffusion.
+All formulas are in the variance-preserving space x = alpha * x0 + sigma * n, where alpha² + sigma²
+= 1 and alpha² = alphas_cumprod (DDPM, Ho et al. 2020, eq. 4). The signal-to-noise ratio is alpha² /
+sigma²; sigma / alpha is the noise level of variance-exploding papers (Karras et al. 2022) and of
+k-diffusion.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fastdiff.names import ScheduleKind, SigmaSpacing, TimestepSpacing
 
-MAX_TIMESTEPS = 10**6  # a thousand are usual; the schedule's tables are built in memory
+MAX_TIMESTEPS = 10**6  # 1000 is usual; this limits the memory of the schedule's tables
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The noise a model was trained with."""
+    """The noise schedule that a model was trained with."""
 
     kind: ScheduleKind = "linear"
     """Shape of the betas. CompVis's "linear" (LDM, Stable Diffusion) is our "scaled_linear"."""
@@ -35,7 +35,7 @@ class ScheduleConfig:
     beta_end: float = 0.02
     """beta at t = T - 1 (linear, scaled_linear, sigmoid). Stable Diffusion: 0.012."""
     rescale_ends: bool = False
-    """Multiply both ends by 1000 / T, as OpenAI's "linear" does; the same thing at T = 1000."""
+    """Multiply both ends by 1000 / T, as OpenAI's "linear" does; no effect at T = 1000."""
     cosine_offset: float = 0.008
     """s of the cosine schedule (IDDPM eq. 17)."""
     max_beta: float = 0.999
@@ -51,21 +51,23 @@ class ScheduleConfig:
             )
         if self.num_timesteps < 2:
             raise ValueError(
-                f"num_timesteps must be at least 2, got {self.num_timesteps}; the usual one is 1000"
+                f"num_timesteps must be at least 2, got {self.num_timesteps}; 1000 is usual"
             )
         if self.num_timesteps > MAX_TIMESTEPS:
             raise ValueError(
-                f"expected at most {MAX_TIMESTEPS} timesteps, got {self.num_timesteps}"
+                f"num_timesteps must be at most {MAX_TIMESTEPS}, got {self.num_timesteps}; "
+                "1000 is usual"
             )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
-                "betas must hold 0 < beta_start <= beta_end < 1, got "
+                "betas must satisfy 0 < beta_start <= beta_end < 1, got "
                 f"{self.beta_start} and {self.beta_end}; DDPM uses 1e-4 and 0.02"
             )
         if self.rescale_ends and self.beta_end * 1000 >= self.num_timesteps:
             raise ValueError(
-                f"rescale_ends makes beta_end {self.beta_end * 1000 / self.num_timesteps:g}, "
-                "expected less than 1; use more timesteps or a smaller beta_end"
+                "beta_end must be less than 1, got "
+                f"{self.beta_end * 1000 / self.num_timesteps:g} after rescale_ends; "
+                "use more timesteps or a smaller beta_end"
             )
         if not (0 < self.max_beta < 1 and self.cosine_offset >= 0):
             raise ValueError(
@@ -90,7 +92,7 @@ def scaled_linear_betas(config: ScheduleConfig) -> Tensor:
 def cosine_betas(config: ScheduleConfig) -> Tensor:
     """Betas of alphas_cumprod = f(t) / f(0), f(t) = cos²((t/T + s) / (1 + s) pi/2) (IDDPM eq. 17).
 
-    Returns (T,), fp64; clipped at max_beta as section 3.2 says.
+    Returns (T,), fp64, clipped at max_beta as in section 3.2.
     """
     s = config.cosine_offset
     u = torch.arange(config.num_timesteps + 1, dtype=torch.float64) / config.num_timesteps
@@ -119,7 +121,7 @@ BETAS: dict[str, Callable[[ScheduleConfig], Tensor]] = {
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(alphas_cumprod) to end at 0, its start kept (Lin et al. 2023, alg. 1).
+    """Shift and scale sqrt(alphas_cumprod) to end at 0 (Lin et al. 2023, alg. 1); the start stays.
 
     betas: (T,), fp64. Returns (T,), fp64; the last beta is exactly 1.
     """
@@ -129,7 +131,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def _betas_of(alphas_cumprod: Tensor) -> Tensor:
-    """beta_t = 1 - alphas_cumprod_t / alphas_cumprod_{t-1}, with 1 before the first."""
+    """beta_t = 1 - alphas_cumprod_t / alphas_cumprod_{t-1}, where alphas_cumprod_{-1} = 1."""
     before = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
     return 1 - alphas_cumprod / before
 
@@ -141,14 +143,14 @@ class NoiseSchedule:
         betas: (T,), fp64, on the CPU, as the others.
         alphas_cumprod: (T,).
         posterior_variance: (T,), beta-tilde of DDPM eq. 7; 0 at t = 0.
-        posterior_log_variance_clipped: (T,), its log, the first replaced by the second, since log 0
-            is not finite (IDDPM's code; DDPM section 3.2 leaves it open).
+        posterior_log_variance_clipped: (T,), its log. The first value, log 0, is replaced by the
+            second (as in IDDPM's code; DDPM section 3.2 leaves this open).
         num_timesteps: T.
 
-    The methods take t as a number or a tensor of any device, () or (N,), of integers or reals in
-    [0, T - 1]. Between two timesteps the log-SNR is linear in t (as k-diffusion interpolates log
-    sigma); before a timestep without any signal (zero terminal SNR), where that is -inf, alpha /
-    sigma is.
+    The methods take t as a number or a tensor on any device, () or (N,), with integers or reals in
+    [0, T - 1]. Between two timesteps the log-SNR is linear in t (k-diffusion interpolates log sigma
+    in the same way). Just before a timestep without signal (zero terminal SNR), where the log-SNR
+    is -inf, alpha / sigma is linear instead.
     """
 
     def __init__(self, source: ScheduleConfig | Tensor) -> None:
@@ -162,12 +164,12 @@ class NoiseSchedule:
             raise ValueError(
                 "betas must be (T,) with T >= 2 and 0 < beta <= 1, got "
                 f"{betas.min():g} to {betas.max():g} in shape {tuple(betas.shape)}; "
-                "make them with a ScheduleConfig"
+                "a ScheduleConfig makes valid ones"
             )
         if bool((betas[:-1] == 1).any()):
             raise ValueError(
-                "only the last beta may be 1, since no signal is left after it; "
-                "got an earlier one; lower max_beta or beta_end"
+                "only the last beta may be 1, because no signal is left after it, got an earlier "
+                "one; lower max_beta or beta_end"
             )
         self.betas = betas
         self.num_timesteps = len(betas)
@@ -197,13 +199,13 @@ class NoiseSchedule:
         return 2 * self._ratio(t).log()
 
     def timestep(self, sigmas: Tensor) -> Tensor:
-        """The real t whose sigma / alpha is the given one, the ends where it lies beyond them.
+        """The real t at which sigma / alpha has the given value, limited to [0, T - 1].
 
         sigmas: any shape, variance-exploding noise levels > 0. Returns the same shape, fp64, CPU.
         """
         knots = (
             -self._signal_to_noise.log()
-        )  # log(sigma / alpha), rising; +inf at zero terminal SNR
+        )  # log(sigma / alpha), ascending; +inf at zero terminal SNR
         wanted = sigmas.detach().to("cpu", torch.float64).log()
         low = (torch.searchsorted(knots, wanted, right=True) - 1).clamp(0, self.num_timesteps - 2)
         weight = ((wanted - knots[low]) / (knots[low + 1] - knots[low])).clamp(0, 1)
@@ -225,8 +227,8 @@ class NoiseSchedule:
     def posterior(self, x: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eq. 6-7).
 
-        x, x0: (N, ...). t: () or (N,), integers. Returns the mean, (N, ...), and the two others
-        with trailing axes of one that broadcast against it; all in x's dtype.
+        x, x0: (N, ...). t: () or (N,), integers. Returns the mean, (N, ...), and the other two with
+        trailing axes of size 1 that broadcast against it; all in x's dtype.
         """
         beta, total, before = (
             values.to(t.device)[t] for values in (self.betas, self.alphas_cumprod, self._before)
@@ -241,7 +243,8 @@ class NoiseSchedule:
     def respaced(self, timesteps: Sequence[int]) -> NoiseSchedule:
         """The shorter schedule that visits only these timesteps (IDDPM section 4).
 
-        Its beta_i = 1 - alphas_cumprod[S_i] / alphas_cumprod[S_{i-1}]; timesteps in any order.
+        beta_i = 1 - alphas_cumprod[S_i] / alphas_cumprod[S_{i-1}]. The order of the timesteps does
+        not matter.
         """
         kept = sorted(timesteps)
         if (
@@ -251,21 +254,21 @@ class NoiseSchedule:
             or kept[-1] >= len(self.betas)
         ):
             raise ValueError(
-                "respacing needs at least 2 different timesteps in "
-                f"0..{self.num_timesteps - 1}, got {len(kept)}: {kept[:3]}...; "
-                "timestep_spacing() makes them"
+                "timesteps must be at least 2 different integers from 0 to "
+                f"{self.num_timesteps - 1}, got {len(kept)}: {kept[:3]}...; "
+                "timestep_spacing() makes valid ones"
             )
         return NoiseSchedule(_betas_of(self.alphas_cumprod[torch.tensor(kept)]))
 
     def _ratio(self, t: float | Tensor) -> Tensor:
         """alpha / sigma at t."""
-        # a Python float is fp64, which as_tensor would round to the default dtype
+        # keep a Python float in fp64, which as_tensor would round to the default dtype
         t = torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
-        # Asking a GPU tensor for its range would wait for the device; indexing asserts there.
+        # Checking the range of a GPU tensor would wait for the device; indexing asserts there.
         if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.num_timesteps - 1)).all()):
             raise ValueError(
-                f"timesteps must lie in [0, {self.num_timesteps - 1}], got {float(t.min()):g} to "
-                f"{float(t.max()):g}; t counts from 0, the least noise"
+                f"timesteps must be in [0, {self.num_timesteps - 1}], got {float(t.min()):g} to "
+                f"{float(t.max()):g}; t = 0 has the least noise"
             )
         table = self._signal_to_noise.to(t.device)
         if not t.is_floating_point():
@@ -279,7 +282,7 @@ class NoiseSchedule:
 
     @staticmethod
     def _like(values: Tensor, x: Tensor) -> Tensor:
-        """values () or (N,) as x's dtype and device, with trailing axes to broadcast against x."""
+        """Convert values, () or (N,), to x's dtype and device, shaped to broadcast with x."""
         values = values.to(x.device, x.dtype)
         return (
             values.reshape(values.shape + (1,) * (x.ndim - values.ndim)) if values.ndim else values
@@ -292,31 +295,32 @@ def timestep_spacing(
     """Choose `steps` of the training timesteps, highest first (Lin et al. 2023, table 2).
 
     leading: multiples of T // steps, plus `offset` (diffusers' steps_offset; Stable Diffusion uses
-        1). Leaves out T - 1, so sampling starts with less noise than the pure noise it is given.
+        1). It leaves out T - 1, so the first step assumes less noise than x actually has.
     trailing: from T - 1 down in strides of T / steps.
-    linspace: both ends, rounded. (diffusers' Euler and Heun do not round here, its DPM-Solver++
-        spaces steps + 1 points and drops the last; its "leading" there strides by T // (steps +
-        1).)
+    linspace: evenly spaced including both ends, rounded. (diffusers' Euler and Heun do not round;
+        its DPM-Solver++ spaces steps + 1 points and drops the last, and its "leading" has strides
+        of T // (steps + 1).)
     simple: T - 1 - floor(i * T / steps), ComfyUI's spacing of the same name.
 
     Raises:
-        ValueError: steps outside 1..T, an offset that leads beyond T - 1, or an unknown kind.
+        ValueError: steps is not in 1..T, the offset leads beyond T - 1, or the kind is unknown.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(
             f"steps must be 1 to {num_timesteps} with spacing {kind!r}, got {steps}; "
-            "spacing 'karras' or 'exponential' allow more"
+            "spacing 'karras' or 'exponential' allows more"
         )
     if offset and kind != "leading":
         raise ValueError(
-            f"offset is for spacing 'leading', got {offset} with {kind!r}; leave it out"
+            f"steps_offset must be 0 with spacing {kind!r}, got {offset}; it is for spacing "
+            "'leading'"
         )
     last, stride = num_timesteps - 1, num_timesteps / steps
     if kind == "leading":
         timesteps = [i * (num_timesteps // steps) + offset for i in reversed(range(steps))]
     elif kind == "trailing":
-        # np.arange and np.linspace, because half-way cases then round as in diffusers; [:steps]
-        # cuts off a timestep too many, which an inexact stride can give.
+        # np.arange and np.linspace round half-way cases as diffusers does; [:steps] drops the extra
+        # timestep that an inexact stride can produce.
         timesteps = [int(t) - 1 for t in np.arange(num_timesteps, 0, -stride)[:steps].round()]
     elif kind == "linspace":
         first = 0 if steps > 1 else last
@@ -330,8 +334,8 @@ def timestep_spacing(
         )
     if not 0 <= timesteps[-1] <= timesteps[0] <= last:
         raise ValueError(
-            f"offset {offset} with {steps} leading steps reaches t = {timesteps[0]}, beyond "
-            f"{last}; use a smaller offset or fewer steps"
+            f"the first timestep must be at most {last}, got {timesteps[0]} with steps_offset "
+            f"{offset} and {steps} steps; use a smaller offset or fewer steps"
         )
     return timesteps
 
@@ -342,11 +346,10 @@ def sigma_spacing(
     """Noise levels sigma / alpha from sigma_max down to sigma_min, both included.
 
     karras: linear in sigma^(1/rho) (Karras et al. 2022, eq. 5).
-    exponential: linear in log sigma, that is in log-SNR.
+    exponential: linear in log sigma, and so in log-SNR.
 
     Raises:
-        ValueError: steps < 1, levels that are not 0 < sigma_min < sigma_max < inf, or an unknown
-            kind.
+        ValueError: steps < 1, not 0 < sigma_min < sigma_max < inf, or the kind is unknown.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}; 20 to 50 are usual")

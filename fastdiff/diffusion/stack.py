@@ -1,4 +1,4 @@
-"""Arrays of rows stacked in one buffer, each shared by those who use it."""
+"""Arrays of rows stacked in one buffer and shared by their users."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ class _Part:
 
 
 class Stack:
-    """Arrays of rows in one buffer, found by a key and dropped when nobody uses them any more.
+    """Reference-counted arrays of rows in one buffer, each found by a key.
 
-    Rows are looked up by index on the device, so arrays of different lengths serve one batch. The
-    buffer grows when an array does not fit, to at least twice its size; then, and only then, it
-    moves in memory.
+    Rows are looked up by index on the device, so that arrays of different lengths can serve one
+    batch. If an array does not fit, the buffer grows to at least twice its size; only then does it
+    move in memory.
 
     Attributes:
-        rows: (capacity, *width), the buffer; rows that belong to no array hold anything.
+        rows: (capacity, *width), the buffer; the contents of rows outside all arrays are arbitrary.
     """
 
     def __init__(self, rows: Tensor | None = None, *, room: int = 0) -> None:
-        """
-        rows: (capacity, *width), the buffer to begin with; None: like the first array.
-        room: rows that there is room for from the first array on.
+        """Create an empty stack.
+
+        Args:
+            rows: (capacity, *width), the initial buffer; None: allocate it for the first array.
+            room: minimum capacity from the first array on.
         """
         self.rows, self._room = torch.empty(0) if rows is None else rows, room
         self._parts: dict[Hashable, _Part] = {}
@@ -39,9 +41,9 @@ class Stack:
         return key in self._parts
 
     def add(self, key: Hashable, make: Callable[[], Tensor]) -> int:
-        """Use an array until :meth:`drop`. Returns the buffer's row where it begins.
+        """Start using an array, until :meth:`drop`. Returns the row of the buffer where it begins.
 
-        make: called for (length, *width) where the key is new.
+        make: called if the key is new; returns the array, (length, *width).
         """
         part = self._parts.get(key)
         if part is None:
@@ -55,14 +57,14 @@ class Stack:
         return part.start
 
     def drop(self, key: Hashable) -> None:
-        """Use an array no longer; one call for each of :meth:`add`."""
+        """Stop using an array; call it once for each call of :meth:`add`."""
         part = self._parts[key]
         part.users -= 1
         if not part.users:
             del self._parts[key]
 
     def _gap(self, length: int) -> _Part:
-        """The first gap that is long enough, or the place behind all arrays."""
+        """The first gap that is long enough, or the space after the last array."""
         start = 0
         for part in sorted(self._parts.values(), key=lambda part: part.start):
             if part.start - start >= length:

@@ -1,4 +1,4 @@
-"""Evaluation that can fail: samples measured against real images that no model has seen."""
+"""Evaluation with pass/fail limits: samples measured against real images no model has seen."""
 
 from __future__ import annotations
 

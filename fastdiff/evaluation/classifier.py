@@ -1,8 +1,9 @@
 """The judge: a classifier trained on real images only, and its feature space.
 
-A multilayer perceptron on pixels: 98% on held-out digits after seconds of training. Its last hidden
-layer, rotated onto the principal components that carry 99.9% of its variance, is where Fréchet
-distance, precision and recall are taken: units that never fire would make the covariance singular.
+It is a multilayer perceptron on pixels that reaches 98% on held-out digits after seconds of
+training. Fréchet distance, precision and recall are computed on its last hidden layer, projected
+onto the principal components with 99.9% of the variance, because units that never fire would make
+the covariance singular.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ KEPT_VARIANCE = 0.999
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Real images to compare with. images: (N, C, H, W) in [-1, 1]; labels: (N,) int64."""
+    """Real images to compare with: images (N, C, H, W) in [-1, 1], labels (N,) int64."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -37,7 +38,7 @@ class Reference:
 
 @functools.cache
 def digits_reference(image_size: int = 32) -> Reference:
-    """The digits: 1,437 to train judge and model, 360 that neither has seen."""
+    """The digits: 1,437 for training judge and model, and 360 that neither has seen."""
     train_images, train_labels = digits_split("train", image_size=image_size)
     held_out_images, held_out_labels = digits_split("held-out", image_size=image_size)
     return Reference(
@@ -50,10 +51,10 @@ def digits_reference(image_size: int = 32) -> Reference:
 
 
 class Judge:
-    """Classifier and feature space, fitted to the training images of a reference alone."""
+    """Classifier and feature space, fitted only to the training images of a reference."""
 
     def __init__(self, reference: Reference, *, seed: int = 0) -> None:
-        """seed: of the perceptron's initial weights and batches."""
+        """Fit the judge. seed: determines the perceptron's initial weights and batches."""
         neural_network = import_extra("sklearn.neural_network", extra="train")
         decomposition = import_extra("sklearn.decomposition", extra="train")
         exceptions = import_extra("sklearn.exceptions", extra="train")
@@ -62,7 +63,7 @@ class Judge:
             HIDDEN, alpha=1e-2, max_iter=100, random_state=seed
         )
         with warnings.catch_warnings():
-            # Stopping at max_iter is intended; held-out accuracy shows whether it matters.
+            # Stopping at max_iter is intended; the held-out accuracy shows whether it matters.
             warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
             self.classifier.fit(pixels, labels)
         self.projection: Any = decomposition.PCA(KEPT_VARIANCE, svd_solver="full")
@@ -71,16 +72,16 @@ class Judge:
         self.shape = tuple(reference.train_images.shape[1:])
 
     def predict(self, images: Tensor) -> NDArray[np.int64]:
-        """images: (N, C, H, W). Returns the class the judge sees in each, (N,)."""
+        """Classify images (N, C, H, W). Returns classes (N,)."""
         self.check(images)
         return self.classifier.predict(pixels_of(images))
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the images in which the judge sees their label."""
+        """Fraction of the images that the judge classifies as their label."""
         return float((self.predict(images) == labels.numpy()).mean())
 
     def features(self, images: Tensor) -> Features:
-        """images: (N, C, H, W). Returns (N, D) fp64."""
+        """Features (N, D) fp64 of images (N, C, H, W)."""
         self.check(images)
         return self.projection.transform(self._hidden(pixels_of(images))).astype(np.float64)
 
@@ -93,11 +94,11 @@ class Judge:
         return h
 
     def check(self, images: Tensor) -> None:
-        """Raise ValueError unless the images have the shape the judge was trained on."""
+        """Raise ValueError unless the images have the shape that the judge was trained on."""
         if tuple(images.shape[1:]) != self.shape:
             raise ValueError(
-                f"the judge was trained on images of shape {self.shape}, got "
-                f"{tuple(images.shape[1:])}; evaluate a model of that size"
+                f"expected images of shape {self.shape}, on which the judge was trained, got "
+                f"{tuple(images.shape[1:])}; evaluate a model with images of that shape"
             )
 
 
@@ -108,5 +109,5 @@ def pixels_of(images: Tensor) -> NDArray[np.float32]:
         ValueError: a pixel is NaN or infinite.
     """
     if not images.isfinite().all():
-        raise ValueError("images to evaluate must be finite, got NaN or infinity")
+        raise ValueError("images to evaluate must be finite, got NaN or infinity; check the model")
     return images.detach().flatten(1).float().cpu().numpy()

@@ -16,8 +16,8 @@ Rows = NDArray[np.float64] | NDArray[np.float32]
 def frechet_distance(a: Rows, b: Rows) -> float:
     """|mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017).
 
-    a, b: (N, D) and (M, D), fp64. Computed by torchmetrics. It is biased upwards by about 1/N:
-    only distances between sets of equal size are comparable.
+    a, b: (N, D) and (M, D), fp64. It is computed by torchmetrics. It is biased upwards by about
+    1/N, so only distances between sets of equal size are comparable.
     """
     metric = import_extra("torchmetrics.image.fid", extra="train").FrechetInceptionDistance
     identity = torch.nn.Identity()
@@ -32,9 +32,9 @@ def frechet_distance(a: Rows, b: Rows) -> float:
 def precision_recall(real: Rows, generated: Rows, *, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-    A set's manifold is the union of balls around its points, each reaching to the k-th neighbour
-    within the set. Precision: share of generated points inside the real manifold; recall: share of
-    real points inside the generated one. torchmetrics has neither, so these ten lines are ours.
+    A set's manifold is the union of balls around its points, each extending to the k-th neighbour
+    within the set. Precision is the fraction of generated points inside the real manifold; recall
+    is the fraction of real points inside the generated one. torchmetrics implements neither.
 
     real, generated: (N, D) and (M, D).
     """
@@ -44,16 +44,16 @@ def precision_recall(real: Rows, generated: Rows, *, k: int = 3) -> tuple[float,
 def _covered(manifold: Rows, points: Rows, k: int) -> float:
     neighbours = import_extra("sklearn.neighbors", extra="train").NearestNeighbors
     pairwise = import_extra("sklearn.metrics", extra="train").pairwise_distances
-    # The first neighbour of a point among itself and the others is the point.
+    # k + 1, because the first neighbour of each point is the point itself.
     radii = neighbours(n_neighbors=k + 1).fit(manifold).kneighbors(manifold)[0][:, -1]
     return float((pairwise(points, manifold) <= radii).any(axis=1).mean())
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """For each point, its nearest training image: index, distance, and distance relative to others.
+    """The nearest training image of each point: its index, its distance, and a relative distance.
 
-    index: (N,) of the training set. distance: (N,), Euclidean, in pixels from -1 to 1.
+    index: (N,), into the training set. distance: (N,), Euclidean, on pixels from -1 to 1.
     ratio: (N,), distance divided by the mean distance to the 50 nearest: 0 for a copy, 1 for an
     image equally close to many. Unlike the distance itself, it does not flag plain shapes that are
     close to everything (Carlini et al. 2023, section 4.2).
@@ -67,10 +67,10 @@ class Neighbours:
 def nearest_training(points: Rows, training: Rows, *, crowd: int = 50) -> Neighbours:
     """Find the nearest training images of each point.
 
-    points: (N, D), training: (M, D). crowd: how many neighbours the ratio compares with.
+    points: (N, D), training: (M, D). crowd: number of neighbours that the ratio averages over.
     """
     neighbours = import_extra("sklearn.neighbors", extra="train").NearestNeighbors
-    # In fp64: |a|² - 2ab + |b|² in fp32 would make a copy's zero as large as 0.01.
+    # fp64, because |a|² - 2ab + |b|² in fp32 could give 0.01 instead of 0 for a copy.
     search = neighbours(n_neighbors=min(crowd, len(training)), algorithm="brute")
     search.fit(training.astype(np.float64))
     distance, index = search.kneighbors(points.astype(np.float64))

@@ -1,8 +1,8 @@
-"""Quality of samples, each metric next to what real images score on it.
+"""Quality of samples, with every metric compared to the score of real images.
 
 The near-copy criterion, subset sizes and limits were chosen before any model was trained. Every
-metric is also computed on the held-out images, which no model has seen: the floor that a perfect
-model would reach.
+metric is also computed on the held-out images, which no model has seen; this is the floor that a
+perfect model would reach.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastdiff.generate.run import Progress, generate
 NEAR_COPY_QUANTILE = 0.05
 """A near-copy is closer to a training image than all but this fraction of held-out images."""
 SUBSETS = 5
-"""Random subsets, of the held-out split's size, over which equal-size numbers are averaged."""
+"""Number of random subsets of the held-out split's size over which metrics are averaged."""
 MIN_ACCURACY = 0.95
 MAX_FRECHET_RATIO = 3.0
 
@@ -38,31 +38,31 @@ class Scores:
     """Metrics of a set of images."""
 
     count: int
-    """Images."""
+    """Number of images."""
     accuracy: float
     """Fraction that the judge classifies as the requested class."""
     class_accuracy: tuple[float | None, ...]
-    """The same per class; None for a class without images."""
+    """Accuracy per class; None for a class without images."""
     frechet: float
-    """Fréchet distance to the training images, with all images of the set."""
+    """Fréchet distance between all images of the set and the training images."""
     frechet_equal: float
-    """The same with as many images as the held-out split has, the mean over random
-    subsets that keep the share of each class."""
+    """Fréchet distance with as many images as the held-out split has, averaged over random
+    subsets that keep the proportions of the classes."""
     precision: float
-    """Share inside the manifold of training images, equal sizes."""
+    """Fraction inside the manifold of training images, at equal sizes."""
     recall: float
-    """Share of training images inside the set's manifold, equal sizes."""
+    """Fraction of training images inside the set's manifold, at equal sizes."""
     near_copies: float
-    """Share nearer to one training image than the near-copy limit."""
+    """Fraction closer to one training image than the near-copy limit."""
     nearest_median: float
-    """Median distance to the nearest training image, Euclidean, pixels from -1 to 1."""
+    """Median distance to the nearest training image, Euclidean, on pixels from -1 to 1."""
     nearest_5_percent: float
-    """Distance below which the nearest 5% lie."""
+    """5th percentile of the distance to the nearest training image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The outcome of an evaluation; JSON by fastdiff.configs.to_dict."""
+    """The result of an evaluation; `fastdiff.configs.to_dict` converts it to JSON."""
 
     samples: Scores
     held_out: Scores
@@ -70,16 +70,17 @@ class Results:
     near_copy_limit: float
     """Ratio of distances below which an image counts as a near-copy."""
     frechet_ratio: float
-    """samples.frechet / held_out.frechet; flattered when there are more samples than held-out."""
+    """samples.frechet / held_out.frechet; too low if there are more samples than held-out images.
+    """
     frechet_equal_ratio: float
-    """samples.frechet_equal / held_out.frechet_equal: the fair one."""
+    """samples.frechet_equal / held_out.frechet_equal, which is a fair comparison."""
     feature_dim: int
-    """Dimensions of the feature space."""
+    """Number of dimensions of the feature space."""
     training_images: int
-    """Images the samples are compared with."""
+    """Number of training images that the samples are compared with."""
 
     def failures(self) -> tuple[str, ...]:
-        """One line per metric that misses its limit; empty if all are met."""
+        """One line for each metric that misses its limit; empty if all limits are met."""
         checks = [
             (
                 self.samples.accuracy >= MIN_ACCURACY,
@@ -102,7 +103,7 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results, and what they were computed from, for the report."""
+    """The results and the data they were computed from, for the report."""
 
     results: Results
     images: Tensor
@@ -124,14 +125,16 @@ def evaluate(
     reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Sample from a model, class after class, and measure the samples.
+    """Sample from a model, cycling through the classes, and measure the samples.
 
-    count: samples; a class gets every num_classes-th. first_seed: the i-th sample has seed
-    first_seed + i. reference: real images; None takes the digits. progress: called as
-    progress(done, total) after each step, counting rows of all images.
+    Args:
+        count: number of samples.
+        first_seed: the i-th sample has the seed first_seed + i.
+        reference: real images; None: the digits.
+        progress: called as progress(done, total) after each step, counting rows of all images.
 
     Raises:
-        ValueError: the model does not fit the reference, or the count is too small to measure.
+        ValueError: the model does not fit the reference, or `count` is too small.
     """
     if reference is None:
         reference = digits_reference(model.image_size or 32)
@@ -140,17 +143,18 @@ def evaluate(
     if model.denoiser.config.num_classes != classes:
         raise ValueError(
             f"expected a model of the {classes} classes {', '.join(reference.class_names)}, got "
-            f"{model.denoiser.config.num_classes or 'no'}; evaluate a model trained on this data"
+            f"{model.denoiser.config.num_classes or 'no'} classes; evaluate a model trained on "
+            "this data"
         )
     if (model.image_channels, model.image_size, model.image_size) != shape:
         raise ValueError(
-            f"expected a model of images of shape {shape}, got {model.image_channels} x "
-            f"{model.image_size} x {model.image_size}; evaluate a model trained on this data"
+            f"expected a model of images of shape {shape}, got ({model.image_channels}, "
+            f"{model.image_size}, {model.image_size}); evaluate a model trained on this data"
         )
     minimum = len(reference.held_out_images)
     if count < minimum:
         raise ValueError(
-            f"expected at least {minimum} samples, as many as held-out images to compare with, "
+            f"expected at least {minimum} samples, the number of held-out images to compare with, "
             f"got {count}"
         )
     settings = settings or SampleSettings()
@@ -180,12 +184,15 @@ def evaluate(
 def evaluate_images(
     images: Tensor, labels: Tensor, reference: Reference, *, judge: Judge | None = None
 ) -> tuple[Results, Neighbours]:
-    """Measure any images, wherever they come from.
+    """Measure a set of images, from any source.
 
-    images: (N, C, H, W) in [-1, 1], N at least the size of the held-out split. labels: (N,) int64,
-    the class that each should show. judge: fitted to the reference already; None fits one.
+    Args:
+        images: (N, C, H, W) in [-1, 1], N at least the size of the held-out split.
+        labels: (N,) int64, the class that each image should show.
+        judge: a judge fitted to the reference; None fits a new one.
 
-    Returns the results and each image's nearest training image.
+    Returns:
+        The results, and the nearest training image of each image.
     """
     judge = judge or Judge(reference)
     judge.check(images)
@@ -198,7 +205,9 @@ def evaluate_images(
     }
     size = len(reference.held_out_images)
     if len(images) < size:
-        raise ValueError(f"expected at least {size} images to compare, got {len(images)}")
+        raise ValueError(
+            f"expected at least {size} images, the size of the held-out split, got {len(images)}"
+        )
     near = {name: nearest_training(pixels_of(x), training) for name, (x, _) in sets.items()}
     limit = float(np.quantile(near["held_out"].ratio, NEAR_COPY_QUANTILE))
     scores = {
@@ -228,7 +237,7 @@ def _scores(
     limit: float,
     size: int,
 ) -> Scores:
-    """size: of the subsets that equal-size numbers are taken on."""
+    """Score a set of images. size: number of images in the subsets of equal size."""
     features = judge.features(images)
     right = judge.predict(images) == labels.numpy()
     rng = np.random.default_rng(0)
@@ -253,9 +262,9 @@ def _scores(
 
 
 def _subset(rng: np.random.Generator, labels: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Indices of a random subset that keeps the share of each class.
+    """Indices of a random subset that keeps the proportions of the classes.
 
-    The held-out images were drawn that way; shares left to chance would count as distance.
+    The held-out images were drawn in the same way. Random proportions would add to the distance.
     """
     order = rng.permutation(len(labels))
     place = np.empty(len(labels))

@@ -32,11 +32,13 @@ SHOWN = 12
 def write_report(
     evaluation: Evaluation, folder: str | os.PathLike[str], *, command: str, title: str = "Results"
 ) -> Path:
-    """Write results.md, results.json and images/*.png into a folder.
+    """Write results.md, results.json and images/*.png to a folder.
 
-    command: the command line that made the evaluation, to repeat it.
+    Args:
+        command: the command line that ran the evaluation, so that it can be repeated.
 
-    Returns the path of results.md.
+    Returns:
+        The path of results.md.
 
     Raises:
         OSError: a file cannot be written.
@@ -108,7 +110,7 @@ def _markdown(evaluation: Evaluation, provenance: Mapping[str, object], title: s
             "",
         ),
         (
-            "the same, lowest 5%",
+            "distance to the nearest training image, 5th percentile",
             f"{samples.nearest_5_percent:.2f}",
             f"{real.nearest_5_percent:.2f}",
             "",
@@ -133,26 +135,26 @@ Model `{evaluation.model}`, weights `{evaluation.weights_hash[:16]}`; sampler {s
 Accuracy per class, samples: {_classes(samples, names)}.
 Held-out: {_classes(real, names)}.
 
-- The judge is scikit-learn's multilayer perceptron, trained on the {results.training_images} real
-  training images only; its accuracy on the {real.count} held-out images is what the table says.
-  Distances, precision and recall are taken on the {results.feature_dim} principal components of its
-  last hidden layer.
-- Each number of the held-out images is the floor: what real images, which neither the model nor the
-  judge has seen, score against the training images.
-- The Fréchet distance falls with the number of images. The line "all images" flatters the larger
-  set; the line "{real.count} images" compares equal sizes (mean over random subsets of both sets).
-  Precision and recall (Kynkäänniemi et al. 2019, k = 3) are taken at equal sizes too.
+- The judge is scikit-learn's multilayer perceptron, trained only on the {results.training_images}
+  real training images; the table shows its accuracy on the {real.count} held-out images. Distances,
+  precision and recall are computed on the {results.feature_dim} principal components of its last
+  hidden layer.
+- The held-out images set the floor: they are real images that neither the model nor the judge has
+  seen, scored against the training images.
+- The Fréchet distance decreases with the number of images. The row "all images" flatters the larger
+  set; the row "{real.count} images" compares equal sizes (mean over random subsets of both sets).
+  Precision and recall (Kynkäänniemi et al. 2019, k = 3) are also computed at equal sizes.
 - A near-copy is an image whose distance to its nearest training image, divided by the mean distance
-  to its 50 nearest (Carlini et al. 2023), lies below {results.near_copy_limit:.3f}, the lowest
+  to its 50 nearest (Carlini et al. 2023), is below {results.near_copy_limit:.3f}, the lowest
   {NEAR_COPY_QUANTILE:.0%} of the held-out images; a training image has 0.
 
 ![Samples, one class per row](images/{SAMPLES_PICTURE})
 
-Samples, one class per row, in the order of their seeds: nothing was picked.
+Samples, one class per row, in the order of their seeds; none were hand-picked.
 
 ![The samples nearest to a training image](images/{NEIGHBOURS_PICTURE})
 
-The {SHOWN} samples with the smallest ratio, and below each its nearest training image.
+The {SHOWN} samples with the smallest ratio, each above its nearest training image.
 """
 
 
@@ -175,7 +177,11 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
     ]
     columns = min(len(row) for row in rows)
     if columns == 0:
-        raise ValueError(f"expected samples of all {len(names)} classes for the picture")
+        present = sum(len(row) > 0 for row in rows)
+        raise ValueError(
+            f"expected samples of all {len(names)} classes for the picture, got {present} classes; "
+            "evaluate more samples"
+        )
     index = torch.cat([row[:columns] for row in rows])
     sheet = contact_sheet(evaluation.images[index], names, cell=64)
     save_png(path, sheet)
@@ -196,7 +202,7 @@ def _write_neighbours(evaluation: Evaluation, path: Path) -> None:
 
 
 def _commit() -> str:
-    """Short hash of the checkout that the package runs from; says so where there is none."""
+    """Short hash of the checkout that the package runs from, or a note that there is none."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
@@ -207,5 +213,5 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown (no checkout)"
+        return "unknown (not a Git checkout)"
     return done.stdout.strip()

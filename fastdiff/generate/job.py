@@ -28,6 +28,7 @@ else:
 
 MAX_SEED = 2**64 - 1
 Via = Literal["latent", "image"]
+Fit = Literal["crop", "resize"]
 DEFAULT_SAMPLER = "dpmpp-2m"
 CHECKPOINT = "checkpoint"
 """As a sampler: what the model's files say (diffusers' scheduler_config.json)."""
@@ -223,6 +224,9 @@ class ImageToImageJob:
     """Share of the steps that are done: 0 keeps the image, 1 makes a new one."""
     seed: int = 0
     """Of all randomness in the image."""
+    fit: Fit | None = None
+    """Pictures whose sides the model cannot take: crop them to the next smaller ones around the
+    centre, or resize them to the nearest ones; None: refuse them."""
     height: int | None = None
     """Crop and resize the picture to this height first."""
     width: int | None = None
@@ -234,6 +238,7 @@ class ImageToImageJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        _check_fit(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -256,6 +261,9 @@ class InpaintJob:
     """Put the image's own pixels back outside the mask."""
     seed: int = 0
     """Of all randomness in the image."""
+    fit: Fit | None = None
+    """Pictures and masks whose sides the model cannot take: crop them to the next smaller ones
+    around the centre, or resize them to the nearest ones; None: refuse them."""
     height: int | None = None
     """Crop and resize the picture and the mask to this height first."""
     width: int | None = None
@@ -267,6 +275,7 @@ class InpaintJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        _check_fit(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -288,6 +297,9 @@ class UpscaleJob:
     and encoding (keeps more at low strength)."""
     strength: float = 0.6
     """Share of the steps that are done."""
+    fit: Fit | None = None
+    """Pictures whose sides the model cannot take: crop them to the next smaller ones around the
+    centre, or resize them to the nearest ones; None: refuse them."""
     seed: int = 0
     """Of all randomness in the image."""
     text: TextSettings = PLAIN_TEXT
@@ -297,6 +309,7 @@ class UpscaleJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        _check_fit(self)
         check_seed(self.seed)
         first_step(1, self.strength)
         _check_scale(self.scale, self.via)
@@ -412,6 +425,11 @@ def _check_prompts(job: Any) -> None:
     for prompt in (job.prompt, getattr(job, "to_prompt", None)):
         if prompt is not None:
             read_prompt(prompt, emphasis=job.text.emphasis)
+
+
+def _check_fit(job: Any) -> None:
+    if job.fit not in (None, *get_args(Fit)):
+        raise ValueError(f"unknown fit {job.fit!r:.40}; expected one of crop, resize")
 
 
 def _check_start(job: Any) -> None:

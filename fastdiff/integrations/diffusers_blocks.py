@@ -8,12 +8,21 @@ or set later (IP-Adapter, LoRA, attention slicing, fused projections) work as be
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from diffusers.models import activations, attention, attention_processor, resnet, upsampling
+from diffusers.models import (
+    activations,
+    attention,
+    attention_processor,
+    normalization,
+    resnet,
+    upsampling,
+)
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
@@ -26,6 +35,7 @@ from fastdiff.integrations.layers import (
 )
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
+from fastdiff.kernels.ada_layer_norm import ada_layer_norm
 from fastdiff.models.layers import from_tokens, is_channels_last, to_tokens
 from fastdiff.runtime.cpu_layers import Kept, Plan, PreparedConv2d, folded_upsampling
 
@@ -163,13 +173,14 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
     ) -> Tensor:
         """hidden_states: (N, L, C); encoder_hidden_states: (N, T, D) -> (N, L, C)."""
         more = cross_attention_kwargs or {}
-        norms = [norm for norm in (self.norm1, self.norm2, self.norm3) if norm is not None]
+        adaptive = self.norm_type in ADAPTIVE
         if (
             hidden_states.ndim != 3
             or "gligen" in more
             or "scale" in more
             or getattr(self, "_chunk_size", None) is not None
-            or needs_original(*norms)
+            or needs_original(*block_norms(self))
+            or (adaptive and watched(self.norm1))
         ):
             return super().forward(
                 hidden_states,
@@ -182,33 +193,88 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
                 added_cond_kwargs,
             )
         context = encoder_hidden_states if self.only_cross_attention else None
-        h = self.attn1(
-            self.norm1(hidden_states),
-            encoder_hidden_states=context,
-            attention_mask=attention_mask,
-            **more,
+        attend1 = functools.partial(
+            self.attn1, encoder_hidden_states=context, attention_mask=attention_mask, **more
         )
-        x = hidden_states
+        attend2 = None
         if self.attn2 is not None:
-            h, x = self.norm2(h, x)
-            h = self.attn2(
-                h,
+            attend2 = functools.partial(
+                self.attn2,
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
                 **more,
             )
+        if adaptive:
+            return self._adaptive(hidden_states, timestep, class_labels, attend1, attend2)
+        h, x = attend1(self.norm1(hidden_states)), hidden_states
+        if attend2 is not None:
+            h, x = self.norm2(h, x)
+            h = attend2(h)
         h, x = self.norm3(h, x)
         return self.ff(h) + x
+
+    def _adaptive(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        class_labels: Any,
+        attend1: Callable[[Tensor], Tensor],
+        attend2: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """DiT's and PixArt's blocks: norms modulated by the timestep, and branches gated by it."""
+        if self.norm_type == "ada_norm_zero":
+            emb = self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+            parts = self.norm1.linear(self.norm1.silu(emb)).unflatten(1, (6, -1))
+        else:
+            parts = self.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts.unbind(1)  # each (N, C)
+        norm1, norm2 = block_norms(self)
+        x = gated(x, gate1, attend1(ada_layer_norm(x, scale1, shift1, eps=norm1.eps)))
+        if attend2 is not None:  # PixArt has no norm before it
+            x = attend2(x) + x
+        return gated(x, gate2, self.ff(ada_layer_norm(x, scale2, shift2, eps=norm2.eps)))
+
+
+def gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + gate * h, in one pass where the dtypes are equal. x, h: (N, L, C); gate: (N, C)."""
+    if x.dtype == gate.dtype == h.dtype:
+        return torch.addcmul(x, gate[:, None], h)
+    return gate[:, None] * h + x
+
+
+ADAPTIVE = ("ada_norm_zero", "ada_norm_single")
+"""Of DiT and PixArt: LayerNorms without weights, modulated by the timestep."""
+
+
+def block_norms(block: Any) -> list[Any]:
+    """The LayerNorms of a BasicTransformerBlock that its forward runs, in their order."""
+    if block.norm_type == "ada_norm_zero":
+        return [block.norm1.norm, block.norm3]
+    if block.norm_type == "ada_norm_single":
+        return [block.norm1, block.norm2]
+    return [norm for norm in (block.norm1, block.norm2, block.norm3) if norm is not None]
 
 
 def transformer_objection(block: Any) -> str | None:
     """Why a BasicTransformerBlock cannot be swapped, or None; its inner layers still may be."""
-    if block.norm_type != "layer_norm":
+    if block.norm_type not in ("layer_norm", *ADAPTIVE):
         return f"its norm_type is {block.norm_type!r}"
     if block.pos_embed is not None:
         return "it adds a position embedding after its norms"
-    norms = [block.norm1, block.norm3, *([] if block.attn2 is None else [block.norm2])]
-    return next((o for o in map(norm_objection, norms) if o is not None), None)
+    zero = block.norm_type == "ada_norm_zero"
+    if zero and (type(block.norm1) is not normalization.AdaLayerNormZero or not block.norm1.emb):
+        return f"its norm is a {type(block.norm1).__name__} that is given an embedding"
+    if zero and block.attn2 is not None:
+        return "it has a cross-attention between its adaptive norms"
+    norms = block_norms(block)
+    objection = next((o for o in map(norm_objection, norms) if o is not None), None)
+    if objection is None and block.norm_type in ADAPTIVE and any(map(_has_weights, norms)):
+        return "its adaptive norms have weights of their own"
+    return objection
+
+
+def _has_weights(norm: Any) -> bool:
+    return norm.weight is not None
 
 
 class Transformer2DModel(transformer_2d.Transformer2DModel):

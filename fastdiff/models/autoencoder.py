@@ -1,7 +1,7 @@
 """The first stage of latent diffusion: an image autoencoder with KL or VQ regularisation.
 
 Esser et al. 2021 (arXiv 2012.09841), Rombach et al. 2022 (2112.10752), section 3.1 and appendix G.
-Every norm has epsilon 1e-6; there is one attention of one head in the middle.
+Every norm has epsilon 1e-6; the middle contains one attention with a single head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """The architecture of an autoencoder; a level is a resolution, level 0 the image's."""
+    """The architecture of an autoencoder. A level is a resolution; level 0 is the image's."""
 
     regularization: Literal["kl", "vq"] = "kl"  # Gaussian posterior or codebook
     image_channels: int = 3  # channels of the image, values in [-1, 1]
@@ -37,10 +37,10 @@ class AutoencoderConfig:
         1,
         2,
         4,
-    )  # one factor per level; each level but the last halves
+    )  # one factor per level; each level except the last halves the resolution
     num_res_blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
     latent_channels: int = 4  # channels of z
-    attention: tuple[bool, ...] = ()  # per level: attention behind each residual block; () for none
+    attention: tuple[bool, ...] = ()  # per level: attention after each residual block; () for none
     codebook_size: int = 0  # entries of the codebook, vq only
     norm_groups: int = 32  # groups of every GroupNorm
 
@@ -49,7 +49,7 @@ class AutoencoderConfig:
             if not holds:
                 raise ValueError(f"AutoencoderConfig: {message}")
 
-        require(len(self.channel_mult) > 0, "channel_mult must name at least one level, got ()")
+        require(len(self.channel_mult) > 0, "channel_mult must have at least one level, got ()")
         require(
             self.regularization in ("kl", "vq"),
             f"regularization must be 'kl' or 'vq', got {self.regularization!r}",
@@ -88,7 +88,7 @@ class AutoencoderConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Residual blocks of the encoder."""
+        """Number of residual blocks of the encoder."""
         return self.num_res_blocks * len(self.channel_mult)
 
     def has_attention(self, level: int) -> bool:
@@ -124,11 +124,11 @@ class Posterior:
 class Quantized:
     """Latents and their nearest codes.
 
-    z, z_q: (N, D, h, w), z_q the codes with the gradient of z (straight-through).
+    z: (N, D, h, w). z_q: (N, D, h, w), the codes, with z's gradient (straight-through estimator).
     indices: (N, h, w) int64.
-    codebook_loss: scalar mean((sg(z) - z_q)^2), moves codes to latents.
-    commitment_loss: scalar mean((z - sg(z_q))^2), moves latents to codes (van den Oord et al. 2017,
-    eq. 3).
+    codebook_loss: scalar mean((sg(z) - z_q)^2), which moves codes towards latents.
+    commitment_loss: scalar mean((z - sg(z_q))^2), which moves latents towards codes (van den Oord
+    et al. 2017, eq. 3).
     """
 
     z: Tensor
@@ -141,15 +141,15 @@ class Quantized:
     def loss(self, beta: float = 0.25, order: Literal["paper", "legacy"] = "paper") -> Tensor:
         """codebook + beta * commitment.
 
-        `legacy` is the order the published CompVis models were trained with: beta weighs the
-        codebook term and the commitment term has weight 1.
+        `legacy` is what the published CompVis models were trained with: beta multiplies the
+        codebook term, and the commitment term has weight 1.
         """
         if order == "legacy":
             return beta * self.codebook_loss + self.commitment_loss
         return self.codebook_loss + beta * self.commitment_loss
 
     def usage(self) -> Tensor:
-        """Share of the codebook that occurs among the indices, scalar in (0, 1]."""
+        """Fraction of the codebook that occurs among the indices, scalar in (0, 1]."""
         return (self._counts() > 0).float().mean()
 
     def perplexity(self) -> Tensor:
@@ -172,9 +172,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """vectors: (M, D) -> (M,) int64, argmin of |v - e|^2; |v|^2 is the same for all codes.
+        """Index of the nearest code e of each vector v. vectors: (M, D) -> (M,) int64.
 
-        In fp32 at least, under autocast too: codes differ by less than half precision can tell.
+        The argmin of |v - e|^2 is computed without |v|^2, which is the same for all codes. It is
+        computed in fp32 or wider, even under autocast: half precision cannot tell codes apart.
         """
         codes = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         half_norms = 0.5 * codes.square().sum(1)
@@ -222,7 +223,7 @@ def _middle(channels: int, config: AutoencoderConfig) -> list[nn.Module]:
 
 
 class Chain(nn.Module):
-    """conv_in, a row of blocks, norm and SiLU, conv_out: the shape of encoder and decoder alike."""
+    """conv_in, blocks, norm and SiLU, conv_out: the structure of both encoder and decoder."""
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class Chain(nn.Module):
 
 
 def _step(block: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One block of a chain; what changes the resolution needs the sum."""
+    """Run one block of a chain; blocks that change the resolution need x + residual."""
     if isinstance(block, ResBlock | AttentionBlock):
         return block(x, residual)
     return block(x if residual is None else x + residual), None
@@ -291,7 +292,7 @@ def decoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
 class Autoencoder(nn.Module):
     """Encoder, quant convolutions, KL posterior or codebook, decoder.
 
-    Latents here are as the encoder makes them; multiplying by `scale_factor` is the caller's.
+    Latents are those of the encoder; the caller multiplies them by `scale_factor`.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -313,7 +314,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adversarial loss is balanced (Esser et al. 2021, eq. 7)."""
+        """The weight whose gradients balance the adversarial loss (Esser et al. 2021, eq. 7)."""
         return self.decoder.conv_out.weight
 
     def encode(self, x: Tensor) -> Posterior | Quantized:
@@ -323,7 +324,7 @@ class Autoencoder(nn.Module):
             x: (N, image_channels, H, W) in [-1, 1], H and W multiples of `downsample_factor`.
 
         Raises:
-            ValueError: wrong number of channels, or a size that does not divide.
+            ValueError: wrong number of channels, or a size that is not such a multiple.
         """
         moments = self._encode(x)
         return self.codebook(moments) if self.config.regularization == "vq" else _posterior(moments)
@@ -346,10 +347,10 @@ class Autoencoder(nn.Module):
             )
 
     def encode_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The latents that diffusion works on, one call for both kinds.
+        """The latents that diffusion works on, for both kinds of autoencoders.
 
-        kl: a sample of the posterior with the given noise, its mode without. vq: the latents before
-        quantisation, which `decode` quantises (Rombach et al. 2022, section 3.1).
+        kl: a sample of the posterior with the given noise, or its mode without noise. vq: the
+        latents before quantisation; `decode` quantises them (Rombach et al. 2022, section 3.1).
 
         Args:
             x: (N, image_channels, H, W). noise: (N, latent_channels, H/f, W/f) standard normal.
@@ -364,11 +365,11 @@ class Autoencoder(nn.Module):
         return posterior.mode() if noise is None else posterior.sample(noise)
 
     def decode(self, z: Tensor, *, quantize: bool = True) -> Tensor:
-        """Latents to an image.
+        """Decode latents to an image.
 
         Args:
             z: (N, latent_channels, h, w).
-            quantize: vq only; False when z already consists of codes, as in training.
+            quantize: vq only; False if z already consists of codes, as in training.
 
         Returns:
             (N, image_channels, h*f, w*f), roughly in [-1, 1], not clamped.
@@ -386,22 +387,23 @@ class Autoencoder(nn.Module):
         if z.ndim != 4 or z.shape[1] != channels or 0 in z.shape[2:]:
             raise ValueError(
                 f"latents must be (N, {channels}, h, w), got {tuple(z.shape)}; "
-                "check that the autoencoder and the U-Net belong together"
+                "use the autoencoder that the U-Net was trained with"
             )
 
     @torch.no_grad()
     def decode_tiled(self, z: Tensor, tile: int, overlap: int) -> Tensor:
         """Decode a large latent in overlapping tiles, blended linearly.
 
-        Peak memory: the image, plus the decoder's activations for one tile, whatever the size of z.
-        The norms and the attention see one tile instead of the whole, so the result differs a bit
-        from `decode`; a latent that fits into one tile is decoded at once, bit for bit as there.
+        Peak memory is the image plus the decoder's activations for one tile, whatever the size of
+        z. The norms and the attention see one tile instead of the whole image, so the result
+        differs slightly from `decode`. A latent that fits into one tile is decoded at once and
+        gives the bits of `decode`.
 
         Args:
             z: (N, latent_channels, h, w).
             tile: side of a tile in latent pixels.
-            overlap: latent pixels that neighbours share at least, 0 <= overlap < tile; about tile/4
-                hides the seams.
+            overlap: minimum overlap of neighbours in latent pixels, 0 <= overlap < tile; about
+                tile/4 hides the seams.
 
         Returns:
             (N, image_channels, h*f, w*f).
@@ -415,7 +417,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_tiled(self, x: Tensor, tile: int, overlap: int) -> Tensor:
-        """Encode a large image in overlapping tiles to its latents' mode (`encode_latent`).
+        """Encode a large image in overlapping tiles; returns the mode, as `encode_latent` does.
 
         Args:
             x: (N, image_channels, H, W). tile, overlap: in latent pixels, as in `decode_tiled`.
@@ -424,7 +426,7 @@ class Autoencoder(nn.Module):
             (N, latent_channels, H/f, W/f).
 
         Raises:
-            ValueError: tile or overlap out of range, or an image that `encode` does not take.
+            ValueError: tile or overlap out of range, or an image that `encode` rejects.
         """
         self._check_image(x)
         shape = (len(x), self.config.latent_channels)

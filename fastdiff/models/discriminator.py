@@ -21,7 +21,7 @@ class DiscriminatorConfig:
     image_channels: int = 3  # channels of the image, values in [-1, 1]
     model_channels: int = 64  # width of the first convolution; doubles up to 8 times
     num_layers: int = 3  # convolutions of stride 2; 3 gives patches of 70x70 pixels, 2 of 34x34
-    norm: Literal["batch", "group"] = "batch"  # batch: the papers; group: independent of the batch
+    norm: Literal["batch", "group"] = "batch"  # batch: the papers'; group: independent of the batch
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "model_channels", "num_layers"):
@@ -43,7 +43,7 @@ GROUPS = 8
 
 
 class Normalize(nn.Module):
-    """GroupNorm without activation, as one tensor in, one out."""
+    """GroupNorm without activation, from one tensor to one tensor."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def _init(module: nn.Module) -> None:
-    """Normal weights of std 0.02, as pix2pix and DCGAN."""
+    """Initialise weights from a normal distribution with std 0.02, as in pix2pix and DCGAN."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

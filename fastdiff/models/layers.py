@@ -1,10 +1,11 @@
 """Layers that the denoisers and the autoencoder share.
 
-Blocks exchange a pair `(h, residual)` whose sum is the activation: the addition is left to the norm
-that reads it next, where `add_group_norm_silu` and `add_layer_norm` do it without another trip
-through memory. `residual=None` means there is nothing to add.
+Blocks pass on a pair `(h, residual)` whose sum is the activation. The next norm performs the
+addition, because `add_group_norm_silu` and `add_layer_norm` do it without another pass over memory.
+`residual=None` means that there is nothing to add.
 
-The convolutions still add their own biases; the one before a norm could ride in its `channel_add`.
+The convolutions still add their own biases; a bias before a norm could be part of its
+`channel_add`.
 
 Shapes: N batch, C channels, H W pixels, L = H*W tokens, T context tokens, D context width,
 E embedding width, d head width.
@@ -32,7 +33,7 @@ from fastdiff.kernels import (
 )
 from fastdiff.names import QKVOrder
 
-TimeEmbedding = Literal["openai", "ddpm"]
+TimeEmbedding = Literal["openai", "ddpm", "ddpm-original"]
 DownsamplePadding = Literal["symmetric", "asymmetric"]
 
 
@@ -42,14 +43,15 @@ def timestep_embedding(
     """Sinusoidal embedding of the timestep, angles t * 10000^(-i / n) for i = 0 .. dim/2 - 1.
 
     `openai` (ADM, LDM, Stable Diffusion): [cos | sin] with n = dim/2. `ddpm` (Ho et al. 2020, after
-    Vaswani et al. 2017): [sin | cos] with n = dim/2 - 1. The angles are fp32 whatever the model's
-    dtype, in the order of operations of the original code: published weights were trained on these
-    very numbers.
+    Vaswani et al. 2017): [sin | cos] with n = dim/2 - 1. The angles are fp32 for every dtype of the
+    model and use the order of operations of the code that the weights were trained with: `openai`
+    and `ddpm` as in diffusers, exp(-log(10000) i / n); `ddpm-original` as in the code of Ho et al.,
+    exp(i (-log(10000) / n)), which rounds differently (1e-4 at t = 1000).
 
     Args:
-        t: (N,), integer or real, in units of the training schedule's steps.
-        dim: even width of the embedding.
-        shift: n = dim/2 - shift, for models that differ from both; None: that of the kind.
+        t: (N,), integer or real training timesteps.
+        dim: width of the embedding, even.
+        shift: n = dim/2 - shift, for models that differ from both kinds; None: that of the kind.
 
     Returns:
         (N, dim) fp32.
@@ -59,15 +61,18 @@ def timestep_embedding(
         shift = 0 if kind == "openai" else 1
     spread = half - shift
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
+    if kind == "ddpm-original":
+        exponents = index * -(math.log(10000) / spread)
+    else:
+        exponents = -math.log(10000) * index / spread
+    angles = t.float()[:, None] * torch.exp(exponents)[None]
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if kind == "openai" else [sin, cos], dim=1)
 
 
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-    """Gradient checkpointing: what `function` computes is computed again in the backward pass, on
-    the backends of the first time."""
-    # Dynamo takes no other context_fn than its own
+    """Gradient checkpointing: run `function` again in the backward pass, on the same backends."""
+    # Dynamo does not accept a context_fn
     options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         options["context_fn"] = checkpoint_contexts
@@ -86,12 +91,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H*W, C); a view when x is channels_last."""
+    """(N, C, H, W) -> (N, H*W, C); a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
-    """(N, H*W, C) -> (N, C, H, W), memory format of `like`; a view when that is channels_last."""
+    """(N, H*W, C) -> (N, C, H, W) in the memory format of `like`; a view if it is channels_last."""
     x = tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
     return x if is_channels_last(like) else x.contiguous()
 
@@ -106,7 +111,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm with the additions before it and the activation behind it, as one op."""
+    """GroupNorm with the additions before it and the activation after it, as one op."""
 
     def __init__(
         self,
@@ -206,7 +211,7 @@ class Upsample(nn.Module):
         return self.conv(upsample_nearest(x))  # (N, C, 2H, 2W)
 
     def to_size(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The same to (2H or 2H - 1, 2W or 2W - 1), from where a convolution had halved it."""
+        """Upsample to `size`, (2H or 2H - 1, 2W or 2W - 1): the size before it was halved."""
         if size == (2 * x.shape[2], 2 * x.shape[3]):
             return self(x)
         return self.conv(F.interpolate(x, size, mode="nearest"))  # (N, C, *size)
@@ -218,12 +223,12 @@ def upsample_nearest(x: Tensor) -> Tensor:
 
 
 def downsample_mean(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, H/2, W/2), mean of each 2x2 square."""
+    """(N, C, H, W) -> (N, C, H/2, W/2), the mean of each 2x2 square."""
     return F.avg_pool2d(x, 2)
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv, time embedding, norm-SiLU-conv, plus the skip path.
+    """Norm, SiLU and convolution twice, with the time embedding between them, plus a skip path.
 
     The embedding is added before the second norm (DDPM, LDM, Stable Diffusion) or, with
     `scale_shift_norm`, modulates it: GN(h) * (1 + scale) + shift (Dhariwal & Nichol 2021,
@@ -278,15 +283,15 @@ class ResBlock(nn.Module):
 
 
 def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Tensor, Tensor]:
-    """Views q, k, v of a packed projection.
+    """Split a packed projection into views q, k, v.
 
-    The rows of OpenAI's qkv weights come as (H, 3, d), `legacy`, or as (3, H, d), `new`.
+    The rows of OpenAI's qkv weights are ordered (H, 3, d) (`legacy`) or (3, H, d) (`new`).
 
     Args:
         qkv: (N, L, 3*C).
 
     Returns:
-        three (N, L, num_heads, C/num_heads) views.
+        Three (N, L, num_heads, C/num_heads) views.
     """
     if order == "legacy":
         q, k, v = qkv.unflatten(2, (num_heads, 3, -1)).unbind(3)
@@ -322,7 +327,7 @@ class AttentionBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of the tokens to themselves, one packed projection.
+    """Self-attention of tokens, with one packed projection.
 
     bias: of the projection to q, k and v.
     """
@@ -340,9 +345,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the tokens to the context.
+    """Cross-attention from tokens to the context.
 
-    `project(context)` does not depend on the step: `UNet.project_context` runs it once per prompt.
+    `project(context)` does not depend on the step, so `UNet.project_context` runs it once per
+    prompt.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
@@ -357,14 +363,14 @@ class CrossAttention(nn.Module):
         return self.kv(context).unflatten(2, (2, self.num_heads, -1))
 
     def forward(self, x: Tensor, kv: Tensor) -> Tensor:
-        """x: (N, L, C); kv: what `project` returns -> (N, L, C)."""
+        """x: (N, L, C); kv: the result of `project` -> (N, L, C)."""
         q = self.q(x).unflatten(2, (self.num_heads, -1))  # (N, L, H, d)
         k, v = kv.unbind(2)
         return self.out(attention(q, k, v).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """Linear to twice 4C, GEGLU, linear back (Shazeer 2020)."""
+    """Linear layer to 2 * 4C, GEGLU, linear layer back to C (Shazeer 2020)."""
 
     def __init__(self, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -402,7 +408,7 @@ class GELUFeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each with its LayerNorm before it."""
+    """Self-attention, cross-attention and feed-forward, each preceded by a LayerNorm."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -422,8 +428,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A stack of transformer blocks over the pixels (Rombach et al. 2022, section 3.3).
 
-    The 1x1 convolutions around it in Stable Diffusion 1 and the linear layers of 2 and XL are the
-    same matrix on channels_last data: one linear layer serves both.
+    The 1x1 convolutions around it in Stable Diffusion 1 and the linear layers in 2 and XL compute
+    the same on channels_last data, so one linear layer implements both.
     """
 
     def __init__(
@@ -438,7 +444,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.index = (
-            0  # place among the U-Net's transformers, set by it: which keys and values are ours
+            0  # position among the U-Net's transformers, set by the U-Net; selects keys and values
         )
         self.norm = GroupNorm(channels, num_groups, eps=1e-6, activation="none")
         self.proj_in = nn.Linear(channels, channels)
@@ -448,14 +454,14 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def project_context(self, context: Tensor) -> list[Tensor]:
-        """context: (N, T, D) -> for each block the packed keys and values (N, T, 2, H, d)."""
+        """context: (N, T, D) -> packed keys and values of each block, (N, T, 2, H, d)."""
         blocks = (block for block in self.blocks if isinstance(block, TransformerBlock))
         return [block.attn2.project(context) for block in blocks]
 
     def forward(
         self, x: Tensor, residual: Tensor | None, kvs: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W); kvs: what `project_context` returns -> (h, residual)."""
+        """x, residual: (N, C, H, W); kvs: result of `project_context` -> (h, residual)."""
         h, x = self.norm(x, residual=residual)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
         pending: Tensor | None = None

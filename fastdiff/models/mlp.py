@@ -1,7 +1,8 @@
-"""A denoiser for points: residual layers of two linear maps, told the noise level in each.
+"""A denoiser for points: residual blocks of two linear layers, each conditioned on the noise level.
 
-x is (N, C) without spatial sides: toy problems whose best denoiser is known, and low-dimensional
-data. The block is that of the U-Net's residual block without its convolutions (DDPM, appendix B).
+x is (N, C) without spatial dimensions. This is for low-dimensional data, and for toy problems with
+a known optimal denoiser. The block is the U-Net's residual block with linear layers in place of
+convolutions (DDPM, appendix B).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class MLPConfig:
     """The architecture of an `MLP`."""
 
     in_channels: int = 2  # coordinates of a point
-    width: int = 128  # of the hidden layers and of the time embedding
+    width: int = 128  # width of the hidden layers and the time embedding
     num_blocks: int = 3  # residual layers
     num_classes: int | None = None  # class labels 0 .. num_classes - 1
     null_class: bool = False  # one more label, index num_classes: "no class", for guidance
@@ -104,11 +105,13 @@ class MLP(Network):
         channels = self.config.in_channels
         if x.ndim != 2 or x.shape[1] != channels:
             raise ValueError(
-                f"x must be (N, {channels}), got {tuple(x.shape)}; check that the model and the "
-                "points belong together"
+                f"x must be (N, {channels}), got {tuple(x.shape)}; use points with as many "
+                "coordinates as the model was trained on"
             )
         if context is not None:
-            raise ValueError("context must be None for this model, got one; check context=")
+            raise ValueError(
+                "context must be None for this model, got a context; leave out context="
+            )
 
     def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
         """See `Network.body`. x: (N, in_channels). Returns its shape."""

@@ -1,8 +1,8 @@
-"""What every denoiser has in common: the interface the runtime calls, and the table of families.
+"""The interface of all denoisers, and the registry of network families.
 
-A family is one file of this folder: a frozen config dataclass and a `Network`, joined by
-`@register(Config)`. Its kind is the file's name, which is how a bundle names it and how
-`network_family` finds it; there is no list to add it to.
+A family is one file in this folder: a frozen config dataclass and a `Network`, connected by
+`@register(Config)`. Its kind is the name of the file, by which bundles refer to it and
+`network_family` finds it, so there is no list to maintain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Context: TypeAlias = "Sequence[Tensor | Context]"
 
 
 class NetworkConfig(Protocol):
-    """What the runtime reads of a denoiser's config, whatever the architecture."""
+    """The properties of a denoiser's config that the runtime reads, for every architecture."""
 
     @property
     def in_channels(self) -> int:
@@ -41,7 +41,7 @@ class NetworkConfig(Protocol):
 
     @property
     def null_class(self) -> bool:
-        """Whether label num_classes means "no class", which guidance needs."""
+        """Whether there is a label num_classes for "no class", which guidance needs."""
 
     @property
     def context_dim(self) -> int | None:
@@ -57,47 +57,47 @@ class NetworkConfig(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks with weights of their own, or fewer: a file with fewer tensors cannot fit."""
+        """Lower bound of the number of blocks with weights; no file with fewer tensors can fit."""
 
 
 class Network(nn.Module):
-    """A denoiser: a prediction of the noise, or of whatever `Prediction` the model was trained on.
+    """A denoiser, which predicts the noise or another `Prediction` that it was trained on.
 
-    A base class rather than a Protocol, because everything that takes a network also takes it as
-    an `nn.Module` (parameters, dtype, device, state dict), which a Protocol cannot say.
+    This is a base class rather than a Protocol, because its users also need an `nn.Module`
+    (parameters, dtype, device, state dict), which a Protocol cannot express.
     """
 
     config: NetworkConfig
-    """Each family annotates its own class."""
+    """Each family annotates it with its own config class."""
     only_side: int | None = None
-    """Height and width that x must have, where positions are learned; None: any multiple of
+    """The only height and width that x may have, if positions are learned; None: any multiple of
     `config.size_multiple`."""
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        """Everything that conditions the blocks as one vector per sample, (N, E).
+        """Combine everything that conditions the blocks into one vector per sample, (N, E).
 
-        It does not depend on x: the runtime computes it once for all rows of a sampler's table.
+        It does not depend on x, so the runtime computes it once for all rows of a sampler's table.
 
         t: (N,) timesteps, integer or real. y: (N,) int64 class labels, or floating-point weights
-        (N, rows of the label embedding) of a mixture of them. added: (N, A).
+        (N, rows of the label embedding) of a mixture of classes. added: (N, A).
         """
         raise NotImplementedError
 
     def project_context(self, context: Tensor) -> Context:
-        """What `body` needs of the context tokens, which does not depend on x or t.
+        """Compute the part of `body` that depends on the context tokens, but not on x or t.
 
         context: (N, T, context_dim). Returns nested lists of tensors whose first dimension is N.
 
         Raises:
-            ValueError: this model reads no context.
+            ValueError: the model has no context.
         """
-        raise ValueError("context must be None for a model without it; leave it out")
+        raise ValueError("context must be None for a model without context; leave it out")
 
     def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
-        """The network behind the embedding.
+        """The network after the embedding.
 
-        x: (N, in_channels, *spatial). emb: (N, E), what `embed` returned. context: (N, T, D), or
-        what `project_context` returned for it. Returns (N, out_channels, *spatial).
+        x: (N, in_channels, *spatial). emb: (N, E), the result of `embed`. context: (N, T, D), or
+        the result of `project_context` for it. Returns (N, out_channels, *spatial).
         """
         raise NotImplementedError
 
@@ -118,7 +118,7 @@ class Network(nn.Module):
         Args:
             x: (N, in_channels, *spatial), any strides; sides multiples of `config.size_multiple`.
             t: () or (N,), integer or real timesteps.
-            context: (N, T, context_dim), or what `project_context` returned for it.
+            context: (N, T, context_dim), or the result of `project_context` for it.
             y: (N,) int64 class labels; the null class is `config.num_classes`.
             added: (N, added_condition_dim).
 
@@ -126,7 +126,7 @@ class Network(nn.Module):
             (N, out_channels, *spatial), dtype of x.
 
         Raises:
-            ValueError: a size does not fit, or a condition is missing or superfluous.
+            ValueError: a size does not fit, or a condition is missing or not supported.
         """
         self.check_input(x, context)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
@@ -164,16 +164,19 @@ def check_image(config: NetworkConfig, x: Tensor, context: Tensor | Context | No
 def check_conditions(
     config: NetworkConfig, samples: int, y: Tensor | None, added: Tensor | None
 ) -> None:
-    """Check what `Network.embed` is given beside the timesteps.
+    """Check the conditions that `Network.embed` is given in addition to the timesteps.
 
     Raises:
-        ValueError: a condition is missing, superfluous or of the wrong shape.
+        ValueError: a condition is missing, not supported, or of the wrong shape.
     """
     width = config.added_condition_dim
     if y is not None and y.is_floating_point() and config.num_classes is not None:
         weights = samples, config.num_classes + config.null_class
         if y.shape != weights:
-            raise ValueError(f"y must be weights of shape {weights}, got {tuple(y.shape)}; pass y=")
+            raise ValueError(
+                f"y must be weights of shape {weights}, got {tuple(y.shape)}; pass one weight per "
+                "row of the label embedding"
+            )
         y = y[:, 0]
     for name, value, wanted, shape, kind in (
         ("y", y, config.num_classes, (samples,), "int64 class labels"),
@@ -189,7 +192,7 @@ def check_conditions(
 
 
 def embed_labels(table: nn.Embedding, y: Tensor) -> Tensor:
-    """Rows of a label embedding, or mixtures of them. y: as in `Network.embed`. Returns (N, E)."""
+    """Look up rows of a label embedding, or mix them. y: as in `Network.embed`. Returns (N, E)."""
     if y.is_floating_point():
         mixed: Tensor = y.to(table.weight) @ table.weight
         return mixed
@@ -198,7 +201,7 @@ def embed_labels(table: nn.Embedding, y: Tensor) -> Tensor:
 
 
 def map_context(function: Callable[..., Tensor], *contexts: Context) -> Context:
-    """Apply a function to the tensors at the same place of each context.
+    """Apply a function to the tensors at the same position in each context.
 
     >>> a, b = [[torch.zeros(1, 2)]], [[torch.ones(1, 2)]]
     >>> map_context(lambda *same: torch.cat(same), a, b)
@@ -212,20 +215,20 @@ def map_context(function: Callable[..., Tensor], *contexts: Context) -> Context:
 
 
 class Family(NamedTuple):
-    """An architecture: the class of its config, and of its network."""
+    """An architecture: its config class and its network class."""
 
     config: type[Any]
     network: type[Network]
 
 
 NETWORKS: dict[str, Family] = {}
-"""Kind -> family, of the families imported so far; `network_family` imports the others."""
+"""Kind -> family, for the families imported so far; `network_family` imports the others."""
 
 SomeNetwork = TypeVar("SomeNetwork", bound=type[Network])
 
 
 def register(config: type[Any]) -> Callable[[SomeNetwork], SomeNetwork]:
-    """Class decorator: make a network known under the name of the file it is written in."""
+    """Class decorator: register a network under the name of its file."""
 
     def add(network: SomeNetwork) -> SomeNetwork:
         kind = network.__module__.rpartition(".")[2]
@@ -237,12 +240,12 @@ def register(config: type[Any]) -> Callable[[SomeNetwork], SomeNetwork]:
 
 
 def network_family(kind: str) -> Family:
-    """The family of that kind, such as "unet"; its file is imported if it has not been yet.
+    """The family of a kind such as "unet"; its file is imported if necessary.
 
     Raises:
         ValueError: there is no such family.
     """
-    # A kind comes from a file on disk: only modules of this folder may be imported for it.
+    # The kind comes from an untrusted file, so only modules of this folder may be imported.
     if kind not in NETWORKS and re.fullmatch(r"[a-z][a-z0-9_]*", kind):
         module = f"{__package__}.{kind}"
         if importlib.util.find_spec(module) is not None:
@@ -260,12 +263,12 @@ def kind_of(config: NetworkConfig) -> str:
     """The kind of the family that a config belongs to.
 
     Raises:
-        ValueError: no registered family has such a config.
+        ValueError: no registered family uses this class of config.
     """
     for kind, family in NETWORKS.items():
         if type(config) is family.config:
             return kind
     raise ValueError(
-        f"{type(config).__name__} is the config of no registered network; decorate the network "
-        "with fastdiff.models.network.register"
+        f"no registered network uses the config class {type(config).__name__}; decorate the "
+        "network with fastdiff.models.network.register"
     )

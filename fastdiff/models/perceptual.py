@@ -1,7 +1,8 @@
-"""Perceptual distances between images: LPIPS with the user's weights, a local feature loss without.
+"""Perceptual distances between images: LPIPS with the user's weights, or a local feature loss.
 
-LPIPS (Zhang et al. 2018, arXiv 1801.03924) needs a VGG16 trained on ImageNet, which this package
-does not ship. `LocalFeatureLoss` needs nothing: it compares what edge and line filters see.
+LPIPS (Zhang et al. 2018, arXiv 1801.03924) needs a VGG16 trained on ImageNet, which is not part of
+this package. `LocalFeatureLoss` needs no weights: it compares the responses of edge and line
+filters.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TAP_CHANNELS = (64, 128, 256, 512, 512)
 
 
 def unit_normalize(features: Tensor, floor: float = 1e-10) -> Tensor:
-    """f / sqrt(|f|^2 + floor^2) of each pixel's vector f; smooth at 0. features: (N, C, H, W)."""
+    """f / sqrt(|f|^2 + floor^2) for each pixel's vector f; smooth at 0. features: (N, C, H, W)."""
     return features * (features.square().sum(1, keepdim=True) + floor**2).rsqrt()
 
 
@@ -65,10 +66,10 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_files(cls, *paths: str | Path) -> LPIPS:
-        """Load the weights from the user's own files, which together must hold all of them.
+        """Load the weights from the user's own files, which together must contain all of them.
 
-        Read are torchvision's VGG16 (`features.0.weight` ...), the linear weights of the `lpips`
-        package (`lin0.model.1.weight` ...), a full LPIPS state dict (`net.slice1.0.weight` ...).
+        It reads torchvision's VGG16 (`features.0.weight` ...), the linear weights of the `lpips`
+        package (`lin0.model.1.weight` ...) and full LPIPS state dicts (`net.slice1.0.weight` ...).
 
         Args:
             paths: safetensors files, or PyTorch files, which are read with `weights_only=True`.
@@ -92,7 +93,7 @@ class LPIPS(nn.Module):
         if problems:
             names = ", ".join(str(path) for path in paths)
             raise ValueError(
-                f"no LPIPS weights in {names}: {'; '.join(sorted(problems))}; "
+                f"expected LPIPS weights in {names}: {'; '.join(sorted(problems))}; "
                 "give torchvision's VGG16 and the linear weights of the lpips package"
             )
         model.load_state_dict({key: found[key] for key in expected})
@@ -125,7 +126,7 @@ class LPIPS(nn.Module):
 
 
 def _our_name(key: str) -> str:
-    """The name in `LPIPS.state_dict()` of a key in a published file."""
+    """The name in `LPIPS.state_dict()` for a key of a published file."""
     parts = key.split(".")
     if parts[0] == "features":
         return f"convolutions.{parts[1]}.{parts[2]}"
@@ -138,7 +139,7 @@ def _our_name(key: str) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"weights file expected at {path}, got none; check the path")
+        raise FileNotFoundError(f"no weights file at {path}; check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -149,7 +150,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"weights file {path} cannot be read ({reason}); give safetensors or a state dict"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights file {path} must hold a state dict, got {type(state).__name__}")
+        raise ValueError(
+            f"weights file {path} must contain a state dict, got {type(state).__name__}"
+        )
     return state
 
 
@@ -178,13 +181,13 @@ def derivative_filters() -> Tensor:
 
 
 class LocalFeatureLoss(nn.Module):
-    """Distance of edge and line features at several scales; no weights, no data, no seed.
+    """Distance between edge and line features at several scales; no weights, no data, no seed.
 
-    What an L1 loss lets go first is sharpness, and sharpness is in the local derivatives. As in
-    LPIPS, each pixel's feature vector is compared after normalisation, so a faint stroke counts as
-    much as a bold one; `floor` keeps flat areas, where the direction is noise, from counting.
-    Fixed derivative filters are preferred to random ones: they are the same for every seed and
-    version, see every orientation equally, and mean something.
+    With an L1 loss, sharpness is lost first, and sharpness shows in the local derivatives. As in
+    LPIPS, each pixel's feature vector is normalised before the comparison, so that a faint stroke
+    counts as much as a bold one; `floor` prevents flat areas, where the direction is noise, from
+    counting. The filters are fixed derivatives rather than random ones, because they are the same
+    for every seed and version, treat all orientations equally and have a meaning.
     """
 
     def __init__(self, scales: int = 3, floor: float = 0.1) -> None:
@@ -198,7 +201,7 @@ class LocalFeatureLoss(nn.Module):
         self.register_buffer("filters", derivative_filters(), persistent=False)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """x: (N, C, H, W) -> per scale (N, 5C, H / 2^i, W / 2^i), length of a vector below 1."""
+        """x: (N, C, H, W) -> per scale (N, 5C, H / 2^i, W / 2^i), vectors shorter than 1."""
         channels = x.shape[1]
         filters = self.get_buffer("filters").to(x.dtype).repeat(channels, 1, 1, 1)
         features = []

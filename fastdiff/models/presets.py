@@ -1,4 +1,4 @@
-"""Named architectures; beside each its exact number of parameters, which a test counts."""
+"""Named architectures, each with its exact number of parameters in a comment that a test checks."""
 
 from __future__ import annotations
 

@@ -3,15 +3,15 @@
     (a)      weight times 1.1        (a:1.3)  weight times 1.3
     [a]      weight by 1.1           BREAK    the rest goes into a new chunk of 77 tokens
 
-Brackets nest, and their factors multiply. One that is never closed holds to the end of the prompt,
-one that was never opened is a character like any other. What a weight does to the text's vectors is
-described in `fastdiff.models.text`.
+Brackets nest, and their factors multiply. An opening bracket that is never closed applies to the
+end of the prompt; a closing bracket that was never opened is ordinary text. `fastdiff.models.text`
+describes how a weight changes the vectors of the text.
 
-Web UIs give a meaning to more than that: scheduled words, ``AND``, LoRA files, wildcards. What
-fastdiff does not do is refused by name (`UNSUPPORTED`), because CLIP would read it as words. A
-backslash in front makes any of it text: ``\\(``, ``\\BREAK``, ``\\<lora:x:1>``, ``[a\\:b\\:0.5]``.
+Web UIs support more syntax: scheduled words, ``AND``, LoRA files, wildcards. fastdiff rejects by
+name what it does not support (`UNSUPPORTED`), because CLIP would read it as words. A preceding
+backslash turns any of it into text: ``\\(``, ``\\BREAK``, ``\\<lora:x:1>``, ``[a\\:b\\:0.5]``.
 
-Nothing here imports torch, so that a prompt can be checked before a model is loaded.
+This module does not import torch, so that a prompt can be checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import re
 from dataclasses import dataclass, field
 
 BRACKET = 1.1
-"""Factor of a pair of round brackets; a square pair divides by it."""
+"""Factor of a pair of round brackets; a pair of square brackets divides by it."""
 MAX_WEIGHT = 100.0
-"""Largest weight: more is a typing mistake."""
+"""Largest weight; anything above is taken for a typing mistake."""
 MAX_DEPTH = 50
-"""Deepest nesting: as many round brackets give a weight beyond MAX_WEIGHT."""
+"""Deepest nesting; that many round brackets already exceed MAX_WEIGHT."""
 BREAK = "BREAK"
 SHOWN = 60
-"""Characters of a prompt that a message quotes."""
+"""Number of characters of a prompt that a message quotes."""
 
 _CONSTRUCTS = {
     "combined": r"\bAND\b",
@@ -45,7 +45,7 @@ UNSUPPORTED = {
     "scheduled": "[from:to:when] changes words between two steps in web UIs",
     "alternating": "[a|b] alternates between words in web UIs",
 }
-"""Constructs of web UIs that are refused, and what they mean there."""
+"""Constructs of web UIs that are rejected, and what they mean there."""
 
 _KEYWORD = "|".join((rf"\b{BREAK}\b", *_CONSTRUCTS.values()))
 _PIECES = re.compile(
@@ -70,12 +70,13 @@ class Fragment:
 
 
 def read_prompt(prompt: str, *, emphasis: bool = True) -> list[list[Fragment]]:
-    """The fragments of each part of a prompt, as :func:`parse_prompt`.
+    """The fragments of each part of a prompt, as from :func:`parse_prompt`.
 
-    emphasis: False takes the prompt as plain text, brackets, ``BREAK`` and all.
+    Args:
+        emphasis: False treats the whole prompt as text, including brackets and ``BREAK``.
 
     Raises:
-        ValueError: not a str, not valid Unicode, or as `parse_prompt`.
+        ValueError: the prompt is not a str or not valid Unicode; also as for `parse_prompt`.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt must be text, got {type(prompt).__name__}; give a str")
@@ -90,14 +91,14 @@ def read_prompt(prompt: str, *, emphasis: bool = True) -> list[list[Fragment]]:
 
 
 def parse_prompt(prompt: str) -> list[list[Fragment]]:
-    """Split a prompt at ``BREAK`` into parts, and each into fragments of one weight.
+    """Split a prompt at ``BREAK`` into parts, and each part into fragments of one weight.
 
-    Brackets and escapes are taken out. Neighbours in a part differ in weight, none is empty; an
-    empty part has no fragments. There is at least one part.
+    Brackets and escapes are removed. Neighbouring fragments of a part differ in weight, and none is
+    empty; an empty part has no fragments. There is at least one part.
 
     Raises:
-        ValueError: a construct that is not supported, a weight beyond MAX_WEIGHT, brackets deeper
-            than MAX_DEPTH.
+        ValueError: a construct is not supported, a weight exceeds MAX_WEIGHT, or brackets nest
+            deeper than MAX_DEPTH.
     """
     pieces, weights, refused = _scan(prompt)
     if refused:
@@ -106,16 +107,16 @@ def parse_prompt(prompt: str) -> list[list[Fragment]]:
 
 
 def as_text(prompt: str) -> str:
-    """The prompt with a backslash before all that older versions of fastdiff took as text.
+    """Escape everything in a prompt that older versions of fastdiff treated as text.
 
-    They read brackets and their escapes, and nothing else of this syntax.
+    Of this syntax, they only knew brackets and their escapes.
     """
 
-    def as_it_was(piece: re.Match[str]) -> str:  # the backslash of later escapes was text too
+    def as_it_was(piece: re.Match[str]) -> str:  # the backslash of newer escapes was text as well
         later = piece["escaped"] is not None and piece["escaped"] not in tuple("()[]\\")
         return "\\" + piece[0] if later or piece["keyword"] else piece[0]
 
-    prompt = _PIECES.sub(as_it_was, prompt)  # may leave keywords that an escape was hiding
+    prompt = _PIECES.sub(as_it_was, prompt)  # may uncover keywords that an escape was hiding
     prompt = _PIECES.sub(lambda piece: "\\" + piece[0] if piece["keyword"] else piece[0], prompt)
     marks = [at for construct in _scan(prompt)[2] for at in construct.marks]
     for at in sorted(marks, reverse=True):
@@ -125,15 +126,15 @@ def as_text(prompt: str) -> str:
 
 @dataclass
 class _Opened:
-    """A bracket that is open."""
+    """An open bracket."""
 
     bracket: str
     pieces: int
-    """How many pieces there were before it."""
+    """Number of pieces before it."""
     at: int
-    """Its place in the prompt."""
+    """Its position in the prompt."""
     bars: list[int] = field(default_factory=list)
-    """Places of each "|" directly in it."""
+    """Positions of the "|" characters directly inside it."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,11 @@ class _Construct:
     start: int
     stop: int
     marks: tuple[int, ...]
-    """Where backslashes make text of it."""
+    """Positions at which backslashes turn it into text."""
 
 
 def _scan(prompt: str) -> tuple[list[str | None], list[float], list[_Construct]]:
-    """The pieces of text (None: a break), their weights, and what is not supported."""
+    """The pieces of text (None: a break), their weights, and the unsupported constructs."""
     pieces: list[str | None] = []
     weights: list[float] = []
     refused: list[_Construct] = []
@@ -186,9 +187,9 @@ def _keyword(piece: re.Match[str]) -> _Construct:
 
 
 def _changing_words(opened: _Opened, piece: re.Match[str]) -> list[_Construct]:
-    """Square brackets that a web UI reads as words that change from step to step.
+    """Find square brackets that a web UI reads as words that change from step to step.
 
-    piece: what closes them.
+    piece: the match of the closing bracket.
     """
     marks = (*opened.bars, *([piece.start()] if piece["number"] else ()))
     kind = "alternating" if opened.bars else "scheduled"
@@ -205,7 +206,7 @@ def _refusal(prompt: str, construct: _Construct) -> str:
         "network": "leave it out (LoRA files are not supported yet)",
     }.get(construct.kind, "write the words that you want")
     if construct.kind != "combined" and len(marked) <= SHOWN and marked.isprintable():
-        advice += f", or {marked} for the text as it is"
+        advice += f", or {marked} for the literal text"
     return (
         f"prompt syntax {found[:SHOWN]!r} is not supported ({UNSUPPORTED[construct.kind]}); "
         f"{advice}"
@@ -215,8 +216,8 @@ def _refusal(prompt: str, construct: _Construct) -> str:
 def _check_depth(opened: list[_Opened]) -> None:
     if len(opened) > MAX_DEPTH:
         raise ValueError(
-            f"brackets in a prompt may nest {MAX_DEPTH} deep, got more from character "
-            f"{opened[-1].at} on; close them, or write \\( for the character itself"
+            f"brackets in a prompt may nest {MAX_DEPTH} levels deep, got more at character "
+            f"{opened[-1].at}; close them, or write \\( for the character itself"
         )
 
 
@@ -229,8 +230,9 @@ def _parts(pieces: list[str | None], weights: list[float]) -> list[list[Fragment
         fragments = parts[-1]
         if not abs(weight) <= MAX_WEIGHT:
             raise ValueError(
-                f"the weight of {text.strip()[:30]!r} in the prompt must lie within "
-                f"{MAX_WEIGHT:g}, got {weight:g}; brackets in brackets multiply"
+                f"the weight of {text.strip()[:30]!r} in the prompt must be between "
+                f"-{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, got {weight:g}; the weights of nested "
+                "brackets multiply"
             )
         if fragments and fragments[-1].weight == weight:
             fragments[-1] = Fragment(fragments[-1].text + text, weight)

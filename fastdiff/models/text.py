@@ -1,17 +1,18 @@
-"""Prompts to the tokens that a denoiser attends to, through CLIP text encoders.
+"""Encode prompts with CLIP text encoders into the tokens that a denoiser attends to.
 
     prompt -> fragments with weights -> tokens -> chunks [BOS, 75 tokens, EOS] -> encoder
-           -> (chunks * 77, D), the encoders' outputs side by side along D
+           -> (chunks * 77, D), the encoders' outputs concatenated along D
 
-``BREAK`` ends a chunk early: its rest is padding, as for the last one.
+``BREAK`` ends a chunk early; the rest of it is padded, like the last chunk.
 
-The transformers themselves are Hugging Face's (`transformers`, an optional extra); nothing here
-imports it.
+The text transformers are Hugging Face's (`transformers`, an optional extra); this module does not
+import it.
 
-A weight w moves a token's vector along the line from what the encoder returns there for an empty
-prompt, z' = z_empty + w (z - z_empty): 0 takes the word out, 1 leaves it. No mean is restored
-afterwards. (Scaling z and restoring the mean of all vectors, as the web UI that the syntax comes
-from did at first, divides by a mean that is near 0 for Stable Diffusion XL.)
+A weight w scales the difference between a token's vector z and the encoder's vector z_empty at the
+same position for an empty prompt: z' = z_empty + w (z - z_empty). A weight of 0 removes the word
+and 1 has no effect. The mean is not restored afterwards. (The web UI that the syntax comes from
+first scaled z and then restored the mean of all vectors, which divides by a mean that is near 0 for
+Stable Diffusion XL.)
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ from torch import Tensor, nn
 from fastdiff.models.prompts import Fragment, read_prompt
 
 MAX_CHUNKS = 64
-"""Longest prompt, in chunks of 75 tokens: each is a column of keys in every cross-attention."""
+"""Longest prompt, in chunks of 75 tokens; every chunk adds keys to every cross-attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """A text transformer, its tokenizer, and what of its output conditions the U-Net."""
+    """A text transformer, its tokenizer, and which of its outputs condition the U-Net."""
 
     model: nn.Module
     """transformers' CLIPTextModel or CLIPTextModelWithProjection."""
     tokenizer: Any | None = None
-    """transformers' CLIPTokenizer; None where a file holds weights and no vocabulary."""
+    """transformers' CLIPTokenizer; None if the file contained weights but no vocabulary."""
     skip: int = 0
-    """Layers left out at the end: 0 takes the last (Stable Diffusion 1), 1 the one before (XL)."""
+    """Layers skipped at the end: 0 uses the last (Stable Diffusion 1), 1 the one before (XL)."""
     final_norm: bool = True
-    """Whether the final LayerNorm follows; XL leaves it out."""
+    """Whether the final LayerNorm is applied; XL does not apply it."""
     pooled: bool = False
-    """Whether its projected end-of-text vector conditions the U-Net too (XL's second encoder)."""
+    """Whether its projected end-of-text vector also conditions the U-Net (XL's second encoder)."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What a prompt becomes.
+    """The vectors of an encoded prompt.
 
-    tokens: (1, chunks * 77, D), the encoders' vectors joined along D. pooled: (1, P), the projected
-    end-of-text vector of the first chunk; None where no encoder gives one.
+    tokens: (1, chunks * 77, D), the encoders' vectors concatenated along D. pooled: (1, P), the
+    projected end-of-text vector of the first chunk; None if no encoder provides one.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
 
     def zeros(self) -> EncodedPrompt:
-        """The same shapes, all zeros: what Stable Diffusion XL was trained with for "no prompt"."""
+        """Zeros of the same shapes, with which Stable Diffusion XL was trained for "no prompt"."""
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
         return EncodedPrompt(torch.zeros_like(self.tokens), pooled)
 
@@ -73,27 +74,30 @@ def encode_prompt(
     """Encode one prompt of any length up to MAX_CHUNKS * 75 tokens.
 
     Args:
-        encoders: in the order in which their vectors are joined.
-        prompt: any text, the empty one too.
-        chunks: fill up with empty chunks to this many, as a prompt and its negative one need the
-            same number; None takes what the prompt needs (`count_chunks`).
-        clip_skip: layers left out beyond the encoder's own `skip`; the web UI's "clip skip 2" is 1.
-        emphasis: read brackets as weights and ``BREAK`` as the end of a chunk; False takes all as
-            text, as diffusers does.
+        encoders: the encoders, in the order in which their vectors are concatenated.
+        prompt: any text, which may be empty.
+        chunks: pad with empty chunks to this number, because a prompt and its negative prompt need
+            the same number; None: as many as the prompt needs (`count_chunks`).
+        clip_skip: layers to skip in addition to the encoder's own `skip`; the web UI's "clip skip
+            2" is 1.
+        emphasis: read brackets as weights and ``BREAK`` as the end of a chunk; False: treat
+            everything as text, as diffusers does.
 
     Raises:
-        ValueError: the prompt is too long, not text or in a syntax that is not supported
-            (`fastdiff.models.prompts`), an encoder has no tokenizer, or clip_skip leaves no layer.
+        ValueError: the prompt is too long, not text, or uses unsupported syntax
+            (`fastdiff.models.prompts`); an encoder has no tokenizer; or clip_skip leaves no layer.
     """
     if not encoders:
         raise ValueError(
-            "expected a text encoder for the prompt, got none; load a checkpoint that has one"
+            "expected a text encoder for the prompt, got none; load a checkpoint that contains one"
         )
     parts = read_prompt(prompt, emphasis=emphasis)
     rows = [_tokenize(encoder, parts) for encoder in encoders]
     needed = max(map(len, rows))
     if chunks is not None and chunks < needed:
-        raise ValueError(f"the prompt needs {needed} chunks, got chunks={chunks}; give more")
+        raise ValueError(
+            f"chunks must be at least {needed} for this prompt, got {chunks}; None chooses it"
+        )
     made = [
         _encode(encoder, tokens, chunks or needed, clip_skip)
         for encoder, tokens in zip(encoders, rows, strict=True)
@@ -105,10 +109,10 @@ def encode_prompt(
 
 
 def count_chunks(encoders: Sequence[TextEncoder], prompt: str, *, emphasis: bool = True) -> int:
-    """Chunks of 75 tokens that a prompt takes, at least 1; the encoders' largest number.
+    """Number of chunks of 75 tokens that a prompt needs: at least 1, the maximum over the encoders.
 
     Raises:
-        ValueError: as `encode_prompt`.
+        ValueError: as for `encode_prompt`.
     """
     parts = read_prompt(prompt, emphasis=emphasis)
     return max(len(_tokenize(encoder, parts)) for encoder in encoders)
@@ -119,13 +123,14 @@ Token = tuple[int, float]
 
 
 def _tokenize(encoder: TextEncoder, parts: Sequence[Sequence[Fragment]]) -> list[list[Token]]:
-    """The tokens of each chunk, without BOS, EOS and padding; one empty chunk for no text.
+    """The tokens of each chunk, without BOS, EOS and padding; one empty chunk if there is no text.
 
-    Each part begins a chunk. As in the web UI, an empty part is an empty chunk, but for the last.
+    Each part begins a new chunk. As in the web UI, an empty part is an empty chunk unless it is the
+    last one.
     """
     if encoder.tokenizer is None:
         raise ValueError(
-            f"the {type(encoder.model).__name__} has no tokenizer, got weights alone; "
+            f"the {type(encoder.model).__name__} has no tokenizer, only weights; "
             "give the folder of the tokenizer that it was trained with"
         )
     size = _length(encoder) - 2
@@ -133,22 +138,23 @@ def _tokenize(encoder: TextEncoder, parts: Sequence[Sequence[Fragment]]) -> list
     for number, fragments in enumerate(parts, start=1):
         tokens: list[Token] = []
         for fragment in fragments:
-            # verbose: the tokenizer would log that more than 77 do not fit, which is our business
+            # verbose=False: otherwise the tokenizer warns about more than 77 tokens, which we split
             ids = encoder.tokenizer(fragment.text, add_special_tokens=False, verbose=False)
             tokens += [(token, fragment.weight) for token in ids["input_ids"]]
         pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         chunks += pieces or ([[]] if number < len(parts) or not chunks else [])
     if len(chunks) > MAX_CHUNKS:
         taken = (len(chunks) - 1) * size + len(chunks[-1])
-        filled = ", as each BREAK fills its chunk" if len(parts) > 1 else ""
+        filled = " (each BREAK pads a chunk)" if len(parts) > 1 else ""
         raise ValueError(
-            f"a prompt may have {MAX_CHUNKS * size:,} tokens, got {taken:,}{filled}; shorten it"
+            f"a prompt may have at most {MAX_CHUNKS * size:,} tokens, got {taken:,}{filled}; "
+            "shorten it"
         )
     return chunks
 
 
 def _length(encoder: TextEncoder) -> int:
-    """Tokens the transformer reads at once, BOS and EOS included: 77."""
+    """Number of tokens that the transformer reads at once, including BOS and EOS: 77."""
     return encoder.model.config.max_position_embeddings  # type: ignore[union-attr,return-value]
 
 
@@ -156,7 +162,7 @@ def _length(encoder: TextEncoder) -> int:
 def _encode(
     encoder: TextEncoder, rows: Sequence[Sequence[Token]], chunks: int, clip_skip: int
 ) -> tuple[Tensor, Tensor | None]:
-    """One encoder's vectors (1, chunks * 77, D) and, if it gives one, the pooled vector (1, P)."""
+    """One encoder's vectors (1, chunks * 77, D), and its pooled vector (1, P) or None."""
     rows = [*rows, *[[]] * (chunks - len(rows))]
     device = next(encoder.model.parameters()).device
     weights = torch.ones(chunks, _length(encoder), dtype=torch.float64)
@@ -171,7 +177,7 @@ def _encode(
 
 
 def _with_marks(encoder: TextEncoder, tokens: list[int]) -> list[int]:
-    """BOS, the tokens, EOS, and padding to the length."""
+    """BOS, the tokens, EOS, and padding to the full length."""
     tokenizer = encoder.tokenizer
     assert tokenizer is not None
     ids = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
@@ -179,12 +185,12 @@ def _with_marks(encoder: TextEncoder, tokens: list[int]) -> list[int]:
 
 
 def _run(encoder: TextEncoder, ids: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
-    """ids: (N, 77) -> the vectors (N, 77, D) of the chosen layer, pooled (N, P) or None."""
+    """ids: (N, 77) -> vectors (N, 77, D) of the selected layer, pooled vectors (N, P) or None."""
     skip = encoder.skip + clip_skip
     layers: int = encoder.model.config.num_hidden_layers  # type: ignore[union-attr,assignment]
     if clip_skip < 0 or skip >= layers:
         raise ValueError(
-            f"clip_skip must lie in 0 to {layers - 1 - encoder.skip} for this text encoder of "
+            f"clip_skip must be 0 to {layers - 1 - encoder.skip} for this text encoder with "
             f"{layers} layers, got {clip_skip}"
         )
     output = encoder.model(ids, output_hidden_states=True)

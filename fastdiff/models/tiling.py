@@ -1,4 +1,4 @@
-"""A function of images applied to overlapping tiles, the results blended linearly."""
+"""Apply a function of images to overlapping tiles and blend the results linearly."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def tiled(
     factor_in: int,
     factor_out: int,
 ) -> Tensor:
-    """Run on overlapping tiles and blend linearly.
+    """Run a function on overlapping tiles and blend the results linearly.
 
     x: (N, C, h * factor_in, w * factor_in). Returns (*shape, h * factor_out, w * factor_out). tile
     and overlap count pixels of (h, w).
     """
     if not 0 <= overlap < tile:
         raise ValueError(
-            f"overlap must be in [0, tile), got {overlap} with tile {tile}; "
+            f"overlap must be in [0, tile), got overlap={overlap} with tile={tile}; "
             "a quarter of the tile is usual"
         )
     height, width = (side // factor_in for side in x.shape[2:])
@@ -48,7 +48,7 @@ def tiled(
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """First latent pixel of each tile, evenly spread so that neighbours share `overlap` or more."""
+    """First pixel of each tile, evenly spaced so that neighbours share `overlap` or more."""
     if size <= tile:
         return [0]
     count = math.ceil((size - overlap) / (tile - overlap))
@@ -60,7 +60,7 @@ def _tile_weights(
 ) -> list[tuple[int, int, Tensor]]:
     """(first, end, blending weight per image pixel) of each tile along one side.
 
-    The weight ramps linearly over what two neighbours share; all weights at a pixel sum to 1.
+    The weight ramps linearly where two neighbours overlap; all weights at a pixel sum to 1.
     """
     starts = tile_starts(size, tile, overlap)
     spans = [(start, min(start + tile, size)) for start in starts]

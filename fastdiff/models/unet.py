@@ -1,9 +1,9 @@
 """One U-Net for DDPM, IDDPM, ADM, latent diffusion and Stable Diffusion 1, 2 and XL.
 
 Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal & Nichol 2021
-(2105.05233), Rombach et al. 2022 (2112.10752), Podell et al. 2023 (2307.01952). They differ in what
-`UNetConfig` says and in nothing else. Parameters are named after OpenAI's flat lists:
-`input_blocks.N.M`, `middle_block.M`, `output_blocks.N.M`.
+(2105.05233), Rombach et al. 2022 (2112.10752), Podell et al. 2023 (2307.01952). They differ only in
+their `UNetConfig`. Parameters are named after OpenAI's flat lists: `input_blocks.N.M`,
+`middle_block.M`, `output_blocks.N.M`.
 """
 
 from __future__ import annotations
@@ -50,35 +50,35 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The architecture of a U-Net; a level is a resolution, level 0 the finest."""
+    """The architecture of a U-Net. A level is a resolution; level 0 is the finest."""
 
-    in_channels: int  # channels of x, image or latent (plus what is concatenated to it)
+    in_channels: int  # channels of x, image or latent, plus channels concatenated to it
     out_channels: int  # channels of the prediction; with learned_sigma twice those of the image
     model_channels: (
         int  # width of the first convolution; level i has model_channels * channel_mult[i]
     )
     channel_mult: tuple[int, ...]  # one factor per level
     num_res_blocks: int  # residual blocks per level on the way down; one more on the way up
-    attention_depth: tuple[int, ...]  # per level: 0 none, else attention or k transformer blocks
-    middle_depth: int = 1  # the same for the middle block
+    attention_depth: tuple[int, ...]  # per level: 0 none; with context_dim k transformer blocks
+    middle_depth: int = 1  # attention depth of the middle block
     num_heads: int | None = None  # heads of every attention; give this or head_dim
     head_dim: int | None = None  # width of a head; give this or num_heads
-    context_dim: int | None = None  # width of the context tokens: transformers instead of attention
+    context_dim: int | None = None  # width of context tokens; turns attention into transformers
     added_condition_dim: int | None = None  # width of the vector added to the time embedding (SDXL)
     num_classes: int | None = None  # class labels 0 .. num_classes - 1
     null_class: bool = False  # one more label, index num_classes: "no class", for guidance
-    scale_shift_norm: bool = False  # the embedding modulates the second norm instead of being added
+    scale_shift_norm: bool = False  # the embedding scales and shifts the second norm
     resblock_updown: bool = False  # residual blocks change the resolution instead of convolutions
     downsample_padding: DownsamplePadding = "symmetric"  # asymmetric: DDPM
-    time_embedding: TimeEmbedding = "openai"  # openai: [cos | sin]; ddpm: [sin | cos], half - 1
-    timestep_scale: float = 1.0  # t is multiplied by it; IDDPM's rescale_timesteps: 1000 / T
+    time_embedding: TimeEmbedding = "openai"  # see `layers.timestep_embedding`
+    timestep_scale: float = 1.0  # factor of t; IDDPM's rescale_timesteps: 1000 / T
     qkv_order: QKVOrder = "new"  # rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)
     learned_sigma: bool = False  # the second half of the output interpolates the log variance
     norm_groups: int = 32  # groups of every GroupNorm
-    norm_eps: float = 1e-5  # epsilon of every GroupNorm but the transformers' (1e-6)
+    norm_eps: float = 1e-5  # epsilon of every GroupNorm except the transformers' (1e-6)
     dropout: float = 0.0  # probability, in residual blocks and feed-forwards
     num_heads_upsample: int | None = field(default=None, metadata=LATER)
-    # heads on the way up (IDDPM's option of this name); None: num_heads there too
+    # heads on the way up (IDDPM's option of the same name); None: num_heads
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -86,7 +86,7 @@ class UNetConfig:
                 raise ValueError(f"UNetConfig: {message}")
 
         levels = len(self.channel_mult)
-        require(levels > 0, "channel_mult must name at least one level, got ()")
+        require(levels > 0, "channel_mult must have at least one level, got ()")
         require(
             len(self.attention_depth) == levels,
             f"attention_depth must have {levels} entries, one per level of channel_mult, "
@@ -139,7 +139,7 @@ class UNetConfig:
         )
         require(
             self.num_heads_upsample is None or self.num_heads is not None,
-            f"num_heads_upsample goes with num_heads, got {self.num_heads_upsample} and head_dim "
+            f"num_heads_upsample needs num_heads, got {self.num_heads_upsample} with head_dim "
             f"{self.head_dim}",
         )
         require(
@@ -185,23 +185,23 @@ class UNetConfig:
 
     @property
     def downsample_factor(self) -> int:
-        """How often H and W are halved, as a factor."""
+        """Ratio between the sides of the input and those of the coarsest level."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
     def size_multiple(self) -> int:
-        """H and W must be multiples of this; convolutions padded on both sides halve any size."""
+        """H and W must be multiples of this; symmetrically padded convolutions halve any size."""
         convolutions = self.downsample_padding == "symmetric" and not self.resblock_updown
         return 1 if convolutions else self.downsample_factor
 
     @property
     def num_blocks(self) -> int:
-        """Residual and transformer blocks on the way down and in the middle."""
+        """Number of residual and transformer blocks on the way down and in the middle."""
         down = sum(1 + depth for depth in self.attention_depth)
         return self.num_res_blocks * down + self.middle_depth
 
     def heads(self, width: int, *, up: bool = False) -> int:
-        """Heads of an attention over `width` channels; up: on the way up."""
+        """Number of heads of an attention over `width` channels; up: whether on the way up."""
         if up and self.num_heads_upsample is not None:
             return self.num_heads_upsample
         if self.num_heads is not None:
@@ -211,12 +211,12 @@ class UNetConfig:
 
 
 class Stage(nn.ModuleList):
-    """Blocks in a row at one place of the U-Net; the sum is only formed where a block needs it."""
+    """A sequence of blocks of the U-Net; x + residual is only computed where a block needs it."""
 
     def forward(
         self, x: Tensor, emb: Tensor, kvs: ContextKV, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """size: (H, W) of the skip connection that is joined next, where x is to be enlarged."""
+        """Run the blocks. size: (H, W) of the next skip connection, to which x is upsampled."""
         residual: Tensor | None = None
         for block in self:
             if isinstance(block, ResBlock):
@@ -238,7 +238,7 @@ class Stage(nn.ModuleList):
 class UNet(Network):
     """Predict the noise (or v, or x0) in x at timestep t.
 
-    Memory format: channels_last from the first convolution to the last when x and the weights are.
+    Memory format: if x and the weights are channels_last, so is every activation.
     """
 
     config: UNetConfig
@@ -351,20 +351,20 @@ class UNet(Network):
         return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        """Everything that conditions the residual blocks, as one vector per sample.
+        """Combine everything that conditions the residual blocks into one vector per sample.
 
-        It does not depend on x: the runtime computes it once for all rows of a sampler's table.
+        It does not depend on x, so the runtime computes it once for all rows of a sampler's table.
 
         Args:
             t: (N,) timesteps, integer or real.
-            y: (N,) int64 class labels where the model has classes, or weights of a mixture.
-            added: (N, added_condition_dim), where the model has it.
+            y: (N,) int64 class labels, or weights of a mixture; None for a model without classes.
+            added: (N, added_condition_dim); None for a model without it.
 
         Returns:
-            (N, emb_dim), after the SiLU with which every residual block begins.
+            (N, emb_dim), after the SiLU that every residual block would apply first.
 
         Raises:
-            ValueError: a condition is missing, superfluous or of the wrong shape.
+            ValueError: a condition is missing, not supported, or of the wrong shape.
         """
         config = self.config
         check_conditions(config, len(t), y, added)
@@ -380,17 +380,17 @@ class UNet(Network):
         return F.silu(emb)
 
     def project_context(self, context: Tensor) -> ContextKV:
-        """Keys and values of every cross-attention: they depend on the prompt, not on the step.
+        """Keys and values of every cross-attention; they depend on the prompt, not on the step.
 
         Args:
             context: (N, T, context_dim).
 
         Returns:
-            what `forward` takes in place of `context`.
+            The keys and values, which `forward` accepts in place of `context`.
         """
         width = self.config.context_dim
         if width is None:
-            raise ValueError("context must be None for a model without it; leave it out")
+            raise ValueError("context must be None for a model without context; leave it out")
         if context.ndim != 3 or context.shape[2] != width:
             raise ValueError(
                 f"context must be (N, T, {width}), got {tuple(context.shape)}; "
@@ -403,11 +403,11 @@ class UNet(Network):
         check_image(self.config, x, context)
 
     def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:
-        """The network behind the embedding.
+        """The network after the embedding.
 
         Args:
             x: (N, in_channels, H, W).
-            emb: (N, emb_dim), what `embed` returned.
+            emb: (N, emb_dim), the result of `embed`.
             context: as in `forward`.
         """
         if isinstance(context, Tensor):

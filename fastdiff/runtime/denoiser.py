@@ -74,7 +74,7 @@ class Batch:
         self.embeddings += 1
 
     def copied(self) -> Batch:
-        """The same in tensors of its own, those of the blocks too."""
+        """A copy with its own tensors, including those of the blocks."""
         embeddings, uncond = self.embeddings.clone(), self.uncond
         sizes = [len(block.samples) for block in self.blocks]
         pieces = zip(self.blocks, embeddings.split(sizes), strict=True)
@@ -90,7 +90,7 @@ class Batch:
         return Batch(self.cond.clone(), uncond, self.rows, embeddings, blocks)
 
     def copy_from(self, other: Batch) -> None:
-        """Take over the numbers of a batch of the same shape."""
+        """Copy the values of another batch of the same shape."""
         self.cond.copy_(other.cond)
         self.embeddings.copy_(other.embeddings)
         if self.uncond is not None and other.uncond is not None:
@@ -123,9 +123,9 @@ class Denoiser:
     ) -> None:
         """
         sides: (H, W) of x, or any other number of spatial sides.
-        rounded: rows to evaluate -> rows of the one block that they are filled up to; None: blocks
-            as `row_blocks` says.
-        room: rows of embeddings that there is room for from the start.
+        rounded: maps the number of rows to evaluate to the size of the single block they are padded
+            to. None: use the blocks of `row_blocks`.
+        room: initial capacity for embeddings, in rows.
         """
         weight = next(network.parameters())
         self.network, self.dtype, self.device = network, weight.dtype, weight.device

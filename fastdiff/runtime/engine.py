@@ -128,7 +128,7 @@ class Engine:
     Attributes:
         previews: ticket -> (C, *spatial), the estimates of x0 that were requested.
         rows_taken: number of table rows taken so far, over all requests.
-        graphs: records and replays the steps; None where they are launched kernel by kernel.
+        graphs: records and replays the steps; None if they are launched kernel by kernel.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Engine:
         network: prepared for inference; it stays on its device and in its dtype.
         shape, tokens: the class of the requests; see `ShapeClass`.
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
-        graphs: records the steps and replays them; None: each one is launched kernel by kernel.
+        graphs: records and replays the steps; None: each step is launched kernel by kernel.
         """
         self._kind, self.graphs = ShapeClass(tuple(shape), tokens), graphs
         room = 0 if graphs is None else ROWS
@@ -153,7 +153,7 @@ class Engine:
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
         self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room)
-        self._estimates: Tensor | None = None  # of x0, where a graph leaves them
+        self._estimates: Tensor | None = None  # estimates of x0, as written by graphs
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
         self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), if needed
@@ -210,7 +210,7 @@ class Engine:
         self._leave(self._seat(ticket))
 
     def clear(self) -> None:
-        """Take all requests out, without results."""
+        """Remove all requests, without results."""
         for seat in list(self._seats.values()):
             self._leave(seat)
         self._plan = None
@@ -279,7 +279,7 @@ class Engine:
         plan.advance()
 
     def _replay(self, graphs: StepGraphs, plan: _Plan, *, shown: bool) -> Tensor | None:
-        """`_evaluate` by a graph. Returns the estimates of x0, if they are to be shown."""
+        """`_evaluate` as a graph. Returns the estimates of x0, if they are needed."""
         slots, extra = self._slots, self._state.get("extra")
         if shown and self._estimates is None:
             self._estimates = torch.empty_like(slots.x)

@@ -1,10 +1,10 @@
-"""An engine's step as a CUDA graph: recorded once per shape, replayed with other requests.
+"""Steps of an engine as CUDA graphs: recorded once per shape, replayed with other requests.
 
-All that differs between two steps of one shape is in tensors that stay where they are: rows of the
-sampler tables, places of the embeddings, seeds, projected contexts. A request that joins or leaves
-changes them by copies; the graph goes on serving. What is part of the key, and recorded anew when
-it changes: the number of network rows, guided or not, rescaled or not, a preview or none, the
-backend of the ops, and the addresses of the tensors (a buffer that had to grow has moved).
+Everything that differs between two steps of one shape is kept in tensors at fixed addresses: rows
+of the sampler tables, positions of the embeddings, seeds, projected contexts. When a request joins
+or leaves, these are overwritten in place and the graph stays valid. A step is recorded again when
+one of these changes: the number of network rows, guidance, rescaling, whether there is a preview,
+the backend of the ops, or the address of a tensor (because a buffer had to grow).
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from fastdiff.kernels.choose import selected_backend
 from fastdiff.runtime.denoiser import Batch
 
 LIMIT = 16
-"""Graphs that are kept, the most recently used. They share their memory."""
+"""Maximum number of graphs kept, the most recently used ones. They share memory."""
 WARM_UP = 2
-"""Runs before recording, in which kernels are compiled, loaded and chosen."""
+"""Number of runs before recording, in which kernels are compiled, loaded and chosen."""
 ROWS = 1024
-"""Rows that a buffer of tables or embeddings has room for from the start: growing moves it."""
+"""Initial capacity of a buffer for tables or embeddings, in rows. Growing moves the buffer."""
 
 Replay = Callable[[], object]
 
 
 class Recorder(Protocol):
-    """Makes a graph of a function."""
+    """Records a function as a graph."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Run the function as it will be recorded."""
+        """Run the function under the conditions of recording."""
 
     def record(self, function: Callable[[], None]) -> Replay:
-        """Record the function's work without doing it. Returns what does it."""
+        """Record the work of the function without doing it. Returns a function that does it."""
 
 
 class CudaRecorder:
-    """CUDA graphs on a stream of their own, all in one memory pool."""
+    """Records CUDA graphs on a separate stream; all share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -72,7 +72,7 @@ class StepGraphs:
     """The recorded steps of one engine.
 
     Attributes:
-        recorded: how often a step was recorded; each takes as long as a few steps.
+        recorded: number of recordings so far; each takes as long as a few steps.
     """
 
     def __init__(self, recorder: Recorder, *, limit: int = LIMIT) -> None:
@@ -90,21 +90,21 @@ class StepGraphs:
         reads: Sequence[Tensor],
         state: Sequence[Tensor],
     ) -> None:
-        """Do a function's work, by its graph.
+        """Do the work of a function by replaying its graph, which is recorded if needed.
 
-        key: what the function does, with the backend of the moment, apart from the numbers in its
+        key: identifies the work, together with the current backend, except for the values in its
             tensors.
-        reads: all tensors that it reads and does not make itself, but for the network's weights
-            (`forget_if_moved`).
-        state: those that it changes: they get their numbers back after warming up.
+        reads: all tensors that the function reads but does not create, except the weights of the
+            network (see `forget_if_moved`).
+        state: the tensors that the function changes; their values are restored after warm-up.
         """
         key = key, selected_backend()
         addresses = [tensor.data_ptr() for tensor in reads]
         graph = self._graphs.pop(key, None)
         if graph is None or graph.addresses != addresses:
-            graph = None  # frees its memory for the new one
+            graph = None  # frees its memory for the new graph
             graph = self._recorded(function, addresses, state)
-        self._graphs[key] = graph  # the last one is the most recently used
+        self._graphs[key] = graph  # at the end, as the most recently used
         if len(self._graphs) > self._limit:
             del self._graphs[next(iter(self._graphs))]
         graph.replay()
@@ -127,9 +127,9 @@ class StepGraphs:
         return _Graph(replay, addresses)
 
     def forget_if_moved(self, network: nn.Module) -> None:
-        """Drop all graphs if a weight of the network lies elsewhere since the last call.
+        """Drop all graphs if the address of a weight has changed since the last call.
 
-        Weights that are copied into (a LoRA that is merged in place) stay where they are.
+        Changes in place, such as merging a LoRA, keep the addresses and need no new graphs.
         """
         weights = [t.data_ptr() for t in (*network.parameters(), *network.buffers())]
         if weights != self._weights:
@@ -137,7 +137,7 @@ class StepGraphs:
             self._graphs.clear()
 
     def static(self, batch: Batch, masked: Tensor, levels: Tensor) -> StaticBatch:
-        """Where the graphs of a batch of this shape read it; `load` fills it."""
+        """The static batch that graphs for this shape read; `load` fills it."""
         key = len(batch.blocks), batch.rows, batch.uncond is None, len(masked)
         kept = self._batches.pop(key, None) or StaticBatch(batch, masked, levels)
         self._batches[key] = kept
@@ -147,7 +147,7 @@ class StepGraphs:
 
 
 class StaticBatch:
-    """A batch whose tensors stay where they are; others of its shape are copied into it."""
+    """A batch with tensors at fixed addresses, into which other batches of its shape are copied."""
 
     def __init__(self, batch: Batch, masked: Tensor, levels: Tensor) -> None:
         self.batch = batch.copied()
@@ -155,7 +155,7 @@ class StaticBatch:
         self._of: Batch | None = batch
 
     def load(self, batch: Batch, masked: Tensor, levels: Tensor) -> None:
-        """Take over a batch, once: from then on each replay goes on to its next row."""
+        """Copy a batch in, unless it is already loaded; each replay advances it by one row."""
         if self._of is batch:
             return
         self._of = batch
@@ -164,14 +164,14 @@ class StaticBatch:
         self.batch.copy_from(batch)
 
     def advance(self) -> None:
-        """Go on to the next row of every sample's table."""
+        """Advance to the next table row of every sample."""
         self.batch.advance()
         self.levels += 1
 
 
 def rounded_rows(rows: int) -> int:
-    """Network rows of the graph that serves so many: four sizes an octave, so at most a quarter
-    of them fill up.
+    """The number of network rows in the graph that evaluates `rows`. There are four sizes per
+    factor of two, so padding adds at most a quarter.
 
     >>> [rounded_rows(n) for n in (1, 7, 9, 17, 29, 33)]
     [1, 7, 10, 20, 32, 40]
@@ -181,25 +181,25 @@ def rounded_rows(rows: int) -> int:
 
 
 def objection(network: nn.Module) -> str | None:
-    """Why a network's evaluation cannot be recorded, or None if it can."""
+    """Why the evaluation of a network cannot be recorded, or None if it can."""
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             where = name or type(network).__name__
-            return f"{where} has a hook, which a graph would run once and never again"
+            return f"{where} has a hook, which a graph would run only while recording"
     return None
 
 
 class GraphWarning(UserWarning):
-    """Sampling on a GPU goes on without graphs; the message says why."""
+    """Sampling on a GPU runs without CUDA graphs; the message says why."""
 
 
 def no_graphs(network: nn.Module) -> None:
-    """For an engine whose steps are launched kernel by kernel."""
+    """Used for `graphs` in `Engines` to launch steps kernel by kernel."""
 
 
 def graphs_for(network: nn.Module) -> StepGraphs | None:
-    """CUDA graphs for an engine of this network; None on other devices, and, with a warning, where
-    the network cannot be recorded."""
+    """CUDA graphs for an engine of this network. None on other devices, and, with a warning, if the
+    network cannot be recorded."""
     device = next(network.parameters()).device
     if device.type != "cuda":
         return None

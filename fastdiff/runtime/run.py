@@ -1,4 +1,4 @@
-"""Requests of any kinds in one call: engines by shape class, one after the other."""
+"""Run requests of any kind in one call, with one engine per shape class, one after another."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fastdiff.runtime.engine import Engine, Progress, Request, Result, ShapeClas
 from fastdiff.runtime.graphs import StepGraphs, graphs_for
 
 KEPT = 4
-"""Engines with graphs that are kept for the next call."""
+"""Maximum number of engines with graphs that are kept for the next call."""
 
 
 class Engines:
-    """Engines of one network. Those with graphs are kept: their graphs serve later calls."""
+    """Engines of one network. Engines with graphs are kept, to use their graphs in later calls."""
 
     def __init__(
         self, network: Network, *, graphs: Callable[[Network], StepGraphs | None] = graphs_for
     ) -> None:
-        """graphs: makes an engine's graphs; by default CUDA graphs on a GPU and none elsewhere."""
+        """graphs: creates the graphs of an engine; by default CUDA graphs, and only on a GPU."""
         self._network, self._graphs = network, graphs
         self._kept: dict[tuple[ShapeClass, int], Engine] = {}
 
     @contextmanager
     def borrowed(self, kind: ShapeClass, slots: int) -> Iterator[Engine]:
-        """An engine without requests, for those of a class; what is left in it is dropped at the
-        end. Calls that overlap get engines of their own."""
+        """An empty engine for requests of a class; requests that remain at the end are dropped.
+        Calls that overlap get separate engines."""
         engine = self._kept.pop((kind, slots), None)
         if engine is None:
             graphs = self._graphs(self._network)

@@ -1,4 +1,4 @@
-"""Training of both stages: typed runs, one loop, exact resume."""
+"""Training of both stages: typed configs, one training loop, exact resume."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""First stage: the autoencoder, trained to reconstruct and to look real.
+"""First stage: the autoencoder, trained to reconstruct images and to make them look real.
 
-Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G; the adversarial part is VQGAN's,
-Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7.
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G; the adversarial loss is that of
+VQGAN, Esser et al. 2021 (arXiv 2012.09841), equations 5 to 7.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig, generator, open_dataset
+from fastdiff.images import contact_sheet
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from fastdiff.models.perceptual import LPIPS, LocalFeatureLoss
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
-from fastdiff.training.trainer import Batch, tile, train
+from fastdiff.training.start import origin, take_weights
+from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
-_PREVIEWED = 32
+_PREVIEWED, _COLUMNS = 32, 8
 _MAX_ADAPTIVE_WEIGHT = 1e4
-_HALF_PRECISION_SCALE = 1024.0  # keeps fp16 gradients of the balance above underflow
+_HALF_PRECISION_SCALE = 1024.0  # keeps the fp16 gradients that are balanced from underflowing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +50,20 @@ class AutoencoderLossConfig:
     is `fastdiff.models.perceptual.LocalFeatureLoss`."""
 
     kl_weight: float = 1e-6
-    """Weight of the KL divergence, divided by the number of pixel values: LDM's 1e-6 (kl)."""
+    """Weight of the KL divergence, divided by the number of pixel values (kl models); LDM uses
+    1e-6."""
 
     codebook_weight: float = 1.0
     """Weight of the codebook loss (vq models)."""
 
     commitment: float = 0.25
-    """Share of the commitment term in the codebook loss, beta."""
+    """Weight beta of the commitment term in the codebook loss."""
 
     adversarial_weight: float = 0.5
     """Weight of the adversarial loss after balancing; 0: no discriminator."""
 
     adversarial_start: int = 50_000
-    """Steps before the discriminator is used; earlier it only hurts."""
+    """Step at which the discriminator is first used; starting earlier only hurts."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -83,10 +88,10 @@ class AutoencoderRun:
     """The autoencoder."""
 
     optimization: OptimizationConfig
-    """Steps, learning rate, precision; the discriminator uses the same."""
+    """Steps, learning rate, precision; the discriminator uses the same ones."""
 
     output: OutputConfig
-    """The run folder, and how often it is written to."""
+    """The run folder, and how often to write to it."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
@@ -96,6 +101,11 @@ class AutoencoderRun:
 
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """The weights of the losses."""
+
+    init_from: str = ""
+    """A trained model whose autoencoder's weights the run starts from: a bundle, a run's folder or
+    any other checkpoint of the same architecture; empty: random ones. Moments and averages begin
+    anew."""
 
     seed: int = 0
     """Determines all randomness of the run."""
@@ -118,10 +128,10 @@ class AutoencoderRun:
 
     @classmethod
     def from_json(cls, data: Any) -> AutoencoderRun:
-        """Inverse of `to_json`. Fields missing from configs of older versions get their defaults.
+        """Inverse of `to_json`. Fields missing in configs of older versions get their defaults.
 
         Raises:
-            ValueError: an unknown field, or a missing or wrong one.
+            ValueError: a field is unknown, missing or wrong.
         """
         return from_dict(cls, data)
 
@@ -129,7 +139,11 @@ class AutoencoderRun:
 def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:
     """Train the autoencoder of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    return train(AutoencoderTask(run), run, resume=resume)
+    task = AutoencoderTask(run)
+    check_training(task.needed_bytes(), run.output.folder, task.device)
+    if run.init_from and not resume:
+        task.start_from(run.init_from)
+    return train(task, run, resume=resume)
 
 
 class AutoencoderTask:
@@ -164,9 +178,35 @@ class AutoencoderTask:
             for network in self.networks.values():
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.perceptual = perceptual_distance(run.loss).to(self.device)
+        self.origin: dict[str, str] | None = None
+
+    def start_from(self, place: str) -> None:
+        """Take the first weights from a trained model; see `fastdiff.training.start`. A
+        discriminator begins with random ones."""
+        self.origin = origin(take_weights(self.autoencoder, "autoencoder", place, self.device))
+
+    def needed_bytes(self) -> int:
+        """What the training takes; see `fastdiff.training.memory`. Of the losses, which keep
+        feature maps too, only the discriminator's weights count."""
+        run, others = self.run, self.networks.get("discriminator")
+        side = run.data.image_size // run.model.downsample_factor
+
+        def forward(network: Any, rows: int) -> Any:
+            shape = (rows, run.model.image_channels, run.data.image_size, run.data.image_size)
+            noise = torch.empty(rows, run.model.latent_channels, side, side, device="meta")
+            return network(torch.empty(shape, device="meta"), noise)
+
+        return training_bytes(
+            run.model,
+            run.optimization,
+            run.data,
+            forward,
+            others=0 if others is None else sum(p.numel() for p in others.parameters()),
+            device=self.device,
+        )
 
     def batch(self, step: int) -> Batch:
-        """images (N, C, H, W) in [-1, 1]; noise (N, z, h, w) for the posterior's sample."""
+        """Images (N, C, H, W) in [-1, 1], and noise (N, z, h, w) to sample the posterior."""
         images, _ = self.batches.images(step)
         model = self.run.model
         side = self.run.data.image_size // model.downsample_factor
@@ -178,7 +218,7 @@ class AutoencoderTask:
         }
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Reconstruction, regularisation and, from its start on, the discriminator's part."""
+        """Reconstruction and regularisation, and from its start on the adversarial loss."""
         config, images = self.run.loss, part["images"]
         if self.run.optimization.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -212,21 +252,21 @@ class AutoencoderTask:
         return _HALF_PRECISION_SCALE if self.run.optimization.precision == "fp16" else 1.0
 
     @torch.no_grad()
-    def preview(self, network: nn.Module) -> Tensor:
-        """A sheet of pairs: images in one row, their reconstructions in the row below."""
+    def preview(self, network: nn.Module, step: int) -> Image.Image:
+        """A labelled sheet of pairs: images in a row, their reconstructions in the row below."""
         images = self.batches.fixed(_PREVIEWED)
-        reconstructions, _ = network(images)
-        columns = 8
-        rows = [
-            tensor
-            for original, restored in zip(
-                images.split(columns), reconstructions.clamp(-1, 1).split(columns), strict=True
-            )
-            for tensor in (original, restored)
-        ]
-        if len(images) % columns:  # an uneven last row would shift its reconstructions
-            return tile(torch.cat([images, reconstructions.clamp(-1, 1)]), columns=len(images))
-        return tile(torch.cat(rows), columns=columns)
+        restored = network(images)[0].clamp(-1, 1)
+        # an uneven last row would shift its reconstructions
+        columns = _COLUMNS if len(images) % _COLUMNS == 0 else len(images)
+        pairs = zip(images.split(columns), restored.split(columns), strict=True)
+        rows = [row for pair in pairs for row in pair]
+        return contact_sheet(
+            torch.cat(rows).cpu(),
+            ["original", "decoded"] * (len(rows) // 2),
+            title=f"step {step:,}",
+            caption="autoencoder, averaged weights",
+            cell=PREVIEW_CELL,
+        )
 
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged autoencoder."""
@@ -243,12 +283,12 @@ class AutoencoderTask:
             model,
             Path(run.output.folder) / RUN_MODEL,
             dtype=EXPORT_DTYPES[run.output.export_dtype],
-            provenance=provenance(run, step),
+            provenance=provenance(run, step, self.origin),
         )
 
     def state(self) -> dict[str, Any]:
-        """Identifies the images it is trained on."""
-        return self.batches.state()
+        """Identifies the images it is trained on, and the weights that it began with."""
+        return {**self.batches.state(), "init_from": self.origin}
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing but the networks' own."""
@@ -260,23 +300,24 @@ class AutoencoderTask:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Check that the images are the same."""
         self.batches.check_state(state)
+        self.origin = state.get("init_from")
 
 
 def perceptual_distance(config: AutoencoderLossConfig) -> nn.Module:
-    """LPIPS with the user's weights, or the local feature loss without."""
+    """LPIPS if the config names weights, else the local feature loss."""
     return LPIPS.from_files(*config.lpips) if config.lpips else LocalFeatureLoss()
 
 
 def regularization_loss(
     latent: Posterior | Quantized, values: int, config: AutoencoderLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The latents' part of the loss, and what to log of it.
+    """The loss on the latents, and the scalars to log.
 
-    LDM sums the distance over an image's pixel values where this trainer takes the mean, so the KL
-    divergence is divided by their number; the balance of the two is LDM's.
+    LDM sums the distance over the pixel values of an image, while this trainer takes the mean. So
+    the KL divergence is divided by their number, which keeps LDM's balance between the two.
 
     Args:
-        latent: what the encoder gave.
+        latent: the output of the encoder.
         values: C * H * W of the image.
         config: the weights.
     """
@@ -292,16 +333,17 @@ def adaptive_weight(
 ) -> Tensor:
     """|grad restored| / (|grad verdict| + 1e-4) at the decoder's last layer, at most 1e4.
 
-    Equation 7 of Esser et al. 2021: both losses then pull equally hard at what they share.
+    With this weight (Esser et al. 2021, eq. 7) both losses have equally large gradients at the
+    layer that they share.
 
     Args:
         restored: (), the reconstruction loss.
         verdict: (), the adversarial loss.
-        last_layer: the weight at which the gradients are compared.
-        scale: both losses are multiplied by it before the gradients are taken (fp16).
+        last_layer: the weight whose gradients are compared.
+        scale: factor of both losses while the gradients are computed (fp16).
 
     Returns:
-        (), without gradient.
+        (), detached.
     """
     (by_restored,) = torch.autograd.grad(restored * scale, last_layer, retain_graph=True)
     (by_verdict,) = torch.autograd.grad(verdict * scale, last_layer, retain_graph=True)
@@ -310,8 +352,8 @@ def adaptive_weight(
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Mean of max(0, 1 - real) / 2 + max(0, 1 + fake) / 2 (Lim and Ye 2017), for the discriminator.
+    """The discriminator's loss: mean of max(0, 1 - real) / 2 + max(0, 1 + fake) / 2.
 
-    real, fake: logits of any shape. Returns ().
+    Lim and Ye 2017. real, fake: logits of any shape. Returns ().
     """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

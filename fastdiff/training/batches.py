@@ -1,4 +1,4 @@
-"""The images of a step: order, augmentation, transfer to the device."""
+"""The images of a training step: order, augmentation, transfer to the device."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Batches:
         self.order = DataOrder(len(dataset), batch_size, seed=seed)
 
     def state(self) -> dict[str, Any]:
-        """What must be unchanged when the run is resumed: the number of images and their hash."""
+        """What must not change before a run is resumed: the number of images and their hash."""
         return {"images": len(self.dataset), "data": self.dataset.fingerprint}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if the data differs from that of `state`; states without it pass."""
+        """Raise ValueError if the data differs from `state`; entries that it lacks are ignored."""
         now = self.state()
         if any(state.get(key, now[key]) != now[key] for key in now):
             raise ValueError(
                 f"the images of {self.config.path or self.config.source} have changed since this "
-                f"run was started (had {state.get('images')}, there are {now['images']}); restore "
-                "them, or train in a new folder"
+                f"run was started ({state.get('images')} images then, {now['images']} now); "
+                "restore them, or train in a new folder"
             )
 
     def images(self, step: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ class Batches:
         return augment(images, indices, epochs, seed=self.seed, config=self.config.augment)
 
     def fixed(self, count: int) -> Tensor:
-        """`count` unaugmented images spread over the data set, for previews."""
+        """Up to `count` unaugmented images, evenly spread over the data set, for previews."""
         indices = torch.linspace(0, len(self.dataset) - 1, min(count, len(self.dataset))).long()
         return self.dataset.batch(indices)[0].to(self.device)
 
@@ -66,6 +66,6 @@ def check_model_fits(config: DataConfig, *, channels: int, what: str) -> None:
     """Raise ValueError if a model for `channels` image channels cannot take the data."""
     if channels != config.channels:
         raise ValueError(
-            f"the {what} takes images of {channels} channels, the data has {config.channels}; "
-            f"set data channels to {channels} or choose another model"
+            f"the {what} expects images with {channels} channels, the data has {config.channels}; "
+            f"set data channels to {channels}, or choose another model"
         )

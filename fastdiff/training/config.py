@@ -1,4 +1,4 @@
-"""The parts of a run config that both stages share."""
+"""The parts of a run's config that both stages share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class OptimizationConfig:
     """Images per optimizer step."""
 
     accumulate: int = 1
-    """Pieces that a batch is split into to save memory; the gradient is that of the whole batch."""
+    """Parts that a batch is split into to save memory; the gradient is that of the whole batch."""
 
     learning_rate: float = 1e-4
     """Highest learning rate of AdamW."""
 
     beta1: float = 0.9
-    """Decay of AdamW's first moment; 0.5 is usual against a discriminator."""
+    """Decay of AdamW's first moment; 0.5 is usual with a discriminator."""
 
     beta2: float = 0.999
     """Decay of AdamW's second moment."""
@@ -38,25 +38,26 @@ class OptimizationConfig:
     """Steps of linear warm-up from 0."""
 
     decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or half a cosine down to final_learning_rate at the end."""
+    """After the warm-up: constant, or half a cosine that ends at final_learning_rate."""
 
     final_learning_rate: float = 0.0
     """Learning rate at the end of the cosine."""
 
     clip_norm: float = 0.0
-    """Gradients of each network are clipped to this norm; 0: no clipping."""
+    """Norm to which the gradients of each network are clipped; 0: no clipping."""
 
     ema_decay: float = 0.9999
-    """Decay of the averaged weights, which are the ones exported; 0 keeps the latest weights."""
+    """Decay of the averaged weights, which are sampled from and exported; 0: the latest weights."""
 
     ema_warmup: bool = True
-    """Let the decay grow as (1 + n) / (10 + n) over the updates n, as LDM does."""
+    """Start with a smaller decay, (1 + n) / (10 + n) for update n, as LDM does."""
 
     precision: PrecisionName = "fp32"
-    """fp32, or autocast to bf16 or fp16 (with loss scaling); an error if unsupported."""
+    """fp32, or autocast to bf16 or fp16 (with loss scaling); an error if the device lacks it."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: saves memory, costs about a third more time."""
+    """Recompute activations in the backward pass, which saves memory and takes about a third more
+    time."""
 
     channels_last: bool = False
     """Use the channels_last memory format for images and weights."""
@@ -68,7 +69,7 @@ class OptimizationConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and "
-                f"{self.accumulate}; unequal pieces would make the mean inexact"
+                f"{self.accumulate}; choose a batch_size of {self.accumulate} times a whole number"
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
@@ -93,13 +94,13 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """The run folder, and what is written to it how often."""
+    """The run folder, and what to write to it how often."""
 
     folder: str
-    """Where config.json, log.jsonl, checkpoints/, samples/, tensorboard/ and model/ are written."""
+    """Folder for config.json, log.jsonl, checkpoints/, samples/, tensorboard/ and model/."""
 
     log_every: int = 50
-    """Steps between log lines; each holds the means since the previous line."""
+    """Steps between log lines; each line contains the means since the previous one."""
 
     preview_every: int = 1000
     """Steps between preview sheets of samples or reconstructions; 0: none."""

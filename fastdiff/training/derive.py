@@ -1,4 +1,4 @@
-"""Settings of a run that follow from its images: where nothing else is said, they are derived."""
+"""Derive the settings of a run that depend on its images, unless they are set explicitly."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fastdiff.training.diffusion import DiffusionRun
 
 RunT = TypeVar("RunT", AutoencoderRun, DiffusionRun[Any])
 PHOTOGRAPHS = AugmentConfig(flip=True, fill="reflection")
-"""A mirrored photograph is a photograph; one that is rotated or sheared is not."""
+"""A mirrored photograph still looks real; a rotated or sheared one does not."""
 
 
 @one_line_errors()
 def for_data(run: RunT, data: DataConfig) -> RunT:
-    """The run on other images: augmentation, channels, classes and guidance that fit them.
+    """Adapt a run to other images: augmentation, channels, classes and guidance.
 
     Args:
-        run: what is known to work, on the digits.
-        data: source and path are used. A folder is looked at; of shards only the augmentation
-            follows, since reading them takes long.
+        run: a run that works on the digits.
+        data: the new source and path. Folders are inspected; for shards only the augmentation is
+            adapted, because reading them takes long.
 
     Raises:
-        FileNotFoundError, ValueError: as `fastdiff.data.open_dataset` and `load_bundle`.
+        FileNotFoundError, ValueError: as for `fastdiff.data.open_dataset` and `load_bundle`.
     """
     channels, classes = run.data.channels, 0
     if data.source == "folder":
@@ -67,7 +67,7 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
 
 
 def _taking(model: Any, channels: int, side: int) -> Any:
-    """The denoiser for samples of (channels, side, side)."""
+    """Change a denoiser's config to samples of (channels, side, side)."""
     out = channels * (2 if model.learned_sigma else 1)
     if hasattr(model, "sample_size"):
         model = replace(model, sample_size=side)

@@ -15,9 +15,9 @@ from fastdiff.training.diffusion import DiffusionRun
 
 
 def describe(run: AutoencoderRun | DiffusionRun[Any]) -> str:
-    """The full config as JSON, parameter counts and number of images, as text for `--dry-run`.
+    """Text for `--dry-run`: the full config as JSON, parameter counts and number of images.
 
-    Nothing is read or written, and no weights are allocated.
+    No file is read or written, and no weights are allocated.
     """
     config = run.optimization
     lines = [json.dumps(run.to_json(), indent=2), ""]

@@ -1,4 +1,4 @@
-"""Second stage, the denoiser: everything that decides a run (Rombach et al. 2022, section 3.2)."""
+"""Second stage, the denoiser: the complete config of a run (Rombach et al. 2022, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.objective import DenoiserLossConfig
 
 OLDEST_KIND = "unet"
-"""The kind of denoiser in a config.json that names none: it is older than the second kind."""
+"""The kind of denoiser in a config.json without "network", written when there was only one kind."""
 NetworkConfigT = TypeVar("NetworkConfigT", bound=NetworkConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """How sample sheets are made during training."""
+    """How to make sample sheets during training."""
 
     count: int = 40
-    """Images per sheet, with seeds 0, 1, 2, ... and cycling through the classes."""
+    """Images per sheet, with seeds 0, 1, 2, ..., cycling through the classes."""
 
     sampler: str = "ddim"
     """Name of a sampler; `fastdiff samplers` lists them."""
@@ -52,16 +52,16 @@ class DiffusionRun(Generic[NetworkConfigT]):
     """Everything that determines the training of a denoiser."""
 
     model: NetworkConfigT
-    """The denoiser: the config of any family of `fastdiff.models.network.NETWORKS`."""
+    """The denoiser: the config of any family in `fastdiff.models.network.NETWORKS`."""
 
     optimization: OptimizationConfig
     """Steps, learning rate, precision."""
 
     output: OutputConfig
-    """The run folder, and how often it is written to."""
+    """The run folder, and how often to write to it."""
 
     autoencoder: str = ""
-    """Bundle or run folder of the trained first stage; empty to train on pixels."""
+    """Bundle or run folder of the trained first stage; leave it empty to train on pixels."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
@@ -73,17 +73,23 @@ class DiffusionRun(Generic[NetworkConfigT]):
     """What the network returns: eps, v or x0."""
 
     loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
-    """Noise levels and weights of the loss."""
+    """Noise levels and weights in the loss."""
 
     class_dropout: float = 0.1
     """Fraction of labels replaced by "no class", for classifier-free guidance."""
 
     latent_views: int = 0
     """0: encode each batch when it is needed. k > 0: encode k augmented views of every image before
-    the first step and cycle through them, which is faster; posterior noise is drawn per step."""
+    the first step and cycle through them, which is faster; the posterior noise is still drawn for
+    every step."""
 
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample sheets."""
+
+    init_from: str = ""
+    """A trained model whose denoiser's weights the run starts from: a bundle, a run's folder or any
+    other checkpoint of the same architecture; empty: random ones. Moments and averages begin
+    anew."""
 
     seed: int = 0
     """Determines all randomness of the run."""
@@ -93,20 +99,22 @@ class DiffusionRun(Generic[NetworkConfigT]):
 
     def __post_init__(self) -> None:
         if not 0 <= self.class_dropout <= 1:
-            raise ValueError(f"class_dropout must be 0 to 1, got {self.class_dropout}")
+            raise ValueError(f"class_dropout must be in [0, 1], got {self.class_dropout}")
         if self.model.num_classes is not None and self.class_dropout and not self.model.null_class:
             raise ValueError(
-                "class_dropout needs a model with null_class=True; set it, or class_dropout=0"
+                f"class_dropout {self.class_dropout} needs a model with null_class=True, got "
+                "False; set null_class=True or class_dropout=0"
             )
         if self.latent_views < 0 or (self.latent_views and not self.autoencoder):
             raise ValueError(
-                f"latent_views must be 0 or more, and 0 on pixels, got {self.latent_views}"
+                "latent_views must be 0 or more, and 0 when training on pixels, got "
+                f"{self.latent_views}"
             )
         if self.prediction not in ("eps", "v", "x0"):
             raise ValueError(f"prediction must be eps, v or x0, got {self.prediction!r}")
         if self.model.learned_sigma and self.loss.timesteps == "logit-normal":
             raise ValueError(
-                "the bound of a learned variance needs whole timesteps, got timesteps "
+                "a model with learned_sigma needs integer timesteps, got timesteps "
                 "'logit-normal'; use 'uniform' or 'stratified'"
             )
         if self.loss.weighting == "bound" and not self.model.learned_sigma:
@@ -116,8 +124,8 @@ class DiffusionRun(Generic[NetworkConfigT]):
             )
         if self.model.context_dim is not None or self.model.added_condition_dim is not None:
             raise ValueError(
-                "training supports class labels only, but this model expects context or an added "
-                "vector; choose a model without context_dim and added_condition_dim"
+                "training supports only class labels as conditions, but this model expects context "
+                "or an added vector; choose a model without context_dim and added_condition_dim"
             )
 
     @property
@@ -131,10 +139,10 @@ class DiffusionRun(Generic[NetworkConfigT]):
 
     @classmethod
     def from_json(cls, data: Any) -> DiffusionRun[Any]:
-        """Inverse of `to_json`. Fields missing from configs of older versions get their defaults.
+        """Inverse of `to_json`. Fields missing in configs of older versions get their defaults.
 
         Raises:
-            ValueError: an unknown kind or field, or a missing or wrong one.
+            ValueError: the kind is unknown, or a field is unknown, missing or wrong.
         """
         kind = OLDEST_KIND
         if isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what is sampled from and exported."""
+"""Exponential moving average of the weights, which is sampled from and exported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def ema_decay(update: int, decay: float, *, warmup: bool) -> float:
     """Decay of the `update`-th update, counted from 1.
 
-    With warm-up min(decay, (1 + n) / (10 + n)), as in LDM and diffusers, so that the average
+    With warm-up it is min(decay, (1 + n) / (10 + n)), as in LDM and diffusers, so that the average
     quickly forgets the random initial weights.
     """
     return min(decay, (1 + update) / (10 + update)) if warmup else decay
@@ -21,7 +21,7 @@ class EMA:
     """shadow <- decay * shadow + (1 - decay) * weights, after every optimizer step.
 
     Attributes:
-        network: a copy of the averaged network that holds the shadow, in eval mode.
+        network: a copy of the network with the averaged weights (the shadow), in eval mode.
         updates: number of updates so far.
     """
 

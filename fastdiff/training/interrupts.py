@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the current step; a second signal kills the process."""
+"""SIGTERM and Ctrl-C stop a run after the current step; a second signal kills the process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupts:
-    """Context manager that records the first signal in `received` and lets a second one kill.
+    """Context manager that stores the first signal in `received`; a second one kills the process.
 
-    Python delivers signals to the main thread only; in other threads nothing is caught.
+    Python delivers signals only to the main thread, so nothing is caught in other threads.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal number, the shell convention: 143 for SIGTERM, 130 for Ctrl-C."""
+        """128 + the signal number, as in shells: 143 for SIGTERM, 130 for Ctrl-C."""
         assert self.received is not None
         return 128 + self.received
 

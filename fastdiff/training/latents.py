@@ -1,7 +1,7 @@
 """Training data of the denoiser: pixels, or latents of a trained autoencoder.
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.2: the first stage is frozen, and its latents are
-scaled to unit variance by the standard deviation of the first batch (appendix G).
+divided by the standard deviation of the first batch (appendix G).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ENCODED_AT_ONCE = 256
 
 
 class Latents:
-    """Latents of any step (pixels without a first stage), as a function of (data, seed, step).
+    """Latents of any step (or pixels without a first stage), as a function of (data, seed, step).
 
     Attributes:
-        scale_factor: latents are multiplied by it before the denoiser sees them; 1 on pixels.
+        scale_factor: factor of the latents before the denoiser sees them; 1 on pixels.
     """
 
     def __init__(
@@ -37,10 +37,13 @@ class Latents:
         first_stage_hash: str = "",
         views: int = 0,
     ) -> None:
-        """
-        autoencoder: the frozen first stage; None to train on pixels.
-        first_stage_hash: names its weights, so that a resumed run can tell whether they changed.
-        views: augmented views of each image that are encoded once, here; 0 encodes every batch.
+        """Prepare the latents, and encode the views if there are any.
+
+        Args:
+            autoencoder: the frozen first stage; None to train on pixels.
+            first_stage_hash: hash of its weights, which lets a resumed run detect a change.
+            views: number of augmented views of each image to encode once, now; 0: encode every
+                batch.
         """
         self.batches = batches
         self.autoencoder = autoencoder
@@ -58,7 +61,7 @@ class Latents:
 
     @torch.no_grad()
     def unscaled(self, step: int) -> tuple[Tensor, Tensor]:
-        """`batch` before scaling; latents of a KL autoencoder are drawn from its posterior."""
+        """`batch` before scaling; latents of a KL autoencoder are sampled from its posterior."""
         if self.autoencoder is None:
             return self.batches.images(step)
         if self._views is not None:
@@ -74,36 +77,36 @@ class Latents:
         return mean + std * torch.randn(mean.shape, generator=source, device=device), labels
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w) of one sample, for images of `image_size` pixels."""
+        """Shape (C, h, w) of one sample, for images with sides of `image_size` pixels."""
         if self.autoencoder is None:
             return self.batches.config.channels, image_size, image_size
         side = image_size // self.autoencoder.downsample_factor
         return self.autoencoder.config.latent_channels, side, side
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [-1, 1] from what `batch` gives, or from samples of it."""
+        """Decode the output of `batch`, or samples like it, to images (N, C, H, W) in [-1, 1]."""
         if self.autoencoder is None:
             return x0.clamp(-1, 1)
         return self.autoencoder.decode(x0 / self.scale_factor).clamp(-1, 1)
 
     def state(self) -> dict[str, Any]:
-        """The scale factor, and which first stage and images it belongs to."""
+        """The scale factor, and the identity of the first stage and the images."""
         first_stage = {"scale_factor": self.scale_factor, "autoencoder": self.first_stage_hash}
         return first_stage | self.batches.state()
 
     def load_state(self, state: Mapping[str, Any], *, first_stage: str) -> None:
-        """Take over the scale factor.
+        """Restore the scale factor.
 
-        first_stage: where the autoencoder was read from, for the message.
+        first_stage: the path of the autoencoder, for the message.
 
         Raises:
-            ValueError: the images or the autoencoder's weights are not those of `state`.
+            ValueError: the images or the autoencoder's weights differ from those in `state`.
         """
         self.batches.check_state(state)
         if state["autoencoder"] != self.first_stage_hash:
             raise ValueError(
                 f"the autoencoder in {first_stage} has changed since this run was started; restore "
-                "it, or train the denoiser in a new folder"
+                "it, or train in a new folder"
             )
         self.scale_factor = state["scale_factor"]
 
@@ -127,25 +130,25 @@ class Latents:
 
 @one_line_errors()
 def first_stage(folder: str, *, image_size: int, device: torch.device) -> Model:
-    """The trained autoencoder in a bundle's or a run's folder.
+    """Load the trained autoencoder from the folder of a bundle or a run.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no autoencoder, or one that was trained at another image size.
+        FileNotFoundError: the folder does not exist.
+        ValueError: it contains no autoencoder, or one that was trained at another image size.
     """
     bundle = load_bundle(folder, device=device)
     if bundle.autoencoder is None:
         raise ValueError(f"{folder} contains no autoencoder; pass the run folder of an autoencoder")
     if bundle.image_size != image_size:
         raise ValueError(
-            f"the autoencoder was trained at {bundle.image_size} pixels, the data has "
+            f"image_size must be {bundle.image_size}, at which the autoencoder was trained, got "
             f"{image_size}; set data image_size to {bundle.image_size}"
         )
     return bundle
 
 
 def _moments(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Latents before quantisation (vq), or the posterior's [mean | std] in channels (kl)."""
+    """Latents before quantisation (vq), or the posterior's [mean | std] along the channels (kl)."""
     if autoencoder.config.regularization == "vq":
         return autoencoder.encode_latent(images)
     posterior = autoencoder.encode(images)

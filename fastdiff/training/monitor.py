@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from fastdiff.extras import import_extra
 from fastdiff.files import write_text
@@ -105,10 +106,10 @@ class Monitor:
             eta = f"{int(left) // 60}:{int(left) % 60:02d}"
             self.say(f"step {done}/{self.steps}  {shown}  {rate:.2f} it/s  ETA {eta}")
 
-    def sheet(self, done: int, image: Tensor, name: str) -> None:
-        """Write a sheet of images, (C, H, W) in [0, 1], to TensorBoard."""
+    def sheet(self, done: int, image: Image.Image, name: str) -> None:
+        """Write a sheet of images to TensorBoard."""
         if self._board is not None:
-            self._board.add_image(name, image, done)
+            self._board.add_image(name, np.asarray(image.convert("RGB")), done, dataformats="HWC")
 
     def pause(self) -> None:
         """Exclude the time until now (previews, saving) from the next rate."""

@@ -1,8 +1,8 @@
 """The loss of the denoiser on one batch: noise levels and their weights.
 
-The simple loss of DDPM (Ho et al. 2020, eq. 14) on any prediction, weighted by min-SNR (Hang et al.
-2023) if asked for, plus the variational bound of IDDPM (Nichol and Dhariwal 2021, eq. 16) where the
-network also returns its variance.
+It is the simple loss of DDPM (Ho et al. 2020, eq. 14) on any prediction, optionally weighted by
+min-SNR (Hang et al. 2023), plus the variational bound of IDDPM (Nichol and Dhariwal 2021, eq. 16)
+if the network also returns a variance.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ class DenoiserLossConfig:
     2023 (arXiv 2303.09556); bound: the variational bound alone, L_vlb of IDDPM."""
 
     min_snr_gamma: float = 5.0
-    """The signal-to-noise ratio above which min-snr stops growing."""
+    """Signal-to-noise ratio above which the min-snr weight stops growing."""
 
     timesteps: Literal["uniform", "stratified", "logit-normal", "second-moment"] = "uniform"
-    """uniform: DDPM; stratified: also uniform, spread evenly over each batch (Kingma et al. 2021,
-    appendix I.1), which makes the gradient less noisy; logit-normal: sigmoid of a normal number
-    (Esser et al. 2024, section 3.1), more weight on the middle; second-moment: where losses were
-    large, weighted back (IDDPM section 3.3), which makes the gradient of bound less noisy."""
+    """uniform: DDPM; stratified: uniform, but spread evenly over each batch (Kingma et al. 2021,
+    appendix I.1), which makes the gradient less noisy; logit-normal: the sigmoid of a normal
+    variable (Esser et al. 2024, section 3.1), which puts more weight on the middle; second-moment:
+    importance sampling by past losses, with weights that compensate for it (IDDPM section 3.3),
+    which makes the gradient of the bound less noisy."""
 
     logit_mean: float = 0.0
-    """Mean of the normal number of logit-normal."""
+    """Mean of logit-normal's normal variable."""
 
     logit_std: float = 1.0
-    """Standard deviation of the normal number of logit-normal."""
+    """Standard deviation of logit-normal's normal variable."""
 
     bound_weight: float = 1e-3
     """Weight of the variational bound for models with learned variance (IDDPM eq. 16)."""
 
     bin_width: float = 2 / 255
-    """Distance between grey levels in [-1, 1], for the bound; 0.125 for the 17 levels of digits."""
+    """Distance between grey levels in [-1, 1], for the bound; 0.125 for the digits' 17 levels."""
 
     def __post_init__(self) -> None:
         if self.weighting not in ("simple", "min-snr", "bound"):
@@ -72,7 +73,7 @@ class Objective:
     schedule: NoiseSchedule
     prediction: Prediction
     learned_sigma: bool = False
-    """The network returns twice the channels: its prediction, then its variance."""
+    """Whether the network returns twice the channels: its prediction, then its variance."""
 
     def timesteps(self, count: int, source: torch.Generator) -> Tensor:
         """Noise levels of a batch: (count,) on the CPU, int64, or fp64 for logit-normal.
@@ -84,7 +85,7 @@ class Objective:
             normal = torch.randn(count, generator=source, dtype=torch.float64)
             return torch.sigmoid(config.logit_mean + config.logit_std * normal) * (total - 1)
         if config.timesteps == "stratified":
-            # One offset for all: sample i of N gets i/N + u, so that every t is equally likely.
+            # One offset u for all: sample i of N gets i/N + u, so every t is equally likely.
             offset = torch.rand((), generator=source, dtype=torch.float64)
             strata = torch.randperm(count, generator=source) / count
             return (((offset + strata.double()) % 1) * total).long().clamp(max=total - 1)
@@ -95,13 +96,15 @@ class Objective:
         return self.losses(output, x, x0, noise, t).mean()
 
     def losses(self, output: Tensor, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted simple loss, plus the variational bound where the variance is learned; with
-        weighting "bound" the bound alone, from which the prediction learns too (L_vlb of IDDPM).
+        """Weighted simple loss, plus the variational bound if the variance is learned.
 
-        output: (N, C, ...), or (N, 2C, ...) with learned_sigma; what the network returned for x.
-        x, x0, noise: (N, C, ...), fp32 or fp64, with x = alpha * x0 + sigma * noise. t: (N,).
+        With weighting "bound" it is the bound alone, from which the prediction learns too (L_vlb of
+        IDDPM).
 
-        Returns (N,), in fp32 (fp64 stays).
+        output: (N, C, ...), or (N, 2C, ...) with learned_sigma: the network's output for x. x, x0,
+        noise: (N, C, ...), fp32 or fp64, with x = alpha * x0 + sigma * noise. t: (N,).
+
+        Returns (N,), in fp32 (fp64 stays fp64).
         """
         schedule, config = self.schedule, self.config
         variance: Tensor | None = None
@@ -135,7 +138,7 @@ class Objective:
         return self.schedule.num_timesteps * bits
 
     def _denoised(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The estimate of x0 that a prediction makes at each sample's own t: (N, C, ...)."""
+        """The estimate of x0, (N, C, ...), from a prediction at each sample's own t."""
         levels = [
             to_denoised(float(a), float(s), self.prediction)
             for a, s in zip(self.schedule.alpha(t), self.schedule.sigma(t), strict=True)

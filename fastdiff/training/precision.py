@@ -1,4 +1,4 @@
-"""Devices and precisions: what was requested, or an error."""
+"""Devices and precisions: exactly what was requested, or an error."""
 
 from __future__ import annotations
 

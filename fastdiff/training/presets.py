@@ -1,4 +1,4 @@
-"""Tested runs by name; change fields with `dataclasses.replace` or on the command line."""
+"""Tested runs by name. Change fields with `dataclasses.replace` or on the command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.objective import DenoiserLossConfig
 
-# Variations as small as those of handwriting; some images stay unchanged so that the models also
-# see the real distribution. The autoencoder may learn more than digits, the denoiser may not.
+# The variations are as small as those of handwriting, and some images stay unchanged, so that the
+# models also see the real distribution. The autoencoder may learn more than digits; the denoiser
+# must not.
 _WIDE = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.75)
 _NARROW = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 

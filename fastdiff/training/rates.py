@@ -10,8 +10,9 @@ from fastdiff.training.config import OptimizationConfig
 def learning_rate(step: int, config: OptimizationConfig) -> float:
     """Learning rate of step `step`, counted from 0.
 
-    Linear warm-up, lr * (step + 1) / warmup_steps; then constant, or
-    final + (lr - final) * (1 + cos(pi * p)) / 2 with p from 0 after the warm-up to 1 at `steps`.
+    It is a linear warm-up, lr * (step + 1) / warmup_steps, followed by a constant or by
+    final + (lr - final) * (1 + cos(pi * p)) / 2, where p goes from 0 after the warm-up to 1 at
+    `steps`.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

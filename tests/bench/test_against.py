@@ -1,4 +1,4 @@
-"""Two checkouts in turns: which is first changes, the ratio has its sign, limits are held."""
+"""Two checkouts measured in turns: the order alternates, the speed-up is right, limits apply."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.fixture
 def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The other checkout; both tell what they are asked in the file "order" beside them."""
+    """The other checkout. Both log their commands to the file "order" in the parent folder."""
     for name in ("this", "other"):
         (tmp_path / name / "fastdiff" / "kernels").mkdir(parents=True)
         (tmp_path / name / "fastdiff" / "kernels" / "__init__.py").touch()
@@ -37,9 +37,9 @@ def test_the_speed_up_is_the_median_of_rounds_in_turns(other: Path) -> None:
     found = against.compared("unet", other, 3)  # the other takes 4, 5 and 6 s
     assert (found.seconds, found.other_seconds) == (2.0, 5.0)
     assert (found.speedup, found.cpu_speedup) == (2.5, 2.0)
-    told = (other.parent / "order").read_text().splitlines()
-    assert told[:2] == ["this open unet", "other open unet"]
-    assert [line.split()[0] for line in told[2:]] == [
+    order = (other.parent / "order").read_text().splitlines()
+    assert order[:2] == ["this open unet", "other open unet"]
+    assert [line.split()[0] for line in order[2:]] == [
         *("other", "this"), *("this", "other"), *("other", "this")
     ]  # fmt: skip
 
@@ -50,12 +50,12 @@ def test_a_checkout_that_is_slower_than_allowed(
     words = [str(other), "--only", "decoder", "--rounds", "2", "--at-least"]
     assert against.main([*words, "1.9"]) == 0
     assert against.main([*words, "2.1"]) == 1
-    told = capsys.readouterr()
-    assert "against: decoder runs at 2.000 of the other's speed, less than 2.1" in told.err
-    assert "2.250 |" in told.out  # by the clock: the median of 4 / 2 and 5 / 2
+    printed = capsys.readouterr()
+    assert "against: decoder runs at 2.000 of the other's speed, less than 2.1" in printed.err
+    assert "2.250 |" in printed.out  # by wall time: the median of 4 / 2 and 5 / 2
 
 
-def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         against.main([str(tmp_path)])
     assert "does not contain the package fastdiff" in capsys.readouterr().err

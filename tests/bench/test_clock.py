@@ -1,4 +1,4 @@
-"""The clocks: the host's, and a GPU's, which is gone through on a made-up GPU too."""
+"""The timers for the host and for a GPU; the latter is also tested on a fake GPU."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_a_gpus_clock(method: Method) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cold_cache_is_slower_and_a_graph_hides_launches() -> None:
-    x = torch.ones(2**22, device="cuda")  # 16 MB: in the cache or not
+    x = torch.ones(2**22, device="cuda")  # 16 MB, which fit in the cache
     timer = GpuTimer()
     cold, warm = (timer(lambda: x.mul_(1.0), method=m) for m in ("events", "graph"))
     assert warm.median_s < cold.median_s
 
 
 class MadeUpGpu:
-    """What GpuTimer asks of torch.cuda: every call takes a millisecond of a clock of its own."""
+    """The parts of torch.cuda that GpuTimer uses, with a clock that each call advances by 1 ms."""
 
     def __init__(self) -> None:
         self.now_ms = 0.0
@@ -106,7 +106,7 @@ def test_the_gpus_clock_goes_by_its_events(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(timer, "flush", SimpleNamespace(zero_=lambda: gpu.log.append("flush")))
     timing = timer(gpu.work, method="events", budget_s=0.005)
     assert (timing.rounds, timing.median_s) == (5, 1e-3)
-    # each call after the cache was overwritten and the host given a head start
+    # before each call, the cache is overwritten and the host gets a head start
     assert gpu.log[-15:] == ["flush", "sleep", "work"] * 5
 
     timing = timer(gpu.work, method="graph", budget_s=0.1)
@@ -116,4 +116,4 @@ def test_the_gpus_clock_goes_by_its_events(monkeypatch: pytest.MonkeyPatch) -> N
     gpu.calls = 0
     timing = timer(gpu.work, method="host", budget_s=1e-9)
     assert timing.rounds == 2
-    assert gpu.calls == 2 + 4 * CALLS  # once to warm up, once to size, four times `CALLS`
+    assert gpu.calls == 2 + 4 * CALLS  # one to warm up, one to choose the size, 4 times `CALLS`

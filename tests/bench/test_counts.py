@@ -1,4 +1,4 @@
-"""The host's cost of op calls: launches are stubbed, slower code costs more, units are adds."""
+"""The host's cost of op calls, in units of one add and with stubbed launches."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def geglu(x):
         pass
     return _fast(x)
 """
-"""Put behind ``kernels/__init__.py``."""
+"""Appended to ``kernels/__init__.py``."""
 
 
 @pytest.fixture(scope="module")
 def slow_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package whose geglu waits."""
+    """A copy of the package with a geglu that waits."""
     folder = tmp_path_factory.mktemp("checkout")
     skipped = shutil.ignore_patterns("__pycache__", "assets")
-    for name in ("fastdiff", "kernels"):  # fastdiff/kernels is a link that leads to the copy
+    for name in ("fastdiff", "kernels"):  # the link fastdiff/kernels then points to the copy
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=skipped)
     with (folder / "kernels" / "__init__.py").open("a") as file:
         file.write(SLOW)
@@ -76,7 +76,7 @@ def test_a_stubbed_launch_runs_once_and_is_undone(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 @compiled
 def test_launches_and_costs_of_every_backend() -> None:
-    """A launch forward, one more backward. An op costs more than one add, with a gradient more."""
+    """One launch forward, one backward. An op costs more than an add, and more with a gradient."""
     found = costs(ops=["geglu"])
     assert {case: cost.launches for case, cost in found.items()} == {
         (backend, mode): launches
@@ -98,23 +98,25 @@ def test_slower_code_costs_more(slow_checkout: Path, capsys: pytest.CaptureFixtu
     assert cost.other_cost is not None
     assert cost.ratio is not None
     assert cost.ratio < 0.5
-    # 300 µs are at least 100 adds, unless an add takes 3 µs
+    # 300 µs are more than 100 adds unless an add takes 3 µs
     assert cost.other_cost - cost.cost > 100
     words = ["host", "--op", "geglu", "--backend", "triton", "--mode", "inference", "--json"]
     words += ["--rounds", "8", "--against", str(slow_checkout), "--at-most", "0.001"]
     assert counts.main(words) == 1
-    told = capsys.readouterr()
-    (found,) = json.loads(told.out)
+    printed = capsys.readouterr()
+    (found,) = json.loads(printed.out)
     assert (found["op"], found["backend"], found["launches"]) == ("geglu", "triton", 1)
-    assert "counts: geglu triton inference costs 0." in told.err
+    assert "counts: geglu triton inference costs 0." in printed.err
 
 
 @pytest.mark.slow
-def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reason_is_given_for_calls_that_cannot_be_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = ["host", "--op", "philox_normal", "--backend", "cuda", "--mode", "gradient"]
     assert counts.main(words) == 2
-    told = capsys.readouterr()
-    assert "philox_normal cuda gradient: it has no gradient" in told.out
+    printed = capsys.readouterr()
+    assert "philox_normal cuda gradient: it has no gradient" in printed.out
     assert counts.main(["host", "--op", "gelu"]) == 2
     assert "unknown op gelu; expected some of ada_layer_norm, add_" in capsys.readouterr().err
 
@@ -131,12 +133,12 @@ def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_table() -> None:
     done = HostCost(op="geglu", backend="cpu", mode="inference", launches=1, cost=5.84)
-    beside = HostCost(
+    compared = HostCost(
         op="attention", backend="cuda", mode="gradient", launches=3, cost=91.2, other_cost=95.1,
         ratio=0.9591,
     )  # fmt: skip
     absent = HostCost(op="geglu", backend="cuda", mode="inference", missing="no library")
-    assert counts.table([done, beside, absent]).splitlines()[1:] == [
+    assert counts.table([done, compared, absent]).splitlines()[1:] == [
         "geglu      cpu      inference         1   5.8",
         "attention  cuda     gradient          3  91.2         95.1  0.959",
     ]

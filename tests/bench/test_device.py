@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.device` would do on a GPU, gone through without one."""
+"""The steps of `python -m benchmarks.device` on a GPU, tested without one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_call_grows_with_the_batch_and_weights_do_not() -> None:
     assert {c.at_batch(3): n for c, n in single.items()} == dict(collected)
 
 
-def test_the_most_telling_cases_come_first_and_none_is_missing() -> None:
+def test_the_most_important_cases_come_first_and_none_is_missing() -> None:
     jobs = {name: shapes.GPU_JOBS[name] for name in ("SD 1.5 U-Net", "KL-f8 decoder")}
     subjects = [SUBJECTS["group_norm_silu"], SUBJECTS["attention"]]
     todo = bench_run.cases(subjects, jobs, (1, 2))
@@ -82,13 +82,13 @@ def test_the_most_telling_cases_come_first_and_none_is_missing() -> None:
         for call in replace(job, batch=1).collect()
     )
     assert len({str(case) for case in forward}) == len(forward) == 2 * distinct
-    # within a priority the ops take turns
+    # ops alternate within a priority
     assert [case.subject.op for case in forward[:4]].count("attention") == 2
 
 
 def test_work_and_method() -> None:
     one = replace(GEGLU, call=Call("geglu", ((1, 4096, 2560),)))
-    assert one.work == Work(bytes=4096 * 2560 * 3)  # 2560 in and 1280 out, of two bytes
+    assert one.work == Work(bytes=4096 * 2560 * 3)  # 2560 in and 1280 out, two bytes each
     assert one.method == "graph"
     assert replace(one, call=one.call.at_batch(16)).method == "events"
     call = Call("attention", ((2, 4096, 8, 40),) * 3)
@@ -133,8 +133,8 @@ def test_operands_are_in_the_layout_of_the_networks() -> None:
     [SUBJECTS["group_norm_silu"], SUBJECTS["attention"]],
     ids=lambda subject: subject.op,
 )
-def test_what_people_write_computes_what_ours_does(subject: Subject) -> None:
-    """A rival that computes something else would be no rival."""
+def test_eager_code_computes_the_same_as_ours(subject: Subject) -> None:
+    """Otherwise the comparison of their times would mean nothing."""
     calls = {
         "group_norm_silu": Call(
             "group_norm_silu", ((2, 32, 4, 4), (32,), (32,)), (("scale_shift", (2, 64)),)
@@ -147,16 +147,16 @@ def test_what_people_write_computes_what_ours_does(subject: Subject) -> None:
     )
 
 
-def test_gradients_at_which_nothing_is_aimed_come_later() -> None:
+def test_gradients_without_a_target_come_later() -> None:
     jobs = {"SD 1.5 U-Net": shapes.GPU_JOBS["SD 1.5 U-Net"]}
     (case,) = [
         c for c in bench_run.cases([SUBJECTS["geglu"]], jobs, (2,)) if c.direction == "backward"
     ]
     assert (case.priority, case.providers) == (1, LATER)
-    assert case.work == Work(bytes=2 * 4096 * 2560 * 5)  # 2560 in and out, 1280 in, of two bytes
+    assert case.work == Work(bytes=2 * 4096 * 2560 * 5)  # 2560 in and out, 1280 in, 2 bytes each
 
 
-def test_what_people_write_as_a_sampler_step_is_ours() -> None:
+def test_an_eager_sampler_step_computes_the_same_as_ours() -> None:
     case = sampler_step.gpu_cases(4, (2,))[0]
     args, options = case.subject.arguments(case.call, case.job, Make(torch.float32, CPU))
     ours, theirs = ([a.clone() for a in args] for _ in range(2))
@@ -193,8 +193,8 @@ def test_every_provider_leaves_a_record() -> None:
 
 
 @kernel_cases.needs_interpreter
-def test_our_backends_are_timed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CUDA implementation that takes CPU tensors."""
+def test_all_our_backends_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tested with a "cuda" backend that takes CPU tensors."""
     op = kernels.OPS["geglu"]
     stand_in = replace(op.backends["cpu"], name="cuda")
     monkeypatch.setitem(op.backends, "cuda", stand_in)
@@ -207,7 +207,7 @@ def test_our_backends_are_timed_beside_each_other(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_winner_of_a_class_is_faster_over_all_its_cases() -> None:
-    """By the ratio of each case, not by the sum: a slow case counts as much as a fast one."""
+    """Ratios decide, not the sum of times, so a slow case counts as much as a fast one."""
     measured = []
     for shape, triton, cuda in (("A", 1.0, 0.9), ("B", 1e-3, 2e-3), ("C", 1e-3, 1e-3)):
         measured += records("geglu", shape, triton=triton, cuda=cuda, eager=1e-6)
@@ -215,9 +215,9 @@ def test_the_winner_of_a_class_is_faster_over_all_its_cases() -> None:
     measured += [replace(r, shape_class="memory") for r in records("geglu", "D", cuda=1.0)]
     large = records("geglu", "E", triton=9.0, cuda=1.0)
     measured += [replace(record, shape_class="launch") for record in large]
-    measured += records("geglu backward", "A", triton=1.0, cuda=0.5)  # has no class
+    measured += records("geglu backward", "A", triton=1.0, cuda=0.5)  # without a class
     of_library = [*records("attention", "F", triton=2.0, cuda=3.0, library=1.0)]
-    of_library += records("attention", "G", triton=1.0)  # with a mask, which the library refuses
+    of_library += records("attention", "G", triton=1.0)  # the library does not support its mask
     measured += [replace(record, shape_class="self/64") for record in of_library]
     assert bench_run.fastest_backends(measured) == {
         "geglu": {
@@ -262,18 +262,18 @@ OURS = """
 
 
 @pytest.mark.parametrize(
-    ("told", "fails"),
+    ("output", "fails"),
     [
         (OURS, True),
         (OURS.replace("fastdiff::", "cub::"), False),
-        (OURS.replace("+0x", "+"), True),  # places that nobody can read
+        (OURS.replace("+0x", "+"), True),  # places that cannot be parsed
     ],
 )
-def test_reports_in_the_kernels_of_libraries_are_no_failure(
-    told: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_reports_about_library_kernels_are_not_failures(
+    output: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for memcheck's: nobody's kernel may read beyond the end."""
-    done = subprocess.CompletedProcess([], device.FOUND, told, "")
+    """Except those of memcheck, because no kernel may access memory out of bounds."""
+    done = subprocess.CompletedProcess([], device.FOUND, output, "")
     monkeypatch.setattr(device.shutil, "which", lambda name: name)
     monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(device.Failed) as failure:
@@ -284,7 +284,7 @@ def test_reports_in_the_kernels_of_libraries_are_no_failure(
     assert len(others) == (0 if fails else len(device.TOOLS) - 1)
 
 
-def test_what_the_driver_tells_of_the_kernels_is_kept(
+def test_the_drivers_report_on_kernels_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = subprocess.CompletedProcess([], 0, "kernel  threads\nf<float>  256\n", "")
@@ -316,7 +316,7 @@ def test_a_wrong_kernel_is_a_failure_and_is_not_timed(monkeypatch: pytest.Monkey
 
 
 @kernel_cases.needs_interpreter
-def test_a_broken_case_is_told_and_the_next_one_runs() -> None:
+def test_a_broken_case_is_reported_and_the_next_one_runs() -> None:
     def broken(*_: Any) -> Tensor:
         raise KeyError("eager is broken")
 
@@ -331,7 +331,7 @@ def test_the_libraries_kernels_are_tried_one_by_one() -> None:
     case = Case(subject=SUBJECTS["attention"], job_name="", job=JOB, call=call)
     case = replace(case, dtype=torch.float32, providers=("sdpa math", "sdpa cudnn"))
     outcome = run([case])
-    if not torch.cuda.is_available():  # cuDNN is for GPUs; that is no failure
+    if not torch.cuda.is_available():  # cuDNN needs a GPU, which is not a failure
         assert [r.provider for r in outcome.records] == ["sdpa math", "matmul"]
         assert "sdpa cudnn: RuntimeError" in outcome.unavailable[0]
     assert outcome.failures == []
@@ -381,7 +381,7 @@ def inside(stage: str, out: Path, function: Callable[[Plan], list[str]]) -> dict
     return json.loads((out / f"{stage}.json").read_text())
 
 
-def test_a_stage_says_how_it_went(tmp_path: Path) -> None:
+def test_a_stage_records_its_outcome(tmp_path: Path) -> None:
     def fail(_: Plan) -> list[str]:
         raise device.Failed("one", "two")
 
@@ -395,7 +395,7 @@ def test_a_stage_says_how_it_went(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sanitized_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Its kernels run: on a GPU, in the interpreter or under the emulation."""
+    """A backend whose kernels run on a GPU, in the interpreter or under the emulation."""
     emulated = request.param == "cuda" and not torch.cuda.is_available()
     with cuda_host.emulated() if emulated else nullcontext():
         yield request.param
@@ -424,7 +424,7 @@ def test_the_sanitizers_see_every_op(
 @pytest.mark.slow
 @kernel_cases.needs_cuda
 def test_the_sanitizers_see_every_cuda_kernel() -> None:
-    """Each that stands in csrc/, but for the one that nothing launches."""
+    """All kernels in csrc/ run, except the one that is never launched."""
     emulated = not torch.cuda.is_available()
     with cuda_host.emulated() if emulated else nullcontext(), watched() as seen:
         device.parity_cases(["cuda"], 1000.0)
@@ -437,13 +437,13 @@ def test_the_sanitizers_see_every_cuda_kernel() -> None:
 
 @pytest.mark.slow
 def test_a_device_needs_no_package_of_the_command_line() -> None:
-    """A borrowed machine may have torch, triton and pytest, and no tyro."""
+    """A borrowed machine may have torch, triton and pytest but not tyro."""
     names = ["benchmarks.device", "benchmarks.resources.cuda_device"]
     for folder in ("benchmarks", "benchmarks/networks", "fastdiff/bench", "fastdiff/bench/ops"):
         paths = (path for path in (ROOT / folder).glob("*.py") if path.stem != "conftest")
         names += [f"{folder.replace('/', '.')}.{path.stem}" for path in paths]
     for path in (ROOT / "tests/kernels").glob("*.py"):
-        other = ("sanitized", "one_row_too_far")  # they put something in the module's place
+        other = ("sanitized", "one_row_too_far")  # these replace the compiled module on import
         ignored = (*device.IGNORED, *(f"tests/kernels/{name}.py" for name in other))
         if f"tests/kernels/{path.name}" not in ignored:
             names.append(f"tests.kernels.{path.stem}")
@@ -461,11 +461,11 @@ def test_every_stage_has_its_share_of_ten_minutes() -> None:
 def fake_stage(
     monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, str]
 ) -> list[tuple[str, float]]:
-    """Stages that take no time, with the given outcomes."""
+    """Replace the stages by ones that take no time and have the given outcomes."""
     asked: list[tuple[str, float]] = []
 
-    def run_stage(stage: str, told: Plan) -> device.Result:
-        asked.append((stage, told.seconds))
+    def run_stage(stage: str, plan: Plan) -> device.Result:
+        asked.append((stage, plan.seconds))
         return device.Result(stage=stage, status=outcomes.get(stage, "ok"), seconds=0.1)
 
     monkeypatch.setattr(device, "run_stage", run_stage)
@@ -487,14 +487,12 @@ def test_a_failing_stage_stops_no_other_and_makes_the_exit_code_1(
     assert device.main(["--out", str(tmp_path), "--only", "sanitize"]) == 0
 
 
-def test_time_that_is_not_used_goes_to_the_later_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_time_goes_to_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = fake_stage(monkeypatch, {})
     device.main(["--out", str(tmp_path), "--minutes", "9.5"])
     asked = dict(stages)
     assert asked["environment"] <= device.SECONDS["environment"]
-    assert asked["networks"] > 500  # nobody before it took any
+    assert asked["networks"] > 500  # earlier stages used no time
     assert device.main(["--out", str(tmp_path), "--minutes", "0"]) == 1
 
 
@@ -502,13 +500,13 @@ def test_a_stage_that_dies_or_hangs_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "GRACE_S", 0)
-    told = replace(plan(tmp_path), seconds=0.2)
-    monkeypatch.setattr(device.sys, "executable", "/bin/sleep")  # it wants no such words: it dies
-    result = device.run_stage("tune", replace(told, seconds=20))
+    short = replace(plan(tmp_path), seconds=0.2)
+    monkeypatch.setattr(device.sys, "executable", "/bin/sleep")  # dies of unknown arguments
+    result = device.run_stage("tune", replace(short, seconds=20))
     assert result.status == "failed"
     assert result.notes == ["exit code 1, see log.txt"]
     monkeypatch.setattr(device.sys, "executable", str(hanging(tmp_path)))
-    result = device.run_stage("tune", told)
+    result = device.run_stage("tune", short)
     assert result.status == "timed out"
 
 
@@ -528,15 +526,15 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
     )
     summary = json.loads((tmp_path / "summary.json").read_text())
-    told = {stage["stage"]: stage for stage in summary["stages"]}
-    assert set(told) == set(device.STAGES), done.stdout
-    assert told.pop("build")["status"] == "left out"
-    failing = {name: stage for name, stage in told.items() if stage["status"] != "ok"}
-    assert [note for note in told["sanitize"]["notes"] if note.startswith("memcheck: ")]
+    stages = {stage["stage"]: stage for stage in summary["stages"]}
+    assert set(stages) == set(device.STAGES), done.stdout
+    assert stages.pop("build")["status"] == "left out"
+    failing = {name: stage for name, stage in stages.items() if stage["status"] != "ok"}
+    assert [note for note in stages["sanitize"]["notes"] if note.startswith("memcheck: ")]
     (path,) = tmp_path.glob("results/dry-run/*.json")
     assert list(tmp_path.glob("tuned/dry-run.json"))
     if "triton" in choose.UNAVAILABLE:
-        assert set(failing) <= {"bench", "networks"}, done.stdout  # some op is still to come
+        assert set(failing) <= {"bench", "networks"}, done.stdout  # these need triton
         return
     assert not failing, done.stdout
     assert done.returncode == 0
@@ -569,7 +567,7 @@ def records(benchmark: str, shape: str, bytes: int = 0, **medians: float) -> lis
     ]
 
 
-def test_targets_take_the_worst_case_and_say_what_is_missing() -> None:
+def test_targets_use_the_worst_case_and_list_what_is_missing() -> None:
     large = 2**30
     found = gpu_report.groups(
         [
@@ -592,7 +590,7 @@ def test_targets_take_the_worst_case_and_say_what_is_missing() -> None:
     assert rows["attention", "to 77 tokens", best][1] == "1.90 x"
 
 
-def test_a_gpus_section_says_what_its_records_hold(tmp_path: Path) -> None:
+def test_the_section_of_a_gpu_matches_its_records(tmp_path: Path) -> None:
     facts = {
         "commit": "c0ffee" * 6,
         "clean": True,
@@ -633,7 +631,7 @@ def test_without_a_gpu_the_report_says_so() -> None:
     assert text.count("not measured") == len(gpu_report.TARGETS)
 
 
-# What a dry run leaves out
+# Checks that a dry run leaves out
 
 
 @pytest.mark.parametrize("name", shapes.GPU_JOBS)
@@ -647,7 +645,7 @@ def test_the_networks_take_half_precision(name: str) -> None:
 
 @pytest.mark.slow
 def test_every_case_of_a_real_run_fits_its_providers() -> None:
-    """All shapes, batches and directions, on tensors without data."""
+    """All shapes, batches and directions run, on tensors without data."""
     ours_apart = ("reference", "eager", "eager channels_last", "sdpa math")
     todo = [replace(case, providers=ours_apart) for case in bench_run.cases(NETWORK_OPS)]
     assert len(todo) > 400
@@ -661,7 +659,7 @@ def test_every_case_of_a_real_run_fits_its_providers() -> None:
 
 
 @pytest.mark.parametrize("name", gpu_networks.NETWORKS)
-def test_diffusers_networks_take_what_they_are_given(name: str) -> None:
+def test_diffusers_networks_accept_their_inputs(name: str) -> None:
     pytest.importorskip("diffusers")
     job = shapes.GPU_JOBS[name]
     for provider, step in gpu_networks._diffusers(job, torch.device("meta")):

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and that the report says what the records hold."""
+"""The arithmetic of the benchmarks, and the report generated from their records."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_rates_and_shares() -> None:
     assert EAGER.bytes_per_second == 3e9
     assert EAGER.share_of(COPY) == 0.25
     sgemm = replace(COPY, provider="sgemm", flops=8_000_000, median_s=0.001)
-    # 4 MFLOP in 20 ms are 0.2 GFLOP/s of 8
+    # 4 MFLOP in 20 ms are 0.2 of 8 GFLOP/s
     assert replace(EAGER, flops=4_000_000).share_of(sgemm) == pytest.approx(0.025)
     assert SHARE.share == 0.25
-    # a quarter of the job, twice as fast: 0.75 + 0.125
+    # a quarter of the job becomes twice as fast: 0.75 + 0.125
     assert record.amdahl(0.25, 2.0) == pytest.approx(1 / 0.875)
     assert record.amdahl(0.25, 1.0) == 1.0
 
@@ -69,7 +69,7 @@ def test_shapes_are_those_of_the_published_networks() -> None:
     assert shapes.jobs_with("geglu") == ["SD 1.5 U-Net"]
 
 
-def test_noting_leaves_the_ops_as_they_were() -> None:
+def test_collecting_calls_leaves_the_ops_unchanged() -> None:
     before = dict(kernels.OPS["geglu"].backends)
     shapes.JOBS["digits U-Net"].collect()
     assert kernels.OPS["geglu"].backends == before
@@ -77,7 +77,7 @@ def test_noting_leaves_the_ops_as_they_were() -> None:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """Save records as a run of some commit and day would."""
+    """A function that saves records like a run at some commit on some day."""
 
     def save(commit: str, day: int, *measured: Sequence[Any], clean: bool = True) -> Path:
         facts = {
@@ -93,14 +93,14 @@ def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
-def test_the_report_says_what_the_records_hold(at: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_report_matches_the_records(at: Callable[..., Path], tmp_path: Path) -> None:
     path = at("c0ffee" * 6, 1, [REFERENCE, EAGER, COPY], [SHARE], [PEAK])
     assert path == tmp_path / "test-cpu" / "c0ffeec0ffee.json"
     (device,) = report.devices(tmp_path)
     (run,) = device.runs
     assert (run.records, run.shares, run.peaks) == ([REFERENCE, EAGER, COPY], [SHARE], [PEAK])
     text = report.section(device)
-    # ratio 30/20; 60 MB in 20 ms; a copy takes 5 ms; a quarter of the job 1.5 times as fast
+    # ratio 30/20; 60 MB in 20 ms; a copy takes 5 ms; a quarter of the job is 1.5 times as fast
     assert "| eager | 20.0 ms | 1.50 x | 3.00 | 25% | 1.09 x | c0ffeec |" in text
     assert "| geglu | 16 | 500 ms | 25.0% | 1.33 x | c0ffeec |" in text
     assert "| sample | 64 digits |  |  | 1 |  | 300 MiB | c0ffeec |" in text
@@ -127,17 +127,17 @@ def test_runs_of_one_commit_add_up(at: Callable[..., Path], tmp_path: Path) -> N
 def test_the_newest_run_of_a_case_wins(at: Callable[..., Path], tmp_path: Path) -> None:
     compiled = replace(EAGER, provider="compile", median_s=0.010)
     unfused = replace(SHARE, op="layer_norm")
-    # file names in another order than the dates
+    # the order of file names differs from that of dates
     at("bbbbbbb", 1, [REFERENCE, EAGER, compiled], [SHARE, unfused], [PEAK])
     at("aaaaaaa", 2, [replace(REFERENCE, median_s=0.060), EAGER], [SHARE])
     (device,) = report.devices(tmp_path)
     text = report.section(device)
     assert "| eager | 20.0 ms | 3.00 x | 3.00 |  | 1.20 x | aaaaaaa |" in text
-    # not measured again: as it was, beside the reference of its own run
+    # not measured again, so it stays and is compared with the reference of its own run
     assert "| compile | 10.0 ms | 3.00 x | 6.00 |  | 1.20 x | bbbbbbb |" in text
     assert "| 300 MiB | bbbbbbb |" in text
     assert text.count("| eager |") == text.count("| reference |") == 1
-    # the ops of a job stay together: one that the newer evaluation lacks is gone
+    # the ops of a job stay together, so an op that the newer run lacks is dropped
     assert device.shares() == [(device.runs[1], SHARE)]
     assert text.index("- aaaaaaa, 2026-01-02") < text.index("- bbbbbbb, 2026-01-01")
 
@@ -145,11 +145,11 @@ def test_the_newest_run_of_a_case_wins(at: Callable[..., Path], tmp_path: Path) 
     text = report.section(report.devices(tmp_path)[0])
     assert "| compile | 10.0 ms | 5.00 x |" in text
     assert "- ccccccc" in text
-    assert "aaaaaaa" not in text  # nothing of it counts any more
+    assert "aaaaaaa" not in text  # replaced completely
     assert "bbbbbbb" not in text
 
 
-def test_networks_stand_beside_diffusers_of_their_own_run(
+def test_networks_are_compared_with_diffusers_in_the_same_run(
     at: Callable[..., Path], tmp_path: Path
 ) -> None:
     theirs = replace(EAGER, benchmark=record.END_TO_END, provider="diffusers", median_s=3.0)
@@ -190,7 +190,7 @@ def test_without_records_nothing_is_written(tmp_path: Path) -> None:
         report.devices(tmp_path)
 
 
-def test_the_document_is_what_the_records_say() -> None:
+def test_the_document_matches_the_records() -> None:
     text = report.DOCUMENT.read_text()
     found = report.devices()
     assert text == report.fill(text, report.tables(found))
@@ -208,7 +208,7 @@ def test_duration(seconds: float, text: str) -> None:
     assert record.duration(seconds) == text
 
 
-def test_what_is_written_by_hand_stays() -> None:
+def test_text_written_by_hand_is_kept() -> None:
     document = f"by hand\n{report.MEASURED[0]}\nold\n{report.MEASURED[1]}\nbelow"
     filled = report.fill(document, "new")
     assert filled == f"by hand\n{report.MEASURED[0]}\n\nnew\n\n{report.MEASURED[1]}\nbelow"
@@ -220,26 +220,26 @@ def test_what_is_written_by_hand_stays() -> None:
 def test_predictions_by_hand() -> None:
     found = {str(p.case): p for p in predict.predictions()}
     image = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
-    # 2 x 8 heads of 4096^2 exponentials at 132 x 16 x 1.755 GHz; the rival's products at d = 64
+    # 2 x 8 heads of 4096^2 exponentials at 132 x 16 x 1.755 GHz; the rival computes with d = 64
     assert image.bound == "exponentials"
     assert image.floor_s == pytest.approx(2 * 8 * 4096**2 / (132 * 16 * 1.755e9))
     assert image.rival_s == pytest.approx(4 * 2 * 8 * 4096**2 * 64 / 790e12)
-    # 134 MB do not fit into 50 MB of L2: two reads and a write beside a read and a write
+    # 134 MB do not fit into 50 MB of L2: two reads and a write against one read and a write
     decoder = found["group_norm_silu KL-f8 decoder (1, 256, 512, 512)"]
     assert decoder.floor_s == pytest.approx(3 * 256 * 512**2 * 2 / 4.3e12)
     assert decoder.rival_s / decoder.floor_s == pytest.approx(2 / 3)
-    # a sample of 8 MB does
+    # a sample of 8 MB fits
     unet = found["group_norm_silu SD 1.5 U-Net (2, 960, 64, 64)"]
     assert unet.floor_s == unet.rival_s
     (step,) = (p for p in found.values() if p.case.benchmark == "sampler_step")
     assert (step.bound, step.floor_s) == ("one launch", 2e-6)
 
 
-def test_the_document_holds_the_predictions() -> None:
+def test_the_document_contains_the_predictions() -> None:
     assert report.table(*report.headed(predict.rows())) in report.DOCUMENT.read_text()
 
 
-def test_the_aims_of_a_cpu_take_the_worst_case() -> None:
+def test_the_targets_of_a_cpu_use_the_worst_case() -> None:
     def case(shape: str, megabytes: float, **medians: float) -> list[Record]:
         common = {"benchmark": record.IN_TURNS, "job": "SD 1.5 U-Net", "shape": shape}
         size = int(megabytes * 1e6)
@@ -273,21 +273,21 @@ def test_the_aims_of_a_cpu_take_the_worst_case() -> None:
 
 
 HALF = bench_accelerate.SMALL._replace(dtype=torch.bfloat16, tolerance=0.1)
-"""Beside fp32 what a GPU's run takes: no packing of dtypes, a sampler in another dtype."""
+"""Half precision, as in a GPU's run: no packing, and the sampler has another dtype."""
 
 
 @pytest.mark.parametrize("place", [bench_accelerate.SMALL, HALF], ids=["fp32", "half"])
 @pytest.mark.parametrize("part", bench_accelerate.PARTS)
 def test_accelerate_at_small_size(part: str, place: bench_accelerate.Place) -> None:
-    """Every provider gives the same result; `compile` is left to the benchmark."""
+    """Every provider gives the same result; `compile` is covered only by the benchmark."""
     providers = [p for p in bench_accelerate.PROVIDERS if not p.endswith("compile")]
     seconds = bench_accelerate.compare(part, providers, place, small=True, rounds=1)
     assert list(seconds) == providers
     assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
 
 
-def test_start_and_peak_of_one_alone() -> None:
-    """Whatever the process that starts it holds itself."""
+def test_startup_time_and_peak_memory_in_a_process_of_its_own() -> None:
+    """The memory of the parent process does not count."""
     ballast = torch.ones(2**29)  # 2 GiB
     found = bench_accelerate.alone("unet", "accelerated", True, bench_accelerate.SMALL)
     assert 0 < found["seconds"] < 300

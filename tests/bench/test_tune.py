@@ -1,4 +1,4 @@
-"""The search for launch configs, with a clock of our own, and which file serves which GPU."""
+"""The search for launch configs, with a fake clock, and the choice of a file for a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPU = Gpu("Test GPU 9000", "sm_90")
 CASE = Case(tunable="twice", shape_class="rows", dtype=torch.float32)
 NOW: Config = {"BLOCK": 16, "FACTOR": 2, "num_warps": 4}
 SECONDS = {16: 1.0, 32: 0.5, 64: 0.99, 128: 0.1, 256: 0.2, 512: 0.2, 1024: 0.3}
-"""What the test's clock says, by BLOCK. 64 is too little a gain; see `candidates` for the rest."""
+"""Times on the fake clock, by BLOCK. 64 gains too little; see `candidates` for the rest."""
 
 
 @jit
@@ -41,11 +41,11 @@ def _twice_kernel(
 
 
 class OutOfResources(Exception):
-    """By its name what triton raises."""
+    """Stands for triton's exception of this name."""
 
 
 class CompilationError(Exception):
-    """By its name what triton raises."""
+    """Stands for triton's exception of this name."""
 
 
 def candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
@@ -76,7 +76,7 @@ def calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[]
 
 
 def _tried() -> configs.Config:
-    """The config that the search has put in force."""
+    """The config that the search is currently trying."""
     (config,) = [c for (name, _), c in configs._overrides.items() if name == "twice"]
     return config
 
@@ -91,7 +91,7 @@ def clock(
 
 @pytest.fixture(autouse=True)
 def _tunable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A tunable with a config in a user's cache of this test's own."""
+    """A tunable, with a config in a user cache that only this test uses."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
     tunable = Tunable(name="twice", shape_classes=("rows",), candidates=candidates, calls=calls)
     monkeypatch.setitem(TUNABLES, "twice", tunable)
@@ -138,7 +138,7 @@ def test_a_gain_within_the_noise_changes_nothing(monkeypatch: pytest.MonkeyPatch
 
 @cases.needs_interpreter
 def test_luck_does_not_win() -> None:
-    """A candidate that is fast once and slow when it is timed again."""
+    """A candidate is fast once but slow when timed again."""
     seen: list[int] = []
 
     def lucky(
@@ -150,7 +150,7 @@ def test_luck_does_not_win() -> None:
 
     found = tune.search(CASE, gpu=GPU, device=CPU, timer=lucky)
     assert found.after == NOW
-    assert found.rejected["no faster when timed again"] == 2  # of BLOCK 32 and 128
+    assert found.rejected["no faster when timed again"] == 2  # BLOCK 32 and 128
 
 
 @cases.needs_interpreter
@@ -207,7 +207,7 @@ def test_results_agree_up_to_rounding_only() -> None:
     assert not tune.agrees(torch.tensor([1]), torch.tensor([2]))
 
 
-def test_an_error_everywhere_is_not_rounding_beside_one_large_number() -> None:
+def test_one_large_number_does_not_hide_errors_everywhere() -> None:
     a = torch.ones(1000)
     a[0] = 100.0
     small = 0.5 * tune.TOLERANCE[torch.float32] * a.max()
@@ -223,14 +223,14 @@ def test_a_short_search_sees_candidates_of_each_kind(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(TUNABLES, "twice", tunable)
     ordered = tune.ordered_candidates(CASE, NOW)
     assert ordered == tune.ordered_candidates(CASE, NOW)
-    assert len(ordered) == 49  # without the one in use
+    assert len(ordered) == 49  # without the config in use
     assert {config["BLOCK"] // 25 for config in ordered[:8]} == {0, 1}
     assert ordered != [config for config in listed if config != NOW]
 
 
 @cases.needs_interpreter
-def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GEGLU's own candidates and launcher, on one row instead of thousands."""
+def test_a_real_tunable_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidates and launcher of GEGLU, on two rows instead of thousands."""
     real = TUNABLES["geglu"]
 
     def small(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
@@ -243,10 +243,10 @@ def test_real_tunables_are_searched_as_they_are(monkeypatch: pytest.MonkeyPatch)
     for case in tune.cases(["geglu"]):
         found = tune.search(case, gpu=GPU, device=CPU, timer=HostTimer(rounds=1))
         assert found.tried == len(tune.ordered_candidates(case, found.before))
-        assert set(found.rejected) <= {"no faster when timed again"}  # the host is noisy
+        assert set(found.rejected) <= {"no faster when timed again"}  # host times are noisy
 
 
-def test_cases_are_the_ones_asked_for() -> None:
+def test_cases_match_the_selection() -> None:
     assert CASE in tune.cases()
     assert tune.cases(["twice"], [torch.float32]) == [CASE]
     assert all(case.shape_class == "rows" for case in tune.cases((), (), ["rows"]))
@@ -262,7 +262,7 @@ def test_cases_are_the_ones_asked_for() -> None:
 
 
 @cases.needs_interpreter
-def test_what_is_found_is_written_and_read_at_once(tmp_path: Path) -> None:
+def test_results_are_saved_and_used_immediately(tmp_path: Path) -> None:
     path = tune.cache_file(GPU)
     assert path == tmp_path / "tuned" / "test-gpu-9000.json"
     measured = tune.facts(GPU)
@@ -290,7 +290,7 @@ def test_what_is_found_is_written_and_read_at_once(tmp_path: Path) -> None:
     }
     assert configs.lookup("twice", GPU, torch.float32, "rows") == better
     assert configs.lookup("twice", GPU, torch.float16, "rows") == NOW
-    assert configs.lookup("geglu", GPU, torch.float32, "rows")  # the shipped file's
+    assert configs.lookup("geglu", GPU, torch.float32, "rows")  # from the shipped file
 
 
 @cases.needs_interpreter
@@ -307,7 +307,7 @@ def test_a_second_search_keeps_the_rest_and_says_when_it_was_measured(tmp_path: 
         "date": "3",
         "earlier": [{"gpu": "A", "date": "1"}, {"gpu": "A", "date": "2"}],
     }
-    tune.save([first, search()], {"gpu": "A", "date": "4"}, path)  # all measured anew
+    tune.save([first, search()], {"gpu": "A", "date": "4"}, path)  # everything measured again
     assert configs.read_tuned(path).measured == {"gpu": "A", "date": "4"}
 
 
@@ -325,10 +325,10 @@ def test_configs_and_backends_keep_each_other(tmp_path: Path) -> None:
     assert set(tuned.configs) == {"twice"}
     assert tuned.measured is not None
     assert tuned.measured["gpu"] == "A"
-    assert tuned.measured["backends"] == {"gpu": "B"}  # when and where the winners were timed
+    assert tuned.measured["backends"] == {"gpu": "B"}  # where the fastest backends were measured
 
 
-def test_auto_tries_first_what_the_gpus_file_says() -> None:
+def test_auto_prefers_the_fastest_backend_in_the_gpus_file() -> None:
     assert measured._fastest("geglu", GPU, "bfloat16/cache") is None
     winners = {"geglu": {"bfloat16/cache": "triton"}}
     tune.save_backends(winners, {"gpu": GPU.name, "date": "1"}, tune.cache_file(GPU))
@@ -336,7 +336,7 @@ def test_auto_tries_first_what_the_gpus_file_says() -> None:
     assert measured._fastest("geglu", GPU, "float16/cache") is None
 
 
-def test_unmeasured_attention_goes_to_the_larger_matrix_instructions(
+def test_unmeasured_attention_prefers_larger_matrix_instructions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hopper, ampere = Gpu("Some H", "sm_90"), Gpu("Some A", "sm_80")
@@ -360,7 +360,7 @@ def test_a_broken_file_is_put_aside_and_not_deleted() -> None:
     assert tune.set_aside_broken(path) is None
     path.write_text('{"measured": null')
     configs.forget_configs()
-    with pytest.raises(ValueError, match="remove it or run 'fastdiff tune' again"):
+    with pytest.raises(ValueError, match="delete it or run 'fastdiff tune' again"):
         configs.lookup("twice", GPU, torch.float32, "rows")
     aside = tune.set_aside_broken(path)
     assert aside is not None
@@ -376,7 +376,7 @@ def test_a_file_of_configs_is_written_as_it_is_read(tmp_path: Path) -> None:
         assert json.loads(tune.text_of(content["measured"], content["configs"])) == content
 
 
-# Which file serves which GPU
+# The choice of a file for a GPU
 
 
 @pytest.mark.parametrize(
@@ -413,8 +413,8 @@ def test_the_users_file_comes_before_the_gpus_before_the_architectures(
         configs.forget_configs()
         return configs.lookup("twice", gpu, torch.float32, shape_class)["BLOCK"]
 
-    assert block(GPU) == 16  # of the user's cache
-    assert block(GPU, "test-gpu-9000") == 3  # which does not have that class
+    assert block(GPU) == 16  # from the user's cache
+    assert block(GPU, "test-gpu-9000") == 3  # the cache does not have this class
     assert block(GPU, "sm_90") == 2
     tune.cache_file(GPU).unlink()
     assert block(GPU) == 3
@@ -424,7 +424,7 @@ def test_the_users_file_comes_before_the_gpus_before_the_architectures(
         block(Gpu("Another", "sm_80"), "sm_90")
 
 
-def test_a_gpu_without_measured_configs_is_told_so() -> None:
+def test_a_gpu_without_measured_configs_gets_a_notice() -> None:
     (line,) = tune.describe(Gpu("Other GPU", "sm_89"))
     assert line == (
         "no configs measured for this GPU: using those of sm_80, chosen without measurement; "
@@ -437,7 +437,7 @@ def test_a_gpu_without_measured_configs_is_told_so() -> None:
     ]
 
 
-def test_doctor_says_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_lists_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "launch configs of the Triton kernels" in out
@@ -445,7 +445,7 @@ def test_doctor_says_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
         assert "sm_90: chosen without measurement" in out or "sm_90: NVIDIA" in out
 
 
-def test_doctor_tells_of_each_gpu(
+def test_doctor_lists_each_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fastdiff.cli import doctor
@@ -456,9 +456,9 @@ def test_doctor_tells_of_each_gpu(
     monkeypatch.setattr(configs, "gpu_of", lambda device: gpus[device.index])
     write(GPU, {}).write_text("not json")
     configs.forget_configs()
-    told = doctor._configs()
-    assert "is not a valid file of launch configs" in told["cuda:0"][0]
-    assert "using those of sm_80" in told["cuda:1"][0]
+    listed = doctor._configs()
+    assert "is not a valid file of launch configs" in listed["cuda:0"][0]
+    assert "using those of sm_80" in listed["cuda:1"][0]
 
 
 # The command
@@ -468,12 +468,12 @@ def test_doctor_tells_of_each_gpu(
 def test_tune_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 2
     assert capsys.readouterr().err == (
-        "fastdiff: tuning needs a GPU, and this machine has none that torch can use\n"
+        "fastdiff: tuning needs a GPU, but torch finds none on this machine\n"
     )
 
 
 @cases.needs_interpreter
-def test_the_table_says_before_after_gain_and_what_was_left(
+def test_the_table_shows_before_after_gain_and_untried_candidates(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -485,4 +485,4 @@ def test_the_table_says_before_after_gain_and_what_was_left(
     assert "5 of 5" in out
     assert "0 of 5" in out
     assert "1 does not compile" in out
-    assert "5 not tried: a larger --budget-minutes would" in out
+    assert "5 not tried (use a larger --budget-minutes)" in out

@@ -276,7 +276,7 @@ def test_a_table_of_classes_comes_back_from_a_bundle(tmp_path: Path) -> None:
         image_size=64,
         image_channels=3,
     )
-    with pytest.raises(ValueError, match=r"no pipeline with a table of classes .* write a bundle"):
+    with pytest.raises(ValueError, match=r"no pipeline with a class embedding .* save a bundle"):
         save(model, tmp_path / "no", layout="diffusers")
     save(model, tmp_path / "m", layout="bundle")
     again = load(tmp_path / "m")
@@ -349,7 +349,7 @@ def test_options_go_through_a_recipe() -> None:
     recorded = json.loads(json.dumps(options.recorded))
     assert LoadOptions.of_recipe(recorded) == options
     for change, message in (
-        ({"nonsense": 1}, "unknown option of loading 'nonsense'"),
+        ({"nonsense": 1}, "unknown loading option 'nonsense'"),
         ({"tokenizer": "a"}, "tokenizer must be a list of folders"),
         ({"vae": 3}, "vae must be a file or folder, got 3"),
         ({"num_heads": "4"}, "num_heads must be a positive whole number"),
@@ -365,7 +365,9 @@ def test_every_layout_says_what_it_recognises(tmp_path: Path) -> None:
         "compvis",
         "ddpm",
         "diffusers",
+        "dit",
         "guided-diffusion",
+        "uvit",
     ]
     assert {layout.name for layout in found if layout.save is not None} == {"bundle", "diffusers"}
     with pytest.raises(ValueError, match="layout must be one of bundle, diffusers, got 'compvis'"):

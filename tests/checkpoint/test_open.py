@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -348,7 +349,7 @@ def test_heads_on_the_way_up(order: str, tmp_path: Path) -> None:
     same_unet(fastdiff.load(tmp_path / "bundle", dtype=torch.float64).denoiser, theirs)
     with pytest.raises(ValueError, match=r"no U-Net with num_heads_upsample 2, expected 4; save a"):
         save(right, tmp_path / "folder", layout="diffusers")
-    with pytest.raises(ValueError, match="goes with num_heads, got head_dim 16"):
+    with pytest.raises(ValueError, match="needs num_heads, got head_dim 16"):
         fastdiff.load(tmp_path / "model", head_dim=16, num_heads_upsample=2)
     with pytest.raises(ValueError, match="num_heads_upsample must divide the width 64 of a level"):
         fastdiff.load(tmp_path / "model", num_heads=4, num_heads_upsample=3)
@@ -390,9 +391,24 @@ def test_strict_refuses_to_guess(tmp_path: Path, saved: Any) -> None:
     assert fastdiff.load("digits", strict=True).denoiser is not None
 
 
+class OriginalSinusoid(torch.nn.Module):
+    """Ho et al.'s `get_timestep_embedding`; diffusers' has another order of operations."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.half = dim // 2
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        step = math.log(10000) / (self.half - 1)
+        frequencies = torch.exp(torch.arange(self.half, dtype=torch.float32) * -step)
+        angles = t.to(torch.float32)[:, None] * frequencies[None, :]
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_port_of_ddpm(dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = peer_model("UNet2DModel", DDPM, torch.float64)
+    theirs.time_proj = OriginalSinusoid(theirs.config.block_out_channels[0])
     torch.save(layouts.ddpm(theirs.state_dict(), 3), tmp_path / "model")
     checkpoint = fastdiff.load(tmp_path / "model", dtype=dtype)
     same_unet(checkpoint.denoiser, theirs)

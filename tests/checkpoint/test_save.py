@@ -267,7 +267,7 @@ def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for key, value in models["unet"].state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[key], value), key
     assert main(words) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     half = ["convert", str(target), str(tmp_path / "half"), "--dtype", "fp16"]
     assert main(half) == 0
     state = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -275,7 +275,7 @@ def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = load_file(tmp_path / "half" / "text_encoder" / "model.safetensors")
     assert {value.dtype for value in text.values()} == {torch.float16}
     assert main(["convert", str(target), str(tmp_path / "b"), "--to", "bundle"]) == 0
-    assert "text encoders, for which a bundle has no place" in capsys.readouterr().out
+    assert "text encoders, which a bundle cannot store" in capsys.readouterr().out
     assert fastdiff.load(tmp_path / "b").layout == "bundle"
 
 

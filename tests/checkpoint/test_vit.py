@@ -175,7 +175,8 @@ def test_what_a_file_leaves_open_is_said(tmp_path: Path) -> None:
     assert model.assumed["null_class"] is True
     lines = "\n".join(model.assumed_lines(flags=True))
     assert "--num-heads 1 (or 1, 2, 4, 8, 16)" in lines
-    assert "--null-class True (or True, False)" in lines
+    assert "--null-class (or --no-null-class)" in lines
+    assert "null_class=True (or True, False)" in "".join(model.assumed_lines())
     with pytest.raises(ValueError, match="null_class: True, False; num_heads: 1, 2, 4, 8, 16"):
         fastdiff.load(path, strict=True)
     plain = fastdiff.load(path, head_dim=8, null_class=False, strict=True)
@@ -246,7 +247,7 @@ def test_a_uvit_makes_the_size_it_knows(tmp_path: Path) -> None:
     assert again.denoiser.config == pixels
     (same,) = again.generate(classes=[1], seeds=[0], steps=2, clamp=1.0)
     assert torch.equal(same.image, image.image)
-    with pytest.raises(ValueError, match="a diffusers folder holds a U-Net or DiT, got UViT"):
+    with pytest.raises(ValueError, match="a diffusers folder needs a U-Net or DiT, got UViT"):
         save_diffusers(model, tmp_path / "no")
 
 

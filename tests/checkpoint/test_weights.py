@@ -120,7 +120,7 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, kind: str, protocol: int) -
             pickle_protocol=protocol,
             _use_new_zipfile_serialization=kind == "zip",
         )
-        refused(path, "could run code; nothing of it was run|does not occur")
+        refused(path, "could run code; no code was run|does not occur")
         assert not target.exists()
 
 
@@ -173,7 +173,7 @@ def with_header(path: Path, change: Any) -> None:
         (lambda h: h["half"].update(dtype=["F32"]), "expected a tensor of"),
         (lambda h: h.update(more={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}), "overlap"),
         (lambda h: h.pop("wide") and None, "overlap or leave a gap|promises"),
-        (lambda h: json.dumps(h)[:-1].encode() + b',"half":{}}', "half stands in it twice"),
+        (lambda h: json.dumps(h)[:-1].encode() + b',"half":{}}', "half occurs twice"),
         (lambda h: b"[" * 10**5, "damaged"),
         (lambda h: b"\xff\xfe" * 8, "damaged"),
     ],
@@ -237,30 +237,30 @@ def test_other_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"GGUF" + bytes(40), "got GGUF; fetch the safetensors"),
+        (b"GGUF" + bytes(40), "got GGUF; download the safetensors"),
         (b"\x89HDF\r\n\x1a\n" + bytes(40), "got HDF5"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
             "a Git LFS pointer, .* git lfs pull",
         ),
         (b"<!DOCTYPE html><html>sign in</html>", "got a web page; the address wants a login"),
-        (b"", "the file is empty; fetch it again"),
+        (b"", "the file is empty; download it again"),
         (pickle.dumps([1, 2, 3]), "got another pickle, which holds a list of 3"),
         (pickle.dumps({"lr": 0.1, "x": 2}), "which holds a dictionary of other things under lr, x"),
         (pickle.dumps(None), "which holds a single NoneType"),
         (pickle.dumps({"a": 1}, protocol=0), "got a pickle in text form"),
         (
             pickle.dumps(frozenset([1])),
-            "an instruction FROZENSET, which torch.save never",
+            "the instruction FROZENSET, which torch.save never",
         ),
-        (b"\x80\x02e.", r"instruction 1 \(APPENDS\) takes what no earlier one left"),
+        (b"\x80\x02e.", r"instruction 1 \(APPENDS\) needs a value that no earlier one left"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value[:24],
 )
 def test_whole_files_of_something_else_say_what_they_are(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
-    """To fetch such a file again would not help."""
+    """Downloading such a file again would not help."""
     (tmp_path / "x.bin").write_bytes(content)
     refused(tmp_path / "x.bin", message)
 

@@ -1,8 +1,8 @@
 """The CUDA kernels on a CPU: the same sources, compiled with g++ against emulation.h.
 
-`emulated()` puts the library in the place of the compiled module, so that the backend "cuda" runs
-on CPU tensors. The library is built when it is first asked for (some seconds, once per state of the
-sources) and kept in build/.
+`emulated()` replaces the compiled module by this library, so that backend "cuda" runs on CPU
+tensors. The library is built on first use, which takes a few seconds for each version of the
+sources, and is kept in build/.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SANITIZERS = (
     "-fsanitize=address,undefined -fsanitize-recover=address -fno-sanitize-recover=undefined "
     "-fno-omit-frame-pointer"
 )
-ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled anew": (2, 2)}
-"""Names of the orders in which the threads of a block run: (kind, seed)."""
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled again": (2, 2)}
+"""Name -> (kind, seed) of an order in which the threads of a block run."""
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(COMPILER) is None, reason="the emulation of CUDA needs g++"
@@ -44,13 +44,13 @@ needs_compiler = pytest.mark.skipif(
 
 
 def sources() -> list[Path]:
-    """What the library is made of."""
+    """The files that the library is compiled from."""
     folders = ((ROOT / "csrc" / "cuda", "*.cu"), (HERE, "*.cu"), (HERE, "*.cpp"))
     return [path for folder, names in folders for path in sorted(folder.glob(names))]
 
 
 def build(flags: str = "") -> Path:
-    """The shared library, compiled if there is none of these sources yet."""
+    """The shared library, compiled unless there is one for the current sources."""
     used = [*sources(), *(ROOT / "csrc").glob("*/*.cuh"), *(ROOT / "csrc").glob("*/*.h")]
     total = hashlib.sha256(f"{COMPILER} {FLAGS} {flags}".encode())
     for path in sorted({*used, *HERE.glob("*.h")}):
@@ -58,7 +58,7 @@ def build(flags: str = "") -> Path:
     folder = ROOT / "build" / "cuda_host"
     library = folder / f"{total.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # of test processes side by side one compiles
+    with (folder / "lock").open("w") as lock:  # of several test processes, only one compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(library, flags)
@@ -89,18 +89,18 @@ def _run(command: list[str]) -> None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library; FASTDIFF_CUDA_HOST names another one (such as one with sanitizers)."""
+    """The library. FASTDIFF_CUDA_HOST names a different one, such as a build with sanitizers."""
     return ctypes.CDLL(os.environ.get("FASTDIFF_CUDA_HOST") or str(build()))
 
 
 def set_order(name: str) -> None:
-    """Run the threads in one of ORDERS from now on."""
+    """Set the order of threads, one of ORDERS, for all following launches."""
     kind, seed = ORDERS[name]
     library().emulation_set_order(kind, ctypes.c_uint64(seed))
 
 
 def call(name: str, *arguments: Tensor | int) -> None:
-    """Call a test's C function; tensors go by their address, numbers as int64."""
+    """Call a C function written for tests, passing tensors as addresses and numbers as int64."""
     function = getattr(library(), name)
     function.restype = ctypes.c_char_p
     given = [
@@ -113,7 +113,7 @@ def call(name: str, *arguments: Tensor | int) -> None:
 
 @contextmanager
 def emulated(order: str = "forward") -> Iterator[None]:
-    """The backend "cuda" takes CPU tensors inside the block."""
+    """Inside the block, backend "cuda" accepts CPU tensors."""
     set_order(order)
     with _cuda.using_library(library()):
         yield

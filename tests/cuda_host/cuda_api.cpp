@@ -1,4 +1,4 @@
-// CUDA's runtime for the emulated device.
+// The CUDA runtime for the emulated device.
 
 #include "cuda_api.h"
 
@@ -13,7 +13,7 @@ constexpr int kMultiprocessors = 132, kThreads = 2048, kRegisterFile = 65536;
 constexpr size_t kShared = 227 * 1024, kFreely = 48 * 1024, kReserved = 1024;
 constexpr unsigned kPortable = 8;
 
-/// What kernels have been given leave for.
+/// The limits that cudaFuncSetAttribute has raised for a kernel.
 struct Leave {
   size_t shared = kFreely;
   bool large_clusters = false;

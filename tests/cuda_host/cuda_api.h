@@ -1,6 +1,6 @@
-// The part of CUDA's runtime that csrc/launch.cuh calls, for a device that is emulated: one of
-// sm_90, on which a kernel must be given leave for what every launch may not have, as on a GPU.
-// What a compiler would decide is the same for all kernels here: kRegisters, kStack.
+// The part of the CUDA runtime that csrc/cuda/launch.cuh calls, for an emulated device of sm_90. As
+// on a GPU, large shared memory and large clusters must be enabled per kernel. Values that depend
+// on the compiler on a GPU are the same for all kernels here: kRegisters, kStack.
 
 #pragma once
 
@@ -61,7 +61,7 @@ namespace emulation {
 constexpr int kRegisters = 40;
 constexpr int kStack = 8;
 
-/// Runs a kernel, if it has been given leave for its shared memory and its cluster.
+/// Runs a kernel, if its shared memory and its cluster size have been enabled where necessary.
 cudaError_t start(const cudaLaunchConfig_t& config, const void* kernel,
                   const std::function<void()>& body);
 }  // namespace emulation

@@ -19,10 +19,10 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-// A fiber never returns from these, so they must leave no red zones on its stack
+// A fiber never returns from these functions, so they must not leave red zones on its stack
 #define NO_RED_ZONES __attribute__((no_sanitize("address")))
 
-// A switch of stacks. ucontext's makes two system calls each time; a block makes some 10,000.
+// Switches stacks. A block switches about 10,000 times, and ucontext makes two system calls each.
 #if defined(__x86_64__)
 asm(R"(
 .text
@@ -102,14 +102,14 @@ struct Block;
 struct Fiber {
   Context context;
   Block* block = nullptr;
-  bool arrived = false;  // at the cluster's barrier, and has not waited there yet
-  unsigned turn = 0;     // which turn of that barrier it arrived at
+  bool arrived = false;  // has arrived at the cluster barrier but not waited there
+  unsigned turn = 0;     // the turn of that barrier at which it arrived
   char* stack = nullptr;
   dim3 thread;
   State state = State::done;
   Site site{};
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
-  std::vector<Copy> open;                 // issued, not committed
+  std::vector<Copy> open;                 // issued but not committed
   void* fake_stack = nullptr;
 };
 
@@ -119,7 +119,7 @@ struct Warp {
   Site site{};
 };
 
-/// Heap memory of exactly the size asked for, so that AddressSanitizer sees a byte too many.
+/// Heap memory of exactly the requested size, so that AddressSanitizer detects one byte too many.
 struct Memory {
   explicit Memory(size_t bytes) : data(std::aligned_alloc(128, rounded(bytes))), size(bytes) {
     std::memset(data, 0xff, rounded(bytes));  // NaN in every floating-point type
@@ -145,9 +145,9 @@ struct Memory {
   size_t size;
 };
 
-/// A block that runs. Its fibers lie together in those of the machine.
+/// A running block. Its fibers are consecutive among those of the machine.
 struct Block {
-  /// What it had in shared memory is gone: NaN, and AddressSanitizer's.
+  /// Invalidates the block's shared memory: fills it with NaN and poisons it for AddressSanitizer.
   void leave() {
     for (auto& [key, memory] : shared) memory->lose();
     dynamic->lose();
@@ -164,15 +164,15 @@ struct Block {
 struct Machine {
   std::vector<Fiber> fibers{kMaxThreads * kMaxCluster};
   std::vector<Warp> warps{kMaxThreads * kMaxCluster / kWarp};
-  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Block> blocks;  // of the running cluster
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
   Context home;
   const void* home_stack = nullptr;
   size_t home_size = 0;
-  size_t threads = 0;  // of a block
-  size_t arrived = 0;  // threads at the cluster's barrier
-  unsigned turn = 0;   // how often it has let them go on
+  size_t threads = 0;  // per block
+  size_t arrived = 0;  // threads at the cluster barrier
+  unsigned turn = 0;   // number of times this barrier has been passed
   Site cluster_barrier{};
   int cluster_limit = kMaxCluster, cluster_room = kMaxCluster;
   std::string fault;
@@ -203,7 +203,7 @@ NO_RED_ZONES void arrived_from(void* fake, const void** stack, size_t* size) {
 #endif
 }
 
-/// From a fiber back to the scheduler; comes back when the scheduler resumes the fiber.
+/// Switches from a fiber to the scheduler, and returns when the scheduler resumes the fiber.
 NO_RED_ZONES void yield() {
   Machine& m = machine();
   Fiber& self = *m.current;
@@ -233,7 +233,7 @@ NO_RED_ZONES void entry() {
   self.state = State::done;
   if (++self.block->done == m.threads) self.block->leave();
   yield();
-  std::abort();  // nobody resumes a thread that is done
+  std::abort();  // unreachable: a finished thread is never resumed
 }
 
 size_t index_of(const Fiber& fiber) { return static_cast<size_t>(&fiber - machine().fibers.data()); }
@@ -248,10 +248,10 @@ bool same(const Site& a, const Site& b) {
   return a.line == b.line && std::strcmp(a.file, b.file) == 0;
 }
 
-/// Where the threads are when none can go on.
+/// Describes where the threads are when none can continue.
 std::string standstill() {
   Machine& m = machine();
-  std::map<std::string, std::pair<size_t, size_t>> places;  // place -> (threads, the first one)
+  std::map<std::string, std::pair<size_t, size_t>> places;  // place -> (threads, first thread)
   for (size_t i = 0; i < m.threads * m.blocks.size(); ++i) {
     const Fiber& fiber = m.fibers[i];
     const std::string place = fiber.state == State::done ? "the end" : name(fiber.site);
@@ -280,7 +280,7 @@ void start(Fiber& fiber, Block& block, unsigned linear) {
   fiber.context.start(fiber.stack, kStack, entry);
 }
 
-/// Runs the blocks of a cluster, of which the first has the number `number` in the grid.
+/// Runs the blocks of a cluster; `number` is the index of its first block in the grid.
 void run_cluster(uint64_t number, size_t shared_bytes) {
   Machine& m = machine();
   m.arrived = 0;
@@ -313,15 +313,15 @@ void run_cluster(uint64_t number, size_t shared_bytes) {
       resume(m.fibers[i]);
       if (m.faulted) throw Fault(m.fault);
       left -= m.fibers[i].state == State::done;
-      // the last thread runs ahead of all others as far as it can: into memory that they still read
+      // the last thread runs ahead as far as it can, overwriting memory that others still read
       if (m.order == reverse) break;
     }
     if (!progress) throw Fault(standstill());
   }
 }
 
-/// The memory among a block's own that holds an address, null for none; its key in `key` (null for
-/// the dynamic part).
+/// The shared memory of a block that contains an address, or null; sets `key` to its key, which is
+/// null for dynamic shared memory.
 const Memory* holder(const Block& block, const void* address, const void*& key) {
   const auto within = [address](const Memory& memory) {
     const auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(memory.data);
@@ -406,7 +406,7 @@ void sync_threads(Site site) {
   if (++block.at_barrier == m.threads) {
     block.at_barrier = 0;
     for (size_t i = 0; i < m.threads; ++i) m.fibers[block.first + i].state = State::ready;
-    yield();  // the last to arrive must not run ahead of the order
+    yield();  // the last to arrive must not run out of turn
     return;
   }
   m.current->site = site;
@@ -430,7 +430,7 @@ void cluster_arrive(const char* file, int line) {
   if (++m.arrived < threads) return;
   m.arrived = 0;
   ++m.turn;
-  for (size_t i = 0; i < threads; ++i)  // some may still be on their way to cluster_wait
+  for (size_t i = 0; i < threads; ++i)  // some may not have reached cluster_wait yet
     if (m.fibers[i].state == State::waiting &&
         std::strcmp(m.fibers[i].site.what, "cluster_wait") == 0)
       m.fibers[i].state = State::ready;
@@ -442,7 +442,7 @@ void cluster_wait(const char* file, int line) {
   self.site = {"cluster_wait", file, line};
   if (!self.arrived) fail(name(self.site) + ": the thread has not arrived");
   if (self.turn == m.turn) self.state = State::waiting;
-  yield();  // where all have arrived too: the last must not run ahead of the order
+  yield();  // even if all have arrived, since the last must not run out of turn
   self.arrived = false;
 }
 
@@ -533,14 +533,14 @@ void wait_for_copies(int groups_left) {
 
 }  // namespace emulation
 
-/// How the threads run from now on: order 0 forward, 1 reverse, 2 shuffled by the seed.
+/// Sets the order of threads for later launches: 0 forward, 1 reverse, 2 shuffled with the seed.
 extern "C" __attribute__((visibility("default"))) void emulation_set_order(int order, uint64_t seed) {
   auto& m = emulation::machine();
   m.order = static_cast<emulation::Order>(order);
   m.random.seed(seed);
 }
 
-/// Blocks a cluster may have from now on (16 as on sm_90, 1 as before it), and has room for.
+/// Sets the most blocks per cluster (16 as on sm_90, 1 as on older GPUs), and the available room.
 extern "C" __attribute__((visibility("default"))) void emulation_set_clusters(int limit, int room) {
   emulation::machine().cluster_limit = limit;
   emulation::machine().cluster_room = room;

@@ -1,11 +1,11 @@
-// Runs CUDA device code on the CPU: the part of the CUDA language that csrc/*.cuh uses.
+// Runs CUDA device code on the CPU: the part of the CUDA language that csrc/cuda uses.
 //
-// A thread of a block is a fiber; one runs until it waits (at a barrier or a warp collective) or
-// ends, then the next in the order. Within a pass the order is forward, reverse or shuffled, so
-// that code which lacks a barrier reads what is not written yet in at least one of them. Shared
-// memory is fresh heap memory filled with NaN, of exactly the size asked for; what lies beside it
-// is AddressSanitizer's. The blocks of a cluster run side by side, all their threads in one order;
-// other blocks run one after the other. Faults end the launch with a message: see `Fault`.
+// A thread of a block is a fiber. It runs until it waits (at a barrier or a warp collective) or
+// ends, and then the next one runs. The order is forward, reverse or shuffled, so that code without
+// a required barrier reads memory before it is written in at least one of the orders. Shared memory
+// is new heap memory of exactly the requested size, filled with NaN; AddressSanitizer guards the
+// bytes around it. The threads of all blocks in a cluster run interleaved in one order; other
+// blocks run one after another. Faults end the launch with a message: see `Fault`.
 
 #pragma once
 
@@ -32,13 +32,13 @@ struct dim3 {
 
 namespace emulation {
 
-/// A fault of the kernel or of its launch: a divergent barrier, a limit that is not kept, the
-/// shared memory of a block that is gone.
+/// A fault of the kernel or of its launch, such as a divergent barrier, an exceeded limit, or
+/// access to the shared memory of a block that has ended.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Where in the source a thread waits.
+/// The place in the source where a thread waits.
 struct Site {
   const char* what;
   const char* file;
@@ -46,40 +46,40 @@ struct Site {
 };
 
 constexpr int kWarp = 32;
-constexpr size_t kSlot = 64;  // bytes a lane can give to a warp collective
+constexpr size_t kSlot = 64;  // most bytes that a lane can pass to a warp collective
 
 struct Slots {
   alignas(16) unsigned char bytes[kWarp][kSlot];
 };
 
-/// What the running thread sees.
+/// The built-in variables of the running thread.
 struct View {
   dim3 thread, block, block_size, grid;
   int rank, ranks;  // the block's place in its cluster
 };
 extern View view;
 
-/// Runs every thread of every block, `cluster` neighbours along x at a time; throws Fault.
+/// Runs every thread of every block, in clusters of `cluster` blocks along x; throws Fault.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
          unsigned cluster = 1);
-/// Blocks a cluster may have on the device that is emulated, and how many it has room for.
+/// The most blocks per cluster on the emulated device, and the number it has room for.
 int cluster_limit();
 int cluster_room();
 
 void sync_threads(Site site);
-/// The barrier of a cluster, in two halves. The caller's place in the source is the site.
+/// The two halves of a cluster barrier. The site is the caller's place in the source.
 void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE());
-/// Where the block `rank` of the cluster has what this block has at `address` of shared memory.
+/// The address in block `rank` of the cluster that corresponds to this block's shared `address`.
 void* map_shared(const void* address, int rank);
-/// Gives `size` bytes of this lane to its warp and returns those of all 32 lanes.
+/// Passes `size` bytes of this lane to its warp, and returns the bytes of all 32 lanes.
 const Slots& exchange(unsigned mask, const void* data, size_t size, Site site);
-/// Shared memory of the block, the same for all its threads; `key` is one declaration.
+/// Shared memory of the block, the same for all its threads; `key` identifies a declaration.
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_shared_memory();
 [[noreturn]] void fail(const std::string& message);
 
-/// cp.async: the copy is made when it is issued or when it is waited for, as the order decides.
+/// cp.async: depending on the order, the copy is made when it is issued or when it is waited for.
 void copy_async(void* target, const void* source, int bytes, int valid);
 void commit_copies();
 void wait_for_copies(int groups_left);
@@ -124,7 +124,7 @@ inline const dim3& gridDim = emulation::view.grid;
 #define __ballot_sync(mask, predicate) \
   emulation::ballot(mask, predicate, EMULATION_SITE("__ballot_sync"))
 
-// Functions of CUDA's mathematics that glibc has under another name or not at all
+// CUDA math functions that glibc does not have or has under another name
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a < b ? b : a; }
@@ -145,7 +145,7 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
-// Half precision: two bytes of storage, converted as the GPU does (to nearest, ties to even)
+// Half precision: two bytes of storage, converted as on a GPU (to nearest, ties to even)
 
 struct __half {
   uint16_t bits;

@@ -1,10 +1,11 @@
-// ldmatrix and mma.sync on the CPU, for csrc/mma.cuh. A lane gives its part to the warp
-// (`exchange`), then takes what its registers get out of all 32 parts.
+// ldmatrix and mma.sync on the CPU, for csrc/cuda/mma.cuh. A lane passes its part to the warp
+// (`exchange`) and then selects the contents of its registers from all 32 parts.
 //
-// A row for ldmatrix is read when its lane arrives, which is as early as it can be: a lane that
-// relies on what another one wrote without __syncwarp reads old bytes in some order of the threads.
-// mma.sync adds up in fp32, in the order of k; products of halves are exact there. A GPU's matrix
-// unit adds in another order and truncates: bits may differ, the error has the same size.
+// ldmatrix reads a row as soon as the row's lane arrives, which is as early as possible. A lane
+// that reads what another lane wrote without __syncwarp thus sees old bytes in some order of the
+// threads. mma.sync sums in fp32, in the order of k; products of half-precision numbers are exact
+// there. A GPU's matrix unit sums in another order and truncates: bits may differ, but the error
+// has the same size.
 
 #pragma once
 
@@ -33,7 +34,7 @@ inline void load_matrices(unsigned* to, int count, bool transposed, const void* 
                        : number(m, g, 2 * t) | number(m, g, 2 * t + 1) << 16;
 }
 
-/// c += A B with A (16, depth) and B (depth, 8), depth 16 or 8: depth / 4 and depth / 8 registers.
+/// c += A B with A (16, depth) in depth / 4 registers, B (depth, 8) in depth / 8; depth 16 or 8.
 template <typename T>
 void multiply(float (&c)[4], const unsigned* a, const unsigned* b, int depth) {
   unsigned mine[6] = {};

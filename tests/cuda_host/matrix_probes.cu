@@ -1,5 +1,5 @@
-// Kernels that test the instructions of csrc/mma.cuh. Places of numbers in fragments are written
-// here as the PTX ISA has them, one by one, apart from mma.cuh and from its emulation.
+// Kernels that test the instructions in csrc/cuda/mma.cuh. Positions of numbers in fragments are
+// spelled out here as in the PTX ISA, independently of mma.cuh and of its emulation.
 
 #include <cstring>
 
@@ -41,14 +41,14 @@ __global__ void products(const T* a, const T* b, float* c, bool half_a_warp) {
     c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = sums[i];
 }
 
-/// Matrices of 8 x 8 of `from`, through shared memory, to `to`: what thread i holds in register m
-/// goes to (m, i / 4, i % 4 * 2), which is the matrix itself unless Transposed.
+/// Copies 8 x 8 matrices through shared memory: register m of thread i is written to
+/// (m, i / 4, i % 4 * 2), which reproduces the matrix unless Transposed.
 template <bool Transposed, int Count>
 __global__ void matrices(const uint16_t* from, uint16_t* to, int shift, bool barrier) {
   FASTDIFF_SHARED(uint16_t, kept, 64 * Count + 8);
   uint16_t* const aligned = kept + shift;
   const int lane = static_cast<int>(threadIdx.x);
-  // row i is written by another lane than the one that names it to ldmatrix
+  // row i is not written by the lane that passes its address to ldmatrix
   const int row = (lane + 1) % 32;
   if (row < 8 * Count)
     for (int i = 0; i < 8; ++i) aligned[8 * row + i] = from[8 * row + i];
@@ -61,7 +61,7 @@ __global__ void matrices(const uint16_t* from, uint16_t* to, int shift, bool bar
   }
 }
 
-/// Two groups of copies, the second one still under way when the first is used.
+/// Two groups of copies, of which the second may be incomplete when the first is used.
 __global__ void copies(const uint16_t* from, uint16_t* to, bool wait) {
   using Piece = Pack<uint16_t, 8>;
   FASTDIFF_SHARED(Piece, kept, 64);
@@ -78,7 +78,7 @@ __global__ void copies(const uint16_t* from, uint16_t* to, bool wait) {
 
 }  // namespace
 
-/// a, b: what the kernel reads; c: what it writes (and adds to).
+/// The kernel reads a and b, and writes or adds to c.
 FASTDIFF_EXPORT const char* matrix_probe(const char* name, const void* a, const void* b, void* c) {
   const Target target{0, nullptr};
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };

@@ -1,4 +1,4 @@
-// The device functions of csrc/normal.cuh on chosen arguments, for tests.
+// Kernels that run the device functions of csrc/cuda/normal.cuh on chosen arguments.
 
 #include "normal.cuh"
 
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// in: (n, 6), counter and key; out: (n, 4).
+/// in: (n, 6), the counter and the key; out: (n, 4).
 __global__ void words_of(const uint32_t* in, uint32_t* out, int64_t n) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
@@ -19,7 +19,7 @@ __global__ void words_of(const uint32_t* in, uint32_t* out, int64_t n) {
   for (int k = 0; k < 4; ++k) out[4 * i + k] = words.w[k];
 }
 
-/// out: (6, n): radius, cos and sin of every k < n, high and low parts.
+/// out: (6, n), the high and low parts of radius, cos and sin for every k < n.
 __global__ void parts_of(float* out, int64_t n) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; k < n;

@@ -1,4 +1,4 @@
-// Kernels that test the emulation: right ones, and the same with a fault it must show.
+// Kernels that test the emulation: correct ones, and variants with a fault that it must detect.
 
 #include <cstring>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 64;
 
-/// data[i] = data[63 - i] through shared memory, with or without the barrier between.
+/// data[i] = data[63 - i] through shared memory, with or without the required barrier.
 __global__ void reversed(float* data, bool barrier) {
   FASTDIFF_SHARED(float, kept, kThreads);
   const int i = static_cast<int>(threadIdx.x);
@@ -22,7 +22,7 @@ __global__ void reversed(float* data, bool barrier) {
   data[i] = mirrored;
 }
 
-/// The same inside each warp, with or without __syncwarp.
+/// As `reversed`, within each warp, with or without __syncwarp.
 __global__ void reversed_in_warps(float* data, bool barrier) {
   FASTDIFF_SHARED(float, kept, kThreads);
   const int i = static_cast<int>(threadIdx.x);
@@ -31,7 +31,7 @@ __global__ void reversed_in_warps(float* data, bool barrier) {
   data[i] = kept[i ^ (kWarpSize - 1)];
 }
 
-/// A second round of writes before all have read the first.
+/// Without the barrier, a second round of writes begins before all threads have read the first.
 __global__ void reused(float* data, bool barrier) {
   FASTDIFF_SHARED(float, kept, kThreads);
   const int i = static_cast<int>(threadIdx.x);
@@ -80,7 +80,7 @@ __global__ void beyond_shared(float* data) {
 __global__ void beyond_dynamic(float* data) {
   FASTDIFF_DYNAMIC_SHARED(memory);
   float* kept = reinterpret_cast<float*>(memory);
-  kept[threadIdx.x] = data[threadIdx.x];  // the launch gives 63 floats
+  kept[threadIdx.x] = data[threadIdx.x];  // the launch allocates 63 floats
 }
 
 __global__ void misaligned(float* data) {
@@ -100,8 +100,8 @@ __global__ void warp_numbers(float* data) {
   data[i] = i % 3 == 0 ? sum : i % 3 == 1 ? static_cast<float>(odd == 0xaaaaaaaau) : first;
 }
 
-/// As `reversed`, by two blocks of a warp: each reads what the other keeps, in memory of a fixed
-/// size or in the dynamic part. Without `farewell` a block ends while the other may still read.
+/// As `reversed`, by two blocks of one warp, each of which reads the other's shared memory (static
+/// or dynamic). Without `farewell`, a block may end while the other still reads.
 __global__ void reversed_in_clusters(float* data, bool dynamic, bool barrier, bool farewell) {
   FASTDIFF_SHARED(float, fixed, kWarpSize);
   FASTDIFF_DYNAMIC_SHARED(memory);
@@ -169,7 +169,7 @@ __global__ void halves_of_a_barrier(float* data, int arrivals, int waits) {
   data[threadIdx.x] = 0;
 }
 
-/// Reads what a rank has; where it is not shared memory, with `global`.
+/// Reads the shared memory of a rank, or with `global` an address that is not in shared memory.
 __global__ void mapped(float* data, int rank, bool global) {
   FASTDIFF_SHARED(float, kept, kWarpSize);
   kept[threadIdx.x] = 0;
@@ -178,7 +178,7 @@ __global__ void mapped(float* data, int rank, bool global) {
   data[threadIdx.x] = cluster_load(global ? data : kept + threadIdx.x, rank);
 }
 
-/// An address of the other block's memory, used when that block has ended (in forward order).
+/// Uses an address in the other block's memory after that block has ended (in forward order).
 __global__ void beyond_the_end(float* data) {
   FASTDIFF_SHARED(float, kept, kWarpSize);
   kept[threadIdx.x] = 1;
@@ -192,7 +192,7 @@ __global__ void cluster_numbers(float* data) {
   data[blockIdx.x] = static_cast<float>(10 * cluster_blocks() + cluster_rank());
 }
 
-/// Blocks must not depend on each other: the last one to run wins.
+/// Depends on the order of blocks, which kernels must not: the last one to run wins.
 __global__ void block_numbers(float* data) { data[0] = static_cast<float>(blockIdx.x); }
 
 }  // namespace

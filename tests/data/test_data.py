@@ -114,7 +114,7 @@ def test_a_class_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> Non
     os.makedirs(folder)
     Image.fromarray(halves(0, 255)).save(os.path.join(folder, "a.png"))
     with pytest.raises(
-        ValueError, match=r"the class folder caf\\udce9 in .*set has a name"
+        ValueError, match=r"the class folder caf\\udce9 in .*set contains unprintable"
     ) as told:
         open_dataset(folder_config(tmp_path / "set"))
     os.rename(folder, tmp_path / "set" / "cafe")  # as the message says
@@ -213,7 +213,7 @@ def test_empty_folder_missing_folder_and_mixture_are_errors(tmp_path: Path) -> N
     (tmp_path / "bad.png").write_text("x")
     with (
         pytest.warns(UserWarning, match="bad.png"),
-        pytest.raises(ValueError, match="all 1 unreadable"),
+        pytest.raises(ValueError, match="all 1 files are unreadable"),
     ):
         open_dataset(folder_config(tmp_path))
     (tmp_path / "deep").mkdir()
@@ -318,7 +318,7 @@ def test_every_epoch_is_a_permutation_and_a_step_number_is_enough() -> None:
 def test_config_mistakes_say_what_to_do() -> None:
     for changes, message in (
         ({"source": "folder"}, "needs a path"),
-        ({"path": "x"}, "no path"),
+        ({"path": "x"}, "must be empty"),
         ({"channels": 3}, "must be 1"),
         ({"channels": 2}, "1 \\(grey\\) or 3"),
         ({"image_size": 0}, "at least 1"),

@@ -89,7 +89,9 @@ def test_denoised_of_the_target_is_x0(angle: float, prediction: str) -> None:
 
 
 def test_predictions_without_signal() -> None:
-    with pytest.raises(ValueError, match=r"'eps' says nothing about x0 at alpha = 0.*; use"):
+    with pytest.raises(
+        ValueError, match=r"'eps' contains no information about x0 at alpha = 0.* use"
+    ):
         to_denoised(0.0, 1.0, "eps")
     assert to_denoised(0.0, 1.0, "v") == (0.0, -1.0)
     with pytest.raises(ValueError, match="unknown prediction 'flow'; expected one of eps, v, x0"):

@@ -59,8 +59,8 @@ def test_step_lengths() -> None:
 
 def test_bad_plots(tmp_path: Path) -> None:
     table = build_table("ddim", SCHEDULE, 5)
-    with pytest.raises(ValueError, match=r"a plot is one of .png, .svg, .pdf, got '.*table.txt'"):
+    with pytest.raises(ValueError, match=r"must end in one of .png, .svg, .pdf, got '.*table.txt'"):
         plot_tables([table], tmp_path / "table.txt")
-    with pytest.raises(ValueError, match="no table to plot"):
+    with pytest.raises(ValueError, match="at least one table to plot, got none"):
         plot_tables([], tmp_path / "table.png")
     assert not list(tmp_path.iterdir())

@@ -279,18 +279,18 @@ BAD = [
     (("ddim", LINEAR, -3), {"spacing": "karras"}, "steps must be at least 1, got -3"),
     (("ddim", LINEAR, 1001), {}, "steps must be 1 to 1000 with spacing 'trailing', got 1001; "),
     (("ddim", LINEAR, 10), {"spacing": "odd"}, "unknown spacing 'odd'; expected one of trailing"),
-    (("ddim", LINEAR, 3), {"spacing": [5, 9, 1]}, "must be 3 descending numbers.* got 3"),
+    (("ddim", LINEAR, 3), {"spacing": [5, 9, 1]}, "must contain 3 descending timesteps.* got 3"),
     (
         ("ddim", LINEAR, 2),
         {"spacing": [1000, 1]},
-        r"timesteps must lie in \[0, 999\], got 1 to 1000",
+        r"timesteps must be in \[0, 999\], got 1 to 1000",
     ),
     (
         ("ddim", LINEAR, 10),
         {"spacing": "karras", "steps_offset": 1},
-        "steps_offset is for .*'leading'",
+        "steps_offset must be 0 with .*'leading'",
     ),
-    (("ddim", LINEAR, 10), {"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
+    (("ddim", LINEAR, 10), {"eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
     (("ddpm", LINEAR, 10), {"eta": 1.0}, "'ddpm' has no option 'eta'; it has variance"),
     (("heun", LINEAR, 10), {"eta": 1.0}, "'heun' has no option 'eta'; it has none"),
     (
@@ -312,15 +312,19 @@ BAD = [
     (
         ("ddim", LINEAR, 10),
         {"guidance_scale": -1.0},
-        "guidance scale must be a number >= 0, got -1",
+        "guidance scale must be a finite number >= 0, got -1",
     ),
-    (("ddim", LINEAR, 10), {"guidance_interval": (3, 11)}, "goes beyond the 10 steps"),
+    (("ddim", LINEAR, 10), {"guidance_interval": (3, 11)}, "must end at 10 or earlier"),
     (
         ("ddim", LINEAR, 10),
         {"guidance_interval": (3, 3)},
         "interval must be steps .* got \\(3, 3\\)",
     ),
-    (("ddim", ZERO_SNR, 10), {}, "'eps' says nothing about x0 at alpha = 0.* use prediction 'v'"),
+    (
+        ("ddim", ZERO_SNR, 10),
+        {},
+        "'eps' contains no information about x0 at alpha = 0.* use prediction 'v'",
+    ),
     (("heun", ZERO_SNR, 10), {"prediction": "v"}, "'heun' divides by alpha.* use 'ddim'"),
     (
         ("ddim", ZERO_SNR, 10),
@@ -344,7 +348,7 @@ def test_none_is_the_samplers_default() -> None:
 
 def test_bad_sampling() -> None:
     table = build_table("ddim", LINEAR, 3, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="got 3 seeds for 2 samples; give each sample one"):
+    with pytest.raises(ValueError, match="expected one seed per sample, got 3 for 2 samples"):
         sample(lambda x, row: x, table, noise(2, 3), [1, 2, 3])
     with pytest.raises(ValueError, match=r"row 0 is guided.* return 4 outputs.* got 2; "):
         sample(lambda x, row: x, table, noise(2, 3), [1, 2])
@@ -451,5 +455,5 @@ def test_no_steps_at_all() -> None:
     table = build_table("heun", LINEAR, 8, start=8)
     assert (len(table), table.columns.shape, table.final_sigma) == (0, (0, 20), 0.0)
     for start, stop in ((5, 3), (-1, 2), (0, 9)):
-        with pytest.raises(ValueError, match=r"the steps to do must be \[start, stop\) of 8"):
+        with pytest.raises(ValueError, match=r"0 <= start <= stop <= 8"):
             build_table("ddim", LINEAR, 8, start=start, stop=stop)

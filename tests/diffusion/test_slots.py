@@ -154,11 +154,11 @@ def test_tables_come_and_go() -> None:
     slots.put(3, TABLES[6], x, 0)  # in the place of the first
     assert slots.rows.tolist() == [IDLE, IDLE, 5, 0]
     assert len(slots.tables) == room
-    with pytest.raises(ValueError, match="slot 3 is taken; remove it"):
+    with pytest.raises(ValueError, match="slot 3 is not empty; call remove"):
         slots.put(3, TABLES[6], x, 0)
-    with pytest.raises(ValueError, match="slot 0 is empty; put a sample there first"):
+    with pytest.raises(ValueError, match="slot 0 is empty; fill it with put"):
         slots.remove(0)
-    with pytest.raises(ValueError, match="slot 3 is taken; remove it"):
+    with pytest.raises(ValueError, match="slot 3 is not empty; call remove"):
         slots.move(2, 3)
-    with pytest.raises(ValueError, match="slot 1 is empty; put"):
+    with pytest.raises(ValueError, match="slot 1 is empty; fill"):
         slots.move(1, 0)

@@ -139,7 +139,7 @@ def test_images_that_do_not_fit_are_refused(reference: Reference, judge: Judge) 
         measure(reference, judge, bad, labels)
     with pytest.raises(ValueError, match=r"shape \(1, 32, 32\), got \(1, 8, 8\)"):
         measure(reference, judge, torch.zeros(360, 1, 8, 8), labels)
-    with pytest.raises(ValueError, match="at least 360 images to compare, got 5"):
+    with pytest.raises(ValueError, match=r"at least 360 images, .* got 5"):
         measure(reference, judge, bad[:5], labels[:5])
 
 

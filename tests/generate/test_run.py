@@ -193,8 +193,8 @@ def test_classes_and_seeds_that_do_not_fit(
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"eta": -1.0}, "eta must be a number >= 0"),
         ({"clamp": 0.0}, "clamp must be positive"),
-        ({"guidance_scale": math.nan}, "guidance scale must be a number"),
-        ({"guidance_rescale": 2.0}, "guidance rescale must lie in"),
+        ({"guidance_scale": math.nan}, "guidance scale must be a finite number"),
+        ({"guidance_rescale": 2.0}, "guidance rescale must be in"),
         ({"guidance_interval": (3, 3)}, "guidance interval must be steps"),
     ],
 )

@@ -409,6 +409,43 @@ def test_sizes_that_do_not_fit(model: Model) -> None:
         text_to_image(unsized, "a cat", height=64)
 
 
+def test_pictures_are_made_to_fit_where_that_is_asked_for(model: Model) -> None:
+    """As if the user had cropped or resized them; the mask goes with its picture."""
+    whole = picture(70, 83, seed=3)
+    cropped = whole[:, 3:67, 1:81]  # 64 x 80, around the centre
+    size = (72, 80)
+    resized = F.interpolate(whole[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    options: dict[str, Any] = {"settings": QUICK, "strength": 0.7}
+    for fit, made in (("crop", cropped), ("resize", resized)):
+        expected = image_to_image(model, made, "a cat", **options)
+        assert torch.equal(image_to_image(model, whole, "a cat", fit=fit, **options), expected)
+        [larger] = images(
+            model, [UpscaleJob(image=whole, prompt="a", scale=1, fit=fit, settings=QUICK)]
+        )
+        assert larger.shape == made.shape
+        mask = torch.zeros(1, 70, 83)
+        mask[:, 20:50, 30:60] = 1
+        fitting = mask[:, 3:67, 1:81] if fit == "crop" else None
+        if fitting is None:
+            fitting = F.interpolate(mask[None], size, mode="nearest-exact")[0]
+        expected = inpaint(model, made, fitting, "a cat", **options)
+        assert torch.equal(inpaint(model, whole, mask, "a cat", fit=fit, **options), expected)
+    assert torch.equal(
+        image_to_image(model, cropped, "a cat", fit="resize", **options),
+        image_to_image(model, cropped, "a cat", **options),
+    )
+    with refused(r"nearest sizes are 80 x 64 or 88 x 72, and fit \(--fit\) crop or resize makes"):
+        image_to_image(model, whole, "a cat", **options)
+    edge = torch.zeros(1, 70, 83)
+    edge[:, :2] = 1
+    with refused("leaves nothing of the mask; use fit='resize'"):
+        inpaint(model, whole, edge, "a cat", fit="crop", **options)
+    with refused("got 4 x 4 .* nearest sizes are 8 x 8"):
+        image_to_image(model, torch.zeros(3, 4, 4), "a cat", fit="crop")
+    with refused("unknown fit 'stretch'; expected one of crop, resize"):
+        ImageToImageJob(image=whole, prompt="a", fit="stretch")  # type: ignore[arg-type]
+
+
 def test_images_and_masks_that_do_not_fit(model: Model) -> None:
     image = picture()
     for wrong in (torch.zeros(1, 64, 64), torch.zeros(64, 64), torch.zeros(3, 64, 64).byte()):

@@ -2,8 +2,8 @@
 
 A `Case` is one row: which input, and why it is there. `check(op, case, dtype, backend)` runs the
 public function on one backend, asserts that this backend ran, and compares results and gradients
-with the formula in fp64 by the rule of tests/support/parity.py. The tests of a Triton, CUDA or CPU
-implementation call it with their backend's name.
+with the fp64 formula under the rule of tests/support/parity.py. The tests of a Triton, CUDA or CPU
+implementation call it with the name of their backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastdiff.kernels import cuda as _cuda
 from fastdiff.kernels import triton as _triton
 from fastdiff.kernels.choose import UNAVAILABLE
 from tests import cuda_host
-from tests.kernels import interpreter  # noqa: F401 - it makes the interpreter round as GPUs do
+from tests.kernels import interpreter  # noqa: F401 - imported so that Triton rounds as GPUs do
 from tests.support.parity import assert_gradient_parity, assert_parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ needs_triton = pytest.mark.skipif(
     reason="Triton kernels need a GPU, or triton and TRITON_INTERPRET=1",
 )
 needs_interpreter = pytest.mark.skipif(
-    not _triton.INTERPRETED, reason="what is counted here needs Triton's interpreter"
+    not _triton.INTERPRETED, reason="only Triton's interpreter can count this"
 )
 needs_native = pytest.mark.skipif(
     compiled.native is None, reason="the compiled module is not built here"
@@ -50,7 +50,7 @@ BACKENDS = [
     pytest.param("triton", marks=needs_triton),
     pytest.param("cpu", marks=needs_native),
 ]
-"""For parametrize: the backends that have an implementation of every op."""
+"""For parametrize: the backends that implement every op."""
 if torch.cuda.is_available():
     needs_cuda = pytest.mark.skipif(
         not _cuda.built(), reason=UNAVAILABLE.get("cuda", "the module has no CUDA kernels")
@@ -64,21 +64,22 @@ needs_clusters = pytest.mark.skipif(
     reason="thread-block clusters need sm_90",
 )
 ALL_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_cuda)]
-"""For the ops that have CUDA kernels too: on a GPU, else under the emulation (conftest.py)."""
+"""For ops that also have CUDA kernels, which run under the emulation if there is no GPU
+(conftest.py)."""
 KERNELS: list[Any] = [BACKENDS[1], ALL_BACKENDS[-1]]
-"""Those made for a GPU."""
+"""The backends written for a GPU."""
 INTERPRETED_DRAWS = 8
-"""Shapes that hypothesis draws for a kernel in Triton's interpreter: each costs a second."""
+"""Number of shapes hypothesis draws for a kernel in Triton's interpreter; each takes a second."""
 
 
 def device_of(backend: str) -> str:
-    """Where the tests run a backend: on the GPU if it is made for one and there is one."""
+    """The device the tests run a backend on: the GPU, if there is one and the backend uses it."""
     return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws the numbers of a case, rounded to its dtype so that fp64 sees the same ones."""
+    """Draws the numbers of a case, rounded to its dtype so that fp64 gets the same values."""
 
     dtype: torch.dtype
     device: str
@@ -105,9 +106,9 @@ class Case:
         return self.name
 
 
-# Eager PyTorch: what people write today, in the dtype of the input. GroupNorm gets a contiguous
-# copy, because PyTorch's own CPU kernel for channels_last loses all digits when the mean is large,
-# and would prove nothing.
+# Eager PyTorch, as people write it today, in the dtype of the input. GroupNorm gets a contiguous
+# copy, because PyTorch's own CPU kernel for channels_last loses every digit when the mean is large
+# and a comparison with it would prove nothing.
 
 
 def group_norm_silu_eager(
@@ -197,7 +198,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm_eager,
     "add_layer_norm": add_layer_norm_eager,
 }
-"""Op -> eager PyTorch; the test file of another op adds its own."""
+"""Op -> its eager PyTorch version. Test files of other ops add theirs."""
 
 
 def exact(op: str, *args: Any, **options: Any) -> Any:
@@ -211,7 +212,7 @@ def exact(op: str, *args: Any, **options: Any) -> Any:
 
 @contextmanager
 def recording(op: str) -> Iterator[list[str]]:
-    """The backends that really ran `op` inside the block, in order."""
+    """Yield the list of backends that actually ran `op` inside the block, in order."""
     ran: list[str] = []
 
     def recorded(backend: kernels.Backend) -> kernels.Backend:
@@ -233,14 +234,15 @@ def recording(op: str) -> Iterator[list[str]]:
 
 
 def tensors_in(inputs: Inputs) -> list[Tensor]:
-    """The floating-point tensors among the arguments, in order: those that get a gradient."""
+    """The floating-point tensors among the arguments, in order; these receive gradients."""
     args, kwargs = inputs
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     return [t for t in tensors if t.is_floating_point()]
 
 
 def with_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """The arguments as fresh leaves that want a gradient, strides kept; `dtype` converts."""
+    """The arguments as new leaves that require gradients, with the same strides and, if given, in
+    `dtype`."""
 
     def leaf(a: Any) -> Any:
         if not isinstance(a, Tensor) or not a.is_floating_point():
@@ -254,7 +256,7 @@ def with_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 def run(
     function: Callable[..., Any], inputs: Inputs, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of their sum weighted with the numbers of a seed."""
+    """The outputs, and the gradients of their weighted sum; the seed determines the weights."""
     args, kwargs = inputs
     outputs = function(*args, **kwargs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -274,9 +276,10 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
-    """Results and gradients of one op on one backend, against the formula in fp64.
+    """Compare results and gradients of one op on one backend with the fp64 formula.
 
-    "cuda" without a GPU is the emulation on a CPU; each dtype has another order of the threads.
+    Without a GPU, "cuda" means the emulation on a CPU, where each dtype uses a different order of
+    threads.
     """
 
     if backend == "cuda" and not torch.cuda.is_available():
@@ -289,10 +292,10 @@ def check(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
 def run_on(
     backend: str, op: str, inputs: Inputs, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`run` of an op on a backend; that it ran there is asserted."""
+    """`run` an op on a backend, and assert that it ran there."""
     with ExitStack() as stack:
         stack.enter_context(kernels.backend(backend))
-        # with nothing to add, the op that adds is the one that does not
+        # with nothing to add, an add_ op calls the op without
         names = {op, op.removeprefix("add_")}
         ran = [stack.enter_context(recording(name)) for name in names if name in kernels.OPS]
         results = run(getattr(kernels, op), with_gradients(inputs), seed)
@@ -314,12 +317,12 @@ def formulas(op: str, inputs: Inputs, seed: int) -> tuple[Results, Results]:
 def formulas_of_case(
     op: str, case: Case, dtype: torch.dtype, device: str, seed: int
 ) -> tuple[Results, Results]:
-    """`formulas`, which are the same for every backend and regime."""
+    """`formulas` of a case, cached because every backend and regime needs the same."""
     return formulas(op, case.inputs(dtype, device, seed), seed)
 
 
 def check_case(op: str, case: Case, dtype: torch.dtype, backend: str) -> None:
-    """`check`, with the emulation's threads in whatever order they are set to run."""
+    """`check`, without setting the order of the emulation's threads."""
     device = device_of(backend)
     known = partial(formulas_of_case, op, case, dtype, device)
     check_inputs(op, lambda seed: case.inputs(dtype, device, seed), backend, known)
@@ -331,7 +334,7 @@ def check_inputs(
     backend: str,
     known: Callable[[int], tuple[Results, Results]] | None = None,
 ) -> None:
-    """`check_case` for inputs that are a function of a seed; `known`: their `formulas`."""
+    """`check_case` for inputs that are a function of a seed; `known` returns their `formulas`."""
     if known is None:
         known = cache(lambda seed: formulas(op, inputs(seed), seed))
 
@@ -363,10 +366,10 @@ def check_inputs(
 def check_compiles(
     op: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]], backend: str = "triton"
 ) -> None:
-    """The implementation traces whole, forward and backward, once for all batch sizes.
+    """Forward and backward compile into one graph, once for all batch sizes.
 
-    Traced by Dynamo and AOTAutograd; the graph's ops run as they are ("aot_eager"), since Inductor
-    has nothing to add to opaque ops and no code for CPU tensors under the interpreter.
+    Dynamo and AOTAutograd trace it, and the backend is "aot_eager": Inductor cannot optimize opaque
+    ops, and cannot generate code for CPU tensors under the interpreter.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -383,25 +386,26 @@ def check_compiles(
 
 
 def check_registration(op: str, backend: str, *args: Any) -> None:
-    """PyTorch's own checks of the op on a backend: schema, fake, derivative, functionalization."""
+    """Run PyTorch's own checks of an op on a backend: schema, fake tensors, autograd,
+    functionalization."""
     with kernels.backend(backend), recording(op) as ran:
         torch.library.opcheck(kernels.OPS[op].known, args)
     assert set(ran) == {backend}
 
 
 def check_gradients(function: Callable[..., Any], *arguments: Tensor) -> None:
-    """`gradcheck` of an fp32 function: central differences at 1e-2 are good to about 1e-3."""
+    """Run `gradcheck` in fp32, where central differences at 1e-2 are accurate to about 1e-3."""
     leaves = tuple(a.to(device_of("triton")).requires_grad_() for a in arguments)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Input #", UserWarning)  # it would like fp64
+        warnings.filterwarnings("ignore", "Input #", UserWarning)  # gradcheck recommends fp64
         assert torch.autograd.gradcheck(function, leaves, eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
 def in_turn(rows: Sequence[Case], first: int = 0) -> list[tuple[Case, torch.dtype]]:
-    """(case, dtype) for parametrize: every dtype of every row on a GPU.
+    """(case, dtype) pairs for parametrize. On a GPU, every row is run in every dtype.
 
-    Interpreted and emulated kernels, where a row costs up to a second, take the dtypes in turn from
-    the `first` on, one for each row; those of `EVERY_DTYPE` have all three.
+    Without one, kernels are interpreted or emulated and a row takes up to a second, so each row
+    gets one dtype, in rotation starting at `first`. Rows in `EVERY_DTYPE` always get all three.
     """
     pairs = []
     for index, case in enumerate(rows, first):
@@ -412,8 +416,7 @@ def in_turn(rows: Sequence[Case], first: int = 0) -> list[tuple[Case, torch.dtyp
 
 
 def parity_rows(rows: Sequence[Case], backends: Sequence[Any] = BACKENDS) -> list[Any]:
-    """(case, dtype, backend) for parametrize: every dtype of every row where it is computed at
-    full speed, and `in_turn` in Triton's interpreter."""
+    """(case, dtype, backend) for parametrize: every dtype of every row; `in_turn` for Triton."""
     every, turns = [(case, dtype) for case in rows for dtype in DTYPES], in_turn(rows)
     return [
         pytest.param(case, dtype, name, id=f"{case}-{dtype}-{name}", marks=marks)
@@ -427,21 +430,22 @@ def _name_and_marks(backend: Any) -> tuple[str, Any]:
 
 
 def check_draws(check_one: Callable[[st.DataObject], None], backend: str, examples: int) -> None:
-    """Call a check with the draws of `examples` examples; in Triton's interpreter of fewer, and a
-    failing one is told as it was drawn, since to shrink it takes minutes."""
+    """Run a check on `examples` random examples. Triton's interpreter gets fewer, and reports a
+    failing example without shrinking it, which would take minutes."""
     options: dict[str, Any] = {"max_examples": examples, "deadline": None, "derandomize": True}
     if backend == "triton" and _triton.INTERPRETED:
         options |= {"max_examples": INTERPRETED_DRAWS, "phases": (Phase.generate,)}
     settings(**options)(given(st.data())(check_one))()
 
 
-# The rows
+# The cases
 
 EVERY_DTYPE = frozenset({
     "tiny-eps", "eps", "mean-100", "mean-100-channels-last", "wide-mean-100", "near-overflow",
     "constant", "tails", "hidden", "peaked", "below", "long", "vae-512-tail",
 })  # fmt: skip
-"""Rows about what a dtype can hold, and those of attention with several tiles either way."""
+"""Cases that depend on the range or precision of a dtype, and attention with several tiles of both
+queries and keys."""
 
 
 def norm_case(
@@ -458,7 +462,8 @@ def norm_case(
     add: str = "",
     **options: Any,
 ) -> Case:
-    """A row for `group_norm_silu`; `add` ("channel", "vector", "residual") for the op that adds."""
+    """A case for `group_norm_silu`, or for `add_group_norm_silu` if `add` names any of "channel",
+    "vector", "residual"."""
 
     def build(draw: Draw) -> Inputs:
         x = layout(draw(*shape, mean=mean, std=std))
@@ -515,7 +520,7 @@ GROUP_NORM_SILU = [
         "tiny-eps", "input of std 0.01: a wrong eps shows", (2, 32, 4, 4), 8, std=1e-2, mean=0
     ),
     norm_case("no-affine", "weight and bias are optional", (2, 24, 5, 3), 8, affine=False),
-    norm_case("odd", "no power of two anywhere", (3, 21, 5, 7), 7),
+    norm_case("odd", "no size is a power of two", (3, 21, 5, 7), 7),
     norm_case("odd-channels-last", "the same in NHWC", (3, 21, 5, 7), 7, layout=channels_last),
     norm_case("one-group", "G = 1 is LayerNorm over C, H, W", (2, 6, 5, 5), 1),
     norm_case("instance", "G = C is InstanceNorm", (2, 6, 5, 5), 6),
@@ -542,7 +547,7 @@ GROUP_NORM_SILU = [
     norm_case(
         "near-overflow", "fp16 squares overflow from 256 on", (2, 32, 4, 4), 8, mean=2e4, std=1e4
     ),
-    norm_case("constant", "variance 0: eps alone carries it", (2, 8, 4, 4), 4, std=0.0, mean=3.0),
+    norm_case("constant", "variance 0: only eps is left", (2, 8, 4, 4), 4, std=0.0, mean=3.0),
     norm_case("empty-batch", "nothing to do", (0, 8, 4, 4), 4),
     norm_case("empty-space", "nothing to do", (2, 8, 0, 4), 4),
 ]
@@ -582,8 +587,8 @@ def attention_case(
     values: tuple[float, float] | None = None,
     scale: float | None = None,
 ) -> Case:
-    """A row for `attention`; shape is (N, L, S, H, D), `extra` the number of extra keys, `values`
-    mean and std of v."""
+    """A case for `attention`. `shape` is (N, L, S, H, D), `extra` is the number of extra keys, and
+    `values` is the mean and std of v."""
     n, length, keys, heads, dim = shape
 
     def build(draw: Draw) -> Inputs:
@@ -604,9 +609,9 @@ def attention_case(
             v = draw(n, keys, heads, dim, mean=values[0], std=values[1])
         if shared:  # one text for the whole batch
             k, v = (t[:1].expand(n, -1, -1, -1) for t in (k, v))
-        if odd_start:  # rows are multiples of 16 bytes apart, none begins at one
+        if odd_start:  # rows are a multiple of 16 bytes apart, but none starts on one
             q, k, v = (F.pad(t.flatten(), (1, 0))[1:].view(t.shape) for t in (q, k, v))
-        if turned:  # the head dim is not dense
+        if turned:  # the head dim is not contiguous
             q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
         kwargs: dict[str, Any] = {"scale": scale}
         if extra:
@@ -638,7 +643,7 @@ def additive_per_sample(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
 
 
 def half_hidden(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
-    """Additive, some -inf, and a query that sees nothing."""
+    """Additive, with some -inf and one query that sees no key."""
     mask = draw(*full[2:])
     mask[:, ::3] = float("-inf")
     mask[1] = float("-inf")
@@ -658,7 +663,7 @@ def seen_of_any_strides(draw: Draw, full: tuple[int, int, int, int]) -> Tensor:
 
 
 HEAD_DIMS = [*range(8, 168, 8), 176, 192, 208, 256]
-"""Each is cut into other pieces; 512 has its row below."""
+"""Each is split into different pieces. 512 has its own case below."""
 
 ATTENTION = [
     attention_case("sd-40", "SD 1.x first level, self", (1, 64, 64, 2, 40), packed=True),
@@ -667,7 +672,7 @@ ATTENTION = [
     attention_case("sd-160", "SD 1.x third level", (1, 16, 16, 2, 160), packed=True),
     attention_case("sd2-64", "SD 2.x, SDXL, ADM", (1, 48, 77, 3, 64)),
     attention_case("vae-512", "the VAE's middle: one head of 512", (1, 64, 64, 1, 512)),
-    attention_case("vae-512-tail", "several tiles, the last not full", (1, 70, 50, 1, 512)),
+    attention_case("vae-512-tail", "several tiles, the last one partial", (1, 70, 50, 1, 512)),
     attention_case("ddpm-256", "DDPM CIFAR-10: one head of 256", (2, 16, 16, 1, 256)),
     attention_case("cin-384", "cin256-v2: one head of 384", (1, 16, 1, 1, 384)),
     attention_case("dit-72", "DiT-XL, U-ViT-H: 72", (1, 32, 32, 2, 72), packed=True),
@@ -675,22 +680,22 @@ ATTENTION = [
     attention_case("long", "several tiles of queries and of keys", (1, 150, 400, 1, 24)),
     attention_case(
         "long-bias",
-        "a mask of numbers, which begin anew at no block of keys; its gradient, where eager "
-        "PyTorch keeps an fp32 output",
+        "an additive mask with different values in every block of keys; its gradient needs the "
+        "output in fp32, as eager PyTorch keeps it",
         (1, 44, 170, 1, 8),
         mask=additive_per_sample,
     ),
     attention_case("text-154", "two prompts of 77", (2, 33, 154, 2, 40)),
     attention_case("text-333", "SD 3: 256 + 77 keys", (1, 33, 333, 2, 64)),
     attention_case("on-chip-64", "keys that fill their tiles", (1, 70, 64, 2, 64)),
-    attention_case("glide", "text beside the image", (2, 24, 24, 2, 64), packed=True, extra=77),
-    attention_case("extra-mask", "over both", (2, 9, 7, 2, 16), extra=5, mask=additive),
-    attention_case("extra-padding", "over both", (2, 9, 7, 2, 16), extra=5, mask=padding),
-    attention_case("extra-blocks", "in a block with others", (1, 45, 150, 2, 24), extra=180),
-    attention_case("only-extra", "no keys of its own", (2, 9, 0, 2, 16), extra=5),
-    attention_case("strides", "q, k, v each its own", (2, 9, 11, 2, 24), own_strides=True),
-    attention_case("sliced", "rows that begin nowhere special", (2, 9, 11, 2, 24), sliced=True),
-    attention_case("turned", "the head dim is not dense", (2, 9, 11, 2, 24), turned=True),
+    attention_case("glide", "text and image keys", (2, 24, 24, 2, 64), packed=True, extra=77),
+    attention_case("extra-mask", "covers all keys", (2, 9, 7, 2, 16), extra=5, mask=additive),
+    attention_case("extra-padding", "covers all keys", (2, 9, 7, 2, 16), extra=5, mask=padding),
+    attention_case("extra-blocks", "share a block with others", (1, 45, 150, 2, 24), extra=180),
+    attention_case("only-extra", "extra keys but no others", (2, 9, 0, 2, 16), extra=5),
+    attention_case("strides", "different for q, k and v", (2, 9, 11, 2, 24), own_strides=True),
+    attention_case("sliced", "rows without alignment", (2, 9, 11, 2, 24), sliced=True),
+    attention_case("turned", "the head dim is not contiguous", (2, 9, 11, 2, 24), turned=True),
     attention_case("one-key", "softmax of one number", (2, 5, 1, 2, 8)),
     attention_case("one-query", "decoding", (2, 1, 19, 2, 8)),
     attention_case(
@@ -699,41 +704,41 @@ ATTENTION = [
     attention_case("causal", "a text encoder", (2, 17, 17, 2, 16), mask=causal),
     attention_case("padding", "prompts of several lengths", (3, 6, 9, 2, 16), mask=padding),
     attention_case("additive", "a learned position bias", (2, 7, 9, 3, 16), mask=additive),
-    attention_case("bias", "one for each sample", (2, 7, 9, 3, 16), mask=additive_per_sample),
-    attention_case("own-bias", "for each score", (2, 7, 9, 3, 16), mask=bias_of_any_strides),
-    attention_case("own-mask", "for each score", (2, 7, 9, 3, 16), mask=seen_of_any_strides),
+    attention_case("bias", "one per sample", (2, 7, 9, 3, 16), mask=additive_per_sample),
+    attention_case("own-bias", "one per score", (2, 7, 9, 3, 16), mask=bias_of_any_strides),
+    attention_case("own-mask", "one per score", (2, 7, 9, 3, 16), mask=seen_of_any_strides),
     attention_case("head-bias", "the same for all queries", (2, 7, 9, 3, 16), mask=per_head),
     attention_case("one-key-bias", "no gradient", (2, 5, 1, 2, 8), mask=additive_per_sample),
     attention_case("shared-text", "one for the batch: stride 0", (3, 9, 7, 2, 16), shared=True),
-    attention_case("odd-start", "no row begins at 16 bytes", (2, 9, 11, 2, 24), odd_start=True),
+    attention_case("odd-start", "rows not 16-byte aligned", (2, 9, 11, 2, 24), odd_start=True),
     attention_case("hidden", "-inf in an additive mask", (2, 7, 9, 3, 16), mask=half_hidden),
-    attention_case("scale", "a scale of its own", (2, 7, 9, 3, 16), scale=0.7),
+    attention_case("scale", "an explicit scale", (2, 7, 9, 3, 16), scale=0.7),
     attention_case("all-alike", "a scale of 0: the mean of v", (2, 7, 9, 3, 16), scale=0.0),
     attention_case("turned-round", "a negative scale", (2, 7, 9, 3, 16), scale=-0.7),
-    attention_case("peaked", "scores of some hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
+    attention_case("peaked", "scores of a few hundred: exp overflows", (1, 16, 16, 2, 64), std=8.0),
     attention_case(
-        "below", "scores of -600: a key that is not there has 0", (1, 16, 19, 2, 64), below=8.0
+        "below", "scores of -600: padding keys must not score 0", (1, 16, 19, 2, 64), below=8.0
     ),
     attention_case(
         "near-overflow", "values of 2e4: sums overflow fp16", (1, 16, 19, 2, 64), values=(2e4, 1e4)
     ),
-    # in bf16 numbers around 100 are halves: of a smaller deviation nothing would be left
+    # around 100, bf16 numbers are 0.5 apart: a smaller deviation would be rounded away
     attention_case("mean-100", "values of 100 +- 1", (1, 16, 19, 2, 64), values=(100, 1.0)),
     attention_case("empty-batch", "nothing to do", (0, 4, 4, 2, 8)),
     attention_case("empty-keys", "nothing to see: zeros", (2, 4, 0, 2, 8)),
-    attention_case("empty-queries", "nobody asks", (2, 0, 4, 2, 8)),
+    attention_case("empty-queries", "nothing to do", (2, 0, 4, 2, 8)),
     *(
-        attention_case(f"dim-{d}", "its own pieces", (1, 21, 19, 2, d), packed=False)
+        attention_case(f"dim-{d}", "split in its own way", (1, 21, 19, 2, d), packed=False)
         for d in HEAD_DIMS
     ),
 ]
 
 GEGLU = [
     Case("sd-320", "SD 1.x first level: 320 -> 2 x 1280", lambda d: ((d(2, 16, 2560),), {})),
-    Case("odd", "no power of two", lambda d: ((d(3, 5, 2 * 37),), {})),
+    Case("odd", "no size is a power of two", lambda d: ((d(3, 5, 2 * 37),), {})),
     Case("vector", "one row", lambda d: ((d(10),), {})),
     Case("strided", "a view: every other row", lambda d: ((d(6, 24)[::2],), {})),
-    Case("transposed", "the last dimension is not dense", lambda d: ((d(24, 6).mT,), {})),
+    Case("transposed", "the last dimension is not contiguous", lambda d: ((d(24, 6).mT,), {})),
     Case("tails", "gates where erf is flat", lambda d: ((d(4, 64, std=6.0),), {})),
     Case(
         "near-overflow", "products beyond fp16 are infinite", lambda d: ((d(4, 64, std=300.0),), {})
@@ -756,7 +761,7 @@ def layer_norm_case(
     std: float = 1.0,
     **options: Any,
 ) -> Case:
-    """A row for `layer_norm`, or with `residual` for `add_layer_norm`."""
+    """A case for `layer_norm`, or with `residual` for `add_layer_norm`."""
 
     def build(draw: Draw) -> Inputs:
         x = layout(draw(*shape, mean=mean, std=std))
@@ -775,7 +780,7 @@ LAYER_NORM = [
     layer_norm_case("dit-1152", "DiT: 1e-6, no affine", (2, 8, 1152), affine=False, eps=1e-6),
     layer_norm_case("sd-640", "SD 1.x second level", (2, 8, 640)),
     layer_norm_case("u-vit-1152", "U-ViT-H: affine, more rows than programs", (2, 70, 1152)),
-    layer_norm_case("karlo-2048", "karlo's prior; as wide as a power of two", (1, 5, 2048)),
+    layer_norm_case("karlo-2048", "karlo's prior; the width is a power of two", (1, 5, 2048)),
     layer_norm_case("t5-4096", "the widest row of a real model", (1, 3, 4096)),
     layer_norm_case("wide", "wider than registers hold: several tiles", (2, 3, 8200)),
     layer_norm_case(
@@ -790,7 +795,7 @@ LAYER_NORM = [
     layer_norm_case("bias", "no weight", (6, 40), parameters="bias"),
     layer_norm_case("strided", "every other row", (6, 24), layout=lambda x: x[::2]),
     layer_norm_case(
-        "transposed", "the last dimension is not dense", (24, 6), layout=lambda x: x.mT
+        "transposed", "the last dimension is not contiguous", (24, 6), layout=lambda x: x.mT
     ),
     layer_norm_case("tiny-eps", "a wrong eps shows", (4, 64), mean=0, std=1e-2),
     layer_norm_case("mean-100", "E[x^2] - E[x]^2 loses every digit", (4, 64), mean=100, std=0.01),
@@ -814,9 +819,9 @@ ADD_LAYER_NORM = [
 def ordinary_inputs(
     op: str, device: str, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Inputs:
-    """Small arguments of any op, for tests of how it runs and not of what it computes.
+    """Small arguments for any op, for tests of how it runs rather than of what it computes.
 
-    dtype: of the ops with parity cases; the others' are fp32.
+    `dtype` applies to ops with parity cases; the arguments of the others are fp32.
     """
     draw = Draw(dtype, device, torch.Generator().manual_seed(seed))
     seeds = torch.arange(2, device=device) + seed

@@ -1,4 +1,4 @@
-"""Without a GPU, a test with the parameter "cuda" for its backend runs under the host emulation."""
+"""Without a GPU, tests whose backend parameter is "cuda" run under the host emulation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import cuda_host
 
 @pytest.fixture(autouse=True)
 def emulation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The order of the threads goes by the test's name: over many tests all orders are met."""
+    """The test's name determines the order of the threads, so many tests cover all orders."""
     parameters = getattr(request.node, "callspec", None)
     asked = parameters is not None and "cuda" in (
         parameters.params.get("backend"),

@@ -1,4 +1,4 @@
-"""CUDA graphs of calls, captured so that a wait for the device is an error."""
+"""Capture calls in CUDA graphs, with an error if they wait for the device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Inside, whatever of PyTorch's makes the host wait for the device raises."""
+    """Inside the block, any PyTorch operation that makes the host wait for the device raises."""
     with warnings.catch_warnings():
-        # that it is a prototype, once a process
+        # PyTorch warns once per process that this is a prototype
         warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -26,8 +26,8 @@ def no_waiting() -> Iterator[None]:
 
 
 def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of a call, and what the call returned in it. The call is made once before, for its
-    kernels to be compiled and loaded."""
+    """A graph of a call, and what the call returned during capture. The call is run once before
+    capture so that its kernels are compiled and loaded."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

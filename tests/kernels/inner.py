@@ -1,4 +1,4 @@
-"""What a pytest that ran in another process, under sanitizers, has said."""
+"""Check the output of a pytest that ran in another process under sanitizers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import subprocess
 
 
 def assert_all_passed(output: str, files: list[str]) -> None:
-    """pytest's output (with -rps) tells of a test that passed in each file, and of no other end but
-    for what this CPU cannot run."""
+    """Assert that pytest's output (with -rps) lists a passed test in every file, and no other
+    outcome except skips for instructions this CPU lacks."""
     selected = re.search(r"(\d+) selected$", output, flags=re.MULTILINE)
     assert selected is not None, output[-2000:]
     passed = re.findall(r"^PASSED ([^:]+)::", output, flags=re.MULTILINE)
@@ -18,8 +18,8 @@ def assert_all_passed(output: str, files: list[str]) -> None:
 
 
 def assert_caught(done: subprocess.CompletedProcess[str]) -> None:
-    """A kernel that goes too far (one_row_too_far.py) has ended the process."""
-    told = done.stdout + done.stderr
-    assert done.returncode != 0, told[-3000:]
-    assert "heap-buffer-overflow" in told, told[-3000:]
-    assert "geglu" in told[told.index("heap-buffer-overflow") :]
+    """Assert that the out-of-bounds kernel of one_row_too_far.py ended the process."""
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output[-3000:]
+    assert "heap-buffer-overflow" in output, output[-3000:]
+    assert "geglu" in output[output.index("heap-buffer-overflow") :]

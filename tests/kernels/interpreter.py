@@ -1,7 +1,7 @@
-"""Triton's interpreter, made to round as GPUs do, to count the bytes that kernels move, and to
-refuse what lies outside a kernel's tensors.
+"""Patch Triton's interpreter to round as GPUs do, to count the bytes that kernels move, and to
+raise on accesses outside a kernel's tensors.
 
-Imported by tests/kernels/cases.py; without triton, or on a GPU, nothing is changed.
+tests/kernels/cases.py imports this module. Without triton, or on a GPU, it changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdiff.kernels import triton as _triton
 
 @dataclass
 class Traffic:
-    """Bytes of the lanes whose mask is set, summed over all programs and kernels."""
+    """Bytes of the unmasked lanes, summed over all programs and kernels."""
 
     loaded: int = 0
     stored: int = 0
@@ -34,8 +34,8 @@ _counting: list[Traffic] = []
 
 @contextmanager
 def counting_traffic() -> Iterator[Traffic]:
-    """Count what every kernel inside the block loads and stores. Needs the interpreter."""
-    assert _triton.INTERPRETED, "only the interpreter counts"
+    """Count the bytes every kernel inside the block loads and stores. Needs the interpreter."""
+    assert _triton.INTERPRETED, "only the interpreter can count traffic"
     traffic = Traffic()
     _counting.append(traffic)
     try:
@@ -45,39 +45,39 @@ def counting_traffic() -> Iterator[Traffic]:
 
 
 _bounds: list[tuple[int, int]] = []
-"""First address and the one after the last, of each tensor that the running kernel was given."""
+"""(first address, end address) of each tensor that was passed to the running kernel."""
 
 
 def span(x: torch.Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first number to its last."""
+    """The first address of a tensor's memory, and the address after its last element."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() if x.numel() else x.data_ptr()
 
 
 def check_bounds(pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-    """Raise unless the unmasked pointers, each to `size` bytes, lie inside one tensor.
+    """Raise unless all unmasked pointers, each to `size` bytes, lie inside one tensor.
 
-    A GPU reads a neighbour's memory without a word.
+    A GPU would silently read memory of another tensor.
     """
     used = pointers[mask.astype(bool)]
     if used.size:
         first, end = int(used.min()), int(used.max()) + size
         assert any(first >= low and end <= high for low, high in _bounds), (
-            f"a kernel touches bytes {first:#x} to {end:#x}, outside of its tensors: "
+            f"a kernel accesses bytes {first:#x} to {end:#x}, outside its tensors: "
             + ", ".join(f"{low:#x} to {high:#x}" for low, high in _bounds)
         )
 
 
 def round_as_gpus_do(data: np.ndarray) -> np.ndarray:
-    """fp32 as the bits of bf16, to nearest and ties to even (PTX: cvt.rn.bf16.f32)."""
+    """fp32 to the bits of bf16, rounded to nearest with ties to even (PTX: cvt.rn.bf16.f32)."""
     rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
     return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
 
 def sum_as_lanes_do(data: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
-    """The sum of powers of two of numbers by halves, as the lanes and warps of a GPU add them up.
+    """Sum by repeated halving, as the lanes and warps of a GPU do; sizes are powers of two.
 
-    numpy adds the rows of a tile one after the other, which loses digits that a GPU keeps.
+    numpy adds the rows of a tile one after another, which loses digits that a GPU keeps.
     """
     shape = data.shape
     data = data.reshape(-1) if axis is None else np.moveaxis(data, axis, 0)
@@ -107,7 +107,7 @@ def _patch() -> None:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        """Triton 3.7's own drops the low bits, and takes a loop over bits to do so."""
+        """Triton 3.7's version truncates instead of rounding, and is slow: it loops over bits."""
         have, want = source.dtype.scalar, target.scalar
         if have == float32 and want == bfloat16:
             return TensorHandle(round_as_gpus_do(source.data), want)
@@ -117,9 +117,9 @@ def _patch() -> None:
         return cast(self, source, target)
 
     def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
-        """Triton 3.7's own multiplies the bits of bf16 as integers. Besides, on a GPU the order of
-        a product's sum does not depend on the size of the tile, as it does in BLAS: fp32 is summed
-        in fp64 and rounded once.
+        """Triton 3.7's version multiplies the bits of bf16 as integers. Also, the order of
+        summation does not depend on the tile size on a GPU but does in BLAS, so fp32 products are
+        summed in fp64 and rounded once.
         """
         if a.dtype.scalar == float32:
             product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
@@ -142,15 +142,15 @@ def _patch() -> None:
         return store(self, pointers, value, mask, *rest)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        """Rounds once: the product of two fp32 is exact in fp64 (the sum's 53 bits are enough but
-        for a tie in 2^29)."""
+        """Rounds once: the product of two fp32 numbers is exact in fp64, and the 53 bits of the sum
+        are enough in all but one of about 2^29 cases."""
         if x.dtype.scalar != float32:
             return fma(self, x, y, z)
         exact = x.data.astype(np.float64) * y.data + z.data
         return TensorHandle(exact.astype(np.float32), float32)
 
     def comparing(compare: Any) -> Any:
-        """Triton 3.7 labels what a comparison of floats gives as floats, which have no `&`."""
+        """Triton 3.7 types the result of comparing floats as float, which does not support `&`."""
 
         def compared(self: Any, left: Any, right: Any) -> Any:
             return TensorHandle(compare(self, left, right).data.astype(bool), int1)
@@ -161,7 +161,7 @@ def _patch() -> None:
         patched.clear()
         given = (*arguments, *options.values())
         _bounds[:] = [span(x) for x in given if isinstance(x, torch.Tensor)]
-        with np.errstate(all="ignore"):  # a GPU goes on with inf and nan
+        with np.errstate(all="ignore"):  # a GPU does not report inf and nan either
             execute(self, *arguments, **options)
 
     def sum_(self: Any, source: Any) -> Any:
@@ -169,7 +169,8 @@ def _patch() -> None:
         return self.to_tensor(data, source.dtype)
 
     def call_device_function(self: Any, *arguments: Any, **options: Any) -> Any:
-        """Triton's own patches the language on every call, which takes 5 ms; once a launch does."""
+        """Triton's version patches the language on every call, which takes 5 ms; here each module
+        is patched once per launch."""
         module = id(self.fn.__globals__)
         if module not in patched:
             patched.add(module)

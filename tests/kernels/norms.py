@@ -1,4 +1,4 @@
-"""What the tests of `group_norm_silu` and `add_group_norm_silu` share: the kernels' regimes."""
+"""The kernels' regimes, for the tests of `group_norm_silu` and `add_group_norm_silu`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ CONFIG = {
     "L2_MIB": 1,
     "num_warps": 4,
 }
-"""Few programs, for each costs the interpreter milliseconds, but several chunks, steps, tiles."""
+"""Few programs, since each takes the interpreter milliseconds, but several chunks, steps and
+tiles."""
 REGIMES = ("small", "large")
 KERNELS = {
     "small": {"_small_kernel", "_small_backward_kernel"},
@@ -40,7 +41,7 @@ KERNELS = {
 
 @contextmanager
 def regime(name: str, **changes: int) -> Iterator[None]:
-    """Have every size go through one regime, with CONFIG and its changes."""
+    """Send every size through one regime, with CONFIG and the given changes."""
     most = {"MOST": 2**20 if name == "small" else 0}
     with ExitStack() as stack:
         for tunable in ("group_norm_silu", "group_norm_silu_backward"):
@@ -49,7 +50,7 @@ def regime(name: str, **changes: int) -> Iterator[None]:
 
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:
-    """The names of the kernels that a call would start on this machine's GPU."""
+    """The names of the kernels that a call launches."""
     with backend("triton"), recording_launches() as launches:
         call()
     return [launch.kernel.__name__ for launch in launches]

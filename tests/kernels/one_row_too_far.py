@@ -1,6 +1,6 @@
-"""pytest plugin (``-p tests.kernels.one_row_too_far``): geglu's kernels, of CPUs and CUDA, are told
-of one row more than there is memory for. What the sanitizers' tests run must then fail, or they
-run nothing, or nothing watches.
+"""pytest plugin (``-p tests.kernels.one_row_too_far``) that makes the CPU and CUDA kernels of geglu
+process one row more than there is memory for. The tests under sanitizers must then fail; if they
+pass, they run nothing or the sanitizers are not active.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastdiff.kernels import cuda as _cuda
 
 
 class _Broken(SimpleNamespace):
-    """The compiled module with another `geglu`."""
+    """The compiled module with a faulty `geglu`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)

@@ -1,8 +1,9 @@
-"""The ways through the kernels that are made for a GPU: every op on every such backend, and where a
-backend's op has kernels that the plan or a threshold chooses among, each of them.
+"""Routes through the GPU kernels: every op on every GPU backend, and each of its kernels where a
+plan or a threshold chooses among several.
 
-`EVERY` and `DIFFERENTIABLE` are for ``parametrize(("backend", "route"), ...)``: conftest.py then
-emulates CUDA where there is no GPU. `benchmarks.device` runs `CUDA` under compute-sanitizer.
+`EVERY` and `DIFFERENTIABLE` are for ``parametrize(("backend", "route"), ...)``, under which
+conftest.py emulates CUDA if there is no GPU. `benchmarks.device` runs `CUDA` under
+compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ WITHOUT_GRADIENTS = [name for name, op in kernels.OPS.items() if not op.differen
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """An op on a backend, with arguments of its own and what sends them its way."""
+    """An op on a backend, with its arguments and the settings that select the kernel."""
 
     op: str
     backend: str
     name: str = ""
     case: str = ""
-    """A row of the op's cases; without one, its ordinary arguments."""
+    """Name of one of the op's cases; if empty, its ordinary arguments are used."""
     set: dict[Any, dict[str, Any]] = field(default_factory=dict, hash=False)
-    """Module of `kernels/` -> what is set in it on the way."""
+    """Module of `kernels/` -> attributes to set in it."""
     kernel: str = ""
-    """What the names of the forward pass's kernels hold, one of them at least."""
+    """A substring of at least one kernel name in the forward pass."""
     cluster: int = 1
-    """Blocks of a cluster in the forward pass."""
+    """Blocks per cluster in the forward pass."""
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.op, self.name)))
 
     @property
     def dtype(self) -> torch.dtype:
-        """fp32, or fp16 where that is not served."""
+        """fp32, or fp16 if the backend does not support fp32."""
         served = kernels.OPS[self.op].backends[self.backend].dtypes
         return torch.float32 if not served or torch.float32 in served else torch.float16
 
@@ -60,7 +61,7 @@ class Route:
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        """Inside, calls on these arguments go this way; where they cannot, they are an error."""
+        """Inside the block, calls with these arguments take this route or raise."""
         with ExitStack() as stack:
             for module, values in self.set.items():
                 stack.enter_context(patch.multiple(module, **values))
@@ -69,7 +70,7 @@ class Route:
 
 
 def _norm(op: str, case: str, layout: str, **more: Any) -> Iterator[Route]:
-    """One block with all of a group, a cluster, and parts; NHWC in columns, NCHW in rows."""
+    """A group in one block, in a cluster, and in parts; NHWC by columns, NCHW by rows."""
     columns = "columns" if layout == "NHWC" else "rows"
     for name, values, kernel, cluster in (
         ("one block", {"CLUSTER": 1}, f"norm_on_chip_{columns}", 1),
@@ -108,7 +109,7 @@ CUDA = [
 
 
 def cuda_kernels() -> set[str]:
-    """The kernels of csrc/, by their definitions."""
+    """The names of all kernels defined in csrc/cuda."""
     text = "".join(path.read_text() for path in (cuda_host.ROOT / "csrc" / "cuda").glob("*.cu*"))
     text = re.sub(r"//.*", "", text)
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"

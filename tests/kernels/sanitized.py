@@ -1,6 +1,8 @@
-"""Puts the module of FASTDIFF_SANITIZED_MODULE, built with ASan and UBSan, in the place of
-the compiled one: as a pytest plugin (``-p tests.kernels.sanitized``), or alone, to run every row of
-every op on every instruction set. test_sanitizers.py starts both, with ASan's runtime preloaded.
+"""Replace the compiled module with the one in FASTDIFF_SANITIZED_MODULE, built with ASan and UBSan.
+
+As a pytest plugin (``-p tests.kernels.sanitized``) it only replaces the module; run as a script, it
+runs every case of every op on every instruction set. test_sanitizers.py does both, with ASan's
+runtime preloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ def _load() -> Any:
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None
-    assert NAME not in sys.modules, f"{NAME} is loaded already"
+    assert NAME not in sys.modules, f"{NAME} is already loaded"
     module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.build()["sanitizers"] == "address undefined"
@@ -29,9 +31,8 @@ native = _load()
 
 
 def main() -> None:
-    """Parity in bf16. In fp32 and fp16, which have code of their own, only that it runs: UBSan's
-    checks keep loops from being vectorised, and a long fp32 sum taken one by one rounds more often
-    than the one that ships."""
+    """Check parity in bf16. The fp32 and fp16 code is only run, because UBSan's checks prevent
+    vectorization and a long fp32 sum without it rounds more often than the code that ships."""
     import torch
 
     from tests.kernels import cases
@@ -46,7 +47,7 @@ def main() -> None:
             continue
         for op, rows in ROWS.items():
             for case in rows:
-                print(isa, op, case, flush=True)  # a fault ends the process: this says where
+                print(isa, op, case, flush=True)  # a fault ends the process; this shows where
                 cases.check(op, case, torch.bfloat16, "cpu")
                 for dtype in (torch.float32, torch.float16):
                     cases.run_on("cpu", op, case.inputs(dtype))

@@ -51,20 +51,20 @@ def row(
 ROWS = [
     row("dit-1152", "DiT-XL: width 1152, halves of one projection", (2, 8, 1152), packed=True),
     row("dit-384", "DiT-S", (3, 16, 384), packed=True),
-    row("odd", "no power of two, no 16-byte loads", (3, 5, 37)),
-    row("many-rows", "more rows than a chunk or a share has", (2, 150, 40)),
+    row("odd", "no size is a power of two, no 16-byte loads", (3, 5, 37)),
+    row("many-rows", "more rows than fit in a chunk or a share", (2, 150, 40)),
     row("one-row", "T = 1", (4, 1, 64)),
     row("one-sample", "no guidance, batch 1", (1, 7, 48)),
     row("one-number", "C = 1: y is the shift", (2, 3, 1)),
     row("sliced", "columns of a wider tensor", (2, 9, 80), layout=lambda x: x[..., 3:43]),
-    row("transposed", "C is not dense", (2, 24, 6), layout=lambda x: x.mT),
-    row("every-other", "rows apart", (2, 18, 24), layout=lambda x: x[:, ::2]),
+    row("transposed", "C is not contiguous", (2, 24, 6), layout=lambda x: x.mT),
+    row("every-other", "gaps between rows", (2, 18, 24), layout=lambda x: x[:, ::2]),
     row("mean-100", "E[x^2] - E[x]^2 loses every digit", (2, 4, 64), mean=100, std=0.01),
     row("near-overflow", "squares overflow fp16", (2, 4, 64), mean=2e4, std=1e4),
     row("tiny-eps", "a wrong eps shows", (2, 4, 64), mean=0, std=1e-2),
-    row("eps", "an eps of its own", (2, 4, 64), std=0.1, eps=1e-2),
+    row("eps", "an explicit eps", (2, 4, 64), std=0.1, eps=1e-2),
     row("empty-batch", "nothing to do", (0, 4, 8)),
-    row("empty-sequence", "nothing to do, gradients of zeros", (2, 0, 8)),
+    row("empty-sequence", "nothing to do, gradients are zero", (2, 0, 8)),
 ]
 
 
@@ -74,8 +74,8 @@ def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases.ALL_BACKENDS)
-def test_a_modulation_may_have_a_dtype_of_its_own(name: str) -> None:
-    """fp32 scale and shift under a bf16 network: their gradients keep fp32's digits."""
+def test_scale_and_shift_may_have_another_dtype(name: str) -> None:
+    """In a bf16 network with fp32 scale and shift, their gradients have fp32 precision."""
     device = cases.device_of(name)
     x = torch.randn(2, 9, 72, device=device).bfloat16().requires_grad_()
     scale = torch.randn(2, 72, device=device, requires_grad=True)
@@ -158,7 +158,7 @@ def test_traffic_is_what_the_docstring_says(dtype: torch.dtype) -> None:
     scale, shift = torch.randn(2, n, c, dtype=dtype, requires_grad=True)
     with backend("triton"), counting_traffic() as forward:
         y = ada_layer_norm(x, scale, shift)
-    own = 2 * n * length * c * x.itemsize  # scale and shift, read for every row: from the caches
+    own = 2 * n * length * c * x.itemsize  # scale and shift, read for every row, from the caches
     assert forward.total == pytest.approx(2 * x.nbytes + own, rel=0.05)
     with counting_traffic() as backward:
         torch.autograd.grad(y, x, torch.ones_like(y))

@@ -1,4 +1,4 @@
-"""add_group_norm_silu: parity, the rounded total, bad input; gradients and traffic in Triton."""
+"""add_group_norm_silu: parity, the rounded total, bad input, Triton's gradients and traffic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_parity_in_the_large_regime(case: cases.Case, dtype: torch.dtype) -> Non
 def test_parity_at_drawn_shapes(backend: str) -> None:
     def check(data: st.DataObject) -> None:
         n, groups, size, h, w = (data.draw(st.integers(1, top)) for top in (3, 9, 5, 7, 7))
-        assume(n * groups * size * h * w >= 400)  # the largest error of a handful is luck
+        assume(n * groups * size * h * w >= 400)  # the largest error of a few numbers is chance
         case = cases.norm_case(
             "drawn",
             "any shape",
@@ -119,7 +119,7 @@ def test_each_gradient_has_the_dtype_of_its_tensor(name: str) -> None:
 
 
 @cases.needs_triton
-def test_the_gradients_that_nobody_wants_are_not_made() -> None:
+def test_gradients_that_are_not_needed_are_not_computed() -> None:
     x = torch.randn(2, 8, 4, 4, device=cases.device_of("triton"))
     weight = torch.randn(8, device=x.device)
     residual = torch.randn_like(x).requires_grad_()
@@ -131,7 +131,7 @@ def test_the_gradients_that_nobody_wants_are_not_made() -> None:
 
 @cases.needs_triton
 @pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
-def test_large_batches_go_in_parts_with_all_that_belongs_to_a_sample(shared: bool) -> None:
+def test_large_batches_are_split_with_all_tensors_of_a_sample(shared: bool) -> None:
     device = cases.device_of("triton")
     draw = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
     x, residual, film, weight = draw(3, 32, 8, 8), draw(3, 32, 8, 8), draw(3, 64), draw(32)
@@ -218,7 +218,7 @@ def test_traffic_is_what_the_docstring_says(
 @pytest.mark.parametrize("kind", REGIMES)
 @pytest.mark.parametrize("shared", [False, True], ids=["(N, C)", "(C,)"])
 def test_traffic_of_the_gradient_of_channel_add(shared: bool, kind: str) -> None:
-    """One trip more when large: the sum of dtotal over space."""
+    """The large regime needs one more pass, to sum dtotal over space."""
     size, groups, c = (16, 8, 64) if kind == "small" else (64, 2, 32)
     x = cases.channels_last(torch.randn(1, c, size, size)).requires_grad_()
     channel_add = torch.randn(*(() if shared else (1,)), c, requires_grad=True)

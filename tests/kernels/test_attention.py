@@ -1,4 +1,4 @@
-"""attention: parity, masks, strides, bad input; the Triton kernels' regimes and traffic."""
+"""attention: parity, masks, strides, bad input, and the Triton kernels' regimes and traffic."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNSERVED = {
     "all-alike": "supports a scale > 0, got 0.0",
     "turned-round": "supports a scale > 0, got -0.7; negate q",
 }
-"""Rows that no Triton kernel takes, and why."""
+"""Cases that no Triton kernel supports, and why."""
 
 BACKENDS = cases.BACKENDS
 
@@ -50,9 +50,10 @@ def test_parity_at_drawn_shapes(backend: str) -> None:
 
     def check(data: st.DataObject) -> None:
         shape = (*(data.draw(st.integers(1, top)) for top in (2, 40, 40, 3)), data.draw(dims))
-        assume(shape[0] * shape[1] * shape[3] * shape[4] >= 100)  # the largest of a handful is luck
+        # the largest error of a few numbers is chance
+        assume(shape[0] * shape[1] * shape[3] * shape[4] >= 100)
         mask = data.draw(st.sampled_from([None, cases.additive, cases.padding]))
-        # the only sample would see one key: exact gradients of 0 have no size to measure by
+        # a single sample would see one key, and gradients of exactly 0 give no scale for the error
         assume(mask is not cases.padding or shape[0] > 1)
         extra = data.draw(st.sampled_from([0, 0, 3]))
         case = cases.attention_case("drawn", "any shape", shape, mask=mask, extra=extra)
@@ -94,7 +95,7 @@ def test_a_query_whose_every_key_has_the_smallest_number_sees_them_all(
     with backend(name):
         out = attention(q, k, v, mask=mask)
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
-    if name != "reference":  # PyTorch 2.13 takes 1 for 1 / 5 on a CPU
+    if name != "reference":  # PyTorch 2.13 computes 1 instead of 1 / 5 on a CPU
         (dv,) = torch.autograd.grad(out.sum(), v)
         torch.testing.assert_close(dv, torch.ones_like(dv))  # five queries, each a fifth
 
@@ -127,7 +128,7 @@ def test_a_mask_may_have_another_dtype() -> None:
 
 @cases.needs_native
 def test_the_queries_of_a_head_in_several_pieces_on_the_cpu() -> None:
-    """As several threads take them, each with its place in the result and in the sums."""
+    """Several threads share a head; each writes to its own place in the result and in the sums."""
     before = torch.get_num_threads()
     case = cases.attention_case("pieces", "five tiles of one head", (1, 190, 50, 1, 24))
     try:
@@ -182,7 +183,7 @@ def test_bad_dtypes_and_masks() -> None:
         ValueError, match=r"broadcast to \(N, H, L, S\) = \(2, 2, 4, 4\), got \(3, 4\)"
     ):
         attention(q, q, q, mask=torch.ones(3, 4))
-    # a tokenizer's 0 and 1 must not be added to the scores
+    # a tokenizer's mask of 0 and 1 must not be added to the scores
     with pytest.raises(ValueError, match=r"bool or floating point, got torch.int64; use mask.bool"):
         attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="broadcast"):
@@ -199,7 +200,7 @@ def test_bad_dtypes_and_masks() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_does_not_reach_inside(dtype: torch.dtype) -> None:
-    """Mixed-precision training must not take the fp32 scores and sums back to bf16."""
+    """Autocast must not turn the fp32 scores and sums into bf16."""
     q, k, v = torch.randn(3, 2, 9, 3, 8).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         inside = attention(q, k, v)
@@ -220,7 +221,7 @@ def test_a_head_dim_is_cut_into_powers_of_two() -> None:
 
 
 def kernels_of(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Tensor) -> list[str]:
-    """What a call with (N, L, S, H, D) would launch, forward."""
+    """The kernels that the forward pass of shape (N, L, S, H, D) would launch."""
     n, length, keys, heads, d = shape
     q = torch.empty(n, length, heads, d, dtype=dtype, device="meta")
     k = torch.empty(n, keys, heads, d, dtype=dtype, device="meta")
@@ -236,7 +237,7 @@ def test_few_keys_stay_on_the_chip() -> None:
         assert kernels_of(2, 4096, keys, 8, 40) == ["context"]
     assert kernels_of(2, 4096, CONTEXTS[-1] + 1, 8, 40) == ["forward"]
     assert kernels_of(2, 4096, 4096, 8, 40) == ["forward"]
-    assert kernels_of(1, 4096, 77, 1, 512) == ["forward"]  # wider than a kept tile may be
+    assert kernels_of(1, 4096, 77, 1, 512) == ["forward"]  # too wide to keep on the chip
     assert kernels_of(2, 4096, 77, 8, 40, dtype=torch.float32) == ["forward"]
     assert kernels_of(0, 4096, 77, 8, 40) == kernels_of(2, 0, 77, 8, 40) == []
     text = torch.empty(2, 77, 8, 64, dtype=torch.bfloat16, device="meta")
@@ -265,8 +266,8 @@ def test_rows_that_do_not_begin_at_16_bytes_are_copied() -> None:
 
 @cases.needs_interpreter
 @pytest.mark.parametrize("strides", [(0, 2**30, 4, 1), (0, 4, 1, 2**30)], ids=["heads", "keys"])
-def test_a_mask_may_have_more_numbers_than_32_bits_count(strides: tuple[int, ...]) -> None:
-    """16 heads of 16,384 by 16,384 tokens; here only a few of the bytes exist."""
+def test_a_mask_may_have_more_elements_than_32_bits_can_index(strides: tuple[int, ...]) -> None:
+    """As with 16 heads of 16,384 by 16,384 tokens, but only a few of the bytes are touched."""
     q, k, v = torch.randn(3, 1, 4, 3, 8).unbind()
     room = torch.empty(2**32, dtype=torch.bool)
     far = room.as_strided((1, 3, 4, 4), strides)
@@ -276,14 +277,14 @@ def test_a_mask_may_have_more_numbers_than_32_bits_count(strides: tuple[int, ...
 
 
 def why_not(*tensors: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> str | None:
-    """What Triton objects to."""
+    """Triton's objection to these arguments."""
     objection = kernels.OPS["attention"].backends["triton"].why_not
     assert objection is not None
     return objection(*tensors, None, None, mask, scale)
 
 
 @cases.needs_triton
-def test_every_head_dim_has_a_config_and_no_other_is_taken() -> None:
+def test_head_dims_with_a_config_are_the_ones_supported() -> None:
     for d in range(1, 600):
         q = torch.empty(1, 4, 1, d, device="meta")
         reason = why_not(q, q, q)
@@ -292,7 +293,7 @@ def test_every_head_dim_has_a_config_and_no_other_is_taken() -> None:
 
 
 @cases.needs_triton
-def test_what_triton_does_not_take_is_said() -> None:
+def test_triton_names_what_it_does_not_support() -> None:
     q = torch.empty(1, 4, 1, 8, device="meta")
     assert why_not(q, q, q, scale=0.3) is None
     assert "scale > 0, got -0.3; negate q" in str(why_not(q, q, q, scale=-0.3))
@@ -364,8 +365,8 @@ def test_auto_takes_the_reference_where_it_is_faster() -> None:
     leaf = text.clone().requires_grad_()
 
     def chosen(*tensors: Tensor, **options: Tensor) -> tuple[str | None, str]:
-        told = kernels.explain("attention", *tensors, **options)
-        return told.chosen, str(told.reasons["cpu"])
+        explained = kernels.explain("attention", *tensors, **options)
+        return explained.chosen, str(explained.reasons["cpu"])
 
     for tensors in ((q, q, q), (q, text, text), (wide, wide[:, 1:], wide[:, 1:])):
         assert chosen(*tensors)[0] == "cpu"
@@ -395,7 +396,7 @@ def test_cpu_op_is_registered_right() -> None:
 
 @cases.needs_native
 def test_cpu_second_derivatives() -> None:
-    """Of a call with everything, as the formula has them in fp64."""
+    """Second derivatives of a call with all arguments agree with those of the fp64 formula."""
     shapes = ((1, 3, 2, 5), *[(1, 4, 2, 5)] * 2, *[(1, 2, 2, 5)] * 2, (3, 6))
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
 
@@ -422,7 +423,7 @@ def test_cpu_compiles_without_break_for_any_batch() -> None:
 def test_a_program_of_the_context_kernel_takes_several_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where tiles, samples and heads are more than fill a GPU."""
+    """This happens when there are more tiles, samples and heads than fill a GPU."""
     case = cases.attention_case("rounds", "five tiles, two programs a head", (1, 300, 20, 2, 16))
     monkeypatch.setattr(triton_forward, "PROGRAMS", 4)
     q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
@@ -432,13 +433,13 @@ def test_a_program_of_the_context_kernel_takes_several_tiles(
     cases.check("attention", case, torch.bfloat16, "triton")
     with backend("triton"), counting_traffic() as forward:
         attention(*case.inputs(torch.bfloat16)[0])
-    rows = 2 * 300 + 2 * 20 * 2  # each program reads the keys once, each query is read once
+    rows = 2 * 300 + 2 * 20 * 2  # each program reads the keys once; each query is read once
     assert forward.total == 2 * (rows * 16 * 2 + 300 * 4)
 
 
 @cases.needs_interpreter
 def test_the_keys_gradient_is_summed_over_stretches_of_queries() -> None:
-    """Text keys of a batch of one do not fill a GPU: the queries are cut, the parts added."""
+    """The text keys of one sample do not fill a GPU, so queries are split and summed in parts."""
     case = cases.attention_case("stretches", "one key tile, many queries", (1, 600, 9, 1, 16))
     q, k, v = (t.to("meta") for t in case.inputs(torch.bfloat16)[0])
     with _triton.recording_launches() as launches:
@@ -460,7 +461,7 @@ def test_traffic_is_what_the_docstring_says(keys: int, d: int) -> None:
     row, numbers = n * heads * d * 2, 4 * n * heads * length
     if keys == 77:
         config = configs.config("attention_context", q, f"80/{d}")
-        programs = -(-length // config["BLOCK_M"])  # few enough that each has one tile
+        programs = -(-length // config["BLOCK_M"])  # so few that each has one tile
     else:
         config = configs.config("attention", q, f"self/{d}")
         programs = -(-length // config["BLOCK_M"])

@@ -1,4 +1,4 @@
-"""attention's CUDA kernels: on a GPU, else under the host emulation; what nvcc makes of them."""
+"""attention's CUDA kernels, on a GPU or else under the host emulation, and their machine code."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ HALF = (torch.bfloat16, torch.float16)
 ORDERS = ("a GPU",) if torch.cuda.is_available() else ("forward", "reverse", "shuffled")
 UNSERVED = ("vae-512", "vae-512-tail", "ddpm-256", "cin-384", "odd", "dim-176", "dim-192",
             "dim-208", "dim-256", "all-alike", "turned-round")  # fmt: skip
-"""Rows that no CUDA kernel takes."""
+"""Cases that no CUDA kernel supports."""
 SERVED = [case for case in cases.ATTENTION if case.name not in UNSERVED]
 EXACT = (40, 64, 80, 128, 160)
 
 
 def fits_on_chip(case: cases.Case) -> bool:
-    """Its keys may stay on the chip: without a mask, 160 of them at the most."""
+    """Whether the keys stay on the chip: at most 160 of them, and no mask."""
     (_, k, _), options = case.inputs(torch.float16)
     extra = options.get("extra_k")
     count = k.shape[1] + (0 if extra is None else extra.shape[1])
@@ -54,7 +54,7 @@ def keys_on_chip(count: int) -> Iterator[None]:
 
 @contextmanager
 def cuda(order: str = "forward") -> Iterator[None]:
-    """The backend "cuda", emulated without a GPU."""
+    """Run on backend "cuda", which is emulated if there is no GPU."""
     if torch.cuda.is_available():
         with kernels.backend("cuda"):
             yield
@@ -64,7 +64,7 @@ def cuda(order: str = "forward") -> Iterator[None]:
 
 
 def check(case: cases.Case, dtype: torch.dtype, order: str) -> None:
-    """`cases.check` in one order of the threads."""
+    """`cases.check` with a given order of the threads."""
     if torch.cuda.is_available():
         cases.check("attention", case, dtype, "cuda")
     else:
@@ -73,7 +73,7 @@ def check(case: cases.Case, dtype: torch.dtype, order: str) -> None:
 
 
 def in_turn(rows: list[cases.Case]) -> list[tuple[cases.Case, torch.dtype, str]]:
-    """(case, dtype, order): every row in both dtypes, the orders of the threads in turn."""
+    """(case, dtype, order): every case in both dtypes, with the thread orders in rotation."""
     pairs = [(case, dtype) for case in rows for dtype in HALF]
     return [(*pair, ORDERS[index % len(ORDERS)]) for index, pair in enumerate(pairs)]
 
@@ -97,7 +97,7 @@ def test_parity_of_streamed_keys(case: cases.Case, dtype: torch.dtype, order: st
 @pytest.mark.parametrize("keys", [1, 31, 65, 77, 154, 161, 200])
 @pytest.mark.parametrize("d", EXACT)
 def test_parity_at_exact_head_dims(d: int, keys: int) -> None:
-    """Queries and keys that end inside a tile, in both kernels."""
+    """The last tiles of queries and keys are partial, in both kernels."""
     for length, dtype, order in ((130, HALF[0], "reverse"), (17, HALF[1], "shuffled")):
         case = cases.attention_case("exact", "ragged tiles", (1, length, keys, 2, d), packed=False)
         check(case, dtype, order)
@@ -111,7 +111,8 @@ def test_parity_at_exact_head_dims(d: int, keys: int) -> None:
 def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
     d = 8 * data.draw(st.integers(1, 20))
     shape = (*(data.draw(st.integers(1, top)) for top in (2, 140, 140, 3)), d)
-    assume(shape[0] * shape[1] * shape[3] * shape[4] >= 100)  # the largest of a handful is luck
+    # the largest error of a few numbers is chance
+    assume(shape[0] * shape[1] * shape[3] * shape[4] >= 100)
     mask = data.draw(st.sampled_from([None, None, cases.additive, cases.padding]))
     extra = data.draw(st.sampled_from([0, 0, 3, 70]))
     case = cases.attention_case("drawn", "any shape", shape, mask=mask, extra=extra)
@@ -120,8 +121,8 @@ def test_parity_at_drawn_shapes(data: st.DataObject) -> None:
 
 
 def grown(draw: cases.Draw, keys: int, where: list[int], length: int = 20) -> cases.Inputs:
-    """Scores whose largest comes at `where`, each higher than the one before; the last first in
-    descending lists."""
+    """Inputs whose scores peak at the keys in `where`, each peak higher than the one before it in
+    the list."""
     q, k, v = (draw(1, s, 1, 40) for s in (length, keys, keys))
     for height, place in enumerate(where):
         k[:, place] = q.mean(1) * (4.0 + 2.0 * height)
@@ -134,13 +135,13 @@ def grown(draw: cases.Draw, keys: int, where: list[int], length: int = 20) -> ca
 def test_parity_where_the_largest_score_moves_from_tile_to_tile(
     where: list[int], dtype: torch.dtype
 ) -> None:
-    case = cases.Case("grown", "the sum shrinks", lambda draw: grown(draw, 200, where))
-    check(case, dtype, "shuffled anew")
+    case = cases.Case("grown", "the sum is rescaled", lambda draw: grown(draw, 200, where))
+    check(case, dtype, "shuffled again")
 
 
 @needs_cuda
 def test_parity_near_overflow_of_fp16() -> None:
-    """Products of 3e4 and more, sums of values near 65504."""
+    """Products above 3e4, and sums of values near 65504."""
 
     def build(draw: cases.Draw) -> cases.Inputs:
         q, k = draw(1, 33, 2, 40, std=60.0), draw(1, 100, 2, 40, std=60.0)
@@ -158,7 +159,7 @@ def packed(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ..
 
 
 def log_sum(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """(1, N, H, L), fp64."""
+    """The base-2 log-sum-exp of the scores, (1, N, H, L), in fp64."""
     scores = scale * torch.einsum("nlhd,nshd->nhls", q.double(), k.double())
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -166,7 +167,7 @@ def log_sum(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> T
 
 
 def with_sums(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The output, and the sums that Triton's backward pass takes."""
+    """The output, and the sums in the layout of Triton's backward pass."""
     out, statistics = attention_cuda.forward(*arguments, True)
     assert statistics is not None
     return out, room_for_sums(arguments[0], arguments[5], statistics)
@@ -182,7 +183,7 @@ def test_log_sum_exp(dtype: torch.dtype, on_chip: int) -> None:
     with cuda("reverse"), keys_on_chip(on_chip):
         for scale in (40**-0.5, 2.5):
             lse = with_sums(q, k, v, None, None, None, scale)[1]
-            # a score is a sum of 40 fp32 numbers whose sizes go up to that of the largest score
+            # a score is a sum of 40 fp32 numbers, each up to the size of the largest score
             torch.testing.assert_close(lse.double(), log_sum(q, k, scale), rtol=2e-6, atol=1e-5)
         out, lse = with_sums(q, k, v, None, None, mask, 0.2)
     seen = log_sum(q, k, 0.2, mask)[:, 0]
@@ -193,7 +194,7 @@ def test_log_sum_exp(dtype: torch.dtype, on_chip: int) -> None:
 
 @needs_cuda
 def test_log_sum_exp_under_an_added_mask_is_in_two_numbers() -> None:
-    """Beside -3e38 a sum has no digits."""
+    """Added to -3e38 in one number, the log of the sum would lose every digit."""
     q, k, v = packed(2, 20, 2, 40)
     mask = torch.randn(20, 20, device=q.device)
     mask[2], mask[3] = -2e38, -math.inf
@@ -211,7 +212,7 @@ def test_log_sum_exp_under_an_added_mask_is_in_two_numbers() -> None:
 @needs_cuda
 @pytest.mark.parametrize("masked", ["no mask", "bool", "added"])
 def test_triton_can_go_on_from_the_log_sum_exp(masked: str) -> None:
-    """The backward pass that a GPU takes, from this forward pass, gives the same gradients."""
+    """Triton's backward pass, after this forward pass, gives the same gradients."""
     if not torch.cuda.is_available() and not _triton.INTERPRETED:
         pytest.skip("Triton kernels need a GPU, or triton and TRITON_INTERPRET=1")
     q, k, v = packed(2, 33, 2, 40)
@@ -269,7 +270,7 @@ def test_bits_do_not_depend_on_the_batch_or_the_run() -> None:
         k, v = torch.randn(2, 3, keys, 2, d, device=q.device).half()
         with cuda("shuffled"):
             together = attention(q, k, v)
-        with cuda("shuffled anew"):
+        with cuda("shuffled again"):
             assert torch.equal(attention(q, k, v), together)
             for i in range(3):
                 alone = attention(*(t[i : i + 1] for t in (q, k, v)))
@@ -278,7 +279,7 @@ def test_bits_do_not_depend_on_the_batch_or_the_run() -> None:
 
 @needs_cuda
 def test_the_context_kernel_walks_over_many_queries() -> None:
-    """1088 tiles for 384 blocks: a warp takes three, and its first buffer a second time."""
+    """1088 tiles for 384 blocks: a warp processes three, and reuses its first buffer."""
     q = torch.randn(8, 1030, 8, 8, device=cases.device_of("cuda")).half()
     k, v = torch.randn(2, 8, 5, 8, 8, device=q.device).half()
     with cuda("shuffled"):
@@ -288,7 +289,7 @@ def test_the_context_kernel_walks_over_many_queries() -> None:
 
 
 @needs_cuda
-def test_what_is_not_served_is_said() -> None:
+def test_unsupported_arguments_are_named() -> None:
     q = torch.zeros(1, 4, 1, 8, device=cases.device_of("cuda")).half()
 
     def reason(*args: Tensor, **kwargs: Any) -> str:
@@ -347,15 +348,15 @@ def test_it_indexes_with_64_bits() -> None:
             assert torch.equal(together[-1:], alone)
 
 
-# What nvcc makes of it
+# Machine code
 
 
 @pytest.mark.slow
 def test_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel multiplies on the matrix unit, from ldmatrix, from asynchronous copies. After
-    `make build` nothing is compiled for it."""
+    """Every kernel multiplies on the matrix unit, loads with ldmatrix and copies asynchronously.
+    After `make build`, the test compiles nothing."""
     from benchmarks.resources import (
-        cuda as cuda_resources,  # not where a GPU is lent: it takes tyro
+        cuda as cuda_resources,  # imported here because it needs tyro, which GPU machines may lack
     )
 
     if _triton.triton is None:
@@ -370,7 +371,8 @@ def test_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [str(tool), "-sass", "-arch", "sm_80", str(compiled)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = text.split("Function : ")[1:]
-    assert len(functions) == 36  # 2 dtypes; 5 widths: streaming with and without a mask; 8 context
+    # 2 dtypes: streaming in 5 widths, with and without a mask; and 8 context kernels
+    assert len(functions) == 36
     for function in functions:
         name = function.splitlines()[0]
         for word in ("HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"):

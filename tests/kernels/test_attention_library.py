@@ -1,6 +1,6 @@
-"""attention on backend "library": PyTorch's own kernels as a backend like any other.
+"""attention on the "library" backend, that is, PyTorch's own kernels.
 
-On a CPU they run only when they are asked for by name, so these tests do.
+On a CPU, `auto` never selects this backend, so these tests select it by name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_most_shapes_of_networks_are_served() -> None:
     ],
     ids=["mask", "extra keys", "odd head dim", "wide head dim", "fp32"],
 )
-def test_what_it_does_not_take_is_refused_by_name(change: dict, reason: str) -> None:
+def test_unsupported_arguments_are_named(change: dict, reason: str) -> None:
     dtype, dim = change.get("dtype", torch.bfloat16), change.get("dim", 16)
     q, k = torch.randn(1, 5, 2, dim, dtype=dtype), torch.randn(1, 6, 2, dim, dtype=dtype)
     more = {"mask": change["mask"]} if "mask" in change else {}
@@ -86,7 +86,7 @@ def test_a_graph_holds_the_op_and_its_gradient() -> None:
 
 @pytest.fixture
 def _candidate_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` may take it here, before the CPU kernels."""
+    """Let `auto` select it on the CPU, ahead of the CPU kernels."""
     monkeypatch.setitem(choosing.DEVICES, "library", ("cpu",))
     OP.candidates.clear()
     yield
@@ -94,7 +94,7 @@ def _candidate_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_candidate_on_the_cpu")
-def test_auto_takes_it_where_no_gradient_is_wanted() -> None:
+def test_auto_selects_it_only_without_gradients() -> None:
     q = torch.randn(1, 9, 2, 16, dtype=torch.bfloat16)
     with kernels.record_backends() as ran:
         attention(q, q, q)
@@ -102,7 +102,7 @@ def test_auto_takes_it_where_no_gradient_is_wanted() -> None:
     wanted = q.clone().requires_grad_()
     with kernels.record_backends() as ran:
         attention(wanted, wanted, wanted)
-    assert "library" not in ran["attention"]  # its backward pass would run the forward pass again
+    assert "library" not in ran["attention"]  # its backward pass would rerun the forward pass
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Which backend runs: order, forcing, reasons, warnings, threads, what goes past PyTorch."""
+"""The choice of a backend: order, forcing, reasons, warnings, threads, and calls that skip
+PyTorch's dispatcher."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ X = torch.randn(2, 8)
 
 
 class Probe:
-    """An op of our own, whose backends return their names; PyTorch does not know it."""
+    """A fake op whose backends return their names. It is not registered with PyTorch."""
 
     name = "probe"
     public: Any = None
@@ -62,7 +63,7 @@ def backend(name: str, why_not: Any = None, **options: Any) -> Backend:
 
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Probe]:
-    """With every backend made for the CPU, where there are no other devices."""
+    """The fake op, with every backend allowed on the CPU."""
     monkeypatch.setattr(choose, "DEVICES", dict.fromkeys(choose.ORDER, ()))
     monkeypatch.setattr(choose, "UNAVAILABLE", {})
     new = choose.OPS["probe"] = Probe()
@@ -81,7 +82,7 @@ def test_a_backend_for_other_dtypes_is_passed_in_silence(op: Probe) -> None:
 
 
 def test_auto_begins_with_what_the_op_prefers(op: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU: only there is anything measured."""
+    """On a GPU, since measurements exist only for GPUs."""
     for name in ("cpu", "triton", "cuda"):
         op.add(name)
     meta = torch.empty(2, 8, device="meta")
@@ -95,7 +96,7 @@ def test_auto_begins_with_what_the_op_prefers(op: Probe, monkeypatch: pytest.Mon
     op.add("triton", "no such shape")
     with pytest.warns(BackendWarning, match="no such shape"):
         assert op(meta) == "cuda"
-    op.preferred = "nobody"  # what a file of another build may say
+    op.preferred = "unknown"  # a file from another build may contain this
     assert op(meta) == "cuda"
     with kernels.backend("cpu"):
         assert op(meta) == "cpu"
@@ -164,9 +165,9 @@ def test_auto_passes_a_slower_implementation_in_silence(op: Probe) -> None:
     reason = "it is slower than the reference above 4 numbers"
     op.add("cpu", slower=lambda x: reason if x.numel() > 4 else None)
     assert (op(X), op(X[:1, :4])) == ("reference", "cpu")  # a warning would be an error
-    told = kernels.explain("probe", X)
-    assert told.chosen == "reference"
-    assert told.reasons["cpu"] == reason
+    explained = kernels.explain("probe", X)
+    assert explained.chosen == "reference"
+    assert explained.reasons["cpu"] == reason
     with kernels.backend("cpu"):
         assert op(X) == "cpu"
         assert kernels.explain("probe", X).reasons["cpu"] is None
@@ -251,7 +252,7 @@ def test_tasks_do_not_see_each_other() -> None:
 
     before = choose.traced_choice()
     assert asyncio.run(both()) == ["cpu", "triton"]
-    assert choose.traced_choice() == before, "graphs are told of a backend that nobody forces"
+    assert choose.traced_choice() == before, "graphs see a backend that is no longer forced"
 
 
 def test_explain_prints_the_choice_and_the_reasons(op: Probe) -> None:
@@ -283,7 +284,7 @@ def test_explain_takes_the_public_function() -> None:
 
 @pytest.mark.parametrize("name", sorted(choose.OPS))
 def test_explain_takes_what_the_function_takes(name: str) -> None:
-    """By place and by name, with the defaults left out."""
+    """Both positional and keyword arguments, with defaults omitted."""
     args, kwargs = ordinary_inputs(name, "cpu")
     function = getattr(kernels, name)
     names = list(inspect.signature(function).parameters)
@@ -303,7 +304,7 @@ def test_available_lists_every_public_op() -> None:
         assert backends["cuda"] == choose.UNAVAILABLE.get("cuda")
 
 
-def test_record_backends_tells_what_ran() -> None:
+def test_record_backends_reports_what_ran() -> None:
     with kernels.record_backends() as served:
         assert served == {}
         kernels.geglu(X.double())
@@ -363,21 +364,21 @@ class Mode(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_only_plain_calls_go_past_pytorch() -> None:
-    """layer_norm's arguments: the others go through the op that PyTorch knows. A gradient that is
-    wanted takes the same way, forward and backward."""
+def test_only_plain_calls_skip_pytorchs_dispatcher() -> None:
+    """All other calls go through the registered op. Calls that need gradients are treated alike,
+    both forward and backward."""
     op = kernels.OPS["layer_norm"]
     wanted, weight = X.clone().requires_grad_(), torch.ones(8)
 
     class Seen(Exception):
         pass
 
-    def told(*args: Any) -> Any:
+    def seen(*args: Any) -> Any:
         raise Seen
 
     def goes_through(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
         before = op.known, op.known_backward
-        op.known = op.known_backward = told
+        op.known = op.known_backward = seen
         try:
             y = op(x, weight, None, 1e-5)
             if y.requires_grad:
@@ -404,7 +405,7 @@ def test_only_plain_calls_go_past_pytorch() -> None:
             assert goes_through(X)
 
 
-def test_what_is_worked_out_once_follows_the_backends(op: Probe) -> None:
+def test_cached_choices_follow_changes_of_the_backends(op: Probe) -> None:
     assert op(X) == "reference"
     op.add("cpu")
     assert op(X) == "cpu"
@@ -433,6 +434,6 @@ def test_what_is_worked_out_once_follows_the_backends(op: Probe) -> None:
         (lambda: kernels.add_layer_norm(X, X, eps=[1]), r"add_layer_norm: eps .* got \[1\]"),
     ],
 )
-def test_numbers_that_are_none(call: Callable[[], object], message: str) -> None:
+def test_options_that_are_not_numbers(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

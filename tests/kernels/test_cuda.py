@@ -1,4 +1,4 @@
-"""The CUDA kernels in the cases of all backends: on a GPU, else under the host emulation."""
+"""The CUDA kernels in the parity cases, run on a GPU or else under the host emulation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows_in_turn(ops: dict[str, list[cases.Case]], first: int) -> list[object]:
 
 @contextmanager
 def in_parts() -> Iterator[None]:
-    """The norms as if a block had no shared memory to keep a group in."""
+    """Run norms as if blocks had no shared memory to keep a group in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(group_norm_cuda, "ON_CHIP", 0)
         yield
@@ -53,12 +53,12 @@ def in_parts() -> Iterator[None]:
 
 needs_clusters = cases.needs_clusters
 CLUSTERS = dict(zip(cases.DTYPES, (2, 8, 4), strict=True))
-"""Blocks of a cluster, one size for each dtype (and so for each order of the threads)."""
+"""Blocks per cluster: a different size for each dtype, and so for each order of the threads."""
 
 
 @contextmanager
 def in_clusters(blocks: int) -> Iterator[None]:
-    """The norms on chip, in clusters of so many blocks; where that cannot be, an error."""
+    """Run norms on chip in clusters of this many blocks; where that is impossible, raise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(group_norm_cuda, "CLUSTER", blocks)
         yield
@@ -121,9 +121,9 @@ def test_parity_in_clusters_at_every_group_size(size: int, layout: str) -> None:
 def test_parity_in_clusters_of_ragged_stretches(layout: str, blocks: int) -> None:
     view = cases.channels_last if layout == "NHWC" else (lambda x: x)
     options = {"layout": view, "film": True, "add": "channel residual"}
-    few = cases.norm_case("few", "some ranks have no place", (2, 24, 3, 3), 3, **options)
+    few = cases.norm_case("few", "some ranks get no positions", (2, 24, 3, 3), 3, **options)
     slabs = cases.norm_case("slabs", "the last slab is narrow", (1, 2304, 3, 5), 72, **options)
-    rest = cases.norm_case("rest", "4087 places: a prime's rest", (1, 16, 67, 61), 2, **options)
+    rest = cases.norm_case("rest", "4087 positions: an odd rest", (1, 16, 67, 61), 2, **options)
     large = cases.norm_case(
         "large", "a mean of 100 over many parts", (1, 16, 40, 40), 2, mean=100, std=0.01, **options
     )
@@ -148,7 +148,7 @@ def test_parity_where_the_plan_asks_for_clusters(layout: str) -> None:
 @given(data=st.data())
 def test_norm_parity_at_drawn_shapes(data: st.DataObject) -> None:
     n, groups, size, h, w = (data.draw(st.integers(1, top)) for top in (3, 9, 5, 7, 7))
-    # the largest error of a handful is luck, of dweight's C numbers too
+    # the largest error of a few numbers is chance, and dweight has only C of them
     assume(n * groups * size * h * w >= 100 and groups * size >= 20)
     layout = data.draw(st.sampled_from([lambda x: x, cases.channels_last, lambda x: x.mT]))
     options = {"film": data.draw(st.booleans()), "affine": data.draw(st.booleans())}
@@ -161,7 +161,7 @@ def test_norm_parity_at_drawn_shapes(data: st.DataObject) -> None:
 
 
 def run_cuda(call: Callable[[], Any]) -> Any:
-    """The call on the backend "cuda", emulated without a GPU."""
+    """Run the call on backend "cuda", which is emulated if there is no GPU."""
     if torch.cuda.is_available():
         with kernels.backend("cuda"):
             return call()
@@ -243,11 +243,11 @@ def test_a_parameter_of_an_unknown_dtype_is_named() -> None:
 
 
 def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = b"no kernel image is available for execution on the device"
+    message = b"no kernel image is available for execution on the device"
     native = SimpleNamespace(build=lambda: {"cuda_architectures": "8.0;9.0a"})
     monkeypatch.setattr(compiled, "native", native)
-    monkeypatch.setattr(library, "function", lambda name: {"usable": lambda device: told}[name])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of tomorrow")
+    monkeypatch.setattr(library, "function", lambda name: {"usable": lambda device: message}[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a future GPU")
     library._refusal.cache_clear()
     try:
         with FakeTensorMode(), cuda_host.emulated():
@@ -256,7 +256,7 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_an_objection(monkeypatch: pytest.M
             reason = str(choose.objection(kernels.OPS["group_norm_silu"], "cuda", given))
     finally:
         library._refusal.cache_clear()
-    assert "on cuda:0 (a GPU of tomorrow): no kernel image" in reason
+    assert "on cuda:0 (a future GPU): no kernel image" in reason
     assert "8.0;9.0a" in reason
 
 
@@ -278,7 +278,7 @@ def test_without_kernels_the_backend_is_missing() -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fields of csrc/cuda/norm_plan.h's NormPlan."""
+    """The fields of NormPlan in csrc/cuda/norm_plan.h."""
 
     on_chip: int
     vector: int
@@ -316,7 +316,7 @@ def plan(
 
 
 def way(c: int, side: int, device: dict[str, int], *, last: bool = True, name: str = "") -> int:
-    """Blocks that share a slab on chip; 0 for in parts."""
+    """The number of blocks that share a slab on chip; 0 if the norm runs in parts."""
     found = plan(2, c, side * side, 32, last=last, name=name or PLANS[0], **device)
     return found.cluster if found.on_chip else 0
 
@@ -346,7 +346,7 @@ def way(c: int, side: int, device: dict[str, int], *, last: bool = True, name: s
         ("ADM-256 middle", 1024, 8, 1, 1),
     ],
 )
-def test_which_way_norms_of_the_presets_go(
+def test_plans_of_norms_in_the_presets(
     name: str, c: int, side: int, sm_80: int, sm_90: int
 ) -> None:
     assert (way(c, side, SM_80), way(c, side, SM_90)) == (sm_80, sm_90), name
@@ -366,8 +366,8 @@ def test_plans_keep_to_the_device() -> None:
         assert not found.on_chip or found.cluster * found.length >= packs
 
 
-def test_which_way_gradients_of_the_presets_go() -> None:
-    """x and dy take twice the room of the forward pass."""
+def test_plans_of_norm_gradients_in_the_presets() -> None:
+    """x and dy need twice the shared memory of the forward pass."""
     name = "group_norm_backward_plan"
     shapes = [(320, 64), (640, 32), (1280, 16), (1280, 8), (128, 512)]
     ways = [[way(*shape, device, name=name) for shape in shapes] for device in (SM_80, SM_90)]

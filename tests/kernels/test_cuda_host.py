@@ -1,4 +1,4 @@
-"""The emulation of CUDA on a CPU shows the faults that it is there for."""
+"""The emulation of CUDA on a CPU detects the faults it was written to detect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BARRIERS = (
 
 
 def probe(name: str, order: str = "forward") -> tuple[list[float], str | None]:
-    """The 64 numbers 0, 1, ... after a kernel of probes.cu, and its fault."""
+    """Run a kernel of probes.cu on the 64 numbers 0, 1, ...; return the result and the fault."""
     cuda_host.set_order(order)
     function = cuda_host.library().emulation_probe
     function.restype = ctypes.c_char_p
@@ -77,7 +77,7 @@ def test_warp_functions(order: str) -> None:
         ("divergent shuffle", "divergent barrier: .* at __shfl_xor_sync"),
         ("misaligned", "misaligned store"),
         ("33 threads", "a multiple of 32 threads, up to 1024, got 33"),
-        ("too much shared", "invalid argument"),  # as CUDA says it
+        ("too much shared", "invalid argument"),  # CUDA's own message
         ("grid too high", "invalid grid 1,70000,1"),
         ("grid beyond 32 bits", "invalid grid 4294967295,1,1"),
         ("divergent cluster", r"32 threads \(first 0\) at cluster_wait \(probes.cu:.*at the end"),
@@ -96,7 +96,7 @@ def test_faults_are_named(name: str, message: str) -> None:
     _, fault = probe(name)
     assert fault is not None
     assert re.search(message, fault), fault
-    assert probe("reversed") == (EXPECTED["reversed"], None)  # the machine goes on after a fault
+    assert probe("reversed") == (EXPECTED["reversed"], None)  # the emulation works after a fault
 
 
 @pytest.mark.parametrize("order", cuda_host.ORDERS)
@@ -129,7 +129,7 @@ def test_blocks_run_in_both_orders() -> None:
 
 @pytest.fixture(scope="module")
 def sanitized() -> dict[str, str]:
-    """The environment of a process in which the emulation runs under ASan and UBSan."""
+    """The environment for a process that runs the emulation under ASan and UBSan."""
     runtime = subprocess.run(
         [cuda_host.COMPILER, "-print-file-name=libasan.so"],
         capture_output=True, text=True, check=True,
@@ -142,7 +142,7 @@ def sanitized() -> dict[str, str]:
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # the emulation is what is watched, with a GPU too
+        "CUDA_VISIBLE_DEVICES": "",  # use the emulation even if there is a GPU
     }
 
 
@@ -163,7 +163,7 @@ def test_out_of_bounds_is_caught(sanitized: dict[str, str]) -> None:
     done = run_python(["-c", code], go_on)
     reports = done.stderr.split("ERROR: AddressSanitizer")[1:]
     kernels = [name.replace(" ", "_") for name in beyond]
-    # one report a place in the source: each of the 32 threads meets the last one
+    # one report per place in the source, although all 32 threads reach the last one
     assert {k for k in kernels for report in reports if k in report} == set(kernels), done.stderr
     assert "in (anonymous namespace)::reversed" not in done.stderr
 
@@ -172,7 +172,7 @@ LARGE = (
     "silu-sd", "silu-vae", "silu-ldm", "silu-block", "u-vit", "karlo", "t5", "1152", "1280", "4100",
     "8192", "chunks_and_column_blocks[NCHW]",
 )  # fmt: skip
-"""Rows whose every edge a smaller one has too: under sanitizers each number costs a hundredfold."""
+"""Cases left out because smaller ones cover the same edges and sanitizers are 100 times slower."""
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ LARGE = (
 def test_kernels_are_clean_under_sanitizers(
     files: tuple[str, ...], tests: str, sanitized: dict[str, str]
 ) -> None:
-    """The parity tests of the CUDA kernels again, with ASan and UBSan."""
+    """The parity tests of the CUDA kernels pass with ASan and UBSan."""
     command = ["-m", "pytest", "-s", "-rps", "-x", "-p", "no:cacheprovider", "-p", "no:costs"]
     command += ["-k", tests, "-m", "not gpu"]
     named = [f"tests/kernels/test_{name}.py" for name in files]
@@ -204,16 +204,16 @@ def test_kernels_are_clean_under_sanitizers(
         assert_caught(run_python(broken, sanitized))
 
 
-def test_what_another_pytest_said_is_read_to_the_end() -> None:
-    told = (
+def test_the_output_of_the_inner_pytest_is_checked() -> None:
+    output = (
         "9 items / 6 deselected / 3 selected\nPASSED tests/a.py::x\nPASSED tests/a.py::y\n"
         "SKIPPED [1] tests/b.py:3: instruction set 'z' is not compiled in or not in this CPU\n"
     )
-    assert_all_passed(told, ["tests/a.py"])
+    assert_all_passed(output, ["tests/a.py"])
     for other in (
-        told.replace("3 selected", "4 selected"),
-        told.replace("not in this CPU", "no compiler"),
-        told.replace("a.py::y", "b.py::y"),
+        output.replace("3 selected", "4 selected"),
+        output.replace("not in this CPU", "no compiler"),
+        output.replace("a.py::y", "b.py::y"),
         "no tests ran",
     ):
         with pytest.raises(AssertionError):

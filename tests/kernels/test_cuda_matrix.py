@@ -1,4 +1,4 @@
-"""The emulation of the matrix unit's instructions against plain matrix products, and its faults."""
+"""The emulated matrix instructions against plain matrix products, and the faults they report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = cuda_host.needs_compiler
 
 
 def probe(name: str, a: Tensor, b: Tensor | None, c: Tensor, order: str = "forward") -> str | None:
-    """Run a kernel of matrix_probes.cu on a and b into c; its fault."""
+    """Run a kernel of matrix_probes.cu on a and b, with its result in c; return its fault."""
     cuda_host.set_order(order)
     function = cuda_host.library().matrix_probe
     function.restype = ctypes.c_char_p
@@ -59,11 +59,11 @@ def test_matrices_by_rows_and_by_columns(count: int, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", cuda_host.ORDERS)
-def test_copies_arrive_when_they_are_waited_for(order: str) -> None:
+def test_copies_arrive_at_the_wait(order: str) -> None:
     numbers = torch.arange(1, 513, dtype=torch.int16).view(64, 8)
     found = torch.zeros(32, 8, dtype=torch.int16)
     assert probe("copies", numbers, None, found, order) is None
-    numbers[5] = 0  # the row that is not real
+    numbers[5] = 0  # the padding row
     assert torch.equal(found, numbers[:32].view(16, 2, 8).flip(1).reshape(32, 8))
 
 

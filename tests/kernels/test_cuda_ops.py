@@ -1,5 +1,5 @@
-"""The CUDA kernels of geglu, the layer norms, sampler_step and philox_normal: what the tests of all
-backends do not ask. Parity is in test_<op>.py, with the parameter "cuda"."""
+"""The CUDA kernels of geglu, the layer norms, sampler_step and philox_normal, beyond the tests that
+all backends share. Their parity is tested in test_<op>.py, with the parameter "cuda"."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def results(op: Callable[..., Any], *tensors: Tensor | None) -> list[Tensor]:
-    """Outputs and gradients on the CUDA kernels."""
+    """Outputs and gradients from the CUDA kernels."""
     with kernels.backend("cuda"):
         outputs, gradients = cases.run(op, cases.with_gradients((tensors, {})))
     return outputs + gradients
@@ -34,7 +34,7 @@ def results(op: Callable[..., Any], *tensors: Tensor | None) -> list[Tensor]:
 
 @pytest.fixture
 def rows_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row goes the way of those that registers do not hold."""
+    """Treat every row as too wide for registers."""
     monkeypatch.setattr(layer_norm_cuda, "WIDEST", 0)
     monkeypatch.setattr(layer_norm_cuda, "PROGRAMS", 3)
 
@@ -55,7 +55,8 @@ def test_parity_of_wide_rows(
 def test_parity_with_many_tiles_to_a_program(
     op: str, shape: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shares of several tiles, the last not full; a row to a warp, to a block, beyond registers."""
+    """Each program gets several tiles, the last one partial; a row is processed by a warp, by a
+    block, or is too wide for registers."""
     monkeypatch.setattr(layer_norm_cuda, "PROGRAMS", 2)
     case = cases.layer_norm_case("tiles", "as above", shape, residual=op == "add_layer_norm")
     for dtype in cases.DTYPES:
@@ -65,7 +66,7 @@ def test_parity_with_many_tiles_to_a_program(
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_of_layer_norms_at_drawn_widths(backend: str, data: st.DataObject) -> None:
-    """Widths about the borders: of a warp's row, of packs, of a block's warps."""
+    """Widths near the limits of a row per warp, of a pack, and of the warps in a block."""
     border = data.draw(st.sampled_from([32, 256, 512, 768, 1024, 2048]))
     d, rows = border + data.draw(st.integers(-9, 9)), data.draw(st.integers(8, 12))
     options = {"parameters": data.draw(st.sampled_from(["weight bias", "weight", "bias", ""]))}
@@ -77,7 +78,7 @@ def test_parity_of_layer_norms_at_drawn_widths(backend: str, data: st.DataObject
 
 
 def misaligned(t: Tensor) -> Tensor:
-    """The same numbers, beginning one number after a multiple of 16 bytes."""
+    """A copy that starts one element past a multiple of 16 bytes."""
     wide = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
     assert wide.data_ptr() % 16
     return wide.view(t.shape).copy_(t)
@@ -120,7 +121,7 @@ def test_bits_repeat_and_do_not_depend_on_the_batch(d: int, backend: str) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_parameters_and_residual_of_any_dtype(dtype: torch.dtype, backend: str) -> None:
-    """Numbers that all the dtypes have give the same bits, and gradients in their own dtype."""
+    """Values that every dtype represents give the same bits, and gradients in their own dtype."""
     x = draw(6, 40, dtype=torch.bfloat16)
     residual, weight, bias = (draw(*s).half() for s in ((6, 40), (40,), (40,)))
     with kernels.backend("cuda"):
@@ -181,7 +182,7 @@ def test_ops_compile_without_break_for_any_batch(backend: str) -> None:
 
 
 def test_tensors_elsewhere_and_doubles_are_objected_to(backend: str) -> None:
-    """A kernel that read an address of another device would kill the process."""
+    """A kernel that reads an address of another device would kill the process."""
     x, elsewhere = draw(2, 6), torch.empty(6, device="meta")
 
     def why_not(op: str, *args: Any) -> str:
@@ -197,7 +198,7 @@ def test_tensors_elsewhere_and_doubles_are_objected_to(backend: str) -> None:
             op(x.double())
 
 
-def test_what_a_launch_refuses_is_an_error_with_the_shape(backend: str) -> None:
+def test_a_failed_launch_is_an_error_with_the_shape(backend: str) -> None:
     x = draw(2, 6)
     with pytest.raises(RuntimeError, match=r"geglu: dtype must be .* \(x: float32 \(2, 6\) on"):
         _cuda.launch("geglu", x, 3, x.data_ptr(), x.data_ptr(), 2, 3, 6)

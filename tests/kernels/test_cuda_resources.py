@@ -1,4 +1,4 @@
-"""What nvcc made of every CUDA kernel, for GPUs that are not here."""
+"""The resources nvcc gave every CUDA kernel, also for GPUs this machine does not have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ptxas info    : Used 255 registers, used 0 barriers
 
 @pytest.fixture(scope="module")
 def rows() -> list[Resources]:
-    """After `make build` nothing is compiled for it."""
+    """The record of every kernel. After `make build` this compiles nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
         try:
@@ -51,14 +51,14 @@ def test_every_kernel_is_compiled_for_every_generation(rows: list[Resources]) ->
 
 @pytest.mark.slow
 def test_nothing_spills(rows: list[Resources]) -> None:
-    """On every generation; the command tells of the others."""
+    """On every generation tested here; the command reports the others."""
     ours = [row for row in rows if row.architecture in cuda_resources.DOCUMENTED]
     assert not [str(row) for row in ours if row.spills]
 
 
 @pytest.mark.slow
 def test_blocks_fit(rows: list[Resources]) -> None:
-    """The largest block that a kernel may be launched with has its registers."""
+    """There are enough registers for the largest block a kernel may be launched with."""
     for row in rows:
         chip = CHIPS.get(row.architecture.rstrip("a"))
         assert row.shared <= 48 * 1024, row
@@ -67,22 +67,22 @@ def test_blocks_fit(rows: list[Resources]) -> None:
 
 
 @pytest.mark.slow
-def test_the_document_is_of_these_kernels(rows: list[Resources]) -> None:
+def test_the_document_lists_every_kernel(rows: list[Resources]) -> None:
     text = (ROOT / "docs" / "resources-cuda.md").read_text()
     missing = sorted(name for name in cuda_kernels() if f"| {name} |" not in text)
     assert not missing, "python -m benchmarks.resources.cuda --docs"
 
 
 @pytest.mark.slow
-def test_launchers_ask_and_start_and_never_wait(rows: list[Resources]) -> None:
-    """Whatever of CUDA's runtime the objects want to be linked with: nothing of it waits for the
-    device, allocates or copies, so every op can be captured by a graph."""
+def test_launchers_query_and_launch_but_never_wait(rows: list[Resources]) -> None:
+    """The CUDA runtime functions the objects link to neither wait for the device nor allocate nor
+    copy, so every op can be captured in a graph."""
     tool = shutil.which("nm")
     if tool is None:
         pytest.skip("binutils' nm is not installed")
     command = [tool, "--undefined-only", *map(str, cuda_resources.compiled())]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    wanted = set(re.findall(r"\bU (_*cuda\w+)", told))
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wanted = set(re.findall(r"\bU (_*cuda\w+)", symbols))
     compilers = r"__cuda(\w*[Rr]egister\w*|GetKernel|LaunchKernel|PopCallConfiguration|InitModule)"
     asking = r"cuda(DeviceGetAttribute|Func\w+|Occupancy\w+|GetErrorString|GetLastError)"
     starting = r"cuda(SetDevice|LaunchKernelExC)"
@@ -91,7 +91,7 @@ def test_launchers_ask_and_start_and_never_wait(rows: list[Resources]) -> None:
     assert not other
 
 
-def test_what_ptxas_tells_is_read() -> None:
+def test_the_log_of_ptxas_is_parsed() -> None:
     spilled, plain = cuda_resources.parse_log("f.cu", LOG)
     assert (spilled.symbol, spilled.architecture) == ("_Z1fIfLi4EEvPT_", "sm_80")
     assert (spilled.registers, spilled.spills, spilled.stack, spilled.shared) == (44, 12, 24, 2048)
@@ -107,11 +107,11 @@ def test_what_ptxas_tells_is_read() -> None:
         ("void a::h<b::Tile<__half, 8>, 3>(int)", "h", ("b::Tile<__half, 8>", "3")),
     ],
 )
-def test_names_are_read(demangled: str, kernel: str, arguments: tuple[str, ...]) -> None:
+def test_names_are_parsed(demangled: str, kernel: str, arguments: tuple[str, ...]) -> None:
     assert split_name(demangled) == (kernel, arguments)
 
 
-def test_a_row_shows_the_hungriest_variant() -> None:
+def test_a_row_shows_the_variant_with_the_most_registers() -> None:
     one = Resources(
         source="op.cu", symbol="a", kernel="f", arguments=("float", "4"), architecture="sm_80",
         registers=40, spills=0, stack=0, shared=1024, threads=256,
@@ -128,7 +128,7 @@ def test_a_row_shows_the_hungriest_variant() -> None:
     )
 
 
-def test_the_command_asks_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_can_query_the_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def main(argv: list[str]) -> int:

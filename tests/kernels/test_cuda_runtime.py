@@ -1,4 +1,5 @@
-"""What CUDA's runtime tells of launches: a GPU's, else the emulation's (cuda_host/cuda_api.h)."""
+"""Launches as CUDA's runtime reports them, on a GPU or else in the emulation
+(cuda_host/cuda_api.h)."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_a_watch_sees_the_launches_of_its_block(runtime: str) -> None:
         kernels.geglu(x)
     with watched() as seen:
         pass
-    assert seen == []  # nobody watched
+    assert seen == []  # not watched
 
 
 @cases.needs_cuda
@@ -75,7 +76,7 @@ def test_a_watch_can_keep_kernels_from_starting(runtime: str) -> None:
     assert min(forward.clusters, backward.clusters) >= 1
     assert min(forward.shared, backward.shared) > 0
     with kernels.backend("cuda"):
-        assert kernels.group_norm_silu(x, 8).any()  # afterwards they start again
+        assert kernels.group_norm_silu(x, 8).any()  # afterwards kernels start again
 
 
 @pytest.mark.slow
@@ -93,8 +94,8 @@ def test_the_launches_of_networks_are_listed(runtime: str) -> None:
     assert text[0].split()[:3] == ["kernel", "threads", "cluster"]
     (philox,) = (line.split() for line in text if line.startswith("philox_normals"))
     assert philox[1:3] == ["256", "1"]
-    told = cuda_device.as_json(rows)
-    assert json.loads(json.dumps(told))[0]["launch"]["registers"] == rows[0].launch.registers
+    listed = cuda_device.as_json(rows)
+    assert json.loads(json.dumps(listed))[0]["launch"]["registers"] == rows[0].launch.registers
 
 
 def test_without_a_gpu_the_command_says_what_to_do(

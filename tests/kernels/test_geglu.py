@@ -25,7 +25,7 @@ def test_parity_at_drawn_shapes(backend: str) -> None:
         rows, half, dtype = data.draw(
             st.tuples(st.integers(1, 9), st.integers(1, 70), st.sampled_from(cases.DTYPES))
         )
-        assume(rows * half >= 100)  # the largest error of a handful is luck
+        assume(rows * half >= 100)  # the largest error of a few numbers is chance
         case = cases.Case("drawn", "any shape", lambda draw: ((draw(rows, 2 * half),), {}))
         cases.check("geglu", case, dtype, backend)
 

@@ -1,4 +1,4 @@
-"""group_norm_silu: parity, layouts, bad input; the Triton kernels' regimes, traffic, bits."""
+"""group_norm_silu: parity, layouts, bad input, the Triton regimes, their traffic and bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels.interpreter import counting_traffic
 from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
 
 COSTLY = ("sd-320", "sd-1280", "sd-skip-1920", "ldm-224", "adm-film")
-"""Many channels: `test_parity_at_every_group_size` has them on fewer pixels."""
+"""Cases of many channels; `test_parity_at_every_group_size` covers them with fewer pixels."""
 LAYOUTS = {"nchw": lambda x: x, "nhwc": cases.channels_last}
 GROUP_SIZES = {
     4: "KL-f8, ADM: 128 channels",
@@ -56,7 +56,7 @@ def test_parity_in_the_large_regime(case: cases.Case, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", GROUP_SIZES)
 def test_parity_at_every_group_size(size: int, layout: str) -> None:
-    groups = 32 if layout == "nhwc" else 8  # in NCHW a program has one group, whatever is beside it
+    groups = 32 if layout == "nhwc" else 8  # in NCHW a program handles one group, so few suffice
     for index, name in enumerate(REGIMES):
         shape = (2, groups * size, 2, 3)
         case = cases.norm_case("size", GROUP_SIZES[size], shape, groups, layout=LAYOUTS[layout])
@@ -68,7 +68,7 @@ def test_parity_at_every_group_size(size: int, layout: str) -> None:
 def test_parity_at_drawn_shapes(backend: str) -> None:
     def check(data: st.DataObject) -> None:
         n, groups, size, h, w = (data.draw(st.integers(1, top)) for top in (3, 9, 5, 7, 7))
-        assume(n * groups * size * h * w >= 400)  # the largest error of a handful is luck
+        assume(n * groups * size * h * w >= 400)  # the largest error of a few numbers is chance
         layout = data.draw(st.sampled_from([lambda x: x, cases.channels_last, lambda x: x.mT]))
         options = {"film": data.draw(st.booleans()), "affine": data.draw(st.booleans())}
         case = cases.norm_case(
@@ -180,7 +180,7 @@ def test_training_a_norm_of_a_channels_last_constant() -> None:
 @cases.needs_triton
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_triton_in_fp32_is_good_to_the_last_places(layout: str) -> None:
-    """A mean far from 0: what rounding takes off it must not reach the result of a small sample."""
+    """With a mean far from 0, its rounding error must not reach the result of a small sample."""
     device = cases.device_of("triton")
     x = LAYOUTS[layout](torch.randn(1, 64, 16, 16) * 0.1 + 1000).to(device)
     with backend("triton"), regime("small"):
@@ -190,13 +190,13 @@ def test_triton_in_fp32_is_good_to_the_last_places(layout: str) -> None:
 
 
 def expected_regimes() -> list[tuple[tuple[int, ...], str]]:
-    """Shapes of SD 1.5, SDXL and KL-f8, and the regime in which bf16 in NHWC belongs."""
+    """Shapes of SD 1.5, SDXL and KL-f8, and the regime expected for bf16 in NHWC."""
     return [
         ((2, 1280, 8, 8), "small"),
         ((2, 2560, 8, 8), "small"),
         ((2, 1280, 16, 16), "small"),
         ((2, 128, 32, 32), "small"),
-        ((2, 640, 32, 32), "large"),  # in a power of two of columns it would be 65536 numbers
+        ((2, 640, 32, 32), "large"),  # padded to a power of two of columns, it has 65536 numbers
         ((2, 320, 64, 64), "large"),
         ((1, 320, 128, 128), "large"),
         ((1, 128, 512, 512), "large"),
@@ -214,7 +214,7 @@ def test_regime_at_real_sizes(shape: tuple[int, ...], kind: str) -> None:
 
 
 @cases.needs_triton
-def test_large_batches_go_in_parts_that_fit_in_the_l2() -> None:
+def test_large_batches_are_split_to_fit_the_l2_cache() -> None:
     x = torch.randn(5, 32, 8, 8).to(cases.device_of("triton")).requires_grad_()
     weight = torch.randn(32).to(x).requires_grad_()
     results = []
@@ -246,7 +246,7 @@ def test_triton_takes_gradients_of_any_strides(kind: str) -> None:
 @cases.needs_triton
 @pytest.mark.parametrize("kind", REGIMES)
 def test_groups_wider_than_a_tile(kind: str) -> None:
-    """G = 1 over 300 channels: the merge goes over the columns in steps."""
+    """G = 1 over 300 channels, so the merge needs several steps over the columns."""
     case = cases.norm_case("wide", "LayerNorm over C, H, W", (2, 300, 2, 3), 1, film=True)
     with regime(kind, FINALIZE=64):
         cases.check("group_norm_silu", case, torch.float32, "triton")
@@ -299,7 +299,7 @@ def test_traffic_of_a_small_tensor(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_traffic_of_a_large_tensor(layout: str, dtype: torch.dtype) -> None:
-    groups = 2 if layout == "nhwc" else 1  # each of more numbers than the small regime takes
+    groups = 2 if layout == "nhwc" else 1  # each group is too large for the small regime
     x = LAYOUTS[layout](torch.randn(1, 16 * groups, 64, 64)).to(dtype).requires_grad_()
     forward, backward = count_traffic(x, groups, "large")
     if layout == "nhwc":
@@ -312,7 +312,7 @@ def test_traffic_of_a_large_tensor(layout: str, dtype: torch.dtype) -> None:
 
 
 def count_traffic(x: torch.Tensor, groups: int, kind: str) -> tuple[int, int]:
-    """Bytes that the forward and the backward pass move."""
+    """Bytes moved by the forward pass and by the backward pass."""
     weight, bias = torch.randn(2, x.shape[1], dtype=x.dtype).requires_grad_().unbind()
     assert set(kernels_of(lambda: group_norm_silu(x.detach(), groups))) <= KERNELS[kind]
     with backend("triton"), counting_traffic() as forward:

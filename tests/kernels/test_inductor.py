@@ -1,4 +1,4 @@
-"""The real compiler behind torch.compile, with our ops inside its graphs."""
+"""Graphs with our ops, compiled by Inductor, the default backend of torch.compile."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_inductor_compiles_around_our_ops(backend: str, direction: str) -> None:
 
     torch._dynamo.reset()
     with warnings.catch_warnings(), kernels.backend(backend):
-        warnings.simplefilter("ignore")  # Inductor's own imports use what PyTorch deprecates
+        warnings.simplefilter("ignore")  # Inductor itself imports deprecated parts of PyTorch
         expected = run(block)
         got = run(torch.compile(block, fullgraph=True))
     for one, other in zip(got, expected, strict=True):

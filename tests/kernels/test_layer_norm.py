@@ -36,7 +36,8 @@ def test_add_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_parity_at_drawn_shapes(backend: str) -> None:
     def check(data: st.DataObject) -> None:
-        # a row's statistics round once for all its numbers: the largest error of few rows is luck
+        # all numbers of a row share its rounded statistics, so with few rows the largest error is
+        # chance
         shape = (data.draw(st.integers(8, 20)), data.draw(st.integers(2, 130)))
         assume(shape[0] * shape[1] >= 100)
         residual = data.draw(st.booleans())
@@ -48,7 +49,7 @@ def test_parity_at_drawn_shapes(backend: str) -> None:
 
 
 TILES = {"ELEMENTS": 512, "num_warps": 4, "PROGRAMS": 3}
-"""Several tiles per program at sizes that an interpreter can walk."""
+"""Several tiles per program, at sizes that are feasible in the interpreter."""
 
 
 @cases.needs_triton
@@ -72,7 +73,8 @@ def names(call: Callable[[], object]) -> list[str]:
 
 @cases.needs_triton
 def test_which_kernels_run() -> None:
-    """A row of 4096 in registers, a wider one in tiles; shares only where a gradient needs them."""
+    """Rows of 4096 stay in registers and wider ones are read in tiles; partial sums are computed
+    only if a gradient needs them."""
     for d, kind in ((4096, "layer_norm"), (4097, "layer_norm_wide")):
         x, weight = torch.empty(5, d, device="meta"), torch.empty(d, device="meta")
         assert names(lambda: forward(x, None, weight, None, 1e-5)) == [f"{kind}_kernel"]  # noqa: B023
@@ -85,7 +87,7 @@ def test_which_kernels_run() -> None:
 
 
 def results(op: Callable[..., object], x: Tensor, *rest: Tensor) -> list[Tensor]:
-    """Outputs and gradients, by way of Triton."""
+    """Outputs and gradients on Triton."""
     with backend("triton"):
         outputs, gradients = cases.run(op, cases.with_gradients(((x, *rest), {})))
     return outputs + gradients
@@ -112,7 +114,7 @@ def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
     with backend(backend_name):
         y, total = add_layer_norm(*leaves)
         out = y if used == "y" else total
-        weights = torch.randn(40, device=device).expand(5, 40)  # a gradient with a stride of 0
+        weights = torch.randn(40, device=device).expand(5, 40)  # a gradient with stride 0
         gradients = torch.autograd.grad(out, leaves, weights, allow_unused=True)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     out = kernels.OPS["add_layer_norm"].formula(*wide)[0 if used == "y" else 1]
@@ -125,8 +127,8 @@ def test_one_output_may_go_unused(backend_name: str, used: str) -> None:
 
 
 @pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
-def test_parameters_and_residual_may_have_dtypes_of_their_own(backend_name: str) -> None:
-    """fp32 parameters under a bf16 network: their gradients keep fp32's digits."""
+def test_parameters_and_residual_may_have_another_dtype(backend_name: str) -> None:
+    """In a bf16 network with fp32 parameters, their gradients have fp32 precision."""
     device = cases.device_of(backend_name)
     x = torch.randn(9, 72, device=device).bfloat16().requires_grad_()
     residual = torch.randn(9, 72, device=device, requires_grad=True)
@@ -179,7 +181,7 @@ def test_triton_compiles_without_break_for_any_batch() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("d", [320, 8192])
 def test_traffic_is_what_the_docstring_says(d: int, residual: bool, dtype: torch.dtype) -> None:
-    """The parameters, read by every program, are counted apart: they stay in the L1 cache."""
+    """Parameters are counted separately: every program reads them, but from the L1 cache."""
     rows = 256 if d == 320 else 20
     x, other = torch.randn(2, rows, d, dtype=dtype).requires_grad_().unbind(0)
     op, inputs = (add_layer_norm, (x, other)) if residual else (layer_norm, (x,))
@@ -211,7 +213,7 @@ def test_traffic_of_parameters(d: int) -> None:
         counting_traffic() as both,
     ):
         backward(x, None, x, None, weight, bias, 1e-5, [True] * 3)
-    again = 2 * rows * d * x.itemsize if wide else 0  # x and dy once more
+    again = 2 * rows * d * x.itemsize if wide else 0  # x and dy are read a second time
     saved = 0 if wide else (rows // 4 - programs) * d * 4  # fewer programs read the weight
     expected = again - saved + 2 * 8 * programs * d + 2 * d * 4
     assert both.total - plain.total == pytest.approx(expected, rel=0.05)
@@ -225,7 +227,7 @@ def test_y_is_the_norm_of_the_rounded_total() -> None:
 
 
 def test_a_constant_row_is_the_bias() -> None:
-    """Whatever the row's value; the exact gradient is 0, so parity has no scale to measure by."""
+    """For any value of the row. The exact gradient is 0, so parity has no scale to compare with."""
     bias = torch.randn(6)
     for value in (0.0, 3.3, 1e4):
         assert torch.equal(layer_norm(torch.full((2, 6), value), None, bias), bias.expand(2, 6))
@@ -235,7 +237,8 @@ def test_a_constant_row_is_the_bias() -> None:
 @pytest.mark.parametrize("backend_name", cases.KERNELS)
 @pytest.mark.parametrize("d", [73, 4501, 9001])
 def test_a_constant_row_is_the_bias_in_kernels(d: int, backend_name: str) -> None:
-    """d times 0.1 divided by d is not 0.1: the sums are taken above the row's first number."""
+    """In fp32, d times 0.1 divided by d is not 0.1, so kernels subtract the row's first element
+    before they sum."""
     device = cases.device_of(backend_name)
     x, residual = torch.full((2, 3, d), 0.1, device=device)
     bias = torch.randn(d, device=device)
@@ -251,7 +254,7 @@ def test_a_constant_row_is_the_bias_in_kernels(d: int, backend_name: str) -> Non
 def test_a_mean_a_hundred_thousand_deviations_away_costs_no_digits(
     d: int, backend_name: str
 ) -> None:
-    """What eager loses, 1e-3 here: the mean itself rounds to more than a thousandth of std."""
+    """Eager PyTorch loses 1e-3 here: rounding the mean costs more than a thousandth of std."""
     x = (1000 + 0.01 * torch.randn(8, d)).to(cases.device_of(backend_name))
     with backend(backend_name):
         y = layer_norm(x)

@@ -1,5 +1,5 @@
-"""The compiled module: that it is the one of these sources, its instruction sets, its threads; what
-holds for every CPU kernel; and what happens where it is not built."""
+"""The compiled module: whether it is up to date, its instruction sets and threads, properties of
+all CPU kernels, and behaviour without the module."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ ROWS = {
     "add_layer_norm": cases.ADD_LAYER_NORM,
     "attention": cases.ATTENTION,
 }
-"""Op -> its rows, for the ops with a CPU kernel that a tolerance can judge."""
+"""Op -> its cases, for ops with a CPU kernel whose results can be compared under a tolerance."""
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set, in use while the test runs."""
+    """Use an instruction set while the test runs."""
     if native is None:
         pytest.skip("the compiled module is not built here")
     before = native.isa()
@@ -53,14 +53,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @cases.needs_native
 def test_the_module_is_built_from_these_sources() -> None:
-    told = compiled.describe()
-    assert not told["stale"], "csrc/ has changed since: run 'make build'"
-    assert told["isa"] in told["isas"]
-    assert Path(told["path"]).parent == Path(kernels.__file__).parent
+    module = compiled.describe()
+    assert not module["stale"], "csrc/ has changed since the build; run 'make build'"
+    assert module["isa"] in module["isas"]
+    assert Path(module["path"]).parent == Path(kernels.__file__).parent
 
 
 @cases.needs_native
-def test_an_instruction_set_that_is_not_there() -> None:
+def test_an_instruction_set_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="'mmx' is not compiled in or not in this CPU"):
         native.use_isa("mmx")
     assert native.isa() != "mmx"
@@ -68,12 +68,12 @@ def test_an_instruction_set_that_is_not_there() -> None:
 
 @cases.needs_native
 def test_loops_run_on_the_threads_of_torch() -> None:
-    assert native.has_parallel_for()  # the torch of constraints.txt has the function
+    assert native.has_parallel_for()  # the version of torch in constraints.txt has it
 
 
 @cases.needs_native
 def test_an_error_in_a_thread_is_an_error_of_the_call() -> None:
-    """The pool is a C function and gives back a number, which says no more than that."""
+    """The thread pool is a C function, which can only report an error as a number."""
     x = torch.zeros(64)
     arguments = (0, False, x.data_ptr(), 0, 0, x.data_ptr(), 0, 0)
     with pytest.raises(MemoryError):  # the threads' buffers
@@ -93,7 +93,7 @@ def test_an_error_in_a_thread_is_an_error_of_the_call() -> None:
 
 @cases.needs_native
 def test_philox_words() -> None:
-    """The published ones, and those of the reference."""
+    """The words equal the published ones and those of the reference."""
     for _, counter, key, result in VECTORS:
         assert tuple(native.philox4x32(counter, key)) == result
     words = torch.randint(2**32, (50, 6))
@@ -129,7 +129,7 @@ BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
     ),
     "layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(600), numbers(600)), {}),
     "add_layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(SAMPLES, 50, 600)), {}),
-    "attention": lambda: (  # several tiles, and blocks of keys of which one has extra keys too
+    "attention": lambda: (  # several tiles, and one block of keys that also has extra keys
         (numbers(SAMPLES, 90, 3, 40), *numbers(2, SAMPLES, 300, 3, 40)),
         {
             "extra_k": numbers(SAMPLES, 30, 3, 40),
@@ -138,7 +138,7 @@ BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
         },
     ),
 }
-"""Op -> a call that is worth several threads; the first dimension is the sample."""
+"""Op -> a call large enough for several threads; the first dimension is the batch."""
 
 
 @cases.needs_native
@@ -159,7 +159,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(op: str) -> None:
 @cases.needs_native
 @pytest.mark.parametrize("op", BIG)
 def test_a_sample_has_the_same_bits_alone(op: str) -> None:
-    """Its result, and every gradient of its own (a parameter's is a sum over the batch)."""
+    """This holds for the result and for all gradients but those of parameters, which are sums over
+    the batch."""
 
     def pick(a: object, i: int) -> object:
         ours = isinstance(a, Tensor) and len(a) == SAMPLES
@@ -193,7 +194,7 @@ def test_normals_are_within_two_ulp(isa: str) -> None:
             expected = kernels.philox_normal(seeds, shape, step=step, stream=stream)
         places = z.view(torch.int32).long() - expected.view(torch.int32).long()
         assert places.abs().max() <= 2
-        assert (places != 0).double().mean() < 1e-4  # both round an fp64 number once
+        assert (places != 0).double().mean() < 1e-4  # both round an fp64 value once
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -201,7 +202,7 @@ def test_normals_are_within_two_ulp(isa: str) -> None:
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("space", [(8, 8), (5, 7), (40, 33)])
 def test_sampler_step(isa: str, space: tuple[int, int], guided: bool, learned: bool) -> None:
-    """Against the reference in fp64, for every layout and dtype of the prediction."""
+    """Results agree with the fp64 reference for every layout and dtype of the prediction."""
     x, history = torch.randn(3, 4, *space), torch.randn(3, 3, 4, *space)
     prediction = torch.randn(6 if guided else 3, 8 if learned else 4, *space)
     table = torch.randn(2, 20)
@@ -227,7 +228,7 @@ def test_sampler_step(isa: str, space: tuple[int, int], guided: bool, learned: b
 @cases.needs_native
 @pytest.mark.parametrize("graph", [False, True])
 def test_sampler_step_compiles(graph: bool) -> None:
-    """And outputs that stride are written through."""
+    """Strided outputs are written in place."""
     torch._dynamo.reset()
     x, history = cases.channels_last(torch.randn(2, 4, 6, 6)), torch.zeros(3, 2, 4, 6, 6)
     table = torch.rand(2, 20)
@@ -286,7 +287,7 @@ with kernels.backend("cpu"):
 """
 
 
-def test_without_the_module_the_reference_serves_and_the_reason_is_given() -> None:
+def test_without_the_module_the_reference_runs_and_the_reason_is_given() -> None:
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-W", "always::UserWarning", "-c", WITHOUT],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -300,7 +301,7 @@ def test_without_the_module_the_reference_serves_and_the_reason_is_given() -> No
 
 @cases.needs_native
 @pytest.mark.parametrize("op", sorted(kernels.OPS))
-def test_auto_takes_the_cpu_kernel_where_there_is_one(op: str) -> None:
+def test_auto_selects_the_cpu_kernel(op: str) -> None:
     assert kernels.explain(op, **kernels.OPS[op].example(torch.zeros)).chosen == "cpu"
 
 
@@ -317,8 +318,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @cases.needs_native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("op", BIG)
-def test_the_default_dtype_and_device_are_nobodys_business(op: str, dtype: torch.dtype) -> None:
-    """The kernels write fp32 through addresses: room of another size would be overrun."""
+def test_the_default_dtype_and_device_have_no_effect(op: str, dtype: torch.dtype) -> None:
+    """Kernels write fp32 to raw addresses, and would write past a buffer of a smaller dtype."""
     inputs = cases.with_gradients(BIG[op]())
     leaves, function = cases.tensors_in(inputs), getattr(kernels, op)
 
@@ -339,7 +340,7 @@ def test_the_default_dtype_and_device_are_nobodys_business(op: str, dtype: torch
 
 
 @cases.needs_native
-def test_noise_is_fp32_whatever_the_default() -> None:
+def test_noise_is_fp32_for_any_default_dtype() -> None:
     seeds = torch.arange(3)
     with kernels.backend("cpu"):
         expected = kernels.philox_normal(seeds, (4, 9))
@@ -350,7 +351,8 @@ def test_noise_is_fp32_whatever_the_default() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("op", BIG)
 def test_forward_mode_derivatives_are_the_references(op: str) -> None:
-    """A kernel has none, and would give zeros: `auto` takes the reference, a forced one refuses."""
+    """Kernels do not support forward mode and would give zeros, so `auto` uses the reference and a
+    forced kernel raises."""
     args, kwargs = BIG[op]()
 
     def wide(value: Any) -> Any:
@@ -363,7 +365,7 @@ def test_forward_mode_derivatives_are_the_references(op: str) -> None:
         return cases.flat(getattr(kernels, op)(x, *rest, **options))[0]
 
     x, tangent = args[0], torch.randn_like(args[0])
-    with sdpa_kernel(SDPBackend.MATH):  # the only one of PyTorch's with these derivatives
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's only backend with these derivatives
         _, found = torch.func.jvp(function, (x,), (tangent,))
     step = 1e-5 * tangent.double()
     differences = (function(x.double() + step) - function(x.double() - step)) / 2e-5

@@ -1,7 +1,7 @@
-"""Tensors of more than 2^31 elements: the programs at both ends of each kernel's grid.
+"""Tensors of more than 2^31 elements, at both ends of each kernel's grid.
 
-The tensors are virtual memory; what no program touches takes none. So only the first and the last
-program run, under the interpreter, whose integers have the widths of a GPU's.
+The tensors are virtual memory, and pages that no program touches take no physical memory. So only
+the first and the last program run, in the interpreter, whose integers are as wide as a GPU's.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tests.kernels.norms import regime
 pytestmark = cases.needs_interpreter
 MANY = 2**31
 ENDS = 2**16
-"""Numbers at each end of a tensor that are random; the others are 0."""
+"""The number of random elements at each end of a tensor; all others are 0."""
 
 
 def huge(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Zeros that take no memory, but for both ends."""
+    """A tensor of zeros that takes no memory, with random numbers at both ends."""
     x = torch.empty(shape, dtype=torch.float16, memory_format=layout)
     assert x.numel() > MANY
     for end in ends(x):
@@ -45,20 +45,20 @@ def huge(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> 
 
 
 def ends(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last numbers in memory."""
+    """The first and the last `ENDS` elements in memory."""
     flat = x.as_strided((x.numel(),), (1,))
     return flat[:ENDS], flat[-ENDS:]
 
 
 def launched(call: Callable[[], Any]) -> tuple[dict[str, Launch], Any]:
-    """Kernel -> its launch, and what the launcher returned, in which nothing is written yet."""
+    """A dict from kernel to its launch, and the result of the call, which is not written yet."""
     with recording_launches() as launches:
         result = call()
     return {launch.kernel.__name__.strip("_"): launch for launch in launches}, result
 
 
 def run_program(launch: Launch, index: Sequence[int]) -> None:
-    """One program of a recorded launch, the one at `index` of its grid; the others do not run."""
+    """Run only the program at `index` in the grid of a recorded launch."""
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
     grid, index = ((*whole, *[one] * 3)[:3] for whole, one in ((launch.grid, 1), (index, 0)))
@@ -76,7 +76,7 @@ def run_ends(launch: Launch) -> None:
 
 
 def check_ends(result: Tensor, expected: Callable[[int], Tensor]) -> None:
-    """What was written at the ends is what `expected` (0 and 1) says, and something was."""
+    """Assert that both ends of `result` were written, with `expected(0)` and `expected(1)`."""
     for place, have in enumerate(ends(result)):
         want = expected(place).flatten()
         written = have != 0
@@ -112,7 +112,7 @@ def test_layer_norm(d: int) -> None:
     kernels, ((y, total), _) = launched(lambda: layer_norm_forward(x, x, None, None, 1e-5))
     run_ends(kernels[f"{kind}_kernel"])
     check_ends(total, lambda i: 2 * ends(x)[i])
-    check_ends(y, lambda i: expected[i].half())  # but for eps, the norm of 2 x is that of x
+    check_ends(y, lambda i: expected[i].half())  # except for eps, 2 x has the same norm as x
     with override_config("layer_norm_backward", {"ELEMENTS": 2048, "num_warps": 4, "PROGRAMS": 4}):
         kernels, (dx, *_) = launched(
             lambda: layer_norm_backward(dy, dy, x, None, None, None, 1e-5, [True, False, False])
@@ -127,7 +127,7 @@ def test_layer_norm(d: int) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_group_norm_of_many_samples(layout: torch.memory_format) -> None:
-    """The small regime."""
+    """Many samples are normalized in the small regime."""
     n, c = MANY // ENDS + 2, 1024
     x, dy = (huge(n, c, 8, 8, layout=layout) for _ in range(2))
     sides = [x[i : i + 1].float().requires_grad_() for i in (0, -1 % n)]
@@ -160,7 +160,8 @@ def test_group_norm_of_many_samples(layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
-    """The large regime. With mean 0 and scale 1 the last kernels apply the activation alone."""
+    """A large sample is normalized in the large regime. With mean 0 and scale 1, its last kernels
+    apply only the activation."""
     x, dy = (huge(1, 256, 2900, 2900, layout=layout) for _ in range(2))
     with regime("large", PROGRAMS=2**30):
         kernels, ((y, _), statistics) = launched(
@@ -189,7 +190,7 @@ def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
         for out, side, one in zip(outs, sides, ends(dy), strict=True)
     ]
     check_ends(dx, lambda i: gradients[i].half())
-    # the last chunk of space: of the last channel (NCHW), of all channels (NHWC)
+    # the last spatial chunk, of the last channel (NCHW) or of all channels (NHWC)
     run_ends(kernels["moments_kernel"])
     run_ends(backward["sums_backward_kernel"])
     constants = kernels["moments_kernel"].arguments
@@ -210,7 +211,7 @@ def test_group_norm_of_a_sample(layout: torch.memory_format) -> None:
     ("n", "elements"), [(MANY // 2**14 + 2, 2**14), (1, MANY - 1), (1, MANY + 5)]
 )
 def test_philox_normal(n: int, elements: int) -> None:
-    """Many images, and one of which the elements or a tile's end just pass 32 bits."""
+    """Many images, and one image whose elements or last tile end just beyond 32 bits."""
     seeds = torch.arange(n)
     kernels, (z, _) = launched(lambda: philox_forward(seeds, (elements,), None, 3, 1))
     launch = kernels["philox_normal_kernel"]
@@ -236,7 +237,7 @@ def test_sampler_step_of_an_image_of_almost_2_31_elements() -> None:
 
 
 def test_sampler_step_over_images_far_apart() -> None:
-    """x, prediction, history: a step from image to image of which a few pass 2^31."""
+    """x, prediction and history have a stride between images that reaches 2^31 after a few."""
     shape, apart = (3, 2, 8, 8), MANY // 2 + 64
 
     def far(t: Tensor, step: int) -> Tensor:

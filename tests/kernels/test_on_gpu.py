@@ -1,8 +1,8 @@
-"""What only a GPU shows: graphs, streams, devices, races. Every op by every route through the
-kernels made for a GPU, Triton's and CUDA's (routes.py).
+"""Graphs, streams, devices and races, which only a GPU can test: every op on every route through
+the Triton and CUDA kernels (routes.py).
 
-What needs no GPU runs without one too, under the emulation and in Triton's interpreter: it shows
-that the routes go where they say before a GPU sees them.
+Tests that need no GPU also run without one, under the emulation and in Triton's interpreter, and
+check there that each route reaches its kernels.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def tensors(*trees: Any) -> list[Tensor]:
 def prepared(
     route: Route, where: str = "cuda", *, gradients: bool = False
 ) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
-    """A call that gives what it returns and leaves behind, and the operands."""
+    """A function that calls the op and returns everything it writes, and the operands."""
     args, kwargs = route.inputs(where)
     operands = tensors(args, kwargs)
     floats = [t for t in operands if t.is_floating_point()]
@@ -80,7 +80,7 @@ def copies(some: list[Tensor]) -> list[Tensor]:
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
-    """Bit for bit, NaN too."""
+    """Whether tensors are equal bit for bit, including NaN."""
     return len(some) == len(others) and all(
         torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
         if a.ndim
@@ -90,7 +90,7 @@ def same(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @every_call
-def test_a_route_goes_its_way_and_repeats_its_bits(
+def test_a_route_reaches_its_kernels_and_repeats_its_bits(
     backend: str, route: Route, gradients: bool
 ) -> None:
     run, operands = prepared(route, cases.device_of(backend), gradients=gradients)
@@ -132,12 +132,12 @@ def test_a_graph_replays_with_other_numbers_and_waits_for_nothing(
 def test_an_op_keeps_the_order_of_the_current_stream_and_does_not_wait(
     backend: str, route: Route, gradients: bool
 ) -> None:
-    """Its operands are written late, on a stream of their own; the call is back before that."""
+    """Operands are written with a delay, on another stream, and the call returns before that."""
     run, operands = prepared(route, gradients=gradients)
     numbers = copies(operands)
     expected = copies(run())
     changed_to(operands, [torch.zeros_like(t) for t in operands])
-    run()  # its memory is there for the next time
+    run()  # so that its memory is already allocated
     torch.cuda.synchronize()
     stream, written = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):
@@ -152,7 +152,7 @@ def test_an_op_keeps_the_order_of_the_current_stream_and_does_not_wait(
         waited = written.query()
     torch.cuda.synchronize()
     assert same(have, expected)
-    assert not waited, "the call came back only when the device had done what was before it"
+    assert not waited, "the call returned only after the device had finished all earlier work"
 
 
 @gpu_test
@@ -168,7 +168,7 @@ def test_an_op_runs_on_the_device_of_its_tensors(
     with torch.cuda.device(current):
         have = copies(run())
         assert torch.cuda.current_device() == current
-        assert torch.ones(3, device="cuda").sum() == 3  # torch goes on where it was
+        assert torch.ones(3, device="cuda").sum() == 3  # torch still works on the current device
     assert all(t.device.index == own for t in have)
     assert same(have, expected)
 
@@ -176,7 +176,7 @@ def test_an_op_runs_on_the_device_of_its_tensors(
 @pytest.mark.parametrize("backend", cases.KERNELS)
 @pytest.mark.parametrize("subject", NETWORK_OPS, ids=lambda subject: subject.op)
 def test_bits_repeat_at_the_sizes_of_the_networks(subject: Subject, backend: str) -> None:
-    """Results and gradients; without a GPU at those of the smallest networks."""
+    """Results and gradients repeat; without a GPU, only the smallest networks are run."""
     where = torch.device(cases.device_of(backend))
     jobs = shapes.GPU_JOBS if where.type == "cuda" else device.dry_jobs()
     make, served = Make(torch.bfloat16, where), 0
@@ -186,7 +186,7 @@ def test_bits_repeat_at_the_sizes_of_the_networks(subject: Subject, backend: str
             inputs = cases.with_gradients((args, kwargs))
             with kernels.backend(backend):
                 if kernels.explain(subject.op, *inputs[0], **inputs[1]).chosen != backend:
-                    continue  # such as heads of 512 in CUDA
+                    continue  # unsupported, such as heads of 512 in CUDA
                 results = []
                 for _ in range(3):
                     outputs, gradients = cases.run(subject.ours, inputs)
@@ -201,7 +201,7 @@ def test_bits_repeat_at_the_sizes_of_the_networks(subject: Subject, backend: str
 @gpu_test
 @pytest.mark.parametrize("case", tune.cases(dtypes=[torch.bfloat16, torch.float32]), ids=str)
 def test_bits_of_triton_repeat_in_every_shape_class(case: tune.Case) -> None:
-    """The interpreter runs one program after the other; here they race if they can."""
+    """Programs run in parallel here, unlike in the interpreter, so races can show."""
     results = []
     for _ in range(3):
         call, operands = tune._prepared(case, torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""One registration for all ops: what a graph follows, what backward passes take, what is saved."""
+"""The registration that all ops share: graphs, backward passes and saved tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def example(name: str, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """An op's example, its tensors as leaves that want a gradient."""
+    """An op's example, with its tensors as leaves that require gradients."""
 
     def leaf(a: Any) -> Any:
         wants = isinstance(a, Tensor) and a.is_floating_point()
@@ -42,7 +42,7 @@ def leaves_of(given: dict[str, Any]) -> list[Tensor]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Which backends' backward passes ran, in order."""
+    """The backends whose backward passes ran, in order."""
     seen: list[str] = []
 
     def noted(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,13 +77,13 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-# What a graph follows
+# Compiled graphs
 
 
 @pytest.mark.parametrize("name", sorted(kernels.OPS))
 def test_a_graph_follows_the_backend_at_run_time(name: str) -> None:
-    """Compiled under `auto`, then forced: to another kernel in the same graph, to the reference and
-    back by recompiling, to what cannot run as eager raises."""
+    """A graph compiled under `auto` runs another kernel when forced to, recompiles for the
+    reference but not back, and raises like eager for a backend that cannot run."""
     given = kernels.OPS[name].example(draw)
     function = compiled(lambda: getattr(kernels, name)(**given))
     others = [p for p in cases.BACKENDS if p != "reference" and not _skipped(p)]
@@ -101,7 +101,7 @@ def test_a_graph_follows_the_backend_at_run_time(name: str) -> None:
     assert graphs() == 1
     with kernels.backend("reference"), kernels.record_backends() as served:
         function()
-    # the reference's own operations are in the graph, where Dynamo can trace them
+    # the graph contains the operations of the reference, if Dynamo can trace them
     if kernels.OPS[name].traceable:
         assert (served, graphs()) == ({}, 2)
     else:
@@ -116,9 +116,9 @@ def _skipped(parameter: Any) -> bool:
     return any(mark.args and mark.args[0] for mark in getattr(parameter, "marks", ()))
 
 
-def test_a_graph_of_the_reference_gives_way_to_a_kernel_that_is_asked_for() -> None:
-    """`auto` has no kernel for fp64, so the graph holds the reference: a forced kernel must not
-    find it there."""
+def test_a_graph_of_the_reference_does_not_replace_a_forced_kernel() -> None:
+    """`auto` has no kernel for fp64, so the graph contains the reference. Forcing a kernel must
+    raise and not run the reference."""
     x = torch.randn(2, 8, dtype=torch.float64)
     function = compiled(kernels.geglu)
     with kernels.record_backends() as served:
@@ -129,7 +129,7 @@ def test_a_graph_of_the_reference_gives_way_to_a_kernel_that_is_asked_for() -> N
     torch.testing.assert_close(function(x), kernels.geglu(x))
 
 
-def test_a_graph_compiled_under_a_forced_kernel_is_as_free() -> None:
+def test_a_graph_compiled_under_a_forced_kernel_follows_too() -> None:
     x = torch.randn(2, 8)
     function = compiled(kernels.geglu)
     with kernels.backend("cuda"), pytest.raises(BackendError, match="it runs on cuda"):
@@ -166,13 +166,13 @@ def test_the_environment_is_followed_in_a_graph(monkeypatch: pytest.MonkeyPatch)
         function(x)
 
 
-# What the backward pass takes
+# The backward pass
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_backward_takes_the_forward_passs_backend(name: str, graph: bool, ran: list[str]) -> None:
-    """Outside the block, in a thread of its own, under another backend."""
+    """This holds outside the block, in another thread, and under another backend."""
     given = example(name)
     leaves = leaves_of(given)
 
@@ -188,7 +188,7 @@ def test_backward_takes_the_forward_passs_backend(name: str, graph: bool, ran: l
     found: list[Any] = []
 
     def differentiate() -> None:
-        with kernels.backend("triton"):  # which would object, or give other bits
+        with kernels.backend("triton"):  # which would raise, or give different bits
             found.append(torch.autograd.grad(loss, leaves))
 
     thread = threading.Thread(target=differentiate)
@@ -200,8 +200,8 @@ def test_backward_takes_the_forward_passs_backend(name: str, graph: bool, ran: l
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_the_marked_backend_is_told_through_a_graph(name: str, ran: list[str]) -> None:
-    """The same graph, two backends: each backward pass is its forward pass's."""
+def test_the_marked_backend_survives_a_graph(name: str, ran: list[str]) -> None:
+    """One graph runs on two backends, and each backward pass uses that of its forward pass."""
     given = example(name)
     leaves = leaves_of(given)
 
@@ -243,9 +243,9 @@ def test_checkpointing_recomputes_on_the_same_backend(name: str, ran: list[str])
     assert all(map(torch.equal, found, plain))
 
 
-def test_a_hook_on_saved_tensors_leaves_the_backend_or_the_reference(ran: list[str]) -> None:
-    """A hook that moves what is saved makes a tensor of other strides of the mark; in eager the
-    backend needs none."""
+def test_hooks_on_saved_tensors_keep_the_backend_or_use_the_reference(ran: list[str]) -> None:
+    """A hook that copies saved tensors changes the strides of the mark, which tell the backend;
+    eager needs no mark."""
     given = example("group_norm_silu")
     leaves, args = leaves_of(given), bound_arguments("group_norm_silu", (), given)
     copied = torch.autograd.graph.saved_tensors_hooks(
@@ -265,7 +265,7 @@ def test_a_hook_on_saved_tensors_leaves_the_backend_or_the_reference(ran: list[s
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_eager_and_registered_gradients_are_the_same_bits(name: str) -> None:
-    """An output may be unused: the gradient of the other alone, too."""
+    """This also holds if only one output is used."""
     given = example(name)
     leaves, args, op = leaves_of(given), bound_arguments(name, (), given), kernels.OPS[name]
     with kernels.backend("cpu"):
@@ -286,7 +286,7 @@ def test_eager_and_registered_gradients_are_the_same_bits(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_batched_gradients(name: str) -> None:
-    """`is_grads_batched` runs a backward pass of eager under vmap, where no kernel can."""
+    """`is_grads_batched` runs an eager backward pass under vmap, where kernels cannot run."""
     given = example(name)
     leaves = leaves_of(given)
     with kernels.backend("cpu"):
@@ -302,7 +302,7 @@ def test_batched_gradients(name: str) -> None:
         assert all(map(torch.equal, have, rows))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # as it makes fake tensors
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # when PyTorch makes fake tensors
 def test_compiled_autograd_traces_a_backward_pass_of_eager() -> None:
     x = draw(2, 8).requires_grad_()
     (expected,) = torch.autograd.grad(kernels.geglu(x).sin().sum(), x)
@@ -315,13 +315,14 @@ def test_compiled_autograd_traces_a_backward_pass_of_eager() -> None:
     assert torch.equal(x.grad, expected)
 
 
-# What the op saves and returns, by its fake
+# Outputs and saved tensors, and the fake implementation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(kernels.OPS))
 def test_all_backends_return_what_the_fake_says(name: str, dtype: torch.dtype) -> None:
-    """Shapes, dtypes and strides of the outputs and the statistics; a mark of the one that ran."""
+    """Outputs and statistics have the fake's shapes, dtypes and strides, and the mark tells the
+    backend that ran."""
     op = kernels.OPS[name]
     given = op.example(draw)
     if op.differentiable:
@@ -358,7 +359,7 @@ def _tensors(result: Any) -> list[Tensor]:
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_registered_right(name: str, backend: str) -> None:
-    """By PyTorch's own checks, the reference inside the op too."""
+    """PyTorch's own checks pass, also with the reference inside the op."""
     given = example(name)
     cases.check_registration(name, backend, *bound_arguments(name, (), given))
 
@@ -366,7 +367,7 @@ def test_registered_right(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivatives_of_every_op_on_every_backend(name: str, backend: str) -> None:
-    """As the formula has them in fp64."""
+    """They agree with those of the fp64 formula."""
     given, wide = example(name), example(name, dtype=torch.float64)
 
     def twice(function: Callable[..., Any], given: dict[str, Any]) -> list[Tensor]:
@@ -400,7 +401,7 @@ def test_an_empty_batch_gives_parameters_zeros(name: str, backend: str) -> None:
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
-# What other transformations get
+# Other transformations
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -421,7 +422,7 @@ def test_exported_programs_run_the_op(name: str) -> None:
         assert torch.equal(have, want)
 
 
-def test_vmap_takes_the_reference_and_a_forced_kernel_refuses() -> None:
+def test_vmap_uses_the_reference_and_a_forced_kernel_raises() -> None:
     x = torch.randn(3, 2, 8)
     torch.testing.assert_close(torch.vmap(kernels.geglu)(x), kernels.geglu(x))
     refused = pytest.raises(BackendError, match=r"cannot run geglu under torch\.func")
@@ -429,8 +430,8 @@ def test_vmap_takes_the_reference_and_a_forced_kernel_refuses() -> None:
         torch.vmap(kernels.geglu)(x)
 
 
-def test_tensors_on_several_devices_are_refused_by_name() -> None:
-    """Inside the op, where a kernel would take another device's address for one of its own."""
+def test_a_tensor_on_another_device_is_an_error_that_names_it() -> None:
+    """The op itself checks this, since a kernel would use the address on the wrong device."""
     x, weight = torch.randn(2, 8), torch.empty(8, device="meta")
     refused = pytest.raises(ValueError, match="weight must be on the device of x, cpu, got meta")
     with kernels.backend("cpu"), refused:

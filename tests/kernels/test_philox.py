@@ -1,4 +1,4 @@
-"""Philox words against the published vectors; normals against the normal distribution."""
+"""Philox words against published vectors, and normals against the normal distribution."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_known_answers(name: str, counter: tuple, key: tuple, words: tuple) -> N
 
 
 def test_words_equal_arbitrary_precision_arithmetic() -> None:
-    """Ten rounds in Python integers, which have no width to get wrong."""
+    """Ten rounds in Python integers, which cannot overflow."""
     rng = np.random.default_rng(0)
     counters, keys = rng.integers(0, 2**32, (50, 4)), rng.integers(0, 2**32, (50, 2))
     for counter, key, actual in zip(
@@ -81,8 +81,8 @@ def test_the_normals_follow_the_counter_scheme() -> None:
         assert z[element] == np.float32(expected)
 
 
-def test_blocks_beyond_32_bits_count_on_in_the_second_word() -> None:
-    """Element 2^34 and those after it: an image too large to draw here."""
+def test_block_numbers_beyond_32_bits_carry_into_the_second_word() -> None:
+    """Elements from 2^34 on, of an image too large to draw as a whole."""
     block, seed = 2**32 + 5, torch.tensor([11])
     z = normals_of_blocks(seed, torch.tensor([block, 5]), 3, 1)[0].tolist()
     words = philox4x32(torch.tensor([5, 1, 3, 1]), torch.tensor([11, 0])).tolist()
@@ -145,7 +145,7 @@ def test_a_negative_seed_is_read_by_its_bits(backend: str) -> None:
 
 
 def draws() -> dict[str, torch.Tensor]:
-    """400,000 numbers each, along every direction the numbers can be taken."""
+    """400,000 numbers along each direction: elements, seeds, steps, the high word of seeds."""
     few, many = torch.tensor([123]), torch.arange(400)
     return {
         "one image": philox_normal(few, (400_000,)),
@@ -224,7 +224,7 @@ def test_bad_input() -> None:
 
 @jit
 def words_kernel(words: tl.tensor, out: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """words: (BLOCK, 6) int64, counter and key; out: (BLOCK, 4) int64."""
+    """words: (BLOCK, 6) int64, the counter and the key; out: (BLOCK, 4) int64."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     source, target = words + 6 * place, out + 4 * place
     w0, w1, w2, w3 = philox_words(
@@ -242,7 +242,7 @@ def words_kernel(words: tl.tensor, out: tl.tensor, BLOCK: tl.constexpr) -> None:
 
 
 def many_words() -> torch.Tensor:
-    """(4096, 6), counter and key: the published ones first, edges of 32 bits, any others."""
+    """(4096, 6) counters and keys: the published ones first, then 32-bit extremes, then random."""
     known = torch.tensor([[*counter, *key] for _, counter, key, _ in VECTORS])
     edges = torch.tensor([0, 1, 2**31 - 1, 2**31, ONES - 1, ONES])
     edges = edges[torch.randint(6, (1000, 6))]
@@ -270,7 +270,7 @@ def test_triton_words_equal_the_published_and_the_reference_bit_for_bit() -> Non
 
 @jit
 def functions_kernel(out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """radius and circle of all k: (6, count) fp32."""
+    """`radius` and `circle` of all k, (6, count) fp32."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r, r_rest = radius(k)
     x, x_rest, y, y_rest = circle(k)
@@ -303,12 +303,12 @@ def emulated_parts(count: int) -> torch.Tensor:
     ],
 )
 def test_normals_are_within_2_ulp_of_the_reference(parts: Callable[[int], torch.Tensor]) -> None:
-    """Proven by enumeration: the 2^23 values of u, all that radius and circle are ever given.
+    """Proven by enumerating the 2^23 values of u, which are all that radius and circle ever get.
 
-    z is the product of r and cos or sin, each a sum of two fp32 numbers; it is rounded once, and
-    the reference is rounded once. Half an ulp each, plus the relative errors of the two factors: an
-    ulp of z is at least 2^-24 |z|, so the factors together may be wrong by 2^-24 of themselves. The
-    products of two small parts that are left out are below 2^-46.
+    z is the product of r and a cos or sin, each a sum of two fp32 numbers. Both z and the reference
+    are rounded once, which costs half an ulp each, so the errors of the factors may add up to one
+    ulp. An ulp of z is at least 2^-24 |z|, so their relative errors may sum to 2^-24. The neglected
+    products of two small parts are below 2^-46.
     """
     count = 2**23
     out = parts(count)

@@ -1,4 +1,4 @@
-"""Every kernel, in every config that ships, compiled ahead of time for GPUs that are not here."""
+"""Every kernel in every shipped config, compiled ahead of time for GPUs this machine lacks."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ PRODUCTS = (
     "attention_backward_queries",
     "attention_context",
 )
-"""Tunables whose kernels multiply tiles; the others move bytes."""
+"""Tunables whose kernels multiply tiles; all others are bound by memory."""
 
 WRITING = ("philox_normal",)
-"""Tunables that read a seed per image and nothing else."""
+"""Tunables that read nothing but a seed per image."""
 
 pytestmark = pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """Kernels that move bytes, at the sizes of real models, and those with products in a class of
-    many pieces: each with each config on one GPU of those that have it. What each takes of every
-    GPU is in the record."""
+    """The kernels bound by memory, at the sizes of real models, and the kernels with products in a
+    class of many pieces. Each config is compiled for one of the GPUs that use it; the record has
+    the resources on all GPUs."""
     moving = ("--op", *(name for name in TUNABLES if name not in PRODUCTS))
     products = ("--op", *PRODUCTS, "--shape-class", "self/80", "80/80", "fp32/64")
     some = (moving, (*moving, "--dtype", "float16"), products)
@@ -108,7 +108,7 @@ def test_products_in_fp16_neither_spill_nor_leave_the_matrix_unit() -> None:
 
 
 def launched(name: str, dtype: torch.dtype) -> list[_triton.Launch]:
-    """What `--every` compiles of a tunable."""
+    """The launches that `--every` compiles for a tunable."""
     calls_of = TUNABLES[name].all_calls
     assert calls_of is not None
     with _triton.recording_launches("sm_90") as launches:
@@ -118,8 +118,8 @@ def launched(name: str, dtype: torch.dtype) -> list[_triton.Launch]:
     return launches
 
 
-def test_every_head_dim_is_compiled_when_all_are_asked_for() -> None:
-    """All that the kernels accept, under the configs they borrow."""
+def test_every_compiles_every_head_dim() -> None:
+    """All head dims that the kernels support, including those that share a config."""
     for name in ("attention", "attention_backward_keys", "attention_backward_queries"):
         for dtype in _triton.DTYPES:
             dims = {launch.arguments["D"] for launch in launched(name, dtype)}
@@ -137,15 +137,15 @@ def test_norm_and_pointwise_kernels_load_16_bytes(rows: list[dict[str, Any]]) ->
 
 
 def test_no_kernel_computes_in_double_precision(rows: list[dict[str, Any]]) -> None:
-    # but one: fp32's sum of dout * out, from which dP is taken, where digits cancel
+    # except the fp32 sum of dout * out, which is subtracted from dP and where digits cancel
     exact = [r for r in rows if (r["kernel"], r["dtype"]) == ("_row_sums_kernel", "float32")]
     assert exact
     assert not failing([r for r in rows if r not in exact], lambda r: r["doubles"] > 0)
 
 
 def test_the_noise_is_computed_without_approximations(rows: list[dict[str, Any]]) -> None:
-    """The hardware's lg2, sin and cos are not good to 2 ulp. sampler_step has one exp, of the
-    learned variance, which multiplies the noise."""
+    """The hardware's lg2, sin and cos are not accurate to 2 ulp. sampler_step has a single exp, of
+    the learned variance, which multiplies the noise."""
     noise = [r for r in rows if r["tunable"] == "philox_normal"]
     assert noise
     assert not failing(noise, lambda r: r["approximations"])
@@ -156,9 +156,9 @@ def test_the_noise_is_computed_without_approximations(rows: list[dict[str, Any]]
     assert not failing(plain, lambda r: r["approximations"])
 
 
-def test_the_document_is_of_these_kernels() -> None:
-    """Its head, which names the kernels that the tables are of, is what the record gives; that the
-    record is of these kernels is the next test's."""
+def test_the_document_matches_the_record() -> None:
+    """Its head, which identifies the kernels in the tables, is generated from the record. A later
+    test checks that the record matches the kernels."""
     head = "\n".join(resources.summary(resources_record.read_record())) + "\n"
     text = (ROOT / "docs" / "resources.md").read_text()
     assert text.startswith(head), f"run {resources_record.COMMAND}"
@@ -166,9 +166,9 @@ def test_the_document_is_of_these_kernels() -> None:
 
 
 def of_the_record(known: resources_record.Record) -> None:
-    """Another compiler gives other numbers."""
+    """Skip if the installed compiler is not that of the record, since its numbers would differ."""
     if known.triton != resources_record.triton_version():
-        pytest.skip(f"the record is of triton {known.triton}")
+        pytest.skip(f"the record was made with triton {known.triton}")
 
 
 def test_the_record_is_of_the_pinned_triton() -> None:
@@ -177,9 +177,9 @@ def test_the_record_is_of_the_pinned_triton() -> None:
 
 
 def test_every_kernel_was_compiled_and_none_spills() -> None:
-    """The record holds for the kernels and configs as they are: every head dim, and every option
-    at those that classes are named after. A changed kernel or config fails here until all it
-    touches has been compiled."""
+    """The record matches the current kernels and configs, for every head dim, and for every option
+    at the head dims that name a class. After a change of a kernel or config, this test fails until
+    everything affected has been compiled."""
     of_the_record(resources_record.read_record())
     assert run("--check") == "up to date\n"
 
@@ -187,7 +187,7 @@ def test_every_kernel_was_compiled_and_none_spills() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])  # one of each compiler
 def test_the_record_says_what_compilation_says(architecture: str) -> None:
-    """Of the products in half precision that stand closest to a thread's registers."""
+    """Checked for the half-precision products that use the most registers."""
     known = resources_record.read_record()
     of_the_record(known)
     keys = resources_record.all_keys(PRODUCTS, ["float16", "bfloat16"], [architecture])
@@ -207,21 +207,21 @@ def taken(**changed: Any) -> resources_record.Taken:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"spilling": 1, "spills": 8}, "8 bytes spilled"),
         ({"shared": 200 * 1024}, "the limit is 166912"),
         ({"off_matrix": 1}, "without matrix instructions"),
     ],
 )
-def test_a_record_of_what_must_not_be_is_refused(changed: dict[str, int], told: str) -> None:
+def test_faults_in_a_record_are_reported(changed: dict[str, int], message: str) -> None:
     key = "sm_80/bfloat16/attention/self/40"
     good = resources_record.Record(triton="3", taken={key: taken()})
     bad = resources_record.Record(triton="3", taken={key: taken(**changed)})
     assert resources_record.faults(good) == []
     (fault,) = resources_record.faults(bad)
     assert fault.startswith(key)
-    assert told in fault
+    assert message in fault
 
 
 def test_a_record_is_written_as_it_is_read(tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_a_record_is_written_as_it_is_read(tmp_path: Path) -> None:
         resources_record.read_record(tmp_path / "r.json")
 
 
-def test_what_a_kernel_says_counts_and_not_how() -> None:
-    """A comment may change without a compilation; a number, the flow or a callee may not."""
+def test_only_changes_of_code_need_a_compilation() -> None:
+    """Comments and layout may change freely; a number, the control flow or a callee may not."""
     one = 'def f(x):\n    """Says."""\n    if x:\n        x = 1\n    return g(x)  # why\n'
     assert resources_record.plain(one) == resources_record.plain(
         'def f(x):\n    """Says\n    more."""\n\n    if x:\n        x = 1\n    return g(\n    x)\n'
@@ -276,7 +276,7 @@ def test_the_tables_fit_a_terminal_of_80_columns(rows: list[dict[str, Any]]) -> 
         assert re.search(rf"^ {resources.kernel_name(row['kernel'])} ", text, re.MULTILINE)
 
 
-def test_a_row_shows_the_hungriest_variant_and_joins_what_is_the_same() -> None:
+def test_a_row_shows_the_variant_with_the_most_registers_and_joins_equal_ones() -> None:
     one = ahead_of_time.Resources(
         tunable="op",
         shape_class="small",

@@ -1,4 +1,4 @@
-"""sampler_step: each term of a row, against the same row written out in NumPy."""
+"""sampler_step: each term of a row, compared with the same row written out in NumPy."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_rows_by_hand(name: str, guided: bool, rescale: float, learned: bool) ->
 
 
 def halves(x: torch.Tensor, f: torch.Tensor) -> dict[str, torch.Tensor]:
-    """cond and uncond for [uncond; cond]; none for a prediction of one part."""
+    """The indices cond and uncond for [uncond; cond], or nothing for an unguided prediction."""
     own = torch.arange(len(x), device=x.device)
     return {"cond": own + len(x), "uncond": own} if len(f) == 2 * len(x) and len(x) else {}
 
@@ -133,7 +133,7 @@ def stepped(
     promised: bool = False,
     **options: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and history after a step of one backend, on copies with the same strides.
+    """x and history after a step on one backend, computed on copies with the same strides.
 
     step: the row of all samples, if `rows` is not given. rescale: column RESCALE of all rows.
     promised: that no row rescales. options: of `sampler_step`, denoised and finite are written;
@@ -160,7 +160,7 @@ def stepped(
 def check_row(
     backend: str, row: dict[COLUMNS, float], f_dtype: torch.dtype, *, guided: bool, learned: bool
 ) -> None:
-    """One step in fp32, with and without rescaling, against NumPy in fp64 by the rule of parity."""
+    """Compare an fp32 step with NumPy in fp64, with and without rescaling, by the parity rule."""
     table = make_table(row, dtype=torch.float32)
 
     def inputs(seed: int) -> tuple[torch.Tensor, ...]:
@@ -213,7 +213,7 @@ LINEAR = NoiseSchedule(ScheduleConfig())
 
 
 def network(x: torch.Tensor, *, learned: bool) -> torch.Tensor:
-    """Two halves with channels that differ; something smooth that is not linear."""
+    """A smooth nonlinear function, with two different halves of channels if `learned`."""
     cond = torch.tanh(x) + 0.3 * torch.sin(3 * x)
     f = torch.cat([0.8 * cond - 0.1 * x, cond])
     return torch.cat([f, torch.cos(2 * f)], dim=1) if learned else f
@@ -222,10 +222,10 @@ def network(x: torch.Tensor, *, learned: bool) -> torch.Tensor:
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("name", [*SAMPLERS, "ddpm-learned", "clamped", "rescaled"])
 def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
-    """10 steps with guidance and noise: fp32 on each backend, by parity with fp64.
+    """10 steps with guidance and noise: fp32 on each backend, in parity with fp64.
 
-    All runs get the predictions of one fp32 run: a network fed with its own results would make
-    errors of the last place large or small by luck.
+    All runs use the predictions of one fp32 run. If each run fed its own results to the network,
+    chance would decide whether errors in the last place grow or shrink.
     """
     learned, rescale = name == "ddpm-learned", 0.7 if name == "rescaled" else 0.0
     sampler = {"ddpm-learned": "ddpm", "clamped": "ddpm", "rescaled": "dpmpp-2m-sde"}.get(
@@ -256,7 +256,7 @@ def test_a_whole_trajectory_of_every_sampler(name: str, backend: str) -> None:
         return run("reference", torch.float32, seed)
 
     def exact(seed: int) -> torch.Tensor:
-        eager(seed)  # it predicts
+        eager(seed)  # computes the predictions
         y = run("reference", torch.float64, seed)
         assert y.isfinite().all()
         return y
@@ -306,12 +306,12 @@ MIX = {
     "rescaled": {**FULL, C.W: 4.0, C.RESCALE: 0.7},
     "idle": {},
 }
-"""Rows side by side in one batch; "idle" is none."""
+"""Rows that share a batch; "idle" stands for a sample without a row."""
 
 
 def mixed(generator: torch.Generator, *, learned: bool = True) -> dict[str, torch.Tensor]:
-    """13 samples at drawn rows of a stack, some idle, some unguided, with parts of a prediction of
-    20 in any order."""
+    """13 samples at different rows of a table, some idle, some unguided, that use the 20 parts of a
+    prediction in any order."""
     n, c, m = 13, 2, 20
     names = [name for name in MIX if name != "idle"]
     table = make_table(*(MIX[name] for name in names), dtype=torch.float32)
@@ -336,7 +336,7 @@ def mixed(generator: torch.Generator, *, learned: bool = True) -> dict[str, torc
 def run_mixed(
     backend: str, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, history, denoised and finite; the last two began as 7 and True."""
+    """Return x, history, denoised and finite; the last two start as 7 and True."""
     denoised = torch.full_like(batch["x"], 7.0)
     finite = torch.ones(len(batch["x"]), dtype=torch.bool)
     x, history = stepped(backend, **batch, denoised=denoised, finite=finite)
@@ -346,7 +346,7 @@ def run_mixed(
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("learned", [False, True])
 def test_every_sample_takes_its_own_row(learned: bool, backend: str) -> None:
-    """Against NumPy, sample by sample: its row, its parts of the prediction, and D."""
+    """Compare each sample, with its row, its parts of the prediction and D, with NumPy."""
 
     @cache
     def batch(seed: int) -> dict[str, torch.Tensor]:
@@ -406,8 +406,8 @@ def samples_by_hand(
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_bits_do_not_depend_on_neighbours_places_or_the_stack(backend: str) -> None:
-    """Samples shuffled, beside other samples, their tables and their parts of the prediction
-    elsewhere: each sample's bits stay."""
+    """The bits of a sample stay the same if samples are shuffled, if others join the batch, and if
+    its row and its parts of the prediction move."""
     generator = torch.Generator().manual_seed(11)
     batch = mixed(generator)
     expected = run_mixed(backend, batch)
@@ -415,7 +415,7 @@ def test_bits_do_not_depend_on_neighbours_places_or_the_stack(backend: str) -> N
         chosen = torch.randperm(13, generator=generator)[:size]
         stack = torch.randperm(len(batch["table"]), generator=generator)
         parts = torch.randperm(len(batch["f"]), generator=generator)
-        above, ahead = 3, 2  # rows and parts of others before ours
+        above, ahead = 3, 2  # rows and parts of other samples that come before ours
         other = torch.randn(above, len(C), generator=generator)
         rows = torch.where(batch["rows"] < 0, -1, stack.argsort()[batch["rows"]] + above)
         uncond = torch.where(batch["uncond"] < 0, -1, parts.argsort()[batch["uncond"]] + ahead)
@@ -467,7 +467,7 @@ def test_the_test_of_bits_sees_a_planted_fault(fault: str, monkeypatch: pytest.M
 def test_finite_is_cleared_for_the_samples_concerned(
     value: float, dtype: torch.dtype, backend: str
 ) -> None:
-    """By what a sample uses: its cond, its uncond, its variance in a row with noise.
+    """Only by values that a sample uses: its cond, its uncond, its variance in a row with noise.
 
     Each value in one dtype: all are widened to fp32 first.
     """
@@ -477,7 +477,7 @@ def test_finite_is_cleared_for_the_samples_concerned(
     guided = (batch["uncond"] >= 0) & (batch["rows"] >= 0)
     for part, channel in ((7, 0), (12, 1), (2, 1), (9, 0), (8, 3), (7 + 6, 2), (19, 2), (0, 3)):
         spoiled = {**batch, "f": batch["f"].clone()}
-        spoiled["f"][part, channel, 8, 12] = value  # the image's last number
+        spoiled["f"][part, channel, 8, 12] = value  # the last element of the image
         is_cond = (batch["cond"] == part) & (batch["rows"] >= 0)
         hit = is_cond & noisy if channel >= 2 else is_cond | (guided & (batch["uncond"] == part))
         *_, finite = run_mixed(backend, spoiled)
@@ -517,7 +517,7 @@ def test_all_64_bits_of_a_seed_count(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_views_are_written_through(backend: str) -> None:
-    """x as (H, W, C, N) in memory, and as a part whose rows have gaps."""
+    """x stored as (H, W, C, N), and x as a slice with gaps between rows."""
     device = cases.device_of(backend)
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     table = make_table(ROWS["multistep"], dtype=torch.float32)
@@ -549,7 +549,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("which", ["prediction", "x", "all"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_kernels_give_the_same_bits_in_any_layout(name: str, which: str, backend: str) -> None:
-    """Element e of the noise is that of the logical order, whatever the memory's."""
+    """Element e of the noise counts in logical order, not in memory order."""
     shape = 3, 3, 5, 7
     layout, dense = LAYOUTS[name], lambda t: t
     x, history = torch.randn(shape), torch.randn(3, *shape)
@@ -599,8 +599,9 @@ def test_kernels_take_any_number_of_dimensions(shape: tuple[int, ...], backend: 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
 def test_kernels_merge_the_moments_of_many_tiles(layout: str, learned: bool, backend: str) -> None:
-    """A mean far from 0, which one pass over squares would lose; several tiles to each part. The
-    channels of a learned variance, which lie between the others in channels_last, are left out."""
+    """The mean is far from 0, so that a single pass over squares would lose digits, and each part
+    has several tiles. The channels of a learned variance, which lie between the others in
+    channels_last, do not count."""
     shape = (2, 4, 20, 27)  # 9 tiles of 256
     x, history = torch.zeros(shape), torch.zeros(3, *shape)
     table = make_table({C.V: 1.0, C.B: 1.0, C.W: 3.0}, dtype=torch.float32)
@@ -639,8 +640,8 @@ OUT_OF_RANGE = {"rows": (-2, 1, 2**40), "cond": (-1, 6, 2**40), "uncond": (-2, 6
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("which", OUT_OF_RANGE)
 def test_rows_and_indices_out_of_range(which: str, backend: str) -> None:
-    """An error where the host reads them, NaN elsewhere, of that sample alone; an idle slot may
-    hold any index."""
+    """They raise if the host reads them; on a GPU, only that sample becomes NaN. Indices of an idle
+    sample are not checked."""
     x, f, history = (t.float() for t in drawn(guided=True, learned=True))
     table = make_table(ROWS["multistep"], dtype=torch.float32)
     for wrong in OUT_OF_RANGE[which]:
@@ -684,7 +685,7 @@ def test_a_row_that_rescales_against_the_promise(backend: str) -> None:
         assert torch.equal(out[::2], good[::2])
     alone = {"cond": torch.arange(3), "uncond": torch.tensor([0, -1, 1])}
     out, _ = stepped(backend, x, f, history, table, rows=rows, promised=True, **alone)
-    assert out.isfinite().all()  # unguided, so its RESCALE means nothing
+    assert out.isfinite().all()  # unguided, so RESCALE has no effect
 
 
 @cases.needs_triton
@@ -726,7 +727,7 @@ def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(sampler_step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n in (6, 7, 9):  # a size that another dimension has is one more graph
+    for n in (6, 7, 9):  # a size equal to that of another dimension would add a graph
         x, f, history = (t.float().to(device) for t in drawn(n, guided=True, learned=False))
         rest = (
             table,
@@ -760,11 +761,11 @@ def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
 def test_traffic_is_what_the_docstring_says(
     name: str, slots: int, guided: bool, dtype: torch.dtype
 ) -> None:
-    """`slots` are read or written."""
+    """`slots` counts the history slots that are read or written."""
     x, history = torch.randn(2, 4, 16, 16), torch.randn(3, 2, 4, 16, 16)
     f = torch.randn(2 * (1 + guided), 8, 16, 16).to(dtype)
     table = make_table(ROWS[name], dtype=torch.float32)
-    learned = name == "ancestral"  # the variance is read for the noise only
+    learned = name == "ancestral"  # the variance is read only for the noise
     once, prediction = x.numel() * 4, x.numel() * f.itemsize
     with counting_traffic() as traffic:
         stepped("triton", x, f, history, table, seeds=SEEDS[:2])
@@ -790,7 +791,7 @@ def test_traffic_is_what_the_docstring_says(
 def test_a_captured_step_replays_with_other_rows_seeds_and_table(
     rescale: float, backend: str
 ) -> None:
-    """And neither the launch nor the replay waits for the device."""
+    """Neither the launch nor the replay waits for the device."""
     if kernels.available()["sampler_step"][backend] is not None:
         pytest.skip(f"no {backend} kernels here")
     x, f, history = (t.float().cuda() for t in drawn(guided=True, learned=False))
@@ -861,7 +862,7 @@ def test_bad_input(change: dict, message: str) -> None:
 def test_rescaling_a_constant_prediction_leaves_it_alone(
     value: float, shape: tuple[int, ...], backend: str
 ) -> None:
-    """A new model predicts 0 everywhere: std 0, and 0 / 0 in the formula."""
+    """A newly initialized model predicts 0 everywhere, so std is 0 and the formula has 0 / 0."""
     x, history = torch.ones(2, *shape), torch.zeros(3, 2, *shape)
     f = torch.cat([torch.full_like(x, value), torch.full_like(x, 3 * value)])
     table = make_table({C.V: 1.0, C.B: 1.0, C.W: 2.0}, dtype=torch.float32)

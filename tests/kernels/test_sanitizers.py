@@ -1,6 +1,6 @@
-"""The CPU kernels, every file of csrc/ and every instruction set, under AddressSanitizer and UBSan.
+"""The compiled module under AddressSanitizer and UBSan, on every instruction set.
 
-A second module is built for it, in a folder of its own; tests run on it in another process. (The
+For this, a second module is built in a separate folder and tested in another process. (The
 CUDA kernels have theirs in test_cuda_host.py.)
 """
 
@@ -30,8 +30,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """That of a process with the module with sanitizers."""
-    # the C++ runtime too: ASan looks for what throws when it starts
+    """The environment for a process that uses the module built with sanitizers."""
+    # preload the C++ runtime as well, because ASan looks up its exceptions at startup
     asan, runtime = (
         subprocess.run(
             [*COMPILER.split(), f"-print-file-name={name}"],
@@ -54,8 +54,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "LD_PRELOAD": f"{asan}:{runtime}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "2",  # the kernels' own threads too
-        "CUDA_VISIBLE_DEVICES": "",  # CUDA's driver and AddressSanitizer want the same addresses
+        "OMP_NUM_THREADS": "2",  # so that the kernels use threads
+        "CUDA_VISIBLE_DEVICES": "",  # CUDA's driver and AddressSanitizer need the same addresses
     }
 
 
@@ -89,13 +89,14 @@ print("lived on")
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_faults_are_caught(isa: str, environment: dict[str, str]) -> None:
-    """One number too far and one byte beside, in each instruction set; and none without a fault."""
+    """An access one element too far and a misaligned one are caught on each instruction set, and
+    correct accesses are not reported."""
     go_on = {**environment, "ASAN_OPTIONS": environment["ASAN_OPTIONS"] + ":halt_on_error=0"}
     done = run(["-c", PROBE, isa], go_on)
     if "not in this CPU" in done.stderr:
         pytest.skip(f"this CPU lacks {isa}")
-    told = re.split(r"^(nothing|reading|writing|misaligned)$", done.stderr, flags=re.MULTILINE)
-    after = dict(zip(told[1::2], told[2::2], strict=True))
+    parts = re.split(r"^(nothing|reading|writing|misaligned)$", done.stderr, flags=re.MULTILINE)
+    after = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert "Sanitizer" not in after["nothing"], after["nothing"]
     for fault in ("reading", "writing"):
         assert "heap-buffer-overflow" in after[fault], done.stderr[-3000:]
@@ -115,7 +116,7 @@ def test_every_row_is_clean_on_every_instruction_set(environment: dict[str, str]
 
 
 def test_drawn_shapes_noise_and_the_samplers_step_are_clean(environment: dict[str, str]) -> None:
-    """-s: pytest would keep for itself what a process that ends has said."""
+    """With -s, since pytest would otherwise discard the output when the process aborts."""
     step = "(test_sampler_step and not triton and not cuda)"
     chosen = ["-k", f"test_normals or {step} or (drawn and cpu)"]
     files = [f"tests/kernels/test_{op}.py" for op in (*ROWS, "native")]

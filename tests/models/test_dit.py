@@ -17,8 +17,8 @@ from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.dit import FREQUENCIES, DiT, DiTConfig, position_table
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.presets import DITS
-from fastdiff.runtime.engine import run
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from tests.models.test_against_diffusers import CASES, assert_equal, peer_model
 from tests.support.engine_requests import alone_and_together, requests_of
 from tests.support.tiny import randomize

@@ -103,7 +103,7 @@ def test_lpips_from_files_is_the_papers_formula(tmp_path: Path) -> None:
     for name in ("bad.pth", "cut.safetensors"):
         with pytest.raises(ValueError, match="cannot be read"):
             LPIPS.from_files(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="weights file expected at"):
+    with pytest.raises(FileNotFoundError, match="no weights file at"):
         LPIPS.from_files(tmp_path / "absent.pth")
 
 

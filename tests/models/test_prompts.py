@@ -155,10 +155,10 @@ def test_old_prompts_keep_their_meaning(prompt: str, expected: list[tuple[str, f
     ("prompt", "message"),
     [
         ("(cat:1e9)", None),  # no number of this syntax: text
-        ("(cat:101)", "weight of 'cat' in the prompt must lie within 100, got 101"),
-        ("(" * 49 + "cat" + ")" * 49, "must lie within 100, got 106"),
-        ("(a" * 51, r"may nest 50 deep, got more from character 100 on; .* write \\\("),
-        ("(cat:" + "9" * 400 + ")", "must lie within 100, got inf"),
+        ("(cat:101)", "weight of 'cat' in the prompt must be between -100 and 100, got 101"),
+        ("(" * 49 + "cat" + ")" * 49, "must be between -100 and 100, got 106"),
+        ("(a" * 51, r"may nest 50 levels deep, got more at character 100; .* write \\\("),
+        ("(cat:" + "9" * 400 + ")", "must be between -100 and 100, got inf"),
     ],
 )
 def test_weights_out_of_range(prompt: str, message: str | None) -> None:

@@ -17,8 +17,8 @@ from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.presets import UVITS
 from fastdiff.models.uvit import UViT, UViTConfig
-from fastdiff.runtime.engine import run
 from fastdiff.runtime.prepare import prepare
+from fastdiff.runtime.run import run
 from tests.models.test_against_diffusers import CASES, assert_equal
 from tests.support.engine_requests import alone_and_together, requests_of
 from tests.support.tiny import randomize

@@ -1,7 +1,7 @@
-"""Convolutions and linear layers on the CPU: packed, folded, in fp32 for half precision.
+"""Convolutions and linear layers on the CPU: packed, folded, or in fp32 for half precision.
 
-Results against fp64 by the rule of parity.py. That a faster form was used shows in `kept.state`,
-which is empty until one is made.
+Results are compared with fp64 under the rule of parity.py. `kept.state` shows whether a layer has
+its faster form: it is empty until one is made.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ packing = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small layers count as large; and tests change what is found out once per process."""
+    """Treat small layers as large, and clear caches of facts about the CPU, which tests change."""
     monkeypatch.setattr(cpu_layers, "PACK_NUMBERS", 1000)
     found_once = cpu_layers.cpu_features, cpu_layers.packing_objection, cpu_layers._say_fp32
     yield
@@ -49,7 +49,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 def onednn(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution by oneDNN: for small inputs PyTorch may choose im2col, which sums in pieces."""
+    """A convolution by oneDNN. PyTorch may choose im2col for small inputs, which sums in parts."""
     return torch.mkldnn_convolution(
         x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups
     )
@@ -76,7 +76,7 @@ def test_packed_convolution(shape: tuple[int, ...], options: dict[str, int]) -> 
     layer, x = prepare(copy.deepcopy(eager)), image(*shape)
     with torch.no_grad():
         y = layer(x)
-        assert torch.equal(y, onednn(layer, x))  # the same kernel: the same bits
+        assert torch.equal(y, onednn(layer, x))  # the same kernel gives the same bits
     assert made(layer)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -101,7 +101,7 @@ def test_packed_only_where_it_wins() -> None:
 
 
 def check_folding(*shape: int) -> None:
-    """A large image, for which the layer folds, and then a small one."""
+    """Check a large image, for which the layer folds, and then a small one."""
     eager = Upsample(shape[1])
     layer, wide = prepare(copy.deepcopy(eager)), copy.deepcopy(eager).double()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_folded_upsampling(shape: tuple[int, ...]) -> None:
 
 @packing
 @pytest.mark.parametrize("tap", [(0, 0), (1, 2), (3, 3)])
-def test_folding_with_a_wrong_tap_is_seen(
+def test_folding_with_a_wrong_tap_is_detected(
     tap: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of 1e-5 in one of 16 taps, between one input and one output channel."""
@@ -135,7 +135,7 @@ def test_folding_with_a_wrong_tap_is_seen(
         kernel[3, 5][tap] += 1e-5
         return kernel
 
-    assert cpu_layers.packing_objection() is None  # it tries `folded` too
+    assert cpu_layers.packing_objection() is None  # cached now, since it calls `folded` as well
     monkeypatch.setattr(cpu_layers, "folded", wrong)
     with pytest.raises(AssertionError, match="error"):
         check_folding(1, 64, 16, 18)
@@ -143,8 +143,9 @@ def test_folding_with_a_wrong_tap_is_seen(
 
 @packing
 @pytest.mark.parametrize("kind", ["convolution", "upsampling"])
-def test_bits_depend_on_nothing_but_the_sample(kind: str) -> None:
-    """Not on its place, the other samples, the number of threads, or what was packed before."""
+def test_bits_depend_only_on_the_sample(kind: str) -> None:
+    """They do not depend on its position, the other samples, the number of threads, or the shape
+    that weights were packed for."""
     layer = prepare(nn.Conv2d(128, 128, 3, padding=1) if kind == "convolution" else Upsample(128))
     again = copy.deepcopy(layer)
     x, threads = image(2, 128, 16, 16), torch.get_num_threads()
@@ -168,7 +169,7 @@ def test_bits_depend_on_nothing_but_the_sample(kind: str) -> None:
 
 
 @pytest.mark.parametrize("half_as_fp32", [False, True])
-def test_changed_weights_are_seen(half_as_fp32: bool) -> None:
+def test_changed_weights_take_effect(half_as_fp32: bool) -> None:
     dtype = torch.bfloat16 if half_as_fp32 else torch.float32
     layers: list[nn.Module] = [nn.Conv2d(128, 128, 3, padding=1), Upsample(128)]
     if half_as_fp32:
@@ -196,7 +197,7 @@ def test_changed_weights_are_seen(half_as_fp32: bool) -> None:
 @pytest.mark.parametrize("keep_copies", [True, False])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_in_fp32(dtype: torch.dtype, keep_copies: bool) -> None:
-    """As exact as the instructions: fp32 sums of exact products, rounded once."""
+    """As accurate as native instructions: fp32 sums of exact products, rounded once."""
     layers: list[tuple[nn.Module, Tensor]] = [
         (nn.Conv2d(48, 40, 3, padding=1), image(2, 48, 9, 7, dtype=dtype)),
         (nn.Linear(96, 40), torch.randn(2, 12, 96).to(dtype)),
@@ -214,7 +215,7 @@ def test_half_precision_in_fp32(dtype: torch.dtype, keep_copies: bool) -> None:
         with torch.no_grad():
             y, reference = layer(x), copy.deepcopy(eager).double()(x.double())
             assert y.dtype is dtype
-            # the yardstick is the exact result rounded once: stricter than eager's own error
+            # compared with the exact result rounded once, which is stricter than eager's error
             assert_parity_in_one_draw(y, reference, reference.to(dtype))
 
 
@@ -274,22 +275,24 @@ def test_which_cpu_is_fast_at_half_precision(
     assert not cpu_layers.fast_half(torch.bfloat16)
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not tell")
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")
-def test_linux_and_pytorch_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = cpu_layers.cpu_features()
+@pytest.mark.skipif(
+    not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not report CPU features"
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/cpuinfo")
+def test_linux_and_pytorch_report_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = cpu_layers.cpu_features()
     cpu_layers.cpu_features.cache_clear()
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     read = cpu_layers.cpu_features()
     assert read
-    assert read != told
+    assert read != reported
     for dtype in HALF:
-        assert bool(told & cpu_layers.INSTRUCTIONS[dtype]) == bool(
+        assert bool(reported & cpu_layers.INSTRUCTIONS[dtype]) == bool(
             read & cpu_layers.INSTRUCTIONS[dtype]
         )
 
 
-def test_fp32_instead_of_half_is_said_once(
+def test_fp32_instead_of_half_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu_layers, "cpu_features", frozenset)
@@ -307,7 +310,7 @@ def test_fp32_instead_of_half_is_said_once(
 
 
 def test_onednns_own_limit_is_honoured() -> None:
-    """In a process with it: said on the standard error stream, and computed in fp32."""
+    """A process under this limit warns on stderr and computes in fp32."""
     code = (
         "import torch\n"
         "from fastdiff.runtime.prepare import prepare\n"
@@ -326,7 +329,7 @@ def test_a_prepared_module_can_be_copied_and_saved() -> None:
     with torch.no_grad():
         y = layer(x)
         assert torch.equal(copy.deepcopy(layer)(x), y)
-        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)  # noqa: S301 - our own bytes
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)  # noqa: S301 - trusted bytes
         assert torch.equal(prepare(layer)(x), y)
     assert list(layer.state_dict()) == list(eager.state_dict())
     eager.load_state_dict(layer.state_dict())
@@ -359,7 +362,7 @@ def test_autocast_and_wrong_dtypes_are_pytorchs() -> None:
 @packing
 @pytest.mark.parametrize("move", ["dtype", "device"])
 def test_copies_do_not_outlive_a_move(move: str) -> None:
-    """They would take memory for nothing: no later call asks for them."""
+    """They would waste memory, since no later call uses them."""
     network = prepare(nn.Sequential(nn.Conv2d(128, 128, 3), Upsample(128)))
     linear = prepare(nn.Linear(64, 64), dtype=torch.bfloat16, half_as_fp32=True)
     with torch.no_grad():
@@ -410,7 +413,7 @@ def test_a_torch_without_these_operators(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_kept_memory_is_not_faulted_in_again() -> None:
-    """64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB; counted, not timed."""
+    """Counts page faults: 64 MiB are 16,384 pages of 4 KiB, or 32 pages of 2 MiB."""
     code = (
         "import resource, torch\n"
         "from fastdiff.runtime.cpu_layers import keep_freed_memory\n"
@@ -423,7 +426,7 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
         "faults()\n"
         "print(min(faults() for _ in range(3)))\n"
     )
-    for _ in range(6):  # in some processes glibc keeps nothing
+    for _ in range(6):  # glibc keeps nothing in some processes
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         before, after = map(int, done.stdout.split())
@@ -440,8 +443,8 @@ def test_without_glibc_kept_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         cpu_layers.keep_freed_memory()
 
 
-def test_a_folded_upsampling_leaves_a_convolution_that_is_listened_to() -> None:
-    """Hooks run, adapters in its place are called, other paddings hold."""
+def test_a_folded_upsampling_respects_changes_of_its_convolution() -> None:
+    """Hooks run, adapters that replace it are called, and other padding modes apply."""
     up = prepared_upsample()
     x = torch.randn(1, 320, 32, 32).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():

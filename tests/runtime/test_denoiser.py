@@ -1,4 +1,4 @@
-"""The evaluation of a network in blocks: its numbers, its blocks, its gradients."""
+"""The evaluation of a network in blocks: its results, its blocks, its gradients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PointsConfig:
 
 
 class Points(Network):
-    """The smallest network there is: points in the plane, no spatial sides."""
+    """A minimal network, for points in the plane and so without spatial sides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def conditions_of(network: UNet, count: int) -> tuple[list[Condition], list[Cond
 
 
 def plainly(network: UNet, x: Tensor, t: float, conditions: Sequence[Condition]) -> Tensor:
-    """The network called without any of the machinery under test."""
+    """Call the network directly, without any of the code under test."""
     dtype, labels = next(network.parameters()).dtype, [c.label for c in conditions]
     contexts = [c.context for c in conditions if c.context is not None]
     added = [c.added for c in conditions if c.added is not None]
@@ -91,7 +91,7 @@ def plainly(network: UNet, x: Tensor, t: float, conditions: Sequence[Condition])
 def evaluate(
     network: UNet, x: Tensor, row: int, guided: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The conditional predictions, and the unconditional ones of guided samples."""
+    """The conditional predictions, and the unconditional ones for guided samples."""
     denoiser = Denoiser(network, x.shape[2:])
     turns = [
         Turn(place, denoiser.add(TIMES, condition, other), row, guides)
@@ -109,8 +109,8 @@ def evaluate(
 
 @pytest.mark.parametrize("config", [UNET, TEXT], ids=["classes", "context"])
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 13, 21])
-def test_the_denoiser_is_the_network_called_plainly(config, count: int) -> None:
-    """Blocks, padding, precomputed embeddings and contexts: the numbers are UNet.forward's."""
+def test_the_denoiser_agrees_with_the_network(config, count: int) -> None:
+    """Blocks, padding, and precomputed embeddings and contexts give the result of UNet.forward."""
     unet, x = prepare(tiny_unet(config), dtype=torch.float64), images(count).double()
     conditions, unconditional = conditions_of(unet, count)
     for row, t in enumerate(TIMES.tolist()):
@@ -125,9 +125,9 @@ def test_the_denoiser_is_the_network_called_plainly(config, count: int) -> None:
 
 
 def test_without_blocks_bits_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test of the tests of bits: the batch as it comes does differ from each sample alone.
+    """Checks that tests of bits can fail: without blocks, a batch differs from each sample alone.
 
-    A wider network than the tiny one, since oneDNN treats the smallest convolutions alike.
+    The network is wider than the tiny one, since oneDNN treats the smallest convolutions alike.
     """
     unet, x = prepare(tiny_unet(replace(UNET, model_channels=64, head_dim=64))), images(7)
 
@@ -169,11 +169,11 @@ def test_blocks_depend_on_the_size_alone(sides: tuple[int, ...], rows: RowBlocks
 @pytest.mark.parametrize(
     ("side", "guided", "blocks"),
     [
-        (8, [True] * 64, [16] * 8),  # as many as a batch of 64 cost before there were slots
-        (8, [True] * 3 + [False] * 9, [16]),  # 15 rows, both kinds together
+        (8, [True] * 64, [16] * 8),  # 128 rows, without padding
+        (8, [True] * 3 + [False] * 9, [16]),  # 15 rows, guided and unguided together
         (8, [False] * 17, [16, 16]),
         (8, [False], [16]),
-        (24, [False], [1]),  # one large image pays for one row
+        (24, [False], [1]),  # a single large image needs only one row
         (24, [False, True, False], [1, 2, 1]),
     ],
 )
@@ -193,7 +193,7 @@ def test_which_blocks_are_evaluated(side: int, guided: list[bool], blocks: list[
 
 
 def test_embeddings_and_contexts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Per (timesteps, condition), in one call of the table's length; and let go of at the end."""
+    """Each (timesteps, condition) takes one call of the table's length, and is freed after use."""
     unet = prepare(tiny_unet(TEXT))
     calls: list[tuple[str, int]] = []
     for name in ("embed", "project_context"):
@@ -205,7 +205,7 @@ def test_embeddings_and_contexts_are_computed_once(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(UNet, name, counted)
     denoiser = Denoiser(unet, (8, 8))
-    conditions, unconditional = conditions_of(unet, 6)  # three different ones, and one for all
+    conditions, unconditional = conditions_of(unet, 6)  # three different ones, and a shared one
     guides = [denoiser.add(TIMES, *pair) for pair in zip(conditions, unconditional, strict=True)]
     assert sorted(calls) == [("embed", 3)] * 4 + [("project_context", 1)] * 4
     denoiser.add(TIMES[:2], conditions[0])
@@ -234,13 +234,14 @@ def test_a_condition_that_fails_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("config", [UNET, TEXT], ids=["classes", "context"])
 @pytest.mark.parametrize("count", [3, 11])
 def test_gradients_with_respect_to_x(config, count: int) -> None:
-    """Of a weighted sum of predictions, against the plain network's in fp64; CLIP guidance."""
+    """The gradient of a weighted sum of predictions, as in CLIP guidance, agrees with that of the
+    network called directly, in fp64."""
     network = tiny_unet(config)
     conditions, _ = conditions_of(network, count)
     weights, guided = images(count, seed=5), [i % 2 == 0 for i in range(count)]
     prepared, exact = prepare(copy.deepcopy(network)), copy.deepcopy(network).double()
     with torch.no_grad():
-        evaluate(prepared, images(count), 1, guided)  # packs what it packs
+        evaluate(prepared, images(count), 1, guided)  # so that weights are packed
 
     def gradient(function: Callable[[Tensor], Tensor], seed: int, dtype: torch.dtype) -> Tensor:
         leaf = images(count, seed=seed).to(dtype).requires_grad_()
@@ -288,7 +289,7 @@ def test_gradients_of_guided_samples_and_extra_channels() -> None:
     torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_points_have_no_sides() -> None:
+def test_networks_without_spatial_sides() -> None:
     network = randomize(Points(), 1).double()
     denoiser, x = Denoiser(network, ()), torch.randn(5, 2, dtype=torch.float64)
     guide = denoiser.add(TIMES, Condition())
@@ -298,7 +299,7 @@ def test_points_have_no_sides() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_in_blocks_fills_and_cuts(count: int) -> None:
+def test_in_blocks_pads_and_crops(count: int) -> None:
     x, seen = torch.arange(float(count)).reshape(count, 1, 1, 1), []
 
     def doubled(piece: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The slot engine: each request's own bits, whatever shares the step with it."""
+"""The slot engine: the bits of a request do not depend on other requests in the same step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def request(seed: int, rows: SamplerTable | None = None, label: int = 0, **more:
 
 
 def wide(config=UNET) -> UNet:
-    """Wide enough that oneDNN's convolutions depend on the batch's size."""
+    """A network so wide that oneDNN's convolutions depend on the batch size."""
     return prepare(tiny_unet(replace(config, model_channels=32, head_dim=32)))
 
 
@@ -75,7 +75,8 @@ def alone(network: UNet, wanted: Request) -> Tensor:
 
 
 def random_requests(count: int, *, text: bool) -> Iterator[Request]:
-    """Any sampler, 1 to 30 steps, guided or not, in an interval, rescaled, from the middle."""
+    """Requests with any sampler and 1 to 30 steps, some guided, also in an interval or rescaled,
+    and some that start in the middle."""
     rng = random.Random(count)
     prompts = [Condition(context=images(1, 7, 24, seed=seed)) for seed in range(4)]
     for number in range(count):
@@ -110,8 +111,8 @@ def random_requests(count: int, *, text: bool) -> Iterator[Request]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "text"), [(140, False), (60, True)], ids=["classes", "text"])
-def test_every_request_has_the_bits_it_has_alone(count: int, text: bool) -> None:
-    """Arriving at random, in whatever slot, some moved to another slot on the way."""
+def test_every_request_has_the_same_bits_as_alone(count: int, text: bool) -> None:
+    """Requests arrive at random times in random slots, and some move to another slot."""
     network, rng = wide(TEXT if text else UNET), random.Random(7)
     requests = list(random_requests(count, text=text))
     waiting, engine = (
@@ -139,8 +140,8 @@ def test_every_request_has_the_bits_it_has_alone(count: int, text: bool) -> None
     assert len({x.numpy().tobytes() for x in found.values()}) == count
 
 
-def test_the_engine_is_the_sampling_loop() -> None:
-    """Against `sample` with UNet.forward in fp64: a missed condition or noise would show."""
+def test_the_engine_agrees_with_the_sampling_loop() -> None:
+    """Results in fp64 agree with `sample` and UNet.forward, so no condition or noise is missed."""
     exact = prepare(tiny_unet(), dtype=torch.float64)
     requests = [
         request(seed, table(5, sampler, scale, **options), seed % 4)
@@ -169,8 +170,9 @@ def test_the_engine_is_the_sampling_loop() -> None:
         torch.testing.assert_close(result.x, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_held_pixels_are_the_known_ones(unet: UNet) -> None:
-    """Lugmayr et al. 2022, eq. 8: after each row, at the level of the next; at last, exactly."""
+def test_held_pixels_equal_the_known_ones(unet: UNet) -> None:
+    """Lugmayr et al. 2022, eq. 8: after each row they have the noise level of the next row, and at
+    the end they are exact."""
     mask = torch.zeros(1, 4, 4)
     mask[:, :2] = 1
     known, noise = images(*SHAPE, seed=3), images(*SHAPE, seed=4)
@@ -208,8 +210,8 @@ def test_cancelling_leaves_the_others_alone(unet: UNet) -> None:
                 method(ticket)
 
 
-def test_previews_are_what_a_callback_sees(unet: UNet) -> None:
-    """The estimate of x0 = (x - sigma eps) / alpha, of the requests that were asked for."""
+def test_previews_and_callbacks_get_the_estimate_of_x0(unet: UNet) -> None:
+    """x0 = (x - sigma eps) / alpha, for the requests whose preview was requested."""
     engine = Engine(unet, shape=SHAPE, slots=3)
     requests = [request(seed, table(6, scale=1.0), label=seed) for seed in range(3)]
     tickets = [engine.submit(wanted) for wanted in requests]
@@ -244,7 +246,7 @@ def test_previews_are_what_a_callback_sees(unet: UNet) -> None:
 
 
 def counted(network: UNet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each evaluation, as they come."""
+    """A list that collects the number of rows of each evaluation."""
     seen: list[int] = []
     body = network.body
 
@@ -258,9 +260,7 @@ def counted(network: UNet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["all", "some"])
-def test_few_rows_are_evaluated_in_vain(
-    unet: UNet, guidance: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_rows_are_padding(unet: UNet, guidance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, tables = random.Random(3), {}
     for steps in (10, 50):
         for scale in (1.0, 2.0):
@@ -278,8 +278,10 @@ def test_few_rows_are_evaluated_in_vain(
     assert own <= sum(seen) <= 1.1 * own
 
 
-def test_nine_cost_little_more_than_their_rows(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """18 rows a step would be two blocks of 16; taking turns, they fill one at a time."""
+def test_nine_requests_cost_little_more_than_their_rows(
+    unet: UNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 rows per step would need two blocks of 16; by taking turns, they fill one at a time."""
     seen = counted(unet, monkeypatch)
     requests = [request(seed, table(16)) for seed in range(9)]
     results = list(run(unet, requests))
@@ -289,7 +291,7 @@ def test_nine_cost_little_more_than_their_rows(unet: UNet, monkeypatch: pytest.M
         assert torch.equal(found, alone(unet, requests[place]))
 
 
-def test_tables_do_not_pile_up(unet: UNet) -> None:
+def test_tables_do_not_accumulate(unet: UNet) -> None:
     engine, rng = Engine(unet, shape=SHAPE, slots=4), random.Random(5)
     longest = 0
     for seed in range(60):
@@ -307,7 +309,7 @@ def test_tables_do_not_pile_up(unet: UNet) -> None:
 
 
 def test_a_poisoned_request_fails_alone() -> None:
-    """NaN in one prompt: named at its first step, and no bit of a neighbour changes."""
+    """NaN in one prompt is reported at its first step, and no bit of other requests changes."""
     network = prepare(tiny_unet(TEXT))
     prompts = [Condition(context=images(1, 7, 24, seed=seed)) for seed in range(4)]
     prompts[2] = Condition(context=torch.full((1, 7, 24), float("nan")))
@@ -342,7 +344,7 @@ def test_a_request_may_fail_late(unet: UNet, monkeypatch: pytest.MonkeyPatch) ->
         calls += 1
         out = body(x, *others)
         if calls == 3:
-            out[2] = float("inf")  # the second request's
+            out[2] = float("inf")  # the row of the third request
         return out
 
     monkeypatch.setattr(unet, "body", breaks)
@@ -358,7 +360,7 @@ def test_a_request_may_fail_late(unet: UNet, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_shapes_and_token_counts_take_turns() -> None:
-    """Three classes in one stream; requests of the others wait, but not for ever."""
+    """Three shape classes in one stream: requests of other classes wait, but not forever."""
     network = prepare(tiny_unet(TEXT))
     prompts = {n: Condition(context=images(1, n, 24, seed=n)) for n in (7, 14)}
     requests = []
@@ -388,13 +390,13 @@ def test_shapes_and_token_counts_take_turns() -> None:
         place = requests.index(result.request)
         order.append(place)
         assert torch.equal(result.x, alone(network, requests[place]))
-        assert taken <= len(order) + 4  # two in slots, two waiting
+        assert taken <= len(order) + 4  # two in slots and two waiting
     assert sorted(order) == list(range(12))
     assert order.index(1) < 8
     assert seen[-1] == (36, 36)
 
 
-def test_steps_say_which_requests_they_took(unet: UNet) -> None:
+def test_steps_list_their_requests(unet: UNet) -> None:
     steps: list[Step] = []
     requests = [request(seed, table(3, scale=1.0)) for seed in range(5)]
     results = list(run(unet, requests, slots=2, on_step=steps.append))
@@ -406,7 +408,7 @@ def test_steps_say_which_requests_they_took(unet: UNet) -> None:
     torch.testing.assert_close(steps[-1].denoised[0], results[-1].x)  # ddim ends at x0
 
 
-def test_a_request_without_rows_comes_back_as_it_is(unet: UNet) -> None:
+def test_a_request_without_rows_is_returned_unchanged(unet: UNet) -> None:
     nothing = request(0, table(4, start=4))
     assert len(nothing.table) == 0
     assert torch.equal(alone(unet, nothing), nothing.x)
@@ -435,7 +437,7 @@ def test_requests_that_do_not_fit(unet: UNet, change: Callable, message: str) ->
     engine = Engine(unet, shape=SHAPE, slots=1)
     with pytest.raises(ValueError, match=message):
         engine.submit(change(request(0)))
-    ticket = engine.submit(request(0))  # nothing was left behind
+    ticket = engine.submit(request(0))  # the failed one takes no slot
     with pytest.raises(ValueError, match="all 1 slots are occupied"):
         engine.submit(request(1))
     assert torch.equal(finish(engine)[ticket].x, alone(unet, request(0)))

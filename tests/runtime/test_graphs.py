@@ -1,4 +1,4 @@
-"""Steps as graphs, on a stand-in that records operations by address (`tests.support.tape`)."""
+"""Steps as graphs, on a substitute that records operations by address (`tests.support.tape`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def engine(network: Network, recorder: StepGraphs, slots: int = 5) -> Engine:
 
 
 def plain_engine(network: Network, slots: int = 5) -> Engine:
-    """Steps that are run, on network rows of the sizes that graphs have."""
+    """An engine without graphs that evaluates as many network rows as one with graphs."""
     tokens = 7 if network.config.context_dim else 0
     made = Engine(network, shape=SHAPE, slots=slots, tokens=tokens)
     made._denoiser = Denoiser(network, SHAPE[1:], rounded=rounded_rows)
@@ -41,7 +41,7 @@ def plain_engine(network: Network, slots: int = 5) -> Engine:
 
 
 def all_of(made: Engine, requests: list[Request]) -> dict[int, Result]:
-    """Requests that join whenever a slot is free; some are looked at on the way."""
+    """The results of requests that join whenever a slot is free; some have previews."""
     waiting, found, places = list(enumerate(requests)), dict[int, Result](), dict[int, int]()
     while waiting or made.busy:
         while waiting and made.free:
@@ -58,7 +58,7 @@ def same(a: dict[int, Result], b: dict[int, Result]) -> bool:
 
 
 def test_replayed_steps_have_the_bits_of_steps_that_are_run(network: Network) -> None:
-    """Any sampler, guidance, mask, prompt and length, arriving when a slot is free."""
+    """This holds for any sampler, guidance, mask, prompt and length."""
     requests = list(random_requests(40, text=network.config.context_dim is not None))
     tape = Tape()
     recorded, plain = engine(network, StepGraphs(tape)), plain_engine(network)
@@ -71,7 +71,7 @@ def test_replayed_steps_have_the_bits_of_steps_that_are_run(network: Network) ->
 
 
 def test_the_results_are_the_loops(network: Network) -> None:
-    """Rounding apart: the loop evaluates blocks of another size."""
+    """They agree up to rounding, since the loop evaluates blocks of another size."""
     requests = list(random_requests(6, text=network.config.context_dim is not None))
     found = all_of(engine(network, StepGraphs(Tape())), requests)
     for place, wanted in enumerate(requests):
@@ -94,7 +94,7 @@ def test_other_requests_of_the_same_shape_are_served_by_the_same_graph() -> None
 
 
 def test_a_step_in_the_middle_issues_nothing_but_the_replay() -> None:
-    """No launch, no allocation, no host read outside of the graph."""
+    """There are no launches, allocations or host reads outside the graph."""
     tape = Tape()
     made = engine(prepare(tiny_unet()), StepGraphs(tape))
     for seed in range(3):
@@ -106,7 +106,7 @@ def test_a_step_in_the_middle_issues_nothing_but_the_replay() -> None:
     assert idle.calls == []
 
 
-def test_other_weights_in_place_are_seen_and_moved_ones_recorded_anew() -> None:
+def test_weights_changed_in_place_take_effect_and_moved_ones_are_recorded_again() -> None:
     tape, unet = Tape(), prepare(tiny_unet())
     made = engine(unet, StepGraphs(tape))
 
@@ -127,7 +127,7 @@ def test_other_weights_in_place_are_seen_and_moved_ones_recorded_anew() -> None:
     assert torch.equal(third, first)
 
 
-def test_a_buffer_that_grew_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_recorded_again_after_a_buffer_grew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdiff.runtime.engine.ROWS", 8)
     tape, unet = Tape(), prepare(tiny_unet())
     made, plain = engine(unet, StepGraphs(tape), slots=2), plain_engine(unet, slots=2)
@@ -141,7 +141,7 @@ def test_few_graphs_are_kept() -> None:
     x = torch.zeros(2)
     for key in ("a", "b", "a", "c", "a", "b"):
         kept.run(key, lambda: x.add_(1), reads=[x], state=[x])
-    assert kept.recorded == 4  # a, b, c, and b again, which was used longest ago
+    assert kept.recorded == 4  # a, b, c, and b again, since it was least recently used
     assert x.tolist() == [6.0, 6.0]
 
 
@@ -162,11 +162,11 @@ def test_a_network_with_a_hook_is_not_recorded() -> None:
     assert "conv_out has a hook" in str(objection(unet))
     handle.remove()
     assert objection(unet) is None
-    assert graphs_for(unet) is None  # on a CPU there are none
+    assert graphs_for(unet) is None  # not on a CPU
 
 
 class Curious(Network):
-    """Looks at its input on the host."""
+    """A network that reads its input on the host."""
 
     def __init__(self, inner: Network) -> None:
         super().__init__()
@@ -202,16 +202,16 @@ def test_engines_are_kept_for_the_next_call_and_never_shared() -> None:
     again = [result.x for result in calls()]
     assert len(tapes) == 1
     assert all(map(torch.equal, first, again))
-    pairs = list(zip(calls(), calls(), strict=True))  # one after the other, in turns
+    pairs = list(zip(calls(), calls(), strict=True))  # two interleaved calls
     assert len(tapes) == 2
     assert all(torch.equal(a.x, b.x) for a, b in pairs)
     broken = calls()
     next(broken)
-    broken.close()  # its engine is emptied
+    broken.close()  # this empties its engine
     assert all(map(torch.equal, [result.x for result in calls()], first))
 
 
-def test_at_most_a_quarter_of_the_rows_fill_up() -> None:
+def test_padding_adds_at_most_a_quarter_of_the_rows() -> None:
     for rows in range(1, 200):
         assert rows <= rounded_rows(rows) <= rows * 5 / 4
         assert rounded_rows(rounded_rows(rows)) == rounded_rows(rows)

@@ -1,7 +1,7 @@
-"""`make check`: lint, types and the fast tests of what changed, within a minute on two cores.
+"""`make check`: lint, types and the fast tests of changed files, within a minute on two cores.
 
-Says which files differ from the branch point of main, which test files that selects, and how many
-tests there was no time for; `make test` runs everything.
+Prints the files that differ from the branch point of main, the test files these select, and the
+number of tests that did not fit in the time. `make test` runs everything.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from tests.support.imports import ROOT
 from tests.support.selection import mirrors
 
 SECONDS = 50.0
-"""From the start of the command until no further test is started."""
+"""Time after the start of the command at which no more tests are started."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What differs from a commit."""
+    """The files that differ from a commit."""
 
     since: str
     paths: list[str]
 
 
 def changes(root: Path = ROOT) -> Change:
-    """Files that differ from the branch point of main, in the working tree too; on main itself,
-    those of the last commit."""
+    """Files that differ from the branch point of main, including uncommitted changes; on main
+    itself, from the previous commit."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -50,7 +50,7 @@ def changes(root: Path = ROOT) -> Change:
 
 
 class Budget:
-    """A pytest plugin: each file gets its share of the time that is left, and says what it cost."""
+    """A pytest plugin that gives each file an equal share of the remaining time."""
 
     def __init__(self, files: list[str], deadline: float) -> None:
         self.left, self.deadline = list(files), deadline
@@ -92,9 +92,9 @@ def main() -> int:
         code = pytest.main(["-q", "-m", "not slow and not gpu", *files], plugins=[budget])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             failed.append("tests")
-        print(f"{budget.ran} tests ran, {budget.skipped} had no time (make test runs all)")
+        print(f"{budget.ran} tests ran, {budget.skipped} left out (make test runs all)")
     else:
-        print("no test was selected")
+        print("no tests selected")
     print(types.communicate()[0], end="")
     if types.returncode:
         failed.append("types")

@@ -1,8 +1,8 @@
-"""What tests cost, in seconds of CPU time: the summary of a run lists it, and a test that takes too
-much without being marked slow fails.
+"""The CPU time of tests. The summary of a run lists it, and a test that takes too long without the
+marker slow fails.
 
-CPU time and not the clock's: a machine that does something else besides takes longer, but computes
-hardly more. That of processes which a test started and waited for counts too.
+CPU time rather than wall time, because a busy machine takes longer but hardly computes more. The
+CPU time of child processes counts once the test has waited for them.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 import pytest
 
 SLOW = 5.0
-"""Seconds of CPU time from which a test is to be marked slow."""
+"""Seconds of CPU time from which a test should be marked slow."""
 LIMIT = 12 * SLOW
-"""Seconds from which one that is not marked fails: a slower machine can cost a factor of four, and
-the first test of a process that needs a large package pays for its import."""
+"""Seconds from which a test without the marker fails. A slower machine can cost a factor of four,
+and the first test in a process that needs a large package pays for its import."""
 BUDGET = 30.0
 """Minutes for the whole suite."""
-TOLD = 60.0
-"""Seconds from which a run ends with what it has cost."""
+LISTED = 60.0
+"""Seconds from which a run lists the costs of its tests."""
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of the children it has waited for."""
+    """User and system time of this process and of all children it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 class Costs:
-    """A pytest plugin; in a run with processes side by side each of them has one, and the one that
-    started them sums up what their reports say."""
+    """A pytest plugin. In a run with parallel processes each process has one, and that of the main
+    process sums up the reports of all."""
 
     def __init__(self, limit: float = LIMIT) -> None:
         self.limit = limit
@@ -65,7 +65,7 @@ class Costs:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Iterator[Any]:
         report = yield
-        report.cpu_seconds = self._phase  # travels with the report from a process to the other
+        report.cpu_seconds = self._phase  # sent along with the report to the main process
         too_long = call.when == "call" and report.passed and self._phase > self.limit
         if too_long and item.get_closest_marker("slow") is None:
             report.outcome = "failed"
@@ -83,7 +83,7 @@ class Costs:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         total = sum(self.files.values())
-        if total < TOLD:
+        if total < LISTED:
             return
         terminalreporter.section("CPU time")
         for costs, count in ((self.files, 20), (self.functions, 40)):
@@ -91,4 +91,4 @@ class Costs:
             for name in costliest:
                 terminalreporter.line(f"{costs[name]:7.1f} s  {name}")
             terminalreporter.line("")
-        terminalreporter.line(f"{total / 60:.1f} minutes in tests; at most {BUDGET:g} for all")
+        terminalreporter.line(f"{total / 60:.1f} minutes in tests; the whole suite has {BUDGET:g}")

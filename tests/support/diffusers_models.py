@@ -1,4 +1,4 @@
-"""Small random models as diffusers makes and saves them: the published layouts, few channels."""
+"""Small random models made and saved by diffusers, in the published layouts with few channels."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def tokenizer(folder: Path, *, pad_token: str = "<|endoftext|>") -> Any:
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:
-    """Norms and biases random too: what begins at 0 or 1 would hide mistakes."""
+    """Randomize norms and biases as well, since initial values of 0 or 1 would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -160,7 +160,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def components(kind: str, folder: Path) -> dict[str, Any]:
-    """The parts of a Stable Diffusion pipeline, as its class takes them; fp32.
+    """The components of a Stable Diffusion pipeline, as keyword arguments for its class; fp32.
 
     kind: one of KINDS. folder: where the vocabularies are written.
     """
@@ -198,14 +198,14 @@ def _scheduler(kind: str) -> Any:
 
 
 def pipeline(name: str, parts: dict[str, Any], **change: Any) -> Any:
-    """A diffusers pipeline, quiet."""
+    """A diffusers pipeline without a progress bar."""
     made = getattr(import_diffusers(name), name)(**parts, **change)
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def save_folder(kind: str, folder: Path) -> Path:
-    """A small random checkpoint as diffusers saves it. Returns the folder."""
+    """Save a small random checkpoint with diffusers. Returns the folder."""
     names = {
         "xl": "StableDiffusionXLPipeline",
         "refiner": "StableDiffusionXLImg2ImgPipeline",
@@ -222,7 +222,7 @@ def save_folder(kind: str, folder: Path) -> Path:
 
 
 def checkpoint(kind: str, parts: dict[str, Any]) -> Model:
-    """The same weights as fastdiff holds them."""
+    """The same weights in a fastdiff model."""
     theirs, vae = parts["unet"], parts["vae"]
     unet = UNet(unet_config(json.loads(theirs.to_json_string())))
     unet.load_state_dict(convert_state_dict(theirs.state_dict(), unet))

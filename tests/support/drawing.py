@@ -1,4 +1,4 @@
-"""Short ways to draw, for tests: jobs to latents and to images in one tensor."""
+"""Shortcuts for tests that generate: from jobs to a tensor of latents or of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def images(model: Model, jobs: Sequence[Job], **options: Any) -> Tensor:
 def latents(
     model: Model, jobs: Sequence[Job], *, slots: int = 64, refiner: Model | None = None
 ) -> Tensor:
-    """(N, C, h, w), what is decoded in the end, or handed to the second pass."""
+    """(N, C, h, w), the latents that are decoded or passed to the refiner."""
     session = Session.of(model)
     second = None if refiner is None else Session.of(refiner)
     passes = [plan(session, check(job, session.facts), second) for job in jobs]
@@ -50,7 +50,7 @@ def class_jobs(classes: Sequence[Any], seeds: Sequence[int], settings: Any) -> l
 
 
 def text_jobs(prompts: str | Sequence[str], seeds: Sequence[int], **options: Any) -> list[Job]:
-    """A job per seed, of one prompt or a prompt each."""
+    """A job per seed, all with one prompt or each with its own."""
     each = [prompts] * len(seeds) if isinstance(prompts, str) else prompts
     return [
         TextJob(prompt=prompt, seed=seed, **options)

@@ -11,7 +11,8 @@ from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.network import Network, NetworkConfig
 from fastdiff.runtime.conditions import Condition
-from fastdiff.runtime.engine import Request, run
+from fastdiff.runtime.engine import Request
+from fastdiff.runtime.run import run
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 

@@ -1,11 +1,11 @@
-"""Which files a `fastdiff sample` goes through before the first kernel runs.
+"""List the files that `fastdiff sample` runs through before the first kernel.
 
-    python -m tests.support.entered                     the command's own path, one file a line
-    python -m tests.support.entered --count 1           options go to `fastdiff sample`
+    python -m tests.support.entered                     one file per line
+    python -m tests.support.entered --count 1           options are passed to `fastdiff sample`
 
-A file counts when one of its functions is called on the main thread between the start of the
-command and the first call of an op in `kernels/`, the op's own file included. What runs only
-because a module is imported does not count: class bodies, decorators, module-level calls.
+A file counts if one of its functions is called on the main thread between the start of the command
+and the first call of an op in `kernels/`, including the file of that op. Code that runs only during
+imports does not count: class bodies, decorators, module-level calls.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ ROOMS = (ROOT / "fastdiff", ROOT / "kernels")
 
 
 class Entered:
-    """A profile function that notes files until it sees an op of `kernels.OPS`.
+    """A profile function that records files until an op of `kernels.OPS` is called.
 
     Args:
-        ops: names of the public functions at which the path ends.
+        ops: names of the public functions that end the recording.
     """
 
     def __init__(self, ops: frozenset[str]) -> None:
         self.ops = ops
         self.files: list[str] = []
-        """Relative to the repository, in the order in which they were entered."""
+        """Paths relative to the repository, in the order in which they were entered."""
         self.op: str | None = None
-        """The first op, once it was called."""
+        """The first op that was called, if any."""
         self._places: dict[CodeType, str | None] = {}
         self._importing = 0
 
@@ -57,7 +57,7 @@ class Entered:
 
 
 def place(filename: str) -> str | None:
-    """A file's path in the repository if it is one of fastdiff's, else None."""
+    """The path in the repository if the file belongs to fastdiff, else None."""
     if filename.startswith("<"):
         return None
     path = Path(filename).resolve()
@@ -67,7 +67,7 @@ def place(filename: str) -> str | None:
 
 
 def files_of_sample(options: Sequence[str] = ()) -> tuple[list[str], str | None]:
-    """Files that ``fastdiff sample`` enters, and the op at which it ends (None: it met none)."""
+    """The files that ``fastdiff sample`` enters, and the op that ended it (None if none ran)."""
     from fastdiff import kernels
     from fastdiff.cli import main
 

@@ -1,6 +1,6 @@
-"""Which file of the package imports which, read off the sources without running them.
+"""The imports between the files of the package, read from the sources without running them.
 
-`kernels/` is seen under its installed name, ``fastdiff.kernels``.
+`kernels/` has its installed name here, ``fastdiff.kernels``.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "fastdiff"
 COMPILED = frozenset({"fastdiff.kernels._native"})
-"""Modules without a Python file: what setup.py builds."""
+"""Modules without a Python file, which setup.py builds."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, or a name of one: ``fastdiff.models.unet.UNet``."""
+    """An imported module, or a name imported from one, as in ``fastdiff.models.unet.UNet``."""
 
     line: int
     target: str
     for_types_only: bool
-    """Inside ``if TYPE_CHECKING:``, so that it never runs."""
+    """Whether it is inside ``if TYPE_CHECKING:`` and so never runs."""
 
 
 def module_of(path: Path, root: Path = ROOT) -> str:
-    """``fastdiff/models/unet.py`` -> ``fastdiff.models.unet``; ``__init__.py`` is its folder."""
+    """``fastdiff/models/unet.py`` -> ``fastdiff.models.unet``; ``__init__.py`` -> its folder."""
     parts = list(path.relative_to(root).with_suffix("").parts)
     if parts[0] == "kernels":
         parts.insert(0, PACKAGE)
@@ -36,21 +36,21 @@ def module_of(path: Path, root: Path = ROOT) -> str:
 
 
 def package_files(root: Path = ROOT) -> dict[str, Path]:
-    """Module -> its file, for everything that is installed."""
+    """Module -> its file, for all installed modules."""
     paths = [p for p in (root / PACKAGE).rglob("*.py") if not p.is_relative_to(_link(root))]
     return {module_of(p, root): p for p in sorted([*paths, *(root / "kernels").rglob("*.py")])}
 
 
 def _link(root: Path) -> Path:
-    """``fastdiff/kernels`` is a link to ``kernels``: its files would count twice."""
+    """``fastdiff/kernels``, a link to ``kernels`` whose files would otherwise count twice."""
     return root / PACKAGE / "kernels"
 
 
 def imports(path: Path, module: str) -> Iterator[Import]:
-    """Every import in a file, those inside functions and literal `import_module` calls too.
+    """All imports in a file, including those inside functions and literal `import_module` calls.
 
     Args:
-        module: the file's own name, from which relative imports are resolved.
+        module: the module name of the file, to resolve relative imports.
     """
     is_package = path.name == "__init__.py"
     stack: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), False)]
@@ -89,7 +89,7 @@ def _targets(node: ast.AST, module: str, is_package: bool) -> list[str]:
 
 
 def file_of(target: str, known: dict[str, Path]) -> str | None:
-    """The module that an import reads: itself, or the one that holds the imported name."""
+    """The module that an import loads: the target, or the module that contains it as a name."""
     if target in known:
         return target
     if target in COMPILED:
@@ -99,7 +99,7 @@ def file_of(target: str, known: dict[str, Path]) -> str | None:
 
 
 def graph(known: dict[str, Path]) -> dict[str, set[str]]:
-    """Module -> the modules whose files it imports at some time, itself left out."""
+    """Module -> the other modules that it imports at run time."""
     edges: dict[str, set[str]] = {module: set() for module in known}
     for module, path in known.items():
         for found in imports(path, module):
@@ -110,7 +110,7 @@ def graph(known: dict[str, Path]) -> dict[str, set[str]]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """For every import that lies on a circle the shortest such circle, each circle once."""
+    """The shortest import cycle through every import that is on one, without duplicates."""
     found = set()
     for start, targets in edges.items():
         for target in targets:
@@ -122,7 +122,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def _way(start: str, end: str, edges: dict[str, set[str]]) -> list[str] | None:
-    """The modules of a shortest way, both ends included; None if there is none."""
+    """The modules on a shortest path, including both ends; None if there is no path."""
     before: dict[str, str | None] = {start: None}
     queue = deque([start])
     while queue:
@@ -142,8 +142,8 @@ def _way(start: str, end: str, edges: dict[str, set[str]]) -> list[str] | None:
 
 
 def private_uses(path: Path, module: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """(line, name) of names with a leading underscore that belong to another module of `known`:
-    imported from it, or reached as an attribute of it."""
+    """(line, name) of names with a leading underscore that belong to another module of `known` and
+    are imported from it or accessed as its attribute."""
     tree = ast.parse(path.read_text())
     modules: dict[str, str] = {}
     for node in ast.walk(tree):

@@ -3,21 +3,21 @@
     E[err(actual)] <= factor * E[err(eager PyTorch in the same dtype)] + 1 ulp * rms(reference)
 
 `err` is the largest absolute difference from an fp64 reference, and `factor` is 2 (3 for
-gradients). The largest and not the rms, because one wrong element among a million (a swapped
-channel, a missed tail of a row) moves the rms by a thousandth and would pass; the scatter of a
-maximum between two correct implementations is what the factor is for. The bound grows with what the
-dtype can do and not with the size of a hand-set tolerance: zeros never pass.
+gradients). It is the largest difference rather than the rms because one wrong element among a
+million (a swapped channel, a missed tail of a row) changes the rms by a thousandth and would pass.
+The factor allows for the scatter of a maximum between two correct implementations. The bound
+depends on the precision of the dtype and not on a tolerance set by hand, so zeros never pass.
 
-`E` is the mean over `DRAWS` inputs. In one draw eager's error lies anywhere between a fifth of its
-mean and several times it, and a bound made of that one error fails correct results by bad luck and
-passes wrong ones by good luck, differently on each CPU. `assert_parity` therefore takes functions
-of a seed; `assert_parity_in_one_draw` is for yardsticks that involve no luck, such as the exact
-result rounded once.
+`E` is the mean over `DRAWS` inputs. In one draw, eager's error can be a fifth of its mean or
+several times its mean. A bound based on that single error would fail correct results by bad luck
+and pass wrong ones by good luck, differently on each CPU. `assert_parity` therefore takes functions
+of a seed; `assert_parity_in_one_draw` is for yardsticks whose error is not random, such as the
+exact result rounded once.
 
-Where the reference rounds to infinity in the dtype, both must be that infinity. Where eager is not
-finite though the reference is, eager tells nothing and those elements are left out of its error,
-which tightens the bound. Eager in fp32 that errs by a twentieth of the rms computes something else
-(other weights, another formula): such a yardstick is an error of the test.
+Where the reference rounds to infinity in the dtype, the result must be the same infinity. Where
+eager is not finite although the reference is, those elements do not count for eager's error, which
+tightens the bound. If eager's error in fp32 exceeds a twentieth of the rms, eager computes
+something else (other weights, another formula), and the test itself fails as invalid.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from torch import Tensor
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 DRAWS = 16
-USELESS = 0.05  # of the rms; eager errs by 0.013 in the worst case (mean 100, deviation 0.01)
+USELESS = 0.05  # relative to the rms; eager reaches 0.013 at worst (mean 100, deviation 0.01)
 
 Draw = Callable[[int], Tensor]
-"""A result as a function of the seed that its inputs are drawn with."""
+"""A result as a function of the seed of its inputs."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The error of a result, the error of eager PyTorch, and the bound the first must keep."""
+    """The error of a result, the error of eager PyTorch, and the bound on the first."""
 
     error: float
     eager_error: float
@@ -65,7 +65,7 @@ def measure_parity(
         actual: the result under test.
         reference_fp64: the formula in fp64 on the same (rounded) inputs, the same shape.
         eager_same_dtype: ordinary PyTorch in the dtype of `actual`, the same shape.
-        factor: what multiplies eager's error.
+        factor: multiplies eager's error.
     """
     assert reference_fp64.dtype == torch.float64, "the reference must be computed in fp64"
     assert actual.dtype == eager_same_dtype.dtype, (
@@ -85,7 +85,7 @@ def measure_parity(
     eager_differences = eager_differences[eager_differences.isfinite()]
     eager_error = eager_differences.max().item() if eager_differences.numel() else 0.0
     rms = expected.square().mean().sqrt().item()
-    is_zero = rms < 1e-9  # such as the gradient of one key: only rounding errors are compared
+    is_zero = rms < 1e-9  # as in the gradient of a single key: only rounding errors are compared
     assert actual.dtype != torch.float32 or is_zero or eager_error <= USELESS * rms, (
         f"eager's error is {eager_error:.3g} at rms {rms:.3g}: it does not compute the reference"
     )
@@ -102,11 +102,12 @@ def measure_expected_parity(
     factor: float = FORWARD_FACTOR,
     draws: int = DRAWS,
 ) -> Parity:
-    """The three numbers of the rule as means over `draws` seeds, or over fewer where that decides.
+    """The three numbers of the rule as means over `draws` seeds, or over fewer if that suffices.
 
-    A first draw within half of its own bound passes: the result is then about as good as eager on
-    the very same numbers. Otherwise eager's error is averaged over all draws, which is cheap beside
-    an interpreted kernel, and only a first error above that bound has the result drawn again too.
+    If the first error is within half of its bound, the result passes, since it is about as good as
+    eager on the same numbers. Otherwise eager's error is averaged over all draws, which is cheap
+    compared with an interpreted kernel. The result itself is computed for all draws only if its
+    first error exceeds that bound.
     """
     first = measure_parity(actual(0), reference_fp64(0), eager_same_dtype(0), factor=factor)
     if first.error <= first.bound / 2 or math.isnan(first.error):
@@ -140,8 +141,8 @@ def assert_parity(
 ) -> None:
     """Fail unless the expected error is within `factor` times eager's plus one ulp.
 
-    Each argument computes its result for the inputs of a seed from 0 to `draws - 1`: most verdicts
-    need the seed 0 alone.
+    Each argument computes its result for the inputs of a seed, from 0 to `draws - 1`. Most verdicts
+    need only seed 0.
     """
     functions = actual, reference_fp64, eager_same_dtype
     assert all(map(callable, functions)), (
@@ -159,7 +160,7 @@ def assert_gradient_parity(
     draws: int = DRAWS,
     name: str = "gradient",
 ) -> None:
-    """`assert_parity` with the factor 3 of gradients."""
+    """`assert_parity` with the factor for gradients, 3."""
     assert_parity(
         actual, reference_fp64, eager_same_dtype, factor=GRADIENT_FACTOR, draws=draws, name=name
     )
@@ -173,7 +174,7 @@ def assert_parity_in_one_draw(
     factor: float = FORWARD_FACTOR,
     name: str = "result",
 ) -> None:
-    """`assert_parity` for a yardstick whose error is no luck, such as an exact result rounded."""
+    """`assert_parity` for a yardstick without random error, such as the exact result rounded."""
     _assert_holds(
         measure_parity(actual, reference_fp64, eager_same_dtype, factor=factor), factor, name
     )

@@ -1,4 +1,4 @@
-"""Other people's code that ours is compared with."""
+"""Imports of the packages that tests compare ours with."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from types import ModuleType
 
 
 def import_diffusers(*names: str) -> ModuleType:
-    """diffusers, the classes that a test needs already imported: it does so when first asked."""
+    """Import diffusers and the classes that a test needs, which diffusers itself imports lazily."""
     return _import("diffusers", names)
 
 
 def import_transformers(*names: str) -> ModuleType:
-    """transformers, in the same way."""
+    """Import transformers in the same way."""
     return _import("transformers", names)
 
 
 def _import(package: str, names: tuple[str, ...]) -> ModuleType:
-    """What the package and those it tries (transformers, torchvision, ...) warn about while they
-    are imported is not ours, and must not become an error; warnings while the test runs still do.
-    They also look for the package `kernels` of another project; with the repository's root on the
-    path they would find our directory of that name, so during the import there is none.
+    """Import a package and access `names` in it.
+
+    Warnings during the import, by the package or those it imports (transformers, torchvision, ...),
+    must not become errors; warnings while the test runs still do. These packages also look for
+    another project's package `kernels`. With the root of the repository on the path they would find
+    our directory of that name, so it is hidden during the import.
     """
     absent = sys.modules.setdefault("kernels", None) is None  # type: ignore[arg-type]
     try:

@@ -1,4 +1,4 @@
-"""Which tests belong together: those that compute on this CPU, and those of a changed file."""
+"""Selections of tests: those that compute on this CPU, and those for a changed file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NUMERIC = (
     "support/test_parity.py",
     "support/test_selection.py",
 )
-"""Tests whose results come from this CPU's arithmetic (its convolutions, its products, our kernels
-for it): they run once more with AVX2."""
+"""Tests whose results depend on this CPU's arithmetic (its convolutions, its matrix products, our
+CPU kernels); they run a second time with AVX2."""
 ON_THIS_CPU = re.compile(r"(?<![a-z])(cpu|reference)(?![a-z])")
-"""In the name of a test of kernels, or in its parameters."""
+"""Matches the name or the parameters of kernel tests that run on the CPU."""
 OTHER_ARITHMETIC = (
     "triton",
     "cuda",
@@ -36,15 +36,15 @@ OTHER_ARITHMETIC = (
     "test_op.",
     "test_choose.",
 )
-"""In the name of a file or a test: interpreted, emulated, or nothing is computed."""
+"""Words in the names of files or tests that are interpreted or emulated, or compute nothing."""
 
 
 def is_numeric(path: str, name: str) -> bool:
     """Whether a test gets the marker `numeric`.
 
     Args:
-        path: of its file, from the repository's root.
-        name: of the test with its parameters.
+        path: path of its file from the root of the repository.
+        name: name of the test with its parameters.
     """
     file = PurePosixPath(path).relative_to("tests").as_posix()
     if any(word in f"{file} {name}" for word in OTHER_ARITHMETIC):
@@ -55,11 +55,11 @@ def is_numeric(path: str, name: str) -> bool:
 
 
 def mirrors(changed: str, tests: Iterable[str]) -> list[str]:
-    """The test files that mirror a changed file; failing that, those of its room.
+    """The test files that mirror a changed file, or else all those of its room.
 
     Args:
-        changed: path from the repository's root.
-        tests: paths of all test files, likewise.
+        changed: path from the root of the repository.
+        tests: paths of all test files, also from there.
 
     ``fastdiff/models/unet.py`` -> ``tests/models/test_unet.py``; ``kernels/geglu/cpu.py`` and
     ``csrc/cuda/geglu.cu`` -> ``tests/kernels/test_geglu.py`` and all of ``tests/kernels/geglu/``;
@@ -99,7 +99,7 @@ SPECIAL = {
     "pyproject.toml": "tests/test_packaging.py",
     "MANIFEST.in": "tests/test_packaging.py",
 }
-"""Files that mirror nothing."""
+"""Tests of files that have no mirror."""
 
 
 def _words(test: str) -> set[str]:
@@ -109,7 +109,7 @@ def _words(test: str) -> set[str]:
 
 
 def _alike(a: str, b: str) -> bool:
-    """``layer_norm_backward`` and ``layer_norm``."""
+    """Whether one name extends the other, as ``layer_norm_backward`` does ``layer_norm``."""
     return a.startswith(f"{b}_") or b.startswith(f"{a}_")
 
 

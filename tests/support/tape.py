@@ -1,9 +1,9 @@
-"""A stand-in for CUDA graphs on any device: operations recorded by address, replayed as they were.
+"""A substitute for CUDA graphs on any device, which records operations and replays them.
 
-As in a CUDA graph, everything that Python decides while recording is frozen: numbers, branches, the
-tensors themselves. A replay runs the recorded operations again on the same tensors and puts their
-results where the recorded ones lay. What a CUDA graph forbids while recording is an error: reading
-a tensor on the host.
+As in a CUDA graph, everything that Python decides during recording is frozen: numbers, branches and
+the tensors themselves. A replay runs the recorded operations again on the same tensors and writes
+the results to the same addresses. Reading a tensor on the host, which CUDA graphs do not allow
+during recording, is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HostRead(RuntimeError):
 
 @contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Reading a tensor's numbers inside is an error."""
+    """Inside the block, reading the values of a tensor is an error."""
 
     def refuse(name: str) -> Callable[..., Any]:
         def read(*_: Any, **__: Any) -> Any:
@@ -60,7 +60,7 @@ class Tape:
 
     Attributes:
         replays: how often a graph was replayed.
-        lengths: operations of each graph.
+        lengths: number of operations in each graph.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Tape:
 
 
 class Idle(TorchDispatchMode):
-    """Counts the operations that the host issues outside of a tape's replays."""
+    """Records the operations that the host issues outside the replays of a tape."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a test costs is counted, and too much of it fails."""
+"""The CPU time of tests is measured, and tests that take too much fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_cpu_time_counts_children_once_they_are_waited_for() -> None:
     assert cpu_seconds() - start > 0.05
 
 
-def test_a_test_that_costs_too_much_fails_unless_it_is_marked(tmp_path: Path) -> None:
+def test_a_test_that_costs_too_much_fails_unless_marked_slow(tmp_path: Path) -> None:
     suite = tmp_path / "test_suite.py"
     suite.write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes long\n")

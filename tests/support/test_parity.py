@@ -1,4 +1,4 @@
-"""The gate itself: what must not pass does not."""
+"""The parity rule itself: wrong results fail it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_wrong_gradients_fail(leaf: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fault", ["tap", "channel", "tail", "nothing"])
 def test_a_convolution_with_a_small_fault_fails(fault: str) -> None:
-    """1e-5 in one tap of 4,608, two output channels swapped, the last column of zeros."""
+    """The faults: 1e-5 in one of 4,608 taps, two output channels swapped, the last column zero."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 16, 3, 3, generator=generator) / 12
 
@@ -143,10 +143,10 @@ def test_a_convolution_with_a_small_fault_fails(fault: str) -> None:
         assert_parity(*results)
 
 
-def test_eagers_luck_in_one_draw_decides_nothing() -> None:
-    """One number is compared: a sum of 16, added backwards and, as "eager", forwards.
+def test_eagers_luck_in_one_draw_does_not_decide() -> None:
+    """A single number is compared: a sum of 16, added backwards, and forwards as "eager".
 
-    Whichever draw comes first, the correct sum passes and one that is wrong by 1e-5 fails.
+    For any first draw, the correct sum passes and a sum that is off by 1e-5 fails.
     """
 
     def numbers(seed: int) -> list[Tensor]:
@@ -257,7 +257,7 @@ def test_shapes_must_agree() -> None:
         assert_parity_in_one_draw(torch.ones(3, 4), reference.float(), torch.ones(3, 4))
 
 
-def test_eager_that_computes_something_else_is_no_yardstick() -> None:
+def test_eager_that_computes_something_else_is_an_error() -> None:
     reference = torch.tensor([1.0, 2.0], dtype=torch.float64)
     with pytest.raises(AssertionError, match="does not compute the reference"):
         assert_parity_in_one_draw(reference.float(), reference, torch.tensor([1.0, 2.2]))
@@ -265,7 +265,7 @@ def test_eager_that_computes_something_else_is_no_yardstick() -> None:
     assert_parity_in_one_draw(zero.float(), zero, torch.tensor([1e-7, 0.0]))
 
 
-def test_functions_of_a_seed_are_asked_for() -> None:
+def test_tensors_instead_of_functions_of_a_seed_are_an_error() -> None:
     one = torch.ones(3)
     with pytest.raises(AssertionError, match="use assert_parity_in_one_draw"):
         assert_parity(one, one.double(), one)  # type: ignore[arg-type]

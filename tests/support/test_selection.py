@@ -1,4 +1,4 @@
-"""Which tests run once more with AVX2, and which `make check` finds for a changed file."""
+"""The tests that run a second time with AVX2, and those `make check` selects for a changed file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TESTS = [
         ("csrc/layer_norm_backward.cu", ["tests/kernels/test_layer_norm.py"]),
         ("kernels/attention/__init__.py", ["tests/kernels/test_attention.py"]),
         ("tests/models/test_text.py", ["tests/models/test_text.py"]),
-        # no mirror: the whole room
+        # without a mirror, the whole room is selected
         ("fastdiff/models/layers.py", ["tests/models/test_text.py", "tests/models/test_unet.py"]),
         ("docs/performance.md", []),
         ("fastdiff/data/images.py", []),
@@ -87,7 +87,7 @@ def test_the_marker_is_set() -> None:
 
 
 def test_changes_are_read_off_git(tmp_path: Path) -> None:
-    """Committed, staged, edited, new and deleted files, against the branch point of main."""
+    """Committed, staged, edited, new and deleted files are found, from the branch point of main."""
     root = tmp_path / "repository"
     root.mkdir()
 

@@ -1,4 +1,4 @@
-"""A tiny latent diffusion model with random weights, for tests that need one of the right kind."""
+"""Tiny diffusion models with random weights, for tests that need a model of the right kind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SCALE_FACTOR = 0.8
 
 
 def randomize(module: nn.Module, seed: int) -> nn.Module:
-    """Give every parameter a random value: layers that start at zero would hide mistakes."""
+    """Randomize every parameter, since layers that start at zero would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
@@ -58,7 +58,7 @@ def tiny_autoencoder(config: AutoencoderConfig = AUTOENCODER) -> Autoencoder:
 
 
 def tiny_model(**changes: Any) -> Model:
-    """A latent diffusion model of four classes; changes: fields of `Model` instead."""
+    """A latent diffusion model of four classes; `changes` override fields of `Model`."""
     fields: dict[str, Any] = {
         "layout": "bundle",
         "denoiser": tiny_unet(),
@@ -73,6 +73,6 @@ def tiny_model(**changes: Any) -> Model:
 
 
 def tiny_pixel_model(**changes: Any) -> Model:
-    """A model of the same classes on pixels, of three channels."""
+    """A pixel-space model of the same classes, with three channels."""
     pixels = {"autoencoder": None, "image_channels": 3, "scale_factor": 1.0}
     return tiny_model(**{**pixels, **changes})

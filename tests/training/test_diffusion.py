@@ -12,7 +12,7 @@ from tests.training import runs
 
 
 def test_impossible_combinations_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="whole timesteps, got timesteps 'logit-normal'"):
+    with pytest.raises(ValueError, match="integer timesteps, got timesteps 'logit-normal'"):
         runs.diffusion_run(
             tmp_path / "nowhere",
             tmp_path / "run",

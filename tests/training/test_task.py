@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.generate.job import SampleSettings
+from fastdiff.images import contact_sheet
 from fastdiff.models.network import NETWORKS, Family
 from fastdiff.training import (
     DenoiserLossConfig,
@@ -240,3 +241,41 @@ def test_any_network_is_trained_exported_and_resumed(
     checkpointed = runs.with_optimization(run, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="gradient_checkpointing to False"):
         train_diffusion(checkpointed)
+
+
+def test_previews_are_labelled_sheets(images: Path, tmp_path: Path) -> None:
+    """Step, settings and class names stand on them, and the pictures where they belong."""
+    run = runs.diffusion_run(images, tmp_path / "run")
+    task = DiffusionTask(run)
+    sampled = task.sample(task.denoiser, range(4), [0, 1, 0, 1])
+    drawn: dict[str, Any] = {}
+
+    def sheet(shown: torch.Tensor, *rows: Any, **options: Any) -> Image.Image:
+        drawn.update(options, shown=shown)
+        return contact_sheet(shown, *rows, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdiff.training.task.contact_sheet", sheet)
+        made = task.preview(task.denoiser, 1234)
+    assert torch.equal(drawn["shown"], sampled)
+    assert (drawn["columns"], drawn["column_labels"]) == (2, ["a", "b"])
+    assert (drawn["title"], drawn["caption"]) == (
+        "step 1,234",
+        "ddim, 3 steps, guidance 2, averaged weights",
+    )
+    assert min(made.size) >= 2 * 96
+    first = runs.autoencoder_run(images, tmp_path / "first")
+    pairs = AutoencoderTask(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdiff.training.autoencoder.contact_sheet", sheet)
+        patch.setattr("fastdiff.training.autoencoder._COLUMNS", 4)
+        pairs.preview(pairs.autoencoder, 7)
+    originals = pairs.batches.fixed(12)
+    with torch.no_grad():
+        restored = pairs.autoencoder(originals)[0].clamp(-1, 1)
+    for row in range(3):
+        place = slice(8 * row, 8 * row + 4), slice(4 * row, 4 * row + 4)
+        assert torch.equal(drawn["shown"][place[0]], originals[place[1]])
+        after = drawn["shown"][8 * row + 4 : 8 * row + 8]
+        assert torch.equal(after, restored[place[1]])
+    assert drawn["title"] == "step 7"

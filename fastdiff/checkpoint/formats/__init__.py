@@ -19,9 +19,9 @@ from fastdiff.checkpoint.weights import Place, Weights, read_json, some
 from fastdiff.files import one_line_errors
 
 _CONVERT = "write the weights as safetensors with the program that made it"
-_PAGE = ("a web page", "the address wants a login or another link: fetch the file again")
+_PAGE = ("a web page", "the address wants a login or another link; download the file again")
 KNOWN = {
-    b"GGUF": ("GGUF", "fetch the safetensors of the model instead"),
+    b"GGUF": ("GGUF", "download the safetensors of the model instead"),
     b"\x89HDF": ("HDF5, as Keras writes", _CONVERT),
     b"\x93NUMPY": ("a NumPy array", _CONVERT),
     b"(dp": ("a pickle in text form", _CONVERT),
@@ -61,7 +61,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
                 f"{path}: expected safetensors or what torch.save wrote, got {kind}; {advice}"
             )
     if not size:
-        raise ValueError(f"{path}: the file is empty; fetch it again")
+        raise ValueError(f"{path}: the file is empty; download it again")
     raise ValueError(
         f"{path}: expected safetensors or what torch.save wrote, got {size} bytes that begin with "
         f"{start!r}; the file is truncated or something else"
@@ -82,14 +82,14 @@ def _open_sharded(path: Path) -> Weights:
             keys = sum(other == name for other in table.values())
             raise FileNotFoundError(
                 f"{shard} is missing: {path.name} says that {keys} tensors are in it; "
-                "fetch all files of the model"
+                "download all files of the model"
             )
         opened = open_weights(shard).places
         wanted = {key for key, other in table.items() if other == name}
         if opened.keys() != wanted:
             raise ValueError(
                 f"{shard}: its tensors are not those of {path.name} "
-                f"({some(sorted(opened.keys() ^ wanted))}); fetch both again"
+                f"({some(sorted(opened.keys() ^ wanted))}); download both again"
             )
         places.update(opened)
     return Weights(path, places)

@@ -55,7 +55,7 @@ def read_torch_save(path: Path) -> Weights:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path}: not readable as what torch.save wrote ({printable(reason, 200)}); "
-            "fetch the file again"
+            "download the file again"
         ) from error
     state = _state_dict(root)
     if state is None:
@@ -257,7 +257,7 @@ def _reported(path: Path, places: _Places) -> _Places:
             return places(tensor)
         except (ValueError, KeyError, struct.error, OSError, OverflowError) as error:
             raise ValueError(
-                f"{path}: damaged ({printable(str(error), 200)}); fetch the file again"
+                f"{path}: damaged ({printable(str(error), 200)}); download the file again"
             ) from error
 
     return place

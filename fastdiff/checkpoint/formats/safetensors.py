@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read without trusting a number in it.
+"""Read the header of a safetensors file without trusting any number in it.
 
-The file is 8 bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), and
-the tensors' bytes, one behind the other without gaps.
+The file consists of 8 bytes with the length of the header, the header (JSON: name -> dtype, shape,
+offsets), and the bytes of the tensors, without gaps between them.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ DTYPES = {
 
 
 def header_fits(start: bytes, size: int) -> bool:
-    """Whether the first 8 bytes of a file of that size may be a header's length."""
+    """Whether the first 8 bytes of a file of this size can be the length of a header."""
     return len(start) == 8 and 2 <= _length(start) <= min(size - 8, MAX_HEADER_BYTES)
 
 
 def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Weights:
     """Read and check the header.
 
-    dtypes: those that a tensor may have, by the format's names.
+    dtypes: the dtypes that a tensor may have, by the names used in the format.
 
     Raises:
-        ValueError: truncated, damaged, or another kind of file; one line that names it.
+        ValueError: the file is truncated, damaged or of another kind; the message is one line and
+            names the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         if not header_fits(start, size):
-            # Only where no header fits: a length too may begin with these bytes.
+            # Check this only if no header fits, because a length may begin with these bytes too.
             if start[:2] == b"PK" or start[:1] == b"\x80":
                 raise ValueError(
                     f"{path}: expected safetensors, got a pickle (torch.save), which could run "
-                    "code and is not opened; write it again with safetensors"
+                    "code and was not opened; save the weights as safetensors"
                 )
             length = _length(start) if len(start) == 8 else -1
             raise ValueError(
-                f"{path}: expected safetensors, got {size} bytes whose header claims {length}; "
-                "the file is truncated or something else: fetch it again"
+                f"{path}: expected safetensors, got {size} bytes with a header length of {length}; "
+                "the file is truncated or of another kind; download it again"
             )
         length = _length(start)
         raw = file.read(length)
@@ -80,12 +81,12 @@ def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> 
         end = _check_in_a_row(spans)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: the safetensors header is damaged ({error}); fetch the file again"
+            f"{path}: the safetensors header is damaged ({error}); download the file again"
         ) from error
     if 8 + length + end != size:
         raise ValueError(
-            f"{path}: the header promises {8 + length + end} bytes, got {size}; the file is "
-            "truncated or was changed: fetch it again"
+            f"{path}: expected {8 + length + end} bytes according to the header, got {size}; the "
+            "file is truncated or was changed; download it again"
         )
     places = {
         key: Place(path, 8 + length + spans[key][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
@@ -102,12 +103,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{printable(twice)} stands in it twice")
+        raise ValueError(f"{printable(twice)} occurs twice")
     return data
 
 
 def _span(entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
-    """The tensor's first byte and the one behind its last; dtype, shape and offsets must agree."""
+    """The first byte of a tensor and the end of its bytes; dtype, shape and offsets must agree."""
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise ValueError(f"expected a tensor of {', '.join(dtypes)}, got {entry!r:.60}")
@@ -119,7 +120,7 @@ def _span(entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
         ):
             raise ValueError(f"expected a list of whole numbers, got {numbers!r:.60}")
         if len(numbers) > MAX_DIMS:
-            raise ValueError(f"{len(numbers)} sizes, a tensor has {MAX_DIMS} at most")
+            raise ValueError(f"expected at most {MAX_DIMS} dimensions, got {len(numbers)}")
     itemsize = dtypes[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize:
         raise ValueError(f"shape {shape!r:.60} does not fit offsets {offsets!r:.60}")
@@ -127,7 +128,7 @@ def _span(entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
 
 
 def _check_in_a_row(spans: dict[str, tuple[int, int]]) -> int:
-    """Tensors neither overlap nor leave gaps; returns where the last one ends."""
+    """Check that tensors neither overlap nor leave gaps; returns where the last one ends."""
     end = 0
     for key, (first, behind) in sorted(spans.items(), key=lambda item: item[1]):
         if first != end:

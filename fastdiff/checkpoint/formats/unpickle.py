@@ -1,8 +1,8 @@
-"""The stack machine that a pickle is a program for, with nothing behind it that could run.
+"""The stack machine of pickles, restricted so that no code can run.
 
-It knows the instructions that build lists, dictionaries, numbers and strings, and what the few
-names mean with which torch writes tensors; it imports and calls nothing. A name that trainers are
-known to leave beside the weights becomes an inert object, any other is an error.
+It implements the instructions that build lists, dictionaries, numbers and strings, and knows the
+few names with which torch writes tensors. It never imports or calls anything. Names that trainers
+are known to store with the weights become inert objects; any other name is an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from fastdiff.checkpoint.weights import MAX_DIMS
 from fastdiff.files import printable
 
-MAX_INSTRUCTIONS = 4_000_000  # of 100,000 tensors; one byte may make an object of 64
-MAX_ARGUMENTS = 16  # of what rebuilds a tensor
+MAX_INSTRUCTIONS = 4_000_000  # 100,000 tensors; one byte may create an object of 64 bytes
+MAX_ARGUMENTS = 16  # arguments of a function that rebuilds a tensor
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -33,7 +33,7 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Names that trainers leave beside the weights: kept as inert objects, never imported.
+# Names that trainers store with the weights: kept as inert objects, never imported.
 INERT_MODULES = ("pytorch_lightning.", "lightning.", "omegaconf.")
 INERT_NAMES = {
     "_codecs.encode",
@@ -65,7 +65,7 @@ INERT_NAMES = {
 
 
 class CodeError(ValueError):
-    """A pickle that holds what is no tensor."""
+    """A pickle contains something other than tensors and plain containers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class _Name:
 
 
 class _Inert:
-    """An object that is not looked into."""
+    """An object whose contents are ignored."""
 
 
 _MARK = object()
@@ -167,11 +167,11 @@ class _Machine:
             arguments, callable_ = stack.pop(), stack.pop()
             stack.append(_reduced(callable_, arguments))
         elif name == "BUILD":
-            stack.pop()  # the state of an object: an OrderedDict's, or an inert one's
+            stack.pop()  # ignore the state of an object, which is an OrderedDict or inert
         else:
             raise CodeError(
-                f"this pickle has an instruction {name}, which torch.save never writes; expected a "
-                "dictionary of tensors"
+                f"this pickle contains the instruction {name}, which torch.save never writes; "
+                "expected a dictionary of tensors"
             )
 
     def fill(self, name: str, items: list[Any]) -> None:
@@ -182,7 +182,7 @@ class _Machine:
             target.extend(items)
         elif name == "SETITEMS" and isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                # The hash of nested tuples may take for ever.
+                # Other keys are dropped: hashing nested tuples may take forever.
                 if isinstance(key, str | int | float | None):
                     target[key] = value
         else:
@@ -193,7 +193,7 @@ class _Machine:
             raise ValueError("an unknown persistent id")
         kind, key, numel = words[1], words[2], words[4]
         if len(words) > 5 and words[5] is not None:
-            raise ValueError("a storage that is part of another, as torch wrote before 0.4")
+            raise ValueError("a storage that is a view of another one, as written before torch 0.4")
         name = kind.name.rpartition(".")[2] if isinstance(kind, _Name) else ""
         if name not in STORAGES or not isinstance(key, str) or not _is_size(numel):
             raise ValueError(f"a storage of kind {name or 'unknown'!r:.60}")
@@ -202,26 +202,26 @@ class _Machine:
 
 
 def run(stream: io.BytesIO, storages: dict[str, Storage] | None = None) -> Any:
-    """Run one pickle of the stream; returns what it builds."""
+    """Interpret one pickle of the stream; returns the object that it builds."""
     machine = _Machine({} if storages is None else storages)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count >= MAX_INSTRUCTIONS:
-            raise ValueError(f"a pickle of more than {MAX_INSTRUCTIONS} instructions")
+            raise ValueError(f"a pickle with more than {MAX_INSTRUCTIONS} instructions")
         try:
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode.name, argument)
-        except (IndexError, KeyError):  # of the stack and the memo
+        except (IndexError, KeyError):  # the stack is empty, or the memo lacks the key
             raise ValueError(
-                f"its instruction {count} ({opcode.name}) takes what no earlier one left"
+                f"its instruction {count} ({opcode.name}) needs a value that no earlier one left"
             ) from None
     raise ValueError("the pickle has no end")
 
 
 def _named(module: Any, attribute: Any) -> _Name:
-    """A name that a pickle asks for: it is looked at, never imported."""
+    """A name that a pickle refers to; it is compared with known names, never imported."""
     if not isinstance(module, str) or not isinstance(attribute, str):
-        raise ValueError("a name that is no string")  # the repr of nested tuples may take for ever
+        raise ValueError("a name that is not a string")  # not shown: repr may take forever
     name = f"{module}.{attribute}"
     if (
         name in INERT_NAMES
@@ -231,33 +231,33 @@ def _named(module: Any, attribute: Any) -> _Name:
     ):
         return _Name(name)
     raise CodeError(
-        f"this pickle asks for '{printable(name)}', which is no tensor and could run code; nothing "
-        "of it was run. If you trust where it came from, load it with torch and save its state "
-        "dict as safetensors"
+        f"this pickle refers to '{printable(name)}', which is not a tensor and could run code; no "
+        "code was run. If you trust its source, load it with torch and save its state dict as "
+        "safetensors"
     )
 
 
 def _reduced(callable_: Any, arguments: Any) -> Any:
     if not isinstance(callable_, _Name) or not isinstance(arguments, tuple):
-        raise ValueError("a call of what is no name")
+        raise ValueError("a call of something that is not a name")
     meaning = _MEANINGS.get(callable_.name)
     if meaning is None:
         return _Inert()
     if len(arguments) > MAX_ARGUMENTS:
-        raise ValueError(f"a tensor made of {len(arguments)} things")
+        raise ValueError(f"a tensor rebuilt from {len(arguments)} arguments")
     return meaning(*arguments)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorAt:
     if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) > MAX_DIMS:
-        raise ValueError("a tensor without sizes and strides, or with too many")
+        raise ValueError("a tensor without sizes and strides, or with too many of them")
     if len(shape) != len(stride):
-        raise ValueError("a tensor whose sizes and strides do not fit each other")
+        raise ValueError("a tensor with different numbers of sizes and strides")
     sizes = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or not all(map(_is_size, sizes)):
         raise ValueError("a tensor without storage, offset, sizes and strides")
     if math.prod(shape) >= 2**63:
-        raise ValueError("a tensor of sizes beyond 64 bits")
+        raise ValueError("a tensor whose size exceeds 64 bits")
     return TensorAt(storage, offset, shape, stride)
 
 

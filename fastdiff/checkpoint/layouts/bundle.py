@@ -248,7 +248,7 @@ def load_bundle(
         kind = data["model"].get("kind", UNET)
         stored = from_dict(_schema(kind if isinstance(kind, str) else repr(kind)), data["model"])
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}; fetch the bundle again") from error
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}; download the bundle again") from error
     modules: dict[str, Any] = {}
     configs = {
         "autoencoder": stored.autoencoder,
@@ -262,7 +262,7 @@ def load_bundle(
         record = data["weights"].get(path.name)
         if record is None:
             raise ValueError(
-                f"{folder / CONFIG_FILE}: no sha256 of {path.name} in it; fetch the bundle again"
+                f"{folder / CONFIG_FILE}: no sha256 of {path.name} in it; download the bundle again"
             )
         modules[name] = _load_module(path, config, record["sha256"], dtype, device, progress)
     return Model(
@@ -310,7 +310,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             "'fastdiff train', or a shipped name"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the bundle again") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); download the bundle again"
+        ) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(
@@ -322,7 +324,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: expected an object under {key!r}, got {data.get(key)!r:.60}")
     for name, record in data["weights"].items():
         if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
-            raise ValueError(f"{path}: no sha256 of {name:.60} in it; fetch the bundle again")
+            raise ValueError(f"{path}: no sha256 of {name:.60} in it; download the bundle again")
     return data
 
 
@@ -335,14 +337,15 @@ def _load_module(
     progress: Progress | None,
 ) -> nn.Module:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch the bundle again")
+        raise FileNotFoundError(f"{path} is missing; download the bundle again")
     weights = read_safetensors(path, WEIGHT_DTYPES)
     module = _check_names_and_shapes(str(path), weights.shapes, config)
-    found = _sha256(path)
+    reads = torch.device(device).type != "meta"
+    found = _sha256(path) if reads else sha256
     if found != sha256:
         raise ValueError(
             f"{path}: sha256 is {found[:16]}…, {CONFIG_FILE} says {sha256[:16]}…; "
-            "the file was changed or damaged: fetch the bundle again"
+            "the file was changed or damaged; download the bundle again"
         )
     sources: Sources = {key: (key,) for key in weights.places}
     return fill(module, sources, weights, dtype=dtype, device=device, progress=progress)

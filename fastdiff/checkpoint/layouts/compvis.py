@@ -1,9 +1,9 @@
 """Single files of CompVis' latent diffusion and of Stable Diffusion 1, 2 and XL.
 
 Rombach et al. 2022 (arXiv 2112.10752), Podell et al. 2023 (2307.01952). The U-Net has OpenAI's
-layout under `model.diffusion_model.`, the autoencoder its own under `first_stage_model.`, the text
-encoder stands under `cond_stage_model.` or `conditioner.embedders.`. Averaged weights are
-`model_ema.` plus the parameter's name without its dots. First stages and U-Nets also come alone.
+layout under `model.diffusion_model.`, the autoencoder its own under `first_stage_model.`, and the
+text encoder is under `cond_stage_model.` or `conditioner.embedders.`. Averaged weights are named
+`model_ema.` plus the parameter's name without its dots. First stages and U-Nets also occur alone.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from fastdiff.names import Prediction
 UNET = "model.diffusion_model."
 EMA = "model_ema.diffusion_model"
 FIRST_STAGE = "first_stage_model."
-# Tables of the noise schedule and the like, which we compute; the loss networks of a first stage.
+# Tables of the noise schedule and the like, which we compute, and loss networks of a first stage.
 _DERIVED = re.compile(
     r"(sqrt_|log_|posterior_|alphas_cumprod|betas$|logvar$|lvlb_weights$|scale_factor$"
     r"|denoiser\.(log_)?sigmas$|v_pred$|ztsnr$|model_ema\.(decay|num_updates)$|(first_stage_model\.)?loss\.)"
 )
 STABLE_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
 LATENT_DIFFUSION = ScheduleConfig(kind="scaled_linear", beta_start=0.0015, beta_end=0.0195)
-# Heads of the published models whose shapes leave a choice, from the configs in CompVis'
-# repositories, by width, channel_mult and width of the context.
+# Heads of the published models, which their shapes do not determine, from the configs in CompVis'
+# repositories. The key is width, channel_mult and width of the context.
 PUBLISHED_HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, int]] = {
     (256, (1, 2, 4), 512): {"head_dim": 32},  # cin-ldm-vq-f8
     (192, (1, 2, 3, 5), 512): {"num_heads": 1},  # cin256-v2
@@ -52,8 +52,8 @@ PUBLISHED_HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, int]] =
     (320, (1, 2, 4), 2048): {"head_dim": 64},  # Stable Diffusion XL, and its refiner
     (384, (1, 2, 4, 4), 1280): {"head_dim": 64},
 }
-# What a file's metadata may say that the network returns (the model metadata specification of
-# Stability AI, and what trainers write).
+# Prediction types in a file's metadata (Stability AI's model metadata specification, and what
+# trainers write).
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "eps",
     "eps": "eps",
@@ -62,20 +62,20 @@ PREDICTIONS: dict[str, Prediction] = {
     "sample": "x0",
 }
 STABLE_2_WIDTH = 1024
-"""Of the context of Stable Diffusion 2."""
+"""Width of Stable Diffusion 2's context."""
 SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
 
 
 @dataclass
 class Reading:
-    """A file, and what of it has been read."""
+    """A file, and the names of the tensors read from it so far."""
 
     weights: Weights
     loading: Loading
     read: set[str] = field(default_factory=set)
 
     def under(self, prefix: str) -> Weights:
-        """The tensors under a prefix, which count as read."""
+        """The tensors under a prefix, which are marked as read."""
         self.read.update(key for key in self.weights.places if key.startswith(prefix))
         return self.weights.under(prefix)
 
@@ -84,10 +84,10 @@ class Reading:
 
 
 def load_compvis(weights: Weights, loading: Loading) -> Model:
-    """A whole file: U-Net, first stage, what conditions them.
+    """Load a whole file: U-Net, first stage and conditioners.
 
     Raises:
-        ValueError: keys that are unknown, missing or mis-shaped; they are listed.
+        ValueError: keys are unknown, missing or of the wrong shape; the message lists them.
     """
     reading = Reading(weights, loading)
     unet_weights, averaged = _unet_weights(reading)
@@ -96,7 +96,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
     unknown = [k for k in weights.places if k not in reading.read and not _DERIVED.match(k)]
     if unknown:
         raise ValueError(
-            f"{weights.path}: {len(unknown)} tensors belong to nothing that fastdiff knows: "
+            f"{weights.path}: {len(unknown)} tensors belong to no model that fastdiff knows: "
             f"{some(sorted(unknown), 50)}"
         )
     is_table = list(condition.places) == ["embedding.weight"]
@@ -109,7 +109,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
         vae_plan = plan_model(vae_config, ddpm.names, first_stage)
     classes = _class_embedding(condition, loading) if is_table else None
     text_plans = _text_plans(reading, condition, xl) if classes is None else []
-    # what is assumed is known before any weights are read: `strict` refuses it there
+    # all assumptions are known before any weights are read, so `strict` fails early
     prediction, schedule = prediction_of(reading, config), _schedule(reading, config)
     unet: UNet = loading.fill(plan)
     autoencoder: Autoencoder | None = None if vae_plan is None else loading.fill(vae_plan)
@@ -136,7 +136,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
 
 
 def load_first_stage(weights: Weights, loading: Loading) -> Model:
-    """An autoencoder alone."""
+    """Load a file that contains only an autoencoder."""
     reading = Reading(weights, loading)
     own = _without_loss(weights)
     config = ddpm.autoencoder_config(own.shapes, loading.options)
@@ -153,10 +153,10 @@ def load_first_stage(weights: Weights, loading: Loading) -> Model:
 
 
 def _unet_weights(reading: Reading) -> tuple[Weights, bool]:
-    """The U-Net's tensors, the averaged ones where the file has them and they are wanted."""
+    """The U-Net's tensors, and whether they are the averaged ones (if present and requested)."""
     places = reading.weights.places
     prefix = UNET if any(key.startswith(UNET) for key in places) else ""
-    if not prefix:  # a U-Net alone, under its own names
+    if not prefix:  # a U-Net alone, without a prefix
         reading.read.update(places)
         return reading.weights, False
     raw = reading.under(prefix)
@@ -168,7 +168,7 @@ def _unet_weights(reading: Reading) -> tuple[Weights, bool]:
     if missing := sorted(set(names.values()) - averaged):
         raise ValueError(
             f"{reading.weights.path}: averaged weights are missing: {some(missing, 50)}; "
-            "ema=False takes the others"
+            "set ema=False to use the others"
         )
     return reading.weights.renamed(names), True
 
@@ -178,7 +178,7 @@ def _without_loss(weights: Weights) -> Weights:
 
 
 def _linear_projections(unet: Weights) -> bool:
-    """Linear layers around the transformers (Stable Diffusion 2, XL) instead of convolutions."""
+    """Whether the transformers' projections are linear layers (Stable Diffusion 2, XL)."""
     return any(k.endswith(".proj_in.weight") and len(p.shape) == 2 for k, p in unet.places.items())
 
 
@@ -190,7 +190,7 @@ def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetC
     published = PUBLISHED_HEADS.get((plain.model_channels, plain.channel_mult, plain.context_dim))
     if published is not None:
         heads = published
-    elif plain.context_dim is None:  # as most of LDM's unconditional models
+    elif plain.context_dim is None:  # like most of LDM's unconditional models
         heads = {"head_dim": 32}
     elif _linear_projections(unet):
         heads = {"head_dim": 64}
@@ -203,29 +203,29 @@ def unet_config(reading: Reading, unet: Weights, class_embedding: bool) -> UNetC
 
 
 def prediction_of(reading: Reading, config: UNetConfig) -> Prediction:
-    """As the caller says, as the file says in one of three ways, or the noise."""
+    """The prediction from the caller, else from the file (in one of three ways), else the noise."""
     if (asked := reading.loading.options.prediction) is not None:
         return asked
-    # trainers mark Stable Diffusion XL files of v-prediction by an empty tensor of that name
+    # trainers mark Stable Diffusion XL files with v-prediction by an empty tensor of this name
     if "v_pred" in reading.weights.places:
         return "v"
     facts = reading.weights.facts
     said = PREDICTIONS.get(str(facts.get("modelspec.prediction_type", "")).lower())
     if said is None and str(facts.get("ss_v_parameterization", "")).lower() == "true":
         said = "v"
-    # Stable Diffusion 2 was published in both ways with one architecture.
+    # Stable Diffusion 2 was published with both predictions and the same architecture.
     both = "eps (512 pixels), v (768 pixels)" if config.context_dim == STABLE_2_WIDTH else None
     return said or reading.assume("prediction", "eps", both)
 
 
 def _condition_weights(reading: Reading) -> Weights:
-    """What stands under the conditioner's names, whatever it is."""
+    """All tensors under the conditioner's names, whatever it is."""
     old, new = reading.under("cond_stage_model."), reading.under("conditioner.embedders.")
     return old if old.places else new
 
 
 def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
-    """The text encoders. Those of XL are numbered 0 and 1."""
+    """Plan the text encoders; those of XL are numbered 0 and 1."""
     loading = reading.loading
     if not weights.places or not loading.options.text_encoders:
         return []
@@ -234,19 +234,19 @@ def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
     if sum(len(part.places) for part in parts) != len(weights.places):
         raise ValueError(
             f"{weights.path}: expected text encoders as embedders 0 and 1, got "
-            f"{some(sorted(weights.places))}; text_encoders=False loads the rest"
+            f"{some(sorted(weights.places))}; set text_encoders=False to load the rest"
         )
     for part in parts:
         if not part.places:
             continue
         clip = part.under("transformer.")
         own = clip if clip.places else part.under("model.")
-        kept = [k for k in part.places if k != "logit_scale"]  # as merged files have it
+        kept = [k for k in part.places if k != "logit_scale"]  # present in merged files
         if len(own.places) != len(kept):
             strays = [k for k in kept if not k.startswith(("transformer.", "model."))]
             raise ValueError(
-                f"{weights.path}: the text encoder has {some(sorted(strays), 50)}, which belong to "
-                "no CLIP; text_encoders=False loads the rest"
+                f"{weights.path}: the text encoder contains {some(sorted(strays), 50)}, which CLIP "
+                "does not have; set text_encoders=False to load the rest"
             )
         if clip.places:
             plans.append(text_encoders.plan_clip(clip, loading))
@@ -261,7 +261,9 @@ def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
 def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[TextEncoder, ...]:
     folders = reading.loading.options.tokenizer
     if folders and len(folders) not in (1, len(plans)):
-        raise ValueError(f"expected {len(plans)} tokenizers, got {len(folders)}")
+        raise ValueError(
+            f"expected 1 tokenizer folder or {len(plans)}, one per text encoder, got {len(folders)}"
+        )
     tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders] or [None]
     if len(tokenizers) == 1:
         tokenizers *= len(plans)
@@ -274,13 +276,16 @@ def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[TextE
 def _class_embedding(weights: Weights, loading: Loading) -> nn.Embedding:
     table = weights.tensor("embedding.weight")
     if table.ndim != 2:
-        raise ValueError(f"{weights.path}: the classes' table has shape {tuple(table.shape)}")
+        raise ValueError(
+            f"{weights.path}: the class embedding must have 2 dimensions, got shape "
+            f"{tuple(table.shape)}"
+        )
     table = table.to(loading.device, loading.dtype or table.dtype)
     return nn.Embedding.from_pretrained(table).eval()
 
 
 def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
-    """Of the betas in the file, where it has them."""
+    """The schedule of the file's betas if it contains any, else the published or given one."""
     loading, weights = reading.loading, reading.weights
     if "betas" in weights.places and loading.schedule is None:
         return loading.noise(schedule_of(weights.tensor("betas"), str(weights.path)))
@@ -289,7 +294,7 @@ def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
         return loading.noise(_schedule_of_products(table, str(weights.path)))
     stable = config.context_dim is not None and config.model_channels >= 320
     schedule = STABLE_DIFFUSION if stable else LATENT_DIFFUSION
-    if "ztsnr" in weights.places:  # beside v_pred, another mark
+    if "ztsnr" in weights.places:  # another mark, which accompanies v_pred
         schedule = replace(schedule, zero_terminal_snr=True)
     if loading.says_noise:
         return loading.noise(schedule)
@@ -297,7 +302,7 @@ def _schedule(reading: Reading, config: UNetConfig) -> ScheduleConfig:
 
 
 def _schedule_of_products(products: torch.Tensor, file: str) -> ScheduleConfig:
-    """The schedule of alphas_cumprod (T,). In half precision no betas can be made of them."""
+    """Recognise the schedule of alphas_cumprod (T,), from which half precision loses the betas."""
     total = products.double().flatten()
     eps = torch.finfo(products.dtype).eps if products.is_floating_point() else 0.0
     for known in (STABLE_DIFFUSION, LATENT_DIFFUSION, ScheduleConfig()):
@@ -309,19 +314,19 @@ def _schedule_of_products(products: torch.Tensor, file: str) -> ScheduleConfig:
 
 
 def schedule_of(betas: torch.Tensor, file: str, tolerance: float = 1e-4) -> ScheduleConfig:
-    """The schedule whose betas these are, to that relative tolerance or their dtype's precision.
+    """Recognise the schedule of betas, within a relative tolerance or their dtype's precision.
 
     betas: (T,), any dtype.
 
     Raises:
-        ValueError: none of ours has them.
+        ValueError: fastdiff has no schedule with these betas.
     """
     if betas.is_floating_point():
         tolerance = max(tolerance, torch.finfo(betas.dtype).eps)
     betas = betas.double().flatten()
     kinds: list[ScheduleConfig] = []
     if len(betas) > 1 and bool(((betas > 0) & (betas <= 1)).all()):
-        for digits in (2, 3, 4):  # the roundest that fit: half precision changes the third
+        for digits in (2, 3, 4):  # prefer the roundest: half precision changes the third digit
             start, end = (float(f"{beta:.{digits}g}") for beta in (betas[0], betas[-1]))
             if 0 < start <= end < 1:
                 ends: dict[str, Any] = {"beta_start": start, "beta_end": end}
@@ -333,7 +338,7 @@ def schedule_of(betas: torch.Tensor, file: str, tolerance: float = 1e-4) -> Sche
         if bool(((ours - betas).abs() <= tolerance * ours).all()):
             return schedule
     raise ValueError(
-        f"{file}: its betas are those of no schedule that fastdiff has; give schedule= "
+        f"{file}: its betas do not fit any schedule that fastdiff has; give schedule= "
         "(a ScheduleConfig)"
     )
 
@@ -374,7 +379,7 @@ LAYOUT = Layout(
     files=(
         (f"{UNET}input_blocks.0.0.weight",),
         FIRST_STAGE_ALONE,
-        # a U-Net alone: OpenAI's, with transformers inside
+        # a U-Net alone: OpenAI's layout with transformers inside
         (
             "input_blocks.0.0.weight",
             "output_blocks.0.0.in_layers.0.weight",

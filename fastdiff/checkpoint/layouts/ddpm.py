@@ -1,7 +1,7 @@
-"""The layout of DDPM's TensorFlow-to-PyTorch ports, and of every CompVis autoencoder.
+"""The layout of DDPM's ports from TensorFlow to PyTorch, and of all CompVis autoencoders.
 
 Ho et al. 2020 (arXiv 2006.11239), Esser et al. 2021 (2012.09841): `down.L.block.J`, `mid.block_1`,
-`up.L.block.J` with L counted from the finest level in both directions, q, k and v as three 1x1
+`up.L.block.J`, where L counts from the finest level in both directions; q, k and v are three 1x1
 convolutions.
 """
 
@@ -30,7 +30,7 @@ LAYERS: Layers = {
     ResBlock: {"emb": ("temb_proj",), "skip": ("nin_shortcut",)},
     AttentionBlock: {"qkv": ("q", "k", "v"), "proj": ("proj_out",)},
 }
-# diffusers' name -> the port's: diffusers derived its own from these
+# diffusers' name -> the port's name, from which diffusers' was derived
 _NAMES = (
     ("time_embedding.linear_1", "temb.dense.0"),
     ("time_embedding.linear_2", "temb.dense.1"),
@@ -67,10 +67,10 @@ def _port_name(name: str, last: int) -> str:
 
 
 def unet_config(shapes: Shapes, options: LoadOptions) -> UNetConfig:
-    """Our config for a port of DDPM: one head, norms of epsilon 1e-6, asymmetric padding.
+    """Infer our config for a port of DDPM: one head, norms of epsilon 1e-6, asymmetric padding.
 
     Raises:
-        ValueError: the names do not make such a U-Net.
+        ValueError: the names do not describe such a U-Net.
     """
     width, mult, blocks, attention = _levels(shapes, "")
     return UNetConfig(
@@ -82,7 +82,7 @@ def unet_config(shapes: Shapes, options: LoadOptions) -> UNetConfig:
         attention_depth=tuple(int(on) for on in attention),
         head_dim=options.head_dim,
         downsample_padding="asymmetric",
-        time_embedding="ddpm",
+        time_embedding="ddpm-original",
         norm_eps=1e-6,
         norm_groups=options.norm_groups,
         timestep_scale=options.timestep_scale or 1.0,
@@ -91,10 +91,10 @@ def unet_config(shapes: Shapes, options: LoadOptions) -> UNetConfig:
 
 
 def autoencoder_config(shapes: Shapes, options: LoadOptions) -> AutoencoderConfig:
-    """Our config for a first stage of CompVis: KL, or VQ where there is a codebook.
+    """Infer our config for a first stage of CompVis: VQ if there is a codebook, else KL.
 
     Raises:
-        ValueError: the names do not make such an autoencoder.
+        ValueError: the names do not describe such an autoencoder.
     """
     width, mult, blocks, attention = _levels(shapes, "encoder.")
     codes = shapes.get("quantize.embedding.weight")
@@ -112,7 +112,7 @@ def autoencoder_config(shapes: Shapes, options: LoadOptions) -> AutoencoderConfi
 
 
 def _levels(shapes: Shapes, prefix: str) -> tuple[int, tuple[int, ...], int, tuple[bool, ...]]:
-    """Width of the first level, multiple of each, residual blocks, attention of each."""
+    """Width of the first level, factor of each level, residual blocks, attention of each level."""
     down = re.compile(rf"{re.escape(prefix)}down\.(\d+)\.(block|attn)\.(\d+)\.")
     found = {(m[1], m[2], m[3]) for key in shapes if (m := down.match(key))}
     levels = len({level for level, _, _ in found})
@@ -124,8 +124,8 @@ def _levels(shapes: Shapes, prefix: str) -> tuple[int, tuple[int, ...], int, tup
     ]
     if not widths or any(other % width for other in widths):
         raise ValueError(
-            f"every level must be a multiple of {width} channels wide, got {widths}; "
-            "fastdiff has no such model"
+            f"the channels of every level must be a multiple of {width}, got {widths}; "
+            "fastdiff does not support this model"
         )
     attention = tuple((str(level), "attn", "0") in found for level in range(levels))
     return width, tuple(other // width for other in widths), blocks, attention

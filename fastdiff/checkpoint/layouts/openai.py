@@ -2,8 +2,8 @@
 
 Nichol & Dhariwal 2021 (arXiv 2102.09672), Dhariwal & Nichol 2021 (2105.05233), Rombach et al. 2022
 (2112.10752). Our U-Net has the same lists of blocks (`input_blocks.N.M`), so only the names inside
-a block differ. The config is read off names and shapes; what they cannot tell is in `LoadOptions`
-or in the table of the published models.
+a block differ. The config is inferred from names and shapes; what they do not determine comes from
+`LoadOptions` or from the table of published models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastdiff.names import Prediction, QKVOrder, ScheduleKind
 
 @dataclass(frozen=True)
 class Published:
-    """What the documentation of a published U-Net says beside its shapes."""
+    """What the documentation of a published U-Net states in addition to its shapes."""
 
     heads: dict[str, int]  # num_heads or head_dim
     schedule: ScheduleConfig
@@ -49,13 +49,14 @@ COSINE = ScheduleConfig(kind="cosine")
 COSINE_4000 = ScheduleConfig(kind="cosine", num_timesteps=4000)
 LINEAR_4000 = ScheduleConfig(kind="linear", num_timesteps=4000, rescale_ends=True)
 Key = tuple[int, tuple[int, ...], int, int, bool]
-# The flags in both repositories' READMEs, by width, channel_mult, residual blocks, number of levels
-# with attention, and whether residual blocks change the resolution (in guided-diffusion they do).
+# The flags in the READMEs of both repositories. The key is width, channel_mult, residual blocks,
+# number of levels with attention, and whether residual blocks change the resolution (as they do in
+# guided-diffusion).
 PUBLISHED: dict[Key, Published] = {
     # guided-diffusion
     (192, (1, 2, 3, 4), 3, 3, True): Published({"head_dim": 64}, COSINE, 64, "new"),
     (256, (1, 1, 2, 3, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 128),
-    # 256x256_diffusion, with classes and without, LSUN
+    # 256x256_diffusion with and without classes, LSUN
     (256, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"head_dim": 64}, LINEAR, 256),
     # 64_256_upsampler, 128_512_upsampler
     (192, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 256),
@@ -84,7 +85,7 @@ LAYERS: Layers = {
         "skip": ("skip_connection",),
     },
     AttentionBlock: {"proj": ("proj_out",)},
-    SpatialTransformer: diffusers.LAYERS[SpatialTransformer],  # CompVis's, whose names it kept
+    SpatialTransformer: diffusers.LAYERS[SpatialTransformer],  # diffusers kept CompVis's names
     Downsample: {"conv": ("op",)},
 }
 
@@ -113,12 +114,12 @@ def names(model: nn.Module) -> Sources:
 
 
 def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfig:
-    """Our config for the names and shapes of a U-Net in OpenAI's layout.
+    """Infer our config from the names and shapes of a U-Net in OpenAI's layout.
 
-    fixed: fields of UNetConfig that the caller knows better.
+    fixed: fields of UNetConfig that override the inferred ones.
 
     Raises:
-        ValueError: the names do not make a U-Net that ours can hold.
+        ValueError: the names do not describe a U-Net that fastdiff supports.
     """
     outputs, inputs = _count(shapes, "output_blocks"), _count(shapes, "input_blocks")
     resampled = [
@@ -131,7 +132,7 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
     if blocks < 1 or outputs % levels or inputs != levels * (blocks + 1):
         raise ValueError(
             f"expected a U-Net, got {inputs} input blocks, {outputs} output blocks and "
-            f"{len(resampled)} upsamplers; fastdiff has no such model"
+            f"{len(resampled)} upsamplers; fastdiff does not support this model"
         )
     width = shape_of(shapes, "time_embed.0.weight", 2)[1]
     first = [1 + level * (blocks + 1) for level in range(levels)]  # a level's first block
@@ -144,8 +145,8 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
         shape[0] % width for shape in conv1
     ):
         raise ValueError(
-            f"every level must be a multiple of {width} channels wide, got "
-            f"{[shape[0] for shape in conv1]}; fastdiff has no such model"
+            f"the channels of every level must be a multiple of {width}, got "
+            f"{[shape[0] for shape in conv1]}; fastdiff does not support this model"
         )
     depths = [_depth(shapes, f"input_blocks.{i}.1.") for i in first]
     transformer = next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
@@ -178,7 +179,7 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
 
 
 def published(config: UNetConfig) -> Published:
-    """The published model of this architecture, or what both repositories have by default."""
+    """The published model of this architecture, or the defaults of both repositories."""
     key = (
         config.model_channels,
         config.channel_mult,
@@ -190,10 +191,10 @@ def published(config: UNetConfig) -> Published:
 
 
 def pixel_unet_config(shapes: Shapes, options: LoadOptions) -> tuple[UNetConfig, Published]:
-    """A U-Net of improved-diffusion or guided-diffusion, and what is taken from its documents.
+    """The config of a U-Net of improved-diffusion or guided-diffusion, and its documented settings.
 
-    Twice as many channels out as an image has means a learned variance (IDDPM section 3.1); six in
-    are those of an upsampler, x and the low-resolution image beside it.
+    Twice as many output channels as an image has mean a learned variance (IDDPM section 3.1). Six
+    input channels are those of an upsampler: x and the low-resolution image.
     """
     plain = replace(options, num_heads_upsample=None)
     config = unet_config(shapes, plain, num_heads=1, qkv_order="legacy")
@@ -217,7 +218,7 @@ def pixel_unet_config(shapes: Shapes, options: LoadOptions) -> tuple[UNetConfig,
 
 
 def head_choices(config: UNetConfig) -> str:
-    """The numbers and widths of heads that the levels' widths allow, in words."""
+    """Describe the numbers and widths of heads that are possible for the widths of the levels."""
     depths = (*config.attention_depth, config.middle_depth)
     widths = [w for w, d in zip((*config.widths, config.widths[-1]), depths, strict=True) if d]
     counts, dims = (
@@ -228,13 +229,13 @@ def head_choices(config: UNetConfig) -> str:
 
 
 def _count(shapes: Shapes, part: str) -> int:
-    """How many blocks a list has."""
+    """The number of blocks in a list."""
     numbers = {key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}
     return len(numbers)
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """0 without attention there, 1 with it, k for a transformer of k blocks."""
+    """Attention depth: 0 for none, 1 for attention, k for a transformer of k blocks."""
     if f"{prefix}qkv.weight" in shapes:
         return 1
     return len(
@@ -250,8 +251,8 @@ def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
     shape = shapes.get(key)
     if shape is None or len(shape) != ndim or 0 in shape:
         raise ValueError(
-            f"{key} must have {ndim} dimensions, got {'nothing' if shape is None else shape}; "
-            "fastdiff has no such model"
+            f"{key} must be a tensor of {ndim} dimensions, got "
+            f"{'none' if shape is None else f'shape {shape}'}; fastdiff does not support this model"
         )
     return shape
 
@@ -265,7 +266,7 @@ def pixel_model(
     names: Callable[[nn.Module], Sources],
     layout: str,
 ) -> Model:
-    """A U-Net on pixels and nothing else, and what is taken from its documentation."""
+    """Load a U-Net on pixels, using its documentation for what the file does not state."""
     options, take = loading.options, loading.assumed.take
 
     def unless_published(words: str) -> str | None:
@@ -314,7 +315,7 @@ LAYOUT = Layout(
     name=NAME,
     files=(("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),),
     refused={
-        "the weights of an OpenAI classifier; give the diffusion model it was trained for": (
+        "the weights of an OpenAI classifier; give the diffusion model that it guides": (
             "input_blocks.0.0.weight",
             "out.0.weight",
         )

@@ -1,4 +1,4 @@
-"""Folders as diffusers saves them: a pipeline with its model_index.json, or one model alone."""
+"""Folders in diffusers' layout: a pipeline with its model_index.json, or a single model."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ UNETS = ("UNet2DConditionModel", "UNet2DModel")
 TRANSFORMERS = (dit.NAME, dit.OLD_NAME)
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline that hold its denoiser."""
-# Parts of a pipeline that no image depends on.
+"""Folders of a pipeline that may contain its denoiser."""
+# Parts of a pipeline that do not affect the images.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
-XL_SCALE = 0.13025  # of the latents of Stable Diffusion XL's autoencoder; 1 and 2 have 0.18215
+XL_SCALE = 0.13025  # scaling_factor of Stable Diffusion XL's autoencoder; 0.18215 in 1 and 2
 
 Result = TypeVar("Result")
 
 
 def load_pipeline(folder: Path, loading: Loading) -> Model:
-    """A pipeline's folder.
+    """Load the folder of a pipeline.
 
     Raises:
         FileNotFoundError: a part that model_index.json names is missing.
-        ValueError: a part is damaged, of another kind, or does not fit the others.
+        ValueError: a part is damaged, of the wrong kind, or does not fit the others.
     """
     index = read_json(folder / INDEX)
     parts = {
@@ -58,19 +58,19 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     known |= {"tokenizer", "tokenizer_2"}
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
-            f"{folder / INDEX}: {index.get('_class_name')!r:.60} has {', '.join(unknown)}, which "
-            "fastdiff does not support; give a pipeline of a U-Net or DiT, an autoencoder and CLIP "
-            "text encoders"
+            f"{folder / INDEX}: {index.get('_class_name')!r:.60} contains {', '.join(unknown)}, "
+            "which fastdiff does not support; give a pipeline with a U-Net or DiT, an autoencoder "
+            "and CLIP text encoders"
         )
     own = [name for name in DENOISERS if name in parts]
     if len(own) > 1:
         raise ValueError(
-            f"{folder / INDEX}: {index.get('_class_name')!r:.60} has {' and '.join(own)}; fastdiff "
-            "supports pipelines with one denoiser"
+            f"{folder / INDEX}: {index.get('_class_name')!r:.60} contains {' and '.join(own)}; "
+            "fastdiff supports pipelines with one denoiser"
         )
     first = next((name for name in ("vae", "vqvae") if name in parts), None)
     files = _Files(loading.options.variant)
-    # Configs and headers of all parts first: what does not fit fails before numbers are read.
+    # Read the configs and headers of all parts first, to fail before any weights are read.
     scheduler = _scheduler(_part(folder, "scheduler")) if "scheduler" in parts else None
     opened = {
         name: (read_json(part / CONFIG), files.find(part))
@@ -140,12 +140,12 @@ def _class_names(index: Mapping[str, Any], denoiser: nn.Module | None) -> tuple[
 
 
 def _part(folder: Path, name: str) -> Path:
-    """Where a part lies: in its folder, or beside the index (the first DDPM repositories)."""
+    """The folder of a part: its own, or that of the index (in the first DDPM repositories)."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def load_component(folder: Path, loading: Loading) -> Model:
-    """The folder of one model: a U-Net, an autoencoder or a text encoder."""
+    """Load the folder of a single model: a U-Net, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
     weights = find_weights(folder, loading.options.variant)
     model = Model(layout=NAME, path=folder, image_size=loading.options.image_size)
@@ -172,7 +172,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Weights:
     """Open the weights of a model's folder: one file or shards, safetensors first.
 
     Raises:
-        FileNotFoundError: there are none of that variant; the message says which there are.
+        FileNotFoundError: there are none of this variant; the message lists those that exist.
     """
     mark = f".{variant}" if variant else ""
     for kind in ("safetensors", "bin"):
@@ -187,15 +187,15 @@ def find_weights(folder: Path, variant: str | None = None) -> Weights:
     )
     wanted = f"{STEMS[0]}{mark}.safetensors"
     raise FileNotFoundError(
-        f"{folder}: no {wanted} (or {STEMS[1]}, {STEMS[2]}, .bin, an index) in it, got "
-        f"{', '.join(there[:5]) or 'no weights'}; choose another variant or fetch the files"
+        f"{folder} contains no {wanted} (nor {STEMS[1]}, {STEMS[2]}, .bin, an index), got "
+        f"{', '.join(there[:5]) or 'no weights'}; choose another variant, or download the files"
     )
 
 
 class _Files:
-    """The weights of a pipeline's parts: of the variant, or plain where a part has no such files.
+    """Finds the weights of a pipeline's parts: the variant, or the plain files of parts without it.
 
-    Published folders often have a variant of some parts only.
+    Published folders often have a variant of only some parts.
     """
 
     def __init__(self, variant: str | None) -> None:
@@ -217,7 +217,7 @@ class _Files:
         return weights
 
     def finish(self, folder: Path) -> None:
-        """Raise FileNotFoundError if no part had the variant."""
+        """Raise FileNotFoundError if no part has the variant."""
         if self.missing is not None and not self.found:
             raise self.missing
 
@@ -228,12 +228,16 @@ def _has_weights(folder: Path) -> bool:
 
 
 def scale_factor(data: Mapping[str, Any], folder: Path) -> float:
-    """scaling_factor of an autoencoder's config, which must be all there is to its latents."""
+    """The scaling_factor in an autoencoder's config.
+
+    Raises:
+        ValueError: the factor is not a positive number, or the latents are also shifted.
+    """
     for name in ("shift_factor", "latents_mean", "latents_std"):
         if data.get(name) is not None:
             raise ValueError(
                 f"{folder / CONFIG}: {name} must be absent, got {data[name]!r:.60}; fastdiff "
-                "multiplies latents by scaling_factor and does nothing else to them"
+                "supports only a scaling_factor for latents"
             )
     value = data.get("scaling_factor", 0.18215)  # diffusers' default for both kinds
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
@@ -242,15 +246,15 @@ def scale_factor(data: Mapping[str, Any], folder: Path) -> float:
 
 
 def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
-    """Both autoencoders have the same shapes, so their scale is what tells them apart."""
+    """Detect the wrong autoencoder by its scale: those of 1, 2 and XL have the same shapes."""
     if given or unet.get("_class_name") != "UNet2DConditionModel":
         return
     xl = unet.get("addition_embed_type") == "text_time"
     if (scale == XL_SCALE) != xl and scale in (XL_SCALE, 0.18215):
         raise ValueError(
-            f"the autoencoder's scaling_factor is {scale}, that of Stable Diffusion "
-            f"{'1 and 2' if xl else 'XL'}, and the U-Net is of Stable Diffusion "
-            f"{'XL' if xl else '1 or 2'}; use the autoencoder that belongs to it, or say "
+            f"the autoencoder's scaling_factor is {scale}, as in Stable Diffusion "
+            f"{'1 and 2' if xl else 'XL'}, but the U-Net is from Stable Diffusion "
+            f"{'XL' if xl else '1 or 2'}; use the autoencoder that belongs to it, or set "
             f"scale_factor={scale} if they were trained together"
         )
 
@@ -274,14 +278,14 @@ def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
 
 
 def reading(path: Path, read: Callable[[], Result]) -> Result:
-    """Call `read`, and turn what values of unexpected types cause into one line."""
+    """Call `read`, and turn errors caused by values of unexpected types into one line."""
     try:
         return read()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         raise ValueError(
-            f"{path}: a value in it is of the wrong type ({type(error).__name__}: {error})"
+            f"{path} contains a value of the wrong type ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -297,14 +301,14 @@ def _describe(
     scheduler: SchedulerConfig | None,
     loading: Loading,
 ) -> None:
-    """What the scheduler and the U-Net's config say of the sampling."""
+    """Set what the scheduler and the U-Net's config state about sampling."""
     options = loading.options
     if model.denoiser is None:
         return
     if scheduler is not None:
         if loading.says_noise or options.prediction is not None:
             raise ValueError(
-                f"{model.path}: schedule and prediction stand in its scheduler_config.json; "
+                f"{model.path}: schedule and prediction are set by its scheduler_config.json; "
                 "change them there"
             )
         model.schedule, model.prediction = scheduler.schedule, scheduler.prediction
@@ -368,12 +372,15 @@ def _open(source: Source, loading: Loading) -> Model:
     of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders", "strict")
     noise = ("schedule", *NOISE, "prediction", "scale_factor", "image_size")
     if extra := [name for name in loading.given if name not in (*of_pipeline, *noise)]:
-        raise ValueError(f"{source}: {', '.join(extra)} stand in its config.json; leave them out")
+        raise ValueError(
+            f"{source}: {', '.join(extra)} cannot be given, because its config.json states them; "
+            "leave them out"
+        )
     opened = load_pipeline if (source / INDEX).is_file() else load_component
     return opened(source, loading)
 
 
-_BESIDE = "whose config stands beside them; give the folder they are in"
+_BESIDE = "whose config is in the same folder; give that folder"
 LAYOUT = Layout(
     name=NAME,
     folder=_is_diffusers,

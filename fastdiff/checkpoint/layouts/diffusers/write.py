@@ -1,4 +1,4 @@
-"""The way back: a checkpoint as a diffusers folder that diffusers loads."""
+"""Write a model as a folder that diffusers loads."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from fastdiff.models.layers import AttentionBlock
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet, UNetConfig
 
-VERSION = {"_diffusers_version": "0.34.0"}  # whose options these are; pipelines look at it
+VERSION = {"_diffusers_version": "0.34.0"}  # version of these options; pipelines read it
 WEIGHTS = f"{STEMS[0]}.safetensors"
-TIME_EMBED_DIM = 256  # of each of SDXL's sizes and crops
-SAFETENSORS_METADATA = {"format": "pt"}  # diffusers asks for it
+TIME_EMBED_DIM = 256  # width of the embedding of each of SDXL's sizes and crops
+SAFETENSORS_METADATA = {"format": "pt"}  # diffusers requires it
 
 
 def save_diffusers(
@@ -40,12 +40,12 @@ def save_diffusers(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint as diffusers would: all of it or nothing; an existing folder is replaced.
+    """Write a model atomically, as diffusers would; an existing folder is replaced.
 
-    dtype: what floating-point weights are stored as; None keeps each tensor's own.
+    dtype: dtype to store floating-point weights in; None keeps each tensor's own.
 
     Raises:
-        ValueError: a part that no model or pipeline of diffusers has; the message names it.
+        ValueError: no model or pipeline of diffusers has one of the parts; the message names it.
         OSError: the folder cannot be written.
     """
     parts: dict[str, tuple[UNet | DiT | Autoencoder, dict[str, Any]]] = {}
@@ -72,8 +72,8 @@ def save_diffusers(
             parts["unet"][1]["sample_size"] = model.image_size
     if model.class_embedding is not None:
         raise ValueError(
-            "diffusers has no pipeline with a table of classes as context (LDM's cin256); write a "
-            "bundle"
+            "diffusers has no pipeline with a class embedding as context (LDM's cin256); save a "
+            "bundle instead"
         )
     index = _index(model, {n: options["_class_name"] for n, (_, options) in parts.items()})
     with atomic_folder(folder) as temporary:
@@ -95,10 +95,10 @@ def save_diffusers(
 
 
 def _denoiser(model: Model) -> UNet | DiT | None:
-    """The denoiser, if diffusers has such a one.
+    """The denoiser, which must be of a kind that diffusers has.
 
     Raises:
-        ValueError: it has not.
+        ValueError: diffusers has no such denoiser.
     """
     if isinstance(model.denoiser, DiT) and model.schedule is not None and not model.autoencoder:
         raise ValueError(
@@ -107,8 +107,8 @@ def _denoiser(model: Model) -> UNet | DiT | None:
     if model.denoiser is None or isinstance(model.denoiser, UNet | DiT):
         return model.denoiser
     raise ValueError(
-        f"a diffusers folder holds a U-Net or DiT, got {type(model.denoiser).__name__}; write a "
-        "bundle"
+        f"a diffusers folder needs a U-Net or DiT, got {type(model.denoiser).__name__}; save a "
+        "bundle instead"
     )
 
 
@@ -116,13 +116,13 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
     """The config.json of the diffusers U-Net that computes the same.
 
     Raises:
-        ValueError: neither UNet2DConditionModel nor UNet2DModel has such an architecture.
+        ValueError: neither UNet2DConditionModel nor UNet2DModel supports this architecture.
     """
     if config.timestep_scale != 1:
         raise _no_such("timestep_scale", config.timestep_scale, "1")
     if config.num_heads_upsample not in (None, config.num_heads):
         raise _no_such("num_heads_upsample", config.num_heads_upsample, str(config.num_heads))
-    ddpm = config.time_embedding == "ddpm"
+    ddpm = config.time_embedding != "openai"  # of "ddpm-original" diffusers rounds otherwise
     shared = {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
@@ -223,7 +223,7 @@ def autoencoder_options(config: AutoencoderConfig) -> dict[str, Any]:
 def diffusers_state_dict(
     model: UNet | Autoencoder, *, linear_projections: bool = False
 ) -> dict[str, Tensor]:
-    """Our weights under diffusers' names: views wherever rows need no other order."""
+    """Our weights under diffusers' names; they are views unless rows have to be reordered."""
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     orders = {
@@ -263,7 +263,7 @@ def _write_weights(
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        # A clone only where memory is shared or moves: safetensors refuses views.
+        # clone: safetensors rejects tensors that share memory
         tensors[key] = value.detach().to("cpu", dtype or value.dtype).contiguous().clone()
         if progress is not None:
             progress(key, tensors[key].nbytes)
@@ -272,13 +272,13 @@ def _write_weights(
 
 def _text_names(model: Model) -> list[str]:
     encoders = model.text_encoders
-    if len(encoders) == 1:  # XL's refiner has the second encoder only
+    if len(encoders) == 1:  # XL's refiner has only the second encoder
         return ["text_encoder_2" if encoders[0].pooled else "text_encoder"]
     return ["text_encoder", "text_encoder_2"][: len(encoders)]
 
 
 def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
-    """model_index.json: the pipeline of diffusers that has these parts (name -> class)."""
+    """The model_index.json of diffusers' pipeline with these parts (name -> class)."""
     text = _text_names(model)
     pipeline = model.provenance.get("pipeline") or _pipeline(model.denoiser, parts, text)
     result: dict[str, Any] = {"_class_name": pipeline}
@@ -302,7 +302,7 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
         )
         for name in ("text_encoder", "tokenizer"):
             result.setdefault(name, [None, None])
-        if pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner is told a score, not sizes
+        if pipeline == "StableDiffusionXLImg2ImgPipeline":  # the refiner takes a score, not sizes
             result["requires_aesthetics_score"] = model.provenance.get(
                 "requires_aesthetics_score", text == ["text_encoder_2"]
             )
