@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from .choose import (
@@ -395,7 +396,8 @@ class _ByReference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:
-        with torch.enable_grad():
+        # hooks of a checkpoint around it would recompute for the inner graph too, once per op
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach):
             own = [
                 a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
                 for a in args
