@@ -34,6 +34,9 @@ RECIPE_KEY = "fastdiff"
 PARAMETERS_KEY = "parameters"
 """Name of the PNG text chunk in which web UIs say how a picture was made."""
 
+MAX_LABEL = 120
+"""Letters of a label on a sheet; a class may have a name of any length."""
+
 MAX_SIDE = 65_535
 """Longest side that a picture may be resized to when it is read: JPEG's limit."""
 
@@ -386,7 +389,9 @@ def fonts_for(
         if len(left := _without_glyph(font, text)) < len(missing):
             best, missing = font, left
 
-    def show(line: str) -> str:
+    def show(text: str) -> str:
+        line = " ".join(text.split())
+        line = line if len(line) <= MAX_LABEL else line[: MAX_LABEL - 1] + "…"
         return "".join(
             c.encode("unicode_escape", "surrogatepass").decode() if c in missing else c
             for c in line

@@ -138,19 +138,31 @@ class Model:
         lines = []
         if self.assumed:
             guesses = self.provenance.get("undecided", {})
-            pairs = [
-                (name, _short(value) + (f" (or {guesses[name]})" if name in guesses else ""))
-                for name, value in self.assumed.items()
-            ]
-            if flags:
-                pairs = [(f"--{name.replace('_', '-')}", value) for name, value in pairs]
-            facts = ", ".join((" " if flags else "=").join(pair) for pair in pairs)
+            write = _as_flag if flags else _as_argument
+            facts = ", ".join(
+                write(name, value, guesses.get(name)) for name, value in self.assumed.items()
+            )
             lines.append(f"assumed: {facts} (the files do not say; give what is wrong yourself)")
         if (reason := self.provenance.get("no_sampler")) is not None:
             lines.append(f"sampler: not supported: {message_line(reason, 200)}")
         if plain := self.provenance.get("without variant"):
             lines.append(f"without variant: {', '.join(plain)}")
         return lines
+
+
+def _as_argument(name: str, value: Any, choices: str | None) -> str:
+    """An option of loading as in Python, with what else it may be."""
+    return f"{name}={_short(value)}" + (f" (or {choices})" if choices else "")
+
+
+def _as_flag(name: str, value: Any, choices: str | None) -> str:
+    """The same as on a command line, where a truth value is a flag without one."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        on, off = f"--{word}", f"--no-{word}"
+        said, other = (on, off) if value else (off, on)
+        return said + (f" (or {other})" if choices else "")
+    return f"--{word} {_short(value)}" + (f" (or {choices})" if choices else "")
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastdiff.extras import import_extra
-from fastdiff.files import write_text
+from fastdiff.files import NO_SPACE, write_text
 
 LOG_FILE = "log.jsonl"
 
@@ -75,9 +76,12 @@ class Monitor:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
-        self._log.close()
+        # what could not be written is written once more when it is closed: the first error counts
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self._log.close()
 
     def tick(self, done: int) -> None:
         """Show that `done` steps are finished."""
@@ -90,12 +94,21 @@ class Monitor:
         now = time.perf_counter()
         rate = (done - self._since[0]) / max(now - self._since[1], 1e-9)
         self._since = (done, now)
-        self._log.write(json.dumps({"step": done, **scalars, "steps_per_second": rate}) + "\n")
-        self._log.flush()
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, done)
-            self._board.add_scalar("steps_per_second", rate, done)
+        try:
+            self._log.write(json.dumps({"step": done, **scalars, "steps_per_second": rate}) + "\n")
+            self._log.flush()
+            if self._board is not None:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, done)
+                self._board.add_scalar("steps_per_second", rate, done)
+        except OSError as error:
+            full = error.errno in NO_SPACE
+            what = "no space left to write" if full else f"{error.strerror or error}:"
+            raise OSError(
+                error.errno,
+                f"{what} {self.folder / LOG_FILE} (the last checkpoint is whole); free "
+                "some space and resume",
+            ) from error
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         if self._progress is not None:
             self._progress.update(

@@ -365,7 +365,9 @@ def test_every_layout_says_what_it_recognises(tmp_path: Path) -> None:
         "compvis",
         "ddpm",
         "diffusers",
+        "dit",
         "guided-diffusion",
+        "uvit",
     ]
     assert {layout.name for layout in found if layout.save is not None} == {"bundle", "diffusers"}
     with pytest.raises(ValueError, match="layout must be one of bundle, diffusers, got 'compvis'"):

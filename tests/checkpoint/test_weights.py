@@ -282,6 +282,14 @@ def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path: Path) -> None:
         open_weights(path).copy_into("a.weight", torch.empty(3, 4, dtype=torch.float64))
 
 
+def test_a_flipped_bit_in_the_names_is_seen(tmp_path: Path) -> None:
+    """The pickle has a checksum too: a tensor does not lose its name in silence."""
+    path = write(tmp_path / "x.pt", TENSORS, "zip")
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"a.weight", b"b.weight", 1))
+    refused(path, r"the checksum of x/data\.pkl does not fit")
+
+
 def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
     """torch writes zeros in their place."""
     before = torch.serialization.get_crc32_options()
