@@ -156,6 +156,7 @@ def test_commands_refuse_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdiff.generate.memory.SMALL", 0)
     bound(monkeypatch, 2**10 if line.startswith("reconstruct") else 8 * GIB)
     save_png("wide.png", torch.zeros(1, 32, 32))
     code = main([*line.split(), "--device", "cpu"])
@@ -193,6 +194,7 @@ def test_pictures_and_reconstructions(tmp_path: Path, monkeypatch: pytest.Monkey
         read_image(tmp_path / "a.png", height=60_000, width=60_000)
     images = torch.zeros(64, 1, 16, 16)
     bound(monkeypatch, 2**14)
+    monkeypatch.setattr("fastdiff.generate.memory.SMALL", 0)
     with pytest.raises(NotEnoughMemory, match="reconstructing 64 images of 16 x 16"):
         reconstruct(tiny_autoencoder(), images)
 
