@@ -146,7 +146,7 @@ def test_a_file_without_autoencoder_takes_another(sd1: Any, tmp_path: Path) -> N
         assert model.provenance["vae"] == str(vae)
         # the diffusers folders state the scale, the file does not
         assert ("scale_factor" in model.assumed) == (vae == tmp_path / "vae.ckpt")
-    with pytest.raises(ValueError, match="holds no autoencoder; give the file or folder of one"):
+    with pytest.raises(ValueError, match="contains no autoencoder; give one that does"):
         load(path, num_heads=4, text_encoders=False, vae=folder / "unet")
     wide = peer_model("AutoencoderKL", {**VAE, "latent_channels": 8}, torch.float32)
     wide.save_pretrained(tmp_path / "wide")

@@ -115,7 +115,7 @@ def test_ddim_upwards_encodes() -> None:
         errors.append(float((encoded - exact).norm() / exact.norm()))
     assert errors[0] < 0.02
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
-    with pytest.raises(ValueError, match=r"eta must be 0, got 1\.0"):
+    with pytest.raises(ValueError, match=r"eta must be 0 for ascending levels .* got 1\.0"):
         table_of_levels("ddim", levels, eta=1.0)
     with pytest.raises(ValueError, match="begin at t = 0"):
         table_of_levels("ddim", [CLEAN, *levels])

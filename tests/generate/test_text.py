@@ -455,7 +455,7 @@ def test_images_and_masks_that_do_not_fit(model: Model) -> None:
         image_to_image(model, torch.linspace(0, 255, 3 * 4096).reshape(3, 64, 64), "a cat")
     with refused("pixels must lie in"):
         image_to_image(model, torch.full((3, 64, 64), float("nan")), "a cat")
-    with refused(r"strength must lie in \[0, 1\], got 1.2"):
+    with refused(r"strength must be in \[0, 1\], got 1.2"):
         image_to_image(model, image, "a cat", strength=1.2)
     with refused(r"mask must be \(1, 64, 64\), as large as the image, got \(32, 64\)"):
         inpaint(model, image, torch.ones(32, 64), "a cat")
@@ -463,9 +463,9 @@ def test_images_and_masks_that_do_not_fit(model: Model) -> None:
         inpaint(model, image, torch.ones(3, 64, 64), "a cat")
     with refused("the mask is empty"):
         inpaint(model, image, torch.zeros(64, 64), "a cat")
-    with refused("scale must lie in 1 to 16, got 0.5"):
+    with refused("scale must be in \\[1, 16\\], got 0.5"):
         UpscaleJob(image=image, prompt="a cat", scale=0.5)
-    with refused("unknown way 'pixels'; expected one of latent, image"):
+    with refused("unknown way to enlarge 'pixels'; expected one of latent, image"):
         UpscaleJob(image=image, prompt="a cat", via="pixels")  # type: ignore[arg-type]
 
 
@@ -476,7 +476,7 @@ def test_prompts_and_seeds_that_do_not_fit(model: Model) -> None:
     ):
         with refused(message):
             text_to_image(model, "a cat", seeds)
-    with refused("may have 4,800 tokens, got 10,000"):
+    with refused("may have at most 4,800 tokens, got 10,000"):
         text_to_image(model, "cat " * 10_000)
 
 
@@ -530,12 +530,12 @@ def test_models_that_do_not_fit(models: Callable[[str], Model], tmp_path: Any) -
     with refused("must share latent channels, scale factor and schedule"):
         refined(models("sd1"), models("refiner"), settings=QUICK)
     for switch in (0.0, 1.0):
-        with refused("switch must leave steps to the base and to the refiner"):
+        with refused("switch must leave steps for both the base and the refiner"):
             refined(models("xl"), models("refiner"), switch=switch, settings=QUICK)
     with refused("needs a pooled text vector"):
         encoders = tuple(replace(encoder, pooled=False) for encoder in xl.text_encoders)
         text_to_image(replace(xl, text_encoders=encoders), "a cat")
-    with refused("added condition is 30 wide, got 16 of pooled text and 14 left"):
+    with refused("added condition has 30 channels, got 16 of pooled text, which leaves 14"):
         size_vector(torch.zeros(1, 16), 30, {6: (0,) * 6, 5: (0,) * 5})
 
 
