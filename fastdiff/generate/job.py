@@ -228,7 +228,7 @@ class ImageToImageJob:
     strength: float = 0.75
     """Fraction of the steps that are taken: 0 keeps the image, 1 makes a new one."""
     seed: int = 0
-    """Of all randomness in the image."""
+    """Seed of all randomness in the image."""
     fit: Fit | None = None
     """Pictures whose sides the model cannot take: crop them to the next smaller ones around the
     centre, or resize them to the nearest ones; None: refuse them."""
@@ -266,7 +266,7 @@ class InpaintJob:
     paste: bool = True
     """Restore the original pixels outside the mask."""
     seed: int = 0
-    """Of all randomness in the image."""
+    """Seed of all randomness in the image."""
     fit: Fit | None = None
     """Pictures and masks whose sides the model cannot take: crop them to the next smaller ones
     around the centre, or resize them to the nearest ones; None: refuse them."""
@@ -302,7 +302,7 @@ class UpscaleJob:
     """Enlarge the latents (bicubic, which is soft and needs a strength of 0.5 or more), or the
     image between decoding and encoding (which preserves more at low strength)."""
     strength: float = 0.6
-    """Share of the steps that are done."""
+    """Fraction of the steps that are taken."""
     fit: Fit | None = None
     """Pictures whose sides the model cannot take: crop them to the next smaller ones around the
     centre, or resize them to the nearest ones; None: refuse them."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.weights import empty_model
-from fastdiff.generate.facts import Facts, check, default_batch
+from fastdiff.generate.facts import ACTIVATIONS, SMALL, Facts, check, default_batch
 from fastdiff.generate.job import InpaintJob, Job, TextJob, UpscaleJob
 from fastdiff.kernels import selected_backend
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
@@ -144,6 +144,9 @@ def check_reconstruction(autoencoder: Any, images: Tensor) -> None:
         return  # the autoencoder will refuse them
     sides = images.shape[2] // factor, images.shape[3] // factor
     rows = block_size(*sides, weight.device) or len(images)
+    maps = rows * math.prod(images.shape[2:]) * autoencoder.config.model_channels
+    if FP32 * (ACTIVATIONS * maps + 2 * images.numel()) < SMALL:
+        return
     stages = [
         _first_stage(
             autoencoder.config, way, rows, sides, weight.device, weight.dtype, selected_backend()

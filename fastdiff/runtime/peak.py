@@ -141,6 +141,10 @@ def _made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shape = list(tensors[0].shape)
         shape[dim] = sum(x.shape[dim] for x in tensors)
         return _like(torch.Size(shape), tensors)
+    if name == "argmin":
+        x, dim = args[:2]
+        shape = [size for at, size in enumerate(x.shape) if at != dim % x.ndim]
+        return torch.empty(shape, dtype=torch.int64, device="meta")
     if name == "addmm":
         return _like(torch.Size((args[1].shape[0], args[2].shape[1])), args)
     return func(*args, **kwargs)

@@ -288,7 +288,8 @@ class AutoencoderTask:
 
     def state(self) -> dict[str, Any]:
         """Identifies the images it is trained on, and the weights that it began with."""
-        return {**self.batches.state(), "init_from": self.origin}
+        began = {"init_from": self.origin} if self.origin else {}
+        return {**self.batches.state(), **began}
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing but the networks' own."""

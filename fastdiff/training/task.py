@@ -264,7 +264,8 @@ class DiffusionTask:
 
     def state(self) -> dict[str, Any]:
         """The scale factor, which first stage and images it belongs to, and the first weights."""
-        return {**self.latents.state(), "init_from": self.origin}
+        began = {"init_from": self.origin} if self.origin else {}
+        return {**self.latents.state(), **began}
 
     def tensors(self) -> dict[str, Tensor]:
         """The losses that timesteps are drawn by; empty where they are drawn evenly."""

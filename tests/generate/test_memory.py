@@ -16,11 +16,13 @@ import fastdiff
 from fastdiff import memory
 from fastdiff.checkpoint.open import load
 from fastdiff.cli import main
+from fastdiff.generate import memory as estimates
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.reconstruction import reconstruct
 from fastdiff.images import read_image, save_png
 from fastdiff.memory import NotEnoughMemory, free_memory, gib
+from fastdiff.models.autoencoder import AutoencoderConfig
 from tests.support.tiny import tiny_autoencoder, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,7 @@ def test_the_estimate_needs_no_weights_and_no_dynamo() -> None:
     code = """
 import sys, torch
 from fastdiff.checkpoint.open import load
+from fastdiff.generate import memory as estimates
 from fastdiff.generate.job import ClassJob
 from fastdiff.generate.memory import Call, need_of
 model = load("digits", device="meta")
@@ -76,6 +79,23 @@ def test_a_model_on_the_meta_device_has_the_shapes_of_the_loaded_one() -> None:
         assert {key: tensor.shape for key, tensor in found.items()} == shapes
         assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert planned.weights_hash == loaded.weights_hash
+
+
+def test_a_codebook_is_estimated_too() -> None:
+    """Its distances of every latent to every code are 64 x 1024 numbers."""
+    config = AutoencoderConfig(
+        regularization="vq",
+        codebook_size=1024,
+        image_channels=1,
+        model_channels=4,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        latent_channels=2,
+        norm_groups=2,
+    )
+    cpu = torch.device("cpu")
+    peak = estimates._first_stage(config, "decode", 1, (8, 8), cpu, torch.float32, "auto")
+    assert peak.most >= 4 * 64 * 1024
 
 
 def bound(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
@@ -136,6 +156,7 @@ def test_commands_refuse_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdiff.generate.memory.SMALL", 0)
     bound(monkeypatch, 2**10 if line.startswith("reconstruct") else 8 * GIB)
     save_png("wide.png", torch.zeros(1, 32, 32))
     code = main([*line.split(), "--device", "cpu"])
@@ -173,6 +194,7 @@ def test_pictures_and_reconstructions(tmp_path: Path, monkeypatch: pytest.Monkey
         read_image(tmp_path / "a.png", height=60_000, width=60_000)
     images = torch.zeros(64, 1, 16, 16)
     bound(monkeypatch, 2**14)
+    monkeypatch.setattr("fastdiff.generate.memory.SMALL", 0)
     with pytest.raises(NotEnoughMemory, match="reconstructing 64 images of 16 x 16"):
         reconstruct(tiny_autoencoder(), images)
 
