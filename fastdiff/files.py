@@ -50,7 +50,7 @@ def atomic_file(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[
         OSError: the file cannot be written. If the disk is full, a one-line message says so.
     """
     path = Path(path)
-    with _clear_errors(path), _temporary_sibling(path) as temporary:
+    with names_full_disk(path), _temporary_sibling(path) as temporary:
         try:
             yield temporary
             _sync(temporary)
@@ -74,7 +74,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: as for :func:`atomic_file`; also if ``path`` is a file.
     """
     path = Path(path)
-    with _clear_errors(path):
+    with names_full_disk(path):
         remove_leftovers(path.parent, path.name)
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(
@@ -105,7 +105,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write ``data`` to ``path`` as indented JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    # half a surrogate, as in a name that is not UTF-8, has no other form than JSON's own escape
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def numbered(path: Path) -> Iterator[Path]:
@@ -333,7 +335,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
+def names_full_disk(path: Path) -> Iterator[None]:
     """Report a full disk in one line that names the file and the way out."""
     try:
         yield

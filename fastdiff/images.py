@@ -27,12 +27,22 @@ from PIL import (
 from torch import Tensor
 
 from fastdiff.files import atomic_file, numbered, one_line_errors
+from fastdiff.memory import check_memory
 
 RECIPE_KEY = "fastdiff"
 """Name of the PNG text chunk that contains the recipe."""
+PARAMETERS_KEY = "parameters"
+"""Name of the PNG text chunk in which web UIs say how a picture was made."""
+
+MAX_LABEL = 120
+"""Letters of a label on a sheet; a class may have a name of any length."""
 
 MAX_SIDE = 65_535
 """Longest side that a picture may be resized to when it is read: JPEG's limit."""
+
+LARGE, BYTES_PER_NUMBER = 2**24, 20
+"""Numbers of a picture from which on memory is asked for before it is resized, and the bytes that
+each takes on the way: as a byte, and in fp32 copies."""
 
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
@@ -136,6 +146,13 @@ def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: in
     if height is not None or width is not None:
         width = width or max(round(picture.width * (height or 1) / picture.height), 1)
         height = height or max(round(picture.height * width / picture.width), 1)
+        numbers = width * height * len(mode)
+        if numbers > LARGE:
+            check_memory(
+                BYTES_PER_NUMBER * numbers,
+                f"a picture of {width} x {height}",
+                way_out="give a smaller height or width",
+            )
         picture = resize(picture, width, height)
     pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, -1)
     return torch.tensor(pixels).permute(2, 0, 1) / 255
@@ -146,12 +163,14 @@ def save_png(
     image: Tensor | Image.Image,
     recipe: Mapping[str, Any] | None = None,
     *,
+    parameters: str | None = None,
     new: bool = False,
 ) -> None:
     """Write a PNG atomically, with the recipe as JSON in its text chunk ``fastdiff``.
 
     Args:
         image: (1 or 3, H, W) in [-1, 1], or a Pillow image.
+        parameters: what web UIs write into their text chunk of that name.
         new: never replace an existing file.
 
     Raises:
@@ -163,11 +182,19 @@ def save_png(
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(RECIPE_KEY, json.dumps(dict(recipe), sort_keys=True))  # ASCII: fits tEXt
+    if parameters is not None:
+        info.add_text(PARAMETERS_KEY, parameters)  # beyond Latin-1 Pillow writes iTXt
     with atomic_file(path, new=new) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def add_png(path: Path, image: Tensor | Image.Image, recipe: Mapping[str, Any]) -> Path:
+def add_png(
+    path: Path,
+    image: Tensor | Image.Image,
+    recipe: Mapping[str, Any],
+    *,
+    parameters: str | None = None,
+) -> Path:
     """Write a PNG to the first free name of ``cat.png``, ``cat-2.png`` and so on.
 
     No file is overwritten. A picture whose recipe is already there is not written again. Returns
@@ -176,7 +203,7 @@ def add_png(path: Path, image: Tensor | Image.Image, recipe: Mapping[str, Any]) 
     for place in numbered(path):
         with contextlib.suppress(FileExistsError):  # another process was faster: check its file
             if not os.path.lexists(place):
-                save_png(place, image, recipe, new=True)
+                save_png(place, image, recipe, parameters=parameters, new=True)
                 return place
         if has_recipe(place, recipe):
             return place
@@ -226,6 +253,42 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe in {path} is not an object, got {text!r:.60}; {way_out}")
     return recipe
+
+
+def has_own_recipe(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a PNG with a recipe of ours, whole or not."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+            return RECIPE_KEY in getattr(picture, "text", {})
+    except UNREADABLE:
+        return False
+
+
+def read_parameters(path: str | os.PathLike[str]) -> str | None:
+    """What a web UI wrote into a picture: the text chunk of a PNG, the EXIF comment of others.
+
+    None: the picture has none, or it cannot be read.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as picture:
+            picture.load()  # text chunks may follow the pixels
+            text = getattr(picture, "text", {}).get(PARAMETERS_KEY)
+            if text is None:
+                exif = picture.getexif().get_ifd(ExifTags.IFD.Exif)
+                text = _comment(exif.get(ExifTags.Base.UserComment))
+    except UNREADABLE:
+        return None
+    return text
+
+
+def _comment(value: Any) -> str | None:
+    """EXIF's UserComment (Exif 2.32, 4.6.5 C): eight bytes say how the rest is to be read."""
+    if not isinstance(value, bytes):
+        return None
+    encodings = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
+    encoding = encodings.get(value[:8])
+    return None if encoding is None else value[8:].decode(encoding, "replace").strip("\0")
 
 
 def contact_sheet(
@@ -326,7 +389,9 @@ def fonts_for(
         if len(left := _without_glyph(font, text)) < len(missing):
             best, missing = font, left
 
-    def show(line: str) -> str:
+    def show(text: str) -> str:
+        line = " ".join(text.split())
+        line = line if len(line) <= MAX_LABEL else line[: MAX_LABEL - 1] + "…"
         return "".join(
             c.encode("unicode_escape", "surrogatepass").decode() if c in missing else c
             for c in line

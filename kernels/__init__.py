@@ -28,7 +28,7 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .geglu import geglu as geglu
     from .group_norm_silu import group_norm_silu as group_norm_silu
     from .layer_norm import layer_norm as layer_norm
-    from .op import Op, Work
+    from .op import Op, Work, shapes_only
     from .philox_normal import int64_bits, philox4x32, philox_normal
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream
     from .sampler_step import COLUMNS, sampler_step
@@ -77,6 +77,7 @@ __all__ = [
     "record_backends",
     "sampler_step",
     "selected_backend",
+    "shapes_only",
 ]
 __all__ += [name for name in globals().get("OPS", ()) if name not in __all__]
 

@@ -427,7 +427,22 @@ def _tell_graphs(name: str | None) -> None:
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For ``torch.utils.checkpoint.checkpoint(..., context_fn=checkpoint_contexts)``: recomputation
     in the backward pass then uses the same backends as the forward pass."""
-    return nullcontext(), _forcing(_forced.get())
+    return nullcontext(), _Reusable(_forced.get())
+
+
+class _Reusable(AbstractContextManager[None]):
+    """`_forcing` that can be entered again: nested backward passes each recompute."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(_forcing(self._name))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 @contextmanager

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
 from .choose import (
@@ -49,6 +51,8 @@ MARKS = {name: 2 + number for number, name in enumerate(ORDER)}
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 """Detects the tensors that ``torch.autograd.grad(..., is_grads_batched=True)`` passes in."""
+
+_shapes_only: ContextVar[bool] = ContextVar("fastdiff_shapes_only", default=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -166,7 +170,7 @@ class Op:
                 return self.backends["reference"].forward(*args, False)[0]
             return self._through_pytorch(args)
         backend = choose(self, args)
-        if backend.name != "reference":
+        if backend.name != "reference" or _shapes_only.get():
             if not unseen(args):
                 return self._through_pytorch(args)
             if self.differentiable and wants_gradient(args):
@@ -377,12 +381,23 @@ class _Differentiable(torch.autograd.Function):
         return None, None, *ctx.op.differentiate(ctx, ctx.needs_input_grad[2:], gradients)
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """For dispatch modes that run meta tensors: they see each op as one, not its reference."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
 class _ByReference(torch.autograd.Function):
     """The reference in eager mode: first derivatives by PyTorch, second derivatives by `again`."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: Backend, *args: Any) -> Any:
-        with torch.enable_grad():
+        # hooks of a checkpoint around it would recompute for the inner graph too, once per op
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach):
             own = [
                 a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
                 for a in args

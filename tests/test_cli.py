@@ -217,7 +217,7 @@ MISTAKES = {
     "sample --model TINY --guidance-scale nan": "guidance scale must be a finite number",
     "sample --model TINY --guidance-scale x": "--guidance-scale: expected a number, got 'x'",
     "sample --model TINY --seed -1": "seed must be a whole number from 0 to 2**64 - 1, got -1",
-    "sample --model TINY --seed 18446744073709551609": "seeds must lie in 0 to 2^64 - 1",
+    "sample --model TINY --seed 18446744073709551609": "seeds must be 0 to 2^64 - 1",
     "sample --model TINY --device gpu": "unknown device 'gpu'",
     "sample --model TINY --device cuda:99": "device 'cuda:99' is not available",
     "sample --model TINY --device cpu --dtype fp16": "dtype fp16 needs a GPU",
@@ -228,7 +228,7 @@ MISTAKES = {
     "sample --like nowhere.png": "no image at nowhere.png",
     "sample --like FILE": "is not a PNG",
     "sample --like PLAIN": "contains no recipe",
-    "interpolate --model TINY": "needs another image to go to; give one or more of to_seed",
+    "interpolate --model TINY": "needs a second image; give one or more of to_seed",
     "interpolate --model TINY --to-seed 1 --frames 0": "frames must be at least 1, got 0",
     "interpolate --model TINY --to-seed 1 --frames 1000000000000000": "images need",
     "interpolate --model TINY --to-seed 1 --at 0.5": "at is for a single frame, got 0.5 and 9",
@@ -237,7 +237,7 @@ MISTAKES = {
     "reconstruct FILE --model TINY": "cannot be read: not an image",
     "reconstruct --model TINY --batch 0": "batch must be at least 1",
     "evaluate --model TINY --count 10": "at least 360",
-    "evaluate --model TINY --seed -1": "seeds must lie in",
+    "evaluate --model TINY --seed -1": "seeds must be",
     "train": "missing: autoencoder or diffusion",
     "train autoencodr": "did you mean autoencoder?",
     "train diffusion --preset digits-difusion": "did you mean digits-diffusion?",
@@ -570,7 +570,7 @@ def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     run("sample", "--model", tiny, "--classes", "1", "--count", "2", "--steps", "1")
     code, _, err = run("sample", "--like", "out/sheet.png", "--model", tiny)
     assert code == 2
-    assert "a contact sheet is no single image; give one of the images" in err
+    assert "it belongs to a contact sheet; give a single image" in err
 
     from fastdiff.images import save_png
 
@@ -748,8 +748,8 @@ def test_options_of_loading_in_commands_that_do_not_sample(
     assert (config["num_heads"], config["num_heads_upsample"]) == (4, 2)
     code, _, err = run("info", "unet.pt", "--norm-groups", "4", "--strict")
     assert (code, err.count("\n")) == (2, 1)
-    assert "leave open" in err
-    assert "of a command --qkv-order --num-heads --num-heads-upsample" in err
+    assert "nor a published model determines" in err
+    assert "on the command line --qkv-order --num-heads --num-heads-upsample" in err
 
 
 def openai_shapes(unet: UNet) -> dict[str, tuple[int, ...]]:

@@ -206,7 +206,7 @@ def test_inputs_are_never_written_over(run: Run) -> None:
     }
     Path("out/preview.png").write_bytes(before)
     line = f"img2img cat --image out/preview.png --model sd1 --seed 5 {FAST}"
-    assert "preview.png would be written over" in run(f"{line} --preview")[2]
+    assert "the preview would overwrite" in run(f"{line} --preview")[2]
     assert run(line)[0] == 0
 
 
@@ -275,7 +275,7 @@ def test_recipes_that_cannot_be_read(run: Run) -> None:
     for change, message in (
         ({"dtype": ["float32"]}, "dtype must be text"),
         ({"backend": "magic"}, "unknown backend: 'magic'"),
-        ({"recipe": 4}, "recipe version 4 is newer than this fastdiff"),
+        ({"recipe": 4}, "recipe version must be at most 3"),
         ({"load": {"tokenizer": 3}}, "tokenizer must be a list of folders"),
         ({"load": {"heads": 3}}, "unknown loading option 'heads'"),
         ({"job": None}, "unknown kind of job None"),
@@ -337,14 +337,14 @@ MISTAKES = {
     "txt2img cat --model nowhere --negative 'a AND b'": r"prompt syntax 'AND' is not supported",
     "img2img '[cat|dog]' --model nowhere --image photo.png": "or [cat\\|dog] for the literal text",
     "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "has no negative prompt",
-    "txt2img cat --model sd1 --upscale 0.5": "scale must lie in 1 to 16, got 0.5",
-    "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must lie in [0, 1]",
+    "txt2img cat --model sd1 --upscale 0.5": "scale must be in [1, 16], got 0.5",
+    "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must be in [0, 1]",
     "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give only one of them",
     "txt2img cat --model XL --refiner sd1": "must share latent channels",
-    "txt2img cat --model REFINER --refiner XL": "swap them",
+    "txt2img cat --model REFINER --refiner XL": "swap the two models",
     "txt2img cat --model XL --crop -1 0": "crop must be two numbers >= 0, got (-1, 0)",
     "txt2img cat --model XL --original-size 0 64": "original_size must be two numbers >= 1",
-    "txt2img cat --model REFINER --aesthetic-score nan": "aesthetic_score must lie in 0 to 10",
+    "txt2img cat --model REFINER --aesthetic-score nan": "aesthetic_score must be in [0, 10]",
     "txt2img cat --model sd1 --clip-skip -1": "clip_skip must be at least 0, got -1",
     "txt2img cat --model XL --refiner nowhere": "nowhere is missing",
     "txt2img cat --model XL --refiner REFINER --switch 1": "switch must leave steps",
@@ -360,12 +360,14 @@ MISTAKES = {
     "img2img cat --model sd1 --image nowhere.png": "no image at nowhere.png",
     "img2img cat --model sd1 --image text.png": "text.png cannot be read: not an image",
     "img2img cat --model sd1 --image dot.png": "got 1 x 1 (width x height); the nearest",
-    "img2img cat --model sd1 --image photo.png --strength 2": "strength must lie in [0, 1], got 2",
+    "img2img cat --model sd1 --image photo.png --strength 2": "strength must be in [0, 1], got 2",
     "img2img cat --model NINE --image photo.png": "reads 9 channels",
     "img2img cat --model NINE --image photo.png --strength 0": "reads 9 channels",
     "img2img cat --model sd1 --image photo.png --height 0": "height must be 1 to 65535 pixels",
     "img2img cat --model sd1 --image photo.png --width -8": "width must be 1 to 65535 pixels, got",
     "img2img cat --model sd1 --image photo.png --height 99999999": "height must be 1 to 65535",
+    "img2img cat --model sd1 --image dot.png --fit crop": "got 1 x 1 (width x height)",
+    "img2img cat --model sd1 --image photo.png --fit x": "invalid choice 'x' for argument '--fit'",
     "inpaint cat --model sd1 --image photo.png": "missing: --mask",
     "inpaint cat --model sd1 --image photo.png --mask narrow.png": "mask must be (1, 64, 64)",
     "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is empty",

@@ -127,6 +127,7 @@ def small_run() -> DiffusionRun[Any]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "python") and p.name != "README.md"], ids=page_name
 )

@@ -64,6 +64,7 @@ def test_sdxl_with_refiner(folder: Path) -> None:
     assert read_image(folder / "fox.png").shape == (3, 64, 64)
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_samples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,7 @@ def test_training_goes_on_and_samples(folder: Path, monkeypatch: pytest.MonkeyPa
     assert fastdiff.load("runs/photos").class_names == ("a", "b")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_carries_no_outputs(folder: Path) -> None:
     """Cell after cell; the last expression of a cell, which a notebook shows, too."""
     notebook = json.loads((EXAMPLES / "first_pictures.ipynb").read_text())
@@ -99,3 +101,28 @@ def test_what_to_install_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'fastdiff\[diffusers\]'"):
         fastdiff.load(model)
+
+
+@pytest.mark.parametrize("which", ["swiss-roll", "heartbeat"])
+def test_dpm(folder: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred steps already tell the heartbeat from 20 fair coins, and the roll from noise."""
+    pytest.importorskip("matplotlib")
+    run = example("dpm")
+    monkeypatch.setitem(run.__globals__, "SHOWN", 50)
+    monkeypatch.setitem(run.__globals__, "BATCH", 128)
+    bits = run(which, str(folder / "dpm.png"), steps=100)
+    assert bits < (5 if which == "heartbeat" else 30)  # 83 and 1,432 before the training
+    assert bits > (2 if which == "heartbeat" else -10), "below the entropy"
+    assert read_image(folder / "dpm.png").shape == (3, 676, 1300)
+
+
+def test_ddpm_on_one_screen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    run = example("ddpm_on_one_screen")
+    monkeypatch.setitem(run.__globals__, "T", 20)
+    monkeypatch.setitem(run.__globals__, "BATCH", 32)
+    before, after = run(str(folder / "digits.png"), steps=30)
+    assert after < 0.6 * before
+    assert read_image(folder / "digits.png").shape == (3, 64, 64)
+    lines = (EXAMPLES / "ddpm_on_one_screen.py").read_text().splitlines()
+    assert len(lines) <= 60, "one screen"

@@ -79,7 +79,7 @@ class Share:
     seconds: float
     """Over all calls of one evaluation."""
     total_s: float
-    """Of the whole evaluation."""
+    """Duration of the whole evaluation."""
     backend: str = "reference"
 
     @property

@@ -1,4 +1,4 @@
-"""Other people's names: which of a file's tensors make a parameter of ours, checked by shapes."""
+"""Map the tensors of published files to our parameters, and check their names and shapes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastdiff.files import printable
 Place = tuple[str, nn.Module, str]
 """Our prefix, our module, their prefix."""
 Layers = Mapping[type[nn.Module], Mapping[str, tuple[str, ...]]]
-"""Our layer inside a block -> theirs; what is not named is called the same."""
+"""Our layer inside a block -> their layers; layers not listed have the same name."""
 LISTED = 3
-"""Tensors that a message names, of each kind of mistake."""
+"""Number of tensors that a message names for each kind of mistake."""
 
 
 def source_names(places: Iterable[Place], layers: Layers) -> Sources:
-    """(our parameter -> their parameters) of a whole model."""
+    """The map (our parameter -> their parameters) of a whole model."""
     return dict(_source_names(places, layers))
 
 
@@ -45,10 +45,11 @@ def _source_names(places: Iterable[Place], layers: Layers) -> Iterator[tuple[str
 def check_names(
     model: nn.Module, sources: Sources, shapes: Mapping[str, tuple[int, ...]], file: str = ""
 ) -> None:
-    """Raise unless the file has exactly the tensors that the model needs, in their shapes.
+    """Check that the file has exactly the tensors that the model needs, in the right shapes.
 
     Raises:
-        ValueError: keys are unknown, missing or of the wrong shape; the first of each are listed.
+        ValueError: keys are unknown, missing or of the wrong shape; the message lists the first
+            ones of each kind.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert sources.keys() == ours.keys(), sources.keys() ^ ours.keys()
@@ -67,13 +68,13 @@ def check_names(
         more = sum(map(len, kinds)) - len(listed)
         raise ValueError(
             f"{f'{file}: ' * bool(file)}these are not the weights of this {type(model).__name__}: "
-            f"{'; '.join(listed)}{f'; and {more} more' * bool(more)}; check that the config and "
-            "the weights belong together"
+            f"{'; '.join(listed)}{f'; and {more} more' * bool(more)}; use a config and weights "
+            "that belong together"
         )
 
 
 def _stacked(shapes: list[tuple[int, ...]], ndim: int) -> tuple[int, ...] | None:
-    """Shape of the tensors one below the other; a 1x1 convolution is a linear layer on tokens."""
+    """Shape of the concatenated rows; a 1x1 convolution counts as a linear layer on tokens."""
     if len({shape[1:] for shape in shapes}) != 1 or not all(shapes):
         return shapes[0] if len(shapes) == 1 else None
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -82,14 +83,14 @@ def _stacked(shapes: list[tuple[int, ...]], ndim: int) -> tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Plan:
-    """A model without memory whose weights are known to fit: nothing of them has been read."""
+    """A model on the meta device whose weights are known to fit, but have not been read yet."""
 
     model: nn.Module
     sources: Sources
     weights: Weights
     check: Callable[[], None] = lambda: None
-    """Raise ValueError if numbers that the model has no place for are not what it takes them for;
-    called before the others are read."""
+    """Called before the weights are read: raises ValueError if tensors that the model does not
+    store, because it computes them, have other values in the file."""
 
 
 def plan_model(
@@ -97,7 +98,7 @@ def plan_model(
     names: Callable[[nn.Module], Sources],
     weights: Weights,
 ) -> Plan:
-    """The model that a config describes, checked against the names and shapes in a file.
+    """Build the model that a config describes and check the names and shapes in a file.
 
     Raises:
         ValueError: names or shapes do not fit.

@@ -1,4 +1,4 @@
-"""A diffusion model read from disk: whoever trained it, whatever its layout was."""
+"""A diffusion model read from disk, from any source and in any layout."""
 
 from __future__ import annotations
 
@@ -22,57 +22,58 @@ from fastdiff.models.text import TextEncoder
 from fastdiff.names import Prediction
 
 RUN_MODEL = "model"  # the bundle inside a training run's folder
-# What of a text encoder's config its weights' shapes do not say.
+# The fields of a text encoder's config that the shapes of its weights do not determine.
 ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Model:
-    """The parts of a diffusion model, its modules in eval mode and without gradients.
+    """The parts of a diffusion model; the modules are in eval mode and without gradients.
 
-    Data only: what samples from it is in `fastdiff.generate`.
+    This class only holds data; `fastdiff.generate` samples from it.
     """
 
     layout: str
-    """How the files were laid out: "bundle", "compvis", "ddpm", "diffusers", "guided-diffusion"."""
+    """Layout of the files: "bundle", "compvis", "ddpm", "diffusers", "guided-diffusion", ..."""
     denoiser: Network | None = None
-    """The network that is sampled; None for an autoencoder alone."""
+    """The denoising network; None for an autoencoder alone."""
     autoencoder: Autoencoder | None = None
     """The first stage; None for diffusion on pixels."""
     text_encoders: tuple[TextEncoder, ...] = ()
-    """In the order in which their tokens are joined along the width."""
+    """The text encoders, in the order in which their tokens are concatenated."""
     class_embedding: nn.Embedding | None = None
-    """Classes as one context token each, for a denoiser that reads a context and no text (LDM)."""
+    """Class embedding whose rows are context tokens, for denoisers with context but no text (LDM).
+    """
     schedule: ScheduleConfig | None = None
-    """The noise the denoiser was trained with; None where there is no denoiser, or where a
-    denoiser's folder does not say."""
+    """Noise schedule of the training; None without a denoiser, or if the files do not state it."""
     prediction: Prediction = "eps"
     """What the denoiser returns."""
     sampler: SamplerSettings | None = None
-    """How the files say to sample, `sampler.arguments(schedule, steps)` for `build_table`; None
-    where they say nothing, or where fastdiff has no such sampler: provenance["no_sampler"] then
-    says why."""
+    """The sampler in the files, `sampler.arguments(schedule, steps)` for `build_table`; None if
+    they do not name one, or if fastdiff does not support it, as provenance["no_sampler"] then
+    explains."""
     scale_factor: float = 1.0
-    """Latents are multiplied by it before the denoiser sees them."""
+    """Factor of the latents before the denoiser sees them."""
     image_size: int | None = None
-    """Height and width of the images it was trained on, in pixels, where the files tell."""
+    """Height and width of the training images in pixels; None if the files do not state it."""
     image_channels: int | None = None
-    """Channels of the images, 1 for grey and 3 for RGB; None where x is not an image."""
+    """Channels of the images, 1 for grey and 3 for RGB; None if x is not an image."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in the order of the labels; empty where the files name none."""
+    """Names of the classes in the order of the labels; empty if the files do not name them."""
     path: Path = Path()
-    """The file or folder it was read from."""
+    """The file or folder that the model was read from."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """What else is known: "pipeline" (diffusers' class), "facts" of the files (training step,
-    metadata), "assumed" (name -> value: what the files do not say and was taken from the
-    documentation of the published models), "undecided" (of those that none of them decides: the
-    choices, in words), "ignored" (what was left in the files), "no_sampler"."""
+    """What else is known: "pipeline" (diffusers' class), "facts" in the files (training step,
+    metadata), "assumed" (name -> value: what the files do not state and was taken from the
+    documentation of the published models), "undecided" (name -> the choices in words, for
+    assumptions that no published model determines), "ignored" (unused parts of the files),
+    "no_sampler"."""
     stored_hash: str = ""
-    """The weights hash that the files themselves state; see `weights_hash`."""
+    """The weights hash stored in the files themselves; see `weights_hash`."""
 
     @property
     def name(self) -> str:
-        """What to call the model: its file's or folder's name, or its training run's."""
+        """The name of the model: that of its file or folder, or of its training run."""
         path = self.path.absolute()
         if path.name == RUN_MODEL and self.layout == "bundle":
             return path.parent.name
@@ -80,17 +81,17 @@ class Model:
 
     @cached_property
     def weights_hash(self) -> str:
-        """sha256 that names these numbers: two models with one hash draw the same images.
+        """sha256 of everything that affects the images: models with equal hashes make equal images.
 
-        A bundle states its own, over the hashes of its files. Otherwise it covers the weights as
-        they compute, configs, schedule and vocabularies; every number is then read once, which
-        takes about a second per GB.
+        A bundle stores its own, computed from the hashes of its files. Otherwise it covers the
+        weights in their computing dtype, configs, schedule and vocabularies; this reads all weights
+        once, which takes about a second per GB.
         """
         return self.stored_hash or _hash(self)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Part -> module, of the parts that are there."""
+        """Part -> module, for the parts that exist."""
         parts: dict[str, Any] = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
         for index, encoder in enumerate(self.text_encoders):
             parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
@@ -99,11 +100,11 @@ class Model:
 
     @property
     def assumed(self) -> dict[str, Any]:
-        """What the files do not say and was assumed; each name is an argument of `load`."""
+        """Assumptions about what the files do not state; each name is an argument of `load`."""
         return dict(self.provenance.get("assumed", {}))
 
     def summary(self) -> list[tuple[str, str]]:
-        """(title, text) of what a person wants to know first; at most nine pairs."""
+        """The most important facts as (title, text); at most nine pairs."""
         pairs = [("layout", f"{self.layout}, {self.path}")]
         for name, module in self.modules.items():
             count = sum(parameter.numel() for parameter in module.parameters())
@@ -123,34 +124,46 @@ class Model:
         return pairs
 
     def __str__(self) -> str:
-        """At most ten lines."""
+        """A summary of at most ten lines."""
         lines = [f"Model {self.name!r}", *(f"  {name}: {text}" for name, text in self.summary())]
         return "\n".join([*lines, *(f"  {line}" for line in self.assumed_lines())])
 
     __repr__ = __str__
 
     def assumed_lines(self, *, flags: bool = False) -> list[str]:
-        """What a command that samples should say of the files: one line on what was assumed, one
-        if their sampler is not supported, one if a variant was not there for all parts.
+        """Lines about the files that a command should print before sampling.
 
-        flags: name options as on a command line instead of as in Python.
+        One line lists the assumptions, one says that their sampler is not supported, one that some
+        parts have no variant. flags: name options as on the command line instead of as in Python.
         """
         lines = []
         if self.assumed:
             guesses = self.provenance.get("undecided", {})
-            pairs = [
-                (name, _short(value) + (f" (or {guesses[name]})" if name in guesses else ""))
-                for name, value in self.assumed.items()
-            ]
-            if flags:
-                pairs = [(f"--{name.replace('_', '-')}", value) for name, value in pairs]
-            facts = ", ".join((" " if flags else "=").join(pair) for pair in pairs)
+            write = _as_flag if flags else _as_argument
+            facts = ", ".join(
+                write(name, value, guesses.get(name)) for name, value in self.assumed.items()
+            )
             lines.append(f"assumed: {facts} (the files do not say; give what is wrong yourself)")
         if (reason := self.provenance.get("no_sampler")) is not None:
             lines.append(f"sampler: not supported: {message_line(reason, 200)}")
         if plain := self.provenance.get("without variant"):
             lines.append(f"without variant: {', '.join(plain)}")
         return lines
+
+
+def _as_argument(name: str, value: Any, choices: str | None) -> str:
+    """An option of loading as in Python, with what else it may be."""
+    return f"{name}={_short(value)}" + (f" (or {choices})" if choices else "")
+
+
+def _as_flag(name: str, value: Any, choices: str | None) -> str:
+    """The same as on a command line, where a truth value is a flag without one."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        on, off = f"--{word}", f"--no-{word}"
+        said, other = (on, off) if value else (off, on)
+        return said + (f" (or {other})" if choices else "")
+    return f"--{word} {_short(value)}" + (f" (or {choices})" if choices else "")
 
 
 def _short(value: Any) -> str:
@@ -188,7 +201,7 @@ def _hash(model: Model) -> str:
     }
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":
         facts["kind"] = kind
-    # Beside a denoiser in fp16 the autoencoder computes in fp32.
+    # With a denoiser in fp16 the autoencoder computes in fp32.
     wide = denoiser is not None and next(denoiser.parameters()).dtype == torch.float16
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for module in model.modules.values():

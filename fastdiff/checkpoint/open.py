@@ -1,4 +1,4 @@
-"""`fastdiff.load`: whatever a user has on disk, as modules of ours."""
+"""`fastdiff.load`: open any supported checkpoint as fastdiff modules."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ PathLike = str | os.PathLike[str]
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE = "config.json"
 FOLDER = "fastdiff.checkpoint.layouts"
-"""The room of the layouts: every file or folder in it with a `LAYOUT` is one."""
+"""The package of the layouts: every file or folder in it that has a `LAYOUT`."""
 Marks = tuple[str, ...]
-"""Keys that a file has together; * stands for any text."""
+"""Keys that a file must all contain; * matches any text."""
 Source = Path | Weights
 """A folder, or an opened file."""
 Save = Callable[[Model, Path, torch.dtype | None, Progress | None], None]
-"""save(model, folder, dtype, progress): write all of it or nothing; dtype None keeps each own."""
+"""save(model, folder, dtype, progress): write a model atomically; dtype None keeps all dtypes."""
 
 
 @dataclass
 class Assumed:
-    """What a model's files do not say, as far as it has been met."""
+    """The assumptions made so far about what a model's files do not state."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """Field of `LoadOptions` -> what was taken."""
+    """Field of `LoadOptions` -> the assumed value."""
     choices: dict[str, str] = field(default_factory=dict)
-    """Of those that no published model decides: what else it may be, in words."""
+    """Field -> the other possible values, in words; only if no published model determines it."""
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """For `Model.provenance`."""
+        """The entries for `Model.provenance`."""
         undecided = {"undecided": dict(self.choices)} if self.choices else {}
         return {"assumed": dict(self.values), **undecided}
 
     def take(self, name: str, value: Any, choices: str | None = None) -> Any:
-        """Assume a value. choices: None where a published model of this architecture has it."""
+        """Assume a value. choices: None if a published model of this architecture has the value."""
         self.values[name] = value
         if choices is not None:
             self.choices[name] = choices
@@ -65,7 +65,7 @@ class Loading:
 
     options: LoadOptions = field(default_factory=LoadOptions)
     schedule: ScheduleConfig | None = None
-    """The whole of the noise, where the caller said it."""
+    """The complete noise schedule, if the caller gave one."""
     dtype: torch.dtype | None = torch.float32
     device: torch.device | str = "cpu"
     progress: Progress | None = None
@@ -92,30 +92,31 @@ class Loading:
         return self.schedule is not None or self.options.says_noise
 
     def check_decided(self, path: Path) -> None:
-        """
+        """Check that nothing was guessed, if `LoadOptions.strict` is set.
+
         Raises:
-            ValueError: `LoadOptions.strict`, and something is left to choose.
+            ValueError: something was guessed.
         """
         if not (self.options.strict and self.assumed.choices):
             return
         left = "; ".join(f"{name}: {words}" for name, words in self.assumed.choices.items())
         names = " ".join(f"--{name.replace('_', '-')}" for name in self.assumed.choices)
         raise ValueError(
-            f"{path} and the published models leave open {left}. Say which "
-            f"({', '.join(f'{name}=' for name in self.assumed.choices)}; of a command {names}), or "
-            "load without strict"
+            f"neither {path} nor a published model determines {left}. Give "
+            f"{', '.join(f'{name}=' for name in self.assumed.choices)} (on the command line "
+            f"{names}), or load without strict"
         )
 
     def noise(self, found: ScheduleConfig) -> ScheduleConfig:
-        """The training's noise: as the caller says, else as was found or assumed."""
+        """The training's noise schedule: that of the caller, else the one found or assumed."""
         return self.options.noise(self.schedule or found)
 
     def fill(self, plan: Plan) -> Any:
-        """The planned module with its weights.
+        """Read the weights of a planned module.
 
         Raises:
-            ValueError: as `check_decided`; what a layout assumes is known before it reads weights.
-                As `Plan.check`.
+            ValueError: as for `check_decided` (layouts make all assumptions before they read
+                weights) and `Plan.check`.
         """
         self.check_decided(plan.weights.path)
         plan.check()
@@ -131,16 +132,16 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way in which checkpoints lie on disk."""
+    """One way in which checkpoints are stored on disk."""
 
     name: str
     files: tuple[Marks, ...] = ()
-    """A file with all keys of one of these is of this layout."""
+    """A file that contains all keys of one of these has this layout."""
     folder: Callable[[Path], bool] = lambda path: False
-    """Whether a folder is of this layout."""
+    """Whether a folder has this layout."""
     refused: Mapping[str, Marks] = field(default_factory=dict)
-    """What a file is -> its marks, where this layout knows the file but cannot open it alone:
-    the name ends the sentence "these are ..."."""
+    """Description -> marks, for files that this layout recognises but cannot open on their own. The
+    description completes the sentence "these are ..."."""
     open: Callable[[Source, Loading], Model]
     save: Save | None = None
 
@@ -150,7 +151,7 @@ class Layout:
         return any(_has(source.places.keys(), marks) for marks in self.files)
 
     def refusal(self, weights: Weights) -> str | None:
-        """What a file is that cannot be opened alone; None where it is not known."""
+        """Description of a file that cannot be opened on its own; None if it is not recognised."""
         keys = weights.places.keys()
         return next((what for what, marks in self.refused.items() if _has(keys, marks)), None)
 
@@ -169,34 +170,35 @@ def load(
 ) -> Model:
     """Open a checkpoint: a diffusers folder, a single file, or a fastdiff bundle.
 
-    The layout is recognised from keys and shapes, never from a name. Nothing in a pickle is run.
-    Names and shapes of all parts are checked before a number of any is read, and each number is
-    read once, to where it stays.
+    The layout is recognised from keys and shapes, never from the file's name. No code from a pickle
+    is run. Names and shapes of all parts are checked before any weights are read, and each weight
+    is read once, directly to its destination.
+
+    Assumptions about what the files do not state are listed in `Model.assumed`, and in words in
+    `Model.assumed_lines`; strict=True refuses to guess.
 
     Args:
         path: a folder with model_index.json, or with the config.json of one model; a .safetensors,
             .ckpt, .pt or .bin file of CompVis' latent diffusion, Stable Diffusion 1, 2 or XL,
-            OpenAI's guided-diffusion or improved-diffusion, a port of DDPM, DiT or U-ViT; a
-            bundle's or a training run's folder, or a shipped bundle's name.
-        dtype: what floating-point weights become; None: what each model mostly has in its file.
-        device: where the weights are read to.
+            OpenAI's guided-diffusion or improved-diffusion, a port of DDPM, DiT or U-ViT; the
+            folder of a bundle or a training run, or the name of a shipped bundle.
+        dtype: dtype of the floating-point weights; None: the most common one of each model's file.
+        device: device of the weights.
         progress: called as progress(tensor, bytes) after each tensor.
-        vae: a file or folder whose autoencoder is used, for a model without one or instead of its
+        vae: a file or folder with the autoencoder to use, if the model has none or in place of its
             own.
-        tokenizer: a CLIP tokenizer's folder, or one per text encoder, for single files.
-        schedule: the noise of the training, whole or by the kind of its betas, where the files do
-            not say it.
-        options: the same and more as one object; what is given by name wins over it.
+        tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
+        schedule: the training's noise schedule, or the kind of its betas, if the files do not state
+            it.
+        options: all options as one object; options given by name override it.
         said: any other field of `LoadOptions`: variant, ema, text_encoders, prediction, num_heads,
             head_dim, qkv_order, timestep_scale, norm_groups, scale_factor, image_size, strict, ...
 
-    What had to be assumed is in `Model.assumed`, and in words in `Model.assumed_lines`; strict=True
-    refuses where the choice is a guess.
-
     Raises:
-        FileNotFoundError: nothing there, or a part of it is missing.
-        ValueError: damaged, unknown, or parts that do not belong together; one line.
-        ImportError: text encoders are wanted and transformers is not installed.
+        FileNotFoundError: there is no such file or folder, or a part of it is missing.
+        ValueError: the checkpoint is damaged or unknown, or its parts do not belong together; the
+            message is one line.
+        ImportError: the model has text encoders and transformers is not installed.
     """
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = (tokenizer,)
@@ -240,7 +242,8 @@ def _open(path: Path, loading: Loading) -> Model:
     elif path.exists():
         if loading.options.variant is not None:
             raise ValueError(
-                f"variant is for folders, got {loading.options.variant!r} with the file {path}"
+                f"variant is only for diffusers folders, got {loading.options.variant!r} with the "
+                f"file {path}; leave it out"
             )
         source = open_weights(path)
     elif (shipped := shipped_folder(str(path))) is not None:
@@ -257,7 +260,7 @@ def _open(path: Path, loading: Loading) -> Model:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the path before what is wrong with its names or shapes."""
+    """Prefix errors about names or shapes with the path."""
     try:
         yield
     except ValueError as error:
@@ -267,12 +270,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def shipped_bundles() -> tuple[str, ...]:
-    """Names of the bundles that come with the package."""
+    """Names of the bundles that are part of the package."""
     return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}")))
 
 
 def shipped_folder(name: str) -> Path | None:
-    """The folder of a shipped bundle; None if there is none of that name."""
+    """The folder of a shipped bundle, or None if there is none of this name."""
     folder = ASSETS / name
     return folder if len(Path(name).parts) == 1 and (folder / CONFIG_FILE).is_file() else None
 
@@ -285,7 +288,7 @@ def _has(keys: Collection[str], marks: Marks) -> bool:
 
 
 def layouts() -> Iterator[Layout]:
-    """Every layout; a module is imported when its turn comes."""
+    """Yield all layouts; each module is imported when it is reached."""
     for name in _modules():
         layout = getattr(importlib.import_module(f"{FOLDER}.{name}"), "LAYOUT", None)
         if layout is not None:
@@ -299,11 +302,11 @@ def _modules() -> tuple[str, ...]:
 
 
 def recognise(source: Source) -> Layout:
-    """The layout of a folder or of an opened file, told by what is in it and never by its name.
+    """The layout of a folder or an opened file, recognised from its contents, never from its name.
 
     Raises:
-        FileNotFoundError: a folder that holds no model.
-        ValueError: a file of no known layout; says what the file is, or lists its keys.
+        FileNotFoundError: the folder contains no model.
+        ValueError: the file has no known layout; the message says what it is, or lists its keys.
     """
     for layout in layouts():
         if layout.recognises(source):
@@ -318,7 +321,7 @@ def recognise(source: Source) -> Layout:
 
 
 def _stranger(weights: Weights) -> str:
-    """What to say of a file of no known layout."""
+    """Describe a file of no known layout, for an error message."""
     for layout in layouts():
         if (what := layout.refusal(weights)) is not None:
             return f"these are {what}"
@@ -329,10 +332,10 @@ def _stranger(weights: Weights) -> str:
 
 
 def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
-    """The model with the autoencoder of another file or folder.
+    """Replace the model's autoencoder by that of another file or folder.
 
     Raises:
-        ValueError: it holds none, or its latents are scaled in another way than the model's.
+        ValueError: it contains no autoencoder, or its latents have another scale than the model's.
     """
     part = Loading(
         options=LoadOptions(text_encoders=False, norm_groups=loading.options.norm_groups),
@@ -342,7 +345,7 @@ def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
     )
     other = _open(path, part)
     if other.autoencoder is None:
-        raise ValueError(f"{path} holds no autoencoder; give the file or folder of one as vae")
+        raise ValueError(f"{path} contains no autoencoder; give one that does as vae")
     assumed, latent = model.assumed, model.provenance.get("latent size")
     scale = model.scale_factor
     if loading.options.scale_factor is None:
@@ -351,8 +354,8 @@ def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
         if known and stated and abs(other.scale_factor - scale) > 1e-6:
             raise ValueError(
                 f"the latents of {path} are scaled by {other.scale_factor}, those of {model.path} "
-                f"by {scale}; use the autoencoder that belongs to it, or give scale_factor={scale} "
-                "if they were trained together"
+                f"by {scale}; use the autoencoder that belongs to the model, or set "
+                f"scale_factor={scale} if they were trained together"
             )
         if not known and stated:
             scale = other.scale_factor
@@ -369,7 +372,7 @@ def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
 
 
 def _check_together(model: Model) -> None:
-    """The parts' widths must meet: latents with the denoiser, tokens with its context."""
+    """Check the widths of the parts: latents and denoiser, text tokens and context."""
     denoiser, autoencoder = model.denoiser, model.autoencoder
     if denoiser is None:
         return
@@ -387,12 +390,13 @@ def _check_together(model: Model) -> None:
         widths = [text.hidden_size for text in configs]
         if sum(widths) != config.context_dim:
             raise ValueError(
-                f"{model.path}: the text encoders' tokens are {' + '.join(map(str, widths))} "
-                f"wide, the denoiser reads {config.context_dim}; use those that belong to it"
+                f"{model.path}: the text encoders' tokens have {' + '.join(map(str, widths))} "
+                f"channels, the denoiser expects {config.context_dim}; use the text encoders that "
+                "belong to it"
             )
     classes = model.class_embedding
     if classes is not None and classes.embedding_dim != config.context_dim:
         raise ValueError(
-            f"{model.path}: the classes' tokens are {classes.embedding_dim} wide, the denoiser "
-            f"reads {config.context_dim}"
+            f"{model.path}: the class embedding has {classes.embedding_dim} channels, the denoiser "
+            f"expects {config.context_dim}; use the file that they were both saved in"
         )

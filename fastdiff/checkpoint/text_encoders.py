@@ -1,7 +1,7 @@
-"""CLIP text encoders, from diffusers folders and from inside single files.
+"""CLIP text encoders, from diffusers folders and from single files.
 
 The network is transformers' own; only its config and its weights are read here. OpenCLIP's names
-become CLIP's: its packed in_proj is three stretches of rows, its text_projection the transpose.
+are converted to CLIP's: its packed in_proj is split into three, its text_projection is transposed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _BLOCK = {  # OpenCLIP's name inside a block -> CLIP's
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-# What is read of a config.json. transformers would follow others: "attn_implementation" may name a
-# repository of kernels, which is fetched and run.
+# The fields that are read from a config.json. Others are not passed to transformers, because
+# "attn_implementation" may name a repository of kernels, which it would download and run.
 _FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
@@ -40,10 +40,10 @@ _NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
 
 
 def plan_folder(folder: Path, weights: Weights, loading: Loading) -> Plan:
-    """A text_encoder folder of a diffusers pipeline: its config.json and the weights beside it.
+    """Plan a text_encoder folder of a diffusers pipeline, with its config.json and weights.
 
     Raises:
-        ValueError: another architecture, or weights that do not fit.
+        ValueError: the architecture is another one, or the weights do not fit.
         ImportError: transformers is not installed.
     """
     path = folder / "config.json"
@@ -53,15 +53,15 @@ def plan_folder(folder: Path, weights: Weights, loading: Loading) -> Plan:
     if kinds not in known:
         raise ValueError(
             f"{path}: architectures must be CLIPTextModel or CLIPTextModelWithProjection, got "
-            f"{kinds!r:.60}; text_encoders=False loads the rest"
+            f"{kinds!r:.60}; set text_encoders=False to load the rest"
         )
     return _clip(data, kinds == known[1], weights, loading)
 
 
 def plan_clip(weights: Weights, loading: Loading) -> Plan:
-    """CLIP's text model inside a single file, in transformers' own names."""
+    """Plan CLIP's text model inside a single file, with transformers' own names."""
     weights = _plain(weights)
-    # files of merged models have the projection too, which Stable Diffusion never runs
+    # files of merged models also contain the projection, which Stable Diffusion never runs
     names = {key: key for key in weights.places if key != "text_projection.weight"}
     weights = weights.renamed(names)
     return _clip(_config(weights, "quick_gelu"), False, weights, loading)
@@ -70,9 +70,9 @@ def plan_clip(weights: Weights, loading: Loading) -> Plan:
 def plan_open_clip(
     weights: Weights, loading: Loading, *, projection: bool, leave_out: int = 0
 ) -> Plan:
-    """OpenCLIP's text model inside a single file.
+    """Plan OpenCLIP's text model inside a single file.
 
-    leave_out: layers at the end that are never run (Stable Diffusion 2 takes the last but one).
+    leave_out: layers at the end that are never run (Stable Diffusion 2 uses the last but one).
     """
     as_clip = open_clip_as_clip(weights, projection=projection)
     layers = _layers(as_clip)
@@ -86,7 +86,7 @@ def plan_open_clip(
 
 
 def open_clip_as_clip(weights: Weights, *, projection: bool) -> Weights:
-    """OpenCLIP's tensors under CLIP's names: other names and places, the same bytes."""
+    """OpenCLIP's tensors under CLIP's names: only names and places change, not the bytes."""
     places: dict[str, Place] = {}
     for key, place in weights.places.items():
         if key in _NO_WEIGHTS or (key == "text_projection" and not projection):
@@ -125,15 +125,15 @@ def _block(block: str) -> str:
 
 
 def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """transformers' CLIPTokenizer from a local folder.
+    """Load transformers' CLIPTokenizer from a local folder.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is damaged.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the tokenizer is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing; give a tokenizer's folder")
+        raise FileNotFoundError(f"{folder} is missing; give the folder of a tokenizer")
     transformers = import_extra("transformers", extra="diffusers")
     try:
         with warnings.catch_warnings():
@@ -144,14 +144,14 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: no CLIP tokenizer can be read there ({reason:.200}); give a folder with "
+            f"{folder}: cannot read a CLIP tokenizer ({reason:.200}); give a folder with "
             "vocab.json and merges.txt"
         ) from error
     return tokenizer
 
 
 def _try_tokenizer(tokenizer: Any) -> None:
-    """Use it once: transformers looks at some of a tokenizer's options only then."""
+    """Use the tokenizer once, because transformers checks some of its options only then."""
     ids = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids.append(getattr(tokenizer, name))
@@ -160,7 +160,7 @@ def _try_tokenizer(tokenizer: Any) -> None:
 
 
 def _plain(weights: Weights) -> Weights:
-    """Without the prefix that some versions of transformers put before the transformer."""
+    """Remove the prefix that some versions of transformers add to the names."""
     names = {key.removeprefix("text_model."): key for key in weights.places}
     return weights.renamed({k: v for k, v in names.items() if k.split(".")[-1] not in _NO_WEIGHTS})
 
@@ -179,7 +179,7 @@ def _config(weights: Weights, activation: str) -> dict[str, Any]:
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(
             f"{weights.path}: expected a CLIP text encoder, got {', '.join(list(shapes)[:3])}; "
-            "text_encoders=False loads the rest"
+            "set text_encoders=False to load the rest"
         ) from error
     return {
         "vocab_size": vocabulary,
@@ -200,7 +200,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loa
     layers = data.get("num_hidden_layers")
     if not isinstance(layers, int) or layers > len(weights.places):
         raise ValueError(
-            f"{weights.path}: the config asks for {layers!r:.20} layers, the file has "
+            f"{weights.path}: the config has {layers!r:.20} layers, but the file only "
             f"{len(weights.places)} tensors; use the weights that belong to this config"
         )
     transformers = import_extra("transformers", extra="diffusers")
@@ -212,7 +212,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loa
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{weights.path}: the text encoder's config cannot be built ({reason:.200})"
+            f"{weights.path}: cannot build the text encoder from its config ({reason:.200})"
         ) from error
     sources: Sources = {name: (name.removeprefix("text_model."),) for name in model.state_dict()}
     check_names(model, sources, weights.shapes, str(weights.path))
@@ -223,7 +223,7 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loa
 
 
 def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:
-    """What of an encoder's output its U-Net was trained on.
+    """Select the outputs of an encoder that the U-Net was trained on.
 
     Raises:
         ValueError: the tokenizer has tokens that the encoder does not know.
@@ -233,8 +233,8 @@ def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:
         highest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id])
         if highest >= config.vocab_size:
             raise ValueError(
-                f"the tokenizer has tokens up to {highest}, the text encoder knows "
-                f"{config.vocab_size}; use the tokenizer that belongs to it"
+                f"the tokenizer has token ids up to {highest}, but the text encoder only has "
+                f"{config.vocab_size} tokens; use the tokenizer that belongs to it"
             )
     pooled = type(model).__name__ == "CLIPTextModelWithProjection"
     return TextEncoder(

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.files import printable
+from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.network import kind_of, network_family
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
+LARGE = 2**26  # bytes of weights from which on memory is asked for before they are read
 MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
 MAX_DIMS = 64  # of a tensor; the product of a million sizes takes for ever
 
@@ -216,11 +218,25 @@ def fill(
 ) -> Module:
     """Give a model on the meta device its numbers; eval mode, no gradients.
 
-    dtype: what they become; None: what most of them are in the file.
+    dtype: what they become; None: what most of them are in the file. device: "meta" reads none.
+
+    Raises:
+        NotEnoughMemory: they would not fit.
     """
     dtype = dtype or common_dtype(weights)
+    if torch.device(device).type == "meta":
+        return model.to(dtype).eval().requires_grad_(False)
+    shapes = model.state_dict()
+    need = sum(tensor.numel() for tensor in shapes.values()) * dtype.itemsize
+    if need > LARGE:
+        check_memory(
+            need,
+            f"{weights.path}: a model of this size",
+            device=device,
+            way_out="free some, or load in another dtype or on another device",
+        )
     state: dict[str, Tensor] = {}
-    for name, expected in model.state_dict().items():
+    for name, expected in shapes.items():
         value = torch.empty(expected.shape, dtype=dtype, device=device)
         row = 0
         for key in sources[name]:

@@ -130,7 +130,7 @@ def _users_mistake(error: Exception) -> str | None:
         return one_line(error)
     # Compare class names, so that no module is imported just to check for its errors.
     names = {cls.__name__ for cls in type(error).__mro__}
-    if "BackendError" in names:
+    if not names.isdisjoint(("BackendError", "NotEnoughMemory")):
         return one_line(error)
     text = str(error)
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate" in text:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import tyro
 from PIL import Image, ImageChops
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from fastdiff.generate.job import (
     TextJob,
 )
 from fastdiff.generate.recipe import NEW_BITS, Recipe, identity, read
-from fastdiff.images import read_recipe, to_pil
+from fastdiff.generate.webui import from_parameters
+from fastdiff.images import has_own_recipe, read_parameters, read_recipe, to_pil
 
 COMMANDS: dict[str, type[Any]] = {
     "sample": ClassJob,
@@ -146,6 +148,41 @@ def original(command: str, like: str) -> Original:
             stacklevel=1,
         )
     return Original(path, recipe, data)
+
+
+@one_line_errors()
+def foreign(command: str, like: str) -> TextJob | None:
+    """The job of a picture that a web UI made, as far as it means the same here; None if the file
+    is not such a picture. What is left out is said in a warning.
+
+    Raises:
+        ValueError: the text in it cannot be read, or is not of this command.
+    """
+    text = read_parameters(like)
+    if text is None or has_own_recipe(like):
+        return None
+    try:
+        found = from_parameters(text)
+    except ValueError as error:
+        raise ValueError(f"the parameters in {like} cannot be read: {error}") from None
+    if not isinstance(found.job, COMMANDS[command]):
+        raise ValueError(
+            f"{like} was made from a prompt by another program; "
+            f"use 'fastdiff txt2img --like {like}'"
+        )
+    left = f"; not taken: {', '.join(found.left_out)}" if found.left_out else ""
+    warnings.warn(
+        f"{like} was made by another program, whose noise fastdiff does not have: a new picture is "
+        f"made with its prompt and settings{left}",
+        stacklevel=1,
+    )
+    return found.job
+
+
+def foreign_options(made: TextJob, command: type[Any], job: type[Any]) -> Any:
+    """The options of a web UI's picture; which model to use it does not say in a way that counts
+    here."""
+    return command(model=tyro.MISSING, job=_as_options(job, made))
 
 
 @one_line_errors()

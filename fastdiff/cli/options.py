@@ -150,7 +150,8 @@ class Output:
     """Write preview.png to the folder after each step: a cheap preview of the images."""
     like: OptionalPath = None
     """Take the options from the recipe in this PNG. Without other options, the image is made again
-    bit for bit, compared, and written as NAME-again.png."""
+    bit for bit, compared, and written as NAME-again.png. Of a picture of a web UI, the prompt and
+    the settings are used."""
 
 
 class Command(Protocol):

@@ -16,6 +16,7 @@ from fastdiff.cli.options import Command
 from fastdiff.cli.parsing import option_value, parse
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from fastdiff.checkpoint.model import Model
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fastdiff.generate.run import Result
     from fastdiff.generate.session import Session
 
+LARGE = 2**28
+"""Bytes of files from which on a model is looked at before its numbers are read."""
 SHEET, PREVIEW = "sheet.png", "preview.png"
 AnyJob = TypeVar("AnyJob")
 
@@ -70,8 +73,11 @@ def main(
     if path is not None:
         from fastdiff.cli import again
 
-        like = again.original(name, path)
-        default = again.options(like, command, job, **more(like.recipe.job))
+        if (foreign := again.foreign(name, path)) is not None:
+            default = again.foreign_options(foreign, command, job)
+        else:
+            like = again.original(name, path)
+            default = again.options(like, command, job, **more(like.recipe.job))
     options = parse(command, words, prog=f"fastdiff {name}", default=default)
     if options is None:
         return 0
@@ -113,15 +119,17 @@ def run(
             NAME-again.png and compared.
     """
     from fastdiff.cli import report
-    from fastdiff.generate.facts import Facts
 
     out = options.output.out
     again = original if original is not None and original.is_asked_again(options) else None
     device, dtype = device_and_dtype(options.compute)
     with at_work(out, options.compute) as work:
         with work.clock("load"):
+            if _is_large(options.model, refiner):  # nothing is read that will not fit
+                planned = _load(options, refiner, device="meta", dtype=dtype)
+                _check_fits(planned, want, device, dtype, loaded=False)
             models = _load(options, refiner, device=device, dtype=dtype)
-        wanted = want(Facts.of(models[0]))
+        wanted = _check_fits(models, want, device, dtype, loaded=True)
         check_room(out, wanted.total)
         if options.output.preview:
             _keep([*inputs, *([original.path] if original else [])], out / PREVIEW)
@@ -216,6 +224,59 @@ def _load(options: Command, refiner: Path | None, **machine: Any) -> tuple[Model
     return model, load(refiner, tokenizer=options.load.tokenizer[-1:] or None, **machine)
 
 
+def _is_large(model: str, refiner: Path | None) -> bool:
+    """Whether the files of the models together are large enough to look at them first."""
+    total = 0
+    for place in [Path(model)] + ([] if refiner is None else [refiner]):
+        files = place.rglob("*") if place.is_dir() else [place]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return total > LARGE
+
+
+def _check_fits(
+    models: tuple[Model, Model | None],
+    want: Callable[[Facts], Wanted],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    loaded: bool,
+) -> Wanted:
+    """What is wanted, once it is known that it fits into memory.
+
+    models: may be on the meta device, if not `loaded`.
+
+    Raises:
+        NotEnoughMemory: it does not.
+    """
+    from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS
+    from fastdiff.generate.facts import Facts, check, is_small
+
+    facts = Facts.of(models[0])
+    wanted = want(facts)
+    job = check(next(iter(wanted))[1], facts)
+    rows = min(len(wanted.names), SHEET_ROWS)
+    kept = rows * min(len(wanted.columns), SHEET_COLUMNS)
+    batch = min(job.settings.batch or kept, wanted.total)
+    if loaded and is_small(job, facts, max(batch, kept), on_cpu=device.type == "cpu"):
+        return wanted
+    from fastdiff.generate.memory import Call, check_fits
+
+    check_fits(
+        models,
+        job,
+        Call(
+            device=device,
+            dtype=dtype,
+            count=wanted.total,
+            conditions=len(wanted.names),
+            kept=kept,
+        ),
+        way_out="give a smaller --width, --height, --count or --batch",
+        loaded=loaded,
+    )
+    return wanted
+
+
 def _keep(inputs: Sequence[Path], preview: Path) -> None:
     """Raise ValueError if the preview would overwrite an input."""
     for path in inputs:
@@ -235,6 +296,7 @@ def _make(
     """
     from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS, preview_writer
     from fastdiff.generate.run import generate
+    from fastdiff.generate.webui import to_parameters
     from fastdiff.images import add_png
 
     (model, refiner), out = models, options.output.out
@@ -256,7 +318,8 @@ def _make(
             if number not in plan.there:
                 result = next(results)
                 with clock("write"):
-                    path = add_png(place, result.image, recipe_of(options, result.recipe))
+                    recipe = recipe_of(options, result.recipe)
+                    path = add_png(place, result.image, recipe, parameters=to_parameters(recipe))
             elif in_sheet or number == len(plan.paths) - 1:
                 path, result = plan.there[number], plan.result(number)
             if in_sheet:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fastdiff.generate.facts import Facts
 
 NO_CLASS = "none"
+MAX_NAME = 40
+"""Letters of a class's name in a file's name, which may have 255 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def class_names(labels: Sequence[int | None], facts: Facts) -> dict[int | None, 
 
 def file_names(names: dict[int | None, str], labels: Sequence[int | None]) -> dict[int | None, str]:
     """The stem of each class's files: its name if that is a valid file name, else with a number."""
-    safe = all(re.fullmatch(r"\w[\w-]*", name) for name in names.values())
+    safe = all(re.fullmatch(rf"\w[\w-]{{,{MAX_NAME - 1}}}", name) for name in names.values())
     if safe and len(set(map(str.lower, names.values()))) == len(names):
         return names
     return {
@@ -117,7 +119,7 @@ def file_names(names: dict[int | None, str], labels: Sequence[int | None]) -> di
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", name))
+    return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", name)[:MAX_NAME])
 
 
 def _classes(job: ClassJob) -> dict[str, tuple[str, ...]]:

@@ -52,7 +52,7 @@ EXAMPLES = {
   fastdiff train autoencoder --resume""",
     "diffusion": """\
   fastdiff train diffusion --autoencoder runs/digits-autoencoder
-  fastdiff train diffusion --preset digits-diffusion --prediction eps --seed 1 --dry-run
+  fastdiff train diffusion --init-from digits --output.folder runs/tuned
   fastdiff train diffusion --resume --output.folder runs/digits-diffusion""",
 }
 
@@ -135,7 +135,43 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
         folder = Path(option_value(words, "--output.folder") or default.output.folder)
         if (folder / "config.json").is_file():
             return _read(kind, folder)
-    return default if preset is not None else _for_data(default, words)
+    if preset is not None:
+        return default
+    if (place := option_value(words, "--init-from")) is not None:
+        default = _like_model(default, place)
+    return _for_data(default, words)
+
+
+def _like_model(run: Any, place: str) -> Any:
+    """The default run with the architecture of the model whose weights it starts from.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fastdiff.load`, or the model lacks the part.
+    """
+    from fastdiff.checkpoint.open import load
+    from fastdiff.training import AutoencoderRun
+
+    model = load(place, device="meta", text_encoders=False)
+    part = "autoencoder" if isinstance(run, AutoencoderRun) else "denoiser"
+    if (network := getattr(model, part)) is None:
+        raise ValueError(f"{place} contains no {part} to start from; give a model that has one")
+    change: dict[str, Any] = {"model": network.config, "init_from": place}
+    if model.image_size and model.image_channels:
+        channels = model.image_channels
+        change["data"] = replace(run.data, image_size=model.image_size, channels=channels)
+    if part == "denoiser":
+        change["prediction"] = model.prediction
+        change["schedule"] = model.schedule or run.schedule
+        if not network.config.null_class:
+            change["class_dropout"] = 0.0
+        if model.autoencoder is None:
+            change |= {"autoencoder": "", "latent_views": 0}
+        elif model.layout == "bundle":
+            change["autoencoder"] = place
+    else:
+        seen = {"image_channels": network.config.image_channels}
+        change["discriminator"] = replace(run.discriminator, **seen)
+    return replace(run, **change)
 
 
 def _for_data(run: RunT, words: Sequence[str]) -> RunT:

@@ -1,7 +1,7 @@
 """From jobs to images.
 
-The package can be called: `fastdiff.generate(model, jobs)` does the jobs and yields a `Result` for
-each, in their order. `fastdiff.generate.run.generate` documents the arguments.
+The package is callable: `fastdiff.generate(model, jobs)` runs the jobs and yields a `Result` for
+each of them, in their order. `fastdiff.generate.run.generate` documents the arguments.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class _Callable(types.ModuleType):
-    """`fastdiff.generate` names a function and this package: the package is called as the function.
+    """Makes the package callable, because `fastdiff.generate` is both a function and this package.
 
-    The import system sets the attribute of `fastdiff` to the package, whatever else is there.
+    (The import system always sets the attribute of `fastdiff` to the package.)
     """
 
     def __call__(self, *args: Any, **options: Any) -> Iterator[Result]:
@@ -31,7 +31,7 @@ class _Callable(types.ModuleType):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The function's, for `inspect.signature`, editors and IPython's ``?``."""
+        """The signature of the function, for `inspect.signature`, editors and IPython's ``?``."""
         from fastdiff.generate.run import generate
 
         return inspect.signature(generate)

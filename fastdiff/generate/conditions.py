@@ -1,7 +1,7 @@
-"""What a job's words and classes become for the network: made in one place, once per content.
+"""Convert a job's prompts and classes into conditions for the network, once per content.
 
-label -> a row of the label embedding, or of a table of classes as one context token (LDM)
-prompt, negative prompt, sizes -> tokens; for XL the pooled text and the sizes too
+label -> a row of the label embedding, or of a class embedding as one context token (LDM)
+prompt, negative prompt, sizes -> tokens; for XL also the pooled text and the sizes
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
 from fastdiff.runtime.conditions import Condition
 
 KEPT = 256
-"""Conditions that are kept, the last ones used."""
+"""Number of conditions that are cached; the most recently used ones are kept."""
 Pair = tuple[Condition, Condition | None]
-"""A condition, and the one to guide away from."""
+"""A condition, and the condition to guide away from."""
 Made = TypeVar("Made")
 
 
 class Conditions:
-    """Of one model. Equal contents share one object, and with it all that is computed from it."""
+    """The conditions of one model. Equal contents share an object and what is computed from it."""
 
     def __init__(
         self, model: Model, facts: Facts, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """The text encoders are prepared for inference in place."""
+        """Prepare the text encoders for inference in place."""
         assert model.denoiser is not None
         self.facts, self.encoders, self.table = facts, model.text_encoders, model.class_embedding
         self.added = model.denoiser.config.added_condition_dim
@@ -41,7 +41,7 @@ class Conditions:
             encoder.model.eval().requires_grad_(False)
         if self.table is not None:
             self.table.to(device, dtype)
-        # XL's base, with two encoders, saw zeros in place of a dropped prompt.
+        # XL's base, with two encoders, was trained with zeros in place of a dropped prompt.
         self.zero_negative = bool(
             model.provenance.get("force_zeros_for_empty_prompt", len(self.encoders) == 2)
         )
@@ -52,7 +52,7 @@ class Conditions:
         """The conditions of a checked job. size: (height, width) of the image, in pixels.
 
         Raises:
-            ValueError: as `encode_prompt` and `size_vector`.
+            ValueError: as for `encode_prompt` and `size_vector`.
         """
         if isinstance(job, InterpolationJob):
             return self._between(job, size, guided)
@@ -63,7 +63,7 @@ class Conditions:
         return self._class(label), self._class(None) if guided else None
 
     def _between(self, job: InterpolationJob, size: tuple[int, int], guided: bool) -> Pair:
-        """At the ends the conditions of the ends."""
+        """The mixed condition of a frame; at the ends exactly that of the end."""
         if job.prompt is not None:
             other = job.prompt if job.to_prompt is None else job.to_prompt
             first, negative = self._text(job.prompt, size, job.text, guided, beside=other)
@@ -96,7 +96,7 @@ class Conditions:
         *,
         beside: str | None = None,
     ) -> Pair:
-        """beside: a prompt with which this one shares an evaluation, so its length too."""
+        """Conditions of a prompt. beside: a prompt of the same evaluation, padded alike."""
         zeros = text.negative is None and self.zero_negative
         negative = text.negative or ""
         pair = [prompt] if zeros or not guided else [prompt, negative]
@@ -145,7 +145,7 @@ class Conditions:
             return Condition(context=encoded.tokens)
         if encoded.pooled is None:
             raise ValueError(
-                "the denoiser needs a pooled text vector, got none from the text encoders; "
+                "the denoiser needs a pooled text vector, but no text encoder provides one; "
                 "give Stable Diffusion XL's second encoder with pooled=True"
             )
         numbers = (*(text.original_size or size), *text.crop)
@@ -157,7 +157,7 @@ class Conditions:
         return Condition(context=encoded.tokens, added=vector)
 
     def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What was made for a key; the keys that were used longest ago are dropped."""
+        """The cached value of a key, created if necessary; the least recently used are dropped."""
         value: Made = self._kept.pop(key) if key in self._kept else make()  # type: ignore[assignment]
         self._kept[key] = value
         if len(self._kept) > KEPT:
@@ -166,14 +166,14 @@ class Conditions:
 
 
 def size_vector(pooled: Tensor, width: int, choices: dict[int, tuple[float, ...]]) -> Tensor:
-    """XL's added condition: the pooled text, then each number as a timestep is embedded.
+    """XL's added condition: the pooled text, followed by numbers embedded like timesteps.
 
-    pooled: (1, P). width: A, of the whole. choices: the numbers of XL's base (6) and of its refiner
-    (5); which it is follows from A - P, with the original 256 channels per number and any other
-    power of two. Returns (1, A). Podell et al. 2023, section 2.2.
+    Podell et al. 2023, section 2.2. pooled: (1, P). width: A, the width of the result. choices: the
+    numbers for XL's base (6) and for its refiner (5); A - P determines which, for 256 channels per
+    number as in the original or any other power of two. Returns (1, A).
 
     Raises:
-        ValueError: neither fits.
+        ValueError: neither choice fits.
     """
     room = width - pooled.shape[1]
     for count, numbers in choices.items():
@@ -183,7 +183,7 @@ def size_vector(pooled: Tensor, width: int, choices: dict[int, tuple[float, ...]
             embedded = timestep_embedding(given, channels, "openai").to(pooled)
             return torch.cat([pooled, embedded.reshape(1, -1)], dim=1)
     raise ValueError(
-        f"the denoiser's added condition is {width} wide, got {pooled.shape[1]} of pooled text and "
-        f"{room} left for 6 numbers (XL's base) or 5 (its refiner); use the text encoders that it "
-        "was trained with"
+        f"the denoiser's added condition has {width} channels, got {pooled.shape[1]} of pooled "
+        f"text, which leaves {room} for 6 numbers (XL's base) or 5 (its refiner); use the text "
+        "encoders that it was trained with"
     )

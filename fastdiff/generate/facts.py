@@ -24,8 +24,14 @@ LDM_CLASSES = 1000
 STEPS, TEXT_STEPS = 50, 30
 GUIDANCE, TEXT_GUIDANCE = 1.5, 7.5
 TILE, TEXT_TILE = 96, 128
-BATCH_PIXELS = 64 * 32 * 32
+MOST_AT_ONCE = 64
+BATCH_PIXELS = MOST_AT_ONCE * 32 * 32
 """Pixels of x at once by default, in at most 64 images: 64 of 32 x 32, 16 of 64 x 64."""
+SMALL = 2**28
+"""Bytes below which a job's memory is not estimated before it starts."""
+ACTIVATIONS = 64
+"""Feature maps of the first level's size that a network holds at most: 25 in Stable Diffusion 1's
+U-Net, 6 in its decoder; attention never holds its scores."""
 Extra = Literal["none", "inpainting", "upsampler"]
 
 
@@ -148,12 +154,15 @@ class Facts:
         self.check_size(height, width)
         return height, width
 
-    def check_size(self, height: int, width: int, what: str = "the image") -> None:
-        """Raise ValueError, with the nearest sizes, unless the networks can halve these sides."""
+    def check_size(self, height: int, width: int, *, fits: bool = False) -> None:
+        """Raise ValueError, with the nearest sizes, unless the networks can halve these sides.
+
+        fits: they are a picture's, which `fit` would crop or resize.
+        """
         if (only := self.only_size) is not None and (height, width) != (only, only):
             raise ValueError(
-                f"{what} must be {only} x {only} for this model, which has learned a position for "
-                f"each of its patches, got {width} x {height} (width x height)"
+                f"the image must be {only} x {only} for this model, which has learned a position "
+                f"for each of its patches, got {width} x {height} (width x height)"
             )
         factor = self.size_factor
         if height % factor == 0 and width % factor == 0 and height > 0 and width > 0:
@@ -162,10 +171,11 @@ class Facts:
             [max(rounded(side / factor), 1) * factor for side in (width, height)]
             for rounded in (math.floor, math.ceil)
         )
+        way_out = ", and fit (--fit) crop or resize makes it so" if fits else ""
         near = " or ".join(dict.fromkeys(f"{w} x {h}" for w, h in (below, above)))
         raise ValueError(
-            f"the sides of {what} must be positive multiples of {factor}, got {width} x {height} "
-            f"(width x height); the nearest sizes are {near}"
+            f"the sides of the image must be positive multiples of {factor}, got "
+            f"{width} x {height} (width x height); the nearest sizes are {near}{way_out}"
         )
 
     def label(self, wanted: int | str | None) -> int | None:
@@ -285,7 +295,26 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
 
 def default_batch(height: int, width: int, *, text: bool) -> int:
     """Samples of x at once, from the size of one; text: with a context to attend to."""
-    return max(1, min(4 if text else 64, BATCH_PIXELS // (height * width)))
+    return max(1, min(4 if text else MOST_AT_ONCE, BATCH_PIXELS // (height * width)))
+
+
+def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
+    """Whether a checked job surely takes less than SMALL; others deserve an estimate.
+
+    batch: images at once.
+    """
+    height, width = getattr(job, "height", None), getattr(job, "width", None)
+    if height is None or width is None or getattr(job, "upscale", None):
+        return False
+    channels, *sides = facts.x_shape(height, width)
+    assert facts.model.denoiser is not None
+    pixels, first = sides[0] * sides[1], facts.model.autoencoder
+    evaluated = max(2 * pixels, 1024) if on_cpu else 2 * batch * pixels
+    numbers = evaluated * getattr(facts.model.denoiser.config, "model_channels", 1024)
+    if first is not None:
+        decoded = max(pixels, 512) if on_cpu else batch * pixels
+        numbers += decoded * facts.factor**2 * first.config.model_channels
+    return 4 * (ACTIVATIONS * numbers + 16 * batch * channels * pixels) < SMALL
 
 
 def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> Extra:

@@ -1,4 +1,4 @@
-"""Classes and prompts to images: noise(seed) -> the whole table -> larger, or to a refiner."""
+"""Images from classes and prompts: noise(seed) -> the whole table -> upscaling or a refiner."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fastdiff.generate.session import Pass, Session
 
 
 def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = None) -> Pass:
-    """
+    """Plan the passes of a job that starts from noise.
+
     Raises:
-        ValueError: prompts or pictures that do not fit the model, or a refiner that does not.
+        ValueError: the prompts, pictures or refiner do not fit the model.
     """
     assert job.height is not None, "the job is checked"
     assert job.width is not None
@@ -41,10 +42,10 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
 
 
 def start_noise(session: Session, job: ClassJob | TextJob) -> Tensor:
-    """What x starts as: the seed's noise, or between it and another seed's.
+    """The initial noise of a job, (C, h, w): that of its seed, or between those of two seeds.
 
-    Returns (C, h, w). Between two seeds it goes along the great circle, so that every mix has the
-    length of noise (White 2016, "slerp").
+    Between two seeds it is on the great circle, so that every mixture has the norm of noise (White
+    2016, "slerp").
     """
     assert job.height is not None
     assert job.width is not None
@@ -56,14 +57,14 @@ def start_noise(session: Session, job: ClassJob | TextJob) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """sin((1 - s) theta) / sin(theta) a + sin(s theta) / sin(theta) b, theta the angle between.
+    """sin((1 - s) theta) / sin(theta) a + sin(s theta) / sin(theta) b; theta is their angle.
 
-    a, b: the same shape. share: s; 0 is a, 1 is b.
+    a, b: the same shape. share: s; 0 gives a, 1 gives b.
     """
     u, v = a.double().flatten(), b.double().flatten()
     cosine = torch.dot(u, v) / (u.norm() * v.norm())
     theta = torch.arccos(cosine.clamp(-1, 1))
-    if theta.sin() < 1e-6:  # the same direction, or opposite ones, which no circle tells apart
+    if theta.sin() < 1e-6:  # parallel or antiparallel: the great circle is undefined
         return torch.lerp(a, b, share)
     weights = torch.sin((1 - share) * theta), torch.sin(share * theta)
     mixed = (weights[0] * u + weights[1] * v) / theta.sin()

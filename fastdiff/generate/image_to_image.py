@@ -17,8 +17,8 @@ def plan(session: Session, job: ImageToImageJob) -> Pass:
     Raises:
         ValueError: an image or a prompt that does not fit the model.
     """
-    image = session.picture(job.image, job.height, job.width)
-    z = session.encoded([job.image], image, job.settings.tile or 0)
+    image = session.picture(job.image, job.height, job.width, fit=job.fit)
+    z = session.encoded([job.image], image, job.settings.tile or 0, job.fit)
     return from_latents(session, job, z, strength=job.strength, seed=job.seed)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff.generate.job import InpaintJob, first_step
-from fastdiff.generate.pictures import read_mask_of
+from fastdiff.generate.pictures import fitted, read_mask_of, read_picture
 from fastdiff.generate.session import Pass, Session
 
 
@@ -23,18 +23,21 @@ def plan(session: Session, job: InpaintJob) -> Pass:
         ValueError: an image, a mask or a prompt that does not fit.
     """
     tile = job.settings.tile or 0
-    image = session.picture(job.image, job.height, job.width)
-    mask = read_mask_of(job, image)
+    image = session.picture(job.image, job.height, job.width, fit=job.fit)
+    whole = read_picture(job.image, session.facts.image_channels, job.height, job.width)
+    mask = fitted(read_mask_of(job, whole), session.facts.size_factor, job.fit, mask=True)
+    if not mask.any():
+        raise ValueError("fit='crop' leaves nothing of the mask; use fit='resize' (--fit resize)")
     paste = (mask, image) if job.paste else None
     table = session.table(job.settings, start=first_step(job.settings.total, job.strength))
-    z = session.encoded([job.image], image, tile)
+    z = session.encoded([job.image], image, tile, job.fit)
     if not len(table):
         return Pass(session=session, x=z, paste=paste)
     noise = session.noise(job.seed, tuple(z.shape))
     mask = mask.to(noise)
     if session.facts.extra == "inpainting":
         small = F.interpolate(mask[None], z.shape[1:])[0]  # the nearest pixel, as in training
-        kept = session.encoded([job.image, job.mask], image * (mask < 0.5).to(image), tile)
+        kept = session.encoded([job.image, job.mask], image * (mask < 0.5).to(image), tile, job.fit)
         more: dict[str, Any] = {"extra": torch.cat([small, kept])}
     else:
         # A latent pixel is new if any pixel of its square is: a thin stroke does not get lost.

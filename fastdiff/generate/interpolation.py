@@ -1,6 +1,6 @@
-"""Between two images: noise on the great circle of two seeds', the condition on the straight line.
+"""Interpolation: the noise is on the great circle between two seeds, the condition on a line.
 
-x_s = slerp(noise(seed), noise(to_seed), s), c_s = (1 - s) c_0 + s c_1, and from there as any image.
+x_s = slerp(noise(seed), noise(to_seed), s), c_s = (1 - s) c_0 + s c_1; the rest is as usual.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from fastdiff.generate.session import Pass, Session
 
 
 def plan(session: Session, job: InterpolationJob) -> Pass:
-    """
+    """Plan the pass of a frame.
+
     Raises:
-        ValueError: prompts or classes that do not fit the model.
+        ValueError: the prompts or classes do not fit the model.
     """
     assert job.height is not None, "the job is checked"
     assert job.width is not None
@@ -25,7 +26,7 @@ def plan(session: Session, job: InterpolationJob) -> Pass:
 
 
 def noise_between(session: Session, job: InterpolationJob) -> Tensor:
-    """(C, h, w), N(0, 1); at the ends the very numbers of the seed's own image."""
+    """Noise (C, h, w), N(0, 1); at the ends exactly that of the seed's own image."""
     assert job.height is not None
     assert job.width is not None
     shape = session.facts.x_shape(job.height, job.width)

@@ -1,4 +1,4 @@
-"""Images to the latents that are diffused, and back: whole, in tiles, or as a cheap preview.
+"""Convert images to latents and back: whole, in tiles, or as a cheap preview.
 
 images -> encode -> z * scale_factor;  z / scale_factor -> decode -> images
 """
@@ -17,14 +17,14 @@ from fastdiff.runtime.blocks import block_size, in_blocks
 from fastdiff.runtime.prepare import prepare
 
 PREVIEW_LATENTS = 4
-"""Latents of 8x8 that are decoded once to learn what a preview looks like."""
+"""Number of 8x8 latents that are decoded once to fit the map for previews."""
 
 
 class Latents:
-    """The first stage, prepared for inference in place; without an autoencoder, pixels as they are.
+    """The first stage, prepared for inference in place; without an autoencoder, pixels unchanged.
 
-    Beside a denoiser in fp16 the autoencoder computes in fp32: Stable Diffusion 1's and XL's
-    overflow in fp16.
+    With a denoiser in fp16, the autoencoder computes in fp32, because those of Stable Diffusion 1
+    and XL overflow in fp16.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Latents:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """device, dtype: the denoiser's."""
+        """Prepare the autoencoder. device, dtype: those of the denoiser."""
         self.autoencoder, self.scale_factor, self.device = autoencoder, scale_factor, device
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
         self.sample_dtype = torch.promote_types(dtype, torch.float32)
@@ -44,14 +44,14 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, tile: int = 0) -> Tensor:
-        """Images to latents: the mode of their distribution, scaled.
+        """Encode images to latents: the scaled mode of their distribution.
 
         images: (N, image_channels, H, W) in [-1, 1]. tile: as in `decode`.
 
         Returns (N, C, h, w) in `sample_dtype`, on the model's device.
 
         Raises:
-            ValueError: images that the autoencoder does not take.
+            ValueError: the autoencoder does not accept the images.
         """
         images = images.to(self.device)
         if self.autoencoder is None:
@@ -70,15 +70,15 @@ class Latents:
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, tile: int = 0) -> Tensor:
-        """Turn what was sampled into images.
+        """Decode sampled latents to images.
 
-        z: (N, C, h, w), scaled. tile: latents with a longer side are decoded in tiles of it; 0:
-        never.
+        z: (N, C, h, w), scaled. tile: side of the tiles in which larger latents are decoded; 0:
+        never use tiles.
 
         Returns (N, image_channels, H, W) in `sample_dtype`, in [-1, 1], on z's device.
 
         Raises:
-            ValueError: the decoder's result is not finite.
+            ValueError: the result of the decoder is not finite.
         """
         if self.autoencoder is None:
             return z.to(self.sample_dtype).clamp(-1, 1)
@@ -93,18 +93,18 @@ class Latents:
         images = in_blocks(run, block, (z / self.scale_factor).to(self.dtype))
         if not images.isfinite().all():
             raise ValueError(
-                f"the decoder returned NaN or infinity in {self.dtype}, expected finite pixels; "
-                "decode in float32"
+                f"expected finite pixels, got NaN or infinity from the decoder in {self.dtype}; "
+                "use float32"
             )
         return images.to(self.sample_dtype).clamp(-1, 1)
 
     @torch.no_grad()
     def preview(self, z: Tensor) -> Tensor:
-        """A cheap look at latents: a linear map of their channels to colours, pixel by pixel.
+        """A cheap preview of latents: a linear map from their channels to colours, per pixel.
 
         z: (N, C, h, w), such as `Step.denoised`. Returns (N, image_channels, h, w) in [-1, 1].
 
-        The map is fitted once to what the decoder makes of smooth random latents.
+        The map is fitted once to decoded smooth random latents.
         """
         if self.autoencoder is None:
             return z.clamp(-1, 1)
@@ -114,7 +114,7 @@ class Latents:
 
     @cached_property
     def _preview_map(self) -> Tensor:
-        """(C + 1, image_channels): least squares of mean colours on latents and 1."""
+        """(C + 1, image_channels): least-squares fit of mean colours to latents and a constant."""
         assert self.autoencoder is not None
         channels = self.autoencoder.config.latent_channels
         seeds = torch.arange(PREVIEW_LATENTS, device=self.device)

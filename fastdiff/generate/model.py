@@ -1,4 +1,4 @@
-"""`fastdiff.load`: a model that generates."""
+"""`fastdiff.load`: a model that can generate images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fastdiff.generate.session import Session
 
 
 class Model(CheckpointModel):
-    """A checkpoint's parts, and what samples from them."""
+    """The parts of a checkpoint, with methods that sample from them."""
 
     def generate(
         self,
@@ -48,26 +48,26 @@ class Model(CheckpointModel):
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Images:
-        """Images in one call; `fastdiff.generate` streams any mix of jobs.
+        """Make images in one call; `fastdiff.generate` streams any mix of jobs.
 
-        The kind of job follows from what is given: a mask makes an `InpaintJob`, an image with
-        `scale` an `UpscaleJob`, an image an `ImageToImageJob` (a `ClassJob` of an upsampler),
-        `frames` an `InterpolationJob`, a prompt a `TextJob`, anything else a `ClassJob`.
+        The arguments determine the kind of job: a mask makes an `InpaintJob`, an image with `scale`
+        an `UpscaleJob`, an image an `ImageToImageJob` (a `ClassJob` with an upsampler), `frames` an
+        `InterpolationJob`, a prompt a `TextJob`, and anything else a `ClassJob`.
 
         Args:
-            prompts: one for all images, or one each.
-            classes: one for all images, or one each: by number or name, None for no class.
-            seeds: one each; None: from 0 up, one per prompt or class.
+            prompts: one for all images, or one per image.
+            classes: one for all images, or one per image: a number or name, None for no class.
+            seeds: one per image; None: counting up from 0, one per prompt or class.
             image, mask: files, or pixels (C, H, W) in [-1, 1]; the mask is 1 where the image is to
-                be new. A batch (N, C, H, W) has one image per seed.
-            frames: images on the way from each seed's image to that of to_seed, to_prompt or
-                to_label (any of them), both ends included; 1: the one that `at` names.
+                be replaced. A batch (N, C, H, W) has one image per seed.
+            frames: number of images from each seed's image to that of to_seed, to_prompt or
+                to_label (one or more of them), including both ends; 1: the frame at position `at`.
             options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             refiner, progress, on_step: as in `fastdiff.generate`.
 
         Raises:
-            ValueError: what does not fit the model or each other.
+            ValueError: the arguments do not fit the model or each other.
         """
         count, seeds = _seeds(seeds, prompts, classes)
         given = {
@@ -82,8 +82,8 @@ class Model(CheckpointModel):
             kind = _kind(facts, prompts, image, mask, options)
             if leads := [name for name in ("to_seed", "to_prompt", "to_label") if name in options]:
                 raise ValueError(
-                    f"{leads[0]} leads to another image; give frames, the images on the way (1 and "
-                    "at for a single one)"
+                    f"{leads[0]} needs frames, the number of images to make (frames=1 with at= for "
+                    "a single one)"
                 )
         jobs: list[Job] = []
         for index, seed in enumerate(seeds):
@@ -94,7 +94,7 @@ class Model(CheckpointModel):
         return Images(list(made))
 
     def preview(self, z: Tensor) -> Tensor:
-        """A cheap look at latents, such as a `Step`'s `denoised`, without decoding them.
+        """A cheap preview of latents, such as a `Step`'s `denoised`, without decoding them.
 
         z: (N, C, h, w). Returns (N, image_channels, h, w) in [-1, 1].
         """
@@ -109,7 +109,7 @@ class Images(Sequence[Result]):
 
     @property
     def pil(self) -> list[Image]:
-        """The images for Pillow."""
+        """The images as Pillow images."""
         return [result.pil for result in self.results]
 
     @property
@@ -136,7 +136,7 @@ P = ParamSpec("P")
 
 
 def _sampling(opener: Callable[P, CheckpointModel]) -> Callable[P, Model]:
-    """The same function with the same arguments, returning a model that generates."""
+    """Wrap a function that opens a checkpoint to return a model that can generate."""
 
     @functools.wraps(opener)
     def load(*args: P.args, **options: P.kwargs) -> Model:
@@ -146,7 +146,7 @@ def _sampling(opener: Callable[P, CheckpointModel]) -> Callable[P, Model]:
 
 
 def with_generate(model: CheckpointModel) -> Model:
-    """The same model, with `generate`."""
+    """Add `generate` to a model."""
     if isinstance(model, Model):
         return model
     return Model(**{field.name: getattr(model, field.name) for field in fields(model)})
@@ -178,7 +178,7 @@ def _seeds(seeds: Any, prompts: Any, classes: Any) -> tuple[int, list[int]]:
         seeds = range(len(lists[0]) if lists else 1)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds:
-        raise ValueError("expected at least one seed, got none; each seed is an image")
+        raise ValueError("expected at least one seed, got none; each seed makes one image")
     return len(seeds), seeds
 
 
@@ -191,7 +191,7 @@ def _each(name: str, value: Any, count: int) -> list[Any] | None:
         return None if value is None else [value] * count
     if len(value) != count:
         raise ValueError(
-            f"expected one of {name} per seed, or one for all, got {len(value)} {name} and "
+            f"{name} must be one for all images or one per seed, got {len(value)} {name} and "
             f"{count} seeds"
         )
     return list(value)
@@ -203,17 +203,18 @@ def _pictures(name: str, value: Picture | None, count: int) -> list[Picture] | N
     if isinstance(value, Tensor) and value.ndim == 4 and len(value) != 1:
         if len(value) != count:
             raise ValueError(
-                f"expected one {name}, or one per seed, got {len(value)} for {count} seeds"
+                f"{name} must be one for all images or one per seed, got {len(value)} for "
+                f"{count} seeds"
             )
         return list(value)
     return [value] * count
 
 
 def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:
-    """A job from flat names: its own fields, and those of its settings and of its text.
+    """Create a job from flat names: its own fields, and those of its settings and its text.
 
     Raises:
-        ValueError: an unknown name, a missing one, or a value that makes no sense.
+        ValueError: a name is unknown or missing, or a value is invalid.
     """
     own: dict[str, Any] = {field.name: field for field in fields(kind)}
     groups: dict[str, type[Any]] = {name: GROUPS[name] for name in own if name in GROUPS}

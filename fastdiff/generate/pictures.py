@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.generate.job import InpaintJob, Picture
+from fastdiff.generate.job import Fit, InpaintJob, Picture
 from fastdiff.images import read_image, read_mask
 
 
@@ -36,6 +37,27 @@ def read_picture(picture: Picture, channels: int, height: int | None, width: int
             "fastdiff.images.read_image reads an image so"
         )
     return image
+
+
+def fitted(image: Tensor, factor: int, fit: Fit | None, *, mask: bool = False) -> Tensor:
+    """A picture with sides that are multiples of `factor`, or as it is without `fit`.
+
+    image: (C, H, W) in [-1, 1], or a mask of 0 and 1. crop takes the centre; resize takes the
+    nearest multiples, with the antialiased bicubic filter (masks: the nearest pixel).
+    """
+    height, width = image.shape[1:]
+    if fit is None or not (height % factor or width % factor):
+        return image
+    if fit == "crop" and min(height, width) < factor:
+        return image  # nothing would be left: the caller refuses its size
+    if fit == "crop":
+        high, wide = (side // factor * factor for side in (height, width))
+        top, left = (height - high) // 2, (width - wide) // 2
+        return image[:, top : top + high, left : left + wide]
+    size = [max(round(side / factor), 1) * factor for side in (height, width)]
+    if mask:
+        return F.interpolate(image[None], size, mode="nearest-exact")[0]
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Recipes: everything that one image depends on, as JSON inside its PNG; and reading them back.
+"""Recipes: everything that an image depends on, stored as JSON in its PNG, and how to read it.
 
     {"recipe": 3, "fastdiff", "torch", "model", "weights", "layout", "backend", "device", "dtype",
-     "job": `to_json`, "class_name", "sampler": what CHECKPOINT meant,
+     "job": `to_json`, "class_name", "sampler": the sampler that CHECKPOINT stood for,
      "refiner": {"path", "weights"}, "load": options of `fastdiff.load`}
 
-Older versions are read, and never written. Version 1 is what pictures carry that were written
-before jobs: `classes` and text had a format each. Until version 2 prompts had brackets, and nothing
-else of the syntax of web UIs: what has a meaning since then is read as the text it was.
+Older versions can be read, but are never written. Version 1 is from before there were jobs: classes
+and text had separate formats. Up to version 2, prompts supported only the brackets of web UIs, so
+any other syntax in them is read as the text that it was.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fastdiff.models.prompts import as_text
 
 VERSION = 3
 SYNTAX_VERSION = 3
-"""Since which BREAK and other syntax of web UIs have a meaning in prompts."""
+"""First version in which BREAK and other syntax of web UIs has a meaning in prompts."""
 NEW_BITS = (
     "recipe version 1: since then guided and unguided images are computed in one batch, which "
     "rounds differently"
 )
-"""Why an image of a version 1 recipe may come out with other bits."""
+"""Why an image made from a recipe of version 1 may differ in its bits."""
 EDITS = {"img2img": "image-to-image", "inpaint": "inpaint"}
 TEXT_FIELDS = ("upscale", "upscale_strength", "upscale_via", "switch")
 EDIT_FIELDS = ("image", "mask", "strength", "paste")
@@ -44,27 +44,27 @@ EDIT_FIELDS = ("image", "mask", "strength", "paste")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a picture says of how it was made."""
+    """The recipe in a picture: how it was made."""
 
     version: int
     job: Job
     model: str
-    """The path it was loaded from, or a shipped model's name."""
+    """The path it was loaded from, or the name of a shipped model."""
     weights: str
     backend: str
     device: str
     dtype: str
     """torch's name, such as float32."""
     load: dict[str, Any] = field(default_factory=dict)
-    """Options of `fastdiff.load` that were given."""
+    """Options that were given to `fastdiff.load`."""
     refiner: dict[str, Any] | None = None
-    """path and weights."""
+    """The refiner's path and weights."""
     reread: bool = False
-    """Whether a prompt got backslashes, so that it still is the text that it was."""
+    """Whether backslashes were added to a prompt to keep it as text."""
 
 
 def write_recipe(job: Job, session: Session, refiner: Session | None = None) -> dict[str, Any]:
-    """The recipe of a checked job. Hashes the weights, once per model."""
+    """The recipe of a checked job. Hashes the weights once per model."""
     facts, label = session.facts, getattr(job, "label", None)
     named = session.model.sampler if job.settings.sampler == CHECKPOINT else None
     return {
@@ -89,7 +89,7 @@ def write_recipe(job: Job, session: Session, refiner: Session | None = None) -> 
 def to_json(job: Job) -> dict[str, Any]:
     """A job as JSON: its kind, its fields, and pictures as path and sha256 of the file's bytes.
 
-    A picture given as pixels has no path, and the hash of its numbers.
+    A picture given as pixels has no path, and its hash is that of its values.
     """
     kind = next(name for name, cls in KINDS.items() if isinstance(job, cls))
     data: dict[str, Any] = {"kind": kind}
@@ -104,10 +104,10 @@ def to_json(job: Job) -> dict[str, Any]:
 
 
 def from_json(data: Any) -> Job:
-    """Read what `to_json` gave; what is left out has its default.
+    """Inverse of `to_json`; missing fields get their defaults.
 
     Raises:
-        ValueError: an unknown kind or field, a missing or wrong value.
+        ValueError: the kind or a field is unknown, or a value is missing or wrong.
     """
     if not isinstance(data, dict) or data.get("kind") not in tuple(KINDS):
         got = data.get("kind") if isinstance(data, dict) else data
@@ -134,7 +134,7 @@ def from_json(data: Any) -> Job:
 
 
 def identity(picture: Picture) -> dict[str, str | None]:
-    """A picture in a recipe: where it lay, and the hash of its bytes or numbers."""
+    """The entry of a picture in a recipe: its path, and the hash of its bytes or values."""
     if isinstance(picture, Tensor):
         numbers = picture.detach().float().cpu().contiguous().numpy().tobytes()
         return {"path": None, "sha256": hashlib.sha256(numbers).hexdigest()}
@@ -146,13 +146,14 @@ def _path(name: str, value: Any) -> str:
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str):
         raise ValueError(
-            f"the {name} was given as pixels, not as a file, so it cannot be found again; give it"
+            f"the {name} was given as pixels and not as a file, so it cannot be found; "
+            f"give --{name}"
         )
     return path
 
 
 def place(model: Model) -> str:
-    """Where a model can be loaded from again: a shipped one by name."""
+    """The path to load a model from again, or its name if it is a shipped model."""
     path = model.path
     return path.name if path.absolute().parent == ASSETS else str(path)
 
@@ -161,16 +162,16 @@ def read(data: Mapping[str, Any]) -> Recipe:
     """Read a recipe of any version.
 
     Raises:
-        ValueError: a field is missing, unknown or wrong; one line.
+        ValueError: a field is missing, unknown or wrong; the message is one line.
     """
     version = data.get("recipe", 1)
     if version not in range(1, VERSION + 1):
         raise ValueError(
-            f"recipe version {version!r:.40} is newer than this fastdiff, which reads up to "
-            f"{VERSION}; update fastdiff"
+            f"recipe version must be at most {VERSION} for this version of fastdiff, got "
+            f"{version!r:.40}; update fastdiff"
         )
     if not {"seeds", "frames", "classes", "jobs"}.isdisjoint(data):
-        raise ValueError("a contact sheet is no single image; give one of the images beside it")
+        raise ValueError("it belongs to a contact sheet; give a single image from its folder")
     needed = ["weights", "backend", "device", "dtype"]
     needed += ["seed", "settings"] if version == 1 else ["job", "model"]
     if missing := [name for name in needed if name not in data]:
@@ -200,7 +201,7 @@ def read(data: Mapping[str, Any]) -> Recipe:
 
 
 def _as_text(job: Any) -> Any:
-    """A job whose prompts mean today what they meant before SYNTAX_VERSION."""
+    """Escape the prompts of a job to mean what they meant before SYNTAX_VERSION."""
     text = job.get("text", {}) if isinstance(job, dict) else None
     if not isinstance(text, dict) or text.get("emphasis") is False:
         return job
@@ -214,7 +215,7 @@ def _as_text(job: Any) -> Any:
 
 
 def _old_job(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A version 1 recipe's job as `to_json` writes it today."""
+    """Convert the job of a version 1 recipe to the present format of `to_json`."""
     if not isinstance(data["settings"], dict):
         raise ValueError(f"settings must be an object, got {data['settings']!r:.40}")
     settings = dict(data["settings"])

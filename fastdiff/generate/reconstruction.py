@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.extras import import_extra
+from fastdiff.generate.memory import check_reconstruction
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.runtime.blocks import block_size, in_blocks
 from fastdiff.runtime.prepare import prepare
@@ -36,9 +37,11 @@ def reconstruct(autoencoder: Autoencoder, images: Tensor, *, batch: int = 64) ->
 
     Raises:
         ValueError: images the autoencoder does not take, or a result that is not finite.
+        NotEnoughMemory: they would not fit.
     """
     if not len(images):
         raise ValueError("expected at least one image to reconstruct, got none")
+    check_reconstruction(autoencoder, images)
     weight = next(autoencoder.parameters())
     prepare(autoencoder, device=weight.device, dtype=weight.dtype)
     parts = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate import from_noise, image_to_image, inpainting, interpolation, upscale
-from fastdiff.generate.facts import check, default_batch
+from fastdiff.generate.facts import MOST_AT_ONCE, check, default_batch, is_small
 from fastdiff.generate.job import (
     ClassJob,
     ImageToImageJob,
@@ -30,6 +30,7 @@ from fastdiff.generate.job import (
 )
 from fastdiff.generate.recipe import write_recipe
 from fastdiff.generate.session import Pass, Session
+from fastdiff.generate.webui import to_parameters
 from fastdiff.images import save_png, to_pil
 from fastdiff.runtime.blocks import block_size
 from fastdiff.runtime.graphs import no_graphs
@@ -75,7 +76,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PNG that carries its recipe; `fastdiff info` shows it, --like makes it again."""
-        save_png(path, self.image, self.recipe)
+        save_png(path, self.image, self.recipe, parameters=to_parameters(self.recipe))
 
 
 def generate(
@@ -108,6 +109,7 @@ def generate(
 
     Raises:
         ValueError: a job that does not fit the model, or a result that is not finite.
+        NotEnoughMemory: a job that would not fit into memory (a MemoryError).
     """
     session, second = Session.of(model), None if refiner is None else Session.of(refiner)
     if expected is None and isinstance(jobs, list | tuple):
@@ -169,9 +171,12 @@ class _Run:
         done: list[tuple[_Task, Tensor]] = []
         second: list[_Task] = []
 
+        seen: set[Any] = set()
+
         def begin() -> Iterator[_Task]:
             for number, given in enumerate(jobs):
                 job = check(given, self.session.facts)
+                self._check_memory(job, seen)
                 task = _Task(number, job, plan(self.session, job, self.refiner))
                 if task.now.request is not None:
                     yield task
@@ -191,6 +196,32 @@ class _Run:
             done.clear()
         done += self._again(second)
         yield from done
+
+    def _check_memory(self, job: Job, seen: set[Any]) -> None:
+        """Once for all jobs alike, which are added to `seen`.
+
+        Raises:
+            NotEnoughMemory: a job would not fit.
+        """
+        size = getattr(job, "height", None), getattr(job, "width", None)
+        picture = getattr(job, "image", None)
+        key = (type(job), size, None if isinstance(picture, Tensor) else picture)
+        if None not in size and key in seen:
+            return
+        seen.add(key)
+        session, batch = self.session, self.batch or job.settings.batch or MOST_AT_ONCE
+        batch = min(batch, self.expected or batch)
+        if is_small(job, session.facts, batch, on_cpu=session.device.type == "cpu"):
+            return
+        from fastdiff.generate.memory import Call, check_fits
+
+        check_fits(
+            [session.model, None if self.refiner is None else self.refiner.model],
+            job,
+            Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
+            way_out="give a smaller height, width or batch",
+            loaded=True,
+        )
 
     def _again(self, tasks: list[_Task]) -> Iterator[tuple[_Task, Tensor]]:
         """The second passes, which are all of one network."""

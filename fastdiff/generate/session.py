@@ -17,9 +17,9 @@ from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
-from fastdiff.generate.job import CHECKPOINT, DEFAULT_SAMPLER, Job, Picture, SampleSettings
+from fastdiff.generate.job import CHECKPOINT, DEFAULT_SAMPLER, Fit, Job, Picture, SampleSettings
 from fastdiff.generate.latents import Latents
-from fastdiff.generate.pictures import read_picture
+from fastdiff.generate.pictures import fitted, read_picture
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request
@@ -145,20 +145,32 @@ class Session:
         noise = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE)
         return noise[0].to(self.sample_dtype)
 
-    def picture(self, picture: Picture, height: int | None, width: int | None) -> Tensor:
+    def picture(
+        self,
+        picture: Picture,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        fit: Fit | None = None,
+    ) -> Tensor:
         """An image of a job as (C, H, W) in [-1, 1], of sides that the networks can halve.
+
+        fit: how to get there, see `pictures.fitted`.
 
         Raises:
             ValueError: as `read_picture` and `Facts.check_size`.
         """
         image = read_picture(picture, self.facts.image_channels, height, width)
-        self.facts.check_size(image.shape[1], image.shape[2])
+        image = fitted(image, self.facts.size_factor, fit)
+        self.facts.check_size(image.shape[1], image.shape[2], fits=True)
         return image
 
-    def encoded(self, pictures: Sequence[Picture], image: Tensor, tile: int) -> Tensor:
+    def encoded(
+        self, pictures: Sequence[Picture], image: Tensor, tile: int, fit: Fit | None
+    ) -> Tensor:
         """`latents.encode` of an image, once for all jobs that share it: (C, h, w).
 
-        pictures: what the image was made of. image: (C, H, W).
+        pictures, fit: what the image was made of, and how. image: (C, H, W).
         """
 
         def key(picture: Picture) -> Hashable:
@@ -170,7 +182,7 @@ class Session:
         def encode() -> tuple[Sequence[Picture], Tensor]:  # with what its ids belong to
             return pictures, self.latents.encode(image[None], tile=tile)[0]
 
-        keys = (*(key(picture) for picture in pictures), tuple(image.shape), tile)
+        keys = (*(key(picture) for picture in pictures), tuple(image.shape), tile, fit)
         return self._once("pictures", PICTURES, keys, encode)[1]
 
     def request(

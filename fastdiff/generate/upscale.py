@@ -20,8 +20,8 @@ def plan(session: Session, job: UpscaleJob) -> Pass:
     Raises:
         ValueError: an image or a prompt that does not fit the model.
     """
-    image = session.picture(job.image, None, None)
-    z = session.encoded([job.image], image, job.settings.tile or 0)
+    image = session.picture(job.image, fit=job.fit)
+    z = session.encoded([job.image], image, job.settings.tile or 0, job.fit)
     z = enlarge(session, z, job.scale, job.via, job.settings.tile or 0)
     return from_latents(
         session, job, z, strength=job.strength, seed=stage_seed(job.seed, "upscale")

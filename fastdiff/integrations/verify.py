@@ -147,11 +147,11 @@ class Verification:
             Incomparable: the original cannot be run on a shadow of the module.
         """
         failed = isinstance(found, Exception)
-        quiet = is_random(module) or has_hooks(module)
+        quiet = has_hooks(module)
         wanted, changed = self._shadowed(module, given, original_class, state, quiet=quiet)
         if failed:
             return f"{type(found).__name__} where the original has a result: {found}"[:300]
-        if not quiet and not state.is_current():  # random numbers were drawn by a function
+        if not quiet and not state.is_current():  # it draws random numbers, as dropout does
             quiet = True
             wanted, changed = self._shadowed(module, given, original_class, state, quiet=True)
         if quiet:
@@ -322,14 +322,6 @@ def incomparable(module: nn.Module, tensors: list[Tensor]) -> str | None:
     if any("_hf_hook" in m.__dict__ for m in module.modules() if m is not module):
         return "Hugging Face's accelerate loads the weights of its layers during the call"
     return None
-
-
-def is_random(module: nn.Module) -> bool:
-    """Whether a module that is training contains dropout."""
-    return any(
-        m.training and getattr(m, "p", 0) and isinstance(m, nn.modules.dropout._DropoutNd)
-        for m in module.modules()
-    )
 
 
 def has_hooks(module: nn.Module) -> bool:

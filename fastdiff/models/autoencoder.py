@@ -179,7 +179,8 @@ class Codebook(nn.Module):
         """
         codes = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         half_norms = 0.5 * codes.square().sum(1)
-        with torch.autocast(codes.device.type, enabled=False):
+        # the meta device, where only shapes are computed, has no autocast
+        with torch.autocast("cpu" if codes.is_meta else codes.device.type, enabled=False):
             chunks = [
                 (half_norms - v.to(codes.dtype) @ codes.T).argmin(1)
                 for v in vectors.split(self.CHUNK)

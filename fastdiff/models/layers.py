@@ -33,7 +33,7 @@ from fastdiff.kernels import (
 )
 from fastdiff.names import QKVOrder
 
-TimeEmbedding = Literal["openai", "ddpm"]
+TimeEmbedding = Literal["openai", "ddpm", "ddpm-original"]
 DownsamplePadding = Literal["symmetric", "asymmetric"]
 
 
@@ -44,8 +44,9 @@ def timestep_embedding(
 
     `openai` (ADM, LDM, Stable Diffusion): [cos | sin] with n = dim/2. `ddpm` (Ho et al. 2020, after
     Vaswani et al. 2017): [sin | cos] with n = dim/2 - 1. The angles are fp32 for every dtype of the
-    model and use the order of operations of the original code, because published weights were
-    trained on exactly these numbers.
+    model and use the order of operations of the code that the weights were trained with: `openai`
+    and `ddpm` as in diffusers, exp(-log(10000) i / n); `ddpm-original` as in the code of Ho et al.,
+    exp(i (-log(10000) / n)), which rounds differently (1e-4 at t = 1000).
 
     Args:
         t: (N,), integer or real training timesteps.
@@ -60,7 +61,11 @@ def timestep_embedding(
         shift = 0 if kind == "openai" else 1
     spread = half - shift
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / spread)[None]
+    if kind == "ddpm-original":
+        exponents = index * -(math.log(10000) / spread)
+    else:
+        exponents = -math.log(10000) * index / spread
+    angles = t.float()[:, None] * torch.exp(exponents)[None]
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if kind == "openai" else [sin, cos], dim=1)
 

@@ -70,7 +70,7 @@ class UNetConfig:
     scale_shift_norm: bool = False  # the embedding scales and shifts the second norm
     resblock_updown: bool = False  # residual blocks change the resolution instead of convolutions
     downsample_padding: DownsamplePadding = "symmetric"  # asymmetric: DDPM
-    time_embedding: TimeEmbedding = "openai"  # openai: [cos | sin]; ddpm: [sin | cos], half - 1
+    time_embedding: TimeEmbedding = "openai"  # see `layers.timestep_embedding`
     timestep_scale: float = 1.0  # factor of t; IDDPM's rescale_timesteps: 1000 / T
     qkv_order: QKVOrder = "new"  # rows of packed qkv weights: new (3, H, d), legacy (H, 3, d)
     learned_sigma: bool = False  # the second half of the output interpolates the log variance

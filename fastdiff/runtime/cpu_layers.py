@@ -295,13 +295,7 @@ class PreparedConv2d(Prepared, nn.Conv2d):
             return False
         if wide:  # the copy is needed anyway
             return True
-        pixels = len(x) * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
-        return (
-            x.dtype is torch.float32
-            and self.weight.numel() >= PACK_NUMBERS
-            and pixels <= PACK_PIXELS
-            and x.is_contiguous(memory_format=torch.channels_last)
-        )
+        return pack_wins(self, x) and x.is_contiguous(memory_format=torch.channels_last)
 
     def _pack(self, x: Tensor) -> tuple[ConvOptions, Tensor]:
         conv = ConvOptions(
@@ -312,6 +306,13 @@ class PreparedConv2d(Prepared, nn.Conv2d):
             groups=self.groups,
         )
         return conv, conv.pack(self.weight.detach().float(), x)
+
+
+def pack_wins(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution in fp32 is faster packed. x: (N, C, H, W), its input."""
+    pixels = len(x) * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
+    large = conv.weight.numel() >= PACK_NUMBERS
+    return x.dtype is torch.float32 and large and pixels <= PACK_PIXELS
 
 
 class PreparedLinear(Prepared, nn.Linear):
@@ -339,6 +340,11 @@ def _folds(conv: nn.Conv2d) -> bool:
     )
 
 
+def fold_wins(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether folding is faster. x: (N, C, H, W), before the doubling."""
+    return conv.weight.numel() >= PACK_NUMBERS and len(x) * x.shape[2] * x.shape[3] >= FOLD_PIXELS
+
+
 def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
     """Nearest-neighbor doubling and `conv` as one transposed convolution; None if that is slower.
 
@@ -351,8 +357,7 @@ def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
         _usual(x, weight)
         or not layer.plan.keep_copies
         or not (x.dtype is torch.float32 or layer.plan.widens(x.dtype))
-        or weight.numel() < PACK_NUMBERS
-        or len(x) * x.shape[2] * x.shape[3] < FOLD_PIXELS
+        or not fold_wins(conv, x)
         or not (x.is_cpu and plain(x, weight, bias))
         or packing_objection()
     ):

@@ -14,22 +14,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig, generator, open_dataset
+from fastdiff.images import contact_sheet
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from fastdiff.models.perceptual import LPIPS, LocalFeatureLoss
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.config import OptimizationConfig, OutputConfig
+from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
-from fastdiff.training.trainer import Batch, tile, train
+from fastdiff.training.start import origin, take_weights
+from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
-_PREVIEWED = 32
+_PREVIEWED, _COLUMNS = 32, 8
 _MAX_ADAPTIVE_WEIGHT = 1e4
 _HALF_PRECISION_SCALE = 1024.0  # keeps the fp16 gradients that are balanced from underflowing
 
@@ -98,6 +102,11 @@ class AutoencoderRun:
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """The weights of the losses."""
 
+    init_from: str = ""
+    """A trained model whose autoencoder's weights the run starts from: a bundle, a run's folder or
+    any other checkpoint of the same architecture; empty: random ones. Moments and averages begin
+    anew."""
+
     seed: int = 0
     """Determines all randomness of the run."""
 
@@ -130,7 +139,11 @@ class AutoencoderRun:
 def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:
     """Train the autoencoder of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    return train(AutoencoderTask(run), run, resume=resume)
+    task = AutoencoderTask(run)
+    check_training(task.needed_bytes(), run.output.folder, task.device)
+    if run.init_from and not resume:
+        task.start_from(run.init_from)
+    return train(task, run, resume=resume)
 
 
 class AutoencoderTask:
@@ -165,6 +178,32 @@ class AutoencoderTask:
             for network in self.networks.values():
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.perceptual = perceptual_distance(run.loss).to(self.device)
+        self.origin: dict[str, str] | None = None
+
+    def start_from(self, place: str) -> None:
+        """Take the first weights from a trained model; see `fastdiff.training.start`. A
+        discriminator begins with random ones."""
+        self.origin = origin(take_weights(self.autoencoder, "autoencoder", place, self.device))
+
+    def needed_bytes(self) -> int:
+        """What the training takes; see `fastdiff.training.memory`. Of the losses, which keep
+        feature maps too, only the discriminator's weights count."""
+        run, others = self.run, self.networks.get("discriminator")
+        side = run.data.image_size // run.model.downsample_factor
+
+        def forward(network: Any, rows: int) -> Any:
+            shape = (rows, run.model.image_channels, run.data.image_size, run.data.image_size)
+            noise = torch.empty(rows, run.model.latent_channels, side, side, device="meta")
+            return network(torch.empty(shape, device="meta"), noise)
+
+        return training_bytes(
+            run.model,
+            run.optimization,
+            run.data,
+            forward,
+            others=0 if others is None else sum(p.numel() for p in others.parameters()),
+            device=self.device,
+        )
 
     def batch(self, step: int) -> Batch:
         """Images (N, C, H, W) in [-1, 1], and noise (N, z, h, w) to sample the posterior."""
@@ -213,21 +252,21 @@ class AutoencoderTask:
         return _HALF_PRECISION_SCALE if self.run.optimization.precision == "fp16" else 1.0
 
     @torch.no_grad()
-    def preview(self, network: nn.Module) -> Tensor:
-        """A sheet of pairs: a row of images above a row of their reconstructions."""
+    def preview(self, network: nn.Module, step: int) -> Image.Image:
+        """A labelled sheet of pairs: images in a row, their reconstructions in the row below."""
         images = self.batches.fixed(_PREVIEWED)
-        reconstructions, _ = network(images)
-        columns = 8
-        rows = [
-            tensor
-            for original, restored in zip(
-                images.split(columns), reconstructions.clamp(-1, 1).split(columns), strict=True
-            )
-            for tensor in (original, restored)
-        ]
-        if len(images) % columns:  # a short last row would misalign its reconstructions
-            return tile(torch.cat([images, reconstructions.clamp(-1, 1)]), columns=len(images))
-        return tile(torch.cat(rows), columns=columns)
+        restored = network(images)[0].clamp(-1, 1)
+        # an uneven last row would shift its reconstructions
+        columns = _COLUMNS if len(images) % _COLUMNS == 0 else len(images)
+        pairs = zip(images.split(columns), restored.split(columns), strict=True)
+        rows = [row for pair in pairs for row in pair]
+        return contact_sheet(
+            torch.cat(rows).cpu(),
+            ["original", "decoded"] * (len(rows) // 2),
+            title=f"step {step:,}",
+            caption="autoencoder, averaged weights",
+            cell=PREVIEW_CELL,
+        )
 
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged autoencoder."""
@@ -244,12 +283,13 @@ class AutoencoderTask:
             model,
             Path(run.output.folder) / RUN_MODEL,
             dtype=EXPORT_DTYPES[run.output.export_dtype],
-            provenance=provenance(run, step),
+            provenance=provenance(run, step, self.origin),
         )
 
     def state(self) -> dict[str, Any]:
-        """Identity of the training images."""
-        return self.batches.state()
+        """Identifies the images it is trained on, and the weights that it began with."""
+        began = {"init_from": self.origin} if self.origin else {}
+        return {**self.batches.state(), **began}
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing but the networks' own."""
@@ -261,6 +301,7 @@ class AutoencoderTask:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Check that the images are the same."""
         self.batches.check_state(state)
+        self.origin = state.get("init_from")
 
 
 def perceptual_distance(config: AutoencoderLossConfig) -> nn.Module:

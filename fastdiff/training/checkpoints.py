@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: folders that are written completely or not at all.
+"""Checkpoints of a training run: folders that are written atomically.
 
     checkpoints/step_00001000/networks.safetensors    weights of every trained network
                               ema.safetensors         averaged weights
@@ -39,7 +39,7 @@ def step_folder(root: Path, step: int) -> Path:
 def save_checkpoint(
     root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
-    """Write one checkpoint: everything or nothing.
+    """Write one checkpoint atomically.
 
     Args:
         root: the run's folder checkpoints/.
@@ -66,10 +66,10 @@ def step_of(folder: Path) -> int:
 
 
 def delete_old(root: Path, step: int, keep: int) -> None:
-    """Delete all checkpoints up to `step`, the one just saved, but the newest `keep`.
+    """Delete all checkpoints up to `step`, which has just been saved, except the newest `keep`.
 
-    Later ones are left: they are of a run that went further before it was taken back, or that was
-    killed before `latest` named them. They are written over when this run gets there.
+    Later checkpoints are kept: they belong to a run that had got further before it was set back, or
+    that was killed before `latest` named them. This run overwrites them when it gets there.
     """
     folders = sorted((f for f in root.glob("step_*") if step_of(f) <= step), key=step_of)
     for folder in folders[:-keep]:
@@ -78,7 +78,7 @@ def delete_old(root: Path, step: int, keep: int) -> None:
 
 @one_line_errors()
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint's folder, or None."""
+    """The folder of the newest checkpoint, or None."""
     try:
         name = (root / LATEST).read_text(errors="replace").strip()
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 def load_checkpoint(
     folder: Path, stems: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file stem and name, on the CPU, and the counters.
+    """Load a checkpoint: tensors by file stem and name, on the CPU, and the counters.
 
     Raises:
         ValueError: a file is missing, truncated or of another format.
@@ -129,10 +129,10 @@ def optimizer_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`. A network that has not been stepped yet has no state.
+    """Inverse of `optimizer_tensors`. A network that has not taken a step yet has no state.
 
-    Files hold moments in plain order. Fused AdamW reads parameter, gradient and moments by position
-    in memory, whatever their strides, so each moment gets the memory layout of its parameter.
+    Files store moments in contiguous order. Fused AdamW reads parameter, gradient and moments by
+    position in memory and ignores strides, so each moment gets the memory layout of its parameter.
     """
     index_of = {name: index for index, name in enumerate(names)}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -148,12 +148,12 @@ def load_optimizer(
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment with its parameter's strides; a counter () as it is."""
+    """Copy a moment with its parameter's strides; a counter () is returned unchanged."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, device="cpu", dtype=value.dtype).copy_(value)
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    # A contiguous copy on the CPU: safetensors stores no strides and refuses shared memory.
+    # A contiguous copy on the CPU: safetensors stores no strides and rejects shared memory.
     return tensor.detach().to("cpu", copy=True).contiguous()

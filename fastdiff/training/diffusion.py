@@ -86,6 +86,11 @@ class DiffusionRun(Generic[NetworkConfigT]):
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample sheets."""
 
+    init_from: str = ""
+    """A trained model whose denoiser's weights the run starts from: a bundle, a run's folder or any
+    other checkpoint of the same architecture; empty: random ones. Moments and averages begin
+    anew."""
+
     seed: int = 0
     """Determines all randomness of the run."""
 

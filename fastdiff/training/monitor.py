@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from fastdiff.extras import import_extra
-from fastdiff.files import write_text
+from fastdiff.files import NO_SPACE, write_text
 
 LOG_FILE = "log.jsonl"
 
@@ -74,9 +76,12 @@ class Monitor:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
-        self._log.close()
+        # what could not be written is written once more when it is closed: the first error counts
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self._log.close()
 
     def tick(self, done: int) -> None:
         """Show that `done` steps are finished."""
@@ -89,12 +94,21 @@ class Monitor:
         now = time.perf_counter()
         rate = (done - self._since[0]) / max(now - self._since[1], 1e-9)
         self._since = (done, now)
-        self._log.write(json.dumps({"step": done, **scalars, "steps_per_second": rate}) + "\n")
-        self._log.flush()
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, done)
-            self._board.add_scalar("steps_per_second", rate, done)
+        try:
+            self._log.write(json.dumps({"step": done, **scalars, "steps_per_second": rate}) + "\n")
+            self._log.flush()
+            if self._board is not None:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, done)
+                self._board.add_scalar("steps_per_second", rate, done)
+        except OSError as error:
+            full = error.errno in NO_SPACE
+            what = "no space left to write" if full else f"{error.strerror or error}:"
+            raise OSError(
+                error.errno,
+                f"{what} {self.folder / LOG_FILE} (the last checkpoint is whole); free "
+                "some space and resume",
+            ) from error
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         if self._progress is not None:
             self._progress.update(
@@ -105,10 +119,10 @@ class Monitor:
             eta = f"{int(left) // 60}:{int(left) % 60:02d}"
             self.say(f"step {done}/{self.steps}  {shown}  {rate:.2f} it/s  ETA {eta}")
 
-    def sheet(self, done: int, image: Tensor, name: str) -> None:
-        """Write a sheet of images, (C, H, W) in [0, 1], to TensorBoard."""
+    def sheet(self, done: int, image: Image.Image, name: str) -> None:
+        """Write a sheet of images to TensorBoard."""
         if self._board is not None:
-            self._board.add_image(name, image, done)
+            self._board.add_image(name, np.asarray(image.convert("RGB")), done, dataformats="HWC")
 
     def pause(self) -> None:
         """Exclude the time until now (previews, saving) from the next rate."""

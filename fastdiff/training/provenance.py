@@ -16,13 +16,17 @@ from fastdiff.training.trainer import Run
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-def provenance(run: Run, step: int) -> dict[str, Any]:
-    """Command, versions, steps, data, date and the full config, without this machine's paths."""
+def provenance(run: Run, step: int, origin: dict[str, str] | None = None) -> dict[str, Any]:
+    """Command, versions, steps, data, date and the full config, without this machine's paths.
+
+    origin: name and hash of the model whose weights the run began with.
+    """
     config = run.to_json()
     config["output"]["folder"] = Path(run.output.folder).name
     if config.get("autoencoder") and not isinstance(config["autoencoder"], dict):
         config["autoencoder"] = Path(config["autoencoder"]).name
     config["data"]["path"] = Path(run.data.path).name
+    config["init_from"] = Path(config["init_from"]).name
     return {
         "command": shlex.join([program(), *sys.argv[1:]]),
         "fastdiff": fastdiff.__version__,
@@ -31,6 +35,7 @@ def provenance(run: Run, step: int) -> dict[str, Any]:
         "data": run.data.source,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "run": config,
+        **({"init_from": origin} if origin else {}),
     }
 
 

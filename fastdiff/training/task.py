@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.layouts.bundle import save_bundle
@@ -16,6 +17,7 @@ from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.images import contact_sheet
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
@@ -26,19 +28,27 @@ from fastdiff.runtime.run import run
 from fastdiff.training.batches import Batches, check_model_fits
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
+from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.objective import Objective
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
 from fastdiff.training.resampler import SecondMomentResampler
-from fastdiff.training.trainer import Batch, tile, train
+from fastdiff.training.start import origin, take_weights, warn_of_another_task
+from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
+LETTERS = 10
+"""Of a class's name above its column of a preview."""
 _PIXEL_CLAMP = 1.0
 
 
 def train_diffusion(run: DiffusionRun[Any], *, resume: bool = False) -> Path:
     """Train the denoiser of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
-    return train(DiffusionTask(run), run, resume=resume)
+    task = DiffusionTask(run)
+    check_training(task.needed_bytes(), run.output.folder, task.device)
+    if run.init_from and not resume:
+        task.start_from(run.init_from)
+    return train(task, run, resume=resume)
 
 
 class DiffusionTask:
@@ -85,6 +95,32 @@ class DiffusionTask:
             first_stage_hash=self.bundle.weights_hash if self.bundle else "",
             views=run.latent_views,
         )
+        self.origin: dict[str, str] | None = None
+
+    def start_from(self, place: str) -> None:
+        """Take the first weights from a trained model; see `fastdiff.training.start`.
+
+        On latents its scale factor is taken too: the weights were trained on that scale.
+        """
+        run = self.run
+        model = take_weights(self.denoiser, "denoiser", place, self.device)
+        warn_of_another_task(model, run.prediction, run.schedule)
+        if run.autoencoder and model.autoencoder is not None:
+            self.latents.scale_factor = model.scale_factor
+        self.origin = origin(model)
+
+    def needed_bytes(self) -> int:
+        """What the training takes; see `fastdiff.training.memory`."""
+        run, shape = self.run, self.latents.shape(self.run.data.image_size)
+
+        def forward(network: Any, rows: int) -> Tensor:
+            x = torch.empty(rows, *shape, device="meta")
+            t, y = torch.empty(rows, device="meta"), None
+            if run.model.num_classes is not None:
+                y = torch.empty(rows, dtype=torch.int64, device="meta")
+            return network(x, t, y=y)
+
+        return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
 
     def batch(self, step: int) -> Batch:
         """x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,) where the model has classes;
@@ -123,15 +159,28 @@ class DiffusionTask:
         self.resampler.update(t, losses.detach())
         return {self.averaged: (part["weight"] * losses).mean()}, {}
 
-    def preview(self, network: nn.Module) -> Tensor:
-        """A sheet of samples, classes in turn, from the averaged weights."""
+    def preview(self, network: nn.Module, step: int) -> Image.Image:
+        """A labelled sheet of samples, a column per class, from the averaged weights."""
         assert isinstance(network, Network)
-        count, classes = self.run.preview.count, self.run.model.num_classes
-        labels = [None if classes is None else index % classes for index in range(count)]
-        columns = classes or 0
-        if not 0 < columns <= count:  # no classes, or more of them than images
-            columns = math.ceil(math.sqrt(count))
-        return tile(self.sample(network, range(count), labels), columns=columns)
+        config, classes = self.run.preview, self.run.model.num_classes
+        labels = [None if classes is None else i % classes for i in range(config.count)]
+        columns, named = classes or 0, None
+        if 0 < columns <= config.count:
+            named = [
+                name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name in self.classes
+            ]
+        else:  # no classes, or more of them than images
+            columns = math.ceil(math.sqrt(config.count))
+        guided = config.guidance_scale != 1 and self.run.model.null_class
+        guidance = f", guidance {config.guidance_scale:g}" if guided else ""
+        return contact_sheet(
+            self.sample(network, range(config.count), labels).cpu(),
+            columns=columns,
+            column_labels=named,
+            title=f"step {step:,}",
+            caption=f"{config.sampler}, {config.steps} steps{guidance}, averaged weights",
+            cell=PREVIEW_CELL,
+        )
 
     @torch.no_grad()
     def sample(
@@ -200,7 +249,7 @@ class DiffusionTask:
             scale_factor=self.latents.scale_factor,
             class_names=self.classes if run.model.num_classes is not None else (),
         )
-        facts = provenance(run, step)
+        facts = provenance(run, step, self.origin)
         if bundle is not None:
             facts |= {
                 "autoencoder": bundle.provenance["facts"],
@@ -214,8 +263,9 @@ class DiffusionTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """The scale factor, and which first stage and images it belongs to."""
-        return self.latents.state()
+        """The scale factor, which first stage and images it belongs to, and the first weights."""
+        began = {"init_from": self.origin} if self.origin else {}
+        return {**self.latents.state(), **began}
 
     def tensors(self) -> dict[str, Tensor]:
         """The losses that timesteps are drawn by; empty where they are drawn evenly."""
@@ -229,6 +279,7 @@ class DiffusionTask:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over the scale factor; the first stage and the images must be the same ones."""
         self.latents.load_state(state, first_stage=self.run.autoencoder)
+        self.origin = state.get("init_from")
 
 
 def new_denoiser(run: DiffusionRun[Any]) -> Network:

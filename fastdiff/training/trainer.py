@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from fastdiff.data import DataConfig, derive_seed
 from fastdiff.files import (
-    atomic_file,
     locked_folder,
     one_line_errors,
     remove_leftovers,
     write_json,
 )
+from fastdiff.images import save_png
 from fastdiff.training import checkpoints
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.ema import EMA
@@ -38,6 +38,8 @@ Batch = dict[str, Tensor]
 _LOWER_THE_RATE = "restart with a lower learning rate, with clip_norm, or with precision fp32"
 CONFIG = "config.json"
 STEPS = "optimization.steps"
+PREVIEW_CELL = 96
+"""Least edge of an image on a preview sheet, in pixels."""
 MAX_SKIPPED = 50  # consecutive fp16 steps that may overflow before the run is aborted
 
 
@@ -79,8 +81,8 @@ class Task(Protocol):
         """Loss per network (a network left out rests in this step), and scalars to log."""
         ...
 
-    def preview(self, network: nn.Module) -> Tensor:
-        """A sheet (C, H, W) in [0, 1] made with the averaged network."""
+    def preview(self, network: nn.Module, step: int) -> Image.Image:
+        """A labelled sheet made with the averaged network, after so many steps."""
         ...
 
     def export(self, network: nn.Module, step: int) -> None:
@@ -366,8 +368,8 @@ def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
 
 def preview(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
     """Write samples/step_N.png with the averaged weights."""
-    sheet = trainer.task.preview(trainer.ema.network)
-    write_sheet(folder / "samples" / f"step_{trainer.done:08d}.png", sheet)
+    sheet = trainer.task.preview(trainer.ema.network, trainer.done)
+    save_png(folder / "samples" / f"step_{trainer.done:08d}.png", sheet)
     monitor.sheet(trainer.done, sheet, "samples")
     monitor.pause()
 
@@ -441,24 +443,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
             found |= differences(old.get(key, "(absent)"), new.get(key, "(absent)"), name)
         return found
     return {} if old == new else {prefix: (old, new)}
-
-
-def write_sheet(path: Path, sheet: Tensor) -> None:
-    """Write (C, H, W) in [0, 1], C = 1 or 3, as a PNG."""
-    pixels = (sheet.clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    with atomic_file(path) as temporary:
-        image.save(temporary, "PNG")
-
-
-def tile(images: Tensor, columns: int) -> Tensor:
-    """(N, C, H, W) in [-1, 1] -> a sheet (C, rows * H, columns * W) in [0, 1], empty is black."""
-    count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    padded = images.new_full((rows * columns, channels, height, width), -1)
-    padded[:count] = images
-    grid = padded.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    return (grid.reshape(channels, rows * height, columns * width) + 1) / 2
 
 
 def _loss_name(network: str, task: Task) -> str:

@@ -146,7 +146,7 @@ def test_a_file_without_autoencoder_takes_another(sd1: Any, tmp_path: Path) -> N
         assert model.provenance["vae"] == str(vae)
         # the diffusers folders state the scale, the file does not
         assert ("scale_factor" in model.assumed) == (vae == tmp_path / "vae.ckpt")
-    with pytest.raises(ValueError, match="holds no autoencoder; give the file or folder of one"):
+    with pytest.raises(ValueError, match="contains no autoencoder; give one that does"):
         load(path, num_heads=4, text_encoders=False, vae=folder / "unet")
     wide = peer_model("AutoencoderKL", {**VAE, "latent_channels": 8}, torch.float32)
     wide.save_pretrained(tmp_path / "wide")
@@ -365,7 +365,9 @@ def test_every_layout_says_what_it_recognises(tmp_path: Path) -> None:
         "compvis",
         "ddpm",
         "diffusers",
+        "dit",
         "guided-diffusion",
+        "uvit",
     ]
     assert {layout.name for layout in found if layout.save is not None} == {"bundle", "diffusers"}
     with pytest.raises(ValueError, match="layout must be one of bundle, diffusers, got 'compvis'"):

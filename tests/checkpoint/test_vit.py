@@ -175,7 +175,8 @@ def test_what_a_file_leaves_open_is_said(tmp_path: Path) -> None:
     assert model.assumed["null_class"] is True
     lines = "\n".join(model.assumed_lines(flags=True))
     assert "--num-heads 1 (or 1, 2, 4, 8, 16)" in lines
-    assert "--null-class True (or True, False)" in lines
+    assert "--null-class (or --no-null-class)" in lines
+    assert "null_class=True (or True, False)" in "".join(model.assumed_lines())
     with pytest.raises(ValueError, match="null_class: True, False; num_heads: 1, 2, 4, 8, 16"):
         fastdiff.load(path, strict=True)
     plain = fastdiff.load(path, head_dim=8, null_class=False, strict=True)

@@ -144,7 +144,7 @@ def test_shards(tmp_path: Path) -> None:
         open_weights(index)
     for outside in ("../one.safetensors", str(tmp_path / "one.safetensors"), "..", index.name):
         changed(stray=outside)
-        refused(index, "must be a file beside the index")
+        refused(index, "must be a file in the folder of the index")
     changed(stray="three.safetensors")
     with pytest.raises(FileNotFoundError, match=r"three\.safetensors is missing: .* 1 tensors"):
         open_weights(index)
@@ -220,14 +220,14 @@ def test_sizes_beyond_the_storage_and_compressed_members(tmp_path: Path) -> None
 def test_other_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"<html>not found</html>")
-    refused(path, "expected safetensors or what torch.save wrote")
+    refused(path, "expected safetensors or a file of torch.save")
     torch.save([torch.zeros(3)], path)
     refused(path, "expected a dictionary of tensors")
     torch.save({1: torch.zeros(3)}, path)
     refused(path, "expected a dictionary of tensors")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
-    refused(path, r"holds a data\.pkl; got one that holds a\.txt")
+    refused(path, r"contains a data\.pkl; got one that contains a\.txt")
     with pytest.raises(FileNotFoundError, match="is missing"):
         open_weights(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="not a file"):
@@ -245,9 +245,12 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         ),
         (b"<!DOCTYPE html><html>sign in</html>", "got a web page; the address wants a login"),
         (b"", "the file is empty; download it again"),
-        (pickle.dumps([1, 2, 3]), "got another pickle, which holds a list of 3"),
-        (pickle.dumps({"lr": 0.1, "x": 2}), "which holds a dictionary of other things under lr, x"),
-        (pickle.dumps(None), "which holds a single NoneType"),
+        (pickle.dumps([1, 2, 3]), "got another pickle, which contains a list of 3"),
+        (
+            pickle.dumps({"lr": 0.1, "x": 2}),
+            "which contains a dictionary of other things under lr, x",
+        ),
+        (pickle.dumps(None), "which contains a single NoneType"),
         (pickle.dumps({"a": 1}, protocol=0), "got a pickle in text form"),
         (
             pickle.dumps(frozenset([1])),
@@ -280,6 +283,14 @@ def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path: Path) -> None:
             part.tensor(next(iter(part.places)) if "new" in part.places else "a.weight")
     with pytest.raises(ValueError, match="damaged: the checksum"):
         open_weights(path).copy_into("a.weight", torch.empty(3, 4, dtype=torch.float64))
+
+
+def test_a_flipped_bit_in_the_names_is_seen(tmp_path: Path) -> None:
+    """The pickle has a checksum too: a tensor does not lose its name in silence."""
+    path = write(tmp_path / "x.pt", TENSORS, "zip")
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"a.weight", b"b.weight", 1))
+    refused(path, r"the checksum of x/data\.pkl does not match")
 
 
 def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:

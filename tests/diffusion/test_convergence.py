@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.levels import CLEAN, Level
+from fastdiff.diffusion.levels import CLEAN, Level, levels_at
 from fastdiff.diffusion.samplers import COLUMN, build_table, table_of_levels
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig, sigma_spacing
@@ -115,10 +115,32 @@ def test_ddim_upwards_encodes() -> None:
         errors.append(float((encoded - exact).norm() / exact.norm()))
     assert errors[0] < 0.02
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
-    with pytest.raises(ValueError, match=r"eta must be 0, got 1\.0"):
+    with pytest.raises(ValueError, match=r"eta must be 0 for ascending levels .* got 1\.0"):
         table_of_levels("ddim", levels, eta=1.0)
     with pytest.raises(ValueError, match="begin at t = 0"):
         table_of_levels("ddim", [CLEAN, *levels])
+
+
+def test_encoding_and_decoding_return_at_order_1() -> None:
+    """Points of the mixture, up the ODE and down again: the error halves with twice the steps, and
+    the encoded noise is where the exact ODE comes from."""
+    network = exact_network(COARSE)
+    generator = torch.Generator().manual_seed(4)
+    start = torch.randn(32, 2, dtype=torch.float64, generator=generator)
+    whole = build_table("euler", COARSE, 2, spacing="karras", final="sigma_min")
+    x0 = exact_end(start, whole)  # at t = 0, from known noise
+    errors, codes = [], []
+    for steps in (50, 100, 200):
+        last = COARSE.num_timesteps - 1
+        levels = levels_at(COARSE, [last * i / steps for i in range(steps + 1)])
+        up, down = (table_of_levels("ddim", path) for path in (levels, levels[::-1]))
+        code = sample(along(up, network), up, x0, range(32))
+        back = sample(along(down, network), down, code, range(32))
+        errors.append(float((back - x0).norm() / x0.norm()))
+        codes.append(float((code - start).norm() / start.norm()))
+    for found in (errors, codes):
+        assert found[0] / found[1] == pytest.approx(2, rel=0.15)
+        assert found[1] / found[2] == pytest.approx(2, rel=0.15)
 
 
 STOCHASTIC = [

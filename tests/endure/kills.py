@@ -79,7 +79,7 @@ def _one(
     tell: Callable[[], None],
 ) -> str:
     """What is wrong after kills and going on; empty if nothing is."""
-    before: tuple[int, ...] = ()
+    before = work.progress(folder)
     for blow in planned:
         ended = attempt(lambda: work.start(folder), folder, blow)
         if ended.killed:
@@ -90,7 +90,7 @@ def _one(
         if wrong := work.whole(folder):
             return f"right after the kill: {wrong}"
         now = work.progress(folder)
-        if any(number < old for number, old in zip(now, before)):  # noqa: B905, () at first
+        if any(number < old for number, old in zip(now, before, strict=True)):
             return f"at {before} before the kill, at {now} after it"
         before = now
     ended = attempt(lambda: work.start(folder), folder)

@@ -10,6 +10,7 @@ Exit code 1 if there are findings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -45,7 +46,8 @@ def main() -> int:
         columns = (TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("", total=len(todo))
-            campaign.run(lambda done: bar.update(task, completed=done))
+            with contextlib.suppress(KeyboardInterrupt):  # what there is so far is shown
+                campaign.run(lambda done: bar.update(task, completed=done))
         show(campaign, time.perf_counter() - start, console)
     return bool(campaign.findings)
 

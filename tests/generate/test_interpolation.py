@@ -142,13 +142,13 @@ def test_one_call_makes_the_frames(model: Model) -> None:
     again = from_json(to_json(single.job))
     assert again == single.job
     for options, message in (
-        ({"frames": 3}, "needs another image to go to; give one or more of to_seed"),
+        ({"frames": 3}, "needs a second image; give one or more of to_seed"),
         ({"frames": 0, "to_seed": 1}, "frames must be at least 1, got 0"),
         ({"frames": 3, "to_seed": 1, "at": 0.5}, "got 0.5 and 3 frames; leave one of them out"),
-        ({"frames": 1, "to_seed": 1, "at": 1.5}, r"at must lie in \[0, 1\], got 1.5"),
+        ({"frames": 1, "to_seed": 1, "at": 1.5}, r"at must be in \[0, 1\], got 1.5"),
         ({"frames": 3, "to_label": 4}, "class must be from 0 to 3, got 4"),
         ({"frames": 3, "to_prompt": "a cat"}, "reads no text, got prompt 'a cat'"),
-        ({"to_seed": 1}, "to_seed leads to another image; give frames, the images on the way"),
+        ({"to_seed": 1}, "to_seed needs frames, the number of images to make"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(classes=0, **options)

@@ -88,7 +88,10 @@ def test_edits_of_a_model_of_classes(model: Model) -> None:
         ({"classes": "five"}, "unknown class 'five'; expected one of zero, one"),
         ({"stepz": 3}, "unknown option 'stepz'; expected one of label, image, seed"),
         ({"prompts": "a cat"}, "reads no text, got prompt 'a cat'"),
-        ({"image": torch.zeros(2, 1, 16, 16), "seeds": 1}, "one image, or one per seed, got 2"),
+        (
+            {"image": torch.zeros(2, 1, 16, 16), "seeds": 1},
+            "image must be one for all images or one per seed, got 2",
+        ),
         ({"image": torch.zeros(1, 15, 16)}, "multiples of 2, got 16 x 15"),
         ({"image": torch.zeros(1, 16, 16), "height": 8}, "height and width resize files"),
         ({"scale": 2.0}, "unknown option 'scale'"),

@@ -156,8 +156,8 @@ def test_other_pixels_of_version_1_are_told_from_rounding(
         ({"settings": {"stepz": 4}}, "stepz: unknown field"),
         ({"settings": None}, "settings must be an object"),
         ({"pipeline": "film"}, "unknown pipeline 'film'"),
-        ({"recipe": 9}, "recipe version 9 is newer"),
-        ({"seeds": [1]}, "a contact sheet is no single image"),
+        ({"recipe": 9}, "recipe version must be at most 3"),
+        ({"seeds": [1]}, "it belongs to a contact sheet"),
         ({"dtype": []}, "dtype must be text"),
     ],
 )

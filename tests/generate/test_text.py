@@ -409,6 +409,43 @@ def test_sizes_that_do_not_fit(model: Model) -> None:
         text_to_image(unsized, "a cat", height=64)
 
 
+def test_pictures_are_made_to_fit_where_that_is_asked_for(model: Model) -> None:
+    """As if the user had cropped or resized them; the mask goes with its picture."""
+    whole = picture(70, 83, seed=3)
+    cropped = whole[:, 3:67, 1:81]  # 64 x 80, around the centre
+    size = (72, 80)
+    resized = F.interpolate(whole[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    options: dict[str, Any] = {"settings": QUICK, "strength": 0.7}
+    for fit, made in (("crop", cropped), ("resize", resized)):
+        expected = image_to_image(model, made, "a cat", **options)
+        assert torch.equal(image_to_image(model, whole, "a cat", fit=fit, **options), expected)
+        [larger] = images(
+            model, [UpscaleJob(image=whole, prompt="a", scale=1, fit=fit, settings=QUICK)]
+        )
+        assert larger.shape == made.shape
+        mask = torch.zeros(1, 70, 83)
+        mask[:, 20:50, 30:60] = 1
+        fitting = mask[:, 3:67, 1:81] if fit == "crop" else None
+        if fitting is None:
+            fitting = F.interpolate(mask[None], size, mode="nearest-exact")[0]
+        expected = inpaint(model, made, fitting, "a cat", **options)
+        assert torch.equal(inpaint(model, whole, mask, "a cat", fit=fit, **options), expected)
+    assert torch.equal(
+        image_to_image(model, cropped, "a cat", fit="resize", **options),
+        image_to_image(model, cropped, "a cat", **options),
+    )
+    with refused(r"nearest sizes are 80 x 64 or 88 x 72, and fit \(--fit\) crop or resize makes"):
+        image_to_image(model, whole, "a cat", **options)
+    edge = torch.zeros(1, 70, 83)
+    edge[:, :2] = 1
+    with refused("leaves nothing of the mask; use fit='resize'"):
+        inpaint(model, whole, edge, "a cat", fit="crop", **options)
+    with refused("got 4 x 4 .* nearest sizes are 8 x 8"):
+        image_to_image(model, torch.zeros(3, 4, 4), "a cat", fit="crop")
+    with refused("unknown fit 'stretch'; expected one of crop, resize"):
+        ImageToImageJob(image=whole, prompt="a", fit="stretch")  # type: ignore[arg-type]
+
+
 def test_images_and_masks_that_do_not_fit(model: Model) -> None:
     image = picture()
     for wrong in (torch.zeros(1, 64, 64), torch.zeros(64, 64), torch.zeros(3, 64, 64).byte()):
@@ -418,7 +455,7 @@ def test_images_and_masks_that_do_not_fit(model: Model) -> None:
         image_to_image(model, torch.linspace(0, 255, 3 * 4096).reshape(3, 64, 64), "a cat")
     with refused("pixels must lie in"):
         image_to_image(model, torch.full((3, 64, 64), float("nan")), "a cat")
-    with refused(r"strength must lie in \[0, 1\], got 1.2"):
+    with refused(r"strength must be in \[0, 1\], got 1.2"):
         image_to_image(model, image, "a cat", strength=1.2)
     with refused(r"mask must be \(1, 64, 64\), as large as the image, got \(32, 64\)"):
         inpaint(model, image, torch.ones(32, 64), "a cat")
@@ -426,9 +463,9 @@ def test_images_and_masks_that_do_not_fit(model: Model) -> None:
         inpaint(model, image, torch.ones(3, 64, 64), "a cat")
     with refused("the mask is empty"):
         inpaint(model, image, torch.zeros(64, 64), "a cat")
-    with refused("scale must lie in 1 to 16, got 0.5"):
+    with refused("scale must be in \\[1, 16\\], got 0.5"):
         UpscaleJob(image=image, prompt="a cat", scale=0.5)
-    with refused("unknown way 'pixels'; expected one of latent, image"):
+    with refused("unknown way to enlarge 'pixels'; expected one of latent, image"):
         UpscaleJob(image=image, prompt="a cat", via="pixels")  # type: ignore[arg-type]
 
 
@@ -439,7 +476,7 @@ def test_prompts_and_seeds_that_do_not_fit(model: Model) -> None:
     ):
         with refused(message):
             text_to_image(model, "a cat", seeds)
-    with refused("may have 4,800 tokens, got 10,000"):
+    with refused("may have at most 4,800 tokens, got 10,000"):
         text_to_image(model, "cat " * 10_000)
 
 
@@ -493,12 +530,12 @@ def test_models_that_do_not_fit(models: Callable[[str], Model], tmp_path: Any) -
     with refused("must share latent channels, scale factor and schedule"):
         refined(models("sd1"), models("refiner"), settings=QUICK)
     for switch in (0.0, 1.0):
-        with refused("switch must leave steps to the base and to the refiner"):
+        with refused("switch must leave steps for both the base and the refiner"):
             refined(models("xl"), models("refiner"), switch=switch, settings=QUICK)
     with refused("needs a pooled text vector"):
         encoders = tuple(replace(encoder, pooled=False) for encoder in xl.text_encoders)
         text_to_image(replace(xl, text_encoders=encoders), "a cat")
-    with refused("added condition is 30 wide, got 16 of pooled text and 14 left"):
+    with refused("added condition has 30 channels, got 16 of pooled text, which leaves 14"):
         size_vector(torch.zeros(1, 16), 30, {6: (0,) * 6, 5: (0,) * 5})
 
 

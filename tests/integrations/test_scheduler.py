@@ -299,6 +299,42 @@ def test_image_to_image_and_inpainting(
 @pytest.mark.parametrize(
     ("name", "given"),
     [
+        ("DDIM", {}),
+        ("DDIM", {"eta": 0.6}),
+        ("DDIM", {"eta": 0.6, "use_clipped_model_output": True}),
+        ("DDPM", {}),
+    ],
+)
+def test_unconditional_pipelines(name: str, given: dict[str, Any]) -> None:
+    """Their schedulers clamp by default. `eta` and the clamp's option are arguments of the call."""
+    pipeline_class = getattr(models.import_diffusers(f"{name}Pipeline"), f"{name}Pipeline")
+    unet = models.build("UNet2DModel", models.UNCONDITIONAL)
+    pipe = pipeline_class(unet, make(f"{name}Scheduler", {}))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.clip_sample
+
+    def draw() -> torch.Tensor:
+        found = pipe(
+            batch_size=2,
+            num_inference_steps=5,
+            generator=torch.Generator().manual_seed(4),
+            output_type="np",
+            **given,
+        )
+        return torch.from_numpy(found.images)
+
+    wanted = draw()
+    report = fastdiff.accelerate(pipe, scheduler="fused", noise="generator")
+    with record_backends() as ran:
+        found = draw()
+    assert "sampler_step" in ran
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert not report.scheduler_steps_left
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
         (DPM, {"timesteps": [999, 700, 400, 100]}),
         ("HeunDiscreteScheduler", {"timesteps": [999, 700, 400, 100]}),
         ("DDPMScheduler", {"timesteps": [999, 700, 400, 100]}),

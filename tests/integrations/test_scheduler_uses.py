@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from fastdiff.integrations import scheduler
 from fastdiff.integrations.scheduler import FusedScheduler
 from fastdiff.kernels import record_backends
 from tests.integrations import scheduler_settings as settings
@@ -240,6 +241,31 @@ def test_a_compiled_step_is_diffusers_own(case: str) -> None:
         assert report is None or not report.scheduler_steps_left
     torch._dynamo.reset()
     assert_same(found, wanted, "compiled", TOLERANCE * max(1.0, largest(wanted)))
+
+
+@pytest.mark.parametrize("case", ["ddim", "ddim-clip", "ddpm"])
+def test_a_step_within_a_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two threads may take them: nothing of a scheduler without state is shared by its steps."""
+    run, plain, inner = scheduler.sampler_step, make(case), []
+    fused = make(case)
+    fuse(fused)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = step(fused, seed=1)
+        run(*args, **kwargs)
+
+    def step(s: Any, seed: int) -> Tensor:
+        s.set_timesteps(4)
+        x, t = begin(s, seed), s.timesteps[1]
+        draw = torch.Generator().manual_seed(seed)
+        return s.step(uses.network(s, x, t), t, x, generator=draw).prev_sample
+
+    monkeypatch.setattr(scheduler, "sampler_step", interrupted)
+    outer = step(fused, seed=0)
+    for seed, found in ((0, outer), (1, inner[0])):
+        torch.testing.assert_close(found, step(plain, seed), rtol=1e-5, atol=1e-5)
 
 
 def test_no_timestep_is_read_from_its_device_in_a_loop() -> None:

@@ -203,6 +203,20 @@ def test_timestep_embedding_is_the_published_formula(kind: str) -> None:
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-4)  # fp32 angles up to 1000
 
 
+def test_the_orders_of_ho_and_of_diffusers() -> None:
+    """The formulas of both codes, operation by operation, to the last bit."""
+    t, dim, half = torch.arange(1000), 128, 64
+    original = math.log(10000) / (half - 1)
+    original = torch.exp(torch.arange(half, dtype=torch.float32) * -original)
+    theirs = -math.log(10000) * torch.arange(half, dtype=torch.float32)
+    theirs = torch.exp(theirs / (half - 1))
+    for kind, frequencies in (("ddpm-original", original), ("ddpm", theirs)):
+        angles = t.float()[:, None] * frequencies[None, :]
+        expected = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        assert torch.equal(timestep_embedding(t, dim, kind), expected), kind
+    assert (original - theirs).abs().max() > 1e-8
+
+
 @torch.no_grad()
 def test_embedding_and_context_can_be_computed_ahead() -> None:
     model, arguments = build("sdxl", torch.float64), inputs("sdxl", torch.float64)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.training import train_diffusion
+from fastdiff.training.monitor import Monitor, read_log
 from fastdiff.training.task import DiffusionTask
 from tests.training import runs
 
@@ -51,3 +52,28 @@ def test_tensorboard_keeps_every_step_across_a_resume(
     events = loader.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_under_the_log_is_one_clear_line(tmp_path: Path) -> None:
+    """Also when the log is closed after it, which writes once more."""
+
+    def log() -> None:
+        with Monitor(tmp_path, first_step=0, steps=2, tensorboard=False) as monitor:
+            monitor._log.close()
+            monitor._log = open("/dev/full", "w")  # noqa: SIM115, the monitor closes it
+            monitor.record(1, {"loss": 0.5})
+
+    with pytest.raises(
+        OSError, match=r"^\[Errno 28\] no space left to write .*log.jsonl .*resume$"
+    ):
+        log()
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "null", '{"step": "4"}', "{}", "[" * 100_000, "\x00"])
+def test_a_damaged_line_ends_the_log(tmp_path: Path, line: str) -> None:
+    good = '{"step": 1, "loss": 0.5}'
+    (tmp_path / "log.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    assert read_log(tmp_path) == [{"step": 1, "loss": 0.5}]
+    (tmp_path / "log.jsonl").write_bytes(f"{good}\n".encode() + b"\xff\xfe\n")
+    assert read_log(tmp_path) == [{"step": 1, "loss": 0.5}]

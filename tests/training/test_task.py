@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.generate.job import SampleSettings
+from fastdiff.images import contact_sheet
 from fastdiff.models.network import NETWORKS, Family
 from fastdiff.training import (
     DenoiserLossConfig,
@@ -27,7 +28,7 @@ from fastdiff.training import (
 )
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
-from fastdiff.training.trainer import Trainer, fit, open_run
+from fastdiff.training.trainer import PREVIEW_CELL, Trainer, fit, open_run
 from tests.support.drawing import class_jobs
 from tests.support.drawing import images as images_of
 from tests.training import runs
@@ -118,7 +119,9 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
     assert set(DiffusionTask(run).batch(0)) == {"x0", "noise", "t"}
     train_diffusion(run)
     with Image.open(tmp_path / "run/samples/step_00000006.png") as sheet:
-        assert sheet.size == (16, 16), "four samples make a square"
+        shown = 2 * PREVIEW_CELL  # four samples make a square
+        assert shown <= min(sheet.size)
+        assert max(sheet.size) < 2 * shown
     bundle = load_bundle(tmp_path / "run")
     assert bundle.class_names == ()
     sampled = images_of(bundle, class_jobs([None], [3], SETTINGS))
@@ -240,3 +243,41 @@ def test_any_network_is_trained_exported_and_resumed(
     checkpointed = runs.with_optimization(run, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="gradient_checkpointing to False"):
         train_diffusion(checkpointed)
+
+
+def test_previews_are_labelled_sheets(images: Path, tmp_path: Path) -> None:
+    """Step, settings and class names stand on them, and the pictures where they belong."""
+    run = runs.diffusion_run(images, tmp_path / "run")
+    task = DiffusionTask(run)
+    sampled = task.sample(task.denoiser, range(4), [0, 1, 0, 1])
+    drawn: dict[str, Any] = {}
+
+    def sheet(shown: torch.Tensor, *rows: Any, **options: Any) -> Image.Image:
+        drawn.update(options, shown=shown)
+        return contact_sheet(shown, *rows, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdiff.training.task.contact_sheet", sheet)
+        made = task.preview(task.denoiser, 1234)
+    assert torch.equal(drawn["shown"], sampled)
+    assert (drawn["columns"], drawn["column_labels"]) == (2, ["a", "b"])
+    assert (drawn["title"], drawn["caption"]) == (
+        "step 1,234",
+        "ddim, 3 steps, guidance 2, averaged weights",
+    )
+    assert min(made.size) >= 2 * 96
+    first = runs.autoencoder_run(images, tmp_path / "first")
+    pairs = AutoencoderTask(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdiff.training.autoencoder.contact_sheet", sheet)
+        patch.setattr("fastdiff.training.autoencoder._COLUMNS", 4)
+        pairs.preview(pairs.autoencoder, 7)
+    originals = pairs.batches.fixed(12)
+    with torch.no_grad():
+        restored = pairs.autoencoder(originals)[0].clamp(-1, 1)
+    for row in range(3):
+        place = slice(8 * row, 8 * row + 4), slice(4 * row, 4 * row + 4)
+        assert torch.equal(drawn["shown"][place[0]], originals[place[1]])
+        after = drawn["shown"][8 * row + 4 : 8 * row + 8]
+        assert torch.equal(after, restored[place[1]])
+    assert drawn["title"] == "step 7"

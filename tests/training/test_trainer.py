@@ -12,7 +12,7 @@ from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.training import EMA, train_diffusion
 from fastdiff.training.autoencoder import AutoencoderTask
 from fastdiff.training.task import DiffusionTask
-from fastdiff.training.trainer import Trainer, fit, open_run, tile
+from fastdiff.training.trainer import Trainer, fit, open_run
 from tests.training import runs
 
 
@@ -191,7 +191,7 @@ def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     task = DiffusionTask(run)
     shown = []
     preview = task.preview
-    task.preview = lambda network: shown.append(network) or preview(network)  # type: ignore
+    task.preview = lambda network, step: shown.append(network) or preview(network, step)  # type: ignore
     open_run(run, resume=False)
     fit(task, run, resume=False)
     exported = load_bundle(tmp_path / "run").denoiser
@@ -201,11 +201,3 @@ def test_sheets_show_the_averaged_weights(images: Path, tmp_path: Path) -> None:
     for name, value in exported.state_dict().items():
         assert torch.equal(value, shown[0].state_dict()[name])
     assert not torch.equal(shown[0].conv_out.weight, task.denoiser.conv_out.weight)
-
-
-def test_tile_puts_each_image_in_its_place() -> None:
-    images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 2, 3)
-    sheet = tile(images, columns=3)
-    assert sheet.shape == (1, 4, 9)
-    expected = torch.tensor([[0, 0.25, 0.5], [0.75, 1.0, 0.0]])  # row-major, the empty place black
-    torch.testing.assert_close(sheet[0, ::2, ::3], expected)

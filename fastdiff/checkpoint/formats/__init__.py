@@ -1,11 +1,11 @@
-"""Files of weights, opened one way.
+"""Open files of weights of any format.
 
     safetensors       the header, checked against the file (`safetensors.py`)
-    torch.save        the zip and the format before it, read without running it (`pickles.py`)
-    NAME.index.json   several of these, one model
+    torch.save        the zip format and the older one, read without running code (`pickles.py`)
+    NAME.index.json   several of these files, for one model
 
-The kind is recognised by the first bytes, not by the name, and nothing that a file says about sizes
-is believed before the file is seen to be that large.
+The format is recognised by the first bytes, not by the name, and sizes stated in a file are checked
+against the size of the file before they are used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KNOWN = {
     b"<html": _PAGE,
     b"<!doctyp": _PAGE,
 }
-"""How files begin that people give instead -> what they are, and what to do."""
+"""First bytes of files that people give by mistake -> what they are, and what to do."""
 
 
 @one_line_errors()
@@ -39,8 +39,9 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     """Open a file of weights, or the index of several.
 
     Raises:
-        FileNotFoundError: there is none, or a shard is missing.
-        ValueError: damaged, of another kind, or a pickle that holds more than tensors; one line.
+        FileNotFoundError: the file does not exist, or a shard is missing.
+        ValueError: the file is damaged, of another kind, or a pickle with more than tensors; the
+            message is one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,7 +50,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         return _open_sharded(path)
     with path.open("rb") as file:
         start = file.read(8)
-    # A header's length too may begin with the bytes of a zip or a pickle: ask for it first.
+    # Check for a header first, because its length may begin with the bytes of a zip or a pickle.
     if header_fits(start, path.stat().st_size):
         return read_safetensors(path)
     if looks_like_torch_save(start):
@@ -58,30 +59,32 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     for begins, (kind, advice) in KNOWN.items():
         if start.lstrip().startswith(begins):
             raise ValueError(
-                f"{path}: expected safetensors or what torch.save wrote, got {kind}; {advice}"
+                f"{path}: expected safetensors or a file of torch.save, got {kind}; {advice}"
             )
     if not size:
         raise ValueError(f"{path}: the file is empty; download it again")
     raise ValueError(
-        f"{path}: expected safetensors or what torch.save wrote, got {size} bytes that begin with "
-        f"{start!r}; the file is truncated or something else"
+        f"{path}: expected safetensors or a file of torch.save, got {size} bytes that begin with "
+        f"{start!r}; the file is truncated or of another kind"
     )
 
 
 def _open_sharded(path: Path) -> Weights:
-    """The shards that an index names ({"weight_map": {tensor: file}}), beside it."""
+    """Open the shards that an index names ({"weight_map": {tensor: file}}), in the same folder."""
     table = read_json(path).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise ValueError(f"{path}: expected 'weight_map' with a file's name for each tensor")
+        raise ValueError(f"{path}: expected 'weight_map' with a file name for each tensor")
     places: dict[str, Place] = {}
     for name in sorted(set(table.values())):
         if Path(name).name != name or name == ".." or name.endswith(".json"):
-            raise ValueError(f"{path}: a shard must be a file beside the index, got {name!r:.60}")
+            raise ValueError(
+                f"{path}: a shard must be a file in the folder of the index, got {name!r:.60}"
+            )
         shard = path.parent / name
         if not shard.is_file():
             keys = sum(other == name for other in table.values())
             raise FileNotFoundError(
-                f"{shard} is missing: {path.name} says that {keys} tensors are in it; "
+                f"{shard} is missing: according to {path.name} it contains {keys} tensors; "
                 "download all files of the model"
             )
         opened = open_weights(shard).places

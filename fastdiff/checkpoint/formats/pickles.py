@@ -1,10 +1,10 @@
-"""What `torch.save` wrote, read without running it.
+"""Read files of `torch.save` without running code.
 
-Tensors come out as places in the file; `unpickle.py` says what they are.
+Tensors are returned as places in the file; `unpickle.py` interprets the pickle.
 
-    zip (torch 1.6 on)   NAME/data.pkl; NAME/data/KEY, one for each storage, stored uncompressed
-    before it            five pickles in a row: magic, protocol, machine, the object, the storages'
-                         keys; then for each key the number of elements (int64) and the elements
+    zip (torch >= 1.6)   NAME/data.pkl; NAME/data/KEY for each storage, stored uncompressed
+    older                five pickles: magic, protocol, machine, the object, the storages' keys;
+                         then for each key the number of elements (int64) and the elements
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fastdiff.checkpoint.weights import Place, Record, Weights, some
 from fastdiff.files import printable
 
 MAX_TENSORS = 100_000
-MAX_PICKLE_BYTES = 16 * 2**20  # the names and places of so many; the numbers lie outside
-MAX_SHARING = 8  # bytes of all tensors to one of the file; tensors may share their storage
+MAX_PICKLE_BYTES = 16 * 2**20  # names and places of MAX_TENSORS; the data is stored separately
+MAX_SHARING = 8  # bytes of all tensors per byte of the file, since tensors may share storage
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-STATE_DICT_KEYS = ("state_dict", "model")  # where trainers put it among their other things
+STATE_DICT_KEYS = ("state_dict", "model")  # keys under which trainers store it
 
 
 class _ForeignError(ValueError):
-    """A file that is whole, and not what torch.save writes."""
+    """The file is intact, but was not written by torch.save."""
 
 
 def looks_like_torch_save(start: bytes) -> bool:
@@ -40,10 +40,11 @@ def looks_like_torch_save(start: bytes) -> bool:
 
 
 def read_torch_save(path: Path) -> Weights:
-    """Read the names and places of the tensors in a file that `torch.save` wrote.
+    """Read the names and places of the tensors in a file of `torch.save`.
 
     Raises:
-        ValueError: damaged, holds code, or no dictionary of tensors; one line that names the file.
+        ValueError: the file is damaged, contains code, or is not a dictionary of tensors; the
+            message is one line and names the file.
     """
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
@@ -51,10 +52,10 @@ def read_torch_save(path: Path) -> Weights:
         root, places = _read_zip(path) if zipped else _read_legacy(path)
     except (CodeError, _ForeignError) as error:
         raise ValueError(f"{path}: {error}") from error
-    except Exception as error:  # damaged bytes fail in any way; none of them ran
+    except Exception as error:  # damaged bytes may raise anything; no code was run
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{path}: not readable as what torch.save wrote ({printable(reason, 200)}); "
+            f"{path}: cannot be read as a file of torch.save ({printable(reason, 200)}); "
             "download the file again"
         ) from error
     state = _state_dict(root)
@@ -76,14 +77,14 @@ def read_torch_save(path: Path) -> Weights:
     claimed = sum(place.numel * place.dtype.itemsize for place in placed.values())
     if claimed > MAX_SHARING * (size := path.stat().st_size):
         raise ValueError(
-            f"{path}: its tensors share their numbers and claim {claimed} bytes, expected at most "
-            f"{MAX_SHARING} times the file's {size}; save copies of them"
+            f"{path}: expected tensors of at most {MAX_SHARING} times the file's {size} bytes, got "
+            f"{claimed} bytes, because they share storage; save copies of them"
         )
     return Weights(path, placed, facts)
 
 
 def _held(value: Any) -> str:
-    """What a pickle built, in a few words."""
+    """Describe in a few words what a pickle contains."""
     if isinstance(value, dict):
         if not value:
             return "an empty dictionary"
@@ -112,7 +113,7 @@ def _state_dict(root: Any) -> dict[str, Any] | None:
 def _place(
     path: Path, start: int, available: int, tensor: TensorAt, crc: int | None = None
 ) -> Place:
-    """Where the tensor's numbers lie, if its storage has that many."""
+    """The place of a tensor's data, after checking that its storage is large enough."""
     storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
     row, expected = 1, []
     for size in reversed(tensor.shape):
@@ -130,7 +131,7 @@ def _place(
         None if in_a_row or 0 in tensor.shape else tensor.stride,
         None if crc is None else Record(start, available, crc),
     )
-    # As many numbers as the storage has, at most: a stride of 0 could ask for any size.
+    # No more elements than the storage has: with a stride of 0 a tensor could have any size.
     if max(place.numel, tensor.offset + place.span) > min(storage.numel, available // itemsize):
         raise ValueError(
             f"a tensor of {place.numel} numbers lies outside its storage of {storage.numel} "
@@ -143,23 +144,25 @@ def _read_zip(path: Path) -> tuple[Any, _Places]:
     with zipfile.ZipFile(path) as archive:
         listed = archive.infolist()
         members = {info.filename: info for info in listed}
-        if len(members) != len(listed):  # readers would differ in which one they take
+        if len(members) != len(listed):  # readers differ in which of two equal names they use
             (twice, _), *_ = Counter(info.filename for info in listed).most_common(1)
-            raise ValueError(f"{printable(twice, 60)} stands in it twice")
+            raise ValueError(f"{printable(twice, 60)} occurs twice")
         roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if not roots:
             raise _ForeignError(
-                "expected a file of torch.save, whose zip archive holds a data.pkl; got one that "
-                f"holds {some(members) or 'nothing'}"
+                "expected a file of torch.save, whose zip archive contains a data.pkl; got one "
+                f"that contains {some(members) or 'nothing'}"
             )
         if len(roots) != 1:
-            raise ValueError(f"expected one data.pkl in it, got {len(roots)}")
+            raise ValueError(f"expected one data.pkl, got {len(roots)}")
         folder = roots[0].removesuffix("data.pkl")
         info = members[roots[0]]
         _check_stored(info)
         if info.file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"its data.pkl has {info.file_size} bytes, beyond {MAX_PICKLE_BYTES}")
-        # torch.serialization.set_crc32_options(False) writes zeros, which zipfile would refuse
+            raise ValueError(
+                f"expected a data.pkl of at most {MAX_PICKLE_BYTES} bytes, got {info.file_size}"
+            )
+        # torch.serialization.set_crc32_options(False) writes zeros, which zipfile would reject
         with_checksums = any(member.CRC for member in members.values())
         raw = _contents(path, info, with_checksums)
         order = members.get(f"{folder}byteorder")
@@ -179,7 +182,7 @@ def _read_zip(path: Path) -> tuple[Any, _Places]:
 
 
 def _start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin."""
+    """The offset at which a member's bytes begin."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
@@ -188,17 +191,19 @@ def _start(path: Path, info: zipfile.ZipInfo) -> int:
     if signature != b"PK\x03\x04" or start + info.file_size > path.stat().st_size:
         raise ValueError(f"member {printable(info.filename, 60)} lies outside the file")
     if name not in (info.orig_filename.encode(), info.orig_filename.encode("cp437", "replace")):
-        raise ValueError(f"member {printable(info.filename, 60)} has another name where it lies")
+        raise ValueError(
+            f"member {printable(info.filename, 60)} has another name in its local header"
+        )
     return start
 
 
 def _contents(path: Path, info: zipfile.ZipInfo, with_checksums: bool) -> bytes:
-    """A small member's bytes."""
+    """Read the bytes of a small member."""
     with path.open("rb") as file:
         file.seek(_start(path, info))
         raw = file.read(info.file_size)
     if with_checksums and zlib.crc32(raw) != info.CRC:
-        raise ValueError(f"the checksum of {printable(info.filename, 60)} does not fit")
+        raise ValueError(f"the checksum of {printable(info.filename, 60)} does not match")
     return raw
 
 
@@ -218,7 +223,7 @@ def _read_legacy(path: Path) -> tuple[Any, _Places]:
         first = run(stream)
         if first != MAGIC:
             raise _ForeignError(
-                "expected a file of torch.save, or safetensors; got another pickle, which holds "
+                "expected a file of torch.save, or safetensors; got another pickle, which contains "
                 f"{_held(first)}"
             )
         protocol, machine = run(stream), run(stream)
@@ -229,7 +234,7 @@ def _read_legacy(path: Path) -> tuple[Any, _Places]:
         storages: dict[str, Storage] = {}
         root, keys = run(stream, storages), run(stream)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise ValueError("no list of storages in it")
+            raise ValueError("it contains no list of storages")
         starts: dict[str, int] = {}
         position = stream.tell()
         for key in keys:

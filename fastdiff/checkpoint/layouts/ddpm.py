@@ -82,7 +82,7 @@ def unet_config(shapes: Shapes, options: LoadOptions) -> UNetConfig:
         attention_depth=tuple(int(on) for on in attention),
         head_dim=options.head_dim,
         downsample_padding="asymmetric",
-        time_embedding="ddpm",
+        time_embedding="ddpm-original",
         norm_eps=1e-6,
         norm_groups=options.norm_groups,
         timestep_scale=options.timestep_scale or 1.0,

@@ -1,4 +1,4 @@
-"""diffusers' configs and state dicts, read as ours.
+"""Read diffusers' configs and state dicts as ours.
 
 Understood: `UNet2DConditionModel`, `UNet2DModel`, `AutoencoderKL`, `VQModel`;
 `DiTTransformer2DModel` has a file of its own, `dit.py`. Everything else, and
@@ -117,8 +117,8 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def _condition_options(options: Options) -> dict[str, Any]:
-    """What only UNet2DConditionModel has: transformers, their depth, SDXL's added condition."""
-    options.get("use_linear_projection")  # one linear layer of ours serves both
+    """Options of UNet2DConditionModel only: transformers, their depth, SDXL's added condition."""
+    options.get("use_linear_projection")  # one linear layer of ours implements both
     levels = len(options.require("block_out_channels"))
     attention = _levels(
         options,
@@ -158,7 +158,7 @@ def _heads(options: Options, attention: tuple[bool, ...]) -> dict[str, int]:
 
 
 def _unconditional_options(options: Options) -> dict[str, Any]:
-    """What only UNet2DModel has: self-attention, residual blocks that change the resolution."""
+    """Options of UNet2DModel only: self-attention, residual blocks that change the resolution."""
     attention = _levels(
         options,
         {"DownBlock2D": 0, "ResnetDownsampleBlock2D": 0, "AttnDownBlock2D": 1},
@@ -209,7 +209,7 @@ def _per_level(value: Any, levels: int) -> list[Any]:
 
 
 def _constant(options: Options, name: str, default: Any = None) -> Any:
-    """An option that may be one number per level, where all must be the same."""
+    """An option that may be given per level, in which case all levels must have the same value."""
     value = options.require(name) if default is None else options.get(name, default)
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:
@@ -251,7 +251,7 @@ LAYERS: Layers = {
         "ff.out": ("ff.net.2",),
     },
 }
-# Names that diffusers gave its attention before 0.15; Stable Diffusion 1's files still have them.
+# Names of attention layers in diffusers before 0.15, which Stable Diffusion 1's files still use.
 OLD_ATTENTION_NAMES = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
@@ -280,14 +280,14 @@ def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -
 
 
 def current_name(key: str) -> str:
-    """What diffusers calls a tensor today, given one of its names."""
+    """The current name of a tensor in diffusers, given its current or old name."""
     for old, new in OLD_ATTENTION_NAMES.items():
         key = key.replace(old, new)
     return key
 
 
 def names(model: nn.Module) -> Sources:
-    """(our parameter -> diffusers' parameters) of a whole model."""
+    """The map (our parameter -> diffusers' parameters) of a whole model."""
     assert isinstance(model, UNet | Autoencoder)
     places = unet_places(model) if isinstance(model, UNet) else autoencoder_places(model)
     return source_names(places, LAYERS)
@@ -329,7 +329,7 @@ def unet_places(unet: UNet) -> Iterator[Place]:
 
 
 def _stage_places(ours: str, stage: nn.Module, theirs: str, index: int) -> Iterator[Place]:
-    """A residual block, perhaps attention, perhaps what doubles the resolution."""
+    """A residual block, with attention and upsampling where the stage has them."""
     for position, (_, block) in enumerate(stage.named_children()):
         if isinstance(block, AttentionBlock | SpatialTransformer):
             name = f"attentions.{index}"
@@ -357,7 +357,7 @@ def autoencoder_places(model: Autoencoder) -> Iterator[Place]:
 
 
 def _chain_places(name: str, chain: Chain, levels: str, sampler: str) -> Iterator[Place]:
-    """The three blocks of the middle come last in the encoder and first in the decoder."""
+    """Places of the blocks; the three middle ones are last in the encoder, first in the decoder."""
     middle = len(chain.blocks) - 3 if name == "encoder" else 0
     level = resnets = attentions = 0
     for index, block in enumerate(chain.blocks):

@@ -122,7 +122,7 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
         raise _no_such("timestep_scale", config.timestep_scale, "1")
     if config.num_heads_upsample not in (None, config.num_heads):
         raise _no_such("num_heads_upsample", config.num_heads_upsample, str(config.num_heads))
-    ddpm = config.time_embedding == "ddpm"
+    ddpm = config.time_embedding != "openai"  # of "ddpm-original" diffusers rounds otherwise
     shared = {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,

@@ -1,0 +1,339 @@
+"""How much memory jobs take, before anything is loaded or computed.
+
+    weights + copies of weights that a CPU keeps + the largest of
+      encoding the picture, sampling (an evaluation, slots, embeddings, contexts), decoding
+    + the images that the caller keeps
+
+A model on the meta device (`load(path, device="meta")`) will do: only configs and sizes are read.
+Measured peaks are within 25% of this (tests/generate/test_memory.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.weights import empty_model
+from fastdiff.generate.facts import ACTIVATIONS, SMALL, Facts, check, default_batch
+from fastdiff.generate.job import InpaintJob, Job, TextJob, UpscaleJob
+from fastdiff.kernels import selected_backend
+from fastdiff.kernels.sampler_step import HISTORY_SLOTS
+from fastdiff.memory import check_memory
+from fastdiff.runtime.blocks import block_size, row_blocks
+from fastdiff.runtime.peak import Peak, peak_of
+
+TOKENS = 77
+"""Of a chunk of a prompt."""
+CHARACTERS = 300
+"""Of a prompt, fill a chunk."""
+FP32 = 4
+SLACK = 1.15
+"""What is taken per byte of tensors: allocators leave gaps between small blocks, oneDNN needs room
+of its own. Measured 1.02 to 1.35."""
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that jobs take."""
+
+    weights: int
+    """Of the networks, as far as they are not in memory yet."""
+    work: int
+    """At the worst moment, copies of weights included."""
+    kept: int
+    """Images that the caller holds."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.work + self.kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is the same for all jobs of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the networks."""
+    count: int
+    """Images."""
+    batch: int | None = None
+    """Images at once; None: as `generate` chooses."""
+    conditions: int = 1
+    """Different prompts or classes."""
+    kept: int = 0
+    """Images that the caller holds at the end."""
+
+    @property
+    def first_stage_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
+
+def check_fits(
+    models: Sequence[Model | None], job: Job, call: Call, *, way_out: str, loaded: bool
+) -> None:
+    """Refuse a job, the first of several alike, that would not fit into memory.
+
+    models: the model and its refiner, if there is one. loaded: they are in memory already.
+
+    Raises:
+        NotEnoughMemory: more is needed than is free; where that is unknown nothing is refused.
+        ValueError: as `facts.check`.
+    """
+    facts = Facts.of(models[0])  # type: ignore[arg-type]
+    sizes = _sizes(check(job, facts), facts)
+    if min(map(min, sizes)) < facts.factor:
+        return  # no picture of this size is taken: its plan says so
+    need = need_of([model for model in models if model is not None], job, call, loaded=loaded)
+    height, width = sizes[-1]
+    check_memory(
+        need.total,
+        f"making images of {width} x {height} with {models[0].name}",  # type: ignore[union-attr]
+        device=call.device,
+        way_out=way_out,
+    )
+
+
+def need_of(models: Sequence[Model], job: Job, call: Call, *, loaded: bool) -> Need:
+    """What a job, the first of several alike, takes. Arguments as `check_fits`."""
+    facts = Facts.of(models[0])
+    job = check(job, facts)
+    sizes = _sizes(job, facts)
+    work, copies = 0, 0
+    for model in models:
+        sampling = [_sampling(model, job, size, call) for size in sizes]
+        copies += max(peak.copies for peak in sampling)
+        work = max(work, *(peak.most for peak in sampling))
+    if models[0].autoencoder is not None:
+        tile = job.settings.tile or 0
+        stages = [_decoding(models[0], sizes[-1], tile, call)]
+        if getattr(job, "image", None) is not None or _reencodes(job):
+            stages += [_encoding(models[0], size, tile, call) for size in sizes]
+        copies += max(peak.copies for peak in stages)
+        work = max(work, *(peak.most for peak in stages))
+    height, width = sizes[-1]
+    image = facts.image_channels * height * width * FP32
+    return Need(
+        weights=0 if loaded else sum(map(_weights, models)),
+        work=round(SLACK * work) + copies,
+        # fp32, once more stacked for the sheet, and the sheet's own pixels
+        kept=call.kept * 2 * (image + 3 * height * width) if call.kept > 1 else 0,
+    )
+
+
+def check_reconstruction(autoencoder: Any, images: Tensor) -> None:
+    """Refuse a reconstruction (`generate.reconstruction`) that would not fit into memory.
+
+    images: (N, C, H, W).
+
+    Raises:
+        NotEnoughMemory: more is needed than is free.
+    """
+    weight = next(autoencoder.parameters())
+    factor = autoencoder.downsample_factor
+    if images.ndim != 4 or min(images.shape[2:]) < factor:
+        return  # the autoencoder will refuse them
+    sides = images.shape[2] // factor, images.shape[3] // factor
+    rows = block_size(*sides, weight.device) or len(images)
+    maps = rows * math.prod(images.shape[2:]) * autoencoder.config.model_channels
+    if FP32 * (ACTIVATIONS * maps + 2 * images.numel()) < SMALL:
+        return
+    stages = [
+        _first_stage(
+            autoencoder.config, way, rows, sides, weight.device, weight.dtype, selected_backend()
+        )
+        for way in ("encode", "decode")
+    ]
+    work = max(peak.most for peak in stages) + sum(peak.copies for peak in stages)
+    height, width = images.shape[2:]
+    check_memory(
+        round(SLACK * work) + 2 * images.numel() * FP32,  # what comes back, in parts and in one
+        f"reconstructing {len(images):,} images of {width} x {height}",
+        device=weight.device,
+        way_out="give fewer or smaller images",
+    )
+
+
+def _weights(model: Model) -> int:
+    tensors = (t for module in model.modules.values() for t in module.state_dict().values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _reencodes(job: Job) -> bool:
+    """Whether an image is decoded, enlarged and encoded again."""
+    return isinstance(job, TextJob) and job.upscale is not None and job.upscale_via == "image"
+
+
+def _sizes(job: Job, facts: Facts) -> list[Size]:
+    """(height, width) of the images that a checked job samples, one after the other."""
+    height, width = getattr(job, "height", None), getattr(job, "width", None)
+    if height is None or width is None:
+        picture = getattr(job, "image", None)
+        height, width = (
+            facts.size(height, width) if picture is None else _picture_size(picture, height, width)
+        )
+    sizes = [(height, width)]
+    scale = job.scale if isinstance(job, UpscaleJob) else getattr(job, "upscale", None)
+    if scale is not None:
+        step = facts.size_factor
+        larger = [max(round(side * scale / step), 1) * step for side in sizes[0]]
+        sizes.append((larger[0], larger[1]))
+    return sizes
+
+
+def _picture_size(picture: Any, height: int | None, width: int | None) -> Size:
+    """Of the picture that a job begins with, resized as `images.read_image` does it."""
+    if isinstance(picture, Tensor):
+        return picture.shape[-2], picture.shape[-1]
+    with Image.open(picture) as file:  # what cannot be read is reported where it is read
+        wide, high = file.size
+    if height is None and width is None:
+        return high, wide
+    width = width or max(round(wide * (height or 1) / high), 1)
+    return height or max(round(high * width / wide), 1), width
+
+
+def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
+    """Of the engine at work on images of one size."""
+    facts = Facts.of(model)
+    assert model.denoiser is not None
+    shape = facts.x_shape(*size)
+    guided = 2 if job.settings.weight != 1 else 1
+    slots = min(
+        call.count,
+        call.batch or job.settings.batch or default_batch(*shape[1:], text=facts.reads_text),
+    )
+    blocks = row_blocks(shape[1:], call.device)
+    rows = guided * slots if blocks is None else blocks.guided if guided == 2 else blocks.single
+    context = model.denoiser.config.context_dim
+    tokens = 0 if context is None else TOKENS if facts.reads_text else 1
+    words = getattr(job, "prompt", None) or ""
+    tokens *= 1 + max(len(words) // CHARACTERS, words.count("BREAK"))
+    config: Any = model.denoiser.config  # frozen, so it can be a key
+    peak = _evaluation(config, rows, shape[1:], tokens, call.device, call.dtype, selected_backend())
+    embedding, projected, output = peak.result
+    x = math.prod(shape) * FP32
+    masked = 4 if isinstance(job, InpaintJob) else 0
+    conditions = min(call.conditions, slots) + guided - 1
+    kept = (
+        # x of requests and results, x and history of the slots
+        slots * x * (2 + 1 + HISTORY_SLOTS + masked)
+        # what the blocks return, and all of it in one
+        + 2 * slots * guided * output
+        + 2 * job.settings.total * conditions * embedding
+        + conditions * projected
+    )
+    return Peak(peak.most + kept, peak.copies, None)
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluation(
+    config: Any,
+    rows: int,
+    sides: Size,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    forced: str,
+) -> Peak:
+    """Of a network; result: bytes of an embedding, of a projected context, of an output's row.
+
+    forced: the backend, which decides what an op takes on the way.
+    """
+    network: Any = _empty(config, dtype)
+
+    def call() -> tuple[int, int, int]:
+        t = torch.empty(rows, device="meta")
+        y = added = context = None
+        if config.num_classes is not None:
+            y = torch.empty(rows, dtype=torch.int64, device="meta")
+        if config.added_condition_dim is not None:
+            added = torch.empty(rows, config.added_condition_dim, dtype=dtype, device="meta")
+        emb = network.embed(t, y, added)
+        if tokens:
+            given = torch.empty(rows, tokens, config.context_dim, dtype=dtype, device="meta")
+            context = network.project_context(given)
+        shape = (rows, config.in_channels, *sides)
+        layout = torch.channels_last
+        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+        out = network.body(x, emb, context)
+        return tuple(_bytes(found) // rows for found in (emb, context, out))  # type: ignore[return-value]
+
+    return peak_of(network, call, device=device, dtype=dtype)
+
+
+def _decoding(model: Model, size: Size, tile: int, call: Call) -> Peak:
+    """Of latents to images: as many as are decoded at once."""
+    assert model.autoencoder is not None
+    config, factor = model.autoencoder.config, model.autoencoder.downsample_factor
+    sides = size[0] // factor, size[1] // factor
+    pieces = block_size(*sides, call.device) or min(call.count, call.batch or 4)
+    dtype = call.first_stage_dtype
+    tiled = bool(tile) and max(sides) > tile
+    inner = (min(sides[0], tile), min(sides[1], tile)) if tiled else sides
+    peak = _first_stage(config, "decode", pieces, inner, call.device, dtype, selected_backend())
+    images = pieces * config.image_channels * size[0] * size[1] * dtype.itemsize
+    # joined and clamped, a picture is there three times; in tiles it is there while they are made
+    most = max(peak.most + images * tiled, 3 * images)
+    return Peak(most, peak.copies, None)
+
+
+def _encoding(model: Model, size: Size, tile: int, call: Call) -> Peak:
+    """Of a picture to latents."""
+    assert model.autoencoder is not None
+    config, factor = model.autoencoder.config, model.autoencoder.downsample_factor
+    sides = size[0] // factor, size[1] // factor
+    dtype = call.first_stage_dtype
+    if tile and max(sides) > tile:
+        sides = min(sides[0], tile), min(sides[1], tile)
+    peak = _first_stage(config, "encode", 1, sides, call.device, dtype, selected_backend())
+    image = config.image_channels * size[0] * size[1] * FP32
+    return Peak(peak.most + 2 * image, peak.copies, None)
+
+
+@functools.lru_cache(maxsize=64)
+def _first_stage(
+    config: Any,
+    way: str,
+    images: int,
+    sides: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    forced: str,
+) -> Peak:
+    """Of an autoencoder. sides: of the latents. way: encode or decode. Others as `_evaluation`."""
+    autoencoder: Any = _empty(config, dtype)
+    factor = autoencoder.downsample_factor
+
+    def call() -> None:
+        if way == "decode":
+            shape = (images, config.latent_channels, *sides)
+            autoencoder.decode(torch.empty(shape, dtype=dtype, device="meta"))
+        else:
+            shape = (images, config.image_channels, sides[0] * factor, sides[1] * factor)
+            autoencoder.encode_latent(torch.empty(shape, dtype=dtype, device="meta"))
+
+    return peak_of(autoencoder, call, device=device, dtype=dtype)
+
+
+def _empty(config: Any, dtype: torch.dtype) -> nn.Module:
+    module = empty_model(config, "the config", 2**62)
+    return module.to(dtype).eval()
+
+
+def _bytes(tensors: Any) -> int:
+    """Of a tensor, or of nested lists of them; 0 for None."""
+    if tensors is None:
+        return 0
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(map(_bytes, tensors))
