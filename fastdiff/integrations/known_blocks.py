@@ -346,10 +346,11 @@ def _is_default(value: Any, key: str, defaults: dict[str, Any]) -> bool:
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    return _empty, type(self).served, dict(self.__dict__)
+    return empty_instance, type(self).served, dict(self.__dict__)
 
 
-def _empty(ours: type, theirs: type, forms: frozenset[Form] | None) -> Any:
+def empty_instance(ours: type, theirs: type, forms: frozenset[Form] | None) -> Any:
+    """An instance of `served_class`, before its state: copies and pickles begin with it."""
     kinds: Any = ours, theirs
     served = served_class(*kinds, forms)
     return served.__new__(served)

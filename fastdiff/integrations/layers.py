@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels import add_group_norm_silu, add_layer_norm, group_norm_silu, layer_norm
 from fastdiff.kernels.choose import transformed
+from fastdiff.runtime import cpu_layers
 
 
 def under_transform() -> bool:
@@ -221,3 +222,20 @@ def norm_objection(norm: nn.Module) -> str | None:
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
         return f"it normalizes over {len(norm.normalized_shape)} dimensions, ours over the last one"
     return replaced_forward(norm)
+
+
+def ours(module: nn.Module) -> bool:
+    """Whether an earlier call has swapped the module."""
+    return type(module) is not original(module)
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the class it had before it was swapped."""
+    kind = type(module)
+    if kind.__module__.startswith("fastdiff.integrations") or kind in cpu_layers.PREPARED.values():
+        return next(
+            c
+            for c in kind.__mro__
+            if not c.__module__.startswith("fastdiff.") or c in cpu_layers.PREPARED
+        )
+    return kind

@@ -26,6 +26,8 @@ from fastdiff.integrations.layers import (
     SiLUInNorm,
     is_silu,
     norm_objection,
+    original,
+    ours,
     replaced_forward,
 )
 from fastdiff.integrations.report import Entry, Swap
@@ -300,23 +302,6 @@ def argument_objection(to: type[nn.Module], theirs: type[nn.Module]) -> str | No
             f"{', '.join(missing)}"
         )
     return None
-
-
-def ours(module: nn.Module) -> bool:
-    """Whether an earlier call has swapped the module."""
-    return type(module) is not original(module)
-
-
-def original(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, or the class it had before it was swapped."""
-    kind = type(module)
-    if kind.__module__.startswith("fastdiff.integrations") or kind in cpu_layers.PREPARED.values():
-        return next(
-            c
-            for c in kind.__mro__
-            if not c.__module__.startswith("fastdiff.") or c in cpu_layers.PREPARED
-        )
-    return kind
 
 
 def diffusers_blocks() -> Any:

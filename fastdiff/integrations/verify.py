@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.integrations.compare import copied, described, difference, leaves, same, tolerance
-from fastdiff.integrations.layers import GroupNormBeforeSiLU, under_transform, watched
+from fastdiff.integrations.known_blocks import empty_instance
+from fastdiff.integrations.layers import GroupNormBeforeSiLU, original, under_transform, watched
 from fastdiff.integrations.report import Swap, change_class
 from fastdiff.kernels.choose import selected_backend, unseen
 
@@ -148,12 +149,12 @@ class Verification:
         """
         failed = isinstance(found, Exception)
         quiet = has_hooks(module)
-        wanted, changed = self._shadowed(module, given, original_class, state, quiet=quiet)
+        wanted, changed = self._shadowed(module, given, original, state, quiet=quiet)
         if failed:
             return f"{type(found).__name__} where the original has a result: {found}"[:300]
         if not quiet and not state.is_current():  # it draws random numbers, as dropout does
             quiet = True
-            wanted, changed = self._shadowed(module, given, original_class, state, quiet=True)
+            wanted, changed = self._shadowed(module, given, original, state, quiet=True)
         if quiet:
             found, tensors = self._shadowed(module, given, fastdiff_class, state, quiet=True)
         bound = tolerance((found, wanted, tensors, [*module.parameters()]))
@@ -189,7 +190,7 @@ class Verification:
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise Incomparable(f"its original cannot be run beside it ({said:.120})") from error
-        if isinstance(module, GroupNormBeforeSiLU) and kind is original_class:
+        if isinstance(module, GroupNormBeforeSiLU) and kind is original:
             y = y if watched(module, *module.partner) else F.silu(y)
         return y, [*leaves((args, kwargs), Tensor)]
 
@@ -197,7 +198,7 @@ class Verification:
         self.miss = reason
         pair: tuple[nn.Module, ...] = module.__dict__.get("partner", ())
         for one in (module, *pair):
-            change_class(one, original_class(one))
+            change_class(one, original(one))
             for name in (*self.attributes, "partner", KEY):
                 one.__dict__.pop(name, None)
         warnings.warn(
@@ -222,9 +223,7 @@ class Verified(nn.Module):
         kind: Any = self.verifies
         state = {name: value for name, value in self.__dict__.items() if name != KEY}
         if hasattr(kind, "served"):
-            from fastdiff.integrations.known_blocks import _empty
-
-            return _empty, kind.served, state
+            return empty_instance, kind.served, state
         return object.__new__, (kind,), state
 
 
@@ -259,12 +258,6 @@ def fastdiff_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, without the verification."""
     kind = type(module)
     return kind.verifies if issubclass(kind, Verified) else kind
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    from fastdiff.integrations.planner import original
-
-    return original(module)
 
 
 def shadow(
