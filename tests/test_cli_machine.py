@@ -32,7 +32,7 @@ def test_a_small_disk_is_told_in_numbers_that_tell(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=300 * 2**10))
     check_room(tmp_path, 75)
     with pytest.raises(
-        ValueError, match="^100 images need at least 400 KiB, .* only 300 KiB free"
+        ValueError, match=r"^100 images need at least 400 KiB, .* only 300 KiB free"
     ):
         check_room(tmp_path, 100)
 
