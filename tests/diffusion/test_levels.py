@@ -64,11 +64,11 @@ def test_a_respaced_table_is_ddpm_on_the_respaced_schedule() -> None:
 
 
 BAD_RESPACINGS = {
-    ("ddim400", 1000): "no whole stride over 1000 timesteps gives exactly 400",
-    ("10,15,20", 40): "takes 15 timesteps from a section of 13; ask for at most 13 there",
+    ("ddim400", 1000): "no integer stride over 1000 timesteps gives exactly 400",
+    ("10,15,20", 40): "needs 15 timesteps from a section of 13; use at most 13 there",
     ("0,0", 1000): "must have at least 1 timestep, got '0,0'",
     ("ddim", 1000): "must be like '25', '10,15,20' or 'ddim50', got 'ddim'",
-    ("1001", 1000): "takes 1001 timesteps from a section of 1000",
+    ("1001", 1000): "needs 1001 timesteps from a section of 1000",
 }
 
 
