@@ -32,6 +32,7 @@ from fastdiff.models.network import (
     Network,
     check_conditions,
     check_image,
+    check_patches,
     embed_labels,
     register,
 )
@@ -65,41 +66,13 @@ class DiTConfig:
             if not holds:
                 raise ValueError(f"DiTConfig: {message}")
 
-        for name in ("in_channels", "out_channels", "width", "depth", "num_heads", "patch_size"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, got {value}")
         require(self.width % 4 == 0, f"width must be a multiple of 4, got {self.width}")
-        require(
-            self.width % self.num_heads == 0,
-            f"num_heads must divide width, got {self.num_heads} and {self.width}",
-        )
-        require(
-            self.sample_size > 0 and self.sample_size % self.patch_size == 0,
-            f"sample_size must be a multiple of patch_size, got {self.sample_size} and "
-            f"{self.patch_size}",
-        )
-        require(
-            0 < self.mlp_ratio < float("inf") and self.hidden > 0,
-            f"mlp_ratio must be positive, got {self.mlp_ratio}",
-        )
-        require(
-            self.num_classes is None or self.num_classes > 0,
-            f"num_classes must be None or positive, got {self.num_classes}",
-        )
-        require(
-            not self.null_class or self.num_classes is not None,
-            "null_class needs num_classes, got None",
-        )
-        require(
-            not self.learned_sigma or self.out_channels % 2 == 0,
-            f"out_channels must be even with learned_sigma, got {self.out_channels}",
-        )
+        check_patches(self, require)
         require(
             self.frequency_shift in (0, 1),
             f"frequency_shift must be 0 or 1, got {self.frequency_shift}",
         )
         require(self.mlp_norm_eps > 0, f"mlp_norm_eps must be positive, got {self.mlp_norm_eps}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def hidden(self) -> int:

@@ -272,3 +272,39 @@ def kind_of(config: NetworkConfig) -> str:
         f"no registered network uses the config class {type(config).__name__}; decorate the "
         "network with fastdiff.models.network.register"
     )
+
+
+def check_patches(config: Any, require: Callable[[bool, str], None]) -> None:
+    """What the configs of transformers over patches must hold alike.
+
+    require: (holds, message), raises ValueError where it does not hold.
+    """
+    for name in ("in_channels", "out_channels", "width", "depth", "num_heads", "patch_size"):
+        value = getattr(config, name)
+        require(value > 0, f"{name} must be positive, got {value}")
+    require(
+        config.width % config.num_heads == 0,
+        f"num_heads must divide width, got {config.num_heads} and {config.width}",
+    )
+    require(
+        config.sample_size > 0 and config.sample_size % config.patch_size == 0,
+        f"sample_size must be a multiple of patch_size, got {config.sample_size} and "
+        f"{config.patch_size}",
+    )
+    require(
+        0 < config.mlp_ratio < float("inf") and config.hidden > 0,
+        f"mlp_ratio must be positive, got {config.mlp_ratio}",
+    )
+    require(
+        config.num_classes is None or config.num_classes > 0,
+        f"num_classes must be None or positive, got {config.num_classes}",
+    )
+    require(
+        not config.null_class or config.num_classes is not None,
+        "null_class needs num_classes, got None",
+    )
+    require(
+        not config.learned_sigma or config.out_channels % 2 == 0,
+        f"out_channels must be even with learned_sigma, got {config.out_channels}",
+    )
+    require(0 <= config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")

@@ -28,6 +28,7 @@ from fastdiff.models.network import (
     Network,
     check_conditions,
     check_image,
+    check_patches,
     embed_labels,
     register,
 )
@@ -63,25 +64,10 @@ class UViTConfig:
             if not holds:
                 raise ValueError(f"UViTConfig: {message}")
 
-        for name in ("in_channels", "out_channels", "width", "depth", "num_heads", "patch_size"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, got {value}")
         require(self.depth % 2 == 0, f"depth must be even, got {self.depth}")
         require(self.width % 2 == 0, f"width must be even, got {self.width}")
-        require(
-            self.width % self.num_heads == 0,
-            f"num_heads must divide width, got {self.num_heads} and {self.width}",
-        )
-        require(
-            self.sample_size > 0 and self.sample_size % self.patch_size == 0,
-            f"sample_size must be a multiple of patch_size, got {self.sample_size} and "
-            f"{self.patch_size}",
-        )
-        require(
-            0 < self.mlp_ratio < float("inf") and self.hidden > 0,
-            f"mlp_ratio must be positive, got {self.mlp_ratio}",
-        )
-        for name in ("num_classes", "context_dim", "context_tokens"):
+        check_patches(self, require)
+        for name in ("context_dim", "context_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be None or positive, got {value}")
         require(
@@ -95,18 +81,9 @@ class UViTConfig:
             f"{self.context_dim}",
         )
         require(
-            not self.null_class or self.num_classes is not None,
-            "null_class needs num_classes, got None",
-        )
-        require(
-            not self.learned_sigma or self.out_channels % 2 == 0,
-            f"out_channels must be even with learned_sigma, got {self.out_channels}",
-        )
-        require(
             abs(self.timestep_offset) < float("inf"),
             f"timestep_offset must be finite, got {self.timestep_offset}",
         )
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def hidden(self) -> int:
