@@ -285,6 +285,22 @@ def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path: Path) -> None:
         open_weights(path).copy_into("a.weight", torch.empty(3, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("byte", [0, 63, 64, 150, 255, 256, 269])
+def test_a_flipped_bit_is_seen_wherever_it_is(
+    tmp_path: Path, byte: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checksums are taken piece by piece: a record of 270 bytes, in pieces of 64."""
+    monkeypatch.setattr(weights_module, "CHUNK", 64)
+    path = write(tmp_path / "x.pt", {"a": torch.arange(270, dtype=torch.uint8)}, "zip")
+    raw = bytearray(path.read_bytes())
+    offset = open_weights(path).places["a"].offset
+    assert torch.equal(open_weights(path).tensor("a"), torch.arange(270, dtype=torch.uint8))
+    raw[offset + byte] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"damaged: the checksum of the 270 bytes from"):
+        open_weights(path).tensor("a")
+
+
 def test_a_flipped_bit_in_the_names_is_seen(tmp_path: Path) -> None:
     """The pickle has a checksum too: a tensor does not lose its name in silence."""
     path = write(tmp_path / "x.pt", TENSORS, "zip")

@@ -27,12 +27,14 @@ from fastdiff.data import DataConfig, open_dataset
 from fastdiff.generate.job import ClassJob
 from fastdiff.generate.run import generate
 from fastdiff.images import read_image, save_png
+from fastdiff.models.dit import DiT
 from fastdiff.models.text import encode_prompt
+from fastdiff.models.uvit import UViT
 from fastdiff.training import DiffusionRun, checkpoints
 from fastdiff.training.monitor import LOG_FILE, _drop_lines_after
 from fastdiff.training.task import DiffusionTask
 from fastdiff.training.trainer import Trainer, open_run
-from tests.checkpoint import layouts
+from tests.checkpoint import layouts, test_vit
 from tests.checkpoint.pipelines import pipeline
 from tests.checkpoint.test_open import compvis_state
 from tests.models.test_against_diffusers import ADM, peer_model
@@ -113,6 +115,25 @@ def _compvis(folder: Path) -> None:
     shutil.rmtree(folder / "words")
     metadata = {"modelspec.prediction_type": "v", "modelspec.title": "a model"}
     save_file(state, folder / "model.safetensors", metadata=metadata)
+
+
+def _dit(folder: Path) -> None:
+    """A DiT in the names of its authors."""
+    network = test_vit.network_of(DiT, test_vit.DIT)
+    torch.save(test_vit.published_dit(network), folder / "model.pt")
+
+
+def _uvit(folder: Path) -> None:
+    """A U-ViT in the names of its authors."""
+    network = test_vit.network_of(UViT, test_vit.UVIT)
+    torch.save(test_vit.published_uvit(network), folder / "model.pth")
+
+
+def _load_vit(name: str) -> Callable[[Path], None]:
+    def open_(folder: Path) -> None:
+        fastdiff.load(folder / name, **test_vit.SAID)
+
+    return open_
 
 
 def _sharded(folder: Path) -> None:
@@ -247,6 +268,8 @@ TARGETS: dict[str, Target] = {
     "sharded": Target(_sharded, _read_sharded, share=2),
     "guided-diffusion": Target(_openai, lambda folder: _load(folder / "model.pt"), share=2),
     "compvis": Target(_compvis, lambda folder: _load(folder / "model.safetensors"), share=2),
+    "DiT": Target(_dit, _load_vit("model.pt"), share=2),
+    "U-ViT": Target(_uvit, _load_vit("model.pth"), share=2),
     "bundle": Target(lambda folder: save_bundle(tiny_model(), folder), _load, share=2),
     "unet": Target(_component("unet", "scheduler/scheduler_config.json"), _load, share=2),
     "scheduler": Target(
