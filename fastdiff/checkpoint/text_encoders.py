@@ -29,12 +29,13 @@ _BLOCK = {  # OpenCLIP's name inside a block -> CLIP's
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The fields that are read from a config.json. Others are not passed to transformers, because
 # "attn_implementation" may name a repository of kernels, which it would download and run.
 _FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    *_TOKEN_IDS,
 )
 _NO_WEIGHTS = ("logit_scale", "position_ids", "attn_mask")
 
@@ -55,6 +56,13 @@ def plan_folder(folder: Path, weights: Weights, loading: Loading) -> Plan:
             f"{path}: architectures must be CLIPTextModel or CLIPTextModelWithProjection, got "
             f"{kinds!r:.60}; set text_encoders=False to load the rest"
         )
+    for name in _TOKEN_IDS:
+        number = data.get(name)
+        if number is not None and not (type(number) is int and 0 <= number < 2**31):
+            raise ValueError(
+                f"{path}: {name} must be a token id of 0 or more, got {number!r:.20}; "
+                "set text_encoders=False to load the rest"
+            )
     return _clip(data, kinds == known[1], weights, loading)
 
 
@@ -153,7 +161,7 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
 def _try_tokenizer(tokenizer: Any) -> None:
     """Use the tokenizer once, because transformers checks some of its options only then."""
     ids = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in _TOKEN_IDS:
         ids.append(getattr(tokenizer, name))
     if not all(type(number) is int and number >= 0 for number in ids):
         raise ValueError(f"expected ids of 'a', of begin, end and padding, got {ids}")

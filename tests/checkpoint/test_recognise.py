@@ -335,6 +335,16 @@ def test_a_text_encoder_of_another_width(folder: Path) -> None:
         fastdiff.load(folder)
 
 
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("number", [-1, 2**31, -(10**40), 1.5, True, "2", [2]])
+def test_token_ids_of_a_text_encoder(folder: Path, name: str, number: object) -> None:
+    """With an end that no token can be, CLIP would take its summary from the first token."""
+    change_json(folder / "text_encoder" / "config.json", **{name: number})
+    with pytest.raises(ValueError, match=f"{name} must be a token id of 0 or more, got"):
+        fastdiff.load(folder)
+    assert fastdiff.load(folder, text_encoders=False).text_encoders == ()
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [

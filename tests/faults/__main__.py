@@ -39,8 +39,8 @@ def passes(root: Path, *tests: str) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT,
-            check=False,
+            command, cwd=root, env=environment, capture_output=True, text=True, errors="replace",
+            timeout=LIMIT, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return False
@@ -96,6 +96,8 @@ def main() -> int:
             start = time.monotonic()
             seen = fault.test != NOTHING and noticed(fault, root)
             rows.append((fault, "yes" if seen else "no", time.monotonic() - start))
+            if not seen:
+                console.print(f"not noticed: {fault.name} ({fault.what}), by {fault.test}")
     table = Table("fault", "what is wrong", "test", "seen", "s")
     for fault, seen, seconds in rows:
         table.add_row(fault.name, fault.what, fault.test, seen, f"{seconds:.0f}")
