@@ -53,8 +53,18 @@ def _jobs(plan: Plan) -> dict[str, Job]:
 
 
 def _built(job: Job, device: torch.device, seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
-    """The network in bf16, and random inputs: products of zeros are faster."""
+    """The network in bf16, and random inputs: products of zeros are faster.
+
+    Its weights preserve the scale of activations. With those of `Job.build`, biases drown what the
+    ops contribute, and a wrong op would not show.
+    """
     module, inputs = job.build(str(device), gpu_networks.DTYPE)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(float(name.endswith("weight")))
     return module, _random(inputs, seed)
 
 
