@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.device import records
 from benchmarks.device.dry import dry_cases, dry_jobs
-from benchmarks.device.prepare import WORKERS
-from benchmarks.device.table import Plan
+from benchmarks.device.table import LeftOut, Plan
 
+WORKERS = min(14, os.cpu_count() or 1)
+"""Processes that compile."""
 SAVE_S = 5.0
 """Seconds between two savings of measurements; a process that is killed loses no more."""
 MOST_IMPORTANT = (
@@ -152,6 +154,21 @@ def _from_the_host(plan: Plan) -> tuple[Any, list[str]]:
     )
     records.save(plan, found.records)
     return found, notes
+
+
+def compile_triton(plan: Plan) -> list[str]:
+    """Compile Triton's kernels for the shape classes of the networks, into its cache on disk."""
+    if plan.dry_run:
+        raise LeftOut("a dry run interprets the kernels")
+    import torch
+
+    from fastdiff.bench import tune as search
+    from fastdiff.kernels.tuning import configs
+
+    todo = tuned_cases()
+    gpu = configs.gpu_of(torch.device("cuda"))
+    search.compile_in_use(todo, gpu=gpu, workers=max(1, WORKERS // 2))  # the build has the others
+    return [f"{len(todo)} classes compiled"]
 
 
 def tune(plan: Plan) -> list[str]:

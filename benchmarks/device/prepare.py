@@ -19,8 +19,6 @@ IGNORED = tuple(
     for name in ("resources", "cuda_resources", "cuda_host", "cuda_matrix", "native", "sanitizers")
 )
 """Tests of ahead-of-time compilation, the emulation and CPU code, which do not use the device."""
-WORKERS = min(14, os.cpu_count() or 1)
-"""Processes that compile."""
 NAMED = ("triton", "diffusers", "numpy")
 """Packages whose version is a fact."""
 
@@ -114,22 +112,6 @@ def kernels_of_the_gpu(plan: Plan) -> list[str]:
         raise Failed("listing the kernels' resources failed", *done.stderr.splitlines()[-10:])
     (plan.out / "cuda-kernels.txt").write_text(done.stdout)
     return [f"{len(done.stdout.splitlines()) - 1} kinds of launches in cuda-kernels.txt"]
-
-
-def compile_triton(plan: Plan) -> list[str]:
-    """Compile Triton's kernels for the shape classes of the networks, into its cache on disk."""
-    if plan.dry_run:
-        raise LeftOut("a dry run interprets the kernels")
-    import torch
-
-    from benchmarks.device.measure import tuned_cases
-    from fastdiff.bench import tune
-    from fastdiff.kernels.tuning import configs
-
-    todo = tuned_cases()
-    gpu = configs.gpu_of(torch.device("cuda"))
-    tune.compile_in_use(todo, gpu=gpu, workers=max(1, WORKERS // 2))  # the build has the others
-    return [f"{len(todo)} classes compiled"]
 
 
 def tests(plan: Plan) -> list[str]:

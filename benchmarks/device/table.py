@@ -127,7 +127,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="compile",
             does="Triton's kernels for the shapes of the networks, in several processes",
-            function="benchmarks.device.prepare:compile_triton",
+            function="benchmarks.device.measure:compile_triton",
             seconds=90,
             calls=(1, 2),
             beside="build",
