@@ -32,7 +32,7 @@ from pathlib import Path
 
 from benchmarks.device import records, table
 from benchmarks.device.runner import run_call
-from benchmarks.device.table import CALL_SECONDS, Failed, LeftOut, Plan, stages_of
+from benchmarks.device.table import CALL_SECONDS, ContextLost, Failed, LeftOut, Plan, stages_of
 
 
 def inside(function: str, plan: Plan, outcome: Path) -> int:
@@ -51,7 +51,7 @@ def inside(function: str, plan: Plan, outcome: Path) -> int:
     except Failed as failure:
         status, notes = "failed", [str(line) for line in failure.args]
     except Exception as error:
-        if "CUDA error" not in str(error) and type(error).__name__ != "ContextLost":
+        if "CUDA error" not in str(error) and not isinstance(error, ContextLost):
             raise
         traceback.print_exc()
         status, notes = "lost context", [" ".join(str(error).split())[:300]]

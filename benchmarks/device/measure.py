@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.device import records
 from benchmarks.device.dry import dry_cases, dry_jobs
-from benchmarks.device.table import LeftOut, Plan
+from benchmarks.device.table import ContextLost, LeftOut, Plan
 
 WORKERS = min(14, os.cpu_count() or 1)
 """Processes that compile."""
@@ -102,11 +102,15 @@ def _benchmarked(plan: Plan, todo: Sequence[Any]) -> list[str]:
 
 
 def run_cases(plan: Plan, todo: Sequence[Any], end: float) -> Any:
-    """The `Outcome` of cases; measurements are saved every `SAVE_S` seconds."""
+    """The `Outcome` of cases; measurements are saved every `SAVE_S` seconds.
+
+    Raises:
+        ContextLost: the GPU's context is lost; what was measured before is saved.
+    """
     import torch
 
     from fastdiff.bench.clock import HostTimer, timer_for
-    from fastdiff.bench.run import MATMUL, Case, Outcome, run
+    from fastdiff.bench.run import CONTEXT_LOST, MATMUL, Case, Outcome, run
 
     saved = [0, time.monotonic()]
 
@@ -128,6 +132,8 @@ def run_cases(plan: Plan, todo: Sequence[Any], end: float) -> Any:
         progress=progress,
     )
     records.save(plan, outcome.records)
+    if CONTEXT_LOST in outcome.failures:
+        raise ContextLost(*outcome.failures)
     return outcome
 
 

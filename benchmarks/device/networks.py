@@ -229,7 +229,7 @@ def _compiled(
     torch.compiler.reset()
     start = time.monotonic()
     options: dict[str, Any] = {"backend": "eager"} if plan.dry_run else {"mode": mode}
-    compiled = torch.compile(module, dynamic=False, **options)
+    compiled = torch.compile(module, dynamic=False, fullgraph=True, **options)
     try:
         with torch.inference_mode():
             for _ in range(3):  # it records its graphs in the second and third call

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.device import records
-from benchmarks.device.table import Failed, LeftOut, Plan
+from benchmarks.device.table import ContextLost, Failed, LeftOut, Plan
 
 JOBS = ("SD 1.5 U-Net", "SDXL U-Net", "KL-f8 decoder")
 """The networks all of whose calls are cases, each at its own batch size."""
@@ -22,10 +22,6 @@ FILM = "ADM-256 U-Net"
 """The only network with scale and shift; the largest and the smallest of these calls are cases."""
 OWN = ("ada_layer_norm", "sampler_step")
 """Ops that these networks do not call, at the shapes that their benchmarks declare."""
-
-
-class ContextLost(Exception):
-    """The GPU context of this process is unusable from now on."""
 
 
 def cases(jobs: dict[str, Any] | None = None) -> dict[str, list[Any]]:

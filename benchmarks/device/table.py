@@ -89,6 +89,10 @@ class LeftOut(Exception):
     """A stage cannot run on this machine."""
 
 
+class ContextLost(Exception):
+    """The GPU context of this process is unusable from now on."""
+
+
 class Failed(Exception):
     """A stage found something wrong; raised after it has done everything it could."""
 

@@ -60,6 +60,8 @@ from fastdiff.kernels.tuning.measured import ANY
 
 MATMUL = 8192
 """Size of the square matrix product whose rate counts as the peak."""
+CONTEXT_LOST = "the CUDA context is lost, so no more cases can run"
+"""The last of `Outcome.failures` in this event."""
 PROVIDER_S = 0.05
 """Seconds of timed rounds per provider."""
 
@@ -187,7 +189,7 @@ def run(
         except Exception as error:  # noqa: BLE001 - reported; the other cases continue
             outcome.failures.append(f"{case}: {said(error)}")
             if lost_context(error):
-                outcome.failures.append("the CUDA context is lost, so no more cases can run")
+                outcome.failures.append(CONTEXT_LOST)
                 outcome.left_out = [str(case) for case in todo[place + 1 :]]
                 break
     return outcome

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.device import command, measure, parity, prepare, sanitize, table
+from benchmarks.device import command, measure, prepare, sanitize, table
 from benchmarks.device import records as kept
-from benchmarks.device.table import Failed, LeftOut, Plan
+from benchmarks.device.table import ContextLost, Failed, LeftOut, Plan
 from benchmarks.networks import gpu_networks
 from fastdiff import kernels
 from fastdiff.bench import gpu_report, providers, report, shapes
@@ -392,7 +392,7 @@ def test_a_stage_records_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (raising(Failed("one", "two")), "failed", ["one", "two"]),
         (raising(LeftOut("no tool")), "left out", ["no tool"]),
         (raising(RuntimeError("CUDA error: gone")), "lost context", ["CUDA error: gone"]),
-        (raising(parity.ContextLost("geglu: gone")), "lost context", ["geglu: gone"]),
+        (raising(ContextLost("geglu: gone")), "lost context", ["geglu: gone"]),
     ):
         found = inside(tmp_path, monkeypatch, function)
         assert found == {"status": status, "notes": notes}

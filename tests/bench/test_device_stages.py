@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.device import networks, parity, records, table
 from benchmarks.device.dry import dry_jobs
-from benchmarks.device.measure import MOST_IMPORTANT, tuned_cases
-from benchmarks.device.table import Failed, Plan
+from benchmarks.device.measure import MOST_IMPORTANT, run_cases, tuned_cases
+from benchmarks.device.table import ContextLost, Failed, Plan
 from benchmarks.networks.plain import PLAIN, plain_ops
 from fastdiff import kernels
 from fastdiff.bench.record import LAUNCHED, LOOP, LOOP_LAUNCHED, NETWORK
@@ -34,8 +36,6 @@ def plan(tmp_path: Path) -> Plan:
 
 def saved(plan: Plan) -> dict[tuple[str, str], str]:
     """(benchmark, provider) -> how it was timed, of all records."""
-    import json
-
     found = [json.loads(p.read_text())["records"] for p in plan.out.glob("results/*/*.json")]
     return {(r["benchmark"], r["provider"]): r["method"] for of in found for r in of}
 
@@ -149,9 +149,23 @@ def test_a_lost_context_ends_the_process_and_keeps_the_cases_before(
         return right()
 
     geglu_is(monkeypatch, losing)
-    with pytest.raises(parity.ContextLost, match="illegal memory access"):
+    with pytest.raises(ContextLost, match="illegal memory access"):
         parity.checked(geglus(), "cpu", plan)
     assert lines(plan) == ["ok", "lost context"]
+
+
+@needs_native
+def test_a_context_lost_while_timing_keeps_the_timings_before(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losing(x: Tensor) -> Tensor:
+        raise RuntimeError(CONTEXT)
+
+    case = replace(geglus()[0], providers=("reference", "eager"))
+    lost = replace(case, subject=replace(case.subject, eager=losing))
+    with pytest.raises(ContextLost, match="illegal memory access"):
+        run_cases(plan, [case, lost, case], time.monotonic() + 60)
+    assert set(saved(plan)) == {("geglu", "reference"), ("geglu", "eager"), ("geglu", "copy")}
 
 
 def test_cases_without_time_are_a_failure(plan: Plan) -> None:
