@@ -21,7 +21,8 @@ from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import AugmentConfig, DataConfig
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.losses import min_snr_weight
-from fastdiff.diffusion.samplers import build_table, ddim
+from fastdiff.diffusion.samplers import build_table
+from fastdiff.diffusion.samplers.onestep import ddim
 from fastdiff.diffusion.sampling import Slots, sample
 from fastdiff.diffusion.schedules import (
     NoiseSchedule,
