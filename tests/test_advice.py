@@ -141,7 +141,7 @@ ROWS: dict[str, Row] = {
         lambda _: build_table("ddim", SCHEDULE, 2),
     ),
     "sampler option": Row(
-        lambda _: build_table("heun", SCHEDULE, 2, eta=1.0),
+        lambda _: build_table("plms", SCHEDULE, 2, eta=1.0),
         "it has none",
         lambda _: build_table("heun", SCHEDULE, 2),
     ),
