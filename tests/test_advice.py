@@ -143,7 +143,7 @@ ROWS: dict[str, Row] = {
     "sampler option": Row(
         lambda _: build_table("plms", SCHEDULE, 2, eta=1.0),
         "it has none",
-        lambda _: build_table("heun", SCHEDULE, 2),
+        lambda _: build_table("plms", SCHEDULE, 2),
     ),
     "eps without signal": Row(
         lambda _: build_table("ddim", ZERO_SNR, 2),
