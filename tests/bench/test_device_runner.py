@@ -101,6 +101,25 @@ def test_stages_that_hang_die_or_lose_their_context_do_not_stop_the_others(
     assert not exists(int((tmp_path / "child.txt").read_text()))
 
 
+def test_a_process_that_cannot_be_killed_is_left_behind(
+    stages_are: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for a hung driver."""
+    started: list[subprocess.Popen[str]] = []
+    start = runner._started
+    monkeypatch.setattr(runner, "KILL_S", 0.1)
+    monkeypatch.setattr(runner, "_started", lambda *of: started.append(start(*of)) or started[-1])
+    with monkeypatch.context() as unkillable:
+        unkillable.setattr(runner.os, "killpg", lambda pid, number: None)
+        names = stages_are(stage("hang", 3.0), stage("fine"))
+        found = run(names, tmp_path, 23.0)
+    os.killpg(started[0].pid, signal.SIGKILL)
+    started[0].wait()
+    assert found["hang"]["status"] == "timed out"
+    assert found["hang"]["notes"][0] == "killed at its limit of 3 s, but it has not ended"
+    assert found["fine"]["status"] == "ok"
+
+
 def test_parts_are_processes_of_their_own(stages_are: Any, tmp_path: Path) -> None:
     (name,) = stages_are(stage("parts", 6.0, parts=("lose", "hang", "fine", "leave"), at_once=2))
     found = run([name], tmp_path, 6.0)[name]
