@@ -379,6 +379,8 @@ def save(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
     root = folder / "checkpoints"
     if checkpoints.latest_checkpoint(root) != checkpoints.step_folder(root, trainer.done):
         trainer.save(root)
+    else:  # a run that was killed here may not have got to it
+        checkpoints.delete_old(root, trainer.done, trainer.run.output.keep)
     trainer.task.export(trainer.ema.network, trainer.done)
     monitor.pause()
 

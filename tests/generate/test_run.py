@@ -293,6 +293,19 @@ def test_any_mix_comes_in_order_and_alone_the_same(model: Model) -> None:
         assert torch.equal(drawing.images(model, [job])[0], result.image)
 
 
+def test_images_that_are_decoded_in_tiles_share_a_run_with_others(model: Model) -> None:
+    """Latents of 12 x 12, whole, in tiles of 8 or 9: each image has the bits that it has alone."""
+    jobs = [
+        ClassJob(label=1, seed=seed, height=24, width=24, settings=replace(QUICK, tile=tile))
+        for seed, tile in enumerate([0, 0, 8, 9, 8, 9, 0])
+    ]
+    results = [result.image for result in generate(model, jobs)]
+    for job, image in zip(jobs, results, strict=True):
+        assert torch.equal(drawing.images(model, [job])[0], image)
+    whole = replace(jobs[2], settings=replace(QUICK, tile=0))
+    assert not torch.equal(drawing.images(model, [whole])[0], results[2])
+
+
 def test_jobs_are_taken_as_there_is_room(model: Model) -> None:
     taken: list[int] = []
 

@@ -140,7 +140,8 @@ def solvers(s: Any) -> Seen:
         more = {"algorithm_type": algorithm, "solver_type": kind, "solver_order": order}
         seen += each(s, {**more, "final_sigmas_type": "sigma_min"})
     for low, euler, steps in itertools.product((False, True), (False, True), (3, 16)):
-        seen += each(s, {"lower_order_final": low, "euler_at_final": euler}, steps=steps)
+        more = {"lower_order_final": low, "euler_at_final": euler}
+        seen += each(s, more, {**more, "final_sigmas_type": "sigma_min"}, steps=steps)
     return seen
 
 

@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastdiff
+from fastdiff.integrations import layers
 from fastdiff.kernels import record_backends
 from tests.integrations import blocks
 from tests.integrations.models import UNETS, Network
@@ -435,3 +437,20 @@ def test_equal_shapes_compile_once_per_kind_of_backend(options: dict[str, Any]) 
                     network(*network.inputs(seed))
             assert counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_a_layer_norm_adds_a_residual_of_another_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """Under autocast: the sum has the wider dtype, as PyTorch's, and so does the result."""
+    norm = layers.LayerNorm(16)
+    torch.nn.init.normal_(norm.weight)
+    x, residual = (torch.randn(3, 16).to(dtype) for dtype in dtypes)
+    normed, total = norm(x, residual)
+    assert normed.dtype == total.dtype == torch.float32
+    assert torch.equal(total, x.float() + residual.float())
+    expected = F.layer_norm(total.double(), (16,), norm.weight.double(), norm.bias.double())
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=1e-6)

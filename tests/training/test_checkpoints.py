@@ -81,6 +81,28 @@ def test_the_newest_checkpoint_is_never_deleted(
     runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_old_checkpoints_of_a_killed_run_are_deleted(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at its last save, after `latest` named it and before the older one was deleted."""
+    run = runs.with_output(
+        runs.diffusion_run(images, tmp_path / "run"), save_every=4, keep=1, preview_every=0
+    )
+
+    def killed(*_: object) -> None:
+        if (root / "step_00000006").is_dir():
+            raise KeyboardInterrupt
+
+    root = tmp_path / "run/checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "delete_old", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_diffusion(run)
+    assert {path.name for path in root.iterdir()} == {"latest", "step_00000004", "step_00000006"}
+    train_diffusion(run, resume=True)
+    assert {path.name for path in root.iterdir()} == {"latest", "step_00000006"}
+
+
 def test_damaged_checkpoints_are_named(images: Path, tmp_path: Path) -> None:
     run = runs.diffusion_run(images, tmp_path / "run", optimization=runs.optimization(steps=1))
     train_diffusion(run)
