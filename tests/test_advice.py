@@ -21,7 +21,8 @@ from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import AugmentConfig, DataConfig
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.losses import min_snr_weight
-from fastdiff.diffusion.samplers import build_table, ddim
+from fastdiff.diffusion.samplers import build_table
+from fastdiff.diffusion.samplers.onestep import ddim
 from fastdiff.diffusion.sampling import Slots, sample
 from fastdiff.diffusion.schedules import (
     NoiseSchedule,
@@ -140,9 +141,9 @@ ROWS: dict[str, Row] = {
         lambda _: build_table("ddim", SCHEDULE, 2),
     ),
     "sampler option": Row(
-        lambda _: build_table("heun", SCHEDULE, 2, eta=1.0),
+        lambda _: build_table("plms", SCHEDULE, 2, eta=1.0),
         "it has none",
-        lambda _: build_table("heun", SCHEDULE, 2),
+        lambda _: build_table("plms", SCHEDULE, 2),
     ),
     "eps without signal": Row(
         lambda _: build_table("ddim", ZERO_SNR, 2),

@@ -211,7 +211,7 @@ MISTAKES = {
     "sample --model TINY --steps 1001": "steps must be 1 to 1000",
     "sample --model TINY --steps many": "--steps: expected a whole number, got 'many'",
     "sample --model TINY --stesp 3": "unrecognized options: --stesp",
-    "sample --model TINY --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
+    "sample --model TINY --sampler dpmp": "did you mean ddpm or kdpm2?",
     "sample --model TINY --count 0": "count must be at least 1, got 0",
     "sample --model TINY --batch 0": "batch must be at least 1, got 0",
     "sample --model TINY --guidance-scale nan": "guidance scale must be a finite number",
@@ -656,6 +656,7 @@ def test_samplers_are_listed(run) -> None:
     assert [line.split()[0] for line in out.splitlines()] == list(SAMPLERS)
     for line in out.splitlines():
         assert re.search(r"\d{4}|k-diffusion", line), f"no source in {line!r}"
+        assert re.search(r"\[(order \d|distilled networks), [123] evaluations? per step\]$", line)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -665,7 +666,11 @@ def test_a_sampler_table_is_printed(name: str, run) -> None:
     assert code == 0
     heading, *rows = [line.split() for line in out.partition("\n\n")[2].splitlines()]
     assert heading[0] == "row"
-    evaluations = {"heun": 6, "plms": 5}.get(name, 4)  # of heun's 4, first and last are Euler's
+    # of heun's 4, first and last are Euler's
+    evaluations = {"plms": 5}.get(name, 2 + 2 * SAMPLERS[name].evaluations)
+    if SAMPLERS[name].evaluations == 1 and name != "plms":
+        evaluations = 4
+    assert f"{evaluations} rows for 4 steps" in out
     assert [row[0] for row in rows] == [str(n) for n in range(evaluations)]
     assert all(len(row) == len(heading) for row in rows)
     if name != "ddim":

@@ -328,7 +328,7 @@ MISTAKES = {
     "txt2img cat --model sd1 --width 60": "multiples of 8, got 60 x 64",
     "txt2img cat --model sd1 --count 0": "count must be at least 1, got 0",
     "txt2img cat --model sd1 --seed -1": "seed must be a whole number from 0 to 2**64 - 1",
-    "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or dpmpp-2m?",
+    "txt2img cat --model sd1 --sampler dpmp": "did you mean ddpm or kdpm2?",
     "txt2img cat --model sd1 --clip-skip 3": "clip_skip must be 0 to 2",
     "txt2img cat --model sd1 --guidance-rescale 2": "guidance rescale must be in [0, 1], got 2",
     "txt2img (cat:101) --model sd1": "weight of 'cat' in the prompt must be between -100 and 100",

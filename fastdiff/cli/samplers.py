@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -91,32 +90,29 @@ def run(options: Samplers) -> int:
         from fastdiff.diffusion.plots import plot_tables
 
         names = options.names or tuple(SAMPLERS)
-        plot_tables([_table(name, options, SAMPLERS[name]) for name in names], options.plot)
+        plot_tables([_table(name, options) for name in names], options.plot)
         print(options.plot)
     elif options.names:
         for number, name in enumerate(options.names):
             if number:
                 print()
-            _print_table(_table(name, options, SAMPLERS[name]), SAMPLERS[name])
+            _print_table(_table(name, options), options.total)
     else:
-        print_pairs([(name, _headline(sampler)) for name, sampler in SAMPLERS.items()])
+        print_pairs(
+            [(name, f"{sampler.headline} [{sampler.cost}]") for name, sampler in SAMPLERS.items()]
+        )
     return 0
 
 
-def _headline(sampler: Any) -> str:
-    """The first sentence of the sampler's docstring, which names the method and the paper."""
-    return " ".join((inspect.getdoc(sampler) or "").partition("\n\n")[0].split())
-
-
-def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
-    from fastdiff.diffusion.samplers import build_table
+def _table(name: str, options: Samplers) -> SamplerTable:
+    from fastdiff.diffusion.samplers import SAMPLERS, build_table
     from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
     config = ScheduleConfig(kind=options.schedule)
     if options.schedule == "scaled_linear":  # use Stable Diffusion's ends; the default is DDPM's
         config = replace(config, beta_start=0.00085, beta_end=0.012)
     # With several names, --eta applies to the samplers that have it.
-    takes_eta = "eta" in inspect.signature(sampler).parameters or len(options.names) == 1
+    takes_eta = "eta" in SAMPLERS[name].options or len(options.names) == 1
     return build_table(
         name,
         NoiseSchedule(config),
@@ -128,7 +124,10 @@ def _table(name: str, options: Samplers, sampler: Any) -> SamplerTable:
     )
 
 
-def _print_table(table: SamplerTable, sampler: Any) -> None:
+def _print_table(table: SamplerTable, steps: int) -> None:
+    from fastdiff.diffusion.samplers import SAMPLERS
+
+    sampler = SAMPLERS[table.name]
     heading, *rows = [["0" if cell == "-0" else cell for cell in row] for row in table.describe()]
     if all(row[0] == row[1] for row in rows):  # one evaluation per step: drop a column
         heading, rows = [heading[0], *heading[2:]], [[row[0], *row[2:]] for row in rows]
@@ -138,7 +137,10 @@ def _print_table(table: SamplerTable, sampler: Any) -> None:
         if len({row[index] for row in rows}) == 1 < len(rows)
     ]
     kept = [index for index in range(len(heading)) if index not in constant]
-    print(f"{table.name}: {_headline(sampler)}")
+    print(f"{table.name}: {sampler.headline}")
+    print(f"{sampler.cost}; {len(table)} rows for {steps} steps.")
+    if sampler.options:
+        print(f"Options in Python: {', '.join(sampler.options)}.")
     print(COLUMNS_LEGEND)
     if constant:
         print("In every row:", ", ".join(f"{heading[i]} = {rows[0][i]}" for i in constant))

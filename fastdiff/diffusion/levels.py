@@ -74,11 +74,7 @@ def spaced_levels(
     elif spacing in get_args(SigmaSpacing):
         ends = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (0, last))
         sigmas = sigma_spacing(cast(SigmaSpacing, spacing), steps, *ends)
-        ts = schedule.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
-        return [
-            Level(t, 1 / math.hypot(1, s), s / math.hypot(1, s))
-            for t, s in zip(ts, sigmas, strict=True)
-        ]
+        return levels_of_sigmas(schedule, sigmas)
     elif spacing in FASTDPM_SPACINGS:
         way, curve = spacing.split("-")
         if way == "var":
@@ -97,6 +93,15 @@ def levels_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[Level
     t = torch.tensor(timesteps, dtype=torch.float64)
     alphas, sigmas = schedule.alpha(t).tolist(), schedule.sigma(t).tolist()
     return [Level(*numbers) for numbers in zip(timesteps, alphas, sigmas, strict=True)]
+
+
+def levels_of_sigmas(schedule: NoiseSchedule, sigmas: Sequence[float]) -> list[Level]:
+    """The variance-preserving levels with the given sigma / alpha > 0, at the schedule's t."""
+    timesteps = schedule.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
+    return [
+        Level(t, 1 / math.hypot(1, s), s / math.hypot(1, s))
+        for t, s in zip(timesteps, sigmas, strict=True)
+    ]
 
 
 def final_level(schedule: NoiseSchedule, final: str) -> Level:

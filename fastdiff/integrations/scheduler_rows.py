@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fastdiff.diffusion.levels import CLEAN, Level
 from fastdiff.diffusion.predictions import Prediction, to_denoised
-from fastdiff.diffusion.samplers import Row, ddim, ddpm, dpmpp_2m_sde
+from fastdiff.diffusion.samplers import Row
+from fastdiff.diffusion.samplers.multistep import ADAMS_BASHFORTH, dpmpp_2m_sde
+from fastdiff.diffusion.samplers.onestep import ddim, ddpm
 
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "eps",
@@ -32,13 +34,6 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 LEAST_VARIANCE = 1e-20
 """Lower limit of variances in diffusers' DDPM, applied before taking logarithms."""
-PLMS_WEIGHTS = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
-"""Weights of the last outputs, the newest first (PNDM, Liu et al. 2022, eq. 12)."""
 DEGENERATE = "a noise level is 0 or occurs twice, so the formula would divide by zero"
 
 
@@ -311,7 +306,7 @@ def read_pndm(scheduler: Any, call: Call, host: Host) -> Step | str:
             return "its history was changed"
         weights: tuple[float, ...] = (0.5, 0.5)
     else:
-        weights = PLMS_WEIGHTS[len(older)]
+        weights = ADAMS_BASHFORTH[len(older)]
     if not 0 <= t < len(alphas) or before >= len(alphas):
         return "the timestep is not a training timestep"
     now, to = alphas[t], alphas[before] if before >= 0 else float(scheduler.final_alpha_cumprod)

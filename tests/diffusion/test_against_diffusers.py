@@ -7,7 +7,11 @@ half its digits in fp32 at the last timesteps); test_schedules.py compares the b
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,9 +28,14 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SHAPE = (3, 2, 4, 5)
 
 # diffusers passes a torch tensor to np.array; torch's tensors do not know numpy 2's `copy` yet.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    ),
+    # DEIS and KDPM2 call numpy with tensors; DPM-Solver of 2022a is on its way out.
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.algorithm_types=dpmsolver. is deprecated:FutureWarning"),
+]
 SEEDS = torch.tensor([3, 1, 2**40 + 5])
 
 
@@ -42,6 +51,8 @@ class Case:
     explicit_timesteps: bool = False
     rounds_t: bool = False
     learned: bool = False
+    exact: bool = False
+    """Their sigmas are replaced by ours, which are fp64; what is left of 1e-5 is rounding then."""
     predictions: tuple[str, ...] = ("eps", "v")
 
     def __str__(self) -> str:
@@ -73,6 +84,170 @@ def merged(base: dict[str, Any], *, ours: Any = None, theirs: Any = None) -> dic
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
+SINGLESTEP, MULTISTEP = "DPMSolverSinglestepScheduler", "DPMSolverMultistepScheduler"
+SIGMAS = [
+    ("lms", "LMSDiscreteScheduler"),
+    ("kdpm2", "KDPM2DiscreteScheduler"),
+    ("kdpm2-ancestral", "KDPM2AncestralDiscreteScheduler"),
+    ("dpmpp-sde", "DPMSolverSDEScheduler"),
+]
+NEWER_CASES = [
+    *(
+        Case(sampler=sampler, scheduler=scheduler, steps=steps, ours=ours, theirs=theirs)
+        for sampler, scheduler in SIGMAS
+        for steps, ours, theirs in (
+            (20, TRAILING["ours"], TRAILING["theirs"]),
+            (
+                25,
+                {"spacing": "leading", "steps_offset": 1},
+                {"timestep_spacing": "leading", "steps_offset": 1},
+            ),
+            (12, {"spacing": "exponential"}, {"use_exponential_sigmas": True}),
+            (2, TRAILING["ours"], TRAILING["theirs"]),
+        )
+    ),
+    *(
+        Case(
+            sampler="deis",
+            scheduler="DEISMultistepScheduler",
+            exact=True,
+            steps=steps,
+            **merged(
+                TRAILING,
+                ours={
+                    "solver_order": order,
+                    "lower_order_final": steps < 15,
+                    "final": "sigma_min",
+                },
+                theirs={"solver_order": order},
+            ),
+        )
+        for order, steps in ((1, 10), (2, 20), (3, 20), (3, 10), (3, 1))
+    ),
+    *(
+        Case(
+            sampler="unipc",
+            scheduler="UniPCMultistepScheduler",
+            exact=True,
+            steps=steps,
+            **merged(
+                TRAILING,
+                ours={"solver_order": order, "solver_type": kind, **ours},
+                theirs={"solver_order": order, "solver_type": kind, **theirs},
+            ),
+        )
+        for order, kind, steps, ours, theirs in (
+            (1, "bh2", 10, {}, {}),
+            (2, "bh2", 20, {}, {}),
+            (2, "bh1", 5, {"final": "sigma_min"}, SIGMA_MIN),  # theirs is NaN at sigma = 0
+            (3, "bh2", 20, {}, {}),
+            (3, "bh1", 4, {"final": "sigma_min"}, SIGMA_MIN),
+            (2, "bh2", 1, {}, {}),
+            (
+                3,
+                "bh2",
+                12,
+                {"final": "sigma_min", "lower_order_final": False},
+                {**SIGMA_MIN, "lower_order_final": False},
+            ),
+        )
+    ),
+    *(
+        Case(
+            sampler="dpm-singlestep",
+            scheduler=SINGLESTEP,
+            exact=True,
+            steps=steps,
+            explicit_timesteps=True,
+            ours={"solver_order": order, "solver_type": kind, **ours},
+            theirs={"solver_order": order, "solver_type": kind, **theirs},
+        )
+        for order, kind, steps, ours, theirs in (
+            (1, "midpoint", 5, {}, {}),
+            (2, "midpoint", 20, {}, {}),
+            (2, "heun", 7, {}, {}),
+            (3, "midpoint", 20, {}, {}),
+            (3, "heun", 21, {}, {}),
+            (3, "heun", 10, {}, {}),
+            (
+                3,
+                "heun",
+                12,
+                {"final": "sigma_min", "lower_order_final": False},
+                SIGMA_MIN,
+            ),
+            (
+                3,
+                "midpoint",
+                11,
+                {"final": "sigma_min", "estimate": "eps"},
+                {**SIGMA_MIN, "algorithm_type": "dpmsolver", "lower_order_final": True},
+            ),
+            (
+                2,
+                "heun",
+                8,
+                {"final": "sigma_min", "estimate": "eps", "lower_order_final": False},
+                {**SIGMA_MIN, "algorithm_type": "dpmsolver"},
+            ),
+            (
+                3,
+                "heun",
+                9,
+                {"final": "sigma_min", "estimate": "eps", "lower_order_final": False},
+                {**SIGMA_MIN, "algorithm_type": "dpmsolver"},
+            ),
+        )
+    ),
+    *(
+        Case(
+            sampler=f"dpmpp-{order}m{noisy}",
+            scheduler=MULTISTEP,
+            steps=steps,
+            **merged(
+                TRAILING,
+                ours={"solver_type": kind, "lower_order_final": steps < 15},
+                theirs={"solver_order": order, "solver_type": kind, **(SDE if noisy else {})},
+            ),
+        )
+        for order, kind, steps, noisy in (
+            (2, "heun", 20, ""),
+            (2, "heun", 10, "-sde"),
+            (3, "midpoint", 20, ""),
+            (3, "midpoint", 8, ""),
+            (3, "heun", 4, ""),
+            (3, "heun", 2, ""),
+        )
+    ),
+    *(
+        Case(
+            sampler="lcm",
+            scheduler="LCMScheduler",
+            steps=steps,
+            explicit_timesteps=True,
+            ours=ours,
+            theirs=theirs,
+            predictions=("eps", "v", "x0"),
+        )
+        for steps, ours, theirs in (
+            (4, {}, {}),
+            (8, {"timestep_scaling": 1.0}, {"timestep_scaling": 1.0}),
+            (1, {"clamp": 0.7}, {"clip_sample": True, "clip_sample_range": 0.7}),
+        )
+    ),
+    *(
+        Case(
+            sampler="tcd",
+            scheduler="TCDScheduler",
+            steps=steps,
+            explicit_timesteps=True,
+            ours={"final": "sigma_min", "eta": eta},
+            step={"eta": eta},
+            predictions=("eps", "v", "x0"),
+        )
+        for steps, eta in ((4, 0.3), (8, 0.0), (3, 1.0))
+    ),
+]
 CASES = [
     # DDPM. diffusers adds noise in the last step too, unless that is t = 0 ("trailing" is not):
     # its fixed_small is 1e-10 then and does not show, its fixed_large and learned differ from
@@ -239,23 +414,56 @@ def network(x: torch.Tensor, t: float, channels: int) -> torch.Tensor:
     return 0.8 * torch.tanh(x + phase / 3) * torch.cos(phase + t / 400) + 0.2 * torch.sin(2 * x)
 
 
+EXPLODING = ("LMS", "KDPM2", "DPMSolverSDE")
+
+
+class Brownian:
+    """A Brownian motion in sigma, from one Philox draw per row, in place of torchsde's tree."""
+
+    def __init__(self) -> None:
+        self.row, self.first = 0, torch.zeros(())
+        self.middle = 0.0
+
+    def __call__(self, sigma: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        """The increment from sigma to `to`, divided by the root of its variance."""
+        drawn = philox_normal(SEEDS, SHAPE[1:], step=self.row, stream=SAMPLER_NOISE).double()
+        if self.row % 2 == 0:
+            self.first, self.middle = drawn, float(to)
+            return drawn
+        w = (float(sigma) - self.middle) / (float(sigma) - float(to))
+        return w**0.5 * self.first + (1 - w) ** 0.5 * drawn
+
+
 def their_trajectory(
     case: Case, scheduler: Any, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> list[torch.Tensor]:
     module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
     channels = 2 * x.shape[1] if case.learned else x.shape[1]
     sigmas = getattr(scheduler, "sigmas", None)
-    exploding = type(scheduler).__name__.startswith(("Euler", "Heun"))
+    exploding = type(scheduler).__name__.startswith(("Euler", "Heun", *EXPLODING))
+    middle = getattr(scheduler, "sigmas_interpol", None)
+    shift = 1 if "Ancestral" in type(scheduler).__name__ else 0
 
     def growth(row: int) -> torch.Tensor | float:
         """Their x over ours: 1 / alpha in the schedulers that live in the variance-exploding
         space.
         """
-        return (sigmas[row].double().square() + 1).sqrt() if exploding else 1.0
+        if not exploding:
+            return 1.0
+        sigma = sigmas[row].double()
+        if middle is not None and row % 2:
+            sigma = middle[row - shift].double()
+        elif "SDE" in case.scheduler and row % 2 and row + 1 < len(sigmas):
+            sigma = (sigmas[row - 1].double() * sigmas[row].double()).sqrt()
+        return (sigma.square() + 1).sqrt()
 
     x = x * growth(0)
     trajectory = []
+    brownian = Brownian()
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = brownian
     for row, t in enumerate(scheduler.timesteps):
+        brownian.row = row
         if hasattr(module, "randn_tensor"):
             noise = philox_normal(SEEDS, SHAPE[1:], step=row, stream=SAMPLER_NOISE).double()
             monkeypatch.setattr(module, "randn_tensor", lambda *_, _noise=noise, **__: _noise)
@@ -265,9 +473,19 @@ def their_trajectory(
     return trajectory
 
 
+def scheduler_class(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A class of diffusers. That of DPM++ SDE wants torchsde, of whose noise nothing is used."""
+    if name != "DPMSolverSDEScheduler":
+        return getattr(import_diffusers(name), name)
+    import_diffusers("DDIMScheduler")
+    if importlib.util.find_spec("torchsde") is None:
+        monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))
+    return getattr(importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde"), name)
+
+
 @pytest.mark.parametrize(
     ("case", "prediction"),
-    [(c, p) for c in CASES for p in c.predictions],
+    [(c, p) for c in (*CASES, *NEWER_CASES) for p in c.predictions],
     ids=str,
 )
 def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,14 +494,13 @@ def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch
             kind="scaled_linear", zero_terminal_snr=case.zero_terminal_snr, **STABLE_DIFFUSION
         )
     )
-    diffusers = import_diffusers(case.scheduler)
-    scheduler = getattr(diffusers, case.scheduler)(
+    scheduler = scheduler_class(case.scheduler, monkeypatch)(
         beta_schedule="scaled_linear",
         prediction_type=PREDICTIONS[prediction],
         **STABLE_DIFFUSION,
         **case.theirs,
     )
-    if case.scheduler in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"):
+    if case.scheduler.startswith(("DDPM", "DDIM", "PNDM", "LCM", "TCD")):
         scheduler.alphas_cumprod = schedule.alphas_cumprod
         scheduler.one = torch.tensor(1.0, dtype=torch.float64)
         if not case.theirs.get("set_alpha_to_one", True):
@@ -296,6 +513,8 @@ def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch
     table = build_table(case.sampler, schedule, case.steps, prediction=prediction, **ours)
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     channels = 2 * SHAPE[1] if case.learned else SHAPE[1]
+    if case.exact:
+        scheduler.sigmas = torch.cat([table.sigmas, table.sigmas.new_tensor([table.final_sigma])])
 
     def predict(x: torch.Tensor, row: int) -> torch.Tensor:
         t = float(table.timesteps[row])
@@ -314,4 +533,6 @@ def test_trajectory(case: Case, prediction: str, monkeypatch: pytest.MonkeyPatch
     assert len(trajectory) == len(theirs)
     for row, (a, b) in enumerate(zip(trajectory, theirs, strict=True)):
         error = float((a - b).norm() / b.norm())
-        assert error < 1e-5, f"row {row} of {len(table)}: relative error {error:.2e}"
+        assert error < (1e-10 if case.exact else 1e-5), (
+            f"row {row} of {len(table)}: relative error {error:.2e}"
+        )
