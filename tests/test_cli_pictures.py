@@ -336,7 +336,7 @@ MISTAKES = {
     "txt2img '<lora:x:0.8> cat' --model nowhere": r"prompt syntax '<lora:x:0.8>' is not supported",
     "txt2img cat --model nowhere --negative 'a AND b'": r"prompt syntax 'AND' is not supported",
     "img2img '[cat|dog]' --model nowhere --image photo.png": "or [cat\\|dog] for the literal text",
-    "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "turns guidance off, so the negative prompt 'dog'",
+    "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "so the negative prompt 'dog'",
     "txt2img cat --model sd1 --upscale 0.5": "scale must be in [1, 16], got 0.5",
     "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must be in [0, 1]",
     "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give only one of them",

@@ -525,7 +525,7 @@ def test_models_that_do_not_fit(models: Callable[[str], Model], tmp_path: Any) -
     ):
         with refused(message):
             text_to_image(replace(made, **change), "a cat")
-    with refused("this denoiser reads 9 channels, 4 of latents"):
+    with refused("this denoiser reads 9 channels: 4 of latents"):
         text_to_image(models("inpaint"), "a cat", settings=QUICK)
     with refused("must share latent channels, scale factor and schedule"):
         refined(models("sd1"), models("refiner"), settings=QUICK)
