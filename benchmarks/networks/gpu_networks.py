@@ -20,7 +20,7 @@ from fastdiff import kernels
 from fastdiff.bench import shapes
 from fastdiff.bench.clock import Method, Timer, Timing
 from fastdiff.bench.providers import FAST_BYTES, LAUNCH_S, import_diffusers
-from fastdiff.bench.record import Record, Share
+from fastdiff.bench.record import NETWORK, Record, Share
 from fastdiff.bench.run import Outcome, said
 from fastdiff.bench.shapes import Call, Function, Job
 
@@ -51,7 +51,7 @@ def evaluate(
                 with kernels.backend(backend), torch.inference_mode():
                     step = functools.partial(module, **inputs)
                     total = timer(step, method="graph", budget_s=budget_s)
-                    outcome.records.append(_record(name, job, backend, total))
+                    outcome.records.append(record_of(name, job, backend, total))
                     shares += _shares(name, backend, module, inputs, total, timer)
             except kernels.BackendError as error:  # a forced backend may not support every call
                 outcome.unavailable.append(f"{name} on {backend} alone: {said(error)}")
@@ -60,18 +60,19 @@ def evaluate(
         if not peers:
             continue
         try:
-            for provider, peer in _diffusers(job, device):
+            for provider, peer in diffusers_steps(job, device):
                 with torch.inference_mode():
                     total = timer(peer, method="graph", budget_s=budget_s)
-                outcome.records.append(_record(name, job, provider, total))
+                outcome.records.append(record_of(name, job, provider, total))
         except Exception as error:  # noqa: BLE001 - diffusers may be missing or broken
             outcome.unavailable.append(f"{name} in diffusers: {said(error)}")
     return outcome, shares
 
 
-def _record(name: str, job: Job, provider: str, timing: Timing) -> Record:
+def record_of(name: str, job: Job, provider: str, timing: Timing) -> Record:
+    """The record of one evaluation."""
     return Record(
-        benchmark="network",
+        benchmark=NETWORK,
         job=name,
         shape=str((job.batch, 4, job.size, job.size)),
         provider=provider,
@@ -148,7 +149,7 @@ def _shares(
     ]
 
 
-def _diffusers(job: Job, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+def diffusers_steps(job: Job, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The same evaluation with diffusers' modules: unchanged, channels_last, and accelerated."""
     diffusers = import_diffusers()
     make = functools.partial(torch.randn, device=device, dtype=DTYPE)

@@ -1,14 +1,21 @@
-"""Count what can be counted without a GPU: the host cost of every op call, with launches stubbed.
+"""Count what can be counted without a GPU: launches of whole networks, host cost of op calls.
 
+    python -m fastdiff.bench.counts launches
+    python -m fastdiff.bench.counts launches --docs
     python -m fastdiff.bench.counts host
     python -m fastdiff.bench.counts host --op geglu attention --backend cpu --json
     python -m fastdiff.bench.counts host --against ../older-checkout --at-most 1.05
 
-Costs are in units of one ``torch.add`` of two one-element tensors, on the same machine at the same
-moment (see host.py), so that they can be compared across machines. With --against, the package of
-another checkout alternates with this one on the same calls, and the last column is the median of
-the paired ratios, this checkout over the other. Costs vary by a few percent from one process to the
-next: to decide a close result, use --processes 4.
+`launches` counts kernel launches, bytes and FLOPs per evaluation of Stable Diffusion 1.5, SDXL, the
+KL-f8 decoder and ADM, in our networks, in diffusers' and in accelerated diffusers; launches.py
+states the rules.
+
+`host` measures the cost of every op call with launches stubbed. Costs are in units of one
+``torch.add`` of two one-element tensors, on the same machine at the same moment (see host.py), so
+that they can be compared across machines. With --against, the package of another checkout
+alternates with this one on the same calls, and the last column is the median of the paired ratios,
+this checkout over the other. Costs vary by a few percent from one process to the next: to decide a
+close result, use --processes 4.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from fastdiff.bench.checkout import CheckoutProcess, checkout_folder, checkout_p
 from fastdiff.bench.host import BACKENDS, MODES
 from fastdiff.bench.record import ROOT
 
+DOCS = ROOT / "docs" / "counts.md"
 WORKER = Path(__file__).with_name("host.py")
 VARIABLES = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 TURN = 4
@@ -144,13 +152,20 @@ def _turn(team: tuple[CheckoutProcess, ...], case: tuple[str, str, str], turn: i
 
 def table(costs: Sequence[HostCost]) -> str:
     """Format the costs as a table with one line per case."""
-    rows = [HEAD, *(cost.row for cost in costs if cost.cost is not None)]
+    return aligned([HEAD, *(cost.row for cost in costs if cost.cost is not None)], words=3)
+
+
+def aligned(rows: Sequence[tuple[str, ...]], *, words: int) -> str:
+    """Align the columns of a table; the first `words` hold words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        names = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join([*names, *numbers]).rstrip())
+        cells = zip(row, widths, strict=True)
+        padded = [
+            cell.ljust(width) if column < words else cell.rjust(width)
+            for column, (cell, width) in enumerate(cells)
+        ]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 
@@ -187,6 +202,20 @@ def host(options: argparse.Namespace) -> int:
     return 1 if slower else 0
 
 
+def launches(options: argparse.Namespace) -> int:
+    """Run the command ``launches`` and return its exit code."""
+    # host.py measures without these modules
+    from fastdiff.bench import launches as counted
+
+    if options.docs:
+        DOCS.write_text(counted.page())
+        print(f"wrote {DOCS}")
+        return 0
+    print(aligned(counted.rows(), words=3), end="\n\n")
+    print(aligned(counted.kind_rows(), words=2))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     head, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -196,6 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
+    words = commands.add_parser(
+        "launches", help="launches, bytes and FLOPs per evaluation of a network (needs diffusers)"
+    )
+    words.add_argument("--docs", action="store_true", help="write docs/counts.md instead")
+    words.set_defaults(run=launches, at_most=None, against=None)
     words = commands.add_parser(
         "host", help="host cost of every op call, in units of one tiny torch.add"
     )
@@ -217,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--at-most limits a ratio, so it needs --against CHECKOUT")
     try:
         code: int = options.run(options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         print(f"counts: {error}", file=sys.stderr)
         return 2
     return code

@@ -8,13 +8,20 @@ from dataclasses import dataclass
 
 from fastdiff.bench.ops.sampler_step import FROM_THE_HOST
 from fastdiff.bench.providers import LIBRARY, OURS
-from fastdiff.bench.record import Record, duration
+from fastdiff.bench.record import LAUNCHED, LOOP, LOOP_LAUNCHED, NETWORK, Record, duration
 
 NOTHING = (
     "No GPU has been measured yet: `python -m benchmarks.device` does it, on a machine with one."
 )
 ABOVE_CACHE = 128 * 2**20
 """Bytes that exceed the L2 cache of every current GPU."""
+WHOLE = {
+    NETWORK: "one evaluation",
+    LAUNCHED: "one evaluation, launched op by op",
+    LOOP: "20 guided steps, each a replay",
+    LOOP_LAUNCHED: "20 guided steps, launched op by op",
+}
+"""Benchmarks of whole networks -> what they measure."""
 COLUMNS = ("eager", "eager channels_last", "compile", "reference")
 
 
@@ -116,6 +123,20 @@ def _against_diffusers(group: Group) -> float | None:
     return min(theirs) / group.ours.median_s if theirs and group.ours else None
 
 
+def _network(job: str, rows: int) -> Callable[[Group], bool]:
+    def applies(group: Group) -> bool:
+        one = group.any
+        return one.benchmark == NETWORK and one.job == job and one.shape.startswith(f"({rows},")
+
+    return applies
+
+
+def _against_inductor(group: Group) -> float | None:
+    """Our speedup over torch.compile, in one graph of ours or in its own, whichever is faster."""
+    ratios = [group.against(name) for name in ("compile", "compile reduce-overhead")]
+    return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+
 BEST = "the best SDPA kernel"
 TARGETS = (
     Target(
@@ -176,6 +197,20 @@ TARGETS = (
         applies=lambda group: group.any.benchmark == FROM_THE_HOST,
         value=_against_diffusers,
     ),
+    *(
+        Target(
+            op=job,
+            where=where,
+            against="torch.compile with graphs",
+            goal=goal,
+            applies=_network(job, rows),
+            value=_against_inductor,
+        )
+        for job, rows, where, goal in (
+            ("SD 1.5 U-Net", 2, "one guided evaluation, as a graph", 1.25),
+            ("KL-f8 decoder", 1, "one image, as a graph", 1.0),
+        )
+    ),
 )
 
 
@@ -213,7 +248,7 @@ def op_rows(found: Sequence[Group]) -> list[tuple[str, ...]]:
     ]
     for group in found:
         ours = group.ours
-        if ours is None or group.any.benchmark == "network":
+        if ours is None or group.any.benchmark in WHOLE:
             continue
         best, ratio = group.best, group.against_best()
         limit = group.of_limit()
@@ -244,9 +279,11 @@ def _against_the_other(group: Group) -> str:
 
 def network_rows(found: Sequence[Group]) -> list[tuple[str, ...]]:
     """One row per provider of whole evaluations, after the header."""
-    rows: list[tuple[str, ...]] = [("job", "shape", "by", "median", "quartiles", "as fast as ours")]
+    rows: list[tuple[str, ...]] = [
+        ("job", "shape", "what", "timed by", "by", "median", "quartiles", "as fast as ours")
+    ]
     for group in found:
-        if group.any.benchmark != "network":
+        if group.any.benchmark not in WHOLE:
             continue
         for name, record in group.records.items():
             ratio = group.ours.median_s / record.median_s if group.ours else None
@@ -254,6 +291,8 @@ def network_rows(found: Sequence[Group]) -> list[tuple[str, ...]]:
                 (
                     record.job,
                     record.shape,
+                    WHOLE[record.benchmark],
+                    record.method,
                     name,
                     duration(record.median_s),
                     f"{duration(record.q1_s)} to {duration(record.q3_s)}",

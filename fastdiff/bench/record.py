@@ -21,12 +21,17 @@ from typing import Any
 import torch
 
 import fastdiff
+from fastdiff.files import write_text
 
 LIMITS = ("copy", "sgemm", "matmul")
 END_TO_END = "end to end"
 """Records of whole networks against those of others (benchmarks/networks/bench_cpu_networks.py)."""
 IN_TURNS = "in turns"
 """Records of ops against eager PyTorch (benchmarks/bench_cpu_ops.py)."""
+NETWORK, LAUNCHED = "network", "network, launched"
+"""Records of whole evaluations on a GPU: as one graph, and launched op by op."""
+LOOP, LOOP_LAUNCHED = "20 steps", "20 steps, launched"
+"""Records of a sampling loop on a GPU: each step as one replay, and launched op by op."""
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout or, if the package is installed, the folder that contains it."""
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,7 +55,7 @@ class Record:
     bytes: int
     flops: int
     method: str = "host"
-    """The timing method, one of those of fastdiff/bench/clock.py."""
+    """How it was timed, one of `fastdiff.bench.clock.Timed`."""
     shape_class: str = ""
     """A class of kernels/tuning/measured.py; "" if it does not determine a winner."""
 
@@ -188,7 +193,7 @@ def save_records(
             known.get("records", []), records, ("benchmark", "job", "shape", "dtype", "provider")
         ),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

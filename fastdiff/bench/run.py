@@ -60,6 +60,8 @@ from fastdiff.kernels.tuning.measured import ANY
 
 MATMUL = 8192
 """Size of the square matrix product whose rate counts as the peak."""
+CONTEXT_LOST = "the CUDA context is lost, so no more cases can run"
+"""The last of `Outcome.failures` in this event."""
 PROVIDER_S = 0.05
 """Seconds of timed rounds per provider."""
 
@@ -186,8 +188,8 @@ def run(
             _limit(case, outcome, timer, device, peaks)
         except Exception as error:  # noqa: BLE001 - reported; the other cases continue
             outcome.failures.append(f"{case}: {said(error)}")
-            if "CUDA error" in str(error):
-                outcome.failures.append("the CUDA context is lost, so no more cases can run")
+            if lost_context(error):
+                outcome.failures.append(CONTEXT_LOST)
                 outcome.left_out = [str(case) for case in todo[place + 1 :]]
                 break
     return outcome
@@ -218,7 +220,7 @@ def _measure_case(
             with _provider(case, provider, arguments, inductor) as function:
                 timing = timer(function, method=case.method, budget_s=PROVIDER_S)
         except Exception as error:
-            if not foreign or "CUDA error" in str(error):
+            if not foreign or lost_context(error):
                 raise
             outcome.unavailable.append(f"{case} {provider}: {said(error)}")
             continue
@@ -375,6 +377,11 @@ def record_of(case: Case, provider: str, timing: Any, work: Work) -> Record:
 
 def _nchw(a: Any) -> Any:
     return a.contiguous() if isinstance(a, Tensor) and a.ndim == 4 else a
+
+
+def lost_context(error: Exception) -> bool:
+    """Whether an error leaves the GPU context unusable, so that no other case can run."""
+    return "CUDA error" in str(error)
 
 
 def said(error: Exception) -> str:

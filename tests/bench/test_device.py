@@ -1,4 +1,5 @@
-"""The steps of `python -m benchmarks.device` on a GPU, tested without one."""
+"""What `python -m benchmarks.device` does on a GPU, tested without one; test_device_runner.py tests
+how its processes are run."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import device
-from benchmarks.device import Plan
+from benchmarks.device import command, measure, prepare, sanitize, table
+from benchmarks.device import records as kept
+from benchmarks.device.table import ContextLost, Failed, LeftOut, Plan
 from benchmarks.networks import gpu_networks
 from fastdiff import kernels
 from fastdiff.bench import gpu_report, providers, report, shapes
@@ -230,24 +232,26 @@ def test_the_winner_of_a_class_is_faster_over_all_its_cases() -> None:
     }
 
 
+def sanitizer_says(monkeypatch: pytest.MonkeyPatch, output: str, code: int) -> None:
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
+    lines = [line for line in output.splitlines() if line.strip()]
+    monkeypatch.setattr(sanitize, "_passed_on", lambda words: (lines, code))
+
+
 def test_sanitizers_that_find_no_kernel_are_left_out_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_kernels(*words: Any, **_: Any) -> subprocess.CompletedProcess[str]:
-        code = 0 if "triton" in words[0] else device.NOTHING_TO_RUN
-        return subprocess.CompletedProcess(words, code, "geglu: ok\n1 of 1 cases\n", "")
-
-    monkeypatch.setattr(device.shutil, "which", lambda name: name)
-    monkeypatch.setattr(device.subprocess, "run", no_kernels)
-    notes = device.sanitize_stage(plan(tmp_path))
-    assert notes[:2] == ["memcheck: geglu: ok", "memcheck: 1 of 1 cases"]
-    assert [note.partition(":")[0] for note in notes[2:]] == ["racecheck", "synccheck", "initcheck"]
-    monkeypatch.setattr(
-        device.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 99, "race", "")
-    )
-    with pytest.raises(device.Failed, match="memcheck: race") as found:
-        device.sanitize_stage(plan(tmp_path))
-    assert "racecheck: race" in found.value.args
+    sanitizer_says(monkeypatch, "no op has kernels for cuda on this machine", 98)
+    with pytest.raises(LeftOut, match="no op has kernels for cuda"):
+        sanitize.sanitize(plan(tmp_path, part="racecheck"))
+    sanitizer_says(monkeypatch, "geglu: ok\n1 of 1 cases", 0)
+    assert sanitize.sanitize(plan(tmp_path, part="memcheck")) == ["geglu: ok", "1 of 1 cases"]
+    sanitizer_says(monkeypatch, "race", sanitize.FOUND)
+    with pytest.raises(Failed, match="race"):
+        sanitize.sanitize(plan(tmp_path, part="racecheck"))
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
+    with pytest.raises(LeftOut, match="compute-sanitizer is not installed"):
+        sanitize.sanitize(replace(plan(tmp_path, part="racecheck"), dry_run=False))
 
 
 OURS = """
@@ -273,28 +277,27 @@ def test_reports_about_library_kernels_are_not_failures(
     output: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Except those of memcheck, because no kernel may access memory out of bounds."""
-    done = subprocess.CompletedProcess([], device.FOUND, output, "")
-    monkeypatch.setattr(device.shutil, "which", lambda name: name)
-    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(device.Failed) as failure:
-        device.sanitize_stage(plan(tmp_path))
-    tools = {str(line).partition(":")[0] for line in failure.value.args if "ERROR SUMM" in line}
-    assert tools == set(device.TOOLS)
-    others = [line for line in failure.value.args if "in other kernels than ours: 2" in line]
-    assert len(others) == (0 if fails else len(device.TOOLS) - 1)
+    sanitizer_says(monkeypatch, output, sanitize.FOUND)
+    for tool in sanitize.TOOLS:
+        if fails or tool == "memcheck":
+            with pytest.raises(Failed, match="ERROR SUMMARY: 2 errors"):
+                sanitize.sanitize(plan(tmp_path, part=tool))
+        else:
+            notes = sanitize.sanitize(plan(tmp_path, part=tool))
+            assert notes[0] == "reports in other kernels than ours: 2"
 
 
 def test_the_drivers_report_on_kernels_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = subprocess.CompletedProcess([], 0, "kernel  threads\nf<float>  256\n", "")
-    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
-    assert device._kernels_of_the_gpu(plan(tmp_path)) == ["1 kinds of launches in cuda-kernels.txt"]
+    monkeypatch.setattr(prepare.subprocess, "run", lambda *_, **__: done)
+    assert prepare.kernels_of_the_gpu(plan(tmp_path)) == ["1 kinds of launches in cuda-kernels.txt"]
     assert (tmp_path / "cuda-kernels.txt").read_text() == done.stdout
-    assert tmp_path / "cuda-kernels.txt" in set(device.written(tmp_path))
+    assert tmp_path / "cuda-kernels.txt" in set(kept.written(tmp_path))
     done.returncode, done.stderr = 2, "torch finds no usable GPU"
-    with pytest.raises(device.Failed, match="torch finds no usable GPU"):
-        device._kernels_of_the_gpu(plan(tmp_path))
+    with pytest.raises(Failed, match="torch finds no usable GPU"):
+        prepare.kernels_of_the_gpu(plan(tmp_path))
 
 
 def test_without_time_a_case_is_left_out_by_name() -> None:
@@ -367,30 +370,34 @@ def test_gradients_are_timed_of_every_operand() -> None:
 # The stages
 
 
-def plan(out: Path) -> Plan:
-    return Plan(out=out, seconds=30.0, dry_run=True, commit="abc")
+def plan(out: Path, part: str = "") -> Plan:
+    return Plan(out=out, seconds=30.0, dry_run=True, commit="abc", part=part)
 
 
-def inside(stage: str, out: Path, function: Callable[[Plan], list[str]]) -> dict[str, Any]:
-    before = device.STAGES[stage]
-    device.STAGES[stage] = function
-    try:
-        assert device.inside(stage, plan(out)) == 0
-    finally:
-        device.STAGES[stage] = before
-    return json.loads((out / f"{stage}.json").read_text())
+def inside(out: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[[Plan], Any]) -> Any:
+    monkeypatch.setattr(measure, "tune", function)
+    assert command.inside(table.STAGES["tune"].function, plan(out), out / "outcome.json") == 0
+    return json.loads((out / "outcome.json").read_text())
 
 
-def test_a_stage_records_its_outcome(tmp_path: Path) -> None:
-    def fail(_: Plan) -> list[str]:
-        raise device.Failed("one", "two")
+def test_a_stage_records_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: Exception) -> Callable[[Plan], Any]:
+        def stage(_: Plan) -> Any:
+            raise error
 
-    def leave(_: Plan) -> list[str]:
-        raise device.LeftOut("no tool")
+        return stage
 
-    assert inside("tune", tmp_path, lambda _: ["fine"]) == {"status": "ok", "notes": ["fine"]}
-    assert inside("tune", tmp_path, fail) == {"status": "failed", "notes": ["one", "two"]}
-    assert inside("tune", tmp_path, leave) == {"status": "left out", "notes": ["no tool"]}
+    for function, status, notes in (
+        (lambda _: ["fine"], "ok", ["fine"]),
+        (raising(Failed("one", "two")), "failed", ["one", "two"]),
+        (raising(LeftOut("no tool")), "left out", ["no tool"]),
+        (raising(RuntimeError("CUDA error: gone")), "lost context", ["CUDA error: gone"]),
+        (raising(ContextLost("geglu: gone")), "lost context", ["geglu: gone"]),
+    ):
+        found = inside(tmp_path, monkeypatch, function)
+        assert found == {"status": status, "notes": notes}
+    with pytest.raises(KeyError):  # a bug of ours keeps its traceback
+        inside(tmp_path, monkeypatch, raising(KeyError("x")))
 
 
 @pytest.fixture
@@ -406,7 +413,7 @@ def sanitized_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_the_sanitizers_see_every_op(
     sanitized_backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    device.parity_cases([sanitized_backend], 1000.0)
+    sanitize.parity_cases([sanitized_backend], 1000.0)
     lines = capsys.readouterr().out.splitlines()
     ran = {line.split()[0] for line in lines if line.endswith(": ok")}
     assert ran == set(kernels.OPS)
@@ -418,7 +425,7 @@ def test_the_sanitizers_see_every_op(
             patch.setitem(kernels.OPS[op].backends, sanitized_backend, wrong)
             patch.setattr(kernels, "OPS", {op: kernels.OPS[op]})
             with pytest.raises(AssertionError):
-                device.parity_cases([sanitized_backend], 100.0)
+                sanitize.parity_cases([sanitized_backend], 100.0)
 
 
 @pytest.mark.slow
@@ -427,7 +434,7 @@ def test_the_sanitizers_see_every_cuda_kernel() -> None:
     """All kernels in csrc/ run, except the one that is never launched."""
     emulated = not torch.cuda.is_available()
     with cuda_host.emulated() if emulated else nullcontext(), watched() as seen:
-        device.parity_cases(["cuda"], 1000.0)
+        sanitize.parity_cases(["cuda"], 1000.0)
     names = cuda_kernels() - {"any_kernel"}
     mangled = {name: f"{len(name)}{name}" for name in names}
     ran = {name for name in names if any(mangled[name] in launch.kernel for launch in seen)}
@@ -438,13 +445,19 @@ def test_the_sanitizers_see_every_cuda_kernel() -> None:
 @pytest.mark.slow
 def test_a_device_needs_no_package_of_the_command_line() -> None:
     """A borrowed machine may have torch, triton and pytest but not tyro."""
-    names = ["benchmarks.device", "benchmarks.resources.cuda_device"]
-    for folder in ("benchmarks", "benchmarks/networks", "fastdiff/bench", "fastdiff/bench/ops"):
+    names = ["benchmarks.resources.cuda_device"]
+    for folder in (
+        "benchmarks",
+        "benchmarks/device",
+        "benchmarks/networks",
+        "fastdiff/bench",
+        "fastdiff/bench/ops",
+    ):
         paths = (path for path in (ROOT / folder).glob("*.py") if path.stem != "conftest")
         names += [f"{folder.replace('/', '.')}.{path.stem}" for path in paths]
     for path in (ROOT / "tests/kernels").glob("*.py"):
         other = ("sanitized", "one_row_too_far")  # these replace the compiled module on import
-        ignored = (*device.IGNORED, *(f"tests/kernels/{name}.py" for name in other))
+        ignored = (*prepare.IGNORED, *(f"tests/kernels/{name}.py" for name in other))
         if f"tests/kernels/{path.name}" not in ignored:
             names.append(f"tests.kernels.{path.stem}")
     program = f"import sys; sys.modules['tyro'] = None; [__import__(n) for n in {names}]"
@@ -453,88 +466,27 @@ def test_a_device_needs_no_package_of_the_command_line() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_every_stage_has_its_share_of_ten_minutes() -> None:
-    assert set(device.SECONDS) == set(device.STAGES)
-    assert sum(device.SECONDS.values()) <= 9.5 * 60
-
-
-def fake_stage(
-    monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, str]
-) -> list[tuple[str, float]]:
-    """Replace the stages by ones that take no time and have the given outcomes."""
-    asked: list[tuple[str, float]] = []
-
-    def run_stage(stage: str, plan: Plan) -> device.Result:
-        asked.append((stage, plan.seconds))
-        return device.Result(stage=stage, status=outcomes.get(stage, "ok"), seconds=0.1)
-
-    monkeypatch.setattr(device, "run_stage", run_stage)
-    return asked
-
-
-def test_a_failing_stage_stops_no_other_and_makes_the_exit_code_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = fake_stage(monkeypatch, {"tests": "failed", "bench": "timed out"})
-    assert device.main(["--out", str(tmp_path), "--dry-run"]) == 1
-    assert [stage for stage, _ in asked] == list(device.STAGES)
-    assert "7 stages, 2 failed" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [s["status"] for s in summary["stages"]] == [
-        *("ok", "ok", "failed", "ok", "ok", "timed out", "ok")
-    ]
-    fake_stage(monkeypatch, {"sanitize": "left out"})
-    assert device.main(["--out", str(tmp_path), "--only", "sanitize"]) == 0
-
-
-def test_unused_time_goes_to_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = fake_stage(monkeypatch, {})
-    device.main(["--out", str(tmp_path), "--minutes", "9.5"])
-    asked = dict(stages)
-    assert asked["environment"] <= device.SECONDS["environment"]
-    assert asked["networks"] > 500  # earlier stages used no time
-    assert device.main(["--out", str(tmp_path), "--minutes", "0"]) == 1
-
-
-def test_a_stage_that_dies_or_hangs_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "GRACE_S", 0)
-    short = replace(plan(tmp_path), seconds=0.2)
-    monkeypatch.setattr(device.sys, "executable", "/bin/sleep")  # dies of unknown arguments
-    result = device.run_stage("tune", replace(short, seconds=20))
-    assert result.status == "failed"
-    assert result.notes == ["exit code 1, see log.txt"]
-    monkeypatch.setattr(device.sys, "executable", str(hanging(tmp_path)))
-    result = device.run_stage("tune", short)
-    assert result.status == "timed out"
-
-
-def hanging(folder: Path) -> Path:
-    program = folder / "hang"
-    program.write_text("#!/bin/sh\nexec sleep 100\n")
-    program.chmod(0o755)
-    return program
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is for machines without a GPU")
 def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.device", "--dry-run", "--out", str(tmp_path)]
+    words = [sys.executable, "-m", "benchmarks.device", "--dry-run", "--out", str(tmp_path)]
+    words += ["--minutes", "20", "--only", *table.STAGES]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+        words, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
     )
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "only.json").read_text())
     stages = {stage["stage"]: stage for stage in summary["stages"]}
-    assert set(stages) == set(device.STAGES), done.stdout
-    assert stages.pop("build")["status"] == "left out"
+    assert set(stages) == set(table.STAGES), done.stdout
+    for name in ("build", "compile", "wheels", "more-sanitize"):
+        assert stages.pop(name)["status"] == "left out"
     failing = {name: stage for name, stage in stages.items() if stage["status"] != "ok"}
     assert [note for note in stages["sanitize"]["notes"] if note.startswith("memcheck: ")]
+    assert "not run" not in stages["parity"]["notes"][0]
     (path,) = tmp_path.glob("results/dry-run/*.json")
     assert list(tmp_path.glob("tuned/dry-run.json"))
     if "triton" in choose.UNAVAILABLE:
-        assert set(failing) <= {"bench", "networks"}, done.stdout  # these need triton
+        assert set(failing) <= {"ops", "bench", "networks"}, done.stdout  # these need triton
         return
     assert not failing, done.stdout
     assert done.returncode == 0
@@ -590,6 +542,25 @@ def test_targets_use_the_worst_case_and_list_what_is_missing() -> None:
     assert rows["attention", "to 77 tokens", best][1] == "1.90 x"
 
 
+def test_networks_are_compared_with_the_faster_way_to_run_inductor() -> None:
+    def measured(shape: str, **medians: float) -> list[Record]:
+        found = [replace(one, job="SD 1.5 U-Net") for one in records("network", shape, **medians)]
+        names = {"reduced": "compile reduce-overhead"}
+        return [replace(one, provider=names.get(one.provider, one.provider)) for one in found]
+
+    def goal(*groups: list[Record]) -> tuple[str, ...]:
+        rows = gpu_report.targets(gpu_report.groups([one for group in groups for one in group]))
+        (found,) = [row for row in rows if row[0] == "SD 1.5 U-Net"]
+        return found
+
+    at_16 = measured("(32, 4, 64, 64)", auto=1.0, compile=1.0)
+    assert goal(at_16)[4] == "not measured"
+    both = measured("(2, 4, 64, 64)", auto=1.0, compile=1.4, reduced=1.3)
+    assert goal(at_16, both)[3:5] == ("at least 1.25 x", "1.30 x")
+    one = measured("(2, 4, 64, 64)", auto=1.0, compile=1.2)
+    assert goal(one)[4] == "1.20 x, missed"
+
+
 def test_the_section_of_a_gpu_matches_its_records(tmp_path: Path) -> None:
     facts = {
         "commit": "c0ffee" * 6,
@@ -609,6 +580,7 @@ def test_the_section_of_a_gpu_matches_its_records(tmp_path: Path) -> None:
         ),
         *records("attention", "(1, 4, 2, 8)", triton=1e-3, eager=2e-3, sdpa_flash=1.2e-3),
         *records("network", "(2, 4)", triton=1e-3, reference=2e-3, diffusers=3e-3),
+        *records("20 steps", "(2, 4)", auto=2e-2, plain=3e-2),
     ]
     folder = tmp_path / "test-gpu"
     folder.mkdir()
@@ -621,7 +593,11 @@ def test_the_section_of_a_gpu_matches_its_records(tmp_path: Path) -> None:
     row = "| geglu | a job | (1, 4) | events | 1.00 ms | cuda | 2.00 x | 900 µs to 1.10 ms | 80% |"
     assert row in text
     assert "1.20 x (sdpa flash) |" in text
-    assert "| a job | (2, 4) | diffusers | 3.00 ms | 2.70 ms to 3.30 ms | 0.33 x |" in text
+    row = "| one evaluation | events | diffusers | 3.00 ms | 2.70 ms to 3.30 ms | 0.33 x |"
+    assert f"| a job | (2, 4) {row}" in text
+    row = "| 20 guided steps, each a replay | events | plain | 30.0 ms | 27.0 ms to 33.0 ms |"
+    assert f"| a job | (2, 4) {row} 0.67 x |" in text
+    assert "| 20 steps |" not in text  # it is not an op
     assert "| not measured |" in text
 
 
@@ -662,7 +638,7 @@ def test_every_case_of_a_real_run_fits_its_providers() -> None:
 def test_diffusers_networks_accept_their_inputs(name: str) -> None:
     pytest.importorskip("diffusers")
     job = shapes.GPU_JOBS[name]
-    for provider, step in gpu_networks._diffusers(job, torch.device("meta")):
+    for provider, step in gpu_networks.diffusers_steps(job, torch.device("meta")):
         with torch.inference_mode():
             y = step()
         y = getattr(y, "sample", y)

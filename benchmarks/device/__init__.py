@@ -1,0 +1,1 @@
+"""The measurements and checks that need a GPU: `python -m benchmarks.device`."""

@@ -1,0 +1,389 @@
+"""Kernel launches, bytes and FLOPs of one evaluation of a network, counted without a GPU.
+
+    python -m fastdiff.bench.counts launches
+    python -m fastdiff.bench.counts launches --docs
+
+The network runs on the meta device, where tensors have shapes but no data. A dispatch mode sees
+every PyTorch operator and every op of `fastdiff.kernels`, and counts what it launches on a GPU:
+
+    views, reshapes without a copy, allocations     none
+    convolution                                     1, and 1 more for a bias, which PyTorch adds to
+                                                    cuDNN's result in a kernel of its own
+    linear layer, matrix product                    1; cuBLAS adds the bias in its epilogue
+    scaled_dot_product_attention                    1: the flash or the memory-efficient kernel
+    group_norm                                      3: moments, scale and shift per channel, result
+    layer_norm, elementwise, cat, copy, ...         1, see `LAUNCHES`
+    ops of fastdiff.kernels                         what the Triton backend launches, read off its
+                                                    plan for an H200
+
+A launch moves each tensor that it reads or writes once. Where a kernel reads a tensor twice
+(group_norm's moments and result), both times count, although the second read may hit the L2 cache.
+FLOPs are those of matrix products and convolutions, 2 per multiply-add. Not counted, because no
+shape tells: kernels that cuDNN adds to convert NCHW tensors, and split-K reductions of cuBLAS.
+
+An operator that is not listed raises an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdiff import kernels
+from fastdiff.bench.predict import H200
+from fastdiff.bench.report import table
+from fastdiff.bench.shapes import CONTEXT_TOKENS, GPU_JOBS, Job
+from fastdiff.extras import import_extra
+from fastdiff.kernels import shapes_only
+from fastdiff.kernels.triton import recording_launches
+from fastdiff.models.network import Network
+
+KINDS = (
+    *("convolution", "convolution bias", "linear", "attention", "norm"),
+    *("GEGLU", "addition", "concatenation", "other"),
+)
+"""The groups of launches in the tables."""
+
+LAUNCHES: dict[str, tuple[str, int]] = {
+    "convolution": ("convolution", 1),  # and a bias, see `_Counting._convolution`
+    "addmm": ("linear", 1),
+    "mm": ("linear", 1),
+    "bmm": ("linear", 1),
+    "baddbmm": ("linear", 1),
+    "sdpa": ("attention", 1),
+    "native_group_norm": ("norm", 3),
+    "native_layer_norm": ("norm", 1),
+    "add": ("addition", 1),
+    "add_": ("addition", 1),
+    "addcmul": ("addition", 1),
+    "cat": ("concatenation", 1),
+    **dict.fromkeys(
+        (
+            *("arange", "full", "zeros", "zeros_like", "fill_", "clone", "copy_", "_to_copy"),
+            *("mul", "div", "sub", "exp", "cos", "sin", "silu", "gelu", "sigmoid", "pow", "sqrt"),
+            *("mean", "embedding", "index", "index_select", "upsample_nearest2d", "avg_pool2d"),
+        ),
+        ("other", 1),
+    ),
+    "constant_pad_nd": ("other", 2),  # fills the result, then copies the input into it
+    "empty": ("other", 0),
+    "empty_strided": ("other", 0),
+    "empty_like": ("other", 0),
+    "new_empty": ("other", 0),
+    "_unsafe_view": ("other", 0),
+}
+"""PyTorch's operator -> the group it belongs to and its launches. Views are recognised by their
+schema."""
+
+OURS = {
+    "group_norm_silu": "norm",
+    "add_group_norm_silu": "norm",
+    "layer_norm": "norm",
+    "add_layer_norm": "norm",
+    "ada_layer_norm": "norm",
+    "attention": "attention",
+    "geglu": "GEGLU",
+}
+"""Op of `fastdiff.kernels` -> the group it belongs to."""
+
+
+@dataclass(kw_only=True)
+class Count:
+    """What an evaluation launches."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    """Group of `KINDS` -> launches."""
+    bytes: int = 0
+    flops: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.launches.values())
+
+
+def count(call: Callable[[], Any]) -> Count:
+    """Call a function of tensors on the meta device, and count its launches.
+
+    Raises:
+        ValueError: it uses an operator that is not in `LAUNCHES`.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.no_grad())
+        counting = modes.enter_context(_Counting())
+        modes.enter_context(_Attention(counting))
+        modes.enter_context(kernels.backend("auto"))
+        modes.enter_context(shapes_only())
+        call()
+    return counting.found
+
+
+class _Counting(TorchDispatchMode):
+    """Counts every operator that reaches PyTorch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Count()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # without it, PyTorch imports Dynamo
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        namespace, _, name = func.name().partition("::")
+        name = name.partition(".")[0]
+        if namespace == kernels.op.NAMESPACE:
+            made = func(*args, **kwargs)
+            self._ours(name, args)
+        elif name == "convolution":
+            made = self._convolution(*args, **kwargs)
+        else:
+            made = func(*args, **kwargs)
+            if not _is_view(func):
+                self._pytorch(name, (args, kwargs), made)
+        return made
+
+    def add(self, kind: str, launches: int, moved: int, flops: int = 0) -> None:
+        self.found.launches[kind] += launches
+        self.found.bytes += moved
+        self.found.flops += flops
+
+    def _pytorch(self, name: str, given: Any, made: Any) -> None:
+        if name not in LAUNCHES:
+            raise ValueError(
+                f"aten::{name} has no number of launches; add it to LAUNCHES in {__name__}"
+            )
+        kind, launches = LAUNCHES[name]
+        if launches:
+            args = given[0]
+            twice = name == "native_group_norm"
+            moved = moved_bytes(given, made) + (moved_bytes(args[0]) if twice else 0)
+            self.add(kind, launches, moved, _product_flops(name, args))
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        """cuDNN's result is channels_last if its input or its weight is."""
+        made = torch.ops.aten.convolution.default(x, weight, bias, *rest)
+        if any(_channels_last(t) for t in (x, weight)):
+            made = made.contiguous(memory_format=torch.channels_last)
+        flops = 2 * made.numel() * math.prod(weight.shape[1:])
+        self.add("convolution", 1, moved_bytes((x, weight), made), flops)
+        if bias is not None:
+            self.add("convolution bias", 1, moved_bytes((made, bias), made))
+        return made
+
+    def _ours(self, name: str, args: tuple[Any, ...]) -> None:
+        op = kernels.OPS[name]
+        with recording_launches(H200.architecture) as launched, torch.no_grad():
+            op.backends["triton"].forward(*args, False)
+        work = op.work(*args)
+        # a sample that does not fit on the chip is read for the moments and again for the result
+        parts = name.endswith("group_norm_silu") and len(launched) > 1
+        self.add(
+            OURS[name],
+            len(launched),
+            work.bytes + (moved_bytes(args[0]) if parts else 0),
+            work.flops,
+        )
+
+
+class _Attention(TorchFunctionMode):
+    """PyTorch's attention as one launch: on the meta device it would be taken apart."""
+
+    def __init__(self, counting: _Counting) -> None:
+        super().__init__()
+        self._counting = counting
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3]
+        n, heads, length, d = q.shape
+        made = torch.empty((n, length, heads, v.shape[-1]), dtype=q.dtype, device="meta").transpose(
+            1, 2
+        )
+        flops = 2 * n * heads * length * k.shape[2] * (d + v.shape[-1])
+        self._counting.add(*LAUNCHES["sdpa"], moved_bytes((q, k, v), made), flops)
+        return made
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator returns its input with another shape, and so launches nothing."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    return all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _channels_last(x: Tensor) -> bool:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return last and not x.is_contiguous()
+
+
+def moved_bytes(*given: Any) -> int:
+    """Bytes of all tensors in nested arguments; dimensions that are expanded count once."""
+    return sum(
+        t.element_size() * math.prod(s for s, step in zip(t.shape, t.stride(), strict=True) if step)
+        for t in tree_leaves(given)
+        if isinstance(t, Tensor)
+    )
+
+
+def _product_flops(name: str, args: Sequence[Any]) -> int:
+    """FLOPs of a matrix product (..., m, k) x (..., k, n)."""
+    if LAUNCHES[name][0] != "linear":
+        return 0
+    a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
+    return 2 * int(a.numel()) * int(b.shape[-1])
+
+
+# What is counted
+
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SD 1.5 U-Net": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
+    "SDXL U-Net": (
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "KL-f8 decoder": (
+        "AutoencoderKL",
+        {
+            "block_out_channels": (128, 256, 512, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+        },
+    ),
+}
+"""Job -> the class in diffusers that computes the same network, and its config. diffusers has no
+class for ADM."""
+
+DTYPE = torch.bfloat16
+
+
+def native(job: Job) -> Count:
+    """fastdiff's network. A U-Net gets the embedding and the keys and values of the context, which
+    the engine computes once per request."""
+    module, inputs = job.build("meta", DTYPE)
+    if not isinstance(module, Network):
+        return count(lambda: module(**inputs))
+    network = module
+    with torch.no_grad(), shapes_only():
+        emb = network.embed(inputs["t"], inputs.get("y"), inputs.get("added"))
+        context = inputs.get("context")
+        kvs = None if context is None else network.project_context(context)
+    return count(lambda: network.body(inputs["x"], emb, kvs))
+
+
+def of_diffusers(job_name: str, *, accelerated: bool) -> Count:
+    """diffusers' network as a pipeline calls it; `accelerated` by `fastdiff.accelerate`."""
+    kind, config = DIFFUSERS[job_name]
+    job = GPU_JOBS[job_name]
+    diffusers = import_extra("diffusers", extra="diffusers")
+    with torch.device("meta"):
+        module = getattr(diffusers, kind)(**config).to(DTYPE).eval()
+        x = torch.empty(job.batch, 4, job.size, job.size, dtype=DTYPE)
+    if accelerated:
+        import_extra("fastdiff.integrations", extra="diffusers").accelerate(module)
+    with torch.device("meta"):
+        if kind == "AutoencoderKL":
+            return count(lambda: module.decode(x))
+        width, t = module.config.cross_attention_dim, torch.empty(())
+        context = torch.empty(job.batch, CONTEXT_TOKENS, width, dtype=DTYPE)
+        added = {
+            "time_ids": torch.empty(job.batch, 6, dtype=DTYPE),
+            "text_embeds": torch.empty(job.batch, 1280, dtype=DTYPE),
+        }
+        return count(lambda: module(x, t, context, added_cond_kwargs=added))
+
+
+@cache
+def counts() -> dict[tuple[str, str], Count]:
+    """(job, implementation) -> its count, for one evaluation at the batch sizes of `GPU_JOBS`."""
+    return dict(_counts())
+
+
+def _counts() -> Iterator[tuple[tuple[str, str], Count]]:
+    for name, job in GPU_JOBS.items():
+        yield (name, "fastdiff"), native(job)
+        if name in DIFFUSERS:
+            yield (name, "diffusers, accelerated"), of_diffusers(name, accelerated=True)
+            yield (name, "diffusers"), of_diffusers(name, accelerated=False)
+
+
+# The tables
+
+HEAD = ("network", "batch", "implementation", "launches", "GB moved", "TFLOP")
+
+
+def rows() -> list[tuple[str, ...]]:
+    """One row per count, after the header."""
+    found: list[tuple[str, ...]] = [HEAD]
+    for (name, implementation), of in counts().items():
+        job = GPU_JOBS[name]
+        amounts = f"{of.total}", f"{of.bytes / 1e9:.2f}", f"{of.flops / 1e12:.2f}"
+        found.append((f"{name}, {job.size} x {job.size}", f"{job.batch}", implementation, *amounts))
+    return found
+
+
+def kind_rows() -> list[tuple[str, ...]]:
+    """The launches by group, after the header."""
+    found: list[tuple[str, ...]] = [("network", "implementation", *KINDS)]
+    for (name, implementation), of in counts().items():
+        found.append((name, implementation, *(str(of.launches[kind]) for kind in KINDS)))
+    return found
+
+
+def page() -> str:
+    """The text of docs/counts.md."""
+    head, *body = rows()
+    kinds, *by_kind = kind_rows()
+    return PAGE.format(counts=table(head, body), kinds=table(kinds, by_kind))
+
+
+PAGE = """\
+# Launches, bytes and FLOPs
+
+Generated by `python -m fastdiff.bench.counts launches --docs`; a test checks that this page equals
+the count. No GPU was used: the networks run on the meta device in bf16, and every operator counts
+as the kernels that it launches on a GPU. `fastdiff/bench/launches.py` states the rules; the main
+ones: views launch nothing, a convolution's bias is a launch of its own, a linear layer's is not,
+`group_norm` is three launches, and an op of `fastdiff.kernels` is what its Triton backend launches
+on an H200. Conversions of NCHW inside cuDNN and split-K reductions of cuBLAS are not counted.
+
+A guided evaluation of one image has batch 2. fastdiff's own networks get the time embedding and the
+keys and values of the text from the engine, which computes them once per request; diffusers
+computes them in every evaluation. Inductor's kernels are not counted here.
+
+## Totals
+
+{counts}
+
+## Launches by kind
+
+{kinds}
+"""
