@@ -144,6 +144,6 @@ class Clocks:
     ) -> None:
         if self._process is not None:
             self._process.kill()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
             self._thread.join(5)

@@ -32,6 +32,8 @@ GRACE_S = 12.0
 """Seconds between the end of a stage's own time and its limit, to write down its results."""
 EXIT_S = 5.0
 """Seconds that a process may take to end once its outcome is written."""
+KILL_S = 5.0
+"""Seconds to wait for a process to end after it was killed."""
 LEAST = 0.25
 """The share of its time that a stage must get to be started at all."""
 TOLD = 6
@@ -48,7 +50,9 @@ class Log:
 
     def write(self, label: str, line: str) -> None:
         with self._lock:
-            self._file.write(f"{time.monotonic() - self._start:6.1f} {label} | {line.rstrip()}\n")
+            if not self._file.closed:  # a process that was left behind may still speak
+                seconds = time.monotonic() - self._start
+                self._file.write(f"{seconds:6.1f} {label} | {line.rstrip()}\n")
 
     def close(self) -> None:
         self._file.close()
@@ -89,10 +93,12 @@ class Process:
         return False
 
     def kill(self) -> None:
-        """Kill the process and all that it started."""
+        """Kill the process and all that it started. One that waits for a hung driver may not end;
+        it is left behind."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(KILL_S)
 
     def result(self, limit: float, *, killed: bool = False, interrupted: bool = False) -> Result:
         """Its outcome, once it has ended or was killed."""
@@ -105,8 +111,10 @@ class Process:
         elif self.outcome.exists():
             found = json.loads(self.outcome.read_text())
             status, notes = found["status"], found["notes"]
-        elif killed:
-            status, notes = "timed out", [f"killed at its limit of {limit:.0f} s", *self.last]
+        elif killed or code is None:
+            unkilled = ", but it has not ended" if code is None else ""
+            note = f"killed at its limit of {limit:.0f} s{unkilled}"
+            status, notes = "timed out", [note, *self.last]
         elif self.lost:
             status, notes = "lost context", [self.lost, *self.last]
         elif code < 0:
