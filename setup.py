@@ -160,8 +160,8 @@ def gpus() -> tuple[str, ...]:
     if tool is None:
         return ()
     command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = dict.fromkeys(re.findall(r"^(\d+\.\d)$", told.stdout, re.MULTILINE))
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = dict.fromkeys(re.findall(r"^(\d+\.\d)$", output.stdout, re.MULTILINE))
     named = {name.rstrip("a"): name for name in ARCHITECTURES}
     return tuple(named.get(number, number) for number in found)
 
@@ -178,8 +178,8 @@ def architectures(nvcc: str, here: tuple[str, ...] = ()) -> tuple[str, ...]:
             )
     if names:  # containers list old ones too; the kernels need the instructions of 8.0
         return tuple(name for name in names if int(name.partition(".")[0]) >= 8)
-    told = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
-    known = set(re.findall(r"sm_(\w+)", told.stdout))
+    output = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = set(re.findall(r"sm_(\w+)", output.stdout))
     wanted = [name for name in here or ARCHITECTURES if int(name.partition(".")[0]) >= 8]
     return tuple(name for name in wanted if name.replace(".", "").rstrip("a") in known)
 
@@ -251,7 +251,7 @@ def facts(version: str, cuda: Cuda | str) -> str:
     The digest changes with every edit: no other file has it on its command line.
     """
     archs, missing = (";".join(cuda.architectures), "") if isinstance(cuda, Cuda) else ("", cuda)
-    told = {
+    macros = {
         "DIGEST": digest(),
         "VERSION": version,
         "CUDA_ARCHS": archs,
@@ -259,7 +259,8 @@ def facts(version: str, cuda: Cuda | str) -> str:
         "SANITIZERS": "address undefined" if SANITIZED else "",
     }
     return " ".join(
-        f"-DFASTDIFF_{name}={shlex.quote(chr(34) + text + chr(34))}" for name, text in told.items()
+        f"-DFASTDIFF_{name}={shlex.quote(chr(34) + text + chr(34))}"
+        for name, text in macros.items()
     ).replace("$", "$$")
 
 
@@ -268,10 +269,10 @@ def rules(compiler: str, cuda: Cuda | str, headers: str) -> list[str]:
 
     headers: csrc/common, from the build folder.
     """
-    told = subprocess.run(
+    version = subprocess.run(
         [*shlex.split(compiler), "--version"], capture_output=True, text=True, check=False
     )
-    flags = FLAGS if "clang" in told.stdout else f"{FLAGS} {GCC_FLAGS}"
+    flags = FLAGS if "clang" in version.stdout else f"{FLAGS} {GCC_FLAGS}"
     flags += f" {SANITIZERS}" if SANITIZED else ""
     common = f"-I{shlex.quote(headers)}"
     defines = f"-DFASTDIFF_ISAS='{' '.join(f'X({name})' for name in isas())}'"
@@ -361,8 +362,8 @@ class BuildNative(build_ext):
         """With the CUDA kernels where that works. Raises CannotBuildError."""
         target, version = build_folder() / name, self.distribution.get_version()
         cuda = find_cuda()
-        told = ", ".join(cuda.architectures) if isinstance(cuda, Cuda) else f"none: {cuda}"
-        print(f"fastdiff: CPU kernels: {', '.join(isas())}; CUDA kernels: {told}", flush=True)
+        built_for = ", ".join(cuda.architectures) if isinstance(cuda, Cuda) else f"none: {cuda}"
+        print(f"fastdiff: CPU kernels: {', '.join(isas())}; CUDA kernels: {built_for}", flush=True)
         if run_ninja(target, version, cuda):
             return target
         if isinstance(cuda, Cuda) and os.environ.get("FASTDIFF_BUILD_CUDA") != "1":

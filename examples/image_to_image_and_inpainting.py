@@ -22,7 +22,7 @@ def main(path: str, photo: str, prompt: str, size: int = 512, steps: int = 30) -
     whole = model.generate(prompt, image=image, strength=0.6, **settings)
     whole[0].save("winter.png")
 
-    mask = torch.zeros(size, size)  # 1 where the image is to be new
+    mask = torch.zeros(size, size)  # 1 where the image is to be replaced
     mask[size // 4 : -size // 4, size // 4 : -size // 4] = 1
     middle = model.generate(prompt, image=image, mask=mask, **settings)
     middle[0].save("middle.png")  # outside the mask the photo's own pixels

@@ -151,7 +151,7 @@ def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: in
             check_memory(
                 BYTES_PER_NUMBER * numbers,
                 f"a picture of {width} x {height}",
-                way_out="give a smaller height or width",
+                way_out="use a smaller height or width",
             )
         picture = resize(picture, width, height)
     pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, -1)

@@ -98,10 +98,12 @@ class Place:
 
     def install(self, python: Path, what: Path, *options: str, **environment: str) -> str:
         """What pip says; then the source is removed, if it was a folder."""
-        told = self.run(python, "-m", "pip", "install", "--no-deps", *options, what, **environment)
+        output = self.run(
+            python, "-m", "pip", "install", "--no-deps", *options, what, **environment
+        )
         if what.is_dir():
             shutil.rmtree(what)
-        return told
+        return output
 
 
 def make_environment(home: Path) -> Path:
@@ -109,9 +111,9 @@ def make_environment(home: Path) -> Path:
     return home / "bin" / "python"
 
 
-def expect(text: str, told: str, times: int | None = None) -> None:
-    if text not in told or (times is not None and told.count(text) != times):
-        raise FailedError(f"{text!r} was to be said {times or 'some'} times in:\n{told}")
+def expect(text: str, output: str, times: int | None = None) -> None:
+    if text not in output or (times is not None and output.count(text) != times):
+        raise FailedError(f"expected {text!r} {times or 'some'} times in:\n{output}")
 
 
 def no_compiler(place: Place) -> str:
@@ -119,12 +121,12 @@ def no_compiler(place: Place) -> str:
     python, empty = place.environment(), place.folder / "empty"
     empty.mkdir()
     reason = "no C++ compiler was found (c++, g++, clang++)"
-    told = place.install(python, place.source(), "-v", PATH=str(empty))
-    expect("WARNING: fastdiff is installed without its compiled kernels", told, times=1)
+    output = place.install(python, place.source(), "-v", PATH=str(empty))
+    expect("WARNING: fastdiff is installed without its compiled kernels", output, times=1)
     call = "fastdiff.kernels.geglu(x); fastdiff.kernels.layer_norm(x)"
-    told = place.run(python, "-c", FACTS + call, PATH=str(empty))
-    expect("fastdiff runs without its cpu kernels", told, times=1)
-    expect(reason, told, times=1)
+    output = place.run(python, "-c", FACTS + call, PATH=str(empty))
+    expect("fastdiff runs without its cpu kernels", output, times=1)
+    expect(reason, output, times=1)
     triton = 'torch.testing.assert_close(fastdiff.kernels.geglu(x), expected)\nprint("equal")'
     forced = {"FASTDIFF_BACKEND": "triton", "TRITON_INTERPRET": "1", "PATH": str(empty)}
     expect("equal", place.run(python, "-c", FACTS + triton, **forced))
@@ -141,10 +143,10 @@ def cpu_only(place: Place) -> str:
     python = place.environment()
     place.install(python, place.source(), FASTDIFF_BUILD_CUDA="0")
     cuda = 'assert not native.build()["cuda_architectures"]\n'
-    told = place.run(python, "-c", FACTS + COMPILED + cuda)
+    output = place.run(python, "-c", FACTS + COMPILED + cuda)
     doctor = place.run(python, "-m", "fastdiff", "doctor", COLUMNS="500")
     expect("no kernels: FASTDIFF_BUILD_CUDA was 0", doctor)
-    return told.strip()
+    return output.strip()
 
 
 def nvcc_without_cuda_torch(place: Place) -> str:
@@ -156,8 +158,9 @@ def nvcc_without_cuda_torch(place: Place) -> str:
     cuda = """
 assert torch.version.cuda is None, "this torch has CUDA"
 assert native.build()["cuda_architectures"] == "8.0"
-told = fastdiff.kernels.explain("group_norm_silu", torch.zeros(1, 8, 4, 4), 4)
-assert told.chosen == "cpu" and "runs on cuda, got tensors on cpu" in told.reasons["cuda"], told
+choice = fastdiff.kernels.explain("group_norm_silu", torch.zeros(1, 8, 4, 4), 4)
+assert choice.chosen == "cpu", choice
+assert "runs on cuda, got tensors on cpu" in choice.reasons["cuda"], choice
 """
     return place.run(python, "-c", FACTS + COMPILED + cuda).strip()
 
@@ -167,12 +170,14 @@ def cuda_demanded(place: Place) -> str:
 
     Asked for an architecture that is too old, so that a machine with nvcc fails as one without."""
     python, source = place.environment(), place.source()
-    told = place.run(
+    output = place.run(
         python, "-m", "pip", "install", "--no-deps", source,
         fails=True, FASTDIFF_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="5.0",
     )  # fmt: skip
-    expect("fastdiff: FASTDIFF_BUILD_CUDA=1, but ", told)
-    return next(line.strip() for line in told.splitlines() if "FASTDIFF_BUILD_CUDA=1, but" in line)
+    expect("fastdiff: FASTDIFF_BUILD_CUDA=1, but ", output)
+    return next(
+        line.strip() for line in output.splitlines() if "FASTDIFF_BUILD_CUDA=1, but" in line
+    )
 
 
 def sdist_to_wheel(place: Place) -> str:
@@ -211,11 +216,11 @@ CHECKS: dict[str, Callable[[Place], str]] = {
 
 def chosen(words: list[str]) -> list[str]:
     """The checks that are asked for; help and wrong names end the process."""
-    told = [f"  {name:<24} {inspect.getdoc(check) or ''}" for name, check in CHECKS.items()]
+    lines = [f"  {name:<24} {inspect.getdoc(check) or ''}" for name, check in CHECKS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m tests.install_check",
         description=__doc__,
-        epilog="\n".join(["checks:", *(line.partition("\n")[0] for line in told)]),
+        epilog="\n".join(["checks:", *(line.partition("\n")[0] for line in lines)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("check", nargs="*", help="which of the checks below; none: all")
@@ -240,10 +245,10 @@ def main(words: list[str]) -> int:
             folder, started = Path(temporary) / name, time.monotonic()
             folder.mkdir()
             try:
-                told = CHECKS[name](Place(base, folder))
+                result = CHECKS[name](Place(base, folder))
             except FailedError as error:
-                told, failed = f"FAILED: {error}", failed + 1
-            print(f"{name} ({time.monotonic() - started:.0f} s): {told}", flush=True)
+                result, failed = f"FAILED: {error}", failed + 1
+            print(f"{name} ({time.monotonic() - started:.0f} s): {result}", flush=True)
     return 1 if failed else 0
 
 

@@ -204,8 +204,8 @@ MISTAKES = {
     "samplers --plot x.jpg": "must end in one of .png, .svg, .pdf",
     "sample --model nowhere": "nowhere is missing; give a file",
     "sample --model TINY --classes 10": "unknown class '10'; expected one of 0, 1",
-    "sample --model TINY --image PLAIN": "is not an upsampler and starts from noise",
-    "img2img cat --image PLAIN --model TINY": "reads no text, got prompt 'cat'",
+    "sample --model TINY --image PLAIN": "is not an upsampler, so it takes no image",
+    "img2img cat --image PLAIN --model TINY": "does not read text, got prompt 'cat'",
     "sample --model TINY --steps -1": "steps must be at least 1, got -1",
     "sample --model TINY --steps 0": "steps must be at least 1, got 0",
     "sample --model TINY --steps 1001": "steps must be 1 to 1000",
@@ -532,10 +532,10 @@ def test_like_makes_the_image_again_bit_for_bit(run, tiny: str, tmp_path: Path) 
     other = make_bundle(tmp_path / "bundle" / "tiny", seed=1)
     code, out, err = run("sample", "--like", "out/5-seed8.png", "--model", other, "--out", "no")
     assert (code, err) == (1, "")
-    told = " ".join(out.split())
+    output = " ".join(out.split())
     now = read_recipe("no/5-seed8-again.png")["weights"]
-    assert f"NOT identical to out/5-seed8.png: weights {before['weights'][:12]} then, " in told
-    assert f"{now[:12]} now" in told
+    assert f"NOT identical to out/5-seed8.png: weights {before['weights'][:12]} then, " in output
+    assert f"{now[:12]} now" in output
 
     # The recipe knows where the model was.
     assert before["model"] == tiny
@@ -614,13 +614,13 @@ def test_doctor_explains_calls_that_really_run(run) -> None:
     for name, op in OPS.items():
         with record_backends() as served:
             getattr(kernels, name)(**op.example(torch.zeros))
-        told = report["ops"][name]["cpu"]
-        assert served == {name: {told["backend"]}}
+        choice = report["ops"][name]["cpu"]
+        assert served == {name: {choice["backend"]}}
         expected = {"cuda", "triton", "cpu", "reference", *op.backends}
-        assert set(told["others"]) == expected - {told["backend"]}
+        assert set(choice["others"]) == expected - {choice["backend"]}
     code, out, _ = run("doctor")
     assert code == 0
-    for backend in {told["cpu"]["backend"] for told in report["ops"].values()}:
+    for backend in {choice["cpu"]["backend"] for choice in report["ops"].values()}:
         assert f"ops on cpu run by {backend}" in out
 
 
@@ -716,10 +716,10 @@ def test_reconstruct(run, tiny: str) -> None:
             with Image.open(path) as image:
                 pair.append(torch.tensor(list(image.tobytes())).double())
         values.append(10 * torch.log10(255**2 / (pair[0] - pair[1]).square().mean()).item())
-    told = re.search(r"PSNR +([\d.]+) dB on average, ([\d.]+) dB at worst", out)
-    assert told is not None
-    assert float(told[1]) == pytest.approx(sum(values) / 2, abs=0.1)
-    assert float(told[2]) == pytest.approx(min(values), abs=0.1)
+    printed = re.search(r"PSNR +([\d.]+) dB on average, ([\d.]+) dB at worst", out)
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(sum(values) / 2, abs=0.1)
+    assert float(printed[2]) == pytest.approx(min(values), abs=0.1)
     similarity = re.search(r"SSIM +(-?[\d.]+) on average, (-?[\d.]+) at worst", out)
     assert similarity is not None
     assert -1 <= float(similarity[2]) <= float(similarity[1]) < 1
@@ -832,7 +832,7 @@ def test_evaluate_fails_when_a_limit_is_missed(
     """The measuring has its own tests; here it is told what came out."""
     asked = {}
 
-    def told(model: Model, **kwargs: object) -> SimpleNamespace:
+    def measured(model: Model, **kwargs: object) -> SimpleNamespace:
         asked.update(kwargs, weights=model.weights_hash)
         results = Results(
             samples=scores(accuracy),
@@ -849,7 +849,7 @@ def test_evaluate_fails_when_a_limit_is_missed(
         asked["command"] = command
         return folder / "results.md"
 
-    monkeypatch.setattr("fastdiff.evaluation.evaluate", told)
+    monkeypatch.setattr("fastdiff.evaluation.evaluate", measured)
     monkeypatch.setattr("fastdiff.evaluation.write_report", report)
     words = ("evaluate", "--model", tiny, "--count", "360", "--steps", "7", "--seed", "4")
     code, out, err = run(*words)

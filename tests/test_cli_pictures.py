@@ -336,7 +336,7 @@ MISTAKES = {
     "txt2img '<lora:x:0.8> cat' --model nowhere": r"prompt syntax '<lora:x:0.8>' is not supported",
     "txt2img cat --model nowhere --negative 'a AND b'": r"prompt syntax 'AND' is not supported",
     "img2img '[cat|dog]' --model nowhere --image photo.png": "or [cat\\|dog] for the literal text",
-    "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "has no negative prompt",
+    "txt2img cat --model sd1 --guidance-scale 1 --negative dog": "so the negative prompt 'dog'",
     "txt2img cat --model sd1 --upscale 0.5": "scale must be in [1, 16], got 0.5",
     "txt2img cat --model sd1 --upscale 2 --upscale-strength 2": "strength must be in [0, 1]",
     "txt2img cat --model sd1 --upscale 2 --refiner sd1": "give only one of them",
@@ -350,10 +350,10 @@ MISTAKES = {
     "txt2img cat --model XL --refiner REFINER --switch 1": "switch must leave steps",
     "txt2img cat --model NINE": "reads 9 channels",
     "txt2img cat --model digits": "fastdiff sample",
-    "sample --model sd1": "sd1 draws what a prompt says; give it one",
-    "img2img --image photo.png --model sd1": "draws what a prompt says; give it one",
+    "sample --model sd1": "sd1 generates images from a prompt and got none; pass one",
+    "img2img --image photo.png --model sd1": "generates images from a prompt and got none",
     "img2img cat --label 3 --image photo.png --model sd1": "this model has no classes, got class",
-    "sample --model NINE": "draws what a prompt says",
+    "sample --model NINE": "generates images from a prompt",
     "txt2img --like photo.png": "contains no recipe",
     "txt2img --like nowhere.png": "no image at nowhere.png",
     "img2img cat --model sd1": "missing: --image",
@@ -370,7 +370,7 @@ MISTAKES = {
     "img2img cat --model sd1 --image photo.png --fit x": "invalid choice 'x' for argument '--fit'",
     "inpaint cat --model sd1 --image photo.png": "missing: --mask",
     "inpaint cat --model sd1 --image photo.png --mask narrow.png": "mask must be (1, 64, 64)",
-    "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is empty",
+    "inpaint cat --model sd1 --image photo.png --mask black.png": "the mask is all zeros",
 }
 
 

@@ -39,12 +39,12 @@ def ask(scripts: Path, tmp_path: Path) -> Ask:
         pytest.skip("no bash here")
 
     def asked(*words: str) -> list[str]:
-        told = subprocess.run(
+        result = subprocess.run(
             [bash, "--norc", "-c", ASK, "bash", str(scripts / "bash"), *words],
             env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert not told.stderr
-        return told.stdout.split()
+        assert not result.stderr
+        return result.stdout.split()
 
     return asked
 
@@ -79,11 +79,11 @@ def test_bash_offers_what_can_follow(words: list[str], offered: list[str], ask: 
 
 
 def test_where_nothing_is_offered_bash_offers_files(scripts: Path) -> None:
-    told = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", f"source {scripts / 'bash'}; complete -p fastdiff"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert told.stdout == "complete -o default -F _fastdiff fastdiff\n"
+    assert result.stdout == "complete -o default -F _fastdiff fastdiff\n"
 
 
 @pytest.mark.skipif(not shutil.which("fish"), reason="no fish here")
@@ -94,8 +94,8 @@ def test_fish_offers_the_same(scripts: Path) -> None:
         "fastdiff train diffusion --preset dig",
     ]
     code = "; ".join([f"source {scripts / 'fish'}", *(f"complete -C '{line}'" for line in lines)])
-    told = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [
+    result = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [
         "--prediction",
         "--preview",
         "eps",
@@ -110,9 +110,9 @@ def test_zsh_reads_the_script(scripts: Path) -> None:
     code = (
         f"autoload -U compinit; compinit -u -D; source {scripts / 'zsh'}; print $_comps[fastdiff]"
     )
-    told = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout == "_bash_complete -o default -F _fastdiff\n"
-    assert not told.stderr
+    result = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "_bash_complete -o default -F _fastdiff\n"
+    assert not result.stderr
 
 
 def test_every_option_that_the_documentation_uses_is_offered() -> None:

@@ -132,13 +132,13 @@ def test_the_unet_is_one_network_among_others() -> None:
 
 def test_few_files_lie_between_the_command_and_the_first_kernel() -> None:
     command = [sys.executable, "-m", "tests.support.entered", "--count", "1", "--classes", "3"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "torch._dynamo" not in told
-    files, last = told.splitlines()[:-1], told.splitlines()[-1]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "torch._dynamo" not in output
+    files, last = output.splitlines()[:-1], output.splitlines()[-1]
     count, op = re.fullmatch(r"(\d+) files to (\w+)", last).groups()  # type: ignore[union-attr]
-    assert (int(count), op in OPS) == (len(files), True), told
+    assert (int(count), op in OPS) == (len(files), True), output
     assert files[0] == "fastdiff/cli/__init__.py"
-    assert len(files) <= FILES_TO_THE_FIRST_KERNEL, told
+    assert len(files) <= FILES_TO_THE_FIRST_KERNEL, output
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_no_code_of_one_instruction_set_serves_another(dist: Path, source: Path)
     kernels = [p for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if "binding" not in p.stem]
     assert len(objects) == 2 * len(kernels)
     for path in objects:
-        told = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True)
-        weak = re.findall(r"^\w* +[Wu] (.*)$", told.stdout, re.MULTILINE)
+        result = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True)
+        weak = re.findall(r"^\w* +[Wu] (.*)$", result.stdout, re.MULTILINE)
         assert not weak, (path.name, weak)
 
 
@@ -150,14 +150,14 @@ def test_where_nvcc_fails_the_module_is_built_without_cuda(source: Path, tmp_pat
     assert built.returncode == 0, built.stderr
     assert built.stderr.count(f"installed without CUDA kernels: {nvcc} failed on them") == 1
     module = next((source / "kernels").glob("_native.*"))
-    told = in_the_root(
+    result = in_the_root(
         "import importlib.util as u\n"
         f"spec = u.spec_from_file_location('fastdiff.kernels._native', {str(module)!r})\n"
         "module = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "print(module.build()['without_cuda'])"
     )
-    assert told.stdout.strip() == f"{nvcc} failed on them", told.stderr
+    assert result.stdout.strip() == f"{nvcc} failed on them", result.stderr
     built = build_in_place(source, FASTDIFF_BUILD_CUDA="1", NVCC=str(nvcc))
     assert built.returncode != 0
     assert "fastdiff: the C++ compiler failed" in built.stderr
@@ -177,8 +177,8 @@ def test_cuda_that_is_demanded_and_not_there(monkeypatch: pytest.MonkeyPatch) ->
 def nvcc_and_gpus(folder: Path, *capabilities: str) -> None:
     """Executables that answer as nvcc and nvidia-smi do."""
     codes = " ".join(f"sm_{code}" for code in ("75", "80", "86", "89", "90", "100", "120"))
-    for name, told in (("nvcc", codes), ("nvidia-smi", "\n".join(capabilities))):
-        (folder / name).write_text(f"#!/bin/sh\necho '{told}'\n")
+    for name, output in (("nvcc", codes), ("nvidia-smi", "\n".join(capabilities))):
+        (folder / name).write_text(f"#!/bin/sh\necho '{output}'\n")
         (folder / name).chmod(0o755)
 
 

@@ -88,11 +88,11 @@ def test_type_checkers_see_what_is_public_and_nothing_else(tmp_path: Path) -> No
     (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
     command = ["--strict", "--follow-imports=silent", "user.py"]
     environment = {**os.environ, "MYPYPATH": str(ROOT), "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache")}
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "mypy", *command],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    errors = re.findall(r"^user\.py:(\d+): error: .*\[([\w-]+)\]$", told.stdout, re.M)
+    errors = re.findall(r"^user\.py:(\d+): error: .*\[([\w-]+)\]$", result.stdout, re.M)
     kinds = [*["attr-defined"] * len(bad), "assignment", "assignment", "arg-type"]
     expected = [(str(2 + len(good) + at), kind) for at, kind in enumerate(kinds)]
-    assert errors == expected, told.stdout + told.stderr
+    assert errors == expected, result.stdout + result.stderr

@@ -33,8 +33,8 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_seen(int64_t number, int64_t size, voi
   if (!there) return nullptr;
   const auto& [kernel, blocks, threads, cluster, registers, stack, fixed, shared, binary, resident,
                clusters, multiprocessors, most] = all[size_t(number)];
-  const int64_t told[] = {blocks, threads,  cluster,  registers,       stack, fixed, shared,
-                          binary, resident, clusters, multiprocessors, most};
-  for (const int64_t value : told) *fields++ = value;
+  const int64_t values[] = {blocks, threads,  cluster,  registers,       stack, fixed, shared,
+                            binary, resident, clusters, multiprocessors, most};
+  for (const int64_t value : values) *fields++ = value;
   return nullptr;
 }

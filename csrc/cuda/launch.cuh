@@ -150,11 +150,11 @@ struct Watch {
     const cudaLaunchConfig_t& config = launch.config;
     const int threads = static_cast<int>(config.blockDim.x);
     const int cluster = config.numAttrs ? int(launch.cluster_size.val.clusterDim.x) : 1;
-    cudaFuncAttributes told{};
+    cudaFuncAttributes attributes{};
     int resident = 0, clusters = 0, multiprocessors = 0, most = 0;
     const char* name = "unknown";
     for (const cudaError_t status : {
-             cudaFuncGetAttributes(&told, kernel),
+             cudaFuncGetAttributes(&attributes, kernel),
              cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads,
                                                            config.dynamicSmemBytes),
 #if !defined(CUDART_VERSION) || CUDART_VERSION >= 12030
@@ -170,9 +170,9 @@ struct Watch {
                                               config.dynamicSmemBytes, &clusters))
         return error;
     const dim3& grid = config.gridDim;
-    seen.push_back({name, int64_t(grid.x) * grid.y * grid.z, threads, cluster, told.numRegs,
-                    int64_t(told.localSizeBytes), int64_t(told.sharedSizeBytes),
-                    int64_t(config.dynamicSmemBytes), told.binaryVersion, resident, clusters,
+    seen.push_back({name, int64_t(grid.x) * grid.y * grid.z, threads, cluster, attributes.numRegs,
+                    int64_t(attributes.localSizeBytes), int64_t(attributes.sharedSizeBytes),
+                    int64_t(config.dynamicSmemBytes), attributes.binaryVersion, resident, clusters,
                     multiprocessors, most});
     return nullptr;
   }

@@ -160,8 +160,8 @@ def _compiler(name: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run ({type(error).__name__}) {path}"
     lines = (done.stdout or done.stderr).strip().splitlines() or ["no version"]
-    told = next((line for line in lines if "release" in line), lines[0])  # nvcc's fourth line
-    return f"{told.strip()} {path}"
+    release = next((line for line in lines if "release" in line), lines[0])  # nvcc's fourth line
+    return f"{release.strip()} {path}"
 
 
 def _ops() -> dict[str, Any]:
@@ -175,9 +175,9 @@ def _ops() -> dict[str, Any]:
     for op in sorted(OPS):
         report[op] = {}
         for device in devices:
-            told = explain(op, **OPS[op].example(partial(torch.zeros, device=device)))
-            against = {name: why for name, why in told.reasons.items() if name != told.chosen}
-            report[op][device] = {"backend": told.chosen, "others": against}
+            choice = explain(op, **OPS[op].example(partial(torch.zeros, device=device)))
+            against = {name: why for name, why in choice.reasons.items() if name != choice.chosen}
+            report[op][device] = {"backend": choice.chosen, "others": against}
     return report
 
 
@@ -188,7 +188,7 @@ def _configs() -> dict[str, list[str]]:
     from fastdiff.bench import tune
     from fastdiff.kernels.tuning import configs
 
-    def told(index: int) -> list[str]:
+    def description(index: int) -> list[str]:
         try:
             return tune.describe(configs.gpu_of(torch.device("cuda", index)))
         except ValueError as error:  # a file that cannot be read
@@ -196,7 +196,7 @@ def _configs() -> dict[str, list[str]]:
 
     if not torch.cuda.is_available():
         return {"shipped": [f"{name}: {how}" for name, how in tune.shipped().items()]}
-    return {f"cuda:{index}": told(index) for index in range(torch.cuda.device_count())}
+    return {f"cuda:{index}": description(index) for index in range(torch.cuda.device_count())}
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -258,23 +258,23 @@ def _print(report: dict[str, Any]) -> None:
     print("\nlaunch configs of the Triton kernels")
     print_pairs(
         [
-            (name if not line else "", told)
+            (name if not number else "", text)
             for name, lines in report["configs"].items()
-            for line, told in enumerate(lines)
+            for number, text in enumerate(lines)
         ],
         indent=2,
     )
     _print_ops(report["ops"])
 
 
-def _native(told: dict[str, Any]) -> list[tuple[str, str]]:
-    if "missing" in told:
-        return [("none", told["missing"])]
-    built = f"{told['compiler']}, fastdiff {told['version']}, {told['path']}"
-    if told["stale"]:
+def _native(native: dict[str, Any]) -> list[tuple[str, str]]:
+    if "missing" in native:
+        return [("none", native["missing"])]
+    built = f"{native['compiler']}, fastdiff {native['version']}, {native['path']}"
+    if native["stale"]:
         built += "; csrc/ has changed since: run 'make build'"
-    runs = f"{told['isa']} of {' '.join(told['isas'])}; threads: {told['threads']}"
-    cuda = told["cuda_architectures"] or f"no kernels: {told['without_cuda']}"
+    runs = f"{native['isa']} of {' '.join(native['isas'])}; threads: {native['threads']}"
+    cuda = native["cuda_architectures"] or f"no kernels: {native['without_cuda']}"
     return [("built by", built), ("runs", runs), ("CUDA", cuda)]
 
 
@@ -282,15 +282,15 @@ def _print_ops(ops: dict[str, Any]) -> None:
     """Print the ops; those with the same backend and reasons share a paragraph."""
     paragraphs: dict[str, list[str]] = {}
     for op, devices in ops.items():
-        for device, told in devices.items():
+        for device, choice in devices.items():
             against = {
                 # Drop the op's name, so that ops with the same reasons can share a paragraph.
                 name: (why or "could run, but has lower priority or was not requested").replace(
                     f" of {op}", ""
                 )
-                for name, why in told["others"].items()
+                for name, why in choice["others"].items()
             }
-            same = json.dumps([device, told["backend"] or "no backend", against])
+            same = json.dumps([device, choice["backend"] or "no backend", against])
             paragraphs.setdefault(same, []).append(op)
     for same, names in paragraphs.items():
         device, chosen, against = json.loads(same)

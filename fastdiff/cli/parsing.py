@@ -139,11 +139,11 @@ def _unboxed(text: str) -> str:
             sections.append([])
         elif inner:
             sections[-1].append(inner)
-    told, *more = [section for section in sections if section] or [["cannot parse the options"]]
-    if told[0].startswith("Missing from"):  # names are indented by 4, their help by 8
-        names = [line.strip() for line in told if re.match(r" {4}\S", line)]
+    first, *more = [section for section in sections if section] or [["cannot parse the options"]]
+    if first[0].startswith("Missing from"):  # names are indented by 4, their help by 8
+        names = [line.strip() for line in first if re.match(r" {4}\S", line)]
         return f"missing: {', '.join(names)}"
-    message = " ".join(line.strip() for line in told).rstrip(".")
+    message = " ".join(line.strip() for line in first).rstrip(".")
     for pattern, better in (
         (r"^Error parsing (--\S+):", r"\1:"),
         (r"^Error parsing [^:]+: ", ""),  # an error raised by a config

@@ -271,7 +271,7 @@ def _check_fits(
             conditions=len(wanted.names),
             kept=kept,
         ),
-        way_out="give a smaller --width, --height, --count or --batch",
+        way_out="use a smaller --width, --height, --count or --batch",
         loaded=loaded,
     )
     return wanted

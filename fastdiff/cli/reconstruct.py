@@ -89,7 +89,7 @@ def run(options: Reconstruct) -> int:
         recipe = {"model": model.name, "weights": model.weights_hash}
         count = min(len(images), SHEET_COLUMNS)
         latents = " x ".join(map(str, result.latent_shape))
-        told = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
+        summary = f"{result.psnr.mean():.2f} dB on average, {result.psnr.min():.2f} dB at worst"
         similar = _similarity(images, result.images, ssim)
         with work.clock("write"):
             for file, image in zip(files, result.images, strict=False):
@@ -99,7 +99,7 @@ def run(options: Reconstruct) -> int:
                 torch.cat([images[:count], result.images[:count]]),
                 ["original", "decoded"],
                 title=model.name,
-                caption=f"{told} over {len(images)} images, latents {latents}",
+                caption=f"{summary} over {len(images)} images, latents {latents}",
             )
             shown: list[Any] = [identity(file) for file in files] or list(map(str, options.images))
             path = add_png(options.out / SHEET, sheet, {**recipe, "reconstructions_of": shown})
@@ -112,7 +112,7 @@ def run(options: Reconstruct) -> int:
                 "images",
                 f"{len(images)} of {shape}, latents {latents} ({ratio:.3g} times fewer numbers)",
             ),
-            ("PSNR", told),
+            ("PSNR", summary),
             ("SSIM", similar),
             *about_files(model),
             *work.report(),

@@ -129,12 +129,12 @@ def print_found(found: Sequence[Found]) -> None:
         )
     print_numbers(rows, left=True)
     rejected: Counter[str] = sum((one.rejected for one in found), Counter())
-    told = [f"{count} {reason}" for reason, count in rejected.most_common()]
+    left_out = [f"{count} {reason}" for reason, count in rejected.most_common()]
     left = sum(one.left for one in found)
     if left:
-        told.append(f"{left} not tried (use a larger --budget-minutes)")
-    if told:
-        print(f"\ncandidates left out: {'; '.join(told)}")
+        left_out.append(f"{left} not tried (use a larger --budget-minutes)")
+    if left_out:
+        print(f"\ncandidates left out: {'; '.join(left_out)}")
 
 
 def config_text(config: dict[str, int]) -> str:

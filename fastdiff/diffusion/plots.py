@@ -43,7 +43,7 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
     panels = figure.subplots(2, 2, sharex=True)
     distinct = _distinct(tables)
     for index, (names, table) in enumerate(distinct):
-        # Where samplers agree, their lines coincide: earlier lines are wider, to show on both sides
+        # Lines of samplers that agree coincide: earlier ones are wider, so that they stay visible
         width = 1.3 + 3.2 * (len(distinct) - 1 - index) / max(len(distinct) - 1, 1)
         style = {
             "color": COLOURS[index % len(COLOURS)],
@@ -67,15 +67,15 @@ def plot_tables(tables: Sequence[SamplerTable], path: str | Path) -> None:
 def plot_bound(curves: Sequence[tuple[str, Bound]], path: str | Path) -> None:
     """Draw the terms of variational bounds over the timesteps, as IDDPM's figure 2 does.
 
-    Above, each term in bits per dimension, on logarithmic axes (t + 1, so that L_0 is shown); below
-    it what the terms add up to from the noise down, beginning with the prior term.
+    The upper panel shows each term in bits per dimension on logarithmic axes (t + 1, so that L_0 is
+    visible), the lower one their cumulative sum from t = T down, including the prior term.
 
     Args:
-        curves: a label for the legend, or none (""), and a bound each; at least one.
-        path: a .png, .svg or .pdf file; written whole or not at all.
+        curves: (label, bound) for each curve, at least one; "" is left out of the legend.
+        path: a .png, .svg or .pdf file, written atomically.
 
     Raises:
-        ValueError: no curve, or another kind of file.
+        ValueError: there is no curve, or the file has another suffix.
         ImportError: matplotlib is missing.
     """
     path = Path(path)
@@ -91,7 +91,7 @@ def plot_bound(curves: Sequence[tuple[str, Bound]], path: str | Path) -> None:
         above.plot(t, terms.clamp(min=1e-12), **style)
         rest = terms.flip(0).cumsum(0).flip(0) + bound.prior.mean()
         below.plot(t, rest, **style)
-    titles = "Term of the bound", "Sum of the terms from the noise down to t, with the prior term"
+    titles = "Term of the bound", "Sum of the terms from T down to t, including the prior term"
     for panel, title in zip((above, below), titles, strict=True):
         panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
         panel.set_ylabel("bits per dimension")
@@ -136,8 +136,8 @@ def _adds_noise(table: SamplerTable) -> bool:
 def step_lengths(table: SamplerTable) -> tuple[Tensor, Tensor]:
     """The length of each step in log(sigma / alpha), and where it begins.
 
-    Steps from pure noise or to a clean image are infinitely long and left out. Returns two vectors
-    of equal length: the number (from 1) of a step's first network evaluation, and its length.
+    Steps from pure noise or to a clean image are infinitely long and are omitted. Returns two
+    vectors: the number of each step's first network evaluation, counted from 1, and its length.
     """
     first = torch.tensor([row for row in range(len(table)) if row in _first_rows(table)])
     levels = torch.cat([table.sigmas[first], torch.tensor([table.final_sigma]).double()]).log()
@@ -167,9 +167,9 @@ def _distinct(tables: Sequence[SamplerTable]) -> list[tuple[list[str], SamplerTa
 def _caption(panels: Any) -> None:
     texts = (
         ("Noise level where the network is evaluated", "sigma / alpha"),
-        ("Length of a step (steps to a clean image are infinite)", "log(sigma / alpha) descended"),
-        ("Weight b of the new estimate of x0 (hollow: of the history)", "b, c"),
-        ("Fresh noise (of the samplers that add any)", "s"),
+        ("Length of each step (to a clean image: infinite)", "decrease of log(sigma / alpha)"),
+        ("Weight b of the new x0 estimate (hollow: history)", "b, c"),
+        ("Fresh noise (samplers that add noise)", "s"),
     )
     for panel, (title, label) in zip(panels.flat, texts, strict=True):
         panel.set_title(title, loc="left", fontsize=10, fontweight="bold")

@@ -1,4 +1,4 @@
-"""What jobs need to know of a model, and the check of a job against it, which fills in defaults."""
+"""What jobs need to know about a model; checks a job against it and fills in defaults."""
 
 from __future__ import annotations
 
@@ -20,95 +20,95 @@ from fastdiff.generate.job import (
 )
 
 LDM_CLASSES = 1000
-"""Rows of a table of classes without one for "no class"."""
+"""Rows of a class embedding that has none for "no class"."""
 STEPS, TEXT_STEPS = 50, 30
 GUIDANCE, TEXT_GUIDANCE = 1.5, 7.5
 TILE, TEXT_TILE = 96, 128
 MOST_AT_ONCE = 64
 BATCH_PIXELS = MOST_AT_ONCE * 32 * 32
-"""Pixels of x at once by default, in at most 64 images: 64 of 32 x 32, 16 of 64 x 64."""
+"""Default limit of the pixels of x in a batch of at most 64: 64 of 32 x 32, 16 of 64 x 64."""
 SMALL = 2**28
-"""Bytes below which a job's memory is not estimated before it starts."""
+"""Jobs that certainly take fewer bytes than this are started without a memory estimate."""
 ACTIVATIONS = 64
-"""Feature maps of the first level's size that a network holds at most: 25 in Stable Diffusion 1's
-U-Net, 6 in its decoder; attention never holds its scores."""
+"""Upper bound on the feature maps of the first level's size that a network holds at once: 25 in
+Stable Diffusion 1's U-Net, 6 in its decoder. Attention scores are never stored."""
 Extra = Literal["none", "inpainting", "upsampler"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Facts:
-    """Of one model that samples."""
+    """What jobs need to know about a model that can sample."""
 
     model: Model
     channels: int
-    """Of x: of latents, or of pixels."""
+    """Channels of x, which is latents or pixels."""
     image_channels: int
-    """Of the images that come out."""
+    """Channels of the images that are generated."""
     factor: int
-    """Pixels of the image per pixel of x along a side."""
+    """Ratio of the sides of the image to those of x."""
     size_factor: int
     """Heights and widths of images must be multiples of this."""
     only_size: int | None
-    """The only height and width of images that the network can make; None: any multiple."""
+    """The only height and width that the network supports; None: any multiple of `size_factor`."""
     image_size: int | None
-    """Height and width the model was trained on, in pixels; None where it does not say."""
+    """Height and width that the model was trained on, in pixels; None if it is unknown."""
     extra: Extra
-    """What the network reads behind the channels of x."""
+    """What the network reads in the channels after those of x."""
     num_classes: int | None
-    """Classes; None for a model without."""
+    """Number of classes; None for a model without classes."""
     null_class: bool
-    """Whether there is a "no class" beside them, which guidance needs."""
+    """Whether there is an additional "no class", which guidance needs."""
     class_names: tuple[str, ...]
-    """In the order of the labels; empty where nobody named them."""
+    """Names in the order of the labels; empty if the classes have none."""
     reads_text: bool
-    """Whether a prompt is the condition."""
+    """Whether the model is conditioned on a prompt."""
     pixels: bool
     """Whether x is the image itself."""
     published: bool
-    """Whether the files come from elsewhere, so that a paper says how to sample."""
+    """Whether fastdiff did not train the checkpoint, so that its paper defines the defaults."""
     learned_sigma: bool
-    """Whether the network returns a variance too."""
+    """Whether the network also predicts a variance."""
     names_sampler: bool
-    """Whether the files name a sampler, even one that fastdiff lacks."""
+    """Whether the checkpoint names a sampler, even one that fastdiff does not support."""
 
     @classmethod
     def of(cls, model: Model) -> Facts:
         """
         Raises:
-            ValueError: the model does not sample, or its parts do not belong together.
+            ValueError: the model cannot sample, or its parts do not belong together.
         """
         network, first = model.denoiser, model.autoencoder
         if network is None:
             raise ValueError(
-                f"{model.path} holds an autoencoder only, expected a denoiser too; "
+                f"{model.path} contains only an autoencoder, expected a denoiser too; "
                 "train one with 'fastdiff train diffusion'"
             )
         if model.schedule is None:
             raise ValueError(
-                f"{model.path} does not say with which noise its denoiser was trained; load it "
-                "with schedule=fastdiff.diffusion.schedules.ScheduleConfig(...), or give the whole "
-                "model's folder"
+                f"{model.path} does not say which noise schedule its denoiser was trained with; "
+                "load it with schedule=fastdiff.diffusion.schedules.ScheduleConfig(...), or load "
+                "the folder of the whole model"
             )
         config = network.config
         channels = config.out_channels // (2 if config.learned_sigma else 1)
         if first is not None and first.config.latent_channels != channels:
             raise ValueError(
-                f"the denoiser makes latents of {channels} channels and the autoencoder reads "
-                f"{first.config.latent_channels}; give the autoencoder that it was trained with"
+                f"the denoiser's latents have {channels} channels, the autoencoder's "
+                f"{first.config.latent_channels}; use the autoencoder that it was trained with"
             )
         image_channels = channels if first is None else first.config.image_channels
         factor = 1 if first is None else first.downsample_factor
         table = model.class_embedding
         rows = 0 if table is None else table.num_embeddings
-        # LDM's first ImageNet model has a row per class, 1000, and every later one a last row for
-        # "no class".
+        # LDM's first ImageNet model has one row for each of its 1000 classes; all later ones have
+        # an extra last row for "no class".
         null = bool(config.null_class) if table is None else rows != LDM_CLASSES
         classes = config.num_classes if table is None else rows - null
         _check_context(model, config.context_dim)
         if first is None and "latent size" in model.provenance:
             raise ValueError(
-                f"the denoiser of {model.path} makes latents, which need an autoencoder; give the "
-                "one that it was trained with as vae="
+                f"the denoiser of {model.path} works on latents, which need an autoencoder; pass "
+                "the one that it was trained with as vae="
             )
         named = model.sampler is not None or bool(model.provenance.get("no_sampler"))
         return cls(
@@ -132,37 +132,37 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """What messages call the model."""
+        """The model's name in messages."""
         return self.model.name
 
     def x_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of what is diffused for an image of this size."""
+        """Shape (C, h, w) of x for an image of this size."""
         return self.channels, height // self.factor, width // self.factor
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) in pixels, what is None as the model was trained.
+        """(height, width) in pixels; None becomes the size that the model was trained on.
 
         Raises:
-            ValueError: the size does not fit the networks, or the model does not tell one.
+            ValueError: the networks do not support the size, or the model does not state one.
         """
         height = self.image_size if height is None else height
         width = self.image_size if width is None else width
         if height is None or width is None:
             raise ValueError(
-                "the checkpoint does not say for which size it was trained; give height and width"
+                "the checkpoint does not say which size it was trained on; set height and width"
             )
         self.check_size(height, width)
         return height, width
 
     def check_size(self, height: int, width: int, *, fits: bool = False) -> None:
-        """Raise ValueError, with the nearest sizes, unless the networks can halve these sides.
+        """Raise ValueError, with the nearest sizes, if the networks do not support these sides.
 
-        fits: they are a picture's, which `fit` would crop or resize.
+        fits: mention `fit`, which crops or resizes pictures to a supported size.
         """
         if (only := self.only_size) is not None and (height, width) != (only, only):
             raise ValueError(
-                f"the image must be {only} x {only} for this model, which has learned a position "
-                f"for each of its patches, got {width} x {height} (width x height)"
+                f"the image must be {only} x {only} for this model, which learned one position "
+                f"embedding per patch, got {width} x {height} (width x height)"
             )
         factor = self.size_factor
         if height % factor == 0 and width % factor == 0 and height > 0 and width > 0:
@@ -171,7 +171,7 @@ class Facts:
             [max(rounded(side / factor), 1) * factor for side in (width, height)]
             for rounded in (math.floor, math.ceil)
         )
-        way_out = ", and fit (--fit) crop or resize makes it so" if fits else ""
+        way_out = ", or set fit (--fit) to crop or resize" if fits else ""
         near = " or ".join(dict.fromkeys(f"{w} x {h}" for w, h in (below, above)))
         raise ValueError(
             f"the sides of the image must be positive multiples of {factor}, got "
@@ -179,7 +179,7 @@ class Facts:
         )
 
     def label(self, wanted: int | str | None) -> int | None:
-        """A class by name or number as a number; None for no class.
+        """The number of a class given by name or number; None for no class.
 
         Raises:
             ValueError: the model has no such class.
@@ -192,7 +192,7 @@ class Facts:
         if wanted is None:
             if count is not None and not self.null_class:
                 raise ValueError(
-                    f"this model has no null class, got None; give a class from 0 to {count - 1}"
+                    f"this model has no null class, got None; pass a class from 0 to {count - 1}"
                 )
             return None
         if count is None:
@@ -206,7 +206,7 @@ class Facts:
         return wanted
 
     def check_guidance(self, scale: float) -> None:
-        """Raise ValueError unless the model can be guided so."""
+        """Raise ValueError unless the model supports this guidance scale."""
         if scale <= 1 or self.reads_text or self.null_class:
             return
         lacks = "has no classes" if self.num_classes is None else "was trained without a null class"
@@ -214,18 +214,18 @@ class Facts:
 
 
 def check(job: Job, facts: Facts) -> Job:
-    """The job as the model does it: the class as a number, the defaults filled in.
+    """The job as the model will run it: classes as numbers, defaults filled in.
 
     Raises:
-        ValueError: it does not fit the model; one line with the way out.
+        ValueError: the job does not fit the model; the message says how to fix it.
     """
     settings = resolved(job.settings, facts)
     facts.check_guidance(settings.weight)
     negative = None if isinstance(job, ClassJob) else job.text.negative
     if settings.weight == 1 and negative is not None:
         raise ValueError(
-            f"guidance_scale {settings.guidance_scale:g} is no guidance and has no negative "
-            f"prompt, got {negative!r:.40}; leave one of them out"
+            f"guidance_scale {settings.guidance_scale:g} turns guidance off, so the negative "
+            f"prompt {negative!r:.40} would have no effect; leave one of them out"
         )
     _check_condition(job, facts)
     change: dict[str, Any] = {"settings": settings}
@@ -239,18 +239,18 @@ def check(job: Job, facts: Facts) -> Job:
 
 
 def _check_condition(job: Job, facts: Facts) -> None:
-    """A prompt, a class, an image to inpaint or enlarge: what the model reads, and no more."""
+    """Raise ValueError unless the job has exactly the conditions that the model reads."""
     prompt = None if isinstance(job, ClassJob) else job.prompt
     if facts.reads_text and prompt is None:
         raise ValueError(
-            f"{facts.name} draws what a prompt says; give it one "
+            f"{facts.name} generates images from a prompt and got none; pass one "
             "(model.generate('a cat'), or fastdiff txt2img PROMPT)"
         )
     prompt = getattr(job, "to_prompt", None) if prompt is None else prompt
     if not facts.reads_text and prompt is not None:
         raise ValueError(
-            f"the denoiser of {facts.name} reads no text, got prompt {prompt!r:.40}; leave the "
-            "prompt out (fastdiff sample draws classes)"
+            f"{facts.name} does not read text, got prompt {prompt!r:.40}; leave the "
+            "prompt out (fastdiff sample generates images of classes)"
         )
     for name in ("label", "to_label"):
         if facts.reads_text and (label := getattr(job, name, None)) is not None:
@@ -258,26 +258,26 @@ def _check_condition(job: Job, facts: Facts) -> None:
     if facts.extra == "inpainting" and not isinstance(job, InpaintJob):
         reads = facts.channels * 2 + 1
         raise ValueError(
-            f"this denoiser reads {reads} channels, {facts.channels} of latents and an image to "
-            "inpaint; use inpaint, with a mask of ones to make the whole image new"
+            f"this denoiser reads {reads} channels: {facts.channels} of latents, a mask and the "
+            "image to inpaint; use inpaint, with a mask of ones to generate the whole image"
         )
     if facts.extra == "upsampler" and (not isinstance(job, ClassJob) or job.image is None):
         raise ValueError(
-            f"{facts.name} enlarges a small image and needs one; give image= "
+            f"{facts.name} enlarges a small image, and none was given; pass image= "
             "(fastdiff sample --image FILE)"
         )
     if facts.extra != "upsampler" and isinstance(job, ClassJob) and job.image is not None:
         raise ValueError(
-            f"{facts.name} is not an upsampler and starts from noise; for variations of an image "
-            "use an ImageToImageJob (fastdiff img2img)"
+            f"{facts.name} is not an upsampler, so it takes no image; for variations of an "
+            "image use an ImageToImageJob (fastdiff img2img)"
         )
 
 
 def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
-    """The settings with nothing left open but what the sampler itself decides."""
+    """The settings with defaults filled in, except for those that the sampler itself decides."""
     text, named = facts.reads_text, facts.names_sampler
     guidance = TEXT_GUIDANCE if text else GUIDANCE if facts.null_class else 1.0
-    # The papers' samplers clip the estimate of x0 to the range of pixels.
+    # Pixel models were published with samplers that clip the estimate of x0 to [-1, 1].
     clamp = 1.0 if facts.pixels and facts.published and not named else None
     defaults: dict[str, Any] = {
         "sampler": CHECKPOINT if named else DEFAULT_SAMPLER,
@@ -294,14 +294,14 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
 
 
 def default_batch(height: int, width: int, *, text: bool) -> int:
-    """Samples of x at once, from the size of one; text: with a context to attend to."""
+    """Default number of samples per batch for x of this size. text: the model reads text."""
     return max(1, min(4 if text else MOST_AT_ONCE, BATCH_PIXELS // (height * width)))
 
 
 def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
-    """Whether a checked job surely takes less than SMALL; others deserve an estimate.
+    """Whether a checked job certainly takes less than SMALL, so that no estimate is needed.
 
-    batch: images at once.
+    batch: number of images computed at once.
     """
     height, width = getattr(job, "height", None), getattr(job, "width", None)
     if height is None or width is None or getattr(job, "upscale", None):
@@ -323,29 +323,30 @@ def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> E
         kinds[channels + 1] = "inpainting"
     if reads - channels not in kinds:
         raise ValueError(
-            f"the denoiser reads {reads} channels and makes {channels}; fastdiff knows what the "
-            f"rest is for {' or '.join(str(channels + more) for more in sorted(kinds))} channels"
+            f"the denoiser reads {reads} channels and predicts {channels}; fastdiff supports such "
+            f"denoisers with {' or '.join(str(channels + more) for more in sorted(kinds))} input "
+            "channels"
         )
     return kinds[reads - channels]
 
 
 def _check_context(model: Model, width: int | None) -> None:
-    """The denoiser's tokens must be those that the conditioners make."""
+    """Raise ValueError unless the text encoders produce what the denoiser reads."""
     if width is None or model.class_embedding is not None:
         return
     if model.autoencoder is None:
         raise ValueError(
-            f"expected a text-to-image checkpoint, got one without autoencoder ({model.path}); "
-            "give the whole model, or the autoencoder as vae="
+            f"expected a text-to-image checkpoint, got one without an autoencoder ({model.path}); "
+            "load the whole model, or pass the autoencoder as vae="
         )
     if not model.text_encoders:
         raise ValueError(
-            f"the checkpoint {model.path} has no text encoder; give the whole model, loaded with "
+            f"the checkpoint {model.path} has no text encoder; load the whole model with "
             "text_encoders=True"
         )
     have = sum(encoder.model.config.hidden_size for encoder in model.text_encoders)  # type: ignore[union-attr,misc]
     if have != width:
         raise ValueError(
-            f"the denoiser reads text vectors {width} wide and the text encoders make {have}; "
-            "give the text encoders that it was trained with"
+            f"the denoiser reads text vectors of width {width}, the text encoders produce {have}; "
+            "use the text encoders that it was trained with"
         )

@@ -1,7 +1,7 @@
-"""Image to image: encode, add the noise of a step in the middle of the table, go on from there.
+"""Image to image: encode, add the noise of a later step of the table, and sample from there.
 
-The image goes in as the mode of its latents' distribution, so the noise of the seed is all the
-chance there is.
+The image is encoded to the mode of its latent distribution, so the seed's noise is the only
+randomness.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from fastdiff.generate.session import Pass, Session
 
 
 def plan(session: Session, job: ImageToImageJob) -> Pass:
-    """
+    """Plan an image-to-image job.
+
     Raises:
-        ValueError: an image or a prompt that does not fit the model.
+        ValueError: the image or the prompt does not fit the model.
     """
     image = session.picture(job.image, job.height, job.width, fit=job.fit)
     z = session.encoded([job.image], image, job.settings.tile or 0, job.fit)
@@ -23,7 +24,7 @@ def plan(session: Session, job: ImageToImageJob) -> Pass:
 
 
 def from_latents(session: Session, job: Job, z: Tensor, *, strength: float, seed: int) -> Pass:
-    """From latents on. z: (C, h, w), scaled. seed: of all noise."""
+    """Plan a pass that starts from latents. z: (C, h, w), scaled. seed: seed of all noise."""
     table = session.table(job.settings, start=first_step(job.settings.total, strength))
     if not len(table):
         return Pass(session=session, x=z)

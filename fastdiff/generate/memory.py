@@ -1,11 +1,11 @@
-"""How much memory jobs take, before anything is loaded or computed.
+"""Estimate the memory of jobs before anything is loaded or computed.
 
     weights + copies of weights that a CPU keeps + the largest of
       encoding the picture, sampling (an evaluation, slots, embeddings, contexts), decoding
     + the images that the caller keeps
 
-A model on the meta device (`load(path, device="meta")`) will do: only configs and sizes are read.
-Measured peaks are within 25% of this (tests/generate/test_memory.py).
+Only configs and sizes are read, so a model on the meta device (`load(path, device="meta")`) is
+enough. Measured peaks are within 25% of the estimate (tests/generate/test_memory.py).
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from fastdiff.runtime.blocks import block_size, row_blocks
 from fastdiff.runtime.peak import Peak, peak_of
 
 TOKENS = 77
-"""Of a chunk of a prompt."""
+"""Tokens in a chunk of a prompt."""
 CHARACTERS = 300
-"""Of a prompt, fill a chunk."""
+"""Characters of a prompt that fill a chunk."""
 FP32 = 4
 SLACK = 1.15
-"""What is taken per byte of tensors: allocators leave gaps between small blocks, oneDNN needs room
-of its own. Measured 1.02 to 1.35."""
+"""Bytes allocated per byte of tensors: allocators leave gaps between small blocks, and oneDNN needs
+scratch memory. Measured 1.02 to 1.35."""
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes that jobs take."""
+    """Memory of jobs, in bytes."""
 
     weights: int
-    """Of the networks, as far as they are not in memory yet."""
+    """Weights of the networks that are not in memory yet."""
     work: int
-    """At the worst moment, copies of weights included."""
+    """Peak of the computation, including copies of weights."""
     kept: int
-    """Images that the caller holds."""
+    """Images that the caller keeps."""
 
     @property
     def total(self) -> int:
@@ -59,19 +59,19 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is the same for all jobs of a call."""
+    """What all jobs of a call share."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of the networks."""
+    """Dtype of the networks."""
     count: int
-    """Images."""
+    """Number of images."""
     batch: int | None = None
-    """Images at once; None: as `generate` chooses."""
+    """Number of images computed at once; None: as `generate` chooses."""
     conditions: int = 1
-    """Different prompts or classes."""
+    """Number of different prompts or classes."""
     kept: int = 0
-    """Images that the caller holds at the end."""
+    """Number of images that the caller keeps until the end."""
 
     @property
     def first_stage_dtype(self) -> torch.dtype:
@@ -81,18 +81,18 @@ class Call:
 def check_fits(
     models: Sequence[Model | None], job: Job, call: Call, *, way_out: str, loaded: bool
 ) -> None:
-    """Refuse a job, the first of several alike, that would not fit into memory.
+    """Raise an error if a job, the first of several alike, would not fit in memory.
 
-    models: the model and its refiner, if there is one. loaded: they are in memory already.
+    models: the model and its refiner, if there is one. loaded: whether they are already in memory.
 
     Raises:
-        NotEnoughMemory: more is needed than is free; where that is unknown nothing is refused.
-        ValueError: as `facts.check`.
+        NotEnoughMemory: more is needed than is free. Not raised if the free memory is unknown.
+        ValueError: as for `facts.check`.
     """
     facts = Facts.of(models[0])  # type: ignore[arg-type]
     sizes = _sizes(check(job, facts), facts)
     if min(map(min, sizes)) < facts.factor:
-        return  # no picture of this size is taken: its plan says so
+        return  # too small for the networks: planning the job raises the error
     need = need_of([model for model in models if model is not None], job, call, loaded=loaded)
     height, width = sizes[-1]
     check_memory(
@@ -104,7 +104,7 @@ def check_fits(
 
 
 def need_of(models: Sequence[Model], job: Job, call: Call, *, loaded: bool) -> Need:
-    """What a job, the first of several alike, takes. Arguments as `check_fits`."""
+    """Memory of a job, the first of several alike. Arguments as for `check_fits`."""
     facts = Facts.of(models[0])
     job = check(job, facts)
     sizes = _sizes(job, facts)
@@ -125,23 +125,23 @@ def need_of(models: Sequence[Model], job: Job, call: Call, *, loaded: bool) -> N
     return Need(
         weights=0 if loaded else sum(map(_weights, models)),
         work=round(SLACK * work) + copies,
-        # fp32, once more stacked for the sheet, and the sheet's own pixels
+        # fp32 images, a stacked copy for the sheet, and the sheet's own pixels
         kept=call.kept * 2 * (image + 3 * height * width) if call.kept > 1 else 0,
     )
 
 
 def check_reconstruction(autoencoder: Any, images: Tensor) -> None:
-    """Refuse a reconstruction (`generate.reconstruction`) that would not fit into memory.
+    """Raise an error if a reconstruction (`generate.reconstruction`) would not fit in memory.
 
     images: (N, C, H, W).
 
     Raises:
-        NotEnoughMemory: more is needed than is free.
+        NotEnoughMemory: more memory is needed than is free.
     """
     weight = next(autoencoder.parameters())
     factor = autoencoder.downsample_factor
     if images.ndim != 4 or min(images.shape[2:]) < factor:
-        return  # the autoencoder will refuse them
+        return  # the autoencoder rejects them
     sides = images.shape[2] // factor, images.shape[3] // factor
     rows = block_size(*sides, weight.device) or len(images)
     maps = rows * math.prod(images.shape[2:]) * autoencoder.config.model_channels
@@ -156,10 +156,10 @@ def check_reconstruction(autoencoder: Any, images: Tensor) -> None:
     work = max(peak.most for peak in stages) + sum(peak.copies for peak in stages)
     height, width = images.shape[2:]
     check_memory(
-        round(SLACK * work) + 2 * images.numel() * FP32,  # what comes back, in parts and in one
+        round(SLACK * work) + 2 * images.numel() * FP32,  # the result, in pieces and concatenated
         f"reconstructing {len(images):,} images of {width} x {height}",
         device=weight.device,
-        way_out="give fewer or smaller images",
+        way_out="use fewer or smaller images",
     )
 
 
@@ -169,12 +169,12 @@ def _weights(model: Model) -> int:
 
 
 def _reencodes(job: Job) -> bool:
-    """Whether an image is decoded, enlarged and encoded again."""
+    """Whether an image is decoded, enlarged and encoded again in a second pass."""
     return isinstance(job, TextJob) and job.upscale is not None and job.upscale_via == "image"
 
 
 def _sizes(job: Job, facts: Facts) -> list[Size]:
-    """(height, width) of the images that a checked job samples, one after the other."""
+    """(height, width) of each image that a checked job samples, in order."""
     height, width = getattr(job, "height", None), getattr(job, "width", None)
     if height is None or width is None:
         picture = getattr(job, "image", None)
@@ -191,10 +191,10 @@ def _sizes(job: Job, facts: Facts) -> list[Size]:
 
 
 def _picture_size(picture: Any, height: int | None, width: int | None) -> Size:
-    """Of the picture that a job begins with, resized as `images.read_image` does it."""
+    """Size of the picture that a job starts from, after the resizing of `images.read_image`."""
     if isinstance(picture, Tensor):
         return picture.shape[-2], picture.shape[-1]
-    with Image.open(picture) as file:  # what cannot be read is reported where it is read
+    with Image.open(picture) as file:  # errors are reported where the pixels are read
         wide, high = file.size
     if height is None and width is None:
         return high, wide
@@ -203,7 +203,7 @@ def _picture_size(picture: Any, height: int | None, width: int | None) -> Size:
 
 
 def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
-    """Of the engine at work on images of one size."""
+    """Peak of the engine while it samples images of one size."""
     facts = Facts.of(model)
     assert model.denoiser is not None
     shape = facts.x_shape(*size)
@@ -218,7 +218,7 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
     tokens = 0 if context is None else TOKENS if facts.reads_text else 1
     words = getattr(job, "prompt", None) or ""
     tokens *= 1 + max(len(words) // CHARACTERS, words.count("BREAK"))
-    config: Any = model.denoiser.config  # frozen, so it can be a key
+    config: Any = model.denoiser.config  # frozen, so it is hashable
     peak = _evaluation(config, rows, shape[1:], tokens, call.device, call.dtype, selected_backend())
     embedding, projected, output = peak.result
     x = math.prod(shape) * FP32
@@ -227,7 +227,7 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
     kept = (
         # x of requests and results, x and history of the slots
         slots * x * (2 + 1 + HISTORY_SLOTS + masked)
-        # what the blocks return, and all of it in one
+        # outputs of the blocks, and their concatenation
         + 2 * slots * guided * output
         + 2 * job.settings.total * conditions * embedding
         + conditions * projected
@@ -245,9 +245,9 @@ def _evaluation(
     dtype: torch.dtype,
     forced: str,
 ) -> Peak:
-    """Of a network; result: bytes of an embedding, of a projected context, of an output's row.
+    """Peak of a network. result: bytes per row of the embedding, the projected context, the output.
 
-    forced: the backend, which decides what an op takes on the way.
+    forced: the selected backend, part of the key because it decides the scratch memory of ops.
     """
     network: Any = _empty(config, dtype)
 
@@ -272,7 +272,7 @@ def _evaluation(
 
 
 def _decoding(model: Model, size: Size, tile: int, call: Call) -> Peak:
-    """Of latents to images: as many as are decoded at once."""
+    """Peak of decoding one batch of latents."""
     assert model.autoencoder is not None
     config, factor = model.autoencoder.config, model.autoencoder.downsample_factor
     sides = size[0] // factor, size[1] // factor
@@ -282,13 +282,13 @@ def _decoding(model: Model, size: Size, tile: int, call: Call) -> Peak:
     inner = (min(sides[0], tile), min(sides[1], tile)) if tiled else sides
     peak = _first_stage(config, "decode", pieces, inner, call.device, dtype, selected_backend())
     images = pieces * config.image_channels * size[0] * size[1] * dtype.itemsize
-    # joined and clamped, a picture is there three times; in tiles it is there while they are made
+    # joining and clamping holds three copies of an image; tiling holds one while tiles are decoded
     most = max(peak.most + images * tiled, 3 * images)
     return Peak(most, peak.copies, None)
 
 
 def _encoding(model: Model, size: Size, tile: int, call: Call) -> Peak:
-    """Of a picture to latents."""
+    """Peak of encoding a picture."""
     assert model.autoencoder is not None
     config, factor = model.autoencoder.config, model.autoencoder.downsample_factor
     sides = size[0] // factor, size[1] // factor
@@ -310,7 +310,10 @@ def _first_stage(
     dtype: torch.dtype,
     forced: str,
 ) -> Peak:
-    """Of an autoencoder. sides: of the latents. way: encode or decode. Others as `_evaluation`."""
+    """Peak of an autoencoder.
+
+    sides: (h, w) of the latents. way: "encode" or "decode". Other arguments as for `_evaluation`.
+    """
     autoencoder: Any = _empty(config, dtype)
     factor = autoencoder.downsample_factor
 
@@ -331,7 +334,7 @@ def _empty(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _bytes(tensors: Any) -> int:
-    """Of a tensor, or of nested lists of them; 0 for None."""
+    """Bytes of a tensor or of nested lists of tensors; 0 for None."""
     if tensors is None:
         return 0
     if isinstance(tensors, Tensor):

@@ -1,4 +1,4 @@
-"""The pictures of jobs, files or pixels: read and checked."""
+"""Read and check the pictures of jobs, which are files or tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from fastdiff.images import read_image, read_mask
 
 
 def read_picture(picture: Picture, channels: int, height: int | None, width: int | None) -> Tensor:
-    """An image as (C, H, W) in [-1, 1], from a file in the model's colours.
+    """Read an image as (C, H, W) in [-1, 1]; files are converted to the model's colours.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not such an image.
+        FileNotFoundError: the file does not exist.
+        ValueError: the picture is not such an image.
     """
     if not isinstance(picture, Tensor):
         if channels == 1:
@@ -23,33 +24,33 @@ def read_picture(picture: Picture, channels: int, height: int | None, width: int
     if image.ndim != 3 or image.shape[0] != channels or not image.is_floating_point():
         raise ValueError(
             f"the image must be ({channels}, H, W) floating point in [-1, 1], got "
-            f"{tuple(image.shape)} {image.dtype}; fastdiff.images.read_image reads one so"
+            f"{tuple(image.shape)} {image.dtype}; fastdiff.images.read_image returns one"
         )
     if (height or image.shape[1], width or image.shape[2]) != tuple(image.shape[1:]):
         raise ValueError(
-            f"height and width resize files, got them with pixels of {tuple(image.shape)}; "
+            f"height and width resize files only, got a tensor of shape {tuple(image.shape)}; "
             "leave them out"
         )
     low, high = float(image.min()), float(image.max())
     if not -1.001 <= low <= high <= 1.001:
         raise ValueError(
             f"pixels must lie in [-1, 1], got {low:g} to {high:g}; "
-            "fastdiff.images.read_image reads an image so"
+            "fastdiff.images.read_image returns such an image"
         )
     return image
 
 
 def fitted(image: Tensor, factor: int, fit: Fit | None, *, mask: bool = False) -> Tensor:
-    """A picture with sides that are multiples of `factor`, or as it is without `fit`.
+    """Crop or resize a picture to sides that are multiples of `factor`; unchanged without `fit`.
 
-    image: (C, H, W) in [-1, 1], or a mask of 0 and 1. crop takes the centre; resize takes the
-    nearest multiples, with the antialiased bicubic filter (masks: the nearest pixel).
+    image: (C, H, W) in [-1, 1], or a mask of 0 and 1. "crop" keeps the centre; "resize" goes to the
+    nearest multiples with an antialiased bicubic filter (masks: nearest neighbour).
     """
     height, width = image.shape[1:]
     if fit is None or not (height % factor or width % factor):
         return image
     if fit == "crop" and min(height, width) < factor:
-        return image  # nothing would be left: the caller refuses its size
+        return image  # nothing would be left: the caller rejects its size
     if fit == "crop":
         high, wide = (side // factor * factor for side in (height, width))
         top, left = (height - high) // 2, (width - wide) // 2
@@ -61,10 +62,10 @@ def fitted(image: Tensor, factor: int, fit: Fit | None, *, mask: bool = False) -
 
 
 def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
-    """The mask as (1, H, W), 0 or 1, fp32. image: (C, H, W), the job's.
+    """Read a job's mask as (1, H, W), 0 or 1, fp32. image: the job's, (C, H, W).
 
     Raises:
-        ValueError: another size than the image, more than one channel, or all zeros.
+        ValueError: the mask differs in size from the image, has several channels or is all zeros.
     """
     mask = job.mask
     if not isinstance(mask, Tensor):
@@ -74,12 +75,13 @@ def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
     if mask.ndim != 3 or mask.shape[0] != 1 or mask.shape[1:] != image.shape[1:]:
         height, width = image.shape[1:]
         raise ValueError(
-            f"the mask must be (1, {height}, {width}), as large as the image, got {given}; "
-            "resize it, and give it one channel"
+            f"the mask must be (1, {height}, {width}), the size of the image, got {given}; "
+            "resize it, or reduce it to one channel"
         )
     binary = (mask if mask.is_floating_point() is False else mask >= 0.5).float()
     if not binary.any():
         raise ValueError(
-            "the mask is empty, expected 1 (white) where the image is to be new; invert it?"
+            "the mask is all zeros, expected 1 (white) where the image is to be replaced; "
+            "invert it?"
         )
     return binary

@@ -1,4 +1,4 @@
-"""Images through the first stage and back: what an autoencoder keeps."""
+"""Encode and decode images to measure what an autoencoder preserves."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastdiff.runtime.prepare import prepare
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What came back.
+    """Reconstructed images and their quality.
 
     Attributes:
         images: (N, C, H, W), fp32 in [-1, 1], on the CPU.
-        psnr: (N,), fp64, decibels; infinite for an image that came back unchanged.
+        psnr: (N,), fp64, decibels; infinite for an image that is unchanged.
         latent_shape: (C, h, w) of one image's latents.
     """
 
@@ -31,13 +31,14 @@ class Reconstruction:
 
 @torch.inference_mode()
 def reconstruct(autoencoder: Autoencoder, images: Tensor, *, batch: int = 64) -> Reconstruction:
-    """Encode to the latents' mode, without noise, and decode.
+    """Encode images to the mode of their latents, without noise, and decode.
 
-    images: (N, C, H, W), fp32 in [-1, 1], any device. batch: images at once; bounds memory only.
+    images: (N, C, H, W), fp32 in [-1, 1], any device. batch: number of images at once, which only
+    bounds memory.
 
     Raises:
-        ValueError: images the autoencoder does not take, or a result that is not finite.
-        NotEnoughMemory: they would not fit.
+        ValueError: the autoencoder does not accept the images, or a result is not finite.
+        NotEnoughMemory: the images would not fit in memory.
     """
     if not len(images):
         raise ValueError("expected at least one image to reconstruct, got none")

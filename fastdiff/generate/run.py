@@ -1,4 +1,4 @@
-"""`fastdiff.generate`: any mix of jobs in, their images out, in the jobs' order, as they are done.
+"""`fastdiff.generate`: run any mix of jobs and yield their images in order, as they finish.
 
 job -> check -> plan (x, table, conditions) -> engine -> [second pass -> engine] -> decode -> image
 """
@@ -52,30 +52,32 @@ def _no_clock(_: str) -> contextlib.AbstractContextManager[None]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """An image, and what it came from."""
+    """An image and what made it."""
 
     job: Job
-    """What was done: the job that was given, with the model's defaults filled in."""
+    """The job, with the model's defaults filled in."""
     image: Tensor
     """(C, H, W) in [-1, 1], fp32 (fp64 from a model in fp64), on the CPU."""
     session: Session
-    """What made it."""
+    """Session of the model that made the image."""
     refiner: Session | None = None
-    """What ended it."""
+    """Session of the refiner that finished the image, if one was used."""
 
     @property
     def pil(self) -> Image:
-        """The image for Pillow, grey or RGB."""
+        """The image as a PIL image, greyscale or RGB."""
         return to_pil(self.image)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Everything that the image depends on, JSON-able. The first of a model hashes its weights,
-        which takes about a second per GB."""
+        """Everything that the image depends on, as JSON-compatible values.
+
+        The first recipe of a model hashes its weights, which takes about a second per GB.
+        """
         return write_recipe(self.job, self.session, self.refiner)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a PNG that carries its recipe; `fastdiff info` shows it, --like makes it again."""
+        """Write a PNG with its recipe: `fastdiff info` shows it, `--like` reproduces the image."""
         save_png(path, self.image, self.recipe, parameters=to_parameters(self.recipe))
 
 
@@ -91,25 +93,25 @@ def generate(
     expected: int | None = None,
     graphs: bool = True,
 ) -> Iterator[Result]:
-    """Do jobs of any kinds, sizes and settings, and yield their results in the jobs' order.
+    """Run jobs of any kind, size and settings, and yield their results in the order of the jobs.
 
-    On the CPU an image depends on its job and the model only, bit for bit.
+    On the CPU an image depends only on its job and the model, bit for bit.
 
     Args:
-        jobs: taken as there is room for them, so there may be more than fit into memory.
-        refiner: ends the images of each `TextJob`, from its `switch` on.
-        batch: images at once; None: the first job's `settings.batch`, or by its size. It bounds
-            memory and changes no image.
-        progress: called as progress(done, total) after each step of the engine, in rows of the
-            samplers' tables: those taken, and those of all jobs that have been begun.
-        on_step: called with a `Step` after each step; an exception of its own ends the sampling.
-        clock: times the stages.
-        expected: how many jobs there are, for `progress`; None: their length, if they have one.
-        graphs: on a GPU each step is one CUDA graph; False: it is launched kernel by kernel.
+        jobs: read lazily, as slots become free, so there can be more than fit in memory.
+        refiner: finishes the image of each `TextJob`, starting at the job's `switch`.
+        batch: number of images computed at once; None: the first job's `settings.batch`, or chosen
+            from its size. It bounds memory and does not change the images.
+        progress: called as progress(done, total) after each step of the engine. Both count rows of
+            the samplers' tables: rows finished, and rows of all jobs started so far.
+        on_step: called with a `Step` after each step; an exception that it raises stops sampling.
+        clock: context manager that times the stages.
+        expected: number of jobs, for `progress`; None: the length of `jobs` if it has one.
+        graphs: run each step as one CUDA graph on a GPU; False: launch kernel by kernel.
 
     Raises:
-        ValueError: a job that does not fit the model, or a result that is not finite.
-        NotEnoughMemory: a job that would not fit into memory (a MemoryError).
+        ValueError: a job does not fit the model, or a result is not finite.
+        NotEnoughMemory: a job would not fit in memory (a MemoryError).
     """
     session, second = Session.of(model), None if refiner is None else Session.of(refiner)
     if expected is None and isinstance(jobs, list | tuple):
@@ -119,7 +121,7 @@ def generate(
 
 
 def plan(session: Session, job: Job, refiner: Session | None = None) -> Pass:
-    """The first pass of a checked job."""
+    """Plan the first pass of a checked job."""
     if isinstance(job, ClassJob | TextJob):
         return from_noise.plan(session, job, refiner)
     if isinstance(job, ImageToImageJob):
@@ -133,7 +135,7 @@ def plan(session: Session, job: Job, refiner: Session | None = None) -> Pass:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A job on its way: the tag of its requests."""
+    """A job in progress; its requests carry it as their tag."""
 
     number: int
     job: Job
@@ -142,7 +144,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of `generate`."""
+    """State of one call of `generate`."""
 
     session: Session
     refiner: Session | None
@@ -154,7 +156,7 @@ class _Run:
     graphs: bool
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
-        """(number of the job, result), in the order in which they are done."""
+        """Yield (job number, result) in the order in which the jobs finish."""
         waiting: list[tuple[_Task, Tensor]] = []
         for task, z in self._latents(jobs):
             if waiting and _kind(waiting[0]) != _kind((task, z)):
@@ -167,7 +169,7 @@ class _Run:
         yield from self._decode(waiting)
 
     def _latents(self, jobs: Iterable[Job]) -> Iterator[tuple[_Task, Tensor]]:
-        """Each job's x after its last pass; whoever is done first comes first."""
+        """Yield each job's x after its last pass, in the order in which the jobs finish."""
         done: list[tuple[_Task, Tensor]] = []
         second: list[_Task] = []
 
@@ -198,10 +200,10 @@ class _Run:
         yield from done
 
     def _check_memory(self, job: Job, seen: set[Any]) -> None:
-        """Once for all jobs alike, which are added to `seen`.
+        """Check the memory of a job, once per kind and size; `seen` collects what was checked.
 
         Raises:
-            NotEnoughMemory: a job would not fit.
+            NotEnoughMemory: the job would not fit.
         """
         size = getattr(job, "height", None), getattr(job, "width", None)
         picture = getattr(job, "image", None)
@@ -219,12 +221,12 @@ class _Run:
             [session.model, None if self.refiner is None else self.refiner.model],
             job,
             Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
-            way_out="give a smaller height, width or batch",
+            way_out="use a smaller height, width or batch",
             loaded=True,
         )
 
     def _again(self, tasks: list[_Task]) -> Iterator[tuple[_Task, Tensor]]:
-        """The second passes, which are all of one network."""
+        """Run the second passes, which all use the same network."""
         for task in tasks:
             if task.now.request is None:
                 assert task.now.x is not None
@@ -247,7 +249,7 @@ class _Run:
             slots=self._count(first),
             engines=session.engines if self.graphs else Engines(session.network, graphs=no_graphs),
             on_step=self.on_step,
-            progress=self._telling(first),
+            progress=self._estimated(first),
         )
         while True:
             with self.clock("sample"):
@@ -256,8 +258,8 @@ class _Run:
                 return
             yield result.request.tag, result.x
 
-    def _telling(self, first: _Task) -> Progress | None:
-        """Progress whose total counts on jobs to come that take as many rows as the first."""
+    def _estimated(self, first: _Task) -> Progress | None:
+        """`progress`, with a total that assumes later jobs to take as many rows as the first."""
         progress, request = self.progress, first.now.request
         if progress is None or request is None:
             return progress
@@ -265,7 +267,7 @@ class _Run:
         return lambda done, total: progress(done, max(total, least))
 
     def _count(self, task: _Task) -> int:
-        """Samples at once, from a job that is the first of its kind."""
+        """Number of samples to run at once, from the first job of its kind."""
         asked = self.batch or task.job.settings.batch
         if asked is not None or task.now.request is None:
             return asked or 1
@@ -273,7 +275,7 @@ class _Run:
         return default_batch(height, width, text=task.now.session.facts.reads_text)
 
     def _piece(self, z: Tensor) -> int:
-        """Latents that are decoded at once: on the CPU as many as are computed at once."""
+        """Number of latents to decode at once: on the CPU, one block of the computation."""
         return block_size(z.shape[1], z.shape[2], z.device) or self.batch or 4
 
     def _decode(self, tasks: list[tuple[_Task, Tensor]]) -> Iterator[tuple[int, Result]]:
@@ -295,7 +297,7 @@ class _Run:
 
 
 def _pasted(image: Tensor, paste: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The image, with the original's pixels where the mask is 0."""
+    """The image, with the original pixels restored where the mask is 0."""
     if paste is None:
         return image
     mask, original = paste
@@ -303,7 +305,7 @@ def _pasted(image: Tensor, paste: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def _kind(task: tuple[_Task, Tensor]) -> tuple[Any, ...]:
-    """What latents that are decoded together share."""
+    """Key of a decoding batch: latents with equal keys can be decoded together."""
     return task[0].now.session, task[1].shape, task[0].job.settings.tile
 
 

@@ -1,4 +1,4 @@
-"""A model made ready to sample, and what the jobs of it share: tables, conditions, pictures."""
+"""A model prepared for sampling, with the caches that its jobs share: tables and pictures."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from fastdiff.runtime.prepare import prepare
 from fastdiff.runtime.run import Engines
 
 TABLES, PICTURES = 64, 8
-"""How many are kept, the last ones used."""
+"""Number of entries kept in each cache; the least recently used are dropped."""
 Made = TypeVar("Made")
 
 
 class Session:
-    """A model on its device and in its dtype; each part is prepared when it is first used.
+    """A model on its device and in its dtype; each part is prepared on first use.
 
-    On the CPU an image depends on its job and the model only, bit for bit: not on the jobs around
-    it, or on how many are done at once.
+    On the CPU an image depends only on its job and the model, bit for bit, not on other jobs in the
+    same call or on the batch size.
     """
 
     def __init__(self, model: Model) -> None:
         """
         Raises:
-            ValueError: as `Facts.of`.
+            ValueError: as for `Facts.of`.
         """
         self.model, self.facts = model, Facts.of(model)
         assert model.denoiser is not None
@@ -52,7 +52,7 @@ class Session:
 
     @classmethod
     def of(cls, model: Model) -> Session:
-        """The session of a model: one, for as long as the model's fields stay what they are."""
+        """The session of a model; the same object until one of the model's fields is replaced."""
         state = tuple(id(getattr(model, field.name)) for field in fields(model))
         kept: tuple[object, Session] | None = vars(model).get("_session")
         if kept is None or kept[0] != state:
@@ -67,7 +67,7 @@ class Session:
 
     @cached_property
     def engines(self) -> Engines:
-        """The engines of the denoiser, with the graphs that they keep."""
+        """The engines of the denoiser, which cache its CUDA graphs."""
         return Engines(self.network)
 
     @cached_property
@@ -78,12 +78,12 @@ class Session:
 
     @cached_property
     def conditions(self) -> Conditions:
-        """What makes conditions of prompts and classes."""
+        """Converts prompts and classes to conditions."""
         return Conditions(self.model, self.facts, device=self.device, dtype=self.dtype)
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
-        """The noise of the training."""
+        """The noise schedule that the denoiser was trained with."""
         assert self.model.schedule is not None
         return NoiseSchedule(self.model.schedule)
 
@@ -95,10 +95,10 @@ class Session:
         stop: int | None = None,
         files: Session | None = None,
     ) -> SamplerTable:
-        """The sampler's rows for this model, of the steps [start, stop); one object per content.
+        """The sampler's rows for steps [start, stop); equal arguments return the same object.
 
-        settings: of a checked job. files: the model whose files say what CHECKPOINT means, if it is
-        not this one.
+        settings: those of a checked job. files: the session whose checkpoint defines the sampler
+        CHECKPOINT, if it is not this one.
         """
         key = (replace(settings, batch=None, tile=None), start, stop, id(files))
         return self._once("tables", TABLES, key, lambda: self._table(settings, start, stop, files))
@@ -123,7 +123,7 @@ class Session:
         )
 
     def sampling(self, settings: SampleSettings) -> tuple[str, dict[str, Any]]:
-        """A sampler's name and its options for `build_table`; what is left open, from the files."""
+        """A sampler's name and options for `build_table`; the checkpoint fills in what is unset."""
         name, options = settings.sampler or DEFAULT_SAMPLER, dict[str, Any]()
         named = self.model.sampler
         if name == CHECKPOINT and named is not None:
@@ -131,7 +131,7 @@ class Session:
         elif name == CHECKPOINT:
             name = DEFAULT_SAMPLER
             if lacks := self.model.provenance.get("no_sampler"):
-                warnings.warn(f"{lacks}; {name} is used instead", stacklevel=1)
+                warnings.warn(f"{lacks}; using {name} instead", stacklevel=1)
         if settings.spacing is not None:
             options |= {"spacing": settings.spacing, "steps_offset": 0}
         for option in ("eta", "clamp"):
@@ -140,7 +140,7 @@ class Session:
         return name, options
 
     def noise(self, seed: int, shape: tuple[int, ...]) -> Tensor:
-        """Noise N(0, 1), a function of the seed alone: (*shape) in the sample's dtype."""
+        """Noise N(0, 1) that depends on the seed only: (*shape), in `sample_dtype`."""
         seeds = torch.tensor([int64_bits(seed)], dtype=torch.int64, device=self.device)
         noise = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE)
         return noise[0].to(self.sample_dtype)
@@ -153,12 +153,12 @@ class Session:
         *,
         fit: Fit | None = None,
     ) -> Tensor:
-        """An image of a job as (C, H, W) in [-1, 1], of sides that the networks can halve.
+        """Read an image of a job as (C, H, W) in [-1, 1], with sides that the networks support.
 
-        fit: how to get there, see `pictures.fitted`.
+        fit: how to change sides that they do not support, see `pictures.fitted`.
 
         Raises:
-            ValueError: as `read_picture` and `Facts.check_size`.
+            ValueError: as for `read_picture` and `Facts.check_size`.
         """
         image = read_picture(picture, self.facts.image_channels, height, width)
         image = fitted(image, self.facts.size_factor, fit)
@@ -168,9 +168,9 @@ class Session:
     def encoded(
         self, pictures: Sequence[Picture], image: Tensor, tile: int, fit: Fit | None
     ) -> Tensor:
-        """`latents.encode` of an image, once for all jobs that share it: (C, h, w).
+        """`latents.encode` of an image, cached for jobs that share it: (C, h, w).
 
-        pictures, fit: what the image was made of, and how. image: (C, H, W).
+        pictures, fit: what the image was made from, as the key. image: (C, H, W).
         """
 
         def key(picture: Picture) -> Hashable:
@@ -179,7 +179,7 @@ class Session:
             facts = os.stat(picture)
             return os.fspath(picture), facts.st_mtime_ns, facts.st_size
 
-        def encode() -> tuple[Sequence[Picture], Tensor]:  # with what its ids belong to
+        def encode() -> tuple[Sequence[Picture], Tensor]:  # keeps tensors alive, so ids stay valid
             return pictures, self.latents.encode(image[None], tile=tile)[0]
 
         keys = (*(key(picture) for picture in pictures), tuple(image.shape), tile, fit)
@@ -195,8 +195,11 @@ class Session:
         seed: int | None = None,
         **more: Any,
     ) -> Request:
-        """What the engine is asked. x: (C, h, w) at the level of the table's first row. size:
-        (height, width) of the image. seed: of the noise, if it is not the job's."""
+        """The engine's request for a job.
+
+        x: (C, h, w), at the noise level of the table's first row. size: (height, width) of the
+        image. seed: seed of the noise, if not that of the job.
+        """
         guided = any(table.guided)
         condition, unconditional = self.conditions.of(job, size, guided=guided)
         return Request(
@@ -219,15 +222,15 @@ class Session:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pass:
-    """One way along a sampler's table for one job: what the engine does, and what comes after."""
+    """One run through a sampler's table for one job, and what follows it."""
 
     session: Session
-    """Whose network makes x, and whose first stage decodes it."""
+    """The session whose network produces x and whose first stage decodes it."""
     request: Request | None = None
-    """For the engine; None where no step is left, and `x` is there already."""
+    """The request for the engine; None if there are no steps to take, so `x` is the result."""
     x: Tensor | None = None
-    """(C, h, w), the result without a request."""
+    """(C, h, w), the result if there is no request."""
     then: Callable[[Tensor], Pass] | None = None
-    """The pass that goes on from the result."""
+    """Plans the pass that continues from the result."""
     paste: tuple[Tensor, Tensor] | None = None
-    """A mask (1, H, W) and an image (C, H, W), whose pixels come back where the mask is 0."""
+    """A mask (1, H, W) and an image (C, H, W) whose pixels are restored where the mask is 0."""

@@ -1,6 +1,6 @@
-"""Larger images: enlarge the latents, or the image, and let image-to-image add the detail.
+"""Larger images: enlarge the latents or the image, then add detail with image-to-image.
 
-The noise of this pass is derived from the seed, so that none of the first pass's comes again.
+This pass derives its own seed, so it does not repeat the noise of the first pass.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from fastdiff.generate.session import Pass, Session
 
 
 def plan(session: Session, job: UpscaleJob) -> Pass:
-    """
+    """Plan an upscaling job.
+
     Raises:
-        ValueError: an image or a prompt that does not fit the model.
+        ValueError: the image or the prompt does not fit the model.
     """
     image = session.picture(job.image, fit=job.fit)
     z = session.encoded([job.image], image, job.settings.tile or 0, job.fit)
@@ -29,7 +30,7 @@ def plan(session: Session, job: UpscaleJob) -> Pass:
 
 
 def second_pass(session: Session, job: TextJob, scale: float) -> Callable[[Tensor], Pass]:
-    """What comes after a first pass whose image is to be larger ("hires fix")."""
+    """A function that plans the pass after the first one, to enlarge its result ("hires fix")."""
 
     def go_on(z: Tensor) -> Pass:
         larger = enlarge(session, z, scale, job.upscale_via, job.settings.tile or 0)
@@ -40,7 +41,7 @@ def second_pass(session: Session, job: TextJob, scale: float) -> Callable[[Tenso
 
 
 def enlarge(session: Session, z: Tensor, scale: float, via: Via, tile: int) -> Tensor:
-    """z: (C, h, w), scaled -> the same, both sides `scale` times as long, as the networks allow."""
+    """Enlarge z: (C, h, w), scaled, by `scale`, rounded to sides that the networks support."""
     step = session.facts.size_factor // session.facts.factor
     height, width = (max(round(side * scale / step), 1) * step for side in z.shape[1:])
     if via == "latent":

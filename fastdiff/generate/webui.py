@@ -1,12 +1,12 @@
-"""The text ``parameters`` that web UIs write into pictures: written beside our recipe, and read.
+"""Write and read the text ``parameters`` that web UIs store in pictures.
 
     a cat, (sky:1.2)
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.0, Seed: 5, Size: 512x768
 
 The last line is "key: value, key: value"; a value with a comma, a colon or a line break in it is a
-JSON string (AUTOMATIC1111's web UI, `modules/infotext_utils.py`). What means the same here and
-there is taken; the rest is named. Noise is not the same, so the picture is another one.
+JSON string (AUTOMATIC1111's web UI, `modules/infotext_utils.py`). Settings with an equivalent in
+fastdiff are used, the others are listed. The noise differs, so the picture does too.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ SAMPLERS = {
     "DDIM": "ddim",
     "PLMS": "plms",
 }
-"""Their name -> ours, where both are the same formula."""
+"""Name in web UIs -> fastdiff's sampler with the same formula."""
 SCHEDULES = {"Karras": "karras", "Exponential": "exponential", "Simple": "simple"}
-"""Their "Schedule type" -> our spacing; older files have it at the end of the sampler's name."""
+""""Schedule type" -> spacing. Older files append it to the name of the sampler."""
 PLAIN_SCHEDULES = ("Automatic", "Uniform")
 OF_THE_PROGRAM = ("Version", "Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes")
-"""Keys that say which files and program made the picture: --model says which to use now."""
+"""Keys about the program and the files that made the picture, which --model replaces."""
 MAX_LEFT = 30
-"""Most pairs that are named as left out."""
+"""Maximum number of unused pairs that are listed."""
 MIN_PAIRS = 3
-"""Fewer pairs than this on the last line are the prompt's own words, as web UIs have it."""
+"""A last line with fewer pairs than this is part of the prompt, as in the web UIs."""
 NEGATIVE = "Negative prompt:"
 
 _PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -47,23 +47,23 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """What a web UI's text asks for."""
+    """A job read from the parameters of a web UI."""
 
     job: TextJob
     left_out: tuple[str, ...]
-    """What is not taken, as "key: value"."""
+    """Settings that were not used, as "key: value"."""
 
 
 def to_parameters(recipe: Mapping[str, Any]) -> str | None:
-    """The text of a recipe of ours (`recipe.write_recipe`), or None if no prompt made the picture.
+    """The text for a recipe (`recipe.write_recipe`), or None if the picture has no prompt.
 
-    A sampler that web UIs do not have keeps our name.
+    A sampler that web UIs do not have keeps its fastdiff name.
     """
     job = recipe["job"]
     if job.get("prompt") is None:
         return None
     settings, text = job["settings"], job["text"]
-    as_it_is: Callable[[str], str] = (lambda words: words) if text["emphasis"] else _escaped
+    escape: Callable[[str], str] = (lambda words: words) if text["emphasis"] else _escaped
     theirs = {ours: name for name, ours in SAMPLERS.items()}
     named = recipe.get("sampler") or {}
     sampler = named.get("sampler", settings["sampler"])
@@ -84,22 +84,22 @@ def to_parameters(recipe: Mapping[str, Any]) -> str | None:
         "Model": recipe["model"],
         "Version": f"fastdiff {recipe['fastdiff']}",
     }
-    lines = [as_it_is(job["prompt"])]
+    lines = [escape(job["prompt"])]
     if text["negative"]:
-        lines.append(f"{NEGATIVE} {as_it_is(text['negative'])}")
+        lines.append(f"{NEGATIVE} {escape(text['negative'])}")
     lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v is not None))
     return "\n".join(lines)
 
 
 def from_parameters(text: str) -> Foreign:
-    """What of a web UI's text means the same here.
+    """Read the parameters of a web UI as a job.
 
     Raises:
-        ValueError: it is no such text, or it asks for what fastdiff does not support.
+        ValueError: the text is not such parameters, or a value is not supported by fastdiff.
     """
     prompt, negative, pairs = _read(text)
     if "Steps" not in pairs:
-        raise ValueError("it has no 'Steps: ...', as the parameters of web UIs have")
+        raise ValueError("the text has no 'Steps: ...', which the parameters of web UIs have")
     left = {key: value for key, value in pairs.items() if key not in OF_THE_PROGRAM}
     sampler, spacing = _sampler(left)
     size = re.fullmatch(r"(\d+)x(\d+)", left.pop("Size", ""))
@@ -129,7 +129,7 @@ def from_parameters(text: str) -> Foreign:
 
 
 def _read(text: str) -> tuple[str, str, dict[str, str]]:
-    """Prompt, negative prompt, and the pairs of the last line."""
+    """Prompt, negative prompt and the pairs of the last line."""
     *lines, last = text.strip().split("\n")
     pairs = {key.strip(): _unquoted(value.strip()) for key, value in _PAIR.findall(last)}
     if len(pairs) < MIN_PAIRS:
@@ -144,7 +144,7 @@ def _read(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _sampler(left: dict[str, str]) -> tuple[str | None, str | None]:
-    """Our sampler and spacing; what has none of ours stays in `left`."""
+    """Sampler and spacing in fastdiff; what has no equivalent stays in `left`."""
     name, schedule = left.get("Sampler", ""), left.get("Schedule type")
     if schedule is None and (ending := name.rpartition(" ")[2]) in SCHEDULES:
         name, schedule = name.rpartition(" ")[0], ending
@@ -160,9 +160,10 @@ def _sampler(left: dict[str, str]) -> tuple[str | None, str | None]:
 
 
 def _number(left: dict[str, str], key: str, kind: Callable[[str], Any], default: Any) -> Any:
-    """
+    """Remove a key from `left` and return its value as a number.
+
     Raises:
-        ValueError: there is something else.
+        ValueError: the value is not a number.
     """
     value = left.pop(key, None)
     try:

@@ -1,12 +1,12 @@
-"""`accelerate(..., verify=True)`: each swapped module is compared with its original at first use.
+"""`accelerate(..., verify=True)`: compare each swapped module with its original at first use.
 
-A verified module has a class in front of its fastdiff class. The first call with each input
-signature (shapes, dtypes, strides, flags) also runs the original on copies of the inputs: a shadow
-of the module with the original classes, the same parameters and no hooks. If the results differ,
+A verified module's class is a subclass of its fastdiff class. The first call with each input
+signature (shapes, dtypes, strides, flags) also runs the original on copies of the inputs, in a
+"shadow" of the module: the original classes, the same parameters, no hooks. If the results differ,
 the module gets its original class back, the call returns the original's result, and the report
 says why.
 
-Calls that cannot be compared are made as if `verify` were off, and counted in `report.unverified`:
+Calls that cannot be compared run as if `verify` were off, and are counted in `report.unverified`:
 under `torch.compile`, CUDA graph capture, tracing, `torch.func` and dispatch modes, and modules
 whose children are loaded by Hugging Face's accelerate during the call. Gradients are not compared.
 """
@@ -56,23 +56,23 @@ class Verification:
         self.name = "" if swap.entry is None else swap.entry.name
         self.seen: set[Any] = set()
         self.compared = 0
-        """Number of input signatures for which both gave the same."""
+        """Number of input signatures for which the results agreed."""
         self.skipped: Counter[str] = Counter()
-        """Why calls were not compared -> number of calls."""
+        """Reason that calls were not compared -> number of calls."""
         self.miss: str | None = None
-        """How it differed from the original, once it was restored."""
+        """How the module differed from its original; None unless it was restored."""
         self._lock = threading.Lock()
 
     @property
     def unverified(self) -> str | None:
-        """Why nothing was compared, or None."""
+        """Reason that nothing was compared; None if something was."""
         if self.compared or self.miss is not None:
             return None
         most = self.skipped.most_common(1)
         return most[0][0] if most else "not called, or only in graphs of torch.compile"
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of a verified module."""
+        """Forward of a verified module."""
         ours: Any = self.after.forward
         if not self._is_call_of_original(module, args, kwargs):
             self.skipped[
@@ -106,14 +106,14 @@ class Verification:
         kwargs: dict[str, Any],
         tensors: list[Tensor],
     ) -> Any:
-        """A call that is compared."""
+        """Run a call and compare it with the original."""
         given = copied((args, kwargs))
         before = RandomState(sorted({t.device.index or 0 for t in tensors if t.is_cuda}))
         try:
             found: Any = self.after.forward(module, *args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - the original may be able to answer
+        except Exception as error:  # noqa: BLE001 - the original may succeed
             found = error
         after = before.now()
         try:
@@ -139,10 +139,10 @@ class Verification:
     def _compare(
         self, module: nn.Module, found: Any, given: Any, tensors: list[Tensor], state: RandomState
     ) -> str | None:
-        """How the result differs from the original's, or None.
+        """How the result differs from the original's; None if it agrees.
 
-        With dropout or with hooks on inner modules, which may change what these return, the two are
-        compared on shadows in eval mode instead.
+        With dropout, or with hooks on inner modules that may change their results, two shadows in
+        eval mode are compared instead.
 
         Raises:
             Incomparable: the original cannot be run on a shadow of the module.
@@ -152,7 +152,7 @@ class Verification:
         wanted, changed = self._shadowed(module, given, original, state, quiet=quiet)
         if failed:
             return f"{type(found).__name__} where the original has a result: {found}"[:300]
-        if not quiet and not state.is_current():  # it draws random numbers, as dropout does
+        if not quiet and not state.is_current():  # it drew random numbers, as dropout does
             quiet = True
             wanted, changed = self._shadowed(module, given, original, state, quiet=True)
         if quiet:
@@ -162,7 +162,7 @@ class Verification:
         if reason is None and any(
             difference(ours, theirs, bound) for ours, theirs in zip(tensors, changed, strict=True)
         ):
-            reason = "leaves other values in its inputs than the original does"
+            reason = "changes its inputs in a different way than the original"
         if reason is None:
             return None
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
@@ -178,9 +178,9 @@ class Verification:
         *,
         quiet: bool,
     ) -> tuple[Any, list[Tensor]]:
-        """The result of a shadow, and the copies of the inputs after the call.
+        """The result of a shadow, and its copies of the inputs after the call.
 
-        quiet: in eval mode, so without dropout.
+        quiet: run in eval mode, without dropout.
         """
         args, kwargs = copied(given)
         state.restore()
@@ -188,8 +188,10 @@ class Verification:
             twin = shadow(module, kind, {}, quiet=quiet)
             y = type(twin).forward(twin, *args, **kwargs)
         except Exception as error:
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise Incomparable(f"its original cannot be run beside it ({said:.120})") from error
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Incomparable(
+                f"the original cannot be run for comparison ({message:.120})"
+            ) from error
         if isinstance(module, GroupNormBeforeSiLU) and kind is original:
             y = y if watched(module, *module.partner) else F.silu(y)
         return y, [*leaves((args, kwargs), Tensor)]
@@ -210,16 +212,16 @@ class Verification:
 
 
 class Incomparable(Exception):
-    """The original of a module cannot be run beside it."""
+    """The original of a module cannot be run for comparison."""
 
 
 class Verified(nn.Module):
-    """What `verified_class` puts in front of a fastdiff class."""
+    """Base class of the classes that `verified_class` returns."""
 
     verifies: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are swapped, but not verified."""
+        """Copies and unpickled modules stay swapped, but are not verified."""
         kind: Any = self.verifies
         state = {name: value for name, value in self.__dict__.items() if name != KEY}
         if hasattr(kind, "served"):
@@ -236,7 +238,7 @@ def verified_class(after: Any) -> Any:
         if torch.compiler.is_compiling():
             return after.forward(self, *args, **kwargs)
         verification = self.__dict__.get(KEY)
-        if verification is None:  # a slice of a Sequential is of the same class
+        if verification is None:  # a slice of a Sequential has the same class
             return after.forward(self, *args, **kwargs)
         return verification.run(self, args, kwargs)
 
@@ -245,8 +247,8 @@ def verified_class(after: Any) -> Any:
 
 
 def verified(swap: Swap) -> tuple[Swap, Verification]:
-    """The same swap with comparisons."""
-    served: Any = swap.after  # classes can be hashed, which mypy doubts
+    """A swap that also compares, and its `Verification`."""
+    served: Any = swap.after  # mypy does not know that classes are hashable
     check, after = Verification(swap), verified_class(served)
     attributes = {**swap.attributes, KEY: check}
     return Swap(
@@ -267,7 +269,7 @@ def shadow(
     *,
     quiet: bool,
 ) -> nn.Module:
-    """A tree of new module objects of other classes with the same parameters and no hooks.
+    """Copy a tree of modules: classes as `kind` returns them, the same parameters, no hooks.
 
     Buffers are copied, since a forward may update them.
     """
@@ -293,7 +295,7 @@ def shadow(
 
 
 def signature(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What decides which computation a call makes."""
+    """Key of a call: everything that decides which computation it runs."""
     autocast = tuple(
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for device in ("cpu", "cuda")
@@ -303,11 +305,11 @@ def signature(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def incomparable(module: nn.Module, tensors: list[Tensor]) -> str | None:
-    """Why a call is not compared, or None."""
+    """Reason that a call cannot be compared; None if it can."""
     if under_transform():
         return "called under torch.func or forward-mode differentiation"
     if not unseen(tensors):
-        return "called while something is traced, in a dispatch mode or with unusual tensors"
+        return "called while tracing, in a dispatch mode or with tensor subclasses"
     if any(t.is_meta for t in tensors):
         return "called with tensors on the meta device"
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
@@ -324,7 +326,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class RandomState:
-    """Of PyTorch's generators on the CPU and some GPUs."""
+    """State of PyTorch's generators on the CPU and some GPUs."""
 
     def __init__(self, devices: list[int]) -> None:
         self.cpu = torch.get_rng_state()

@@ -1,9 +1,9 @@
-"""DiT: a vision transformer that timestep and class modulate through its norms.
+"""DiT: a vision transformer with adaptive norms, modulated by timestep and class.
 
-Peebles & Xie 2023 (arXiv 2212.09748). x is cut into patches, each of which is a token; positions
-are fixed sinusoids. Every block scales, shifts and gates its two branches by what a linear layer
-makes of the embedding (adaLN-Zero, section 3.2). That layer starts at zero, so that every block
-starts as the identity.
+Peebles & Xie 2023 (arXiv 2212.09748). x is cut into patches, one token each; position embeddings
+are fixed sinusoids. In every block a linear layer on the embedding predicts the scale, shift and
+gate of both branches (adaLN-Zero, section 3.2). That layer is initialized to zero, so that every
+block starts as the identity.
 
     h = x + gate1 * attention(LN(x) * (1 + scale1) + shift1)
     y = h + gate2 * mlp(LN(h) * (1 + scale2) + shift2)
@@ -38,7 +38,7 @@ from fastdiff.models.network import (
 )
 
 FREQUENCIES = 256
-"""Width of the sinusoidal embedding of the timestep, whatever the width of the model."""
+"""Width of the sinusoidal timestep embedding, independent of the width of the model."""
 EPS = 1e-6
 
 
@@ -48,18 +48,18 @@ class DiTConfig:
 
     in_channels: int  # channels of x
     out_channels: int  # channels of the prediction; with learned_sigma twice those of x
-    width: int  # of a token; a multiple of 4
-    depth: int  # blocks
-    num_heads: int  # of every attention; divides width
-    patch_size: int = 2  # a token is a square of so many pixels of x
-    sample_size: int = 32  # height and width of x in training, which positions are counted in
-    mlp_ratio: float = 4.0  # width of the hidden layers, in widths of a token
+    width: int  # width of a token, a multiple of 4
+    depth: int  # number of blocks
+    num_heads: int  # attention heads of every block; divides width
+    patch_size: int = 2  # side of the square of pixels of x in a token
+    sample_size: int = 32  # height and width of x in training, the scale of the positions
+    mlp_ratio: float = 4.0  # width of the hidden layers relative to a token
     num_classes: int | None = None  # class labels 0 .. num_classes - 1
     null_class: bool = False  # one more label, index num_classes: "no class", for guidance
     learned_sigma: bool = False  # the second half of the output interpolates the log variance
-    frequency_shift: int = 0  # of the timestep's frequencies; diffusers' DiT has 1
-    mlp_norm_eps: float = EPS  # epsilon of the norm before an MLP; diffusers' DiT has 1e-5
-    dropout: float = 0.0  # probability, behind attentions and inside MLPs
+    frequency_shift: int = 0  # shift of the timestep's frequencies; 1 in diffusers' DiT
+    mlp_norm_eps: float = EPS  # epsilon of the norm before an MLP; 1e-5 in diffusers' DiT
+    dropout: float = 0.0  # probability, after attention and inside MLPs
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -97,14 +97,14 @@ class DiTConfig:
 
 
 def position_table(width: int, grid: tuple[int, int], base: int, device: torch.device) -> Tensor:
-    """Fixed positions of a grid of tokens, sinusoids of the column and of the row.
+    """Fixed position embeddings of a grid of tokens: sinusoids of its columns and rows.
 
-    Positions are counted in tokens of the square grid that the model was trained on: a finer grid
-    has fractions of them. Half of the width is [sin | cos] of the column, half of the row, with
-    frequencies 10000^(-i / n) for i = 0 .. n - 1, n = width/4.
+    Positions are scaled to the square grid that the model was trained on, so a finer grid has
+    fractional positions. The first half of the width is [sin | cos] of the column, the second half
+    of the row, with frequencies 10000^(-i / n) for i = 0 .. n - 1, n = width/4.
 
-    grid: (h, w). base: tokens along a side in training. Returns (h*w, width) fp32, rows of the
-    grid in a row: the numbers of the published code, which takes them in fp64 and rounds.
+    grid: (h, w). base: tokens along a side in training. Returns (h*w, width) fp32 in row-major
+    order. As in the published code, the table is computed in fp64 and rounded.
     """
     frequencies = torch.arange(width // 4, dtype=torch.float64, device=device) / (width / 4)
     frequencies = 1.0 / 10000**frequencies
@@ -122,7 +122,7 @@ def position_table(width: int, grid: tuple[int, int], base: int, device: torch.d
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each behind an adaptive norm and in front of a gate (adaLN-Zero)."""
+    """Attention and MLP, each after an adaptive norm and before a gate (adaLN-Zero)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -166,8 +166,11 @@ class DiT(Network):
         self._initialize()
 
     def _initialize(self) -> None:
-        """First values as published: Xavier, embeddings of deviation 0.02, zeros where a block or
-        the output is to begin as nothing."""
+        """Initialize as published.
+
+        Xavier for linear layers, std 0.02 for embeddings, and zeros for modulations and the output,
+        so that every block starts as the identity.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -187,7 +190,7 @@ class DiT(Network):
         zero_init(self.linear_out)
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        """See `Network.embed`. Returns (N, width), after the SiLU that is first in every block."""
+        """See `Network.embed`. Returns (N, width), after the SiLU that starts every block."""
         check_conditions(self.config, len(t), y, added)
         emb = timestep_embedding(t, FREQUENCIES, "openai", self.config.frequency_shift)
         emb = self.time_embed(emb.to(self.linear_out.weight.dtype))  # (N, width)

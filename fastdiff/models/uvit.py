@@ -1,9 +1,9 @@
-"""U-ViT: a vision transformer on patches, timestep and condition as tokens, with long skips.
+"""U-ViT: a vision transformer with long skips whose inputs are all tokens.
 
-Bao et al. 2023 (arXiv 2209.12152). All inputs are tokens (class or text, timestep, patches), each
-with a learned position. Long skips lead from the first half of the blocks to the second half, from
-the first block to the last: a linear layer reads both, concatenated (section 3.1). A 3x3
-convolution may come last.
+Bao et al. 2023 (arXiv 2209.12152). Class or text, timestep and patches are tokens, each with a
+learned position embedding. Long skips connect the first half of the blocks to the second half, the
+first block to the last: a linear layer reads both, concatenated (section 3.1). The network can end
+in a 3x3 convolution.
 """
 
 from __future__ import annotations
@@ -40,24 +40,22 @@ class UViTConfig:
 
     in_channels: int  # channels of x
     out_channels: int  # channels of the prediction; with learned_sigma twice those of x
-    width: int  # of a token
-    depth: (
-        int  # blocks, half of them with a skip from the other half, besides the one in the middle
-    )
-    num_heads: int  # of every attention; divides width
-    patch_size: int = 2  # a token is a square of so many pixels of x
-    sample_size: int = 32  # height and width of x: positions are learned, one per token
-    mlp_ratio: float = 4.0  # width of the hidden layers, in widths of a token
+    width: int  # width of a token
+    depth: int  # blocks, not counting the middle one; half of them have a skip from the other half
+    num_heads: int  # attention heads of every block; divides width
+    patch_size: int = 2  # side of the square of pixels of x in a token
+    sample_size: int = 32  # height and width of x, fixed by the learned positions
+    mlp_ratio: float = 4.0  # width of the hidden layers relative to a token
     qkv_bias: bool = False  # whether the projections to q, k and v have biases
     time_mlp: bool = False  # two linear layers between the timestep's sinusoids and its token
     timestep_offset: float = 0.0  # added to t; the published models count from 1
     num_classes: int | None = None  # class labels 0 .. num_classes - 1
     null_class: bool = False  # one more label, index num_classes: "no class", for guidance
     context_dim: int | None = None  # width of the context tokens, instead of classes
-    context_tokens: int | None = None  # how many of them, since each has its position
+    context_tokens: int | None = None  # number of context tokens, fixed by the learned positions
     learned_sigma: bool = False  # the second half of the output interpolates the log variance
-    conv_out: bool = True  # a 3x3 convolution behind the patches
-    dropout: float = 0.0  # probability, behind attentions and inside MLPs
+    conv_out: bool = True  # end in a 3x3 convolution
+    dropout: float = 0.0  # probability, after attention and inside MLPs
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -72,13 +70,13 @@ class UViTConfig:
             require(value is None or value > 0, f"{name} must be None or positive, got {value}")
         require(
             (self.context_dim is None) == (self.context_tokens is None),
-            f"context_dim and context_tokens go together, got {self.context_dim} and "
+            f"context_dim and context_tokens must be set together, got {self.context_dim} and "
             f"{self.context_tokens}",
         )
         require(
             self.context_dim is None or self.num_classes is None,
-            f"give one of num_classes and context_dim, got {self.num_classes} and "
-            f"{self.context_dim}",
+            f"num_classes and context_dim cannot be combined, got {self.num_classes} and "
+            f"{self.context_dim}; set only one of them",
         )
         require(
             abs(self.timestep_offset) < float("inf"),
@@ -92,7 +90,7 @@ class UViTConfig:
 
     @property
     def condition_tokens(self) -> int:
-        """Tokens before the patches: the class, the timestep, the context."""
+        """Number of tokens before the patches: class, timestep and context."""
         return 1 + (self.num_classes is not None) + (self.context_tokens or 0)
 
     @property
@@ -109,7 +107,7 @@ class UViTConfig:
 
 
 class UViTBlock(nn.Module):
-    """Attention and MLP, each with its norm before it; with `skip` a linear layer in front."""
+    """Attention and MLP, each after a norm; with `skip`, a linear layer merges the skip first."""
 
     def __init__(self, config: UViTConfig, *, skip: bool = False) -> None:
         super().__init__()
@@ -168,8 +166,10 @@ class UViT(Network):
                     nn.init.zeros_(layer.bias)
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        """See `Network.embed`. Returns (N, k*width): the token of the class, if there are classes,
-        and that of the timestep."""
+        """See `Network.embed`.
+
+        Returns (N, k*width): the token of the class, if the model has classes, and of the timestep.
+        """
         config = self.config
         check_conditions(config, len(t), y, added)
         token = timestep_embedding(t.float() + config.timestep_offset, config.width)
@@ -181,16 +181,16 @@ class UViT(Network):
         return torch.cat([embed_labels(self.label_embed, y), token], dim=1)
 
     def project_context(self, context: Tensor) -> list[Tensor]:
-        """The context's tokens in the width of the model.
+        """Project the context's tokens to the width of the model.
 
-        context: (N, context_tokens, context_dim). Returns one (N, context_tokens, width).
+        context: (N, context_tokens, context_dim). Returns [(N, context_tokens, width)].
 
         Raises:
-            ValueError: this model reads no context, or one of another shape.
+            ValueError: the model does not read a context, or the context has another shape.
         """
         config = self.config
         if config.context_dim is None:
-            raise ValueError("context must be None for a model without it; leave it out")
+            raise ValueError("context must be None for a model without context; leave it out")
         wanted = config.context_tokens, config.context_dim
         if context.ndim != 3 or context.shape[1:] != wanted:
             raise ValueError(
@@ -207,7 +207,7 @@ class UViT(Network):
         if x.shape[2:] != (side, side):
             raise ValueError(
                 f"H and W of x must be {side} x {side}, got {x.shape[2]} x {x.shape[3]}: this "
-                "model has learned a position for each of its patches; resize the input"
+                "model learned one position embedding per patch; resize the input"
             )
 
     def body(self, x: Tensor, emb: Tensor, context: Tensor | Context | None = None) -> Tensor:

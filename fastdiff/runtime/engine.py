@@ -434,8 +434,8 @@ class Engine:
         only = self._denoiser.network.only_side
         if only is not None and any(side != only for side in shape[1:]):
             raise ValueError(
-                f"the sides of x must be {only}, since this network has learned a position for "
-                f"each of its patches, got {shape[1:]}; resize the input"
+                f"the sides of x must be {only}, since this network learned one position "
+                f"embedding per patch, got {shape[1:]}; resize the input"
             )
         if any(side % config.size_multiple or not side for side in shape[1:]):
             raise ValueError(

@@ -104,8 +104,8 @@ class AutoencoderRun:
 
     init_from: str = ""
     """A trained model whose autoencoder's weights the run starts from: a bundle, a run's folder or
-    any other checkpoint of the same architecture; empty: random ones. Moments and averages begin
-    anew."""
+    any other checkpoint of the same architecture; empty: random weights. Moments and averages
+    start afresh."""
 
     seed: int = 0
     """Determines all randomness of the run."""
@@ -181,13 +181,17 @@ class AutoencoderTask:
         self.origin: dict[str, str] | None = None
 
     def start_from(self, place: str) -> None:
-        """Take the first weights from a trained model; see `fastdiff.training.start`. A
-        discriminator begins with random ones."""
+        """Initialize the weights from a trained model; see `fastdiff.training.start`.
+
+        A discriminator still starts from random weights.
+        """
         self.origin = origin(take_weights(self.autoencoder, "autoencoder", place, self.device))
 
     def needed_bytes(self) -> int:
-        """What the training takes; see `fastdiff.training.memory`. Of the losses, which keep
-        feature maps too, only the discriminator's weights count."""
+        """Memory that training takes, in bytes; see `fastdiff.training.memory`.
+
+        The feature maps of the losses are not counted, only the discriminator's weights.
+        """
         run, others = self.run, self.networks.get("discriminator")
         side = run.data.image_size // run.model.downsample_factor
 
@@ -218,7 +222,7 @@ class AutoencoderTask:
         }
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Reconstruction and regularisation, and from its start on the adversarial loss."""
+        """Reconstruction, regularisation and, once it has started, adversarial losses."""
         config, images = self.run.loss, part["images"]
         if self.run.optimization.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -287,16 +291,16 @@ class AutoencoderTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """Identifies the images it is trained on, and the weights that it began with."""
+        """Identity of the training images and of the initial weights."""
         began = {"init_from": self.origin} if self.origin else {}
         return {**self.batches.state(), **began}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing but the networks' own."""
+        """Empty: the task has no state of its own."""
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Not called, since there are none."""
+        """Never called, since `tensors` is empty."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Check that the images are the same."""

@@ -3,7 +3,7 @@
     checkpoints/step_00001000/networks.safetensors    weights of every trained network
                               ema.safetensors         averaged weights
                               optimizers.safetensors  AdamW's moments, by parameter name
-                              task.safetensors        what the task itself has learned, if anything
+                              task.safetensors        state of the task itself, if any
                               state.json              step, counters, loss scale
     checkpoints/latest                                name of the newest one
 
@@ -52,7 +52,7 @@ def save_checkpoint(
     """
     with atomic_folder(step_folder(root, step)) as folder:
         for stem, named in tensors.items():
-            # Serialised in memory: safetensors' own writer hides which OSError it met.
+            # Serialised in memory, because safetensors' own writer hides the kind of OSError.
             packed = to_bytes({name: _packed(tensor) for name, tensor in named.items()})
             (folder / f"{stem}.safetensors").write_bytes(packed)
         text = json.dumps({"format": FORMAT, "step": step, **state}, indent=2)

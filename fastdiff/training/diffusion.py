@@ -88,8 +88,8 @@ class DiffusionRun(Generic[NetworkConfigT]):
 
     init_from: str = ""
     """A trained model whose denoiser's weights the run starts from: a bundle, a run's folder or any
-    other checkpoint of the same architecture; empty: random ones. Moments and averages begin
-    anew."""
+    other checkpoint of the same architecture; empty: random weights. Moments and averages
+    start afresh."""
 
     seed: int = 0
     """Determines all randomness of the run."""

@@ -1,7 +1,7 @@
-"""How much memory a training takes, before it begins: weights, moments, gradients, activations.
+"""Estimate the memory of a training run: weights, moments, gradients, activations.
 
 bytes = 4 * parameters * (weight, gradient, two moments of AdamW, average) + what a forward pass
-keeps for its backward pass + a batch of images
+saves for its backward pass + a batch of images
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastdiff.training.config import OptimizationConfig
 COPIES = 5
 """Numbers per parameter: weight, gradient, two moments, average."""
 BACKWARD = 1.25
-"""Of what a forward pass keeps: gradients on their way, gaps between blocks."""
+"""Factor of what a forward pass saves, for temporary gradients and gaps between blocks."""
 FP32 = 4
 
 
@@ -34,10 +34,10 @@ def training_bytes(
     others: int = 0,
     device: torch.device,
 ) -> int:
-    """What a run takes.
+    """Memory of a run, in bytes.
 
-    config: of the network. forward: called with the network on the meta device and the rows that
-    are computed at once; makes its inputs there. others: parameters of further networks.
+    config: the network's. forward: called with the network on the meta device and the number of
+    rows computed at once; creates its inputs there. others: number of parameters of other networks.
     """
     network: nn.Module = empty_model(config, "the config", 2**62)
     network.train()
@@ -60,9 +60,10 @@ def training_bytes(
 
 
 def check_training(need: int, folder: str, device: torch.device) -> None:
-    """
+    """Check that a run fits in memory. need: its bytes.
+
     Raises:
-        NotEnoughMemory: a run that needs so many bytes would not fit.
+        NotEnoughMemory: the run would not fit.
     """
     check_memory(
         need,

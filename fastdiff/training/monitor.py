@@ -76,7 +76,7 @@ class Monitor:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        # what could not be written is written once more when it is closed: the first error counts
+        # closing retries a failed write: suppress its error so that the first one is raised
         with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
             if self._board is not None:
                 self._board.close()
@@ -106,7 +106,7 @@ class Monitor:
             what = "no space left to write" if full else f"{error.strerror or error}:"
             raise OSError(
                 error.errno,
-                f"{what} {self.folder / LOG_FILE} (the last checkpoint is whole); free "
+                f"{what} {self.folder / LOG_FILE} (the last checkpoint is intact); free "
                 "some space and resume",
             ) from error
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
@@ -148,7 +148,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after the checkpoint, which a resumed run repeats."""
+    """Remove the records of steps after the checkpoint, which a resumed run repeats."""
     if not path.exists():
         return
     kept = [record for record in read_log(path.parent) if record["step"] <= step]

@@ -104,7 +104,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun[Any]] = {
     "tiny-dit": _vision_transformer(
         DITS["tiny"],
         "runs/tiny-dit",
-        # the variance is learned, so that the sampler that needs it shows it
+        # previews use DDPM, the sampler that uses the learned variance
         preview=PreviewConfig(sampler="ddpm", guidance_scale=1.5),
     ),
     "tiny-uvit": _vision_transformer(

@@ -19,7 +19,7 @@ EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 def provenance(run: Run, step: int, origin: dict[str, str] | None = None) -> dict[str, Any]:
     """Command, versions, steps, data, date and the full config, without this machine's paths.
 
-    origin: name and hash of the model whose weights the run began with.
+    origin: name and hash of the model whose weights the run started from.
     """
     config = run.to_json()
     config["output"]["folder"] = Path(run.output.folder).name

@@ -1,8 +1,8 @@
 """Importance sampling of timesteps by the second moment of their losses (IDDPM section 3.3).
 
 p_t is proportional to sqrt(E[L_t²]), estimated from the last ten losses of each timestep, with a
-thousandth of the probability spread evenly; a sample's loss is weighted by 1 / (T p_t), so that its
-expectation stays the mean over all t. Until every timestep has ten losses, p is even.
+thousandth of the probability spread uniformly. A sample's loss is weighted by 1 / (T p_t), so that
+its expectation stays the mean over all t. Until every timestep has ten losses, p is uniform.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _HISTORY, _COUNTS = "history", "counts"
 
 
 class SecondMomentResampler:
-    """The losses that were seen, and the timesteps to draw.
+    """Draws timesteps according to the losses seen so far.
 
     Attributes:
-        history: (T, 10), fp64, CPU; the last losses of each timestep, the oldest first.
+        history: (T, 10), fp64, CPU; the last losses of each timestep, oldest first.
         counts: (T,), int64; how many of them are filled.
     """
 
@@ -30,7 +30,7 @@ class SecondMomentResampler:
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
-        """(T,), fp64: of drawing each timestep."""
+        """Probability of drawing each timestep: (T,), fp64."""
         total = len(self.counts)
         even = torch.full((total,), 1 / total, dtype=torch.float64)
         if bool((self.counts < HISTORY).any()):
@@ -47,9 +47,9 @@ class SecondMomentResampler:
         return t, (1 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Take note of unweighted losses. t, losses: (N,), any device; waits for it.
+        """Record unweighted losses. t, losses: (N,), any device; synchronizes with it.
 
-        Losses that are not finite are left out: with fp16 such a step is skipped.
+        Losses that are not finite are ignored: with fp16 such a step is skipped.
         """
         for index, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
             if loss - loss != 0:
@@ -64,14 +64,14 @@ class SecondMomentResampler:
                 self.counts[index] += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """State for a checkpoint."""
         return {_HISTORY: self.history, _COUNTS: self.counts}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `tensors`.
+        """Restore what `tensors` returned.
 
         Raises:
-            ValueError: they belong to another number of timesteps.
+            ValueError: the number of timesteps differs.
         """
         if tensors[_HISTORY].shape != self.history.shape:
             raise ValueError(

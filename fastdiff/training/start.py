@@ -1,6 +1,6 @@
-"""Fine-tuning: the first weights of a run, taken from a trained model.
+"""Fine-tuning: initialize the weights of a run from a trained model.
 
-Weights only: moments and the average begin anew, the average from these weights.
+Only weights are used: moments start at zero, and the average starts at these weights.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import load
 
 MAY_DIFFER = ("dropout",)
-"""Fields of a network's config that may change between two trainings."""
+"""Fields of a network's config that may differ from the trained model's."""
 SHOWN = 5
-"""Differences that a message names."""
+"""Maximum number of differences listed in a message."""
 
 
 def take_weights(network: nn.Module, part: str, place: str, device: torch.device) -> Model:
-    """Give a network the weights of a trained one.
+    """Copy the weights of a trained network into a network.
 
-    network: with a `config`. part: "denoiser" or "autoencoder". place: what `fastdiff.load` opens.
+    network: with a `config`. part: "denoiser" or "autoencoder". place: anything that
+    `fastdiff.load` opens.
 
-    Returns the model that they are from.
+    Returns the model that the weights come from.
 
     Raises:
-        FileNotFoundError, ValueError: as `fastdiff.load`; the model lacks the part, or has another
-            config, whose differences are named.
+        FileNotFoundError, ValueError: as for `fastdiff.load`; or the model lacks the part, or the
+            configs differ (the message lists the differences).
     """
     model = load(place, device=device, text_encoders=False)
     source: Any = getattr(model, part)
     if source is None:
-        raise ValueError(f"{place} contains no {part} to start from; give a model that has one")
+        raise ValueError(f"{place} contains no {part} to start from; choose a model that has one")
     ours, theirs = network.state_dict(), source.state_dict()
     wrong = [
         f"{name}: {_shape(theirs.get(name))} there, {_shape(ours.get(name))} here"
@@ -46,7 +47,7 @@ def take_weights(network: nn.Module, part: str, place: str, device: torch.device
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ValueError(
-            f"the {part} of {place} is not the one that this run trains: "
+            f"the {part} of {place} differs from the one that this run trains: "
             f"{'; '.join(wrong[:SHOWN])}{more}; set the run's model to match, or leave init_from "
             "out"
         )
@@ -55,13 +56,13 @@ def take_weights(network: nn.Module, part: str, place: str, device: torch.device
 
 
 def origin(model: Model) -> dict[str, str]:
-    """What a run remembers of where it began."""
+    """The origin of a run's initial weights, as stored in its checkpoints."""
     return {"model": model.name, "weights": model.weights_hash}
 
 
 def warn_of_another_task(model: Model, prediction: str, schedule: Any) -> None:
-    """Warn where a denoiser was trained to return something else, or under other noise."""
-    told = [
+    """Warn if a denoiser was trained with another prediction type or noise schedule."""
+    changed = [
         f"{name} was {old} there and is {new} here"
         for name, old, new in (
             ("prediction", model.prediction, prediction),
@@ -69,17 +70,17 @@ def warn_of_another_task(model: Model, prediction: str, schedule: Any) -> None:
         )
         if old is not None and old != new
     ]
-    if told:
+    if changed:
         warnings.warn(
-            f"init_from: the {' and the '.join(told)}, so the first steps learn that anew",
+            f"init_from: the {' and the '.join(changed)}, so the first steps have to adapt to that",
             stacklevel=2,
         )
 
 
 def _differences(theirs: Any, ours: Any) -> list[str]:
-    """Fields of two configs that differ; with equal shapes, so nobody would see it."""
+    """Fields that differ between two configs, which equal shapes do not reveal."""
     if type(theirs) is not type(ours):
-        return [f"it is a {type(theirs).__name__}, this run has a {type(ours).__name__}"]
+        return [f"{type(theirs).__name__} there, {type(ours).__name__} here"]
     return [
         f"{field.name} is {getattr(theirs, field.name)!r} there, {getattr(ours, field.name)!r} here"
         for field in fields(ours)

@@ -37,7 +37,7 @@ from fastdiff.training.start import origin, take_weights, warn_of_another_task
 from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
 LETTERS = 10
-"""Of a class's name above its column of a preview."""
+"""Maximum length of a class name above its column of a preview."""
 _PIXEL_CLAMP = 1.0
 
 
@@ -52,7 +52,7 @@ def train_diffusion(run: DiffusionRun[Any], *, resume: bool = False) -> Path:
 
 
 class DiffusionTask:
-    """A denoiser, what it is trained on, and its objective (a `trainer.Task`)."""
+    """A denoiser, its training data and its objective (a `trainer.Task`)."""
 
     def __init__(self, run: DiffusionRun[Any]) -> None:
         self.run = run
@@ -87,7 +87,7 @@ class DiffusionTask:
         check_size(run, self.denoiser, autoencoder)
         if run.optimization.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.averaged = run.kind  # as the files of a run name it
+        self.averaged = run.kind  # also the stem of its files in a run
         self.networks: dict[str, nn.Module] = {self.averaged: self.denoiser}
         self.latents = Latents(
             self.batches,
@@ -98,9 +98,9 @@ class DiffusionTask:
         self.origin: dict[str, str] | None = None
 
     def start_from(self, place: str) -> None:
-        """Take the first weights from a trained model; see `fastdiff.training.start`.
+        """Initialize the weights from a trained model; see `fastdiff.training.start`.
 
-        On latents its scale factor is taken too: the weights were trained on that scale.
+        On latents its scale factor is used too, because the weights were trained at that scale.
         """
         run = self.run
         model = take_weights(self.denoiser, "denoiser", place, self.device)
@@ -110,7 +110,7 @@ class DiffusionTask:
         self.origin = origin(model)
 
     def needed_bytes(self) -> int:
-        """What the training takes; see `fastdiff.training.memory`."""
+        """Memory that training takes, in bytes; see `fastdiff.training.memory`."""
         run, shape = self.run, self.latents.shape(self.run.data.image_size)
 
         def forward(network: Any, rows: int) -> Tensor:
@@ -123,8 +123,11 @@ class DiffusionTask:
         return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
 
     def batch(self, step: int) -> Batch:
-        """x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,) where the model has classes;
-        weight (N,) of the losses where timesteps are not drawn evenly."""
+        """The batch of a step.
+
+        x0 (N, C, h, w), scaled; noise of the same shape; t (N,); y (N,) if the model has classes;
+        weight (N,) of the losses if timesteps are not drawn uniformly.
+        """
         run = self.run
         x0, labels = self.latents.batch(step)
         source = generator(run.seed, "noise", step, device=self.device)
@@ -186,7 +189,7 @@ class DiffusionTask:
     def sample(
         self, network: Network, seeds: Sequence[int], labels: Sequence[int | None]
     ) -> Tensor:
-        """Images with the preview's sampler: those that the exported model makes of these seeds.
+        """Sample images with the preview's sampler, as the exported model does for these seeds.
 
         labels: one class per seed; None for a model without classes.
 
@@ -211,14 +214,14 @@ class DiffusionTask:
             )
             for index, seed in enumerate(seeds)
         ]
-        # `prepare` changes a network for good, and this one is still being averaged.
+        # `prepare` changes a network in place, and this one is still being averaged.
         ready = prepare(copy.deepcopy(network), device=self.device)
         for result in run(ready, requests):
             noise[result.request.tag] = result.x
         return self.latents.decode(noise)
 
     def _preview_table(self) -> SamplerTable:
-        """Guided only if there is a null class; clamped on pixels, whose range is known."""
+        """The preview's table: guided only if there is a null class, clamped only on pixels."""
         config, model = self.run.preview, self.run.model
         options: dict[str, Any] = {}
         if config.sampler == "ddpm" and model.learned_sigma:
@@ -235,7 +238,7 @@ class DiffusionTask:
         )
 
     def export(self, network: nn.Module, step: int) -> None:
-        """Write model/: the averaged denoiser, and the first stage it was trained on."""
+        """Write model/: the averaged denoiser and the first stage that it was trained on."""
         run, bundle = self.run, self.bundle
         assert isinstance(network, Network)
         model = Model(
@@ -263,21 +266,21 @@ class DiffusionTask:
         )
 
     def state(self) -> dict[str, Any]:
-        """The scale factor, which first stage and images it belongs to, and the first weights."""
+        """The scale factor, and the identity of first stage, images and initial weights."""
         began = {"init_from": self.origin} if self.origin else {}
         return {**self.latents.state(), **began}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The losses that timesteps are drawn by; empty where they are drawn evenly."""
+        """The history of losses used to draw timesteps; empty if they are drawn uniformly."""
         return {} if self.resampler is None else self.resampler.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` gave."""
+        """Restore what `tensors` returned."""
         assert self.resampler is not None
         self.resampler.load(tensors)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the scale factor; the first stage and the images must be the same ones."""
+        """Restore the scale factor; raise ValueError if the first stage or the images differ."""
         self.latents.load_state(state, first_stage=self.run.autoencoder)
         self.origin = state.get("init_from")
 
@@ -300,7 +303,7 @@ def new_denoiser(run: DiffusionRun[Any]) -> Network:
 
 
 def check_size(run: DiffusionRun[Any], denoiser: Network, autoencoder: Autoencoder | None) -> None:
-    """Raise ValueError where the images are not of the size that a denoiser has positions for."""
+    """Raise ValueError unless the images have the size that the denoiser has positions for."""
     factor = 1 if autoencoder is None else autoencoder.downsample_factor
     only = denoiser.only_side
     if only is not None and run.data.image_size != only * factor:
@@ -313,7 +316,7 @@ def check_size(run: DiffusionRun[Any], denoiser: Network, autoencoder: Autoencod
 def check_parts_fit(
     run: DiffusionRun[Any], classes: tuple[str, ...], autoencoder: Autoencoder | None
 ) -> None:
-    """Raise ValueError where data, first stage and denoiser do not fit together."""
+    """Raise ValueError unless data, first stage and denoiser fit together."""
     model = run.model
     if autoencoder is None:
         check_model_fits(run.data, channels=model.in_channels, what="denoiser")
@@ -336,7 +339,7 @@ def check_parts_fit(
             f"the denoiser must return {wanted_out} channels, got out_channels={model.out_channels}"
         )
     factor = 1 if autoencoder is None else autoencoder.downsample_factor
-    # A network may run on sizes that it halves unevenly, but to train on them is a mistake.
+    # A network can run on sizes that do not halve evenly, but training on them is a mistake.
     step = factor * getattr(model, "downsample_factor", model.size_multiple)
     if run.data.image_size % step:
         raise ValueError(

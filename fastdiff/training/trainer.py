@@ -64,9 +64,9 @@ class Task(Protocol):
     """One stage: its networks, its batches, its losses.
 
     Attributes:
-        networks: what is trained, each with its own optimizer.
-        averaged: the name of the network whose averaged weights are sampled from and exported.
-        device: where all of it lives.
+        networks: the networks to train, each with its own optimizer.
+        averaged: name of the network whose averaged weights are sampled from and exported.
+        device: device of the networks and batches.
     """
 
     networks: dict[str, nn.Module]
@@ -78,11 +78,11 @@ class Task(Protocol):
         ...
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss per network (a network left out rests in this step), and scalars to log."""
+        """Loss per network (one that is left out is not updated), and scalars to log."""
         ...
 
     def preview(self, network: nn.Module, step: int) -> Image.Image:
-        """A labelled sheet made with the averaged network, after so many steps."""
+        """A labelled sheet made with the averaged network after `step` steps."""
         ...
 
     def export(self, network: nn.Module, step: int) -> None:
@@ -90,24 +90,24 @@ class Task(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """JSON-able facts that a resumed run must share."""
+        """JSON-compatible facts that must not change before the run is resumed."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the task itself has learned, on the CPU: the file task.safetensors; often empty."""
+        """State of the task itself, on the CPU, saved as task.safetensors; often empty."""
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave; called only where that is not empty."""
+        """Restore what `tensors` returned; called only if that is not empty."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave, or raise ValueError if it cannot be the same run."""
+        """Restore what `state` returned; raise ValueError if it is of another run."""
         ...
 
 
 class Trainer:
-    """Weights, optimizers, averages and counters of a run, and the loop over its steps."""
+    """Weights, optimizers, averages and counters of a run, and its optimizer step."""
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task = task
@@ -150,7 +150,7 @@ class Trainer:
             with autocast(config.precision, self.task.device):
                 losses, logged = self.task.losses(part, step)
             for name, loss in losses.items():
-                # inputs=: the autoencoder's loss goes through the discriminator, but not into it
+                # inputs=: the autoencoder's loss must not train the discriminator it passes through
                 scaled = self.scaler.scale(loss / config.accumulate)
                 torch.autograd.backward(scaled, inputs=self.parameters[name])
             active = list(losses)
@@ -180,8 +180,8 @@ class Trainer:
         """Copy the scalars of the steps since the last call to the CPU and check them.
 
         Raises:
-            ValueError: a loss that is not finite; the message names the step. With fp16, whose loss
-                scale skips such steps, only when many in a row were skipped.
+            ValueError: a loss is not finite; the message names the step. With fp16, where the loss
+                scaler skips such steps, only after many consecutive ones.
         """
         if not self._pending:
             return
@@ -249,7 +249,7 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: it is damaged, or belongs to another run.
+            ValueError: the checkpoint is damaged or belongs to another run.
         """
         stems = ("networks", "ema", "optimizers", *(["task"] if self.task.tensors() else []))
         tensors, state = checkpoints.load_checkpoint(folder, stems)
@@ -287,30 +287,30 @@ class Trainer:
 
 
 def train(task: Task, run: Run, *, resume: bool) -> Path:
-    """Open the run's folder, keep other trainings out of it, and :func:`fit`.
+    """Open and lock the run's folder, then :func:`fit`.
 
     Raises:
-        ValueError: another process is training there, or the folder holds another run.
+        ValueError: another process is training there, or the folder contains another run.
         FileNotFoundError: there is nothing to resume.
     """
     folder = Path(run.output.folder)
     if resume and not (folder / CONFIG).exists():
         raise FileNotFoundError(f"nothing to resume in {folder}: it has no {CONFIG}")
     with locked_folder(folder, what="is training"):
-        told = open_run(run, resume=resume)
-        return fit(task, run, resume=resume, told=told)
+        changes = open_run(run, resume=resume)
+        return fit(task, run, resume=resume, notice=changes)
 
 
-def fit(task: Task, run: Run, *, resume: bool, told: str = "") -> Path:
+def fit(task: Task, run: Run, *, resume: bool, notice: str = "") -> Path:
     """Train to the last step of `run`, from its newest checkpoint if `resume`.
 
-    told: a line to print once it has begun.
+    notice: a line to print when training starts.
 
     Returns:
-        the run's folder; its model/ is the bundle of the averaged weights.
+        The run's folder; its model/ is the bundle of the averaged weights.
 
     Raises:
-        ValueError: a loss that is not finite, or a checkpoint that does not fit.
+        ValueError: a loss is not finite, or the checkpoint does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both after saving.
         OSError: for example a full disk; earlier checkpoints are left untouched.
     """
@@ -331,8 +331,8 @@ def fit(task: Task, run: Run, *, resume: bool, told: str = "") -> Path:
     with monitor, Interrupts() as interrupts:
         if checkpoint is not None:
             monitor.say(f"resumed {folder} at step {trainer.done}")
-        if told:
-            monitor.say(told)
+        if notice:
+            monitor.say(notice)
         while trainer.done < run.optimization.steps and interrupts.received is None:
             _one_step(trainer, monitor, folder)
         trainer.settle()
@@ -345,7 +345,7 @@ def fit(task: Task, run: Run, *, resume: bool, told: str = "") -> Path:
 
 
 def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
-    """One step, then logging, preview and saving as due."""
+    """Take one step, then log, preview and save if due."""
     output, config = trainer.run.output, trainer.config
     rate = learning_rate(trainer.done, config)
     trainer.step()
@@ -355,7 +355,7 @@ def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
         "log": done % output.log_every == 0 or done == config.steps,
         "save": bool(output.save_every) and done % output.save_every == 0 and done < config.steps,
     }
-    # Reading a loss waits for the device: on a GPU do it only when the value is used.
+    # Reading a loss synchronizes with the device: on a GPU, only do so when the value is used.
     if trainer.task.device.type == "cpu" or any(due.values()):
         trainer.settle()
     if due["log"]:
@@ -367,7 +367,7 @@ def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
 
 
 def preview(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
-    """Write samples/step_N.png with the averaged weights."""
+    """Write samples/step_N.png, made with the averaged weights."""
     sheet = trainer.task.preview(trainer.ema.network, trainer.done)
     save_png(folder / "samples" / f"step_{trainer.done:08d}.png", sheet)
     monitor.sheet(trainer.done, sheet, "samples")
@@ -386,16 +386,16 @@ def save(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
 
 
 def open_run(run: Run, *, resume: bool) -> str:
-    """Write the run folder's config.json, or check that it is this run's.
+    """Write config.json to the run's folder, or check that it matches this run.
 
-    A run may be resumed with another number of steps and other output settings; config.json is then
-    updated. Everything else must be as it was, or the result would belong to neither config.
+    A run can be resumed with another number of steps and other output settings; config.json is then
+    updated. Anything else must not change, or the result would match neither config.
 
     Returns:
-        what changed, in one line; empty if nothing did.
+        What changed, in one line; empty if nothing did.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is not set, or that run's config differs
+        ValueError: the folder contains a run and `resume` is not set, or that run's config differs
             (all differing fields are named; the folder itself may have moved).
     """
     folder = Path(run.output.folder)
@@ -413,13 +413,13 @@ def open_run(run: Run, *, resume: bool) -> str:
         raise ValueError(f"{path} is not the config of this kind of run: {error}") from error
     started = json.loads(json.dumps(saved.to_json()))
     changes = differences(started, config)
-    changes.pop("output.folder", None)  # it has been moved
+    changes.pop("output.folder", None)  # the folder may be moved
     fixed = [name for name in changes if name != STEPS and not name.startswith("output.")]
     if fixed:
         listed = "; ".join(f"{n}: {changes[n][0]!r} there, {changes[n][1]!r} now" for n in fixed)
         raise ValueError(
-            f"{folder} was started with another config; resume with the same config or choose "
-            f"another folder; {listed}"
+            f"{folder} was started with another config ({listed}); resume with the same config or "
+            "choose another folder"
         )
     done = checkpoints.step_of(newest) if newest is not None else 0
     if run.optimization.steps < done:
@@ -429,11 +429,13 @@ def open_run(run: Run, *, resume: bool) -> str:
         )
     if started != config:
         write_json(path, config)
-    told = "; ".join(f"{name}: {old!r} before, {new!r} now" for name, (old, new) in changes.items())
+    notice = "; ".join(
+        f"{name}: {old!r} before, {new!r} now" for name, (old, new) in changes.items()
+    )
     before, now = (learning_rate(done, r.optimization) for r in (saved, run))
     if before != now:
-        told += f"; the learning rate of the next step changes from {before:.3g} to {now:.3g}"
-    return told
+        notice += f"; the learning rate of the next step changes from {before:.3g} to {now:.3g}"
+    return notice
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -448,7 +450,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 
 
 def _loss_name(network: str, task: Task) -> str:
-    """The averaged network's loss is the run's loss; a discriminator's is another matter."""
+    """Name in the log: "loss" for the averaged network, "loss/NAME" for any other."""
     return "loss" if network == task.averaged else f"loss/{network}"
 
 

@@ -51,19 +51,19 @@ def watch() -> Watch:
 
 def refused(path: Path, watch: Watch | None = None) -> str:
     """Check that a file is refused, and how; returns the message."""
-    told: list[str] = []
+    messages: list[str] = []
 
     def opens() -> None:
         try:
             open_weights(path)
         except ValueError as error:
-            told.append(str(error))
+            messages.append(str(error))
             raise
 
     with bounded_memory():
         assert not broken(opens, watch.over(path.parent) if watch else nullcontext(), str(path))
-    assert told, f"{path.name} was opened"
-    return told[0]
+    assert messages, f"{path.name} was opened"
+    return messages[0]
 
 
 def legacy(pickled: bytes) -> bytes:

@@ -394,13 +394,13 @@ def test_info_on_files_and_folders(
     folder, models = sd1
     path = pruned(models, tmp_path / "x.safetensors")
     assert fastdiff.cli.main(["info", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert "layout  compvis" in told
-    assert "denoiser.channel_mult" in told
+    output = capsys.readouterr().out
+    assert "layout  compvis" in output
+    assert "denoiser.channel_mult" in output
     assert fastdiff.cli.main(["info", str(folder)]) == 0
-    told = capsys.readouterr().out
-    assert "layout  diffusers" in told
-    assert "text_encoder" in told
+    output = capsys.readouterr().out
+    assert "layout  diffusers" in output
+    assert "text_encoder" in output
     assert fastdiff.cli.main(["info", str(folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["config"]["schedule"]["kind"] == "scaled_linear"

@@ -220,7 +220,7 @@ def test_a_file_that_lacks_a_block_is_refused(tmp_path: Path) -> None:
 def test_latents_need_an_autoencoder_before_they_are_sampled(tmp_path: Path) -> None:
     path = save_pt(published_dit(network_of(DiT, DIT)), tmp_path / "weights.pt")
     model = fastdiff.load(path, **SAID)
-    with pytest.raises(ValueError, match="give the one that it was trained with as vae="):
+    with pytest.raises(ValueError, match="pass the one that it was trained with as vae="):
         Facts.of(model)
     peer_model("AutoencoderKL", VAE_KL, torch.float32).save_pretrained(tmp_path / "vae")
     whole = fastdiff.load(path, vae=tmp_path / "vae", **SAID)

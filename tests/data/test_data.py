@@ -115,10 +115,10 @@ def test_a_class_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> Non
     Image.fromarray(halves(0, 255)).save(os.path.join(folder, "a.png"))
     with pytest.raises(
         ValueError, match=r"the class folder caf\\udce9 in .*set contains unprintable"
-    ) as told:
+    ) as error:
         open_dataset(folder_config(tmp_path / "set"))
     os.rename(folder, tmp_path / "set" / "cafe")  # as the message says
-    assert str(told.value).isprintable()
+    assert str(error.value).isprintable()
     broken = os.fsdecode(os.fsencode(tmp_path / "set" / "cafe") + b"/\xe9.png")
     Path(broken).write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"unreadable file in .*udce9.png \(not an image"):

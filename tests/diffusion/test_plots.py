@@ -35,7 +35,7 @@ def test_a_panel_without_noise_is_left_out(
     plot_tables([build_table(name, SCHEDULE, 6)], tmp_path / "table.svg")
     drawn = (tmp_path / "table.svg").read_text()
     assert ("Fresh noise" in drawn) == noise
-    assert "Weight b of the new estimate" in drawn
+    assert "Weight b of the new x0 estimate" in drawn
     assert drawn.count("network evaluation<") >= 2  # below each column
 
 

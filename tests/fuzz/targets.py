@@ -219,10 +219,10 @@ def _shards(folder: Path) -> None:
 
 def _images_of(source: Any, pattern: str) -> Callable[[Path], None]:
     def open_(folder: Path) -> None:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             open_dataset(DataConfig(source=source, path=str(folder / pattern), image_size=8))
-        for line in (str(warning.message) for warning in told):
+        for line in (str(warning.message) for warning in caught):
             assert line.isprintable(), repr(line[:LIMIT])
             assert len(line) < LIMIT, line[:LIMIT]
 

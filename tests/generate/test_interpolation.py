@@ -147,7 +147,7 @@ def test_one_call_makes_the_frames(model: Model) -> None:
         ({"frames": 3, "to_seed": 1, "at": 0.5}, "got 0.5 and 3 frames; leave one of them out"),
         ({"frames": 1, "to_seed": 1, "at": 1.5}, r"at must be in \[0, 1\], got 1.5"),
         ({"frames": 3, "to_label": 4}, "class must be from 0 to 3, got 4"),
-        ({"frames": 3, "to_prompt": "a cat"}, "reads no text, got prompt 'a cat'"),
+        ({"frames": 3, "to_prompt": "a cat"}, "does not read text, got prompt 'a cat'"),
         ({"to_seed": 1}, "to_seed needs frames, the number of images to make"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -112,7 +112,10 @@ def test_an_upsampler_enlarges_a_picture(run: Run) -> None:
     openai_file(Path("up.pt"), in_channels=6)
     code, out, err = run(f"sample --model up.pt --classes 1 {OPENAI}")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "enlarges a small image and needs one; give image= (fastdiff sample --image FILE)" in err
+    assert (
+        "enlarges a small image, and none was given; pass image= (fastdiff sample --image FILE)"
+        in err
+    )
     for name, seed in (("a", 0), ("b", 1)):
         pixels = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(seed))
         save_png(f"{name}.png", pixels * 2 - 1)

@@ -35,10 +35,10 @@ def test_estimates_are_within_a_quarter_of_measured_peaks(tmp_path: Path) -> Non
     smaller ones it keeps for later, which would drown the difference in these small models."""
     command = [sys.executable, "-m", "tests.support.peaks", str(tmp_path)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    told = subprocess.run(
+    output = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
-    rows = [json.loads(line) for line in told.splitlines() if line.startswith("[")]
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
     assert len(rows) == 6
     assert {what.split()[0] for what, *_ in rows} == {"digits", "text", "decode"}
     wrong = [
@@ -108,7 +108,7 @@ def test_sizes_that_do_not_fit_are_refused_at_once(
 ) -> None:
     bound(monkeypatch, 16 * GIB)
     model = fastdiff.load("digits")
-    words = r"needs about [\d,]+ GiB of memory, 16 GiB are free; give a smaller height, width"
+    words = r"needs about [\d,]+ GiB of memory, 16 GiB are free; use a smaller height, width"
     with pytest.raises(NotEnoughMemory, match=words):
         model.generate(classes=1, **size)
     with pytest.raises(MemoryError):
@@ -119,7 +119,7 @@ def test_images_at_once_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     bound(monkeypatch, GIB // 2)
     model = fastdiff.load("digits")
     jobs = [ClassJob(label=1, settings=SampleSettings(batch=2**18, steps=1))] * 2**18
-    with pytest.raises(NotEnoughMemory, match="give a smaller height, width or batch"):
+    with pytest.raises(NotEnoughMemory, match="use a smaller height, width or batch"):
         next(fastdiff.generate(model, jobs))
     small = [ClassJob(label=1, settings=SampleSettings(batch=2, steps=1))] * 2
     assert len(list(fastdiff.generate(model, small))) == 2
@@ -160,10 +160,10 @@ def test_commands_refuse_in_one_line(
     bound(monkeypatch, 2**10 if line.startswith("reconstruct") else 8 * GIB)
     save_png("wide.png", torch.zeros(1, 32, 32))
     code = main([*line.split(), "--device", "cpu"])
-    told = capsys.readouterr()
-    assert (code, told.out, told.err.count("\n")) == (2, "", 1)
-    assert "GiB of memory" in told.err
-    assert "are free; give " in told.err
+    captured = capsys.readouterr()
+    assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert "GiB of memory" in captured.err
+    assert "are free; use " in captured.err
     assert not Path("out").exists()
 
 
@@ -260,7 +260,7 @@ def test_a_batch_of_training_that_does_not_fit(
     monkeypatch.chdir(tmp_path)
     bound(monkeypatch, GIB)
     code = main(["train", "autoencoder", "--optimization.batch-size", "100000", "--device", "cpu"])
-    told = capsys.readouterr().err
-    assert (code, told.count("\n")) == (2, 1)
-    assert "1 GiB are free; set a smaller optimization.batch_size" in told
+    captured = capsys.readouterr().err
+    assert (code, captured.count("\n")) == (2, 1)
+    assert "1 GiB are free; set a smaller optimization.batch_size" in captured
     assert not Path("runs").exists()

@@ -87,7 +87,7 @@ def test_edits_of_a_model_of_classes(model: Model) -> None:
         ({"classes": [1, 2], "seeds": [1]}, "got 2 classes and 1 seeds"),
         ({"classes": "five"}, "unknown class 'five'; expected one of zero, one"),
         ({"stepz": 3}, "unknown option 'stepz'; expected one of label, image, seed"),
-        ({"prompts": "a cat"}, "reads no text, got prompt 'a cat'"),
+        ({"prompts": "a cat"}, "does not read text, got prompt 'a cat'"),
         (
             {"image": torch.zeros(2, 1, 16, 16), "seeds": 1},
             "image must be one for all images or one per seed, got 2",

@@ -229,7 +229,7 @@ def test_a_network_that_returns_nan_is_named(model: Model) -> None:
 
 
 def test_an_autoencoder_alone_does_not_sample() -> None:
-    with pytest.raises(ValueError, match="holds an autoencoder only"):
+    with pytest.raises(ValueError, match="contains only an autoencoder"):
         draw(tiny_model(denoiser=None, schedule=None, class_names=()), [0], [0], QUICK)
 
 

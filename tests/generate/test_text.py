@@ -405,7 +405,7 @@ def test_sizes_that_do_not_fit(model: Model) -> None:
     with refused("got 65 x 63 .* are 64 x 56 or 72 x 64"):
         image_to_image(model, torch.zeros(3, 63, 65), "a cat")
     unsized = replace(model, image_size=None)
-    with refused("does not say for which size it was trained"):
+    with refused("does not say which size it was trained on"):
         text_to_image(unsized, "a cat", height=64)
 
 
@@ -434,11 +434,11 @@ def test_pictures_are_made_to_fit_where_that_is_asked_for(model: Model) -> None:
         image_to_image(model, cropped, "a cat", fit="resize", **options),
         image_to_image(model, cropped, "a cat", **options),
     )
-    with refused(r"nearest sizes are 80 x 64 or 88 x 72, and fit \(--fit\) crop or resize makes"):
+    with refused(r"nearest sizes are 80 x 64 or 88 x 72, or set fit \(--fit\) to crop or resize"):
         image_to_image(model, whole, "a cat", **options)
     edge = torch.zeros(1, 70, 83)
     edge[:, :2] = 1
-    with refused("leaves nothing of the mask; use fit='resize'"):
+    with refused("removes the whole mask; use fit='resize'"):
         inpaint(model, whole, edge, "a cat", fit="crop", **options)
     with refused("got 4 x 4 .* nearest sizes are 8 x 8"):
         image_to_image(model, torch.zeros(3, 4, 4), "a cat", fit="crop")
@@ -457,11 +457,11 @@ def test_images_and_masks_that_do_not_fit(model: Model) -> None:
         image_to_image(model, torch.full((3, 64, 64), float("nan")), "a cat")
     with refused(r"strength must be in \[0, 1\], got 1.2"):
         image_to_image(model, image, "a cat", strength=1.2)
-    with refused(r"mask must be \(1, 64, 64\), as large as the image, got \(32, 64\)"):
+    with refused(r"mask must be \(1, 64, 64\), the size of the image, got \(32, 64\)"):
         inpaint(model, image, torch.ones(32, 64), "a cat")
-    with refused(r"got \(3, 64, 64\); resize it, and give it one channel"):
+    with refused(r"got \(3, 64, 64\); resize it, or reduce it to one channel"):
         inpaint(model, image, torch.ones(3, 64, 64), "a cat")
-    with refused("the mask is empty"):
+    with refused("the mask is all zeros"):
         inpaint(model, image, torch.zeros(64, 64), "a cat")
     with refused("scale must be in \\[1, 16\\], got 0.5"):
         UpscaleJob(image=image, prompt="a cat", scale=0.5)
@@ -517,15 +517,15 @@ def test_models_that_do_not_fit(models: Callable[[str], Model], tmp_path: Any) -
     made = checkpoint("sd1", components("sd1", tmp_path))
     xl = models("xl")
     for change, message in (
-        ({"denoiser": None}, "holds an autoencoder only"),
-        ({"schedule": None}, "does not say with which noise"),
-        ({"autoencoder": None}, "got one without autoencoder"),
+        ({"denoiser": None}, "contains only an autoencoder"),
+        ({"schedule": None}, "does not say which noise schedule"),
+        ({"autoencoder": None}, "got one without an autoencoder"),
         ({"text_encoders": ()}, "has no text encoder"),
-        ({"text_encoders": xl.text_encoders}, "32 wide and the text encoders make 56"),
+        ({"text_encoders": xl.text_encoders}, "width 32, the text encoders produce 56"),
     ):
         with refused(message):
             text_to_image(replace(made, **change), "a cat")
-    with refused("this denoiser reads 9 channels, 4 of latents"):
+    with refused("this denoiser reads 9 channels: 4 of latents"):
         text_to_image(models("inpaint"), "a cat", settings=QUICK)
     with refused("must share latent channels, scale factor and schedule"):
         refined(models("sd1"), models("refiner"), settings=QUICK)
@@ -546,7 +546,7 @@ def test_where_the_files_name_a_sampler_that_we_lack(tmp_path: Any) -> None:
     made.provenance = {"no_sampler": "fastdiff has no sampler like UniPCMultistepScheduler"}
     session = Session.of(made)
     assert resolved(SampleSettings(), session.facts).sampler == "checkpoint"
-    with pytest.warns(UserWarning, match="no sampler like UniPC.*; dpmpp-2m is used instead"):
+    with pytest.warns(UserWarning, match="no sampler like UniPC.*; using dpmpp-2m instead"):
         session.table(asked)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

@@ -164,12 +164,12 @@ def test_like_makes_a_new_picture_of_theirs(
     )
     Image.new("RGB", (64, 64)).save("web.png", pnginfo=info)
     code = main(["txt2img", "--like", "web.png", "--model", str(folder), "--device", "cpu"])
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    assert "web.png was made by another program" in told.err
-    assert "a new picture is made" in told.err
-    assert "not taken: ENSD: 31337" in told.err
-    assert "identical" not in told.out
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "web.png was made by another program" in captured.err
+    assert "a new picture is made" in captured.err
+    assert "not taken: ENSD: 31337" in captured.err
+    assert "identical" not in captured.out
     [made] = Path("out").glob("*.png")
     job = read_recipe(made)["job"]
     assert (job["prompt"], job["text"]["negative"], job["seed"]) == ("a 猫", "dog", 9)

@@ -287,13 +287,13 @@ def test_what_does_not_fit(network: UViT) -> None:
         ("sample_size", 9, "sample_size must be a multiple of patch_size"),
         ("mlp_ratio", -1.0, "mlp_ratio must be positive"),
         ("num_classes", None, "null_class needs num_classes"),
-        ("context_dim", 8, "context_dim and context_tokens go together"),
+        ("context_dim", 8, "context_dim and context_tokens must be set together"),
         ("timestep_offset", math.inf, "timestep_offset must be finite"),
         ("dropout", 1.0, r"dropout must be in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(OURS, **{name: value})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="give one of num_classes and context_dim"):
+    with pytest.raises(ValueError, match="num_classes and context_dim cannot be combined"):
         replace(OURS, context_dim=8, context_tokens=3)
     with pytest.raises(ValueError, match="out_channels must be even with learned_sigma"):
         replace(OURS, out_channels=7, learned_sigma=True)

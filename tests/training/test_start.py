@@ -166,8 +166,8 @@ def test_the_command_takes_the_architecture_of_the_model(
     line = "train diffusion --init-from start --data.source folder --data.path images --dry-run"
     shutil.copytree(images, tmp_path / "images")
     assert main(line.split()) == 0, capsys.readouterr().err
-    told = capsys.readouterr().out
-    config = json.loads(told[told.index("{") : told.rindex("}") + 1])
+    output = capsys.readouterr().out
+    config = json.loads(output[output.index("{") : output.rindex("}") + 1])
     assert config["model"]["channel_mult"] == [1, 1]
     assert (config["init_from"], config["prediction"]) == ("start", "v")
     assert config["data"]["image_size"] == 8

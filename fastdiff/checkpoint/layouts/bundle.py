@@ -1,13 +1,13 @@
-"""A bundle: the folder a trained model is kept in.
+"""A bundle: the folder in which fastdiff stores a trained model.
 
     config.json                   the model (`Stored`), sha256 of each weights file, provenance
     autoencoder.safetensors       absent for pixel diffusion
-    KIND.safetensors              the denoiser, "unet" for a U-Net; absent for an autoencoder alone
-    class_embedding.safetensors   classes as context tokens, where the denoiser reads them so
+    KIND.safetensors              the denoiser, "unet" for a U-Net; absent for an autoencoder only
+    class_embedding.safetensors   classes as context tokens, for denoisers that read them so
 
-Everything is checked before a number is used: the safetensors header against the file's size, the
-sha256 against config.json, names and shapes against the model that the config describes. Nothing
-that could run code (pickle) is ever opened.
+Everything is checked before it is used: the safetensors header against the size of the file, the
+sha256 against config.json, names and shapes against the model that the config describes. Pickles,
+which could run code, are never opened.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fastdiff.models.network import kind_of, network_family
 from fastdiff.names import Prediction
 
 NAME = "bundle"
-UNET = "unet"  # the kind of denoiser where config.json names none
+UNET = "unet"  # the kind of denoiser if config.json does not name one
 CLASS_EMBEDDING = "class_embedding"
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
@@ -56,23 +56,23 @@ WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What stands under "model" in config.json, beside the denoiser's config under its kind.
+    """The value of "model" in config.json; `_schema` adds the denoiser's config under its kind.
 
-    Fields that may be absent are left out where they say nothing, so that the hash of a bundle
-    does not depend on the version that wrote it.
+    Optional fields are omitted when they have their default, so that the hash of a bundle does not
+    depend on the version that wrote it.
     """
 
     image_size: int | None
     image_channels: int | None
     autoencoder: AutoencoderConfig | None = None
     kind: str = UNET
-    """The denoiser's family; bundles without it are U-Nets."""
+    """The denoiser's family; a bundle that does not state one is a U-Net."""
     schedule: ScheduleConfig | None = None
     prediction: Prediction = "eps"
     scale_factor: float = 1.0
     class_names: tuple[str, ...] = ()
     class_embedding: tuple[int, int] | None = None
-    """Classes and width of a table of context tokens; its numbers are a file of their own."""
+    """Classes and width of a table of context tokens, which is stored in a separate file."""
     sampler: SamplerSettings | None = None
 
     @property
@@ -114,7 +114,7 @@ def _schema(kind: str) -> type[Stored]:
     """`Stored` with the denoiser's config as a field of its kind's name.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: the kind is unknown.
     """
     config = network_family(kind).config
     return make_dataclass(
@@ -130,18 +130,18 @@ def save_bundle(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Write a bundle: all of it or nothing. An existing folder is replaced as a whole.
+    """Write a bundle atomically. An existing folder is replaced as a whole.
 
-    dtype: what floating-point weights are stored as; None keeps each tensor's own.
-    provenance: JSON-able facts for people: command, commit, date, data, steps; None: those of the
-    bundle it came from, or which file it was converted from.
+    dtype: dtype of the stored floating-point weights; None: the dtype of each tensor.
+    provenance: JSON-compatible facts such as command, commit, date, data and steps; None: those of
+    the bundle that the model was loaded from, or the file that it was converted from.
     progress: called as progress(tensor, bytes) after each tensor.
 
     Returns the weights hash that the bundle will have.
 
     Raises:
-        ValueError: a bundle has no place for a part of it (text encoders), it lacks what a bundle
-            must say, or its weights are not finite.
+        ValueError: the model has parts that a bundle cannot contain (text encoders), lacks facts
+            that a bundle must state, or has weights that are not finite.
         OSError: the folder cannot be written.
     """
     data = _stored(model)
@@ -169,7 +169,7 @@ def save_bundle(
 
 
 def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
-    """Name of the file -> module and its config, of the parts that the model has."""
+    """File stem -> (module, config) for each part that the model has."""
     parts: dict[str, tuple[nn.Module, Any]] = {}
     if model.autoencoder is not None:
         parts["autoencoder"] = (model.autoencoder, model.autoencoder.config)
@@ -181,19 +181,19 @@ def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
 
 
 def _stored(model: Model) -> dict[str, Any]:
-    """What stands under "model" in config.json.
+    """The value of "model" in config.json.
 
     Raises:
-        ValueError: as `save_bundle`.
+        ValueError: as for `save_bundle`.
     """
     if model.text_encoders:
         raise ValueError(
-            "a bundle has no place for text encoders; write a diffusers folder, or load the model "
+            "a bundle cannot contain text encoders; write a diffusers folder, or load the model "
             "with text_encoders=False"
         )
     if model.image_size is None and model.image_channels is not None:
         raise ValueError(
-            "a bundle says how large its images are, and these files do not; load them with "
+            "a bundle must state the size of its images, which these files do not; load them with "
             "image_size="
         )
     denoiser, first, table = model.denoiser, model.autoencoder, model.class_embedding
@@ -219,7 +219,7 @@ def _stored(model: Model) -> dict[str, Any]:
 
 
 def _origin(model: Model) -> dict[str, Any]:
-    """The provenance of a model that was not trained here: its own, or where it came from."""
+    """Provenance of a model that is being converted: its own, or the file that it came from."""
     if model.layout == "bundle":
         return dict(model.provenance.get("facts", {}))
     return {"converted from": model.layout, "file": model.path.name}
@@ -232,15 +232,14 @@ def load_bundle(
     dtype: torch.dtype | None = torch.float32,
     progress: Progress | None = None,
 ) -> Model:
-    """Read a bundle from its folder, or a shipped one by its name (``"digits"``).
+    """Load a bundle from its folder, or a shipped one by its name (``"digits"``).
 
-    dtype: what floating-point weights become; None: what each file mostly has.
+    dtype: dtype of the loaded floating-point weights; None: the most common dtype of each file.
     progress: called as progress(tensor, bytes) after each tensor.
 
     Raises:
-        FileNotFoundError: there is no such folder or name, or a file of it is missing.
-        ValueError: a file is damaged, was changed, or does not fit the config; one line with the
-            file, what was found, what was expected and what to do.
+        FileNotFoundError: the folder or name does not exist, or a file is missing.
+        ValueError: a file is damaged, was changed or does not fit the config.
     """
     folder = _find(folder_or_name)
     data = _read_config(folder / CONFIG_FILE)
@@ -262,7 +261,7 @@ def load_bundle(
         record = data["weights"].get(path.name)
         if record is None:
             raise ValueError(
-                f"{folder / CONFIG_FILE}: no sha256 of {path.name} in it; download the bundle again"
+                f"{folder / CONFIG_FILE} has no sha256 of {path.name}; download the bundle again"
             )
         modules[name] = _load_module(path, config, record["sha256"], dtype, device, progress)
     return Model(
@@ -290,14 +289,14 @@ def _find(folder_or_name: str | os.PathLike[str]) -> Path:
         return inside if (inside / CONFIG_FILE).is_file() else folder
     if folder.is_file():
         raise ValueError(
-            f"{folder}: expected a bundle's folder (holding {CONFIG_FILE}), got a file; "
-            f"give the folder, {folder.parent}"
+            f"{folder}: expected the folder of a bundle (with {CONFIG_FILE}), got a file; "
+            f"use the folder, {folder.parent}"
         )
     if (shipped := shipped_folder(str(folder))) is not None:
         return shipped
     known = ", ".join(shipped_bundles()) or "none in this installation"
     raise FileNotFoundError(
-        f"no bundle at {folder}; give a folder that holds {CONFIG_FILE}, or a shipped name: {known}"
+        f"no bundle at {folder}; use a folder with {CONFIG_FILE}, or a shipped name: {known}"
     )
 
 
@@ -306,7 +305,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is missing: this folder is not a bundle; give one written by "
+            f"{path} is missing, so this folder is not a bundle; use one written by "
             "'fastdiff train', or a shipped name"
         ) from None
     except (ValueError, RecursionError) as error:
@@ -316,7 +315,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(
-            f"{path}: expected format {FORMAT!r}, got {found!r}; give a bundle's folder "
+            f"{path}: expected format {FORMAT!r}, got {found!r}; use the folder of a bundle "
             "(a training run keeps its bundle in model/)"
         )
     for key in ("model", "weights", "provenance"):
@@ -324,7 +323,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: expected an object under {key!r}, got {data.get(key)!r:.60}")
     for name, record in data["weights"].items():
         if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
-            raise ValueError(f"{path}: no sha256 of {name:.60} in it; download the bundle again")
+            raise ValueError(f"{path} has no sha256 of {name:.60}; download the bundle again")
     return data
 
 
@@ -354,7 +353,7 @@ def _load_module(
 def _check_names_and_shapes(
     file: str, shapes: Mapping[str, tuple[int, ...]], config: Any
 ) -> nn.Module:
-    """Compare with the module the config describes, built without memory; return the module."""
+    """Compare with the module that the config describes, built on the meta device; return it."""
     module = empty_model(config, file, len(shapes))
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     missing, unknown = sorted(expected.keys() - shapes), sorted(shapes.keys() - expected)
@@ -380,22 +379,22 @@ def _storable(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             f"{key} is not finite as {stored.dtype}; train with a lower learning rate, "
             "or store it in a wider dtype"
         )
-    # A clone: safetensors refuses tensors that share storage, and EMA copies may.
+    # Cloned, because safetensors rejects tensors that share storage, as EMA copies may.
     return stored.contiguous().clone()
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """safetensors' own writer, with the errors and the permissions of an ordinary file."""
+    """safetensors' `save_file`, but with the errors and the permissions of an ordinary file."""
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # a full disk arrives as text: "... (os error 28)"
+    except SafetensorError as error:  # a full disk is reported as text: "... (os error 28)"
         for number in NO_SPACE:
             if f"os error {number})" in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from error
         raise
-    path.chmod(0o666 & ~_umask())  # safetensors leaves it readable by its owner only
+    path.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
 
 
 def _umask() -> int:
@@ -432,7 +431,7 @@ def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
     allowed = ("vae", "tokenizer", "ema", "text_encoders", "strict")
     if given := [name for name in loading.given if name not in allowed]:
-        raise ValueError(f"{source}: a bundle says everything itself; leave {', '.join(given)} out")
+        raise ValueError(f"{source}: a bundle states this itself; leave {', '.join(given)} out")
     return load_bundle(
         source, device=loading.device, dtype=loading.dtype, progress=loading.progress
     )
@@ -446,7 +445,7 @@ LAYOUT = Layout(
     name=NAME,
     folder=_is_bundle,
     refused={
-        "the weights of a fastdiff bundle, whose config stands beside them; give the folder": (
+        "the weights of a fastdiff bundle, whose config is in the same folder; use the folder": (
             "input_blocks.0.0.weight",
             "output_blocks.0.0.norm1.weight",
         ),
