@@ -68,6 +68,7 @@ _TURNS = {
 """EXIF Orientation -> the transposition that turns the image upright (Exif 2.32, 4.6.4 A)."""
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
+WHITE = (255, 255, 255)
 BACKGROUND, FRAME, INK, FAINT = "#fafaf8", "#d8d8d2", "#26262a", "#77777f"
 
 
@@ -101,15 +102,18 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def read_image(
-    path: str | os.PathLike[str], *, height: int | None = None, width: int | None = None
-) -> Tensor:
+Source = str | os.PathLike[str] | Image.Image
+"""An image file, or a Pillow image."""
+
+
+def read_image(source: Source, *, height: int | None = None, width: int | None = None) -> Tensor:
     """Read a picture of any kind as RGB: (3, H, W) fp32 in [-1, 1].
 
     The EXIF orientation is applied, grey and palette images become RGB, and transparent pixels are
     composited onto white.
 
     Args:
+        source: an image file, or a Pillow image.
         height, width: the picture is cropped around its centre and resized to this size. A side
             that is None follows from the other one and the picture's proportions.
 
@@ -117,32 +121,34 @@ def read_image(
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read, or a side is not within 1 and `MAX_SIDE`.
     """
-    return _read(path, "RGB", height, width) * 2 - 1
+    return _read(source, "RGB", height, width) * 2 - 1
 
 
-def read_mask(
-    path: str | os.PathLike[str], *, height: int | None = None, width: int | None = None
-) -> Tensor:
+def read_mask(source: Source, *, height: int | None = None, width: int | None = None) -> Tensor:
     """Read a mask, white where the image is to be replaced: (1, H, W) fp32 in [0, 1].
 
     Arguments and errors are those of `read_image`.
     """
-    return _read(path, "L", height, width)
+    return _read(source, "L", height, width)
 
 
 @one_line_errors()
-def _read(path: str | os.PathLike[str], mode: str, height: int | None, width: int | None) -> Tensor:
-    """Read an image file in a Pillow mode: (C, H, W) fp32 in [0, 1]."""
+def _read(source: Source, mode: str, height: int | None, width: int | None) -> Tensor:
+    """Convert an image to a Pillow mode: (C, H, W) fp32 in [0, 1]."""
     for name, side in (("height", height), ("width", width)):
         if side is not None and not 1 <= side <= MAX_SIDE:
             raise ValueError(f"{name} must be 1 to {MAX_SIDE} pixels, got {side}")
-    file = Path(path)
-    if not file.exists():
+    file = None if isinstance(source, Image.Image) else Path(source)
+    if file is not None and not file.exists():
         raise FileNotFoundError(f"no image at {file}; give a PNG, JPEG or other picture")
     try:
-        picture = open_flat(file, (255, 255, 255)).convert(mode)
+        if isinstance(source, Image.Image):
+            picture = _flatten(_upright(source), WHITE).convert(mode)
+        else:
+            picture = open_flat(Path(source), WHITE).convert(mode)
     except UNREADABLE as error:
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+        what = file or "the Pillow image"
+        raise ValueError(f"{what} cannot be read: {reason(error)}") from error
     if height is not None or width is not None:
         width = width or max(round(picture.width * (height or 1) / picture.height), 1)
         height = height or max(round(picture.height * width / picture.width), 1)

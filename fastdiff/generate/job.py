@@ -243,7 +243,7 @@ class ImageToImageJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
-        _check_fit(self)
+        _check_pictures(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -281,7 +281,7 @@ class InpaintJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
-        _check_fit(self)
+        _check_pictures(self)
         check_seed(self.seed)
         first_step(1, self.strength)
 
@@ -315,7 +315,7 @@ class UpscaleJob:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
-        _check_fit(self)
+        _check_pictures(self)
         check_seed(self.seed)
         first_step(1, self.strength)
         _check_scale(self.scale, self.via)
@@ -433,7 +433,18 @@ def _check_prompts(job: Any) -> None:
             read_prompt(prompt, emphasis=job.text.emphasis)
 
 
-def _check_fit(job: Any) -> None:
+def _check_pictures(job: Any) -> None:
+    """The pictures of a job are files or tensors, and its fit is known."""
+    for name in PICTURES:
+        value = getattr(job, name, None)
+        # tensors are told by a method: a job can be made without importing torch
+        if not (value is None or isinstance(value, str | os.PathLike)) and not hasattr(
+            value, "is_floating_point"
+        ):
+            raise ValueError(
+                f"{name} must be a file or a tensor, got {type(value).__name__}; "
+                "fastdiff.images.read_image turns Pillow images into tensors"
+            )
     if job.fit not in (None, *get_args(Fit)):
         raise ValueError(f"unknown fit {job.fit!r:.40}; expected one of crop, resize")
 

@@ -27,8 +27,13 @@ from fastdiff.generate.job import (
     UpscaleJob,
     frames_of,
 )
+from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.run import Progress, Result, generate
 from fastdiff.generate.session import Session
+from fastdiff.images import read_mask
+
+AnyPicture = Picture | Image | Result
+Pictures = AnyPicture | Sequence[Picture] | Sequence[Image] | Sequence[Result]
 
 
 class Model(CheckpointModel):
@@ -40,8 +45,8 @@ class Model(CheckpointModel):
         *,
         classes: int | str | Sequence[int | str | None] | None = None,
         seeds: int | Sequence[int] | None = None,
-        image: Picture | None = None,
-        mask: Picture | None = None,
+        image: Pictures | None = None,
+        mask: Pictures | None = None,
         frames: int | None = None,
         refiner: CheckpointModel | None = None,
         progress: Progress | None = None,
@@ -58,8 +63,9 @@ class Model(CheckpointModel):
             prompts: one for all images, or one per image.
             classes: one for all images, or one per image: a number or name, None for no class.
             seeds: one per image; None: counting up from 0, one per prompt or class.
-            image, mask: files, or pixels (C, H, W) in [-1, 1]; the mask is 1 where the image is to
-                be replaced. A batch (N, C, H, W) has one image per seed.
+            image, mask: a file, a Pillow image, a result of `generate`, or pixels (C, H, W) in
+                [-1, 1]; the mask is white, or 1, where the image is to be replaced. One for all
+                images; or one per seed, as a list or a batch (N, C, H, W).
             frames: number of images from each seed's image to that of to_seed, to_prompt or
                 to_label (one or more of them), including both ends; 1: the frame at position `at`.
             options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
@@ -70,13 +76,14 @@ class Model(CheckpointModel):
             ValueError: the arguments do not fit the model or each other.
         """
         count, seeds = _seeds(seeds, prompts, classes)
+        facts = Facts.of(self)
+        sides = {name: options.get(name) for name in ("height", "width")}
         given = {
             "prompt": _each("prompts", prompts, count),
             "label": _each("classes", classes, count),
-            "image": _pictures("image", image, count),
-            "mask": _pictures("mask", mask, count),
+            "image": _pictures("image", image, count, facts.image_channels, sides),
+            "mask": _pictures("mask", mask, count, None, sides),
         }
-        facts = Facts.of(self)
         kind: type[Any] = InterpolationJob
         if frames is None:
             kind = _kind(facts, prompts, image, mask, options)
@@ -116,6 +123,13 @@ class Images(Sequence[Result]):
     def tensor(self) -> Tensor:
         """(N, C, H, W) in [-1, 1], on the CPU."""
         return torch.stack([result.image for result in self.results])
+
+    def __repr__(self) -> str:
+        if not self.results:
+            return "Images(none)"
+        sizes = sorted({(*result.image.shape[1:],) for result in self.results})
+        shown = ", ".join(f"{width} x {height}" for height, width in sizes)
+        return f"Images({len(self)} of {shown}; .tensor, .pil, [0].save(path))"
 
     def __len__(self) -> int:
         return len(self.results)
@@ -158,8 +172,8 @@ load = _sampling(checkpoint_open.load)
 def _kind(
     facts: Facts,
     prompts: object,
-    image: Picture | None,
-    mask: Picture | None,
+    image: Pictures | None,
+    mask: Pictures | None,
     options: dict[str, Any],
 ) -> type[Any]:
     if mask is not None:
@@ -197,17 +211,34 @@ def _each(name: str, value: Any, count: int) -> list[Any] | None:
     return list(value)
 
 
-def _pictures(name: str, value: Picture | None, count: int) -> list[Picture] | None:
+def _pictures(
+    name: str, value: Pictures | None, count: int, channels: int | None, sides: dict[str, Any]
+) -> list[Picture] | None:
+    """One picture for each seed: files, and tensors of what is in memory.
+
+    channels: of the model's images; None for a mask. sides: height and width to resize to.
+    """
     if value is None:
         return None
     if isinstance(value, Tensor) and value.ndim == 4 and len(value) != 1:
-        if len(value) != count:
-            raise ValueError(
-                f"{name} must be one for all images or one per seed, got {len(value)} for "
-                f"{count} seeds"
-            )
-        return list(value)
-    return [value] * count
+        value = list(value)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [_picture(value, channels, sides)] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name} must be one for all images or one per seed, got {len(value)} for {count} seeds"
+        )
+    return [_picture(each, channels, sides) for each in value]
+
+
+def _picture(value: AnyPicture, channels: int | None, sides: dict[str, Any]) -> Picture:
+    if isinstance(value, Result):
+        return value.image
+    if not isinstance(value, Image):
+        return value
+    if channels is None:
+        return read_mask(value, **sides)
+    return read_picture(value, channels, **sides)
 
 
 def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fastdiff.generate.job import Fit, InpaintJob, Picture
 from fastdiff.images import read_image, read_mask
 
 
-def read_picture(picture: Picture, channels: int, height: int | None, width: int | None) -> Tensor:
-    """Read an image as (C, H, W) in [-1, 1]; files are converted to the model's colours.
+def read_picture(
+    picture: Picture | Image.Image, channels: int, height: int | None, width: int | None
+) -> Tensor:
+    """Read an image as (C, H, W) in [-1, 1]; all but tensors are converted to the model's colours.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastdiff
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.generate.job import ClassJob, ImageToImageJob, InpaintJob, Job, UpscaleJob
 from fastdiff.generate.model import Model, with_generate
-from fastdiff.images import save_png
+from fastdiff.images import read_image, save_png
 from tests.support.drawing import images
 from tests.support.tiny import tiny_model
 
@@ -30,6 +32,49 @@ def grey(seed: int = 0) -> torch.Tensor:
 
 def same(model: Model, made: Any, jobs: list[Job]) -> None:
     assert torch.equal(made.tensor, images(model, jobs))
+
+
+def test_pictures_in_memory_are_taken_as_they_are(model: Model, tmp_path: Path) -> None:
+    """Pillow images of any mode as if they had been saved, results as their pixels, lists as one
+    per seed."""
+    call: dict[str, Any] = {"classes": 2, "steps": 2, "strength": 0.5}
+    sized: dict[str, Any] = {**call, "height": 16, "width": 24}
+    colours = np.random.default_rng(0).integers(0, 256, (20, 28, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as picture:
+        found = model.generate(image=picture, **sized)
+    assert torch.equal(found.tensor, model.generate(image=tmp_path / "a.png", **sized).tensor)
+    made = model.generate(classes=[0, 1], steps=2)
+    again = model.generate(image=made, seeds=[0, 1], **call)
+    assert torch.equal(again.tensor, model.generate(image=made.tensor, seeds=[0, 1], **call).tensor)
+    one = model.generate(image=made[1], seeds=[1], **call)
+    assert torch.equal(one.tensor[0], again.tensor[1])
+    mask = Image.fromarray(np.pad(np.full((8, 16), 255, np.uint8), ((0, 8), (0, 0))))
+    painted = model.generate(image=made.pil[0], mask=mask, classes=2, steps=2).tensor[0]
+    assert torch.equal(painted[:, 8:], to_tensor(made.pil[0])[:, 8:])
+    assert not torch.equal(painted[:, :8], to_tensor(made.pil[0])[:, :8])
+    assert repr(made) == "Images(2 of 16 x 16; .tensor, .pil, [0].save(path))"
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture, np.float32))[None] / 255 * 2 - 1
+
+
+def test_other_pictures_are_refused(model: Model) -> None:
+    pixels = np.zeros((16, 16), np.float32)
+    for kind in (ImageToImageJob, UpscaleJob):
+        with pytest.raises(ValueError, match="image must be a file or a tensor, got ndarray; "):
+            kind(image=pixels, label=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mask must be a file or a tensor, got int"):
+        InpaintJob(image=grey(), mask=3, label=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image must be a file or a tensor, got Image; fastdiff"):
+        ImageToImageJob(image=Image.new("L", (16, 16)), label=1)  # type: ignore[arg-type]
+    read = read_image(Image.new("L", (16, 16), 255))  # what the message advises
+    assert torch.equal(read, torch.ones(3, 16, 16))
+    with pytest.raises(ValueError, match="image must be one for all images or one per seed, got 3"):
+        model.generate(classes=1, image=[grey()] * 3, seeds=[0, 1])
 
 
 def test_one_call_makes_the_jobs(model: Model, tmp_path: Path) -> None:
