@@ -264,7 +264,7 @@ def run_in_ve(table: SamplerTable, y: Tensor, seeds: Tensor) -> Tensor:
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 def test_2s_ancestral_in_the_variance_exploding_space(eta: float, final: str) -> None:
-    """Step by step as the formulas of DPM-Solver++(2S) and of ancestral noise stand for y."""
+    """Step by step with the formulas of DPM-Solver++(2S) and ancestral noise, written for y."""
     options = {"prediction": "x0", "spacing": "trailing", "final": final, "eta": eta}
     table = build_table("dpmpp-2s-ancestral", LINEAR, 6, **options)  # type: ignore[arg-type]
     sigmas = [*table.sigmas[::2].tolist(), table.final_sigma]
@@ -286,7 +286,7 @@ def test_2s_ancestral_in_the_variance_exploding_space(eta: float, final: str) ->
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_3m_sde_in_the_variance_exploding_space(eta: float) -> None:
-    """Step by step as k-diffusion's formulas stand for y, from divided differences of D."""
+    """Step by step with k-diffusion's formulas for y, from divided differences of D."""
     table = build_table("dpmpp-3m-sde", LINEAR, 9, prediction="x0", spacing="karras", eta=eta)
     sigmas = [*table.sigmas.tolist(), 0.0]
     seeds, y = torch.tensor([3, 4]), 9 * noise(2, 3, 4)

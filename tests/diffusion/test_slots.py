@@ -32,7 +32,7 @@ TABLES = [
 
 
 def network(x: Tensor, t: float, sign: float) -> Tensor:
-    """Of one sample; sign -1: unconditional."""
+    """A network for one sample; sign -1: unconditional."""
     return torch.tanh(x + sign * t / 1000) - 0.1 * sign * x
 
 

@@ -38,11 +38,11 @@ def kill(
     seed: int = 0,
     tell: Callable[[], None] = lambda: None,
 ) -> Row:
-    """Kill the work `count` times; it is gone on with, and compared with undisturbed work.
+    """Kill the work `count` times, resume it, and compare with undisturbed work.
 
-    What is done before it is hit does not count.
+    Runs that finish before they are killed do not count.
 
-    begin: what stands in the folder before.
+    begin: prepares the folder.
     """
     row, since = Row(name), time.perf_counter()
     undisturbed = root / f"{name} undisturbed"

@@ -1,6 +1,6 @@
-"""The work that is killed, as tiny as it can be: training, sampling, saving.
+"""Tiny workloads for tests that kill processes: training, sampling, saving.
 
-A `Work` knows what its folder holds when nobody disturbs it, and what must hold at every instant.
+A `Work` defines what its folder contains if undisturbed, and what must hold at every instant.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tests.integrations.scheduler_uses import Seen, Use, begin, go, network, noi
 
 
 def reconfigured(s: Any, **options: Any) -> Any:
-    """The same class with other options, those that it takes."""
+    """A scheduler of the same class with other options, as far as it accepts them."""
     known = inspect.signature(type(s).__init__).parameters
     return type(s).from_config(s.config, **{k: v for k, v in options.items() if k in known})
 
@@ -351,7 +351,7 @@ def takes_generator(step: Any) -> bool:
     return "generator" in inspect.signature(step).parameters
 
 
-# --- methods beside step ---
+# --- methods other than step ---
 
 
 def noise_before_and_in_a_run(s: Any) -> Seen:

@@ -94,7 +94,7 @@ class Called(nn.Module):
 
 
 def second_derivatives(net: nn.Module) -> list[Tensor]:
-    """Of a gradient penalty, for the input and all parameters."""
+    """Derivatives of a gradient penalty for the input and all parameters."""
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, 8, 8, generator=draw, requires_grad=True)
     y = net(x, T, CONTEXT).sample
