@@ -1,7 +1,7 @@
-"""How much memory is free, and the error for what would not fit into it.
+"""Measure free memory, and raise an error for a request that would not fit.
 
-Free is what the system can hand out without swapping, and no more than the control group (a
-container's limit) and the process's own limit leave.
+Free memory is what the system can allocate without swapping, bounded by what the limits of the
+control group (a container) and of the process leave.
 """
 
 from __future__ import annotations

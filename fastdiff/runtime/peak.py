@@ -96,7 +96,7 @@ class _Live(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Asked by PyTorch, which else imports Dynamo to keep it out of here: two seconds."""
+        """Called by PyTorch, which would otherwise import Dynamo to exclude it: two seconds."""
         return False
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""Reading images: every odd file a user's folder holds, the digits, shards, the order."""
+"""Reading images: unusual files in users' folders, the digits, shards, the order."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_damaged_metadata_does_not_decide_whether_pixels_are_read(tmp_path: Path
 
 @pytest.mark.skipif(os.name == "nt", reason="names are not bytes there")
 def test_a_class_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
-    """No config.json could hold it; a file's name may be anything."""
+    """config.json could not contain it. File names can be anything."""
     folder = os.fsdecode(os.fsencode(tmp_path / "set") + b"/caf\xe9")
     os.makedirs(folder)
     Image.fromarray(halves(0, 255)).save(os.path.join(folder, "a.png"))

@@ -197,7 +197,7 @@ def test_batch_and_seeds(name: str) -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 @pytest.mark.parametrize("seed", [5, -3, 2**31 + 7])
 def test_all_64_bits_of_a_seed_count(name: str, seed: int) -> None:
-    """In the noise that a sample starts from, and in that of the steps."""
+    """Both in the initial noise and in the noise of the steps."""
     table = build_table(name, LINEAR, 4)
     start = noise(2, 3, 4, 4).float()
     start[1] = start[0]
@@ -504,7 +504,7 @@ class Calls(TorchDispatchMode):
 @needs_triton
 @pytest.mark.parametrize("previews", [False, True])
 def test_the_loop_never_waits_for_the_device(previews: bool) -> None:
-    """No row reads a number back or copies one over: by the ops that a GPU would run."""
+    """No row copies between host and device, judging by the ops that a GPU would run."""
     device = device_of("triton")
 
     def calls(steps: int) -> Counter[str]:
@@ -553,7 +553,7 @@ def test_the_last_steps_of_a_sampler_without_memory_are_those_of_the_whole_table
 
 
 def test_a_sampler_with_memory_starts_anew() -> None:
-    """What its first row reads of the history has not been written yet."""
+    """Its first row would read a history that has not been written yet."""
     for name in ("dpmpp-2m", "dpmpp-2m-sde", "plms"):
         table = build_table(name, LINEAR, 8, start=3)
         assert all(float(table.column(f"C{slot}")[0]) == 0 for slot in (1, 2, 3))

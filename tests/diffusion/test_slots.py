@@ -1,4 +1,4 @@
-"""Slots: samples that join and leave, each on its own table, with the bits they have alone."""
+"""Slots: samples join and leave, each with its own table, and get the same bits as alone."""
 
 from __future__ import annotations
 

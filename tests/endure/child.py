@@ -1,4 +1,4 @@
-"""Work in a process of its own, and how that process is killed."""
+"""Run work in a separate process, and kill that process."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Child:
 
 
 def attempt(work: Callable[[], int | None], folder: Path, blow: Blow | None = None) -> Ended:
-    """Do `work` in a process of its own until it ends or is killed."""
+    """Do `work` in a separate process until it ends or is killed."""
     return Child(work, folder, blow).wait()
 
 

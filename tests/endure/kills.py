@@ -1,4 +1,4 @@
-"""Work that is killed and gone on with until it is done."""
+"""Work that is killed and resumed until it is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AGAIN = 3
 
 @dataclass
 class Row:
-    """What came of a kind of trial."""
+    """Results of one kind of trial."""
 
     name: str
     trials: int = 0
@@ -78,7 +78,7 @@ def _one(
     row: Row,
     tell: Callable[[], None],
 ) -> str:
-    """What is wrong after kills and going on; empty if nothing is."""
+    """What is wrong after kills and resuming; empty if nothing is."""
     before = work.progress(folder)
     for blow in planned:
         ended = attempt(lambda: work.start(folder), folder, blow)

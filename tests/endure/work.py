@@ -47,7 +47,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def difference(found: dict[str, bytes], expected: dict[str, bytes]) -> str:
-    """What is lost, left behind or changed."""
+    """Files that were lost, left behind or changed."""
     lost, more = sorted(expected.keys() - found), sorted(found.keys() - expected)
     changed = [name for name in expected.keys() & found.keys() if found[name] != expected[name]]
     pairs = (("lost", lost), ("left behind", more), ("changed", sorted(changed)))

@@ -1,4 +1,4 @@
-"""The text pipelines beyond what diffusers can be asked: seeds, callbacks, sizes, refusals."""
+"""The text pipelines beyond what diffusers supports: seeds, callbacks, sizes, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers' models before and after `fastdiff.accelerate`: results, counts, what goes on."""
+"""diffusers' models before and after `fastdiff.accelerate`: results and counts."""
 
 from __future__ import annotations
 
