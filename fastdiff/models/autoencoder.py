@@ -20,6 +20,7 @@ from fastdiff.models.layers import (
     ResBlock,
     Upsample,
     checkpointed,
+    norm_first,
 )
 from fastdiff.models.tiling import tiled
 
@@ -243,21 +244,39 @@ class Chain(nn.Module):
         self.conv_out = nn.Conv2d(last.out_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, residual = self.conv_in(x), None
-        for block in self.blocks:
+        addends: Addends = self.conv_in(x), None, None
+        blocks = [*self.blocks]
+        for block, following in zip(blocks, [*blocks[1:], self.norm_out], strict=True):
+            before_norm = following is self.norm_out or norm_first(following)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpointed(_step, block, x, residual)
+                addends = checkpointed(_step, block, before_norm, *addends)
             else:
-                x, residual = _step(block, x, residual)
-        x, _ = self.norm_out(x, residual=residual)
+                addends = _step(block, before_norm, *addends)
+        x, residual, bias = addends
+        x, _ = self.norm_out(x, residual=residual, channel_add=bias)
         return self.conv_out(x)
 
 
-def _step(block: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Run one block of a chain; blocks that change the resolution need x + residual."""
-    if isinstance(block, ResBlock | AttentionBlock):
-        return block(x, residual)
-    return block(x if residual is None else x + residual), None
+Addends = tuple[Tensor, Tensor | None, Tensor | None]
+"""(x, residual, bias), whose sum is the activation; see `fastdiff.models.layers`."""
+
+
+def _step(
+    block: nn.Module,
+    before_norm: bool,
+    x: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+) -> Addends:
+    """Run one block of a chain; blocks that change the resolution need the sum x + residual.
+
+    before_norm: whether a norm follows the block. bias: None before a change of resolution.
+    """
+    if isinstance(block, ResBlock):
+        return block(x, residual, bias=bias, before_norm=before_norm)
+    if isinstance(block, AttentionBlock):
+        return *block(x, residual, bias=bias), None
+    return block(x if residual is None else x + residual), None, None
 
 
 def encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:

@@ -2,10 +2,8 @@
 
 Blocks pass on a pair `(h, residual)` whose sum is the activation. The next norm performs the
 addition, because `add_group_norm_silu` and `add_layer_norm` do it without another pass over memory.
-`residual=None` means that there is nothing to add.
-
-The convolutions still add their own biases; a bias before a norm could be part of its
-`channel_add`.
+`residual=None` means that there is nothing to add. Before a norm, a residual block also leaves the
+biases of its last convolutions to that addition (`split_bias`), as a third addend `(C,)`.
 
 Shapes: N batch, C channels, H W pixels, L = H*W tokens, T context tokens, D context width,
 E embedding width, d head width.
@@ -15,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,7 @@ from fastdiff.kernels import (
 from fastdiff.names import QKVOrder
 
 TimeEmbedding = Literal["openai", "ddpm", "ddpm-original"]
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 DownsamplePadding = Literal["symmetric", "asymmetric"]
 
 
@@ -79,7 +78,7 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, **options)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: SomeModule) -> SomeModule:
     """Set every parameter to zero: the block starts as the identity (Ho et al. 2020, app. B)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -110,6 +109,37 @@ def from_patches(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
+BIAS_IS_A_LAUNCH = ("cuda", "meta")
+"""Devices on which a convolution's bias takes another pass over its result: PyTorch adds it to
+cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU is planned for."""
+
+
+def split_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """conv(x) without its bias, and the bias (C',), which the caller passes to the next norm.
+
+    The bias is None if the convolution has added it: where that costs nothing, and where the layer
+    has to be called as a whole because it has hooks, a replaced forward or another class.
+    """
+    if (
+        x.device.type not in BIAS_IS_A_LAUNCH
+        or type(conv) is not nn.Conv2d
+        or "forward" in conv.__dict__
+        or conv._forward_hooks
+        or conv._forward_pre_hooks
+        or conv._backward_hooks
+        or conv._backward_pre_hooks
+    ):
+        return conv(x), None
+    return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
 class GroupNorm(nn.Module):
     """GroupNorm with the additions before it and the activation after it, as one op."""
 
@@ -136,7 +166,7 @@ class GroupNorm(nn.Module):
         """Return (y, total): total = x + channel_add + residual, y = activation(GN(total), FiLM).
 
         Args:
-            x: (N, C, H, W). channel_add: (N, C). residual: like x. scale_shift: (N, 2C).
+            x: (N, C, H, W). channel_add: (N, C) or (C,). residual: like x. scale_shift: (N, 2C).
         """
         if channel_add is None and residual is None:
             y = group_norm_silu(
@@ -265,21 +295,44 @@ class ResBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, emb: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W); emb: (N, E), activated -> (h, residual): (N, C', H', W')."""
-        h, x = self.norm1(x, residual=residual)
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        emb: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        before_norm: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (h, residual, bias), whose sum is the block's result.
+
+        Args:
+            x, residual: (N, C, H, W). bias: (C,) or None, the third addend of the activation.
+            emb: (N, E), activated.
+            before_norm: whether a norm that can add a bias follows. If not, the returned one is
+                None.
+
+        Returns:
+            h, residual: (N, C', H', W'). bias: (C',) or None, see `split_bias`.
+        """
+        h, x = self.norm1(x, residual=residual, channel_add=bias)
         if self.resample is not None:
             resample = upsample_nearest if self.resample == "up" else downsample_mean
             h, x = resample(h), resample(x)
-        h = self.conv1(h)  # (N, C', H', W')
         if emb is None:
-            h, _ = self.norm2(h)
+            h, _ = self.norm2(self.conv1(h))  # (N, C', H', W')
         elif self.scale_shift_norm:
-            h, _ = self.norm2(h, scale_shift=self.emb(emb))
+            h, _ = self.norm2(self.conv1(h), scale_shift=self.emb(emb))
         else:
-            h, _ = self.norm2(h, channel_add=self.emb(emb))
-        return self.conv2(self.dropout(h)), self.skip(x)
+            h, bias1 = split_bias(self.conv1, h)
+            h, _ = self.norm2(h, channel_add=added(self.emb(emb), bias1))
+        h = self.dropout(h)
+        if not before_norm:
+            return self.conv2(h), self.skip(x), None
+        h, bias = split_bias(self.conv2, h)
+        if isinstance(self.skip, nn.Conv2d):
+            x, skip_bias = split_bias(self.skip, x)
+            bias = added(bias, skip_bias)
+        return h, x, bias
 
 
 def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,9 +371,11 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zero_init(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W) -> (h, residual), each (N, C, H, W)."""
-        h, x = self.norm(x, residual=residual)
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: (N, C, H, W); bias: (C,) -> (h, residual), each (N, C, H, W)."""
+        h, x = self.norm(x, residual=residual, channel_add=bias)
         q, k, v = split_qkv(self.qkv(to_tokens(h)), self.num_heads, self.qkv_order)
         h = self.proj(attention(q, k, v).flatten(2))  # (N, L, C)
         return from_tokens(h, x), x
@@ -459,13 +514,26 @@ class SpatialTransformer(nn.Module):
         return [block.attn2.project(context) for block in blocks]
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, kvs: list[Tensor]
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        kvs: list[Tensor],
+        *,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W); kvs: result of `project_context` -> (h, residual)."""
-        h, x = self.norm(x, residual=residual)
+        """Return (h, residual), each (N, C, H, W).
+
+        x, residual: (N, C, H, W); bias: (C,); kvs: result of `project_context`.
+        """
+        h, x = self.norm(x, residual=residual, channel_add=bias)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
         pending: Tensor | None = None
         for block, kv in zip(self.blocks, kvs, strict=True):
             h, pending = block(h, pending, kv)
         h = self.proj_out(h if pending is None else h + pending)
         return from_tokens(h, x), x
+
+
+def norm_first(block: nn.Module) -> bool:
+    """Whether a block begins with a norm, and so takes a residual and a bias."""
+    return isinstance(block, ResBlock | AttentionBlock | SpatialTransformer)

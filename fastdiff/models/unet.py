@@ -26,6 +26,7 @@ from fastdiff.models.layers import (
     TimeEmbedding,
     Upsample,
     checkpointed,
+    norm_first,
     timestep_embedding,
     zero_init,
 )
@@ -211,20 +212,25 @@ class UNetConfig:
 
 
 class Stage(nn.ModuleList):
-    """A sequence of blocks of the U-Net; x + residual is only computed where a block needs it."""
+    """A sequence of blocks of the U-Net; x + residual + bias is only computed where needed."""
 
     def forward(
         self, x: Tensor, emb: Tensor, kvs: ContextKV, size: tuple[int, int] | None = None
     ) -> Tensor:
         """Run the blocks. size: (H, W) of the next skip connection, to which x is upsampled."""
         residual: Tensor | None = None
-        for block in self:
+        bias: Tensor | None = None
+        blocks = list(self)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             if isinstance(block, ResBlock):
-                x, residual = block(x, residual, emb)
+                before_norm = following is not None and norm_first(following)
+                x, residual, bias = block(x, residual, emb, bias=bias, before_norm=before_norm)
             elif isinstance(block, AttentionBlock):
-                x, residual = block(x, residual)
+                x, residual = block(x, residual, bias=bias)
+                bias = None
             elif isinstance(block, SpatialTransformer):
-                x, residual = block(x, residual, kvs[block.index])
+                x, residual = block(x, residual, kvs[block.index], bias=bias)
+                bias = None
             else:
                 x = x if residual is None else x + residual
                 if isinstance(block, Upsample) and size is not None:

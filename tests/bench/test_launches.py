@@ -91,6 +91,15 @@ def test_flops_of_both_networks_agree() -> None:
         assert 0.99 < ours / theirs <= 1
 
 
+LIMITS = {"SD 1.5 U-Net": 537, "SDXL U-Net": 1155, "KL-f8 decoder": 158, "ADM-256 U-Net": 903}
+"""Launches of our own networks, as counted on 30 Nov 2026. Lower them with each launch saved."""
+
+
+@pytest.mark.parametrize("job", LIMITS)
+def test_launches_stay_within_their_limits(job: str) -> None:
+    assert launches.native(launches.GPU_JOBS[job]).total <= LIMITS[job]
+
+
 def test_the_page_equals_the_count() -> None:
     import_diffusers("AutoencoderKL")
     found, expected = counts.DOCS.read_text(), launches.page()

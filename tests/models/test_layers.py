@@ -1,0 +1,127 @@
+"""Biases of convolutions that the next norm adds, and where the convolution has to add them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff.bench.launches import Count, count
+from fastdiff.models import layers
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.unet import UNet, UNetConfig
+from tests.support.tiny import randomize
+
+CONTEXT = UNetConfig(
+    in_channels=4, out_channels=4, model_channels=16, channel_mult=(1, 2), num_res_blocks=1,
+    attention_depth=(1, 0), middle_depth=1, context_dim=12, num_heads=2, norm_groups=4,
+)  # fmt: skip
+FILM = UNetConfig(
+    in_channels=4, out_channels=4, model_channels=16, channel_mult=(1, 2), num_res_blocks=2,
+    attention_depth=(0, 1), middle_depth=1, num_heads=2, norm_groups=4, scale_shift_norm=True,
+    resblock_updown=True,
+)  # fmt: skip
+KL = AutoencoderConfig(
+    model_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4, norm_groups=4,
+    attention=(False, True),
+)  # fmt: skip
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "context": lambda: UNet(CONTEXT),
+    "film": lambda: UNet(FILM),
+    "decoder": lambda: Autoencoder(KL).decoder,
+    "encoder": lambda: Autoencoder(KL).encoder,
+}
+
+
+def inputs(name: str, **options: Any) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(**options)
+
+    channels = 3 if name == "encoder" else 4
+    found = {"x": make(2, channels, 8, 8)}
+    if name in ("context", "film"):
+        found["t"] = torch.tensor([3.0, 741.0]).to(device=options.get("device"))
+    if name == "context":
+        found["context"] = make(2, 5, 12)
+    return found
+
+
+@pytest.fixture
+def by_the_norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after which norms add biases on a CPU too."""
+    return lambda: monkeypatch.setattr(layers, "BIAS_IS_A_LAUNCH", ("cpu", "meta"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_norm_adds_what_the_convolution_would(
+    name: str, by_the_norm: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results and all gradients in fp64."""
+    network = NETWORKS[name]()
+    randomize(network, 1)
+    network.double()
+    expected = network(**inputs(name))
+    wanted = torch.autograd.grad(expected.square().sum(), [*network.parameters()])
+    by_the_norm()
+    split, left = layers.split_bias, []
+    monkeypatch.setattr(layers, "split_bias", lambda *args: left.append(split(*args)) or left[-1])
+    actual = network(**inputs(name))
+    assert any(bias is not None for _, bias in left)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    found = torch.autograd.grad(actual.square().sum(), [*network.parameters()])
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+def launches(name: str) -> Count:
+    with torch.device("meta"):
+        network = NETWORKS[name]().to(torch.bfloat16).eval()
+    given = inputs(name, device="meta", dtype=torch.bfloat16)
+    return count(lambda: network(**given))
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions_before_norms"),
+    [
+        # conv1 of all 8 blocks; conv2 of the 4 before a transformer; their 2 skip convolutions
+        ("context", 8 + 4 + 2),
+        # conv2 of the 6 blocks, all before a norm, and the skip convolution of one
+        ("decoder", 6 + 1),
+    ],
+)
+def test_biases_leave(name: str, convolutions_before_norms: int) -> None:
+    found = launches(name).launches
+    assert found["convolution"] - found["convolution bias"] == convolutions_before_norms
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "backward hook", "forward", "class"])
+def test_a_convolution_that_must_be_called_is_called(
+    change: str, by_the_norm: Callable[[], None]
+) -> None:
+    by_the_norm()
+    conv, calls = nn.Conv2d(4, 8, 3, padding=1), list[int]()
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    _, bias = layers.split_bias(conv, x)
+    assert bias is conv.bias
+    if change == "hook":
+        conv.register_forward_hook(lambda *_: calls.append(1))
+    elif change == "pre-hook":
+        conv.register_forward_pre_hook(lambda *_: calls.append(1))
+    elif change == "backward hook":
+        conv.register_full_backward_hook(lambda *_: calls.append(1))
+    elif change == "forward":
+        forward = conv.forward
+        conv.forward = lambda x: calls.append(1) or forward(x)  # type: ignore[assignment]
+    else:
+        conv.__class__ = type("LoRA", (nn.Conv2d,), {})
+        calls.append(1)
+    z, bias = layers.split_bias(conv, x)
+    assert bias is None
+    torch.testing.assert_close(z, conv(x))
+    z.sum().backward()
+    assert calls
