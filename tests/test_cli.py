@@ -570,7 +570,7 @@ def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     run("sample", "--model", tiny, "--classes", "1", "--count", "2", "--steps", "1")
     code, _, err = run("sample", "--like", "out/sheet.png", "--model", tiny)
     assert code == 2
-    assert "it belongs to a contact sheet; give a single image" in err
+    assert "it belongs to a contact sheet; use a single image" in err
 
     from fastdiff.images import save_png
 
