@@ -59,6 +59,26 @@ class Assumed:
         return value
 
 
+def open_device(device: torch.device | str) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        ValueError: it is not a device of torch's, or this machine does not have it.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda', got {device!r}"
+        ) from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device '{found}' is not available ({reason}); use 'cpu'") from error
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """One call of `fastdiff.load`."""
@@ -75,12 +95,7 @@ class Loading:
         dtype = self.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-        try:
-            torch.device(self.device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"device must be one of torch's, such as 'cpu' or 'cuda', got {self.device!r}"
-            ) from error
+        open_device(self.device)
 
     @property
     def given(self) -> list[str]:

@@ -8,11 +8,13 @@ This module does not import torch, so that a command line can be parsed before i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.respacing import check_spacing, check_steps
@@ -70,6 +72,7 @@ class SampleSettings:
     their size."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.sampler not in (None, CHECKPOINT):
             from fastdiff.diffusion.samplers import SAMPLERS  # imports torch
 
@@ -135,6 +138,7 @@ class TextSettings:
     """XL's refiner: aesthetic score for the negative prompt, 0 to 10."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, least in (("original_size", 1), ("crop", 0), ("target_size", 1)):
             sides = getattr(self, name)
             if sides is not None and min(sides) < least:
@@ -173,6 +177,7 @@ class ClassJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_start(self)
 
 
@@ -207,6 +212,7 @@ class TextJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_prompts(self)
         _check_start(self)
         if self.upscale is not None:
@@ -242,6 +248,7 @@ class ImageToImageJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_prompts(self)
         _check_pictures(self)
         check_seed(self.seed)
@@ -280,6 +287,7 @@ class InpaintJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_prompts(self)
         _check_pictures(self)
         check_seed(self.seed)
@@ -314,6 +322,7 @@ class UpscaleJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_prompts(self)
         _check_pictures(self)
         check_seed(self.seed)
@@ -354,6 +363,7 @@ class InterpolationJob:
     """How to sample."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_prompts(self)
         check_seed(self.seed)
         if self.to_seed is not None:
@@ -424,6 +434,30 @@ def stage_seed(seed: int, stage: str) -> int:
     """A seed for a second pass such as "upscale", whose noise is independent of the first pass."""
     digest = hashlib.blake2b(f"{stage} {seed}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+@functools.cache
+def _scalars(cls: type[Any]) -> dict[str, tuple[type, ...]]:
+    """The types of the fields that are numbers, text or None."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if all(kind in _WORDS or kind is NoneType for kind in kinds):
+            found[name] = kinds
+    return found
+
+
+def _check_types(job: Any) -> None:
+    """Raise ValueError if a number or text has another type: steps="20", strength=None."""
+    for name, kinds in _scalars(type(job)).items():
+        value = getattr(job, name)
+        accepted = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
+            raise ValueError(f"{name} must be {words}, got {value!r:.40}")
 
 
 def _check_prompts(job: Any) -> None:

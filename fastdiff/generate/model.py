@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ParamSpec, overload
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint import open as checkpoint_open
 from fastdiff.checkpoint.model import Model as CheckpointModel
+from fastdiff.checkpoint.open import open_device
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
@@ -100,6 +102,20 @@ class Model(CheckpointModel):
         made = generate(self, jobs, refiner=refiner, progress=progress, on_step=on_step)
         return Images(list(made))
 
+    def to(self, device: torch.device | str) -> Model:
+        """Move all networks to a device, in place like `nn.Module.to`; returns the model itself.
+
+        The number format is chosen when a model is loaded: `fastdiff.load(path, dtype=...)`.
+
+        Raises:
+            ValueError: this machine has no such device.
+        """
+        device = open_device(device)
+        for module in self.modules.values():
+            module.to(device)
+        vars(self).pop("_session", None)  # it has buffers on the old device
+        return self
+
     def preview(self, z: Tensor) -> Tensor:
         """A cheap preview of latents, such as a `Step`'s `denoised`, without decoding them.
 
@@ -177,6 +193,8 @@ def _kind(
     options: dict[str, Any],
 ) -> type[Any]:
     if mask is not None:
+        if image is None:
+            raise ValueError("mask needs image, the picture to change; give image as well")
         return InpaintJob
     if image is not None:
         if facts.extra == "upsampler":
@@ -187,17 +205,22 @@ def _kind(
 
 def _seeds(seeds: Any, prompts: Any, classes: Any) -> tuple[int, list[int]]:
     """The number of images, and a seed for each."""
-    lists = [each for each in (prompts, classes) if each is not None and not _single(each)]
+    lists = []
+    for name, each in (("prompts", prompts), ("classes", classes)):
+        if each is not None and not _single(each):
+            if not len(each):
+                raise ValueError(f"{name} is empty; each of them makes one image")
+            lists.append(each)
     if seeds is None:
         seeds = range(len(lists[0]) if lists else 1)
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     if not seeds:
         raise ValueError("expected at least one seed, got none; each seed makes one image")
     return len(seeds), seeds
 
 
 def _single(value: object) -> bool:
-    return isinstance(value, str | int)
+    return isinstance(value, str) or not hasattr(value, "__len__")
 
 
 def _each(name: str, value: Any, count: int) -> list[Any] | None:
@@ -256,8 +279,9 @@ def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:
             given[name] = replace(given.get(name, own[name].default), **inner)
     known = [*own, *(f.name for group in groups.values() for f in fields(group))]
     if unknown := [name for name in options if name not in known]:
-        raise ValueError(
-            f"unknown option {unknown[0]!r}; expected one of "
-            f"{', '.join(name for name in known if name not in GROUPS)}"
-        )
+        hidden = {*GROUPS, "prompt", "label", "seed", "image", "mask"}  # arguments of their own
+        names = [name for name in known if name not in hidden]
+        close = " or ".join(difflib.get_close_matches(unknown[0], names, n=2))
+        meant = f"did you mean {close}? Expected" if close else "expected"
+        raise ValueError(f"unknown option {unknown[0]!r}; {meant} one of {', '.join(names)}")
     return kind(**given)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from fastdiff.checkpoint.open import open_device
 from fastdiff.training.config import PrecisionName
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,15 +20,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {name!r} is not available ({first}); use 'cpu' or 'auto'"
-        ) from error
-    return device
+    return open_device(name)
 
 
 def check_precision(precision: PrecisionName, device: torch.device) -> None:

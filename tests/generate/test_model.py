@@ -16,6 +16,7 @@ import fastdiff
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.generate.job import ClassJob, ImageToImageJob, InpaintJob, Job, UpscaleJob
 from fastdiff.generate.model import Model, with_generate
+from fastdiff.generate.session import Session
 from fastdiff.images import read_image, save_png
 from tests.support.drawing import images
 from tests.support.tiny import tiny_model
@@ -181,3 +182,58 @@ import fastdiff.generate.job
 assert callable(fastdiff.generate)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": "20"}, "steps must be a whole number or None, got '20'"),
+        ({"steps": 2.5}, "steps must be a whole number or None, got 2.5"),
+        ({"steps": True}, "steps must be a whole number or None, got True"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a number or None, got '7'"),
+        ({"strength": None, "image": grey()}, "strength must be a number, got None"),
+        ({"height": 16.0}, "height must be a whole number or None, got 16.0"),
+        ({"classes": 1.5}, "label must be a whole number or text or None, got 1.5"),
+        ({"classes": []}, "classes is empty; each of them makes one image"),
+        ({"seeds": 1.5}, r"a seed must be a whole number from 0 to 2\*\*64 - 1, got 1.5"),
+        ({"seeds": []}, "expected at least one seed, got none"),
+        ({"mask": grey()}, "mask needs image, the picture to change"),
+        ({"guidence_scale": 3}, "'guidence_scale'; did you mean guidance_scale.*? Expected one of"),
+        ({"label": 3}, "unknown option 'label'; expected one of variation_seed, "),
+    ],
+    ids=str,
+)
+def test_wrong_calls_say_what_is_wrong(model: Model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"classes": 1, **options})
+
+
+def test_numbers_of_other_types_that_are_numbers(model: Model) -> None:
+    """An int where a float is expected, NumPy's double; the job keeps what it was given."""
+    assert ClassJob(settings=fastdiff.SampleSettings(guidance_scale=2)).settings.guidance_scale == 2
+    assert fastdiff.SampleSettings(guidance_scale=np.float64(2)).guidance_scale == 2.0  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guidance_scale must be a number or None, got True"):
+        fastdiff.SampleSettings(guidance_scale=True)
+
+
+def test_a_model_moves_to_another_device(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = with_generate(tiny_model())
+    before = moved.generate(classes=1, steps=2).tensor
+    session = Session.of(moved)
+    assert moved.to("cpu") is moved
+    assert Session.of(moved) is not session
+    assert torch.equal(moved.generate(classes=1, steps=2).tensor, before)
+    moved.to(torch.device("meta"))
+    assert {p.device.type for part in moved.modules.values() for p in part.parameters()} == {"meta"}
+    assert Session.of(moved).device.type == "meta"
+    with pytest.raises(ValueError, match="device must be one of torch's, .* got 'gpu'"):
+        model.to("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(model: Model, tmp_path: Path) -> None:
+    save_bundle(model, tmp_path)
+    with pytest.raises(ValueError, match=r"device 'cuda' is not available \(.*\); use 'cpu'"):
+        model.to("cuda")
+    with pytest.raises(ValueError, match=r"device 'cuda:1' is not available \(.*\); use 'cpu'"):
+        fastdiff.load(tmp_path, device="cuda:1")
