@@ -88,6 +88,14 @@ _DPM: dict[str, Any] = {
     "lambda_min_clipped": -math.inf,
     "variance_type": None,
 }
+_DISTILLED: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+    "set_alpha_to_one": True,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {**_LEADING, **_CLIP, "variance_type": "fixed_small"},
     "DDIMScheduler": {**_LEADING, **_CLIP, "set_alpha_to_one": True},
@@ -132,6 +140,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sigma_max": None,
         "shift_terminal": None,
     },
+    "DEISMultistepScheduler": {
+        **_LINSPACE,
+        **{k: v for k, v in _SOLVER.items() if k != "final_sigmas_type"},
+        "algorithm_type": "deis",
+        "solver_type": "logrho",
+    },
+    "KDPM2DiscreteScheduler": {**_LINSPACE, **_SIGMAS, "beta_start": 0.00085, "beta_end": 0.012},
+    "KDPM2AncestralDiscreteScheduler": {
+        **_LINSPACE,
+        **_SIGMAS,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
+    "LCMScheduler": {**_LEADING, **_CLIP, **_DISTILLED, "clip_sample": False},
+    "TCDScheduler": {**_LEADING, **_CLIP, **_DISTILLED, "clip_sample": False},
 }
 """Every option of a scheduler and its default, as of diffusers 0.42."""
 KNOWN_OPTIONS = frozenset().union(*DEFAULTS.values())

@@ -28,11 +28,14 @@ from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import DEFAULTS
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT
-from fastdiff.integrations.scheduler_rows import KINDS, Call, Host, Kind, Step, write_nothing
+from fastdiff.integrations.scheduler_rows import KINDS as ROWS
+from fastdiff.integrations.scheduler_rows import Call, Host, Kind, Step, write_nothing
+from fastdiff.integrations.scheduler_solvers import FLOW_OPTIONS, REFUSED, SOLVERS
 from fastdiff.kernels import sampler_step
 from fastdiff.kernels.choose import plain
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
+KINDS = {**ROWS, **SOLVERS}
 Noise = Literal["philox", "generator"]
 NOISES: tuple[str, ...] = ("philox", "generator")
 
@@ -63,10 +66,12 @@ def objection(scheduler: Any) -> str | None:
     if not theirs.__module__.startswith("diffusers."):
         return f"{name} is not one of diffusers' schedulers"
     if name not in KINDS:
-        return f"fastdiff has no sampler like {name}"
+        reason = REFUSED.get(name)
+        return f"{name}: {reason}" if reason else f"fastdiff has no sampler like {name}"
+    known_options = DEFAULTS.get(name, FLOW_OPTIONS)
     for option, parameter in inspect.signature(theirs.__init__).parameters.items():
         default, value = parameter.default, config.get(option)
-        if option not in ("self", *DEFAULTS[name]) and value not in (None, False, default):
+        if option not in ("self", *known_options) and value not in (None, False, default):
             return f"fastdiff does not support {name}'s option {option}={value!r:.60}"
     if theirs.step.__module__ != theirs.__module__ and not isinstance(scheduler, FusedScheduler):
         return f"{name}.step was replaced by a function of {theirs.step.__module__}"
@@ -218,12 +223,15 @@ def _step(scheduler: Any, given: dict[str, Any]) -> Any:
         return "its history has another shape or device, or requires a gradient"
     if row.draws and row.log_variance is not None and scheduler.noise == "generator":
         return "the variance is learned and its noise is drawn from the generator"
-    after, denoised = _run(scheduler, kind, row, call, x)
+    after, denoised, kept = _run(scheduler, kind, row, call, x)
     output = _output_class(scheduler.served)
     to, estimate = _dtypes(kind, row, call)
     fields = {"prev_sample": after.to(to)}
     if "pred_original_sample" in output.__dataclass_fields__:
         fields["pred_original_sample"] = denoised.to(estimate)
+    if kind.second is not None:
+        assert kept is not None, "every row of such a scheduler keeps its second result"
+        fields[kind.second] = kept.to(to)
     return output(**fields) if given["return_dict"] else tuple(fields.values())
 
 
@@ -262,8 +270,10 @@ def _output_class(theirs: Any) -> Any:
 
 
 @torch.no_grad()
-def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the step and update the scheduler's state. Returns (next sample, estimate of x0)."""
+def _run(
+    scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take the step and update the scheduler's state. Returns (next sample, x0 estimate, kept)."""
     prediction = call.model_output
     # a scheduler without state may be shared by several threads
     ring = Ring() if kind.write is write_nothing else scheduler.fused.ring
@@ -287,6 +297,8 @@ def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tu
     sampler_step(x, prediction, slots, table, none, seeds, denoised=denoised)
     if row.draws and from_generator:
         dtype = torch.float32 if kind.dtype == "estimate" else prediction.dtype
+        if kind.second is not None:
+            dtype = widest
         x.add_(
             randn_tensor(
                 prediction.shape, generator=call.generator, device=prediction.device, dtype=dtype
@@ -295,10 +307,12 @@ def _run(scheduler: Any, kind: Kind, row: Step, call: Call, start: Tensor) -> tu
         )
     kept = None if slot == NO_SLOT else slots[slot].data  # .data: with its own version counter
     state = kind.state(call, denoised)
+    if kept is not None and kind.copies:
+        kept = kept.clone()
     if kept is not None:
         ring.holds(slot, kept if state is None else state)
     kind.write(scheduler, call, denoised, kept)
-    return x, denoised
+    return x, denoised, kept
 
 
 def _columns(row: Step, places: list[int], slot: int, *, noise: bool) -> tuple[float, ...]:

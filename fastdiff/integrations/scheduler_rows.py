@@ -23,7 +23,7 @@ from torch import Tensor
 from fastdiff.diffusion.levels import CLEAN, Level
 from fastdiff.diffusion.predictions import Prediction, to_denoised
 from fastdiff.diffusion.samplers import Row
-from fastdiff.diffusion.samplers.multistep import ADAMS_BASHFORTH, dpmpp_2m_sde
+from fastdiff.diffusion.samplers.multistep import ADAMS_BASHFORTH, dpmpp_2m_sde, dpmpp_3m_sde
 from fastdiff.diffusion.samplers.onestep import ddim, ddpm
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -113,19 +113,19 @@ class Step:
 Reader = Callable[[Any, Call, Host], Step | str]
 
 
-def _clamp(scheduler: Any) -> float:
+def clamp_of(scheduler: Any) -> float:
     config = scheduler.config
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else math.inf
 
 
-def _level(t: float, alpha_cumprod: float) -> Level | None:
+def level_at(t: float, alpha_cumprod: float) -> Level | None:
     """None if alpha_cumprod is not in [0, 1]: betas above 1, or a schedule that overflowed."""
     if not 0 <= alpha_cumprod <= 1:
         return None
     return Level(t, alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
 
 
-def _estimate(level: Level, scheduler: Any) -> tuple[float, float] | None:
+def estimate_at(level: Level, scheduler: Any) -> tuple[float, float] | None:
     """(u, v) in the variance-preserving space; None where x contains no information about x0."""
     prediction = PREDICTIONS[scheduler.config.prediction_type]
     if level.alpha == 0 and prediction == "eps":
@@ -133,21 +133,21 @@ def _estimate(level: Level, scheduler: Any) -> tuple[float, float] | None:
     return to_denoised(level.alpha, level.sigma, prediction)
 
 
-def _exploding_estimate(sigma: float, scheduler: Any) -> tuple[float, float]:
+def exploding_estimate(sigma: float, scheduler: Any) -> tuple[float, float]:
     """(u, v) for x = x0 + sigma n (Karras et al. 2022)."""
     prediction = PREDICTIONS[scheduler.config.prediction_type]
     u, v = to_denoised(1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma), prediction)
     return (u, v) if prediction == "x0" else (u / math.hypot(1, sigma), v)
 
 
-def _index(scheduler: Any, timestep: Any) -> int:
+def index_of(scheduler: Any, timestep: Any) -> int:
     """The step index of a scheduler with sigmas, looked up at its first step as in diffusers."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return int(scheduler.step_index)
 
 
-def _pair(scheduler: Any, index: int, host: Host) -> tuple[float, float] | None:
+def pair_at(scheduler: Any, index: int, host: Host) -> tuple[float, float] | None:
     """The sigmas at the start and end of a step, or None if there are none or it starts at 0."""
     sigmas = host.numbers(scheduler, "sigmas")
     if not 0 <= index < len(sigmas) - 1:
@@ -172,11 +172,11 @@ def read_ddim(scheduler: Any, call: Call, host: Host) -> Step | str:
         return "variance_noise is given"
     before = t - scheduler.config.num_train_timesteps // steps
     final = float(scheduler.final_alpha_cumprod)
-    now, to = _level(t, alphas[t]), _level(before, alphas[before] if before >= 0 else final)
-    estimate = None if now is None else _estimate(now, scheduler)
+    now, to = level_at(t, alphas[t]), level_at(before, alphas[before] if before >= 0 else final)
+    estimate = None if now is None else estimate_at(now, scheduler)
     if now is None or to is None or estimate is None or now.sigma == 0 or to.alpha < now.alpha:
         return DEGENERATE
-    row, clamp = ddim([now, to], eta=eta)[0], _clamp(scheduler)
+    row, clamp = ddim([now, to], eta=eta)[0], clamp_of(scheduler)
     if clamp == math.inf or call.others.get("use_clipped_model_output"):
         return _of_row(row, estimate, draws=eta > 0, clamp=clamp)
     direction = row.a * now.sigma  # factor of the noise estimate, which is not clamped
@@ -214,9 +214,9 @@ def read_ddpm(scheduler: Any, call: Call, host: Host) -> Step | str:
             return "the timestep is not in scheduler.timesteps"
         following = timesteps[timesteps.index(t) + 1 :]
         before = int(following[0]) if following else -1
-    now = _level(t, alphas[t])
-    to = _level(before, alphas[before]) if before >= 0 else CLEAN
-    estimate, kind = None if now is None else _estimate(now, scheduler), scheduler.variance_type
+    now = level_at(t, alphas[t])
+    to = level_at(before, alphas[before]) if before >= 0 else CLEAN
+    estimate, kind = None if now is None else estimate_at(now, scheduler), scheduler.variance_type
     if now is None or to is None or estimate is None or not to.alpha > now.alpha:
         return DEGENERATE
     if kind != scheduler.config.variance_type:
@@ -230,13 +230,13 @@ def read_ddpm(scheduler: Any, call: Call, host: Host) -> Step | str:
         s, bounds = 1.0, (math.log(small), math.log(beta))
     noise = {"s": s, "log_variance": bounds} if t > 0 else {"s": 0.0}
     row = ddpm([now, to])[0]
-    return _of_row(row, estimate, draws=t > 0, clamp=_clamp(scheduler), **noise)
+    return _of_row(row, estimate, draws=t > 0, clamp=clamp_of(scheduler), **noise)
 
 
 # --- Euler, Euler ancestral, Heun: in the variance-exploding space, by index ---
 
 
-def _whole(timestep: Any) -> bool:
+def whole(timestep: Any) -> bool:
     """Whether a timestep is of a type that diffusers' Euler schedulers reject."""
     return isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
 
@@ -252,31 +252,31 @@ def read_euler_ancestral(scheduler: Any, call: Call, host: Host) -> Step | str:
 
 
 def _euler(scheduler: Any, call: Call, host: Host, *, ancestral: bool) -> Step | str:
-    if _whole(call.timestep):
+    if whole(call.timestep):
         return "the timestep is an integer"
     if not scheduler.is_scale_input_called:
         return "scale_model_input was not called"
     if call.others.get("s_churn", 0.0):
         return "s_churn is not 0"
-    sigmas = _pair(scheduler, _index(scheduler, call.timestep), host)
+    sigmas = pair_at(scheduler, index_of(scheduler, call.timestep), host)
     if sigmas is None or (ancestral and sigmas[1] > sigmas[0]):
         return DEGENERATE
     now, to = sigmas
     up = to * math.sqrt(1 - (to / now) ** 2) if ancestral else 0.0
     a = math.sqrt(to**2 - up**2) / now
-    u, v = _exploding_estimate(now, scheduler)
+    u, v = exploding_estimate(now, scheduler)
     return Step(u=u, v=v, a=a, b=1 - a, s=up, draws=ancestral)
 
 
 def read_heun(scheduler: Any, call: Call, host: Host) -> Step | str:
     """Heun (Karras et al. 2022, algorithm 1): an Euler step, then its correction."""
-    index, first = _index(scheduler, call.timestep), scheduler.state_in_first_order
-    sigmas = _pair(scheduler, index if first else index - 1, host)
+    index, first = index_of(scheduler, call.timestep), scheduler.state_in_first_order
+    sigmas = pair_at(scheduler, index if first else index - 1, host)
     if sigmas is None or (not first and sigmas[1] == 0):
         return DEGENERATE
     now, to = sigmas
-    u, v = _exploding_estimate(now if first else to, scheduler)
-    clamp = _clamp(scheduler)
+    u, v = exploding_estimate(now if first else to, scheduler)
+    clamp = clamp_of(scheduler)
     if first:  # d = (x - D) / sigma
         return Step(u=u, v=v, a=to / now, b=1 - to / now, clamp=clamp, keep=(1 / now, -1 / now))
     half = float(scheduler.dt) / 2  # x' = start + (d + (x - D) / sigma') dt / 2
@@ -329,30 +329,41 @@ def read_pndm(scheduler: Any, call: Call, host: Host) -> Step | str:
     )
 
 
-def read_dpm(scheduler: Any, call: Call, host: Host) -> Step | str:
+def read_dpm(scheduler: Any, call: Call, host: Host) -> Step | str:  # noqa: PLR0911
     """DPM-Solver++(2M) and its SDE form (Lu et al. 2022b)."""
     if scheduler.num_inference_steps is None:
         return "set_timesteps was not called"
     noisy = scheduler.config.algorithm_type == "sde-dpmsolver++"
     if noisy and call.others.get("variance_noise") is not None:
         return "variance_noise is given"
-    index = _index(scheduler, call.timestep)
-    pair, order = _pair(scheduler, index, host), _order(scheduler, index)
+    index = index_of(scheduler, call.timestep)
+    pair, order = pair_at(scheduler, index, host), _order(scheduler, index)
     if pair is None or pair[1] > pair[0]:
         return DEGENERATE
-    now, to = (_exploded(sigma) for sigma in pair)
-    estimate, eta = _estimate(now, scheduler), float(noisy)
+    now, to = (exploded(sigma) for sigma in pair)
+    estimate, eta = estimate_at(now, scheduler), float(noisy)
     assert estimate is not None, "alpha is 1 / sqrt(1 + sigma**2)"
     first = _of_row(dpmpp_2m_sde([now, to], eta=eta)[0], estimate, draws=noisy, keep=(0.0, 1.0))
-    earlier, before = scheduler.model_outputs[-1], host.numbers(scheduler, "sigmas")[index - 1]
+    sigmas = host.numbers(scheduler, "sigmas")
+    earlier, before = scheduler.model_outputs[-1], sigmas[index - 1]
     repeated = now == to and index == len(scheduler.timesteps) - 1 and before > pair[0]
     if order == 1 or (repeated and earlier is not None):  # x stays at a repeated last level
         return first
     if earlier is None or not before > pair[0] > pair[1] > 0:  # also if index is 0
         return DEGENERATE
-    levels = [_exploded(before), now, to]
-    row = dpmpp_2m_sde(levels, eta=eta, lower_order_final=False)[1]
-    older = ((earlier, row.c[0]),)
+    levels, kind = [exploded(before), now, to], scheduler.config.solver_type
+    older: tuple[tuple[Tensor, float], ...]
+    if order == 2:
+        row = dpmpp_2m_sde(levels, eta=eta, lower_order_final=False, solver_type=kind)[1]
+        older = ((earlier, row.c[0]),)
+        return _of_row(row, estimate, draws=noisy, keep=(0.0, 1.0), older=older)
+    if noisy:
+        return "the SDE of order 3 has another sign in diffusers than in k-diffusion"
+    second = scheduler.model_outputs[-2]
+    if second is None or index < 2 or not (first_sigma := sigmas[index - 2]) > before:
+        return DEGENERATE
+    row = dpmpp_3m_sde([exploded(first_sigma), *levels], eta=eta)[2]
+    older = ((earlier, row.c[1]), (second, row.c[0]))
     return _of_row(row, estimate, draws=noisy, keep=(0.0, 1.0), older=older)
 
 
@@ -365,10 +376,13 @@ def _order(scheduler: Any, index: int) -> int:
         or config.get("final_sigmas_type", "zero") == "zero"
     )
     low = scheduler.lower_order_nums < 1 or (index == steps - 1 and first_at_end)
-    return 1 if low else int(config.solver_order)
+    if low or config.solver_order < 3:
+        return 1 if low else int(config.solver_order)
+    second_at_end = index == steps - 2 and config.lower_order_final and steps < 15
+    return 2 if scheduler.lower_order_nums < 2 or second_at_end else 3
 
 
-def _exploded(sigma: float) -> Level:
+def exploded(sigma: float) -> Level:
     """The level for a given sigma / alpha."""
     alpha = 1 / math.hypot(1, sigma)
     return Level(-1.0, alpha, sigma * alpha)
@@ -430,18 +444,22 @@ class Kind(NamedTuple):
     dtype: Literal["widest", "output", "estimate"] = "widest"
     """dtype of the next sample: the wider one of sample and output; the output's (Euler, which
     converts the sample to fp32 first); or that of the x0 estimate (DPM-Solver++: noise in fp32)."""
+    copies: bool = False
+    """Whether the kept tensor is copied out of its slot, because it stays when that is reused."""
+    second: str | None = None
+    """The output's field for the kept tensor, if steps return it."""
     doubled: bool = False
     """Whether model_output may have 2C channels, the second half being a learned variance."""
 
 
-_PREDICTS = {"prediction_type": ("epsilon", "v_prediction", "sample")}
+PREDICTS = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 KINDS = {
-    "DDIMScheduler": Kind(read_ddim, write_nothing, {**_PREDICTS, "thresholding": (False,)}),
+    "DDIMScheduler": Kind(read_ddim, write_nothing, {**PREDICTS, "thresholding": (False,)}),
     "DDPMScheduler": Kind(
         read_ddpm,
         write_nothing,
         {
-            **_PREDICTS,
+            **PREDICTS,
             "thresholding": (False,),
             "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
         },
@@ -456,7 +474,7 @@ KINDS = {
         {"prediction_type": ("epsilon", "v_prediction")},
         dtype="output",
     ),
-    "HeunDiscreteScheduler": Kind(read_heun, write_heun, _PREDICTS),
+    "HeunDiscreteScheduler": Kind(read_heun, write_heun, PREDICTS),
     "PNDMScheduler": Kind(
         read_pndm,
         write_pndm,
@@ -467,10 +485,10 @@ KINDS = {
         read_dpm,
         write_dpm,
         {
-            **_PREDICTS,
+            **PREDICTS,
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
-            "solver_order": (1, 2),
-            "solver_type": ("midpoint",),
+            "solver_order": (1, 2, 3),
+            "solver_type": ("midpoint", "heun"),
             "thresholding": (False,),
             "variance_type": (None, "fixed_small", "fixed_large"),
             "use_flow_sigmas": (False,),

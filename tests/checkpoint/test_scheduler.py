@@ -21,9 +21,12 @@ from tests.diffusion.test_against_diffusers import SEEDS, SHAPE, Case, network, 
 from tests.support.peers import import_diffusers
 
 # diffusers passes a torch tensor to np.array; torch's tensors do not know numpy 2's `copy` yet.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 STABLE_DIFFUSION = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,

@@ -57,6 +57,23 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ancestral": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "heun": ("HeunDiscreteScheduler", {}),
     "heun-karras-clip": ("HeunDiscreteScheduler", {"use_karras_sigmas": True, "clip_sample": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "lms-v-trailing": (
+        "LMSDiscreteScheduler",
+        {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    ),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-v": ("KDPM2DiscreteScheduler", {"prediction_type": "v_prediction"}),
+    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "singlestep-3-heun": (
+        "DPMSolverSinglestepScheduler",
+        {"solver_order": 3, "solver_type": "heun", "final_sigmas_type": "sigma_min"},
+    ),
+    "lcm": ("LCMScheduler", {}),
+    "lcm-clip-v": ("LCMScheduler", {"clip_sample": True, "prediction_type": "v_prediction"}),
+    "tcd": ("TCDScheduler", {}),
+    "dpm-3": ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}),
     "dpm": ("DPMSolverMultistepScheduler", {}),
     "dpm-karras-v": (
         "DPMSolverMultistepScheduler",
@@ -389,7 +406,7 @@ def history_changed(s: Any) -> Seen:
     """A callback that writes into what the scheduler remembers."""
     s.set_timesteps(5)
     x, seen = go(s, begin(s), s.timesteps[:2])
-    for name in ("model_outputs", "ets"):
+    for name in ("model_outputs", "ets", "derivatives"):
         for tensor in getattr(s, name, []):
             if tensor is not None:
                 tensor.mul_(0.5)
@@ -402,7 +419,7 @@ def history_kept(s: Any) -> Seen:
     x, kept = begin(s), []
     for t in s.timesteps:
         x, _ = go(s, x, [t])
-        for name in ("model_outputs", "ets", "prev_derivative", "sample"):
+        for name in ("model_outputs", "ets", "derivatives", "prev_derivative", "sample"):
             value = getattr(s, name, None)
             kept += value if isinstance(value, list) else [value]
     return kept
@@ -577,7 +594,7 @@ def forward_mode(s: Any) -> Seen:
 
 def threads(s: Any) -> Seen:
     """A scheduler without state serves two loops at once."""
-    if s.order != 1 or hasattr(s, "sigmas") or hasattr(s, "ets"):
+    if s.order != 1 or any(hasattr(s, name) for name in ("sigmas", "ets", "_step_index")):
         return []
     s.set_timesteps(10)
     found: dict[int, Seen] = {}

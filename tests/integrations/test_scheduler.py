@@ -106,9 +106,10 @@ def test_same_images(
     ("name", "options", "reason"),
     [
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'"),
-        ("UniPCMultistepScheduler", {}, "no sampler like UniPCMultistepScheduler"),
+        ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler: its step has two results"),
+        ("DEISMultistepScheduler", {}, "cancel in fp32"),
         ("PNDMScheduler", {"skip_prk_steps": False}, "skip_prk_steps"),
-        (DPM, {"solver_order": 3}, "solver_order=3"),
+        (DPM, {"lambda_min_clipped": -5.1, "thresholding": True}, "thresholding=True"),
     ],
 )
 def test_what_no_table_does_is_left(name: str, options: dict[str, Any], reason: str) -> None:
@@ -118,6 +119,49 @@ def test_what_no_table_does_is_left(name: str, options: dict[str, Any], reason: 
     report = fastdiff.accelerate(pipe, scheduler="fused")
     assert reason in str(report.left[-1].reason)
     assert not isinstance(pipe.scheduler, FusedScheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    ],
+    ids=str,
+)
+def test_flow_matching(name: str, options: dict[str, Any]) -> None:
+    """A loop as in the pipelines of SD3 and Flux, whose samples are (N, tokens, channels)."""
+    kind = getattr(models.import_diffusers(name), name)
+    plain, fused = kind(**options), kind(**options)
+    holder = SimpleNamespace(components={"unet": torch.nn.Identity()}, scheduler=fused)
+    report = fastdiff.accelerate(holder, scheduler="fused", strict=True)
+    results = []
+    for scheduler in (plain, fused):
+        scheduler.set_timesteps(7)
+        x = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(1))
+        for t in scheduler.timesteps:
+            v = torch.tanh(x * (1 + t / 1000))
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+            results.append(x)
+    assert not report.scheduler_steps_left
+    half = len(results) // 2
+    for wanted, found in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_flow_step_in_bf16_is_rounded_once() -> None:
+    """diffusers rounds the product of step and output before the sum."""
+    name = "FlowMatchEulerDiscreteScheduler"
+    scheduler = getattr(models.import_diffusers(name), name)()
+    holder = SimpleNamespace(components={"unet": torch.nn.Identity()}, scheduler=scheduler)
+    fastdiff.accelerate(holder, scheduler="fused", strict=True)
+    scheduler.set_timesteps(4)
+    x, v = torch.randn(2, 2, 12, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    step = (scheduler.sigmas[1] - scheduler.sigmas[0]).double()
+    found = scheduler.step(v, scheduler.timesteps[0], x).prev_sample
+    assert torch.equal(found, (x.double() + step * v.double()).float().bfloat16())
 
 
 def test_it_is_still_a_scheduler_of_diffusers(tmp_path: Path) -> None:
@@ -197,6 +241,14 @@ def test_every_scheduler_of_diffusers_is_served_or_named() -> None:
         "EulerAncestralDiscreteScheduler",
         "HeunDiscreteScheduler",
         DPM,
+        "LMSDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "DPMSolverSinglestepScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
     }
     assert all(name in str(reason) for name, reason in outcomes.items() if reason is not None)
 

@@ -31,7 +31,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
-CLASSES = ("ddim", "ddim-clip", "ddpm", "pndm", "euler", "ancestral", "heun", "dpm", "dpm-sde")
+CLASSES = (
+    "ddim", "ddim-clip", "ddpm", "pndm", "euler", "ancestral", "heun", "dpm", "dpm-sde", "lms",
+    "kdpm2", "kdpm2-ancestral", "singlestep", "lcm", "tcd",
+)  # fmt: skip
 """One case of each class, and of each kind of noise: these run all uses."""
 
 
@@ -140,7 +143,9 @@ SERVED = (
 
 
 @pytest.mark.parametrize("use", [*LEFT, *SERVED], ids=lambda use: use.__name__)
-@pytest.mark.parametrize("case", ["ddim", "heun", "pndm", "dpm-sde"])
+@pytest.mark.parametrize(
+    "case", ["ddim", "heun", "pndm", "dpm-sde", "lms", "kdpm2-ancestral", "singlestep", "lcm"]
+)
 def test_the_report_says_which_steps_are_diffusers_own(case: str, use: Use) -> None:
     scheduler = make(case)
     report = fuse(scheduler)
