@@ -167,9 +167,22 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
     "dpmpp-2m": "DPMSolverMultistepScheduler",
     "dpmpp-2m-sde": "DPMSolverMultistepScheduler",
+    "dpmpp-3m": "DPMSolverMultistepScheduler",
+    "dpm-singlestep": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
 """Our sampler -> diffusers' equivalent scheduler."""
-_OURS = {name: sampler for sampler, name in SCHEDULERS.items() if sampler != "dpmpp-2m-sde"}
+_OURS = {
+    name: sampler
+    for sampler, name in SCHEDULERS.items()
+    if sampler not in ("dpmpp-2m-sde", "dpmpp-3m")
+}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
@@ -181,14 +194,33 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "sigma_min": (None,),
     "sigma_max": (None,),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "lambda_min_clipped": (-math.inf,),
+    "predict_x0": (True,),
+    "disable_corrector": ((), []),
+    "solver_p": (None,),
 }
 """The values of each option that our tables support."""
-REAL_TIMESTEPS = ("euler", "euler-ancestral", "heun")  # their "linspace" is not rounded
-ONE_POINT_MORE = ("dpmpp-2m", "dpmpp-2m-sde")  # "leading", "linspace": steps + 1 points minus one
+_SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "DPMSolverMultistepScheduler": {
+        "solver_order": (2, 3),
+        "solver_type": ("midpoint", "heun"),
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    },
+    "DPMSolverSinglestepScheduler": {
+        "solver_order": (1, 2, 3),
+        "solver_type": ("midpoint", "heun"),
+        "algorithm_type": ("dpmsolver++",),
+    },
+    "UniPCMultistepScheduler": {"solver_order": (1, 2, 3), "solver_type": ("bh1", "bh2")},
+    "DEISMultistepScheduler": {"solver_order": (1, 2, 3), "solver_type": ("logrho",)},
+}
+"""The same for options whose values depend on the scheduler."""
+# their "linspace" is not rounded
+REAL_TIMESTEPS = ("euler", "euler-ancestral", "heun", "lms", "kdpm2", "kdpm2-ancestral")
+# "leading", "linspace": steps + 1 points minus one
+ONE_POINT_MORE = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "dpm-singlestep", "unipc", "deis")
+WITH_EULER_AT_FINAL = ("dpmpp-2m", "dpmpp-2m-sde")
+DISTILLED = ("lcm", "tcd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +242,18 @@ class SamplerSettings:
     variance: Variance | None = None
     """Only for ddpm."""
     lower_order_final: bool | None = None
-    """Only for dpmpp-2m and dpmpp-2m-sde: a last step of order 1 if there are fewer than 15."""
+    """Only for multistep solvers and dpm-singlestep: lower orders at the end, except for unipc and
+    dpm-singlestep only if there are fewer than 15 steps."""
     euler_at_final: bool = False
     """Only for dpmpp-2m and dpmpp-2m-sde: a last step of order 1 for any number of steps."""
+    solver_order: int | None = None
+    """Only for dpm-singlestep, unipc and deis."""
+    solver_type: str | None = None
+    """Only for the dpmpp multistep solvers, dpm-singlestep and unipc."""
+    original_steps: int | None = None
+    """Only for lcm and tcd: the steps that the network was distilled with."""
+    timestep_scaling: float | None = None
+    """Only for lcm."""
 
     def arguments(self, schedule: NoiseSchedule, steps: int) -> dict[str, Any]:
         """Keyword arguments of `build_table` other than `name`, `schedule`, `steps`, `prediction`.
@@ -222,16 +263,22 @@ class SamplerSettings:
         options: dict[str, Any] = {"final": self.final, "clamp": self.clamp}
         if self.variance is not None:
             options["variance"] = self.variance
+        for name in ("solver_order", "solver_type", "timestep_scaling"):
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
         if self.lower_order_final is not None:
-            options["lower_order_final"] = self.euler_at_final or (
-                self.lower_order_final and steps < 15
-            )
+            few = steps < 15 or self.sampler in ("unipc", "dpm-singlestep")
+            options["lower_order_final"] = self.euler_at_final or (self.lower_order_final and few)
         spacing, offset = self._spacing(schedule, steps)
         return {**options, "spacing": spacing, "steps_offset": offset}
 
-    def _spacing(self, schedule: NoiseSchedule, steps: int) -> tuple[str | list[float], int]:
+    def _spacing(  # noqa: PLR0911
+        self, schedule: NoiseSchedule, steps: int
+    ) -> tuple[str | list[float], int]:
         total = schedule.num_timesteps
         offset = self.steps_offset if self.spacing == "leading" else 0
+        if self.original_steps is not None:
+            return self._distilled_timesteps(total, steps), 0
         if self.sigmas is not None:
             # DPM-Solver++ spans the whole schedule, the others the range of their timesteps.
             if self.sampler in ONE_POINT_MORE or self.spacing == "linspace":
@@ -248,6 +295,17 @@ class SamplerSettings:
             stride = total // (steps + 1)
             return [float(i * stride + offset) for i in range(steps, 0, -1)], 0
         return self.spacing, offset
+
+    def _distilled_timesteps(self, total: int, steps: int) -> list[float]:
+        """Every so many of the timesteps that the network was distilled with, from T - 1 down."""
+        assert self.original_steps is not None
+        if steps > self.original_steps:
+            raise ValueError(
+                f"this model was distilled with {self.original_steps} steps, got {steps}; use fewer"
+            )
+        stride = total // self.original_steps
+        places = np.floor(np.linspace(0, self.original_steps, steps, endpoint=False))
+        return [(self.original_steps - place) * stride - 1 for place in places.tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,10 +404,17 @@ def scheduler_config(
         "clip_sample": sampler.clamp is not None,
         "clip_sample_range": sampler.clamp or 1.0,
         "skip_prk_steps": True,
-        "algorithm_type": "sde-" * (sampler.sampler == "dpmpp-2m-sde") + "dpmsolver++",
         "lower_order_final": sampler.lower_order_final is not False,
         "euler_at_final": sampler.euler_at_final,
+        "solver_order": sampler.solver_order or (3 if sampler.sampler == "dpmpp-3m" else 2),
+        "solver_type": sampler.solver_type or DEFAULTS[name].get("solver_type"),
+        "original_inference_steps": sampler.original_steps or 50,
+        "timestep_scaling": sampler.timestep_scaling or 10.0,
+        "algorithm_type": DEFAULTS[name].get("algorithm_type"),
     }
+    if name == "DPMSolverMultistepScheduler":
+        sde = sampler.sampler == "dpmpp-2m-sde"
+        data["algorithm_type"] = "sde-dpmsolver++" if sde else "dpmsolver++"
     if sampler.sampler == "ddpm":
         data["variance_type"] = _key(VARIANCES, sampler.variance or "fixed_small")
     if sampler.sigmas is not None:
@@ -444,7 +509,7 @@ def _no_sampler(name: str, options: Mapping[str, Any]) -> str:
     """Why fastdiff has no table equivalent to this scheduler; empty if it has one."""
     if name not in _OURS:
         return f"fastdiff has no sampler like {name}"
-    for key, allowed in _ALLOWED.items():
+    for key, allowed in {**_ALLOWED, **_SOLVERS.get(name, {})}.items():
         value = options.get(key, allowed[0])
         if value not in allowed:
             return (
@@ -453,25 +518,38 @@ def _no_sampler(name: str, options: Mapping[str, Any]) -> str:
             )
     if options.get("use_karras_sigmas") and options.get("use_exponential_sigmas"):
         return f"{name} cannot use karras and exponential sigmas at the same time"
+    if name == "DPMSolverMultistepScheduler" and options["solver_order"] == 3:
+        if options["algorithm_type"] != "dpmsolver++":
+            return f"the SDE of {name} with solver_order=3 is not the published one"
+        if options["euler_at_final"] and options["final_sigmas_type"] != "zero":
+            return f"fastdiff does not support {name} with solver_order=3 and euler_at_final=True"
     return ""
 
 
 def _settings(name: str, options: Mapping[str, Any]) -> SamplerSettings:
-    sde = options.get("algorithm_type") == "sde-dpmsolver++"
-    sampler = "dpmpp-2m-sde" if sde else _OURS[name]
-    solver = sampler in ONE_POINT_MORE
+    sampler = _OURS[name]
+    if name == "DPMSolverMultistepScheduler":
+        sde = options["algorithm_type"] == "sde-dpmsolver++"
+        sampler = "dpmpp-3m" if options["solver_order"] == 3 else f"dpmpp-2m{'-sde' * sde}"
     to_zero = options.get("set_alpha_to_one", True) and (
         options.get("final_sigmas_type", "zero") == "zero"
     )
+    if sampler in ("lcm", "deis", "tcd"):  # whatever the options
+        to_zero = sampler == "lcm"
     sigmas = [kind for kind in get_args(SigmaSpacing) if options.get(f"use_{kind}_sigmas")]
+    typed = sampler.startswith("dpm") or sampler == "unipc"
     return SamplerSettings(
         sampler=sampler,
-        spacing=options["timestep_spacing"],
-        steps_offset=options["steps_offset"],
+        spacing=options.get("timestep_spacing", "linspace"),
+        steps_offset=options.get("steps_offset", 0),
         sigmas=sigmas[0] if sigmas else None,
         final="zero" if to_zero else "sigma_min",
         clamp=float(options["clip_sample_range"]) if options.get("clip_sample") else None,
         variance=VARIANCES[options["variance_type"]] if sampler == "ddpm" else None,
-        lower_order_final=options["lower_order_final"] if solver else None,
-        euler_at_final=options["euler_at_final"] if solver else False,
+        lower_order_final=options["lower_order_final"] if sampler in ONE_POINT_MORE else None,
+        euler_at_final=options["euler_at_final"] if sampler in WITH_EULER_AT_FINAL else False,
+        solver_order=options["solver_order"] if name in _SOLVERS and "pp" not in sampler else None,
+        solver_type=options["solver_type"] if typed else None,
+        original_steps=options["original_inference_steps"] if sampler in DISTILLED else None,
+        timestep_scaling=float(options["timestep_scaling"]) if sampler == "lcm" else None,
     )

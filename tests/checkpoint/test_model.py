@@ -307,7 +307,7 @@ def test_a_folder_whose_scheduler_is_unknown_loads(sd1: Any, tmp_path: Path) -> 
     shutil.copytree(folder, tmp_path / "m")
     path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     stated = {
-        "_class_name": "DEISMultistepScheduler",
+        "_class_name": "EDMEulerScheduler",
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -319,7 +319,7 @@ def test_a_folder_whose_scheduler_is_unknown_loads(sd1: Any, tmp_path: Path) -> 
     assert model.schedule == compvis.STABLE_DIFFUSION
     assert (model.prediction, model.sampler) == ("v", None)
     [line] = model.assumed_lines()
-    assert line.startswith("sampler: not supported: fastdiff has no sampler like DEIS")
+    assert line.startswith("sampler: not supported: fastdiff has no sampler like EDMEuler")
     path.write_text(json.dumps({**stated, "_class_name": "DDIMScheduler", "magic": True}))
     model = load(tmp_path / "m", text_encoders=False)
     assert model.sampler is None

@@ -76,7 +76,7 @@ def written(scheduler: Any) -> dict[str, Any]:
 
 
 def test_every_option_and_default_is_diffusers() -> None:
-    """Of the diffusers that is installed; an older one may lack some of ours."""
+    """Compared with the installed diffusers; older versions may lack some options."""
     for name, defaults in DEFAULTS.items():
         theirs = {k: v for k, v in peer(name).config.items() if not k.startswith("_")}
         ours = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
@@ -148,6 +148,23 @@ TRAJECTORIES: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("DPMSolverMultistepScheduler", {**LEADING, "final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun", "lower_order_final": False}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+    ("UniPCMultistepScheduler", {}),
+    (
+        "UniPCMultistepScheduler",
+        {**LEADING, "solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+    ),
+    ("DEISMultistepScheduler", {"timestep_spacing": "trailing"}),
+    ("LMSDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {**LEADING, "use_karras_sigmas": True}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("KDPM2AncestralDiscreteScheduler", LEADING),
+    ("LCMScheduler", {"clip_sample": True}),
+    ("LCMScheduler", {"original_inference_steps": 100, "timestep_scaling": 2.0}),
+    ("TCDScheduler", {}),
 ]
 
 
@@ -157,7 +174,8 @@ def test_the_same_way_from_noise_to_sample(
     name: str, options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the config alone, as far as fp32 tables and other interpolation allow."""
-    theirs = peer(name, **{**STABLE_DIFFUSION, **options})
+    known = {k: v for k, v in STABLE_DIFFUSION.items() if k in DEFAULTS[name]}
+    theirs = peer(name, **{**known, **options})
     read = read_scheduler(written(theirs))
     assert read.sampler is not None
     theirs.set_timesteps(steps)
@@ -201,6 +219,15 @@ def test_published_files(data: dict[str, Any], sampler: SamplerSettings) -> None
         SamplerSettings(sampler="euler-ancestral", spacing="leading"),
         SamplerSettings(sampler="heun", spacing="linspace", sigmas="exponential", clamp=0.5),
         SamplerSettings(sampler="dpmpp-2m", spacing="linspace", lower_order_final=False),
+        SamplerSettings(sampler="dpmpp-3m", spacing="linspace", solver_type="heun"),
+        SamplerSettings(sampler="dpm-singlestep", spacing="linspace", solver_order=3),
+        SamplerSettings(sampler="unipc", spacing="trailing", solver_order=3, solver_type="bh1"),
+        SamplerSettings(sampler="deis", spacing="leading", final="sigma_min", solver_order=3),
+        SamplerSettings(sampler="lms", spacing="linspace", sigmas="karras"),
+        SamplerSettings(sampler="kdpm2", spacing="trailing"),
+        SamplerSettings(sampler="kdpm2-ancestral", spacing="leading", steps_offset=1),
+        SamplerSettings(sampler="lcm", spacing="leading", original_steps=40, timestep_scaling=2.0),
+        SamplerSettings(sampler="tcd", spacing="leading", final="sigma_min", original_steps=25),
         SamplerSettings(
             sampler="dpmpp-2m-sde", spacing="trailing", euler_at_final=True, final="sigma_min"
         ),
@@ -288,20 +315,22 @@ def test_what_the_model_cannot_have_is_named(change: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("LMSDiscreteScheduler", {}, "no sampler like LMSDiscreteScheduler"),
-        ("UniPCMultistepScheduler", {}, "no sampler like UniPC"),
-        ("DPMSolverSinglestepScheduler", {}, "no sampler like DPMSolverSingle"),
         ("PNDMScheduler", {}, "skip_prk_steps=False"),
         ("DDIMScheduler", {"thresholding": True}, "thresholding=True"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order=3"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}, "solver_order=1"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+            "the SDE of DPMSolverMultistepScheduler with solver_order=3 is not the published one",
+        ),
+        ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
+        ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type="),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type="),
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
         ("DDPMScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
         ("EulerDiscreteScheduler", {"magic": 3}, "EulerDiscreteScheduler with magic=3"),
-        ("DEISMultistepScheduler", UNKNOWN, "no sampler like DEIS"),
-        ("LCMScheduler", {**UNKNOWN, "original_inference_steps": 50}, "no sampler like LCM"),
-        ("TCDScheduler", UNKNOWN, "no sampler like TCD"),
-        ("KDPM2DiscreteScheduler", UNKNOWN, "no sampler like KDPM2"),
+        ("EDMEulerScheduler", UNKNOWN, "no sampler like EDMEuler"),
+        ("DPMSolverSDEScheduler", UNKNOWN, "no sampler like DPMSolverSDE"),
     ],
 )
 def test_a_sampler_that_we_lack_is_said_and_the_model_is_read(
