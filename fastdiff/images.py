@@ -133,22 +133,45 @@ def read_mask(source: Source, *, height: int | None = None, width: int | None = 
 
 
 @one_line_errors()
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width of an image file, upright; its pixels are not read.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read.
+    """
+    file = _existing(path)
+    try:
+        with Image.open(file, formats=_formats()) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except UNREADABLE as error:
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+    return (width, height) if turned else (height, width)
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"no image at {file}; give a PNG, JPEG or other picture")
+    return file
+
+
+@one_line_errors()
 def _read(source: Source, mode: str, height: int | None, width: int | None) -> Tensor:
     """Convert an image to a Pillow mode: (C, H, W) fp32 in [0, 1]."""
-    for name, side in (("height", height), ("width", width)):
+    for which, side in (("height", height), ("width", width)):
         if side is not None and not 1 <= side <= MAX_SIDE:
-            raise ValueError(f"{name} must be 1 to {MAX_SIDE} pixels, got {side}")
-    file = None if isinstance(source, Image.Image) else Path(source)
-    if file is not None and not file.exists():
-        raise FileNotFoundError(f"no image at {file}; give a PNG, JPEG or other picture")
+            raise ValueError(f"{which} must be 1 to {MAX_SIDE} pixels, got {side}")
+    what = source if isinstance(source, Image.Image) else _existing(source)
     try:
-        if isinstance(source, Image.Image):
-            picture = _flatten(_upright(source), WHITE).convert(mode)
+        if isinstance(what, Path):
+            picture = open_flat(what, WHITE).convert(mode)
         else:
-            picture = open_flat(Path(source), WHITE).convert(mode)
+            picture = _flatten(_upright(what), WHITE).convert(mode)
     except UNREADABLE as error:
-        what = file or "the Pillow image"
-        raise ValueError(f"{what} cannot be read: {reason(error)}") from error
+        name = what if isinstance(what, Path) else "the Pillow image"
+        raise ValueError(f"{name} cannot be read: {reason(error)}") from error
     if height is not None or width is not None:
         width = width or max(round(picture.width * (height or 1) / picture.height), 1)
         height = height or max(round(picture.height * width / picture.width), 1)

@@ -36,6 +36,33 @@ CHECKPOINT = "checkpoint"
 """Name of the sampler that stands for the model's own (diffusers' scheduler_config.json)."""
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+@functools.cache
+def _scalars(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types of the fields that are numbers, text or None; `check_seed` checks the seeds."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        if name.endswith("seed"):
+            continue
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if all(kind in _WORDS or kind is NoneType for kind in kinds):
+            found[name] = kinds
+    return found
+
+
+def _check_types(job: Any) -> None:
+    """Raise ValueError if a number or text has another type: steps="20", strength=None."""
+    cls: type = type(job)
+    for name, kinds in _scalars(cls).items():
+        value = getattr(job, name)
+        accepted = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
+            raise ValueError(f"{name} must be {words}, got {value!r:.40}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
     """How to get from noise to an image; None means a default that depends on the model, see
@@ -434,30 +461,6 @@ def stage_seed(seed: int, stage: str) -> int:
     """A seed for a second pass such as "upscale", whose noise is independent of the first pass."""
     digest = hashlib.blake2b(f"{stage} {seed}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-
-
-@functools.cache
-def _scalars(cls: type[Any]) -> dict[str, tuple[type, ...]]:
-    """The types of the fields that are numbers, text or None."""
-    found = {}
-    for name, hint in get_type_hints(cls).items():
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if all(kind in _WORDS or kind is NoneType for kind in kinds):
-            found[name] = kinds
-    return found
-
-
-def _check_types(job: Any) -> None:
-    """Raise ValueError if a number or text has another type: steps="20", strength=None."""
-    for name, kinds in _scalars(type(job)).items():
-        value = getattr(job, name)
-        accepted = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-            words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
-            raise ValueError(f"{name} must be {words}, got {value!r:.40}")
 
 
 def _check_prompts(job: Any) -> None:

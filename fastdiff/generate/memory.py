@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.weights import empty_model
 from fastdiff.generate.facts import ACTIVATIONS, SMALL, Facts, check, default_batch
 from fastdiff.generate.job import InpaintJob, Job, TextJob, UpscaleJob
+from fastdiff.images import image_size
 from fastdiff.kernels import selected_backend
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 from fastdiff.memory import check_memory
@@ -194,8 +194,7 @@ def _picture_size(picture: Any, height: int | None, width: int | None) -> Size:
     """Size of the picture that a job starts from, after the resizing of `images.read_image`."""
     if isinstance(picture, Tensor):
         return picture.shape[-2], picture.shape[-1]
-    with Image.open(picture) as file:  # errors are reported where the pixels are read
-        wide, high = file.size
+    high, wide = image_size(picture)
     if height is None and width is None:
         return high, wide
     width = width or max(round(wide * (height or 1) / high), 1)

@@ -77,6 +77,9 @@ class Model(CheckpointModel):
         Raises:
             ValueError: the arguments do not fit the model or each other.
         """
+        for name, argument in (("prompt", "prompts"), ("label", "classes"), ("seed", "seeds")):
+            if name in options:
+                raise ValueError(f"unknown option {name!r}; give {argument}=")
         count, seeds = _seeds(seeds, prompts, classes)
         facts = Facts.of(self)
         sides = {name: options.get(name) for name in ("height", "width")}

@@ -146,9 +146,11 @@ def accelerate(
         raise ValueError(f"noise={noise!r} needs a fused scheduler; add scheduler='fused'")
     found = list(roots(obj))
     if not found:
+        own = type(obj).__module__.startswith("fastdiff.")
+        hint = "; fastdiff's own models already run on its ops" if own else ""
         raise TypeError(
-            f"accelerate expects a diffusers pipeline, an nn.Module or a list of them, "
-            f"got {type(obj).__name__} without a module in it"
+            "accelerate expects a diffusers pipeline, an nn.Module or a list of them, "
+            f"got {type(obj).__name__} without a module in it{hint}"
         )
     entries: list[Entry] = []
     swaps: list[Swap] = []

@@ -15,6 +15,7 @@ from fastdiff import images as images_module
 from fastdiff.images import (
     contact_sheet,
     fonts_for,
+    image_size,
     read_image,
     read_mask,
     read_recipe,
@@ -194,3 +195,11 @@ def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "text.png", "not an image"), (tmp_path, "not a regular")):
         with pytest.raises(ValueError, match=f"cannot be read: {message}"):
             read_mask(path)
+
+
+def test_the_size_of_a_file_is_that_of_its_pixels(tmp_path: Path) -> None:
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (5, 9)).save(tmp_path / "x.png", exif=exif)
+        assert image_size(tmp_path / "x.png") == tuple(read_image(tmp_path / "x.png").shape[1:])

@@ -132,7 +132,7 @@ def test_edits_of_a_model_of_classes(model: Model) -> None:
         ({"seeds": [1.5]}, "a seed must be a whole number from 0"),
         ({"classes": [1, 2], "seeds": [1]}, "got 2 classes and 1 seeds"),
         ({"classes": "five"}, "unknown class 'five'; expected one of zero, one"),
-        ({"stepz": 3}, "unknown option 'stepz'; expected one of label, image, seed"),
+        ({"stepz": 3}, "'stepz'; did you mean steps. Expected one of variation_seed, "),
         ({"prompts": "a cat"}, "does not read text, got prompt 'a cat'"),
         (
             {"image": torch.zeros(2, 1, 16, 16), "seeds": 1},
@@ -199,13 +199,21 @@ assert callable(fastdiff.generate)
         ({"seeds": []}, "expected at least one seed, got none"),
         ({"mask": grey()}, "mask needs image, the picture to change"),
         ({"guidence_scale": 3}, "'guidence_scale'; did you mean guidance_scale.*? Expected one of"),
-        ({"label": 3}, "unknown option 'label'; expected one of variation_seed, "),
+        ({"label": 3}, "unknown option 'label'; give classes="),
     ],
     ids=str,
 )
 def test_wrong_calls_say_what_is_wrong(model: Model, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(**{"classes": 1, **options})
+
+
+def test_picture_files_that_cannot_be_read(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no image at .*nope\.png; give a PNG, JPEG or"):
+        model.generate(classes=1, image=tmp_path / "nope.png")
+    (tmp_path / "text.png").write_text("not pixels")
+    with pytest.raises(ValueError, match=r"text\.png cannot be read: "):
+        model.generate(classes=1, image=str(tmp_path / "text.png"))
 
 
 def test_numbers_of_other_types_that_are_numbers(model: Model) -> None:
@@ -226,7 +234,7 @@ def test_a_model_moves_to_another_device(model: Model, monkeypatch: pytest.Monke
     moved.to(torch.device("meta"))
     assert {p.device.type for part in moved.modules.values() for p in part.parameters()} == {"meta"}
     assert Session.of(moved).device.type == "meta"
-    with pytest.raises(ValueError, match="device must be one of torch's, .* got 'gpu'"):
+    with pytest.raises(ValueError, match=r"device must be one of torch's, .* got 'gpu'"):
         model.to("gpu")
 
 
