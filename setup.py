@@ -56,7 +56,7 @@ SANITIZERS = (
     "-fno-sanitize-recover=undefined -fsanitize-recover=address"
 )
 MISSING = "_native_missing.txt"
-"""In the module's place where it is not built: why. `kernels/compiled.py` reads it."""
+"""File with the reason that the module was not built, read by `kernels/compiled.py`."""
 
 
 SANITIZED = os.environ.get("FASTDIFF_SANITIZE") == "1"
@@ -155,7 +155,7 @@ def cuda_for(here: tuple[str, ...] = ()) -> Cuda | str:
 
 
 def gpus() -> tuple[str, ...]:
-    """What to compile for the GPUs of this machine, as nvidia-smi tells of them."""
+    """Architectures of the GPUs of this machine, according to nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -200,10 +200,10 @@ def digest() -> str:
 
 
 def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> list[str]:
-    """Write build.ninja; what did not change is not written anew. Returns the CUDA objects.
+    """Write build.ninja, leaving unchanged files untouched. Returns the CUDA objects.
 
-    Sources are named by their way from the build folder: objects of another checkout, copied with
-    the folder, are then up to date as far as the sources are the same.
+    Sources are relative to the build folder, so that objects copied from another checkout together
+    with the folder are up to date if the sources are the same.
 
     Raises:
         CannotBuildError: there is no C++ compiler.
@@ -246,9 +246,9 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
 
 
 def facts(version: str, cuda: Cuda | str) -> str:
-    """What build_info.cpp is to tell, as definitions for the compiler.
+    """Facts about the build, as macros for build_info.cpp.
 
-    The digest changes with every edit: no other file has it on its command line.
+    The digest changes with every edit, so no other file has it on its command line.
     """
     archs, missing = (";".join(cuda.architectures), "") if isinstance(cuda, Cuda) else ("", cuda)
     macros = {
@@ -316,7 +316,7 @@ def _escape(path: Path | str) -> str:
 
 
 def build_folder() -> Path:
-    """Where ninja works, and goes on from the next time; another one for other sanitizers."""
+    """Folder in which ninja builds incrementally; builds with sanitizers have their own."""
     tag = str(sysconfig.get_config_var("SOABI")) + ("-sanitized" if SANITIZED else "")
     folder = ROOT / "build" / "native" / tag
     folder.mkdir(parents=True, exist_ok=True)
@@ -359,7 +359,7 @@ class BuildNative(build_ext):
             )
 
     def build_module(self, name: str) -> Path:
-        """With the CUDA kernels where that works. Raises CannotBuildError."""
+        """Build the module, with CUDA kernels if possible. Raises CannotBuildError."""
         target, version = build_folder() / name, self.distribution.get_version()
         cuda = find_cuda()
         built_for = ", ".join(cuda.architectures) if isinstance(cuda, Cuda) else f"none: {cuda}"

@@ -32,7 +32,7 @@ _LEFTOVER = re.compile(r"\.(?:.+\.[a-z0-9_]{8}\.tmp(?:\..+)?|(?P<aside>.+)\.old-
 LOCK = ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSALS = (ValueError, OSError, ImportError)
-"""What is raised where a file or an option cannot be used."""
+"""Errors raised when a file or an option cannot be used."""
 MAX_MESSAGE = 1000  # characters of an error; our own longest list of choices has 600
 
 
@@ -224,9 +224,9 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def _temporary_sibling(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Make an empty file or folder beside ``path``, locked during the block.
+    """Create an empty file or folder next to ``path``, locked during the block.
 
-    The lock shows that its process is alive, and ends with it.
+    The lock shows that the process is alive; it is released when the process ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, suffix = f".{path.name}.", f".tmp{path.suffix}"

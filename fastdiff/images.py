@@ -41,8 +41,8 @@ MAX_SIDE = 65_535
 """Longest side that a picture may be resized to when it is read: JPEG's limit."""
 
 LARGE, BYTES_PER_NUMBER = 2**24, 20
-"""Numbers of a picture from which on memory is asked for before it is resized, and the bytes that
-each takes on the way: as a byte, and in fp32 copies."""
+"""Free memory is checked before a picture with at least LARGE numbers is resized, which takes up to
+BYTES_PER_NUMBER for each: the uint8 original and fp32 copies."""
 
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),

@@ -1,7 +1,7 @@
-"""How much memory is free, and the error for what would not fit into it.
+"""Measure free memory, and raise an error for a request that would not fit.
 
-Free is what the system can hand out without swapping, and no more than the control group (a
-container's limit) and the process's own limit leave.
+Free memory is what the system can allocate without swapping, bounded by what the limits of the
+control group (a container) and of the process leave.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if sys.platform != "win32":
     import resource
 
 SYSTEM = Path("/")
-"""Where /proc and /sys lie."""
+"""Root of /proc and /sys."""
 
 
 class NotEnoughMemory(MemoryError):
-    """What is asked for needs more memory than is free; nothing has been computed yet."""
+    """A request needs more memory than is free; nothing has been computed yet."""
 
 
 def check_memory(need: int, what: str, *, device: Any = "cpu", way_out: str) -> None:
@@ -71,7 +71,7 @@ def free_memory(device: Any = "cpu") -> int | None:
 
 
 def _available() -> int | None:
-    """What the system could hand out without swapping."""
+    """Bytes that the system could allocate without swapping."""
     for line in _lines("proc/meminfo"):
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
@@ -80,7 +80,7 @@ def _available() -> int | None:
 
 
 def _left_of_process() -> int | None:
-    """What `ulimit -v` leaves of this process's addresses; None: it is not limited."""
+    """Bytes that `ulimit -v` leaves to this process; None: no limit."""
     if sys.platform == "win32":
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -89,7 +89,7 @@ def _left_of_process() -> int | None:
 
 
 def _left_of_groups() -> Iterator[int]:
-    """What the limits of this process's control groups leave, of versions 2 and 1."""
+    """Bytes left by the limits of this process's control groups (version 2 or 1)."""
     for line in _lines("proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -113,7 +113,7 @@ def _number(path: str) -> int | None:
 
 
 def _cache(path: str) -> int:
-    """Of a group's use, what is only read files, which go when room is needed."""
+    """Bytes of a group's usage that are page cache, which the kernel can reclaim."""
     for line in _lines(path):
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file"):

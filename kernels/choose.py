@@ -450,7 +450,7 @@ def record_backends() -> Iterator[dict[str, set[str]]]:
     """Record which backends run each op inside the ``with`` block, as a dict that fills meanwhile.
 
     Ops inside graphs of `torch.compile` are recorded too, except a reference that was traced into
-    the graph: its operations are no longer an op.
+    the graph, where the op is no longer visible.
     """
     served: dict[str, set[str]] = {}
     token = _served.set(served)

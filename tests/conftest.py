@@ -1,7 +1,7 @@
 """Every test draws the same random numbers each time, alone or among others.
 
-Test processes side by side (pytest -n) share the cores: two that each use all of them wait for
-each other at every barrier of OpenMP.
+Parallel test processes (pytest -n) share the cores: if each used all of them, they would wait for
+each other at every OpenMP barrier.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; that is decided before
 the first import of the kernels.

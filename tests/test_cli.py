@@ -415,7 +415,7 @@ def test_full_disk_behind_stdout(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
 def test_full_disk_leaves_nothing_half_written(tiny: str, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the full disk: the error takes the same way."""
+    """A limit on the size of files simulates a full disk: the error is handled in the same way."""
     code = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);\
 resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); {CLI}"
     words = ("sample", "--model", tiny, "--steps", "1", "--classes", "1", "--count", "1")
@@ -570,7 +570,7 @@ def test_like_refuses_a_sheet_and_a_strange_recipe(run, tiny: str) -> None:
     run("sample", "--model", tiny, "--classes", "1", "--count", "2", "--steps", "1")
     code, _, err = run("sample", "--like", "out/sheet.png", "--model", tiny)
     assert code == 2
-    assert "it belongs to a contact sheet; give a single image" in err
+    assert "it belongs to a contact sheet; use a single image" in err
 
     from fastdiff.images import save_png
 
@@ -829,7 +829,7 @@ def scores(accuracy: float) -> Scores:
 def test_evaluate_fails_when_a_limit_is_missed(
     accuracy: float, expected: int, run, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The measuring has its own tests; here it is told what came out."""
+    """Evaluation has its own tests; here its result is fixed."""
     asked = {}
 
     def measured(model: Model, **kwargs: object) -> SimpleNamespace:

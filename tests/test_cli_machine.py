@@ -1,4 +1,4 @@
-"""Where a command works: folders, and numbers that tell."""
+"""Folders that commands write to, and the reported numbers."""
 
 from __future__ import annotations
 

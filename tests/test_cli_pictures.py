@@ -1,4 +1,4 @@
-"""``txt2img``, ``img2img`` and ``inpaint``: what they write, what they say, how they refuse."""
+"""``txt2img``, ``img2img`` and ``inpaint``: files, output and errors."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_upscale_and_refiner(run: Run, folders: dict[str, str]) -> None:
 
 
 def test_images_are_written_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is stopped keeps what it has made."""
+    """A run that is stopped keeps its finished images."""
 
     def stopped(*args: Any, **options: Any) -> Any:
         yield from itertools.islice(generate(*args, **options), 4)

@@ -1,4 +1,4 @@
-"""`fastdiff completion`: the scripts, asked by real shells what they complete."""
+"""`fastdiff completion`: the scripts in real shells."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(scripts: Path, tmp_path: Path) -> Ask:
-    """What bash offers for the last of some words; it finds no other program, so starts none."""
+    """What bash completes for the last word; PATH is empty, so it can start no other program."""
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash here")

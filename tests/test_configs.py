@@ -1,4 +1,4 @@
-"""Configs survive JSON, and a wrong one is refused in one line that names the field."""
+"""Configs survive JSON; a wrong one is rejected in one line that names the field."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Holder:
 
 
 def test_a_field_that_came_later_is_left_out_where_it_says_nothing() -> None:
-    """Files from before it, and their hashes, stay what they were."""
+    """Older files and their hashes do not change."""
     assert to_dict(Grown(width=3)) == to_dict(Inner(width=3))
     assert to_dict(Holder(inner=Grown())) == {"inner": to_dict(Inner())}
     said = Grown(added=2)

@@ -40,7 +40,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def missing_paths(text: str) -> list[str]:
     """Paths of Python files, and of folders in backticks, that exist neither at the root nor in the
-    package; ``<op>`` stands for any name."""
+    package; ``<op>`` matches any name."""
     files = re.findall(r"(?<![\w./<>-])[\w<>-]+(?:/[\w<>-]+)*/[\w<>]+\.py\b", text)
     folders = re.findall(r"`([\w<>-]+(?:/[\w<>-]+)*/)`", text)
     patterns = {path: re.sub(r"<\w+>", "*", path.rstrip("/")) for path in [*files, *folders]}
@@ -134,7 +134,7 @@ def small_run() -> DiffusionRun[Any]:
 def test_the_python_of_a_page_runs(
     page: Path, things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is, one block after the other; a training is shorter and its network smaller."""
+    """Unchanged, block by block, except that training is shorter and its network smaller."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TRAINING_PRESETS, "digits-diffusion", small_run())

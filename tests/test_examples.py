@@ -1,4 +1,4 @@
-"""The examples run as they stand, on small random models that diffusers has saved."""
+"""The examples run unchanged, on small random models saved by diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands under a name is the old content or the new one, whatever goes wrong."""
+"""A name always has its old or its new content, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
 
 
 def test_a_new_file_replaces_none(tmp_path: Path) -> None:
-    """Not one that another process has written meanwhile either."""
+    """Not even one that another process has written in the meantime."""
     target = tmp_path / "a.png"
     with atomic_file(target, new=True) as temporary:
         temporary.write_text("first")
@@ -215,7 +215,7 @@ def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
 
 
 def _can_exchange(folder: Path) -> bool:
-    """Whether this file system swaps two names: asked of the system, not of `files`."""
+    """Whether this file system can swap two names, tested with a system call, not with `files`."""
     if sys.platform != "linux":
         return False
     for name in ("one", "other"):
@@ -257,7 +257,13 @@ files.write_text(root / "latest", "new")
         ("two renames", "_sync", 1, "old", "old"),  # before the first file is on the disk
         ("two renames", "replace", 1, "old", "old"),  # before the old folder is moved aside
         ("two renames", "replace", 2, None, "old"),  # between the two renames
-        ("two renames", "_sync", 4, "new", "old"),  # the folder stands, the file is being written
+        (
+            "two renames",
+            "_sync",
+            4,
+            "new",
+            "old",
+        ),  # the folder is whole, the file is being written
         ("two renames", "replace", 3, "new", "old"),
         ("one step", "_sync", 1, "old", "old"),
         ("one step", "_exchange", 1, "old", "old"),
@@ -279,7 +285,7 @@ def test_kill_9_while_writing_leaves_old_or_new_and_nothing_else(
     )
     assert done.returncode == -signal.SIGKILL
     if model is None:
-        assert not (tmp_path / "model").exists(), "nothing stands under the name for an instant"
+        assert not (tmp_path / "model").exists(), "for an instant the name does not exist"
     else:
         assert (tmp_path / "model/a.bin").read_text() == model, "before anything is cleaned up"
     assert len(listing(tmp_path)) > 3, "the kill came too late to leave anything"
@@ -329,7 +335,7 @@ def test_the_next_writer_of_a_folder_removes_what_a_killed_one_left(tmp_path: Pa
 def test_a_temporary_that_is_taken_for_a_leftover_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process cleans up between its making and its locking."""
+    """Another process cleans up between creating and locking it."""
     real, taken = os.open, []
 
     def open_(path: Path, *how: int) -> int:

@@ -1,4 +1,4 @@
-"""The floor plan: imports only go down, no files form a circle, and some words stay in one room."""
+"""Layering: imports only go down, without cycles, and some words stay in one package."""
 
 from __future__ import annotations
 

@@ -36,8 +36,10 @@ def _without_cuda() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git tracks: leftovers of this tree stay out, but for the objects that it was
-    built from, which are compiled anew where they are not of these sources."""
+    """A copy of the files that git tracks, with the objects of the last build of this tree.
+
+    Objects whose sources have changed are compiled again.
+    """
     source = tmp_path_factory.mktemp("source")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -87,7 +89,7 @@ def test_wheel_holds_kernels_once_and_under_our_name(dist: Path) -> None:
 
 
 def build_in_place(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What ``make build`` runs, in the copy."""
+    """Run what ``make build`` runs in the copy."""
     return subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""What is public has one list of names: `__all__`, dir, help, type checkers and the site agree."""
+"""There is one list of public names: `__all__`, dir, help, type checkers and the site agree."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_site_shows_what_is_public(module: types.ModuleType) -> None:
 
 
 def test_a_function_has_its_arguments_in_every_view() -> None:
-    """Not `(*args, **options)`: what `help` and an editor show of the two that stand for others."""
+    """`help` and editors show real arguments, not `(*args, **options)`, for the two wrappers."""
     assert {"dtype", "device", "vae", "options"} <= set(inspect.signature(fastdiff.load).parameters)
     assert set(inspect.signature(fastdiff.generate).parameters) >= {"model", "jobs", "batch"}
 

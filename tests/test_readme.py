@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The code and commands in the README work unchanged."""
 
 from __future__ import annotations
 

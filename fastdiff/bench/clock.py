@@ -32,7 +32,7 @@ ROUNDS = 50
 """Most timed rounds."""
 CALLS = 20
 LONG_S = 2e-3
-"""From this duration on, a graph has one call."""
+"""For calls that take at least this long, a graph contains one call."""
 HEAD_START = 500_000
 """Clock cycles (a quarter of a millisecond) that the GPU waits while the host queues a call."""
 

@@ -55,7 +55,7 @@ class HostCost:
     missing: str = ""
     """Why there is no cost, or none for the other checkout."""
     note: str = ""
-    """What makes the two costs differ besides the code."""
+    """What, other than the code, makes the two costs differ."""
     other_cost: float | None = None
     """The cost in the other checkout."""
     ratio: float | None = None

@@ -100,7 +100,7 @@ OURS = {
 
 @dataclass(kw_only=True)
 class Count:
-    """What an evaluation launches."""
+    """Kernels that an evaluation launches."""
 
     launches: Counter[str] = field(default_factory=Counter)
     """Group of `KINDS` -> launches."""

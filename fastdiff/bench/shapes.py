@@ -42,7 +42,7 @@ class Call:
         return sum(torch.Size(s).numel() for s in (*self.tensors, *dict(self.options).values()))
 
     def at_batch(self, batch: int) -> Call:
-        """The same call at batch size `batch`, given that this one has batch size 1.
+        """This call, which has batch size 1, at batch size `batch`.
 
         Tensors with more than one dimension are per sample, the others are weights.
         """

@@ -152,17 +152,17 @@ class Model:
 
 
 def _as_argument(name: str, value: Any, choices: str | None) -> str:
-    """An option of loading as in Python, with what else it may be."""
+    """An option of loading as in Python, with its alternatives."""
     return f"{name}={_short(value)}" + (f" (or {choices})" if choices else "")
 
 
 def _as_flag(name: str, value: Any, choices: str | None) -> str:
-    """The same as on a command line, where a truth value is a flag without one."""
+    """An option of loading as on the command line, where a boolean is a flag without a value."""
     word = name.replace("_", "-")
     if isinstance(value, bool):
         on, off = f"--{word}", f"--no-{word}"
-        said, other = (on, off) if value else (off, on)
-        return said + (f" (or {other})" if choices else "")
+        flag, other = (on, off) if value else (off, on)
+        return flag + (f" (or {other})" if choices else "")
     return f"--{word} {_short(value)}" + (f" (or {choices})" if choices else "")
 
 

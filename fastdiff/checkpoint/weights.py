@@ -49,16 +49,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: `offset` bytes into a file, `shape` numbers of `dtype` in a row."""
+    """Location of a tensor: `offset` bytes into a file, `shape` contiguous numbers of `dtype`."""
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
-    """Strides in numbers where they do not lie in a row; `span` numbers are read then."""
+    """Strides in elements if the tensor is not contiguous; then `span` elements are read."""
     record: Record | None = None
-    """What it lies in, where the file carries a checksum of that."""
+    """The record that contains the tensor, if the file has a checksum for it."""
 
     @property
     def numel(self) -> int:
@@ -80,7 +80,7 @@ class Weights:
     """The file or the index that was opened: what messages name."""
     places: dict[str, Place]
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the file says: metadata, global_step."""
+    """Other contents of the file: metadata, global_step."""
     checked: set[tuple[Path, int]] = field(default_factory=set)
     """The records (file, offset) whose checksums have been compared."""
 

@@ -152,11 +152,12 @@ def original(command: str, like: str) -> Original:
 
 @one_line_errors()
 def foreign(command: str, like: str) -> TextJob | None:
-    """The job of a picture that a web UI made, as far as it means the same here; None if the file
-    is not such a picture. What is left out is said in a warning.
+    """The job of a picture made by a web UI; None for any other file.
+
+    A warning lists the settings that have no equivalent in fastdiff.
 
     Raises:
-        ValueError: the text in it cannot be read, or is not of this command.
+        ValueError: its parameters cannot be read, or belong to another command.
     """
     text = read_parameters(like)
     if text is None or has_own_recipe(like):

@@ -55,7 +55,7 @@ def run(options: Img2Img, like: Original | None = None) -> int:
     from fastdiff.images import read_image
 
     job = options.job
-    # what is wrong with the picture is said before the model is loaded
+    # report errors in the picture before loading the model
     read_image(job.image, height=job.height, width=job.width)
     want = pictures.of_one_prompt(options, ImageToImageJob, options.count)
     return pictures.run(options, want, inputs=[job.image], original=like)

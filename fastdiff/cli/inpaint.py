@@ -57,7 +57,7 @@ def run(options: Inpaint, like: Original | None = None) -> int:
     from fastdiff.images import read_image
 
     job = options.job
-    # what is wrong with the pictures is said before the model is loaded
+    # report errors in the pictures before loading the model
     image = read_image(job.image, height=job.height, width=job.width)
     read_mask_of(pictures.as_job(InpaintJob, job), image)
     want = pictures.of_one_prompt(options, InpaintJob, options.count)

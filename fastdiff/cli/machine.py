@@ -28,7 +28,7 @@ TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "fp16": "float16", "bf16
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """What a command computes on, and with."""
+    """Device and dtype that a command computes with."""
 
     backend: BackendName = "auto"
     """Backend of the ops; auto uses the fastest available ('fastdiff doctor' lists them)."""
@@ -153,7 +153,7 @@ class Clock:
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, updated by calling (done, total); none if stderr is no terminal."""
+    """A progress bar on stderr, updated by calling (done, total), if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdiff.generate.session import Session
 
 LARGE = 2**28
-"""Bytes of files from which on a model is looked at before its numbers are read."""
+"""Models whose files have at least this many bytes are checked before weights are read."""
 SHEET, PREVIEW = "sheet.png", "preview.png"
 AnyJob = TypeVar("AnyJob")
 
@@ -44,7 +44,7 @@ class Wanted:
     job: Callable[[int, int], tuple[str, Job]]
     """(row, column) -> the stem of the file, and the job."""
     column: str = "seed"
-    """What a column stands for: "seed" or "frame"."""
+    """Meaning of the columns: "seed" or "frame"."""
 
     def __iter__(self) -> Iterator[tuple[str, Job]]:
         return (self.job(row, at) for row in range(len(self.names)) for at in self.columns)
@@ -241,12 +241,12 @@ def _check_fits(
     *,
     loaded: bool,
 ) -> Wanted:
-    """What is wanted, once it is known that it fits into memory.
+    """Plan the images, after checking that they fit in memory.
 
-    models: may be on the meta device, if not `loaded`.
+    models: can be on the meta device if not `loaded`.
 
     Raises:
-        NotEnoughMemory: it does not.
+        NotEnoughMemory: they do not fit.
     """
     from fastdiff.cli.report import SHEET_COLUMNS, SHEET_ROWS
     from fastdiff.generate.facts import Facts, check, is_small

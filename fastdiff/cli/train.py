@@ -154,7 +154,7 @@ def _like_model(run: Any, place: str) -> Any:
     model = load(place, device="meta", text_encoders=False)
     part = "autoencoder" if isinstance(run, AutoencoderRun) else "denoiser"
     if (network := getattr(model, part)) is None:
-        raise ValueError(f"{place} contains no {part} to start from; give a model that has one")
+        raise ValueError(f"{place} contains no {part} to start from; choose a model that has one")
     change: dict[str, Any] = {"model": network.config, "init_from": place}
     if model.image_size and model.image_channels:
         channels = model.image_channels

@@ -251,12 +251,12 @@ class Slots:
 
     @property
     def state(self) -> list[Tensor]:
-        """What `take` changes."""
+        """Tensors that `take` modifies."""
         return [self.x, self.history, self.rows, self.finite, self.clean]
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What it reads and leaves alone."""
+        """Tensors that `take` only reads."""
         return [self.tables, self.seeds, self._ends]
 
     def failures(self) -> dict[int, int]:

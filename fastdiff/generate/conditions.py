@@ -66,8 +66,8 @@ class Conditions:
         """The mixed condition of a frame; at the ends exactly that of the end."""
         if job.prompt is not None:
             other = job.prompt if job.to_prompt is None else job.to_prompt
-            first, negative = self._text(job.prompt, size, job.text, guided, beside=other)
-            last, _ = self._text(other, size, job.text, guided, beside=job.prompt)
+            first, negative = self._text(job.prompt, size, job.text, guided, together=other)
+            last, _ = self._text(other, size, job.text, guided, together=job.prompt)
         else:
             start, end = job.label, job.label if job.to_label is None else job.to_label
             assert not isinstance(start, str), "the job is checked"
@@ -94,14 +94,14 @@ class Conditions:
         text: TextSettings,
         guided: bool,
         *,
-        beside: str | None = None,
+        together: str | None = None,
     ) -> Pair:
-        """Conditions of a prompt. beside: a prompt of the same evaluation, padded alike."""
+        """Conditions of a prompt. together: another prompt to pad both to the same length."""
         zeros = text.negative is None and self.zero_negative
         negative = text.negative or ""
         pair = [prompt] if zeros or not guided else [prompt, negative]
-        if beside is not None:
-            pair.append(beside)
+        if together is not None:
+            pair.append(together)
         chunks = max(self._chunks(words, text) for words in pair)
         condition = self._once(
             ("prompt", prompt, chunks, size, text),

@@ -171,11 +171,11 @@ def read(data: Mapping[str, Any]) -> Recipe:
             f"{version!r:.40}; update fastdiff"
         )
     if not {"seeds", "frames", "classes", "jobs"}.isdisjoint(data):
-        raise ValueError("it belongs to a contact sheet; give a single image from its folder")
+        raise ValueError("it belongs to a contact sheet; use a single image from its folder")
     needed = ["weights", "backend", "device", "dtype"]
     needed += ["seed", "settings"] if version == 1 else ["job", "model"]
     if missing := [name for name in needed if name not in data]:
-        raise ValueError(f"it lacks {missing[0]!r}; give an image that fastdiff wrote")
+        raise ValueError(f"it lacks {missing[0]!r}; use an image that fastdiff wrote")
     for name in ("weights", "backend", "device", "dtype"):
         if not isinstance(data[name], str):
             raise ValueError(f"{name} must be text, got {data[name]!r:.40}")
@@ -225,7 +225,7 @@ def _old_job(data: Mapping[str, Any]) -> dict[str, Any]:
     pipeline = data.get("pipeline")
     if pipeline is None:
         if "class" not in data:
-            raise ValueError("it lacks 'class'; give an image that fastdiff wrote")
+            raise ValueError("it lacks 'class'; use an image that fastdiff wrote")
         return {"kind": "class", "label": data["class"], **job}
     wanted = ["prompt", "text", "height", "width"]
     if pipeline == "txt2img":
@@ -236,5 +236,5 @@ def _old_job(data: Mapping[str, Any]) -> dict[str, Any]:
     else:
         raise ValueError(f"unknown pipeline {pipeline!r:.40}; expected one of txt2img, {EDITS}")
     if missing := [name for name in wanted if name not in data]:
-        raise ValueError(f"it lacks {missing[0]!r}; give an image that fastdiff wrote")
+        raise ValueError(f"it lacks {missing[0]!r}; use an image that fastdiff wrote")
     return {"kind": kind, **job, **{name: data[name] for name in wanted}}

@@ -26,7 +26,7 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def leaves(value: Any, kind: type) -> Iterator[Any]:
-    """What of a kind a value holds, depth first."""
+    """All objects of a type that a value contains, depth first."""
     if isinstance(value, kind):
         yield value
         return

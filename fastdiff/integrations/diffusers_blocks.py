@@ -243,7 +243,7 @@ def gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
 
 
 ADAPTIVE = ("ada_norm_zero", "ada_norm_single")
-"""Of DiT and PixArt: LayerNorms without weights, modulated by the timestep."""
+"""Norms of DiT and PixArt: LayerNorms without weights, modulated by the timestep."""
 
 
 def block_norms(block: Any) -> list[Any]:

@@ -204,7 +204,7 @@ def _empty(theirs: type, noise: Noise) -> Any:
 
 
 def _step(scheduler: Any, given: dict[str, Any]) -> Any:
-    """The same result as diffusers' step, or the reason why that has to run itself."""
+    """The result of diffusers' step, or the reason that diffusers' own step has to run."""
     fused: Fused = scheduler.fused
     reason = fused.objection(scheduler) or replaced(scheduler, but="step")
     if reason is not None:

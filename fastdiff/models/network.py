@@ -275,9 +275,9 @@ def kind_of(config: NetworkConfig) -> str:
 
 
 def check_patches(config: Any, require: Callable[[bool, str], None]) -> None:
-    """What the configs of transformers over patches must hold alike.
+    """Checks shared by the configs of transformers on patches.
 
-    require: (holds, message), raises ValueError where it does not hold.
+    require: called as require(condition, message); raises ValueError if the condition is false.
     """
     for name in ("in_channels", "out_channels", "width", "depth", "num_heads", "patch_size"):
         value = getattr(config, name)

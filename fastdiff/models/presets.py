@@ -172,7 +172,7 @@ DITS: dict[str, DiTConfig] = {
 
 
 def _uvit(width: int, depth: int, heads: int, patch: int, **other: Any) -> UViTConfig:
-    """Bao et al. 2023, table 1; latents of ImageNet where nothing else is said."""
+    """Bao et al. 2023, table 1; by default for latents of ImageNet."""
     latent = {"in_channels": 4, "out_channels": 4, "num_classes": 1000, "null_class": True}
     return UViTConfig(
         width=width,

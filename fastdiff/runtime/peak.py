@@ -1,9 +1,9 @@
-"""How much memory a network takes, worked out without weights and without computing anything.
+"""Estimate the peak memory of a network without weights and without computing anything.
 
 The network is built from its config on the meta device and called there. Every tensor that PyTorch
-or an op of ours would make is counted for as long as it lives, so that the largest sum is what the
-same call takes on a real device: PyTorch and `fastdiff.kernels` give freed memory back at once, and
-none of our backends holds a matrix of attention scores. What oneDNN needs on the way is not seen.
+or a fastdiff op would allocate is counted while it is alive, so the largest sum is the peak of the
+same call on a real device: PyTorch and `fastdiff.kernels` reuse freed memory immediately, and no
+backend stores a matrix of attention scores. The scratch memory of oneDNN is not counted.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ POINTWISE = frozenset(
 
 @dataclass(frozen=True)
 class Peak:
-    """What a call takes, in bytes."""
+    """Memory of a call, in bytes."""
 
     most: int
-    """Largest sum of the tensors that live at once, the weights left out."""
+    """Largest sum of the tensors alive at the same time, without the weights."""
     copies: int
     """Second copies of weights that a CPU keeps (`runtime.cpu_layers`)."""
     result: Any
@@ -86,7 +86,7 @@ def _on_meta() -> Iterator[None]:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that live, beside a module's own."""
+    """Counts the bytes of all live tensors except those of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _Live(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Asked by PyTorch, which else imports Dynamo to keep it out of here: two seconds."""
+        """Called by PyTorch, which would otherwise import Dynamo to exclude it: two seconds."""
         return False
 
     def __torch_dispatch__(
@@ -124,8 +124,8 @@ class _Live(TorchDispatchMode):
 def _made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An op's result on the meta device.
 
-    PyTorch knows all shapes, but to many it goes through decompositions, the first of which imports
-    Dynamo: two seconds. So those that networks use are said here.
+    PyTorch can infer every shape, but for many ops it uses decompositions, and the first of them
+    imports Dynamo, which takes two seconds. So the ops that networks use are handled here.
     """
     name = func.name().removeprefix("aten::").partition(".")[0]
     if name == "arange":

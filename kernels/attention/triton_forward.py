@@ -251,7 +251,7 @@ MASKED_CONTEXT, MASKED_CONTEXT_DIM = 80, 80
 MMA_SYNC = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 """Architectures whose matrix unit is programmed with mma.sync."""
 STREAMS: Config = {"BLOCK_M": 0, "num_warps": 4, "num_stages": 1}
-"""Stands in for a config of the on-chip kernel where the keys do not fit: stream them instead."""
+"""Used in place of an on-chip kernel's config if the keys do not fit: stream them instead."""
 
 
 def _groups(keys: int) -> tuple[tuple[int, ...], ...]:

@@ -16,7 +16,7 @@ from tests.fuzz.mutate import zip_of
 
 
 class Calls:
-    """Pickled as a call of `function`."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -26,13 +26,13 @@ class Calls:
 
 
 def text(value: str) -> bytes:
-    """What puts a string on the stack (BINUNICODE)."""
+    """Opcodes that push a string (BINUNICODE)."""
     data = value.encode()
     return b"X" + struct.pack("<I", len(data)) + data
 
 
 def number(value: Any) -> bytes:
-    """What puts a number of any size on the stack (LONG1), or True or a float."""
+    """Opcodes that push an integer of any size (LONG1), a bool or a float."""
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
     if isinstance(value, float):
@@ -135,7 +135,7 @@ def code(canary: Path) -> dict[str, bytes]:
 
 
 def numpy_scalar(inner: bytes) -> bytes:
-    """What makes a numpy scalar that holds a pickle of its own, without the end."""
+    """Opcodes, without the final STOP, for a numpy scalar that contains another pickle."""
     return b"".join(
         [
             *(b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(", text("O8"), b"K\x00K\x01tR"),

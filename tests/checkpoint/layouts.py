@@ -1,7 +1,7 @@
 """diffusers' weights under the names of other layouts, from those layouts' published names.
 
-Written from the names alone, not from the package's own tables: what the loaders read is tested
-against it.
+Written from the published names, not from the package's tables, so that the loaders are tested
+against an independent source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bundle comes back as it was written; a damaged one is refused in one line, and runs no code."""
+"""Bundles are loaded as they were saved; damaged ones are rejected in one line and run no code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A good bundle, to damage."""
+    """A valid bundle for tests to damage."""
     return Path(shutil.copytree(original, tmp_path / "m"))
 
 

@@ -50,7 +50,7 @@ def watch() -> Watch:
 
 
 def refused(path: Path, watch: Watch | None = None) -> str:
-    """Check that a file is refused, and how; returns the message."""
+    """Check that a file is rejected in one line; returns the message."""
     messages: list[str] = []
 
     def opens() -> None:
@@ -67,7 +67,7 @@ def refused(path: Path, watch: Watch | None = None) -> str:
 
 
 def legacy(pickled: bytes) -> bytes:
-    """A file of torch.save before 1.6 that holds this pickle for its object."""
+    """A file in the format of torch.save before 1.6 with this pickle as its object."""
     target = io.BytesIO()
     torch.save({"x": None}, target, _use_new_zipfile_serialization=False)
     whole = target.getvalue()
@@ -76,7 +76,7 @@ def legacy(pickled: bytes) -> bytes:
 
 
 def test_the_families_are_hostile(tmp_path: Path) -> None:
-    """torch.load, told to trust them, runs each: what the next test opens is not harmless."""
+    """torch.load runs each of them if it trusts them: the files of the next test do harm."""
     canaries = {}
     for name in FAMILIES:
         place = name.replace(" ", "-")
@@ -100,7 +100,7 @@ def test_code_never_runs(tmp_path: Path, watch: Watch, family: str, kind: str) -
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_objects_that_are_kept_are_not_looked_into(tmp_path: Path, watch: Watch, kind: str) -> None:
-    """A numpy scalar holds a pickle of its own; a trainer's object may be of any class."""
+    """A numpy scalar contains another pickle; a trainer's object can be of any class."""
     path, canary = tmp_path / "x.ckpt", tmp_path / "ran"
     scalar = numpy_scalar(code(canary)["os.system"])
     trainer = b"cpytorch_lightning.cli\nRun\n" + text(f"touch {canary}") + b"\x85R"
@@ -231,7 +231,7 @@ def test_names_in_an_archive_lead_nowhere(tmp_path: Path, watch: Watch) -> None:
 
 
 def test_a_name_that_stands_twice_in_an_archive(tmp_path: Path, watch: Watch) -> None:
-    """One reader would take the first, another the last."""
+    """Some readers would use the first, others the last."""
     path, target = tmp_path / "x.pt", io.BytesIO()
     with zipfile.ZipFile(target, "w") as made:
         made.writestr("archive/data.pkl", tensor())
@@ -243,7 +243,7 @@ def test_a_name_that_stands_twice_in_an_archive(tmp_path: Path, watch: Watch) ->
 
 
 def test_a_member_of_two_names(tmp_path: Path, watch: Watch) -> None:
-    """The directory at the end says another name than the member itself."""
+    """The name in the central directory differs from that of the member itself."""
     path = tmp_path / "x.pt"
     raw = archive(tensor())
     at = raw.index(b"archive/data/0")

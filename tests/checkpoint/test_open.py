@@ -318,7 +318,7 @@ def test_openai(name: str, order: str, dtype: torch.dtype, tmp_path: Path) -> No
 
 
 def upsampling_heads(order: str, file: Path) -> nn.Module:
-    """improved-diffusion with 4 heads, and 2 on the way up: diffusers' network, told so."""
+    """improved-diffusion with 4 heads, and 2 on the way up: diffusers' network with that option."""
     theirs: Any = peer_model("UNet2DModel", IDDPM, torch.float64)
     for block in theirs.up_blocks:
         for attention in getattr(block, "attentions", ()):

@@ -1,4 +1,4 @@
-"""Layouts and architectures are told from names and shapes; what does not fit is said at once."""
+"""Layouts and architectures are recognised by names and shapes; mismatches are reported at once."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ PUBLISHED = {  # of the READMEs: architecture; heads, order; betas, steps, facto
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_openais_readmes_say(name: str) -> None:
-    """The two repositories' models share shapes and differ in what shapes do not tell."""
+    """The two repositories' models share shapes and differ in options that shapes do not show."""
     architecture, heads, said = PUBLISHED[name]
     plain = UNETS["iddpm-imagenet64" if name.endswith("cond") else "adm-imagenet256"]
     change = {**architecture, **heads}
@@ -288,7 +288,7 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(sd1: Path, tmp_path: Path) -> Path:
-    """A good pipeline, to damage."""
+    """A valid pipeline for tests to damage."""
     return Path(shutil.copytree(sd1, tmp_path / "m"))
 
 

@@ -1,4 +1,4 @@
-"""What is saved is loaded by diffusers, computes the same, and comes back bit for bit."""
+"""diffusers loads what fastdiff saves and computes the same; loading it again is bit-exact."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_what_diffusers_lacks_is_refused_and_nothing_is_written(tmp_path: Path) 
 
 
 def test_convert(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A single file on the command line: written, loaded by diffusers, what was assumed is told."""
+    """`fastdiff convert` on a single file: diffusers loads it, and assumptions are printed."""
     folder, models = saved("sd1")
     source = tmp_path / "any.name"
     torch.save({"state_dict": compvis_state("sd1", models)}, source)

@@ -76,7 +76,7 @@ def written(scheduler: Any) -> dict[str, Any]:
 
 
 def test_every_option_and_default_is_diffusers() -> None:
-    """Of the diffusers that is installed; an older one may lack some of ours."""
+    """Compared with the installed diffusers; older versions may lack some options."""
     for name, defaults in DEFAULTS.items():
         theirs = {k: v for k, v in peer(name).config.items() if not k.startswith("_")}
         ours = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}

@@ -1,4 +1,4 @@
-"""Files of vision transformers: recognised, read, written; what they leave open is said."""
+"""Files of vision transformers: recognised, loaded, saved; assumptions are reported."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_file_is_read(kind: Any, config: Any, published: Any, tmp_path: Path) 
 
 
 def test_what_a_file_leaves_open_is_said(tmp_path: Path) -> None:
-    """Of a width that was not published: heads and the null class are guesses."""
+    """For a width that was never published, the heads and the null class are assumed."""
     path = save_pt(published_dit(network_of(DiT, DIT)), tmp_path / "weights.pt")
     model = fastdiff.load(path)
     assert model.assumed["num_heads"] == 1  # of 64 channels or fewer

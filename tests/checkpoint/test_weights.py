@@ -1,4 +1,4 @@
-"""Files of weights come back number for number; damaged or hostile ones are refused in one line."""
+"""Files of weights are loaded exactly; damaged or hostile ones are rejected in one line."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_in_the_names_is_seen(tmp_path: Path) -> None:
-    """The pickle has a checksum too: a tensor does not lose its name in silence."""
+    """The pickle has a checksum too, so a damaged name of a tensor is noticed."""
     path = write(tmp_path / "x.pt", TENSORS, "zip")
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"a.weight", b"b.weight", 1))

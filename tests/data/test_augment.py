@@ -1,4 +1,4 @@
-"""Augmentation: known moves move pixels where they should, and only (seed, epoch, index) decide."""
+"""Augmentation: known transforms move pixels correctly, and depend on (seed, epoch, index) only."""
 
 from __future__ import annotations
 

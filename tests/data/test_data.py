@@ -1,4 +1,4 @@
-"""Reading images: every odd file a user's folder holds, the digits, shards, the order."""
+"""Reading images: unusual files in users' folders, the digits, shards, the order."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_metadata_does_not_decide_whether_pixels_are_read(tmp_path: Path) -> None:
-    """Orientation 6 beside an XResolution that is stored as text; and EXIF that is cut off."""
+    """Orientation 6 next to an XResolution that is stored as text; and truncated EXIF."""
     entries = struct.pack("<HHIHxx", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     image = Image.fromarray(halves(0, 255))
@@ -109,7 +109,7 @@ def test_damaged_metadata_does_not_decide_whether_pixels_are_read(tmp_path: Path
 
 @pytest.mark.skipif(os.name == "nt", reason="names are not bytes there")
 def test_a_class_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
-    """No config.json could hold it; a file's name may be anything."""
+    """config.json could not contain it. File names can be anything."""
     folder = os.fsdecode(os.fsencode(tmp_path / "set") + b"/caf\xe9")
     os.makedirs(folder)
     Image.fromarray(halves(0, 255)).save(os.path.join(folder, "a.png"))

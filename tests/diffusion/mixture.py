@@ -57,7 +57,7 @@ def exact_network(
 
 
 def exact_end(x: Tensor, table: SamplerTable) -> Tensor:
-    """Where the probability-flow ODE dy / dsigma = (y - D) / sigma leads x, to 1e-12."""
+    """Solve the probability-flow ODE dy / dsigma = (y - D) / sigma from x, to 1e-12."""
 
     def slope(sigma: float, flat: np.ndarray) -> np.ndarray:
         y = torch.from_numpy(flat).reshape(x.shape)

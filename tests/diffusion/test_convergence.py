@@ -89,7 +89,7 @@ MORE_ORDERS = [
 
 @pytest.fixture(scope="module")
 def ode() -> tuple[Tensor, Tensor]:
-    """Noise, and where the ODE leads it: from T - 1 to t = 0, as every table below does."""
+    """Noise, and the solution of the ODE for it from T - 1 to t = 0, as in every table below."""
     x = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return x, exact_end(x, build_table("euler", COARSE, 2, spacing="karras", final="sigma_min"))
 
@@ -172,7 +172,7 @@ STARTED_BY_EULER = ("lms", "deis")
 
 @pytest.mark.parametrize("name", STARTED_BY_EULER)
 def test_an_euler_step_at_the_start_limits_the_order_to_2(name: str) -> None:
-    """On a stretch where the slope changes from the start on; from pure noise it is hardly seen."""
+    """On an interval where the slope changes from the start; from pure noise it hardly shows."""
     x = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     exact, errors = exact_end(x, SimpleNamespace(sigmas=[0.6], final_sigma=0.15)), []
     for steps in (24, 48):

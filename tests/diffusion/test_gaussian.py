@@ -136,7 +136,7 @@ def test_the_deviation_tends_to_the_datas() -> None:
 
 
 def test_the_rows_do_what_was_pushed_through_them() -> None:
-    """The sampling loop itself, on the point that a mean is and with the noise left out."""
+    """The sampling loop itself, applied to a mean and without noise."""
     table = build_table("dpmpp-2m", LINEAR, 12, prediction="x0")
     levels = levels_of(table)
     x = torch.full((1, 1), MEAN, dtype=torch.float64)

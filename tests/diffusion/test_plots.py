@@ -1,4 +1,4 @@
-"""Pictures of sampler tables: what they show, and that a wrong path leaves nothing behind."""
+"""Plots of sampler tables: what they show, and that a wrong path leaves no file behind."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_batch_and_seeds(name: str) -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 @pytest.mark.parametrize("seed", [5, -3, 2**31 + 7])
 def test_all_64_bits_of_a_seed_count(name: str, seed: int) -> None:
-    """In the noise that a sample starts from, and in that of the steps."""
+    """Both in the initial noise and in the noise of the steps."""
     table = build_table(name, LINEAR, 4)
     start = noise(2, 3, 4, 4).float()
     start[1] = start[0]
@@ -264,7 +264,7 @@ def run_in_ve(table: SamplerTable, y: Tensor, seeds: Tensor) -> Tensor:
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 def test_2s_ancestral_in_the_variance_exploding_space(eta: float, final: str) -> None:
-    """Step by step as the formulas of DPM-Solver++(2S) and of ancestral noise stand for y."""
+    """Step by step with the formulas of DPM-Solver++(2S) and ancestral noise, written for y."""
     options = {"prediction": "x0", "spacing": "trailing", "final": final, "eta": eta}
     table = build_table("dpmpp-2s-ancestral", LINEAR, 6, **options)  # type: ignore[arg-type]
     sigmas = [*table.sigmas[::2].tolist(), table.final_sigma]
@@ -286,7 +286,7 @@ def test_2s_ancestral_in_the_variance_exploding_space(eta: float, final: str) ->
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_3m_sde_in_the_variance_exploding_space(eta: float) -> None:
-    """Step by step as k-diffusion's formulas stand for y, from divided differences of D."""
+    """Step by step with k-diffusion's formulas for y, from divided differences of D."""
     table = build_table("dpmpp-3m-sde", LINEAR, 9, prediction="x0", spacing="karras", eta=eta)
     sigmas = [*table.sigmas.tolist(), 0.0]
     seeds, y = torch.tensor([3, 4]), 9 * noise(2, 3, 4)
@@ -504,7 +504,7 @@ class Calls(TorchDispatchMode):
 @needs_triton
 @pytest.mark.parametrize("previews", [False, True])
 def test_the_loop_never_waits_for_the_device(previews: bool) -> None:
-    """No row reads a number back or copies one over: by the ops that a GPU would run."""
+    """No row copies between host and device, judging by the ops that a GPU would run."""
     device = device_of("triton")
 
     def calls(steps: int) -> Counter[str]:
@@ -553,7 +553,7 @@ def test_the_last_steps_of_a_sampler_without_memory_are_those_of_the_whole_table
 
 
 def test_a_sampler_with_memory_starts_anew() -> None:
-    """What its first row reads of the history has not been written yet."""
+    """Its first row would read a history that has not been written yet."""
     for name in ("dpmpp-2m", "dpmpp-2m-sde", "plms"):
         table = build_table(name, LINEAR, 8, start=3)
         assert all(float(table.column(f"C{slot}")[0]) == 0 for slot in (1, 2, 3))

@@ -1,4 +1,4 @@
-"""Slots: samples that join and leave, each on its own table, with the bits they have alone."""
+"""Slots: samples join and leave, each with its own table, and get the same bits as alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TABLES = [
 
 
 def network(x: Tensor, t: float, sign: float) -> Tensor:
-    """Of one sample; sign -1: unconditional."""
+    """A network for one sample; sign -1: unconditional."""
     return torch.tanh(x + sign * t / 1000) - 0.1 * sign * x
 
 

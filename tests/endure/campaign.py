@@ -1,4 +1,4 @@
-"""What is tried, and how often."""
+"""The trials of a campaign, and their counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in a process of its own, and how that process is killed."""
+"""Run work in a separate process, and kill that process."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Child:
 
 
 def attempt(work: Callable[[], int | None], folder: Path, blow: Blow | None = None) -> Ended:
-    """Do `work` in a process of its own until it ends or is killed."""
+    """Do `work` in a separate process until it ends or is killed."""
     return Child(work, folder, blow).wait()
 
 
@@ -166,9 +166,9 @@ class _Calls:
 
 
 def blows(*, calls: int, seconds: float, largest: int, seed: int = 0) -> Iterator[Blow]:
-    """Without end: half of them at calls, a third at times, the rest in writes.
+    """Endless kills: half of them at system calls, a third at times, the rest during writes.
 
-    calls, seconds, largest: of the work when nobody kills it; the last in bytes of a file.
+    calls, seconds, largest: of undisturbed work; `largest` is the bytes of its largest file.
     """
     rng = random.Random(seed)
     for number in itertools.count():

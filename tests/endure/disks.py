@@ -66,7 +66,7 @@ class Filling:
     """A work on a disk that is too small for it.
 
     Attributes:
-        begin: what stands there before.
+        begin: prepares the folder.
     """
 
     work: Work

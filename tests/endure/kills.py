@@ -1,4 +1,4 @@
-"""Work that is killed and gone on with until it is done."""
+"""Work that is killed and resumed until it is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AGAIN = 3
 
 @dataclass
 class Row:
-    """What came of a kind of trial."""
+    """Results of one kind of trial."""
 
     name: str
     trials: int = 0
@@ -38,11 +38,11 @@ def kill(
     seed: int = 0,
     tell: Callable[[], None] = lambda: None,
 ) -> Row:
-    """Kill the work `count` times; it is gone on with, and compared with undisturbed work.
+    """Kill the work `count` times, resume it, and compare with undisturbed work.
 
-    What is done before it is hit does not count.
+    Runs that finish before they are killed do not count.
 
-    begin: what stands in the folder before.
+    begin: prepares the folder.
     """
     row, since = Row(name), time.perf_counter()
     undisturbed = root / f"{name} undisturbed"
@@ -78,7 +78,7 @@ def _one(
     row: Row,
     tell: Callable[[], None],
 ) -> str:
-    """What is wrong after kills and going on; empty if nothing is."""
+    """What is wrong after kills and resuming; empty if nothing is."""
     before = work.progress(folder)
     for blow in planned:
         ended = attempt(lambda: work.start(folder), folder, blow)

@@ -49,7 +49,7 @@ def pair(
 
 
 def one_trains(work: Work, undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
-    """One of two trainings is done as if it were alone, the other stops with one line."""
+    """One of two trainings runs as if it were alone, the other stops with one line."""
 
     def judge(one: Ended, other: Ended, folder: Path) -> str:
         good = [ended for ended in (one, other) if ended.code == 0]
@@ -64,7 +64,7 @@ def one_trains(work: Work, undisturbed: Path) -> Callable[[Ended, Ended, Path], 
 
 
 def both_sample(*undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
-    """Both end well; each picture of either is there once, and nothing else."""
+    """Both succeed; each image of either exists once, and nothing else does."""
     expected = Counter(data for folder in undisturbed for data in listing(folder).values())
 
     def judge(one: Ended, other: Ended, folder: Path) -> str:
@@ -83,7 +83,7 @@ def both_sample(*undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
 
 
 def one_is_saved(*undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
-    """Both end well; the folder is the one or the other, whole."""
+    """Both succeed; the folder is entirely from one of them."""
 
     def judge(one: Ended, other: Ended, folder: Path) -> str:
         for ended in (one, other):

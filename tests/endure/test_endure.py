@@ -1,4 +1,4 @@
-"""A few kills, pairs and full disks; and that a flaw in what is killed is found."""
+"""A few kills, pairs and full disks; and a planted flaw is found."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The work that is killed, as tiny as it can be: training, sampling, saving.
+"""Tiny workloads for tests that kill processes: training, sampling, saving.
 
-A `Work` knows what its folder holds when nobody disturbs it, and what must hold at every instant.
+A `Work` defines what its folder contains if undisturbed, and what must hold at every instant.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def difference(found: dict[str, bytes], expected: dict[str, bytes]) -> str:
-    """What is lost, left behind or changed."""
+    """Files that were lost, left behind or changed."""
     lost, more = sorted(expected.keys() - found), sorted(found.keys() - expected)
     changed = [name for name in expected.keys() & found.keys() if found[name] != expected[name]]
     pairs = (("lost", lost), ("left behind", more), ("changed", sorted(changed)))

@@ -24,7 +24,7 @@ from rich.table import Table
 from tests.faults.faults import NOTHING, Fault, apply, copy_of_the_repository, faults
 
 SHARE = 0.95
-"""Of the faults that must be noticed."""
+"""Required share of faults that a test notices."""
 LIMIT = 600
 """Seconds for one test; a test that hangs on a fault has noticed it."""
 

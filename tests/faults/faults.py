@@ -1,4 +1,4 @@
-"""Planted faults: small wrong changes, each kept as a patch beside the test that must notice it.
+"""Planted faults: small wrong changes, each a patch that names the test that must notice it.
 
 A patch begins with two headers and a blank line:
 
@@ -32,7 +32,7 @@ class Fault:
     test: str
     """The pytest id of the test that must fail; NOTHING: none does."""
     path: str
-    """Of the file that is changed, from the repository's root."""
+    """The file that is changed, relative to the root of the repository."""
     patch: Path
 
 

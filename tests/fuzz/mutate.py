@@ -1,4 +1,4 @@
-"""Changes of a file: of any bytes, and of what stands inside a format whose lengths stay right."""
+"""Mutations of files: of arbitrary bytes, and of contents while lengths stay valid."""
 
 from __future__ import annotations
 

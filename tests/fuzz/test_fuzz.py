@@ -1,4 +1,4 @@
-"""The campaign on a few files of every format, and that it sees what it looks for."""
+"""The campaign on a few files of every format, and its detection of planted failures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_each_kind_of_harm_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    """On its second file; the others are tried in spite of it."""
+    """Its second file fails; the others are still tried."""
     opens, what = HARM[harm]
     tried = multiprocessing.get_context("fork").Value("i", -1)  # the first is of the valid file
 

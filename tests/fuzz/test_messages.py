@@ -1,4 +1,4 @@
-"""Whatever a file says, what is printed of it is printable and short, in every field it has."""
+"""Whatever a file contains in any field, messages about it are printable and short."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_ends_are_the_two_images(model: Model) -> None:
 
 
 def test_a_class_between_two(model: Model) -> None:
-    """The same as the model whose row 0 of the label embedding is that mix, drawing class 0."""
+    """Equals class 0 of a model whose label embedding has that mixture in row 0."""
     at = 0.25
     frame = InterpolationJob(label=0, to_label=2, seed=4, at=at, settings=SETTINGS)
     other = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Whatever `load` opens, the commands sample from: OpenAI's files, LDM's classes, upsamplers."""
+"""Commands sample from all that `load` opens: OpenAI's files, LDM's classes, upsamplers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The estimate of memory holds against measured peaks, and refuses before anything is computed."""
+"""Memory estimates agree with measured peaks, and are checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ GIB = 2**30
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for peaks")
 def test_estimates_are_within_a_quarter_of_measured_peaks(tmp_path: Path) -> None:
-    """Small tensors are handed back to the system here as glibc does it with those above 32 MiB;
-    smaller ones it keeps for later, which would drown the difference in these small models."""
+    """Here malloc returns all freed tensors to the system, not only those above 32 MiB as by
+    default: memory that it keeps would hide the differences between these small models."""
     command = [sys.executable, "-m", "tests.support.peaks", str(tmp_path)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     output = subprocess.run(

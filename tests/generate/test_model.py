@@ -114,7 +114,7 @@ def test_what_load_gives_saves_and_generates(tmp_path: Path) -> None:
 
 
 def test_a_change_of_the_model_is_seen(model: Model) -> None:
-    """What is kept between calls belongs to the model's fields as they were."""
+    """Caches kept between calls are dropped when fields of the model change."""
     first = model.generate(classes=1, steps=2, guidance_scale=1).tensor
     model.prediction = "v"
     assert not torch.equal(model.generate(classes=1, steps=2, guidance_scale=1).tensor, first)

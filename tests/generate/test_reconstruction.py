@@ -1,4 +1,4 @@
-"""Through the autoencoder and back, and how much was lost."""
+"""Images through the autoencoder and back, and the measured loss."""
 
 from __future__ import annotations
 

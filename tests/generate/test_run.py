@@ -1,4 +1,4 @@
-"""Classes to images: the same seed gives the same bits; what a run does, and what it refuses."""
+"""Classes to images: the same seed gives the same bits; mixed jobs, and what is rejected."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_the_shipped_digits_are_digits() -> None:
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_the_documented_command_is_the_one_that_trained_them(stage: str) -> None:
-    """The preset is what the run that made the weights was told; its log goes to the end."""
+    """The preset equals the config of the run that made the weights; its log is complete."""
     preset = TRAINING_PRESETS[f"digits-{stage}"]
     run = type(preset).from_json(json.loads((SHIPPED / f"{stage}-run.json").read_text()))
     assert run == preset

@@ -1,4 +1,4 @@
-"""The text pipelines beyond what diffusers can be asked: seeds, callbacks, sizes, refusals."""
+"""The text pipelines beyond what diffusers supports: seeds, callbacks, sizes, errors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def inpaint(
 def test_the_same_bits_alone_and_in_any_batch(
     models: Callable[[str], Model], kind: str, change: dict[str, Any]
 ) -> None:
-    """Prompts of one and of two chunks beside each other: neither changes the other's image."""
+    """Prompts of one and of two chunks in one batch do not change each other's images."""
     model, settings = models(kind), replace(QUICK, **change)
     images = text_to_image(model, PROMPTS, SEEDS, settings=settings)
     turned = text_to_image(model, PROMPTS[::-1], SEEDS[::-1], settings=replace(settings, batch=4))
@@ -505,8 +505,8 @@ def test_a_break_is_another_image_than_its_word(model: Model) -> None:
     first = text_to_image(model, "a cat BREAK blue sky", settings=QUICK)
     word = text_to_image(model, r"a cat \BREAK blue sky", settings=QUICK)
     assert not torch.equal(first, word)
-    beside = text_to_image(model, ["a cat", "a cat BREAK blue sky"], [5, 0], settings=QUICK)
-    assert torch.equal(beside[1], first[0])
+    together = text_to_image(model, ["a cat", "a cat BREAK blue sky"], [5, 0], settings=QUICK)
+    assert torch.equal(together[1], first[0])
 
 
 def refined(base: Model, refiner: Model, **options: Any) -> Tensor:

@@ -73,7 +73,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 
 
 def noise_of(model: Model, seeds: list[int], height: int = 72, width: int = 40) -> Tensor:
-    """What our images begin as: (N, C, h, w)."""
+    """Initial noise of our images: (N, C, h, w)."""
     session = Session.of(model)
     shape = session.facts.x_shape(height, width)
     return torch.stack([session.noise(seed, shape) for seed in seeds])
@@ -349,7 +349,7 @@ DEFAULTS = {  # what published folders say: SD 1, 2, XL; and others
 def test_the_folders_own_sampler_is_the_default(
     pairs: dict[str, Pair], name: str, tmp_path: Any
 ) -> None:
-    """`load(folder)` and no more: as diffusers' `from_pretrained(folder)(prompt)` samples."""
+    """With `load(folder)` alone, as diffusers' `from_pretrained(folder)(prompt)` samples."""
     kind, options = DEFAULTS[name]
     class_name = "DDIMScheduler" if name == "zero SNR" else name
     kept = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule")}

@@ -1,4 +1,4 @@
-"""The text that web UIs write into pictures: read as they wrote it, and written as they read it."""
+"""The text that web UIs store in pictures: read as they write it, and written as they read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small blocks of well-known repositories' kinds, written from their published structure."""
+"""Small blocks like those of well-known repositories, written from their published structure."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class ImprovedQKVAttention(nn.Module):
 
 
 class ImprovedAttentionBlock(AttentionBlock):
-    """improved-diffusion's block around it."""
+    """improved-diffusion's block that contains it."""
 
     def __init__(self, c: int, heads: int) -> None:
         super().__init__(c, heads, legacy=True)
@@ -251,7 +251,7 @@ class ImprovedResBlock(ResBlock):
 
 
 class GlideAttention(QKVAttention):
-    """GLIDE: a text's keys and values beside the image's, and a mask."""
+    """GLIDE: keys and values of a text in addition to those of the image, and a mask."""
 
     def forward(self, qkv: Tensor, encoder_kv: Any = None, mask: Any = None) -> Tensor:
         n, width, length = qkv.shape

@@ -117,7 +117,7 @@ class Network(nn.Module):
         t, inner = torch.full((len(x),), 421.0, dtype=x.dtype), self.inner
         if self.kind == "AutoencoderKL":
             return inner.decode(inner.encode(x).latent_dist.mean).sample
-        if self.kind == "VQModel":  # the nearest code is no continuous function
+        if self.kind == "VQModel":  # the nearest code is not a continuous function
             h = inner.encode(x).latents
             return inner.decode(h, force_not_quantize=True).sample
         if self.kind == "UNet2DModel":

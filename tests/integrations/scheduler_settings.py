@@ -24,7 +24,7 @@ from tests.integrations.scheduler_uses import Seen, Use, begin, go, network, noi
 
 
 def reconfigured(s: Any, **options: Any) -> Any:
-    """The same class with other options, those that it takes."""
+    """A scheduler of the same class with other options, as far as it accepts them."""
     known = inspect.signature(type(s).__init__).parameters
     return type(s).from_config(s.config, **{k: v for k, v in options.items() if k in known})
 
@@ -172,7 +172,7 @@ def counts_of_steps(s: Any) -> Seen:
 
 
 def timesteps_handed_to_another(s: Any) -> Seen:
-    """Those of one scheduler given to a fresh one, which has to make the same sample."""
+    """One scheduler's, passed to a fresh scheduler, which has to produce the same sample."""
     s.set_timesteps(6)
     given = s.timesteps
     if s.order == 2:
@@ -285,7 +285,7 @@ def history_put_in(s: Any) -> Seen:
 
 
 def place_set_back(s: Any) -> Seen:
-    """A step is taken again after its place was set back, as loops with time travel do."""
+    """A step is repeated after its index was set back, as loops with time travel do."""
     s.set_timesteps(8)
     x, seen = go(s, begin(s), s.timesteps[: 2 * s.order])
     if hasattr(s, "_step_index"):
@@ -351,7 +351,7 @@ def takes_generator(step: Any) -> bool:
     return "generator" in inspect.signature(step).parameters
 
 
-# --- methods beside step ---
+# --- methods other than step ---
 
 
 def noise_before_and_in_a_run(s: Any) -> Seen:
@@ -442,7 +442,7 @@ def positional(s: Any) -> Seen:
 
 
 def dtypes(s: Any) -> Seen:
-    """What comes out for each pair that goes in."""
+    """The result for each pair of inputs."""
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
     seen: Seen = []
 
@@ -478,7 +478,7 @@ def parameters_and_subclasses(s: Any) -> Seen:
 
 
 def inputs_stay(s: Any) -> Seen:
-    """Nothing is written to what was passed in, and the sample that comes out is a new one."""
+    """Arguments are not modified, and the returned sample is a new tensor."""
     s.set_timesteps(4)
     seen: Seen = []
     x = begin(s)
@@ -494,7 +494,7 @@ def inputs_stay(s: Any) -> Seen:
 
 
 def not_finite(s: Any) -> Seen:
-    """A network that overflowed: no number that was finite is lost, none is made up."""
+    """A network that overflowed: finite values stay as they are, and others stay non-finite."""
     s.set_timesteps(5)
     x = begin(s)
     seen: Seen = []
@@ -549,7 +549,7 @@ def _deterministic() -> Any:
 
 
 def deterministic(s: Any) -> Seen:
-    """PyTorch fills new memory with NaN then, so what is read unwritten shows."""
+    """PyTorch then fills new memory with NaN, so reads of uninitialized memory show."""
     return within(_deterministic, s)
 
 

@@ -1,4 +1,4 @@
-"""The ways of using a scheduler of diffusers, each a function of it to all that can be seen."""
+"""Ways of using a diffusers scheduler: functions of a scheduler that return all visible results."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 def network(scheduler: Any, x: Tensor, t: Any) -> Tensor:
-    """Something that is smooth in x and t, and twice as wide for a learned variance."""
+    """A function smooth in x and t, with twice the channels for a learned variance."""
     y = torch.tanh(0.7 * scheduler.scale_model_input(x, t) + float(t) / 1000)
     return torch.cat([y, y.flip(1)], dim=1) if learns(scheduler) else y
 
@@ -132,7 +132,7 @@ Use = Callable[[Any], Seen]
 def go(
     scheduler: Any, x: Tensor, timesteps: Any = None, seed: int = 3, **options: Any
 ) -> tuple[Tensor, Seen]:
-    """A loop over timesteps, and all that its steps return and leave behind."""
+    """A loop over timesteps: all that its steps return, and the state after them."""
     takes = inspect.signature(scheduler.step).parameters
     if "generator" in takes and "generator" not in options:
         options["generator"] = torch.Generator().manual_seed(seed)
@@ -145,7 +145,7 @@ def go(
 
 
 def state(scheduler: Any) -> Seen:
-    """What anybody can see of a scheduler."""
+    """All visible state of a scheduler."""
     names = (
         "num_inference_steps step_index begin_index order init_noise_sigma lower_order_nums "
         "counter custom_timesteps is_scale_input_called timesteps sigmas dt sample cur_sample "
@@ -619,7 +619,7 @@ def noise_and_velocity(s: Any) -> Seen:
 
 
 def seen_from_outside(s: Any) -> Seen:
-    """What pipelines ask of a scheduler before they use it."""
+    """What pipelines query before they use a scheduler."""
     methods = ("step", "set_timesteps", "scale_model_input", "add_noise", "set_begin_index")
     seen: Seen = [str(inspect.signature(getattr(s, m))) for m in methods if hasattr(s, m)]
     return [
@@ -648,7 +648,7 @@ USES: list[Use] = [
 
 
 def outcome(use: Use, scheduler: Any) -> Seen:
-    """What a use shows, or the error that ends it."""
+    """The results of a use, or the error that ends it."""
     try:
         return use(scheduler)
     except Exception as error:  # noqa: BLE001 - the same error is wanted, whatever it is

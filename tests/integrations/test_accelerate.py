@@ -1,4 +1,4 @@
-"""diffusers' models before and after `fastdiff.accelerate`: results, counts, what goes on."""
+"""diffusers' models before and after `fastdiff.accelerate`: results and counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' o
 
 
 def gradients(module: nn.Module, result: Tensor) -> dict[str, Tensor]:
-    """Of a sum with a different weight for each number of the result."""
+    """Gradients of a sum with a different weight for each element of the result."""
     weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).reshape(result.shape)
     (result * weights).sum().backward()
     found = {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
@@ -44,9 +44,9 @@ def test_same_outputs_and_gradients(name: str) -> None:
         return module(*(x.to(next(module.parameters()).dtype) for x in network.inputs(seed)))
 
     def scaled_gradients(module: nn.Module, seed: int) -> Tensor:
-        """Of all parameters, each over its own rms.
+        """Gradients of all parameters, each divided by its rms.
 
-        The gradient of a key's bias is 0, since softmax does not see it; it is left as it is.
+        The gradient of a key's bias is 0, since softmax ignores it; it is not divided.
         """
         exact = gradients(wide, call(wide, seed))
         found = gradients(module, call(module, seed))

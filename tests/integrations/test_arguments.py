@@ -1,4 +1,4 @@
-"""A swapped module takes every argument that the original takes, and gives what it gives."""
+"""A swapped module accepts every argument of the original and returns the same."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_arguments_by_name_and_their_defaults_are_still_ours() -> None:
 
 
 def test_none_where_the_original_refuses_it_is_refused() -> None:
-    """Ours would have left the embedding out without a word."""
+    """The swapped block would have ignored the embedding silently."""
 
     class Strict(blocks.ResnetBlock):
         def forward(self, x: Tensor, temb: Any) -> Tensor:
@@ -146,7 +146,7 @@ def test_none_where_the_original_refuses_it_is_refused() -> None:
 
 
 def test_an_argument_that_a_later_diffusers_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The block is left: ours would refuse the argument, or drop it."""
+    """The block is left alone: a swapped one would reject or ignore the argument."""
     from fastdiff.integrations import diffusers_blocks as ours
 
     for theirs, (mine, *_) in ours.BLOCKS.items():

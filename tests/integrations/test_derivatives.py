@@ -1,4 +1,4 @@
-"""Derivatives of accelerated models beyond the gradient: as the original's, at a like cost."""
+"""Higher and forward-mode derivatives of accelerated models: as the original's, at similar cost."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Called(nn.Module):
 
 
 def second_derivatives(net: nn.Module) -> list[Tensor]:
-    """Of a gradient penalty, for the input and all parameters."""
+    """Derivatives of a gradient penalty for the input and all parameters."""
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, 8, 8, generator=draw, requires_grad=True)
     y = net(x, T, CONTEXT).sample
@@ -105,7 +105,7 @@ def second_derivatives(net: nn.Module) -> list[Tensor]:
 
 
 def compare_second_derivatives() -> None:
-    """In a process of its own, whose memory is limited to what importing takes and 2 GiB."""
+    """In a separate process, whose memory is limited to 2 GiB more than importing takes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

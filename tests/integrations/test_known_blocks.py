@@ -1,4 +1,4 @@
-"""Modules that are nobody's in particular: recognised by their layers, proven by their results."""
+"""Modules of unknown origin: recognised by their layers, verified by their results."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.support.tiny import randomize
 
 
 def module(name: str, **children: nn.Module) -> nn.Module:
-    """A module of that class's name with these layers, whose forward is nobody's we know."""
+    """A module with this class name and these layers, but an unknown forward."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         for child in self.children():

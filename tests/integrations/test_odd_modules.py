@@ -68,7 +68,7 @@ def no_linear() -> nn.Module:
 
 
 def uncopied() -> nn.Module:
-    """PyTorch's older weight_norm: the weight is no leaf, and a copy is refused."""
+    """PyTorch's older weight_norm: the weight is not a leaf, so it cannot be copied."""
     block = blocks.ResnetBlock(16, 16)
     nn.utils.weight_norm(block.conv1)
     block(torch.randn(1, 16, 4, 4), None)

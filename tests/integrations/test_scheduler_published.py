@@ -1,6 +1,6 @@
-"""Fused schedulers give the numbers that diffusers' own test suite holds its schedulers to.
+"""Fused schedulers give the numbers that diffusers' own test suite expects of its schedulers.
 
-Its toy loops, written here anew: a sample of shape (4, 3, 8, 8) that counts up from 0 to 1, a
+Its toy loops, rewritten here: a sample of shape (4, 3, 8, 8) that counts up from 0 to 1, a
 "network" that returns x t / (t + 1), and the sum and the mean of the absolute values at the end.
 The numbers and tolerances are those of huggingface/diffusers, tests/schedulers/test_scheduler_*.py.
 """

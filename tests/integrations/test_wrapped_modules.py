@@ -54,7 +54,7 @@ def made() -> Net:
 
 
 def net() -> Net:
-    """The same weights each time."""
+    """A model with the same weights each time."""
     return copy.deepcopy(made())
 
 

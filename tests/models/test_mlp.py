@@ -1,4 +1,4 @@
-"""A denoiser that is no U-Net goes the whole way: trained, saved, loaded, sampled, as points.
+"""A denoiser other than a U-Net, end to end: trained, saved, loaded, sampled, on points.
 
 The mixture's best denoiser and its samples are known in closed form.
 """

@@ -1,4 +1,4 @@
-"""A denoiser that is no U-Net: two convolutions with the embedding added in between."""
+"""A denoiser other than a U-Net: two convolutions with the embedding added in between."""
 
 from __future__ import annotations
 

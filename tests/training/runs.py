@@ -132,7 +132,7 @@ def with_optimization(run: Any, **changes: Any) -> Any:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """The log without the time it took."""
+    """The log without timings."""
     return [
         {name: value for name, value in record.items() if name != "steps_per_second"}
         for record in read_log(folder)

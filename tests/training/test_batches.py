@@ -1,4 +1,4 @@
-"""The images of a step, and whether they are still those of the start."""
+"""The images of a step, and the check that they have not changed since the start."""
 
 from __future__ import annotations
 

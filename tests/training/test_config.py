@@ -1,4 +1,4 @@
-"""What the shared parts of a run refuse."""
+"""The shared parts of a run reject invalid values."""
 
 from __future__ import annotations
 

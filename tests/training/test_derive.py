@@ -1,4 +1,4 @@
-"""A run on other images than the digits trains and samples with nothing else said."""
+"""A run on other images than the digits trains and samples without further options."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_denoiser_on_pixels_takes_the_classes_there_are(
 def test_the_command_derives_what_is_not_said(
     photographs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options win over what follows; a preset is taken as it is."""
+    """Options override derived values; a preset is used unchanged."""
     seen: list[Train] = []
     monkeypatch.setattr("fastdiff.cli.train.run", lambda options: seen.append(options) or 0)
     words = ["--data.source", "folder", "--data.path", str(photographs / "b")]

@@ -1,4 +1,4 @@
-"""What a denoiser's run refuses."""
+"""A denoiser's run rejects invalid values."""
 
 from __future__ import annotations
 

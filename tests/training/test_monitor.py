@@ -56,7 +56,7 @@ def test_tensorboard_keeps_every_step_across_a_resume(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_under_the_log_is_one_clear_line(tmp_path: Path) -> None:
-    """Also when the log is closed after it, which writes once more."""
+    """Even though closing the log tries to write again."""
 
     def log() -> None:
         with Monitor(tmp_path, first_step=0, steps=2, tensorboard=False) as monitor:

@@ -1,4 +1,4 @@
-"""Devices and number formats that a machine lacks."""
+"""Devices and precisions that a machine does not have."""
 
 from __future__ import annotations
 

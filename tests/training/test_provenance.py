@@ -1,4 +1,4 @@
-"""The command beside exported weights is one that a reader can type."""
+"""The command stored with exported weights is one that a reader can type."""
 
 from __future__ import annotations
 

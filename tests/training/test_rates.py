@@ -1,4 +1,4 @@
-"""The learning rate at its corners."""
+"""The learning rate where its schedule changes."""
 
 from __future__ import annotations
 

@@ -60,9 +60,8 @@ def test_all_timesteps_are_equal_until_each_has_ten_losses() -> None:
 
 
 def test_the_weighted_mean_is_unbiased_and_less_noisy() -> None:
-    """Over the drawn timesteps E[w L] is the plain mean, and Var[w L] is that of the rule: near 0
-    where losses are what they were, against a variance of evenly drawn ones above the mean
-    squared."""
+    """Over the drawn timesteps E[w L] is the unweighted mean, and Var[w L] is what the rule gives:
+    near 0 if losses stay as recorded, where uniform draws have more than the mean squared."""
     resampler, last = filled()
     losses = torch.from_numpy(last.mean(1))
     p = resampler.probabilities()

@@ -1,4 +1,4 @@
-"""Runs that were stopped, killed or started by an older version go on bit for bit."""
+"""Runs that were stopped, killed or started by an older version resume bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_autoencoder_resumes_bit_for_bit_after_sigterm(
         with pytest.raises(SystemExit) as stopped:
             train_autoencoder(cut)
     assert stopped.value.code == 143
-    # the step at hand is finished and saved, and the bundle is there
+    # the current step is finished and saved, and the bundle exists
     assert (tmp_path / "cut/checkpoints/latest").read_text().strip() == "step_00000004"
     assert load_bundle(tmp_path / "cut").provenance["facts"]["steps"] == 4
     train_autoencoder(cut, resume=True)
@@ -172,7 +172,7 @@ def test_a_schedule_that_changes_is_said(
 
 
 def test_a_folder_takes_one_training_at_a_time(images: Path, tmp_path: Path) -> None:
-    """Also --resume beside a running one; a process that was killed holds nothing."""
+    """Not even --resume next to a running one; a killed process leaves no lock behind."""
     run = runs.diffusion_run(images, tmp_path / "run", optimization=runs.optimization(steps=1))
     code = (
         "import sys, time, pathlib; from fastdiff.files import locked_folder\n"

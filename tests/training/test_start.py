@@ -1,4 +1,4 @@
-"""Fine-tuning: what a run takes of a trained model, and what it refuses."""
+"""Fine-tuning: what a run reads from a trained model, and what it rejects."""
 
 from __future__ import annotations
 

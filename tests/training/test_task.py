@@ -134,7 +134,7 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
 def test_previews_show_what_the_exported_bundle_samples(
     images: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Scale, guidance, null class, clamp, variance and noise are those of sampling."""
+    """Previews use the scale, guidance, null class, clamp, variance and noise of sampling."""
     changes: dict[str, Any] = {}
     sampler, clamp = "ddim", 1.0
     if kind == "latents":
@@ -246,7 +246,7 @@ def test_any_network_is_trained_exported_and_resumed(
 
 
 def test_previews_are_labelled_sheets(images: Path, tmp_path: Path) -> None:
-    """Step, settings and class names stand on them, and the pictures where they belong."""
+    """They show step, settings and class names, and the images in their places."""
     run = runs.diffusion_run(images, tmp_path / "run")
     task = DiffusionTask(run)
     sampled = task.sample(task.denoiser, range(4), [0, 1, 0, 1])

@@ -74,7 +74,7 @@ def test_it_learns(images: Path, tmp_path: Path, kind: str) -> None:
 def test_previews_are_what_the_exported_bundle_samples(
     images: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Guided, and for DiT with the variance that it has learned."""
+    """With guidance, and for DiT with the learned variance."""
     sampler = "ddpm" if kind == "dit" else "ddim"
     run = vit_run(
         images,
@@ -99,7 +99,7 @@ def test_previews_are_what_the_exported_bundle_samples(
 def test_a_run_that_was_cut_goes_on_to_the_same_weights(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """With gradient checkpointing, whose dropout is drawn again alike."""
+    """With gradient checkpointing, which has to repeat the same dropout."""
     whole = vit_run(images, tmp_path / "whole", kind)
     whole = runs.with_optimization(whole, gradient_checkpointing=True)
     train_diffusion(whole)

@@ -117,7 +117,7 @@ def heads(width: int, published: dict[int, int], loading: Loading) -> int:
 def label_rows(
     shapes: Shapes, key: str, loading: Loading, *, null: bool
 ) -> tuple[int | None, bool]:
-    """Classes of a table, and whether its last row is "no class", as `null` unless it is said."""
+    """Number of classes, and whether the last row is "no class"; `null` unless an option says."""
     if key not in shapes:
         return None, False
     rows = shape_of(shapes, key, 2)[0]

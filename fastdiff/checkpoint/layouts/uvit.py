@@ -33,7 +33,7 @@ HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}
 LATENT_SCHEDULE = ScheduleConfig(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
 PIXEL_SCHEDULE = ScheduleConfig()
 CLIP_TOKENS = 77
-"""Of a prompt, for the published models that read one."""
+"""Tokens of a prompt in the published text-to-image models."""
 TIMESTEP_OFFSET = 1.0
 """The published code counts timesteps from 1."""
 LAYERS: Layers = {UViTBlock: {"attn.out": ("attn.proj",)}}

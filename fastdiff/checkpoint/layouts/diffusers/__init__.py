@@ -153,8 +153,8 @@ def load_component(folder: Path, loading: Loading) -> Model:
         part = loading.fill(_plan(folder, data, weights))
         if isinstance(part, Network):
             model.denoiser = part
-            beside = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
-            scheduler = _scheduler(folder) if beside.is_file() else None
+            config = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
+            scheduler = _scheduler(folder) if config.is_file() else None
             _describe(model, data, scheduler, loading)
         else:
             assert isinstance(part, Autoencoder)

@@ -22,9 +22,9 @@ from fastdiff.models.dit import DiT, DiTBlock, DiTConfig
 
 NAME = "DiTTransformer2DModel"
 OLD_NAME = "Transformer2DModel"
-"""What the class was called when the published folders were written."""
+"""Name of the class in the published folders."""
 ID2LABEL = "id2label"
-"""Under which the index of a DiTPipeline names its classes, each by several names."""
+"""Key of a DiTPipeline's model_index.json with the names of its classes, several for each."""
 FREQUENCY_SHIFT, NORM_EPS = 1, 1e-5
 DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 16,
@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,
 }
-"""Of DiTTransformer2DModel; the older class has others, and its files state all of these."""
+"""Defaults of DiTTransformer2DModel. Those of the older class differ, but its files state all."""
 FIXED: dict[str, Any] = {
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
