@@ -39,3 +39,14 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
 def all_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """Make each tensor contiguous; None stays None."""
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def rows_apart(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """(C,) or (N, C) with dense rows, and the distance between rows: 0 for (C,) and None.
+
+    A slice of columns stays a view.
+    """
+    if x is None:
+        return None, 0
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, x.stride(0) if x.ndim == 2 else 0

@@ -21,6 +21,7 @@ from fastdiff import kernels
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import network_family
 from fastdiff.models.presets import AUTOENCODERS, UNETS
+from fastdiff.runtime.prepare import pack
 
 Shape = tuple[int, ...]
 Function = Callable[..., Any]
@@ -138,6 +139,8 @@ class Job:
             for parameter in module.parameters():
                 parameter.data.normal_(0, 0.02, generator=generator)
         module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device != "cpu":
+            pack(module)
         with torch.device(device):
             inputs = self._inputs()
         for name in ("x", "context", "added"):

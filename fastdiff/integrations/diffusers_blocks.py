@@ -36,7 +36,7 @@ from fastdiff.integrations.layers import (
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
 from fastdiff.kernels.ada_layer_norm import ada_layer_norm
-from fastdiff.models.layers import from_tokens, is_channels_last, to_tokens
+from fastdiff.models.layers import added, from_tokens, is_channels_last, split_bias, to_tokens
 from fastdiff.runtime.cpu_layers import Kept, Plan, PreparedConv2d, folded_upsampling
 
 PROCESSORS = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
@@ -69,13 +69,15 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
             if self.upsample is not None and len(x) >= 64:  # as in diffusers, see its issue 984
                 x, h = x.contiguous(), h.contiguous()
             x, h = resample(x), resample(h)  # (N, C, 2H, 2W) or (N, C, H/2, W/2)
-        h = self.conv1(h)  # (N, C', H', W')
-        extra = {}
-        if temb is not None:
+        if temb is None:
+            h = self.norm2(self.conv1(h), activation="silu")  # (N, C', H', W')
+        else:
             emb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-            scales = self.time_embedding_norm == "scale_shift"
-            extra = {"scale_shift" if scales else "channel_add": emb}
-        h = self.norm2(h, activation="silu", **extra)
+            if self.time_embedding_norm == "scale_shift":
+                h = self.norm2(self.conv1(h), activation="silu", scale_shift=emb)
+            else:
+                h, bias = split_bias(self.conv1, h)
+                h = self.norm2(h, activation="silu", channel_add=added(emb, bias))
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)

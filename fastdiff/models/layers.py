@@ -12,7 +12,7 @@ E embedding width, d head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -114,21 +114,25 @@ BIAS_IS_A_LAUNCH = ("cuda", "meta")
 cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU is planned for."""
 
 
+def plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of exactly this class, without hooks or a replaced forward, so that
+    its computation can be done in another way."""
+    return type(layer) is kind and not (
+        "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
 def split_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x) without its bias, and the bias (C',), which the caller passes to the next norm.
 
     The bias is None if the convolution has added it: where that costs nothing, and where the layer
-    has to be called as a whole because it has hooks, a replaced forward or another class.
+    has to be called as a whole because it is not `plain`.
     """
-    if (
-        x.device.type not in BIAS_IS_A_LAUNCH
-        or type(conv) is not nn.Conv2d
-        or "forward" in conv.__dict__
-        or conv._forward_hooks
-        or conv._forward_pre_hooks
-        or conv._backward_hooks
-        or conv._backward_pre_hooks
-    ):
+    if x.device.type not in BIAS_IS_A_LAUNCH or not plain(conv, nn.Conv2d):
         return conv(x), None
     return conv._conv_forward(x, conv.weight, None), conv.bias
 
@@ -281,6 +285,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.scale_shift_norm, self.resample = scale_shift_norm, resample
+        self.index = 0  # position among the U-Net's residual blocks, set by the U-Net
         self.norm1 = GroupNorm(in_channels, num_groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if emb_dim is not None:
@@ -302,12 +307,14 @@ class ResBlock(nn.Module):
         *,
         bias: Tensor | None = None,
         before_norm: bool = False,
+        projected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (h, residual, bias), whose sum is the block's result.
 
         Args:
             x, residual: (N, C, H, W). bias: (C,) or None, the third addend of the activation.
             emb: (N, E), activated.
+            projected: (N, C') from `project_embedding`, used in place of emb and conv1's bias.
             before_norm: whether a norm that can add a bias follows. If not, the returned one is
                 None.
 
@@ -318,7 +325,9 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             resample = upsample_nearest if self.resample == "up" else downsample_mean
             h, x = resample(h), resample(x)
-        if emb is None:
+        if projected is not None:
+            h, _ = self.norm2(split_bias(self.conv1, h)[0], channel_add=projected)
+        elif emb is None:
             h, _ = self.norm2(self.conv1(h))  # (N, C', H', W')
         elif self.scale_shift_norm:
             h, _ = self.norm2(self.conv1(h), scale_shift=self.emb(emb))
@@ -537,3 +546,65 @@ class SpatialTransformer(nn.Module):
 def norm_first(block: nn.Module) -> bool:
     """Whether a block begins with a norm, and so takes a residual and a bias."""
     return isinstance(block, ResBlock | AttentionBlock | SpatialTransformer)
+
+
+def pack_embeddings(blocks: Sequence[ResBlock]) -> None:
+    """Move the parameters that `project_embedding` uses next to each other in memory, in place.
+
+    Names, shapes and values stay, and changes in place (a merged LoRA) are seen. Moving the module
+    afterwards takes them apart; then each block projects the embedding itself.
+    """
+    kinds = zip(*((b.emb.weight, b.emb.bias, b.conv1.bias) for b in blocks), strict=True)
+    for parameters in kinds:
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        pieces = flat.split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.data = piece.view(parameter.shape)
+
+
+def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] | None:
+    """What each block's second norm adds per channel, for all blocks in one matrix product.
+
+    emb: (N, E), activated. Returns per block the projection of emb plus the bias of the first
+    convolution, (N, C'), a slice of columns; or None if each block has to project emb itself:
+    where launches cost little (`BIAS_IS_A_LAUNCH`), with FiLM, when gradients are needed, while
+    compiling, if a layer is not `plain`, or if the parameters are not neighbours in memory
+    (`pack_embeddings`).
+    """
+    if (
+        emb.device.type not in BIAS_IS_A_LAUNCH
+        or torch.compiler.is_compiling()
+        or any(
+            b.scale_shift_norm or not plain(b.emb, nn.Linear) or not plain(b.conv1, nn.Conv2d)
+            for b in blocks
+        )
+    ):
+        return None
+    weight = _joined([b.emb.weight for b in blocks])
+    bias = _joined([b.emb.bias for b in blocks])
+    conv_bias = _joined([b.conv1.bias for b in blocks])
+    if weight is None or bias is None or conv_bias is None:
+        return None
+    y = F.linear(emb, weight, bias) + conv_bias  # (N, sum of C')
+    return [*y.split([b.out_channels for b in blocks], dim=1)]
+
+
+def _joined(parameters: Sequence[Tensor | None]) -> Tensor | None:
+    """Parameters that are neighbours in memory as one tensor, joined along the first dimension."""
+    first = parameters[0]
+    if first is None:
+        return None
+    storage, place, rows = first.untyped_storage()._cdata, first.storage_offset(), 0
+    for p in parameters:
+        if (
+            p is None
+            or (p.requires_grad and torch.is_grad_enabled())
+            or p.dtype is not first.dtype
+            or p.storage_offset() != place
+            or p.untyped_storage()._cdata != storage
+            or not p.is_contiguous()
+        ):
+            return None
+        place += p.numel()
+        rows += len(p)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

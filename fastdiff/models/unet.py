@@ -8,6 +8,7 @@ their `UNetConfig`. Parameters are named after OpenAI's flat lists: `input_block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -27,6 +28,8 @@ from fastdiff.models.layers import (
     Upsample,
     checkpointed,
     norm_first,
+    pack_embeddings,
+    project_embedding,
     timestep_embedding,
     zero_init,
 )
@@ -215,16 +218,32 @@ class Stage(nn.ModuleList):
     """A sequence of blocks of the U-Net; x + residual + bias is only computed where needed."""
 
     def forward(
-        self, x: Tensor, emb: Tensor, kvs: ContextKV, size: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        emb: Tensor,
+        kvs: ContextKV,
+        size: tuple[int, int] | None = None,
+        projected: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Run the blocks. size: (H, W) of the next skip connection, to which x is upsampled."""
+        """Run the blocks.
+
+        size: (H, W) of the next skip connection, to which x is upsampled.
+        projected: the result of `project_embedding` for all residual blocks of the U-Net.
+        """
         residual: Tensor | None = None
         bias: Tensor | None = None
         blocks = list(self)
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             if isinstance(block, ResBlock):
                 before_norm = following is not None and norm_first(following)
-                x, residual, bias = block(x, residual, emb, bias=bias, before_norm=before_norm)
+                x, residual, bias = block(
+                    x,
+                    residual,
+                    emb,
+                    bias=bias,
+                    before_norm=before_norm,
+                    projected=None if projected is None else projected[block.index],
+                )
             elif isinstance(block, AttentionBlock):
                 x, residual = block(x, residual, bias=bias)
                 bias = None
@@ -303,6 +322,8 @@ class UNet(Network):
         zero_init(self.conv_out)
         for index, transformer in enumerate(self.transformers()):
             transformer.index = index
+        for index, block in enumerate(self.res_blocks()):
+            block.index = index
 
     def _embedder(self, in_features: int) -> nn.Sequential:
         width = self.config.emb_dim
@@ -355,6 +376,16 @@ class UNet(Network):
     def transformers(self) -> list[SpatialTransformer]:
         """The spatial transformers, in the order in which they run."""
         return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+
+    def res_blocks(self) -> list[ResBlock]:
+        """The residual blocks, in the order in which they run."""
+        stages = *self.input_blocks, self.middle_block, *self.output_blocks
+        return [b for stage in stages for b in cast(Stage, stage) if isinstance(b, ResBlock)]
+
+    def pack(self) -> None:
+        """Prepare for one projection of the embedding for all blocks, see `project_embedding`."""
+        if not self.config.scale_shift_norm:
+            pack_embeddings(self.res_blocks())
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Combine everything that conditions the residual blocks into one vector per sample.
@@ -419,15 +450,16 @@ class UNet(Network):
         if isinstance(context, Tensor):
             context = self.project_context(context)
         kvs = cast(ContextKV, context or [])
+        projected = project_embedding(self.res_blocks(), emb)
         skips: list[Tensor] = []
         for stage in self.input_blocks:
-            x = self._run(stage, x, emb, kvs)
+            x = self._run(stage, x, emb, kvs, None, projected)
             skips.append(x)
-        x = self._run(self.middle_block, x, emb, kvs)
+        x = self._run(self.middle_block, x, emb, kvs, None, projected)
         for stage in self.output_blocks:
             joined = torch.cat([x, skips.pop()], dim=1)
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
-            x = self._run(stage, joined, emb, kvs, size)
+            x = self._run(stage, joined, emb, kvs, size, projected)
         x, _ = self.norm_out(x)
         return self.conv_out(x)  # (N, out_channels, H, W)
 
@@ -437,8 +469,9 @@ class UNet(Network):
         x: Tensor,
         emb: Tensor,
         kvs: ContextKV,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, int] | None,
+        projected: Sequence[Tensor] | None,
     ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(stage, x, emb, kvs, size)
-        return stage(x, emb, kvs, size)
+            return checkpointed(stage, x, emb, kvs, size, projected)
+        return stage(x, emb, kvs, size, projected)

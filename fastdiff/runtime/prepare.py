@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastdiff.models.network import Network
 from fastdiff.runtime.cpu_layers import prepare_layers
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -24,7 +25,7 @@ def prepare(
     """Prepare a module for inference, in place: device, dtype, layout, eval, no gradients.
 
     On the CPU its convolutions, linear layers and upsamplings are also replaced by those of
-    `fastdiff.runtime.cpu_layers`.
+    `fastdiff.runtime.cpu_layers`. On other devices networks are packed (`Network.pack`).
 
     Args:
         keep_copies: CPU only: let layers keep a second, faster form of their weights, made at the
@@ -42,4 +43,13 @@ def prepare(
     module.eval().requires_grad_(False)
     if torch.device(device).type == "cpu":
         prepare_layers(module, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
+    else:
+        pack(module)
     return module
+
+
+def pack(module: nn.Module) -> None:
+    """Pack each network in a module (`Network.pack`)."""
+    for part in module.modules():
+        if isinstance(part, Network):
+            part.pack()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import cuda
 from ..choose import without
-from ..views import all_contiguous, memory_format_of
+from ..views import all_contiguous, memory_format_of, rows_apart
 
 cuda.declare("group_norm_plan", "iiiqiqiiqiip")
 cuda.declare("group_norm_backward_plan", "iiiqiqiiqiip")
@@ -117,7 +117,8 @@ def forward(
     statistics = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return (y, total), statistics
-    weight, bias, scale_shift, channel_add = all_contiguous(weight, bias, scale_shift, channel_add)
+    weight, bias, scale_shift = all_contiguous(weight, bias, scale_shift)
+    channel_add, add_stride = rows_apart(channel_add)
     residual = layout.like(residual)
     plan = layout.plan(num_groups, y, total, residual)
     workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
@@ -126,10 +127,8 @@ def forward(
         layout.n, layout.c, layout.s, num_groups, ctypes.addressof(plan),
         x.data_ptr(), y.data_ptr(), statistics.data_ptr(), workspace.data_ptr(),
         *cuda.parameter(weight), *cuda.parameter(bias), *cuda.parameter(scale_shift),
-        *cuda.parameter(channel_add),
-        layout.c if channel_add is not None and channel_add.ndim == 2 else 0,
-        cuda.address(residual), total.data_ptr() if add else None, eps,
-        activation == "silu",
+        *cuda.parameter(channel_add), add_stride, cuda.address(residual),
+        total.data_ptr() if add else None, eps, activation == "silu",
     )  # fmt: skip
     return (y, total), statistics
 

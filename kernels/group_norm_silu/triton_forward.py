@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..triton import jit, launch, merged, sigmoid, tl
-from ..views import all_contiguous, memory_format_of
+from ..views import all_contiguous, memory_format_of, rows_apart
 from .triton_tiles import (
     affine,
     group_totals,
@@ -326,10 +326,10 @@ def forward(
         return (y, total), statistics.zero_()
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
-    weight, bias, channel_add, scale_shift = all_contiguous(weight, bias, channel_add, scale_shift)
+    weight, bias, scale_shift = all_contiguous(weight, bias, scale_shift)
+    channel_add, add_stride = rows_apart(channel_add)
     shape = shape_of(x, num_groups)
     sizes = shape.space, shape.channels
-    add_stride = shape.channels if channel_add is not None and channel_add.ndim == 2 else 0
     silu = {"SILU": activation == "silu"}
     stored = total if adds else None
     small = small_regime("group_norm_silu", x, shape, share=2 if adds else 1)
@@ -350,7 +350,9 @@ def forward(
         x_, residual_, stored_, total_, y_, scale_shift_, mean_, rstd_ = slices(
             start, stop, x, residual, stored, total, y, scale_shift, mean, rstd
         )
-        add_ = channel_add[start:stop] if add_stride and channel_add is not None else channel_add
+        add_ = channel_add
+        if channel_add is not None and channel_add.ndim == 2:
+            add_ = channel_add[start:stop]
         launch(
             _moments_kernel,
             (n * plan.programs,),

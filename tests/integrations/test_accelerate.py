@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
+from fastdiff.integrations import diffusers_blocks
 from fastdiff.kernels import record_backends
+from fastdiff.models import layers
 from tests.integrations import models
 from tests.integrations.models import (
     NETWORKS,
@@ -132,3 +134,27 @@ def test_whole_pipeline() -> None:
     )
     report.restore()
     assert torch.equal(images(pipe), images(plain))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_the_norm_adds_the_bias_of_the_first_convolution(
+    hook: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. A convolution with a hook is called with its own bias."""
+    network, seen = Network(*NETWORKS["sd15"]).double(), []
+    given = [x.double() for x in network.inputs()]
+    convs = [m.conv1 for name, m in network.named_modules() if hasattr(m, "conv1")]
+    if hook:
+        convs[1].register_forward_hook(lambda module, args, y: seen.append(y))
+    expected = network(*given)
+    fastdiff.accelerate(network, strict=True)
+    monkeypatch.setattr(layers, "BIAS_IS_A_LAUNCH", ("cpu",))
+    split, left = layers.split_bias, []
+    monkeypatch.setattr(
+        diffusers_blocks, "split_bias", lambda *args: left.append(split(*args)) or left[-1]
+    )
+    torch.testing.assert_close(network(*given), expected, rtol=1e-10, atol=1e-10)
+    assert len(left) == len(convs)
+    assert sum(bias is None for _, bias in left) == hook
+    if hook:
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-10, atol=1e-10)

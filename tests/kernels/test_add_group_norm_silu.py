@@ -53,6 +53,19 @@ def test_parity_at_drawn_shapes(backend: str) -> None:
 
 @pytest.mark.parametrize("name", cases.BACKENDS)
 @pytest.mark.parametrize("kind", REGIMES)
+def test_addends_may_be_columns_of_a_wider_matrix(kind: str, name: str) -> None:
+    x = torch.randn(3, 8, 5, 5).to(cases.device_of(name))
+    wide = torch.randn(3, 24).to(x.device)
+    for columns in (wide[:, 8:16], wide[:1, 8:16].expand(3, 8), wide[:, ::3]):
+        with backend(name), regime(kind):
+            y, total = add_group_norm_silu(x, 4, channel_add=columns)
+            exact = (x.double() + columns.double()[:, :, None, None]).float()
+            assert torch.equal(total, exact)
+            assert torch.equal(y, group_norm_silu(total, 4))
+
+
+@pytest.mark.parametrize("name", cases.BACKENDS)
+@pytest.mark.parametrize("kind", REGIMES)
 def test_y_is_the_norm_of_the_rounded_total(kind: str, name: str) -> None:
     x, residual = torch.randn(2, 2, 8, 5, 5).bfloat16().to(cases.device_of(name))
     channel_add = torch.randn(2, 8).to(x.device)

@@ -125,3 +125,81 @@ def test_a_convolution_that_must_be_called_is_called(
     torch.testing.assert_close(z, conv(x))
     z.sum().backward()
     assert calls
+
+
+def packed_unet() -> UNet:
+    network = UNet(CONTEXT)
+    randomize(network, 1)
+    network.double().requires_grad_(False)
+    network.pack()
+    return network
+
+
+def test_one_product_projects_the_embedding_for_all_blocks(by_the_norm: Callable[[], None]) -> None:
+    network = packed_unet()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    expected = network(**inputs("context"))
+    by_the_norm()
+    emb = torch.randn(3, CONTEXT.emb_dim, dtype=torch.float64)
+    blocks = network.res_blocks()
+    found = layers.project_embedding(blocks, emb)
+    assert found is not None
+    for block, addend in zip(blocks, found, strict=True):
+        torch.testing.assert_close(addend, block.emb(emb) + block.conv1.bias, rtol=1e-12, atol=0)
+    torch.testing.assert_close(network(**inputs("context")), expected, rtol=1e-11, atol=1e-11)
+    after = network.state_dict()
+    assert list(before) == list(after) == list(UNet(CONTEXT).state_dict())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_change_of_a_packed_weight_is_seen(by_the_norm: Callable[[], None]) -> None:
+    network = packed_unet()
+    by_the_norm()
+    block = network.res_blocks()[3]
+    with torch.no_grad():
+        block.emb.weight.mul_(2)
+        block.conv1.bias.add_(1)
+    emb = torch.randn(2, CONTEXT.emb_dim, dtype=torch.float64)
+    found = layers.project_embedding(network.res_blocks(), emb)
+    assert found is not None
+    torch.testing.assert_close(found[3], block.emb(emb) + block.conv1.bias)
+
+
+@pytest.mark.parametrize("change", ["none", "moved", "replaced", "hook", "gradients", "cpu"])
+def test_blocks_project_on_their_own_where_they_must(
+    change: str, by_the_norm: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, calls = packed_unet(), []
+    by_the_norm()
+    block = network.res_blocks()[2]
+    if change == "moved":
+        network.float().double()
+    elif change == "replaced":
+        block.emb.weight = nn.Parameter(block.emb.weight.clone(), requires_grad=False)
+    elif change == "hook":
+        block.emb.register_forward_hook(lambda *_: calls.append(1))
+    elif change == "gradients":
+        network.requires_grad_()
+    elif change == "cpu":
+        monkeypatch.setattr(layers, "BIAS_IS_A_LAUNCH", ("cuda", "meta"))
+    emb = torch.randn(2, CONTEXT.emb_dim, dtype=torch.float64)
+    found = layers.project_embedding(network.res_blocks(), emb)
+    assert (found is not None) == (change == "none")
+    network(**inputs("context"))
+    assert bool(calls) == (change == "hook")
+
+
+def test_a_packed_network_launches_one_product() -> None:
+    counts = []
+    for pack in (False, True):
+        with torch.device("meta"):
+            network = UNet(CONTEXT).to(torch.bfloat16).eval().requires_grad_(False)
+        if pack:
+            network.pack()
+        given = inputs("context", device="meta", dtype=torch.bfloat16)
+        counts.append(count(lambda n=network, g=given: n(**g)).launches)
+    apart, packed = counts
+    blocks = len(UNet(CONTEXT).res_blocks())
+    assert apart["linear"] - packed["linear"] == blocks - 1
+    assert apart["addition"] - packed["addition"] == blocks - 1
+    assert apart["other"] == packed["other"]
