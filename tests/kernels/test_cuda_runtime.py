@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks import device
+from benchmarks.device.dry import dry_jobs
 from benchmarks.resources import cuda_device
 from fastdiff import kernels
 from fastdiff.bench.watch import watched
@@ -82,7 +82,7 @@ def test_a_watch_can_keep_kernels_from_starting(runtime: str) -> None:
 @pytest.mark.slow
 @cases.needs_cuda
 def test_the_launches_of_networks_are_listed(runtime: str) -> None:
-    jobs = device.dry_jobs()
+    jobs = dry_jobs()
     rows = cuda_device.collect(jobs, runtime)
     names = {row.name.partition("<")[0] for row in rows}
     assert names >= {"norm_on_chip_columns", "norm_backward_on_chip", "sampler_step_row"}

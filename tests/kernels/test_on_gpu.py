@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from benchmarks import device
+from benchmarks.device.dry import dry_jobs
 from fastdiff import kernels
 from fastdiff.bench import shapes, tune
 from fastdiff.bench.providers import Make, Subject
@@ -178,7 +178,7 @@ def test_an_op_runs_on_the_device_of_its_tensors(
 def test_bits_repeat_at_the_sizes_of_the_networks(subject: Subject, backend: str) -> None:
     """Results and gradients repeat; without a GPU, only the smallest networks are run."""
     where = torch.device(cases.device_of(backend))
-    jobs = shapes.GPU_JOBS if where.type == "cuda" else device.dry_jobs()
+    jobs = shapes.GPU_JOBS if where.type == "cuda" else dry_jobs()
     make, served = Make(torch.bfloat16, where), 0
     for name in ("SD 1.5 U-Net", "KL-f8 decoder") if where.type == "cuda" else jobs:
         for call in (c for c in jobs[name].collect() if c.op == subject.op):
