@@ -24,7 +24,7 @@ from tests.support.tiny import UNET, tiny_unet
 
 SHAPE = (3, 4, 4)
 SCHEDULE = NoiseSchedule(ScheduleConfig())
-SAMPLERS = ("ddim", "heun", "plms", "dpmpp-2m-sde", "euler-ancestral")
+SAMPLERS = ("ddim", "heun", "plms", "dpmpp-2m-sde", "euler-ancestral", "dpmpp-sde", "dpm-solver-3")
 TEXT = replace(UNET, in_channels=5, context_dim=24, num_classes=None, null_class=False)
 
 
