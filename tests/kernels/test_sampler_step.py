@@ -485,6 +485,19 @@ def test_finite_is_cleared_for_the_samples_concerned(
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+def test_a_clamp_keeps_nan(backend: str) -> None:
+    """A prediction that failed must not look like a pixel at the bound."""
+    x, f, history = (t.float() for t in drawn(guided=True, learned=False))
+    table = make_table(ROWS["clamped"], dtype=torch.float32)
+    denoised = torch.zeros_like(x)
+    f[-2, 1, 2, 3] = math.nan  # the conditional half of the second sample
+    out, _ = stepped(backend, x, f, history, table, denoised=denoised)
+    for result in (out, denoised):
+        assert result.isnan().nonzero().tolist() == [[1, 1, 2, 3]]
+    assert denoised.nan_to_num().abs().max() == 0.8
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
 def test_finite_is_never_set(backend: str) -> None:
     x, f, history = (t.float() for t in drawn(guided=False, learned=False))
     finite = torch.tensor([True, False, True])
