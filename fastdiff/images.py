@@ -203,10 +203,13 @@ def save_png(
         new: never replace an existing file.
 
     Raises:
-        ValueError: the image has another shape or is not finite.
+        ValueError: the image has another shape or is not finite, or the name does not end in .png.
         FileExistsError: with `new`, the file exists.
         OSError: the file cannot be written.
     """
+    name = Path(path).name
+    if not name.lower().endswith(".png"):
+        raise ValueError(f"images are saved as PNG, got {name!r}; use the name {name}.png")
     picture = image if isinstance(image, Image.Image) else to_pil(image)
     info = PngImagePlugin.PngInfo()
     if recipe is not None:

@@ -203,3 +203,14 @@ def test_the_size_of_a_file_is_that_of_its_pixels(tmp_path: Path) -> None:
         exif[0x0112] = orientation
         Image.new("RGB", (5, 9)).save(tmp_path / "x.png", exif=exif)
         assert image_size(tmp_path / "x.png") == tuple(read_image(tmp_path / "x.png").shape[1:])
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x", "x.png.txt", ".png.d"])
+def test_only_png_files_are_written(tmp_path: Path, name: str) -> None:
+    """A PNG in a file that is called .jpg would open in some programs and not in others."""
+    with pytest.raises(ValueError, match="images are saved as PNG, got ") as caught:
+        save_png(tmp_path / name, torch.zeros(1, 2, 2))
+    assert list(tmp_path.iterdir()) == []
+    advised = str(caught.value).rpartition(" ")[2]
+    save_png(tmp_path / advised, torch.zeros(1, 2, 2))
+    save_png(tmp_path / "X.PNG", torch.zeros(1, 2, 2))
