@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 # files in the order of tests/conftest.py, which has the longest first
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -12,13 +13,19 @@ ASSETS := fastdiff/assets/digits
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+# the package and what it needs, compiled: enough to use it
+$(RUNTIME): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed, got {v.major}.{v.minor}; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
 	@# a path and not an import hook: type checkers find the package in the user's files too
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=compat
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --config-settings editable_mode=compat
 	@$(BIN)/python -c 'from fastdiff.kernels.compiled import describe; b = describe(); print("compiled for this CPU:", b.get("isa") or b["missing"]); print("CUDA kernels:", b.get("cuda_architectures") or b.get("without_cuda", "none"))'
+	@touch $@
+
+# and what tests, training and the documentation need; the package itself is not built again
+$(STAMP): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'fastdiff[dev]'
 	@touch $@
 
 venv: $(STAMP) ## make .venv with what constraints.txt pins
@@ -26,7 +33,7 @@ venv: $(STAMP) ## make .venv with what constraints.txt pins
 build: $(STAMP) ## compile csrc/ again, what has changed of it
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-demo: $(STAMP) ## sample a labelled sheet of digits from the shipped weights into out/
+demo: $(RUNTIME) ## sample a labelled sheet of digits from the shipped weights into out/
 	$(BIN)/fastdiff sample --out out/demo
 
 test: $(STAMP) ## pass the tests, a process per core
