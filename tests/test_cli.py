@@ -212,6 +212,7 @@ MISTAKES = {
     "sample --model TINY --steps many": "--steps: expected a whole number, got 'many'",
     "sample --model TINY --stesp 3": "unrecognized options: --stesp",
     "sample --model TINY --sampler dpmp": "did you mean ddpm or kdpm2?",
+    "sample --model TINY --sampler dpm++2m": "did you mean dpmpp-2m or dpmpp-3m?",
     "sample --model TINY --count 0": "count must be at least 1, got 0",
     "sample --model TINY --batch 0": "batch must be at least 1, got 0",
     "sample --model TINY --guidance-scale nan": "guidance scale must be a finite number",

@@ -110,7 +110,8 @@ def one_line(message: object) -> str:
     listed = re.search(r"'([^']+)'.*?; expected one of:? ([\w, :.'-]+)", text)
     if listed is None:
         return text
-    word, names = listed[1].lower(), re.findall(r"[\w:.-]+", listed[2])
+    word = listed[1].lower().replace("++", "pp")  # DPM++ 2M
+    names = re.findall(r"[\w:.-]+", listed[2])
     close = difflib.get_close_matches(word, [name.lower() for name in names], n=2)
     if not close or len(word) < 3:
         return text
