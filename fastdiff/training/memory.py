@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.checkpoint.weights import empty_model
 from fastdiff.data import DataConfig
@@ -46,9 +47,16 @@ def training_bytes(
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = True  # type: ignore[assignment]
     rows = optimization.batch_size // optimization.accumulate
+
+    def call() -> None:
+        leaves = tree_leaves(forward(network, rows))
+        results = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+        if optimization.gradient_checkpointing:  # the peak comes where a block is run again
+            torch.autograd.backward(results, [torch.empty_like(x) for x in results])
+
     peak = peak_of(
         network,
-        lambda: forward(network, rows),
+        call,
         device=device,
         dtype=torch.float32,
         training=True,

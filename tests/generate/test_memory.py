@@ -39,8 +39,8 @@ def test_estimates_are_within_a_quarter_of_measured_peaks(tmp_path: Path) -> Non
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-    assert len(rows) == 6
-    assert {what.split()[0] for what, *_ in rows} == {"digits", "text", "decode"}
+    assert len(rows) == 10
+    assert {what.split()[0] for what, *_ in rows} == {"digits", "text", "decode", "training"}
     wrong = [
         f"{what}: {measured / 2**20:.1f} MiB measured, {estimated / 2**20:.1f} estimated"
         for what, measured, estimated in rows

@@ -14,6 +14,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ from fastdiff.generate.run import generate
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.training.autoencoder import AutoencoderTask
+from fastdiff.training.task import DiffusionTask
+from fastdiff.training.trainer import Trainer
 from tests.support.diffusers_models import text_encoder, tokenizer
+from tests.training import runs
 
 CPU = torch.device("cpu")
 
@@ -134,6 +139,44 @@ def main(folder: str) -> None:
             round(memory.SLACK * need.most) + need.copies,
             lambda z=z, tile=tile: decoder.decode(z, tile=tile),
         )
+    trainings(Path(folder))
+
+
+def trainings(folder: Path) -> None:
+    """Denoisers and an autoencoder, with and without gradient checkpointing."""
+    images = runs.image_folder(folder / "images")
+
+    def denoiser(width: int, size: int, batch: int, **options: Any) -> DiffusionTask:
+        model = runs.denoiser_model(model_channels=width, norm_groups=8)
+        run = runs.diffusion_run(images, folder / "run", model=model)
+        run = replace(run, data=replace(run.data, image_size=size))
+        return DiffusionTask(runs.with_optimization(run, batch_size=batch, **options))
+
+    def first_stage(width: int, size: int, batch: int) -> AutoencoderTask:
+        model = replace(runs.autoencoder_model(), model_channels=width, norm_groups=8)
+        run = runs.autoencoder_run(images, folder / "run", model=model)
+        run = replace(run, data=replace(run.data, image_size=size))
+        return AutoencoderTask(runs.with_optimization(run, batch_size=batch))
+
+    def train(make: Callable[[], DiffusionTask | AutoencoderTask], need: list[int]) -> None:
+        task = make()
+        need.append(task.needed_bytes())
+        trainer = Trainer(task, task.run)
+        for _ in range(3):
+            trainer.step()
+
+    train(lambda: denoiser(8, 8, 4), [])
+    train(lambda: first_stage(8, 8, 4), [])
+    cases: dict[str, Callable[[], DiffusionTask | AutoencoderTask]] = {
+        "denoiser": lambda: denoiser(64, 32, 32),
+        "denoiser, accumulated": lambda: denoiser(64, 32, 32, accumulate=4),
+        "denoiser, checkpointed": lambda: denoiser(64, 32, 32, gradient_checkpointing=True),
+        "autoencoder": lambda: first_stage(32, 64, 8),
+    }
+    for name, make in cases.items():
+        need: list[int] = []
+        peak = measured(lambda make=make, need=need: train(make, need))
+        print(json.dumps([f"training {name}", peak, need[0]]), flush=True)
 
 
 if __name__ == "__main__":
