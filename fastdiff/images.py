@@ -163,6 +163,8 @@ def _read(source: Source, mode: str, height: int | None, width: int | None) -> T
     for which, side in (("height", height), ("width", width)):
         if side is not None and not 1 <= side <= MAX_SIDE:
             raise ValueError(f"{which} must be 1 to {MAX_SIDE} pixels, got {side}")
+    if not isinstance(source, str | os.PathLike | Image.Image):
+        raise ValueError(f"expected an image file or a Pillow image, got {type(source).__name__}")
     what = source if isinstance(source, Image.Image) else _existing(source)
     try:
         if isinstance(what, Path):
@@ -172,6 +174,8 @@ def _read(source: Source, mode: str, height: int | None, width: int | None) -> T
     except UNREADABLE as error:
         name = what if isinstance(what, Path) else "the Pillow image"
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
+    if not picture.width or not picture.height:
+        raise ValueError(f"the image has no pixels, got {picture.width} x {picture.height}")
     if height is not None or width is not None:
         width = width or max(round(picture.width * (height or 1) / picture.height), 1)
         height = height or max(round(picture.height * width / picture.width), 1)

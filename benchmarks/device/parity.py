@@ -84,6 +84,7 @@ def checked(todo: Sequence[Any], backend: str, plan: Plan) -> list[str]:
     Raises:
         Failed: a case failed; the others have run.
         ContextLost: the GPU's context is lost.
+        LeftOut: the backend serves none of the cases, so nothing was compared.
     """
     end = time.monotonic() + plan.seconds
     went: list[str] = []
@@ -108,6 +109,8 @@ def checked(todo: Sequence[Any], backend: str, plan: Plan) -> list[str]:
     count = f"{went.count('ok')} of {len(todo)} cases agree, {went.count('not served')} not served"
     if failures:
         raise Failed(*failures, count)
+    if todo and "ok" not in went:
+        raise LeftOut(count)
     return [count]
 
 

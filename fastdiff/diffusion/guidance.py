@@ -33,10 +33,15 @@ class GuidanceConfig:
             raise ValueError(
                 f"guidance rescale must be in [0, 1], got {self.rescale}; Lin et al. use 0.7"
             )
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+        interval: object = self.interval
+        if interval is not None and not (
+            isinstance(interval, tuple | list)
+            and [type(step) for step in interval] == [int, int]
+            and 0 <= interval[0] < interval[1]
+        ):
             raise ValueError(
                 "guidance interval must be steps (first, stop) with 0 <= first < stop, got "
-                f"{self.interval}; None guides all steps"
+                f"{interval!r:.40}; None guides all steps"
             )
 
     def weight(self, step: int) -> float:

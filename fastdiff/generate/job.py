@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -57,6 +58,9 @@ def _check_types(job: Any) -> None:
     cls: type = type(job)
     for name, kinds in _scalars(cls).items():
         value = getattr(job, name)
+        if isinstance(value, Real) and type(value) not in _WORDS:  # NumPy's
+            value = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(job, name, value)
         accepted = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
             words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
@@ -168,8 +172,12 @@ class TextSettings:
         _check_types(self)
         for name, least in (("original_size", 1), ("crop", 0), ("target_size", 1)):
             sides = getattr(self, name)
-            if sides is not None and min(sides) < least:
-                raise ValueError(f"{name} must be two numbers >= {least}, got {sides}")
+            if sides is not None and not (
+                isinstance(sides, tuple | list)
+                and len(sides) == 2
+                and all(type(side) is int and side >= least for side in sides)
+            ):
+                raise ValueError(f"{name} must be two whole numbers >= {least}, got {sides!r:.40}")
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             if not 0 <= getattr(self, name) <= 10:
                 raise ValueError(f"{name} must be in [0, 10], got {getattr(self, name)}")
@@ -473,11 +481,11 @@ def _check_prompts(job: Any) -> None:
 def _check_pictures(job: Any) -> None:
     """The pictures of a job are files or tensors, and its fit is known."""
     for name in PICTURES:
-        value = getattr(job, name, None)
-        # tensors are told by a method: a job can be made without importing torch
-        if not (value is None or isinstance(value, str | os.PathLike)) and not hasattr(
-            value, "is_floating_point"
-        ):
+        if not hasattr(job, name):
+            continue
+        value = getattr(job, name)
+        # a tensor is recognised by a method, so that making a job does not import torch
+        if not (isinstance(value, str | os.PathLike) or hasattr(value, "is_floating_point")):
             raise ValueError(
                 f"{name} must be a file or a tensor, got {type(value).__name__}; "
                 "fastdiff.images.read_image turns Pillow images into tensors"

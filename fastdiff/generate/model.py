@@ -80,6 +80,11 @@ class Model(CheckpointModel):
         for name, argument in (("prompt", "prompts"), ("label", "classes"), ("seed", "seeds")):
             if name in options:
                 raise ValueError(f"unknown option {name!r}; give {argument}=")
+        if frames is not None and (image is not None or mask is not None):
+            raise ValueError(
+                "frames lie between two seeds, prompts or classes; leave image and mask out"
+            )
+        classes, seeds = _listed(classes), _listed(seeds)
         count, seeds = _seeds(seeds, prompts, classes)
         facts = Facts.of(self)
         sides = {name: options.get(name) for name in ("height", "width")}
@@ -222,6 +227,11 @@ def _seeds(seeds: Any, prompts: Any, classes: Any) -> tuple[int, list[int]]:
     return len(seeds), seeds
 
 
+def _listed(value: Any) -> Any:
+    """NumPy's arrays and tensors as lists, or as a number if they have no dimensions."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _single(value: object) -> bool:
     return isinstance(value, str) or not hasattr(value, "__len__")
 
@@ -259,7 +269,9 @@ def _pictures(
 
 def _picture(value: AnyPicture, channels: int | None, sides: dict[str, Any]) -> Picture:
     if isinstance(value, Result):
-        return value.image
+        if channels is not None:
+            return value.image
+        value = value.pil  # a mask is read from grey levels
     if not isinstance(value, Image):
         return value
     if channels is None:

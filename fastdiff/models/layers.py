@@ -29,6 +29,7 @@ from fastdiff.kernels import (
     group_norm_silu,
     layer_norm,
 )
+from fastdiff.kernels.choose import transformed
 from fastdiff.names import QKVOrder
 
 TimeEmbedding = Literal["openai", "ddpm", "ddpm-original"]
@@ -568,12 +569,13 @@ def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] |
     emb: (N, E), activated. Returns per block the projection of emb plus the bias of the first
     convolution, (N, C'), a slice of columns; or None if each block has to project emb itself:
     where launches cost little (`BIAS_IS_A_LAUNCH`), with FiLM, when gradients are needed, while
-    compiling, if a layer is not `plain`, or if the parameters are not neighbours in memory
-    (`pack_embeddings`).
+    compiling, under `torch.func`, if a layer is not `plain`, or if the parameters are not
+    neighbours in memory (`pack_embeddings`).
     """
     if (
         emb.device.type not in BIAS_IS_A_LAUNCH
         or torch.compiler.is_compiling()
+        or transformed()
         or any(
             b.scale_shift_norm or not plain(b.emb, nn.Linear) or not plain(b.conv1, nn.Conv2d)
             for b in blocks

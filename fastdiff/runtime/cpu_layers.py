@@ -404,6 +404,16 @@ def prepare_layers(module: nn.Module, *, keep_copies: bool, half_as_fp32: bool |
         layer.kept = Kept()
 
 
+def restore_layers(module: nn.Module) -> None:
+    """Undo `prepare_layers`: the layers have their own classes again, and no copies of weights."""
+    originals = {prepared: original for original, prepared in PREPARED.items()}
+    for layer in module.modules():
+        if (original := originals.get(type(layer))) is not None:
+            layer.__class__ = original
+            for name in ("plan", "kept"):
+                layer.__dict__.pop(name, None)
+
+
 def plan_for(dtype: torch.dtype, *, keep_copies: bool, half_as_fp32: bool | None) -> Plan:
     """The plan of a layer whose weights have this dtype; logs once if it will compute in fp32."""
     wide = half_as_fp32

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdiff.models.network import Network
-from fastdiff.runtime.cpu_layers import prepare_layers
+from fastdiff.runtime.cpu_layers import prepare_layers, restore_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -25,7 +25,8 @@ def prepare(
     """Prepare a module for inference, in place: device, dtype, layout, eval, no gradients.
 
     On the CPU its convolutions, linear layers and upsamplings are also replaced by those of
-    `fastdiff.runtime.cpu_layers`. On other devices networks are packed (`Network.pack`).
+    `fastdiff.runtime.cpu_layers`. On other devices networks are packed (`Network.pack`), and a
+    module that was prepared for the CPU gets its own layers back.
 
     Args:
         keep_copies: CPU only: let layers keep a second, faster form of their weights, made at the
@@ -44,6 +45,7 @@ def prepare(
     if torch.device(device).type == "cpu":
         prepare_layers(module, keep_copies=keep_copies, half_as_fp32=half_as_fp32)
     else:
+        restore_layers(module)
         pack(module)
     return module
 

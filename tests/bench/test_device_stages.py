@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.device import networks, parity, records, table
 from benchmarks.device.dry import dry_jobs
 from benchmarks.device.measure import MOST_IMPORTANT, run_cases, tuned_cases
-from benchmarks.device.table import ContextLost, Failed, Plan
+from benchmarks.device.table import ContextLost, Failed, LeftOut, Plan
 from benchmarks.networks.plain import PLAIN, plain_ops
 from fastdiff import kernels
 from fastdiff.bench.record import LAUNCHED, LOOP, LOOP_LAUNCHED, NETWORK
@@ -137,6 +137,19 @@ def test_bits_that_change_from_run_to_run_are_a_failure(
     geglu_is(monkeypatch, wavering)
     with pytest.raises(Failed, match="output 0 differs from run to run"):
         parity.checked(geglus()[:1], "cpu", plan)
+
+
+def test_a_backend_that_serves_no_case_is_left_out(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was compared, so nothing agrees."""
+
+    def refuse(*_: Any) -> None:
+        raise kernels.BackendError("not today", {"cpu": "not today"})
+
+    monkeypatch.setattr(parity, "check", refuse)
+    with pytest.raises(LeftOut, match="0 of 3 cases agree, 3 not served"):
+        parity.checked(geglus(), "cpu", plan)
 
 
 @needs_native

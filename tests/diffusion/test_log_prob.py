@@ -66,6 +66,27 @@ def test_gradients(channels: int) -> None:
     assert torch.autograd.gradcheck(log_prob, given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
+    table = build_table("ddpm", LINEAR, 50)
+    given = [draw(1, 4, 64, 64, seed=n).to(dtype) for n in range(3)]
+    found = step_log_prob(*given, table, 30)
+    assert found.dtype == torch.float32
+    expected = step_log_prob(*(x.double() for x in given), table, 30)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    x, table = draw(2, 2, 3, 3, seed=0), build_table("dpmpp-2m-sde", LINEAR, 4)
+    with pytest.raises(ValueError, match=r"prediction its channels .* and \(2, 2, 1, 1\)"):
+        step_log_prob(x, x[:, :, :1, :1], x, table, 0)
+    with pytest.raises(ValueError, match=r"history must have the shape \(3, 2, 2, 3, 3\), got "):
+        step_log_prob(x, x, x, table, 1, history=torch.zeros(3))
+    for row in (-2, 4):
+        with pytest.raises(ValueError, match=f"row must be from 0 to 3, got {row}"):
+            step_log_prob(x, x, x, table, row)
+
+
 def test_what_has_no_density() -> None:
     x = draw(2, 2, 3, 3, seed=0)
     with pytest.raises(ValueError, match="row 3 of 'ddpm' adds no noise"):

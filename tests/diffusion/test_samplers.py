@@ -316,6 +316,25 @@ def test_3m_sde_in_the_variance_exploding_space(eta: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])
+def test_churn_does_not_depend_on_where_a_table_starts(name: str) -> None:
+    """But for its first step, which has no row before it to add the noise."""
+    whole = build_table(name, LINEAR, 10, s_churn=2.0)
+    cut = build_table(name, LINEAR, 10, s_churn=2.0, start=5)
+    tail = whole.sigmas[whole.steps > 5]
+    torch.testing.assert_close(cut.sigmas[cut.steps > 5], tail, rtol=1e-12, atol=0)
+    assert not torch.equal(tail, build_table(name, LINEAR, 10).sigmas[whole.steps > 5])
+
+
+@pytest.mark.parametrize(("eta", "before"), [(0.9, 1), (0.8, 2), (0.3, 7), (0.5, 5)])
+def test_tcd_goes_to_the_timestep_of_the_paper(eta: float, before: int) -> None:
+    """floor((1 - eta) * 10), where 1 - 0.9 in fp64 is below 0.1."""
+    table = build_table("tcd", LINEAR, 3, spacing=[500.0, 10.0, 3.0], eta=eta)
+    alpha, sigma = LINEAR.alphas_cumprod.sqrt(), (1 - LINEAR.alphas_cumprod).sqrt()
+    expected = alpha[10] / alpha[before] * sigma[before] / sigma[500]
+    assert float(table.column("A")[0]) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
 def test_churn_in_the_variance_exploding_space(name: str) -> None:
     """Karras et al. 2022, algorithm 2, for y, with the first level as the highest."""
     churn = {"s_churn": 2.0, "s_tmin": 0.3, "s_tmax": 8.0, "s_noise": 1.1}
@@ -400,6 +419,17 @@ BAD = [
     (("heun", LINEAR, 10), {"eta": 1.0}, "'heun' has no option 'eta'; it has s_churn, s_tmin"),
     (("plms", LINEAR, 10), {"eta": 1.0}, "'plms' has no option 'eta'; it has none"),
     (("unipc", LINEAR, 10), {"solver_order": 4}, "solver_order must be one of 1, 2, 3, got 4"),
+    (("unipc", LINEAR, 10), {"solver_order": 2.0}, "solver_order must be a whole number, got 2.0"),
+    (("ddim", LINEAR, 10), {"eta": "0.5"}, "eta must be a finite number, got '0.5'"),
+    (("ddim", LINEAR, 10), {"eta": math.nan}, "eta must be a finite number, got nan"),
+    (("heun", LINEAR, 10), {"s_churn": math.nan}, "s_churn must be a finite number, got nan"),
+    (("heun", LINEAR, 10), {"s_churn": 1, "s_noise": math.inf}, "s_noise must be a finite number"),
+    (("lcm", LINEAR, 10), {"timestep_scaling": math.nan}, "timestep_scaling must be a finite"),
+    (
+        ("unipc", LINEAR, 10),
+        {"lower_order_final": "no"},
+        "lower_order_final must be True or False, got 'no'",
+    ),
     (("euler", LINEAR, 10), {"s_churn": -1.0}, "s_churn and s_noise must be >= 0, got -1.0"),
     (("euler", LINEAR, 10), {"s_churn": 1.0, "stop": 4}, "must not be cut with stop.*stop=4"),
     (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,14 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture, np.float32))[None] / 255 * 2 - 1
 
 
+def test_a_result_is_a_mask_as_its_picture_is(model: Model) -> None:
+    """Grey levels decide, white from the middle on."""
+    made = model.generate(classes=3, steps=2)
+    call: dict[str, Any] = {"classes": 2, "steps": 2, "image": grey()}
+    expected = model.generate(mask=made.pil[0], **call)
+    assert torch.equal(model.generate(mask=made[0], **call).tensor, expected.tensor)
+
+
 def test_other_pictures_are_refused(model: Model) -> None:
     pixels = np.zeros((16, 16), np.float32)
     for kind in (ImageToImageJob, UpscaleJob):
@@ -74,6 +84,13 @@ def test_other_pictures_are_refused(model: Model) -> None:
         ImageToImageJob(image=Image.new("L", (16, 16)), label=1)  # type: ignore[arg-type]
     read = read_image(Image.new("L", (16, 16), 255))  # what the message advises
     assert torch.equal(read, torch.ones(3, 16, 16))
+    with pytest.raises(ValueError, match="image must be a file or a tensor, got NoneType"):
+        ImageToImageJob(image=None, label=1)  # type: ignore[arg-type]
+    for wrong in (None, pixels):
+        with pytest.raises(ValueError, match="expected an image file or a Pillow image, got "):
+            read_image(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the image has no pixels, got 0 x 5"):
+        read_image(Image.new("L", (0, 5)))
     with pytest.raises(ValueError, match="image must be one for all images or one per seed, got 3"):
         model.generate(classes=1, image=[grey()] * 3, seeds=[0, 1])
 
@@ -199,6 +216,10 @@ assert callable(fastdiff.generate)
         ({"seeds": []}, "expected at least one seed, got none"),
         ({"mask": grey()}, "mask needs image, the picture to change"),
         ({"guidence_scale": 3}, "'guidence_scale'; did you mean guidance_scale.*? Expected one of"),
+        ({"frames": 3, "image": grey()}, "leave image and mask out"),
+        ({"guidance_interval": "01"}, r"must be steps \(first, stop\) .* got '01'"),
+        ({"guidance_interval": 3}, r"must be steps \(first, stop\) .* got 3"),
+        ({"guidance_interval": (0, 1.5)}, r"must be steps \(first, stop\) .* got \(0, 1.5\)"),
         ({"label": 3}, "unknown option 'label'; give classes="),
     ],
     ids=str,
@@ -219,7 +240,18 @@ def test_picture_files_that_cannot_be_read(model: Model, tmp_path: Path) -> None
 def test_numbers_of_other_types_that_are_numbers(model: Model) -> None:
     """An int where a float is expected, NumPy's double; the job keeps what it was given."""
     assert ClassJob(settings=fastdiff.SampleSettings(guidance_scale=2)).settings.guidance_scale == 2
-    assert fastdiff.SampleSettings(guidance_scale=np.float64(2)).guidance_scale == 2.0  # type: ignore[arg-type]
+    for scale in (np.float64(2), np.float32(2)):
+        settings = fastdiff.SampleSettings(guidance_scale=scale, steps=np.int64(3))  # type: ignore[arg-type]
+        assert type(settings.steps) is int
+        assert json.loads(json.dumps(asdict(settings)))["guidance_scale"] == 2.0
+    expected = model.generate(classes=[1, 2], seeds=[3, 4], steps=2).tensor
+    for kind in (np.array, torch.tensor):
+        made = model.generate(classes=kind([1, 2]), seeds=kind([3, 4]), steps=2)
+        assert torch.equal(made.tensor, expected)
+    made = model.generate(classes=torch.tensor(1), seeds=torch.tensor(3), steps=2)
+    assert torch.equal(made.tensor[0], expected[0])
+    with pytest.raises(ValueError, match="crop must be two whole numbers >= 0, got 'ab'"):
+        fastdiff.TextSettings(crop="ab")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="guidance_scale must be a number or None, got True"):
         fastdiff.SampleSettings(guidance_scale=True)
 

@@ -13,6 +13,7 @@ from fastdiff.bench.launches import Count, count
 from fastdiff.models import layers
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.runtime.prepare import prepare
 from tests.support.tiny import randomize
 
 CONTEXT = UNetConfig(
@@ -187,6 +188,34 @@ def test_blocks_project_on_their_own_where_they_must(
     assert (found is not None) == (change == "none")
     network(**inputs("context"))
     assert bool(calls) == (change == "hook")
+
+
+def test_packed_networks_work_under_transforms(by_the_norm: Callable[[], None]) -> None:
+    """functional_call hands wrapped tensors over, which have no storage."""
+    network = packed_unet()
+    given, parameters = inputs("context"), dict(network.named_parameters())
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(network, values, kwargs=given).square().sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    by_the_norm()
+    found = torch.func.grad(loss)(parameters)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_a_network_that_has_run_on_a_cpu_is_packed_for_a_gpu() -> None:
+    """Its convolutions and linear layers have their own classes again, without copies."""
+    network = UNet(CONTEXT)
+    kinds = [type(module) for module in network.modules()]
+    prepare(network)
+    assert [type(module) for module in network.modules()] != kinds
+    prepare(network, device="meta")
+    assert [type(module) for module in network.modules()] == kinds
+    assert not any("kept" in vars(module) or "plan" in vars(module) for module in network.modules())
+    emb = torch.empty(2, CONTEXT.emb_dim, device="meta")
+    assert layers.project_embedding(network.res_blocks(), emb) is not None
 
 
 def test_a_packed_network_launches_one_product() -> None:

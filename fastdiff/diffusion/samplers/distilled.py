@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
 from fastdiff.diffusion.levels import Level, levels_at
 from fastdiff.diffusion.samplers.rows import Row, check_eta, sampler
 from fastdiff.diffusion.schedules import NoiseSchedule
@@ -49,7 +51,9 @@ def tcd(
         if eta and to.sigma and step < len(levels) - 2:
             if schedule is None:
                 raise ValueError("eta > 0 needs the noise schedule; pass schedule= or set eta=0")
-            (low,) = levels_at(schedule, [float(math.floor((1 - eta) * to.t))])
+            # in fp32 like the authors' code; in fp64 1 - 0.9 is below 0.1, so floor would give 0
+            before = torch.floor((1 - eta) * torch.tensor(to.t, dtype=torch.float32))
+            (low,) = levels_at(schedule, [float(before)])
         ratio = to.alpha / low.alpha
         a = ratio * low.sigma / now.sigma  # eps_hat = (x - alpha * D) / sigma
         s = math.sqrt(max(1 - ratio**2, 0.0))

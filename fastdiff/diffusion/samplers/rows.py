@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 from fastdiff.diffusion.levels import Level, levels_of_sigmas
@@ -66,8 +67,17 @@ class Sampler:
     @property
     def options(self) -> tuple[str, ...]:
         """The names of its options."""
-        names = inspect.signature(self.rows).parameters
-        return tuple(name for name in names if name not in ("levels", "schedule"))
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        parameters = inspect.signature(self.rows).parameters
+        return {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if name not in ("levels", "schedule")
+        }
 
     @property
     def takes_schedule(self) -> bool:
@@ -197,6 +207,21 @@ def check_eta(eta: float) -> None:
         raise ValueError(
             f"eta must be in [0, 1], got {eta}; 0 adds no noise, 1 adds as much as DDPM"
         )
+
+
+def check_option(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError unless an option has the type of its default; numbers must be finite.
+
+    A default of infinity, a limit that is not there, allows infinity.
+    """
+    kind, words = type(default), {bool: "True or False", int: "a whole number", str: "text"}
+    if kind is float:
+        fits = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(value) if fits else math.nan
+        if math.isnan(number) or (math.isinf(number) and math.isfinite(default)):
+            raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
+    elif kind in words and type(value) is not kind:
+        raise ValueError(f"{name} must be {words[kind]}, got {value!r:.40}")
 
 
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:

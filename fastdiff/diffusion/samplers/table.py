@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.levels import CLEAN, Level, final_level, spaced_levels
 from fastdiff.diffusion.predictions import to_denoised
-from fastdiff.diffusion.samplers.rows import COLUMN, NO_SLOT, SAMPLERS, Row
+from fastdiff.diffusion.samplers.rows import COLUMN, NO_SLOT, SAMPLERS, Row, check_option
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.names import Prediction
 
@@ -169,6 +169,9 @@ def build_table(
             "a table with s_churn must not be cut with stop, because the noise of a step is added "
             f"at the end of the one before, got stop={stop}; set s_churn=0"
         )
+    if churn := options.get("s_churn"):
+        check_option("s_churn", churn, 0.0)
+        options["s_churn"] = float(churn) * (steps - start) / steps  # per step as in a whole table
     rows = _rows(name, levels[start:], schedule, options) if start < steps else []
     rows = [replace(row, step=row.step + start) for row in rows if row.step + start < stop]
     settings = prediction, clamp, guidance.weight, guidance.rescale
@@ -273,6 +276,8 @@ def _rows(
     if unknown := [key for key in given if key not in sampler.options]:
         known = ", ".join(sampler.options) or "none"
         raise ValueError(f"sampler {name!r} has no option {unknown[0]!r}; it has {known}")
+    for key, value in given.items():
+        check_option(key, value, sampler.defaults[key])
     if sampler.takes_schedule:
         given["schedule"] = schedule
     return sampler.rows(levels, **given)
