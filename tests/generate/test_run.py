@@ -171,7 +171,7 @@ def test_progress_counts_rows_of_all_jobs(model: Model) -> None:
     [
         ([4], [0], "class must be from 0 to 3, got 4"),
         ([-1], [0], "class must be from 0 to 3, got -1"),
-        ([True], [0], "class must be from 0 to 3, got True"),
+        ([True], [0], "label must be a whole number or text or None, got True"),
         ([0], [-1], "got -1"),
         ([0], [2**64], "from 0 to 2"),
         ([0], [1.5], "whole number"),

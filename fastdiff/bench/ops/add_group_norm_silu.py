@@ -19,7 +19,7 @@ def eager(
     residual: Tensor | None = None,
     scale_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    total = x if channel_add is None else x + channel_add[:, :, None, None]
+    total = x if channel_add is None else x + channel_add[..., None, None]
     total = total if residual is None else total + residual
     return group_norm_silu.eager(total, groups, weight, bias, scale_shift=scale_shift), total
 
