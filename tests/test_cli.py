@@ -198,7 +198,7 @@ MISTAKES = {
     "samplers --steps x": "--steps: expected a whole number, got 'x'",
     "samplers ddim --steps 0": "steps must be at least 1, got 0",
     "samplers ddim --eta": "missing value for argument '--eta'",
-    "samplers ddim --eta nan": "eta must be in [0, 1], got nan",
+    "samplers ddim --eta nan": "eta must be a finite number, got nan",
     "samplers --spacing karas": "unknown spacing 'karas'; did you mean karras?",
     "samplers ddpm --spacing 10,15 --steps 20": "'10,15' has 25 steps, got 20; set steps to 25",
     "samplers --plot x.jpg": "must end in one of .png, .svg, .pdf",

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for peaks")
 def test_estimates_are_within_a_quarter_of_measured_peaks(tmp_path: Path) -> None:
     """Here malloc returns all freed tensors to the system, not only those above 32 MiB as by
