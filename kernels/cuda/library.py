@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compiled
+from .. import compiled, plans
 from ..choose import EMULATED, UNAVAILABLE, forget_candidates
 from ..tracing import constant_in_graphs
 
@@ -47,7 +47,7 @@ def built() -> bool:
 def declare(name: str, arguments: str) -> None:
     """Declare the C function ``fastdiff_cuda_<name>``, with a letter for each argument.
 
-    i: int, q: int64, p: pointer (a tensor, an address or None), f: float.
+    i: int, q: int64, p: pointer (the address of a tensor, a ctypes array or None), f: float.
     """
     _declared[name] = arguments
 
@@ -115,11 +115,25 @@ def launch(name: str, x: Tensor, *arguments: Any) -> None:
             error = function(name)(x.device.index, stream, *arguments)
     else:
         error = function(name)(0, None, *arguments)
+    described = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
     if error is not None:
-        raise RuntimeError(
-            f"{name}: {error.decode()} (x: {str(x.dtype).removeprefix('torch.')} "
-            f"{tuple(x.shape)} on {x.device})"
-        )
+        raise RuntimeError(f"{name}: {error.decode()} (x: {described})")
+    notes = plans.recording()
+    if notes is not None:
+        start = _start(name, x.device.index or 0, described)
+        notes.launched(start, arguments, _declared[name][2:])
+
+
+def _start(name: str, device: int, described: str) -> plans.Start:
+    """Starts a launcher again. described: x, for errors."""
+    launcher = function(name)
+
+    def start(stream: int | None, arguments: list[Any]) -> None:
+        error = launcher(device, stream, *arguments)
+        if error is not None:
+            raise RuntimeError(f"{name}: {error.decode()} (x: {described})")
+
+    return start
 
 
 def aligned(*tensors: Tensor | None) -> bool:
