@@ -115,23 +115,25 @@ def launch(name: str, x: Tensor, *arguments: Any) -> None:
             error = function(name)(x.device.index, stream, *arguments)
     else:
         error = function(name)(0, None, *arguments)
-    described = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
     if error is not None:
-        raise RuntimeError(f"{name}: {error.decode()} (x: {described})")
+        raise RuntimeError(f"{name}: {error.decode()} ({_described(x)})")
     notes = plans.recording()
     if notes is not None:
-        start = _start(name, x.device.index or 0, described)
-        notes.launched(start, arguments, _declared[name][2:])
+        notes.launched(_start(name, x), arguments, _declared[name][2:])
 
 
-def _start(name: str, device: int, described: str) -> plans.Start:
-    """Starts a launcher again. described: x, for errors."""
-    launcher = function(name)
+def _described(x: Tensor) -> str:
+    return f"x: {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+
+
+def _start(name: str, x: Tensor) -> plans.Start:
+    """Starts a launcher again, for tensors like x."""
+    launcher, device, described = function(name), x.device.index or 0, _described(x)
 
     def start(stream: int | None, arguments: list[Any]) -> None:
         error = launcher(device, stream, *arguments)
         if error is not None:
-            raise RuntimeError(f"{name}: {error.decode()} (x: {described})")
+            raise RuntimeError(f"{name}: {error.decode()} ({described})")
 
     return start
 

@@ -91,6 +91,8 @@ def test_every_op_on_every_route(backend: str, route: routes.Route) -> None:
     the reference in fp64."""
     device = cases.device_of(backend)
     first, other = (route.inputs(device, seed) for seed in (0, 1))
+    if route.op == "sampler_step":  # the reference refuses what kernels answer with NaN
+        other[1]["cond"].clamp_(max=len(other[0][1]) - 1)
     with torch.inference_mode(), route.forced():
         with plans.paused():
             expected = results(route.op, other)
@@ -260,9 +262,8 @@ def test_a_converted_argument_is_not_planned(backend: str, route: routes.Route) 
     with torch.inference_mode(), route.forced(), counted() as ran:
         found = [results(route.op, given)[0] for _ in range(4)]
     assert not ran
-    exact = kernels.OPS[route.op].formula(
-        *(a.double() for a in given[0]), **{k: v.double() for k, v in given[1].items()}
-    )
+    wide = {name: a.double() for name, a in given[1].items() if isinstance(a, Tensor)}
+    exact = kernels.OPS[route.op].formula(*(a.double() for a in given[0]), **wide)
     for y in found:
         torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=2e-3)
 
