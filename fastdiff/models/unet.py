@@ -20,12 +20,14 @@ from fastdiff.configs import LATER
 from fastdiff.models.layers import (
     AttentionBlock,
     Downsample,
+    DownsampleMean,
     DownsamplePadding,
     GroupNorm,
     ResBlock,
     SpatialTransformer,
     TimeEmbedding,
     Upsample,
+    UpsampleNearest,
     checkpointed,
     norm_first,
     pack_embeddings,
@@ -83,6 +85,10 @@ class UNetConfig:
     dropout: float = 0.0  # probability, in residual blocks and feed-forwards
     num_heads_upsample: int | None = field(default=None, metadata=LATER)
     # heads on the way up (IDDPM's option of the same name); None: num_heads
+    time_channels: int | None = field(default=None, metadata=LATER)
+    # width of the sinusoids, a quarter of the embedding's (ADM-512: 256); None: model_channels
+    conv_resample: bool = field(default=True, metadata=LATER)
+    # convolutions change the resolution; False: means of 2x2 and nearest neighbours do
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -112,6 +118,7 @@ class UNetConfig:
             "context_dim",
             "added_condition_dim",
             "num_classes",
+            "time_channels",
         ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be None or positive, got {value}")
@@ -146,8 +153,12 @@ class UNetConfig:
             f"num_heads_upsample needs num_heads, got {self.num_heads_upsample} with head_dim "
             f"{self.head_dim}",
         )
+        name = "model_channels" if self.time_channels is None else "time_channels"
+        require(self.time_width % 2 == 0, f"{name} must be even, got {self.time_width}")
         require(
-            self.model_channels % 2 == 0, f"model_channels must be even, got {self.model_channels}"
+            self.conv_resample or not self.resblock_updown,
+            "conv_resample=False has no meaning with resblock_updown=True, whose residual blocks "
+            "change the resolution; leave it out",
         )
         require(
             not self.null_class or self.num_classes is not None,
@@ -183,9 +194,14 @@ class UNetConfig:
         return tuple(self.model_channels * factor for factor in self.channel_mult)
 
     @property
+    def time_width(self) -> int:
+        """Width of the sinusoids from which the time embedding is computed."""
+        return self.model_channels if self.time_channels is None else self.time_channels
+
+    @property
     def emb_dim(self) -> int:
         """Width of the time embedding."""
-        return 4 * self.model_channels
+        return 4 * self.time_width
 
     @property
     def downsample_factor(self) -> int:
@@ -195,7 +211,8 @@ class UNetConfig:
     @property
     def size_multiple(self) -> int:
         """H and W must be multiples of this; symmetrically padded convolutions halve any size."""
-        convolutions = self.downsample_padding == "symmetric" and not self.resblock_updown
+        convolutions = self.conv_resample and not self.resblock_updown
+        convolutions = convolutions and self.downsample_padding == "symmetric"
         return 1 if convolutions else self.downsample_factor
 
     @property
@@ -272,7 +289,7 @@ class UNet(Network):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each stage in the backward pass
-        self.time_embed = self._embedder(config.model_channels)
+        self.time_embed = self._embedder(config.time_width)
         if config.num_classes is not None:
             self.label_embed = nn.Embedding(config.num_classes + config.null_class, config.emb_dim)
         if config.added_condition_dim is not None:
@@ -369,6 +386,8 @@ class UNet(Network):
     def _resample(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
         if self.config.resblock_updown:
             return self._res_block(width, width, resample=direction)
+        if not self.config.conv_resample:
+            return UpsampleNearest() if direction == "up" else DownsampleMean()
         if direction == "up":
             return Upsample(width)
         return Downsample(width, self.config.downsample_padding)
@@ -408,7 +427,7 @@ class UNet(Network):
         dtype = self.conv_out.weight.dtype
         if config.timestep_scale != 1:
             t = t.float() * config.timestep_scale
-        emb = timestep_embedding(t, config.model_channels, config.time_embedding)
+        emb = timestep_embedding(t, config.time_width, config.time_embedding)
         emb = self.time_embed(emb.to(dtype))  # (N, emb_dim)
         if y is not None:
             emb = emb + embed_labels(self.label_embed, y)
