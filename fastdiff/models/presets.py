@@ -85,6 +85,21 @@ UNETS: dict[str, UNetConfig] = {
         qkv_order="legacy",
         learned_sigma=True,
     ),
+    "adm-imagenet512": UNetConfig(  # 558,997,638; published as 256 x (0.5, 1, 1, 2, 2, 4, 4)
+        in_channels=3,
+        out_channels=6,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 4, 4, 8, 8),
+        num_res_blocks=2,
+        attention_depth=(0, 0, 0, 0, 1, 1, 1),
+        head_dim=64,
+        num_classes=1000,
+        scale_shift_norm=True,
+        resblock_updown=True,
+        qkv_order="legacy",
+        learned_sigma=True,
+        time_channels=256,
+    ),
     "ddpm-cifar10": UNetConfig(  # 35,746,307; Ho et al. 2020
         in_channels=3,
         out_channels=3,
@@ -261,6 +276,9 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "kl-f8": AutoencoderConfig(channel_mult=(1, 2, 4, 4)),  # 83,653,863; Stable Diffusion 1, 2, XL
     "vq-f4": AutoencoderConfig(  # 55,322,782
         regularization="vq", latent_channels=3, codebook_size=8192
+    ),
+    "vq-f4-noattn": AutoencoderConfig(  # 53,219,486; of inpainting_big
+        regularization="vq", latent_channels=3, codebook_size=8192, middle_attention=False
     ),
     "vq-f8": AutoencoderConfig(  # 67,717,295
         regularization="vq",

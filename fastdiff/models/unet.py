@@ -20,12 +20,14 @@ from fastdiff.configs import LATER
 from fastdiff.models.layers import (
     AttentionBlock,
     Downsample,
+    DownsampleMean,
     DownsamplePadding,
     GroupNorm,
     ResBlock,
     SpatialTransformer,
     TimeEmbedding,
     Upsample,
+    UpsampleNearest,
     checkpointed,
     norm_first,
     pack_embeddings,
@@ -85,6 +87,8 @@ class UNetConfig:
     # heads on the way up (IDDPM's option of the same name); None: num_heads
     time_channels: int | None = field(default=None, metadata=LATER)
     # width of the sinusoids, a quarter of the embedding's (ADM-512: 256); None: model_channels
+    conv_resample: bool = field(default=True, metadata=LATER)
+    # convolutions change the resolution; False: means of 2x2 and nearest neighbours do
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -149,8 +153,12 @@ class UNetConfig:
             f"num_heads_upsample needs num_heads, got {self.num_heads_upsample} with head_dim "
             f"{self.head_dim}",
         )
+        name = "model_channels" if self.time_channels is None else "time_channels"
+        require(self.time_width % 2 == 0, f"{name} must be even, got {self.time_width}")
         require(
-            self.model_channels % 2 == 0, f"model_channels must be even, got {self.model_channels}"
+            self.conv_resample or not self.resblock_updown,
+            "conv_resample=False has no meaning with resblock_updown=True, whose residual blocks "
+            "change the resolution; leave it out",
         )
         require(
             not self.null_class or self.num_classes is not None,
@@ -187,7 +195,7 @@ class UNetConfig:
 
     @property
     def time_width(self) -> int:
-        """Width of the sinusoids of the time embedding."""
+        """Width of the sinusoids from which the time embedding is computed."""
         return self.model_channels if self.time_channels is None else self.time_channels
 
     @property
@@ -203,7 +211,8 @@ class UNetConfig:
     @property
     def size_multiple(self) -> int:
         """H and W must be multiples of this; symmetrically padded convolutions halve any size."""
-        convolutions = self.downsample_padding == "symmetric" and not self.resblock_updown
+        convolutions = self.conv_resample and not self.resblock_updown
+        convolutions = convolutions and self.downsample_padding == "symmetric"
         return 1 if convolutions else self.downsample_factor
 
     @property
@@ -318,6 +327,8 @@ def resample(config: UNetConfig, width: int, direction: Literal["up", "down"]) -
     """The block between two levels."""
     if config.resblock_updown:
         return res_block(config, width, width, direction)
+    if not config.conv_resample:
+        return UpsampleNearest() if direction == "up" else DownsampleMean()
     if direction == "up":
         return Upsample(width)
     return Downsample(width, config.downsample_padding)

@@ -176,6 +176,29 @@ def ddpm(state: Mapping[str, Tensor], levels: int) -> State:
     return result
 
 
+def ddim_list(
+    state: Mapping[str, Tensor],
+    averaged: Mapping[str, Tensor] | None,
+    *,
+    epoch: int,
+    step: int,
+    parallel: bool = True,
+) -> list[object]:
+    """What the trainer of DDIM's authors saves, given weights under DDPM's names.
+
+    The weights are those of a DataParallel module, whose names begin with "module."; the averages
+    are named as the module inside.
+    """
+    names = list(state)
+    optimizer = {
+        "state": {n: {"step": step, "exp_avg": state[key]} for n, key in enumerate(names)},
+        "param_groups": [{"lr": 2e-4, "amsgrad": False, "params": list(range(len(names)))}],
+    }
+    prefix = "module." * parallel
+    states: list[object] = [{prefix + k: v for k, v in state.items()}, optimizer, epoch, step]
+    return states if averaged is None else [*states, dict(averaged)]
+
+
 def open_clip(state: Mapping[str, Tensor]) -> State:
     """OpenCLIP's names for the weights of transformers' CLIP text model."""
     result: State = {}

@@ -58,6 +58,8 @@ PUBLISHED: dict[Key, Published] = {
     (256, (1, 1, 2, 3, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 128),
     # 256x256_diffusion with and without classes, LSUN
     (256, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"head_dim": 64}, LINEAR, 256),
+    # 512x512_diffusion, published as 256 x (0.5, 1, 1, 2, 2, 4, 4)
+    (128, (1, 2, 2, 4, 4, 8, 8), 2, 3, True): Published({"head_dim": 64}, LINEAR, 512),
     # 64_256_upsampler, 128_512_upsampler
     (192, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 256),
     (192, (1, 1, 2, 2, 4, 4), 2, 2, True): Published({"head_dim": 64}, LINEAR, 512),
@@ -125,29 +127,14 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
     Raises:
         ValueError: the names do not describe a U-Net that fastdiff supports.
     """
-    outputs, inputs = _count(shapes, "output_blocks"), _count(shapes, "input_blocks")
-    resampled = [
-        key
-        for key in shapes
-        if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", key)
-    ]
-    levels = 1 + len(resampled)
-    blocks = outputs // levels - 1
-    if blocks < 1 or outputs % levels or inputs != levels * (blocks + 1):
-        raise ValueError(
-            f"expected a U-Net, got {inputs} input blocks, {outputs} output blocks and "
-            f"{len(resampled)} upsamplers; fastdiff does not support this model"
-        )
-    width = shape_of(shapes, "time_embed.0.weight", 2)[1]
+    levels, blocks, resampled = _levels(shapes)
+    # the first level may be narrower than the sinusoids of the time embedding (ADM-512)
+    embedding = shape_of(shapes, "time_embed.0.weight", 2)[1]
+    width, in_channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[:2]
+    out_channels = shape_of(shapes, "out.2.weight", 4)[0]
     first = [1 + level * (blocks + 1) for level in range(levels)]  # a level's first block
     conv1 = [shape_of(shapes, f"input_blocks.{i}.0.in_layers.2.weight", 4) for i in first]
-    out_channels, in_channels = (
-        shape_of(shapes, "out.2.weight", 4)[0],
-        shape_of(shapes, "input_blocks.0.0.weight", 4)[1],
-    )
-    if shape_of(shapes, "input_blocks.0.0.weight", 4)[0] != width or any(
-        shape[0] % width for shape in conv1
-    ):
+    if any(shape[0] % width for shape in conv1):
         raise ValueError(
             f"the channels of every level must be a multiple of {width}, got "
             f"{[shape[0] for shape in conv1]}; fastdiff does not support this model"
@@ -170,6 +157,8 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
         ),
         "scale_shift_norm": emb[0] == 2 * conv1[0][0],
         "resblock_updown": any("in_layers" in key for key in resampled),
+        "time_channels": None if embedding == width else embedding,
+        "conv_resample": bool(resampled) or levels == 1,
         "norm_groups": options.norm_groups,
         "timestep_scale": options.timestep_scale or 1.0,
         **fixed,
@@ -232,10 +221,34 @@ def head_choices(config: UNetConfig) -> str:
     return " or ".join([", ".join(counts), *(f"head_dim {dim}" for dim in dims)])
 
 
-def _count(shapes: Shapes, part: str) -> int:
-    """The number of blocks in a list."""
-    numbers = {key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}
-    return len(numbers)
+def _levels(shapes: Shapes) -> tuple[int, int, list[str]]:
+    """Number of levels, residual blocks per level, and the weights that upsample.
+
+    Without convolutions between the levels (conv_resample=False) nothing upsamples, and the input
+    blocks that would downsample have no tensors: their numbers are missing.
+    """
+    outputs, inputs = (
+        {key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}
+        for part in ("output_blocks", "input_blocks")
+    )
+    upsampler = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
+    resampled = [key for key in shapes if upsampler.fullmatch(key)]
+    absent = {str(number) for number in range(len(outputs))} - inputs
+    levels = 1 + (len(resampled) or len(absent))
+    blocks = len(outputs) // levels - 1
+    between = {str(level * (blocks + 1)) for level in range(1, levels)} if absent else set()
+    if (
+        blocks < 1
+        or len(outputs) % levels
+        or len(inputs) + len(absent) != len(outputs)
+        or absent != between
+        or (absent and resampled)
+    ):
+        raise ValueError(
+            f"expected a U-Net, got {len(inputs)} input blocks, {len(outputs)} output blocks and "
+            f"{len(resampled)} upsamplers; fastdiff does not support this model"
+        )
+    return levels, blocks, resampled
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
