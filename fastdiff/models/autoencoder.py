@@ -1,18 +1,19 @@
 """The first stage of latent diffusion: an image autoencoder with KL or VQ regularisation.
 
 Esser et al. 2021 (arXiv 2012.09841), Rombach et al. 2022 (2112.10752), section 3.1 and appendix G.
-Every norm has epsilon 1e-6; the middle contains one attention with a single head.
+Every norm has epsilon 1e-6; the middle contains one attention with a single head, or none.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.configs import LATER
 from fastdiff.models.layers import (
     AttentionBlock,
     Downsample,
@@ -44,6 +45,8 @@ class AutoencoderConfig:
     attention: tuple[bool, ...] = ()  # per level: attention after each residual block; () for none
     codebook_size: int = 0  # entries of the codebook, vq only
     norm_groups: int = 32  # groups of every GroupNorm
+    middle_attention: bool = field(default=True, metadata=LATER)
+    # attention between the middle's two residual blocks; False: VQ-f4 without attention
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -219,7 +222,7 @@ def _attention(channels: int, config: AutoencoderConfig) -> AttentionBlock:
 def _middle(channels: int, config: AutoencoderConfig) -> list[nn.Module]:
     return [
         _res_block(channels, channels, config),
-        _attention(channels, config),
+        *([_attention(channels, config)] if config.middle_attention else []),
         _res_block(channels, channels, config),
     ]
 

@@ -252,6 +252,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size, mode="nearest"))  # (N, C, *size)
 
 
+class DownsampleMean(nn.Module):
+    """Halve H and W by the mean of each 2x2 square, without parameters (conv_resample=False)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return downsample_mean(x)  # (N, C, H/2, W/2)
+
+
+class UpsampleNearest(nn.Module):
+    """Double H and W by nearest neighbour, without parameters (conv_resample=False)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample_nearest(x)  # (N, C, 2H, 2W)
+
+
 def upsample_nearest(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, 2H, 2W)."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")

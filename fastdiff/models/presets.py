@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.models.dit import DiTConfig
 from fastdiff.models.mlp import MLPConfig
 from fastdiff.models.unet import UNetConfig
@@ -83,6 +84,21 @@ UNETS: dict[str, UNetConfig] = {
         resblock_updown=True,
         qkv_order="legacy",
         learned_sigma=True,
+    ),
+    "adm-imagenet512": UNetConfig(  # 558,997,638; published as 256 x (0.5, 1, 1, 2, 2, 4, 4)
+        in_channels=3,
+        out_channels=6,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 4, 4, 8, 8),
+        num_res_blocks=2,
+        attention_depth=(0, 0, 0, 0, 1, 1, 1),
+        head_dim=64,
+        num_classes=1000,
+        scale_shift_norm=True,
+        resblock_updown=True,
+        qkv_order="legacy",
+        learned_sigma=True,
+        time_channels=256,
     ),
     "ddpm-cifar10": UNetConfig(  # 35,746,307; Ho et al. 2020
         in_channels=3,
@@ -212,6 +228,44 @@ UVITS: dict[str, UViTConfig] = {
     ),
 }
 
+
+def _classifier(
+    side: int, model_channels: int, channel_mult: tuple[int, ...], blocks: int, **other: Any
+) -> ClassifierConfig:
+    """Dhariwal & Nichol 2021, appendix I: attention at 32x32, 16x16 and 8x8."""
+    levels = range(len(channel_mult))
+    return ClassifierConfig(
+        in_channels=3,
+        num_classes=1000,
+        model_channels=model_channels,
+        channel_mult=channel_mult,
+        num_res_blocks=blocks,
+        attention_depth=tuple(int(side >> level <= 32) for level in levels),
+        sample_size=side,
+        **other,
+    )
+
+
+CLASSIFIERS: dict[str, ClassifierConfig] = {
+    "adm-imagenet64": _classifier(64, 128, (1, 2, 3, 4), 4),  # 65,438,568
+    "adm-imagenet128": _classifier(128, 128, (1, 1, 2, 3, 4), 2),  # 42,568,040
+    "adm-imagenet256": _classifier(256, 128, (1, 1, 2, 2, 4, 4), 2),  # 54,096,360
+    # 54,448,360; published as 128 x (0.5, 1, 1, 2, 2, 4, 4)
+    "adm-imagenet512": _classifier(512, 64, (1, 2, 2, 4, 4, 8, 8), 2, time_channels=128),
+    # ours: handwritten digits, latents of 4x8x8
+    "tiny": ClassifierConfig(  # 379,050
+        in_channels=4,
+        num_classes=10,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_depth=(0, 1),
+        sample_size=8,
+        head_dim=16,
+        norm_groups=16,
+    ),
+}
+
 MLPS: dict[str, MLPConfig] = {
     "points2d": MLPConfig(),  # 182,274; points in the plane
 }
@@ -222,6 +276,9 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "kl-f8": AutoencoderConfig(channel_mult=(1, 2, 4, 4)),  # 83,653,863; Stable Diffusion 1, 2, XL
     "vq-f4": AutoencoderConfig(  # 55,322,782
         regularization="vq", latent_channels=3, codebook_size=8192
+    ),
+    "vq-f4-noattn": AutoencoderConfig(  # 53,219,486; of inpainting_big
+        regularization="vq", latent_channels=3, codebook_size=8192, middle_attention=False
     ),
     "vq-f8": AutoencoderConfig(  # 67,717,295
         regularization="vq",

@@ -17,6 +17,7 @@ UNET_PARAMETERS = {
     "ldm4-ffhq256": 274_056_163,
     "ldm4-cin256-v2": 400_920_579,
     "adm-imagenet256": 553_838_086,
+    "adm-imagenet512": 558_997_638,
     "ddpm-cifar10": 35_746_307,
     "iddpm-imagenet64": 121_063_942,
     "digits": 1_698_628,
@@ -27,6 +28,8 @@ AUTOENCODER_PARAMETERS = {
     "kl-f4": 55_322_782 - 8192 * 3 + 3 * (512 * 9 + 1) + 30,
     "kl-f8": 83_653_863,
     "vq-f4": 55_322_782,
+    # without two attentions of 512 channels: a norm and four 1x1 convolutions each
+    "vq-f4-noattn": 55_322_782 - 2 * (2 * 512 + 4 * (512 * 512 + 512)),
     "vq-f8": 67_717_295,
     "digits": 681_333,
 }

@@ -68,6 +68,7 @@ def read_torch_save(path: Path) -> Weights:
     facts = {
         key: value
         for table in (root, state)
+        if isinstance(table, dict)
         for key, value in table.items()
         if isinstance(key, str) and isinstance(value, str | int | float)
     }
@@ -101,13 +102,27 @@ _Places = Callable[[TensorAt], Place]
 
 
 def _state_dict(root: Any) -> dict[str, Any] | None:
+    """The names in a dictionary of tensors; those in a list of them begin with "0.", "1.", ..."""
+    if isinstance(root, list | tuple) and root and _named_tensors(root[0]):
+        listed: dict[str, Any] = {str(i): value for i, value in enumerate(root)}
+        for number, part in enumerate(root):
+            if _named_tensors(part):
+                listed.update({f"{number}.{key}": value for key, value in part.items()})
+        return listed
     inner = [root[key] for key in STATE_DICT_KEYS if key in root] if isinstance(root, dict) else []
     for table in (*inner, root):
         if isinstance(table, dict) and any(isinstance(v, TensorAt) for v in table.values()):
-            if not all(isinstance(key, str) for key in table):
-                return None
-            return table
+            return table if _named_tensors(table) else None
     return None
+
+
+def _named_tensors(table: Any) -> bool:
+    """Whether a value is a dictionary with tensors in it, whose keys are all names."""
+    return (
+        isinstance(table, dict)
+        and any(isinstance(value, TensorAt) for value in table.values())
+        and all(isinstance(key, str) for key in table)
+    )
 
 
 def _place(

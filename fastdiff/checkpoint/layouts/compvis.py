@@ -63,6 +63,10 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 STABLE_2_WIDTH = 1024
 """Width of Stable Diffusion 2's context."""
+CONDITION_FIRST_STAGE = (
+    "the first stage's latent of another image (inpainting: of the masked one, then the mask), in "
+    "the last channels of x"
+)
 SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
 
 
@@ -93,6 +97,9 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
     unet_weights, averaged = _unet_weights(reading)
     first_stage = _without_loss(reading.under(FIRST_STAGE))
     condition = _condition_weights(reading)
+    shared = _is_first_stage(_without_loss(condition), first_stage)
+    if shared:
+        condition = condition.renamed({})
     unknown = [k for k in weights.places if k not in reading.read and not _DERIVED.match(k)]
     if unknown:
         raise ValueError(
@@ -131,6 +138,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
             **loading.assumed.provenance,
             "averaged weights": averaged,
             "linear projections": _linear_projections(unet_weights),
+            **({"condition": CONDITION_FIRST_STAGE} if shared else {}),
         },
     )
 
@@ -222,6 +230,14 @@ def _condition_weights(reading: Reading) -> Weights:
     """All tensors under the conditioner's names, whatever it is."""
     old, new = reading.under("cond_stage_model."), reading.under("conditioner.embedders.")
     return old if old.places else new
+
+
+def _is_first_stage(condition: Weights, first_stage: Weights) -> bool:
+    """Whether the conditioner is the first stage itself, saved under a second name.
+
+    LDM's `__is_first_stage__` (inpainting_big): both names have the same bytes of the file.
+    """
+    return bool(condition.places) and condition.places == first_stage.places
 
 
 def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:

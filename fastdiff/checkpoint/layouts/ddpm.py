@@ -2,13 +2,15 @@
 
 Ho et al. 2020 (arXiv 2006.11239), Esser et al. 2021 (2012.09841): `down.L.block.J`, `mid.block_1`,
 `up.L.block.J`, where L counts from the finest level in both directions; q, k and v are three 1x1
-convolutions.
+convolutions. The trainer of DDIM's authors (Song et al. 2021, 2010.02502) saves a list: weights
+under `module.`, the optimizer's state, epoch, step, and averaged weights if it made any.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -18,14 +20,18 @@ from fastdiff.checkpoint.layouts.openai import Published, pixel_model, shape_of
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import Layout, Loading, Source
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.checkpoint.weights import Shapes, Sources, Weights
+from fastdiff.checkpoint.weights import Shapes, Sources, Weights, some
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.layers import AttentionBlock, ResBlock
 from fastdiff.models.unet import UNet, UNetConfig
 
 SCHEDULE = ScheduleConfig()  # linear, 1e-4 to 0.02, 1000 steps: Ho et al. 2020, section 4
-IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 1, 2, 2, 4, 4): 256}  # of the published models
+# of the published models; (1, 2, 2, 2, 4) is DDIM's CelebA
+IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 2, 2, 2, 4): 64, (1, 1, 2, 2, 4, 4): 256}
+MARKS = ("temb.dense.0.weight", "down.0.block.0.norm1.weight")
+LIST = ("0.module.", "0.")  # a list's weights, of torch's DataParallel or without it
+LIST_EPOCH, LIST_STEP, LIST_AVERAGED = "2", "3", "4."
 LAYERS: Layers = {
     ResBlock: {"emb": ("temb_proj",), "skip": ("nin_shortcut",)},
     AttentionBlock: {"qkv": ("q", "k", "v"), "proj": ("proj_out",)},
@@ -87,6 +93,7 @@ def unet_config(shapes: Shapes, options: LoadOptions) -> UNetConfig:
         norm_groups=options.norm_groups,
         timestep_scale=options.timestep_scale or 1.0,
         num_heads=options.num_heads or (None if options.head_dim else 1),
+        conv_resample=len(mult) == 1 or "down.0.downsample.conv.weight" in shapes,
     )
 
 
@@ -108,6 +115,7 @@ def autoencoder_config(shapes: Shapes, options: LoadOptions) -> AutoencoderConfi
         attention=attention if any(attention) else (),
         codebook_size=codes[0] if codes else 0,
         norm_groups=options.norm_groups,
+        middle_attention="encoder.mid.attn_1.norm.weight" in shapes,
     )
 
 
@@ -131,13 +139,39 @@ def _levels(shapes: Shapes, prefix: str) -> tuple[int, tuple[int, ...], int, tup
     return width, tuple(other // width for other in widths), blocks, attention
 
 
+def _from_list(weights: Weights, loading: Loading) -> tuple[Weights, dict[str, Any]]:
+    """The weights of a list, averaged if it has those and they are wanted, and what it tells.
+
+    Raises:
+        ValueError: some weights have no average.
+    """
+    prefix = next((p for p in LIST if f"{p}{MARKS[0]}" in weights.places), None)
+    if prefix is None:
+        return weights, {}
+    facts, raw = weights.facts, weights.under(prefix)
+    told = {"epoch": facts.get(LIST_EPOCH), "step": facts.get(LIST_STEP)}
+    averaged = weights.under(LIST_AVERAGED)
+    use = bool(averaged.places) and loading.options.ema
+    if use and (missing := sorted(raw.places.keys() - averaged.places.keys())):
+        raise ValueError(
+            f"{weights.path}: averaged weights are missing: {some(missing, 50)}; set ema=False to "
+            "use the others"
+        )
+    return averaged if use else raw, {**told, "averaged weights": use}
+
+
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Weights)
-    config = unet_config(source.shapes, loading.options)
+    weights, told = _from_list(source, loading)
+    config = unet_config(weights.shapes, loading.options)
     known = Published({}, SCHEDULE, IMAGE_SIZES.get(config.channel_mult))
-    return pixel_model(source, loading, config, known, names=names, layout="ddpm")
+    model = pixel_model(weights, loading, config, known, names=names, layout="ddpm")
+    model.provenance.update(told)
+    return model
 
 
 LAYOUT = Layout(
-    name="ddpm", files=(("temb.dense.0.weight", "down.0.block.0.norm1.weight"),), open=_open
+    name="ddpm",
+    files=(MARKS, *(tuple(prefix + mark for mark in MARKS) for prefix in LIST)),
+    open=_open,
 )

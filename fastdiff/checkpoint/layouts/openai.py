@@ -9,13 +9,13 @@ a block differ. The config is inferred from names and shapes; what they do not d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
 
-from fastdiff.checkpoint.build import Layers, plan_model, source_names
+from fastdiff.checkpoint.build import Layers, Place, plan_model, source_names
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.open import Layout, Loading, Source
@@ -58,6 +58,8 @@ PUBLISHED: dict[Key, Published] = {
     (256, (1, 1, 2, 3, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 128),
     # 256x256_diffusion with and without classes, LSUN
     (256, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"head_dim": 64}, LINEAR, 256),
+    # 512x512_diffusion, published as 256 x (0.5, 1, 1, 2, 2, 4, 4)
+    (128, (1, 2, 2, 4, 4, 8, 8), 2, 3, True): Published({"head_dim": 64}, LINEAR, 512),
     # 64_256_upsampler, 128_512_upsampler
     (192, (1, 1, 2, 2, 4, 4), 2, 3, True): Published({"num_heads": 4}, LINEAR, 256),
     (192, (1, 1, 2, 2, 4, 4), 2, 2, True): Published({"head_dim": 64}, LINEAR, 512),
@@ -93,7 +95,7 @@ LAYERS: Layers = {
 def names(model: nn.Module) -> Sources:
     """(our parameter -> OpenAI's parameters) of a U-Net."""
     assert isinstance(model, UNet)
-    places = [
+    places: list[Place] = [
         ("time_embed.0", model.time_embed[0], "time_embed.0"),
         ("time_embed.2", model.time_embed[2], "time_embed.2"),
     ]
@@ -102,15 +104,19 @@ def names(model: nn.Module) -> Sources:
     if model.config.added_condition_dim is not None:
         places.append(("added_embed.0", model.added_embed[0], "label_emb.0.0"))
         places.append(("added_embed.2", model.added_embed[2], "label_emb.0.2"))
-    for part in ("input_blocks", "middle_block", "output_blocks"):
-        stages = getattr(model, part)
-        for path, block in stages.named_modules():
-            depth = path.count(".") + bool(path)
-            if depth == (1 if part == "middle_block" else 2):
-                places.append((f"{part}.{path}", block, f"{part}.{path}"))
+    places += stage_places(model, ("input_blocks", "middle_block", "output_blocks"))
     places.append(("norm_out", model.norm_out, "out.0"))
     places.append(("conv_out", model.conv_out, "out.2"))
     return source_names(places, LAYERS)
+
+
+def stage_places(model: nn.Module, parts: Sequence[str]) -> Iterator[Place]:
+    """The blocks inside lists of stages, which have the same numbers in the files."""
+    for part in parts:
+        for path, block in getattr(model, part).named_modules():
+            depth = path.count(".") + bool(path)
+            if depth == (1 if part == "middle_block" else 2):
+                yield f"{part}.{path}", block, f"{part}.{path}"
 
 
 def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfig:
@@ -121,29 +127,14 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
     Raises:
         ValueError: the names do not describe a U-Net that fastdiff supports.
     """
-    outputs, inputs = _count(shapes, "output_blocks"), _count(shapes, "input_blocks")
-    resampled = [
-        key
-        for key in shapes
-        if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", key)
-    ]
-    levels = 1 + len(resampled)
-    blocks = outputs // levels - 1
-    if blocks < 1 or outputs % levels or inputs != levels * (blocks + 1):
-        raise ValueError(
-            f"expected a U-Net, got {inputs} input blocks, {outputs} output blocks and "
-            f"{len(resampled)} upsamplers; fastdiff does not support this model"
-        )
-    width = shape_of(shapes, "time_embed.0.weight", 2)[1]
+    levels, blocks, resampled = _levels(shapes)
+    # the first level may be narrower than the sinusoids of the time embedding (ADM-512)
+    embedding = shape_of(shapes, "time_embed.0.weight", 2)[1]
+    width, in_channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[:2]
+    out_channels = shape_of(shapes, "out.2.weight", 4)[0]
     first = [1 + level * (blocks + 1) for level in range(levels)]  # a level's first block
     conv1 = [shape_of(shapes, f"input_blocks.{i}.0.in_layers.2.weight", 4) for i in first]
-    out_channels, in_channels = (
-        shape_of(shapes, "out.2.weight", 4)[0],
-        shape_of(shapes, "input_blocks.0.0.weight", 4)[1],
-    )
-    if shape_of(shapes, "input_blocks.0.0.weight", 4)[0] != width or any(
-        shape[0] % width for shape in conv1
-    ):
+    if any(shape[0] % width for shape in conv1):
         raise ValueError(
             f"the channels of every level must be a multiple of {width}, got "
             f"{[shape[0] for shape in conv1]}; fastdiff does not support this model"
@@ -166,6 +157,8 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
         ),
         "scale_shift_norm": emb[0] == 2 * conv1[0][0],
         "resblock_updown": any("in_layers" in key for key in resampled),
+        "time_channels": None if embedding == width else embedding,
+        "conv_resample": bool(resampled) or levels == 1,
         "norm_groups": options.norm_groups,
         "timestep_scale": options.timestep_scale or 1.0,
         **fixed,
@@ -228,10 +221,34 @@ def head_choices(config: UNetConfig) -> str:
     return " or ".join([", ".join(counts), *(f"head_dim {dim}" for dim in dims)])
 
 
-def _count(shapes: Shapes, part: str) -> int:
-    """The number of blocks in a list."""
-    numbers = {key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}
-    return len(numbers)
+def _levels(shapes: Shapes) -> tuple[int, int, list[str]]:
+    """Number of levels, residual blocks per level, and the weights that upsample.
+
+    Without convolutions between the levels (conv_resample=False) nothing upsamples, and the input
+    blocks that would downsample have no tensors: their numbers are missing.
+    """
+    outputs, inputs = (
+        {key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}
+        for part in ("output_blocks", "input_blocks")
+    )
+    upsampler = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
+    resampled = [key for key in shapes if upsampler.fullmatch(key)]
+    absent = {str(number) for number in range(len(outputs))} - inputs
+    levels = 1 + (len(resampled) or len(absent))
+    blocks = len(outputs) // levels - 1
+    between = {str(level * (blocks + 1)) for level in range(1, levels)} if absent else set()
+    if (
+        blocks < 1
+        or len(outputs) % levels
+        or len(inputs) + len(absent) != len(outputs)
+        or absent != between
+        or (absent and resampled)
+    ):
+        raise ValueError(
+            f"expected a U-Net, got {len(inputs)} input blocks, {len(outputs)} output blocks and "
+            f"{len(resampled)} upsamplers; fastdiff does not support this model"
+        )
+    return levels, blocks, resampled
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
@@ -314,11 +331,5 @@ def _open(source: Source, loading: Loading) -> Model:
 LAYOUT = Layout(
     name=NAME,
     files=(("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),),
-    refused={
-        "the weights of an OpenAI classifier; give the diffusion model that it guides": (
-            "input_blocks.0.0.weight",
-            "out.0.weight",
-        )
-    },
     open=_open,
 )

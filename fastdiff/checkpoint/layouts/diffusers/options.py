@@ -23,7 +23,6 @@ FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default",),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "mid_block_add_attention": (True,),
     "mid_block_scale_factor": (1,),
     "norm_type": ("group",),
     "resnet_out_scale_factor": (1.0,),

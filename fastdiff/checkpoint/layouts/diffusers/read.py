@@ -111,6 +111,9 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
         ),
         codebook_size=options.get("num_vq_embeddings", 256) if vq else 0,
         norm_groups=options.get("norm_num_groups", 32),
+        middle_attention=_one_of(
+            options, "mid_block_add_attention", {True: True, False: False}, True
+        ),
     )
     options.finish()
     return config
@@ -347,7 +350,7 @@ def autoencoder_places(model: Autoencoder) -> Iterator[Place]:
     ):
         assert isinstance(chain, Chain)
         yield f"{name}.conv_in", chain.conv_in, f"{name}.conv_in"
-        yield from _chain_places(name, chain, blocks, sampler)
+        yield from _chain_places(name, chain, blocks, sampler, model.config.middle_attention)
         yield f"{name}.norm_out", chain.norm_out, f"{name}.conv_norm_out"
         yield f"{name}.conv_out", chain.conv_out, f"{name}.conv_out"
     yield "quant_conv", model.quant_conv, "quant_conv"
@@ -356,15 +359,19 @@ def autoencoder_places(model: Autoencoder) -> Iterator[Place]:
         yield "codebook", model.codebook, "quantize.embedding"
 
 
-def _chain_places(name: str, chain: Chain, levels: str, sampler: str) -> Iterator[Place]:
-    """Places of the blocks; the three middle ones are last in the encoder, first in the decoder."""
-    middle = len(chain.blocks) - 3 if name == "encoder" else 0
+def _chain_places(
+    name: str, chain: Chain, levels: str, sampler: str, attention: bool
+) -> Iterator[Place]:
+    """Places of the blocks; the middle ones are last in the encoder, first in the decoder."""
+    count = 2 + attention
+    middle = len(chain.blocks) - count if name == "encoder" else 0
     level = resnets = attentions = 0
     for index, block in enumerate(chain.blocks):
         ours = f"{name}.blocks.{index}"
-        if middle <= index < middle + 3:
-            position = ("resnets.0", "attentions.0", "resnets.1")[index - middle]
-            yield ours, block, f"{name}.mid_block.{position}"
+        if middle <= index < middle + count:
+            kind = "attentions" if isinstance(block, AttentionBlock) else "resnets"
+            number = int(index == middle + count - 1)
+            yield ours, block, f"{name}.mid_block.{kind}.{number}"
         elif isinstance(block, ResBlock):
             yield ours, block, f"{name}.{levels}.{level}.resnets.{resnets}"
             resnets += 1

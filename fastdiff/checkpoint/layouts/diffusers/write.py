@@ -100,6 +100,10 @@ def _denoiser(model: Model) -> UNet | DiT | None:
     Raises:
         ValueError: diffusers has no such denoiser.
     """
+    if model.classifier is not None:
+        raise ValueError(
+            "a diffusers folder cannot contain a noisy classifier; save a bundle instead"
+        )
     if isinstance(model.denoiser, DiT) and model.schedule is not None and not model.autoencoder:
         raise ValueError(
             "diffusers' DiTPipeline needs an autoencoder, got a DiT on pixels; write a bundle"
@@ -122,6 +126,10 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
         raise _no_such("timestep_scale", config.timestep_scale, "1")
     if config.num_heads_upsample not in (None, config.num_heads):
         raise _no_such("num_heads_upsample", config.num_heads_upsample, str(config.num_heads))
+    if config.time_channels not in (None, config.model_channels):
+        raise _no_such("time_channels", config.time_channels, str(config.model_channels))
+    if not config.conv_resample:
+        raise _no_such("conv_resample", False, "True")
     ddpm = config.time_embedding != "openai"  # of "ddpm-original" diffusers rounds otherwise
     shared = {
         "in_channels": config.in_channels,
@@ -217,6 +225,7 @@ def autoencoder_options(config: AutoencoderConfig) -> dict[str, Any]:
         "norm_num_groups": config.norm_groups,
         "act_fn": "silu",
         **({"num_vq_embeddings": config.codebook_size} if vq else {}),
+        **({} if config.middle_attention else {"mid_block_add_attention": False}),
     }
 
 
