@@ -17,6 +17,7 @@ from fastdiff.configs import to_dict
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import message_line
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.classifier import Classifier
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import TextEncoder
 from fastdiff.names import Prediction
@@ -39,13 +40,16 @@ class Model:
     """The denoising network; None for an autoencoder alone."""
     autoencoder: Autoencoder | None = None
     """The first stage; None for diffusion on pixels."""
+    classifier: Classifier | None = None
+    """A classifier of noisy x, which can guide a denoiser with the same schedule and classes."""
     text_encoders: tuple[TextEncoder, ...] = ()
     """The text encoders, in the order in which their tokens are concatenated."""
     class_embedding: nn.Embedding | None = None
     """Class embedding whose rows are context tokens, for denoisers with context but no text (LDM).
     """
     schedule: ScheduleConfig | None = None
-    """Noise schedule of the training; None without a denoiser, or if the files do not state it."""
+    """Noise schedule of the training; None without a denoiser or classifier, or if the files do not
+    state it."""
     prediction: Prediction = "eps"
     """What the denoiser returns."""
     sampler: SamplerSettings | None = None
@@ -93,6 +97,7 @@ class Model:
     def modules(self) -> dict[str, nn.Module]:
         """Part -> module, for the parts that exist."""
         parts: dict[str, Any] = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
+        parts["classifier"] = self.classifier
         for index, encoder in enumerate(self.text_encoders):
             parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
         parts["class_embedding"] = self.class_embedding
@@ -104,7 +109,7 @@ class Model:
         return dict(self.provenance.get("assumed", {}))
 
     def summary(self) -> list[tuple[str, str]]:
-        """The most important facts as (title, text); at most nine pairs."""
+        """The most important facts as (title, text); at most eleven pairs."""
         pairs = [("layout", f"{self.layout}, {self.path}")]
         for name, module in self.modules.items():
             count = sum(parameter.numel() for parameter in module.parameters())
@@ -119,12 +124,14 @@ class Model:
             classes = config.num_classes if table is None else table.num_embeddings
             if classes is not None:
                 pairs.append(("classes", str(classes)))
+        if self.classifier is not None:
+            pairs.append(("classifies", f"{self.classifier.config.num_classes} classes"))
         if self.image_size is not None:
             pairs.append(("images", f"{self.image_size} x {self.image_size} pixels"))
         return pairs
 
     def __str__(self) -> str:
-        """A summary of at most ten lines."""
+        """A summary of at most twelve lines."""
         lines = [f"Model {self.name!r}", *(f"  {name}: {text}" for name, text in self.summary())]
         return "\n".join([*lines, *(f"  {line}" for line in self.assumed_lines())])
 
@@ -199,6 +206,8 @@ def _hash(model: Model) -> str:
             for encoder in model.text_encoders
         ],
     }
+    if model.classifier is not None:
+        facts["classifier"] = to_dict(model.classifier.config)
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":
         facts["kind"] = kind
     # With a denoiser in fp16 the autoencoder computes in fp32.

@@ -79,6 +79,11 @@ class Facts:
         """
         network, first = model.denoiser, model.autoencoder
         if network is None:
+            if model.classifier is not None:
+                raise ValueError(
+                    f"{model.path} contains a classifier, which guides a denoiser; load the "
+                    f"denoiser with classifier={str(model.path)!r}"
+                )
             raise ValueError(
                 f"{model.path} contains only an autoencoder, expected a denoiser too; "
                 "train one with 'fastdiff train diffusion'"

@@ -72,6 +72,8 @@ class Network(nn.Module):
     only_side: int | None = None
     """The only height and width that x may have, if positions are learned; None: any multiple of
     `config.size_multiple`."""
+    denoises: bool = True
+    """Whether `body` returns a prediction for x; False for a classifier of noisy samples."""
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Combine everything that conditions the blocks into one vector per sample, (N, E).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.models.dit import DiTConfig
 from fastdiff.models.mlp import MLPConfig
 from fastdiff.models.unet import UNetConfig
@@ -224,6 +225,44 @@ UVITS: dict[str, UViTConfig] = {
         sample_size=8,
         num_classes=10,
         null_class=True,
+    ),
+}
+
+
+def _classifier(
+    side: int, model_channels: int, channel_mult: tuple[int, ...], blocks: int, **other: Any
+) -> ClassifierConfig:
+    """Dhariwal & Nichol 2021, appendix I: attention at 32x32, 16x16 and 8x8."""
+    levels = range(len(channel_mult))
+    return ClassifierConfig(
+        in_channels=3,
+        num_classes=1000,
+        model_channels=model_channels,
+        channel_mult=channel_mult,
+        num_res_blocks=blocks,
+        attention_depth=tuple(int(side >> level <= 32) for level in levels),
+        sample_size=side,
+        **other,
+    )
+
+
+CLASSIFIERS: dict[str, ClassifierConfig] = {
+    "adm-imagenet64": _classifier(64, 128, (1, 2, 3, 4), 4),  # 65,438,568
+    "adm-imagenet128": _classifier(128, 128, (1, 1, 2, 3, 4), 2),  # 42,568,040
+    "adm-imagenet256": _classifier(256, 128, (1, 1, 2, 2, 4, 4), 2),  # 54,096,360
+    # 54,448,360; published as 128 x (0.5, 1, 1, 2, 2, 4, 4)
+    "adm-imagenet512": _classifier(512, 64, (1, 2, 2, 4, 4, 8, 8), 2, time_channels=128),
+    # ours: handwritten digits, latents of 4x8x8
+    "tiny": ClassifierConfig(  # 379,050
+        in_channels=4,
+        num_classes=10,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_depth=(0, 1),
+        sample_size=8,
+        head_dim=16,
+        norm_groups=16,
     ),
 }
 

@@ -276,6 +276,93 @@ class Stage(nn.ModuleList):
         return x if residual is None else x + residual
 
 
+def embedder(in_features: int, width: int) -> nn.Sequential:
+    """Two linear layers that embed a timestep's sinusoids, or an added vector."""
+    return nn.Sequential(nn.Linear(in_features, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def res_block(
+    config: UNetConfig,
+    in_channels: int,
+    out_channels: int,
+    direction: Literal["up", "down"] | None = None,
+) -> nn.Module:
+    """A residual block; direction: whether it also doubles or halves H and W."""
+    return ResBlock(
+        in_channels,
+        out_channels,
+        num_groups=config.norm_groups,
+        eps=config.norm_eps,
+        emb_dim=config.emb_dim,
+        scale_shift_norm=config.scale_shift_norm,
+        dropout=config.dropout,
+        resample=direction,
+    )
+
+
+def attention(config: UNetConfig, width: int, depth: int, *, up: bool = False) -> list[nn.Module]:
+    """The attention after a residual block; empty for depth 0."""
+    if depth == 0:
+        return []
+    heads, groups = config.heads(width, up=up), config.norm_groups
+    if config.context_dim is None:
+        return [
+            AttentionBlock(
+                width, heads, num_groups=groups, eps=config.norm_eps, qkv_order=config.qkv_order
+            )
+        ]
+    return [
+        SpatialTransformer(
+            width,
+            config.context_dim,
+            heads,
+            depth=depth,
+            num_groups=groups,
+            dropout=config.dropout,
+        )
+    ]
+
+
+def resample(config: UNetConfig, width: int, direction: Literal["up", "down"]) -> nn.Module:
+    """The block between two levels."""
+    if config.resblock_updown:
+        return res_block(config, width, width, direction)
+    if not config.conv_resample:
+        return UpsampleNearest() if direction == "up" else DownsampleMean()
+    if direction == "up":
+        return Upsample(width)
+    return Downsample(width, config.downsample_padding)
+
+
+def encoder(config: UNetConfig) -> tuple[nn.ModuleList, Stage, list[int]]:
+    """The way down and the middle: input blocks, middle block, and the width of each input block's
+    result."""
+    widths, last = config.widths, len(config.widths) - 1
+    width = config.model_channels
+    blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+    results = [width]
+    for level, depth in enumerate(config.attention_depth):
+        for _ in range(config.num_res_blocks):
+            stage = [
+                res_block(config, width, widths[level]),
+                *attention(config, widths[level], depth),
+            ]
+            blocks.append(Stage(stage))
+            width = widths[level]
+            results.append(width)
+        if level < last:
+            blocks.append(Stage([resample(config, width, "down")]))
+            results.append(width)
+    middle = Stage(
+        [
+            res_block(config, width, width),
+            *attention(config, width, config.middle_depth),
+            res_block(config, width, width),
+        ]
+    )
+    return blocks, middle, results
+
+
 @register(UNetConfig)
 class UNet(Network):
     """Predict the noise (or v, or x0) in x at timestep t.
@@ -289,49 +376,26 @@ class UNet(Network):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each stage in the backward pass
-        self.time_embed = self._embedder(config.time_width)
+        self.time_embed = embedder(config.time_width, config.emb_dim)
         if config.num_classes is not None:
             self.label_embed = nn.Embedding(config.num_classes + config.null_class, config.emb_dim)
         if config.added_condition_dim is not None:
-            self.added_embed = self._embedder(config.added_condition_dim)
+            self.added_embed = embedder(config.added_condition_dim, config.emb_dim)
 
         widths, last = config.widths, len(config.widths) - 1
-        width = config.model_channels
-        self.input_blocks = nn.ModuleList(
-            [Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])]
-        )
-        skips = [width]
-        for level, depth in enumerate(config.attention_depth):
-            for _ in range(config.num_res_blocks):
-                stage = [
-                    self._res_block(width, widths[level]),
-                    *self._attention(widths[level], depth),
-                ]
-                self.input_blocks.append(Stage(stage))
-                width = widths[level]
-                skips.append(width)
-            if level < last:
-                self.input_blocks.append(Stage([self._resample(width, "down")]))
-                skips.append(width)
-
-        self.middle_block = Stage(
-            [
-                self._res_block(width, width),
-                *self._attention(width, config.middle_depth),
-                self._res_block(width, width),
-            ]
-        )
+        self.input_blocks, self.middle_block, skips = encoder(config)
+        width = widths[-1]
 
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(last + 1)):
             for index in range(config.num_res_blocks + 1):
                 stage = [
-                    self._res_block(width + skips.pop(), widths[level]),
-                    *self._attention(widths[level], config.attention_depth[level], up=True),
+                    res_block(config, width + skips.pop(), widths[level]),
+                    *attention(config, widths[level], config.attention_depth[level], up=True),
                 ]
                 width = widths[level]
                 if level > 0 and index == config.num_res_blocks:
-                    stage.append(self._resample(width, "up"))
+                    stage.append(resample(config, width, "up"))
                 self.output_blocks.append(Stage(stage))
 
         self.norm_out = GroupNorm(width, config.norm_groups, config.norm_eps)
@@ -341,56 +405,6 @@ class UNet(Network):
             transformer.index = index
         for index, block in enumerate(self.res_blocks()):
             block.index = index
-
-    def _embedder(self, in_features: int) -> nn.Sequential:
-        width = self.config.emb_dim
-        return nn.Sequential(nn.Linear(in_features, width), nn.SiLU(), nn.Linear(width, width))
-
-    def _res_block(
-        self, in_channels: int, out_channels: int, resample: Literal["up", "down"] | None = None
-    ) -> nn.Module:
-        config = self.config
-        return ResBlock(
-            in_channels,
-            out_channels,
-            num_groups=config.norm_groups,
-            eps=config.norm_eps,
-            emb_dim=config.emb_dim,
-            scale_shift_norm=config.scale_shift_norm,
-            dropout=config.dropout,
-            resample=resample,
-        )
-
-    def _attention(self, width: int, depth: int, *, up: bool = False) -> list[nn.Module]:
-        config = self.config
-        if depth == 0:
-            return []
-        heads, groups = config.heads(width, up=up), config.norm_groups
-        if config.context_dim is None:
-            return [
-                AttentionBlock(
-                    width, heads, num_groups=groups, eps=config.norm_eps, qkv_order=config.qkv_order
-                )
-            ]
-        return [
-            SpatialTransformer(
-                width,
-                config.context_dim,
-                heads,
-                depth=depth,
-                num_groups=groups,
-                dropout=config.dropout,
-            )
-        ]
-
-    def _resample(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
-        if self.config.resblock_updown:
-            return self._res_block(width, width, resample=direction)
-        if not self.config.conv_resample:
-            return UpsampleNearest() if direction == "up" else DownsampleMean()
-        if direction == "up":
-            return Upsample(width)
-        return Downsample(width, self.config.downsample_padding)
 
     def transformers(self) -> list[SpatialTransformer]:
         """The spatial transformers, in the order in which they run."""

@@ -70,6 +70,52 @@ def _openai_name(key: str, blocks: int, attended: set[str]) -> str:
     return f"output_blocks.{number}.{position}.{_openai_inner(rest)}"
 
 
+def openai_classifier(state: Mapping[str, Tensor], pool: str) -> State:
+    """guided-diffusion's names for a noisy classifier of ours, whose blocks have the same numbers.
+
+    `out` is a list of layers. adaptive: norm, SiLU, mean, 1x1 convolution, flatten. attention:
+    norm, SiLU, AttentionPool2d. spatial: linear, ReLU, linear. spatial_v2: linear, norm, SiLU,
+    linear. Projections of attention are convolutions over one dimension, adaptive's over two.
+    """
+    out = {
+        "adaptive": {"norm_out": "out.0", "linear_out": "out.3"},
+        "attention": {
+            "norm_out": "out.0",
+            "pool.qkv": "out.2.qkv_proj",
+            "pool.proj": "out.2.c_proj",
+            "pool": "out.2",
+        },
+        "spatial": {"hidden": "out.0", "linear_out": "out.2"},
+        "spatial_v2": {"hidden": "out.0", "norm_out": "out.1", "linear_out": "out.3"},
+    }[pool]
+    inside = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "emb": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "skip": "skip_connection",
+        "proj": "proj_out",
+    }
+    result: State = {}
+    for key, value in state.items():
+        stem, _, leaf = key.rpartition(".")
+        number, _, layer = stem.rpartition(".")
+        if stem in out:
+            name = f"{out[stem]}.{leaf.replace('positions', 'positional_embedding')}"
+        elif re.fullmatch(r"input_blocks\.[1-9]\d*\.0\.conv", stem):
+            name = f"{number}.op.{leaf}"
+        elif stem.startswith(("input_blocks.", "middle_block.")) and layer in inside:
+            name = f"{number}.{inside[layer]}.{leaf}"
+        else:
+            name = key
+        extra = 2 * (name == "out.3.weight" and pool == "adaptive")
+        if name.endswith((".qkv.weight", "proj.weight", "proj_out.weight")):
+            extra = 1
+        result[name] = value.reshape(*value.shape, *(1,) * extra)
+    return result
+
+
 def _openai_inner(rest: str) -> str:
     name, _, leaf = rest.partition(".")
     if name in _OPENAI_BLOCK:

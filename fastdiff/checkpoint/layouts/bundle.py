@@ -4,6 +4,7 @@
     autoencoder.safetensors       absent for pixel diffusion
     KIND.safetensors              the denoiser, "unet" for a U-Net; absent for an autoencoder only
     class_embedding.safetensors   classes as context tokens, for denoisers that read them so
+    classifier.safetensors        a noisy classifier, which guides a denoiser
 
 Everything is checked before it is used: the safetensors header against the size of the file, the
 sha256 against config.json, names and shapes against the model that the config describes. Pickles,
@@ -43,12 +44,14 @@ from fastdiff.configs import from_dict, to_dict
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import NO_SPACE, atomic_folder, write_json
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.names import Prediction
 
 NAME = "bundle"
 UNET = "unet"  # the kind of denoiser if config.json does not name one
 CLASS_EMBEDDING = "class_embedding"
+CLASSIFIER = "classifier"
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
 WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
@@ -73,6 +76,7 @@ class Stored:
     class_names: tuple[str, ...] = ()
     class_embedding: tuple[int, int] | None = None
     """Classes and width of a table of context tokens, which is stored in a separate file."""
+    classifier: ClassifierConfig | None = None
     sampler: SamplerSettings | None = None
 
     @property
@@ -94,19 +98,21 @@ class Stored:
             raise ValueError(
                 f"the autoencoder has {first} image channels, got image_channels {channels}"
             )
-        if self.autoencoder is None and denoiser is None:
-            raise ValueError(f"expected an autoencoder, a {self.kind} or both, got neither")
-        if denoiser is not None and self.schedule is None:
-            raise ValueError(f"a {self.kind} needs the schedule it was trained with, got None")
+        if self.autoencoder is None and denoiser is None and self.classifier is None:
+            raise ValueError(f"expected an autoencoder, a {self.kind} or a classifier, got neither")
+        noisy = self.kind if denoiser is not None else self.classifier and CLASSIFIER
+        if noisy and self.schedule is None:
+            raise ValueError(f"a {noisy} needs the schedule it was trained with, got None")
         if self.prediction not in get_args(Prediction):
             raise ValueError(f"expected prediction 'eps', 'v' or 'x0', got {self.prediction!r}")
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
             raise ValueError(f"scale_factor must be positive and finite, got {self.scale_factor}")
-        classes = denoiser.num_classes if denoiser is not None else None
-        if classes is not None and self.class_names and len(self.class_names) != classes:
-            raise ValueError(
-                f"the {self.kind} has {classes} classes, got {len(self.class_names)} class_names"
-            )
+        for kind, part in ((self.kind, denoiser), (CLASSIFIER, self.classifier)):
+            classes = None if part is None else part.num_classes
+            if classes is not None and self.class_names and len(self.class_names) != classes:
+                raise ValueError(
+                    f"the {kind} has {classes} classes, got {len(self.class_names)} class_names"
+                )
 
 
 @functools.cache
@@ -114,9 +120,11 @@ def _schema(kind: str) -> type[Stored]:
     """`Stored` with the denoiser's config as a field of its kind's name.
 
     Raises:
-        ValueError: the kind is unknown.
+        ValueError: the kind is unknown, or not that of a denoiser.
     """
-    config = network_family(kind).config
+    config, network = network_family(kind)
+    if not network.denoises:
+        raise ValueError(f"kind must be that of a denoiser, got {kind!r}, which does not denoise")
     return make_dataclass(
         "Model", [(kind, config | None, None)], bases=(Stored,), frozen=True, kw_only=True
     )
@@ -175,6 +183,8 @@ def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
         parts["autoencoder"] = (model.autoencoder, model.autoencoder.config)
     if model.denoiser is not None:
         parts[kind_of(model.denoiser.config)] = (model.denoiser, model.denoiser.config)
+    if model.classifier is not None:
+        parts[CLASSIFIER] = (model.classifier, model.classifier.config)
     if (table := model.class_embedding) is not None:
         parts[CLASS_EMBEDDING] = (table, (table.num_embeddings, table.embedding_dim))
     return parts
@@ -209,10 +219,12 @@ def _stored(model: Model) -> dict[str, Any]:
         class_names=model.class_names,
         class_embedding=None if table is None else (table.num_embeddings, table.embedding_dim),
         sampler=model.sampler,
+        classifier=None if model.classifier is None else model.classifier.config,
         **{kind: None if denoiser is None else denoiser.config},
     )
     data = to_dict(stored)
-    for name, absent in (("kind", UNET), ("class_embedding", None), ("sampler", None)):
+    optional = {"kind": UNET, CLASS_EMBEDDING: None, "sampler": None, CLASSIFIER: None}
+    for name, absent in optional.items():
         if data[name] == absent:
             del data[name]
     return data
@@ -253,6 +265,7 @@ def load_bundle(
         "autoencoder": stored.autoencoder,
         stored.kind: stored.denoiser,
         CLASS_EMBEDDING: stored.class_embedding,
+        CLASSIFIER: stored.classifier,
     }
     for name, config in configs.items():
         if config is None:
@@ -269,6 +282,7 @@ def load_bundle(
         denoiser=modules.get(stored.kind),
         autoencoder=modules.get("autoencoder"),
         class_embedding=modules.get(CLASS_EMBEDDING),
+        classifier=modules.get(CLASSIFIER),
         schedule=stored.schedule,
         prediction=stored.prediction,
         sampler=stored.sampler,

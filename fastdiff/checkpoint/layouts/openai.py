@@ -9,13 +9,13 @@ a block differ. The config is inferred from names and shapes; what they do not d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
 
-from fastdiff.checkpoint.build import Layers, plan_model, source_names
+from fastdiff.checkpoint.build import Layers, Place, plan_model, source_names
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.open import Layout, Loading, Source
@@ -95,7 +95,7 @@ LAYERS: Layers = {
 def names(model: nn.Module) -> Sources:
     """(our parameter -> OpenAI's parameters) of a U-Net."""
     assert isinstance(model, UNet)
-    places = [
+    places: list[Place] = [
         ("time_embed.0", model.time_embed[0], "time_embed.0"),
         ("time_embed.2", model.time_embed[2], "time_embed.2"),
     ]
@@ -104,15 +104,19 @@ def names(model: nn.Module) -> Sources:
     if model.config.added_condition_dim is not None:
         places.append(("added_embed.0", model.added_embed[0], "label_emb.0.0"))
         places.append(("added_embed.2", model.added_embed[2], "label_emb.0.2"))
-    for part in ("input_blocks", "middle_block", "output_blocks"):
-        stages = getattr(model, part)
-        for path, block in stages.named_modules():
-            depth = path.count(".") + bool(path)
-            if depth == (1 if part == "middle_block" else 2):
-                places.append((f"{part}.{path}", block, f"{part}.{path}"))
+    places += stage_places(model, ("input_blocks", "middle_block", "output_blocks"))
     places.append(("norm_out", model.norm_out, "out.0"))
     places.append(("conv_out", model.conv_out, "out.2"))
     return source_names(places, LAYERS)
+
+
+def stage_places(model: nn.Module, parts: Sequence[str]) -> Iterator[Place]:
+    """The blocks inside lists of stages, which have the same numbers in the files."""
+    for part in parts:
+        for path, block in getattr(model, part).named_modules():
+            depth = path.count(".") + bool(path)
+            if depth == (1 if part == "middle_block" else 2):
+                yield f"{part}.{path}", block, f"{part}.{path}"
 
 
 def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfig:
@@ -327,11 +331,5 @@ def _open(source: Source, loading: Loading) -> Model:
 LAYOUT = Layout(
     name=NAME,
     files=(("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),),
-    refused={
-        "the weights of an OpenAI classifier; give the diffusion model that it guides": (
-            "input_blocks.0.0.weight",
-            "out.0.weight",
-        )
-    },
     open=_open,
 )

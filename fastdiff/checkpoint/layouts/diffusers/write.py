@@ -100,6 +100,10 @@ def _denoiser(model: Model) -> UNet | DiT | None:
     Raises:
         ValueError: diffusers has no such denoiser.
     """
+    if model.classifier is not None:
+        raise ValueError(
+            "a diffusers folder cannot contain a noisy classifier; save a bundle instead"
+        )
     if isinstance(model.denoiser, DiT) and model.schedule is not None and not model.autoencoder:
         raise ValueError(
             "diffusers' DiTPipeline needs an autoencoder, got a DiT on pixels; write a bundle"
