@@ -73,9 +73,12 @@ class Batch:
         """Advance to the next row of every sample's table."""
         self.embeddings += 1
 
-    def copied(self) -> Batch:
-        """A copy with its own tensors, including those of the blocks."""
-        embeddings, uncond = self.embeddings.clone(), self.uncond
+    def copied(self, embeddings: Tensor) -> Batch:
+        """A copy with its own tensors, including those of the blocks.
+
+        embeddings: (rows,) int64, memory for the indices of the embeddings.
+        """
+        embeddings, uncond = embeddings.copy_(self.embeddings), self.uncond
         sizes = [len(block.samples) for block in self.blocks]
         pieces = zip(self.blocks, embeddings.split(sizes), strict=True)
         blocks = [
