@@ -16,16 +16,21 @@ help: ## list the targets
 # the package and what it needs, compiled: enough to use it
 $(RUNTIME): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed, got {v.major}.{v.minor}; name one: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	@# a path and not an import hook: type checkers find the package in the user's files too
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --config-settings editable_mode=compat
+	@echo "installing PyTorch and fastdiff into $(VENV) and compiling its kernels: one to two minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	@# Python compiles what is imported, when it is: pip would compile all of torch, one file after the other.
+	@# A path and not an import hook: type checkers find the package in the user's files too
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e . --config-settings editable_mode=compat
 	@$(BIN)/python -c 'from fastdiff.kernels.compiled import describe; b = describe(); print("compiled for this CPU:", b.get("isa") or b["missing"]); print("CUDA kernels:", b.get("cuda_architectures") or b.get("without_cuda", "none"))'
 	@touch $@
 
 # and what tests, training and the documentation need; the package itself is not built again
 $(STAMP): $(RUNTIME)
-	$(BIN)/python -m pip install --quiet -c constraints.txt 'fastdiff[dev]'
+	@echo "installing what tests, training and the documentation need"
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt 'fastdiff[dev]'
+	@# many processes will start at once, and perhaps where bytecode is not written; exit 1: a template that is not Python
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 
 venv: $(STAMP) ## make .venv with what constraints.txt pins

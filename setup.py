@@ -221,11 +221,18 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
         path = _escape(os.path.relpath(source, build))
         lines.extend([f"build {name}.o: cxx {path}", f"  extra = {extra}"])
 
-    for source in sorted(SOURCES.glob("*/*.cpp")):
+    sources = sorted(SOURCES.glob("*/*.cpp"))
+    bound = [path for path in sources if path.stem.endswith(("_binding", "bindings"))]
+    # one unit: pybind11's headers take ten times as long to compile as all that is bound
+    includes_all = "".join(f'#include "{os.path.relpath(path, build)}"\n' for path in bound)
+    write_if_changed(build / "all_bindings.cpp", includes_all)
+    flags = f"{binding} {'-O0 -fno-sanitize=all' if SANITIZED else '-O1'}"
+    compile_(build / "all_bindings.cpp", "bindings", flags)
+    for source in sources:
         stem = source.stem
-        if stem.endswith(("_binding", "bindings")):
-            compile_(source, stem, f"{binding} {'-O0 -fno-sanitize=all' if SANITIZED else '-O1'}")
-        elif source.parent.name == "cpu":  # once per instruction set
+        if source in bound:
+            continue
+        if source.parent.name == "cpu":  # once per instruction set
             for isa, isa_flags in isas().items():
                 compile_(source, f"{stem}.{isa}", f"-DFASTDIFF_ISA={isa} {isa_flags}")
         else:
@@ -239,10 +246,14 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
     objects += cuda_objects
     lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
     text = "\n".join([*lines, f"default {_escape(target)}", ""])
-    written = build / "build.ninja"
-    if not written.exists() or written.read_text() != text:
-        written.write_text(text)
+    write_if_changed(build / "build.ninja", text)
     return cuda_objects
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a file, unless it has this text already: ninja goes by the time of its last change."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def facts(version: str, cuda: Cuda | str) -> str:

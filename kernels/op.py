@@ -106,6 +106,8 @@ class Op:
     """Outputs that are saved too, after the arguments."""
     passed_on: dict[str, str] = field(default_factory=dict)
     """Argument -> another argument, whose gradient is also its own."""
+    straight: dict[str, int] = field(default_factory=dict)
+    """Argument -> the output whose gradient is its own; no kernel computes or copies it."""
     gradient_like: Callable[[Tensor], Tensor] = lambda x: torch.empty(
         x.shape, dtype=x.dtype, device=x.device
     )
@@ -126,7 +128,8 @@ class Op:
     tensors: list[int] = field(init=False)
     """Positions of the tensors among the arguments."""
     own: list[int] = field(init=False)
-    """Positions of the tensors that have a gradient of their own (not in `passed_on`)."""
+    """Positions of the tensors whose gradients a backend computes (not in `passed_on` or
+    `straight`)."""
     takers: list[list[int]] = field(init=False)
     """For each of `own`: the positions of the arguments that get its gradient."""
     outputs: int = field(init=False)
@@ -144,7 +147,8 @@ class Op:
         self.outputs = returns.count("Tensor")
         names = list(self.types)
         self.tensors = [i for i, name in enumerate(names) if "Tensor" in self.types[name]]
-        self.own = [i for i in self.tensors if names[i] not in self.passed_on]
+        given_on = self.passed_on.keys() | self.straight.keys()
+        self.own = [i for i in self.tensors if names[i] not in given_on]
         self.takers = [
             [i for i in self.tensors if names[i] == a or self.passed_on.get(names[i]) == a]
             for a in (names[place] for place in self.own)
@@ -302,11 +306,16 @@ class Op:
         else:
             needs = [any(wanted[i] for i in places) for places in self.takers]
             rest = *given, *kept, *tensors[count:]
-            found = self._gradients_of_kernel(ctx.backend, rest, needs)
+            found = [None] * len(needs)
+            if any(needs):
+                found = self._gradients_of_kernel(ctx.backend, rest, needs)
         for places, gradient in zip(self.takers, found, strict=True):
             for i in places:
                 if wanted[i]:
                     results[i] = gradient
+        for name, output in self.straight.items():
+            if wanted[place := list(self.types).index(name)]:
+                results[place] = given[output]
         return tuple(results)
 
     def _gradients_of_kernel(

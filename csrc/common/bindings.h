@@ -21,7 +21,7 @@ inline const void* in(Address address) { return pointer<const void>(address); }
 inline void* out(Address address) { return pointer<void>(address); }
 
 // Adds a file's functions to the module when it is loaded; each cpu/<op>_binding.cpp defines one
-// constant of this type.
+// constant of this type, named like the file: setup.py compiles all these files as one unit.
 struct Binding {
   using Define = void (*)(py::module_&);
 

@@ -20,7 +20,7 @@ void ada_layer_norm_backward(int dtype, Address dy, Address x, Address dx, Addre
                            x_stride, eps});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding ada_layer_norm_binding([](py::module_& m) {
   m.def("ada_layer_norm", &ada_layer_norm, Release());
   m.def("ada_layer_norm_backward", &ada_layer_norm_backward, Release());
 });

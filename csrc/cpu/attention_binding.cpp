@@ -34,7 +34,7 @@ void attention_backward(int dtype, const std::array<Strided, 5>& x, const std::a
                         out(gradients[4]), pointer<float>(dscores)});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding attention_binding([](py::module_& m) {
   m.def("attention", &attention, Release());
   m.def("attention_backward", &attention_backward, Release());
 });

@@ -15,7 +15,7 @@ void geglu_backward(int dtype, Address dy, Address x, Address dx, int64_t rows, 
   run(GegluBackward{Dtype(dtype), in(dy), in(x), out(dx), rows, d, dy_stride, x_stride});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding geglu_binding([](py::module_& m) {
   m.def("geglu", &geglu, Release());
   m.def("geglu_backward", &geglu_backward, Release());
 });

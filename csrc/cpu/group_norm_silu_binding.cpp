@@ -29,7 +29,7 @@ void group_norm_silu_backward(int dtype, bool channels_last, bool silu, Address 
                         space});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding group_norm_silu_binding([](py::module_& m) {
   m.def("group_norm_silu", &group_norm_silu, Release());
   m.def("group_norm_silu_backward", &group_norm_silu_backward, Release());
 });

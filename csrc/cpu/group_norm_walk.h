@@ -81,7 +81,7 @@ void clear(float* v, int64_t n) {
 }
 
 // Merges the chunks' moments (Chan et al. 1982): `full` elements each, `last` in the last one.
-Moments merge(const Moments* parts, int64_t count, int64_t stride, double full, double last) {
+inline Moments merge(const Moments* parts, int64_t count, int64_t stride, double full, double last) {
   if (count == 1) return *parts;
   const double share = 1 / (full * double(count - 1) + last);
   double mean = 0, m2 = 0;
@@ -95,7 +95,7 @@ Moments merge(const Moments* parts, int64_t count, int64_t stride, double full, 
 }
 
 // (mean high, mean low, 1 / standard deviation)
-void write_stats(float* stats, const Moments& m, double numbers, double eps) {
+inline void write_stats(float* stats, const Moments& m, double numbers, double eps) {
   stats[0] = float(m.mean);
   stats[1] = float(m.mean - double(stats[0]));
   stats[2] = float(1.0 / __builtin_sqrt(m.m2 / numbers + eps));

@@ -22,7 +22,7 @@ void layer_norm_backward(int dtype, Address dy, Address dtotal, Address x, Addre
                         pointer<float>(dbias), rows, d, dy_stride, dtotal_stride, x_stride, eps});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding layer_norm_binding([](py::module_& m) {
   m.def("layer_norm", &layer_norm, Release());
   m.def("layer_norm_backward", &layer_norm_backward, Release());
 });

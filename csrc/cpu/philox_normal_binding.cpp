@@ -17,7 +17,7 @@ void philox_normal(Address seeds, Address out, int64_t n, int64_t elements, uint
   run(PhiloxNormal{pointer<const int64_t>(seeds), pointer<float>(out), n, elements, step, stream});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding philox_normal_binding([](py::module_& m) {
   m.def("philox4x32", &philox, "Ten rounds of Philox on four words, with a key of two words.");
   m.def("philox_normal", &philox_normal, Release());
 });

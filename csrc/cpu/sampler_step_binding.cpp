@@ -32,6 +32,6 @@ int64_t sampler_step(int dtype, bool learned, bool rescale, Address x, Address p
   return -1;
 }
 
-const Binding binding([](py::module_& m) { m.def("sampler_step", &sampler_step, Release()); });
+const Binding sampler_step_binding([](py::module_& m) { m.def("sampler_step", &sampler_step, Release()); });
 
 }  // namespace

@@ -92,6 +92,7 @@ OURS = {
     "layer_norm": "norm",
     "add_layer_norm": "norm",
     "ada_layer_norm": "norm",
+    "gate_residual": "addition",
     "attention": "attention",
     "geglu": "GEGLU",
 }

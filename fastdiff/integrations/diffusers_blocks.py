@@ -36,6 +36,7 @@ from fastdiff.integrations.layers import (
 from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
 from fastdiff.kernels.ada_layer_norm import ada_layer_norm
+from fastdiff.kernels.gate_residual import gate_residual
 from fastdiff.models.layers import added, from_tokens, is_channels_last, split_bias, to_tokens
 from fastdiff.runtime.cpu_layers import Kept, Plan, PreparedConv2d, folded_upsampling
 
@@ -231,17 +232,150 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
             parts = self.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts.unbind(1)  # each (N, C)
         norm1, norm2 = block_norms(self)
-        x = gated(x, gate1, attend1(ada_layer_norm(x, scale1, shift1, eps=norm1.eps)))
+        x = gated(x, gate1, attend1(modulated(norm1, x, scale1, shift1)))
         if attend2 is not None:  # PixArt has no norm before it
             x = attend2(x) + x
-        return gated(x, gate2, self.ff(ada_layer_norm(x, scale2, shift2, eps=norm2.eps)))
+        return gated(x, gate2, self.ff(modulated(norm2, x, scale2, shift2)))
+
+
+class JointTransformerBlock(attention.JointTransformerBlock):
+    """SD3's block: two streams that attend to each other, each modulated and gated by timestep."""
+
+    def forward(
+        self,
+        hidden_states: Any,
+        encoder_hidden_states: Any,
+        temb: Any,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """hidden_states: (N, L, C); encoder_hidden_states: (N, T, C); temb: (N, C)."""
+        norms = [norm for norm in (self.norm2, self.norm2_context) if norm is not None]
+        x, context, more = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
+        if x.ndim != 3 or self._chunk_size is not None or needs_original(*norms):
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
+            )
+        normed, gate1, shift2, scale2, gate2, *dual = self.norm1(x, emb=temb)
+        if self.context_pre_only:
+            normed_context = self.norm1_context(context, temb)
+        else:
+            normed_context, *own = self.norm1_context(context, emb=temb)
+        h, h_context = self.attn(hidden_states=normed, encoder_hidden_states=normed_context, **more)
+        x = gated(x, gate1, h)
+        if self.use_dual_attention:  # SD3.5 medium
+            normed, gate = dual
+            x = gated(x, gate, self.attn2(hidden_states=normed, **more))
+        x = gated(x, gate2, self.ff(modulated(self.norm2, x, scale2, shift2)))
+        if self.context_pre_only:
+            return None, x
+        gate1, shift2, scale2, gate2 = own
+        context = gated(context, gate1, h_context)
+        h_context = self.ff_context(modulated(self.norm2_context, context, scale2, shift2))
+        return gated(context, gate2, h_context), x
+
+
+def joint_objection(block: Any) -> str | None:
+    """Why a JointTransformerBlock cannot be swapped, or None; its inner layers still may be."""
+    norms = [norm for norm in (block.norm2, block.norm2_context) if norm is not None]
+    objection = next((o for o in map(norm_objection, norms) if o is not None), None)
+    if objection is None and any(map(_has_weights, norms)):
+        return "its adaptive norms have weights of their own"
+    return objection
+
+
+class AdaLayerNormZero(normalization.AdaLayerNormZero):
+    """A LayerNorm modulated by an embedding, and what modulates the rest of a block."""
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Any = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> Any:
+        """x: (N, L, C) -> x modulated, gate, and shift, scale and gate of the MLP, each (N, C)."""
+        if x.ndim != 3 or needs_original(self.norm, self.silu):
+            return super().forward(x, timestep, class_labels, hidden_dtype, emb)
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return modulated(self.norm, x, scale, shift), *rest
+
+
+class SD35AdaLayerNormZeroX(normalization.SD35AdaLayerNormZeroX):
+    """As `AdaLayerNormZero`, with a second modulation of the same norm and its gate."""
+
+    def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        """hidden_states: (N, L, C) -> the results of `AdaLayerNormZero`, modulated again, gate."""
+        if hidden_states.ndim != 3 or needs_original(self.norm, self.silu):
+            found: tuple[Tensor, ...] = super().forward(hidden_states, emb)
+            return found
+        parts = self.linear(self.silu(emb)).chunk(9, dim=1)
+        shift, scale, *rest, shift2, scale2, gate2 = parts
+        first, second = (
+            modulated(self.norm, hidden_states, *of) for of in ((scale, shift), (scale2, shift2))
+        )
+        return first, *rest, second, gate2
+
+
+class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
+    """A LayerNorm modulated by an embedding, and the gate of a block with one branch (Flux)."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Any:
+        """x: (N, L, C) -> x modulated and the gate (N, C)."""
+        if x.ndim != 3 or needs_original(self.norm, self.silu):
+            return super().forward(x, emb)
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return modulated(self.norm, x, scale, shift), gate
+
+
+class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
+    """A LayerNorm modulated by an embedding."""
+
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        """x: (N, L, C); conditioning_embedding: (N, E) -> (N, L, C)."""
+        if x.ndim != 3 or needs_original(self.norm, self.silu):
+            found: Tensor = super().forward(x, conditioning_embedding)
+            return found
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        scale, shift = emb.chunk(2, dim=1)
+        return modulated(self.norm, x, scale, shift)
+
+
+def adaptive_objection(norm: Any) -> str | None:
+    """Why an adaptive norm cannot be swapped, or None."""
+    objection = norm_objection(norm.norm)
+    if objection is None and not isinstance(norm.norm, nn.LayerNorm):
+        return f"its norm is a {type(norm.norm).__name__}"
+    if objection is None and _has_weights(norm.norm):
+        return "its norm has weights of its own"
+    return objection
+
+
+def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, in one pass unless PyTorch would widen x or broadcast.
+
+    norm: a LayerNorm without weights. x: (N, L, C). scale, shift: (N, C).
+    """
+    if scale.shape == (len(x), x.shape[2]) and _keeps(x.dtype, scale, shift):
+        return ada_layer_norm(x, scale, shift, eps=norm.eps)
+    return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 def gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    """x + gate * h, in one pass where the dtypes are equal. x, h: (N, L, C); gate: (N, C)."""
-    if x.dtype == gate.dtype == h.dtype:
-        return torch.addcmul(x, gate[:, None], h)
+    """x + gate * h, in one pass unless PyTorch would widen x or broadcast.
+
+    x, h: (N, L, C). gate: (N, C).
+    """
+    if gate.shape == (len(h), h.shape[2]) and x.shape == h.shape and _keeps(x.dtype, gate, h):
+        return gate_residual(h, gate, x)
     return gate[:, None] * h + x
+
+
+def _keeps(dtype: torch.dtype, *others: Tensor) -> bool:
+    """Whether the result with tensors of other dtypes still has this dtype."""
+    return all(torch.promote_types(dtype, other.dtype) == dtype for other in others)
 
 
 ADAPTIVE = ("ada_norm_zero", "ada_norm_single")
@@ -264,7 +398,8 @@ def transformer_objection(block: Any) -> str | None:
     if block.pos_embed is not None:
         return "it adds a position embedding after its norms"
     zero = block.norm_type == "ada_norm_zero"
-    if zero and (type(block.norm1) is not normalization.AdaLayerNormZero or not block.norm1.emb):
+    known = normalization.AdaLayerNormZero, AdaLayerNormZero
+    if zero and (type(block.norm1) not in known or not block.norm1.emb):
         return f"its norm is a {type(block.norm1).__name__} that is given an embedding"
     if zero and block.attn2 is not None:
         return "it has a cross-attention between its adaptive norms"
@@ -395,6 +530,21 @@ BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], str, int, Callable[[Any], s
         0,
         continuous_objection,
     ),
+    attention.JointTransformerBlock: (
+        JointTransformerBlock,
+        "transformer block",
+        0,
+        joint_objection,
+    ),
+    **{
+        theirs: (ours, "adaptive norm", 0, adaptive_objection)
+        for theirs, ours in (
+            (normalization.AdaLayerNormZero, AdaLayerNormZero),
+            (normalization.AdaLayerNormZeroSingle, AdaLayerNormZeroSingle),
+            (normalization.AdaLayerNormContinuous, AdaLayerNormContinuous),
+            (normalization.SD35AdaLayerNormZeroX, SD35AdaLayerNormZeroX),
+        )
+    },
     activations.GEGLU: (GEGLU, "geglu", 0, lambda m: None),
 }
 """diffusers' class -> our class, its op, its number of GroupNorm + SiLU pairs, its objection."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.kernels.ada_layer_norm import ada_layer_norm
+from fastdiff.kernels.gate_residual import gate_residual
 from fastdiff.models.layers import (
     GELUFeedForward,
     SelfAttention,
@@ -138,9 +139,9 @@ class DiTBlock(nn.Module):
         """x: (N, L, C); emb: (N, C), activated -> (N, L, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, dim=1)
         h = self.attn(ada_layer_norm(x, scale1, shift1, eps=EPS))
-        x = torch.addcmul(x, gate1[:, None], self.dropout(h))
+        x = gate_residual(self.dropout(h), gate1, x)
         h = self.mlp(ada_layer_norm(x, scale2, shift2, eps=self.mlp_norm_eps))
-        return torch.addcmul(x, gate2[:, None], h)
+        return gate_residual(h, gate2, x)
 
 
 @register(DiTConfig)

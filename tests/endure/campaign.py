@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.cli import main
@@ -24,6 +26,8 @@ Trial = Callable[[Callable[[], None]], Row]
 """Runs; it calls its argument after each process that was killed, pair, or disk."""
 PAIRS, DISKS = 5, 4
 """Kinds of pairs, and of commands on a full disk."""
+RARE = 4
+"""Evaluating, which trains a classifier each time, meets every fourth size of the disk only."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.kills + self.pairs // PAIRS * PAIRS + DISKS * self.disks
+        return self.kills + self.pairs // PAIRS * PAIRS + DISKS * self.disks + self.disks // RARE
 
 
 def trials(plan: Plan, root: Path) -> Iterator[tuple[str, Trial]]:
@@ -126,6 +130,19 @@ def _disks(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple
         model = ["--model", str(bundle), "--device", "cpu"]
         return main(["reconstruct", *pictures, *model, "--out", str(folder)])
 
+    def evaluate(folder: Path) -> int:
+        os.chdir(folder)  # the report names the folder as it was given
+        code = main(["evaluate", "--count", "360", "--steps", "1", "--out", "."])
+        return 0 if code == 1 else code  # 1: after a single step the limits are missed
+
+    def readable(folder: Path) -> str:
+        for path in folder.rglob("*.png"):
+            with Image.open(path) as picture:
+                picture.load()
+        for path in folder.rglob("*.json"):
+            json.loads(path.read_text())
+        return ""
+
     def same(one: Path, other: Path) -> str:
         return difference(listing(one), listing(other))
 
@@ -136,9 +153,12 @@ def _disks(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple
         "converting on a full disk": Work(convert, lambda folder: "", same),
         "reconstructing on a full disk": Work(reconstruct, plain.whole, same),
     }
+    if plan.disks >= RARE:
+        wanted["evaluating on a full disk"] = Work(evaluate, readable, same)
     for name, work in wanted.items():
 
         def go(tell: Callable[[], None], name: str = name, work: Work = work) -> Row:
-            return fill(name, Filling(work), root, count=plan.disks, tell=tell)
+            count = plan.disks // (RARE if work.start is evaluate else 1)
+            return fill(name, Filling(work), root, count=count, tell=tell)
 
         yield name, go

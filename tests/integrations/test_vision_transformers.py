@@ -1,4 +1,4 @@
-"""DiT's and PixArt's blocks with `ada_layer_norm`: results, gradients, what sends them back."""
+"""Blocks of DiT, PixArt, SD3 and Flux with our ops: results, gradients, what sends them back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.integrations.diffusers_blocks import BasicTransformerBlock
+from fastdiff.integrations.diffusers_blocks import (
+    BasicTransformerBlock,
+    JointTransformerBlock,
+    gated,
+    modulated,
+)
 from fastdiff.kernels import record_backends
 from tests.models.test_against_diffusers import assert_equal, peer_model
 from tests.models.test_dit import PEER
@@ -27,10 +32,40 @@ PIXART = {
     "caption_channels": 12,
     "norm_num_groups": 4,
 }
+SD3 = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "sample_size": 8,
+    "patch_size": 2,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 10,
+    "pos_embed_max_size": 8,
+}
+FLUX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": [4, 4, 8],
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dit": ("DiTTransformer2DModel", PEER),
     "pixart": ("PixArtTransformer2DModel", PIXART),
+    "sd3": ("SD3Transformer2DModel", SD3),
+    "sd3.5": ("SD3Transformer2DModel", {**SD3, "dual_attention_layers": (0, 1)}),
+    "flux": ("FluxTransformer2DModel", FLUX),
 }
+SERVED = {"dit": 3, "pixart": 2, "sd3": 3, "sd3.5": 3, "flux": 0}
+"""Model -> transformer blocks that are swapped. Of Flux's blocks only the norms are."""
+WITHOUT_REST = ("dit", "pixart")
+"""Models of which nothing is left; the others have attentions of their own."""
 
 
 def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -48,6 +83,21 @@ def call(module: nn.Module, name: str, x: Tensor) -> Tensor:
     if name == "dit":
         return module(x, timestep=t, class_labels=torch.tensor([1, 10])).sample
     words = torch.linspace(-1, 1, 2 * 5 * 12).reshape(2, 5, 12).to(x)
+    pooled = torch.linspace(1, -1, 20).reshape(2, 10).to(x)
+    if name.startswith("sd3"):
+        said = {"encoder_hidden_states": words, "pooled_projections": pooled}
+        return module(x, timestep=t, **said).sample
+    if name == "flux":
+        tokens = x.flatten(2).mT  # (2, 64, 4)
+        places = torch.stack([torch.arange(64) * k for k in (0, 1, 2)], dim=1).to(x)
+        return module(
+            tokens,
+            encoder_hidden_states=words,
+            pooled_projections=pooled,
+            timestep=t / 1000,
+            img_ids=places,
+            txt_ids=places[:5] * 0,
+        ).sample
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     extra = {"resolution": None, "aspect_ratio": None}
     return module(
@@ -69,16 +119,19 @@ def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
 def test_same_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
     plain = model(name, dtype)
     served = copy.deepcopy(plain)
-    report = fastdiff.accelerate(served, strict=True)
-    blocks = sum(isinstance(m, BasicTransformerBlock) for m in served.modules())
-    assert blocks == MODELS[name][1]["num_layers"]
+    report = fastdiff.accelerate(served, strict=name in WITHOUT_REST)
+    kinds = BasicTransformerBlock, JointTransformerBlock
+    blocks = sum(isinstance(m, kinds) for m in served.modules())
+    assert blocks == SERVED[name]
     assert report.count("transformer block") == (blocks, 0)
+    assert report.count("adaptive norm")[1] == 0
     found = []
     for module in (served, plain):
         x = inputs(dtype).requires_grad_()
         with record_backends() as ran:
             y = call(module, name, x)
         assert ("ada_layer_norm" in ran) == (module is served)
+        assert ("gate_residual" in ran) == (module is served and bool(blocks))
         (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y)).sum().backward()
         gradients = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
         found.append((y.detach(), x.grad, gradients))
@@ -147,3 +200,63 @@ def test_it_can_be_compiled_whole() -> None:
             served.transformer_blocks[0](h, timestep=t, class_labels=y),
         )
     assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5"])
+def test_hooks_inside_sd3s_blocks_are_called(name: str) -> None:
+    """On an adaptive norm, on the norm inside it, and on the block's own norm before the MLP."""
+    served = model(name)
+    expected = call(served, name, inputs())
+    fastdiff.accelerate(served)
+    block, seen = served.transformer_blocks[0], []
+    for part in (block.norm1, block.norm1_context.norm, block.norm2):
+        handle = part.register_forward_hook(lambda module, *_: seen.append(module))
+        assert_equal(call(served, name, inputs()), expected)
+        assert seen.pop() is part
+        handle.remove()
+    call(served, name, inputs())
+    assert not seen
+
+
+def test_chunked_feed_forward_runs_as_diffusers_wrote_it() -> None:
+    served = model("sd3")
+    served.enable_forward_chunking(chunk_size=1, dim=1)
+    expected = call(served, "sd3", inputs())
+    fastdiff.accelerate(served)
+    with record_backends() as ran:
+        assert_equal(call(served, "sd3", inputs()), expected)
+    assert "gate_residual" not in ran
+
+
+def test_other_norms_under_an_adaptive_one_are_left_and_listed() -> None:
+    from diffusers.models.normalization import AdaLayerNormContinuous as Theirs
+
+    norms = nn.ModuleList(
+        [Theirs(8, 6, norm_type="rms_norm"), Theirs(8, 6), Theirs(8, 6, elementwise_affine=False)]
+    )
+    x, emb = torch.randn(2, 5, 8), torch.randn(2, 6)
+    expected = [norm(x, emb) for norm in norms]
+    report = fastdiff.accelerate(norms)
+    left = [str(entry.reason) for entry in report.left if entry.op == "adaptive norm"]
+    assert [type(norm) is Theirs for norm in norms] == [True, True, False]
+    assert "RMSNorm" in left[0]
+    assert "weights of its own" in left[1]
+    for norm, plain in zip(norms, expected, strict=True):
+        assert_equal(norm(x, emb), plain)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (2, 6)])
+def test_dtypes_and_shapes_that_pytorch_broadcasts(shape: tuple[int, int]) -> None:
+    """One embedding for all samples, or a scale in fp32 on bf16 tokens, which PyTorch widens."""
+    from diffusers.models.normalization import AdaLayerNormContinuous as Theirs
+
+    plain = Theirs(8, 6, elementwise_affine=False)
+    norm = copy.deepcopy(plain)
+    fastdiff.accelerate(nn.ModuleList([norm]), strict=True)
+    x, emb = torch.randn(2, 5, 8), torch.randn(*shape)
+    assert_equal(norm(x, emb), plain(x, emb))
+    scale, shift = torch.randn(2, 2, 8)
+    narrow = x.bfloat16()
+    found = modulated(nn.LayerNorm(8, elementwise_affine=False), narrow, scale, shift)
+    assert found.dtype == torch.float32
+    assert gated(narrow, scale, narrow).dtype == torch.float32

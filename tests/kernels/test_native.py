@@ -21,6 +21,7 @@ from fastdiff import kernels
 from fastdiff.kernels import compiled
 from fastdiff.kernels.philox_normal import philox4x32
 from tests.kernels import cases
+from tests.kernels.test_gate_residual import ROWS as GATE_RESIDUAL
 from tests.kernels.test_philox import VECTORS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,6 +34,7 @@ ROWS = {
     "layer_norm": cases.LAYER_NORM,
     "add_layer_norm": cases.ADD_LAYER_NORM,
     "attention": cases.ATTENTION,
+    "gate_residual": GATE_RESIDUAL,
 }
 """Op -> its cases, for ops with a CPU kernel whose results can be compared under a tolerance."""
 
@@ -129,6 +131,10 @@ BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
     ),
     "layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(600), numbers(600)), {}),
     "add_layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(SAMPLES, 50, 600)), {}),
+    "gate_residual": lambda: (
+        (numbers(SAMPLES, 50, 600), numbers(SAMPLES, 600), numbers(SAMPLES, 50, 600)),
+        {},
+    ),
     "attention": lambda: (  # several tiles, and one block of keys that also has extra keys
         (numbers(SAMPLES, 90, 3, 40), *numbers(2, SAMPLES, 300, 3, 40)),
         {
