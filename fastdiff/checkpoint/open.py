@@ -20,6 +20,7 @@ from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
+from fastdiff.diffusion.flow import check_flow
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import REFUSALS, put_in_one_line
 
@@ -387,10 +388,13 @@ def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
 
 
 def _check_together(model: Model) -> None:
-    """Check the widths of the parts: latents and denoiser, text tokens and context."""
+    """Check the widths of the parts (latents and denoiser, text tokens and context), and that the
+    schedule is one for the prediction."""
     denoiser, autoencoder = model.denoiser, model.autoencoder
     if denoiser is None:
         return
+    if model.schedule is not None:
+        check_flow(model.schedule.kind, model.prediction)
     config = denoiser.config
     if autoencoder is not None:
         latent = autoencoder.config.latent_channels

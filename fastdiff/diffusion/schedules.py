@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.configs import LATER
 from fastdiff.names import ScheduleKind, SigmaSpacing, TimestepSpacing
 
 MAX_TIMESTEPS = 10**6  # 1000 is usual; this limits the memory of the schedule's tables
@@ -27,7 +28,8 @@ class ScheduleConfig:
     """The noise schedule that a model was trained with."""
 
     kind: ScheduleKind = "linear"
-    """Shape of the betas. CompVis's "linear" (LDM, Stable Diffusion) is our "scaled_linear"."""
+    """Shape of the betas. CompVis's "linear" (LDM, Stable Diffusion) is our "scaled_linear"; "flow"
+    is flow matching, which has none."""
     num_timesteps: int = 1000
     """T, the number of training timesteps; t runs from 0 to T - 1."""
     beta_start: float = 1e-4
@@ -42,6 +44,9 @@ class ScheduleConfig:
     """Upper limit of the cosine schedule's betas."""
     zero_terminal_snr: bool = False
     """Shift and scale so that t = T - 1 is pure noise (Lin et al. 2023, algorithm 1)."""
+    shift: float = field(default=1.0, metadata=LATER)
+    """Flow matching only: shift of the noise levels of sampling and training towards more noise
+    (Esser et al. 2024, eq. 23). Stable Diffusion 3: 3."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScheduleKind):
@@ -69,6 +74,14 @@ class ScheduleConfig:
                 f"{self.beta_end * 1000 / self.num_timesteps:g} after rescale_ends; "
                 "use more timesteps or a smaller beta_end"
             )
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift must be positive and finite, got {self.shift}; SD3 uses 3")
+        if self.kind == "flow" and self.zero_terminal_snr:
+            raise ValueError(
+                "zero_terminal_snr must be False with schedule 'flow', which ends in pure noise"
+            )
+        if self.kind != "flow" and self.shift != 1:
+            raise ValueError(f"shift is for schedule 'flow', got {self.shift} with {self.kind!r}")
         if not (0 < self.max_beta < 1 and self.cosine_offset >= 0):
             raise ValueError(
                 "the cosine schedule needs 0 < max_beta < 1 and cosine_offset >= 0, got "
@@ -155,6 +168,11 @@ class NoiseSchedule:
 
     def __init__(self, source: ScheduleConfig | Tensor) -> None:
         if isinstance(source, ScheduleConfig):
+            if source.kind not in BETAS:
+                raise ValueError(
+                    f"schedule {source.kind!r} has no betas; make it with "
+                    "fastdiff.diffusion.flow.noise_schedule"
+                )
             betas = BETAS[source.kind](source)
             if source.zero_terminal_snr:
                 betas = zero_terminal_snr(betas)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.flow import noise_schedule
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.generate.conditions import Conditions
@@ -85,7 +86,7 @@ class Session:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule that the denoiser was trained with."""
         assert self.model.schedule is not None
-        return NoiseSchedule(self.model.schedule)
+        return noise_schedule(self.model.schedule)
 
     def table(
         self,
