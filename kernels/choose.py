@@ -21,7 +21,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -61,10 +61,11 @@ if _environment is not os.environ:
     _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 _tracing_state = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
 _transformation = torch._C._functorch.peek_interpreter_stack
 
 _forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=None)
-_served: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
+SERVED: ContextVar[dict[str, set[str]] | None] = ContextVar("fastdiff_served", default=None)
 _warned: set[tuple[str, str]] = set()
 
 
@@ -113,14 +114,19 @@ class Backend:
     slower: Callable[..., str | None] | None = None
     """The reason why a later backend measured faster, or None. It still runs if forced; `auto`
     moves on to the next backend without a warning."""
+    planned: bool = False
+    """Whether `forward` starts its kernels in a way that plans.py can record and repeat."""
+    settings: Callable[[], Hashable] | None = None
+    """Whatever else `forward` depends on, besides its arguments and the launch configs. A plan made
+    under other settings is not used."""
 
     def __post_init__(self) -> None:
         if self.name not in ORDER:
             raise ValueError(f"backend must be one of {ORDER}, got {self.name!r}")
 
     def wrapped(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Backend:
-        """A copy whose forward pass is ``wrap(forward)``."""
-        return replace(self, forward=wrap(self.forward))
+        """A copy whose forward pass is ``wrap(forward)``, called each time."""
+        return replace(self, forward=wrap(self.forward), planned=False)
 
     def made_for(self, device: str, dtype: torch.dtype) -> bool:
         """Whether `auto` considers it for such a first tensor, and warns if it has to skip it."""
@@ -163,6 +169,9 @@ class Choosable(Protocol):
     """In the order of `ORDER`."""
     candidates: dict[Any, tuple[Backend, ...]]
     """(device, dtype, first) -> the backends `auto` tries; cleared when `backends` changes."""
+    plans: dict[Any, Any]
+    """What is remembered of earlier calls, see plans.py; replaced when anything they depend on
+    changes, so that a plan in the making is lost with the old ones."""
 
     def first(self, args: tuple[Any, ...]) -> str | None:
         """The backend `auto` tries first for these arguments; None: the order is `ORDER`."""
@@ -173,9 +182,16 @@ OPS: dict[str, Any] = {}
 
 
 def forget_candidates() -> None:
-    """Clear the cached candidates of all ops; call this after changing `UNAVAILABLE`."""
+    """Clear the cached candidates and plans of all ops; call this after changing `UNAVAILABLE`."""
     for op in OPS.values():
         op.candidates.clear()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Clear the plans of all ops; call this after changing what a launch depends on."""
+    for op in OPS.values():
+        op.plans = {}
 
 
 def objection(op: Choosable, name: str, args: tuple[Any, ...]) -> str | None:
@@ -248,9 +264,12 @@ def _candidates(
     return tuple(known[name] for name in names if known[name].made_for(device, dtype))
 
 
-def choose(op: Choosable, args: tuple[Any, ...]) -> Backend:
-    """The backend that runs these arguments. Raises BackendError."""
-    name = selected_backend()
+def choose(op: Choosable, args: tuple[Any, ...], selected: str | None = None) -> Backend:
+    """The backend that runs these arguments. Raises BackendError.
+
+    selected: the requested backend, if the caller has looked it up.
+    """
+    name = selected_backend() if selected is None else selected
     if transformed():
         if name in ("auto", "reference"):
             return op.backends["reference"]
@@ -313,6 +332,11 @@ def untraced(arguments: Iterable[Any]) -> bool:
     return not (is_compiling() or transformed()) and unseen(arguments)
 
 
+def ordinary() -> bool:
+    """Whether no dispatch mode, tracing or transformation is active."""
+    return not (transformed() or is_in_torch_dispatch_mode() or _tracing_state() is not None)
+
+
 def unseen(arguments: Iterable[Any]) -> bool:
     """`untraced`, given that nothing is being compiled or transformed."""
     if is_in_torch_dispatch_mode() or _tracing_state() is not None:
@@ -325,16 +349,14 @@ def unseen(arguments: Iterable[Any]) -> bool:
             if x.is_neg() or (device is not None and where != device):
                 return False
             device = where
-        elif kind not in _NO_TENSORS and isinstance(x, Tensor):  # a subclass may override anything
+        elif kind not in NO_TENSORS and isinstance(x, Tensor):  # a subclass may override anything
             return False
     return True
 
 
 def wants_gradient(arguments: Iterable[Any]) -> bool:
     """Whether autograd has to record a call."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in arguments
-    )
+    return _grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -342,7 +364,8 @@ def plain(*tensors: Tensor | None) -> bool:
     return untraced(tensors) and not wants_gradient(tensors)
 
 
-_NO_TENSORS = frozenset({type(None), bool, int, float, str})
+NO_TENSORS = frozenset({type(None), bool, int, float, str})
+"""Types of arguments that are neither tensors nor hold any."""
 
 
 def _warn_once(op: str, backend_name: str, reason: str) -> None:
@@ -453,16 +476,16 @@ def record_backends() -> Iterator[dict[str, set[str]]]:
     the graph, where the op is no longer visible.
     """
     served: dict[str, set[str]] = {}
-    token = _served.set(served)
+    token = SERVED.set(served)
     try:
         yield served
     finally:
-        _served.reset(token)
+        SERVED.reset(token)
 
 
 def record(op: str, backend_name: str) -> None:
     """Tell `record_backends` that a backend runs an op."""
-    served = _served.get()
+    served = SERVED.get()
     if served is not None:
         served.setdefault(op, set()).add(backend_name)
 

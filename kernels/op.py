@@ -34,15 +34,19 @@ from torch.compiler import is_compiling
 from .choose import (
     OPS,
     ORDER,
+    SERVED,
     Backend,
     choose,
     elsewhere,
     record,
+    selected_backend,
     traces_reference,
     unseen,
     untraced,
     wants_gradient,
 )
+from .plans import LIMIT, Plan, signature
+from .plans import record as record_plan
 from .tuning import measured
 
 NAMESPACE = "fastdiff"
@@ -65,6 +69,10 @@ class Work:
     """Bytes read from and written to memory, each element once."""
     flops: int = 0
     """FLOPs of matrix products, 2 per multiply-add; other ops are memory bound and leave it 0."""
+
+
+def _same(*args: Any) -> tuple[Any, ...]:
+    return args
 
 
 @dataclass(eq=False, kw_only=True)
@@ -96,8 +104,11 @@ class Op:
     differentiable: bool = True
     traceable: bool = True
     """Whether Dynamo can trace the reference; if not, graphs always contain the op."""
-    arguments: Callable[..., tuple[Any, ...]] = lambda *args: args
+    arguments: Callable[..., tuple[Any, ...]] = _same
     """The public function's arguments, in its order -> the op's."""
+    check: Callable[..., None] = lambda *args: None
+    """Raises ValueError for arguments that the public function refuses. Not called again for
+    arguments of the same shapes, strides, dtypes and values if the call is planned (plans.py)."""
 
     # What the backward pass needs
     keep: Callable[..., tuple[Any, ...]] = lambda args, outputs: args
@@ -138,6 +149,10 @@ class Op:
     known_backward: Any = field(default=None, init=False)
     backends: dict[str, Backend] = field(init=False)
     candidates: dict[Any, tuple[Backend, ...]] = field(default_factory=dict, init=False)
+    plans: dict[Any, Plan | bool] = field(default_factory=dict, init=False)
+    """Signature -> its plan, or whether the next such call is to be recorded."""
+    writable: list[int] = field(init=False)
+    """Positions of the tensors that the op changes."""
 
     def __post_init__(self) -> None:
         assert self.name not in OPS, f"op {self.name} is defined twice"
@@ -147,6 +162,8 @@ class Op:
         self.outputs = returns.count("Tensor")
         names = list(self.types)
         self.tensors = [i for i, name in enumerate(names) if "Tensor" in self.types[name]]
+        self._maps = self.arguments is not _same
+        self.writable = [i for i in self.tensors if "!" in self.types[names[i]]]
         given_on = self.passed_on.keys() | self.straight.keys()
         self.own = [i for i in self.tensors if names[i] not in given_on]
         self.takers = [
@@ -162,18 +179,34 @@ class Op:
         """Replace the op's backends; they must be in the order of `ORDER`."""
         self.backends = backends
         self.candidates.clear()
+        self.plans = {}
 
     def exposes(self, function: F) -> F:
         """Decorator for the public function, which checks its arguments and calls the op."""
         self.public = function
         return function
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *given: Any) -> Any:  # noqa: PLR0911 - one for each way to run it
+        """Run the op. given: the public function's arguments, in its order, not yet checked."""
         if is_compiling():
-            if self.traceable and traces_reference(self, args):
-                return self.backends["reference"].forward(*args, False)[0]
-            return self._through_pytorch(args)
-        backend = choose(self, args)
+            self.check(*given)
+            return self._while_compiling(self.arguments(*given))
+        selected, plans, found = selected_backend(), self.plans, None
+        if not given[0].is_cpu or selected in ("triton", "cuda"):
+            found = signature(selected, given, self.differentiable)
+            if found is not None:
+                key, pointers = found
+                plan = plans.get(key)
+                if isinstance(plan, Plan) and plan.valid:
+                    if SERVED.get() is not None:
+                        record(self.name, plan.backend)
+                    return plan.run(given, pointers)
+        self.check(*given)
+        args = self.arguments(*given) if self._maps else given
+        backend = choose(self, args, selected)
+        if found is not None and backend.planned:
+            record(self.name, backend.name)
+            return self._run_and_remember(backend, given, plans, found[0])
         if backend.name != "reference" or _shapes_only.get():
             if not unseen(args):
                 return self._through_pytorch(args)
@@ -183,8 +216,36 @@ class Op:
         elif self.reference_once and wants_gradient(args) and untraced(args):
             record(self.name, backend.name)
             return _ByReference.apply(self, backend, *args)
-        record(self.name, backend.name)
+        if SERVED.get() is not None:
+            record(self.name, backend.name)
         return backend.forward(*args, False)[0]
+
+    def _while_compiling(self, args: tuple[Any, ...]) -> Any:
+        if self.traceable and traces_reference(self, args):
+            return self.backends["reference"].forward(*args, False)[0]
+        return self._through_pytorch(args)
+
+    def _run_and_remember(
+        self,
+        backend: Backend,
+        given: tuple[Any, ...],
+        plans: dict[Any, Plan | bool],
+        key: Any,
+    ) -> Any:
+        """Record the second call of a signature: many occur once, and recording takes a while."""
+
+        def call(*given: Any) -> Any:
+            return backend.forward(*self.arguments(*given), False)[0]
+
+        seen = plans.get(key)
+        if seen is None or seen is False:
+            if len(plans) >= LIMIT:
+                plans.clear()
+            plans.setdefault(key, True)
+            return call(*given)
+        outputs, plan = record_plan(backend, call, given, self.writable)
+        plans[key] = False if plan is None else plan
+        return outputs
 
     def first(self, args: tuple[Any, ...]) -> str | None:
         """The backend that measured fastest for these arguments on their GPU, or None."""

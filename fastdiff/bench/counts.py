@@ -4,13 +4,16 @@
     python -m fastdiff.bench.counts launches --docs
     python -m fastdiff.bench.counts host
     python -m fastdiff.bench.counts host --op geglu attention --backend cpu --json
+    python -m fastdiff.bench.counts host --network "SD 1.5 U-Net"
     python -m fastdiff.bench.counts host --against ../older-checkout --at-most 1.05
 
 `launches` counts kernel launches, bytes and FLOPs per evaluation of Stable Diffusion 1.5, SDXL, the
 KL-f8 decoder and ADM, in our networks, in diffusers' and in accelerated diffusers; launches.py
 states the rules.
 
-`host` measures the cost of every op call with launches stubbed. Costs are in units of one
+`host` measures the cost of every op call with launches stubbed, with --network the sum over the
+calls of one evaluation. Next to it is the number of functions called, in Python and C, which does
+not vary from run to run. Costs are in units of one
 ``torch.add`` of two one-element tensors, on the same machine at the same moment (see host.py), so
 that they can be compared across machines. With --against, the package of another checkout
 alternates with this one on the same calls, and the last column is the median of the paired ratios,
@@ -37,7 +40,7 @@ from fastdiff.bench.record import ROOT
 
 DOCS = ROOT / "docs" / "counts.md"
 WORKER = Path(__file__).with_name("host.py")
-VARIABLES = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+VARIABLES = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
 TURN = 4
 """Rounds that one checkout measures before the other takes over."""
 
@@ -51,6 +54,8 @@ class HostCost:
     mode: str
     launches: int = 0
     """Kernels that a call would start, including the backward pass in mode "gradient"."""
+    functions: int = 0
+    """Functions that a call calls, in Python and in C; the same in every run."""
     cost: float | None = None
     missing: str = ""
     """Why there is no cost, or none for the other checkout."""
@@ -67,10 +72,11 @@ class HostCost:
             return "" if value is None else f"{value:.{digits}f}"
 
         costs = number(self.cost, 1), number(self.other_cost, 1), number(self.ratio, 3)
-        return (self.op, self.backend, self.mode, str(self.launches), *costs)
+        counted = str(self.launches), str(self.functions)
+        return (self.op, self.backend, self.mode, *counted, *costs)
 
 
-HEAD = ("op", "backend", "mode", "launches", "adds", "adds, other", "ratio")
+HEAD = ("op", "backend", "mode", "launches", "functions", "adds", "adds, other", "ratio")
 
 
 def host_costs(
@@ -119,6 +125,51 @@ def host_costs(
             yield _host_cost(teams, case, max(1, round(rounds / TURN / processes)))
 
 
+def evaluation_costs(
+    job: str,
+    *,
+    backends: Sequence[str] = ("triton", "cuda"),
+    rounds: int = 40,
+    against: Path | None = None,
+) -> Iterator[HostCost]:
+    """Measure the op calls of one evaluation of a network, without gradients, and add them up.
+
+    job: one of `shapes.GPU_JOBS`.
+
+    Raises:
+        RuntimeError: an op cannot be measured on a backend, or a process died.
+    """
+    folders = [ROOT, *([against] if against else [])]
+    with contextlib.ExitStack() as stack:
+        team = tuple(
+            stack.enter_context(checkout_process(folder, WORKER, **VARIABLES)) for folder in folders
+        )
+        times, *_ = [process.ask("collect", job) for process in team]
+        for backend in backends:
+            total = HostCost(op=f"{job}, {sum(times)} calls", backend=backend, mode="inference")
+            sums, launches, functions = [0.0] * len(team), 0, 0
+            for number, count in enumerate(times):
+                case = str(number), backend, "inference"
+                found = _host_cost([team], case, max(1, round(rounds / TURN)))
+                if found.cost is None or (against and found.other_cost is None):
+                    raise RuntimeError(f"call {number} of {job} on {backend}: {found.missing}")
+                for process in team:
+                    process.ask("close", *case)
+                launches += count * found.launches
+                functions += count * found.functions
+                for i, cost in enumerate((found.cost, found.other_cost)[: len(team)]):
+                    sums[i] += count * (cost or 0.0)
+            other = sums[1] if against else None
+            yield replace(
+                total,
+                launches=launches,
+                functions=functions,
+                cost=sums[0],
+                other_cost=other,
+                ratio=sums[0] / other if other else None,
+            )
+
+
 def _host_cost(
     teams: Sequence[tuple[CheckoutProcess, ...]], case: tuple[str, str, str], turns: int
 ) -> HostCost:
@@ -132,7 +183,12 @@ def _host_cost(
         cost = replace(cost, missing=f"other checkout: {there[0]['missing']}")
         teams = [team[:1] for team in teams]
     measured = [_turn(team, case, turn) for turn in range(turns) for team in teams]
-    cost = replace(cost, launches=mine["launches"], cost=median(pair[0] for pair in measured))
+    cost = replace(
+        cost,
+        launches=mine["launches"],
+        functions=mine["functions"],
+        cost=median(pair[0] for pair in measured),
+    )
     if len(teams[0]) == 1:
         return cost
     return replace(
@@ -171,16 +227,27 @@ def aligned(rows: Sequence[tuple[str, ...]], *, words: int) -> str:
 
 def host(options: argparse.Namespace) -> int:
     """Run the command ``host`` and return its exit code."""
-    found = list(
-        host_costs(
-            ops=options.op,
-            backends=options.backend,
-            modes=options.mode,
-            rounds=options.rounds,
-            processes=options.processes,
-            against=options.against,
+    if options.network:
+        backends = [name for name in options.backend if name != "cpu"]
+        found = list(
+            evaluation_costs(
+                options.network,
+                backends=backends,
+                rounds=min(options.rounds, 40),
+                against=options.against,
+            )
         )
-    )
+    else:
+        found = list(
+            host_costs(
+                ops=options.op,
+                backends=options.backend,
+                modes=options.mode,
+                rounds=options.rounds,
+                processes=options.processes,
+                against=options.against,
+            )
+        )
     if options.json:
         print(json.dumps([asdict(cost) for cost in found], indent=1))
     else:
@@ -234,6 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "host", help="host cost of every op call, in units of one tiny torch.add"
     )
     words.add_argument("--op", nargs="+", default=(), help="only these ops")
+    words.add_argument(
+        "--network",
+        metavar="JOB",
+        help='all op calls of one evaluation, such as "SD 1.5 U-Net", on the GPU backends',
+    )
     words.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     words.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     words.add_argument(

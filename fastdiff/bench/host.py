@@ -3,8 +3,9 @@
 Every launch is replaced as late as possible, so that everything the package does before it counts:
 
     cpu      the functions of the compiled module run once, and return immediately afterwards
-    triton   ``kernel[grid]`` returns a function that does nothing (under Triton's interpreter,
-             which accepts CPU tensors); Triton's own launch code does not count
+    triton   Triton gets a driver of our own, which launches nothing, and a compiler that makes
+             kernels without code: its launch code, from ``kernel[grid]`` to the call of the
+             driver, counts as part of the op
     cuda     the C functions called through ctypes become Python functions that do nothing
 
 The unit is one ``torch.add`` of two one-element tensors. Each round times a few calls of the op
@@ -19,15 +20,17 @@ than all versions have: ``fastdiff.kernels``, the ops' public functions and the 
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from importlib import import_module
 from statistics import median
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +44,9 @@ ADDS = 50
 """Adds timed before the op, and again after it."""
 BATCH_S = 300e-6
 """Approximate duration of the op's calls in one round."""
+
+REPEATS = 2
+"""Calls before any is counted: those that are repeated may be planned."""
 
 Call = Callable[[], Any]
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -82,18 +88,84 @@ def stubbed(backend: str, stub: Stub) -> Iterator[None]:
             yield
         return
     if backend == "triton":
-        interpreter = import_module("triton.runtime.interpreter").InterpretedFunction
-        before = interpreter.__getitem__
-        interpreter.__getitem__ = lambda kernel, grid: stub
-        try:
-            with kernels.backend("triton"):
-                yield
-        finally:
-            interpreter.__getitem__ = before
+        with _triton_stubbed(stub), kernels.backend("triton"):
+            yield
         return
     cuda = _first_module("fastdiff.kernels.cuda", "fastdiff.kernels._cuda")
     with cuda.using_library(Library(stub)), kernels.backend("cuda"):
         yield
+
+
+@contextmanager
+def _triton_stubbed(stub: Stub) -> Iterator[None]:
+    """Give Triton a driver that calls `stub`, and let its kernels run on CPU tensors."""
+    emulated = getattr(import_module("fastdiff.kernels.choose"), "EMULATED", None)
+    if emulated is None:
+        raise CannotRun("this version runs Triton kernels on CPU tensors only in the interpreter")
+    jit = import_module("triton.runtime.jit")
+    driver, before = _fake_driver(), jit.JITFunction._do_compile
+    driver.stub = stub
+    import_module("triton.runtime").driver.set_active(driver)
+    jit.JITFunction._do_compile = _compiled
+    emulated["triton"] = ("cpu",)
+    try:
+        yield
+    finally:
+        jit.JITFunction._do_compile = before
+        del emulated["triton"]
+
+
+class FakeDriver:
+    """Triton's driver for an H200 that is not there. It has Triton's own launcher, up to the
+    function in C that would start the kernel."""
+
+    stub: Callable[..., None]
+
+    def __init__(self) -> None:
+        nvidia: Any = import_module("triton.backends.nvidia.driver")
+        nvidia.PyKernelArg = lambda nested_tuple, type: (nested_tuple, type)
+        nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = range(3)
+        self.launcher_cls, self.utils = nvidia.CudaLauncher, self
+
+    def launch(self, *args: Any) -> None:
+        self.stub(*args)
+
+    def build_signature_metadata(self, signature: Any) -> Any:
+        return tuple(signature)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+
+@cache
+def _fake_driver() -> FakeDriver:
+    return FakeDriver()  # one, because Triton keeps kernels and the driver that they were made for
+
+
+def _compiled(
+    function: Any, key: Any, signature: Any, device: int, constants: Any, options: Any,
+    attributes: Any, warmup: bool,
+) -> Any:  # fmt: skip
+    """In place of `JITFunction._do_compile`: a kernel without code."""
+    compiled = import_module("triton.compiler.compiler").CompiledKernel
+    kernel = object.__new__(compiled)
+    kernel.src = function.ASTSource(function, signature, constants, attributes)
+    kernel.metadata = SimpleNamespace(
+        num_warps=options.num_warps, num_ctas=1, shared=0, launch_cooperative_grid=False,
+        launch_pdl=False, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
+        profile_scratch_align=1,
+    )  # fmt: skip
+    kernel.name, kernel.packed_metadata = function.__name__, (options.num_warps, 1, 0)
+    kernel.module = kernel.function = 1
+    kernel._run = _fake_driver().launcher_cls(kernel.src, kernel.metadata)
+    function.device_caches[device][0][key] = kernel
+    return kernel
 
 
 @contextmanager
@@ -184,6 +256,68 @@ def prepared(op: str, example: Example, mode: str) -> Call:
     return lambda: torch.autograd.grad(outputs(), leaves, gradients, allow_unused=True)
 
 
+class OpCall(NamedTuple):
+    """A call of an op without its data."""
+
+    op: str
+    arguments: tuple[tuple[str, Any], ...]
+    """Names and values; of tensors (shape, strides, dtype)."""
+
+    def example(self) -> Example:
+        """Arguments for the public function, on the CPU."""
+        from fastdiff import kernels
+
+        parameters = inspect.signature(getattr(kernels, self.op)).parameters
+        positional, named = list[Any](), dict[str, Any]()
+        for name, value in self.arguments:
+            if isinstance(value, tuple):
+                shape, strides, dtype = value
+                made = torch.empty_strided(shape, strides, dtype=dtype)
+            else:
+                made = value
+            if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
+                named[name] = made
+            else:
+                positional.append(made)
+        return tuple(positional), named
+
+
+def evaluation(job_name: str) -> dict[OpCall, int]:
+    """The op calls of one evaluation of a network of `shapes.GPU_JOBS` in bf16, and how often each
+    occurs. The embedding and the context are computed outside, as by the engine."""
+    from fastdiff import kernels
+    from fastdiff.bench import shapes
+
+    job, found = shapes.GPU_JOBS[job_name], dict[OpCall, int]()
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            given = zip(kernels.OPS[name].types, args, strict=False)  # without `keep`, the last
+            described = (
+                (key, (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a)
+                for key, a in given
+            )
+            call = OpCall(name, tuple(described))
+            found[call] = found.get(call, 0) + 1
+            return function(*args)
+
+        return run
+
+    built, inputs = job.build("meta", torch.bfloat16)
+    module: Any = built
+    with torch.device("meta"), torch.no_grad():
+        if hasattr(module, "project_context"):
+            emb = module.embed(inputs["t"], inputs.get("y"), inputs.get("added"))
+            context = inputs.get("context")
+            kvs = None if context is None else module.project_context(context)
+            with shapes.wrapped(noted):
+                module.body(inputs["x"], emb, kvs)
+        else:
+            with shapes.wrapped(noted):
+                module(**inputs)
+    return found
+
+
 def in_half_precision(example: Example) -> Example:
     """Copy an example with fp16 instead of fp32."""
 
@@ -208,6 +342,8 @@ class Case:
                 self.call()
             except BackendError:  # some kernels support only half precision
                 self.call = prepared(op, in_half_precision(example), mode)
+            for _ in range(REPEATS):
+                self.call()
             self.stub.launches = 0
             self.call()
             self.launches = self.stub.launches
@@ -224,6 +360,25 @@ class Case:
         with stubbed(self.backend, self.stub), no_gradient:
             yield
 
+    def functions(self) -> int:
+        """How many functions a call calls, in Python and in C: unlike times, the same in each run.
+
+        Stubbed launches count as one each.
+        """
+        found = [0]
+
+        def counting(frame: Any, event: str, argument: Any) -> None:
+            found[0] += event in ("call", "c_call")
+
+        with self._inside():
+            call = self.call
+            for _ in range(REPEATS):
+                call()
+            sys.setprofile(counting)
+            call()
+            sys.setprofile(None)
+        return found[0] - 2 - 2 * self.launches  # `call` and setprofile; what stubs do
+
     def rounds(self, count: int) -> list[float]:
         """The cost of a call in adds, one number per round."""
         found, one = [], torch.ones(1)
@@ -236,6 +391,8 @@ class Case:
 
         with self._inside():
             call, calls = self.call, self.calls
+            for _ in range(REPEATS):
+                call()
             for _ in range(count):
                 before = adds()
                 start = time.thread_time()
@@ -253,7 +410,7 @@ class Worker:
     """Answers requests, one line of JSON each."""
 
     def __init__(self) -> None:
-        self.own = examples()
+        self.own: dict[str, Example | OpCall] = dict(examples())
         self.given: dict[str, Example] = {}
         """Examples from another worker, preferred over `own`."""
         self.cases: dict[tuple[str, str, str], Case] = {}
@@ -267,10 +424,11 @@ class Worker:
         def known(a: Any) -> Any:  # another version may lack an enum, so save it as an int
             return int(a) if isinstance(a, int) and not isinstance(a, bool) else a
 
+        examples = {op: own for op, own in self.own.items() if not isinstance(own, OpCall)}
         torch.save(
             {
                 op: (tuple(map(known, args)), {name: known(a) for name, a in kwargs.items()})
-                for op, (args, kwargs) in self.own.items()
+                for op, (args, kwargs) in examples.items()
             },
             path,
         )
@@ -288,18 +446,35 @@ class Worker:
             return {"missing": f"this version has no {op}"}
         own, given = self.own[op], self.given.get(op)
         try:
+            if isinstance(own, OpCall):
+                case = Case(own.op, backend, mode, own.example())
+                return self._kept((op, backend, mode), case)
             if given is not None:
                 with suppress(TypeError, ValueError):
-                    return self._opened(op, backend, mode, given)
-            return {**self._opened(op, backend, mode, own), "own": given is not None}
+                    case = Case(op, backend, mode, given)
+                    return self._kept((op, backend, mode), case)
+            case = Case(op, backend, mode, own)
+            return {**self._kept((op, backend, mode), case), "own": given is not None}
         except CannotRun as error:
             return {"missing": str(error)}
         except Exception as error:  # noqa: BLE001 - returned to the caller, which prints it
             return {"missing": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
-    def _opened(self, op: str, backend: str, mode: str, example: Example) -> dict[str, Any]:
-        case = self.cases[op, backend, mode] = Case(op, backend, mode, example)
-        return {"launches": case.launches, "own": False}
+    def _kept(self, key: tuple[str, str, str], case: Case) -> dict[str, Any]:
+        self.cases[key] = case
+        return {"launches": case.launches, "functions": case.functions(), "own": False}
+
+    def close(self, op: str, backend: str, mode: str) -> None:
+        """Free the tensors of a case."""
+        del self.cases[op, backend, mode]
+
+    def collect(self, job: str) -> list[int]:
+        """Take the op calls of one evaluation of a network as examples "0", "1", ... for `open`.
+        Returns how often each occurs."""
+        counts = evaluation(job)
+        self.given = {}
+        self.own = {str(i): example for i, example in enumerate(counts)}
+        return list(counts.values())
 
     def measure(self, op: str, backend: str, mode: str, count: int) -> float:
         """The median of some rounds."""

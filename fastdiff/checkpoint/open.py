@@ -17,6 +17,7 @@ import torch
 
 from fastdiff.checkpoint.build import Plan
 from fastdiff.checkpoint.formats import open_weights
+from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
@@ -179,6 +180,7 @@ def load(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     vae: PathLike | None = None,
+    classifier: PathLike | None = None,
     tokenizer: PathLike | Sequence[PathLike] | None = None,
     schedule: ScheduleConfig | str | None = None,
     options: LoadOptions | None = None,
@@ -203,6 +205,9 @@ def load(
         progress: called as progress(tensor, bytes) after each tensor.
         vae: a file or folder with the autoencoder to use, if the model has none or in place of its
             own.
+        classifier: a file or folder with a noisy classifier, which then guides what the model
+            generates (`classifier_scale`); it must have been trained for this denoiser's samples,
+            schedule and classes.
         tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
         schedule: the training's noise schedule, or the kind of its betas, if the files do not state
             it.
@@ -222,6 +227,8 @@ def load(
         said["tokenizer"] = tuple(Path(folder) for folder in tokenizer)
     if vae is not None:
         said["vae"] = Path(vae)
+    if classifier is not None:
+        said["classifier"] = Path(classifier)
     if isinstance(schedule, str):
         said["schedule"] = schedule
     elif not isinstance(schedule, ScheduleConfig | None):
@@ -246,6 +253,8 @@ def _open_whole(path: Path, loading: Loading) -> Model:
     model = _open(path, loading)
     if loading.options.vae is not None:
         model = _with_autoencoder(model, loading.options.vae, loading)
+    if (place := loading.options.classifier) is not None:
+        model = with_classifier(model, open_classifier(place, model, loading.device))
     loading.check_decided(model.path)
     _check_together(model)
     return model
@@ -385,6 +394,16 @@ def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
         provenance={**model.provenance, "vae": str(path), "assumed": assumed},
         stored_hash="",
     )
+
+
+def open_classifier(path: PathLike, model: Model, device: torch.device | str) -> Model:
+    """Open the noisy classifier that is to guide a model, in fp32 unless the model is in fp64.
+
+    Gradients of half precision would underflow.
+    """
+    assert model.denoiser is not None
+    dtype = torch.promote_types(next(model.denoiser.parameters()).dtype, torch.float32)
+    return _open(Path(path), Loading(dtype=dtype, device=device))
 
 
 def _check_together(model: Model) -> None:

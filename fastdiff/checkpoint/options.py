@@ -25,6 +25,8 @@ class LoadOptions:
 
     vae: Path | None = None
     """File or folder with the autoencoder to use, if the model has none or in place of its own."""
+    classifier: Path | None = None
+    """File or folder with a noisy classifier to guide the model by."""
     tokenizer: tuple[Path, ...] = ()
     """Folder of the CLIP tokenizer, one per text encoder, for files without one."""
     variant: str | None = None
@@ -114,8 +116,9 @@ class LoadOptions:
     def recorded(self) -> dict[str, Any]:
         """`given` as JSON-compatible values, for a recipe."""
         given = self.given
-        if "vae" in given:
-            given["vae"] = str(self.vae)
+        for name in ("vae", "classifier"):
+            if name in given:
+                given[name] = str(given[name])
         if "tokenizer" in given:
             given["tokenizer"] = [str(folder) for folder in self.tokenizer]
         return given
@@ -129,15 +132,15 @@ class LoadOptions:
         """
         if unknown := sorted(recorded.keys() - {entry.name for entry in fields(cls)}):
             raise ValueError(f"unknown loading option {unknown[0]!r:.40}")
-        folders, vae = recorded.get("tokenizer", ()), recorded.get("vae")
+        folders = recorded.get("tokenizer", ())
         if not isinstance(folders, list | tuple) or not all(isinstance(f, str) for f in folders):
             raise ValueError(f"tokenizer must be a list of folders, got {folders!r:.40}")
-        if not isinstance(vae, str | None):
-            raise ValueError(f"vae must be a file or folder, got {vae!r:.40}")
-        paths = {
-            "tokenizer": tuple(Path(folder) for folder in folders),
-            "vae": None if vae is None else Path(vae),
-        }
+        paths: dict[str, Any] = {"tokenizer": tuple(Path(folder) for folder in folders)}
+        for name in ("vae", "classifier"):
+            place = recorded.get(name)
+            if not isinstance(place, str | None):
+                raise ValueError(f"{name} must be a file or folder, got {place!r:.40}")
+            paths[name] = None if place is None else Path(place)
         return cls(**{**recorded, **paths})
 
     @property

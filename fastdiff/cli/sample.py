@@ -91,7 +91,7 @@ def class_labels(words: Sequence[str], facts: Facts) -> list[int | None]:
         ValueError: the model has no such class.
     """
     if not words:
-        return [None] if facts.num_classes is None else [*range(facts.num_classes)]
+        return [None] if facts.label_classes is None else [*range(facts.label_classes)]
     labels = [
         None if word == NO_CLASS and NO_CLASS not in facts.class_names else facts.label(word)
         for word in words

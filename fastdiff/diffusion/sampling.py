@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.gradients import Guidance
+from fastdiff.diffusion.gradients import guided as guided_by
 from fastdiff.diffusion.samplers import COLUMN, SamplerTable
 from fastdiff.diffusion.stack import Stack
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal, sampler_step
@@ -281,6 +283,7 @@ def sample(
     noise_or_shape: Tensor | Sequence[int],
     seeds: Tensor | Sequence[int],
     *,
+    guidance: Sequence[Guidance] = (),
     on_step: OnStep | None = None,
     check: Literal["end", "step", "never"] = "end",
 ) -> Tensor:
@@ -292,6 +295,9 @@ def sample(
         noise_or_shape: the initial x, (N, *shape), fp32 (fp64 on the reference backend), which is
             not modified; or the shape of one sample, for noise drawn from the seeds (Philox, stream
             0).
+        guidance: guidance by gradients (`fastdiff.diffusion.gradients`), from the innermost to the
+            outermost. `predict` stays as it is: rows that are also guided without a classifier take
+            both of its outputs.
         seeds: (N,), int64, one per sample; the noise of a sample depends only on its own seed.
         on_step: called after each row with a Step of all samples, which counts the table's rows.
         check: when to check for NaN or infinity in the network's output: once after the loop, after
@@ -304,9 +310,12 @@ def sample(
     Raises:
         ValueError: a seed is not a 64-bit integer, the numbers of seeds and samples differ, or the
             network's output has the wrong shape or is not finite. The message names the first such
-            row.
+            row. Guidance has no gradient, or the table a level without signal.
     """
     x, seeds = _start(table, noise_or_shape, seeds)
+    if guidance:
+        predict = cast(Predict, guided_by(predict, table, guidance))
+        table = table.unguided
     count, guided = len(x), table.guided
     slots = Slots(count, x.shape[1:], device=x.device, dtype=x.dtype)
     slots.put(slice(None), table, x, seeds)

@@ -68,6 +68,8 @@ class Facts:
     """Whether fastdiff did not train the checkpoint, so that its paper defines the defaults."""
     learned_sigma: bool
     """Whether the network also predicts a variance."""
+    classified: int | None
+    """Number of classes of the classifier that guides the denoiser; None without one."""
     names_sampler: bool
     """Whether the checkpoint names a sampler, even one that fastdiff does not support."""
 
@@ -132,6 +134,7 @@ class Facts:
             pixels=first is None,
             published=model.layout != "bundle",
             learned_sigma=config.learned_sigma,
+            classified=None if model.classifier is None else model.classifier.config.num_classes,
             names_sampler=named,
         )
 
@@ -139,6 +142,12 @@ class Facts:
     def name(self) -> str:
         """The model's name in messages."""
         return self.model.name
+
+    @property
+    def label_classes(self) -> int | None:
+        """Number of classes that a job may ask for: those of the denoiser, or, if it has none, of
+        its classifier; None if there are no classes."""
+        return self.classified if self.num_classes is None else self.num_classes
 
     def x_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of x for an image of this size."""
@@ -189,13 +198,13 @@ class Facts:
         Raises:
             ValueError: the model has no such class.
         """
-        count, names = self.num_classes, self.class_names
+        count, names = self.label_classes, self.class_names
         if isinstance(wanted, str) and wanted in names:
             return names.index(wanted)
         if isinstance(wanted, str) and wanted.isdecimal() and count and int(wanted) < count:
             return int(wanted)
         if wanted is None:
-            if count is not None and not self.null_class:
+            if count is not None and self.num_classes is not None and not self.null_class:
                 raise ValueError(
                     f"this model has no null class, got None; pass a class from 0 to {count - 1}"
                 )
@@ -238,9 +247,49 @@ def check(job: Job, facts: Facts) -> Job:
         change["label"] = facts.label(job.label)
         if isinstance(job, InterpolationJob) and job.to_label is not None:
             change["to_label"] = facts.label(job.to_label)
+    change |= _classified(job, change, facts)
     if isinstance(job, ClassJob | TextJob | InterpolationJob):
         change["height"], change["width"] = facts.size(job.height, job.width)
     return replace(job, **change)
+
+
+def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """Changes of a job that a classifier guides: the class that it pulls towards, as a number.
+
+    A denoiser without classes leaves the job's class to the classifier.
+
+    change: the changes so far, with the label as a number.
+
+    Raises:
+        ValueError: there is no classifier, or no class.
+    """
+    settings: SampleSettings = change["settings"]
+    if facts.classified is None:
+        if settings.classifier_scale or settings.classifier_class is not None:
+            raise ValueError(
+                f"{facts.name} was loaded without a classifier, so classifier_scale and "
+                "classifier_class have no effect; give classifier= (--classifier PATH)"
+            )
+        return {}
+    label, wanted = change.get("label"), settings.classifier_class
+    if wanted is not None:
+        wanted = facts.label(wanted)
+    elif not isinstance(job, InterpolationJob) or facts.num_classes is None:
+        wanted = label
+    leaves = facts.num_classes is None and not facts.reads_text
+    if leaves and wanted != label and label is not None:
+        raise ValueError(
+            f"{facts.name} has no classes, so class {label} could only be the classifier's, which "
+            f"is {wanted}; leave one of them out"
+        )
+    guides = settings.classifier_scale and (wanted is not None or label is not None)
+    if settings.classifier_scale and not guides:
+        raise ValueError(
+            "guidance by a classifier needs a class to pull towards, got none; give classes= "
+            "(--classes) or classifier_class, or set classifier_scale=0"
+        )
+    changed = {"settings": replace(settings, classifier_class=wanted)}
+    return {**changed, "label": None} if leaves and "label" in change else changed
 
 
 def _check_condition(job: Job, facts: Facts) -> None:
@@ -291,6 +340,7 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
         "guidance_scale": guidance,
         "clamp": clamp,
         "tile": TEXT_TILE if text else TILE,
+        "classifier_scale": None if facts.classified is None else 1.0,
     }
     return replace(
         settings,

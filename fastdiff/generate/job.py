@@ -12,11 +12,12 @@ import functools
 import hashlib
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
+from fastdiff.configs import LATER
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.respacing import check_spacing, check_steps
 from fastdiff.models.prompts import read_prompt
@@ -101,6 +102,11 @@ class SampleSettings:
     batch: int | None = None
     """Number of images made at once: limits memory, does not change the images; None: chosen by
     their size."""
+    classifier_scale: float | None = field(default=None, metadata=LATER)
+    """How strongly the model's classifier pulls towards a class (Dhariwal and Nichol 2021): a
+    factor of the gradient of its log-probability, 0 for none. None: 1 if there is a classifier."""
+    classifier_class: int | str | None = field(default=None, metadata=LATER)
+    """Class that the classifier pulls towards, by number or name; None: the class of the image."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -122,6 +128,9 @@ class SampleSettings:
             raise ValueError(f"tile must be at least 8, got {self.tile}; 0 decodes images whole")
         if self.eta is not None and not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(f"eta must be a number >= 0, got {self.eta}; 0 adds no noise")
+        scale = self.classifier_scale
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"classifier_scale must be a number >= 0, got {scale}; 0 turns it off")
         if self.clamp is not None and not self.clamp > 0:
             raise ValueError(f"clamp must be positive, got {self.clamp}; use 1 for images")
         if (self.guidance_scale, self.guidance_rescale, self.guidance_interval) != (None, 0, None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ParamSpec, overload
@@ -13,8 +14,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fastdiff.checkpoint import open as checkpoint_open
+from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.model import Model as CheckpointModel
-from fastdiff.checkpoint.open import open_device
+from fastdiff.checkpoint.open import open_classifier, open_device
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
@@ -51,6 +53,7 @@ class Model(CheckpointModel):
         mask: Pictures | None = None,
         frames: int | None = None,
         refiner: CheckpointModel | None = None,
+        classifier: CheckpointModel | str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         on_step: OnStep | None = None,
         **options: Any,
@@ -72,6 +75,8 @@ class Model(CheckpointModel):
                 to_label (one or more of them), including both ends; 1: the frame at position `at`.
             options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
+            classifier: a noisy classifier that pulls the images towards their classes, with the
+                option classifier_scale: a model that contains one, or its file or folder.
             refiner, progress, on_step: as in `fastdiff.generate`.
 
         Raises:
@@ -84,9 +89,10 @@ class Model(CheckpointModel):
             raise ValueError(
                 "frames lie between two seeds, prompts or classes; leave image and mask out"
             )
+        model = self if classifier is None else self._guided(classifier)
         classes, seeds = _listed(classes), _listed(seeds)
         count, seeds = _seeds(seeds, prompts, classes)
-        facts = Facts.of(self)
+        facts = Facts.of(model)
         sides = {name: options.get(name) for name in ("height", "width")}
         given = {
             "prompt": _each("prompts", prompts, count),
@@ -107,8 +113,24 @@ class Model(CheckpointModel):
             own = {name: each[index] for name, each in given.items() if each is not None}
             job = _make(kind, {**options, **own, "seed": seed})
             jobs += [job] if frames is None else frames_of(job, frames)
-        made = generate(self, jobs, refiner=refiner, progress=progress, on_step=on_step)
+        made = generate(model, jobs, refiner=refiner, progress=progress, on_step=on_step)
         return Images(list(made))
+
+    def _guided(self, classifier: CheckpointModel | str | os.PathLike[str]) -> CheckpointModel:
+        """This model with a classifier; the same object as long as both stay the same."""
+        state = (
+            id(classifier) if isinstance(classifier, CheckpointModel) else os.fspath(classifier),
+            *(id(getattr(self, field.name)) for field in fields(self)),
+        )
+        kept: tuple[object, CheckpointModel, object] | None = vars(self).get("_guided_model")
+        if kept is None or kept[0] != state:
+            assert self.denoiser is not None or isinstance(classifier, CheckpointModel)
+            other = classifier
+            if not isinstance(other, CheckpointModel):
+                device = next(iter(self.modules.values())).parameters()
+                other = open_classifier(other, self, next(device).device)
+            kept = vars(self)["_guided_model"] = (state, with_classifier(self, other), classifier)
+        return kept[1]
 
     def to(self, device: torch.device | str) -> Model:
         """Move all networks to a device, in place like `nn.Module.to`; returns the model itself.
@@ -122,6 +144,7 @@ class Model(CheckpointModel):
         for module in self.modules.values():
             module.to(device)
         vars(self).pop("_session", None)  # it has buffers on the old device
+        vars(self).pop("_guided_model", None)
         return self
 
     def preview(self, z: Tensor) -> Tensor:

@@ -14,14 +14,24 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.flow import noise_schedule
+from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
-from fastdiff.generate.job import CHECKPOINT, DEFAULT_SAMPLER, Fit, Job, Picture, SampleSettings
+from fastdiff.generate.job import (
+    CHECKPOINT,
+    DEFAULT_SAMPLER,
+    Fit,
+    InterpolationJob,
+    Job,
+    Picture,
+    SampleSettings,
+)
 from fastdiff.generate.latents import Latents
 from fastdiff.generate.pictures import fitted, read_picture
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
+from fastdiff.models.classifier import Classifier
 from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
@@ -59,6 +69,12 @@ class Session:
         if kept is None or kept[0] != state:
             kept = vars(model)["_session"] = (state, cls(model))
         return kept[1]
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The classifier, prepared for inference in place, at least in fp32."""
+        assert self.model.classifier is not None
+        return prepare(self.model.classifier, device=self.device, dtype=self.sample_dtype)
 
     @cached_property
     def network(self) -> Network:
@@ -201,6 +217,7 @@ class Session:
         x: (C, h, w), at the noise level of the table's first row. size: (height, width) of the
         image. seed: seed of the noise, if not that of the job.
         """
+        more["pulls"] = self.pulls(job, x)
         guided = any(table.guided)
         condition, unconditional = self.conditions.of(job, size, guided=guided)
         return Request(
@@ -211,6 +228,37 @@ class Session:
             unconditional=unconditional,
             **more,
         )
+
+    def pulls(self, job: Job, x: Tensor) -> tuple[Pull, ...]:
+        """What the model's classifier adds to a checked job's guidance.
+
+        x: (C, h, w), the start. Between two classes, each pulls by its share.
+
+        Raises:
+            ValueError: the classifier does not support this size.
+        """
+        settings = job.settings
+        if self.model.classifier is None or not settings.classifier_scale:
+            return ()
+        only = self.classifier.only_side
+        if only is not None and x.shape[1:] != (only, only):
+            factor = self.facts.factor
+            raise ValueError(
+                f"the classifier takes images of {only * factor} x {only * factor}, got "
+                f"{x.shape[2] * factor} x {x.shape[1] * factor} (width x height); leave out height "
+                "and width, or set classifier_scale=0"
+            )
+        shares = {settings.classifier_class: 1.0}
+        if isinstance(job, InterpolationJob) and settings.classifier_class is None:
+            end = job.label if job.to_label is None else job.to_label
+            shares = {job.label: 1 - job.at}
+            shares[end] = shares.get(end, 0.0) + job.at
+        pulls = []
+        for label, share in shares.items():
+            assert isinstance(label, int), "the job is checked"
+            scale = share * settings.classifier_scale
+            pulls.append(Pull(objective=self.classifier.log_prob, scale=scale, label=label))
+        return tuple(pulls)
 
     def _once(self, kind: str, count: int, key: Hashable, make: Callable[[], Made]) -> Made:
         kept = self._kept.setdefault(kind, {})

@@ -229,6 +229,15 @@ class Classifier(Network):
             return self.pool(x)
         return self.linear_out(x.mean(dim=(2, 3)))
 
+    def log_prob(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """log p(y | x_t): (N,), at least fp32; an `Objective` of `fastdiff.diffusion.gradients`.
+
+        x: (N, in_channels, H, W), any float dtype. t: (N,) timesteps. y: (N,) int64 classes.
+        """
+        logits: Tensor = self(x.to(next(self.parameters()).dtype), t)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.log_softmax(1).gather(1, y[:, None])[:, 0]
+
     def _from_means(self, means: Tensor) -> Tensor:
         """(N, features) -> (N, num_classes)."""
         h = self.hidden(means)

@@ -139,6 +139,20 @@ UNETS: dict[str, UNetConfig] = {
         scale_shift_norm=True,
         norm_groups=16,
     ),
+    "tiny-pixels": UNetConfig(  # 1,696,033; for scans of digits, 8 x 8
+        in_channels=1,
+        out_channels=1,
+        model_channels=48,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_depth=(0, 1),
+        num_heads=4,
+        num_classes=10,
+        null_class=True,
+        scale_shift_norm=True,
+        norm_groups=16,
+        dropout=0.1,
+    ),
 }
 
 

@@ -12,11 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.gradients import (
+    At,
+    Objective,
+    Pull,
+    by_gradients,
+    combine,
+    gradient_of,
+    rows_of,
+)
 from fastdiff.diffusion.samplers import SamplerTable
 from fastdiff.diffusion.sampling import Slots, not_finite
 from fastdiff.diffusion.stack import Stack
@@ -32,6 +41,10 @@ Watch = Callable[[Sequence[int], Tensor, Tensor], None]
 """Called as watch(tickets, x, denoised) after a step of an engine; tensors are (n, *shape)."""
 
 
+Gradients = Literal["none", "x", "x0"]
+"""Of objectives of x alone, or also of the network, for objectives of the x0 estimate."""
+
+
 class ShapeClass(NamedTuple):
     """Requests with the same shape class can share an engine."""
 
@@ -39,6 +52,10 @@ class ShapeClass(NamedTuple):
     """(C, *spatial) of x."""
     tokens: int
     """Number of tokens in the condition's context; 0 without one."""
+    gradients: Gradients = "none"
+    """Which gradients their guidance needs. They are classes of their own, because a step with
+    gradients is not recorded as a graph, and because on a CPU the bits of a network's output depend
+    on whether it records gradients."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,13 +84,18 @@ class Request:
     """(C, *spatial), the clean latents to keep outside of the mask."""
     noise: Tensor | None = None
     """(C, *spatial), N(0, 1), the same for all rows."""
+    pulls: tuple[Pull, ...] = ()
+    """Guidance by gradients, such as that of a classifier (`fastdiff.diffusion.gradients`). On a
+    GPU, all requests with the same objective are evaluated together; elsewhere in blocks."""
     tag: Any = None
     """For the caller's own use; ignored by the engine."""
 
     @property
     def shape_class(self) -> ShapeClass:
         """The shape class of an engine that can run this request."""
-        return ShapeClass(tuple(self.x.shape), self.condition.tokens)
+        kinds = {pull.on for pull in self.pulls}
+        gradients: Gradients = "x0" if "x0" in kinds else "x" if kinds else "none"
+        return ShapeClass(tuple(self.x.shape), self.condition.tokens, gradients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +126,7 @@ class _Seat:
     slot: int
     guide: Guide
     levels: int | None  # index into `Engine._levels` at which its levels begin, if it has a mask
+    places: int | None  # index into `Engine._places` at which its table begins, if it has pulls
     turn: int = 0  # the number of its last turn, counting all turns so far
 
 
@@ -116,10 +139,12 @@ class _Plan:
     batch: Batch
     masked: Tensor  # (n,) int64, the slots with a mask
     levels: Tensor  # (n,) int64, their rows in `Engine._levels`
+    places: Tensor  # (turns,) int64, rows in `Engine._places`; empty without pulls
 
     def advance(self) -> None:
         self.batch.advance()
         self.levels += 1
+        self.places += 1
 
 
 class Engine:
@@ -138,15 +163,18 @@ class Engine:
         shape: Sequence[int],
         slots: int,
         tokens: int = 0,
+        gradients: Gradients = "none",
         graphs: StepGraphs | None = None,
     ) -> None:
         """
         network: prepared for inference; it stays on its device and in its dtype.
-        shape, tokens: the class of the requests; see `ShapeClass`.
+        shape, tokens, gradients: the class of the requests; see `ShapeClass`.
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
-        graphs: records and replays the steps; None: each step is launched kernel by kernel.
+        graphs: records and replays the steps; None: each step is launched kernel by kernel, as
+            it must be with gradients.
         """
-        self._kind, self.graphs = ShapeClass(tuple(shape), tokens), graphs
+        assert graphs is None or gradients == "none", "steps with gradients cannot be recorded"
+        self._kind, self.graphs = ShapeClass(tuple(shape), tokens, gradients), graphs
         room = 0 if graphs is None else ROWS
         rounded = None if graphs is None else rounded_rows
         self._denoiser = Denoiser(network, shape[1:], rounded=rounded, room=room)
@@ -158,6 +186,8 @@ class Engine:
         self._tickets, self._turn = count(), count(1)
         self._state: dict[str, Tensor] = {}  # extra, mask, known, noise: (S, ...), if needed
         self._levels = Stack()  # (rows, 2), for requests with a mask; see `_levels_after`
+        self._places = Stack()  # for requests with pulls; see `gradients.rows_of`
+        self._objectives: set[tuple[Objective, str]] = set()  # those with a known gradient
         self._plan: _Plan | None = None
         self._asked: set[int] = set()
         self.previews: dict[int, Tensor] = {}
@@ -189,15 +219,22 @@ class Engine:
         table, slot, ticket = request.table, self._slots.empty[0], next(self._tickets)
         unconditional = request.unconditional if any(table.guided) else None
         guide = self._denoiser.add(table.timesteps, request.condition, unconditional)
-        levels = None
+        levels = places = None
+        if request.pulls:
+            places = self._places.add(
+                request.table, lambda: rows_of(request.table).to(self._slots.x)
+            )
+            table = table.unguided
         self._slots.put(slot, table, request.x, int64_bits(request.seed))
         self._keep("extra", slot, request.extra)
         if request.mask is not None:
-            levels = self._levels.add(table, lambda: _levels_after(table).to(self._slots.x))
+            levels = self._levels.add(
+                request.table, lambda: _levels_after(request.table).to(self._slots.x)
+            )
             self._keep("mask", slot, (request.mask > 0).expand(request.x.shape))
             self._keep("known", slot, request.known)
             self._keep("noise", slot, request.noise)
-        self._seats[slot] = _Seat(request, ticket, slot, guide, levels)
+        self._seats[slot] = _Seat(request, ticket, slot, guide, levels, places)
         self._plan = None
         return ticket
 
@@ -271,12 +308,41 @@ class Engine:
         return self._collect()
 
     def _evaluate(self, plan: _Plan, denoised: Tensor | None, only: list[int] | None) -> None:
-        prediction = self._denoiser(self._slots.x, plan.batch, self._state.get("extra"))
-        cond, uncond = plan.batch.cond, plan.batch.uncond
+        if self._kind.gradients != "none":
+            prediction, cond, uncond = *self._pulled(plan), None
+        else:
+            prediction = self._denoiser(self._slots.x, plan.batch, self._state.get("extra"))
+            cond, uncond = plan.batch.cond, plan.batch.uncond
         self._slots.step(prediction, cond=cond, uncond=uncond, denoised=denoised, only=only)
         if len(plan.masked):
             self._hold(plan.masked, plan.levels)
         plan.advance()
+
+    def _pulled(self, plan: _Plan) -> tuple[Tensor, Tensor]:
+        """The predictions of a plan's slots with guidance by gradients, and each slot's index."""
+        held, batch = self._slots, plan.batch
+        chosen = torch.tensor(plan.slots, device=held.x.device)
+        cond = batch.cond[chosen]
+        uncond = None if batch.uncond is None else batch.uncond[chosen]
+
+        def predict(x: Tensor, at: At) -> Tensor:
+            whole = held.x.index_copy(0, chosen, x)
+            outputs = self._denoiser(whole, batch, self._state.get("extra")).to(x.dtype)
+            own = outputs[cond]
+            if uncond is None:
+                return own
+            alone = (uncond < 0).reshape(-1, *(1,) * (x.ndim - 1))
+            return combine(own, torch.where(alone, own, outputs[uncond.clamp(min=0)]), at, x)
+
+        seats = [self._seats[slot] for slot in plan.slots]
+        at = At(self._places.rows[plan.places])
+        blocks = self._denoiser.blocks
+        guidance = by_gradients(
+            [seat.request.pulls for seat in seats], block=None if blocks is None else blocks.single
+        )
+        order = torch.full_like(batch.cond, -1)
+        order[chosen] = torch.arange(len(chosen), device=order.device)
+        return guidance(predict)(held.x[chosen], at), order
 
     def _replay(self, graphs: StepGraphs, plan: _Plan, *, shown: bool) -> Tensor | None:
         """`_evaluate` as a graph. Returns the estimates of x0, if they are needed."""
@@ -309,9 +375,9 @@ class Engine:
         If rows are evaluated in blocks, as many as fill whole blocks: on a CPU a row of padding
         costs as much as any other.
         """
-        slots, blocks = self._slots, self._denoiser.blocks
+        blocks = self._denoiser.blocks
         order = sorted(busy, key=lambda slot: self._seats[slot].turn)
-        turns = [(slot, slots.guided(slot)) for slot in order]
+        turns = [(slot, self._guided(slot)) for slot in order]
         if blocks is not None and blocks.guided == blocks.single:
             room = sum(1 + guided for _, guided in turns)
             room = max(room - room % blocks.single, blocks.single)
@@ -325,6 +391,10 @@ class Engine:
             self._seats[slot].turn = next(self._turn)
         return turns
 
+    def _guided(self, slot: int) -> bool:
+        """Whether the next row of a slot needs an unconditional prediction too."""
+        return self._seats[slot].request.table.guided[self._slots.row(slot)]
+
     def _plan_for(self, turns: list[tuple[int, bool]]) -> _Plan:
         if self._plan is None or self._plan.turns != turns:
             rows = {slot: self._slots.row(slot) for slot, _ in turns}
@@ -336,8 +406,14 @@ class Engine:
             masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
             if self.graphs is not None:
                 self.graphs.forget_if_moved(self._denoiser.network)
-            places = torch.tensor(masked, dtype=torch.int64, device=self._denoiser.device)
-            self._plan = _Plan(turns, list(rows), batch, *places.reshape(-1, 2).T.contiguous())
+            begun = [(self._seats[slot].places, row) for slot, row in rows.items()]
+            places = [start + row for start, row in begun if start is not None]
+            kept, at = (
+                torch.tensor(numbers, dtype=torch.int64, device=self._denoiser.device)
+                for numbers in (masked, places)
+            )
+            masked_slots, levels = kept.reshape(-1, 2).T.contiguous()
+            self._plan = _Plan(turns, list(rows), batch, masked_slots, levels, at)
         return self._plan
 
     def _hold(self, slots: Tensor, levels: Tensor) -> None:
@@ -377,6 +453,8 @@ class Engine:
         self._denoiser.drop(seat.guide)
         if seat.levels is not None:
             self._levels.drop(seat.request.table)
+        if seat.places is not None:
+            self._places.drop(seat.request.table)
         self._asked.discard(seat.slot)
         del self._seats[seat.slot]
 
@@ -403,10 +481,16 @@ class Engine:
             raise ValueError(
                 f"all {len(self._slots)} slots are occupied; call step() until a request finishes"
             )
-        if kind != self._kind:
+        if kind[:2] != self._kind[:2]:
             raise ValueError(
                 f"this engine takes x of shape {self._kind.shape} and {self._kind.tokens} tokens, "
                 f"got {kind.shape} and {kind.tokens}; use one engine per shape class, or run()"
+            )
+        if kind != self._kind:
+            raise ValueError(
+                f"this engine takes requests with gradients {self._kind.gradients!r}, got "
+                f"{kind.gradients!r} (the pulls of a request decide); use one engine per shape "
+                "class, or run()"
             )
         if (kind.tokens > 0) != (config.context_dim is not None):
             wanted = "no context" if config.context_dim is None else "a context"
@@ -415,6 +499,7 @@ class Engine:
                 "that the conditions were made for this model"
             )
         self._check_x(request)
+        self._check_pulls(request)
         other = request.unconditional
         if any(request.table.guided) and (other is None or other.tokens != kind.tokens):
             tokens = None if other is None else f"one with {other.tokens} tokens"
@@ -422,6 +507,19 @@ class Engine:
                 f"the table is guided, so unconditional must be a condition with {kind.tokens} "
                 f"tokens, got {tokens}; pass one, or build the table with guidance_scale=1"
             )
+
+    def _check_pulls(self, request: Request) -> None:
+        """Raise ValueError unless each pull has a gradient, which is tried once per objective."""
+        if not request.pulls:
+            return
+        rows_of(request.table)
+        x, device = request.x[None].to(self._slots.x), self._slots.x.device
+        for pull in request.pulls:
+            if (pull.objective, pull.on) in self._objectives:
+                continue
+            t = request.table.timesteps[:1].to(device, x.dtype)
+            gradient_of(pull.objective, x, t, torch.tensor([pull.label], device=device))
+            self._objectives.add((pull.objective, pull.on))
 
     def _check_x(self, request: Request) -> None:
         config, shape = self._denoiser.network.config, tuple(request.x.shape)

@@ -33,9 +33,8 @@ class Engines:
         Calls that overlap get separate engines."""
         engine = self._kept.pop((kind, slots), None)
         if engine is None:
-            graphs = self._graphs(self._network)
-            shape, tokens = kind
-            engine = Engine(self._network, shape=shape, slots=slots, tokens=tokens, graphs=graphs)
+            graphs = self._graphs(self._network) if kind.gradients == "none" else None
+            engine = Engine(self._network, **kind._asdict(), slots=slots, graphs=graphs)
         try:
             yield engine
         finally:

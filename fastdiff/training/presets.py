@@ -21,17 +21,11 @@ _WIDE = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.
 _NARROW = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 
 
-def _vision_transformer(model: Any, folder: str, **other: Any) -> DiffusionRun[Any]:
-    """A denoiser of digits on the latents of the shipped autoencoder, within fifteen minutes."""
+def _tiny(model: Any, folder: str, **other: Any) -> DiffusionRun[Any]:
+    """A denoiser of digits that trains within fifteen minutes."""
     return DiffusionRun(
         model=model,
-        autoencoder="digits",
-        data=DataConfig(augment=_NARROW),
-        schedule=ScheduleConfig(kind="cosine"),
-        prediction="v",
-        loss=DenoiserLossConfig(timesteps="stratified"),
         class_dropout=0.1,
-        latent_views=16,
         optimization=OptimizationConfig(
             steps=6000,
             batch_size=64,
@@ -46,6 +40,21 @@ def _vision_transformer(model: Any, folder: str, **other: Any) -> DiffusionRun[A
         output=OutputConfig(
             folder=folder, preview_every=1000, save_every=1000, export_dtype="fp16"
         ),
+        **other,
+    )
+
+
+def _tiny_latent(model: Any, folder: str, **other: Any) -> DiffusionRun[Any]:
+    """A tiny denoiser of the latents of the shipped autoencoder."""
+    return _tiny(
+        model,
+        folder,
+        autoencoder="digits",
+        data=DataConfig(augment=_NARROW),
+        schedule=ScheduleConfig(kind="cosine"),
+        prediction="v",
+        loss=DenoiserLossConfig(timesteps="stratified"),
+        latent_views=16,
         **other,
     )
 
@@ -101,13 +110,28 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun[Any]] = {
             folder="runs/digits-diffusion", preview_every=1000, save_every=1000, export_dtype="fp16"
         ),
     ),
-    "tiny-dit": _vision_transformer(
+    # on the pixels of the scans as they are, 8 x 8 in 17 grey levels
+    "tiny-ddpm": _tiny(  # Ho et al. 2020: the linear schedule, eps, the simple loss
+        UNETS["tiny-pixels"],
+        "runs/tiny-ddpm",
+        data=DataConfig(image_size=8),
+        preview=PreviewConfig(sampler="ddim"),
+    ),
+    "tiny-iddpm": _tiny(  # Nichol and Dhariwal 2021: cosine, a learned variance, L_hybrid
+        replace(UNETS["tiny-pixels"], out_channels=2, learned_sigma=True),
+        "runs/tiny-iddpm",
+        data=DataConfig(image_size=8),
+        schedule=ScheduleConfig(kind="cosine"),
+        loss=DenoiserLossConfig(bin_width=0.125),
+        preview=PreviewConfig(sampler="ddpm"),
+    ),
+    "tiny-dit": _tiny_latent(
         DITS["tiny"],
         "runs/tiny-dit",
         # previews use DDPM, the sampler that uses the learned variance
         preview=PreviewConfig(sampler="ddpm", guidance_scale=1.5),
     ),
-    "tiny-uvit": _vision_transformer(
+    "tiny-uvit": _tiny_latent(
         UVITS["tiny"], "runs/tiny-uvit", preview=PreviewConfig(guidance_scale=1.5)
     ),
 }

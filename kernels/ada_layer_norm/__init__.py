@@ -66,9 +66,24 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     return {"x": draw(2, 5, 48), "scale": draw(2, 48), "shift": draw(2, 48)}
 
 
+def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
+    op = "ada_layer_norm"
+    check_floating(op, "x", x)
+    if x.ndim != 3:
+        raise ValueError(
+            f"{op}: x must be (N, T, C), got shape {tuple(x.shape)}; use x.flatten(1, -2)"
+        )
+    check_shape(op, "scale", scale, (x.shape[0], x.shape[2]))
+    check_shape(op, "shift", shift, (x.shape[0], x.shape[2]))
+    check_floating(op, "scale", scale)
+    check_floating(op, "shift", shift)
+    check_number(op, "eps", eps)
+
+
 _op = Op(
     name="ada_layer_norm",
     schema="(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
+    check=_check,
     reference=ada_layer_norm_reference,
     formula=ada_layer_norm_formula,
     fake=_fake,
@@ -96,16 +111,5 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
 
     Peebles & Xie 2023 (Scalable Diffusion Models with Transformers), section 3.2.
     """
-    op = "ada_layer_norm"
-    check_floating(op, "x", x)
-    if x.ndim != 3:
-        raise ValueError(
-            f"{op}: x must be (N, T, C), got shape {tuple(x.shape)}; use x.flatten(1, -2)"
-        )
-    check_shape(op, "scale", scale, (x.shape[0], x.shape[2]))
-    check_shape(op, "shift", shift, (x.shape[0], x.shape[2]))
-    check_floating(op, "scale", scale)
-    check_floating(op, "shift", shift)
-    check_number(op, "eps", eps)
     result: Tensor = _op(x, scale, shift, eps)
     return result

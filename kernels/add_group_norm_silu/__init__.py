@@ -151,10 +151,28 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    activation: str,
+) -> None:
+    op = "add_group_norm_silu"
+    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation, eps)
+    check_shape(op, "channel_add", channel_add, tuple(x.shape[:2]), (x.shape[1],))
+    check_shape(op, "residual", residual, tuple(x.shape))
+
+
 _op = Op(
     name="add_group_norm_silu",
     schema="(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? channel_add, "
     "Tensor? residual, Tensor? scale_shift, float eps, str activation) -> (Tensor, Tensor)",
+    check=_check,
     reference=add_group_norm_silu_reference,
     formula=add_group_norm_silu_formula,
     fake=_fake,
@@ -200,11 +218,8 @@ def add_group_norm_silu(
     Raises:
         ValueError: unsupported shape, dtype or option.
     """
-    op = "add_group_norm_silu"
-    check_group_norm(op, x, num_groups, weight, bias, scale_shift, activation, eps)
-    check_shape(op, "channel_add", channel_add, tuple(x.shape[:2]), (x.shape[1],))
-    check_shape(op, "residual", residual, tuple(x.shape))
     if channel_add is None and residual is None:
+        _check(x, num_groups, weight, bias, None, None, scale_shift, eps, activation)
         return group_norm_silu(
             x, num_groups, weight, bias, scale_shift=scale_shift, eps=eps, activation=activation
         ), x

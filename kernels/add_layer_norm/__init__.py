@@ -89,10 +89,18 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     return {"x": x, "residual": residual, "weight": draw(64), "bias": draw(64)}
 
 
+def _check(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    check_layer_norm("add_layer_norm", x, weight, bias, eps)
+    check_shape("add_layer_norm", "residual", residual, tuple(x.shape))
+
+
 _op = Op(
     name="add_layer_norm",
     schema="(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> "
     "(Tensor, Tensor)",
+    check=_check,
     reference=add_layer_norm_reference,
     formula=add_layer_norm_formula,
     fake=_fake,
@@ -128,7 +136,5 @@ def add_layer_norm(
     Raises:
         ValueError: unsupported shape or dtype.
     """
-    check_layer_norm("add_layer_norm", x, weight, bias, eps)
-    check_shape("add_layer_norm", "residual", residual, tuple(x.shape))
     result: tuple[Tensor, Tensor] = _op(x, residual, weight, bias, eps)
     return result

@@ -277,6 +277,7 @@ _op = Op(
     name="attention",
     schema="(Tensor q, Tensor k, Tensor v, Tensor? extra_k, Tensor? extra_v, Tensor? mask, "
     "float scale) -> Tensor",
+    check=_check,
     reference=attention_reference,
     formula=attention_formula,
     arguments=_arguments,
@@ -324,6 +325,5 @@ def attention(
 
     Vaswani et al. 2017, eq. 1.
     """
-    _check(q, k, v, extra_k, extra_v, mask, scale)
-    result: Tensor = _op(*_arguments(q, k, v, extra_k, extra_v, mask, scale))
+    result: Tensor = _op(q, k, v, extra_k, extra_v, mask, scale)
     return result

@@ -98,7 +98,7 @@ def forward(
     cuda.launch(
         "attention", q, cuda.DTYPES[q.dtype], n, length, keys, extra_keys, heads, d,
         *(cuda.address(x) for x in tensors), cuda.address(mask),
-        mask is not None and mask.dtype == torch.uint8, ctypes.addressof(steps),
+        mask is not None and mask.dtype == torch.uint8, steps,
         scale * math.log2(math.e), ON_CHIP, out.data_ptr(), sums.data_ptr(), cuda.address(tops),
     )  # fmt: skip
     return out, statistics
@@ -172,4 +172,5 @@ BACKEND = cuda.cuda_backend(
     backward=backward,
     why_not=why_not,
     dtypes=(torch.float16, torch.bfloat16),
+    settings=lambda: ON_CHIP,
 )

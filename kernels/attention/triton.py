@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..triton import triton_backend
+from . import triton_forward
 from .statistics import statistics_like
 from .triton_backward import attention_backward
 from .triton_forward import attention_forward
@@ -74,4 +75,6 @@ def why_not(
     return None
 
 
-BACKEND = triton_backend(forward=forward, backward=backward, why_not=why_not)
+BACKEND = triton_backend(
+    forward=forward, backward=backward, why_not=why_not, settings=lambda: triton_forward.PROGRAMS
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ def cuda_backend(
     backward: Callable[..., Any] | None = None,
     why_not: Callable[..., str | None] | None = None,
     dtypes: tuple[torch.dtype, ...] = SUPPORTED,
+    settings: Callable[[], Hashable] | None = None,
 ) -> Backend:
     """Build an op's backend "cuda". Tensors on several devices and devices that the library has no
-    code for are always refused; `why_not` adds the op's own limits."""
+    code for are always refused; `why_not` adds the op's own limits. settings: see `Backend`."""
     names = list(inspect.signature(forward).parameters)
 
     def objection(*args: Any) -> str | None:
@@ -30,5 +31,11 @@ def cuda_backend(
         return refused if refused is not None or why_not is None else why_not(*args)
 
     return Backend(
-        name="cuda", forward=forward, backward=backward, why_not=objection, dtypes=dtypes
+        name="cuda",
+        forward=forward,
+        backward=backward,
+        why_not=objection,
+        dtypes=dtypes,
+        planned=True,
+        settings=settings,
     )

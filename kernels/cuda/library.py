@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compiled
+from .. import compiled, plans
 from ..choose import EMULATED, UNAVAILABLE, forget_candidates
 from ..tracing import constant_in_graphs
 
@@ -47,7 +47,7 @@ def built() -> bool:
 def declare(name: str, arguments: str) -> None:
     """Declare the C function ``fastdiff_cuda_<name>``, with a letter for each argument.
 
-    i: int, q: int64, p: pointer (a tensor, an address or None), f: float.
+    i: int, q: int64, p: pointer (the address of a tensor, a ctypes array or None), f: float.
     """
     _declared[name] = arguments
 
@@ -116,10 +116,26 @@ def launch(name: str, x: Tensor, *arguments: Any) -> None:
     else:
         error = function(name)(0, None, *arguments)
     if error is not None:
-        raise RuntimeError(
-            f"{name}: {error.decode()} (x: {str(x.dtype).removeprefix('torch.')} "
-            f"{tuple(x.shape)} on {x.device})"
-        )
+        raise RuntimeError(f"{name}: {error.decode()} ({_described(x)})")
+    notes = plans.recording()
+    if notes is not None:
+        notes.launched(_start(name, x), arguments, _declared[name][2:])
+
+
+def _described(x: Tensor) -> str:
+    return f"x: {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+
+
+def _start(name: str, x: Tensor) -> plans.Start:
+    """Starts a launcher again, for tensors like x."""
+    launcher, device, described = function(name), x.device.index or 0, _described(x)
+
+    def start(stream: int | None, arguments: list[Any]) -> None:
+        error = launcher(device, stream, *arguments)
+        if error is not None:
+            raise RuntimeError(f"{name}: {error.decode()} ({described})")
+
+    return start
 
 
 def aligned(*tensors: Tensor | None) -> bool:

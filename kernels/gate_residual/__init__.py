@@ -78,9 +78,24 @@ def _arguments(x: Tensor, gate: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     return x, gate, residual
 
 
+def _check(x: Tensor, gate: Tensor, residual: Tensor) -> None:
+    op = "gate_residual"
+    check_floating(op, "x", x)
+    if x.ndim != 3:
+        raise ValueError(
+            f"{op}: x must be (N, T, C), got shape {tuple(x.shape)}; use x.flatten(1, -2)"
+        )
+    n, _, c = x.shape
+    check_shape(op, "gate", gate, (n, 1, c) if gate.ndim == 3 else (n, c))
+    check_shape(op, "residual", residual, tuple(x.shape))
+    check_floating(op, "gate", gate)
+    check_floating(op, "residual", residual)
+
+
 _op = Op(
     name="gate_residual",
     schema="(Tensor x, Tensor gate, Tensor residual) -> Tensor",
+    check=_check,
     reference=gate_residual_reference,
     formula=gate_residual_formula,
     fake=_fake,
@@ -113,16 +128,5 @@ def gate_residual(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
 
     Peebles & Xie 2023 (Scalable Diffusion Models with Transformers), section 3.2 (adaLN-Zero).
     """
-    op = "gate_residual"
-    check_floating(op, "x", x)
-    if x.ndim != 3:
-        raise ValueError(
-            f"{op}: x must be (N, T, C), got shape {tuple(x.shape)}; use x.flatten(1, -2)"
-        )
-    n, _, c = x.shape
-    check_shape(op, "gate", gate, (n, 1, c) if gate.ndim == 3 else (n, c))
-    check_shape(op, "residual", residual, tuple(x.shape))
-    check_floating(op, "gate", gate)
-    check_floating(op, "residual", residual)
-    result: Tensor = _op(*_arguments(x, gate, residual))
+    result: Tensor = _op(x, gate, residual)
     return result

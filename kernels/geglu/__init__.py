@@ -47,9 +47,19 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     return {"x": draw(2, 16, 128)}
 
 
+def _check(x: Tensor) -> None:
+    check_floating("geglu", "x", x)
+    if x.ndim < 1 or x.shape[-1] % 2:
+        raise ValueError(
+            f"geglu: the last dimension of x must be even, got shape {tuple(x.shape)}; "
+            "project to 2 * D features"
+        )
+
+
 _op = Op(
     name="geglu",
     schema="(Tensor x) -> Tensor",
+    check=_check,
     reference=geglu_reference,
     formula=geglu_formula,
     fake=_fake,
@@ -75,11 +85,5 @@ def geglu(x: Tensor) -> Tensor:
 
     Shazeer 2020 (GLU Variants Improve Transformer), eq. 5.
     """
-    check_floating("geglu", "x", x)
-    if x.ndim < 1 or x.shape[-1] % 2:
-        raise ValueError(
-            f"geglu: the last dimension of x must be even, got shape {tuple(x.shape)}; "
-            "project to 2 * D features"
-        )
     result: Tensor = _op(x)
     return result

@@ -147,6 +147,18 @@ def group_norm_silu_formula(
     return y.reshape(x.shape)
 
 
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_shift: Tensor | None,
+    eps: float,
+    activation: str,
+) -> None:
+    check_group_norm("group_norm_silu", x, num_groups, weight, bias, scale_shift, activation, eps)
+
+
 def statistics_like(x: Tensor, num_groups: int) -> Tensor:
     """Room for three fp32 numbers per group, (N, G, 3); each backend defines their meaning."""
     return x.new_empty(x.shape[0], num_groups, 3, dtype=torch.float32)
@@ -171,6 +183,7 @@ _op = Op(
     name="group_norm_silu",
     schema="(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? scale_shift, "
     "float eps, str activation) -> Tensor",
+    check=_check,
     reference=group_norm_silu_reference,
     formula=group_norm_silu_formula,
     fake=_fake,
@@ -213,6 +226,5 @@ def group_norm_silu(
     Wu & He 2018 (Group Normalization), eq. 1-2; scale and shift: Dhariwal & Nichol 2021, section
     3.1.
     """
-    check_group_norm("group_norm_silu", x, num_groups, weight, bias, scale_shift, activation, eps)
     result: Tensor = _op(x, num_groups, weight, bias, scale_shift, eps, activation)
     return result

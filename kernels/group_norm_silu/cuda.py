@@ -124,7 +124,7 @@ def forward(
     workspace = torch.empty(plan[8], dtype=torch.float32, device=x.device)
     cuda.launch(
         "group_norm_silu", x, cuda.DTYPES[x.dtype], layout.channels_last,
-        layout.n, layout.c, layout.s, num_groups, ctypes.addressof(plan),
+        layout.n, layout.c, layout.s, num_groups, plan,
         x.data_ptr(), y.data_ptr(), statistics.data_ptr(), workspace.data_ptr(),
         *cuda.parameter(weight), *cuda.parameter(bias), *cuda.parameter(scale_shift),
         *cuda.parameter(channel_add), add_stride, cuda.address(residual),
@@ -192,13 +192,13 @@ def _run_backward(
     workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)
     cuda.launch(
         "group_norm_silu_backward", x, cuda.DTYPES[x.dtype], layout.channels_last,
-        layout.n, c, layout.s, groups, ctypes.addressof(plan),
+        layout.n, c, layout.s, groups, plan,
         dy.data_ptr(), x.data_ptr(), cuda.address(dtotal), dx.data_ptr(), statistics.data_ptr(),
         workspace.data_ptr(), *(part for p in parameters for part in cuda.parameter(p)),
         *map(cuda.address, sums), activation == "silu",
     )  # fmt: skip
 
 
-ADDING = cuda.cuda_backend(forward=forward, backward=backward)
+ADDING = cuda.cuda_backend(forward=forward, backward=backward, settings=lambda: (ON_CHIP, CLUSTER))
 """The backend of `add_group_norm_silu`."""
 BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

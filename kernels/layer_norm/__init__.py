@@ -90,9 +90,14 @@ def check_layer_norm(
     check_number(op, "eps", eps)
 
 
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    check_layer_norm("layer_norm", x, weight, bias, eps)
+
+
 _op = Op(
     name="layer_norm",
     schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    check=_check,
     reference=layer_norm_reference,
     formula=layer_norm_formula,
     fake=_fake,
@@ -122,6 +127,5 @@ def layer_norm(
 
     Ba et al. 2016 (Layer Normalization), eq. 3-4.
     """
-    check_layer_norm("layer_norm", x, weight, bias, eps)
     result: Tensor = _op(x, weight, bias, eps)
     return result

@@ -90,6 +90,6 @@ def backward(
     return dx, dweight, dbias
 
 
-ADDING = cuda.cuda_backend(forward=forward, backward=backward)
+ADDING = cuda.cuda_backend(forward=forward, backward=backward, settings=lambda: WIDEST)
 """The backend of `add_layer_norm`."""
 BACKEND = without(ADDING, slice(1, 2))

@@ -139,9 +139,23 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     return {"seeds": seeds, "shape": (4, 8, 8), "stream": SAMPLER_NOISE}
 
 
+def _check(seeds: Tensor, shape: Sequence[int], step: int | Tensor, stream: int) -> None:
+    if seeds.dtype != torch.int64 or seeds.ndim != 1:
+        raise ValueError(
+            f"philox_normal: seeds must be (N,) int64, got {seeds.dtype} of shape "
+            f"{tuple(seeds.shape)}; use torch.tensor([seed])"
+        )
+    if any(size < 0 for size in shape):
+        raise ValueError(f"philox_normal: sizes must be >= 0, got shape {tuple(shape)}")
+    for name, value in (("step", step), ("stream", stream)):
+        if not isinstance(value, Tensor) and not 0 <= value <= MASK32:
+            raise ValueError(f"philox_normal: {name} must be in [0, 2^32), got {value}")
+
+
 _op = Op(
     name="philox_normal",
     schema="(Tensor seeds, SymInt[] shape, Tensor? step, SymInt number, int stream) -> Tensor",
+    check=_check,
     reference=_reference,
     arguments=_arguments,
     fake=_fake,
@@ -189,15 +203,5 @@ def philox_normal(
 
     Box & Muller 1958 on the words of Salmon et al. 2011.
     """
-    if seeds.dtype != torch.int64 or seeds.ndim != 1:
-        raise ValueError(
-            f"philox_normal: seeds must be (N,) int64, got {seeds.dtype} of shape "
-            f"{tuple(seeds.shape)}; use torch.tensor([seed])"
-        )
-    if any(size < 0 for size in shape):
-        raise ValueError(f"philox_normal: sizes must be >= 0, got shape {tuple(shape)}")
-    for name, value in (("step", step), ("stream", stream)):
-        if not isinstance(value, Tensor) and not 0 <= value <= MASK32:
-            raise ValueError(f"philox_normal: {name} must be in [0, 2^32), got {value}")
-    result: Tensor = _op(*_arguments(seeds, shape, step, stream))
+    result: Tensor = _op(seeds, tuple(shape), step, int(stream))
     return result

@@ -167,22 +167,6 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_op = Op(
-    name="sampler_step",
-    schema="(Tensor(a!) x, Tensor prediction, Tensor(b!) history, Tensor table, Tensor rows, "
-    "Tensor seeds, Tensor? cond, Tensor? uncond, Tensor(c!)? denoised, Tensor(d!)? finite, "
-    "bool rescale) -> ()",
-    reference=sampler_step_reference,
-    fake=lambda *_: (None, None),
-    work=_work,
-    shape_class=regime,
-    example=_example,
-    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
-    differentiable=False,
-    traceable=False,  # the host reads rows and indices
-)
-
-
 def _check(
     x: Tensor,
     prediction: Tensor,
@@ -190,7 +174,11 @@ def _check(
     table: Tensor,
     rows: Tensor,
     seeds: Tensor,
-    options: dict[str, Any],
+    cond: Tensor | None,
+    uncond: Tensor | None,
+    denoised: Tensor | None,
+    finite: Tensor | None,
+    rescale: bool,
 ) -> None:
     op = "sampler_step"
     shape, have, dtype = x.shape, prediction.shape, x.dtype
@@ -213,7 +201,6 @@ def _check(
         raise ValueError(f"{op}: table must be (rows, {len(Column)}), got {tuple(table.shape)}")
     _check_vector("rows", rows, n, torch.int64)
     _check_vector("seeds", seeds, n, torch.int64)
-    cond, uncond = options["cond"], options["uncond"]
     if cond is not None:
         _check_vector("cond", cond, n, torch.int64)
     elif have[0] != n:
@@ -223,9 +210,8 @@ def _check(
         )
     if uncond is not None:
         _check_vector("uncond", uncond, n, torch.int64)
-    if options["finite"] is not None:
-        _check_vector("finite", options["finite"], n, torch.bool)
-    denoised = options["denoised"]
+    if finite is not None:
+        _check_vector("finite", finite, n, torch.bool)
     if denoised is not None:
         check_shape(op, "denoised", denoised, tuple(shape))
         if denoised.dtype is not dtype:
@@ -240,6 +226,23 @@ def _check_vector(name: str, x: Tensor, n: int, dtype: torch.dtype) -> None:
         raise ValueError(f"sampler_step: {name} must be {known}, got {x.dtype}")
     if x.ndim != 1 or x.shape[0] != n:
         check_shape("sampler_step", name, x, (n,))
+
+
+_op = Op(
+    name="sampler_step",
+    schema="(Tensor(a!) x, Tensor prediction, Tensor(b!) history, Tensor table, Tensor rows, "
+    "Tensor seeds, Tensor? cond, Tensor? uncond, Tensor(c!)? denoised, Tensor(d!)? finite, "
+    "bool rescale) -> ()",
+    check=_check,
+    reference=sampler_step_reference,
+    fake=lambda *_: (None, None),
+    work=_work,
+    shape_class=regime,
+    example=_example,
+    kernels=(cuda.BACKEND, triton.BACKEND, cpu.BACKEND),
+    differentiable=False,
+    traceable=False,  # the host reads rows and indices
+)
 
 
 @_op.exposes
@@ -286,12 +289,4 @@ def sampler_step(
 
     Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
     """
-    options = {
-        "cond": cond,
-        "uncond": uncond,
-        "denoised": denoised,
-        "finite": finite,
-        "rescale": rescale,
-    }
-    _check(x, prediction, history, table, rows, seeds, options)
     _op(x, prediction, history, table, rows, seeds, cond, uncond, denoised, finite, rescale)

@@ -63,7 +63,7 @@ def forward(
         written.data_ptr(), prediction.data_ptr(), slots.data_ptr(), table.data_ptr(),
         rows.data_ptr(), seeds.data_ptr(), cuda.address(cond), cuda.address(uncond),
         None if denoised is None else estimate.data_ptr(), cuda.address(flags),
-        cuda.address(moments), ctypes.addressof(layouts),
+        cuda.address(moments), layouts,
         slots.stride(0), c * f_c, n, len(table), len(prediction), elements, parts,
         int(SAMPLER_NOISE), prediction.shape[1] == 2 * c,
     )  # fmt: skip
@@ -74,4 +74,6 @@ def forward(
     return None, None
 
 
-BACKEND = cuda.cuda_backend(forward=forward, why_not=why_not, dtypes=(torch.float32,))
+BACKEND = cuda.cuda_backend(
+    forward=forward, why_not=why_not, dtypes=(torch.float32,), settings=lambda: PARTS
+)

@@ -323,4 +323,4 @@ def forward(
     return None, None
 
 
-BACKEND = triton_backend(forward=forward, why_not=why_not, one_device=True)
+BACKEND = triton_backend(forward=forward, why_not=why_not, one_device=True, settings=lambda: PARTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -26,12 +26,14 @@ def triton_backend(
     backward: Callable[..., Any] | None = None,
     why_not: Callable[..., str | None] | None = None,
     one_device: bool = False,
+    settings: Callable[[], Hashable] | None = None,
 ) -> Backend:
     """Build an op's backend "triton".
 
     Args:
         why_not: the op's own limits; unsupported dtypes are always refused.
         one_device: refuse tensors on several devices, for an op whose reference supports them.
+        settings: see `Backend`.
     """
     names = list(inspect.signature(forward).parameters)
 
@@ -39,4 +41,11 @@ def triton_backend(
         reason = why_not_dtypes(*args) or (elsewhere(names, args) if one_device else None)
         return reason if reason is not None or why_not is None else why_not(*args)
 
-    return Backend(name="triton", forward=forward, backward=backward, why_not=objection)
+    return Backend(
+        name="triton",
+        forward=forward,
+        backward=backward,
+        why_not=objection,
+        planned=True,
+        settings=settings,
+    )

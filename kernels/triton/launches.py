@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import plans
 from ..choose import EMULATED, UNAVAILABLE
 
 try:
@@ -82,7 +83,8 @@ def recording_launches(architecture: str | None = None) -> Iterator[list[Launch]
     before = _recorded, _architecture
     _recorded, _architecture = [], architecture
     try:
-        yield _recorded
+        with plans.paused():
+            yield _recorded
     finally:
         _recorded, _architecture = before
 
@@ -120,5 +122,66 @@ def launch(
         )
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[tuple(grid)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+    notes = plans.recording()
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        nullcontext() if notes is None else notes.suspended(),
+    ):
+        compiled = kernel[tuple(grid)](
+            *arguments, **constants, num_warps=num_warps, num_stages=num_stages
+        )
+    if notes is not None:
+        bound = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+        ordered = [bound[name] for name in kernel.arg_names]
+        if INTERPRETED:
+            warps = {"num_warps": num_warps, "num_stages": num_stages}
+            notes.launched(_interpreted(kernel, tuple(grid), ordered, warps), ordered)
+        elif kernel.pre_run_hooks or not hasattr(compiled, "packed_metadata"):
+            notes.reason = f"{kernel.__name__} has hooks, or is compiled in the background"
+        else:
+            notes.launched(_compiled(compiled, (*grid, 1, 1)[:3]), ordered)
+
+
+def _compiled(kernel: Any, grid: Sequence[int]) -> plans.Start:
+    """Starts a kernel that Triton has compiled, as `JITFunction.run` does once it has found it.
+
+    Triton's launcher accepts addresses in the place of tensors.
+    """
+    run, runtime = kernel.run, triton.knobs.runtime
+    x, y, z = grid
+    function, metadata = kernel.function, kernel.packed_metadata
+
+    def start(stream: int | None, arguments: list[Any]) -> None:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if _has_hooks(enter) or _has_hooks(leave):  # of a profiler
+            described = kernel.launch_metadata((x, y, z), stream or 0, *arguments)
+            run(
+                x, y, z, stream or 0, function, metadata, described, enter, leave, *arguments
+            )  # fmt: skip
+        else:
+            run(x, y, z, stream or 0, function, metadata, None, None, None, *arguments)
+
+    return start
+
+
+def _has_hooks(chain: Any) -> bool:
+    """Whether a hook is set. Since Triton 3.5 a hook is a chain of functions that may be empty."""
+    return bool(getattr(chain, "calls", chain))
+
+
+def _interpreted(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], warps: dict[str, int]
+) -> plans.Start:
+    """Starts a kernel in Triton's interpreter, which needs tensors."""
+    tensors = [
+        (place, plans.span(a), a.dtype)
+        for place, a in enumerate(arguments)
+        if isinstance(a, Tensor) and a.numel()
+    ]
+
+    def start(stream: int | None, arguments: list[Any]) -> None:
+        for place, size, dtype in tensors:
+            arguments[place] = plans.as_tensor(arguments[place], size, dtype)
+        kernel[grid](**dict(zip(kernel.arg_names, arguments, strict=True)), **warps)
+
+    return start

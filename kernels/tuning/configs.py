@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choose import forget_plans
 from ..triton import recorded_architecture
 
 Config = dict[str, int]
@@ -36,11 +37,13 @@ def override_config(name: str, config: Config, shape_class: str | None = None) -
     """
     before = dict(_overrides)
     _overrides[name, shape_class] = config
+    forget_plans()
     try:
         yield
     finally:
         _overrides.clear()
         _overrides.update(before)
+        forget_plans()
 
 
 def config(name: str, x: Tensor, shape_class: str) -> Config:
@@ -175,5 +178,6 @@ def forget_configs() -> None:
     """Read the files again on the next call (after tuning has written one)."""
     tuned_files.cache_clear()
     lookup.cache_clear()
+    forget_plans()
     for function in _on_new_configs:
         function()

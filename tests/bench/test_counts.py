@@ -90,6 +90,37 @@ def test_launches_and_costs_of_every_backend() -> None:
         assert 1 < inference < gradient < 1000
 
 
+FUNCTIONS = 80
+"""Most functions, in Python and in C, that a planned call of any op may call. Below 72 on Python
+3.11; before plans, 200 to 500. Some ten of these take as long as two tiny adds."""
+UNITS = {"triton": 19, "cuda": 15}
+"""Most tiny adds that a planned call may cost."""
+
+
+def test_planned_calls_are_short() -> None:
+    """Counted, not timed, so the same on a busy machine; timed with the limits doubled."""
+    found = list(counts.host_costs(backends=list(UNITS), modes=["inference"], rounds=8))
+    assert {(cost.op, cost.backend) for cost in found} == {
+        (op, backend) for op in kernels.OPS for backend in UNITS
+    }
+    for cost in found:
+        assert cost.cost is not None, cost
+        assert 0 < cost.functions <= FUNCTIONS, cost
+        assert cost.cost < 2 * UNITS[cost.backend], cost
+
+
+def test_the_host_s_part_of_a_whole_evaluation() -> None:
+    """Stable Diffusion 1.5's U-Net: the issue allows 3,000 tiny adds for all our ops together,
+    which is 19 per call. 64 functions a call cost about 12."""
+    for cost in counts.evaluation_costs("SD 1.5 U-Net", rounds=4):
+        calls = int(cost.op.split(", ")[1].split()[0])
+        assert calls >= 150
+        assert cost.launches >= calls
+        assert 0 < cost.functions < 70 * calls
+        assert cost.cost is not None
+        assert cost.cost < 2 * 3000
+
+
 @pytest.mark.slow
 def test_slower_code_costs_more(slow_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"ops": ["geglu"], "backends": ["triton"], "modes": ["inference"]}
@@ -132,13 +163,15 @@ def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_table() -> None:
-    done = HostCost(op="geglu", backend="cpu", mode="inference", launches=1, cost=5.84)
+    done = HostCost(
+        op="geglu", backend="cpu", mode="inference", launches=1, functions=31, cost=5.84
+    )
     compared = HostCost(
-        op="attention", backend="cuda", mode="gradient", launches=3, cost=91.2, other_cost=95.1,
-        ratio=0.9591,
+        op="attention", backend="cuda", mode="gradient", launches=3, functions=250, cost=91.2,
+        other_cost=95.1, ratio=0.9591,
     )  # fmt: skip
     absent = HostCost(op="geglu", backend="cuda", mode="inference", missing="no library")
     assert counts.table([done, compared, absent]).splitlines()[1:] == [
-        "geglu      cpu      inference         1   5.8",
-        "attention  cuda     gradient          3  91.2         95.1  0.959",
+        "geglu      cpu      inference         1         31   5.8",
+        "attention  cuda     gradient          3        250  91.2         95.1  0.959",
     ]

@@ -19,6 +19,7 @@ from fastdiff.diffusion.flow import (
     noise_schedule,
     shifted,
 )
+from fastdiff.diffusion.gradients import rows_of
 from fastdiff.diffusion.levels import CLEAN, levels_at
 from fastdiff.diffusion.losses import min_snr_weight
 from fastdiff.diffusion.predictions import input_scale, target, to_denoised
@@ -137,6 +138,15 @@ def test_every_sampler_ends_on_a_point_that_the_network_knows(name: str, spacing
     drawn = table.column("S") > 0  # rows that bring their own noise say so to a learned variance
     log_s = 2 * table.column("S")[drawn].log()
     torch.testing.assert_close(table.column("LOGVAR_MIN")[drawn], log_s, rtol=1e-12, atol=1e-12)
+
+
+def test_guidance_by_gradients_is_refused() -> None:
+    """Its shifts are those of a variance-preserving x."""
+    levels = levels_at(FLOW, [900.0, 500.0, 100.0])
+    table = table_of_levels("flow-euler", levels, prediction="flow")
+    with pytest.raises(ValueError, match="not supported for models of flow matching"):
+        rows_of(table)
+    assert len(rows_of(table_of_levels("ddim", levels, prediction="v"))) == 2
 
 
 def test_flow_euler_is_ddim_and_euler() -> None:

@@ -21,6 +21,8 @@ UNET_PARAMETERS = {
     "ddpm-cifar10": 35_746_307,
     "iddpm-imagenet64": 121_063_942,
     "digits": 1_698_628,
+    # one channel instead of four: less of the first and the last convolution
+    "tiny-pixels": 1_698_628 - 3 * 9 * 48 - 3 * (9 * 48 + 1),
 }
 # kl-f4 is vq-f4 with a Gaussian instead of 8192 codes of 3: less the codebook (24,576), plus
 # the second half of the moments in conv_out (3 * (512*9 + 1)) and in the 1x1 quant_conv (42 - 12)

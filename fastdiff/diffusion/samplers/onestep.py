@@ -11,7 +11,7 @@ from fastdiff.diffusion.samplers.rows import Churn, Row, Variance, check_eta, eu
 from fastdiff.diffusion.schedules import NoiseSchedule
 
 
-@sampler("ddpm", order=1)
+@sampler("ddpm", order=1, ancestral=True)
 def ddpm(levels: Sequence[Level], *, variance: Variance = "fixed_small") -> list[Row]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) on any timesteps (IDDPM section 4).
 

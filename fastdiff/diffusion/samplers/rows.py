@@ -51,6 +51,9 @@ class Sampler:
     """Whether its formulas divide by alpha at each level, so that no level may have alpha = 0."""
     spacing: str = "trailing"
     """The spacing used if none is given."""
+    ancestral: bool = False
+    """Whether guidance by gradients shifts the mean of a step, by its variance, and not the score
+    (Dhariwal & Nichol 2021, algorithm 1)."""
 
     @property
     def headline(self) -> str:

@@ -64,6 +64,15 @@ class SamplerTable:
         """Whether any row rescales its guided prediction (RESCALE)."""
         return any(self.column("RESCALE").tolist())
 
+    @cached_property
+    def unguided(self) -> SamplerTable:
+        """The table for predictions to which guidance and clamp have been applied already
+        (`fastdiff.diffusion.gradients`)."""
+        columns = self.columns.clone()
+        for name in ("W", "RESCALE", "CLAMP"):
+            columns[:, COLUMN[name]] = _IDLE[name]
+        return replace(self, columns=columns)
+
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The columns in the form that `sampler_step` takes: (rows, 20) on the device."""
         return self.columns.to(device=device, dtype=dtype)

@@ -1,0 +1,82 @@
+"""A model together with a noisy classifier that guides it, if the two belong together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.flow import noise_schedule
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.models.classifier import Classifier
+
+Fact = tuple[str, Any, Any]
+"""What is compared, and what the model and the classifier say; None: it is not known."""
+
+
+def with_classifier(model: Model, other: Model) -> Model:
+    """A model guided by the classifier of another one: the model itself, with `classifier` set.
+
+    Raises:
+        ValueError: there is no denoiser or no classifier, or the classifier was trained on other
+            samples (channels, size, scale), another noise schedule or other classes.
+    """
+    if model.denoiser is None:
+        raise ValueError(f"{model.path} contains no denoiser, so a classifier cannot guide it")
+    if other.classifier is None:
+        raise ValueError(
+            f"{other.path} contains no noisy classifier; train one with 'fastdiff train classifier'"
+        )
+    wrong = [
+        f"{what}: {theirs} for the classifier, {ours} for the denoiser"
+        for what, ours, theirs in _facts(model, other, other.classifier)
+        if None not in (ours, theirs) and ours != theirs
+    ]
+    if not _same_schedule(model.schedule, other.schedule):
+        wrong.append("the noise schedule differs")
+    if wrong:
+        raise ValueError(
+            f"the classifier of {other.path} does not fit {model.path} ({'; '.join(wrong)}); train "
+            "one with 'fastdiff train classifier --guides' and this model"
+        )
+    return replace(
+        model,
+        classifier=other.classifier,
+        class_names=model.class_names or other.class_names,
+        provenance={**model.provenance, "classifier": str(other.path)},
+        stored_hash="",
+    )
+
+
+def _facts(model: Model, other: Model, classifier: Classifier) -> list[Fact]:
+    assert model.denoiser is not None
+    config, guide, first = model.denoiser.config, classifier.config, model.autoencoder
+    table = model.class_embedding
+    classes = config.num_classes
+    if table is not None:  # its last row may mean "no class"
+        rows = table.num_embeddings
+        classes = guide.num_classes if guide.num_classes in (rows, rows - 1) else rows
+    factor = 1 if first is None else first.downsample_factor
+    side = None if model.image_size is None else model.image_size // factor
+    scales = (model.scale_factor, other.scale_factor)
+    same_scale = math.isclose(*scales, rel_tol=1e-5)
+    return [
+        ("channels", config.out_channels // (1 + config.learned_sigma), guide.in_channels),
+        ("side of x", side, guide.sample_size),
+        ("scale factor", None if same_scale else scales[0], scales[1]),
+        ("classes", classes, guide.num_classes),
+        ("names of the classes", model.class_names or None, other.class_names or None),
+    ]
+
+
+def _same_schedule(one: ScheduleConfig | None, other: ScheduleConfig | None) -> bool:
+    """Whether two configs describe the same noise levels; an unknown one fits any."""
+    if one is None or other is None or one == other:
+        return True
+    if one.num_timesteps != other.num_timesteps:
+        return False
+    t = torch.arange(one.num_timesteps)
+    return torch.allclose(noise_schedule(one).alpha(t), noise_schedule(other).alpha(t), atol=1e-6)

@@ -1,0 +1,192 @@
+"""`model.generate(classifier=...)`: which class, which models fit, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.checkpoint.guide import with_classifier
+from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.generate.job import ClassJob, ImageToImageJob, InterpolationJob, SampleSettings
+from fastdiff.generate.model import with_generate
+from fastdiff.generate.session import Session
+from fastdiff.models.classifier import Classifier
+from tests.models.test_classifier import SMALL
+from tests.support.tiny import UNET, randomize, tiny_model, tiny_pixel_model, tiny_unet
+
+CONFIG = replace(SMALL, num_classes=4, sample_size=8)
+OPTIONS: dict[str, Any] = {"steps": 3, "sampler": "ddim"}
+
+
+def classifier_model(**change: Any) -> Model:
+    """A classifier for the latents of `tiny_model`."""
+    network = Classifier(change.pop("config", CONFIG)).eval()
+    randomize(network, 5)
+    fields: dict[str, Any] = {
+        "layout": "bundle",
+        "classifier": network,
+        "schedule": ScheduleConfig(),
+        "scale_factor": tiny_model().scale_factor,
+        "image_size": 16,
+        "image_channels": 1,
+        "class_names": ("zero", "one", "two", "three"),
+        "path": Path("guide"),
+    }
+    return Model(**{**fields, **change})
+
+
+def unconditional(**change: Any) -> Model:
+    network = tiny_unet(replace(UNET, num_classes=None, null_class=False))
+    return tiny_model(denoiser=network, class_names=(), **change)
+
+
+def test_a_conditional_model_is_guided_towards_the_class_of_each_image() -> None:
+    model, guide = with_generate(tiny_model()), classifier_model()
+    plain = model.generate(classes=[0, 1, 2], **OPTIONS)
+    images = model.generate(classes=[0, 1, 2], classifier=guide, classifier_scale=4, **OPTIONS)
+    jobs = [result.job.settings for result in images]
+    assert [job.classifier_class for job in jobs] == [0, 1, 2]
+    assert {job.classifier_scale for job in jobs} == {4.0}
+    assert all((a.image - b.image).abs().max() > 0.01 for a, b in zip(images, plain, strict=True))
+    (alone,) = model.generate(classes=1, seeds=1, classifier=guide, classifier_scale=4, **OPTIONS)
+    assert torch.equal(alone.image, images[1].image)
+
+
+def test_a_scale_of_zero_is_the_model_without_it() -> None:
+    model, guide = with_generate(tiny_model()), classifier_model()
+    plain = model.generate(classes="two", **OPTIONS)
+    zero = model.generate(classes="two", classifier=guide, classifier_scale=0, **OPTIONS)
+    assert torch.equal(zero.tensor, plain.tensor)
+
+
+def test_an_unconditional_model_leaves_the_class_to_the_classifier() -> None:
+    model = with_generate(with_classifier(unconditional(), classifier_model()))
+    images = model.generate(classes=["three", 1], classifier_scale=2.5, **OPTIONS)
+    assert [result.job.label for result in images] == [None, None]
+    assert [result.job.settings.classifier_class for result in images] == [3, 1]
+    same = model.generate(classifier_class="three", classifier_scale=2.5, **OPTIONS)
+    assert torch.equal(same[0].image, images[0].image)
+    assert (images[0].image - images[1].image).abs().max() > 0.01
+    with pytest.raises(ValueError, match="needs a class to pull towards, got none"):
+        model.generate(**OPTIONS)
+    with pytest.raises(ValueError, match="class 1 could only be the classifier's, which is 2"):
+        model.generate(classes=1, classifier_class=2, **OPTIONS)
+    with pytest.raises(ValueError, match="unknown class 'nine'; expected one of zero, one"):
+        model.generate(classes="nine", **OPTIONS)
+
+
+def test_no_class_and_a_class_of_the_classifier() -> None:
+    """A conditional model without its class, guided by the classifier alone."""
+    model = with_generate(with_classifier(tiny_model(), classifier_model()))
+    (result,) = model.generate(classifier_class=2, guidance_scale=1, **OPTIONS)
+    assert result.job.label is None
+    assert result.job.settings.classifier_class == 2
+
+
+def test_between_two_classes_each_pulls_by_its_share() -> None:
+    session = Session.of(with_classifier(tiny_model(), classifier_model()))
+    x = torch.zeros(3, 8, 8)
+
+    def shares(**change: Any) -> dict[int, float]:
+        settings = SampleSettings(classifier_scale=2.0, **change.pop("settings", {}))
+        job = InterpolationJob(label=1, to_label=3, settings=settings, **change)
+        return {pull.label: pull.scale for pull in session.pulls(job, x)}
+
+    assert shares(at=0.25) == {1: 1.5, 3: 0.5}
+    assert shares(at=0.25, settings={"classifier_class": 2}) == {2: 2.0}
+
+
+@pytest.mark.parametrize("kind", [ClassJob, ImageToImageJob, InterpolationJob])
+def test_every_kind_of_job_is_guided(kind: type[Any]) -> None:
+    model = with_classifier(tiny_model(), classifier_model())
+    own: dict[str, Any] = {"image": torch.zeros(1, 16, 16)} if kind is ImageToImageJob else {}
+    own |= {"to_label": 2, "at": 0.5} if kind is InterpolationJob else {}
+    images = []
+    for scale in (0.0, 3.0):
+        settings = SampleSettings(steps=3, classifier_scale=scale)
+        (result,) = fastdiff.generate(model, [kind(label=1, settings=settings, **own)])
+        images.append(result.image)
+    assert (images[0] - images[1]).abs().max() > 0.01
+
+
+def test_a_classifier_is_loaded_from_a_folder(tmp_path: Path) -> None:
+    save_bundle(classifier_model(), tmp_path / "guide")
+    save_bundle(tiny_model(), tmp_path / "model")
+    plain = fastdiff.load(tmp_path / "model")
+    guided = fastdiff.load(tmp_path / "model", classifier=tmp_path / "guide")
+    expected = guided.generate(classes=1, classifier_scale=3, **OPTIONS)
+    found = plain.generate(classes=1, classifier=tmp_path / "guide", classifier_scale=3, **OPTIONS)
+    assert torch.equal(found.tensor, expected.tensor)
+    assert guided.weights_hash != plain.weights_hash
+    assert "classifier" in str(guided)
+    recipe = expected[0].recipe
+    assert recipe["job"]["settings"]["classifier_class"] == 1
+    assert recipe["weights"] == guided.weights_hash
+    (default,) = guided.generate(classes=1, **OPTIONS)
+    assert default.job.settings.classifier_scale == 1.0
+
+
+def test_a_recipe_without_a_classifier_is_as_before() -> None:
+    (result,) = with_generate(tiny_model()).generate(classes=1, **OPTIONS)
+    assert not [name for name in result.recipe["job"]["settings"] if "classifier" in name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": replace(CONFIG, in_channels=4)}, "channels: 4 for the classifier, 3 for the"),
+        ({"config": replace(CONFIG, sample_size=16)}, "side of x: 16 for the classifier, 8 for"),
+        ({"config": replace(CONFIG, num_classes=5), "class_names": ()}, "classes: 5 for the class"),
+        ({"class_names": ("zero", "one", "two", "3")}, "names of the classes"),
+        ({"scale_factor": 1.0}, "scale factor: 1.0 for the classifier, 0.8 for the denoiser"),
+        ({"schedule": ScheduleConfig(kind="cosine")}, "the noise schedule differs"),
+        ({"schedule": ScheduleConfig(num_timesteps=500)}, "the noise schedule differs"),
+        ({"classifier": None}, "guide contains no noisy classifier; train one with"),
+    ],
+)
+def test_a_classifier_of_something_else_is_refused(change: dict[str, Any], message: str) -> None:
+    guide = classifier_model(**change)
+    with pytest.raises(ValueError, match=message):
+        with_classifier(tiny_model(), guide)
+    with pytest.raises(ValueError, match=message):
+        with_generate(tiny_model()).generate(classes=1, classifier=guide, **OPTIONS)
+
+
+def test_what_cannot_be_guided_is_refused() -> None:
+    plain = with_generate(tiny_model())
+    for option in ({"classifier_scale": 2.0}, {"classifier_class": 1}):
+        with pytest.raises(ValueError, match="was loaded without a classifier, so classifier_scal"):
+            plain.generate(classes=1, **option, **OPTIONS)
+    with pytest.raises(ValueError, match="contains no denoiser"):
+        with_classifier(classifier_model(), classifier_model())
+    with pytest.raises(ValueError, match="classifier_scale must be a number >= 0, got -1"):
+        SampleSettings(classifier_scale=-1.0)
+    guided = with_generate(with_classifier(tiny_model(), classifier_model()))
+    with pytest.raises(ValueError, match=r"takes images of 16 x 16, got 32 x 16 \(width x height"):
+        guided.generate(classes=1, width=32, **OPTIONS)
+
+
+def test_equal_schedules_may_be_written_differently() -> None:
+    """Betas from 0.0001 to 0.02 are those of OpenAI's linear schedule for 1000 steps."""
+    other = ScheduleConfig(kind="linear", rescale_ends=True)
+    model = tiny_pixel_model(schedule=replace(other, rescale_ends=False))
+    guide = classifier_model(
+        schedule=other, config=replace(CONFIG, sample_size=16), scale_factor=1.0
+    )
+    assert with_classifier(model, guide).classifier is guide.classifier
+
+
+def test_a_classifier_of_no_classes_of_the_model_stays_where_it_was() -> None:
+    """The same guided model is used again, so that its networks are prepared once."""
+    model, guide = with_generate(tiny_model()), classifier_model()
+    model.generate(classes=1, classifier=guide, **OPTIONS)
+    first = vars(model)["_guided_model"][1]
+    model.generate(classes=2, classifier=guide, **OPTIONS)
+    assert vars(model)["_guided_model"][1] is first
