@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.diffusion.flow import noise_schedule
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.models.classifier import Classifier
 
 Fact = tuple[str, Any, Any]

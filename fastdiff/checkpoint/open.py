@@ -21,8 +21,7 @@ from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
-from fastdiff.diffusion.flow import check_flow
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.files import REFUSALS, put_in_one_line
 
 PathLike = str | os.PathLike[str]

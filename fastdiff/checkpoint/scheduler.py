@@ -22,9 +22,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from fastdiff.diffusion.flow import FlowSchedule, shifted
+from fastdiff.diffusion.flow import shifted
 from fastdiff.diffusion.samplers import Variance
 from fastdiff.diffusion.schedules import (
+    FlowSchedule,
     NoiseSchedule,
     ScheduleConfig,
     sigma_spacing,

@@ -108,9 +108,8 @@ def run(options: Samplers) -> int:
 
 
 def _table(name: str, options: Samplers) -> SamplerTable:
-    from fastdiff.diffusion.flow import noise_schedule
     from fastdiff.diffusion.samplers import SAMPLERS, build_table
-    from fastdiff.diffusion.schedules import ScheduleConfig
+    from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 
     config = ScheduleConfig(kind=options.schedule, shift=options.shift)
     if options.schedule == "scaled_linear":  # use Stable Diffusion's ends; the default is DDPM's

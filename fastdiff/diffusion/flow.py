@@ -11,83 +11,16 @@ s = sigma / (alpha + sigma) and h = 1 / (alpha + sigma). Both ends have h = 1. T
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.diffusion.schedules import FLOW, FlowSchedule, ScheduleConfig
 
-KIND = "flow"
 SPACINGS = ("trailing", "linspace")
 """The named spacings of steps over s; timesteps can also be given as numbers."""
-
-
-class FlowSchedule(NoiseSchedule):
-    """alpha, sigma and signal-to-noise ratio of the straight path at any real t in [0, T].
-
-    It has no betas: there is no `posterior`, and it cannot be respaced.
-
-    Attributes:
-        num_timesteps: T.
-        shift: of the noise levels of sampling and training; see `shifted`.
-    """
-
-    def __init__(self, config: ScheduleConfig) -> None:
-        if config.kind != KIND:
-            raise ValueError(f"expected a schedule of kind 'flow', got {config.kind!r}")
-        self.num_timesteps, self.shift = config.num_timesteps, config.shift
-
-    def share(self, t: float | Tensor) -> Tensor:
-        """s = t / T, the share of the noise. Returns t's shape, fp64, on t's device."""
-        t = torch.as_tensor(t, dtype=torch.float64)
-        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.num_timesteps)).all()):
-            raise ValueError(
-                f"timesteps must be in [0, {self.num_timesteps}], got {float(t.min()):g} to "
-                f"{float(t.max()):g}; t = 0 has no noise"
-            )
-        return t / self.num_timesteps
-
-    def alpha(self, t: float | Tensor) -> Tensor:
-        s = self.share(t)
-        return (1 - s) / torch.hypot(1 - s, s)
-
-    def sigma(self, t: float | Tensor) -> Tensor:
-        s = self.share(t)
-        return s / torch.hypot(1 - s, s)
-
-    def snr(self, t: float | Tensor) -> Tensor:
-        s = self.share(t)
-        return ((1 - s) / s).square()
-
-    def log_snr(self, t: float | Tensor) -> Tensor:
-        return self.snr(t).log()
-
-    def timestep(self, sigmas: Tensor) -> Tensor:
-        """The t at which sigma / alpha has the given value; inf is T. Returns fp64, CPU."""
-        return self.num_timesteps / (1 + 1 / sigmas.detach().to("cpu", torch.float64))
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-        """x_s = (1 - s) * x0 + s * noise, which the network sees.
-
-        x0, noise: (N, ...), any float dtype. t: () or (N,). Returns x0's shape and dtype.
-        """
-        s = self.share(t)
-        return self._like(1 - s, x0) * x0 + self._like(s, x0) * noise
-
-    def posterior(self, x: Tensor, x0: Tensor, t: Tensor) -> NoReturn:
-        raise ValueError("flow matching has no betas, so there is no posterior of a step")
-
-    def respaced(self, timesteps: Sequence[int]) -> NoReturn:
-        raise ValueError("flow matching has no betas, so its schedule cannot be respaced")
-
-
-def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
-    """The noise schedule of any config."""
-    return FlowSchedule(config) if config.kind == KIND else NoiseSchedule(config)
 
 
 def shifted(s: Tensor, shift: float) -> Tensor:
@@ -106,7 +39,7 @@ def for_pixels(config: ScheduleConfig, pixels: int, trained: int) -> ScheduleCon
 
     config: of kind "flow", whose shift is right for images of `trained` pixels.
     """
-    if config.kind != KIND or pixels < 1 or trained < 1:
+    if config.kind != FLOW or pixels < 1 or trained < 1:
         raise ValueError(
             "expected a schedule of kind 'flow' and positive numbers of pixels, got "
             f"{config.kind!r}, {pixels} and {trained}"
@@ -133,12 +66,3 @@ def flow_timesteps(schedule: FlowSchedule, steps: int, spacing: str) -> list[flo
             f"themselves, got {spacing!r}"
         )
     return [float(t) for t in shifted(s, schedule.shift) * total]
-
-
-def check_flow(kind: str, prediction: str) -> None:
-    """Raise ValueError unless prediction "flow" and a schedule of kind "flow" come together."""
-    if (kind == KIND) != (prediction == "flow"):
-        raise ValueError(
-            "prediction 'flow' and a schedule of kind 'flow' belong together, got prediction "
-            f"{prediction!r} and schedule {kind!r}; set both"
-        )

@@ -11,9 +11,14 @@ from typing import cast, get_args
 import torch
 
 from fastdiff.diffusion.fastdpm import Curve, step_timesteps, var_levels
-from fastdiff.diffusion.flow import FlowSchedule, flow_timesteps
+from fastdiff.diffusion.flow import flow_timesteps
 from fastdiff.diffusion.respacing import check_spacing, check_steps, respaced_timesteps
-from fastdiff.diffusion.schedules import NoiseSchedule, sigma_spacing, timestep_spacing
+from fastdiff.diffusion.schedules import (
+    FlowSchedule,
+    NoiseSchedule,
+    sigma_spacing,
+    timestep_spacing,
+)
 from fastdiff.names import FASTDPM_SPACINGS, SigmaSpacing, TimestepSpacing
 
 

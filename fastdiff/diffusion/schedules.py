@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import NoReturn, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from fastdiff.configs import LATER
 from fastdiff.names import ScheduleKind, SigmaSpacing, TimestepSpacing
 
+FLOW = "flow"
+"""The kind of schedule of flow matching."""
 MAX_TIMESTEPS = 10**6  # 1000 is usual; this limits the memory of the schedule's tables
 
 
@@ -170,8 +172,7 @@ class NoiseSchedule:
         if isinstance(source, ScheduleConfig):
             if source.kind not in BETAS:
                 raise ValueError(
-                    f"schedule {source.kind!r} has no betas; make it with "
-                    "fastdiff.diffusion.flow.noise_schedule"
+                    f"schedule {source.kind!r} has no betas; make it with noise_schedule"
                 )
             betas = BETAS[source.kind](source)
             if source.zero_terminal_snr:
@@ -304,6 +305,81 @@ class NoiseSchedule:
         values = values.to(x.device, x.dtype)
         return (
             values.reshape(values.shape + (1,) * (x.ndim - values.ndim)) if values.ndim else values
+        )
+
+
+class FlowSchedule(NoiseSchedule):
+    """alpha, sigma and signal-to-noise ratio of flow matching at any real t in [0, T].
+
+    The share of noise in x_s = (1 - s) * x0 + s * n is s = t / T (`fastdiff.diffusion.flow`), so
+    alpha = (1 - s) / h and sigma = s / h with h = sqrt((1 - s)² + s²). It has no betas: there is no
+    `posterior`, and it cannot be respaced.
+
+    Attributes:
+        num_timesteps: T.
+        shift: of the noise levels of sampling and training; see `flow.shifted`.
+    """
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        if config.kind != FLOW:
+            raise ValueError(f"expected a schedule of kind 'flow', got {config.kind!r}")
+        self.num_timesteps, self.shift = config.num_timesteps, config.shift
+
+    def share(self, t: float | Tensor) -> Tensor:
+        """s = t / T, the share of the noise. Returns t's shape, fp64, on t's device."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.num_timesteps)).all()):
+            raise ValueError(
+                f"timesteps must be in [0, {self.num_timesteps}], got {float(t.min()):g} to "
+                f"{float(t.max()):g}; t = 0 has no noise"
+            )
+        return t / self.num_timesteps
+
+    def alpha(self, t: float | Tensor) -> Tensor:
+        s = self.share(t)
+        return (1 - s) / torch.hypot(1 - s, s)
+
+    def sigma(self, t: float | Tensor) -> Tensor:
+        s = self.share(t)
+        return s / torch.hypot(1 - s, s)
+
+    def snr(self, t: float | Tensor) -> Tensor:
+        s = self.share(t)
+        return ((1 - s) / s).square()
+
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        return self.snr(t).log()
+
+    def timestep(self, sigmas: Tensor) -> Tensor:
+        """The t at which sigma / alpha has the given value; inf is T. Returns fp64, CPU."""
+        return self.num_timesteps / (1 + 1 / sigmas.detach().to("cpu", torch.float64))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
+        """x_s = (1 - s) * x0 + s * noise, which the network sees.
+
+        x0, noise: (N, ...), any float dtype. t: () or (N,). Returns x0's shape and dtype.
+        """
+        s = self.share(t)
+        return self._like(1 - s, x0) * x0 + self._like(s, x0) * noise
+
+    def posterior(self, x: Tensor, x0: Tensor, t: Tensor) -> NoReturn:
+        raise ValueError("flow matching has no betas, so there is no posterior of a step")
+
+    def respaced(self, timesteps: Sequence[int]) -> NoReturn:
+        raise ValueError("flow matching has no betas, so its schedule cannot be respaced")
+
+
+def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of any config."""
+    return FlowSchedule(config) if config.kind == FLOW else NoiseSchedule(config)
+
+
+def check_flow(kind: str, prediction: str) -> None:
+    """Raise ValueError unless prediction "flow" and a schedule of kind "flow" come together."""
+    if (kind == FLOW) != (prediction == "flow"):
+        raise ValueError(
+            "prediction 'flow' and a schedule of kind 'flow' belong together, got prediction "
+            f"{prediction!r} and schedule {kind!r}; set both"
         )
 
 

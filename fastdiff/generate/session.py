@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.diffusion.flow import noise_schedule
 from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.samplers import SamplerTable, build_table
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import NoiseSchedule, noise_schedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (

@@ -8,9 +8,8 @@ from typing import Any, Generic, TypeVar, get_args
 
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig
-from fastdiff.diffusion.flow import check_flow
 from fastdiff.diffusion.samplers import SAMPLERS
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
 from fastdiff.names import Prediction
 from fastdiff.training.config import OptimizationConfig, OutputConfig

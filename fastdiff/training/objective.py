@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.flow import FlowSchedule, shifted
+from fastdiff.diffusion.flow import shifted
 from fastdiff.diffusion.losses import min_snr_weight, simple_losses, variational_bound
 from fastdiff.diffusion.predictions import target, to_denoised
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import FlowSchedule, NoiseSchedule
 from fastdiff.names import Prediction
 
 

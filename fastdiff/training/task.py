@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
-from fastdiff.diffusion.flow import noise_schedule
 from fastdiff.diffusion.samplers import SamplerTable, build_table
+from fastdiff.diffusion.schedules import noise_schedule
 from fastdiff.images import contact_sheet
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder

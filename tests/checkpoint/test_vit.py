@@ -23,10 +23,9 @@ from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import Loading
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.diffusion.flow import noise_schedule
 from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.generate.facts import Facts
 from fastdiff.models.dit import DiT, DiTConfig, position_table
 from fastdiff.models.presets import DITS, UVITS

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import SamplerSettings, read_scheduler, scheduler_config
-from fastdiff.diffusion.flow import (
-    FlowSchedule,
-    check_flow,
-    for_pixels,
-    noise_schedule,
-    shifted,
-)
+from fastdiff.diffusion.flow import for_pixels, shifted
 from fastdiff.diffusion.gradients import rows_of
 from fastdiff.diffusion.levels import CLEAN, levels_at
 from fastdiff.diffusion.losses import min_snr_weight
 from fastdiff.diffusion.predictions import input_scale, target, to_denoised
 from fastdiff.diffusion.samplers import SAMPLERS, SamplerTable, build_table, table_of_levels
 from fastdiff.diffusion.sampling import sample
-from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.diffusion.schedules import (
+    FlowSchedule,
+    NoiseSchedule,
+    ScheduleConfig,
+    check_flow,
+    noise_schedule,
+)
 from fastdiff.runtime.engine import _levels_after
 from fastdiff.training.objective import DenoiserLossConfig, Objective
 from tests.diffusion.mixture import denoise, exact_end

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.checkpoint.layouts.bundle import load_bundle
-from fastdiff.diffusion.flow import noise_schedule
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.evaluation.bits import bits_per_dimension
 from fastdiff.generate.job import SampleSettings
 from fastdiff.training import (
