@@ -563,5 +563,6 @@ def _levels_after(table: SamplerTable) -> Tensor:
     the rest, as in diffusers.
     """
     sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
+    scales = torch.cat([table.scales[1:-1], table.scales.new_ones(1)])
     alpha = (1 + sigmas**2) ** -0.5
-    return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)]
+    return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)] * scales[:, None]
