@@ -33,7 +33,6 @@ usage: fastdiff train STAGE [OPTIONS]
 examples:
   fastdiff train autoencoder
   fastdiff train diffusion --autoencoder runs/digits-autoencoder
-  fastdiff train diffusion --resume
   fastdiff train classifier --guides digits"""
 STAGE_HELP = """\
 Train {line}.
@@ -58,7 +57,7 @@ EXAMPLES = {
   fastdiff train diffusion --resume --output.folder runs/digits-diffusion""",
     "classifier": """\
   fastdiff train classifier
-  fastdiff train classifier --guides runs/tiny-dit --output.folder runs/guide
+  fastdiff train classifier --guides digits --output.folder runs/guide --dry-run
   fastdiff train classifier --resume""",
 }
 
@@ -79,6 +78,14 @@ class Train(Generic[RunT]):
     """Print the config and the size of the run, and write nothing."""
 
 
+def run_class(stage: str) -> Any:
+    """The config of a stage's runs."""
+    from fastdiff.training import AutoencoderRun, ClassifierRun, DiffusionRun
+
+    kinds = {"autoencoder": AutoencoderRun, "diffusion": DiffusionRun, "classifier": ClassifierRun}
+    return kinds[stage]
+
+
 def main(words: Sequence[str]) -> int:
     stages = "\n".join(f"  {name:11}  {line}" for name, line in STAGES.items())
     if words and words[0] in ("-h", "--help"):
@@ -90,10 +97,9 @@ def main(words: Sequence[str]) -> int:
         )
     stage, *rest = words
     one_of(stage, STAGES, "stage")
-    from fastdiff.training import TRAINING_PRESETS, AutoencoderRun, ClassifierRun, DiffusionRun
+    from fastdiff.training import TRAINING_PRESETS, DiffusionRun
 
-    kinds = {"autoencoder": AutoencoderRun, "diffusion": DiffusionRun, "classifier": ClassifierRun}
-    kind: Any = kinds[stage]
+    kind = run_class(stage)
     presets = {name: run for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)}
     start: Any = _start(kind, presets, rest)
     # Every field of a network's config is an option, so the options depend on the network.

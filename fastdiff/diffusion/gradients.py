@@ -59,12 +59,24 @@ class Pull:
     on: Literal["x", "x0"] = "x"
     """What the objective sees: the noisy x, or the estimate of x0. Then g also needs the gradient
     of the network, which takes about three times as long as an evaluation."""
+    max_sigma: float = math.inf
+    """The pull is left out where sigma / alpha is larger. An exact g is proportional to alpha /
+    sigma² there, which m makes up for; that of a trained network is not, so its errors grow by m,
+    which is 20,000 at the first level of a cosine schedule."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ValueError(f"the scale of a pull must be finite, got {self.scale}")
+        if not self.max_sigma > 0:
+            raise ValueError(f"max_sigma must be positive, got {self.max_sigma}")
         if self.on not in ("x", "x0"):
             raise ValueError(f"on must be x or x0, got {self.on!r:.40}")
+
+    def __str__(self) -> str:
+        """The name of its function, and its scale."""
+        function = getattr(self.objective, "loss", self.objective)
+        name = getattr(function, "__name__", type(function).__name__)
+        return f"{name} on {self.on}, scale {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -308,9 +320,15 @@ def _gradient(
             samples = torch.tensor([sample for sample, _ in filled], device=seen.device)
             labels = torch.tensor([pull.label for _, pull in filled], device=seen.device)
             found = gradient_of(objective, seen.detach()[samples], at.t[samples], labels)
-            scales = torch.tensor([pull.scale for _, pull in part]).to(seen)
-            scaled = scales.reshape(-1, *(1,) * (seen.ndim - 1)) * found[: len(part)]
-            total.index_add_(0, samples[: len(part)], scaled)
+            samples, found = samples[: len(part)], found[: len(part)]
+            numbers = torch.tensor(
+                [(pull.scale, pull.max_sigma) for _, pull in part], dtype=torch.float64
+            ).to(seen)
+            scale, most, sigma = (
+                column.reshape(-1, *(1,) * (seen.ndim - 1))
+                for column in (*numbers.T, at.rows[samples, SIGMA])
+            )
+            total.index_add_(0, samples, torch.where(sigma <= most, scale * found, 0.0))
     return total
 
 

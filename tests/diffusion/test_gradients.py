@@ -335,6 +335,20 @@ def test_without_a_pull_the_loop_is_the_same(name: str, options: dict[str, Any])
     torch.testing.assert_close(nothing, plain, rtol=1e-10, atol=1e-10)
 
 
+def test_a_pull_is_left_out_above_its_noise_level() -> None:
+    rows, network = table("ddim"), exact_network(SCHEDULE)
+    pulls = [
+        [Pull(objective=log_prob, scale=2.0, label=label, max_sigma=float(rows.sigmas[3]))]
+        for label in LABELS
+    ]
+    predict = guided(along(rows, network), rows, [by_gradients(pulls)])
+    always = guided(along(rows, network), rows, [classifier_guidance(log_prob, LABELS, 2.0)])
+    plain = along(rows, network)
+    for row in range(len(rows)):
+        expected = plain(start(), row) if row < 3 else always(start(), row)
+        torch.testing.assert_close(predict(start(), row), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_it_works_in_inference_mode() -> None:
     guidance = (
         classifier_guidance(log_prob, LABELS, 1.0),
@@ -400,6 +414,7 @@ def test_levels_without_signal_are_refused() -> None:
     ("change", "message"),
     [
         ({"scale": math.nan}, "the scale of a pull must be finite, got nan"),
+        ({"max_sigma": 0.0}, "max_sigma must be positive, got 0"),
         ({"on": "z"}, "on must be x or x0, got 'z'"),
     ],
 )

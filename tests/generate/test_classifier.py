@@ -13,9 +13,12 @@ import fastdiff
 from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.gradients import loss_pull
+from fastdiff.diffusion.sampling import Step
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.generate.job import ClassJob, ImageToImageJob, InterpolationJob, SampleSettings
 from fastdiff.generate.model import with_generate
+from fastdiff.generate.recipe import read as read_recipe
 from fastdiff.generate.session import Session
 from fastdiff.models.classifier import Classifier
 from tests.models.test_classifier import SMALL
@@ -131,6 +134,24 @@ def test_a_classifier_is_loaded_from_a_folder(tmp_path: Path) -> None:
     assert recipe["weights"] == guided.weights_hash
     (default,) = guided.generate(classes=1, **OPTIONS)
     assert default.job.settings.classifier_scale == 1.0
+
+
+def test_a_loss_of_the_user_guides_every_image() -> None:
+    """The shipped model's latents, pulled through the denoiser to a mean of 0.3."""
+    model, means, steps = fastdiff.load("digits"), [], list[Step]()
+
+    def off_centre(x0: torch.Tensor) -> torch.Tensor:
+        return (x0.mean(dim=(1, 2, 3)) - 0.3).square() * 64
+
+    for pulls in ((), (loss_pull(off_centre, 3.0),)):
+        (result,) = model.generate(
+            classes=3, pulls=pulls, steps=8, sampler="ddim", on_step=steps.append
+        )
+        means.append(float(steps[-1].denoised.mean()))
+    assert abs(means[1] - 0.3) < 0.5 * abs(means[0] - 0.3)
+    assert result.recipe["guided_by"] == ["off_centre on x0, scale 3"]
+    with pytest.raises(ValueError, match="guided by functions that no recipe contains"):
+        read_recipe(result.recipe)
 
 
 def test_a_recipe_without_a_classifier_is_as_before() -> None:

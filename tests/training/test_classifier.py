@@ -15,6 +15,8 @@ from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
 from fastdiff.data import DataConfig
 from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.evaluation.classifier import Judge, digits_reference
+from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.training import (
     TRAINING_PRESETS,
@@ -26,6 +28,7 @@ from fastdiff.training import (
 )
 from fastdiff.training.classifier import RANGES, ClassifierTask, for_guided
 from fastdiff.training.monitor import read_log
+from tests.support.drawing import images as images_of
 from tests.support.tiny import AUTOENCODER, UNET, tiny_model, tiny_unet
 from tests.training import runs
 
@@ -250,3 +253,25 @@ def test_an_averaged_classifier_is_the_one_that_guides(images: Path, tmp_path: P
     assert model.classifier is not None
     average = runs.final_tensors(tmp_path / "run")["ema.safetensors:time_embed.0.weight"]
     assert torch.equal(model.classifier.time_embed[0].weight, average)
+
+
+@pytest.mark.slow
+def test_a_short_training_makes_an_unconditional_model_draw_classes(tmp_path: Path) -> None:
+    """The shipped model without its own class: 10% of the images show the class by chance."""
+    preset: Any = TRAINING_PRESETS["tiny-classifier"]
+    run = runs.with_optimization(preset, steps=400, warmup_steps=50)
+    run = dataclasses.replace(run, latent_views=2, device="cpu")
+    run = runs.with_output(run, folder=str(tmp_path / "guide"), preview_every=0, tensorboard=False)
+    train_classifier(run)
+    model = fastdiff.load("digits", classifier=tmp_path / "guide")
+    judge, labels = Judge(digits_reference()), torch.arange(10).repeat(3)
+    found = {}
+    for scale in (0.0, 6.0):
+        settings = SampleSettings(steps=15, guidance_scale=1.0, classifier_scale=scale)
+        jobs = [
+            ClassJob(seed=seed, settings=dataclasses.replace(settings, classifier_class=label))
+            for seed, label in enumerate(labels.tolist())
+        ]
+        found[scale] = judge.accuracy(images_of(model, jobs), labels)
+    assert found[0.0] < 0.3
+    assert found[6.0] > 0.7
