@@ -36,7 +36,7 @@ class Evaluate:
     Examples:
       fastdiff evaluate
       fastdiff evaluate --count 500 --steps 20 --guidance-scale 1
-      fastdiff evaluate --model runs/digits-pixels --bits --spacing 50
+      fastdiff evaluate --model runs/tiny-iddpm --bits --spacing 50
     """
 
     model: str = "digits"

@@ -44,7 +44,22 @@ def write_report(
         OSError: a file cannot be written.
     """
     folder = Path(folder)
-    provenance = {
+    source = provenance(evaluation, command)
+    _write_samples(evaluation, folder / "images" / SAMPLES_PICTURE)
+    _write_neighbours(evaluation, folder / "images" / NEIGHBOURS_PICTURE)
+    results = to_dict(evaluation.results)
+    failures = list(evaluation.results.failures())
+    write_json(
+        folder / "results.json",
+        {"provenance": source, "results": results, "failures": failures},
+    )
+    write_text(folder / "results.md", _markdown(evaluation, source, title))
+    return folder / "results.md"
+
+
+def provenance(evaluation: Evaluation, command: str) -> dict[str, object]:
+    """Where the numbers of an evaluation come from: code, machine, model, seeds, settings."""
+    return {
         "command": command,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -56,16 +71,6 @@ def write_report(
         "seeds": [evaluation.seeds[0], evaluation.seeds[-1]],
         "settings": to_dict(evaluation.settings),
     }
-    _write_samples(evaluation, folder / "images" / SAMPLES_PICTURE)
-    _write_neighbours(evaluation, folder / "images" / NEIGHBOURS_PICTURE)
-    results = to_dict(evaluation.results)
-    failures = list(evaluation.results.failures())
-    write_json(
-        folder / "results.json",
-        {"provenance": provenance, "results": results, "failures": failures},
-    )
-    write_text(folder / "results.md", _markdown(evaluation, provenance, title))
-    return folder / "results.md"
 
 
 def _markdown(evaluation: Evaluation, provenance: Mapping[str, object], title: str) -> str:

@@ -1,0 +1,286 @@
+"""The diffusion systems of the literature, each trained on digits and judged: docs/trained.md.
+
+    python -m benchmarks.systems --train tiny-dit     train a preset into runs/tiny-dit
+    python -m benchmarks.systems ddim fastdpm         measure two systems, whose runs are there
+    python -m benchmarks.systems                      measure every system whose run is there
+    python -m benchmarks.systems --docs               write the page from the records alone
+
+A record and a contact sheet are written per system, so the page can be completed run by run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.checkpoint.open import load
+from fastdiff.cli import main as fastdiff_command
+from fastdiff.cli.machine import progress
+from fastdiff.data.digits import CLASSES
+from fastdiff.evaluation import digits_bits, evaluate
+from fastdiff.evaluation.report import provenance
+from fastdiff.files import write_json, write_text
+from fastdiff.generate.job import SampleSettings
+from fastdiff.images import contact_sheet, save_png
+from fastdiff.training import TRAINING_PRESETS
+from fastdiff.training.monitor import LOG_FILE, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks/results/systems"
+PAGE = ROOT / "docs/trained.md"
+PICTURES = ROOT / "docs/images"
+PER_CLASS = 8
+TEXT = ("system", "paper", "preset", "sampler, steps")
+COLUMNS = (
+    *TEXT[:3],
+    "parameters",
+    "steps, minutes",
+    TEXT[3],
+    "guidance",
+    "accuracy",
+    "Fréchet",
+    "precision",
+    "recall",
+    "near-copies",
+    "bits/dim",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One row: a trained model and how it is sampled."""
+
+    title: str
+    paper: str
+    model: str
+    """A training preset, whose run is in runs/, or a shipped model."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    bits: bool = False
+    """Whether the bound on the likelihood is measured as well."""
+
+
+SYSTEMS = {
+    "ddpm": System(
+        title="DDPM, pixels",
+        paper="Ho et al. 2020",
+        model="tiny-ddpm",
+        settings={"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0},
+        bits=True,
+    ),
+    "ddim": System(
+        title="DDIM, pixels",
+        paper="Song et al. 2021",
+        model="tiny-ddpm",
+        settings={"sampler": "ddim", "steps": 50, "guidance_scale": 1.0},
+    ),
+    "fastdpm": System(
+        title="FastDPM, pixels",
+        paper="Kong and Ping 2021",
+        model="tiny-ddpm",
+        settings={
+            "sampler": "fastdpm",
+            "steps": 50,
+            "spacing": "var-quadratic",
+            "guidance_scale": 1.0,
+        },
+    ),
+    "iddpm": System(
+        title="IDDPM, pixels, learned variance",
+        paper="Nichol and Dhariwal 2021",
+        model="tiny-iddpm",
+        settings={"sampler": "ddpm", "steps": 100, "guidance_scale": 1.0},
+        bits=True,
+    ),
+    "guidance": System(
+        title="Classifier-free guidance, pixels",
+        paper="Ho and Salimans 2022",
+        model="tiny-ddpm",
+        settings={"sampler": "ddim", "steps": 50, "guidance_scale": 2.0},
+    ),
+    "ldm": System(
+        title="Latent diffusion, KL autoencoder",
+        paper="Rombach et al. 2022",
+        model="digits",
+        settings={"sampler": "dpmpp-2m", "steps": 20, "guidance_scale": 1.5},
+    ),
+    "dit": System(
+        title="DiT on latents, learned variance",
+        paper="Peebles and Xie 2023",
+        model="tiny-dit",
+        settings={"sampler": "ddpm", "steps": 100, "guidance_scale": 1.5},
+    ),
+    "uvit": System(
+        title="U-ViT on latents",
+        paper="Bao et al. 2023",
+        model="tiny-uvit",
+        settings={"sampler": "dpmpp-2m", "steps": 20, "guidance_scale": 1.5},
+    ),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.systems",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "names", nargs="*", help=f"systems ({', '.join(SYSTEMS)}) or, with --train, presets"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are")
+    parser.add_argument("--count", type=int, default=1000, help="samples per system")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--train", action="store_true", help="train presets instead of measuring")
+    action.add_argument("--docs", action="store_true", help="only write the page")
+    options = parser.parse_args(words)
+    known = [name for name in TRAINING_PRESETS if options.train] or list(SYSTEMS)
+    if unknown := [name for name in options.names if name not in known]:
+        parser.error(f"expected some of {', '.join(known)}; got {', '.join(unknown)}")
+    if options.train:
+        return train(options.names or presets(), options.runs)
+    if not options.docs:
+        for name in options.names or list(SYSTEMS):
+            measure(name, options.runs, options.count)
+    write_text(PAGE, page(records()))
+    print(PAGE.relative_to(ROOT))
+    return 0
+
+
+def presets() -> list[str]:
+    """The training presets that the systems need."""
+    return list(dict.fromkeys(s.model for s in SYSTEMS.values() if s.model in TRAINING_PRESETS))
+
+
+def train(names: list[str], runs: Path) -> int:
+    for name in names:
+        folder = runs / name
+        more = ["--resume"] if (folder / "config.json").exists() else ["--preset", name]
+        code = fastdiff_command(["train", "diffusion", *more, "--output.folder", str(folder)])
+        if code:
+            return code
+    return 0
+
+
+def measure(name: str, runs: Path, count: int) -> None:
+    """Sample and judge one system; writes its record and its contact sheet."""
+    system = SYSTEMS[name]
+    folder = runs / system.model
+    trained = system.model in TRAINING_PRESETS
+    if trained and not (folder / "model").exists():
+        print(f"{name}: left out, {folder} has no trained model; use --train {system.model}")
+        return
+    model = load(str(folder) if trained else system.model)
+    assert model.denoiser is not None, "digits have a denoiser"
+    settings = SampleSettings(**system.settings)
+    since = time.perf_counter()
+    with progress(name) as tell:
+        evaluation = evaluate(model, count=count, settings=settings, progress=tell)
+    seconds = time.perf_counter() - since
+    samples, results = evaluation.results.samples, evaluation.results
+    record = {
+        **provenance(evaluation, f"python -m benchmarks.systems {name} --count {count}"),
+        "parameters": sum(p.numel() for p in model.denoiser.parameters()),
+        "images_per_second": round(count / seconds, 2),
+        "accuracy": samples.accuracy,
+        "frechet_ratio": results.frechet_equal_ratio,
+        "precision": samples.precision,
+        "recall": samples.recall,
+        "near_copies": samples.near_copies,
+        "held_out": {
+            key: getattr(results.held_out, key)
+            for key in ("accuracy", "precision", "recall", "near_copies")
+        },
+        "training": training_cost(folder) if trained else None,
+    }
+    if system.bits:
+        with progress(f"{name}, bits") as tell:
+            bits = digits_bits(model, count=90, progress=tell)
+        record["bits"] = {"mean": bits.mean, "error": bits.error, "images": 90}
+    write_json(RECORDS / f"{name}.json", record)
+    places = [torch.nonzero(evaluation.labels == digit).flatten() for digit in range(len(CLASSES))]
+    order = torch.cat([place[:PER_CLASS] for place in places])
+    sheet = contact_sheet(
+        evaluation.images[order], list(CLASSES), columns=PER_CLASS, cell=32, resample="nearest"
+    )
+    save_png(PICTURES / f"system-{name}.png", sheet)
+
+
+def training_cost(folder: Path) -> dict[str, float]:
+    """Steps, and minutes at the rate of the fastest tenth of the log: the machine may be shared."""
+    log = [line for line in read_log(folder) if line.get("steps_per_second")]
+    if not log:
+        raise ValueError(f"{folder / LOG_FILE} has no rates; train again")
+    rates = sorted(line["steps_per_second"] for line in log)
+    rate = rates[min(int(len(rates) * 0.9), len(rates) - 1)]
+    steps = log[-1]["step"]
+    return {"steps": steps, "minutes": round(steps / rate / 60, 1)}
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """The records that exist, in the order of SYSTEMS."""
+    paths = {name: RECORDS / f"{name}.json" for name in SYSTEMS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/trained.md."""
+    rows = "\n".join(f"| {' | '.join(_row(name, record))} |" for name, record in found.items())
+    sheets = "\n\n".join(
+        f"## {SYSTEMS[name].title}\n\n![One digit per row](images/system-{name}.png)\n\n"
+        f"`{record['command']}`, commit {record['commit']}, {record['date']}, weights "
+        f"`{record['weights'][:12]}`; the first {PER_CLASS} seeds of every class."
+        for name, record in found.items()
+    )
+    real = next(iter(found.values()))["held_out"] if found else {}
+    missing = [SYSTEMS[name].title for name in SYSTEMS if name not in found]
+    left = f"\nNot trained yet: {'; '.join(missing)}.\n" if missing else ""
+    floor = ", ".join(f"{key.replace('_', '-')} {value:.1%}" for key, value in real.items())
+    floor = floor or "not measured"
+    titles = " | ".join(COLUMNS)
+    rules = "|".join("---" if column in TEXT else "---:" for column in COLUMNS)
+    return f"""# Systems, trained and judged
+
+Generated by `python -m benchmarks.systems` from the records in `benchmarks/results/systems`. Every
+model was trained on scikit-learn's digits with `python -m benchmarks.systems --train PRESET`, and
+its samples are judged as in [Results](results.md). Held-out real digits score: {floor}.
+
+Minutes of training are those of one thread, at the rate of the fastest tenth of the log, because
+the machine was shared. The Fréchet distance is a multiple of that of held-out digits, at equal
+size. Bits per dimension are the variational bound on held-out scans of 17 grey levels.
+
+| {titles} |
+|{rules}|
+{rows}
+{left}
+{sheets}
+"""
+
+
+def _row(name: str, record: dict[str, Any]) -> list[str]:
+    system, cost, bits = SYSTEMS[name], record["training"], record.get("bits")
+    return [
+        system.title,
+        system.paper,
+        f"`{system.model}`",
+        f"{record['parameters']:,}",
+        f"{cost['steps']}, {cost['minutes']:.0f}" if cost else "shipped",
+        f"{record['settings']['sampler']}, {record['settings']['steps']}",
+        f"{system.settings['guidance_scale']:g}",
+        f"{record['accuracy']:.1%}",
+        f"{record['frechet_ratio']:.2f}",
+        f"{record['precision']:.1%}",
+        f"{record['recall']:.1%}",
+        f"{record['near_copies']:.1%}",
+        f"{bits['mean']:.2f}" if bits else "",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
