@@ -53,12 +53,14 @@ def unconditional(**change: Any) -> Model:
 def test_a_conditional_model_is_guided_towards_the_class_of_each_image() -> None:
     model, guide = with_generate(tiny_model()), classifier_model()
     plain = model.generate(classes=[0, 1, 2], **OPTIONS)
-    images = model.generate(classes=[0, 1, 2], classifier=guide, classifier_scale=4, **OPTIONS)
+    images = model.generate(classes=[0, 1, 2], classifier=guide, classifier_scale=2000, **OPTIONS)
     jobs = [result.job.settings for result in images]
     assert [job.classifier_class for job in jobs] == [0, 1, 2]
-    assert {job.classifier_scale for job in jobs} == {4.0}
+    assert {job.classifier_scale for job in jobs} == {2000.0}
     assert all((a.image - b.image).abs().max() > 0.01 for a, b in zip(images, plain, strict=True))
-    (alone,) = model.generate(classes=1, seeds=1, classifier=guide, classifier_scale=4, **OPTIONS)
+    (alone,) = model.generate(
+        classes=1, seeds=1, classifier=guide, classifier_scale=2000, **OPTIONS
+    )
     assert torch.equal(alone.image, images[1].image)
 
 
@@ -71,10 +73,10 @@ def test_a_scale_of_zero_is_the_model_without_it() -> None:
 
 def test_an_unconditional_model_leaves_the_class_to_the_classifier() -> None:
     model = with_generate(with_classifier(unconditional(), classifier_model()))
-    images = model.generate(classes=["three", 1], classifier_scale=2.5, **OPTIONS)
+    images = model.generate(classes=["three", 1], classifier_scale=2500, **OPTIONS)
     assert [result.job.label for result in images] == [None, None]
     assert [result.job.settings.classifier_class for result in images] == [3, 1]
-    same = model.generate(classifier_class="three", classifier_scale=2.5, **OPTIONS)
+    same = model.generate(classifier_class="three", classifier_scale=2500, **OPTIONS)
     assert torch.equal(same[0].image, images[0].image)
     assert (images[0].image - images[1].image).abs().max() > 0.01
     with pytest.raises(ValueError, match="needs a class to pull towards, got none"):
@@ -112,7 +114,7 @@ def test_every_kind_of_job_is_guided(kind: type[Any]) -> None:
     own: dict[str, Any] = {"image": torch.zeros(1, 16, 16)} if kind is ImageToImageJob else {}
     own |= {"to_label": 2, "at": 0.5} if kind is InterpolationJob else {}
     images = []
-    for scale in (0.0, 3.0):
+    for scale in (0.0, 3000.0):
         settings = SampleSettings(steps=3, classifier_scale=scale)
         (result,) = fastdiff.generate(model, [kind(label=1, settings=settings, **own)])
         images.append(result.image)
