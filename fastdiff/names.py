@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Prediction = Literal["eps", "v", "x0"]
-"""What a network returns: the noise, the velocity or the clean sample."""
-ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
-"""Shapes of the betas; see `diffusion.schedules`."""
+Prediction = Literal["eps", "v", "x0", "flow"]
+"""What a network returns: the noise, the velocity, the clean sample, or noise minus sample."""
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"]
+"""Shapes of the betas (`diffusion.schedules`), or straight paths without any (`diffusion.flow`)."""
 TimestepSpacing = Literal["leading", "trailing", "linspace", "simple"]
 """How a sampler's steps are spaced over the training timesteps."""
 SigmaSpacing = Literal["karras", "exponential"]

@@ -668,7 +668,7 @@ def test_a_sampler_table_is_printed(name: str, run) -> None:
     heading, *rows = [line.split() for line in out.partition("\n\n")[2].splitlines()]
     assert heading[0] == "row"
     # of heun's 4, first and last are Euler's
-    evaluations = {"plms": 5}.get(name, 2 + 2 * SAMPLERS[name].evaluations)
+    evaluations = {"plms": 5, "flow-heun": 7}.get(name, 2 + 2 * SAMPLERS[name].evaluations)
     if SAMPLERS[name].evaluations == 1 and name != "plms":
         evaluations = 4
     assert f"{evaluations} rows for 4 steps" in out

@@ -58,9 +58,9 @@ def test_bash_offers_commands(ask: Ask) -> None:
     ("words", "offered"),
     [
         (["sample", "--pre"], ["--prediction", "--preview"]),
-        (["sample", "--prediction", ""], ["eps", "v", "x0"]),
+        (["sample", "--prediction", ""], ["eps", "v", "x0", "flow"]),
         (["sample", "--prediction", "=", "e"], ["eps"]),
-        (["sample", "--prediction", "="], ["eps", "v", "x0"]),
+        (["sample", "--prediction", "="], ["eps", "v", "x0", "flow"]),
         (["convert", "--to", ""], ["diffusers", "bundle"]),
         (["sample", "--sampler", "dd"], ["ddpm", "ddim"]),
         (["samplers", "he"], ["heun"]),
@@ -100,6 +100,7 @@ def test_fish_offers_the_same(scripts: Path) -> None:
         "--prediction",
         "--preview",
         "eps",
+        "flow",
         "v",
         "x0",
         "digits-diffusion",
@@ -129,7 +130,7 @@ def test_every_option_that_the_documentation_uses_is_offered() -> None:
 def test_an_option_of_two_names_and_one_of_two_lines_are_read() -> None:
     options = options_of(["train", "diffusion"], {"--prediction": ["not", "these"]})
     assert {"--optimization.gradient-checkpointing", "--model.no-null-class"} <= set(options)
-    assert options["--prediction"] == ["eps", "v", "x0"]
+    assert options["--prediction"] == ["eps", "v", "x0", "flow"]
     assert not [name for name in options if not re.fullmatch(r"--[a-z][a-z0-9.-]*", name)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.models.classifier import Classifier
 
 Fact = tuple[str, Any, Any]
@@ -78,4 +78,4 @@ def _same_schedule(one: ScheduleConfig | None, other: ScheduleConfig | None) -> 
     if one.num_timesteps != other.num_timesteps:
         return False
     t = torch.arange(one.num_timesteps)
-    return torch.allclose(NoiseSchedule(one).alpha(t), NoiseSchedule(other).alpha(t), atol=1e-6)
+    return torch.allclose(noise_schedule(one).alpha(t), noise_schedule(other).alpha(t), atol=1e-6)

@@ -21,7 +21,7 @@ from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.files import REFUSALS, put_in_one_line
 
 PathLike = str | os.PathLike[str]
@@ -406,10 +406,13 @@ def open_classifier(path: PathLike, model: Model, device: torch.device | str) ->
 
 
 def _check_together(model: Model) -> None:
-    """Check the widths of the parts: latents and denoiser, text tokens and context."""
+    """Check the widths of the parts (latents and denoiser, text tokens and context), and that the
+    schedule is one for the prediction."""
     denoiser, autoencoder = model.denoiser, model.autoencoder
     if denoiser is None:
         return
+    if model.schedule is not None:
+        check_flow(model.schedule.kind, model.prediction)
     config = denoiser.config
     if autoencoder is not None:
         latent = autoencoder.config.latent_channels

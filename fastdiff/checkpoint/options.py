@@ -16,7 +16,7 @@ from fastdiff.names import Prediction, QKVOrder, ScheduleKind
 if TYPE_CHECKING:
     from fastdiff.diffusion.schedules import ScheduleConfig
 
-NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
+NOISE = ("num_timesteps", "beta_start", "beta_end", "zero_terminal_snr", "shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class LoadOptions:
     text_encoders: bool = True
     """Load the text encoders; they need transformers."""
     prediction: Prediction | None = None
-    """What the network returns; "v" for Stable Diffusion 2 at 768 pixels."""
+    """What the network returns; "v" for Stable Diffusion 2 at 768 pixels, "flow" with schedule
+    "flow"."""
     schedule: ScheduleKind | None = None
     """Shape of the betas that the model was trained with."""
     num_timesteps: int | None = None
@@ -47,6 +48,8 @@ class LoadOptions:
     """beta at the last timestep."""
     zero_terminal_snr: bool | None = None
     """Whether the last timestep is pure noise."""
+    shift: float | None = None
+    """Shift of the noise levels of a model of flow matching (schedule "flow"); SD3: 3."""
     num_heads: int | None = None
     """Number of heads of every attention; give this or head_dim."""
     num_heads_upsample: int | None = None
@@ -88,7 +91,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r:.60}")
-        for name in ("scale_factor", "timestep_scale", "beta_start", "beta_end"):
+        for name in ("scale_factor", "timestep_scale", "beta_start", "beta_end", "shift"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be positive and finite, got {value!r:.60}")

@@ -22,8 +22,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from fastdiff.diffusion.flow import shifted
 from fastdiff.diffusion.samplers import Variance
 from fastdiff.diffusion.schedules import (
+    FlowSchedule,
     NoiseSchedule,
     ScheduleConfig,
     sigma_spacing,
@@ -157,6 +159,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "TCDScheduler": {**_LEADING, **_CLIP, **_DISTILLED, "clip_sample": False},
 }
 """Every option of a scheduler and its default, as of diffusers 0.42."""
+FLOW_DEFAULTS: dict[str, dict[str, Any]] = {
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "use_dynamic_shifting": False,
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        **_SIGMAS,
+        "stochastic_sampling": False,
+    },
+    "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+}
+"""The same for flow matching, without the options of dynamic shifting."""
+_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+FLOW_SCHEDULERS = {
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+}
+"""Our sampler -> diffusers' scheduler of flow matching."""
 KNOWN_OPTIONS = frozenset().union(*DEFAULTS.values())
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -276,6 +297,11 @@ class SamplerSettings:
         self, schedule: NoiseSchedule, steps: int
     ) -> tuple[str | list[float], int]:
         total = schedule.num_timesteps
+        if isinstance(schedule, FlowSchedule) and self.sampler in FLOW_SCHEDULERS:
+            # the last of evenly spaced levels is 1 / T, shifted twice
+            last = shifted(torch.tensor(1 / total, dtype=torch.float64), schedule.shift)
+            s = torch.from_numpy(np.linspace(1.0, float(last), steps))
+            return (shifted(s, schedule.shift) * total).tolist(), 0
         offset = self.steps_offset if self.spacing == "leading" else 0
         if self.original_steps is not None:
             return self._distilled_timesteps(total, steps), 0
@@ -338,6 +364,8 @@ def read_scheduler(data: Mapping[str, Any]) -> SchedulerConfig:
         for key, value in data.items()
         if not key.startswith("_") and key not in KNOWN_OPTIONS and value not in (None, False)
     ]
+    if name in FLOW_DEFAULTS:
+        return _flow_matching(name, data)
     defaults = DEFAULTS.get(name)
     if defaults is None:
         defaults = _noise_alone(name, data)
@@ -356,6 +384,36 @@ def read_scheduler(data: Mapping[str, Any]) -> SchedulerConfig:
         schedule=schedule,
         prediction=prediction,
         sampler=None if reason else _settings(name, options),
+        no_sampler=reason,
+    )
+
+
+def _flow_matching(name: str, data: Mapping[str, Any]) -> SchedulerConfig:
+    """Read a scheduler of flow matching: its class says what the network predicts."""
+    defaults = FLOW_DEFAULTS[name]
+    options = {k: _checked(name, k, data.get(k, v), v) for k, v in defaults.items()}
+    changed = [k for k, v in options.items() if k not in ("num_train_timesteps", "shift") and v]
+    changed += [
+        k
+        for k, v in data.items()
+        if not k.startswith("_")
+        and k not in (*options, *_DYNAMIC, *KNOWN_OPTIONS)
+        and v not in (None, False)
+    ]
+    try:
+        schedule = ScheduleConfig(
+            kind="flow",
+            num_timesteps=options["num_train_timesteps"],
+            shift=1.0 if options.get("use_dynamic_shifting") else float(options["shift"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    sampler = next(ours for ours, theirs in FLOW_SCHEDULERS.items() if theirs == name)
+    reason = f"fastdiff has no sampler like {name} with {', '.join(changed)}" if changed else ""
+    return SchedulerConfig(
+        schedule=schedule,
+        prediction="flow",
+        sampler=None if reason else SamplerSettings(sampler=sampler, spacing="linspace"),
         no_sampler=reason,
     )
 
@@ -386,6 +444,8 @@ def scheduler_config(
     Raises:
         ValueError: diffusers has no scheduler with this sampler or setting.
     """
+    if prediction == "flow":
+        return _flow_config(schedule, sampler or SamplerSettings(sampler="flow-euler"))
     sampler = sampler or SamplerSettings(sampler="ddim")
     if sampler.sampler not in SCHEDULERS or sampler.spacing == "simple":
         raise ValueError(
@@ -431,6 +491,21 @@ def scheduler_config(
     return {"_class_name": name, **data}
 
 
+def _flow_config(schedule: ScheduleConfig, sampler: SamplerSettings) -> dict[str, Any]:
+    """The scheduler_config.json of a model of flow matching, whose spacing is always the same."""
+    plain = SamplerSettings(sampler=sampler.sampler, spacing=sampler.spacing)
+    if sampler.sampler not in FLOW_SCHEDULERS or sampler != plain:
+        raise ValueError(
+            f"diffusers has no scheduler of flow matching for {sampler}; use one of "
+            f"{', '.join(FLOW_SCHEDULERS)} without other settings"
+        )
+    return {
+        "_class_name": FLOW_SCHEDULERS[sampler.sampler],
+        "num_train_timesteps": schedule.num_timesteps,
+        "shift": schedule.shift,
+    }
+
+
 def _checked(name: str, key: str, value: Any, default: Any) -> Any:
     """Check that a value has the type of its default; any type is valid if the default is None."""
     if default is None or isinstance(default, tuple):
@@ -466,7 +541,8 @@ def _schedule(name: str, options: Mapping[str, Any]) -> ScheduleConfig:
     for key in ("use_flow_sigmas", "use_dynamic_shifting"):
         if options.get(key):
             raise ValueError(
-                f"{name}: {key} must be False, got True; fastdiff does not support flow matching"
+                f"{name}: {key} must be False, got True; fastdiff reads flow matching from "
+                f"{' and '.join(FLOW_DEFAULTS)}"
             )
     if options.get("timestep_type", "discrete") != "discrete":
         raise ValueError(

@@ -54,9 +54,12 @@ class Samplers:
     var-linear, var-quadratic, step-linear, step-quadratic; or IDDPM's strings such as 10,15,20 and
     ddim50. By default the sampler's own."""
     schedule: ScheduleKind = "scaled_linear"
-    """Noise schedule that the model was trained with; "scaled_linear" is Stable Diffusion's."""
+    """Noise schedule that the model was trained with; "scaled_linear" is Stable Diffusion's, "flow"
+    that of flow matching (with --prediction flow)."""
+    shift: float = 1.0
+    """Shift of the noise levels with schedule "flow"; Stable Diffusion 3 uses 3."""
     prediction: Prediction = "eps"
-    """What the network returns: the noise, the velocity or the clean image."""
+    """What the network returns: the noise, the velocity, the clean image, or noise minus image."""
     eta: OptionalFloat = None
     """Amount of fresh noise, 0 to 1, for samplers with this option."""
     guidance_scale: float = 1.0
@@ -106,16 +109,16 @@ def run(options: Samplers) -> int:
 
 def _table(name: str, options: Samplers) -> SamplerTable:
     from fastdiff.diffusion.samplers import SAMPLERS, build_table
-    from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+    from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 
-    config = ScheduleConfig(kind=options.schedule)
+    config = ScheduleConfig(kind=options.schedule, shift=options.shift)
     if options.schedule == "scaled_linear":  # use Stable Diffusion's ends; the default is DDPM's
         config = replace(config, beta_start=0.00085, beta_end=0.012)
     # With several names, --eta applies to the samplers that have it.
     takes_eta = "eta" in SAMPLERS[name].options or len(options.names) == 1
     return build_table(
         name,
-        NoiseSchedule(config),
+        noise_schedule(config),
         options.total,
         prediction=options.prediction,
         spacing=options.spacing,

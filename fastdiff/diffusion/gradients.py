@@ -145,8 +145,13 @@ def rows_of(table: SamplerTable) -> Tensor:
     the mean is shifted (1) or the score (0).
 
     Raises:
-        ValueError: at one of its levels x has no signal.
+        ValueError: at one of its levels x has no signal, or x is that of flow matching.
     """
+    if not bool((table.scales == 1).all()):
+        raise ValueError(
+            "guidance by gradients is not supported for models of flow matching; use "
+            "guidance_scale, or a model with another prediction"
+        )
     if not bool(table.sigmas.isfinite().all()):
         raise ValueError(
             "guidance by gradients divides by alpha, which is 0 at the first level of this "

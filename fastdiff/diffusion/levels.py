@@ -11,8 +11,14 @@ from typing import cast, get_args
 import torch
 
 from fastdiff.diffusion.fastdpm import Curve, step_timesteps, var_levels
+from fastdiff.diffusion.flow import flow_timesteps
 from fastdiff.diffusion.respacing import check_spacing, check_steps, respaced_timesteps
-from fastdiff.diffusion.schedules import NoiseSchedule, sigma_spacing, timestep_spacing
+from fastdiff.diffusion.schedules import (
+    FlowSchedule,
+    NoiseSchedule,
+    sigma_spacing,
+    timestep_spacing,
+)
 from fastdiff.names import FASTDPM_SPACINGS, SigmaSpacing, TimestepSpacing
 
 
@@ -43,8 +49,8 @@ def spaced_levels(
     """The noise levels of the steps, the noisiest first, without the final one.
 
     Args:
-        spacing: a name in `fastdiff.names.SPACINGS`, a respacing string (`respacing`), or the
-            timesteps themselves, as descending real numbers.
+        spacing: a name in `fastdiff.names.SPACINGS` (with flow matching: of `flow.SPACINGS`), a
+            respacing string (`respacing`), or the timesteps themselves, as descending real numbers.
         steps_offset: added to the timesteps of "leading".
 
     Raises:
@@ -62,6 +68,10 @@ def spaced_levels(
                 f"spacing must contain {steps} descending timesteps, one per step, "
                 f"got {len(timesteps)}: {timesteps[:4]}..."
             )
+    elif isinstance(schedule, FlowSchedule):
+        if steps_offset:
+            raise ValueError(f"steps_offset must be 0 with flow matching, got {steps_offset}")
+        timesteps = flow_timesteps(schedule, steps, spacing)
     elif spacing in get_args(TimestepSpacing):
         kind = cast(TimestepSpacing, spacing)
         whole = timestep_spacing(kind, steps, schedule.num_timesteps, offset=steps_offset)

@@ -37,8 +37,8 @@ def min_snr_weight(snr: Tensor, prediction: Prediction, *, gamma: float = 5.0) -
     """Min-SNR-gamma weights (Hang et al. 2023).
 
     The weight is min(SNR, gamma) for a loss on x0. It is divided by SNR for a loss on eps, because
-    |n - n_hat|² = SNR |x0 - D|², and by SNR + 1 for a loss on v. snr: any shape, alpha² / sigma²,
-    0 allowed. Returns its shape and dtype.
+    |n - n_hat|² = SNR |x0 - D|², by SNR + 1 for a loss on v, and by (sqrt(SNR) + 1)² for a loss on
+    the flow n - x0. snr: any shape, alpha² / sigma², 0 allowed. Returns its shape and dtype.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}; the paper uses 5")
@@ -48,7 +48,9 @@ def min_snr_weight(snr: Tensor, prediction: Prediction, *, gamma: float = 5.0) -
         return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, and 1 at SNR = 0
     if prediction == "v":
         return snr.clamp(max=gamma) / (snr + 1)
-    raise ValueError(f"unknown prediction {prediction!r}; expected one of eps, v, x0")
+    if prediction == "flow":
+        return snr.clamp(max=gamma) / (snr.sqrt() + 1).square()
+    raise ValueError(f"unknown prediction {prediction!r}; expected one of eps, v, x0, flow")
 
 
 def variational_bound(

@@ -5,6 +5,9 @@ With x = alpha * x0 + sigma * n:
     eps  F = n                           D = (x - sigma * F) / alpha     (DDPM eq. 15)
     v    F = alpha * n - sigma * x0      D = alpha * x - sigma * F       (Salimans and Ho 2022)
     x0   F = x0                          D = F
+    flow F = n - x0                      D = (x - sigma * F) / (alpha + sigma)
+
+The network of "flow" sees x / (alpha + sigma), the straight path between data and noise.
 """
 
 from __future__ import annotations
@@ -34,7 +37,14 @@ def to_denoised(alpha: float, sigma: float, prediction: Prediction) -> tuple[flo
         return alpha, -sigma
     if prediction == "x0":
         return 0.0, 1.0
+    if prediction == "flow":
+        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
     raise _unknown(prediction)
+
+
+def input_scale(alpha: float, sigma: float, prediction: Prediction) -> float:
+    """The factor of x = alpha * x0 + sigma * n that the network sees; 1 at both ends."""
+    return 1 / (alpha + sigma) if prediction == "flow" else 1.0
 
 
 def target(
@@ -49,6 +59,8 @@ def target(
         return noise
     if prediction == "x0":
         return x0
+    if prediction == "flow":
+        return noise - x0
     if prediction == "v":
         alpha, sigma = (
             c.to(x0).reshape(c.shape + (1,) * (x0.ndim - c.ndim)) for c in (alpha, sigma)

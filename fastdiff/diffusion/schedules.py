@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, field
+from typing import NoReturn, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.configs import LATER
 from fastdiff.names import ScheduleKind, SigmaSpacing, TimestepSpacing
 
+FLOW = "flow"
+"""The kind of schedule of flow matching."""
 MAX_TIMESTEPS = 10**6  # 1000 is usual; this limits the memory of the schedule's tables
 
 
@@ -27,7 +30,8 @@ class ScheduleConfig:
     """The noise schedule that a model was trained with."""
 
     kind: ScheduleKind = "linear"
-    """Shape of the betas. CompVis's "linear" (LDM, Stable Diffusion) is our "scaled_linear"."""
+    """Shape of the betas. CompVis's "linear" (LDM, Stable Diffusion) is our "scaled_linear"; "flow"
+    is flow matching, which has none."""
     num_timesteps: int = 1000
     """T, the number of training timesteps; t runs from 0 to T - 1."""
     beta_start: float = 1e-4
@@ -42,6 +46,9 @@ class ScheduleConfig:
     """Upper limit of the cosine schedule's betas."""
     zero_terminal_snr: bool = False
     """Shift and scale so that t = T - 1 is pure noise (Lin et al. 2023, algorithm 1)."""
+    shift: float = field(default=1.0, metadata=LATER)
+    """Flow matching only: shift of the noise levels of sampling and training towards more noise
+    (Esser et al. 2024, eq. 23). Stable Diffusion 3: 3."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScheduleKind):
@@ -69,6 +76,14 @@ class ScheduleConfig:
                 f"{self.beta_end * 1000 / self.num_timesteps:g} after rescale_ends; "
                 "use more timesteps or a smaller beta_end"
             )
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift must be positive and finite, got {self.shift}; SD3 uses 3")
+        if self.kind == "flow" and self.zero_terminal_snr:
+            raise ValueError(
+                "zero_terminal_snr must be False with schedule 'flow', which ends in pure noise"
+            )
+        if self.kind != "flow" and self.shift != 1:
+            raise ValueError(f"shift is for schedule 'flow', got {self.shift} with {self.kind!r}")
         if not (0 < self.max_beta < 1 and self.cosine_offset >= 0):
             raise ValueError(
                 "the cosine schedule needs 0 < max_beta < 1 and cosine_offset >= 0, got "
@@ -155,6 +170,10 @@ class NoiseSchedule:
 
     def __init__(self, source: ScheduleConfig | Tensor) -> None:
         if isinstance(source, ScheduleConfig):
+            if source.kind not in BETAS:
+                raise ValueError(
+                    f"schedule {source.kind!r} has no betas; make it with noise_schedule"
+                )
             betas = BETAS[source.kind](source)
             if source.zero_terminal_snr:
                 betas = zero_terminal_snr(betas)
@@ -286,6 +305,81 @@ class NoiseSchedule:
         values = values.to(x.device, x.dtype)
         return (
             values.reshape(values.shape + (1,) * (x.ndim - values.ndim)) if values.ndim else values
+        )
+
+
+class FlowSchedule(NoiseSchedule):
+    """alpha, sigma and signal-to-noise ratio of flow matching at any real t in [0, T].
+
+    The share of noise in x_s = (1 - s) * x0 + s * n is s = t / T (`fastdiff.diffusion.flow`), so
+    alpha = (1 - s) / h and sigma = s / h with h = sqrt((1 - s)² + s²). It has no betas: there is no
+    `posterior`, and it cannot be respaced.
+
+    Attributes:
+        num_timesteps: T.
+        shift: of the noise levels of sampling and training; see `flow.shifted`.
+    """
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        if config.kind != FLOW:
+            raise ValueError(f"expected a schedule of kind 'flow', got {config.kind!r}")
+        self.num_timesteps, self.shift = config.num_timesteps, config.shift
+
+    def share(self, t: float | Tensor) -> Tensor:
+        """s = t / T, the share of the noise. Returns t's shape, fp64, on t's device."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.num_timesteps)).all()):
+            raise ValueError(
+                f"timesteps must be in [0, {self.num_timesteps}], got {float(t.min()):g} to "
+                f"{float(t.max()):g}; t = 0 has no noise"
+            )
+        return t / self.num_timesteps
+
+    def alpha(self, t: float | Tensor) -> Tensor:
+        s = self.share(t)
+        return (1 - s) / torch.hypot(1 - s, s)
+
+    def sigma(self, t: float | Tensor) -> Tensor:
+        s = self.share(t)
+        return s / torch.hypot(1 - s, s)
+
+    def snr(self, t: float | Tensor) -> Tensor:
+        s = self.share(t)
+        return ((1 - s) / s).square()
+
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        return self.snr(t).log()
+
+    def timestep(self, sigmas: Tensor) -> Tensor:
+        """The t at which sigma / alpha has the given value; inf is T. Returns fp64, CPU."""
+        return self.num_timesteps / (1 + 1 / sigmas.detach().to("cpu", torch.float64))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
+        """x_s = (1 - s) * x0 + s * noise, which the network sees.
+
+        x0, noise: (N, ...), any float dtype. t: () or (N,). Returns x0's shape and dtype.
+        """
+        s = self.share(t)
+        return self._like(1 - s, x0) * x0 + self._like(s, x0) * noise
+
+    def posterior(self, x: Tensor, x0: Tensor, t: Tensor) -> NoReturn:
+        raise ValueError("flow matching has no betas, so there is no posterior of a step")
+
+    def respaced(self, timesteps: Sequence[int]) -> NoReturn:
+        raise ValueError("flow matching has no betas, so its schedule cannot be respaced")
+
+
+def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of any config."""
+    return FlowSchedule(config) if config.kind == FLOW else NoiseSchedule(config)
+
+
+def check_flow(kind: str, prediction: str) -> None:
+    """Raise ValueError unless prediction "flow" and a schedule of kind "flow" come together."""
+    if (kind == FLOW) != (prediction == "flow"):
+        raise ValueError(
+            "prediction 'flow' and a schedule of kind 'flow' belong together, got prediction "
+            f"{prediction!r} and schedule {kind!r}; set both"
         )
 
 

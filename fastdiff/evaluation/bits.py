@@ -143,13 +143,18 @@ def bits_per_dimension(
     The variance is the network's where it learned one, else the posterior's ("fixed_small").
 
     Raises:
-        ValueError: a model of latents, whose bound says nothing about images, or a spacing that is
-            not one of whole timesteps.
+        ValueError: a model of latents, whose bound says nothing about images, one of flow matching,
+            or a spacing that is not one of whole timesteps.
     """
     if model.denoiser is None or model.schedule is None or model.autoencoder is not None:
         raise ValueError(
             f"bits per dimension are those of pixels, but {model.name} denoises latents or does "
             "not sample; train a model without autoencoder"
+        )
+    if model.prediction == "flow":
+        raise ValueError(
+            f"bits per dimension are a bound for models with betas, but {model.name} was trained "
+            "by flow matching"
         )
     settings = settings or SampleSettings()
     schedule = NoiseSchedule(model.schedule)

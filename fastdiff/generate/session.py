@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.samplers import SamplerTable, build_table
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import NoiseSchedule, noise_schedule
 from fastdiff.generate.conditions import Conditions
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
@@ -101,7 +101,7 @@ class Session:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule that the denoiser was trained with."""
         assert self.model.schedule is not None
-        return NoiseSchedule(self.model.schedule)
+        return noise_schedule(self.model.schedule)
 
     def table(
         self,

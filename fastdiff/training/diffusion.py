@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig
 from fastdiff.diffusion.samplers import SAMPLERS
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
 from fastdiff.names import Prediction
 from fastdiff.training.config import OptimizationConfig, OutputConfig
@@ -70,7 +70,7 @@ class DiffusionRun(Generic[NetworkConfigT]):
     """Noise schedule."""
 
     prediction: Prediction = "eps"
-    """What the network returns: eps, v or x0."""
+    """What the network returns: eps, v, x0, or flow with a schedule of kind flow."""
 
     loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
     """Noise levels and weights in the loss."""
@@ -115,8 +115,19 @@ class DiffusionRun(Generic[NetworkConfigT]):
                 "latent_views must be 0 or more, and 0 when training on pixels, got "
                 f"{self.latent_views}"
             )
-        if self.prediction not in ("eps", "v", "x0"):
-            raise ValueError(f"prediction must be eps, v or x0, got {self.prediction!r}")
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(f"prediction must be eps, v, x0 or flow, got {self.prediction!r}")
+        check_flow(self.schedule.kind, self.prediction)
+        if self.prediction == "flow" and self.loss.timesteps == "second-moment":
+            raise ValueError(
+                "loss timesteps 'second-moment' needs a schedule with betas, got 'flow'; use "
+                "'logit-normal' (Stable Diffusion 3)"
+            )
+        if self.prediction == "flow" and self.model.learned_sigma:
+            raise ValueError(
+                "a model with learned_sigma needs a schedule with betas, got 'flow'; set "
+                "learned_sigma=False and as many out_channels as in_channels"
+            )
         if self.model.learned_sigma and self.loss.timesteps == "logit-normal":
             raise ValueError(
                 "a model with learned_sigma needs integer timesteps, got timesteps "

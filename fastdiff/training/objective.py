@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.flow import shifted
 from fastdiff.diffusion.losses import min_snr_weight, simple_losses, variational_bound
 from fastdiff.diffusion.predictions import target, to_denoised
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import FlowSchedule, NoiseSchedule
 from fastdiff.names import Prediction
 
 
@@ -76,11 +77,14 @@ class Objective:
     """Whether the network returns twice the channels: its prediction, then its variance."""
 
     def timesteps(self, count: int, source: torch.Generator) -> Tensor:
-        """Noise levels of a batch: (count,) on the CPU, int64, or fp64 for logit-normal.
+        """Noise levels of a batch: (count,) on the CPU, int64, or fp64 for logit-normal and flows.
 
         Those of second-moment depend on the losses so far: `SecondMomentResampler.draw`.
         """
         config, total = self.config, self.schedule.num_timesteps
+        if isinstance(self.schedule, FlowSchedule):
+            s = self._shares(count, source)
+            return shifted(s, self.schedule.shift) * total
         if config.timesteps == "logit-normal":
             normal = torch.randn(count, generator=source, dtype=torch.float64)
             return torch.sigmoid(config.logit_mean + config.logit_std * normal) * (total - 1)
@@ -90,6 +94,18 @@ class Objective:
             strata = torch.randperm(count, generator=source) / count
             return (((offset + strata.double()) % 1) * total).long().clamp(max=total - 1)
         return torch.randint(total, (count,), generator=source)
+
+    def _shares(self, count: int, source: torch.Generator) -> Tensor:
+        """Noise levels s of flow matching, in (0, 1], before the shift: (count,), fp64."""
+        config = self.config
+        if config.timesteps == "logit-normal":
+            normal = torch.randn(count, generator=source, dtype=torch.float64)
+            return torch.sigmoid(config.logit_mean + config.logit_std * normal)
+        if config.timesteps == "stratified":
+            offset = torch.rand((), generator=source, dtype=torch.float64)
+            strata = torch.randperm(count, generator=source) / count
+            return 1 - (offset + strata.double()) % 1
+        return 1 - torch.rand(count, generator=source, dtype=torch.float64)
 
     def loss(self, output: Tensor, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The mean over the batch of `losses`. Returns ()."""
@@ -102,7 +118,7 @@ class Objective:
         IDDPM).
 
         output: (N, C, ...), or (N, 2C, ...) with learned_sigma: the network's output for x. x, x0,
-        noise: (N, C, ...), fp32 or fp64, with x = alpha * x0 + sigma * noise. t: (N,).
+        noise: (N, C, ...), fp32 or fp64, with x the schedule's `add_noise`. t: (N,).
 
         Returns (N,), in fp32 (fp64 stays fp64).
         """

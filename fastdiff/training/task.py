@@ -16,7 +16,7 @@ from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
 from fastdiff.diffusion.samplers import SamplerTable, build_table
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import noise_schedule
 from fastdiff.images import contact_sheet
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
@@ -70,7 +70,7 @@ class DiffusionTask:
         self.batches = Batches(
             dataset, run.data, run.optimization.batch_size, seed=run.seed, device=self.device
         )
-        schedule = NoiseSchedule(run.schedule)
+        schedule = noise_schedule(run.schedule)
         self.objective = Objective(
             config=run.loss,
             schedule=schedule,

@@ -261,7 +261,7 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give one of num_heads and head_dim"):
         fastdiff.load(path, num_heads=1, head_dim=1)
     for option, message in (
-        ({"prediction": "foo"}, "prediction must be one of eps, v, x0, got 'foo'"),
+        ({"prediction": "foo"}, "prediction must be one of eps, v, x0, flow, got 'foo'"),
         ({"schedule": "nonsense"}, "schedule must be one of linear, .*, got 'nonsense'"),
         ({"scale_factor": float("nan")}, "scale_factor must be positive and finite, got nan"),
         ({"timestep_scale": 0}, "timestep_scale must be positive and finite, got 0"),

@@ -288,7 +288,7 @@ def test_any_schedule_of_ours_reaches_diffusers(schedule: ScheduleConfig, name: 
     ("change", "message"),
     [
         (
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": None},
+            {"_class_name": "FlowMatchLCMScheduler", "prediction_type": None},
             "does not state prediction_type; save the pipeline with one of DDPM",
         ),
         ({"_class_name": None}, "got None"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,9 @@ from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import Loading
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.diffusion.samplers import build_table
+from fastdiff.diffusion.sampling import sample
+from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.generate.facts import Facts
 from fastdiff.models.dit import DiT, DiTConfig, position_table
 from fastdiff.models.presets import DITS, UVITS
@@ -291,6 +294,41 @@ def test_a_pipeline_is_read(saved: tuple[Path, Any]) -> None:
     finally:
         theirs.float()
     assert_equal(model.denoiser(x, t, y=y), expected)
+
+
+def test_a_pipeline_of_flow_matching(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    """The scheduler's class says what the network predicts; sampled as diffusers samples it."""
+    folder = Path(shutil.copytree(saved[0], tmp_path / "m"))
+    name = "FlowMatchEulerDiscreteScheduler"
+    scheduler = getattr(import_diffusers(name), name)(shift=3.0)
+    scheduler.save_pretrained(folder / "scheduler")
+    model = fastdiff.load(folder, dtype=torch.float64)
+    assert (model.prediction, model.schedule) == ("flow", ScheduleConfig(kind="flow", shift=3.0))
+    assert model.sampler is not None
+    assert model.sampler.sampler == "flow-euler"
+    schedule = noise_schedule(model.schedule)
+    options = model.sampler.arguments(schedule, 7)
+    table = build_table("flow-euler", schedule, 7, prediction="flow", **options)
+    x, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([0, 10])
+    channels = 4
+
+    def network(x: Tensor, t: float) -> Tensor:
+        assert model.denoiser is not None
+        return model.denoiser(x, torch.full((2,), t, dtype=torch.float64), y=y)[:, :channels]
+
+    with torch.no_grad():
+        ours = sample(lambda x, row: network(x, float(table.timesteps[row])), table, x, [0, 1])
+        scheduler.set_timesteps(7)
+        peer = x
+        for t in scheduler.timesteps:
+            peer = scheduler.step(network(peer, float(t)), t, peer, return_dict=False)[0]
+    assert (ours - peer).abs().max() <= 1e-5 * peer.abs().max()
+    with pytest.raises(ValueError, match="belong together, got prediction 'flow' and"):
+        fastdiff.load(folder / "transformer", prediction="flow", schedule="linear")
+    stated = {"prediction": "flow", "schedule": "flow", "shift": 2.0}
+    assert fastdiff.load(folder / "transformer", **stated).schedule == ScheduleConfig(
+        kind="flow", shift=2.0
+    )
 
 
 def test_a_pipeline_comes_back(saved: tuple[Path, Any], tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ ORDERS = [
     ("plms", {}, "karras", 2),
 ]
 MORE_ORDERS = [
+    ("flow-euler", {}, "even", 1),
+    ("flow-heun", {}, "even", 2),
     ("ipndm", {}, "karras", 2),
     ("dpmpp-2m", {"lower_order_final": False, "solver_type": "heun"}, "karras", 2),
     # The code that its authors published has half of the third-order term.

@@ -73,8 +73,10 @@ def test_min_snr_without_signal() -> None:
     assert [float(min_snr_weight(zero, p)) for p in ("eps", "v", "x0")] == [1, 0, 0]
     with pytest.raises(ValueError, match="gamma must be positive, got 0"):
         min_snr_weight(zero, "eps", gamma=0)
-    with pytest.raises(ValueError, match="unknown prediction 'flow'; expected one of eps, v, x0"):
-        min_snr_weight(zero, "flow")
+    with pytest.raises(
+        ValueError, match="unknown prediction 'foo'; expected one of eps, v, x0, fl"
+    ):
+        min_snr_weight(zero, "foo")
 
 
 @given(st.floats(0, math.pi / 2 - 1e-3), st.sampled_from(["eps", "v", "x0"]))
@@ -94,8 +96,10 @@ def test_predictions_without_signal() -> None:
     ):
         to_denoised(0.0, 1.0, "eps")
     assert to_denoised(0.0, 1.0, "v") == (0.0, -1.0)
-    with pytest.raises(ValueError, match="unknown prediction 'flow'; expected one of eps, v, x0"):
-        to_denoised(0.5, 0.5, "flow")
+    with pytest.raises(
+        ValueError, match="unknown prediction 'foo'; expected one of eps, v, x0, fl"
+    ):
+        to_denoised(0.5, 0.5, "foo")
 
 
 def test_variational_bound_is_the_divergence() -> None:

@@ -439,8 +439,8 @@ BAD = [
     ),
     (
         ("ddim", LINEAR, 10),
-        {"prediction": "flow"},
-        "unknown prediction 'flow'; expected one of eps",
+        {"prediction": "foo"},
+        "unknown prediction 'foo'; expected one of eps",
     ),
     (("ddim", LINEAR, 10), {"clamp": 0.0}, "clamp must be positive, got 0"),
     (

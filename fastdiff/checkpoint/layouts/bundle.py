@@ -104,7 +104,9 @@ class Stored:
         if noisy and self.schedule is None:
             raise ValueError(f"a {noisy} needs the schedule it was trained with, got None")
         if self.prediction not in get_args(Prediction):
-            raise ValueError(f"expected prediction 'eps', 'v' or 'x0', got {self.prediction!r}")
+            raise ValueError(
+                f"expected prediction 'eps', 'v', 'x0' or 'flow', got {self.prediction!r}"
+            )
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
             raise ValueError(f"scale_factor must be positive and finite, got {self.scale_factor}")
         for kind, part in ((self.kind, denoiser), (CLASSIFIER, self.classifier)):

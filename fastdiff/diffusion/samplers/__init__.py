@@ -7,7 +7,9 @@
 
 `fastdiff.kernels.sampler_step` executes a row. All samplers work in the variance-preserving space
 x = alpha * x0 + sigma * n, including those from variance-exploding papers (whose x is ours divided
-by alpha). So the network's input needs no scaling, and Euler and DDIM give the same table.
+by alpha). So the network's input needs no scaling, and Euler and DDIM give the same table. Networks
+of flow matching see x / (alpha + sigma): their tables contain this factor (`table`), and x in the
+loop is what the network sees, again without scaling.
 
 A sampler is a function from noise levels to rows, in one of the files of this folder: `onestep`
 (order 1), `singlestep` (several evaluations per step), `multistep` (a history of earlier ones) and

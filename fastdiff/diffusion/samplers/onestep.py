@@ -87,6 +87,17 @@ def euler(
     return [churn.then(euler_row(now, to, step)) for step, (now, to) in steps]
 
 
+@sampler("flow-euler", order=1)
+def flow_euler(levels: Sequence[Level]) -> list[Row]:
+    """Euler steps along the straight paths of flow matching (Lipman et al. 2023; SD3, Esser 2024).
+
+    x_s' = x_s + (s' - s) * F with F = (x_s - D) / s = n_hat - D, so x_s' = (s' / s) * x_s +
+    (1 - s' / s) * D. Divided by the factors of x, that is DDIM's step with eta = 0, so the table is
+    DDIM's.
+    """
+    return [euler_row(now, to, step) for step, (now, to) in enumerate(pairwise(levels))]
+
+
 @sampler("euler-ancestral", order=1)
 def euler_ancestral(levels: Sequence[Level], *, eta: float = 1.0) -> list[Row]:
     """Euler to sigma_down, then noise of sigma_up, as in k-diffusion.

@@ -64,6 +64,29 @@ def heun(
     return rows
 
 
+@sampler("flow-heun", order=2, evaluations=2)
+def flow_heun(levels: Sequence[Level]) -> list[Row]:
+    """Heun's method along the paths of flow matching (Lipman et al. 2023; SD3, Esser et al. 2024).
+
+    x_s' = x_s + (s' - s) * (F + F') / 2, with F = (x_s - D) / s = n_hat - D at both ends. The first
+    row takes an Euler step and keeps F, the second adds (s' - s) * (F' - F) / 2. The step to s = 0
+    is an Euler step. In variance-preserving terms s = sigma / (alpha + sigma), x_s = x / (alpha +
+    sigma) and F = (x - (alpha + sigma) * D) / sigma. `heun` averages slopes over sigma / alpha.
+    """
+    rows = []
+    for step, (now, to) in enumerate(pairwise(levels)):
+        first = euler_row(now, to, step)
+        if to.sigma == 0:
+            rows.append(first)
+            continue
+        whole, end = now.alpha + now.sigma, to.alpha + to.sigma
+        rows.append(replace(first, slot=0, p=1 / now.sigma, q=-whole / now.sigma))
+        half = end * (to.sigma / end - now.sigma / whole) / 2
+        a, b = 1 + half / to.sigma, -half * end / to.sigma
+        rows.append(Row(at=to, step=step, a=a, b=b, c=(-half, 0.0, 0.0)))
+    return rows
+
+
 def solver_weights(
     points: Sequence[Level], to: Level, estimate: Estimate, solver_type: SolverType
 ) -> tuple[float, list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.levels import CLEAN, Level, final_level, spaced_levels
-from fastdiff.diffusion.predictions import to_denoised
+from fastdiff.diffusion.predictions import input_scale, to_denoised
 from fastdiff.diffusion.samplers.rows import COLUMN, NO_SLOT, SAMPLERS, Row, check_option
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.names import Prediction
@@ -31,7 +31,10 @@ class SamplerTable:
         steps: (rows,), int64: the step that each row belongs to (Heun's steps have two rows).
         final_sigma: sigma / alpha of the result, 0 for a clean image.
         initial_sigma: standard deviation of the initial noise.
-        initial_level: the level to noise x to before the first row, if x does not start as noise.
+        initial_level: the level to noise x to before the first row, if x does not start as noise;
+            with prediction "flow" its alpha and sigma are 1 - s and s.
+        scales: (rows + 1,), fp64: what the variance-preserving x is multiplied by in the loop,
+            before each row and after the last. All are 1 except with prediction "flow".
     """
 
     name: str
@@ -42,6 +45,7 @@ class SamplerTable:
     final_sigma: float
     initial_sigma: float = 1.0
     initial_level: Level = CLEAN
+    scales: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -226,10 +230,14 @@ def _table_of_rows(
     weight and guidance rescale.
     """
     (start, stop), (prediction, clamp, weight, rescale) = ends, settings
+    visited = [*(row.at for row in rows), levels[stop]]
+    scales = [input_scale(level.alpha, level.sigma, prediction) for level in visited]
     columns = [
-        _columns(row, number, prediction, clamp, (weight(row.step), rescale))
+        _columns(row, number, prediction, clamp, (weight(row.step), rescale), scales[number:])
         for number, row in enumerate(rows)
     ]
+    initial = levels[start]
+    factor = input_scale(initial.alpha, initial.sigma, prediction)
     return SamplerTable(
         name=name,
         columns=torch.tensor(columns, dtype=torch.float64).reshape(-1, len(COLUMN)),
@@ -237,7 +245,8 @@ def _table_of_rows(
         sigmas=torch.tensor([row.at.ve_sigma for row in rows], dtype=torch.float64),
         steps=torch.tensor([row.step for row in rows], dtype=torch.int64),
         final_sigma=levels[stop].ve_sigma,
-        initial_level=levels[start],
+        initial_level=Level(initial.t, factor * initial.alpha, factor * initial.sigma),
+        scales=torch.tensor(scales, dtype=torch.float64),
     )
 
 
@@ -247,22 +256,29 @@ def _columns(
     prediction: Prediction,
     clamp: float | None,
     guidance: tuple[float, float],
+    scales: Sequence[float],
 ) -> list[float]:
-    """The values of row `number` in the order of the columns; guidance: weight and rescale."""
-    weight, rescale = guidance
+    """The values of row `number` in the order of the columns.
+
+    guidance: weight and rescale. scales: the factors of x before and after the row; what the slots
+    of the history hold does not depend on them.
+    """
+    (weight, rescale), (before, after) = guidance, scales[:2]
     u, v = to_denoised(row.at.alpha, row.at.sigma, prediction)
     # With equal bounds, a network with learned variance gets this row's s too.
     fixed = 2 * math.log(row.s) if row.s > 0 else 0.0
     low, high = row.log_variance or (fixed, fixed)
+    if row.s > 0:
+        low, high = low + 2 * math.log(after), high + 2 * math.log(after)
     values = {
-        "U": u,
+        "U": u / before,
         "V": v,
-        "A": row.a,
-        "B": row.b,
-        "S": row.s,
-        "P": row.p,
+        "A": row.a * after / before,
+        "B": row.b * after,
+        "S": row.s * after,
+        "P": row.p / before,
         "Q": row.q,
-        **dict(zip(("C1", "C2", "C3"), row.c, strict=True)),
+        **{name: after * c for name, c in zip(("C1", "C2", "C3"), row.c, strict=True)},
         "SLOT": row.slot,
         "W": weight,
         "CLAMP": math.inf if clamp is None else clamp,
