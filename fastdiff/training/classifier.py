@@ -22,7 +22,7 @@ from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.checkpoint.open import load
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig, generator, open_dataset
-from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.files import one_line_errors
 from fastdiff.images import contact_sheet
 from fastdiff.models.classifier import Classifier, ClassifierConfig
@@ -186,7 +186,7 @@ class ClassifierTask:
             check_model_fits(run.data, channels=first.config.image_channels, what="autoencoder")
         size = run.optimization.batch_size
         self.batches = Batches(dataset, run.data, size, seed=run.seed, device=self.device)
-        self.schedule = NoiseSchedule(run.schedule)
+        self.schedule = noise_schedule(run.schedule)
         torch.manual_seed(generator(run.seed, "weights").initial_seed())
         self.classifier = Classifier(run.model).to(self.device)
         self.classifier.gradient_checkpointing = run.optimization.gradient_checkpointing
@@ -241,7 +241,7 @@ class ClassifierTask:
         noise = torch.randn(x0.shape, generator=source, device=self.device)
         spread = Objective(
             config=DenoiserLossConfig(timesteps="stratified"),
-            schedule=self.schedule,
+            schedule=noise_schedule(replace(run.schedule, shift=1.0)),
             prediction="eps",
         )
         source = generator(run.seed, "timesteps", step)
@@ -260,7 +260,7 @@ class ClassifierTask:
         right = (logits.argmax(1) == y).float()
         logged = {"accuracy": right.mean()}
         total = self.schedule.num_timesteps
-        place = torch.div(t * RANGES, total, rounding_mode="floor")
+        place = torch.div(t * RANGES, total, rounding_mode="floor").clamp(max=RANGES - 1)
         for number in range(RANGES):
             low, high = number * total // RANGES, (number + 1) * total // RANGES
             inside = (place == number).float()

@@ -128,13 +128,20 @@ def test_the_ranges_of_the_log_average_to_the_whole(images: Path, tmp_path: Path
             assert sum(parts) / RANGES == pytest.approx(record[name], abs=1e-6)
 
 
-def test_every_accumulated_part_covers_all_ranges(images: Path, tmp_path: Path) -> None:
-    run = classifier_run(images, tmp_path / "run")
+@pytest.mark.parametrize("kind", ["linear", "flow"])
+def test_every_accumulated_part_covers_all_ranges(images: Path, tmp_path: Path, kind: Any) -> None:
+    """Under flow matching t is real and ends at T; its shift concerns the denoiser only."""
+    schedule = ScheduleConfig(kind=kind, shift=3.0 if kind == "flow" else 1.0)
+    run = classifier_run(images, tmp_path / "run", schedule=schedule)
     run = runs.with_optimization(run, accumulate=2)
     task = ClassifierTask(run)
     for step in range(5):
         for part in task.batch(step)["t"].split(4):
-            assert sorted((part * RANGES // 1000).tolist()) == list(range(RANGES))
+            places = (part * RANGES / 1000).floor().clamp(max=RANGES - 1)
+            assert sorted(places.tolist()) == list(range(RANGES))
+        if step == 0:
+            _, logged = task.losses(task.batch(step), step)
+            assert all(value.isfinite() for value in logged.values())
     with pytest.raises(ValueError, match="batch_size / accumulate must be at least 4"):
         runs.with_optimization(run, accumulate=4)
 
