@@ -16,7 +16,9 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.gradients import loss_pull
 from fastdiff.diffusion.sampling import Step
 from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.generate.facts import Facts, check
 from fastdiff.generate.job import ClassJob, ImageToImageJob, InterpolationJob, SampleSettings
+from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.model import with_generate
 from fastdiff.generate.recipe import read as read_recipe
 from fastdiff.generate.session import Session
@@ -154,6 +156,19 @@ def test_a_loss_of_the_user_guides_every_image() -> None:
     assert result.recipe["guided_by"] == ["off_centre on x0, scale 3"]
     with pytest.raises(ValueError, match="guided by functions that no recipe contains"):
         read_recipe(result.recipe)
+
+
+def test_memory_of_the_classifiers_gradient_is_estimated() -> None:
+    """At 16 rows of 8 x 8, two convolutions' results of 256 channels are 0.5 MiB each."""
+    wide = replace(CONFIG, model_channels=256, norm_groups=16)
+    model = with_classifier(tiny_model(), classifier_model(config=wide))
+    call = Call(device=torch.device("cpu"), dtype=torch.float32, count=8)
+    work = {}
+    for scale in (0.0, 1.0):
+        settings = SampleSettings(steps=3, classifier_scale=scale)
+        job = check(ClassJob(label=1, settings=settings), Facts.of(model))
+        work[scale] = need_of([model], job, call, loaded=True).work
+    assert work[1.0] - work[0.0] > 10 * 2**20
 
 
 def test_a_recipe_without_a_classifier_is_as_before() -> None:
