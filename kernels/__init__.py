@@ -26,6 +26,7 @@ if TYPE_CHECKING or __name__ != "kernels":
         selected_backend,
     )
     from .gate_residual import gate_residual as gate_residual
+    from .gather_rows import gather_rows as gather_rows
     from .geglu import geglu as geglu
     from .group_norm_silu import group_norm_silu as group_norm_silu
     from .layer_norm import layer_norm as layer_norm

@@ -279,7 +279,8 @@ def launches(options: argparse.Namespace) -> int:
         print(f"wrote {DOCS}")
         return 0
     print(aligned(counted.rows(), words=3), end="\n\n")
-    print(aligned(counted.kind_rows(), words=2))
+    print(aligned(counted.kind_rows(), words=2), end="\n\n")
+    print(aligned(counted.step_rows(), words=1))
     return 0
 
 

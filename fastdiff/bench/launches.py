@@ -30,7 +30,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -44,10 +44,16 @@ from fastdiff import kernels
 from fastdiff.bench.predict import H200
 from fastdiff.bench.report import table
 from fastdiff.bench.shapes import CONTEXT_TOKENS, GPU_JOBS, Job
+from fastdiff.diffusion.samplers import build_table
+from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.extras import import_extra
 from fastdiff.kernels import shapes_only
 from fastdiff.kernels.triton import recording_launches
-from fastdiff.models.network import Network
+from fastdiff.models.network import Network, network_family
+from fastdiff.models.presets import UNETS
+from fastdiff.runtime.conditions import Condition
+from fastdiff.runtime.engine import Engine, Request
+from fastdiff.runtime.graphs import Replay, StepGraphs
 
 KINDS = (
     *("convolution", "convolution bias", "linear", "attention", "norm"),
@@ -95,6 +101,8 @@ OURS = {
     "gate_residual": "addition",
     "attention": "attention",
     "geglu": "GEGLU",
+    "gather_rows": "other",
+    "sampler_step": "other",
 }
 """Op of `fastdiff.kernels` -> the group it belongs to."""
 
@@ -336,6 +344,65 @@ def _counts() -> Iterator[tuple[tuple[str, str], Count]]:
             yield (name, "diffusers"), of_diffusers(name, accelerated=False)
 
 
+# A step of the engine, outside its network
+
+STEPS: dict[str, dict[str, Any]] = {
+    "guided": {},
+    "guided, inpainting model (5 extra channels)": {"extra": 5},
+    "guided, with rescale": {"rescale": 0.7},
+    "without guidance": {"guidance_scale": 1.0},
+}
+"""Kinds of requests -> how they differ from a guided one."""
+
+
+class _Functions:
+    """In the place of a recorder of CUDA graphs: a graph is the function itself."""
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        function()
+
+    def record(self, function: Callable[[], None]) -> Replay:
+        return function
+
+
+def step_count(extra: int = 0, guidance_scale: float = 7.5, rescale: float = 0.0) -> Count:
+    """What a step of Stable Diffusion 1.5 launches outside its U-Net, as a graph records it."""
+    config = replace(UNETS["sd1"], in_channels=4 + extra)
+    with torch.device("meta"):
+        network: Any = network_family("unet").network(config).to(DTYPE).eval()
+    size, tokens = GPU_JOBS["SD 1.5 U-Net"].size, CONTEXT_TOKENS
+    context = torch.empty(1, tokens, config.context_dim or 0, device="meta")
+    table = build_table(
+        "ddim", NoiseSchedule(ScheduleConfig(kind="linear")), 4, prediction="eps",
+        guidance_scale=guidance_scale, guidance_rescale=rescale,
+    )  # fmt: skip
+    request = Request(
+        table=table,
+        x=torch.empty(4, size, size, device="meta"),
+        seed=0,
+        condition=Condition(context=context),
+        unconditional=Condition(context=context.clone()),
+        extra=torch.empty(extra, size, size, device="meta") if extra else None,
+    )
+    engine = Engine(
+        network, shape=(4, size, size), slots=1, tokens=tokens, graphs=StepGraphs(_Functions())
+    )
+    with shapes_only():
+        engine.submit(request)
+    network.body = lambda x, *_: x.new_empty(len(x), 4, size, size)
+    count(engine.step)  # which records the graph
+    return count(engine.step)
+
+
+def step_rows() -> list[tuple[str, ...]]:
+    """One row per kind of request, after the header."""
+    found: list[tuple[str, ...]] = [("request", "launches", "MB moved")]
+    for name, options in STEPS.items():
+        of = step_count(**options)
+        found.append((name, f"{of.total}", f"{of.bytes / 1e6:.2f}"))
+    return found
+
+
 # The tables
 
 HEAD = ("network", "batch", "implementation", "launches", "GB moved", "TFLOP")
@@ -363,7 +430,10 @@ def page() -> str:
     """The text of docs/counts.md."""
     head, *body = rows()
     kinds, *by_kind = kind_rows()
-    return PAGE.format(counts=table(head, body), kinds=table(kinds, by_kind))
+    outside, *by_request = step_rows()
+    return PAGE.format(
+        counts=table(head, body), kinds=table(kinds, by_kind), steps=table(outside, by_request)
+    )
 
 
 PAGE = """\
@@ -387,4 +457,14 @@ computes them in every evaluation. Inductor's kernels are not counted here.
 ## Launches by kind
 
 {kinds}
+
+## A step outside the U-Net
+
+What the engine launches in a step of Stable Diffusion 1.5, apart from the network, when steps
+are CUDA graphs: the network's input and embeddings gathered for its rows (`gather_rows`), the
+sampler's update with guidance, noise and the check for NaN (`sampler_step`, one launch more where
+the prediction is rescaled), and one addition that advances rows and indices. Requests with a mask
+blend with the known image in further launches, which are not counted here.
+
+{steps}
 """

@@ -83,7 +83,9 @@ class Slots:
         rows: (S,) int64, each slot's row of `tables`, or `IDLE`.
         seeds: (S,) int64.
         finite: (S,) bool, whether everything the network returned for the slot was finite.
-        clean: (S,) int64, number of the slot's rows taken before the first value was not finite.
+        clean: (S,) int64, number of the slot's rows taken before the first value was not finite;
+            arbitrary for a slot whose values were all finite.
+        counters: (counters,) int64, which every step increments; for whoever runs the steps.
     """
 
     def __init__(
@@ -94,14 +96,21 @@ class Slots:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         room: int = 0,
+        counters: int = 0,
     ) -> None:
         """room: rows of tables that there is room for from the start."""
         self.x = torch.zeros(count, *shape, device=device, dtype=dtype)
         self.history = torch.zeros(HISTORY_SLOTS, count, *shape, device=device, dtype=dtype)
         self._stack = Stack(torch.zeros(room, len(COLUMN), device=device, dtype=dtype))
-        self.seeds, self.clean, self._ends = torch.zeros(3, count, dtype=torch.int64, device=device)
-        self.rows = torch.full_like(self.seeds, IDLE)
-        self.finite = torch.ones(count, dtype=torch.bool, device=device)
+        self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
+        # whatever advances with a step lies in one tensor, so that one launch advances it
+        sizes = count, count, counters
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self._increments = torch.ones(sum(sizes), dtype=torch.bool, device=device)
+        self.rows, self.clean, self.counters = self._numbers.split(sizes)
+        self._moving, self.finite, _ = self._increments.split(sizes)
+        self.rows.fill_(IDLE)
+        self._moving.fill_(False)
         self._slots: list[_Place | None] = [None] * count
 
     def __len__(self) -> int:
@@ -160,7 +169,7 @@ class Slots:
         self.x[slot] = x
         self.seeds[slot] = seeds
         self.rows[slot] = start if len(table) else IDLE
-        self._ends[slot] = start + len(table)
+        self._moving[slot] = len(table) > 0
         self.finite[slot] = True
         self.clean[slot] = 0
 
@@ -168,7 +177,7 @@ class Slots:
         """Empty a slot, whether it is done or not. Its x keeps its values until the next `put`."""
         self._stack.drop(self._held(slot).table)
         self._slots[slot] = None
-        self.rows[slot] = IDLE
+        self._stop(slot)
         self.finite[slot] = True
 
     def move(self, slot: int, to: int) -> None:
@@ -180,11 +189,11 @@ class Slots:
         held = self._held(slot)
         if self._slots[to] is not None:
             raise ValueError(f"slot {to} is not empty; call remove({to}) first")
-        for state in (self.x, self.seeds, self.rows, self._ends, self.finite, self.clean):
+        for state in (self.x, self.seeds, self.rows, self._moving, self.finite, self.clean):
             state[to] = state[slot]
         self.history[:, to] = self.history[:, slot]
         self._slots[slot], self._slots[to] = None, held
-        self.rows[slot] = IDLE
+        self._stop(slot)
 
     def step(
         self,
@@ -201,13 +210,19 @@ class Slots:
             prediction, cond, uncond, denoised: as in `sampler_step`, with S in place of N.
             only: the slots to advance; None: all busy slots.
         """
-        rows, busy = self.rows, self.busy if only is None else only
-        if only is not None:
+        busy = self.busy if only is None else only
+        rescale = self.rescales(busy)
+        if only is None:
+            self.take(prediction, cond, uncond, denoised=denoised, rescale=rescale)
+            self.advance()
+        else:
             waiting = torch.ones_like(self.finite)
             waiting[list(only)] = False
-            rows = rows.masked_fill(waiting, IDLE)
-        rescale = self.rescales(busy)
-        self.take(prediction, rows, cond, uncond, denoised, rescale=rescale)
+            rows, clean = (t[waiting].clone() for t in (self.rows, self.clean))
+            self.rows[waiting] = IDLE
+            self.take(prediction, cond, uncond, denoised=denoised, rescale=rescale)
+            self.advance()
+            self.rows[waiting], self.clean[waiting] = rows, clean
         self.count(busy)
 
     def rescales(self, busy: Sequence[int]) -> bool:
@@ -217,28 +232,32 @@ class Slots:
     def count(self, busy: Sequence[int]) -> None:
         """The host's part of a step: these slots have taken a row."""
         for slot in busy:
-            self._held(slot).row += 1
+            held = self._held(slot)
+            held.row += 1
+            if held.row == held.rows:
+                self._stop(slot)
+
+    def _stop(self, slot: int) -> None:
+        """Make a slot idle."""
+        self.rows[slot] = IDLE
+        self._moving[slot] = False
 
     def take(
         self,
         prediction: Tensor,
-        rows: Tensor,
         cond: Tensor | None,
         uncond: Tensor | None,
-        denoised: Tensor | None,
         *,
+        denoised: Tensor | None,
         rescale: bool,
     ) -> None:
-        """The device's part of a step, which a graph can record: it changes tensors in place.
-
-        rows: (S,) int64, `self.rows`, or with more slots left alone. rescale: see `rescales`.
-        """
+        """Take a row of every slot that is not idle, in place. rescale: see `rescales`."""
         sampler_step(
             self.x,
             prediction,
             self.history,
             self.tables,
-            rows,
+            self.rows,
             self.seeds,
             cond=cond,
             uncond=uncond,
@@ -246,20 +265,21 @@ class Slots:
             finite=self.finite,
             rescale=rescale,
         )
-        taken = rows != IDLE
-        self.clean += self.finite & taken
-        self.rows += taken
-        self.rows.masked_fill_(self.rows >= self._ends, IDLE)
+
+    def advance(self) -> None:
+        """Go to the next row. With `take` this is the device's part of a step, which a graph can
+        record; the host's, `count`, makes slots idle whose tables end."""
+        self._numbers.add_(self._increments)
 
     @property
     def state(self) -> list[Tensor]:
-        """Tensors that `take` modifies."""
-        return [self.x, self.history, self.rows, self.finite, self.clean]
+        """Tensors that `take` and `advance` modify."""
+        return [self.x, self.history, self._numbers, self._increments]
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Tensors that `take` only reads."""
-        return [self.tables, self.seeds, self._ends]
+        """Tensors that they only read."""
+        return [self.tables, self.seeds]
 
     def failures(self) -> dict[int, int]:
         """Slot -> the first row at which the network returned NaN or infinity for it.

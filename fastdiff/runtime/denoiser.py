@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.stack import Stack
+from fastdiff.kernels import gather_rows
 from fastdiff.models.network import Context, Network, map_context
 from fastdiff.runtime.blocks import filled, gather, row_blocks
 from fastdiff.runtime.conditions import Condition
+
+WIDE = (torch.float32, torch.float64)
+"""Dtypes of the samples of an engine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +77,12 @@ class Batch:
         """Advance to the next row of every sample's table."""
         self.embeddings += 1
 
-    def copied(self) -> Batch:
-        """A copy with its own tensors, including those of the blocks."""
-        embeddings, uncond = self.embeddings.clone(), self.uncond
+    def copied(self, embeddings: Tensor) -> Batch:
+        """A copy with its own tensors, including those of the blocks.
+
+        embeddings: (rows,) int64, memory for the indices of the embeddings.
+        """
+        embeddings, uncond = embeddings.copy_(self.embeddings), self.uncond
         sizes = [len(block.samples) for block in self.blocks]
         pieces = zip(self.blocks, embeddings.split(sizes), strict=True)
         blocks = [
@@ -199,16 +206,21 @@ class Denoiser:
 
         Returns (batch.rows, out_channels, *spatial) in the network's dtype.
         """
-        inputs = x if extra is None else torch.cat([x, extra.to(x)], dim=1)
+        extra = None if extra is None else extra.to(x)
         parts = [
-            self.network.body(
-                gather(inputs, block.samples, self.dtype),
-                self.embeddings.rows[block.embeddings],
-                block.context,
-            )
+            self.network.body(*self._inputs(x, block, extra), block.context)
             for block in batch.blocks
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _inputs(self, x: Tensor, block: _Block, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The network's input for the rows of a block, and their embeddings."""
+        table = self.embeddings.rows
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        if recorded or x.dtype not in WIDE or table.dtype != self.dtype:
+            whole = x if extra is None else torch.cat([x, extra], dim=1)
+            return gather(whole, block.samples, self.dtype), table[block.embeddings]
+        return gather_rows(x, block.samples, table, block.embeddings, extra=extra)
 
     def _add(self, key: bytes, timesteps: Tensor, condition: Condition) -> int:
         def embed() -> Tensor:

@@ -180,7 +180,8 @@ class Engine:
         self._denoiser = Denoiser(network, shape[1:], rounded=rounded, room=room)
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
-        self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room)
+        counters = 0 if self.graphs is None else rounded_rows(2 * slots) + slots
+        self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room, counters=counters)
         self._estimates: Tensor | None = None  # estimates of x0, as written by graphs
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
@@ -350,19 +351,18 @@ class Engine:
         if shown and self._estimates is None:
             self._estimates = torch.empty_like(slots.x)
         denoised = self._estimates if shown else None
-        kept = graphs.static(plan.batch, plan.masked, plan.levels)
-        kept.load(plan.batch, plan.masked, plan.levels)
+        kept = graphs.static(plan.batch, plan.masked, plan.levels, slots.counters)
         rescale = slots.rescales(plan.slots)
 
         def work() -> None:
             prediction = self._denoiser(slots.x, kept.batch, extra)
             cond, uncond = kept.batch.cond, kept.batch.uncond
-            slots.take(prediction, slots.rows, cond, uncond, denoised, rescale=rescale)
+            slots.take(prediction, cond, uncond, denoised=denoised, rescale=rescale)
             if len(kept.masked):
                 self._hold(kept.masked, kept.levels)
-            kept.advance()
+            slots.advance()  # and the indices of the embeddings and levels
 
-        state = [*slots.state, kept.batch.embeddings, kept.levels]
+        state = slots.state
         reads = [*state, *slots.inputs, self._denoiser.embeddings.rows, self._levels.rows]
         reads += self._state.values()
         graphs.run((kept, rescale, shown), work, reads=reads, state=state)

@@ -80,6 +80,7 @@ class StepGraphs:
         self._graphs: dict[Hashable, _Graph] = {}
         self._batches: dict[Hashable, StaticBatch] = {}
         self._weights: list[int] = []
+        self._loaded: Batch | None = None
         self.recorded = 0
 
     def run(
@@ -136,11 +137,18 @@ class StepGraphs:
             self._weights = weights
             self._graphs.clear()
 
-    def static(self, batch: Batch, masked: Tensor, levels: Tensor) -> StaticBatch:
-        """The static batch that graphs for this shape read; `load` fills it."""
+    def static(self, batch: Batch, masked: Tensor, levels: Tensor, counters: Tensor) -> StaticBatch:
+        """The static batch that graphs for this shape read, with this batch in it.
+
+        counters: int64, incremented by every step; the indices of the embeddings and `levels` are
+            kept there.
+        """
         key = len(batch.blocks), batch.rows, batch.uncond is None, len(masked)
-        kept = self._batches.pop(key, None) or StaticBatch(batch, masked, levels)
+        kept = self._batches.pop(key, None) or StaticBatch(batch, masked, levels, counters)
         self._batches[key] = kept
+        if self._loaded is not batch:  # each replay advances it
+            kept.load(batch, masked, levels)
+            self._loaded = batch
         if len(self._batches) > self._limit:
             del self._batches[next(iter(self._batches))]
         return kept
@@ -149,24 +157,15 @@ class StepGraphs:
 class StaticBatch:
     """A batch with tensors at fixed addresses, into which other batches of its shape are copied."""
 
-    def __init__(self, batch: Batch, masked: Tensor, levels: Tensor) -> None:
-        self.batch = batch.copied()
-        self.masked, self.levels = masked.clone(), levels.clone()
-        self._of: Batch | None = batch
+    def __init__(self, batch: Batch, masked: Tensor, levels: Tensor, counters: Tensor) -> None:
+        self.batch = batch.copied(counters[: batch.rows])
+        self.masked, self.levels = masked.clone(), counters[batch.rows :][: len(levels)]
 
     def load(self, batch: Batch, masked: Tensor, levels: Tensor) -> None:
-        """Copy a batch in, unless it is already loaded; each replay advances it by one row."""
-        if self._of is batch:
-            return
-        self._of = batch
+        """Copy a batch in."""
         self.masked.copy_(masked)
         self.levels.copy_(levels)
         self.batch.copy_from(batch)
-
-    def advance(self) -> None:
-        """Advance to the next table row of every sample."""
-        self.batch.advance()
-        self.levels += 1
 
 
 def rounded_rows(rows: int) -> int:

@@ -113,6 +113,13 @@ def test_accelerated_networks_stay_within_their_limits(job: str) -> None:
     assert found.bytes <= most_bytes
 
 
+@pytest.mark.parametrize("request_kind", launches.STEPS)
+def test_a_step_launches_three_kernels_outside_the_network(request_kind: str) -> None:
+    """The gathered input, the sampler's update, the advance; one more for rescale's statistics."""
+    options = launches.STEPS[request_kind]
+    assert launches.step_count(**options).total == (4 if "rescale" in options else 3)
+
+
 def test_the_page_equals_the_count() -> None:
     import_diffusers("AutoencoderKL")
     found, expected = counts.DOCS.read_text(), launches.page()
