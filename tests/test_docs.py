@@ -13,9 +13,12 @@ import pytest
 import torch
 import tyro
 
-from fastdiff.checkpoint.layouts.bundle import save_bundle
+from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
+from fastdiff.checkpoint.model import Model
 from fastdiff.cli import main
 from fastdiff.images import save_png
+from fastdiff.models.classifier import Classifier
+from fastdiff.models.presets import CLASSIFIERS
 from fastdiff.training import TRAINING_PRESETS, DiffusionRun
 from tests.support.diffusers_models import save_folder
 from tests.support.imports import ROOT
@@ -114,6 +117,16 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         save_png(folder / "photos" / "ab"[number % 2] / f"{number}.png", photo.roll(number, -1))
     save_bundle(tiny_model(), folder / "runs" / "first")
+    digits = load_bundle("digits")
+    guide = Model(
+        layout="bundle",
+        classifier=Classifier(CLASSIFIERS["tiny"]),
+        schedule=digits.schedule,
+        scale_factor=digits.scale_factor,
+        image_size=32,
+        image_channels=1,
+    )
+    save_bundle(guide, folder / "runs" / "guide")
     return folder
 
 

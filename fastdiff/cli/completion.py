@@ -67,9 +67,9 @@ class Entry:
 def table() -> dict[str, Entry]:
     """Command, such as ``sample`` or ``train diffusion`` -> the words that may follow it."""
     from fastdiff.cli import COMMANDS
-    from fastdiff.cli.train import STAGES
+    from fastdiff.cli.train import STAGES, run_class
     from fastdiff.diffusion.samplers import SAMPLERS
-    from fastdiff.training import TRAINING_PRESETS, AutoencoderRun
+    from fastdiff.training import TRAINING_PRESETS
 
     values = {"--sampler": [*SAMPLERS, "checkpoint"], "--spacing": SPACINGS}
     words = {"samplers": [*SAMPLERS], "train": [*STAGES], "completion": [*get_args(Shell)]}
@@ -78,11 +78,8 @@ def table() -> dict[str, Entry]:
         for name, line in COMMANDS.items()
     }
     for stage, line in STAGES.items():
-        presets = [
-            name
-            for name, run in TRAINING_PRESETS.items()
-            if isinstance(run, AutoencoderRun) == (stage == "autoencoder")
-        ]
+        kind = run_class(stage)
+        presets = [name for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)]
         known = {**values, "--preset": presets}
         found[f"train {stage}"] = Entry(line=line, options=options_of(["train", stage], known))
     return found

@@ -14,15 +14,16 @@ from fastdiff.cli.parsing import OptionalName, OptionalPath, UsageError, one_of,
 from fastdiff.files import one_line_errors
 
 if TYPE_CHECKING:
-    from fastdiff.training import AutoencoderRun, DiffusionRun
+    from fastdiff.training import AutoencoderRun, ClassifierRun, DiffusionRun
 
-RunT = TypeVar("RunT", "AutoencoderRun", "DiffusionRun[Any]")
+RunT = TypeVar("RunT", "AutoencoderRun", "ClassifierRun", "DiffusionRun[Any]")
 STAGES = {
     "autoencoder": "the first stage: images to latents and back",
     "diffusion": "the second stage: a denoiser on the latents, or on pixels",
+    "classifier": "a classifier of noisy samples, which guides a denoiser",
 }
 HELP = """\
-Train an autoencoder, or a denoiser on its latents.
+Train an autoencoder, a denoiser on its latents, or a classifier that guides it.
 
 usage: fastdiff train STAGE [OPTIONS]
        fastdiff train STAGE --help
@@ -32,7 +33,7 @@ usage: fastdiff train STAGE [OPTIONS]
 examples:
   fastdiff train autoencoder
   fastdiff train diffusion --autoencoder runs/digits-autoencoder
-  fastdiff train diffusion --resume"""
+  fastdiff train classifier --guides digits"""
 STAGE_HELP = """\
 Train {line}.
 
@@ -54,6 +55,10 @@ EXAMPLES = {
   fastdiff train diffusion --autoencoder runs/digits-autoencoder
   fastdiff train diffusion --init-from digits --output.folder runs/tuned
   fastdiff train diffusion --resume --output.folder runs/digits-diffusion""",
+    "classifier": """\
+  fastdiff train classifier
+  fastdiff train classifier --guides digits --output.folder runs/guide --dry-run
+  fastdiff train classifier --resume""",
 }
 
 
@@ -73,6 +78,14 @@ class Train(Generic[RunT]):
     """Print the config and the size of the run, and write nothing."""
 
 
+def run_class(stage: str) -> Any:
+    """The config of a stage's runs."""
+    from fastdiff.training import AutoencoderRun, ClassifierRun, DiffusionRun
+
+    kinds = {"autoencoder": AutoencoderRun, "diffusion": DiffusionRun, "classifier": ClassifierRun}
+    return kinds[stage]
+
+
 def main(words: Sequence[str]) -> int:
     stages = "\n".join(f"  {name:11}  {line}" for name, line in STAGES.items())
     if words and words[0] in ("-h", "--help"):
@@ -80,13 +93,13 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not words:
         raise UsageError(
-            "missing: autoencoder or diffusion, and options (see fastdiff train --help)"
+            "missing: autoencoder, diffusion or classifier, and options (see fastdiff train --help)"
         )
     stage, *rest = words
     one_of(stage, STAGES, "stage")
-    from fastdiff.training import TRAINING_PRESETS, AutoencoderRun, DiffusionRun
+    from fastdiff.training import TRAINING_PRESETS, DiffusionRun
 
-    kind: Any = AutoencoderRun if stage == "autoencoder" else DiffusionRun
+    kind = run_class(stage)
     presets = {name: run for name, run in TRAINING_PRESETS.items() if isinstance(run, kind)}
     start: Any = _start(kind, presets, rest)
     # Every field of a network's config is an option, so the options depend on the network.
@@ -104,18 +117,27 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(options: Train[Any]) -> int:
-    from fastdiff.training import AutoencoderRun, describe, train_autoencoder, train_diffusion
+    from fastdiff.training import (
+        AutoencoderRun,
+        ClassifierRun,
+        describe,
+        train_autoencoder,
+        train_classifier,
+        train_diffusion,
+    )
 
     if options.dry_run:
         print(describe(options.run))
     elif isinstance(options.run, AutoencoderRun):
         train_autoencoder(options.run, resume=options.resume)
+    elif isinstance(options.run, ClassifierRun):
+        train_classifier(options.run, resume=options.resume)
     else:
         train_diffusion(options.run, resume=options.resume)
     return 0
 
 
-def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) -> RunT:
+def _start(kind: type[Any], presets: Mapping[str, Any], words: Sequence[str]) -> Any:
     """The config that the options change: from --config, from --preset, or of the run to resume.
 
     Raises:
@@ -135,6 +157,10 @@ def _start(kind: type[RunT], presets: Mapping[str, RunT], words: Sequence[str]) 
         folder = Path(option_value(words, "--output.folder") or default.output.folder)
         if (folder / "config.json").is_file():
             return _read(kind, folder)
+    if (guided := option_value(words, "--guides")) is not None:
+        from fastdiff.training.classifier import for_guided
+
+        default = for_guided(default, guided)
     if preset is not None:
         return default
     if (place := option_value(words, "--init-from")) is not None:
@@ -149,10 +175,12 @@ def _like_model(run: Any, place: str) -> Any:
         FileNotFoundError, ValueError: as `fastdiff.load`, or the model lacks the part.
     """
     from fastdiff.checkpoint.open import load
-    from fastdiff.training import AutoencoderRun
+    from fastdiff.training import AutoencoderRun, ClassifierRun
 
     model = load(place, device="meta", text_encoders=False)
     part = "autoencoder" if isinstance(run, AutoencoderRun) else "denoiser"
+    if isinstance(run, ClassifierRun):
+        part = "classifier"
     if (network := getattr(model, part)) is None:
         raise ValueError(f"{place} contains no {part} to start from; choose a model that has one")
     change: dict[str, Any] = {"model": network.config, "init_from": place}
@@ -168,13 +196,15 @@ def _like_model(run: Any, place: str) -> Any:
             change |= {"autoencoder": "", "latent_views": 0}
         elif model.layout == "bundle":
             change["autoencoder"] = place
+    elif part == "classifier":
+        change["schedule"] = model.schedule or run.schedule
     else:
         seen = {"image_channels": network.config.image_channels}
         change["discriminator"] = replace(run.discriminator, **seen)
     return replace(run, **change)
 
 
-def _for_data(run: RunT, words: Sequence[str]) -> RunT:
+def _for_data(run: Any, words: Sequence[str]) -> Any:
     """Adapt the default run to the images that the options name."""
     source, path = option_value(words, "--data.source"), option_value(words, "--data.path")
     if not path or source not in ("folder", "shards"):
@@ -183,7 +213,7 @@ def _for_data(run: RunT, words: Sequence[str]) -> RunT:
     from fastdiff.training import for_data
 
     if (autoencoder := option_value(words, "--autoencoder")) is not None:
-        run = replace(run, autoencoder=autoencoder, latent_views=0)  # type: ignore[call-arg]
+        run = replace(run, autoencoder=autoencoder, latent_views=0)
     data = DataConfig(source=source, path=path)  # type: ignore[arg-type]
     return for_data(run, data)
 

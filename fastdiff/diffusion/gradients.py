@@ -6,7 +6,9 @@ With g the gradient with respect to x of scale * log p(y | x), or of minus a los
     score form, every sampler but "ddpm"       eps_hat' = eps_hat - sigma g               (eq. 14)
     mean shift, "ddpm"                         mean' = mean + variance g         (algorithm 1)
 
-Both are a shift of the x0 estimate, D' = D + m g. The score form has m = sigma² / alpha. The mean
+Both are a shift of the x0 estimate, D' = D + m g. The score form has m = sigma² / alpha, with the
+alpha and sigma of x = alpha x0 + sigma n; at a level without signal, where log p(y | x) does not
+depend on x, nothing is shifted. The mean
 is A x + B D in a row of a table, so there m = variance / B, whether the variance is fixed or
 learned. For the fixed variances of "ddpm" the mean shift is the score form times
 
@@ -33,7 +35,7 @@ from torch import Tensor
 from fastdiff.diffusion.samplers import COLUMN, SAMPLERS, SamplerTable
 
 NO_LABEL = -1
-T, SIGMA, SHIFTS_MEAN = range(len(COLUMN), len(COLUMN) + 3)
+T, SIGMA, SHIFTS_MEAN, SCALE = range(len(COLUMN), len(COLUMN) + 4)
 """Columns of `rows_of` after those of the table."""
 
 
@@ -59,12 +61,24 @@ class Pull:
     on: Literal["x", "x0"] = "x"
     """What the objective sees: the noisy x, or the estimate of x0. Then g also needs the gradient
     of the network, which takes about three times as long as an evaluation."""
+    max_sigma: float = math.inf
+    """The pull is left out where sigma / alpha is larger. An exact g is proportional to alpha /
+    sigma² there, which m makes up for; that of a trained network is not, so its errors grow by m,
+    which is 20,000 at the first level of a cosine schedule."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ValueError(f"the scale of a pull must be finite, got {self.scale}")
+        if not self.max_sigma > 0:
+            raise ValueError(f"max_sigma must be positive, got {self.max_sigma}")
         if self.on not in ("x", "x0"):
             raise ValueError(f"on must be x or x0, got {self.on!r:.40}")
+
+    def __str__(self) -> str:
+        """The name of its function, and its scale."""
+        function = getattr(self.objective, "loss", self.objective)
+        name = getattr(function, "__name__", type(function).__name__)
+        return f"{name} on {self.on}, scale {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -112,10 +126,16 @@ class At:
     def shift(self, x: Tensor, v: Tensor) -> Tensor:
         """m, the factor of g in D' = D + m g: broadcasts with x.
 
+        With r = sigma / alpha and x scaled by c = 1 / (alpha + sigma) under flow matching, else by
+        1, the score form has m = c r² / sqrt(1 + r²).
+
         x: (N, C, *spatial). v: (N, C or 0, *spatial), the learned variance.
         """
-        sigma, shifts_mean = (self._like(column, x) for column in (SIGMA, SHIFTS_MEAN))
-        score = sigma**2 / torch.sqrt(1 + sigma**2)  # sigma and alpha of x, whose squares add to 1
+        sigma, shifts_mean, scale = (
+            self._like(column, x) for column in (SIGMA, SHIFTS_MEAN, SCALE)
+        )
+        score = scale * sigma**2 / torch.sqrt(1 + sigma**2)
+        score = torch.where(sigma.isfinite(), score, 0.0)
         s, b = self.column("S", x), self.column("B", x)
         variance = s**2
         if v.shape[1]:
@@ -129,24 +149,12 @@ class At:
 def rows_of(table: SamplerTable) -> Tensor:
     """A table's columns and what guidance by gradients needs besides them, fp64 on the CPU.
 
-    Returns (rows, len(COLUMN) + 3); the last columns are the timestep, sigma / alpha, and whether
-    the mean is shifted (1) or the score (0).
-
-    Raises:
-        ValueError: at one of its levels x has no signal, or x is that of flow matching.
+    Returns (rows, len(COLUMN) + 4); the last columns are the timestep, sigma / alpha, whether the
+    mean is shifted (1) or the score (0), and the scale of x (`SamplerTable.scales`).
     """
-    if not bool((table.scales == 1).all()):
-        raise ValueError(
-            "guidance by gradients is not supported for models of flow matching; use "
-            "guidance_scale, or a model with another prediction"
-        )
-    if not bool(table.sigmas.isfinite().all()):
-        raise ValueError(
-            "guidance by gradients divides by alpha, which is 0 at the first level of this "
-            "zero-terminal-SNR schedule; use spacing 'leading'"
-        )
     shifts_mean = torch.full_like(table.sigmas, float(SAMPLERS[table.name].ancestral))
-    more = torch.stack([table.timesteps, table.sigmas, shifts_mean], dim=1)
+    scales = table.scales[: len(table)].expand(len(table))
+    more = torch.stack([table.timesteps, table.sigmas, shifts_mean, scales], dim=1)
     return torch.cat([table.columns, more], dim=1)
 
 
@@ -227,8 +235,6 @@ def guided(
     predict: a `sampling.Predict` along `table`, differentiable if a pull is on x0. guidances: from
     the innermost to the outermost; each sees the prediction of the one before it.
 
-    Raises:
-        ValueError: as for `rows_of`.
     """
     rows = rows_of(table)
 
@@ -313,9 +319,15 @@ def _gradient(
             samples = torch.tensor([sample for sample, _ in filled], device=seen.device)
             labels = torch.tensor([pull.label for _, pull in filled], device=seen.device)
             found = gradient_of(objective, seen.detach()[samples], at.t[samples], labels)
-            scales = torch.tensor([pull.scale for _, pull in part]).to(seen)
-            scaled = scales.reshape(-1, *(1,) * (seen.ndim - 1)) * found[: len(part)]
-            total.index_add_(0, samples[: len(part)], scaled)
+            samples, found = samples[: len(part)], found[: len(part)]
+            numbers = torch.tensor(
+                [(pull.scale, pull.max_sigma) for _, pull in part], dtype=torch.float64
+            ).to(seen)
+            scale, most, sigma = (
+                column.reshape(-1, *(1,) * (seen.ndim - 1))
+                for column in (*numbers.T, at.rows[samples, SIGMA])
+            )
+            total.index_add_(0, samples, torch.where(sigma <= most, scale * found, 0.0))
     return total
 
 

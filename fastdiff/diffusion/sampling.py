@@ -330,7 +330,7 @@ def sample(
     Raises:
         ValueError: a seed is not a 64-bit integer, the numbers of seeds and samples differ, or the
             network's output has the wrong shape or is not finite. The message names the first such
-            row. Guidance has no gradient, or the table a level without signal.
+            row. Guidance has no gradient.
     """
     x, seeds = _start(table, noise_or_shape, seeds)
     if guidance:

@@ -38,6 +38,8 @@ FP32 = 4
 SLACK = 1.15
 """Bytes allocated per byte of tensors: allocators leave gaps between small blocks, and oneDNN needs
 scratch memory. Measured 1.02 to 1.35."""
+BACKWARD = 1.25
+"""Factor of what a forward pass keeps for its gradient, for temporary gradients."""
 Size = tuple[int, int]
 
 
@@ -231,7 +233,24 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
         + 2 * job.settings.total * conditions * embedding
         + conditions * projected
     )
-    return Peak(peak.most + kept, peak.copies, None)
+    most = peak.most
+    if model.classifier is not None and job.settings.classifier_scale:
+        rows = slots if blocks is None else blocks.single
+        guide = _gradient(model.classifier.config, rows, shape[1:], call.device, selected_backend())
+        most = max(most, round(BACKWARD * guide.most))
+    return Peak(most + kept, peak.copies, None)
+
+
+@functools.lru_cache(maxsize=64)
+def _gradient(config: Any, rows: int, sides: Size, device: torch.device, forced: str) -> Peak:
+    """Peak of a classifier whose results are kept for the gradient. forced: see `_evaluation`."""
+    network: Any = _empty(config, torch.float32)
+
+    def call() -> None:
+        x = torch.empty(rows, config.in_channels, *sides, device="meta")
+        network(x, torch.empty(rows, device="meta"))
+
+    return peak_of(network, call, device=device, dtype=torch.float32, training=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from fastdiff.checkpoint import open as checkpoint_open
 from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.model import Model as CheckpointModel
 from fastdiff.checkpoint.open import open_classifier, open_device
+from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
@@ -54,6 +55,7 @@ class Model(CheckpointModel):
         frames: int | None = None,
         refiner: CheckpointModel | None = None,
         classifier: CheckpointModel | str | os.PathLike[str] | None = None,
+        pulls: Sequence[Pull] = (),
         progress: Progress | None = None,
         on_step: OnStep | None = None,
         **options: Any,
@@ -77,7 +79,7 @@ class Model(CheckpointModel):
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             classifier: a noisy classifier that pulls the images towards their classes, with the
                 option classifier_scale: a model that contains one, or its file or folder.
-            refiner, progress, on_step: as in `fastdiff.generate`.
+            refiner, pulls, progress, on_step: as in `fastdiff.generate`.
 
         Raises:
             ValueError: the arguments do not fit the model or each other.
@@ -113,7 +115,9 @@ class Model(CheckpointModel):
             own = {name: each[index] for name, each in given.items() if each is not None}
             job = _make(kind, {**options, **own, "seed": seed})
             jobs += [job] if frames is None else frames_of(job, frames)
-        made = generate(model, jobs, refiner=refiner, progress=progress, on_step=on_step)
+        made = generate(
+            model, jobs, refiner=refiner, pulls=pulls, progress=progress, on_step=on_step
+        )
         return Images(list(made))
 
     def _guided(self, classifier: CheckpointModel | str | os.PathLike[str]) -> CheckpointModel:

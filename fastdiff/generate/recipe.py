@@ -172,6 +172,11 @@ def read(data: Mapping[str, Any]) -> Recipe:
         )
     if not {"seeds", "frames", "classes", "jobs"}.isdisjoint(data):
         raise ValueError("it belongs to a contact sheet; use a single image from its folder")
+    if guided := data.get("guided_by"):
+        raise ValueError(
+            f"the image was guided by functions that no recipe contains ({guided!s:.60}); call "
+            "model.generate with the same pulls"
+        )
     needed = ["weights", "backend", "device", "dtype"]
     needed += ["seed", "settings"] if version == 1 else ["job", "model"]
     if missing := [name for name in needed if name not in data]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.gradients import Pull
+from fastdiff.diffusion.samplers.rows import OUT_OF_NOISE
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate import from_noise, image_to_image, inpainting, interpolation, upscale
 from fastdiff.generate.facts import MOST_AT_ONCE, check, default_batch, is_small
@@ -33,6 +35,7 @@ from fastdiff.generate.session import Pass, Session
 from fastdiff.generate.webui import to_parameters
 from fastdiff.images import save_png, to_pil
 from fastdiff.runtime.blocks import block_size
+from fastdiff.runtime.engine import Request
 from fastdiff.runtime.graphs import no_graphs
 from fastdiff.runtime.run import Engines
 from fastdiff.runtime.run import run as run_requests
@@ -62,6 +65,8 @@ class Result:
     """Session of the model that made the image."""
     refiner: Session | None = None
     """Session of the refiner that finished the image, if one was used."""
+    pulls: tuple[Pull, ...] = ()
+    """Functions that guided the image besides the job's own guidance."""
 
     @property
     def pil(self) -> Image:
@@ -72,9 +77,11 @@ class Result:
     def recipe(self) -> dict[str, Any]:
         """Everything that the image depends on, as JSON-compatible values.
 
-        The first recipe of a model hashes its weights, which takes about a second per GB.
+        The first recipe of a model hashes its weights, which takes about a second per GB. Of
+        `pulls` it has only the names, so it cannot make the image again.
         """
-        return write_recipe(self.job, self.session, self.refiner)
+        recipe = write_recipe(self.job, self.session, self.refiner)
+        return {**recipe, "guided_by": list(map(str, self.pulls))} if self.pulls else recipe
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PNG with its recipe: `fastdiff info` shows it, `--like` reproduces the image."""
@@ -92,6 +99,7 @@ def generate(
     clock: Clock = _no_clock,
     expected: int | None = None,
     graphs: bool = True,
+    pulls: Sequence[Pull] = (),
 ) -> Iterator[Result]:
     """Run jobs of any kind, size and settings, and yield their results in the order of the jobs.
 
@@ -108,6 +116,9 @@ def generate(
         clock: context manager that times the stages.
         expected: number of jobs, for `progress`; None: the length of `jobs` if it has one.
         graphs: run each step as one CUDA graph on a GPU; False: launch kernel by kernel.
+        pulls: functions whose gradients guide every image, such as `loss_pull(loss, scale)` of
+            `fastdiff.diffusion.gradients`. They see latents if the model works on latents, and are
+            left out where sigma / alpha is above OUT_OF_NOISE.
 
     Raises:
         ValueError: a job does not fit the model, or a result is not finite.
@@ -116,7 +127,9 @@ def generate(
     session, second = Session.of(model), None if refiner is None else Session.of(refiner)
     if expected is None and isinstance(jobs, list | tuple):
         expected = len(jobs)
-    run = _Run(session, second, batch, progress, on_step, clock, expected or 0, graphs)
+    run = _Run(
+        session, second, batch, progress, on_step, clock, expected or 0, graphs, tuple(pulls)
+    )
     yield from _in_order(run.results(jobs))
 
 
@@ -154,6 +167,7 @@ class _Run:
     clock: Clock
     expected: int
     graphs: bool
+    pulls: tuple[Pull, ...]
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """Yield (job number, result) in the order in which the jobs finish."""
@@ -242,7 +256,7 @@ class _Run:
         results = run_requests(
             session.network,
             (
-                replace(task.now.request, tag=task)
+                self._request(task, task.now.request)
                 for task in itertools.chain([first], tasks)
                 if task.now.request is not None
             ),
@@ -257,6 +271,12 @@ class _Run:
             if result is None:
                 return
             yield result.request.tag, result.x
+
+    def _request(self, task: _Task, request: Request) -> Request:
+        """A task's request, with the pulls of all jobs, which are left out in nearly pure noise."""
+        pulls = (*request.pulls, *self.pulls)
+        limited = [replace(p, max_sigma=min(p.max_sigma, OUT_OF_NOISE)) for p in pulls]
+        return replace(request, tag=task, pulls=tuple(limited))
 
     def _estimated(self, first: _Task) -> Progress | None:
         """`progress`, with a total that assumes later jobs to take as many rows as the first."""
@@ -292,6 +312,7 @@ class _Run:
                 image=_pasted(image, task.now.paste),
                 session=self.session,
                 refiner=refiner,
+                pulls=self.pulls,
             )
             yield task.number, made
 

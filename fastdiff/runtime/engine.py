@@ -512,7 +512,6 @@ class Engine:
         """Raise ValueError unless each pull has a gradient, which is tried once per objective."""
         if not request.pulls:
             return
-        rows_of(request.table)
         x, device = request.x[None].to(self._slots.x), self._slots.x.device
         for pull in request.pulls:
             if (pull.objective, pull.on) in self._objectives:

@@ -9,6 +9,7 @@ from fastdiff.training.autoencoder import (
     hinge_loss,
     train_autoencoder,
 )
+from fastdiff.training.classifier import ClassifierRun, train_classifier
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.derive import for_data
 from fastdiff.training.describe import describe
@@ -24,6 +25,7 @@ __all__ = [
     "TRAINING_PRESETS",
     "AutoencoderLossConfig",
     "AutoencoderRun",
+    "ClassifierRun",
     "DenoiserLossConfig",
     "DiffusionRun",
     "OptimizationConfig",
@@ -36,5 +38,6 @@ __all__ = [
     "hinge_loss",
     "learning_rate",
     "train_autoencoder",
+    "train_classifier",
     "train_diffusion",
 ]

@@ -10,9 +10,10 @@ from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.data import AugmentConfig, DataConfig, describe_folder
 from fastdiff.files import one_line_errors
 from fastdiff.training.autoencoder import AutoencoderRun
+from fastdiff.training.classifier import ClassifierRun
 from fastdiff.training.diffusion import DiffusionRun
 
-RunT = TypeVar("RunT", AutoencoderRun, DiffusionRun[Any])
+RunT = TypeVar("RunT", AutoencoderRun, ClassifierRun, DiffusionRun[Any])
 PHOTOGRAPHS = AugmentConfig(flip=True, fill="reflection")
 """A mirrored photograph still looks real; a rotated or sheared one does not."""
 
@@ -40,6 +41,14 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
             model=replace(run.model, image_channels=channels),
             discriminator=replace(run.discriminator, image_channels=channels),
         )
+    if isinstance(run, ClassifierRun):
+        taken = run.model
+        if run.guides:  # its samples are those of the denoiser
+            data = replace(data, channels=run.data.channels)
+        else:
+            taken = replace(taken, in_channels=channels, sample_size=data.image_size)
+        taken = replace(taken, num_classes=classes or taken.num_classes)
+        return replace(run, data=data, model=taken)
     model = run.model
     if run.autoencoder:
         first = load_bundle(run.autoencoder)

@@ -11,10 +11,11 @@ from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.models.network import network_family
 from fastdiff.training.autoencoder import AutoencoderRun
+from fastdiff.training.classifier import ClassifierRun
 from fastdiff.training.diffusion import DiffusionRun
 
 
-def describe(run: AutoencoderRun | DiffusionRun[Any]) -> str:
+def describe(run: AutoencoderRun | ClassifierRun | DiffusionRun[Any]) -> str:
     """Text for `--dry-run`: the full config as JSON, parameter counts and number of images.
 
     No file is read or written, and no weights are allocated.

@@ -98,6 +98,11 @@ class DiffusionRun(Generic[NetworkConfigT]):
     """cpu, cuda, or auto: cuda if available."""
 
     def __post_init__(self) -> None:
+        if not network_family(self.kind).network.denoises:
+            raise ValueError(
+                f"a network of kind {self.kind!r} does not denoise; train it with "
+                f"'fastdiff train {self.kind}'"
+            )
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout must be in [0, 1], got {self.class_dropout}")
         if self.model.num_classes is not None and self.class_dropout and not self.model.null_class:

@@ -8,8 +8,9 @@ from typing import Any
 from fastdiff.data import AugmentConfig, DataConfig
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.discriminator import DiscriminatorConfig
-from fastdiff.models.presets import AUTOENCODERS, DITS, UNETS, UVITS
+from fastdiff.models.presets import AUTOENCODERS, CLASSIFIERS, DITS, UNETS, UVITS
 from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
+from fastdiff.training.classifier import ClassifierRun
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.objective import DenoiserLossConfig
@@ -59,7 +60,7 @@ def _tiny_latent(model: Any, folder: str, **other: Any) -> DiffusionRun[Any]:
     )
 
 
-TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun[Any]] = {
+TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] = {
     "digits-autoencoder": AutoencoderRun(
         model=AUTOENCODERS["digits"],
         data=DataConfig(augment=_WIDE),
@@ -133,5 +134,29 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | DiffusionRun[Any]] = {
     ),
     "tiny-uvit": _tiny_latent(
         UVITS["tiny"], "runs/tiny-uvit", preview=PreviewConfig(guidance_scale=1.5)
+    ),
+    "tiny-classifier": ClassifierRun(
+        model=replace(CLASSIFIERS["tiny"], dropout=0.1),
+        guides="digits",
+        data=DataConfig(augment=_NARROW),
+        schedule=ScheduleConfig(kind="cosine"),
+        latent_views=8,
+        optimization=OptimizationConfig(
+            steps=1500,
+            batch_size=64,
+            learning_rate=1e-3,
+            final_learning_rate=1e-5,
+            weight_decay=0.05,
+            warmup_steps=100,
+            decay="cosine",
+            clip_norm=1.0,
+            ema_decay=0.995,
+        ),
+        output=OutputConfig(
+            folder="runs/tiny-classifier",
+            preview_every=500,
+            save_every=500,
+            export_dtype="fp16",
+        ),
     ),
 }

@@ -23,8 +23,9 @@ def provenance(run: Run, step: int, origin: dict[str, str] | None = None) -> dic
     """
     config = run.to_json()
     config["output"]["folder"] = Path(run.output.folder).name
-    if config.get("autoencoder") and not isinstance(config["autoencoder"], dict):
-        config["autoencoder"] = Path(config["autoencoder"]).name
+    for name in ("autoencoder", "guides"):
+        if config.get(name) and not isinstance(config[name], dict):
+            config[name] = Path(config[name]).name
     config["data"]["path"] = Path(run.data.path).name
     config["init_from"] = Path(config["init_from"]).name
     return {

@@ -26,10 +26,18 @@ from fastdiff.diffusion.gradients import (
 )
 from fastdiff.diffusion.samplers import SAMPLERS, SamplerTable, build_table
 from fastdiff.diffusion.sampling import Predict, sample
-from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.diffusion.schedules import FlowSchedule, NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import philox_normal
 from fastdiff.kernels.philox_normal.streams import SAMPLER_NOISE
-from tests.diffusion.mixture import MEANS, STDS, along, exact_network, responsibilities
+from tests.diffusion.mixture import (
+    MEANS,
+    STDS,
+    WEIGHTS,
+    along,
+    denoise,
+    exact_network,
+    responsibilities,
+)
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 LABELS = [0, 1, 2, 1]
@@ -54,8 +62,7 @@ def log_prob(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     alpha, sigma = levels(t, x)
     variance = STDS**2 + (sigma / alpha) ** 2  # (N, 3)
     distance = ((x / alpha)[:, None] - MEANS).square().sum(-1)
-    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    logits = weights.log() - variance.log() - distance / variance / 2
+    logits = WEIGHTS.log() - variance.log() - distance / variance / 2
     return logits.log_softmax(1).gather(1, y[:, None])[:, 0]
 
 
@@ -335,6 +342,20 @@ def test_without_a_pull_the_loop_is_the_same(name: str, options: dict[str, Any])
     torch.testing.assert_close(nothing, plain, rtol=1e-10, atol=1e-10)
 
 
+def test_a_pull_is_left_out_above_its_noise_level() -> None:
+    rows, network = table("ddim"), exact_network(SCHEDULE)
+    pulls = [
+        [Pull(objective=log_prob, scale=2.0, label=label, max_sigma=float(rows.sigmas[3]))]
+        for label in LABELS
+    ]
+    predict = guided(along(rows, network), rows, [by_gradients(pulls)])
+    always = guided(along(rows, network), rows, [classifier_guidance(log_prob, LABELS, 2.0)])
+    plain = along(rows, network)
+    for row in range(len(rows)):
+        expected = plain(start(), row) if row < 3 else always(start(), row)
+        torch.testing.assert_close(predict(start(), row), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_it_works_in_inference_mode() -> None:
     guidance = (
         classifier_guidance(log_prob, LABELS, 1.0),
@@ -389,17 +410,59 @@ def test_a_network_without_a_gradient_is_refused() -> None:
         run(network, table("ddim", scale=2.0), classifier_guidance(log_prob, LABELS, 1.0))
 
 
-def test_levels_without_signal_are_refused() -> None:
+def test_a_level_without_signal_is_not_shifted() -> None:
+    """Pure noise says nothing about the class."""
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
     rows = build_table("ddim", schedule, 9, prediction="v")
-    with pytest.raises(ValueError, match="divides by alpha, which is 0 at the first level"):
-        run(exact_network(SCHEDULE, "v"), rows, classifier_guidance(log_prob, LABELS, 1.0))
+
+    def network(x: Tensor, t: float) -> Tensor:
+        return 0.1 * x
+
+    predict = guided(along(rows, network), rows, [classifier_guidance(log_prob, LABELS, 1.0)])
+    assert torch.equal(predict(start(), 0), network(start(), 0.0))
+    assert (predict(start(), 1) - network(start(), 0.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["flow-euler", "flow-heun", "dpmpp-2m"])
+def test_flow_matching_has_another_scale_of_x(name: str) -> None:
+    """x = (1 - s) x0 + s n, whose squares do not add to 1; weight s again."""
+    schedule, scale = FlowSchedule(ScheduleConfig(kind="flow")), 1.7
+    mean, std = MEANS[LABELS], STDS[LABELS][:, None]
+
+    def probability(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        share = (t / 1000).to(x)[:, None]
+        variance = STDS**2 + (share / (1 - share)) ** 2
+        distance = ((x / (1 - share))[:, None] - MEANS).square().sum(-1)
+        logits = WEIGHTS.log() - variance.log() - distance / variance / 2
+        return logits.log_softmax(1).gather(1, y[:, None])[:, 0]
+
+    def network(x: Tensor, t: float) -> Tensor:
+        share = t / 1000
+        y, ratio = x / (1 - share), share / (1 - share)
+        own = (mean * ratio**2 + y * std**2) / (std**2 + ratio**2)
+        both = denoise(y, ratio), own
+        return torch.cat([(x - d) / share for d in both])  # n - x0, from x
+
+    def table_of(weight: float) -> SamplerTable:
+        timesteps = [900.0, 750.0, 500.0, 300.0, 100.0]
+        return build_table(
+            name, schedule, 5, prediction="flow", spacing=timesteps, guidance_scale=weight
+        )
+
+    plain, weighted = table_of(1.0), table_of(scale)
+    unconditional = along(plain, lambda x, t: network(x, t)[: len(x)])
+    guidance = [classifier_guidance(probability, LABELS, scale)]
+    by_classifier = sample(unconditional, plain, start(), SEEDS, guidance=guidance)
+    by_weight = sample(along(weighted, network), weighted, start(), SEEDS)
+    assert (by_weight - sample(unconditional, plain, start(), SEEDS)).abs().max() > 0.05
+    torch.testing.assert_close(by_classifier, by_weight, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"scale": math.nan}, "the scale of a pull must be finite, got nan"),
+        ({"max_sigma": 0.0}, "max_sigma must be positive, got 0"),
         ({"on": "z"}, "on must be x or x0, got 'z'"),
     ],
 )

@@ -13,9 +13,14 @@ import fastdiff
 from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
+from fastdiff.diffusion.gradients import loss_pull
+from fastdiff.diffusion.sampling import Step
 from fastdiff.diffusion.schedules import ScheduleConfig
+from fastdiff.generate.facts import Facts, check
 from fastdiff.generate.job import ClassJob, ImageToImageJob, InterpolationJob, SampleSettings
+from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.model import with_generate
+from fastdiff.generate.recipe import read as read_recipe
 from fastdiff.generate.session import Session
 from fastdiff.models.classifier import Classifier
 from tests.models.test_classifier import SMALL
@@ -50,12 +55,14 @@ def unconditional(**change: Any) -> Model:
 def test_a_conditional_model_is_guided_towards_the_class_of_each_image() -> None:
     model, guide = with_generate(tiny_model()), classifier_model()
     plain = model.generate(classes=[0, 1, 2], **OPTIONS)
-    images = model.generate(classes=[0, 1, 2], classifier=guide, classifier_scale=4, **OPTIONS)
+    images = model.generate(classes=[0, 1, 2], classifier=guide, classifier_scale=2000, **OPTIONS)
     jobs = [result.job.settings for result in images]
     assert [job.classifier_class for job in jobs] == [0, 1, 2]
-    assert {job.classifier_scale for job in jobs} == {4.0}
+    assert {job.classifier_scale for job in jobs} == {2000.0}
     assert all((a.image - b.image).abs().max() > 0.01 for a, b in zip(images, plain, strict=True))
-    (alone,) = model.generate(classes=1, seeds=1, classifier=guide, classifier_scale=4, **OPTIONS)
+    (alone,) = model.generate(
+        classes=1, seeds=1, classifier=guide, classifier_scale=2000, **OPTIONS
+    )
     assert torch.equal(alone.image, images[1].image)
 
 
@@ -68,10 +75,10 @@ def test_a_scale_of_zero_is_the_model_without_it() -> None:
 
 def test_an_unconditional_model_leaves_the_class_to_the_classifier() -> None:
     model = with_generate(with_classifier(unconditional(), classifier_model()))
-    images = model.generate(classes=["three", 1], classifier_scale=2.5, **OPTIONS)
+    images = model.generate(classes=["three", 1], classifier_scale=2500, **OPTIONS)
     assert [result.job.label for result in images] == [None, None]
     assert [result.job.settings.classifier_class for result in images] == [3, 1]
-    same = model.generate(classifier_class="three", classifier_scale=2.5, **OPTIONS)
+    same = model.generate(classifier_class="three", classifier_scale=2500, **OPTIONS)
     assert torch.equal(same[0].image, images[0].image)
     assert (images[0].image - images[1].image).abs().max() > 0.01
     with pytest.raises(ValueError, match="needs a class to pull towards, got none"):
@@ -109,7 +116,7 @@ def test_every_kind_of_job_is_guided(kind: type[Any]) -> None:
     own: dict[str, Any] = {"image": torch.zeros(1, 16, 16)} if kind is ImageToImageJob else {}
     own |= {"to_label": 2, "at": 0.5} if kind is InterpolationJob else {}
     images = []
-    for scale in (0.0, 3.0):
+    for scale in (0.0, 3000.0):
         settings = SampleSettings(steps=3, classifier_scale=scale)
         (result,) = fastdiff.generate(model, [kind(label=1, settings=settings, **own)])
         images.append(result.image)
@@ -131,6 +138,37 @@ def test_a_classifier_is_loaded_from_a_folder(tmp_path: Path) -> None:
     assert recipe["weights"] == guided.weights_hash
     (default,) = guided.generate(classes=1, **OPTIONS)
     assert default.job.settings.classifier_scale == 1.0
+
+
+def test_a_loss_of_the_user_guides_every_image() -> None:
+    """The shipped model's latents, pulled through the denoiser to a mean of 0.3."""
+    model, means, steps = fastdiff.load("digits"), [], list[Step]()
+
+    def off_centre(x0: torch.Tensor) -> torch.Tensor:
+        return (x0.mean(dim=(1, 2, 3)) - 0.3).square() * 64
+
+    for pulls in ((), (loss_pull(off_centre, 3.0),)):
+        (result,) = model.generate(
+            classes=3, pulls=pulls, steps=8, sampler="ddim", on_step=steps.append
+        )
+        means.append(float(steps[-1].denoised.mean()))
+    assert abs(means[1] - 0.3) < 0.5 * abs(means[0] - 0.3)
+    assert result.recipe["guided_by"] == ["off_centre on x0, scale 3"]
+    with pytest.raises(ValueError, match="guided by functions that no recipe contains"):
+        read_recipe(result.recipe)
+
+
+def test_memory_of_the_classifiers_gradient_is_estimated() -> None:
+    """At 16 rows of 8 x 8, two convolutions' results of 256 channels are 0.5 MiB each."""
+    wide = replace(CONFIG, model_channels=256, norm_groups=16)
+    model = with_classifier(tiny_model(), classifier_model(config=wide))
+    call = Call(device=torch.device("cpu"), dtype=torch.float32, count=8)
+    work = {}
+    for scale in (0.0, 1.0):
+        settings = SampleSettings(steps=3, classifier_scale=scale)
+        job = check(ClassJob(label=1, settings=settings), Facts.of(model))
+        work[scale] = need_of([model], job, call, loaded=True).work
+    assert work[1.0] - work[0.0] > 10 * 2**20
 
 
 def test_a_recipe_without_a_classifier_is_as_before() -> None:
