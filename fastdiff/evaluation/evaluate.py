@@ -173,6 +173,7 @@ def evaluate(
     images = torch.stack([result.image for result in made])
     wanted = torch.tensor(labels)
     results, neighbours = evaluate_images(images, wanted, reference)
+    used = made[0].job.settings
     return Evaluation(
         results=results,
         images=images,
@@ -180,7 +181,7 @@ def evaluate(
         seeds=tuple(seeds),
         neighbours=neighbours,
         reference=reference,
-        settings=made[0].job.settings,
+        settings=replace(used, classifier_class=None) if by_classifier else used,
         weights_hash=model.weights_hash,
         model=model.name,
     )
