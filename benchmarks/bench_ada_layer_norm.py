@@ -14,7 +14,7 @@ from fastdiff.kernels.ada_layer_norm import ada_layer_norm
 
 
 @pytest.mark.parametrize(("network", "width"), [("DiT-S", 384), ("DiT-XL", 1152)])
-@pytest.mark.parametrize("provider", ["cpu", "reference", "eager"])
+@pytest.mark.parametrize("provider", ["auto", "reference", "eager"])
 def test_ada_layer_norm(benchmark: Any, provider: str, network: str, width: int) -> None:
     x, own = torch.randn(2, 256, width), torch.randn(2, 2 * width)
     scale, shift = own.chunk(2, dim=1)
@@ -30,7 +30,7 @@ def test_ada_layer_norm(benchmark: Any, provider: str, network: str, width: int)
         benchmark,
         provider,
         {
-            "cpu": ours("cpu"),
+            "auto": ours("auto"),
             "reference": ours("reference"),
             "eager": lambda: eager(x, scale, shift),
         },

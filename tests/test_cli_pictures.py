@@ -268,6 +268,22 @@ def test_images_are_written_as_they_come(run: Run, monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.parametrize(("flag", "expected"), [("", True), ("--no-graphs", False)])
+def test_graphs_can_be_switched_off(
+    run: Run, monkeypatch: pytest.MonkeyPatch, flag: str, expected: bool
+) -> None:
+    asked: list[bool] = []
+
+    def seen(*args: Any, graphs: bool, **options: Any) -> Any:
+        asked.append(graphs)
+        return generate(*args, graphs=graphs, **options)
+
+    monkeypatch.setattr("fastdiff.generate.run.generate", seen)
+    code, _, err = run(f"txt2img cat --model sd1 {FAST} {flag}")
+    assert (code, err) == (0, "")
+    assert asked == [expected]
+
+
 def test_recipes_that_cannot_be_read(run: Run) -> None:
     assert run(f"txt2img cat --model sd1 {FAST}")[0] == 0
     recipe = read_recipe("out/cat-seed0.png")

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from fastdiff.cli.machine import TORCH_NAMES, BackendName
-from fastdiff.cli.options import Command, Compute, LoadOptions
+from fastdiff.cli.options import Command, LoadOptions, SamplingCompute
 from fastdiff.files import one_line_errors
 from fastdiff.generate.job import (
     PICTURES,
@@ -217,7 +217,7 @@ def options(like: Original, command: type[Any], job: type[Any], **more: Any) -> 
         model=recipe.model,
         job=_as_options(job, recipe.job),
         load=load,
-        compute=Compute(
+        compute=SamplingCompute(
             backend=recipe.backend,  # type: ignore[arg-type]
             device=recipe.device,
             dtype=short[recipe.dtype],

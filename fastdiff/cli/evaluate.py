@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastdiff.cli.console import about_files, print_numbers, print_pairs
-from fastdiff.cli.machine import at_work, device_and_dtype, progress
-from fastdiff.cli.options import FLAT, NO_NONE, Compute, LoadOptions
+from fastdiff.cli.machine import Compute, at_work, device_and_dtype, progress
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import OptionalFloat, parse
 from fastdiff.generate.job import SampleSettings, check_seeds
 

@@ -10,10 +10,10 @@ from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
-    Compute,
     ImageToImageOptions,
     LoadOptions,
     Output,
+    SamplingCompute,
 )
 from fastdiff.generate.job import ImageToImageJob, check_seeds
 
@@ -40,7 +40,7 @@ class Img2Img:
     """Number of images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
-    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
+    compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
 
     def __post_init__(self) -> None:
         check_seeds(self.job.seed, self.count)

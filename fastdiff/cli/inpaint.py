@@ -10,10 +10,10 @@ from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
-    Compute,
     InpaintOptions,
     LoadOptions,
     Output,
+    SamplingCompute,
 )
 from fastdiff.generate.job import InpaintJob, check_seeds
 
@@ -41,7 +41,7 @@ class Inpaint:
     """Number of images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
-    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
+    compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
 
     def __post_init__(self) -> None:
         check_seeds(self.job.seed, self.count)

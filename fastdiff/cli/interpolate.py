@@ -10,10 +10,10 @@ from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
-    Compute,
     InterpolationOptions,
     LoadOptions,
     Output,
+    SamplingCompute,
 )
 from fastdiff.generate.job import InterpolationJob, check_frames, frame_of
 
@@ -44,7 +44,7 @@ class Interpolate:
     """Number of frames including both ends; 1: only the frame at the position --at."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
-    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
+    compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
 
     def __post_init__(self) -> None:
         check_frames(self.job, self.frames)

@@ -38,6 +38,14 @@ class Compute:
     """Number format of the networks; with fp16 the autoencoder still computes in fp32."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingCompute(Compute):
+    """Device and dtype that a command samples with."""
+
+    graphs: bool = True
+    """On a GPU, run each step as one CUDA graph; --no-graphs launches it kernel by kernel."""
+
+
 def device_and_dtype(compute: Compute) -> tuple[torch.device, torch.dtype]:
     """Check that the device is available and the number format makes sense on it; return both.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 import tyro
 
 from fastdiff.checkpoint.options import LoadOptions
-from fastdiff.cli.machine import Compute
+from fastdiff.cli.machine import SamplingCompute
 from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName, OptionalPath
 from fastdiff.generate.job import (
     PLAIN,
@@ -168,4 +168,4 @@ class Command(Protocol):
     @property
     def output(self) -> Output: ...
     @property
-    def compute(self) -> Compute: ...
+    def compute(self) -> SamplingCompute: ...

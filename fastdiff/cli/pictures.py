@@ -310,6 +310,7 @@ def _make(
             progress=tell,
             on_step=preview,
             clock=clock,
+            graphs=options.compute.graphs,
             expected=plan.wanted.total - len(plan.there),
         )
         for number, place in enumerate(plan.paths):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastdiff.cli.console import about_files, print_pairs
-from fastdiff.cli.machine import at_work, device_and_dtype
-from fastdiff.cli.options import FLAT, NO_NONE, Compute, LoadOptions
+from fastdiff.cli.machine import Compute, at_work, device_and_dtype
+from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import one_line, parse
 
 if TYPE_CHECKING:

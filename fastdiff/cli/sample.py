@@ -15,9 +15,9 @@ from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
     ClassOptions,
-    Compute,
     LoadOptions,
     Output,
+    SamplingCompute,
 )
 from fastdiff.generate.job import ClassJob, Job, check_seeds
 
@@ -54,7 +54,7 @@ class Sample:
     job: Annotated[ClassOptions, FLAT, NO_NONE] = field(default_factory=ClassOptions)
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
-    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
+    compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
 
     def __post_init__(self) -> None:
         check_seeds(self.job.seed, self.count)

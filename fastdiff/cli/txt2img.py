@@ -10,9 +10,9 @@ from fastdiff.cli import pictures
 from fastdiff.cli.options import (
     FLAT,
     NO_NONE,
-    Compute,
     LoadOptions,
     Output,
+    SamplingCompute,
     TextOptions,
 )
 from fastdiff.cli.parsing import OptionalPath
@@ -46,7 +46,7 @@ class Txt2Img:
     """Number of images."""
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     output: Annotated[Output, FLAT, NO_NONE] = field(default_factory=Output)
-    compute: Annotated[Compute, FLAT, NO_NONE] = field(default_factory=Compute)
+    compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
 
     def __post_init__(self) -> None:
         check_seeds(self.job.seed, self.count)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -82,10 +83,12 @@ class Report:
         *,
         scheduler: Any = None,
         checks: dict[int, Any] | None = None,
+        graphs: Sequence[Any] = (),
     ) -> None:
         self._entries = entries
         self._checks = checks or {}  # id of an entry -> its Verification
         self._undo = undo
+        self._graphs = [weakref.ref(calls) for calls in graphs]
         self._scheduler = (lambda: None) if scheduler is None else weakref.ref(scheduler)
 
     @property
@@ -141,6 +144,15 @@ class Report:
         return {} if fused is None else dict(fused.left)
 
     @property
+    def graph_calls_left(self) -> dict[str, int]:
+        """With `graphs`: number of a U-Net's calls that ran without a graph, by reason."""
+        counted: Counter[str] = Counter()
+        for there in self._graphs:
+            calls = there()
+            counted.update({} if calls is None else calls.left)
+        return dict(counted)
+
+    @property
     def data(self) -> dict[str, Any]:
         """The report as plain data: counts per op and one row per module."""
         ops = dict.fromkeys(entry.op for entry in self.entries)
@@ -152,6 +164,7 @@ class Report:
             },
             "modules": [asdict(entry) for entry in self.entries],
             "scheduler_steps_left": self.scheduler_steps_left,
+            "graph_calls_left": self.graph_calls_left,
             "verified": self.verified,
             "unverified": self.unverified,
         }
@@ -172,7 +185,8 @@ class Report:
         """Print a table with one row per op, class and outcome.
 
         If the table is wider than the terminal, print a paragraph for each row instead. The steps
-        that a fused scheduler has left to diffusers' own code follow below.
+        that a fused scheduler has left to diffusers' own code, and the calls that ran without a
+        graph, follow below.
         """
         from rich.console import Console
         from rich.padding import Padding
@@ -200,6 +214,8 @@ class Report:
             console.print(f"{matched} modules matched their originals, {open_} were not compared")
         for reason, steps in self.scheduler_steps_left.items():
             console.print(f"{steps} scheduler steps ran in diffusers' own code: {reason}")
+        for reason, calls in self.graph_calls_left.items():
+            console.print(f"{calls} calls ran without a graph: {reason}")
 
     def restore(self) -> None:
         """Undo what this call changed: classes, attributes, memory formats, the scheduler.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastdiff.extras import import_extra
+from fastdiff.integrations.graphs import ATTRIBUTE, graph_entries, graph_swap
 from fastdiff.integrations.planner import Planner
 from fastdiff.integrations.report import AccelerateError, Entry, Report, Swap
 from fastdiff.integrations.verify import Verification, verified
@@ -93,6 +94,7 @@ def accelerate(
     pack_cpu_weights: bool = False,
     scheduler: Literal["fused"] | None = None,
     noise: Literal["philox", "generator"] = "philox",
+    graphs: bool = False,
     strict: bool = False,
     verify: bool = False,
 ) -> Report:
@@ -121,6 +123,10 @@ def accelerate(
             kernel, from seeds drawn from the generators, which gives different images of the same
             distribution. "generator" draws the same noise as diffusers, so that the images are the
             same; it costs one more kernel per step.
+        graphs: on a GPU, replay each call of a U-Net as one CUDA graph, recorded in the second call
+            with inputs of the same shapes (`fastdiff.integrations.graphs`). A U-Net with hooks,
+            adapters that are not merged, or attention processors of its own is left; a call that
+            cannot be replayed runs as before and is counted in `report.graph_calls_left`.
         strict: raise an error instead of leaving a module that fastdiff has an op for. This does
             not apply to a pipeline's components from other libraries (text encoders).
         verify: compare each module swapped by this call with its original on the first call with
@@ -134,7 +140,7 @@ def accelerate(
         A report of what was swapped, what was left and why; `report.restore()` undoes the changes.
 
     Raises:
-        TypeError: `obj` contains no module.
+        TypeError: `obj` contains no module, or with `graphs` no denoiser.
         ValueError: an unknown `scheduler` or `noise`, or `noise` without a fused scheduler.
         AccelerateError: with `strict`, a module would be left. Nothing was changed.
     """
@@ -180,6 +186,8 @@ def accelerate(
                         new=bool(other),
                     )
                 )
+    recorded = graph_entries(obj, found) if graphs else []
+    entries += [entry for entry, _ in recorded]
     changes = scheduler_change(obj, entries, noise) if scheduler == "fused" else []
     if strict and any(e.by is None and e.op != "component" for e in entries):
         raise AccelerateError(Report(entries, []))
@@ -192,8 +200,10 @@ def accelerate(
     for layer, name in weights:
         undo.append(to_channels_last(layer, name))
     undo += [change() for change in changes]
+    undo += [graph_swap(module).do() for entry, module in recorded if entry.by and entry.new]
+    calls = [module.__dict__[ATTRIBUTE] for entry, module in recorded if entry.by]
     fused = obj.scheduler if scheduler == "fused" else None
-    return Report(entries, undo, scheduler=fused, checks=checks)
+    return Report(entries, undo, scheduler=fused, checks=checks, graphs=calls)
 
 
 def scheduler_change(

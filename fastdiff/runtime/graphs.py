@@ -135,7 +135,11 @@ class StepGraphs:
         weights = [t.data_ptr() for t in (*network.parameters(), *network.buffers())]
         if weights != self._weights:
             self._weights = weights
-            self._graphs.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        self._graphs.clear()
 
     def static(self, batch: Batch, masked: Tensor, levels: Tensor, counters: Tensor) -> StaticBatch:
         """The static batch that graphs for this shape read, with this batch in it.

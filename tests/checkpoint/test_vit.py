@@ -23,6 +23,7 @@ from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import Loading
 from fastdiff.checkpoint.options import LoadOptions
+from fastdiff.diffusion.flow import for_pixels
 from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
@@ -323,6 +324,14 @@ def test_a_pipeline_of_flow_matching(saved: tuple[Path, Any], tmp_path: Path) ->
         for t in scheduler.timesteps:
             peer = scheduler.step(network(peer, float(t)), t, peer, return_dict=False)[0]
     assert (ours - peer).abs().max() <= 1e-5 * peer.abs().max()
+    # images of half as many pixels
+    half = for_pixels(model.schedule, 1, trained=2).shift
+    assert half == pytest.approx(3 / 2**0.5)
+    assert fastdiff.load(folder, shift=half).schedule == ScheduleConfig(kind="flow", shift=half)
+    with pytest.raises(ValueError, match="set by its scheduler_config"):
+        fastdiff.load(folder, shift=half, num_timesteps=500)
+    with pytest.raises(ValueError, match="shift is for schedule 'flow', got 2"):
+        fastdiff.load(saved[0], shift=2.0)
     with pytest.raises(ValueError, match="belong together, got prediction 'flow' and"):
         fastdiff.load(folder / "transformer", prediction="flow", schedule="linear")
     stated = {"prediction": "flow", "schedule": "flow", "shift": 2.0}

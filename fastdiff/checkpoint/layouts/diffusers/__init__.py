@@ -306,12 +306,15 @@ def _describe(
     if model.denoiser is None:
         return
     if scheduler is not None:
-        if loading.says_noise or options.prediction is not None:
+        said = [name for name in ("schedule", *NOISE) if getattr(options, name) is not None]
+        # the shift of flow matching may be changed: it depends on the size of the images
+        if loading.schedule or options.prediction is not None or said not in ([], ["shift"]):
             raise ValueError(
                 f"{model.path}: schedule and prediction are set by its scheduler_config.json; "
                 "change them there"
             )
-        model.schedule, model.prediction = scheduler.schedule, scheduler.prediction
+        model.schedule = loading.noise(scheduler.schedule)
+        model.prediction = scheduler.prediction
         model.sampler = scheduler.sampler
         if scheduler.no_sampler:
             model.provenance["no_sampler"] = scheduler.no_sampler
