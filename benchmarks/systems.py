@@ -106,6 +106,12 @@ SYSTEMS = {
         settings={"sampler": "ddpm", "steps": 100, "guidance_scale": 1.0},
         bits=True,
     ),
+    "flow": System(
+        title="Flow matching, pixels",
+        paper="Lipman et al. 2023, Esser et al. 2024",
+        model="tiny-flow",
+        settings={"sampler": "flow-heun", "steps": 25, "guidance_scale": 1.0},
+    ),
     "guidance": System(
         title="Classifier-free guidance, pixels",
         paper="Ho and Salimans 2022",

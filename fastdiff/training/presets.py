@@ -126,6 +126,15 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         loss=DenoiserLossConfig(bin_width=0.125),
         preview=PreviewConfig(sampler="ddpm"),
     ),
+    "tiny-flow": _tiny(  # Esser et al. 2024: straight paths, logit-normal timesteps
+        UNETS["tiny-pixels"],
+        "runs/tiny-flow",
+        data=DataConfig(image_size=8),
+        schedule=ScheduleConfig(kind="flow"),
+        prediction="flow",
+        loss=DenoiserLossConfig(timesteps="logit-normal"),
+        preview=PreviewConfig(sampler="flow-heun"),
+    ),
     "tiny-dit": _tiny_latent(
         DITS["tiny"],
         "runs/tiny-dit",

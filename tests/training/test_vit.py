@@ -123,7 +123,8 @@ def test_a_uvit_trains_on_the_size_it_has_positions_for(images: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "channels"), [("tiny-dit", 4), ("tiny-uvit", 4), ("tiny-ddpm", 1), ("tiny-iddpm", 1)]
+    ("name", "channels"),
+    [("tiny-dit", 4), ("tiny-uvit", 4), ("tiny-ddpm", 1), ("tiny-iddpm", 1), ("tiny-flow", 1)],
 )
 def test_presets(name: str, channels: int, images: Path) -> None:
     """They fit the shipped autoencoder, or the pixels of the scans; on other images size, channels

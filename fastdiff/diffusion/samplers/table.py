@@ -15,7 +15,7 @@ from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.levels import CLEAN, Level, final_level, spaced_levels
 from fastdiff.diffusion.predictions import input_scale, to_denoised
 from fastdiff.diffusion.samplers.rows import COLUMN, NO_SLOT, SAMPLERS, Row, check_option
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import FLOW, FlowSchedule, NoiseSchedule, check_flow
 from fastdiff.names import Prediction
 
 
@@ -146,8 +146,9 @@ def build_table(
             samplers NAME` lists their names. None means the sampler's default.
 
     Raises:
-        ValueError: a name or option is unknown, the steps are out of range, or the spacing,
-            prediction or sampler cannot start where the schedule has no signal.
+        ValueError: a name or option is unknown, the steps are out of range, the spacing, prediction
+            or sampler cannot start where the schedule has no signal, or only one of schedule and
+            prediction is that of flow matching.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
@@ -163,9 +164,15 @@ def build_table(
         raise ValueError(
             f"clamp must be positive, got {clamp}; use 1 for images, None for no clamp"
         )
+    check_flow(FLOW if isinstance(schedule, FlowSchedule) else "of betas", prediction)
     spacing = SAMPLERS[name].spacing if spacing is None else spacing
     levels = spaced_levels(schedule, steps, spacing, steps_offset=steps_offset)
     if levels[0].alpha == 0 and SAMPLERS[name].needs_signal:
+        if prediction == "flow":
+            raise ValueError(
+                f"sampler {name!r} divides by alpha, which is 0 at the first level of flow "
+                "matching; use 'flow-heun' or 'dpmpp-2m'"
+            )
         raise ValueError(
             f"sampler {name!r} divides by alpha, which is 0 at t = {levels[0].t:g} of this "
             "zero-terminal-SNR schedule; use 'ddim' or 'dpmpp-2m', or spacing 'leading'"
