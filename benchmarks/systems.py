@@ -29,7 +29,7 @@ from fastdiff.evaluation.report import provenance
 from fastdiff.files import write_json, write_text
 from fastdiff.generate.job import SampleSettings
 from fastdiff.images import contact_sheet, save_png
-from fastdiff.training import TRAINING_PRESETS
+from fastdiff.training import TRAINING_PRESETS, ClassifierRun
 from fastdiff.training.monitor import LOG_FILE, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +64,14 @@ class System:
     settings: dict[str, Any] = field(default_factory=dict)
     bits: bool = False
     """Whether the bound on the likelihood is measured as well."""
+    classifier: str = ""
+    """A training preset of a classifier, to which the denoiser leaves the class; then its training
+    is what the row states."""
+
+    @property
+    def trained(self) -> str:
+        """The preset whose run the row is about."""
+        return self.classifier or self.model
 
 
 SYSTEMS = {
@@ -109,6 +117,18 @@ SYSTEMS = {
         paper="Ho and Salimans 2022",
         model="tiny-ddpm",
         settings={"sampler": "ddim", "steps": 50, "guidance_scale": 2.0},
+    ),
+    "classifier": System(
+        title="Classifier guidance, latents, no class in the denoiser",
+        paper="Dhariwal and Nichol 2021",
+        model="digits",
+        classifier="tiny-classifier",
+        settings={
+            "sampler": "dpmpp-2m",
+            "steps": 20,
+            "guidance_scale": 1.0,
+            "classifier_scale": 6.0,
+        },
     ),
     "ldm": System(
         title="Latent diffusion, KL autoencoder",
@@ -161,14 +181,16 @@ def main(words: list[str] | None = None) -> int:
 
 def presets() -> list[str]:
     """The training presets that the systems need."""
-    return list(dict.fromkeys(s.model for s in SYSTEMS.values() if s.model in TRAINING_PRESETS))
+    needed = dict.fromkeys(system.trained for system in SYSTEMS.values())
+    return [name for name in needed if name in TRAINING_PRESETS]
 
 
 def train(names: list[str], runs: Path) -> int:
     for name in names:
         folder = runs / name
         more = ["--resume"] if (folder / "config.json").exists() else ["--preset", name]
-        code = fastdiff_command(["train", "diffusion", *more, "--output.folder", str(folder)])
+        stage = "classifier" if isinstance(TRAINING_PRESETS[name], ClassifierRun) else "diffusion"
+        code = fastdiff_command(["train", stage, *more, "--output.folder", str(folder)])
         if code:
             return code
     return 0
@@ -177,22 +199,31 @@ def train(names: list[str], runs: Path) -> int:
 def measure(name: str, runs: Path, count: int) -> None:
     """Sample and judge one system; writes its record and its contact sheet."""
     system = SYSTEMS[name]
-    folder = runs / system.model
-    trained = system.model in TRAINING_PRESETS
+    folder = runs / system.trained
+    trained = system.trained in TRAINING_PRESETS
     if trained and not (folder / "model").exists():
-        print(f"{name}: left out, {folder} has no trained model; use --train {system.model}")
+        print(f"{name}: left out, {folder} has no trained model; use --train {system.trained}")
         return
-    model = load(str(folder) if trained else system.model)
+    if system.classifier:
+        model = load(system.model, classifier=folder)
+    else:
+        model = load(str(folder) if trained else system.model)
     assert model.denoiser is not None, "digits have a denoiser"
     settings = SampleSettings(**system.settings)
     since = time.perf_counter()
     with progress(name) as tell:
-        evaluation = evaluate(model, count=count, settings=settings, progress=tell)
+        evaluation = evaluate(
+            model,
+            count=count,
+            settings=settings,
+            progress=tell,
+            by_classifier=bool(system.classifier),
+        )
     seconds = time.perf_counter() - since
     samples, results = evaluation.results.samples, evaluation.results
     record = {
         **provenance(evaluation, f"python -m benchmarks.systems {name} --count {count}"),
-        "parameters": sum(p.numel() for p in model.denoiser.parameters()),
+        "parameters": sum(p.numel() for p in (model.classifier or model.denoiser).parameters()),
         "images_per_second": round(count / seconds, 2),
         "accuracy": samples.accuracy,
         "frechet_ratio": results.frechet_equal_ratio,
@@ -274,11 +305,12 @@ def _row(name: str, record: dict[str, Any]) -> list[str]:
     return [
         system.title,
         system.paper,
-        f"`{system.model}`",
+        f"`{system.trained}`",
         f"{record['parameters']:,}",
         f"{cost['steps']}, {cost['minutes']:.0f}" if cost else "shipped",
         f"{record['settings']['sampler']}, {record['settings']['steps']}",
-        f"{system.settings['guidance_scale']:g}",
+        f"{system.settings.get('classifier_scale', system.settings['guidance_scale']):g}"
+        + " (classifier)" * bool(system.classifier),
         f"{record['accuracy']:.1%}",
         f"{record['frechet_ratio']:.2f}",
         f"{record['precision']:.1%}",

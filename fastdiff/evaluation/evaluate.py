@@ -7,7 +7,7 @@ perfect model would reach.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -124,6 +124,7 @@ def evaluate(
     first_seed: int = 0,
     reference: Reference | None = None,
     progress: Progress | None = None,
+    by_classifier: bool = False,
 ) -> Evaluation:
     """Sample from a model, cycling through the classes, and measure the samples.
 
@@ -132,6 +133,7 @@ def evaluate(
         first_seed: the i-th sample has the seed first_seed + i.
         reference: real images; None: the digits.
         progress: called as progress(done, total) after each step, counting rows of all images.
+        by_classifier: the model's classifier gets the class, and the denoiser none.
 
     Raises:
         ValueError: the model does not fit the reference, or `count` is too small.
@@ -140,11 +142,12 @@ def evaluate(
         reference = digits_reference(model.image_size or 32)
     classes, shape = len(reference.class_names), tuple(reference.train_images.shape[1:])
     assert model.denoiser is not None
-    if model.denoiser.config.num_classes != classes:
+    part = model.classifier if by_classifier else model.denoiser
+    known = None if part is None else part.config.num_classes
+    if known != classes:
         raise ValueError(
             f"expected a model of the {classes} classes {', '.join(reference.class_names)}, got "
-            f"{model.denoiser.config.num_classes or 'no'} classes; evaluate a model trained on "
-            "this data"
+            f"{known or 'no'} classes; evaluate a model trained on this data"
         )
     if (model.image_channels, model.image_size, model.image_size) != shape:
         raise ValueError(
@@ -161,13 +164,16 @@ def evaluate(
     labels = [index % classes for index in range(count)]
     seeds = [first_seed + index for index in range(count)]
     jobs = [
-        ClassJob(label=label, seed=seed, settings=settings)
+        ClassJob(seed=seed, settings=replace(settings, classifier_class=label))
+        if by_classifier
+        else ClassJob(label=label, seed=seed, settings=settings)
         for label, seed in zip(labels, seeds, strict=True)
     ]
     made = list(generate(model, jobs, progress=progress))
     images = torch.stack([result.image for result in made])
     wanted = torch.tensor(labels)
     results, neighbours = evaluate_images(images, wanted, reference)
+    used = made[0].job.settings
     return Evaluation(
         results=results,
         images=images,
@@ -175,7 +181,7 @@ def evaluate(
         seeds=tuple(seeds),
         neighbours=neighbours,
         reference=reference,
-        settings=made[0].job.settings,
+        settings=replace(used, classifier_class=None) if by_classifier else used,
         weights_hash=model.weights_hash,
         model=model.name,
     )

@@ -381,6 +381,24 @@ def test_blocks_do_not_change_gradients() -> None:
     torch.testing.assert_close(results[2], results[0], rtol=1e-12, atol=1e-12)
 
 
+def test_the_strides_of_a_sample_do_not_matter() -> None:
+    """The order of a sum follows strides, which differ between a batch of one and a larger one."""
+    x = torch.randn(2, 3, 17, 19, generator=torch.Generator().manual_seed(0)).exp()
+
+    def objective(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x.flatten(1).sum(1).square()
+
+    def loose(x: Tensor) -> Tensor:
+        return x.sum(dim=(1, 2, 3))
+
+    other = x.contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(loose(x), loose(other)), "sums of this x depend on its strides"
+    t = torch.zeros(2)
+    for summed in (objective, lambda x, t, y: loose(x).square()):
+        found = [gradient_of(summed, each, t, t.long()) for each in (x, other)]
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("objective", "message"),
     [

@@ -13,6 +13,7 @@ import fastdiff
 from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import Model
+from fastdiff.cli import main
 from fastdiff.diffusion.gradients import loss_pull
 from fastdiff.diffusion.sampling import Step
 from fastdiff.diffusion.schedules import ScheduleConfig
@@ -156,6 +157,25 @@ def test_a_loss_of_the_user_guides_every_image() -> None:
     assert result.recipe["guided_by"] == ["off_centre on x0, scale 3"]
     with pytest.raises(ValueError, match="guided by functions that no recipe contains"):
         read_recipe(result.recipe)
+
+
+def test_the_command_guides_and_repeats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_bundle(unconditional(), tmp_path / "model")
+    save_bundle(classifier_model(), tmp_path / "guide")
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", "--model", "model", "--steps", "3", "--count", "1", "--out", "out"]
+    guide = ["--classifier", "guide", "--classifier-scale", "3000"]
+    assert main([*words, *guide, "--classes", "one", "2"]) == 0
+    assert {path.name for path in Path("out").glob("*-seed0.png")} == {
+        "one-seed0.png",
+        "two-seed0.png",
+    }
+    assert main(["sample", "--like", "out/one-seed0.png", "--out", "out"]) == 0
+    assert "identical to out/one-seed0.png, bit for bit" in capsys.readouterr().out
+    assert main([*words, "--classifier-scale", "2"]) != 0
+    assert "give classifier= (--classifier PATH)" in capsys.readouterr().err
 
 
 def test_memory_of_the_classifiers_gradient_is_estimated() -> None:

@@ -24,7 +24,7 @@ from fastdiff.kernels import plans
 from fastdiff.kernels.attention import cuda as attention_cuda
 from fastdiff.kernels.plans import Address, Plan, Step
 from fastdiff.kernels.tuning import override_config
-from tests.kernels import cases, routes
+from tests.kernels import cases, norms, routes
 from tests.support.imports import ROOT
 
 Inputs = cases.Inputs
@@ -154,6 +154,18 @@ def test_arguments_of_one_memory_are_told_apart() -> None:
 
 
 @cases.needs_triton
+def test_strides_are_part_of_the_signature() -> None:
+    x = torch.randn(2, 64, 4, 4, device=cases.device_of("triton"))
+    exact = kernels.OPS["group_norm_silu"].formula(x.double(), 32)
+    with torch.inference_mode(), kernels.backend("triton"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for _ in range(3):
+                found = kernels.group_norm_silu(x.contiguous(memory_format=layout), 32)
+                assert close(found, exact)
+                assert found.is_contiguous(memory_format=layout)
+
+
+@cases.needs_triton
 def test_a_call_that_copies_is_not_planned() -> None:
     """Rows that are not dense are copied, which a plan does not repeat."""
     x = torch.randn(2, 24, 16, device=cases.device_of("triton")).mT
@@ -161,6 +173,37 @@ def test_a_call_that_copies_is_not_planned() -> None:
         for _ in range(4):
             assert close(kernels.layer_norm(x), kernels.OPS["layer_norm"].formula(x.double()))
     assert not ran
+
+
+def test_what_pytorch_computes_is_not_repeated() -> None:
+    """The tensor is one that the plan could allocate; its values would be missing."""
+
+    def call(x: Tensor) -> Tensor:
+        return torch.empty_like(x).copy_(x)
+
+    x = torch.randn(3)
+    y, plan = plans.record(kernels.OPS["geglu"].backends["reference"], call, (x,), ())
+    assert torch.equal(y, x)
+    assert plan is None
+
+
+@cases.needs_triton
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_launches_for_parts_of_a_batch(layout: torch.memory_format) -> None:
+    """Samples that do not fit the L2 together are normalized one after the other: the kernels get
+    addresses inside of x, y and the scales."""
+    op, device = kernels.OPS["add_group_norm_silu"], cases.device_of("triton")
+    draw = cases.Draw(torch.float32, device, torch.Generator().manual_seed(0))
+    with norms.regime("large", L2_MIB=0), torch.inference_mode(), kernels.backend("triton"):
+        for turn in range(4):
+            x, residual = (draw(3, 32, 6, 6).contiguous(memory_format=layout) for _ in range(2))
+            more = {"channel_add": draw(3, 32), "scale_shift": draw(3, 64), "residual": residual}
+            with counted() as ran:
+                found = kernels.add_group_norm_silu(x, 8, **more)
+            assert len(ran) == (turn > 1)
+            wide = {name: t.double() for name, t in more.items()}
+            for have, want in zip(found, op.formula(x.double(), 8, **wide), strict=True):
+                assert close(have, want.reshape(have.shape))
 
 
 class Sub(Tensor):

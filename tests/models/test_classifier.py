@@ -22,11 +22,11 @@ PARAMETERS = {
     "adm-imagenet512": 54_448_360,
     "tiny": 379_050,
 }
-SMALL = ClassifierConfig(  # two blocks per level, attention with two heads and with one
+SMALL = ClassifierConfig(  # two blocks per level, attention with one head and with two
     in_channels=3,
     num_classes=7,
     model_channels=32,
-    channel_mult=(1, 2, 1),
+    channel_mult=(1, 1, 2),
     num_res_blocks=2,
     attention_depth=(0, 1, 1),
     sample_size=16,
