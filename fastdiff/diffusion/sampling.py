@@ -143,10 +143,6 @@ class Slots:
         """The timestep t at which the network is evaluated next for a busy slot."""
         return float(self.table(slot).timesteps[self.row(slot)])
 
-    def guided(self, slot: int) -> bool:
-        """Whether the next row of a busy slot needs an unconditional prediction too."""
-        return self.table(slot).guided[self.row(slot)]
-
     def put(self, slot: int | slice, table: SamplerTable, x: Tensor, seeds: Tensor | int) -> None:
         """Fill a slot, or a slice of slots that share a table.
 

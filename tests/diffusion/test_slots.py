@@ -57,7 +57,7 @@ def step(slots: Slots, denoised: Tensor | None = None) -> int:
         t = slots.timestep(slot)
         cond[slot] = len(parts)
         parts.append(network(slots.x[slot], t, 1.0))
-        if slots.guided(slot):
+        if slots.table(slot).guided[slots.row(slot)]:
             uncond[slot] = len(parts)
             parts.append(network(slots.x[slot], t, -1.0))
     slots.step(torch.stack(parts), cond=cond, uncond=uncond, denoised=denoised)
