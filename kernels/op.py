@@ -197,7 +197,7 @@ class Op:
             if found is not None:
                 key, pointers = found
                 plan = plans.get(key)
-                if isinstance(plan, Plan) and plan.valid:
+                if isinstance(plan, Plan) and plan.valid(self.backends):
                     if SERVED.get() is not None:
                         record(self.name, plan.backend)
                     return plan.run(given, pointers)

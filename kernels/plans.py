@@ -152,6 +152,7 @@ class Plan:
         "_device",
         "_index",
         "_kept",
+        "_owner",
         "_result",
         "_rooms",
         "_settings",
@@ -171,16 +172,18 @@ class Plan:
         rooms: shape, strides and dtype of each allocation.
         result: the outputs, with a position in the arguments and allocations for each tensor.
         """
-        self.backend, self._device, self._rooms = backend.name, device, tuple(rooms)
+        self.backend, self._owner = backend.name, backend
+        self._device, self._rooms = device, tuple(rooms)
         self._index = device.index if device.type == "cuda" else None
         self._settings, self._kept = backend.settings, None
         if backend.settings is not None:
             self._kept = backend.settings()
         self._steps, self._result = tuple(steps), result
 
-    @property
-    def valid(self) -> bool:
-        """Whether the backend's settings are still those that the plan was recorded with."""
+    def valid(self, backends: dict[str, Backend]) -> bool:
+        """Whether the op still has the backend that was recorded, with the same settings."""
+        if backends.get(self.backend) is not self._owner:
+            return False
         return self._settings is None or self._settings() == self._kept
 
     def run(self, args: tuple[Any, ...], pointers: Pointers) -> Any:
