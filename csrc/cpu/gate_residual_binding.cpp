@@ -19,7 +19,7 @@ void gate_residual_backward(int dtype, Address dy, Address x, Address dx, Addres
                            pointer<float>(dgate), n, length, d, dy_stride, x_stride});
 }
 
-const Binding binding([](py::module_& m) {
+const Binding gate_residual_binding([](py::module_& m) {
   m.def("gate_residual", &gate_residual, Release());
   m.def("gate_residual_backward", &gate_residual_backward, Release());
 });
