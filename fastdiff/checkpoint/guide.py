@@ -11,20 +11,39 @@ import torch
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.models.classifier import Classifier
+from fastdiff.models.network import Network
 
+ASSUMPTIONS = ("assumed", "undecided")
+"""Entries of `Model.provenance`."""
+PREFIX = "classifier "
 Fact = tuple[str, Any, Any]
 """What is compared, and what the model and the classifier say; None: it is not known."""
+
+
+def check_denoiser(model: Model) -> Network:
+    """The denoiser of a model that a classifier is to guide.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if model.denoiser is None:
+        raise ValueError(
+            f"{model.path} contains no denoiser, so a classifier cannot guide it; leave classifier "
+            "out"
+        )
+    return model.denoiser
 
 
 def with_classifier(model: Model, other: Model) -> Model:
     """A model guided by the classifier of another one: the model itself, with `classifier` set.
 
+    What was assumed about the classifier is added to the assumptions as "classifier NAME".
+
     Raises:
         ValueError: there is no denoiser or no classifier, or the classifier was trained on other
             samples (channels, size, scale), another noise schedule or other classes.
     """
-    if model.denoiser is None:
-        raise ValueError(f"{model.path} contains no denoiser, so a classifier cannot guide it")
+    check_denoiser(model)
     if other.classifier is None:
         raise ValueError(
             f"{other.path} contains no noisy classifier; train one with 'fastdiff train classifier'"
@@ -34,7 +53,7 @@ def with_classifier(model: Model, other: Model) -> Model:
         for what, ours, theirs in _facts(model, other, other.classifier)
         if None not in (ours, theirs) and ours != theirs
     ]
-    if not _same_schedule(model.schedule, other.schedule):
+    if not _same_schedule(_known_schedule(model), _known_schedule(other)):
         wrong.append("the noise schedule differs")
     if wrong:
         raise ValueError(
@@ -45,7 +64,11 @@ def with_classifier(model: Model, other: Model) -> Model:
         model,
         classifier=other.classifier,
         class_names=model.class_names or other.class_names,
-        provenance={**model.provenance, "classifier": str(other.path)},
+        provenance={
+            **model.provenance,
+            **{name: found for name in ASSUMPTIONS if (found := _both(model, other, name))},
+            "classifier": str(other.path),
+        },
         stored_hash="",
     )
 
@@ -69,6 +92,18 @@ def _facts(model: Model, other: Model, classifier: Classifier) -> list[Fact]:
         ("classes", classes, guide.num_classes),
         ("names of the classes", model.class_names or None, other.class_names or None),
     ]
+
+
+def _both(model: Model, other: Model, kind: str) -> dict[str, Any]:
+    """The assumptions about a model's own parts and about the classifier that it gets."""
+    own, theirs = model.provenance.get(kind, {}), other.provenance.get(kind, {})
+    kept = {name: value for name, value in own.items() if not name.startswith(PREFIX)}
+    return {**kept, **{f"{PREFIX}{name}": value for name, value in theirs.items()}}
+
+
+def _known_schedule(model: Model) -> ScheduleConfig | None:
+    """The model's noise schedule, unless it was guessed."""
+    return None if "schedule" in model.provenance.get("undecided", {}) else model.schedule
 
 
 def _same_schedule(one: ScheduleConfig | None, other: ScheduleConfig | None) -> bool:

@@ -105,7 +105,8 @@ class Model:
 
     @property
     def assumed(self) -> dict[str, Any]:
-        """Assumptions about what the files do not state; each name is an argument of `load`."""
+        """Assumptions about what the files do not state. Each name is an argument of `load`, after
+        "classifier " for loading the classifier on its own."""
         return dict(self.provenance.get("assumed", {}))
 
     def summary(self) -> list[tuple[str, str]]:
@@ -165,7 +166,9 @@ def _as_argument(name: str, value: Any, choices: str | None) -> str:
 
 def _as_flag(name: str, value: Any, choices: str | None) -> str:
     """An option of loading as on the command line, where a boolean is a flag without a value."""
-    word = name.replace("_", "-")
+    part, _, word = name.replace("_", "-").rpartition(" ")
+    if part:
+        return f"{part} {_as_flag(word, value, choices)}"
     if isinstance(value, bool):
         on, off = f"--{word}", f"--no-{word}"
         flag, other = (on, off) if value else (off, on)

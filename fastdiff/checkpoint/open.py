@@ -17,7 +17,7 @@ import torch
 
 from fastdiff.checkpoint.build import Plan
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.guide import with_classifier
+from fastdiff.checkpoint.guide import check_denoiser, with_classifier
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
@@ -91,6 +91,8 @@ class Loading:
     device: torch.device | str = "cpu"
     progress: Progress | None = None
     assumed: Assumed = field(default_factory=Assumed)
+    classifies: bool = False
+    """Whether this opens the classifier of another model, whose options do not apply to it."""
 
     def __post_init__(self) -> None:
         dtype = self.dtype
@@ -117,11 +119,16 @@ class Loading:
             return
         left = "; ".join(f"{name}: {words}" for name, words in self.assumed.choices.items())
         names = " ".join(f"--{name.replace('_', '-')}" for name in self.assumed.choices)
-        raise ValueError(
-            f"neither {path} nor a published model determines {left}. Give "
+        way_out = (
             f"{', '.join(f'{name}=' for name in self.assumed.choices)} (on the command line "
             f"{names}), or load without strict"
         )
+        if self.classifies:
+            way_out = (
+                f"{names} to 'fastdiff convert {path} FOLDER --to bundle' and load FOLDER as the "
+                "classifier, or load without strict"
+            )
+        raise ValueError(f"neither {path} nor a published model determines {left}. Give {way_out}")
 
     def noise(self, found: ScheduleConfig) -> ScheduleConfig:
         """The training's noise schedule: that of the caller, else the one found or assumed."""
@@ -253,7 +260,8 @@ def _open_whole(path: Path, loading: Loading) -> Model:
     if loading.options.vae is not None:
         model = _with_autoencoder(model, loading.options.vae, loading)
     if (place := loading.options.classifier) is not None:
-        model = with_classifier(model, open_classifier(place, model, loading.device))
+        strict = loading.options.strict
+        model = with_classifier(model, open_classifier(place, model, loading.device, strict=strict))
     loading.check_decided(model.path)
     _check_together(model)
     return model
@@ -395,14 +403,20 @@ def _with_autoencoder(model: Model, path: Path, loading: Loading) -> Model:
     )
 
 
-def open_classifier(path: PathLike, model: Model, device: torch.device | str) -> Model:
+def open_classifier(
+    path: PathLike, model: Model, device: torch.device | str, *, strict: bool = False
+) -> Model:
     """Open the noisy classifier that is to guide a model, in fp32 unless the model is in fp64.
 
     Gradients of half precision would underflow.
+
+    Raises:
+        ValueError: the model contains no denoiser, or the file is not one that can be opened.
     """
-    assert model.denoiser is not None
-    dtype = torch.promote_types(next(model.denoiser.parameters()).dtype, torch.float32)
-    return _open(Path(path), Loading(dtype=dtype, device=device))
+    weight = next(check_denoiser(model).parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    options = LoadOptions(strict=strict)
+    return _open(Path(path), Loading(options=options, dtype=dtype, device=device, classifies=True))
 
 
 def _check_together(model: Model) -> None:

@@ -57,7 +57,8 @@ class Pull:
     objective: Objective
     scale: float
     label: int = NO_LABEL
-    """The y that the objective gets."""
+    """The y that the objective gets. Checked with `check_label(label)`, if the objective is a
+    method of an object that has it, such as `Classifier`."""
     on: Literal["x", "x0"] = "x"
     """What the objective sees: the noisy x, or the estimate of x0. Then g also needs the gradient
     of the network, which takes about three times as long as an evaluation."""
@@ -73,6 +74,10 @@ class Pull:
             raise ValueError(f"max_sigma must be positive, got {self.max_sigma}")
         if self.on not in ("x", "x0"):
             raise ValueError(f"on must be x or x0, got {self.on!r:.40}")
+        # On the host, since on a GPU a label out of range would end the process's CUDA context.
+        owner = getattr(self.objective, "__self__", None)
+        if (check_label := getattr(owner, "check_label", None)) is not None:
+            check_label(self.label)
 
     def __str__(self) -> str:
         """The name of its function, and its scale."""

@@ -28,6 +28,10 @@ IDLE = -1
 """Value in `Slots.rows` for a slot without a next row; `sampler_step` does not touch it."""
 
 
+ALIGNED = 16
+"""Bytes at multiples of which the tensors of a planned call begin (`fastdiff.kernels.plans`)."""
+
+
 class Predict(Protocol):
     """The network with its conditioning, evaluated along one table."""
 
@@ -105,10 +109,11 @@ class Slots:
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
         # whatever advances with a step lies in one tensor, so that one launch advances it
         sizes = count, count, counters
-        self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self._increments = torch.ones(sum(sizes), dtype=torch.bool, device=device)
-        self.rows, self.clean, self.counters = self._numbers.split(sizes)
-        self._moving, self.finite, _ = self._increments.split(sizes)
+        padded = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+        self._numbers = torch.zeros(sum(padded), dtype=torch.int64, device=device)
+        self._increments = torch.ones(sum(padded), dtype=torch.bool, device=device)
+        self.rows, self.clean, self.counters = _pieces(self._numbers, padded, sizes)
+        self._moving, self.finite, _ = _pieces(self._increments, padded, sizes)
         self.rows.fill_(IDLE)
         self._moving.fill_(False)
         self._slots: list[_Place | None] = [None] * count
@@ -290,6 +295,11 @@ class Slots:
         if held is None:
             raise ValueError(f"slot {slot} is empty; fill it with put() first")
         return held
+
+
+def _pieces(whole: Tensor, padded: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+    """Pieces of a vector without the padding at their ends."""
+    return [piece[:size] for piece, size in zip(whole.split(padded), sizes, strict=True)]
 
 
 @torch.no_grad()

@@ -81,6 +81,8 @@ class Conditions:
 
     def _class(self, label: int | None) -> Condition:
         count, table = self.facts.num_classes, self.table
+        if count is None and self.facts.classified is not None:
+            label = None  # the class is the classifier's
         row = count if label is None else label
         if table is None:
             return self._once(("class", row), lambda: Condition(label=row))

@@ -256,7 +256,8 @@ def check(job: Job, facts: Facts) -> Job:
 def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any]:
     """Changes of a job that a classifier guides: the class that it pulls towards, as a number.
 
-    A denoiser without classes leaves the job's class to the classifier.
+    A denoiser without classes leaves the job's class to the classifier. Between two classes there
+    is no single one, so the job keeps its labels, which `Conditions` does not give to the denoiser.
 
     change: the changes so far, with the label as a number.
 
@@ -274,14 +275,15 @@ def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any
     label, wanted = change.get("label"), settings.classifier_class
     if wanted is not None:
         wanted = facts.label(wanted)
-    elif not isinstance(job, InterpolationJob) or facts.num_classes is None:
+    elif not isinstance(job, InterpolationJob):
         wanted = label
     leaves = facts.num_classes is None and not facts.reads_text
-    if leaves and wanted != label and label is not None:
-        raise ValueError(
-            f"{facts.name} has no classes, so class {label} could only be the classifier's, which "
-            f"is {wanted}; leave one of them out"
-        )
+    for own in (label, change.get("to_label")):
+        if leaves and wanted is not None and own not in (None, wanted):
+            raise ValueError(
+                f"{facts.name} has no classes, so class {own} could only be the classifier's, "
+                f"which is {wanted}; leave one of them out"
+            )
     guides = settings.classifier_scale and (wanted is not None or label is not None)
     if settings.classifier_scale and not guides:
         raise ValueError(
@@ -289,7 +291,8 @@ def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any
             "(--classes) or classifier_class, or set classifier_scale=0"
         )
     changed = {"settings": replace(settings, classifier_class=wanted)}
-    return {**changed, "label": None} if leaves and "label" in change else changed
+    moved = leaves and "label" in change and not isinstance(job, InterpolationJob)
+    return {**changed, "label": None} if moved else changed
 
 
 def _check_condition(job: Job, facts: Facts) -> None:

@@ -128,7 +128,6 @@ class Model(CheckpointModel):
         )
         kept: tuple[object, CheckpointModel, object] | None = vars(self).get("_guided_model")
         if kept is None or kept[0] != state:
-            assert self.denoiser is not None or isinstance(classifier, CheckpointModel)
             other = classifier
             if not isinstance(other, CheckpointModel):
                 device = next(iter(self.modules.values())).parameters()

@@ -116,7 +116,10 @@ class Session:
         settings: those of a checked job. files: the session whose checkpoint defines the sampler
         CHECKPOINT, if it is not this one.
         """
-        key = (replace(settings, batch=None, tile=None), start, stop, id(files))
+        same = replace(
+            settings, batch=None, tile=None, classifier_scale=None, classifier_class=None
+        )
+        key = (same, start, stop, id(files))
         return self._once("tables", TABLES, key, lambda: self._table(settings, start, stop, files))
 
     def _table(

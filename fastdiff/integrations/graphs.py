@@ -1,14 +1,14 @@
 """CUDA graphs for diffusers' U-Nets: ``fastdiff.accelerate(pipeline, graphs=True)``.
 
 A call of the U-Net launches some 650 kernels, and diffusers' Python between them takes longer than
-the kernels of a small batch. The second call and all further calls with inputs of the same shapes
-replay a graph instead: inputs are copied to fixed addresses, outputs are copied from there.
+the kernels of a small batch. The first call with inputs of new shapes records a graph, which it and
+all further calls with such inputs replay: inputs are copied to fixed addresses, outputs from there.
 
 A graph repeats what the recorded call launched; Python code inside the U-Net no longer runs. If
 that code could have done something else this time, the call runs without a graph and its reason is
-counted in `report.graph_calls_left`: hooks, attention processors that diffusers does not define,
-adapters with a scale of their own. Graphs are recorded again when a module or the address of a
-weight has changed; weights that change in place take effect as they are.
+counted in `report.graph_calls_left`: hooks, a replaced `forward`, attention processors that
+diffusers does not define, adapters with a scale of their own. Graphs are recorded again when a
+module or the address of a weight has changed; weights that change in place take effect as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from fastdiff.integrations.layers import has_other_forward
 from fastdiff.integrations.report import Entry, Swap
 from fastdiff.kernels import selected_backend
 from fastdiff.runtime.graphs import LIMIT, CudaRecorder, Recorder, StepGraphs
@@ -106,22 +107,31 @@ def _python_inside(root: nn.Module, modules: list[tuple[str, nn.Module]]) -> str
         return "its weights are offloaded, so they have other addresses each time"
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return "hooks of all modules are set, which a graph would run only while recording"
-    for name, module in modules:
-        if module is root:
-            continue  # its own hooks run outside of its forward
-        if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
-            return f"{name} has a hook, which a graph would run only while recording"
-        # in the two dicts, since a failing getattr of a module takes long
-        processor = module.__dict__.get("processor", module._modules.get("processor"))
-        if processor is not None and type(processor).__name__ not in PROCESSORS:
-            kind = type(processor).__name__
-            return f"{name} has a {kind}, whose code a graph would run only while recording"
-        if "base_layer" in module._modules:  # a layer of peft
-            return (
-                f"{name} has an adapter, whose scale a graph would keep; "
-                "merge it with pipeline.fuse_lora() and pipeline.unload_lora_weights()"
-            )
+    own = (_python_of(*each) for each in modules if each[1] is not root)  # the root's run outside
+    return next((reason for reason in own if reason is not None), None)
+
+
+def _python_of(name: str, module: nn.Module) -> str | None:
+    """`_python_inside` of one module."""
+    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
+        return f"{name} has a hook, which a graph would run only while recording"
+    # in the two dicts, since a failing getattr of a module takes long
+    processor = module.__dict__.get("processor", module._modules.get("processor"))
+    if processor is not None and not _is_known(type(processor)):
+        kind = type(processor).__name__
+        return f"{name} has a {kind}, whose code a graph would run only while recording"
+    if "base_layer" in module._modules:  # a layer of peft
+        return (
+            f"{name} has an adapter, whose scale a graph would keep; "
+            "merge it with pipeline.fuse_lora() and pipeline.unload_lora_weights()"
+        )
+    if "forward" in module.__dict__ and has_other_forward(module):
+        return f"{name} has a replaced forward, which a graph would run only while recording"
     return None
+
+
+def _is_known(processor: type) -> bool:
+    return processor.__name__ in PROCESSORS and processor.__module__.startswith("diffusers.")
 
 
 class _Call:
@@ -142,6 +152,12 @@ class _Call:
 
 
 def _at_own_address(x: Tensor) -> Tensor:
+    """Room for a tensor: with its strides, or dense if they may put two elements in one place."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return torch.empty_like(x)
+        reach += (size - 1) * stride
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 

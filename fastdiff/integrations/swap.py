@@ -123,10 +123,11 @@ def accelerate(
             kernel, from seeds drawn from the generators, which gives different images of the same
             distribution. "generator" draws the same noise as diffusers, so that the images are the
             same; it costs one more kernel per step.
-        graphs: on a GPU, replay each call of a U-Net as one CUDA graph, recorded in the second call
+        graphs: on a GPU, replay each call of a U-Net as one CUDA graph, recorded in the first call
             with inputs of the same shapes (`fastdiff.integrations.graphs`). A U-Net with hooks,
-            adapters that are not merged, or attention processors of its own is left; a call that
-            cannot be replayed runs as before and is counted in `report.graph_calls_left`.
+            adapters that are not merged, or a `forward` or attention processors of its own is left;
+            a call that cannot be replayed runs as before and is counted in
+            `report.graph_calls_left`.
         strict: raise an error instead of leaving a module that fastdiff has an op for. This does
             not apply to a pipeline's components from other libraries (text encoders).
         verify: compare each module swapped by this call with its original on the first call with

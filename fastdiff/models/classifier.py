@@ -2,7 +2,7 @@
 
 Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4.1 and appendix H. It is trained on noised
 images at every timestep, so that the gradient of log p(y | x_t) can pull samples towards a class
-(`fastdiff.diffusion.guidance`).
+(`fastdiff.diffusion.gradients`).
 """
 
 from __future__ import annotations
@@ -228,6 +228,15 @@ class Classifier(Network):
         if self.config.pool == "attention":
             return self.pool(x)
         return self.linear_out(x.mean(dim=(2, 3)))
+
+    def check_label(self, label: int) -> None:
+        """Raise ValueError unless this is a class."""
+        count = self.config.num_classes
+        if not 0 <= label < count:
+            raise ValueError(
+                f"the label of a classifier's pull must be a class from 0 to {count - 1}, got "
+                f"{label}; set label="
+            )
 
     def log_prob(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """log p(y | x_t): (N,), at least fp32; an `Objective` of `fastdiff.diffusion.gradients`.

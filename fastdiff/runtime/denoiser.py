@@ -251,19 +251,26 @@ class Denoiser:
 
     def _batch(self, cond: list[int], uncond: list[int], packed: list[list[_Row]]) -> Batch:
         flat = [row[:2] for block in packed for row in block]
-        samples, embeddings = torch.tensor(flat, device=self.device).T.contiguous()
-        places = torch.tensor([cond, uncond], device=self.device)
+        samples, embeddings = self._vectors(*zip(*flat, strict=True))
+        cond_places, uncond_places = self._vectors(cond, uncond)
         known, self._gathered = self._gathered, {}
         contexts = [self._context(tuple(row[2] for row in block), known) for block in packed]
         sizes = [len(block) for block in packed]
         pieces = zip(samples.split(sizes), embeddings.split(sizes), contexts, strict=True)
         return Batch(
-            cond=places[0],
-            uncond=places[1] if max(uncond) >= 0 else None,
+            cond=cond_places,
+            uncond=uncond_places if max(uncond) >= 0 else None,
             rows=len(flat),
             embeddings=embeddings,
             blocks=[_Block(*piece) for piece in pieces],
         )
+
+    def _vectors(self, *numbers: Sequence[int]) -> Tensor:
+        """Equally long int64 vectors on the device, in one copy. Each begins at a multiple of 16
+        bytes, as plans need it (`fastdiff.kernels.plans`)."""
+        length = len(numbers[0])
+        padded = [[*vector, *[0] * (length % 2)] for vector in numbers]
+        return torch.tensor(padded, dtype=torch.int64, device=self.device)[:, :length]
 
     def _context(
         self, conditions: tuple[Condition, ...], known: dict[tuple[Condition, ...], Context]

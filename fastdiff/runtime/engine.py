@@ -156,6 +156,10 @@ class Engine:
         graphs: records and replays the steps; None if they are launched kernel by kernel.
     """
 
+    # In inference mode the engine would hold tensors that autograd cannot save, and that a later
+    # step outside of it must not change.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         network: Network,
@@ -209,6 +213,7 @@ class Engine:
         """The slot of each request in the engine, by ticket."""
         return {seat.ticket: slot for slot, seat in self._seats.items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def submit(self, request: Request) -> int:
         """Add a request. Returns its ticket.
@@ -281,6 +286,7 @@ class Engine:
             self._asked.add(slot)
         seat.slot, self._seats[slot], self._plan = slot, seat, None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, *, watch: Watch | None = None) -> list[Result]:
         """Advance requests by one row. Returns those that have finished or failed.

@@ -13,6 +13,7 @@ from fastdiff.runtime.cpu_layers import prepare_layers, restore_layers
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # or autograd could not save weights that it copies
 def prepare(
     module: Module,
     *,

@@ -264,7 +264,8 @@ class ClassifierTask:
         for number in range(RANGES):
             low, high = number * total // RANGES, (number + 1) * total // RANGES
             inside = (place == number).float()
-            share = inside / inside.sum()  # no range is empty: see `batch`
+            # A range may be empty if its bounds are not whole timesteps; see `batch`.
+            share = inside / inside.sum().clamp(min=1)
             logged[f"loss/t{low}-{high - 1}"] = (share * losses.detach()).sum()
             logged[f"accuracy/t{low}-{high - 1}"] = (share * right).sum()
         return {NAME: losses.mean()}, logged

@@ -6,9 +6,23 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from .layout import inputs_like, why_not
+from ..triton import cdiv
+from . import layout
+from .layout import inputs_like
 
 cuda.declare("gather_rows", "ip" + "i" + "ppppppp" + "qqqqqqq" + "i")
+
+THREADS = 256
+"""Positions, or numbers of an embedding, of a tile: `kGatherThreads` of the kernel."""
+
+
+def why_not(
+    x: Tensor, samples: Tensor, embeddings: Tensor, places: Tensor, extra: Tensor | None
+) -> str | None:
+    """Why the kernel cannot run this call, or None if it can."""
+    reason = layout.why_not(x, samples, embeddings, places, extra)
+    tiles = cdiv(x.shape[2:].numel(), THREADS) + cdiv(embeddings.shape[1], THREADS)
+    return reason or layout.too_many_tiles(tiles)
 
 
 def forward(

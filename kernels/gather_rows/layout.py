@@ -7,6 +7,8 @@ from torch import Tensor
 
 LARGEST = 2**31 - 1
 """Most elements of one row, counted in 32 bits."""
+MOST_TILES = 65_535
+"""Most tiles of one row: they lie on the second axis of the grid."""
 
 
 def inputs_like(x: Tensor, samples: Tensor, embeddings: Tensor, extra: Tensor | None) -> Tensor:
@@ -31,4 +33,11 @@ def why_not(
     elements = channels * x.shape[2:].numel()
     if elements > LARGEST:
         return f"a row may have at most 2^31 - 1 elements, got {elements}"
+    return None
+
+
+def too_many_tiles(tiles: int) -> str | None:
+    """Why a grid cannot have this many tiles per row, or None if it can."""
+    if tiles > MOST_TILES:
+        return f"a row may have at most {MOST_TILES:,} tiles, got {tiles:,}"
     return None

@@ -5,10 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..triton import cdiv, jit, launch, next_power_of_2, tl, triton_backend
-from .layout import inputs_like, why_not
+from . import layout
+from .layout import inputs_like
 
 NUMBERS = 1024
 """Numbers of a program's tile."""
+LEAST = 16
+"""Least positions of a tile."""
+LARGEST_TILE = 2**20
+"""Most numbers that Triton allows in a tile."""
 
 
 @jit
@@ -62,6 +67,25 @@ def _gather_rows_kernel(
         tl.store(emb + row * width + column, number, column < width)
 
 
+def _tile(channels: int) -> tuple[int, int]:
+    """Positions and columns of a tile."""
+    columns = next_power_of_2(channels)
+    return max(LEAST, NUMBERS // columns), columns
+
+
+def why_not(
+    x: Tensor, samples: Tensor, embeddings: Tensor, places: Tensor, extra: Tensor | None
+) -> str | None:
+    """Why the kernel cannot run this call, or None if it can."""
+    reason = layout.why_not(x, samples, embeddings, places, extra)
+    channels = x.shape[1] + (0 if extra is None else extra.shape[1])
+    tile, columns = _tile(channels)
+    if reason is None and tile * columns > LARGEST_TILE:
+        reason = f"a row may have at most {LARGEST_TILE // LEAST:,} channels, got {channels:,}"
+    tiles = cdiv(x.shape[2:].numel(), tile) + cdiv(embeddings.shape[1], NUMBERS)
+    return reason or layout.too_many_tiles(tiles)
+
+
 def forward(
     x: Tensor,
     samples: Tensor,
@@ -74,8 +98,7 @@ def forward(
     inputs = inputs_like(x, samples, embeddings, extra)
     width, channels, space = embeddings.shape[1], x.shape[1], x.shape[2:].numel()
     emb = embeddings.new_empty((samples.shape[0], width))
-    columns = next_power_of_2(inputs.shape[1])
-    tile = max(16, NUMBERS // columns)
+    tile, columns = _tile(inputs.shape[1])
     tiles = cdiv(space, tile) if inputs.numel() else 0
     launch(
         _gather_rows_kernel,

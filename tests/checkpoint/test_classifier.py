@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from fastdiff.checkpoint.guide import with_classifier
 from fastdiff.checkpoint.layouts import openai_classifier as layout
 from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
@@ -19,11 +20,13 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import Loading, recognise
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Place, Weights
+from fastdiff.cli import main
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.classifier import Classifier, ClassifierConfig
 from fastdiff.models.presets import CLASSIFIERS
 from tests.checkpoint.layouts import openai_classifier
 from tests.models.test_classifier import SMALL, VARIANTS
+from tests.support import tiny
 from tests.support.tiny import randomize
 
 SAID: dict[str, Any] = {"head_dim": 32, "norm_groups": 16, "schedule": "linear"}
@@ -92,6 +95,36 @@ def test_an_unknown_architecture_lists_what_it_guesses(tmp_path: Path) -> None:
     path = published_file(tmp_path, classifier(replace(SMALL, norm_groups=32)))
     with pytest.raises(ValueError, match="determines qkv_order: legacy, new; schedule: linear, "):
         fastdiff.load(path, strict=True, head_dim=32)
+
+
+def test_guesses_about_the_classifier_of_a_model_are_listed_or_refused(tmp_path: Path) -> None:
+    network = classifier(replace(SMALL, norm_groups=32, head_dim=64, channel_mult=(1, 2, 4)))
+    guide = published_file(tmp_path, network)
+    config = replace(tiny.UNET, num_classes=7)
+    model = tiny.tiny_pixel_model(
+        denoiser=tiny.tiny_unet(config), schedule=ScheduleConfig(kind="cosine"), class_names=()
+    )
+    save_bundle(model, tmp_path / "model")
+    loaded = fastdiff.load(tmp_path / "model", classifier=guide)
+    assert loaded.schedule == ScheduleConfig(kind="cosine"), "a guess does not contradict it"
+    names = ["classifier head_dim", "classifier qkv_order", "classifier schedule"]
+    assert list(loaded.assumed) == names
+    again = with_classifier(loaded, fastdiff.load(guide, schedule="cosine"))
+    assert list(again.assumed) == names[:2]
+    (line,) = loaded.assumed_lines(flags=True)
+    assert "classifier --head-dim 64 (or 16, 32, 64, or num_heads)" in line
+    with pytest.raises(ValueError, match="noise schedule differs"):
+        with_classifier(loaded, fastdiff.load(guide, schedule="linear"))
+    with pytest.raises(ValueError, match=r"determines head_dim.* load FOLDER as the classifier"):
+        fastdiff.load(tmp_path / "model", classifier=guide, strict=True)
+    words = ["--head-dim", "64", "--qkv-order", "legacy", "--schedule", "cosine"]
+    assert main(["convert", str(guide), str(tmp_path / "guide"), "--to", "bundle", *words]) == 0
+    fastdiff.load(tmp_path / "model", classifier=tmp_path / "guide", strict=True)
+
+
+def test_an_image_size_other_than_that_of_the_positions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be 16 for these positions, got 32; leave it out"):
+        fastdiff.load(published_file(tmp_path, classifier()), **SAID, image_size=32)
 
 
 @pytest.mark.parametrize(

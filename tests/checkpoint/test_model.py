@@ -367,6 +367,7 @@ def test_every_layout_says_what_it_recognises(tmp_path: Path) -> None:
         "diffusers",
         "dit",
         "guided-diffusion",
+        "guided-diffusion-classifier",
         "uvit",
     ]
     assert {layout.name for layout in found if layout.save is not None} == {"bundle", "diffusers"}

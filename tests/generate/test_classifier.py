@@ -90,6 +90,34 @@ def test_an_unconditional_model_leaves_the_class_to_the_classifier() -> None:
         model.generate(classes="nine", **OPTIONS)
 
 
+def test_an_unconditional_model_moves_between_two_classes_of_the_classifier() -> None:
+    model = with_classifier(unconditional(), classifier_model())
+    settings = SampleSettings(steps=3, sampler="ddim", classifier_scale=2500.0)
+
+    def images(*jobs: Any) -> list[torch.Tensor]:
+        return [result.image for result in fastdiff.generate(model, jobs)]
+
+    frames = [
+        InterpolationJob(label="one", to_label=3, at=at, settings=settings) for at in (0, 0.5, 1)
+    ]
+    first, middle, last = images(*frames)
+    ends = images(*[ClassJob(label=label, settings=settings) for label in (1, 3)])
+    assert torch.equal(first, ends[0])
+    assert torch.equal(last, ends[1])
+    assert min((middle - end).abs().max() for end in ends) > 0.01
+    (result,) = fastdiff.generate(model, frames[1:2])
+    assert torch.equal(result.image, middle)
+    made, classifier_class = result.job, result.job.settings.classifier_class
+    assert isinstance(made, InterpolationJob)
+    assert (made.label, made.to_label, classifier_class) == (1, 3, None)
+    assert check(made, Facts.of(model)) == made
+    both = replace(settings, classifier_class=1)
+    with pytest.raises(ValueError, match="class 3 could only be the classifier's, which is 1"):
+        images(InterpolationJob(label=1, to_label=3, settings=both))
+    with pytest.raises(ValueError, match="this model has no classes, got class 'one'"):
+        check(replace(frames[0], settings=SampleSettings()), Facts.of(unconditional()))
+
+
 def test_no_class_and_a_class_of_the_classifier() -> None:
     """A conditional model without its class, guided by the classifier alone."""
     model = with_generate(with_classifier(tiny_model(), classifier_model()))
@@ -157,6 +185,48 @@ def test_a_loss_of_the_user_guides_every_image() -> None:
     assert result.recipe["guided_by"] == ["off_centre on x0, scale 3"]
     with pytest.raises(ValueError, match="guided by functions that no recipe contains"):
         read_recipe(result.recipe)
+
+
+def test_inference_mode_changes_no_image() -> None:
+    """A model that is first used there can still be guided on x0 outside of it."""
+
+    def bright(x0: torch.Tensor) -> torch.Tensor:
+        return (x0 - 1).square().mean(dim=(1, 2, 3))
+
+    def image(model: Any) -> torch.Tensor:
+        (result,) = model.generate(classes=3, pulls=[loss_pull(bright, 50.0)], steps=2)
+        return result.image
+
+    model, other = fastdiff.load("digits"), fastdiff.load("digits")
+    with torch.inference_mode():
+        inside = image(other)
+    assert torch.equal(inside, image(model))
+    assert torch.equal(inside, image(other))
+    (plain,) = model.generate(classes=3, steps=2)
+    assert (inside - plain.image).abs().max() > 0.01
+
+
+def test_all_classes_share_the_table_of_a_sampler() -> None:
+    session = Session.of(with_classifier(tiny_model(), classifier_model()))
+    first, second = [
+        check(ClassJob(label=label, settings=SampleSettings(classifier_scale=scale)), session.facts)
+        for scale, label in ((1.0, 1), (2.0, 2))
+    ]
+    one, two = first.settings, second.settings
+    assert session.table(one) is session.table(two)
+    assert session.table(one) is not session.table(replace(one, steps=4))
+
+
+def test_a_model_without_a_denoiser_is_refused_before_the_classifier_is_opened(
+    tmp_path: Path,
+) -> None:
+    save_bundle(tiny_model(denoiser=None, schedule=None, class_names=()), tmp_path / "model")
+    message = "model contains no denoiser, so a classifier cannot guide it; leave classifier out"
+    with pytest.raises(ValueError, match=message):
+        fastdiff.load(tmp_path / "model", classifier=tmp_path / "missing")
+    model = fastdiff.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        model.generate(classes=1, classifier=tmp_path / "missing")
 
 
 def test_the_command_guides_and_repeats(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -166,6 +167,17 @@ def with_processor(unet: Any) -> None:
     unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Own())
 
 
+AttnProcessor = type("AttnProcessor", (Own,), {})  # not that of diffusers
+
+
+def with_namesake(unet: Any) -> None:
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor())
+
+
+def with_forward(unet: Any) -> None:
+    unet.mid_block.forward = functools.partial(unet.mid_block.forward)
+
+
 def adapted(unet: Any) -> None:
     """As peft wraps a layer."""
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
@@ -179,6 +191,8 @@ def adapted(unet: Any) -> None:
     [
         (hooked, "mid_block has a hook, which a graph would run only while recording"),
         (with_processor, "attn1 has a Own, whose code a graph would run only while recording"),
+        (with_namesake, "attn1 has a AttnProcessor, whose code a graph would run only while"),
+        (with_forward, "mid_block has a replaced forward, which a graph would run only while"),
         (adapted, "to_q has an adapter, whose scale a graph would keep; merge it with"),
         (lambda unet: unet.__dict__.update(_hf_hook=1), "its weights are offloaded"),
     ],
@@ -241,16 +255,48 @@ def test_a_cpu_has_no_graphs() -> None:
     assert report.graph_calls_left == {"there are no graphs on device cpu": 1}
 
 
-def test_what_a_graph_cannot_hold_is_an_error(tape: Tape) -> None:
+def test_a_forward_left_behind_by_a_hook_is_the_class_own(tape: Tape) -> None:
+    """As Hugging Face's accelerate leaves it when it removes its hooks."""
+    unet = build("UNet2DConditionModel", UNETS["sd15"])
+    for module in unet.modules():
+        module.forward = module.forward  # type: ignore[method-assign]
+    report = fastdiff.accelerate(unet, graphs=True)
+    assert report.count("graph") == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["timestep", "encoder_hidden_states"])
+def test_inputs_whose_elements_share_memory(name: str, tape: Tape) -> None:
+    plain = build("UNet2DConditionModel", UNETS["sd15"])
+    unet = copy.deepcopy(plain)
+    report = fastdiff.accelerate(unet, graphs=True)
+    with torch.no_grad():
+        for seed in (5, 400):
+            given = {**inputs(seed), "timestep": torch.tensor([seed, 3])}
+            given[name] = given[name][:1].expand(2, *given[name].shape[1:])
+            close(unet(**given).sample, plain(**given).sample)
+    assert (tape.replays, len(tape.lengths)) == (2, 1)
+    assert report.graph_calls_left == {}
+
+
+def test_other_inputs_keep_their_strides() -> None:
+    x = torch.zeros(2, 4, 6, 8)
+    for one in (x, x[:, ::2], x[..., 1:3], x.to(memory_format=torch.channels_last), x[:1, :, :, 0]):
+        assert graphs._at_own_address(one).stride() == one.stride()
+    for one in (x[:1].expand(3, 4, 6, 8), torch.zeros(8).unfold(0, 4, 1)):
+        assert graphs._at_own_address(one).is_contiguous()
+
+
+def test_what_a_graph_cannot_hold_is_an_error(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     """The substitute refuses to read tensors while it records, as CUDA does."""
     unet = build("UNet2DConditionModel", UNETS["sd15"])
     fastdiff.accelerate(unet, graphs=True)
-    forward = unet.mid_block.forward
+    kind = type(unet.mid_block)
+    forward = kind.forward
 
-    def reading(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return forward(x * float(x.mean() > -1e9), *args, **kwargs)
+    def reading(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return forward(self, x * float(x.mean() > -1e9), *args, **kwargs)
 
-    unet.mid_block.forward = reading
+    monkeypatch.setattr(kind, "forward", reading)
     with torch.no_grad(), pytest.raises(HostRead):
         unet(timestep=5, **inputs(0))
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import kernels
-from fastdiff.kernels.gather_rows import gather_rows
+from fastdiff.kernels.gather_rows import cuda, gather_rows, triton
 from tests.kernels import cases
+from tests.support.imports import ROOT
 
 
 def arguments(
@@ -138,6 +139,38 @@ def test_a_network_in_fp64_gets_fp64() -> None:
 def test_bad_arguments(changes: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=f"gather_rows: {message}"):
         gather_rows(**{**arguments("cpu"), **changes})
+
+
+@pytest.mark.parametrize(
+    ("backend", "largest", "too_large", "reason"),
+    [
+        # 65,535 tiles, of which one is of the embedding
+        ("cuda", (4, 65_534 * 256), (4, 65_534 * 256 + 1), "65,535 tiles, got 65,536"),
+        ("triton", (4, 65_534 * 256), (4, 65_534 * 256 + 1), "65,535 tiles, got 65,536"),
+        ("triton", (1024, 65_534 * 16), (1024, 65_534 * 16 + 1), "65,535 tiles, got 65,536"),
+        ("triton", (65_536, 1), (65_537, 1), "65,536 channels, got 65,537"),
+    ],
+)
+def test_what_a_grid_or_a_tile_cannot_hold_is_left_to_others(
+    backend: str, largest: tuple[int, int], too_large: tuple[int, int], reason: str
+) -> None:
+    def why_not(channels: int, space: int, width: int = 37) -> str | None:
+        index = torch.zeros(1, dtype=torch.int64, device="meta")
+        x = torch.zeros(1, channels, space, device="meta")
+        embeddings = torch.zeros(1, width, device="meta")
+        return module.why_not(x, index, embeddings, index, None)
+
+    module = {"cuda": cuda, "triton": triton}[backend]
+    assert why_not(*largest) is None
+    assert f"at most {reason}" in str(why_not(*too_large))
+    unit = {"cuda": cuda.THREADS, "triton": triton.NUMBERS}[backend]
+    assert why_not(1, 1, 65_534 * unit) is None
+    assert "at most 65,535 tiles, got 65,536" in str(why_not(1, 1, 65_534 * unit + 1))
+
+
+def test_the_tile_of_the_cuda_kernel() -> None:
+    source = (ROOT / "csrc/cuda/gather_rows.cuh").read_text()
+    assert f"kGatherThreads = {cuda.THREADS};" in source
 
 
 @pytest.mark.parametrize("backend", cases.ALL_BACKENDS)

@@ -232,4 +232,7 @@ def test_what_does_not_fit_is_refused(unet: UNet, classifiers: list[Classifier])
         engine.submit(request(0, table(), (loss_pull(lambda x: darkness(x.detach())),)))
     with pytest.raises(ValueError, match="one number per sample"):
         engine.submit(request(0, table(), (loss_pull(lambda x: x.mean()),)))
+    for label in (-1, 4):
+        with pytest.raises(ValueError, match=f"must be a class from 0 to 3, got {label}"):
+            Pull(objective=classifiers[0].log_prob, scale=1.0, label=label)
     assert engine.busy == classes.busy == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion import sampling
+from fastdiff.kernels import plans
+from fastdiff.kernels.choose import ordinary
 from fastdiff.models.network import Network
-from fastdiff.runtime import graphs
+from fastdiff.runtime import denoiser, graphs
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.engine import Engine, Request, Result
 from fastdiff.runtime.graphs import StepGraphs, graphs_for, objection, rounded_rows
@@ -68,6 +71,32 @@ def test_replayed_steps_have_the_bits_of_steps_that_are_run(network: Network) ->
         assert torch.equal(preview, plain.previews[ticket])
     assert tape.replays > 100
     assert len(tape.lengths) < tape.replays / 3
+
+
+@pytest.mark.parametrize("slots", [1, 4, 5, 17])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_steps_can_be_planned(slots: int, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans need tensors that begin at a multiple of 16 bytes."""
+    found: list[tuple[str, bool]] = []
+
+    def watched(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if ordinary():  # and not while the substitute records
+                signature = plans.signature("cuda", (*args, *kwargs.values()), False)
+                found.append((op.__name__, signature is not None))
+            return op(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(sampling, "sampler_step", watched(sampling.sampler_step))
+    monkeypatch.setattr(denoiser, "gather_rows", watched(denoiser.gather_rows))
+    unet = prepare(tiny_unet())
+    made = engine(unet, StepGraphs(Tape()), slots) if recorded else plain_engine(unet, slots)
+    for seed in range(slots):  # the first without guidance: odd numbers of rows too
+        made.submit(request(seed, table(2 + seed % 2, scale=2.0 if seed else 1.0)))
+    finish(made)
+    assert {op for op, _ in found} == {"sampler_step", "gather_rows"}
+    assert all(planned for _, planned in found), found
 
 
 def test_the_results_are_the_loops(network: Network) -> None:

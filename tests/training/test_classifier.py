@@ -128,6 +128,16 @@ def test_the_ranges_of_the_log_average_to_the_whole(images: Path, tmp_path: Path
             assert sum(parts) / RANGES == pytest.approx(record[name], abs=1e-6)
 
 
+def test_a_range_without_timesteps_is_not_nan(images: Path, tmp_path: Path) -> None:
+    """Of 10 timesteps, an even spread over 4 images may leave out 3 and 4, the second range."""
+    run = classifier_run(images, tmp_path / "run", schedule=ScheduleConfig(num_timesteps=10))
+    task = ClassifierTask(runs.with_optimization(run, accumulate=2))
+    part = {name: value[:4] for name, value in task.batch(0).items()}
+    _, logged = task.losses({**part, "t": torch.tensor([0, 2, 5, 8])}, 0)
+    assert logged["loss/t2-4"] == logged["accuracy/t2-4"] == 0
+    assert all(value.isfinite() for value in logged.values())
+
+
 @pytest.mark.parametrize("kind", ["linear", "flow"])
 def test_every_accumulated_part_covers_all_ranges(images: Path, tmp_path: Path, kind: Any) -> None:
     """Under flow matching t is real and ends at T; its shift concerns the denoiser only."""

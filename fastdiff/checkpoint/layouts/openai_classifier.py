@@ -137,7 +137,10 @@ def classifier_config(shapes: Shapes, loading: Loading) -> ClassifierConfig:
         places = shape_of(shapes, "out.2.positional_embedding", 2)[1] - 1
         side = round(places**0.5) * 2 ** (len(widths) - 1)
         if options.image_size not in (None, side):
-            raise ValueError(f"image_size must be {side} for these positions, got {side}")
+            raise ValueError(
+                f"image_size must be {side} for these positions, got {options.image_size}; leave "
+                "it out"
+            )
     last = {"adaptive": "out.3", "attention": "out.2.c_proj", "spatial": "out.2"}
     emb = shape_of(shapes, "input_blocks.1.0.emb_layers.1.weight", 2)
     heads: dict[str, Any] = {"num_heads": options.num_heads, "head_dim": options.head_dim}
