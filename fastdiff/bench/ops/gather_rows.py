@@ -24,7 +24,7 @@ def eager(x: Tensor, samples: Tensor, embeddings: Tensor, places: Tensor) -> tup
 def arguments(call: Call, job: Job, make: Make) -> Arguments:
     shape, (rows,), table, _ = call.tensors
     samples = torch.arange(rows, device=make.device) // 2
-    return (torch.zeros(shape, device=make.device), samples, make(*table), samples + 1), {}
+    return (torch.randn(shape, device=make.device), samples, make(*table), samples + 1), {}
 
 
 SUBJECT = Subject(
