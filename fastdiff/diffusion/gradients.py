@@ -132,7 +132,8 @@ class At:
         """m, the factor of g in D' = D + m g: broadcasts with x.
 
         With r = sigma / alpha and x scaled by c = 1 / (alpha + sigma) under flow matching, else by
-        1, the score form has m = c r² / sqrt(1 + r²).
+        1, the score form has m = c r² / sqrt(1 + r²). The mean shift has m = c / c' variance / B,
+        where c' belongs to the next level: g is taken at x, the mean is of the next x.
 
         x: (N, C, *spatial). v: (N, C or 0, *spatial), the learned variance.
         """
@@ -147,7 +148,7 @@ class At:
             fraction = (v + 1) / 2
             low, high = self.column("LOGVAR_MIN", x), self.column("LOGVAR_MAX", x)
             variance = torch.exp(fraction * high + (1 - fraction) * low)
-        mean = torch.where(s != 0, variance / torch.where(s != 0, b, 1.0), 0.0)
+        mean = torch.where(s != 0, scale * variance / torch.where(s != 0, b, 1.0), 0.0)
         return torch.where(shifts_mean != 0, mean, score)
 
 
@@ -155,10 +156,13 @@ def rows_of(table: SamplerTable) -> Tensor:
     """A table's columns and what guidance by gradients needs besides them, fp64 on the CPU.
 
     Returns (rows, len(COLUMN) + 4); the last columns are the timestep, sigma / alpha, whether the
-    mean is shifted (1) or the score (0), and the scale of x (`SamplerTable.scales`).
+    mean is shifted (1) or the score (0), and the scale of x (`SamplerTable.scales`), where the mean
+    is shifted as a multiple of that of the next level.
     """
-    shifts_mean = torch.full_like(table.sigmas, float(SAMPLERS[table.name].ancestral))
-    scales = table.scales[: len(table)].expand(len(table))
+    ancestral = SAMPLERS[table.name].ancestral
+    shifts_mean = torch.full_like(table.sigmas, float(ancestral))
+    scales = table.scales.expand(len(table) + 1)
+    scales = scales[:-1] / scales[1:] if ancestral else scales[:-1]
     more = torch.stack([table.timesteps, table.sigmas, shifts_mean, scales], dim=1)
     return torch.cat([table.columns, more], dim=1)
 

@@ -377,3 +377,15 @@ def test_the_end_of_a_table_is_clean() -> None:
     table = build_table("flow-heun", FLOW, 4, prediction="flow")
     assert table.final_sigma == CLEAN.ve_sigma == 0
     assert float(table.scales[-1]) == float(table.scales[0]) == 1
+
+
+def test_a_spacing_that_flow_matching_lacks_is_not_a_default() -> None:
+    """fastdpm's own is of a schedule of betas."""
+    schedule = FlowSchedule(ScheduleConfig(kind="flow"))
+    default, trailing = (
+        build_table("fastdpm", schedule, 5, prediction="flow", spacing=spacing)
+        for spacing in (None, "trailing")
+    )
+    assert torch.equal(default.columns, trailing.columns)
+    with pytest.raises(ValueError, match="trailing or linspace"):
+        build_table("fastdpm", schedule, 5, prediction="flow", spacing="var-linear")

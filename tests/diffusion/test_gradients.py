@@ -24,7 +24,8 @@ from fastdiff.diffusion.gradients import (
     loss_pull,
     rows_of,
 )
-from fastdiff.diffusion.samplers import SAMPLERS, SamplerTable, build_table
+from fastdiff.diffusion.levels import CLEAN, levels_at
+from fastdiff.diffusion.samplers import SAMPLERS, SamplerTable, build_table, table_of_levels
 from fastdiff.diffusion.sampling import Predict, sample
 from fastdiff.diffusion.schedules import FlowSchedule, NoiseSchedule, ScheduleConfig
 from fastdiff.kernels import philox_normal
@@ -439,6 +440,21 @@ def test_a_level_without_signal_is_not_shifted() -> None:
     predict = guided(along(rows, network), rows, [classifier_guidance(log_prob, LABELS, 1.0)])
     assert torch.equal(predict(start(), 0), network(start(), 0.0))
     assert (predict(start(), 1) - network(start(), 0.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 0.5})])
+def test_the_shift_is_the_same_under_flow_matching(name: str, options: dict[str, Any]) -> None:
+    """The samples are those of a variance-preserving table of the same levels, times the scale of
+    x; so a gradient with respect to them is divided by it, and D' = D + m g stays."""
+    flow = FlowSchedule(ScheduleConfig(kind="flow"))
+    timesteps = [900.0, 750.0, 500.0, 300.0, 100.0]
+    scaled = build_table(name, flow, 5, prediction="flow", spacing=timesteps, **options)
+    levels = levels_at(flow, timesteps)
+    plain = table_of_levels(name, [*levels, CLEAN], prediction="x0", **options)
+    ones = torch.ones(5, 1, dtype=torch.float64)
+    shifts = [At(rows_of(table)).shift(ones, ones[:, :0])[:, 0] for table in (scaled, plain)]
+    assert shifts[1][:-1].min() > 0
+    torch.testing.assert_close(shifts[0], shifts[1] * scaled.scales[:5], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", ["flow-euler", "flow-heun", "dpmpp-2m"])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.flow import SPACINGS
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.levels import CLEAN, Level, final_level, spaced_levels
 from fastdiff.diffusion.predictions import input_scale, to_denoised
@@ -164,8 +165,11 @@ def build_table(
         raise ValueError(
             f"clamp must be positive, got {clamp}; use 1 for images, None for no clamp"
         )
-    check_flow(FLOW if isinstance(schedule, FlowSchedule) else "of betas", prediction)
-    spacing = SAMPLERS[name].spacing if spacing is None else spacing
+    flow = isinstance(schedule, FlowSchedule)
+    check_flow(FLOW if flow else "of another kind", prediction)
+    if spacing is None:
+        usual = SAMPLERS[name].spacing
+        spacing = "trailing" if flow and usual not in SPACINGS else usual
     levels = spaced_levels(schedule, steps, spacing, steps_offset=steps_offset)
     if levels[0].alpha == 0 and SAMPLERS[name].needs_signal:
         if prediction == "flow":
