@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
@@ -69,6 +71,19 @@ ROWS = [
 @pytest.mark.parametrize(("case", "dtype", "backend"), cases.parity_rows(ROWS, cases.ALL_BACKENDS))
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     cases.check("gate_residual", case, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+def test_parity_at_drawn_shapes(backend: str) -> None:
+    def check(data: st.DataObject) -> None:
+        n, rows, c = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 70)))
+        assume(n * rows * c >= 100)  # the largest error of a few numbers is chance
+        dtype = data.draw(st.sampled_from(cases.DTYPES))
+        gate = data.draw(st.sampled_from(("(N, C)", "(N, 1, C)", "packed")))
+        case = row("drawn", "any shape", (n, rows, c), gate=gate)
+        cases.check("gate_residual", case, dtype, backend)
+
+    cases.check_draws(check, backend, 30)
 
 
 @pytest.mark.parametrize("name", cases.ALL_BACKENDS)
