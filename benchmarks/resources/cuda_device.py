@@ -31,8 +31,6 @@ from fastdiff.bench.watch import Launch, watched
 from fastdiff.kernels import cuda as _cuda
 from fastdiff.kernels.choose import UNAVAILABLE
 
-NO_BACKWARD = ("attention", "philox_normal", "sampler_step")
-"""Ops whose gradients, if they have any, do not come from a CUDA kernel."""
 HEADS = (
     *("kernel", "threads", "cluster", "registers", "stack", "shared", "blocks/SM", "occupancy"),
     *("clusters", "blocks", "code", "shapes", "such as"),
@@ -74,7 +72,8 @@ def calls(jobs: Mapping[str, Job]) -> list[tuple[Subject, Call, Job, torch.dtype
 
 def run(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Make a call and, if CUDA kernels compute its gradients, those."""
-    if subject.op in NO_BACKWARD:
+    # attention's gradients come from Triton's kernels
+    if subject.op == "attention" or not kernels.OPS[subject.op].differentiable:
         subject.ours(*args, **kwargs)
         return
     leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
