@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastdiff.models.autoencoder import AutoencoderConfig
@@ -139,21 +140,9 @@ UNETS: dict[str, UNetConfig] = {
         scale_shift_norm=True,
         norm_groups=16,
     ),
-    "tiny-pixels": UNetConfig(  # 1,696,033; for scans of digits, 8 x 8
-        in_channels=1,
-        out_channels=1,
-        model_channels=48,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_depth=(0, 1),
-        num_heads=4,
-        num_classes=10,
-        null_class=True,
-        scale_shift_norm=True,
-        norm_groups=16,
-        dropout=0.1,
-    ),
 }
+# 1,696,033; for the scans of digits as they are, 8 x 8
+UNETS["tiny-pixels"] = replace(UNETS["digits"], in_channels=1, out_channels=1, dropout=0.1)
 
 
 def _dit(width: int, depth: int, heads: int, patch: int) -> DiTConfig:
