@@ -3,7 +3,6 @@ how its processes are run."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -311,7 +310,7 @@ def test_a_module_that_was_built_but_does_not_import_is_a_failure(
     monkeypatch.setattr(prepare.subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(table.Failed, match="does not import") as failure:
-        prepare.build(dataclasses.replace(plan(tmp_path), dry_run=False))
+        prepare.build(replace(plan(tmp_path), dry_run=False))
     assert "undefined symbol: x" in failure.value.args
 
 
