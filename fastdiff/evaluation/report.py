@@ -60,16 +60,23 @@ def write_report(
 def provenance(evaluation: Evaluation, command: str) -> dict[str, object]:
     """Where the numbers of an evaluation come from: code, machine, model, seeds, settings."""
     return {
+        **measured_by(command),
+        "model": evaluation.model,
+        "weights": evaluation.weights_hash,
+        "seeds": [evaluation.seeds[0], evaluation.seeds[-1]],
+        "settings": to_dict(evaluation.settings),
+    }
+
+
+def measured_by(command: str) -> dict[str, object]:
+    """Where numbers come from: command, commit, date, versions and machine."""
+    return {
         "command": command,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "fastdiff": fastdiff.__version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "model": evaluation.model,
-        "weights": evaluation.weights_hash,
-        "seeds": [evaluation.seeds[0], evaluation.seeds[-1]],
-        "settings": to_dict(evaluation.settings),
     }
 
 
