@@ -45,7 +45,7 @@ def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
     better, worse: one value per seed, of the same seeds.
     """
     (low, a), (high, b) = spread(better), spread(worse)
-    gap, noise = high - low, max(a, b)
+    gap, noise = high - low, max(a, b, 1e-12)
     every = all(x < y for x, y in zip(better, worse, strict=True))
     if gap > noise and every:
         return f"**Holds**: with every seed, and by {gap / noise:.1f} times the larger spread."

@@ -16,7 +16,7 @@ from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import generate
 
 CLASSIFIER = "tiny-classifier"
-PER_CLASS = 20
+PER_CLASS = 12
 STEPS = 10
 SAMPLER = "dpmpp-2m"
 SCALES = (1.0, 1.5, 2.0, 4.0)

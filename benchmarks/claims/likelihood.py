@@ -14,7 +14,7 @@ from fastdiff.checkpoint.open import load
 from fastdiff.evaluation import digits_bits
 from fastdiff.training import train_diffusion
 
-STEPS = 300
+STEPS = 240
 IMAGES = 64
 
 

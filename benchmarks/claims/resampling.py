@@ -15,8 +15,8 @@ from benchmarks.claims.small import BATCH, TIMESTEPS, small_run
 from fastdiff.training.rates import learning_rate
 from fastdiff.training.task import DiffusionTask
 
-STEPS = 200
-BATCHES = 60
+STEPS = 120
+BATCHES = 40
 
 
 def measure(runs: Path, tell: Tell) -> dict[str, Any]:
