@@ -17,7 +17,7 @@ from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.runtime.prepare import prepare
 
 FEW, MANY = 20, 1000
-IMAGES = 10
+IMAGES = 5
 SAMPLERS = {
     "DDIM": ("ddim", None),
     "FastDPM-VAR, linear": ("fastdpm", "var-linear"),
