@@ -221,7 +221,7 @@ def test_predictions_by_hand() -> None:
     found = {str(p.case): p for p in predict.predictions()}
     image = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
     # 2 x 8 heads of 4096^2 scores; 4 instructions of a warp or 16 exponentials per clock on 132
-    # multiprocessors at 1.98 GHz, 287 instructions per 16 x 64 scores; the rival computes with d = 64
+    # multiprocessors at 1.98 GHz, 287 instructions per 16 x 64 scores; the rival has d = 64
     assert image.bound == "issue"
     scores = 2 * 8 * 4096**2
     assert image.floor_s == pytest.approx(scores / (16 * 64) * 287 / (132 * 4 * 1.98e9))
