@@ -59,8 +59,18 @@ struct HopperBarriers {
   __device__ __forceinline__ explicit HopperBarriers(uint64_t* all)
       : queries(all), full(all + 1), empty(all + 1 + 2 * kHopperStages) {}
 
-  /// Place of K (0) or V (1) of a stage.
-  static __device__ __forceinline__ int at(int stage, int which) { return 2 * stage + which; }
+  /// The stage of a tile, and the parity of the phase in which it is there.
+  static __device__ __forceinline__ unsigned stage(int tile) {
+    return static_cast<unsigned>(tile) % kHopperStages;
+  }
+  static __device__ __forceinline__ int parity(int tile) {
+    return static_cast<unsigned>(tile) / kHopperStages % 2;
+  }
+
+  /// The barrier of a tile of K (0) or V (1), in `full` or `empty`.
+  static __device__ __forceinline__ uint64_t* of(uint64_t* barriers, int tile, int which) {
+    return barriers + 2 * stage(tile) + which;
+  }
 };
 constexpr int kHopperBarriers = 1 + 4 * kHopperStages;
 
@@ -79,13 +89,12 @@ __device__ __forceinline__ void produce(const TensorMap& q, const TensorMap& k, 
               first + 64 * consumer, sample, barriers.queries);
   }
   const auto load = [&](int tile, int which) {
-    const int stage = tile % kHopperStages;
-    uint64_t* const full = barriers.full + HopperBarriers::at(stage, which);
-    barrier_wait(barriers.empty + HopperBarriers::at(stage, which),
-                 tile / kHopperStages % 2 ^ 1);  // in the first round, at once
+    uint64_t* const full = barriers.of(barriers.full, tile, which);
+    barrier_wait(barriers.of(barriers.empty, tile, which),
+                 barriers.parity(tile) ^ 1);  // in the first round, at once
     barrier_expect(full, Plan::kBoxes * Plan::kTile);
     unsigned char* const to = memory + (which == 0 ? Plan::kKeysAt : Plan::kValuesAt) +
-                              stage * Plan::kBoxes * Plan::kTile;
+                              barriers.stage(tile) * Plan::kBoxes * Plan::kTile;
 #pragma unroll 1
     for (int box = 0; box < Plan::kBoxes; ++box)
       load_tile(to + box * Plan::kTile, which == 0 ? k : v, box * kTileColumns, h,
@@ -134,17 +143,16 @@ __device__ __forceinline__ void consume(const Attention<T>& p, const HopperBarri
   unsigned char* const own = memory + consumer * Plan::kOwn;
   const bool speaks = Lane().index == 0;
   const auto wait_for = [&](int tile, int which) {
-    barrier_wait(barriers.full + HopperBarriers::at(tile % kHopperStages, which),
-                 tile / kHopperStages % 2);
+    barrier_wait(barriers.of(barriers.full, tile, which), barriers.parity(tile));
   };
   const auto done_with = [&](int tile, int which) {
-    if (speaks) barrier_arrive(barriers.empty + HopperBarriers::at(tile % kHopperStages, which));
+    if (speaks) barrier_arrive(barriers.of(barriers.empty, tile, which));
   };
   const uint64_t queries = describe_tile(own);
   const uint64_t keys = describe_tile(memory + Plan::kKeysAt);
   const uint64_t values = describe_tile(memory + Plan::kValuesAt, Plan::kTile);
   const auto tile_of = [](uint64_t first, int tile) {
-    return moved(first, tile % kHopperStages * Plan::kBoxes * Plan::kTile);
+    return moved(first, HopperBarriers::stage(tile) * Plan::kBoxes * Plan::kTile);
   };
 
   float total[W / 8][4], s[TILES][4], shrink[2];
