@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -83,6 +84,23 @@ void* dynamic_shared_memory();
 void copy_async(void* target, const void* source, int bytes, int valid);
 void commit_copies();
 void wait_for_copies(int groups_left);
+
+// For instructions with state of their own (hopper.cpp)
+
+/// Whether something asynchronous happens now, or as late as it may.
+bool asynchronous_now();
+/// Waits until `wake` is called with the same address, within the block.
+void wait_on(const void* what, Site site);
+void wake(const void* what);
+/// Lets other threads run, as anywhere in a kernel.
+void pause();
+/// State of the running block or thread, empty at its beginning.
+std::shared_ptr<void>& block_storage();
+std::shared_ptr<void>& thread_storage();
+size_t dynamic_shared_bytes();
+/// Called at the end of every thread, and of the last one of a block.
+void thread_ends();
+void block_ends();
 
 inline int lane() {
   const View& v = view;
