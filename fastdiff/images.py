@@ -215,13 +215,40 @@ def save_png(
     if not name.lower().endswith(".png"):
         raise ValueError(f"images are saved as PNG, got {name!r}; use the name {name}.png")
     picture = image if isinstance(image, Image.Image) else to_pil(image)
+    with atomic_file(path, new=new) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=_png_info(recipe, parameters))
+
+
+def encoded(
+    image: Tensor,
+    kind: Literal["png", "webp", "jpeg"],
+    recipe: Mapping[str, Any],
+    *,
+    parameters: str | None = None,
+    quality: int = 90,
+) -> bytes:
+    """An image as the bytes of a file; a PNG is that of :func:`save_png`, with its recipe.
+
+    image: (1 or 3, H, W) in [-1, 1]. quality: 1 to 100, of WebP and JPEG.
+
+    Raises:
+        ValueError: as for `to_pil`.
+    """
+    picture, file = to_pil(image), io.BytesIO()
+    if kind == "png":
+        picture.save(file, format="PNG", pnginfo=_png_info(recipe, parameters))
+    else:
+        picture.save(file, format=kind.upper(), quality=quality)
+    return file.getvalue()
+
+
+def _png_info(recipe: Mapping[str, Any] | None, parameters: str | None) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(RECIPE_KEY, json.dumps(dict(recipe), sort_keys=True))  # ASCII: fits tEXt
     if parameters is not None:
         info.add_text(PARAMETERS_KEY, parameters)  # beyond Latin-1 Pillow writes iTXt
-    with atomic_file(path, new=new) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+    return info
 
 
 def add_png(
