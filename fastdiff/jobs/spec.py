@@ -47,7 +47,7 @@ class JobSpec:
     load: LoadOptions = field(default_factory=LoadOptions)
     """What the files of the model do not state."""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto for a GPU if there is one. Several workers on cuda take the GPUs in
+    """cpu, cuda, cuda:N, or auto: a GPU if there is one. Several workers on cuda take the GPUs in
     turns."""
     dtype: str = "float32"
     """Number format of the networks, by torch's name."""

@@ -1,4 +1,4 @@
-"""Several workers: one that dies or hangs is replaced, and the shards have the bytes of one worker."""
+"""Several workers: one that dies or hangs is replaced; the bytes are those of one worker."""
 
 from __future__ import annotations
 
