@@ -215,9 +215,9 @@ def save_png(
     if not name.lower().endswith(".png"):
         raise ValueError(f"images are saved as PNG, got {name!r}; use the name {name}.png")
     picture = image if isinstance(image, Image.Image) else to_pil(image)
-<<<<<<< HEAD
+    info = png_info(recipe, parameters)
     with atomic_file(path, new=new) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=_png_info(recipe, parameters))
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
 def encoded(
@@ -237,24 +237,16 @@ def encoded(
     """
     picture, file = to_pil(image), io.BytesIO()
     if kind == "png":
-        picture.save(file, format="PNG", pnginfo=_png_info(recipe, parameters))
+        picture.save(file, format="PNG", pnginfo=png_info(recipe, parameters))
     else:
         picture.save(file, format=kind.upper(), quality=quality)
     return file.getvalue()
-
-
-def _png_info(recipe: Mapping[str, Any] | None, parameters: str | None) -> PngImagePlugin.PngInfo:
-=======
-    info = png_info(recipe, parameters)
-    with atomic_file(path, new=new) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
 
 
 def png_info(
     recipe: Mapping[str, Any] | None, parameters: str | None = None
 ) -> PngImagePlugin.PngInfo:
     """The text chunks of a PNG; arguments as for :func:`save_png`."""
->>>>>>> main
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(RECIPE_KEY, json.dumps(dict(recipe), sort_keys=True))  # ASCII: fits tEXt
