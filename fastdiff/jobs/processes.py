@@ -34,6 +34,8 @@ from fastdiff.kernels.choose import selected_backend
 
 DEATHS = 3
 """Deaths of a worker, without a shard finished in between, after which the job stops."""
+START = 600.0
+"""Seconds that a worker has at least to load the model."""
 FAILED = 2
 """Exit code of a worker that has told its error."""
 
@@ -80,6 +82,8 @@ class _Member:
     counts: Counts = field(default_factory=Counts)
     earlier: Counts = field(default_factory=Counts)
     deaths: int = 0
+    started: bool = False
+    """Whether it has told anything: until then it loads the model."""
     done: bool = False
     hung: bool = False
 
@@ -121,13 +125,13 @@ class Crew:
                         self._heard(member, json.loads(line))
                     self.tell([member.total for member in members])
                 for member in members:
-                    if not member.done and time.monotonic() > member.last + self.timeout:
+                    limit = self.timeout if member.started else max(self.timeout, START)
+                    if not member.done and time.monotonic() > member.last + limit:
                         member.hung, member.last = True, time.monotonic()
                         member.process.kill()
         finally:
             for member in members:
-                member.process.kill()
-                member.process.wait()
+                _stop(member.process)
 
     def _start(self, index: int, slots: int) -> _Member:
         process = subprocess.Popen(
@@ -147,13 +151,14 @@ class Crew:
 
     def _listen(self, index: int, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            self._messages.put((index, process.pid, line))
+        with process.stdout:
+            for line in process.stdout:
+                self._messages.put((index, process.pid, line))
         process.wait()
         self._messages.put((index, process.pid, None))
 
     def _heard(self, member: _Member, message: dict[str, Any]) -> None:
-        member.last = time.monotonic()
+        member.last, member.started = time.monotonic(), True
         if "error" in message:
             kinds = {cls.__name__: cls for cls in (ValueError, OSError, ImportError)}
             raise kinds.get(message["kind"], ValueError)(message["error"])
@@ -164,6 +169,7 @@ class Crew:
 
     def _ended(self, member: _Member) -> _Member:
         """What takes a member's place."""
+        _stop(member.process)
         code = member.process.returncode
         if code == 0:
             member.done = True
@@ -183,6 +189,14 @@ class Crew:
             earlier, made=earlier.made + settled - failed, failed=earlier.failed + failed
         )
         return new
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # what it has not read
+        process.stdin.close()
 
 
 def _how(code: int) -> str:

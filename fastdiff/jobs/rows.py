@@ -24,6 +24,8 @@ from fastdiff.images import UNREADABLE, reason
 
 MAX_LINE = 2**20
 """Bytes of a line of text or JSONL."""
+MAX_SHOWN = 300
+"""Bytes of a line that cannot be read which its error record repeats."""
 MAX_MEMBER = 2**28
 """Bytes of a member of a webdataset."""
 PARQUET_BATCH = 256
@@ -39,7 +41,7 @@ class Row(NamedTuple):
     number: int
     """Position among all rows of all files, from 0."""
     values: dict[str, Any]
-    """Column -> value; empty if the row cannot be read."""
+    """Column -> value; of a line that cannot be read its text."""
     error: str | None = None
     """Why the row cannot be read."""
     words: bool = False
@@ -190,7 +192,9 @@ def _read(file: RowFile, start: int, first: int) -> Iterator[Row]:
         try:
             yield Row(number, kind.parse(file.path, unit), None, kind.words)
         except (ValueError, RecursionError) as error:
-            yield Row(number, {}, str(error) or type(error).__name__)
+            said = str(error) or type(error).__name__
+            shown = unit[:MAX_SHOWN].decode(errors="replace") if isinstance(unit, bytes) else None
+            yield Row(number, {} if shown is None else {TEXT_COLUMN: shown.strip()}, said)
 
 
 # --- text and JSONL -------------------------------------------------------------------------------

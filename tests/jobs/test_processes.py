@@ -84,7 +84,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(whole: JobSpec, how: signal.Sig
         return any((spec.out / ".claims").glob("*.lock")) and len(children()) == 2
 
     with once(is_at_work, lambda: os.kill(children()[0], how)) as done:
-        summary = run_job(spec, workers=2, threads=1, timeout=10)
+        summary = run_job(spec, workers=2, threads=1, timeout=20)
     assert done
     assert (summary.images, summary.errors, summary.status.failed) == (60, 0, 0)
     assert content(spec.out) == content(whole.out)

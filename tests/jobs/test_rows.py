@@ -79,7 +79,7 @@ def test_text_has_a_line_per_row(tmp_path: Path) -> None:
     assert [(row.values, row.error) for row in rows.read()] == [
         ({"line": "a cat"}, None),
         ({"line": "a dog"}, None),
-        ({}, "the line is not UTF-8 (byte 0)"),
+        ({"line": "\ufffd"}, "the line is not UTF-8 (byte 0)"),
         ({"line": "last"}, None),
     ]
 
