@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -158,6 +159,12 @@ def _share(text: str | None) -> tuple[int, int]:
     raise ValueError(f"--shard must be I/N with I from 1 to N, such as 1/4, got {text!r:.40}")
 
 
+def local_device(device: str, environment: Mapping[str, str]) -> str:
+    """The GPU of this rank under torchrun, which starts one process per GPU of each machine."""
+    rank = environment.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
 def _pairs(words: Sequence[str], flag: str) -> dict[str, str]:
     pairs = [word.partition("=") for word in words]
     for name, equals, value in pairs:
@@ -195,7 +202,7 @@ def _spec(options: Generate, spec: JobSpec | None) -> JobSpec:
         image=options.image,
         quality=options.quality,
         load=options.load,
-        device=str(device),
+        device=local_device(str(device), os.environ),
         dtype=TORCH_NAMES[options.compute.dtype],
         backend=options.compute.backend,
         graphs=options.compute.graphs,
