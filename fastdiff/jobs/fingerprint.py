@@ -14,11 +14,11 @@ import torch
 from PIL import features
 
 import fastdiff
+from fastdiff.checkpoint.model import Model
 from fastdiff.configs import to_dict
 from fastdiff.extras import import_extra
 from fastdiff.files import atomic_file, one_line_errors
 from fastdiff.generate.recipe import place
-from fastdiff.generate.session import Session
 from fastdiff.jobs.rows import Rows
 from fastdiff.jobs.spec import JobSpec
 from fastdiff.kernels.choose import selected_backend
@@ -30,15 +30,20 @@ INFORMATION = ("model", "fingerprint")
 
 
 def fingerprint(
-    spec: JobSpec, rows: Rows, session: Session, *, slots: int | None, threads: int | None
+    spec: JobSpec,
+    rows: Rows,
+    model: Model,
+    *,
+    device: torch.device,
+    slots: int | None,
+    threads: int | None,
 ) -> dict[str, Any]:
     """The fingerprint of a job, as JSON-compatible values.
 
-    slots: network rows per evaluation follow from it where they may decide bits, which is on a GPU;
+    device: of the workers; the model may lie elsewhere. slots: network rows per evaluation follow from it where they may decide bits, which is on a GPU;
     None on a CPU, where they follow from the size of the image alone. threads: of each worker on a
     CPU; None on a GPU.
     """
-    model = session.model
     versions = {
         "fastdiff": fastdiff.__version__,
         "torch": torch.__version__,
@@ -50,11 +55,9 @@ def fingerprint(
         versions[spec.image] = features.version(name)
     if spec.format == "parquet":
         versions["pyarrow"] = import_extra("pyarrow", extra="jobs").__version__
-    on_cpu = session.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     processor = (
-        torch.backends.cpu.get_cpu_capability()
-        if on_cpu
-        else torch.cuda.get_device_name(session.device)
+        torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device)
     )
     return {
         "fingerprint": VERSION,
@@ -76,7 +79,7 @@ def fingerprint(
         "quality": None if spec.image == "png" else spec.quality,
         "versions": versions,
         "compute": {
-            "device": session.device.type,
+            "device": device.type,
             "processor": f"{platform.machine()} {processor}",
             "dtype": spec.dtype,
             "backend": selected_backend(),

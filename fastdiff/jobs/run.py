@@ -177,7 +177,8 @@ def run_job(
         mine = fingerprint(
             spec,
             rows,
-            session,
+            session.model,
+            device=device,
             slots=None if on_cpu else slots,
             threads=threads if on_cpu else None,
         )
@@ -269,7 +270,8 @@ def _slots(session: Session, job: Job | None, device: torch.device) -> int:
     slots = MOST_SLOTS
     while slots > 1:
         call = Call(device=device, dtype=session.dtype, count=slots, batch=slots, conditions=slots)
-        if need_of([session.model], job, call, loaded=True).total <= FULL * free:
+        loaded = session.device == device  # with several workers each loads it
+        if need_of([session.model], job, call, loaded=loaded).total <= FULL * free:
             break
         slots //= 2
     return slots

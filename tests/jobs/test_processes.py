@@ -77,7 +77,10 @@ def test_two_workers_make_the_same_bytes(whole: JobSpec) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_dies_or_hangs_is_replaced(whole: JobSpec, how: signal.Signals) -> None:
+def test_a_worker_that_dies_or_hangs_is_replaced(
+    whole: JobSpec, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdiff.jobs.processes.START", 60.0)  # it may hang before it tells
     spec = replace(whole, out=whole.out.parent / how.name)
 
     def is_at_work() -> bool:
