@@ -48,9 +48,7 @@ class Generate:
     Examples:
       fastdiff generate rows.jsonl --model digits --shard-size 20 --format webdataset --out out/job
       fastdiff generate prompts.csv --model sd15 --column prompt=caption --ignore id --steps 20
-      fastdiff generate job.yaml --workers 2
-      fastdiff generate rows.jsonl --out out/job --retry-errors
-      fastdiff generate rows.jsonl --out /shared/job --shard $((SLURM_PROCID + 1))/$SLURM_NTASKS
+      fastdiff generate rows.jsonl --out out/job --workers 2 --retry-errors
     """
 
     rows: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROWS")]

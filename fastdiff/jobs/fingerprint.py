@@ -40,9 +40,9 @@ def fingerprint(
 ) -> dict[str, Any]:
     """The fingerprint of a job, as JSON-compatible values.
 
-    device: of the workers; the model may lie elsewhere. slots: network rows per evaluation follow from it where they may decide bits, which is on a GPU;
-    None on a CPU, where they follow from the size of the image alone. threads: of each worker on a
-    CPU; None on a GPU.
+    device: of the workers; the model may lie elsewhere. slots: network rows per evaluation follow
+    from it where they may decide bits, which is on a GPU; None on a CPU, where they follow from the
+    size of the image alone. threads: of each worker on a CPU; None on a GPU.
     """
     versions = {
         "fastdiff": fastdiff.__version__,

@@ -36,6 +36,7 @@ DEATHS = 3
 """Deaths of a worker, without a shard finished in between, after which the job stops."""
 START = 600.0
 """Seconds that a worker has at least to load the model."""
+COMMAND = "from fastdiff.jobs.processes import main; raise SystemExit(main())"
 FAILED = 2
 """Exit code of a worker that has told its error."""
 
@@ -135,7 +136,7 @@ class Crew:
 
     def _start(self, index: int, slots: int) -> _Member:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastdiff.jobs.processes"],
+            [sys.executable, "-c", COMMAND],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -249,7 +250,3 @@ def _say(messages: IO[str], data: dict[str, Any]) -> None:
 def _end_with_parent(pipe: IO[str]) -> None:
     pipe.read()
     os._exit(FAILED)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
