@@ -36,7 +36,10 @@ DEATHS = 3
 """Deaths of a worker, without a shard finished in between, after which the job stops."""
 START = 600.0
 """Seconds that a worker has at least to load the model."""
-COMMAND = "from fastdiff.jobs.processes import main; raise SystemExit(main())"
+COMMAND = (
+    "import sys; sys.path[:] = {path!r}; from fastdiff.jobs.processes import main; sys.exit(main())"
+)
+"""A worker's program; it imports what its parent would."""
 FAILED = 2
 """Exit code of a worker that has told its error."""
 
@@ -136,7 +139,7 @@ class Crew:
 
     def _start(self, index: int, slots: int) -> _Member:
         process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND],
+            [sys.executable, "-c", COMMAND.format(path=sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

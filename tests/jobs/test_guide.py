@@ -22,7 +22,6 @@ pytestmark = pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)  # for the job and its shares as for two workers
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes of --workers
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     for kind, text in blocks:
         if kind == "python":

@@ -24,8 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -97,7 +96,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(
 def test_a_worker_that_dies_again_and_again_ends_the_job(
     whole: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(whole.out.parent))
+    monkeypatch.syspath_prepend(whole.out.parent)
     package = whole.out.parent / "fastdiff"
     (package / "jobs").mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
