@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.serve.client import Answer
 from tests.serve.fuzz import campaign, complaint
 
 
+@pytest.mark.slow
 def test_no_body_makes_the_server_fail() -> None:
     statuses, complaints = asyncio.run(campaign(400, seed=0))
     assert not complaints, "\n".join(complaints)

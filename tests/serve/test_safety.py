@@ -263,6 +263,8 @@ def test_uploads_stay_off_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     body, headers = form_of({"image": data, "prompt": "3"})
     form = asyncio.run(Uploads(Limits()).read(body, headers["content-type"]))
     assert (form.files, form.fields) == ({"image": data}, {"prompt": "3"})
+    with pytest.raises(ApiError, match="not a whole form"):
+        asyncio.run(Uploads(Limits()).read(body[:-9], headers["content-type"]))
     with pytest.raises(ApiError) as found:
         asyncio.run(Uploads(Limits(upload_mib=2)).read(body, headers["content-type"]))
     assert found.value.status == 413
@@ -367,10 +369,12 @@ def test_open_requests_have_a_limit(model: Model) -> None:
         assert post(server, BODY)[0] == 200
 
 
-async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+async def talkative(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    while True:
+    for _ in range(99):  # of MiB
         await send({"type": "http.response.body", "body": bytes(MIB), "more_body": True})
+        await asyncio.sleep(0)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 HALF = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nab"
@@ -382,7 +386,7 @@ def test_clients_that_do_not_go_on_are_closed(sent: bytes) -> None:
 
     async def scenario() -> float:
         config = uvicorn.Config(
-            endless, http=protocol_class(0.3, 10), lifespan="off", log_config=None
+            talkative, http=protocol_class(0.3, 10), lifespan="off", log_config=None
         )
         server = uvicorn.Server(config)
         with bind("127.0.0.1", 0) as listener:
