@@ -71,12 +71,14 @@ H200 = Device(
 INSTRUCTIONS: dict[str, float] = {
     "GroupNorm+SiLU on chip": 15.4,
     "GroupNorm+SiLU in parts": 15.4,
-    "attention, d = 40": 287,
-    "attention, d = 64": 299,
-    "attention, d = 80": 326,
-    "attention, d = 160": 419,
+    "attention, d = 40": 232,
+    "attention, d = 64": 200,
+    "attention, d = 80": 201,
+    "attention, d = 160": 260,
 }
 """Per number, or per 64 keys and 16 queries, of the backend with the fewest: see docs/counts.md."""
+POLYNOMIALS = {40: 1 / 8}
+"""Head dim -> share of the exponentials that attention_hopper.cuh computes with multiply-adds."""
 LIBRARY_DIMS = (32, 64, 96, 128, 192, 256)
 """Head dims that library kernels are compiled for; others are padded to the next larger one."""
 
@@ -138,21 +140,22 @@ def of_attention(case: Case, device: Device) -> Prediction:
     scores = n * heads * length * of_k[1]
     exponentials = scores / device.exp2
 
-    def seconds(dim: float, keys: float) -> dict[str, float]:
+    def seconds(q_dim: float, v_dim: float, keys: float) -> dict[str, float]:
         return {
             "bytes": case.work.bytes / device.copy,
-            "products": 4 * scores * dim * keys / of_k[1] / device.matmul,
+            "products": 2 * scores * (q_dim + v_dim) * keys / of_k[1] / device.matmul,
             "exponentials": exponentials * keys / of_k[1],
             "launches": device.launch,
         }
 
-    # Q K^T sums over the head dim in steps of 16, and V has pieces of 16 columns (wgmma)
-    ours = seconds(math.ceil(d / 16) * 16, math.ceil(of_k[1] / 16) * 16)
+    # Q K^T sums over the head dim in steps of 16, and V has pieces of 8 columns (wgmma)
+    ours = seconds(math.ceil(d / 16) * 16, math.ceil(d / 8) * 8, math.ceil(of_k[1] / 16) * 16)
     # to the keys of a text, another kernel runs, which is not counted
     if of_k[1] == length and (instructions := INSTRUCTIONS.get(f"attention, d = {d}")):
         ours["issue"] = scores / 64 / 16 * instructions / device.issue
+        ours["exponentials"] *= 1 - POLYNOMIALS.get(d, 0.0)
     padded = next((dim for dim in LIBRARY_DIMS if dim >= d), d)
-    theirs = seconds(padded, math.ceil(of_k[1] / 128) * 128)
+    theirs = seconds(padded, padded, math.ceil(of_k[1] / 128) * 128)
     return Prediction(
         case=case,
         seconds=ours,

@@ -59,6 +59,7 @@ CLUSTER = 16
 FLIGHT = 3.8e6
 """Bytes that must be on their way at a time: 4.8 TB/s x 0.8 us."""
 BLOCKS = 128
+GROUPS = 32
 NORMS = "SD 1.5 U-Net", "SDXL U-Net", "KL-f8 decoder"
 
 
@@ -378,13 +379,30 @@ def norm_sizes() -> list[tuple[str, int, int, int]]:
             if call.op.endswith("group_norm_silu"):
                 _, c, h, w = call.tensors[0]
                 found.setdefault((c, h, w), name)
-    groups = 32
-    return [(name, c, h, groups) for (c, h, _), name in sorted(found.items(), key=_by_network)]
+    return [(name, c, h, GROUPS) for (c, h, _), name in sorted(found.items(), key=_by_network)]
 
 
 def _by_network(item: tuple[tuple[int, int, int], str]) -> tuple[int, int, int]:
     (c, h, _), name = item
     return NORMS.index(name), -h, c
+
+
+# Launches of norms
+
+
+def launches_of_norms(
+    name: str, plan: Callable[[int, int, int, int], dict[str, int]]
+) -> tuple[int, ...]:
+    """GroupNorms of an evaluation, and their launches in Triton and in CUDA (3 in parts)."""
+    total = [0, 0, 0]
+    for call, times in GPU_JOBS[name].collect().items():
+        if call.op.endswith("group_norm_silu"):
+            n, c, h, w = call.tensors[0]
+            on_chip = plan(n, c, h * w, GROUPS)["on_chip"]
+            launched = len(norm_launches(n, c, h)), 1 if on_chip else 3
+            for i, number in enumerate((1, *launched)):
+                total[i] += times * number
+    return tuple(total)
 
 
 # The tables
@@ -494,7 +512,14 @@ def section() -> str:
     (head, *body), (sizes, *by_size), missing = counted()
     if missing:
         raise NoToolError("; ".join(missing))
-    return SECTION.format(versions=versions(), rows=table(head, body), sizes=table(sizes, by_size))
+    plan = cuda_plan()
+    launched = [(name, *map(str, launches_of_norms(name, plan))) for name in NORMS]
+    return SECTION.format(
+        versions=versions(),
+        rows=table(head, body),
+        sizes=table(sizes, by_size),
+        launches=table(("network", "GroupNorms", "launches, Triton", "CUDA"), launched),
+    )
 
 
 SECTION = """\
@@ -510,4 +535,8 @@ Blocks of the launch that reads x first, and bytes of x that are on their way at
 multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
 
 {sizes}
+
+Launches of all GroupNorms of an evaluation. The totals above count Triton's.
+
+{launches}
 """

@@ -220,12 +220,14 @@ def test_text_written_by_hand_is_kept() -> None:
 def test_predictions_by_hand() -> None:
     found = {str(p.case): p for p in predict.predictions()}
     image = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
-    # 2 x 8 heads of 4096^2 scores; 4 instructions of a warp or 16 exponentials per clock on 132
-    # multiprocessors at 1.98 GHz, 287 instructions per 16 x 64 scores; the rival has d = 64
-    assert image.bound == "issue"
-    scores = 2 * 8 * 4096**2
-    assert image.floor_s == pytest.approx(scores / (16 * 64) * 287 / (132 * 4 * 1.98e9))
-    assert image.seconds["exponentials"] == pytest.approx(scores / (132 * 16 * 1.98e9))
+    # 2 x 8 heads of 4096^2 scores, Q K^T over 48 and P V over 40 columns; 4 instructions of a warp
+    # or 16 exponentials per clock on 132 multiprocessors at 1.98 GHz, 232 instructions per 16 x 64
+    # scores, one exponential in eight a polynomial; the rival has 64 columns
+    assert image.bound == "products"
+    scores, clocks = 2 * 8 * 4096**2, 132 * 1.98e9
+    assert image.floor_s == pytest.approx(2 * scores * (48 + 40) / 790e12)
+    assert image.seconds["issue"] == pytest.approx(scores / (16 * 64) * 232 / (4 * clocks))
+    assert image.seconds["exponentials"] == pytest.approx(scores * 7 / 8 / (16 * clocks))
     assert image.rival_s == pytest.approx(4 * 2 * 8 * 4096**2 * 64 / 790e12)
     # 134 MB do not fit into 60 MB of L2: two reads and a write against one read and a write
     decoder = found["group_norm_silu KL-f8 decoder (1, 256, 512, 512)"]
