@@ -62,10 +62,10 @@ def by_the_norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_the_norm_adds_what_the_convolution_would(
     name: str, by_the_norm: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Results and all gradients in fp64."""
+    """Results and all gradients in fp64; with shortcuts as matrix products."""
     network = NETWORKS[name]()
     randomize(network, 1)
-    network.double()
+    network.double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected = network(**inputs(name))
     wanted = torch.autograd.grad(expected.square().sum(), [*network.parameters()])
     by_the_norm()
@@ -82,22 +82,26 @@ def test_the_norm_adds_what_the_convolution_would(
 def launches(name: str) -> Count:
     with torch.device("meta"):
         network = NETWORKS[name]().to(torch.bfloat16).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     given = inputs(name, device="meta", dtype=torch.bfloat16)
     return count(lambda: network(**given))
 
 
 @pytest.mark.parametrize(
-    ("name", "convolutions_before_norms"),
+    ("name", "before_norms", "others"),
     [
-        # conv1 of all 8 blocks; conv2 of the 4 before a transformer; their 2 skip convolutions
-        ("context", 8 + 4 + 2),
-        # conv2 of the 6 blocks, all before a norm, and the skip convolution of one
-        ("decoder", 6 + 1),
+        # conv1 of all 8 blocks; conv2 of the 4 before a transformer and of the one before the
+        # middle; conv_in and the downsampling. conv2 of 3 blocks, the upsampling and conv_out
+        ("context", 8 + 5 + 2, 3 + 2),
+        # conv1 and conv2 of the 6 blocks, conv_in and the upsampling. conv_out
+        ("decoder", 6 + 6 + 2, 1),
     ],
 )
-def test_biases_leave(name: str, convolutions_before_norms: int) -> None:
+def test_biases_leave(name: str, before_norms: int, others: int) -> None:
+    """Shortcuts are matrix products, which add their biases themselves."""
     found = launches(name).launches
-    assert found["convolution"] - found["convolution bias"] == convolutions_before_norms
+    assert found["convolution"] == before_norms + others
+    assert found["convolution bias"] == others
 
 
 @pytest.mark.parametrize("change", ["hook", "pre-hook", "backward hook", "forward", "class"])
