@@ -215,13 +215,21 @@ def save_png(
     if not name.lower().endswith(".png"):
         raise ValueError(f"images are saved as PNG, got {name!r}; use the name {name}.png")
     picture = image if isinstance(image, Image.Image) else to_pil(image)
+    info = png_info(recipe, parameters)
+    with atomic_file(path, new=new) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def png_info(
+    recipe: Mapping[str, Any] | None, parameters: str | None = None
+) -> PngImagePlugin.PngInfo:
+    """The text chunks of a PNG; arguments as for :func:`save_png`."""
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(RECIPE_KEY, json.dumps(dict(recipe), sort_keys=True))  # ASCII: fits tEXt
     if parameters is not None:
         info.add_text(PARAMETERS_KEY, parameters)  # beyond Latin-1 Pillow writes iTXt
-    with atomic_file(path, new=new) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+    return info
 
 
 def add_png(

@@ -101,7 +101,9 @@ def build(plan: Plan) -> list[str]:
     module = subprocess.run(
         [sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return [module.stdout.strip() or module.stderr.strip()[-300:], *kernels_of_the_gpu(plan)]
+    if module.returncode:
+        raise Failed("the built module does not import", *module.stderr.splitlines()[-10:])
+    return [module.stdout.strip(), *kernels_of_the_gpu(plan)]
 
 
 def kernels_of_the_gpu(plan: Plan) -> list[str]:

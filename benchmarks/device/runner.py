@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -239,9 +239,9 @@ class Runner:
             while mine or any(todo.values()):
                 late = time.monotonic() - start > limit
                 for process in [p for p in mine if late or not p.running or p.hangs_at_its_end]:
-                    mine.remove(process)
                     result = process.result(limit, killed=process.running)
                     found[process.stage.name].append((process.part, result))
+                    mine.remove(process)
                 for stage in () if late else stages:
                     while todo[stage.name] and _of(mine, stage) < stage.at_once:
                         part = todo[stage.name].popleft()
@@ -255,13 +255,21 @@ class Runner:
         except BaseException:
             for process in mine:
                 result = process.result(limit, interrupted=True)
-                self._note(dataclasses.replace(result, notes=result.notes, allowed=limit))
-            mine.clear()
+                found[process.stage.name].append((process.part, result))
+            for stage in stages:
+                if found[stage.name]:
+                    self._note(self._merged(stage, found, todo, limit))
             raise
-        return [
-            merged(stage, found[stage.name], list(todo[stage.name]), limit, self._plan.out)
-            for stage in stages
-        ]
+        return [self._merged(stage, found, todo, limit) for stage in stages]
+
+    def _merged(
+        self,
+        stage: Stage,
+        found: Mapping[str, Sequence[tuple[str, Result]]],
+        todo: Mapping[str, Iterable[str]],
+        limit: float,
+    ) -> Result:
+        return merged(stage, found[stage.name], list(todo[stage.name]), limit, self._plan.out)
 
 
 def _longest(group: Iterable[str]) -> float:
@@ -285,7 +293,7 @@ def merged(
         return dataclasses.replace(result, allowed=limit)
     bad = [(part, result) for part, result in found if result.status not in GOOD]
     notes = [f"{part}: {r.status}: {'; '.join(r.notes[:4])}" for part, r in bad]
-    notes += [f"not started, for lack of time: {', '.join(not_started)}"] * bool(not_started)
+    notes += [f"not started: {', '.join(not_started)}"] * bool(not_started)
     notes += [f"{part}: {'; '.join(r.notes)}" for part, r in found if r.status == "ok"]
     out_of: dict[str, list[str]] = {}
     for part, result in found:

@@ -21,15 +21,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from fastdiff.bench.compile import target
+from fastdiff.bench.compile import compiled_for, source_of
 from fastdiff.bench.tunables import TUNABLES
 from fastdiff.kernels.triton import Launch, recording_launches
 from fastdiff.kernels.tuning import Config, Gpu, configs
-
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-INTEGERS = {"int64": "i64", "int32": "i32", "uint8": "u8", "bool": "i1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,55 +174,14 @@ def launches(
 def identity(launch: Launch) -> Hashable:
     """Equal for launches that compile to the same binary."""
     options = launch.num_warps, launch.num_stages
-    return launch.kernel.__name__, str(_source(launch)), options
-
-
-def _source(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes by position, as triton specializes them."""
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-
-    def specialise(value: Any, path: tuple[int, ...]) -> str:
-        if value is None or (type(value) is int and value == 1):
-            constants[path] = value
-            return "constexpr"
-        divisible, kind = False, "fp32"
-        if isinstance(value, Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            kind = "*" + (DTYPES.get(dtype) or INTEGERS[dtype])
-            divisible = value.storage_offset() * value.element_size() % 16 == 0
-        elif isinstance(value, bool):
-            kind = "i1"
-        elif isinstance(value, int):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
-        if divisible:
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind
-
-    for place, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, tuple):
-            signature[name] = tuple(specialise(v, (place, i)) for i, v in enumerate(value))
-        else:
-            signature[name] = specialise(value, (place,))
-    return signature, constants, attributes
+    return launch.kernel.__name__, str(source_of(launch)), options
 
 
 def compile_one(task: Task) -> Resources:
     """Compile one launch and read its resources off the binary."""
-    import triton
-    from triton.compiler import ASTSource
-
     launch, chip = task.launch, CHIPS[task.architecture]
-    signature, constants, attributes = _source(launch)
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     try:
-        compiled = triton.compile(source, target=target(task.architecture), options=options)
+        compiled = compiled_for(launch, task.architecture)
     except Exception as error:
         raise RuntimeError(f"{task}: {launch.kernel.__name__} does not compile: {error}") from error
     if chip.backend == "hip":

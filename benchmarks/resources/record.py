@@ -26,7 +26,6 @@ from typing import Any
 
 from benchmarks.resources.ahead_of_time import (
     CHIPS,
-    DTYPES,
     KIB,
     Resources,
     Task,
@@ -36,6 +35,7 @@ from benchmarks.resources.ahead_of_time import (
     pairs,
     tasks,
 )
+from fastdiff.bench.compile import DTYPES
 from fastdiff.bench.tunables import TUNABLES
 from fastdiff.files import write_text
 from fastdiff.kernels.triton import triton

@@ -27,13 +27,13 @@ from rich.table import Table
 from benchmarks.resources import record
 from benchmarks.resources.ahead_of_time import (
     CHIPS,
-    DTYPES,
     KIB,
     Resources,
     compile_all,
     on_one_gpu_each,
     tasks,
 )
+from fastdiff.bench.compile import DTYPES
 from fastdiff.bench.tunables import TUNABLES
 from fastdiff.cli.parsing import UsageError, parse
 from fastdiff.files import write_text

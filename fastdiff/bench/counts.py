@@ -1,7 +1,9 @@
-"""Count what can be counted without a GPU: launches of whole networks, host cost of op calls.
+"""Count what can be counted without a GPU: launches, instructions, host cost of op calls.
 
     python -m fastdiff.bench.counts launches
     python -m fastdiff.bench.counts launches --docs
+    python -m fastdiff.bench.counts sass
+    python -m fastdiff.bench.counts sass --docs
     python -m fastdiff.bench.counts host
     python -m fastdiff.bench.counts host --op geglu attention --backend cpu --json
     python -m fastdiff.bench.counts host --network "SD 1.5 U-Net"
@@ -10,6 +12,9 @@
 `launches` counts kernel launches, bytes and FLOPs per evaluation of Stable Diffusion 1.5, SDXL, the
 KL-f8 decoder and ADM, in our networks, in diffusers' and in accelerated diffusers; launches.py
 states the rules.
+
+`sass` counts instructions per number (GroupNorm, GEGLU) and per 64 keys (attention) in the machine
+code for an H200, blocks per call and bytes in flight; sass.py states the rules.
 
 `host` measures the cost of every op call with launches stubbed, with --network the sum over the
 calls of one evaluation. Next to it is the number of functions called, in Python and C, which does
@@ -275,12 +280,41 @@ def launches(options: argparse.Namespace) -> int:
     from fastdiff.bench import launches as counted
 
     if options.docs:
-        DOCS.write_text(counted.page())
+        DOCS.write_text(counted.page(sass_section()))
         print(f"wrote {DOCS}")
         return 0
     print(aligned(counted.rows(), words=3), end="\n\n")
     print(aligned(counted.kind_rows(), words=2), end="\n\n")
     print(aligned(counted.step_rows(), words=1))
+    return 0
+
+
+SASS_HEAD = "## Instructions\n\n"
+"""The section that `sass` writes; it is the last one of the page."""
+
+
+def sass_section() -> str:
+    """The section of instructions in docs/counts.md, as it is."""
+    return DOCS.read_text().partition(SASS_HEAD)[2]
+
+
+def sass(options: argparse.Namespace) -> int:
+    """Run the command ``sass`` and return its exit code."""
+    from fastdiff.bench import sass as counted
+
+    if options.docs:
+        before = DOCS.read_text().partition(SASS_HEAD)[0]
+        DOCS.write_text(before + SASS_HEAD + counted.section())
+        print(f"wrote {DOCS}")
+        return 0
+    if options.json:
+        print(json.dumps(counted.facts(), indent=1))
+        return 0
+    instructions, sizes, missing = counted.counted()
+    print(aligned(instructions, words=3), end="\n\n")
+    print(aligned(sizes, words=3))
+    for reason in missing:
+        print(reason)
     return 0
 
 
@@ -298,6 +332,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     words.add_argument("--docs", action="store_true", help="write docs/counts.md instead")
     words.set_defaults(run=launches, at_most=None, against=None)
+    words = commands.add_parser(
+        "sass", help="instructions, blocks and bytes in flight of the kernels on an H200"
+    )
+    words.add_argument("--docs", action="store_true", help="write them into docs/counts.md")
+    words.add_argument("--json", action="store_true", help="print a JSON object")
+    words.set_defaults(run=sass, at_most=None, against=None)
     words = commands.add_parser(
         "host", help="host cost of every op call, in units of one tiny torch.add"
     )

@@ -426,13 +426,16 @@ def kind_rows() -> list[tuple[str, ...]]:
     return found
 
 
-def page() -> str:
-    """The text of docs/counts.md."""
+def page(instructions: str) -> str:
+    """The text of docs/counts.md; `instructions`: the section that sass.py writes."""
     head, *body = rows()
     kinds, *by_kind = kind_rows()
     outside, *by_request = step_rows()
     return PAGE.format(
-        counts=table(head, body), kinds=table(kinds, by_kind), steps=table(outside, by_request)
+        counts=table(head, body),
+        kinds=table(kinds, by_kind),
+        steps=table(outside, by_request),
+        instructions=instructions,
     )
 
 
@@ -467,4 +470,7 @@ the prediction is rescaled), and one addition that advances rows and indices. Re
 blend with the known image in further launches, which are not counted here.
 
 {steps}
-"""
+
+## Instructions
+
+{instructions}"""

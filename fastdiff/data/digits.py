@@ -34,7 +34,7 @@ def digits_split(split: Split, *, image_size: int = 32) -> tuple[Tensor, Tensor]
         Images (N, 1, image_size, image_size), fp32 in [-1, 1], and labels (N,) int64.
     """
     scans, labels = _scans()
-    chosen = held_out_mask(labels)
+    chosen = held_out_mask(labels, HELD_OUT, name="digits-split")
     chosen = chosen if split == "held-out" else ~chosen
     images = scans[chosen]
     if image_size != SCAN_SIZE:
@@ -43,21 +43,21 @@ def digits_split(split: Split, *, image_size: int = 32) -> tuple[Tensor, Tensor]
     return images.clamp(-1, 1), labels[chosen]
 
 
-def held_out_mask(labels: Tensor) -> Tensor:
-    """Mask (N,) of the 360 held-out images, with classes in proportion (largest remainder method).
+def held_out_mask(labels: Tensor, count: int, *, name: str) -> Tensor:
+    """Mask (N,) of `count` held-out images, with classes in proportion (largest remainder method).
 
-    Within a class, images are ordered by a hash of their index, so that the split does not depend
-    on any library's random number generator.
+    Within a class, images are ordered by a hash of the split's name and their index, so that the
+    split does not depend on any library's random number generator.
     """
     counts = torch.bincount(labels)
-    shares = counts.double() * HELD_OUT / len(labels)
+    shares = counts.double() * count / len(labels)
     quotas = shares.floor().long()
     by_remainder = torch.argsort(shares - quotas, descending=True, stable=True)
-    quotas[by_remainder[: HELD_OUT - int(quotas.sum())]] += 1
+    quotas[by_remainder[: count - int(quotas.sum())]] += 1
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for digit, quota in enumerate(quotas.tolist()):
         members = torch.nonzero(labels == digit).flatten().tolist()
-        members.sort(key=lambda index: derive_seed(_SPLIT_SEED, "digits-split", index))
+        members.sort(key=lambda index: derive_seed(_SPLIT_SEED, name, index))
         mask[members[:quota]] = True
     return mask
 

@@ -8,7 +8,13 @@ from fastdiff.evaluation.bits import (
     digits_bits,
     write_bits,
 )
-from fastdiff.evaluation.classifier import Judge, Reference, digits_reference
+from fastdiff.evaluation.classifier import (
+    Judge,
+    Reference,
+    digits_reference,
+    mnist_reference,
+    reference_of,
+)
 from fastdiff.evaluation.evaluate import Evaluation, Results, Scores, evaluate, evaluate_images
 from fastdiff.evaluation.report import write_report
 
@@ -24,6 +30,8 @@ __all__ = [
     "digits_reference",
     "evaluate",
     "evaluate_images",
+    "mnist_reference",
+    "reference_of",
     "write_bits",
     "write_report",
 ]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.data.digits import CLASSES, GREY_LEVELS, SCAN_SIZE, digits_split
+from fastdiff.data.digits import CLASSES, GREY_LEVELS, SCAN_SIZE
 from fastdiff.diffusion.bound import Bound, Variance, bound
 from fastdiff.diffusion.levels import spaced_levels
 from fastdiff.diffusion.plots import plot_bound
 from fastdiff.diffusion.respacing import respacing_steps
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.evaluation.classifier import reference_of
 from fastdiff.files import write_text
 from fastdiff.generate.job import SampleSettings
 from fastdiff.generate.run import Progress
@@ -88,25 +89,25 @@ def digits_bits(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> BitsPerDimension:
-    """The bound on held-out digits; the model is prepared for inference in place.
+    """The bound on held-out digits (`reference_of`); the model is prepared for inference in place.
 
-    count: how many of the 360; None: all. bin_width: None: 2 / 16 where the images are the scans
-    themselves (8 x 8, 17 grey levels), else that of 8 bits. settings, first_seed, progress: as in
-    `bits_per_dimension`.
+    count: how many of the 360, or of MNIST's 1,000; None: all. bin_width: None: 2 / 16 where the
+    images are the scans themselves (8 x 8, 17 grey levels), else that of 8 bits. settings,
+    first_seed, progress: as in `bits_per_dimension`.
 
     Raises:
         ValueError: a model that was not trained on digits, or of latents.
     """
-    size = model.image_size or SCAN_SIZE
     classes = None if model.denoiser is None else model.denoiser.config.num_classes
     if model.image_channels != 1 or classes not in (None, len(CLASSES)):
         raise ValueError(
             f"expected a model of grey digits, got {model.image_channels} channels and "
             f"{classes or 'no'} classes; evaluate a model trained on the digits"
         )
-    images, labels = digits_split("held-out", image_size=size)
+    reference = reference_of(model)
+    images, labels = reference.held_out_images, reference.held_out_labels
     if bin_width is None:
-        bin_width = 2 / (GREY_LEVELS - 1) if size == SCAN_SIZE else EIGHT_BITS
+        bin_width = 2 / (GREY_LEVELS - 1) if images.shape[-1] == SCAN_SIZE else EIGHT_BITS
     return bits_per_dimension(
         model,
         images[:count],

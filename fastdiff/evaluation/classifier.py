@@ -1,9 +1,9 @@
 """The judge: a classifier trained on real images only, and its feature space.
 
 It is a multilayer perceptron on pixels that reaches 98% on held-out digits after seconds of
-training. Fréchet distance, precision and recall are computed on its last hidden layer, projected
-onto the principal components with 99.9% of the variance, because units that never fire would make
-the covariance singular.
+training, and 96% on MNIST's. Fréchet distance, precision and recall are computed on its last hidden
+layer, projected onto the principal components with 99.9% of the variance, because units that never
+fire would make the covariance singular.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff.checkpoint.model import Model
 from fastdiff.data.digits import CLASSES, digits_split
+from fastdiff.data.mnist import mnist_split
 from fastdiff.extras import import_extra
 
 Features = NDArray[np.float64]
 HIDDEN = (128, 32)
+EPOCHS = 100
 KEPT_VARIANCE = 0.999
 
 
@@ -34,6 +38,8 @@ class Reference:
     held_out_images: Tensor
     held_out_labels: Tensor
     class_names: tuple[str, ...]
+    judge_shift: int = 0
+    """The judge also trains on the images moved by so many pixels up, down, left and right."""
 
 
 @functools.cache
@@ -50,6 +56,34 @@ def digits_reference(image_size: int = 32) -> Reference:
     )
 
 
+@functools.cache
+def mnist_reference(image_size: int = 28) -> Reference:
+    """5,000 digits of MNIST: 4,000 for training judge and model, and 1,000 that neither has seen.
+
+    The judge reaches 92% on the held-out images, and 96% with shifts by a pixel.
+    """
+    train_images, train_labels = mnist_split("train", image_size=image_size)
+    held_out_images, held_out_labels = mnist_split("held-out", image_size=image_size)
+    return Reference(
+        train_images=train_images,
+        train_labels=train_labels,
+        held_out_images=held_out_images,
+        held_out_labels=held_out_labels,
+        class_names=CLASSES,
+        judge_shift=1,
+    )
+
+
+def reference_of(model: Model) -> Reference:
+    """The real images to compare a model's with: MNIST's if its run used them, else the digits."""
+    facts = model.provenance.get("facts")
+    source = facts.get("data") if isinstance(facts, dict) else None
+    size = model.image_size
+    if source == "mnist-5k":
+        return mnist_reference(size or 28)
+    return digits_reference(size or 32)
+
+
 class Judge:
     """Classifier and feature space, fitted only to the training images of a reference."""
 
@@ -58,16 +92,17 @@ class Judge:
         neural_network = import_extra("sklearn.neural_network", extra="train")
         decomposition = import_extra("sklearn.decomposition", extra="train")
         exceptions = import_extra("sklearn.exceptions", extra="train")
-        pixels, labels = pixels_of(reference.train_images), reference.train_labels.numpy()
+        copies = _moved(reference.train_images, reference.judge_shift)
+        pixels, labels = pixels_of(torch.cat(copies)), reference.train_labels.numpy()
         self.classifier: Any = neural_network.MLPClassifier(
-            HIDDEN, alpha=1e-2, max_iter=100, random_state=seed
+            HIDDEN, alpha=1e-2, max_iter=EPOCHS // len(copies), random_state=seed
         )
         with warnings.catch_warnings():
             # Stopping at max_iter is intended; the held-out accuracy shows whether it matters.
             warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-            self.classifier.fit(pixels, labels)
+            self.classifier.fit(pixels, np.tile(labels, len(copies)))
         self.projection: Any = decomposition.PCA(KEPT_VARIANCE, svd_solver="full")
-        self.projection.fit(self._hidden(pixels))
+        self.projection.fit(self._hidden(pixels_of(reference.train_images)))
         self.classes = len(reference.class_names)
         self.shape = tuple(reference.train_images.shape[1:])
 
@@ -100,6 +135,12 @@ class Judge:
                 f"expected images of shape {self.shape}, on which the judge was trained, got "
                 f"{tuple(images.shape[1:])}; evaluate a model with images of that shape"
             )
+
+
+def _moved(images: Tensor, shift: int) -> list[Tensor]:
+    """The images, and with a shift the images moved up, down, left and right, around the edges."""
+    moves = [(0, 0), (-shift, 0), (shift, 0), (0, -shift), (0, shift)] if shift else [(0, 0)]
+    return [images.roll(move, dims=(2, 3)) for move in moves]
 
 
 def pixels_of(images: Tensor) -> NDArray[np.float32]:

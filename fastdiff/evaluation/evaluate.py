@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.evaluation.classifier import Judge, Reference, digits_reference, pixels_of
+from fastdiff.evaluation.classifier import Judge, Reference, pixels_of, reference_of
 from fastdiff.evaluation.distances import (
     Neighbours,
     frechet_distance,
@@ -131,7 +131,7 @@ def evaluate(
     Args:
         count: number of samples.
         first_seed: the i-th sample has the seed first_seed + i.
-        reference: real images; None: the digits.
+        reference: real images; None: those that the model was trained on, see `reference_of`.
         progress: called as progress(done, total) after each step, counting rows of all images.
         by_classifier: the model's classifier gets the class, and the denoiser none.
 
@@ -139,7 +139,7 @@ def evaluate(
         ValueError: the model does not fit the reference, or `count` is too small.
     """
     if reference is None:
-        reference = digits_reference(model.image_size or 32)
+        reference = reference_of(model)
     classes, shape = len(reference.class_names), tuple(reference.train_images.shape[1:])
     assert model.denoiser is not None
     part = model.classifier if by_classifier else model.denoiser

@@ -146,6 +146,19 @@ def plan(session: Session, job: Job, refiner: Session | None = None) -> Pass:
     return upscale.plan(session, job)
 
 
+def engine_request(now: Pass, pulls: Sequence[Pull] = (), tag: Any = None) -> Request:
+    """The request of a pass for the engine.
+
+    pulls: guide the image besides those of its job. All are left out in nearly pure noise.
+    """
+    assert now.request is not None, "a pass with steps to take"
+    limited = [
+        replace(pull, max_sigma=min(pull.max_sigma, OUT_OF_NOISE))
+        for pull in (*now.request.pulls, *pulls)
+    ]
+    return replace(now.request, tag=tag, pulls=tuple(limited))
+
+
 @dataclass(frozen=True, eq=False)
 class _Task:
     """A job in progress; its requests carry it as their tag."""
@@ -256,7 +269,7 @@ class _Run:
         results = run_requests(
             session.network,
             (
-                self._request(task, task.now.request)
+                engine_request(task.now, self.pulls, task)
                 for task in itertools.chain([first], tasks)
                 if task.now.request is not None
             ),
@@ -271,12 +284,6 @@ class _Run:
             if result is None:
                 return
             yield result.request.tag, result.x
-
-    def _request(self, task: _Task, request: Request) -> Request:
-        """A task's request, with the pulls of all jobs, which are left out in nearly pure noise."""
-        pulls = (*request.pulls, *self.pulls)
-        limited = [replace(p, max_sigma=min(p.max_sigma, OUT_OF_NOISE)) for p in pulls]
-        return replace(request, tag=task, pulls=tuple(limited))
 
     def _estimated(self, first: _Task) -> Progress | None:
         """`progress`, with a total that assumes later jobs to take as many rows as the first."""
@@ -309,7 +316,7 @@ class _Run:
         for (task, _), image in zip(tasks, images, strict=True):
             made = Result(
                 job=task.job,
-                image=_pasted(image, task.now.paste),
+                image=pasted(image, task.now.paste),
                 session=self.session,
                 refiner=refiner,
                 pulls=self.pulls,
@@ -317,7 +324,7 @@ class _Run:
             yield task.number, made
 
 
-def _pasted(image: Tensor, paste: tuple[Tensor, Tensor] | None) -> Tensor:
+def pasted(image: Tensor, paste: tuple[Tensor, Tensor] | None) -> Tensor:
     """The image, with the original pixels restored where the mask is 0."""
     if paste is None:
         return image

@@ -143,6 +143,19 @@ UNETS: dict[str, UNetConfig] = {
 }
 # 1,696,033; for the scans of digits as they are, 8 x 8
 UNETS["tiny-pixels"] = replace(UNETS["digits"], in_channels=1, out_channels=1, dropout=0.1)
+UNETS["tiny-mnist"] = UNetConfig(  # 717,633; MNIST, 28 x 28
+    in_channels=1,
+    out_channels=1,
+    model_channels=16,
+    channel_mult=(1, 2, 4),
+    num_res_blocks=1,
+    attention_depth=(0, 0, 1),
+    num_heads=4,
+    num_classes=10,
+    null_class=True,
+    scale_shift_norm=True,
+    norm_groups=8,
+)
 
 
 def _dit(width: int, depth: int, heads: int, patch: int) -> DiTConfig:

@@ -22,6 +22,7 @@ from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.checkpoint.open import load
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig, generator, open_dataset
+from fastdiff.data.config import NAMED_SOURCES
 from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.files import one_line_errors
 from fastdiff.images import contact_sheet
@@ -272,10 +273,10 @@ class ClassifierTask:
 
     def examples(self) -> tuple[Tensor, Tensor, bool]:
         """Samples to measure the accuracy on, x0 (N, C, h, w) scaled, their labels (N,), and
-        whether they are held out: those of the digits, else images that it is trained on."""
+        whether they are held out: those of a named source, else images that it is trained on."""
         data, held_out = self.run.data, False
         dataset = self.batches.dataset
-        if data.source == "digits" and data.split == "train":
+        if data.source in NAMED_SOURCES and data.split == "train":
             dataset, held_out = open_dataset(replace(data, split="held-out")), True
         chosen = torch.linspace(0, len(dataset) - 1, min(EXAMPLES, len(dataset))).long()
         images, labels = dataset.batch(chosen)

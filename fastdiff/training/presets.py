@@ -22,14 +22,16 @@ _WIDE = AugmentConfig(shift=1.5, rotation=8, scale=0.06, shear=6, probability=0.
 _NARROW = AugmentConfig(shift=1, rotation=6, scale=0.05, shear=5, probability=0.85)
 
 
-def _tiny(model: Any, folder: str, **other: Any) -> DiffusionRun[Any]:
+def _tiny(
+    model: Any, folder: str, *, steps: int = 6000, batch_size: int = 64, **other: Any
+) -> DiffusionRun[Any]:
     """A denoiser of digits that trains within fifteen minutes."""
     return DiffusionRun(
         model=model,
         class_dropout=0.1,
         optimization=OptimizationConfig(
-            steps=6000,
-            batch_size=64,
+            steps=steps,
+            batch_size=batch_size,
             learning_rate=1e-3,
             final_learning_rate=1e-5,
             weight_decay=0.01,
@@ -134,6 +136,17 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         prediction="flow",
         loss=DenoiserLossConfig(timesteps="logit-normal"),
         preview=PreviewConfig(sampler="flow-heun"),
+    ),
+    "tiny-mnist": _tiny(  # on pixels of MNIST, 28 x 28
+        UNETS["tiny-mnist"],
+        "runs/tiny-mnist",
+        steps=4000,  # the images have twelve times the pixels of the scans
+        batch_size=32,
+        data=DataConfig(source="mnist-5k", image_size=28),
+        schedule=ScheduleConfig(kind="cosine"),
+        prediction="v",
+        loss=DenoiserLossConfig(timesteps="stratified"),
+        preview=PreviewConfig(guidance_scale=1.5),
     ),
     "tiny-dit": _tiny_latent(
         DITS["tiny"],

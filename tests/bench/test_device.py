@@ -300,6 +300,20 @@ def test_the_drivers_report_on_kernels_is_saved(
         prepare.kernels_of_the_gpu(plan(tmp_path))
 
 
+def test_a_module_that_was_built_but_does_not_import_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        imports = "-c" in words
+        return subprocess.CompletedProcess(words, int(imports), "", "undefined symbol: x")
+
+    monkeypatch.setattr(prepare.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(table.Failed, match="does not import") as failure:
+        prepare.build(replace(plan(tmp_path), dry_run=False))
+    assert "undefined symbol: x" in failure.value.args
+
+
 def test_without_time_a_case_is_left_out_by_name() -> None:
     outcome = run([GEGLU, GEGLU], deadline=0.0)
     assert outcome.records == []

@@ -131,7 +131,7 @@ def test_parts_are_processes_of_their_own(stages_are: Any, tmp_path: Path) -> No
     (name,) = stages_are(stage("parts", 2.0, parts=("hang", "fine", "leave")))
     found = run([name], tmp_path, 2.0)[name]
     assert found["status"] == "timed out"
-    assert "not started, for lack of time: fine, leave" in found["notes"]
+    assert "not started: fine, leave" in found["notes"]
     (name,) = stages_are(stage("parts", parts=("fine", "leave")))
     assert run([name], tmp_path, 20.0)[name]["status"] == "ok"
     (name,) = stages_are(stage("parts", parts=("leave",)))
@@ -195,9 +195,10 @@ import sys
 from pathlib import Path
 from benchmarks.device import command, table
 from benchmarks.device.table import Stage
-one = Stage(name="hang", does="", function="tests.bench.stages:hang", seconds=60)
-table.STAGES = {"hang": one, "later": one}
-sys.exit(command.main(["--out", sys.argv[1], "--only", "hang", "later"]))
+parts = ("fine", "hang", "leave")
+one = Stage(name="one", does="", function="tests.bench.stages:parts", seconds=60, parts=parts)
+table.STAGES = {"one": one, "later": one}
+sys.exit(command.main(["--out", sys.argv[1], "--only", "one", "later"]))
 """
 
 
@@ -215,7 +216,11 @@ def test_a_call_that_is_stopped_kills_what_runs_and_keeps_what_it_has(tmp_path: 
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 130, out
     summary = json.loads((tmp_path / "only.json").read_text())
-    assert [one["status"] for one in summary["stages"]] == ["interrupted"]
+    (stopped,) = summary["stages"]
+    assert stopped["status"] == "interrupted"
+    assert stopped["notes"][0].startswith("hang: interrupted: the command was stopped; ")
+    assert stopped["notes"][1] == "not started: leave"
+    assert stopped["notes"][2].startswith("fine: fine within ")  # it had finished
     assert summary["not_run_yet"] == ["later"]
     assert not exists(int(child.read_text()))
 

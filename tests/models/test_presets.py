@@ -21,6 +21,7 @@ UNET_PARAMETERS = {
     "ddpm-cifar10": 35_746_307,
     "iddpm-imagenet64": 121_063_942,
     "digits": 1_698_628,
+    "tiny-mnist": 717_633,
     # one channel instead of four: less of the first and the last convolution
     "tiny-pixels": 1_698_628 - 3 * 9 * 48 - 3 * (9 * 48 + 1),
 }

