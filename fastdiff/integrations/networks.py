@@ -166,11 +166,11 @@ class ModuleNetwork:
 
 
 @functools.cache
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-def _arguments(kind: type[nn.Module], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _arguments(kind: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name, without those that are None or empty; {} if they do not fit."""
     try:
         bound = _signature(kind).bind(*args, **kwargs).arguments
@@ -259,8 +259,8 @@ def _network_of(root: nn.Module) -> UNet | str:
         return f"fastdiff's U-Net is another: {error}"
     if len({(p.dtype, p.device) for p in theirs.values()}) != 1:
         return "its parameters differ in dtype or device"
-    for keys in neighbours(network, sources):
-        layers.move_together([theirs[key] for key in keys])
+    for group in neighbours(network, sources):
+        layers.move_together([theirs[key] for key in group])
     for name, keys in sources.items():
         path, _, leaf = name.rpartition(".")
         parts = [theirs[key] for key in keys]
@@ -289,7 +289,6 @@ def neighbours(network: UNet, sources: Sources) -> Iterator[list[str]]:
 def _layer_of(name: str, module: nn.Module) -> str | None:
     """Why a module within a model computes something that our network does not, or None."""
     from fastdiff.integrations.diffusers_blocks import attention_objection
-    from fastdiff.integrations.verify import fastdiff_class
 
     kind = original(module)
     reason = _python_of(module)
@@ -297,7 +296,7 @@ def _layer_of(name: str, module: nn.Module) -> str | None:
         return f"{name}: {reason}"
     known = kind.__module__.startswith(("diffusers.", "torch."))
     if not known or (module._parameters and kind not in LEAVES):
-        return f"{name} is a {fastdiff_class(module).__name__}"
+        return f"{name} is a {kind.__module__}.{kind.__name__}"
     if "processor" in module.__dict__ or "processor" in module._modules:
         objection = attention_objection(module)
         if objection is not None:

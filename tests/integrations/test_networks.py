@@ -127,7 +127,8 @@ def test_changes_of_weights_are_seen(change: Callable[[Any], None], evaluated: l
 
 
 def chunked(model: Any) -> None:
-    model.enable_forward_chunking(chunk_size=2, dim=1)
+    block = model.mid_block.attentions[0].transformer_blocks[0]
+    block.set_chunk_feed_forward(chunk_size=2, dim=1)
 
 
 def free(model: Any) -> None:
@@ -148,10 +149,10 @@ CHANGES = {
     "forward": (with_forward, "a hook or a replaced forward"),
     "processor": (with_processor, "its processor is Own"),
     "adapter": (adapted, "a hook or a replaced forward"),
-    "lora": (add_lora, "lora"),
+    "lora": (add_lora, "peft."),
     "chunks": (chunked, "feed-forward chunking is on"),
     "FreeU": (free, "FreeU is on"),
-    "class": (subclassed, "is a Own"),
+    "class": (subclassed, ".Own"),
 }
 
 
