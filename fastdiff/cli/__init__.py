@@ -30,6 +30,7 @@ COMMANDS = {
     "interpolate": "make the frames between two seeds, prompts or classes",
     "reconstruct": "pass images through the autoencoder and measure the loss",
     "evaluate": "measure samples against real images",
+    "serve": "answer requests for images over HTTP, as OpenAI's API does",
     "train": "train an autoencoder, or a denoiser on its latents",
     "convert": "convert a checkpoint to a diffusers folder or a bundle",
     "samplers": "list the samplers, or print or plot their tables",

@@ -213,6 +213,14 @@ class Engine:
         """The slot of each request in the engine, by ticket."""
         return {seat.ticket: slot for slot, seat in self._seats.items()}
 
+    def rows_of(self, ticket: int) -> int:
+        """Number of rows of its table that a request has taken.
+
+        Raises:
+            ValueError: it is not in the engine.
+        """
+        return self._slots.row(self._seat(ticket).slot)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def submit(self, request: Request) -> int:

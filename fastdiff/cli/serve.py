@@ -1,0 +1,128 @@
+"""``fastdiff serve``: OpenAI's image endpoints for a model."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastdiff.checkpoint.options import LoadOptions
+from fastdiff.cli.machine import SamplingCompute, chosen_backend, device_and_dtype
+from fastdiff.cli.options import FLAT, NO_NONE
+from fastdiff.cli.parsing import OptionalInt, OptionalName, OptionalPath, parse
+from fastdiff.serve.limits import Limits
+
+EXTRA = "serve"
+PACKAGES = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
+SHORTEST_KEY = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model with OpenAI's image endpoints, /v1/images/generations and /v1/images/edits.
+
+    Requests of any settings share one batch: they join and leave between steps, and on a CPU each
+    image has the bits that `model.generate` gives it alone. SIGTERM and Ctrl-C finish what runs.
+
+    Examples:
+      fastdiff serve --model digits --port 8000
+      fastdiff serve --model stable-diffusion-v1-5/ --dtype fp16 --slots 8
+      fastdiff serve --host 0.0.0.0 --api-key-file keys.txt --limits.queue 64 --limits.deadline 60
+    """
+
+    model: str = "digits"
+    """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
+    name: OptionalName = None
+    """Name of the model in /v1/models; by default that of its file or folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than this machine's own needs --api-key-file."""
+    port: int = 8000
+    """Port to listen on; 0 chooses a free one."""
+    api_key_file: OptionalPath = None
+    """File with one API key per line, of at least 16 characters; requests must send one of them."""
+    slots: OptionalInt = None
+    """Images in a batch: bounds memory; by default chosen by their size."""
+    threads: OptionalInt = None
+    """Threads of the CPU for the networks; by default PyTorch's choice."""
+    limits: Limits = field(default_factory=Limits)
+    load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
+    compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"--port must be 0 to 65535, got {self.port}")
+        for name, value in (("slots", self.slots), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def main(words: Sequence[str]) -> int:
+    options = parse(Serve, words, prog="fastdiff serve")
+    return 0 if options is None else run(options)
+
+
+def run(options: Serve) -> int:
+    from fastdiff.extras import import_extra
+
+    for package in PACKAGES:
+        import_extra(package, extra=EXTRA)
+    from fastdiff.checkpoint.open import load
+    from fastdiff.serve.app import Service
+    from fastdiff.serve.http import bind, is_loopback, serve
+    from fastdiff.serve.metrics import Metrics
+    from fastdiff.serve.worker import Worker
+
+    keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
+    local = is_loopback(options.host)
+    if not local and not keys:
+        raise ValueError(
+            f"--host {options.host} lets other machines connect, so it needs --api-key-file"
+        )
+    device, dtype = device_and_dtype(options.compute)
+    with chosen_backend(options.compute.backend), bind(options.host, options.port) as listener:
+        model = load(options.model, options=options.load, device=device, dtype=dtype)
+        metrics = Metrics()
+        worker = Worker(
+            model,
+            metrics,
+            queue=options.limits.queue,
+            slots=options.slots,
+            graphs=options.compute.graphs,
+            threads=options.threads,
+        )
+        service = Service(
+            name=options.name or model.name,
+            worker=worker,
+            limits=options.limits,
+            metrics=metrics,
+            keys=keys,
+            local=local,
+        )
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {service.name} at http://{shown}:{port}/v1 on {device}", flush=True)
+        return serve(service, listener)
+
+
+def read_keys(path: Path) -> list[bytes]:
+    """The sha256 of each key in a file.
+
+    Raises:
+        ValueError: there are none, or one is too short or not ASCII.
+        OSError: the file cannot be read.
+    """
+    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    keys = [key for key in keys if key]
+    if not keys:
+        raise ValueError(f"{path} contains no API key; write one per line")
+    for number, key in enumerate(keys, 1):
+        if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(
+                f"API key {number} in {path} must have at least {SHORTEST_KEY} letters and no "
+                "spaces; python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
+            )
+    return [hashlib.sha256(key.encode("ascii")).digest() for key in keys]
