@@ -2,7 +2,7 @@
 
 Between the blocks of diffusers every sum and every concatenated skip connection is a tensor, each
 convolution adds its own bias, and each residual block projects the time embedding itself. On a GPU
-each of these is a launch. fastdiff's `UNet` computes the same function with fewer of them, so on a
+each of these is a launch. fastdiff's U-Net computes the same function with fewer of them, so on a
 GPU it runs in place of diffusers' blocks. Its parameters are views of diffusers' parameters, which
 are only moved next to each other in memory where one product serves several of them; names, shapes
 and values stay, and changes in place (a merged LoRA) are seen.
@@ -20,7 +20,7 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from fastdiff.checkpoint.weights import Sources
 from fastdiff.integrations.layers import has_other_forward, original, under_transform
 from fastdiff.integrations.report import Entry, Swap
 from fastdiff.models import layers
-from fastdiff.models.unet import UNet
+from fastdiff.models.network import Network, kind_of, network_family
 
 SERVED = "UNet2DConditionModel"
 """The class of diffusers that is computed as a whole."""
@@ -118,7 +118,7 @@ class ModuleNetwork:
     def __init__(self, *, verify: bool = False) -> None:
         self.left: Counter[str] = Counter()
         self._verify = verify
-        self._built: UNet | str | None = None
+        self._built: Network | str | None = None
         self._snapshot: _Snapshot | None = None
 
     def __reduce__(self) -> Any:
@@ -135,7 +135,7 @@ class ModuleNetwork:
             self.prepare(root)
         return self
 
-    def prepare(self, root: nn.Module) -> UNet | str:
+    def prepare(self, root: nn.Module) -> Network | str:
         """Our network, built again if a module or the address of a weight has changed, or why there
         is none."""
         if self._verify:
@@ -198,10 +198,10 @@ def _now(root: nn.Module, given: Mapping[str, Any]) -> str | None:
     return f"the call has {' and '.join(others)}" if others else None
 
 
-def _misfit(network: UNet, given: Mapping[str, Any]) -> str | None:
+def _misfit(network: Network, given: Mapping[str, Any]) -> str | None:
     """Why our network cannot be given these tensors; diffusers' forward may know better."""
     x, context, config = given["sample"], given.get("encoder_hidden_states"), network.config
-    dtype, width = network.conv_out.weight.dtype, config.context_dim
+    dtype, width = next(network.parameters()).dtype, config.context_dim
     if x.dtype is not dtype or x.ndim != 4 or x.shape[1] != config.in_channels:
         return f"the sample is {x.dtype} of shape {tuple(x.shape)}"
     if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[2] != width:
@@ -216,7 +216,7 @@ def _misfit(network: UNet, given: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _evaluated(root: Any, network: UNet, given: Mapping[str, Any]) -> Any:
+def _evaluated(root: Any, network: Network, given: Mapping[str, Any]) -> Any:
     """The result of the model's forward, by our network."""
     x, config = given["sample"], network.config
     t = given["timestep"]
@@ -242,7 +242,7 @@ def _evaluated(root: Any, network: UNet, given: Mapping[str, Any]) -> Any:
 # What the network is built from
 
 
-def _network_of(root: nn.Module) -> UNet | str:
+def _network_of(root: nn.Module) -> Network | str:
     """Our network on a model's parameters, or why there is none."""
     own = ((name, module) for name, module in root.named_modules() if module is not root)
     reason = next(filter(None, (_layer_of(name, module) for name, module in own)), None)
@@ -252,14 +252,14 @@ def _network_of(root: nn.Module) -> UNet | str:
     try:
         config = unet_config({**root.config, "_class_name": SERVED})  # type: ignore[dict-item]
         with torch.device("meta"):
-            network = UNet(config).eval()
+            network: Network = network_family(kind_of(config)).network(config).eval()
         sources = names(network)
         check_names(network, sources, {key: tuple(p.shape) for key, p in theirs.items()})
     except ValueError as error:
         return f"fastdiff's U-Net is another: {error}"
     if len({(p.dtype, p.device) for p in theirs.values()}) != 1:
         return "its parameters differ in dtype or device"
-    for group in neighbours(network, sources):
+    for group in _neighbours(network, sources):
         layers.move_together([theirs[key] for key in group])
     for name, keys in sources.items():
         path, _, leaf = name.rpartition(".")
@@ -272,17 +272,16 @@ def _network_of(root: nn.Module) -> UNet | str:
     return network
 
 
-def neighbours(network: UNet, sources: Sources) -> Iterator[list[str]]:
+def _neighbours(network: Network, sources: Sources) -> Iterator[list[str]]:
     """Lists of diffusers' parameters that have to lie next to each other in memory."""
-    paths = {module: name for name, module in network.named_modules()}
-    blocks = [] if network.config.scale_shift_norm else network.res_blocks()
-    for leaf in ("emb.weight", "emb.bias", "conv1.bias"):
-        yield [key for block in blocks for key in sources[f"{paths[block]}.{leaf}"]]
-    yield [
-        key for name, keys in sources.items() if name.endswith("attn2.kv.weight") for key in keys
-    ]
+    paths = {parameter: name for name, parameter in network.named_parameters()}
+    done: set[str] = set()
+    for parameters in network.together():
+        together = [paths[cast(nn.Parameter, parameter)] for parameter in parameters]
+        done.update(together)
+        yield [key for name in together for key in sources[name]]
     for name, keys in sources.items():
-        if len(keys) > 1 and not name.endswith("attn2.kv.weight"):
+        if len(keys) > 1 and name not in done:
             yield [*keys]
 
 

@@ -420,7 +420,7 @@ class UNet(Network):
 
     def transformers(self) -> list[SpatialTransformer]:
         """The spatial transformers, in the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        return [b for b in self._blocks() if isinstance(b, SpatialTransformer)]
 
     def cross_attentions(self) -> list[CrossAttention]:
         """The layers that read the context, in the order in which they run."""
@@ -428,18 +428,23 @@ class UNet(Network):
 
     def res_blocks(self) -> list[ResBlock]:
         """The residual blocks, in the order in which they run."""
+        return [b for b in self._blocks() if isinstance(b, ResBlock)]
+
+    def _blocks(self) -> list[nn.Module]:
         stages = *self.input_blocks, self.middle_block, *self.output_blocks
-        return [b for stage in stages for b in cast(Stage, stage) if isinstance(b, ResBlock)]
+        return [block for stage in stages for block in cast(Stage, stage)]
+
+    def together(self) -> list[list[Tensor]]:
+        """Those of `project_contexts` and, without FiLM, of `project_embedding`."""
+        found = [[layer.kv.weight for layer in self.cross_attentions()]]
+        if not self.config.scale_shift_norm:
+            found += embedding_parameters(self.res_blocks())
+        return [parameters for parameters in found if parameters]
 
     def pack(self) -> None:
-        """Prepare for one projection of the embedding, and one of the context, for all blocks; see
-        `project_embedding` and `project_contexts`."""
-        together = [[layer.kv.weight for layer in self.cross_attentions()]]
-        if not self.config.scale_shift_norm:
-            together += embedding_parameters(self.res_blocks())
-        for parameters in together:
-            if parameters:
-                move_together(parameters)
+        """See `Network.pack`."""
+        for parameters in self.together():
+            move_together(parameters)
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Combine everything that conditions the residual blocks into one vector per sample.
