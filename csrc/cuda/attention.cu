@@ -1,7 +1,7 @@
 // Launcher of the forward pass of attention: chooses the kernel and its template instance.
 
 #include "attention.cuh"
-
+#include "attention_hopper.h"
 #include "launch.cuh"
 
 namespace fastdiff {
@@ -41,7 +41,14 @@ const char* run(const Attention<T>& p, int64_t heads, int on_chip, const Target&
 }
 
 template <typename T>
-const char* run(const Attention<T>& p, int64_t heads, int on_chip, const Target& target) {
+const char* run(const Attention<T>& p, int64_t samples, int on_chip, int hopper_from,
+                const Target& target) {
+  const int64_t heads = samples * p.heads;
+  if (hopper_from >= 0 && p.length >= hopper_from && p.keys + p.extra_keys > on_chip) {
+    bool serves = false;
+    FASTDIFF_TRY(hopper_serves(p, samples, target, &serves));
+    if (serves) return run_hopper(p, samples, target);
+  }
   if (p.d <= 40) return run<T, 40>(p, heads, on_chip, target);
   if (p.d <= 64) return run<T, 64>(p, heads, on_chip, target);
   if (p.d <= 80) return run<T, 80>(p, heads, on_chip, target);
@@ -63,12 +70,14 @@ using namespace fastdiff;
 /// a multiple of 8 up to 160, rows dense and 16-byte aligned. strides: three for each tensor (sample,
 /// token, head; that of tokens below 2^31), then four for the mask (sample, head, query, key). mask:
 /// null, fp32 or bytes. on_chip: the most keys to keep in shared memory; beyond that the streaming
-/// kernel runs. tops: null unless the mask is fp32. N, L, H and S + T must be above 0.
+/// kernel runs. hopper_from: the least number of queries for the kernel of sm_90a, -1 for never. tops:
+/// null unless the mask is fp32. N, L, H and S + T must be above 0.
 FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
     int device, void* stream, int dtype, int64_t n, int64_t length, int64_t keys,
     int64_t extra_keys, int heads, int d, const void* q, const void* k, const void* v,
     const void* extra_k, const void* extra_v, const void* mask, int mask_is_bytes,
-    const int64_t* strides, float factor, int on_chip, void* out, float* lse, float* tops) {
+    const int64_t* strides, float factor, int on_chip, int hopper_from, void* out,
+    float* lse, float* tops) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
   constexpr int64_t kMost = 0x7fffffff - 1024;  // tiles extend beyond the last row
@@ -93,7 +102,7 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_attention(
       p.heads = heads;
       p.d = d;
       p.factor = factor;
-      return run<T>(p, n * heads, on_chip, target);
+      return run<T>(p, n, on_chip, hopper_from, target);
     } else {
       return keep_message("attention supports fp16 and bf16");
     }

@@ -59,6 +59,7 @@ CLUSTER = 16
 FLIGHT = 3.8e6
 """Bytes that must be on their way at a time: 4.8 TB/s x 0.8 us."""
 BLOCKS = 128
+GROUPS = 32
 NORMS = "SD 1.5 U-Net", "SDXL U-Net", "KL-f8 decoder"
 
 
@@ -80,14 +81,14 @@ class Row:
 # CUDA
 
 CUDA_KERNELS = """
-#include "attention.cuh"
+#include "attention_hopper.cuh"
 #include "geglu.cuh"
 #include "group_norm_silu_on_chip.cuh"
 #include "norm_plan.h"
 namespace fastdiff {
-template __global__ void norm_on_chip_columns<bfloat16, 8, true>(
+template __global__ void norm_on_chip_columns<bfloat16, 8, true, false>(
     Norm<bfloat16>, NormShape, int, int64_t);
-template __global__ void norm_moments_columns<bfloat16, 8>(
+template __global__ void norm_moments_columns<bfloat16, 8, false>(
     Norm<bfloat16>, NormShape, Chunks, int, float*);
 template __global__ void norm_apply_columns<bfloat16, 8>(
     Norm<bfloat16>, NormShape, Chunks, int, const bfloat16*);
@@ -97,6 +98,11 @@ template __global__ void attention_streaming<bfloat16, 40, 2, false>(Attention<b
 template __global__ void attention_streaming<bfloat16, 64, 2, false>(Attention<bfloat16>);
 template __global__ void attention_streaming<bfloat16, 80, 2, false>(Attention<bfloat16>);
 template __global__ void attention_streaming<bfloat16, 160, 1, false>(Attention<bfloat16>);
+#define MAP const __grid_constant__ TensorMap
+template __global__ void attention_hopper<bfloat16, 40>(MAP, MAP, MAP, Attention<bfloat16>);
+template __global__ void attention_hopper<bfloat16, 64>(MAP, MAP, MAP, Attention<bfloat16>);
+template __global__ void attention_hopper<bfloat16, 80>(MAP, MAP, MAP, Attention<bfloat16>);
+template __global__ void attention_hopper<bfloat16, 160>(MAP, MAP, MAP, Attention<bfloat16>);
 }
 """
 """What is counted, in the instances that a call in bf16 uses."""
@@ -177,17 +183,18 @@ EXPONENTIAL = r"MUFU\.EX2"
 def cuda_rows() -> Iterator[Row]:
     code = cuda_code()
     wide = 8
-    whole = code["norm_on_chip_columns 8 1"]
+    whole = code["norm_on_chip_columns 8 1 0"]
     yield Row(
         kernel="GroupNorm+SiLU on chip",
         backend="CUDA",
         parts={
-            "statistics": per_number(whole, r"LDG.*\.128", wide, avoid=r"STG|MUFU\.EX2"),
+            "copy": per_number(whole, r"LDGSTS.*\.128", wide),
+            "statistics": per_number(whole, r"LDS.*\.128", wide, avoid=r"STG|MUFU\.EX2"),
             "result": per_number(whole, EXPONENTIAL, 1),
         },
         aim=22,
     )
-    moments, apply = code["norm_moments_columns 8"], code["norm_apply_columns 8"]
+    moments, apply = code["norm_moments_columns 8 0"], code["norm_apply_columns 8"]
     yield Row(
         kernel="GroupNorm+SiLU in parts",
         backend="CUDA",
@@ -209,10 +216,18 @@ def cuda_rows() -> Iterator[Row]:
         tile = around(instructions, step, "HMMA") if tiles > 1 else step  # 32 * tiles keys
         per_tile = len(tile.instructions) + (tiles - 1) * len(step.instructions)
         yield Row(
-            kernel=f"attention, d = {d}",
+            kernel=f"attention, d = {d}, mma.sync",
             backend="CUDA",
             parts={"64 keys": per_tile * 64 / (32 * tiles) / tiles},
-            aim=230 if d == 40 else None,
+        )
+    for d, keys in ((40, 128), (64, 128), (80, 128), (160, 64)):
+        # the retries of its waits lie behind the exit
+        way = main_loop(code[f"attention_hopper {d}"].instructions, "HGMMA", avoid="EXIT|STS")
+        yield Row(
+            kernel=f"attention, d = {d}",
+            backend="CUDA",
+            parts={"64 keys": len(way.instructions) * 64 / keys},
+            aim=200 if d == 40 else None,
         )
 
 
@@ -330,23 +345,22 @@ def resident(code_registers: int, threads: int, shared: int) -> int:
 def cuda_start(plan: dict[str, int], c: int, s: int, groups: int) -> Start:
     code = cuda_code()
     if plan["on_chip"]:
-        kernel = code["norm_on_chip_columns 8 1"]
+        kernel = code["norm_on_chip_columns 8 1 0"]
         blocks = -(-groups // plan["slab"]) * plan["cluster"]
         width = plan["slab"] * c // groups
         name = f"{plan['cluster']} blocks for {plan['slab']} groups"
         threads = plan["threads"]
         tile = -(-s // plan["cluster"]) * width * 2
     else:
-        kernel = code["norm_moments_columns 8"]
+        kernel = code["norm_moments_columns 8 0"]
         blocks = plan["chunks"] * -(-c // plan["columns"])
         name, threads = f"parts of {plan['length']} places", 256
         tile = plan["length"] * plan["columns"] * 2
     at_once = min(blocks, MULTIPROCESSORS * resident(kernel.registers, threads, plan["shared"]))
-    body = kernel.instructions
-    if any(i.opcode.startswith("LDGSTS") for i in body):  # copies fill the whole tile
+    if plan["on_chip"]:  # copies fill the whole tile
         per_block = tile
     else:
-        way = main_loop(body, r"LDG.*\.128", avoid=r"STG|MUFU\.EX2")
+        way = main_loop(kernel.instructions, r"LDG.*\.128", avoid="STG")
         per_block = min(tile, 16 * threads * loads_in_flight(way.instructions))
     return Start(plan=name, blocks=blocks, flight=min(at_once * per_block, s * c * 2))
 
@@ -365,13 +379,30 @@ def norm_sizes() -> list[tuple[str, int, int, int]]:
             if call.op.endswith("group_norm_silu"):
                 _, c, h, w = call.tensors[0]
                 found.setdefault((c, h, w), name)
-    groups = 32
-    return [(name, c, h, groups) for (c, h, _), name in sorted(found.items(), key=_by_network)]
+    return [(name, c, h, GROUPS) for (c, h, _), name in sorted(found.items(), key=_by_network)]
 
 
 def _by_network(item: tuple[tuple[int, int, int], str]) -> tuple[int, int, int]:
     (c, h, _), name = item
     return NORMS.index(name), -h, c
+
+
+# Launches of norms
+
+
+def launches_of_norms(
+    name: str, plan: Callable[[int, int, int, int], dict[str, int]]
+) -> tuple[int, ...]:
+    """GroupNorms of an evaluation, and their launches in Triton and in CUDA (3 in parts)."""
+    total = [0, 0, 0]
+    for call, times in GPU_JOBS[name].collect().items():
+        if call.op.endswith("group_norm_silu"):
+            n, c, h, w = call.tensors[0]
+            on_chip = plan(n, c, h * w, GROUPS)["on_chip"]
+            launched = len(norm_launches(n, c, h)), 1 if on_chip else 3
+            for i, number in enumerate((1, *launched)):
+                total[i] += times * number
+    return tuple(total)
 
 
 # The tables
@@ -481,7 +512,14 @@ def section() -> str:
     (head, *body), (sizes, *by_size), missing = counted()
     if missing:
         raise NoToolError("; ".join(missing))
-    return SECTION.format(versions=versions(), rows=table(head, body), sizes=table(sizes, by_size))
+    plan = cuda_plan()
+    launched = [(name, *map(str, launches_of_norms(name, plan))) for name in NORMS]
+    return SECTION.format(
+        versions=versions(),
+        rows=table(head, body),
+        sizes=table(sizes, by_size),
+        launches=table(("network", "GroupNorms", "launches, Triton", "CUDA"), launched),
+    )
 
 
 SECTION = """\
@@ -497,4 +535,8 @@ Blocks of the launch that reads x first, and bytes of x that are on their way at
 multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
 
 {sizes}
+
+Launches of all GroupNorms of an evaluation. The totals above count Triton's.
+
+{launches}
 """

@@ -13,7 +13,7 @@ import tyro
 from fastdiff.cli.console import about_files, print_numbers, print_pairs
 from fastdiff.cli.machine import Compute, at_work, device_and_dtype, progress
 from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
-from fastdiff.cli.parsing import OptionalFloat, parse
+from fastdiff.cli.parsing import OptionalFloat, OptionalName, parse
 from fastdiff.generate.job import SampleSettings, check_seeds
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Evaluate:
       fastdiff evaluate
       fastdiff evaluate --count 500 --steps 20 --guidance-scale 1
       fastdiff evaluate --model runs/tiny-iddpm --bits --spacing 50
+      fastdiff evaluate --inception inception.pt
     """
 
     model: str = "digits"
@@ -51,6 +52,10 @@ class Evaluate:
     bits: tyro.conf.FlagCreatePairsOff[bool] = False
     """Measure the bits per dimension of held-out digits (at most --count), with one evaluation per
     timestep: all timesteps, or those of --steps or --spacing."""
+    inception: OptionalName = None
+    """Also measure FID, KID, precision and recall, and the Inception score, on the features of this
+    network: a TorchScript file, or module:function for a function that returns it. It gets images
+    (N, 3, H, W) in uint8 and returns features (N, D), or features and logits."""
     bin_width: OptionalFloat = None
     """With --bits: distance between grey levels from -1 to 1; by default that of the digits."""
     settings: Annotated[SampleSettings, FLAT] = field(default_factory=SampleSettings)
@@ -65,6 +70,8 @@ class Evaluate:
             raise ValueError(
                 f"--bin-width must be positive and go with --bits, got {self.bin_width:g}"
             )
+        if self.inception is not None and self.bits:
+            raise ValueError("--inception does not go with --bits, which makes no images")
 
 
 def main(words: Sequence[str]) -> int:
@@ -76,8 +83,10 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
     if options.bits:
         return _run_bits(options)
     from fastdiff.checkpoint.open import load
-    from fastdiff.evaluation import evaluate, write_report
+    from fastdiff.evaluation import evaluate, load_inception, write_report
+    from fastdiff.evaluation.report import inception_rows
 
+    network = None if options.inception is None else load_inception(options.inception)
     device, dtype = device_and_dtype(options.compute)
     with at_work(options.out, options.compute) as work:
         with work.clock("load"):
@@ -89,6 +98,7 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
                 settings=options.settings,
                 first_seed=options.seed,
                 progress=tell,
+                inception=network,
             )
         with work.clock("write"):
             command = shlex.join(["fastdiff", "evaluate", *words])
@@ -98,6 +108,7 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
     print_pairs(
         [
             ("verdict", "all limits are met" if not failures else f"missed: {'; '.join(failures)}"),
+            *(inception_rows(evaluation.inception["samples"]) if evaluation.inception else []),
             ("report", str(report)),
             *about_files(model),
             *work.report(),

@@ -16,11 +16,17 @@ from fastdiff.evaluation.classifier import (
     reference_of,
 )
 from fastdiff.evaluation.evaluate import Evaluation, Results, Scores, evaluate, evaluate_images
+from fastdiff.evaluation.inception import (
+    InceptionScores,
+    inception_scores,
+    load_inception,
+)
 from fastdiff.evaluation.report import write_report
 
 __all__ = [
     "BitsPerDimension",
     "Evaluation",
+    "InceptionScores",
     "Judge",
     "Reference",
     "Results",
@@ -30,6 +36,8 @@ __all__ = [
     "digits_reference",
     "evaluate",
     "evaluate_images",
+    "inception_scores",
+    "load_inception",
     "mnist_reference",
     "reference_of",
     "write_bits",

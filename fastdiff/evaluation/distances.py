@@ -1,8 +1,12 @@
-"""Distances between sets of images: Fréchet, precision and recall, nearest neighbours."""
+"""Distances between sets of images: Fréchet, kernel, precision and recall, nearest neighbours."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +24,69 @@ def frechet_distance(a: Rows, b: Rows) -> float:
     1/N, so only distances between sets of equal size are comparable.
     """
     metric = import_extra("torchmetrics.image.fid", extra="train").FrechetInceptionDistance
-    identity = torch.nn.Identity()
-    identity.num_features = a.shape[1]
-    distance = metric(feature=identity)
+    distance = metric(feature=_as_they_are(a))
     distance.set_dtype(torch.float64)
-    distance.update(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float64)), real=True)
-    distance.update(torch.from_numpy(np.ascontiguousarray(b, dtype=np.float64)), real=False)
+    distance.update(_tensor(a), real=True)
+    distance.update(_tensor(b), real=False)
     return max(0.0, float(distance.compute()))
+
+
+def kernel_distance(
+    a: Rows, b: Rows, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The kernel distance KID (Bińkowski et al. 2018): squared MMD, unbiased, of the kernel
+    (x y / D + 1)³; the mean and standard deviation over random subsets. May be negative.
+
+    a, b: (N, D) and (M, D), fp64. subset_size: at most N and M are taken; with all of both there is
+    one subset. It is computed by torchmetrics.
+    """
+    metric = import_extra("torchmetrics.image.kid", extra="train").KernelInceptionDistance
+    size = min(subset_size, len(a), len(b))
+    if size == len(a) == len(b):
+        subsets = 1
+    with _drawing(seed):
+        distance = metric(feature=_as_they_are(a), subsets=subsets, subset_size=size)
+        distance.set_dtype(torch.float64)
+        distance.update(_tensor(a), real=True)
+        distance.update(_tensor(b), real=False)
+        mean, deviation = distance.compute()
+    return float(mean), float(deviation)
+
+
+def inception_score(logits: Rows, *, splits: int = 10, seed: int = 0) -> float:
+    """The Inception score exp E KL(p(y | x) || p(y)) (Salimans et al. 2016), the mean over splits.
+
+    logits: (N, K), fp64; with fewer than ten images per split there are fewer splits. It is
+    computed by torchmetrics.
+    """
+    metric = import_extra("torchmetrics.image.inception", extra="train").InceptionScore
+    with _drawing(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="std")  # of a single split
+        score = metric(feature=_as_they_are(logits), splits=min(splits, max(len(logits) // 10, 1)))
+        score.set_dtype(torch.float64)
+        score.update(_tensor(logits))
+        mean, _ = score.compute()
+    return float(mean)
+
+
+def _as_they_are(rows: Rows) -> Any:
+    """What torchmetrics takes for an Inception network: rows pass through."""
+    identity = torch.nn.Identity()
+    identity.num_features = rows.shape[1]
+    return identity
+
+
+def _tensor(rows: Rows) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float64))
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """torchmetrics draws from torch's generator, which keeps its state, and warns of memory."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
+        torch.manual_seed(seed)
+        yield
 
 
 def precision_recall(real: Rows, generated: Rows, *, k: int = 3) -> tuple[float, float]:

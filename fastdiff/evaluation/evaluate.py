@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.evaluation.classifier import Judge, Reference, pixels_of, reference_of
@@ -22,6 +22,7 @@ from fastdiff.evaluation.distances import (
     nearest_training,
     precision_recall,
 )
+from fastdiff.evaluation.inception import InceptionScores, inception_scores
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import Progress, generate
 
@@ -114,6 +115,9 @@ class Evaluation:
     settings: SampleSettings
     weights_hash: str
     model: str
+    inception: dict[str, InceptionScores] | None = None
+    """On the features of an Inception network: "samples" and "held_out", each against as many
+    training images."""
 
 
 def evaluate(
@@ -125,6 +129,7 @@ def evaluate(
     reference: Reference | None = None,
     progress: Progress | None = None,
     by_classifier: bool = False,
+    inception: nn.Module | None = None,
 ) -> Evaluation:
     """Sample from a model, cycling through the classes, and measure the samples.
 
@@ -134,6 +139,8 @@ def evaluate(
         reference: real images; None: those that the model was trained on, see `reference_of`.
         progress: called as progress(done, total) after each step, counting rows of all images.
         by_classifier: the model's classifier gets the class, and the denoiser none.
+        inception: a network whose features FID, KID, precision and recall are measured on too; see
+            `fastdiff.evaluation.load_inception`.
 
     Raises:
         ValueError: the model does not fit the reference, or `count` is too small.
@@ -174,6 +181,7 @@ def evaluate(
     wanted = torch.tensor(labels)
     results, neighbours = evaluate_images(images, wanted, reference)
     used = made[0].job.settings
+    scores = None if inception is None else _on_inception(images, wanted, reference, inception)
     return Evaluation(
         results=results,
         images=images,
@@ -184,7 +192,21 @@ def evaluate(
         settings=replace(used, classifier_class=None) if by_classifier else used,
         weights_hash=model.weights_hash,
         model=model.name,
+        inception=scores,
     )
+
+
+def _on_inception(
+    images: Tensor, labels: Tensor, reference: Reference, network: nn.Module
+) -> dict[str, InceptionScores]:
+    """Both sets against training images, all three of the held-out images' size, class by class."""
+    size = len(reference.held_out_images)
+    rng = np.random.default_rng(0)
+    mine = images[torch.from_numpy(_subset(rng, labels.numpy(), size))]
+    order = _subset(rng, reference.train_labels.numpy(), size)
+    real = reference.train_images[torch.from_numpy(order)]
+    sets = {"samples": mine, "held_out": reference.held_out_images}
+    return {name: inception_scores(real, each, network) for name, each in sets.items()}
 
 
 def evaluate_images(

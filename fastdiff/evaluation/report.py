@@ -21,6 +21,7 @@ from fastdiff.evaluation.evaluate import (
     Evaluation,
     Scores,
 )
+from fastdiff.evaluation.inception import InceptionScores
 from fastdiff.files import write_json, write_text
 from fastdiff.images import contact_sheet, save_png
 
@@ -49,10 +50,10 @@ def write_report(
     _write_neighbours(evaluation, folder / "images" / NEIGHBOURS_PICTURE)
     results = to_dict(evaluation.results)
     failures = list(evaluation.results.failures())
-    write_json(
-        folder / "results.json",
-        {"provenance": source, "results": results, "failures": failures},
-    )
+    found = {"provenance": source, "results": results, "failures": failures}
+    if evaluation.inception is not None:
+        found["inception"] = {name: to_dict(each) for name, each in evaluation.inception.items()}
+    write_json(folder / "results.json", found)
     write_text(folder / "results.md", _markdown(evaluation, source, title))
     return folder / "results.md"
 
@@ -60,16 +61,23 @@ def write_report(
 def provenance(evaluation: Evaluation, command: str) -> dict[str, object]:
     """Where the numbers of an evaluation come from: code, machine, model, seeds, settings."""
     return {
+        **measured_by(command),
+        "model": evaluation.model,
+        "weights": evaluation.weights_hash,
+        "seeds": [evaluation.seeds[0], evaluation.seeds[-1]],
+        "settings": to_dict(evaluation.settings),
+    }
+
+
+def measured_by(command: str) -> dict[str, object]:
+    """Where numbers come from: command, commit, date, versions and machine."""
+    return {
         "command": command,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "fastdiff": fastdiff.__version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "model": evaluation.model,
-        "weights": evaluation.weights_hash,
-        "seeds": [evaluation.seeds[0], evaluation.seeds[-1]],
-        "settings": to_dict(evaluation.settings),
     }
 
 
@@ -153,7 +161,7 @@ Held-out: {_classes(real, names)}.
   to its 50 nearest (Carlini et al. 2023), is below {results.near_copy_limit:.3f}, the lowest
   {NEAR_COPY_QUANTILE:.0%} of the held-out images; a training image has 0.
 
-![Samples, one class per row](images/{SAMPLES_PICTURE})
+{_on_inception(evaluation.inception)}![Samples, one class per row](images/{SAMPLES_PICTURE})
 
 Samples, one class per row, in the order of their seeds; none were hand-picked.
 
@@ -161,6 +169,38 @@ Samples, one class per row, in the order of their seeds; none were hand-picked.
 
 The {SHOWN} samples with the smallest ratio, each above its nearest training image.
 """
+
+
+def _on_inception(scores: Mapping[str, InceptionScores] | None) -> str:
+    """The table of an Inception network's metrics; nothing without one."""
+    if scores is None:
+        return ""
+    mine, real = scores["samples"], scores["held_out"]
+    rows = "\n".join(
+        f"| {title} | {a} | {b} |"
+        for (title, a), (_, b) in zip(inception_rows(mine), inception_rows(real), strict=True)
+    )
+    return f"""On the {mine.feature_dim} features of the given Inception network, {mine.count}
+images each, against as many training images:
+
+| | samples | held-out real images |
+|---|---:|---:|
+{rows}
+
+"""
+
+
+def inception_rows(scores: InceptionScores) -> list[tuple[str, str]]:
+    """Names and values, as text."""
+    rows = [
+        ("FID", f"{scores.fid:.3f}"),
+        ("KID", f"{scores.kid:.5f} ± {scores.kid_deviation:.5f}"),
+        ("precision, Inception", _share(scores.precision)),
+        ("recall, Inception", _share(scores.recall)),
+    ]
+    if scores.inception_score is not None:
+        rows.append(("Inception score", f"{scores.inception_score:.3f}"))
+    return rows
 
 
 def _share(value: float) -> str:

@@ -28,8 +28,11 @@ from .triton_tiles import WIDEST_MASK, room_for_sums, split_sums
 WIDEST = 160
 ON_CHIP = 160
 """Most keys kept in shared memory (80 for head dims above 80); tests set 0 to keep none there."""
+HOPPER_FROM = 512
+"""Fewest queries for the kernel of sm_90a, whose blocks of 128 queries each take a whole
+multiprocessor; -1: never. Not a matter of the batch, so that bits do not depend on it."""
 
-cuda.declare("attention", "ipiqqqqiippppppipfippp")
+cuda.declare("attention", "ipiqqqqiippppppipfiippp")
 _Strides = ctypes.c_int64 * 19
 
 
@@ -99,7 +102,8 @@ def forward(
         "attention", q, cuda.DTYPES[q.dtype], n, length, keys, extra_keys, heads, d,
         *(cuda.address(x) for x in tensors), cuda.address(mask),
         mask is not None and mask.dtype == torch.uint8, steps,
-        scale * math.log2(math.e), ON_CHIP, out.data_ptr(), sums.data_ptr(), cuda.address(tops),
+        scale * math.log2(math.e), ON_CHIP, HOPPER_FROM, out.data_ptr(), sums.data_ptr(),
+        cuda.address(tops),
     )  # fmt: skip
     return out, statistics
 
@@ -172,5 +176,5 @@ BACKEND = cuda.cuda_backend(
     backward=backward,
     why_not=why_not,
     dtypes=(torch.float16, torch.bfloat16),
-    settings=lambda: ON_CHIP,
+    settings=lambda: (ON_CHIP, HOPPER_FROM),
 )

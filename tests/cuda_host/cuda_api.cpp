@@ -65,6 +65,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(kShared);
       break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
     case cudaDevAttrClusterLaunch:
       *value = emulation::cluster_limit() > 1;
       break;

@@ -110,6 +110,8 @@ struct Fiber {
   Site site{};
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;                 // issued but not committed
+  const void* waits_on = nullptr;         // see wait_on
+  std::shared_ptr<void> storage;
   void* fake_stack = nullptr;
 };
 
@@ -121,7 +123,7 @@ struct Warp {
 
 /// Heap memory of exactly the requested size, so that AddressSanitizer detects one byte too many.
 struct Memory {
-  explicit Memory(size_t bytes) : data(std::aligned_alloc(128, rounded(bytes))), size(bytes) {
+  explicit Memory(size_t bytes) : data(std::aligned_alloc(1024, rounded(bytes))), size(bytes) {
     std::memset(data, 0xff, rounded(bytes));  // NaN in every floating-point type
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(static_cast<char*>(data) + bytes, rounded(bytes) - bytes);
@@ -140,7 +142,7 @@ struct Memory {
     __asan_poison_memory_region(data, rounded(size));
 #endif
   }
-  static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128 + 128; }
+  static size_t rounded(size_t bytes) { return (bytes + 1023) / 1024 * 1024 + 1024; }
   void* data;
   size_t size;
 };
@@ -159,6 +161,7 @@ struct Block {
   Site barrier{};
   std::map<const void*, std::unique_ptr<Memory>> shared;
   std::unique_ptr<Memory> dynamic;
+  std::shared_ptr<void> storage;
 };
 
 struct Machine {
@@ -230,6 +233,8 @@ NO_RED_ZONES void entry() {
   (*m.body)();
   if (!self.open.empty() || !self.groups.empty()) fail("a thread ends with copies not waited for");
   if (self.arrived) fail("a thread ends between cluster_arrive and cluster_wait");
+  thread_ends();
+  if (self.block->done + 1 == m.threads) block_ends();
   self.state = State::done;
   if (++self.block->done == m.threads) self.block->leave();
   yield();
@@ -274,6 +279,8 @@ void start(Fiber& fiber, Block& block, unsigned linear) {
   fiber.arrived = false;
   fiber.groups.clear();
   fiber.open.clear();
+  fiber.waits_on = nullptr;
+  fiber.storage.reset();
   fiber.fake_stack = nullptr;
   fiber.thread = dim3(linear % view.block_size.x, linear / view.block_size.x % view.block_size.y,
                       linear / view.block_size.x / view.block_size.y);
@@ -296,6 +303,7 @@ void run_cluster(uint64_t number, size_t shared_bytes) {
     block.first = r * m.threads;
     block.at_barrier = block.done = 0;
     block.shared.clear();
+    block.storage.reset();
     block.dynamic = std::make_unique<Memory>(shared_bytes);
     for (size_t i = 0; i < m.threads; ++i)
       start(m.fibers[block.first + i], block, static_cast<unsigned>(i));
@@ -505,13 +513,41 @@ void* shared_memory(const void* key, size_t bytes) {
 
 void* dynamic_shared_memory() { return machine().current->block->dynamic->data; }
 
+bool asynchronous_now() {
+  Machine& m = machine();
+  return m.order == reverse || (m.order == shuffled && m.random() % 2);
+}
+
+void wait_on(const void* what, Site site) {
+  Fiber& self = *machine().current;
+  self.site = site;
+  self.waits_on = what;
+  self.state = State::waiting;
+  yield();
+}
+
+void wake(const void* what) {
+  Machine& m = machine();
+  const Block& block = *m.current->block;
+  for (size_t i = block.first; i < block.first + m.threads; ++i)
+    if (m.fibers[i].state == State::waiting && m.fibers[i].waits_on == what) {
+      m.fibers[i].waits_on = nullptr;
+      m.fibers[i].state = State::ready;
+    }
+}
+
+void pause() { yield(); }
+
+std::shared_ptr<void>& block_storage() { return machine().current->block->storage; }
+std::shared_ptr<void>& thread_storage() { return machine().current->storage; }
+size_t dynamic_shared_bytes() { return machine().current->block->dynamic->size; }
+
 void copy_async(void* target, const void* source, int bytes, int valid) {
   if (reinterpret_cast<uintptr_t>(target) % bytes || reinterpret_cast<uintptr_t>(source) % bytes)
     fail("cp.async of " + std::to_string(bytes) + " bytes is not aligned");
   Machine& m = machine();
   const Copy copy{target, source, bytes, valid};
-  const bool now = m.order == reverse || (m.order == shuffled && m.random() % 2);
-  if (now)
+  if (asynchronous_now())
     make(copy);
   else
     m.current->open.push_back(copy);

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -84,11 +85,31 @@ void copy_async(void* target, const void* source, int bytes, int valid);
 void commit_copies();
 void wait_for_copies(int groups_left);
 
+// For instructions with state of their own (hopper.cpp)
+
+/// Whether something asynchronous happens now, or as late as it may.
+bool asynchronous_now();
+/// Waits until `wake` is called with the same address, within the block.
+void wait_on(const void* what, Site site);
+void wake(const void* what);
+/// Lets other threads run, as anywhere in a kernel.
+void pause();
+/// State of the running block or thread, empty at its beginning.
+std::shared_ptr<void>& block_storage();
+std::shared_ptr<void>& thread_storage();
+size_t dynamic_shared_bytes();
+/// Called at the end of every thread, and of the last one of a block.
+void thread_ends();
+void block_ends();
+
 inline int lane() {
   const View& v = view;
   return static_cast<int>(v.thread.x + v.block_size.x * (v.thread.y + v.block_size.y * v.thread.z)) %
          kWarp;
 }
+
+/// As an instruction with .ftz sees a number: subnormals are zeros.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, Site site) {
@@ -128,9 +149,8 @@ inline const dim3& gridDim = emulation::view.grid;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a < b ? b : a; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }

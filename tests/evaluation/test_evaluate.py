@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("sklearn", reason="the evaluation needs fastdiff[train]")
 pytest.importorskip("torchmetrics", reason="the evaluation needs fastdiff[train]")
@@ -18,9 +19,17 @@ from fastdiff.configs import from_dict, to_dict
 from fastdiff.evaluation import Evaluation, Judge, Reference, Results, digits_reference
 from fastdiff.evaluation.distances import frechet_distance, nearest_training, precision_recall
 from fastdiff.evaluation.evaluate import _subset, evaluate, evaluate_images
+from fastdiff.evaluation.inception import InceptionScores, inception_scores
 from fastdiff.evaluation.report import write_report
 from fastdiff.generate.job import SampleSettings
 from tests.support.tiny import UNET, tiny_model, tiny_unet
+
+
+class Means(nn.Module):
+    """A stand-in for Inception: the means of an image's eight bands of rows."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0].double().unflatten(1, (8, -1)).mean((2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +176,13 @@ def test_the_report_says_what_was_measured(
         assert f"(images/{picture})" in text
         assert (tmp_path / "images" / picture).stat().st_size > 10_000
     assert ", guidance 1.5, seeds 0 to 359." in " ".join(text.split())
+    assert "Inception" not in text
+    scores = inception_scores(images[:90], images[90:180], Means())
+    measured = replace(evaluation, inception={"samples": scores, "held_out": scores})
+    text = write_report(measured, tmp_path / "more", command="fastdiff evaluate").read_text()
+    assert f"| FID | {scores.fid:.3f} | {scores.fid:.3f} |" in text
+    data = json.loads((tmp_path / "more/results.json").read_text())
+    assert from_dict(InceptionScores, data["inception"]["held_out"]) == scores
     weak = replace(evaluation, settings=replace(evaluation.settings, guidance_scale=0.0))
     text = write_report(weak, tmp_path / "weak", command="fastdiff evaluate").read_text()
     assert ", no guidance, seeds 0 to 359." in " ".join(text.split())
@@ -181,7 +197,12 @@ def test_a_random_model_is_sampled_and_fails(reference: Reference) -> None:
     names = reference.class_names
     model = tiny_model(image_size=32, denoiser=tiny_unet(unet), class_names=names)
     quick = SampleSettings(steps=1, guidance_scale=1.0)
-    evaluation = evaluate(model, count=360, settings=quick, first_seed=5)
+    evaluation = evaluate(model, count=360, settings=quick, first_seed=5, inception=Means())
+    assert evaluation.inception is not None
+    mine, real = evaluation.inception["samples"], evaluation.inception["held_out"]
+    assert (mine.count, mine.real_count, mine.feature_dim) == (360, 360, 8)
+    assert mine.fid > 10 * real.fid
+    assert real.recall > 0.5 > mine.recall
     assert evaluation.labels.tolist() == [index % 10 for index in range(360)]
     assert evaluation.seeds == tuple(range(5, 365))
     assert evaluation.results.samples.accuracy < 0.5

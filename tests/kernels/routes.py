@@ -101,6 +101,8 @@ CUDA = [
           kernel="attention_context"),
     Route(op="attention", backend="cuda", name="streamed", case="sd-40-text",
           set={attention_cuda: {"ON_CHIP": 0}}, kernel="attention_streaming"),
+    Route(op="attention", backend="cuda", name="of sm_90a", case="sd-40-text",
+          set={attention_cuda: {"ON_CHIP": 0, "HOPPER_FROM": 1}}, kernel="attention_hopper"),
     Route(op="attention", backend="cuda", name="hidden keys", case="extra-padding",
           kernel="attention_streaming"),
     Route(op="attention", backend="cuda", name="added mask", case="extra-mask",

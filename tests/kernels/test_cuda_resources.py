@@ -84,7 +84,7 @@ def test_launchers_query_and_launch_but_never_wait(rows: list[Resources]) -> Non
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     wanted = set(re.findall(r"\bU (_*cuda\w+)", symbols))
     compilers = r"__cuda(\w*[Rr]egister\w*|GetKernel|LaunchKernel|PopCallConfiguration|InitModule)"
-    asking = r"cuda(DeviceGetAttribute|Func\w+|Occupancy\w+|GetErrorString|GetLastError)"
+    asking = r"cuda(DeviceGetAttribute|Func\w+|Occupancy\w+|GetError\w+|GetLastError|GetDriver\w+)"
     starting = r"cuda(SetDevice|LaunchKernelExC)"
     assert "cudaLaunchKernelExC" in wanted
     other = [x for x in wanted if not re.fullmatch(f"{compilers}|{asking}|{starting}", x)]

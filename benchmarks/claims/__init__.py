@@ -1,0 +1,1 @@
+"""What papers claim of their methods, measured with three seeds: docs/claims.md."""
