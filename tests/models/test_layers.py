@@ -157,6 +157,22 @@ def test_one_product_projects_the_embedding_for_all_blocks(by_the_norm: Callable
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_product_projects_the_context_for_all_layers(
+    packed: bool, by_the_norm: Callable[[], None]
+) -> None:
+    """Keys and values of every layer; a weight that was replaced takes all of them apart."""
+    network, context = packed_unet(), inputs("context")["context"]
+    by_the_norm()
+    attentions = network.cross_attentions()
+    if not packed:
+        attentions[1].kv.weight = nn.Parameter(2 * attentions[1].kv.weight, requires_grad=False)
+    found = network.project_context(context)
+    for layer, (kv,) in zip(attentions, found, strict=True):
+        assert (kv._base is not None and kv.stride(1) > kv[0, 0].numel()) == packed
+        torch.testing.assert_close(kv, layer.project(context), rtol=1e-12, atol=1e-12)
+
+
 def test_a_change_of_a_packed_weight_is_seen(by_the_norm: Callable[[], None]) -> None:
     network = packed_unet()
     by_the_norm()
@@ -232,7 +248,7 @@ def test_a_packed_network_launches_one_product() -> None:
         given = inputs("context", device="meta", dtype=torch.bfloat16)
         counts.append(count(lambda n=network, g=given: n(**g)).launches)
     apart, packed = counts
-    blocks = len(UNet(CONTEXT).res_blocks())
-    assert apart["linear"] - packed["linear"] == blocks - 1
+    blocks, contexts = len(UNet(CONTEXT).res_blocks()), len(UNet(CONTEXT).cross_attentions())
+    assert apart["linear"] - packed["linear"] == blocks - 1 + contexts - 1
     assert apart["addition"] - packed["addition"] == blocks - 1
     assert apart["other"] == packed["other"]
