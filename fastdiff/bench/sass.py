@@ -72,6 +72,8 @@ class Row:
     parts: dict[str, float]
     """Loop -> its instructions."""
     aim: float | None = None
+    flight: float | None = None
+    """Bytes of the inputs on their way at a time, at most, when the kernel fills the chip."""
 
     @property
     def total(self) -> float:
@@ -147,6 +149,13 @@ class Code:
 
     instructions: list[Instruction]
     registers: int
+    threads: int = 256
+    shared: int = 0
+
+    def flight(self, way: Way) -> float:
+        """Bytes in flight while all multiprocessors go this way."""
+        blocks = MULTIPROCESSORS * resident(self.registers, self.threads, self.shared)
+        return blocks * self.threads * 16 * loads_in_flight(way.instructions)
 
 
 @cache
@@ -180,6 +189,18 @@ EXPONENTIAL = r"MUFU\.EX2"
 """One per number with SiLU."""
 
 
+def straight(kernel: str, backend: str, code: Code) -> Row:
+    """A kernel without a loop: all of its loads and stores, 16 bytes of the result per store."""
+    way = shortest_path(code.instructions, r"(LDG|STG).*\.128")
+    stored = sum(bool(re.match(r"STG.*\.128", i.opcode)) for i in way.instructions)
+    return Row(
+        kernel=kernel,
+        backend=backend,
+        parts={"whole kernel": len(way.instructions) / stored / 8},
+        flight=code.flight(way),
+    )
+
+
 def cuda_rows() -> Iterator[Row]:
     code = cuda_code()
     wide = 8
@@ -195,21 +216,21 @@ def cuda_rows() -> Iterator[Row]:
         aim=22,
     )
     moments, apply = code["norm_moments_columns 8 0"], code["norm_apply_columns 8"]
+    ways = (
+        main_loop(moments.instructions, r"LDG.*\.128", avoid="STG"),
+        main_loop(apply.instructions, EXPONENTIAL),
+    )
     yield Row(
         kernel="GroupNorm+SiLU in parts",
         backend="CUDA",
         parts={
-            "statistics": per_number(moments, r"LDG.*\.128", wide, avoid="STG"),
-            "result": per_number(apply, EXPONENTIAL, 1),
+            "statistics": len(ways[0].instructions) / ways[0].units / wide,
+            "result": len(ways[1].instructions) / ways[1].units,
         },
         aim=26,
+        flight=min(moments.flight(ways[0]), apply.flight(ways[1])),
     )
-    way = shortest_path(code["geglu_forward 8"].instructions, r"STG.*\.128")
-    yield Row(
-        kernel="GEGLU",
-        backend="CUDA",
-        parts={"whole kernel": len(way.instructions) / way.units / wide},
-    )
+    yield straight("GEGLU", "CUDA", code["geglu_forward 8"])
     for d, tiles in ((40, 2), (64, 2), (80, 2), (160, 1)):
         instructions = code[f"attention_streaming {d} {tiles} 0"].instructions
         step = main_loop(instructions, "HMMA")  # 32 keys
@@ -244,9 +265,15 @@ def triton_launches(op: str, *args: Any) -> list[Launch]:
 
 def triton_code(launch: Launch) -> Code:
     """Compile a recorded launch for an H200."""
-    cubin = ahead.compiled_for(launch, ARCHITECTURE).asm["cubin"]
+    compiled = ahead.compiled_for(launch, ARCHITECTURE)
+    cubin = compiled.asm["cubin"]
     [(symbol, code)] = disassembled(cubin).items()
-    return Code(instructions=code, registers=registers(cubin)[symbol])
+    return Code(
+        instructions=code,
+        registers=registers(cubin)[symbol],
+        threads=32 * launch.num_warps,
+        shared=compiled.metadata.shared,
+    )
 
 
 def meta(*shape: int) -> Tensor:
@@ -265,9 +292,6 @@ def whole(launch: Launch, unit: str, numbers: int) -> float:
     return len(way.instructions) / way.units / numbers
 
 
-STORE = r"STG.*\.128"
-
-
 def triton_rows() -> Iterator[Row]:
     wide = 8
     [small] = norm_launches(1, 1280, 8)
@@ -278,18 +302,23 @@ def triton_rows() -> Iterator[Row]:
         aim=22,
     )
     by_name = {launch.kernel.__name__: launch for launch in norm_launches(1, 320, 64)}
-    statistics = triton_code(by_name["_moments_kernel"])
+    statistics, result = (triton_code(by_name[f"_{name}_kernel"]) for name in ("moments", "apply"))
+    ways = (
+        main_loop(statistics.instructions, r"(LDG|LDS).*\.128"),
+        shortest_path(result.instructions, EXPONENTIAL),
+    )
     yield Row(
         kernel="GroupNorm+SiLU in parts",
         backend="Triton",
         parts={
-            "statistics": per_number(statistics, r"(LDG|LDS).*\.128", wide),
-            "result": whole(by_name["_apply_kernel"], EXPONENTIAL, 1),
+            "statistics": len(ways[0].instructions) / ways[0].units / wide,
+            "result": len(ways[1].instructions) / ways[1].units,
         },
         aim=26,
+        flight=min(statistics.flight(ways[0]), result.flight(ways[1])),
     )
     [geglu] = triton_launches("geglu", meta(2, 4096, 2560))
-    yield Row(kernel="GEGLU", backend="Triton", parts={"whole kernel": whole(geglu, STORE, wide)})
+    yield straight("GEGLU", "Triton", triton_code(geglu))
     for d, tokens, heads in ((40, 4096, 8), (64, 4096, 10), (80, 1024, 8), (160, 256, 8)):
         q = meta(2, tokens, heads, d)
         [launch] = triton_launches("attention", q, q, q)
@@ -444,7 +473,7 @@ def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
     return found
 
 
-HEAD = ("kernel", "backend", "loops", "instructions", "aim")
+HEAD = ("kernel", "backend", "loops", "instructions", "aim", "MB in flight")
 
 
 @cache
@@ -469,7 +498,8 @@ def row_cells(row: Row) -> tuple[str, ...]:
     aim = "" if row.aim is None else f"{row.aim:g}"
     if row.aim is not None and row.total > row.aim:
         aim += ", missed"
-    return row.kernel, row.backend, parts, f"{row.total:.{digits}f}", aim
+    flight = "" if row.flight is None else f"{row.flight / 1e6:.1f}"
+    return row.kernel, row.backend, parts, f"{row.total:.{digits}f}", aim, flight
 
 
 def counted() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
@@ -488,7 +518,7 @@ def facts() -> dict[str, Any]:
     starts = {} if missing else norm_starts()
     return {
         "missing": missing,
-        "instructions": [[row.kernel, row.backend, row.total] for row in found],
+        "instructions": [[row.kernel, row.backend, row.total, row.flight] for row in found],
         "norms": [[c, h, start.blocks, start.flight] for (c, h), start in starts.items()],
         "versions": "" if missing else versions(),
         "section": "" if missing else section(),
@@ -530,6 +560,8 @@ kernel where it has no loop. An H200 has time for 31 instructions per bf16 numbe
 written.
 
 {rows}
+
+MB in flight are the loads that all threads issue before they use the first, on a full chip.
 
 Blocks of the launch that reads x first, and bytes of x that are on their way at a time: 132
 multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
