@@ -147,6 +147,14 @@ class Load:
         finally:
             writer.close()
 
+    async def open_requests(self) -> float:
+        """The number of requests that the server has taken and not answered."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        return float(re.findall(r"^fastdiff_requests_open (\S+)$", text, re.M)[0])
+
     async def send(
         self, path: str, body: bytes, headers: dict[str, str], *, limit: int = 2**16
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -327,7 +335,8 @@ async def campaign(
     try:
         await asyncio.gather(*(load.client(more_of()) for _ in range(clients)))
         last = [asyncio.ensure_future(load.last()) for _ in range(min(clients, queue))]
-        await asyncio.sleep(0.3)
+        while await load.open_requests() + sum(task.done() for task in last) < len(last):
+            await asyncio.sleep(0.05)  # until the server has taken them
         load.draining = True
         process.send_signal(signal.SIGTERM)
         await asyncio.sleep(0.3)
