@@ -175,6 +175,7 @@ class Worker:
                 while self._sample():
                     self._settle()
             self._raise()
+            assert not self._open, "rows were lost"
         finally:
             for shard in self._open.values():
                 shard.close()
