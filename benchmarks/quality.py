@@ -181,6 +181,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         upper.xaxis.set_major_locator(ticker.FixedLocator(EVALUATIONS))
         upper.xaxis.set_major_formatter(ticker.ScalarFormatter())
         upper.xaxis.set_minor_locator(ticker.NullLocator())
+        for form in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+            form(ticker.FormatStrFormatter("%g"))
         upper.legend(fontsize=7)
         lower.set_xlabel("network evaluations")
         for panel in (upper, lower):

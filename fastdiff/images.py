@@ -220,6 +220,29 @@ def save_png(
         picture.save(temporary, format="PNG", pnginfo=info)
 
 
+def encoded(
+    image: Tensor,
+    kind: Literal["png", "webp", "jpeg"],
+    recipe: Mapping[str, Any],
+    *,
+    parameters: str | None = None,
+    quality: int = 90,
+) -> bytes:
+    """An image as the bytes of a file; a PNG is that of :func:`save_png`, with its recipe.
+
+    image: (1 or 3, H, W) in [-1, 1]. quality: 1 to 100, of WebP and JPEG.
+
+    Raises:
+        ValueError: as for `to_pil`.
+    """
+    picture, file = to_pil(image), io.BytesIO()
+    if kind == "png":
+        picture.save(file, format="PNG", pnginfo=png_info(recipe, parameters))
+    else:
+        picture.save(file, format=kind.upper(), quality=quality)
+    return file.getvalue()
+
+
 def png_info(
     recipe: Mapping[str, Any] | None, parameters: str | None = None
 ) -> PngImagePlugin.PngInfo:

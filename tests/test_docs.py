@@ -117,6 +117,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         save_png(folder / "photos" / "ab"[number % 2] / f"{number}.png", photo.roll(number, -1))
     save_bundle(tiny_model(), folder / "runs" / "first")
+    (folder / "job.yaml").write_text("rows: rows.jsonl\n")
     digits = load_bundle("digits")
     guide = Model(
         layout="bundle",

@@ -16,6 +16,7 @@ import pytest
 import fastdiff
 import fastdiff.data
 import fastdiff.evaluation
+import fastdiff.jobs
 import fastdiff.kernels
 import fastdiff.training
 from tests.support.imports import ROOT
@@ -28,6 +29,7 @@ PAGES = {
     fastdiff.training: "training",
     fastdiff.data: "training",
     fastdiff.evaluation: "evaluation",
+    fastdiff.jobs: "jobs",
 }
 DIRECTIVE = re.compile(r"^\.\. (?:auto|py:)(?:function|class|exception|data):: (\w+)$", re.M)
 
@@ -82,8 +84,14 @@ def test_type_checkers_see_what_is_public_and_nothing_else(tmp_path: Path) -> No
     """mypy --strict on a user's file that uses every name, and two that do not exist."""
     good = [f"fastdiff.{name}" for name in fastdiff.__all__]
     good += [f"fastdiff.kernels.{name}" for name in fastdiff.kernels.__all__]
+    good += [f"fastdiff.jobs.{name}" for name in fastdiff.jobs.__all__]
     bad = ["fastdiff.acelerate", "fastdiff.kernels.gegluu"]
-    lines = ["import fastdiff", *good, *bad, 'n: int = fastdiff.load("digits").generate(seeds=[1])']
+    lines = [
+        "import fastdiff, fastdiff.jobs",
+        *good,
+        *bad,
+        'n: int = fastdiff.load("digits").generate(seeds=[1])',
+    ]
     lines += ["m: int = fastdiff.kernels.ada_layer_norm", "fastdiff.load(7)"]
     (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
     command = ["--strict", "--follow-imports=silent", "user.py"]

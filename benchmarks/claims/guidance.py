@@ -118,6 +118,7 @@ def section(found: dict[str, Any]) -> str:
         errors = [[1 - value for value in point["accuracy"]] for point in (best, base)]
         sentences.append(f"- {TITLES[name]}, scale {best['scale']:g}: {verdict(*errors)}")
     listed = "\n".join(sentences)
+    wrong = (1 - spread(unguided["accuracy"])[0]) * found["images"]
     return f"""{listed}
 
 {table(["guidance", "scale", "class accuracy, %", "Fréchet"], rows)}
@@ -128,6 +129,8 @@ classifier-free scale 1, which is also the base of the classifier on top of the 
 classifier's scale 0 without class, which is right by chance. The Fréchet distance is a multiple of
 that of as many held-out digits. The cause: guidance moves samples to where the class is certain,
 which the judge rewards, and away from the rest of the class, which the distance does not forgive.
+Unguided and with the class {wrong:.0f} of {found["images"]} images are wrong on average, so that is
+all that guidance can mend there.
 
 ![Accuracy and Fréchet distance against the scale](images/{PICTURE})
 """

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.claim import SEEDS, Claim, Tell, shown, table, verdict
-from benchmarks.claims.small import BATCH, TIMESTEPS, small_run
+from benchmarks.claims.small import TIMESTEPS, small_run
 from fastdiff.checkpoint.open import load
 from fastdiff.evaluation import digits_bits
 from fastdiff.training import train_diffusion
 
-STEPS = 240
-IMAGES = 64
+STEPS = 160
+BATCH = 32
+IMAGES = 32
 
 
 def measure(runs: Path, tell: Tell) -> dict[str, Any]:
@@ -25,7 +26,13 @@ def measure(runs: Path, tell: Tell) -> dict[str, Any]:
     for seed in SEEDS:
         for name, values in found.items():
             with tempfile.TemporaryDirectory() as folder:
-                run = small_run(Path(folder), steps=STEPS, seed=seed, learned=name == "hybrid")
+                run = small_run(
+                    Path(folder),
+                    steps=STEPS,
+                    seed=seed,
+                    learned=name == "hybrid",
+                    batch_size=BATCH,
+                )
                 with contextlib.redirect_stdout(io.StringIO()):  # the log of the training
                     train_diffusion(run)
                 bits = digits_bits(load(folder), count=IMAGES)

@@ -17,7 +17,7 @@ _LARGE = TRAINING_PRESETS["tiny-iddpm"]
 
 
 def small_run(
-    folder: Path, *, steps: int, seed: int, learned: bool, **loss: Any
+    folder: Path, *, steps: int, seed: int, learned: bool, batch_size: int = BATCH, **loss: Any
 ) -> DiffusionRun[Any]:
     """tiny-iddpm with 16 channels and 200 timesteps.
 
@@ -42,7 +42,7 @@ def small_run(
         optimization=replace(
             _LARGE.optimization,
             steps=steps,
-            batch_size=BATCH,
+            batch_size=batch_size,
             learning_rate=2e-3,
             warmup_steps=50,
             ema_decay=0.98,

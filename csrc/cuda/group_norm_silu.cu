@@ -8,32 +8,32 @@
 namespace fastdiff {
 namespace {
 
-/// The kernel that keeps a group in the shared memory of a cluster.
+/// The kernel that keeps a group in the shared memory of a cluster; the one that adds takes as much.
 template <typename T>
 const void* cluster_kernel(int vector, bool channels_last) {
   constexpr int V = kWide<T>;
   if (channels_last)
-    return vector == V ? reinterpret_cast<const void*>(norm_on_chip_columns<T, V, true>)
-                       : reinterpret_cast<const void*>(norm_on_chip_columns<T, 1, true>);
-  return vector == V ? reinterpret_cast<const void*>(norm_on_chip_rows<T, V, true>)
-                     : reinterpret_cast<const void*>(norm_on_chip_rows<T, 1, true>);
+    return vector == V ? reinterpret_cast<const void*>(norm_on_chip_columns<T, V, true, false>)
+                       : reinterpret_cast<const void*>(norm_on_chip_columns<T, 1, true, false>);
+  return vector == V ? reinterpret_cast<const void*>(norm_on_chip_rows<T, V, true, false>)
+                     : reinterpret_cast<const void*>(norm_on_chip_rows<T, 1, true, false>);
 }
 
-template <typename T, int V>
+template <typename T, int V, bool kAdd>
 const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                         float* workspace, const Target& target) {
   if (plan.on_chip) {
     const dim3 grid = grid_of(shape.n * ceil_div(shape.groups, plan.slab) * plan.cluster);
     if (plan.cluster > 1)
-      return launch_cluster(norm_on_chip_columns<T, V, true>, grid, plan.cluster, plan.threads,
+      return launch_cluster(norm_on_chip_columns<T, V, true, kAdd>, grid, plan.cluster, plan.threads,
                             plan.shared, target, p, shape, plan.slab, plan.length);
-    return launch(norm_on_chip_columns<T, V, false>, grid, plan.threads, plan.shared, target, p,
+    return launch(norm_on_chip_columns<T, V, false, kAdd>, grid, plan.threads, plan.shared, target, p,
                   shape, plan.slab, plan.length);
   }
   const Chunks chunks{plan.chunks, plan.length};
   const dim3 grid = grid_of(shape.n * plan.chunks, ceil_div(shape.c, plan.columns));
-  const T* source = p.total != nullptr ? p.total : p.x;
-  FASTDIFF_TRY(launch(norm_moments_columns<T, V>, grid, kNormThreads, plan.shared, target, p,
+  const T* source = kAdd ? p.total : p.x;
+  FASTDIFF_TRY(launch(norm_moments_columns<T, V, kAdd>, grid, kNormThreads, plan.shared, target, p,
                       shape, chunks, plan.columns, workspace));
   FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
                       target, p, shape, chunks, const_cast<const float*>(workspace), source,
@@ -42,22 +42,22 @@ const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan
                 chunks, plan.columns, source);
 }
 
-template <typename T, int V>
+template <typename T, int V, bool kAdd>
 const char* run_rows(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                      float* workspace, const Target& target) {
   if (plan.on_chip) {
     const dim3 grid = grid_of(shape.n * shape.groups * plan.cluster);
     if (plan.cluster > 1)
-      return launch_cluster(norm_on_chip_rows<T, V, true>, grid, plan.cluster, plan.threads,
+      return launch_cluster(norm_on_chip_rows<T, V, true, kAdd>, grid, plan.cluster, plan.threads,
                             plan.shared, target, p, shape, plan.length);
-    return launch(norm_on_chip_rows<T, V, false>, grid, plan.threads, plan.shared, target, p,
+    return launch(norm_on_chip_rows<T, V, false, kAdd>, grid, plan.threads, plan.shared, target, p,
                   shape, plan.length);
   }
   const Chunks chunks{plan.chunks, plan.length};
   constexpr int64_t kWarps = kNormThreads / kWarpSize;
   const dim3 grid = grid_of(ceil_div(shape.n * shape.c * plan.chunks, kWarps));
-  const T* source = p.total != nullptr ? p.total : p.x;
-  FASTDIFF_TRY(launch(norm_moments_rows<T, V>, grid, kNormThreads, 0, target, p, shape,
+  const T* source = kAdd ? p.total : p.x;
+  FASTDIFF_TRY(launch(norm_moments_rows<T, V, kAdd>, grid, kNormThreads, 0, target, p, shape,
                       chunks, workspace));
   FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
                       target, p, shape, chunks, const_cast<const float*>(workspace), source,
@@ -68,8 +68,11 @@ const char* run_rows(const Norm<T>& p, const NormShape& shape, const NormPlan& p
 template <typename T, int V>
 const char* run_layout(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                        bool channels_last, float* workspace, const Target& target) {
-  return channels_last ? run_columns<T, V>(p, shape, plan, workspace, target)
-                       : run_rows<T, V>(p, shape, plan, workspace, target);
+  if (p.total != nullptr)
+    return channels_last ? run_columns<T, V, true>(p, shape, plan, workspace, target)
+                         : run_rows<T, V, true>(p, shape, plan, workspace, target);
+  return channels_last ? run_columns<T, V, false>(p, shape, plan, workspace, target)
+                       : run_rows<T, V, false>(p, shape, plan, workspace, target);
 }
 
 template <typename T>

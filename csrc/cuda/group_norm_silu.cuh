@@ -12,14 +12,15 @@
 // norm_plan.h chooses. The on-chip kernels are in group_norm_silu_on_chip.cuh. None of the kernels
 // has run on a GPU yet.
 //
-// Precision: moments are taken of x - pivot, where pivot is the group's first element, in batches that
-// are merged with Chan's formula. The mean is stored as a rounded `mean` and its `rest`, so that
+// Precision: a thread sums x - pivot and its square, where pivot is its own first element of a column
+// (ShiftedSums says why that is enough). The moments of threads, relative to the group's first element,
+// are merged once, at the end. The mean is stored as a rounded `mean` and its `rest`, so that
 // (x - mean) * a + b, with -rest * a in b, keeps its precision when the mean is large. All merges have
 // a fixed order that depends only on the shape of one sample.
 
 #pragma once
 
-#include "common.cuh"
+#include "mma.cuh"
 
 namespace fastdiff {
 
@@ -46,7 +47,10 @@ struct Norm {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormBlocks = 2;  // per multiprocessor; without this bound ptxas spills to fit more
-constexpr int kNormBatch = 4;  // packs that a thread loads before it merges them
+constexpr int kNormBatch = 4;  // packs that a thread loads before it uses the first
+/// Packs of x; the op that adds loads as many of the residual.
+template <bool kAdd>
+constexpr int kSourceBatch = kAdd ? kNormBatch / 2 : kNormBatch;
 
 template <typename T>
 __device__ __forceinline__ float channel_addend(const Norm<T>& p, int64_t n, int c) {
@@ -65,28 +69,35 @@ __device__ __forceinline__ float source_at(const Norm<T>& p, int64_t n, int c, i
   return x;
 }
 
-/// Loads a pack and, if there are addends, adds them and writes the total. Returns the input of the
-/// norm. add: one number per column, `add_step` apart (0: one for all).
-template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> load_source(const Norm<T>& p, int64_t place,
-                                                  const float* add, int add_step) {
-  Pack<T, V> pack = load_input<T, V>(p.x + place);
-  if (p.total != nullptr) {
-    float x[V];
-    unpack(pack, x);
+/// A pack of x and, for the op that adds (kAdd), of the residual.
+template <bool kAdd, typename T, int V>
+struct Source {
+  Pack<T, V> x, residual;
+
+  __device__ __forceinline__ void load(const Norm<T>& p, int64_t place) {
+    x = load_input<T, V>(p.x + place);
+    if constexpr (kAdd)
+      if (p.residual != nullptr) residual = load_input<T, V>(p.residual + place);
+  }
+
+  /// The input of the norm, rounded to T. add: one number per column, `add_step` apart (0: one for
+  /// all).
+  __device__ __forceinline__ Pack<T, V> total(const Norm<T>& p, const float* add,
+                                              int add_step) const {
+    if constexpr (!kAdd) return x;
+    float sum[V];
+    unpack(x, sum);
 #pragma unroll
-    for (int v = 0; v < V; ++v) x[v] += add[v * add_step];
+    for (int v = 0; v < V; ++v) sum[v] += add[v * add_step];
     if (p.residual != nullptr) {
       float r[V];
-      unpack(load_input<T, V>(p.residual + place), r);
+      unpack(residual, r);
 #pragma unroll
-      for (int v = 0; v < V; ++v) x[v] += r[v];
+      for (int v = 0; v < V; ++v) sum[v] += r[v];
     }
-    pack = pack_of<T, V>(x);
-    store_pack<T, V>(p.total + place, pack);
+    return pack_of<T, V>(sum);
   }
-  return pack;
-}
+};
 
 /// A channel's factor and addend, f = xhat * a + b with a = weight (1 + scale), in fp64: there are
 /// few of them, and a is then rounded only once, after it is multiplied by 1 / std.
@@ -108,6 +119,17 @@ struct Coefficients {
   float mean, a, b;
 };
 
+/// A number that has the same value in every column.
+struct Same {
+  float value;
+  __device__ __forceinline__ float operator[](int) const { return value; }
+};
+
+/// Coefficients of a pack that lies in one channel.
+struct OneChannel {
+  Same mean, a, b;
+};
+
 template <typename T>
 __device__ __forceinline__ Coefficients coefficients(const Norm<T>& p, const NormShape& shape,
                                                      int64_t n, int c, const float* stats) {
@@ -125,40 +147,61 @@ __device__ __forceinline__ void store_stats(float* stats, float pivot, float mea
   stats[2] = static_cast<float>(1.0 / sqrt(static_cast<double>(m2) / count + eps));
 }
 
-template <typename T>
-__device__ __forceinline__ float activate(float f, bool silu) {
-  return silu ? f * sigmoid<T>(f) : f;
+template <bool kSilu, typename T>
+__device__ __forceinline__ float activate(float f) {
+  return kSilu ? f * sigmoid<T>(f) : f;
 }
 
-/// Count, mean and squared deviations of V columns at once.
+/// Sums of x - pivot and of its square in V columns, for one thread. With the thread's own first
+/// element as the pivot, sum (x_i - x_1)^2 <= n sum (x_i - mean)^2 for its n elements, however far the
+/// first is from the others: m2 is a difference that loses at most log2(n) bits, and one bit if the
+/// first is as good as any.
 template <int V>
-struct ColumnMoments {
-  float count = 0, mean[V] = {}, m2[V] = {};
+struct ShiftedSums {
+  float pivot[V], sum[V] = {}, squares[V] = {};
 
-  __device__ __forceinline__ void merge_column(int v, float other_count, float other_mean,
-                                               float other_m2) {
-    const float share = other_count / (count + other_count), delta = other_mean - mean[v];
-    mean[v] += delta * share;
-    m2[v] += other_m2 + delta * delta * count * share;
+  template <typename T>
+  __device__ __forceinline__ void start(const Pack<T, V>& first) {
+    unpack(first, pivot);
   }
 
-  /// Adds `rows` (1 to kNormBatch) elements of every column.
-  __device__ __forceinline__ void add(const float (&d)[kNormBatch][V], int rows) {
-    const float inverse = 1.0f / static_cast<float>(rows);
+  template <typename T>
+  __device__ __forceinline__ void add(const Pack<T, V>& pack) {
+    float x[V];
+    unpack(pack, x);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      float sum = 0, squares = 0;
-#pragma unroll
-      for (int i = 0; i < kNormBatch; ++i) sum += i < rows ? d[i][v] : 0.0f;
-      const float mean_of_rows = sum * inverse;
-#pragma unroll
-      for (int i = 0; i < kNormBatch; ++i) {
-        const float deviation = d[i][v] - mean_of_rows;
-        squares += i < rows ? deviation * deviation : 0.0f;
-      }
-      merge_column(v, static_cast<float>(rows), mean_of_rows, squares);
+      const float d = x[v] - pivot[v];
+      sum[v] += d;
+      squares[v] += d * d;
     }
-    count += static_cast<float>(rows);
+  }
+
+  /// Mean of a column's elements relative to `head`; inverse: 1 / their count.
+  __device__ __forceinline__ float mean(int v, float head, float inverse) const {
+    return (pivot[v] - head) + sum[v] * inverse;
+  }
+  __device__ __forceinline__ float m2(int v, float inverse) const {
+    const float rest = squares[v] - sum[v] * sum[v] * inverse;
+    return rest < 0 ? 0.0f : rest;  // keeps NaN
+  }
+
+  /// The moments of all columns together, `count` elements of each; head: see `mean`.
+  __device__ __forceinline__ Moments merged(float count, float head) const {
+    Moments all;
+    if (count == 0) return all;
+    const float inverse = 1.0f / count;
+    float means[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) all.mean += means[v] = mean(v, head, inverse);
+    all.mean *= 1.0f / V;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float delta = means[v] - all.mean;
+      all.m2 += m2(v, inverse) + count * delta * delta;
+    }
+    all.count = count * V;
+    return all;
   }
 };
 
@@ -175,6 +218,11 @@ struct ColumnPlace {
         column(static_cast<int>(threadIdx.x) % packs * V),
         row(static_cast<int>(threadIdx.x) / packs),
         active(row < rows) {}
+
+  /// How many of `all` rows the threads of a row process.
+  __device__ __forceinline__ int count(int all, int of_row) const {
+    return all / rows + (of_row < all % rows);
+  }
 };
 
 /// Per column of the block: its group's pivot and, `width` further on, its channel_add.
@@ -222,103 +270,100 @@ struct ColumnCoefficients {
   }
 };
 
-/// Moments of this thread's columns over rows [begin, end); stores the elements to `tile` if not null.
-template <typename T, int V>
-__device__ __forceinline__ ColumnMoments<V> column_moments(const Norm<T>& p,
-                                                           const NormShape& shape, int64_t n,
-                                                           int first, int64_t begin, int64_t end,
-                                                           const ColumnPlace<V>& at,
-                                                           const float* heads, T* tile) {
-  ColumnMoments<V> moments;
-  if (!at.active) return moments;
+/// Sums of this thread's columns over rows [begin, end), which are read from global memory. For the op
+/// that adds, writes the total; stores the elements to `tile` if it is not null.
+template <bool kAdd, typename T, int V>
+__device__ __forceinline__ ShiftedSums<V> column_sums(const Norm<T>& p, const NormShape& shape,
+                                                     int64_t n, int first, int64_t begin,
+                                                     int64_t end, const ColumnPlace<V>& at,
+                                                     const float* heads, T* tile) {
+  ShiftedSums<V> sums;
+  int64_t row = begin + at.row;
+  if (!at.active || row >= end) return sums;
   const int width = at.packs * V;
-  const int64_t origin = n * shape.s * shape.c + first + at.column;
-  float pivot[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) pivot[v] = heads[at.column + v];
   const float* add = heads + width + at.column;
-  for (int64_t row = begin + at.row; row < end; row += at.rows * kNormBatch) {
-    float d[kNormBatch][V];
-    int rows = 0;
+  const int64_t step = static_cast<int64_t>(at.rows) * shape.c;
+  int64_t place = (n * shape.s + row) * shape.c + first + at.column;
+  T* to = tile == nullptr ? nullptr : tile + at.row * width + at.column;
+  using From = Source<kAdd, T, V>;
+  constexpr int kBatch = kSourceBatch<kAdd>;
+  const auto use = [&](const From& from, int64_t i) {
+    const Pack<T, V> pack = from.total(p, add, 1);
+    if constexpr (kAdd) store_pack<T, V>(p.total + place + i * step, pack);
+    if (tile != nullptr) store_pack<T, V>(to + i * at.rows * width, pack);
+    sums.add(pack);
+  };
+  From head;
+  head.load(p, place);  // and again below, so that it is on its way along with the others
+  sums.start(head.total(p, add, 1));
+  for (; row + (kBatch - 1) * at.rows < end; row += kBatch * at.rows) {
+    From from[kBatch];
 #pragma unroll
-    for (int i = 0; i < kNormBatch; ++i) {
-      const int64_t r = row + i * at.rows;
-      if (r < end) {
-        const auto pack = load_source<T, V>(p, origin + r * shape.c, add, 1);
-        if (tile != nullptr) store_pack<T, V>(tile + (r - begin) * width + at.column, pack);
-        unpack(pack, d[i]);
-        ++rows;
-      } else {
+    for (int i = 0; i < kBatch; ++i) from[i].load(p, place + i * step);
 #pragma unroll
-        for (int v = 0; v < V; ++v) d[i][v] = pivot[v];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kNormBatch; ++i)
-#pragma unroll
-      for (int v = 0; v < V; ++v) d[i][v] -= pivot[v];
-    moments.add(d, rows);
+    for (int i = 0; i < kBatch; ++i) use(from[i], i);
+    place += kBatch * step;
+    if (tile != nullptr) to += kBatch * at.rows * width;
   }
-  return moments;
+  for (; row < end; row += at.rows) {
+    From from;
+    from.load(p, place);
+    use(from, 0);
+    place += step;
+    if (tile != nullptr) to += at.rows * width;
+  }
+  return sums;
 }
 
-/// Merges the moments of all threads with the same columns. Afterwards `scratch` begins with the mean
-/// of every column, followed (rows * width further on) by its m2, and the threads of row 0 hold both.
+/// Writes mean (relative to the group's head) and m2 of this thread's columns over its part of `all`
+/// rows to scratch: means first, m2 `rows` * width further on. Ends with a barrier.
 template <int V>
-__device__ __forceinline__ void merge_rows(ColumnMoments<V>& mine, const ColumnPlace<V>& at,
-                                           float* scratch) {
+__device__ __forceinline__ void publish(const ShiftedSums<V>& sums, const ColumnPlace<V>& at,
+                                        int all, const float* heads, float* scratch) {
   const int width = at.packs * V;
-  float* means = scratch;
-  float* m2s = scratch + at.rows * width;
-  float* counts = m2s + at.rows * width;
   if (at.active) {
+    const int count = at.count(all, at.row);
+    const float inverse = 1.0f / static_cast<float>(count);
+    float* means = scratch + at.row * width + at.column;
+    float* m2s = means + at.rows * width;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      means[at.row * width + at.column + v] = mine.mean[v];
-      m2s[at.row * width + at.column + v] = mine.m2[v];
+      means[v] = count ? sums.mean(v, heads[at.column + v], inverse) : 0.0f;
+      m2s[v] = count ? sums.m2(v, inverse) : 0.0f;
     }
-    if (at.column == 0) counts[at.row] = mine.count;
   }
   __syncthreads();
-  int half = 1;
-  while (2 * half < at.rows) half *= 2;
-  for (; half > 0; half /= 2) {
-    const int other = at.row + half;
-    if (at.row < half && other < at.rows && counts[other] > 0) {
-      const float count = counts[other];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const int from = other * width + at.column + v, to = at.row * width + at.column + v;
-        mine.merge_column(v, count, means[from], m2s[from]);
-        means[to] = mine.mean[v];
-        m2s[to] = mine.m2[v];
-      }
-      mine.count += count;
-      if (at.column == 0) counts[at.row] = mine.count;  // rows below half are only read later
-    }
-    __syncthreads();
-  }
 }
 
-/// Adds `packs` packs of d to the moments of one group.
-template <int V>
-__device__ __forceinline__ void add_packs(Moments& moments, const float (&d)[kNormBatch][V],
-                                          int packs) {
-  Moments batch;
-  batch.count = static_cast<float>(packs * V);
+/// y for `count` packs: from `from` (shared memory, or with kGlobal global memory) to `to`.
+template <bool kGlobal, bool kSilu, typename T, int V, typename K>
+__device__ __forceinline__ void write_result(const T* from, int64_t from_step, T* to,
+                                             int64_t to_step, int count, const K& k) {
+  const auto load = [](const T* at) {
+    return kGlobal ? load_input<T, V>(at) : load_pack<T, V>(at);
+  };
+  const auto store = [&](T* at, const Pack<T, V>& pack) {
+    float x[V];
+    unpack(pack, x);
 #pragma unroll
-  for (int i = 0; i < kNormBatch; ++i)
+    for (int v = 0; v < V; ++v)
+      x[v] = activate<kSilu, T>((x[v] - k.mean[v]) * k.a[v] + k.b[v]);
+    store_pack<T, V>(at, pack_of<T, V>(x));
+  };
+  for (; count >= kNormBatch; count -= kNormBatch) {
+    Pack<T, V> packs[kNormBatch];
 #pragma unroll
-    for (int v = 0; v < V; ++v) batch.mean += i < packs ? d[i][v] : 0.0f;
-  batch.mean /= batch.count;
+    for (int i = 0; i < kNormBatch; ++i) packs[i] = load(from + i * from_step);
 #pragma unroll
-  for (int i = 0; i < kNormBatch; ++i)
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const float deviation = d[i][v] - batch.mean;
-      batch.m2 += i < packs ? deviation * deviation : 0.0f;
-    }
-  moments.merge(batch);
+    for (int i = 0; i < kNormBatch; ++i) store(to + i * to_step, packs[i]);
+    from += kNormBatch * from_step;
+    to += kNormBatch * to_step;
+  }
+  for (; count > 0; --count) {
+    store(to, load(from));
+    from += from_step;
+    to += to_step;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -347,8 +392,8 @@ __device__ __forceinline__ int columns_here(const NormShape& shape, int columns)
 }
 
 /// NHWC. Grid: N * chunks, column blocks. Shared memory: 2 numbers per column, then those of
-/// merge_rows.
-template <typename T, int V>
+/// `publish`.
+template <typename T, int V, bool kAdd>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
@@ -359,20 +404,33 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   float* heads = reinterpret_cast<float*>(memory);
   column_heads(p, shape, n, first, width, heads);
   T* no_tile = nullptr;
-  auto moments = column_moments<T, V>(p, shape, n, first, chunks.begin(chunk),
-                                      chunks.end(chunk, shape.s), at, heads, no_tile);
-  merge_rows(moments, at, heads + 2 * width);
-  if (!at.active || at.row != 0) return;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    float* out = partial + (static_cast<int64_t>(blockIdx.x) * shape.c + first + at.column + v) * 2;
-    out[0] = moments.mean[v];
-    out[1] = moments.m2[v];
+  const int64_t begin = chunks.begin(chunk), end = chunks.end(chunk, shape.s);
+  const auto sums = column_sums<kAdd, T, V>(p, shape, n, first, begin, end, at, heads, no_tile);
+  const int all = static_cast<int>(end - begin);
+  float* means = heads + 2 * width;
+  const float* m2s = means + at.rows * width;
+  publish(sums, at, all, heads, means);
+  const float inverse = 1.0f / static_cast<float>(all);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    float mean = 0, m2 = 0;
+#pragma unroll 1
+    for (int r = 0; r < at.rows; ++r)
+      mean += static_cast<float>(at.count(all, r)) * means[r * width + i];
+    mean *= inverse;
+#pragma unroll 1
+    for (int r = 0; r < at.rows; ++r) {
+      const float delta = means[r * width + i] - mean;
+      m2 += m2s[r * width + i] + static_cast<float>(at.count(all, r)) * delta * delta;
+    }
+    float* out = partial + (static_cast<int64_t>(blockIdx.x) * shape.c + first + i) * 2;
+    out[0] = mean;
+    out[1] = m2;
   }
 }
 
 /// NCHW. A warp processes one chunk of one channel. Grid: ceil(N * C * chunks / warps).
-template <typename T, int V>
+template <typename T, int V, bool kAdd>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_rows(Norm<T> p, NormShape shape, Chunks chunks, float* partial) {
   const int64_t task =
@@ -383,28 +441,38 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int c = static_cast<int>(row % shape.c), leader = c / shape.size * shape.size;
   const float pivot = source_at(p, n, leader, (n * shape.c + leader) * shape.s);
   const float add = channel_addend(p, n, c);
-  Moments moments;
-  const int64_t end = chunks.end(chunk, shape.s);
   constexpr int64_t kStep = kWarpSize * V;
-  for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
-       i += kStep * kNormBatch) {
-    float d[kNormBatch][V];
-    int taken = 0;
-#pragma unroll
-    for (int j = 0; j < kNormBatch; ++j) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) d[j][v] = pivot;
-      if (i + j * kStep >= end) continue;
-      unpack(load_source<T, V>(p, row * shape.s + i + j * kStep, &add, 0), d[j]);
-      ++taken;
-    }
-#pragma unroll
-    for (int j = 0; j < kNormBatch; ++j)
-#pragma unroll
-      for (int v = 0; v < V; ++v) d[j][v] -= pivot;
-    add_packs(moments, d, taken);
+  int64_t place = row * shape.s + chunks.begin(chunk) + threadIdx.x % kWarpSize * V;
+  const int64_t end = row * shape.s + chunks.end(chunk, shape.s);
+  int count = place < end ? static_cast<int>((end - place + kStep - 1) / kStep) : 0;
+  const float taken = static_cast<float>(count);
+  ShiftedSums<V> sums;
+  using From = Source<kAdd, T, V>;
+  constexpr int kBatch = kSourceBatch<kAdd>;
+  const auto use = [&](const From& from, int64_t at) {
+    const Pack<T, V> pack = from.total(p, &add, 0);
+    if constexpr (kAdd) store_pack<T, V>(p.total + at, pack);
+    sums.add(pack);
+  };
+  if (count > 0) {
+    From head;
+    head.load(p, place);
+    sums.start(head.total(p, &add, 0));
   }
-  moments = warp_merge(moments);
+  for (; count >= kBatch; count -= kBatch) {
+    From from[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) from[j].load(p, place + j * kStep);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) use(from[j], place + j * kStep);
+    place += kBatch * kStep;
+  }
+  for (; count > 0; --count, place += kStep) {
+    From from;
+    from.load(p, place);
+    use(from, place);
+  }
+  const Moments moments = warp_merge(sums.merged(taken, pivot));
   if (threadIdx.x % kWarpSize != 0) return;
   float* out = partial + ((n * chunks.count + chunk) * shape.c + c) * 2;
   out[0] = moments.mean;
@@ -453,18 +521,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
                       p.stats + (n * shape.groups + first / shape.size) * 3, numbers);
   if (!at.active) return;
   const ColumnCoefficients<V> k(numbers, at);
-  const int channel = first + at.column;
-  const int64_t end = chunks.end(chunk, shape.s);
-#pragma unroll 4
-  for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
-    const int64_t place = (n * shape.s + row) * shape.c + channel;
-    float x[V];
-    unpack(load_input<T, V>(source + place), x);
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-      x[v] = activate<T>((x[v] - k.mean[v]) * k.a[v] + k.b[v], p.silu);
-    store_pack<T, V>(p.y + place, pack_of<T, V>(x));
-  }
+  const int64_t begin = chunks.begin(chunk);
+  const int count = at.count(static_cast<int>(chunks.end(chunk, shape.s) - begin), at.row);
+  const int64_t step = static_cast<int64_t>(at.rows) * shape.c;
+  const int64_t place = (n * shape.s + begin + at.row) * shape.c + first + at.column;
+  if (p.silu)
+    write_result<true, true, T, V>(source + place, step, p.y + place, step, count, k);
+  else
+    write_result<true, false, T, V>(source + place, step, p.y + place, step, count, k);
 }
 
 /// NCHW. A warp processes one chunk of one channel. Grid: ceil(N * C * chunks / warps).
@@ -479,17 +543,16 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int c = static_cast<int>(row % shape.c);
   const Coefficients k = coefficients(
       p, shape, n, c, p.stats + (n * shape.groups + c / shape.size) * 3);
+  constexpr int64_t kStep = kWarpSize * V;
+  const int64_t begin = chunks.begin(chunk) + threadIdx.x % kWarpSize * V;
   const int64_t end = chunks.end(chunk, shape.s);
-#pragma unroll 4
-  for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
-       i += kWarpSize * V) {
-    const int64_t place = row * shape.s + i;
-    float x[V];
-    unpack(load_input<T, V>(source + place), x);
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = activate<T>((x[v] - k.mean) * k.a + k.b, p.silu);
-    store_pack<T, V>(p.y + place, pack_of<T, V>(x));
-  }
+  const int count = begin < end ? static_cast<int>((end - begin + kStep - 1) / kStep) : 0;
+  const int64_t place = row * shape.s + begin;
+  const OneChannel of{{k.mean}, {k.a}, {k.b}};
+  if (p.silu)
+    write_result<true, true, T, V>(source + place, kStep, p.y + place, kStep, count, of);
+  else
+    write_result<true, false, T, V>(source + place, kStep, p.y + place, kStep, count, of);
 }
 
 }  // namespace fastdiff

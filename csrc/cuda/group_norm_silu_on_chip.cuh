@@ -2,12 +2,15 @@
 //
 // The blocks of a cluster (kCluster; else a block works alone) share a slab of groups of one sample:
 // rank r has the r-th stretch of its places. Between reading and writing they exchange their moments,
-// 12 bytes per group, and nothing else. Bytes: x in and y out, once. Occupancy target: two blocks of
-// a cluster per SM, with 256 threads of up to 128 registers and 113 KiB each, so that one reads while
-// the other writes; each has 16 KiB of loads in flight. Tiles are 32 KiB, two rounds of loads, if 8
-// blocks suffice for that.
+// 12 bytes per group, and nothing else. Bytes: x in and y out, once. Asynchronous copies fill the whole
+// tile (cp.async), so that all of it is on its way at a time; a thread copies the packs that it will
+// use, so no barrier is needed. Only where an addition comes first, or a pack is narrower than 16
+// bytes, x passes through registers, kNormBatch packs at a time. Occupancy target: two blocks of a
+// cluster per SM, with 256 threads of up to 128 registers and 113 KiB each.
 
 #pragma once
+
+#include <type_traits>
 
 #include "cluster.cuh"
 #include "group_norm_silu.cuh"
@@ -88,10 +91,63 @@ struct Slab {
   }
 };
 
+/// What `publish` left in shared memory: means of `rows` x `width` columns, then their m2.
+struct GroupParts {
+  const float* means;
+  int rows, width, size;
+
+  /// Calls use(count, mean, m2) for this lane's share of the columns of group g, `all` places of each.
+  template <int V, typename Use>
+  __device__ __forceinline__ void each(const ColumnPlace<V>& at, int all, int g, Use use) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    const int full = all / at.rows, longer = all % at.rows;
+    const int down = kWarpSize / size, right = kWarpSize % size;
+    const float* group = means + g * size;
+    int row = lane / size, column = lane % size;
+#pragma unroll 1
+    while (row < rows) {
+      const float* from = group + row * width + column;
+      use(static_cast<float>(full + (row < longer)), from[0], from[rows * width]);
+      row += down;
+      column += right;
+      if (column >= size) {
+        column -= size;
+        ++row;
+      }
+    }
+  }
+};
+
+/// Count, mean and m2 of each group of the block to parts; a warp merges a group, in two passes
+/// without a division per part.
+template <int V>
+__device__ __forceinline__ void merge_groups(const GroupParts& from, const ColumnPlace<V>& at,
+                                             int all, int groups, float* parts) {
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const float numbers = static_cast<float>(all) * static_cast<float>(from.size);
+  const float inverse = all ? 1.0f / numbers : 0.0f;
+#pragma unroll 1
+  for (int g = static_cast<int>(threadIdx.x) / kWarpSize; g < groups; g += warps) {
+    float mean = 0, m2 = 0;
+    from.each(at, all, g, [&](float count, float mean_of, float) { mean += count * mean_of; });
+    mean = warp_sum(mean) * inverse;
+    from.each(at, all, g, [&](float count, float mean_of, float m2_of) {
+      const float delta = mean_of - mean;
+      m2 += m2_of + count * delta * delta;
+    });
+    m2 = warp_sum(m2);
+    if (threadIdx.x % kWarpSize == 0) {
+      parts[3 * g] = numbers;
+      parts[3 * g + 1] = mean;
+      parts[3 * g + 2] = m2;
+    }
+  }
+}
+
 /// NHWC. A block has `slab` groups of one sample, in a cluster a stretch of `length` places of
 /// them. Shared memory: their elements, 3 numbers per column, 6 per group, 3 per group and rank, then
-/// those of merge_rows. Grid: N * ceil(G / slab) * blocks per cluster.
-template <typename T, int V, bool kCluster>
+/// those of `publish`. Grid: N * ceil(G / slab) * blocks per cluster.
+template <typename T, int V, bool kCluster, bool kAdd>
 __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_columns(Norm<T> p, NormShape shape, int slab, int64_t length) {
   FASTDIFF_DYNAMIC_SHARED(memory);
@@ -109,33 +165,31 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   float* gathered = kCluster ? parts + 3 * groups : parts;
   float* scratch = gathered + 3 * groups * mine.ranks;
 
-  column_heads(p, shape, n, first, width, heads);
-  auto moments =
-      column_moments<T, V>(p, shape, n, first, mine.begin, mine.end, at, heads, tile);
-  merge_rows(moments, at, scratch);
-
-  // a warp merges the channels of a group; all have the same count
-  const float* means = scratch;
-  const float* m2s = scratch + at.rows * width;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const float places = static_cast<float>(mine.end - mine.begin);
-  const float size = static_cast<float>(shape.size);
-  for (int g = static_cast<int>(threadIdx.x) / kWarpSize; g < groups; g += warps) {
-    float mean = 0, m2 = 0;
-    for (int i = lane; i < shape.size; i += kWarpSize) mean += means[g * shape.size + i];
-    mean = warp_sum(mean) / size;
-    for (int i = lane; i < shape.size; i += kWarpSize) {
-      const float delta = means[g * shape.size + i] - mean;
-      m2 += m2s[g * shape.size + i] + places * delta * delta;
-    }
-    m2 = warp_sum(m2);
-    if (lane == 0) {
-      parts[3 * g] = places * size;
-      parts[3 * g + 1] = mean;
-      parts[3 * g + 2] = m2;
-    }
+  const int all = static_cast<int>(mine.end - mine.begin);
+  const int count = at.active ? at.count(all, at.row) : 0;
+  const int tile_step = at.rows * width;
+  T* const own = tile + at.row * width + at.column;
+  const int64_t place = (n * shape.s + mine.begin + at.row) * shape.c + first + at.column;
+  const int64_t step = static_cast<int64_t>(at.rows) * shape.c;
+  ShiftedSums<V> sums;
+  if constexpr (!kAdd && sizeof(Pack<T, V>) == 16) {
+    const T* from = p.x + place;
+    T* to = own;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i, from += step, to += tile_step) copy_16(to, from, true);
+    commit_copies();
+    column_heads(p, shape, n, first, width, heads);
+    wait_for_copies<0>();
+    if (count > 0) sums.start(load_pack<T, V>(own));
+    to = own;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i, to += tile_step) sums.add(load_pack<T, V>(to));
+  } else {
+    column_heads(p, shape, n, first, width, heads);
+    sums = column_sums<kAdd, T, V>(p, shape, n, first, mine.begin, mine.end, at, heads, tile);
   }
+  publish(sums, at, all, heads, scratch);
+  merge_groups(GroupParts{scratch, at.rows, width, shape.size}, at, all, groups, parts);
   gather_parts<kCluster>(parts, 3 * groups, mine.ranks, gathered);
 #pragma unroll 1
   for (int g = static_cast<int>(threadIdx.x); g < groups; g += static_cast<int>(blockDim.x)) {
@@ -149,16 +203,10 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   column_coefficients(p, shape, n, first, width, group_stats, heads);
   if (at.active) {
     const ColumnCoefficients<V> k(heads, at);
-    T* y = p.y + (n * shape.s + mine.begin) * shape.c + first + at.column;
-    const int64_t rows = mine.end - mine.begin;
-    for (int64_t row = at.row; row < rows; row += at.rows) {
-      float x[V];
-      unpack(load_pack<T, V>(tile + row * width + at.column), x);
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-        x[v] = activate<T>((x[v] - k.mean[v]) * k.a[v] + k.b[v], p.silu);
-      store_pack<T, V>(y + row * shape.c, pack_of<T, V>(x));
-    }
+    if (p.silu)
+      write_result<false, true, T, V>(own, tile_step, p.y + place, step, count, k);
+    else
+      write_result<false, false, T, V>(own, tile_step, p.y + place, step, count, k);
   }
   leave_cluster<kCluster>();
 }
@@ -166,7 +214,7 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
 /// NCHW. A block has one group of one sample, in a cluster a stretch of `length` packs of it.
 /// Shared memory: its elements, then a and b per channel, then 3 numbers per warp, 6, and 3 per rank.
 /// Grid: N * G * blocks per cluster.
-template <typename T, int V, bool kCluster>
+template <typename T, int V, bool kCluster, bool kAdd>
 __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_rows(Norm<T> p, NormShape shape, int64_t length) {
   FASTDIFF_DYNAMIC_SHARED(memory);
@@ -195,28 +243,54 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
     adds[c] = channel_addend(p, n, first + c);
   __syncthreads();
   const float pivot = source_at(p, n, first, base);
-  Moments moments;
-  for (unsigned i = begin + threadIdx.x; i < end; i += blockDim.x * kNormBatch) {
-    float d[kNormBatch][V];
-    int taken = 0;
-#pragma unroll
-    for (int j = 0; j < kNormBatch; ++j) {
-      const unsigned pack = i + j * blockDim.x;
-#pragma unroll
-      for (int v = 0; v < V; ++v) d[j][v] = pivot;
-      if (pack >= end) continue;
-      const float add = p.total == nullptr ? 0.0f : adds[pack * V / places];
-      const auto loaded = load_source<T, V>(p, base + static_cast<int64_t>(pack) * V, &add, 0);
-      store_pack<T, V>(tile + static_cast<int64_t>(pack - begin) * V, loaded);
-      unpack(loaded, d[j]);
-      ++taken;
+  const unsigned step = blockDim.x, mine_first = begin + threadIdx.x;
+  int count = mine_first < end ? static_cast<int>((end - mine_first + step - 1) / step) : 0;
+  const float taken = static_cast<float>(count);
+  T* const own = tile + static_cast<int64_t>(threadIdx.x) * V;
+  const int64_t place = base + static_cast<int64_t>(mine_first) * V;
+  const int64_t span = static_cast<int64_t>(step) * V;
+  ShiftedSums<V> sums;
+  if constexpr (!kAdd && sizeof(Pack<T, V>) == 16) {
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) copy_16(own + i * span, p.x + place + i * span, true);
+    commit_copies();
+    wait_for_copies<0>();
+    if (count > 0) sums.start(load_pack<T, V>(own));
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) sums.add(load_pack<T, V>(own + i * span));
+  } else {
+    using From = Source<kAdd, T, V>;
+    constexpr int kBatch = kSourceBatch<kAdd>;
+    const auto total_of = [&](const From& from, int i) {
+      const unsigned pack = mine_first + i * step;
+      return from.total(p, adds + (kAdd ? pack * V / places : 0), 0);
+    };
+    const auto use = [&](const From& from, int i) {
+      const Pack<T, V> pack = total_of(from, i);
+      if constexpr (kAdd) store_pack<T, V>(p.total + place + i * span, pack);
+      store_pack<T, V>(own + i * span, pack);
+      sums.add(pack);
+    };
+    if (count > 0) {
+      From head;
+      head.load(p, place);
+      sums.start(total_of(head, 0));
     }
+    int i = 0;
+    for (; i + kBatch <= count; i += kBatch) {
+      From from[kBatch];
 #pragma unroll
-    for (int j = 0; j < kNormBatch; ++j)
+      for (int j = 0; j < kBatch; ++j) from[j].load(p, place + (i + j) * span);
 #pragma unroll
-      for (int v = 0; v < V; ++v) d[j][v] -= pivot;
-    add_packs(moments, d, taken);
+      for (int j = 0; j < kBatch; ++j) use(from[j], i + j);
+    }
+    for (; i < count; ++i) {
+      From from;
+      from.load(p, place + i * span);
+      use(from, i);
+    }
   }
+  Moments moments = sums.merged(taken, pivot);
   moments = block_merge(moments, scratch);
   if (threadIdx.x == 0) {
     parts[0] = moments.count;
@@ -238,16 +312,18 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
     channels[2 * c + 1] = k.b;
   }
   __syncthreads();
-  const float mean = stats[0];
-  for (unsigned pack = begin + threadIdx.x; pack < end; pack += blockDim.x) {
-    const unsigned c = pack * V / places;
-    const float a = channels[2 * c], b = channels[2 * c + 1];
-    float x[V];
-    unpack(load_pack<T, V>(tile + static_cast<int64_t>(pack - begin) * V), x);
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = activate<T>((x[v] - mean) * a + b, p.silu);
-    store_pack<T, V>(p.y + base + static_cast<int64_t>(pack) * V, pack_of<T, V>(x));
-  }
+  const auto result = [&](auto silu) {
+    constexpr bool kSilu = decltype(silu)::value;
+    for (int i = 0; i < count; ++i) {
+      const unsigned c = (mine_first + i * step) * V / places;
+      const OneChannel k{{stats[0]}, {channels[2 * c]}, {channels[2 * c + 1]}};
+      write_result<false, kSilu, T, V>(own + i * span, 0, p.y + place + i * span, 0, 1, k);
+    }
+  };
+  if (p.silu)
+    result(std::true_type{});
+  else
+    result(std::false_type{});
   leave_cluster<kCluster>();
 }
 

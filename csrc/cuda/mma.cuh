@@ -155,15 +155,4 @@ __device__ __forceinline__ unsigned pair_of(float low, float high) {
 #endif
 }
 
-/// 2^x in one instruction (2 ulp of fp32); results below 2^-126 are flushed to 0, as is -inf.
-__device__ __forceinline__ float fast_exp2(float x) {
-#ifdef FASTDIFF_EMULATE_CUDA
-  return std::exp2(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
 }  // namespace fastdiff

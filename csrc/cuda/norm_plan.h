@@ -50,13 +50,15 @@ struct NormLimits {
 };
 
 constexpr int64_t kAnySize = int64_t{1} << 62;
-constexpr int64_t kAimedTile = 32 * 1024;  // see "Occupancy target" in group_norm_silu_on_chip.cuh
+constexpr int64_t kFewThreads = 32 * 1024;  // a block alone with a larger tile has 512 threads
+constexpr int64_t kLeastTile = 1024;        // smaller ones cost more than they bring
+constexpr int kEnoughBlocks = 128;          // for one sample, so that few SMs of an H200's 132 are idle
 constexpr int kPortableCluster = 8;        // supported by every GPU with clusters
 
-/// Bytes of shared memory for 3 numbers per column and for the tree of merge_rows.
-inline int64_t tree_bytes(int64_t width, int vector, int threads) {
+/// Bytes of shared memory for 3 numbers per column and for `publish`.
+inline int64_t column_bytes(int64_t width, int vector, int threads) {
   const int64_t packs = width / vector, rows = threads / packs;
-  return rows * (2 * width + 1) * 4 + 3 * width * 4;
+  return rows * 2 * width * 4 + 3 * width * 4;
 }
 
 /// NHWC: plans `blocks` blocks for a slab of whole groups and whole packs, with at least `least`
@@ -71,16 +73,21 @@ inline int64_t plan_columns(NormPlan& plan, const NormTask& task, int64_t least,
   plan.length = (shape.s + blocks - 1) / blocks;
   const int64_t width = int64_t(plan.slab) * shape.size;
   const int64_t tile = plan.length * width * task.itemsize * (task.backward ? 2 : 1);
-  const bool few = tile < kAimedTile || blocks > 1 || task.backward;
-  plan.threads = few ? kNormThreads : 2 * kNormThreads;
-  if (width / plan.vector > plan.threads) {
+  const bool few = tile < kFewThreads || blocks > 1 || task.backward;
+  const int64_t most = few ? kNormThreads : 2 * kNormThreads, row = width / plan.vector;
+  // kNormBatch packs per thread and one row at a time at least: every thread has moments to merge
+  const int64_t wanted = plan.length * row / kNormBatch;
+  const int64_t least_threads = row < 64 ? 64 : row;
+  const int64_t threads = (wanted < least_threads ? least_threads : wanted) + kWarpSize - 1;
+  plan.threads = int(threads > most || task.backward ? most : threads / kWarpSize * kWarpSize);
+  if (row > plan.threads) {
     plan.shared = kAnySize;
   } else if (task.backward) {
-    const int64_t rows = plan.threads / (width / plan.vector);
+    const int64_t rows = plan.threads / row;
     plan.shared = tile + 16 + 8 * plan.slab +
                   4 * width * (kChannelNumbers + 2 + 2 + 2 * blocks + 2 * rows);
   } else {
-    plan.shared = tile + 16 + tree_bytes(width, plan.vector, plan.threads) +
+    plan.shared = tile + 16 + column_bytes(width, plan.vector, plan.threads) +
                   int64_t(plan.slab) * 12 * (2 + blocks);
   }
   return tile;
@@ -100,32 +107,46 @@ inline int64_t plan_rows(NormPlan& plan, const NormTask& task, int blocks) {
   return tile;
 }
 
-/// Plans the on-chip strategy; false if it is impossible. With clusters, it takes as many blocks (one, if
-/// that is enough) as bring the tiles down to kAimedTile, up to the portable 8. Failing that, it takes 8
-/// or 16 blocks and fewer bytes of a row, such that two blocks share an SM or one has it for itself.
-/// Without clusters: one block.
+/// Plans the on-chip strategy; false if it is impossible. With clusters: enough blocks for the chip, if
+/// a tile then has kLeastTile bytes, or as many as possible. Two blocks shall share an SM, a cluster
+/// have the portable 8 blocks at most, and a block read long pieces of a row, in this order. Without
+/// clusters: one block.
 inline bool plan_on_chip(NormPlan& plan, const NormTask& task, const NormLimits& limits) {
   if (task.backward && !task.channels_last) return false;
-  const auto fits = [&](int64_t least, int blocks, int64_t shared, int64_t most = kAnySize) {
-    const int64_t tile = task.channels_last ? plan_columns(plan, task, least, blocks)
-                                            : plan_rows(plan, task, blocks);
-    return plan.shared <= shared && tile <= most;
+  int64_t tile = 0;
+  const auto fits = [&](int64_t least, int blocks, int64_t shared) {
+    tile = task.channels_last ? plan_columns(plan, task, least, blocks)
+                              : plan_rows(plan, task, blocks);
+    return plan.shared <= shared;
   };
   // 128 bytes of every row, 64 (the fetch size of the L2), or as few as groups and packs allow
   const int64_t wide = 128, narrow = 64, any = 0;
   if (limits.exact)
     return fits(wide, limits.cluster, limits.shared) ||
            fits(any, limits.cluster, limits.shared);
-  const int portable = limits.cluster < kPortableCluster ? limits.cluster : kPortableCluster;
   const int64_t half_an_sm = (limits.shared + 1024) / 2 - 1024;  // an SM reserves 1 KiB per block
-  if (limits.cluster > 1)
-    for (const int64_t shared : {half_an_sm, limits.shared})
-      for (const int64_t least : {wide, narrow}) {
-        for (int blocks = 1; blocks <= portable; blocks *= 2)
-          if (fits(least, blocks, shared, kAimedTile)) return true;
-        if (fits(least, portable, shared) || fits(least, limits.cluster, shared)) return true;
-      }
-  return fits(wide, 1, limits.shared) || fits(any, 1, limits.shared);
+  const int groups = task.shape.groups;
+  int64_t most = 0;
+  NormPlan best = plan;
+  for (const int64_t shared : {half_an_sm, limits.shared}) {
+    if (limits.cluster <= 1) break;
+    for (const bool portable : {true, false})
+      for (const int64_t least : {wide, narrow})
+        for (int blocks = portable ? 1 : 2 * kPortableCluster;
+             blocks <= limits.cluster && (blocks <= kPortableCluster || !portable); blocks *= 2) {
+          if (!fits(least, blocks, shared) || (blocks > 1 && tile < kLeastTile)) continue;
+          const int slabs = task.channels_last ? (groups + plan.slab - 1) / plan.slab : groups;
+          const int64_t all = int64_t(slabs) * blocks;
+          if (all > most) {
+            most = all;
+            best = plan;
+          }
+          if (all >= kEnoughBlocks) return true;
+        }
+    if (most > 0) break;  // fewer blocks, but two per SM
+  }
+  plan = best;
+  return most > 0 || fits(wide, 1, limits.shared) || fits(any, 1, limits.shared);
 }
 
 inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
@@ -147,10 +168,10 @@ inline NormPlan plan_norm(const NormTask& task, const NormLimits& limits) {
     const int64_t mine = (all + blocks - 1) / blocks;
     plan.columns = int(mine * plan.vector);
     plan.length = packs * (kNormThreads / mine);
-    plan.shared = tree_bytes(plan.columns, plan.vector, kNormThreads);
-    // the last block may be narrower and then has more rows, so its tree may need more
+    plan.shared = column_bytes(plan.columns, plan.vector, kNormThreads);
+    // the last block may be narrower and then has more rows, so it may need more
     const int64_t last = shape.c - (blocks - 1) * plan.columns;
-    const int64_t other = tree_bytes(last, plan.vector, kNormThreads);
+    const int64_t other = column_bytes(last, plan.vector, kNormThreads);
     if (other > plan.shared) plan.shared = other;
   } else {
     plan.length = packs * kWarpSize * plan.vector;

@@ -108,10 +108,15 @@ def _target(opcode: str, operands: str, labels: dict[str, int]) -> int | None:
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The bodies of all loops: from the target of a backward branch to the branch."""
+    """The bodies of all loops: from the target of a backward branch to the branch.
+
+    Branches behind the last exit lead back from code that was moved out of the way.
+    """
+    exits = [each.address for each in code if each.opcode == "EXIT"]
+    end = exits[-1] if exits else code[-1].address
     found = []
     for place, each in enumerate(code):
-        if each.target is not None and each.target < each.address:
+        if each.target is not None and each.target < each.address <= end:
             found.append([i for i in code[: place + 1] if i.address >= each.target])
     return found
 

@@ -1,8 +1,9 @@
 """Predicted times on an H200 for the shapes that have goals, made before any GPU was measured.
 
 A kernel takes at least as long as the slowest of these: moving its bytes at the speed of a copy,
-its matrix products at the speed of a large product, and its exponentials at the rate of the special
-function units.
+its matrix products at the speed of a large product, its exponentials at the rate of the special
+function units, issuing its instructions, and its launches. The host's time is not included: a CUDA
+graph hides it, and `counts host` measures it.
 
     python -m fastdiff.bench.predict     print the table
     python -m fastdiff.bench.report      write it into docs/performance.md, next to measurements
@@ -40,18 +41,44 @@ class Device:
     """Bytes of the L2 cache (not a rate)."""
     matmul: float
     """bf16 FLOPs of a large product."""
-    exp2: float
-    """Exponentials: 16 per clock and multiprocessor."""
+    clock: float
+    """Under load."""
+    multiprocessors: int
+    launch: float
+    """Seconds (not a rate)."""
+
+    @property
+    def exp2(self) -> float:
+        """Exponentials, reciprocals: 16 per clock and multiprocessor."""
+        return 16 * self.multiprocessors * self.clock
+
+    @property
+    def issue(self) -> float:
+        """Instructions of a warp: 4 per clock and multiprocessor."""
+        return 4 * self.multiprocessors * self.clock
 
 
 H200 = Device(
     name="H200",
     architecture="sm_90",
     copy=4.3e12,
-    l2=50 * 10**6,
+    l2=60 * 10**6,
     matmul=790e12,
-    exp2=132 * 16 * 1.755e9,
+    clock=1.98e9,
+    multiprocessors=132,
+    launch=2e-6,
 )
+INSTRUCTIONS: dict[str, float] = {
+    "GroupNorm+SiLU on chip": 15.4,
+    "GroupNorm+SiLU in parts": 15.4,
+    "attention, d = 40": 232,
+    "attention, d = 64": 200,
+    "attention, d = 80": 201,
+    "attention, d = 160": 260,
+}
+"""Per number, or per 64 keys and 16 queries, of the backend with the fewest: see docs/counts.md."""
+POLYNOMIALS = {40: 1 / 8}
+"""Head dim -> share of the exponentials that attention_hopper.cuh computes with multiply-adds."""
 LIBRARY_DIMS = (32, 64, 96, 128, 192, 256)
 """Head dims that library kernels are compiled for; others are padded to the next larger one."""
 
@@ -87,35 +114,48 @@ def predictions(device: Device = H200) -> Iterator[Prediction]:
 def of_norm(case: Case, device: Device) -> Prediction:
     """x is read from memory once if a sample fits on the chip or in the L2 (samples are processed
     one after the other), else twice; the rival is a copy."""
-    kinds = {launch.kernel.__name__ for launch in launches(case, device)}
+    started = launches(case, device)
+    kinds = {launch.kernel.__name__ for launch in started}
+    numbers = case.work.bytes / 2 / case.dtype.itemsize
     sample = case.work.bytes / 2 / case.call.tensors[0][0]
     once = "_small_kernel" in kinds or 2 * sample <= device.l2
     what = "x once, y once" if once else "x twice, y once"
+    instructions = INSTRUCTIONS[f"GroupNorm+SiLU {'on chip' if once else 'in parts'}"]
     return Prediction(
         case=case,
-        seconds={what: case.work.bytes / 2 * (2 if once else 3) / device.copy},
+        seconds={
+            what: case.work.bytes / 2 * (2 if once else 3) / device.copy,
+            "issue": numbers / 32 * instructions / device.issue,
+            "exponentials": 2 * numbers / device.exp2,  # and reciprocals
+            "launches": len(started) * device.launch,
+        },
         rival="a copy",
-        rival_s=case.work.bytes / device.copy,
+        rival_s=max(case.work.bytes / device.copy, device.launch),
     )
 
 
 def of_attention(case: Case, device: Device) -> Prediction:
-    """The rival pads the head dim and has the same bottlenecks."""
+    """The rival pads the head dim and has the same bottlenecks; its instructions are not known."""
     (n, length, heads, d), of_k, _ = case.call.tensors
     scores = n * heads * length * of_k[1]
     exponentials = scores / device.exp2
 
-    def seconds(dim: float, keys: float) -> dict[str, float]:
+    def seconds(q_dim: float, v_dim: float, keys: float) -> dict[str, float]:
         return {
             "bytes": case.work.bytes / device.copy,
-            "products": 4 * scores * dim * keys / of_k[1] / device.matmul,
+            "products": 2 * scores * (q_dim + v_dim) * keys / of_k[1] / device.matmul,
             "exponentials": exponentials * keys / of_k[1],
+            "launches": device.launch,
         }
 
-    # Q K^T sums over the head dim in steps of 16, and V has pieces of 16 columns (wgmma)
-    ours = seconds(math.ceil(d / 16) * 16, math.ceil(of_k[1] / 16) * 16)
+    # Q K^T sums over the head dim in steps of 16, and V has pieces of 8 columns (wgmma)
+    ours = seconds(math.ceil(d / 16) * 16, math.ceil(d / 8) * 8, math.ceil(of_k[1] / 16) * 16)
+    # to the keys of a text, another kernel runs, which is not counted
+    if of_k[1] == length and (instructions := INSTRUCTIONS.get(f"attention, d = {d}")):
+        ours["issue"] = scores / 64 / 16 * instructions / device.issue
+        ours["exponentials"] *= 1 - POLYNOMIALS.get(d, 0.0)
     padded = next((dim for dim in LIBRARY_DIMS if dim >= d), d)
-    theirs = seconds(padded, math.ceil(of_k[1] / 128) * 128)
+    theirs = seconds(padded, padded, math.ceil(of_k[1] / 128) * 128)
     return Prediction(
         case=case,
         seconds=ours,
@@ -125,12 +165,12 @@ def of_attention(case: Case, device: Device) -> Prediction:
 
 
 def of_step(case: Case, device: Device) -> Prediction:
-    """Launch bound: the rival launches ten kernels of 2 µs each."""
+    """Launch bound: the rival launches ten kernels."""
     return Prediction(
         case=case,
-        seconds={"one launch": 2e-6, "bytes": case.work.bytes / device.copy},
+        seconds={"launches": device.launch, "bytes": case.work.bytes / device.copy},
         rival="10 launches",
-        rival_s=20e-6,
+        rival_s=10 * device.launch,
     )
 
 

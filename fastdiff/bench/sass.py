@@ -59,6 +59,7 @@ CLUSTER = 16
 FLIGHT = 3.8e6
 """Bytes that must be on their way at a time: 4.8 TB/s x 0.8 us."""
 BLOCKS = 128
+GROUPS = 32
 NORMS = "SD 1.5 U-Net", "SDXL U-Net", "KL-f8 decoder"
 
 
@@ -71,6 +72,8 @@ class Row:
     parts: dict[str, float]
     """Loop -> its instructions."""
     aim: float | None = None
+    flight: float | None = None
+    """Bytes of the inputs on their way at a time, at most, when the kernel fills the chip."""
 
     @property
     def total(self) -> float:
@@ -85,9 +88,9 @@ CUDA_KERNELS = """
 #include "group_norm_silu_on_chip.cuh"
 #include "norm_plan.h"
 namespace fastdiff {
-template __global__ void norm_on_chip_columns<bfloat16, 8, true>(
+template __global__ void norm_on_chip_columns<bfloat16, 8, true, false>(
     Norm<bfloat16>, NormShape, int, int64_t);
-template __global__ void norm_moments_columns<bfloat16, 8>(
+template __global__ void norm_moments_columns<bfloat16, 8, false>(
     Norm<bfloat16>, NormShape, Chunks, int, float*);
 template __global__ void norm_apply_columns<bfloat16, 8>(
     Norm<bfloat16>, NormShape, Chunks, int, const bfloat16*);
@@ -146,6 +149,13 @@ class Code:
 
     instructions: list[Instruction]
     registers: int
+    threads: int = 256
+    shared: int = 0
+
+    def flight(self, way: Way) -> float:
+        """Bytes in flight while all multiprocessors go this way."""
+        blocks = MULTIPROCESSORS * resident(self.registers, self.threads, self.shared)
+        return blocks * self.threads * 16 * loads_in_flight(way.instructions)
 
 
 @cache
@@ -179,35 +189,48 @@ EXPONENTIAL = r"MUFU\.EX2"
 """One per number with SiLU."""
 
 
+def straight(kernel: str, backend: str, code: Code) -> Row:
+    """A kernel without a loop: all of its loads and stores, 16 bytes of the result per store."""
+    way = shortest_path(code.instructions, r"(LDG|STG).*\.128")
+    stored = sum(bool(re.match(r"STG.*\.128", i.opcode)) for i in way.instructions)
+    return Row(
+        kernel=kernel,
+        backend=backend,
+        parts={"whole kernel": len(way.instructions) / stored / 8},
+        flight=code.flight(way),
+    )
+
+
 def cuda_rows() -> Iterator[Row]:
     code = cuda_code()
     wide = 8
-    whole = code["norm_on_chip_columns 8 1"]
+    whole = code["norm_on_chip_columns 8 1 0"]
     yield Row(
         kernel="GroupNorm+SiLU on chip",
         backend="CUDA",
         parts={
-            "statistics": per_number(whole, r"LDG.*\.128", wide, avoid=r"STG|MUFU\.EX2"),
+            "copy": per_number(whole, r"LDGSTS.*\.128", wide),
+            "statistics": per_number(whole, r"LDS.*\.128", wide, avoid=r"STG|MUFU\.EX2"),
             "result": per_number(whole, EXPONENTIAL, 1),
         },
         aim=22,
     )
-    moments, apply = code["norm_moments_columns 8"], code["norm_apply_columns 8"]
+    moments, apply = code["norm_moments_columns 8 0"], code["norm_apply_columns 8"]
+    ways = (
+        main_loop(moments.instructions, r"LDG.*\.128", avoid="STG"),
+        main_loop(apply.instructions, EXPONENTIAL),
+    )
     yield Row(
         kernel="GroupNorm+SiLU in parts",
         backend="CUDA",
         parts={
-            "statistics": per_number(moments, r"LDG.*\.128", wide, avoid="STG"),
-            "result": per_number(apply, EXPONENTIAL, 1),
+            "statistics": len(ways[0].instructions) / ways[0].units / wide,
+            "result": len(ways[1].instructions) / ways[1].units,
         },
         aim=26,
+        flight=min(moments.flight(ways[0]), apply.flight(ways[1])),
     )
-    way = shortest_path(code["geglu_forward 8"].instructions, r"STG.*\.128")
-    yield Row(
-        kernel="GEGLU",
-        backend="CUDA",
-        parts={"whole kernel": len(way.instructions) / way.units / wide},
-    )
+    yield straight("GEGLU", "CUDA", code["geglu_forward 8"])
     for d, tiles in ((40, 2), (64, 2), (80, 2), (160, 1)):
         instructions = code[f"attention_streaming {d} {tiles} 0"].instructions
         step = main_loop(instructions, "HMMA")  # 32 keys
@@ -242,9 +265,15 @@ def triton_launches(op: str, *args: Any) -> list[Launch]:
 
 def triton_code(launch: Launch) -> Code:
     """Compile a recorded launch for an H200."""
-    cubin = ahead.compiled_for(launch, ARCHITECTURE).asm["cubin"]
+    compiled = ahead.compiled_for(launch, ARCHITECTURE)
+    cubin = compiled.asm["cubin"]
     [(symbol, code)] = disassembled(cubin).items()
-    return Code(instructions=code, registers=registers(cubin)[symbol])
+    return Code(
+        instructions=code,
+        registers=registers(cubin)[symbol],
+        threads=32 * launch.num_warps,
+        shared=compiled.metadata.shared,
+    )
 
 
 def meta(*shape: int) -> Tensor:
@@ -263,9 +292,6 @@ def whole(launch: Launch, unit: str, numbers: int) -> float:
     return len(way.instructions) / way.units / numbers
 
 
-STORE = r"STG.*\.128"
-
-
 def triton_rows() -> Iterator[Row]:
     wide = 8
     [small] = norm_launches(1, 1280, 8)
@@ -276,18 +302,23 @@ def triton_rows() -> Iterator[Row]:
         aim=22,
     )
     by_name = {launch.kernel.__name__: launch for launch in norm_launches(1, 320, 64)}
-    statistics = triton_code(by_name["_moments_kernel"])
+    statistics, result = (triton_code(by_name[f"_{name}_kernel"]) for name in ("moments", "apply"))
+    ways = (
+        main_loop(statistics.instructions, r"(LDG|LDS).*\.128"),
+        shortest_path(result.instructions, EXPONENTIAL),
+    )
     yield Row(
         kernel="GroupNorm+SiLU in parts",
         backend="Triton",
         parts={
-            "statistics": per_number(statistics, r"(LDG|LDS).*\.128", wide),
-            "result": whole(by_name["_apply_kernel"], EXPONENTIAL, 1),
+            "statistics": len(ways[0].instructions) / ways[0].units / wide,
+            "result": len(ways[1].instructions) / ways[1].units,
         },
         aim=26,
+        flight=min(statistics.flight(ways[0]), result.flight(ways[1])),
     )
     [geglu] = triton_launches("geglu", meta(2, 4096, 2560))
-    yield Row(kernel="GEGLU", backend="Triton", parts={"whole kernel": whole(geglu, STORE, wide)})
+    yield straight("GEGLU", "Triton", triton_code(geglu))
     for d, tokens, heads in ((40, 4096, 8), (64, 4096, 10), (80, 1024, 8), (160, 256, 8)):
         q = meta(2, tokens, heads, d)
         [launch] = triton_launches("attention", q, q, q)
@@ -343,23 +374,22 @@ def resident(code_registers: int, threads: int, shared: int) -> int:
 def cuda_start(plan: dict[str, int], c: int, s: int, groups: int) -> Start:
     code = cuda_code()
     if plan["on_chip"]:
-        kernel = code["norm_on_chip_columns 8 1"]
+        kernel = code["norm_on_chip_columns 8 1 0"]
         blocks = -(-groups // plan["slab"]) * plan["cluster"]
         width = plan["slab"] * c // groups
         name = f"{plan['cluster']} blocks for {plan['slab']} groups"
         threads = plan["threads"]
         tile = -(-s // plan["cluster"]) * width * 2
     else:
-        kernel = code["norm_moments_columns 8"]
+        kernel = code["norm_moments_columns 8 0"]
         blocks = plan["chunks"] * -(-c // plan["columns"])
         name, threads = f"parts of {plan['length']} places", 256
         tile = plan["length"] * plan["columns"] * 2
     at_once = min(blocks, MULTIPROCESSORS * resident(kernel.registers, threads, plan["shared"]))
-    body = kernel.instructions
-    if any(i.opcode.startswith("LDGSTS") for i in body):  # copies fill the whole tile
+    if plan["on_chip"]:  # copies fill the whole tile
         per_block = tile
     else:
-        way = main_loop(body, r"LDG.*\.128", avoid=r"STG|MUFU\.EX2")
+        way = main_loop(kernel.instructions, r"LDG.*\.128", avoid="STG")
         per_block = min(tile, 16 * threads * loads_in_flight(way.instructions))
     return Start(plan=name, blocks=blocks, flight=min(at_once * per_block, s * c * 2))
 
@@ -378,13 +408,30 @@ def norm_sizes() -> list[tuple[str, int, int, int]]:
             if call.op.endswith("group_norm_silu"):
                 _, c, h, w = call.tensors[0]
                 found.setdefault((c, h, w), name)
-    groups = 32
-    return [(name, c, h, groups) for (c, h, _), name in sorted(found.items(), key=_by_network)]
+    return [(name, c, h, GROUPS) for (c, h, _), name in sorted(found.items(), key=_by_network)]
 
 
 def _by_network(item: tuple[tuple[int, int, int], str]) -> tuple[int, int, int]:
     (c, h, _), name = item
     return NORMS.index(name), -h, c
+
+
+# Launches of norms
+
+
+def launches_of_norms(
+    name: str, plan: Callable[[int, int, int, int], dict[str, int]]
+) -> tuple[int, ...]:
+    """GroupNorms of an evaluation, and their launches in Triton and in CUDA (3 in parts)."""
+    total = [0, 0, 0]
+    for call, times in GPU_JOBS[name].collect().items():
+        if call.op.endswith("group_norm_silu"):
+            n, c, h, w = call.tensors[0]
+            on_chip = plan(n, c, h * w, GROUPS)["on_chip"]
+            launched = len(norm_launches(n, c, h)), 1 if on_chip else 3
+            for i, number in enumerate((1, *launched)):
+                total[i] += times * number
+    return tuple(total)
 
 
 # The tables
@@ -426,7 +473,7 @@ def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
     return found
 
 
-HEAD = ("kernel", "backend", "loops", "instructions", "aim")
+HEAD = ("kernel", "backend", "loops", "instructions", "aim", "MB in flight")
 
 
 @cache
@@ -451,7 +498,8 @@ def row_cells(row: Row) -> tuple[str, ...]:
     aim = "" if row.aim is None else f"{row.aim:g}"
     if row.aim is not None and row.total > row.aim:
         aim += ", missed"
-    return row.kernel, row.backend, parts, f"{row.total:.{digits}f}", aim
+    flight = "" if row.flight is None else f"{row.flight / 1e6:.1f}"
+    return row.kernel, row.backend, parts, f"{row.total:.{digits}f}", aim, flight
 
 
 def counted() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
@@ -470,7 +518,7 @@ def facts() -> dict[str, Any]:
     starts = {} if missing else norm_starts()
     return {
         "missing": missing,
-        "instructions": [[row.kernel, row.backend, row.total] for row in found],
+        "instructions": [[row.kernel, row.backend, row.total, row.flight] for row in found],
         "norms": [[c, h, start.blocks, start.flight] for (c, h), start in starts.items()],
         "versions": "" if missing else versions(),
         "section": "" if missing else section(),
@@ -494,7 +542,14 @@ def section() -> str:
     (head, *body), (sizes, *by_size), missing = counted()
     if missing:
         raise NoToolError("; ".join(missing))
-    return SECTION.format(versions=versions(), rows=table(head, body), sizes=table(sizes, by_size))
+    plan = cuda_plan()
+    launched = [(name, *map(str, launches_of_norms(name, plan))) for name in NORMS]
+    return SECTION.format(
+        versions=versions(),
+        rows=table(head, body),
+        sizes=table(sizes, by_size),
+        launches=table(("network", "GroupNorms", "launches, Triton", "CUDA"), launched),
+    )
 
 
 SECTION = """\
@@ -506,8 +561,14 @@ written.
 
 {rows}
 
+MB in flight are the loads that all threads issue before they use the first, on a full chip.
+
 Blocks of the launch that reads x first, and bytes of x that are on their way at a time: 132
 multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
 
 {sizes}
+
+Launches of all GroupNorms of an evaluation. The totals above count Triton's.
+
+{launches}
 """

@@ -24,6 +24,7 @@ from fastdiff.cli.parsing import UsageError, one_line
 
 COMMANDS = {
     "sample": "make new images as PNGs that contain their recipes, and a contact sheet",
+    "generate": "make an image per row of a file, in shards, and resume after any stop",
     "txt2img": "make images from a prompt, with a Stable Diffusion checkpoint",
     "img2img": "change an image according to a prompt or a class",
     "inpaint": "replace a part of an image",

@@ -11,6 +11,7 @@ any other syntax in them is read as the text that it was.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
@@ -113,16 +114,9 @@ def from_json(data: Any) -> Job:
         got = data.get("kind") if isinstance(data, dict) else data
         raise ValueError(f"unknown kind of job {got!r:.40}; expected one of {', '.join(KINDS)}")
     cls = KINDS[data["kind"]]
-    hints = get_type_hints(cls)
-    plain = [
-        (f.name, hints[f.name], f) if f.default is not MISSING else (f.name, hints[f.name])
-        for f in fields(cls)
-        if f.name not in PICTURES
-    ]
     rest = {k: v for k, v in data.items() if k != "kind" and k not in PICTURES}
-    shape = make_dataclass(cls.__name__, plain, frozen=True, kw_only=True)
-    made: Any = from_dict(shape, rest)
-    given = {name: getattr(made, name) for name, *_ in plain}
+    made: Any = from_dict(_without_pictures(data["kind"]), rest)
+    given = {f.name: getattr(made, f.name) for f in fields(made)}
     for name in PICTURES:
         if data.get(name) is not None:
             given[name] = _path(name, data[name])
@@ -131,6 +125,19 @@ def from_json(data: Any) -> Job:
         raise ValueError(f"{cls.__name__}: {missing[0]}: missing")
     job: Job = cls(**given)
     return job
+
+
+@functools.cache
+def _without_pictures(kind: str) -> type[Any]:
+    """A dataclass with the fields of a kind of job but its pictures, which are read here."""
+    cls = KINDS[kind]
+    hints = get_type_hints(cls)
+    plain = [
+        (f.name, hints[f.name], f) if f.default is not MISSING else (f.name, hints[f.name])
+        for f in fields(cls)
+        if f.name not in PICTURES
+    ]
+    return make_dataclass(cls.__name__, plain, frozen=True, kw_only=True)
 
 
 def identity(picture: Picture) -> dict[str, str | None]:

@@ -34,6 +34,7 @@ from fastdiff.generate.recipe import write_recipe
 from fastdiff.generate.session import Pass, Session
 from fastdiff.generate.webui import to_parameters
 from fastdiff.images import save_png, to_pil
+from fastdiff.memory import NotEnoughMemory
 from fastdiff.runtime.blocks import block_size
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.graphs import no_graphs
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after each step."""
+OnFailure = Callable[[int, Exception], None]
+"""Called as on_failure(number, error) for the job at this position, counted from 0."""
+FAILURES = (ValueError, OSError, NotEnoughMemory)
+"""Errors of a single job: it does not fit the model or the memory, or its picture is unreadable."""
 Clock = Callable[[str], contextlib.AbstractContextManager[None]]
 """Entered as `with clock("sample")`, `with clock("decode")` around the stages, to time them."""
 
@@ -133,6 +138,30 @@ def generate(
     yield from _in_order(run.results(jobs))
 
 
+def stream(
+    model: Model,
+    jobs: Iterable[Job],
+    *,
+    on_failure: OnFailure,
+    batch: int | None = None,
+    progress: Progress | None = None,
+    graphs: bool = True,
+) -> Iterator[tuple[int, Result]]:
+    """Run jobs as `generate` does, but yield results as they finish, and go on after failures.
+
+    Yields (number, result): the position of the job in `jobs`, counted from 0, in any order. Each
+    job is either yielded or reported to `on_failure`.
+
+    Args:
+        on_failure: called for a job that does not fit the model or the memory, whose picture cannot
+            be read, or for which the network returns NaN or infinity. The others continue.
+
+    Other arguments are those of `generate`.
+    """
+    run = _Run(Session.of(model), None, batch, progress, None, _no_clock, 0, graphs, (), on_failure)
+    yield from run.results(jobs)
+
+
 def plan(session: Session, job: Job, refiner: Session | None = None) -> Pass:
     """Plan the first pass of a checked job."""
     if isinstance(job, ClassJob | TextJob):
@@ -181,6 +210,7 @@ class _Run:
     expected: int
     graphs: bool
     pulls: tuple[Pull, ...]
+    on_failure: OnFailure | None = None
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """Yield (job number, result) in the order in which the jobs finish."""
@@ -204,9 +234,9 @@ class _Run:
 
         def begin() -> Iterator[_Task]:
             for number, given in enumerate(jobs):
-                job = check(given, self.session.facts)
-                self._check_memory(job, seen)
-                task = _Task(number, job, plan(self.session, job, self.refiner))
+                task = self._begun(number, given, seen)
+                if task is None:
+                    continue
                 if task.now.request is not None:
                     yield task
                 else:
@@ -217,7 +247,10 @@ class _Run:
             if task.now.then is None:
                 done.append((task, x))
             else:
-                second.append(replace(task, now=task.now.then(x)))
+                try:
+                    second.append(replace(task, now=task.now.then(x)))
+                except FAILURES as error:
+                    self._report(task.number, error)
             if second and len(second) >= self._count(second[-1]):
                 done += self._again(second)
                 second = []
@@ -226,6 +259,22 @@ class _Run:
         done += self._again(second)
         yield from done
 
+    def _begun(self, number: int, given: Job, seen: set[Any]) -> _Task | None:
+        """Check and plan a job; None if it failed, which was reported."""
+        try:
+            job = check(given, self.session.facts)
+            self._check_memory(job, seen)
+            return _Task(number, job, plan(self.session, job, self.refiner))
+        except FAILURES as error:
+            self._report(number, error)
+            return None
+
+    def _report(self, number: int, error: Exception) -> None:
+        """Report an error of a job to `on_failure`; raise it if there is none."""
+        if self.on_failure is None:
+            raise error
+        self.on_failure(number, error)
+
     def _check_memory(self, job: Job, seen: set[Any]) -> None:
         """Check the memory of a job, once per kind and size; `seen` collects what was checked.
 
@@ -233,24 +282,23 @@ class _Run:
             NotEnoughMemory: the job would not fit.
         """
         size = getattr(job, "height", None), getattr(job, "width", None)
-        picture = getattr(job, "image", None)
-        key = (type(job), size, None if isinstance(picture, Tensor) else picture)
-        if None not in size and key in seen:
+        key = (type(job), size, getattr(job, "upscale", None))
+        if key in seen:
             return
-        seen.add(key)
         session, batch = self.session, self.batch or job.settings.batch or MOST_AT_ONCE
         batch = min(batch, self.expected or batch)
-        if is_small(job, session.facts, batch, on_cpu=session.device.type == "cpu"):
-            return
-        from fastdiff.generate.memory import Call, check_fits
+        if not is_small(job, session.facts, batch, on_cpu=session.device.type == "cpu"):
+            from fastdiff.generate.memory import Call, check_fits
 
-        check_fits(
-            [session.model, None if self.refiner is None else self.refiner.model],
-            job,
-            Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
-            way_out="use a smaller height, width or batch",
-            loaded=True,
-        )
+            check_fits(
+                [session.model, None if self.refiner is None else self.refiner.model],
+                job,
+                Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
+                way_out="use a smaller height, width or batch",
+                loaded=True,
+            )
+        if None not in size:  # else the picture decides, and there may be millions of them
+            seen.add(key)
 
     def _again(self, tasks: list[_Task]) -> Iterator[tuple[_Task, Tensor]]:
         """Run the second passes, which all use the same network."""
@@ -277,13 +325,17 @@ class _Run:
             engines=session.engines if self.graphs else Engines(session.network, graphs=no_graphs),
             on_step=self.on_step,
             progress=self._estimated(first),
+            check=self.on_failure is None,
         )
         while True:
             with self.clock("sample"):
                 result = next(results, None)
             if result is None:
                 return
-            yield result.request.tag, result.x
+            if result.error is None:
+                yield result.request.tag, result.x
+            else:
+                self._report(result.request.tag.number, ValueError(result.error))
 
     def _estimated(self, first: _Task) -> Progress | None:
         """`progress`, with a total that assumes later jobs to take as many rows as the first."""

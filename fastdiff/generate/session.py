@@ -86,6 +86,12 @@ class Session:
         """The engines of the denoiser, which cache its CUDA graphs."""
         return Engines(self.network)
 
+    def forget_engines(self) -> None:
+        """Release the memory of the engines' slots and graphs; they are made again when needed."""
+        vars(self).pop("engines", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @cached_property
     def latents(self) -> Latents:
         """The first stage, prepared for inference in place."""

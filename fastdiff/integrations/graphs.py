@@ -1,6 +1,6 @@
 """CUDA graphs for diffusers' U-Nets: ``fastdiff.accelerate(pipeline, graphs=True)``.
 
-A call of the U-Net launches some 650 kernels, and diffusers' Python between them takes longer than
+A call of the U-Net launches some 480 kernels, and diffusers' Python between them takes longer than
 the kernels of a small batch. The first call with inputs of new shapes records a graph, which it and
 all further calls with such inputs replay: inputs are copied to fixed addresses, outputs from there.
 
@@ -24,6 +24,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from fastdiff.integrations.layers import has_other_forward
+from fastdiff.integrations.networks import FREEU, whole_class
 from fastdiff.integrations.report import Entry, Swap
 from fastdiff.kernels import selected_backend
 from fastdiff.runtime.graphs import LIMIT, CudaRecorder, Recorder, StepGraphs
@@ -35,8 +36,6 @@ PROCESSORS = (
     *("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"),
 )
 """The attention processors of diffusers that are functions of their tensors."""
-FREEU = ("s1", "s2", "b1", "b2")
-"""Attributes that diffusers' FreeU sets on the blocks of a U-Net."""
 NUMBERS = (bool, int, float, str, type(None), torch.dtype)
 """Types of arguments that may be part of a graph's key."""
 ATTRIBUTE = "_fastdiff_graphs"
@@ -316,9 +315,11 @@ def graphed_class(theirs: Any) -> Any:
 
 
 def _reduce(self: Any, protocol: int) -> Any:
-    return _empty, (type(self).recorded,), self.__dict__.copy()
+    recorded = type(self).recorded
+    whole = getattr(recorded, "whole", None)  # its class, which cannot be found by its name either
+    return _empty, (whole or recorded, whole is not None), self.__dict__.copy()
 
 
-def _empty(theirs: Any) -> Any:
-    graphed = graphed_class(theirs)
+def _empty(theirs: Any, whole: bool = False) -> Any:
+    graphed = graphed_class(whole_class(theirs) if whole else theirs)
     return graphed.__new__(graphed)

@@ -84,11 +84,13 @@ class Report:
         scheduler: Any = None,
         checks: dict[int, Any] | None = None,
         graphs: Sequence[Any] = (),
+        networks: Sequence[Any] = (),
     ) -> None:
         self._entries = entries
         self._checks = checks or {}  # id of an entry -> its Verification
         self._undo = undo
         self._graphs = [weakref.ref(calls) for calls in graphs]
+        self._networks = [weakref.ref(calls) for calls in networks]
         self._scheduler = (lambda: None) if scheduler is None else weakref.ref(scheduler)
 
     @property
@@ -146,11 +148,12 @@ class Report:
     @property
     def graph_calls_left(self) -> dict[str, int]:
         """With `graphs`: number of a U-Net's calls that ran without a graph, by reason."""
-        counted: Counter[str] = Counter()
-        for there in self._graphs:
-            calls = there()
-            counted.update({} if calls is None else calls.left)
-        return dict(counted)
+        return _counted(self._graphs)
+
+    @property
+    def network_calls_left(self) -> dict[str, int]:
+        """Number of a U-Net's calls on a GPU that ran block by block, by reason."""
+        return _counted(self._networks)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -165,6 +168,7 @@ class Report:
             "modules": [asdict(entry) for entry in self.entries],
             "scheduler_steps_left": self.scheduler_steps_left,
             "graph_calls_left": self.graph_calls_left,
+            "network_calls_left": self.network_calls_left,
             "verified": self.verified,
             "unverified": self.unverified,
         }
@@ -216,6 +220,8 @@ class Report:
             console.print(f"{steps} scheduler steps ran in diffusers' own code: {reason}")
         for reason, calls in self.graph_calls_left.items():
             console.print(f"{calls} calls ran without a graph: {reason}")
+        for reason, calls in self.network_calls_left.items():
+            console.print(f"{calls} calls ran block by block: {reason}")
 
     def restore(self) -> None:
         """Undo what this call changed: classes, attributes, memory formats, the scheduler.
@@ -226,6 +232,15 @@ class Report:
         """
         while self._undo:
             self._undo.pop()()
+
+
+def _counted(where: Sequence[Any]) -> dict[str, int]:
+    """Calls by reason, of all the objects that still exist."""
+    counted: Counter[str] = Counter()
+    for there in where:
+        calls = there()
+        counted.update({} if calls is None else calls.left)
+    return dict(counted)
 
 
 class AccelerateError(ValueError):

@@ -17,6 +17,8 @@ from torch import nn
 
 from fastdiff.extras import import_extra
 from fastdiff.integrations.graphs import ATTRIBUTE, graph_entries, graph_swap
+from fastdiff.integrations.networks import ATTRIBUTE as NETWORK
+from fastdiff.integrations.networks import network_entry, network_swap
 from fastdiff.integrations.planner import Planner
 from fastdiff.integrations.report import AccelerateError, Entry, Report, Swap
 from fastdiff.integrations.verify import Verification, verified
@@ -187,8 +189,10 @@ def accelerate(
                         new=bool(other),
                     )
                 )
+    wholes = [(network_entry(name, m), m) for name, m in found if id(m) in entered]
+    whole = [(entry, module) for entry, module in wholes if entry is not None]
     recorded = graph_entries(obj, found) if graphs else []
-    entries += [entry for entry, _ in recorded]
+    entries += [entry for entry, _ in (*whole, *recorded)]
     changes = scheduler_change(obj, entries, noise) if scheduler == "fused" else []
     if strict and any(e.by is None and e.op != "component" for e in entries):
         raise AccelerateError(Report(entries, []))
@@ -201,10 +205,12 @@ def accelerate(
     for layer, name in weights:
         undo.append(to_channels_last(layer, name))
     undo += [change() for change in changes]
+    undo += [network_swap(module, verify=verify).do() for entry, module in whole if entry.new]
     undo += [graph_swap(module).do() for entry, module in recorded if entry.by and entry.new]
     calls = [module.__dict__[ATTRIBUTE] for entry, module in recorded if entry.by]
     fused = obj.scheduler if scheduler == "fused" else None
-    return Report(entries, undo, scheduler=fused, checks=checks, graphs=calls)
+    networks = [module.__dict__[NETWORK].prepared_on_gpu(module) for _, module in whole]
+    return Report(entries, undo, scheduler=fused, checks=checks, graphs=calls, networks=networks)
 
 
 def scheduler_change(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff.configs import LATER
 from fastdiff.models.layers import (
+    Addends,
     AttentionBlock,
     Downsample,
     GroupNorm,
@@ -22,6 +23,7 @@ from fastdiff.models.layers import (
     Upsample,
     checkpointed,
     norm_first,
+    run_before_norm,
 )
 from fastdiff.models.tiling import tiled
 
@@ -247,21 +249,16 @@ class Chain(nn.Module):
         self.conv_out = nn.Conv2d(last.out_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        addends: Addends = self.conv_in(x), None, None
+        addends = run_before_norm(self.conv_in, x)
         blocks = [*self.blocks]
         for block, following in zip(blocks, [*blocks[1:], self.norm_out], strict=True):
-            before_norm = following is self.norm_out or norm_first(following)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                addends = checkpointed(_step, block, before_norm, *addends)
+                addends = checkpointed(_step, block, norm_first(following), *addends)
             else:
-                addends = _step(block, before_norm, *addends)
+                addends = _step(block, norm_first(following), *addends)
         x, residual, bias = addends
         x, _ = self.norm_out(x, residual=residual, channel_add=bias)
         return self.conv_out(x)
-
-
-Addends = tuple[Tensor, Tensor | None, Tensor | None]
-"""(x, residual, bias), whose sum is the activation; see `fastdiff.models.layers`."""
 
 
 def _step(
@@ -276,10 +273,12 @@ def _step(
     before_norm: whether a norm follows the block. bias: None before a change of resolution.
     """
     if isinstance(block, ResBlock):
-        return block(x, residual, bias=bias, before_norm=before_norm)
+        addends: Addends = block(x, residual, bias=bias, before_norm=before_norm)[0]
+        return addends
     if isinstance(block, AttentionBlock):
-        return *block(x, residual, bias=bias), None
-    return block(x if residual is None else x + residual), None, None
+        return Addends(*block(x, residual, bias=bias))
+    x = Addends(x, residual).total()
+    return run_before_norm(block, x) if before_norm else Addends(block(x))
 
 
 def encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels import attention
 from fastdiff.models.layers import (
+    Addends,
     GroupNorm,
     checkpointed,
     split_qkv,
@@ -217,9 +218,10 @@ class Classifier(Network):
         spatial = self.config.pool.startswith("spatial")
         for stage in (*self.input_blocks, self.middle_block):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpointed(stage, x, emb, [])
+                addends, _ = checkpointed(stage, Addends(x), emb, [])
             else:
-                x = stage(x, emb, [])
+                addends, _ = stage(Addends(x), emb, [])
+            x = addends.total()
             if spatial:
                 means.append(x.mean(dim=(2, 3)))
         if spatial:

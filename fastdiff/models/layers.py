@@ -1,9 +1,8 @@
 """Layers that the denoisers and the autoencoder share.
 
-Blocks pass on a pair `(h, residual)` whose sum is the activation. The next norm performs the
-addition, because `add_group_norm_silu` and `add_layer_norm` do it without another pass over memory.
-`residual=None` means that there is nothing to add. Before a norm, a residual block also leaves the
-biases of its last convolutions to that addition (`split_bias`), as a third addend `(C,)`.
+Blocks pass on `Addends`: a tensor, a residual and a bias whose sum is the activation. The next norm
+performs the addition, because `add_group_norm_silu` and `add_layer_norm` do it without another pass
+over memory. Before a norm, convolutions also leave their biases to that addition (`split_bias`).
 
 Shapes: N batch, C channels, H W pixels, L = H*W tokens, T context tokens, D context width,
 E embedding width, d head width.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +126,22 @@ def plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+class Addends(NamedTuple):
+    """An activation as a sum that has not been computed yet: x + residual + bias."""
+
+    x: Tensor
+    """(N, C, H, W)."""
+    residual: Tensor | None = None
+    """Like x; None: 0."""
+    bias: Tensor | None = None
+    """(C,); None: 0."""
+
+    def total(self) -> Tensor:
+        """The sum, (N, C, H, W)."""
+        total = self.x if self.residual is None else self.x + self.residual
+        return total if self.bias is None else total + self.bias[:, None, None]
+
+
 def split_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x) without its bias, and the bias (C',), which the caller passes to the next norm.
 
@@ -136,6 +151,19 @@ def split_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if x.device.type not in BIAS_IS_A_LAUNCH or not plain(conv, nn.Conv2d):
         return conv(x), None
     return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution, or the identity. Where a convolution's bias is a launch, and x is
+    channels_last, it runs as a matrix product, which adds the bias while it writes."""
+    if (
+        x.device.type in BIAS_IS_A_LAUNCH
+        and isinstance(conv, nn.Conv2d)
+        and plain(conv, nn.Conv2d)
+        and is_channels_last(x)
+    ):
+        return from_tokens(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+    return conv(x)
 
 
 def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -229,10 +257,12 @@ class Downsample(nn.Module):
         self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=int(padding == "symmetric"))
 
+    def padded(self, x: Tensor) -> Tensor:
+        """What the convolution is applied to."""
+        return F.pad(x, (0, 1, 0, 1)) if self.padding == "asymmetric" else x
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding == "asymmetric":
-            x = F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)  # (N, C, H/2, W/2)
+        return self.conv(self.padded(x))  # (N, C, H/2, W/2)
 
 
 class Upsample(nn.Module):
@@ -257,6 +287,21 @@ class DownsampleMean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return downsample_mean(x)  # (N, C, H/2, W/2)
+
+
+def run_before_norm(block: nn.Module, x: Tensor) -> Addends:
+    """Run a convolution, or a block around one, before a norm that can add its bias; see
+    `split_bias`."""
+    bias: Tensor | None = None
+    if isinstance(block, nn.Conv2d):
+        x, bias = split_bias(block, x)
+    elif isinstance(block, Downsample) and plain(block, Downsample):
+        x, bias = split_bias(block.conv, block.padded(x))
+    elif isinstance(block, Upsample) and plain(block, Upsample):
+        x, bias = split_bias(block.conv, upsample_nearest(x))
+    else:
+        x = block(x)
+    return Addends(x, None, bias)
 
 
 class UpsampleNearest(nn.Module):
@@ -323,8 +368,8 @@ class ResBlock(nn.Module):
         bias: Tensor | None = None,
         before_norm: bool = False,
         projected: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (h, residual, bias), whose sum is the block's result.
+    ) -> tuple[Addends, Tensor]:
+        """Run the block.
 
         Args:
             x, residual: (N, C, H, W). bias: (C,) or None, the third addend of the activation.
@@ -334,29 +379,28 @@ class ResBlock(nn.Module):
                 None.
 
         Returns:
-            h, residual: (N, C', H', W'). bias: (C',) or None, see `split_bias`.
+            The block's result, (N, C', H', W'), as addends, and its input, x + residual + bias.
         """
-        h, x = self.norm1(x, residual=residual, channel_add=bias)
+        h, total = self.norm1(x, residual=residual, channel_add=bias)
+        x = total
         if self.resample is not None:
             resample = upsample_nearest if self.resample == "up" else downsample_mean
             h, x = resample(h), resample(x)
+        h, bias1 = split_bias(self.conv1, h)  # (N, C', H', W')
         if projected is not None:
-            h, _ = self.norm2(split_bias(self.conv1, h)[0], channel_add=projected)
+            h, _ = self.norm2(h, channel_add=projected)
         elif emb is None:
-            h, _ = self.norm2(self.conv1(h))  # (N, C', H', W')
+            h, _ = self.norm2(h, channel_add=bias1)
         elif self.scale_shift_norm:
-            h, _ = self.norm2(self.conv1(h), scale_shift=self.emb(emb))
+            h, _ = self.norm2(h, channel_add=bias1, scale_shift=self.emb(emb))
         else:
-            h, bias1 = split_bias(self.conv1, h)
             h, _ = self.norm2(h, channel_add=added(self.emb(emb), bias1))
-        h = self.dropout(h)
-        if not before_norm:
-            return self.conv2(h), self.skip(x), None
-        h, bias = split_bias(self.conv2, h)
-        if isinstance(self.skip, nn.Conv2d):
-            x, skip_bias = split_bias(self.skip, x)
-            bias = added(bias, skip_bias)
-        return h, x, bias
+        h, bias2 = self.dropout(h), None
+        if before_norm:
+            h, bias2 = split_bias(self.conv2, h)
+        else:
+            h = self.conv2(h)
+        return Addends(h, pointwise(self.skip, x), bias2), total
 
 
 def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Tensor, Tensor]:
@@ -532,10 +576,9 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
-    def project_context(self, context: Tensor) -> list[Tensor]:
-        """context: (N, T, D) -> packed keys and values of each block, (N, T, 2, H, d)."""
-        blocks = (block for block in self.blocks if isinstance(block, TransformerBlock))
-        return [block.attn2.project(context) for block in blocks]
+    def cross_attentions(self) -> list[CrossAttention]:
+        """The layers that read the context, one per block."""
+        return [block.attn2 for block in self.blocks if isinstance(block, TransformerBlock)]
 
     def forward(
         self,
@@ -547,7 +590,7 @@ class SpatialTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return (h, residual), each (N, C, H, W).
 
-        x, residual: (N, C, H, W); bias: (C,); kvs: result of `project_context`.
+        x, residual: (N, C, H, W); bias: (C,); kvs: of each block, see `CrossAttention.project`.
         """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
@@ -559,54 +602,28 @@ class SpatialTransformer(nn.Module):
 
 
 def norm_first(block: nn.Module) -> bool:
-    """Whether a block begins with a norm, and so takes a residual and a bias."""
-    return isinstance(block, ResBlock | AttentionBlock | SpatialTransformer)
+    """Whether a block is or begins with a norm, and so takes a residual and a bias."""
+    return isinstance(block, ResBlock | AttentionBlock | SpatialTransformer | GroupNorm)
 
 
-def pack_embeddings(blocks: Sequence[ResBlock]) -> None:
-    """Move the parameters that `project_embedding` uses next to each other in memory, in place.
+def move_together(parameters: Sequence[Tensor]) -> None:
+    """Move parameters of one dtype next to each other in memory, in place, so that one product can
+    serve for all of them (`joined`).
 
     Names, shapes and values stay, and changes in place (a merged LoRA) are seen. Moving the module
-    afterwards takes them apart; then each block projects the embedding itself.
+    afterwards takes them apart; then each layer runs on its own.
     """
-    kinds = zip(*((b.emb.weight, b.emb.bias, b.conv1.bias) for b in blocks), strict=True)
-    for parameters in kinds:
-        flat = torch.cat([p.detach().flatten() for p in parameters])
-        pieces = flat.split([p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.data = piece.view(parameter.shape)
+    if joined(parameters) is not None:
+        return
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    pieces = flat.split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.data = piece.view(parameter.shape)
 
 
-def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] | None:
-    """What each block's second norm adds per channel, for all blocks in one matrix product.
-
-    emb: (N, E), activated. Returns per block the projection of emb plus the bias of the first
-    convolution, (N, C'), a slice of columns; or None if each block has to project emb itself:
-    where launches cost little (`BIAS_IS_A_LAUNCH`), with FiLM, when gradients are needed, while
-    compiling, under `torch.func`, if a layer is not `plain`, or if the parameters are not
-    neighbours in memory (`pack_embeddings`).
-    """
-    if (
-        emb.device.type not in BIAS_IS_A_LAUNCH
-        or torch.compiler.is_compiling()
-        or transformed()
-        or any(
-            b.scale_shift_norm or not plain(b.emb, nn.Linear) or not plain(b.conv1, nn.Conv2d)
-            for b in blocks
-        )
-    ):
-        return None
-    weight = _joined([b.emb.weight for b in blocks])
-    bias = _joined([b.emb.bias for b in blocks])
-    conv_bias = _joined([b.conv1.bias for b in blocks])
-    if weight is None or bias is None or conv_bias is None:
-        return None
-    y = F.linear(emb, weight, bias) + conv_bias  # (N, sum of C')
-    return [*y.split([b.out_channels for b in blocks], dim=1)]
-
-
-def _joined(parameters: Sequence[Tensor | None]) -> Tensor | None:
-    """Parameters that are neighbours in memory as one tensor, joined along the first dimension."""
+def joined(parameters: Sequence[Tensor | None]) -> Tensor | None:
+    """Parameters that are neighbours in memory as one tensor, joined along the first dimension.
+    None if they are not, or if one of them needs a gradient."""
     first = parameters[0]
     if first is None:
         return None
@@ -624,3 +641,57 @@ def _joined(parameters: Sequence[Tensor | None]) -> Tensor | None:
         place += p.numel()
         rows += len(p)
     return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def one_product_serves(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+    """Whether layers may be computed as one product: where launches cost much
+    (`BIAS_IS_A_LAUNCH`), not while compiling or under `torch.func`, and if all are `plain`."""
+    return (
+        x.device.type in BIAS_IS_A_LAUNCH
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and all(plain(layer, nn.Linear) for layer in layers)
+    )
+
+
+def embedding_parameters(blocks: Sequence[ResBlock]) -> list[list[Tensor]]:
+    """The lists of parameters that `project_embedding` needs next to each other in memory."""
+    kinds = zip(*((b.emb.weight, b.emb.bias, b.conv1.bias) for b in blocks), strict=True)
+    return [[*parameters] for parameters in kinds]
+
+
+def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] | None:
+    """What each block's second norm adds per channel, for all blocks in one matrix product.
+
+    emb: (N, E), activated. Returns per block the projection of emb plus the bias of the first
+    convolution, (N, C'), a slice of columns; or None if each block has to project emb itself: with
+    FiLM, unless `one_product_serves`, or if the parameters are not `joined`.
+    """
+    if not one_product_serves(emb, [b.emb for b in blocks]) or any(
+        b.scale_shift_norm or not plain(b.conv1, nn.Conv2d) for b in blocks
+    ):
+        return None
+    weight = joined([b.emb.weight for b in blocks])
+    bias = joined([b.emb.bias for b in blocks])
+    conv_bias = joined([b.conv1.bias for b in blocks])
+    if weight is None or bias is None or conv_bias is None:
+        return None
+    y = F.linear(emb, weight, bias) + conv_bias  # (N, sum of C')
+    return [*y.split([b.out_channels for b in blocks], dim=1)]
+
+
+def project_contexts(layers: Sequence[CrossAttention], context: Tensor) -> list[Tensor]:
+    """`CrossAttention.project` of each layer, in one matrix product if possible
+    (`one_product_serves` and the weights are `joined`).
+
+    context: (N, T, D). Returns per layer (N, T, 2, H, d), any strides.
+    """
+    kvs = [layer.kv for layer in layers]
+    together = bool(kvs) and one_product_serves(context, kvs)
+    weight = joined([kv.weight for kv in kvs]) if together else None
+    if weight is None:
+        return [layer.project(context) for layer in layers]
+    packed = F.linear(context, weight).split([kv.out_features for kv in kvs], dim=2)
+    return [
+        kv.unflatten(2, (2, layer.num_heads, -1)) for layer, kv in zip(layers, packed, strict=True)
+    ]

@@ -103,6 +103,11 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    def together(self) -> list[list[Tensor]]:
+        """Lists of parameters that `pack` moves next to each other in memory, so that one product
+        serves for all of a list."""
+        return []
+
     def pack(self) -> None:
         """Rearrange parameters in memory, in place, for inference with fewer launches on a GPU."""
 

@@ -8,9 +8,10 @@ their `UNetConfig`. Parameters are named after OpenAI's flat lists: `input_block
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from fastdiff.configs import LATER
 from fastdiff.models.layers import (
+    Addends,
     AttentionBlock,
+    CrossAttention,
     Downsample,
     DownsampleMean,
     DownsamplePadding,
@@ -29,9 +32,12 @@ from fastdiff.models.layers import (
     Upsample,
     UpsampleNearest,
     checkpointed,
+    embedding_parameters,
+    move_together,
     norm_first,
-    pack_embeddings,
+    project_contexts,
     project_embedding,
+    run_before_norm,
     timestep_embedding,
     zero_init,
 )
@@ -232,48 +238,54 @@ class UNetConfig:
 
 
 class Stage(nn.ModuleList):
-    """A sequence of blocks of the U-Net; x + residual + bias is only computed where needed."""
+    """A sequence of blocks of the U-Net; sums of addends are only computed where needed."""
 
     def forward(
         self,
-        x: Tensor,
+        given: Addends,
         emb: Tensor,
         kvs: ContextKV,
+        *,
+        following: nn.Module | None = None,
         size: tuple[int, int] | None = None,
         projected: Sequence[Tensor] | None = None,
-    ) -> Tensor:
+    ) -> tuple[Addends, Tensor]:
         """Run the blocks.
 
+        following: the block that takes the result; None: something else, which adds no bias.
         size: (H, W) of the next skip connection, to which x is upsampled.
         projected: the result of `project_embedding` for all residual blocks of the U-Net.
+
+        Returns:
+            The stage's result as addends, and the sum of the given ones.
         """
-        residual: Tensor | None = None
-        bias: Tensor | None = None
-        blocks = list(self)
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        blocks, total, first = list(self), given.x, True
+        for block, after in zip(blocks, [*blocks[1:], following], strict=True):
+            before_norm = after is not None and norm_first(after)
+            x, residual, bias = given
             if isinstance(block, ResBlock):
-                before_norm = following is not None and norm_first(following)
-                x, residual, bias = block(
-                    x,
-                    residual,
-                    emb,
-                    bias=bias,
-                    before_norm=before_norm,
-                    projected=None if projected is None else projected[block.index],
-                )
+                own = None if projected is None else projected[block.index]
+                options: dict[str, Any] = {"before_norm": before_norm, "projected": own}
+                given, x = block(x, residual, emb, bias=bias, **options)
             elif isinstance(block, AttentionBlock):
-                x, residual = block(x, residual, bias=bias)
-                bias = None
+                h, x = block(x, residual, bias=bias)
+                given = Addends(h, x)
             elif isinstance(block, SpatialTransformer):
-                x, residual = block(x, residual, kvs[block.index], bias=bias)
-                bias = None
+                h, x = block(x, residual, kvs[block.index], bias=bias)
+                given = Addends(h, x)
             else:
-                x = x if residual is None else x + residual
+                x = given.total()
                 if isinstance(block, Upsample) and size is not None:
-                    x, residual = block.to_size(x, size), None
+                    given = Addends(block.to_size(x, size))
                 else:
-                    x, residual = block(x), None
-        return x if residual is None else x + residual
+                    given = run_before_norm(block, x) if before_norm else Addends(block(x))
+            total, first = (x if first else total), False
+        return given, total
+
+
+def first_of(stage: nn.Module) -> nn.Module:
+    """The block that a stage begins with."""
+    return next(stage.children())
 
 
 def embedder(in_features: int, width: int) -> nn.Sequential:
@@ -408,17 +420,31 @@ class UNet(Network):
 
     def transformers(self) -> list[SpatialTransformer]:
         """The spatial transformers, in the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        return [b for b in self._blocks() if isinstance(b, SpatialTransformer)]
+
+    def cross_attentions(self) -> list[CrossAttention]:
+        """The layers that read the context, in the order in which they run."""
+        return [layer for each in self.transformers() for layer in each.cross_attentions()]
 
     def res_blocks(self) -> list[ResBlock]:
         """The residual blocks, in the order in which they run."""
+        return [b for b in self._blocks() if isinstance(b, ResBlock)]
+
+    def _blocks(self) -> list[nn.Module]:
         stages = *self.input_blocks, self.middle_block, *self.output_blocks
-        return [b for stage in stages for b in cast(Stage, stage) if isinstance(b, ResBlock)]
+        return [block for stage in stages for block in cast(Stage, stage)]
+
+    def together(self) -> list[list[Tensor]]:
+        """Those of `project_contexts` and, without FiLM, of `project_embedding`."""
+        found = [[layer.kv.weight for layer in self.cross_attentions()]]
+        if not self.config.scale_shift_norm:
+            found += embedding_parameters(self.res_blocks())
+        return [parameters for parameters in found if parameters]
 
     def pack(self) -> None:
-        """Prepare for one projection of the embedding for all blocks, see `project_embedding`."""
-        if not self.config.scale_shift_norm:
-            pack_embeddings(self.res_blocks())
+        """See `Network.pack`."""
+        for parameters in self.together():
+            move_together(parameters)
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Combine everything that conditions the residual blocks into one vector per sample.
@@ -466,7 +492,8 @@ class UNet(Network):
                 f"context must be (N, T, {width}), got {tuple(context.shape)}; "
                 "use the text encoder that the model was trained with"
             )
-        return [transformer.project_context(context) for transformer in self.transformers()]
+        kvs = iter(project_contexts(self.cross_attentions(), context))
+        return [[next(kvs) for _ in transformer.blocks] for transformer in self.transformers()]
 
     def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
         """Raise ValueError unless `body` can run on x: (N, in_channels, H, W) and this context."""
@@ -483,28 +510,26 @@ class UNet(Network):
         if isinstance(context, Tensor):
             context = self.project_context(context)
         kvs = cast(ContextKV, context or [])
-        projected = project_embedding(self.res_blocks(), emb)
+        run = functools.partial(
+            self._run, emb=emb, kvs=kvs, projected=project_embedding(self.res_blocks(), emb)
+        )
         skips: list[Tensor] = []
-        for stage in self.input_blocks:
-            x = self._run(stage, x, emb, kvs, None, projected)
-            skips.append(x)
-        x = self._run(self.middle_block, x, emb, kvs, None, projected)
+        state, stages = Addends(x), [*self.input_blocks, self.middle_block]
+        for stage, after in zip(stages, [*stages[1:], None], strict=True):
+            state, total = run(stage, state, following=None if after is None else first_of(after))
+            skips.append(total)  # what the stage was given, summed by its first norm
         for stage in self.output_blocks:
-            joined = torch.cat([x, skips.pop()], dim=1)
-            size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
-            x = self._run(stage, joined, emb, kvs, size, projected)
-        x, _ = self.norm_out(x)
+            joined = torch.cat([state.total(), skips.pop()], dim=1)
+            last = len(skips) == 1  # the network's input, which no stage reads
+            size = None if last else (skips[-1].shape[2], skips[-1].shape[3])
+            following = self.norm_out if last else None
+            state, _ = run(stage, Addends(joined), following=following, size=size)
+        x, _ = self.norm_out(state.x, residual=state.residual, channel_add=state.bias)
         return self.conv_out(x)  # (N, out_channels, H, W)
 
-    def _run(
-        self,
-        stage: nn.Module,
-        x: Tensor,
-        emb: Tensor,
-        kvs: ContextKV,
-        size: tuple[int, int] | None,
-        projected: Sequence[Tensor] | None,
-    ) -> Tensor:
+    def _run(self, stage: nn.Module, given: Addends, **options: Any) -> tuple[Addends, Tensor]:
+        emb, kvs = options.pop("emb"), options.pop("kvs")
+        run = functools.partial(stage, **options)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(stage, x, emb, kvs, size, projected)
-        return stage(x, emb, kvs, size, projected)
+            return checkpointed(run, given, emb, kvs)
+        return run(given, emb, kvs)

@@ -13,6 +13,8 @@ from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Engine, Progress, Request, Result, ShapeClass
 from fastdiff.runtime.graphs import StepGraphs, graphs_for
 
+REFUSED = -1
+"""Ticket in the result of a request that never joined an engine."""
 KEPT = 4
 """Maximum number of engines with graphs that are kept for the next call."""
 
@@ -68,8 +70,9 @@ def run(
             `requests`, from 0.
         progress: called after each step; its total covers all requests if they are a sequence,
             otherwise those taken so far.
-        check: raise ValueError at the first request for which the network returns NaN or infinity.
-            If False, its result has an error (`Result.error`), and the others continue.
+        check: raise ValueError at the first request that the engine refuses, or for which the
+            network returns NaN or infinity. If False, its result has an error (`Result.error`), and
+            the others continue.
         engines: keeps the engines, and with them their graphs, for the next call.
 
     Raises:
@@ -89,7 +92,14 @@ def run(
         with engines.borrowed(kind, line.at_most(slots)) as engine:
             while True:
                 while engine.free and (found := line.take(kind)) is not None:
-                    places[engine.submit(found[1])] = found[0]
+                    place, request = found
+                    try:
+                        places[engine.submit(request)] = place
+                    except ValueError as error:
+                        if check:
+                            raise
+                        done += len(request.table)
+                        yield Result(request, REFUSED, request.x, 0, str(error))
                 if not engine.busy:
                     break
                 results = engine.step(watch=watch if on_step else None)

@@ -64,5 +64,9 @@ OUR_WORDS = {"steps": "num_inference_steps", "negative": "negative_prompt", "lab
 def in_our_words(message: str) -> str:
     """The message of a job's error with the names of the API, without advice for commands and for
     Python in brackets."""
-    text = re.sub(r" \([^()]*(?:--|fastdiff |\w+\.\w+\()[^()]*\)*", "", message)
+
+    def kept(found: re.Match[str]) -> str:
+        return "" if re.search(r"--|fastdiff |\w\.\w+\(", found[0]) else found[0]
+
+    text = re.sub(r" \((?:[^()]|\([^()]*\))*\)", kept, message)
     return re.sub(r"^(\w+)\b", lambda found: OUR_WORDS.get(found[1], found[1]), text)

@@ -163,6 +163,7 @@ def serve(
 
     ready: called with the server before it accepts connections.
     """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it quotes what clients send
     service.worker.start()
     server = Server(service)
     if ready is not None:

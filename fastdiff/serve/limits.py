@@ -41,4 +41,5 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             if not value > 0:
-                raise ValueError(f"--limits.{field.name} must be positive, got {value}")
+                flag = f"--limits.{field.name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be positive, got {value}")

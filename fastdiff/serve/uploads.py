@@ -9,14 +9,14 @@ import asyncio
 import contextlib
 import re
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from starlette.datastructures import FormData, Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from torch import Tensor
 
 from fastdiff.generate.pictures import read_picture
@@ -95,42 +95,25 @@ class Uploads:
             message = "the content type must be multipart/form-data"
             raise ApiError(415, message, "wrong_content_type")
 
-        async def stream() -> AsyncGenerator[bytes, None]:
-            for start in range(0, len(body), 2**18):
-                yield body[start : start + 2**18]
-
-        parser = _InMemory(
-            Headers({"content-type": content_type}),
-            stream(),
-            max_files=len(FILES),
-            max_fields=MOST_FIELDS,
-            max_part_size=FIELD_BYTES,
-        )
         try:
-            parsed = await parser.parse()
-        except (MultiPartException, ValueError, LookupError):
-            message = f"the body is not a form of at most {MOST_FIELDS} fields and 2 files"
+            parts = await asyncio.to_thread(_split, body, content_type)
+        except (FormParserError, ValueError, LookupError):
+            message = f"the body is not a whole form of at most {MOST_FIELDS} fields and files"
             raise wrong(message, code="invalid_form") from None
-        try:
-            return await self._form(parsed)
-        finally:
-            await parsed.close()
-
-    async def _form(self, parsed: FormData) -> Form:
         form = Form({}, {})
-        for name, value in parsed.multi_items():
+        for name, is_file, data in parts:
             own = "image" if name == "image[]" else name
             if own in form.fields or own in form.files:
                 raise wrong(f"{own[:60]!r} occurs twice in the form; send it once")
-            if not isinstance(value, UploadFile):
-                form.fields[own] = value
+            if not is_file:
+                form.fields[own] = _text(own, data)
                 continue
             if own not in FILES:
                 raise wrong(f"unknown file {own[:60]!r}; expected image or mask")
-            if (value.size or 0) > self.limits.upload_mib * MIB:
+            if len(data) > self.limits.upload_mib * MIB:
                 message = f"{own} has more than {self.limits.upload_mib} MiB"
                 raise ApiError(413, message, "too_large", own)
-            form.files[own] = await value.read()
+            form.files[own] = data
         return form
 
     async def pictures(
@@ -214,7 +197,49 @@ class Uploads:
         return process.returncode, pixels
 
 
-class _InMemory(MultiPartParser):
-    """Keeps files in memory, which the limit of the body bounds."""
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise wrong(f"{name[:60]!r} is not text in UTF-8") from None
 
-    spool_max_size = 2**40
+
+def _split(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
+    """The parts of a multipart body: name, whether it is a file, and bytes (RFC 7578).
+
+    Raises:
+        FormParserError, ValueError, LookupError: it is not such a body, or not a whole one.
+    """
+    parts, header, headers = list[tuple[str, bool, bytes]](), bytearray(), dict[bytes, bytes]()
+    value, data, ended = bytearray(), bytearray(), list[bool]()
+
+    def end_of_header() -> None:
+        headers[bytes(header).lower()] = bytes(value)
+        header.clear()
+        value.clear()
+
+    def end_of_part() -> None:
+        _, options = parse_options_header(headers.get(b"content-disposition"))
+        is_file = b"filename" in options
+        if len(parts) == MOST_FIELDS or (not is_file and len(data) > FIELD_BYTES):
+            raise ValueError
+        parts.append((options[b"name"].decode(), is_file, bytes(data)))
+        headers.clear()
+        data.clear()
+
+    boundary = parse_options_header(content_type)[1][b"boundary"]
+    parser = MultipartParser(
+        boundary,
+        {
+            "on_header_field": lambda text, start, end: header.extend(text[start:end]),
+            "on_header_value": lambda text, start, end: value.extend(text[start:end]),
+            "on_header_end": end_of_header,
+            "on_part_data": lambda text, start, end: data.extend(text[start:end]),
+            "on_part_end": end_of_part,
+            "on_end": lambda: ended.append(True),
+        },
+    )
+    parser.write(body)
+    if not ended:
+        raise ValueError
+    return parts

@@ -220,19 +220,25 @@ def test_text_written_by_hand_is_kept() -> None:
 def test_predictions_by_hand() -> None:
     found = {str(p.case): p for p in predict.predictions()}
     image = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
-    # 2 x 8 heads of 4096^2 exponentials at 132 x 16 x 1.755 GHz; the rival computes with d = 64
-    assert image.bound == "exponentials"
-    assert image.floor_s == pytest.approx(2 * 8 * 4096**2 / (132 * 16 * 1.755e9))
+    # 2 x 8 heads of 4096^2 scores, Q K^T over 48 and P V over 40 columns; 4 instructions of a warp
+    # or 16 exponentials per clock on 132 multiprocessors at 1.98 GHz, 232 instructions per 16 x 64
+    # scores, one exponential in eight a polynomial; the rival has 64 columns
+    assert image.bound == "products"
+    scores, clocks = 2 * 8 * 4096**2, 132 * 1.98e9
+    assert image.floor_s == pytest.approx(2 * scores * (48 + 40) / 790e12)
+    assert image.seconds["issue"] == pytest.approx(scores / (16 * 64) * 232 / (4 * clocks))
+    assert image.seconds["exponentials"] == pytest.approx(scores * 7 / 8 / (16 * clocks))
     assert image.rival_s == pytest.approx(4 * 2 * 8 * 4096**2 * 64 / 790e12)
-    # 134 MB do not fit into 50 MB of L2: two reads and a write against one read and a write
+    # 134 MB do not fit into 60 MB of L2: two reads and a write against one read and a write
     decoder = found["group_norm_silu KL-f8 decoder (1, 256, 512, 512)"]
     assert decoder.floor_s == pytest.approx(3 * 256 * 512**2 * 2 / 4.3e12)
     assert decoder.rival_s / decoder.floor_s == pytest.approx(2 / 3)
     # a sample of 8 MB fits
     unet = found["group_norm_silu SD 1.5 U-Net (2, 960, 64, 64)"]
     assert unet.floor_s == unet.rival_s
+    assert unet.seconds["launches"] == 3 * 2e-6
     (step,) = (p for p in found.values() if p.case.benchmark == "sampler_step")
-    assert (step.bound, step.floor_s) == ("one launch", 2e-6)
+    assert (step.bound, step.floor_s) == ("launches", 2e-6)
 
 
 def test_the_document_contains_the_predictions() -> None:

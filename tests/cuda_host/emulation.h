@@ -108,6 +108,9 @@ inline int lane() {
          kWarp;
 }
 
+/// As an instruction with .ftz sees a number: subnormals are zeros.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+
 template <typename T>
 T shuffle(unsigned mask, T value, int source, Site site) {
   static_assert(sizeof(T) <= kSlot, "too large for a shuffle");
@@ -146,9 +149,8 @@ inline const dim3& gridDim = emulation::view.grid;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a < b ? b : a; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }

@@ -1,7 +1,8 @@
-"""Kill trainings, samplings and saves, start them in pairs, and fill the disk under them.
+"""Kill trainings, samplings, jobs and saves, start them in pairs, and fill the disk under them.
 
     python -m tests.endure                      50 kills, 20 pairs, full disks
     python -m tests.endure --kills 500 --pairs 0 --disks 0
+    python -m tests.endure --only job
 
 Exit code 1 if something was lost, mixed or left behind; those folders are kept.
 """
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=20, help="pairs of processes in one folder")
     parser.add_argument("--disks", type=int, default=8, help="sizes of the disk, for each command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="only trials whose name has this in it")
     options = parser.parse_args()
     console = Console()
     root = Path(tempfile.mkdtemp(prefix="endure-"))
@@ -36,6 +38,8 @@ def main() -> int:
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=plan.total)
         for name, run in trials(plan, root):
+            if options.only not in name:
+                continue
             bar.update(task, description=name)
             rows.append(run(lambda: bar.advance(task)))
     table = Table("", "trials", "killed", "findings", "seconds")

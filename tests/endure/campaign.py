@@ -17,14 +17,21 @@ from fastdiff.cli import main
 from tests.endure.child import import_what
 from tests.endure.disks import Filling, can_mount, fill
 from tests.endure.kills import Row, kill
-from tests.endure.pairs import both_sample, one_is_saved, one_trains, pair, undisturbed
-from tests.endure.work import Work, difference, listing, sampling, saving, training
+from tests.endure.pairs import (
+    both_make_the_job,
+    both_sample,
+    one_is_saved,
+    one_trains,
+    pair,
+    undisturbed,
+)
+from tests.endure.work import Work, difference, job, listing, sampling, saving, training
 from tests.support.tiny import tiny_model
 from tests.training import runs
 
 Trial = Callable[[Callable[[], None]], Row]
 """Runs; it calls its argument after each process that was killed, pair, or disk."""
-PAIRS, DISKS = 5, 4
+PAIRS, DISKS = 6, 5
 """Kinds of pairs, and of commands on a full disk."""
 RARE = 4
 """Evaluating, which trains a classifier each time, meets every fourth size of the disk only."""
@@ -50,7 +57,13 @@ def trials(plan: Plan, root: Path) -> Iterator[tuple[str, Trial]]:
     images = runs.image_folder(root / "images")
     bundle = root / "bundle"
     save_bundle(tiny_model(), bundle)
-    for name, work in (("training", training(images)), ("sampling", sampling(bundle))):
+    rows = root / "rows.jsonl"
+    to_import = {
+        "training": training(images),
+        "sampling": sampling(bundle),
+        "job": job(bundle, rows),
+    }
+    for name, work in to_import.items():
         place = root / f"{name} for its imports"
         import_what(lambda work=work, place=place: work.start(place), root / f"{name} imports")
     yield from _kills(plan, root, images, bundle)
@@ -63,16 +76,22 @@ def trials(plan: Plan, root: Path) -> Iterator[tuple[str, Trial]]:
 
 
 def _kills(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple[str, Trial]]:
-    save = saving(1)
-    works: dict[str, tuple[Work, Callable[[Path], object], int]] = {
-        "training": (training(images), lambda folder: None, plan.kills // 2),
-        "sampling": (sampling(bundle), lambda folder: None, plan.kills // 4),
-        "saving": (save, lambda folder: saving(0).start(folder), 0),
+    rows = root / "rows.jsonl"
+    works: dict[str, tuple[Work, int]] = {
+        "training": (training(images), plan.kills // 3),
+        "sampling": (sampling(bundle), plan.kills // 6),
+        "job": (job(bundle, rows), plan.kills // 4),
+        "job of two workers": (job(bundle, rows, "--workers", "2"), plan.kills // 12),
+        "saving": (saving(1), 0),
     }
-    rest = plan.kills - sum(count for _, _, count in works.values())
-    for name, (work, begin, share) in works.items():
-        if count := share or rest:
-            how = {"begin": begin, "count": count, "seed": plan.seed}
+    rest = plan.kills - sum(count for _, count in works.values())
+    for name, (work, share) in works.items():
+        if count := rest if name == "saving" else share:
+            how: dict[str, object] = {"count": count, "seed": plan.seed}
+            if name == "saving":
+                how["begin"] = saving(0).start
+            if name == "job of two workers":
+                how["hows"] = ("time",)
             yield name, functools.partial(_kill, name, work, root, **how)
 
 
@@ -87,12 +106,15 @@ def _pairs(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple
         name: undisturbed(work, root / f"{name} alone")
         for name, work in (("train", train), ("sample", sample), ("other", other))
     }
+    small = job(bundle, root / "rows.jsonl")
+    made = undisturbed(small, root / "job alone")
     saves = [undisturbed(saving(seed), root / f"save {seed} alone") for seed in (0, 1)]
     wanted: dict[str, tuple[Work, Work, object, float]] = {
         "two trainings": (train, train, one_trains(train, alone["train"]), 0.3),
         "a training and its resumption": (train, train, one_trains(train, alone["train"]), 2.0),
         "two samplings of one recipe": (sample, sample, both_sample(alone["sample"]), 0.3),
         "two samplings": (sample, other, both_sample(alone["sample"], alone["other"]), 0.3),
+        "two jobs": (small, small, both_make_the_job(small, made), 0.3),
         "two savings": (saving(0), saving(1), one_is_saved(*saves), 0.02),
     }
     for name, (first, second, judge, apart) in wanted.items():
@@ -150,6 +172,7 @@ def _disks(plan: Plan, root: Path, images: Path, bundle: Path) -> Iterator[tuple
     wanted = {
         "training on a full disk": Work(train_command, train.whole, train.done),
         "sampling on a full disk": plain,
+        "a job on a full disk": job(bundle, root / "rows.jsonl"),
         "converting on a full disk": Work(convert, lambda folder: "", same),
         "reconstructing on a full disk": Work(reconstruct, plain.whole, same),
     }

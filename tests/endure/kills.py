@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,13 +36,15 @@ def kill(
     count: int,
     begin: Callable[[Path], object] = lambda folder: None,
     seed: int = 0,
+    hows: Collection[str] = ("call", "time", "write"),
     tell: Callable[[], None] = lambda: None,
 ) -> Row:
     """Kill the work `count` times, resume it, and compare with undisturbed work.
 
     Runs that finish before they are killed do not count.
 
-    begin: prepares the folder.
+    begin: prepares the folder. hows: the ways to kill it; where it has processes of its own, only
+    "time", because the others are seen in its first process only.
     """
     row, since = Row(name), time.perf_counter()
     undisturbed = root / f"{name} undisturbed"
@@ -53,7 +55,8 @@ def kill(
     seconds = time.monotonic() - start
     assert ended.code == 0, ended.said
     largest = max(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
-    planned = blows(calls=ended.calls, seconds=seconds, largest=largest, seed=seed)
+    every = blows(calls=ended.calls, seconds=seconds, largest=largest, seed=seed)
+    planned = (blow for blow in every if blow.how in hows)
     while (left := count - sum(row.hits.values())) > 0:
         folder = root / f"{name} {row.trials}"
         folder.mkdir()

@@ -82,6 +82,18 @@ def both_sample(*undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
     return judge
 
 
+def both_make_the_job(work: Work, undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
+    """Both succeed; the shards are those of one that was alone."""
+
+    def judge(one: Ended, other: Ended, folder: Path) -> str:
+        for ended in (one, other):
+            if ended.code != 0:
+                return f"exit code {ended.code}: {ended.said[-300:]}"
+        return work.done(folder, undisturbed)
+
+    return judge
+
+
 def one_is_saved(*undisturbed: Path) -> Callable[[Ended, Ended, Path], str]:
     """Both succeed; the folder is entirely from one of them."""
 

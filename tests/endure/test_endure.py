@@ -24,7 +24,7 @@ CONTENT = bytes(range(256)) * 1000
 def test_a_few_of_everything(tmp_path: Path) -> None:
     """`python -m tests.endure` is the same with more of each."""
     disks = "1" if can_mount(tmp_path) else "0"
-    counts = ["--kills", "8", "--pairs", "5", "--disks", disks]
+    counts = ["--kills", "8", "--pairs", "6", "--disks", disks]
     command = [sys.executable, "-m", "tests.endure", *counts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

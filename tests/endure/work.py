@@ -1,4 +1,4 @@
-"""Tiny workloads for tests that kill processes: training, sampling, saving.
+"""Tiny workloads for tests that kill processes: training, sampling, jobs, saving.
 
 A `Work` defines what its folder contains if undisturbed, and what must hold at every instant.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
 from fastdiff.cli import main
 from fastdiff.training import checkpoints, train_diffusion
+from tests.jobs.jobs import content, mixed_rows, write_rows
 from tests.support.tiny import tiny_pixel_model
 from tests.training import runs
 
@@ -121,6 +123,56 @@ def _pictures_are_whole(folder: Path) -> str:
         except (OSError, SyntaxError) as error:
             return f"{path.name}: {error}"
     return ""
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+SHARD, JOB_ROWS = 5, 23
+BAD_ROW = 11
+
+
+def job(bundle: Path, rows: Path, *more: str) -> Work:
+    """23 rows, one of them bad, in shards of five."""
+    lines = [*mixed_rows(BAD_ROW), "no json", *mixed_rows(JOB_ROWS - BAD_ROW - 1, seed=1)]
+    write_rows(rows, lines)
+    words = ["generate", str(rows), "--model", str(bundle), "--device", "cpu", "--threads", "1"]
+    words += ["--shard-size", str(SHARD), "--format", "webdataset"]
+
+    def start(folder: Path) -> int:
+        torch.set_num_threads(1)
+        return main([*words, "--out", str(folder), *more])
+
+    return Work(start, _shards_are_whole, _same_job, _finished_shards)
+
+
+def _finished_shards(folder: Path) -> tuple[int, ...]:
+    """Which shards are finished."""
+    count = -(-JOB_ROWS // SHARD)
+    return tuple(int((folder / f"{number:06d}.tar").exists()) for number in range(count))
+
+
+def _shards_are_whole(folder: Path) -> str:
+    """Each finished shard has an image and a recipe, or an error, for each of its rows."""
+    for path in sorted(folder.glob("0*.tar")):
+        first = int(path.stem) * SHARD
+        rows = {*range(first, min(first + SHARD, JOB_ROWS))} - {BAD_ROW}
+        expected = [f"{row:09d}.{ending}" for row in sorted(rows) for ending in ("png", "json")]
+        try:
+            with tarfile.open(path) as archive:
+                names = archive.getnames()
+        except tarfile.TarError as error:
+            return f"{path.name}: {error}"
+        if names != expected:
+            return f"{path.name} has {names}"
+        if BAD_ROW in range(first, first + SHARD):
+            (record,) = path.with_suffix(".errors.jsonl").read_text().splitlines()
+            if json.loads(record)["row"] != BAD_ROW:
+                return f"the record of {path.name} is {record}"
+    return ""
+
+
+def _same_job(folder: Path, undisturbed: Path) -> str:
+    return difference(content(folder), content(undisturbed))
 
 
 # --- saving ---------------------------------------------------------------------------------------

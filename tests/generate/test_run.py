@@ -20,6 +20,7 @@ from fastdiff.generate.from_noise import slerp
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import generate
 from fastdiff.generate.session import Session
+from fastdiff.models import layers
 from fastdiff.models.unet import UNet
 from tests.support import drawing
 from tests.support.drawing import class_jobs
@@ -101,6 +102,29 @@ def test_the_same_bits_at_every_one_of_seven_places(model: Model) -> None:
 
 def test_the_same_bits_on_pixels(pixel_model: Model) -> None:
     assert_alone_equals_batch(pixel_model, replace(QUICK, clamp=1.0))
+
+
+def test_the_same_bits_with_what_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases that norms add, one projection of the embedding, shortcuts as matrix products."""
+    model = tiny_model()
+    assert isinstance(model.denoiser, UNet)
+    model.denoiser.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.denoiser.pack()
+    monkeypatch.setattr(layers, "BIAS_IS_A_LAUNCH", ("cpu",))
+    monkeypatch.setattr("fastdiff.runtime.prepare.prepare_layers", lambda *args, **options: None)
+    served: list[str] = []
+    for name in ("split_bias", "joined"):
+        function = getattr(layers, name)
+
+        def noted(*args: Any, name: str = name, function: Any = function) -> Any:
+            found = function(*args)
+            left = found[1] if name == "split_bias" else found
+            return served.append(name if left is not None else f"not {name}") or found
+
+        monkeypatch.setattr(layers, name, noted)
+    assert_alone_equals_batch(model, QUICK)
+    assert {"split_bias", "joined"} <= set(served)
+    assert "not joined" not in served
 
 
 def test_images_at_once_do_not_matter(model: Model) -> None:

@@ -62,10 +62,10 @@ def by_the_norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_the_norm_adds_what_the_convolution_would(
     name: str, by_the_norm: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Results and all gradients in fp64."""
+    """Results and all gradients in fp64; with shortcuts as matrix products."""
     network = NETWORKS[name]()
     randomize(network, 1)
-    network.double()
+    network.double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected = network(**inputs(name))
     wanted = torch.autograd.grad(expected.square().sum(), [*network.parameters()])
     by_the_norm()
@@ -82,22 +82,26 @@ def test_the_norm_adds_what_the_convolution_would(
 def launches(name: str) -> Count:
     with torch.device("meta"):
         network = NETWORKS[name]().to(torch.bfloat16).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     given = inputs(name, device="meta", dtype=torch.bfloat16)
     return count(lambda: network(**given))
 
 
 @pytest.mark.parametrize(
-    ("name", "convolutions_before_norms"),
+    ("name", "before_norms", "others"),
     [
-        # conv1 of all 8 blocks; conv2 of the 4 before a transformer; their 2 skip convolutions
-        ("context", 8 + 4 + 2),
-        # conv2 of the 6 blocks, all before a norm, and the skip convolution of one
-        ("decoder", 6 + 1),
+        # conv1 of all 8 blocks; conv2 of the 4 before a transformer and of the one before the
+        # middle; conv_in and the downsampling. conv2 of 3 blocks, the upsampling and conv_out
+        ("context", 8 + 5 + 2, 3 + 2),
+        # conv1 and conv2 of the 6 blocks, conv_in and the upsampling. conv_out
+        ("decoder", 6 + 6 + 2, 1),
     ],
 )
-def test_biases_leave(name: str, convolutions_before_norms: int) -> None:
+def test_biases_leave(name: str, before_norms: int, others: int) -> None:
+    """Shortcuts are matrix products, which add their biases themselves."""
     found = launches(name).launches
-    assert found["convolution"] - found["convolution bias"] == convolutions_before_norms
+    assert found["convolution"] == before_norms + others
+    assert found["convolution bias"] == others
 
 
 @pytest.mark.parametrize("change", ["hook", "pre-hook", "backward hook", "forward", "class"])
@@ -151,6 +155,22 @@ def test_one_product_projects_the_embedding_for_all_blocks(by_the_norm: Callable
     after = network.state_dict()
     assert list(before) == list(after) == list(UNet(CONTEXT).state_dict())
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_product_projects_the_context_for_all_layers(
+    packed: bool, by_the_norm: Callable[[], None]
+) -> None:
+    """Keys and values of every layer; a weight that was replaced takes all of them apart."""
+    network, context = packed_unet(), inputs("context")["context"]
+    by_the_norm()
+    attentions = network.cross_attentions()
+    if not packed:
+        attentions[1].kv.weight = nn.Parameter(2 * attentions[1].kv.weight, requires_grad=False)
+    found = network.project_context(context)
+    for layer, (kv,) in zip(attentions, found, strict=True):
+        assert (kv._base is not None and kv.stride(1) > kv[0, 0].numel()) == packed
+        torch.testing.assert_close(kv, layer.project(context), rtol=1e-12, atol=1e-12)
 
 
 def test_a_change_of_a_packed_weight_is_seen(by_the_norm: Callable[[], None]) -> None:
@@ -228,7 +248,7 @@ def test_a_packed_network_launches_one_product() -> None:
         given = inputs("context", device="meta", dtype=torch.bfloat16)
         counts.append(count(lambda n=network, g=given: n(**g)).launches)
     apart, packed = counts
-    blocks = len(UNet(CONTEXT).res_blocks())
-    assert apart["linear"] - packed["linear"] == blocks - 1
+    blocks, contexts = len(UNet(CONTEXT).res_blocks()), len(UNet(CONTEXT).cross_attentions())
+    assert apart["linear"] - packed["linear"] == blocks - 1 + contexts - 1
     assert apart["addition"] - packed["addition"] == blocks - 1
     assert apart["other"] == packed["other"]

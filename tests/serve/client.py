@@ -85,7 +85,12 @@ async def ask(
     app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str], method: str = "POST"
 ) -> Answer:
     """Send a request to the application itself; the client stays until it is answered."""
-    given = {"host": "localhost", **{name.lower(): value for name, value in headers.items()}}
+    length = str(len(body))
+    given = {
+        "host": "localhost",
+        "content-length": length,
+        **{name.lower(): value for name, value in headers.items()},
+    }
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},

@@ -1,0 +1,258 @@
+"""Shards on the disk: the unit of work, written whole or not at all.
+
+    OUT/000003.tar               the images of rows 3 * size, ..., 4 * size - 1, with their recipes
+    OUT/000003.errors.jsonl      why rows of the shard have no image, if any
+    OUT/.claims/000003.lock      held by the process that makes it
+
+A shard that has its name is finished; there is no other list. Its bytes depend on its rows, the
+model and the settings only: members are in the order of the rows, times and owners are zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from fastdiff.extras import import_extra
+from fastdiff.files import atomic_file, atomic_folder, write_text
+from fastdiff.jobs.spec import JobSpec
+
+DIGITS, ROW_DIGITS = 6, 9
+"""Digits in the names of shards and of images."""
+PARQUET_ROWS = 64
+"""Rows of a row group in Parquet."""
+CLAIMS = ".claims"
+
+
+class Item(NamedTuple):
+    """An image of a shard."""
+
+    row: int
+    image: bytes
+    """The bytes of its file."""
+    recipe: bytes
+    """Its recipe as JSON."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a job."""
+
+    folder: Path
+    format: str
+    suffix: str
+    """Of the images, such as png."""
+    rows: int
+    size: int
+
+    @classmethod
+    def of(cls, spec: JobSpec, rows: int) -> Shards:
+        return cls(spec.out, spec.format, spec.image, rows, spec.shard_size)
+
+    def __len__(self) -> int:
+        return (self.rows + self.size - 1) // self.size
+
+    def range(self, number: int) -> range:
+        """The rows of a shard."""
+        return range(number * self.size, min((number + 1) * self.size, self.rows))
+
+    def path(self, number: int) -> Path:
+        ending = {"folder": "", "webdataset": ".tar", "parquet": ".parquet"}[self.format]
+        return self.folder / f"{number:0{DIGITS}d}{ending}"
+
+    def errors_path(self, number: int) -> Path:
+        return self.folder / f"{number:0{DIGITS}d}.errors.jsonl"
+
+    def is_finished(self, number: int) -> bool:
+        return self.path(number).exists()
+
+    def finished(self) -> Iterator[int]:
+        """The numbers of the finished shards, in order."""
+        return (number for number in range(len(self)) if self.is_finished(number))
+
+    def write(
+        self, number: int, items: Iterable[Item], errors: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Write a shard and its errors, replacing those that are there.
+
+        items: in the order of their rows. errors: one record per row without an image.
+
+        Raises:
+            OSError: the disk is full, or cannot be written to; nothing is half-written.
+        """
+        lines = [json.dumps(record, ensure_ascii=False) for record in errors]
+        if self.is_finished(number):  # an error may be listed for an image that exists, but never
+            self._write(number, items)  # the other way round
+            self._write_errors(number, lines)
+        else:
+            self._write_errors(number, lines)
+            self._write(number, items)
+
+    def _write_errors(self, number: int, lines: list[str]) -> None:
+        path = self.errors_path(number)
+        if lines:
+            write_text(path, "".join(f"{line}\n" for line in lines))
+        else:
+            path.unlink(missing_ok=True)
+
+    def _write(self, number: int, items: Iterable[Item]) -> None:
+        path = self.path(number)
+        if self.format == "folder":
+            with atomic_folder(path) as temporary:
+                for item in items:
+                    for name, data in self._members(item):
+                        (temporary / name).write_bytes(data)
+        elif self.format == "webdataset":
+            with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
+                for item in items:
+                    for name, data in self._members(item):
+                        add_member(archive, name, data)
+        else:
+            with atomic_file(path) as temporary:
+                self._write_parquet(temporary, items)
+
+    def _members(self, item: Item) -> list[tuple[str, bytes]]:
+        """The files of an image. In a folder, the recipe of a PNG is in the PNG alone."""
+        stem = f"{item.row:0{ROW_DIGITS}d}"
+        image = (f"{stem}.{self.suffix}", item.image)
+        if self.format == "folder" and self.suffix == "png":
+            return [image]
+        return [image, (f"{stem}.json", item.recipe)]
+
+    def _write_parquet(self, path: Path, items: Iterable[Item]) -> None:
+        arrow, parquet = (
+            import_extra(name, extra="jobs") for name in ("pyarrow", "pyarrow.parquet")
+        )
+        picture = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+        schema = arrow.schema(
+            [("row", arrow.int64()), ("image", picture), ("recipe", arrow.string())]
+        )
+        with parquet.ParquetWriter(path, schema, compression="none") as writer:
+            held: list[dict[str, Any]] = []
+            for item in items:
+                name = f"{item.row:0{ROW_DIGITS}d}.{self.suffix}"
+                image = {"bytes": item.image, "path": name}
+                held.append({"row": item.row, "image": image, "recipe": item.recipe.decode()})
+                if len(held) == PARQUET_ROWS:
+                    writer.write_table(arrow.Table.from_pylist(held, schema))
+                    held = []
+            if held:
+                writer.write_table(arrow.Table.from_pylist(held, schema))
+
+    def read(self, number: int) -> Iterator[Item]:
+        """The images of a finished shard, in the order of their rows.
+
+        Raises:
+            ValueError: the shard is damaged.
+        """
+        path = self.path(number)
+        if self.format == "parquet":
+            parquet = import_extra("pyarrow.parquet", extra="jobs")
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(PARQUET_ROWS):
+                    for row in batch.to_pylist():
+                        image, recipe = row["image"]["bytes"], row["recipe"].encode()
+                        yield Item(row["row"], image, recipe)
+            return
+        recipe, image = b"", b""
+        for name, data in _files(path):
+            stem, _, ending = name.partition(".")
+            if ending == "json":
+                recipe = data
+            else:
+                image = data
+            if recipe and image:
+                yield Item(int(stem), image, recipe)
+                recipe, image = b"", b""
+            elif image and self.format == "folder" and self.suffix == "png":
+                yield Item(int(stem), image, b"")
+                image = b""
+
+    def errors(self, number: int) -> list[dict[str, Any]]:
+        """The records of the rows of a shard that have no image."""
+        path = self.errors_path(number)
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file without time or owner, so that equal content makes equal archives."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime, member.mode = len(data), 0, 0o644
+    archive.addfile(member, io.BytesIO(data))
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file of a folder or a tar."""
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            yield file.name, file.read_bytes()
+        return
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            assert content is not None, "only files are added"
+            yield member.name, content.read()
+
+
+class Claims:
+    """Locks on shards against other processes, also those of other jobs in the same folder.
+
+    The operating system releases a lock however its process ends, so none is ever stale. On a file
+    system without locks every claim succeeds: a shard may then be made twice, with the same bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / CLAIMS
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._held: dict[int, FileLock] = {}
+        self._guard = threading.Lock()
+
+    def take(self, number: int) -> bool:
+        """Lock a shard; False if another process holds it."""
+        with self._guard:
+            lock = FileLock(self._path(number), timeout=0, thread_local=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                return False
+            except NotImplementedError:
+                return True
+            self._held[number] = lock
+            return True
+
+    def release(self, number: int) -> None:
+        """Unlock a shard that is finished. Who waits for its lock then sees that it is."""
+        with self._guard:
+            if lock := self._held.pop(number, None):
+                self._path(number).unlink(missing_ok=True)
+                lock.release()
+
+    def close(self) -> None:
+        """Unlock what is held, and remove the folder if nobody else holds anything."""
+        with self._guard:
+            for lock in self._held.values():
+                lock.release()
+            self._held.clear()
+
+    def clean(self, shards: Shards) -> None:
+        """Remove the files of processes that were killed after they had finished a shard."""
+        for path in self._folder.glob("*.lock"):
+            number = int(path.stem)
+            if shards.is_finished(number) and self.take(number):
+                self.release(number)
+        with contextlib.suppress(OSError):  # others hold something
+            self._folder.rmdir()
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:0{DIGITS}d}.lock"
