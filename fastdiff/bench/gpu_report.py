@@ -96,8 +96,12 @@ class Target:
         return min(known, key=lambda pair: pair[0]) if known else None
 
 
+NORMS = ("group_norm_silu", "add_group_norm_silu")
+"""Both, since most norms of a network add something."""
+
+
 def _large_norm(group: Group) -> bool:
-    return group.any.benchmark == "group_norm_silu" and group.any.bytes > ABOVE_CACHE
+    return group.any.benchmark in NORMS and group.any.bytes > ABOVE_CACHE
 
 
 def _self_attention(d: int, length: int | None = None) -> Callable[[Group], bool]:
@@ -169,7 +173,7 @@ TARGETS = (
         where="all measured",
         against="eager channels_last",
         goal=1.5,
-        applies=lambda group: group.any.benchmark == "group_norm_silu backward",
+        applies=lambda group: group.any.benchmark in [f"{norm} backward" for norm in NORMS],
         value=lambda group: group.against("eager channels_last"),
     ),
     *(

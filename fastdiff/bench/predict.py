@@ -104,27 +104,29 @@ class Prediction:
 
 def predictions(device: Device = H200) -> Iterator[Prediction]:
     """Predictions for the cases that have goals, at the batch sizes of their networks."""
-    subjects = [SUBJECTS["group_norm_silu"], SUBJECTS["attention"]]
+    subjects = [SUBJECTS[op] for op in ("group_norm_silu", "add_group_norm_silu", "attention")]
     for case in cases(subjects, batches=()):
-        if case.priority == 0 and case.direction == "forward":
+        more = {name: shape for name, shape in case.call.options if len(shape) > 1}
+        if case.priority == 0 and case.direction == "forward" and not more:
             yield of_norm(case, device) if case.subject.norm else of_attention(case, device)
     yield of_step(sampler_step.gpu_cases()[0], device)
 
 
 def of_norm(case: Case, device: Device) -> Prediction:
-    """x is read from memory once if a sample fits on the chip or in the L2 (samples are processed
-    one after the other), else twice; the rival is a copy."""
+    """x, or the sum, is read from memory once if a sample fits on the chip or in the L2 (samples are
+    processed one after the other), else twice; the rival is a copy."""
     started = launches(case, device)
     kinds = {launch.kernel.__name__ for launch in started}
-    numbers = case.work.bytes / 2 / case.dtype.itemsize
-    sample = case.work.bytes / 2 / case.call.tensors[0][0]
-    once = "_small_kernel" in kinds or 2 * sample <= device.l2
-    what = "x once, y once" if once else "x twice, y once"
+    numbers = math.prod(case.call.tensors[0])
+    trip = numbers * case.dtype.itemsize
+    once = "_small_kernel" in kinds or case.work.bytes / case.call.tensors[0][0] <= device.l2
+    results = "y" if case.work.bytes == 2 * trip else "sum and y"
+    what = f"x {'once' if once else 'twice'}, {results} once"
     instructions = INSTRUCTIONS[f"GroupNorm+SiLU {'on chip' if once else 'in parts'}"]
     return Prediction(
         case=case,
         seconds={
-            what: case.work.bytes / 2 * (2 if once else 3) / device.copy,
+            what: (case.work.bytes + (0 if once else trip)) / device.copy,
             "issue": numbers / 32 * instructions / device.issue,
             "exponentials": 2 * numbers / device.exp2,  # and reciprocals
             "launches": len(started) * device.launch,

@@ -58,10 +58,13 @@ class Call:
         )
 
     def __str__(self) -> str:
-        """The first tensor, the number of keys in cross-attention, and the options."""
+        """The first tensor, the number of keys in cross-attention, and the options; a
+        `channel_add` that all samples share is a bias."""
         first, *others = self.tensors
         keys = f" to {others[0][1]}" if self.op == "attention" and others[0] != first else ""
-        return f"{first}{keys}{''.join(f', {name}' for name, _ in self.options)}"
+        bias = ("channel_add", 1)
+        names = ["bias" if (name, len(s)) == bias else name for name, s in self.options]
+        return ", ".join([f"{first}{keys}", *names])
 
 
 def call_of(op: str, args: tuple[Any, ...]) -> Call:

@@ -66,12 +66,12 @@ def test_a_call_grows_with_the_batch_and_weights_do_not() -> None:
 
 def test_the_most_important_cases_come_first_and_none_is_missing() -> None:
     jobs = {name: shapes.GPU_JOBS[name] for name in ("SD 1.5 U-Net", "KL-f8 decoder")}
-    subjects = [SUBJECTS["group_norm_silu"], SUBJECTS["attention"]]
-    todo = bench_run.cases(subjects, jobs, (1, 2))
+    ops = ("group_norm_silu", "add_group_norm_silu", "attention")
+    todo = bench_run.cases([SUBJECTS[op] for op in ops], jobs, (1, 2))
     priorities = [case.priority for case in todo]
     assert priorities == sorted(priorities)
     first = {str(case) for case in todo if case.priority == 0}
-    assert "group_norm_silu KL-f8 decoder (1, 256, 512, 512)" in first
+    assert "add_group_norm_silu KL-f8 decoder (1, 256, 512, 512), bias" in first
     assert "group_norm_silu backward SD 1.5 U-Net (2, 960, 64, 64)" in first
     assert "attention SD 1.5 U-Net (2, 4096, 8, 40)" in first
     assert "attention backward SD 1.5 U-Net (2, 4096, 8, 40)" in first
@@ -79,13 +79,13 @@ def test_the_most_important_cases_come_first_and_none_is_missing() -> None:
     assert "attention KL-f8 decoder (1, 4096, 1, 512)" in first
     forward = [case for case in todo if case.direction == "forward"]
     distinct = sum(
-        call.op in ("group_norm_silu", "attention")
+        call.op in ops
         for job in jobs.values()
         for call in replace(job, batch=1).collect()
     )
     assert len({str(case) for case in forward}) == len(forward) == 2 * distinct
     # ops alternate within a priority
-    assert [case.subject.op for case in forward[:4]].count("attention") == 2
+    assert {case.subject.op for case in forward[:3]} == set(ops)
 
 
 def test_work_and_method() -> None:

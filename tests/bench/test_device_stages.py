@@ -53,9 +53,9 @@ def test_about_80_cases_cover_the_shapes_of_the_networks() -> None:
         "SD 1.5 U-Net (2, 1024, 8, 80) to 77",
         "SDXL U-Net (2, 4096, 10, 64)",
         "KL-f8 decoder (1, 4096, 1, 512)",
-        "KL-f8 decoder (1, 256, 512, 512)",
+        "KL-f8 decoder (1, 256, 512, 512), bias",
         "SD 1.5 U-Net (2, 320, 64, 64), channel_add",
-        "ADM-256 U-Net (8, 256, 256, 256), scale_shift",
+        "ADM-256 U-Net (8, 256, 256, 256), bias, scale_shift",
     ):
         assert label in labels
     for of in found.values():
