@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from fastdiff.integrations.layers import has_other_forward
-from fastdiff.integrations.networks import FREEU, whole_class
+from fastdiff.integrations.networks import FREEU, WholeUNet, standing_for, whole_class
 from fastdiff.integrations.report import Entry, Swap
 from fastdiff.kernels import selected_backend
 from fastdiff.runtime.graphs import LIMIT, CudaRecorder, Recorder, StepGraphs
@@ -78,8 +78,9 @@ def graph_entries(obj: Any, roots: list[tuple[str, nn.Module]]) -> list[tuple[En
 def graph_swap(root: nn.Module) -> Swap:
     """The change of a U-Net's class, after all other changes."""
     before: Any = type(root)
-    attributes = {ATTRIBUTE: ModuleGraphs()}
-    return Swap(module=root, before=before, after=graphed_class(before), attributes=attributes)
+    whole = isinstance(root, WholeUNet)
+    after = graphed_class(before.whole if whole else before, whole)
+    return Swap(module=root, before=before, after=after, attributes={ATTRIBUTE: ModuleGraphs()})
 
 
 def is_denoiser(root: nn.Module) -> bool:
@@ -295,12 +296,16 @@ class GraphedUNet(nn.Module):
 
 
 @functools.cache
-def graphed_class(theirs: Any) -> Any:
-    """A subclass of a U-Net's class that replays graphs; its objects can be copied and pickled."""
+def graphed_class(theirs: Any, whole: bool = False) -> Any:
+    """A subclass of a U-Net's class that replays graphs; its objects can be copied and pickled.
+
+    whole: of its `whole_class`.
+    """
+    base = whole_class(theirs) if whole else theirs
 
     @functools.wraps(theirs.forward)  # pipelines inspect its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = functools.partial(theirs.forward, self)
+        own = functools.partial(base.forward, self)
         if torch.compiler.is_compiling():
             return own(*args, **kwargs)
         return self.__dict__[ATTRIBUTE](self, own, args, kwargs)
@@ -309,17 +314,15 @@ def graphed_class(theirs: Any) -> Any:
         "forward": forward,
         "__module__": theirs.__module__,  # pipelines write module and name to model_index.json
         "__reduce_ex__": _reduce,
-        "recorded": theirs,
+        "recorded": (theirs, whole),
     }
-    return type(theirs.__name__, (GraphedUNet, theirs), members)
+    return standing_for(theirs)(theirs.__name__, (GraphedUNet, base), members)
 
 
 def _reduce(self: Any, protocol: int) -> Any:
-    recorded = type(self).recorded
-    whole = getattr(recorded, "whole", None)  # its class, which cannot be found by its name either
-    return _empty, (whole or recorded, whole is not None), self.__dict__.copy()
+    return _empty, type(self).recorded, self.__dict__.copy()
 
 
-def _empty(theirs: Any, whole: bool = False) -> Any:
-    graphed = graphed_class(whole_class(theirs) if whole else theirs)
+def _empty(theirs: Any, whole: bool) -> Any:
+    graphed = graphed_class(theirs, whole)
     return graphed.__new__(graphed)

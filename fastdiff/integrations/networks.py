@@ -10,7 +10,8 @@ and values stay, and changes in place (a merged LoRA) are seen.
 A call that needs something else (ControlNet's residuals, attention masks, gradients) and a model
 with hooks, adapters, other attention processors or layers of other classes runs block by block as
 before, and its reason is counted in `report.network_calls_left`. Every call checks this again. On a
-CPU, where launches cost little, blocks run as before.
+CPU, where launches cost little, blocks run as before; so they do in a model that moves to a GPU
+after `accelerate`.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ VALUES = ("processor", "_chunk_size", "forward", *FREEU)
 
 
 def network_entry(name: str, root: nn.Module) -> Entry | None:
-    """The line of a U-Net in the report of `accelerate`, or None for any other model."""
+    """The line of a U-Net on a GPU in the report of `accelerate`, or None for any other model."""
     kinds = {c.__name__ for c in type(root).__mro__ if c.__module__.startswith("diffusers.")}
-    if SERVED not in kinds:
+    weight = next(root.parameters(), None)
+    if SERVED not in kinds or weight is None or weight.device.type not in layers.BIAS_IS_A_LAUNCH:
         return None
     return Entry(
         name=name,
@@ -319,6 +321,21 @@ def _python_of(module: nn.Module) -> str | None:
     return None
 
 
+@functools.cache
+def standing_for(theirs: Any) -> Any:
+    """A metaclass whose classes are equal to `theirs`, a class of diffusers. `from_pipe` looks the
+    class of a component up among those that a pipeline takes, where a subclass is not found."""
+
+    class StandIn(type(theirs)):  # type: ignore[misc]
+        def __eq__(cls, other: object) -> bool:
+            return other is theirs or type(other) is StandIn
+
+        def __hash__(cls) -> int:
+            return hash(theirs)
+
+    return StandIn
+
+
 class WholeUNet(nn.Module):
     """Marks the classes of `whole_class`."""
 
@@ -346,7 +363,7 @@ def whole_class(theirs: Any) -> Any:
         "__reduce_ex__": _reduce,
         "whole": theirs,
     }
-    return type(theirs.__name__, (WholeUNet, theirs), members)
+    return standing_for(theirs)(theirs.__name__, (WholeUNet, theirs), members)
 
 
 def _reduce(self: Any, protocol: int) -> Any:

@@ -189,7 +189,8 @@ def accelerate(
                         new=bool(other),
                     )
                 )
-    wholes = [(network_entry(name, m), m) for name, m in found if id(m) in entered]
+    names = {id(m): name for name, m in reversed(found)}  # a model may be there twice
+    wholes = [(network_entry(names[key], m), m) for key, m in entered.items()]
     whole = [(entry, module) for entry, module in wholes if entry is not None]
     recorded = graph_entries(obj, found) if graphs else []
     entries += [entry for entry, _ in (*whole, *recorded)]

@@ -20,6 +20,7 @@ from fastdiff.models import layers
 from tests.integrations.models import UNETS, Network, build, images, pipeline
 from tests.integrations.test_goes_on_working import add_lora
 from tests.integrations.test_graphs import adapted, hooked, with_forward, with_processor
+from tests.support.peers import import_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' and peft's own
 
@@ -320,6 +321,29 @@ def test_pipelines(evaluated: list[int], tmp_path: Path) -> None:
     assert report.network_calls_left == {}
     pipe.save_pretrained(tmp_path)
     assert '"diffusers",\n    "UNet2DConditionModel"' in (tmp_path / "model_index.json").read_text()
+
+
+def test_a_pipeline_of_another_kind_takes_it(evaluated: list[int]) -> None:
+    """diffusers looks for the exact class of a component."""
+    pipe = pipeline()
+    kind = type(pipe.unet)
+    fastdiff.accelerate(pipe)
+    assert type(pipe.unet) is not kind
+    diffusers = import_diffusers("StableDiffusionImg2ImgPipeline")
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.unet is pipe.unet
+    assert {kind: "found"}[type(other.unet)] == "found"
+    assert type(other.unet) not in {type(pipe.vae): "another"}
+
+
+@torch.no_grad()
+def test_a_model_that_is_there_twice() -> None:
+    model, given = unet(), inputs()
+    expected = model(**given).sample
+    report = fastdiff.accelerate([model, [model]])
+    close(model(**given).sample, expected)
+    report.restore()
+    close(model(**given).sample, expected)
 
 
 @torch.no_grad()
