@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 import tyro
+from filelock import FileLock
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -100,15 +101,17 @@ def compiled() -> list[Path]:
     script = build_script()
     folder = script.build_folder()
     target = folder / f"_native.{folder.name}.so"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         cuda = script.cuda_for()
         if isinstance(cuda, str):
             raise NoCompilerError(cuda)
-        names = script.write_ninja(folder, target, __version__, cuda)
-        command = [script.find_ninja(), "-C", str(folder), *names]
+        with FileLock(folder / ".compiling"):  # ninja has none, and tests come here at one time
+            names = script.write_ninja(folder, target, __version__, cuda)
+            command = [script.find_ninja(), "-C", str(folder), *names]
+            done = subprocess.run(command, stdout=sys.stderr, check=False)
     except script.CannotBuildError as error:
         raise NoCompilerError(str(error)) from None
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode != 0:
         raise SystemExit("nvcc failed, see its messages above")
     return [folder / name for name in names]

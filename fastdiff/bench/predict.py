@@ -113,8 +113,8 @@ def predictions(device: Device = H200) -> Iterator[Prediction]:
 
 
 def of_norm(case: Case, device: Device) -> Prediction:
-    """x, or the sum, is read once if a sample fits on the chip or in the L2 (samples are processed one
-    after the other), else twice; the rival is a copy."""
+    """x, or the sum, is read once if a sample fits on the chip or in the L2 (samples are processed
+    one after the other), else twice; the rival is a copy."""
     started = launches(case, device)
     kinds = {launch.kernel.__name__ for launch in started}
     numbers = math.prod(case.call.tensors[0])
