@@ -79,9 +79,7 @@ def test_the_most_important_cases_come_first_and_none_is_missing() -> None:
     assert "attention KL-f8 decoder (1, 4096, 1, 512)" in first
     forward = [case for case in todo if case.direction == "forward"]
     distinct = sum(
-        call.op in ops
-        for job in jobs.values()
-        for call in replace(job, batch=1).collect()
+        call.op in ops for job in jobs.values() for call in replace(job, batch=1).collect()
     )
     assert len({str(case) for case in forward}) == len(forward) == 2 * distinct
     # ops alternate within a priority
