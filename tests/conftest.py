@@ -13,6 +13,7 @@ import os
 
 import hypothesis
 import pytest
+import setuptools  # noqa: F401 - before anything imports distutils, which it replaces
 import torch
 
 from tests.support.costs import Costs

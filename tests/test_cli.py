@@ -844,7 +844,7 @@ def test_evaluate_fails_when_a_limit_is_missed(
             feature_dim=20,
             training_images=1437,
         )
-        return SimpleNamespace(results=results)
+        return SimpleNamespace(results=results, inception=None)
 
     def report(_: object, folder: Path, *, command: str) -> Path:
         asked["command"] = command

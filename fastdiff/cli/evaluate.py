@@ -36,7 +36,6 @@ class Evaluate:
     the bound over the timesteps to bits.png.
 
     Examples:
-      fastdiff evaluate
       fastdiff evaluate --count 500 --steps 20 --guidance-scale 1
       fastdiff evaluate --model runs/tiny-iddpm --bits --spacing 50
       fastdiff evaluate --inception inception.pt
