@@ -177,7 +177,8 @@ def architectures(nvcc: str, here: tuple[str, ...] = ()) -> tuple[str, ...]:
                 f"TORCH_CUDA_ARCH_LIST must hold numbers such as 8.0;9.0a+PTX, got {name!r}"
             )
     if names:  # containers list old ones too; the kernels need the instructions of 8.0
-        return tuple(name for name in names if int(name.partition(".")[0]) >= 8)
+        exact = {"9.0": "9.0a"}  # runs on the same GPUs, and has TMA and wgmma
+        return tuple(exact.get(name, name) for name in names if int(name.partition(".")[0]) >= 8)
     output = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
     known = set(re.findall(r"sm_(\w+)", output.stdout))
     wanted = [name for name in here or ARCHITECTURES if int(name.partition(".")[0]) >= 8]

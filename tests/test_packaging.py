@@ -235,6 +235,8 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 9.0+PTX")  # attention needs TMA and wgmma
+    assert script.architectures("nvcc") == ("9.0a", "9.0+PTX")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
     with pytest.raises(SystemExit, match=r"numbers such as 8.0;9.0a\+PTX, got 'Ampere'"):
         script.architectures("nvcc")

@@ -251,7 +251,7 @@ def _no_constant(name: str) -> NoReturn:
 def _cells(path: Path, delimiter: str) -> Iterator[list[str] | ValueError]:
     """The header and the rows of a CSV file; blank lines are no rows."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)  # a quote must be closed
         while True:
             try:
                 cells = next(reader)
@@ -357,12 +357,31 @@ def _samples(path: Path, start: int = 0) -> Iterator[list[_Member]]:
                         key, _, ending = name.partition(".")
                         place = _Member(ending.lower(), member.offset_data, member.size)
                         yield f"{folder}/{key}", place
+                _check_end(path, archive.offset)
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{path} is not a whole tar: {reason(error)}") from error
 
     groups = itertools.groupby(members(), key=lambda pair: pair[0])
     for _, group in itertools.islice(groups, start, None):
         yield [member for _, member in group]
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Check that a tar ends at `offset`, where its reader stops without a word at anything that is
+    no header: with zeros, and nothing after them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"{path} is not a whole tar: it has no end, or a damaged header")
+        while rest := file.read(MAX_MEMBER):
+            if rest.strip(b"\0"):
+                raise ValueError(
+                    f"{path} goes on after its end; join tars with tar --concatenate, not with cat"
+                )
 
 
 def _sample(path: Path, members: list[_Member]) -> dict[str, Any]:

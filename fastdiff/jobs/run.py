@@ -206,6 +206,7 @@ def run_job(
             del session
             task = Task(spec, rows, slots, threads, (own.start, own.step), retry, workers)
             Crew(task, timeout=timeout, tell=watch.tell).run()
+            remove_leftovers(spec.out)  # of workers that died
     status = watch.status()
     report = write_report(spec, shards, status, mine)
     finished = [*shards.finished()]

@@ -33,6 +33,7 @@ from fastdiff.jobs.fields import Builder, Columns
 from fastdiff.jobs.rows import Reader, Row, Rows
 from fastdiff.jobs.shards import Claims, Item, Shards
 from fastdiff.jobs.spec import JobSpec
+from fastdiff.memory import NotEnoughMemory
 
 ENCODERS = 4
 SPOOL = 2**26
@@ -108,6 +109,7 @@ class _Open:
         self._spool.close()
 
 
+ALONE = "the image does not fit in memory, even alone; use a smaller height and width"
 _Task = tuple[_Open, Row, Job]
 
 
@@ -132,6 +134,7 @@ class Worker:
     _waiting: int = 0
     _told: float = 0.0
     _is_over: bool = False
+    _alone: bool = False  # after out of memory with one slot: one row at a time
     _begun: set[int] = field(default_factory=set)
     _running: dict[int, _Task] = field(default_factory=dict)  # by the number of the job in `stream`
     _again: deque[_Task] = field(default_factory=deque)  # to be made again after out of memory
@@ -144,6 +147,7 @@ class Worker:
         self._reader = Reader(self.rows)
         self._tasks = self._all_tasks()
         self._guard = threading.Lock()
+        self._first_slots = self.slots
         self._most_open = 2 + AHEAD * self.slots // self.spec.shard_size
         self._room = threading.Semaphore(4 * ENCODERS)
         self._build = builder_of(self.spec, self.rows, self.session)
@@ -205,20 +209,33 @@ class Worker:
                 self._encoders.submit(self._encode, shard, row, result)
                 self._raise()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or self.slots == 1:
+            if not is_out_of_memory(error) or not self._running:
                 raise
             short = True
         if short:  # the error and what its frames hold is gone
-            self._again.extend(self._running.values())
-            self._running.clear()
+            self._back_off()
+        return bool(self._again) or not self._is_over
+
+    def _back_off(self) -> None:
+        """After out of memory: halve the slots; with one slot, one row at a time. A row that does
+        not fit even so has failed."""
+        if self.slots > 1:
             self.slots //= 2
-            self.session.forget_engines()
-            warnings.warn(f"out of memory; going on with {self.slots} slots", stacklevel=1)
-        return short or not self._is_over
+        elif len(self._running) > 1:
+            self._alone = True
+        else:
+            self._fail(next(iter(self._running)), NotEnoughMemory(ALONE))
+            self._alone, self.slots = False, self._first_slots
+        self._again.extend(self._running.values())
+        self._running.clear()
+        self.session.forget_engines()
+        warnings.warn(f"out of memory; going on with {self.slots} slots", stacklevel=1)
 
     def _settle(self) -> None:
-        """Wait until few enough shards are open."""
-        while len(self._open) >= self._most_open or (self._waiting and self._open):
+        """Wait until few enough shards are open; rows to be made again are in those."""
+        while not self._again and (
+            len(self._open) >= self._most_open or (self._waiting and self._open)
+        ):
             self._raise()
             time.sleep(0.01)
         self._raise()
@@ -227,7 +244,8 @@ class Worker:
 
     def _jobs(self) -> Iterator[Job]:
         number = 0
-        while True:
+        self._alone = self._alone and bool(self._again)
+        while not (self._alone and number):
             self._raise()
             task = self._again.popleft() if self._again else next(self._tasks, None)
             if task is None:
@@ -399,7 +417,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or "OutOfMemoryError" in names
-        or "can't allocate" in str(error)
+        or any(text in str(error) for text in ("out of memory", "ALLOC_FAILED", "can't allocate"))
     )
 
 

@@ -168,6 +168,26 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path) -> None:
         open_rows(str(tmp_path / "rows.tar"))
 
 
+def test_a_quote_that_is_not_closed_is_a_row_with_an_error(tmp_path: Path) -> None:
+    """The rows after it are part of the quoted cell for every reader of CSV."""
+    (tmp_path / "rows.csv").write_text('prompt\na\n"a cat\na dog\n')
+    found = [*open_rows(str(tmp_path / "rows.csv")).read()]
+    assert [row.error for row in found] == [None, "not valid CSV: unexpected end of data"]
+
+
+def test_what_follows_the_end_of_a_tar_is_not_dropped(tmp_path: Path) -> None:
+    tar(tmp_path / "rows.tar")
+    whole = (tmp_path / "rows.tar").read_bytes()
+    for data, message in (
+        (2 * whole, "goes on after its end; join tars with tar --concatenate"),
+        (whole.rstrip(b"\0"), "is not a whole tar"),
+        (whole[:1024] + b"x" * 512 + whole[1536:], "is not a whole tar"),
+    ):
+        (tmp_path / "rows.tar").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            open_rows(str(tmp_path / "rows.tar"))
+
+
 def test_missing_and_mixed_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file of rows at .*none\.csv"):
         open_rows(str(tmp_path / "none.csv"))

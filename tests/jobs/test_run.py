@@ -318,6 +318,52 @@ def test_slots_are_halved_when_memory_runs_out(
     assert content(spec.out) == content(whole.out)
 
 
+def test_memory_may_run_out_while_as_many_shards_are_open_as_may_be(
+    place: Path, whole: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows have to be made again before one of them can be closed."""
+    from fastdiff.runtime.engine import Engine
+
+    step = Engine.step
+
+    def limited(self: Engine, **options: Any) -> Any:
+        if self.busy > 5:
+            raise torch.OutOfMemoryError("no memory")
+        return step(self, **options)
+
+    monkeypatch.setattr(Engine, "step", limited)
+    monkeypatch.setattr("fastdiff.jobs.worker.AHEAD", 0)  # two shards at a time
+    spec = replace(whole, out=place / "open shards")
+    with pytest.warns(UserWarning, match="out of memory; going on with"):
+        summary = run_job(spec, batch=16)
+    assert (summary.images, summary.status.slots) == (24, 4)
+    assert content(spec.out) == content(whole.out)
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_row_that_does_not_fit_alone_is_recorded_and_the_others_are_made(
+    place: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    from fastdiff.runtime.engine import Engine
+
+    step = Engine.step
+
+    def limited(self: Engine, **options: Any) -> Any:
+        if self._kind.shape[-1] > 2 * self._kind.shape[-2]:  # the wide one alone
+            raise RuntimeError(text)
+        return step(self, **options)
+
+    monkeypatch.setattr(Engine, "step", limited)
+    rows = [*ROWS[:3], {"height": 32, "width": 128}, *ROWS[3:5]]
+    spec = spec_of(place, rows, f"alone {len(text)}", name="alone.jsonl")
+    with pytest.warns(UserWarning, match="out of memory; going on with"):
+        summary = run_job(spec, batch=2)
+    assert (summary.images, summary.errors, summary.status.slots) == (5, 1, 2)
+    (record,) = shards_of(spec).errors(0)
+    assert record["row"] == 3
+    assert "even alone" in record["error"]
+
+
 def test_other_errors_are_not_taken_for_memory(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
