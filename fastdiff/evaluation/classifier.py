@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +43,25 @@ class Reference:
     """The judge also trains on the images moved by so many pixels up, down, left and right."""
 
 
-@functools.cache
-def digits_reference(image_size: int = 32) -> Reference:
-    """The digits: 1,437 for training judge and model, and 360 that neither has seen."""
-    train_images, train_labels = digits_split("train", image_size=image_size)
-    held_out_images, held_out_labels = digits_split("held-out", image_size=image_size)
+def _reference(
+    split: Callable[..., tuple[Tensor, Tensor]], image_size: int, judge_shift: int = 0
+) -> Reference:
+    train_images, train_labels = split("train", image_size=image_size)
+    held_out_images, held_out_labels = split("held-out", image_size=image_size)
     return Reference(
         train_images=train_images,
         train_labels=train_labels,
         held_out_images=held_out_images,
         held_out_labels=held_out_labels,
         class_names=CLASSES,
+        judge_shift=judge_shift,
     )
+
+
+@functools.cache
+def digits_reference(image_size: int = 32) -> Reference:
+    """The digits: 1,437 for training judge and model, and 360 that neither has seen."""
+    return _reference(digits_split, image_size)
 
 
 @functools.cache
@@ -62,16 +70,7 @@ def mnist_reference(image_size: int = 28) -> Reference:
 
     The judge reaches 92% on the held-out images, and 96% with shifts by a pixel.
     """
-    train_images, train_labels = mnist_split("train", image_size=image_size)
-    held_out_images, held_out_labels = mnist_split("held-out", image_size=image_size)
-    return Reference(
-        train_images=train_images,
-        train_labels=train_labels,
-        held_out_images=held_out_images,
-        held_out_labels=held_out_labels,
-        class_names=CLASSES,
-        judge_shift=1,
-    )
+    return _reference(mnist_split, image_size, judge_shift=1)
 
 
 def reference_of(model: Model) -> Reference:

@@ -351,26 +351,32 @@ def test_it_indexes_with_64_bits() -> None:
 # Machine code
 
 
-@pytest.mark.slow
-def test_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel multiplies on the matrix unit, loads with ldmatrix and copies asynchronously.
-    After `make build`, the test compiles nothing."""
-    from benchmarks.resources import (
-        cuda as cuda_resources,  # imported here because it needs tyro, which GPU machines may lack
-    )
+def machine_code(
+    source: str, architecture: str, patch: pytest.MonkeyPatch
+) -> tuple[Path, list[str]]:
+    """The object file of a CUDA source, and the disassembly of each of its kernels. After
+    `make build`, this compiles nothing; where it cannot be had, the test is skipped."""
+    # imported here because it needs tyro, which GPU machines may lack
+    from benchmarks.resources import cuda as cuda_resources
 
     if _triton.triton is None:
         pytest.skip("cuobjdump comes with triton, which is not installed")
     tool = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    patch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     try:
         objects = cuda_resources.compiled()
     except cuda_resources.NoCompilerError as error:
         pytest.skip(f"CUDA kernels are not compiled here: {error}")
-    (compiled,) = (path for path in objects if path.name == "attention.cu.o")
-    command = [str(tool), "-sass", "-arch", "sm_80", str(compiled)]
+    (compiled,) = (path for path in objects if path.name == f"{source}.o")
+    command = [str(tool), "-sass", "-arch", architecture, str(compiled)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = text.split("Function : ")[1:]
+    return compiled, text.split("Function : ")[1:]
+
+
+@pytest.mark.slow
+def test_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel multiplies on the matrix unit, loads with ldmatrix and copies asynchronously."""
+    _, functions = machine_code("attention.cu", "sm_80", monkeypatch)
     # 2 dtypes: streaming in 5 widths, with and without a mask; and 8 context kernels
     assert len(functions) == 36
     for function in functions:

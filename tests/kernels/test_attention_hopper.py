@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastdiff.bench.watch import watched
 from fastdiff.kernels import attention
-from fastdiff.kernels import triton as _triton
 from fastdiff.kernels.attention import cuda as attention_cuda
 from tests import cuda_host
 from tests.kernels import cases
@@ -31,18 +30,18 @@ from tests.kernels.test_attention_cuda import (
     grown,
     in_turn,
     log_sum,
+    machine_code,
     packed,
     with_sums,
 )
 
-needs_hopper = [
+pytestmark = [
     cases.needs_cuda,
     pytest.mark.skipif(
         torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
         reason="needs a GPU of compute capability 9.0",
     ),
 ]
-pytestmark = needs_hopper
 
 
 def plain(case: cases.Case) -> bool:
@@ -263,23 +262,10 @@ def test_without_one_of_its_parts_it_fails_in_some_order(
 @pytest.mark.slow
 def test_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """wgmma of exactly W columns, TMA, and no product that waits for the one before it."""
-    from benchmarks.resources import cuda as cuda_resources
-
-    if _triton.triton is None:
-        pytest.skip("cuobjdump comes with triton, which is not installed")
-    tool = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    try:
-        objects = cuda_resources.compiled()
-    except cuda_resources.NoCompilerError as error:
-        pytest.skip(f"CUDA kernels are not compiled here: {error}")
-    (compiled,) = (path for path in objects if path.name == "attention_hopper.cu.o")
+    compiled, functions = machine_code("attention_hopper.cu", "sm_90a", monkeypatch)
     log = Path(f"{compiled}.log").read_text()
     assert "attention_hopper" in log
     assert "C75" not in log  # ptxas: "wgmma.mma_async instructions are serialized"
-    command = [str(tool), "-sass", "-arch", "sm_90a", str(compiled)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = text.split("Function : ")[1:]
     assert len(functions) == 2 * len(EXACT)
     for function in functions:
         name = function.splitlines()[0]
