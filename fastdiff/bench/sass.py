@@ -292,8 +292,36 @@ def whole(launch: Launch, unit: str, numbers: int) -> float:
     return len(way.instructions) / way.units / numbers
 
 
+def in_parts(launches: Sequence[Launch]) -> Row:
+    """The two kernels of a norm in parts: their main loops, and all else that a program does once,
+    divided by its numbers."""
+    moments, result = launches
+    code = triton_code(moments), triton_code(result)
+    units = r"LDG.*\.128", EXPONENTIAL
+    ways = [main_loop(c.instructions, unit) for c, unit in zip(code, units, strict=True)]
+    whole = [shortest_path(c.instructions, unit) for c, unit in zip(code, units, strict=True)]
+    # of a thread; the first tile of the moments' kernel is outside of its loop
+    tile = ways[1].units
+    numbers = result.arguments["steps"] * tile
+    once = [
+        len(all_.instructions) - len(way.instructions)
+        for all_, way in zip(whole, ways, strict=True)
+    ]
+    once[0] -= len(ways[0].instructions)
+    return Row(
+        kernel="GroupNorm+SiLU in parts",
+        backend="Triton",
+        parts={
+            "statistics": len(ways[0].instructions) / tile,
+            "result": len(ways[1].instructions) / tile,
+            "once": sum(once) / numbers,
+        },
+        aim=26,
+        flight=min(c.flight(way) for c, way in zip(code, ways, strict=True)),
+    )
+
+
 def triton_rows() -> Iterator[Row]:
-    wide = 8
     [small] = norm_launches(1, 1280, 8)
     yield Row(
         kernel="GroupNorm+SiLU on chip",
@@ -301,22 +329,7 @@ def triton_rows() -> Iterator[Row]:
         parts={"whole kernel": whole(small, EXPONENTIAL, 1)},
         aim=22,
     )
-    by_name = {launch.kernel.__name__: launch for launch in norm_launches(1, 320, 64)}
-    statistics, result = (triton_code(by_name[f"_{name}_kernel"]) for name in ("moments", "apply"))
-    ways = (
-        main_loop(statistics.instructions, r"(LDG|LDS).*\.128"),
-        shortest_path(result.instructions, EXPONENTIAL),
-    )
-    yield Row(
-        kernel="GroupNorm+SiLU in parts",
-        backend="Triton",
-        parts={
-            "statistics": len(ways[0].instructions) / ways[0].units / wide,
-            "result": len(ways[1].instructions) / ways[1].units,
-        },
-        aim=26,
-        flight=min(statistics.flight(ways[0]), result.flight(ways[1])),
-    )
+    yield in_parts(norm_launches(1, 320, 128))
     [geglu] = triton_launches("geglu", meta(2, 4096, 2560))
     yield straight("GEGLU", "Triton", triton_code(geglu))
     for d, tokens, heads in ((40, 4096, 8), (64, 4096, 10), (80, 1024, 8), (160, 256, 8)):
