@@ -66,8 +66,8 @@ class Checked:
         self.seed += 100
         first = self.seed
         self._returns_finished_results(first)
-        parity = self._computes_the_formula(first + 10)
-        self._follows_its_operands(first + 20)
+        self._follows_its_operands(first + 10)
+        parity = self._computes_the_formula(first + 20)
         self._does_not_cache(first + 30)
         return parity
 

@@ -152,12 +152,13 @@ def speedups(run: Run) -> Any:
         ends = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
         axes.errorbar(ratio.value, place, xerr=ends, color="#222222", linewidth=1, capsize=2)
         label = f" {ratio.value:.2f} x {row.baseline}"
-        axes.text(max(ratio.high, 1 + row.noise), place, label, va="center", fontsize=8)
+        end = max(min(ratio.high, 1.15 * ratio.value), 1 + row.noise)
+        axes.text(end, place - 0.3, label, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="#222222", linewidth=0.8)
-    highest = max(row.ours[0].ratio.high for row in rows if row.ours[0].ratio)
-    axes.set_xlim(0, 1.25 * max(highest, 1.2))
+    highest = max(row.ours[0].ratio.value for row in rows if row.ours[0].ratio)
+    axes.set_xlim(0, 1.5 * max(highest, 1.2))
     axes.set_xlabel("speed, relative to the fastest baseline")
     return figure
 

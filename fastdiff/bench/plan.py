@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from fastdiff import kernels
 from fastdiff.bench import contest, whole
 from fastdiff.bench.clock import timer_for
 from fastdiff.bench.clocks import Clocks
 from fastdiff.bench.contest import Conditions, UserKernel
+from fastdiff.bench.providers import Make
 from fastdiff.bench.record import environment
 from fastdiff.bench.result import Row, Run
 from fastdiff.bench.run import Case, lost_context, said
 from fastdiff.bench.shapes import Call, Job, Shape
 from fastdiff.bench.subjects import SUBJECTS
+from fastdiff.kernels.choose import bound_arguments
 
 PRESETS = {
     "digits": Job(network="unet", preset="digits", size=8, batch=16),
@@ -187,15 +190,19 @@ def called(op: str, shape: Shape) -> Call:
     """The call of an op whose x has this shape.
 
     Raises:
-        ValueError: x alone does not determine the other operands.
+        ValueError: the op refuses such an x, or x alone does not determine the other operands.
     """
-    operands = SUBJECTS[op].operands
-    if operands is None:
+    subject = SUBJECTS[op]
+    if subject.operands is None:
         raise ValueError(f"--shape cannot be used for {op}; leave it out for its usual shapes")
     try:
-        return Call(op, operands(shape))
-    except IndexError:
-        raise ValueError(f"--shape {shape} has too few numbers for x of {op}") from None
+        call = Call(op, subject.operands(shape))
+        meta = Make(torch.float32, torch.device("meta"))
+        args, kwargs = subject.arguments(call, PRESETS["sd15"], meta)
+        kernels.OPS[op].check(*bound_arguments(op, args, kwargs))
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--shape {shape} does not fit x of {op}: {error}") from None
+    return call
 
 
 def accepts(function: Callable[..., Any], call: Call) -> bool:

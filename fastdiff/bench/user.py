@@ -79,6 +79,7 @@ def user_kernel(name: str, op: str | None) -> UserKernel:
     if not colon or not place or not function_name:
         raise ValueError(f"--kernel must be module:function or file.py:function, got {name!r}")
     module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
+    name = f"{Path(place).stem if place.endswith('.py') else place}:{function_name}"
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]

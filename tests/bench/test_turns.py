@@ -1,4 +1,4 @@
-"""Timing in turns: intervals of known confidence, the noise floor, and what counts as a difference."""
+"""Timing in turns: intervals of known confidence, the noise floor, verdicts."""
 
 from __future__ import annotations
 
