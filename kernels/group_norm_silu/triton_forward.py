@@ -18,6 +18,7 @@ from .triton_tiles import (
     shape_of,
     slices,
     small_regime,
+    split_small,
     sums_of_groups,
 )
 
@@ -41,6 +42,7 @@ def _load_sum(
     inside: tl.tensor,
     channel_place: tl.tensor,
     known: tl.tensor,
+    STORE: tl.constexpr = True,
 ) -> tl.tensor:
     """Load x in fp32; with addends, store their sum to `total` and return it as rounded there.
 
@@ -53,7 +55,8 @@ def _load_sum(
         numbers += load_tile(residual + base + place, inside, "evict_first")
     if total is not None:
         rounded = numbers.to(total.dtype.element_ty)
-        tl.store(total + base + place, rounded, inside)
+        if STORE:
+            tl.store(total + base + place, rounded, inside)
         numbers = rounded.to(tl.float32)
     return numbers
 
@@ -83,15 +86,18 @@ def _small_kernel(
     COLUMNS: tl.constexpr,
     FULL: tl.constexpr,
     WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
     """Compute y for CHANNELS channels (whole groups) of one sample, entirely in registers.
 
+    SPLIT programs compute the same statistics, and each its share of the rows of y.
     FULL: all rows of the tile are inside, WHOLE: all of the tile is.
     """
+    part = tl.program_id(0) % SPLIT
     tiles = tl.cdiv(channels, CHANNELS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    begin = tl.program_id(0) % tiles * CHANNELS
+    sample = (tl.program_id(0) // SPLIT // tiles).to(tl.int64)
+    begin = tl.program_id(0) // SPLIT % tiles * CHANNELS
     column = tl.arange(0, COLUMNS)
     channel = begin + column
     row = tl.arange(0, ROWS)
@@ -100,7 +106,9 @@ def _small_kernel(
     base = sample * space * channels + begin * column_stride
     place = row[:, None] * row_stride + column[None, :] * column_stride
     channel_place = sample * channel_add_stride + channel
-    numbers = _load_sum(x, residual, channel_add, total, base, place, inside, channel_place, known)
+    numbers = _load_sum(
+        x, residual, channel_add, total, base, place, inside, channel_place, known, SPLIT == 1
+    )
     scale, shift = affine(weight, bias, scale_shift, sample, channel, channels, known)
 
     # outside of its groups a tile is 0, and so must the deviations be
@@ -109,7 +117,8 @@ def _small_kernel(
     if channel_add is not None and not FULL:
         numbers = tl.where(inside, numbers, 0.0)
     center = sums_of_groups(numbers, member, GROUPS) * share
-    centered = numbers - of_columns(center, member)[None, :]
+    of_column = of_columns(center, member)
+    centered = numbers - of_column[None, :]
     if not FULL:
         centered = tl.where(inside, centered, 0.0)
     # the rounding error of the mean, which matters when the mean is large against the deviation
@@ -118,13 +127,21 @@ def _small_kernel(
     inverse = _inverse_sqrt(tl.maximum(squares * share - rest * rest, 0.0) + eps)
     scale *= of_columns(inverse, member)
     shift -= of_columns(rest, member) * scale
+    if SPLIT > 1:  # what it loads again is in the L1 or L2
+        row = part * (ROWS // SPLIT) + tl.arange(0, ROWS // SPLIT)
+        inside = None if WHOLE else (row < space)[:, None] & known[None, :]
+        place = row[:, None] * row_stride + column[None, :] * column_stride
+        numbers = _load_sum(
+            x, residual, channel_add, total, base, place, inside, channel_place, known
+        )
+        centered = numbers - of_column[None, :]
     result = centered * scale[None, :] + shift[None, :]
     if SILU:
         result = silu(result)
     tl.store(y + base + place, result.to(y.dtype.element_ty), inside)
 
     group = begin // SIZE + tl.arange(0, GROUPS)
-    valid = (tl.arange(0, GROUPS) * SIZE < CHANNELS) & (group * SIZE < channels)
+    valid = (tl.arange(0, GROUPS) * SIZE < CHANNELS) & (group * SIZE < channels) & (part == 0)
     target = sample * (channels // SIZE) + group
     tl.store(mean + target, center + rest, valid)
     tl.store(rstd + target, inverse, valid)
@@ -472,11 +489,9 @@ def _apply_kernel(
     base = sample * space * channels + tile.to(tl.int64) * COLUMNS * column_stride
     base += begin.to(tl.int64) * row_stride
     place = row[:, None] * row_stride + column[None, :] * column_stride
-    inside = None
     for step in range(own):
         at = (own - 1 - step) * ROWS
-        if not WHOLE:
-            inside = (begin + at + row < space)[:, None] & known[None, :]
+        inside = None if WHOLE else (begin + at + row < space)[:, None] & known[None, :]
         here = base + at.to(tl.int64) * row_stride
         numbers = load_tile(x + here + place, inside, "evict_first")
         result = (numbers - center[None, :]) * scale[None, :] + shift[None, :]
@@ -522,11 +537,8 @@ def forward(
     stored = total if adds else None
     small = small_regime("group_norm_silu", x, shape, share=2 if adds else 1)
     if small is not None:
-        programs, constants = small
-        full = constants["ROWS"] == shape.space
-        whole = full and shape.channels % constants["COLUMNS"] == 0
-        whole = whole and constants["COLUMNS"] == constants["CHANNELS"]
-        constants |= silu | {"FULL": full, "WHOLE": whole}
+        programs, constants = split_small("group_norm_silu", x, shape, *small)
+        constants |= silu
         inputs = x, residual, channel_add, weight, bias, scale_shift
         outputs = y, stored, mean, rstd
         numbers = *sizes, *shape.strides, add_stride, eps

@@ -215,6 +215,27 @@ def small_regime(
     return shape.samples * cdiv(shape.channels, constants["CHANNELS"]), constants
 
 
+MOST_SPLIT = 8
+"""Programs that compute the same statistics, at most."""
+
+
+def split_small(
+    name: str, x: Tensor, shape: Shape, programs: int, constants: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """Programs and constants of the forward pass's one launch.
+
+    While there are fewer programs than FILL, the rows of the result are split; the statistics are
+    not, so no bit of them depends on the number of samples.
+    """
+    fill = config(name, x, f"{shape.layout}/small")["FILL"]
+    rows, columns, split = constants["ROWS"], constants["COLUMNS"], 1
+    while programs * split < fill and split < min(rows, MOST_SPLIT):
+        split *= 2
+    full = rows == shape.space
+    whole = full and columns == constants["CHANNELS"] and shape.channels % columns == 0
+    return programs * split, constants | {"FULL": full, "WHOLE": whole, "SPLIT": split}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Large:
     """How the large regime splits a sample. Nothing here depends on the number of samples."""
@@ -299,7 +320,7 @@ def parts_regime(name: str, x: Tensor, shape: Shape) -> Parts:
     chosen = config(name, x, f"{shape.layout}/large")
     rows, columns = tile_of(shape, chosen["TILE"], chosen["COLUMNS"])
     tiles = cdiv(shape.channels, columns)
-    unroll = chosen["UNROLL"]
+    unroll = min(chosen["UNROLL"], next_power_of_2(shape.space) // rows)
     while unroll > 1 and cdiv(shape.space, unroll * rows) * tiles < chosen["FILL"]:
         unroll //= 2
     blocks = cdiv(shape.space, unroll * rows)

@@ -24,21 +24,18 @@ else:
 
 
 @jit
-def _one_plus_exp_of_minus(x: tl.tensor) -> tl.tensor:
-    """1 + exp(-x). exp2 is one instruction of a GPU, and a denormal result is lost in the sum."""
-    return 1.0 + tl.exp2(x * -1.4426950408889634)
-
-
-@jit
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """1 / (1 + exp(-x)) in fp32, to the last places."""
-    return _quotient(1.0, _one_plus_exp_of_minus(x))
+    """1 / (1 + exp(-x)) in fp32: accurate to the last places, and safe if exp is inf or 0."""
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @jit
 def silu(x: tl.tensor) -> tl.tensor:
-    """x / (1 + exp(-x)) in fp32, to the last places."""
-    return _quotient(x, _one_plus_exp_of_minus(x))
+    """x / (1 + exp(-x)) in fp32, to the last places.
+
+    exp2 is one instruction of a GPU; that it rounds denormal results to 0 is lost in the sum.
+    """
+    return _quotient(x, 1.0 + tl.exp2(x * -1.4426950408889634))
 
 
 @jit
@@ -76,8 +73,7 @@ def with_tile(
 def merged(counts: tl.tensor, means: tl.tensor, squares: tl.tensor, count: tl.tensor) -> tl.tensor:
     """Mean and squares of `count` numbers, merged from parts along axis 0, which may be empty.
     The mean is computed twice, the second time relative to the first."""
-    share = 1.0 / count
-    mean = tl.sum(means * counts, 0) * share
-    mean += tl.sum((means - tl.expand_dims(mean, 0)) * counts, 0) * share
+    mean = tl.sum(means * counts, 0) / count
+    mean += tl.sum((means - tl.expand_dims(mean, 0)) * counts, 0) / count
     apart = means - tl.expand_dims(mean, 0)
     return mean, tl.sum(squares + counts * apart * apart, 0)
