@@ -286,35 +286,34 @@ def norm_launches(n: int, c: int, size: int) -> list[Launch]:
     return triton_launches("group_norm_silu", x, 32, meta(c), meta(c))
 
 
-def whole(launch: Launch, unit: str, numbers: int) -> float:
+def whole(launch: Launch, unit: str) -> float:
     """Instructions per number of a kernel without a loop."""
     way = shortest_path(triton_code(launch).instructions, unit)
-    return len(way.instructions) / way.units / numbers
+    return len(way.instructions) / way.units
+
+
+LOAD = r"LDG.*\.128"
 
 
 def in_parts(launches: Sequence[Launch]) -> Row:
-    """The two kernels of a norm in parts: their main loops, and all else that a program does once,
-    divided by its numbers."""
-    moments, result = launches
-    code = triton_code(moments), triton_code(result)
-    units = r"LDG.*\.128", EXPONENTIAL
+    """The two kernels of a norm in parts: their loops, and what each program does once, divided by
+    its numbers. The first step of the moments' kernel is outside of its loop."""
+    code = [triton_code(launch) for launch in launches]
+    units = LOAD, EXPONENTIAL
     ways = [main_loop(c.instructions, unit) for c, unit in zip(code, units, strict=True)]
-    whole = [shortest_path(c.instructions, unit) for c, unit in zip(code, units, strict=True)]
-    # of a thread; the first tile of the moments' kernel is outside of its loop
-    tile = ways[1].units
-    numbers = result.arguments["steps"] * tile
-    once = [
-        len(all_.instructions) - len(way.instructions)
-        for all_, way in zip(whole, ways, strict=True)
-    ]
-    once[0] -= len(ways[0].instructions)
+    steps, per_step = launches[1].arguments["steps"], ways[1].units
+    statistics, result = (len(way.instructions) for way in ways)
+    every = sum(
+        len(shortest_path(c.instructions, unit).instructions)
+        for c, unit in zip(code, units, strict=True)
+    )
     return Row(
         kernel="GroupNorm+SiLU in parts",
         backend="Triton",
         parts={
-            "statistics": len(ways[0].instructions) / tile,
-            "result": len(ways[1].instructions) / tile,
-            "once": sum(once) / numbers,
+            "statistics": statistics / per_step,
+            "result": result / per_step,
+            "once": (every - 2 * statistics - result) / (steps * per_step),
         },
         aim=26,
         flight=min(c.flight(way) for c, way in zip(code, ways, strict=True)),
@@ -322,11 +321,11 @@ def in_parts(launches: Sequence[Launch]) -> Row:
 
 
 def triton_rows() -> Iterator[Row]:
-    [small] = norm_launches(1, 1280, 8)
+    [small] = norm_launches(4, 1280, 8)  # no two programs share a sample's statistics
     yield Row(
         kernel="GroupNorm+SiLU on chip",
         backend="Triton",
-        parts={"whole kernel": whole(small, EXPONENTIAL, 1)},
+        parts={"whole kernel": whole(small, EXPONENTIAL)},
         aim=22,
     )
     yield in_parts(norm_launches(1, 320, 128))
@@ -407,9 +406,22 @@ def cuda_start(plan: dict[str, int], c: int, s: int, groups: int) -> Start:
     return Start(plan=name, blocks=blocks, flight=min(at_once * per_block, s * c * 2))
 
 
-def triton_start(launches: Sequence[Launch]) -> tuple[str, int]:
-    """Kind of plan, and programs of the launch that reads x first."""
-    return "on chip" if len(launches) == 1 else "in parts", math.prod(launches[0].grid)
+def triton_start(launches: Sequence[Launch], c: int, s: int) -> Start:
+    """How the Triton kernels start: the launch that reads x first, for a sample of (C, S).
+
+    Its loads were counted where its program is the largest (`in_parts`); programs on chip load all
+    of their tile.
+    """
+    first = launches[0]
+    blocks, known = math.prod(first.grid), first.arguments
+    if len(launches) == 1:
+        shared = known["SPLIT"]
+        plan = "on chip" if shared == 1 else f"on chip, {shared} for the same groups"
+        return Start(plan=plan, blocks=blocks, flight=s * c * 2)
+    code = triton_code(norm_launches(1, 320, 128)[0])
+    at_once = min(blocks, MULTIPROCESSORS * resident(code.registers, code.threads, code.shared))
+    tile = known["UNROLL"] * known["ROWS"] * known["COLUMNS"] * 2
+    return Start(plan="in parts", blocks=blocks, flight=min(at_once * tile, s * c * 2))
 
 
 @cache
@@ -451,7 +463,7 @@ def launches_of_norms(
 
 SIZE_HEAD = (
     *("network", "sample", "CUDA plan", "blocks, batch 1", "batch 2", "MB in flight"),
-    *("Triton plan", "programs, batch 1", "batch 2"),
+    *("Triton plan", "programs, batch 1", "batch 2", "MB in flight"),
 )
 
 
@@ -465,24 +477,30 @@ def norm_starts() -> dict[tuple[int, int], Start]:
     }
 
 
+@cache
+def triton_starts() -> dict[tuple[int, int], Start]:
+    """(C, height) -> how the Triton kernels start one sample."""
+    return {(c, h): triton_start(norm_launches(1, c, h), c, h * h) for _, c, h, _ in norm_sizes()}
+
+
+def start_cells(start: Start | None, twice: int, enough: float) -> tuple[str, ...]:
+    """Cells of a row, given the blocks for two samples and the bytes that should be in flight."""
+    if start is None:
+        return ("-",) * 4
+    short = "" if start.flight >= enough else f" of {enough / 1e6:.1f}"
+    return start.plan, f"{start.blocks}", f"{twice}", f"{start.flight / 1e6:.2f}{short}"
+
+
 def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
     """One row per norm, after the header."""
     found: list[tuple[str, ...]] = [SIZE_HEAD]
     for name, c, h, _ in norm_sizes():
-        start = starts.get((c, h))
-        cuda = ("-",) * 4
-        if start is not None:
-            enough = min(FLIGHT, c * h * h * 2)
-            short = "" if start.flight >= enough else f" of {enough / 1e6:.1f}"
-            cuda = (
-                start.plan,
-                f"{start.blocks}",
-                f"{2 * start.blocks}",
-                f"{start.flight / 1e6:.2f}{short}",
-            )
-        kind, programs = triton_start(norm_launches(1, c, h))
-        _, twice = triton_start(norm_launches(2, c, h))
-        found.append((name, f"({c}, {h}, {h})", *cuda, kind, f"{programs}", f"{twice}"))
+        enough = min(FLIGHT, c * h * h * 2)
+        cuda = starts.get((c, h))
+        cells = start_cells(cuda, 2 * cuda.blocks if cuda else 0, enough)
+        twice = math.prod(norm_launches(2, c, h)[0].grid)
+        cells += start_cells(triton_starts()[c, h], twice, enough)
+        found.append((name, f"({c}, {h}, {h})", *cells))
     return found
 
 
@@ -533,6 +551,9 @@ def facts() -> dict[str, Any]:
         "missing": missing,
         "instructions": [[row.kernel, row.backend, row.total, row.flight] for row in found],
         "norms": [[c, h, start.blocks, start.flight] for (c, h), start in starts.items()],
+        "triton norms": []
+        if missing
+        else [[c, h, start.blocks, start.flight] for (c, h), start in triton_starts().items()],
         "versions": "" if missing else versions(),
         "section": "" if missing else section(),
     }
@@ -569,8 +590,8 @@ SECTION = """\
 Generated by `python -m fastdiff.bench.counts sass --docs` from the machine code that {versions}
 make for an H200 (sm_90), in bf16; a test holds the limits. GroupNorm and GEGLU: instructions per
 number; attention: per 64 keys, of a warp for 16 queries. Counted is the main loop, or the whole
-kernel where it has no loop. An H200 has time for 31 instructions per bf16 number that is read and
-written.
+kernel where it has no loop; of Triton's norm in parts also what each program does once, at
+(320, 128, 128). An H200 has time for 31 instructions per bf16 number that is read and written.
 
 {rows}
 
@@ -578,6 +599,9 @@ MB in flight are the loads that all threads issue before they use the first, on 
 
 Blocks of the launch that reads x first, and bytes of x that are on their way at a time: 132
 multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
+Triton's programs cannot share their sums within a launch. So where few programs hold a sample, up
+to 8 of them compute the same statistics, on multiprocessors that had nothing to do, and each its
+share of the result. The count on chip above is for four samples, where each number is read once.
 
 {sizes}
 
