@@ -292,6 +292,16 @@ def whole(launch: Launch, unit: str) -> float:
     return len(way.instructions) / way.units
 
 
+def sums_of(launch: Launch) -> list[str]:
+    """The shapes and layouts that a kernel sums, and those that it reshapes for it, in order: they
+    fix the order of its additions."""
+    text = ahead.compiled_for(launch, ARCHITECTURE).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
+    pattern = r'"tt\.reduce".*?\}\) : \((.*?)\) ->|tt\.reshape .*? : (.*?) ->'
+    found = [a or b for a, b in re.findall(pattern, text, re.DOTALL)]
+    return [re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), each) for each in found]
+
+
 LOAD = r"LDG.*\.128"
 
 
@@ -543,6 +553,10 @@ def counted() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
     return [HEAD, *map(row_cells, found)], size_rows(starts), missing
 
 
+ALIKE = ((1280, 8), (1920, 16))
+"""(C, height) of norms on chip, where few samples are shared by several programs."""
+
+
 def facts() -> dict[str, Any]:
     """What can be counted here, as plain values."""
     found, missing = rows()
@@ -554,6 +568,9 @@ def facts() -> dict[str, Any]:
         "triton norms": []
         if missing
         else [[c, h, start.blocks, start.flight] for (c, h), start in triton_starts().items()],
+        "sums": []
+        if missing
+        else [[n, sums_of(norm_launches(n, c, h)[0])] for c, h in ALIKE for n in (1, 2, 4)],
         "versions": "" if missing else versions(),
         "section": "" if missing else section(),
     }

@@ -194,6 +194,16 @@ def test_norms_fill_the_chip(facts: dict[str, Any], backend: str) -> None:
 
 @pytest.mark.slow
 @needs_nvcc
+def test_programs_that_share_a_sample_sum_in_the_same_order(facts: dict[str, Any]) -> None:
+    """Else the bits of a sample would depend on its batch."""
+    for start in range(0, len(facts["sums"]), 3):
+        sums, of_two, of_four = (each for _, each in facts["sums"][start : start + 3])
+        assert len(sums) >= 6
+        assert sums == of_two == of_four
+
+
+@pytest.mark.slow
+@needs_nvcc
 def test_the_page_equals_the_count(facts: dict[str, Any]) -> None:
     section = counts.sass_section()
     assert section
