@@ -1,7 +1,8 @@
 // Applies a row of a sampler table to each sample, updating x and history in place
 // (kernels/sampler_step documents the maths).
 //
-// One launch; if rows may rescale, another launch before it computes the deviations of whole images.
+// One launch; if rows may rescale, another launch before it computes the deviations of whole images; if
+// the log-density of the noise is asked for, one after it adds up the sums of the blocks in a fixed order.
 // Rows, indices and the table are read on the device, so a captured launch works for any of them. A
 // thread handles the four elements of one Philox counter, in the logical order of an image whatever the
 // layouts. Loads and stores are 16 bytes (8 for half precision) if a tensor is dense, else one element.
@@ -95,6 +96,8 @@ struct StepArguments {
   float* denoised;       // N images, or null
   bool* finite;          // (N,), or null: cleared if the prediction is not finite
   float* moments;        // (N, parts, 5); null: no row of a guided sample may rescale
+  float* sums;           // (N, tiles): each block's sum of noise^2 + 2 log |factor|
+  float* log_prob;       // (N,), or null: the log-density of the noise
   ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in memory order
   int64_t slot_stride, variance;  // between slots; from a prediction to its learned variance
   int64_t n, table_rows, images;
@@ -244,21 +247,13 @@ __device__ __forceinline__ void spoil(const StepArguments<T>& p, int64_t image, 
   if (p.finite != nullptr) p.finite[image] = false;
 }
 
-/// Grid: N * tiles; a tile is 4 * kStepThreads elements of an image.
-template <typename T>
-__global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
-  const int64_t image = blockIdx.x / tiles;
-  const unsigned block = blockIdx.x % tiles * kStepThreads + threadIdx.x;
-  const bool outside = 4 * block >= p.elements;
-  const Place<T> place = p.place(image);
+/// Elements 4 * block to 4 * block + 3 of an image. Returns the sum of noise^2 + 2 log |factor| over
+/// them if kLogProb, 0 without noise.
+template <typename T, bool kLogProb>
+__device__ __forceinline__ float step_four(const StepArguments<T>& p, const Place<T>& place,
+                                           int64_t image, unsigned block, float share) {
   const float* row = place.row;
-  if (place.idle) return;  // the whole block, here and in the next line
-  if (row == nullptr) return spoil(p, image, 4 * block);
-  float share = 1.0f;
-  if (place.uncond != nullptr && row[kRescale] != 0)
-    share = row[kRescale] * ratio_of_deviations(p, image) + (1.0f - row[kRescale]);
-  if (outside) return;
-
+  float density = 0;
   float x[4], f[4], d[4], next[4];
   float* to = p.x + image * p.at_x.image;
   const Quad at_x(p.at_x, 4 * block, p.elements);
@@ -297,7 +292,10 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
                         static_cast<uint32_t>(row[kNoiseStep]), p.stream};
     normals_of_block(key, block, z);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) next[k] += factors[k] * z[k];
+    for (int k = 0; k < 4; ++k) {
+      next[k] += factors[k] * z[k];
+      if (kLogProb && k < at_x.count) density += z[k] * z[k] + 2.0f * logf(fabsf(factors[k]));
+    }
   }
   if (p.denoised != nullptr)
     Quad(p.at_denoised, 4 * block, p.elements).store(p.denoised + image * p.at_denoised.image, d);
@@ -309,6 +307,59 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
     at_history.store(history + slot * p.slot_stride, d);
   }
   at_x.store(to, next);
+  return density;
+}
+
+/// Grid: N * tiles; a tile is 4 * kStepThreads elements of an image.
+template <typename T, bool kLogProb>
+__global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
+  const int64_t image = blockIdx.x / tiles;
+  const unsigned block = blockIdx.x % tiles * kStepThreads + threadIdx.x;
+  const bool outside = 4 * block >= p.elements;
+  const Place<T> place = p.place(image);
+  const float* row = place.row;
+  if (place.idle) return;  // the whole block, here and in the next line
+  if (row == nullptr) return spoil(p, image, 4 * block);
+  float share = 1.0f;
+  if (place.uncond != nullptr && row[kRescale] != 0)
+    share = row[kRescale] * ratio_of_deviations(p, image) + (1.0f - row[kRescale]);
+  if constexpr (!kLogProb) {
+    if (!outside) step_four<T, false>(p, place, image, block, share);
+  } else {
+    FASTDIFF_SHARED(float, scratch, kStepThreads / kWarpSize);
+    const float density =
+        warp_sum(outside ? 0.0f : step_four<T, true>(p, place, image, block, share));
+    if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = density;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    float sum = 0;
+    for (int warp = 0; warp < kStepThreads / kWarpSize; ++warp) sum += scratch[warp];
+    p.sums[blockIdx.x] = sum;
+  }
+}
+
+/// -(the sum of an image's tiles + elements log(2 pi)) / 2; 0 for a row without noise, NaN for one out
+/// of range. Grid: N.
+template <typename T>
+__global__ void __launch_bounds__(kStepThreads) sampler_step_log_prob(StepArguments<T> p,
+                                                                      unsigned tiles) {
+  FASTDIFF_SHARED(double, parts, kStepThreads);
+  const int64_t image = blockIdx.x;
+  const Place<T> at = p.place(image);
+  if (at.idle) return;  // the whole block
+  const bool noisy = at.row != nullptr && at.row[kS] != 0;
+  double mine = 0;
+  if (noisy)
+    for (unsigned i = threadIdx.x; i < tiles; i += kStepThreads)
+      mine += static_cast<double>(p.sums[image * tiles + i]);
+  parts[threadIdx.x] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double sum = 0;
+  for (int i = 0; i < kStepThreads; ++i) sum += parts[i];
+  constexpr double kLog2Pi = 1.8378770664093453;
+  const float density = static_cast<float>(-0.5 * (sum + static_cast<double>(p.elements) * kLog2Pi));
+  p.log_prob[image] = at.row == nullptr ? __uint_as_float(0x7fc00000u) : noisy ? density : 0.0f;
 }
 
 }  // namespace fastdiff
