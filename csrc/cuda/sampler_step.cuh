@@ -96,7 +96,7 @@ struct StepArguments {
   float* denoised;       // N images, or null
   bool* finite;          // (N,), or null: cleared if the prediction is not finite
   float* moments;        // (N, parts, 5); null: no row of a guided sample may rescale
-  float* sums;           // (N, tiles): each block's sum of noise^2 + 2 log |factor|
+  float* sums;           // (N, tiles): each block's sum of noise^2 and of the learned logvar
   float* log_prob;       // (N,), or null: the log-density of the noise
   ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in memory order
   int64_t slot_stride, variance;  // between slots; from a prediction to its learned variance
@@ -216,10 +216,10 @@ __device__ __forceinline__ float ratio_of_deviations(const StepArguments<T>& p, 
 }
 
 /// Computes the factor of the noise, S or exp(logvar / 2) from the learned variance; returns whether the
-/// latter is finite.
-template <typename T>
+/// latter is finite. If kLogProb, adds its logarithms, logvar, to `density`.
+template <typename T, bool kLogProb>
 __device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const Place<T>& at,
-                                              Quad quad, float (&out)[4]) {
+                                              Quad quad, float (&out)[4], float& density) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) out[k] = at.row[kS];
   if (!p.learned) return true;
@@ -230,7 +230,9 @@ __device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const P
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const float fraction = (out[k] + 1.0f) * 0.5f;
-    out[k] = expf(0.5f * (fraction * high + (1.0f - fraction) * low));
+    const float logvar = fraction * high + (1.0f - fraction) * low;
+    out[k] = expf(0.5f * logvar);
+    if (kLogProb && k < quad.count) density += logvar;
   }
   return finite;
 }
@@ -247,8 +249,8 @@ __device__ __forceinline__ void spoil(const StepArguments<T>& p, int64_t image, 
   if (p.finite != nullptr) p.finite[image] = false;
 }
 
-/// Elements 4 * block to 4 * block + 3 of an image. Returns the sum of noise^2 + 2 log |factor| over
-/// them if kLogProb, 0 without noise.
+/// Elements 4 * block to 4 * block + 3 of an image. If kLogProb, returns the sum over them of noise^2 and
+/// of the learned logvar; 0 without noise.
 template <typename T, bool kLogProb>
 __device__ __forceinline__ float step_four(const StepArguments<T>& p, const Place<T>& place,
                                            int64_t image, unsigned block, float share) {
@@ -287,14 +289,14 @@ __device__ __forceinline__ float step_four(const StepArguments<T>& p, const Plac
   }
   if (row[kS] != 0) {
     float factors[4], z[4];
-    finite = noise_factors(p, place, at_f, factors) && finite;
+    finite = noise_factors<T, kLogProb>(p, place, at_f, factors, density) && finite;
     const NormalKey key{static_cast<uint64_t>(p.seeds[image]),
                         static_cast<uint32_t>(row[kNoiseStep]), p.stream};
     normals_of_block(key, block, z);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       next[k] += factors[k] * z[k];
-      if (kLogProb && k < at_x.count) density += z[k] * z[k] + 2.0f * logf(fabsf(factors[k]));
+      if (kLogProb && k < at_x.count) density += z[k] * z[k];
     }
   }
   if (p.denoised != nullptr)
@@ -338,8 +340,8 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   }
 }
 
-/// -(the sum of an image's tiles + elements log(2 pi)) / 2; 0 for a row without noise, NaN for one out
-/// of range. Grid: N.
+/// -(the sum of an image's tiles + elements (log(2 pi) + 2 log |S|)) / 2, without S if the variance is
+/// learned; 0 for a row without noise, NaN for one out of range. Grid: N.
 template <typename T>
 __global__ void __launch_bounds__(kStepThreads) sampler_step_log_prob(StepArguments<T> p,
                                                                       unsigned tiles) {
@@ -357,8 +359,9 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_log_prob(StepArgume
   if (threadIdx.x != 0) return;
   double sum = 0;
   for (int i = 0; i < kStepThreads; ++i) sum += parts[i];
-  constexpr double kLog2Pi = 1.8378770664093453;
-  const float density = static_cast<float>(-0.5 * (sum + static_cast<double>(p.elements) * kLog2Pi));
+  double each = 1.8378770664093453;  // log(2 pi)
+  if (noisy && !p.learned) each += 2.0 * log(static_cast<double>(fabsf(at.row[kS])));
+  const float density = static_cast<float>(-0.5 * (sum + static_cast<double>(p.elements) * each));
   p.log_prob[image] = at.row == nullptr ? __uint_as_float(0x7fc00000u) : noisy ? density : 0.0f;
 }
 

@@ -73,9 +73,8 @@ def forward(
         slots.stride(0), c * f_c, n, len(table), len(prediction), elements, parts,
         int(SAMPLER_NOISE), prediction.shape[1] == 2 * c,
     )  # fmt: skip
-    outputs = ((x, written), (history, slots), (denoised, estimate), (finite, flags))
-    outputs = (*outputs, (log_prob, found))
-    for given, filled in outputs:
+    pairs = ((x, written), (history, slots), (denoised, estimate), (finite, flags))
+    for given, filled in (*pairs, (log_prob, found)):
         if given is not None and filled is not None and filled is not given:
             given.copy_(filled)
     return None, None
