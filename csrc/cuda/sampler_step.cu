@@ -25,8 +25,7 @@ const char* run(const StepArguments<T>& p, const Target& target) {
                   unsigned(tiles));
   FASTDIFF_TRY(launch(sampler_step_row<T, true>, grid_of(p.n * tiles), kStepThreads, 0, target, p,
                       unsigned(tiles)));
-  return launch(sampler_step_log_prob<T>, grid_of(p.n), kStepThreads, 0, target, p,
-                unsigned(tiles));
+  return launch(sampler_step_log_prob<T>, grid_of(p.n), kStepThreads, 0, target, p);
 }
 
 }  // namespace
@@ -37,8 +36,8 @@ using namespace fastdiff;
 /// Applies each sample's row of the table. dtype: of the prediction. images: in the prediction. elements:
 /// per image, below 2^31. layouts: 5 times 5 numbers (see layout_of), for x, the prediction, history, the
 /// prediction in memory order, and denoised. cond, uncond, denoised, finite: as in StepArguments.
-/// moments: (n, parts, 5) fp32 for rows with RESCALE, or null. log_prob: null, or with sums, fp32, one
-/// per tile of 4 * kStepThreads elements.
+/// moments: (n, parts, 5) fp32 for rows with RESCALE, or null. log_prob: null, or with sums, fp32,
+/// (n, warps_of(elements)).
 FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
     int device, void* stream, int dtype, float* x, const void* prediction, float* history,
     const float* table, const int64_t* rows, const int64_t* seeds, const int64_t* cond,

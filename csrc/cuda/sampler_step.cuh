@@ -2,7 +2,7 @@
 // (kernels/sampler_step documents the maths).
 //
 // One launch; if rows may rescale, another launch before it computes the deviations of whole images; if
-// the log-density of the noise is asked for, one after it adds up the sums of the blocks in a fixed order.
+// the log-density of the noise is asked for, one after it adds up the sums of the warps in a fixed order.
 // Rows, indices and the table are read on the device, so a captured launch works for any of them. A
 // thread handles the four elements of one Philox counter, in the logical order of an image whatever the
 // layouts. Loads and stores are 16 bytes (8 for half precision) if a tensor is dense, else one element.
@@ -96,7 +96,7 @@ struct StepArguments {
   float* denoised;       // N images, or null
   bool* finite;          // (N,), or null: cleared if the prediction is not finite
   float* moments;        // (N, parts, 5); null: no row of a guided sample may rescale
-  float* sums;           // (N, tiles): each block's sum of noise^2 and of the learned logvar
+  float* sums;           // (N, warps_of(elements)): sums of noise^2 and of the learned logvar
   float* log_prob;       // (N,), or null: the log-density of the noise
   ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in memory order
   int64_t slot_stride, variance;  // between slots; from a prediction to its learned variance
@@ -312,6 +312,25 @@ __device__ __forceinline__ float step_four(const StepArguments<T>& p, const Plac
   return density;
 }
 
+/// Warps that share an image.
+__host__ __device__ __forceinline__ int64_t warps_of(unsigned elements) {
+  return (static_cast<int64_t>(elements) - 1) / (4 * kWarpSize) + 1;
+}
+
+/// The sum over the first `count` lanes of a warp, complete in lane 0; the others have returned. A block
+/// needs no barrier then, whose bookkeeping spilled a register.
+__device__ __forceinline__ float sum_of_first(float x, int count) {
+  const unsigned lanes = count == kWarpSize ? kAllLanes : (1u << count) - 1;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int apart = kWarpSize / 2; apart > 0; apart /= 2) {
+    const bool exists = lane + apart < count;
+    const float other = __shfl_sync(lanes, x, exists ? lane + apart : lane);
+    x += exists ? other : 0.0f;
+  }
+  return x;
+}
+
 /// Grid: N * tiles; a tile is 4 * kStepThreads elements of an image.
 template <typename T, bool kLogProb>
 __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
@@ -325,35 +344,29 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   float share = 1.0f;
   if (place.uncond != nullptr && row[kRescale] != 0)
     share = row[kRescale] * ratio_of_deviations(p, image) + (1.0f - row[kRescale]);
-  if constexpr (!kLogProb) {
-    if (!outside) step_four<T, false>(p, place, image, block, share);
-  } else {
-    FASTDIFF_SHARED(float, scratch, kStepThreads / kWarpSize);
-    const float density =
-        warp_sum(outside ? 0.0f : step_four<T, true>(p, place, image, block, share));
-    if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = density;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    float sum = 0;
-    for (int warp = 0; warp < kStepThreads / kWarpSize; ++warp) sum += scratch[warp];
-    p.sums[blockIdx.x] = sum;
+  if (outside) return;
+  const float density = step_four<T, kLogProb>(p, place, image, block, share);
+  if (kLogProb) {
+    const unsigned quads = (p.elements - 1) / 4 + 1;
+    const float sum = sum_of_first(density, min(kWarpSize, int(quads - block / kWarpSize * kWarpSize)));
+    if (threadIdx.x % kWarpSize == 0) p.sums[image * warps_of(p.elements) + block / kWarpSize] = sum;
   }
 }
 
-/// -(the sum of an image's tiles + elements (log(2 pi) + 2 log |S|)) / 2, without S if the variance is
+/// -(the sum of an image's warps + elements (log(2 pi) + 2 log |S|)) / 2, without S if the variance is
 /// learned; 0 for a row without noise, NaN for one out of range. Grid: N.
 template <typename T>
-__global__ void __launch_bounds__(kStepThreads) sampler_step_log_prob(StepArguments<T> p,
-                                                                      unsigned tiles) {
+__global__ void __launch_bounds__(kStepThreads) sampler_step_log_prob(StepArguments<T> p) {
   FASTDIFF_SHARED(double, parts, kStepThreads);
   const int64_t image = blockIdx.x;
   const Place<T> at = p.place(image);
   if (at.idle) return;  // the whole block
   const bool noisy = at.row != nullptr && at.row[kS] != 0;
+  const int64_t warps = warps_of(p.elements);
   double mine = 0;
   if (noisy)
-    for (unsigned i = threadIdx.x; i < tiles; i += kStepThreads)
-      mine += static_cast<double>(p.sums[image * tiles + i]);
+    for (int64_t i = threadIdx.x; i < warps; i += kStepThreads)
+      mine += static_cast<double>(p.sums[image * warps + i]);
   parts[threadIdx.x] = mine;
   __syncthreads();
   if (threadIdx.x != 0) return;

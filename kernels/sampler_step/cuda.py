@@ -19,8 +19,8 @@ PART = 1024
 """Fewest elements of an image whose moments one block computes."""
 PARTS = 128
 """Most blocks that share the moments of an image."""
-TILE = 512
-"""Elements of an image per block, 4 * kStepThreads of csrc/cuda/sampler_step.cuh."""
+PER_WARP = 128
+"""Elements of an image per warp, as in `warps_of` of csrc/cuda/sampler_step.cuh."""
 
 
 def forward(
@@ -63,7 +63,7 @@ def forward(
         moments = torch.empty(n, parts, 5, dtype=torch.float32, device=x.device)
     sums = None
     if log_prob is not None:
-        sums = torch.empty(n, cdiv(elements, TILE), dtype=torch.float32, device=x.device)
+        sums = torch.empty(n, cdiv(elements, PER_WARP), dtype=torch.float32, device=x.device)
     cuda.launch(
         "sampler_step", x, cuda.DTYPES[prediction.dtype],
         written.data_ptr(), prediction.data_ptr(), slots.data_ptr(), table.data_ptr(),
