@@ -183,9 +183,9 @@ def _check_step(inputs: Callable[[int], Any], backend: str) -> None:
             if wide:
                 args = tuple(a.double() if a.is_floating_point() else a for a in args)
             density = torch.empty(len(args[0]), dtype=args[0].dtype, device=args[0].device)
-            more = {"log_prob": density} if index is None else {}
+            asked = density if index is None else None
             with kernels.backend(name):
-                kernels.sampler_step(*args, **options, **more)
+                kernels.sampler_step(*args, **options, log_prob=asked)
             changed: torch.Tensor = density if index is None else args[index]
             return changed
 
