@@ -142,7 +142,8 @@ def _run_backward(
     )  # fmt: skip
 
 
-CAT = cpu_backend(**of_two_inputs(forward, gradients))
+_cat_forward, _cat_backward = of_two_inputs(forward, gradients)
+CAT = cpu_backend(forward=_cat_forward, backward=_cat_backward)
 """The backend of `cat_group_norm_silu`."""
 ADDING = cpu_backend(forward=forward, backward=backward)
 """The backend of `add_group_norm_silu`."""

@@ -167,7 +167,8 @@ def gradients(
     """Return the gradients of x (the total), weight, bias, channel_add, scale_shift and skip."""
     layout = _cuda_layout(x, skip)
     x, c = layout.x, layout.c
-    dx, dskip = torch.empty_like(x), None if skip is None else torch.empty_like(layout.skip)
+    dx = torch.empty_like(x)
+    dskip = None if layout.skip is None else torch.empty_like(layout.skip)
     dweight, dbias = (torch.zeros(c, dtype=torch.float32, device=x.device) for _ in range(2))
     parameters = weight, bias, scale_shift
     weight, bias, scale_shift = all_contiguous(*parameters)
@@ -225,7 +226,8 @@ def _settings() -> tuple[int | None, int | None]:
     return ON_CHIP, CLUSTER
 
 
-CAT = cuda.cuda_backend(**of_two_inputs(forward, gradients), settings=_settings)
+_cat_forward, _cat_backward = of_two_inputs(forward, gradients)
+CAT = cuda.cuda_backend(forward=_cat_forward, backward=_cat_backward, settings=_settings)
 """The backend of `cat_group_norm_silu`."""
 ADDING = cuda.cuda_backend(forward=forward, backward=backward, settings=_settings)
 """The backend of `add_group_norm_silu`."""

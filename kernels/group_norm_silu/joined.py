@@ -1,5 +1,5 @@
-"""What the backends of `cat_group_norm_silu` share: they are those of `add_group_norm_silu`, which take
-the second input as ``skip``."""
+"""What the backends of `cat_group_norm_silu` share: they are those of `add_group_norm_silu`, which
+take the second input as ``skip``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from ..views import memory_format_of
 def joined_like(x: Tensor, skip: Tensor) -> Tensor:
     """An empty tensor for the channels of both, in the dtype and memory format of x."""
     shape = x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:]
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x)
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def of_sum(dtotal: Tensor | None, x: Tensor) -> Tensor | None:
@@ -27,8 +25,8 @@ def of_sum(dtotal: Tensor | None, x: Tensor) -> Tensor | None:
 
 def of_two_inputs(
     forward: Callable[..., Any], gradients: Callable[..., Any]
-) -> dict[str, Callable[..., Any]]:
-    """The functions of a backend of `cat_group_norm_silu`.
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of a backend of `cat_group_norm_silu`.
 
     Args:
         forward: of `add_group_norm_silu`'s backend, with a keyword ``skip``.
@@ -75,4 +73,4 @@ def of_two_inputs(
             dskip = dskip.to(skip.dtype).contiguous(memory_format=memory_format_of(skip))
         return dx, dskip, dweight, dbias, dchannel_add
 
-    return {"forward": cat_forward, "backward": cat_backward}
+    return cat_forward, cat_backward

@@ -66,7 +66,7 @@ def _cat_gradients(
     skip: Tensor,
 ) -> tuple[Tensor | None, ...]:
     *others, needs = options
-    norm = _cat(x, skip), num_groups, weight, bias, None, *others
+    norm: list[Any] = [_cat(x, skip), num_groups, weight, bias, None, *others]
     wanted: Sequence[bool] = (True, *needs[1:3], False, False)
     joined, dweight, dbias, *_ = backward(dy, None, *norm, wanted)
     assert joined is not None
@@ -80,7 +80,8 @@ def _cat_gradients(
     return dx, dweight, dbias, dchannel_add, None, dskip
 
 
-CAT = triton_backend(**of_two_inputs(_cat_forward, _cat_gradients))
+_forward, _backward = of_two_inputs(_cat_forward, _cat_gradients)
+CAT = triton_backend(forward=_forward, backward=_backward)
 """The backend of `cat_group_norm_silu`."""
 ADDING = triton_backend(forward=forward, backward=backward)
 """The backend of `add_group_norm_silu`."""
