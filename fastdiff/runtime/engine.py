@@ -603,18 +603,6 @@ class Engine:
             )
 
 
-def _levels_after(table: SamplerTable) -> Tensor:
-    """(rows, 2): alpha and sigma of the level that each row of a table leads to.
-
-    After the last row the known image is kept without noise, whatever noise the table leaves in
-    the rest, as in diffusers.
-    """
-    sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
-    scales = torch.cat([table.scales[1:-1], table.scales.new_ones(1)])
-    alpha = (1 + sigmas**2) ** -0.5
-    return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)] * scales[:, None]
-
-
 def check_cache(cache: CacheConfig, network: Network, *, pulled: bool) -> None:
     """Raise ValueError unless a network's deep features can be reused in this way.
 
@@ -635,3 +623,15 @@ def check_cache(cache: CacheConfig, network: Network, *, pulled: bool) -> None:
             "cache cannot be combined with guidance by gradients (pulls, or classifier_scale), "
             "which need every evaluation in full; leave one of them out"
         )
+
+
+def _levels_after(table: SamplerTable) -> Tensor:
+    """(rows, 2): alpha and sigma of the level that each row of a table leads to.
+
+    After the last row the known image is kept without noise, whatever noise the table leaves in
+    the rest, as in diffusers.
+    """
+    sigmas = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
+    scales = torch.cat([table.scales[1:-1], table.scales.new_ones(1)])
+    alpha = (1 + sigmas**2) ** -0.5
+    return torch.stack([alpha, alpha * sigmas], dim=1)[: len(table)] * scales[:, None]
