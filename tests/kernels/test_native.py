@@ -21,6 +21,7 @@ from fastdiff import kernels
 from fastdiff.kernels import compiled
 from fastdiff.kernels.philox_normal import philox4x32
 from tests.kernels import cases
+from tests.kernels.test_cat_group_norm_silu import ROWS as CAT_GROUP_NORM_SILU
 from tests.kernels.test_gate_residual import ROWS as GATE_RESIDUAL
 from tests.kernels.test_philox import VECTORS
 
@@ -31,6 +32,7 @@ ROWS = {
     "geglu": cases.GEGLU,
     "group_norm_silu": cases.GROUP_NORM_SILU,
     "add_group_norm_silu": cases.ADD_GROUP_NORM_SILU,
+    "cat_group_norm_silu": CAT_GROUP_NORM_SILU,
     "layer_norm": cases.LAYER_NORM,
     "add_layer_norm": cases.ADD_LAYER_NORM,
     "attention": cases.ATTENTION,
@@ -128,6 +130,13 @@ BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
     "add_group_norm_silu": lambda: (
         (cases.channels_last(numbers(SAMPLES, 96, 60, 50)), 8, numbers(96), numbers(96)),
         {"residual": numbers(SAMPLES, 96, 60, 50), "channel_add": numbers(SAMPLES, 96)},
+    ),
+    "cat_group_norm_silu": lambda: (
+        (
+            *(cases.channels_last(numbers(SAMPLES, c, 60, 50)) for c in (60, 36)),
+            *(8, numbers(96), numbers(96)),
+        ),
+        {"residual": numbers(SAMPLES, 60, 60, 50), "channel_add": numbers(SAMPLES, 60)},
     ),
     "layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(600), numbers(600)), {}),
     "add_layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(SAMPLES, 50, 600)), {}),
@@ -266,8 +275,8 @@ def test_sampler_step_is_registered_right() -> None:
     table, f, history = torch.rand(2, 20), torch.randn(4, 8, 6, 6), torch.zeros(3, 2, 4, 6, 6)
     finite = torch.ones(2, dtype=torch.bool)
     for options in (
-        (index + 2, index, x.clone(), finite, True),
-        (index, None, None, None, False),
+        (index + 2, index, x.clone(), finite, torch.zeros(2), True),
+        (index, None, None, None, None, False),
     ):
         arguments = x, f, history, table, index, index, *options
         cases.check_registration("sampler_step", "cpu", *arguments)
