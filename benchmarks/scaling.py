@@ -211,7 +211,7 @@ and hour. Put in what `fastdiff bench` measures on yours.
   what is missing. A larger job has the same loss once.
 - **Shards.** With fewer shards than a few per worker, most workers wait for the last. Take shards
   of at most images / (10 x workers), and see that listing and reading that many files is no
-  burden; below 100 images the put costs more than it saves.
+  burden.
 - **Store.** 1,000 GPUs at {gpu.rate:g} images/s write 1.6 GB/s. A store that takes less is the
   limit, whatever the workers do.
 - **Losses.** A lost worker costs its start and the shards it was making. At one loss per GPU and
