@@ -238,17 +238,17 @@ def test_programs_that_share_a_sample_change_no_bit(adds: bool, layout: str) -> 
     """With few samples, up to 8 programs compute the same statistics and a share of the result."""
     x = LAYOUTS[layout](torch.randn(1, 24, 5, 7)).to(cases.device_of("triton"), torch.bfloat16)
     weight, bias = torch.randn(2, 24).to(x).unbind()
-    results = []
+    results: list[tuple[torch.Tensor, ...]] = []
     for fill in (1, 64):
         with regime("small", FILL=fill), recording_launches() as launches:
-            forward(x.to("meta"), 4, *[None] * 5, 1e-5, "silu")
+            forward(x.to("meta"), 4, None, None, None, None, None, 1e-5, "silu")
         assert {launch.arguments["SPLIT"] for launch in launches} == {1 if fill == 1 else 8}
         with backend("triton"), regime("small", FILL=fill):
             if adds:
-                found = add_group_norm_silu(x, 4, weight, bias, channel_add=weight, residual=x)
+                options = {"channel_add": weight, "residual": x}
+                results.append(add_group_norm_silu(x, 4, weight, bias, **options))
             else:
-                found = (group_norm_silu(x, 4, weight, bias),)
-            results.append(found)
+                results.append((group_norm_silu(x, 4, weight, bias),))
     for whole, shared in zip(*results, strict=True):
         assert torch.equal(whole, shared)
 
