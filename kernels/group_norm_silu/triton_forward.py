@@ -541,12 +541,12 @@ def forward(
         constants |= silu
         inputs = x, residual, channel_add, weight, bias, scale_shift
         outputs = y, stored, mean, rstd
-        numbers = *sizes, *shape.strides, add_stride, eps
-        launch(_small_kernel, (programs,), *inputs, *outputs, *numbers, **constants)
+        scalars = *sizes, *shape.strides, add_stride, eps
+        launch(_small_kernel, (programs,), *inputs, *outputs, *scalars, **constants)
         return (y, total), statistics
 
     plan = parts_regime("group_norm_silu", x, shape)
-    sizes = *sizes, *shape.strides
+    numbers = *sizes, *shape.strides
     moments = x.new_empty(plan.samples, num_groups, 2, plan.parts, dtype=torch.float32)
     for start in range(0, len(x), plan.samples):
         stop = min(start + plan.samples, len(x))
@@ -561,14 +561,14 @@ def forward(
             _moments_kernel,
             grid,
             *(x_, residual_, add_, stored_, moments),
-            *(*sizes, add_stride, plan.chunks, plan.steps),
+            *(*numbers, add_stride, plan.chunks, plan.steps),
             **plan.moments,
         )
         launch(
             _apply_kernel,
             grid,
             *(total_, moments, weight, bias, scale_shift_, y_, mean_, rstd_),
-            *(*sizes, plan.chunks, plan.steps, eps),
+            *(*numbers, plan.chunks, plan.steps, eps),
             **plan.result,
             **silu,
         )
