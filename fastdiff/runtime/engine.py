@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.caching import CacheConfig
 from fastdiff.diffusion.gradients import (
     At,
     Objective,
@@ -87,6 +88,8 @@ class Request:
     pulls: tuple[Pull, ...] = ()
     """Guidance by gradients, such as that of a classifier (`fastdiff.diffusion.gradients`). On a
     GPU, all requests with the same objective are evaluated together; elsewhere in blocks."""
+    cache: CacheConfig | None = None
+    """Reuse deep features of the network in some rows; None: every row is evaluated in full."""
     tag: Any = None
     """For the caller's own use; ignored by the engine."""
 
@@ -127,14 +130,29 @@ class _Seat:
     guide: Guide
     levels: int | None  # index into `Engine._levels` at which its levels begin, if it has a mask
     places: int | None  # index into `Engine._places` at which its table begins, if it has pulls
+    full: list[bool] | None  # whether each row is evaluated in full; None: all of them
     turn: int = 0  # the number of its last turn, counting all turns so far
+
+
+class _Kind(NamedTuple):
+    """What the next row of a slot needs of the network."""
+
+    slot: int
+    guided: bool
+    branch: int | None  # of its deep features, if it keeps or reuses them
+    shallow: bool  # whether it reuses them
+
+    @property
+    def part(self) -> int | None:
+        """Rows with equal parts of the network share blocks."""
+        return self.branch if self.shallow else None
 
 
 @dataclass(eq=False)
 class _Plan:
     """A step; reused as long as the next one has the same requests, guided in the same way."""
 
-    turns: list[tuple[int, bool]]  # slot, guided
+    turns: list[_Kind]
     slots: list[int]
     batch: Batch
     masked: Tensor  # (n,) int64, the slots with a mask
@@ -184,7 +202,7 @@ class Engine:
         self._denoiser = Denoiser(network, shape[1:], rounded=rounded, room=room)
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
-        counters = 0 if self.graphs is None else rounded_rows(2 * slots) + slots
+        counters = 0 if self.graphs is None else 4 * slots + slots  # network rows, levels
         self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room, counters=counters)
         self._estimates: Tensor | None = None  # estimates of x0, as written by graphs
         self._seats: dict[int, _Seat] = {}  # by slot
@@ -239,6 +257,10 @@ class Engine:
                 request.table, lambda: rows_of(request.table).to(self._slots.x)
             )
             table = table.unguided
+        full = None
+        if request.cache is not None:
+            self._denoiser.keep(request.cache.branch, len(self._slots))
+            full = request.cache.full(table.guided)
         self._slots.put(slot, table, request.x, int64_bits(request.seed))
         self._keep("extra", slot, request.extra)
         if request.mask is not None:
@@ -248,7 +270,7 @@ class Engine:
             self._keep("mask", slot, (request.mask > 0).expand(request.x.shape))
             self._keep("known", slot, request.known)
             self._keep("noise", slot, request.noise)
-        self._seats[slot] = _Seat(request, ticket, slot, guide, levels, places)
+        self._seats[slot] = _Seat(request, ticket, slot, guide, levels, places, full)
         self._plan = None
         return ticket
 
@@ -288,6 +310,7 @@ class Engine:
         self._slots.move(seat.slot, slot)
         for kept in self._state.values():
             kept[slot] = kept[seat.slot]
+        self._denoiser.move(seat.slot, slot)
         del self._seats[seat.slot]
         if seat.slot in self._asked:
             self._asked.remove(seat.slot)
@@ -376,46 +399,55 @@ class Engine:
                 self._hold(kept.masked, kept.levels)
             slots.advance()  # and the indices of the embeddings and levels
 
-        state = slots.state
+        state = [*slots.state, *self._denoiser.deep.values()]
         reads = [*state, *slots.inputs, self._denoiser.embeddings.rows, self._levels.rows]
         reads += self._state.values()
         graphs.run((kept, rescale, shown), work, reads=reads, state=state)
         slots.count(plan.slots)
         return denoised
 
-    def _turns(self, busy: list[int]) -> list[tuple[int, bool]]:
-        """The requests to advance, as (slot, guided), with those that waited longest first.
+    def _turns(self, busy: list[int]) -> list[_Kind]:
+        """The requests to advance, with those that waited longest first.
 
         If rows are evaluated in blocks, as many as fill whole blocks: on a CPU a row of padding
-        costs as much as any other.
+        costs as much as any other. Rows that run another part of the network need other blocks;
+        the request that waited longest advances even if its block is not full.
         """
         blocks = self._denoiser.blocks
         order = sorted(busy, key=lambda slot: self._seats[slot].turn)
-        turns = [(slot, self._guided(slot)) for slot in order]
-        if blocks is not None and blocks.guided == blocks.single:
-            room = sum(1 + guided for _, guided in turns)
-            room = max(room - room % blocks.single, blocks.single)
+        turns = [self._kind_of(slot) for slot in order]
+        if turns and blocks is not None and blocks.guided == blocks.single:
+            room: dict[int | None, int] = {}
+            for turn in turns:
+                room[turn.part] = room.get(turn.part, 0) + 1 + turn.guided
+            room = {part: rows - rows % blocks.single for part, rows in room.items()}
+            room[turns[0].part] = max(room[turns[0].part], blocks.single)
             chosen = []
             for turn in turns:
-                if (rows := 1 + turn[1]) <= room:
-                    room -= rows
+                if (rows := 1 + turn.guided) <= room[turn.part]:
+                    room[turn.part] -= rows
                     chosen.append(turn)
             turns = chosen
-        for slot, _ in turns:
-            self._seats[slot].turn = next(self._turn)
+        for turn in turns:
+            self._seats[turn.slot].turn = next(self._turn)
         return turns
 
-    def _guided(self, slot: int) -> bool:
-        """Whether the next row of a slot needs an unconditional prediction too."""
-        return self._seats[slot].request.table.guided[self._slots.row(slot)]
+    def _kind_of(self, slot: int) -> _Kind:
+        seat, row = self._seats[slot], self._slots.row(slot)
+        guided = seat.request.table.guided[row]
+        if seat.full is None or seat.request.cache is None:
+            return _Kind(slot, guided, None, False)
+        return _Kind(slot, guided, seat.request.cache.branch, not seat.full[row])
 
-    def _plan_for(self, turns: list[tuple[int, bool]]) -> _Plan:
+    def _plan_for(self, turns: list[_Kind]) -> _Plan:
         if self._plan is None or self._plan.turns != turns:
-            rows = {slot: self._slots.row(slot) for slot, _ in turns}
-            batch = self._denoiser.batch(
-                [Turn(slot, self._seats[slot].guide, rows[slot], guided) for slot, guided in turns],
-                len(self._slots),
-            )
+            rows = {turn.slot: self._slots.row(turn.slot) for turn in turns}
+            guides = [self._seats[slot].guide for slot in rows]
+            parts = [
+                Turn(turn.slot, guide, rows[turn.slot], turn.guided, turn.branch, turn.shallow)
+                for turn, guide in zip(turns, guides, strict=True)
+            ]
+            batch = self._denoiser.batch(parts, len(self._slots))
             starts = {slot: self._seats[slot].levels for slot in rows}
             masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
             if self.graphs is not None:
@@ -514,6 +546,8 @@ class Engine:
             )
         self._check_x(request)
         self._check_pulls(request)
+        if request.cache is not None:
+            check_cache(request.cache, self._denoiser.network, pulled=bool(request.pulls))
         other = request.unconditional
         if any(request.table.guided) and (other is None or other.tokens != kind.tokens):
             tokens = None if other is None else f"one with {other.tokens} tokens"
@@ -567,6 +601,28 @@ class Engine:
                 f"mask, known and noise must be given together: expected {flat}, {shape} and "
                 f"{shape}, got {got[0]}, {got[1]} and {got[2]}"
             )
+
+
+def check_cache(cache: CacheConfig, network: Network, *, pulled: bool) -> None:
+    """Raise ValueError unless a network's deep features can be reused in this way.
+
+    pulled: whether gradients guide the sample.
+    """
+    if not network.branches:
+        raise ValueError(
+            f"cache reuses deep features of a U-Net, and this model has a "
+            f"{type(network).__name__}; leave cache out"
+        )
+    if cache.branch >= network.branches:
+        raise ValueError(
+            f"cache_branch must be from 0 to {network.branches - 1} for this model, got "
+            f"{cache.branch}"
+        )
+    if pulled:
+        raise ValueError(
+            "cache cannot be combined with guidance by gradients (pulls, or classifier_scale), "
+            "which need every evaluation in full; leave one of them out"
+        )
 
 
 def _levels_after(table: SamplerTable) -> Tensor:
