@@ -10,7 +10,7 @@ Most callers should use `run`: it takes requests of any shape and yields results
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -111,6 +111,8 @@ class Result:
         rows: number of rows of its table that were taken: all, unless it failed.
         error: if the network returned NaN or infinity, a message that says where; x is then
             unusable. None otherwise.
+        log_probs: (rows,), log p(x after | x before) of each row, 0 for rows without noise; on the
+            network's device. None unless the engine was asked for them.
     """
 
     request: Request
@@ -118,6 +120,7 @@ class Result:
     x: Tensor
     rows: int
     error: str | None = None
+    log_probs: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -132,6 +135,7 @@ class _Seat:
     places: int | None  # index into `Engine._places` at which its table begins, if it has pulls
     full: list[bool] | None  # whether each row is evaluated in full; None: all of them
     turn: int = 0  # the number of its last turn, counting all turns so far
+    log_probs: list[Tensor] = field(default_factory=list)  # (), of each row so far, if asked for
 
 
 class _Kind(NamedTuple):
@@ -187,6 +191,7 @@ class Engine:
         tokens: int = 0,
         gradients: Gradients = "none",
         graphs: StepGraphs | None = None,
+        log_probs: bool = False,
     ) -> None:
         """
         network: prepared for inference; it stays on its device and in its dtype.
@@ -194,6 +199,7 @@ class Engine:
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
         graphs: records and replays the steps; None: each step is launched kernel by kernel, as
             it must be with gradients.
+        log_probs: results contain the log-density of each row's noise.
         """
         assert graphs is None or gradients == "none", "steps with gradients cannot be recorded"
         self._kind, self.graphs = ShapeClass(tuple(shape), tokens, gradients), graphs
@@ -203,7 +209,15 @@ class Engine:
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
         counters = 0 if self.graphs is None else 4 * slots + slots  # network rows, levels
-        self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room, counters=counters)
+        self._slots = Slots(
+            slots,
+            shape,
+            device=device,
+            dtype=dtype,
+            room=room,
+            counters=counters,
+            log_probs=log_probs,
+        )
         self._estimates: Tensor | None = None  # estimates of x0, as written by graphs
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
@@ -341,6 +355,10 @@ class Engine:
             else:
                 denoised = self._replay(self.graphs, plan, shown=shown)
             self.rows_taken += len(turns)
+            if slots.log_prob is not None:
+                row = slots.log_prob.clone()  # the next step overwrites it
+                for slot in plan.slots:
+                    self._seats[slot].log_probs.append(row[slot])
             if denoised is not None:
                 self._show(plan.slots, denoised, watch)
         return self._collect()
@@ -490,7 +508,8 @@ class Engine:
                 bad, table = failures.get(seat.slot), seat.request.table
                 error = None if bad is None else not_finite(table, bad)
                 x, rows = slots.x[seat.slot].clone(), slots.row(seat.slot)
-                results.append(Result(seat.request, seat.ticket, x, rows, error))
+                kept = torch.stack(seat.log_probs) if seat.log_probs else None
+                results.append(Result(seat.request, seat.ticket, x, rows, error, kept))
                 self._leave(seat)
         return results
 
@@ -543,6 +562,11 @@ class Engine:
             raise ValueError(
                 f"the network takes {wanted}, got a condition with {kind.tokens} tokens; check "
                 "that the conditions were made for this model"
+            )
+        if request.mask is not None and self._slots.log_prob is not None:
+            raise ValueError(
+                "log_probs describe a step of the sampler, but a mask replaces a part of its "
+                "result; omit log_probs or the mask"
             )
         self._check_x(request)
         self._check_pulls(request)
