@@ -30,3 +30,19 @@ def check_shape(op: str, name: str, x: Tensor | None, *shapes: tuple[int, ...]) 
     if x is not None and x.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless weight (N, K) and bias (N,) are those of a linear layer on x (..., K)
+    in its dtype."""
+    if x.ndim < 1 or weight.ndim != 2 or weight.shape[1] != x.shape[-1] or not weight.shape[1]:
+        raise ValueError(
+            f"{op}: weight must be (N, K) with K > 0 the last dimension of x, got x of shape "
+            f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}"
+        )
+    check_shape(op, "bias", bias, (weight.shape[0],))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: {name} must have the dtype of x, {x.dtype}, got {t.dtype}; convert one"
+            )

@@ -15,7 +15,7 @@ CALL_SECONDS = {1: 8.0 * 60, 2: 4.5 * 60}
 CHECKED = (
     *("attention", "group_norm_silu", "add_group_norm_silu", "sampler_step"),
     *("geglu", "layer_norm", "add_layer_norm", "ada_layer_norm", "gate_residual"),
-    "gather_rows",
+    *("linear_geglu", "linear_add", "cat_linear", "gather_rows"),
 )
 """The ops whose parity is checked at the shapes of networks, the most important first."""
 

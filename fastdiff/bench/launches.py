@@ -48,6 +48,8 @@ from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.extras import import_extra
 from fastdiff.kernels import shapes_only
+from fastdiff.kernels.cat_linear import composed as cat_linear
+from fastdiff.kernels.linear_add import composed as linear_add
 from fastdiff.kernels.triton import recording_launches
 from fastdiff.models.network import Network, network_family
 from fastdiff.models.presets import UNETS
@@ -101,10 +103,26 @@ OURS = {
     "gate_residual": "addition",
     "attention": "attention",
     "geglu": "GEGLU",
+    "cat_linear": "linear",
+    "linear_add": "linear",
+    "linear_geglu": "linear",
     "gather_rows": "other",
     "sampler_step": "other",
 }
 """Op of `fastdiff.kernels` -> the group it belongs to."""
+
+
+def _linear_then_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    return kernels.geglu(nn.functional.linear(x, weight, bias))
+
+
+BY_COUNTS: dict[str, Callable[..., Any]] = {
+    "cat_linear": cat_linear.forward,
+    "linear_add": linear_add.forward,
+    "linear_geglu": _linear_then_geglu,
+}
+"""Op -> how it is composed of others, which `auto` prefers to one Triton kernel where it is counted
+to be faster."""
 
 
 @dataclass(kw_only=True)
@@ -195,6 +213,10 @@ class _Counting(TorchDispatchMode):
 
     def _ours(self, name: str, args: tuple[Any, ...]) -> None:
         op = kernels.OPS[name]
+        if name in BY_COUNTS and op.unmeasured(*args) != "triton":
+            with self:  # PyTorch's operators and another op
+                BY_COUNTS[name](*args, False)
+            return
         with recording_launches(H200.architecture) as launched, torch.no_grad():
             op.backends["triton"].forward(*args, False)
         work = op.work(*args)

@@ -27,6 +27,8 @@ from fastdiff.kernels import (
     geglu,
     group_norm_silu,
     layer_norm,
+    linear_add,
+    linear_geglu,
 )
 from fastdiff.kernels.choose import transformed
 from fastdiff.names import QKVOrder
@@ -112,6 +114,32 @@ def from_patches(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
 BIAS_IS_A_LAUNCH = ("cuda", "meta")
 """Devices on which a convolution's bias takes another pass over its result: PyTorch adds it to
 cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU is planned for."""
+
+
+def fuses(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a linear layer may run in one op with what surrounds it, instead of being called:
+    where launches cost much (`BIAS_IS_A_LAUNCH`), without gradients, whose backward pass would
+    compute the layer again, without autocast, and if the layer is `plain`."""
+    kind = x.device.type
+    return (
+        kind in BIAS_IS_A_LAUNCH
+        and not torch.is_grad_enabled()
+        and plain(layer, nn.Linear)
+        and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+    )
+
+
+def linear_of_sums(
+    layer: nn.Linear, x: Tensor, addend: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """layer(x + addend) + residual, where None is 0.
+
+    x, addend: (N, L, C). residual: (N, L, C'). Returns (N, L, C').
+    """
+    if fuses(layer, x) and (addend is not None or residual is not None):
+        return linear_add(x, layer.weight, layer.bias, addend=addend, residual=residual)
+    y: Tensor = layer(x if addend is None else x + addend)
+    return y if residual is None else y + residual
 
 
 def plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -440,13 +468,26 @@ class AttentionBlock(nn.Module):
         self.proj = zero_init(nn.Linear(channels, channels))
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W); bias: (C,) -> (h, residual), each (N, C, H, W)."""
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        before_norm: bool = True,
+    ) -> tuple[Addends, Tensor]:
+        """Run the block.
+
+        Args:
+            x, residual: (N, C, H, W). bias: (C,).
+            before_norm: whether a norm follows, which can add the block's two addends.
+
+        Returns:
+            The block's result and its input, x + residual + bias, each (N, C, H, W).
+        """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         q, k, v = split_qkv(self.qkv(to_tokens(h)), self.num_heads, self.qkv_order)
-        h = self.proj(attention(q, k, v).flatten(2))  # (N, L, C)
-        return from_tokens(h, x), x
+        h = attention(q, k, v).flatten(2)  # (N, L, C)
+        return projected_addends(self.proj, h, None, x, before_norm=before_norm), x
 
 
 class SelfAttention(nn.Module):
@@ -502,7 +543,11 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.dropout(geglu(self.proj(x))))
+        if fuses(self.proj, x):
+            h = linear_geglu(x, self.proj.weight, self.proj.bias)
+        else:
+            h = geglu(self.proj(x))
+        return self.out(self.dropout(h))
 
 
 class GELUFeedForward(nn.Module):
@@ -587,18 +632,35 @@ class SpatialTransformer(nn.Module):
         kvs: list[Tensor],
         *,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (h, residual), each (N, C, H, W).
+        before_norm: bool = True,
+    ) -> tuple[Addends, Tensor]:
+        """Run the block.
 
-        x, residual: (N, C, H, W); bias: (C,); kvs: of each block, see `CrossAttention.project`.
+        Args:
+            x, residual: (N, C, H, W). bias: (C,). kvs: of each block, see `CrossAttention.project`.
+            before_norm: whether a norm follows, which can add the block's two addends.
+
+        Returns:
+            The block's result and its input, x + residual + bias, each (N, C, H, W).
         """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
         pending: Tensor | None = None
         for block, kv in zip(self.blocks, kvs, strict=True):
             h, pending = block(h, pending, kv)
-        h = self.proj_out(h if pending is None else h + pending)
-        return from_tokens(h, x), x
+        return projected_addends(self.proj_out, h, pending, x, before_norm=before_norm), x
+
+
+def projected_addends(
+    layer: nn.Linear, h: Tensor, addend: Tensor | None, x: Tensor, *, before_norm: bool
+) -> Addends:
+    """layer(h + addend) as pixels, plus x; the sum is left to the next norm, if one follows.
+
+    h, addend: (N, L, C). x: (N, C', H, W).
+    """
+    if not before_norm and fuses(layer, h) and is_channels_last(x):
+        return Addends(from_tokens(linear_of_sums(layer, h, addend, to_tokens(x)), x))
+    return Addends(from_tokens(linear_of_sums(layer, h, addend, None), x), x)
 
 
 def norm_first(block: nn.Module) -> bool:
@@ -676,7 +738,11 @@ def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] |
     conv_bias = joined([b.conv1.bias for b in blocks])
     if weight is None or bias is None or conv_bias is None:
         return None
-    y = F.linear(emb, weight, bias) + conv_bias  # (N, sum of C')
+    more = conv_bias.expand(len(emb), -1)
+    if torch.is_grad_enabled():
+        y = F.linear(emb, weight, bias) + more
+    else:
+        y = linear_add(emb, weight, bias, residual=more)  # (N, sum of C')
     return [*y.split([b.out_channels for b in blocks], dim=1)]
 
 

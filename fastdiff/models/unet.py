@@ -268,11 +268,10 @@ class Stage(nn.ModuleList):
                 options: dict[str, Any] = {"before_norm": before_norm, "projected": own}
                 given, x = block(x, residual, emb, bias=bias, **options)
             elif isinstance(block, AttentionBlock):
-                h, x = block(x, residual, bias=bias)
-                given = Addends(h, x)
+                given, x = block(x, residual, bias=bias, before_norm=before_norm)
             elif isinstance(block, SpatialTransformer):
-                h, x = block(x, residual, kvs[block.index], bias=bias)
-                given = Addends(h, x)
+                kv = kvs[block.index]
+                given, x = block(x, residual, kv, bias=bias, before_norm=before_norm)
             else:
                 x = given.total()
                 if isinstance(block, Upsample) and size is not None:
