@@ -1,14 +1,31 @@
-"""Checks of arguments that the public functions share."""
+"""Checks of arguments that the public functions share, and the dtypes of their sums."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+from .tracing import constant_in_graphs
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64, else fp32: the dtype in which every op takes its sums and statistics."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Disable autocast, which would cast fp32 products back to half precision."""
+    if not autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+@constant_in_graphs  # torch 2.11's Dynamo cannot trace the call
+def autocast_available(device_type: str) -> bool:
+    """Whether a device has autocast; the meta device has none."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:

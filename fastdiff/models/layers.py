@@ -30,6 +30,7 @@ from fastdiff.kernels import (
     linear_add,
     linear_geglu,
 )
+from fastdiff.kernels.checks import autocast_available
 from fastdiff.kernels.choose import transformed
 from fastdiff.names import QKVOrder
 
@@ -125,7 +126,7 @@ def fuses(layer: nn.Module, x: Tensor) -> bool:
         kind in BIAS_IS_A_LAUNCH
         and not torch.is_grad_enabled()
         and plain(layer, nn.Linear)
-        and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+        and not (autocast_available(kind) and torch.is_autocast_enabled(kind))
     )
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_linear, compute_dtype
+from ..checks import check_floating, check_linear, compute_dtype, without_autocast
 from ..op import Op, Work
 from ..tuning.products import fused_seconds, product_seconds, tiles, triton_where
 from . import composed, triton
@@ -31,7 +31,7 @@ def cat_linear_reference(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor |
     """The op in plain PyTorch; see `cat_linear`."""
     dtype = compute_dtype(x)
     both = torch.cat([x, skip], dim=-1).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         wide = F.linear(both, weight.to(dtype), None if bias is None else bias.to(dtype))
     return wide.to(x.dtype)
 

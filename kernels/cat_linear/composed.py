@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cuda
+from ..checks import without_autocast
 from ..cpu import cpu_backend
 
 
@@ -18,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, None]:
     """Return y, contiguous."""
     k = x.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         y = F.linear(x, weight[:, :k], bias).contiguous()
         y.view(-1, len(weight)).addmm_(skip.reshape(-1, skip.shape[-1]), weight[:, k:].mT)
     return y, None
@@ -34,7 +35,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return dx, dskip, dweight, dbias."""
     k = x.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         flat = dy.reshape(-1, dy.shape[-1])
         dweight = None
         if needs[2]:

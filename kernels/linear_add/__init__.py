@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_linear, check_shape, compute_dtype
+from ..checks import check_floating, check_linear, check_shape, compute_dtype, without_autocast
 from ..op import Op, Work
 from ..tuning.products import apart_seconds, fused_seconds, tiles, triton_where
 from . import composed, triton
@@ -36,7 +36,7 @@ def linear_add_reference(
     """The op in plain PyTorch; see `linear_add`."""
     dtype = compute_dtype(x)
     total = x if addend is None else x + addend
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         wide = F.linear(total.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     if residual is not None:
         wide = wide + residual.to(dtype)

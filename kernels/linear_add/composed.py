@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cuda
+from ..checks import without_autocast
 from ..cpu import cpu_backend
 
 
@@ -22,7 +22,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, None]:
     """Return y, contiguous."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         y = F.linear(x if addend is None else x + addend, weight, bias)
     return (y if residual is None else y.add_(residual)).contiguous(), None
 
@@ -37,7 +37,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return dx, dweight, dbias."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         flat = dy.reshape(-1, dy.shape[-1])
         total = x if addend is None else x + addend
         return (

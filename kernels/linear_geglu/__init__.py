@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_linear, compute_dtype
+from ..checks import check_floating, check_linear, compute_dtype, without_autocast
 from ..geglu import geglu_formula, geglu_reference
 from ..op import Op, Work
 from ..tuning.products import apart_seconds, fused_seconds, tiles, triton_where
@@ -31,7 +31,7 @@ from . import cpu, cuda, triton
 def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op in plain PyTorch; see `linear_geglu`."""
     dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         wide = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return geglu_reference(wide).to(x.dtype)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..checks import without_autocast
 
 
 def forward_by(activation: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,7 +16,7 @@ def forward_by(activation: Callable[..., Any]) -> Callable[..., Any]:
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, None]:
         """Return y, contiguous."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return activation(F.linear(x, weight, bias), False)[0], None
 
     return forward
@@ -28,7 +29,7 @@ def backward_by(activation: Callable[..., Any]) -> Callable[..., Any]:
         dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Return dx, dweight, dbias."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             (dh,) = activation(dy, F.linear(x, weight, bias), (True,))
             flat, flat_dh = x.reshape(-1, x.shape[-1]), dh.view(-1, dh.shape[-1])
             return (
