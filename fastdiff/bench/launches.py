@@ -65,7 +65,9 @@ KINDS = (
 
 LAUNCHES: dict[str, tuple[str, int]] = {
     "convolution": ("convolution", 1),  # and a bias, see `_Counting._convolution`
+    "linear": ("linear", 1),  # inside an op; elsewhere it arrives as one of the following
     "addmm": ("linear", 1),
+    "addmm_": ("linear", 1),
     "mm": ("linear", 1),
     "bmm": ("linear", 1),
     "baddbmm": ("linear", 1),
@@ -97,6 +99,7 @@ schema."""
 OURS = {
     "group_norm_silu": "norm",
     "add_group_norm_silu": "norm",
+    "cat_group_norm_silu": "norm",
     "layer_norm": "norm",
     "add_layer_norm": "norm",
     "ada_layer_norm": "norm",
@@ -217,7 +220,8 @@ class _Counting(TorchDispatchMode):
             with self:  # PyTorch's operators and another op
                 BY_COUNTS[name](*args, False)
             return
-        with recording_launches(H200.architecture) as launched, torch.no_grad():
+        # with self: what a backend leaves to PyTorch counts as PyTorch's
+        with recording_launches(H200.architecture) as launched, torch.no_grad(), self:
             op.backends["triton"].forward(*args, False)
         work = op.work(*args)
         # a sample that does not fit on the chip is read for the moments and again for the result
@@ -276,6 +280,8 @@ def _product_flops(name: str, args: Sequence[Any]) -> int:
     """FLOPs of a matrix product (..., m, k) x (..., k, n)."""
     if LAUNCHES[name][0] != "linear":
         return 0
+    if name == "linear":
+        return 2 * int(args[0].numel()) * len(args[1])
     a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
     return 2 * int(a.numel()) * int(b.shape[-1])
 

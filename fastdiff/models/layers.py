@@ -23,6 +23,8 @@ from fastdiff.kernels import (
     add_group_norm_silu,
     add_layer_norm,
     attention,
+    cat_group_norm_silu,
+    cat_linear,
     checkpoint_contexts,
     geglu,
     group_norm_silu,
@@ -117,16 +119,16 @@ BIAS_IS_A_LAUNCH = ("cuda", "meta")
 cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU is planned for."""
 
 
-def fuses(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a linear layer may run in one op with what surrounds it, instead of being called:
-    where launches cost much (`BIAS_IS_A_LAUNCH`), without gradients, whose backward pass would
-    compute the layer again, without autocast, and if the layer is `plain`."""
-    kind = x.device.type
+def fuses(layer: nn.Module, x: Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a linear layer, or another `kind`, may run in one op with what surrounds it, instead
+    of being called: where launches cost much (`BIAS_IS_A_LAUNCH`), without gradients, whose
+    backward pass would compute the layer again, without autocast, and if the layer is `plain`."""
+    device = x.device.type
     return (
-        kind in BIAS_IS_A_LAUNCH
+        device in BIAS_IS_A_LAUNCH
         and not torch.is_grad_enabled()
-        and plain(layer, nn.Linear)
-        and not (autocast_available(kind) and torch.is_autocast_enabled(kind))
+        and plain(layer, kind)
+        and not (autocast_available(device) and torch.is_autocast_enabled(device))
     )
 
 
@@ -195,6 +197,17 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return conv(x)
 
 
+def pointwise_of_two(conv: nn.Module, x: Tensor, skip: Tensor | None) -> Tensor:
+    """A 1x1 convolution of [x | skip], both channels_last, as a matrix product of two inputs.
+
+    x: (N, C, H, W). skip: (N, C2, H, W). Returns (N, C', H, W).
+    """
+    assert isinstance(conv, nn.Conv2d)
+    assert skip is not None
+    weight = conv.weight.flatten(1)
+    return from_tokens(cat_linear(to_tokens(x), to_tokens(skip), weight, conv.bias), x)
+
+
 def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """a + b, where None is nothing."""
     if a is None or b is None:
@@ -251,6 +264,25 @@ class GroupNorm(nn.Module):
             scale_shift=scale_shift,
             eps=self.eps,
             activation=self.activation,
+        )
+
+    def of_two(
+        self, x: Tensor, skip: Tensor, *, channel_add: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for the total followed by the channels of skip; returns y and the total.
+
+        x: (N, C, H, W). skip: (N, C2, H, W). y: (N, C + C2, H, W).
+        """
+        assert self.activation == "silu"
+        return cat_group_norm_silu(
+            x,
+            skip,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            channel_add=channel_add,
+            residual=residual,
+            eps=self.eps,
         )
 
     def extra_repr(self) -> str:
@@ -395,6 +427,7 @@ class ResBlock(nn.Module):
         emb: Tensor | None = None,
         *,
         bias: Tensor | None = None,
+        skip: Tensor | None = None,
         before_norm: bool = False,
         projected: Tensor | None = None,
     ) -> tuple[Addends, Tensor]:
@@ -402,15 +435,25 @@ class ResBlock(nn.Module):
 
         Args:
             x, residual: (N, C, H, W). bias: (C,) or None, the third addend of the activation.
+            skip: (N, C2, H, W), concatenated to the activation, whose sum is then no longer needed;
+                a block of C + C2 channels.
             emb: (N, E), activated.
             projected: (N, C') from `project_embedding`, used in place of emb and conv1's bias.
             before_norm: whether a norm that can add a bias follows. If not, the returned one is
                 None.
 
         Returns:
-            The block's result, (N, C', H', W'), as addends, and its input, x + residual + bias.
+            The block's result, (N, C', H', W'), as addends, and its input, x + residual + bias,
+            concatenated with skip or not.
         """
-        h, total = self.norm1(x, residual=residual, channel_add=bias)
+        apart = skip is not None and self._reads_apart(x, skip)
+        if skip is not None and not apart:
+            x = torch.cat([Addends(x, residual, bias).total(), skip], dim=1)
+            residual = bias = None
+        if apart:
+            h, total = self.norm1.of_two(x, skip, residual=residual, channel_add=bias)
+        else:
+            h, total = self.norm1(x, residual=residual, channel_add=bias)
         x = total
         if self.resample is not None:
             resample = upsample_nearest if self.resample == "up" else downsample_mean
@@ -429,7 +472,20 @@ class ResBlock(nn.Module):
             h, bias2 = split_bias(self.conv2, h)
         else:
             h = self.conv2(h)
-        return Addends(h, pointwise(self.skip, x), bias2), total
+        shortcut = pointwise_of_two(self.skip, x, skip) if apart else pointwise(self.skip, x)
+        return Addends(h, shortcut, bias2), total
+
+    def _reads_apart(self, x: Tensor, skip: Tensor) -> bool:
+        """Whether norm and shortcut can read x and skip where they are, without a concatenation."""
+        return (
+            isinstance(self.skip, nn.Conv2d)
+            and fuses(self.skip, x, nn.Conv2d)
+            and plain(self.norm1, GroupNorm)
+            and self.resample is None
+            and is_channels_last(x)
+            and is_channels_last(skip)
+            and x.dtype is skip.dtype
+        )
 
 
 def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Tensor, Tensor]:

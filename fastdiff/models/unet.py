@@ -249,12 +249,14 @@ class Stage(nn.ModuleList):
         following: nn.Module | None = None,
         size: tuple[int, int] | None = None,
         projected: Sequence[Tensor] | None = None,
+        skip: Tensor | None = None,
     ) -> tuple[Addends, Tensor]:
         """Run the blocks.
 
         following: the block that takes the result; None: something else, which adds no bias.
         size: (H, W) of the next skip connection, to which x is upsampled.
         projected: the result of `project_embedding` for all residual blocks of the U-Net.
+        skip: (N, C2, H, W), concatenated to what is given; the first block is then a `ResBlock`.
 
         Returns:
             The stage's result as addends, and the sum of the given ones.
@@ -266,7 +268,8 @@ class Stage(nn.ModuleList):
             if isinstance(block, ResBlock):
                 own = None if projected is None else projected[block.index]
                 options: dict[str, Any] = {"before_norm": before_norm, "projected": own}
-                given, x = block(x, residual, emb, bias=bias, **options)
+                given, x = block(x, residual, emb, bias=bias, skip=skip, **options)
+                skip = None
             elif isinstance(block, AttentionBlock):
                 given, x = block(x, residual, bias=bias, before_norm=before_norm)
             elif isinstance(block, SpatialTransformer):
@@ -514,15 +517,15 @@ class UNet(Network):
         )
         skips: list[Tensor] = []
         state, stages = Addends(x), [*self.input_blocks, self.middle_block]
-        for stage, after in zip(stages, [*stages[1:], None], strict=True):
-            state, total = run(stage, state, following=None if after is None else first_of(after))
+        for stage, after in zip(stages, [*stages[1:], self.output_blocks[0]], strict=True):
+            state, total = run(stage, state, following=first_of(after))
             skips.append(total)  # what the stage was given, summed by its first norm
-        for stage in self.output_blocks:
-            joined = torch.cat([state.total(), skips.pop()], dim=1)
+        firsts = [first_of(stage) for stage in self.output_blocks]
+        for stage, following in zip(self.output_blocks, [*firsts[1:], self.norm_out], strict=True):
+            skip = skips.pop()
             last = len(skips) == 1  # the network's input, which no stage reads
             size = None if last else (skips[-1].shape[2], skips[-1].shape[3])
-            following = self.norm_out if last else None
-            state, _ = run(stage, Addends(joined), following=following, size=size)
+            state, _ = run(stage, state, following=following, size=size, skip=skip)
         x, _ = self.norm_out(state.x, residual=state.residual, channel_add=state.bias)
         return self.conv_out(x)  # (N, out_channels, H, W)
 
