@@ -153,7 +153,7 @@ def _example(draw: Callable[..., Tensor]) -> dict[str, Any]:
     x, skip, residual = draw(2, 40, 8, 8), draw(2, 24, 8, 8), draw(2, 40, 8, 8)
     return {
         "x": x, "skip": skip, "num_groups": 4, "weight": draw(64), "bias": draw(64),
-        "channel_add": draw(40), "residual": residual,
+        "channel_add": draw(2, 40), "residual": residual,
     }  # fmt: skip
 
 

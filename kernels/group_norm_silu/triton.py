@@ -66,9 +66,9 @@ def _cat_gradients(
     skip: Tensor,
 ) -> tuple[Tensor | None, ...]:
     *others, needs = options
-    norm: list[Any] = [_cat(x, skip), num_groups, weight, bias, None, *others]
     wanted: Sequence[bool] = (True, *needs[1:3], False, False)
-    joined, dweight, dbias, *_ = backward(dy, None, *norm, wanted)
+    given: tuple[Any, ...] = num_groups, weight, bias, None, *others, wanted
+    joined, dweight, dbias, *_ = backward(dy, None, _cat(x, skip), *given)
     assert joined is not None
     dx, dskip = joined.split([x.shape[1], skip.shape[1]], dim=1)
     dx = _total(dx.contiguous(memory_format=memory_format_of(x)), None, dtotal)

@@ -106,13 +106,13 @@ def test_parity_of_cuda(
     cases.check("cat_group_norm_silu", case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("name", cases.ALL_BACKENDS)
+@pytest.mark.parametrize("backend_name", cases.ALL_BACKENDS)
 @pytest.mark.parametrize("layout", [NHWC, lambda x: x], ids=["NHWC", "NCHW"])
-def test_y_has_the_bits_of_the_norm_of_the_concatenation(layout: Any, name: str) -> None:
-    device = cases.device_of(name)
+def test_y_has_the_bits_of_the_norm_of_the_concatenation(layout: Any, backend_name: str) -> None:
+    device = cases.device_of(backend_name)
     x, skip = (layout(torch.randn(2, c, 6, 5)).to(device) for c in (40, 24))
     residual = torch.randn(2, 40, 6, 5, device=device)
-    with backend(name):
+    with backend(backend_name):
         y, total = cat_group_norm_silu(x, skip, 4, residual=residual)
         joined = layout(torch.cat([total, skip], 1))
         assert torch.equal(y, group_norm_silu(joined, 4))

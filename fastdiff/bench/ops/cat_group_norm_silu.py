@@ -13,9 +13,8 @@ from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
 
 BLOCKS = ((1280, 1280, 8), (1280, 640, 4), (1280, 640, 2), (640, 320, 1), (320, 320, 1))
-"""Channels of x and of skip, and the side of the latent over the side of both: 5 of 12 blocks. In
-the
-second to the fourth, one group has channels of both."""
+"""Channels of x and of skip, and the latent's side over theirs, for 5 of 12 blocks. In the 2nd to
+the 4th, one group has channels of both."""
 
 
 def eager(
