@@ -336,11 +336,16 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(upsample_nearest(x))  # (N, C, 2H, 2W)
 
-    def to_size(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Upsample to `size`, (2H or 2H - 1, 2W or 2W - 1): the size before it was halved."""
-        if size == (2 * x.shape[2], 2 * x.shape[3]):
+    def to_size(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Upsample to `size`, (2H or 2H - 1, 2W or 2W - 1): the size before it was halved. None:
+        (2H, 2W)."""
+        if size in (None, (2 * x.shape[2], 2 * x.shape[3])):
             return self(x)
-        return self.conv(F.interpolate(x, size, mode="nearest"))  # (N, C, *size)
+        return self.conv(self.resized(x, size))  # (N, C, *size)
+
+    def resized(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """What the convolution is applied to; size: as in `to_size`."""
+        return upsample_nearest(x) if size is None else F.interpolate(x, size, mode="nearest")
 
 
 class DownsampleMean(nn.Module):
@@ -350,16 +355,18 @@ class DownsampleMean(nn.Module):
         return downsample_mean(x)  # (N, C, H/2, W/2)
 
 
-def run_before_norm(block: nn.Module, x: Tensor) -> Addends:
+def run_before_norm(block: nn.Module, x: Tensor, size: tuple[int, int] | None = None) -> Addends:
     """Run a convolution, or a block around one, before a norm that can add its bias; see
-    `split_bias`."""
+    `split_bias`. size: of an upsampling's result, see `Upsample.to_size`."""
     bias: Tensor | None = None
     if isinstance(block, nn.Conv2d):
         x, bias = split_bias(block, x)
     elif isinstance(block, Downsample) and plain(block, Downsample):
         x, bias = split_bias(block.conv, block.padded(x))
     elif isinstance(block, Upsample) and plain(block, Upsample):
-        x, bias = split_bias(block.conv, upsample_nearest(x))
+        x, bias = split_bias(block.conv, block.resized(x, size))
+    elif isinstance(block, Upsample):
+        x = block.to_size(x, size)
     else:
         x = block(x)
     return Addends(x, None, bias)

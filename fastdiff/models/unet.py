@@ -277,10 +277,8 @@ class Stage(nn.ModuleList):
                 given, x = block(x, residual, kv, bias=bias, before_norm=before_norm)
             else:
                 x = given.total()
-                if isinstance(block, Upsample) and size is not None:
-                    given = Addends(block.to_size(x, size))
-                else:
-                    given = run_before_norm(block, x) if before_norm else Addends(block(x))
+                assert before_norm or not isinstance(block, Upsample)
+                given = run_before_norm(block, x, size) if before_norm else Addends(block(x))
             total, first = (x if first else total), False
         return given, total
 
