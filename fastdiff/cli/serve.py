@@ -7,13 +7,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.cli.machine import SamplingCompute, chosen_backend, device_and_dtype
 from fastdiff.cli.options import FLAT, NO_NONE
 from fastdiff.cli.parsing import OptionalInt, OptionalName, OptionalPath, parse
 from fastdiff.serve.limits import Limits
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdiff.serve.metrics import Metrics
+    from fastdiff.serve.pool import Pool
+    from fastdiff.serve.worker import Worker
 
 EXTRA = "serve"
 PACKAGES = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
@@ -45,8 +52,12 @@ class Serve:
     """File with one API key per line, of at least 16 characters; requests must send one of them."""
     slots: OptionalInt = None
     """Images in a batch: bounds memory; by default chosen by their size."""
+    workers: int = 1
+    """Engine processes, each with a copy of the model; with --device cuda one after the other on
+    each GPU. One that dies is replaced, and its images are made again. 1: none but the server's."""
     threads: OptionalInt = None
-    """Threads of the CPU for the networks; by default PyTorch's choice."""
+    """Threads of the CPU for the networks, per worker; by default PyTorch's choice, shared among
+    the workers."""
     limits: Limits = field(default_factory=Limits)
     load: Annotated[LoadOptions, FLAT, NO_NONE] = field(default_factory=LoadOptions)
     compute: Annotated[SamplingCompute, FLAT, NO_NONE] = field(default_factory=SamplingCompute)
@@ -54,7 +65,8 @@ class Serve:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"--port must be 0 to 65535, got {self.port}")
-        for name, value in (("slots", self.slots), ("threads", self.threads)):
+        numbers = {"slots": self.slots, "threads": self.threads, "workers": self.workers}
+        for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 
@@ -69,11 +81,9 @@ def run(options: Serve) -> int:
 
     for package in PACKAGES:
         import_extra(package, extra=EXTRA)
-    from fastdiff.checkpoint.open import load
     from fastdiff.serve.app import Service
     from fastdiff.serve.http import bind, is_loopback, serve
     from fastdiff.serve.metrics import Metrics
-    from fastdiff.serve.worker import Worker
 
     keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
     local = is_loopback(options.host)
@@ -83,18 +93,10 @@ def run(options: Serve) -> int:
         )
     device, dtype = device_and_dtype(options.compute)
     with chosen_backend(options.compute.backend), bind(options.host, options.port) as listener:
-        model = load(options.model, options=options.load, device=device, dtype=dtype)
         metrics = Metrics()
-        worker = Worker(
-            model,
-            metrics,
-            queue=options.limits.queue,
-            slots=options.slots,
-            graphs=options.compute.graphs,
-            threads=options.threads,
-        )
+        worker, name = made_worker(options, device, dtype, metrics)
         service = Service(
-            name=options.name or model.name,
+            name=options.name or name,
             worker=worker,
             limits=options.limits,
             metrics=metrics,
@@ -106,6 +108,47 @@ def run(options: Serve) -> int:
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {service.name} at http://{shown}:{port}/v1 on {device}", flush=True)
         return serve(service, listener)
+
+
+def made_worker(
+    options: Serve, device: torch.device, dtype: torch.dtype, metrics: Metrics
+) -> tuple[Worker | Pool, str]:
+    """The worker of this process, or several processes; and the name of the model."""
+    import torch
+
+    from fastdiff.checkpoint.open import load
+    from fastdiff.kernels.choose import selected_backend
+    from fastdiff.serve.engine import Setup
+    from fastdiff.serve.pool import Pool
+    from fastdiff.serve.worker import Worker
+
+    graphs, threads, queue = options.compute.graphs, options.threads, options.limits.queue
+    if options.workers == 1:
+        model = load(options.model, options=options.load, device=device, dtype=dtype)
+        slots = options.slots
+        worker = Worker(model, metrics, queue=queue, slots=slots, graphs=graphs, threads=threads)
+        return worker, model.name
+    model = load(options.model, options=options.load)
+    devices = [str(device)] * options.workers
+    if devices[0] == "cuda":
+        count = torch.cuda.device_count()
+        devices = [f"cuda:{index % count}" for index in range(options.workers)]
+    if devices[0] == "cpu" and threads is None:
+        threads = max(1, torch.get_num_threads() // options.workers)
+    setups = [
+        Setup(
+            model=options.model,
+            load=options.load,
+            device=each,
+            dtype=str(dtype).removeprefix("torch."),
+            backend=selected_backend(),
+            slots=options.slots,
+            graphs=graphs,
+            threads=threads,
+        )
+        for each in devices
+    ]
+    return Pool(model, setups, metrics, queue=queue, step=options.limits.step), model.name
 
 
 def read_keys(path: Path) -> list[bytes]:

@@ -24,6 +24,7 @@ from fastdiff.serve import responses
 from fastdiff.serve.errors import ApiError, to_json
 from fastdiff.serve.limits import MIB, Limits
 from fastdiff.serve.metrics import Metrics
+from fastdiff.serve.pool import Pool
 from fastdiff.serve.schema import (
     Edit,
     Generation,
@@ -37,7 +38,7 @@ from fastdiff.serve.schema import (
     unknown_model,
 )
 from fastdiff.serve.uploads import Lease, Uploads
-from fastdiff.serve.worker import Call, Event, Failed, Partial, Worker
+from fastdiff.serve.worker import Call, Event, Failed, Made, Partial, Worker
 
 LOG = logging.getLogger("fastdiff.serve")
 JSON_BYTES = MIB // 4
@@ -56,7 +57,7 @@ class Service:
 
     name: str
     """Name of the model."""
-    worker: Worker
+    worker: Worker | Pool
     limits: Limits
     metrics: Metrics
     keys: Sequence[bytes] = ()
@@ -91,6 +92,17 @@ class Service:
         if kind.lower() != "bearer" or not any(known):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
         return digest
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """The status and body of /health: it fails if the model cannot be used any more, or if its
+        step has taken longer than `limits.step`."""
+        worker, age = self.worker, self.worker.step_age
+        hung = age > self.limits.step
+        state = "failed" if not worker.alive else "hung" if hung else "ok"
+        body: dict[str, Any] = {"status": state, "step_seconds": round(age, 1)}
+        if isinstance(worker, Pool):
+            body["processes"] = worker.processes
+        return 200 if state == "ok" else 503, body
 
     @contextlib.contextmanager
     def admitted(self) -> Any:
@@ -226,7 +238,7 @@ class ImageRoute:
             if last:
                 return
 
-    async def _finished(self, result: Result, wanted: Wanted) -> str:
+    async def _finished(self, result: Result | Made, wanted: Wanted) -> str:
         return await asyncio.to_thread(responses.finished, result, wanted, self.service.name)
 
 
@@ -308,7 +320,7 @@ async def read_generation_request(service: Service, request: Request, _: Lease) 
         raise ApiError(415, "the content type must be application/json", "wrong_content_type")
     data = read_json(await body_of(request, JSON_BYTES))
     body = read_body(data, Generation, served=service.name)
-    return read_generation(body, service.worker.session.facts, service.limits)
+    return read_generation(body, service.worker.facts, service.limits)
 
 
 async def read_edit_request(service: Service, request: Request, lease: Lease) -> Wanted:
@@ -317,7 +329,7 @@ async def read_edit_request(service: Service, request: Request, lease: Lease) ->
     Raises:
         ApiError: it is wrong.
     """
-    uploads, facts = service.uploads, service.worker.session.facts
+    uploads, facts = service.uploads, service.worker.facts
     length = request.headers.get("content-length", "")
     most = min(_size(length), uploads.body_bytes) if length else uploads.body_bytes
     lease.resize(most)
@@ -356,8 +368,7 @@ def create_app(service: Service) -> Starlette:
         return _json(200, described)
 
     async def health(_: Request) -> Response:
-        alive = service.worker.alive
-        return _json(200 if alive else 503, {"status": "ok" if alive else "failed"})
+        return _json(*service.health())
 
     async def ready(_: Request) -> Response:
         is_ready = service.worker.alive and not service.draining

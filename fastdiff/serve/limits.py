@@ -31,6 +31,9 @@ class Limits:
     """Memory, in MiB, of the process that decodes an upload."""
     deadline: float = 300.0
     """Seconds from a request to its images; after that it is dropped and answered with 504."""
+    step: float = 120.0
+    """Seconds that a step, or the decoding of a piece, may take, the first one and its compilation
+    included, before /health fails; with --workers, its process is then replaced."""
     idle: float = 30.0
     """Seconds that a client may take to send a request, or the next part of it, and seconds without
     reading a part of the answer, before its connection is closed."""

@@ -63,6 +63,14 @@ class Generation:
     """Seed of the first image; the others count up. Default: drawn at random; answers name it."""
     sampler: str | None = None
     """A sampler that `fastdiff samplers` lists."""
+    cache: int | None = None
+    """Evaluate the whole U-Net once per this many evaluations; see `SampleSettings.cache`."""
+    cache_branch: int | None = None
+    """As `SampleSettings.cache_branch`."""
+    cache_center: int | None = None
+    """As `SampleSettings.cache_center`."""
+    cache_power: float | None = None
+    """As `SampleSettings.cache_power`."""
     response_format: str | None = None
     """b64_json, the only one."""
     output_format: Format | None = None
@@ -96,6 +104,7 @@ UNSUPPORTED = {
     "input_fidelity": "strength decides how much of the image is kept",
 }
 """OpenAI's fields that would have to be ignored, and why they are refused."""
+CACHING = ("cache", "cache_branch", "cache_center", "cache_power")
 Body = TypeVar("Body", bound=Generation)
 
 
@@ -266,8 +275,12 @@ def _wanted(
     if not 0 <= first <= MAX_SEED + 1 - count:
         raise wrong(f"seed must be from 0 to 2**64 - n, got {first}", "seed")
     try:
+        caching = {name: getattr(body, name) for name in CACHING}
         settings = SampleSettings(
-            sampler=body.sampler, steps=body.num_inference_steps, guidance_scale=body.guidance_scale
+            sampler=body.sampler,
+            steps=body.num_inference_steps,
+            guidance_scale=body.guidance_scale,
+            **{name: value for name, value in caching.items() if value is not None},
         )
         if facts.reads_text:
             more = {**more, "text": TextSettings(negative=body.negative_prompt)}
