@@ -29,7 +29,6 @@ def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
         "add_layer_norm": Call("add_layer_norm", (x, x, weight, weight)),
         "linear_geglu": Call("linear_geglu", (x, (32, 32), weight)),
         "linear_add": Call("linear_add", (x, (32, 32), weight), (("addend", x), ("residual", x))),
-        "cat_linear": Call("cat_linear", (x, x, (32, 64), weight)),
     }
     return [
         Case(subject=subject, job_name="", job=job, call=calls[subject.op], direction=direction)

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.bench.providers import Arguments, Make, Subject
-from fastdiff.bench.shapes import Call, Job
+from fastdiff.bench.ops.cat_group_norm_silu import BLOCKS
+from fastdiff.bench.providers import LATER, Arguments, Make, Subject
+from fastdiff.bench.run import Case
+from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
 
 
 def geglu_eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,5 +44,22 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 SUBJECTS = (
     Subject(op="linear_geglu", arguments=arguments, eager=geglu_eager),
     Subject(op="linear_add", arguments=arguments, eager=add_eager),
-    Subject(op="cat_linear", arguments=arguments, eager=cat_eager),
 )
+WIDTHS = {1: 320, 2: 640, 4: 1280, 8: 1280}
+"""The latent's side over that of a level -> the level's channels."""
+CAT = Subject(op="cat_linear", arguments=arguments, eager=cat_eager)
+
+
+def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
+    """The shortcuts over the concatenations of SD 1.5's decoder; recorded networks concatenate."""
+    found = []
+    for batch in batches:
+        for left, right, part in BLOCKS:
+            tokens, out = (size // part) ** 2, WIDTHS[part]
+            x, skip = ((batch, tokens, c) for c in (left, right))
+            call = Call("cat_linear", (x, skip, (out, left + right), (out,)))
+            job = Job(network="unet", preset="sd1", size=size, batch=batch)
+            found.append(
+                Case(subject=CAT, job_name="", job=job, call=call, providers=LATER, priority=1)
+            )
+    return found
