@@ -27,8 +27,6 @@ def dry_cases(subjects: Sequence[Any], known: set[str]) -> list[Any]:
         "geglu": Call("geglu", (x,)),
         "layer_norm": Call("layer_norm", (x, weight, weight)),
         "add_layer_norm": Call("add_layer_norm", (x, x, weight, weight)),
-        "linear_geglu": Call("linear_geglu", (x, (32, 32), weight)),
-        "linear_add": Call("linear_add", (x, (32, 32), weight), (("addend", x), ("residual", x))),
     }
     return [
         Case(subject=subject, job_name="", job=job, call=calls[subject.op], direction=direction)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.bench.ops.cat_group_norm_silu import BLOCKS
 from fastdiff.bench.providers import LATER, Arguments, Make, Subject
 from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_BATCHES, Call, Job
@@ -41,25 +40,32 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
     return tuple(tensors), {name: make(*shape) for name, shape in call.options}
 
 
-SUBJECTS = (
-    Subject(op="linear_geglu", arguments=arguments, eager=geglu_eager),
-    Subject(op="linear_add", arguments=arguments, eager=add_eager),
-)
 WIDTHS = {1: 320, 2: 640, 4: 1280, 8: 1280}
-"""The latent's side over that of a level -> the level's channels."""
+"""The latent's side over that of a level -> the level's channels, in SD 1.5."""
+GEGLU = Subject(op="linear_geglu", arguments=arguments, eager=geglu_eager)
+ADD = Subject(op="linear_add", arguments=arguments, eager=add_eager)
 CAT = Subject(op="cat_linear", arguments=arguments, eager=cat_eager)
 
 
 def gpu_cases(size: int = 64, batches: tuple[int, ...] = GPU_BATCHES) -> list[Case]:
-    """The shortcuts over the concatenations of SD 1.5's decoder; recorded networks concatenate."""
+    """The feed-forward layers, last projections and shortcuts of two levels of SD 1.5's decoder,
+    which networks call on a GPU only."""
     found = []
     for batch in batches:
-        for left, right, part in BLOCKS:
-            tokens, out = (size // part) ** 2, WIDTHS[part]
-            x, skip = ((batch, tokens, c) for c in (left, right))
-            call = Call("cat_linear", (x, skip, (out, left + right), (out,)))
-            job = Job(network="unet", preset="sd1", size=size, batch=batch)
-            found.append(
-                Case(subject=CAT, job_name="", job=job, call=call, providers=LATER, priority=1)
-            )
+        for part in (1, 4):
+            tokens, c = (size // part) ** 2, WIDTHS[part]
+            skip = 320 if part == 1 else 640
+            x, y = (batch, tokens, c), (batch, tokens, skip)
+            for subject, call in (
+                (GEGLU, Call("linear_geglu", (x, (8 * c, c), (8 * c,)))),
+                (ADD, Call("linear_add", (x, (c, c), (c,)), (("addend", x), ("residual", x)))),
+                (CAT, Call("cat_linear", (x, y, (c, c + skip), (c,)))),
+            ):
+                job = Job(network="unet", preset="sd1", size=size, batch=batch)
+                found.append(
+                    Case(
+                        subject=subject, job_name="", job=job, call=call,
+                        providers=LATER, priority=1,
+                    )
+                )  # fmt: skip
     return found
