@@ -13,7 +13,7 @@ from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.cli.machine import SamplingCompute, chosen_backend, device_and_dtype
 from fastdiff.cli.options import FLAT, NO_NONE
 from fastdiff.cli.parsing import OptionalInt, OptionalName, OptionalPath, parse
-from fastdiff.serve.limits import Limits
+from fastdiff.serve.limits import KeyLimits, Limits
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,9 @@ class Serve:
     port: int = 8000
     """Port to listen on; 0 chooses a free one."""
     api_key_file: OptionalPath = None
-    """File with one API key per line, of at least 16 characters; requests must send one of them."""
+    """File with one API key per line, of at least 16 characters; requests must send one of them.
+    After a key, priority=low, normal or high limits what its requests may ask for, and images=N how
+    many images they may wait for at a time."""
     slots: OptionalInt = None
     """Images in a batch: bounds memory; by default chosen by their size."""
     workers: int = 1
@@ -85,7 +87,7 @@ def run(options: Serve) -> int:
     from fastdiff.serve.http import bind, is_loopback, serve
     from fastdiff.serve.metrics import Metrics
 
-    keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
+    keys = {} if options.api_key_file is None else read_keys(options.api_key_file)
     local = is_loopback(options.host)
     if not local and not keys:
         raise ValueError(
@@ -151,21 +153,43 @@ def made_worker(
     return Pool(model, setups, metrics, queue=queue, step=options.limits.step), model.name
 
 
-def read_keys(path: Path) -> list[bytes]:
-    """The sha256 of each key in a file.
+def read_keys(path: Path) -> dict[bytes, KeyLimits]:
+    """The sha256 of each key in a file, and what the key allows.
 
     Raises:
-        ValueError: there are none, or one is too short or not ASCII.
+        ValueError: there are none, one is too short, not ASCII or there twice, or what follows it
+            is unknown.
         OSError: the file cannot be read.
     """
-    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    keys = [key for key in keys if key]
-    if not keys:
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [words for words in lines if words]
+    if not lines:
         raise ValueError(f"{path} contains no API key; write one per line")
-    for number, key in enumerate(keys, 1):
-        if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+    found: dict[bytes, KeyLimits] = {}
+    for number, (key, *words) in enumerate(lines, 1):
+        where = f"API key {number} in {path}"
+        if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable():
             raise ValueError(
-                f"API key {number} in {path} must have at least {SHORTEST_KEY} letters and no "
-                "spaces; python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
+                f"{where} must have at least {SHORTEST_KEY} letters; python -c 'import secrets; "
+                "print(secrets.token_urlsafe())' makes one"
             )
-    return [hashlib.sha256(key.encode("ascii")).digest() for key in keys]
+        digest = hashlib.sha256(key.encode("ascii")).digest()
+        if digest in found:
+            raise ValueError(f"{where} is there twice; remove one of the lines")
+        found[digest] = _key_limits(words, where)
+    return found
+
+
+def _key_limits(words: Sequence[str], where: str) -> KeyLimits:
+    given: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in ("priority", "images") or name in given:
+            raise ValueError(f"{where} may be followed by priority=NAME and images=N, got {word!r}")
+        given[name] = value
+    priority, images = given.get("priority", "high"), given.get("images")
+    if priority not in ("low", "normal", "high"):
+        raise ValueError(f"{where}: priority must be low, normal or high, got {priority!r}")
+    if images is not None and (not images.isdecimal() or int(images) < 1):
+        raise ValueError(f"{where}: images must be at least 1, got {images!r}")
+    return KeyLimits(priority=priority, images=None if images is None else int(images))

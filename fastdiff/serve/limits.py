@@ -8,6 +8,16 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyLimits:
+    """What the holder of an API key may ask for."""
+
+    priority: str = "high"
+    """The highest priority of its requests."""
+    images: int | None = None
+    """Most images that it may wait for at a time; None: as many as the server takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a request may ask for, and how many requests are taken at a time."""
 

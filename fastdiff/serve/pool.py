@@ -210,7 +210,7 @@ class Pool:
                 slots = self._members[0].setup.slots
                 share = share_of(call.jobs[index], self.facts, slots)
                 image = _Image(call, index, cost, share, now)
-                self._queue.add(image, flow=call.flow, cost=cost)
+                self._queue.add(image, flow=call.flow, cost=cost, weight=call.weight)
             self._changed.notify_all()
 
     def cancel(self, call: Call) -> None:

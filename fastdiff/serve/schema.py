@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Format = Literal["png", "webp", "jpeg"]
+Priority = Literal["low", "normal", "high"]
+PRIORITIES: dict[Priority, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
+"""Priority -> weight in the queue, from the lowest."""
 MOST_PARTIALS = 3
 RANDOM_SEED_BITS = 53
 """Seeds that the server draws survive JavaScript's numbers."""
@@ -81,6 +84,8 @@ class Generation:
     """Answer with server-sent events; for one image."""
     partial_images: int | None = None
     """With stream: 0 to 3 estimates of the unfinished image."""
+    priority: Priority | None = None
+    """low, normal (the default) or high: the share of the slots while others wait too."""
     quality: Literal["auto"] | None = None
     """auto; num_inference_steps decides."""
     background: Literal["auto", "opaque"] | None = None
@@ -119,6 +124,7 @@ class Wanted:
     """Of webp and jpeg."""
     stream: bool
     partials: int
+    priority: Priority
 
 
 def read_json(text: bytes) -> dict[str, Any]:
@@ -306,6 +312,7 @@ def _wanted(
         quality=_quality(body, chosen),
         stream=bool(body.stream),
         partials=_partials(body, count),
+        priority=body.priority or "normal",
     )
 
 

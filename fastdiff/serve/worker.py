@@ -114,6 +114,8 @@ class Call:
     """`time.monotonic()` at which the call is dropped."""
     partials: int = 0
     """Number of partial images per image."""
+    weight: float = 1.0
+    """Of its flow in the queue."""
     left: int = field(init=False)
     """Number of images that are not finished; 0 once it has failed or was cancelled."""
 
@@ -247,7 +249,7 @@ class Worker:
             now = time.monotonic()
             for index, cost in enumerate(costs):
                 image = _Image(call, index, cost, now)
-                self._queue.add(image, flow=call.flow, cost=cost)
+                self._queue.add(image, flow=call.flow, cost=cost, weight=call.weight)
             self.metrics.waiting.set(len(self._queue))
             self._changed.notify()
 
