@@ -114,6 +114,19 @@ __device__ __forceinline__ Pack<T, V> load_input(const T* from) {
 #endif
 }
 
+/// `load_input` where it is the last use: the pack need not stay in the L2, which then keeps what has not
+/// been read yet.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> load_last(const T* from) {
+#ifdef FASTDIFF_EMULATE_CUDA
+  return load_pack<T, V>(from);
+#else
+  using Word = typename WordOf<sizeof(Pack<T, V>)>::type;
+  const Word word = __ldcs(reinterpret_cast<const Word*>(from));
+  return *reinterpret_cast<const Pack<T, V>*>(&word);
+#endif
+}
+
 template <typename T, int V>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
 #ifdef FASTDIFF_EMULATE_CUDA

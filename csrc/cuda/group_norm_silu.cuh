@@ -389,7 +389,7 @@ template <bool kGlobal, bool kSilu, typename T, int V, typename K>
 __device__ __forceinline__ void write_result(const T* from, int64_t from_step, T* to,
                                              int64_t to_step, int count, const K& k) {
   const auto load = [](const T* at) {
-    return kGlobal ? load_input<T, V>(at) : load_pack<T, V>(at);
+    return kGlobal ? load_last<T, V>(at) : load_pack<T, V>(at);
   };
   const auto store = [&](T* at, const Pack<T, V>& pack) {
     float x[V];
@@ -418,16 +418,20 @@ __device__ __forceinline__ void write_result(const T* from, int64_t from_step, T
 // ---------------------------------------------------------------------------------------------
 // In parts. partial: (N, chunks, C, 2), the mean and m2 of a channel over a chunk of places.
 
+/// The blocks of a second pass over x begin with what the first pass read last: as much of it as the L2
+/// holds is still there. From the first place on, each read would miss what the one before has evicted.
+__device__ __forceinline__ unsigned from_the_end() { return gridDim.x - 1 - blockIdx.x; }
+
 struct Chunks {
   int64_t count, length;
 
   /// Sample and chunk of a block, for a grid of N * count. Both fit in 32 bits: a 64-bit division is a
   /// function call, around which registers spill.
-  __device__ __forceinline__ int64_t sample() const {
-    return blockIdx.x / static_cast<unsigned>(count);
+  __device__ __forceinline__ int64_t sample(unsigned block) const {
+    return block / static_cast<unsigned>(count);
   }
-  __device__ __forceinline__ int64_t chunk() const {
-    return blockIdx.x % static_cast<unsigned>(count);
+  __device__ __forceinline__ int64_t chunk(unsigned block) const {
+    return block % static_cast<unsigned>(count);
   }
   __device__ __forceinline__ int64_t begin(int64_t i) const { return i * length; }
   __device__ __forceinline__ int64_t end(int64_t i, int64_t s) const {
@@ -446,7 +450,7 @@ template <typename T, int V, bool kAdd>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_moments_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = chunks.sample(), chunk = chunks.chunk();
+  const int64_t n = chunks.sample(blockIdx.x), chunk = chunks.chunk(blockIdx.x);
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -562,7 +566,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns) {
-  const int64_t n = chunks.sample(), chunk = chunks.chunk();
+  const int64_t n = chunks.sample(from_the_end()), chunk = chunks.chunk(from_the_end());
   FASTDIFF_DYNAMIC_SHARED(memory);
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
@@ -589,7 +593,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks) {
   const int64_t task =
-      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
+      (static_cast<int64_t>(from_the_end()) * blockDim.x + threadIdx.x) / kWarpSize;
   if (task >= shape.n * shape.c * chunks.count) return;
   const int64_t row = task / chunks.count, chunk = task % chunks.count;
   const int64_t n = row / shape.c;

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_sums_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns,
                       float* partial) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = chunks.sample(), chunk = chunks.chunk();
+  const int64_t n = chunks.sample(blockIdx.x), chunk = chunks.chunk(blockIdx.x);
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -346,7 +346,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_columns(NormBackward<T> p, NormShape shape, Chunks chunks, int columns) {
   FASTDIFF_DYNAMIC_SHARED(memory);
-  const int64_t n = chunks.sample(), chunk = chunks.chunk();
+  const int64_t n = chunks.sample(from_the_end()), chunk = chunks.chunk(from_the_end());
   const int first = static_cast<int>(blockIdx.y) * columns;
   const int width = columns_here(shape, columns);
   const ColumnPlace<V> at(width);
@@ -359,8 +359,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
     const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
     const int64_t offset = row * in.step;
-    store_input_gradient(in, offset, load_input<T, V>(in.x + offset),
-                         load_input<T, V>(p.dy + place), k, p.silu);
+    store_input_gradient(in, offset, load_last<T, V>(in.x + offset), load_last<T, V>(p.dy + place),
+                         k, p.silu);
   }
 }
 
@@ -369,7 +369,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_dx_rows(NormBackward<T> p, NormShape shape, Chunks chunks) {
   const int64_t task =
-      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
+      (static_cast<int64_t>(from_the_end()) * blockDim.x + threadIdx.x) / kWarpSize;
   if (task >= shape.n * shape.c * chunks.count) return;
   const int64_t row = task / chunks.count, chunk = task % chunks.count;
   const int64_t n = row / shape.c;
@@ -383,8 +383,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
        i += kWarpSize * V) {
     float x[V], dy[V], extra[V] = {};
-    unpack(load_input<T, V>(in.x + i), x);
-    unpack(load_input<T, V>(p.dy + row * shape.s + i), dy);
+    unpack(load_last<T, V>(in.x + i), x);
+    unpack(load_last<T, V>(p.dy + row * shape.s + i), dy);
     if (in.dtotal != nullptr) unpack(load_input<T, V>(in.dtotal + i), extra);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
