@@ -197,13 +197,12 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return conv(x)
 
 
-def pointwise_of_two(conv: nn.Module, x: Tensor, skip: Tensor | None) -> Tensor:
+def pointwise_of_two(conv: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
     """A 1x1 convolution of [x | skip], both channels_last, as a matrix product of two inputs.
 
     x: (N, C, H, W). skip: (N, C2, H, W). Returns (N, C', H, W).
     """
     assert isinstance(conv, nn.Conv2d)
-    assert skip is not None
     weight = conv.weight.flatten(1)
     return from_tokens(cat_linear(to_tokens(x), to_tokens(skip), weight, conv.bias), x)
 
@@ -453,13 +452,13 @@ class ResBlock(nn.Module):
             The block's result, (N, C', H', W'), as addends, and its input, x + residual + bias,
             concatenated with skip or not.
         """
-        apart = skip is not None and self._reads_apart(x, skip)
-        if skip is not None and not apart:
-            x = torch.cat([Addends(x, residual, bias).total(), skip], dim=1)
-            residual = bias = None
-        if apart:
-            h, total = self.norm1.of_two(x, skip, residual=residual, channel_add=bias)
+        apart = skip if skip is not None and self._reads_apart(x, skip) else None
+        if apart is not None:
+            h, total = self.norm1.of_two(x, apart, residual=residual, channel_add=bias)
         else:
+            if skip is not None:
+                x = torch.cat([Addends(x, residual, bias).total(), skip], dim=1)
+                residual = bias = None
             h, total = self.norm1(x, residual=residual, channel_add=bias)
         x = total
         if self.resample is not None:
@@ -479,8 +478,9 @@ class ResBlock(nn.Module):
             h, bias2 = split_bias(self.conv2, h)
         else:
             h = self.conv2(h)
-        shortcut = pointwise_of_two(self.skip, x, skip) if apart else pointwise(self.skip, x)
-        return Addends(h, shortcut, bias2), total
+        if apart is None:
+            return Addends(h, pointwise(self.skip, x), bias2), total
+        return Addends(h, pointwise_of_two(self.skip, x, apart), bias2), total
 
     def _reads_apart(self, x: Tensor, skip: Tensor) -> bool:
         """Whether norm and shortcut can read x and skip where they are, without a concatenation."""
