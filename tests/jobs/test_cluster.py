@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,8 @@ def test_a_shard_belongs_to_one_worker_until_it_is_gone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_a_worker_on_ray_is_killed_and_the_shards_are_those_of_one_worker(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     tiny_bundle(tmp_path)
     spec = spec_of(tmp_path, mixed_rows(120, steps=(20, 40)), "whole", shard_size=6)
     run_job(spec, threads=1)
