@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .backend import triton_backend, why_not_dtypes
-from .functions import merged, sigmoid, silu, two_sum, with_tile
+from .functions import backend, from, import, merged, sigmoid, silu, slower_in_fp32, triton_backend, two_sum, why_not_dtypes, with_tile
 from .launches import (
     DTYPES,
     INTERPRETED,
@@ -18,3 +17,4 @@ from .launches import (
     tl,
     triton,
 )
+from .products import product, tile
