@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .functions import backend, from, import, merged, sigmoid, silu, slower_in_fp32, triton_backend, two_sum, why_not_dtypes, with_tile
+from .backend import slower_in_fp32, triton_backend, why_not_dtypes
+from .functions import merged, sigmoid, silu, two_sum, with_tile
 from .launches import (
     DTYPES,
     INTERPRETED,
