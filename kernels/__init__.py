@@ -12,6 +12,7 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .add_layer_norm import add_layer_norm as add_layer_norm
     from .attention import attention as attention
     from .cat_group_norm_silu import cat_group_norm_silu as cat_group_norm_silu
+    from .cat_linear import cat_linear as cat_linear
     from .choose import (
         BACKENDS,
         OPS,
@@ -31,6 +32,8 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .geglu import geglu as geglu
     from .group_norm_silu import group_norm_silu as group_norm_silu
     from .layer_norm import layer_norm as layer_norm
+    from .linear_add import linear_add as linear_add
+    from .linear_geglu import linear_geglu as linear_geglu
     from .op import Op, Work, shapes_only
     from .philox_normal import int64_bits, philox4x32, philox_normal
     from .philox_normal.streams import INITIAL_NOISE, POSTERIOR_NOISE, SAMPLER_NOISE, Stream

@@ -21,8 +21,8 @@ JOBS = ("SD 1.5 U-Net", "SDXL U-Net", "KL-f8 decoder")
 FILM = "ADM-256 U-Net"
 """The only network with scale and shift; the largest and the smallest of these calls are cases."""
 OWN = (
-    *("ada_layer_norm", "cat_group_norm_silu", "gate_residual", "gather_rows"),
-    "sampler_step",
+    *("ada_layer_norm", "cat_group_norm_silu", "gate_residual", "gather_rows", "sampler_step"),
+    *("linear_geglu", "linear_add", "cat_linear"),
 )
 """Ops that these networks do not call, at the shapes that their benchmarks declare."""
 

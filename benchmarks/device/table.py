@@ -16,7 +16,7 @@ CHECKED = (
     *("attention", "group_norm_silu", "add_group_norm_silu", "cat_group_norm_silu"),
     "sampler_step",
     *("geglu", "layer_norm", "add_layer_norm", "ada_layer_norm", "gate_residual"),
-    "gather_rows",
+    *("linear_geglu", "linear_add", "cat_linear", "gather_rows"),
 )
 """The ops whose parity is checked at the shapes of networks, the most important first."""
 

@@ -48,6 +48,8 @@ from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.extras import import_extra
 from fastdiff.kernels import shapes_only
+from fastdiff.kernels.cat_linear import composed as cat_linear
+from fastdiff.kernels.linear_add import composed as linear_add
 from fastdiff.kernels.triton import recording_launches
 from fastdiff.models.network import Network, network_family
 from fastdiff.models.presets import UNETS
@@ -63,7 +65,9 @@ KINDS = (
 
 LAUNCHES: dict[str, tuple[str, int]] = {
     "convolution": ("convolution", 1),  # and a bias, see `_Counting._convolution`
+    "linear": ("linear", 1),  # inside an op; elsewhere it arrives as one of the following
     "addmm": ("linear", 1),
+    "addmm_": ("linear", 1),
     "mm": ("linear", 1),
     "bmm": ("linear", 1),
     "baddbmm": ("linear", 1),
@@ -102,10 +106,26 @@ OURS = {
     "gate_residual": "addition",
     "attention": "attention",
     "geglu": "GEGLU",
+    "cat_linear": "linear",
+    "linear_add": "linear",
+    "linear_geglu": "linear",
     "gather_rows": "other",
     "sampler_step": "other",
 }
 """Op of `fastdiff.kernels` -> the group it belongs to."""
+
+
+def _linear_then_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    return kernels.geglu(nn.functional.linear(x, weight, bias))
+
+
+BY_COUNTS: dict[str, Callable[..., Any]] = {
+    "cat_linear": cat_linear.forward,
+    "linear_add": linear_add.forward,
+    "linear_geglu": _linear_then_geglu,
+}
+"""Op -> how it is composed of others, which `auto` prefers to one Triton kernel where it is counted
+to be faster."""
 
 
 @dataclass(kw_only=True)
@@ -122,15 +142,21 @@ class Count:
         return sum(self.launches.values())
 
 
-def count(call: Callable[[], Any]) -> Count:
+Norms = Callable[[int, int, int, int], int]
+"""N, C, pixels and groups of a GroupNorm -> its launches."""
+
+
+def count(call: Callable[[], Any], norms: Norms | None = None) -> Count:
     """Call a function of tensors on the meta device, and count its launches.
+
+    norms: the launches of our GroupNorms; None: those of the Triton backend.
 
     Raises:
         ValueError: it uses an operator that is not in `LAUNCHES`.
     """
     with ExitStack() as modes:
         modes.enter_context(torch.no_grad())
-        counting = modes.enter_context(_Counting())
+        counting = modes.enter_context(_Counting(norms))
         modes.enter_context(_Attention(counting))
         modes.enter_context(kernels.backend("auto"))
         modes.enter_context(shapes_only())
@@ -141,9 +167,10 @@ def count(call: Callable[[], Any]) -> Count:
 class _Counting(TorchDispatchMode):
     """Counts every operator that reaches PyTorch's dispatcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, norms: Norms | None = None) -> None:
         super().__init__()
         self.found = Count()
+        self._norms = norms
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # without it, PyTorch imports Dynamo
@@ -196,6 +223,13 @@ class _Counting(TorchDispatchMode):
 
     def _ours(self, name: str, args: tuple[Any, ...]) -> None:
         op = kernels.OPS[name]
+        if name in BY_COUNTS and op.unmeasured(*args) != "triton":
+            with self:  # PyTorch's operators and another op
+                BY_COUNTS[name](*args, False)
+            return
+        if self._norms is not None and name.endswith("group_norm_silu"):
+            self._norm_by_plan(name, args)
+            return
         # with self: what a backend leaves to PyTorch counts as PyTorch's
         with recording_launches(H200.architecture) as launched, torch.no_grad(), self:
             op.backends["triton"].forward(*args, False)
@@ -208,6 +242,17 @@ class _Counting(TorchDispatchMode):
             work.bytes + (moved_bytes(args[0]) if parts else 0),
             work.flops,
         )
+
+    def _norm_by_plan(self, name: str, args: tuple[Any, ...]) -> None:
+        """Count a GroupNorm whose launches `norms` tells."""
+        assert self._norms is not None
+        op, (n, c, *sides) = kernels.OPS[name], args[0].shape
+        if name.startswith("cat_"):
+            c += args[1].shape[1]
+        groups = args[list(op.types).index("num_groups")]
+        launched = self._norms(n, c, math.prod(sides), groups)
+        again = moved_bytes(args[0]) if launched > 1 else 0
+        self.add(OURS[name], launched, op.work(*args).bytes + again)
 
 
 class _Attention(TorchFunctionMode):
@@ -256,6 +301,8 @@ def _product_flops(name: str, args: Sequence[Any]) -> int:
     """FLOPs of a matrix product (..., m, k) x (..., k, n)."""
     if LAUNCHES[name][0] != "linear":
         return 0
+    if name == "linear":
+        return 2 * int(args[0].numel()) * len(args[1])
     a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
     return 2 * int(a.numel()) * int(b.shape[-1])
 
@@ -296,21 +343,21 @@ class for ADM."""
 DTYPE = torch.bfloat16
 
 
-def native(job: Job) -> Count:
+def native(job: Job, norms: Norms | None = None) -> Count:
     """fastdiff's network. A U-Net gets the embedding and the keys and values of the context, which
     the engine computes once per request."""
     module, inputs = job.build("meta", DTYPE)
     if not isinstance(module, Network):
-        return count(lambda: module(**inputs))
+        return count(lambda: module(**inputs), norms)
     network = module
     with torch.no_grad(), shapes_only():
         emb = network.embed(inputs["t"], inputs.get("y"), inputs.get("added"))
         context = inputs.get("context")
         kvs = None if context is None else network.project_context(context)
-    return count(lambda: network.body(inputs["x"], emb, kvs))
+    return count(lambda: network.body(inputs["x"], emb, kvs), norms)
 
 
-def of_diffusers(job_name: str, *, accelerated: bool) -> Count:
+def of_diffusers(job_name: str, *, accelerated: bool, norms: Norms | None = None) -> Count:
     """diffusers' network as a pipeline calls it; `accelerated` by `fastdiff.accelerate`."""
     kind, config = DIFFUSERS[job_name]
     job = GPU_JOBS[job_name]
@@ -322,14 +369,14 @@ def of_diffusers(job_name: str, *, accelerated: bool) -> Count:
         import_extra("fastdiff.integrations", extra="diffusers").accelerate(module)
     with torch.device("meta"):
         if kind == "AutoencoderKL":
-            return count(lambda: module.decode(x))
+            return count(lambda: module.decode(x), norms)
         width, t = module.config.cross_attention_dim, torch.empty(())
         context = torch.empty(job.batch, CONTEXT_TOKENS, width, dtype=DTYPE)
         added = {
             "time_ids": torch.empty(job.batch, 6, dtype=DTYPE),
             "text_embeds": torch.empty(job.batch, 1280, dtype=DTYPE),
         }
-        return count(lambda: module(x, t, context, added_cond_kwargs=added))
+        return count(lambda: module(x, t, context, added_cond_kwargs=added), norms)
 
 
 @cache

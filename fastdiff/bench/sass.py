@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastdiff import kernels
 from fastdiff.bench import compile as ahead
+from fastdiff.bench import launches
 from fastdiff.bench.disassembly import (
     Instruction,
     NoToolError,
@@ -434,6 +435,20 @@ def launches_of_norms(
     return tuple(total)
 
 
+def totals_with_cuda(
+    name: str, plan: Callable[[int, int, int, int], dict[str, int]]
+) -> tuple[int, int]:
+    """Launches of an evaluation with the CUDA kernels of norms: ours, and accelerated diffusers."""
+
+    def norms(n: int, c: int, s: int, groups: int) -> int:
+        return 1 if plan(n, c, s, groups)["on_chip"] else 3
+
+    return (
+        launches.native(GPU_JOBS[name], norms).total,
+        launches.of_diffusers(name, accelerated=True, norms=norms).total,
+    )
+
+
 # The tables
 
 SIZE_HEAD = (
@@ -473,6 +488,10 @@ def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
     return found
 
 
+LAUNCHES_HEAD = (
+    *("network", "GroupNorms", "launches, Triton", "CUDA"),
+    *("evaluation, CUDA: fastdiff", "diffusers, accelerated"),
+)
 HEAD = ("kernel", "backend", "loops", "instructions", "aim", "MB in flight")
 
 
@@ -543,12 +562,15 @@ def section() -> str:
     if missing:
         raise NoToolError("; ".join(missing))
     plan = cuda_plan()
-    launched = [(name, *map(str, launches_of_norms(name, plan))) for name in NORMS]
+    launched = [
+        (name, *map(str, (*launches_of_norms(name, plan), *totals_with_cuda(name, plan))))
+        for name in NORMS
+    ]
     return SECTION.format(
         versions=versions(),
         rows=table(head, body),
         sizes=table(sizes, by_size),
-        launches=table(("network", "GroupNorms", "launches, Triton", "CUDA"), launched),
+        launches=table(LAUNCHES_HEAD, launched),
     )
 
 
@@ -568,7 +590,9 @@ multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or
 
 {sizes}
 
-Launches of all GroupNorms of an evaluation. The totals above count Triton's.
+Launches of all GroupNorms of an evaluation, and of the whole evaluation with CUDA's, which `auto`
+takes where the module has CUDA kernels: they norm x and a skip connection without a concatenation,
+and are one launch each where a sample fits on the chip. The totals above count Triton's.
 
 {launches}
 """

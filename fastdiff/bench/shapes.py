@@ -44,18 +44,33 @@ class Call:
     def numbers(self) -> int:
         return sum(torch.Size(s).numel() for s in (*self.tensors, *dict(self.options).values()))
 
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Places of the matrices among the positional tensors that are weights."""
+        names = [name for name, kind in kernels.OPS[self.op].types.items() if "Tensor" in kind]
+        return tuple(
+            place
+            for place, (name, shape) in enumerate(zip(names, self.tensors, strict=False))
+            if name == "weight" and len(shape) > 1
+        )
+
     def at_batch(self, batch: int) -> Call:
         """This call, which has batch size 1, at batch size `batch`.
 
-        Tensors with more than one dimension are per sample, the others are weights.
+        Tensors with more than one dimension are per sample, except `weights`; the others are
+        weights.
         """
 
         def scaled(shape: Shape) -> Shape:
             return (batch * shape[0], *shape[1:]) if len(shape) > 1 else shape
 
+        weights = self.weights
         return replace(
             self,
-            tensors=tuple(map(scaled, self.tensors)),
+            tensors=tuple(
+                shape if place in weights else scaled(shape)
+                for place, shape in enumerate(self.tensors)
+            ),
             options=tuple((name, scaled(shape)) for name, shape in self.options),
         )
 
@@ -182,7 +197,8 @@ class Job:
         """Count the calls of each op by their shapes."""
         calls: Counter[Call] = Counter()
         module, inputs = self.build("meta")
-        with torch.device("meta"), torch.no_grad(), noting(calls):
+        # without what only inference on a GPU fuses (models.layers.fuses)
+        with torch.device("meta"), torch.enable_grad(), noting(calls):
             module(**inputs)
         return calls
 

@@ -276,7 +276,7 @@ def _step(
         addends: Addends = block(x, residual, bias=bias, before_norm=before_norm)[0]
         return addends
     if isinstance(block, AttentionBlock):
-        return Addends(*block(x, residual, bias=bias))
+        return block(x, residual, bias=bias, before_norm=before_norm)[0]
     x = Addends(x, residual).total()
     return run_before_norm(block, x) if before_norm else Addends(block(x))
 

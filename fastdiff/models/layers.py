@@ -23,11 +23,16 @@ from fastdiff.kernels import (
     add_group_norm_silu,
     add_layer_norm,
     attention,
+    cat_group_norm_silu,
+    cat_linear,
     checkpoint_contexts,
     geglu,
     group_norm_silu,
     layer_norm,
+    linear_add,
+    linear_geglu,
 )
+from fastdiff.kernels.checks import autocast_available
 from fastdiff.kernels.choose import transformed
 from fastdiff.names import QKVOrder
 
@@ -114,6 +119,32 @@ BIAS_IS_A_LAUNCH = ("cuda", "meta")
 cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU is planned for."""
 
 
+def fuses(layer: nn.Module, x: Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a linear layer, or another `kind`, may run in one op with what surrounds it, instead
+    of being called: where launches cost much (`BIAS_IS_A_LAUNCH`), without gradients, whose
+    backward pass would compute the layer again, without autocast, and if the layer is `plain`."""
+    device = x.device.type
+    return (
+        device in BIAS_IS_A_LAUNCH
+        and not torch.is_grad_enabled()
+        and plain(layer, kind)
+        and not (autocast_available(device) and torch.is_autocast_enabled(device))
+    )
+
+
+def linear_of_sums(
+    layer: nn.Linear, x: Tensor, addend: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """layer(x + addend) + residual, where None is 0.
+
+    x, addend: (N, L, C). residual: (N, L, C'). Returns (N, L, C').
+    """
+    if fuses(layer, x) and (addend is not None or residual is not None):
+        return linear_add(x, layer.weight, layer.bias, addend=addend, residual=residual)
+    y: Tensor = layer(x if addend is None else x + addend)
+    return y if residual is None else y + residual
+
+
 def plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is of exactly this class, without hooks or a replaced forward, so that
     its computation can be done in another way."""
@@ -164,6 +195,16 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     ):
         return from_tokens(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
     return conv(x)
+
+
+def pointwise_of_two(conv: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    """A 1x1 convolution of [x | skip], both channels_last, as a matrix product of two inputs.
+
+    x: (N, C, H, W). skip: (N, C2, H, W). Returns (N, C', H, W).
+    """
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv.weight.flatten(1)
+    return from_tokens(cat_linear(to_tokens(x), to_tokens(skip), weight, conv.bias), x)
 
 
 def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -224,6 +265,25 @@ class GroupNorm(nn.Module):
             activation=self.activation,
         )
 
+    def of_two(
+        self, x: Tensor, skip: Tensor, *, channel_add: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for the total followed by the channels of skip; returns y and the total.
+
+        x: (N, C, H, W). skip: (N, C2, H, W). y: (N, C + C2, H, W).
+        """
+        assert self.activation == "silu"
+        return cat_group_norm_silu(
+            x,
+            skip,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            channel_add=channel_add,
+            residual=residual,
+            eps=self.eps,
+        )
+
     def extra_repr(self) -> str:
         channels = self.weight.numel()
         return f"{channels}, num_groups={self.num_groups}, eps={self.eps}, {self.activation}"
@@ -275,11 +335,16 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(upsample_nearest(x))  # (N, C, 2H, 2W)
 
-    def to_size(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Upsample to `size`, (2H or 2H - 1, 2W or 2W - 1): the size before it was halved."""
-        if size == (2 * x.shape[2], 2 * x.shape[3]):
+    def to_size(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Upsample to `size`, (2H or 2H - 1, 2W or 2W - 1): the size before it was halved. None:
+        (2H, 2W)."""
+        if size in (None, (2 * x.shape[2], 2 * x.shape[3])):
             return self(x)
-        return self.conv(F.interpolate(x, size, mode="nearest"))  # (N, C, *size)
+        return self.conv(self.resized(x, size))  # (N, C, *size)
+
+    def resized(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """What the convolution is applied to; size: as in `to_size`."""
+        return upsample_nearest(x) if size is None else F.interpolate(x, size, mode="nearest")
 
 
 class DownsampleMean(nn.Module):
@@ -289,16 +354,18 @@ class DownsampleMean(nn.Module):
         return downsample_mean(x)  # (N, C, H/2, W/2)
 
 
-def run_before_norm(block: nn.Module, x: Tensor) -> Addends:
+def run_before_norm(block: nn.Module, x: Tensor, size: tuple[int, int] | None = None) -> Addends:
     """Run a convolution, or a block around one, before a norm that can add its bias; see
-    `split_bias`."""
+    `split_bias`. size: of an upsampling's result, see `Upsample.to_size`."""
     bias: Tensor | None = None
     if isinstance(block, nn.Conv2d):
         x, bias = split_bias(block, x)
     elif isinstance(block, Downsample) and plain(block, Downsample):
         x, bias = split_bias(block.conv, block.padded(x))
     elif isinstance(block, Upsample) and plain(block, Upsample):
-        x, bias = split_bias(block.conv, upsample_nearest(x))
+        x, bias = split_bias(block.conv, block.resized(x, size))
+    elif isinstance(block, Upsample):
+        x = block.to_size(x, size)
     else:
         x = block(x)
     return Addends(x, None, bias)
@@ -366,6 +433,7 @@ class ResBlock(nn.Module):
         emb: Tensor | None = None,
         *,
         bias: Tensor | None = None,
+        skip: Tensor | None = None,
         before_norm: bool = False,
         projected: Tensor | None = None,
     ) -> tuple[Addends, Tensor]:
@@ -373,15 +441,25 @@ class ResBlock(nn.Module):
 
         Args:
             x, residual: (N, C, H, W). bias: (C,) or None, the third addend of the activation.
+            skip: (N, C2, H, W), concatenated to the activation, whose sum is then no longer needed;
+                a block of C + C2 channels.
             emb: (N, E), activated.
             projected: (N, C') from `project_embedding`, used in place of emb and conv1's bias.
             before_norm: whether a norm that can add a bias follows. If not, the returned one is
                 None.
 
         Returns:
-            The block's result, (N, C', H', W'), as addends, and its input, x + residual + bias.
+            The block's result, (N, C', H', W'), as addends, and its input, x + residual + bias,
+            concatenated with skip or not.
         """
-        h, total = self.norm1(x, residual=residual, channel_add=bias)
+        apart = skip if skip is not None and self._reads_apart(x, skip) else None
+        if apart is not None:
+            h, total = self.norm1.of_two(x, apart, residual=residual, channel_add=bias)
+        else:
+            if skip is not None:
+                x = torch.cat([Addends(x, residual, bias).total(), skip], dim=1)
+                residual = bias = None
+            h, total = self.norm1(x, residual=residual, channel_add=bias)
         x = total
         if self.resample is not None:
             resample = upsample_nearest if self.resample == "up" else downsample_mean
@@ -400,7 +478,21 @@ class ResBlock(nn.Module):
             h, bias2 = split_bias(self.conv2, h)
         else:
             h = self.conv2(h)
-        return Addends(h, pointwise(self.skip, x), bias2), total
+        if apart is None:
+            return Addends(h, pointwise(self.skip, x), bias2), total
+        return Addends(h, pointwise_of_two(self.skip, x, apart), bias2), total
+
+    def _reads_apart(self, x: Tensor, skip: Tensor) -> bool:
+        """Whether norm and shortcut can read x and skip where they are, without a concatenation."""
+        return (
+            isinstance(self.skip, nn.Conv2d)
+            and fuses(self.skip, x, nn.Conv2d)
+            and plain(self.norm1, GroupNorm)
+            and self.resample is None
+            and is_channels_last(x)
+            and is_channels_last(skip)
+            and x.dtype is skip.dtype
+        )
 
 
 def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Tensor, Tensor]:
@@ -440,13 +532,26 @@ class AttentionBlock(nn.Module):
         self.proj = zero_init(nn.Linear(channels, channels))
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, C, H, W); bias: (C,) -> (h, residual), each (N, C, H, W)."""
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        before_norm: bool = True,
+    ) -> tuple[Addends, Tensor]:
+        """Run the block.
+
+        Args:
+            x, residual: (N, C, H, W). bias: (C,).
+            before_norm: whether a norm follows, which can add the block's two addends.
+
+        Returns:
+            The block's result and its input, x + residual + bias, each (N, C, H, W).
+        """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         q, k, v = split_qkv(self.qkv(to_tokens(h)), self.num_heads, self.qkv_order)
-        h = self.proj(attention(q, k, v).flatten(2))  # (N, L, C)
-        return from_tokens(h, x), x
+        h = attention(q, k, v).flatten(2)  # (N, L, C)
+        return projected_addends(self.proj, h, None, x, before_norm=before_norm), x
 
 
 class SelfAttention(nn.Module):
@@ -502,7 +607,11 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.dropout(geglu(self.proj(x))))
+        if fuses(self.proj, x):
+            h = linear_geglu(x, self.proj.weight, self.proj.bias)
+        else:
+            h = geglu(self.proj(x))
+        return self.out(self.dropout(h))
 
 
 class GELUFeedForward(nn.Module):
@@ -587,18 +696,35 @@ class SpatialTransformer(nn.Module):
         kvs: list[Tensor],
         *,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (h, residual), each (N, C, H, W).
+        before_norm: bool = True,
+    ) -> tuple[Addends, Tensor]:
+        """Run the block.
 
-        x, residual: (N, C, H, W); bias: (C,); kvs: of each block, see `CrossAttention.project`.
+        Args:
+            x, residual: (N, C, H, W). bias: (C,). kvs: of each block, see `CrossAttention.project`.
+            before_norm: whether a norm follows, which can add the block's two addends.
+
+        Returns:
+            The block's result and its input, x + residual + bias, each (N, C, H, W).
         """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
         pending: Tensor | None = None
         for block, kv in zip(self.blocks, kvs, strict=True):
             h, pending = block(h, pending, kv)
-        h = self.proj_out(h if pending is None else h + pending)
-        return from_tokens(h, x), x
+        return projected_addends(self.proj_out, h, pending, x, before_norm=before_norm), x
+
+
+def projected_addends(
+    layer: nn.Linear, h: Tensor, addend: Tensor | None, x: Tensor, *, before_norm: bool
+) -> Addends:
+    """layer(h + addend) as pixels, plus x; the sum is left to the next norm, if one follows.
+
+    h, addend: (N, L, C). x: (N, C', H, W).
+    """
+    if not before_norm and fuses(layer, h) and is_channels_last(x):
+        return Addends(from_tokens(linear_of_sums(layer, h, addend, to_tokens(x)), x))
+    return Addends(from_tokens(linear_of_sums(layer, h, addend, None), x), x)
 
 
 def norm_first(block: nn.Module) -> bool:
@@ -676,7 +802,11 @@ def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] |
     conv_bias = joined([b.conv1.bias for b in blocks])
     if weight is None or bias is None or conv_bias is None:
         return None
-    y = F.linear(emb, weight, bias) + conv_bias  # (N, sum of C')
+    more = conv_bias.expand(len(emb), -1)
+    if torch.is_grad_enabled():
+        y = F.linear(emb, weight, bias) + more
+    else:
+        y = linear_add(emb, weight, bias, residual=more)  # (N, sum of C')
     return [*y.split([b.out_channels for b in blocks], dim=1)]
 
 

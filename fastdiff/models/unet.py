@@ -249,12 +249,14 @@ class Stage(nn.ModuleList):
         following: nn.Module | None = None,
         size: tuple[int, int] | None = None,
         projected: Sequence[Tensor] | None = None,
+        skip: Tensor | None = None,
     ) -> tuple[Addends, Tensor]:
         """Run the blocks.
 
         following: the block that takes the result; None: something else, which adds no bias.
         size: (H, W) of the next skip connection, to which x is upsampled.
         projected: the result of `project_embedding` for all residual blocks of the U-Net.
+        skip: (N, C2, H, W), concatenated to what is given; the first block is then a `ResBlock`.
 
         Returns:
             The stage's result as addends, and the sum of the given ones.
@@ -266,19 +268,17 @@ class Stage(nn.ModuleList):
             if isinstance(block, ResBlock):
                 own = None if projected is None else projected[block.index]
                 options: dict[str, Any] = {"before_norm": before_norm, "projected": own}
-                given, x = block(x, residual, emb, bias=bias, **options)
+                given, x = block(x, residual, emb, bias=bias, skip=skip, **options)
+                skip = None
             elif isinstance(block, AttentionBlock):
-                h, x = block(x, residual, bias=bias)
-                given = Addends(h, x)
+                given, x = block(x, residual, bias=bias, before_norm=before_norm)
             elif isinstance(block, SpatialTransformer):
-                h, x = block(x, residual, kvs[block.index], bias=bias)
-                given = Addends(h, x)
+                kv = kvs[block.index]
+                given, x = block(x, residual, kv, bias=bias, before_norm=before_norm)
             else:
                 x = given.total()
-                if isinstance(block, Upsample) and size is not None:
-                    given = Addends(block.to_size(x, size))
-                else:
-                    given = run_before_norm(block, x) if before_norm else Addends(block(x))
+                assert before_norm or not isinstance(block, Upsample)
+                given = run_before_norm(block, x, size) if before_norm else Addends(block(x))
             total, first = (x if first else total), False
         return given, total
 
@@ -530,8 +530,8 @@ class UNet(Network):
         run = self._runner(emb, context, project_embedding(self.res_blocks(), emb))
         skips: list[Tensor] = []
         state, stages = Addends(x), [*self.input_blocks, self.middle_block]
-        for stage, after in zip(stages, [*stages[1:], None], strict=True):
-            state, total = run(stage, state, following=None if after is None else first_of(after))
+        for stage, after in zip(stages, [*stages[1:], self.output_blocks[0]], strict=True):
+            state, total = run(stage, state, following=first_of(after))
             skips.append(total)  # what the stage was given, summed by its first norm
         return self._up(run, state, skips, branches)
 
@@ -569,15 +569,16 @@ class UNet(Network):
         branches: those whose inputs are returned as well.
         """
         kept: dict[int, Tensor] = {}
-        for stage in self.output_blocks[-(len(skips) - 1) :]:
+        stages = [*self.output_blocks][-(len(skips) - 1) :]
+        firsts = [first_of(stage) for stage in stages]
+        for stage, following in zip(stages, [*firsts[1:], self.norm_out], strict=True):
             if (branch := len(skips) - 2) in branches:
                 state = Addends(state.total())
                 kept[branch] = state.x
-            joined = torch.cat([state.total(), skips.pop()], dim=1)
+            skip = skips.pop()
             last = len(skips) == 1  # the network's input, which no stage reads
             size = None if last else (skips[-1].shape[2], skips[-1].shape[3])
-            following = self.norm_out if last else None
-            state, _ = run(stage, Addends(joined), following=following, size=size)
+            state, _ = run(stage, state, following=following, size=size, skip=skip)
         x, _ = self.norm_out(state.x, residual=state.residual, channel_add=state.bias)
         return self.conv_out(x), [kept[branch] for branch in branches]  # (N, out_channels, H, W)
 

@@ -50,14 +50,13 @@ score. Repeated reads of K and V hit the L2: one head with 4096 keys of dim 40 i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_number, compute_dtype
+from ..checks import check_floating, check_number, compute_dtype, without_autocast
 from ..op import Op, Work, reference_gradients
 from ..tracing import constant_in_graphs
 from ..tuning import gpu_of
@@ -93,21 +92,9 @@ def attention_reference(
         mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         mask = mask if mask.dtype == torch.bool else mask.to(dtype)
     q_heads, k_heads, v_heads = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (N, H, ., D)
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, mask, scale=scale)
     return out.transpose(1, 2).to(q.dtype).contiguous()  # (N, L, H, D)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Disable autocast, which would cast the fp32 products back to half precision."""
-    if not _autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-@constant_in_graphs  # torch 2.11's Dynamo cannot trace the call
-def _autocast_available(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 def attention_formula(
@@ -148,7 +135,7 @@ def _written_out(
     if extra_k is not None and extra_v is not None:
         k, v = torch.cat([k, extra_k], 1), torch.cat([v, extra_v], 1)
     dtype = compute_dtype(q)
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         scores = torch.einsum("nlhd,nshd->nhls", q.to(dtype), k.to(dtype)) * scale
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, float("-inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .backend import triton_backend, why_not_dtypes
+from .backend import slower_in_fp32, triton_backend, why_not_dtypes
 from .functions import merged, sigmoid, two_sum, with_tile
 from .launches import (
     DTYPES,
@@ -18,3 +18,4 @@ from .launches import (
     tl,
     triton,
 )
+from .products import product, tile

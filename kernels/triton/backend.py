@@ -20,6 +20,11 @@ def why_not_dtypes(*args: Any) -> str | None:
     return None
 
 
+def slower_in_fp32(x: Tensor, *_: Any) -> str | None:
+    """`Backend.slower` of matrix products."""
+    return "its fp32 products do not use tensor cores" if x.dtype.itemsize == 4 else None
+
+
 def triton_backend(
     *,
     forward: Callable[..., Any],

@@ -104,6 +104,8 @@ def test_planned_calls_are_short() -> None:
         (op, backend) for op in kernels.OPS for backend in UNITS
     }
     for cost in found:
+        if not kernels.OPS[cost.op].backends[cost.backend].planned:
+            continue  # PyTorch's products, which a plan cannot repeat
         assert cost.cost is not None, cost
         assert 0 < cost.functions <= FUNCTIONS, cost
         assert cost.cost < 2 * UNITS[cost.backend], cost

@@ -14,6 +14,7 @@ import pytest
 from fastdiff.bench import counts, disassembly, predict, sass
 from fastdiff.bench.disassembly import NoToolError
 from fastdiff.bench.record import ROOT
+from tests.support.peers import import_diffusers
 
 LOOP = """
 	.section	.text.f,"ax",@progbits
@@ -164,6 +165,15 @@ def test_instructions_stay_within_their_limits(facts: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@needs_nvcc
+def test_an_evaluation_of_stable_diffusion_stays_within_its_launches() -> None:
+    """Guided, 64 x 64, with the CUDA kernels of norms: ours, and accelerated diffusers."""
+    import_diffusers("AutoencoderKL")
+    ours, accelerated = sass.totals_with_cuda("SD 1.5 U-Net", sass.cuda_plan())
+    assert ours <= 350
+    assert accelerated <= 400
+
+
 @needs_nvcc
 def test_predictions_use_the_counts(facts: dict[str, Any]) -> None:
     """Those of the backend with the fewest instructions; another compiler may differ a little."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdiff import kernels
 from fastdiff.bench.launches import Count, count
 from fastdiff.models import layers
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -79,6 +80,35 @@ def test_the_norm_adds_what_the_convolution_would(
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
 
 
+@torch.no_grad()
+def test_sums_and_concatenations_go_into_norms_and_products(
+    by_the_norm: Callable[[], None],
+) -> None:
+    network = packed_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    expected = network(**inputs("context"))
+    by_the_norm()
+    with kernels.record_backends() as ran:
+        actual = network(**inputs("context"))
+    assert {"linear_add", "linear_geglu", "cat_linear", "cat_group_norm_silu"} <= ran.keys()
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+def test_a_projection_with_a_hook_is_called(by_the_norm: Callable[[], None]) -> None:
+    """Whatever would be left out otherwise: the projections around GEGLU and sums, a shortcut."""
+    network, calls = packed_unet().to(memory_format=torch.channels_last), set[int]()  # type: ignore[call-overload]
+    transformer = network.transformers()[0]
+    block = network.res_blocks()[-1]
+    layers_in_it = [transformer.proj_out, transformer.blocks[0].ff.proj, block.skip]
+    expected = network(**inputs("context"))
+    for number, layer in enumerate(layers_in_it):
+        layer.register_forward_hook(lambda *_, number=number: calls.add(number))
+    by_the_norm()
+    actual = network(**inputs("context"))
+    assert calls == {0, 1, 2}
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
 def launches(name: str) -> Count:
     with torch.device("meta"):
         network = NETWORKS[name]().to(torch.bfloat16).eval()
@@ -90,9 +120,9 @@ def launches(name: str) -> Count:
 @pytest.mark.parametrize(
     ("name", "before_norms", "others"),
     [
-        # conv1 of all 8 blocks; conv2 of the 4 before a transformer and of the one before the
-        # middle; conv_in and the downsampling. conv2 of 3 blocks, the upsampling and conv_out
-        ("context", 8 + 5 + 2, 3 + 2),
+        # conv1 of all 8 blocks; conv2 of the 7 that a norm follows, over a concatenation too;
+        # conv_in and both resamplings. conv2 before the upsampling, and conv_out
+        ("context", 8 + 7 + 3, 1 + 1),
         # conv1 and conv2 of the 6 blocks, conv_in and the upsampling. conv_out
         ("decoder", 6 + 6 + 2, 1),
     ],
@@ -250,5 +280,5 @@ def test_a_packed_network_launches_one_product() -> None:
     apart, packed = counts
     blocks, contexts = len(UNet(CONTEXT).res_blocks()), len(UNet(CONTEXT).cross_attentions())
     assert apart["linear"] - packed["linear"] == blocks - 1 + contexts - 1
-    assert apart["addition"] - packed["addition"] == blocks - 1
+    assert apart["addition"] - packed["addition"] == blocks  # the product adds the biases
     assert apart["other"] == packed["other"]

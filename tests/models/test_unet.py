@@ -186,7 +186,8 @@ def test_attention_orders_of_openai(order: str) -> None:
     expected = (block.proj.weight @ out + block.proj.bias[:, None]).view(n, c, h, w)
     actual, residual = block(x)
     assert residual is x
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert actual.residual is x
+    torch.testing.assert_close(actual.x, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["openai", "ddpm"])
