@@ -287,37 +287,59 @@ def norm_launches(n: int, c: int, size: int) -> list[Launch]:
     return triton_launches("group_norm_silu", x, 32, meta(c), meta(c))
 
 
-def whole(launch: Launch, unit: str, numbers: int) -> float:
+def whole(launch: Launch, unit: str) -> float:
     """Instructions per number of a kernel without a loop."""
     way = shortest_path(triton_code(launch).instructions, unit)
-    return len(way.instructions) / way.units / numbers
+    return len(way.instructions) / way.units
 
 
-def triton_rows() -> Iterator[Row]:
-    wide = 8
-    [small] = norm_launches(1, 1280, 8)
-    yield Row(
-        kernel="GroupNorm+SiLU on chip",
-        backend="Triton",
-        parts={"whole kernel": whole(small, EXPONENTIAL, 1)},
-        aim=22,
+def sums_of(launch: Launch) -> list[str]:
+    """The shapes and layouts that a kernel sums, and those that it reshapes for it, in order: they
+    fix the order of its additions."""
+    text = ahead.compiled_for(launch, ARCHITECTURE).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
+    pattern = r'"tt\.reduce".*?\}\) : \((.*?)\) ->|tt\.reshape .*? : (.*?) ->'
+    found = [a or b for a, b in re.findall(pattern, text, re.DOTALL)]
+    return [re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), each) for each in found]
+
+
+LOAD = r"LDG.*\.128"
+
+
+def in_parts(launches: Sequence[Launch]) -> Row:
+    """The two kernels of a norm in parts: their loops, and what each program does once, divided by
+    its numbers. The first step of the moments' kernel is outside of its loop."""
+    code = [triton_code(launch) for launch in launches]
+    units = LOAD, EXPONENTIAL
+    ways = [main_loop(c.instructions, unit) for c, unit in zip(code, units, strict=True)]
+    steps, per_step = launches[1].arguments["steps"], ways[1].units
+    statistics, result = (len(way.instructions) for way in ways)
+    every = sum(
+        len(shortest_path(c.instructions, unit).instructions)
+        for c, unit in zip(code, units, strict=True)
     )
-    by_name = {launch.kernel.__name__: launch for launch in norm_launches(1, 320, 64)}
-    statistics, result = (triton_code(by_name[f"_{name}_kernel"]) for name in ("moments", "apply"))
-    ways = (
-        main_loop(statistics.instructions, r"(LDG|LDS).*\.128"),
-        shortest_path(result.instructions, EXPONENTIAL),
-    )
-    yield Row(
+    return Row(
         kernel="GroupNorm+SiLU in parts",
         backend="Triton",
         parts={
-            "statistics": len(ways[0].instructions) / ways[0].units / wide,
-            "result": len(ways[1].instructions) / ways[1].units,
+            "statistics": statistics / per_step,
+            "result": result / per_step,
+            "once": (every - 2 * statistics - result) / (steps * per_step),
         },
         aim=26,
-        flight=min(statistics.flight(ways[0]), result.flight(ways[1])),
+        flight=min(c.flight(way) for c, way in zip(code, ways, strict=True)),
     )
+
+
+def triton_rows() -> Iterator[Row]:
+    [small] = norm_launches(4, 1280, 8)  # no two programs share a sample's statistics
+    yield Row(
+        kernel="GroupNorm+SiLU on chip",
+        backend="Triton",
+        parts={"whole kernel": whole(small, EXPONENTIAL)},
+        aim=22,
+    )
+    yield in_parts(norm_launches(1, 320, 128))
     [geglu] = triton_launches("geglu", meta(2, 4096, 2560))
     yield straight("GEGLU", "Triton", triton_code(geglu))
     for d, tokens, heads in ((40, 4096, 8), (64, 4096, 10), (80, 1024, 8), (160, 256, 8)):
@@ -395,9 +417,22 @@ def cuda_start(plan: dict[str, int], c: int, s: int, groups: int) -> Start:
     return Start(plan=name, blocks=blocks, flight=min(at_once * per_block, s * c * 2))
 
 
-def triton_start(launches: Sequence[Launch]) -> tuple[str, int]:
-    """Kind of plan, and programs of the launch that reads x first."""
-    return "on chip" if len(launches) == 1 else "in parts", math.prod(launches[0].grid)
+def triton_start(launches: Sequence[Launch], c: int, s: int) -> Start:
+    """How the Triton kernels start: the launch that reads x first, for a sample of (C, S).
+
+    Its loads were counted where its program is the largest (`in_parts`); programs on chip load all
+    of their tile.
+    """
+    first = launches[0]
+    blocks, known = math.prod(first.grid), first.arguments
+    if len(launches) == 1:
+        shared = known["SPLIT"]
+        plan = "on chip" if shared == 1 else f"on chip, {shared} for the same groups"
+        return Start(plan=plan, blocks=blocks, flight=s * c * 2)
+    code = triton_code(norm_launches(1, 320, 128)[0])
+    at_once = min(blocks, MULTIPROCESSORS * resident(code.registers, code.threads, code.shared))
+    tile = known["UNROLL"] * known["ROWS"] * known["COLUMNS"] * 2
+    return Start(plan="in parts", blocks=blocks, flight=min(at_once * tile, s * c * 2))
 
 
 @cache
@@ -453,7 +488,7 @@ def totals_with_cuda(
 
 SIZE_HEAD = (
     *("network", "sample", "CUDA plan", "blocks, batch 1", "batch 2", "MB in flight"),
-    *("Triton plan", "programs, batch 1", "batch 2"),
+    *("Triton plan", "programs, batch 1", "batch 2", "MB in flight"),
 )
 
 
@@ -467,24 +502,30 @@ def norm_starts() -> dict[tuple[int, int], Start]:
     }
 
 
+@cache
+def triton_starts() -> dict[tuple[int, int], Start]:
+    """(C, height) -> how the Triton kernels start one sample."""
+    return {(c, h): triton_start(norm_launches(1, c, h), c, h * h) for _, c, h, _ in norm_sizes()}
+
+
+def start_cells(start: Start | None, twice: int, enough: float) -> tuple[str, ...]:
+    """Cells of a row, given the blocks for two samples and the bytes that should be in flight."""
+    if start is None:
+        return ("-",) * 4
+    short = "" if start.flight >= enough else f" of {enough / 1e6:.1f}"
+    return start.plan, f"{start.blocks}", f"{twice}", f"{start.flight / 1e6:.2f}{short}"
+
+
 def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
     """One row per norm, after the header."""
     found: list[tuple[str, ...]] = [SIZE_HEAD]
     for name, c, h, _ in norm_sizes():
-        start = starts.get((c, h))
-        cuda = ("-",) * 4
-        if start is not None:
-            enough = min(FLIGHT, c * h * h * 2)
-            short = "" if start.flight >= enough else f" of {enough / 1e6:.1f}"
-            cuda = (
-                start.plan,
-                f"{start.blocks}",
-                f"{2 * start.blocks}",
-                f"{start.flight / 1e6:.2f}{short}",
-            )
-        kind, programs = triton_start(norm_launches(1, c, h))
-        _, twice = triton_start(norm_launches(2, c, h))
-        found.append((name, f"({c}, {h}, {h})", *cuda, kind, f"{programs}", f"{twice}"))
+        enough = min(FLIGHT, c * h * h * 2)
+        cuda = starts.get((c, h))
+        cells = start_cells(cuda, 2 * cuda.blocks if cuda else 0, enough)
+        twice = math.prod(norm_launches(2, c, h)[0].grid)
+        cells += start_cells(triton_starts()[c, h], twice, enough)
+        found.append((name, f"({c}, {h}, {h})", *cells))
     return found
 
 
@@ -531,6 +572,10 @@ def counted() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
     return [HEAD, *map(row_cells, found)], size_rows(starts), missing
 
 
+ALIKE = ((1280, 8), (1920, 16))
+"""(C, height) of norms on chip, where few samples are shared by several programs."""
+
+
 def facts() -> dict[str, Any]:
     """What can be counted here, as plain values."""
     found, missing = rows()
@@ -539,6 +584,12 @@ def facts() -> dict[str, Any]:
         "missing": missing,
         "instructions": [[row.kernel, row.backend, row.total, row.flight] for row in found],
         "norms": [[c, h, start.blocks, start.flight] for (c, h), start in starts.items()],
+        "triton norms": []
+        if missing
+        else [[c, h, start.blocks, start.flight] for (c, h), start in triton_starts().items()],
+        "sums": []
+        if missing
+        else [[n, sums_of(norm_launches(n, c, h)[0])] for c, h in ALIKE for n in (1, 2, 4)],
         "versions": "" if missing else versions(),
         "section": "" if missing else section(),
     }
@@ -578,8 +629,8 @@ SECTION = """\
 Generated by `python -m fastdiff.bench.counts sass --docs` from the machine code that {versions}
 make for an H200 (sm_90), in bf16; a test holds the limits. GroupNorm and GEGLU: instructions per
 number; attention: per 64 keys, of a warp for 16 queries. Counted is the main loop, or the whole
-kernel where it has no loop. An H200 has time for 31 instructions per bf16 number that is read and
-written.
+kernel where it has no loop; of Triton's norm in parts also what each program does once, at
+(320, 128, 128). An H200 has time for 31 instructions per bf16 number that is read and written.
 
 {rows}
 
@@ -587,6 +638,9 @@ MB in flight are the loads that all threads issue before they use the first, on 
 
 Blocks of the launch that reads x first, and bytes of x that are on their way at a time: 132
 multiprocessors want at least 128 blocks for one sample, and 3.8 MB in flight or the whole sample.
+Triton's programs cannot share their sums within a launch. So where few programs hold a sample, up
+to 8 of them compute the same statistics, on multiprocessors that had nothing to do, and each its
+share of the result. The count on chip above is for four samples, where each number is read once.
 
 {sizes}
 

@@ -34,6 +34,58 @@ def group_totals(
 
 
 @jit
+def sums_of_groups(tile: tl.tensor, member: tl.tensor, GROUPS: tl.constexpr) -> tl.tensor:
+    """The sum of a tile over the columns of each group, (GROUPS,).
+
+    member: (columns, GROUPS), whether a column is of a group.
+    """
+    if GROUPS == 1:
+        sums = tl.sum(tile) + tl.zeros((1,), tl.float32)
+    else:
+        sums = tl.sum(tl.where(member, tl.sum(tile, 0)[:, None], 0.0), 0)
+    return sums
+
+
+@jit
+def of_columns(values: tl.tensor, member: tl.tensor) -> tl.tensor:
+    """The value of each column's group; 0 for a column of none."""
+    return tl.sum(tl.where(member, values[None, :], 0.0), 1)
+
+
+@jit
+def groups_of(
+    tile: tl.tensor, SIZE: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr
+) -> tl.tensor:
+    """The GROUPS groups from that of a tile's first column on; the last may lie outside of it."""
+    return tile * COLUMNS // SIZE + tl.arange(0, GROUPS)
+
+
+@jit
+def numbers_of(
+    group: tl.tensor,
+    tile: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """How many numbers of a group are in `rows` rows of a tile, 0 if it is elsewhere."""
+    first = tl.maximum(group * SIZE, tile * COLUMNS)
+    end = tl.minimum(tl.minimum(group * SIZE + SIZE, tile * COLUMNS + COLUMNS), channels)
+    return (tl.maximum(end - first, 0) * rows).to(tl.float32)
+
+
+@jit
+def load_tile(pointers: tl.tensor, inside: tl.tensor, POLICY: tl.constexpr) -> tl.tensor:
+    """Load in fp32, 0 outside; inside is None if all is. POLICY: how the L2 evicts it."""
+    if inside is None:
+        numbers = tl.load(pointers, eviction_policy=POLICY)
+    else:
+        numbers = tl.load(pointers, inside, other=0.0, eviction_policy=POLICY)
+    return numbers.to(tl.float32)
+
+
+@jit
 def film_scale(
     scale_shift: tl.tensor,
     sample: tl.tensor,
@@ -163,6 +215,27 @@ def small_regime(
     return shape.samples * cdiv(shape.channels, constants["CHANNELS"]), constants
 
 
+MOST_SPLIT = 8
+"""Programs that compute the same statistics, at most."""
+
+
+def split_small(
+    name: str, x: Tensor, shape: Shape, programs: int, constants: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """Programs and constants of the forward pass's one launch.
+
+    While there are fewer programs than FILL, the rows of the result are split; the statistics are
+    not, so no bit of them depends on the number of samples.
+    """
+    fill = config(name, x, f"{shape.layout}/small")["FILL"]
+    rows, columns, split = constants["ROWS"], constants["COLUMNS"], 1
+    while programs * split < fill and split < min(rows, MOST_SPLIT):
+        split *= 2
+    full = rows == shape.space
+    whole = full and columns == constants["CHANNELS"] and shape.channels % columns == 0
+    return programs * split, constants | {"FULL": full, "WHOLE": whole, "SPLIT": split}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Large:
     """How the large regime splits a sample. Nothing here depends on the number of samples."""
@@ -219,6 +292,65 @@ def large_regime(name: str, x: Tensor, shape: Shape) -> Large:
         apply_programs=cdiv(shape.space, apply_rows) * cdiv(shape.channels, apply_columns),
         finalize_programs=cdiv(shape.channels, count * shape.size),
         finalize=group_constants(shape, count, widest) | {"ROWS": numbers // widest, **warps},
+        samples=max(1, chosen["L2_MIB"] * 2**20 // max(1, x[0].nbytes)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """How the forward pass splits a sample that no program holds. Nothing here depends on the
+    number of samples."""
+
+    chunks: int
+    steps: int
+    """Tiles of the result per chunk."""
+    parts: int
+    """Moments of each group to merge."""
+    moments: dict[str, int]
+    """Constants of the kernel that computes the moments."""
+    result: dict[str, int]
+    """Constants of the kernel that merges them and computes the result."""
+    programs: int
+    """Programs of each kernel for one sample."""
+    samples: int
+    """Samples that pass through both kernels before the next are read, so that they fit the L2."""
+
+
+def parts_regime(name: str, x: Tensor, shape: Shape) -> Parts:
+    chosen = config(name, x, f"{shape.layout}/large")
+    rows, columns = tile_of(shape, chosen["TILE"], chosen["COLUMNS"])
+    tiles = cdiv(shape.channels, columns)
+    unroll = min(chosen["UNROLL"], next_power_of_2(shape.space) // rows)
+    while unroll > 1 and cdiv(shape.space, unroll * rows) * tiles < chosen["FILL"]:
+        unroll //= 2
+    blocks = cdiv(shape.space, unroll * rows)
+    chunks = cdiv(blocks, cdiv(blocks * tiles, chosen["PROGRAMS"]))
+    touched = [  # tiles that a group lies in
+        (first + shape.size - 1) // columns - first // columns + 1
+        for first in range(0, shape.channels, shape.size)
+    ]
+    spanned = [  # groups that a tile has a part of
+        (min(first + columns, shape.channels) - 1) // shape.size - first // shape.size + 1
+        for first in range(0, shape.channels, columns)
+    ]
+    groups = next_power_of_2(max(spanned))
+    parts = chunks * max(touched)
+    constants = {
+        "COLUMNS": columns,
+        "SIZE": shape.size,
+        "GROUPS": groups,
+        "PARTS": max(touched),
+        "WHOLE": shape.space % (unroll * rows) == 0 and shape.channels % columns == 0,
+        "num_warps": chosen["num_warps"],
+    }
+    merge = min(max(1, chosen["MERGE"] // groups), next_power_of_2(parts))
+    return Parts(
+        chunks=chunks,
+        steps=cdiv(blocks, chunks),
+        parts=parts,
+        moments=constants | {"ROWS": rows, "UNROLL": unroll},
+        result=constants | {"ROWS": unroll * rows, "MERGE": merge, "ONCE": merge >= parts},
+        programs=chunks * tiles,
         samples=max(1, chosen["L2_MIB"] * 2**20 // max(1, x[0].nbytes)),
     )
 

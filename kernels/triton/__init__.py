@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backend import slower_in_fp32, triton_backend, why_not_dtypes
-from .functions import merged, sigmoid, two_sum, with_tile
+from .functions import merged, sigmoid, silu, two_sum, with_tile
 from .launches import (
     DTYPES,
     INTERPRETED,

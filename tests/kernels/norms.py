@@ -17,6 +17,9 @@ CONFIG = {
     "COLUMNS": 64,
     "TILE": 1024,
     "APPLY_TILE": 2048,
+    "UNROLL": 2,
+    "FILL": 1,
+    "MERGE": 64,
     "PROGRAMS": 8,
     "CHUNK": 1,
     "FINALIZE": 1024,
@@ -30,7 +33,6 @@ KERNELS = {
     "small": {"_small_kernel", "_small_backward_kernel"},
     "large": {
         "_moments_kernel",
-        "_finalize_kernel",
         "_apply_kernel",
         "_sums_backward_kernel",
         "_finalize_backward_kernel",

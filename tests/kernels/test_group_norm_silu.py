@@ -8,8 +8,11 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from fastdiff import kernels
-from fastdiff.kernels import BackendError, backend, group_norm_silu
+from fastdiff.kernels import BackendError, add_group_norm_silu, backend, group_norm_silu
 from fastdiff.kernels.group_norm_silu.triton import forward
+from fastdiff.kernels.triton import recording_launches
+from fastdiff.kernels.tuning import override_config
+from fastdiff.kernels.tuning.configs import gpu_of, lookup
 from tests.kernels import cases
 from tests.kernels.interpreter import counting_traffic
 from tests.kernels.norms import KERNELS, REGIMES, kernels_of, regime
@@ -229,6 +232,28 @@ def test_large_batches_are_split_to_fit_the_l2_cache() -> None:
 
 
 @cases.needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("adds", [False, True])
+def test_programs_that_share_a_sample_change_no_bit(adds: bool, layout: str) -> None:
+    """With few samples, up to 8 programs compute the same statistics and a share of the result."""
+    x = LAYOUTS[layout](torch.randn(1, 24, 5, 7)).to(cases.device_of("triton"), torch.bfloat16)
+    weight, bias = torch.randn(2, 24).to(x).unbind()
+    results: list[tuple[torch.Tensor, ...]] = []
+    for fill in (1, 64):
+        with regime("small", FILL=fill), recording_launches() as launches:
+            forward(x.to("meta"), 4, None, None, None, None, None, 1e-5, "silu")
+        assert {launch.arguments["SPLIT"] for launch in launches} == {1 if fill == 1 else 8}
+        with backend("triton"), regime("small", FILL=fill):
+            if adds:
+                options = {"channel_add": weight, "residual": x}
+                results.append(add_group_norm_silu(x, 4, weight, bias, **options))
+            else:
+                results.append((group_norm_silu(x, 4, weight, bias),))
+    for whole, shared in zip(*results, strict=True):
+        assert torch.equal(whole, shared)
+
+
+@cases.needs_triton
 @pytest.mark.parametrize("kind", REGIMES)
 def test_triton_takes_gradients_of_any_strides(kind: str) -> None:
     device = cases.device_of("triton")
@@ -289,8 +314,11 @@ def test_triton_compiles_without_break_for_any_batch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_traffic_of_a_small_tensor(layout: str, dtype: torch.dtype) -> None:
+    """Where the samples fill the GPU; else up to 8 programs read the same, which the L2 has."""
     x = LAYOUTS[layout](torch.randn(2, 64, 16, 16)).to(dtype).requires_grad_()
-    forward, backward = count_traffic(x, 8, "small")
+    config = lookup("group_norm_silu", gpu_of(x.device), dtype, f"{layout}/small")
+    with override_config("group_norm_silu", config | {"FILL": 1}, f"{layout}/small"):
+        forward, backward = count_traffic(x, 8, "small")
     assert forward == pytest.approx(2 * x.nbytes, rel=0.05)
     assert backward == pytest.approx(3 * x.nbytes, rel=0.05)
 
@@ -303,12 +331,12 @@ def test_traffic_of_a_large_tensor(layout: str, dtype: torch.dtype) -> None:
     x = LAYOUTS[layout](torch.randn(1, 16 * groups, 64, 64)).to(dtype).requires_grad_()
     forward, backward = count_traffic(x, groups, "large")
     if layout == "nhwc":
-        sums, table = (20 / 128, 16 / 128), (12 / 64, 20 / 32)
-    else:  # a chunk is 4096 positions here, a tile 4096 (backward 2048)
-        sums, table = (20 / 4096, 16 / 4096), (12 / 4096, 20 / 2048)
-    own = [s + t for s, t in zip(sums, table, strict=True)]
-    assert forward == pytest.approx(3 * x.nbytes + own[0] * x.numel(), rel=0.05)
-    assert backward == pytest.approx(5 * x.nbytes + own[1] * x.numel(), rel=0.05)
+        programs, parts, own = 128, 128, 16 / 128 + 20 / 32
+    else:  # in the backward pass a chunk is 4096 positions, a tile 2048
+        programs, parts, own = 64, 4 * 16, 16 / 4096 + 20 / 2048
+    moments = 8 * groups * parts  # each program reads all
+    assert forward == pytest.approx(3 * x.nbytes + (1 + programs) * moments, rel=0.05)
+    assert backward == pytest.approx(5 * x.nbytes + own * x.numel(), rel=0.05)
 
 
 def count_traffic(x: torch.Tensor, groups: int, kind: str) -> tuple[int, int]:

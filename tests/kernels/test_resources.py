@@ -32,6 +32,7 @@ PRODUCTS = (
     "attention_backward_keys",
     "attention_backward_queries",
     "attention_context",
+    *("cat_linear", "linear_add", "linear_geglu"),
 )
 """Tunables whose kernels multiply tiles; all others are bound by memory."""
 
@@ -47,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
     class of many pieces. Each config is compiled for one of the GPUs that use it; the record has
     the resources on all GPUs."""
     moving = ("--op", *(name for name in TUNABLES if name not in PRODUCTS))
-    products = ("--op", *PRODUCTS, "--shape-class", "self/80", "80/80", "fp32/64")
+    products = ("--op", *PRODUCTS, "--shape-class", "self/80", "80/80", "fp32/64", "small")
     some = (moving, (*moving, "--dtype", "float16"), products)
     return [row for options in some for row in compiled("--once", *options)]
 

@@ -15,13 +15,32 @@ from fastdiff.kernels.group_norm_silu.triton_forward import forward
 from fastdiff.kernels.tuning import Config
 
 
-def _candidates(most: int, shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
+def _small_candidates(most: int) -> Iterator[Config]:
     """most: the boundary between the regimes, which a search within one of them cannot move."""
+    for segment in (32, 64, 128):
+        for per_thread in (8, 16, 32, 64):
+            limits = {"SEGMENT": segment, "LEAST": 1024, "MOST": most}
+            yield limits | {"PER_THREAD": per_thread}
+
+
+def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
+    """Of the forward pass."""
     if shape_class.endswith("small"):
-        for segment in (32, 64, 128):
-            for per_thread in (8, 16, 32, 64):
-                limits = {"SEGMENT": segment, "LEAST": 1024, "MOST": most}
-                yield limits | {"PER_THREAD": per_thread}
+        for candidate in _small_candidates(32768):
+            yield candidate | {"FILL": 128}
+        return
+    for columns in (64, 128):
+        for tile, warps in ((1024, 4), (2048, 4), (2048, 8)):
+            for unroll in (4, 8):
+                for programs in (320, 640):
+                    cut = {"COLUMNS": columns, "TILE": tile, "UNROLL": unroll, "FILL": 128}
+                    rest = {"MERGE": 2048, "L2_MIB": 32, "num_warps": warps}
+                    yield cut | rest | {"PROGRAMS": programs}
+
+
+def _backward_candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
+    if shape_class.endswith("small"):
+        yield from _small_candidates(8192)
         return
     for columns in (64, 128):
         for tile in (1024, 2048, 4096):
@@ -96,15 +115,15 @@ def _backward_calls(shape_class: str, dtype: torch.dtype, device: str) -> list[C
     return [call((2, 2560, 8, 8)), call((2, 320, 8, 8), film=True, adds=True)]
 
 
-for _name, _most, _made in (
-    ("group_norm_silu", 32768, _calls),
-    ("group_norm_silu_backward", 8192, _backward_calls),
+for _name, _tried, _made in (
+    ("group_norm_silu", _candidates, _calls),
+    ("group_norm_silu_backward", _backward_candidates, _backward_calls),
 ):
     define_tunable(
         Tunable(
             name=_name,
             shape_classes=("nhwc/small", "nhwc/large", "nchw/small", "nchw/large"),
-            candidates=partial(_candidates, _most),
+            candidates=_tried,
             calls=_made,
         )
     )

@@ -46,11 +46,7 @@ def _calls(op: str) -> Callable[[str, torch.dtype, str], list[Callable[[], Any]]
             weight = make(c, 2 * c)
             return [lambda: cat_linear.forward(x, x, weight, bias, False)]
         weight = make(c, c)
-        return [
-            lambda: linear_add.forward(x, weight, bias, x, x, False),
-            lambda: linear_add.forward(x, weight, bias, x, None, False),
-            lambda: linear_add.forward(x, weight, bias, None, x, False),
-        ]
+        return [lambda: linear_add.forward(x, weight, bias, x, x, False)]
 
     return calls
 
