@@ -20,6 +20,7 @@ LENGTHS = (513, 576, 640)
 """The first length with a ragged tile, one between two tiles of 128 keys, and whole tiles."""
 KERNEL = "attention_hopper"
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Draw = Callable[[int], Tensor]
 
 
 def wrong_columns(attention: Attention, d: int, length: int, device: str) -> list[int]:
@@ -53,12 +54,7 @@ def checks() -> Iterator[tuple[str, str]]:
 
     Parity at these lengths is checked as well, against fp64, by the rule of all parity cases.
     """
-    from fastdiff import kernels
     from tests.support.parity import assert_parity
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with kernels.backend("cuda"):
-            return kernels.attention(q, k, v)
 
     for d, length in product(HEAD_DIMS, LENGTHS):
         label = f"d = {d}, {length} tokens, sm_90a"
@@ -69,24 +65,8 @@ def checks() -> Iterator[tuple[str, str]]:
         said = f"wgmma reads other columns of V at {columns}; set HOPPER_FROM = -1" * bool(columns)
         yield f"columns of wgmma's B operand, {label}", said
 
-        def drawn(seed: int, dtype: torch.dtype, d: int = d, length: int = length) -> Tensor:
-            generator = torch.Generator("cuda").manual_seed(seed)
-            q = torch.randn(3, 2, length, 2, d, device="cuda", generator=generator)
-            return q.bfloat16().to(dtype)
-
-        def reference(
-            seed: int, dtype: torch.dtype, drawn: Callable[..., Tensor] = drawn
-        ) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in drawn(seed, dtype))
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            return y.transpose(1, 2)
-
         try:
-            assert_parity(
-                lambda seed, drawn=drawn: ours(*drawn(seed, torch.bfloat16)),
-                lambda seed, reference=reference: reference(seed, torch.float64),
-                lambda seed, reference=reference: reference(seed, torch.bfloat16),
-            )
+            assert_parity(*_draws(length, d))
         except AssertionError as error:
             yield f"parity of attention, {label}", " ".join(str(error).split())[:300]
         else:
@@ -96,3 +76,31 @@ def checks() -> Iterator[tuple[str, str]]:
 def served() -> bool:
     """Whether this GPU is of compute capability 9.0."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The op on its CUDA backend."""
+    from fastdiff import kernels
+
+    with kernels.backend("cuda"):
+        return kernels.attention(q, k, v)
+
+
+def _draws(length: int, d: int) -> tuple[Draw, Draw, Draw]:
+    """Our result, PyTorch's in fp64 and in bf16, as functions of the seed of bf16 operands."""
+
+    def drawn(seed: int, dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        q = torch.randn(3, 2, length, 2, d, device="cuda", generator=generator)
+        return q.bfloat16().to(dtype)
+
+    def reference(seed: int, dtype: torch.dtype) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in drawn(seed, dtype))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return y.transpose(1, 2)
+
+    return (
+        lambda seed: ours(*drawn(seed, torch.bfloat16)),
+        lambda seed: reference(seed, torch.float64),
+        lambda seed: reference(seed, torch.bfloat16),
+    )

@@ -114,7 +114,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-BIAS_IS_A_LAUNCH = ("cuda", "meta")
+BIAS_IS_A_LAUNCH: tuple[str, ...] = ("cuda", "meta")
 """Devices on which a convolution's bias takes another pass over its result: PyTorch adds it to
 cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU is planned for."""
 
