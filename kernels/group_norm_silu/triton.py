@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ def _cat_gradients(
 
 
 _forward, _backward = of_two_inputs(_cat_forward, _cat_gradients)
-CAT = triton_backend(forward=_forward, backward=_backward)
-"""The backend of `cat_group_norm_silu`."""
+CAT = replace(triton_backend(forward=_forward, backward=_backward), planned=False)
+"""The backend of `cat_group_norm_silu`; a plan cannot repeat PyTorch's concatenation."""
 ADDING = triton_backend(forward=forward, backward=backward)
 """The backend of `add_group_norm_silu`."""
 BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))
