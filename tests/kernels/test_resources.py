@@ -140,7 +140,7 @@ def test_norm_and_pointwise_kernels_load_16_bytes(rows: list[dict[str, Any]]) ->
 
 
 def test_no_kernel_computes_in_double_precision(rows: list[dict[str, Any]]) -> None:
-    # except the fp32 sum of dout * out, which is subtracted from dP and where digits cancel, and the
+    # except the fp32 sum of dout * out, subtracted from dP, where digits cancel, and the
     # last sum of a log-probability, a few numbers per sample
     exact = [
         r
