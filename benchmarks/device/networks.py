@@ -17,7 +17,7 @@ from benchmarks.device.dry import dry_jobs
 from benchmarks.device.measure import run_cases
 from benchmarks.device.table import Plan
 from benchmarks.networks import gpu_networks
-from benchmarks.networks.plain import plain_ops
+from fastdiff.bench.plain import plain_ops
 from fastdiff import kernels
 from fastdiff.bench import shapes
 from fastdiff.bench.clock import HostTimer, Method, Timer, Timing, timer_for

@@ -294,40 +294,83 @@ class for ADM."""
 DTYPE = torch.bfloat16
 
 
-def native(job: Job) -> Count:
-    """fastdiff's network. A U-Net gets the embedding and the keys and values of the context, which
-    the engine computes once per request."""
+class Body(nn.Module):
+    """What the engine evaluates of a network: all but the embedding and the text's projections."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, emb: Tensor, kvs: Any) -> Tensor:
+        y: Tensor = self.network.body(x, emb, kvs)
+        return y
+
+
+def native_network(job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    """fastdiff's network on the meta device, and its inputs. A U-Net gets the embedding and the
+    keys and values of the context, which the engine computes once per request."""
     module, inputs = job.build("meta", DTYPE)
     if not isinstance(module, Network):
-        return count(lambda: module(**inputs))
+        return module, inputs
     network = module
     with torch.no_grad(), shapes_only():
         emb = network.embed(inputs["t"], inputs.get("y"), inputs.get("added"))
         context = inputs.get("context")
         kvs = None if context is None else network.project_context(context)
-    return count(lambda: network.body(inputs["x"], emb, kvs))
+    return Body(network), {"x": inputs["x"], "emb": emb, "kvs": kvs}
 
 
-def of_diffusers(job_name: str, *, accelerated: bool) -> Count:
-    """diffusers' network as a pipeline calls it; `accelerated` by `fastdiff.accelerate`."""
+def native(job: Job) -> Count:
+    """fastdiff's network."""
+    module, inputs = native_network(job)
+    return count(lambda: module(**inputs))
+
+
+class Decode(nn.Module):
+    """The decoder of diffusers' autoencoder."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        y: Tensor = self.autoencoder.decode(z, return_dict=False)[0]
+        return y
+
+
+def diffusers_network(job_name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """diffusers' network on the meta device, and the arguments that a pipeline calls it with."""
     kind, config = DIFFUSERS[job_name]
     job = GPU_JOBS[job_name]
     diffusers = import_extra("diffusers", extra="diffusers")
     with torch.device("meta"):
         module = getattr(diffusers, kind)(**config).to(DTYPE).eval()
         x = torch.empty(job.batch, 4, job.size, job.size, dtype=DTYPE)
-    if accelerated:
-        import_extra("fastdiff.integrations", extra="diffusers").accelerate(module)
-    with torch.device("meta"):
         if kind == "AutoencoderKL":
-            return count(lambda: module.decode(x))
+            return Decode(module), {"z": x}
         width, t = module.config.cross_attention_dim, torch.empty(())
         context = torch.empty(job.batch, CONTEXT_TOKENS, width, dtype=DTYPE)
         added = {
             "time_ids": torch.empty(job.batch, 6, dtype=DTYPE),
             "text_embeds": torch.empty(job.batch, 1280, dtype=DTYPE),
         }
-        return count(lambda: module(x, t, context, added_cond_kwargs=added))
+    return module, {
+        "sample": x,
+        "timestep": t,
+        "encoder_hidden_states": context,
+        "added_cond_kwargs": added,
+        "return_dict": False,
+    }
+
+
+def of_diffusers(job_name: str, *, accelerated: bool) -> Count:
+    """diffusers' network as a pipeline calls it; `accelerated` by `fastdiff.accelerate`."""
+    module, inputs = diffusers_network(job_name)
+    if accelerated:
+        accelerate = import_extra("fastdiff.integrations", extra="diffusers").accelerate
+        accelerate(module.autoencoder if isinstance(module, Decode) else module)
+    with torch.device("meta"):
+        return count(lambda: module(**inputs))
 
 
 @cache
