@@ -29,6 +29,8 @@ $(RUNTIME): pyproject.toml setup.py constraints.txt
 $(STAMP): $(RUNTIME)
 	@echo "installing what tests, training and the documentation need"
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt 'fastdiff[dev]'
+	@# not into site-packages: diffusers and transformers change their ways where they find it
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt --target $(VENV)/kernels-library --upgrade kernels
 	@# many processes will start at once, and perhaps where bytecode is not written; exit 1: a template that is not Python
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@

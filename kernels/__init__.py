@@ -11,6 +11,7 @@ if TYPE_CHECKING or __name__ != "kernels":
     from .add_group_norm_silu import add_group_norm_silu as add_group_norm_silu
     from .add_layer_norm import add_layer_norm as add_layer_norm
     from .attention import attention as attention
+    from .cat_group_norm_silu import cat_group_norm_silu as cat_group_norm_silu
     from .choose import (
         BACKENDS,
         OPS,

@@ -49,7 +49,9 @@ from .plans import LIMIT, Plan, signature
 from .plans import record as record_plan
 from .tuning import measured
 
-NAMESPACE = "fastdiff"
+NAMESPACE = __name__.partition(".")[0]
+"""Of the registered ops: "fastdiff", or the name under which an exported package is loaded
+(fastdiff/integrations/kernel_package.py), so that both can be in one process."""
 MARKS = {name: 2 + number for number, name in enumerate(ORDER)}
 """Backend -> its mark's stride. 1 is reserved: it is the default stride of an empty tensor."""
 

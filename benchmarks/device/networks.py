@@ -17,10 +17,10 @@ from benchmarks.device.dry import dry_jobs
 from benchmarks.device.measure import run_cases
 from benchmarks.device.table import Plan
 from benchmarks.networks import gpu_networks
-from fastdiff.bench.plain import plain_ops
 from fastdiff import kernels
 from fastdiff.bench import shapes
 from fastdiff.bench.clock import HostTimer, Method, Timer, Timing, timer_for
+from fastdiff.bench.plain import plain_ops
 from fastdiff.bench.record import LAUNCHED, LOOP, LOOP_LAUNCHED, NETWORK
 from fastdiff.bench.run import Outcome, cases, lost_context, said
 from fastdiff.bench.shapes import Job

@@ -25,8 +25,8 @@ from types import FrameType
 from typing import Any
 
 from benchmarks.device import records, table
-from benchmarks.device.clocks import Clocks
 from benchmarks.device.table import GOOD, ROOT, STATUSES, Plan, Result, Stage
+from fastdiff.bench.clocks import Clocks
 
 GRACE_S = 12.0
 """Seconds between the end of a stage's own time and its limit, to write down its results."""

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CALL_SECONDS = {1: 8.0 * 60, 2: 4.5 * 60}
 """Call -> the longest it may take, from start to end."""
 CHECKED = (
-    *("attention", "group_norm_silu", "add_group_norm_silu", "sampler_step"),
+    *("attention", "group_norm_silu", "add_group_norm_silu", "cat_group_norm_silu"),
+    "sampler_step",
     *("geglu", "layer_norm", "add_layer_norm", "ada_layer_norm", "gate_residual"),
     "gather_rows",
 )

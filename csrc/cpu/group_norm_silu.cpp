@@ -6,6 +6,8 @@
 // lose no precision. The moments of channels and chunks are merged in fp64 with Chan's formula, in
 // order. NCHW: a group is contiguous, and is one unit of work from its moments to its results.
 //
+// Two inputs are joined a chunk or a group at a time (Halves).
+//
 // A mean is stored as two fp32 numbers (high + low): x - high is exact when the mean is large, and the
 // low part is folded into the shift.
 #include "group_norm_walk.h"
@@ -21,13 +23,13 @@ template <class T> struct Forward {
   const bool adds;
   const T* x;
   T *total, *y;
-  const T* normed;  // the tensor to normalize: x, or the total
+  const Halves<const T> normed;  // the tensor to normalize: x, or the total, and the skip
 
   explicit Forward(const GroupNorm& arguments)
       : a(arguments), affine{a.weight, a.bias, a.scale_shift, a.c}, size(a.c / a.groups),
         numbers(a.c * a.space), adds(a.total != nullptr), x(static_cast<const T*>(a.x)),
-        total(static_cast<T*>(a.total)),
-        y(static_cast<T*>(a.y)), normed(adds ? total : x) {}
+        total(static_cast<T*>(a.total)), y(static_cast<T*>(a.y)),
+        normed{adds ? total : x, static_cast<const T*>(a.skip), a.c, a.split, a.space} {}
 
   const float* widen_residual(int64_t at, float* buffer, int64_t n) const {
     if (a.wide_residual) return static_cast<const float*>(a.residual) + at;
@@ -82,29 +84,43 @@ template <class T> struct Forward {
 
   Part whole(const Rows& rows) const { return part_of(rows, 0, a.groups); }
 
+  // total = x + add + residual, from an element on
+  void add_piece(int64_t at, const float* RESTRICT add, int64_t count) const {
+    alignas(64) float buffer[PIECE], residual_buffer[PIECE], out_buffer[PIECE];
+    const float* RESTRICT in = widen(x + at, buffer, count);
+    float* RESTRICT out = target(total + at, out_buffer);
+    if (a.residual && a.channel_add) {
+      const float* RESTRICT more = widen_residual(at, residual_buffer, count);
+      SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i] + more[i];
+    } else if (a.residual) {
+      const float* RESTRICT more = widen_residual(at, residual_buffer, count);
+      SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + more[i];
+    } else {
+      SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i];
+    }
+    narrow(out, total + at, count);
+  }
+
+  // The same for the places of a chunk where x has fewer channels than the rows.
+  void add_left(const Rows& rows, int64_t n, int64_t chunk, const Part& part) const {
+    const int64_t place = n * a.space + chunk * rows.per_chunk * rows.k;
+    const int64_t first = rows.k > 1 ? 0 : part.first, last = rows.k > 1 ? a.c : part.last;
+    for (int64_t p = 0; p < rows.chunk_numbers(chunk) / a.c; ++p)
+      for (int64_t j = first; j < smaller(last, a.split); j += PIECE)
+        add_piece((place + p) * a.split + j, a.channel_add ? channel_add(n) + j : nullptr,
+                  smaller(PIECE, smaller(last, a.split) - j));
+  }
+
   void add_chunk(const Rows& rows, int64_t n, int64_t chunk, const Part& part,
                  float* columns) const {
+    if (normed.right) return add_left(rows, n, chunk, part);
     if (a.channel_add) {
       const float* values = channel_add(n);
       for (int64_t i = 0; i < a.c; ++i) columns[i] = values[i];
       rows.spread(columns);
     }
-    alignas(64) float buffer[PIECE], residual_buffer[PIECE], out_buffer[PIECE];
     rows.pieces(chunk, part.first, part.last, [&](int64_t at, int64_t column, int64_t count) {
-      at += n * numbers;
-      const float* RESTRICT in = widen(x + at, buffer, count);
-      float* RESTRICT out = target(total + at, out_buffer);
-      const float* RESTRICT add = columns + column;
-      if (a.residual && a.channel_add) {
-        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
-        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i] + more[i];
-      } else if (a.residual) {
-        const float* RESTRICT more = widen_residual(at, residual_buffer, count);
-        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + more[i];
-      } else {
-        SIMD for (int64_t i = 0; i < count; ++i) out[i] = in[i] + add[i];
-      }
-      narrow(out, total + at, count);
+      add_piece(n * numbers + at, columns + column, count);
     });
   }
 
@@ -158,14 +174,19 @@ template <class T> struct Forward {
     rows.spread(pivot);
   }
 
+  // Numbers of the memory in which the halves of a chunk are joined.
+  int64_t joined_numbers(const Rows& rows) const {
+    return normed.right ? rows.per_chunk * rows.width : 0;
+  }
+
   // Moments of the part's groups over a chunk; `memory` has room for three rows.
   void chunk_moments(const Rows& rows, int64_t n, int64_t chunk, const Part& part, float* memory,
-                     Moments* moments) const {
+                     T* joined, Moments* moments) const {
     float *s = memory, *q = s + rows.width, *pivot = q + rows.width;
     if (adds) add_chunk(rows, n, chunk, part, s);
     clear(s + part.first, part.last - part.first);
     clear(q + part.first, part.last - part.first);
-    const T* begin = normed + n * numbers + chunk * rows.per_chunk * rows.width;
+    const T* begin = normed.chunk(rows, n, chunk, part.first, part.last, joined);
     const int64_t count = rows.chunk_numbers(chunk), full = count / rows.width;
     pivots(rows, begin, count, part, pivot);
     for (int64_t j = part.first; j < part.last; j += PIECE) {
@@ -243,10 +264,12 @@ template <class T> struct Forward {
   }
 
   void apply_chunk(const Rows& rows, int64_t n, int64_t chunk, const Part& part,
-                   const float* columns) const {
+                   const float* columns, T* joined) const {
     const float *m = columns, *factor = m + rows.width, *shift = factor + rows.width;
+    const T* begin = normed.chunk(rows, n, chunk, part.first, part.last, joined);
+    const int64_t offset = chunk * rows.per_chunk * rows.width;
     rows.pieces(chunk, part.first, part.last, [&](int64_t at, int64_t column, int64_t count) {
-      apply(normed + n * numbers + at, y + n * numbers + at, m + column, factor + column,
+      apply(begin + (at - offset), y + n * numbers + at, m + column, factor + column,
             shift + column, count);
     });
   }
@@ -259,14 +282,16 @@ template <class T> struct Forward {
              [&](int64_t begin, int64_t end) {
                Scratch<Moments> moments(rows.chunks * a.groups);
                Scratch<float> columns(3 * rows.width);  // until then, scratch for the moments
+               Scratch<T> joined(joined_numbers(rows));
                for (int64_t i = begin; i < end; ++i) {
                  const int64_t n = i / parts, g = i % parts * groups;
                  const Part part = part_of(rows, g, smaller(g + groups, a.groups));
                  for (int64_t j = 0; j < rows.chunks; ++j)
-                   chunk_moments(rows, n, j, part, columns.data, moments.data + j * a.groups);
+                   chunk_moments(rows, n, j, part, columns.data, joined.data,
+                                 moments.data + j * a.groups);
                  columns_of(rows, n, part, moments.data, columns.data);
                  for (int64_t j = rows.chunks; j-- > 0;)
-                   apply_chunk(rows, n, j, part, columns.data);
+                   apply_chunk(rows, n, j, part, columns.data, joined.data);
                }
              });
   }
@@ -285,17 +310,19 @@ template <class T> struct Forward {
     Scratch<float> columns(a.n * 3 * rows.width);
     parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
       Scratch<float> memory(3 * rows.width);
+      Scratch<T> joined(joined_numbers(rows));
       for (int64_t i = begin; i < end; ++i)
-        chunk_moments(rows, i / rows.chunks, i % rows.chunks, part, memory.data,
+        chunk_moments(rows, i / rows.chunks, i % rows.chunks, part, memory.data, joined.data,
                       moments.data + i * a.groups);
     });
     for (int64_t n = 0; n < a.n; ++n)
       columns_of(rows, n, part, moments.data + n * rows.chunks * a.groups,
                  columns.data + n * 3 * rows.width);
     parallel(a.n * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      Scratch<T> joined(joined_numbers(rows));
       for (int64_t i = end; i-- > begin;)  // backwards: the last chunks read are still in the cache
         apply_chunk(rows, i / rows.chunks, i % rows.chunks, part,
-                    columns.data + i / rows.chunks * 3 * rows.width);
+                    columns.data + i / rows.chunks * 3 * rows.width, joined.data);
     });
   }
 
@@ -305,7 +332,7 @@ template <class T> struct Forward {
     alignas(64) float buffer[PIECE], residual_buffer[PIECE], out_buffer[PIECE];
     const float add = a.channel_add ? channel_add(n)[c] : 0.0f;
     for (int64_t j = 0; j < a.space; j += PIECE) {
-      const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
+      const int64_t at = (n * a.split + c) * a.space + j, count = smaller(PIECE, a.space - j);
       const float* RESTRICT in = widen(x + at, buffer, count);
       float* RESTRICT out = target(total + at, out_buffer);
       if (a.residual) {
@@ -339,11 +366,12 @@ template <class T> struct Forward {
     return {double(center) + mean_off, q - off * mean_off};
   }
 
-  void group(int64_t n, int64_t g) const {
+  // joined: memory for a group whose channels are in both halves.
+  void group(int64_t n, int64_t g, T* joined) const {
     const int64_t length = size * a.space, chunks = ceil_div(length, CHUNK);
     if (adds)
-      for (int64_t c = g * size; c < (g + 1) * size; ++c) add_channel(n, c);
-    const T* run = normed + n * numbers + g * length;
+      for (int64_t c = g * size; c < smaller(a.split, (g + 1) * size); ++c) add_channel(n, c);
+    const T* run = normed.channels(n, g * size, (g + 1) * size, joined);
     Moments merged;
     if (chunks == 1) {
       merged = run_moments(run, length);
@@ -362,8 +390,9 @@ template <class T> struct Forward {
       const float factor = stats[2] * affine.factor(n, c);
       const float shift = affine.offset(n, c) - stats[1] * factor;
       for (int64_t j = 0; j < a.space; j += PIECE) {
-        const int64_t at = n * numbers + c * a.space + j;
-        apply(normed + at, y + at, stats[0], factor, shift, smaller(PIECE, a.space - j));
+        const int64_t at = (c - g * size) * a.space + j;
+        apply(run + at, y + n * numbers + g * length + at, stats[0], factor, shift,
+              smaller(PIECE, a.space - j));
       }
     }
   }
@@ -371,7 +400,8 @@ template <class T> struct Forward {
   void channels_first() const {
     const int64_t grain = larger(1, NUMBERS_PER_THREAD / (size * a.space));
     parallel(a.n * a.groups, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) group(i / a.groups, i % a.groups);
+      Scratch<T> joined(a.split % size ? size * a.space : 0);
+      for (int64_t i = begin; i < end; ++i) group(i / a.groups, i % a.groups, joined.data);
     });
   }
 };

@@ -15,14 +15,16 @@ template <class T> struct Backward {
   const GroupNormBackward& a;
   const Affine affine;
   const int64_t size, numbers;
-  const T *dy, *dtotal, *x;
-  T* dx;
+  const T* dy;
+  const Halves<const T> x, dtotal;
+  const Halves<T> dx;
 
   explicit Backward(const GroupNormBackward& arguments)
       : a(arguments), affine{a.weight, a.bias, a.scale_shift, a.c}, size(a.c / a.groups),
         numbers(a.c * a.space), dy(static_cast<const T*>(a.dy)),
-        dtotal(static_cast<const T*>(a.dtotal)), x(static_cast<const T*>(a.x)),
-        dx(static_cast<T*>(a.dx)) {}
+        x{static_cast<const T*>(a.x), static_cast<const T*>(a.skip), a.c, a.split, a.space},
+        dtotal{static_cast<const T*>(a.dtotal), nullptr, a.c, a.split, a.space},
+        dx{static_cast<T*>(a.dx), static_cast<T*>(a.dskip), a.c, a.split, a.space} {}
 
   float derivative(float f) const {
     const float s = sigmoid(f);
@@ -84,10 +86,12 @@ template <class T> struct Backward {
     float *sum1 = memory.data, *sum2 = sum1 + rows.width;
     clear(sum1, 2 * rows.width);
     alignas(64) float buffer[PIECE], dy_buffer[PIECE];
+    Scratch<T> joined(x.right ? rows.per_chunk * rows.width : 0);
+    const T* chunk_x = x.chunk(rows, n, chunk, 0, a.c, joined.data);
+    const int64_t offset = chunk * rows.per_chunk * rows.width;
     rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
-      at += n * numbers;
-      const float* RESTRICT in = widen(x + at, buffer, count);
-      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      const float* RESTRICT in = widen(chunk_x + (at - offset), buffer, count);
+      const float* RESTRICT gradient = widen(dy + n * numbers + at, dy_buffer, count);
       const float *RESTRICT m = columns + column, *RESTRICT r = m + R * rows.width,
                   *RESTRICT t = m + T_ * rows.width, *RESTRICT factor = m + FACTOR * rows.width,
                   *RESTRICT offset = m + OFFSET * rows.width;
@@ -115,21 +119,37 @@ template <class T> struct Backward {
     }
   }
 
+  // A chunk of dtotal, and zeros in the columns of the skip.
+  const T* with_zeros(const Rows& rows, int64_t n, int64_t chunk, T* to) const {
+    __builtin_memset(to, 0, size_t(rows.chunk_numbers(chunk)) * sizeof(T));
+    return dtotal.columns(rows, n, chunk, 0, a.split, to);
+  }
+
   // channel_sums: (c), sums of this chunk's dx, or null.
   void chunk_dx(const Rows& rows, int64_t n, int64_t chunk, const float* columns,
                 float* channel_sums) const {
     Scratch<float> memory(rows.width);
     if (channel_sums) clear(memory.data, rows.width);
     alignas(64) float buffer[PIECE], dy_buffer[PIECE], more_buffer[PIECE], out_buffer[PIECE];
+    const bool joins = x.right != nullptr;
+    const int64_t room = joins ? rows.per_chunk * rows.width : 0;
+    const int64_t offset = chunk * rows.per_chunk * rows.width;
+    Scratch<T> joined_x(room), joined_dx(room), joined_dtotal(dtotal.left ? room : 0);
+    const T* chunk_x = x.chunk(rows, n, chunk, 0, a.c, joined_x.data);
+    const T* chunk_dtotal = nullptr;
+    if (dtotal.left)
+      chunk_dtotal = joins ? with_zeros(rows, n, chunk, joined_dtotal.data)
+                           : dtotal.left + n * numbers + offset;
+    T* const chunk_dx = joins ? joined_dx.data : dx.left + n * numbers + offset;
     rows.pieces(chunk, [&](int64_t at, int64_t column, int64_t count) {
-      at += n * numbers;
-      const float* RESTRICT in = widen(x + at, buffer, count);
-      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      const float* RESTRICT gradient = widen(dy + n * numbers + at, dy_buffer, count);
+      at -= offset;
+      const float* RESTRICT in = widen(chunk_x + at, buffer, count);
       const float *RESTRICT m = columns + column, *RESTRICT r = m + R * rows.width,
                   *RESTRICT t = m + T_ * rows.width, *RESTRICT factor = m + FACTOR * rows.width,
                   *RESTRICT offset = m + OFFSET * rows.width, *RESTRICT k1 = m + K1 * rows.width,
                   *RESTRICT k2 = m + K2 * rows.width, *RESTRICT k3 = m + K3 * rows.width;
-      float* RESTRICT out = target(dx + at, out_buffer);
+      float* RESTRICT out = target(chunk_dx + at, out_buffer);
       if (a.silu) {
         SIMD for (int64_t i = 0; i < count; ++i) {
           const float normal = (in[i] - m[i]) * r[i] + t[i];
@@ -142,16 +162,17 @@ template <class T> struct Backward {
           out[i] = gradient[i] * k1[i] + (normal * k2[i] + k3[i]);
         }
       }
-      if (dtotal) {
-        const float* RESTRICT more = widen(dtotal + at, more_buffer, count);
+      if (dtotal.left) {
+        const float* RESTRICT more = widen(chunk_dtotal + at, more_buffer, count);
         SIMD for (int64_t i = 0; i < count; ++i) out[i] += more[i];
       }
       if (channel_sums) {
         float* RESTRICT s = memory.data + column;
         SIMD for (int64_t i = 0; i < count; ++i) s[i] += out[i];
       }
-      narrow(out, dx + at, count);
+      narrow(out, chunk_dx + at, count);
     });
+    if (joins) dx.split_chunk(rows, n, chunk, chunk_dx);
     if (channel_sums) {
       rows.fold(memory.data);
       for (int64_t c = 0; c < a.c; ++c) channel_sums[c] = memory.data[c];
@@ -208,9 +229,10 @@ template <class T> struct Backward {
     alignas(64) float buffer[PIECE], dy_buffer[PIECE];
     double sum1 = 0, sum2 = 0;
     for (int64_t j = 0; j < a.space; j += PIECE) {
-      const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
-      const float* RESTRICT in = widen(x + at, buffer, count);
-      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
+      const int64_t count = smaller(PIECE, a.space - j);
+      const float* RESTRICT in = widen(x.channel(n, c) + j, buffer, count);
+      const float* RESTRICT gradient =
+          widen(dy + n * numbers + c * a.space + j, dy_buffer, count);
       const float m = v[M], r = v[R], t = v[T_], factor = v[FACTOR], offset = v[OFFSET];
       float part1 = 0, part2 = 0;
       if (a.silu) {
@@ -240,10 +262,12 @@ template <class T> struct Backward {
     alignas(64) float buffer[PIECE], dy_buffer[PIECE], more_buffer[PIECE], out_buffer[PIECE];
     double total = 0;
     for (int64_t j = 0; j < a.space; j += PIECE) {
-      const int64_t at = n * numbers + c * a.space + j, count = smaller(PIECE, a.space - j);
-      const float* RESTRICT in = widen(x + at, buffer, count);
-      const float* RESTRICT gradient = widen(dy + at, dy_buffer, count);
-      float* RESTRICT out = target(dx + at, out_buffer);
+      const int64_t count = smaller(PIECE, a.space - j);
+      const float* RESTRICT in = widen(x.channel(n, c) + j, buffer, count);
+      const float* RESTRICT gradient =
+          widen(dy + n * numbers + c * a.space + j, dy_buffer, count);
+      T* const to = dx.channel(n, c) + j;
+      float* RESTRICT out = target(to, out_buffer);
       const float m = v[M], r = v[R], t = v[T_], factor = v[FACTOR], offset = v[OFFSET];
       if (a.silu) {
         SIMD for (int64_t i = 0; i < count; ++i) {
@@ -257,14 +281,14 @@ template <class T> struct Backward {
           out[i] = gradient[i] * k1 + (normal * k2 + k3);
         }
       }
-      if (dtotal) {
-        const float* RESTRICT more = widen(dtotal + at, more_buffer, count);
+      if (dtotal.left && c < a.split) {
+        const float* RESTRICT more = widen(dtotal.channel(n, c) + j, more_buffer, count);
         SIMD for (int64_t i = 0; i < count; ++i) out[i] += more[i];
       }
       if (a.dchannel) {
         total += sum(out, count);
       }
-      narrow(out, dx + at, count);
+      narrow(out, to, count);
     }
     if (a.dchannel) a.dchannel[n * a.c + c] = float(total);
   }

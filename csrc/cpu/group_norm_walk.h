@@ -80,6 +80,68 @@ void clear(float* v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = 0;
 }
 
+// A tensor of c channels in two: the first `split` of every place in `left`, the others in `right`. The
+// kernels join them a chunk (NHWC) or a group (NCHW) at a time, in memory that stays in the cache, so that
+// their loops know nothing of it. Without `right`, split is c and everything lies in `left`.
+template <class T> struct Halves {
+  T *left, *right;
+  int64_t c, split, space;
+
+  int64_t right_width() const { return c - split; }
+
+  // Calls f(from or to a half, place in the joined row, count) for the columns [first, last) of a place.
+  template <class F>
+  void of_place(int64_t place, int64_t first, int64_t last, const F& f) const {
+    const int64_t border = smaller(larger(split, first), last);
+    if (border > first) f(left + place * split + first, first, border - first);
+    if (last > border) f(right + place * right_width() + border - split, border, last - border);
+  }
+
+  // NHWC: a chunk, of which the columns [first, last) are needed, in place or in `joined`.
+  template <class U>
+  const T* chunk(const Rows& rows, int64_t n, int64_t i, int64_t first, int64_t last, U* joined) const {
+    if (!right) return left + n * c * space + i * rows.per_chunk * rows.width;
+    return rows.k > 1 ? columns(rows, n, i, 0, c, joined) : columns(rows, n, i, first, last, joined);
+  }
+
+  // Copies columns [first, last) of all places of a chunk to `joined`, which has room for the chunk.
+  template <class U>
+  const T* columns(const Rows& rows, int64_t n, int64_t i, int64_t first, int64_t last,
+                   U* joined) const {
+    const int64_t place = n * space + i * rows.per_chunk * rows.k;
+    for (int64_t p = 0; p < rows.chunk_numbers(i) / c; ++p)
+      of_place(place + p, first, last, [&](const T* from, int64_t column, int64_t count) {
+        __builtin_memcpy(joined + p * c + column, from, size_t(count) * sizeof(T));
+      });
+    return joined;
+  }
+
+  // The other way: the chunk's columns to the halves.
+  void split_chunk(const Rows& rows, int64_t n, int64_t i, const T* joined) const {
+    const int64_t place = n * space + i * rows.per_chunk * rows.k;
+    for (int64_t p = 0; p < rows.chunk_numbers(i) / c; ++p)
+      of_place(place + p, 0, c, [&](T* to, int64_t column, int64_t count) {
+        __builtin_memcpy(to, joined + p * c + column, size_t(count) * sizeof(T));
+      });
+  }
+
+  // NCHW: the places of a channel.
+  T* channel(int64_t n, int64_t i) const {
+    if (i < split) return left + (n * split + i) * space;
+    return right + (n * right_width() + i - split) * space;
+  }
+
+  // NCHW: the channels [first, last) of a sample, dense; `joined` has room for them.
+  template <class U>
+  const T* channels(int64_t n, int64_t first, int64_t last, U* joined) const {
+    if (last <= split || first >= split) return channel(n, first);
+    const int64_t numbers = (split - first) * space;
+    __builtin_memcpy(joined, channel(n, first), size_t(numbers) * sizeof(T));
+    __builtin_memcpy(joined + numbers, channel(n, split), size_t((last - split) * space) * sizeof(T));
+    return joined;
+  }
+};
+
 // Merges the chunks' moments (Chan et al. 1982): `full` elements each, `last` in the last one.
 inline Moments merge(const Moments* parts, int64_t count, int64_t stride, double full, double last) {
   if (count == 1) return *parts;

@@ -1,4 +1,5 @@
-// Launchers of the forward pass of group_norm_silu and add_group_norm_silu: which kernels, which grids.
+// Launchers of the forward pass of group_norm_silu, add_group_norm_silu and cat_group_norm_silu: which
+// kernels, which grids.
 
 #include "group_norm_silu_on_chip.cuh"
 
@@ -19,6 +20,15 @@ const void* cluster_kernel(int vector, bool channels_last) {
                      : reinterpret_cast<const void*>(norm_on_chip_rows<T, 1, true, false>);
 }
 
+/// The arguments of the kernels after the first of a norm in parts: they read the total.
+template <typename T>
+Norm<T> after_addition(Norm<T> p) {
+  if (p.total != nullptr) p.x = p.total;
+  p.residual = nullptr;
+  p.total = nullptr;
+  return p;
+}
+
 template <typename T, int V, bool kAdd>
 const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan& plan,
                         float* workspace, const Target& target) {
@@ -32,14 +42,13 @@ const char* run_columns(const Norm<T>& p, const NormShape& shape, const NormPlan
   }
   const Chunks chunks{plan.chunks, plan.length};
   const dim3 grid = grid_of(shape.n * plan.chunks, ceil_div(shape.c, plan.columns));
-  const T* source = kAdd ? p.total : p.x;
+  const Norm<T> summed = after_addition(p);
   FASTDIFF_TRY(launch(norm_moments_columns<T, V, kAdd>, grid, kNormThreads, plan.shared, target, p,
                       shape, chunks, plan.columns, workspace));
   FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
-                      target, p, shape, chunks, const_cast<const float*>(workspace), source,
-                      int64_t{1}));
-  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, p, shape,
-                chunks, plan.columns, source);
+                      target, summed, shape, chunks, const_cast<const float*>(workspace), true));
+  return launch(norm_apply_columns<T, V>, grid, kNormThreads, 12 * plan.columns, target, summed,
+                shape, chunks, plan.columns);
 }
 
 template <typename T, int V, bool kAdd>
@@ -56,13 +65,12 @@ const char* run_rows(const Norm<T>& p, const NormShape& shape, const NormPlan& p
   const Chunks chunks{plan.chunks, plan.length};
   constexpr int64_t kWarps = kNormThreads / kWarpSize;
   const dim3 grid = grid_of(ceil_div(shape.n * shape.c * plan.chunks, kWarps));
-  const T* source = kAdd ? p.total : p.x;
+  const Norm<T> summed = after_addition(p);
   FASTDIFF_TRY(launch(norm_moments_rows<T, V, kAdd>, grid, kNormThreads, 0, target, p, shape,
                       chunks, workspace));
   FASTDIFF_TRY(launch(norm_finalize<T>, grid_of(shape.n * shape.groups), kNormThreads, 0,
-                      target, p, shape, chunks, const_cast<const float*>(workspace), source,
-                      shape.s));
-  return launch(norm_apply_rows<T, V>, grid, kNormThreads, 0, target, p, shape, chunks, source);
+                      target, summed, shape, chunks, const_cast<const float*>(workspace), false));
+  return launch(norm_apply_rows<T, V>, grid, kNormThreads, 0, target, summed, shape, chunks);
 }
 
 template <typename T, int V>
@@ -95,31 +103,34 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_plan(int device, int dtype,
                                                           int64_t n, int c, int64_t s, int groups,
                                                           int aligned, int64_t limit, int cluster,
                                                           int exact, int64_t* out) {
-  const NormTask task{{n, s, c, groups, c / groups}, 0, channels_last != 0, aligned != 0, false};
+  const NormTask task{{n, s, c, groups, c / groups, c}, 0, channels_last != 0, aligned != 0, false};
   const auto kernel = [&](auto zero, int vector) {
     return cluster_kernel<decltype(zero)>(vector, task.channels_last);
   };
   return plan_on_device({device, nullptr}, dtype, task, {limit, cluster, exact != 0}, kernel, out);
 }
 
-/// Forward pass of group_norm_silu, or if `total` is given, of add_group_norm_silu. x, residual, total
-/// and y are dense and have the same layout; stats (N, G, 3) and workspace are fp32. plan_fields: from
-/// fastdiff_cuda_group_norm_plan.
+/// Forward pass of group_norm_silu, or if `total` is given, of add_group_norm_silu, or if `skip` is
+/// given, of cat_group_norm_silu. x, residual and total have `split` channels, skip the other c - split;
+/// they and y are dense and have the same layout. stats (N, G, 3) and workspace are fp32. plan_fields:
+/// from fastdiff_cuda_group_norm_plan, for tensors that count as aligned only if split is a multiple of
+/// a pack.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu(
     int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
-    int groups, const int64_t* plan_fields, const void* x, void* y, float* stats,
-    float* workspace, const void* weight, int weight_dtype, const void* bias, int bias_dtype,
+    int groups, const int64_t* plan_fields, const void* x, const void* skip, int split, void* y,
+    float* stats, float* workspace, const void* weight, int weight_dtype, const void* bias, int bias_dtype,
     const void* scale_shift, int scale_shift_dtype, const void* channel_add,
     int channel_add_dtype, int64_t channel_add_stride, const void* residual, void* total,
     float eps, int silu) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
-  const NormShape shape{n, s, c, groups, c / groups};
+  const NormShape shape{n, s, c, groups, c / groups, split};
   const NormPlan plan = NormPlan::from(plan_fields);
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     Norm<T> p{};
     p.x = static_cast<const T*>(x);
+    p.skip = static_cast<const T*>(skip);
     p.residual = static_cast<const T*>(residual);
     p.channel_add = {channel_add, channel_add_dtype};
     p.channel_add_stride = channel_add_stride;

@@ -1,5 +1,5 @@
-// GroupNorm, scale and shift, SiLU, optionally after an addition (kernels/group_norm_silu and
-// kernels/add_group_norm_silu document the maths).
+// GroupNorm, scale and shift, SiLU, optionally after an addition and a concatenation
+// (kernels/group_norm_silu, add_group_norm_silu and cat_group_norm_silu document the maths).
 //
 // Two layouts: "columns" is NHWC, with a row of C channels per place (spatial position); "rows" is
 // NCHW, with a row of S places per channel. Two strategies:
@@ -9,6 +9,8 @@
 //             twice, in full rows of channels (a group of ten bf16 channels is 20 bytes, so single
 //             groups would be poorly aligned)
 // Bytes: 2 N C S itemsize on chip, 3 in parts (1 or 2 more with an addition, which writes the sum).
+// Of two inputs, x and skip, each channel is read where it lies: a thread's columns are channels of one
+// of the two, since packs do not cross the border, so the concatenation costs no instruction per number.
 // norm_plan.h chooses. The on-chip kernels are in group_norm_silu_on_chip.cuh. None of the kernels
 // has run on a GPU yet.
 //
@@ -27,14 +29,42 @@ namespace fastdiff {
 struct NormShape {
   int64_t n, s;         // samples, places
   int c, groups, size;  // channels, groups, channels per group
+  int split;            // channels of x; those from `split` on are the channels of skip
 };
 
-/// Arguments of the forward kernels.
+/// Where a channel of a sample is stored: in x (or residual, total, dx), or in skip (or dskip).
+struct ChannelPlace {
+  bool in_skip;
+  int64_t first, step;  // of its places
+
+  __device__ __forceinline__ ChannelPlace(const NormShape& shape, bool channels_last, int64_t n,
+                                          int c)
+      : in_skip(c >= shape.split) {
+    const int width = in_skip ? shape.c - shape.split : shape.split;
+    const int own = in_skip ? c - shape.split : c;
+    first = channels_last ? n * shape.s * width + own : (n * width + own) * shape.s;
+    step = channels_last ? width : 1;
+  }
+
+  /// The tensor's first place of this channel.
+  template <typename T>
+  __device__ __forceinline__ T* of(T* x, T* skip) const {
+    return (in_skip ? skip : x) + first;
+  }
+  /// The same for a tensor that may be absent and has the channels of x only.
+  template <typename T>
+  __device__ __forceinline__ T* of_x(T* x) const {
+    return in_skip || x == nullptr ? nullptr : x + first;
+  }
+};
+
+/// Arguments of the forward kernels. x, residual and total have the first `split` channels.
 template <typename T>
 struct Norm {
   const T* x;
-  const T* residual;       // null: none (like the next three, only for the op that adds)
-  Parameter channel_add;   // (C,) or (N, C)
+  const T* skip;           // null: none
+  const T* residual;       // null: none (like the next three, only for the ops that add)
+  Parameter channel_add;   // (split,) or (N, split)
   int64_t channel_add_stride;
   T* total;                // the sum, or null if nothing is added
   T* y;
@@ -53,43 +83,60 @@ template <bool kAdd>
 constexpr int kSourceBatch = kAdd ? kNormBatch / 2 : kNormBatch;
 
 template <typename T>
-__device__ __forceinline__ float channel_addend(const Norm<T>& p, int64_t n, int c) {
-  return p.channel_add.at(n * p.channel_add_stride + c, 0.0f);
+__device__ __forceinline__ float channel_addend(const Norm<T>& p, const NormShape& shape,
+                                                int64_t n, int c) {
+  return c < shape.split ? p.channel_add.at(n * p.channel_add_stride + c, 0.0f) : 0.0f;
 }
 
-/// x + channel_add + residual, rounded to T; just x if nothing is added.
+/// What is summed in one channel of a sample, or in V neighboring ones, and where the sum is stored.
 template <typename T>
-__device__ __forceinline__ float source_at(const Norm<T>& p, int64_t n, int c, int64_t place) {
-  float x = to_float(p.x[place]);
-  if (p.total != nullptr) {
-    x += channel_addend(p, n, c);
-    if (p.residual != nullptr) x += to_float(p.residual[place]);
+struct Summands {
+  const T* x;
+  const T* residual;  // null: none
+  T* total;           // null: nothing is added
+  int64_t step;       // between places
+};
+
+template <typename T>
+__device__ __forceinline__ Summands<T> summands(const Norm<T>& p, const ChannelPlace& at) {
+  return {at.of(p.x, p.skip), at.of_x(p.residual), at.of_x(p.total), at.step};
+}
+
+/// A group's first element, the pivot of its moments: x + channel_add + residual, rounded to T.
+template <typename T>
+__device__ __forceinline__ float first_of_group(const Norm<T>& p, const NormShape& shape,
+                                                bool channels_last, int64_t n, int c) {
+  const Summands<T> of = summands(p, ChannelPlace(shape, channels_last, n, c));
+  float x = to_float(*of.x);
+  if (of.total != nullptr) {
+    x += channel_addend(p, shape, n, c);
+    if (of.residual != nullptr) x += to_float(*of.residual);
     x = to_float(from_float<T>(x));
   }
   return x;
 }
 
-/// A pack of x and, for the op that adds (kAdd), of the residual.
+/// A pack of x and, for the ops that add (kAdd), of the residual.
 template <bool kAdd, typename T, int V>
 struct Source {
   Pack<T, V> x, residual;
 
-  __device__ __forceinline__ void load(const Norm<T>& p, int64_t place) {
-    x = load_input<T, V>(p.x + place);
+  __device__ __forceinline__ void load(const Summands<T>& of, int64_t offset) {
+    x = load_input<T, V>(of.x + offset);
     if constexpr (kAdd)
-      if (p.residual != nullptr) residual = load_input<T, V>(p.residual + place);
+      if (of.residual != nullptr) residual = load_input<T, V>(of.residual + offset);
   }
 
   /// The input of the norm, rounded to T. add: one number per column, `add_step` apart (0: one for
   /// all).
-  __device__ __forceinline__ Pack<T, V> total(const Norm<T>& p, const float* add,
+  __device__ __forceinline__ Pack<T, V> total(const Summands<T>& of, const float* add,
                                               int add_step) const {
     if constexpr (!kAdd) return x;
     float sum[V];
     unpack(x, sum);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] += add[v * add_step];
-    if (p.residual != nullptr) {
+    if (of.residual != nullptr) {
       float r[V];
       unpack(residual, r);
 #pragma unroll
@@ -232,8 +279,8 @@ __device__ __forceinline__ void column_heads(const Norm<T>& p, const NormShape& 
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
     const int leader = (first + i) / shape.size * shape.size;
-    heads[i] = source_at(p, n, leader, n * shape.s * shape.c + leader);
-    heads[width + i] = channel_addend(p, n, first + i);
+    heads[i] = first_of_group(p, shape, true, n, leader);
+    heads[width + i] = channel_addend(p, shape, n, first + i);
   }
   __syncthreads();
 }
@@ -282,24 +329,26 @@ __device__ __forceinline__ ShiftedSums<V> column_sums(const Norm<T>& p, const No
   if (!at.active || row >= end) return sums;
   const int width = at.packs * V;
   const float* add = heads + width + at.column;
-  const int64_t step = static_cast<int64_t>(at.rows) * shape.c;
-  int64_t place = (n * shape.s + row) * shape.c + first + at.column;
+  const Summands<T> of = summands(p, ChannelPlace(shape, true, n, first + at.column));
+  const int64_t step = at.rows * of.step;
+  int64_t place = row * of.step;
   T* to = tile == nullptr ? nullptr : tile + at.row * width + at.column;
   using From = Source<kAdd, T, V>;
   constexpr int kBatch = kSourceBatch<kAdd>;
   const auto use = [&](const From& from, int64_t i) {
-    const Pack<T, V> pack = from.total(p, add, 1);
-    if constexpr (kAdd) store_pack<T, V>(p.total + place + i * step, pack);
+    const Pack<T, V> pack = from.total(of, add, 1);
+    if constexpr (kAdd)
+      if (of.total != nullptr) store_pack<T, V>(of.total + place + i * step, pack);
     if (tile != nullptr) store_pack<T, V>(to + i * at.rows * width, pack);
     sums.add(pack);
   };
   From head;
-  head.load(p, place);  // and again below, so that it is on its way along with the others
-  sums.start(head.total(p, add, 1));
+  head.load(of, place);  // and again below, so that it is on its way along with the others
+  sums.start(head.total(of, add, 1));
   for (; row + (kBatch - 1) * at.rows < end; row += kBatch * at.rows) {
     From from[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) from[i].load(p, place + i * step);
+    for (int i = 0; i < kBatch; ++i) from[i].load(of, place + i * step);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) use(from[i], i);
     place += kBatch * step;
@@ -307,7 +356,7 @@ __device__ __forceinline__ ShiftedSums<V> column_sums(const Norm<T>& p, const No
   }
   for (; row < end; row += at.rows) {
     From from;
-    from.load(p, place);
+    from.load(of, place);
     use(from, 0);
     place += step;
     if (tile != nullptr) to += at.rows * width;
@@ -439,37 +488,39 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int64_t row = task / chunks.count, chunk = task % chunks.count;
   const int64_t n = row / shape.c;
   const int c = static_cast<int>(row % shape.c), leader = c / shape.size * shape.size;
-  const float pivot = source_at(p, n, leader, (n * shape.c + leader) * shape.s);
-  const float add = channel_addend(p, n, c);
+  const float pivot = first_of_group(p, shape, false, n, leader);
+  const float add = channel_addend(p, shape, n, c);
+  const Summands<T> of = summands(p, ChannelPlace(shape, false, n, c));
   constexpr int64_t kStep = kWarpSize * V;
-  int64_t place = row * shape.s + chunks.begin(chunk) + threadIdx.x % kWarpSize * V;
-  const int64_t end = row * shape.s + chunks.end(chunk, shape.s);
+  int64_t place = chunks.begin(chunk) + threadIdx.x % kWarpSize * V;
+  const int64_t end = chunks.end(chunk, shape.s);
   int count = place < end ? static_cast<int>((end - place + kStep - 1) / kStep) : 0;
   const float taken = static_cast<float>(count);
   ShiftedSums<V> sums;
   using From = Source<kAdd, T, V>;
   constexpr int kBatch = kSourceBatch<kAdd>;
   const auto use = [&](const From& from, int64_t at) {
-    const Pack<T, V> pack = from.total(p, &add, 0);
-    if constexpr (kAdd) store_pack<T, V>(p.total + at, pack);
+    const Pack<T, V> pack = from.total(of, &add, 0);
+    if constexpr (kAdd)
+      if (of.total != nullptr) store_pack<T, V>(of.total + at, pack);
     sums.add(pack);
   };
   if (count > 0) {
     From head;
-    head.load(p, place);
-    sums.start(head.total(p, &add, 0));
+    head.load(of, place);
+    sums.start(head.total(of, &add, 0));
   }
   for (; count >= kBatch; count -= kBatch) {
     From from[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) from[j].load(p, place + j * kStep);
+    for (int j = 0; j < kBatch; ++j) from[j].load(of, place + j * kStep);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) use(from[j], place + j * kStep);
     place += kBatch * kStep;
   }
   for (; count > 0; --count, place += kStep) {
     From from;
-    from.load(p, place);
+    from.load(of, place);
     use(from, place);
   }
   const Moments moments = warp_merge(sums.merged(taken, pivot));
@@ -479,12 +530,11 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   out[1] = moments.m2;
 }
 
-/// Merges the parts of a group, in either layout: `source` is x, or the total if there is one, and
-/// `step` the distance between the first elements of two channels. Grid: N * G.
+/// Merges the parts of a group, in either layout. p.x: the total if there is one. Grid: N * G.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     norm_finalize(Norm<T> p, NormShape shape, Chunks chunks, const float* partial,
-                  const T* source, int64_t step) {
+                  bool channels_last) {
   FASTDIFF_SHARED(float, scratch, 3 * kNormThreads / kWarpSize);
   const int64_t n = blockIdx.x / shape.groups;
   const int g = static_cast<int>(blockIdx.x % shape.groups);
@@ -502,15 +552,16 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
   moments = block_merge(moments, scratch);
   if (threadIdx.x != 0) return;
-  const float pivot = to_float(source[n * shape.c * shape.s + g * shape.size * step]);
+  const float pivot = first_of_group(p, shape, channels_last, n, g * shape.size);
   store_stats(p.stats + static_cast<int64_t>(blockIdx.x) * 3, pivot, moments.mean, moments.m2,
               moments.count, p.eps);
 }
 
-/// NHWC. Grid: N * chunks, column blocks. Shared memory: 3 numbers per column.
+/// NHWC. p.x: the total if there is one. Grid: N * chunks, column blocks. Shared memory: 3 numbers per
+/// column.
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
-    norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns, const T* source) {
+    norm_apply_columns(Norm<T> p, NormShape shape, Chunks chunks, int columns) {
   const int64_t n = chunks.sample(), chunk = chunks.chunk();
   FASTDIFF_DYNAMIC_SHARED(memory);
   const int first = static_cast<int>(blockIdx.y) * columns;
@@ -523,18 +574,20 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const ColumnCoefficients<V> k(numbers, at);
   const int64_t begin = chunks.begin(chunk);
   const int count = at.count(static_cast<int>(chunks.end(chunk, shape.s) - begin), at.row);
-  const int64_t step = static_cast<int64_t>(at.rows) * shape.c;
-  const int64_t place = (n * shape.s + begin + at.row) * shape.c + first + at.column;
+  const ChannelPlace in(shape, true, n, first + at.column);
+  const T* from = in.of(p.x, p.skip) + (begin + at.row) * in.step;
+  const int64_t from_step = at.rows * in.step, step = static_cast<int64_t>(at.rows) * shape.c;
+  T* to = p.y + (n * shape.s + begin + at.row) * shape.c + first + at.column;
   if (p.silu)
-    write_result<true, true, T, V>(source + place, step, p.y + place, step, count, k);
+    write_result<true, true, T, V>(from, from_step, to, step, count, k);
   else
-    write_result<true, false, T, V>(source + place, step, p.y + place, step, count, k);
+    write_result<true, false, T, V>(from, from_step, to, step, count, k);
 }
 
-/// NCHW. A warp processes one chunk of one channel. Grid: ceil(N * C * chunks / warps).
+/// NCHW, as above. A warp processes one chunk of one channel. Grid: ceil(N * C * chunks / warps).
 template <typename T, int V>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
-    norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks, const T* source) {
+    norm_apply_rows(Norm<T> p, NormShape shape, Chunks chunks) {
   const int64_t task =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
   if (task >= shape.n * shape.c * chunks.count) return;
@@ -547,12 +600,13 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int64_t begin = chunks.begin(chunk) + threadIdx.x % kWarpSize * V;
   const int64_t end = chunks.end(chunk, shape.s);
   const int count = begin < end ? static_cast<int>((end - begin + kStep - 1) / kStep) : 0;
-  const int64_t place = row * shape.s + begin;
+  const T* from = ChannelPlace(shape, false, n, c).of(p.x, p.skip) + begin;
+  T* to = p.y + row * shape.s + begin;
   const OneChannel of{{k.mean}, {k.a}, {k.b}};
   if (p.silu)
-    write_result<true, true, T, V>(source + place, kStep, p.y + place, kStep, count, of);
+    write_result<true, true, T, V>(from, kStep, to, kStep, count, of);
   else
-    write_result<true, false, T, V>(source + place, kStep, p.y + place, kStep, count, of);
+    write_result<true, false, T, V>(from, kStep, to, kStep, count, of);
 }
 
 }  // namespace fastdiff

@@ -1,4 +1,4 @@
-// Launcher of the backward pass of group_norm_silu and add_group_norm_silu.
+// Launcher of the backward pass of group_norm_silu, add_group_norm_silu and cat_group_norm_silu.
 
 #include "group_norm_silu_backward.cuh"
 
@@ -60,7 +60,7 @@ using namespace fastdiff;
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_backward_plan(
     int device, int dtype, int channels_last, int64_t n, int c, int64_t s, int groups, int aligned,
     int64_t limit, int cluster, int exact, int64_t* out) {
-  const NormTask task{{n, s, c, groups, c / groups}, 0, channels_last != 0, aligned != 0, true};
+  const NormTask task{{n, s, c, groups, c / groups, c}, 0, channels_last != 0, aligned != 0, true};
   const auto kernel = [](auto zero, int vector) {
     using T = decltype(zero);
     return vector == kWide<T>
@@ -72,16 +72,17 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_backward_plan(
 
 /// Gradients of group_norm_silu. plan_fields: from the function above. workspace: fp32, as many numbers
 /// as the plan says, plus N * C * 2 and N * G * 2. dweight, dbias: (C,) fp32 or null; dscale_shift:
-/// (N, 2C) fp32 or null; dtotal: added to dx, or null.
+/// (N, 2C) fp32 or null; dtotal: added to dx, or null. x, dtotal and dx have `split` channels, skip and
+/// dskip the others.
 FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu_backward(
     int device, void* stream, int dtype, int channels_last, int64_t n, int c, int64_t s,
-    int groups, const int64_t* plan_fields, const void* dy, const void* x, const void* dtotal,
-    void* dx, const float* stats, float* workspace, const void* weight, int weight_dtype,
+    int groups, const int64_t* plan_fields, const void* dy, const void* x, const void* skip,
+    int split, const void* dtotal, void* dx, void* dskip, const float* stats, float* workspace, const void* weight, int weight_dtype,
     const void* bias, int bias_dtype, const void* scale_shift, int scale_shift_dtype,
     float* dweight, float* dbias, float* dscale_shift, int silu) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
-  const NormShape shape{n, s, c, groups, c / groups};
+  const NormShape shape{n, s, c, groups, c / groups, split};
   const NormPlan plan = NormPlan::from(plan_fields);
   float* sums = workspace + plan.workspace;
   const NormSums out{sums, sums + n * c * 2, dscale_shift};
@@ -90,8 +91,10 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_group_norm_silu_backward(
     NormBackward<T> p{};
     p.dy = static_cast<const T*>(dy);
     p.x = static_cast<const T*>(x);
+    p.skip = static_cast<const T*>(skip);
     p.dtotal = static_cast<const T*>(dtotal);
     p.dx = static_cast<T*>(dx);
+    p.dskip = static_cast<T*>(dskip);
     p.weight = {weight, weight_dtype};
     p.bias = {bias, bias_dtype};
     p.scale_shift = {scale_shift, scale_shift_dtype};

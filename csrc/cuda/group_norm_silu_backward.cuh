@@ -20,8 +20,10 @@ template <typename T>
 struct NormBackward {
   const T* dy;
   const T* x;
+  const T* skip;    // null: none
   const T* dtotal;  // gradient of the other output, added to dx; null: none
   T* dx;
+  T* dskip;         // null if skip is
   Parameter weight, bias, scale_shift;
   const float* stats;  // (N, G, 3), from the forward pass
   const float* means;  // (N, G, 2): p and q, in the last pass
@@ -160,22 +162,35 @@ __device__ __forceinline__ void sum_rows(ColumnSums<V>& mine, const ColumnPlace<
   }
 }
 
-/// Writes dx of a pack.
+/// One channel of a sample, or V neighboring ones, in x and its gradients, or in skip and dskip.
+template <typename T>
+struct InputChannel {
+  const T* x;
+  const T* dtotal;  // null: none
+  T* dx;
+  int64_t step;     // between places
+
+  __device__ __forceinline__ InputChannel(const NormBackward<T>& p, const ChannelPlace& at)
+      : x(at.of(p.x, p.skip)), dtotal(at.of_x(p.dtotal)), dx(at.of(p.dx, p.dskip)),
+        step(at.step) {}
+};
+
+/// Writes dx of a pack, `offset` from the channel's first place.
 template <typename T, int V>
 __device__ __forceinline__ void store_input_gradient(
-    const NormBackward<T>& p, int64_t place, const Pack<T, V>& x, const Pack<T, V>& dy,
-    const ColumnNumbers<V, kChannelNumbers + 2>& k) {
+    const InputChannel<T>& to, int64_t offset, const Pack<T, V>& x, const Pack<T, V>& dy,
+    const ColumnNumbers<V, kChannelNumbers + 2>& k, bool silu) {
   float x_of[V], dy_of[V], extra[V] = {};
   unpack(x, x_of);
   unpack(dy, dy_of);
-  if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
+  if (to.dtotal != nullptr) unpack(load_input<T, V>(to.dtotal + offset), extra);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const ChannelNumbers c = k.channel(v);
-    const Slope at = slope<T>(x_of[v], dy_of[v], c, p.silu);
+    const Slope at = slope<T>(x_of[v], dy_of[v], c, silu);
     extra[v] += input_gradient(at, c, k.at[5][v], k.at[6][v]);
   }
-  store_pack<T, V>(p.dx + place, pack_of<T, V>(extra));
+  store_pack<T, V>(to.dx + offset, pack_of<T, V>(extra));
 }
 
 /// NHWC: A and B of a chunk of places. Grid: N * chunks, column blocks. Shared memory: 5 numbers per
@@ -196,11 +211,12 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   ColumnSums<V> sums;
   if (at.active) {
     const ColumnNumbers<V, kChannelNumbers> k(numbers, at);
+    const InputChannel<T> in(p, ChannelPlace(shape, true, n, first + at.column));
     const int64_t end = chunks.end(chunk, shape.s);
 #pragma unroll 2
     for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
       const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
-      sums.add(load_input<T, V>(p.x + place), load_input<T, V>(p.dy + place), k, p.silu);
+      sums.add(load_input<T, V>(in.x + row * in.step), load_input<T, V>(p.dy + place), k, p.silu);
     }
   }
   sum_rows(sums, at, scratch);
@@ -225,13 +241,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int64_t n = row / shape.c;
   const int c = static_cast<int>(row % shape.c);
   const ChannelNumbers k = channel_numbers(p, shape, n, c);
+  const InputChannel<T> in(p, ChannelPlace(shape, false, n, c));
   float a = 0, b = 0;
   const int64_t end = chunks.end(chunk, shape.s);
 #pragma unroll 2
   for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
        i += kWarpSize * V) {
     float x[V], dy[V];
-    unpack(load_input<T, V>(p.x + row * shape.s + i), x);
+    unpack(load_input<T, V>(in.x + i), x);
     unpack(load_input<T, V>(p.dy + row * shape.s + i), dy);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -337,11 +354,13 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   column_numbers(p, shape, n, first, width, numbers);
   if (!at.active) return;
   const ColumnNumbers<V, kChannelNumbers + 2> k(numbers, at);
+  const InputChannel<T> in(p, ChannelPlace(shape, true, n, first + at.column));
   const int64_t end = chunks.end(chunk, shape.s);
   for (int64_t row = chunks.begin(chunk) + at.row; row < end; row += at.rows) {
     const int64_t place = (n * shape.s + row) * shape.c + first + at.column;
-    store_input_gradient(p, place, load_input<T, V>(p.x + place), load_input<T, V>(p.dy + place),
-                         k);
+    const int64_t offset = row * in.step;
+    store_input_gradient(in, offset, load_input<T, V>(in.x + offset),
+                         load_input<T, V>(p.dy + place), k, p.silu);
   }
 }
 
@@ -358,21 +377,21 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const ChannelNumbers k = channel_numbers(p, shape, n, c);
   const float* means = p.means + (n * shape.groups + c / shape.size) * 2;
   const float mean_p = means[0], mean_q = means[1];
+  const InputChannel<T> in(p, ChannelPlace(shape, false, n, c));
   const int64_t end = chunks.end(chunk, shape.s);
 #pragma unroll 2
   for (int64_t i = chunks.begin(chunk) + threadIdx.x % kWarpSize * V; i < end;
        i += kWarpSize * V) {
-    const int64_t place = row * shape.s + i;
     float x[V], dy[V], extra[V] = {};
-    unpack(load_input<T, V>(p.x + place), x);
-    unpack(load_input<T, V>(p.dy + place), dy);
-    if (p.dtotal != nullptr) unpack(load_input<T, V>(p.dtotal + place), extra);
+    unpack(load_input<T, V>(in.x + i), x);
+    unpack(load_input<T, V>(p.dy + row * shape.s + i), dy);
+    if (in.dtotal != nullptr) unpack(load_input<T, V>(in.dtotal + i), extra);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const Slope at = slope<T>(x[v], dy[v], k, p.silu);
       x[v] = input_gradient(at, k, mean_p, mean_q) + extra[v];
     }
-    store_pack<T, V>(p.dx + place, pack_of<T, V>(x));
+    store_pack<T, V>(in.dx + i, pack_of<T, V>(x));
   }
 }
 
@@ -400,14 +419,15 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   float* scratch = gathered + 2 * width * mine.ranks;
 
   column_numbers(p, shape, n, first, width, numbers);
-  const int64_t origin = (n * shape.s + mine.begin) * shape.c + first + at.column;
+  const InputChannel<T> in(p, ChannelPlace(shape, true, n, first + at.column));
+  const T* dy_of = p.dy + (n * shape.s + mine.begin) * shape.c + first + at.column;
   ColumnSums<V> sums;
   if (at.active) {
     const ColumnNumbers<V, kChannelNumbers> k(numbers, at);
 #pragma unroll 2
     for (int64_t row = at.row; row < rows; row += at.rows) {
-      const auto x = load_input<T, V>(p.x + origin + row * shape.c);
-      const auto dy = load_input<T, V>(p.dy + origin + row * shape.c);
+      const auto x = load_input<T, V>(in.x + (mine.begin + row) * in.step);
+      const auto dy = load_input<T, V>(dy_of + row * shape.c);
       store_pack<T, V>(xs + row * width + at.column, x);
       store_pack<T, V>(dys + row * width + at.column, dy);
       sums.add(x, dy, k, p.silu);
@@ -460,9 +480,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   if (at.active) {
     const ColumnNumbers<V, kChannelNumbers + 2> k(numbers, at);
     for (int64_t row = at.row; row < rows; row += at.rows)
-      store_input_gradient(p, origin + row * shape.c,
+      store_input_gradient(in, (mine.begin + row) * in.step,
                            load_pack<T, V>(xs + row * width + at.column),
-                           load_pack<T, V>(dys + row * width + at.column), k);
+                           load_pack<T, V>(dys + row * width + at.column), k, p.silu);
   }
   leave_cluster<kCluster>();
 }

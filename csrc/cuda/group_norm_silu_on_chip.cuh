@@ -173,10 +173,12 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   const int64_t step = static_cast<int64_t>(at.rows) * shape.c;
   ShiftedSums<V> sums;
   if constexpr (!kAdd && sizeof(Pack<T, V>) == 16) {
-    const T* from = p.x + place;
+    const ChannelPlace in(shape, true, n, first + at.column);
+    const T* from = in.of(p.x, p.skip) + (mine.begin + at.row) * in.step;
+    const int64_t from_step = at.rows * in.step;
     T* to = own;
 #pragma unroll 4
-    for (int i = 0; i < count; ++i, from += step, to += tile_step) copy_16(to, from, true);
+    for (int i = 0; i < count; ++i, from += from_step, to += tile_step) copy_16(to, from, true);
     commit_copies();
     column_heads(p, shape, n, first, width, heads);
     wait_for_copies<0>();
@@ -211,6 +213,29 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   leave_cluster<kCluster>();
 }
 
+/// NCHW: the input of one group, whose channels may lie in x and in skip.
+template <typename T>
+struct InputRows {
+  const Norm<T>& p;
+  int64_t border;           // from this element of the group on, it is in skip
+  int64_t in_x, in_skip;    // its elements begin there, as if all were in that tensor
+
+  __device__ __forceinline__ InputRows(const Norm<T>& p, const NormShape& shape, int64_t n,
+                                       int first)
+      : p(p), border((shape.split - first) * shape.s),
+        in_x((n * shape.split + first) * shape.s),
+        in_skip((n * (shape.c - shape.split) + first - shape.split) * shape.s) {}
+
+  __device__ __forceinline__ const T* x(int64_t i) const {
+    return i < border ? p.x + (in_x + i) : p.skip + (in_skip + i);
+  }
+  __device__ __forceinline__ Summands<T> summands(int64_t i) const {
+    const bool sum = i < border && p.total != nullptr;
+    return {x(i), sum && p.residual != nullptr ? p.residual + (in_x + i) : nullptr,
+            sum ? p.total + (in_x + i) : nullptr, 1};
+  }
+};
+
 /// NCHW. A block has one group of one sample, in a cluster a stretch of `length` packs of it.
 /// Shared memory: its elements, then a and b per channel, then 3 numbers per warp, 6, and 3 per rank.
 /// Grid: N * G * blocks per cluster.
@@ -224,6 +249,7 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   const int g = static_cast<int>(task % shape.groups);
   const int first = g * shape.size;
   const int64_t base = (n * shape.c + first) * shape.s;
+  const InputRows<T> in(p, shape, n, first);
   // below 2^31, because a group fits into a cluster's shared memory
   const unsigned places = static_cast<unsigned>(shape.s);
   const unsigned begin = static_cast<unsigned>(mine.begin), end = static_cast<unsigned>(mine.end);
@@ -240,19 +266,19 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   float* adds = channels;  // until a and b are known
 #pragma unroll 1
   for (int c = static_cast<int>(threadIdx.x); c < shape.size; c += static_cast<int>(blockDim.x))
-    adds[c] = channel_addend(p, n, first + c);
+    adds[c] = channel_addend(p, shape, n, first + c);
   __syncthreads();
-  const float pivot = source_at(p, n, first, base);
+  const float pivot = first_of_group(p, shape, false, n, first);
   const unsigned step = blockDim.x, mine_first = begin + threadIdx.x;
   int count = mine_first < end ? static_cast<int>((end - mine_first + step - 1) / step) : 0;
   const float taken = static_cast<float>(count);
   T* const own = tile + static_cast<int64_t>(threadIdx.x) * V;
-  const int64_t place = base + static_cast<int64_t>(mine_first) * V;
+  const int64_t offset = static_cast<int64_t>(mine_first) * V, place = base + offset;
   const int64_t span = static_cast<int64_t>(step) * V;
   ShiftedSums<V> sums;
   if constexpr (!kAdd && sizeof(Pack<T, V>) == 16) {
 #pragma unroll 4
-    for (int i = 0; i < count; ++i) copy_16(own + i * span, p.x + place + i * span, true);
+    for (int i = 0; i < count; ++i) copy_16(own + i * span, in.x(offset + i * span), true);
     commit_copies();
     wait_for_copies<0>();
     if (count > 0) sums.start(load_pack<T, V>(own));
@@ -263,30 +289,31 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
     constexpr int kBatch = kSourceBatch<kAdd>;
     const auto total_of = [&](const From& from, int i) {
       const unsigned pack = mine_first + i * step;
-      return from.total(p, adds + (kAdd ? pack * V / places : 0), 0);
+      return from.total(in.summands(offset + i * span), adds + (kAdd ? pack * V / places : 0), 0);
     };
     const auto use = [&](const From& from, int i) {
       const Pack<T, V> pack = total_of(from, i);
-      if constexpr (kAdd) store_pack<T, V>(p.total + place + i * span, pack);
+      if constexpr (kAdd)
+        if (T* total = in.summands(offset + i * span).total) store_pack<T, V>(total, pack);
       store_pack<T, V>(own + i * span, pack);
       sums.add(pack);
     };
     if (count > 0) {
       From head;
-      head.load(p, place);
+      head.load(in.summands(offset), 0);
       sums.start(total_of(head, 0));
     }
     int i = 0;
     for (; i + kBatch <= count; i += kBatch) {
       From from[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) from[j].load(p, place + (i + j) * span);
+      for (int j = 0; j < kBatch; ++j) from[j].load(in.summands(offset + (i + j) * span), 0);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) use(from[j], i + j);
     }
     for (; i < count; ++i) {
       From from;
-      from.load(p, place + i * span);
+      from.load(in.summands(offset + i * span), 0);
       use(from, i);
     }
   }

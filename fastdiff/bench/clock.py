@@ -16,6 +16,7 @@ A timing names the method it was made with:
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ Timed = Literal["events", "graph", "host", "events+host", "graph+host"]
 ROUNDS = 50
 """Most timed rounds."""
 CALLS = 20
+ROUND_S = 5e-4
+"""Seconds that a round on the CPU takes at least: shorter calls are repeated."""
 LONG_S = 2e-3
 """For calls that take at least this long, a graph contains one call."""
 HEAD_START = 500_000
@@ -65,6 +68,19 @@ class Timer(Protocol):
     ) -> Timing: ...
 
 
+class TurnTimer(Timer, Protocol):
+    """A timer that also serves for rounds of several functions in turns (turns.py)."""
+
+    def prepared(
+        self, function: Callable[[], Any], *, method: Method = "events", single: bool = False
+    ) -> Callable[[], float]:
+        """Warm up, and return a function that times one round: its seconds per call.
+
+        single: one call per round, even of a short function; then no two calls of a round have the
+        same operands if these change between the rounds. Has no effect on a graph.
+        """
+
+
 class HostTimer:
     """Times with the host's clock, for a CPU."""
 
@@ -81,6 +97,24 @@ class HostTimer:
 
         rounds = min(self.rounds, _rounds(timed(), budget_s))
         return Timing.of("host", [timed() for _ in range(rounds)])
+
+    def prepared(
+        self, function: Callable[[], Any], *, method: Method = "events", single: bool = False
+    ) -> Callable[[], float]:
+        start = time.perf_counter()
+        function()
+        calls = max(1, math.ceil(ROUND_S / max(time.perf_counter() - start, 1e-9)))
+        calls = 1 if single else calls
+
+        def round_of_calls() -> float:
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            return (time.perf_counter() - start) / calls
+
+        if calls > 1:  # the first call was slower than the others will be
+            calls = max(calls, math.ceil(ROUND_S / round_of_calls()))
+        return round_of_calls
 
 
 class GpuTimer:
@@ -110,6 +144,21 @@ class GpuTimer:
             replay()
             rounds = _rounds(self._between(replay)[0], budget_s)
             return _between_events("graph", [self._between(replay) for _ in range(rounds)], calls)
+
+    def prepared(
+        self, function: Callable[[], Any], *, method: Method = "events", single: bool = False
+    ) -> Callable[[], float]:
+        with torch.cuda.device(self.device):
+            function()
+            if method == "events":
+                return lambda: self._cold(function, 1)[0][0]
+            calls = CALLS if self._between(function)[0] < LONG_S else 1
+            calls = 1 if single and method == "host" else calls
+            repeated = _repeated(function, calls)
+            if method == "host":
+                return lambda: self._waiting(repeated) / calls
+            replay = self._captured(function, repeated)
+            return lambda: self._between(replay)[0] / calls
 
     def _cold(self, function: Callable[[], Any], rounds: int) -> list[tuple[float, bool]]:
         """The seconds of each round, and whether the host's time may be in them."""
@@ -185,6 +234,6 @@ def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)
 
 
-def timer_for(device: torch.device | str) -> Timer:
+def timer_for(device: torch.device | str) -> TurnTimer:
     """A timer with events for a GPU, with the clock for anything else."""
     return GpuTimer(device) if torch.device(device).type == "cuda" else HostTimer()

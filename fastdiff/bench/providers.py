@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from fastdiff import kernels
-from fastdiff.bench.shapes import Call, Job
+from fastdiff.bench.shapes import Call, Job, Shape
 from fastdiff.kernels import Work
 from fastdiff.kernels.choose import bound_arguments
 
@@ -61,6 +61,8 @@ class Subject:
     """Makes the operands, in the layout of `runtime.prepare`."""
     eager: Callable[..., Any]
     """What people write, with the op's signature."""
+    operands: Callable[[Shape], tuple[Shape, ...]] | None = None
+    """Shape of x -> the shapes of all positional tensors; None: x alone does not determine them."""
     gradients_first: bool = False
     """Whether the gradients have a goal: then they are measured among the first."""
     norm: bool = False

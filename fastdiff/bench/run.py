@@ -58,6 +58,8 @@ from fastdiff.kernels import Work
 from fastdiff.kernels.choose import bound_arguments
 from fastdiff.kernels.tuning.measured import ANY
 
+BACKENDS = (*CHOICES, "cpu", "reference", "auto")
+"""Providers that are our op on one of its backends."""
 MATMUL = 8192
 """Size of the square matrix product whose rate counts as the peak."""
 CONTEXT_LOST = "the CUDA context is lost, so no more cases can run"
@@ -261,24 +263,37 @@ def _provider(
     case: Case, provider: str, arguments: Arguments, inductor: str
 ) -> Iterator[Callable[[], Any]]:
     """The function to time, in a context with the settings it needs."""
-    subject, (args, kwargs) = case.subject, arguments
-    backend = provider if provider in (*CHOICES, "reference") else "reference"
-    function: Callable[..., Any] = subject.ours if provider == backend else subject.eager
-    if provider == "eager" and subject.norm:
-        args = tuple(_nchw(a) for a in args)
-        kwargs = {name: _nchw(a) for name, a in kwargs.items()}
+    with settings(case, provider):
+        yield function_of(case, provider, arguments, inductor)
+
+
+@contextlib.contextmanager
+def settings(case: Case, provider: str) -> Iterator[None]:
+    """What a provider's function needs around it, when it is made and when it is called."""
     kernel: AbstractContextManager[Any] = nullcontext()
     if provider in SDPA:
         kernel = sdpa_kernel(SDPA[provider])
-    with warnings.catch_warnings(), kernels.backend(backend), kernel:
+    backend = provider if provider in BACKENDS else "reference"
+    forward = torch.inference_mode() if case.direction == "forward" else nullcontext()
+    with warnings.catch_warnings(), kernels.backend(backend), kernel, forward:
         warnings.simplefilter("ignore")  # SDPA and Inductor are verbose about unsupported calls
-        if case.direction == "backward":
-            yield _backward(function, args, kwargs, provider == "compile", inductor)
-            return
-        with torch.inference_mode():
-            if provider == "compile":
-                function = compiled_for(function, args, kwargs, inductor)
-            yield lambda: function(*args, **kwargs)
+        yield
+
+
+def function_of(
+    case: Case, provider: str, arguments: Arguments, inductor: str
+) -> Callable[[], Any]:
+    """A provider's function of no arguments; make it and call it inside its `settings`."""
+    subject, (args, kwargs) = case.subject, arguments
+    function: Callable[..., Any] = subject.ours if provider in BACKENDS else subject.eager
+    if provider == "eager" and subject.norm:
+        args = tuple(_nchw(a) for a in args)
+        kwargs = {name: _nchw(a) for name, a in kwargs.items()}
+    if case.direction == "backward":
+        return _backward(function, args, kwargs, provider == "compile", inductor)
+    if provider == "compile":
+        function = compiled_for(function, args, kwargs, inductor)
+    return lambda: function(*args, **kwargs)
 
 
 def _backward(

@@ -93,7 +93,7 @@ template __global__ void norm_on_chip_columns<bfloat16, 8, true, false>(
 template __global__ void norm_moments_columns<bfloat16, 8, false>(
     Norm<bfloat16>, NormShape, Chunks, int, float*);
 template __global__ void norm_apply_columns<bfloat16, 8>(
-    Norm<bfloat16>, NormShape, Chunks, int, const bfloat16*);
+    Norm<bfloat16>, NormShape, Chunks, int);
 template __global__ void geglu_forward<bfloat16, 8>(
     const bfloat16*, bfloat16*, GegluShape, int64_t);
 template __global__ void attention_streaming<bfloat16, 40, 2, false>(Attention<bfloat16>);
@@ -111,7 +111,7 @@ template __global__ void attention_hopper<bfloat16, 160>(MAP, MAP, MAP, Attentio
 CUDA_PLAN = f"""
 #include "norm_plan.h"
 FASTDIFF_EXPORT void norm_plan(int64_t n, int64_t c, int64_t s, int64_t groups, int64_t* out) {{
-  const fastdiff::NormShape shape{{n, s, int(c), int(groups), int(c / groups)}};
+  const fastdiff::NormShape shape{{n, s, int(c), int(groups), int(c / groups), int(c)}};
   fastdiff::plan_norm({{shape, 2, true, true, false}}, {{{SHARED_PER_BLOCK}, {CLUSTER}, false}})
       .write(out);
 }}

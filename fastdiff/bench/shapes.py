@@ -20,12 +20,14 @@ from torch import Tensor
 from fastdiff import kernels
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import network_family
-from fastdiff.models.presets import AUTOENCODERS, UNETS
+from fastdiff.models.presets import AUTOENCODERS, DITS, UNETS
 from fastdiff.runtime.prepare import pack
 
 Shape = tuple[int, ...]
 Function = Callable[..., Any]
 CONTEXT_TOKENS = 77  # Stable Diffusion's text encoder
+DENOISERS: dict[str, dict[str, Any]] = {"unet": UNETS, "dit": DITS}
+"""Family -> its presets."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,27 @@ def noting(calls: Counter[Call]) -> Iterator[None]:
 class Job:
     """One evaluation of a preset's network, in which each op has a share."""
 
-    network: Literal["unet", "decoder"]
+    network: Literal["unet", "dit", "decoder"]
+    """A family of denoisers, or the decoder of an autoencoder."""
     preset: str
     size: int
     """Height and width of x or z."""
     batch: int
 
     @property
+    def config(self) -> Any:
+        return DENOISERS.get(self.network, AUTOENCODERS)[self.preset]
+
+    @property
+    def channels(self) -> int:
+        """Of x or z."""
+        config = self.config
+        return int(config.in_channels if self.network in DENOISERS else config.latent_channels)
+
+    @property
     def norm_groups(self) -> int:
-        if self.network == "unet":
-            return UNETS[self.preset].norm_groups
-        return AUTOENCODERS[self.preset].norm_groups
+        """Groups of the GroupNorms; a network without any has one."""
+        return getattr(self.config, "norm_groups", 1)
 
     def build(
         self, device: str, dtype: torch.dtype = torch.float32
@@ -130,11 +142,11 @@ class Job:
         Weights and data are small random numbers; the time does not depend on them.
         """
         with torch.device("meta"):
-            if self.network == "unet":
+            if self.network in DENOISERS:
                 family = network_family(self.network)
-                module: torch.nn.Module = family.network(UNETS[self.preset])
+                module: torch.nn.Module = family.network(self.config)
             else:
-                module = Autoencoder(AUTOENCODERS[self.preset]).decoder
+                module = Autoencoder(self.config).decoder
         module = module.to(dtype)
         if device != "meta":
             generator = torch.Generator(device).manual_seed(0)
@@ -152,14 +164,10 @@ class Job:
         return module, inputs
 
     def _inputs(self) -> dict[str, Tensor]:
-        if self.network == "decoder":
-            channels = AUTOENCODERS[self.preset].latent_channels
-        else:
-            channels = UNETS[self.preset].in_channels
-        x = torch.zeros(self.batch, channels, self.size, self.size)
+        config, denoises = self.config, self.network in DENOISERS
+        x = torch.zeros(self.batch, self.channels, self.size, self.size)
         inputs = {"x": x.contiguous(memory_format=torch.channels_last)}
-        if self.network == "unet":
-            config = UNETS[self.preset]
+        if denoises:
             inputs["t"] = torch.zeros(self.batch)
             if config.context_dim:
                 inputs["context"] = torch.zeros(self.batch, CONTEXT_TOKENS, config.context_dim)

@@ -36,6 +36,7 @@ COMMANDS = {
     "convert": "convert a checkpoint to a diffusers folder or a bundle",
     "samplers": "list the samplers, or print or plot their tables",
     "info": "show the contents of a model folder, a run folder or a PNG",
+    "bench": "measure whether it is faster on this machine, and what limits it",
     "tune": "search for the fastest launch configs of the Triton kernels on this GPU",
     "doctor": "show versions, devices, compilers, and which backend runs each op",
     "completion": "print a script for shell completion in bash, zsh or fish",

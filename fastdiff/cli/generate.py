@@ -23,6 +23,7 @@ from fastdiff.cli.machine import (
 )
 from fastdiff.cli.options import FLAT, NO_NONE, LoadOptions
 from fastdiff.cli.parsing import OptionalInt, OptionalName, parse
+from fastdiff.configs import from_dict
 from fastdiff.generate.job import PLAIN, SampleSettings
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Generate:
     model: str = "digits"
     """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     out: Path = Path("out/job")
-    """Folder for the shards, created if it is missing. A job that is in it is resumed."""
+    """Folder for the shards, created if it is missing, or a URL such as s3://bucket/job. A job that
+    is in it is resumed."""
     column: Pairs = ()
     """Columns whose name is not that of their field, such as prompt=caption."""
     ignore: Names = ()
@@ -110,10 +112,11 @@ def main(words: Sequence[str]) -> int:
 def run(options: Generate, spec: JobSpec | None = None) -> int:
     """``spec``: of the job.yaml, whose defaults hold where no option was given."""
     from fastdiff.jobs import run_job
+    from fastdiff.jobs.store import url_of
 
     share = _share(options.shard)
     job = _spec(options, spec)
-    with output_folder(options.out), _shown(options.interval) as listen:
+    with _output(options.out), _shown(options.interval) as listen:
         summary = run_job(
             job,
             workers=options.workers,
@@ -125,8 +128,9 @@ def run(options: Generate, spec: JobSpec | None = None) -> int:
             listen=listen,
         )
     status = summary.status
-    print(options.out)
-    errors = f", {summary.errors:,} rows have none: {options.out}/*.errors.jsonl"
+    place = url_of(options.out) or str(options.out)
+    print(place)
+    errors = f", {summary.errors:,} rows have none: {place}/*.errors.jsonl"
     print_pairs(
         [
             ("images", f"{summary.images:,}{errors if summary.errors else ''}"),
@@ -135,10 +139,18 @@ def run(options: Generate, spec: JobSpec | None = None) -> int:
                 "this run",
                 f"{status.made:,} images in {seconds(status.seconds)}, {status.rate:,.2f} images/s",
             ),
-            ("report", str(summary.report)),
+            ("report", summary.report),
         ]
     )
     return 0
+
+
+def _output(out: Path) -> contextlib.AbstractContextManager[object]:
+    from fastdiff.jobs.store import local_path, url_of
+
+    url = url_of(out)
+    path = out if url is None else local_path(url)
+    return contextlib.nullcontext() if path is None else output_folder(path)
 
 
 def _share(text: str | None) -> tuple[int, int]:
@@ -177,11 +189,12 @@ def _spec(options: Generate, spec: JobSpec | None) -> JobSpec:
 
     device, _ = device_and_dtype(options.compute)
     given = _pairs(options.default, "--default")
+    base = _settings_of(spec)  # what an option says wins over the file, also the usual value
     settings = {
         entry.name: getattr(options.settings, entry.name)
         for entry in fields(SampleSettings)
         if entry.name != "batch"
-        and getattr(options.settings, entry.name) != getattr(PLAIN, entry.name)
+        and getattr(options.settings, entry.name) != getattr(base, entry.name)
     }
     return JobSpec(
         rows=options.rows,
@@ -207,6 +220,17 @@ def _spec(options: Generate, spec: JobSpec | None) -> JobSpec:
     )
 
 
+def _settings_of(spec: JobSpec | None) -> SampleSettings:
+    """The settings that a job's file gives to rows that leave them out.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    names = {entry.name for entry in fields(SampleSettings)} - {"batch"}
+    given = {} if spec is None else {k: v for k, v in spec.defaults.items() if k in names}
+    return from_dict(SampleSettings, given) if given else PLAIN
+
+
 def _options_of(spec: JobSpec) -> Generate:
     """A job's file as the defaults of the options."""
     names = {name: short for short, name in TORCH_NAMES.items()}
@@ -229,6 +253,7 @@ def _options_of(spec: JobSpec) -> Generate:
         format=spec.format,
         image=spec.image,
         quality=spec.quality,
+        settings=_settings_of(spec),
         load=spec.load,
         compute=compute,
     )

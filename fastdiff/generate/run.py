@@ -286,14 +286,20 @@ class _Run:
         if key in seen:
             return
         session, batch = self.session, self.batch or job.settings.batch or MOST_AT_ONCE
-        batch = min(batch, self.expected or batch)
+        # a stream goes on with fewer slots when memory runs out: one image has to fit
+        batch = min(batch, self.expected or batch) if self.on_failure is None else 1
         if not is_small(job, session.facts, batch, on_cpu=session.device.type == "cpu"):
             from fastdiff.generate.memory import Call, check_fits
 
             check_fits(
                 [session.model, None if self.refiner is None else self.refiner.model],
                 job,
-                Call(device=session.device, dtype=session.dtype, count=batch, batch=self.batch),
+                Call(
+                    device=session.device,
+                    dtype=session.dtype,
+                    count=batch,
+                    batch=self.batch if self.on_failure is None else 1,
+                ),
                 way_out="use a smaller height, width or batch",
                 loaded=True,
             )

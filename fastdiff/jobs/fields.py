@@ -8,9 +8,10 @@ JSONL can be the `job` of a recipe.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -25,6 +26,7 @@ from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.recipe import from_json
 from fastdiff.images import UNREADABLE, read_mask, reason
 from fastdiff.jobs.rows import TEXT_COLUMN, Row
+from fastdiff.jobs.store import filesystem, url_of
 
 KIND = "kind"
 NOT_OF_A_ROW = ("batch",)
@@ -156,11 +158,11 @@ class Builder:
         facts: Facts,
         *,
         seed: int,
-        folder: Path,
+        folder: Path | str,
     ) -> None:
         """
         defaults: values of fields that a row leaves out. seed: that of row 0; row i without a seed
-        has `seed` + i. folder: where paths of pictures start.
+        has `seed` + i. folder: path or URL where paths of pictures start.
 
         Raises:
             ValueError: a default is unknown or wrong.
@@ -182,37 +184,87 @@ class Builder:
             raise ValueError(row.error)
         values, pixels = dict(self.defaults), dict[str, bytes]()  # pixels: of pictures in the row
         values.setdefault("seed", (self.seed + row.number) % (MAX_SEED + 1))
-        for column, value in row.values.items():
-            if column not in self._fields:
-                self._fields[column] = self.columns.fields(column, self.facts)
-            for name in self._fields[column]:
-                if value is None or (row.words and value == ""):
-                    continue
-                if name in PICTURES:
-                    values[name], found = self._picture(name, value)
-                    pixels |= found
-                elif isinstance(value, str) and (row.words or column in BY_ENDING):
-                    values[name] = from_words(name, value)
-                else:
-                    values[name] = value
+        for name, value, is_words in self._given(row):
+            values[name] = from_words(name, value) if is_words else value
+        for name in PICTURES:
+            if name in values:
+                values[name], found = self._picture(name, values[name])
+                pixels |= found
         job: Any = from_json(nested(values, upsampler=self.facts.extra == "upsampler"))
         for name, data in pixels.items():
             job = replace(job, **{name: self._pixels(name, data, job)})
         checked: Job = check(job, self.facts)
         return checked
 
+    def _given(self, row: Row) -> Iterator[tuple[str, Any, bool]]:
+        """(field, value, whether the value is text to be converted) of what a row says."""
+        for column, value in row.values.items():
+            if column not in self._fields:
+                self._fields[column] = self.columns.fields(column, self.facts)
+            for name in self._fields[column]:
+                if value is not None and not (row.words and value == ""):
+                    is_words = isinstance(value, str) and (row.words or column in BY_ENDING)
+                    yield name, value, is_words and name not in PICTURES
+
+    def may_name_pictures(self, columns: Iterable[str] | None) -> bool:
+        """Whether rows with these columns (None: each names its own) may have pictures."""
+        if columns is None or not self.defaults.keys().isdisjoint(PICTURES):
+            return True
+        fields_ = [name for column in columns for name in self.columns.fields(column, self.facts)]
+        return not set(fields_).isdisjoint(PICTURES)
+
+    def paths(self, row: Row) -> dict[str, str]:
+        """field -> path, as the row says it, of the pictures that a row names.
+
+        Raises:
+            ValueError: the row has a column without a meaning.
+        """
+        found = {name: self.defaults[name] for name in PICTURES if name in self.defaults}
+        found |= {name: value for name, value, _ in self._given(row) if name in PICTURES}
+        paths = {name: _bytes_or_path(value) for name, value in found.items()}
+        return {name: value for name, value in paths.items() if isinstance(value, str)}
+
+    def hashes(self, row: Row) -> dict[str, str]:
+        """field -> SHA-256 of the file, of the pictures that a row names.
+
+        Raises:
+            ValueError: the row has a column without a meaning.
+            OSError: a file cannot be read.
+        """
+        return {
+            name: hashlib.sha256(self._read(path)).hexdigest()
+            for name, path in self.paths(row).items()
+        }
+
     def _picture(self, name: str, value: Any) -> tuple[str, dict[str, bytes]]:
         """The path of a picture, or its bytes (and a path that stands for them)."""
-        if isinstance(value, Mapping):  # {"bytes", "path"}, as Hugging Face's datasets store it
-            value = value.get("bytes") or value.get("path")
+        value = _bytes_or_path(value)
         if isinstance(value, bytes):
             return name, {name: value}
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a path or the bytes of a file, got {value!r:.40}")
-        path = self.folder / value
+        if self._url(value) is not None:
+            return name, {name: self._read(value)}
+        path = self.folder / Path(value)
         if not path.exists():
             raise FileNotFoundError(f"{name}: no image at {path}")
         return str(path), {}
+
+    def _url(self, value: str) -> str | None:
+        """The URL of a picture; None if it lies in a file system."""
+        if isinstance(self.folder, str) and url_of(value) is None:
+            return f"{self.folder}/{value}"
+        return url_of(value)
+
+    def _read(self, value: str) -> bytes:
+        """The bytes of a picture that a row names by path or URL."""
+        if (url := self._url(value)) is None:
+            return (self.folder / Path(value)).read_bytes()
+        files, path = filesystem(url)
+        try:
+            return bytes(files.cat_file(path))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no image at {url}") from None
 
     def _pixels(self, name: str, data: bytes, job: Any) -> Any:
         size = getattr(job, "height", None), getattr(job, "width", None)
@@ -224,6 +276,12 @@ class Builder:
                 return read_picture(picture, self.facts.image_channels, *size)
         except UNREADABLE as error:
             raise ValueError(f"{name} cannot be read: {reason(error)}") from error
+
+
+def _bytes_or_path(value: Any) -> Any:
+    if isinstance(value, Mapping):  # {"bytes", "path"}, as Hugging Face's datasets store it
+        return value.get("bytes") or value.get("path")
+    return value
 
 
 def nested(values: Mapping[str, Any], *, upsampler: bool = False) -> dict[str, Any]:

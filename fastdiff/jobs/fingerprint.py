@@ -1,9 +1,8 @@
-"""What the bytes of a job's shards depend on: kept beside them, checked before it is resumed."""
+"""What the bytes of a job's shards depend on: kept with them, checked before it is resumed."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +16,16 @@ import fastdiff
 from fastdiff.checkpoint.model import Model
 from fastdiff.configs import to_dict
 from fastdiff.extras import import_extra
-from fastdiff.files import atomic_file, one_line_errors
+from fastdiff.files import one_line_errors
 from fastdiff.generate.recipe import place
 from fastdiff.jobs.rows import Rows
 from fastdiff.jobs.spec import JobSpec
+from fastdiff.jobs.store import Store
 from fastdiff.kernels.choose import selected_backend
 
 NAME = "job.json"
-VERSION = 1
-INFORMATION = ("model", "fingerprint")
+VERSION = 2
+INFORMATION = ("model",)
 """Entries that are not compared: the same weights may lie elsewhere."""
 
 
@@ -37,12 +37,14 @@ def fingerprint(
     device: torch.device,
     slots: int | None,
     threads: int | None,
+    pictures: str | None,
 ) -> dict[str, Any]:
     """The fingerprint of a job, as JSON-compatible values.
 
     device: of the workers; the model may lie elsewhere. slots: network rows per evaluation follow
     from it where they may decide bits, which is on a GPU; None on a CPU, where they follow from the
-    size of the image alone. threads: of each worker on a CPU; None on a GPU.
+    size of the image alone. threads: of each worker on a CPU; None on a GPU. pictures: hash of the
+    hashes of pictures that rows name, see `pictures.py`; None if there are none.
     """
     versions = {
         "fastdiff": fastdiff.__version__,
@@ -61,14 +63,15 @@ def fingerprint(
     )
     return {
         "fingerprint": VERSION,
-        "model": place(model),
+        "model": name_of(model),
         "weights": model.weights_hash,
         "sampler": None if model.sampler is None else to_dict(model.sampler),
         "load": spec.load.recorded,
         "input": [
-            {"name": file.path.name, "rows": file.rows, "bytes": file.size, "sha256": file.sha256}
+            {"name": file.name, "rows": file.rows, "bytes": file.size, "sha256": file.sha256}
             for file in rows.files
         ],
+        "pictures": pictures,
         "columns": dict(sorted(spec.columns.items())),
         "ignore": sorted(spec.ignore),
         "defaults": {k: v for k, v in sorted(spec.defaults.items()) if k != "batch"},
@@ -90,18 +93,26 @@ def fingerprint(
     }
 
 
+def name_of(model: Model) -> str:
+    """What recipes call a model: its name if it is shipped, else that of its file or folder.
+
+    Whole paths would make the bytes of a job depend on where its files lie.
+    """
+    return Path(place(model)).absolute().name
+
+
 @one_line_errors()
-def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """The fingerprint of the job in a folder; None if there is no job.
+def read_fingerprint(store: Store) -> dict[str, Any] | None:
+    """The fingerprint of the job in a store; None if there is no job.
 
     Raises:
         ValueError: the file is damaged.
     """
-    path = folder / NAME
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    data, path = store.read(NAME), f"{store.place}/{NAME}"
+    if data is None:
         return None
+    try:
+        found = json.loads(data.decode())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); give another --out") from error
     if not isinstance(found, dict) or "fingerprint" not in found:
@@ -109,26 +120,29 @@ def read_fingerprint(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def begin_or_resume(folder: Path, mine: dict[str, Any]) -> None:
-    """Write the fingerprint of a job that begins; check that of one that is resumed.
+def begin(store: Store, mine: dict[str, Any]) -> bool:
+    """Write the fingerprint of a job that begins. Returns False if another process was faster.
 
     Raises:
-        ValueError: the folder has a job with another fingerprint; the message says what differs.
+        ValueError: the store has no conditional put.
     """
-    mine = json.loads(json.dumps(mine))
-    if (found := read_fingerprint(folder)) is None:
-        try:
-            with atomic_file(folder / NAME, new=True) as temporary:
-                temporary.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-            return
-        except FileExistsError:  # another worker was faster
-            found = read_fingerprint(folder)
-            assert found is not None
-    if wrong := list(differences(found, mine)):
+    try:
+        store.create(NAME, (json.dumps(mine, indent=2) + "\n").encode())
+    except FileExistsError:
+        return False
+    return True
+
+
+def check_same(store: Store, found: dict[str, Any], mine: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the job in the store has another fingerprint; the message says what differs.
+    """
+    if wrong := list(differences(found, json.loads(json.dumps(mine)))):
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ValueError(
-            f"{folder} has a job that differs, so its shards would not belong together: {shown}; "
-            f"give another --out, or make it as {os.fspath(folder / NAME)} says"
+            f"{store.place} has a job that differs, so its shards would not belong together: "
+            f"{shown}; give another --out, or make it as {store.place}/{NAME} says"
         )
 
 

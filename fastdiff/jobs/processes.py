@@ -28,7 +28,7 @@ from fastdiff.files import REFUSALS
 from fastdiff.generate.session import Session
 from fastdiff.jobs.rows import RowFile, Rows
 from fastdiff.jobs.spec import JobSpec
-from fastdiff.jobs.worker import Counts, Worker, cpu_threads
+from fastdiff.jobs.worker import Begun, Counts, Worker, cpu_threads
 from fastdiff.kernels import backend
 from fastdiff.kernels.choose import selected_backend
 
@@ -50,27 +50,35 @@ class Task:
 
     spec: JobSpec
     rows: Rows
+    begun: Begun
     slots: int
     threads: int | None
     share: tuple[int, int]
     """(first shard, step)."""
     retry: Sequence[int]
     workers: int
+    locks: bool = True
+    """Whether they share the shards by locks; else each has a share of its own."""
 
     def line(self, index: int, slots: int) -> str:
         """The line for a worker."""
         device = self.spec.device
         if device == "cuda":
             device = f"cuda:{index % torch.cuda.device_count()}"
-        files = [[str(f.path), f.rows, f.size, f.sha256] for f in self.rows.files]
+        files = [
+            [str(f.path), f.rows, f.size, f.sha256, f.modified, f.source] for f in self.rows.files
+        ]
+        first, step = self.share
+        share = self.share if self.locks else (first + index * step, step * self.workers)
         return json.dumps(
             {
                 "spec": replace(self.spec, device=device).recorded,
                 "rows": files,
+                "begun": asdict(self.begun),
                 "slots": slots,
                 "threads": self.threads,
-                "share": self.share,
-                "retry": list(self.retry[index :: self.workers]),
+                "share": share,
+                "retry": list(self.retry[index :: self.workers] if self.locks else self.retry),
             }
         )
 
@@ -234,10 +242,13 @@ def _work(task: dict[str, Any], messages: IO[str]) -> None:
     with cpu_threads(task["threads"]), chosen:
         dtype = getattr(torch, spec.dtype)
         model = load(spec.model, device=spec.device, dtype=dtype, options=spec.load)
+        begun = Begun(**task["begun"])
+        begun.check_weights(model)
         Worker(
             spec,
             rows,
             Session.of(model),
+            begun,
             task["slots"],
             tell=lambda counts: _say(messages, asdict(counts)),
             share=tuple(task["share"]),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from fastdiff.files import write_text
 from fastdiff.images import RECIPE_KEY
 from fastdiff.jobs.shards import Item, Shards
 from fastdiff.jobs.spec import JobSpec
@@ -36,10 +35,8 @@ img { image-rendering: pixelated; min-width: 64px } pre { overflow-x: auto; font
 """
 
 
-def write_report(
-    spec: JobSpec, shards: Shards, status: Status, fingerprint: dict[str, Any]
-) -> Path:
-    """Write OUT/report.html, about all shards that are finished.
+def write_report(spec: JobSpec, shards: Shards, status: Status, fingerprint: dict[str, Any]) -> str:
+    """Write OUT/report.html, about all shards that are finished. Returns its path or URL.
 
     Raises:
         OSError: the disk is full.
@@ -85,9 +82,9 @@ def write_report(
         )  # fmt: skip
     settings = json.dumps(fingerprint, indent=2, ensure_ascii=False)
     parts.append(f"<h2>Settings</h2><pre>{_text(settings)}</pre></html>")
-    path = spec.out / NAME
-    write_text(path, "\n".join(parts) + "\n")
-    return path
+    shards.store.write(NAME, ("\n".join(parts) + "\n").encode())
+    place = shards.store.place
+    return f"{place}/{NAME}" if shards.store.folder is None else str(Path(place, NAME))
 
 
 def _text(value: str) -> str:

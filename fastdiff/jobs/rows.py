@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 from fastdiff.extras import import_extra
 from fastdiff.files import one_line_errors
 from fastdiff.images import UNREADABLE, reason
+from fastdiff.jobs.store import filesystem, local_path, url_of
 
 MAX_LINE = 2**20
 """Bytes of a line of text or JSONL."""
@@ -76,10 +78,31 @@ class RowFile:
     rows: int
     size: int
     sha256: str
+    modified: int
+    """Time of the last change, in nanoseconds."""
+    source: str | None = None
+    """URL that it was copied from."""
 
     @property
     def kind(self) -> Kind:
         return KINDS[self.path.suffix.lower()]
+
+    @property
+    def name(self) -> str:
+        return (self.source or self.path.as_posix()).rpartition("/")[2]
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            ValueError: the file was changed after it had been hashed.
+            FileNotFoundError: it was removed.
+        """
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified):
+            raise ValueError(
+                f"{self.path} was changed while the job read it; put the old file back to resume, "
+                "or give another --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,8 @@ class Rows:
     """The rows of one or several files, in the order of the files' names."""
 
     files: tuple[RowFile, ...]
+    scratch: tempfile.TemporaryDirectory[str] | None = field(default=None, compare=False)
+    """Folder of local copies, removed together with this object."""
 
     @property
     def count(self) -> int:
@@ -94,9 +119,10 @@ class Rows:
         return sum(file.rows for file in self.files)
 
     @property
-    def folder(self) -> Path:
-        """The folder that paths of pictures in the rows are relative to."""
-        return self.files[0].path.parent
+    def folder(self) -> Path | str:
+        """The folder that paths of pictures in the rows are relative to: a path, or a URL."""
+        first = self.files[0]
+        return first.path.parent if first.source is None else first.source.rpartition("/")[0]
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -152,7 +178,16 @@ def open_rows(pattern: str) -> Rows:
         ValueError: the format is unknown, the files have different formats, or a file is damaged.
         ImportError: a Parquet file is given, and pyarrow is not installed.
     """
-    paths = [Path(pattern)] if Path(pattern).exists() else [*map(Path, glob.glob(pattern))]
+    sources, scratch = dict[Path, str](), None
+    url = url_of(pattern)
+    if url is not None and (local := local_path(url)) is not None:
+        url, pattern = None, str(local)
+    if url is not None:
+        scratch = tempfile.TemporaryDirectory(prefix="fastdiff-")
+        sources = _copied(url, Path(scratch.name))
+        paths = [*sources]
+    else:
+        paths = [Path(pattern)] if Path(pattern).exists() else [*map(Path, glob.glob(pattern))]
     if not paths:
         raise FileNotFoundError(f"no file of rows at {pattern}; give a file or a pattern of names")
     kinds = {path.suffix.lower() for path in paths}
@@ -164,37 +199,58 @@ def open_rows(pattern: str) -> Rows:
         raise ValueError(
             f"unknown format of rows {suffix!r} ({paths[0]}); expected one of {', '.join(KINDS)}"
         )
-    rows = Rows(tuple(_scanned(path) for path in sorted(paths)))
+    rows = Rows(tuple(_scanned(path, sources.get(path)) for path in sorted(paths)), scratch)
     if not rows.count:
         raise ValueError(f"{pattern} has no rows; write one row per image")
     return rows
 
 
-def _scanned(path: Path) -> RowFile:
+def _copied(url: str, folder: Path) -> dict[Path, str]:
+    """Copy the files that a URL or a pattern names into a folder; returns copy -> URL."""
+    files, path = filesystem(url)
+    scheme = url.partition("://")[0]
+    found = [path] if files.exists(path) else sorted(files.glob(path))
+    copies = {}
+    for number, name in enumerate(found):  # the number keeps the order, and equal names apart
+        place = folder / f"{number:06d}"
+        place.mkdir()
+        copy = place / str(name).rpartition("/")[2]
+        files.get_file(name, str(copy))
+        copies[copy] = f"{scheme}://{str(name).lstrip('/')}"
+    return copies
+
+
+def _scanned(path: Path, source: str | None) -> RowFile:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a file of rows or a pattern of names")
     digest, size = hashlib.sha256(), 0
+    modified = path.stat().st_mtime_ns  # before it is read: later changes are noticed
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             size += len(chunk)
     rows = KINDS[path.suffix.lower()].count(path)
-    return RowFile(path, rows, size, digest.hexdigest())
+    return RowFile(path, rows, size, digest.hexdigest(), modified, source)
 
 
 def _read(file: RowFile, start: int, first: int) -> Iterator[Row]:
     """Rows of one file, numbered from `first`."""
     kind = file.kind
     for number, unit in enumerate(kind.units(file.path, start), first + start):
-        if isinstance(unit, ValueError):
-            yield Row(number, {}, str(unit))
-            continue
-        try:
-            yield Row(number, kind.parse(file.path, unit), None, kind.words)
-        except (ValueError, RecursionError) as error:
-            said = str(error) or type(error).__name__
-            shown = unit[:MAX_SHOWN].decode(errors="replace") if isinstance(unit, bytes) else None
-            yield Row(number, {} if shown is None else {TEXT_COLUMN: shown.strip()}, said)
+        row = _row(file, kind, number, unit)
+        file.check_unchanged()
+        yield row
+
+
+def _row(file: RowFile, kind: Kind, number: int, unit: Unit) -> Row:
+    if isinstance(unit, ValueError):
+        return Row(number, {}, str(unit))
+    try:
+        return Row(number, kind.parse(file.path, unit), None, kind.words)
+    except (ValueError, RecursionError) as error:
+        said = str(error) or type(error).__name__
+        shown = unit[:MAX_SHOWN].decode(errors="replace") if isinstance(unit, bytes) else None
+        return Row(number, {} if shown is None else {TEXT_COLUMN: shown.strip()}, said)
 
 
 # --- text and JSONL -------------------------------------------------------------------------------

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastdiff.checkpoint.open import load, open_device
-from fastdiff.files import remove_leftovers
 from fastdiff.generate.facts import default_batch
 from fastdiff.generate.job import Job
 from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.session import Session
-from fastdiff.jobs.fingerprint import begin_or_resume, fingerprint, read_fingerprint
+from fastdiff.jobs.fingerprint import begin, check_same, fingerprint, read_fingerprint
+from fastdiff.jobs.pictures import write_pictures
 from fastdiff.jobs.processes import Crew, Task
 from fastdiff.jobs.report import write_report
 from fastdiff.jobs.rows import Rows, open_rows
 from fastdiff.jobs.shards import Shards
 from fastdiff.jobs.spec import JobSpec
-from fastdiff.jobs.worker import Counts, Worker, builder_of, cpu_threads
+from fastdiff.jobs.store import Store, has_locks
+from fastdiff.jobs.worker import Begun, Counts, Worker, builder_of, cpu_threads
 from fastdiff.kernels import backend
 from fastdiff.kernels.choose import selected_backend
 from fastdiff.memory import free_memory
@@ -84,8 +86,8 @@ class Summary:
     """Shards that are finished."""
     of: int
     """Shards of the job."""
-    report: Path
-    """The report, an HTML page."""
+    report: str
+    """Path or URL of the report, an HTML page."""
 
 
 @dataclass
@@ -159,34 +161,20 @@ def run_job(
             f"workers and share must be at least 1, and i at most n, got {workers} and {share}"
         )
     rows = open_rows(spec.rows)
-    spec.out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(spec.out)
+    shards = Shards.of(spec, rows.count)
+    store = shards.store
+    store.prepare()
     if spec.device == "auto":
         spec = replace(spec, device="cuda" if torch.cuda.is_available() else "cpu")
     device = open_device(spec.device)
-    on_cpu = device.type == "cpu"
     with backend(selected_backend() if spec.backend == "auto" else spec.backend):
         # workers load the model themselves, so here a copy in main memory tells what it is
         session = _session(spec, device if workers == 1 else torch.device("cpu"))
-        before = read_fingerprint(spec.out)
-        known = {} if before is None else before["compute"]
-        first = _first_job(spec, rows, session)
-        slots = batch or known.get("slots") or _slots(session, first, device)
-        if on_cpu:
-            threads = threads or known.get("threads") or _threads(workers)
-        mine = fingerprint(
-            spec,
-            rows,
-            session.model,
-            device=device,
-            slots=None if on_cpu else slots,
-            threads=threads if on_cpu else None,
-        )
-        begin_or_resume(spec.out, mine)
-        shards = Shards.of(spec, rows.count)
+        mine, slots, threads = _settled(spec, rows, session, store, device, workers, batch, threads)
+        begun = Begun.of(mine)
         own = range(share[0] - 1, len(shards), share[1])
         there = [number for number in own if shards.is_finished(number)]
-        retry = [n for n in there if retry_errors and shards.errors_path(n).exists()]
+        retry = [n for n in there if retry_errors and store.exists(shards.errors_name(n))]
         done = sum(len(shards.range(n)) for n in there)
         again = sum(len(shards.errors(n)) for n in retry)
         watch = _Watch(sum(len(shards.range(n)) for n in own), done - again, listen)
@@ -195,18 +183,20 @@ def run_job(
                 spec,
                 rows,
                 session,
+                begun,
                 slots,
                 tell=lambda counts: watch.tell([counts]),
                 share=(own.start, own.step),
                 retry=frozenset(retry),
             )
-            with cpu_threads(threads if on_cpu else None):
+            with cpu_threads(threads):
                 worker.run()
         else:
             del session
-            task = Task(spec, rows, slots, threads, (own.start, own.step), retry, workers)
+            ranges, locks = (own.start, own.step), _share_by_locks(store)
+            task = Task(spec, rows, begun, slots, threads, ranges, retry, workers, locks)
             Crew(task, timeout=timeout, tell=watch.tell).run()
-            remove_leftovers(spec.out)  # of workers that died
+            store.prepare()  # what workers that died left behind
     status = watch.status()
     report = write_report(spec, shards, status, mine)
     finished = [*shards.finished()]
@@ -220,6 +210,66 @@ def run_job(
         of=len(shards),
         report=report,
     )
+
+
+def _settled(
+    spec: JobSpec,
+    rows: Rows,
+    session: Session,
+    store: Store,
+    device: torch.device,
+    workers: int,
+    batch: int | None,
+    threads: int | None,
+) -> tuple[dict[str, Any], int, int | None]:
+    """Begin the job, or check that it is the one that was begun: its fingerprint, slots, threads.
+
+    Of processes that begin at the same instant one writes the fingerprint; the others then take its
+    choices, as if they had resumed it.
+    """
+    on_cpu, first = device.type == "cpu", _first_job(spec, rows, session)
+    while True:
+        before = read_fingerprint(store)
+        known = {} if before is None else before.get("compute", {})
+        slots = batch or known.get("slots") or _slots(session, first, device)
+        count = (threads or known.get("threads") or _threads(workers)) if on_cpu else None
+        if before is None:
+            pictures = write_pictures(store, rows, builder_of(spec, rows, session))
+        else:
+            pictures = before.get("pictures")
+        mine = fingerprint(
+            spec,
+            rows,
+            session.model,
+            device=device,
+            slots=None if on_cpu else slots,
+            threads=count,
+            pictures=pictures,
+        )
+        if before is not None:
+            check_same(store, before, mine)
+            return before, slots, count
+        if begin(store, mine):
+            return mine, slots, count
+
+
+def _share_by_locks(store: Store) -> bool:
+    """Whether workers can share shards by locks; says so if they cannot.
+
+    Raises:
+        ValueError: other processes do not see the store.
+    """
+    if store.place.startswith("memory://"):
+        raise ValueError(f"{store.place} is seen by one process only; use --workers 1")
+    if store.folder is not None and has_locks(store.folder):
+        return True
+    warnings.warn(
+        f"{store.place} has no locks, so each worker gets a fixed share of the shards; if the same "
+        "job runs elsewhere at the same time, give each run a share (--shard I/N), or it makes the "
+        "same shards again",
+        stacklevel=2,
+    )
+    return False
 
 
 def _session(spec: JobSpec, device: torch.device) -> Session:

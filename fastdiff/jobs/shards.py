@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from fastdiff.extras import import_extra
-from fastdiff.files import atomic_file, atomic_folder, write_text
+from fastdiff.files import atomic_folder
 from fastdiff.jobs.spec import JobSpec
+from fastdiff.jobs.store import Store, has_locks, open_store
 
 DIGITS, ROW_DIGITS = 6, 9
 """Digits in the names of shards and of images."""
@@ -47,7 +48,7 @@ class Item(NamedTuple):
 class Shards:
     """The shards of a job."""
 
-    folder: Path
+    store: Store
     format: str
     suffix: str
     """Of the images, such as png."""
@@ -56,7 +57,17 @@ class Shards:
 
     @classmethod
     def of(cls, spec: JobSpec, rows: int) -> Shards:
-        return cls(spec.out, spec.format, spec.image, rows, spec.shard_size)
+        """
+        Raises:
+            ValueError: the format cannot be written to the store.
+        """
+        store = open_store(spec.out)
+        if spec.format == "folder" and store.folder is None:
+            raise ValueError(
+                f"a folder cannot be written to {store.place} as a whole; use --format webdataset "
+                "or --format parquet"
+            )
+        return cls(store, spec.format, spec.image, rows, spec.shard_size)
 
     def __len__(self) -> int:
         return (self.rows + self.size - 1) // self.size
@@ -65,15 +76,15 @@ class Shards:
         """The rows of a shard."""
         return range(number * self.size, min((number + 1) * self.size, self.rows))
 
-    def path(self, number: int) -> Path:
+    def name(self, number: int) -> str:
         ending = {"folder": "", "webdataset": ".tar", "parquet": ".parquet"}[self.format]
-        return self.folder / f"{number:0{DIGITS}d}{ending}"
+        return f"{number:0{DIGITS}d}{ending}"
 
-    def errors_path(self, number: int) -> Path:
-        return self.folder / f"{number:0{DIGITS}d}.errors.jsonl"
+    def errors_name(self, number: int) -> str:
+        return f"{number:0{DIGITS}d}.errors.jsonl"
 
     def is_finished(self, number: int) -> bool:
-        return self.path(number).exists()
+        return self.store.exists(self.name(number))
 
     def finished(self) -> Iterator[int]:
         """The numbers of the finished shards, in order."""
@@ -98,26 +109,27 @@ class Shards:
             self._write(number, items)
 
     def _write_errors(self, number: int, lines: list[str]) -> None:
-        path = self.errors_path(number)
+        name = self.errors_name(number)
         if lines:
-            write_text(path, "".join(f"{line}\n" for line in lines))
+            self.store.write(name, "".join(f"{line}\n" for line in lines).encode())
         else:
-            path.unlink(missing_ok=True)
+            self.store.remove(name)
 
     def _write(self, number: int, items: Iterable[Item]) -> None:
-        path = self.path(number)
+        name = self.name(number)
         if self.format == "folder":
-            with atomic_folder(path) as temporary:
+            assert self.store.folder is not None, "checked in `of`"
+            with atomic_folder(self.store.folder / name) as temporary:
                 for item in items:
-                    for name, data in self._members(item):
-                        (temporary / name).write_bytes(data)
+                    for member, data in self._members(item):
+                        (temporary / member).write_bytes(data)
         elif self.format == "webdataset":
-            with atomic_file(path) as temporary, tarfile.open(temporary, "w") as archive:
+            with self.store.writing(name) as temporary, tarfile.open(temporary, "w") as archive:
                 for item in items:
-                    for name, data in self._members(item):
-                        add_member(archive, name, data)
+                    for member, data in self._members(item):
+                        add_member(archive, member, data)
         else:
-            with atomic_file(path) as temporary:
+            with self.store.writing(name) as temporary:
                 self._write_parquet(temporary, items)
 
     def _members(self, item: Item) -> list[tuple[str, bytes]]:
@@ -154,15 +166,19 @@ class Shards:
         Raises:
             ValueError: the shard is damaged.
         """
-        path = self.path(number)
-        if self.format == "parquet":
-            parquet = import_extra("pyarrow.parquet", extra="jobs")
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(PARQUET_ROWS):
-                    for row in batch.to_pylist():
-                        image, recipe = row["image"]["bytes"], row["recipe"].encode()
-                        yield Item(row["row"], image, recipe)
-            return
+        with self.store.reading(self.name(number)) as path:
+            yield from self._read_parquet(path) if self.format == "parquet" else self._items(path)
+
+    def _read_parquet(self, path: Path) -> Iterator[Item]:
+        parquet = import_extra("pyarrow.parquet", extra="jobs")
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    image, recipe = row["image"]["bytes"], row["recipe"].encode()
+                    yield Item(row["row"], image, recipe)
+
+    def _items(self, path: Path) -> Iterator[Item]:
+        """The images of a folder or a tar."""
         recipe, image = b"", b""
         for name, data in _files(path):
             stem, _, ending = name.partition(".")
@@ -179,10 +195,8 @@ class Shards:
 
     def errors(self, number: int) -> list[dict[str, Any]]:
         """The records of the rows of a shard that have no image."""
-        path = self.errors_path(number)
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        data = self.store.read(self.errors_name(number)) or b""
+        return [json.loads(line) for line in data.decode().splitlines()]
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -208,26 +222,31 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 class Claims:
     """Locks on shards against other processes, also those of other jobs in the same folder.
 
-    The operating system releases a lock however its process ends, so none is ever stale. On a file
-    system without locks every claim succeeds: a shard may then be made twice, with the same bytes.
+    The operating system releases a lock however its process ends, so none is ever stale. Without a
+    folder that has locks, every claim succeeds: workers then need a share each, and a shard that is
+    made twice all the same has the same bytes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / CLAIMS
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, store: Store) -> None:
+        self._folder: Path | None = None
+        if store.folder is not None:
+            store.folder.mkdir(parents=True, exist_ok=True)
+        if store.folder is not None and has_locks(store.folder):
+            self._folder = store.folder / CLAIMS
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._held: dict[int, FileLock] = {}
         self._guard = threading.Lock()
 
     def take(self, number: int) -> bool:
         """Lock a shard; False if another process holds it."""
+        if self._folder is None:
+            return True
         with self._guard:
             lock = FileLock(self._path(number), timeout=0, thread_local=False)
             try:
                 lock.acquire()
             except Timeout:
                 return False
-            except NotImplementedError:
-                return True
             self._held[number] = lock
             return True
 
@@ -247,6 +266,8 @@ class Claims:
 
     def clean(self, shards: Shards) -> None:
         """Remove the files of processes that were killed after they had finished a shard."""
+        if self._folder is None:
+            return
         for path in self._folder.glob("*.lock"):
             number = int(path.stem)
             if shards.is_finished(number) and self.take(number):
@@ -255,4 +276,5 @@ class Claims:
             self._folder.rmdir()
 
     def _path(self, number: int) -> Path:
+        assert self._folder is not None, "without locks nothing is held"
         return self._folder / f"{number:0{DIGITS}d}.lock"

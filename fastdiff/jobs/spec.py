@@ -11,6 +11,7 @@ from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.extras import import_extra
 from fastdiff.files import one_line_errors
 from fastdiff.generate.job import check_seed
+from fastdiff.jobs.store import url_of
 
 Format = Literal["folder", "webdataset", "parquet"]
 ImageKind = Literal["png", "webp", "jpeg"]
@@ -23,11 +24,12 @@ class JobSpec:
 
     rows: str
     """File of rows, or a pattern such as ``rows-*.jsonl``: .txt, .csv, .tsv, .jsonl, .parquet, or
-    .tar of webdataset. One image per row."""
+    .tar of webdataset. Also a URL, such as ``s3://bucket/rows.jsonl``. One image per row."""
     model: str = "digits"
     """File or folder of a checkpoint, folder of a run, or name of a shipped model."""
     out: Path = Path("out/job")
-    """Folder for the shards, created if it is missing."""
+    """Folder for the shards, created if it is missing, or the URL of a store, such as
+    ``Path("s3://bucket/job")``."""
     columns: dict[str, str] = field(default_factory=dict)
     """field -> column; columns that have the name of a field need no entry."""
     ignore: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class JobSpec:
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {
             **data,
-            "out": str(self.out),
+            "out": url_of(self.out) or str(self.out),
             "ignore": sorted(self.ignore),
             "load": self.load.recorded,
         }

@@ -16,13 +16,15 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdiff.checkpoint.model import Model
 from fastdiff.files import message_line, names_full_disk
 from fastdiff.generate.job import Job
 from fastdiff.generate.run import Result, stream
@@ -30,6 +32,7 @@ from fastdiff.generate.session import Session
 from fastdiff.generate.webui import to_parameters
 from fastdiff.images import encoded
 from fastdiff.jobs.fields import Builder, Columns
+from fastdiff.jobs.pictures import CHANGED, Pictures
 from fastdiff.jobs.rows import Reader, Row, Rows
 from fastdiff.jobs.shards import Claims, Item, Shards
 from fastdiff.jobs.spec import JobSpec
@@ -68,12 +71,40 @@ class Counts:
     """Bytes in use, of the GPU if there is one."""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a job settled when it began: equal for all its workers, on every machine."""
+
+    model: str
+    """Name of the model in the recipes."""
+    weights: str
+    """Hash of its weights."""
+    pictures: str | None
+    """Hash of the file of hashes of pictures; None if rows name no pictures."""
+
+    @classmethod
+    def of(cls, fingerprint: Mapping[str, Any]) -> Begun:
+        return cls(fingerprint["model"], fingerprint["weights"], fingerprint["pictures"])
+
+    def check_weights(self, model: Model) -> None:
+        """
+        Raises:
+            ValueError: the model has other weights.
+        """
+        if model.weights_hash != self.weights:
+            raise ValueError(
+                f"the weights of {model.path} have changed since the job began (hash "
+                f"{self.weights[:12]}, now {model.weights_hash[:12]}); put the old ones back to "
+                "resume, or give another --out"
+            )
+
+
 class _Open:
     """A shard that is being made."""
 
-    def __init__(self, number: int, rows: range, folder: os.PathLike[str]) -> None:
+    def __init__(self, number: int, rows: range, folder: str | None) -> None:
         self.number, self.left = number, len(rows)
-        self._spool = tempfile.SpooledTemporaryFile(SPOOL, dir=os.fspath(folder))  # noqa: SIM115
+        self._spool = tempfile.SpooledTemporaryFile(SPOOL, dir=folder)  # noqa: SIM115
         self._places: dict[int, tuple[int, int, int]] = {}  # row -> start, bytes of image, recipe
         self.errors: dict[int, dict[str, Any]] = {}
         self._guard = threading.Lock()
@@ -120,6 +151,7 @@ class Worker:
     spec: JobSpec
     rows: Rows
     session: Session
+    begun: Begun
     slots: int
     tell: Callable[[Counts], None] = lambda counts: None
     """Called while it goes on, at most every `TELL` seconds, and at the end."""
@@ -143,7 +175,9 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.shards = Shards.of(self.spec, self.rows.count)
-        self._claims = Claims(self.spec.out)
+        self._claims = Claims(self.shards.store)
+        folder = self.shards.store.folder
+        self._spools = None if folder is None else str(folder)
         self._reader = Reader(self.rows)
         self._tasks = self._all_tasks()
         self._guard = threading.Lock()
@@ -151,6 +185,7 @@ class Worker:
         self._most_open = 2 + AHEAD * self.slots // self.spec.shard_size
         self._room = threading.Semaphore(4 * ENCODERS)
         self._build = builder_of(self.spec, self.rows, self.session)
+        self._pictures = Pictures(self.shards.store, self.begun.pictures)
 
     @property
     def counts(self) -> Counts:
@@ -184,6 +219,7 @@ class Worker:
             for shard in self._open.values():
                 shard.close()
             self._claims.close()
+            self._pictures.close()
         self._claims.clean(self.shards)
         self.tell(self.counts)
 
@@ -287,7 +323,7 @@ class Worker:
     def _begin(self, number: int) -> Iterator[_Task]:
         """The rows of a shard that have no image yet."""
         rows = self.shards.range(number)
-        shard = self._open[number] = _Open(number, rows, self.spec.out)
+        shard = self._open[number] = _Open(number, rows, self._spools)
         self._begun.add(number)
         there = set[int]()
         if self.shards.is_finished(number):
@@ -329,10 +365,8 @@ class Worker:
         try:
             if self._error is not None:
                 return
-            recipe = {**result.recipe, "load": self.spec.load.recorded}
-            if self.session.device.type != "cpu":  # where network rows per evaluation may decide
-                recipe["slots"] = self.slots
             try:
+                recipe = self._recipe(row, result)
                 image = encoded(
                     result.image,
                     self.spec.image,
@@ -340,11 +374,11 @@ class Worker:
                     parameters=to_parameters(recipe),
                     quality=self.spec.quality,
                 )
-            except ValueError as error:  # the decoder returned NaN
+            except (ValueError, FileNotFoundError) as error:  # NaN, or a picture changed or went
                 self._record(shard, row, error)
                 return
             text = json.dumps(recipe, sort_keys=True).encode()
-            with names_full_disk(self.shards.path(shard.number)):
+            with names_full_disk(Path(self.shards.store.place, self.shards.name(shard.number))):
                 last = shard.add(Item(row.number, image, text))
             with self._guard:
                 self.made += 1
@@ -354,6 +388,23 @@ class Worker:
             self._error = self._error or error
         finally:
             self._room.release()
+
+    def _recipe(self, row: Row, result: Result) -> dict[str, Any]:
+        """The recipe, with names in place of paths, so that it is the same on every machine.
+
+        Raises:
+            ValueError: a picture has changed.
+        """
+        job, model = dict(result.recipe["job"]), self.begun.model
+        recipe = {**result.recipe, "job": job, "model": model, "load": self.spec.load.recorded}
+        if self.session.device.type != "cpu":  # where network rows per evaluation may decide
+            recipe["slots"] = self.slots
+        paths = self._build.paths(row)
+        for name, path in paths.items():
+            job[name] = {**job[name], "path": path}
+        if not self._pictures.agree(row.number, {name: job[name]["sha256"] for name in paths}):
+            raise ValueError(CHANGED)
+        return recipe
 
     def _close(self, shard: _Open) -> None:
         self._writer.submit(self._write, shard)

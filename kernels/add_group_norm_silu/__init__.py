@@ -52,15 +52,20 @@ def add_group_norm_silu_reference(
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch; see `add_group_norm_silu`."""
+    total = add_reference(x, channel_add, residual)
+    y = group_norm_silu_reference(total, num_groups, weight, bias, scale_shift, eps, activation)
+    return y, total
+
+
+def add_reference(x: Tensor, channel_add: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x + channel_add + residual in plain PyTorch, rounded once."""
     dtype = compute_dtype(x)
     total = x.to(dtype)
     if channel_add is not None:
         total = total + channel_add.to(dtype).reshape(*channel_add.shape, *[1] * (x.ndim - 2))
     if residual is not None:
         total = total + residual.to(dtype)
-    total = total.to(x.dtype)
-    y = group_norm_silu_reference(total, num_groups, weight, bias, scale_shift, eps, activation)
-    return y, total
+    return total.to(x.dtype)
 
 
 def add_group_norm_silu_formula(
@@ -113,10 +118,10 @@ def _again(
     )
     if dx is not None and dtotal is not None:
         dx = dx + dtotal
-    return dx, dweight, dbias, _sum_like(channel_add, dx), dscale_shift
+    return dx, dweight, dbias, sum_like(channel_add, dx), dscale_shift
 
 
-def _sum_like(channel_add: Tensor | None, dx: Tensor | None) -> Tensor | None:
+def sum_like(channel_add: Tensor | None, dx: Tensor | None) -> Tensor | None:
     """Reduce the gradient of total to the gradient of channel_add."""
     if dx is None or channel_add is None:
         return None
@@ -126,7 +131,7 @@ def _sum_like(channel_add: Tensor | None, dx: Tensor | None) -> Tensor | None:
 
 def _of_total(gradients: Sequence[Tensor | None], *kept: Any) -> tuple[Tensor | None, ...]:
     dtotal = gradients[1]
-    return dtotal, None, None, _sum_like(kept[4], dtotal), None
+    return dtotal, None, None, sum_like(kept[4], dtotal), None
 
 
 def _work(

@@ -1,5 +1,5 @@
-"""The CUDA kernels of `group_norm_silu` and `add_group_norm_silu`; their launchers are in
-csrc/cuda/group_norm_silu.cu."""
+"""The CUDA kernels of `group_norm_silu`, `add_group_norm_silu` and `cat_group_norm_silu`; their
+launchers are in csrc/cuda/group_norm_silu.cu."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor
 from .. import cuda
 from ..choose import without
 from ..views import all_contiguous, memory_format_of, rows_apart
+from .joined import joined_like, of_two_inputs
 
 cuda.declare("group_norm_plan", "iiiqiqiiqiip")
 cuda.declare("group_norm_backward_plan", "iiiqiqiiqiip")
-cuda.declare("group_norm_silu", "ipiiqiqippppppipipipiqppfi")
-cuda.declare("group_norm_silu_backward", "ipiiqiqippppppppipipipppi")
+cuda.declare("group_norm_silu", "ipiiqiqipppippppipipipiqppfi")
+cuda.declare("group_norm_silu_backward", "ipiiqiqippppippppppipipipppi")
 
 ON_CHIP: int | None = None
 """Limit on the shared memory of a block of the CUDA kernel, in bytes; None: the device's limit."""
@@ -30,11 +31,14 @@ CLUSTER: int | None = None
 
 @dataclass(frozen=True)
 class _CudaLayout:
-    """x as the CUDA kernels expect it: dense, (N, S, C) if channels_last, else (N, C, S)."""
+    """x as the CUDA kernels expect it: dense, (N, S, C) if channels_last, else (N, C, S); and skip,
+    laid out like x, whose channels follow those of x."""
 
     x: Tensor
+    skip: Tensor | None
     n: int
     c: int
+    """Channels of both."""
     s: int
     channels_last: bool
 
@@ -51,7 +55,10 @@ class _CudaLayout:
         limit = -1 if ON_CHIP is None else ON_CHIP
         cluster = 0 if CLUSTER is None or (backward and not self.channels_last) else CLUSTER
         device, dtype = self.x.device.index or 0, cuda.DTYPES[self.x.dtype]
-        sizes = self.n, self.c, self.s, groups, cuda.aligned(self.x, *tensors)
+        packed = cuda.aligned(self.x, self.skip, *tensors)
+        if self.skip is not None:  # a pack of 16 bytes must not have channels of both
+            packed = packed and self.x.shape[1] * self.x.element_size() % 16 == 0
+        sizes = self.n, self.c, self.s, groups, packed
         name = "group_norm_backward_plan" if backward else "group_norm_plan"
         return cuda_plan(
             name, device, dtype, self.channels_last, *sizes, limit, cluster, cluster > 0
@@ -84,12 +91,15 @@ def cuda_plan(name: str, *arguments: int) -> Any:
     return fields
 
 
-def _cuda_layout(x: Tensor) -> _CudaLayout:
+def _cuda_layout(x: Tensor, skip: Tensor | None = None) -> _CudaLayout:
     form = memory_format_of(x)
     x = x.contiguous(memory_format=form)
     n, c = x.shape[:2]
+    if skip is not None:
+        skip = skip.to(x.dtype).contiguous(memory_format=form)
+        c += skip.shape[1]
     s = math.prod(x.shape[2:])
-    return _CudaLayout(x, n, c, s, form != torch.contiguous_format or s == 1)
+    return _CudaLayout(x, skip, n, c, s, form != torch.contiguous_format or s == 1)
 
 
 def forward(
@@ -103,19 +113,22 @@ def forward(
     eps: float,
     activation: str,
     keep: bool,
+    *,
+    skip: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return ((y, total), statistics) for x + channel_add + residual; without addends total is x.
+    The norm is that of the total followed by the channels of skip.
 
     statistics: (N, G, 3) fp32, the mean in two parts and 1 / sqrt(v + eps). The kernels pass them
     to each other, so they are written whether or not `keep` is set.
     """
     add = channel_add is not None or residual is not None
-    layout = _cuda_layout(x)
-    x = layout.x
-    y = torch.empty_like(x)
+    layout = _cuda_layout(x, skip)
+    x, skip = layout.x, layout.skip
+    y = torch.empty_like(x) if skip is None else joined_like(x, skip)
     total = torch.empty_like(x) if add else x
     statistics = torch.empty(layout.n, num_groups, 3, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    if y.numel() == 0:
         return (y, total), statistics
     weight, bias, scale_shift = all_contiguous(weight, bias, scale_shift)
     channel_add, add_stride = rows_apart(channel_add)
@@ -125,7 +138,8 @@ def forward(
     cuda.launch(
         "group_norm_silu", x, cuda.DTYPES[x.dtype], layout.channels_last,
         layout.n, layout.c, layout.s, num_groups, plan,
-        x.data_ptr(), y.data_ptr(), statistics.data_ptr(), workspace.data_ptr(),
+        x.data_ptr(), cuda.address(skip), x.shape[1], y.data_ptr(), statistics.data_ptr(),
+        workspace.data_ptr(),
         *cuda.parameter(weight), *cuda.parameter(bias), *cuda.parameter(scale_shift),
         *cuda.parameter(channel_add), add_stride, cuda.address(residual),
         total.data_ptr() if add else None, eps, activation == "silu",
@@ -133,7 +147,7 @@ def forward(
     return (y, total), statistics
 
 
-def backward(
+def gradients(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -147,11 +161,14 @@ def backward(
     activation: str,
     statistics: Tensor,
     needs: Sequence[bool],
+    *,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x (the total), weight, bias, channel_add and scale_shift."""
-    layout = _cuda_layout(x)
+    """Return the gradients of x (the total), weight, bias, channel_add, scale_shift and skip."""
+    layout = _cuda_layout(x, skip)
     x, c = layout.x, layout.c
     dx = torch.empty_like(x)
+    dskip = None if layout.skip is None else torch.empty_like(layout.skip)
     dweight, dbias = (torch.zeros(c, dtype=torch.float32, device=x.device) for _ in range(2))
     parameters = weight, bias, scale_shift
     weight, bias, scale_shift = all_contiguous(*parameters)
@@ -159,9 +176,9 @@ def backward(
     dscale_shift = torch.zeros(film, dtype=torch.float32, device=x.device)
     if scale_shift is not None:
         dscale_shift = dscale_shift.view(scale_shift.shape)
-    if x.numel():
+    if dy.numel():
         _run_backward(
-            layout, (dy, dtotal, dx), statistics, (weight, bias, scale_shift), activation,
+            layout, (dy, dtotal, dx, dskip), statistics, (weight, bias, scale_shift), activation,
             (dweight, dbias, dscale_shift if film else None),
         )  # fmt: skip
     dchannel_add = None
@@ -171,34 +188,47 @@ def backward(
         dchannel_add = dchannel_add.to(channel_add.dtype)
     pairs = zip(parameters, (dweight, dbias, dscale_shift), strict=True)
     of_weight, of_bias, of_film = (None if p is None else g.to(p.dtype) for p, g in pairs)
-    return dx, of_weight, of_bias, dchannel_add, of_film
+    return dx, of_weight, of_bias, dchannel_add, of_film, dskip
+
+
+def backward(*args: Any) -> tuple[Tensor | None, ...]:
+    """`gradients` without that of skip."""
+    return gradients(*args)[:-1]
 
 
 def _run_backward(
     layout: _CudaLayout,
-    tensors: tuple[Tensor, Tensor | None, Tensor],
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     statistics: Tensor,
     parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
     activation: str,
     sums: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
-    """Fill dx, the last of the tensors (dy, dtotal, dx), and the sums dweight, dbias and
-    dscale_shift, which are fp32 zeros on entry."""
+    """Fill dx and dskip, the last of the tensors (dy, dtotal, dx, dskip), and the sums dweight,
+    dbias and dscale_shift, which are fp32 zeros on entry."""
     x, c, groups = layout.x, layout.c, statistics.shape[1]
-    dy, dtotal, dx = tensors
+    dy, dtotal, dx, dskip = tensors
     dy, dtotal = layout.dense(dy), layout.like(dtotal)
-    plan = layout.plan(groups, dy, dtotal, dx, backward=True)
+    plan = layout.plan(groups, dy, dtotal, dx, dskip, backward=True)
     numbers = plan[8] + 2 * layout.n * (c + groups)
     workspace = torch.empty(numbers, dtype=torch.float32, device=x.device)
     cuda.launch(
         "group_norm_silu_backward", x, cuda.DTYPES[x.dtype], layout.channels_last,
         layout.n, c, layout.s, groups, plan,
-        dy.data_ptr(), x.data_ptr(), cuda.address(dtotal), dx.data_ptr(), statistics.data_ptr(),
-        workspace.data_ptr(), *(part for p in parameters for part in cuda.parameter(p)),
+        dy.data_ptr(), x.data_ptr(), cuda.address(layout.skip), x.shape[1], cuda.address(dtotal),
+        dx.data_ptr(), cuda.address(dskip), statistics.data_ptr(), workspace.data_ptr(),
+        *(part for p in parameters for part in cuda.parameter(p)),
         *map(cuda.address, sums), activation == "silu",
     )  # fmt: skip
 
 
-ADDING = cuda.cuda_backend(forward=forward, backward=backward, settings=lambda: (ON_CHIP, CLUSTER))
+def _settings() -> tuple[int | None, int | None]:
+    return ON_CHIP, CLUSTER
+
+
+_cat_forward, _cat_backward = of_two_inputs(forward, gradients)
+CAT = cuda.cuda_backend(forward=_cat_forward, backward=_cat_backward, settings=_settings)
+"""The backend of `cat_group_norm_silu`."""
+ADDING = cuda.cuda_backend(forward=forward, backward=backward, settings=_settings)
 """The backend of `add_group_norm_silu`."""
 BACKEND = without(ADDING, slice(4, 6), gradients=slice(3, 4))

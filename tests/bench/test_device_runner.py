@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.device import clocks, command, records, runner, table, wheels
+from benchmarks.device import command, records, runner, table, wheels
 from benchmarks.device.table import CALL_SECONDS, STAGES, Plan, Result, Stage, groups_of, stages_of
+from fastdiff.bench import clocks
 from fastdiff.bench.record import Record
 from tests.bench import stages
 from tests.support.imports import ROOT

@@ -18,8 +18,8 @@ from benchmarks.device import networks, parity, records, table
 from benchmarks.device.dry import dry_jobs
 from benchmarks.device.measure import MOST_IMPORTANT, run_cases, tuned_cases
 from benchmarks.device.table import ContextLost, Failed, LeftOut, Plan
-from fastdiff.bench.plain import PLAIN, plain_ops
 from fastdiff import kernels
+from fastdiff.bench.plain import PLAIN, plain_ops
 from fastdiff.bench.record import LAUNCHED, LOOP, LOOP_LAUNCHED, NETWORK
 from fastdiff.bench.run import Case, Outcome
 from fastdiff.kernels import choose

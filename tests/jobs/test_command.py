@@ -9,6 +9,7 @@ import pytest
 
 from fastdiff.cli import generate, main
 from fastdiff.cli.generate import status_line
+from fastdiff.generate.job import PLAIN
 from fastdiff.jobs import JobSpec, Status, Summary, read_job
 from fastdiff.jobs.run import share_of_environment
 from tests.jobs.jobs import content, mixed_rows, spec_of, tiny_bundle
@@ -62,6 +63,10 @@ def test_a_file_and_options_are_the_same_job(folder: Path, specs: list[JobSpec])
     assert specs[0].rows == "rows.csv"
     assert specs[2].defaults == {"steps": 3, "sampler": "ddim", "eta": 0.25}
     assert specs[2].seed == 6
+    (folder / "other.yaml").write_text("rows: rows.csv\ndefaults: {guidance_rescale: 0.7}")
+    main(["generate", "other.yaml", "--guidance-rescale", str(PLAIN.guidance_rescale)])
+    main(["generate", "other.yaml"])
+    assert [spec.defaults["guidance_rescale"] for spec in specs[3:]] == [0.0, 0.7]
     assert specs[0].recorded == {**read_job("job.yaml").recorded, "dtype": "float32"}
     assert JobSpec.of_recorded(json.loads(json.dumps(specs[0].recorded))) == specs[0]
 

@@ -21,6 +21,7 @@ from fastdiff import kernels
 from fastdiff.kernels import compiled
 from fastdiff.kernels.philox_normal import philox4x32
 from tests.kernels import cases
+from tests.kernels.test_cat_group_norm_silu import ROWS as CAT_GROUP_NORM_SILU
 from tests.kernels.test_gate_residual import ROWS as GATE_RESIDUAL
 from tests.kernels.test_philox import VECTORS
 
@@ -31,6 +32,7 @@ ROWS = {
     "geglu": cases.GEGLU,
     "group_norm_silu": cases.GROUP_NORM_SILU,
     "add_group_norm_silu": cases.ADD_GROUP_NORM_SILU,
+    "cat_group_norm_silu": CAT_GROUP_NORM_SILU,
     "layer_norm": cases.LAYER_NORM,
     "add_layer_norm": cases.ADD_LAYER_NORM,
     "attention": cases.ATTENTION,
@@ -128,6 +130,13 @@ BIG: dict[str, Callable[[], tuple[tuple, dict]]] = {
     "add_group_norm_silu": lambda: (
         (cases.channels_last(numbers(SAMPLES, 96, 60, 50)), 8, numbers(96), numbers(96)),
         {"residual": numbers(SAMPLES, 96, 60, 50), "channel_add": numbers(SAMPLES, 96)},
+    ),
+    "cat_group_norm_silu": lambda: (
+        (
+            *(cases.channels_last(numbers(SAMPLES, c, 60, 50)) for c in (60, 36)),
+            *(8, numbers(96), numbers(96)),
+        ),
+        {"residual": numbers(SAMPLES, 60, 60, 50), "channel_add": numbers(SAMPLES, 60)},
     ),
     "layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(600), numbers(600)), {}),
     "add_layer_norm": lambda: ((numbers(SAMPLES, 50, 600), numbers(SAMPLES, 50, 600)), {}),

@@ -389,7 +389,7 @@ def test_second_derivatives_of_every_op_on_every_backend(name: str, backend: str
 def test_an_empty_batch_gives_parameters_zeros(name: str, backend: str) -> None:
     given = example(name)
     for key in kernels.OPS[name].types:
-        batched = key in ("x", "residual", "scale_shift") or (key == "channel_add")
+        batched = key in ("x", "skip", "residual", "scale_shift", "channel_add")
         if batched and isinstance(given.get(key), Tensor):
             given[key] = given[key][:0].detach().requires_grad_()
     leaves = leaves_of(given)

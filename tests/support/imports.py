@@ -36,8 +36,9 @@ def module_of(path: Path, root: Path = ROOT) -> str:
 
 
 def package_files(root: Path = ROOT) -> dict[str, Path]:
-    """Module -> its file, for all installed modules."""
-    paths = [p for p in (root / PACKAGE).rglob("*.py") if not p.is_relative_to(_link(root))]
+    """Module -> its file, for all installed modules; Python files among the assets are data."""
+    others = _link(root), root / PACKAGE / "assets"
+    paths = [p for p in (root / PACKAGE).rglob("*.py") if not any(map(p.is_relative_to, others))]
     return {module_of(p, root): p for p in sorted([*paths, *(root / "kernels").rglob("*.py")])}
 
 

@@ -24,6 +24,7 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 
 SUBJECT = Subject(
     op="ada_layer_norm",
+    operands=lambda x: (x, (x[0], x[-1]), (x[0], x[-1])),
     arguments=arguments,
     eager=eager,
 )

@@ -27,6 +27,7 @@ def eager(
 SUBJECTS = (
     Subject(
         op="add_group_norm_silu",
+        operands=lambda x: (x, x[1:2], x[1:2]),
         arguments=arguments,
         eager=eager,
         norm=True,

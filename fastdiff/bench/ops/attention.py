@@ -31,6 +31,7 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 SUBJECTS = (
     Subject(
         op="attention",
+        operands=lambda x: (x, x, x),
         arguments=arguments,
         eager=sdpa,
         written_out=written_out,

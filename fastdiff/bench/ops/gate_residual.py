@@ -17,6 +17,7 @@ def eager(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
 
 SUBJECT = Subject(
     op="gate_residual",
+    operands=lambda x: (x, (x[0], x[-1]), x),
     arguments=arguments,
     eager=eager,
 )

@@ -21,6 +21,7 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 SUBJECTS = (
     Subject(
         op="geglu",
+        operands=lambda x: (x,),
         arguments=arguments,
         eager=eager,
     ),

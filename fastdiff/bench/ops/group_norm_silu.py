@@ -32,6 +32,7 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 SUBJECTS = (
     Subject(
         op="group_norm_silu",
+        operands=lambda x: (x, x[1:2], x[1:2]),
         arguments=arguments,
         eager=eager,
         gradients_first=True,

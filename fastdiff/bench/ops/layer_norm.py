@@ -24,11 +24,13 @@ def arguments(call: Call, job: Job, make: Make) -> Arguments:
 
 SUBJECT = Subject(
     op="layer_norm",
+    operands=lambda x: (x, x[-1:], x[-1:]),
     arguments=arguments,
     eager=eager,
 )
 ADD_SUBJECT = Subject(
     op="add_layer_norm",
+    operands=lambda x: (x, x, x[-1:], x[-1:]),
     arguments=arguments,
     eager=add_eager,
 )
