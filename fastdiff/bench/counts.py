@@ -47,7 +47,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -245,11 +245,6 @@ def aligned(rows: Sequence[tuple[str, ...]], *, words: int) -> str:
     return "\n".join(lines)
 
 
-EAGER_HEAD = (
-    *("backend", "launches", "functions", "functions, plain", "adds", "adds, plain", "ratio"),
-)
-
-
 def accelerated_cost(backend: str, rounds: int) -> dict[str, Any]:
     """What eager.py finds for one backend.
 
@@ -268,6 +263,8 @@ def accelerated_cost(backend: str, rounds: int) -> dict[str, Any]:
 
 def accelerated(options: argparse.Namespace) -> int:
     """Run the command ``host --accelerated`` and return its exit code."""
+    from fastdiff.bench import eager, launches
+
     found = {
         backend: accelerated_cost(backend, min(options.rounds, 60))
         for backend in options.backend
@@ -276,38 +273,18 @@ def accelerated(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        print(aligned([EAGER_HEAD, *eager_rows(found)], words=1))
+        print(aligned([launches.EAGER_HEAD, *launches.eager_rows(found)], words=1))
     if options.docs:
         for backend, each in found.items():
-            counted.record(EAGER, backend, each)
+            counted.record(eager.SECTION, backend, each)
         print(f"wrote {counted.PATH}; `launches --docs` makes the page from it")
     return 0
 
 
-EAGER = "accelerated"
-"""Section of docs/counts.json."""
-
-
-def eager_rows(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One row per backend, without the header."""
-    rows = []
-    for backend, each in found.items():
-        functions, adds = each["functions"], each["adds"]
-        rows.append(
-            (
-                backend,
-                f"{each['launches']}",
-                *(f"{functions[which]}" for which in (1, 0)),
-                *(f"{adds[which]:.0f}" for which in (1, 0)),
-                f"{each['ratio']:.2f}",
-            )
-        )
-    return rows
-
-
 def inductor(options: argparse.Namespace) -> int:
     """Run the command ``inductor`` and return its exit code."""
-    from fastdiff.bench import inductor as compiled
+    from fastdiff.bench import launches
+    from fastdiff.bench.inductor import keep
     from fastdiff.bench.shapes import GPU_JOBS
 
     if options.network is None:  # a process each, because PyTorch keeps what it was told of the GPU
@@ -319,14 +296,14 @@ def inductor(options: argparse.Namespace) -> int:
         return 0
     if options.network not in GPU_JOBS:
         raise ValueError(f"unknown network {options.network!r}; expected one of {list(GPU_JOBS)}")
-    found = compiled.network(options.network)
+    found = launches.compiled_network(options.network)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.launches.items()))
     print(
         f"{options.network}: {found.total} launches ({kinds}), {found.kernels} different Triton "
         f"kernels, {found.bytes / 1e9:.2f} GB, {found.flops / 1e12:.2f} TFLOP"
     )
     if options.docs:
-        compiled.keep(options.network, found)
+        keep(options.network, found)
         print(f"wrote {counted.PATH}; `launches --docs` makes the page from it")
     return 0
 
@@ -380,15 +357,15 @@ def host(options: argparse.Namespace) -> int:
 def launches(options: argparse.Namespace) -> int:
     """Run the command ``launches`` and return its exit code."""
     # host.py measures without these modules
-    from fastdiff.bench import launches as counted
+    from fastdiff.bench import launches as found
 
     if options.docs:
-        DOCS.write_text(counted.page(sass_section()))
+        DOCS.write_text(whole_page())
         print(f"wrote {DOCS}")
         return 0
-    print(aligned(counted.rows(), words=3), end="\n\n")
-    print(aligned(counted.kind_rows(), words=2), end="\n\n")
-    print(aligned(counted.step_rows(), words=1))
+    print(aligned(found.rows(), words=3), end="\n\n")
+    print(aligned(found.kind_rows(), words=2), end="\n\n")
+    print(aligned(found.step_rows(), words=1))
     return 0
 
 
@@ -399,6 +376,14 @@ SASS_HEAD = "## Instructions\n\n"
 def sass_section() -> str:
     """The section of instructions in docs/counts.md, as it is."""
     return DOCS.read_text().partition(SASS_HEAD)[2]
+
+
+def whole_page() -> str:
+    """The text of docs/counts.md; the section of instructions stays as it is."""
+    from fastdiff.bench import evaluations
+    from fastdiff.bench import launches as found
+
+    return found.page(sass_section(), evaluations.rows())
 
 
 def sass(options: argparse.Namespace) -> int:
@@ -444,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = commands.add_parser(
         "inductor", help="kernels that torch.compile launches, read off its code (needs diffusers)"
     )
-    words.add_argument("--network", help="only this one, such as \"SD 1.5 U-Net\"")
+    words.add_argument("--network", help='only this one, such as "SD 1.5 U-Net"')
     words.add_argument("--docs", action="store_true", help="write docs/counts.json")
     words.set_defaults(run=inductor, at_most=None, against=None)
     words = commands.add_parser(

@@ -37,6 +37,8 @@ CONFIG: dict[str, Any] = {
 }
 """How it differs from Stable Diffusion 1.5's U-Net."""
 TOKENS = 77
+SECTION = "accelerated"
+"""Of docs/counts.json."""
 WARM_UP = 3
 BATCHES = 2, 8
 

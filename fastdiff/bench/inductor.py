@@ -89,6 +89,9 @@ class Compiled:
     """Group -> launches."""
     bytes: int = 0
     flops: int = 0
+    bytes_of: Counter[str] = field(default_factory=Counter)
+    """Group -> bytes."""
+    flops_of: Counter[str] = field(default_factory=Counter)
     kernels: int = 0
     """Different Triton kernels."""
 
@@ -128,9 +131,9 @@ def _attention(
     if q.shape[-1] <= WIDEST_FLASH:
         flash: Tensor = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
         return flash
-    wide: Tensor = aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, False, scale=scale
-    )[0]
+    wide: Tensor = aten._scaled_dot_product_efficient_attention(q, k, v, None, False, scale=scale)[
+        0
+    ]
     return wide
 
 
@@ -339,11 +342,10 @@ class _Reader:
         if function.startswith("empty_strided"):
             shape, strides = (ast.literal_eval(argument) for argument in call.args[:2])
             self._made(result, _Buffer(shape, strides, ast.unparse(call.args[2])))
-        elif function == "reinterpret_tensor" or function == "copy_if_misaligned":
+        elif function in ("reinterpret_tensor", "copy_if_misaligned"):
             self._made(result, self._buffer(call if "reinterpret" in function else call.args[0]))
         elif function.endswith(".run"):
-            self.found.launches[FUSED] += 1
-            self.found.bytes += self._kernels[function.removesuffix(".run")]
+            self._add(FUSED, self._kernels[function.removesuffix(".run")])
         elif function.startswith(("extern_kernels.", "torch.ops.")):
             self._library(function, call, result)
         elif function == "assert_size_stride":
@@ -362,7 +364,6 @@ class _Reader:
         words = {word.arg: word.value for word in call.keywords}
         bias = words.get("bias")
         assert bias is None or ast.unparse(bias) == "None", "a convolution with its bias"
-        self.found.launches[KINDS[name]] += 1
         if name == "convolution":  # its result's shape is asserted in the next line
             assert result is not None
             self._waiting = result, name, tensors
@@ -378,7 +379,7 @@ class _Reader:
             found = self._buffer(words["out"])
             assert found is not None, ast.unparse(call)
             out, flops = found, 2 * math.prod(a.shape) * b.shape[-1]
-        self._add([*tensors, out], flops)
+        self._add(KINDS[name], sum(b.bytes for b in (*tensors, out)), flops)
 
     def _asserted(self, call: ast.Call) -> None:
         if self._waiting is None or ast.unparse(call.args[0]) != self._waiting[0]:
@@ -387,12 +388,16 @@ class _Reader:
         shape, strides = (ast.literal_eval(argument) for argument in call.args[1:3])
         out = _Buffer(shape, strides, tensors[0].dtype)
         self._made(name, out)
-        self._add([*tensors, out], 2 * math.prod(shape) * math.prod(tensors[1].shape[1:]))
+        flops = 2 * math.prod(shape) * math.prod(tensors[1].shape[1:])
+        self._add("convolution", sum(b.bytes for b in (*tensors, out)), flops)
         self._waiting = None
 
-    def _add(self, moved: list[_Buffer], flops: int) -> None:
-        self.found.bytes += sum(buffer.bytes for buffer in moved)
+    def _add(self, kind: str, moved: int, flops: int = 0) -> None:
+        self.found.launches[kind] += 1
+        self.found.bytes += moved
         self.found.flops += flops
+        self.found.bytes_of[kind] += moved
+        self.found.flops_of[kind] += flops
 
 
 # The record
@@ -407,6 +412,8 @@ def compiled_networks() -> dict[str, Compiled]:
             launches=Counter(each["launches"]),
             bytes=each["bytes"],
             flops=each["flops"],
+            bytes_of=Counter(each["bytes_of"]),
+            flops_of=Counter(each["flops_of"]),
             kernels=each["kernels"],
         )
         for name, each in counted.recorded(SECTION).items()
@@ -424,24 +431,10 @@ def keep(name: str, found: Compiled) -> None:
             "launches": dict(sorted(found.launches.items())),
             "bytes": found.bytes,
             "flops": found.flops,
+            "bytes_of": dict(sorted(found.bytes_of.items())),
+            "flops_of": {kind: n for kind, n in sorted(found.flops_of.items()) if n},
             "kernels": found.kernels,
             "torch": torch.__version__.partition("+")[0],
             "triton": triton.__version__,
         },
     )
-
-
-def network(job_name: str) -> Compiled:
-    """Compile a network of `shapes.GPU_JOBS`: diffusers' class, channels_last, or where diffusers
-    has none, ours on the operators that people write."""
-    from fastdiff.bench import launches
-    from fastdiff.bench.plain import plain_ops
-
-    def make() -> tuple[nn.Module, dict[str, Any]]:
-        if job_name not in launches.DIFFUSERS:
-            return launches.native_network(launches.GPU_JOBS[job_name])
-        module, inputs = launches.diffusers_network(job_name)
-        return module.to(memory_format=torch.channels_last).eval(), inputs  # type: ignore[call-overload]
-
-    with plain_ops():
-        return read(code_of(make))
