@@ -66,8 +66,29 @@ def parity(plan: Plan) -> list[str]:
         records.add_parity(plan.out, pair=plan.part, planned=0)
         raise LeftOut(reason)
     todo = _dry_cases(op) if plan.dry_run else cases()[op]
-    records.add_parity(plan.out, pair=plan.part, planned=len(todo))
-    return checked(todo, backend, plan)
+    first = _first_checks(plan)
+    records.add_parity(plan.out, pair=plan.part, planned=len(first) + len(todo))
+    failures = []
+    for label, why in first:
+        status = "failed" if why else "ok"
+        print(f"{label}: {status} {why}".rstrip(), flush=True)
+        records.add_parity(
+            plan.out, pair=plan.part, case=label, status=status, why=why, seconds=0.0
+        )
+        failures += [f"{label}: {why}"] if why else []
+    notes = checked(todo, backend, plan)
+    if failures:
+        raise Failed(*failures, *notes)
+    return notes
+
+
+def _first_checks(plan: Plan) -> list[tuple[str, str]]:
+    """Name and fault of what has to hold before any case means something: see hopper.py."""
+    if plan.part != "attention/cuda" or plan.dry_run:
+        return []
+    from benchmarks.device import hopper
+
+    return list(hopper.checks()) if hopper.served() else []
 
 
 def _dry_cases(op: str) -> list[Any]:
