@@ -122,7 +122,8 @@ def evaluations(device: Device = H200) -> Iterator[Evaluation]:
                 host=host,
             )
 
-        yield one("fastdiff, graph", launches.native(job))
+        known = launches.counts()[NETWORK, "fastdiff"] if images == 1 else None
+        yield one("fastdiff, graph", known or launches.native(job))
         if images == 1 and NETWORK in DIFFUSERS:
             theirs = launches.counts()
             accelerated = theirs[NETWORK, "diffusers, accelerated"]
