@@ -214,6 +214,9 @@ def write_ninja(build: Path, target: Path, version: str, cuda: Cuda | str) -> li
     compiler = find_compiler()
     includes = [sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"]]
     binding = " ".join(f"-isystem {p}" for p in dict.fromkeys([*includes, pybind11.get_include()]))
+    # headers name themselves in errors: the module shall not depend on where they happen to be
+    for folder, name in ((pybind11.get_include(), "pybind11"), (includes[0], "python")):
+        binding += f" -fmacro-prefix-map={folder}={name}"
     lines = rules(compiler, cuda, os.path.relpath(SOURCES / "common", build))
     objects = []
 
@@ -384,7 +387,7 @@ class BuildNative(build_ext):
                 warn(f"fastdiff is installed without CUDA kernels: {without}, as said above")
                 return target
         raise CannotBuildError(
-            "the C++ compiler failed (g++ from 11 on, clang++ from 9 on can do it)"
+            "the C++ compiler failed (g++ from 11 on, clang++ from 10 on can do it)"
         )
 
     def copy_extensions_to_source(self) -> None:

@@ -1,6 +1,6 @@
 """Quality of samples against network evaluations, for every sampler: docs/quality.md.
 
-    python -m benchmarks.quality                  every sampler, six minutes of one core
+    python -m benchmarks.quality                  every sampler, ten minutes of one core
     python -m benchmarks.quality unipc dpmpp-2m   two of them; the others keep their numbers
     python -m benchmarks.quality --docs           the page and the chart alone, from the record
 
@@ -22,7 +22,7 @@ from benchmarks.judging import SmallSets
 from fastdiff.checkpoint.open import load
 from fastdiff.diffusion.plots import COLOURS, MARKERS
 from fastdiff.diffusion.samplers import SAMPLERS, SamplerTable, build_table
-from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.evaluation.report import measured_by
 from fastdiff.extras import import_extra
 from fastdiff.files import atomic_file, write_json, write_text
@@ -34,11 +34,12 @@ RECORD = ROOT / "benchmarks/trained/quality.json"
 PAGE = ROOT / "docs/quality.md"
 CHART = ROOT / "docs/images/quality.png"
 EVALUATIONS = (5, 10, 20, 50)
-PER_CLASS = 10
+PER_CLASS = 15
 FAMILIES = {
     "onestep": "one evaluation per step",
     "singlestep": "several evaluations per step",
     "multistep": "a history of evaluations",
+    "noise": "with noise in every step",
     "distilled": "for distilled networks",
 }
 Points = list[dict[str, float]]
@@ -89,15 +90,21 @@ def measure(names: list[str]) -> None:
         for name in names:
             if (first := known[_key(plans[name])]) != name and first in found:
                 continue
+            settings = [
+                SampleSettings(sampler=name, steps=steps, guidance_scale=1.0)
+                for steps, _ in plans[name]
+            ]
+            jobs = [  # in one call, so that slots stay full
+                ClassJob(label=label, seed=seed, settings=its)
+                for its in settings
+                for seed, label in enumerate(sets.labels)
+            ]
+            images = torch.stack([result.image for result in generate(model, jobs)])
             points: Points = []
-            for steps, table in plans[name]:
-                settings = SampleSettings(sampler=name, steps=steps, guidance_scale=1.0)
-                jobs = [
-                    ClassJob(label=label, seed=seed, settings=settings)
-                    for seed, label in enumerate(sets.labels)
-                ]
-                images = torch.stack([result.image for result in generate(model, jobs)])
-                score = sets.score(images)
+            for (steps, table), chosen in zip(
+                plans[name], images.split(len(sets.labels)), strict=True
+            ):
+                score = sets.score(chosen)
                 points.append(
                     {
                         "evaluations": len(table),
@@ -107,7 +114,7 @@ def measure(names: list[str]) -> None:
                     }
                 )
                 done += len(table)
-                tell(min(done, total), total)
+            tell(min(done, total), total)
             for other, its in plans.items():
                 if _key(its) == _key(plans[name]):
                     found[other] = points
@@ -142,10 +149,15 @@ def _key(points: list[tuple[int, SamplerTable]]) -> tuple[object, ...]:
 
 
 def groups(samplers: dict[str, Points]) -> dict[str, dict[str, Points]]:
-    """Family -> the samplers of its file, those with equal samples under one name."""
+    """Family -> its samplers, those with equal samples under one name. Families are the files of
+    samplers, but those that add noise are apart: they converge to something else."""
     found: dict[str, dict[str, Points]] = {}
+    schedule = NoiseSchedule(ScheduleConfig())
     for name, points in samplers.items():
-        family = found.setdefault(SAMPLERS[name].rows.__module__.rpartition(".")[2], {})
+        key = SAMPLERS[name].rows.__module__.rpartition(".")[2]
+        if key != "distilled" and build_table(name, schedule, 4).column("S").any():
+            key = "noise"
+        family = found.setdefault(key, {})
         same = [other for other, its in family.items() if its == points]
         if same:
             family[f"{same[0]} = {name}"] = family.pop(same[0])
@@ -155,10 +167,10 @@ def groups(samplers: dict[str, Points]) -> dict[str, dict[str, Points]]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """A column per family: Fréchet distance above, class accuracy below."""
+    """A column per family: Fréchet distance above, class accuracy below, on shared scales."""
     families = groups(record["samplers"])
     figure = import_extra("matplotlib.figure", extra="train").Figure(
-        figsize=(4 * len(families), 7), layout="constrained", dpi=130
+        figsize=(3.4 * len(families), 7), layout="constrained", dpi=130
     )
     panels = figure.subplots(2, len(families), sharex=True, sharey="row", squeeze=False)
     ticker = import_extra("matplotlib.ticker", extra="train")
@@ -214,8 +226,9 @@ Generated by `{record["command"]}`, commit {record["commit"]}, {record["date"]},
 the same seeds for every sampler and number; each takes the most steps that need no more evaluations
 than its column says. In a cell: the Fréchet distance as a multiple of that of as many held-out
 digits, class accuracy under the judge of [Results](results.md), and in brackets the evaluations.
-Samplers with equal tables share a line. At this size an accuracy of 95% has a standard error of 2
-points.
+Samplers with equal tables share a line. At this size an accuracy of 97% has a standard error of 1.4
+points, and every solver of the ODE comes near 96% and 0.43 at 50 evaluations, because all of them
+then make nearly the same images.
 
 ![Fréchet distance and accuracy against evaluations](images/{CHART.name})
 

@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import load
 from fastdiff.data.digits import CLASSES
 from fastdiff.evaluation import digits_bits, evaluate
+from fastdiff.evaluation.evaluate import Evaluation, originals, small_images
 from fastdiff.evaluation.report import provenance
 from fastdiff.files import write_json, write_text
+from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import SampleSettings
-from fastdiff.images import contact_sheet, save_png
+from fastdiff.images import contact_sheet, enlarged, save_png
 from fastdiff.training import TRAINING_PRESETS, ClassifierRun
 from fastdiff.training.monitor import LOG_FILE, read_log
 
@@ -102,6 +106,12 @@ SYSTEMS = {
         model="tiny-iddpm",
         settings={"sampler": "ddpm", "steps": 100, "guidance_scale": 1.0},
         bits=True,
+    ),
+    "upsampler": System(
+        title="IDDPM's super-resolution, 4 x 4 to 8 x 8 pixels",
+        paper="Nichol and Dhariwal 2021",
+        model="tiny-upsampler",
+        settings={"sampler": "ddpm", "steps": 100, "guidance_scale": 1.0},
     ),
     "flow": System(
         title="Flow matching, pixels",
@@ -238,6 +248,8 @@ def measure(name: str, runs: Path, count: int) -> None:
         "held_out": {key: getattr(results.held_out, key) for key in SHARES},
         "training": training_cost(folder) if trained else None,
     }
+    if Facts.of(model).extra == "upsampler":
+        record["psnr"] = enlargement_errors(model, evaluation)
     if system.bits:
         with progress(f"{name}, bits") as tell:
             bits = digits_bits(model, count=90, progress=tell)
@@ -249,6 +261,23 @@ def measure(name: str, runs: Path, count: int) -> None:
         evaluation.images[order], list(CLASSES), columns=PER_CLASS, cell=32, resample="nearest"
     )
     save_png(PICTURES / f"system-{name}.png", sheet)
+
+
+def enlargement_errors(model: Model, evaluation: Evaluation) -> dict[str, float]:
+    """Decibels of peak signal to noise against the originals, higher is nearer: of the samples, and
+    of bilinear interpolation."""
+    labels = evaluation.labels.tolist()
+    whole = originals(evaluation.reference, labels)
+    small = torch.stack(
+        [t for t in small_images(model, evaluation.reference, labels) if t is not None]
+    )
+    found = {"samples": evaluation.images, "bilinear": enlarged(small, whole.shape[2:])}
+    return {name: round(float(psnr(its, whole)), 2) for name, its in found.items()}
+
+
+def psnr(images: Tensor, whole: Tensor) -> Tensor:
+    """images, whole: (N, C, H, W) in [-1, 1]."""
+    return 10 * torch.log10(4 / (images - whole).square().mean())
 
 
 def training_cost(folder: Path) -> dict[str, float]:
@@ -275,6 +304,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         f"## {SYSTEMS[name].title}\n\n![One digit per row](images/system-{name}.png)\n\n"
         f"`{record['command']}`, commit {record['commit']}, {record['date']}, weights "
         f"`{record['weights'][:12]}`; the first {PER_CLASS} seeds of every class."
+        f"{_enlargement(record)}"
         for name, record in found.items()
     )
     missing = [SYSTEMS[name].title for name in SYSTEMS if name not in found]
@@ -298,6 +328,17 @@ size. Bits per dimension are the variational bound on held-out scans of 17 grey 
 {left}
 {sheets}
 """
+
+
+def _enlargement(record: dict[str, Any]) -> str:
+    """What an upsampler's record says besides, of its samples against the originals."""
+    if "psnr" not in record:
+        return ""
+    samples, bilinear = record["psnr"]["samples"], record["psnr"]["bilinear"]
+    return (
+        f" Held-out digits were reduced and enlarged: {samples:.1f} dB of peak signal to noise "
+        f"against the originals, bilinear interpolation {bilinear:.1f} dB."
+    )
 
 
 def _row(name: str, record: dict[str, Any]) -> list[str]:

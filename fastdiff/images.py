@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import (
     ExifTags,
     Image,
@@ -104,6 +105,17 @@ def to_pil(image: Tensor) -> Image.Image:
 
 Source = str | os.PathLike[str] | Image.Image
 """An image file, or a Pillow image."""
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """Small images for an upsampler to enlarge: means over areas, as the authors of IDDPM make
+    them. images: (N, C, H, W). Returns (N, C, side, side)."""
+    return F.interpolate(images, (side, side), mode="area")
+
+
+def enlarged(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Small images (N, C, h, w) as an upsampler reads them: (N, C, *size), bilinear."""
+    return F.interpolate(images, tuple(size), mode="bilinear")
 
 
 def read_image(source: Source, *, height: int | None = None, width: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,3 +44,45 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     with output_folder(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [".mine"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "wanted"),
+    [
+        ("9.0", "8.0;9.0a", None),
+        ("9.0", "8.0;9.0", "sm90a"),  # the kernels for TMA and wgmma need the letter
+        ("9.0", None, "sm90a"),
+        ("8.9", "8.6;9.0a", None),
+        ("8.9", "9.0a", "sm89"),
+        ("8.6", "8.9", "sm86"),
+        ("10.0", "10.0", None),
+        ("10.0", "9.0a+PTX", "sm100"),
+        ("7.5", None, None),
+    ],
+)
+def test_doctor_says_what_a_gpu_could_have(
+    capability: str, built: str | None, wanted: str | None
+) -> None:
+    from fastdiff.cli.doctor import _missing_cuda
+
+    gpu = {"device": "cuda:0", "capability": capability}
+    text = _missing_cuda(gpu, {"cuda_architectures": built})
+    assert (text is None) == (wanted is None)
+    if wanted is not None:
+        assert f"names {wanted}," in text
+        assert "FASTDIFF_BUILD_CUDA=1" in text
+
+
+def test_doctor_says_how_it_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdiff.cli.doctor import _installed
+
+    folder = tmp_path / "fastdiff-9.9+cu130.sm90a.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: fastdiff\nVersion: 9.9+cu130.sm90a\n")
+    (folder / "WHEEL").write_text("Wheel-Version: 1.0\nTag: cp311-cp311-manylinux_2_34_x86_64\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = _installed()
+    assert said == "a wheel for cp311-cp311-manylinux_2_34_x86_64; built for cu130.sm90a"
+    url = {"url": "file:///somewhere", "dir_info": {"editable": True}}
+    (folder / "direct_url.json").write_text(json.dumps(url))
+    assert _installed() == "an editable checkout"

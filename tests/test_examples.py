@@ -116,6 +116,12 @@ def test_dpm(folder: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_image(folder / "dpm.png").shape == (3, 676, 1300)
 
 
+def test_train_with_rewards(folder: Path) -> None:
+    before, after = example("train_with_rewards")(str(folder / "thin.png"), rounds=2, count=10)
+    assert after < before - 0.01  # it rises if the sign of the reward is turned
+    assert read_image(folder / "thin.png").shape == (3, 64, 320)
+
+
 def test_ddpm_on_one_screen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     run = example("ddpm_on_one_screen")

@@ -197,19 +197,25 @@ def _check_step(inputs: Callable[[int], Any], backend: str) -> None:
     from fastdiff import kernels
     from tests.support.parity import assert_parity
 
-    def stepped(name: str, index: int, *, wide: bool = False) -> Callable[[int], torch.Tensor]:
+    def stepped(
+        name: str, index: int | None, *, wide: bool = False
+    ) -> Callable[[int], torch.Tensor]:
+        """The argument at an index after the step; None: the log-density of its noise."""
+
         def run(seed: int) -> torch.Tensor:
             args, options = inputs(seed)
             if wide:
                 args = tuple(a.double() if a.is_floating_point() else a for a in args)
+            density = torch.empty(len(args[0]), dtype=args[0].dtype, device=args[0].device)
+            asked = density if index is None else None
             with kernels.backend(name):
-                kernels.sampler_step(*args, **options)
-            changed: torch.Tensor = args[index]
+                kernels.sampler_step(*args, **options, log_prob=asked)
+            changed: torch.Tensor = density if index is None else args[index]
             return changed
 
         return run
 
-    for index, name in ((0, "x"), (2, "history")):
+    for index, name in ((0, "x"), (2, "history"), (None, "log_prob")):
         exact, eager = stepped("reference", index, wide=True), stepped("reference", index)
         assert_parity(stepped(backend, index), exact, eager, name=name)
         _same_bits(stepped(backend, index)(0), stepped(backend, index)(0), name)

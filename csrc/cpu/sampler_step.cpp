@@ -23,6 +23,24 @@ inline bool all_finite(const float* x, int64_t n) {
   return largest < 0x7f800000u;
 }
 
+// The sum of z[i]^2
+inline double sum_of_squares(const float* z, int64_t n) {
+  double total = 0;
+  _Pragma("omp simd reduction(+ : total)") for (int64_t i = 0; i < n; ++i)
+    total += double(z[i]) * double(z[i]);
+  return total;
+}
+
+// The sum of f high + (1 - f) low, f = (v + 1) / 2
+inline double sum_of_log_variance(const float* v, int64_t n, double low, double high) {
+  double total = 0;
+  _Pragma("omp simd reduction(+ : total)") for (int64_t i = 0; i < n; ++i) {
+    const double fraction = (double(v[i]) + 1.0) * 0.5;
+    total += fraction * high + (1.0 - fraction) * low;
+  }
+  return total;
+}
+
 // An image's row of the table, and its indices into the prediction.
 struct Place {
   const float* row;      // null: an idle slot
@@ -105,12 +123,14 @@ template <class T> struct Step {
     return float(phi * ratio + (1.0 - phi));
   }
 
-  void part(int64_t image, const Place& at, int64_t run, int64_t j, int64_t n, float factor) const {
+  // Returns the sum of z^2 + 2 log |factor of z| over the part if log_prob is asked for, 0 without noise.
+  double part(int64_t image, const Place& at, int64_t run, int64_t j, int64_t n, float factor) const {
     alignas(64) float buffer[4 * BLOCKS], other[4 * BLOCKS], d[4 * BLOCKS], next[4 * BLOCKS];
     const float* row = at.row;
     const int64_t element = run * a.length + j, first = image * numbers + element;
     const int64_t slot_size = a.n * numbers;
     bool finite = true;
+    double density = 0;
     bool* const checked = a.finite ? &finite : nullptr;
     float* RESTRICT x = a.x + first;
     const float* RESTRICT f = guided(at, run, j, buffer, other, n, checked);
@@ -132,6 +152,7 @@ template <class T> struct Step {
       const uint64_t seed = uint64_t(a.seeds[image]);
       const NoiseKey key{uint32_t(seed), uint32_t(seed >> 32), uint32_t(row[NOISE_STEP]), a.stream};
       const float* RESTRICT z = normals(key, element, n, other);
+      if (a.log_prob) density = sum_of_squares(z, n);
       if (a.learned) {
         const float low = row[LOGVAR_MIN], high = row[LOGVAR_MAX];
         const float* RESTRICT w = read(at.cond, run, j, a.variance_offset, buffer, n);
@@ -140,9 +161,11 @@ template <class T> struct Step {
           const float fraction = (w[i] + 1.0f) * 0.5f;
           next[i] += exp_(0.5f * (fraction * high + (1.0f - fraction) * low)) * z[i];
         }
+        if (a.log_prob) density += sum_of_log_variance(w, n, low, high);
       } else {
         const float s = row[S];
         SIMD for (int64_t i = 0; i < n; ++i) next[i] += s * z[i];
+        if (a.log_prob) density += 2.0 * double(n) * __builtin_log(__builtin_fabs(double(s)));
       }
     }
     if (row[SLOT] >= 0) {
@@ -153,6 +176,19 @@ template <class T> struct Step {
     SIMD for (int64_t i = 0; i < n; ++i) x[i] = next[i];
     if (a.denoised) __builtin_memcpy(a.denoised + first, d, size_t(n) * sizeof(float));
     if (!finite) __atomic_store_n(a.finite + image, false, __ATOMIC_RELAXED);  // threads may race
+    return density;
+  }
+
+  // The log-densities of the samples, from their `parts` sums each
+  void add_up(const double* densities, int64_t parts) const {
+    constexpr double LOG_2_PI = 1.8378770664093453;
+    for (int64_t image = 0; image < a.n; ++image) {
+      const Place at = place(image);
+      if (!at.row) continue;
+      double total = 0;
+      for (int64_t i = 0; i < parts; ++i) total += densities[image * parts + i];
+      a.log_prob[image] = at.row[S] != 0 ? float(-0.5 * (total + double(numbers) * LOG_2_PI)) : 0.0f;
+    }
   }
 
   void all() const {
@@ -172,14 +208,18 @@ template <class T> struct Step {
     const int64_t parts = ceil_div(a.length, PART), units = a.n * a.runs * parts;
     const int64_t wanted = noisy ? NOISY_NUMBERS_PER_THREAD : NUMBERS_PER_THREAD;
     const int64_t grain = larger(1, wanted / smaller(PART, a.length));
+    Scratch<double> densities(a.log_prob ? units : 0);
     parallel(units, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t j = i % parts * PART, run = i / parts % a.runs, image = i / parts / a.runs;
         const Place at = place(image);
-        if (at.row)
-          part(image, at, run, j, smaller(PART, a.length - j), rescales ? factors.data[image] : 1.0f);
+        if (!at.row) continue;
+        const double density = part(image, at, run, j, smaller(PART, a.length - j),
+                                    rescales ? factors.data[image] : 1.0f);
+        if (a.log_prob) densities.data[i] = density;
       }
     });
+    if (a.log_prob) add_up(densities.data, a.runs * parts);
   }
 };
 

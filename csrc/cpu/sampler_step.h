@@ -22,6 +22,7 @@ struct SamplerStep {
   const int64_t* uncond;   // (n,): index, or -1: not guided; null: no image is guided
   float* denoised;         // (n, runs, length) or null
   bool* finite;            // (n,) or null: cleared if the prediction is not finite
+  float* log_prob;         // (n,) or null: the log-density of the noise; 0 without noise
   int64_t n, runs, length, image_stride, run_stride, stride, variance_offset;
   uint32_t stream;
 };

@@ -20,8 +20,12 @@ const char* run(const StepArguments<T>& p, const Target& target) {
     FASTDIFF_TRY(launch(sampler_step_moments<T>, grid_of(p.n * p.parts), kMomentThreads, 0, target,
                         p));
   const int64_t tiles = ceil_div(p.elements, 4 * kStepThreads);
-  return launch(sampler_step_row<T>, grid_of(p.n * tiles), kStepThreads, 0, target, p,
-                unsigned(tiles));
+  if (p.log_prob == nullptr)
+    return launch(sampler_step_row<T, false>, grid_of(p.n * tiles), kStepThreads, 0, target, p,
+                  unsigned(tiles));
+  FASTDIFF_TRY(launch(sampler_step_row<T, true>, grid_of(p.n * tiles), kStepThreads, 0, target, p,
+                      unsigned(tiles)));
+  return launch(sampler_step_log_prob<T>, grid_of(p.n), kStepThreads, 0, target, p);
 }
 
 }  // namespace
@@ -32,12 +36,13 @@ using namespace fastdiff;
 /// Applies each sample's row of the table. dtype: of the prediction. images: in the prediction. elements:
 /// per image, below 2^31. layouts: 5 times 5 numbers (see layout_of), for x, the prediction, history, the
 /// prediction in memory order, and denoised. cond, uncond, denoised, finite: as in StepArguments.
-/// moments: (n, parts, 5) fp32 for rows with RESCALE, or null.
+/// moments: (n, parts, 5) fp32 for rows with RESCALE, or null. log_prob: null, or with sums, fp32,
+/// (n, warps_of(elements)).
 FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
     int device, void* stream, int dtype, float* x, const void* prediction, float* history,
     const float* table, const int64_t* rows, const int64_t* seeds, const int64_t* cond,
     const int64_t* uncond, float* denoised, bool* finite, float* moments, const int64_t* layouts,
-    int64_t slot_stride, int64_t variance, int64_t n, int64_t table_rows, int64_t images,
+    float* sums, float* log_prob, int64_t slot_stride, int64_t variance, int64_t n, int64_t table_rows, int64_t images,
     int64_t elements, int64_t parts, int64_t noise_stream, int learned) {
   const Target target{device, stream};
   FASTDIFF_TRY(select_device(target));
@@ -55,6 +60,8 @@ FASTDIFF_EXPORT const char* fastdiff_cuda_sampler_step(
     p.denoised = denoised;
     p.finite = finite;
     p.moments = moments;
+    p.sums = sums;
+    p.log_prob = log_prob;
     p.at_x = layout_of(layouts, x, sizeof(float));
     p.at_f = layout_of(layouts + 5, prediction, sizeof(T));
     p.at_history = layout_of(layouts + 10, history, sizeof(float));

@@ -1,7 +1,8 @@
 // Applies a row of a sampler table to each sample, updating x and history in place
 // (kernels/sampler_step documents the maths).
 //
-// One launch; if rows may rescale, another launch before it computes the deviations of whole images.
+// One launch; if rows may rescale, another launch before it computes the deviations of whole images; if
+// the log-density of the noise is asked for, one after it adds up the sums of the warps in a fixed order.
 // Rows, indices and the table are read on the device, so a captured launch works for any of them. A
 // thread handles the four elements of one Philox counter, in the logical order of an image whatever the
 // layouts. Loads and stores are 16 bytes (8 for half precision) if a tensor is dense, else one element.
@@ -95,6 +96,8 @@ struct StepArguments {
   float* denoised;       // N images, or null
   bool* finite;          // (N,), or null: cleared if the prediction is not finite
   float* moments;        // (N, parts, 5); null: no row of a guided sample may rescale
+  float* sums;           // (N, warps_of(elements)): sums of noise^2 and of the learned logvar
+  float* log_prob;       // (N,), or null: the log-density of the noise
   ImageLayout at_x, at_f, at_history, along_f, at_denoised;  // along_f: in memory order
   int64_t slot_stride, variance;  // between slots; from a prediction to its learned variance
   int64_t n, table_rows, images;
@@ -213,10 +216,10 @@ __device__ __forceinline__ float ratio_of_deviations(const StepArguments<T>& p, 
 }
 
 /// Computes the factor of the noise, S or exp(logvar / 2) from the learned variance; returns whether the
-/// latter is finite.
-template <typename T>
+/// latter is finite. If kLogProb, adds its logarithms, logvar, to `density`.
+template <typename T, bool kLogProb>
 __device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const Place<T>& at,
-                                              Quad quad, float (&out)[4]) {
+                                              Quad quad, float (&out)[4], float& density) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) out[k] = at.row[kS];
   if (!p.learned) return true;
@@ -227,7 +230,9 @@ __device__ __forceinline__ bool noise_factors(const StepArguments<T>& p, const P
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const float fraction = (out[k] + 1.0f) * 0.5f;
-    out[k] = expf(0.5f * (fraction * high + (1.0f - fraction) * low));
+    const float logvar = fraction * high + (1.0f - fraction) * low;
+    out[k] = expf(0.5f * logvar);
+    if (kLogProb && k < quad.count) density += logvar;
   }
   return finite;
 }
@@ -244,21 +249,13 @@ __device__ __forceinline__ void spoil(const StepArguments<T>& p, int64_t image, 
   if (p.finite != nullptr) p.finite[image] = false;
 }
 
-/// Grid: N * tiles; a tile is 4 * kStepThreads elements of an image.
-template <typename T>
-__global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
-  const int64_t image = blockIdx.x / tiles;
-  const unsigned block = blockIdx.x % tiles * kStepThreads + threadIdx.x;
-  const bool outside = 4 * block >= p.elements;
-  const Place<T> place = p.place(image);
+/// Elements 4 * block to 4 * block + 3 of an image. If kLogProb, returns the sum over them of noise^2 and
+/// of the learned logvar; 0 without noise.
+template <typename T, bool kLogProb>
+__device__ __forceinline__ float step_four(const StepArguments<T>& p, const Place<T>& place,
+                                           int64_t image, unsigned block, float share) {
   const float* row = place.row;
-  if (place.idle) return;  // the whole block, here and in the next line
-  if (row == nullptr) return spoil(p, image, 4 * block);
-  float share = 1.0f;
-  if (place.uncond != nullptr && row[kRescale] != 0)
-    share = row[kRescale] * ratio_of_deviations(p, image) + (1.0f - row[kRescale]);
-  if (outside) return;
-
+  float density = 0;
   float x[4], f[4], d[4], next[4];
   float* to = p.x + image * p.at_x.image;
   const Quad at_x(p.at_x, 4 * block, p.elements);
@@ -292,12 +289,15 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
   }
   if (row[kS] != 0) {
     float factors[4], z[4];
-    finite = noise_factors(p, place, at_f, factors) && finite;
+    finite = noise_factors<T, kLogProb>(p, place, at_f, factors, density) && finite;
     const NormalKey key{static_cast<uint64_t>(p.seeds[image]),
                         static_cast<uint32_t>(row[kNoiseStep]), p.stream};
     normals_of_block(key, block, z);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) next[k] += factors[k] * z[k];
+    for (int k = 0; k < 4; ++k) {
+      next[k] += factors[k] * z[k];
+      if (kLogProb && k < at_x.count) density += z[k] * z[k];
+    }
   }
   if (p.denoised != nullptr)
     Quad(p.at_denoised, 4 * block, p.elements).store(p.denoised + image * p.at_denoised.image, d);
@@ -309,6 +309,73 @@ __global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T
     at_history.store(history + slot * p.slot_stride, d);
   }
   at_x.store(to, next);
+  return density;
+}
+
+/// Warps that share an image.
+__host__ __device__ __forceinline__ int64_t warps_of(unsigned elements) {
+  return (static_cast<int64_t>(elements) - 1) / (4 * kWarpSize) + 1;
+}
+
+/// The sum over the first `count` lanes of a warp, complete in lane 0; the others have returned. A block
+/// needs no barrier then, whose bookkeeping spilled a register.
+__device__ __forceinline__ float sum_of_first(float x, int count) {
+  const unsigned lanes = count == kWarpSize ? kAllLanes : (1u << count) - 1;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int apart = kWarpSize / 2; apart > 0; apart /= 2) {
+    const bool exists = lane + apart < count;
+    const float other = __shfl_sync(lanes, x, exists ? lane + apart : lane);
+    x += exists ? other : 0.0f;
+  }
+  return x;
+}
+
+/// Grid: N * tiles; a tile is 4 * kStepThreads elements of an image.
+template <typename T, bool kLogProb>
+__global__ void __launch_bounds__(kStepThreads) sampler_step_row(StepArguments<T> p, unsigned tiles) {
+  const int64_t image = blockIdx.x / tiles;
+  const unsigned block = blockIdx.x % tiles * kStepThreads + threadIdx.x;
+  const bool outside = 4 * block >= p.elements;
+  const Place<T> place = p.place(image);
+  const float* row = place.row;
+  if (place.idle) return;  // the whole block, here and in the next line
+  if (row == nullptr) return spoil(p, image, 4 * block);
+  float share = 1.0f;
+  if (place.uncond != nullptr && row[kRescale] != 0)
+    share = row[kRescale] * ratio_of_deviations(p, image) + (1.0f - row[kRescale]);
+  if (outside) return;
+  const float density = step_four<T, kLogProb>(p, place, image, block, share);
+  if (kLogProb) {
+    const unsigned quads = (p.elements - 1) / 4 + 1;
+    const float sum = sum_of_first(density, min(kWarpSize, int(quads - block / kWarpSize * kWarpSize)));
+    if (threadIdx.x % kWarpSize == 0) p.sums[image * warps_of(p.elements) + block / kWarpSize] = sum;
+  }
+}
+
+/// -(the sum of an image's warps + elements (log(2 pi) + 2 log |S|)) / 2, without S if the variance is
+/// learned; 0 for a row without noise, NaN for one out of range. Grid: N.
+template <typename T>
+__global__ void __launch_bounds__(kStepThreads) sampler_step_log_prob(StepArguments<T> p) {
+  FASTDIFF_SHARED(double, parts, kStepThreads);
+  const int64_t image = blockIdx.x;
+  const Place<T> at = p.place(image);
+  if (at.idle) return;  // the whole block
+  const bool noisy = at.row != nullptr && at.row[kS] != 0;
+  const int64_t warps = warps_of(p.elements);
+  double mine = 0;
+  if (noisy)
+    for (int64_t i = threadIdx.x; i < warps; i += kStepThreads)
+      mine += static_cast<double>(p.sums[image * warps + i]);
+  parts[threadIdx.x] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double sum = 0;
+  for (int i = 0; i < kStepThreads; ++i) sum += parts[i];
+  double each = 1.8378770664093453;  // log(2 pi)
+  if (noisy && !p.learned) each += 2.0 * log(static_cast<double>(fabsf(at.row[kS])));
+  const float density = static_cast<float>(-0.5 * (sum + static_cast<double>(p.elements) * each));
+  p.log_prob[image] = at.row == nullptr ? __uint_as_float(0x7fc00000u) : noisy ? density : 0.0f;
 }
 
 }  // namespace fastdiff

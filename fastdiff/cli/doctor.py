@@ -74,6 +74,7 @@ def diagnose() -> dict[str, Any]:
 
     from fastdiff.kernels import compiled
 
+    gpus, native = _gpus(), compiled.describe()
     return {
         "fastdiff": __version__,
         "folder": str(Path(__file__).resolve().parent.parent),
@@ -85,8 +86,10 @@ def diagnose() -> dict[str, Any]:
         },
         "torch_cuda": torch.version.cuda,
         "cpu": _cpu(),
-        "gpus": _gpus(),
-        "native": compiled.describe(),
+        "gpus": gpus,
+        "native": native,
+        "installed": _installed(),
+        "missing_cuda": [text for gpu in gpus if (text := _missing_cuda(gpu, native))],
         "compilers": {name: _compiler(name) for name in COMPILERS},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "configs": _configs(),
@@ -149,6 +152,47 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _installed() -> str:
+    """How fastdiff came here: from a wheel, and for what, or as an editable checkout."""
+    try:
+        package = importlib.metadata.distribution("fastdiff")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: it runs from a folder"
+    source = package.read_text("direct_url.json")
+    if source and json.loads(source).get("dir_info", {}).get("editable"):
+        return "an editable checkout"
+    lines = (package.read_text("WHEEL") or "").splitlines()
+    tags = [line.partition(": ")[2] for line in lines if line.startswith("Tag: ")]
+    _, _, label = package.version.partition("+")
+    return f"a wheel for {', '.join(tags)}; {f'built for {label}' if label else 'CPU kernels'}"
+
+
+def _missing_cuda(gpu: dict[str, Any], native: dict[str, Any]) -> str | None:
+    """What a GPU could have that this installation lacks, and how to get it; None: nothing."""
+    capability = gpu["capability"]
+    if float(capability) < 8:
+        return None  # the kernels are written for 8.0 and later
+    exact = f"{capability}a" if capability == "9.0" else capability
+    built = (native.get("cuda_architectures") or "").replace(";", " ").split()
+    if any(_serves(code, capability, exact) for code in built):
+        return None
+    return (
+        f"{gpu['device']} ({capability}) could run CUDA C++ kernels that this build lacks: install "
+        f"a wheel whose version names sm{exact.replace('.', '')}, or build one with "
+        f"FASTDIFF_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST={exact} pip install --force-reinstall "
+        "--no-deps --no-binary fastdiff fastdiff"
+    )
+
+
+def _serves(code: str, capability: str, exact: str) -> bool:
+    """Whether code for an architecture ("8.6", "9.0a", "8.0+PTX") is the best for a GPU: for its
+    own, or for a lower minor version of the same major one, unless that has features of its own."""
+    code = code.partition("+")[0]
+    if exact != capability or not code[-1].isdecimal():
+        return code == exact
+    return int(code.split(".")[0]) == int(float(capability)) and float(code) <= float(capability)
+
+
 def _compiler(name: str) -> str | None:
     """The version line of ``name --version`` and the path of the program; None if not found."""
     path = shutil.which(name)
@@ -205,6 +249,7 @@ def _print(report: dict[str, Any]) -> None:
     print_pairs(
         [
             ("fastdiff", f"{report['fastdiff']}  {report['folder']}"),
+            ("installed", report["installed"]),
             ("Python", report["python"]),
             ("system", report["system"]),
         ]
@@ -249,6 +294,7 @@ def _print(report: dict[str, Any]) -> None:
     print_pairs(pairs, indent=2)
     print("\ncompiled module")
     print_pairs(_native(report["native"]), indent=2)
+    print_pairs([("", text) for text in report["missing_cuda"]], indent=2)
     print("\ncompilers")
     print_pairs(
         [(name, found or "not found") for name, found in report["compilers"].items()], indent=2

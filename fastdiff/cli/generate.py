@@ -78,6 +78,9 @@ class Generate:
     """Quality of WebP and JPEG, 1 to 100."""
     workers: int = 1
     """Processes on this machine; with --device cuda they take the GPUs in turns."""
+    on: Literal["local", "ray"] = "local"
+    """Where the workers run: on this machine, or on the Ray cluster at RAY_ADDRESS (without it, a
+    cluster of this machine), each with one device."""
     shard: OptionalName = None
     """I/N: make only the I-th of N shares of the shards, counted from 1, for schedulers that start
     N jobs. Under torchrun, RANK and WORLD_SIZE say so."""
@@ -120,6 +123,7 @@ def run(options: Generate, spec: JobSpec | None = None) -> int:
         summary = run_job(
             job,
             workers=options.workers,
+            on=options.on,
             share=share,
             batch=options.settings.batch,
             threads=options.threads,

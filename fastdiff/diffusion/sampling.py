@@ -57,6 +57,8 @@ class Step:
     """(n, *shape), the noisy samples; the next row may overwrite them."""
     denoised: Tensor
     """(n, *shape), the row's estimate D of the clean samples."""
+    log_prob: Tensor | None = None
+    """(n,), log p(x after | x before) of the row, 0 if it adds no noise; None unless asked for."""
 
 
 OnStep = Callable[[Step], None]
@@ -90,6 +92,8 @@ class Slots:
         clean: (S,) int64, number of the slot's rows taken before the first value was not finite;
             arbitrary for a slot whose values were all finite.
         counters: (counters,) int64, which every step increments; for whoever runs the steps.
+        log_prob: (S,), the log-density of each slot's last row, as in `sampler_step`; None unless
+            asked for.
     """
 
     def __init__(
@@ -101,12 +105,14 @@ class Slots:
         dtype: torch.dtype = torch.float32,
         room: int = 0,
         counters: int = 0,
+        log_probs: bool = False,
     ) -> None:
-        """room: rows of tables that there is room for from the start."""
+        """room: rows of tables that there is room for from the start. log_probs: keep log_prob."""
         self.x = torch.zeros(count, *shape, device=device, dtype=dtype)
         self.history = torch.zeros(HISTORY_SLOTS, count, *shape, device=device, dtype=dtype)
         self._stack = Stack(torch.zeros(room, len(COLUMN), device=device, dtype=dtype))
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
+        self.log_prob = torch.zeros(count, device=device, dtype=dtype) if log_probs else None
         # whatever advances with a step lies in one tensor, so that one launch advances it
         sizes = count, count, counters
         padded = [-(-size // ALIGNED) * ALIGNED for size in sizes]
@@ -264,6 +270,7 @@ class Slots:
             uncond=uncond,
             denoised=denoised,
             finite=self.finite,
+            log_prob=self.log_prob,
             rescale=rescale,
         )
 
@@ -275,7 +282,8 @@ class Slots:
     @property
     def state(self) -> list[Tensor]:
         """Tensors that `take` and `advance` modify."""
-        return [self.x, self.history, self._numbers, self._increments]
+        kept = [] if self.log_prob is None else [self.log_prob]
+        return [self.x, self.history, self._numbers, self._increments, *kept]
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -312,6 +320,7 @@ def sample(
     guidance: Sequence[Guidance] = (),
     on_step: OnStep | None = None,
     check: Literal["end", "step", "never"] = "end",
+    log_probs: bool = False,
 ) -> Tensor:
     """Run a sampler from noise to samples, without recording gradients.
 
@@ -329,6 +338,7 @@ def sample(
         check: when to check for NaN or infinity in the network's output: once after the loop, after
             each row, or never. The flags are kept on the device, so "end" waits for it once and
             "step" after every row.
+        log_probs: put the log-density of each row's noise into its `Step`.
 
     Returns:
         (N, *shape) in the dtype of the noise.
@@ -343,7 +353,7 @@ def sample(
         predict = cast(Predict, guided_by(predict, table, guidance))
         table = table.unguided
     count, guided = len(x), table.guided
-    slots = Slots(count, x.shape[1:], device=x.device, dtype=x.dtype)
+    slots = Slots(count, x.shape[1:], device=x.device, dtype=x.dtype, log_probs=log_probs)
     slots.put(slice(None), table, x, seeds)
     first = torch.arange(count, device=x.device)
     second = first + count
@@ -362,7 +372,8 @@ def sample(
         if check == "step":
             _check_finite(slots, table)
         if on_step and denoised is not None:
-            on_step(Step(row + 1, len(table), range(count), slots.x, denoised))
+            density = None if slots.log_prob is None else slots.log_prob.clone()
+            on_step(Step(row + 1, len(table), range(count), slots.x, denoised, density))
     if check == "end":
         _check_finite(slots, table)
     return slots.x

@@ -7,6 +7,7 @@ perfect model would reach.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +24,10 @@ from fastdiff.evaluation.distances import (
     precision_recall,
 )
 from fastdiff.evaluation.inception import InceptionScores, inception_scores
+from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.run import Progress, generate
+from fastdiff.images import reduced
 
 NEAR_COPY_QUANTILE = 0.05
 """A near-copy is closer to a training image than all but this fraction of held-out images."""
@@ -133,6 +136,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample from a model, cycling through the classes, and measure the samples.
 
+    An upsampler enlarges held-out images, each reduced as in its training; see `small_images`.
+
     Args:
         count: number of samples.
         first_seed: the i-th sample has the seed first_seed + i.
@@ -170,11 +175,12 @@ def evaluate(
     settings = settings or SampleSettings()
     labels = [index % classes for index in range(count)]
     seeds = [first_seed + index for index in range(count)]
+    small = small_images(model, reference, labels)
     jobs = [
         ClassJob(seed=seed, settings=replace(settings, classifier_class=label))
         if by_classifier
-        else ClassJob(label=label, seed=seed, settings=settings)
-        for label, seed in zip(labels, seeds, strict=True)
+        else ClassJob(label=label, seed=seed, settings=settings, image=image)
+        for label, seed, image in zip(labels, seeds, small, strict=True)
     ]
     made = list(generate(model, jobs, progress=progress))
     images = torch.stack([result.image for result in made])
@@ -194,6 +200,41 @@ def evaluate(
         model=model.name,
         inception=scores,
     )
+
+
+def originals(reference: Reference, labels: Sequence[int]) -> Tensor:
+    """A held-out image of each label, cycling through those of its class: (N, C, H, W)."""
+    places = [
+        torch.nonzero(reference.held_out_labels == label).flatten()
+        for label in range(len(reference.class_names))
+    ]
+    turns, chosen = [0] * len(places), []
+    for label in labels:
+        chosen.append(places[label][turns[label] % len(places[label])])
+        turns[label] += 1
+    return reference.held_out_images[torch.stack(chosen)]
+
+
+def small_images(
+    model: Model, reference: Reference, labels: Sequence[int]
+) -> Sequence[Tensor | None]:
+    """For an upsampler `originals`, reduced to the side that it was trained to enlarge; for any
+    other model None for each label.
+
+    Raises:
+        ValueError: the model is an upsampler, and does not say which side it enlarges.
+    """
+    assert model.denoiser is not None
+    if Facts.of(model).extra != "upsampler":
+        return [None] * len(labels)
+    facts = model.provenance.get("facts")
+    run = facts.get("run", {}) if isinstance(facts, dict) else {}
+    if not (side := run.get("low_resolution")):
+        raise ValueError(
+            f"{model.name} is an upsampler that does not say which size it enlarges; evaluate one "
+            "that was trained with low_resolution"
+        )
+    return list(reduced(originals(reference, labels), side))
 
 
 def _on_inception(

@@ -18,6 +18,7 @@ from fastdiff.generate.job import (
     SampleSettings,
     TextJob,
 )
+from fastdiff.runtime.engine import check_cache
 
 LDM_CLASSES = 1000
 """Rows of a class embedding that has none for "no class"."""
@@ -242,6 +243,8 @@ def check(job: Job, facts: Facts) -> Job:
             f"prompt {negative!r:.40} would have no effect; leave one of them out"
         )
     _check_condition(job, facts)
+    if (cache := settings.caching) is not None and facts.model.denoiser is not None:
+        check_cache(cache, facts.model.denoiser, pulled=bool(settings.classifier_scale))
     change: dict[str, Any] = {"settings": settings}
     if not isinstance(job, TextJob) and not facts.reads_text:
         change["label"] = facts.label(job.label)

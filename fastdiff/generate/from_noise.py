@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.generate import refine, upscale
 from fastdiff.generate.job import ClassJob, TextJob
 from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.session import Pass, Session
+from fastdiff.images import enlarged
 
 
 def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = None) -> Pass:
@@ -35,7 +35,7 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     extra = None
     if isinstance(job, ClassJob) and job.image is not None:
         image = read_picture(job.image, session.facts.image_channels, None, None)
-        extra = F.interpolate(image[None], x.shape[1:], mode="bilinear")[0].to(x)
+        extra = enlarged(image[None], x.shape[1:])[0].to(x)
     return Pass(
         session=session, request=session.request(job, table, x, size, extra=extra), then=then
     )

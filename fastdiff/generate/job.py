@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from fastdiff.configs import LATER
+from fastdiff.diffusion.caching import CENTER_POWER, CacheConfig
 from fastdiff.diffusion.guidance import GuidanceConfig
 from fastdiff.diffusion.respacing import check_spacing, check_steps
 from fastdiff.models.prompts import read_prompt
@@ -107,6 +108,18 @@ class SampleSettings:
     factor of the gradient of its log-probability, 0 for none. None: 1 if there is a classifier."""
     classifier_class: int | str | None = field(default=None, metadata=LATER)
     """Class that the classifier pulls towards, by number or name; None: the class of the image."""
+    cache: int | None = field(default=None, metadata=LATER)
+    """Evaluate the whole U-Net once per this many evaluations, and reuse its deep features in the
+    others (DeepCache, Ma et al. 2023): faster, but another image. None: every evaluation in full.
+    """
+    cache_branch: int = field(default=0, metadata=LATER)
+    """With cache, the skip connection inside of which features are reused, from 0, the outermost:
+    the larger, the slower, and the closer to the image without cache."""
+    cache_center: int | None = field(default=None, metadata=LATER)
+    """With cache, the evaluation, from 0, around which full ones are densest; None: equal
+    distances."""
+    cache_power: float = field(default=CENTER_POWER, metadata=LATER)
+    """With cache_center, how uneven the distances are; 1: equal."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -139,6 +152,23 @@ class SampleSettings:
                 rescale=self.guidance_rescale,
                 interval=self.guidance_interval,
             )
+        _ = self.caching
+
+    @property
+    def caching(self) -> CacheConfig | None:
+        """The reuse of deep features; None without it."""
+        if self.cache is None and (self.cache_branch, self.cache_center) != (0, None):
+            raise ValueError("cache_branch and cache_center need cache; give cache, such as 3")
+        if self.cache_center is None and self.cache_power != CENTER_POWER:
+            raise ValueError("cache_power needs cache_center; give both")
+        if self.cache is None:
+            return None
+        return CacheConfig(
+            interval=self.cache,
+            branch=self.cache_branch,
+            center=self.cache_center,
+            power=self.cache_power,
+        )
 
     @property
     def weight(self) -> float:

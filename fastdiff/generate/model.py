@@ -58,6 +58,7 @@ class Model(CheckpointModel):
         pulls: Sequence[Pull] = (),
         progress: Progress | None = None,
         on_step: OnStep | None = None,
+        log_probs: bool = False,
         **options: Any,
     ) -> Images:
         """Make images in one call; `fastdiff.generate` streams any mix of jobs.
@@ -79,7 +80,7 @@ class Model(CheckpointModel):
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             classifier: a noisy classifier that pulls the images towards their classes, with the
                 option classifier_scale: a model that contains one, or its file or folder.
-            refiner, pulls, progress, on_step: as in `fastdiff.generate`.
+            refiner, pulls, progress, on_step, log_probs: as in `fastdiff.generate`.
 
         Raises:
             ValueError: the arguments do not fit the model or each other.
@@ -116,7 +117,13 @@ class Model(CheckpointModel):
             job = _make(kind, {**options, **own, "seed": seed})
             jobs += [job] if frames is None else frames_of(job, frames)
         made = generate(
-            model, jobs, refiner=refiner, pulls=pulls, progress=progress, on_step=on_step
+            model,
+            jobs,
+            refiner=refiner,
+            pulls=pulls,
+            progress=progress,
+            on_step=on_step,
+            log_probs=log_probs,
         )
         return Images(list(made))
 

@@ -113,13 +113,20 @@ def from_json(data: Any) -> Job:
     if not isinstance(data, dict) or data.get("kind") not in tuple(KINDS):
         got = data.get("kind") if isinstance(data, dict) else data
         raise ValueError(f"unknown kind of job {got!r:.40}; expected one of {', '.join(KINDS)}")
+    given = {name: data[name] for name in PICTURES if data.get(name) is not None}
+    return with_pictures(data, {name: _path(name, value) for name, value in given.items()})
+
+
+def with_pictures(data: Mapping[str, Any], pictures: Mapping[str, Picture]) -> Job:
+    """A job from its JSON, whose own entries of pictures are not read, and its pictures.
+
+    Raises:
+        ValueError: a field is unknown, or a value is missing or wrong.
+    """
     cls = KINDS[data["kind"]]
     rest = {k: v for k, v in data.items() if k != "kind" and k not in PICTURES}
     made: Any = from_dict(_without_pictures(data["kind"]), rest)
-    given = {f.name: getattr(made, f.name) for f in fields(made)}
-    for name in PICTURES:
-        if data.get(name) is not None:
-            given[name] = _path(name, data[name])
+    given = {f.name: getattr(made, f.name) for f in fields(made)} | dict(pictures)
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
     if missing:
         raise ValueError(f"{cls.__name__}: {missing[0]}: missing")

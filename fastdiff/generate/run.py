@@ -72,6 +72,9 @@ class Result:
     """Session of the refiner that finished the image, if one was used."""
     pulls: tuple[Pull, ...] = ()
     """Functions that guided the image besides the job's own guidance."""
+    log_probs: Tensor | None = None
+    """(rows,), log p(x after | x before) of each row of the sampler's tables, in order, 0 for rows
+    without noise; on the CPU. None unless asked for."""
 
     @property
     def pil(self) -> Image:
@@ -105,6 +108,7 @@ def generate(
     expected: int | None = None,
     graphs: bool = True,
     pulls: Sequence[Pull] = (),
+    log_probs: bool = False,
 ) -> Iterator[Result]:
     """Run jobs of any kind, size and settings, and yield their results in the order of the jobs.
 
@@ -124,16 +128,28 @@ def generate(
         pulls: functions whose gradients guide every image, such as `loss_pull(loss, scale)` of
             `fastdiff.diffusion.gradients`. They see latents if the model works on latents, and are
             left out where sigma / alpha is above OUT_OF_NOISE.
+        log_probs: results contain the log-density of each row's noise (`Result.log_probs`), for
+            training with rewards.
 
     Raises:
-        ValueError: a job does not fit the model, or a result is not finite.
+        ValueError: a job does not fit the model, a result is not finite, or log_probs are asked for
+            where a mask replaces part of the steps' results.
         NotEnoughMemory: a job would not fit in memory (a MemoryError).
     """
     session, second = Session.of(model), None if refiner is None else Session.of(refiner)
     if expected is None and isinstance(jobs, list | tuple):
         expected = len(jobs)
     run = _Run(
-        session, second, batch, progress, on_step, clock, expected or 0, graphs, tuple(pulls)
+        session,
+        second,
+        batch,
+        progress,
+        on_step,
+        clock,
+        expected or 0,
+        graphs,
+        tuple(pulls),
+        log_probs=log_probs,
     )
     yield from _in_order(run.results(jobs))
 
@@ -195,6 +211,8 @@ class _Task:
     number: int
     job: Job
     now: Pass
+    log_probs: tuple[Tensor, ...] = ()
+    """Of each pass so far, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +229,7 @@ class _Run:
     graphs: bool
     pulls: tuple[Pull, ...]
     on_failure: OnFailure | None = None
+    log_probs: bool = False
 
     def results(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """Yield (job number, result) in the order in which the jobs finish."""
@@ -332,6 +351,7 @@ class _Run:
             on_step=self.on_step,
             progress=self._estimated(first),
             check=self.on_failure is None,
+            log_probs=self.log_probs,
         )
         while True:
             with self.clock("sample"):
@@ -339,7 +359,10 @@ class _Run:
             if result is None:
                 return
             if result.error is None:
-                yield result.request.tag, result.x
+                task = result.request.tag
+                if result.log_probs is not None:
+                    task = replace(task, log_probs=(*task.log_probs, result.log_probs))
+                yield task, result.x
             else:
                 self._report(result.request.tag.number, ValueError(result.error))
 
@@ -378,6 +401,7 @@ class _Run:
                 session=self.session,
                 refiner=refiner,
                 pulls=self.pulls,
+                log_probs=torch.cat(task.log_probs).cpu() if task.log_probs else None,
             )
             yield task.number, made
 

@@ -38,6 +38,11 @@ from fastdiff.runtime.run import Engines
 
 TABLES, PICTURES = 64, 8
 """Number of entries kept in each cache; the least recently used are dropped."""
+NOT_OF_A_TABLE = (
+    *("batch", "tile", "classifier_scale", "classifier_class"),
+    *("cache", "cache_branch", "cache_center", "cache_power"),
+)
+"""Settings that tables do not depend on."""
 Made = TypeVar("Made")
 
 
@@ -122,9 +127,8 @@ class Session:
         settings: those of a checked job. files: the session whose checkpoint defines the sampler
         CHECKPOINT, if it is not this one.
         """
-        same = replace(
-            settings, batch=None, tile=None, classifier_scale=None, classifier_class=None
-        )
+        other = SampleSettings()
+        same = replace(settings, **{name: getattr(other, name) for name in NOT_OF_A_TABLE})
         key = (same, start, stop, id(files))
         return self._once("tables", TABLES, key, lambda: self._table(settings, start, stop, files))
 
@@ -234,6 +238,7 @@ class Session:
             seed=job.seed if seed is None else seed,
             condition=condition,
             unconditional=unconditional,
+            cache=job.settings.caching,
             **more,
         )
 

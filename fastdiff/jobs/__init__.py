@@ -6,9 +6,13 @@
 rows.py         rows from text, CSV, JSONL, Parquet, webdataset, as a stream
 fields.py       a row's columns -> the fields of a job
 worker.py       shards one after another, the slots always full
-shards.py       shards on the disk, and locks on them
-processes.py    several workers on one machine
+shards.py       shards and their errors, and locks on them
+store.py        a folder or an object store
+processes.py    several workers on one machine, replaced when they die
+cluster.py      the same on Ray
+settle.py       what a job settles when it begins
 fingerprint.py  what must be equal for a job to be resumed
+pictures.py     hashes of the pictures that rows name
 """
 
 from __future__ import annotations

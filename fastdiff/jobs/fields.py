@@ -171,6 +171,8 @@ class Builder:
         self.columns, self.facts, self.seed, self.folder = columns, facts, seed, folder
         self.defaults = dict(defaults)
         self._fields: dict[str, list[str]] = {}
+        self.fetched: dict[int, dict[str, str]] = {}
+        """Row -> field -> SHA-256 of a picture read from a URL, until it is taken out."""
         check_defaults(defaults)
 
     def __call__(self, row: Row) -> Job:
@@ -188,8 +190,12 @@ class Builder:
             values[name] = from_words(name, value) if is_words else value
         for name in PICTURES:
             if name in values:
+                is_url = isinstance(path := _bytes_or_path(values[name]), str) and self._url(path)
                 values[name], found = self._picture(name, values[name])
                 pixels |= found
+                if is_url:
+                    digest = hashlib.sha256(found[name]).hexdigest()
+                    self.fetched.setdefault(row.number, {})[name] = digest
         job: Any = from_json(nested(values, upsampler=self.facts.extra == "upsampler"))
         for name, data in pixels.items():
             job = replace(job, **{name: self._pixels(name, data, job)})

@@ -1,4 +1,4 @@
-"""Several workers on one machine, each a process of its own; one that dies or hangs is replaced.
+"""Several workers; one that dies or hangs is replaced. Here: processes of one machine.
 
 The parent writes one line of JSON to a worker's stdin and keeps the pipe open. However the parent
 dies, that closes the pipe, and the worker ends. The worker writes its counts to stdout, a line at a
@@ -16,17 +16,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
 from fastdiff.checkpoint.open import load
 from fastdiff.files import REFUSALS
 from fastdiff.generate.session import Session
-from fastdiff.jobs.rows import RowFile, Rows
+from fastdiff.jobs.rows import RowFile, Rows, open_rows
+from fastdiff.jobs.shards import AnyClaims
 from fastdiff.jobs.spec import JobSpec
 from fastdiff.jobs.worker import Begun, Counts, Worker, cpu_threads
 from fastdiff.kernels import backend
@@ -58,12 +59,14 @@ class Task:
     retry: Sequence[int]
     workers: int
     locks: bool = True
-    """Whether they share the shards by locks; else each has a share of its own."""
+    """Whether they share the shards by claims; else each has a share of its own."""
+    share_devices: bool = True
+    """Whether all see all GPUs and take them in turns; else each sees its own."""
 
     def line(self, index: int, slots: int) -> str:
         """The line for a worker."""
         device = self.spec.device
-        if device == "cuda":
+        if device == "cuda" and self.share_devices:
             device = f"cuda:{index % torch.cuda.device_count()}"
         files = [
             [str(f.path), f.rows, f.size, f.sha256, f.modified, f.source] for f in self.rows.files
@@ -83,13 +86,38 @@ class Task:
         )
 
 
+class Member(Protocol):
+    """A worker that runs elsewhere."""
+
+    number: int
+    """Differs from that of any other, also of those that it replaces."""
+
+    def lines(self) -> Iterator[str]:
+        """What it tells, a line of JSON at a time, until it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, however it is; wait until it has ended."""
+        ...
+
+    @property
+    def end(self) -> str | None:
+        """How it ended, such as ``was killed by signal 9``; None if its work is done."""
+        ...
+
+    @property
+    def lacked_memory(self) -> bool:
+        """Whether it may have been killed because the machine had no more memory."""
+        ...
+
+
 @dataclass(eq=False)
-class _Member:
-    """A worker's process, and those that it replaced."""
+class _Place:
+    """The place of a worker in a crew: the one that is there, and what those before it did."""
 
     index: int
     slots: int
-    process: subprocess.Popen[str]
+    member: Member
     last: float
     counts: Counts = field(default_factory=Counts)
     earlier: Counts = field(default_factory=Counts)
@@ -101,19 +129,27 @@ class _Member:
 
     @property
     def total(self) -> Counts:
-        """Counts of this process, and what the earlier ones had finished."""
+        """Counts of this worker, and what the earlier ones had finished."""
         made, failed = self.earlier.made + self.counts.made, self.earlier.failed
         return replace(self.counts, made=made, failed=failed + self.counts.failed)
 
 
 class Crew:
-    """The workers of a job on this machine."""
+    """The workers of a job."""
 
     def __init__(
-        self, task: Task, *, timeout: float, tell: Callable[[Sequence[Counts]], None]
+        self,
+        task: Task,
+        start: Callable[[str], Member],
+        *,
+        timeout: float,
+        tell: Callable[[Sequence[Counts]], None],
     ) -> None:
-        """timeout: seconds without progress after which a worker is replaced."""
-        self.task, self.timeout, self.tell = task, timeout, tell
+        """
+        start: starts a worker with its line of JSON. timeout: seconds without progress after which
+        a worker is replaced.
+        """
+        self.task, self.start, self.timeout, self.tell = task, start, timeout, tell
         self._messages: queue.Queue[tuple[int, int, str | None]] = queue.Queue()
 
     def run(self) -> None:
@@ -123,96 +159,111 @@ class Crew:
             ValueError: a worker died again and again, or refuses the job.
             OSError: a worker cannot write.
         """
-        members = [self._start(index, self.task.slots) for index in range(self.task.workers)]
+        places = [self._begin(index, self.task.slots) for index in range(self.task.workers)]
         try:
-            while not all(member.done for member in members):
+            while not all(place.done for place in places):
                 with contextlib.suppress(queue.Empty):
-                    index, pid, line = self._messages.get(timeout=0.2)
-                    member = members[index]
-                    if pid != member.process.pid:
-                        pass  # of a process that was replaced
+                    index, number, line = self._messages.get(timeout=0.2)
+                    place = places[index]
+                    if number != place.member.number:
+                        pass  # of a worker that was replaced
                     elif line is None:
-                        members[index] = self._ended(member)
+                        places[index] = self._ended(place)
                     else:
-                        self._heard(member, json.loads(line))
-                    self.tell([member.total for member in members])
-                for member in members:
-                    limit = self.timeout if member.started else max(self.timeout, START)
-                    if not member.done and time.monotonic() > member.last + limit:
-                        member.hung, member.last = True, time.monotonic()
-                        member.process.kill()
+                        self._heard(place, json.loads(line))
+                    self.tell([place.total for place in places])
+                for place in places:
+                    limit = self.timeout if place.started else max(self.timeout, START)
+                    if not place.done and time.monotonic() > place.last + limit:
+                        place.hung, place.last = True, time.monotonic()
+                        place.member.kill()
         finally:
-            for member in members:
-                _stop(member.process)
+            for place in places:
+                place.member.kill()
 
-    def _start(self, index: int, slots: int) -> _Member:
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which its stdout tells
-            process.stdin.write(self.task.line(index, slots) + "\n")
-            process.stdin.flush()
-        listener = threading.Thread(target=self._listen, args=(index, process), daemon=True)
-        listener.start()
-        return _Member(index, slots, process, time.monotonic())
+    def _begin(self, index: int, slots: int) -> _Place:
+        member = self.start(self.task.line(index, slots))
+        threading.Thread(target=self._listen, args=(index, member), daemon=True).start()
+        return _Place(index, slots, member, time.monotonic())
 
-    def _listen(self, index: int, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                self._messages.put((index, process.pid, line))
-        process.wait()
-        self._messages.put((index, process.pid, None))
+    def _listen(self, index: int, member: Member) -> None:
+        for line in member.lines():
+            self._messages.put((index, member.number, line))
+        self._messages.put((index, member.number, None))
 
-    def _heard(self, member: _Member, message: dict[str, Any]) -> None:
-        member.last, member.started = time.monotonic(), True
+    def _heard(self, place: _Place, message: dict[str, Any]) -> None:
+        place.last, place.started = time.monotonic(), True
         if "error" in message:
             kinds = {cls.__name__: cls for cls in (ValueError, OSError, ImportError)}
             raise kinds.get(message["kind"], ValueError)(message["error"])
         counts = Counts(**message)
-        if counts.shards > member.counts.shards:
-            member.deaths = 0
-        member.counts = counts
+        if counts.shards > place.counts.shards:
+            place.deaths = 0
+        place.counts = counts
 
-    def _ended(self, member: _Member) -> _Member:
-        """What takes a member's place."""
-        _stop(member.process)
-        code = member.process.returncode
-        if code == 0:
-            member.done = True
-            return member
-        if member.deaths + 1 >= DEATHS:
-            how = f"hung for {self.timeout:g} s" if member.hung else _how(code)
+    def _ended(self, place: _Place) -> _Place:
+        """What takes a worker's place."""
+        place.member.kill()
+        if place.member.end is None:
+            place.done = True
+            return place
+        if place.deaths + 1 >= DEATHS:
+            how = f"hung for {self.timeout:g} s" if place.hung else place.member.end
             raise ValueError(
                 f"a worker {how}, {DEATHS} times without finishing a shard; use a smaller --batch "
                 "or fewer --workers, or run with --workers 1 to see its error"
             )
-        killed = code == -signal.SIGKILL and not member.hung  # as systems without memory do
-        new = self._start(member.index, max(member.slots // 2, 1) if killed else member.slots)
-        new.deaths = member.deaths + 1
-        earlier, settled = member.earlier, member.counts.settled
-        failed = min(member.counts.failed, settled)
+        halve = place.member.lacked_memory and not place.hung
+        new = self._begin(place.index, max(place.slots // 2, 1) if halve else place.slots)
+        new.deaths = place.deaths + 1
+        earlier, settled = place.earlier, place.counts.settled
+        failed = min(place.counts.failed, settled)
         new.earlier = replace(
             earlier, made=earlier.made + settled - failed, failed=earlier.failed + failed
         )
         return new
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # what it has not read
-        process.stdin.close()
+class Process:
+    """A worker that is a process of this machine."""
 
+    def __init__(self, line: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        self.number = self._process.pid
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its stdout tells
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
-def _how(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    def lines(self) -> Iterator[str]:
+        assert self._process.stdout is not None
+        with self._process.stdout:
+            yield from self._process.stdout
+        self._process.wait()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it has not read
+            self._process.stdin.close()
+
+    @property
+    def end(self) -> str | None:
+        code = self._process.returncode
+        if code == 0:
+            return None
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    @property
+    def lacked_memory(self) -> bool:
+        return self._process.returncode == -signal.SIGKILL  # as systems without memory do
 
 
 def main() -> int:
@@ -220,13 +271,25 @@ def main() -> int:
     messages, sys.stdout = sys.stdout, sys.stderr
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, args=(sys.stdin,), daemon=True).start()
+    if (refusal := work(task, lambda counts: _say(messages, asdict(counts)))) is None:
+        return 0
+    _say(messages, refusal)
+    return FAILED
+
+
+def work(
+    task: dict[str, Any], tell: Callable[[Counts], None], claims: AnyClaims | None = None
+) -> dict[str, str] | None:
+    """Make the shards of a task. Returns its refusal as ``{"error", "kind"}``, or None.
+
+    claims: in place of locks on files.
+    """
     try:
-        _work(task, messages)
+        _work(task, tell, claims)
     except REFUSALS as error:
         kind = next(cls.__name__ for cls in REFUSALS if isinstance(error, cls))
-        _say(messages, {"error": _text(error), "kind": kind})
-        return FAILED
-    return 0
+        return {"error": _text(error), "kind": kind}
+    return None
 
 
 def _text(error: Exception) -> str:
@@ -235,9 +298,9 @@ def _text(error: Exception) -> str:
     return str(error)
 
 
-def _work(task: dict[str, Any], messages: IO[str]) -> None:
+def _work(task: dict[str, Any], tell: Callable[[Counts], None], claims: AnyClaims | None) -> None:
     spec = JobSpec.of_recorded(task["spec"])
-    rows = Rows(tuple(RowFile(Path(path), *rest) for path, *rest in task["rows"]))
+    rows = _rows(spec, tuple(RowFile(Path(path), *rest) for path, *rest in task["rows"]))
     chosen = backend(selected_backend() if spec.backend == "auto" else spec.backend)
     with cpu_threads(task["threads"]), chosen:
         dtype = getattr(torch, spec.dtype)
@@ -250,10 +313,29 @@ def _work(task: dict[str, Any], messages: IO[str]) -> None:
             Session.of(model),
             begun,
             task["slots"],
-            tell=lambda counts: _say(messages, asdict(counts)),
+            tell=tell,
             share=tuple(task["share"]),
             retry=frozenset(task["retry"]),
+            claims=claims,
         ).run()
+
+
+def _rows(spec: JobSpec, files: tuple[RowFile, ...]) -> Rows:
+    """The rows of a task: the files that its parent read, or copies of the same URLs.
+
+    Raises:
+        ValueError: the URLs have other content now.
+        FileNotFoundError: a file does not exist on this machine.
+    """
+    if all(file.source is None or file.path.exists() for file in files):
+        return Rows(files)
+    rows = open_rows(spec.rows)
+    if [file.sha256 for file in rows.files] != [file.sha256 for file in files]:
+        raise ValueError(
+            f"{spec.rows} was changed while the job read it; put the old files back to resume, or "
+            "give another --out"
+        )
+    return rows
 
 
 def _say(messages: IO[str], data: dict[str, Any]) -> None:

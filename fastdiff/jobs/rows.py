@@ -12,8 +12,10 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import tarfile
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +112,6 @@ class Rows:
     """The rows of one or several files, in the order of the files' names."""
 
     files: tuple[RowFile, ...]
-    scratch: tempfile.TemporaryDirectory[str] | None = field(default=None, compare=False)
-    """Folder of local copies, removed together with this object."""
 
     @property
     def count(self) -> int:
@@ -183,8 +183,8 @@ def open_rows(pattern: str) -> Rows:
     if url is not None and (local := local_path(url)) is not None:
         url, pattern = None, str(local)
     if url is not None:
-        scratch = tempfile.TemporaryDirectory(prefix="fastdiff-")
-        sources = _copied(url, Path(scratch.name))
+        scratch = tempfile.mkdtemp(prefix="fastdiff-")
+        sources = _copied(url, Path(scratch))
         paths = [*sources]
     else:
         paths = [Path(pattern)] if Path(pattern).exists() else [*map(Path, glob.glob(pattern))]
@@ -199,7 +199,9 @@ def open_rows(pattern: str) -> Rows:
         raise ValueError(
             f"unknown format of rows {suffix!r} ({paths[0]}); expected one of {', '.join(KINDS)}"
         )
-    rows = Rows(tuple(_scanned(path, sources.get(path)) for path in sorted(paths)), scratch)
+    rows = Rows(tuple(_scanned(path, sources.get(path)) for path in sorted(paths)))
+    if scratch is not None:  # the copies go when nobody can read them any more
+        weakref.finalize(rows, shutil.rmtree, scratch, ignore_errors=True)
     if not rows.count:
         raise ValueError(f"{pattern} has no rows; write one row per image")
     return rows

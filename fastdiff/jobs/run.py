@@ -7,33 +7,24 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fastdiff.checkpoint.open import load, open_device
-from fastdiff.generate.facts import default_batch
-from fastdiff.generate.job import Job
-from fastdiff.generate.memory import Call, need_of
+from fastdiff.checkpoint.open import open_device
 from fastdiff.generate.session import Session
-from fastdiff.jobs.fingerprint import begin, check_same, fingerprint, read_fingerprint
-from fastdiff.jobs.pictures import write_pictures
-from fastdiff.jobs.processes import Crew, Task
+from fastdiff.jobs.processes import Crew, Process, Task
 from fastdiff.jobs.report import write_report
 from fastdiff.jobs.rows import Rows, open_rows
+from fastdiff.jobs.settle import chosen_backend, session_of, settled
 from fastdiff.jobs.shards import Shards
 from fastdiff.jobs.spec import JobSpec
 from fastdiff.jobs.store import Store, has_locks
-from fastdiff.jobs.worker import Begun, Counts, Worker, builder_of, cpu_threads
-from fastdiff.kernels import backend
-from fastdiff.kernels.choose import selected_backend
-from fastdiff.memory import free_memory
+from fastdiff.jobs.worker import Begun, Counts, Worker, cpu_threads
 
-TRIED = 1000
-"""Rows that are read to find the first that is right."""
-MOST_SLOTS = 256
-FULL = 0.85
-"""Part of the free memory of a GPU that slots may take."""
+if TYPE_CHECKING:
+    from fastdiff.jobs.cluster import Cluster
+
 TIMEOUT = 600.0
 
 
@@ -125,6 +116,7 @@ def run_job(
     spec: JobSpec,
     *,
     workers: int = 1,
+    on: Literal["local", "ray"] = "local",
     share: tuple[int, int] = (1, 1),
     batch: int | None = None,
     threads: int | None = None,
@@ -140,7 +132,9 @@ def run_job(
     for any `workers`, `share` and `batch`.
 
     Args:
-        workers: processes on this machine; on several GPUs they take them in turns.
+        workers: processes on this machine, which take several GPUs in turns; with `on` "ray",
+            actors with one device each, wherever the cluster has room.
+        on: "ray" uses the cluster at RAY_ADDRESS, or one of this machine without it.
         share: (i, n) makes the i-th of n shares of the shards, counted from 1, for schedulers that
             start n jobs.
         batch: slots per worker; None: from the memory that is free.
@@ -160,43 +154,31 @@ def run_job(
         raise ValueError(
             f"workers and share must be at least 1, and i at most n, got {workers} and {share}"
         )
+    if on not in ("local", "ray"):
+        raise ValueError(f"on must be 'local' or 'ray', got {on!r:.40}")
     rows = open_rows(spec.rows)
     shards = Shards.of(spec, rows.count)
     store = shards.store
     store.prepare()
-    if spec.device == "auto":
-        spec = replace(spec, device="cuda" if torch.cuda.is_available() else "cpu")
-    device = open_device(spec.device)
-    with backend(selected_backend() if spec.backend == "auto" else spec.backend):
-        # workers load the model themselves, so here a copy in main memory tells what it is
-        session = _session(spec, device if workers == 1 else torch.device("cpu"))
-        mine, slots, threads = _settled(spec, rows, session, store, device, workers, batch, threads)
-        begun = Begun.of(mine)
+    if on == "ray":
+        from fastdiff.jobs.cluster import Cluster
+
+        team: Cluster | Local = Cluster(spec, workers)
+    else:
+        team = Local(spec, workers)
+    with team:
+        mine, slots, threads = team.settle(rows, store, batch, threads)
         own = range(share[0] - 1, len(shards), share[1])
         there = [number for number in own if shards.is_finished(number)]
         retry = [n for n in there if retry_errors and store.exists(shards.errors_name(n))]
         done = sum(len(shards.range(n)) for n in there)
         again = sum(len(shards.errors(n)) for n in retry)
         watch = _Watch(sum(len(shards.range(n)) for n in own), done - again, listen)
-        if workers == 1:
-            worker = Worker(
-                spec,
-                rows,
-                session,
-                begun,
-                slots,
-                tell=lambda counts: watch.tell([counts]),
-                share=(own.start, own.step),
-                retry=frozenset(retry),
-            )
-            with cpu_threads(threads):
-                worker.run()
-        else:
-            del session
-            ranges, locks = (own.start, own.step), _share_by_locks(store)
-            task = Task(spec, rows, begun, slots, threads, ranges, retry, workers, locks)
-            Crew(task, timeout=timeout, tell=watch.tell).run()
-            store.prepare()  # what workers that died left behind
+        task = Task(
+            team.spec, rows, Begun.of(mine), slots, threads, (own.start, own.step), retry, workers
+        )
+        team.run(task, timeout=timeout, tell=watch.tell)
+        store.prepare()  # what workers that died left behind
     status = watch.status()
     report = write_report(spec, shards, status, mine)
     finished = [*shards.finished()]
@@ -212,45 +194,51 @@ def run_job(
     )
 
 
-def _settled(
-    spec: JobSpec,
-    rows: Rows,
-    session: Session,
-    store: Store,
-    device: torch.device,
-    workers: int,
-    batch: int | None,
-    threads: int | None,
-) -> tuple[dict[str, Any], int, int | None]:
-    """Begin the job, or check that it is the one that was begun: its fingerprint, slots, threads.
+class Local:
+    """Workers on this machine: one in this process, or several processes."""
 
-    Of processes that begin at the same instant one writes the fingerprint; the others then take its
-    choices, as if they had resumed it.
-    """
-    on_cpu, first = device.type == "cpu", _first_job(spec, rows, session)
-    while True:
-        before = read_fingerprint(store)
-        known = {} if before is None else before.get("compute", {})
-        slots = batch or known.get("slots") or _slots(session, first, device)
-        count = (threads or known.get("threads") or _threads(workers)) if on_cpu else None
-        if before is None:
-            pictures = write_pictures(store, rows, builder_of(spec, rows, session))
-        else:
-            pictures = before.get("pictures")
-        mine = fingerprint(
-            spec,
-            rows,
-            session.model,
-            device=device,
-            slots=None if on_cpu else slots,
-            threads=count,
-            pictures=pictures,
+    def __init__(self, spec: JobSpec, workers: int) -> None:
+        if spec.device == "auto":
+            spec = replace(spec, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.spec, self.workers = spec, workers
+        self._session: Session | None = None
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = None
+
+    def settle(
+        self, rows: Rows, store: Store, batch: int | None, threads: int | None
+    ) -> tuple[dict[str, Any], int, int | None]:
+        """As `settled`."""
+        spec, device = self.spec, open_device(self.spec.device)
+        with chosen_backend(spec):
+            # workers load the model themselves, so here a copy in main memory tells what it is
+            session = session_of(spec, device if self.workers == 1 else torch.device("cpu"))
+            if self.workers == 1:
+                self._session = session
+            return settled(spec, rows, session, store, device, self.workers, batch, threads)
+
+    def run(self, task: Task, *, timeout: float, tell: Callable[[Sequence[Counts]], None]) -> None:
+        """Make all shards of a task."""
+        if self._session is None:
+            task = replace(task, locks=_share_by_locks(Shards.of(task.spec, 1).store))
+            Crew(task, Process, timeout=timeout, tell=tell).run()
+            return
+        worker = Worker(
+            task.spec,
+            task.rows,
+            self._session,
+            task.begun,
+            task.slots,
+            tell=lambda counts: tell([counts]),
+            share=task.share,
+            retry=frozenset(task.retry),
         )
-        if before is not None:
-            check_same(store, before, mine)
-            return before, slots, count
-        if begin(store, mine):
-            return mine, slots, count
+        with chosen_backend(task.spec), cpu_threads(task.threads):
+            worker.run()
 
 
 def _share_by_locks(store: Store) -> bool:
@@ -270,62 +258,6 @@ def _share_by_locks(store: Store) -> bool:
         stacklevel=2,
     )
     return False
-
-
-def _session(spec: JobSpec, device: torch.device) -> Session:
-    dtype = getattr(torch, spec.dtype)
-    return Session.of(load(spec.model, device=device, dtype=dtype, options=spec.load))
-
-
-def _first_job(spec: JobSpec, rows: Rows, session: Session) -> Job | None:
-    """Check columns, mappings and defaults; return the job of the first row that is right.
-
-    Raises:
-        ValueError: a column, a mapping or a default is wrong.
-    """
-    build = builder_of(spec, rows, session)
-    columns = rows.columns
-    if columns is not None:
-        build.columns.check(columns, session.facts)
-    for row in rows.read():
-        if columns is None and row.error is None:
-            for column in row.values:  # later rows with other columns get a record
-                build.columns.fields(column, session.facts)
-            columns = tuple(row.values)
-        try:
-            return build(row)
-        except (ValueError, OSError):
-            if row.number >= TRIED:
-                return None
-    return None
-
-
-def _threads(workers: int) -> int:
-    return max(torch.get_num_threads() // workers, 1)
-
-
-def _slots(session: Session, job: Job | None, device: torch.device) -> int:
-    """Slots by memory: on a GPU the largest power of two that fits, on a CPU the default."""
-    facts = session.facts
-    height, width = (
-        getattr(job, "height", None) or facts.image_size or 0,
-        getattr(job, "width", None) or facts.image_size or 0,
-    )
-    default = default_batch(
-        max(height // facts.factor, 1), max(width // facts.factor, 1), text=facts.reads_text
-    )
-    free = None if device.type == "cpu" or job is None else free_memory(device)
-    if free is None:
-        return default
-    assert job is not None
-    slots = MOST_SLOTS
-    while slots > 1:
-        call = Call(device=device, dtype=session.dtype, count=slots, batch=slots, conditions=slots)
-        loaded = session.device == device  # with several workers each loads it
-        if need_of([session.model], job, call, loaded=loaded).total <= FULL * free:
-            break
-        slots //= 2
-    return slots
 
 
 def share_of_environment(environment: dict[str, str] | None = None) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -219,6 +219,22 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
             yield member.name, content.read()
 
 
+class AnyClaims(Protocol):
+    """Who makes which shard."""
+
+    def take(self, number: int) -> bool:
+        """Claim a shard; False if another worker makes it."""
+        ...
+
+    def release(self, number: int) -> None:
+        """Give a shard back that is finished."""
+        ...
+
+    def close(self) -> None:
+        """Give back whatever is held."""
+        ...
+
+
 class Claims:
     """Locks on shards against other processes, also those of other jobs in the same folder.
 
@@ -258,7 +274,7 @@ class Claims:
                 lock.release()
 
     def close(self) -> None:
-        """Unlock what is held, and remove the folder if nobody else holds anything."""
+        """Unlock whatever is held."""
         with self._guard:
             for lock in self._held.values():
                 lock.release()

@@ -34,7 +34,7 @@ from fastdiff.images import encoded
 from fastdiff.jobs.fields import Builder, Columns
 from fastdiff.jobs.pictures import CHANGED, Pictures
 from fastdiff.jobs.rows import Reader, Row, Rows
-from fastdiff.jobs.shards import Claims, Item, Shards
+from fastdiff.jobs.shards import AnyClaims, Claims, Item, Shards
 from fastdiff.jobs.spec import JobSpec
 from fastdiff.memory import NotEnoughMemory
 
@@ -159,6 +159,8 @@ class Worker:
     """(i, n): only shards i, i + n, i + 2n and so on."""
     retry: frozenset[int] = frozenset()
     """Finished shards whose rows with an error record are made again."""
+    claims: AnyClaims | None = None
+    """Who makes which shard; None: locks on files, if the store has them."""
     made: int = 0
     failed: int = 0
     finished: int = 0
@@ -175,7 +177,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.shards = Shards.of(self.spec, self.rows.count)
-        self._claims = Claims(self.shards.store)
+        self._claims = Claims(self.shards.store) if self.claims is None else self.claims
         folder = self.shards.store.folder
         self._spools = None if folder is None else str(folder)
         self._reader = Reader(self.rows)
@@ -220,7 +222,8 @@ class Worker:
                 shard.close()
             self._claims.close()
             self._pictures.close()
-        self._claims.clean(self.shards)
+        if isinstance(self._claims, Claims):
+            self._claims.clean(self.shards)
         self.tell(self.counts)
 
     def _sample(self) -> bool:
@@ -349,6 +352,7 @@ class Worker:
         self._record(shard, row, error)
 
     def _record(self, shard: _Open, row: Row, error: Exception) -> None:
+        self._build.fetched.pop(row.number, None)
         values = {
             name: f"{len(value):,} bytes" if isinstance(value, bytes) else value
             for name, value in row.values.items()
@@ -399,9 +403,10 @@ class Worker:
         recipe = {**result.recipe, "job": job, "model": model, "load": self.spec.load.recorded}
         if self.session.device.type != "cpu":  # where network rows per evaluation may decide
             recipe["slots"] = self.slots
-        paths = self._build.paths(row)
+        paths, fetched = self._build.paths(row), self._build.fetched.pop(row.number, {})
         for name, path in paths.items():
-            job[name] = {**job[name], "path": path}
+            digest = fetched.get(name, job[name]["sha256"])
+            job[name] = {"path": path, "sha256": digest}
         if not self._pictures.agree(row.number, {name: job[name]["sha256"] for name in paths}):
             raise ValueError(CHANGED)
         return recipe

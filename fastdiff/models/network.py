@@ -103,6 +103,31 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def branches(self) -> int:
+        """Number of places at which `body_keeping` and `shallow` can part the network; 0: none."""
+        return 0
+
+    def deep_shape(self, branch: int, sides: Sequence[int]) -> tuple[int, ...]:
+        """Shape (C, *spatial) of the deep features of a branch, for x with these sides."""
+        raise NotImplementedError
+
+    def body_keeping(
+        self, x: Tensor, emb: Tensor, context: Tensor | Context | None, branches: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`body`, and the deep features of some branches, (N, *deep_shape), for `shallow`.
+
+        Branch 0 leaves the fewest blocks to `shallow`.
+        """
+        raise NotImplementedError
+
+    def shallow(
+        self, x: Tensor, emb: Tensor, context: Tensor | Context | None, branch: int, deep: Tensor
+    ) -> Tensor:
+        """`body` with given deep features of a branch in place of the blocks that compute them (Ma
+        et al. 2023, arXiv 2312.00858). deep: (N, *deep_shape(branch, sides))."""
+        raise NotImplementedError
+
     def together(self) -> list[list[Tensor]]:
         """Lists of parameters that `pack` moves next to each other in memory, so that one product
         serves for all of a list."""

@@ -9,7 +9,7 @@ their `UNetConfig`. Parameters are named after OpenAI's flat lists: `input_block
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -399,8 +399,10 @@ class UNet(Network):
         width = widths[-1]
 
         self.output_blocks = nn.ModuleList()
+        self._deep: list[tuple[int, int]] = []  # per branch: channels and level of its features
         for level in reversed(range(last + 1)):
             for index in range(config.num_res_blocks + 1):
+                self._deep.insert(0, (width, level))
                 stage = [
                     res_block(config, width + skips.pop(), widths[level]),
                     *attention(config, widths[level], config.attention_depth[level], up=True),
@@ -507,25 +509,77 @@ class UNet(Network):
             emb: (N, emb_dim), the result of `embed`.
             context: as in `forward`.
         """
-        if isinstance(context, Tensor):
-            context = self.project_context(context)
-        kvs = cast(ContextKV, context or [])
-        run = functools.partial(
-            self._run, emb=emb, kvs=kvs, projected=project_embedding(self.res_blocks(), emb)
-        )
+        return self.body_keeping(x, emb, context, ())[0]
+
+    @property
+    def branches(self) -> int:
+        """See `Network.branches`: the number of skip connections."""
+        return len(self.output_blocks)
+
+    def deep_shape(self, branch: int, sides: Sequence[int]) -> tuple[int, ...]:
+        """See `Network.deep_shape`."""
+        channels, level = self._deep[branch]
+        for _ in range(level):
+            sides = [-(-side // 2) for side in sides]
+        return channels, *sides
+
+    def body_keeping(
+        self, x: Tensor, emb: Tensor, context: Tensor | Context | None, branches: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `Network.body_keeping`."""
+        run = self._runner(emb, context, project_embedding(self.res_blocks(), emb))
         skips: list[Tensor] = []
         state, stages = Addends(x), [*self.input_blocks, self.middle_block]
         for stage, after in zip(stages, [*stages[1:], None], strict=True):
             state, total = run(stage, state, following=None if after is None else first_of(after))
             skips.append(total)  # what the stage was given, summed by its first norm
-        for stage in self.output_blocks:
+        return self._up(run, state, skips, branches)
+
+    def shallow(
+        self, x: Tensor, emb: Tensor, context: Tensor | Context | None, branch: int, deep: Tensor
+    ) -> Tensor:
+        """See `Network.shallow`."""
+        run = self._runner(emb, context, None)
+        skips: list[Tensor] = []
+        state, stages = Addends(x), self.input_blocks[: branch + 1]
+        for stage, after in zip(stages, [*stages[1:], None], strict=True):
+            state, total = run(stage, state, following=None if after is None else first_of(after))
+            skips.append(total)
+        return self._up(run, Addends(deep), [*skips, state.total()], ())[0]
+
+    def _runner(
+        self, emb: Tensor, context: Tensor | Context | None, projected: list[Tensor] | None
+    ) -> Callable[..., tuple[Addends, Tensor]]:
+        """`_run` with what all stages are given."""
+        if isinstance(context, Tensor):
+            context = self.project_context(context)
+        kvs = cast(ContextKV, context or [])
+        return functools.partial(self._run, emb=emb, kvs=kvs, projected=projected)
+
+    def _up(
+        self,
+        run: Callable[..., tuple[Addends, Tensor]],
+        state: Addends,
+        skips: list[Tensor],
+        branches: Sequence[int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The blocks on the way up that the skip connections lead to, and the output.
+
+        skips: what the stages on the way down were given, from x on, and the last one's result.
+        branches: those whose inputs are returned as well.
+        """
+        kept: dict[int, Tensor] = {}
+        for stage in self.output_blocks[-(len(skips) - 1) :]:
+            if (branch := len(skips) - 2) in branches:
+                state = Addends(state.total())
+                kept[branch] = state.x
             joined = torch.cat([state.total(), skips.pop()], dim=1)
             last = len(skips) == 1  # the network's input, which no stage reads
             size = None if last else (skips[-1].shape[2], skips[-1].shape[3])
             following = self.norm_out if last else None
             state, _ = run(stage, Addends(joined), following=following, size=size)
         x, _ = self.norm_out(state.x, residual=state.residual, channel_add=state.bias)
-        return self.conv_out(x)  # (N, out_channels, H, W)
+        return self.conv_out(x), [kept[branch] for branch in branches]  # (N, out_channels, H, W)
 
     def _run(self, stage: nn.Module, given: Addends, **options: Any) -> tuple[Addends, Tensor]:
         emb, kvs = options.pop("emb"), options.pop("kvs")

@@ -37,7 +37,13 @@ class Guide:
     first_unconditional: int
 
 
-_Row = tuple[int, int, Condition]  # a row of an evaluation: sample, embedding, condition
+class _Row(NamedTuple):
+    """A row of an evaluation."""
+
+    sample: int
+    embedding: int
+    condition: Condition
+    deep: int  # index into the deep features; -1: the row that nobody reads
 
 
 class Turn(NamedTuple):
@@ -47,13 +53,28 @@ class Turn(NamedTuple):
     guide: Guide
     row: int
     guided: bool
+    branch: int | None = None
+    """Branch of its deep features; None if it neither keeps nor reuses any."""
+    shallow: bool = False
+    """Whether the evaluation reuses them; otherwise it keeps them."""
+
+
+class Part(NamedTuple):
+    """The part of a network that a block runs."""
+
+    shallow: int | None
+    """Branch whose deep features are reused; None: the whole network."""
+    keeps: tuple[int, ...]
+    """Branches whose deep features are kept."""
 
 
 @dataclass(eq=False)
 class _Block:
     samples: Tensor  # (rows,) int64, indices into x
     embeddings: Tensor  # (rows,) int64, a view of Batch.embeddings
+    deep: Tensor  # (rows,) int64, indices into the deep features
     context: Context | None
+    part: Part
 
 
 @dataclass(eq=False)
@@ -64,7 +85,7 @@ class Batch:
     Attributes:
         cond: (S,) int64, index of each sample's prediction in the output of `Denoiser`.
         uncond: (S,) int64, index of its unconditional prediction, or -1; None: no sample is guided.
-        rows: rows that the network evaluates, including the padding of the last block.
+        rows: rows that the network evaluates, including the padding of blocks.
     """
 
     cond: Tensor
@@ -72,6 +93,11 @@ class Batch:
     rows: int
     embeddings: Tensor  # (rows,) int64
     blocks: list[_Block] = field(repr=False)
+
+    @property
+    def form(self) -> tuple[tuple[int, Part], ...]:
+        """The number of rows and the part of each block."""
+        return tuple((len(block.samples), block.part) for block in self.blocks)
 
     def advance(self) -> None:
         """Advance to the next row of every sample's table."""
@@ -89,7 +115,9 @@ class Batch:
             _Block(
                 block.samples.clone(),
                 piece,
+                block.deep.clone(),
                 None if block.context is None else map_context(torch.clone, block.context),
+                block.part,
             )
             for block, piece in pieces
         ]
@@ -104,6 +132,7 @@ class Batch:
             self.uncond.copy_(other.uncond)
         for mine, block in zip(self.blocks, other.blocks, strict=True):
             mine.samples.copy_(block.samples)
+            mine.deep.copy_(block.deep)
             if mine.context is not None and block.context is not None:
                 map_context(Tensor.copy_, mine.context, block.context)
 
@@ -115,9 +144,17 @@ class Denoiser:
     whose shape depends only on the table. So is a condition's context as projected for
     cross-attention. Evaluations look them up.
 
+    Samples may keep and reuse deep features of the network (`fastdiff.diffusion.caching`), each at
+    its own evaluations: rows that run the whole network and rows that run a part of it lie in
+    separate blocks.
+
     On a CPU, a sample's bits depend on its own x, condition and table and on whether the row is
-    guided, but not on the other samples; see `fastdiff.runtime.blocks`. Calls are differentiable in
-    x if gradients are enabled.
+    guided or shallow, but not on the other samples; see `fastdiff.runtime.blocks`. Calls are
+    differentiable in x if gradients are enabled.
+
+    Attributes:
+        deep: branch -> (2 S + 1, C, *spatial), the deep features of each sample's unconditional and
+            conditional row, and a last row that nobody reads.
     """
 
     def __init__(
@@ -136,8 +173,9 @@ class Denoiser:
         """
         weight = next(network.parameters())
         self.network, self.dtype, self.device = network, weight.dtype, weight.device
+        self._sides, self.deep = tuple(sides), dict[int, Tensor]()
         self.blocks = row_blocks(sides, weight.device) if rounded is None else None
-        self._rounded = rounded or (lambda rows: rows)
+        self._round = rounded or (lambda rows: rows)
         self.embeddings = Stack(room=room)
         self._contexts: dict[Condition, Context] = {}
         self._users: dict[Condition, int] = {}
@@ -172,26 +210,53 @@ class Denoiser:
             if condition is not None:
                 self._drop(guide.timesteps, condition)
 
+    def keep(self, branch: int, samples: int) -> None:
+        """Allocate the deep features of a branch. samples: S, the number of samples in x."""
+        if branch not in self.deep:
+            shape = 2 * samples + 1, *self.network.deep_shape(branch, self._sides)
+            features = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            if features.ndim == 4:
+                features = features.contiguous(memory_format=torch.channels_last)
+            self.deep[branch] = features
+
+    def move(self, sample: int, to: int) -> None:
+        """Move a sample's deep features to another index."""
+        for features in self.deep.values():
+            features[2 * to : 2 * to + 2] = features[2 * sample : 2 * sample + 2]
+
     def batch(self, turns: Sequence[Turn], samples: int) -> Batch:
         """Pack the rows of an evaluation into blocks.
 
         turns: one per sample that takes part. samples: S, the number of samples in x.
         """
-        groups: dict[int, list[Turn]] = {}  # rows per block -> turns whose rows go into such blocks
+        groups: dict[tuple[int, int | None], list[Turn]] = {}  # rows per block, branch if shallow
         for turn in turns:
-            groups.setdefault(self._size(turn), []).append(turn)
-        cond, uncond, packed = [-1] * samples, [-1] * samples, list[list[_Row]]()
-        for size, members in groups.items():
-            start, rows = sum(map(len, packed)), list[_Row]()
-            for sample, guide, row, guided in members:
-                if guided:
-                    assert guide.unconditional is not None, "a guided row without unconditional"
-                    uncond[sample] = start + len(rows)
-                    rows.append((sample, guide.first_unconditional + row, guide.unconditional))
-                cond[sample] = start + len(rows)
-                rows.append((sample, guide.first + row, guide.condition))
-            packed += filled(rows, size or self._rounded(len(rows)))
-        return self._batch(cond, uncond, packed)
+            key = self._size(turn), turn.branch if turn.shallow else None
+            groups.setdefault(key, []).append(turn)
+        keeps = {turn.branch for turn in turns if turn.branch is not None and not turn.shallow}
+        whole = Part(None, tuple(sorted(keeps)))
+        cond, uncond, packed = [-1] * samples, [-1] * samples, list[tuple[list[_Row], Part]]()
+        start = 0
+        for (size, branch), members in sorted(groups.items(), key=_whole_first):
+            rows = list[_Row]()
+            for turn in members:
+                own = _rows_of(turn)
+                uncond[turn.sample] = start + len(rows) if turn.guided else -1
+                cond[turn.sample] = start + len(rows) + len(own) - 1
+                rows += own
+            blocks = filled(rows, size or self._rounded(len(rows), alone=len(groups) == 1))
+            padding = sum(map(len, blocks)) - len(rows)
+            if padding and branch is None:
+                blocks[-1][-padding:] = [rows[-1]._replace(deep=-1)] * padding
+            packed += [(block, whole if branch is None else Part(branch, ())) for block in blocks]
+            start += len(rows) + padding
+        return self._batch(cond, uncond, packed, unread=2 * samples)
+
+    def _rounded(self, rows: int, *, alone: bool) -> int:
+        """Rows in a block of any size. alone: there is no other block, which would have to begin
+        at an even row for its vectors to be aligned (`_vectors`)."""
+        size = self._round(rows)
+        return size if alone else size + size % 2
 
     def _size(self, turn: Turn) -> int:
         """Rows per block for a sample's rows; 0: one block of any size."""
@@ -207,11 +272,22 @@ class Denoiser:
         Returns (batch.rows, out_channels, *spatial) in the network's dtype.
         """
         extra = None if extra is None else extra.to(x)
-        parts = [
-            self.network.body(*self._inputs(x, block, extra), block.context)
-            for block in batch.blocks
-        ]
+        parts = [self._run(x, block, extra) for block in batch.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, x: Tensor, block: _Block, extra: Tensor | None) -> Tensor:
+        """The outputs of a block; the deep features that it keeps are written to `deep`."""
+        (branch, keeps), network = block.part, self.network
+        x, emb = self._inputs(x, block, extra)
+        if branch is not None:
+            deep = gather(self.deep[branch], block.deep)
+            return network.shallow(x, emb, block.context, branch, deep)
+        if not keeps:
+            return network.body(x, emb, block.context)
+        out, found = network.body_keeping(x, emb, block.context, keeps)
+        for kept, features in zip(keeps, found, strict=True):
+            self.deep[kept].index_copy_(0, block.deep, features)
+        return out
 
     def _inputs(self, x: Tensor, block: _Block, extra: Tensor | None) -> tuple[Tensor, Tensor]:
         """The network's input for the rows of a block, and their embeddings."""
@@ -249,14 +325,27 @@ class Denoiser:
             del self._users[condition]
             self._contexts.pop(condition, None)
 
-    def _batch(self, cond: list[int], uncond: list[int], packed: list[list[_Row]]) -> Batch:
-        flat = [row[:2] for block in packed for row in block]
-        samples, embeddings = self._vectors(*zip(*flat, strict=True))
+    def _batch(
+        self,
+        cond: list[int],
+        uncond: list[int],
+        packed: list[tuple[list[_Row], Part]],
+        unread: int,
+    ) -> Batch:
+        flat = [row for block, _ in packed for row in block]
+        samples, embeddings, deep = self._vectors(
+            [row.sample for row in flat],
+            [row.embedding for row in flat],
+            [unread if row.deep < 0 else row.deep for row in flat],
+        )
         cond_places, uncond_places = self._vectors(cond, uncond)
         known, self._gathered = self._gathered, {}
-        contexts = [self._context(tuple(row[2] for row in block), known) for block in packed]
-        sizes = [len(block) for block in packed]
-        pieces = zip(samples.split(sizes), embeddings.split(sizes), contexts, strict=True)
+        contexts = [
+            self._context(tuple(row.condition for row in block), known) for block, _ in packed
+        ]
+        sizes = [len(block) for block, _ in packed]
+        vectors = (vector.split(sizes) for vector in (samples, embeddings, deep))
+        pieces = zip(*vectors, contexts, (part for _, part in packed), strict=True)
         return Batch(
             cond=cond_places,
             uncond=uncond_places if max(uncond) >= 0 else None,
@@ -283,3 +372,20 @@ class Denoiser:
                 lambda *same: torch.cat(same), *(self._contexts[c] for c in conditions)
             )
         return self._gathered[conditions]
+
+
+def _rows_of(turn: Turn) -> list[_Row]:
+    """The rows of a turn: the unconditional one, if it is guided, and the conditional one."""
+    sample, guide, rows = turn.sample, turn.guide, list[_Row]()
+    deep = [-1, -1] if turn.branch is None else [2 * sample, 2 * sample + 1]
+    if turn.guided:
+        assert guide.unconditional is not None, "a guided row without unconditional"
+        at = guide.first_unconditional + turn.row
+        rows.append(_Row(sample, at, guide.unconditional, deep[0]))
+    return [*rows, _Row(sample, guide.first + turn.row, guide.condition, deep[1])]
+
+
+def _whole_first(group: tuple[tuple[int, int | None], list[Turn]]) -> int:
+    """Order of the groups of a batch: the same parts in the same order make the same graph."""
+    branch = group[0][1]
+    return -1 if branch is None else branch

@@ -10,13 +10,14 @@ Most callers should use `run`: it takes requests of any shape and yields results
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.caching import CacheConfig
 from fastdiff.diffusion.gradients import (
     At,
     Objective,
@@ -87,6 +88,8 @@ class Request:
     pulls: tuple[Pull, ...] = ()
     """Guidance by gradients, such as that of a classifier (`fastdiff.diffusion.gradients`). On a
     GPU, all requests with the same objective are evaluated together; elsewhere in blocks."""
+    cache: CacheConfig | None = None
+    """Reuse deep features of the network in some rows; None: every row is evaluated in full."""
     tag: Any = None
     """For the caller's own use; ignored by the engine."""
 
@@ -108,6 +111,8 @@ class Result:
         rows: number of rows of its table that were taken: all, unless it failed.
         error: if the network returned NaN or infinity, a message that says where; x is then
             unusable. None otherwise.
+        log_probs: (rows,), log p(x after | x before) of each row, 0 for rows without noise; on the
+            network's device. None unless the engine was asked for them.
     """
 
     request: Request
@@ -115,6 +120,7 @@ class Result:
     x: Tensor
     rows: int
     error: str | None = None
+    log_probs: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -127,14 +133,30 @@ class _Seat:
     guide: Guide
     levels: int | None  # index into `Engine._levels` at which its levels begin, if it has a mask
     places: int | None  # index into `Engine._places` at which its table begins, if it has pulls
+    full: list[bool] | None  # whether each row is evaluated in full; None: all of them
     turn: int = 0  # the number of its last turn, counting all turns so far
+    log_probs: list[Tensor] = field(default_factory=list)  # (), of each row so far, if asked for
+
+
+class _Kind(NamedTuple):
+    """What the next row of a slot needs of the network."""
+
+    slot: int
+    guided: bool
+    branch: int | None  # of its deep features, if it keeps or reuses them
+    shallow: bool  # whether it reuses them
+
+    @property
+    def part(self) -> int | None:
+        """Rows with equal parts of the network share blocks."""
+        return self.branch if self.shallow else None
 
 
 @dataclass(eq=False)
 class _Plan:
     """A step; reused as long as the next one has the same requests, guided in the same way."""
 
-    turns: list[tuple[int, bool]]  # slot, guided
+    turns: list[_Kind]
     slots: list[int]
     batch: Batch
     masked: Tensor  # (n,) int64, the slots with a mask
@@ -169,6 +191,7 @@ class Engine:
         tokens: int = 0,
         gradients: Gradients = "none",
         graphs: StepGraphs | None = None,
+        log_probs: bool = False,
     ) -> None:
         """
         network: prepared for inference; it stays on its device and in its dtype.
@@ -176,6 +199,7 @@ class Engine:
         slots: most requests at a time. Bounds memory; does not affect any result on a CPU.
         graphs: records and replays the steps; None: each step is launched kernel by kernel, as
             it must be with gradients.
+        log_probs: results contain the log-density of each row's noise.
         """
         assert graphs is None or gradients == "none", "steps with gradients cannot be recorded"
         self._kind, self.graphs = ShapeClass(tuple(shape), tokens, gradients), graphs
@@ -184,8 +208,16 @@ class Engine:
         self._denoiser = Denoiser(network, shape[1:], rounded=rounded, room=room)
         device = self._denoiser.device
         dtype = torch.promote_types(self._denoiser.dtype, torch.float32)
-        counters = 0 if self.graphs is None else rounded_rows(2 * slots) + slots
-        self._slots = Slots(slots, shape, device=device, dtype=dtype, room=room, counters=counters)
+        counters = 0 if self.graphs is None else 4 * slots + slots  # network rows, levels
+        self._slots = Slots(
+            slots,
+            shape,
+            device=device,
+            dtype=dtype,
+            room=room,
+            counters=counters,
+            log_probs=log_probs,
+        )
         self._estimates: Tensor | None = None  # estimates of x0, as written by graphs
         self._seats: dict[int, _Seat] = {}  # by slot
         self._tickets, self._turn = count(), count(1)
@@ -239,6 +271,10 @@ class Engine:
                 request.table, lambda: rows_of(request.table).to(self._slots.x)
             )
             table = table.unguided
+        full = None
+        if request.cache is not None:
+            self._denoiser.keep(request.cache.branch, len(self._slots))
+            full = request.cache.full(table.guided)
         self._slots.put(slot, table, request.x, int64_bits(request.seed))
         self._keep("extra", slot, request.extra)
         if request.mask is not None:
@@ -248,7 +284,7 @@ class Engine:
             self._keep("mask", slot, (request.mask > 0).expand(request.x.shape))
             self._keep("known", slot, request.known)
             self._keep("noise", slot, request.noise)
-        self._seats[slot] = _Seat(request, ticket, slot, guide, levels, places)
+        self._seats[slot] = _Seat(request, ticket, slot, guide, levels, places, full)
         self._plan = None
         return ticket
 
@@ -288,6 +324,7 @@ class Engine:
         self._slots.move(seat.slot, slot)
         for kept in self._state.values():
             kept[slot] = kept[seat.slot]
+        self._denoiser.move(seat.slot, slot)
         del self._seats[seat.slot]
         if seat.slot in self._asked:
             self._asked.remove(seat.slot)
@@ -318,6 +355,10 @@ class Engine:
             else:
                 denoised = self._replay(self.graphs, plan, shown=shown)
             self.rows_taken += len(turns)
+            if slots.log_prob is not None:
+                row = slots.log_prob.clone()  # the next step overwrites it
+                for slot in plan.slots:
+                    self._seats[slot].log_probs.append(row[slot])
             if denoised is not None:
                 self._show(plan.slots, denoised, watch)
         return self._collect()
@@ -376,46 +417,55 @@ class Engine:
                 self._hold(kept.masked, kept.levels)
             slots.advance()  # and the indices of the embeddings and levels
 
-        state = slots.state
+        state = [*slots.state, *self._denoiser.deep.values()]
         reads = [*state, *slots.inputs, self._denoiser.embeddings.rows, self._levels.rows]
         reads += self._state.values()
         graphs.run((kept, rescale, shown), work, reads=reads, state=state)
         slots.count(plan.slots)
         return denoised
 
-    def _turns(self, busy: list[int]) -> list[tuple[int, bool]]:
-        """The requests to advance, as (slot, guided), with those that waited longest first.
+    def _turns(self, busy: list[int]) -> list[_Kind]:
+        """The requests to advance, with those that waited longest first.
 
         If rows are evaluated in blocks, as many as fill whole blocks: on a CPU a row of padding
-        costs as much as any other.
+        costs as much as any other. Rows that run another part of the network need other blocks;
+        the request that waited longest advances even if its block is not full.
         """
         blocks = self._denoiser.blocks
         order = sorted(busy, key=lambda slot: self._seats[slot].turn)
-        turns = [(slot, self._guided(slot)) for slot in order]
-        if blocks is not None and blocks.guided == blocks.single:
-            room = sum(1 + guided for _, guided in turns)
-            room = max(room - room % blocks.single, blocks.single)
+        turns = [self._kind_of(slot) for slot in order]
+        if turns and blocks is not None and blocks.guided == blocks.single:
+            room: dict[int | None, int] = {}
+            for turn in turns:
+                room[turn.part] = room.get(turn.part, 0) + 1 + turn.guided
+            room = {part: rows - rows % blocks.single for part, rows in room.items()}
+            room[turns[0].part] = max(room[turns[0].part], blocks.single)
             chosen = []
             for turn in turns:
-                if (rows := 1 + turn[1]) <= room:
-                    room -= rows
+                if (rows := 1 + turn.guided) <= room[turn.part]:
+                    room[turn.part] -= rows
                     chosen.append(turn)
             turns = chosen
-        for slot, _ in turns:
-            self._seats[slot].turn = next(self._turn)
+        for turn in turns:
+            self._seats[turn.slot].turn = next(self._turn)
         return turns
 
-    def _guided(self, slot: int) -> bool:
-        """Whether the next row of a slot needs an unconditional prediction too."""
-        return self._seats[slot].request.table.guided[self._slots.row(slot)]
+    def _kind_of(self, slot: int) -> _Kind:
+        seat, row = self._seats[slot], self._slots.row(slot)
+        guided = seat.request.table.guided[row]
+        if seat.full is None or seat.request.cache is None:
+            return _Kind(slot, guided, None, False)
+        return _Kind(slot, guided, seat.request.cache.branch, not seat.full[row])
 
-    def _plan_for(self, turns: list[tuple[int, bool]]) -> _Plan:
+    def _plan_for(self, turns: list[_Kind]) -> _Plan:
         if self._plan is None or self._plan.turns != turns:
-            rows = {slot: self._slots.row(slot) for slot, _ in turns}
-            batch = self._denoiser.batch(
-                [Turn(slot, self._seats[slot].guide, rows[slot], guided) for slot, guided in turns],
-                len(self._slots),
-            )
+            rows = {turn.slot: self._slots.row(turn.slot) for turn in turns}
+            guides = [self._seats[slot].guide for slot in rows]
+            parts = [
+                Turn(turn.slot, guide, rows[turn.slot], turn.guided, turn.branch, turn.shallow)
+                for turn, guide in zip(turns, guides, strict=True)
+            ]
+            batch = self._denoiser.batch(parts, len(self._slots))
             starts = {slot: self._seats[slot].levels for slot in rows}
             masked = [(s, start + rows[s]) for s, start in starts.items() if start is not None]
             if self.graphs is not None:
@@ -458,7 +508,8 @@ class Engine:
                 bad, table = failures.get(seat.slot), seat.request.table
                 error = None if bad is None else not_finite(table, bad)
                 x, rows = slots.x[seat.slot].clone(), slots.row(seat.slot)
-                results.append(Result(seat.request, seat.ticket, x, rows, error))
+                kept = torch.stack(seat.log_probs) if seat.log_probs else None
+                results.append(Result(seat.request, seat.ticket, x, rows, error, kept))
                 self._leave(seat)
         return results
 
@@ -512,8 +563,15 @@ class Engine:
                 f"the network takes {wanted}, got a condition with {kind.tokens} tokens; check "
                 "that the conditions were made for this model"
             )
+        if request.mask is not None and self._slots.log_prob is not None:
+            raise ValueError(
+                "log_probs describe a step of the sampler, but a mask replaces a part of its "
+                "result; omit log_probs or the mask"
+            )
         self._check_x(request)
         self._check_pulls(request)
+        if request.cache is not None:
+            check_cache(request.cache, self._denoiser.network, pulled=bool(request.pulls))
         other = request.unconditional
         if any(request.table.guided) and (other is None or other.tokens != kind.tokens):
             tokens = None if other is None else f"one with {other.tokens} tokens"
@@ -567,6 +625,28 @@ class Engine:
                 f"mask, known and noise must be given together: expected {flat}, {shape} and "
                 f"{shape}, got {got[0]}, {got[1]} and {got[2]}"
             )
+
+
+def check_cache(cache: CacheConfig, network: Network, *, pulled: bool) -> None:
+    """Raise ValueError unless a network's deep features can be reused in this way.
+
+    pulled: whether gradients guide the sample.
+    """
+    if not network.branches:
+        raise ValueError(
+            f"cache reuses deep features of a U-Net, and this model has a "
+            f"{type(network).__name__}; leave cache out"
+        )
+    if cache.branch >= network.branches:
+        raise ValueError(
+            f"cache_branch must be from 0 to {network.branches - 1} for this model, got "
+            f"{cache.branch}"
+        )
+    if pulled:
+        raise ValueError(
+            "cache cannot be combined with guidance by gradients (pulls, or classifier_scale), "
+            "which need every evaluation in full; leave one of them out"
+        )
 
 
 def _levels_after(table: SamplerTable) -> Tensor:

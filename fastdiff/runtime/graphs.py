@@ -147,7 +147,7 @@ class StepGraphs:
         counters: int64, incremented by every step; the indices of the embeddings and `levels` are
             kept there.
         """
-        key = len(batch.blocks), batch.rows, batch.uncond is None, len(masked)
+        key = batch.form, batch.uncond is None, len(masked)
         kept = self._batches.pop(key, None) or StaticBatch(batch, masked, levels, counters)
         self._batches[key] = kept
         if self._loaded is not batch:  # each replay advances it

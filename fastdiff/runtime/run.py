@@ -27,22 +27,27 @@ class Engines:
     ) -> None:
         """graphs: creates the graphs of an engine; by default CUDA graphs, and only on a GPU."""
         self._network, self._graphs = network, graphs
-        self._kept: dict[tuple[ShapeClass, int], Engine] = {}
+        self._kept: dict[tuple[ShapeClass, int, bool], Engine] = {}
 
     @contextmanager
-    def borrowed(self, kind: ShapeClass, slots: int) -> Iterator[Engine]:
+    def borrowed(
+        self, kind: ShapeClass, slots: int, *, log_probs: bool = False
+    ) -> Iterator[Engine]:
         """An empty engine for requests of a class; requests that remain at the end are dropped.
         Calls that overlap get separate engines."""
-        engine = self._kept.pop((kind, slots), None)
+        key = kind, slots, log_probs
+        engine = self._kept.pop(key, None)
         if engine is None:
             graphs = self._graphs(self._network) if kind.gradients == "none" else None
-            engine = Engine(self._network, **kind._asdict(), slots=slots, graphs=graphs)
+            engine = Engine(
+                self._network, **kind._asdict(), slots=slots, graphs=graphs, log_probs=log_probs
+            )
         try:
             yield engine
         finally:
             engine.clear()
             if engine.graphs is not None:
-                self._kept[kind, slots] = engine
+                self._kept[key] = engine
                 if len(self._kept) > KEPT:
                     del self._kept[next(iter(self._kept))]
 
@@ -56,6 +61,7 @@ def run(
     progress: Progress | None = None,
     check: bool = True,
     engines: Engines | None = None,
+    log_probs: bool = False,
 ) -> Iterator[Result]:
     """Generate samples, yielding each as it finishes.
 
@@ -74,6 +80,7 @@ def run(
             network returns NaN or infinity. If False, its result has an error (`Result.error`), and
             the others continue.
         engines: keeps the engines, and with them their graphs, for the next call.
+        log_probs: results contain the log-density of each row's noise (`Result.log_probs`).
 
     Raises:
         ValueError: see `check` and `Engine.submit`; results yielded before stay valid.
@@ -89,7 +96,7 @@ def run(
         on_step(Step(done + engine.rows_taken, line.rows, samples, x, denoised))
 
     while (kind := line.next_class()) is not None:
-        with engines.borrowed(kind, line.at_most(slots)) as engine:
+        with engines.borrowed(kind, line.at_most(slots), log_probs=log_probs) as engine:
             while True:
                 while engine.free and (found := line.take(kind)) is not None:
                     place, request = found

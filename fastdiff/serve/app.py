@@ -8,7 +8,8 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,9 +23,11 @@ from starlette.types import Receive, Scope, Send
 from fastdiff.generate.run import Result
 from fastdiff.serve import responses
 from fastdiff.serve.errors import ApiError, to_json
-from fastdiff.serve.limits import MIB, Limits
+from fastdiff.serve.limits import MIB, KeyLimits, Limits
 from fastdiff.serve.metrics import Metrics
+from fastdiff.serve.pool import Pool
 from fastdiff.serve.schema import (
+    PRIORITIES,
     Edit,
     Generation,
     Wanted,
@@ -37,7 +40,7 @@ from fastdiff.serve.schema import (
     unknown_model,
 )
 from fastdiff.serve.uploads import Lease, Uploads
-from fastdiff.serve.worker import Call, Event, Failed, Partial, Worker
+from fastdiff.serve.worker import Call, Event, Failed, Made, Partial, Worker
 
 LOG = logging.getLogger("fastdiff.serve")
 JSON_BYTES = MIB // 4
@@ -56,11 +59,11 @@ class Service:
 
     name: str
     """Name of the model."""
-    worker: Worker
+    worker: Worker | Pool
     limits: Limits
     metrics: Metrics
-    keys: Sequence[bytes] = ()
-    """sha256 of the API keys; none: no key is needed."""
+    keys: Mapping[bytes, KeyLimits] = field(default_factory=dict)
+    """sha256 of the API keys, and what they allow; none: no key is needed."""
     local: bool = True
     """Only requests to localhost are answered: a web page whose name leads here is refused."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -68,7 +71,7 @@ class Service:
     open: int = 0
 
     def __post_init__(self) -> None:
-        self.uploads = Uploads(self.limits)
+        self.uploads, self._held = Uploads(self.limits), Counter[bytes]()
 
     def check(self, request: Request) -> bytes | None:
         """Check where a request comes from and its key. Returns the key's hash.
@@ -91,6 +94,49 @@ class Service:
         if kind.lower() != "bearer" or not any(known):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
         return digest
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """The status and body of /health: it fails if the model cannot be used any more, or if its
+        step has taken longer than `limits.step`."""
+        worker, age = self.worker, self.worker.step_age
+        hung = age > self.limits.step
+        state = "failed" if not worker.alive else "hung" if hung else "ok"
+        body: dict[str, Any] = {"status": state, "step_seconds": round(age, 1)}
+        if isinstance(worker, Pool):
+            body["processes"] = worker.processes
+        return 200 if state == "ok" else 503, body
+
+    @contextlib.contextmanager
+    def held(self, key: bytes | None, wanted: Wanted) -> Iterator[None]:
+        """Count the images of a request for its key until they are answered.
+
+        Raises:
+            ApiError: the key does not allow so many at a time, or this priority.
+        """
+        limits = KeyLimits() if key is None else self.keys[key]
+        ranks, count = list(PRIORITIES), len(wanted.jobs)
+        if ranks.index(wanted.priority) > ranks.index(limits.priority):  # type: ignore[arg-type]
+            message = f"this API key allows priority {limits.priority} at most"
+            raise ApiError(403, message, "priority_not_allowed", "priority")
+        own = b"" if key is None else key
+        most, now = limits.images, self._held[own]
+        if most is not None and now + count > most:
+            fits = count <= most
+            raise ApiError(
+                429 if fits else 400,
+                f"this API key allows {most} images at a time, and {now} are being made; this "
+                f"request has {count}",
+                "too_many_images",
+                "n",
+                retry_after=1 if fits else None,
+            )
+        self._held[own] += count
+        try:
+            yield
+        finally:
+            self._held[own] -= count
+            if not self._held[own]:
+                del self._held[own]
 
     @contextlib.contextmanager
     def admitted(self) -> Any:
@@ -135,7 +181,8 @@ class ImageRoute:
             with service.admitted(), service.uploads.lease() as lease:
                 reading = self.read(service, request, lease)
                 wanted = await asyncio.wait_for(reading, service.limits.deadline)
-                await self._make(wanted, key, begin, receive, answer)
+                with service.held(key, wanted):
+                    await self._make(wanted, key, begin, receive, answer)
         except (ClientDisconnect, _Left):
             answer.status = 499
         except asyncio.TimeoutError:
@@ -163,7 +210,7 @@ class ImageRoute:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        flow = object() if key is None else key
+        flow = object() if key is None else (key, wanted.priority)
         deadline = begin + service.limits.deadline
         call = Call(
             jobs=wanted.jobs,
@@ -171,6 +218,7 @@ class ImageRoute:
             flow=flow,
             deadline=deadline,
             partials=wanted.partials,
+            weight=PRIORITIES[wanted.priority],
         )
         service.worker.submit(call)
         made = self._stream if wanted.stream else self._whole
@@ -226,7 +274,7 @@ class ImageRoute:
             if last:
                 return
 
-    async def _finished(self, result: Result, wanted: Wanted) -> str:
+    async def _finished(self, result: Result | Made, wanted: Wanted) -> str:
         return await asyncio.to_thread(responses.finished, result, wanted, self.service.name)
 
 
@@ -308,7 +356,7 @@ async def read_generation_request(service: Service, request: Request, _: Lease) 
         raise ApiError(415, "the content type must be application/json", "wrong_content_type")
     data = read_json(await body_of(request, JSON_BYTES))
     body = read_body(data, Generation, served=service.name)
-    return read_generation(body, service.worker.session.facts, service.limits)
+    return read_generation(body, service.worker.facts, service.limits)
 
 
 async def read_edit_request(service: Service, request: Request, lease: Lease) -> Wanted:
@@ -317,7 +365,7 @@ async def read_edit_request(service: Service, request: Request, lease: Lease) ->
     Raises:
         ApiError: it is wrong.
     """
-    uploads, facts = service.uploads, service.worker.session.facts
+    uploads, facts = service.uploads, service.worker.facts
     length = request.headers.get("content-length", "")
     most = min(_size(length), uploads.body_bytes) if length else uploads.body_bytes
     lease.resize(most)
@@ -356,8 +404,7 @@ def create_app(service: Service) -> Starlette:
         return _json(200, described)
 
     async def health(_: Request) -> Response:
-        alive = service.worker.alive
-        return _json(200 if alive else 503, {"status": "ok" if alive else "failed"})
+        return _json(*service.health())
 
     async def ready(_: Request) -> Response:
         is_ready = service.worker.alive and not service.draining

@@ -8,6 +8,16 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyLimits:
+    """What the holder of an API key may ask for."""
+
+    priority: str = "high"
+    """The highest priority of its requests."""
+    images: int | None = None
+    """Most images that it may wait for at a time; None: as many as the server takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a request may ask for, and how many requests are taken at a time."""
 
@@ -31,6 +41,9 @@ class Limits:
     """Memory, in MiB, of the process that decodes an upload."""
     deadline: float = 300.0
     """Seconds from a request to its images; after that it is dropped and answered with 504."""
+    step: float = 120.0
+    """Seconds that a step, or the decoding of a piece, may take, the first one and its compilation
+    included, before /health fails; with --workers, its process is then replaced."""
     idle: float = 30.0
     """Seconds that a client may take to send a request, or the next part of it, and seconds without
     reading a part of the answer, before its connection is closed."""

@@ -32,9 +32,13 @@ class FairQueue(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return (entry[-1] for entry in self._heap)
 
-    def add(self, item: Item, *, flow: Hashable, cost: float) -> None:
-        """Add an item; those of one flow leave in the order in which they came."""
-        tag = self._last[flow] = max(self._now, self._last.get(flow, 0.0)) + cost
+    def add(self, item: Item, *, flow: Hashable, cost: float, weight: float = 1.0) -> None:
+        """Add an item; those of one flow leave in the order in which they came.
+
+        weight: of its flow: of two flows that always wait, one gets as much more as its weight is
+        larger, and neither is ever held up for good.
+        """
+        tag = self._last[flow] = max(self._now, self._last.get(flow, 0.0)) + cost / weight
         heapq.heappush(self._heap, (tag, next(self._order), flow, cost, item))
         self.cost += cost
 

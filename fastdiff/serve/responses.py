@@ -14,6 +14,7 @@ from fastdiff.generate.webui import to_parameters
 from fastdiff.images import png_info, to_pil
 from fastdiff.serve.errors import ApiError, to_json
 from fastdiff.serve.schema import Wanted
+from fastdiff.serve.worker import Made
 
 
 def encoded(image: Tensor, wanted: Wanted, recipe: dict[str, Any] | None = None) -> str:
@@ -30,7 +31,7 @@ def encoded(image: Tensor, wanted: Wanted, recipe: dict[str, Any] | None = None)
     return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def finished(result: Result, wanted: Wanted, served: str) -> str:
+def finished(result: Result | Made, wanted: Wanted, served: str) -> str:
     """A finished image; its recipe names the model as it is served, not by its path."""
     recipe = {**result.recipe, "model": served} if wanted.format == "png" else None
     return encoded(result.image, wanted, recipe)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Format = Literal["png", "webp", "jpeg"]
+Priority = Literal["low", "normal", "high"]
+PRIORITIES: dict[Priority, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
+"""Priority -> weight in the queue, from the lowest."""
 MOST_PARTIALS = 3
 RANDOM_SEED_BITS = 53
 """Seeds that the server draws survive JavaScript's numbers."""
@@ -63,6 +66,14 @@ class Generation:
     """Seed of the first image; the others count up. Default: drawn at random; answers name it."""
     sampler: str | None = None
     """A sampler that `fastdiff samplers` lists."""
+    cache: int | None = None
+    """Evaluate the whole U-Net once per this many evaluations; see `SampleSettings.cache`."""
+    cache_branch: int | None = None
+    """As `SampleSettings.cache_branch`."""
+    cache_center: int | None = None
+    """As `SampleSettings.cache_center`."""
+    cache_power: float | None = None
+    """As `SampleSettings.cache_power`."""
     response_format: str | None = None
     """b64_json, the only one."""
     output_format: Format | None = None
@@ -73,6 +84,8 @@ class Generation:
     """Answer with server-sent events; for one image."""
     partial_images: int | None = None
     """With stream: 0 to 3 estimates of the unfinished image."""
+    priority: Priority | None = None
+    """low, normal (the default) or high: the share of the slots while others wait too."""
     quality: Literal["auto"] | None = None
     """auto; num_inference_steps decides."""
     background: Literal["auto", "opaque"] | None = None
@@ -96,6 +109,7 @@ UNSUPPORTED = {
     "input_fidelity": "strength decides how much of the image is kept",
 }
 """OpenAI's fields that would have to be ignored, and why they are refused."""
+CACHING = ("cache", "cache_branch", "cache_center", "cache_power")
 Body = TypeVar("Body", bound=Generation)
 
 
@@ -110,6 +124,7 @@ class Wanted:
     """Of webp and jpeg."""
     stream: bool
     partials: int
+    priority: Priority
 
 
 def read_json(text: bytes) -> dict[str, Any]:
@@ -266,8 +281,12 @@ def _wanted(
     if not 0 <= first <= MAX_SEED + 1 - count:
         raise wrong(f"seed must be from 0 to 2**64 - n, got {first}", "seed")
     try:
+        caching = {name: getattr(body, name) for name in CACHING}
         settings = SampleSettings(
-            sampler=body.sampler, steps=body.num_inference_steps, guidance_scale=body.guidance_scale
+            sampler=body.sampler,
+            steps=body.num_inference_steps,
+            guidance_scale=body.guidance_scale,
+            **{name: value for name, value in caching.items() if value is not None},
         )
         if facts.reads_text:
             more = {**more, "text": TextSettings(negative=body.negative_prompt)}
@@ -293,6 +312,7 @@ def _wanted(
         quality=_quality(body, chosen),
         stream=bool(body.stream),
         partials=_partials(body, count),
+        priority=body.priority or "normal",
     )
 
 

@@ -20,14 +20,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.generate.facts import default_batch, is_small
+from fastdiff.generate.facts import Facts, default_batch, is_small
 from fastdiff.generate.job import ClassJob, Job
 from fastdiff.generate.run import Result, engine_request, pasted, plan
 from fastdiff.generate.session import Pass, Session
@@ -51,6 +51,12 @@ NOT_FINITE = (
     "the network returned NaN or infinity with these settings; use a smaller guidance_scale or "
     "another sampler"
 )
+LATE = ApiError(
+    504,
+    "the deadline of this server has passed; ask for fewer images or steps",
+    "deadline_exceeded",
+)
+CLOSING = ApiError(503, "the server is shutting down", "unavailable", retry_after=5)
 BROKEN = ApiError(500, "the server failed to make this image", "server_error", retry_after=1)
 
 
@@ -67,11 +73,21 @@ class Partial:
 
 
 @dataclass(frozen=True, eq=False)
+class Made:
+    """An image of another process."""
+
+    job: Job
+    image: Tensor
+    """(C, H, W) in [-1, 1]."""
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Done:
     """A finished image."""
 
     index: int
-    result: Result
+    result: Result | Made
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +114,8 @@ class Call:
     """`time.monotonic()` at which the call is dropped."""
     partials: int = 0
     """Number of partial images per image."""
+    weight: float = 1.0
+    """Of its flow in the queue."""
     left: int = field(init=False)
     """Number of images that are not finished; 0 once it has failed or was cancelled."""
 
@@ -142,6 +160,7 @@ class Worker:
     Attributes:
         metrics: what it counts.
         crashed: whether the thread ended with an error; the server is then unhealthy.
+        facts: what requests are checked against.
     """
 
     def __init__(
@@ -161,6 +180,8 @@ class Worker:
         threads: of the CPU; None: PyTorch's choice.
         """
         self.session, self.metrics, self.crashed = Session.of(model), metrics, False
+        self.facts = self.session.facts
+        self._busy_since: float | None = None  # `time.monotonic()` at which a turn began
         self._most, self._slots, self._graphs, self._threads = queue, slots, graphs, threads
         self._changed = threading.Condition()
         self._queue: FairQueue[_Image] = FairQueue()
@@ -196,14 +217,22 @@ class Worker:
         """
         if not self._begin_turn():
             return False
+        self._busy_since = time.monotonic()
         self._admit()
         self._step()
         self._decode()
+        self._busy_since = None
         return True
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self.crashed
+
+    @property
+    def step_age(self) -> float:
+        """Seconds since the turn that is under way began; 0 between turns."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, call: Call) -> None:
         """Queue the images of a call.
@@ -211,22 +240,16 @@ class Worker:
         Raises:
             ApiError: they do not fit in the queue, or the worker is closing.
         """
-        costs = [_cost(job) for job in call.jobs]
+        costs = [cost_of(job) for job in call.jobs]
         with self._changed:
             if self._closing or self.crashed:
-                raise ApiError(503, "the server is shutting down", "unavailable", retry_after=5)
+                raise replace(CLOSING)
             if len(self._queue) + len(costs) > self._most:
-                raise ApiError(
-                    429,
-                    f"the queue is full: {len(self._queue)} of {self._most} images wait, and this "
-                    f"request has {len(costs)}; try again later",
-                    "queue_full",
-                    retry_after=self._wait(),
-                )
+                raise queue_full(len(self._queue), self._most, len(costs), self._wait())
             now = time.monotonic()
             for index, cost in enumerate(costs):
                 image = _Image(call, index, cost, now)
-                self._queue.add(image, flow=call.flow, cost=cost)
+                self._queue.add(image, flow=call.flow, cost=cost, weight=call.weight)
             self.metrics.waiting.set(len(self._queue))
             self._changed.notify()
 
@@ -257,8 +280,7 @@ class Worker:
 
     def _wait(self) -> int:
         """Seconds in which about half of the queue will be done."""
-        seconds = self._queue.cost * self._spent / self._served / 2 if self._served else 1.0
-        return max(1, min(math.ceil(seconds), LONGEST_WAIT))
+        return wait_for(self._queue.cost, self._served, self._spent)
 
     def _main(self) -> None:
         if self._threads is not None:
@@ -302,8 +324,7 @@ class Worker:
             now = time.monotonic()
             late = {image.call for image in self._all() if image.call.deadline <= now} - gone
             for call in late:
-                message = "the deadline of this server has passed; ask for fewer images or steps"
-                self._fail(call, ApiError(504, message, "deadline_exceeded"))
+                self._fail(call, replace(LATE))
                 self.metrics.dropped.labels("deadline").inc()
             if gone or late:
                 self._drop()
@@ -350,16 +371,9 @@ class Worker:
             if time.perf_counter() - begin > self._pace:
                 return
 
-    def _share(self, image: _Image) -> float:
-        """The part of the worker's room that an image takes."""
-        height, width = _sides(image.job)
-        x = self.session.facts.x_shape(height, width)
-        text = self.session.facts.reads_text
-        return 1 / (self._slots or default_batch(*x[1:], text=text))
-
     def _has_room(self, image: _Image) -> bool:
         used = [*self._running.values(), *(latents.image for latents in self._latents)]
-        image.share = self._share(image)
+        image.share = share_of(image.job, self.facts, self._slots)
         return not used or sum(each.share for each in used) + image.share <= 1 + 1e-9
 
     def _place(self, image: _Image) -> None:
@@ -388,10 +402,13 @@ class Worker:
 
     def _check_memory(self, image: _Image) -> None:
         session, job, count = self.session, image.job, round(1 / image.share)
-        key = type(job), _sides(job)
-        if key in self._fits or is_small(
-            job, session.facts, count, on_cpu=session.device.type == "cpu"
-        ):
+        height, width = _sides(job)
+        key = type(job), (height, width)
+        # without a size, as in edits, `is_small` leaves it to the estimate, which takes seconds
+        given: Any = job
+        sized = replace(given, height=height, width=width) if hasattr(job, "height") else given
+        on_cpu = session.device.type == "cpu"
+        if key in self._fits or is_small(sized, session.facts, count, on_cpu=on_cpu):
             return
         from fastdiff.generate.memory import Call as Need
         from fastdiff.generate.memory import check_fits
@@ -510,6 +527,26 @@ class Worker:
         call.on_event(Done(made.index, Result(job=made.job, image=image, session=self.session)))
 
 
+def queue_full(waiting: int, most: int, asked: int, retry_after: int) -> ApiError:
+    """The refusal of a request whose images do not fit in the queue."""
+    return ApiError(
+        429,
+        f"the queue is full: {waiting} of {most} images wait, and this request has {asked}; try "
+        "again later",
+        "queue_full",
+        retry_after=retry_after,
+    )
+
+
+def wait_for(cost: float, served: float, spent: float) -> int:
+    """Seconds in which about half of a queue of this cost will be done.
+
+    served, spent: the cost of images that were finished, and the seconds it took.
+    """
+    seconds = cost * spent / served / 2 if served else 1.0
+    return max(1, min(math.ceil(seconds), LONGEST_WAIT))
+
+
 def _sides(job: Job) -> tuple[int, int]:
     """Height and width of a checked job's image; its picture is a tensor."""
     picture: Any = getattr(job, "image", None)
@@ -521,7 +558,13 @@ def _sides(job: Job) -> tuple[int, int]:
     return height, width
 
 
-def _cost(job: Job) -> float:
+def share_of(job: Job, facts: Facts, slots: int | None) -> float:
+    """The part of a worker's room that an image takes. slots: see `Worker`."""
+    height, width = _sides(job)
+    return 1 / (slots or default_batch(*facts.x_shape(height, width)[1:], text=facts.reads_text))
+
+
+def cost_of(job: Job) -> float:
     """What a checked job costs: network rows times pixels."""
     height, width = _sides(job)
     rows = job.settings.total * (2 if job.settings.weight > 1 else 1)

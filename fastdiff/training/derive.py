@@ -62,7 +62,7 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
             side = data.image_size // latent.downsample_factor
             model = _taking(model, latent.config.latent_channels, side)
     else:
-        model = _taking(model, channels, data.image_size)
+        model = _taking(model, channels, data.image_size, upsampler=bool(run.low_resolution))
     if data.source != "folder":
         return replace(run, data=data, model=model)
     return replace(
@@ -75,9 +75,9 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
     )
 
 
-def _taking(model: Any, channels: int, side: int) -> Any:
+def _taking(model: Any, channels: int, side: int, *, upsampler: bool = False) -> Any:
     """Change a denoiser's config to samples of (channels, side, side)."""
     out = channels * (2 if model.learned_sigma else 1)
     if hasattr(model, "sample_size"):
         model = replace(model, sample_size=side)
-    return replace(model, in_channels=channels, out_channels=out)
+    return replace(model, in_channels=channels * (1 + upsampler), out_channels=out)

@@ -75,6 +75,11 @@ class DiffusionRun(Generic[NetworkConfigT]):
     loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
     """Noise levels and weights in the loss."""
 
+    low_resolution: int = 0
+    """k > 0: train an upsampler, which also sees the image reduced to k x k pixels and enlarged
+    again (Nichol and Dhariwal 2021, section 4); on pixels, with twice the in_channels. 0: no
+    upsampler."""
+
     class_dropout: float = 0.1
     """Fraction of labels replaced by "no class", for classifier-free guidance."""
 
@@ -114,6 +119,12 @@ class DiffusionRun(Generic[NetworkConfigT]):
             raise ValueError(
                 "latent_views must be 0 or more, and 0 when training on pixels, got "
                 f"{self.latent_views}"
+            )
+        side = self.data.image_size
+        if self.low_resolution and (self.autoencoder or not 0 < self.low_resolution < side):
+            raise ValueError(
+                f"low_resolution must be from 1 to {side - 1}, below image_size, and 0 with an "
+                f"autoencoder, got {self.low_resolution}"
             )
         if self.prediction not in get_args(Prediction):
             raise ValueError(f"prediction must be eps, v, x0 or flow, got {self.prediction!r}")

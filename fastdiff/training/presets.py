@@ -128,6 +128,15 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         loss=DenoiserLossConfig(bin_width=0.125),
         preview=PreviewConfig(sampler="ddpm"),
     ),
+    "tiny-upsampler": _tiny(  # Nichol and Dhariwal 2021, section 4: 4 x 4 to 8 x 8
+        replace(UNETS["tiny-pixels"], in_channels=2, out_channels=2, learned_sigma=True),
+        "runs/tiny-upsampler",
+        data=DataConfig(image_size=8),
+        low_resolution=4,
+        schedule=ScheduleConfig(kind="cosine"),
+        loss=DenoiserLossConfig(bin_width=0.125),
+        preview=PreviewConfig(sampler="ddpm"),
+    ),
     "tiny-flow": _tiny(  # Esser et al. 2024: straight paths, logit-normal timesteps
         UNETS["tiny-pixels"],
         "runs/tiny-flow",

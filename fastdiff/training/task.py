@@ -17,7 +17,7 @@ from fastdiff.checkpoint.model import RUN_MODEL, Model
 from fastdiff.data import generator, open_dataset
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import noise_schedule
-from fastdiff.images import contact_sheet
+from fastdiff.images import contact_sheet, enlarged, reduced
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
@@ -114,7 +114,7 @@ class DiffusionTask:
         run, shape = self.run, self.latents.shape(self.run.data.image_size)
 
         def forward(network: Any, rows: int) -> Tensor:
-            x = torch.empty(rows, *shape, device="meta")
+            x = torch.empty(rows, run.model.in_channels, *shape[1:], device="meta")
             t, y = torch.empty(rows, device="meta"), None
             if run.model.num_classes is not None:
                 y = torch.empty(rows, dtype=torch.int64, device="meta")
@@ -126,13 +126,16 @@ class DiffusionTask:
         """The batch of a step.
 
         x0 (N, C, h, w), scaled; noise of the same shape; t (N,); y (N,) if the model has classes;
-        weight (N,) of the losses if timesteps are not drawn uniformly.
+        weight (N,) of the losses if timesteps are not drawn uniformly; extra (N, C, h, w), what an
+        upsampler enlarges.
         """
         run = self.run
         x0, labels = self.latents.batch(step)
         source = generator(run.seed, "noise", step, device=self.device)
         noise = torch.randn(x0.shape, generator=source, device=self.device)
         batch = {"x0": x0, "noise": noise}
+        if run.low_resolution:
+            batch["extra"] = enlarged(reduced(x0, run.low_resolution), x0.shape[2:])
         if self.resampler is None:
             batch["t"] = self.timesteps(step)
         else:
@@ -153,9 +156,10 @@ class DiffusionTask:
         """The denoiser's loss; see `Objective.losses`."""
         x0, noise, t = part["x0"], part["noise"], part["t"]
         x = self.objective.schedule.add_noise(x0, noise, t)
+        whole = torch.cat([x, part["extra"]], dim=1) if "extra" in part else x
         if self.run.optimization.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        output = self.denoiser(x, t, y=part.get("y"))
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        output = self.denoiser(whole, t, y=part.get("y"))
         losses = self.objective.losses(output, x, x0, noise, t)
         if self.resampler is None:
             return {self.averaged: losses.mean()}, {}
@@ -191,7 +195,8 @@ class DiffusionTask:
     ) -> Tensor:
         """Sample images with the preview's sampler, as the exported model does for these seeds.
 
-        labels: one class per seed; None for a model without classes.
+        labels: one class per seed; None for a model without classes. An upsampler enlarges an
+        image of the data for each.
 
         Returns (N, C, H, W) in [-1, 1].
         """
@@ -203,10 +208,12 @@ class DiffusionTask:
         noise = philox_normal(
             torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
         )
+        extra = self._enlarged_examples(labels) if self.run.low_resolution else None
         requests = [
             Request(
                 table=table,
                 x=noise[index],
+                extra=None if extra is None else extra[index],
                 seed=seed,
                 condition=conditions[index],
                 unconditional=unconditional[index] if unconditional else None,
@@ -219,6 +226,16 @@ class DiffusionTask:
         for result in run(ready, requests):
             noise[result.request.tag] = result.x
         return self.latents.decode(noise)
+
+    def _enlarged_examples(self, labels: Sequence[int | None]) -> Tensor:
+        """For each label an image of the data that has it, reduced and enlarged: (N, C, H, W)."""
+        own, used, chosen = self.batches.dataset.labels, dict[int | None, int](), []
+        for label in labels:
+            places = torch.arange(len(own)) if label is None else torch.nonzero(own == label)
+            turn = used[label] = used.get(label, -1) + 1
+            chosen.append(int(places.flatten()[turn % len(places)]))
+        images = self.batches.dataset.batch(torch.tensor(chosen))[0].to(self.device)
+        return enlarged(reduced(images, self.run.low_resolution), images.shape[2:])
 
     def _preview_table(self) -> SamplerTable:
         """The preview's table: guided only if there is a null class, clamped only on pixels."""
@@ -318,8 +335,17 @@ def check_parts_fit(
 ) -> None:
     """Raise ValueError unless data, first stage and denoiser fit together."""
     model = run.model
+    channels = model.in_channels
+    if run.low_resolution:
+        if channels != 2 * run.data.channels:
+            raise ValueError(
+                f"an upsampler of images with {run.data.channels} channels takes "
+                f"{2 * run.data.channels}, got in_channels={channels}; set model in_channels, or "
+                "low_resolution to 0"
+            )
+        channels = run.data.channels
     if autoencoder is None:
-        check_model_fits(run.data, channels=model.in_channels, what="denoiser")
+        check_model_fits(run.data, channels=channels, what="denoiser")
     else:
         check_model_fits(run.data, channels=autoencoder.config.image_channels, what="autoencoder")
     wanted = model.num_classes
@@ -333,7 +359,7 @@ def check_parts_fit(
             f"the autoencoder's latents have {autoencoder.config.latent_channels} channels, the "
             f"denoiser takes {model.in_channels}; set model in_channels and out_channels to match"
         )
-    wanted_out = model.in_channels * (2 if model.learned_sigma else 1)
+    wanted_out = channels * (2 if model.learned_sigma else 1)
     if model.out_channels != wanted_out:
         raise ValueError(
             f"the denoiser must return {wanted_out} channels, got out_channels={model.out_channels}"

@@ -13,6 +13,16 @@ second half is v in [-1, 1]. In rows where S is not 0, the factor of the noise i
 exp(logvar / 2), logvar = f LOGVAR_MAX + (1 - f) LOGVAR_MIN with f = (v + 1) / 2 (Nichol & Dhariwal
 2021, eq. 15). With guidance, v is taken from the conditional prediction.
 
+`log_prob` is the log-density of x' given x, which is that of the noise that was drawn: with m = x'
+without its noise and the factor s of the noise,
+
+    log N(x'; m, s^2) = -sum over the sample of (noise^2 / 2 + log |s| + log(2 pi) / 2)
+
+as policy gradients need it (Black et al. 2024, eq. 4). A row without noise has no density; its
+entry is 0, so that entries can be added up along a trajectory. The sum is taken in a fixed order,
+tile by tile, so that its bits depend neither on the batch nor on chance; on a GPU a second launch
+adds up the tiles.
+
 The tables of all requests are stacked in one buffer and every sample has its own row of it, so
 samplers, numbers of steps and guidance may differ within a batch. A sample's result is
 bit-identical whatever the other samples, its position in the batch and the position of its table:
@@ -20,7 +30,8 @@ its noise is keyed by its seed and by NOISE_STEP.
 
 Bytes that must move, in numbers per element of x: x in and out, the prediction (1; 2 with
 guidance; one more for a learned variance, in rows with noise), one per history slot that is read or
-written, one for `denoised`; the noise is generated in the kernel and `finite` costs no extra read.
+written, one for `denoised`; the noise is generated in the kernel, and `finite` and `log_prob` cost
+no extra read.
 Eager schedulers make 10 to 40 passes. Idle samples move nothing. One launch suffices, unless
 samples may be rescaled: then another launch before it computes the deviations of whole images. It
 reads the prediction (its 2 numbers) once more, which the second launch then finds in the L2 cache,
@@ -30,13 +41,14 @@ If a coefficient is 0, its tensor is not read: a history slot may hold anything 
 written.
 
 A row or an index out of range is a ValueError if the host reads it (reference, CPU). A GPU kernel
-cannot raise and the host does not wait for it, so the sample's x and denoised become NaN, its
-`finite` becomes False, and its history is left alone. Leaving x unchanged instead would give a
+cannot raise and the host does not wait for it, so the sample's x, denoised and log_prob become NaN,
+its `finite` becomes False, and its history is left alone. Leaving x unchanged instead would give a
 wrong image without any sign of an error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +78,7 @@ def sampler_step_reference(
     uncond: Tensor | None = None,
     denoised: Tensor | None = None,
     finite: Tensor | None = None,
+    log_prob: Tensor | None = None,
     rescale: bool = True,
 ) -> None:
     """The op in plain PyTorch; see `sampler_step`. It synchronizes to read rows and indices."""
@@ -97,6 +110,7 @@ def sampler_step_reference(
     for slot, name in enumerate((Column.C1, Column.C2, Column.C3)):
         new += torch.where(column(name) != 0, column(name) * slots[slot], 0.0)
     noisy = (row[:, Column.S].flatten() != 0).nonzero().flatten()
+    density = x.new_zeros(len(busy))
     if len(noisy):
         factor = column(Column.S)[noisy]
         if v.shape[1]:
@@ -108,7 +122,11 @@ def sampler_step_reference(
         noise = philox_normal_reference(
             seeds[busy][noisy], x.shape[1:], step=step, stream=SAMPLER_NOISE
         )
-        new[noisy] += factor * noise.to(x.dtype)
+        noise = noise.to(x.dtype)
+        new[noisy] += factor * noise
+        if log_prob is not None:
+            terms = noise**2 / 2 + factor.abs().log() + math.log(2 * math.pi) / 2
+            density[noisy] = -terms.flatten(1).sum(1)
 
     kept = column(Column.P) * old + column(Column.Q) * d
     for slot in range(HISTORY_SLOTS):
@@ -118,6 +136,8 @@ def sampler_step_reference(
         denoised[busy] = d
     if finite is not None:
         finite[busy] &= ok
+    if log_prob is not None:
+        log_prob[busy] = density
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -178,6 +198,7 @@ def _check(
     uncond: Tensor | None,
     denoised: Tensor | None,
     finite: Tensor | None,
+    log_prob: Tensor | None,
     rescale: bool,
 ) -> None:
     op = "sampler_step"
@@ -212,6 +233,8 @@ def _check(
         _check_vector("uncond", uncond, n, torch.int64)
     if finite is not None:
         _check_vector("finite", finite, n, torch.bool)
+    if log_prob is not None:
+        _check_vector("log_prob", log_prob, n, dtype)
     if denoised is not None:
         check_shape(op, "denoised", denoised, tuple(shape))
         if denoised.dtype is not dtype:
@@ -232,7 +255,7 @@ _op = Op(
     name="sampler_step",
     schema="(Tensor(a!) x, Tensor prediction, Tensor(b!) history, Tensor table, Tensor rows, "
     "Tensor seeds, Tensor? cond, Tensor? uncond, Tensor(c!)? denoised, Tensor(d!)? finite, "
-    "bool rescale) -> ()",
+    "Tensor(e!)? log_prob, bool rescale) -> ()",
     check=_check,
     reference=sampler_step_reference,
     fake=lambda *_: (None, None),
@@ -258,6 +281,7 @@ def sampler_step(
     uncond: Tensor | None = None,
     denoised: Tensor | None = None,
     finite: Tensor | None = None,
+    log_prob: Tensor | None = None,
     rescale: bool = True,
 ) -> None:
     """Advance each sample by its row of the stacked sampler tables; updates x and history in place.
@@ -278,6 +302,9 @@ def sampler_step(
         denoised: (N, C, *spatial) in the dtype of x; overwritten by the x0 estimates D.
         finite: (N,) bool; set to False for a sample whose part of the prediction (cond, uncond,
             variance if it is used) contains a NaN or infinity. Never set to True.
+        log_prob: (N,) in the dtype of x; overwritten by the log-density of each sample's step, or 0
+            if its row adds no noise. `fastdiff.diffusion.log_prob.step_log_prob` gives the same
+            number with gradients, for a step that was taken.
         rescale: False promises that no guided sample's row has RESCALE, which saves a GPU launch.
 
     x and the table may be fp64 (for tests); the noise is always fp32. Not differentiable.
@@ -285,8 +312,11 @@ def sampler_step(
     Raises:
         ValueError: unsupported shape or dtype; on a CPU and with the reference, also a row or an
             index out of range, or a row with RESCALE despite ``rescale=False``. In those cases the
-            Triton and CUDA kernels set the sample's x and denoised to NaN and its finite to False.
+            Triton and CUDA kernels set the sample's x, denoised and log_prob to NaN and its finite
+            to False.
 
-    Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16.
+    Ho & Salimans 2022, eq. 6; Nichol & Dhariwal 2021, eq. 15; Lin et al. 2023, eq. 15-16; Black et
+    al. 2024, eq. 4.
     """
-    _op(x, prediction, history, table, rows, seeds, cond, uncond, denoised, finite, rescale)
+    outputs = denoised, finite, log_prob
+    _op(x, prediction, history, table, rows, seeds, cond, uncond, *outputs, rescale)

@@ -23,10 +23,11 @@ def forward(
     uncond: Tensor | None,
     denoised: Tensor | None,
     finite: Tensor | None,
+    log_prob: Tensor | None,
     rescale: bool,
     keep: bool,
 ) -> tuple[None, None]:
-    """Update x, history, denoised and finite in place."""
+    """Update x, history, denoised, finite and log_prob in place."""
     if x.numel() == 0:
         return None, None
     if not (
@@ -34,10 +35,11 @@ def forward(
         and history.is_contiguous()
         and (denoised is None or denoised.is_contiguous())
         and (finite is None or finite.is_contiguous())
+        and (log_prob is None or log_prob.is_contiguous())
     ):
-        outputs = x, history, denoised, finite
+        outputs = x, history, denoised, finite, log_prob
         dense = all_contiguous(*outputs)
-        written = dict(zip(("x", "history", "denoised", "finite"), dense, strict=True))
+        written = dict(zip(("x", "history", "denoised", "finite", "log_prob"), dense, strict=True))
         given = {"prediction": prediction, "table": table, "rows": rows, "seeds": seeds}
         options = {"cond": cond, "uncond": uncond, "rescale": rescale, "keep": keep}
         forward(**written, **given, **options)  # type: ignore[arg-type]
@@ -62,7 +64,7 @@ def forward(
         DTYPES[prediction.dtype], channels == 2 * c, rescale,
         x.data_ptr(), prediction.data_ptr(), history.data_ptr(), table.data_ptr(), rows.data_ptr(),
         seeds.data_ptr(), address(cond), address(uncond), address(denoised), address(finite),
-        n, len(table), images, runs, length, channels * space, 1, stride,
+        address(log_prob), n, len(table), images, runs, length, channels * space, 1, stride,
         c if channels_last else c * space, int(SAMPLER_NOISE),
     )  # fmt: skip
     if bad >= 0:

@@ -60,6 +60,7 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
     denoised: tl.tensor,
     finite: tl.tensor,
     moments: tl.tensor,
+    sums: tl.tensor,
     table_rows: tl.tensor,
     images: tl.tensor,
     elements: tl.tensor,
@@ -88,8 +89,9 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
 ) -> None:
     """Update one image's elements for BLOCK Philox counters, 4 each; notation as in __init__.py.
 
-    moments: None, or the (n, parts, 5) of `_moments_kernel`. A row out of range reads as NaN. An
-    idle sample is neither read nor written.
+    moments: None, or the (n, parts, 5) of `_moments_kernel`. sums: None, or (n, tiles), for each
+    tile's sum of noise^2 + 2 log |factor|. A row out of range reads as NaN. An idle sample is
+    neither read nor written.
     """
     tiles = (elements - 1) // (4 * BLOCK) + 1  # tl.cdiv would pass 2^31 below it
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -132,6 +134,7 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
         read = inside & (c != 0)
         out += c * tl.load(history + slot * tl.cast(slot_stride, tl.int64), read, other=0.0)
     s = tl.load(row + 7, valid, other=0.0)
+    density = tl.full([], 0.0, tl.float32)
     if s != 0:
         factor = tl.full([4 * BLOCK], 0.0, tl.float32) + s
         if LEARNED:
@@ -142,7 +145,13 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
             low, high = tl.load(row + 13), tl.load(row + 14)
             factor = tl.exp(0.5 * (fraction * high + (1.0 - fraction) * low))
         number = tl.load(row + 15).to(tl.int64)
-        out += factor * normals(block, number, 1, tl.load(seeds + image), BLOCK)
+        noise = normals(block, number, 1, tl.load(seeds + image), BLOCK)
+        out += factor * noise
+        if sums is not None:
+            terms = noise * noise + 2.0 * tl.log(tl.abs(factor))
+            density = tl.sum(tl.where(inside, terms, 0.0), 0)
+    if sums is not None:
+        tl.store(sums + tl.program_id(0), tl.where(valid, density, float("nan")))
     slot = tl.load(row + 10, valid, other=-1.0).to(tl.int32)
     kept = tl.load(row + 8, valid, other=0.0) * value + tl.load(row + 9, valid, other=0.0) * d
     writes = inside & (slot >= 0) & (slot < 3)
@@ -154,6 +163,32 @@ def _sampler_step_kernel(  # noqa: PLR0915 - one pass: its parts share all they 
     if finite is not None:  # bytes; several programs may store the same 0
         wrong = (tl.max(broken.to(tl.int32), 0) > 0) | (valid == 0)
         tl.store(finite + image, 0, wrong & (idle == 0))
+
+
+@jit
+def _log_prob_kernel(
+    sums: tl.tensor,
+    table: tl.tensor,
+    rows: tl.tensor,
+    log_prob: tl.tensor,
+    table_rows: tl.tensor,
+    elements: tl.tensor,
+    tiles: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """-(the sum of an image's tiles + elements log(2 pi)) / 2. Without noise the sum, 0, is left as
+    it is; a sample that is out of range has a sum of NaN."""
+    image = tl.program_id(0).to(tl.int64)
+    index = tl.load(rows + image)
+    valid = (index >= 0) & (index < table_rows)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, tiles, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        total += tl.load(sums + image * tiles + place, place < tiles, other=0.0).to(tl.float64)
+    whole = tl.sum(total, 0)
+    s = tl.load(table + index * 20 + 7, valid, other=0.0)
+    density = -0.5 * (whole + elements.to(tl.float64) * 1.8378770664093453)
+    tl.store(log_prob + image, tl.where(s != 0, density, whole).to(tl.float32), index != -1)
 
 
 @jit
@@ -240,6 +275,8 @@ def _merged_part(
 
 PARTS = 64
 """Most programs that share the moments of one image."""
+SUMS = 128
+"""Tiles whose sums are added up at a time."""
 
 
 def forward(
@@ -253,10 +290,11 @@ def forward(
     uncond: Tensor | None = None,
     denoised: Tensor | None = None,
     finite: Tensor | None = None,
+    log_prob: Tensor | None = None,
     rescale: bool = True,
     keep: bool = False,
 ) -> tuple[None, None]:
-    """Update x, history, denoised and finite in place."""
+    """Update x, history, denoised, finite and log_prob in place."""
     if x.numel() == 0:
         return None, None
     n, c = x.shape[:2]
@@ -287,6 +325,7 @@ def forward(
             TILE=2 * tile,
             num_warps=chosen["num_warps"],
         )
+    sums = None if log_prob is None else x.new_empty(n, tiles)
     launch(
         _sampler_step_kernel,
         (n * tiles,),
@@ -300,6 +339,7 @@ def forward(
             estimate,
             flags,
             moments,
+            sums,
         ),
         *(len(table), len(prediction), elements, space, written.stride(0), *x_strides),
         *(prediction.stride(0), f_c, f_s, *slots.stride()[:2], *h_strides),
@@ -312,6 +352,17 @@ def forward(
         PARTS=next_power_of_2(parts),
         **chosen,
     )
+    if log_prob is not None:
+        found = log_prob.contiguous()
+        launch(
+            _log_prob_kernel,
+            (n,),
+            *(sums, *indices, found, len(table), elements, tiles),
+            BLOCK=SUMS,
+            num_warps=4,
+        )
+        if found is not log_prob:
+            log_prob.copy_(found)
     if written is not x:
         x.copy_(written)
     if slots is not history:

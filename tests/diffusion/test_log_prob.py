@@ -34,7 +34,7 @@ def test_a_taken_step_has_the_density_of_its_noise(name: str, options: dict) -> 
     """log p(x') = log N(n; 0, 1) - log s for each number, with the noise n that was drawn."""
     table, seeds = build_table(name, LINEAR, 4, prediction="v", **options), torch.tensor([3, 8])
     channels = 4 if options.get("variance") == "learned" else 2
-    slots = Slots(2, (2, 3, 3), dtype=torch.float64)
+    slots = Slots(2, (2, 3, 3), dtype=torch.float64, log_probs=True)
     slots.put(slice(None), table, draw(2, 2, 3, 3, seed=0), seeds)
     for row in range(3):
         f, x, history = (
@@ -51,7 +51,8 @@ def test_a_taken_step_has_the_density_of_its_noise(name: str, options: dict) -> 
             part = (f[:, 2:] + 1) / 2
             s = torch.exp((part * high + (1 - part) * low) / 2)
         expected = torch.distributions.Normal(0.0, 1.0).log_prob(noise) - s.log()
-        torch.testing.assert_close(found, expected.flatten(1).sum(1), rtol=1e-9, atol=1e-9)
+        for density in (found, slots.log_prob):  # afterwards, and in the pass that drew the noise
+            torch.testing.assert_close(density, expected.flatten(1).sum(1), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -61,6 +61,19 @@ def test_pictures_in_memory_are_taken_as_they_are(model: Model, tmp_path: Path) 
     assert repr(made) == "Images(2 of 16 x 16; .tensor, .pil, [0].save(path))"
 
 
+def test_log_probs_of_images(model: Model) -> None:
+    """One per row, 0 for the last of ddpm, with the bits that each image has alone."""
+    call: dict[str, Any] = {"sampler": "ddpm", "steps": 3}
+    made = model.generate(classes=[1, 2], log_probs=True, **call)
+    kept = [result.log_probs for result in made]
+    assert [row.ne(0).tolist() for row in kept] == [[True, True, False]] * 2
+    alone = model.generate(classes=2, seeds=1, log_probs=True, **call)
+    assert torch.equal(alone[0].log_probs, kept[1])
+    plain = model.generate(classes=[1, 2], **call)
+    assert torch.equal(plain.tensor, made.tensor)
+    assert plain[0].log_probs is None
+
+
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture, np.float32))[None] / 255 * 2 - 1
 

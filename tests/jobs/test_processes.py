@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.jobs import JobSpec, Status, run_job
+from fastdiff.jobs import JobSpec, Status, run_job, settle
 from fastdiff.jobs.store import Store
 from tests.jobs.jobs import content, mixed_rows, spec_of, tiny_bundle
 from tests.support.imports import ROOT
@@ -115,14 +115,14 @@ def test_the_error_of_a_worker_is_that_of_the_job(
     read = Path(whole.rows).read_text()
     gone = whole.out.parent / "gone.jsonl"
     gone.write_text(read)
-    begin = run_job.__globals__["begin"]
+    begin = settle.begin
 
     def then_remove(store: Store, mine: dict[str, object]) -> bool:
         begun: bool = begin(store, mine)
         gone.unlink()
         return begun
 
-    monkeypatch.setitem(run_job.__globals__, "begin", then_remove)
+    monkeypatch.setattr(settle, "begin", then_remove)
     with pytest.raises(OSError, match=r"No such file or directory: .*gone.jsonl"):
         run_job(replace(spec, rows=str(gone)), workers=2, threads=1)
     assert not children()

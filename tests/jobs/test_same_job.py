@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from fastdiff.checkpoint.open import load
 from fastdiff.generate.job import ClassJob
 from fastdiff.generate.run import stream
 from fastdiff.images import save_png
-from fastdiff.jobs import JobSpec, run_job
+from fastdiff.jobs import JobSpec, run_job, settle
 from fastdiff.jobs.fingerprint import read_fingerprint
 from fastdiff.jobs.processes import Task, _work
 from fastdiff.jobs.rows import RowFile, open_rows
@@ -115,7 +114,7 @@ def test_a_worker_with_other_weights_refuses(spec: JobSpec) -> None:
     begun = Begun(model="tiny", weights="0" * 64, pictures=None)
     task = Task(spec, open_rows(spec.rows), begun, 4, 1, (0, 1), [], 2)
     with pytest.raises(ValueError, match=r"the weights of .*tiny have changed since the job began"):
-        _work(json.loads(task.line(0, 4)), io.StringIO())
+        _work(json.loads(task.line(0, 4)), lambda counts: None, None)
 
 
 def test_without_locks_workers_get_shares(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,14 +138,14 @@ def test_without_locks_workers_get_shares(spec: JobSpec, monkeypatch: pytest.Mon
 def test_a_process_that_begins_at_the_same_instant_takes_the_choices_of_the_other(
     spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin: Callable[[Store, dict[str, Any]], bool] = run_job.__globals__["begin"]
+    begin: Callable[[Store, dict[str, Any]], bool] = settle.begin
 
     def late(store: Store, mine: dict[str, Any]) -> bool:
         mine["compute"]["threads"] = 3
         assert begin(store, mine)
         return begin(store, mine)
 
-    monkeypatch.setitem(run_job.__globals__, "begin", late)
+    monkeypatch.setattr(settle, "begin", late)
     assert run_job(spec).images == 6
     found = read_fingerprint(Folder(spec.out))
     assert found is not None

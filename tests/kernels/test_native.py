@@ -275,8 +275,8 @@ def test_sampler_step_is_registered_right() -> None:
     table, f, history = torch.rand(2, 20), torch.randn(4, 8, 6, 6), torch.zeros(3, 2, 4, 6, 6)
     finite = torch.ones(2, dtype=torch.bool)
     for options in (
-        (index + 2, index, x.clone(), finite, True),
-        (index, None, None, None, False),
+        (index + 2, index, x.clone(), finite, torch.zeros(2), True),
+        (index, None, None, None, None, False),
     ):
         arguments = x, f, history, table, index, index, *options
         cases.check_registration("sampler_step", "cpu", *arguments)

@@ -136,8 +136,8 @@ def stepped(
     """x and history after a step on one backend, computed on copies with the same strides.
 
     step: the row of all samples, if `rows` is not given. rescale: column RESCALE of all rows.
-    promised: that no row rescales. options: of `sampler_step`, denoised and finite are written;
-    without cond those of `halves`.
+    promised: that no row rescales. options: of `sampler_step`, denoised, finite and log_prob are
+    written; without cond those of `halves`.
     """
     device = cases.device_of(backend)
     if rows is None:
@@ -152,7 +152,7 @@ def stepped(
         rest = history, table.to(device), rows.to(device), seeds.to(device)
         sampler_step(x, f.to(device), *rest, **given, rescale=not promised)
     assert ran == [backend]
-    for name in options.keys() & {"denoised", "finite"}:
+    for name in options.keys() & {"denoised", "finite", "log_prob"}:
         options[name].copy_(given[name])
     return x.cpu(), history.cpu()
 
@@ -436,6 +436,70 @@ def test_bits_do_not_depend_on_neighbours_places_or_the_stack(backend: str) -> N
         assert torch.equal(finite, expected[3][chosen])
 
 
+def tall(seed: int, *, learned: bool) -> dict[str, torch.Tensor]:
+    """Five samples of `mixed` at different rows, one idle, whose images are two tiles or parts."""
+    batch = mixed(torch.Generator().manual_seed(50 + seed))
+    chosen = torch.tensor([1, 2, 4, 6, 5])
+    own = {name: batch[name][chosen] for name in ("rows", "seeds", "cond", "uncond")}
+    draw = torch.Generator().manual_seed(60 + seed)
+    x, history = (torch.randn(*n, 2, 19, 15, generator=draw) for n in ((5,), (3, 5)))
+    f = torch.randn(20, 2 * (1 + learned), 19, 15, generator=draw)
+    return {**own, "table": batch["table"], "x": x, "history": history, "f": f}
+
+
+def log_prob_by_hand(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """(N,): the density of each sample's noise, 0 where its row has none, 7 where it is idle."""
+    found = torch.full((len(batch["x"]),), 7.0, dtype=dtype)
+    channels = batch["x"].shape[1]
+    for i, index in enumerate(batch["rows"].tolist()):
+        if index < 0:
+            continue
+        row = batch["table"][index].to(dtype)
+        found[i] = 0
+        if row[C.S] == 0:
+            continue
+        low, high = row[C.LOGVAR_MIN], row[C.LOGVAR_MAX]
+        step, seed = int(row[C.NOISE_STEP]), batch["seeds"][i : i + 1]
+        z = philox_normal(seed, batch["x"].shape[1:], step=step, stream=SAMPLER_NOISE)[0]
+        fraction = (batch["f"][batch["cond"][i], channels:].to(dtype) + 1) / 2
+        factor = torch.exp((fraction * high + (1 - fraction) * low) / 2)
+        if not len(factor):
+            factor = row[C.S].abs()
+        normal = torch.distributions.Normal(torch.zeros((), dtype=dtype), factor)
+        found[i] = normal.log_prob(factor * z.to(dtype)).sum()
+    return found
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_log_density_of_the_noise(learned: bool, backend: str) -> None:
+    """Against torch's normal density; x does not change, and no bit depends on the batch."""
+    batch = partial(cache(tall), learned=learned)
+
+    @cache
+    def ours(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        density = torch.full((5,), 7.0)
+        x, _ = stepped(backend, **batch(seed), log_prob=density)
+        return x, density
+
+    config = {"BLOCK": 128, "num_warps": 4}
+    with configs.override_config("sampler_step", config):
+        assert_parity(
+            lambda seed: ours(seed)[1],
+            lambda seed: log_prob_by_hand(batch(seed), torch.float64),
+            lambda seed: log_prob_by_hand(batch(seed), torch.float32),
+        )
+        whole, (x, density) = batch(0), ours(0)
+        noisy = (whole["table"][:, C.S] != 0)[whole["rows"]] & (whole["rows"] >= 0)
+        assert density[~noisy].sort().values.tolist() == [0.0, 7.0]
+        assert torch.equal(x, stepped(backend, **whole)[0])
+        last = {name: t[-2:] for name, t in whole.items() if name not in ("f", "table", "history")}
+        alone = torch.zeros(2)
+        rest = {"f": whole["f"], "table": whole["table"], "history": whole["history"][:, -2:]}
+        stepped(backend, **last, **rest, log_prob=alone)
+        assert torch.equal(alone, density[-2:])
+
+
 FAULTS = {
     "noise of the place in the batch": lambda seeds, step: (seeds + torch.arange(len(seeds)), step),
     "noise of the neighbours": lambda seeds, step: (seeds + seeds.sum(), step),
@@ -668,8 +732,10 @@ def test_rows_and_indices_out_of_range(which: str, backend: str) -> None:
             with pytest.raises(ValueError, match=message):
                 stepped(backend, x, f, history, table, **indices)
         else:
-            outputs = {"finite": finite, "denoised": denoised}
+            density = torch.zeros(3)
+            outputs = {"finite": finite, "denoised": denoised, "log_prob": density}
             out, slots = stepped(backend, x, f, history, table, **indices, **outputs)
+            assert density.isnan().tolist() == [False, True, False]
             assert out[1].isnan().all()
             assert denoised[1].isnan().all()
             assert finite.tolist() == [True, False, True]
@@ -707,14 +773,18 @@ def test_how_many_kernels_triton_launches() -> None:
     history, table = torch.empty(3, 2, 4, 8, 8, device="meta"), torch.empty(5, 20, device="meta")
     index = torch.empty(2, dtype=torch.int64, device="meta")
     step, both = ["_sampler_step_kernel"], ["_moments_kernel", "_sampler_step_kernel"]
-    for pair, rescale, names in (
-        ((index, index), True, both),
-        ((index, index), False, step),
-        ((index, None), True, step),
-        ((None, None), True, step),
+    added = [*both, "_log_prob_kernel"]
+    density = torch.empty(2, device="meta")
+    for pair, log_prob, rescale, names in (
+        ((index, index), None, True, both),
+        ((index, index), None, False, step),
+        ((index, None), None, True, step),
+        ((None, None), None, True, step),
+        ((index, index), density, True, added),
     ):
         with recording_launches("sm_90") as launches:
-            step_on_triton.forward(x, f, history, table, index, index, *pair, None, None, rescale)
+            outputs = None, None, log_prob
+            step_on_triton.forward(x, f, history, table, index, index, *pair, *outputs, rescale)
         assert [launch.kernel.__name__ for launch in launches] == names
 
 
@@ -723,7 +793,7 @@ def test_triton_objections() -> None:
     x, f, history = drawn(guided=False, learned=False)
     table, rows = make_table(ROWS["ddim"]), torch.zeros(3, dtype=torch.int64)
     objection = kernels.OPS["sampler_step"].backends["triton"].why_not
-    options = None, None, None, None, True
+    options = None, None, None, None, None, True
     assert "got float64" in objection(x, f, history, table, rows, SEEDS, *options)
     wide = x.float(), f.float(), history.float(), table.float()
     moved = objection(*wide, rows.to("meta"), SEEDS, *options)
@@ -749,10 +819,10 @@ def test_triton_op_is_registered_right_and_compiles_without_break() -> None:
         )
         pair, outputs = halves(x, f), [torch.ones(n, dtype=torch.bool, device=device)]
         if n == 6:
-            options = *pair.values(), torch.empty_like(x), *outputs, True
+            options = *pair.values(), torch.empty_like(x), *outputs, torch.empty(n), True
             cases.check_registration("sampler_step", "triton", x, f, history, *rest, *options)
             cases.check_registration(
-                "sampler_step", "triton", x, f, history, *rest, None, None, None, None, True
+                "sampler_step", "triton", x, f, history, *rest, None, None, None, None, None, True
             )
         mine, slots, flags = x.clone(), history.clone(), outputs[0].clone()
         estimates = [torch.empty_like(x), torch.empty_like(x)]
@@ -853,6 +923,8 @@ def test_a_captured_step_replays_with_other_rows_seeds_and_table(
         ({"denoised": torch.zeros(3, 2, 4, 5).half()}, "denoised must have the dtype of x"),
         ({"finite": torch.ones(2, dtype=torch.bool)}, r"finite must have shape \(3,\), got \(2,\)"),
         ({"finite": torch.ones(3)}, "finite must be bool, got torch.float32"),
+        ({"log_prob": torch.ones(3).double()}, "log_prob must be float32, got torch.float64"),
+        ({"log_prob": torch.ones(2)}, r"log_prob must have shape \(3,\), got \(2,\)"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion import sampling
-from fastdiff.kernels import plans
+from fastdiff.kernels import SAMPLER_NOISE, philox_normal, plans
 from fastdiff.kernels.choose import ordinary
 from fastdiff.models.network import Network
 from fastdiff.runtime import denoiser, graphs
@@ -71,6 +71,39 @@ def test_replayed_steps_have_the_bits_of_steps_that_are_run(network: Network) ->
         assert torch.equal(preview, plain.previews[ticket])
     assert tape.replays > 100
     assert len(tape.lengths) < tape.replays / 3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_log_probs_of_every_row(recorded: bool) -> None:
+    """Against the density of the noise of each request's seed, whatever shares its steps."""
+    tables = {"ddpm": table(4, "ddpm"), "heun": table(3, "heun"), "sde": table(5, "dpmpp-2m-sde")}
+    requests = [request(seed, rows) for seed, rows in enumerate([*tables.values()] * 2)]
+    recorder = StepGraphs(Tape()) if recorded else None
+    unet = prepare(tiny_unet())
+    found = all_of(Engine(unet, shape=SHAPE, slots=4, graphs=recorder, log_probs=True), requests)
+    for place, wanted in enumerate(requests):
+        factors = wanted.table.column("S").double()
+        expected = [
+            torch.distributions.Normal(0.0, float(s)).log_prob(s * noise_of(wanted, row)).sum()
+            if s
+            else torch.zeros((), dtype=torch.float64)
+            for row, s in enumerate(factors)
+        ]
+        assert found[place].log_probs is not None
+        torch.testing.assert_close(
+            found[place].log_probs.double(), torch.stack(expected), rtol=1e-5, atol=1e-4
+        )
+    assert next(run(unet, requests)).log_probs is None
+    masked = replace(
+        requests[0], mask=torch.ones(1, *SHAPE[1:]), known=requests[0].x, noise=requests[0].x
+    )
+    with pytest.raises(ValueError, match="a mask replaces a part of its result; omit log_probs"):
+        next(run(unet, [masked], log_probs=True))
+
+
+def noise_of(wanted: Request, row: int) -> Tensor:
+    seed = torch.tensor([wanted.seed])
+    return philox_normal(seed, SHAPE, step=row, stream=SAMPLER_NOISE)[0].double()
 
 
 @pytest.mark.parametrize("slots", [1, 4, 5, 17])

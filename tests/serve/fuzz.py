@@ -34,6 +34,7 @@ VALUES: list[Any] = [
 ]
 NAMES = (
     *("prompt", "classes", "model", "n", "size", "negative_prompt", "num_inference_steps"),
+    *("cache", "cache_branch", "cache_center", "cache_power", "priority"),
     *("guidance_scale", "seed", "sampler", "response_format", "output_format"),
     *("output_compression", "stream", "partial_images", "quality", "background", "style", "user"),
     *("strength", "foo", "", "__class__", "image", "mask", "settings", "tile", "batch"),

@@ -3,13 +3,15 @@
 ``python -m tests.serve.load --clients 200 --seconds 60`` starts `fastdiff serve` in a process of
 its own, sends it requests over loopback, ends it with SIGTERM, and prints what happened.
 The clients hang up, read slowly, stream, upload, cancel, and send bodies that are too large or
-broken. Every image is compared with the one that `model.generate` makes alone.
+broken. Every image is compared with the one that `model.generate` makes alone. With `--workers 2
+--kills 3` there are engine processes, of which one is killed three times.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -71,6 +73,8 @@ class Report:
     hung_up: int = 0
     drained: int = 0
     """Images of requests that were under way at SIGTERM."""
+    killed: int = 0
+    """Engine processes that were killed."""
     refused: int = 0
     """Connections after the server had ended."""
     faults: list[str] = field(default_factory=list)
@@ -82,7 +86,8 @@ class Report:
     def lines(self) -> list[str]:
         rows = [f"answers {dict(sorted(self.statuses.items()))}, {self.images} images compared"]
         rows.append(
-            f"{self.hung_up} hung up; {self.drained} drained, {self.refused} came after the end"
+            f"{self.hung_up} hung up; {self.drained} drained, {self.refused} came after the end; "
+            f"{self.killed} processes killed"
         )
         for name, values in self.seconds.items():
             if values:
@@ -102,8 +107,10 @@ class Report:
 class Load:
     """The clients of one campaign."""
 
-    def __init__(self, port: int, seed: int) -> None:
+    def __init__(self, port: int, seed: int, *, kills: int = 0) -> None:
+        """kills: number of engine processes to kill; an image may lose two of them."""
         model = fastdiff.load("digits")
+        self.kills = kills
         self.port, self.draw, self.report = port, random.Random(seed), Report()
         self.draining = False
         self.expected = {
@@ -147,12 +154,33 @@ class Load:
         finally:
             writer.close()
 
-    async def open_requests(self) -> float:
-        """The number of requests that the server has taken and not answered."""
+    async def read(self, path: str) -> str:
+        """The answer to a GET."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        start = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        writer.write(start.encode())
         text = (await reader.read()).decode()
         writer.close()
+        return text
+
+    async def processes(self) -> list[dict[str, Any]]:
+        """The engine processes of the server."""
+        body = (await self.read("/health")).partition("\r\n\r\n")[2]
+        found: list[dict[str, Any]] = json.loads(body).get("processes", [])
+        return found
+
+    async def kill(self, seconds: float) -> None:
+        """Kill engine processes that have images, at equal distances."""
+        for _ in range(self.kills):
+            await asyncio.sleep(seconds / (self.kills + 1))
+            busy = [each["pid"] for each in await self.processes() if each["images"]]
+            if busy:
+                os.kill(self.draw.choice(busy), signal.SIGKILL)
+                self.report.killed += 1
+
+    async def open_requests(self) -> float:
+        """The number of requests that the server has taken and not answered."""
+        text = await self.read("/metrics")
         return float(re.findall(r"^fastdiff_requests_open (\S+)$", text, re.M)[0])
 
     async def send(
@@ -174,7 +202,8 @@ class Load:
     def expect(self, status: int, allowed: set[int], what: str) -> bool:
         """Count an answer; whether it is the success that was asked for."""
         self.report.statuses[status] += 1
-        if status not in allowed | {429} | ({503} if self.draining else set()):
+        unavailable = {503} if self.draining or self.kills else set()
+        if status not in allowed | {429} | unavailable:
             self.report.faults.append(f"status {status}: {what}")
         return status == 200
 
@@ -210,6 +239,10 @@ class Load:
             return
         kinds = re.findall(rb"^event: (\S+)", text, re.M)
         data = [json.loads(line) for line in re.findall(rb"^data: (.*)$", text, re.M)]
+        if self.kills and kinds[-1:] == [b"error"]:
+            code = data[-1]["error"]["code"]
+            self.expect(503 if code == "unavailable" else 500, set(), f"stream: {code}")
+            return
         if not kinds or kinds[-1] != b"image_generation.completed":
             self.report.faults.append(f"a stream without its end: {kinds}")
             return
@@ -299,11 +332,18 @@ def resident(pid: int) -> int:
 
 
 async def campaign(
-    clients: int, *, seconds: float | None, each: int | None, queue: int, seed: int = 0
+    clients: int,
+    *,
+    seconds: float | None,
+    each: int | None,
+    queue: int,
+    seed: int = 0,
+    workers: int = 1,
+    kills: int = 0,
 ) -> Report:
     """Run clients for a time, or for a number of requests each, then end the server by SIGTERM
     while a last request of each is under way."""
-    words = ("serve", "--port", "0", "--limits.queue", str(queue))
+    words = ("serve", "--port", "0", "--limits.queue", str(queue), "--workers", str(workers))
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "fastdiff", *words, cwd=ROOT, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -312,8 +352,8 @@ async def campaign(
     assert process.stderr is not None
     errors = asyncio.ensure_future(process.stderr.read())
     line = (await asyncio.wait_for(process.stdout.readline(), 120)).decode()
-    load = Load(int(re.findall(r":(\d+)/", line)[0]), seed)
-    report, begin = load.report, time.monotonic()
+    load = Load(int(re.findall(r":(\d+)/", line)[0]), seed, kills=kills)
+    report, begin = load.report, 0.0
 
     def more_of() -> Callable[[], bool]:
         left = each or 0
@@ -330,8 +370,15 @@ async def campaign(
             report.memory.append(resident(process.pid))
             await asyncio.sleep(0.2)
 
+    for _ in range(600):  # the socket listens before the processes have loaded the model
+        with contextlib.suppress(ConnectionRefusedError):
+            await load.read("/health")
+            break
+        await asyncio.sleep(0.1)
     await load.plain(SETTINGS[0])  # memory is measured after the first image
+    begin = time.monotonic()
     watching = asyncio.ensure_future(watch())
+    killing = asyncio.ensure_future(load.kill(seconds or 10))
     try:
         await asyncio.gather(*(load.client(more_of()) for _ in range(clients)))
         last = [asyncio.ensure_future(load.last()) for _ in range(min(clients, queue))]
@@ -345,6 +392,7 @@ async def campaign(
         report.exit_code = await asyncio.wait_for(process.wait(), 60)
     finally:
         watching.cancel()
+        killing.cancel()
         if process.returncode is None:
             process.kill()
             await process.wait()
@@ -359,7 +407,18 @@ if __name__ == "__main__":
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--queue", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=0)
     given = parser.parse_args()
-    made = asyncio.run(campaign(given.clients, seconds=given.seconds, each=None, queue=given.queue))
+    made = asyncio.run(
+        campaign(
+            given.clients,
+            seconds=given.seconds,
+            each=None,
+            queue=given.queue,
+            workers=given.workers,
+            kills=given.kills,
+        )
+    )
     print("\n".join(made.lines()))
     sys.exit(bool(made.faults or made.exit_code))

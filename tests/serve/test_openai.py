@@ -57,6 +57,16 @@ def test_images_are_those_made_alone(client: OpenAI, model: fastdiff.Model) -> N
     assert (made.size, made.output_format, made.background) == ("32x32", "png", "opaque")
 
 
+def test_an_image_with_a_cache_is_the_one_made_alone(client: OpenAI, model: fastdiff.Model) -> None:
+    more = extra(seed=7, num_inference_steps=6, cache=3, cache_branch=1)
+    made = client.images.generate(prompt="3", extra_body=more)
+    alone = model.generate(classes=3, seeds=[7], steps=6, cache=3, cache_branch=1)[0]
+    assert made.data is not None
+    assert np.array_equal(pixels(made.data[0].b64_json or ""), as_pixels(alone.image))
+    plain = model.generate(classes=3, seeds=[7], steps=6)[0]
+    assert not np.array_equal(as_pixels(alone.image), as_pixels(plain.image))
+
+
 def test_a_class_per_image(client: OpenAI, model: fastdiff.Model) -> None:
     made = client.images.generate(prompt="", extra_body=extra(seed=1, classes=[4, "9"]))
     alone = model.generate(classes=[4, 9], seeds=[1, 2], steps=3)
@@ -201,6 +211,9 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"extra_body": {"seed": 2**64}}, 400, "seed", "2**64"),
     ({"extra_body": {"seed": "1"}}, 400, "seed", "expected int"),
     ({"extra_body": {"num_inference_steps": 0}}, 400, "num_inference_steps", "at least 1, got 0"),
+    ({"extra_body": {"cache": 1}}, 400, "cache", "at least 2, got 1"),
+    ({"extra_body": {"cache": 2, "cache_branch": 9}}, 400, "cache_branch", "from 0 to 3"),
+    ({"extra_body": {"cache_power": 2}}, 400, "cache_power", "needs cache_center"),
     ({"extra_body": {"num_inference_steps": 201}}, 400, "num_inference_steps", "at most 200"),
     ({"extra_body": {"sampler": "ddmi"}}, 400, None, "unknown sampler 'ddmi'"),
     ({"extra_body": {"negative_prompt": "x"}}, 400, "negative_prompt", "reads no text"),

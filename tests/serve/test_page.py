@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -61,6 +68,40 @@ def test_the_first_commands_are_of_this_package() -> None:
     assert "'.[serve]'" in install
     assert "\nserve = [" in (ROOT / "pyproject.toml").read_text()
     assert serve.startswith("fastdiff serve --model digits --port 8000")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
+@pytest.mark.parametrize("words", ["--port 8000", "--workers 2", "--host 0.0.0.0"])
+def test_the_commands_serve_until_they_are_ended(words: str, tmp_path: Path) -> None:
+    (line,) = [line for block in blocks("sh") for line in block.splitlines() if words in line]
+    command = shlex.split(line, comments=True)
+    assert command[:2] == ["fastdiff", "serve"]
+    port = command.index("--port") if "--port" in command else None
+    command = [*command[:port], *command[port + 2 :]] if port else command
+    command = ["127.0.0.1" if word == "0.0.0.0" else word for word in command]
+    (tmp_path / "keys.txt").write_text("a" * 20 + " priority=normal images=8\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", *command, "--port", "0"], cwd=tmp_path, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            address = re.findall(r"http://[^/]+:(\d+)/v1", process.stdout.readline())[0]
+            for _ in range(600):
+                with (
+                    contextlib.suppress(OSError),
+                    urlopen(f"http://127.0.0.1:{address}/health") as answer,
+                ):
+                    health = json.load(answer)
+                    break
+                time.sleep(0.1)
+            assert health["status"] == "ok"
+            assert len(health.get("processes", [])) == (2 if "--workers" in command else 0)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

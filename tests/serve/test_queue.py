@@ -29,6 +29,26 @@ def test_a_short_one_passes_long_ones_of_others() -> None:
     assert drained(queue) == ["s", "a", "b", "c"]
 
 
+def test_weights_share_and_nobody_starves() -> None:
+    """While all three wait, high gets 4 images for each normal one, and 16 for each low one."""
+    queue = FairQueue[str]()
+    for name, weight in (("low", 0.25), ("normal", 1.0), ("high", 4.0)):
+        for _ in range(64):
+            queue.add(name, flow=name, cost=3, weight=weight)
+    first = [queue.pop() for _ in range(3 * (16 + 4 + 1))]
+    counts = {name: first.count(name) for name in ("low", "normal", "high")}
+    assert counts == {"low": 3, "normal": 12, "high": 48}
+    queue = FairQueue[str]()
+    queue.add("low", flow=0, cost=5, weight=0.25)
+    passed = 0
+    while True:  # high ones arrive without end
+        queue.add("high", flow=passed, cost=5, weight=4.0)
+        if queue.pop() == "low":
+            break
+        passed += 1
+    assert passed <= 16
+
+
 def test_two_flows_share_by_cost() -> None:
     """Flow 1 has images of cost 1, flow 2 of cost 3: of any 4 units each gets about half."""
     queue = FairQueue[str]()

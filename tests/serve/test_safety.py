@@ -29,6 +29,7 @@ from fastdiff.serve.app import Service, create_app
 from fastdiff.serve.errors import ApiError, in_our_words
 from fastdiff.serve.http import bind, is_loopback, protocol_class
 from fastdiff.serve.limits import MIB, Limits
+from fastdiff.serve.schema import Generation, read_generation
 from fastdiff.serve.uploads import Form, Uploads
 from tests.serve.client import (
     Answer,
@@ -95,8 +96,43 @@ def test_keys(model: Model, tmp_path: Path) -> None:
     assert hashlib.sha256(b"a" * 20).digest() in service.keys
 
 
+def test_a_key_limits_priority_and_images(model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a" * 20 + " priority=normal images=2\n" + "b" * 20 + "\n")
+    service = service_of(model, keys=read_keys(file), local=False)
+
+    def refused(key: str, **fields: Any) -> tuple[int, str]:
+        body = json.dumps({"num_inference_steps": 1, **fields}).encode()
+        found = answered(
+            service, GENERATIONS, body,
+            content_type="application/json", authorization=f"Bearer {key * 20}",
+        )  # fmt: skip
+        return found.status, found.json["error"]["code"]
+
+    assert refused("a", priority="high") == (403, "priority_not_allowed")
+    assert refused("a", n=3) == (400, "too_many_images")
+    assert refused("a", priority="top") == (400, "invalid_type")
+    key = hashlib.sha256(b"a" * 20).digest()
+    facts = service.worker.facts
+    two = read_generation(Generation(n=2), facts, service.limits)
+    with service.held(key, two):
+        assert refused("a") == (429, "too_many_images")
+    service.worker.stop()  # so that what passes is refused by the worker
+    assert refused("a", priority="normal", n=2) == (503, "unavailable")
+    assert refused("b", priority="high", n=3) == (503, "unavailable")
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "contains no API key"), ("short", "16 letters"), ("é" * 20, "key 1")]
+    ("text", "message"),
+    [
+        ("", "contains no API key"),
+        ("short", "16 letters"),
+        ("é" * 20, "key 1"),
+        ("a" * 20 + " admin", "may be followed by priority=NAME and images=N, got 'admin'"),
+        ("a" * 20 + " images=0", "images must be at least 1"),
+        ("a" * 20 + " priority=top", "priority must be low, normal or high"),
+        ("a" * 20 + "\n" + "a" * 20, "key 2 in .* is there twice"),
+    ],
 )
 def test_key_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "keys"

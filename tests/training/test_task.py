@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle
-from fastdiff.generate.job import SampleSettings
+from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.images import contact_sheet
 from fastdiff.models.network import NETWORKS, Family
 from fastdiff.training import (
@@ -112,6 +112,35 @@ def test_learned_variance_on_pixels_is_trained_and_sampled(images: Path, tmp_pat
     assert not torch.equal(images_of(bundle, class_jobs([0, 1], [3, 4], settings)), sampled)
 
 
+def test_an_upsampler_is_trained_and_enlarges(images: Path, tmp_path: Path) -> None:
+    """It reads the area means, enlarged bilinearly, behind x; generating does the same to a small
+    image."""
+    run = runs.diffusion_run(
+        images,
+        tmp_path / "run",
+        model=runs.denoiser_model(in_channels=2, out_channels=1, dropout=0.0),
+        low_resolution=2,
+    )
+    task = DiffusionTask(run)
+    batch = task.batch(0)
+    small = batch["x0"].unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+    torch.testing.assert_close(batch["extra"][:, :, 0, 0], small[:, :, 0, 0])
+    wide = batch["extra"][:, :, 3:5, 0]  # on both sides of the middle: 5/8 and 3/8 of the two rows
+    torch.testing.assert_close(wide[:, :, 0], (5 * small[:, :, 0, 0] + 3 * small[:, :, 1, 0]) / 8)
+    train_diffusion(run)
+    bundle = load_bundle(tmp_path / "run")
+    job = ClassJob(label=0, seed=3, image=small[0], settings=SETTINGS)
+    sampled = images_of(bundle, [job])
+    other = images_of(bundle, [dataclasses.replace(job, image=small[0].flip(1))])
+    assert (sampled - other).abs().max() > 1e-3, "the small image matters"
+    for change, message in (
+        ({"low_resolution": 8}, "low_resolution must be from 1 to 7"),
+        ({"model": runs.denoiser_model()}, "takes 2, got in_channels=1; set model in_channels, or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DiffusionTask(dataclasses.replace(run, **change))
+
+
 def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) -> None:
     images = flat_folder(tmp_path / "flat")
     model = runs.denoiser_model(num_classes=None, null_class=False)
@@ -130,7 +159,7 @@ def test_images_without_classes_train_a_model_without_classes(tmp_path: Path) ->
         train_diffusion(dataclasses.replace(run, model=runs.denoiser_model()))
 
 
-@pytest.mark.parametrize("kind", ["latents", "pixels", "learned variance"])
+@pytest.mark.parametrize("kind", ["latents", "pixels", "learned variance", "upsampler"])
 def test_previews_show_what_the_exported_bundle_samples(
     images: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -146,6 +175,8 @@ def test_previews_show_what_the_exported_bundle_samples(
     elif kind == "learned variance":
         changes = {"model": runs.denoiser_model(out_channels=2, learned_sigma=True)}
         sampler = "ddpm"
+    elif kind == "upsampler":
+        changes = {"model": runs.denoiser_model(in_channels=2, out_channels=1), "low_resolution": 2}
     run = runs.diffusion_run(
         images,
         tmp_path / "second",
@@ -161,13 +192,21 @@ def test_previews_show_what_the_exported_bundle_samples(
     preview = task.sample(task.denoiser, [0, 1, 7], [0, 1, 1])
     bundle = load_bundle(tmp_path / "second")
     settings = SampleSettings(sampler=sampler, steps=3, guidance_scale=3.0, clamp=clamp)
-    sampled = images_of(bundle, class_jobs([0, 1, 1], [0, 1, 7], settings))
+    jobs = class_jobs([0, 1, 1], [0, 1, 7], settings)
+    if kind == "upsampler":  # previews enlarge the first images of each class
+        own = [torch.nonzero(task.batches.dataset.labels == label).flatten() for label in (0, 1)]
+        whole = task.batches.dataset.batch(torch.stack([own[0][0], own[1][0], own[1][1]]))[0]
+        small = torch.nn.functional.adaptive_avg_pool2d(whole, 2)
+        jobs = [
+            dataclasses.replace(job, image=image) for job, image in zip(jobs, small, strict=True)
+        ]
+    sampled = images_of(bundle, jobs)
     if kind == "latents":  # the decoder of a preview runs on the whole batch, not in blocks
         torch.testing.assert_close(preview, sampled, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(preview, sampled)
     plain = dataclasses.replace(settings, guidance_scale=1.0)
-    unguided = images_of(bundle, class_jobs([0, 1, 1], [0, 1, 7], plain))
+    unguided = images_of(bundle, [dataclasses.replace(job, settings=plain) for job in jobs])
     assert (unguided - sampled).abs().max() > 1e-3, "guidance did nothing: the test sees nothing"
     assert type(task.denoiser.conv_out) is torch.nn.Conv2d, "the network in training was prepared"
     for name, value in task.denoiser.state_dict().items():

@@ -129,6 +129,7 @@ def test_a_uvit_trains_on_the_size_it_has_positions_for(images: Path, tmp_path: 
         ("tiny-uvit", (64, 4, 8, 8)),
         ("tiny-ddpm", (64, 1, 8, 8)),
         ("tiny-iddpm", (64, 1, 8, 8)),
+        ("tiny-upsampler", (64, 1, 8, 8)),
         ("tiny-flow", (64, 1, 8, 8)),
         ("tiny-mnist", (32, 1, 28, 28)),
     ],
@@ -150,6 +151,7 @@ def test_presets(name: str, shape: tuple[int, ...], images: Path) -> None:
     assert loss.item() == pytest.approx(1, abs=0.8)  # of nothing predicted, in units of variance
     pixels = dataclasses.replace(run, autoencoder="", latent_views=0)
     derived = for_data(pixels, DataConfig(source="folder", path=str(images)))
-    assert (derived.model.in_channels, derived.model.num_classes) == (1, 2)
+    reads = 2 if run.low_resolution else 1
+    assert (derived.model.in_channels, derived.model.num_classes) == (reads, 2)
     if hasattr(run.model, "sample_size"):
         assert derived.model.sample_size == derived.data.image_size

@@ -22,7 +22,7 @@ def _candidates(shape_class: str, dtype: torch.dtype) -> Iterator[Config]:
 def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
     """SD's latents, with the prediction in channels_last as from a U-Net, and x in fp32, NCHW.
 
-    Then: everything contiguous; rows that may rescale; learned variance (ADM-256).
+    Then: everything contiguous; rows that may rescale; learned variance (ADM-256); log-densities.
     """
 
     def call(
@@ -33,6 +33,7 @@ def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[
         learned: bool = False,
         layout: torch.memory_format = torch.contiguous_format,
         rescale: bool = False,
+        density: bool = False,
     ) -> Callable[[], Any]:
         n, c, *rest = shape
         x = torch.zeros(shape, device=device)
@@ -43,9 +44,9 @@ def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[
             n * (1 + guided), c * (1 + learned), *rest, dtype=prediction_dtype, device=device
         ).contiguous(memory_format=layout)
         own, other = (cond + n, uncond) if guided else (None, None)
-        return lambda: forward(
-            x, prediction, history, table, rows, seeds, own, other, None, finite, rescale
-        )
+        log_prob = torch.zeros(n, device=device) if density else None
+        state = x, prediction, history, table, rows, seeds
+        return lambda: forward(*state, own, other, None, finite, log_prob, rescale)
 
     latents, pixels, half = (4, 4, 64, 64), (4, 3, 256, 256), torch.bfloat16
     return [
@@ -53,6 +54,7 @@ def _calls(shape_class: str, dtype: torch.dtype, device: str) -> list[Callable[[
         call(latents, torch.float32, guided=False),
         call(latents, half, rescale=True),
         call(pixels, half, learned=True, layout=torch.channels_last),
+        call(latents, half, layout=torch.channels_last, density=True),
     ]
 
 
