@@ -131,8 +131,9 @@ def evaluations(device: Device = H200) -> Iterator[Evaluation]:
             for backend, each in hosts.items():
                 name = f"diffusers, accelerated, eager, {backend}"
                 yield one(name, accelerated, each["adds"][1] * ADD_S)
-            plain = max((each["adds"][0] for each in hosts.values()), default=0) * ADD_S
-            yield one("diffusers, eager", theirs[NETWORK, "diffusers"], plain, ours=False)
+            if hosts:
+                plain = max(each["adds"][0] for each in hosts.values()) * ADD_S
+                yield one("diffusers, eager", theirs[NETWORK, "diffusers"], plain, ours=False)
         if compiled is not None:
             found = at_batch(compiled, images)
             yield one("diffusers, Inductor, graph", found, ours=False)
