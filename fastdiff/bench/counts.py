@@ -8,6 +8,10 @@
     python -m fastdiff.bench.counts host --op geglu attention --backend cpu --json
     python -m fastdiff.bench.counts host --network "SD 1.5 U-Net"
     python -m fastdiff.bench.counts host --against ../older-checkout --at-most 1.05
+    python -m fastdiff.bench.counts host --accelerated
+    python -m fastdiff.bench.counts host --accelerated --docs
+    python -m fastdiff.bench.counts inductor
+    python -m fastdiff.bench.counts inductor --network "SD 1.5 U-Net" --docs
 
 `launches` counts kernel launches, bytes and FLOPs per evaluation of Stable Diffusion 1.5, SDXL, the
 KL-f8 decoder and ADM, in our networks, in diffusers' and in accelerated diffusers; launches.py
@@ -16,6 +20,9 @@ states the rules.
 `sass` counts instructions per number (GroupNorm, GEGLU) and per 64 keys (attention) in the machine
 code for an H200, blocks per call and bytes in flight; sass.py states the rules.
 
+`inductor` compiles the same networks with torch.compile for an H200 that is not there, and counts
+the kernels in the generated code; inductor.py states the rules. It takes minutes per network.
+
 `host` measures the cost of every op call with launches stubbed, with --network the sum over the
 calls of one evaluation. Next to it is the number of functions called, in Python and C, which does
 not vary from run to run. Costs are in units of one
@@ -23,7 +30,11 @@ not vary from run to run. Costs are in units of one
 that they can be compared across machines. With --against, the package of another checkout
 alternates with this one on the same calls, and the last column is the median of the paired ratios,
 this checkout over the other. Costs vary by a few percent from one process to the next: to decide a
-close result, use --processes 4.
+close result, use --processes 4. With --accelerated, it measures an evaluation of accelerated
+diffusers against one of plain diffusers instead (see eager.py).
+
+`inductor --docs` and `host --accelerated --docs` write docs/counts.json; `launches --docs` makes
+the page from it.
 """
 
 from __future__ import annotations
@@ -32,13 +43,17 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from fastdiff.bench import counted
 from fastdiff.bench.checkout import CheckoutProcess, checkout_folder, checkout_process
 from fastdiff.bench.host import BACKENDS, MODES
 from fastdiff.bench.record import ROOT
@@ -230,8 +245,73 @@ def aligned(rows: Sequence[tuple[str, ...]], *, words: int) -> str:
     return "\n".join(lines)
 
 
+def accelerated_cost(backend: str, rounds: int) -> dict[str, Any]:
+    """What eager.py finds for one backend.
+
+    Raises:
+        RuntimeError: its process failed; the output is on stderr.
+    """
+    words = [sys.executable, "-m", "fastdiff.bench.eager", backend, str(rounds)]
+    environment = {**os.environ, **VARIABLES}
+    environment.pop("FASTDIFF_BACKEND", None)
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"fastdiff.bench.eager exited with code {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def accelerated(options: argparse.Namespace) -> int:
+    """Run the command ``host --accelerated`` and return its exit code."""
+    from fastdiff.bench import eager, launches
+
+    found = {
+        backend: accelerated_cost(backend, min(options.rounds, 60))
+        for backend in options.backend
+        if backend != "cpu"
+    }
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(aligned([launches.EAGER_HEAD, *launches.eager_rows(found)], words=1))
+    if options.docs:
+        for backend, each in found.items():
+            counted.record(eager.SECTION, backend, each)
+        print(f"wrote {counted.PATH}; `launches --docs` makes the page from it")
+    return 0
+
+
+def inductor(options: argparse.Namespace) -> int:
+    """Run the command ``inductor`` and return its exit code."""
+    from fastdiff.bench import launches
+    from fastdiff.bench.inductor import keep
+    from fastdiff.bench.shapes import GPU_JOBS
+
+    if options.network is None:  # a process each, because PyTorch keeps what it was told of the GPU
+        for name in GPU_JOBS:
+            words = [sys.executable, "-m", "fastdiff.bench.counts", "inductor", "--network", name]
+            code = subprocess.run([*words, *(["--docs"] if options.docs else [])], check=False)
+            if code.returncode:
+                return code.returncode
+        return 0
+    if options.network not in GPU_JOBS:
+        raise ValueError(f"unknown network {options.network!r}; expected one of {list(GPU_JOBS)}")
+    found = launches.compiled_network(options.network)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.launches.items()))
+    print(
+        f"{options.network}: {found.total} launches ({kinds}), {found.kernels} different Triton "
+        f"kernels, {found.bytes / 1e9:.2f} GB, {found.flops / 1e12:.2f} TFLOP"
+    )
+    if options.docs:
+        keep(options.network, found)
+        print(f"wrote {counted.PATH}; `launches --docs` makes the page from it")
+    return 0
+
+
 def host(options: argparse.Namespace) -> int:
     """Run the command ``host`` and return its exit code."""
+    if options.accelerated:
+        return accelerated(options)
     if options.network:
         backends = [name for name in options.backend if name != "cpu"]
         found = list(
@@ -277,15 +357,15 @@ def host(options: argparse.Namespace) -> int:
 def launches(options: argparse.Namespace) -> int:
     """Run the command ``launches`` and return its exit code."""
     # host.py measures without these modules
-    from fastdiff.bench import launches as counted
+    from fastdiff.bench import launches as found
 
     if options.docs:
-        DOCS.write_text(counted.page(sass_section()))
+        DOCS.write_text(whole_page())
         print(f"wrote {DOCS}")
         return 0
-    print(aligned(counted.rows(), words=3), end="\n\n")
-    print(aligned(counted.kind_rows(), words=2), end="\n\n")
-    print(aligned(counted.step_rows(), words=1))
+    print(aligned(found.rows(), words=3), end="\n\n")
+    print(aligned(found.kind_rows(), words=2), end="\n\n")
+    print(aligned(found.step_rows(), words=1))
     return 0
 
 
@@ -296,6 +376,14 @@ SASS_HEAD = "## Instructions\n\n"
 def sass_section() -> str:
     """The section of instructions in docs/counts.md, as it is."""
     return DOCS.read_text().partition(SASS_HEAD)[2]
+
+
+def whole_page() -> str:
+    """The text of docs/counts.md; the section of instructions stays as it is."""
+    from fastdiff.bench import evaluations
+    from fastdiff.bench import launches as found
+
+    return found.page(sass_section(), evaluations.rows())
 
 
 def sass(options: argparse.Namespace) -> int:
@@ -339,6 +427,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--json", action="store_true", help="print a JSON object")
     words.set_defaults(run=sass, at_most=None, against=None)
     words = commands.add_parser(
+        "inductor", help="kernels that torch.compile launches, read off its code (needs diffusers)"
+    )
+    words.add_argument("--network", help='only this one, such as "SD 1.5 U-Net"')
+    words.add_argument("--docs", action="store_true", help="write docs/counts.json")
+    words.set_defaults(run=inductor, at_most=None, against=None)
+    words = commands.add_parser(
         "host", help="host cost of every op call, in units of one tiny torch.add"
     )
     words.add_argument("--op", nargs="+", default=(), help="only these ops")
@@ -346,6 +440,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--network",
         metavar="JOB",
         help='all op calls of one evaluation, such as "SD 1.5 U-Net", on the GPU backends',
+    )
+    words.add_argument(
+        "--accelerated",
+        action="store_true",
+        help="an evaluation of accelerated diffusers against plain diffusers (needs diffusers)",
+    )
+    words.add_argument(
+        "--docs", action="store_true", help="with --accelerated: write docs/counts.json"
     )
     words.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     words.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
@@ -360,6 +462,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--json", action="store_true", help="print a JSON list")
     words.set_defaults(run=host)
     options = parser.parse_args(argv)
+    if getattr(options, "accelerated", False) and (options.op or options.network):
+        parser.error("--accelerated measures a whole network, so it takes no --op and no --network")
     if options.at_most is not None and options.against is None:
         parser.error("--at-most limits a ratio, so it needs --against CHECKOUT")
     try:

@@ -10,9 +10,7 @@ and what one of its kernels costs without data, which stands for a launch.
 Plain and accelerated evaluations alternate, and the thread's own clock times them. The functions
 that each calls, in Python and in C, are counted beside the time: they are the same in every run.
 
-    python -m fastdiff.bench.eager cuda 21
-
-prints the result for a backend and a number of rounds as JSON.
+`counts.py` runs this file in a process of its own.
 """
 
 from __future__ import annotations

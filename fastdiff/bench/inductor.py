@@ -1,5 +1,8 @@
 """Kernels that torch.compile launches in one evaluation of a network, read off its generated code.
 
+    python -m fastdiff.bench.counts inductor
+    python -m fastdiff.bench.counts inductor --docs
+
 No GPU is needed. The network's weights are fake tensors on a device "cuda", PyTorch's questions
 about the GPU get the answers of an H200, and Inductor is stopped when it has written its code: the
 function that a compiled network calls, and the source of every Triton kernel. In that function,

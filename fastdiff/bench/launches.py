@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -41,6 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdiff import kernels
+from fastdiff.bench import counted, eager, inductor
+from fastdiff.bench.plain import plain_ops
 from fastdiff.bench.predict import H200
 from fastdiff.bench.report import table
 from fastdiff.bench.shapes import CONTEXT_TOKENS, GPU_JOBS, Job
@@ -59,9 +61,9 @@ from fastdiff.runtime.graphs import Replay, StepGraphs
 
 KINDS = (
     *("convolution", "convolution bias", "linear", "attention", "norm"),
-    *("GEGLU", "addition", "concatenation", "other"),
+    *("GEGLU", "addition", "concatenation", inductor.FUSED, "other"),
 )
-"""The groups of launches in the tables."""
+"""The groups of launches in the tables; Inductor's own kernels are "fused"."""
 
 LAUNCHES: dict[str, tuple[str, int]] = {
     "convolution": ("convolution", 1),  # and a bias, see `_Counting._convolution`
@@ -136,6 +138,9 @@ class Count:
     """Group of `KINDS` -> launches."""
     bytes: int = 0
     flops: int = 0
+    bytes_of: Counter[str] = field(default_factory=Counter)
+    """Group -> bytes."""
+    flops_of: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -197,6 +202,8 @@ class _Counting(TorchDispatchMode):
         self.found.launches[kind] += launches
         self.found.bytes += moved
         self.found.flops += flops
+        self.found.bytes_of[kind] += moved
+        self.found.flops_of[kind] += flops
 
     def _pytorch(self, name: str, given: Any, made: Any) -> None:
         if name not in LAUNCHES:
@@ -343,40 +350,100 @@ class for ADM."""
 DTYPE = torch.bfloat16
 
 
-def native(job: Job, norms: Norms | None = None) -> Count:
-    """fastdiff's network. A U-Net gets the embedding and the keys and values of the context, which
-    the engine computes once per request."""
+class Body(nn.Module):
+    """What the engine evaluates of a network: all but the embedding and the text's projections."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, emb: Tensor, kvs: Any) -> Tensor:
+        y: Tensor = self.network.body(x, emb, kvs)
+        return y
+
+
+def native_network(job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    """fastdiff's network on the meta device, and its inputs. A U-Net gets the embedding and the
+    keys and values of the context, which the engine computes once per request."""
     module, inputs = job.build("meta", DTYPE)
     if not isinstance(module, Network):
-        return count(lambda: module(**inputs), norms)
+        return module, inputs
     network = module
     with torch.no_grad(), shapes_only():
         emb = network.embed(inputs["t"], inputs.get("y"), inputs.get("added"))
         context = inputs.get("context")
         kvs = None if context is None else network.project_context(context)
-    return count(lambda: network.body(inputs["x"], emb, kvs), norms)
+    return Body(network), {"x": inputs["x"], "emb": emb, "kvs": kvs}
 
 
-def of_diffusers(job_name: str, *, accelerated: bool, norms: Norms | None = None) -> Count:
-    """diffusers' network as a pipeline calls it; `accelerated` by `fastdiff.accelerate`."""
+def native(job: Job, norms: Norms | None = None) -> Count:
+    """fastdiff's network."""
+    module, inputs = native_network(job)
+    return count(lambda: module(**inputs), norms)
+
+
+class Decode(nn.Module):
+    """The decoder of diffusers' autoencoder."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        y: Tensor = self.autoencoder.decode(z, return_dict=False)[0]
+        return y
+
+
+def diffusers_network(job_name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """diffusers' network on the meta device, and the arguments that a pipeline calls it with."""
     kind, config = DIFFUSERS[job_name]
     job = GPU_JOBS[job_name]
     diffusers = import_extra("diffusers", extra="diffusers")
     with torch.device("meta"):
         module = getattr(diffusers, kind)(**config).to(DTYPE).eval()
         x = torch.empty(job.batch, 4, job.size, job.size, dtype=DTYPE)
-    if accelerated:
-        import_extra("fastdiff.integrations", extra="diffusers").accelerate(module)
-    with torch.device("meta"):
         if kind == "AutoencoderKL":
-            return count(lambda: module.decode(x), norms)
+            return Decode(module), {"z": x}
         width, t = module.config.cross_attention_dim, torch.empty(())
         context = torch.empty(job.batch, CONTEXT_TOKENS, width, dtype=DTYPE)
         added = {
             "time_ids": torch.empty(job.batch, 6, dtype=DTYPE),
             "text_embeds": torch.empty(job.batch, 1280, dtype=DTYPE),
         }
-        return count(lambda: module(x, t, context, added_cond_kwargs=added), norms)
+    return module, {
+        "sample": x,
+        "timestep": t,
+        "encoder_hidden_states": context,
+        "added_cond_kwargs": added,
+        "return_dict": False,
+    }
+
+
+def of_diffusers(job_name: str, *, accelerated: bool, norms: Norms | None = None) -> Count:
+    """diffusers' network as a pipeline calls it; `accelerated` by `fastdiff.accelerate`."""
+    module, inputs = diffusers_network(job_name)
+    if accelerated:
+        accelerate = import_extra("fastdiff.integrations", extra="diffusers").accelerate
+        accelerate(module.autoencoder if isinstance(module, Decode) else module)
+    with torch.device("meta"):
+        return count(lambda: module(**inputs), norms)
+
+
+def compiled_network(job_name: str) -> inductor.Compiled:
+    """What torch.compile launches: diffusers' network, channels_last, or where diffusers has none,
+    ours on the operators that people write.
+
+    The process must do nothing else afterwards, see inductor.py.
+    """
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        if job_name not in DIFFUSERS:
+            return native_network(GPU_JOBS[job_name])
+        module, inputs = diffusers_network(job_name)
+        return module.to(memory_format=torch.channels_last).eval(), inputs  # type: ignore[call-overload]
+
+    with plain_ops():
+        return inductor.read(inductor.code_of(make))
 
 
 @cache
@@ -443,6 +510,18 @@ def step_count(extra: int = 0, guidance_scale: float = 7.5, rescale: float = 0.0
     return count(engine.step)
 
 
+def with_compiled() -> Iterator[tuple[tuple[str, str], Count | inductor.Compiled]]:
+    """`counts`, and what Inductor makes of these networks as docs/counts.json has it."""
+    compiled = inductor.compiled_networks()
+    for name in GPU_JOBS:
+        for (job_name, implementation), of in counts().items():
+            if job_name == name:
+                yield (job_name, implementation), of
+        if name in compiled:
+            whose = "diffusers" if name in DIFFUSERS else "fastdiff, plain operators"
+            yield (name, f"{whose}, Inductor"), compiled[name]
+
+
 def step_rows() -> list[tuple[str, ...]]:
     """One row per kind of request, after the header."""
     found: list[tuple[str, ...]] = [("request", "launches", "MB moved")]
@@ -454,13 +533,29 @@ def step_rows() -> list[tuple[str, ...]]:
 
 # The tables
 
+EAGER_HEAD = (
+    *("backend", "launches of ours", "functions", "functions, plain", "adds", "adds, plain"),
+    "ratio",
+)
+
+
+def eager_rows(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """One row per backend: host time of accelerated diffusers."""
+    rows = []
+    for backend, each in found.items():
+        (f_plain, f_ours), (plain, ours) = each["functions"], each["adds"]
+        cells = each["launches"], f_ours, f_plain, ours, plain
+        rows.append((backend, *map(str, cells), f"{each['ratio']:.2f}"))
+    return rows
+
+
 HEAD = ("network", "batch", "implementation", "launches", "GB moved", "TFLOP")
 
 
 def rows() -> list[tuple[str, ...]]:
     """One row per count, after the header."""
     found: list[tuple[str, ...]] = [HEAD]
-    for (name, implementation), of in counts().items():
+    for (name, implementation), of in with_compiled():
         job = GPU_JOBS[name]
         amounts = f"{of.total}", f"{of.bytes / 1e9:.2f}", f"{of.flops / 1e12:.2f}"
         found.append((f"{name}, {job.size} x {job.size}", f"{job.batch}", implementation, *amounts))
@@ -470,17 +565,26 @@ def rows() -> list[tuple[str, ...]]:
 def kind_rows() -> list[tuple[str, ...]]:
     """The launches by group, after the header."""
     found: list[tuple[str, ...]] = [("network", "implementation", *KINDS)]
-    for (name, implementation), of in counts().items():
+    for (name, implementation), of in with_compiled():
         found.append((name, implementation, *(str(of.launches[kind]) for kind in KINDS)))
     return found
 
 
-def page(instructions: str) -> str:
-    """The text of docs/counts.md; `instructions`: the section that sass.py writes."""
+def page(instructions: str, predicted: Sequence[tuple[str, ...]]) -> str:
+    """The text of docs/counts.md.
+
+    instructions: the section that sass.py writes.
+    predicted: rows of evaluations.py, after their header.
+    """
     head, *body = rows()
     kinds, *by_kind = kind_rows()
     outside, *by_request = step_rows()
+    compiled = counted.recorded(inductor.SECTION).values()
+    versions = sorted({f"PyTorch {each['torch']}" for each in compiled})
     return PAGE.format(
+        versions=" and ".join(versions),
+        predicted=table(predicted[0], predicted[1:]),
+        eager=table(EAGER_HEAD, eager_rows(counted.recorded(eager.SECTION))),
         counts=table(head, body),
         kinds=table(kinds, by_kind),
         steps=table(outside, by_request),
@@ -500,7 +604,13 @@ on an H200. Conversions of NCHW inside cuDNN and split-K reductions of cuBLAS ar
 
 A guided evaluation of one image has batch 2. fastdiff's own networks get the time embedding and the
 keys and values of the text from the engine, which computes them once per request; diffusers
-computes them in every evaluation. Inductor's kernels are not counted here.
+computes them in every evaluation.
+
+Inductor's rows are what torch.compile ({versions}) generates for an H200, in its default mode and
+in `reduce-overhead`: its own Triton kernels ("fused"), and those of cuDNN, cuBLAS and attention.
+The code was generated without a GPU and read (`python -m fastdiff.bench.counts inductor --docs`,
+minutes per network; `fastdiff/bench/inductor.py` states what is left out). The numbers come from
+docs/counts.json; a network without such a row has not been counted.
 
 ## Totals
 
@@ -519,6 +629,26 @@ the prediction is rescaled), and one addition that advances rows and indices. Re
 blend with the known image in further launches, which are not counted here.
 
 {steps}
+
+## Host time of accelerated diffusers
+
+`python -m fastdiff.bench.counts host --accelerated --docs` measured these on one core, without
+graphs: an evaluation of a U-Net with the modules of Stable Diffusion 1.5's, few channels and small
+latents, with the launches of fastdiff's kernels stubbed and the time of PyTorch's kernels
+subtracted (`fastdiff/bench/eager.py`). The unit is one `torch.add` of two numbers; functions are
+calls in Python and in C. The ratio is the median of paired rounds, accelerated over plain.
+
+{eager}
+
+## Predicted evaluations of Stable Diffusion 1.5
+
+Lower bounds for an H200 from the counts above, made before any GPU was measured
+(`fastdiff/bench/evaluations.py`): the GPU's time is a sum over products, attention and the rest of
+what binds each; the host's is 0.8 us per tiny add, with a graph one launch. The longer of the two
+is the evaluation. The last column is Inductor's time over the row's, where Inductor's launches have
+been counted.
+
+{predicted}
 
 ## Instructions
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastdiff.bench import inductor
+from fastdiff.bench import counts, inductor, launches
 from fastdiff.bench.record import ROOT
 
 KERNEL = """
@@ -73,6 +73,20 @@ def test_generated_code_is_read() -> None:
 def test_an_operator_without_a_number_of_launches_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"torch.ops.aten.sort.default has no number of launches"):
         inductor.read(CODE.replace("_scaled_dot_product_flash_attention", "sort"))
+
+
+def test_the_record_has_the_products_of_its_networks() -> None:
+    """FLOPs and convolutions from generated code equal those counted from operators, which another
+    test compares with the page."""
+    rows = [line.strip("| ").split(" | ") for line in counts.DOCS.read_text().splitlines()]
+    recorded = inductor.compiled_networks()
+    assert recorded
+    for name, found in recorded.items():
+        theirs = "diffusers" if name in launches.DIFFUSERS else "fastdiff"
+        [flops] = [row[5] for row in rows if row[0].startswith(f"{name},") and row[2] == theirs]
+        [convolutions] = [row[2] for row in rows if row[:2] == [name, theirs]]
+        assert f"{found.flops / 1e12:.2f}" == flops
+        assert f"{found.launches['convolution']}" == convolutions
 
 
 COMPILE = """

@@ -123,5 +123,5 @@ def test_a_step_launches_three_kernels_outside_the_network(request_kind: str) ->
 
 def test_the_page_equals_the_count() -> None:
     import_diffusers("AutoencoderKL")
-    found, expected = counts.DOCS.read_text(), launches.page(counts.sass_section())
+    found, expected = counts.DOCS.read_text(), counts.whole_page()
     assert found == expected, "run python -m fastdiff.bench.counts launches --docs"

@@ -1,0 +1,154 @@
+"""Predicted times of one evaluation of a network on an H200, with the host's time.
+
+An evaluation takes the longer of two: the GPU's time, and without a CUDA graph the host's. The
+GPU's time is a sum over three groups of launches, of the term that binds each:
+
+    products    convolutions and linear layers: FLOPs at the speed of a large product, bytes at the
+                speed of a copy, 2 us per launch
+    attention   what predict.py says of each call, ours or padded like a library kernel
+    the rest    bytes at the speed of a copy, 2 us per launch
+
+Launches and bytes are those of launches.py and inductor.py. Times of a group are no better than its
+mean: a launch that binds by bytes does not fill another's products. The host's time is counted in
+tiny adds (docs/counts.json); a graph replaces it by one launch.
+
+These are lower bounds, made before any GPU was measured; ratios of two of them say what may be
+expected, not what is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from fastdiff.bench import counted, eager, inductor, launches
+from fastdiff.bench.launches import DIFFUSERS, Count
+from fastdiff.bench.predict import H200, Device, of_attention
+from fastdiff.bench.run import Case
+from fastdiff.bench.shapes import GPU_JOBS, Job
+from fastdiff.bench.subjects import SUBJECTS
+
+ADD_S = 0.8e-6
+"""Seconds of one tiny `torch.add` on the host of a GPU."""
+NETWORK = "SD 1.5 U-Net"
+IMAGES = (1, 16)
+"""Guided images at a time: two rows of the network each."""
+PRODUCTS = ("convolution", "linear")
+WEIGHTS = 2 * 859_520_964
+"""Bytes of the network's parameters, which a larger batch does not read again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation of `NETWORK`."""
+
+    images: int
+    implementation: str
+    terms: Mapping[str, float]
+    """What binds a group of launches -> seconds of the GPU."""
+    host: float
+    """Seconds."""
+
+    @property
+    def gpu(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def seconds(self) -> float:
+        return max(self.gpu, self.host)
+
+    @property
+    def bound(self) -> str:
+        if self.host > self.gpu:
+            return "host"
+        return max(self.terms, key=lambda name: self.terms[name])
+
+
+def of_launches(
+    found: Count | inductor.Compiled, job: Job, device: Device, *, ours: bool
+) -> dict[str, float]:
+    """What binds -> seconds, for the launches of one evaluation of a job."""
+    terms: defaultdict[str, float] = defaultdict(float)
+    rest = [kind for kind in found.launches if kind not in (*PRODUCTS, "attention")]
+    for kinds in (PRODUCTS, rest):
+        moved = sum(found.bytes_of[kind] for kind in kinds) / device.copy
+        times = {
+            "products": sum(found.flops_of[kind] for kind in kinds) / device.matmul,
+            "bytes": moved,
+            "launches": sum(found.launches[kind] for kind in kinds) * device.launch,
+        }
+        bound = max(times, key=lambda name: times[name])
+        terms[bound] += times[bound]
+    for call, times_called in replace(job, batch=1).collect().items():
+        if call.op == "attention":
+            at = call.at_batch(job.batch)
+            case = Case(subject=SUBJECTS["attention"], job_name=NETWORK, job=job, call=at)
+            found_floor = of_attention(case, device)
+            seconds = found_floor.floor_s if ours else found_floor.rival_s
+            terms["attention"] += times_called * max(seconds, device.launch)
+    return dict(terms)
+
+
+def at_batch(found: inductor.Compiled, times: int) -> inductor.Compiled:
+    """The same launches on a batch that is `times` as large: weights are read once."""
+    bytes_of = Counter({kind: times * moved for kind, moved in found.bytes_of.items()})
+    for kind in PRODUCTS:  # its share of the weights, by what it moves
+        share = found.bytes_of[kind] / sum(found.bytes_of[each] for each in PRODUCTS)
+        bytes_of[kind] -= round((times - 1) * WEIGHTS * share)
+    flops_of = Counter({kind: times * flops for kind, flops in found.flops_of.items()})
+    return replace(found, bytes_of=bytes_of, flops_of=flops_of)
+
+
+def evaluations(device: Device = H200) -> Iterator[Evaluation]:
+    """Ours in a graph against the rivals; Inductor only if docs/counts.json has its launches."""
+    compiled = inductor.compiled_networks().get(NETWORK)
+    hosts = counted.recorded(eager.SECTION)
+    for images in IMAGES:
+        job = replace(GPU_JOBS[NETWORK], batch=2 * images)
+
+        def one(
+            implementation: str,
+            found: Count | inductor.Compiled,
+            host: float = device.launch,
+            *,
+            ours: bool = True,
+            job: Job = job,
+        ) -> Evaluation:
+            return Evaluation(
+                images=job.batch // 2,
+                implementation=implementation,
+                terms=of_launches(found, job, device, ours=ours),
+                host=host,
+            )
+
+        known = launches.counts()[NETWORK, "fastdiff"] if images == 1 else None
+        yield one("fastdiff, graph", known or launches.native(job))
+        if images == 1 and NETWORK in DIFFUSERS:
+            theirs = launches.counts()
+            accelerated = theirs[NETWORK, "diffusers, accelerated"]
+            yield one("diffusers, accelerated, graph", accelerated)
+            for backend, each in hosts.items():
+                name = f"diffusers, accelerated, eager, {backend}"
+                yield one(name, accelerated, each["adds"][1] * ADD_S)
+            if hosts:
+                plain = max(each["adds"][0] for each in hosts.values()) * ADD_S
+                yield one("diffusers, eager", theirs[NETWORK, "diffusers"], plain, ours=False)
+        if compiled is not None:
+            found = at_batch(compiled, images)
+            yield one("diffusers, Inductor, graph", found, ours=False)
+
+
+HEAD = ("images", "implementation", "bound by", "GPU, ms", "host, ms", "of Inductor")
+
+
+def rows(device: Device = H200) -> list[tuple[str, ...]]:
+    """One row per evaluation, after the header; the last column is Inductor's time over its own."""
+    found = list(evaluations(device))
+    rival = {e.images: e.seconds for e in found if "Inductor" in e.implementation}
+    table: list[tuple[str, ...]] = [HEAD]
+    for e in found:
+        ratio = f"{rival[e.images] / e.seconds:.2f} x" if e.images in rival else ""
+        times = f"{1e3 * e.gpu:.2f}", f"{1e3 * e.host:.2f}"
+        table.append((f"{e.images}", e.implementation, e.bound, *times, ratio))
+    return table
