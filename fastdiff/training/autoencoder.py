@@ -25,11 +25,12 @@ from fastdiff.images import contact_sheet
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, Quantized
 from fastdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from fastdiff.models.perceptual import LPIPS, LocalFeatureLoss
-from fastdiff.training.batches import Batches, check_model_fits
+from fastdiff.training.batches import Batches, check_model_fits, drawn
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
+from fastdiff.training.ranks import data_parallel
 from fastdiff.training.start import origin, take_weights
 from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
@@ -136,6 +137,7 @@ class AutoencoderRun:
         return from_dict(cls, data)
 
 
+@data_parallel
 def train_autoencoder(run: AutoencoderRun, *, resume: bool = False) -> Path:
     """Train the autoencoder of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
@@ -209,17 +211,15 @@ class AutoencoderTask:
             device=self.device,
         )
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, rows: Tensor | None = None) -> Batch:
         """Images (N, C, H, W) in [-1, 1], and noise (N, z, h, w) to sample the posterior."""
-        images, _ = self.batches.images(step)
+        images, _ = self.batches.images(step, rows)
         model = self.run.model
         side = self.run.data.image_size // model.downsample_factor
         shape = (len(images), model.latent_channels, side, side)
         source = generator(self.run.seed, "posterior", step, device=self.device)
-        return {
-            "images": images,
-            "noise": torch.randn(shape, generator=source, device=self.device),
-        }
+        noise = drawn(shape, self.run.optimization.batch_size, source, rows)
+        return {"images": images, "noise": noise}
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reconstruction, regularisation and, once it has started, adversarial losses."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,14 @@ class Batches:
                 "restore them, or train in a new folder"
             )
 
-    def images(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (batch_size, C, H, W), fp32 in [-1, 1], and labels (batch_size,) int64."""
+    def places(self, step: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Indices and epochs (N,) of a step's images; rows: only of these rows of the batch."""
         indices, epochs = self.order.batch(step)
+        return (indices, epochs) if rows is None else (indices[rows], epochs[rows])
+
+    def images(self, step: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W), fp32 in [-1, 1], and labels (N,) int64; rows: only these."""
+        indices, epochs = self.places(step, rows)
         labels = self.dataset.labels[indices].to(self.device, non_blocking=True)
         return self.augmented(indices, epochs), labels
 
@@ -60,6 +65,17 @@ class Batches:
         """Up to `count` unaugmented images, evenly spread over the data set, for previews."""
         indices = torch.linspace(0, len(self.dataset) - 1, min(count, len(self.dataset))).long()
         return self.dataset.batch(indices)[0].to(self.device)
+
+
+def drawn(
+    shape: Sequence[int], batch_size: int, source: torch.Generator, rows: Tensor | None
+) -> Tensor:
+    """Normal noise (N, ...) of a batch, or of some of its rows: the same whoever takes them.
+
+    shape: (N, ...) of what is returned.
+    """
+    noise = torch.randn((batch_size, *shape[1:]), generator=source, device=source.device)
+    return noise if rows is None else noise[rows.to(noise.device)]
 
 
 def check_model_fits(config: DataConfig, *, channels: int, what: str) -> None:

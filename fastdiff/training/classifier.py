@@ -27,13 +27,14 @@ from fastdiff.diffusion.schedules import ScheduleConfig, noise_schedule
 from fastdiff.files import one_line_errors
 from fastdiff.images import contact_sheet
 from fastdiff.models.classifier import Classifier, ClassifierConfig
-from fastdiff.training.batches import Batches, check_model_fits
+from fastdiff.training.batches import Batches, check_model_fits, drawn
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.latents import Latents
 from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.objective import DenoiserLossConfig, Objective
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
+from fastdiff.training.ranks import data_parallel
 from fastdiff.training.start import origin, take_weights
 from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
@@ -151,6 +152,7 @@ def for_guided(run: ClassifierRun, place: str) -> ClassifierRun:
     )
 
 
+@data_parallel
 def train_classifier(run: ClassifierRun, *, resume: bool = False) -> Path:
     """Train a noisy classifier; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
@@ -231,15 +233,16 @@ class ClassifierTask:
 
         return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, rows: Tensor | None = None) -> Batch:
         """The batch of a step: x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,).
 
         The timesteps of each accumulated part are spread evenly (Kingma et al. 2021, appendix I.1).
         """
         run = self.run
-        x0, labels = self.latents.batch(step)
+        x0, labels = self.latents.batch(step, rows)
+        size = run.optimization.batch_size
         source = generator(run.seed, "noise", step, device=self.device)
-        noise = torch.randn(x0.shape, generator=source, device=self.device)
+        noise = drawn(x0.shape, size, source, rows)
         spread = Objective(
             config=DenoiserLossConfig(timesteps="stratified"),
             schedule=noise_schedule(replace(run.schedule, shift=1.0)),
@@ -247,7 +250,8 @@ class ClassifierTask:
         )
         source = generator(run.seed, "timesteps", step)
         parts = run.optimization.accumulate
-        t = torch.cat([spread.timesteps(len(x0) // parts, source) for _ in range(parts)])
+        t = torch.cat([spread.timesteps(size // parts, source) for _ in range(parts)])
+        t = t if rows is None else t[rows]
         return {"x0": x0, "noise": noise, "t": t.to(self.device), "y": labels}
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

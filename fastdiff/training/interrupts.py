@@ -32,9 +32,9 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal number, as in shells: 143 for SIGTERM, 130 for Ctrl-C."""
-        assert self.received is not None
-        return 128 + self.received
+        """128 + the signal number, as in shells: 143 for SIGTERM, 130 for Ctrl-C. Without a signal,
+        143: another rank has received one."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
         if self.received is None:

@@ -17,7 +17,7 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.data import generator
 from fastdiff.files import one_line_errors
 from fastdiff.models.autoencoder import Autoencoder, Posterior
-from fastdiff.training.batches import Batches
+from fastdiff.training.batches import Batches, drawn
 
 _ENCODED_AT_ONCE = 256
 
@@ -54,27 +54,29 @@ class Latents:
             self._views = self._encode_views(autoencoder, views) if views else None
             self.scale_factor = 1 / float(self.unscaled(0)[0].double().std())
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """x0 (N, C, h, w) fp32, scaled to unit variance on latents, and labels (N,) int64."""
-        x0, labels = self.unscaled(step)
+    def batch(self, step: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x0 (N, C, h, w) fp32, scaled to unit variance on latents, and labels (N,) int64; rows:
+        only of these rows of the step's batch."""
+        x0, labels = self.unscaled(step, rows)
         return x0 * self.scale_factor, labels
 
     @torch.no_grad()
-    def unscaled(self, step: int) -> tuple[Tensor, Tensor]:
+    def unscaled(self, step: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`batch` before scaling; latents of a KL autoencoder are sampled from its posterior."""
         if self.autoencoder is None:
-            return self.batches.images(step)
+            return self.batches.images(step, rows)
         if self._views is not None:
-            moments, labels = self._from_views(self._views, step)
+            moments, labels = self._from_views(self._views, step, rows)
         else:
-            images, labels = self.batches.images(step)
+            images, labels = self.batches.images(step, rows)
             moments = _moments(self.autoencoder, images)
         if self.autoencoder.config.regularization == "vq":
             return moments, labels
         mean, std = moments.chunk(2, dim=1)
         device = self.batches.device
         source = generator(self.batches.seed, "posterior", step, device=device)
-        return mean + std * torch.randn(mean.shape, generator=source, device=device), labels
+        noise = drawn(mean.shape, self.batches.order.batch_size, source, rows)
+        return mean + std * noise, labels
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of one sample, for images with sides of `image_size` pixels."""
@@ -121,8 +123,8 @@ class Latents:
                 rows.append(_moments(autoencoder, images))
         return torch.cat(rows).unflatten(0, (views, len(dataset)))
 
-    def _from_views(self, views: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        indices, epochs = self.batches.order.batch(step)
+    def _from_views(self, views: Tensor, step: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        indices, epochs = self.batches.places(step, rows)
         device = self.batches.device
         moments = views[(epochs % len(views)).to(device), indices.to(device)]
         return moments, self.batches.dataset.labels[indices].to(device)

@@ -25,13 +25,14 @@ from fastdiff.runtime.conditions import class_conditions
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
 from fastdiff.runtime.run import run
-from fastdiff.training.batches import Batches, check_model_fits
+from fastdiff.training.batches import Batches, check_model_fits, drawn
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
 from fastdiff.training.memory import check_training, training_bytes
 from fastdiff.training.objective import Objective
 from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
+from fastdiff.training.ranks import data_parallel, ranks
 from fastdiff.training.resampler import SecondMomentResampler
 from fastdiff.training.start import origin, take_weights, warn_of_another_task
 from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
@@ -41,6 +42,7 @@ LETTERS = 10
 _PIXEL_CLAMP = 1.0
 
 
+@data_parallel
 def train_diffusion(run: DiffusionRun[Any], *, resume: bool = False) -> Path:
     """Train the denoiser of a run; see `fastdiff.training.trainer.train`."""
     check_precision(run.optimization.precision, resolve_device(run.device))
@@ -122,28 +124,28 @@ class DiffusionTask:
 
         return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step.
+    def batch(self, step: int, rows: Tensor | None = None) -> Batch:
+        """The batch of a step, or some of its rows.
 
         x0 (N, C, h, w), scaled; noise of the same shape; t (N,); y (N,) if the model has classes;
         weight (N,) of the losses if timesteps are not drawn uniformly; extra (N, C, h, w), what an
         upsampler enlarges.
         """
-        run = self.run
-        x0, labels = self.latents.batch(step)
+        run, size = self.run, self.run.optimization.batch_size
+        mine = slice(None) if rows is None else rows
+        x0, labels = self.latents.batch(step, rows)
         source = generator(run.seed, "noise", step, device=self.device)
-        noise = torch.randn(x0.shape, generator=source, device=self.device)
-        batch = {"x0": x0, "noise": noise}
+        batch = {"x0": x0, "noise": drawn(x0.shape, size, source, rows)}
         if run.low_resolution:
             batch["extra"] = enlarged(reduced(x0, run.low_resolution), x0.shape[2:])
         if self.resampler is None:
-            batch["t"] = self.timesteps(step)
+            batch["t"] = self.timesteps(step)[mine]
         else:
-            t, weight = self.resampler.draw(len(x0), generator(run.seed, "timesteps", step))
-            batch |= {"t": t.to(self.device), "weight": weight.to(self.device)}
+            t, weight = self.resampler.draw(size, generator(run.seed, "timesteps", step))
+            batch |= {"t": t[mine].to(self.device), "weight": weight[mine].to(self.device)}
         if run.model.num_classes is not None:
             source = generator(run.seed, "class-dropout", step)
-            dropped = torch.rand(len(labels), generator=source).to(self.device) < run.class_dropout
+            dropped = torch.rand(size, generator=source)[mine].to(self.device) < run.class_dropout
             batch["y"] = torch.where(dropped, run.model.num_classes, labels)
         return batch
 
@@ -163,7 +165,7 @@ class DiffusionTask:
         losses = self.objective.losses(output, x, x0, noise, t)
         if self.resampler is None:
             return {self.averaged: losses.mean()}, {}
-        self.resampler.update(t, losses.detach())
+        self.resampler.update(*ranks().gather(t, losses.detach()))
         return {self.averaged: (part["weight"] * losses).mean()}, {}
 
     def preview(self, network: nn.Module, step: int) -> Image.Image:

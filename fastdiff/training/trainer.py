@@ -32,6 +32,7 @@ from fastdiff.training.ema import EMA
 from fastdiff.training.interrupts import Interrupts
 from fastdiff.training.monitor import Monitor
 from fastdiff.training.precision import autocast, check_precision
+from fastdiff.training.ranks import Silent, ranks
 from fastdiff.training.rates import learning_rate
 
 Batch = dict[str, Tensor]
@@ -73,8 +74,9 @@ class Task(Protocol):
     averaged: str
     device: torch.device
 
-    def batch(self, step: int) -> Batch:
-        """Tensors (batch_size, ...) of step `step`, on the device."""
+    def batch(self, step: int, rows: Tensor | None = None) -> Batch:
+        """Tensors (batch_size, ...) of step `step`, on the device; rows (N,) int64: only these
+        rows of them, with the same values."""
         ...
 
     def losses(self, part: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -113,6 +115,9 @@ class Trainer:
         self.task = task
         self.run = run
         self.config = config = run.optimization
+        self.ranks = ranks()
+        self.ranks_before = self.ranks.world
+        self.rows = self.ranks.rows(config.batch_size, config.accumulate)
         check_precision(config.precision, task.device)
         self.names: dict[str, list[str]] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
@@ -140,24 +145,28 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step of every network that has a loss."""
         config, step = self.config, self.done
-        batch = self.task.batch(step)
-        size = config.batch_size // config.accumulate
+        batch = self.task.batch(step, self.rows)
+        world = self.ranks.world
+        size = config.batch_size // (config.accumulate * world)
         scalars: dict[str, Tensor] = {}
         active: list[str] = []
         for index in range(config.accumulate):
             part = {name: value[index * size : (index + 1) * size] for name, value in batch.items()}
-            torch.manual_seed(derive_seed(self.run.seed, "dropout", step, index))
+            place = index * world + self.ranks.rank
+            torch.manual_seed(derive_seed(self.run.seed, "dropout", step, place))
             with autocast(config.precision, self.task.device):
                 losses, logged = self.task.losses(part, step)
             for name, loss in losses.items():
                 # inputs=: the autoencoder's loss must not train the discriminator it passes through
-                scaled = self.scaler.scale(loss / config.accumulate)
+                scaled = self.scaler.scale(loss / (config.accumulate * world))
                 torch.autograd.backward(scaled, inputs=self.parameters[name])
             active = list(losses)
             shown = {_loss_name(name, self.task): loss for name, loss in losses.items()}
             for name, value in {**shown, **logged}.items():
                 scalars[name] = scalars.get(name, 0) + value.detach().float() / config.accumulate
+        scalars = self.ranks.mean(scalars)
         for name in active:
+            self.ranks.sum_gradients(self.parameters[name])
             scalars[f"grad_norm/{name}"] = self._update(name, learning_rate(step, config))
         self.scaler.update()
         self.ema.update()
@@ -240,6 +249,7 @@ class Trainer:
             "sums": self._sums,
             "task": self.task.state(),
             "torch": torch.__version__,
+            "ranks": self.ranks.world,
         }
         checkpoints.save_checkpoint(root, self.done, tensors, state)
         checkpoints.delete_old(root, self.done, self.run.output.keep)
@@ -284,6 +294,7 @@ class Trainer:
         self._skipped = state["skipped"]
         self._sums = {name: list(entry) for name, entry in state["sums"].items()}
         self.done = state["step"]
+        self.ranks_before = state.get("ranks", 1)
 
 
 def train(task: Task, run: Run, *, resume: bool) -> Path:
@@ -296,8 +307,14 @@ def train(task: Task, run: Run, *, resume: bool) -> Path:
     folder = Path(run.output.folder)
     if resume and not (folder / CONFIG).exists():
         raise FileNotFoundError(f"nothing to resume in {folder}: it has no {CONFIG}")
+    if not ranks().first:
+        ranks().wait()  # until the first one has opened the folder
+        return fit(task, run, resume=resume)
     with locked_folder(folder, what="is training"):
         changes = open_run(run, resume=resume)
+        for place in (folder, folder / "checkpoints", folder / "samples"):
+            remove_leftovers(place)
+        ranks().wait()
         return fit(task, run, resume=resume, notice=changes)
 
 
@@ -316,35 +333,46 @@ def fit(task: Task, run: Run, *, resume: bool, notice: str = "") -> Path:
     """
     folder = Path(run.output.folder)
     root = folder / "checkpoints"
-    for place in (folder, root, folder / "samples"):
-        remove_leftovers(place)
     trainer = Trainer(task, run)
     checkpoint = checkpoints.latest_checkpoint(root) if resume else None
     if checkpoint is not None:
         trainer.load(checkpoint)
-    monitor = Monitor(
-        folder,
-        first_step=trainer.done,
-        steps=run.optimization.steps,
-        tensorboard=run.output.tensorboard,
-    )
+    trainer.ranks.wait()  # no rank may look for the newest checkpoint once a newer one is written
+    monitor: Monitor | Silent = Silent(folder)
+    if trainer.ranks.first:
+        monitor = Monitor(
+            folder,
+            first_step=trainer.done,
+            steps=run.optimization.steps,
+            tensorboard=run.output.tensorboard,
+        )
+    stopped = False
     with monitor, Interrupts() as interrupts:
         if checkpoint is not None:
             monitor.say(f"resumed {folder} at step {trainer.done}")
+        if trainer.ranks_before != trainer.ranks.world:
+            monitor.say(
+                f"the checkpoint is of {trainer.ranks_before} ranks, this run has "
+                f"{trainer.ranks.world}: sums are taken in another order from here on"
+            )
         if notice:
             monitor.say(notice)
-        while trainer.done < run.optimization.steps and interrupts.received is None:
+        if trainer.rows is not None:
+            monitor.say(f"{trainer.ranks.world} ranks, {len(trainer.rows)} images each")
+        while trainer.done < run.optimization.steps and not stopped:
             _one_step(trainer, monitor, folder)
+            stopped = trainer.ranks.any(interrupts.received is not None)
         trainer.settle()
         save(trainer, monitor, folder)
-        if interrupts.received is not None:
+        stopped = trainer.ranks.any(stopped or interrupts.received is not None)
+        if stopped:
             monitor.say(f"stopped at step {trainer.done}; resume to continue")
             raise SystemExit(interrupts.exit_code)
         monitor.say(f"finished: {folder / 'model'}")
     return folder
 
 
-def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
+def _one_step(trainer: Trainer, monitor: Monitor | Silent, folder: Path) -> None:
     """Take one step, then log, preview and save if due."""
     output, config = trainer.run.output, trainer.config
     rate = learning_rate(trainer.done, config)
@@ -366,23 +394,29 @@ def _one_step(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
         save(trainer, monitor, folder)
 
 
-def preview(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
+def preview(trainer: Trainer, monitor: Monitor | Silent, folder: Path) -> None:
     """Write samples/step_N.png, made with the averaged weights."""
+    if isinstance(monitor, Silent):
+        return
     sheet = trainer.task.preview(trainer.ema.network, trainer.done)
     save_png(folder / "samples" / f"step_{trainer.done:08d}.png", sheet)
     monitor.sheet(trainer.done, sheet, "samples")
     monitor.pause()
 
 
-def save(trainer: Trainer, monitor: Monitor, folder: Path) -> None:
-    """Write a checkpoint and the bundle model/."""
+def save(trainer: Trainer, monitor: Monitor | Silent, folder: Path) -> None:
+    """Write a checkpoint and the bundle model/; of several ranks, the first one does."""
     root = folder / "checkpoints"
+    if not trainer.ranks.first:
+        trainer.ranks.wait()
+        return
     if checkpoints.latest_checkpoint(root) != checkpoints.step_folder(root, trainer.done):
         trainer.save(root)
     else:  # a run that was killed here may not have got to it
         checkpoints.delete_old(root, trainer.done, trainer.run.output.keep)
     trainer.task.export(trainer.ema.network, trainer.done)
     monitor.pause()
+    trainer.ranks.wait()
 
 
 def open_run(run: Run, *, resume: bool) -> str:
