@@ -229,6 +229,17 @@ def _example(name: str, op: Any) -> Example:
     return found
 
 
+COMPOSED = "it calls PyTorch's own kernels besides ours, whose launches are not stubbed"
+
+
+def composed(op: str, backend: str) -> bool:
+    """Whether a backend of an op calls PyTorch's products or concatenation."""
+    from fastdiff import kernels
+
+    known = kernels.OPS[op].backends.get(backend)
+    return known is not None and not getattr(known, "planned", True)
+
+
 def prepared(op: str, example: Example, mode: str) -> Call:
     """The call to time. Raises CannotRun if the mode needs a gradient and the op has none."""
     from fastdiff import kernels
@@ -447,6 +458,8 @@ class Worker:
         own, given = self.own[op], self.given.get(op)
         try:
             if isinstance(own, OpCall):
+                if composed(own.op, backend):
+                    raise CannotRun(COMPOSED)
                 case = Case(own.op, backend, mode, own.example())
                 return self._kept((op, backend, mode), case)
             if given is not None:

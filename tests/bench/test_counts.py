@@ -113,10 +113,12 @@ def test_planned_calls_are_short() -> None:
 
 def test_the_host_s_part_of_a_whole_evaluation() -> None:
     """Stable Diffusion 1.5's U-Net: the issue allows 3,000 tiny adds for all our ops together,
-    which is 19 per call. 64 functions a call cost about 12."""
+    which is 19 per call. 64 functions a call cost about 12. It has 61 GroupNorms, of which Triton
+    concatenates before 12, 48 LayerNorms and 32 attentions, besides products."""
+    least = {"triton": 49 + 48 + 32, "cuda": 61 + 48 + 32}
     for cost in counts.evaluation_costs("SD 1.5 U-Net", rounds=4):
         calls = int(cost.op.split(", ")[1].split()[0])
-        assert calls >= 150
+        assert calls >= least[cost.backend]
         assert cost.launches >= calls
         assert 0 < cost.functions < 70 * calls
         assert cost.cost is not None

@@ -834,7 +834,7 @@ def ordinary_inputs(
             table[:, column] = value
         x, f, history = draw(2, 4, 9, 9), draw(4, 4, 9, 9), draw(3, 2, 4, 9, 9)
         index = torch.tensor([1, 0], device=device)
-        pair = {"cond": seeds + 2, "uncond": seeds}
+        pair = {"cond": seeds + 2, "uncond": seeds, "log_prob": torch.zeros(2, device=device)}
         return (x, f, history, table.to(device), index, seeds), pair
     rows: list[Case] | None = globals().get(op.upper())
     if rows is not None:

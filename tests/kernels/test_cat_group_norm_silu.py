@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
@@ -91,6 +93,25 @@ ON_A_GPU = {
 def test_parity(case: cases.Case, dtype: torch.dtype, backend: str) -> None:
     with regime("large", COLUMNS=512, FINALIZE=8192):
         cases.check("cat_group_norm_silu", case, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", cases.ALL_BACKENDS)
+def test_parity_at_drawn_shapes(backend: str) -> None:
+    def check(data: st.DataObject) -> None:
+        n, groups, size, h, w = (data.draw(st.integers(1, top)) for top in (3, 9, 5, 7, 7))
+        channels = groups * size
+        assume(channels >= 2)
+        assume(n * channels * h * w >= 400)  # the largest error of a few numbers is chance
+        right = data.draw(st.integers(1, channels - 1))
+        drawn = case(
+            "drawn", "any shape and border", (n, channels - right, h, w), right, groups,
+            layout=data.draw(st.sampled_from([lambda x: x, NHWC])),
+            add=data.draw(st.sampled_from(["", "channel", "vector residual", "residual"])),
+        )  # fmt: skip
+        dtype = data.draw(st.sampled_from(cases.DTYPES))
+        cases.check("cat_group_norm_silu", drawn, dtype, backend)
+
+    cases.check_draws(check, backend, 20)
 
 
 @cases.needs_cuda

@@ -151,7 +151,8 @@ def test_ops_are_registered_right(backend: str) -> None:
         check("philox_normal", seeds[:0], [3, 5], step, 0, 1)
         table, rows = torch.ones(2, 20, device=x.device), torch.zeros_like(seeds)
         finite = torch.ones(3, dtype=torch.bool, device=x.device)
-        options = rows, rows + 1, torch.empty_like(x), finite, True
+        log_prob = torch.zeros(3, device=x.device)
+        options = rows, rows + 1, torch.empty_like(x), finite, log_prob, True
         tensors = x, draw(6, 5, 74), draw(3, 3, 5, 74), table, rows, seeds
         check("sampler_step", *tensors, *options)
 
