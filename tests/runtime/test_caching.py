@@ -49,20 +49,19 @@ def test_a_row_where_guidance_begins_is_full() -> None:
 
 
 def deep_cache(network: UNet, made: Request) -> Tensor:
-    """Sampling as in the paper, by whole evaluations whose deep channels are overwritten."""
+    """Sampling as in the paper, by whole evaluations whose deep features are overwritten; the skip
+    connection is an argument of its own."""
     assert made.cache is not None
     stage = network.output_blocks[-1 - made.cache.branch]
-    channels = network.deep_shape(made.cache.branch, SHAPE[1:])[0]
     full, kept = made.cache.full(made.table.guided), dict[str, Tensor]()
     state: dict[str, Any] = {}
 
     def overwrite(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        joined, rows = args[0].x, state["names"]
         if full[state["row"]]:
-            kept.update(zip(rows, joined[:, :channels].clone(), strict=True))
+            kept.update(zip(state["names"], args[0].total().clone(), strict=True))
             return args
-        deep = torch.stack([kept[name] for name in rows])
-        return Addends(torch.cat([deep, joined[:, channels:]], dim=1)), *args[1:]
+        # whole: with the addends that the stage's first norm would have summed
+        return Addends(torch.stack([kept[name] for name in state["names"]])), *args[1:]
 
     def predict(x: Tensor, row: int) -> Tensor:
         labels, names = [made.condition.label], ["cond"]
