@@ -516,15 +516,19 @@ def start_cells(start: Start | None, twice: int, enough: float) -> tuple[str, ..
     return start.plan, f"{start.blocks}", f"{twice}", f"{start.flight / 1e6:.2f}{short}"
 
 
-def size_rows(starts: dict[tuple[int, int], Start]) -> list[tuple[str, ...]]:
-    """One row per norm, after the header."""
+Starts = dict[tuple[int, int], Start]
+
+
+def size_rows(starts: Starts, in_triton: Starts) -> list[tuple[str, ...]]:
+    """One row per norm, after the header; starts: those of the CUDA kernels."""
     found: list[tuple[str, ...]] = [SIZE_HEAD]
     for name, c, h, _ in norm_sizes():
         enough = min(FLIGHT, c * h * h * 2)
         cuda = starts.get((c, h))
         cells = start_cells(cuda, 2 * cuda.blocks if cuda else 0, enough)
-        twice = math.prod(norm_launches(2, c, h)[0].grid)
-        cells += start_cells(triton_starts()[c, h], twice, enough)
+        triton = in_triton.get((c, h))
+        twice = math.prod(norm_launches(2, c, h)[0].grid) if triton else 0
+        cells += start_cells(triton, twice, enough)
         found.append((name, f"({c}, {h}, {h})", *cells))
     return found
 
@@ -565,11 +569,13 @@ def row_cells(row: Row) -> tuple[str, ...]:
 def counted() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
     """Both tables, each with its header, and what is left out of them."""
     found, missing = rows()
-    try:
-        starts = norm_starts()
-    except NoToolError:
-        starts = {}
-    return [HEAD, *map(row_cells, found)], size_rows(starts), missing
+    starts: list[Starts] = []
+    for start in (norm_starts, triton_starts):
+        try:
+            starts.append(start())
+        except (NoToolError, ImportError):
+            starts.append({})
+    return [HEAD, *map(row_cells, found)], size_rows(*starts), missing
 
 
 ALIKE = ((1280, 8), (1920, 16))
@@ -609,9 +615,10 @@ def section() -> str:
     Raises:
         NoToolError: rows would be missing.
     """
-    (head, *body), (sizes, *by_size), missing = counted()
+    _, missing = rows()
     if missing:
         raise NoToolError("; ".join(missing))
+    (head, *body), (sizes, *by_size), _ = counted()
     plan = cuda_plan()
     launched = [
         (name, *map(str, (*launches_of_norms(name, plan), *totals_with_cuda(name, plan))))

@@ -10,17 +10,22 @@ scale_shift and statistics are N * C numbers. The Triton implementation has two 
 size; a trip is one read or write of the whole tensor:
 
     small   some groups of one sample fit in a program's registers: one launch, 2 trips
-    large   moments per (n, chunk of space, c) -> finalize to one scale and shift per (n, c) ->
-            apply: 3 trips, of which the second read hits the L2 if a sample fits there
+    large   mean and sum of centered squares of each group's parts (chunk of space, tile of
+            channels) -> each program merges the parts of its groups and applies: two launches,
+            3 trips, of which the second read hits the L2 if a sample fits there
+
+If the small regime has too few programs to fill the GPU, up to 8 compute the same statistics and
+each writes its share of the rows; they read the same numbers, which are in the L2.
 
 The CUDA kernels take 2 trips if a group fits into the shared memory of a block or, on sm_90, of a
 cluster of up to 16 blocks, else 3 (csrc/cuda/norm_plan.h); backward takes 3 or 5.
 
 The backward pass saves x and the statistics (2 * N * G numbers) and recomputes the rest: x and dy
-in, dx out, 3 trips when small and 5 when large. The large regime also moves partial sums, 20
-(backward 16) bytes per channel and chunk of 128 or more positions, and the table of each channel's
-scale, shift and mean, 12 (backward 20) bytes per channel and tile of the last kernel, 64 (32)
-positions; these reads and writes stay in the caches.
+in, dx out, 3 trips when small (one launch) and 5 when large (three). The large regime also moves
+partial results, which stay in the caches: forward, 8 bytes per group and part, written once and
+read by every program that merges them; backward, partial sums, 16 bytes per channel and chunk of
+128 or more positions, and a table of what dx needs of each channel, 20 bytes per channel and tile
+of the last kernel, 32 or more positions.
 
 Statistics are fp32 (fp64 for fp64 input), whatever the dtype of x. The reference makes a contiguous
 copy first, because PyTorch's CPU kernel for channels_last computes the variance as E[x^2] - E[x]^2

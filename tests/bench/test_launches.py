@@ -67,7 +67,7 @@ def test_an_eager_norm_reads_twice() -> None:
     assert found.bytes == 2 * (3 + 2) * x.numel() + statistics
 
 
-@pytest.mark.parametrize(("side", "expected"), [(8, 1), (512, 3)])
+@pytest.mark.parametrize(("side", "expected"), [(8, 1), (512, 2)])
 def test_our_norm_counts_what_its_plan_launches(side: int, expected: int) -> None:
     x = meta(1, 320, side, side, channels_last=True)
     found = launches.count(lambda: kernels.group_norm_silu(x, 32))

@@ -239,10 +239,10 @@ def test_predictions_by_hand() -> None:
     x = 256 * 512**2 * 2
     assert decoder.floor_s == pytest.approx((3 * x + x - 30e6) / 4.3e12)
     assert decoder.rival_s / decoder.floor_s == pytest.approx(0.794, abs=1e-3)
-    # a sample of 8 MB fits
+    # a sample of 8 MB fits the L2, but no program: one launch for the moments, one for y
     unet = found["group_norm_silu SD 1.5 U-Net (2, 960, 64, 64)"]
     assert unet.floor_s == unet.rival_s
-    assert unet.seconds["launches"] == 3 * 2e-6
+    assert unet.seconds["launches"] == 2 * 2e-6
     (step,) = (p for p in found.values() if p.case.benchmark == "sampler_step")
     assert (step.bound, step.floor_s) == ("launches", 2e-6)
 

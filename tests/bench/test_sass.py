@@ -139,6 +139,10 @@ def test_without_nvcc_the_rows_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why == ["CUDA rows are left out: nvcc was not found; install the CUDA toolkit"]
     with pytest.raises(NoToolError, match="CUDA rows are left out"):
         sass.section()
+    monkeypatch.setattr(sass, "triton_code", missing)  # as without nvdisasm
+    _, (head, *sizes), _ = sass.counted()
+    assert len(sizes) > 20
+    assert all(cells[2:] == ("-",) * (len(head) - 2) for cells in sizes)
     sass.rows.cache_clear()
 
 
