@@ -145,7 +145,8 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step of every network that has a loss."""
         config, step = self.config, self.done
-        batch = self.task.batch(step, self.rows)
+        alone = self.rows is None
+        batch = self.task.batch(step) if alone else self.task.batch(step, self.rows)
         world = self.ranks.world
         size = config.batch_size // (config.accumulate * world)
         scalars: dict[str, Tensor] = {}
@@ -249,8 +250,9 @@ class Trainer:
             "sums": self._sums,
             "task": self.task.state(),
             "torch": torch.__version__,
-            "ranks": self.ranks.world,
         }
+        if self.ranks.world > 1:
+            state["ranks"] = self.ranks.world
         checkpoints.save_checkpoint(root, self.done, tensors, state)
         checkpoints.delete_old(root, self.done, self.run.output.keep)
 
