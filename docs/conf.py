@@ -61,7 +61,10 @@ nitpick_ignore_regex = [
         "py:class",
         r"fastdiff\.(models|evaluation|kernels|training)\..*",
     ),  # parts that are not public
-    ("py:class", r"fastdiff\.(checkpoint\.model\.Model|generate\.session\.Session)"),
+    (
+        "py:class",
+        r"fastdiff\.(checkpoint\.model\.Model|generate\.session\.Session|diffusion\.caching\.CacheConfig)",
+    ),
 ]
 
 html_theme = "pydata_sphinx_theme"

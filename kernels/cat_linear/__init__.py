@@ -120,9 +120,8 @@ def cat_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None = No
     concatenation.
 
     Args:
-        x: (..., K1), fp64/fp32/fp16/bf16. skip: (..., K2).
-        weight: (N, K1 + K2). bias: (N,) or None.
-        All have the dtype of x and any strides.
+        x: (..., K1), fp64/fp32/fp16/bf16; all operands have its dtype, and any strides.
+        skip: (..., K2). weight: (N, K1 + K2). bias: (N,) or None.
 
     Returns:
         (..., N), contiguous, in the dtype of x. Differentiable in every tensor.

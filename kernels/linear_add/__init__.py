@@ -192,11 +192,10 @@ def linear_add(
     """A linear layer of a sum, plus a residual: ``(x + addend) @ weight.T + bias + residual``.
 
     Args:
-        x: (..., K), fp64/fp32/fp16/bf16, any strides.
+        x: (..., K), fp64/fp32/fp16/bf16; all operands have its dtype, and any strides.
         weight: (N, K). bias: (N,) or None.
         addend: (..., K) like x, or None.
         residual: (..., N), or None.
-        All have the dtype of x and any strides.
 
     Returns:
         (..., N), contiguous, in the dtype of x. Differentiable in every tensor.
