@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -359,8 +358,3 @@ def _driver() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.splitlines()[0].strip()
-
-
-def counted(rows: Sequence[Row]) -> Counter[str]:
-    """Verdict -> how many rows' fastest entry of ours has it."""
-    return Counter(row.ours[0].verdict or "unsure" for row in rows if row.ours)

@@ -13,37 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import kernels
+from fastdiff.bench.ops import products as bench_products
 from fastdiff.bench.predict import H200
 from fastdiff.kernels import cat_linear, linear_add, linear_geglu
 from fastdiff.kernels.tuning import products
 from tests.kernels import cases
 
-
-def linear_geglu_eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return value * F.gelu(gate)
-
-
-def linear_add_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    addend: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    y = F.linear(x if addend is None else x + addend, weight, bias)
-    return y if residual is None else y + residual
-
-
-def cat_linear_eager(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
-
-
 cases.EAGER |= {
-    "linear_geglu": linear_geglu_eager,
-    "linear_add": linear_add_eager,
-    "cat_linear": cat_linear_eager,
+    subject.op: subject.eager
+    for subject in (bench_products.GEGLU, bench_products.ADD, bench_products.CAT)
 }
 
 
