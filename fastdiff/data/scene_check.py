@@ -155,7 +155,10 @@ def _identify(ink: np.ndarray, part: np.ndarray, colour: str) -> Thing:
     """
     size = len(part)
     rows, columns = (np.nonzero(part.any(axis))[0] for axis in (1, 0))
-    window = tuple(slice(max(at[0] - 2, 0), at[-1] + 3) for at in (rows, columns))
+    window = (
+        slice(max(rows[0] - 2, 0), rows[-1] + 3),
+        slice(max(columns[0] - 2, 0), columns[-1] + 3),
+    )
     seen = (ink * _grown(part))[window]
     area = seen.sum() / size**2
     axis = (np.arange(size) + 0.5) / size
