@@ -57,8 +57,10 @@ def run(options: Convert) -> int:
     if options.target.exists():
         raise ValueError(f"{options.target} already exists; choose another folder")
     said = options.load
-    if options.to == "bundle":  # a bundle cannot store them
-        said = replace(said, text_encoders=False)
+    if options.to == "bundle":
+        bare = replace(said, text_encoders=False)
+        if load(options.source, device="meta", options=bare).layout != "bundle":
+            said = bare  # a bundle stores the text encoder of another bundle, but no others
     dtype = getattr(torch, TORCH_NAMES[options.dtype]) if options.dtype else None
     clock, total = Clock(), _bytes(options.source)
     with progress("reading") as bar, clock("read"):
@@ -72,7 +74,7 @@ def run(options: Convert) -> int:
         and model.denoiser.config.context_dim is not None
         and model.class_embedding is None
     )
-    left_out = options.to == "bundle" and reads_text and options.load.text_encoders
+    left_out = reads_text and options.load.text_encoders and not said.text_encoders
     print_pairs(
         [
             ("layout", model.layout),

@@ -126,6 +126,29 @@ UNETS: dict[str, UNetConfig] = {
         qkv_order="legacy",
         learned_sigma=True,
     ),
+    # ours: latents of 4x16x16, and of 4x8x8, with the tokens of a text transformer
+    "emoji": UNetConfig(  # 3,913,108
+        in_channels=4,
+        out_channels=4,
+        model_channels=48,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_depth=(0, 1, 1),
+        num_heads=4,
+        context_dim=192,
+        norm_groups=8,
+    ),
+    "scenes": UNetConfig(  # 2,448,100
+        in_channels=4,
+        out_channels=4,
+        model_channels=48,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_depth=(1, 1),
+        num_heads=4,
+        context_dim=128,
+        norm_groups=8,
+    ),
     # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"
     "digits": UNetConfig(  # 1,698,628
         in_channels=4,
@@ -301,6 +324,14 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
         channel_mult=(1, 2, 2, 4),
         attention=(False, False, False, True),
         codebook_size=16384,
+    ),
+    # ours: 3x64x64 -> 4x16x16, 3x32x32 -> 4x8x8
+    "emoji": AutoencoderConfig(  # 681,911
+        image_channels=3,
+        model_channels=16,
+        channel_mult=(1, 2, 4),
+        num_res_blocks=1,
+        norm_groups=8,
     ),
     # ours: 1x32x32 -> 4x8x8
     "digits": AutoencoderConfig(  # 681,333

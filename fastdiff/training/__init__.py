@@ -19,6 +19,7 @@ from fastdiff.training.objective import DenoiserLossConfig
 from fastdiff.training.presets import TRAINING_PRESETS
 from fastdiff.training.rates import learning_rate
 from fastdiff.training.task import train_diffusion
+from fastdiff.training.text import TextConfig
 
 __all__ = [
     "EMA",
@@ -31,6 +32,7 @@ __all__ = [
     "OptimizationConfig",
     "OutputConfig",
     "PreviewConfig",
+    "TextConfig",
     "adaptive_weight",
     "describe",
     "ema_decay",

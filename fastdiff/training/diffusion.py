@@ -8,12 +8,14 @@ from typing import Any, Generic, TypeVar, get_args
 
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.data import DataConfig
+from fastdiff.data.config import CAPTIONED_SOURCES
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
 from fastdiff.names import Prediction
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.objective import DenoiserLossConfig
+from fastdiff.training.text import TextConfig, check_text
 
 OLDEST_KIND = "unet"
 """The kind of denoiser in a config.json without "network", written when there was only one kind."""
@@ -81,7 +83,11 @@ class DiffusionRun(Generic[NetworkConfigT]):
     upsampler."""
 
     class_dropout: float = 0.1
-    """Fraction of labels replaced by "no class", for classifier-free guidance."""
+    """Fraction of labels replaced by "no class", and of captions replaced by an empty one, for
+    classifier-free guidance."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    """A text transformer that is trained with the denoiser on captions."""
 
     latent_views: int = 0
     """0: encode each batch when it is needed. k > 0: encode k augmented views of every image before
@@ -149,10 +155,15 @@ class DiffusionRun(Generic[NetworkConfigT]):
                 "loss weighting 'bound' trains prediction and variance by the bound and needs a "
                 "model with learned_sigma=True; set it and twice the out_channels, or use 'simple'"
             )
-        if self.model.context_dim is not None or self.model.added_condition_dim is not None:
+        check_text(self.text, self.model, self.data.source, CAPTIONED_SOURCES)
+        if self.text.layers and not self.autoencoder:
             raise ValueError(
-                "training supports only class labels as conditions, but this model expects context "
-                "or an added vector; choose a model without context_dim and added_condition_dim"
+                "text is trained on latents; set autoencoder to the run of a first stage"
+            )
+        if self.text.layers and self.init_from:
+            raise ValueError(
+                "init_from starts from a denoiser, and text needs its text encoder too; leave "
+                "init_from out"
             )
 
     @property

@@ -14,6 +14,7 @@ from fastdiff.training.classifier import ClassifierRun
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.objective import DenoiserLossConfig
+from fastdiff.training.text import TextConfig
 
 # The variations are as small as those of handwriting, and some images stay unchanged, so that the
 # models also see the real distribution. The autoencoder may learn more than digits; the denoiser
@@ -61,6 +62,73 @@ def _tiny_latent(model: Any, folder: str, **other: Any) -> DiffusionRun[Any]:
         **other,
     )
 
+
+def _captioned(source: str, image_size: int, *, augment: AugmentConfig | None = None) -> DataConfig:
+    """Pictures with captions."""
+    return DataConfig(
+        source=source,  # type: ignore[arg-type]
+        image_size=image_size,
+        channels=3,
+        augment=augment or AugmentConfig(),
+    )
+
+
+def _first_stage(data: DataConfig, folder: str, *, steps: int) -> AutoencoderRun:
+    """The autoencoder of drawings: flat colours and sharp edges, so no discriminator."""
+    return AutoencoderRun(
+        model=AUTOENCODERS["emoji"],
+        data=data,
+        discriminator=DiscriminatorConfig(image_channels=3),
+        loss=AutoencoderLossConfig(
+            perceptual_weight=0.25, kl_weight=1e-3, adversarial_weight=0.0, adversarial_start=0
+        ),
+        optimization=OptimizationConfig(
+            steps=steps,
+            batch_size=16,
+            learning_rate=1e-3,
+            final_learning_rate=2e-5,
+            beta2=0.99,
+            warmup_steps=100,
+            decay="cosine",
+            clip_norm=1.0,
+            ema_decay=0.995,
+        ),
+        output=OutputConfig(folder=folder, preview_every=500, save_every=250, export_dtype="fp16"),
+    )
+
+
+def _text_to_image(
+    model: Any, data: DataConfig, folder: str, *, steps: int, text: TextConfig, **other: Any
+) -> DiffusionRun[Any]:
+    """A denoiser and its text transformer, on the latents of the run before it."""
+    return DiffusionRun(
+        model=model,
+        autoencoder=folder.replace("text", "autoencoder"),
+        data=data,
+        schedule=ScheduleConfig(kind="cosine"),
+        prediction="v",
+        loss=DenoiserLossConfig(timesteps="stratified"),
+        class_dropout=0.1,
+        text=text,
+        optimization=OptimizationConfig(
+            steps=steps,
+            batch_size=32,
+            learning_rate=6e-4,
+            final_learning_rate=1e-5,
+            weight_decay=0.01,
+            warmup_steps=300,
+            decay="cosine",
+            clip_norm=1.0,
+            ema_decay=0.999,
+        ),
+        preview=PreviewConfig(guidance_scale=3.0, steps=25),
+        output=OutputConfig(folder=folder, preview_every=1000, save_every=250, export_dtype="fp16"),
+        **other,
+    )
+
+
+# Drawings are moved and scaled a little, on white; not mirrored, because of clocks and words.
+_DRAWINGS = AugmentConfig(shift=2, scale=0.06, rotation=4, probability=0.8, fill="border")
 
 TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] = {
     "digits-autoencoder": AutoencoderRun(
@@ -165,6 +233,29 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
     ),
     "tiny-uvit": _tiny_latent(
         UVITS["tiny"], "runs/tiny-uvit", preview=PreviewConfig(guidance_scale=1.5)
+    ),
+    # from captions: Rombach et al. 2022, section 3.3, with a text transformer trained jointly
+    "emoji-autoencoder": _first_stage(
+        _captioned("emoji", 64, augment=_DRAWINGS), "runs/emoji-autoencoder", steps=6000
+    ),
+    "emoji-text": _text_to_image(
+        replace(UNETS["emoji"], dropout=0.1),
+        _captioned("emoji", 64, augment=_DRAWINGS),
+        "runs/emoji-text",
+        steps=12000,
+        text=TextConfig(layers=3, heads=4, tokens=24, vocabulary=2048, dropout=0.1),
+        latent_views=16,
+    ),
+    "scenes-autoencoder": _first_stage(
+        _captioned("scenes", 32), "runs/scenes-autoencoder", steps=3000
+    ),
+    "scenes-text": _text_to_image(
+        UNETS["scenes"],
+        _captioned("scenes", 32),
+        "runs/scenes-text",
+        steps=12000,
+        text=TextConfig(layers=3, heads=4, tokens=24, vocabulary=512),
+        latent_views=1,
     ),
     "tiny-classifier": ClassifierRun(
         model=replace(CLASSIFIERS["tiny"], dropout=0.1),

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.layouts.bundle import save_bundle
 from fastdiff.checkpoint.model import RUN_MODEL, Model
-from fastdiff.data import generator, open_dataset
+from fastdiff.data import ImageDataset, generator, open_dataset
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import noise_schedule
 from fastdiff.images import contact_sheet, enlarged, reduced
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.network import Network, network_family
-from fastdiff.runtime.conditions import class_conditions
+from fastdiff.models.text import TextEncoder
+from fastdiff.models.text_transformer import TextTransformer
+from fastdiff.runtime.conditions import Condition, class_conditions
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
 from fastdiff.runtime.run import run
@@ -35,6 +37,7 @@ from fastdiff.training.provenance import EXPORT_DTYPES, provenance
 from fastdiff.training.ranks import data_parallel, ranks
 from fastdiff.training.resampler import SecondMomentResampler
 from fastdiff.training.start import origin, take_weights, warn_of_another_task
+from fastdiff.training.text import Captions, Conditioned
 from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
 LETTERS = 10
@@ -90,7 +93,8 @@ class DiffusionTask:
         if run.optimization.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = run.kind  # also the stem of its files in a run
-        self.networks: dict[str, nn.Module] = {self.averaged: self.denoiser}
+        self.captions, self.network = self._with_text(dataset)
+        self.networks: dict[str, nn.Module] = {self.averaged: self.network}
         self.latents = Latents(
             self.batches,
             autoencoder,
@@ -98,6 +102,15 @@ class DiffusionTask:
             views=run.latent_views,
         )
         self.origin: dict[str, str] | None = None
+
+    def _with_text(self, dataset: ImageDataset) -> tuple[Captions | None, nn.Module]:
+        """The captions, and the denoiser with its text transformer; without text, the denoiser."""
+        if not self.run.text.layers:
+            return None, self.denoiser
+        captions, width = Captions(dataset.captions, self.run.text), self.run.model.context_dim
+        assert width is not None, "checked by the run's config"
+        encoder = TextTransformer(captions.transformer(width))
+        return captions, Conditioned(self.denoiser, encoder.to(self.device))
 
     def start_from(self, place: str) -> None:
         """Initialize the weights from a trained model; see `fastdiff.training.start`.
@@ -114,22 +127,29 @@ class DiffusionTask:
     def needed_bytes(self) -> int:
         """Memory that training takes, in bytes; see `fastdiff.training.memory`."""
         run, shape = self.run, self.latents.shape(self.run.data.image_size)
+        width, others = run.model.context_dim, 0
+        if isinstance(self.network, Conditioned):
+            others = sum(p.numel() for p in self.network.encoder.parameters())
 
         def forward(network: Any, rows: int) -> Tensor:
             x = torch.empty(rows, run.model.in_channels, *shape[1:], device="meta")
-            t, y = torch.empty(rows, device="meta"), None
+            t, y, context = torch.empty(rows, device="meta"), None, None
             if run.model.num_classes is not None:
                 y = torch.empty(rows, dtype=torch.int64, device="meta")
-            return network(x, t, y=y)
+            if width is not None:
+                context = torch.empty(rows, run.text.tokens, width, device="meta")
+            return network(x, t, y=y, context=context)
 
-        return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
+        return training_bytes(
+            run.model, run.optimization, run.data, forward, others=others, device=self.device
+        )
 
     def batch(self, step: int, rows: Tensor | None = None) -> Batch:
         """The batch of a step, or some of its rows.
 
         x0 (N, C, h, w), scaled; noise of the same shape; t (N,); y (N,) if the model has classes;
         weight (N,) of the losses if timesteps are not drawn uniformly; extra (N, C, h, w), what an
-        upsampler enlarges.
+        upsampler enlarges; ids (N, T) of the captions.
         """
         run, size = self.run, self.run.optimization.batch_size
         mine = slice(None) if rows is None else rows
@@ -143,10 +163,15 @@ class DiffusionTask:
         else:
             t, weight = self.resampler.draw(size, generator(run.seed, "timesteps", step))
             batch |= {"t": t[mine].to(self.device), "weight": weight[mine].to(self.device)}
+        source = generator(run.seed, "class-dropout", step)
+        dropped = torch.rand(size, generator=source)[mine] < run.class_dropout
         if run.model.num_classes is not None:
-            source = generator(run.seed, "class-dropout", step)
-            dropped = torch.rand(size, generator=source)[mine].to(self.device) < run.class_dropout
-            batch["y"] = torch.where(dropped, run.model.num_classes, labels)
+            batch["y"] = torch.where(dropped.to(self.device), run.model.num_classes, labels)
+        if self.captions is not None:
+            source = generator(run.seed, "captions", step)
+            uniform = torch.rand(size, 2, generator=source, dtype=torch.float64)[mine]
+            indices, _ = self.batches.places(step, rows)
+            batch["ids"] = self.captions.drawn(indices, uniform, dropped).to(self.device)
         return batch
 
     def timesteps(self, step: int) -> Tensor:
@@ -161,7 +186,8 @@ class DiffusionTask:
         whole = torch.cat([x, part["extra"]], dim=1) if "extra" in part else x
         if self.run.optimization.channels_last:
             whole = whole.contiguous(memory_format=torch.channels_last)
-        output = self.denoiser(whole, t, y=part.get("y"))
+        words = {"ids": part["ids"]} if "ids" in part else {}
+        output = self.network(whole, t, y=part.get("y"), **words)
         losses = self.objective.losses(output, x, x0, noise, t)
         if self.resampler is None:
             return {self.averaged: losses.mean()}, {}
@@ -170,7 +196,6 @@ class DiffusionTask:
 
     def preview(self, network: nn.Module, step: int) -> Image.Image:
         """A labelled sheet of samples, a column per class, from the averaged weights."""
-        assert isinstance(network, Network)
         config, classes = self.run.preview, self.run.model.num_classes
         labels = [None if classes is None else i % classes for i in range(config.count)]
         columns, named = classes or 0, None
@@ -180,7 +205,7 @@ class DiffusionTask:
             ]
         else:  # no classes, or more of them than images
             columns = math.ceil(math.sqrt(config.count))
-        guided = config.guidance_scale != 1 and self.run.model.null_class
+        guided = config.guidance_scale != 1 and self._can_be_guided()
         guidance = f", guidance {config.guidance_scale:g}" if guided else ""
         return contact_sheet(
             self.sample(network, range(config.count), labels).cpu(),
@@ -193,19 +218,19 @@ class DiffusionTask:
 
     @torch.no_grad()
     def sample(
-        self, network: Network, seeds: Sequence[int], labels: Sequence[int | None]
+        self, network: nn.Module, seeds: Sequence[int], labels: Sequence[int | None]
     ) -> Tensor:
         """Sample images with the preview's sampler, as the exported model does for these seeds.
 
         labels: one class per seed; None for a model without classes. An upsampler enlarges an
-        image of the data for each.
+        image of the data for each; a model with text shows captions of the data.
 
         Returns (N, C, H, W) in [-1, 1].
         """
         shape = self.latents.shape(self.run.data.image_size)
         table = self._preview_table()
-        conditions, unconditional = class_conditions(
-            self.run.model, labels, guided=any(table.guided)
+        denoiser, conditions, unconditional = self._conditions(
+            network, labels, guided=any(table.guided)
         )
         noise = philox_normal(
             torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
@@ -224,10 +249,28 @@ class DiffusionTask:
             for index, seed in enumerate(seeds)
         ]
         # `prepare` changes a network in place, and this one is still being averaged.
-        ready = prepare(copy.deepcopy(network), device=self.device)
+        ready = prepare(copy.deepcopy(denoiser), device=self.device)
         for result in run(ready, requests):
             noise[result.request.tag] = result.x
         return self.latents.decode(noise)
+
+    def _conditions(
+        self, network: nn.Module, labels: Sequence[int | None], *, guided: bool
+    ) -> tuple[Network, list[Condition], list[Condition] | None]:
+        """The denoiser of the averaged network, and the conditions of a preview's images."""
+        if self.captions is not None:
+            assert isinstance(network, Conditioned)
+            texts = self.captions.examples(len(labels))
+            made = self.captions.conditions(network.encoder, texts, guided=guided)
+            return network.denoiser, *made
+        assert isinstance(network, Network)
+        return network, *class_conditions(self.run.model, labels, guided=guided)
+
+    def _can_be_guided(self) -> bool:
+        """Whether the model was trained without its condition, too."""
+        return self.run.model.null_class or (
+            self.captions is not None and self.run.class_dropout > 0
+        )
 
     def _enlarged_examples(self, labels: Sequence[int | None]) -> Tensor:
         """For each label an image of the data that has it, reduced and enlarged: (N, C, H, W)."""
@@ -252,20 +295,26 @@ class DiffusionTask:
             self.objective.schedule,
             config.steps,
             prediction=self.run.prediction,
-            guidance_scale=config.guidance_scale if model.null_class else 1.0,
+            guidance_scale=config.guidance_scale if self._can_be_guided() else 1.0,
             **options,
         )
 
     def export(self, network: nn.Module, step: int) -> None:
         """Write model/: the averaged denoiser and the first stage that it was trained on."""
         run, bundle = self.run, self.bundle
-        assert isinstance(network, Network)
+        encoders: tuple[TextEncoder, ...] = ()
+        denoiser = network
+        if isinstance(network, Conditioned):
+            assert self.captions is not None
+            denoiser, encoders = network.denoiser, (self.captions.encoder(network.encoder),)
+        assert isinstance(denoiser, Network)
         model = Model(
             layout="bundle",
             image_size=run.data.image_size,
             image_channels=run.data.channels,
             autoencoder=bundle.autoencoder if bundle else None,
-            denoiser=network,
+            denoiser=denoiser,
+            text_encoders=encoders,
             schedule=run.schedule,
             prediction=run.prediction,
             scale_factor=self.latents.scale_factor,

@@ -5,6 +5,8 @@
     KIND.safetensors              the denoiser, "unet" for a U-Net; absent for an autoencoder only
     class_embedding.safetensors   classes as context tokens, for denoisers that read them so
     classifier.safetensors        a noisy classifier, which guides a denoiser
+    text_encoder.safetensors      a text transformer that was trained with the denoiser
+    tokenizer.json                its merges
 
 Everything is checked before it is used: the safetensors header against the size of the file, the
 sha256 against config.json, names and shapes against the model that the config describes. Pickles,
@@ -42,16 +44,21 @@ from fastdiff.checkpoint.scheduler import SamplerSettings
 from fastdiff.checkpoint.weights import Progress, Sources, empty_model, fill, read_json, some
 from fastdiff.configs import from_dict, to_dict
 from fastdiff.diffusion.schedules import ScheduleConfig
-from fastdiff.files import NO_SPACE, atomic_folder, write_json
+from fastdiff.files import NO_SPACE, atomic_folder, write_json, write_text
 from fastdiff.models.autoencoder import AutoencoderConfig
 from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.models.network import kind_of, network_family
+from fastdiff.models.text import TextEncoder
+from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
+from fastdiff.models.tokenizer import Tokenizer
 from fastdiff.names import Prediction
 
 NAME = "bundle"
 UNET = "unet"  # the kind of denoiser if config.json does not name one
 CLASS_EMBEDDING = "class_embedding"
 CLASSIFIER = "classifier"
+TEXT_ENCODER = "text_encoder"
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
 WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
@@ -77,6 +84,7 @@ class Stored:
     class_embedding: tuple[int, int] | None = None
     """Classes and width of a table of context tokens, which is stored in a separate file."""
     classifier: ClassifierConfig | None = None
+    text_encoder: TextTransformerConfig | None = None
     sampler: SamplerSettings | None = None
 
     @property
@@ -150,8 +158,8 @@ def save_bundle(
     Returns the weights hash that the bundle will have.
 
     Raises:
-        ValueError: the model has parts that a bundle cannot contain (text encoders), lacks facts
-            that a bundle must state, or has weights that are not finite.
+        ValueError: the model has parts that a bundle cannot contain (text encoders of other
+            libraries), lacks facts that a bundle must state, or has weights that are not finite.
         OSError: the folder cannot be written.
     """
     data = _stored(model)
@@ -166,6 +174,11 @@ def save_bundle(
             weights[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
             if progress is not None:
                 progress(name, weights[path.name]["bytes"])
+        if (encoder := _own_encoder(model)) is not None:
+            path = temporary / TOKENIZER_FILE
+            assert isinstance(encoder.tokenizer, Tokenizer)
+            write_text(path, json.dumps({"merges": encoder.tokenizer.merges}) + "\n")
+            weights[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         write_json(
             temporary / CONFIG_FILE,
             {
@@ -189,7 +202,26 @@ def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
         parts[CLASSIFIER] = (model.classifier, model.classifier.config)
     if (table := model.class_embedding) is not None:
         parts[CLASS_EMBEDDING] = (table, (table.num_embeddings, table.embedding_dim))
+    if (encoder := _own_encoder(model)) is not None:
+        parts[TEXT_ENCODER] = (encoder.model, encoder.model.config)
     return parts
+
+
+def _own_encoder(model: Model) -> TextEncoder | None:
+    """The text transformer that was trained with the denoiser, or None.
+
+    Raises:
+        ValueError: the model has text encoders of another kind.
+    """
+    if not model.text_encoders:
+        return None
+    first, *more = model.text_encoders
+    if more or not isinstance(first.model, TextTransformer):
+        raise ValueError(
+            "a bundle cannot contain text encoders of other libraries; write a diffusers folder, "
+            "or load the model with text_encoders=False"
+        )
+    return first
 
 
 def _stored(model: Model) -> dict[str, Any]:
@@ -198,11 +230,7 @@ def _stored(model: Model) -> dict[str, Any]:
     Raises:
         ValueError: as for `save_bundle`.
     """
-    if model.text_encoders:
-        raise ValueError(
-            "a bundle cannot contain text encoders; write a diffusers folder, or load the model "
-            "with text_encoders=False"
-        )
+    encoder = _own_encoder(model)
     if model.image_size is None and model.image_channels is not None:
         raise ValueError(
             "a bundle must state the size of its images, which these files do not; load them with "
@@ -222,10 +250,12 @@ def _stored(model: Model) -> dict[str, Any]:
         class_embedding=None if table is None else (table.num_embeddings, table.embedding_dim),
         sampler=model.sampler,
         classifier=None if model.classifier is None else model.classifier.config,
+        text_encoder=None if encoder is None else encoder.model.config,
         **{kind: None if denoiser is None else denoiser.config},
     )
     data = to_dict(stored)
     optional = {"kind": UNET, CLASS_EMBEDDING: None, "sampler": None, CLASSIFIER: None}
+    optional[TEXT_ENCODER] = None
     for name, absent in optional.items():
         if data[name] == absent:
             del data[name]
@@ -244,11 +274,13 @@ def load_bundle(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
+    text_encoders: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Load a bundle from its folder, or a shipped one by its name (``"digits"``).
 
     dtype: dtype of the loaded floating-point weights; None: the most common dtype of each file.
+    text_encoders: False leaves the text encoder out.
     progress: called as progress(tensor, bytes) after each tensor.
 
     Raises:
@@ -263,28 +295,31 @@ def load_bundle(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}; download the bundle again") from error
     modules: dict[str, Any] = {}
+    encoders: tuple[TextEncoder, ...] = ()
     configs = {
         "autoencoder": stored.autoencoder,
         stored.kind: stored.denoiser,
         CLASS_EMBEDDING: stored.class_embedding,
         CLASSIFIER: stored.classifier,
+        TEXT_ENCODER: stored.text_encoder if text_encoders else None,
     }
     for name, config in configs.items():
         if config is None:
             continue
         path = folder / f"{name}.safetensors"
-        record = data["weights"].get(path.name)
-        if record is None:
-            raise ValueError(
-                f"{folder / CONFIG_FILE} has no sha256 of {path.name}; download the bundle again"
-            )
-        modules[name] = _load_module(path, config, record["sha256"], dtype, device, progress)
+        sha256 = _stated_sha256(data, path)
+        modules[name] = _load_module(path, config, sha256, dtype, device, progress)
+    if (transformer := modules.get(TEXT_ENCODER)) is not None:
+        path = folder / TOKENIZER_FILE
+        tokenizer = _read_tokenizer(path, _stated_sha256(data, path), transformer.config)
+        encoders = (TextEncoder(model=transformer, tokenizer=tokenizer),)
     return Model(
         layout=NAME,
         denoiser=modules.get(stored.kind),
         autoencoder=modules.get("autoencoder"),
         class_embedding=modules.get(CLASS_EMBEDDING),
         classifier=modules.get(CLASSIFIER),
+        text_encoders=encoders,
         schedule=stored.schedule,
         prediction=stored.prediction,
         sampler=stored.sampler,
@@ -296,6 +331,46 @@ def load_bundle(
         provenance={"facts": data["provenance"]},
         stored_hash=_weights_hash(data["model"], data["weights"]),
     )
+
+
+def _stated_sha256(data: Mapping[str, Any], path: Path) -> str:
+    record = data["weights"].get(path.name)
+    if record is None:
+        raise ValueError(
+            f"{path.parent / CONFIG_FILE} has no sha256 of {path.name}; download the bundle again"
+        )
+    return str(record["sha256"])
+
+
+def _read_tokenizer(path: Path, sha256: str, config: TextTransformerConfig) -> Tokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, was changed, or does not belong to the
+            text transformer.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; download the bundle again")
+    _check_sha256(path, sha256)
+    try:
+        tokenizer = Tokenizer(json.loads(path.read_bytes())["merges"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no tokenizer ({error}); download the bundle again") from error
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"{path} has {len(tokenizer)} ids, the text encoder {config.vocab_size}; use the "
+            "tokenizer that it was trained with"
+        )
+    return tokenizer
+
+
+def _check_sha256(path: Path, sha256: str) -> None:
+    found = _sha256(path)
+    if found != sha256:
+        raise ValueError(
+            f"{path}: sha256 is {found[:16]}…, {CONFIG_FILE} says {sha256[:16]}…; "
+            "the file was changed or damaged; download the bundle again"
+        )
 
 
 def _find(folder_or_name: str | os.PathLike[str]) -> Path:
@@ -355,13 +430,8 @@ def _load_module(
         raise FileNotFoundError(f"{path} is missing; download the bundle again")
     weights = read_safetensors(path, WEIGHT_DTYPES)
     module = _check_names_and_shapes(str(path), weights.shapes, config)
-    reads = torch.device(device).type != "meta"
-    found = _sha256(path) if reads else sha256
-    if found != sha256:
-        raise ValueError(
-            f"{path}: sha256 is {found[:16]}…, {CONFIG_FILE} says {sha256[:16]}…; "
-            "the file was changed or damaged; download the bundle again"
-        )
+    if torch.device(device).type != "meta":
+        _check_sha256(path, sha256)
     sources: Sources = {key: (key,) for key in weights.places}
     return fill(module, sources, weights, dtype=dtype, device=device, progress=progress)
 
@@ -449,7 +519,11 @@ def _open(source: Source, loading: Loading) -> Model:
     if given := [name for name in loading.given if name not in allowed]:
         raise ValueError(f"{source}: a bundle states this itself; leave {', '.join(given)} out")
     return load_bundle(
-        source, device=loading.device, dtype=loading.dtype, progress=loading.progress
+        source,
+        device=loading.device,
+        dtype=loading.dtype,
+        text_encoders=loading.options.text_encoders,
+        progress=loading.progress,
     )
 
 
