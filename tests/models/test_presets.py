@@ -21,6 +21,8 @@ UNET_PARAMETERS = {
     "ddpm-cifar10": 35_746_307,
     "iddpm-imagenet64": 121_063_942,
     "digits": 1_698_628,
+    "emoji": 3_913_108,
+    "scenes": 2_448_100,
     "tiny-mnist": 717_633,
     # one channel instead of four: less of the first and the last convolution
     "tiny-pixels": 1_698_628 - 3 * 9 * 48 - 3 * (9 * 48 + 1),
@@ -35,6 +37,8 @@ AUTOENCODER_PARAMETERS = {
     "vq-f4-noattn": 55_322_782 - 2 * (2 * 512 + 4 * (512 * 512 + 512)),
     "vq-f8": 67_717_295,
     "digits": 681_333,
+    # three channels instead of one: two more of the first and of the last convolution
+    "emoji": 681_333 + 2 * 9 * 16 + 2 * (9 * 16 + 1),
 }
 
 

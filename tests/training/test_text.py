@@ -13,15 +13,22 @@ import torch
 
 import fastdiff
 from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
+from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
+from fastdiff.checkpoint.model import Model
 from fastdiff.cli import main
 from fastdiff.data import DataConfig
+from fastdiff.data.emoji import SHIPPABLE
 from fastdiff.data.scenes import make_scene
+from fastdiff.evaluation import reference_of
 from fastdiff.generate.job import SampleSettings, TextJob
-from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.text import encode_prompt
 from fastdiff.models.text_transformer import TextTransformer
+from fastdiff.models.unet import UNet
 from fastdiff.training import (
+    TRAINING_PRESETS,
     AutoencoderLossConfig,
+    AutoencoderRun,
     DenoiserLossConfig,
     DiffusionRun,
     PreviewConfig,
@@ -231,40 +238,84 @@ def test_the_command_makes_a_picture_from_a_prompt(
 
 
 def test_it_learns_which_caption_belongs_to_which_picture(first: Path, tmp_path: Path) -> None:
-    """After 100 steps on four pictures, their own captions explain noisy ones better than others'.
+    """After 50 steps on four pictures their own captions explain noise, those of others do not.
 
     At t = 900 hardly anything is left of a picture, so the caption has to say what it was.
+    Measured: 0.25 with a picture's own caption, 0.87 to 0.96 with those of others.
     """
     run = text_run(
         first,
         tmp_path / "run",
         data=dataclasses.replace(DATA, scenes=4),
-        optimization=runs.optimization(steps=100, batch_size=8, learning_rate=1e-2),
-        loss=DenoiserLossConfig(),  # min-snr would hardly look at this much noise
+        model=runs.denoiser_model(
+            2,
+            num_classes=None,
+            null_class=False,
+            context_dim=16,
+            model_channels=16,
+            attention_depth=(1, 1),
+            dropout=0.0,
+        ),
+        optimization=runs.optimization(steps=400, batch_size=8, learning_rate=3e-3),
+        loss=DenoiserLossConfig(timesteps="logit-normal", logit_mean=2.0),
         class_dropout=0.0,
     )
     task = DiffusionTask(run)
     trainer = Trainer(task, run)
-    assert task.captions is not None
-    x0, _ = task.latents.batch(0)
-    t = torch.full((8,), 900)
-    noise = torch.randn(64, *x0.shape, generator=torch.Generator().manual_seed(0))
-    own = task.captions.drawn(
-        task.batches.places(0)[0], torch.zeros(8, 2).double(), torch.zeros(8).bool()
-    )
-    others = task.captions.ids(task.captions.full)  # each of the four
-    for _ in range(100):
+    for _ in range(50):
         trainer.step()
     task.network.eval()
+    assert task.captions is not None
+    captions, (places, _) = task.captions.ids(task.captions.full), task.batches.places(0)
+    x0, _ = task.latents.batch(0)
+    noise = torch.randn(16, *x0.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((8,), 900.0)
 
-    def loss(ids: torch.Tensor) -> float:
+    @torch.no_grad()
+    def loss(away: int) -> float:
+        """With the captions of pictures that are `away` places further."""
+        ids = captions[(places + away) % 4]
         batches = [{"x0": x0, "noise": n, "t": t, "ids": ids} for n in noise]
-        with torch.no_grad():
-            return sum(task.losses(batch, 0)[0]["unet"].item() for batch in batches)
+        return sum(task.losses(batch, 0)[0]["unet"].item() for batch in batches) / 16
 
-    wrong = [others[(other + torch.arange(4)) % 4].repeat(2, 1) for other in range(1, 4)]
-    places = task.batches.places(0)[0]
-    assert loss(own) < 0.97 * min(loss(ids[places]) for ids in wrong)
+    assert loss(0) < 0.5 * min(loss(away) for away in (1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["emoji", "scenes"])
+def test_presets_belong_together(name: str) -> None:
+    """Data, first stage and text; the model to be given away has at most 16 MB in fp16."""
+    first, second = TRAINING_PRESETS[f"{name}-autoencoder"], TRAINING_PRESETS[f"{name}-text"]
+    assert isinstance(first, AutoencoderRun)
+    assert isinstance(second, DiffusionRun)
+    assert DiffusionRun.from_json(second.to_json()) == second
+    assert second.autoencoder == first.output.folder
+    assert second.data == first.data
+    assert second.model.in_channels == first.model.latent_channels
+    assert second.data.styles == SHIPPABLE
+    captions = Captions([("a red apple, noto style",)], second.text)
+    largest = dataclasses.replace(
+        captions.transformer(second.model.context_dim), vocab_size=second.text.vocabulary
+    )
+    with torch.device("meta"):
+        parts = [Autoencoder(first.model), UNet(second.model), TextTransformer(largest)]
+    numbers = sum(p.numel() for part in parts for p in part.parameters())
+    assert 2 * numbers < 16e6
+
+
+def test_diffusers_has_no_such_text_encoder(first: Path, tmp_path: Path) -> None:
+    train_diffusion(text_run(first, tmp_path / "run"))
+    model = fastdiff.load(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"save it as a bundle.*text_encoders=False"):
+        save_diffusers(model, tmp_path / "no")
+    bare = fastdiff.load(tmp_path / "run", text_encoders=False)
+    save_diffusers(bare, tmp_path / "bare")
+    assert not (tmp_path / "no").exists()
+
+
+def test_evaluate_does_not_take_captions_for_digits() -> None:
+    model = Model(layout="bundle", image_size=32, provenance={"facts": {"data": "scenes"}})
+    with pytest.raises(ValueError, match=r"trained on scenes; make pictures .* fastdiff txt2img"):
+        reference_of(model)
 
 
 # --- mistakes -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.dit import DiT
 from fastdiff.models.layers import AttentionBlock
 from fastdiff.models.text import TextEncoder
+from fastdiff.models.text_transformer import TextTransformer
 from fastdiff.models.unet import UNet, UNetConfig
 
 VERSION = {"_diffusers_version": "0.34.0"}  # version of these options; pipelines read it
@@ -280,6 +281,11 @@ def _write_weights(
 
 
 def _text_names(model: Model) -> list[str]:
+    if any(isinstance(encoder.model, TextTransformer) for encoder in model.text_encoders):
+        raise ValueError(
+            "diffusers has no pipeline with the text transformer of this model; save it as a "
+            "bundle, or load it with text_encoders=False to save the rest"
+        )
     encoders = model.text_encoders
     if len(encoders) == 1:  # XL's refiner has only the second encoder
         return ["text_encoder_2" if encoders[0].pooled else "text_encoder"]
