@@ -207,6 +207,15 @@ def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
     return parts
 
 
+def _text_config(model: Model) -> TextTransformerConfig | None:
+    """The config of the text transformer that was trained with the denoiser, or None."""
+    encoder = _own_encoder(model)
+    if encoder is None:
+        return None
+    assert isinstance(encoder.model, TextTransformer)
+    return encoder.model.config
+
+
 def _own_encoder(model: Model) -> TextEncoder | None:
     """The text transformer that was trained with the denoiser, or None.
 
@@ -230,7 +239,6 @@ def _stored(model: Model) -> dict[str, Any]:
     Raises:
         ValueError: as for `save_bundle`.
     """
-    encoder = _own_encoder(model)
     if model.image_size is None and model.image_channels is not None:
         raise ValueError(
             "a bundle must state the size of its images, which these files do not; load them with "
@@ -250,7 +258,7 @@ def _stored(model: Model) -> dict[str, Any]:
         class_embedding=None if table is None else (table.num_embeddings, table.embedding_dim),
         sampler=model.sampler,
         classifier=None if model.classifier is None else model.classifier.config,
-        text_encoder=None if encoder is None else encoder.model.config,
+        text_encoder=_text_config(model),
         **{kind: None if denoiser is None else denoiser.config},
     )
     data = to_dict(stored)
