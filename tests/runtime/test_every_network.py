@@ -1,4 +1,4 @@
-"""A U-Net, a DiT and a U-ViT on the paths that take any `Network`: jobs, graphs, compile,
+"""A U-Net, a DiT and a U-ViT on the paths that take any `Network`: jobs, graphs, compile and
 `accelerate`."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastdiff.runtime.prepare import prepare
 from tests.runtime.test_graphs import all_of, plain_engine
 from tests.support.drawing import class_jobs, images
 from tests.support.engine_requests import requests_of
+from tests.support.imports import graph, package_files
 from tests.support.tape import Tape
 from tests.support.tiny import randomize, tiny_pixel_model, tiny_unet
 
@@ -111,3 +112,19 @@ def test_accelerate(network: Network) -> None:
     assert report.left == []
     report.restore()
     assert torch.equal(call(served), expected)
+
+
+def test_a_family_is_a_model_file_a_layout_and_presets() -> None:
+    """Nothing else imports it: sampling, training, graphs and commands take any `Network`. DiT's
+    second layout is diffusers' `DiTPipeline`."""
+    edges = graph(package_files())
+
+    def users(module: str) -> set[str]:
+        return {user.removeprefix("fastdiff.") for user, used in edges.items() if module in used}
+
+    pipeline = "checkpoint.layouts.diffusers"
+    assert users("fastdiff.models.uvit") == {"checkpoint.layouts.uvit", "models.presets"}
+    assert users("fastdiff.models.dit") == {
+        *("checkpoint.layouts.dit", "models.presets"),
+        *(pipeline, f"{pipeline}.dit", f"{pipeline}.write"),
+    }
