@@ -154,7 +154,7 @@ SERVED = (
     "case",
     [
         *("ddim", "heun", "pndm", "dpm-sde", "lms", "kdpm2-ancestral", "singlestep", "lcm"),
-        *("unipc", "deis-1", "ipndm"),
+        *("unipc", "deis-1"),
     ],
 )
 def test_the_report_says_which_steps_are_diffusers_own(case: str, use: Use) -> None:
