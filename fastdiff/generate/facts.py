@@ -385,7 +385,19 @@ def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
     if first is not None:
         decoded = max(pixels, 512) if on_cpu else batch * pixels
         numbers += decoded * facts.factor**2 * first.config.model_channels
-    return 4 * (ACTIVATIONS * numbers + 16 * batch * channels * pixels) < SMALL
+    numbers = ACTIVATIONS * numbers + 16 * batch * channels * pixels
+    return 4 * (numbers + deep_numbers(job, facts.model, (sides[0], sides[1]), batch)) < SMALL
+
+
+def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -> int:
+    """How many numbers the deep features of a job's branch have that an engine keeps between steps
+    (`Denoiser.keep`): two rows per sample and one that nothing reads; 0 without `cache`.
+
+    sides: (h, w) of x.
+    """
+    if (cache := job.settings.caching) is None or model.denoiser is None:
+        return 0
+    return (2 * samples + 1) * math.prod(model.denoiser.deep_shape(cache.branch, sides))
 
 
 def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> Extra:

@@ -44,8 +44,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or 
 
 @functools.cache
 def _scalars(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types that fields accept which are numbers, text or None; `check_seed` checks the seeds.
-    """
+    """The types that fields of numbers, text or None accept; `check_seed` checks the seeds."""
     found = {}
     for name, hint in get_type_hints(cls).items():
         if name.endswith("seed"):

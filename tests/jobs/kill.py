@@ -115,6 +115,7 @@ def ray_cluster(cpus: int) -> Iterator[tuple[dict[str, str], int]]:
     """A cluster of this machine with a token: what finds it, and the session of its processes."""
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": f"127.0.0.1:{PORT}"}
+    environment |= {"RAY_worker_niceness": "0"}  # else its workers stand still on a busy machine
     words = ["start", "--head", "--block", "--port", str(PORT), "--num-cpus", str(cpus)]
     words += ["--include-dashboard=false", "--node-ip-address=127.0.0.1"]
     process = subprocess.Popen(
@@ -252,6 +253,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path("kills.jsonl"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what was started
     lines = options.log.read_text().splitlines() if options.log.exists() else []
     trials = [trial for trial in map(Trial.of, lines) if trial.images == options.images]
     ways = [(on, workers) for workers in options.workers for on in options.on]
