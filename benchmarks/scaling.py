@@ -162,7 +162,9 @@ def page() -> str:
         ("GPUs", "shards of", "hours", "images/s", "of linear", "dollars per 1,000 images"),
         (_gpus(count, shard) for count in (8, 64, 256, 1000) for shard in (100, 1000)),
     )
-    return TEXT.format(digits=DIGITS, few=few, many=many, cpu=CPU, gpu=GPU, dollars=GPU_SECOND * 3600)
+    return TEXT.format(
+        digits=DIGITS, few=few, many=many, cpu=CPU, gpu=GPU, dollars=GPU_SECOND * 3600
+    )
 
 
 def _gpus(count: int, shard: int) -> Sequence[str]:
