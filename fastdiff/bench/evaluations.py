@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fastdiff.bench import counted, eager, inductor, launches
-from fastdiff.bench.launches import Count
+from fastdiff.bench.launches import DIFFUSERS, Count
 from fastdiff.bench.predict import H200, Device, of_attention
 from fastdiff.bench.run import Case
 from fastdiff.bench.shapes import GPU_JOBS, Job
@@ -31,10 +31,14 @@ from fastdiff.bench.subjects import SUBJECTS
 
 ADD_S = 0.8e-6
 """Seconds of one tiny `torch.add` on the host of a GPU."""
-IMAGES = {"SD 1.5 U-Net": (1, 16), "SDXL U-Net": (1,)}
+IMAGES = {"SD 1.5 U-Net": (1, 16), "SDXL U-Net": (1,), "ADM-256 U-Net": (4,)}
 """Guided images at a time: two rows of the network each."""
 PRODUCTS = ("convolution", "linear")
-WEIGHTS = {"SD 1.5 U-Net": 2 * 859_520_964, "SDXL U-Net": 2 * 2_567_463_684}
+WEIGHTS = {
+    "SD 1.5 U-Net": 2 * 859_520_964,
+    "SDXL U-Net": 2 * 2_567_463_684,
+    "ADM-256 U-Net": 2 * 553_838_086,
+}
 """Bytes of a network's parameters, which a larger batch does not read again."""
 CLUSTER_BYTES = 21 * 10**6
 """The largest sample that CUDA's GroupNorm keeps in the shared memory of a cluster's blocks."""
@@ -136,10 +140,11 @@ def _of_network(name: str, images: int, device: Device) -> Iterator[Evaluation]:
     yield one("fastdiff, graph, Triton's norms", launches.native(job))
     if images == 1:
         yield from _of_diffusers(name, one)
+    whose = "diffusers" if name in DIFFUSERS else "fastdiff, plain operators"
     compiled = inductor.compiled_networks().get(name)
     if compiled is not None:
-        found = at_batch(compiled, images, WEIGHTS[name])
-        yield one("diffusers, Inductor, graph", found, ours=False)
+        found = at_batch(compiled, job.batch // GPU_JOBS[name].batch, WEIGHTS[name])
+        yield one(f"{whose}, Inductor, graph", found, ours=False)
 
 
 def _of_diffusers(name: str, one: Callable[..., Evaluation]) -> Iterator[Evaluation]:
@@ -168,7 +173,7 @@ def rows(device: Device = H200) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [HEAD]
     for e in found:
         case = e.network, e.images
-        ratio = f"{rival[case] / e.seconds:.2f} x" if case in rival else ""
+        ratio = f"{rival[case] / e.seconds:.3f} x" if case in rival else ""
         times = f"{1e3 * e.gpu:.2f}", f"{1e3 * e.host:.2f}"
         table.append((e.network, f"{e.images}", e.implementation, e.bound, *times, ratio))
     return table
