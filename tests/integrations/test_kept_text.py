@@ -21,7 +21,8 @@ from fastdiff.models import layers
 from fastdiff.models.unet import UNet
 from tests.integrations.models import images, pipeline
 from tests.integrations.test_goes_on_working import add_lora
-from tests.integrations.test_networks import close, inputs, unet
+from tests.integrations.test_networks import close, unet
+from tests.integrations.test_networks import inputs as inputs_of
 from tests.support.tape import Tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' and peft's own
@@ -41,6 +42,10 @@ def projections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         UNet, "project_context", lambda self, context: made.append(1) or project(self, context)
     )
     return made
+
+
+def inputs(seed: int = 0) -> dict[str, Any]:
+    return inputs_of(seed, size=(4, 4))
 
 
 def pair(**options: Any) -> tuple[Any, Any]:
