@@ -40,7 +40,6 @@ OMITTED = {
     "none": ("group_norm_silu.cuh", ""),
     "wait for the copies": ("group_norm_silu_on_chip.cuh", "  wait_for_copies<Left>();\n"),
     "a group per piece of the copies": ("group_norm_silu_on_chip.cuh", "    commit_copies();\n"),
-    "the last piece's wait": ("group_norm_silu_on_chip.cuh", "Left - 1>(count, use)"),
     "barrier after the threads' moments": ("group_norm_silu.cuh", "  }\n  __syncthreads();\n}\n"),
     "cluster_wait before other blocks' parts": ("group_norm_silu_on_chip.cuh", "cluster_wait();"),
 }
