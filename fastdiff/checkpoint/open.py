@@ -204,8 +204,8 @@ def load(
     Args:
         path: a folder with model_index.json, or with the config.json of one model; a .safetensors,
             .ckpt, .pt or .bin file of CompVis' latent diffusion, Stable Diffusion 1, 2 or XL,
-            OpenAI's guided-diffusion or improved-diffusion, a port of DDPM, DiT or U-ViT; the
-            folder of a bundle or a training run, or the name of a shipped bundle.
+            OpenAI's guided-diffusion, improved-diffusion or GLIDE, a port of DDPM, DiT or
+            U-ViT; the folder of a bundle or a training run, or the name of a shipped bundle.
         dtype: dtype of the floating-point weights; None: the most common one of each model's file.
         device: device of the weights.
         progress: called as progress(tensor, bytes) after each tensor.
@@ -358,7 +358,7 @@ def _stranger(weights: Weights) -> str:
         if (what := layout.refusal(weights)) is not None:
             return f"these are {what}"
     return (
-        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI, DDPM, DiT or U-ViT, got "
+        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI, GLIDE, DDPM, DiT or U-ViT, got "
         f"tensors of no known layout: {some(sorted(weights.places), 8) or 'none'}"
     )
 

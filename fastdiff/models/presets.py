@@ -26,6 +26,27 @@ def _stable_diffusion_1(in_channels: int) -> UNetConfig:
     )
 
 
+def _glide(channel_mult: tuple[int, ...], in_channels: int = 3, **other: Any) -> UNetConfig:
+    """Nichol et al. 2021 (arXiv 2112.10741), the published models with 300 million parameters."""
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=6,
+        model_channels=192,
+        channel_mult=channel_mult,
+        head_dim=64,
+        context_dim=512,
+        context_attention="appended",
+        added_condition_dim=512,
+        added_layers=1,
+        scale_shift_norm=True,
+        resblock_updown=True,
+        qkv_order="legacy",
+        learned_sigma=True,
+        dropout=0.1,
+        **other,
+    )
+
+
 UNETS: dict[str, UNetConfig] = {
     # Rombach et al. 2022, trained by CompVis and Stability
     "sd1": _stable_diffusion_1(in_channels=4),  # 859,520,964
@@ -124,6 +145,28 @@ UNETS: dict[str, UNetConfig] = {
         num_heads=4,
         scale_shift_norm=True,
         qkv_order="legacy",
+        learned_sigma=True,
+    ),
+    # with their text transformer of 76,301,824: 385,030,726, 385,037,638 and 398,361,286
+    "glide": _glide((1, 2, 3, 4), num_res_blocks=3, attention_depth=(0, 1, 1, 1)),
+    "glide-inpaint": _glide((1, 2, 3, 4), 7, num_res_blocks=3, attention_depth=(0, 1, 1, 1)),
+    "glide-upsampler": _glide(
+        (1, 1, 2, 2, 4, 4), 6, num_res_blocks=2, attention_depth=(0, 0, 0, 1, 1, 1)
+    ),
+    "karlo-decoder": UNetConfig(  # 885,439,686; Ramesh et al. 2022 as published by Kakao Brain
+        in_channels=3,
+        out_channels=6,
+        model_channels=320,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=3,
+        attention_depth=(0, 1, 1, 1),
+        head_dim=64,
+        context_dim=1536,
+        context_attention="appended",
+        added_condition_dim=1280,
+        added_layers=0,
+        scale_shift_norm=True,
+        resblock_updown=True,
         learned_sigma=True,
     ),
     # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"

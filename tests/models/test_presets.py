@@ -9,6 +9,7 @@ from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.presets import AUTOENCODERS, UNETS
 from fastdiff.models.unet import UNet
 
+GLIDE_TEXT = (50_257 + 2 * 128) * 512 + 16 * (12 * 512 * 512 + 13 * 512) + 2 * 512
 UNET_PARAMETERS = {
     "sd1": 859_520_964,
     "sd1-inpaint": 859_535_364,
@@ -20,6 +21,11 @@ UNET_PARAMETERS = {
     "adm-imagenet512": 558_997_638,
     "ddpm-cifar10": 35_746_307,
     "iddpm-imagenet64": 121_063_942,
+    # with a text transformer of 128 tokens (embeddings, 16 blocks, a norm) as OpenAI's files
+    "glide": 385_030_726 - GLIDE_TEXT,
+    "glide-inpaint": 385_037_638 - GLIDE_TEXT,
+    "glide-upsampler": 398_361_286 - GLIDE_TEXT,
+    "karlo-decoder": 885_439_686,
     "digits": 1_698_628,
     "tiny-mnist": 717_633,
     # one channel instead of four: less of the first and the last convolution
