@@ -358,7 +358,7 @@ def _stranger(weights: Weights) -> str:
         if (what := layout.refusal(weights)) is not None:
             return f"these are {what}"
     return (
-        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI, GLIDE, DDPM, DiT or U-ViT, got "
+        "expected a checkpoint of CompVis, Stable Diffusion, OpenAI, DDPM, DiT or U-ViT, got "
         f"tensors of no known layout: {some(sorted(weights.places), 8) or 'none'}"
     )
 

@@ -551,6 +551,7 @@ class AttentionBlock(nn.Module):
         x: Tensor,
         residual: Tensor | None = None,
         context: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         bias: Tensor | None = None,
         before_norm: bool = True,
@@ -560,6 +561,7 @@ class AttentionBlock(nn.Module):
         Args:
             x, residual: (N, C, H, W). bias: (C,).
             context: the result of `project`, if the block has a `context_dim`.
+            mask: (N, T) bool, False for tokens of the context that are padding.
             before_norm: whether a norm follows, which can add the block's two addends.
 
         Returns:
@@ -568,7 +570,10 @@ class AttentionBlock(nn.Module):
         h, x = self.norm(x, residual=residual, channel_add=bias)
         q, k, v = split_qkv(self.qkv(to_tokens(h)), self.num_heads, self.qkv_order)
         extra_k, extra_v = (None, None) if context is None else context.unbind(2)
-        h = attention(q, k, v, extra_k=extra_k, extra_v=extra_v).flatten(2)  # (N, L, C)
+        if mask is not None:  # every pixel may be seen
+            mask = F.pad(mask, (k.shape[1], 0), value=True)[:, None, None]  # (N, 1, 1, L + T)
+        h = attention(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask)
+        h = h.flatten(2)  # (N, L, C)
         return projected_addends(self.proj, h, None, x, before_norm=before_norm), x
 
 

@@ -9,6 +9,7 @@ from fastdiff.models.autoencoder import AutoencoderConfig
 from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.models.dit import DiTConfig
 from fastdiff.models.mlp import MLPConfig
+from fastdiff.models.prior import PriorConfig
 from fastdiff.models.unet import UNetConfig
 from fastdiff.models.uvit import UViTConfig
 
@@ -352,5 +353,12 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
         channel_mult=(1, 2, 4),
         num_res_blocks=1,
         norm_groups=8,
+    ),
+}
+
+PRIORS: dict[str, PriorConfig] = {
+    # Ramesh et al. 2022 as published by Kakao Brain, on the embeddings of CLIP ViT-L/14
+    "karlo": PriorConfig(  # 1,022,030,080
+        in_channels=768, context_tokens=77, width=2048, depth=20, num_heads=32
     ),
 }

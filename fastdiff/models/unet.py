@@ -46,12 +46,14 @@ from fastdiff.models.network import (
     Network,
     check_conditions,
     check_image,
+    check_no_mask,
     embed_labels,
     register,
 )
 from fastdiff.names import QKVOrder
 
-ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
+ContextKV = list[list[Tensor]]
+# per transformer, per block: (N, T, 2, H, d); per attention with appended tokens: that, and a mask
 ContextAttention = Literal["cross", "appended"]
 
 _CHOICES = {
@@ -296,8 +298,8 @@ class Stage(nn.ModuleList):
                 given, x = block(x, residual, emb, bias=bias, skip=skip, **options)
                 skip = None
             elif isinstance(block, AttentionBlock):
-                read = None if block.context_kv is None else kvs[block.index][0]
-                given, x = block(x, residual, read, bias=bias, before_norm=before_norm)
+                read = [] if block.context_kv is None else kvs[block.index]
+                given, x = block(x, residual, *read, bias=bias, before_norm=before_norm)
             elif isinstance(block, SpatialTransformer):
                 kv = kvs[block.index]
                 given, x = block(x, residual, kv, bias=bias, before_norm=before_norm)
@@ -528,14 +530,15 @@ class UNet(Network):
             emb = emb + self.added_embed(added.to(dtype))
         return F.silu(emb)
 
-    def project_context(self, context: Tensor) -> ContextKV:
+    def project_context(self, context: Tensor, mask: Tensor | None = None) -> ContextKV:
         """Keys and values of every block that reads the context; they do not depend on the step.
 
         Args:
             context: (N, T, context_dim).
+            mask: (N, T) bool, False for padding; only with `context_attention="appended"`.
 
         Returns:
-            The keys and values, which `forward` accepts in place of `context`.
+            The keys and values (and the mask), which `forward` accepts in place of `context`.
         """
         width = self.config.context_dim
         if width is None:
@@ -547,7 +550,9 @@ class UNet(Network):
             )
         if not self.config.has_transformers:
             blocks = [block for block in self.readers() if isinstance(block, AttentionBlock)]
-            return [[block.project(context)] for block in blocks]
+            also = [] if mask is None else [mask]
+            return [[block.project(context), *also] for block in blocks]
+        check_no_mask(mask)
         kvs = iter(project_contexts(self.cross_attentions(), context))
         return [[next(kvs) for _ in transformer.blocks] for transformer in self.transformers()]
 

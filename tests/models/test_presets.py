@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.presets import AUTOENCODERS, UNETS
+from fastdiff.models.presets import AUTOENCODERS, PRIORS, UNETS
+from fastdiff.models.prior import Prior
 from fastdiff.models.unet import UNet
 
 GLIDE_TEXT = (50_257 + 2 * 128) * 512 + 16 * (12 * 512 * 512 + 13 * 512) + 2 * 512
@@ -49,6 +50,12 @@ def test_unet_parameters(name: str) -> None:
     with torch.device("meta"):
         model = UNet(UNETS[name])
     assert sum(p.numel() for p in model.parameters()) == UNET_PARAMETERS[name]
+
+
+def test_prior_parameters() -> None:
+    with torch.device("meta"):
+        model = Prior(PRIORS["karlo"])
+    assert sum(p.numel() for p in model.parameters()) == 1_022_030_080
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)

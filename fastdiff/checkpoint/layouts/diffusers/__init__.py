@@ -11,7 +11,7 @@ from torch import nn
 from fastdiff.checkpoint import text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts.diffusers import dit
+from fastdiff.checkpoint.layouts.diffusers import dit, prior
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
@@ -24,6 +24,7 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.dit import DiT
 from fastdiff.models.network import Network
+from fastdiff.models.prior import Prior
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.unet import UNet
 
@@ -145,7 +146,7 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def load_component(folder: Path, loading: Loading) -> Model:
-    """Load the folder of a single model: a U-Net, an autoencoder or a text encoder."""
+    """Load the folder of a single model: a denoiser, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
     weights = find_weights(folder, loading.options.variant)
     model = Model(layout=NAME, path=folder, image_size=loading.options.image_size)
@@ -261,7 +262,7 @@ def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
 
 def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     kind = data.get("_class_name")
-    known = UNETS + TRANSFORMERS[:1] + AUTOENCODERS
+    known = (*UNETS, *TRANSFORMERS[:1], prior.NAME, *AUTOENCODERS)
     if kind not in known + TRANSFORMERS[1:]:
         raise ValueError(
             f"{folder / CONFIG}: _class_name must be one of {', '.join(known)}, got {kind!r:.60}"
@@ -269,6 +270,8 @@ def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     if kind in TRANSFORMERS:
         transformer = reading(folder / CONFIG, lambda: dit.config(data))
         return dit.plan(transformer, weights)
+    if kind == prior.NAME:
+        return prior.plan(reading(folder / CONFIG, lambda: prior.config(data)), weights)
     read: Callable[[Mapping[str, Any]], Any] = (
         diffusers.unet_config if kind in UNETS else diffusers.autoencoder_config
     )
@@ -320,9 +323,10 @@ def _describe(
             model.provenance["no_sampler"] = scheduler.no_sampler
     else:
         model.schedule = loading.noise(ScheduleConfig()) if loading.says_noise else None
-        model.prediction = options.prediction or "eps"
+        trained = "x0" if isinstance(model.denoiser, Prior) else "eps"
+        model.prediction = options.prediction or trained
         if options.prediction is None:
-            loading.assumed.take("prediction", "eps")
+            loading.assumed.take("prediction", trained)
             model.provenance |= loading.assumed.provenance
     if isinstance(model.denoiser, UNet):
         model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))

@@ -164,6 +164,8 @@ def _appended_options(options: Options) -> dict[str, Any]:
     if kind not in (None, "identity"):
         raise options.fail("class_embed_type", "None or 'identity'")
     width = options.require("block_out_channels")[0]
+    for unused in ("transformer_layers_per_block", "addition_time_embed_dim"):
+        options.get(unused)  # of blocks that are not here
     return {
         "attention_depth": attention,
         "middle_depth": 1,
