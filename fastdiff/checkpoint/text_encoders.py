@@ -133,8 +133,16 @@ def _block(block: str) -> str:
 
 
 TokenizerKind = Literal["CLIPTokenizer", "GPT2Tokenizer", "BertTokenizer"]
-_MARKS: dict[TokenizerKind, tuple[str, ...]] = {"CLIPTokenizer": _TOKEN_IDS}
+_MARKS: dict[TokenizerKind, tuple[str, ...]] = {
+    "CLIPTokenizer": _TOKEN_IDS,
+    "BertTokenizer": ("pad_token_id",),
+}
 """The ids of marks that a kind of tokenizer must have."""
+_VOCABULARIES: dict[TokenizerKind, str] = {
+    "CLIPTokenizer": "vocab.json and merges.txt",
+    "GPT2Tokenizer": "vocab.json and merges.txt",
+    "BertTokenizer": "vocab.txt",
+}
 
 
 def read_tokenizer(folder: str | os.PathLike[str], kind: TokenizerKind = "CLIPTokenizer") -> Any:
@@ -158,7 +166,7 @@ def read_tokenizer(folder: str | os.PathLike[str], kind: TokenizerKind = "CLIPTo
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{folder}: cannot read a {kind.removesuffix('Tokenizer')} tokenizer ({reason:.200}); "
-            "give a folder with vocab.json and merges.txt"
+            f"give a folder with {_VOCABULARIES[kind]}"
         ) from error
     return tokenizer
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.files import printable
 from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.bert import BERT, BERTConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 
@@ -203,6 +204,8 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
                 return Autoencoder(config)
             if isinstance(config, GLIDETextConfig):
                 return GLIDEText(config)
+            if isinstance(config, BERTConfig):
+                return BERT(config)
             return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(

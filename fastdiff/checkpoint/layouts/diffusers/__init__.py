@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastdiff.checkpoint import text_encoders
+from fastdiff.checkpoint import bert, text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts.diffusers import dit, prior
@@ -25,7 +25,7 @@ from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.dit import DiT
 from fastdiff.models.network import Network
 from fastdiff.models.prior import Prior
-from fastdiff.models.text import TextEncoder
+from fastdiff.models.text import AnyEncoder
 from fastdiff.models.unet import UNet
 
 NAME = "diffusers"
@@ -56,7 +56,7 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
     known = {*DENOISERS, "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
-    known |= {"tokenizer", "tokenizer_2"}
+    known |= {"tokenizer", "tokenizer_2", "bert"}
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
             f"{folder / INDEX}: {index.get('_class_name')!r:.60} contains {', '.join(unknown)}, "
@@ -348,6 +348,9 @@ def _text_plans(
     if not loading.options.text_encoders:
         return {}
     plans = {}
+    if "bert" in parts:
+        data = read_json(folder / "bert" / CONFIG)
+        plans["bert"] = bert.plan_folder(data, files.find(folder / "bert"))
     for name in ("text_encoder", "text_encoder_2"):
         if name in parts:
             weights = files.find(folder / name)
@@ -357,7 +360,11 @@ def _text_plans(
 
 def _text_encoders(
     folder: Path, parts: Mapping[str, str], plans: Mapping[str, Plan], loading: Loading, *, xl: bool
-) -> tuple[TextEncoder, ...]:
+) -> tuple[AnyEncoder, ...]:
+    if "bert" in plans:
+        own = folder / "tokenizer" if "tokenizer" in parts else None
+        place = loading.options.tokenizer[0] if loading.options.tokenizer else own
+        return (bert.encoder(plans["bert"], place, loading),)
     encoders = []
     for position, (name, plan) in enumerate(plans.items()):
         tokenizer_name = name.replace("text_encoder", "tokenizer")
