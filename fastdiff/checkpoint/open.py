@@ -29,7 +29,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE = "config.json"
 FOLDER = "fastdiff.checkpoint.layouts"
 """The package of the layouts: every file or folder in it that has a `LAYOUT`."""
-LORA = "fastdiff.checkpoint.lora"
+LORA = f"{FOLDER}.lora"
 Marks = tuple[str, ...]
 """Keys that a file must all contain; * matches any text."""
 Source = Path | Weights

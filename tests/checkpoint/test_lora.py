@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastdiff
-from fastdiff.checkpoint.lora import merge, read_spec
+from fastdiff.checkpoint.layouts.lora import merge, read_spec
 from fastdiff.checkpoint.options import LoadOptions
 from tests.checkpoint.pipelines import pipeline
 from tests.models.test_against_diffusers import assert_equal, randn

@@ -27,6 +27,7 @@ from fastdiff.models.network import Network
 from fastdiff.models.prior import Prior
 from fastdiff.models.text import AnyEncoder
 from fastdiff.models.unet import UNet
+from fastdiff.names import Prediction
 
 NAME = "diffusers"
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
@@ -323,7 +324,7 @@ def _describe(
             model.provenance["no_sampler"] = scheduler.no_sampler
     else:
         model.schedule = loading.noise(ScheduleConfig()) if loading.says_noise else None
-        trained = "x0" if isinstance(model.denoiser, Prior) else "eps"
+        trained: Prediction = "x0" if isinstance(model.denoiser, Prior) else "eps"
         model.prediction = options.prediction or trained
         if options.prediction is None:
             loading.assumed.take("prediction", trained)
