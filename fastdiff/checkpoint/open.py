@@ -217,7 +217,7 @@ def load(
             generates (`classifier_scale`); it must have been trained for this denoiser's samples,
             schedule and classes.
         tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
-        lora: a LoRA file, or several, to merge into the weights: PATH, or "PATH:STRENGTH".
+        lora: a LoRA file, or several, to merge into the weights; "PATH:0.8" gives its strength.
         schedule: the training's noise schedule, or the kind of its betas, if the files do not state
             it.
         options: all options as one object; options given by name override it.
