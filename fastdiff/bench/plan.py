@@ -62,6 +62,8 @@ class Plan:
     shape: Shape | None = None
     """Shape of x, in place of those of the presets; needs one op."""
     batch: int | None = None
+    size: int | None = None
+    """Height and width of the networks' latents or pixels; None: those of the presets."""
     dtype: str | None = None
     """None: fp32 on a CPU, bf16 on a GPU."""
     providers: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ class Plan:
             raise ValueError("--shape needs one --op, whose x has that shape")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"--batch must be at least 1, got {self.batch}")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise ValueError(f"--size must be a multiple of 8, got {self.size}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
@@ -126,8 +130,17 @@ class Plan:
                 job = replace(job, size=QUICK.get(name, job.size // 2), batch=min(job.batch, 16))
             if self.batch is not None:
                 job = replace(job, batch=self.batch)
+            if self.size is not None:
+                job = replace(job, size=self.size)
             found[name] = job
         return found
+
+    def measured_networks(self) -> dict[str, Job]:
+        """Those of `jobs` of which whole evaluations are measured, by preset."""
+        if not self.quick or self.on_gpu:
+            return self.jobs()
+        # a network at full size takes seconds per call
+        return {name: job for name, job in self.jobs().items() if name == "digits"}
 
 
 def op_cases(plan: Plan, kernel: UserKernel | None = None) -> list[tuple[Case, int]]:
@@ -282,9 +295,7 @@ def _tasks(
         return
     longer = replace(conditions, budget_s=STEP_S[plan.quick])
     if plan.wants("networks"):
-        for preset, job in plan.jobs().items():
-            if plan.quick and not plan.on_gpu and preset != "digits":
-                continue  # a network at full size takes seconds per call
+        for preset, job in plan.measured_networks().items():
             yield (
                 f"{preset} step",
                 lambda preset=preset, job=job: whole.step_row(  # type: ignore[misc]
