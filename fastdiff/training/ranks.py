@@ -79,13 +79,12 @@ class Ranks:
         if bucket:
             _sum(bucket)
 
-    def mean(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of each scalar over the ranks, which must have the same names."""
-        if self.world == 1 or not scalars:
-            return scalars
-        values = torch.stack([value.float() for value in scalars.values()])
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks. values: fp32 of one shape on all of them, overwritten."""
+        if self.world == 1:
+            return values
         dist.all_reduce(values)
-        return dict(zip(scalars, (values / self.world).unbind(), strict=True))
+        return values / self.world
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """Each tensor of all ranks, concatenated in the order of the ranks along dimension 0."""

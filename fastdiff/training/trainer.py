@@ -165,7 +165,6 @@ class Trainer:
             shown = {_loss_name(name, self.task): loss for name, loss in losses.items()}
             for name, value in {**shown, **logged}.items():
                 scalars[name] = scalars.get(name, 0) + value.detach().float() / config.accumulate
-        scalars = self.ranks.mean(scalars)
         for name in active:
             self.ranks.sum_gradients(self.parameters[name])
             scalars[f"grad_norm/{name}"] = self._update(name, learning_rate(step, config))
@@ -187,7 +186,9 @@ class Trainer:
         return norm.detach()
 
     def settle(self) -> None:
-        """Copy the scalars of the steps since the last call to the CPU and check them.
+        """Average the scalars of the steps since the last call over the ranks, and check them.
+
+        All ranks must call this after the same steps.
 
         Raises:
             ValueError: a loss is not finite; the message names the step. With fp16, where the loss
@@ -197,10 +198,11 @@ class Trainer:
             return
         first = self.done - len(self._pending)
         pending, self._pending = self._pending, []
+        own = torch.cat([torch.stack(list(scalars.values())).float() for scalars in pending])
+        means = iter(self.ranks.mean(own).tolist())  # one reduction, one transfer
         for step, scalars in enumerate(pending, start=first):
-            values = torch.stack(list(scalars.values())).tolist()  # one transfer per step
-            named = dict(zip(scalars, values, strict=True))
-            finite = bool(torch.tensor(values).isfinite().all())
+            named = {name: next(means) for name in scalars}
+            finite = all(_finite(value) for value in named.values())
             self._skipped = 0 if finite else self._skipped + 1
             if not finite and (not self.scaler.is_enabled() or self._skipped >= MAX_SKIPPED):
                 bad = {name: value for name, value in named.items() if not _finite(value)}
