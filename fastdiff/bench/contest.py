@@ -283,7 +283,8 @@ def filled(
         if row.limit in timed:
             share = Ratio.of(timed[name], [s / limit_work for s in timed[row.limit]])
             one = replace(one, share=share.value)
-            if name in ours and share.low > POSSIBLE and share.rounds >= LEAST_ROUNDS:
+            impossible = row.limit in LIMITS and share.low > POSSIBLE
+            if name in ours and impossible and share.rounds >= LEAST_ROUNDS:
                 found.append(Entry(provider=name, note=_impossible(row.limit, share)))
                 continue
         if name in ours:

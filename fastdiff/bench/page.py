@@ -81,7 +81,11 @@ def answer(run: Run) -> list[str]:
         if row.kind in ("op", "backward") or not row.ours:
             continue
         mine = next((e for e in row.entries if e.provider == OURS and e.ratio), row.ours[0])
-        lines.append(f"{_title(row)}: {sentence(mine, row)}.")
+        made = ""
+        if row.images and mine.median_s:
+            made = f", {row.images / mine.median_s:.3g} images/s"
+            made += f", {mine.share:.0%} of {row.limit}" if mine.share is not None else ""
+        lines.append(f"{_title(row)}: {sentence(mine, row)}{made}.")
     lines += [line for line in (_limits(ops),) if line]
     noisy = [row for row in run.rows if row.noise > 0.1]
     if noisy:
@@ -326,6 +330,7 @@ def _title(row: Row) -> str:
         "step": "step of",
         "decode": "decoder",
         "image": "images of",
+        "job": "job of",
         "backward": "gradients of",
     }
     return " ".join(part for part in (names.get(row.kind, ""), str(row)) if part)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastdiff import kernels
-from fastdiff.bench import contest, whole
+from fastdiff.bench import contest, whole, whole_job
 from fastdiff.bench.clock import timer_for
 from fastdiff.bench.clocks import Clocks
 from fastdiff.bench.contest import Conditions, UserKernel
@@ -42,7 +42,7 @@ MINUTES = {True: 1.0, False: 20.0}
 ROW_S = {True: 0.6, False: 3.0}
 STEP_S = {True: 3.0, False: 60.0}
 """Quick or not -> seconds of timed rounds of a call, and of a network."""
-PARTS = ("ops", "networks", "images")
+PARTS = ("ops", "networks", "images", "jobs")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[int, int], None]
@@ -113,6 +113,8 @@ class Plan:
         """Whether a part takes place; naming ops leaves only them."""
         if self.parts:
             return part in self.parts
+        if part == "jobs" and self.quick:
+            return False  # eleven rounds take longer than all the rest
         return part == "ops" or not (self.ops or self.shape or self.backward)
 
     def jobs(self) -> dict[str, Job]:
@@ -310,6 +312,8 @@ def _tasks(
             )
     if plan.wants("images") and "digits" in plan.jobs():
         yield "digits images", lambda: whole.image_row(longer)
+    if plan.wants("jobs") and "digits" in plan.jobs():
+        yield "digits job", lambda: whole_job.job_row(longer, rows=whole_job.ROWS[plan.quick])
 
 
 def _op(

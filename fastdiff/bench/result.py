@@ -44,7 +44,7 @@ class Row:
     """One call, or one network, by all providers in turns."""
 
     kind: str
-    """"op", "step", "decode" or "image"."""
+    """"op", "backward", "step", "decode", "image" or "job"."""
     name: str
     """The op or the preset."""
     job: str
@@ -55,12 +55,15 @@ class Row:
     """How it was timed: `fastdiff.bench.clock`."""
     calls: int = 1
     """How often one evaluation of the network makes this call."""
+    images: int = 0
+    """Images that one call makes, if it makes any."""
     bytes: int = 0
     flops: int = 0
     baseline: str = ""
     """The fastest entry that is not ours: what ratios refer to."""
     limit: str = ""
-    """The entry that is the limit: a copy of the same bytes, or a product of the same FLOPs."""
+    """The entry that is the limit: a copy of the same bytes, a product of the same FLOPs, or the
+    sampling of a job."""
     noise: float = LEAST_NOISE
     """The share by which the baseline differed from itself, in turns (A/A)."""
     entries: tuple[Entry, ...] = ()

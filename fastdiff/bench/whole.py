@@ -312,6 +312,7 @@ def bare_image_row() -> Row:
         shape=f"{IMAGES} images, {IMAGE_STEPS} steps, guided",
         dtype="float32",
         method="host",
+        images=IMAGES,
     )
 
 

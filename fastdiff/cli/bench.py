@@ -46,7 +46,7 @@ class Bench:
     preset: Names = ()
     """Networks that the calls come from: digits, sd15, sdxl, vae, adm256, dit-xl."""
     part: Names = ()
-    """Measure only these parts: ops, networks, images."""
+    """Measure only these parts: ops, networks, images, jobs."""
     shape: OptionalName = None
     """Shape of x for one --op, in place of those of networks: 2,320,64,64."""
     batch: OptionalInt = None
