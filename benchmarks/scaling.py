@@ -129,9 +129,10 @@ def efficiency(fleet: Fleet, images: int, shard: int) -> float:
 
 # --- the page -------------------------------------------------------------------------------------
 
+DIGITS = 100_000
 GPU_SECOND = 2.5 / 3600
 """Dollars per second of a GPU, the one assumed price of the page."""
-CPU = Fleet(workers=1, rate=18.8, slots=64, start=4.0, image_bytes=1.5e3, bandwidth=1e9, put=0.01)
+CPU = Fleet(workers=1, rate=46.0, slots=64, start=4.0, image_bytes=1.5e3, bandwidth=1e9, put=0.01)
 GPU = Fleet(
     workers=1, rate=4.0, slots=64, start=90.0, image_bytes=4e5, bandwidth=5e9, life=24 * 3600.0
 )
@@ -145,13 +146,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def page() -> str:
     """The text of docs/scaling.md."""
     small = [(count, replace(CPU, workers=count)) for count in (1, 2, 4, 8)]
-    one = seconds_of(small[0][1], 40_000, 20)
+    one = seconds_of(small[0][1], DIGITS, 20)
     few = _table(
         ("workers", "images/s", "of linear"),
         (
             (
                 str(count),
-                f"{40_000 / (took := seconds_of(fleet, 40_000, 20)):.1f}",
+                f"{DIGITS / (took := seconds_of(fleet, DIGITS, 20)):.1f}",
                 f"{one / took / count:.1%}",
             )
             for count, fleet in small
@@ -161,7 +162,9 @@ def page() -> str:
         ("GPUs", "shards of", "hours", "images/s", "of linear", "dollars per 1,000 images"),
         (_gpus(count, shard) for count in (8, 64, 256, 1000) for shard in (100, 1000)),
     )
-    return TEXT.format(few=few, many=many, cpu=CPU, gpu=GPU, dollars=GPU_SECOND * 3600)
+    return TEXT.format(
+        digits=DIGITS, few=few, many=many, cpu=CPU, gpu=GPU, dollars=GPU_SECOND * 3600
+    )
 
 
 def _gpus(count: int, shard: int) -> Sequence[str]:
@@ -187,9 +190,9 @@ this.**
 
 ## One machine
 
-40,000 digits in shards of 20, {cpu.rate} images/s per worker (one run of `fastdiff generate`
-with one thread on a shared CPU, 2026-11-30, one to three steps), {cpu.start:g} s to start a
-worker, {cpu.slots} slots.
+{digits:,} digits in shards of 20, {cpu.rate:g} images/s per worker (500 rows of one to three steps,
+five samplers, guided or not, by one worker with one thread on a Xeon, 2026-11-30; 19 to 35 while
+other programs used the cores), {cpu.start:g} s to start a worker, {cpu.slots} slots.
 
 {few}
 
@@ -216,8 +219,9 @@ and hour. Put in what `fastdiff bench` measures on yours.
   limit, whatever the workers do.
 - **Losses.** A lost worker costs its start and the shards it was making. At one loss per GPU and
   day that is below 1% for shards of up to 1,000 images.
-- **Reading.** Each worker reads all rows once to count and hash them. A million rows take
-  seconds; a billion would need one count for all.
+- **Reading.** Each command reads all rows once to count and hash them, and rows that may name
+  pictures a second time. A million rows take seconds, or a minute; a billion would need one count
+  for all.
 - **Shares.** Without locks or Ray, shares are fixed: the slowest worker decides. The simulation
   hands out shards one by one.
 - **Ray.** The ledger answers two calls per shard; 1,000 workers with shards of 100 at

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.respacing import respacing_steps
@@ -34,6 +35,7 @@ ACTIVATIONS = 64
 """Upper bound on the feature maps of the first level's size that a network holds at once: 25 in
 Stable Diffusion 1's U-Net, 6 in its decoder. Attention scores are never stored."""
 Extra = Literal["none", "inpainting", "upsampler"]
+Checked = TypeVar("Checked", SampleSettings, Job)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -253,7 +255,7 @@ def check(job: Job, facts: Facts) -> Job:
     change |= _classified(job, change, facts)
     if isinstance(job, ClassJob | TextJob | InterpolationJob):
         change["height"], change["width"] = facts.size(job.height, job.width)
-    return replace(job, **change)
+    return _changed(job, change)
 
 
 def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any]:
@@ -293,7 +295,7 @@ def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any
             "guidance by a classifier needs a class to pull towards, got none; give classes= "
             "(--classes) or classifier_class, or set classifier_scale=0"
         )
-    changed = {"settings": replace(settings, classifier_class=wanted)}
+    changed = {"settings": _changed(settings, {"classifier_class": wanted})}
     moved = leaves and "label" in change and not isinstance(job, InterpolationJob)
     return {**changed, "label": None} if moved else changed
 
@@ -348,10 +350,18 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
         "tile": TEXT_TILE if text else TILE,
         "classifier_scale": None if facts.classified is None else 1.0,
     }
-    return replace(
+    return _changed(
         settings,
-        **{name: value for name, value in defaults.items() if getattr(settings, name) is None},
+        {name: value for name, value in defaults.items() if getattr(settings, name) is None},
     )
+
+
+def _changed(config: Checked, change: Mapping[str, Any]) -> Checked:
+    """`replace`, or the same object if nothing changes: jobs of a stream are checked twice, when
+    they are read and when they begin."""
+    if all(getattr(config, name) is value for name, value in change.items()):
+        return config
+    return replace(config, **change)
 
 
 def default_batch(height: int, width: int, *, text: bool) -> int:
@@ -375,7 +385,19 @@ def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
     if first is not None:
         decoded = max(pixels, 512) if on_cpu else batch * pixels
         numbers += decoded * facts.factor**2 * first.config.model_channels
-    return 4 * (ACTIVATIONS * numbers + 16 * batch * channels * pixels) < SMALL
+    numbers = ACTIVATIONS * numbers + 16 * batch * channels * pixels
+    return 4 * (numbers + deep_numbers(job, facts.model, (sides[0], sides[1]), batch)) < SMALL
+
+
+def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -> int:
+    """How many numbers the deep features of a job's branch have that an engine keeps between steps
+    (`Denoiser.keep`): two rows per sample and one that nothing reads; 0 without `cache`.
+
+    sides: (h, w) of x.
+    """
+    if (cache := job.settings.caching) is None or model.denoiser is None:
+        return 0
+    return (2 * samples + 1) * math.prod(model.denoiser.deep_shape(cache.branch, sides))
 
 
 def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> Extra:

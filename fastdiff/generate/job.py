@@ -44,14 +44,14 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or 
 
 @functools.cache
 def _scalars(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types of the fields that are numbers, text or None; `check_seed` checks the seeds."""
+    """The types that fields of numbers, text or None accept; `check_seed` checks the seeds."""
     found = {}
     for name, hint in get_type_hints(cls).items():
         if name.endswith("seed"):
             continue
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if all(kind in _WORDS or kind is NoneType for kind in kinds):
-            found[name] = kinds
+            found[name] = (*kinds, int) if float in kinds else kinds
     return found
 
 
@@ -60,12 +60,14 @@ def _check_types(job: Any) -> None:
     cls: type = type(job)
     for name, kinds in _scalars(cls).items():
         value = getattr(job, name)
+        if type(value) in kinds:
+            continue
         if isinstance(value, Real) and type(value) not in _WORDS:  # NumPy's
             value = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(job, name, value)
-        accepted = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-            words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            named = [kind for kind in kinds if kind is not int or float not in kinds]
+            words = " or ".join(_WORDS.get(kind, "None") for kind in named)
             raise ValueError(f"{name} must be {words}, got {value!r:.40}")
 
 

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.weights import empty_model
-from fastdiff.generate.facts import ACTIVATIONS, SMALL, Facts, check, default_batch
+from fastdiff.generate.cost import TOKENS, inputs
+from fastdiff.generate.facts import (
+    ACTIVATIONS,
+    SMALL,
+    Facts,
+    check,
+    deep_numbers,
+    default_batch,
+)
 from fastdiff.generate.job import InpaintJob, Job, TextJob, UpscaleJob
 from fastdiff.images import image_size
 from fastdiff.kernels import selected_backend
@@ -30,8 +38,6 @@ from fastdiff.memory import check_memory
 from fastdiff.runtime.blocks import block_size, row_blocks
 from fastdiff.runtime.peak import Peak, peak_of
 
-TOKENS = 77
-"""Tokens in a chunk of a prompt."""
 CHARACTERS = 300
 """Characters of a prompt that fill a chunk."""
 FP32 = 4
@@ -232,6 +238,8 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
         + 2 * slots * guided * output
         + 2 * job.settings.total * conditions * embedding
         + conditions * projected
+        # deep features of all slots, and those of an evaluation before they are copied there
+        + deep_numbers(job, model, shape[1:], slots + rows) * call.dtype.itemsize
     )
     most = peak.most
     if model.classifier is not None and job.settings.classifier_scale:
@@ -270,19 +278,7 @@ def _evaluation(
     network: Any = _empty(config, dtype)
 
     def call() -> tuple[int, int, int]:
-        t = torch.empty(rows, device="meta")
-        y = added = context = None
-        if config.num_classes is not None:
-            y = torch.empty(rows, dtype=torch.int64, device="meta")
-        if config.added_condition_dim is not None:
-            added = torch.empty(rows, config.added_condition_dim, dtype=dtype, device="meta")
-        emb = network.embed(t, y, added)
-        if tokens:
-            given = torch.empty(rows, tokens, config.context_dim, dtype=dtype, device="meta")
-            context = network.project_context(given)
-        shape = (rows, config.in_channels, *sides)
-        layout = torch.channels_last
-        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+        x, emb, context = inputs(network, rows, sides, tokens, dtype)
         out = network.body(x, emb, context)
         return tuple(_bytes(found) // rows for found in (emb, context, out))  # type: ignore[return-value]
 

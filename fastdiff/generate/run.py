@@ -301,7 +301,9 @@ class _Run:
             NotEnoughMemory: the job would not fit.
         """
         size = getattr(job, "height", None), getattr(job, "width", None)
-        key = (type(job), size, getattr(job, "upscale", None))
+        cache = job.settings.caching
+        branch = None if cache is None else cache.branch
+        key = (type(job), size, getattr(job, "upscale", None), branch)
         if key in seen:
             return
         session, batch = self.session, self.batch or job.settings.batch or MOST_AT_ONCE

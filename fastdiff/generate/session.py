@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,7 @@ NOT_OF_A_TABLE = (
     *("cache", "cache_branch", "cache_center", "cache_power"),
 )
 """Settings that tables do not depend on."""
+_of_a_table = attrgetter(*sorted({f.name for f in fields(SampleSettings)} - {*NOT_OF_A_TABLE}))
 Made = TypeVar("Made")
 
 
@@ -127,9 +129,7 @@ class Session:
         settings: those of a checked job. files: the session whose checkpoint defines the sampler
         CHECKPOINT, if it is not this one.
         """
-        other = SampleSettings()
-        same = replace(settings, **{name: getattr(other, name) for name in NOT_OF_A_TABLE})
-        key = (same, start, stop, id(files))
+        key = (_of_a_table(settings), start, stop, id(files))
         return self._once("tables", TABLES, key, lambda: self._table(settings, start, stop, files))
 
     def _table(

@@ -311,8 +311,7 @@ def nested(values: Mapping[str, Any], *, upsampler: bool = False) -> dict[str, A
             continue
         if name not in known:
             raise ValueError(f"unknown field {name!r}; expected one of {', '.join(known)}")
-        group = next((g for g, cls in GROUPS.items() if name in _names(cls)), None)
-        if group is None:
+        if (group := _group_of(name)) is None:
             data[name] = value
         else:
             data[group] = {**data.get(group, {}), name: value}
@@ -340,6 +339,12 @@ def _kind(data: Mapping[str, Any], upsampler: bool) -> str:
     if "image" in data and not upsampler:
         return "upscale" if "scale" in data or "via" in data else "image-to-image"
     return "text" if "prompt" in data else "class"
+
+
+@functools.cache
+def _group_of(name: str) -> str | None:
+    """The group of settings that a field belongs to; None: it is one of the job itself."""
+    return next((group for group, cls in GROUPS.items() if name in _names(cls)), None)
 
 
 def _names(cls: type[Any]) -> set[str]:

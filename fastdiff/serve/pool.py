@@ -197,7 +197,7 @@ class Pool:
         Raises:
             ApiError: they do not fit in the queue, or the pool is closing.
         """
-        costs = [cost_of(job) for job in call.jobs]
+        costs = [cost_of(job, self.facts) for job in call.jobs]
         with self._changed:
             if self._closing or self.crashed:
                 raise replace(CLOSING)

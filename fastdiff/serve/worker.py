@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
+from fastdiff.generate.cost import evaluations
 from fastdiff.generate.facts import Facts, default_batch, is_small
 from fastdiff.generate.job import ClassJob, Job
 from fastdiff.generate.run import Result, engine_request, pasted, plan
@@ -240,7 +241,7 @@ class Worker:
         Raises:
             ApiError: they do not fit in the queue, or the worker is closing.
         """
-        costs = [cost_of(job) for job in call.jobs]
+        costs = [cost_of(job, self.facts) for job in call.jobs]
         with self._changed:
             if self._closing or self.crashed:
                 raise replace(CLOSING)
@@ -403,7 +404,8 @@ class Worker:
     def _check_memory(self, image: _Image) -> None:
         session, job, count = self.session, image.job, round(1 / image.share)
         height, width = _sides(job)
-        key = type(job), (height, width)
+        cache = job.settings.caching
+        key = type(job), (height, width), None if cache is None else cache.branch
         # without a size, as in edits, `is_small` leaves it to the estimate, which takes seconds
         given: Any = job
         sized = replace(given, height=height, width=width) if hasattr(job, "height") else given
@@ -564,11 +566,10 @@ def share_of(job: Job, facts: Facts, slots: int | None) -> float:
     return 1 / (slots or default_batch(*facts.x_shape(height, width)[1:], text=facts.reads_text))
 
 
-def cost_of(job: Job) -> float:
-    """What a checked job costs: network rows times pixels."""
+def cost_of(job: Job, facts: Facts) -> float:
+    """What a checked job costs: evaluations of the network times pixels."""
     height, width = _sides(job)
-    rows = job.settings.total * (2 if job.settings.weight > 1 else 1)
-    return float(rows * height * width * getattr(job, "strength", 1.0))
+    return evaluations(job, facts) * height * width * getattr(job, "strength", 1.0)
 
 
 def _like(latents: _Latents) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ import torch
 
 import fastdiff
 from fastdiff.diffusion.gradients import loss_pull
+from fastdiff.generate.cost import evaluations
+from fastdiff.generate.facts import Facts, check
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.recipe import from_json
 from fastdiff.jobs.fields import from_default
@@ -54,3 +56,32 @@ def test_what_does_not_fit_is_refused() -> None:
     pulls = [loss_pull(lambda x0: x0.square().sum(dim=(1, 2, 3)))]
     with pytest.raises(ValueError, match="guidance by gradients"):
         fastdiff.load("digits").generate(cache=3, steps=2, pulls=pulls)
+
+
+def test_a_job_costs_the_flops_of_its_evaluations() -> None:
+    """Counted in a run of the job, by a hook on each convolution."""
+    model = fastdiff.load("digits")
+    facts = Facts.of(model)
+    flops = 0
+
+    def count(layer: torch.nn.Module, _: object, out: torch.Tensor) -> None:
+        nonlocal flops
+        weight = layer.get_parameter("weight")
+        flops += 2 * out[:, 0].numel() * weight.numel() if out.ndim == 4 else 0
+
+    def spent(**settings: object) -> tuple[int, float]:
+        nonlocal flops
+        flops = 0
+        job = ClassJob(label=1, settings=SampleSettings(steps=8, sampler="ddim", **settings))  # type: ignore[arg-type]
+        [*fastdiff.generate(model, [job])]
+        return flops, evaluations(check(job, facts), facts)
+
+    assert model.denoiser is not None
+    for layer in model.denoiser.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    whole, rows = spent(guidance_scale=2.0)
+    assert rows == 16
+    for options in ({"cache": 2}, {"cache": 4, "cache_branch": 2}):
+        reused, worth = spent(guidance_scale=2.0, **options)
+        assert worth / rows == pytest.approx(reused / whole, abs=0.03)

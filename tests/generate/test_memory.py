@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from fastdiff import memory
 from fastdiff.checkpoint.open import load
 from fastdiff.cli import main
 from fastdiff.generate import memory as estimates
+from fastdiff.generate.facts import check
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.reconstruction import reconstruct
+from fastdiff.generate.run import engine_request, plan
+from fastdiff.generate.session import Session
 from fastdiff.images import read_image, save_png
 from fastdiff.memory import NotEnoughMemory, free_memory, gib
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.runtime.engine import Engine
 from tests.support.tiny import tiny_autoencoder, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +129,21 @@ def test_images_at_once_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
         next(fastdiff.generate(model, jobs))
     small = [ClassJob(label=1, settings=SampleSettings(batch=2, steps=1))] * 2
     assert len(list(fastdiff.generate(model, small))) == 2
+
+
+def test_deep_features_that_are_kept_between_steps_count_too() -> None:
+    """Against the tensors of an engine with 64 slots whose job reuses features."""
+    model = fastdiff.load("digits")
+    session, settings = Session.of(model), SampleSettings(steps=2, cache=2, cache_branch=1)
+    cached = check(ClassJob(label=1, settings=settings), session.facts)
+    engine = Engine(session.network, shape=session.facts.x_shape(32, 32), slots=64)
+    engine.submit(engine_request(plan(session, cached)))
+    kept = sum(t.numel() * t.element_size() for t in engine._denoiser.deep.values())
+    call = Call(device=torch.device("cpu"), dtype=torch.float32, count=64, batch=64)
+    plain = replace(cached, settings=SampleSettings(steps=2))
+    more = need_of([model], cached, call, loaded=True).work
+    more -= need_of([model], plain, call, loaded=True).work
+    assert kept <= more <= 1.5 * kept
 
 
 def test_a_job_is_estimated_before_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import tarfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 import fastdiff
-from fastdiff.generate.job import ClassJob, ImageToImageJob, SampleSettings
+from fastdiff.generate.job import (
+    KINDS,
+    ClassJob,
+    ImageToImageJob,
+    SampleSettings,
+    TextSettings,
+)
 from fastdiff.images import open_flat, read_recipe, save_png, to_uint8
 from fastdiff.jobs import JobSpec, Status, run_job
+from fastdiff.jobs.fields import field_types
 from fastdiff.jobs.shards import Claims, Item
 from fastdiff.jobs.store import Folder
 from fastdiff.jobs.worker import Worker
@@ -94,6 +102,44 @@ def test_bad_rows_are_recorded(whole: JobSpec) -> None:
         "the nearest sizes are 16 x 16 or 16 x 18",
     ]
     assert records[0]["input"] == '{"label": 9}'
+
+
+def broken_in_each_field(place: Path) -> dict[str, dict[str, Any]]:
+    """For each field a row of a job that has it, right but for this field."""
+    save_png(place / "in.png", torch.zeros(1, 16, 16))
+    bases: dict[str, dict[str, Any]] = {
+        "text": {"prompt": "a cat"},
+        "image-to-image": {"image": "in.png"},
+        "inpaint": {"image": "in.png", "mask": "in.png"},
+        "upscale": {"image": "in.png"},
+        "interpolation": {"to_seed": 1},
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name in field_types():
+        kinds = [kind for kind, cls in KINDS.items() if name in names_of(cls)]
+        kind = kinds[0] if kinds else "text" if name in names_of(TextSettings) else "class"
+        rows[name] = {"kind": kind, **bases.get(kind, {}), name: {"broken": True}}
+    return rows
+
+
+def names_of(cls: type[Any]) -> set[str]:
+    return {f.name for f in fields(cls)}
+
+
+def test_a_row_that_is_broken_in_any_field_is_recorded_and_named(place: Path) -> None:
+    broken = broken_in_each_field(place)
+    rows = [row for pair in zip(broken.values(), itertools.cycle(ROWS)) for row in pair]
+    spec = spec_of(place, rows, "fields", name="fields.jsonl")
+    summary = run_job(spec)
+    assert (summary.errors, summary.images) == (len(broken), len(broken))
+    records = [r for number in range(summary.of) for r in shards_of(spec).errors(number)]
+    assert [record["row"] for record in records] == [*range(0, 2 * len(broken), 2)]
+    unnamed = [
+        record["error"]
+        for name, record in zip(broken, records, strict=True)
+        if not re.search(rf"\b{name}\b", record["error"])
+    ]
+    assert not unnamed
 
 
 def test_archives_have_no_times_and_no_owners(whole: JobSpec) -> None:

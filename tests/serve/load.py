@@ -45,22 +45,29 @@ class Setting:
     steps: int
     sampler: str
     scale: float
+    cache: int | None = None
 
     @property
     def body(self) -> dict[str, Any]:
-        return {
+        body = {
             "prompt": str(self.label),
             "seed": self.seed,
             "num_inference_steps": self.steps,
             "sampler": self.sampler,
             "guidance_scale": self.scale,
         }
+        return body if self.cache is None else {**body, "cache": self.cache}
 
 
 SETTINGS = [
-    Setting(label, label, steps, sampler, scale)
+    Setting(label, label, steps, sampler, scale, cache)
     for steps in (SHORT, LONG)
-    for label, sampler, scale in ((3, "euler", 1.0), (8, "dpmpp-2m", 2.5), (5, "heun", 1.5))
+    for label, sampler, scale, cache in (
+        (3, "euler", 1.0, None),
+        (8, "dpmpp-2m", 2.5, None),
+        (5, "heun", 1.5, None),
+        (6, "ddim", 2.0, 2),
+    )
 ]
 
 
@@ -121,6 +128,7 @@ class Load:
                     steps=each.steps,
                     sampler=each.sampler,
                     guidance_scale=each.scale,
+                    cache=each.cache,
                 )[0].image
             )
             for each in SETTINGS

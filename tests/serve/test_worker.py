@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.generate.facts import check
+from fastdiff.generate.facts import Facts, check
 from fastdiff.generate.job import ClassJob, SampleSettings
 from fastdiff.generate.model import Model, with_generate
+from fastdiff.memory import NotEnoughMemory
 from fastdiff.serve.errors import ApiError
 from fastdiff.serve.metrics import Metrics
-from fastdiff.serve.worker import Call, Done, Event, Failed, Partial, Worker
+from fastdiff.serve.worker import Call, Done, Event, Failed, Partial, Worker, cost_of
 from tests.support.tiny import tiny_model
 
 
@@ -296,3 +297,34 @@ def test_sizes_and_engines_share_the_room(model: Model) -> None:
     assert isinstance(done, Done)
     assert torch.equal(done.result.image, alone[0].image)
     assert callers[0].is_as_alone(model)
+
+
+def test_cached_images_cost_what_they_compute() -> None:
+    """Of two clients that always wait, the one whose images reuse features gets more of them."""
+    facts = Facts.of(tiny_model())
+    costs = [
+        cost_of(check(ClassJob(label=1, settings=SampleSettings(steps=8, **more)), facts), facts)
+        for more in ({}, {"cache": 2}, {"cache": 8})
+    ]
+    assert costs[0] > 1.3 * costs[1] > costs[1] > 1.2 * costs[2]
+    assert costs[2] > costs[0] / 8  # one of eight is full, and the others are not free
+
+
+def test_the_memory_of_deep_features_is_checked_for_each_branch(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain requests of the same size have been let in before."""
+    monkeypatch.setattr("fastdiff.generate.facts.SMALL", 0)
+    worker = worker_of(model, slots=8)
+    plain = Caller(worker)
+    turns(worker, [plain])
+
+    def check_memory(*_: Any, **__: Any) -> None:
+        raise NotEnoughMemory("no room")
+
+    monkeypatch.setattr("fastdiff.generate.memory.check_memory", check_memory)
+    again, cached = Caller(worker), Caller(worker, cache=2, cache_branch=1)
+    turns(worker, [again, cached])
+    monkeypatch.undo()
+    assert again.is_as_alone(model)
+    assert cached.error.status == 400
