@@ -57,6 +57,8 @@ class Todo:
     """A row to measure: its functions, made when it is its turn, and the contexts they need."""
 
     row: Row
+    method: Method
+    """How a GPU times it."""
     functions: Callable[[], Mapping[str, Callable[[], Any]]]
     within: Callable[[str], AbstractContextManager[Any]]
 
@@ -89,7 +91,8 @@ def _op(plan: Plan, case: Case, kernel: UserKernel | None, device: torch.device)
                 found[name] = function_of(case, name, arguments, "inductor")
         return found if kernel is None else {**found, kernel.name: kernel.on(arguments)}
 
-    return Todo(contest.bare_row(case, device), functions, lambda name: settings(case, name))
+    row = contest.bare_row(case, device)
+    return Todo(row, case.method, functions, lambda name: settings(case, name))
 
 
 def _network(plan: Plan, preset: str, job: Job, device: torch.device) -> Todo:
@@ -114,7 +117,7 @@ def _whole(row: Row, made: Callable[[], Mapping[str, whole.Contestant]]) -> Todo
         with torch.inference_mode(), found[name].within():
             yield
 
-    return Todo(row, functions, within)
+    return Todo(row, "events", functions, within)
 
 
 # The processes
@@ -266,7 +269,7 @@ def _in_turns(
     rounds = {}
     for name, function in one.functions().items():
         with one.within(name):
-            rounds[name] = _round(function, device, one.row.method)
+            rounds[name] = _round(function, device, one.method)
     seconds: dict[str, list[Clocks]] = {name: [] for name in rounds}
     names = list(rounds)
     used = 0.0
@@ -310,7 +313,10 @@ def main(argv: Sequence[str]) -> None:
     """
     text, out = argv
     request = json.loads(text)
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in request["plan"].items()}
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in request["plan"].items()
+    }
     plan = Plan(**options)
     kernel = None
     if request["kernel"] is not None:

@@ -37,7 +37,7 @@ def working(seconds: float) -> Callable[[], None]:
 
 
 def todo(name: str, **functions: Callable[[], None]) -> Todo:
-    return Todo(row(name), lambda: functions, lambda _: nullcontext())
+    return Todo(row(name), "host", lambda: functions, lambda _: nullcontext())
 
 
 def test_both_clocks_measure_the_ratio() -> None:
