@@ -31,6 +31,8 @@ $(STAMP): $(RUNTIME)
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt 'fastdiff[dev]'
 	@# not into site-packages: diffusers and transformers change their ways where they find it
 	@$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt --target $(VENV)/kernels-library --upgrade kernels
+	@# only its sampling.py is imported; what the package needs, torchvision among it, is not installed
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt --target $(VENV)/k-diffusion --upgrade k-diffusion
 	@# many processes will start at once, and perhaps where bytecode is not written; exit 1: a template that is not Python
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@

@@ -359,7 +359,7 @@ def wants_gradient(arguments: Iterable[Any]) -> bool:
     return _grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
-def plain(*tensors: Tensor | None) -> bool:
+def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a call may bypass both PyTorch's dispatcher and autograd."""
     return untraced(tensors) and not wants_gradient(tensors)
 

@@ -37,7 +37,13 @@ from fastdiff.kernels import attention as attend
 from fastdiff.kernels import geglu
 from fastdiff.kernels.ada_layer_norm import ada_layer_norm
 from fastdiff.kernels.gate_residual import gate_residual
-from fastdiff.models.layers import added, from_tokens, is_channels_last, split_bias, to_tokens
+from fastdiff.models.layers import (
+    from_tokens,
+    is_channels_last,
+    optional_sum,
+    split_bias,
+    to_tokens,
+)
 from fastdiff.runtime.cpu_layers import Kept, Plan, PreparedConv2d, folded_upsampling
 
 PROCESSORS = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
@@ -78,7 +84,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
                 h = self.norm2(self.conv1(h), activation="silu", scale_shift=emb)
             else:
                 h, bias = split_bias(self.conv1, h)
-                h = self.norm2(h, activation="silu", channel_add=added(emb, bias))
+                h = self.norm2(h, activation="silu", channel_add=optional_sum(emb, bias))
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)

@@ -19,6 +19,7 @@ import inspect
 import sys
 import weakref
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,14 +29,15 @@ from torch import Tensor
 
 from fastdiff.checkpoint.scheduler import DEFAULTS
 from fastdiff.diffusion.samplers import COLUMN, NO_SLOT
+from fastdiff.integrations.scheduler_multistep import IPNDM_OPTIONS, MULTISTEP
 from fastdiff.integrations.scheduler_rows import KINDS as ROWS
-from fastdiff.integrations.scheduler_rows import Call, Host, Kind, Step, write_nothing
+from fastdiff.integrations.scheduler_rows import Call, Host, Kind, Predictor, Step, write_nothing
 from fastdiff.integrations.scheduler_solvers import FLOW_OPTIONS, REFUSED, SOLVERS
 from fastdiff.kernels import sampler_step
-from fastdiff.kernels.choose import plain
+from fastdiff.kernels.choose import can_bypass_dispatcher
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 
-KINDS = {**ROWS, **SOLVERS}
+KINDS = {**ROWS, **SOLVERS, **MULTISTEP}
 Noise = Literal["philox", "generator"]
 NOISES: tuple[str, ...] = ("philox", "generator")
 
@@ -68,7 +70,7 @@ def objection(scheduler: Any) -> str | None:
     if name not in KINDS:
         reason = REFUSED.get(name)
         return f"{name}: {reason}" if reason else f"fastdiff has no sampler like {name}"
-    known_options = DEFAULTS.get(name, FLOW_OPTIONS)
+    known_options = IPNDM_OPTIONS if name == "IPNDMScheduler" else DEFAULTS.get(name, FLOW_OPTIONS)
     for option, parameter in inspect.signature(theirs.__init__).parameters.items():
         default, value = parameter.default, config.get(option)
         if option not in ("self", *known_options) and value not in (None, False, default):
@@ -219,7 +221,11 @@ def _step(scheduler: Any, given: dict[str, Any]) -> Any:
     if isinstance(row, str):
         return row
     x, *older = [call.sample if row.sample is None else row.sample, *(t for t, _ in row.older)]
-    if any(t.shape != call.sample.shape for t in (x, *older)) or not plain(call.sample, x, *older):
+    if row.then is not None:
+        older += [row.then.last, *(t for t, _ in row.then.older)]
+    if any(t.shape != call.sample.shape for t in (x, *older)) or not can_bypass_dispatcher(
+        call.sample, x, *older
+    ):
         return "its history has another shape or device, or requires a gradient"
     if row.draws and row.log_variance is not None and scheduler.noise == "generator":
         return "the variance is learned and its noise is drawn from the generator"
@@ -242,7 +248,8 @@ def _dtypes(kind: Kind, row: Step, call: Call) -> tuple[torch.dtype, torch.dtype
         of_sample = torch.float32
     widest = torch.promote_types(of_output, of_sample)
     estimate = of_output if (row.u, row.v) == (0, 1) else widest  # the output itself
-    return {"widest": widest, "output": of_output, "estimate": estimate}[kind.dtype], estimate
+    dtypes = {"widest": widest, "output": of_output, "estimate": estimate, "sample": of_sample}
+    return dtypes[kind.dtype], estimate
 
 
 def _unfit(call: Call, kind: Kind) -> str | None:
@@ -250,7 +257,7 @@ def _unfit(call: Call, kind: Kind) -> str | None:
     x, f = call.sample, call.model_output
     if not isinstance(x, Tensor) or not isinstance(f, Tensor):
         return "sample or model_output is not a tensor"
-    if not plain(x, f):
+    if not can_bypass_dispatcher(x, f):
         return "a gradient, a transform, tracing or a tensor subclass is in use"
     if not (x.is_floating_point() and f.is_floating_point() and x.numel() and x.ndim >= 2):
         return "the tensors do not have shape (N, C, ...) or are not floating-point"
@@ -311,8 +318,23 @@ def _run(
         kept = kept.clone()
     if kept is not None:
         ring.holds(slot, kept if state is None else state)
+    if row.then is not None:
+        corrected = _predict(row.then, ring, x, denoised)
+        call = replace(call, sample=corrected.to(call.sample.dtype))
     kind.write(scheduler, call, denoised, kept)
     return x, denoised, kept
+
+
+def _predict(then: Predictor, ring: Ring, x: Tensor, denoised: Tensor) -> Tensor:
+    """Take the second row, in place of x. Returns the sample that it starts from."""
+    terms = [(denoised, then.of_estimate), *then.older]
+    places, slot = ring.place(x, [tensor for tensor, _ in terms], keep=False)
+    row = Step(u=1.0, v=then.of_last, a=0.0, b=then.b, older=tuple(terms))
+    table = _table(_columns(row, places, slot, noise=False), x.dtype, x.device)
+    none, corrected = _zeros(len(x), x.device), torch.empty_like(x)
+    assert ring.slots is not None, "`place` has allocated them"
+    sampler_step(x, then.last, ring.slots, table, none, none, denoised=corrected)
+    return corrected
 
 
 def _columns(row: Step, places: list[int], slot: int, *, noise: bool) -> tuple[float, ...]:

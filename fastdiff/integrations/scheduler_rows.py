@@ -90,6 +90,22 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A second row, which starts from the sample that the first one corrects.
+
+        corrected = x + of_last * last,    x'' = b corrected + of_estimate D + sum over `older`
+
+    where x is the result and D the estimate of the first row.
+    """
+
+    last: Tensor
+    of_last: float
+    b: float
+    of_estimate: float
+    older: tuple[tuple[Tensor, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """The row of one step (letters: module docstring)."""
 
@@ -108,6 +124,7 @@ class Step:
     """(p, q): later steps need p x + q D."""
     sample: Tensor | None = None
     """x, if it is not the sample that was passed in."""
+    then: Predictor | None = None
 
 
 Reader = Callable[[Any, Call, Host], Step | str]
@@ -391,6 +408,7 @@ def exploded(sigma: float) -> Level:
 # --- how a step updates the state of the scheduler ---
 
 Writer = Callable[[Any, Call, Tensor, "Tensor | None"], None]
+"""(scheduler, call, x0 estimate, kept tensor); a corrected sample is in place of the call's."""
 
 
 def write_nothing(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor | None) -> None:
@@ -441,9 +459,10 @@ class Kind(NamedTuple):
     """Option -> the values that the reader supports; the scheduler's numbers reflect all others."""
     state: Callable[[Call, Tensor], Tensor | None] = lambda call, denoised: None
     """The scheduler's own tensor with the value that `Step.keep` keeps; None: the kept tensor."""
-    dtype: Literal["widest", "output", "estimate"] = "widest"
+    dtype: Literal["widest", "output", "estimate", "sample"] = "widest"
     """dtype of the next sample: the wider one of sample and output; the output's (Euler, which
-    converts the sample to fp32 first); or that of the x0 estimate (DPM-Solver++: noise in fp32)."""
+    converts the sample to fp32 first); that of the x0 estimate (DPM-Solver++: noise in fp32); or
+    the sample's (UniPC)."""
     copies: bool = False
     """Whether the kept tensor is copied out of its slot, because it stays when that is reused."""
     second: str | None = None

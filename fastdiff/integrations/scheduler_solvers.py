@@ -36,7 +36,7 @@ from fastdiff.integrations.scheduler_rows import (
 CHANGED = "its history was changed"
 
 
-def _descending(sigmas: list[Any], index: int, count: int) -> list[float] | None:
+def descending(sigmas: list[Any], index: int, count: int) -> list[float] | None:
     """`count` sigmas up to `index`, newest first, or None if they do not ascend to the past."""
     if index + 1 < count:
         return None
@@ -56,7 +56,7 @@ def read_lms(scheduler: Any, call: Call, host: Host) -> Step | str:
     if not isinstance(most, int) or not 1 <= most <= 4:
         return "order is not 1 to 4"
     pair, count = pair_at(scheduler, index, host), min(index + 1, most)
-    sigmas = _descending(host.numbers(scheduler, "sigmas"), index, count)
+    sigmas = descending(host.numbers(scheduler, "sigmas"), index, count)
     if pair is None or sigmas is None:
         return DEGENERATE
     weights = lagrange_integrals(sigmas, pair[1], "linear")
@@ -97,7 +97,7 @@ def read_singlestep(scheduler: Any, call: Call, host: Host) -> Step | str:  # no
     order = scheduler.order_list[index]
     while order > 1 and outputs[-(order - 1)] is None:
         order -= 1
-    sigmas = _descending(every, index, order)
+    sigmas = descending(every, index, order)
     if sigmas is None or (order > 1 and not 0 < pair[1] < sigmas[-1]):
         return DEGENERATE
     points, to = [exploded(sigma) for sigma in reversed(sigmas)], exploded(pair[1])
@@ -296,14 +296,14 @@ def write_flow_heun(scheduler: Any, call: Call, denoised: Tensor, kept: Tensor |
     scheduler._step_index += 1
 
 
-_SOLVES = {**PREDICTS, "thresholding": (False,), "use_flow_sigmas": (False,)}
+SOLVES = {**PREDICTS, "thresholding": (False,), "use_flow_sigmas": (False,)}
 SOLVERS = {
     "LMSDiscreteScheduler": Kind(read_lms, write_lms, PREDICTS, copies=True),
     "DPMSolverSinglestepScheduler": Kind(
         read_singlestep,
         write_singlestep,
         {
-            **_SOLVES,
+            **SOLVES,
             "algorithm_type": ("dpmsolver++",),
             "solver_order": (1, 2, 3),
             "solver_type": ("midpoint", "heun"),
@@ -329,12 +329,7 @@ SOLVERS = {
     "FlowMatchHeunDiscreteScheduler": Kind(read_flow_heun, write_flow_heun, {}, dtype="output"),
 }
 """diffusers' class -> how it is fused; continues `scheduler_rows.KINDS`."""
-REFUSED = {
-    "DEISMultistepScheduler": "the logarithms in its coefficients cancel in fp32",
-    "UniPCMultistepScheduler": "its step has two results, the corrected sample and the next one",
-    "DPMSolverSDEScheduler": "its noise is torchsde's Brownian tree",
-    "IPNDMScheduler": "it divides by alpha = 0 in its first step",
-}
+REFUSED = {"DPMSolverSDEScheduler": "its noise is torchsde's Brownian tree"}
 """diffusers' class that a sampler of ours equals -> why its step is not a row."""
 FLOW_OPTIONS = (
     "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift",

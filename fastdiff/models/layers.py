@@ -122,12 +122,13 @@ cuDNN's in a kernel of its own. oneDNN adds it while it writes. On meta, a GPU i
 def fuses(layer: nn.Module, x: Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a linear layer, or another `kind`, may run in one op with what surrounds it, instead
     of being called: where launches cost much (`BIAS_IS_A_LAUNCH`), without gradients, whose
-    backward pass would compute the layer again, without autocast, and if the layer is `plain`."""
+    backward pass would compute the layer again, without autocast, and of an unmodified
+    layer (`is_unmodified`)."""
     device = x.device.type
     return (
         device in BIAS_IS_A_LAUNCH
         and not torch.is_grad_enabled()
-        and plain(layer, kind)
+        and is_unmodified(layer, kind)
         and not (autocast_available(device) and torch.is_autocast_enabled(device))
     )
 
@@ -145,7 +146,7 @@ def linear_of_sums(
     return y if residual is None else y + residual
 
 
-def plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def is_unmodified(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is of exactly this class, without hooks or a replaced forward, so that
     its computation can be done in another way."""
     return type(layer) is kind and not (
@@ -177,9 +178,9 @@ def split_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x) without its bias, and the bias (C',), which the caller passes to the next norm.
 
     The bias is None if the convolution has added it: where that costs nothing, and where the layer
-    has to be called as a whole because it is not `plain`.
+    has to be called as a whole because it was modified.
     """
-    if x.device.type not in BIAS_IS_A_LAUNCH or not plain(conv, nn.Conv2d):
+    if x.device.type not in BIAS_IS_A_LAUNCH or not is_unmodified(conv, nn.Conv2d):
         return conv(x), None
     return conv._conv_forward(x, conv.weight, None), conv.bias
 
@@ -190,7 +191,7 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     if (
         x.device.type in BIAS_IS_A_LAUNCH
         and isinstance(conv, nn.Conv2d)
-        and plain(conv, nn.Conv2d)
+        and is_unmodified(conv, nn.Conv2d)
         and is_channels_last(x)
     ):
         return from_tokens(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
@@ -207,7 +208,7 @@ def pointwise_of_two(conv: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
     return from_tokens(cat_linear(to_tokens(x), to_tokens(skip), weight, conv.bias), x)
 
 
-def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def optional_sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """a + b, where None is nothing."""
     if a is None or b is None:
         return b if a is None else a
@@ -360,9 +361,9 @@ def run_before_norm(block: nn.Module, x: Tensor, size: tuple[int, int] | None = 
     bias: Tensor | None = None
     if isinstance(block, nn.Conv2d):
         x, bias = split_bias(block, x)
-    elif isinstance(block, Downsample) and plain(block, Downsample):
+    elif isinstance(block, Downsample) and is_unmodified(block, Downsample):
         x, bias = split_bias(block.conv, block.padded(x))
-    elif isinstance(block, Upsample) and plain(block, Upsample):
+    elif isinstance(block, Upsample) and is_unmodified(block, Upsample):
         x, bias = split_bias(block.conv, block.resized(x, size))
     elif isinstance(block, Upsample):
         x = block.to_size(x, size)
@@ -472,7 +473,7 @@ class ResBlock(nn.Module):
         elif self.scale_shift_norm:
             h, _ = self.norm2(h, channel_add=bias1, scale_shift=self.emb(emb))
         else:
-            h, _ = self.norm2(h, channel_add=added(self.emb(emb), bias1))
+            h, _ = self.norm2(h, channel_add=optional_sum(self.emb(emb), bias1))
         h, bias2 = self.dropout(h), None
         if before_norm:
             h, bias2 = split_bias(self.conv2, h)
@@ -487,7 +488,7 @@ class ResBlock(nn.Module):
         return (
             isinstance(self.skip, nn.Conv2d)
             and fuses(self.skip, x, nn.Conv2d)
-            and plain(self.norm1, GroupNorm)
+            and is_unmodified(self.norm1, GroupNorm)
             and self.resample is None
             and is_channels_last(x)
             and is_channels_last(skip)
@@ -771,12 +772,12 @@ def joined(parameters: Sequence[Tensor | None]) -> Tensor | None:
 
 def one_product_serves(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
     """Whether layers may be computed as one product: where launches cost much
-    (`BIAS_IS_A_LAUNCH`), not while compiling or under `torch.func`, and if all are `plain`."""
+    (`BIAS_IS_A_LAUNCH`), not while compiling or under `torch.func`, and if all are unmodified."""
     return (
         x.device.type in BIAS_IS_A_LAUNCH
         and not torch.compiler.is_compiling()
         and not transformed()
-        and all(plain(layer, nn.Linear) for layer in layers)
+        and all(is_unmodified(layer, nn.Linear) for layer in layers)
     )
 
 
@@ -794,7 +795,7 @@ def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor] |
     FiLM, unless `one_product_serves`, or if the parameters are not `joined`.
     """
     if not one_product_serves(emb, [b.emb for b in blocks]) or any(
-        b.scale_shift_norm or not plain(b.conv1, nn.Conv2d) for b in blocks
+        b.scale_shift_norm or not is_unmodified(b.conv1, nn.Conv2d) for b in blocks
     ):
         return None
     weight = joined([b.emb.weight for b in blocks])

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.kernels.choose import plain
+from fastdiff.kernels.choose import can_bypass_dispatcher
 from fastdiff.models.layers import Upsample
 
 PACK_NUMBERS = 2**19
@@ -279,7 +279,9 @@ class PreparedConv2d(Prepared, nn.Conv2d):
         if _usual(x, self.weight) or x.ndim != 4:
             return super().forward(x)
         wide = self.plan.widens(x.dtype)
-        keeps = self.plan.keep_copies and x.is_cpu and plain(x, self.weight, self.bias)
+        keeps = (
+            self.plan.keep_copies and x.is_cpu and can_bypass_dispatcher(x, self.weight, self.bias)
+        )
         packs = keeps and self._packs(x, wide)
         if packs:
             conv, weight = self.kept((self.weight, self.bias), lambda: self._pack(x))
@@ -321,7 +323,7 @@ class PreparedLinear(Prepared, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if _usual(x, self.weight) or not self.plan.widens(x.dtype):
             return super().forward(x)
-        if self.plan.keep_copies and x.is_cpu and plain(x, self.weight, self.bias):
+        if self.plan.keep_copies and x.is_cpu and can_bypass_dispatcher(x, self.weight, self.bias):
             weight, bias = self.kept(
                 (self.weight, self.bias), lambda: (_float(self.weight), _float(self.bias))
             )
@@ -358,7 +360,7 @@ def folded_upsampling(layer: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
         or not layer.plan.keep_copies
         or not (x.dtype is torch.float32 or layer.plan.widens(x.dtype))
         or not fold_wins(conv, x)
-        or not (x.is_cpu and plain(x, weight, bias))
+        or not (x.is_cpu and can_bypass_dispatcher(x, weight, bias))
         or packing_objection()
     ):
         return None

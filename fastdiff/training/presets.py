@@ -123,6 +123,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
     "tiny-iddpm": _tiny(  # Nichol and Dhariwal 2021: cosine, a learned variance, L_hybrid
         replace(UNETS["tiny-pixels"], out_channels=2, learned_sigma=True),
         "runs/tiny-iddpm",
+        steps=2000,  # eight minutes of one thread
         data=DataConfig(image_size=8),
         schedule=ScheduleConfig(kind="cosine"),
         loss=DenoiserLossConfig(bin_width=0.125),
@@ -131,6 +132,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
     "tiny-upsampler": _tiny(  # Nichol and Dhariwal 2021, section 4: 4 x 4 to 8 x 8
         replace(UNETS["tiny-pixels"], in_channels=2, out_channels=2, learned_sigma=True),
         "runs/tiny-upsampler",
+        steps=3000,  # twelve minutes of one thread
         data=DataConfig(image_size=8),
         low_resolution=4,
         schedule=ScheduleConfig(kind="cosine"),
@@ -140,6 +142,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
     "tiny-flow": _tiny(  # Esser et al. 2024: straight paths, logit-normal timesteps
         UNETS["tiny-pixels"],
         "runs/tiny-flow",
+        steps=3000,  # twelve minutes of one thread
         data=DataConfig(image_size=8),
         schedule=ScheduleConfig(kind="flow"),
         prediction="flow",

@@ -70,6 +70,27 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         "DPMSolverSinglestepScheduler",
         {"solver_order": 3, "solver_type": "heun", "final_sigmas_type": "sigma_min"},
     ),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "unipc-3-bh1-v": (
+        "UniPCMultistepScheduler",
+        {
+            "solver_order": 3,
+            "solver_type": "bh1",
+            "prediction_type": "v_prediction",
+            "final_sigmas_type": "sigma_min",
+        },
+    ),
+    "unipc-3-x0": (
+        "UniPCMultistepScheduler",
+        {
+            "solver_order": 3,
+            "prediction_type": "sample",
+            "disable_corrector": [0, 3],
+            "timestep_spacing": "trailing",
+        },
+    ),
+    "deis-1": ("DEISMultistepScheduler", {"solver_order": 1}),
+    "ipndm": ("IPNDMScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "lcm-clip-v": ("LCMScheduler", {"clip_sample": True, "prediction_type": "v_prediction"}),
     "tcd": ("TCDScheduler", {}),
@@ -99,7 +120,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 @functools.cache
 def made(case: str) -> Any:
     name, options = SCHEDULERS[case]
-    return getattr(import_diffusers(name), name)(**{**BETAS, **options})
+    betas = {} if name == "IPNDMScheduler" else BETAS  # it has a schedule of its own
+    return getattr(import_diffusers(name), name)(**{**betas, **options})
 
 
 def make(case: str) -> Any:
@@ -149,7 +171,7 @@ def state(scheduler: Any) -> Seen:
     names = (
         "num_inference_steps step_index begin_index order init_noise_sigma lower_order_nums "
         "counter custom_timesteps is_scale_input_called timesteps sigmas dt sample cur_sample "
-        "model_outputs"
+        "model_outputs last_sample this_order timestep_list ets"
     )
     slope, dt = getattr(scheduler, "prev_derivative", None), getattr(scheduler, "dt", None)
     seen: Seen = [len(scheduler), slope if slope is None else slope * dt]  # what counts of it

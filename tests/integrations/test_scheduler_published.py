@@ -45,6 +45,9 @@ PNDM = {"skip_prk_steps": True}
 DPM = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 HEUN, MULTISTEP = "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"
+UNIPC, DEIS = "UniPCMultistepScheduler", "DEISMultistepScheduler"
+SOLVER = {"solver_order": 2}
+BH2 = {**SOLVER, "final_sigmas_type": "sigma_min"}
 V = {"prediction_type": "v_prediction"}
 VE = {"num_train_timesteps": 1100}
 LOOPS = {
@@ -117,6 +120,18 @@ LOOPS = {
     "dpm++ lu v": Loop(
         scheduler=MULTISTEP, options={**DPM, **V, "use_lu_lambdas": True}, total=None, mean=0.1554
     ),
+    "unipc": Loop(scheduler=UNIPC, options=BH2, total=None, mean=0.2464),
+    "unipc v": Loop(scheduler=UNIPC, options={**BH2, **V}, total=None, mean=0.1014),
+    "unipc karras v": Loop(
+        scheduler=UNIPC,
+        options={**BH2, **V, "use_karras_sigmas": True},
+        total=None,
+        mean=0.1966,
+    ),
+    "unipc from noise": Loop(scheduler=UNIPC, options=BH2, last=2, total=315.5757, mean=0.4109),
+    "deis": Loop(scheduler=DEIS, options=SOLVER, total=None, mean=0.23916),
+    "deis v": Loop(scheduler=DEIS, options={**SOLVER, **V}, total=None, mean=0.091),
+    "deis from noise": Loop(scheduler=DEIS, options=SOLVER, last=2, total=315.3016, mean=0.41054),
     "dpm++ from noise": Loop(scheduler=MULTISTEP, options=DPM, last=5, total=318.4111, mean=0.4146),
 }
 

@@ -35,11 +35,11 @@ def engine(network: Network, recorder: StepGraphs, slots: int = 5) -> Engine:
     return Engine(network, shape=SHAPE, slots=slots, tokens=tokens, graphs=recorder)
 
 
-def plain_engine(network: Network, slots: int = 5) -> Engine:
+def plain_engine(network: Network, slots: int = 5, shape: tuple[int, int, int] = SHAPE) -> Engine:
     """An engine without graphs that evaluates as many network rows as one with graphs."""
     tokens = 7 if network.config.context_dim else 0
-    made = Engine(network, shape=SHAPE, slots=slots, tokens=tokens)
-    made._denoiser = Denoiser(network, SHAPE[1:], rounded=rounded_rows)
+    made = Engine(network, shape=shape, slots=slots, tokens=tokens)
+    made._denoiser = Denoiser(network, shape[1:], rounded=rounded_rows)
     return made
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
+
+from torch import Tensor
 
 
 def import_diffusers(*names: str) -> ModuleType:
@@ -36,4 +41,35 @@ def _import(package: str, names: tuple[str, ...]) -> ModuleType:
     finally:
         if absent:
             del sys.modules["kernels"]
+    return module
+
+
+K_DIFFUSION = Path(sys.prefix) / "k-diffusion" / "k_diffusion" / "sampling.py"
+"""Where `make venv` puts k-diffusion: its package imports torchvision, its samplers do not."""
+
+
+def k_diffusion_sampling() -> ModuleType:
+    """k-diffusion's `sampling.py` alone, with its solvers of other packages left out.
+
+    Raises:
+        FileNotFoundError: `make venv` has not installed it.
+    """
+
+    def append_dims(x: Tensor, ndim: int) -> Tensor:
+        return x[(..., *[None] * (ndim - x.ndim))]
+
+    utils = ModuleType("k_diffusion.utils")
+    utils.append_dims = append_dims  # type: ignore[attr-defined]
+    torchdiffeq = ModuleType("torchdiffeq")
+    torchdiffeq.odeint = None  # type: ignore[attr-defined]
+    package = ModuleType("k_diffusion")
+    package.__path__ = []
+    package.utils = utils  # type: ignore[attr-defined]
+    absent = {"torchdiffeq": torchdiffeq, "torchsde": ModuleType("torchsde")}
+    spec = importlib.util.spec_from_file_location("k_diffusion.sampling", K_DIFFUSION)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with patch.dict(sys.modules, {"k_diffusion": package, "k_diffusion.utils": utils, **absent}):
+        spec.loader.exec_module(module)
     return module
