@@ -59,9 +59,16 @@ class UserKernel:
     """A function to put beside an op, with the signature of its `eager` (fastdiff/bench/ops)."""
 
     name: str
-    """As the user gave it, ``module:function``."""
+    """``module:function``."""
     op: str
     function: Callable[..., Any]
+    place: str = ""
+    """From where another process can import it: as --kernel was given; "" from nowhere."""
+
+    def on(self, arguments: Arguments) -> Callable[[], Any]:
+        """The function with its operands."""
+        args, kwargs = arguments
+        return lambda: self.function(*args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,19 +129,22 @@ def op_row(
     contest = _Contest(case, conditions, kernel)
     for provider in [*others, *ours, *([kernel.name] if kernel else [])]:
         contest.enter(provider)
+    return contest.row(replace(bare_row(case, conditions.device), calls=calls))
+
+
+def bare_row(case: Case, device: torch.device) -> Row:
+    """The row of a case without entries."""
     work = case.work
-    row = Row(
+    return Row(
         kind="op" if case.direction == "forward" else "backward",
         name=case.subject.op,
         job=case.job_name,
         shape=str(case.call),
         dtype=str(case.dtype).removeprefix("torch."),
-        method=case.method if conditions.device.type == "cuda" else "host",
-        calls=calls,
+        method=case.method if device.type == "cuda" else "host",
         bytes=work.bytes,
         flops=work.flops,
     )
-    return contest.row(row)
 
 
 class _Contest:
@@ -181,8 +191,7 @@ class _Contest:
     def _function(self, provider: str) -> Callable[[], Any]:
         if self.kernel is None or provider != self.kernel.name:
             return function_of(self.case, provider, self.arguments, self.conditions.inductor)
-        function, (args, kwargs) = self.kernel.function, self.arguments
-        return lambda: function(*args, **kwargs)
+        return self.kernel.on(self.arguments)
 
     def _checked(self, provider: str) -> Checked:
         theirs = self.kernel
@@ -274,13 +283,13 @@ def filled(
         if row.limit in timed:
             share = Ratio.of(timed[name], [s / limit_work for s in timed[row.limit]])
             one = replace(one, share=share.value)
-            if name in ours and share.low > POSSIBLE and share.rounds >= LEAST_ROUNDS:
+            impossible = row.limit in LIMITS and share.low > POSSIBLE
+            if name in ours and impossible and share.rounds >= LEAST_ROUNDS:
                 found.append(Entry(provider=name, note=_impossible(row.limit, share)))
                 continue
         if name in ours:
             ratio = Ratio.of(timed[name], timed[best])
-            eager = Ratio.of(timed[name], timed["eager"])
-            one = replace(one, ratio=ratio, verdict=ratio.verdict(row.noise), against_eager=eager)
+            one = replace(one, ratio=ratio, verdict=ratio.verdict(row.noise))
         found.append(one)
     return replace(row, baseline=best, entries=tuple(found))
 

@@ -81,7 +81,11 @@ def answer(run: Run) -> list[str]:
         if row.kind in ("op", "backward") or not row.ours:
             continue
         mine = next((e for e in row.entries if e.provider == OURS and e.ratio), row.ours[0])
-        lines.append(f"{_title(row)}: {sentence(mine, row)}.")
+        made = ""
+        if row.images and mine.median_s:
+            made = f", {row.images / mine.median_s:.3g} images/s"
+            made += f", {mine.share:.0%} of {row.limit}" if mine.share is not None else ""
+        lines.append(f"{_title(row)}: {sentence(mine, row)}{made}.")
     lines += [line for line in (_limits(ops),) if line]
     noisy = [row for row in run.rows if row.noise > 0.1]
     if noisy:
@@ -115,9 +119,20 @@ def _verdicts(rows: Sequence[Row]) -> str:
         found = [row.ours[0] for row in rows if row.ours[0].verdict == verdict]
         if found:
             values = sorted(entry.ratio.value for entry in found if entry.ratio)
-            span = f" ({values[0]:.2f} to {values[-1]:.2f} x)" if verdict != "equal" else ""
+            span = f" ({spanned(values, '.2f')} x)" if verdict != "equal" else ""
             parts.append(f"{len(found)} of {len(rows)} {text}{span}")
     return ", ".join(parts)
+
+
+def spanned(values: Sequence[float], form: str) -> str:
+    """``1.22`` or ``1.22 to 1.37``: the smallest and the largest of sorted values, as one if they
+    read alike.
+
+    >>> spanned([0.141, 0.9], ".0%"), spanned([1.221, 1.224], ".2f")
+    ('14% to 90%', '1.22')
+    """
+    first, last = format(values[0], form), format(values[-1], form)
+    return first if first == last else f"{first} to {last}"
 
 
 def _limits(rows: Sequence[Row]) -> str:
@@ -127,9 +142,11 @@ def _limits(rows: Sequence[Row]) -> str:
             row.ours[0].share for row in rows if row.limit == limit and row.ours[0].share
         )
         if shares:
+            calls = "1 call is" if len(shares) == 1 else f"{len(shares)} calls are"
+            reach = "reaches" if len(shares) == 1 else "reach"
             parts.append(
-                f"{len(shares)} calls are bound by {what} and reach {shares[0]:.0%} to "
-                f"{shares[-1]:.0%} of a {limit} of the same work"
+                f"{calls} bound by {what} and {reach} {spanned(shares, '.0%')} of a {limit} of the "
+                "same work"
             )
     return "; ".join(parts) + "." if parts else ""
 
@@ -313,6 +330,7 @@ def _title(row: Row) -> str:
         "step": "step of",
         "decode": "decoder",
         "image": "images of",
+        "job": "job of",
         "backward": "gradients of",
     }
     return " ".join(part for part in (names.get(row.kind, ""), str(row)) if part)

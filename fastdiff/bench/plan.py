@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastdiff import kernels
-from fastdiff.bench import contest, whole
+from fastdiff.bench import contest, whole, whole_job
 from fastdiff.bench.clock import timer_for
 from fastdiff.bench.clocks import Clocks
 from fastdiff.bench.contest import Conditions, UserKernel
@@ -42,7 +42,7 @@ MINUTES = {True: 1.0, False: 20.0}
 ROW_S = {True: 0.6, False: 3.0}
 STEP_S = {True: 3.0, False: 60.0}
 """Quick or not -> seconds of timed rounds of a call, and of a network."""
-PARTS = ("ops", "networks", "images")
+PARTS = ("ops", "networks", "images", "jobs")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[int, int], None]
@@ -62,6 +62,8 @@ class Plan:
     shape: Shape | None = None
     """Shape of x, in place of those of the presets; needs one op."""
     batch: int | None = None
+    size: int | None = None
+    """Height and width of the networks' latents or pixels; None: those of the presets."""
     dtype: str | None = None
     """None: fp32 on a CPU, bf16 on a GPU."""
     providers: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ class Plan:
             raise ValueError("--shape needs one --op, whose x has that shape")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"--batch must be at least 1, got {self.batch}")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise ValueError(f"--size must be a multiple of 8, got {self.size}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
@@ -109,6 +113,8 @@ class Plan:
         """Whether a part takes place; naming ops leaves only them."""
         if self.parts:
             return part in self.parts
+        if part == "jobs" and self.quick:
+            return False  # eleven rounds take longer than all the rest
         return part == "ops" or not (self.ops or self.shape or self.backward)
 
     def jobs(self) -> dict[str, Job]:
@@ -126,8 +132,17 @@ class Plan:
                 job = replace(job, size=QUICK.get(name, job.size // 2), batch=min(job.batch, 16))
             if self.batch is not None:
                 job = replace(job, batch=self.batch)
+            if self.size is not None:
+                job = replace(job, size=self.size)
             found[name] = job
         return found
+
+    def measured_networks(self) -> dict[str, Job]:
+        """Those of `jobs` of which whole evaluations are measured, by preset."""
+        if not self.quick or self.on_gpu:
+            return self.jobs()
+        # a network at full size takes seconds per call
+        return {name: job for name, job in self.jobs().items() if name == "digits"}
 
 
 def op_cases(plan: Plan, kernel: UserKernel | None = None) -> list[tuple[Case, int]]:
@@ -282,9 +297,7 @@ def _tasks(
         return
     longer = replace(conditions, budget_s=STEP_S[plan.quick])
     if plan.wants("networks"):
-        for preset, job in plan.jobs().items():
-            if plan.quick and not plan.on_gpu and preset != "digits":
-                continue  # a network at full size takes seconds per call
+        for preset, job in plan.measured_networks().items():
             yield (
                 f"{preset} step",
                 lambda preset=preset, job=job: whole.step_row(  # type: ignore[misc]
@@ -299,6 +312,8 @@ def _tasks(
             )
     if plan.wants("images") and "digits" in plan.jobs():
         yield "digits images", lambda: whole.image_row(longer)
+    if plan.wants("jobs") and "digits" in plan.jobs():
+        yield "digits job", lambda: whole_job.job_row(longer, rows=whole_job.ROWS[plan.quick])
 
 
 def _op(

@@ -1,9 +1,8 @@
-"""The results of `fastdiff bench`: rows of entries, as JSON, and the comparison of two runs."""
+"""The results of `fastdiff bench`: rows of entries, as JSON."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from fastdiff.bench.turns import LEAST_NOISE, Ratio, Verdict
 from fastdiff.files import write_text
 
 FORMAT = "fastdiff bench"
-VERSION = 1
-IDENTITY = ("device", "cores", "threads", "driver", "torch")
-"""Facts of the environment in which two runs must agree to be compared."""
+VERSION = 2
+TIME, CPU_TIME, DEVICE_TIME = "time", "CPU time", "device time"
+"""Clocks of `Repeated`: on the wall, of all threads of the process, between a GPU's events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,6 @@ class Entry:
     rounds: int = 0
     ratio: Ratio | None = None
     """How many times as fast it is as the row's best baseline; None for the baselines."""
-    against_eager: Ratio | None = None
-    """The same against the entry "eager", which every row has; for comparing runs."""
     verdict: Verdict | None = None
     error: float | None = None
     """Largest error against fp64, as a multiple of eager PyTorch's own error."""
@@ -47,7 +44,7 @@ class Row:
     """One call, or one network, by all providers in turns."""
 
     kind: str
-    """"op", "step", "decode" or "image"."""
+    """"op", "backward", "step", "decode", "image" or "job"."""
     name: str
     """The op or the preset."""
     job: str
@@ -58,12 +55,15 @@ class Row:
     """How it was timed: `fastdiff.bench.clock`."""
     calls: int = 1
     """How often one evaluation of the network makes this call."""
+    images: int = 0
+    """Images that one call makes, if it makes any."""
     bytes: int = 0
     flops: int = 0
     baseline: str = ""
     """The fastest entry that is not ours: what ratios refer to."""
     limit: str = ""
-    """The entry that is the limit: a copy of the same bytes, or a product of the same FLOPs."""
+    """The entry that is the limit: a copy of the same bytes, a product of the same FLOPs, or the
+    sampling of a job."""
     noise: float = LEAST_NOISE
     """The share by which the baseline differed from itself, in turns (A/A)."""
     entries: tuple[Entry, ...] = ()
@@ -90,6 +90,22 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """One provider of one row in several fresh processes, by one clock; a number per process."""
+
+    key: tuple[str, ...]
+    """`Row.key`."""
+    row: str
+    provider: str
+    clock: str
+    """`TIME`, `CPU_TIME` or `DEVICE_TIME`."""
+    speed: tuple[float, ...]
+    """log(seconds of eager PyTorch / seconds of the provider), the median over the rounds."""
+    eager: tuple[float, ...]
+    """log(seconds of eager PyTorch), the median over the rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """All rows of one run, and what they depend on."""
 
@@ -99,6 +115,8 @@ class Run:
     """A GPU's clocks, power and what held them back while timing (`fastdiff.bench.clocks`)."""
     left_out: tuple[str, ...] = ()
     """Rows for which there was no time."""
+    repeats: tuple[Repeated, ...] = ()
+    """The rows in fresh processes, so that the run can be compared with another."""
 
     @property
     def refused(self) -> list[str]:
@@ -139,69 +157,3 @@ def load(path: Path) -> Run:
         return cattrs.structure({k: content.get(k) for k in Run.__dataclass_fields__}, Run)
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error!r}); measure again") from error
-
-
-# Comparison
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One provider of one row in two runs, each relative to its own run's eager PyTorch."""
-
-    row: str
-    provider: str
-    before: Ratio
-    after: Ratio
-    noise: float
-
-    @property
-    def speedup(self) -> Ratio:
-        """After against before: below 1, it became slower. The intervals of the two runs are
-        independent, so their widths add as squares."""
-        old, new = self.before, self.after
-        value = new.value / old.value
-        low = math.hypot(math.log(new.value / new.low), math.log(old.high / old.value))
-        high = math.hypot(math.log(new.high / new.value), math.log(old.value / old.low))
-        rounds = min(new.rounds, old.rounds)
-        return Ratio(value, value * math.exp(-low), value * math.exp(high), rounds)
-
-    @property
-    def verdict(self) -> Verdict:
-        return self.speedup.verdict(self.noise)
-
-
-def compare(before: Run, after: Run) -> list[Change]:
-    """Every provider of ours that both runs timed, in the rows that both have.
-
-    Seconds depend on what else a machine did, so what is compared are the ratios to the row's eager
-    PyTorch, which took turns with it in each run.
-
-    Raises:
-        ValueError: the runs are of different devices or releases of PyTorch, or have no row in
-            common.
-    """
-    for fact in IDENTITY:
-        pair = before.environment.get(fact), after.environment.get(fact)
-        if pair[0] != pair[1]:
-            raise ValueError(
-                f"the runs differ in {fact}: {pair[0]!r} and {pair[1]!r}; compare runs of one "
-                "machine with the same number of threads and the same PyTorch"
-            )
-    known = {row.key: row for row in before.rows}
-    changes = [
-        Change(
-            row=str(row),
-            provider=new.provider,
-            before=old.against_eager,
-            after=new.against_eager,
-            noise=max(known[row.key].noise, row.noise),
-        )
-        for row in after.rows
-        if row.key in known
-        for new in row.entries
-        for old in known[row.key].entries
-        if new.provider == old.provider and new.against_eager and old.against_eager
-    ]
-    if not changes:
-        raise ValueError("the runs have no row in common; measure both with the same options")
-    return changes

@@ -75,6 +75,7 @@ def user_kernel(name: str, op: str | None) -> UserKernel:
         ValueError: the name cannot be split, the module has no such function, or no op is known.
         ImportError: the module does not exist, or fails when it is imported.
     """
+    given = name
     place, colon, function_name = name.rpartition(":")
     if not colon or not place or not function_name:
         raise ValueError(f"--kernel must be module:function or file.py:function, got {name!r}")
@@ -92,7 +93,7 @@ def user_kernel(name: str, op: str | None) -> UserKernel:
             f"--op says which op {name} computes: {', '.join(checkable_ops())}; or mark it with "
             "@fastdiff.bench.user.benchmark(op=...)"
         )
-    return UserKernel(name=name, op=_known(op), function=function)
+    return UserKernel(name=name, op=_known(op), function=function, place=given)
 
 
 def _known(op: str) -> str:

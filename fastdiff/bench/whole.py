@@ -5,7 +5,7 @@
     eager channels_last    that in our layout
     compile                that through torch.compile
     diffusers              diffusers' module on the same weights' shapes, where it has the network
-    openvino               that module in OpenVINO, on a CPU
+    openvino               the eager network in OpenVINO, on a CPU
     without ...            fastdiff with one optimization switched off (ablation)
 
 Weights are random; results of the same weights must agree before anything is timed.
@@ -57,6 +57,18 @@ class Contestant:
     shares_weights: bool = True
 
 
+def network(
+    job: Job, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network of a job and its inputs, the same in each call."""
+    module, inputs = job.build(str(device), dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    for name in ("x", "context", "added"):
+        if name in inputs:
+            inputs[name].normal_(generator=generator)
+    return module, inputs
+
+
 def twin(module: nn.Module, job: Job, dtype: torch.dtype) -> nn.Module:
     """Another network of the job that shares its parameters' memory until it changes them."""
     other, _ = job.build("meta", dtype)
@@ -84,7 +96,7 @@ def step_row(
         only: these providers besides ours and "eager"; empty: all of the above.
     """
     device = conditions.device
-    contest = dict(_contestants(job, conditions, dtype, ablation, compile_too))
+    contest = dict(contestants(job, conditions, dtype, ablation, compile_too))
     notes: dict[str, str] = {}
     if peers:
         for name, make in PEERS.items():
@@ -95,27 +107,28 @@ def step_row(
             except (ImportError, ValueError) as error:
                 notes[name] = f"not available: {said(error)}"
     keep = [n for n in contest if not only or n in (OURS, "eager", *only)]
-    row = Row(
+    row = replace(bare_row(preset, job, device, dtype), flops=flops(job))
+    return contested(row, {n: contest[n] for n in keep}, conditions, TOLERANCE[dtype], notes)
+
+
+def bare_row(preset: str, job: Job, device: torch.device, dtype: torch.dtype) -> Row:
+    """The row of a network without entries."""
+    return Row(
         kind="decode" if job.network == "decoder" else "step",
         name=preset,
         job="",
         shape=str((job.batch, job.channels, job.size, job.size)),
         dtype=str(dtype).removeprefix("torch."),
         method="events" if device.type == "cuda" else "host",
-        flops=flops(job),
     )
-    return contested(row, {n: contest[n] for n in keep}, conditions, TOLERANCE[dtype], notes)
 
 
-def _contestants(
+def contestants(
     job: Job, conditions: Conditions, dtype: torch.dtype, ablation: bool, compile_too: bool
 ) -> Iterator[tuple[str, Contestant]]:
+    """Our network and what it is without our ops, by provider."""
     device = str(conditions.device)
-    module, inputs = job.build(device, dtype)
-    generator = torch.Generator(conditions.device).manual_seed(1)
-    for name in ("x", "context", "added"):
-        if name in inputs:
-            inputs[name].normal_(generator=generator)
+    module, inputs = network(job, conditions.device, dtype)
     plain = twin(module, job, dtype).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     contiguous = {k: v.contiguous() for k, v in inputs.items()}
     ours = prepare(twin(module, job, dtype), device=device, dtype=dtype)
@@ -235,23 +248,46 @@ def _diffusers(preset: str, job: Job, device: torch.device, dtype: torch.dtype) 
     return Contestant(step, shares_weights=False)
 
 
+class _Positional(nn.Module):
+    """A network whose inputs are positional, as tracing wants them."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        result: Tensor = self.module(**dict(zip(self.names, inputs, strict=True)))
+        return result
+
+
 def _openvino(preset: str, job: Job, device: torch.device, dtype: torch.dtype) -> Contestant:
-    if device.type != "cpu":
-        raise ValueError("OpenVINO is compared on CPUs")
+    """Our network on torch's functions, with the weights of the other contestants, in OpenVINO.
+
+    Raises:
+        ValueError: the device is not a CPU, or OpenVINO does not compute in the dtype there.
+        ImportError: OpenVINO is not installed.
+    """
+    precisions = {torch.float32: "f32", torch.bfloat16: "bf16"}
+    if device.type != "cpu" or dtype not in precisions:
+        raise ValueError("OpenVINO is compared on CPUs in fp32 and bf16")
     openvino = import_extra("openvino", extra="peers")
-    module, inputs = diffusers_module(preset, job, device, torch.float32)
-    with warnings.catch_warnings(), torch.no_grad():
+    module, inputs = network(job, device, torch.float32)
+    traced = _Positional(module.to(memory_format=torch.contiguous_format), list(inputs))  # type: ignore[call-overload]
+    tensors = tuple(tensor.contiguous() for tensor in inputs.values())
+    with warnings.catch_warnings(), torch.no_grad(), plain_ops():
         warnings.simplefilter("ignore")
-        converted = openvino.convert_model(module, example_input=inputs)
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        converted = openvino.convert_model(traced, example_input=tensors)
     compiled = openvino.compile_model(
-        converted, "CPU", {**threads, "INFERENCE_PRECISION_HINT": precision}
+        converted,
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precisions[dtype],
+        },
     )
-    arrays = [t.numpy() for t in inputs]
-    return Contestant(
-        lambda: torch.from_numpy(compiled(arrays)[compiled.output(0)]), shares_weights=False
-    )
+    arrays = [tensor.numpy() for tensor in tensors]
+    return Contestant(lambda: torch.from_numpy(compiled(arrays)[compiled.output(0)]))
 
 
 PEERS = {"diffusers": _diffusers, "openvino": _openvino}
@@ -259,33 +295,41 @@ PEERS = {"diffusers": _diffusers, "openvino": _openvino}
 
 # Images
 
+IMAGES, IMAGE_STEPS = 8, 10
 
-def image_row(conditions: Conditions, *, count: int = 8, steps: int = 10) -> Row:
+
+def image_row(conditions: Conditions) -> Row:
     """Images of the shipped digits model from start to end: noise, guided steps, decoding."""
+    return contested(bare_image_row(), image_contestants(conditions.device), conditions, 1.0, {})
+
+
+def bare_image_row() -> Row:
+    """The row of images without entries."""
+    return Row(
+        kind="image",
+        name="digits",
+        job="",
+        shape=f"{IMAGES} images, {IMAGE_STEPS} steps, guided",
+        dtype="float32",
+        method="host",
+        images=IMAGES,
+    )
+
+
+def image_contestants(device: torch.device) -> dict[str, Contestant]:
+    """The digits with our ops, and on torch's functions."""
     from fastdiff.checkpoint.open import load
     from fastdiff.generate.job import ClassJob, SampleSettings
     from fastdiff.generate.run import generate
 
-    model = load("digits", device=str(conditions.device))
-    settings = SampleSettings(steps=steps, guidance_scale=2.0)
-    jobs = [ClassJob(label=i % 10, seed=i, settings=settings) for i in range(count)]
+    model = load("digits", device=str(device))
+    settings = SampleSettings(steps=IMAGE_STEPS, guidance_scale=2.0)
+    jobs = [ClassJob(label=i % 10, seed=i, settings=settings) for i in range(IMAGES)]
 
     def images() -> Tensor:
         return torch.stack([result.image for result in generate(model, jobs)])
 
-    row = Row(
-        kind="image",
-        name="digits",
-        job="",
-        shape=f"{count} images, {settings.total} steps, guided",
-        dtype="float32",
-        method="host",
-    )
-    contest = {
-        OURS: Contestant(images),
-        "eager": Contestant(images, plain_and_reference),
-    }
-    return contested(row, contest, conditions, 1.0, {})
+    return {OURS: Contestant(images), "eager": Contestant(images, plain_and_reference)}
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.files import printable
 from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.bert import BERT, BERTConfig
+from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
 
@@ -182,7 +184,7 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
     config: of an autoencoder, a text transformer or a registered network; (rows, width) of an
-    embedding.
+        embedding.
     tensors: how many the file has.
 
     Raises:
@@ -203,6 +205,10 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
                 return Autoencoder(config)
             if isinstance(config, TextTransformerConfig):
                 return TextTransformer(config)
+            if isinstance(config, GLIDETextConfig):
+                return GLIDEText(config)
+            if isinstance(config, BERTConfig):
+                return BERT(config)
             return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,10 @@ from fastdiff.cli.machine import Compute, DtypeName, device_and_dtype, progress
 from fastdiff.cli.parsing import OptionalInt, OptionalName, OptionalPath, parse
 
 if TYPE_CHECKING:
-    from fastdiff.bench.result import Change, Entry, Row, Run
+    from fastdiff.bench.changes import Change
+    from fastdiff.bench.contest import UserKernel
+    from fastdiff.bench.plan import Plan
+    from fastdiff.bench.result import Entry, Row, Run
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")]
 
@@ -26,7 +30,8 @@ class Bench:
     All providers of a row take turns, each result is compared with fp64, and a ratio counts only
     beyond the noise: the share by which the same code differs from itself. --kernel puts a function
     of yours on the shapes of real networks. --compare reads two files of --json and exits with 1 if
-    anything became slower. 'pip install fastdiff[bench]' is needed for --html.
+    anything became slower; --against measures this version and another in turns and does the same.
+    'pip install fastdiff[bench]' is needed for --html.
 
     Examples:
       fastdiff bench --quick
@@ -41,11 +46,13 @@ class Bench:
     preset: Names = ()
     """Networks that the calls come from: digits, sd15, sdxl, vae, adm256, dit-xl."""
     part: Names = ()
-    """Measure only these parts: ops, networks, images."""
+    """Measure only these parts: ops, networks, images, jobs."""
     shape: OptionalName = None
     """Shape of x for one --op, in place of those of networks: 2,320,64,64."""
     batch: OptionalInt = None
     """Batch size of the networks."""
+    size: OptionalInt = None
+    """Height and width of the networks' latents: 32, 64, 128."""
     dtype: Annotated[
         DtypeName | None, tyro.conf.arg(metavar="{fp32,bf16,fp16}", help_behavior_hint="")
     ] = None
@@ -64,12 +71,18 @@ class Bench:
     """CPU threads of PyTorch and of our kernels."""
     json: OptionalPath = None
     """Write the results to this file."""
+    repeat: OptionalInt = None
+    """Fresh processes that measure the rows again, which --compare needs; default: 10 with --json
+    or --against, else none."""
     html: OptionalPath = None
     """Write a page with pictures to this file."""
     compare: Annotated[
         tuple[Path, Path] | None, tyro.conf.arg(metavar="BEFORE AFTER", help_behavior_hint="")
     ] = None
     """Measure nothing; compare two files that --json wrote."""
+    against: OptionalPath = None
+    """Measure this version and another in turns, and compare: a checkout, or the python of another
+    environment."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -80,19 +93,29 @@ def main(words: Sequence[str]) -> int:
 def run(options: Bench) -> int:
     if options.compare is not None:
         return compare(*options.compare)
-    from fastdiff.bench import page, result
-    from fastdiff.bench.plan import Plan, measure
     from fastdiff.bench.user import user_kernel
 
-    device, _ = device_and_dtype(Compute(device=options.device))
+    if options.repeat is not None and options.repeat < 0:
+        raise ValueError(f"--repeat must be at least 0, got {options.repeat}")
     op = options.op[0] if len(options.op) == 1 else None
     kernel = None if options.kernel is None else user_kernel(options.kernel, op)
-    plan = Plan(
+    plan = plan_of(options, kernel)
+    if options.against is not None:
+        return against(options.against, plan, kernel, options.repeat)
+    return measure(options, plan, kernel)
+
+
+def plan_of(options: Bench, kernel: UserKernel | None) -> Plan:
+    from fastdiff.bench.plan import Plan
+
+    device, _ = device_and_dtype(Compute(device=options.device))
+    return Plan(
         parts=options.part,
         presets=options.preset,
         ops=options.op if kernel is None else (kernel.op,),
         shape=None if options.shape is None else shape_of(options.shape),
         batch=options.batch,
+        size=options.size,
         dtype=options.dtype,
         providers=options.provider,
         backward=options.backward,
@@ -101,13 +124,32 @@ def run(options: Bench) -> int:
         device=str(device),
         threads=options.threads,
     )
+
+
+def measure(options: Bench, plan: Plan, kernel: UserKernel | None) -> int:
+    """Measure, print, and write the files."""
+    from fastdiff.bench import page, repeats, result
+    from fastdiff.bench import plan as planning
+
     with progress("measuring") as report:
-        found = measure(plan, kernel=kernel, progress=report, on_row=print_row)
+        found = planning.measure(plan, kernel=kernel, progress=report, on_row=print_row)
     if not found.rows:
         raise ValueError(f"nothing was measured: {'; '.join(found.left_out)}")
     print_answer(found)
+    processes = repeats.PROCESSES if options.repeat is None else options.repeat
     if options.json is not None:
-        result.save(found, options.json)
+        result.save(found, options.json)  # what is there is kept if a process fails
+        if processes:
+            with progress("in fresh processes") as report:
+                (again,) = repeats.repeat(
+                    plan,
+                    [repeats.Program()],
+                    kernel=kernel,
+                    processes=processes,
+                    progress=report,
+                )
+            found = replace(found, repeats=repeats.passed(again, found))
+            result.save(found, options.json)
         print(options.json)
     if options.html is not None:
         page.write(found, options.html)
@@ -175,25 +217,64 @@ COLUMNS = (
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print what changed beyond the noise. Returns 1 if anything became slower."""
-    from fastdiff.bench import result
+    """Print what changed between two runs. Returns 1 if anything became slower."""
+    from fastdiff.bench import changes, result
 
-    changes = result.compare(result.load(before), result.load(after))
-    changed = [change for change in changes if change.verdict in ("faster", "slower")]
-    for change in sorted(changed, key=lambda change: change.speedup.value):
-        print(said(change))
-    slower = sum(change.verdict == "slower" for change in changes)
-    unsure = sum(change.verdict == "unsure" for change in changes)
+    return print_changes(changes.compare(result.load(before), result.load(after)))
+
+
+def against(place: Path, plan: Plan, kernel: UserKernel | None, repeat: int | None) -> int:
+    """Measure another version and this one in turns; print what changed from it to this one."""
+    import torch
+
+    from fastdiff.bench import changes, repeats
+
+    programs = [repeats.Program.of(place), repeats.Program()]
+    processes = repeats.PROCESSES if repeat is None else repeat
+    if processes < changes.LEAST:
+        raise ValueError(f"--against needs --repeat {changes.LEAST} or more, got {processes}")
+    with progress("both in turns") as report:
+        before, after = repeats.repeat(
+            plan, programs, kernel=kernel, processes=processes, progress=report
+        )
+    threads = plan.threads or torch.get_num_threads()
+    return print_changes(changes.changes(before, after, threads=threads, paired=True))
+
+
+def print_changes(found: Sequence[Change]) -> int:
+    for change in sorted(found, key=lambda change: change.speedup.value):
+        if change.verdict != "equal":
+            print(said(change))
+    count = Counter(change.verdict for change in found)
     print(
-        f"{len(changes)} compared: {slower} slower, {len(changed) - slower} faster, {unsure} "
-        "within the noise or too few rounds to tell"
+        f"{len(found)} compared: {count['slower']} slower, {count['faster']} faster, "
+        f"{count['equal']} without a change of 10%, {count['unsure']} cannot tell"
     )
-    return 1 if slower else 0
+    if count["unsure"]:
+        print(advice([change for change in found if change.verdict == "unsure"]))
+    return 1 if count["slower"] else 0
 
 
 def said(change: Change) -> str:
-    speedup = change.speedup
+    ratio = change.speedup
+    verdict = "cannot tell" if change.verdict == "unsure" else change.verdict
     return (
-        f"{change.verdict}: {change.row} {change.provider}, {speedup.value:.2f} x the speed before "
-        f"({speedup.low:.2f} to {speedup.high:.2f}, noise {change.noise:.1%})"
+        f"{verdict}: {change.row} {change.provider}, {ratio.value:.2f} x the speed before "
+        f"({ratio.low:.2f} to {ratio.high:.2f} in {change.clock}, {ratio.rounds} processes, "
+        f"margin {change.margin:.0%})"
+    )
+
+
+def advice(unsure: Sequence[Change]) -> str:
+    """What to do where a change of a tenth could have been missed."""
+    needed = [change.processes_needed for change in unsure]
+    if None in needed:
+        return (
+            "cannot tell: this machine itself changed too much between the two runs; measure both "
+            "again, or use --against, which takes turns"
+        )
+    most = max(n for n in needed if n is not None)
+    return (
+        f"cannot tell: the noise hides a change of 10%; measure when the machine is less busy, or "
+        f"with --repeat {most}"
     )

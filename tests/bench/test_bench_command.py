@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastdiff.bench.page import answer
 from fastdiff.bench.plan import PRESETS, Plan, op_cases
 from fastdiff.bench.user import benchmark
 from fastdiff.cli import main
+from fastdiff.images import read_image
 
 KERNEL = """
 import torch
@@ -61,7 +63,7 @@ def test_ops_and_a_network_as_table_json_and_page(
         "cpu",
     ]
     files = ["--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]
-    assert main([*words, *files]) == 0
+    assert main([*words, *files, "--repeat", "0"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     found = result.load(tmp_path / "a.json")
@@ -111,11 +113,22 @@ def test_the_page_opens_in_a_browser(tmp_path: Path) -> None:
 
     found = plan.measure(Plan(quick=True, ops=("group_norm_silu",), presets=("digits",)))
     page.write(found, tmp_path / "a.html")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    assert "All measurements" in in_browser(tmp_path, "--dump-dom")
+    screenshot = tmp_path / "a.png"
+    in_browser(tmp_path, f"--screenshot={screenshot}", "--window-size=1100,1600")
+    pixels = read_image(screenshot)
+    assert pixels.shape[1:] == (1600, 1100)
+    assert len(pixels.flatten(1).unique(dim=1).T) > 100  # text and pictures, not an empty page
+
+
+def in_browser(folder: Path, *options: str) -> str:
+    """What headless Chromium prints for a.html."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={folder / 'profile'}", *options]
     done = subprocess.run(
-        [*command, str(tmp_path / "a.html")], capture_output=True, text=True, timeout=60, check=True
+        [*command, str(folder / "a.html")], capture_output=True, text=True, timeout=60, check=True
     )
-    assert "All measurements" in done.stdout
+    return done.stdout
 
 
 def test_a_kernel_of_ones_own(
@@ -151,16 +164,31 @@ def test_the_decorator(kernels_file: Path) -> None:
 def test_compare_exits_with_1_after_a_slow_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.bench.test_result import run
+    from tests.bench.test_changes import run
 
     result.save(run(0), tmp_path / "before.json")
     result.save(run(1, {"geglu": 1.2}), tmp_path / "after.json")
-    both = [str(tmp_path / "before.json"), str(tmp_path / "after.json")]
-    assert main(["bench", "--compare", *both]) == 1
+    result.save(run(2, spread=0.2), tmp_path / "noisy.json")
+    before, after, noisy = (str(tmp_path / f"{n}.json") for n in ("before", "after", "noisy"))
+    assert main(["bench", "--compare", before, after]) == 1
     out = capsys.readouterr().out
     assert out.startswith("slower: geglu a (2, 8) cpu, 0.8")
-    assert "3 compared: 1 slower, 0 faster" in out
-    assert main(["bench", "--compare", both[0], both[0]]) == 0
+    assert "3 compared: 1 slower, 0 faster, 2 without a change of 10%, 0 cannot tell" in out
+    assert main(["bench", "--compare", before, before]) == 0
+    assert "cannot tell: " not in capsys.readouterr().out
+    assert main(["bench", "--compare", before, noisy]) == 0
+    assert re.search(r"the noise hides a change of 10%.* --repeat \d\d+", capsys.readouterr().out)
+
+
+def test_json_contains_what_compare_needs(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    words = ["bench", "--quick", "--op", "geglu", "--shape", "1,16,64", "--json", str(path)]
+    assert main([*words, "--repeat", "1"]) == 0
+    found = result.load(path)
+    assert {(one.provider, one.clock) for one in found.repeats} == {
+        ("cpu", "time"), ("cpu", "CPU time"),
+    }  # fmt: skip
+    assert {one.key for one in found.repeats} == {row.key for row in found.rows}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +208,10 @@ def test_compare_exits_with_1_after_a_slow_down(
         (["--kernel", "json:dump_all", "--op", "geglu"], "unknown function 'dump_all' in json"),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--size", "12"], "--size must be a multiple of 8"),
+        (["--repeat", "-1"], "--repeat must be at least 0"),
+        (["--against", "nothing"], "--against must be a checkout of fastdiff"),
+        (["--against", sys.executable, "--repeat", "2"], "--against needs --repeat 5 or more"),
         (["--compare", "a.json", "b.json"], "No such file or directory: a.json"),
         (["--op", "geglu", "--preset", "digits"], "geglu is not called by digits"),
     ],

@@ -225,7 +225,7 @@ def _own_encoder(model: Model) -> TextEncoder | None:
     if not model.text_encoders:
         return None
     first, *more = model.text_encoders
-    if more or not isinstance(first.model, TextTransformer):
+    if more or not (isinstance(first, TextEncoder) and isinstance(first.model, TextTransformer)):
         raise ValueError(
             "a bundle cannot contain text encoders of other libraries; write a diffusers folder, "
             "or load the model with text_encoders=False"
@@ -523,7 +523,7 @@ def _is_bundle(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    allowed = ("vae", "classifier", "tokenizer", "ema", "text_encoders", "strict")
+    allowed = ("vae", "classifier", "tokenizer", "lora", "ema", "text_encoders", "strict")
     if given := [name for name in loading.given if name not in allowed]:
         raise ValueError(f"{source}: a bundle states this itself; leave {', '.join(given)} out")
     return load_bundle(
