@@ -1,5 +1,7 @@
 // Launcher of the forward pass of attention on sm_90a.
 
+#include <atomic>
+
 #include "attention_hopper.cuh"
 #include "attention_hopper.h"
 #include "tensor_map.h"
@@ -33,6 +35,23 @@ const char* is_hopper(int device, bool* is) {
   return nullptr;
 }
 
+/// `is_hopper` and `has_code` of the current device. The first call on a device asks the CUDA runtime
+/// and keeps the answer; errors are not kept.
+template <typename T>
+const char* device_serves(int device, bool* serves) {
+  constexpr int kDevices = 64;
+  enum Answer : signed char { kUnknown, kNo, kYes };
+  static std::atomic<Answer> answers[kDevices];  // zero-initialized: kUnknown
+  const bool keeps = device >= 0 && device < kDevices;
+  const Answer known = keeps ? answers[device].load(std::memory_order_relaxed) : kUnknown;
+  *serves = known == kYes;
+  if (known != kUnknown) return nullptr;
+  FASTDIFF_TRY(is_hopper(device, serves));
+  if (*serves) FASTDIFF_TRY(has_code<T>(serves));
+  if (keeps) answers[device].store(*serves ? kYes : kNo, std::memory_order_relaxed);
+  return nullptr;
+}
+
 template <typename T, int W>
 const char* start(const Attention<T>& p, int64_t samples, const Target& target) {
   using Plan = HopperPlan<W>;
@@ -54,8 +73,7 @@ const char* hopper_serves(const Attention<T>& p, int64_t samples, const Target& 
   *serves = p.mask.data == nullptr && p.extra_keys == 0 && samples <= 0x7fffffff &&
             rows_fit(p.q, samples, p.length, p.heads) && rows_fit(p.k, samples, p.keys, p.heads) &&
             rows_fit(p.v, samples, p.keys, p.heads);
-  if (*serves) FASTDIFF_TRY(is_hopper(target.device, serves));
-  return *serves ? has_code<T>(serves) : nullptr;
+  return *serves ? device_serves<T>(target.device, serves) : nullptr;
 }
 
 template <typename T>

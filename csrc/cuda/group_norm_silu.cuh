@@ -301,19 +301,41 @@ __device__ __forceinline__ void column_coefficients(const Norm<T>& p, const Norm
   __syncthreads();
 }
 
-/// A thread's columns of the coefficients written by `column_coefficients`.
+/// V numbers of shared memory, in words of up to 16 bytes: neighboring lanes lie V numbers apart, so in
+/// words of 4 bytes the lanes of a warp would meet in 4 of the 32 banks, 8 at a time.
+template <int V>
+__device__ __forceinline__ void load_numbers(const float* from, float (&to)[V]) {
+  constexpr int kWord = V < 4 ? V : 4;
+#pragma unroll
+  for (int v = 0; v < V; v += kWord) {
+    const auto word = load_pack<float, kWord>(from + v);
+#pragma unroll
+    for (int i = 0; i < kWord; ++i) to[v + i] = word.data[i];
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void store_numbers(float* to, const float (&from)[V]) {
+  constexpr int kWord = V < 4 ? V : 4;
+#pragma unroll
+  for (int v = 0; v < V; v += kWord) {
+    Pack<float, kWord> word;
+#pragma unroll
+    for (int i = 0; i < kWord; ++i) word.data[i] = from[v + i];
+    store_pack<float, kWord>(to + v, word);
+  }
+}
+
+/// A thread's columns of the coefficients written by `column_coefficients`, at a multiple of 16 bytes.
 template <int V>
 struct ColumnCoefficients {
   float mean[V], a[V], b[V];
 
   __device__ __forceinline__ ColumnCoefficients(const float* numbers, const ColumnPlace<V>& at) {
     const int width = at.packs * V;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      mean[v] = numbers[at.column + v];
-      a[v] = numbers[width + at.column + v];
-      b[v] = numbers[2 * width + at.column + v];
-    }
+    load_numbers<V>(numbers + at.column, mean);
+    load_numbers<V>(numbers + width + at.column, a);
+    load_numbers<V>(numbers + 2 * width + at.column, b);
   }
 };
 
@@ -365,7 +387,8 @@ __device__ __forceinline__ ShiftedSums<V> column_sums(const Norm<T>& p, const No
 }
 
 /// Writes mean (relative to the group's head) and m2 of this thread's columns over its part of `all`
-/// rows to scratch: means first, m2 `rows` * width further on. Ends with a barrier.
+/// rows to scratch: means first, m2 `rows` * width further on. Heads and scratch begin at multiples of
+/// 16 bytes. Ends with a barrier.
 template <int V>
 __device__ __forceinline__ void publish(const ShiftedSums<V>& sums, const ColumnPlace<V>& at,
                                         int all, const float* heads, float* scratch) {
@@ -374,12 +397,15 @@ __device__ __forceinline__ void publish(const ShiftedSums<V>& sums, const Column
     const int count = at.count(all, at.row);
     const float inverse = 1.0f / static_cast<float>(count);
     float* means = scratch + at.row * width + at.column;
-    float* m2s = means + at.rows * width;
+    float head[V], mean[V], m2[V];
+    load_numbers<V>(heads + at.column, head);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      means[v] = count ? sums.mean(v, heads[at.column + v], inverse) : 0.0f;
-      m2s[v] = count ? sums.m2(v, inverse) : 0.0f;
+      mean[v] = count ? sums.mean(v, head[v], inverse) : 0.0f;
+      m2[v] = count ? sums.m2(v, inverse) : 0.0f;
     }
+    store_numbers<V>(means, mean);
+    store_numbers<V>(means + at.rows * width, m2);
   }
   __syncthreads();
 }

@@ -4,7 +4,7 @@
 // rank r has the r-th stretch of its places. Between reading and writing they exchange their moments,
 // 12 bytes per group, and nothing else. Bytes: x in and y out, once. Asynchronous copies fill the whole
 // tile (cp.async), so that all of it is on its way at a time; a thread copies the packs that it will
-// use, so no barrier is needed. Only where an addition comes first, or a pack is narrower than 16
+// use, so no barrier is needed, and sums the first pieces while the others are still on their way. Only where an addition comes first, or a pack is narrower than 16
 // bytes, x passes through registers, kNormBatch packs at a time. Occupancy target: two blocks of a
 // cluster per SM, with 256 threads of up to 128 registers and 113 KiB each.
 
@@ -19,6 +19,33 @@ namespace fastdiff {
 
 template <bool kCluster>
 constexpr int kOnChipThreads = kCluster ? kNormThreads : 2 * kNormThreads;
+
+/// Pieces of a thread's copies: the sums of the first three are hidden behind what is on its way.
+constexpr int kFillPieces = 4;
+
+/// Where piece `i` of `count` packs begins.
+__device__ __forceinline__ int piece_begin(int count, int i) { return count * i / kFillPieces; }
+
+/// Calls start(i) for the packs 0 .. count - 1 in turn, which starts copies; closes a group per piece.
+template <typename Start>
+__device__ __forceinline__ void start_pieces(int count, Start start) {
+#pragma unroll 1
+  for (int piece = 0; piece < kFillPieces; ++piece) {
+    const int end = piece_begin(count, piece + 1);
+#pragma unroll 4
+    for (int i = piece_begin(count, piece); i < end; ++i) start(i);
+    commit_copies();
+  }
+}
+
+/// Calls use(begin, end) for each piece of the packs when it has arrived; `Left` pieces follow it.
+template <int Left = kFillPieces - 1, typename Use>
+__device__ __forceinline__ void as_they_arrive(int count, Use use) {
+  wait_for_copies<Left>();
+  constexpr int kPiece = kFillPieces - 1 - Left;
+  use(piece_begin(count, kPiece), piece_begin(count, kPiece + 1));
+  if constexpr (Left > 0) as_they_arrive<Left - 1>(count, use);
+}
 
 /// A block's stretch of the places or packs; the last stretches may be short or empty.
 struct Stretch {
@@ -145,8 +172,8 @@ __device__ __forceinline__ void merge_groups(const GroupParts& from, const Colum
 }
 
 /// NHWC. A block has `slab` groups of one sample, in a cluster a stretch of `length` places of
-/// them. Shared memory: their elements, 3 numbers per column, 6 per group, 3 per group and rank, then
-/// those of `publish`. Grid: N * ceil(G / slab) * blocks per cluster.
+/// them. Shared memory: their elements, 3 numbers per column, those of `publish`, 6 per group, then 3
+/// per group and rank. Grid: N * ceil(G / slab) * blocks per cluster.
 template <typename T, int V, bool kCluster, bool kAdd>
 __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBlocks : 1)
     norm_on_chip_columns(Norm<T> p, NormShape shape, int slab, int64_t length) {
@@ -160,10 +187,10 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   T* tile = reinterpret_cast<T*>(memory);
   const size_t tile_bytes = ((kCluster ? length : shape.s) * width * sizeof(T) + 15) / 16 * 16;
   float* heads = reinterpret_cast<float*>(memory + tile_bytes);
-  float* group_stats = heads + 3 * width;
+  float* scratch = heads + 3 * width;  // at a multiple of 16 bytes, like heads
+  float* group_stats = scratch + 2 * at.rows * width;
   float* parts = group_stats + 3 * groups;
   float* gathered = kCluster ? parts + 3 * groups : parts;
-  float* scratch = gathered + 3 * groups * mine.ranks;
 
   const int all = static_cast<int>(mine.end - mine.begin);
   const int count = at.active ? at.count(all, at.row) : 0;
@@ -177,15 +204,18 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
     const T* from = in.of(p.x, p.skip) + (mine.begin + at.row) * in.step;
     const int64_t from_step = at.rows * in.step;
     T* to = own;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i, from += from_step, to += tile_step) copy_16(to, from, true);
-    commit_copies();
+    start_pieces(count, [&](int) {
+      copy_16(to, from, true);
+      from += from_step;
+      to += tile_step;
+    });
     column_heads(p, shape, n, first, width, heads);
-    wait_for_copies<0>();
-    if (count > 0) sums.start(load_pack<T, V>(own));
-    to = own;
+    as_they_arrive(count, [&](int begin, int end) {
+      if (begin == 0 && end > 0) sums.start(load_pack<T, V>(own));
+      const T* pack = own + begin * tile_step;
 #pragma unroll 4
-    for (int i = 0; i < count; ++i, to += tile_step) sums.add(load_pack<T, V>(to));
+      for (int i = begin; i < end; ++i, pack += tile_step) sums.add(load_pack<T, V>(pack));
+    });
   } else {
     column_heads(p, shape, n, first, width, heads);
     sums = column_sums<kAdd, T, V>(p, shape, n, first, mine.begin, mine.end, at, heads, tile);
@@ -277,13 +307,12 @@ __global__ void __launch_bounds__(kOnChipThreads<kCluster>, kCluster ? kNormBloc
   const int64_t span = static_cast<int64_t>(step) * V;
   ShiftedSums<V> sums;
   if constexpr (!kAdd && sizeof(Pack<T, V>) == 16) {
+    start_pieces(count, [&](int i) { copy_16(own + i * span, in.x(offset + i * span), true); });
+    as_they_arrive(count, [&](int begin, int end) {
+      if (begin == 0 && end > 0) sums.start(load_pack<T, V>(own));
 #pragma unroll 4
-    for (int i = 0; i < count; ++i) copy_16(own + i * span, in.x(offset + i * span), true);
-    commit_copies();
-    wait_for_copies<0>();
-    if (count > 0) sums.start(load_pack<T, V>(own));
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) sums.add(load_pack<T, V>(own + i * span));
+      for (int i = begin; i < end; ++i) sums.add(load_pack<T, V>(own + i * span));
+    });
   } else {
     using From = Source<kAdd, T, V>;
     constexpr int kBatch = kSourceBatch<kAdd>;

@@ -19,7 +19,7 @@ expected, not what is.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fastdiff.bench import counted, eager, inductor, launches
@@ -31,18 +31,24 @@ from fastdiff.bench.subjects import SUBJECTS
 
 ADD_S = 0.8e-6
 """Seconds of one tiny `torch.add` on the host of a GPU."""
-NETWORK = "SD 1.5 U-Net"
-IMAGES = (1, 16)
+IMAGES = {"SD 1.5 U-Net": (1, 16), "SDXL U-Net": (1,), "ADM-256 U-Net": (4,)}
 """Guided images at a time: two rows of the network each."""
 PRODUCTS = ("convolution", "linear")
-WEIGHTS = 2 * 859_520_964
-"""Bytes of the network's parameters, which a larger batch does not read again."""
+WEIGHTS = {
+    "SD 1.5 U-Net": 2 * 859_520_964,
+    "SDXL U-Net": 2 * 2_567_463_684,
+    "ADM-256 U-Net": 2 * 553_838_086,
+}
+"""Bytes of a network's parameters, which a larger batch does not read again."""
+CLUSTER_BYTES = 21 * 10**6
+"""The largest sample that CUDA's GroupNorm keeps in the shared memory of a cluster's blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One evaluation of `NETWORK`."""
+    """One evaluation of a network."""
 
+    network: str
     images: int
     implementation: str
     terms: Mapping[str, float]
@@ -65,6 +71,11 @@ class Evaluation:
         return max(self.terms, key=lambda name: self.terms[name])
 
 
+def cuda_norms(n: int, c: int, pixels: int, groups: int) -> int:
+    """Launches of CUDA's GroupNorm in bf16: one on chip, otherwise three."""
+    return 1 if 2 * c * pixels <= CLUSTER_BYTES else 3
+
+
 def of_launches(
     found: Count | inductor.Compiled, job: Job, device: Device, *, ours: bool
 ) -> dict[str, float]:
@@ -83,72 +94,86 @@ def of_launches(
     for call, times_called in replace(job, batch=1).collect().items():
         if call.op == "attention":
             at = call.at_batch(job.batch)
-            case = Case(subject=SUBJECTS["attention"], job_name=NETWORK, job=job, call=at)
+            case = Case(subject=SUBJECTS["attention"], job_name=job.preset, job=job, call=at)
             found_floor = of_attention(case, device)
             seconds = found_floor.floor_s if ours else found_floor.rival_s
             terms["attention"] += times_called * max(seconds, device.launch)
     return dict(terms)
 
 
-def at_batch(found: inductor.Compiled, times: int) -> inductor.Compiled:
+def at_batch(found: inductor.Compiled, times: int, weights: int) -> inductor.Compiled:
     """The same launches on a batch that is `times` as large: weights are read once."""
     bytes_of = Counter({kind: times * moved for kind, moved in found.bytes_of.items()})
     for kind in PRODUCTS:  # its share of the weights, by what it moves
         share = found.bytes_of[kind] / sum(found.bytes_of[each] for each in PRODUCTS)
-        bytes_of[kind] -= round((times - 1) * WEIGHTS * share)
+        bytes_of[kind] -= round((times - 1) * weights * share)
     flops_of = Counter({kind: times * flops for kind, flops in found.flops_of.items()})
     return replace(found, bytes_of=bytes_of, flops_of=flops_of)
 
 
 def evaluations(device: Device = H200) -> Iterator[Evaluation]:
     """Ours in a graph against the rivals; Inductor only if docs/counts.json has its launches."""
-    compiled = inductor.compiled_networks().get(NETWORK)
-    hosts = counted.recorded(eager.SECTION)
-    for images in IMAGES:
-        job = replace(GPU_JOBS[NETWORK], batch=2 * images)
-
-        def one(
-            implementation: str,
-            found: Count | inductor.Compiled,
-            host: float = device.launch,
-            *,
-            ours: bool = True,
-            job: Job = job,
-        ) -> Evaluation:
-            return Evaluation(
-                images=job.batch // 2,
-                implementation=implementation,
-                terms=of_launches(found, job, device, ours=ours),
-                host=host,
-            )
-
-        known = launches.counts()[NETWORK, "fastdiff"] if images == 1 else None
-        yield one("fastdiff, graph", known or launches.native(job))
-        if images == 1 and NETWORK in DIFFUSERS:
-            theirs = launches.counts()
-            accelerated = theirs[NETWORK, "diffusers, accelerated"]
-            yield one("diffusers, accelerated, graph", accelerated)
-            for backend, each in hosts.items():
-                name = f"diffusers, accelerated, eager, {backend}"
-                yield one(name, accelerated, each["adds"][1] * ADD_S)
-            if hosts:
-                plain = max(each["adds"][0] for each in hosts.values()) * ADD_S
-                yield one("diffusers, eager", theirs[NETWORK, "diffusers"], plain, ours=False)
-        if compiled is not None:
-            found = at_batch(compiled, images)
-            yield one("diffusers, Inductor, graph", found, ours=False)
+    for name, several in IMAGES.items():
+        for images in several:
+            yield from _of_network(name, images, device)
 
 
-HEAD = ("images", "implementation", "bound by", "GPU, ms", "host, ms", "of Inductor")
+def _of_network(name: str, images: int, device: Device) -> Iterator[Evaluation]:
+    job = replace(GPU_JOBS[name], batch=2 * images)
+
+    def one(
+        implementation: str,
+        found: Count | inductor.Compiled,
+        host: float = device.launch,
+        *,
+        ours: bool = True,
+    ) -> Evaluation:
+        return Evaluation(
+            network=name,
+            images=images,
+            implementation=implementation,
+            terms=of_launches(found, job, device, ours=ours),
+            host=host,
+        )
+
+    yield one("fastdiff, graph", launches.native(job, cuda_norms))
+    yield one("fastdiff, graph, Triton's norms", launches.native(job))
+    if images == 1:
+        yield from _of_diffusers(name, one)
+    whose = "diffusers" if name in DIFFUSERS else "fastdiff, plain operators"
+    compiled = inductor.compiled_networks().get(name)
+    if compiled is not None:
+        found = at_batch(compiled, job.batch // GPU_JOBS[name].batch, WEIGHTS[name])
+        yield one(f"{whose}, Inductor, graph", found, ours=False)
+
+
+def _of_diffusers(name: str, one: Callable[..., Evaluation]) -> Iterator[Evaluation]:
+    """Accelerated and plain; the host's time is counted for the modules of SD 1.5 only."""
+    for kept in (False, True):
+        found = launches.of_diffusers(name, accelerated=True, keep_text=kept, norms=cuda_norms)
+        yield one(f"diffusers, accelerated, graph{', keep_text' if kept else ''}", found)
+    hosts = counted.recorded(eager.SECTION) if name == "SD 1.5 U-Net" else {}
+    for backend, each in hosts.items():
+        norms = cuda_norms if backend == "cuda" else None
+        found = launches.of_diffusers(name, accelerated=True, norms=norms)
+        host = each["adds"][1] * ADD_S
+        yield one(f"diffusers, accelerated, eager, {backend}", found, host)
+    if hosts:
+        plain = max(each["adds"][0] for each in hosts.values()) * ADD_S
+        yield one("diffusers, eager", launches.counts()[name, "diffusers"], plain, ours=False)
+
+
+HEAD = ("network", "images", "implementation", "bound by", "GPU, ms", "host, ms", "of Inductor")
 
 
 def rows(device: Device = H200) -> list[tuple[str, ...]]:
     """One row per evaluation, after the header; the last column is Inductor's time over its own."""
     found = list(evaluations(device))
-    rival = {e.images: e.seconds for e in found if "Inductor" in e.implementation}
+    rival = {(e.network, e.images): e.seconds for e in found if "Inductor" in e.implementation}
     table: list[tuple[str, ...]] = [HEAD]
     for e in found:
-        ratio = f"{rival[e.images] / e.seconds:.2f} x" if e.images in rival else ""
+        case = e.network, e.images
+        ratio = f"{rival[case] / e.seconds:.3f} x" if case in rival else ""
         times = f"{1e3 * e.gpu:.2f}", f"{1e3 * e.host:.2f}"
-        table.append((f"{e.images}", e.implementation, e.bound, *times, ratio))
+        table.append((e.network, f"{e.images}", e.implementation, e.bound, *times, ratio))
     return table

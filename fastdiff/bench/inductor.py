@@ -206,11 +206,15 @@ def _h200(written: list[str]) -> Iterator[None]:
         yield
 
 
-def code_of(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> str:
+def code_of(
+    make: Callable[[], tuple[nn.Module, dict[str, Any]]], *, default_device: bool = True
+) -> str:
     """The code that torch.compile generates for an H200.
 
     Args:
         make: returns a module and its inputs by name, on the meta device.
+        default_device: whether tensors that the module creates without naming a device are on the
+            GPU, as diffusers' are. Dynamo cannot trace `Tensor.unflatten` then, which ours call.
 
     Raises:
         torch._dynamo.exc.TorchDynamoException: the network cannot be compiled as a whole.
@@ -223,7 +227,7 @@ def code_of(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> str:
         module, inputs = on_fake_gpu(module.requires_grad_(False), inputs)
         compiled = torch.compile(module, dynamic=False, fullgraph=True)
         try:
-            with torch.device("cuda"):
+            with torch.device("cuda") if default_device else contextlib.nullcontext():
                 compiled(**inputs)
         except Exception:
             if not written:

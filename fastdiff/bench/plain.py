@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,12 @@ def group_norm_silu(
     return F.silu(y) if activation == "silu" else y
 
 
+def with_addends(x: Tensor, channel_add: Tensor | None, residual: Tensor | None) -> Tensor:
+    if channel_add is not None:
+        x = x + channel_add.reshape(*channel_add.shape, *[1] * (x.ndim - 2))
+    return x if residual is None else x + residual
+
+
 def add_group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -39,11 +46,8 @@ def add_group_norm_silu(
     residual: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    if channel_add is not None:
-        x = x + channel_add.reshape(*channel_add.shape, *[1] * (x.ndim - 2))
-    if residual is not None:
-        x = x + residual
-    return group_norm_silu(x, num_groups, weight, bias, *rest), x
+    total = with_addends(x, channel_add, residual)
+    return group_norm_silu(total, num_groups, weight, bias, *rest), total
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -77,6 +81,37 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
+def cat_group_norm_silu(
+    x: Tensor,
+    skip: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    adds = channel_add is not None or residual is not None
+    total = with_addends(x, channel_add, residual)
+    y = F.silu(F.group_norm(torch.cat([total, skip], dim=1), num_groups, weight, bias, eps))
+    return y, total if adds else x.new_empty(0)
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return geglu(F.linear(x, weight, bias))
+
+
+def linear_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    y = F.linear(x if addend is None else x + addend, weight, bias)
+    return y if residual is None else y + residual
+
+
+def cat_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "group_norm_silu": group_norm_silu,
     "add_group_norm_silu": add_group_norm_silu,
@@ -84,6 +119,10 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "add_layer_norm": add_layer_norm,
     "attention": attention,
     "geglu": geglu,
+    "cat_group_norm_silu": cat_group_norm_silu,
+    "linear_geglu": linear_geglu,
+    "linear_add": linear_add,
+    "cat_linear": cat_linear,
 }
 """Op -> a function of its schema's arguments that calls only torch's own kernels."""
 

@@ -384,6 +384,11 @@ def fill(document: str, tables: str, markers: tuple[str, str] = MEASURED) -> str
     return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
+def predicted_tables() -> str:
+    """The kernels that were rebuilt, and all predictions."""
+    return "\n\n".join(table(*headed(rows)) for rows in (predict.progress(), predict.rows()))
+
+
 def main() -> None:
     argparse.ArgumentParser(
         prog="python -m fastdiff.bench.report",
@@ -396,8 +401,7 @@ def main() -> None:
         if shares and not device.is_gpu:
             draw_shares(shares, device.name, picture(device))
             print(picture(device))
-    predicted = table(*headed(predict.rows()))
-    document = fill(DOCUMENT.read_text(), predicted, PREDICTED)
+    document = fill(DOCUMENT.read_text(), predicted_tables(), PREDICTED)
     write_text(DOCUMENT, fill(document, tables(found)))
     print(DOCUMENT)
 

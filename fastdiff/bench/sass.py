@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,7 +91,11 @@ CUDA_KERNELS = """
 namespace fastdiff {
 template __global__ void norm_on_chip_columns<bfloat16, 8, true, false>(
     Norm<bfloat16>, NormShape, int, int64_t);
+template __global__ void norm_on_chip_columns<bfloat16, 8, true, true>(
+    Norm<bfloat16>, NormShape, int, int64_t);
 template __global__ void norm_moments_columns<bfloat16, 8, false>(
+    Norm<bfloat16>, NormShape, Chunks, int, float*);
+template __global__ void norm_moments_columns<bfloat16, 8, true>(
     Norm<bfloat16>, NormShape, Chunks, int, float*);
 template __global__ void norm_apply_columns<bfloat16, 8>(
     Norm<bfloat16>, NormShape, Chunks, int);
@@ -202,6 +206,26 @@ def straight(kernel: str, backend: str, code: Code) -> Row:
     )
 
 
+def in_parts_on_cuda(kernel: str, code: Mapping[str, Code], *, adds: bool) -> Row:
+    """A norm in parts, whose first pass also writes the sum if it adds."""
+    moments, apply = code[f"norm_moments_columns 8 {int(adds)}"], code["norm_apply_columns 8"]
+    unit, avoid = (r"STG.*\.128", None) if adds else (r"LDG.*\.128", "STG")
+    first, second = (
+        main_loop(moments.instructions, unit, avoid=avoid),
+        main_loop(apply.instructions, EXPONENTIAL),
+    )
+    return Row(
+        kernel=kernel,
+        backend="CUDA",
+        parts={
+            f"{'sum, ' if adds else ''}statistics": len(first.instructions) / first.units / 8,
+            "result": len(second.instructions) / second.units,
+        },
+        aim=26,
+        flight=min(moments.flight(first), apply.flight(second)),
+    )
+
+
 def cuda_rows() -> Iterator[Row]:
     code = cuda_code()
     wide = 8
@@ -216,21 +240,18 @@ def cuda_rows() -> Iterator[Row]:
         },
         aim=22,
     )
-    moments, apply = code["norm_moments_columns 8 0"], code["norm_apply_columns 8"]
-    ways = (
-        main_loop(moments.instructions, r"LDG.*\.128", avoid="STG"),
-        main_loop(apply.instructions, EXPONENTIAL),
-    )
+    adding = code["norm_on_chip_columns 8 1 1"]
     yield Row(
-        kernel="GroupNorm+SiLU in parts",
+        kernel="GroupNorm+SiLU on chip, with a sum",
         backend="CUDA",
         parts={
-            "statistics": len(ways[0].instructions) / ways[0].units / wide,
-            "result": len(ways[1].instructions) / ways[1].units,
+            "sum, statistics": per_number(adding, r"STG.*\.128", wide, avoid=r"MUFU\.EX2"),
+            "result": per_number(adding, EXPONENTIAL, 1),
         },
-        aim=26,
-        flight=min(moments.flight(ways[0]), apply.flight(ways[1])),
+        aim=22,
     )
+    yield in_parts_on_cuda("GroupNorm+SiLU in parts", code, adds=False)
+    yield in_parts_on_cuda("GroupNorm+SiLU in parts, with a sum", code, adds=True)
     yield straight("GEGLU", "CUDA", code["geglu_forward 8"])
     for d, tiles in ((40, 2), (64, 2), (80, 2), (160, 1)):
         instructions = code[f"attention_streaming {d} {tiles} 0"].instructions

@@ -19,7 +19,7 @@ from fastdiff.files import message_line
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.network import Network, kind_of
-from fastdiff.models.text import TextEncoder
+from fastdiff.models.text import AnyEncoder, TextEncoder
 from fastdiff.names import Prediction
 
 RUN_MODEL = "model"  # the bundle inside a training run's folder
@@ -42,7 +42,7 @@ class Model:
     """The first stage; None for diffusion on pixels."""
     classifier: Classifier | None = None
     """A classifier of noisy x, which can guide a denoiser with the same schedule and classes."""
-    text_encoders: tuple[TextEncoder, ...] = ()
+    text_encoders: tuple[AnyEncoder, ...] = ()
     """The text encoders, in the order in which their tokens are concatenated."""
     class_embedding: nn.Embedding | None = None
     """Class embedding whose rows are context tokens, for denoisers with context but no text (LDM).
@@ -191,6 +191,13 @@ def image_channels(denoiser: Network | None, autoencoder: Autoencoder | None) ->
     return denoiser.config.out_channels // (2 if denoiser.config.learned_sigma else 1)
 
 
+def _encoder_facts(encoder: AnyEncoder) -> list[Any]:
+    if not isinstance(encoder, TextEncoder):
+        return encoder.facts
+    facts = [getattr(encoder.model.config, name) for name in ENCODER_FACTS]
+    return [*facts, encoder.skip, encoder.final_norm]
+
+
 def _hash(model: Model) -> str:
     denoiser, autoencoder = model.denoiser, model.autoencoder
     configs = [to_dict(part.config) for part in (denoiser, autoencoder) if part is not None]
@@ -200,12 +207,7 @@ def _hash(model: Model) -> str:
         "prediction": model.prediction,
         "scale_factor": model.scale_factor,
         "encoders": [
-            [
-                *(getattr(encoder.model.config, name) for name in ENCODER_FACTS),
-                encoder.skip,
-                encoder.final_norm,
-                encoder.tokenizer.get_vocab() if encoder.tokenizer else None,
-            ]
+            [*_encoder_facts(encoder), encoder.tokenizer.get_vocab() if encoder.tokenizer else None]
             for encoder in model.text_encoders
         ],
     }

@@ -29,6 +29,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE = "config.json"
 FOLDER = "fastdiff.checkpoint.layouts"
 """The package of the layouts: every file or folder in it that has a `LAYOUT`."""
+LORA = f"{FOLDER}.lora"
 Marks = tuple[str, ...]
 """Keys that a file must all contain; * matches any text."""
 Source = Path | Weights
@@ -188,6 +189,7 @@ def load(
     vae: PathLike | None = None,
     classifier: PathLike | None = None,
     tokenizer: PathLike | Sequence[PathLike] | None = None,
+    lora: PathLike | Sequence[PathLike] | None = None,
     schedule: ScheduleConfig | str | None = None,
     options: LoadOptions | None = None,
     **said: Any,
@@ -204,8 +206,8 @@ def load(
     Args:
         path: a folder with model_index.json, or with the config.json of one model; a .safetensors,
             .ckpt, .pt or .bin file of CompVis' latent diffusion, Stable Diffusion 1, 2 or XL,
-            OpenAI's guided-diffusion or improved-diffusion, a port of DDPM, DiT or U-ViT; the
-            folder of a bundle or a training run, or the name of a shipped bundle.
+            OpenAI's guided-diffusion, improved-diffusion or GLIDE, a port of DDPM, DiT or
+            U-ViT; the folder of a bundle or a training run, or the name of a shipped bundle.
         dtype: dtype of the floating-point weights; None: the most common one of each model's file.
         device: device of the weights.
         progress: called as progress(tensor, bytes) after each tensor.
@@ -215,6 +217,7 @@ def load(
             generates (`classifier_scale`); it must have been trained for this denoiser's samples,
             schedule and classes.
         tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
+        lora: a LoRA file, or several, to merge into the weights; "PATH:0.8" gives its strength.
         schedule: the training's noise schedule, or the kind of its betas, if the files do not state
             it.
         options: all options as one object; options given by name override it.
@@ -231,6 +234,10 @@ def load(
         tokenizer = (tokenizer,)
     if tokenizer is not None:
         said["tokenizer"] = tuple(Path(folder) for folder in tokenizer)
+    if isinstance(lora, str | os.PathLike):
+        lora = (lora,)
+    if lora is not None:
+        said["lora"] = tuple(os.fspath(each) for each in lora)
     if vae is not None:
         said["vae"] = Path(vae)
     if classifier is not None:
@@ -264,6 +271,10 @@ def _open_whole(path: Path, loading: Loading) -> Model:
         model = with_classifier(model, open_classifier(place, model, loading.device, strict=strict))
     loading.check_decided(model.path)
     _check_together(model)
+    if loading.options.lora:
+        # by name, like the layouts, whose names of layers it uses
+        merge_all = importlib.import_module(LORA).merge_all
+        model = merge_all(model, loading.options.lora)
     return model
 
 

@@ -29,6 +29,8 @@ class LoadOptions:
     """File or folder with a noisy classifier to guide the model by."""
     tokenizer: tuple[Path, ...] = ()
     """Folder of the CLIP tokenizer, one per text encoder, for files without one."""
+    lora: tuple[str, ...] = ()
+    """LoRA files (kohya's or peft's names) to merge into the weights: PATH, or PATH:STRENGTH."""
     variant: str | None = None
     """Which files of a diffusers folder to read, such as fp16."""
     ema: bool = True
@@ -119,6 +121,8 @@ class LoadOptions:
         for name in ("vae", "classifier"):
             if name in given:
                 given[name] = str(given[name])
+        if "lora" in given:
+            given["lora"] = [*self.lora]
         if "tokenizer" in given:
             given["tokenizer"] = [str(folder) for folder in self.tokenizer]
         return given
@@ -135,7 +139,13 @@ class LoadOptions:
         folders = recorded.get("tokenizer", ())
         if not isinstance(folders, list | tuple) or not all(isinstance(f, str) for f in folders):
             raise ValueError(f"tokenizer must be a list of folders, got {folders!r:.40}")
-        paths: dict[str, Any] = {"tokenizer": tuple(Path(folder) for folder in folders)}
+        lora = recorded.get("lora", ())
+        if not isinstance(lora, list | tuple) or not all(isinstance(spec, str) for spec in lora):
+            raise ValueError(f"lora must be a list of files, got {lora!r:.40}")
+        paths: dict[str, Any] = {
+            "lora": tuple(lora),
+            "tokenizer": tuple(Path(folder) for folder in folders),
+        }
         for name in ("vae", "classifier"):
             place = recorded.get(name)
             if not isinstance(place, str | None):

@@ -10,7 +10,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -132,8 +132,21 @@ def _block(block: str) -> str:
     return block.replace("transformer.resblocks.", "encoder.layers.")
 
 
-def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """Load transformers' CLIPTokenizer from a local folder.
+TokenizerKind = Literal["CLIPTokenizer", "GPT2Tokenizer", "BertTokenizer"]
+_MARKS: dict[TokenizerKind, tuple[str, ...]] = {
+    "CLIPTokenizer": _TOKEN_IDS,
+    "BertTokenizer": ("pad_token_id",),
+}
+"""The ids of marks that a kind of tokenizer must have."""
+_VOCABULARIES: dict[TokenizerKind, str] = {
+    "CLIPTokenizer": "vocab.json and merges.txt",
+    "GPT2Tokenizer": "vocab.json and merges.txt",
+    "BertTokenizer": "vocab.txt",
+}
+
+
+def read_tokenizer(folder: str | os.PathLike[str], kind: TokenizerKind = "CLIPTokenizer") -> Any:
+    """Load one of transformers' tokenizers from a local folder.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -146,22 +159,22 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kind = transformers.CLIPTokenizer
-            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
-        _try_tokenizer(tokenizer)
+            made = getattr(transformers, kind)
+            tokenizer = made.from_pretrained(str(folder), local_files_only=True)
+        _try_tokenizer(tokenizer, _MARKS.get(kind, ()))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: cannot read a CLIP tokenizer ({reason:.200}); give a folder with "
-            "vocab.json and merges.txt"
+            f"{folder}: cannot read a {kind.removesuffix('Tokenizer')} tokenizer ({reason:.200}); "
+            f"give a folder with {_VOCABULARIES[kind]}"
         ) from error
     return tokenizer
 
 
-def _try_tokenizer(tokenizer: Any) -> None:
+def _try_tokenizer(tokenizer: Any, marks: tuple[str, ...]) -> None:
     """Use the tokenizer once, because transformers checks some of its options only then."""
     ids = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    for name in _TOKEN_IDS:
+    for name in marks:
         ids.append(getattr(tokenizer, name))
     if not all(type(number) is int and number >= 0 for number in ids):
         raise ValueError(f"expected ids of 'a', of begin, end and padding, got {ids}")
@@ -230,6 +243,16 @@ def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loa
     return Plan(model, sources, weights)
 
 
+def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
+    """Raise ValueError unless the encoder knows all ids of a tokenizer."""
+    highest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id or 0])
+    if highest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer has token ids up to {highest}, but the text encoder only has "
+            f"{vocabulary} tokens; use the tokenizer that belongs to it"
+        )
+
+
 def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:
     """Select the outputs of an encoder that the U-Net was trained on.
 
@@ -238,12 +261,7 @@ def conditioned(model: nn.Module, tokenizer: Any, *, xl: bool) -> TextEncoder:
     """
     if tokenizer is not None:
         config: Any = model.config
-        highest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id])
-        if highest >= config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has token ids up to {highest}, but the text encoder only has "
-                f"{config.vocab_size} tokens; use the tokenizer that belongs to it"
-            )
+        check_vocabulary(tokenizer, config.vocab_size)
     pooled = type(model).__name__ == "CLIPTextModelWithProjection"
     return TextEncoder(
         model=model, tokenizer=tokenizer, skip=int(xl), final_norm=not xl, pooled=xl and pooled

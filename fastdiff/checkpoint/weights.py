@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.files import printable
 from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from fastdiff.models.bert import BERT, BERTConfig
+from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
@@ -180,7 +182,8 @@ class _Unfilled(TorchFunctionMode):
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
-    config: of an autoencoder or of a registered network; (rows, width) of an embedding.
+    config: of an autoencoder, a text transformer or a registered network; (rows, width) of an
+        embedding.
     tensors: how many the file has.
 
     Raises:
@@ -199,6 +202,10 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
                 return nn.Embedding(*config)
             if isinstance(config, AutoencoderConfig):
                 return Autoencoder(config)
+            if isinstance(config, GLIDETextConfig):
+                return GLIDEText(config)
+            if isinstance(config, BERTConfig):
+                return BERT(config)
             return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(

@@ -60,6 +60,8 @@ class TextOptions(TextJob):
 
     prompt: Prompt
     """What the image should show."""
+    image: OptionalPath = None
+    """Only for upsamplers: the low-resolution picture to enlarge."""
     seed: int = 0
     """Seed of the first image; the following seeds count up from it."""
     variation_seed: OptionalInt = None

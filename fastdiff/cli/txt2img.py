@@ -61,4 +61,5 @@ def main(words: Sequence[str]) -> int:
 def run(options: Txt2Img, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
     want = pictures.of_one_prompt(options, TextJob, options.count)
-    return pictures.run(options, want, refiner=options.refiner, original=like)
+    inputs = [] if options.job.image is None else [options.job.image]
+    return pictures.run(options, want, refiner=options.refiner, inputs=inputs, original=like)

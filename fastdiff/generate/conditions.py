@@ -16,7 +16,8 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import ClassJob, InterpolationJob, Job, TextSettings
 from fastdiff.models.layers import timestep_embedding
-from fastdiff.models.text import EncodedPrompt, count_chunks, encode_prompt
+from fastdiff.models.prompts import read_prompt
+from fastdiff.models.text import EncodedPrompt, TextEncoder, count_chunks, encode_prompt
 from fastdiff.runtime.conditions import Condition
 
 KEPT = 256
@@ -34,9 +35,12 @@ class Conditions:
     ) -> None:
         """Prepare the text encoders for inference in place."""
         assert model.denoiser is not None
-        self.facts, self.encoders, self.table = facts, model.text_encoders, model.class_embedding
+        self.facts, self.table = facts, model.class_embedding
+        self.encoders = [e for e in model.text_encoders if isinstance(e, TextEncoder)]
+        others = [e for e in model.text_encoders if not isinstance(e, TextEncoder)]
+        self.joint = others[0] if others else None
         self.added = model.denoiser.config.added_condition_dim
-        for encoder in self.encoders:
+        for encoder in model.text_encoders:
             encoder.model.to(device, dtype)
             encoder.model.eval().requires_grad_(False)
         if self.table is not None:
@@ -123,6 +127,9 @@ class Conditions:
         return condition, self._once(("negative", negative, zeros, chunks, size, text), nothing)
 
     def _chunks(self, prompt: str, text: TextSettings) -> int:
+        if self.joint is not None:
+            return 1
+
         def count() -> int:
             return count_chunks(self.encoders, prompt, emphasis=text.emphasis)
 
@@ -130,6 +137,8 @@ class Conditions:
 
     def _encode(self, prompt: str, chunks: int, text: TextSettings) -> EncodedPrompt:
         def encode() -> EncodedPrompt:
+            if self.joint is not None:
+                return self.joint.encode(plain_text(prompt, text))
             return encode_prompt(
                 self.encoders,
                 prompt,
@@ -145,6 +154,8 @@ class Conditions:
     ) -> Condition:
         if self.added is None:
             return Condition(context=encoded.tokens)
+        if self.joint is not None:
+            return Condition(context=encoded.tokens, added=encoded.pooled)
         if encoded.pooled is None:
             raise ValueError(
                 "the denoiser needs a pooled text vector, but no text encoder provides one; "
@@ -165,6 +176,25 @@ class Conditions:
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
         return value
+
+
+def plain_text(prompt: str, text: TextSettings) -> str:
+    """A prompt for an encoder without weights and chunks, its backslashes resolved.
+
+    Raises:
+        ValueError: it has weights or BREAK, or layers are to be skipped.
+    """
+    if text.clip_skip:
+        raise ValueError(
+            f"clip_skip must be 0 for this text encoder, which is not CLIP, got {text.clip_skip}"
+        )
+    parts = read_prompt(prompt, emphasis=text.emphasis)
+    if len(parts) > 1 or any(fragment.weight != 1 for fragment in parts[0]):
+        raise ValueError(
+            "this text encoder, which is not CLIP, has no weights and no BREAK; leave them out, or "
+            "set emphasis=False (--no-emphasis) to read brackets as text"
+        )
+    return "".join(fragment.text for fragment in parts[0])
 
 
 def size_vector(pooled: Tensor, width: int, choices: dict[int, tuple[float, ...]]) -> Tensor:

@@ -19,6 +19,7 @@ from fastdiff.generate.job import (
     SampleSettings,
     TextJob,
 )
+from fastdiff.models.network import NetworkConfig
 from fastdiff.runtime.engine import check_cache
 
 LDM_CLASSES = 1000
@@ -114,7 +115,7 @@ class Facts:
         # an extra last row for "no class".
         null = bool(config.null_class) if table is None else rows != LDM_CLASSES
         classes = config.num_classes if table is None else rows - null
-        _check_context(model, config.context_dim)
+        _check_context(model, config)
         if first is None and "latent size" in model.provenance:
             raise ValueError(
                 f"the denoiser of {model.path} works on latents, which need an autoencoder; pass "
@@ -129,7 +130,7 @@ class Facts:
             size_factor=factor * config.size_multiple,
             only_size=None if network.only_side is None else factor * network.only_side,
             image_size=model.image_size,
-            extra=_extra(config.in_channels, channels, image_channels, latent=first is not None),
+            extra=_extra(config.in_channels, channels, image_channels),
             num_classes=classes,
             null_class=null,
             class_names=tuple(model.class_names),
@@ -318,17 +319,19 @@ def _check_condition(job: Job, facts: Facts) -> None:
         if facts.reads_text and (label := getattr(job, name, None)) is not None:
             raise ValueError(f"this model has no classes, got class {label!r}; leave it out")
     if facts.extra == "inpainting" and not isinstance(job, InpaintJob):
-        reads = facts.channels * 2 + 1
+        reads, what = facts.channels * 2 + 1, "the image" if facts.pixels else "latents"
         raise ValueError(
-            f"this denoiser reads {reads} channels: {facts.channels} of latents, a mask and the "
+            f"this denoiser reads {reads} channels: {facts.channels} of {what}, a mask and the "
             "image to inpaint; use inpaint, with a mask of ones to generate the whole image"
         )
-    if facts.extra == "upsampler" and (not isinstance(job, ClassJob) or job.image is None):
+    from_noise = isinstance(job, ClassJob | TextJob)
+    if facts.extra == "upsampler" and (not from_noise or getattr(job, "image", None) is None):
+        command = "txt2img PROMPT" if facts.reads_text else "sample"
         raise ValueError(
             f"{facts.name} enlarges a small image, and none was given; pass image= "
-            "(fastdiff sample --image FILE)"
+            f"(fastdiff {command} --image FILE)"
         )
-    if facts.extra != "upsampler" and isinstance(job, ClassJob) and job.image is not None:
+    if facts.extra != "upsampler" and from_noise and getattr(job, "image", None) is not None:
         raise ValueError(
             f"{facts.name} is not an upsampler, so it takes no image; for variations of an "
             "image use an ImageToImageJob (fastdiff img2img)"
@@ -400,10 +403,8 @@ def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -
     return (2 * samples + 1) * math.prod(model.denoiser.deep_shape(cache.branch, sides))
 
 
-def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> Extra:
-    kinds: dict[int, Extra] = {0: "none", image_channels: "upsampler"}
-    if latent:
-        kinds[channels + 1] = "inpainting"
+def _extra(reads: int, channels: int, image_channels: int) -> Extra:
+    kinds: dict[int, Extra] = {0: "none", image_channels: "upsampler", channels + 1: "inpainting"}
     if reads - channels not in kinds:
         raise ValueError(
             f"the denoiser reads {reads} channels and predicts {channels}; fastdiff supports such "
@@ -413,11 +414,13 @@ def _extra(reads: int, channels: int, image_channels: int, *, latent: bool) -> E
     return kinds[reads - channels]
 
 
-def _check_context(model: Model, width: int | None) -> None:
+def _check_context(model: Model, config: NetworkConfig) -> None:
     """Raise ValueError unless the text encoders produce what the denoiser reads."""
+    width = config.context_dim
     if width is None or model.class_embedding is not None:
         return
-    if model.autoencoder is None:
+    on_pixels = getattr(config, "context_attention", "cross") == "appended"  # GLIDE, unCLIP
+    if model.autoencoder is None and not on_pixels:
         raise ValueError(
             f"expected a text-to-image checkpoint, got one without an autoencoder ({model.path}); "
             "load the whole model, or pass the autoencoder as vae="

@@ -1,8 +1,9 @@
 """Inpainting: new pixels where the mask is 1, the original ones elsewhere.
 
 A denoiser trained for inpainting reads [x, mask, latents of the masked image], 9 channels in Stable
-Diffusion. With any other denoiser, x outside the mask is reset after each row to the image's
-latents, noised to that level (Lugmayr et al. 2022, eq. 8, without resampling).
+Diffusion, or [x, masked image, 1 - mask], 7 channels in GLIDE. With any other denoiser, x outside
+the mask is reset after each row to the image's latents, noised to that level (Lugmayr et al. 2022,
+eq. 8, without resampling).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     if session.facts.extra == "inpainting":
         small = F.interpolate(mask[None], z.shape[1:])[0]  # nearest neighbour, as in training
         kept = session.encoded([job.image, job.mask], image * (mask < 0.5).to(image), tile, job.fit)
-        more: dict[str, Any] = {"extra": torch.cat([small, kept])}
+        # GLIDE: the image, and a mask that is 1 where it is kept
+        parts = [kept, 1 - small] if session.facts.pixels else [small, kept]
+        more: dict[str, Any] = {"extra": torch.cat(parts)}
     else:
         # A latent pixel is replaced if any of its image pixels is, so thin strokes are kept.
         small = F.adaptive_max_pool2d(mask[None], z.shape[1:])[0]

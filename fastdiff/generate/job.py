@@ -264,6 +264,8 @@ class TextJob:
     prompt: str
     """What the image should show; (word:1.3), (word) and [word] are weights, BREAK begins a new
     chunk."""
+    image: Picture | None = None
+    """Only for upsamplers: the low-resolution image to enlarge."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None

@@ -64,8 +64,9 @@ class Model(CheckpointModel):
         """Make images in one call; `fastdiff.generate` streams any mix of jobs.
 
         The arguments determine the kind of job: a mask makes an `InpaintJob`, an image with `scale`
-        an `UpscaleJob`, an image an `ImageToImageJob` (a `ClassJob` with an upsampler), `frames` an
-        `InterpolationJob`, a prompt a `TextJob`, and anything else a `ClassJob`.
+        an `UpscaleJob`, an image an `ImageToImageJob` (with an upsampler a `ClassJob` or, with a
+        prompt, a `TextJob`), `frames` an `InterpolationJob`, a prompt a `TextJob`, and anything
+        else a `ClassJob`.
 
         Args:
             prompts: one for all images, or one per image.
@@ -239,7 +240,7 @@ def _kind(
         return InpaintJob
     if image is not None:
         if facts.extra == "upsampler":
-            return ClassJob
+            return ClassJob if prompts is None else TextJob
         return UpscaleJob if "scale" in options else ImageToImageJob
     return ClassJob if prompts is None else TextJob
 

@@ -21,10 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fastdiff.integrations.layers import has_other_forward
-from fastdiff.integrations.networks import FREEU, WholeUNet, standing_for, whole_class
+from fastdiff.integrations.networks import ATTRIBUTE as NETWORK
+from fastdiff.integrations.networks import (
+    FREEU,
+    PROJECTED,
+    ModuleNetwork,
+    WholeUNet,
+    standing_for,
+    whole_class,
+)
 from fastdiff.integrations.report import Entry, Swap
 from fastdiff.kernels import selected_backend
 from fastdiff.runtime.graphs import LIMIT, CudaRecorder, Recorder, StepGraphs
@@ -137,18 +145,38 @@ def _is_known(processor: type) -> bool:
 class _Call:
     """A graph's inputs at fixed addresses, and the outputs it writes."""
 
-    def __init__(self, leaves: list[Any], spec: TreeSpec) -> None:
-        self.leaves = [_at_own_address(a) if isinstance(a, Tensor) else a for a in leaves]
+    def __init__(self, leaves: list[Any], spec: TreeSpec, text: Any) -> None:
+        parts = _ids(text)  # views of one product, which dense copies need not span
+
+        def room(x: Tensor) -> Tensor:
+            if id(x) in parts:
+                return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            return _at_own_address(x)
+
+        self.leaves = [room(a) if isinstance(a, Tensor) else a for a in leaves]
         self.spec = spec
         self.outputs: Any = None
+        self._text: Any = None
 
     @property
     def tensors(self) -> list[Tensor]:
         return [a for a in self.leaves if isinstance(a, Tensor)]
 
+    def load(self, leaves: list[Any], text: Any) -> None:
+        """Copy other inputs in, except a projected text (see `PROJECTED`) that is already there."""
+        loaded = _ids(text) if text is self._text else set()
+        for kept, given in zip(self.leaves, leaves, strict=True):
+            if isinstance(kept, Tensor) and id(given) not in loaded:
+                kept.copy_(given)
+        self._text = text
+
     def run(self, forward: Callable[..., Any]) -> None:
         args, kwargs = tree_unflatten(self.leaves, self.spec)
         self.outputs = forward(*args, **kwargs)
+
+
+def _ids(tree: Any) -> set[int]:
+    return {id(leaf) for leaf in tree_leaves(tree)}
 
 
 def _at_own_address(x: Tensor) -> Tensor:
@@ -182,6 +210,12 @@ class ModuleGraphs:
         self, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """The result of ``forward(*args, **kwargs)``, by a graph if it can be recorded."""
+        network: ModuleNetwork | None = root.__dict__.get(NETWORK)
+        if network is not None and not network.built:
+            network.prepared_on_gpu(root)  # which moves weights, that a graph must find in place
+        text = None if network is None else network.projected(root, args, kwargs)
+        if text is not None:
+            kwargs = {**kwargs, PROJECTED: text}
         found = self._prepared(root, args, kwargs)
         if isinstance(found, str):
             self.left[found] += 1
@@ -190,13 +224,11 @@ class ModuleGraphs:
         assert self._graphs is not None
         # buffers made in inference mode could not be written outside of it
         with torch.inference_mode(False), torch.no_grad():
-            call = self._calls.pop(key, None) or _Call(leaves, spec)
+            call = self._calls.pop(key, None) or _Call(leaves, spec, text)
             self._calls[key] = call  # at the end, as the most recently used
             if len(self._calls) > LIMIT:
                 del self._calls[next(iter(self._calls))]
-            for kept, given in zip(call.leaves, leaves, strict=True):
-                if isinstance(kept, Tensor):
-                    kept.copy_(given)
+            call.load(leaves, text)
             work = functools.partial(call.run, forward)
             self._graphs.run(call, work, reads=call.tensors, state=[])
         return tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, call.outputs)

@@ -10,8 +10,8 @@ and values stay, and changes in place (a merged LoRA) are seen.
 A call that needs something else (ControlNet's residuals, attention masks, gradients) and a model
 with hooks, adapters, other attention processors or layers of other classes runs block by block as
 before, and its reason is counted in `report.network_calls_left`. Every call checks this again. On a
-CPU, where launches cost little, blocks run as before; so they do in a model that moves to a GPU
-after `accelerate`.
+CPU, where launches cost little, blocks run as before. The network is built for the device that the
+model is on, and again when it moves, so `accelerate` may come before or after `.to("cuda")`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -30,10 +31,11 @@ from torch.nn.modules import module as torch_modules
 from fastdiff.checkpoint.build import check_names
 from fastdiff.checkpoint.layouts.diffusers.read import names, unet_config
 from fastdiff.checkpoint.weights import Sources
+from fastdiff.integrations.kept_text import KeptText
 from fastdiff.integrations.layers import has_other_forward, original, under_transform
 from fastdiff.integrations.report import Entry, Swap
 from fastdiff.models import layers
-from fastdiff.models.network import Network, kind_of, network_family
+from fastdiff.models.network import Context, Network, kind_of, network_family
 
 SERVED = "UNet2DConditionModel"
 """The class of diffusers that is computed as a whole."""
@@ -45,6 +47,8 @@ ARGUMENTS = (
 LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 """The layers with parameters of which such a model consists."""
 ATTRIBUTE = "_fastdiff_network"
+PROJECTED = "_fastdiff_projected"
+"""The argument by which graphs hand on the projected text."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FREEU = ("s1", "s2", "b1", "b2")
 """Attributes that diffusers' FreeU sets on the blocks of a U-Net."""
@@ -53,10 +57,12 @@ VALUES = ("processor", "_chunk_size", "forward", *FREEU)
 
 
 def network_entry(name: str, root: nn.Module) -> Entry | None:
-    """The line of a U-Net on a GPU in the report of `accelerate`, or None for any other model."""
+    """The line of a U-Net in the report of `accelerate`, or None for any other model.
+
+    The model may be on another device now; it is served whenever it is called on a GPU.
+    """
     kinds = {c.__name__ for c in type(root).__mro__ if c.__module__.startswith("diffusers.")}
-    weight = next(root.parameters(), None)
-    if SERVED not in kinds or weight is None or weight.device.type not in layers.BIAS_IS_A_LAUNCH:
+    if SERVED not in kinds:
         return None
     return Entry(
         name=name,
@@ -67,11 +73,25 @@ def network_entry(name: str, root: nn.Module) -> Entry | None:
     )
 
 
-def network_swap(root: nn.Module, *, verify: bool) -> Swap:
+def network_swap(root: nn.Module, *, verify: bool, keep_text: bool) -> Swap:
     """The change of a U-Net's class, after those of its blocks."""
     before: Any = type(root)
-    attributes = {ATTRIBUTE: ModuleNetwork(verify=verify)}
+    attributes = {ATTRIBUTE: ModuleNetwork(verify=verify, keep_text=keep_text)}
     return Swap(module=root, before=before, after=whole_class(before), attributes=attributes)
+
+
+def keep_text_of(root: nn.Module) -> Callable[[], None]:
+    """Keep the text's projections of a U-Net that an earlier call has accelerated. Returns a
+    function that undoes it."""
+    network: ModuleNetwork = root.__dict__[ATTRIBUTE]
+    before, network.text = network.text, network.text or KeptText()
+    there = weakref.ref(network)
+
+    def undo() -> None:
+        if (calls := there()) is not None:
+            calls.text = before
+
+    return undo
 
 
 class _Snapshot:
@@ -106,6 +126,11 @@ class _Snapshot:
             and [p.data_ptr() for p in self._tensors] == self._addresses
         )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parameters."""
+        return self._tensors
+
     def _ids(self, tables: list[dict[str, Any]]) -> list[int]:
         return list(map(id, itertools.chain.from_iterable(map(dict.values, tables))))
 
@@ -115,20 +140,34 @@ class ModuleNetwork:
 
     Attributes:
         left: reason -> number of calls on a GPU that ran block by block.
+        text: the projections of the text; None: they are computed in each call.
     """
 
-    def __init__(self, *, verify: bool = False) -> None:
+    def __init__(self, *, verify: bool = False, keep_text: bool = False) -> None:
         self.left: Counter[str] = Counter()
+        self.text = KeptText() if keep_text else None
         self._verify = verify
         self._built: Network | str | None = None
         self._snapshot: _Snapshot | None = None
 
     def __reduce__(self) -> Any:
-        return functools.partial(ModuleNetwork, verify=self._verify), ()
+        options = {"verify": self._verify, "keep_text": self.text is not None}
+        return functools.partial(ModuleNetwork, **options), ()
+
+    @property
+    def built(self) -> bool:
+        """Whether it is known if our network serves the model on its present device."""
+        return self._built is not None
 
     def forget(self) -> None:
         """Drop the network, which would keep the memory of weights that are about to move."""
         self._built = self._snapshot = None
+        self.forget_text()
+
+    def forget_text(self) -> None:
+        """Drop the projections of all prompts."""
+        if self.text is not None:
+            self.text.forget()
 
     def prepared_on_gpu(self, root: nn.Module) -> ModuleNetwork:
         """Build the network now rather than in the first call, if the model is on a GPU."""
@@ -145,6 +184,7 @@ class ModuleNetwork:
         if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
             return "hooks of all modules are set"
         if self._snapshot is None or self._built is None or not self._snapshot.same():
+            self.forget_text()
             with torch.inference_mode(False), torch.no_grad():
                 self._built = _network_of(root)
                 self._snapshot = _Snapshot(root)
@@ -153,18 +193,45 @@ class ModuleNetwork:
     def __call__(
         self, root: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """The result of ``forward(*args, **kwargs)``."""
+        """The result of ``forward(*args, **kwargs)``.
+
+        kwargs: also `PROJECTED`, if the caller has it from `projected`.
+        """
+        kwargs = dict(kwargs)
+        context = kwargs.pop(PROJECTED, None)
         given = _arguments(type(root), (root, *args), kwargs)
-        sample = given.get("sample")
-        if not isinstance(sample, Tensor) or sample.device.type not in layers.BIAS_IS_A_LAUNCH:
+        found = self._serving(root, given)
+        if found is None:
             return forward(*args, **kwargs)
-        found = _now(root, given) or self.prepare(root)
-        if not isinstance(found, str):
-            found = _misfit(found, given) or found
         if isinstance(found, str):
             self.left[found] += 1
             return forward(*args, **kwargs)
-        return _evaluated(root, found, given)
+        if context is None:
+            context = self._projected(found, given)
+        return _evaluated(root, found, given, context)
+
+    def projected(self, root: nn.Module, args: Any, kwargs: dict[str, Any]) -> Context | None:
+        """The kept projection of the text of a call; None if none is kept for such a call."""
+        if self.text is None:
+            return None
+        given = _arguments(type(root), (root, *args), kwargs)
+        found = self._serving(root, given)
+        return None if found is None or isinstance(found, str) else self._projected(found, given)
+
+    def _serving(self, root: nn.Module, given: Mapping[str, Any]) -> Network | str | None:
+        """Our network, why it cannot run this call, or None for a call that is not on a GPU."""
+        sample = given.get("sample")
+        if not isinstance(sample, Tensor) or sample.device.type not in layers.BIAS_IS_A_LAUNCH:
+            return None
+        found = _now(root, given) or self.prepare(root)
+        return found if isinstance(found, str) else _misfit(found, given) or found
+
+    def _projected(self, network: Network, given: Mapping[str, Any]) -> Context:
+        context = given["encoder_hidden_states"]
+        if self.text is None:
+            return network.project_context(context)
+        assert self._snapshot is not None
+        return self.text(network, context, self._snapshot.tensors)
 
 
 @functools.cache
@@ -218,8 +285,11 @@ def _misfit(network: Network, given: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _evaluated(root: Any, network: Network, given: Mapping[str, Any]) -> Any:
-    """The result of the model's forward, by our network."""
+def _evaluated(root: Any, network: Network, given: Mapping[str, Any], context: Context) -> Any:
+    """The result of the model's forward, by our network.
+
+    context: its projected text.
+    """
     x, config = given["sample"], network.config
     t = given["timestep"]
     if not isinstance(t, Tensor):
@@ -232,7 +302,6 @@ def _evaluated(root: Any, network: Network, given: Mapping[str, Any]) -> Any:
         sizes = root.add_time_proj(more["time_ids"].flatten()).reshape(len(x), -1)
         added = torch.cat([more["text_embeds"], sizes], dim=-1)
     emb = network.embed(t.to(x.device).expand(len(x)), y, added)
-    context = network.project_context(given["encoder_hidden_states"])
     result = network.body(x, emb, context)
     if not given.get("return_dict", True):
         return (result,)
@@ -356,9 +425,15 @@ def whole_class(theirs: Any) -> Any:
         self.__dict__[ATTRIBUTE].forget()
         return theirs._apply(self, *args, **kwargs)
 
+    def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
+        found = theirs.apply(self, fn)  # by which diffusers merges LoRAs, through .data
+        self.__dict__[ATTRIBUTE].forget_text()
+        return found
+
     members = {
         "forward": forward,
         "_apply": _apply,
+        "apply": apply,
         "__module__": theirs.__module__,  # pipelines write module and name to model_index.json
         "__reduce_ex__": _reduce,
         "whole": theirs,

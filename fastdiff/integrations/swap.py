@@ -18,7 +18,7 @@ from torch import nn
 from fastdiff.extras import import_extra
 from fastdiff.integrations.graphs import ATTRIBUTE, graph_entries, graph_swap
 from fastdiff.integrations.networks import ATTRIBUTE as NETWORK
-from fastdiff.integrations.networks import network_entry, network_swap
+from fastdiff.integrations.networks import keep_text_of, network_entry, network_swap
 from fastdiff.integrations.planner import Planner
 from fastdiff.integrations.report import AccelerateError, Entry, Report, Swap
 from fastdiff.integrations.verify import Verification, verified
@@ -97,6 +97,7 @@ def accelerate(
     scheduler: Literal["fused"] | None = None,
     noise: Literal["philox", "generator"] = "philox",
     graphs: bool = False,
+    keep_text: bool = False,
     strict: bool = False,
     verify: bool = False,
 ) -> Report:
@@ -130,6 +131,11 @@ def accelerate(
             adapters that are not merged, or a `forward` or attention processors of its own is left;
             a call that cannot be replayed runs as before and is counted in
             `report.graph_calls_left`.
+        keep_text: on a GPU, let a `UNet2DConditionModel` compute the keys and values of the text
+            once per prompt rather than in every step, for as long as it is given the same tensor
+            and neither that nor a weight changes. A write through ``tensor.data`` to a weight is
+            not noticed, unless diffusers' `fuse_lora` or `unfuse_lora` does it; pass the text as a
+            new tensor then, as pipelines do in every call (`fastdiff.integrations.kept_text`).
         strict: raise an error instead of leaving a module that fastdiff has an op for. This does
             not apply to a pipeline's components from other libraries (text encoders).
         verify: compare each module swapped by this call with its original on the first call with
@@ -143,7 +149,8 @@ def accelerate(
         A report of what was swapped, what was left and why; `report.restore()` undoes the changes.
 
     Raises:
-        TypeError: `obj` contains no module, or with `graphs` no denoiser.
+        TypeError: `obj` contains no module, with `graphs` no denoiser, or with `keep_text` no
+            U-Net that reads text.
         ValueError: an unknown `scheduler` or `noise`, or `noise` without a fused scheduler.
         AccelerateError: with `strict`, a module would be left. Nothing was changed.
     """
@@ -190,8 +197,7 @@ def accelerate(
                     )
                 )
     names = {id(m): name for name, m in reversed(found)}  # a model may be there twice
-    wholes = [(network_entry(names[key], m), m) for key, m in entered.items()]
-    whole = [(entry, module) for entry, module in wholes if entry is not None]
+    whole = whole_networks(obj, {names[key]: m for key, m in entered.items()}, keep_text=keep_text)
     recorded = graph_entries(obj, found) if graphs else []
     entries += [entry for entry, _ in (*whole, *recorded)]
     changes = scheduler_change(obj, entries, noise) if scheduler == "fused" else []
@@ -206,12 +212,34 @@ def accelerate(
     for layer, name in weights:
         undo.append(to_channels_last(layer, name))
     undo += [change() for change in changes]
-    undo += [network_swap(module, verify=verify).do() for entry, module in whole if entry.new]
+    undo += [
+        network_swap(m, verify=verify, keep_text=keep_text).do() if e.new else keep_text_of(m)
+        for e, m in whole
+        if e.new or keep_text
+    ]
     undo += [graph_swap(module).do() for entry, module in recorded if entry.by and entry.new]
     calls = [module.__dict__[ATTRIBUTE] for entry, module in recorded if entry.by]
     fused = obj.scheduler if scheduler == "fused" else None
     networks = [module.__dict__[NETWORK].prepared_on_gpu(module) for _, module in whole]
     return Report(entries, undo, scheduler=fused, checks=checks, graphs=calls, networks=networks)
+
+
+def whole_networks(
+    obj: Any, models: dict[str, nn.Module], *, keep_text: bool
+) -> list[tuple[Entry, nn.Module]]:
+    """The models that run as a whole on a GPU, with their lines in the report.
+
+    Raises:
+        TypeError: `keep_text`, but there is none.
+    """
+    entries = [(network_entry(name, model), model) for name, model in models.items()]
+    whole = [(entry, model) for entry, model in entries if entry is not None]
+    if keep_text and not whole:
+        raise TypeError(
+            f"keep_text=True needs a UNet2DConditionModel, got {type(obj).__name__} without one; "
+            "leave it out"
+        )
+    return whole
 
 
 def scheduler_change(

@@ -296,7 +296,7 @@ def nested(values: Mapping[str, Any], *, upsampler: bool = False) -> dict[str, A
     Without a kind, the fields decide: a mask means inpainting, `to_seed`, `to_prompt` or `to_label`
     an interpolation, an image with `scale` or `via` an enlargement, another image a variation of
     it, and otherwise a prompt decides between text and class. With an `upsampler`, which enlarges
-    each image itself, an image is part of a class job.
+    each image itself, an image is part of a class or text job.
 
     Raises:
         ValueError: a field is unknown.

@@ -515,7 +515,11 @@ def split_qkv(qkv: Tensor, num_heads: int, order: QKVOrder) -> tuple[Tensor, Ten
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels: norm, packed qkv, attention, projection (DDPM, ADM, VAEs)."""
+    """Self-attention over the pixels: norm, packed qkv, attention, projection (DDPM, ADM, VAEs).
+
+    With `context_dim` the pixels attend to the context's tokens as well: keys and values projected
+    from them are appended to those of the pixels (GLIDE, Nichol et al. 2021, section 3.1).
+    """
 
     def __init__(
         self,
@@ -525,17 +529,30 @@ class AttentionBlock(nn.Module):
         num_groups: int,
         eps: float,
         qkv_order: QKVOrder = "new",
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.qkv_order = num_heads, qkv_order
+        self.index = 0  # position among the blocks that read the context, set by the U-Net
         self.norm = GroupNorm(channels, num_groups, eps, activation="none")
         self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = None if context_dim is None else nn.Linear(context_dim, 2 * channels)
         self.proj = zero_init(nn.Linear(channels, channels))
+
+    def project(self, context: Tensor) -> Tensor:
+        """context: (N, T, D) -> keys and values of its tokens, (N, T, 2, H, d)."""
+        assert self.context_kv is not None
+        kv = self.context_kv(context)
+        if self.qkv_order == "legacy":
+            return kv.unflatten(2, (self.num_heads, 2, -1)).transpose(2, 3)
+        return kv.unflatten(2, (2, self.num_heads, -1))
 
     def forward(
         self,
         x: Tensor,
         residual: Tensor | None = None,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         bias: Tensor | None = None,
         before_norm: bool = True,
@@ -544,6 +561,8 @@ class AttentionBlock(nn.Module):
 
         Args:
             x, residual: (N, C, H, W). bias: (C,).
+            context: the result of `project`, if the block has a `context_dim`.
+            mask: (N, T) bool, False for tokens of the context that are padding.
             before_norm: whether a norm follows, which can add the block's two addends.
 
         Returns:
@@ -551,26 +570,32 @@ class AttentionBlock(nn.Module):
         """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         q, k, v = split_qkv(self.qkv(to_tokens(h)), self.num_heads, self.qkv_order)
-        h = attention(q, k, v).flatten(2)  # (N, L, C)
+        extra_k, extra_v = (None, None) if context is None else context.unbind(2)
+        if mask is not None:  # every pixel may be seen
+            mask = F.pad(mask, (k.shape[1], 0), value=True)[:, None, None]  # (N, 1, 1, L + T)
+        h = attention(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask)
+        h = h.flatten(2)  # (N, L, C)
         return projected_addends(self.proj, h, None, x, before_norm=before_norm), x
 
 
 class SelfAttention(nn.Module):
     """Self-attention of tokens, with one packed projection.
 
-    bias: of the projection to q, k and v.
+    bias: of the projection to q, k and v. qkv_order: of its rows, see `split_qkv`.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, bias: bool = False, qkv_order: QKVOrder = "new"
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.qkv_order = num_heads, qkv_order
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, L, C) -> (N, L, C)."""
-        q, k, v = split_qkv(self.qkv(x), self.num_heads, "new")
-        return self.out(attention(q, k, v).flatten(2))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (N, L, C) -> (N, L, C). mask: as for the op `attention`."""
+        q, k, v = split_qkv(self.qkv(x), self.num_heads, self.qkv_order)
+        return self.out(attention(q, k, v, mask=mask).flatten(2))
 
 
 class CrossAttention(nn.Module):

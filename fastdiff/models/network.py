@@ -85,13 +85,14 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
-    def project_context(self, context: Tensor) -> Context:
+    def project_context(self, context: Tensor, mask: Tensor | None = None) -> Context:
         """Compute the part of `body` that depends on the context tokens, but not on x or t.
 
-        context: (N, T, context_dim). Returns nested lists of tensors whose first dimension is N.
+        context: (N, T, context_dim). mask: (N, T) bool, False for tokens that nothing may attend
+        to. Returns nested lists of tensors whose first dimension is N.
 
         Raises:
-            ValueError: the model has no context.
+            ValueError: the model has no context, or no mask.
         """
         raise ValueError("context must be None for a model without context; leave it out")
 
@@ -224,6 +225,15 @@ def check_conditions(
         if wanted is not None and (value is None or value.shape != shape):
             got = None if value is None else tuple(value.shape)
             raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}; pass {name}=")
+
+
+def check_no_mask(mask: Tensor | None) -> None:
+    """Raise ValueError if there is a mask, for networks that attend to all tokens."""
+    if mask is not None:
+        raise ValueError(
+            f"mask must be None for this model, whose context has no padding, got "
+            f"{tuple(mask.shape)}; leave it out"
+        )
 
 
 def embed_labels(table: nn.Embedding, y: Tensor) -> Tensor:

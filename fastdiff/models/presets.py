@@ -9,6 +9,7 @@ from fastdiff.models.autoencoder import AutoencoderConfig
 from fastdiff.models.classifier import ClassifierConfig
 from fastdiff.models.dit import DiTConfig
 from fastdiff.models.mlp import MLPConfig
+from fastdiff.models.prior import PriorConfig
 from fastdiff.models.unet import UNetConfig
 from fastdiff.models.uvit import UViTConfig
 
@@ -23,6 +24,27 @@ def _stable_diffusion_1(in_channels: int) -> UNetConfig:
         attention_depth=(1, 1, 1, 0),
         num_heads=8,
         context_dim=768,
+    )
+
+
+def _glide(channel_mult: tuple[int, ...], in_channels: int = 3, **other: Any) -> UNetConfig:
+    """Nichol et al. 2021 (arXiv 2112.10741), the published models with 300 million parameters."""
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=6,
+        model_channels=192,
+        channel_mult=channel_mult,
+        head_dim=64,
+        context_dim=512,
+        context_attention="appended",
+        added_condition_dim=512,
+        added_layers=1,
+        scale_shift_norm=True,
+        resblock_updown=True,
+        qkv_order="legacy",
+        learned_sigma=True,
+        dropout=0.1,
+        **other,
     )
 
 
@@ -61,6 +83,39 @@ UNETS: dict[str, UNetConfig] = {
         attention_depth=(0, 1, 1, 1),
         head_dim=32,
         qkv_order="legacy",
+    ),
+    "ldm4-bsr-sr": UNetConfig(  # 113,622,563; latents of 3, then the small image
+        in_channels=6,
+        out_channels=3,
+        model_channels=160,
+        channel_mult=(1, 2, 2, 4),
+        num_res_blocks=2,
+        attention_depth=(0, 0, 0, 1),
+        head_dim=32,
+        qkv_order="legacy",
+    ),
+    "ldm4-inpainting-big": UNetConfig(  # 387,245,827; latents, those of the masked image, mask
+        in_channels=7,
+        out_channels=3,
+        model_channels=256,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=2,
+        attention_depth=(0, 1, 1, 1),
+        num_heads=8,
+        resblock_updown=True,
+        qkv_order="legacy",
+    ),
+    # 872,300,484; its text transformer has 581,994,042
+    "ldm8-txt2img-1p4b": replace(_stable_diffusion_1(in_channels=4), context_dim=1280),
+    "sd2-depth": UNetConfig(  # 865,913,604; latents, then the depth
+        in_channels=5,
+        out_channels=4,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_depth=(1, 1, 1, 0),
+        head_dim=64,
+        context_dim=1024,
     ),
     "ldm4-cin256-v2": UNetConfig(  # 400,920,579; the class is one context token of 512
         in_channels=3,
@@ -124,6 +179,28 @@ UNETS: dict[str, UNetConfig] = {
         num_heads=4,
         scale_shift_norm=True,
         qkv_order="legacy",
+        learned_sigma=True,
+    ),
+    # with their text transformer of 76,301,824: 385,030,726, 385,037,638 and 398,361,286
+    "glide": _glide((1, 2, 3, 4), num_res_blocks=3, attention_depth=(0, 1, 1, 1)),
+    "glide-inpaint": _glide((1, 2, 3, 4), 7, num_res_blocks=3, attention_depth=(0, 1, 1, 1)),
+    "glide-upsampler": _glide(
+        (1, 1, 2, 2, 4, 4), 6, num_res_blocks=2, attention_depth=(0, 0, 0, 1, 1, 1)
+    ),
+    "karlo-decoder": UNetConfig(  # 885,439,686; Ramesh et al. 2022 as published by Kakao Brain
+        in_channels=3,
+        out_channels=6,
+        model_channels=320,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=3,
+        attention_depth=(0, 1, 1, 1),
+        head_dim=64,
+        context_dim=1536,
+        context_attention="appended",
+        added_condition_dim=1280,
+        added_layers=0,
+        scale_shift_norm=True,
+        resblock_updown=True,
         learned_sigma=True,
     ),
     # ours: handwritten digits, latents of 4x8x8, ten classes and "no class"
@@ -309,5 +386,12 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
         channel_mult=(1, 2, 4),
         num_res_blocks=1,
         norm_groups=8,
+    ),
+}
+
+PRIORS: dict[str, PriorConfig] = {
+    # Ramesh et al. 2022 as published by Kakao Brain, on the embeddings of CLIP ViT-L/14
+    "karlo": PriorConfig(  # 1,022,030,080
+        in_channels=768, context_tokens=77, width=2048, depth=20, num_heads=32
     ),
 }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,32 @@ class EncodedPrompt:
         """Zeros of the same shapes, with which Stable Diffusion XL was trained for "no prompt"."""
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
         return EncodedPrompt(torch.zeros_like(self.tokens), pooled)
+
+
+class JointEncoder(Protocol):
+    """A text encoder of fixed length that was trained together with its denoiser."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, with a `config` that has a `hidden_size`."""
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """What turns text into ids; None if the file contained weights but no vocabulary."""
+
+    @property
+    def facts(self) -> list[Any]:
+        """What the shapes of the weights do not determine, for the hash of a model."""
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        """Encode one prompt.
+
+        Raises:
+            ValueError: it is too long, not text, or there is no tokenizer.
+        """
+
+
+AnyEncoder = TextEncoder | JointEncoder
 
 
 def encode_prompt(

@@ -1,9 +1,9 @@
-"""One U-Net for DDPM, IDDPM, ADM, latent diffusion and Stable Diffusion 1, 2 and XL.
+"""One U-Net for DDPM, IDDPM, ADM, GLIDE, unCLIP, latent diffusion and Stable Diffusion 1, 2 and XL.
 
 Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (2102.09672), Dhariwal & Nichol 2021
-(2105.05233), Rombach et al. 2022 (2112.10752), Podell et al. 2023 (2307.01952). They differ only in
-their `UNetConfig`. Parameters are named after OpenAI's flat lists: `input_blocks.N.M`,
-`middle_block.M`, `output_blocks.N.M`.
+(2105.05233), Nichol et al. 2021 (2112.10741), Ramesh et al. 2022 (2204.06125), Rombach et al. 2022
+(2112.10752), Podell et al. 2023 (2307.01952). They differ only in their `UNetConfig`. Parameters
+are named after OpenAI's flat lists: `input_blocks.N.M`, `middle_block.M`, `output_blocks.N.M`.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ from fastdiff.models.network import (
     Network,
     check_conditions,
     check_image,
+    check_no_mask,
     embed_labels,
     register,
 )
 from fastdiff.names import QKVOrder
 
-ContextKV = list[list[Tensor]]  # per transformer, per block: (N, T, 2, H, d)
+ContextKV = list[list[Tensor]]
+# per transformer, per block: (N, T, 2, H, d); per attention with appended tokens: that, and a mask
+ContextAttention = Literal["cross", "appended"]
 
 _CHOICES = {
+    "context_attention": get_args(ContextAttention),
     "downsample_padding": get_args(DownsamplePadding),
     "time_embedding": get_args(TimeEmbedding),
     "qkv_order": get_args(QKVOrder),
@@ -95,6 +99,10 @@ class UNetConfig:
     # width of the sinusoids, a quarter of the embedding's (ADM-512: 256); None: model_channels
     conv_resample: bool = field(default=True, metadata=LATER)
     # convolutions change the resolution; False: means of 2x2 and nearest neighbours do
+    context_attention: ContextAttention = field(default="cross", metadata=LATER)
+    # cross: transformers (LDM); appended: self-attention over pixels and tokens (GLIDE, unCLIP)
+    added_layers: int = field(default=2, metadata=LATER)
+    # linear layers from the added vector to the time embedding: SDXL 2, GLIDE 1, unCLIP 0
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -147,8 +155,22 @@ class UNetConfig:
         depths = (*self.attention_depth, self.middle_depth)
         require(min(depths) >= 0, f"attention depths must be 0 or more, got {depths}")
         require(
-            self.context_dim is not None or max(depths) <= 1,
-            f"attention depths must be 0 or 1 without context_dim, got {depths}; set context_dim",
+            self.has_transformers or max(depths) <= 1,
+            f"attention depths must be 0 or 1 without context_dim, and with context_attention "
+            f"'appended', got {depths}; set context_dim for transformers of more blocks",
+        )
+        require(
+            self.context_attention == "cross" or self.context_dim is not None,
+            f"context_attention {self.context_attention!r} needs context_dim, got None",
+        )
+        require(
+            self.added_layers in (0, 1, 2),
+            f"added_layers must be 0, 1 or 2, got {self.added_layers}",
+        )
+        require(
+            self.added_layers > 0 or self.added_condition_dim in (None, self.emb_dim),
+            f"added_condition_dim must be {self.emb_dim} without added_layers, got "
+            f"{self.added_condition_dim}",
         )
         require(
             (self.num_heads is None) != (self.head_dim is None),
@@ -198,6 +220,11 @@ class UNetConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
         return tuple(self.model_channels * factor for factor in self.channel_mult)
+
+    @property
+    def has_transformers(self) -> bool:
+        """Whether attention is in `SpatialTransformer`s rather than in `AttentionBlock`s."""
+        return self.context_dim is not None and self.context_attention == "cross"
 
     @property
     def time_width(self) -> int:
@@ -271,7 +298,8 @@ class Stage(nn.ModuleList):
                 given, x = block(x, residual, emb, bias=bias, skip=skip, **options)
                 skip = None
             elif isinstance(block, AttentionBlock):
-                given, x = block(x, residual, bias=bias, before_norm=before_norm)
+                read = [] if block.context_kv is None else kvs[block.index]
+                given, x = block(x, residual, *read, bias=bias, before_norm=before_norm)
             elif isinstance(block, SpatialTransformer):
                 kv = kvs[block.index]
                 given, x = block(x, residual, kv, bias=bias, before_norm=before_norm)
@@ -291,6 +319,16 @@ def first_of(stage: nn.Module) -> nn.Module:
 def embedder(in_features: int, width: int) -> nn.Sequential:
     """Two linear layers that embed a timestep's sinusoids, or an added vector."""
     return nn.Sequential(nn.Linear(in_features, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def added_embedder(config: UNetConfig) -> nn.Module:
+    """The layers that embed the added vector."""
+    assert config.added_condition_dim is not None
+    if config.added_layers == 0:
+        return nn.Identity()
+    if config.added_layers == 1:
+        return nn.Linear(config.added_condition_dim, config.emb_dim)
+    return embedder(config.added_condition_dim, config.emb_dim)
 
 
 def res_block(
@@ -317,12 +355,18 @@ def attention(config: UNetConfig, width: int, depth: int, *, up: bool = False) -
     if depth == 0:
         return []
     heads, groups = config.heads(width, up=up), config.norm_groups
-    if config.context_dim is None:
+    if not config.has_transformers:
         return [
             AttentionBlock(
-                width, heads, num_groups=groups, eps=config.norm_eps, qkv_order=config.qkv_order
+                width,
+                heads,
+                num_groups=groups,
+                eps=config.norm_eps,
+                qkv_order=config.qkv_order,
+                context_dim=config.context_dim,
             )
         ]
+    assert config.context_dim is not None
     return [
         SpatialTransformer(
             width,
@@ -392,7 +436,7 @@ class UNet(Network):
         if config.num_classes is not None:
             self.label_embed = nn.Embedding(config.num_classes + config.null_class, config.emb_dim)
         if config.added_condition_dim is not None:
-            self.added_embed = embedder(config.added_condition_dim, config.emb_dim)
+            self.added_embed = added_embedder(config)
 
         widths, last = config.widths, len(config.widths) - 1
         self.input_blocks, self.middle_block, skips = encoder(config)
@@ -415,8 +459,8 @@ class UNet(Network):
         self.norm_out = GroupNorm(width, config.norm_groups, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         zero_init(self.conv_out)
-        for index, transformer in enumerate(self.transformers()):
-            transformer.index = index
+        for index, reader in enumerate(self.readers()):
+            reader.index = index
         for index, block in enumerate(self.res_blocks()):
             block.index = index
 
@@ -424,8 +468,17 @@ class UNet(Network):
         """The spatial transformers, in the order in which they run."""
         return [b for b in self._blocks() if isinstance(b, SpatialTransformer)]
 
+    def readers(self) -> list[SpatialTransformer | AttentionBlock]:
+        """The blocks that read the context, in the order in which they run."""
+        return [
+            block
+            for block in self._blocks()
+            if isinstance(block, SpatialTransformer)
+            or (isinstance(block, AttentionBlock) and block.context_kv is not None)
+        ]
+
     def cross_attentions(self) -> list[CrossAttention]:
-        """The layers that read the context, in the order in which they run."""
+        """The layers of transformers that read the context, in the order in which they run."""
         return [layer for each in self.transformers() for layer in each.cross_attentions()]
 
     def res_blocks(self) -> list[ResBlock]:
@@ -477,14 +530,15 @@ class UNet(Network):
             emb = emb + self.added_embed(added.to(dtype))
         return F.silu(emb)
 
-    def project_context(self, context: Tensor) -> ContextKV:
-        """Keys and values of every cross-attention; they depend on the prompt, not on the step.
+    def project_context(self, context: Tensor, mask: Tensor | None = None) -> ContextKV:
+        """Keys and values of every block that reads the context; they do not depend on the step.
 
         Args:
             context: (N, T, context_dim).
+            mask: (N, T) bool, False for padding; only with `context_attention="appended"`.
 
         Returns:
-            The keys and values, which `forward` accepts in place of `context`.
+            The keys and values (and the mask), which `forward` accepts in place of `context`.
         """
         width = self.config.context_dim
         if width is None:
@@ -494,6 +548,11 @@ class UNet(Network):
                 f"context must be (N, T, {width}), got {tuple(context.shape)}; "
                 "use the text encoder that the model was trained with"
             )
+        if not self.config.has_transformers:
+            blocks = [block for block in self.readers() if isinstance(block, AttentionBlock)]
+            also = [] if mask is None else [mask]
+            return [[block.project(context), *also] for block in blocks]
+        check_no_mask(mask)
         kvs = iter(project_contexts(self.cross_attentions(), context))
         return [[next(kvs) for _ in transformer.blocks] for transformer in self.transformers()]
 

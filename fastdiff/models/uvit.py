@@ -28,6 +28,7 @@ from fastdiff.models.network import (
     Network,
     check_conditions,
     check_image,
+    check_no_mask,
     check_patches,
     embed_labels,
     register,
@@ -180,8 +181,8 @@ class UViT(Network):
             return token
         return torch.cat([embed_labels(self.label_embed, y), token], dim=1)
 
-    def project_context(self, context: Tensor) -> list[Tensor]:
-        """Project the context's tokens to the width of the model.
+    def project_context(self, context: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Project the context's tokens to the width of the model; there is no mask.
 
         context: (N, context_tokens, context_dim). Returns [(N, context_tokens, width)].
 
@@ -197,6 +198,7 @@ class UViT(Network):
                 f"context must be (N, {wanted[0]}, {wanted[1]}), got {tuple(context.shape)}; "
                 "use the text encoder that the model was trained with, and a prompt that fits it"
             )
+        check_no_mask(mask)
         return [self.context_embed(context)]
 
     def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:

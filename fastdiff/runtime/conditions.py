@@ -21,6 +21,8 @@ class Condition:
     """Another row, and its share: an embedding between the two classes."""
     context: Tensor | None = None
     """(1, T, D): the tokens for cross-attention."""
+    mask: Tensor | None = None
+    """(1, T) bool: False for tokens that are padding; None: all are there."""
     added: Tensor | None = None
     """(1, A): the vector added to the time embedding."""
 
@@ -50,7 +52,10 @@ class Condition:
             None if a is None or b is None else torch.lerp(a, b, share) for a, b in pairs
         )
         toward = None if other.label is None else (other.label, share)
-        return Condition(label=self.label, toward=toward, context=context, added=added)
+        mask = self.mask
+        if mask is not None and other.mask is not None:
+            mask = mask | other.mask
+        return Condition(label=self.label, toward=toward, context=context, mask=mask, added=added)
 
     def labels(self, count: int, rows: int, device: torch.device) -> Tensor | None:
         """The labels that `Network.embed` expects, for `count` samples.

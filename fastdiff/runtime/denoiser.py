@@ -311,7 +311,9 @@ class Denoiser:
         context = self._contexts.get(condition)
         if context is None and condition.context is not None:
             tokens = condition.context.to(self.device, self.dtype)
-            context = self.network.project_context(tokens)
+            mask = condition.mask
+            masks = [] if mask is None else [mask.to(self.device)]
+            context = self.network.project_context(tokens, *masks)
         start = self.embeddings.add((key, condition.key), embed)
         if context is not None:
             self._contexts[condition] = context

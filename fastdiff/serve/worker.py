@@ -29,7 +29,7 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.cost import evaluations
 from fastdiff.generate.facts import Facts, default_batch, is_small
-from fastdiff.generate.job import ClassJob, Job
+from fastdiff.generate.job import ClassJob, Job, TextJob
 from fastdiff.generate.run import Result, engine_request, pasted, plan
 from fastdiff.generate.session import Pass, Session
 from fastdiff.kernels import backend
@@ -552,7 +552,7 @@ def wait_for(cost: float, served: float, spent: float) -> int:
 def _sides(job: Job) -> tuple[int, int]:
     """Height and width of a checked job's image; its picture is a tensor."""
     picture: Any = getattr(job, "image", None)
-    if picture is not None and not isinstance(job, ClassJob):
+    if picture is not None and not isinstance(job, ClassJob | TextJob):
         return picture.shape[-2], picture.shape[-1]
     height, width = getattr(job, "height", None), getattr(job, "width", None)
     assert height is not None, "the job is checked"

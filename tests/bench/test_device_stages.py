@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -201,6 +202,8 @@ def test_plain_ops_compute_the_formula(op: str) -> None:
 
     norm = (draw(2, 32, 4, 4), 8, draw(32), draw(32))
     film = {"scale_shift": draw(2, 64), "eps": 1e-6}
+    cat = (norm[0], draw(2, 16, 4, 4), 8, draw(48), draw(48))
+    product = (draw(3, 16), draw(24, 16), draw(24))
     calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "group_norm_silu": [(norm, film), (norm, {"activation": "none"})],
         "add_group_norm_silu": [(norm, {**film, **addends()}), (norm, {"residual": norm[0]})],
@@ -208,14 +211,29 @@ def test_plain_ops_compute_the_formula(op: str) -> None:
         "add_layer_norm": [((draw(3, 16), draw(3, 16), draw(16), draw(16)), {})],
         "attention": [((draw(2, 5, 3, 8), draw(2, 7, 3, 8), draw(2, 7, 3, 8)), {"scale": 0.4})],
         "geglu": [((draw(3, 16),), {})],
+        "cat_group_norm_silu": [(cat, {}), (cat, addends())],
+        "linear_geglu": [((draw(3, 16), draw(24, 16), draw(24)), {})],
+        "linear_add": [
+            (product, {}),
+            (product, {"addend": draw(3, 16), "residual": draw(3, 24)}),
+        ],
+        "cat_linear": [((draw(3, 10), draw(3, 6), draw(24, 16), draw(24)), {})],
     }
     for args, options in calls[op]:
         with plain_ops():
             found = getattr(kernels, op)(*args, **options)
         bound = choose.bound_arguments(op, args, options)
-        expected = kernels.OPS[op].formula(*bound)
+        formula = kernels.OPS[op].formula
+        expected = formula(**dict(zip(inspect.signature(formula).parameters, bound, strict=False)))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert set(kernels.OPS[op].backends) > {"reference"}  # they are back
+
+
+def test_every_op_of_the_timed_networks_has_a_plain_form() -> None:
+    """Otherwise the network of plain operators, our rival, would call our kernels."""
+    of_others = {"ada_layer_norm", "gate_residual", "philox_normal"}
+    outside_networks = {"sampler_step", "gather_rows"}
+    assert kernels.OPS.keys() - PLAIN.keys() == of_others | outside_networks
 
 
 def test_networks_are_timed_both_ways(plan: Plan) -> None:

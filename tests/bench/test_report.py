@@ -245,10 +245,32 @@ def test_predictions_by_hand() -> None:
     assert unet.seconds["launches"] == 2 * 2e-6
     (step,) = (p for p in found.values() if p.case.benchmark == "sampler_step")
     assert (step.bound, step.floor_s) == ("launches", 2e-6)
+    # each of its two reads waits for 0.8 us per 4.3 MB
+    assert sdxl.seconds["loads in flight"] == pytest.approx(
+        2 * 2 * 960 * 128**2 * 2 * 0.8e-6 / 4.3e6
+    )
 
 
 def test_the_document_contains_the_predictions() -> None:
-    assert report.table(*report.headed(predict.rows())) in report.DOCUMENT.read_text()
+    assert report.predicted_tables() in report.DOCUMENT.read_text()
+
+
+def test_what_was_rebuilt_is_predicted_to_reach_its_aim() -> None:
+    """Then and now, by hand: GroupNorm by its loads in flight, attention by its instructions."""
+    head, *rows = predict.progress()
+    assert head[1:5] == ("before", "bound by", "now", "bound by")
+    found = {row[0]: row[1:] for row in rows}
+    assert len(found) == len(predict.AIMS)
+    assert {row[-1] for row in rows} == {"met"}
+    trip = 2 * 960 * 64**2 * 2
+    copy, reading = 2 * trip / 4.3e12, trip * 0.8e-6 / 1.1e6
+    norm = found["group_norm_silu SD 1.5 U-Net (2, 960, 64, 64)"]
+    assert norm[:4] == (f"{copy / reading:.2f}", "loads in flight", "1.00", "x once, y once")
+    scores = 2 * 8 * 4096**2
+    issue = scores / (16 * 64) * 320 / (4 * 132 * 1.98e9)
+    rival = 4 * scores * 64 / 790e12
+    attention = found["attention SD 1.5 U-Net (2, 4096, 8, 40)"]
+    assert attention[:2] == (f"{rival / issue:.2f}", "issue")
 
 
 def test_the_targets_of_a_cpu_use_the_worst_case() -> None:

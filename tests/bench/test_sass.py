@@ -44,6 +44,8 @@ behind the exit a way back into the loop."""
 LIMITS = {
     ("GroupNorm+SiLU on chip", "CUDA"): 22,
     ("GroupNorm+SiLU in parts", "CUDA"): 26,
+    ("GroupNorm+SiLU on chip, with a sum", "CUDA"): 22,
+    ("GroupNorm+SiLU in parts, with a sum", "CUDA"): 26,
     ("GroupNorm+SiLU on chip", "Triton"): 22,
     ("GroupNorm+SiLU in parts", "Triton"): 26,
     ("GEGLU", "CUDA"): 37,

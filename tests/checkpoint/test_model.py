@@ -366,6 +366,7 @@ def test_every_layout_says_what_it_recognises(tmp_path: Path) -> None:
         "ddpm",
         "diffusers",
         "dit",
+        "glide",
         "guided-diffusion",
         "guided-diffusion-classifier",
         "uvit",

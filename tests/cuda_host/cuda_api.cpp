@@ -53,6 +53,13 @@ const char* cudaGetErrorString(cudaError_t status) {
   return "unrecognized error code";
 }
 
+static int times_asked = 0;
+
+/// How often the compute capability of the device has been asked for.
+extern "C" __attribute__((visibility("default"))) int emulation_times_asked() {
+  return times_asked;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
   switch (what) {
@@ -66,6 +73,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) 
       *value = int(kShared);
       break;
     case cudaDevAttrComputeCapabilityMajor:
+      ++times_asked;
       *value = 9;
       break;
     case cudaDevAttrComputeCapabilityMinor:

@@ -101,6 +101,19 @@ def test_parity_where_the_largest_score_moves_from_tile_to_tile(
     check(case, dtype, "shuffled again")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts calls of the emulated runtime")
+def test_a_device_is_asked_once() -> None:
+    """Not in every call, and of each dtype's kernel on its own."""
+    asked = cuda_host.library().emulation_times_asked
+    for dtype in HALF:
+        q, k, v = packed(1, 20, 1, 40, dtype=dtype)
+        with cuda("forward"), on_hopper():
+            attention(q, k, v)
+            once = asked()
+            attention(q, k, v)
+        assert asked() == once > 0
+
+
 @pytest.mark.parametrize("d", [40, 64])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_log_sum_exp(dtype: torch.dtype, d: int) -> None:

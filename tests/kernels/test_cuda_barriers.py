@@ -38,7 +38,8 @@ for order in cuda_host.ORDERS:
 """
 OMITTED = {
     "none": ("group_norm_silu.cuh", ""),
-    "wait for the copies": ("group_norm_silu_on_chip.cuh", "    wait_for_copies<0>();\n"),
+    "wait for the copies": ("group_norm_silu_on_chip.cuh", "  wait_for_copies<Left>();\n"),
+    "a group per piece of the copies": ("group_norm_silu_on_chip.cuh", "    commit_copies();\n"),
     "barrier after the threads' moments": ("group_norm_silu.cuh", "  }\n  __syncthreads();\n}\n"),
     "cluster_wait before other blocks' parts": ("group_norm_silu_on_chip.cuh", "cluster_wait();"),
 }

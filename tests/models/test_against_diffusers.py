@@ -85,7 +85,22 @@ IDDPM = ADM | {  # scale-shift norm, but convolutions that resample
     "num_class_embeds": None,
     "layers_per_block": 3,
 }
+KARLO = {  # unCLIP's decoder: text appended to self-attention, image and text added to the time
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (32, 64, 96),
+    "down_block_types": ("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 2,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D",),
+    "layers_per_block": 3,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 24,
+    "resnet_time_scale_shift": "scale_shift",
+    "class_embed_type": "identity",
+}
 UNETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "karlo": ("UNet2DConditionModel", KARLO),
     "sd1": ("UNet2DConditionModel", SD),
     "sd1-inpaint": ("UNet2DConditionModel", SD | {"in_channels": 9}),
     "sd2": ("UNet2DConditionModel", SD | {"use_linear_projection": True}),
@@ -168,7 +183,13 @@ def test_unet(name: str, dtype: torch.dtype, size: float, monkeypatch: pytest.Mo
     if config.num_classes is not None:
         conditions["y"] = torch.tensor([9, 2])
         peer_conditions["class_labels"] = conditions["y"]
-    if config.added_condition_dim is not None:
+    if config.added_condition_dim is not None and config.added_layers == 0:
+        conditions["added"] = randn(n, 128, dtype=dtype, seed=2)
+        peer_conditions["class_labels"] = conditions["added"]
+        mask = torch.arange(7) < torch.tensor([[7], [3]])
+        peer_conditions["attention_mask"] = mask
+        conditions["context"] = ours.project_context(conditions["context"], mask)
+    elif config.added_condition_dim is not None:
         text, time_ids = randn(n, 4, dtype=dtype, seed=2), torch.arange(12.0).view(n, 6) * 100
         sizes = theirs.add_time_proj(time_ids.flatten()).view(n, -1).to(dtype)
         conditions["added"] = torch.cat([text, sizes], dim=1)
@@ -176,7 +197,7 @@ def test_unet(name: str, dtype: torch.dtype, size: float, monkeypatch: pytest.Mo
         peer_conditions["added_cond_kwargs"] = added
     expected = theirs(x, t, **peer_conditions).sample
     assert_equal(ours(x, t, **conditions), expected)
-    if config.context_dim is not None:
+    if isinstance(conditions.get("context"), Tensor):
         conditions["context"] = ours.project_context(conditions["context"])
         assert_equal(ours(x, t, **conditions), expected)
     fold_and_pack_everything(monkeypatch)

@@ -6,20 +6,31 @@ import pytest
 import torch
 
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.presets import AUTOENCODERS, UNETS
+from fastdiff.models.presets import AUTOENCODERS, PRIORS, UNETS
+from fastdiff.models.prior import Prior
 from fastdiff.models.unet import UNet
 
+GLIDE_TEXT = (50_257 + 2 * 128) * 512 + 16 * (12 * 512 * 512 + 13 * 512) + 2 * 512
 UNET_PARAMETERS = {
     "sd1": 859_520_964,
     "sd1-inpaint": 859_535_364,
     "sd2": 865_910_724,
     "sdxl": 2_567_463_684,
     "ldm4-ffhq256": 274_056_163,
+    "ldm4-bsr-sr": 113_622_563,
+    "ldm4-inpainting-big": 387_245_827,
+    "ldm8-txt2img-1p4b": 872_300_484,
+    "sd2-depth": 865_910_724 + 9 * 320,
     "ldm4-cin256-v2": 400_920_579,
     "adm-imagenet256": 553_838_086,
     "adm-imagenet512": 558_997_638,
     "ddpm-cifar10": 35_746_307,
     "iddpm-imagenet64": 121_063_942,
+    # with a text transformer of 128 tokens (embeddings, 16 blocks, a norm) as OpenAI's files
+    "glide": 385_030_726 - GLIDE_TEXT,
+    "glide-inpaint": 385_037_638 - GLIDE_TEXT,
+    "glide-upsampler": 398_361_286 - GLIDE_TEXT,
+    "karlo-decoder": 885_439_686,
     "digits": 1_698_628,
     "tiny-mnist": 717_633,
     # one channel instead of four: less of the first and the last convolution
@@ -43,6 +54,12 @@ def test_unet_parameters(name: str) -> None:
     with torch.device("meta"):
         model = UNet(UNETS[name])
     assert sum(p.numel() for p in model.parameters()) == UNET_PARAMETERS[name]
+
+
+def test_prior_parameters() -> None:
+    with torch.device("meta"):
+        model = Prior(PRIORS["karlo"])
+    assert sum(p.numel() for p in model.parameters()) == 1_022_030_080
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)

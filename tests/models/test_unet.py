@@ -55,6 +55,24 @@ CONFIGS = {
         added_condition_dim=20,
         norm_groups=8,
     ),
+    "glide": UNetConfig(
+        in_channels=3,
+        out_channels=6,
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_depth=(0, 1),
+        head_dim=8,
+        context_dim=12,
+        context_attention="appended",
+        added_condition_dim=20,
+        added_layers=1,
+        scale_shift_norm=True,
+        resblock_updown=True,
+        qkv_order="legacy",
+        learned_sigma=True,
+        norm_groups=8,
+    ),
 }
 
 
@@ -300,6 +318,13 @@ def test_wrong_input_is_one_clear_line(name: str, change: dict[str, Any], messag
         ({"time_embedding": "adm"}, "time_embedding must be one of .* got 'adm'"),
         ({"qkv_order": "old"}, "qkv_order must be one of .* got 'old'"),
         ({"null_class": True}, "null_class needs num_classes"),
+        ({"context_attention": "appended"}, "'appended' needs context_dim, got None"),
+        ({"context_attention": "joint"}, "context_attention must be one of .* got 'joint'"),
+        ({"added_layers": 3}, "added_layers must be 0, 1 or 2, got 3"),
+        (
+            {"added_layers": 0, "added_condition_dim": 20},
+            "added_condition_dim must be 64 without added_layers, got 20",
+        ),
         ({"learned_sigma": True}, "out_channels must be even with learned_sigma, got 3"),
         ({"dropout": 1.0}, "dropout must be in"),
     ],

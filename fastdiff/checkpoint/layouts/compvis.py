@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoint import text_encoders
+from fastdiff.checkpoint import bert, text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.layouts import ddpm, openai
 from fastdiff.checkpoint.model import Model, image_channels
@@ -23,7 +23,8 @@ from fastdiff.checkpoint.open import Layout, Loading, Source
 from fastdiff.checkpoint.weights import Weights, some
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
-from fastdiff.models.text import TextEncoder
+from fastdiff.models.bert import BERT
+from fastdiff.models.text import AnyEncoder
 from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.names import Prediction
 
@@ -47,6 +48,8 @@ PUBLISHED_HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, int]] =
     (256, (1, 2, 3, 4), None): {"num_heads": 8},  # inpainting_big
     (224, (1, 2, 3, 4), None): {"head_dim": 32},  # ffhq256, celebahq256, lsun_beds256
     (192, (1, 2, 2, 4, 4), None): {"num_heads": 8},  # lsun_churches256
+    (160, (1, 2, 2, 4), None): {"head_dim": 32},  # bsr_sr
+    (320, (1, 2, 4, 4), 1280): {"num_heads": 8},  # txt2img-1p4B
     (320, (1, 2, 4, 4), 768): {"num_heads": 8},  # Stable Diffusion 1
     (320, (1, 2, 4, 4), 1024): {"head_dim": 64},  # Stable Diffusion 2
     (320, (1, 2, 4), 2048): {"head_dim": 64},  # Stable Diffusion XL, and its refiner
@@ -256,6 +259,9 @@ def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
         if not part.places:
             continue
         clip = part.under("transformer.")
+        if bert.MARK in clip.places:
+            plans.append(bert.plan_compvis(clip, loading))
+            continue
         own = clip if clip.places else part.under("model.")
         kept = [k for k in part.places if k != "logit_scale"]  # present in merged files
         if len(own.places) != len(kept):
@@ -274,12 +280,14 @@ def _text_plans(reading: Reading, weights: Weights, xl: bool) -> list[Plan]:
     return plans
 
 
-def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[TextEncoder, ...]:
+def _text_encoders(reading: Reading, plans: list[Plan], xl: bool) -> tuple[AnyEncoder, ...]:
     folders = reading.loading.options.tokenizer
     if folders and len(folders) not in (1, len(plans)):
         raise ValueError(
             f"expected 1 tokenizer folder or {len(plans)}, one per text encoder, got {len(folders)}"
         )
+    if plans and isinstance(plans[0].model, BERT):
+        return (bert.encoder(plans[0], folders[0] if folders else None, reading.loading),)
     tokenizers = [text_encoders.read_tokenizer(folder) for folder in folders] or [None]
     if len(tokenizers) == 1:
         tokenizers *= len(plans)

@@ -86,7 +86,7 @@ LAYERS: Layers = {
         "conv2": ("out_layers.3",),
         "skip": ("skip_connection",),
     },
-    AttentionBlock: {"proj": ("proj_out",)},
+    AttentionBlock: {"context_kv": ("encoder_kv",), "proj": ("proj_out",)},
     SpatialTransformer: diffusers.LAYERS[SpatialTransformer],  # diffusers kept CompVis's names
     Downsample: {"conv": ("op",)},
 }
@@ -101,7 +101,10 @@ def names(model: nn.Module) -> Sources:
     ]
     if model.config.num_classes is not None:
         places.append(("label_embed", model.label_embed, "label_emb"))
-    if model.config.added_condition_dim is not None:
+    if model.config.added_condition_dim is not None and model.config.added_layers == 1:
+        places.append(("added_embed", model.added_embed, "transformer_proj"))
+    elif model.config.added_condition_dim is not None:
+        assert isinstance(model.added_embed, nn.Sequential)
         places.append(("added_embed.0", model.added_embed[0], "label_emb.0.0"))
         places.append(("added_embed.2", model.added_embed[2], "label_emb.0.2"))
     places += stage_places(model, ("input_blocks", "middle_block", "output_blocks"))
@@ -141,6 +144,9 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
         )
     depths = [_depth(shapes, f"input_blocks.{i}.1.") for i in first]
     transformer = next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
+    appended = next((k for k in shapes if k.endswith(".encoder_kv.weight")), None)
+    context = transformer or appended
+    joint = "transformer_proj.weight" in shapes
     emb = shape_of(shapes, f"input_blocks.{first[0]}.0.emb_layers.1.weight", 2)
     config: dict[str, Any] = {
         "in_channels": in_channels,
@@ -150,11 +156,18 @@ def unet_config(shapes: Shapes, options: LoadOptions, **fixed: Any) -> UNetConfi
         "num_res_blocks": blocks,
         "attention_depth": tuple(depths),
         "middle_depth": _depth(shapes, "middle_block.1."),
-        "context_dim": shapes[transformer][1] if transformer else None,
+        "context_dim": shapes[context][1] if context else None,
+        "context_attention": "appended" if appended else "cross",
         "num_classes": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
-        "added_condition_dim": (
-            shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else None
+        "added_condition_dim": next(
+            (
+                shapes[key][1]
+                for key in ("label_emb.0.0.weight", "transformer_proj.weight")
+                if key in shapes
+            ),
+            None,
         ),
+        "added_layers": 1 if joint else 2,
         "scale_shift_norm": emb[0] == 2 * conv1[0][0],
         "resblock_updown": any("in_layers" in key for key in resampled),
         "time_channels": None if embedding == width else embedding,

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastdiff.checkpoint import text_encoders
+from fastdiff.checkpoint import bert, text_encoders
 from fastdiff.checkpoint.build import Plan, plan_model
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts.diffusers import dit
+from fastdiff.checkpoint.layouts.diffusers import dit, prior
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
 from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
@@ -24,8 +24,10 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.dit import DiT
 from fastdiff.models.network import Network
-from fastdiff.models.text import TextEncoder
+from fastdiff.models.prior import Prior
+from fastdiff.models.text import AnyEncoder
 from fastdiff.models.unet import UNet
+from fastdiff.names import Prediction
 
 NAME = "diffusers"
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
@@ -55,7 +57,7 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
     known = {*DENOISERS, "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
-    known |= {"tokenizer", "tokenizer_2"}
+    known |= {"tokenizer", "tokenizer_2", "bert"}
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
             f"{folder / INDEX}: {index.get('_class_name')!r:.60} contains {', '.join(unknown)}, "
@@ -145,7 +147,7 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def load_component(folder: Path, loading: Loading) -> Model:
-    """Load the folder of a single model: a U-Net, an autoencoder or a text encoder."""
+    """Load the folder of a single model: a denoiser, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
     weights = find_weights(folder, loading.options.variant)
     model = Model(layout=NAME, path=folder, image_size=loading.options.image_size)
@@ -261,7 +263,7 @@ def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
 
 def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     kind = data.get("_class_name")
-    known = UNETS + TRANSFORMERS[:1] + AUTOENCODERS
+    known = (*UNETS, *TRANSFORMERS[:1], prior.NAME, *AUTOENCODERS)
     if kind not in known + TRANSFORMERS[1:]:
         raise ValueError(
             f"{folder / CONFIG}: _class_name must be one of {', '.join(known)}, got {kind!r:.60}"
@@ -269,6 +271,8 @@ def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     if kind in TRANSFORMERS:
         transformer = reading(folder / CONFIG, lambda: dit.config(data))
         return dit.plan(transformer, weights)
+    if kind == prior.NAME:
+        return prior.plan(reading(folder / CONFIG, lambda: prior.config(data)), weights)
     read: Callable[[Mapping[str, Any]], Any] = (
         diffusers.unet_config if kind in UNETS else diffusers.autoencoder_config
     )
@@ -320,9 +324,10 @@ def _describe(
             model.provenance["no_sampler"] = scheduler.no_sampler
     else:
         model.schedule = loading.noise(ScheduleConfig()) if loading.says_noise else None
-        model.prediction = options.prediction or "eps"
+        trained: Prediction = "x0" if isinstance(model.denoiser, Prior) else "eps"
+        model.prediction = options.prediction or trained
         if options.prediction is None:
-            loading.assumed.take("prediction", "eps")
+            loading.assumed.take("prediction", trained)
             model.provenance |= loading.assumed.provenance
     if isinstance(model.denoiser, UNet):
         model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
@@ -344,6 +349,9 @@ def _text_plans(
     if not loading.options.text_encoders:
         return {}
     plans = {}
+    if "bert" in parts:
+        data = read_json(folder / "bert" / CONFIG)
+        plans["bert"] = bert.plan_folder(data, files.find(folder / "bert"))
     for name in ("text_encoder", "text_encoder_2"):
         if name in parts:
             weights = files.find(folder / name)
@@ -353,7 +361,11 @@ def _text_plans(
 
 def _text_encoders(
     folder: Path, parts: Mapping[str, str], plans: Mapping[str, Plan], loading: Loading, *, xl: bool
-) -> tuple[TextEncoder, ...]:
+) -> tuple[AnyEncoder, ...]:
+    if "bert" in plans:
+        own = folder / "tokenizer" if "tokenizer" in parts else None
+        place = loading.options.tokenizer[0] if loading.options.tokenizer else own
+        return (bert.encoder(plans["bert"], place, loading),)
     encoders = []
     for position, (name, plan) in enumerate(plans.items()):
         tokenizer_name = name.replace("text_encoder", "tokenizer")
@@ -372,7 +384,7 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    of_pipeline = ("vae", "tokenizer", "variant", "ema", "text_encoders", "strict")
+    of_pipeline = ("vae", "tokenizer", "lora", "variant", "ema", "text_encoders", "strict")
     noise = ("schedule", *NOISE, "prediction", "scale_factor", "image_size")
     if extra := [name for name in loading.given if name not in (*of_pipeline, *noise)]:
         raise ValueError(

@@ -121,6 +121,8 @@ def autoencoder_config(data: Mapping[str, Any]) -> AutoencoderConfig:
 
 def _condition_options(options: Options) -> dict[str, Any]:
     """Options of UNet2DConditionModel only: transformers, their depth, SDXL's added condition."""
+    if any("SimpleCrossAttn" in name for name in options.require("down_block_types")):
+        return _appended_options(options)
     options.get("use_linear_projection")  # one linear layer of ours implements both
     levels = len(options.require("block_out_channels"))
     attention = _levels(
@@ -144,6 +146,36 @@ def _condition_options(options: Options) -> dict[str, Any]:
         "context_dim": _constant(options, "cross_attention_dim", 1280),
         "added_condition_dim": added if kind == "text_time" else None,
         **_heads(options, attention),
+    }
+
+
+def _appended_options(options: Options) -> dict[str, Any]:
+    """Options of UNet2DConditionModel with the blocks of unCLIP's decoder: self-attention to which
+    keys and values of the context are appended, and residual blocks between the levels."""
+    attention = _levels(
+        options,
+        {"ResnetDownsampleBlock2D": 0, "SimpleCrossAttnDownBlock2D": 1},
+        {"ResnetUpsampleBlock2D": 0, "SimpleCrossAttnUpBlock2D": 1},
+    )
+    middle = "UNetMidBlock2DSimpleCrossAttn"
+    if options.get("mid_block_type", "UNetMidBlock2DCrossAttn") != middle:
+        raise options.fail("mid_block_type", repr(middle))
+    kind = options.get("class_embed_type")
+    if kind not in (None, "identity"):
+        raise options.fail("class_embed_type", "None or 'identity'")
+    width = options.require("block_out_channels")[0]
+    for unused in ("transformer_layers_per_block", "addition_time_embed_dim"):
+        options.get(unused)  # of blocks that are not here
+    return {
+        "attention_depth": attention,
+        "middle_depth": 1,
+        "context_dim": _constant(options, "cross_attention_dim", 1280),
+        "context_attention": "appended",
+        "added_condition_dim": None if kind is None else 4 * width,
+        "added_layers": 0,
+        "resblock_updown": True,
+        "learned_sigma": options.require("out_channels") == 2 * options.require("in_channels"),
+        "head_dim": _constant(options, "attention_head_dim", 8),
     }
 
 
@@ -242,6 +274,7 @@ LAYERS: Layers = {
     AttentionBlock: {
         "norm": ("group_norm",),
         "qkv": ("to_q", "to_k", "to_v"),
+        "context_kv": ("add_k_proj", "add_v_proj"),
         "proj": ("to_out.0",),
     },
     SpatialTransformer: {
@@ -302,7 +335,8 @@ def unet_places(unet: UNet) -> Iterator[Place]:
     yield "time_embed.2", unet.time_embed[2], "time_embedding.linear_2"
     if config.num_classes is not None:
         yield "label_embed", unet.label_embed, "class_embedding"
-    if config.added_condition_dim is not None:
+    if config.added_condition_dim is not None and config.added_layers:
+        assert isinstance(unet.added_embed, nn.Sequential)
         yield "added_embed.0", unet.added_embed[0], "add_embedding.linear_1"
         yield "added_embed.2", unet.added_embed[2], "add_embedding.linear_2"
 

@@ -90,7 +90,7 @@ def save_diffusers(
             (temporary / "scheduler").mkdir()
             settings = scheduler_config(model.schedule, model.prediction, model.sampler)
             write_json(temporary / "scheduler" / SCHEDULER_CONFIG, {**settings, **VERSION})
-        for name, encoder in zip(_text_names(model), model.text_encoders, strict=True):
+        for name, encoder in zip(_text_names(model), _clips(model), strict=True):
             _write_text(encoder, name, temporary, dtype)
 
 
@@ -156,6 +156,8 @@ def unet_options(config: UNetConfig, *, linear_projections: bool) -> dict[str, A
 
 def _condition_options(config: UNetConfig, linear_projections: bool) -> dict[str, Any]:
     depths = list(config.attention_depth)
+    if config.context_attention == "appended":
+        return _appended_options(config)
     if depths[-1] not in (0, config.middle_depth) or config.middle_depth == 0:
         raise _no_such("middle_depth", config.middle_depth, "that of the last level")
     if config.resblock_updown:
@@ -180,6 +182,27 @@ def _condition_options(config: UNetConfig, linear_projections: bool) -> dict[str
             if config.added_condition_dim is not None
             else {}
         ),
+    }
+
+
+def _appended_options(config: UNetConfig) -> dict[str, Any]:
+    """The blocks of unCLIP's decoder; see `read._appended_options`."""
+    if config.added_condition_dim is not None and config.added_layers:
+        raise _no_such("added_layers", config.added_layers, "0 with appended attention")
+    if not config.resblock_updown or config.middle_depth != 1:
+        raise _no_such("resblock_updown", config.resblock_updown, "True with appended attention")
+    if config.head_dim is None:
+        raise _no_such("num_heads", config.num_heads, "None, but head_dim, with appended attention")
+    down = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
+    up = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": [down[depth] for depth in config.attention_depth],
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": [up[depth] for depth in config.attention_depth[::-1]],
+        "cross_attention_dim": config.context_dim,
+        "attention_head_dim": config.head_dim,
+        **({} if config.added_condition_dim is None else {"class_embed_type": "identity"}),
     }
 
 
@@ -236,15 +259,16 @@ def diffusers_state_dict(
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     orders = {
-        f"{name}.qkv": (module.num_heads, module.qkv_order)
+        f"{name}.{layer}": (parts, module.num_heads, module.qkv_order)
         for name, module in model.named_modules()
         if isinstance(module, AttentionBlock)
+        for layer, parts in (("qkv", 3), ("context_kv", 2))
     }
     for name, keys in names(model).items():
         value = state[name]
-        heads, order = orders.get(name.rpartition(".")[0], (1, "new"))
+        parts, heads, order = orders.get(name.rpartition(".")[0], (1, 1, "new"))
         if order == "legacy":  # rows (H, 3, d) to (3, H, d)
-            value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            value = value.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(0, 2)
         projection = name.endswith((".proj_in.weight", ".proj_out.weight"))
         if projection and isinstance(model, UNet) and not linear_projections:
             value = value[:, :, None, None]
@@ -279,8 +303,23 @@ def _write_weights(
     save_tensors(tensors, folder / WEIGHTS, SAFETENSORS_METADATA)
 
 
+def _clips(model: Model) -> list[TextEncoder]:
+    """The text encoders, all of them CLIP's.
+
+    Raises:
+        ValueError: one is another.
+    """
+    clips = [encoder for encoder in model.text_encoders if isinstance(encoder, TextEncoder)]
+    if len(clips) < len(model.text_encoders):
+        raise ValueError(
+            "diffusers has no pipeline with the text transformer of this model; load it with "
+            "text_encoders=False to save the denoiser"
+        )
+    return clips
+
+
 def _text_names(model: Model) -> list[str]:
-    encoders = model.text_encoders
+    encoders = _clips(model)
     if len(encoders) == 1:  # XL's refiner has only the second encoder
         return ["text_encoder_2" if encoders[0].pooled else "text_encoder"]
     return ["text_encoder", "text_encoder_2"][: len(encoders)]
@@ -296,7 +335,7 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     if model.schedule is not None:
         settings = scheduler_config(model.schedule, model.prediction, model.sampler)
         result["scheduler"] = ["diffusers", settings["_class_name"]]
-    for name, encoder in zip(text, model.text_encoders, strict=True):
+    for name, encoder in zip(text, _clips(model), strict=True):
         result[name] = ["transformers", type(encoder.model).__name__]
         tokenizer = None if encoder.tokenizer is None else "CLIPTokenizer"
         result[name.replace("text_encoder", "tokenizer")] = (
