@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import tyro
+from safetensors.torch import load_file, save_file
 
 from fastdiff.checkpoint.layouts.bundle import load_bundle, save_bundle
 from fastdiff.checkpoint.model import Model
@@ -105,11 +106,22 @@ def commands(page: Path) -> list[str]:
     return re.findall(r"^fastdiff .*$", blocks(page, "sh"), re.M)
 
 
+def save_lora(pipeline: Path, path: Path) -> None:
+    """A LoRA of rank 2 for one layer of the pipeline's U-Net."""
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    rows, columns = unet[f"{name}.weight"].shape
+    down, up = torch.full((2, columns), 0.01), torch.ones(rows, 2)
+    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, path)
+
+
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the pages speak of, small and random."""
     folder = tmp_path_factory.mktemp("things")
     save_folder("sd1", folder).rename(folder / "stable-diffusion-v1-5")
+    for name in ("style", "character"):
+        save_lora(folder / "stable-diffusion-v1-5", folder / f"{name}.safetensors")
     photo = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     save_png(folder / "photo.png", photo)
     save_png(folder / "mask.png", (photo[:1] > 0).float() * 2 - 1)
