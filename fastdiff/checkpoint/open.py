@@ -180,6 +180,7 @@ class Layout:
         return next((what for what, marks in self.refused.items() if _has(keys, marks)), None)
 
 
+@torch.inference_mode(False)  # weights made in that mode could be neither trained nor watched
 def load(
     path: PathLike,
     *,

@@ -407,3 +407,14 @@ def test_info_on_files_and_folders(
     report = json.loads(capsys.readouterr().out)
     assert report["config"]["schedule"]["kind"] == "scaled_linear"
     assert report["weights hash"] == load(folder).weights_hash
+
+
+def test_weights_loaded_in_inference_mode_are_ordinary(tmp_path: Path) -> None:
+    """Such tensors have no version counter, and autograd cannot save them."""
+    save_bundle(tiny_model(), tmp_path)
+    with torch.inference_mode():
+        model = load(tmp_path)
+    assert model.denoiser is not None
+    assert model.autoencoder is not None
+    for network in (model.denoiser, model.autoencoder):
+        assert not any(p.is_inference() for p in network.state_dict().values())

@@ -288,7 +288,7 @@ def test_save_copy_pickle(tmp_path: Path) -> None:
     unet = build("UNet2DConditionModel", UNETS["sd15"])
     kind, names = type(unet), list(unet.state_dict())
     fastdiff.accelerate(unet, pack_cpu_weights=True)
-    assert type(unet) is kind
+    assert isinstance(unet, kind)  # of a class that stands in for it
     assert list(unet.state_dict()) == names
     unet.save_pretrained(tmp_path)
     loaded = kind.from_pretrained(tmp_path)
