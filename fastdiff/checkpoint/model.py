@@ -56,6 +56,9 @@ class Model:
     """The sampler in the files, `sampler.arguments(schedule, steps)` for `build_table`; None if
     they do not name one, or if fastdiff does not support it, as provenance["no_sampler"] then
     explains."""
+    guidance_scale: float | None = None
+    """The guidance scale that the model is meant to be sampled with; None: that of its kind, see
+    `fastdiff.generate.facts.resolved`."""
     scale_factor: float = 1.0
     """Factor of the latents before the denoiser sees them."""
     image_size: int | None = None

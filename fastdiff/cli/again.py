@@ -180,10 +180,10 @@ def foreign(command: str, like: str) -> TextJob | None:
     return found.job
 
 
-def foreign_options(made: TextJob, command: type[Any], job: type[Any]) -> Any:
+def foreign_options(made: TextJob, command: type[Any], job: type[Any], **more: Any) -> Any:
     """The options of a web UI's picture; which model to use it does not say in a way that counts
     here."""
-    return command(model=tyro.MISSING, job=_as_options(job, made))
+    return command(model=tyro.MISSING, job=_as_options(job, made), **more)
 
 
 @one_line_errors()

@@ -30,7 +30,10 @@ from fastdiff.generate.job import (
 
 FLAT, NO_NONE = tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone
 """Markers of a field: no prefix for its options; None is expressed by leaving an option out."""
-Prompt = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
+Prompts = Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar="PROMPT [PROMPT ...]", help_behavior_hint=""),
+]
 OptionalPrompt = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
 ]
@@ -58,12 +61,11 @@ class ClassOptions(ClassJob):
 class TextOptions(TextJob):
     """What to make."""
 
-    prompt: Prompt
-    """What the image should show."""
+    prompt: tyro.conf.Suppress[str] = ""
     image: OptionalPath = None
     """Only for upsamplers: the low-resolution picture to enlarge."""
     seed: int = 0
-    """Seed of the first image; the following seeds count up from it."""
+    """Seed of the first image of each prompt; the following seeds count up from it."""
     variation_seed: OptionalInt = None
     """Start from noise between that of --seed and that of this seed (slerp)."""
     height: OptionalInt = None

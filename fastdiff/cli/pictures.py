@@ -74,7 +74,7 @@ def main(
         from fastdiff.cli import again
 
         if (foreign := again.foreign(name, path)) is not None:
-            default = again.foreign_options(foreign, command, job)
+            default = again.foreign_options(foreign, command, job, **more(foreign))
         else:
             like = again.original(name, path)
             default = again.options(like, command, job, **more(like.recipe.job))

@@ -341,7 +341,9 @@ def _check_condition(job: Job, facts: Facts) -> None:
 def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
     """The settings with defaults filled in, except for those that the sampler itself decides."""
     text, named = facts.reads_text, facts.names_sampler
-    guidance = TEXT_GUIDANCE if text else GUIDANCE if facts.null_class else 1.0
+    guidance = facts.model.guidance_scale
+    if guidance is None:
+        guidance = TEXT_GUIDANCE if text else GUIDANCE if facts.null_class else 1.0
     # Pixel models were published with samplers that clip the estimate of x0 to [-1, 1].
     clamp = 1.0 if facts.pixels and facts.published and not named else None
     defaults: dict[str, Any] = {

@@ -86,8 +86,8 @@ class SampleSettings:
     """Amount of fresh noise per step, for samplers with this option; None: the sampler's default.
     """
     guidance_scale: float | None = None
-    """Up to 1: no guidance, at half the cost; larger: closer to the condition. None: 7.5 with a
-    prompt, 1.5 with classes, 1 if the model cannot be guided."""
+    """Up to 1: no guidance, at half the cost; larger: closer to the condition. None: what the model
+    was made for, else 7.5 with a prompt, 1.5 with classes, 1 if the model cannot be guided."""
     guidance_rescale: float = 0.0
     """phi of Lin et al. 2023 in [0, 1]: reduces the over-exposure of strong guidance."""
     guidance_interval: tuple[int, int] | None = None

@@ -36,7 +36,7 @@ class PreviewConfig:
     """Sampling steps."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance scale; 1: no guidance."""
+    """Classifier-free guidance scale, also the default of the trained model; 1: no guidance."""
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.steps < 1:

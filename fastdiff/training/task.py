@@ -205,8 +205,8 @@ class DiffusionTask:
             ]
         else:  # no classes, or more of them than images
             columns = math.ceil(math.sqrt(config.count))
-        guided = config.guidance_scale != 1 and self._can_be_guided()
-        guidance = f", guidance {config.guidance_scale:g}" if guided else ""
+        scale = self._guidance
+        guidance = f", guidance {scale:g}" if scale != 1 else ""
         return contact_sheet(
             self.sample(network, range(config.count), labels).cpu(),
             columns=columns,
@@ -266,11 +266,12 @@ class DiffusionTask:
         assert isinstance(network, Network)
         return network, *class_conditions(self.run.model, labels, guided=guided)
 
-    def _can_be_guided(self) -> bool:
-        """Whether the model was trained without its condition, too."""
-        return self.run.model.null_class or (
-            self.captions is not None and self.run.class_dropout > 0
-        )
+    @property
+    def _guidance(self) -> float:
+        """The preview's guidance scale, or 1 for a model that was not trained without condition."""
+        captioned = self.captions is not None and self.run.class_dropout > 0
+        guided = self.run.model.null_class or captioned
+        return self.run.preview.guidance_scale if guided else 1.0
 
     def _enlarged_examples(self, labels: Sequence[int | None]) -> Tensor:
         """For each label an image of the data that has it, reduced and enlarged: (N, C, H, W)."""
@@ -295,7 +296,7 @@ class DiffusionTask:
             self.objective.schedule,
             config.steps,
             prediction=self.run.prediction,
-            guidance_scale=config.guidance_scale if self._can_be_guided() else 1.0,
+            guidance_scale=self._guidance,
             **options,
         )
 
@@ -318,6 +319,7 @@ class DiffusionTask:
             schedule=run.schedule,
             prediction=run.prediction,
             scale_factor=self.latents.scale_factor,
+            guidance_scale=self._guidance if self._guidance != 1 else None,
             class_names=self.classes if run.model.num_classes is not None else (),
         )
         facts = provenance(run, step, self.origin)

@@ -227,14 +227,19 @@ def test_a_bundle_keeps_its_text_encoder(
 def test_the_command_makes_a_picture_from_a_prompt(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_diffusion(text_run(first, tmp_path / "run"))
+    train_diffusion(text_run(first, tmp_path / "run", preview=PreviewConfig(guidance_scale=3.0)))
     monkeypatch.chdir(tmp_path)
-    prompt = "a red circle left of a (blue:1.2) square"
-    words = ["txt2img", prompt, "--model", "run", "--steps", "3", "--guidance-scale", "3"]
+    prompt, other = "a red circle left of a (blue:1.2) square", "two squares"
+    words = ["txt2img", prompt, other, prompt, "--model", "run", "--steps", "3", "--count", "2"]
     assert main([*words, "--out", "pictures"]) == 0
-    (picture, *_) = sorted(Path("pictures").glob("*seed*.png"))
-    recipe = fastdiff.images.read_recipe(picture)
-    assert prompt in json.dumps(recipe)
+    recipes = {path: fastdiff.images.read_recipe(path) for path in Path("pictures").glob("*seed*")}
+    jobs = sorted((made["job"]["prompt"], made["job"]["seed"]) for made in recipes.values())
+    assert jobs == [(prompt, 0), (prompt, 1), (other, 0), (other, 1)]
+    scales = {made["job"]["settings"]["guidance_scale"] for made in recipes.values()}
+    assert scales == {3.0}, "the scale that the run was previewed with"
+    assert fastdiff.images.read_recipe(Path("pictures/sheet.png"))["names"] == [prompt, other]
+    again = ["txt2img", "--like", "pictures/two-squares-seed1.png", "--out", "again"]
+    assert main(again) == 0, "the same picture, bit for bit"
 
 
 def test_it_learns_which_caption_belongs_to_which_picture(first: Path, tmp_path: Path) -> None:

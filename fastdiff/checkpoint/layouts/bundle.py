@@ -80,6 +80,7 @@ class Stored:
     schedule: ScheduleConfig | None = None
     prediction: Prediction = "eps"
     scale_factor: float = 1.0
+    guidance_scale: float | None = None
     class_names: tuple[str, ...] = ()
     class_embedding: tuple[int, int] | None = None
     """Classes and width of a table of context tokens, which is stored in a separate file."""
@@ -117,6 +118,8 @@ class Stored:
             )
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
             raise ValueError(f"scale_factor must be positive and finite, got {self.scale_factor}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
         for kind, part in ((self.kind, denoiser), (CLASSIFIER, self.classifier)):
             classes = None if part is None else part.num_classes
             if classes is not None and self.class_names and len(self.class_names) != classes:
@@ -254,6 +257,7 @@ def _stored(model: Model) -> dict[str, Any]:
         schedule=model.schedule,
         prediction=model.prediction,
         scale_factor=model.scale_factor,
+        guidance_scale=model.guidance_scale,
         class_names=model.class_names,
         class_embedding=None if table is None else (table.num_embeddings, table.embedding_dim),
         sampler=model.sampler,
@@ -263,7 +267,7 @@ def _stored(model: Model) -> dict[str, Any]:
     )
     data = to_dict(stored)
     optional = {"kind": UNET, CLASS_EMBEDDING: None, "sampler": None, CLASSIFIER: None}
-    optional[TEXT_ENCODER] = None
+    optional |= {TEXT_ENCODER: None, "guidance_scale": None}
     for name, absent in optional.items():
         if data[name] == absent:
             del data[name]
@@ -332,6 +336,7 @@ def load_bundle(
         prediction=stored.prediction,
         sampler=stored.sampler,
         scale_factor=stored.scale_factor,
+        guidance_scale=stored.guidance_scale,
         image_size=stored.image_size,
         image_channels=stored.image_channels,
         class_names=stored.class_names,
