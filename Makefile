@@ -6,9 +6,19 @@ RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 # files in the order of tests/conftest.py, which has the longest first
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-ASSETS := fastdiff/assets/digits
+ASSETS := fastdiff/assets
 
-.PHONY: help venv build demo test test-avx2 faults durations check lint types format docs links bench wheel install-check weights clean
+# the model of the runs NAME-autoencoder and NAME-STAGE, with their configs and logs
+define ship
+	mkdir -p $(ASSETS)/$(1)
+	cp runs/$(1)-$(2)/model/* $(ASSETS)/$(1)/
+	for stage in autoencoder $(2); do \
+	  cp runs/$(1)-$$stage/config.json $(ASSETS)/$(1)/$$stage-run.json; \
+	  cp runs/$(1)-$$stage/log.jsonl $(ASSETS)/$(1)/$$stage-log.jsonl; \
+	done
+endef
+
+.PHONY: help venv build demo test test-avx2 faults durations check lint types format docs links bench wheel install-check weights digits-weights emoji-weights clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -86,17 +96,20 @@ wheel: $(STAMP) ## build the wheel and the sdist into dist/
 install-check: $(STAMP) ## install in fresh environments: no compiler, CPU only, nvcc, from an sdist
 	$(BIN)/python -m tests.install_check
 
-weights: $(STAMP) ## train the shipped weights anew (under an hour on two cores) and measure them
+weights: digits-weights emoji-weights ## train the shipped weights anew (two and a half hours on two cores) and measure them
+
+digits-weights: $(STAMP) ## those of the digits (under an hour on two cores)
 	$(BIN)/fastdiff train autoencoder --preset digits-autoencoder
 	$(BIN)/fastdiff train diffusion --preset digits-diffusion
-	mkdir -p $(ASSETS)
-	cp runs/digits-diffusion/model/* $(ASSETS)/
-	for stage in autoencoder diffusion; do \
-	  cp runs/digits-$$stage/config.json $(ASSETS)/$$stage-run.json; \
-	  cp runs/digits-$$stage/log.jsonl $(ASSETS)/$$stage-log.jsonl; \
-	done
+	$(call ship,digits,diffusion)
 	$(BIN)/fastdiff evaluate --out docs
-	cp docs/results.json $(ASSETS)/evaluation.json
+	cp docs/results.json $(ASSETS)/digits/evaluation.json
+
+emoji-weights: $(STAMP) ## those of the drawings (an hour and a half on two cores)
+	$(BIN)/fastdiff data emoji
+	$(BIN)/fastdiff train autoencoder --preset emoji-autoencoder
+	$(BIN)/fastdiff train diffusion --preset emoji-text
+	$(call ship,emoji,text)
 
 clean: ## remove what make and the tools made (not runs/ and out/)
 	rm -rf $(VENV) build dist kernels/_native.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -71,6 +71,9 @@ _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 WHITE = (255, 255, 255)
 BACKGROUND, FRAME, INK, FAINT = "#fafaf8", "#d8d8d2", "#26262a", "#77777f"
+FONT_SIZES = (20, 14, 26, 12)
+"""Of row labels, column labels and the sheet's caption, its title, and captions of images."""
+CAPTION_LINES, LINE_HEIGHT = 3, 15
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -376,6 +379,7 @@ def contact_sheet(
     *,
     columns: int | None = None,
     column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
     title: str | None = None,
     caption: str | None = None,
     cell: int = 72,
@@ -388,11 +392,13 @@ def contact_sheet(
         row_labels: one per row, written on the left; the last row may be short.
         columns: images per row. By default it follows from row_labels; without them the grid is
             about square.
+        captions: one per image, written below it in up to CAPTION_LINES lines.
+        caption: written below all images.
         cell: least edge of an image on the sheet, in pixels; images are enlarged by an integer
             factor to reach it.
 
     Raises:
-        ValueError: there are no images, or the labels do not fit the grid.
+        ValueError: there are no images, or the labels or captions do not fit the grid.
     """
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"expected images (N, C, H, W), at least one, got {tuple(images.shape)}")
@@ -401,27 +407,32 @@ def contact_sheet(
         rows = len(row_labels) if row_labels else round(math.sqrt(count))
         columns = math.ceil(count / max(rows, 1))
     rows = math.ceil(count / columns)
-    for name, labels, expected in (("row", row_labels, rows), ("column", column_labels, columns)):
+    for name, labels, expected in (
+        ("row labels", row_labels, rows),
+        ("column labels", column_labels, columns),
+        ("captions", captions, count),
+    ):
         if labels is not None and len(labels) != expected:
-            raise ValueError(
-                f"expected {expected} {name} labels for {count} images, got {len(labels)}"
-            )
+            raise ValueError(f"expected {expected} {name} for {count} images, got {len(labels)}")
     factor = max(1, math.ceil(cell / max(images.shape[2:])))
     height, width = (edge * factor for edge in images.shape[2:])
     gap, margin = max(4, height // 16), max(16, height // 4)
     texts = [title or "", caption or "", *(row_labels or ()), *(column_labels or ())]
-    (font, small, large), show = fonts_for("".join(texts), (20, 14, 26))
+    (font, small, large, tiny), show = fonts_for("".join([*texts, *(captions or ())]), FONT_SIZES)
     title, caption = title and show(title), caption and show(caption)
     row_labels, column_labels = (
         labels and [show(label) for label in labels] for labels in (row_labels, column_labels)
     )
+    below = [_wrapped(show(text), tiny, width + gap - 4) for text in captions or ()]
+    room = max((line.count("\n") + 1 for line in below), default=0) * LINE_HEIGHT
+    pitch = height + gap + room
 
     left = margin + max(
         (math.ceil(font.getlength(t)) + margin // 2 for t in row_labels or ()), default=0
     )
     top = margin + (44 if title else 0) + (26 if column_labels else 0)
     right = left + columns * width + (columns - 1) * gap
-    bottom = top + rows * height + (rows - 1) * gap
+    bottom = top + rows * pitch - gap
     lines = [(title, large), (caption, small)]
     needed = max((math.ceil(f.getlength(t)) + 2 * margin for t, f in lines if t), default=0)
     size = (max(right + margin, needed), bottom + margin + (22 if caption else 0))
@@ -435,15 +446,37 @@ def contact_sheet(
         centre = left + column * (width + gap) + width // 2
         draw.text((centre, top - 8), label, fill=FAINT, font=small, anchor="ms")
     for row, label in enumerate(row_labels or ()):
-        middle = top + row * (height + gap) + height // 2
+        middle = top + row * pitch + height // 2
         draw.text((margin, middle), label, fill=INK, font=font, anchor="lm")
     method = Image.Resampling.NEAREST if resample == "nearest" else Image.Resampling.BICUBIC
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        x, y = left + column * (width + gap), top + row * (height + gap)
+        x, y = left + column * (width + gap), top + row * pitch
         sheet.paste(to_pil(image).resize((width, height), method), (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
+        if below:
+            draw.multiline_text((x, y + height + 3), below[index], fill=INK, font=tiny, spacing=2)
     return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Text in at most CAPTION_LINES lines of so many pixels; what does not fit is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], " ".join(lines[CAPTION_LINES - 1 :])]
+    return "\n".join(_cut(line, font, width) for line in lines)
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    while font.getlength(line) > width and len(line) > 1:
+        line = line.rstrip("…")[:-1] + "…"
+    return line
 
 
 def fonts_for(

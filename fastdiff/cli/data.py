@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fastdiff.cli.console import print_pairs
 from fastdiff.cli.parsing import OptionalInt, OptionalPath, parse
 
-if TYPE_CHECKING:
-    from fastdiff.data.dataset import ImageDataset
-
 Style = Literal["fluent", "noto", "twemoji", "openmoji"]
 DEFAULT_SIZE, DEFAULT_COUNT = 64, 48
 MAX_COUNT = 1024
-_CELL, _CAPTION = 96, 60
+_CELL, COLUMNS = 96, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,32 +107,17 @@ def _write_sheet(config: Any, count: int, path: Path) -> None:
     import torch
 
     from fastdiff.data import open_dataset
-    from fastdiff.images import save_png
+    from fastdiff.images import contact_sheet, save_png
 
     dataset = open_dataset(config)
-    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    save_png(path, captioned_sheet(dataset, chosen))
-
-
-def captioned_sheet(dataset: ImageDataset, chosen: Sequence[int]) -> Any:
-    """Images of a data set with their captions below: a PIL image."""
-    from PIL import Image, ImageDraw
-
-    from fastdiff.images import to_pil
-
-    columns = min(8, len(chosen))
-    side = max(_CELL, dataset.image_size)
-    height = side + _CAPTION
-    sheet = Image.new("RGB", (columns * (side + 8), -(-len(chosen) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, index in enumerate(chosen):
-        x, y = number % columns * (side + 8) + 4, number // columns * height
-        picture = to_pil(dataset[index][0]).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(picture, (x, y))
-        draw.text(
-            (x, y + side), textwrap.fill(dataset.captions[index][0], 18), fill="black", font_size=9
-        )
-    return sheet
+    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
+    captions = [dataset.captions[index][0] for index in chosen.tolist()]
+    columns = min(COLUMNS, len(chosen))
+    images = dataset.batch(chosen)[0]
+    sheet = contact_sheet(
+        images, columns=columns, captions=captions, cell=_CELL, resample="nearest"
+    )
+    save_png(path, sheet)
 
 
 @contextlib.contextmanager

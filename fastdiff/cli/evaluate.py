@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,8 @@ from fastdiff.cli.parsing import OptionalFloat, OptionalName, parse
 from fastdiff.generate.job import SampleSettings, check_seeds
 
 if TYPE_CHECKING:
+    from fastdiff.checkpoint.model import Model
+    from fastdiff.cli.machine import Work
     from fastdiff.evaluation import Results
 
 GOAL_MISSED = 1
@@ -24,16 +27,18 @@ GOAL_MISSED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Sample from a model of digits and measure the samples against real digits.
+    """Sample from a model of digits or drawings and measure the samples against real ones.
 
-    These are scikit-learn's, or MNIST's for a model that was trained on mnist-5k.
+    Digits are scikit-learn's, or MNIST's for a model that was trained on mnist-5k. Pictures of a
+    text-to-image model of drawings are named by a judge, which is trained at the first call:
+    writes text-to-image.md and .json and a sheet.
 
-    Measures class accuracy under a classifier trained on real digits only; Fréchet distance,
-    precision and recall in its feature space; and near-copies of training images. For each number
-    it also shows the score of held-out real digits, the floor. Writes results.md, results.json and
-    pictures. The exit code is 1 if a limit is missed. With --bits, measures instead, for models on
-    pixels, the negative log likelihood of the held-out digits: writes bits.json, and the terms of
-    the bound over the timesteps to bits.png.
+    Of digits, measures class accuracy under a classifier trained on real digits only; Fréchet
+    distance, precision and recall in its feature space; and near-copies of training images. For
+    each number it also shows the score of held-out real digits, the floor. Writes results.md,
+    results.json and pictures. The exit code is 1 if a limit is missed. With --bits, measures
+    instead, for models on pixels, the negative log likelihood of the held-out digits: writes
+    bits.json, and the terms of the bound over the timesteps to bits.png.
 
     Examples:
       fastdiff evaluate --count 500 --steps 20 --guidance-scale 1
@@ -83,6 +88,7 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
         return _run_bits(options)
     from fastdiff.checkpoint.open import load
     from fastdiff.evaluation import evaluate, load_inception, write_report
+    from fastdiff.evaluation.drawings_report import is_of_drawings
     from fastdiff.evaluation.report import inception_rows
 
     network = None if options.inception is None else load_inception(options.inception)
@@ -90,6 +96,8 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
     with at_work(options.out, options.compute) as work:
         with work.clock("load"):
             model = load(options.model, device=device, dtype=dtype, options=options.load)
+        if is_of_drawings(model):
+            return _run_drawings(options, words, model, work)
         with work.clock("sample and measure"), progress("sampling") as tell:
             evaluation = evaluate(
                 model,
@@ -114,6 +122,34 @@ def run(options: Evaluate, words: Sequence[str]) -> int:
         ]
     )
     return GOAL_MISSED if failures else 0
+
+
+def _run_drawings(options: Evaluate, words: Sequence[str], model: Model, work: Work) -> int:
+    """Measure a text-to-image model of the captioned drawings."""
+    from fastdiff.evaluation.drawings_report import evaluate_drawings, score_rows, write_drawings
+
+    if options.inception is not None:
+        raise ValueError("--inception measures models of digits, and this one is of drawings")
+    with work.clock("sample and measure"), contextlib.ExitStack() as bars:
+
+        def bar(what: str) -> Callable[[int, int], None]:
+            bars.close()
+            return bars.enter_context(progress(what))
+
+        evaluation = evaluate_drawings(
+            model,
+            count=options.count,
+            settings=options.settings,
+            first_seed=options.seed,
+            bar=bar,
+        )
+    with work.clock("write"):
+        command = shlex.join(["fastdiff", "evaluate", *words])
+        report = write_drawings(evaluation, options.out, command=command)
+    print_numbers(score_rows(evaluation), left=True)
+    print()
+    print_pairs([("report", str(report)), *about_files(model), *work.report()])
+    return 0
 
 
 def _run_bits(options: Evaluate) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SHEET_ROWS, SHEET_COLUMNS = 64, 32
 """Largest size of a contact sheet; there may be more images."""
 PREVIEW_SIDE = 256
+SHORT_NAME = 10
+"""Letters of a name that fit above an image of a sheet."""
 OF_A_COLUMN = ("seed", "label", "at")
 """Fields of a job that differ between the images of a sheet."""
 
@@ -63,21 +65,25 @@ def save_sheet(
 ) -> Path:
     """Write a sheet with a row per name and a column per seed or frame.
 
-    If there is only one name or one column, the images are wrapped over several rows. recipe: that
-    of the last image. Returns the path of the sheet: `path`, or a numbered name in its folder.
+    If there is only one name or one column, the images are wrapped over several rows, with long
+    names below them. recipe: that of the last image. Returns the path of the sheet: `path`, or a
+    numbered name in its folder.
     """
     names, columns = wanted.names[:SHEET_ROWS], wanted.columns[:SHEET_COLUMNS]
     labels = [f"{wanted.column} {at}" for at in columns]
     grid = len(columns) > 1 and len(names) > 1
     if not grid:
         labels = [name[:80] for name in names] if len(columns) == 1 else labels
-    wide = min(len(labels), SHEET_COLUMNS if images[0].shape[-1] <= 64 else 4)
-    named = grid or wide == len(labels)
+    below = not grid and len(columns) == 1 and any(len(name) > SHORT_NAME for name in names)
+    small = images[0].shape[-1] <= 64
+    wide = min(len(labels), 4 if not small else 8 if below else SHEET_COLUMNS)
+    named = grid or (wide == len(labels) and not below)
     sheet = contact_sheet(
         torch.stack(list(images)),
         row_labels=names if grid else None,
         columns=None if grid else wide,
         column_labels=labels if named else None,
+        captions=names if below else None,
         title=last.session.facts.name if grid or len(columns) == 1 else wanted.names[0][:80],
         caption=f"{_made_by(last)}, weights {last.session.model.weights_hash[:12]}",
     )

@@ -1,7 +1,7 @@
 """Convert a job's prompts and classes into conditions for the network, once per content.
 
 label -> a row of the label embedding, or of a class embedding as one context token (LDM)
-prompt, negative prompt, sizes -> tokens; for XL also the pooled text and the sizes
+prompt, negative prompt, sizes -> tokens; also the pooled text, and for XL the sizes
 """
 
 from __future__ import annotations
@@ -161,6 +161,8 @@ class Conditions:
                 "the denoiser needs a pooled text vector, but no text encoder provides one; "
                 "give Stable Diffusion XL's second encoder with pooled=True"
             )
+        if encoded.pooled.shape[1] == self.added:
+            return Condition(context=encoded.tokens, added=encoded.pooled)
         numbers = (*(text.original_size or size), *text.crop)
         vector = size_vector(
             encoded.pooled,

@@ -182,18 +182,20 @@ UNETS: dict[str, UNetConfig] = {
         learned_sigma=True,
     ),
     # ours: latents of 4x16x16, and of 4x8x8, with the tokens of a text transformer
-    "emoji": UNetConfig(  # 3,913,108
+    "emoji": UNetConfig(  # 6,320,164
         in_channels=4,
         out_channels=4,
         model_channels=48,
-        channel_mult=(1, 2, 2),
+        channel_mult=(1, 2, 3),
         num_res_blocks=1,
         attention_depth=(0, 1, 1),
         num_heads=4,
         context_dim=192,
+        added_condition_dim=192,
+        added_layers=1,
         norm_groups=8,
     ),
-    "scenes": UNetConfig(  # 2,448,100
+    "scenes": UNetConfig(  # 2,472,868
         in_channels=4,
         out_channels=4,
         model_channels=48,
@@ -202,6 +204,8 @@ UNETS: dict[str, UNetConfig] = {
         attention_depth=(1, 1),
         num_heads=4,
         context_dim=128,
+        added_condition_dim=128,
+        added_layers=1,
         norm_groups=8,
     ),
     # with their text transformer of 76,301,824: 385,030,726, 385,037,638 and 398,361,286

@@ -43,7 +43,8 @@ class TextEncoder:
     final_norm: bool = True
     """Whether the final LayerNorm is applied; XL does not apply it."""
     pooled: bool = False
-    """Whether its projected end-of-text vector also conditions the U-Net (XL's second encoder)."""
+    """Whether its `text_embeds` also condition the U-Net: the projected end-of-text vector of XL's
+    second encoder, the mean of the tokens of a `TextTransformer`."""
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 It is an unmasked transformer over a fixed number of tokens, padding included, whose outputs are
 the keys and values of the denoiser's cross-attention (appendix E.2.1 there; the paper's has 32
-layers of width 1280, ours are small). `TextEncoder` takes it as it takes CLIP.
+layers of width 1280, ours are small). `TextEncoder` takes it as it takes CLIP. It may also return
+the mean of a text's tokens, which a denoiser adds to its time embedding, as GLIDE does with its
+last token: small denoisers learn from it what a text is about much sooner than from attention.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.configs import LATER
 from fastdiff.kernels import layer_norm
 from fastdiff.models.layers import FeedForward, SelfAttention
 
@@ -33,6 +36,8 @@ class TextTransformerConfig:
     """Tokens read at once, start and end included; longer prompts are split."""
     dropout: float = 0.0
     """Probability, in the feed-forwards."""
+    pooled: bool = field(default=False, metadata=LATER)
+    """Whether the mean of a text's tokens is returned as well."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -67,6 +72,11 @@ class TextTransformerConfig:
         return 1e-5
 
     @property
+    def pad_token_id(self) -> int:
+        """Id of padding, of `fastdiff.models.tokenizer.Tokenizer`."""
+        return 0
+
+    @property
     def eos_token_id(self) -> int:
         """Id of the end of a text, of `fastdiff.models.tokenizer.Tokenizer`."""
         return 2
@@ -77,6 +87,9 @@ class TextOutput(NamedTuple):
 
     hidden_states: tuple[Tensor, ...]
     """(N, T, D) each: the embeddings, then the output of each block; before the final norm."""
+    text_embeds: Tensor | None = None
+    """(N, D): the mean of the text's tokens after the final norm, start and end included; None
+    unless the config says pooled."""
 
 
 class TextTransformer(nn.Module):
@@ -88,8 +101,10 @@ class TextTransformer(nn.Module):
         width = config.hidden_size
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(config.max_position_embeddings, width))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.01)  # as CLIP's
+        # CLIP's 0.02 and 0.01 vanish beside the first blocks' outputs: all texts begin almost equal,
+        # and a small denoiser takes thousands of steps to tell them apart.
+        nn.init.normal_(self.token_embedding.weight, std=1.0)
+        nn.init.normal_(self.position_embedding, std=0.3)
         self.layers = nn.ModuleList(TextBlock(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = FusedLayerNorm(width)
 
@@ -99,12 +114,26 @@ class TextTransformer(nn.Module):
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1]))
-        return TextOutput(tuple(states) if output_hidden_states else (states[-1],))
+        pooled = None
+        if self.config.pooled:
+            pooled = self.mean(self.final_layer_norm(states[-1]), ids)
+        return TextOutput(tuple(states) if output_hidden_states else (states[-1],), pooled)
 
     def encode(self, ids: Tensor) -> Tensor:
         """The context tokens: ids (N, T) -> (N, T, D)."""
-        normed: Tensor = self.final_layer_norm(self(ids).hidden_states[-1])
-        return normed
+        return self.encode_both(ids)[0]
+
+    def encode_both(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The context tokens, (N, T, D), and their mean, (N, D), None unless the config says
+        pooled. ids: (N, T)."""
+        x = self(ids, output_hidden_states=False)
+        normed: Tensor = self.final_layer_norm(x.hidden_states[-1])
+        return normed, x.text_embeds
+
+    def mean(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """The mean of the tokens that are no padding: (N, T, D), ids (N, T) -> (N, D)."""
+        words = (ids != self.config.pad_token_id)[..., None].to(tokens)
+        return (tokens * words).sum(1) / words.sum(1).clamp(min=1)
 
 
 class FusedLayerNorm(nn.LayerNorm):

@@ -92,6 +92,8 @@ def _first_stage(data: DataConfig, folder: str, *, steps: int) -> AutoencoderRun
             decay="cosine",
             clip_norm=1.0,
             ema_decay=0.995,
+            precision="bf16",
+            channels_last=True,
         ),
         output=OutputConfig(folder=folder, preview_every=500, save_every=250, export_dtype="fp16"),
     )
@@ -113,13 +115,15 @@ def _text_to_image(
         optimization=OptimizationConfig(
             steps=steps,
             batch_size=32,
-            learning_rate=6e-4,
+            learning_rate=1e-3,
             final_learning_rate=1e-5,
             weight_decay=0.01,
-            warmup_steps=300,
+            warmup_steps=200,
             decay="cosine",
             clip_norm=1.0,
             ema_decay=0.999,
+            precision="bf16",
+            channels_last=True,
         ),
         preview=PreviewConfig(guidance_scale=3.0, steps=25),
         output=OutputConfig(folder=folder, preview_every=1000, save_every=250, export_dtype="fp16"),
@@ -242,12 +246,12 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         _captioned("emoji", 64, augment=_DRAWINGS), "runs/emoji-autoencoder", steps=6000
     ),
     "emoji-text": _text_to_image(
-        replace(UNETS["emoji"], dropout=0.1),
+        UNETS["emoji"],
         _captioned("emoji", 64, augment=_DRAWINGS),
         "runs/emoji-text",
-        steps=12000,
-        text=TextConfig(layers=3, heads=4, tokens=24, vocabulary=2048, dropout=0.1),
-        latent_views=16,
+        steps=7000,
+        text=TextConfig(layers=1, heads=4, tokens=24, vocabulary=2048, dropout=0.1),
+        latent_views=8,
     ),
     "scenes-autoencoder": _first_stage(
         _captioned("scenes", 32), "runs/scenes-autoencoder", steps=3000
@@ -257,7 +261,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         _captioned("scenes", 32),
         "runs/scenes-text",
         steps=12000,
-        text=TextConfig(layers=3, heads=4, tokens=24, vocabulary=512),
+        text=TextConfig(layers=2, heads=4, tokens=24, vocabulary=512),
         latent_views=1,
     ),
     "tiny-classifier": ClassifierRun(

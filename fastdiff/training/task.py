@@ -109,7 +109,8 @@ class DiffusionTask:
             return None, self.denoiser
         captions, width = Captions(dataset.captions, self.run.text), self.run.model.context_dim
         assert width is not None, "checked by the run's config"
-        encoder = TextTransformer(captions.transformer(width))
+        pooled = self.run.model.added_condition_dim is not None
+        encoder = TextTransformer(captions.transformer(width, pooled=pooled))
         return captions, Conditioned(self.denoiser, encoder.to(self.device))
 
     def start_from(self, place: str) -> None:
@@ -138,7 +139,9 @@ class DiffusionTask:
                 y = torch.empty(rows, dtype=torch.int64, device="meta")
             if width is not None:
                 context = torch.empty(rows, run.text.tokens, width, device="meta")
-            return network(x, t, y=y, context=context)
+            if (added := run.model.added_condition_dim) is not None:
+                added = torch.empty(rows, added, device="meta")
+            return network(x, t, y=y, context=context, added=added)
 
         return training_bytes(
             run.model, run.optimization, run.data, forward, others=others, device=self.device
@@ -207,10 +210,12 @@ class DiffusionTask:
             columns = math.ceil(math.sqrt(config.count))
         scale = self._guidance
         guidance = f", guidance {scale:g}" if scale != 1 else ""
+        captions = self.captions and self.captions.examples(config.count)
         return contact_sheet(
             self.sample(network, range(config.count), labels).cpu(),
             columns=columns,
             column_labels=named,
+            captions=captions,
             title=f"step {step:,}",
             caption=f"{config.sampler}, {config.steps} steps{guidance}, averaged weights",
             cell=PREVIEW_CELL,

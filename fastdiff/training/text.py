@@ -76,7 +76,8 @@ class Conditioned(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, *, ids: Tensor, y: Tensor | None = None) -> Tensor:
         """x: (N, C, h, w); t: (N,); ids: (N, T) int64; y: (N,) classes. Returns (N, out, h, w)."""
-        prediction: Tensor = self.denoiser(x, t, context=self.encoder.encode(ids), y=y)
+        context, pooled = self.encoder.encode_both(ids)
+        prediction: Tensor = self.denoiser(x, t, context=context, y=y, added=pooled)
         return prediction
 
 
@@ -120,8 +121,9 @@ class Captions:
         rows = self.starts[indices] + torch.where(full, 0, which)
         return torch.where(dropped[:, None], self.ids([""]), self.table[rows])
 
-    def transformer(self, width: int) -> TextTransformerConfig:
-        """The text transformer for a denoiser whose context has this width."""
+    def transformer(self, width: int, *, pooled: bool = False) -> TextTransformerConfig:
+        """The text transformer for a denoiser whose context has this width; pooled: and that adds
+        the mean of a text's tokens to its time embedding."""
         return TextTransformerConfig(
             vocab_size=len(self.tokenizer),
             hidden_size=width,
@@ -129,11 +131,13 @@ class Captions:
             num_attention_heads=self.config.heads,
             max_position_embeddings=self.config.tokens,
             dropout=self.config.dropout,
+            pooled=pooled,
         )
 
     def encoder(self, network: TextTransformer) -> TextEncoder:
         """The conditioner of a model."""
-        return TextEncoder(model=network, tokenizer=self.tokenizer)
+        pooled = network.config.pooled
+        return TextEncoder(model=network, tokenizer=self.tokenizer, pooled=pooled)
 
     def examples(self, count: int) -> list[str]:
         """Full captions for previews, evenly spread over the data set."""
@@ -146,19 +150,23 @@ class Captions:
     ) -> tuple[list[Condition], list[Condition] | None]:
         """Conditions of texts, and if guided of as many empty ones; equal texts share an object."""
         device = next(network.parameters()).device
-        made = {
-            text: Condition(context=network.encode(self.ids([text]).to(device)))
-            for text in dict.fromkeys([*texts, ""])
-        }
+
+        def condition(text: str) -> Condition:
+            context, pooled = network.encode_both(self.ids([text]).to(device))
+            return Condition(context=context, added=pooled)
+
+        made = {text: condition(text) for text in dict.fromkeys([*texts, ""])}
         return [made[text] for text in texts], [made[""]] * len(texts) if guided else None
 
 
 def check_text(text: TextConfig, model: Any, source: str, captioned: Sequence[str]) -> None:
     """Raise ValueError unless a run's text, denoiser and data belong together."""
-    if model.added_condition_dim is not None:
+    added = model.added_condition_dim
+    if added is not None and (not text.layers or added != model.context_dim):
         raise ValueError(
-            "training cannot condition on an added vector, which this model expects; choose a "
-            "model without added_condition_dim"
+            f"training adds no vector to the time embedding but the mean of a caption's tokens, got "
+            f"added_condition_dim={added} with {text.layers} text layers; set model "
+            f"added_condition_dim to context_dim, {model.context_dim}, or leave it out"
         )
     if (model.context_dim is None) != (text.layers == 0):
         raise ValueError(

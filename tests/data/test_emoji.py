@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,38 +12,16 @@ import torch
 from fastdiff.cli import main
 from fastdiff.data import DataConfig, emoji, open_dataset
 from fastdiff.data.emoji import EmojiObject, caption, held_out_style, join, render
-from tests.data.test_packages import tarball
+from tests.support.drawings import put_drawings, read
 
-FILES = Path(__file__).parent / "emoji"
 OBJECTS = ["swan", "grapes", "mango", "red apple", "anchor", "envelope", "key", "pill"]
 CONFIG = DataConfig(source="emoji", channels=3, image_size=32)
-
-
-def read(name: str):
-    return json.loads((FILES / f"{name}.json").read_text())
 
 
 @pytest.fixture
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The eight objects in the cache, as if they had been fetched."""
-    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
-    folder = tmp_path / "data/emoji"
-    folder.mkdir(parents=True)
-
-    def put(package, data: bytes):
-        (folder / package.file).write_bytes(data)
-        integrity = base64.b64encode(hashlib.sha512(data).digest()).decode()
-        return replace(package, integrity=integrity)
-
-    styles = dict(emoji.STYLES)
-    for style in ("fluent", "noto"):
-        parts = read(style)
-        data = tarball(icons=parts["icons"], chars=parts["chars"])
-        styles[style] = put(styles[style], data)
-    captions = put(emoji.CAPTIONS, tarball(en__data=read("data")))
-    monkeypatch.setattr(emoji, "STYLES", styles)
-    monkeypatch.setattr(emoji, "CAPTIONS", captions)
-    return folder
+    return put_drawings(tmp_path, monkeypatch)
 
 
 def test_joined_are_objects_that_all_styles_have(fetched: Path) -> None:

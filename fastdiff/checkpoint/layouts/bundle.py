@@ -324,7 +324,8 @@ def load_bundle(
     if (transformer := modules.get(TEXT_ENCODER)) is not None:
         path = folder / TOKENIZER_FILE
         tokenizer = _read_tokenizer(path, _stated_sha256(data, path), transformer.config)
-        encoders = (TextEncoder(model=transformer, tokenizer=tokenizer),)
+        pooled = transformer.config.pooled
+        encoders = (TextEncoder(model=transformer, tokenizer=tokenizer, pooled=pooled),)
     return Model(
         layout=NAME,
         denoiser=modules.get(stored.kind),
