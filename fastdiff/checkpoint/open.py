@@ -30,6 +30,7 @@ CONFIG_FILE = "config.json"
 FOLDER = "fastdiff.checkpoint.layouts"
 """The package of the layouts: every file or folder in it that has a `LAYOUT`."""
 LORA = f"{FOLDER}.lora"
+EMBEDDING = "fastdiff.checkpoint.textual_inversion"
 Marks = tuple[str, ...]
 """Keys that a file must all contain; * matches any text."""
 Source = Path | Weights
@@ -191,6 +192,7 @@ def load(
     classifier: PathLike | None = None,
     tokenizer: PathLike | Sequence[PathLike] | None = None,
     lora: PathLike | Sequence[PathLike] | None = None,
+    embedding: Mapping[str, PathLike] | None = None,
     schedule: ScheduleConfig | str | None = None,
     options: LoadOptions | None = None,
     **said: Any,
@@ -219,6 +221,7 @@ def load(
             schedule and classes.
         tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
         lora: a LoRA file, or several, to merge into the weights; "PATH:0.8" gives its strength.
+        embedding: textual inversion files by the words that stand for them in prompts.
         schedule: the training's noise schedule, or the kind of its betas, if the files do not state
             it.
         options: all options as one object; options given by name override it.
@@ -239,6 +242,8 @@ def load(
         lora = (lora,)
     if lora is not None:
         said["lora"] = tuple(os.fspath(each) for each in lora)
+    if embedding is not None:
+        said["embedding"] = tuple(f"{name}={os.fspath(p)}" for name, p in embedding.items())
     if vae is not None:
         said["vae"] = Path(vae)
     if classifier is not None:
@@ -276,6 +281,9 @@ def _open_whole(path: Path, loading: Loading) -> Model:
         # by name, like the layouts, whose names of layers it uses
         merge_all = importlib.import_module(LORA).merge_all
         model = merge_all(model, loading.options.lora)
+    if loading.options.embedding:
+        add_all = importlib.import_module(EMBEDDING).add_all
+        model = add_all(model, loading.options.embedding)
     return model
 
 

@@ -31,6 +31,9 @@ class LoadOptions:
     """Folder of the CLIP tokenizer, one per text encoder, for files without one."""
     lora: tuple[str, ...] = ()
     """LoRA files (kohya's or peft's names) to merge into the weights: PATH, or PATH:STRENGTH."""
+    embedding: tuple[str, ...] = ()
+    """Textual inversion files (diffusers' or AUTOMATIC1111's) as NAME=FILE; NAME stands for the
+    embedding in prompts."""
     variant: str | None = None
     """Which files of a diffusers folder to read, such as fp16."""
     ema: bool = True
@@ -121,8 +124,9 @@ class LoadOptions:
         for name in ("vae", "classifier"):
             if name in given:
                 given[name] = str(given[name])
-        if "lora" in given:
-            given["lora"] = [*self.lora]
+        for name in ("lora", "embedding"):
+            if name in given:
+                given[name] = [*given[name]]
         if "tokenizer" in given:
             given["tokenizer"] = [str(folder) for folder in self.tokenizer]
         return given
@@ -139,13 +143,12 @@ class LoadOptions:
         folders = recorded.get("tokenizer", ())
         if not isinstance(folders, list | tuple) or not all(isinstance(f, str) for f in folders):
             raise ValueError(f"tokenizer must be a list of folders, got {folders!r:.40}")
-        lora = recorded.get("lora", ())
-        if not isinstance(lora, list | tuple) or not all(isinstance(spec, str) for spec in lora):
-            raise ValueError(f"lora must be a list of files, got {lora!r:.40}")
-        paths: dict[str, Any] = {
-            "lora": tuple(lora),
-            "tokenizer": tuple(Path(folder) for folder in folders),
-        }
+        paths: dict[str, Any] = {"tokenizer": tuple(Path(folder) for folder in folders)}
+        for name in ("lora", "embedding"):
+            specs = recorded.get(name, ())
+            if not isinstance(specs, list | tuple) or not all(isinstance(s, str) for s in specs):
+                raise ValueError(f"{name} must be a list of files, got {specs!r:.40}")
+            paths[name] = tuple(specs)
         for name in ("vae", "classifier"):
             place = recorded.get(name)
             if not isinstance(place, str | None):

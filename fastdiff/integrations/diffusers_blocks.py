@@ -47,6 +47,11 @@ from fastdiff.models.layers import (
 from fastdiff.runtime.cpu_layers import Kept, Plan, PreparedConv2d, folded_upsampling
 
 PROCESSORS = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
+APPENDING = (
+    attention_processor.AttnAddedKVProcessor,
+    attention_processor.AttnAddedKVProcessor2_0,
+)
+"""Processors whose pixels attend to the context's tokens and to each other (GLIDE, unCLIP)."""
 UPSAMPLING = upsampling.Upsample2D
 NORM_THEN_ACT = (
     "UNet2DConditionModel",
@@ -112,14 +117,18 @@ class Attention(attention_processor.Attention):
         **cross_attention_kwargs: Any,
     ) -> Tensor:
         """hidden_states: (N, L, C) or (N, C, H, W); encoder_hidden_states: (N, T, D)."""
+        appends = type(self.processor) in APPENDING
         if (
             cross_attention_kwargs.keys() - {"temb"}
             or under_transform()
             or attention_objection(self)
+            or (appends and hidden_states.ndim != 4)
         ):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
+        if appends:
+            return self._with_appended_tokens(hidden_states, encoder_hidden_states, attention_mask)
         x, spatial = hidden_states, hidden_states.ndim == 4
         if self.group_norm is not None:
             x = self.group_norm(x) if spatial else self.group_norm(x.mT).mT
@@ -141,14 +150,47 @@ class Attention(attention_processor.Attention):
             x = x + hidden_states
         return rescaled(x, self.rescale_output_factor)
 
+    def _with_appended_tokens(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Attention over the context's tokens and, unless it is cross-attention only, the pixels
+        (Nichol et al. 2021, section 3.1).
+
+        hidden_states: (N, C, H, W); encoder_hidden_states: (N, T, D), None: the pixels before the
+        norm; mask: (N, 1, T), added to the scores of the tokens.
+        """
+        x = to_tokens(self.group_norm(hidden_states))  # (N, L, C)
+        context = encoder_hidden_states
+        context = to_tokens(hidden_states) if context is None else context
+        q, tokens_k, tokens_v = (
+            projected.unflatten(2, (self.heads, -1))
+            for projected in (self.to_q(x), self.add_k_proj(context), self.add_v_proj(context))
+        )
+        if mask is not None:  # diffusers puts the tokens in front of the pixels, the op behind
+            mask = self.prepare_attention_mask(mask, x.shape[1], len(x))
+            mask = mask.view(len(x), self.heads, -1, mask.shape[-1]).roll(-context.shape[1], -1)
+        slower = type(self.processor) is attention_processor.AttnAddedKVProcessor
+        scale = self.scale if slower else None
+        if self.only_cross_attention:
+            h = attend(q, tokens_k, tokens_v, mask=mask, scale=scale)
+        else:
+            k, v = (p(x).unflatten(2, (self.heads, -1)) for p in (self.to_k, self.to_v))
+            h = attend(q, k, v, extra_k=tokens_k, extra_v=tokens_v, mask=mask, scale=scale)
+        h = self.to_out[1](self.to_out[0](h.flatten(2)))
+        return from_tokens(h, hidden_states) + hidden_states
+
 
 def attention_objection(attn: Any) -> str | None:
     """Why an Attention runs diffusers' own forward, or None."""
-    if type(attn.processor) not in PROCESSORS:
+    appends = type(attn.processor) in APPENDING
+    if not appends and type(attn.processor) not in PROCESSORS:
         return f"its processor is {type(attn.processor).__name__}"
-    if attn.to_out is None or attn.to_k is None:
+    if appends and (attn.added_kv_proj_dim is None or attn.group_norm is None):
+        return f"its processor is {type(attn.processor).__name__}, but it lacks what that needs"
+    if attn.to_out is None or (attn.to_k is None and not (appends and attn.only_cross_attention)):
         return "it lacks a projection (pre_only or only_cross_attention)"
-    for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim"):
+    unserved = ("spatial_norm", "norm_cross", "norm_q", "norm_k")
+    for name in unserved if appends else (*unserved, "added_kv_proj_dim"):
         if getattr(attn, name, None) is not None:
             return f"it has a {name}"
     if attn.inner_kv_dim != attn.inner_dim:

@@ -107,6 +107,22 @@ class OpenAIQKVAttentionNew(OpenAIQKVAttention):
     order = "new"
 
 
+class GlideQKVAttention(_Block):
+    """GLIDE's attention (glide-text2im): keys and values of a text, (H, 2, d), before the image's.
+
+    Nichol et al. 2021, section 3.1.
+    """
+
+    def forward(self, qkv: Tensor, encoder_kv: Tensor | None = None) -> Tensor:
+        """qkv: (N, 3C, L); encoder_kv: (N, 2C, T) -> (N, C, L)."""
+        q, k, v = split_qkv(qkv.mT, self.n_heads, "legacy")
+        if encoder_kv is None:
+            return attention(q, k, v).flatten(2).mT
+        text = encoder_kv.mT.unflatten(2, (self.n_heads, 2, -1))  # (N, T, H, 2, d)
+        extra_k, extra_v = text.unbind(3)
+        return attention(q, k, v, extra_k=extra_k, extra_v=extra_v).flatten(2).mT
+
+
 class CompVisCrossAttention(_Block):
     """latent-diffusion's CrossAttention."""
 
@@ -200,6 +216,16 @@ def _qkv(m: Any) -> list[tuple[Any, ...]]:
     return [(torch.randn(2, 3 * 4 * getattr(m, "n_heads", 1), 6),)]
 
 
+def _qkv_and_text(m: Any) -> list[tuple[Any, ...]]:
+    (qkv,), width = _qkv(m)[0], 2 * 4 * m.n_heads
+    return [(qkv, None), (qkv, torch.randn(2, width, 3))]
+
+
+def _reads_text(m: Any) -> bool:
+    parameters = [*inspect.signature(m.forward).parameters]
+    return _is_qkv(m) and hasattr(m, "n_heads") and parameters[1:2] == ["encoder_kv"]
+
+
 def _is_qkv(m: Any) -> bool:
     heads = getattr(m, "n_heads", None if "QKVAttention" not in type(m).__name__ else 1)
     return not [*m.children(), *m.parameters()] and isinstance(heads, int)
@@ -225,6 +251,7 @@ KINDS = (
         lambda m: [(torch.randn(2, m.norm.num_channels, 3, 4),)],
     ),
     Kind(OpenAIResBlock, "residual block", 2, _openai_fits, _openai_examples),
+    Kind(GlideQKVAttention, "attention", 0, _reads_text, _qkv_and_text),
     Kind(OpenAIQKVAttention, "attention", 0, _is_qkv, _qkv),
     Kind(OpenAIQKVAttentionNew, "attention", 0, _is_qkv, _qkv),
     Kind(

@@ -371,6 +371,8 @@ def _layer_of(name: str, module: nn.Module) -> str | None:
         objection = attention_objection(module)
         if objection is not None:
             return f"{name}: {objection}"
+        if getattr(module, "added_kv_proj_dim", None) is not None:
+            return f"{name}: its keys and values are appended to those of the pixels"
     return None
 
 

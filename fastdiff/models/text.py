@@ -160,14 +160,15 @@ def _tokenize(encoder: TextEncoder, parts: Sequence[Sequence[Fragment]]) -> list
             f"the {type(encoder.model).__name__} has no tokenizer, only weights; "
             "give the folder of the tokenizer that it was trained with"
         )
-    size = _length(encoder) - 2
+    size, several = _length(encoder) - 2, _tokens_of_several_vectors(encoder.tokenizer)
     chunks: list[list[Token]] = []
     for number, fragments in enumerate(parts, start=1):
         tokens: list[Token] = []
         for fragment in fragments:
             # verbose=False: otherwise the tokenizer warns about more than 77 tokens, which we split
             ids = encoder.tokenizer(fragment.text, add_special_tokens=False, verbose=False)
-            tokens += [(token, fragment.weight) for token in ids["input_ids"]]
+            for token in ids["input_ids"]:
+                tokens += [(each, fragment.weight) for each in several.get(token, (token,))]
         pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         chunks += pieces or ([[]] if number < len(parts) or not chunks else [])
     if len(chunks) > MAX_CHUNKS:
@@ -178,6 +179,19 @@ def _tokenize(encoder: TextEncoder, parts: Sequence[Sequence[Fragment]]) -> list
             "shorten it"
         )
     return chunks
+
+
+def _tokens_of_several_vectors(tokenizer: Any) -> dict[int, list[int]]:
+    """The id of a textual inversion NAME -> those of NAME, NAME_1, ..., which it stands for."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    found: dict[int, list[int]] = {}
+    for name, first in added.items():
+        ids = [first]
+        while (further := added.get(f"{name}_{len(ids)}")) is not None:
+            ids.append(further)
+        if len(ids) > 1:
+            found[first] = ids
+    return found
 
 
 def _length(encoder: TextEncoder) -> int:

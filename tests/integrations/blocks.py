@@ -266,6 +266,21 @@ class GlideAttention(QKVAttention):
         return (v @ scores.softmax(-1).mT).reshape(n, -1, length)
 
 
+class GlideBlock(AttentionBlock):
+    """GLIDE: the block that contains it."""
+
+    def __init__(self, c: int, heads: int, text: int) -> None:
+        super().__init__(c, heads, legacy=True)
+        self.attention = GlideAttention(heads, legacy=True)
+        self.encoder_kv = nn.Conv1d(text, 2 * c, 1)
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        flat = x.flatten(2)
+        qkv = self.qkv(self.norm(flat))
+        h = self.attention(qkv) if text is None else self.attention(qkv, self.encoder_kv(text))
+        return (flat + self.proj_out(h)).reshape(x.shape)
+
+
 class RMSNorm(nn.Module):
     """lucidrains, from 1.9 on."""
 

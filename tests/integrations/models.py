@@ -47,6 +47,14 @@ UNETS["film"] |= {
     "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
     "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
 }
+APPENDED = {  # the decoder of unCLIP: a text's keys and values next to the pixels'
+    **SMALL,
+    "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+    "attention_head_dim": 8,
+    "resnet_time_scale_shift": "scale_shift",
+}
 VAE = {
     "block_out_channels": (16, 32),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -137,6 +145,7 @@ CONTROLNET = {k: v for k, v in UNETS["sd15"].items() if k not in ("up_block_type
 CONTROLNET["conditioning_embedding_out_channels"] = (8, 16)
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("UNet2DConditionModel", config) for name, config in UNETS.items()},
+    "appended": ("UNet2DConditionModel", APPENDED),
     "unet2d": ("UNet2DModel", UNCONDITIONAL),
     "controlnet": ("ControlNetModel", CONTROLNET),
     "kl": ("AutoencoderKL", VAE),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.integrations import AccelerateError
+from fastdiff.integrations import AccelerateError, known_blocks
 from fastdiff.kernels import record_backends
 from tests.integrations import blocks
 from tests.support.parity import assert_gradient_parity, assert_parity
@@ -47,6 +47,8 @@ CASES: dict[str, tuple[nn.Module, tuple[Any, ...], int, int]] = {
     "openai film up": (blocks.ResBlock(16, 16, film=True, updown=True), (IMAGE, EMB), 2, 0),
     "openai attention, legacy": (blocks.AttentionBlock(16, 2, legacy=True), (IMAGE,), 0, 1),
     "openai attention, new": (blocks.AttentionBlock(16, 2, legacy=False), (IMAGE,), 0, 1),
+    "glide attention": (blocks.GlideBlock(16, 2, 12), (IMAGE, (2, 12, 3)), 0, 1),
+    "glide attention, no text": (blocks.GlideBlock(16, 2, 12), (IMAGE, None), 0, 1),
     "compvis transformer": (blocks.BasicTransformerBlock(16, 20), (TOKENS, (2, 5, 20)), 0, 2),
     "lucidrains": (blocks.Block(16, 24), (IMAGE,), 1, 0),
     "lucidrains film": (blocks.Block(16, 24), (IMAGE, FILM), 1, 0),
@@ -114,6 +116,18 @@ def test_known_block(name: str) -> None:
     report.restore()
     assert [type(m) for m in block.modules()] == kinds
     assert torch.equal(block(*inputs(0)), plain(*inputs(0)))
+
+
+def test_the_text_of_glide_goes_through_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = randomize(blocks.GlideBlock(16, 2, 12), 1)
+    fastdiff.accelerate(block, strict=True)
+    seen: list[Any] = []
+    real = known_blocks.attention
+    monkeypatch.setattr(
+        known_blocks, "attention", lambda *a, **k: seen.append(k.get("extra_k")) or real(*a, **k)
+    )
+    block(drawn(IMAGE), drawn((2, 12, 3)))
+    assert [tuple(k.shape) for k in seen] == [(2, 3, 2, 8)]
 
 
 def test_what_only_looks_like_a_block_is_left() -> None:

@@ -28,7 +28,8 @@ MAX_PICKLE_BYTES = 16 * 2**20  # names and places of MAX_TENSORS; the data is st
 MAX_SHARING = 8  # bytes of all tensors per byte of the file, since tensors may share storage
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-STATE_DICT_KEYS = ("state_dict", "model")  # keys under which trainers store it
+STATE_DICT_KEYS = ("state_dict", "model", "string_to_param")
+"""Keys under which trainers store it; the last one is that of textual inversions."""
 
 
 class _ForeignError(ValueError):

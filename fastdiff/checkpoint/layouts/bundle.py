@@ -529,7 +529,16 @@ def _is_bundle(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    allowed = ("vae", "classifier", "tokenizer", "lora", "ema", "text_encoders", "strict")
+    allowed = (
+        "vae",
+        "classifier",
+        "tokenizer",
+        "lora",
+        "embedding",
+        "ema",
+        "text_encoders",
+        "strict",
+    )
     if given := [name for name in loading.given if name not in allowed]:
         raise ValueError(f"{source}: a bundle states this itself; leave {', '.join(given)} out")
     return load_bundle(

@@ -384,7 +384,16 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _open(source: Source, loading: Loading) -> Model:
     assert isinstance(source, Path)
-    of_pipeline = ("vae", "tokenizer", "lora", "variant", "ema", "text_encoders", "strict")
+    of_pipeline = (
+        "vae",
+        "tokenizer",
+        "lora",
+        "embedding",
+        "variant",
+        "ema",
+        "text_encoders",
+        "strict",
+    )
     noise = ("schedule", *NOISE, "prediction", "scale_factor", "image_size")
     if extra := [name for name in loading.given if name not in (*of_pipeline, *noise)]:
         raise ValueError(
