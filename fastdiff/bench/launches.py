@@ -351,20 +351,25 @@ DTYPE = torch.bfloat16
 
 
 class Body(nn.Module):
-    """What the engine evaluates of a network: all but the embedding and the text's projections."""
+    """What the engine evaluates of a network: all but the embedding and the text's projections.
 
-    def __init__(self, network: Any) -> None:
+    pairs: the rows of a guided sample share what precedes the text, see `Network.body_of_pairs`.
+    """
+
+    def __init__(self, network: Any, *, pairs: bool = False) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.pairs = network, pairs
 
     def forward(self, x: Tensor, emb: Tensor, kvs: Any) -> Tensor:
-        y: Tensor = self.network.body(x, emb, kvs)
+        body = self.network.body_of_pairs if self.pairs else self.network.body
+        y: Tensor = body(x, emb, kvs)
         return y
 
 
 def native_network(job: Job) -> tuple[nn.Module, dict[str, Any]]:
     """fastdiff's network on the meta device, and its inputs. A U-Net gets the embedding and the
-    keys and values of the context, which the engine computes once per request."""
+    keys and values of the context, which the engine computes once per request; guided by text
+    alone, it gets the two rows of a sample as one."""
     module, inputs = job.build("meta", DTYPE)
     if not isinstance(module, Network):
         return module, inputs
@@ -373,7 +378,9 @@ def native_network(job: Job) -> tuple[nn.Module, dict[str, Any]]:
         emb = network.embed(inputs["t"], inputs.get("y"), inputs.get("added"))
         context = inputs.get("context")
         kvs = None if context is None else network.project_context(context)
-    return Body(network), {"x": inputs["x"], "emb": emb, "kvs": kvs}
+    pairs = network.shares_prefix and "added" not in inputs
+    rows = job.batch // 2 if pairs else job.batch
+    return Body(network, pairs=pairs), {"x": inputs["x"][:rows], "emb": emb[:rows], "kvs": kvs}
 
 
 def native(job: Job, norms: Norms | None = None) -> Count:
@@ -517,6 +524,7 @@ def step_count(extra: int = 0, guidance_scale: float = 7.5, rescale: float = 0.0
     with shapes_only():
         engine.submit(request)
     network.body = lambda x, *_: x.new_empty(len(x), 4, size, size)
+    network.body_of_pairs = lambda x, *_: x.new_empty(2 * len(x), 4, size, size)
     count(engine.step)  # which records the graph
     return count(engine.step)
 

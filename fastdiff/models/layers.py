@@ -94,6 +94,19 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """Repeat each row of x, (N, ...), in turn so that there are `rows`, a multiple of N; in the
+    same memory format. Returns x itself if there are as many."""
+    count = len(x)
+    if count == rows:
+        return x
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    shape = rows, *x.shape[1:]
+    more = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    more.unflatten(0, (count, rows // count)).copy_(x[:, None])
+    return more
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, H*W, C); a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -676,9 +689,13 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim, dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, L, C); kv: (N, T, 2, H, d) -> (h, residual), each (N, L, C)."""
+        """x, residual: (N, L, C); kv: (R, T, 2, H, d) -> (h, residual), each (R, L, C).
+
+        R is N, or a multiple: several contexts in turn for each row, see `repeated`.
+        """
         h, x = self.norm1(x, residual)
         h, x = self.norm2(self.attn1(h), x)
+        h, x = repeated(h, len(kv)), repeated(x, len(kv))
         h, x = self.norm3(self.attn2(h, kv), x)
         return self.ff(h), x
 
@@ -727,18 +744,20 @@ class SpatialTransformer(nn.Module):
         """Run the block.
 
         Args:
-            x, residual: (N, C, H, W). bias: (C,). kvs: of each block, see `CrossAttention.project`.
+            x, residual: (N, C, H, W). bias: (C,). kvs: of each block, see `CrossAttention.project`;
+                their rows are N or a multiple, as in `TransformerBlock`.
             before_norm: whether a norm follows, which can add the block's two addends.
 
         Returns:
-            The block's result and its input, x + residual + bias, each (N, C, H, W).
+            The block's result, (R, C, H, W), and its input, x + residual + bias, (N, C, H, W).
         """
         h, x = self.norm(x, residual=residual, channel_add=bias)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
         pending: Tensor | None = None
         for block, kv in zip(self.blocks, kvs, strict=True):
             h, pending = block(h, pending, kv)
-        return projected_addends(self.proj_out, h, pending, x, before_norm=before_norm), x
+        base = repeated(x, len(h))
+        return projected_addends(self.proj_out, h, pending, base, before_norm=before_norm), x
 
 
 def projected_addends(

@@ -105,6 +105,20 @@ class Network(nn.Module):
         raise NotImplementedError
 
     @property
+    def shares_prefix(self) -> bool:
+        """Whether `body_of_pairs` computes less than `body`."""
+        return False
+
+    def body_of_pairs(self, x: Tensor, emb: Tensor, context: Tensor | Context) -> Tensor:
+        """`body` for two contexts per row: what comes before the first block that reads the context
+        is computed once for both, as for the two halves of classifier-free guidance.
+
+        x: (N, in_channels, *spatial). emb: (N, E). context: of 2 N rows, two in turn for each row
+        of x. Returns (2 N, out_channels, *spatial).
+        """
+        raise NotImplementedError
+
+    @property
     def branches(self) -> int:
         """Number of places at which `body_keeping` and `shallow` can part the network; 0: none."""
         return 0

@@ -37,6 +37,7 @@ from fastdiff.models.layers import (
     norm_first,
     project_contexts,
     project_embedding,
+    repeated,
     run_before_norm,
     timestep_embedding,
     zero_init,
@@ -294,8 +295,11 @@ class Stage(nn.ModuleList):
             x, residual, bias = given
             if isinstance(block, ResBlock):
                 own = None if projected is None else projected[block.index]
-                options: dict[str, Any] = {"before_norm": before_norm, "projected": own}
-                given, x = block(x, residual, emb, bias=bias, skip=skip, **options)
+                options: dict[str, Any] = {"before_norm": before_norm}
+                options["projected"] = None if own is None else first_rows(own, len(x))
+                given, x = block(
+                    x, residual, first_rows(emb, len(x)), bias=bias, skip=skip, **options
+                )
                 skip = None
             elif isinstance(block, AttentionBlock):
                 read = [] if block.context_kv is None else kvs[block.index]
@@ -309,6 +313,12 @@ class Stage(nn.ModuleList):
                 given = run_before_norm(block, x, size) if before_norm else Addends(block(x))
             total, first = (x if first else total), False
         return given, total
+
+
+def first_rows(rows: Tensor, count: int) -> Tensor:
+    """The first of the equal rows that belong to each of `count` samples: the inverse of
+    `fastdiff.models.layers.repeated`."""
+    return rows if len(rows) == count else rows[:: len(rows) // count].contiguous()
 
 
 def first_of(stage: nn.Module) -> nn.Module:
@@ -571,6 +581,15 @@ class UNet(Network):
         return self.body_keeping(x, emb, context, ())[0]
 
     @property
+    def shares_prefix(self) -> bool:
+        """See `Network.shares_prefix`."""
+        return self.config.has_transformers
+
+    def body_of_pairs(self, x: Tensor, emb: Tensor, context: Tensor | Context) -> Tensor:
+        """See `Network.body_of_pairs`: before the first cross-attention every block sees N rows."""
+        return self.body_keeping(x, repeated(emb, 2 * len(x)), context, ())[0]
+
+    @property
     def branches(self) -> int:
         """See `Network.branches`: the number of skip connections."""
         return len(self.output_blocks)
@@ -637,6 +656,7 @@ class UNet(Network):
             skip = skips.pop()
             last = len(skips) == 1  # the network's input, which no stage reads
             size = None if last else (skips[-1].shape[2], skips[-1].shape[3])
+            skip = repeated(skip, len(state.x))
             state, _ = run(stage, state, following=following, size=size, skip=skip)
         x, _ = self.norm_out(state.x, residual=state.residual, channel_add=state.bias)
         return self.conv_out(x), [kept[branch] for branch in branches]  # (N, out_channels, H, W)

@@ -66,13 +66,15 @@ class Part(NamedTuple):
     """Branch whose deep features are reused; None: the whole network."""
     keeps: tuple[int, ...]
     """Branches whose deep features are kept."""
+    pairs: bool = False
+    """Whether it runs what the two rows of a guided sample share only once."""
 
 
 @dataclass(eq=False)
 class _Block:
-    samples: Tensor  # (rows,) int64, indices into x
-    embeddings: Tensor  # (rows,) int64, a view of Batch.embeddings
-    deep: Tensor  # (rows,) int64, indices into the deep features
+    samples: Tensor  # (inputs,) int64, indices into x; inputs: rows, or half of them in pairs
+    embeddings: Tensor  # (inputs,) int64, a view of Batch.embeddings
+    deep: Tensor  # (inputs,) int64, indices into the deep features
     context: Context | None
     part: Part
 
@@ -85,18 +87,18 @@ class Batch:
     Attributes:
         cond: (S,) int64, index of each sample's prediction in the output of `Denoiser`.
         uncond: (S,) int64, index of its unconditional prediction, or -1; None: no sample is guided.
-        rows: rows that the network evaluates, including the padding of blocks.
+        rows: rows of the network's output, including the padding of blocks.
     """
 
     cond: Tensor
     uncond: Tensor | None
     rows: int
-    embeddings: Tensor  # (rows,) int64
+    embeddings: Tensor  # (inputs of all blocks,) int64
     blocks: list[_Block] = field(repr=False)
 
     @property
     def form(self) -> tuple[tuple[int, Part], ...]:
-        """The number of rows and the part of each block."""
+        """The number of inputs and the part of each block."""
         return tuple((len(block.samples), block.part) for block in self.blocks)
 
     def advance(self) -> None:
@@ -106,7 +108,7 @@ class Batch:
     def copied(self, embeddings: Tensor) -> Batch:
         """A copy with its own tensors, including those of the blocks.
 
-        embeddings: (rows,) int64, memory for the indices of the embeddings.
+        embeddings: of the size of `self.embeddings`, memory for the indices of the embeddings.
         """
         embeddings, uncond = embeddings.copy_(self.embeddings), self.uncond
         sizes = [len(block.samples) for block in self.blocks]
@@ -248,9 +250,26 @@ class Denoiser:
             padding = sum(map(len, blocks)) - len(rows)
             if padding and branch is None:
                 blocks[-1][-padding:] = [rows[-1]._replace(deep=-1)] * padding
-            packed += [(block, whole if branch is None else Part(branch, ())) for block in blocks]
+            part = whole if branch is None else Part(branch, ())
+            packed += [(block, self._shared(block, part, len(groups))) for block in blocks]
             start += len(rows) + padding
         return self._batch(cond, uncond, packed, unread=2 * samples)
+
+    def _shared(self, block: Sequence[_Row], part: Part, groups: int) -> Part:
+        """The part with `pairs`, if all rows of a block are in pairs of one input and embedding.
+
+        On a CPU only where a guided sample is a block of its own, so that it always shares. On a
+        GPU only in the one block of a batch, whose vectors are aligned whatever their length.
+        """
+        if part.shallow is not None or part.keeps or not self.network.shares_prefix:
+            return part
+        if self.blocks is not None and (self.blocks.guided, self.blocks.single) != (2, 1):
+            return part
+        if (self.blocks is None and groups > 1) or len(block) % 2:
+            return part
+        pairs = zip(block[::2], block[1::2], strict=True)
+        same = all(a.sample == b.sample and a.embedding == b.embedding for a, b in pairs)
+        return part._replace(pairs=same)
 
     def _rounded(self, rows: int, *, alone: bool) -> int:
         """Rows in a block of any size. alone: there is no other block, which would have to begin
@@ -277,11 +296,14 @@ class Denoiser:
 
     def _run(self, x: Tensor, block: _Block, extra: Tensor | None) -> Tensor:
         """The outputs of a block; the deep features that it keeps are written to `deep`."""
-        (branch, keeps), network = block.part, self.network
+        (branch, keeps, _), network = block.part, self.network
         x, emb = self._inputs(x, block, extra)
         if branch is not None:
             deep = gather(self.deep[branch], block.deep)
             return network.shallow(x, emb, block.context, branch, deep)
+        if block.part.pairs:
+            assert block.context is not None, "only networks with context share a prefix"
+            return network.body_of_pairs(x, emb, block.context)
         if not keeps:
             return network.body(x, emb, block.context)
         out, found = network.body_keeping(x, emb, block.context, keeps)
@@ -290,7 +312,7 @@ class Denoiser:
         return out
 
     def _inputs(self, x: Tensor, block: _Block, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The network's input for the rows of a block, and their embeddings."""
+        """The network's inputs for a block, and their embeddings."""
         table = self.embeddings.rows
         recorded = torch.is_grad_enabled() and x.requires_grad
         if recorded or x.dtype not in WIDE or table.dtype != self.dtype:
@@ -334,7 +356,8 @@ class Denoiser:
         packed: list[tuple[list[_Row], Part]],
         unread: int,
     ) -> Batch:
-        flat = [row for block, _ in packed for row in block]
+        inputs = [block[:: 1 + part.pairs] for block, part in packed]
+        flat = [row for block in inputs for row in block]
         samples, embeddings, deep = self._vectors(
             [row.sample for row in flat],
             [row.embedding for row in flat],
@@ -345,13 +368,13 @@ class Denoiser:
         contexts = [
             self._context(tuple(row.condition for row in block), known) for block, _ in packed
         ]
-        sizes = [len(block) for block, _ in packed]
+        sizes = [len(block) for block in inputs]
         vectors = (vector.split(sizes) for vector in (samples, embeddings, deep))
         pieces = zip(*vectors, contexts, (part for _, part in packed), strict=True)
         return Batch(
             cond=cond_places,
             uncond=uncond_places if max(uncond) >= 0 else None,
-            rows=len(flat),
+            rows=sum(len(block) for block, _ in packed),
             embeddings=embeddings,
             blocks=[_Block(*piece) for piece in pieces],
         )

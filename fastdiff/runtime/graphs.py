@@ -162,8 +162,9 @@ class StaticBatch:
     """A batch with tensors at fixed addresses, into which other batches of its shape are copied."""
 
     def __init__(self, batch: Batch, masked: Tensor, levels: Tensor, counters: Tensor) -> None:
-        self.batch = batch.copied(counters[: batch.rows])
-        self.masked, self.levels = masked.clone(), counters[batch.rows :][: len(levels)]
+        inputs = len(batch.embeddings)
+        self.batch = batch.copied(counters[:inputs])
+        self.masked, self.levels = masked.clone(), counters[inputs:][: len(levels)]
 
     def load(self, batch: Batch, masked: Tensor, levels: Tensor) -> None:
         """Copy a batch in."""

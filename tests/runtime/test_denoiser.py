@@ -15,6 +15,7 @@ from fastdiff.models.unet import UNet
 from fastdiff.runtime.blocks import RowBlocks, block_size, in_blocks, row_blocks
 from fastdiff.runtime.conditions import Condition, class_conditions
 from fastdiff.runtime.denoiser import Denoiser, Turn
+from fastdiff.runtime.graphs import rounded_rows
 from fastdiff.runtime.prepare import prepare
 from tests.support.parity import assert_gradient_parity
 from tests.support.tiny import UNET, randomize, tiny_unet
@@ -64,10 +65,11 @@ def conditions_of(network: UNet, count: int) -> tuple[list[Condition], list[Cond
         assert unconditional is not None
         return conditions, unconditional
     generator = torch.Generator().manual_seed(3)
+    width = network.config.added_condition_dim
     made = [
         Condition(
             context=torch.randn(1, 7, 24, generator=generator),
-            added=torch.randn(1, 5, generator=generator),
+            added=None if width is None else torch.randn(1, width, generator=generator),
         )
         for _ in range(4)
     ]
@@ -122,6 +124,54 @@ def test_the_denoiser_agrees_with_the_network(config, count: int) -> None:
             for place, found in enumerate(uncond):
                 if found is not None:
                     torch.testing.assert_close(found, wanted[1][place], rtol=1e-9, atol=1e-9)
+
+
+PLAIN_TEXT = replace(TEXT, added_condition_dim=None)
+"""Text that is not in the embedding, so both rows of a guided sample begin alike."""
+
+
+@pytest.mark.parametrize("rounded", [None, rounded_rows], ids=["blocks", "graphs"])
+@pytest.mark.parametrize("config", [PLAIN_TEXT, TEXT], ids=["shares", "added vector"])
+def test_guided_rows_share_what_precedes_the_context(config, rounded) -> None:
+    """The first residual block sees one row per guided sample, and all predictions are right.
+
+    At 24 x 24 a guided sample is a block of its own on a CPU.
+    """
+    unet, x = prepare(tiny_unet(config), dtype=torch.float64), images(3, side=24).double()
+    conditions, unconditional = conditions_of(unet, 3)
+    seen: list[int] = []
+    unet.res_blocks()[0].norm1.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    for guided in ([True] * 3, [True, False, True], [False] * 3):
+        denoiser = Denoiser(unet, x.shape[2:], rounded=rounded)
+        turns = [
+            Turn(place, denoiser.add(TIMES, condition, other), 1, guides)
+            for place, (condition, other, guides) in enumerate(
+                zip(conditions, unconditional, guided, strict=True)
+            )
+        ]
+        seen.clear()
+        batch = denoiser.batch(turns, 3)
+        out = denoiser(x, batch)
+        assert len(out) == batch.rows
+        wanted = [plainly(unet, x, TIMES[1].item(), own) for own in (conditions, unconditional)]
+        torch.testing.assert_close(out[batch.cond], wanted[0], rtol=1e-9, atol=1e-9)
+        if batch.uncond is not None:
+            for place in (place for place in range(3) if guided[place]):
+                found = out[batch.uncond[place]]
+                torch.testing.assert_close(found, wanted[1][place], rtol=1e-9, atol=1e-9)
+        rows, whole = 3 + sum(guided), all(guided)
+        shares = config is PLAIN_TEXT and (any(guided) if rounded is None else whole)
+        expected = 3 if shares else rows
+        assert sum(seen[: len(batch.blocks)]) == expected, (guided, seen)
+
+
+def test_shared_rows_keep_their_bits() -> None:
+    """On a CPU a guided sample has the same bits alone and beside others, guided or not."""
+    unet, x = prepare(tiny_unet(PLAIN_TEXT)), images(5, side=24)
+    alone, _ = evaluate(unet, x[:1], 1, [True])
+    for guided in ([True] * 5, [True, False, False, True, False]):
+        cond, _ = evaluate(unet, x, 1, guided)
+        assert torch.equal(cond[0], alone[0])
 
 
 def test_without_blocks_bits_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
