@@ -66,8 +66,8 @@ class Contrastive(nn.Module):
             before = width
         self.blocks = nn.ModuleList(blocks)
         self.norm = GroupNorm(before, config.norm_groups, EPS)
-        # Without them all pictures begin at almost one point, and so do all captions: there the loss
-        # has a plateau that takes hundreds of steps to leave.
+        # Without them all pictures begin at almost one point, and so do all captions, where the
+        # loss has a plateau that takes hundreds of steps to leave.
         self.image_centre = nn.BatchNorm1d(before)
         self.text_centre = nn.BatchNorm1d(config.text.hidden_size)
         self.image_head = nn.Linear(before, config.dim)

@@ -101,7 +101,7 @@ class TextTransformer(nn.Module):
         width = config.hidden_size
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(config.max_position_embeddings, width))
-        # CLIP's 0.02 and 0.01 vanish beside the first blocks' outputs: all texts begin almost equal,
+        # CLIP's 0.02 and 0.01 vanish beside the first blocks' outputs: texts begin almost equal,
         # and a small denoiser takes thousands of steps to tell them apart.
         nn.init.normal_(self.token_embedding.weight, std=1.0)
         nn.init.normal_(self.position_embedding, std=0.3)

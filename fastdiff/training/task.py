@@ -210,7 +210,7 @@ class DiffusionTask:
             columns = math.ceil(math.sqrt(config.count))
         scale = self._guidance
         guidance = f", guidance {scale:g}" if scale != 1 else ""
-        captions = self.captions and self.captions.examples(config.count)
+        captions = None if self.captions is None else self.captions.examples(config.count)
         return contact_sheet(
             self.sample(network, range(config.count), labels).cpu(),
             columns=columns,

@@ -164,9 +164,9 @@ def check_text(text: TextConfig, model: Any, source: str, captioned: Sequence[st
     added = model.added_condition_dim
     if added is not None and (not text.layers or added != model.context_dim):
         raise ValueError(
-            f"training adds no vector to the time embedding but the mean of a caption's tokens, got "
-            f"added_condition_dim={added} with {text.layers} text layers; set model "
-            f"added_condition_dim to context_dim, {model.context_dim}, or leave it out"
+            "training adds no vector to the time embedding but the mean of a caption's tokens, got "
+            f"added_condition_dim={added} with {text.layers} text layers; set it to the model's "
+            f"context_dim, {model.context_dim}, or leave it out"
         )
     if (model.context_dim is None) != (text.layers == 0):
         raise ValueError(

@@ -81,14 +81,20 @@ def test_an_unknown_operator_is_an_error() -> None:
 
 
 def test_flops_of_both_networks_agree() -> None:
-    """diffusers' evaluation also has the embedding and the text's keys and values."""
+    """diffusers' evaluation also has the embedding and the text's keys and values; of Stable
+    Diffusion 1.5 ours runs once, and not for both rows, what precedes the first cross-attention:
+    three convolutions, five products by 320 x 320 and the self-attention of 64 x 64 pixels.
+    """
     import_diffusers("AutoencoderKL")
+    pixels, width = 64 * 64, 320
+    products = 9 * (4 + 2 * width) * width + 5 * width**2
+    shared = {"SD 1.5 U-Net": 2 * pixels * (products + 2 * pixels * width)}
     for job in launches.DIFFUSERS:
         ours = launches.counts()[job, "fastdiff"].flops
         theirs = launches.counts()[job, "diffusers"].flops
         accelerated = launches.counts()[job, "diffusers, accelerated"].flops
         assert theirs == accelerated
-        assert 0.99 < ours / theirs <= 1
+        assert 0.99 < (ours + shared.get(job, 0)) / theirs <= 1
 
 
 LIMITS = {"SD 1.5 U-Net": 435, "SDXL U-Net": 1023, "KL-f8 decoder": 138, "ADM-256 U-Net": 820}

@@ -143,7 +143,7 @@ def test_the_judge_learns_and_never_sees_what_is_held_out(fetched: Path) -> None
     mine = scorer.score(to_float(data.images), objects, styles)
     assert mine.top1 >= 0.9
     assert mine.near_copies == 1
-    assert mine.nearest_median == 0
+    assert mine.nearest_median < 1e-4
     wrong = scorer.score(to_float(data.images), (objects + 1) % 8, 1 - styles)
     assert max(wrong.top1, wrong.style) <= 0.1
     noise = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -32,8 +32,8 @@ UNET_PARAMETERS = {
     "glide-upsampler": 398_361_286 - GLIDE_TEXT,
     "karlo-decoder": 885_439_686,
     "digits": 1_698_628,
-    "emoji": 3_913_108,
-    "scenes": 2_448_100,
+    "emoji": 6_320_164,
+    "scenes": 2_472_868,
     "tiny-mnist": 717_633,
     # one channel instead of four: less of the first and the last convolution
     "tiny-pixels": 1_698_628 - 3 * 9 * 48 - 3 * (9 * 48 + 1),
