@@ -18,7 +18,7 @@ define ship
 	done
 endef
 
-.PHONY: help venv build demo test test-avx2 faults durations check lint types format docs links bench wheel install-check weights digits-weights emoji-weights clean
+.PHONY: help venv build demo test test-avx2 faults durations check lint types format docs links bench wheel install-check weights clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -96,20 +96,12 @@ wheel: $(STAMP) ## build the wheel and the sdist into dist/
 install-check: $(STAMP) ## install in fresh environments: no compiler, CPU only, nvcc, from an sdist
 	$(BIN)/python -m tests.install_check
 
-weights: digits-weights emoji-weights ## train the shipped weights anew (two and a half hours on two cores) and measure them
-
-digits-weights: $(STAMP) ## those of the digits (under an hour on two cores)
+weights: $(STAMP) ## train the shipped weights anew (under an hour on two cores) and measure them
 	$(BIN)/fastdiff train autoencoder --preset digits-autoencoder
 	$(BIN)/fastdiff train diffusion --preset digits-diffusion
 	$(call ship,digits,diffusion)
 	$(BIN)/fastdiff evaluate --out docs
 	cp docs/results.json $(ASSETS)/digits/evaluation.json
-
-emoji-weights: $(STAMP) ## those of the drawings (an hour and a half on two cores)
-	$(BIN)/fastdiff data emoji
-	$(BIN)/fastdiff train autoencoder --preset emoji-autoencoder
-	$(BIN)/fastdiff train diffusion --preset emoji-text
-	$(call ship,emoji,text)
 
 clean: ## remove what make and the tools made (not runs/ and out/)
 	rm -rf $(VENV) build dist kernels/_native.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

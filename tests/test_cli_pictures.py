@@ -338,6 +338,7 @@ def test_like_keeps_what_was_text_before_it_was_syntax(run: Run) -> None:
 
 
 MISTAKES = {
+    "txt2img cat": "missing: --model",
     "txt2img --model sd1": "missing: PROMPT",
     "txt2img cat --model nowhere": "nowhere is missing",
     "txt2img cat --model sd1 --width 60": "multiples of 8, got 60 x 64",

@@ -26,27 +26,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Txt2Img:
-    """Make images from prompts, with the small model that comes with the package or a checkpoint.
+    """Make images from prompts with a Stable Diffusion checkpoint (1, 2, XL) or a trained model.
 
-    The shipped model, emoji, draws 853 objects in two styles at 64 x 64; any Stable Diffusion
-    checkpoint (1, 2, XL) draws what it can. In prompts, (word:1.3), (word) and [word] are weights,
-    and BREAK begins a new chunk of tokens. Other syntax of web UIs (AND, [a:b:0.5], [a|b],
-    <lora:...>, __wildcards__) is rejected. A preceding backslash turns any of it into text;
-    --no-emphasis does so for the whole prompt. Writes one PNG per prompt and seed that contains its
-    recipe, and a contact sheet if there are several.
+    In prompts, (word:1.3), (word) and [word] are weights, and BREAK begins a new chunk of tokens,
+    75 of Stable Diffusion's. Other syntax of web UIs (AND, [a:b:0.5], [a|b], <lora:...>,
+    __wildcards__) is rejected. A preceding backslash turns any of it into text; --no-emphasis does
+    so for the whole prompt. Writes one PNG per prompt and seed that contains its recipe, and a
+    contact sheet if there are several.
 
     Examples:
-      fastdiff txt2img "a red apple, noto style" "a red apple, fluent style" --count 4
+      fastdiff txt2img "a red cat" "a blue cat" --model stable-diffusion-v1-5/ --count 4 --seed 7
       fastdiff txt2img "a (foggy:1.3) bay" --model sdxl/ --refiner refiner/ --negative people
-      fastdiff txt2img --like out/a-red-apple-noto-style-seed0.png
+      fastdiff txt2img --like out/a-red-cat-seed7.png
     """
 
     prompts: Prompts = ()
     """What the images should show; each prompt gets --count images."""
     job: Annotated[TextOptions, FLAT, NO_NONE] = field(default_factory=TextOptions)
-    model: str = "emoji"
-    """Name of a shipped model, folder of a run, or a checkpoint: a diffusers folder, or a
-    .safetensors or .ckpt file."""
+    model: str
+    """Folder of a run, or a checkpoint: a diffusers folder, or a .safetensors or .ckpt file."""
     refiner: OptionalPath = None
     """Stable Diffusion XL's refiner for the last steps; it uses the last --tokenizer."""
     count: int = 1
@@ -57,7 +55,7 @@ class Txt2Img:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError("missing: PROMPT; such as fastdiff txt2img 'a red apple'")
+            raise ValueError("missing: PROMPT; such as fastdiff txt2img 'a red cat' --model DIR")
         for prompt in self.prompts:
             pictures.as_job(TextJob, self.job, prompt=prompt)
         check_seeds(self.job.seed, self.count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,40 @@ def test_it_is_its_formula(model: TextTransformer) -> None:
     expected = by_formula(ids, wide, heads=4, layers=2)
     torch.testing.assert_close(model.encode(ids).double(), expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(model.double().encode(ids), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_the_pooled_text_is_the_mean_of_its_words(model: TextTransformer) -> None:
+    """Start and end count, padding does not; as context tokens they stay what they were."""
+    pooled = TextTransformer(replace(CONFIG, pooled=True)).eval()
+    pooled.load_state_dict(model.state_dict())
+    ids = torch.tensor([[1, 9, 8, 7, 2, *[0] * 11], [1, 2, *[0] * 14]])
+    tokens, mean = pooled.encode_both(ids)
+    assert mean is not None
+    torch.testing.assert_close(mean, torch.stack([tokens[0, :5].mean(0), tokens[1, :2].mean(0)]))
+    torch.testing.assert_close(tokens, model.encode(ids))
+    assert model.encode_both(ids)[1] is None
+    encoder = TextEncoder(model=pooled, tokenizer=Tokenizer(LEARNED.merges), pooled=True)
+    encoded = encode_prompt([encoder], "", emphasis=False)
+    torch.testing.assert_close(encoded.pooled, mean[1:])
+
+
+def test_captions_begin_apart() -> None:
+    """With CLIP's deviations they are more alike, and a denoiser hears them much later."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, hidden_size=192, pooled=True)
+    network = TextTransformer(config).eval()
+    source = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, len(LEARNED), (8, 16), generator=source)
+    ids[:, 0], ids[:, 5], ids[:, 6:] = 1, 2, 0  # start, four words, end, padding
+
+    def likeness() -> Tensor:
+        mean = F.normalize(network.encode_both(ids)[1], dim=1)  # type: ignore[arg-type]
+        return (mean @ mean.T).triu(1).sum() / 28
+
+    assert likeness() < 0.7
+    network.token_embedding.weight.data.normal_(std=0.02)
+    network.position_embedding.data.normal_(std=0.01)
+    assert likeness() > 0.9
 
 
 def test_a_prompt_is_read_like_any_other_encoders(model: TextTransformer) -> None:
