@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv_transpose2d
 
 from benchmarks.device import records
 from benchmarks.device.dry import dry_jobs
@@ -27,7 +28,9 @@ from fastdiff.bench.shapes import Job
 from fastdiff.bench.subjects import SUBJECTS
 from fastdiff.diffusion.samplers import build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from fastdiff.models.layers import upsample_nearest
 from fastdiff.runtime.conditions import Condition
+from fastdiff.runtime.cpu_layers import folded
 from fastdiff.runtime.engine import Engine, Request
 from fastdiff.runtime.graphs import CudaRecorder, Recorder, StepGraphs, rounded_rows
 
@@ -36,6 +39,9 @@ GUIDANCE = 7.5
 BUDGET_S = 1.0
 """Seconds of timed rounds per provider and method."""
 LOOP_ROUNDS = 9
+DOUBLINGS = [(rows, *size) for rows in (2, 32) for size in ((1280, 8), (1280, 16), (640, 32))]
+"""Rows, channels and sides before the doubling of Stable Diffusion 1.5's three, guided, for one
+image and for 16."""
 
 
 def _device(plan: Plan) -> torch.device:
@@ -149,9 +155,41 @@ def unet(plan: Plan) -> list[str]:
                         measured.add(benchmark, name, job, provider, step, method)
             if not plan.dry_run:
                 _peers(measured, name, job, device)
+        notes += _doublings(plan, measured)
     except _Stopped:
         pass
     return records.summarized(measured.outcome, notes)
+
+
+def _doublings(plan: Plan, measured: _Measured) -> Iterator[str]:
+    """Whether a doubling folded into its convolution would be faster, as it is on CPUs.
+
+    A line per convolution of `DOUBLINGS`: plain time over folded time. Nothing is built on it for
+    GPUs yet, see docs/decisions/runtime.md.
+    """
+    timer, device, dtype = _timer(plan), _device(plan), gpu_networks.DTYPE
+    for rows, channels, side in [(1, 8, 4)] if plan.dry_run else DOUBLINGS:
+        what = f"doubling {rows} x {channels} x {side} x {side}"
+        measured.left(what)
+        conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        wide = folded(conv.weight.detach())
+        conv, wide = conv.to(device, dtype), wide.to(device, dtype)
+        x = torch.randn(rows, channels, side, side, device=device, dtype=dtype)
+        conv, x, wide = (t.to(memory_format=torch.channels_last) for t in (conv, x, wide))
+
+        def plain(conv: Any = conv, x: Tensor = x) -> Tensor:
+            y: Tensor = conv(upsample_nearest(x))
+            return y
+
+        def fold(conv: Any = conv, x: Tensor = x, wide: Tensor = wide) -> Tensor:
+            return conv_transpose2d(x, wide, conv.bias, stride=2, padding=1)
+
+        with torch.inference_mode():
+            torch.testing.assert_close(fold().float(), plain().float(), rtol=0.05, atol=0.05)
+            before, after = (
+                timer(step, method="graph", budget_s=BUDGET_S).median_s for step in (plain, fold)
+            )
+        yield f"{what}: {before * 1e6:.1f} us, folded {after * 1e6:.1f}, {before / after:.2f} x"
 
 
 _METHODS: tuple[tuple[str, Method], ...] = ((NETWORK, "graph"), (LAUNCHED, "host"))

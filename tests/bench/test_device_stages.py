@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -240,6 +241,7 @@ def test_networks_are_timed_both_ways(plan: Plan) -> None:
     notes = networks.unet(plan)
     assert "digits U-Net: ours agrees with plain ops in fp64" in notes
     assert "digits decoder: ours agrees with plain ops in fp64" in notes
+    assert any(re.fullmatch(r"doubling 1 x 8 x 4 x 4: .* us, folded .* x", n) for n in notes)
     assert set(saved(plan)) == {(b, p) for b in (NETWORK, LAUNCHED) for p in ("auto", "plain")}
 
 
