@@ -87,7 +87,8 @@ def check_scene(scene: Scene, image: np.ndarray) -> Verdict:
         pairs = zip(scene.things, matched, strict=True)
         sizes = complete and all(t is not None and t.size == wanted.size for wanted, t in pairs)
     if scene.place is not None:
-        place = complete and bool(is_in(scene.place, found[0]))
+        half_a_pixel = 0.5 / image.shape[1]
+        place = complete and bool(is_in(scene.place, found[0], half_a_pixel))
     if scene.relation is not None:
         relation = complete and holds(scene.relation, *found)
     return Verdict(

@@ -248,11 +248,15 @@ def holds(relation: str, one: Thing, other: Thing) -> bool:
     return abs(along) > abs(across) and (along > 0) == (relation in ("right of", "below"))
 
 
-def is_in(place: str, thing: Thing) -> bool:
-    """Whether a thing's centre is in a quarter of the image, or near its centre."""
+def is_in(place: str, thing: Thing, slack: float = 0.0) -> bool:
+    """Whether a thing's centre is in a quarter of the image, or near its centre.
+
+    slack: by how much the thing's position may be wrong, as a share of the image's side.
+    """
     if place == "centre":
-        return max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1
+        return max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.1 + slack
     down, right = place.split()
-    return (thing.y < 0.45 if down == "upper" else thing.y > 0.55) and (
-        thing.x < 0.45 if right == "left" else thing.x > 0.55
+    least, most = 0.55 - slack, 0.45 + slack
+    return (thing.y < most if down == "upper" else thing.y > least) and (
+        thing.x < most if right == "left" else thing.x > least
     )

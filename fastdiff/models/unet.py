@@ -296,9 +296,9 @@ class Stage(nn.ModuleList):
             if isinstance(block, ResBlock):
                 own = None if projected is None else projected[block.index]
                 options: dict[str, Any] = {"before_norm": before_norm}
-                options["projected"] = None if own is None else first_rows(own, len(x))
+                options["projected"] = None if own is None else rows_for(own, len(x))
                 given, x = block(
-                    x, residual, first_rows(emb, len(x)), bias=bias, skip=skip, **options
+                    x, residual, rows_for(emb, len(x)), bias=bias, skip=skip, **options
                 )
                 skip = None
             elif isinstance(block, AttentionBlock):
@@ -315,10 +315,12 @@ class Stage(nn.ModuleList):
         return given, total
 
 
-def first_rows(rows: Tensor, count: int) -> Tensor:
-    """The first of the equal rows that belong to each of `count` samples: the inverse of
-    `fastdiff.models.layers.repeated`."""
-    return rows if len(rows) == count else rows[:: len(rows) // count].contiguous()
+def rows_for(rows: Tensor, count: int) -> Tensor:
+    """A row per sample, (count, C), of rows that are `fastdiff.models.layers.repeated` or not yet;
+    of a single row (C,), which all samples share."""
+    if len(rows) == count:
+        return rows
+    return rows[0] if len(rows) == 1 else rows[:: len(rows) // count].contiguous()
 
 
 def first_of(stage: nn.Module) -> nn.Module:
@@ -587,7 +589,12 @@ class UNet(Network):
 
     def body_of_pairs(self, x: Tensor, emb: Tensor, context: Tensor | Context) -> Tensor:
         """See `Network.body_of_pairs`: before the first cross-attention every block sees N rows."""
-        return self.body_keeping(x, repeated(emb, 2 * len(x)), context, ())[0]
+        if len(x) > 1:
+            emb = repeated(emb, 2 * len(x))
+        projected = project_embedding(self.res_blocks(), emb)
+        if projected is None:
+            emb = repeated(emb, 2 * len(x))
+        return self._whole(x, emb, context, (), projected)[0]
 
     @property
     def branches(self) -> int:
@@ -605,7 +612,19 @@ class UNet(Network):
         self, x: Tensor, emb: Tensor, context: Tensor | Context | None, branches: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Network.body_keeping`."""
-        run = self._runner(emb, context, project_embedding(self.res_blocks(), emb))
+        projected = project_embedding(self.res_blocks(), emb)
+        return self._whole(x, emb, context, branches, projected)
+
+    def _whole(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor | Context | None,
+        branches: Sequence[int],
+        projected: list[Tensor] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`body_keeping` with the embedding's projections, which one row may serve for all."""
+        run = self._runner(emb, context, projected)
         skips: list[Tensor] = []
         state, stages = Addends(x), [*self.input_blocks, self.middle_block]
         for stage, after in zip(stages, [*stages[1:], self.output_blocks[0]], strict=True):

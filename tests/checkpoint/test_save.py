@@ -165,6 +165,8 @@ NOT_IN_DIFFUSERS = {
     "iddpm-imagenet64": "num_heads 4",  # at levels of several widths
     "ldm4-inpainting-big": "num_heads 8",  # the same
     "adm-imagenet512": "time_channels 256, expected 128",  # a sinusoid twice its first level
+    "emoji": "added_layers 1",  # one linear layer for the mean of a caption's tokens
+    "scenes": "added_layers 1",
     "glide": "added_layers 1",  # one linear layer for the pooled text
     "glide-inpaint": "added_layers 1",
     "glide-upsampler": "added_layers 1",

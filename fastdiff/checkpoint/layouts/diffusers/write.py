@@ -163,6 +163,8 @@ def _condition_options(config: UNetConfig, linear_projections: bool) -> dict[str
         raise _no_such("middle_depth", config.middle_depth, "that of the last level")
     if config.resblock_updown:
         raise _no_such("resblock_updown", True, "False with a context")
+    if config.added_condition_dim is not None and config.added_layers != 2:
+        raise _no_such("added_layers", config.added_layers, "2 with cross-attention")
     depths[-1] = config.middle_depth
     on = [depth > 0 for depth in config.attention_depth]
     heads = [config.heads(width) for width in config.widths]
