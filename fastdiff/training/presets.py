@@ -249,7 +249,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         UNETS["emoji"],
         _captioned("emoji", 64, augment=_DRAWINGS),
         "runs/emoji-text",
-        steps=7000,
+        steps=20000,  # an hour and a half of two cores
         text=TextConfig(layers=1, heads=4, tokens=24, vocabulary=2048, dropout=0.1),
         latent_views=8,
     ),
