@@ -68,8 +68,6 @@ class Facts:
     """Whether the model is conditioned on a prompt."""
     pixels: bool
     """Whether x is the image itself."""
-    published: bool
-    """Whether fastdiff did not train the checkpoint, so that its paper defines the defaults."""
     learned_sigma: bool
     """Whether the network also predicts a variance."""
     classified: int | None
@@ -136,7 +134,6 @@ class Facts:
             class_names=tuple(model.class_names),
             reads_text=config.context_dim is not None and table is None,
             pixels=first is None,
-            published=model.layout != "bundle",
             learned_sigma=config.learned_sigma,
             classified=None if model.classifier is None else model.classifier.config.num_classes,
             names_sampler=named,
@@ -344,8 +341,9 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
     guidance = facts.model.guidance_scale
     if guidance is None:
         guidance = TEXT_GUIDANCE if text else GUIDANCE if facts.null_class else 1.0
-    # Pixel models were published with samplers that clip the estimate of x0 to [-1, 1].
-    clamp = 1.0 if facts.pixels and facts.published and not named else None
+    # Pixel models are published with samplers that clip the estimate of x0 to [-1, 1], and ours are
+    # previewed so. Without it the first steps of ancestral samplers can leave that range for good.
+    clamp = 1.0 if facts.pixels and not named else None
     defaults: dict[str, Any] = {
         "sampler": CHECKPOINT if named else DEFAULT_SAMPLER,
         "steps": (settings.spacing and respacing_steps(settings.spacing))

@@ -97,8 +97,8 @@ class SampleSettings:
     var-linear, var-quadratic, step-linear, step-quadratic; or IDDPM's strings such as 10,15,20 and
     ddim50. None: that of the files with sampler checkpoint, else the sampler's own."""
     clamp: float | None = None
-    """Limit of the estimate of x0; None: that of the files with sampler checkpoint, 1 for the
-    published pixel models, else no limit."""
+    """Limit of the estimate of x0; None: that of the files with sampler checkpoint, 1 for models on
+    pixels, else no limit."""
     tile: int | None = None
     """Side of the tiles in which larger latents are decoded; 0: never use tiles; None: 128 for
     models that read text, else 96."""
