@@ -15,6 +15,8 @@ import fastdiff
 from fastdiff.checkpoint.build import check_names
 from fastdiff.checkpoint.layouts import glide, openai
 from fastdiff.checkpoint.open import Loading
+from fastdiff.generate.facts import Facts, resolved
+from fastdiff.generate.job import SampleSettings
 from fastdiff.models.glide import PADDING, GLIDEText, GLIDETextConfig
 from fastdiff.models.presets import UNETS
 from fastdiff.models.unet import UNet
@@ -161,6 +163,15 @@ def test_bytes_do_not_depend_on_the_batch(models: dict[str, Any]) -> None:
         for index, prompt in enumerate(prompts):
             alone = models[name].generate(prompt, seeds=5 + index, **options).tensor
             assert torch.equal(alone[0], together[index])
+
+
+@pytest.mark.parametrize(("name", "scale"), [("base", 3), ("inpaint", 3), ("upsampler", 1)])
+def test_default_guidance_is_that_of_the_published_samples(
+    models: dict[str, Any], name: str, scale: float
+) -> None:
+    facts = Facts.of(models[name])
+    assert resolved(SampleSettings(), facts).guidance_scale == scale
+    assert resolved(SampleSettings(guidance_scale=5.0), facts).guidance_scale == 5
 
 
 def test_guidance_leads_away_from_padding_alone(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ HEAD_DIM = 64
 BASE = ScheduleConfig(kind="cosine")
 UPSAMPLER = ScheduleConfig(kind="linear", rescale_ends=True)
 BASE_SIZE, UPSAMPLER_SIZE = 64, 256
+BASE_GUIDANCE, UPSAMPLER_GUIDANCE = 3.0, 1.0
+"""Guidance scales of the published samples: the upsampler is not guided."""
 UPSAMPLED = "the small image, upsampled bilinearly, in the last channels of x"
 MASKED = "the image where the mask is 1, and the mask, which is 1 where it is kept, after x"
 TEXT = ("transformer.", "token_embedding.", "positional_embedding", "padding_embedding", "final_ln")
@@ -121,6 +123,7 @@ def _open(source: Source, loading: Loading) -> Model:
         text_encoders=encoders,
         schedule=loading.noise(schedule),
         prediction=options.prediction or "eps",
+        guidance_scale=UPSAMPLER_GUIDANCE if upsamples else BASE_GUIDANCE,
         image_size=options.image_size or size,
         image_channels=channels,
         path=source.path,
