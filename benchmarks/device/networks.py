@@ -175,7 +175,9 @@ def _doublings(plan: Plan, measured: _Measured) -> Iterator[str]:
         wide = folded(conv.weight.detach())
         conv, wide = conv.to(device, dtype), wide.to(device, dtype)
         x = torch.randn(rows, channels, side, side, device=device, dtype=dtype)
-        conv, x, wide = (t.to(memory_format=torch.channels_last) for t in (conv, x, wide))
+        layout = torch.channels_last
+        conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
+        x, wide = x.to(memory_format=layout), wide.to(memory_format=layout)
 
         def plain(conv: Any = conv, x: Tensor = x) -> Tensor:
             y: Tensor = conv(upsample_nearest(x))
