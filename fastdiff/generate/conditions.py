@@ -7,7 +7,6 @@ prompt, negative prompt, sizes -> tokens; also the pooled text, and for XL the s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import ClassJob, InterpolationJob, Job, TextSettings
+from fastdiff.generate.kept import Kept, Made
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.prompts import read_prompt
 from fastdiff.models.text import EncodedPrompt, TextEncoder, count_chunks, encode_prompt
@@ -24,7 +24,6 @@ KEPT = 256
 """Number of conditions that are cached; the most recently used ones are kept."""
 Pair = tuple[Condition, Condition | None]
 """A condition, and the condition to guide away from."""
-Made = TypeVar("Made")
 
 
 class Conditions:
@@ -49,7 +48,7 @@ class Conditions:
         self.zero_negative = bool(
             model.provenance.get("force_zeros_for_empty_prompt", len(self.encoders) == 2)
         )
-        self._kept: dict[Hashable, object] = {}
+        self._kept = Kept(KEPT)
 
     @torch.no_grad()
     def of(self, job: Job, size: tuple[int, int], *, guided: bool) -> Pair:
@@ -172,12 +171,7 @@ class Conditions:
         return Condition(context=encoded.tokens, added=vector)
 
     def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """The cached value of a key, created if necessary; the least recently used are dropped."""
-        value: Made = self._kept.pop(key) if key in self._kept else make()  # type: ignore[assignment]
-        self._kept[key] = value
-        if len(self._kept) > KEPT:
-            del self._kept[next(iter(self._kept))]
-        return value
+        return self._kept.once(key, make)
 
 
 def plain_text(prompt: str, text: TextSettings) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.facts import check
-from fastdiff.generate.from_noise import slerp
 from fastdiff.generate.interpolation import noise_between
 from fastdiff.generate.job import ClassJob, InterpolationJob, Job, SampleSettings, frames_of
 from fastdiff.generate.model import with_generate
+from fastdiff.generate.noise import slerp
 from fastdiff.generate.recipe import from_json, to_json
 from fastdiff.generate.session import Session
 from fastdiff.models.text import encode_prompt
