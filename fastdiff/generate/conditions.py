@@ -7,6 +7,7 @@ prompt, negative prompt, sizes -> tokens; also the pooled text, and for XL the s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import ClassJob, InterpolationJob, Job, TextSettings
-from fastdiff.generate.kept import Kept, Made
 from fastdiff.models.layers import timestep_embedding
 from fastdiff.models.prompts import read_prompt
 from fastdiff.models.text import EncodedPrompt, TextEncoder, count_chunks, encode_prompt
@@ -24,6 +24,24 @@ KEPT = 256
 """Number of conditions that are cached; the most recently used ones are kept."""
 Pair = tuple[Condition, Condition | None]
 """A condition, and the condition to guide away from."""
+
+Made = TypeVar("Made")
+
+
+class Kept:
+    """Up to `count` values by key; the least recently used are dropped."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._values: dict[Hashable, object] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """The value of a key, made if it is not there."""
+        value: Made = self._values.pop(key) if key in self._values else make()  # type: ignore[assignment]
+        self._values[key] = value
+        if len(self._values) > self._count:
+            del self._values[next(iter(self._values))]
+        return value
 
 
 class Conditions:

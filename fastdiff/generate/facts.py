@@ -18,6 +18,7 @@ from fastdiff.generate.job import (
     Job,
     SampleSettings,
     TextJob,
+    stage_options,
 )
 from fastdiff.generate.stages import UPSAMPLER_STEPS, check_stages, resolved_text
 from fastdiff.models.network import NetworkConfig
@@ -244,7 +245,8 @@ def check(job: Job, facts: Facts) -> Job:
             f"prompt {negative!r:.40} would have no effect; leave one of them out"
         )
     _check_condition(job, facts)
-    check_stages(job, facts.model)
+    if facts.model.projection is not None or stage_options(job):
+        check_stages(job, facts.model)
     if (cache := settings.caching) is not None and facts.model.denoiser is not None:
         check_cache(cache, facts.model.denoiser, pulled=bool(settings.classifier_scale))
     change: dict[str, Any] = {"settings": settings}

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastdiff.generate import refine, superresolution, upscale
 from fastdiff.generate.job import ClassJob, TextJob
-from fastdiff.generate.noise import slerp
 from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.session import Pass, Session
+from fastdiff.generate.slerp import slerp
 from fastdiff.images import enlarged
 
 

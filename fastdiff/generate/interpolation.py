@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastdiff.generate import superresolution
 from fastdiff.generate.job import InterpolationJob
-from fastdiff.generate.noise import slerp
 from fastdiff.generate.session import Pass, Session
+from fastdiff.generate.slerp import slerp
 
 
 def plan(session: Session, job: InterpolationJob) -> Pass:

@@ -487,6 +487,17 @@ PICTURES = ("image", "mask")
 GROUPS = {"text": TextSettings, "settings": SampleSettings}
 
 
+PRIOR_OPTIONS = ("prior_steps", "prior_guidance_scale", "prior_samples")
+
+
+def stage_options(job: Job) -> list[str]:
+    """Names of the options that a job gives and that only models with a prior or upsamplers have
+    (unCLIP)."""
+    text = getattr(job, "text", PLAIN_TEXT)
+    given = [name for name in PRIOR_OPTIONS if getattr(text, name) is not None]
+    return given if job.settings.upsampler_steps is None else [*given, "upsampler_steps"]
+
+
 def frames_of(job: InterpolationJob, count: int) -> list[InterpolationJob]:
     """The frames of an interpolation at equal distances, including both ends; 1: the one at `at`.
 

@@ -17,7 +17,7 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, noise_schedule
-from fastdiff.generate.conditions import Conditions
+from fastdiff.generate.conditions import Conditions, Kept, Made
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
     CHECKPOINT,
@@ -28,11 +28,10 @@ from fastdiff.generate.job import (
     Picture,
     SampleSettings,
 )
-from fastdiff.generate.kept import Kept, Made
 from fastdiff.generate.latents import Latents
-from fastdiff.generate.noise import initial_noise
 from fastdiff.generate.pictures import fitted, read_picture
 from fastdiff.generate.unclip import UnCLIPConditions
+from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.network import Network
 from fastdiff.runtime.engine import Request
@@ -110,7 +109,9 @@ class Session:
     def conditions(self) -> Conditions | UnCLIPConditions:
         """Converts prompts and classes to conditions."""
         if self.model.projection is not None:
-            return UnCLIPConditions(self.model, device=self.device, dtype=self.dtype)
+            return UnCLIPConditions(
+                self.model, device=self.device, dtype=self.dtype, noise=self.noise
+            )
         return Conditions(self.model, self.facts, device=self.device, dtype=self.dtype)
 
     @cached_property
@@ -178,7 +179,9 @@ class Session:
 
     def noise(self, seed: int, shape: tuple[int, ...]) -> Tensor:
         """Noise N(0, 1) that depends on the seed only: (*shape), in `sample_dtype`."""
-        return initial_noise(seed, shape, device=self.device, dtype=self.sample_dtype)
+        seeds = torch.tensor([int64_bits(seed)], dtype=torch.int64, device=self.device)
+        noise = philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE)
+        return noise[0].to(self.sample_dtype)
 
     def picture(
         self,

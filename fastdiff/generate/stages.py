@@ -6,9 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.generate.job import ClassJob, InterpolationJob, Job, TextJob, TextSettings
+from fastdiff.generate.job import (
+    PRIOR_OPTIONS,
+    InterpolationJob,
+    Job,
+    TextJob,
+    TextSettings,
+    stage_options,
+)
 
-PRIOR_OPTIONS = ("prior_steps", "prior_guidance_scale", "prior_samples")
 PRIOR_STEPS, UPSAMPLER_STEPS = 25, 7
 """Default steps, those of diffusers' UnCLIPPipeline."""
 PRIOR_SAMPLES = 2
@@ -23,15 +29,11 @@ def check_stages(job: Job, model: Model) -> None:
     """
     if model.upsamplers:
         _check_upsampled(job, model)
-    elif job.settings.upsampler_steps is not None:
-        raise ValueError(
-            f"{model.name} has no upsampler, so upsampler_steps has no effect; leave it out"
-        )
-    if isinstance(job, ClassJob):
-        return
-    for name in PRIOR_OPTIONS if model.prior is None else ():
-        if getattr(job.text, name) is not None:
-            raise ValueError(f"{model.name} has no prior, so {name} has no effect; leave it out")
+    for name in stage_options(job):
+        stage = model.upsamplers if name == "upsampler_steps" else model.prior
+        if not stage:
+            what = name.partition("_")[0]
+            raise ValueError(f"{model.name} has no {what}, so {name} has no effect; leave it out")
 
 
 def _check_upsampled(job: Job, model: Model) -> None:

@@ -9,6 +9,7 @@ kept (Ramesh et al. 2022, arXiv 2204.06125, section 2.2).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -17,10 +18,9 @@ from torch import Tensor
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import noise_schedule
-from fastdiff.generate.conditions import Pair, plain_text
+from fastdiff.generate.conditions import Kept, Pair, plain_text
 from fastdiff.generate.job import InterpolationJob, Job, TextJob, TextSettings, stage_seed
-from fastdiff.generate.kept import Kept
-from fastdiff.generate.noise import initial_noise, slerp
+from fastdiff.generate.slerp import slerp
 from fastdiff.models.prior import Prior
 from fastdiff.models.text import EncodedPrompt, TextEncoder
 from fastdiff.runtime.conditions import Condition
@@ -31,12 +31,16 @@ from fastdiff.runtime.run import run as run_requests
 
 KEPT = 256
 """Number of prompts, embeddings and conditions that are cached."""
+Noise = Callable[[int, tuple[int, ...]], Tensor]
+"""(seed, shape) -> noise N(0, 1) that depends on the seed only."""
 
 
 class UnCLIPConditions:
     """The conditions of a model with a prior. Equal contents share an object."""
 
-    def __init__(self, model: Model, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, *, device: torch.device, dtype: torch.dtype, noise: Noise
+    ) -> None:
         """Prepare the text encoder, the projection and the prior for inference in place."""
         assert model.projection is not None
         (encoder,) = model.text_encoders
@@ -46,7 +50,7 @@ class UnCLIPConditions:
         self.encoder.model.eval().requires_grad_(False)
         self.projection.to(device, dtype)
         self.projection.eval().requires_grad_(False)
-        self.prior = None if model.prior is None else PriorStage(model.prior, device, dtype)
+        self.prior = None if model.prior is None else PriorStage(model.prior, device, dtype, noise)
         self._kept = Kept(KEPT)
 
     @torch.no_grad()
@@ -125,13 +129,14 @@ class UnCLIPConditions:
 class PriorStage:
     """Makes image embeddings from texts with a prior: each a run through a sampler's table."""
 
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, device: torch.device, dtype: torch.dtype, noise: Noise
+    ) -> None:
         """Prepare the prior for inference in place."""
         assert isinstance(model.denoiser, Prior)
         assert model.schedule is not None
-        self.model, self.device = model, device
+        self.model, self.noise = model, noise
         self.network = prepare(model.denoiser, device=device, dtype=dtype)
-        self.sample_dtype = torch.promote_types(dtype, torch.float32)
         self.schedule = noise_schedule(model.schedule)
         self._tables = Kept(KEPT)
 
@@ -149,12 +154,12 @@ class PriorStage:
         """
         samples = text.prior_samples
         assert samples is not None, "the job is checked"
-        table = self._table(text)
+        table, shape = self._table(text), (self.network.config.in_channels,)
         condition, unconditional = as_condition(prompt), as_condition(negative)
         requests = [
             Request(
                 table=table,
-                x=self._start(own) * table.initial_sigma,
+                x=self.noise(own, shape) * table.initial_sigma,
                 seed=own,
                 condition=condition,
                 unconditional=unconditional,
@@ -170,10 +175,6 @@ class PriorStage:
         made = torch.stack([found[number] for number in range(samples)])
         images = self.network.denormalized(made)  # (samples, D)
         return nearest(images, prompt)
-
-    def _start(self, seed: int) -> Tensor:
-        shape = (self.network.config.in_channels,)
-        return initial_noise(seed, shape, device=self.device, dtype=self.sample_dtype)
 
     def _table(self, text: TextSettings) -> SamplerTable:
         steps, scale = text.prior_steps, text.prior_guidance_scale

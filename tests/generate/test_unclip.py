@@ -28,11 +28,11 @@ from fastdiff.generate.job import (
     TextSettings,
     stage_seed,
 )
-from fastdiff.generate.noise import initial_noise, slerp
 from fastdiff.generate.recipe import from_json, to_json
 from fastdiff.generate.session import Session
+from fastdiff.generate.slerp import slerp
 from fastdiff.generate.unclip import UnCLIPConditions, prior_seed
-from fastdiff.kernels import SAMPLER_NOISE, int64_bits, philox_normal
+from fastdiff.kernels import INITIAL_NOISE, SAMPLER_NOISE, int64_bits, philox_normal
 from fastdiff.serve.metrics import Metrics
 from fastdiff.serve.worker import Worker
 from tests.support.drawing import images
@@ -64,6 +64,11 @@ def job(
     )
 
 
+def initial_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """What a job starts from: (1, *shape)."""
+    return philox_normal(torch.tensor([int64_bits(seed)]), shape, step=0, stream=INITIAL_NOISE)
+
+
 def noises(seed: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> list[Tensor]:
     """What a sampler adds in its first rows: (1, *shape) each."""
     seeds = torch.tensor([int64_bits(seed)])
@@ -73,16 +78,12 @@ def noises(seed: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> 
 
 def starts(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """The pipeline's arguments with the noise that our job begins with."""
-    cpu = torch.device("cpu")
     shapes = {
         "prior_latents": (prior_seed(seed, 0), (WIDTH,)),
         "decoder_latents": (seed, (3, SMALL, SMALL)),
         "super_res_latents": (stage_seed(seed, "superresolution"), (3, LARGE, LARGE)),
     }
-    return {
-        name: initial_noise(own, shape, device=cpu, dtype=dtype)[None]
-        for name, (own, shape) in shapes.items()
-    }
+    return {name: initial_noise(own, shape).to(dtype) for name, (own, shape) in shapes.items()}
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, draws: Iterator[Tensor]) -> None:
@@ -147,7 +148,6 @@ def embeddings_of(
     found = []
     for own in seeds:
         hand_over(monkeypatch, iter(noises(own, (WIDTH,), 3, torch.float32) + [torch.zeros(1)] * 9))
-        start = initial_noise(own, (WIDTH,), device=torch.device("cpu"), dtype=torch.float32)
         with pipe.text_proj.register_forward_pre_hook(
             lambda _, __, given: found.append(given["image_embeddings"]), with_kwargs=True
         ):
@@ -157,7 +157,7 @@ def embeddings_of(
                 decoder_num_inference_steps=2,
                 super_res_num_inference_steps=2,
                 prior_guidance_scale=3.0,
-                prior_latents=start[None],
+                prior_latents=initial_noise(own, (WIDTH,)),
             )
     return torch.cat(found)
 
@@ -168,6 +168,7 @@ def test_the_nearer_of_two_embeddings_is_kept(
     """Ramesh et al. 2022, section 2.2: the larger dot product with the text's embedding."""
     pipe = karlo(tmp_path / "karlo")
     ours = fastdiff.load(tmp_path / "karlo")
+    with_our_schedule(pipe, ours)
     conditions = Session.of(ours).conditions
     assert isinstance(conditions, UnCLIPConditions)
     ids = pipe.tokenizer(["ab c"], padding="max_length", max_length=16, return_tensors="pt")

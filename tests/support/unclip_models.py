@@ -79,6 +79,7 @@ def karlo(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for parameter in (prior.positional_embedding, prior.prd_embedding, prior.clip_mean):
             parameter.copy_(randn(*parameter.shape, dtype=dtype, seed=3))
+        prior.clip_std.add_(1.5)  # it begins as zeros, with which no embedding depends on noise
     parts: dict[str, Any] = {
         "prior": prior,
         "decoder": peer_model("UNet2DConditionModel", DECODER, dtype),

@@ -1,19 +1,9 @@
-"""The noise that samples start from."""
+"""The great circle between two samples (White 2016, arXiv 1609.04468, "slerp")."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
-
-
-def initial_noise(
-    seed: int, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Noise N(0, 1) that depends on the seed only: (*shape)."""
-    seeds = torch.tensor([int64_bits(seed)], dtype=torch.int64, device=device)
-    return philox_normal(seeds, shape, step=0, stream=INITIAL_NOISE)[0].to(dtype)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
