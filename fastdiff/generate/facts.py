@@ -396,8 +396,9 @@ def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
         decoded = max(pixels, 512) if on_cpu else batch * pixels
         numbers += decoded * facts.factor**2 * first.config.model_channels
     for stage in facts.model.upsamplers:
-        width = getattr(stage.denoiser.config, "model_channels", 1024)  # type: ignore[union-attr]
-        numbers += evaluated * facts.model.upsampling**2 * width
+        assert stage.denoiser is not None
+        stage_width = getattr(stage.denoiser.config, "model_channels", 1024)
+        numbers += evaluated * facts.model.upsampling**2 * stage_width
     numbers = ACTIVATIONS * numbers + 16 * batch * channels * pixels
     return 4 * (numbers + deep_numbers(job, facts.model, (sides[0], sides[1]), batch)) < SMALL
 

@@ -83,7 +83,7 @@ class UnCLIPConditions:
         if job.at in (0, 1):
             return self._of_prompt(*(end if job.at == 1 else start), job.text)
         ends = [self._image(prompt, seed, job.text) for prompt, seed in (start, end)]
-        image, key = slerp(*ends, job.at), (start, end, job.at)
+        image, key = slerp(ends[0], ends[1], job.at), (start, end, job.at)
         first, last = (self._condition(key, image, prompt, job.text) for prompt, _ in (start, end))
         if first is last:
             return first
