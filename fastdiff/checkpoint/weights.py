@@ -27,6 +27,7 @@ from fastdiff.models.bert import BERT, BERTConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
+from fastdiff.models.unclip import ImageProjection, ImageProjectionConfig
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
 LARGE = 2**26  # bytes of weights from which on memory is asked for before they are read
@@ -180,6 +181,16 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_MODULES: dict[type[Any], type[nn.Module]] = {
+    AutoencoderConfig: Autoencoder,
+    TextTransformerConfig: TextTransformer,
+    GLIDETextConfig: GLIDEText,
+    BERTConfig: BERT,
+    ImageProjectionConfig: ImageProjection,
+}
+"""Config -> module, for those that are no denoisers."""
+
+
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
@@ -201,14 +212,9 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
         with torch.device("meta"), _Unfilled():
             if isinstance(config, tuple):
                 return nn.Embedding(*config)
-            if isinstance(config, AutoencoderConfig):
-                return Autoencoder(config)
-            if isinstance(config, TextTransformerConfig):
-                return TextTransformer(config)
-            if isinstance(config, GLIDETextConfig):
-                return GLIDEText(config)
-            if isinstance(config, BERTConfig):
-                return BERT(config)
+            for kind, module in _MODULES.items():
+                if isinstance(config, kind):
+                    return module(config)
             return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(
