@@ -46,7 +46,7 @@ CSS = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 .pixelated img {image-rendering: pixelated}
 #image img {width: 100%; height: 100%; object-fit: contain}
-#history .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
+#history .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 """
 
 
@@ -150,7 +150,7 @@ class Page:
                 )  # fmt: skip
                 status = gr.Markdown("Ready.", elem_id="status")
                 gallery = gr.Gallery(
-                    label="History", elem_id="history", elem_classes=small, columns=4, height=260,
+                    label="History", elem_id="history", elem_classes=small, columns=3, height=260,
                     format="png", interactive=False, buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 with gr.Accordion("Recipe", open=False):
@@ -176,7 +176,7 @@ class Page:
         )
         stop.click(lambda: "Stopped.", outputs=status, cancels=[event], api_visibility="private")
 
-        def select(past: list[dict[str, Any]], at: gr.SelectData) -> Any:
+        def select(past: list[dict[str, Any]], at: gr.SelectData) -> Any:  # type: ignore[name-defined]
             return _as_text(past[at.index]["recipe"]), at.index, past[at.index]["image"]
 
         def restore(past: list[dict[str, Any]], index: int | None) -> Any:
