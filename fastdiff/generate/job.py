@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -283,7 +283,8 @@ class TextJob:
     """What the image should show; (word:1.3), (word) and [word] are weights, BREAK begins a new
     chunk."""
     image: Picture | None = None
-    """Only for upsamplers: the low-resolution image to enlarge."""
+    """For upsamplers, the low-resolution image to enlarge; for models with an image encoder
+    (unCLIP), the picture to vary."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None
@@ -443,6 +444,11 @@ class InterpolationJob:
     """Class of the first image by number or name, for class-conditional models; None: no class."""
     to_label: int | str | None = None
     """Class of the last image; None: that of the first."""
+    image: Picture | None = field(default=None, metadata=LATER)
+    """Models with an image encoder (unCLIP): the picture that the first image varies."""
+    to_image: Picture | None = field(default=None, metadata=LATER)
+    """The picture that the last image varies; None: that of the first, changed by what to_prompt
+    adds to the prompt (a text difference, Ramesh et al. 2022, section 3.3)."""
     seed: int = 0
     """Seed of the first image."""
     to_seed: int | None = None
@@ -466,10 +472,14 @@ class InterpolationJob:
             check_seed(self.to_seed)
         if not 0 <= self.at <= 1:
             raise ValueError(f"at must be in [0, 1], got {self.at}; 0 is the first image")
-        if (self.to_seed, self.to_prompt, self.to_label) == (None, None, None):
+        _check_picture_types(self)
+        if self.to_image is not None and self.image is None:
+            raise ValueError("to_image needs image, the picture of the first image; give both")
+        ends = self.to_seed, self.to_prompt, self.to_label, self.to_image
+        if all(end is None for end in ends):
             raise ValueError(
-                "an interpolation needs a second image; give one or more of to_seed, to_prompt and "
-                "to_label"
+                "an interpolation needs a second image; give one or more of to_seed, to_prompt, "
+                "to_label and to_image"
             )
 
 
@@ -483,7 +493,7 @@ KINDS: dict[str, type[Any]] = {
     "upscale": UpscaleJob,
     "interpolation": InterpolationJob,
 }
-PICTURES = ("image", "mask")
+PICTURES = ("image", "mask", "to_image")
 GROUPS = {"text": TextSettings, "settings": SampleSettings}
 
 
@@ -491,10 +501,12 @@ PRIOR_OPTIONS = ("prior_steps", "prior_guidance_scale", "prior_samples")
 
 
 def stage_options(job: Job) -> list[str]:
-    """Names of the options that a job gives and that only models with a prior or upsamplers have
-    (unCLIP)."""
+    """Names of the options that a job gives and that only models with a prior, an image encoder or
+    upsamplers have (unCLIP)."""
     text = getattr(job, "text", PLAIN_TEXT)
     given = [name for name in PRIOR_OPTIONS if getattr(text, name) is not None]
+    if isinstance(job, InterpolationJob):
+        given += [name for name in ("image", "to_image") if getattr(job, name) is not None]
     return given if job.settings.upsampler_steps is None else [*given, "upsampler_steps"]
 
 
@@ -552,18 +564,25 @@ def _check_prompts(job: Any) -> None:
 
 def _check_pictures(job: Any) -> None:
     """The pictures of a job are files or tensors, and its fit is known."""
+    _check_picture_types(job)
+    if job.fit not in (None, *get_args(Fit)):
+        raise ValueError(f"unknown fit {job.fit!r:.40}; expected one of crop, resize")
+
+
+def _check_picture_types(job: Any) -> None:
+    defaults = {entry.name: entry.default for entry in fields(job)}
     for name in PICTURES:
-        if not hasattr(job, name):
+        if name not in defaults:
             continue
         value = getattr(job, name)
+        if value is None and defaults[name] is None:
+            continue
         # a tensor is recognised by a method, so that making a job does not import torch
         if not (isinstance(value, str | os.PathLike) or hasattr(value, "is_floating_point")):
             raise ValueError(
                 f"{name} must be a file or a tensor, got {type(value).__name__}; "
                 "fastdiff.images.read_image turns Pillow images into tensors"
             )
-    if job.fit not in (None, *get_args(Fit)):
-        raise ValueError(f"unknown fit {job.fit!r:.40}; expected one of crop, resize")
 
 
 def _check_start(job: Any) -> None:

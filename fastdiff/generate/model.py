@@ -65,8 +65,8 @@ class Model(CheckpointModel):
 
         The arguments determine the kind of job: a mask makes an `InpaintJob`, an image with `scale`
         an `UpscaleJob`, an image an `ImageToImageJob` (with an upsampler a `ClassJob` or, with a
-        prompt, a `TextJob`), `frames` an `InterpolationJob`, a prompt a `TextJob`, and anything
-        else a `ClassJob`.
+        prompt, a `TextJob`; with an image encoder a `TextJob`), `frames` an `InterpolationJob`, a
+        prompt a `TextJob`, and anything else a `ClassJob`.
 
         Args:
             prompts: one for all images, or one per image.
@@ -75,8 +75,9 @@ class Model(CheckpointModel):
             image, mask: a file, a Pillow image, a result of `generate`, or pixels (C, H, W) in
                 [-1, 1]; the mask is white, or 1, where the image is to be replaced. One for all
                 images; or one per seed, as a list or a batch (N, C, H, W).
-            frames: number of images from each seed's image to that of to_seed, to_prompt or
-                to_label (one or more of them), including both ends; 1: the frame at position `at`.
+            frames: number of images from each seed's image to that of to_seed, to_prompt,
+                to_label or to_image (one or more of them), including both ends; 1: the frame at
+                position `at`.
             options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             classifier: a noisy classifier that pulls the images towards their classes, with the
@@ -89,15 +90,22 @@ class Model(CheckpointModel):
         for name, argument in (("prompt", "prompts"), ("label", "classes"), ("seed", "seeds")):
             if name in options:
                 raise ValueError(f"unknown option {name!r}; give {argument}=")
-        if frames is not None and (image is not None or mask is not None):
-            raise ValueError(
-                "frames lie between two seeds, prompts or classes; leave image and mask out"
-            )
         model = self if classifier is None else self._guided(classifier)
         classes, seeds = _listed(classes), _listed(seeds)
         count, seeds = _seeds(seeds, prompts, classes)
         facts = Facts.of(model)
+        if frames is not None and (
+            mask is not None or (image is not None and not facts.embeds_images)
+        ):
+            raise ValueError(
+                "frames lie between two seeds, prompts or classes; leave image and mask out"
+            )
         sides = {name: options.get(name) for name in ("height", "width")}
+        if facts.embeds_images:  # an image becomes an embedding, whatever its size
+            sides = dict.fromkeys(sides)
+            prompts = "" if prompts is None and frames is None else prompts
+        if isinstance(last := options.get("to_image"), Image | Result):
+            options["to_image"] = _picture(last, facts.image_channels, sides)
         given = {
             "prompt": _each("prompts", prompts, count),
             "label": _each("classes", classes, count),
@@ -107,7 +115,9 @@ class Model(CheckpointModel):
         kind: type[Any] = InterpolationJob
         if frames is None:
             kind = _kind(facts, prompts, image, mask, options)
-            if leads := [name for name in ("to_seed", "to_prompt", "to_label") if name in options]:
+            if leads := [
+                name for name in ("to_seed", "to_prompt", "to_label", "to_image") if name in options
+            ]:
                 raise ValueError(
                     f"{leads[0]} needs frames, the number of images to make (frames=1 with at= for "
                     "a single one)"
@@ -239,7 +249,7 @@ def _kind(
             raise ValueError("mask needs image, the picture to change; give image as well")
         return InpaintJob
     if image is not None:
-        if facts.extra == "upsampler":
+        if facts.extra == "upsampler" or facts.embeds_images:
             return ClassJob if prompts is None else TextJob
         return UpscaleJob if "scale" in options else ImageToImageJob
     return ClassJob if prompts is None else TextJob

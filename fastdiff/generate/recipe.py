@@ -94,8 +94,10 @@ def to_json(job: Job) -> dict[str, Any]:
     """
     kind = next(name for name, cls in KINDS.items() if isinstance(job, cls))
     data: dict[str, Any] = {"kind": kind}
-    for name in (entry.name for entry in fields(job)):
-        value = getattr(job, name)
+    for entry in fields(job):
+        name, value = entry.name, getattr(job, entry.name)
+        if "later" in entry.metadata and value is entry.default:
+            continue
         if is_dataclass(value):
             value = {k: v for k, v in to_dict(value).items() if k != "batch"}
         elif name in PICTURES and value is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
@@ -29,7 +28,7 @@ from fastdiff.generate.job import (
     SampleSettings,
 )
 from fastdiff.generate.latents import Latents
-from fastdiff.generate.pictures import fitted, read_picture
+from fastdiff.generate.pictures import fitted, picture_key, read_picture
 from fastdiff.generate.unclip import UnCLIPConditions
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.classifier import Classifier
@@ -211,16 +210,10 @@ class Session:
         pictures, fit: what the image was made from, as the key. image: (C, H, W).
         """
 
-        def key(picture: Picture) -> Hashable:
-            if isinstance(picture, Tensor):
-                return id(picture)
-            facts = os.stat(picture)
-            return os.fspath(picture), facts.st_mtime_ns, facts.st_size
-
         def encode() -> tuple[Sequence[Picture], Tensor]:  # keeps tensors alive, so ids stay valid
             return pictures, self.latents.encode(image[None], tile=tile)[0]
 
-        keys = (*(key(picture) for picture in pictures), tuple(image.shape), tile, fit)
+        keys = (*map(picture_key, pictures), tuple(image.shape), tile, fit)
         return self._once("pictures", PICTURES, keys, encode)[1]
 
     def request(
