@@ -282,3 +282,23 @@ def test_a_packed_network_launches_one_product() -> None:
     assert apart["linear"] - packed["linear"] == blocks - 1 + contexts - 1
     assert apart["addition"] - packed["addition"] == blocks  # the product adds the biases
     assert apart["other"] == packed["other"]
+
+
+def test_biases_leave_in_compiled_graphs_too(by_the_norm: Callable[[], None]) -> None:
+    by_the_norm()
+    network, given = NETWORKS["context"]().eval(), inputs("context", dtype=torch.float32)
+    kept: list[bool] = []
+
+    def counted(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        for node in graph.graph.nodes:
+            if "conv2d" in str(node.target):
+                kept.append(len(node.args) > 2 and node.args[2] is not None)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = network(**given)
+        found = torch.compile(network, backend=counted, fullgraph=True)(**given)
+    torch.testing.assert_close(found, expected)
+    # as in test_biases_leave, and the shortcuts, which are matrix products on a GPU only
+    assert (len(kept), sum(kept)) == (8 + 7 + 3 + 2 + 5, 2 + 5)
