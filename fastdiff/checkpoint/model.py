@@ -18,10 +18,12 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import message_line
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.classifier import Classifier
+from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
 from fastdiff.names import Prediction
 
+CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
 RUN_MODEL = "model"  # the bundle inside a training run's folder
 # The fields of a text encoder's config that the shapes of its weights do not determine.
 ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
@@ -42,6 +44,8 @@ class Model:
     """The first stage; None for diffusion on pixels."""
     classifier: Classifier | None = None
     """A classifier of noisy x, which can guide a denoiser with the same schedule and classes."""
+    controlnets: tuple[ControlNet, ...] = ()
+    """ControlNets, each of which reads one of a job's control pictures."""
     text_encoders: tuple[AnyEncoder, ...] = ()
     """The text encoders, in the order in which their tokens are concatenated."""
     class_embedding: nn.Embedding | None = None
@@ -101,6 +105,7 @@ class Model:
         """Part -> module, for the parts that exist."""
         parts: dict[str, Any] = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
         parts["classifier"] = self.classifier
+        parts |= {f"{CONTROLNET}{i + 1}": net for i, net in enumerate(self.controlnets)}
         for index, encoder in enumerate(self.text_encoders):
             parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
         parts["class_embedding"] = self.class_embedding
@@ -116,6 +121,8 @@ class Model:
         """The most important facts as (title, text); at most eleven pairs."""
         pairs = [("layout", f"{self.layout}, {self.path}")]
         for name, module in self.modules.items():
+            if name.startswith(CONTROLNET):
+                continue
             count = sum(parameter.numel() for parameter in module.parameters())
             pairs.append((name, f"{type(module).__name__}, {count:,} parameters"))
         if (denoiser := self.denoiser) is not None:
@@ -128,6 +135,9 @@ class Model:
             classes = config.num_classes if table is None else table.num_embeddings
             if classes is not None:
                 pairs.append(("classes", str(classes)))
+        if self.controlnets:
+            sizes = [sum(p.numel() for p in net.parameters()) for net in self.controlnets]
+            pairs.append(("controlnets", f"{' + '.join(f'{n:,}' for n in sizes)} parameters"))
         if self.classifier is not None:
             pairs.append(("classifies", f"{self.classifier.config.num_classes} classes"))
         if self.image_size is not None:
@@ -216,6 +226,8 @@ def _hash(model: Model) -> str:
     }
     if model.classifier is not None:
         facts["classifier"] = to_dict(model.classifier.config)
+    if model.controlnets:
+        facts["controlnets"] = [to_dict(net.config) for net in model.controlnets]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":
         facts["kind"] = kind
     # With a denoiser in fp16 the autoencoder computes in fp32.

@@ -24,6 +24,7 @@ from fastdiff.files import printable
 from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.bert import BERT, BERTConfig
+from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
@@ -33,6 +34,14 @@ LARGE = 2**26  # bytes of weights from which on memory is asked for before they 
 MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
 MAX_DIMS = 64  # of a tensor; the product of a million sizes takes for ever
 
+_MODULES: dict[type[Any], Callable[[Any], nn.Module]] = {
+    AutoencoderConfig: Autoencoder,
+    TextTransformerConfig: TextTransformer,
+    GLIDETextConfig: GLIDEText,
+    BERTConfig: BERT,
+    ControlNetConfig: ControlNet,
+}
+"""Config -> module, for those that are no registered networks."""
 Shapes = Mapping[str, tuple[int, ...]]
 Sources = dict[str, tuple[str, ...]]
 """Our parameter -> those of a file, whose rows are concatenated."""
@@ -183,8 +192,8 @@ class _Unfilled(TorchFunctionMode):
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
-    config: of an autoencoder, a text transformer or a registered network; (rows, width) of an
-        embedding.
+    config: of an autoencoder, a ControlNet, a text transformer or a registered network; (rows,
+        width) of an embedding.
     tensors: how many the file has.
 
     Raises:
@@ -201,14 +210,8 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
         with torch.device("meta"), _Unfilled():
             if isinstance(config, tuple):
                 return nn.Embedding(*config)
-            if isinstance(config, AutoencoderConfig):
-                return Autoencoder(config)
-            if isinstance(config, TextTransformerConfig):
-                return TextTransformer(config)
-            if isinstance(config, GLIDETextConfig):
-                return GLIDEText(config)
-            if isinstance(config, BERTConfig):
-                return BERT(config)
+            if (module := _MODULES.get(type(config))) is not None:
+                return module(config)
             return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(

@@ -263,6 +263,11 @@ def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
 
 def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
     kind = data.get("_class_name")
+    if kind == "ControlNetModel":
+        raise ValueError(
+            f"{folder} contains a ControlNet; load the model that it was trained for with "
+            f"controlnet={str(folder)!r} (--controlnet)"
+        )
     known = (*UNETS, *TRANSFORMERS[:1], prior.NAME, *AUTOENCODERS)
     if kind not in known + TRANSFORMERS[1:]:
         raise ValueError(
@@ -389,6 +394,7 @@ def _open(source: Source, loading: Loading) -> Model:
         "tokenizer",
         "lora",
         "embedding",
+        "controlnet",
         "variant",
         "ema",
         "text_encoders",
@@ -409,6 +415,8 @@ LAYOUT = Layout(
     name=NAME,
     folder=_is_diffusers,
     refused={
+        "the weights of a diffusers ControlNet; load the model that it was trained for with the "
+        "folder as controlnet (--controlnet)": ("controlnet_cond_embedding.conv_in.weight",),
         f"the weights of a diffusers model, {_BESIDE}": (
             "conv_in.weight",
             "down_blocks.0.resnets.0.norm1.weight",

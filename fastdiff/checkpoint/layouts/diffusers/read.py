@@ -329,18 +329,18 @@ def names(model: nn.Module) -> Sources:
     return source_names(places, LAYERS)
 
 
-def unet_places(unet: UNet) -> Iterator[Place]:
-    config, last = unet.config, len(unet.config.channel_mult) - 1
-    yield "time_embed.0", unet.time_embed[0], "time_embedding.linear_1"
-    yield "time_embed.2", unet.time_embed[2], "time_embedding.linear_2"
+def encoder_places(model: Any, config: UNetConfig) -> Iterator[Place]:
+    """The places of embedding, way down and middle, which a U-Net and a ControlNet have."""
+    last = len(config.channel_mult) - 1
+    yield "time_embed.0", model.time_embed[0], "time_embedding.linear_1"
+    yield "time_embed.2", model.time_embed[2], "time_embedding.linear_2"
     if config.num_classes is not None:
-        yield "label_embed", unet.label_embed, "class_embedding"
+        yield "label_embed", model.label_embed, "class_embedding"
     if config.added_condition_dim is not None and config.added_layers:
-        assert isinstance(unet.added_embed, nn.Sequential)
-        yield "added_embed.0", unet.added_embed[0], "add_embedding.linear_1"
-        yield "added_embed.2", unet.added_embed[2], "add_embedding.linear_2"
+        yield "added_embed.0", model.added_embed[0], "add_embedding.linear_1"
+        yield "added_embed.2", model.added_embed[2], "add_embedding.linear_2"
 
-    stages = enumerate(unet.input_blocks)
+    stages = enumerate(model.input_blocks)
     index, stage = next(stages)
     yield f"input_blocks.{index}.0", next(stage.children()), "conv_in"
     for level in range(last + 1):
@@ -352,14 +352,17 @@ def unet_places(unet: UNet) -> Iterator[Place]:
             theirs = f"down_blocks.{level}.downsamplers.0"
             yield f"input_blocks.{index}.0", next(stage.children()), theirs
 
-    first, *attention, second = unet.middle_block
+    first, *attention, second = model.middle_block
     yield "middle_block.0", first, "mid_block.resnets.0"
     for block in attention:
         yield "middle_block.1", block, "mid_block.attentions.0"
-    yield f"middle_block.{len(unet.middle_block) - 1}", second, "mid_block.resnets.1"
+    yield f"middle_block.{len(model.middle_block) - 1}", second, "mid_block.resnets.1"
 
+
+def unet_places(unet: UNet) -> Iterator[Place]:
+    yield from encoder_places(unet, unet.config)
     for index, stage in enumerate(unet.output_blocks):
-        level, j = divmod(index, config.num_res_blocks + 1)
+        level, j = divmod(index, unet.config.num_res_blocks + 1)
         yield from _stage_places(f"output_blocks.{index}", stage, f"up_blocks.{level}", j)
     yield "norm_out", unet.norm_out, "conv_norm_out"
     yield "conv_out", unet.conv_out, "conv_out"

@@ -105,6 +105,11 @@ def _denoiser(model: Model) -> UNet | DiT | None:
         raise ValueError(
             "a diffusers folder cannot contain a noisy classifier; save a bundle instead"
         )
+    if model.controlnets:
+        raise ValueError(
+            "fastdiff writes no ControlNets into diffusers folders; save the model without "
+            "controlnet, and give it when the folder is loaded"
+        )
     if isinstance(model.denoiser, DiT) and model.schedule is not None and not model.autoencoder:
         raise ValueError(
             "diffusers' DiTPipeline needs an autoencoder, got a DiT on pixels; write a bundle"
