@@ -32,6 +32,7 @@ UNET = "model.diffusion_model."
 EMA = "model_ema.diffusion_model"
 FIRST_STAGE = "first_stage_model."
 CONTROL = "control_model."
+CONTROL_MARK = f"{CONTROL}input_hint_block.0.weight"
 # Tables of the noise schedule and the like, which we compute, and loss networks of a first stage.
 _DERIVED = re.compile(
     r"(sqrt_|log_|posterior_|alphas_cumprod|betas$|logvar$|lvlb_weights$|scale_factor$"
@@ -155,7 +156,10 @@ def _leave_controlnet(reading: Reading) -> None:
         ValueError: there is one, and `controlnet` does not name the file.
     """
     path, asked = reading.weights.path, reading.loading.options.controlnet
-    if reading.under(CONTROL).places and path.resolve() not in [each.resolve() for each in asked]:
+    if CONTROL_MARK not in reading.weights.places:
+        return
+    reading.under(CONTROL)
+    if path.resolve() not in [each.resolve() for each in asked]:
         raise ValueError(
             f"{path} contains a ControlNet beside the model; load it with "
             f"controlnet={str(path)!r} (--controlnet {path})"
