@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,24 @@ LOOP_ROUNDS = 9
 DOUBLINGS = [(rows, *size) for rows in (2, 32) for size in ((1280, 8), (1280, 16), (640, 32))]
 """Rows, channels and sides before the doubling of Stable Diffusion 1.5's three, guided, for one
 image and for 16."""
+
+
+@contextmanager
+def timed_convolutions() -> Iterator[None]:
+    """Let cuDNN time its algorithms at the first call of each convolution and keep the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+PROVIDERS: tuple[tuple[str, Callable[[], AbstractContextManager[None]]], ...] = (
+    ("auto", nullcontext),
+    ("auto, cudnn.benchmark", timed_convolutions),
+    ("plain", plain_ops),
+)
 
 
 def _device(plan: Plan) -> torch.device:
@@ -148,7 +166,7 @@ def unet(plan: Plan) -> list[str]:
                 notes.append(f"{name}: {_parity(module, inputs)}")
             except AssertionError as error:  # a wrong network is still measured
                 measured.outcome.failures.append(f"{name}: {said(error)}")
-            for provider, ops in (("auto", nullcontext), ("plain", plain_ops)):
+            for provider, ops in PROVIDERS:
                 for benchmark, method in _METHODS:
                     with ops():
                         step = lambda: module(**inputs)  # noqa: B023, E731 - called here only

@@ -12,6 +12,7 @@
     python -m fastdiff.bench.counts host --accelerated --docs
     python -m fastdiff.bench.counts inductor
     python -m fastdiff.bench.counts inductor --network "SD 1.5 U-Net" --docs
+    python -m fastdiff.bench.counts compile --docs
 
 `launches` counts kernel launches, bytes and FLOPs per evaluation of Stable Diffusion 1.5, SDXL, the
 KL-f8 decoder and ADM, in our networks, in diffusers' and in accelerated diffusers; launches.py
@@ -23,6 +24,8 @@ code for an H200, blocks per call and bytes in flight; sass.py states the rules.
 `inductor` compiles the same networks with torch.compile for an H200 that is not there, and counts
 the kernels in the generated code; inductor.py states the rules. It takes minutes per network.
 
+`compile` compiles what Triton would compile before the first evaluation on a new machine.
+
 `host` measures the cost of every op call with launches stubbed, with --network the sum over the
 calls of one evaluation. Next to it is the number of functions called, in Python and C, which does
 not vary from run to run. Costs are in units of one
@@ -33,8 +36,8 @@ this checkout over the other. Costs vary by a few percent from one process to th
 close result, use --processes 4. With --accelerated, it measures an evaluation of accelerated
 diffusers against one of plain diffusers instead (see eager.py).
 
-`inductor --docs` and `host --accelerated --docs` write docs/counts.json; `launches --docs` makes
-the page from it.
+`inductor --docs`, `compile --docs` and `host --accelerated --docs` write docs/counts.json;
+`launches --docs` makes the page from it.
 """
 
 from __future__ import annotations
@@ -311,6 +314,28 @@ def inductor(options: argparse.Namespace) -> int:
     return 0
 
 
+def compiled(options: argparse.Namespace) -> int:
+    """Run the command ``compile`` and return its exit code."""
+    from fastdiff.bench import first_use
+
+    if unknown := set(options.network) - set(first_use.WORK):
+        raise ValueError(
+            f"unknown network {', '.join(sorted(unknown))}; expected some of "
+            f"{', '.join(first_use.WORK)}"
+        )
+    rows: list[tuple[str, ...]] = [first_use.HEAD]
+    for name in options.network or first_use.WORK:
+        print(f"{name}:")
+        found = first_use.compile_all(first_use.WORK[name]().recorded, lambda s: print(f"  {s}"))
+        rows.append((name, *first_use.cells(found)))
+        if options.docs:
+            counted.record(first_use.SECTION, name, asdict(found))
+    print(aligned(rows, words=1))
+    if options.docs:
+        print(f"wrote {counted.PATH}; `launches --docs` makes the page from it")
+    return 0
+
+
 def host(options: argparse.Namespace) -> int:
     """Run the command ``host`` and return its exit code."""
     if options.accelerated:
@@ -383,10 +408,15 @@ def sass_section() -> str:
 
 def whole_page() -> str:
     """The text of docs/counts.md; the section of instructions stays as it is."""
-    from fastdiff.bench import evaluations
+    from fastdiff.bench import backward, evaluations, first_use
     from fastdiff.bench import launches as found
 
-    return found.page(sass_section(), evaluations.rows())
+    return found.page(
+        sass_section(),
+        predicted=evaluations.rows(),
+        trained=backward.rows(),
+        compiled=first_use.rows(),
+    )
 
 
 def sass(options: argparse.Namespace) -> int:
@@ -435,6 +465,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--network", help='only this one, such as "SD 1.5 U-Net"')
     words.add_argument("--docs", action="store_true", help="write docs/counts.json")
     words.set_defaults(run=inductor, at_most=None, against=None)
+    words = commands.add_parser(
+        "compile", help="what Triton compiles at first use, and for how long (needs triton)"
+    )
+    words.add_argument("--network", nargs="+", default=(), help="only these")
+    words.add_argument("--docs", action="store_true", help="write docs/counts.json")
+    words.set_defaults(run=compiled, at_most=None, against=None)
     words = commands.add_parser(
         "host", help="host cost of every op call, in units of one tiny torch.add"
     )

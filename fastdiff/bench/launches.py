@@ -52,7 +52,7 @@ from fastdiff.extras import import_extra
 from fastdiff.kernels import shapes_only
 from fastdiff.kernels.cat_linear import composed as cat_linear
 from fastdiff.kernels.linear_add import composed as linear_add
-from fastdiff.kernels.triton import recording_launches
+from fastdiff.kernels.triton import Launch, recording_launches
 from fastdiff.models.network import Network, network_family
 from fastdiff.models.presets import UNETS
 from fastdiff.runtime.conditions import Condition
@@ -66,7 +66,7 @@ KINDS = (
 """The groups of launches in the tables; Inductor's own kernels are "fused"."""
 
 LAUNCHES: dict[str, tuple[str, int]] = {
-    "convolution": ("convolution", 1),  # and a bias, see `_Counting._convolution`
+    "convolution": ("convolution", 1),  # and a bias, see `Counting._convolution`
     "linear": ("linear", 1),  # inside an op; elsewhere it arrives as one of the following
     "addmm": ("linear", 1),
     "addmm_": ("linear", 1),
@@ -141,6 +141,10 @@ class Count:
     bytes_of: Counter[str] = field(default_factory=Counter)
     """Group -> bytes."""
     flops_of: Counter[str] = field(default_factory=Counter)
+    recorded: list[Launch] = field(default_factory=list)
+    """What Triton launches, in order; kernels that `norms` plans are CUDA's and not among them."""
+    after_ours: int = 0
+    """Launches of ours that directly follow one of ours."""
 
     @property
     def total(self) -> int:
@@ -161,7 +165,7 @@ def count(call: Callable[[], Any], norms: Norms | None = None) -> Count:
     """
     with ExitStack() as modes:
         modes.enter_context(torch.no_grad())
-        counting = modes.enter_context(_Counting(norms))
+        counting = modes.enter_context(Counting(norms))
         modes.enter_context(_Attention(counting))
         modes.enter_context(kernels.backend("auto"))
         modes.enter_context(shapes_only())
@@ -169,13 +173,18 @@ def count(call: Callable[[], Any], norms: Norms | None = None) -> Count:
     return counting.found
 
 
-class _Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):
     """Counts every operator that reaches PyTorch's dispatcher."""
+
+    table: Mapping[str, tuple[str, int]] = LAUNCHES
+    keeps = False
+    """Whether the ops keep what their backward passes need."""
 
     def __init__(self, norms: Norms | None = None) -> None:
         super().__init__()
         self.found = Count()
         self._norms = norms
+        self._ours_last = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # without it, PyTorch imports Dynamo
@@ -189,16 +198,27 @@ class _Counting(TorchDispatchMode):
         name = name.partition(".")[0]
         if namespace == kernels.op.NAMESPACE:
             made = func(*args, **kwargs)
-            self._ours(name, args)
+            self.ours(name, args)
         elif name == "convolution":
             made = self._convolution(*args, **kwargs)
         else:
-            made = func(*args, **kwargs)
-            if not _is_view(func):
-                self._pytorch(name, (args, kwargs), made)
+            made = self.other(name, func, args, kwargs)
         return made
 
-    def add(self, kind: str, launches: int, moved: int, flops: int = 0) -> None:
+    def other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run and count an operator of PyTorch."""
+        made = func(*args, **kwargs)
+        if not _is_view(func):
+            self._pytorch(name, (args, kwargs), made)
+        return made
+
+    def add(
+        self, kind: str, launches: int, moved: int, flops: int = 0, *, ours: bool = False
+    ) -> None:
+        """Add launches of one operator. ours: of this package's kernels."""
+        if launches:
+            self.found.after_ours += ours * (launches - 1 + self._ours_last)
+            self._ours_last = ours
         self.found.launches[kind] += launches
         self.found.bytes += moved
         self.found.flops += flops
@@ -206,16 +226,17 @@ class _Counting(TorchDispatchMode):
         self.found.flops_of[kind] += flops
 
     def _pytorch(self, name: str, given: Any, made: Any) -> None:
-        if name not in LAUNCHES:
+        if name not in self.table:
             raise ValueError(
                 f"aten::{name} has no number of launches; add it to LAUNCHES in {__name__}"
             )
-        kind, launches = LAUNCHES[name]
+        kind, launches = self.table[name]
         if launches:
             args = given[0]
             twice = name == "native_group_norm"
             moved = moved_bytes(given, made) + (moved_bytes(args[0]) if twice else 0)
-            self.add(kind, launches, moved, _product_flops(name, args))
+            flops = _product_flops(name, args) if kind == "linear" else 0
+            self.add(kind, launches, moved, flops)
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         """cuDNN's result is channels_last if its input or its weight is."""
@@ -228,27 +249,24 @@ class _Counting(TorchDispatchMode):
             self.add("convolution bias", 1, moved_bytes((made, bias), made))
         return made
 
-    def _ours(self, name: str, args: tuple[Any, ...]) -> None:
+    def ours(self, name: str, args: tuple[Any, ...]) -> None:
         op = kernels.OPS[name]
         if name in BY_COUNTS and op.unmeasured(*args) != "triton":
             with self:  # PyTorch's operators and another op
-                BY_COUNTS[name](*args, False)
+                BY_COUNTS[name](*args, self.keeps)
             return
         if self._norms is not None and name.endswith("group_norm_silu"):
             self._norm_by_plan(name, args)
             return
         # with self: what a backend leaves to PyTorch counts as PyTorch's
         with recording_launches(H200.architecture) as launched, torch.no_grad(), self:
-            op.backends["triton"].forward(*args, False)
+            op.backends["triton"].forward(*args, self.keeps)
         work = op.work(*args)
         # a sample that does not fit on the chip is read for the moments and again for the result
         parts = name.endswith("group_norm_silu") and len(launched) > 1
-        self.add(
-            OURS[name],
-            len(launched),
-            work.bytes + (moved_bytes(args[0]) if parts else 0),
-            work.flops,
-        )
+        moved = work.bytes + (moved_bytes(args[0]) if parts else 0)
+        self.add(OURS[name], len(launched), moved, work.flops, ours=True)
+        self.found.recorded += launched
 
     def _norm_by_plan(self, name: str, args: tuple[Any, ...]) -> None:
         """Count a GroupNorm whose launches `norms` tells."""
@@ -259,13 +277,13 @@ class _Counting(TorchDispatchMode):
         groups = args[list(op.types).index("num_groups")]
         launched = self._norms(n, c, math.prod(sides), groups)
         again = moved_bytes(args[0]) if launched > 1 else 0
-        self.add(OURS[name], launched, op.work(*args).bytes + again)
+        self.add(OURS[name], launched, op.work(*args).bytes + again, ours=True)
 
 
 class _Attention(TorchFunctionMode):
     """PyTorch's attention as one launch: on the meta device it would be taken apart."""
 
-    def __init__(self, counting: _Counting) -> None:
+    def __init__(self, counting: Counting) -> None:
         super().__init__()
         self._counting = counting
 
@@ -306,8 +324,6 @@ def moved_bytes(*given: Any) -> int:
 
 def _product_flops(name: str, args: Sequence[Any]) -> int:
     """FLOPs of a matrix product (..., m, k) x (..., k, n)."""
-    if LAUNCHES[name][0] != "linear":
-        return 0
     if name == "linear":
         return 2 * int(args[0].numel()) * len(args[1])
     a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
@@ -401,21 +417,25 @@ class Decode(nn.Module):
         return y
 
 
-def diffusers_network(job_name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """diffusers' network on the meta device, and the arguments that a pipeline calls it with."""
+def diffusers_network(job_name: str, batch: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """diffusers' network on the meta device, and the arguments that a pipeline calls it with.
+
+    batch: None: the job's.
+    """
     kind, config = DIFFUSERS[job_name]
     job = GPU_JOBS[job_name]
+    rows = batch or job.batch
     diffusers = import_extra("diffusers", extra="diffusers")
     with torch.device("meta"):
         module = getattr(diffusers, kind)(**config).to(DTYPE).eval()
-        x = torch.empty(job.batch, 4, job.size, job.size, dtype=DTYPE)
+        x = torch.empty(rows, 4, job.size, job.size, dtype=DTYPE)
         if kind == "AutoencoderKL":
             return Decode(module), {"z": x}
         width, t = module.config.cross_attention_dim, torch.empty(())
-        context = torch.empty(job.batch, CONTEXT_TOKENS, width, dtype=DTYPE)
+        context = torch.empty(rows, CONTEXT_TOKENS, width, dtype=DTYPE)
         added = {
-            "time_ids": torch.empty(job.batch, 6, dtype=DTYPE),
-            "text_embeds": torch.empty(job.batch, 1280, dtype=DTYPE),
+            "time_ids": torch.empty(rows, 6, dtype=DTYPE),
+            "text_embeds": torch.empty(rows, 1280, dtype=DTYPE),
         }
     return module, {
         "sample": x,
@@ -492,11 +512,19 @@ STEPS: dict[str, dict[str, Any]] = {
 class _Functions:
     """In the place of a recorder of CUDA graphs: a graph is the function itself."""
 
+    room = math.inf
+
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
     def record(self, function: Callable[[], None]) -> Replay:
         return function
+
+    def held(self) -> int:
+        return 0
+
+    def renew(self) -> None:
+        """Do nothing: there is no memory."""
 
 
 def step_count(extra: int = 0, guidance_scale: float = 7.5, rescale: float = 0.0) -> Count:
@@ -589,20 +617,29 @@ def kind_rows() -> list[tuple[str, ...]]:
     return found
 
 
-def page(instructions: str, predicted: Sequence[tuple[str, ...]]) -> str:
+def page(
+    instructions: str,
+    *,
+    predicted: Sequence[tuple[str, ...]],
+    trained: Sequence[tuple[str, ...]],
+    compiled: Sequence[tuple[str, ...]],
+) -> str:
     """The text of docs/counts.md.
 
     instructions: the section that sass.py writes.
-    predicted: rows of evaluations.py, after their header.
+    predicted, trained, compiled: rows of evaluations.py, backward.py and first_use.py, after their
+        headers.
     """
     head, *body = rows()
     kinds, *by_kind = kind_rows()
     outside, *by_request = step_rows()
-    compiled = counted.recorded(inductor.SECTION).values()
-    versions = sorted({f"PyTorch {each['torch']}" for each in compiled})
+    by_inductor = counted.recorded(inductor.SECTION).values()
+    versions = sorted({f"PyTorch {each['torch']}" for each in by_inductor})
     return PAGE.format(
         versions=" and ".join(versions),
         predicted=table(predicted[0], predicted[1:]),
+        trained=table(trained[0], trained[1:]),
+        compiled=table(compiled[0], compiled[1:]),
         eager=table(EAGER_HEAD, eager_rows(counted.recorded(eager.SECTION))),
         counts=table(head, body),
         kinds=table(kinds, by_kind),
@@ -648,6 +685,23 @@ the prediction is rescaled), and one addition that advances rows and indices. Re
 blend with the known image in further launches, which are not counted here.
 
 {steps}
+
+## A training step
+
+Forward and backward pass of Stable Diffusion 1.5's U-Net at batch 8, with weights and gradients in
+bf16, without the loss and the optimizer (`fastdiff/bench/backward.py` states the rules). "follow"
+are launches of ours directly after one of ours.
+
+{trained}
+
+## Compilation at first use
+
+Kernels that Triton compiles before the first evaluation on a new machine, if all ops run in Triton:
+different binaries, their size, and the seconds of one core (`python -m fastdiff.bench.counts
+compile --docs`, for an H200). Triton keeps them in its cache, and a graph's warm-up loads them. The
+CUDA kernels are compiled when the package is built.
+
+{compiled}
 
 ## Host time of accelerated diffusers
 

@@ -375,6 +375,30 @@ def triton_rows() -> Iterator[Row]:
             parts={"64 keys": len(way.instructions) * 64 / keys / tiles},
             aim=230 if d == 40 else None,
         )
+        yield from attention_backward_rows(q)
+
+
+def attention_backward_rows(q: Tensor) -> Iterator[Row]:
+    """The two large kernels of the backward pass of self-attention; both compute the scores again,
+    so a gradient of the keys is four products and one of the queries three."""
+    n, length, heads, d = q.shape
+    statistics = torch.empty(2, n, heads, length, device="meta")
+    inputs = q, q, q, None, None, None
+    backward = kernels.OPS["attention"].backends["triton"].backward
+    assert backward is not None
+    with recording_launches(ARCHITECTURE) as found, torch.no_grad():
+        backward(q, *inputs, d**-0.5, q, statistics, [True] * 3 + [False] * 3)
+    for launch in found:
+        of = re.fullmatch("_(keys|queries)_gradient_kernel", launch.kernel.__name__)
+        if of is None:  # the row sums
+            continue
+        way = main_loop(triton_code(launch).instructions, "HGMMA|HMMA")
+        tile = launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"] / launch.num_warps
+        yield Row(
+            kernel=f"attention, d = {d}, gradient of {of[1]}",
+            backend="Triton",
+            parts={"64 keys": len(way.instructions) * 64 * 16 / tile},
+        )
 
 
 # Blocks and bytes in flight

@@ -171,12 +171,16 @@ class Job:
         module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device != "cpu":
             pack(module)
+        return module, self.inputs(device, dtype)
+
+    def inputs(self, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The arguments of the network's forward."""
         with torch.device(device):
             inputs = self._inputs()
         for name in ("x", "context", "added"):
             if name in inputs:
                 inputs[name] = inputs[name].to(dtype)
-        return module, inputs
+        return inputs
 
     def _inputs(self) -> dict[str, Tensor]:
         config, denoises = self.config, self.network in DENOISERS

@@ -21,6 +21,7 @@ from fastdiff.models.classifier import Classifier
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
+from fastdiff.models.unclip import ImageProjection
 from fastdiff.names import Prediction
 
 CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
@@ -51,6 +52,16 @@ class Model:
     class_embedding: nn.Embedding | None = None
     """Class embedding whose rows are context tokens, for denoisers with context but no text (LDM).
     """
+    prior: Model | None = None
+    """The prior of unCLIP, which makes an image embedding from a text: a model with a denoiser, a
+    schedule, a sampler and a guidance scale of its own, and no other parts."""
+    projection: ImageProjection | None = None
+    """What turns an image embedding and a text into the denoiser's conditions (unCLIP)."""
+    upsamplers: tuple[Model, ...] = ()
+    """Models that enlarge what the denoiser makes, in one run of a sampler: the first takes all
+    steps, or all but the last if a second one takes that (karlo)."""
+    upsampling: int = 1
+    """Factor of both sides by which the upsamplers enlarge an image."""
     schedule: ScheduleConfig | None = None
     """Noise schedule of the training; None without a denoiser or classifier, or if the files do not
     state it."""
@@ -109,6 +120,10 @@ class Model:
         for index, encoder in enumerate(self.text_encoders):
             parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
         parts["class_embedding"] = self.class_embedding
+        parts["prior"] = self.prior and self.prior.denoiser
+        parts["projection"] = self.projection
+        for index, upsampler in enumerate(self.upsamplers):
+            parts[f"upsampler{f'_{index + 1}' * bool(index)}"] = upsampler.denoiser
         return {name: module for name, module in parts.items() if module is not None}
 
     @property
@@ -204,11 +219,29 @@ def image_channels(denoiser: Network | None, autoencoder: Autoencoder | None) ->
     return denoiser.config.out_channels // (2 if denoiser.config.learned_sigma else 1)
 
 
+def check_one_stage(model: Model) -> None:
+    """Raise ValueError if a model has stages besides its denoiser, which no layout can write."""
+    stages = {"prior": model.prior, "projection": model.projection, "upsamplers": model.upsamplers}
+    if there := [name for name, stage in stages.items() if stage]:
+        raise ValueError(
+            f"{model.name} has further networks ({', '.join(there)}), which fastdiff cannot write; "
+            "copy the folder that it was read from"
+        )
+
+
 def _encoder_facts(encoder: AnyEncoder) -> list[Any]:
     if not isinstance(encoder, TextEncoder):
         return encoder.facts
     facts = [getattr(encoder.model.config, name) for name in ENCODER_FACTS]
     return [*facts, encoder.skip, encoder.final_norm]
+
+
+def _stage_facts(stage: Model) -> list[Any]:
+    """What decides the results of a prior or an upsampler besides its weights. The sampler is among
+    it, because no recipe names it."""
+    assert stage.denoiser is not None
+    parts = stage.denoiser.config, stage.schedule, stage.sampler
+    return [*(None if part is None else to_dict(part) for part in parts), stage.prediction]
 
 
 def _hash(model: Model) -> str:
@@ -228,6 +261,8 @@ def _hash(model: Model) -> str:
         facts["classifier"] = to_dict(model.classifier.config)
     if model.controlnets:
         facts["controlnets"] = [to_dict(net.config) for net in model.controlnets]
+    if stages := [stage for stage in (model.prior, *model.upsamplers) if stage is not None]:
+        facts["stages"] = [_stage_facts(stage) for stage in stages]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":
         facts["kind"] = kind
     # With a denoiser in fp16 the autoencoder computes in fp32.

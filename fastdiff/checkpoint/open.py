@@ -467,7 +467,7 @@ def _check_together(model: Model) -> None:
                 f"{model.path}: the autoencoder's latents have {latent} channels, the denoiser's "
                 f"{out}; use the autoencoder that belongs to it"
             )
-    if model.text_encoders:
+    if model.text_encoders and model.projection is None:
         configs: list[Any] = [encoder.model.config for encoder in model.text_encoders]
         widths = [text.hidden_size for text in configs]
         if sum(widths) != config.context_dim:

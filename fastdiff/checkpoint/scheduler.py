@@ -157,6 +157,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "LCMScheduler": {**_LEADING, **_CLIP, **_DISTILLED, "clip_sample": False},
     "TCDScheduler": {**_LEADING, **_CLIP, **_DISTILLED, "clip_sample": False},
+    "UnCLIPScheduler": {
+        **_TRAINING,
+        "beta_schedule": "squaredcos_cap_v2",
+        "variance_type": "fixed_small_log",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+    },
 }
 """Every option of a scheduler and its default, as of diffusers 0.42."""
 FLOW_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -203,7 +210,7 @@ _OURS = {
     name: sampler
     for sampler, name in SCHEDULERS.items()
     if sampler not in ("dpmpp-2m-sde", "dpmpp-3m")
-}
+} | {"UnCLIPScheduler": "ddpm"}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),

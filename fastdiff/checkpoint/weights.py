@@ -28,20 +28,13 @@ from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
+from fastdiff.models.unclip import ImageProjection, ImageProjectionConfig
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
 LARGE = 2**26  # bytes of weights from which on memory is asked for before they are read
 MAX_JSON_BYTES = 100 * 2**20  # of an index; safetensors' own limit for a header
 MAX_DIMS = 64  # of a tensor; the product of a million sizes takes for ever
 
-_MODULES: dict[type[Any], Callable[[Any], nn.Module]] = {
-    AutoencoderConfig: Autoencoder,
-    TextTransformerConfig: TextTransformer,
-    GLIDETextConfig: GLIDEText,
-    BERTConfig: BERT,
-    ControlNetConfig: ControlNet,
-}
-"""Config -> module, for those that are no registered networks."""
 Shapes = Mapping[str, tuple[int, ...]]
 Sources = dict[str, tuple[str, ...]]
 """Our parameter -> those of a file, whose rows are concatenated."""
@@ -189,6 +182,17 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_MODULES: dict[type[Any], type[nn.Module]] = {
+    AutoencoderConfig: Autoencoder,
+    TextTransformerConfig: TextTransformer,
+    GLIDETextConfig: GLIDEText,
+    BERTConfig: BERT,
+    ImageProjectionConfig: ImageProjection,
+    ControlNetConfig: ControlNet,
+}
+"""Config -> module, for those that are no denoisers."""
+
+
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
@@ -210,8 +214,9 @@ def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
         with torch.device("meta"), _Unfilled():
             if isinstance(config, tuple):
                 return nn.Embedding(*config)
-            if (module := _MODULES.get(type(config))) is not None:
-                return module(config)
+            for kind, module in _MODULES.items():
+                if isinstance(config, kind):
+                    return module(config)
             return network_family(kind_of(config)).network(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(

@@ -24,7 +24,24 @@ KEPT = 256
 """Number of conditions that are cached; the most recently used ones are kept."""
 Pair = tuple[Condition, Condition | None]
 """A condition, and the condition to guide away from."""
+
 Made = TypeVar("Made")
+
+
+class Kept:
+    """Up to `count` values by key; the least recently used are dropped."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._values: dict[Hashable, object] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """The value of a key, made if it is not there."""
+        value: Made = self._values.pop(key) if key in self._values else make()  # type: ignore[assignment]
+        self._values[key] = value
+        if len(self._values) > self._count:
+            del self._values[next(iter(self._values))]
+        return value
 
 
 class Conditions:
@@ -49,7 +66,7 @@ class Conditions:
         self.zero_negative = bool(
             model.provenance.get("force_zeros_for_empty_prompt", len(self.encoders) == 2)
         )
-        self._kept: dict[Hashable, object] = {}
+        self._kept = Kept(KEPT)
 
     @torch.no_grad()
     def of(self, job: Job, size: tuple[int, int], *, guided: bool) -> Pair:
@@ -172,12 +189,7 @@ class Conditions:
         return Condition(context=encoded.tokens, added=vector)
 
     def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """The cached value of a key, created if necessary; the least recently used are dropped."""
-        value: Made = self._kept.pop(key) if key in self._kept else make()  # type: ignore[assignment]
-        self._kept[key] = value
-        if len(self._kept) > KEPT:
-            del self._kept[next(iter(self._kept))]
-        return value
+        return self._kept.once(key, make)
 
 
 def plain_text(prompt: str, text: TextSettings) -> str:

@@ -20,7 +20,8 @@ TOKENS = 77
 
 def evaluations(job: Job, facts: Facts) -> float:
     """The number of full evaluations of the network that a checked job is worth, for one step of
-    the sampler each, guided ones twice; one that reuses deep features counts by its FLOPs.
+    the sampler each, guided ones twice; one that reuses deep features counts by its FLOPs. What the
+    two rows of a guided sample share is not deducted: 2.6% in Stable Diffusion 1.5.
     """
     settings = job.settings
     rows, each = settings.total, 2.0 if settings.weight > 1 else 1.0

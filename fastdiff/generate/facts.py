@@ -18,7 +18,9 @@ from fastdiff.generate.job import (
     Job,
     SampleSettings,
     TextJob,
+    stage_options,
 )
+from fastdiff.generate.stages import UPSAMPLER_STEPS, check_stages, resolved_text
 from fastdiff.models.network import NetworkConfig
 from fastdiff.runtime.engine import check_cache
 
@@ -106,7 +108,7 @@ class Facts:
                 f"{first.config.latent_channels}; use the autoencoder that it was trained with"
             )
         image_channels = channels if first is None else first.config.image_channels
-        factor = 1 if first is None else first.downsample_factor
+        factor = model.upsampling * (1 if first is None else first.downsample_factor)
         table = model.class_embedding
         rows = 0 if table is None else table.num_embeddings
         # LDM's first ImageNet model has one row for each of its 1000 classes; all later ones have
@@ -243,6 +245,8 @@ def check(job: Job, facts: Facts) -> Job:
             f"prompt {negative!r:.40} would have no effect; leave one of them out"
         )
     _check_condition(job, facts)
+    if facts.model.projection is not None or stage_options(job):
+        check_stages(job, facts.model)
     if (cache := settings.caching) is not None and facts.model.denoiser is not None:
         check_cache(
             cache,
@@ -252,6 +256,8 @@ def check(job: Job, facts: Facts) -> Job:
         )
     _check_control(job, facts)
     change: dict[str, Any] = {"settings": settings}
+    if not isinstance(job, ClassJob) and facts.model.prior is not None:
+        change["text"] = resolved_text(job.text, facts.model.prior)
     if not isinstance(job, TextJob) and not facts.reads_text:
         change["label"] = facts.label(job.label)
         if isinstance(job, InterpolationJob) and job.to_label is not None:
@@ -373,6 +379,7 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
         "clamp": clamp,
         "tile": TEXT_TILE if text else TILE,
         "classifier_scale": None if facts.classified is None else 1.0,
+        "upsampler_steps": UPSAMPLER_STEPS if facts.model.upsamplers else None,
     }
     return _changed(
         settings,
@@ -411,6 +418,10 @@ def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
     if first is not None:
         decoded = max(pixels, 512) if on_cpu else batch * pixels
         numbers += decoded * facts.factor**2 * first.config.model_channels
+    for stage in facts.model.upsamplers:
+        assert stage.denoiser is not None
+        stage_width = getattr(stage.denoiser.config, "model_channels", 1024)
+        numbers += evaluated * facts.model.upsampling**2 * stage_width
     numbers = ACTIVATIONS * numbers + 16 * batch * channels * pixels
     return 4 * (numbers + deep_numbers(job, facts.model, (sides[0], sides[1]), batch)) < SMALL
 
@@ -453,6 +464,8 @@ def _check_context(model: Model, config: NetworkConfig) -> None:
             f"the checkpoint {model.path} has no text encoder; load the whole model with "
             "text_encoders=True"
         )
+    if model.projection is not None:
+        return  # its layout has compared the widths
     have = sum(encoder.model.config.hidden_size for encoder in model.text_encoders)  # type: ignore[union-attr,misc]
     if have != width:
         raise ValueError(

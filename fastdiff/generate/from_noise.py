@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from fastdiff.generate import refine, upscale
+from fastdiff.generate import refine, superresolution, upscale
 from fastdiff.generate.job import ClassJob, TextJob
 from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.session import Pass, Session
+from fastdiff.generate.slerp import slerp
 from fastdiff.images import enlarged
 
 
@@ -26,7 +26,9 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     x = start_noise(session, job)
     stop: int | None = None
     then: Callable[[Tensor], Pass] | None = None
-    if isinstance(job, TextJob) and refiner is not None:
+    if session.upsamplers:
+        then = superresolution.second_pass(session, job, refiner)
+    elif isinstance(job, TextJob) and refiner is not None:
         stop, then = refine.second_pass(session, refiner, job)
     elif isinstance(job, TextJob) and job.upscale is not None:
         then = upscale.second_pass(session, job, job.upscale)
@@ -54,18 +56,3 @@ def start_noise(session: Session, job: ClassJob | TextJob) -> Tensor:
     if job.variation_seed is None or job.variation == 0:
         return noise
     return slerp(noise, session.noise(job.variation_seed, shape), job.variation)
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """sin((1 - s) theta) / sin(theta) a + sin(s theta) / sin(theta) b; theta is their angle.
-
-    a, b: the same shape. share: s; 0 gives a, 1 gives b.
-    """
-    u, v = a.double().flatten(), b.double().flatten()
-    cosine = torch.dot(u, v) / (u.norm() * v.norm())
-    theta = torch.arccos(cosine.clamp(-1, 1))
-    if theta.sin() < 1e-6:  # parallel or antiparallel: the great circle is undefined
-        return torch.lerp(a, b, share)
-    weights = torch.sin((1 - share) * theta), torch.sin(share * theta)
-    mixed = (weights[0] * u + weights[1] * v) / theta.sin()
-    return mixed.reshape(a.shape).to(a.dtype)

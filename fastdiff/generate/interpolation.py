@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdiff.generate.from_noise import slerp
+from fastdiff.generate import superresolution
 from fastdiff.generate.job import InterpolationJob
 from fastdiff.generate.session import Pass, Session
+from fastdiff.generate.slerp import slerp
 
 
 def plan(session: Session, job: InterpolationJob) -> Pass:
@@ -22,7 +23,11 @@ def plan(session: Session, job: InterpolationJob) -> Pass:
     assert job.width is not None
     table = session.table(job.settings)
     x = noise_between(session, job) * table.initial_sigma
-    return Pass(session=session, request=session.request(job, table, x, (job.height, job.width)))
+    return Pass(
+        session=session,
+        request=session.request(job, table, x, (job.height, job.width)),
+        then=superresolution.second_pass(session, job) if session.upsamplers else None,
+    )
 
 
 def noise_between(session: Session, job: InterpolationJob) -> Tensor:

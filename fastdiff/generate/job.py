@@ -39,6 +39,8 @@ CHECKPOINT = "checkpoint"
 """Name of the sampler that stands for the model's own (diffusers' scheduler_config.json)."""
 
 
+MOST_OF_A_PRIOR = 1000
+"""Most steps, and most samples, that a job may ask of a prior."""
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
@@ -122,6 +124,8 @@ class SampleSettings:
     distances."""
     cache_power: float = field(default=CENTER_POWER, metadata=LATER)
     """With cache_center, how uneven the distances are; 1: equal."""
+    upsampler_steps: int | None = field(default=None, metadata=LATER)
+    """unCLIP: steps of the networks that enlarge the image; None: 7, as published."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -135,7 +139,7 @@ class SampleSettings:
             check_spacing(self.spacing)
             if self.steps is not None:
                 check_steps(self.spacing, self.steps)
-        for name, least in (("steps", 1), ("batch", 1)):
+        for name, least in (("steps", 1), ("batch", 1), ("upsampler_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -208,6 +212,13 @@ class TextSettings:
     """XL's refiner: aesthetic score to condition on, 0 to 10."""
     negative_aesthetic_score: float = 2.5
     """XL's refiner: aesthetic score for the negative prompt, 0 to 10."""
+    prior_steps: int | None = field(default=None, metadata=LATER)
+    """unCLIP: steps of the prior, which makes an image embedding from the prompt; None: 25."""
+    prior_guidance_scale: float | None = field(default=None, metadata=LATER)
+    """unCLIP: guidance scale of the prior; None: what it was made for, up to 1: no guidance."""
+    prior_samples: int | None = field(default=None, metadata=LATER)
+    """unCLIP: image embeddings that the prior makes, of which the one nearest to the prompt is kept
+    (Ramesh et al. 2022, section 2.2); None: 2."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -222,6 +233,13 @@ class TextSettings:
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             if not 0 <= getattr(self, name) <= 10:
                 raise ValueError(f"{name} must be in [0, 10], got {getattr(self, name)}")
+        for name in ("prior_steps", "prior_samples"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MOST_OF_A_PRIOR:
+                raise ValueError(f"{name} must be 1 to {MOST_OF_A_PRIOR:,}, got {value}")
+        scale = self.prior_guidance_scale
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"prior_guidance_scale must be finite, got {scale}; 1 turns it off")
         if self.clip_skip < 0:
             raise ValueError(f"clip_skip must be at least 0, got {self.clip_skip}; 0 skips none")
         if self.negative is not None:
@@ -241,15 +259,15 @@ class ControlSettings:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value: Any = getattr(self, entry.name)
             numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
             for number in numbers:
-                if not isinstance(number, Real) or isinstance(number, bool):
+                if not isinstance(number, Real) or type(number) is bool:
                     raise ValueError(f"{entry.name} must be a number, got {number!r:.40}")
                 if not math.isfinite(number):
                     raise ValueError(f"{entry.name} must be finite, got {number}")
-                if entry.name != "control_scale" and not 0 <= number <= 1:
-                    raise ValueError(f"{entry.name} must be in [0, 1], got {number:g}")
+                if entry.name != "control_scale" and not 0 <= float(number) <= 1:
+                    raise ValueError(f"{entry.name} must be in [0, 1], got {number}")
             if not numbers:
                 raise ValueError(f"{entry.name} must be at least one number, got none")
             object.__setattr__(self, entry.name, tuple(map(float, numbers)))
@@ -542,6 +560,17 @@ KINDS: dict[str, type[Any]] = {
 }
 PICTURES = ("image", "mask", "control")
 GROUPS = {"text": TextSettings, "settings": SampleSettings, "controls": ControlSettings}
+
+
+PRIOR_OPTIONS = ("prior_steps", "prior_guidance_scale", "prior_samples")
+
+
+def stage_options(job: Job) -> list[str]:
+    """Names of the options that a job gives and that only models with a prior or upsamplers have
+    (unCLIP)."""
+    text = getattr(job, "text", PLAIN_TEXT)
+    given = [name for name in PRIOR_OPTIONS if getattr(text, name) is not None]
+    return given if job.settings.upsampler_steps is None else [*given, "upsampler_steps"]
 
 
 def frames_of(job: InterpolationJob, count: int) -> list[InterpolationJob]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.weights import empty_model
+from fastdiff.generate import superresolution
 from fastdiff.generate.cost import TOKENS, inputs
 from fastdiff.generate.facts import (
     ACTIVATIONS,
@@ -118,17 +119,21 @@ def need_of(models: Sequence[Model], job: Job, call: Call, *, loaded: bool) -> N
     job = check(job, facts)
     sizes = _sizes(job, facts)
     work, copies = 0, 0
-    for model in models:
-        sampling = [_sampling(model, job, size, call) for size in sizes]
+    stages = [(model, job) for model in models]
+    if models[0].upsamplers:
+        larger = replace(job, settings=superresolution.settings_of(job))
+        stages += [(upsampler, larger) for upsampler in models[0].upsamplers]
+    for model, own in stages:
+        sampling = [_sampling(model, own, size, call) for size in sizes]
         copies += max(peak.copies for peak in sampling)
         work = max(work, *(peak.most for peak in sampling))
     if models[0].autoencoder is not None:
         tile = job.settings.tile or 0
-        stages = [_decoding(models[0], sizes[-1], tile, call)]
+        first = [_decoding(models[0], sizes[-1], tile, call)]
         if getattr(job, "image", None) is not None or _reencodes(job):
-            stages += [_encoding(models[0], size, tile, call) for size in sizes]
-        copies += max(peak.copies for peak in stages)
-        work = max(work, *(peak.most for peak in stages))
+            first += [_encoding(models[0], size, tile, call) for size in sizes]
+        copies += max(peak.copies for peak in first)
+        work = max(work, *(peak.most for peak in first))
     height, width = sizes[-1]
     image = facts.image_channels * height * width * FP32
     return Need(

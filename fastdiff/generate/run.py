@@ -266,10 +266,7 @@ class _Run:
             if task.now.then is None:
                 done.append((task, x))
             else:
-                try:
-                    second.append(replace(task, now=task.now.then(x)))
-                except FAILURES as error:
-                    self._report(task.number, error)
+                second += self._next(task, x)
             if second and len(second) >= self._count(second[-1]):
                 done += self._again(second)
                 second = []
@@ -287,6 +284,15 @@ class _Run:
         except FAILURES as error:
             self._report(number, error)
             return None
+
+    def _next(self, task: _Task, x: Tensor) -> list[_Task]:
+        """A task's next pass, planned from x, the result of the one before; none if it failed."""
+        assert task.now.then is not None
+        try:
+            return [replace(task, now=task.now.then(x))]
+        except FAILURES as error:
+            self._report(task.number, error)
+            return []
 
     def _report(self, number: int, error: Exception) -> None:
         """Report an error of a job to `on_failure`; raise it if there is none."""
@@ -328,14 +334,20 @@ class _Run:
             seen.add(key)
 
     def _again(self, tasks: list[_Task]) -> Iterator[tuple[_Task, Tensor]]:
-        """Run the second passes, which all use the same network."""
+        """Run second passes, which all use the same network, and those that follow them."""
         for task in tasks:
             if task.now.request is None:
                 assert task.now.x is not None
                 yield task, task.now.x
         left = [task for task in tasks if task.now.request is not None]
-        if left:
-            yield from self._run(left[0].now.session, iter(left))
+        third: list[_Task] = []
+        for task, x in self._run(left[0].now.session, iter(left)) if left else ():
+            if task.now.then is None:
+                yield task, x
+            else:
+                third += self._next(task, x)
+        if third:
+            yield from self._again(third)
 
     def _run(self, session: Session, tasks: Iterator[_Task]) -> Iterator[tuple[_Task, Tensor]]:
         first = next(tasks, None)
@@ -395,7 +407,7 @@ class _Run:
         with self.clock("decode"):
             z = torch.stack([z for _, z in tasks])
             images = session.latents.decode(z, tile=tile).cpu()
-        refiner = None if session is self.session else session
+        refiner = self.refiner if session is self.refiner else None
         for (task, _), image in zip(tasks, images, strict=True):
             made = Result(
                 job=task.job,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, noise_schedule
-from fastdiff.generate.conditions import Conditions
+from fastdiff.generate.conditions import Conditions, Kept, Made
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
     CHECKPOINT,
@@ -33,6 +33,7 @@ from fastdiff.generate.job import (
 )
 from fastdiff.generate.latents import Latents
 from fastdiff.generate.pictures import fitted, read_picture
+from fastdiff.generate.unclip import UnCLIPConditions
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.controlnet import with_controlnets
@@ -46,11 +47,10 @@ TABLES, PICTURES = 64, 8
 """Number of entries kept in each cache; the least recently used are dropped."""
 NOT_OF_A_TABLE = (
     *("batch", "tile", "classifier_scale", "classifier_class"),
-    *("cache", "cache_branch", "cache_center", "cache_power"),
+    *("cache", "cache_branch", "cache_center", "cache_power", "upsampler_steps"),
 )
 """Settings that tables do not depend on."""
 _of_a_table = attrgetter(*sorted({f.name for f in fields(SampleSettings)} - {*NOT_OF_A_TABLE}))
-Made = TypeVar("Made")
 
 
 class Session:
@@ -70,7 +70,7 @@ class Session:
         weight = next(model.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.sample_dtype = torch.promote_types(self.dtype, torch.float32)
-        self._kept: dict[str, dict[Hashable, Any]] = {}
+        self._kept: dict[str, Kept] = {}
 
     @classmethod
     def of(cls, model: Model) -> Session:
@@ -112,9 +112,18 @@ class Session:
         return Latents(first, scale, device=self.device, dtype=self.dtype)
 
     @cached_property
-    def conditions(self) -> Conditions:
+    def conditions(self) -> Conditions | UnCLIPConditions:
         """Converts prompts and classes to conditions."""
+        if self.model.projection is not None:
+            return UnCLIPConditions(
+                self.model, device=self.device, dtype=self.dtype, noise=self.noise
+            )
         return Conditions(self.model, self.facts, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def upsamplers(self) -> tuple[Session, ...]:
+        """The sessions of the networks that enlarge what the denoiser makes."""
+        return tuple(map(Session, self.model.upsamplers))
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -319,12 +328,7 @@ class Session:
         return tuple(pulls)
 
     def _once(self, kind: str, count: int, key: Hashable, make: Callable[[], Made]) -> Made:
-        kept = self._kept.setdefault(kind, {})
-        value: Made = kept.pop(key) if key in kept else make()
-        kept[key] = value
-        if len(kept) > count:
-            del kept[next(iter(kept))]
-        return value
+        return self._kept.setdefault(kind, Kept(count)).once(key, make)
 
 
 def _key(picture: Picture) -> Hashable:

@@ -72,6 +72,9 @@ class Network(nn.Module):
     only_side: int | None = None
     """The only height and width that x may have, if positions are learned; None: any multiple of
     `config.size_multiple`."""
+    row_pixels: int | None = None
+    """How many pixels a row counts as in the blocks of a CPU (`fastdiff.runtime.blocks`); None:
+    those of x."""
     denoises: bool = True
     """Whether `body` returns a prediction for x; False for a classifier of noisy samples."""
     num_controls: int = 0

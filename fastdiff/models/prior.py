@@ -112,6 +112,7 @@ class Prior(Network):
     """Predict the image embedding in x at timestep t."""
 
     config: PriorConfig
+    row_pixels = 256  # the tokens of one embedding keep all cores busy
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()

@@ -52,16 +52,18 @@ class EncodedPrompt:
     """The vectors of an encoded prompt.
 
     tokens: (1, chunks * 77, D), the encoders' vectors concatenated along D. pooled: (1, P), the
-    projected end-of-text vector of the first chunk; None if no encoder provides one.
+    projected end-of-text vector of the first chunk; None if no encoder provides one. mask:
+    (1, tokens) bool, False for padding; None if the denoiser was trained to read padding too.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     def zeros(self) -> EncodedPrompt:
         """Zeros of the same shapes, with which Stable Diffusion XL was trained for "no prompt"."""
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return EncodedPrompt(torch.zeros_like(self.tokens), pooled)
+        return EncodedPrompt(torch.zeros_like(self.tokens), pooled, self.mask)
 
 
 class JointEncoder(Protocol):

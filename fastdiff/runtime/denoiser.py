@@ -199,7 +199,8 @@ class Denoiser:
         weight = next(network.parameters())
         self.network, self.dtype, self.device = network, weight.dtype, weight.device
         self._sides, self.deep = tuple(sides), dict[int, Tensor]()
-        self.blocks = row_blocks(sides, weight.device) if rounded is None else None
+        pixels = sides if network.row_pixels is None else (network.row_pixels,)
+        self.blocks = row_blocks(pixels, weight.device) if rounded is None else None
         self._round = rounded or (lambda rows: rows)
         self.embeddings = Stack(room=room)
         self._contexts: dict[Condition, Context] = {}

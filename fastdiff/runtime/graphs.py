@@ -22,6 +22,8 @@ from fastdiff.runtime.denoiser import Batch
 
 LIMIT = 16
 """Maximum number of graphs kept, the most recently used ones. They share memory."""
+SHARE = 0.25
+"""Part of a GPU's memory that the graphs of an engine may keep together."""
 WARM_UP = 2
 """Number of runs before recording, in which kernels are compiled, loaded and chosen."""
 ROWS = 1024
@@ -31,13 +33,25 @@ Replay = Callable[[], object]
 
 
 class Recorder(Protocol):
-    """Records a function as a graph."""
+    """Records functions as graphs, which share memory.
+
+    Attributes:
+        room: bytes that the graphs may keep together.
+    """
+
+    room: float
 
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run the function under the conditions of recording."""
 
     def record(self, function: Callable[[], None]) -> Replay:
         """Record the work of the function without doing it. Returns a function that does it."""
+
+    def held(self) -> int:
+        """Bytes that the graphs keep together."""
+
+    def renew(self) -> None:
+        """Start with new memory: that of earlier graphs is free once they are all gone."""
 
 
 class CudaRecorder:
@@ -46,6 +60,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
+        self.room = SHARE * torch.cuda.get_device_properties(device).total_memory
 
     def warm_up(self, function: Callable[[], None]) -> None:
         current = torch.cuda.current_stream(self._stream.device)
@@ -61,6 +76,15 @@ class CudaRecorder:
         self._pool = graph.pool()
         return graph.replay
 
+    def held(self) -> int:
+        if self._pool is None:
+            return 0
+        segments = torch.cuda.memory_snapshot(self._pool)
+        return sum(segment["total_size"] for segment in segments)
+
+    def renew(self) -> None:
+        self._pool = None
+
 
 @dataclass(eq=False)
 class _Graph:
@@ -70,6 +94,10 @@ class _Graph:
 
 class StepGraphs:
     """The recorded steps of one engine.
+
+    At most `limit` graphs are kept. If one more needs more memory than the recorder has room for,
+    all others are dropped, since they share their memory; those that are used again are recorded
+    again. The graph of a single step may need more than that.
 
     Attributes:
         recorded: number of recordings so far; each takes as long as a few steps.
@@ -123,6 +151,10 @@ class StepGraphs:
             self._recorder.warm_up(function)
             restore()
         replay = self._recorder.record(function)
+        if self._graphs and self._recorder.held() > self._recorder.room:
+            del replay
+            self.forget()
+            replay = self._recorder.record(function)
         restore()
         self.recorded += 1
         return _Graph(replay, addresses)
@@ -138,8 +170,9 @@ class StepGraphs:
             self.forget()
 
     def forget(self) -> None:
-        """Drop all graphs."""
+        """Drop all graphs and their memory."""
         self._graphs.clear()
+        self._recorder.renew()
 
     def static(self, batch: Batch, masked: Tensor, levels: Tensor, counters: Tensor) -> StaticBatch:
         """The static batch that graphs for this shape read, with this batch in it.

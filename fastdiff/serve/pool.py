@@ -40,6 +40,7 @@ from fastdiff.serve.worker import (
     Failed,
     Made,
     Partial,
+    check_served,
     cost_of,
     queue_full,
     share_of,
@@ -134,6 +135,7 @@ class Pool:
         queue: most images that wait for a slot.
         step: seconds that a step may take before its process is replaced.
         """
+        check_served(model)
         self.facts, self.metrics, self.crashed = Facts.of(model), metrics, False
         self._most, self._step = queue, step
         self._members = [_Process(setup) for setup in setups]

@@ -180,6 +180,7 @@ class Worker:
         graphs: on a GPU run each step as a CUDA graph.
         threads: of the CPU; None: PyTorch's choice.
         """
+        check_served(model)
         self.session, self.metrics, self.crashed = Session.of(model), metrics, False
         self.facts = self.session.facts
         self._busy_since: float | None = None  # `time.monotonic()` at which a turn began
@@ -527,6 +528,15 @@ class Worker:
         call.left -= 1
         self.metrics.images.inc()
         call.on_event(Done(made.index, Result(job=made.job, image=image, session=self.session)))
+
+
+def check_served(model: Model) -> None:
+    """Raise ValueError if the server cannot run a model: its engines hold one network."""
+    if model.upsamplers:
+        raise ValueError(
+            f"{model.name} enlarges its images with further networks, which the server does not "
+            "run; use fastdiff txt2img or a file of jobs (fastdiff generate)"
+        )
 
 
 def queue_full(waiting: int, most: int, asked: int, retry_after: int) -> ApiError:

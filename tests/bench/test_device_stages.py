@@ -242,7 +242,8 @@ def test_networks_are_timed_both_ways(plan: Plan) -> None:
     assert "digits U-Net: ours agrees with plain ops in fp64" in notes
     assert "digits decoder: ours agrees with plain ops in fp64" in notes
     assert any(re.fullmatch(r"doubling 1 x 8 x 4 x 4: .* us, folded .* x", n) for n in notes)
-    assert set(saved(plan)) == {(b, p) for b in (NETWORK, LAUNCHED) for p in ("auto", "plain")}
+    providers = ("auto", "auto, cudnn.benchmark", "plain")
+    assert set(saved(plan)) == {(b, p) for b in (NETWORK, LAUNCHED) for p in providers}
 
 
 def test_a_wrong_network_is_measured_and_is_a_failure(

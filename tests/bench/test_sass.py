@@ -62,6 +62,14 @@ LIMITS = {
     ("attention, d = 64", "Triton"): 300,
     ("attention, d = 80", "Triton"): 350,
     ("attention, d = 160", "Triton"): 420,
+    ("attention, d = 40, gradient of keys", "Triton"): 390,
+    ("attention, d = 64, gradient of keys", "Triton"): 350,
+    ("attention, d = 80, gradient of keys", "Triton"): 545,
+    ("attention, d = 160, gradient of keys", "Triton"): 2010,
+    ("attention, d = 40, gradient of queries", "Triton"): 330,
+    ("attention, d = 64, gradient of queries", "Triton"): 305,
+    ("attention, d = 80, gradient of queries", "Triton"): 465,
+    ("attention, d = 160, gradient of queries", "Triton"): 1410,
 }
 """Instructions per number, or per 64 keys. The comment is the aim that a kernel misses."""
 needs_nvcc = pytest.mark.skipif(

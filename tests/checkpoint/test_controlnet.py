@@ -34,6 +34,7 @@ from fastdiff.jobs.rows import Row
 from fastdiff.models.controlnet import ControlNetConfig
 from fastdiff.models.presets import UNETS
 from tests.checkpoint.pipelines import pipeline
+from tests.checkpoint.test_open import compvis_state
 from tests.models.test_against_diffusers import SD, SDXL, assert_equal, peer_model, randn
 from tests.support.peers import import_diffusers
 
@@ -422,6 +423,26 @@ def test_an_original_file_is_the_same_controlnet(home: Path, tmp_path: Path, pre
         fastdiff.load(tmp_path / "control.pth")
 
 
+def test_a_file_with_the_whole_model_is_both(home: Path, tmp_path: Path) -> None:
+    """The first releases contain Stable Diffusion beside the ControlNet."""
+    parts = pipeline("sd1", tmp_path / "model", torch.float32)
+    model = fastdiff.load(home / "sd1", controlnet=home / "a")
+    state = compvis_state("sd1", parts)
+    own = original(model.controlnets[0], peers(home, "a")[1][0].state_dict())
+    state |= {f"control_model.{name}": value for name, value in own.items()}
+    path = tmp_path / "control_sd15_canny.pth"
+    torch.save(state, path)
+    options: dict[str, Any] = {"num_heads": 4, "text_encoders": False}
+    with pytest.raises(ValueError, match="contains a ControlNet beside the model") as error:
+        fastdiff.load(path, **options)
+    assert f"controlnet={str(path)!r}" in str(error.value)
+    both = fastdiff.load(path, controlnet=path, **options)
+    beside = fastdiff.load(home / "sd1", controlnet=path)
+    for found in (both, beside):
+        for name, value in model.controlnets[0].state_dict().items():
+            assert torch.equal(found.controlnets[0].state_dict()[name], value)
+
+
 def test_counts_of_the_published_models() -> None:
     config = ControlNetConfig(encoder=UNETS["sd1"])
     count = sum(each.numel() for each in empty_model(config, "x", 10**6).parameters())
@@ -458,7 +479,7 @@ def test_other_models_and_files_are_refused(home: Path, tmp_path: Path) -> None:
     )
     refused("with the folder as controlnet", fastdiff.load, file)
     refused(
-        "a ControlNet is for a U-Net that reads text",
+        "a ControlNet is for a U-Net that reads text by cross-attention, got the UNet",
         fastdiff.load,
         "digits",
         controlnet=home / "a",

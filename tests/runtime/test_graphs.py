@@ -207,6 +207,22 @@ def test_few_graphs_are_kept() -> None:
     assert x.tolist() == [6.0, 6.0]
 
 
+def test_graphs_that_need_too_much_memory_make_room() -> None:
+    """Their memory is shared, so all others go; a graph that is too large alone stays."""
+    tape = Tape(room=40)
+    kept = StepGraphs(tape)
+    x, large = torch.zeros(4), torch.zeros(100)
+    for key in ("a", "b", "a", "b", "c", "c", "a"):  # 16 bytes each: two fit
+        kept.run(key, lambda: x.add_(1), reads=[x], state=[x])
+    assert (kept.recorded, tape.held()) == (4, 32)  # a, b, then c alone, and a again
+    for _ in range(3):
+        kept.run("large", lambda: large.add_(1), reads=[large], state=[large])
+    assert kept.recorded == 5
+    assert (x.tolist(), large[0].item()) == ([7.0] * 4, 3.0)
+    kept.forget()
+    assert tape.held() == 0
+
+
 def test_failures_are_seen_when_a_request_finishes() -> None:
     unet = prepare(tiny_unet())
     made = engine(unet, StepGraphs(Tape()))
@@ -287,3 +303,19 @@ def test_cuda_graphs_have_the_bits_of_steps_that_are_run() -> None:
     recorder = graphs.CudaRecorder(torch.device("cuda"))
     recorded, plain = engine(unet, StepGraphs(recorder)), plain_engine(unet)
     assert same(all_of(recorded, requests), all_of(plain, requests))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_know_their_memory_and_free_it() -> None:
+    recorder = graphs.CudaRecorder(torch.device("cuda"))
+    kept, x = StepGraphs(recorder), torch.zeros(1 << 22, device="cuda")
+    for key in ("a", "b"):
+        kept.run(key, lambda: x.copy_(torch.sin(x) + 1), reads=[x], state=[x])
+    assert recorder.held() >= x.nbytes
+    recorder.room = 1
+    kept.run("c", lambda: x.copy_(torch.cos(x)), reads=[x], state=[x])
+    assert kept.recorded == 3
+    assert len(kept._graphs) == 1
+    kept.forget()
+    assert recorder.held() == 0

@@ -8,6 +8,7 @@ during recording, is an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -59,11 +60,13 @@ class Tape:
     """A recorder (`fastdiff.runtime.graphs.Recorder`).
 
     Attributes:
+        room: bytes that its graphs may keep together.
         replays: how often a graph was replayed.
         lengths: number of operations in each graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: float = math.inf) -> None:
+        self.room, self._held = room, 0
         self.replays = 0
         self.lengths: list[int] = []
         self.replaying = False
@@ -75,6 +78,8 @@ class Tape:
         with no_host_reads(), _Recording() as recording:
             function()
         self.lengths.append(len(recording.calls))
+        made = (t for *_, found in recording.calls for t in tree_leaves(found))
+        self._held += sum(t.nbytes for t in made if isinstance(t, Tensor))
 
         def replay() -> None:
             self.replays += 1
@@ -87,6 +92,13 @@ class Tape:
             self.replaying = False
 
         return replay
+
+    def held(self) -> int:
+        """Bytes of all that its graphs compute: unlike a GPU's, they share no memory."""
+        return self._held
+
+    def renew(self) -> None:
+        self._held = 0
 
 
 class Idle(TorchDispatchMode):

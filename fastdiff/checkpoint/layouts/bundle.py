@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.formats.safetensors import DTYPES, read_safetensors
-from fastdiff.checkpoint.model import RUN_MODEL, Model
+from fastdiff.checkpoint.model import RUN_MODEL, Model, check_one_stage
 from fastdiff.checkpoint.open import (
     CONFIG_FILE,
     Layout,
@@ -165,6 +165,7 @@ def save_bundle(
             libraries), lacks facts that a bundle must state, or has weights that are not finite.
         OSError: the folder cannot be written.
     """
+    check_one_stage(model)
     data = _stored(model)
     weights: dict[str, dict[str, Any]] = {}
     with atomic_folder(folder) as temporary:

@@ -19,8 +19,8 @@ from torch import nn
 from fastdiff.checkpoint.build import Place, Plan, plan_model, source_names
 from fastdiff.checkpoint.formats import open_weights
 from fastdiff.checkpoint.layouts import openai
-from fastdiff.checkpoint.layouts.diffusers import find_weights, reading
 from fastdiff.checkpoint.layouts.diffusers import read as diffusers
+from fastdiff.checkpoint.layouts.diffusers.parts import find_weights, reading
 from fastdiff.checkpoint.model import Model
 from fastdiff.checkpoint.open import Loading
 from fastdiff.checkpoint.weights import Shapes, Sources, Weights, read_json, some
@@ -48,8 +48,8 @@ def add_all(model: Model, paths: Sequence[Path], loading: Loading) -> Model:
     """
     if not isinstance(model.denoiser, UNet) or not model.denoiser.config.has_transformers:
         raise ValueError(
-            f"a ControlNet is for a U-Net that reads text, got {type(model.denoiser).__name__} of "
-            f"{model.path}; leave controlnet out"
+            "a ControlNet is for a U-Net that reads text by cross-attention, got the "
+            f"{type(model.denoiser).__name__} of {model.path}; leave controlnet out"
         )
     plans = [_plan(path, model, model.denoiser.config, loading) for path in paths]
     nets: tuple[ControlNet, ...] = tuple(loading.fill(plan) for plan in plans)

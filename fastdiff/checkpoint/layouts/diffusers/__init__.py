@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from fastdiff.checkpoint import bert, text_encoders
-from fastdiff.checkpoint.build import Plan, plan_model
-from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.layouts.diffusers import dit, prior
-from fastdiff.checkpoint.layouts.diffusers import read as diffusers
-from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG, STEMS
+from fastdiff.checkpoint.build import Plan
+from fastdiff.checkpoint.layouts.diffusers import dit, unclip
+from fastdiff.checkpoint.layouts.diffusers.parts import (
+    Files,
+    find_weights,
+    noise_of,
+    part_of,
+    plan_of,
+    scheduler_of,
+)
+from fastdiff.checkpoint.layouts.diffusers.read import CONFIG, INDEX, SCHEDULER_CONFIG
 from fastdiff.checkpoint.layouts.diffusers.write import save_diffusers
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.open import Layout, Loading, Source
 from fastdiff.checkpoint.options import NOISE
-from fastdiff.checkpoint.scheduler import SchedulerConfig, read_scheduler
-from fastdiff.checkpoint.weights import Weights, read_json
+from fastdiff.checkpoint.scheduler import SchedulerConfig
+from fastdiff.checkpoint.weights import read_json
 from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.dit import DiT
@@ -30,17 +36,12 @@ from fastdiff.models.unet import UNet
 from fastdiff.names import Prediction
 
 NAME = "diffusers"
-UNETS = ("UNet2DConditionModel", "UNet2DModel")
-TRANSFORMERS = (dit.NAME, dit.OLD_NAME)
-AUTOENCODERS = ("AutoencoderKL", "VQModel")
 DENOISERS = ("unet", "transformer")
 """Folders of a pipeline that may contain its denoiser."""
 # Parts of a pipeline that do not affect the images.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 XL_SCALE = 0.13025  # scaling_factor of Stable Diffusion XL's autoencoder; 0.18215 in 1 and 2
-
-Result = TypeVar("Result")
 
 
 def load_pipeline(folder: Path, loading: Loading) -> Model:
@@ -56,6 +57,8 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
+    if index.get("_class_name") in unclip.PIPELINES:
+        return unclip.open_pipeline(folder, index["_class_name"], parts, loading)
     known = {*DENOISERS, "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
     known |= {"tokenizer", "tokenizer_2", "bert"}
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
@@ -71,22 +74,23 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
             "fastdiff supports pipelines with one denoiser"
         )
     first = next((name for name in ("vae", "vqvae") if name in parts), None)
-    files = _Files(loading.options.variant)
+    files = Files(loading.options.variant)
     # Read the configs and headers of all parts first, to fail before any weights are read.
-    scheduler = _scheduler(_part(folder, "scheduler")) if "scheduler" in parts else None
+    scheduler = scheduler_of(part_of(folder, "scheduler")) if "scheduler" in parts else None
     opened = {
         name: (read_json(part / CONFIG), files.find(part))
         for name in (*own, first)
         if name is not None and name in parts
-        for part in (_part(folder, name),)
+        for part in (part_of(folder, name),)
     }
     scale = loading.options.scale_factor
     if first is not None:
-        stated = scale_factor(opened[first][0], _part(folder, first))
+        stated = scale_factor(opened[first][0], part_of(folder, first))
         _check_scale(opened.get("unet", ({}, None))[0], stated, given=scale is not None)
         scale = scale or stated
     plans = {
-        name: _plan(_part(folder, name), data, weights) for name, (data, weights) in opened.items()
+        name: plan_of(part_of(folder, name), data, weights)
+        for name, (data, weights) in opened.items()
     }
     text = _text_plans(folder, parts, loading, files)
     files.finish(folder)
@@ -141,22 +145,17 @@ def _class_names(index: Mapping[str, Any], denoiser: nn.Module | None) -> tuple[
     return dit.first_names(table)
 
 
-def _part(folder: Path, name: str) -> Path:
-    """The folder of a part: its own, or that of the index (in the first DDPM repositories)."""
-    return folder / name if (folder / name).is_dir() else folder
-
-
 def load_component(folder: Path, loading: Loading) -> Model:
     """Load the folder of a single model: a denoiser, an autoencoder or a text encoder."""
     data = read_json(folder / CONFIG)
     weights = find_weights(folder, loading.options.variant)
     model = Model(layout=NAME, path=folder, image_size=loading.options.image_size)
     if "_class_name" in data:
-        part = loading.fill(_plan(folder, data, weights))
+        part = loading.fill(plan_of(folder, data, weights))
         if isinstance(part, Network):
             model.denoiser = part
             config = folder / SCHEDULER_CONFIG  # DDPM's first repositories keep both in one folder
-            scheduler = _scheduler(folder) if config.is_file() else None
+            scheduler = scheduler_of(folder) if config.is_file() else None
             _describe(model, data, scheduler, loading)
         else:
             assert isinstance(part, Autoencoder)
@@ -168,65 +167,6 @@ def load_component(folder: Path, loading: Loading) -> Model:
         pooled = type(part).__name__ == "CLIPTextModelWithProjection"
         model.text_encoders = (text_encoders.conditioned(part, None, xl=pooled),)
     return model
-
-
-def find_weights(folder: Path, variant: str | None = None) -> Weights:
-    """Open the weights of a model's folder: one file or shards, safetensors first.
-
-    Raises:
-        FileNotFoundError: there are none of this variant; the message lists those that exist.
-    """
-    mark = f".{variant}" if variant else ""
-    for kind in ("safetensors", "bin"):
-        for stem in STEMS:
-            for name in (f"{stem}{mark}.{kind}", f"{stem}.{kind}.index{mark}.json"):
-                if (folder / name).is_file():
-                    return open_weights(folder / name)
-    there = sorted(
-        path.name
-        for path in folder.glob("*")
-        if path.suffix in (".safetensors", ".bin") or ".index." in path.name
-    )
-    wanted = f"{STEMS[0]}{mark}.safetensors"
-    raise FileNotFoundError(
-        f"{folder} contains no {wanted} (nor {STEMS[1]}, {STEMS[2]}, .bin, an index), got "
-        f"{', '.join(there[:5]) or 'no weights'}; choose another variant, or download the files"
-    )
-
-
-class _Files:
-    """Finds the weights of a pipeline's parts: the variant, or the plain files of parts without it.
-
-    Published folders often have a variant of only some parts.
-    """
-
-    def __init__(self, variant: str | None) -> None:
-        self.variant = variant
-        self.found = False
-        self.plain: list[str] = []
-        self.missing: FileNotFoundError | None = None
-
-    def find(self, folder: Path) -> Weights:
-        try:
-            weights = find_weights(folder, self.variant)
-        except FileNotFoundError as error:
-            if self.variant is None or not _has_weights(folder):
-                raise
-            self.missing = self.missing or error
-            self.plain.append(folder.name)
-            return find_weights(folder)
-        self.found = True
-        return weights
-
-    def finish(self, folder: Path) -> None:
-        """Raise FileNotFoundError if no part has the variant."""
-        if self.missing is not None and not self.found:
-            raise self.missing
-
-
-def _has_weights(folder: Path) -> bool:
-    names = [f"{stem}.{kind}" for stem in STEMS for kind in ("safetensors", "bin")]
-    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
 def scale_factor(data: Mapping[str, Any], folder: Path) -> float:
@@ -261,49 +201,6 @@ def _check_scale(unet: Mapping[str, Any], scale: float, *, given: bool) -> None:
         )
 
 
-def _plan(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
-    kind = data.get("_class_name")
-    if kind == "ControlNetModel":
-        raise ValueError(
-            f"{folder} contains a ControlNet; load the model that it was trained for with "
-            f"controlnet={str(folder)!r} (--controlnet)"
-        )
-    known = (*UNETS, *TRANSFORMERS[:1], prior.NAME, *AUTOENCODERS)
-    if kind not in known + TRANSFORMERS[1:]:
-        raise ValueError(
-            f"{folder / CONFIG}: _class_name must be one of {', '.join(known)}, got {kind!r:.60}"
-        )
-    if kind in TRANSFORMERS:
-        transformer = reading(folder / CONFIG, lambda: dit.config(data))
-        return dit.plan(transformer, weights)
-    if kind == prior.NAME:
-        return prior.plan(reading(folder / CONFIG, lambda: prior.config(data)), weights)
-    read: Callable[[Mapping[str, Any]], Any] = (
-        diffusers.unet_config if kind in UNETS else diffusers.autoencoder_config
-    )
-    config = reading(folder / CONFIG, lambda: read(data))
-    current = {diffusers.current_name(key): key for key in weights.places}
-    return plan_model(config, diffusers.names, weights.renamed(current))
-
-
-def reading(path: Path, read: Callable[[], Result]) -> Result:
-    """Call `read`, and turn errors caused by values of unexpected types into one line."""
-    try:
-        return read()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-        raise ValueError(
-            f"{path} contains a value of the wrong type ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _scheduler(folder: Path) -> SchedulerConfig:
-    path = folder / SCHEDULER_CONFIG
-    data = read_json(path)
-    return reading(path, lambda: read_scheduler(data))
-
-
 def _describe(
     model: Model,
     unet: Mapping[str, Any],
@@ -315,14 +212,7 @@ def _describe(
     if model.denoiser is None:
         return
     if scheduler is not None:
-        said = [name for name in ("schedule", *NOISE) if getattr(options, name) is not None]
-        # the shift of flow matching may be changed: it depends on the size of the images
-        if loading.schedule or options.prediction is not None or said not in ([], ["shift"]):
-            raise ValueError(
-                f"{model.path}: schedule and prediction are set by its scheduler_config.json; "
-                "change them there"
-            )
-        model.schedule = loading.noise(scheduler.schedule)
+        model.schedule = noise_of(model.path, scheduler, loading)
         model.prediction = scheduler.prediction
         model.sampler = scheduler.sampler
         if scheduler.no_sampler:
@@ -349,7 +239,7 @@ def _describe(
 
 
 def _text_plans(
-    folder: Path, parts: Mapping[str, str], loading: Loading, files: _Files
+    folder: Path, parts: Mapping[str, str], loading: Loading, files: Files
 ) -> dict[str, Plan]:
     if not loading.options.text_encoders:
         return {}

@@ -210,9 +210,10 @@ def _unconditional_options(options: Options) -> dict[str, Any]:
     }
     if len(updown) > 1:
         raise options.fail("down_block_types", "all with or all without residual resampling")
-    groups = options.get("norm_num_groups", 32)
+    groups, middle = options.get("norm_num_groups", 32), options.get("add_attention", True)
     scale_shift = options.get("resnet_time_scale_shift", "default") == "scale_shift"
-    if options.get("attn_norm_num_groups", None if scale_shift else groups) != groups:
+    attn_groups = options.get("attn_norm_num_groups", None if scale_shift else groups)
+    if (middle or any(attention)) and attn_groups != groups:
         raise options.fail("attn_norm_num_groups", f"{groups}, as norm_num_groups")
     if options.get("mid_block_type", "UNetMidBlock2D") != "UNetMidBlock2D":
         raise options.fail("mid_block_type", "'UNetMidBlock2D'")
@@ -221,7 +222,7 @@ def _unconditional_options(options: Options) -> dict[str, Any]:
     head_dim = options.get("attention_head_dim", 8)
     return {
         "attention_depth": attention,
-        "middle_depth": int(options.get("add_attention", True)),
+        "middle_depth": int(middle),
         "resblock_updown": updown == {True},
         **({"num_heads": 1} if one_head else {"head_dim": head_dim}),
     }

@@ -18,7 +18,7 @@ from fastdiff.checkpoint.layouts.diffusers.read import (
     STEMS,
     names,
 )
-from fastdiff.checkpoint.model import Model
+from fastdiff.checkpoint.model import Model, check_one_stage
 from fastdiff.checkpoint.scheduler import scheduler_config
 from fastdiff.checkpoint.weights import Progress
 from fastdiff.files import atomic_folder, write_json
@@ -49,6 +49,7 @@ def save_diffusers(
         ValueError: no model or pipeline of diffusers has one of the parts; the message names it.
         OSError: the folder cannot be written.
     """
+    check_one_stage(model)
     parts: dict[str, tuple[UNet | DiT | Autoencoder, dict[str, Any]]] = {}
     denoiser = _denoiser(model)
     if isinstance(denoiser, DiT):

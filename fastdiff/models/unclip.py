@@ -1,0 +1,134 @@
+"""How unCLIP's decoder reads a text and an image embedding (Ramesh et al. 2022, section 2.1).
+
+The decoder is `fastdiff.models.unet.UNet` with `context_attention="appended"`, as in GLIDE. CLIP's
+image embedding is projected and added to the time embedding, and projected to further tokens before
+those of the text (arXiv 2204.06125). The prior that makes an image embedding from a text is
+`fastdiff.models.prior.Prior`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.layers import LayerNorm
+from fastdiff.models.text import EncodedPrompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProjectionConfig:
+    """The architecture of an `ImageProjection`."""
+
+    embedding_dim: int  # width of CLIP's embeddings and of the text's tokens
+    image_tokens: int  # tokens that an image embedding becomes
+    context_dim: int  # width of the tokens that the decoder reads
+    added_dim: int  # width of the decoder's time embedding
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "image_tokens", "context_dim", "added_dim"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"ImageProjectionConfig: {name} must be positive, got {value}")
+
+    @property
+    def num_blocks(self) -> int:
+        return 1
+
+
+class ImageProjection(nn.Module):
+    """Turn CLIP's embeddings and the text's tokens into what the decoder reads."""
+
+    def __init__(self, config: ImageProjectionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, context, added = config.embedding_dim, config.context_dim, config.added_dim
+        self.null_embed = nn.Parameter(torch.zeros(width))  # in place of an image, for guidance
+        self.text_added = nn.Linear(width, added)
+        self.image_added = nn.Linear(width, added)
+        self.image_tokens = nn.Linear(width, config.image_tokens * context)
+        self.text_tokens = nn.Linear(width, context)
+        self.norm = LayerNorm(context)
+
+    def forward(self, image: Tensor | None, text: EncodedPrompt) -> EncodedPrompt:
+        """The decoder's context and added vector.
+
+        Args:
+            image: (N, embedding_dim), CLIP's embeddings of images; None: no image.
+            text: its tokens (N, T, embedding_dim) and CLIP's embedding (N, embedding_dim).
+
+        Returns:
+            tokens (N, image_tokens + T, context_dim), those of the image first; pooled (N,
+            added_dim); and a mask (N, image_tokens + T) if the text has one.
+        """
+        config, pooled = self.config, text.pooled
+        assert pooled is not None, "CLIP's text encoders with projection return an embedding"
+        if image is None:
+            image = self.null_embed.expand(len(pooled), -1)
+        added = self.image_added(image) + self.text_added(pooled)
+        first = self.image_tokens(image).unflatten(1, (config.context_dim, config.image_tokens))
+        rest, _ = self.norm(self.text_tokens(text.tokens))
+        tokens = torch.cat([first.mT, rest], dim=1)  # (N, image_tokens + T, context_dim)
+        mask = text.mask
+        if mask is not None:
+            mask = nn.functional.pad(mask, (config.image_tokens, 0), value=True)
+        return EncodedPrompt(tokens, added, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextEncoder:
+    """CLIP's text encoder as unCLIP reads it: all tokens, their mask, and the text's embedding; a
+    `fastdiff.models.text.JointEncoder`."""
+
+    model: nn.Module
+    """transformers' CLIPTextModelWithProjection."""
+    tokenizer: Any | None = None
+    """transformers' CLIPTokenizer; None if the files contain weights but no vocabulary."""
+
+    @property
+    def facts(self) -> list[Any]:
+        """What the weights' shapes do not determine, for the hash of a model."""
+        config: Any = self.model.config
+        names = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+        return [*(getattr(config, name) for name in names), "unclip"]
+
+    def check_prompt(self, prompt: str) -> list[int]:
+        """The ids of a prompt's tokens, with those that begin and end it.
+
+        Raises:
+            ValueError: it is too long, or there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "the text encoder of unCLIP has no tokenizer, only weights; give the folder of a "
+                "CLIP tokenizer as tokenizer= (--tokenizer FOLDER)"
+            )
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        most: int = self.model.config.max_position_embeddings  # type: ignore[union-attr,assignment]
+        if len(ids) > most - 2:
+            raise ValueError(
+                f"a prompt of this model may have at most {most - 2} tokens, got {len(ids):,}; "
+                "shorten it"
+            )
+        return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> EncodedPrompt:
+        """Encode one prompt; an empty one is what guidance leads away from.
+
+        Returns:
+            tokens (1, T, D), padding included; pooled (1, D'), CLIP's text embedding; mask (1, T).
+
+        Raises:
+            ValueError: as for `check_prompt`.
+        """
+        ids = self.check_prompt(prompt)
+        assert self.tokenizer is not None
+        length: int = self.model.config.max_position_embeddings  # type: ignore[union-attr,assignment]
+        padded = ids + [self.tokenizer.pad_token_id] * (length - len(ids))
+        device = next(self.model.parameters()).device
+        output = self.model(torch.tensor([padded], device=device))
+        mask = torch.arange(length, device=device)[None] < len(ids)
+        return EncodedPrompt(output.last_hidden_state, output.text_embeds, mask)
