@@ -21,7 +21,7 @@ from fastdiff.models.classifier import Classifier
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
-from fastdiff.models.unclip import ImageProjection
+from fastdiff.models.unclip import CLIPImageEncoder, ImageProjection
 from fastdiff.names import Prediction
 
 CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
@@ -57,6 +57,8 @@ class Model:
     schedule, a sampler and a guidance scale of its own, and no other parts."""
     projection: ImageProjection | None = None
     """What turns an image embedding and a text into the denoiser's conditions (unCLIP)."""
+    image_encoder: CLIPImageEncoder | None = None
+    """CLIP's image encoder, for models that are conditioned on the embedding of a picture."""
     upsamplers: tuple[Model, ...] = ()
     """Models that enlarge what the denoiser makes, in one run of a sampler: the first takes all
     steps, or all but the last if a second one takes that (karlo)."""
@@ -122,6 +124,7 @@ class Model:
         parts["class_embedding"] = self.class_embedding
         parts["prior"] = self.prior and self.prior.denoiser
         parts["projection"] = self.projection
+        parts["image_encoder"] = self.image_encoder and self.image_encoder.model
         for index, upsampler in enumerate(self.upsamplers):
             parts[f"upsampler{f'_{index + 1}' * bool(index)}"] = upsampler.denoiser
         return {name: module for name, module in parts.items() if module is not None}
@@ -221,8 +224,8 @@ def image_channels(denoiser: Network | None, autoencoder: Autoencoder | None) ->
 
 def check_one_stage(model: Model) -> None:
     """Raise ValueError if a model has stages besides its denoiser, which no layout can write."""
-    stages = {"prior": model.prior, "projection": model.projection, "upsamplers": model.upsamplers}
-    if there := [name for name, stage in stages.items() if stage]:
+    names = ("prior", "projection", "image_encoder", "upsamplers")
+    if there := [name for name in names if getattr(model, name)]:
         raise ValueError(
             f"{model.name} has further networks ({', '.join(there)}), which fastdiff cannot write; "
             "copy the folder that it was read from"
@@ -261,6 +264,8 @@ def _hash(model: Model) -> str:
         facts["classifier"] = to_dict(model.classifier.config)
     if model.controlnets:
         facts["controlnets"] = [to_dict(net.config) for net in model.controlnets]
+    if model.image_encoder is not None:
+        facts["image encoder"] = model.image_encoder.facts
     if stages := [stage for stage in (model.prior, *model.upsamplers) if stage is not None]:
         facts["stages"] = [_stage_facts(stage) for stage in stages]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":

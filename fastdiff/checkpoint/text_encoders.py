@@ -68,7 +68,7 @@ def plan_folder(folder: Path, weights: Weights, loading: Loading) -> Plan:
 
 def plan_clip(weights: Weights, loading: Loading) -> Plan:
     """Plan CLIP's text model inside a single file, with transformers' own names."""
-    weights = _plain(weights)
+    weights = plain_names(weights)
     # files of merged models also contain the projection, which Stable Diffusion never runs
     names = {key: key for key in weights.places if key != "text_projection.weight"}
     weights = weights.renamed(names)
@@ -180,9 +180,13 @@ def _try_tokenizer(tokenizer: Any, marks: tuple[str, ...]) -> None:
         raise ValueError(f"expected ids of 'a', of begin, end and padding, got {ids}")
 
 
-def _plain(weights: Weights) -> Weights:
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.").removeprefix("vision_model.")
+
+
+def plain_names(weights: Weights) -> Weights:
     """Remove the prefix that some versions of transformers add to the names."""
-    names = {key.removeprefix("text_model."): key for key in weights.places}
+    names = {_bare(key): key for key in weights.places}
     return weights.renamed({k: v for k, v in names.items() if k.split(".")[-1] not in _NO_WEIGHTS})
 
 
@@ -217,25 +221,40 @@ def _config(weights: Weights, activation: str) -> dict[str, Any]:
 
 
 def _clip(data: dict[str, Any], projection: bool, weights: Weights, loading: Loading) -> Plan:
-    weights = _plain(weights)
+    weights = plain_names(weights)
     layers = data.get("num_hidden_layers")
     if not isinstance(layers, int) or layers > len(weights.places):
         raise ValueError(
             f"{weights.path}: the config has {layers!r:.20} layers, but the file only "
             f"{len(weights.places)} tensors; use the weights that belong to this config"
         )
+    kind = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
+    fields = {k: data[k] for k in _FIELDS if k in data}
+    return plan_transformer(kind, "CLIPTextConfig", fields, weights, loading)
+
+
+def plan_transformer(
+    kind: str, config: str, fields: dict[str, Any], weights: Weights, loading: Loading
+) -> Plan:
+    """Plan one of transformers' CLIP models, in whose file no name has the prefix of its half.
+
+    kind, config: names of its class and of that of its config. fields: of the config.
+
+    Raises:
+        ValueError: the config describes none, or the weights do not fit.
+        ImportError: transformers is not installed.
+    """
     transformers = import_extra("transformers", extra="diffusers")
-    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     try:
-        config = transformers.CLIPTextConfig(**{k: data[k] for k in _FIELDS if k in data})
+        made = getattr(transformers, config)(**fields)
         with torch.device("meta"):
-            model: Any = kind(config)
+            model: Any = getattr(transformers, kind)(made)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{weights.path}: cannot build the text encoder from its config ({reason:.200})"
+            f"{weights.path}: cannot build the {kind} from its config ({reason:.200})"
         ) from error
-    sources: Sources = {name: (name.removeprefix("text_model."),) for name in model.state_dict()}
+    sources: Sources = {name: (_bare(name),) for name in model.state_dict()}
     check_names(model, sources, weights.shapes, str(weights.path))
     for module in model.modules():
         if isinstance(ids := getattr(module, "position_ids", None), torch.Tensor):

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate:
-    """Make the frames between two seeds, two prompts or two classes.
+    """Make the frames between two seeds, prompts, classes or (unCLIP) pictures.
 
-    The noise moves along the great circle between those of the seeds, the condition along a
-    straight line; the first and the last frame are the two images themselves. Writes one PNG per
-    frame that contains its recipe, and a contact sheet.
+    The noise moves along the great circle between those of the seeds, as do image embeddings, and
+    any other condition along a straight line; the first and the last frame are the two images
+    themselves. Writes one PNG per frame that contains its recipe, and a contact sheet.
 
     Examples:
       fastdiff interpolate --label 3 --to-label 8
@@ -59,7 +59,10 @@ def main(words: Sequence[str]) -> int:
 def run(options: Interpolate, like: Original | None = None) -> int:
     """``like``: the picture given as --like."""
     job = pictures.as_job(InterpolationJob, options.job)
-    ends = (job.prompt, job.to_prompt) if job.prompt is not None else (job.label, job.to_label)
+    inputs = [image for image in (options.job.image, options.job.to_image) if image is not None]
+    ends: tuple[object, ...] = (job.prompt, job.to_prompt)
+    if all(end is None for end in ends):
+        ends = tuple(image.stem for image in inputs) or (job.label, job.to_label)
     name = " to ".join(str(end) for end in ends if end is not None) or f"seed {job.seed}"
     stem = pictures.file_stem(name)
 
@@ -70,4 +73,4 @@ def run(options: Interpolate, like: Original | None = None) -> int:
     def want(facts: Facts) -> pictures.Wanted:
         return pictures.Wanted([name], range(options.frames), frame, column="frame")
 
-    return pictures.run(options, want, original=like)
+    return pictures.run(options, want, inputs=inputs, original=like)

@@ -69,7 +69,8 @@ class TextOptions(TextJob):
 
     prompt: tyro.conf.Suppress[str] = ""
     image: OptionalPath = None
-    """Only for upsamplers: the low-resolution picture to enlarge."""
+    """For upsamplers, the low-resolution picture to enlarge; for models with an image encoder
+    (unCLIP), the picture to vary."""
     seed: int = 0
     """Seed of the first image of each prompt; the following seeds count up from it."""
     variation_seed: OptionalInt = None
@@ -147,6 +148,11 @@ class InterpolationOptions(InterpolationJob):
     """Class of the first image, by number or name, for class-conditional models."""
     to_label: OptionalName = None
     """Class of the last image; by default that of the first."""
+    image: OptionalPath = None
+    """Models with an image encoder (unCLIP): the picture that the first image varies."""
+    to_image: OptionalPath = None
+    """The picture that the last image varies; by default that of the first, changed by what
+    --to-prompt adds to the prompt."""
     to_seed: OptionalInt = None
     """Seed of the last image; by default that of the first."""
     at: float = 0.0

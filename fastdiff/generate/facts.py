@@ -147,6 +147,11 @@ class Facts:
         return self.model.name
 
     @property
+    def embeds_images(self) -> bool:
+        """Whether the model is conditioned on the embedding of a picture (unCLIP)."""
+        return self.model.image_encoder is not None
+
+    @property
     def label_classes(self) -> int | None:
         """Number of classes that a job may ask for: those of the denoiser, or, if it has none, of
         its classifier; None if there are no classes."""
@@ -245,7 +250,7 @@ def check(job: Job, facts: Facts) -> Job:
             f"prompt {negative!r:.40} would have no effect; leave one of them out"
         )
     _check_condition(job, facts)
-    if facts.model.projection is not None or stage_options(job):
+    if facts.model.projection is not None or facts.embeds_images or stage_options(job):
         check_stages(job, facts.model)
     if (cache := settings.caching) is not None and facts.model.denoiser is not None:
         check_cache(
@@ -328,7 +333,8 @@ def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any
 def _check_condition(job: Job, facts: Facts) -> None:
     """Raise ValueError unless the job has exactly the conditions that the model reads."""
     prompt = None if isinstance(job, ClassJob) else job.prompt
-    if facts.reads_text and prompt is None:
+    shown = isinstance(job, InterpolationJob) and job.image is not None
+    if facts.reads_text and prompt is None and not (shown and facts.embeds_images):
         raise ValueError(
             f"{facts.name} generates images from a prompt and got none; pass one "
             "(model.generate('a cat'), or fastdiff txt2img PROMPT)"
@@ -355,7 +361,8 @@ def _check_condition(job: Job, facts: Facts) -> None:
             f"{facts.name} enlarges a small image, and none was given; pass image= "
             f"(fastdiff {command} --image FILE)"
         )
-    if facts.extra != "upsampler" and from_noise and getattr(job, "image", None) is not None:
+    shown = from_noise and getattr(job, "image", None) is not None
+    if shown and facts.extra != "upsampler" and not facts.embeds_images:
         raise ValueError(
             f"{facts.name} is not an upsampler, so it takes no image; for variations of an "
             "image use an ImageToImageJob (fastdiff img2img)"

@@ -35,7 +35,7 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     table = session.table(job.settings, stop=stop)
     x = x * table.initial_sigma
     extra = None
-    if job.image is not None:
+    if job.image is not None and session.facts.extra == "upsampler":
         image = read_picture(job.image, session.facts.image_channels, None, None)
         extra = enlarged(image[None], x.shape[1:])[0].to(x)
     return Pass(

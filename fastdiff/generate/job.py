@@ -335,7 +335,8 @@ class TextJob:
     """What the image should show; (word:1.3), (word) and [word] are weights, BREAK begins a new
     chunk."""
     image: Picture | None = None
-    """Only for upsamplers: the low-resolution image to enlarge."""
+    """For upsamplers, the low-resolution image to enlarge; for models with an image encoder
+    (unCLIP), the picture to vary."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None
@@ -518,6 +519,11 @@ class InterpolationJob:
     """Class of the first image by number or name, for class-conditional models; None: no class."""
     to_label: int | str | None = None
     """Class of the last image; None: that of the first."""
+    image: Picture | None = field(default=None, metadata=LATER)
+    """Models with an image encoder (unCLIP): the picture that the first image varies."""
+    to_image: Picture | None = field(default=None, metadata=LATER)
+    """The picture that the last image varies; None: that of the first, changed by what to_prompt
+    adds to the prompt (a text difference, Ramesh et al. 2022, section 3.3)."""
     seed: int = 0
     """Seed of the first image."""
     to_seed: int | None = None
@@ -541,10 +547,14 @@ class InterpolationJob:
             check_seed(self.to_seed)
         if not 0 <= self.at <= 1:
             raise ValueError(f"at must be in [0, 1], got {self.at}; 0 is the first image")
-        if (self.to_seed, self.to_prompt, self.to_label) == (None, None, None):
+        _check_picture_types(self)
+        if self.to_image is not None and self.image is None:
+            raise ValueError("to_image needs image, the picture of the first image; give both")
+        ends = self.to_seed, self.to_prompt, self.to_label, self.to_image
+        if all(end is None for end in ends):
             raise ValueError(
-                "an interpolation needs a second image; give one or more of to_seed, to_prompt and "
-                "to_label"
+                "an interpolation needs a second image; give one or more of to_seed, to_prompt, "
+                "to_label and to_image"
             )
 
 
@@ -558,7 +568,7 @@ KINDS: dict[str, type[Any]] = {
     "upscale": UpscaleJob,
     "interpolation": InterpolationJob,
 }
-PICTURES = ("image", "mask", "control")
+PICTURES = ("image", "mask", "to_image", "control")
 GROUPS = {"text": TextSettings, "settings": SampleSettings, "controls": ControlSettings}
 
 
@@ -566,10 +576,12 @@ PRIOR_OPTIONS = ("prior_steps", "prior_guidance_scale", "prior_samples")
 
 
 def stage_options(job: Job) -> list[str]:
-    """Names of the options that a job gives and that only models with a prior or upsamplers have
-    (unCLIP)."""
+    """Names of the options that a job gives and that only models with a prior, an image encoder or
+    upsamplers have (unCLIP)."""
     text = getattr(job, "text", PLAIN_TEXT)
     given = [name for name in PRIOR_OPTIONS if getattr(text, name) is not None]
+    if isinstance(job, InterpolationJob):
+        given += [name for name in ("image", "to_image") if getattr(job, name) is not None]
     return given if job.settings.upsampler_steps is None else [*given, "upsampler_steps"]
 
 
@@ -627,11 +639,19 @@ def _check_prompts(job: Any) -> None:
 
 def _check_pictures(job: Any) -> None:
     """The pictures of a job are files or tensors, and its fit is known."""
-    for name in ("image", "mask"):
-        if hasattr(job, name):
-            _check_picture(name, getattr(job, name))
+    _check_picture_types(job)
     if job.fit not in (None, *get_args(Fit)):
         raise ValueError(f"unknown fit {job.fit!r:.40}; expected one of crop, resize")
+
+
+def _check_picture_types(job: Any) -> None:
+    defaults = {entry.name: entry.default for entry in fields(job)}
+    for name in PICTURES:
+        if name not in defaults or name == "control":
+            continue
+        value = getattr(job, name)
+        if value is not None or defaults[name] is not None:
+            _check_picture(name, value)
 
 
 def _check_picture(name: str, value: Any) -> None:

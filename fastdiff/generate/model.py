@@ -67,8 +67,8 @@ class Model(CheckpointModel):
 
         The arguments determine the kind of job: a mask makes an `InpaintJob`, an image with `scale`
         an `UpscaleJob`, an image an `ImageToImageJob` (with an upsampler a `ClassJob` or, with a
-        prompt, a `TextJob`), `frames` an `InterpolationJob`, a prompt a `TextJob`, and anything
-        else a `ClassJob`.
+        prompt, a `TextJob`; with an image encoder a `TextJob`), `frames` an `InterpolationJob`, a
+        prompt a `TextJob`, and anything else a `ClassJob`.
 
         Args:
             prompts: one for all images, or one per image.
@@ -79,8 +79,9 @@ class Model(CheckpointModel):
                 images; or one per seed, as a list or a batch (N, C, H, W).
             control: the picture that the model's ControlNet reads, given like image; for several
                 ControlNets a tuple with one per ControlNet, None for those that add nothing.
-            frames: number of images from each seed's image to that of to_seed, to_prompt or
-                to_label (one or more of them), including both ends; 1: the frame at position `at`.
+            frames: number of images from each seed's image to that of to_seed, to_prompt,
+                to_label or to_image (one or more of them), including both ends; 1: the frame at
+                position `at`.
             options: fields of the job, of `SampleSettings` and of `TextSettings`: steps=20,
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             classifier: a noisy classifier that pulls the images towards their classes, with the
@@ -93,16 +94,24 @@ class Model(CheckpointModel):
         for name, argument in (("prompt", "prompts"), ("label", "classes"), ("seed", "seeds")):
             if name in options:
                 raise ValueError(f"unknown option {name!r}; give {argument}=")
-        if frames is not None and not all(each is None for each in (image, mask, control)):
-            raise ValueError(
-                "frames lie between two seeds, prompts or classes; leave image, mask and control "
-                "out"
-            )
         model = self if classifier is None else self._guided(classifier)
         classes, seeds = _listed(classes), _listed(seeds)
         count, seeds = _seeds(seeds, prompts, classes)
         facts = Facts.of(model)
+        if frames is not None and (
+            mask is not None or (image is not None and not facts.embeds_images)
+        ):
+            raise ValueError(
+                "frames lie between two seeds, prompts or classes; leave image and mask out"
+            )
+        if frames is not None and control is not None:
+            raise ValueError("an interpolation takes no control picture; leave control out")
         sides = {name: options.get(name) for name in ("height", "width")}
+        if facts.embeds_images:  # an image becomes an embedding, whatever its size
+            sides = dict.fromkeys(sides)
+            prompts = "" if prompts is None and frames is None else prompts
+        if isinstance(last := options.get("to_image"), Image | Result):
+            options["to_image"] = _picture(last, facts.image_channels, sides)
         given = {
             "prompt": _each("prompts", prompts, count),
             "label": _each("classes", classes, count),
@@ -113,7 +122,9 @@ class Model(CheckpointModel):
         kind: type[Any] = InterpolationJob
         if frames is None:
             kind = _kind(facts, prompts, image, mask, options)
-            if leads := [name for name in ("to_seed", "to_prompt", "to_label") if name in options]:
+            if leads := [
+                name for name in ("to_seed", "to_prompt", "to_label", "to_image") if name in options
+            ]:
                 raise ValueError(
                     f"{leads[0]} needs frames, the number of images to make (frames=1 with at= for "
                     "a single one)"
@@ -245,7 +256,7 @@ def _kind(
             raise ValueError("mask needs image, the picture to change; give image as well")
         return InpaintJob
     if image is not None:
-        if facts.extra == "upsampler":
+        if facts.extra == "upsampler" or facts.embeds_images:
             return ClassJob if prompts is None else TextJob
         return UpscaleJob if "scale" in options else ImageToImageJob
     return ClassJob if prompts is None else TextJob

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Hashable
+
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -41,6 +44,15 @@ def read_picture(
             "fastdiff.images.read_image returns such an image"
         )
     return image
+
+
+def picture_key(picture: Picture) -> Hashable:
+    """A key for what is computed from a picture: it changes with the file. Keep a tensor alive as
+    long as its key."""
+    if isinstance(picture, Tensor):
+        return id(picture)
+    facts = os.stat(picture)
+    return os.fspath(picture), facts.st_mtime_ns, facts.st_size
 
 
 def fitted(image: Tensor, factor: int, fit: Fit | None, *, mask: bool = False) -> Tensor:

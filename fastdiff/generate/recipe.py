@@ -96,7 +96,7 @@ def to_json(job: Job) -> dict[str, Any]:
     data: dict[str, Any] = {"kind": kind}
     for entry in fields(job):
         name, value = entry.name, getattr(job, entry.name)
-        if "later" in entry.metadata and value == entry.default:
+        if "later" in entry.metadata and _is_default(value, entry.default):
             continue
         if is_dataclass(value):
             value = {k: v for k, v in to_dict(value).items() if k != "batch"}
@@ -104,6 +104,11 @@ def to_json(job: Job) -> dict[str, Any]:
             value = identities(value)
         data[name] = value
     return data
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a field has its default; pictures may be tensors, which are not compared."""
+    return value is default or bool(is_dataclass(value) and value == default)
 
 
 def from_json(data: Any) -> Job:

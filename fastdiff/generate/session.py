@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
@@ -32,7 +31,7 @@ from fastdiff.generate.job import (
     TextJob,
 )
 from fastdiff.generate.latents import Latents
-from fastdiff.generate.pictures import fitted, read_picture
+from fastdiff.generate.pictures import fitted, picture_key, read_picture
 from fastdiff.generate.unclip import UnCLIPConditions
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.classifier import Classifier
@@ -250,7 +249,7 @@ class Session:
             pixels = ((image + 1) / 2)[None].to(self.device, self.dtype)
             return picture, net.hint(pixels.contiguous(memory_format=torch.channels_last))[0]
 
-        key = (index, _key(picture), height, width)
+        key = (index, picture_key(picture), height, width)
         return self._once("hints", PICTURES, key, embed)[1]
 
     def encoded(
@@ -264,7 +263,7 @@ class Session:
         def encode() -> tuple[Sequence[Picture], Tensor]:  # keeps tensors alive, so ids stay valid
             return pictures, self.latents.encode(image[None], tile=tile)[0]
 
-        keys = (*map(_key, pictures), tuple(image.shape), tile, fit)
+        keys = (*map(picture_key, pictures), tuple(image.shape), tile, fit)
         return self._once("pictures", PICTURES, keys, encode)[1]
 
     def request(
@@ -329,14 +328,6 @@ class Session:
 
     def _once(self, kind: str, count: int, key: Hashable, make: Callable[[], Made]) -> Made:
         return self._kept.setdefault(kind, Kept(count)).once(key, make)
-
-
-def _key(picture: Picture) -> Hashable:
-    """Identifies a picture, and the contents of a file."""
-    if isinstance(picture, Tensor):
-        return id(picture)
-    facts = os.stat(picture)
-    return os.fspath(picture), facts.st_mtime_ns, facts.st_size
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

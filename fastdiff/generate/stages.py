@@ -27,25 +27,35 @@ def check_stages(job: Job, model: Model) -> None:
     Raises:
         ValueError: it cannot, or the job has options for stages that the model does not have.
     """
-    if model.upsamplers:
-        _check_upsampled(job, model)
     for name in stage_options(job):
-        stage = model.upsamplers if name == "upsampler_steps" else model.prior
-        if not stage:
-            what = name.partition("_")[0]
+        what, there = _stage_of(name, model)
+        if not there:
             raise ValueError(f"{model.name} has no {what}, so {name} has no effect; leave it out")
-
-
-def _check_upsampled(job: Job, model: Model) -> None:
+    if model.projection is None and model.image_encoder is None:
+        return
     if not isinstance(job, TextJob | InterpolationJob):
         raise ValueError(
-            f"{model.name} makes small images and enlarges them, so it cannot begin from a large "
-            "one; use a prompt (fastdiff txt2img PROMPT)"
+            f"{model.name} begins with noise and takes a picture as its embedding; use a prompt "
+            "(fastdiff txt2img PROMPT), with image= (--image FILE) if it has an image encoder"
         )
-    if getattr(job, "upscale", None) is not None:
+    if model.upsamplers and getattr(job, "upscale", None) is not None:
         raise ValueError(
             f"{model.name} enlarges its images with networks of its own; leave upscale out"
         )
+    if model.prior is None and job.image is None:
+        raise ValueError(
+            f"{model.name} makes variations of a picture, and none was given; pass image= "
+            "(fastdiff txt2img PROMPT --image FILE; the prompt may be empty)"
+        )
+
+
+def _stage_of(option: str, model: Model) -> tuple[str, bool]:
+    """The stage that an option is for, and whether a model has it."""
+    if option == "upsampler_steps":
+        return "upsampler", bool(model.upsamplers)
+    if option in PRIOR_OPTIONS:
+        return "prior", model.prior is not None
+    return "image encoder", model.image_encoder is not None
 
 
 def resolved_text(text: TextSettings, prior: Model) -> TextSettings:

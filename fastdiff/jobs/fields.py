@@ -196,7 +196,9 @@ class Builder:
                 if is_url:
                     digest = hashlib.sha256(found[name]).hexdigest()
                     self.fetched.setdefault(row.number, {})[name] = digest
-        job: Any = from_json(nested(values, upsampler=self.facts.extra == "upsampler"))
+        job: Any = from_json(
+            nested(values, upsampler=self.facts.extra == "upsampler" or self.facts.embeds_images)
+        )
         for name, data in pixels.items():
             job = replace(job, **{name: self._pixels(name, data, job)})
         checked: Job = check(job, self.facts)
@@ -298,7 +300,7 @@ def nested(values: Mapping[str, Any], *, upsampler: bool = False) -> dict[str, A
     Without a kind, the fields decide: a mask means inpainting, `to_seed`, `to_prompt` or `to_label`
     an interpolation, an image with `scale` or `via` an enlargement, another image a variation of
     it, and otherwise a prompt decides between text and class. With an `upsampler`, which enlarges
-    each image itself, an image is part of a class or text job.
+    each image itself, or an image encoder, an image is part of a class or text job.
 
     Raises:
         ValueError: a field is unknown.

@@ -11,9 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor, nn
 
+from fastdiff.images import to_pil
 from fastdiff.models.layers import LayerNorm
 from fastdiff.models.text import EncodedPrompt
 
@@ -132,3 +135,52 @@ class CLIPTextEncoder:
         output = self.model(torch.tensor([padded], device=device))
         mask = torch.arange(length, device=device)[None] < len(ids)
         return EncodedPrompt(output.last_hidden_state, output.text_embeds, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPImageEncoder:
+    """CLIP's image encoder, and how it sees a picture."""
+
+    model: nn.Module
+    """transformers' CLIPVisionModelWithProjection."""
+    size: int
+    """What the shorter side of a picture is resized to, by a bicubic filter."""
+    crop: int
+    """Side of the square at its centre that is encoded; at most `size`."""
+    mean: tuple[float, float, float]
+    """What is subtracted from the channels in [0, 1]."""
+    std: tuple[float, float, float]
+    """What they are divided by then."""
+
+    @property
+    def facts(self) -> list[Any]:
+        """What the weights' shapes do not determine, for the hash of a model."""
+        config: Any = self.model.config
+        names = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size")
+        seen = [self.size, self.crop, list(self.mean), list(self.std)]
+        return [*(getattr(config, name) for name in names), *seen]
+
+    def seen(self, image: Tensor) -> Tensor:
+        """What the network reads of a picture, rounded to 8 bits as CLIPImageProcessor's.
+
+        image: (3, H, W) in [-1, 1]. Returns (3, crop, crop), fp32, on the CPU.
+        """
+        picture = to_pil(image)
+        short = min(picture.size)
+        width, height = (int(self.size * side / short) for side in picture.size)
+        picture = picture.resize((width, height), Resampling.BICUBIC)
+        left, top = (width - self.crop) // 2, (height - self.crop) // 2
+        picture = picture.crop((left, top, left + self.crop, top + self.crop))
+        pixels = torch.from_numpy(np.asarray(picture).copy()).movedim(-1, 0) / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """CLIP's embedding of a picture, not normalised. image: (3, H, W) in [-1, 1].
+
+        Returns (1, D).
+        """
+        weight = next(self.model.parameters())
+        embedding: Tensor = self.model(self.seen(image)[None].to(weight)).image_embeds
+        return embedding

@@ -532,10 +532,10 @@ class Worker:
 
 def check_served(model: Model) -> None:
     """Raise ValueError if the server cannot run a model: its engines hold one network."""
-    if model.upsamplers:
+    if model.upsamplers or model.image_encoder is not None:
         raise ValueError(
-            f"{model.name} enlarges its images with further networks, which the server does not "
-            "run; use fastdiff txt2img or a file of jobs (fastdiff generate)"
+            f"{model.name} has further networks (unCLIP), which the server does not run; use "
+            "fastdiff txt2img or a file of jobs (fastdiff generate)"
         )
 
 

@@ -554,7 +554,12 @@ def test_jobs_that_do_not_fit_are_refused(home: Path, tmp_path: Path) -> None:
     refused("control_scale must be finite", one.generate, "a", **given, control_scale=float("nan"))
     refused("control must be a file or a tensor, got int", make_job, {"prompt": "a", "control": 3})
     refused(
-        "leave image, mask and control out", one.generate, "a", to_prompt="b", frames=2, **given
+        "an interpolation takes no control picture",
+        one.generate,
+        "a",
+        to_prompt="b",
+        frames=2,
+        **given,
     )
     refused("a bundle cannot contain ControlNets", save, one, tmp_path / "x")
     refused("writes no ControlNets", save, one, tmp_path / "x", layout="diffusers")

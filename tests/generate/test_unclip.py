@@ -257,7 +257,7 @@ def test_the_command_makes_an_image(folder: Path, tmp_path: Path, capsys: Any) -
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (ImageToImageJob(image=torch.zeros(3, 16, 16), prompt="a"), "makes small images and"),
+        (ImageToImageJob(image=torch.zeros(3, 16, 16), prompt="a"), "begins with noise and takes"),
         (TextJob(prompt="a", upscale=2.0), "networks of its own; leave upscale out"),
         (TextJob(prompt="a" * 15), "at most 14 tokens, got 15"),
         (TextJob(prompt="(a:1.2)"), "has no weights and no BREAK"),

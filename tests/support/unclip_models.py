@@ -10,11 +10,11 @@ import torch
 
 from tests.checkpoint.pipelines import text_model, tokenizer
 from tests.models.test_against_diffusers import KARLO, peer_model, randn
-from tests.support.peers import import_diffusers
+from tests.support.peers import import_diffusers, import_transformers
 
 WIDTH, TOKENS, CONTEXT = 16, 16, 24
-SMALL, LARGE = 8, 16
-"""Sides of the decoder's image and of the upsampled one."""
+SMALL, LARGE, SEEN = 8, 16, 12
+"""Sides of the decoder's image, of the upsampled one, and of what CLIP's image encoder sees."""
 PRIOR: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -80,8 +80,15 @@ def karlo(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         for parameter in (prior.positional_embedding, prior.prd_embedding, prior.clip_mean):
             parameter.copy_(randn(*parameter.shape, dtype=dtype, seed=3))
         prior.clip_std.add_(1.5)  # it begins as zeros, with which no embedding depends on noise
-    parts: dict[str, Any] = {
-        "prior": prior,
+    made = schedulers()
+    parts: dict[str, Any] = {"prior": prior, **shared(folder, dtype), **made}
+    pipe = import_diffusers("UnCLIPPipeline").UnCLIPPipeline(**parts)
+    return saved(pipe, folder)
+
+
+def shared(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The networks of both of unCLIP's pipelines."""
+    return {
         "decoder": peer_model("UNet2DConditionModel", DECODER, dtype),
         "text_encoder": text_model(
             "CLIPTextModelWithProjection", WIDTH, 2, dtype, projection_dim=WIDTH, hidden_act="gelu"
@@ -90,9 +97,48 @@ def karlo(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         "text_proj": projection(dtype),
         "super_res_first": peer_model("UNet2DModel", UPSAMPLER, dtype),
         "super_res_last": changed(peer_model("UNet2DModel", UPSAMPLER, dtype)),
-        **schedulers(),
     }
-    pipe = import_diffusers("UnCLIPPipeline").UnCLIPPipeline(**parts)
+
+
+def vision(dtype: torch.dtype, width: int = WIDTH) -> Any:
+    """CLIP's image encoder, all of whose parameters are random."""
+    transformers = import_transformers("CLIPVisionModelWithProjection")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SEEN,
+        patch_size=4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model = transformers.CLIPVisionModelWithProjection(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def processor() -> Any:
+    """transformers' preparation of pictures for it, with Pillow."""
+    import_transformers("CLIPVisionModelWithProjection")
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": SEEN + 1}, crop_size=SEEN)
+
+
+def variation(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Save diffusers' UnCLIPImageVariationPipeline to a folder, and return it."""
+    made = schedulers()
+    del made["prior_scheduler"]
+    pipe = import_diffusers("UnCLIPImageVariationPipeline").UnCLIPImageVariationPipeline(
+        **shared(folder, dtype),
+        image_encoder=vision(dtype),
+        feature_extractor=processor(),
+        **made,
+    )
     return saved(pipe, folder)
 
 

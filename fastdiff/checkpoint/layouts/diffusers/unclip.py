@@ -1,4 +1,5 @@
-"""diffusers' UnCLIPPipeline: karlo's prior, decoder and super-resolution, with CLIP's text encoder.
+"""diffusers' UnCLIPPipeline: karlo's prior, decoder and super-resolution, with CLIP's text encoder;
+and UnCLIPImageVariationPipeline, which has CLIP's image encoder in place of the prior.
 
 Ramesh et al. 2022 (arXiv 2204.06125). A prior makes an image embedding from a text, a projection
 turns both into the conditions of the decoder, and two U-Nets, one of which takes only the last
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.checkpoint import text_encoders
+from fastdiff.checkpoint import image_encoders, text_encoders
 from fastdiff.checkpoint.build import Place, Plan, plan_model, source_names
 from fastdiff.checkpoint.layouts.diffusers.options import Options
 from fastdiff.checkpoint.layouts.diffusers.parts import (
@@ -33,11 +34,11 @@ from fastdiff.models.prior import Prior
 from fastdiff.models.unclip import CLIPTextEncoder, ImageProjection, ImageProjectionConfig
 from fastdiff.models.unet import UNet
 
-PIPELINES = ("UnCLIPPipeline",)
 PROJECTION = "UnCLIPTextProjModel"
 PRIOR_GUIDANCE, DECODER_GUIDANCE = 4.0, 8.0
 """Guidance scales of diffusers' UnCLIPPipeline."""
 NETWORKS = ("prior", "decoder", "super_res_first", "super_res_last")
+UPSAMPLERS = NETWORKS[2:]
 SCHEDULERS = {
     "prior": "prior_scheduler",
     "decoder": "decoder_scheduler",
@@ -45,7 +46,13 @@ SCHEDULERS = {
     "super_res_last": "super_res_scheduler",
 }
 """Network -> the part that says how it is sampled."""
-NEEDED = {*NETWORKS, *SCHEDULERS.values(), "text_proj", "text_encoder", "tokenizer"}
+SHARED = {"decoder", "text_proj", "text_encoder", "tokenizer", "super_res_first", "super_res_last"}
+SHARED |= {"decoder_scheduler", "super_res_scheduler"}
+PIPELINES = {
+    "UnCLIPPipeline": SHARED | {"prior", "prior_scheduler"},
+    "UnCLIPImageVariationPipeline": SHARED | {"image_encoder", "feature_extractor"},
+}
+"""Class -> its parts."""
 REFUSED = ("vae", "lora", "scale_factor", "image_size")
 """Options of loading that would have no effect."""
 
@@ -95,43 +102,51 @@ def open_pipeline(folder: Path, name: str, parts: Mapping[str, str], loading: Lo
         FileNotFoundError: a part is missing.
         ValueError: a part is unknown, damaged, or does not fit the others.
     """
-    if unlike := sorted(NEEDED ^ parts.keys()):
+    needed = PIPELINES[name]
+    if unlike := sorted(needed ^ parts.keys()):
         verb = "contains" if unlike[0] in parts else "lacks"
         raise ValueError(
             f"{folder}: {name} {verb} {unlike[0]}; fastdiff opens it with exactly "
-            f"{', '.join(sorted(NEEDED))}"
+            f"{', '.join(sorted(needed))}"
         )
     if given := [option for option in REFUSED if option in loading.given]:
         raise ValueError(f"{folder}: {', '.join(given)} cannot be given for {name}; leave them out")
     files = Files(loading.options.variant)
-    data = {part: read_json(folder / part / CONFIG) for part in NETWORKS}
-    schedulers = {part: scheduler_of(folder / SCHEDULERS[part]) for part in NETWORKS}
+    networks = [part for part in NETWORKS if part in needed]
+    data = {part: read_json(folder / part / CONFIG) for part in networks}
+    schedulers = {part: scheduler_of(folder / SCHEDULERS[part]) for part in networks}
     plans = {
         part: plan_of(folder / part, options, files.find(folder / part))
         for part, options in data.items()
     }
     projection = _projection(folder / "text_proj", files.find(folder / "text_proj"))
-    text: Plan | None = None
+    text = sight = None
     if loading.options.text_encoders:
         place = folder / "text_encoder"
         text = text_encoders.plan_folder(place, files.find(place), loading)
+    if "image_encoder" in needed:
+        place = folder / "image_encoder"
+        sight = image_encoders.plan_folder(place, files.find(place), loading)
     files.finish(folder)
-    _check(folder, plans, projection, text)
+    _check(folder, plans, projection, text, sight)
     stages = {
         part: _stage(folder / part, plan, schedulers[part], loading) for part, plan in plans.items()
     }
-    sizes = {part: _sample_size(folder / part, data[part]) for part in ("decoder", *NETWORKS[2:])}
+    sizes = {part: _sample_size(folder / part, data[part]) for part in ("decoder", *UPSAMPLERS)}
     model = stages["decoder"]
     model.path, model.image_size = folder, sizes["super_res_first"]
-    model.prior, model.guidance_scale = stages["prior"], DECODER_GUIDANCE
-    model.prior.guidance_scale = PRIOR_GUIDANCE
+    model.prior, model.guidance_scale = stages.get("prior"), DECODER_GUIDANCE
+    if model.prior is not None:
+        model.prior.guidance_scale = PRIOR_GUIDANCE
     model.upsamplers = stages["super_res_first"], stages["super_res_last"]
-    for upsampler, part in zip(model.upsamplers, NETWORKS[2:], strict=True):
+    for upsampler, part in zip(model.upsamplers, UPSAMPLERS, strict=True):
         upsampler.image_size = sizes[part]
     model.upsampling = _upsampling(folder, sizes)
     model.projection = loading.fill(projection)
     if text is not None:
         model.text_encoders = (_encoder(folder, text, loading),)
+    if sight is not None:
+        model.image_encoder = image_encoders.encoder(sight, folder / "feature_extractor", loading)
     model.provenance["pipeline"] = name
     if files.plain:
         model.provenance["without variant"] = files.plain
@@ -191,7 +206,7 @@ def _upsampling(folder: Path, sizes: Mapping[str, int]) -> int:
     Raises:
         ValueError: the two networks differ in it, or it is not a whole number.
     """
-    small, first, last = (sizes[part] for part in ("decoder", *NETWORKS[2:]))
+    small, first, last = (sizes[part] for part in ("decoder", *UPSAMPLERS))
     if first != last or first % small:
         raise ValueError(
             f"{folder}: the sample_size of super_res_first and super_res_last must be the same "
@@ -200,30 +215,42 @@ def _upsampling(folder: Path, sizes: Mapping[str, int]) -> int:
     return first // small
 
 
-def _check(folder: Path, plans: Mapping[str, Plan], projection: Plan, text: Plan | None) -> None:
+def _check(
+    folder: Path,
+    plans: Mapping[str, Plan],
+    projection: Plan,
+    text: Plan | None,
+    sight: Plan | None,
+) -> None:
     """Raise ValueError unless the widths and channels of the parts fit each other."""
-    prior, decoder = plans["prior"].model, plans["decoder"].model
-    upsamplers = [plans[part].model for part in NETWORKS[2:]]
+    prior = plans["prior"].model if "prior" in plans else None
+    decoder = plans["decoder"].model
+    upsamplers = [plans[part].model for part in UPSAMPLERS]
     shared: Any = projection.model.config
-    if not (isinstance(prior, Prior) and all(isinstance(m, UNet) for m in (decoder, *upsamplers))):
+    kinds = isinstance(prior, Prior | None), *(isinstance(m, UNet) for m in (decoder, *upsamplers))
+    if not all(kinds):
         raise ValueError(f"{folder}: expected a PriorTransformer and three U-Nets in {NETWORKS}")
     reads: Any = decoder.config
     widths = [
-        ("the prior's embedding_dim", prior.config.in_channels, shared.embedding_dim),
         ("the decoder's cross_attention_dim", reads.context_dim, shared.context_dim),
         ("the decoder's time embedding", reads.added_condition_dim, shared.added_dim),
     ]
+    if isinstance(prior, Prior):
+        widths.append(("the prior's embedding_dim", prior.config.in_channels, shared.embedding_dim))
+    if sight is not None:
+        seen: Any = sight.model.config
+        widths.append(
+            ("the image encoder's projection_dim", seen.projection_dim, shared.embedding_dim)
+        )
     if text is not None:
         spoken: Any = text.model.config
         widths += [
             ("the text encoder's hidden_size", spoken.hidden_size, shared.embedding_dim),
             ("the text encoder's projection_dim", spoken.projection_dim, shared.embedding_dim),
-            (
-                "the prior's num_embeddings",
-                prior.config.context_tokens,
-                spoken.max_position_embeddings,
-            ),
         ]
+        if isinstance(prior, Prior):
+            tokens = prior.config.context_tokens
+            widths.append(("the prior's num_embeddings", tokens, spoken.max_position_embeddings))
     for what, got, wanted in widths:
         if got != wanted:
             raise ValueError(
