@@ -262,7 +262,7 @@ class ControlSettings:
             value: Any = getattr(self, entry.name)
             numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
             for number in numbers:
-                if not isinstance(number, Real) or type(number) is bool:
+                if isinstance(number, bool) or not isinstance(number, Real):
                     raise ValueError(f"{entry.name} must be a number, got {number!r:.40}")
                 if not math.isfinite(number):
                     raise ValueError(f"{entry.name} must be finite, got {number}")
