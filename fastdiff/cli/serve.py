@@ -87,11 +87,6 @@ def run(options: Serve) -> int:
     from fastdiff.serve.http import bind, is_loopback, serve
     from fastdiff.serve.metrics import Metrics
 
-    if options.load.controlnet:
-        raise ValueError(
-            "requests to the server have no field for control pictures; leave --controlnet out, or "
-            "use fastdiff txt2img, img2img, inpaint or generate"
-        )
     keys = {} if options.api_key_file is None else read_keys(options.api_key_file)
     local = is_loopback(options.host)
     if not local and not keys:

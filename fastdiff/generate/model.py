@@ -360,15 +360,8 @@ def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:
             given[name] = replace(given.get(name, own[name].default), **inner)
     known = [*own, *(f.name for group in groups.values() for f in fields(group))]
     if unknown := [name for name in options if name not in known]:
-        hidden = {
-            *GROUPS,
-            "prompt",
-            "label",
-            "seed",
-            "image",
-            "mask",
-            "control",
-        }  # arguments of their own
+        # arguments of their own
+        hidden = {*GROUPS, "prompt", "label", "seed", "image", "mask", "control"}
         names = [name for name in known if name not in hidden]
         close = " or ".join(difflib.get_close_matches(unknown[0], names, n=2))
         meant = f"did you mean {close}? Expected" if close else "expected"

@@ -33,6 +33,7 @@ from fastdiff.jobs.fields import Builder, Columns
 from fastdiff.jobs.rows import Row
 from fastdiff.models.controlnet import ControlNetConfig
 from fastdiff.models.presets import UNETS
+from fastdiff.serve.worker import check_served
 from tests.checkpoint.pipelines import pipeline
 from tests.checkpoint.test_open import compvis_state
 from tests.models.test_against_diffusers import SD, SDXL, assert_equal, peer_model, randn
@@ -349,7 +350,6 @@ def test_the_command_line_makes_an_image_again(
     for words, message in (
         ([*line, "--control", "one.png"], "without a ControlNet, so control has no effect"),
         ([*line, *given[:2], "--control", "one.png", "--width", "64"], "64 x 32, got 32 x 32"),
-        (["serve", "--model", str(home / "sd1"), *given[:2]], "no field for control pictures"),
     ):
         assert main(words) in (1, 2)
         assert message in capsys.readouterr().err
@@ -561,6 +561,7 @@ def test_jobs_that_do_not_fit_are_refused(home: Path, tmp_path: Path) -> None:
         frames=2,
         **given,
     )
+    refused("no field for control pictures; leave controlnet", check_served, one)
     refused("a bundle cannot contain ControlNets", save, one, tmp_path / "x")
     refused("writes no ControlNets", save, one, tmp_path / "x", layout="diffusers")
     with pytest.raises(FileNotFoundError):
