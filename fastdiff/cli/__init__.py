@@ -32,6 +32,7 @@ COMMANDS = {
     "reconstruct": "pass images through the autoencoder and measure the loss",
     "evaluate": "measure samples against real images",
     "serve": "answer requests for images over HTTP, as OpenAI's API does",
+    "ui": "open a page to try a model in, with a canvas, previews and history",
     "train": "train an autoencoder, or a denoiser on its latents",
     "data": "fetch and render captioned data sets, and look at them",
     "convert": "convert a checkpoint to a diffusers folder or a bundle",

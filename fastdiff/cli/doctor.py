@@ -27,6 +27,7 @@ PACKAGES = {
     "diffusers": ("diffusers", "transformers", "peft"),
     "emoji": ("resvg-py",),
     "serve": ("starlette", "uvicorn", "prometheus-client", "python-multipart"),
+    "ui": ("gradio",),
 }
 COMPILERS = ("c++", "g++", "clang++", "nvcc", "hipcc", "ninja", "cmake")
 CPU_FEATURES = (

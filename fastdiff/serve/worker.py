@@ -33,7 +33,7 @@ from fastdiff.generate.job import ClassJob, Job, TextJob
 from fastdiff.generate.run import Result, engine_request, pasted, plan
 from fastdiff.generate.session import Pass, Session
 from fastdiff.kernels import backend
-from fastdiff.kernels.choose import selected_backend
+from fastdiff.kernels.choose import record_backends, selected_backend
 from fastdiff.memory import NotEnoughMemory
 from fastdiff.runtime.blocks import block_size
 from fastdiff.runtime.engine import Engine, ShapeClass
@@ -162,6 +162,7 @@ class Worker:
         metrics: what it counts.
         crashed: whether the thread ended with an error; the server is then unhealthy.
         facts: what requests are checked against.
+        served: op -> the backends that have run it.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class Worker:
         check_served(model)
         self.session, self.metrics, self.crashed = Session.of(model), metrics, False
         self.facts = self.session.facts
+        self.served: dict[str, set[str]] = {}
         self._busy_since: float | None = None  # `time.monotonic()` at which a turn began
         self._most, self._slots, self._graphs, self._threads = queue, slots, graphs, threads
         self._changed = threading.Condition()
@@ -288,7 +290,7 @@ class Worker:
         if self._threads is not None:
             torch.set_num_threads(self._threads)  # holds for this thread only
         try:
-            with backend(self._backend):
+            with backend(self._backend), record_backends() as self.served:
                 while self.turn():
                     pass
         except Exception:
