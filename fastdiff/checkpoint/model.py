@@ -21,7 +21,7 @@ from fastdiff.models.classifier import Classifier
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
-from fastdiff.models.unclip import CLIPImageEncoder, ImageProjection
+from fastdiff.models.unclip import CLIPImageEncoder, ImageNoise, ImageProjection
 from fastdiff.names import Prediction
 
 CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
@@ -59,6 +59,11 @@ class Model:
     """What turns an image embedding and a text into the denoiser's conditions (unCLIP)."""
     image_encoder: CLIPImageEncoder | None = None
     """CLIP's image encoder, for models that are conditioned on the embedding of a picture."""
+    image_noise: ImageNoise | None = None
+    """What adds noise to the embedding of a picture before the denoiser reads it (Stable Diffusion
+    2.1 unCLIP)."""
+    image_noise_schedule: ScheduleConfig | None = None
+    """The noise levels of `image_noise`."""
     upsamplers: tuple[Model, ...] = ()
     """Models that enlarge what the denoiser makes, in one run of a sampler: the first takes all
     steps, or all but the last if a second one takes that (karlo)."""
@@ -124,6 +129,7 @@ class Model:
         parts["class_embedding"] = self.class_embedding
         parts["prior"] = self.prior and self.prior.denoiser
         parts["projection"] = self.projection
+        parts["image_noise"] = self.image_noise
         parts["image_encoder"] = self.image_encoder and self.image_encoder.model
         for index, upsampler in enumerate(self.upsamplers):
             parts[f"upsampler{f'_{index + 1}' * bool(index)}"] = upsampler.denoiser
@@ -224,7 +230,7 @@ def image_channels(denoiser: Network | None, autoencoder: Autoencoder | None) ->
 
 def check_one_stage(model: Model) -> None:
     """Raise ValueError if a model has stages besides its denoiser, which no layout can write."""
-    names = ("prior", "projection", "image_encoder", "upsamplers")
+    names = ("prior", "projection", "image_noise", "image_encoder", "upsamplers")
     if there := [name for name in names if getattr(model, name)]:
         raise ValueError(
             f"{model.name} has further networks ({', '.join(there)}), which fastdiff cannot write; "
@@ -266,6 +272,8 @@ def _hash(model: Model) -> str:
         facts["controlnets"] = [to_dict(net.config) for net in model.controlnets]
     if model.image_encoder is not None:
         facts["image encoder"] = model.image_encoder.facts
+    if model.image_noise_schedule is not None:
+        facts["image noise"] = to_dict(model.image_noise_schedule)
     if stages := [stage for stage in (model.prior, *model.upsamplers) if stage is not None]:
         facts["stages"] = [_stage_facts(stage) for stage in stages]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":

@@ -28,7 +28,12 @@ from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
-from fastdiff.models.unclip import ImageProjection, ImageProjectionConfig
+from fastdiff.models.unclip import (
+    ImageNoise,
+    ImageNoiseConfig,
+    ImageProjection,
+    ImageProjectionConfig,
+)
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
 LARGE = 2**26  # bytes of weights from which on memory is asked for before they are read
@@ -189,6 +194,7 @@ _MODULES: dict[type[Any], type[nn.Module]] = {
     BERTConfig: BERT,
     ImageProjectionConfig: ImageProjection,
     ControlNetConfig: ControlNet,
+    ImageNoiseConfig: ImageNoise,
 }
 """Config -> module, for those that are no denoisers."""
 

@@ -219,6 +219,9 @@ class TextSettings:
     prior_samples: int | None = field(default=None, metadata=LATER)
     """unCLIP: image embeddings that the prior makes, of which the one nearest to the prompt is kept
     (Ramesh et al. 2022, section 2.2); None: 2."""
+    image_noise: int | None = field(default=None, metadata=LATER)
+    """Stable Diffusion unCLIP: noise level of the picture's embedding, from 0, the closest to the
+    picture, to 999; None: 0."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -237,6 +240,8 @@ class TextSettings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST_OF_A_PRIOR:
                 raise ValueError(f"{name} must be 1 to {MOST_OF_A_PRIOR:,}, got {value}")
+        if self.image_noise is not None and self.image_noise < 0:
+            raise ValueError(f"image_noise must be at least 0, got {self.image_noise}")
         scale = self.prior_guidance_scale
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"prior_guidance_scale must be finite, got {scale}; 1 turns it off")
@@ -579,7 +584,8 @@ def stage_options(job: Job) -> list[str]:
     """Names of the options that a job gives and that only models with a prior, an image encoder or
     upsamplers have (unCLIP)."""
     text = getattr(job, "text", PLAIN_TEXT)
-    given = [name for name in PRIOR_OPTIONS if getattr(text, name) is not None]
+    names = (*PRIOR_OPTIONS, "image_noise")
+    given = [name for name in names if getattr(text, name) is not None]
     if isinstance(job, InterpolationJob):
         given += [name for name in ("image", "to_image") if getattr(job, name) is not None]
     return given if job.settings.upsampler_steps is None else [*given, "upsampler_steps"]

@@ -31,6 +31,7 @@ from fastdiff.generate.job import (
     TextJob,
 )
 from fastdiff.generate.latents import Latents
+from fastdiff.generate.noised_images import NoisedImageConditions
 from fastdiff.generate.pictures import fitted, picture_key, read_picture
 from fastdiff.generate.unclip import UnCLIPConditions
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
@@ -111,8 +112,12 @@ class Session:
         return Latents(first, scale, device=self.device, dtype=self.dtype)
 
     @cached_property
-    def conditions(self) -> Conditions | UnCLIPConditions:
-        """Converts prompts and classes to conditions."""
+    def conditions(self) -> Conditions | UnCLIPConditions | NoisedImageConditions:
+        """Converts prompts, classes and pictures to conditions."""
+        if self.model.image_noise is not None:
+            return NoisedImageConditions(
+                self.model, self.facts, device=self.device, dtype=self.dtype, noise=self.noise
+            )
         if self.model.projection is not None:
             return UnCLIPConditions(
                 self.model, device=self.device, dtype=self.dtype, noise=self.noise

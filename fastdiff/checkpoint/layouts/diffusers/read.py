@@ -136,6 +136,9 @@ def _condition_options(options: Options) -> dict[str, Any]:
     kind = options.get("addition_embed_type")
     if kind not in (None, "text_time"):
         raise options.fail("addition_embed_type", "None or 'text_time'")
+    embedded = options.get("class_embed_type")
+    if embedded not in (None, "projection") or (embedded and kind):
+        raise options.fail("class_embed_type", "None or, without addition_embed_type, 'projection'")
     options.get("addition_time_embed_dim")  # the caller embeds sizes and crops
     added = options.get("projection_class_embeddings_input_dim")
     return {
@@ -144,7 +147,7 @@ def _condition_options(options: Options) -> dict[str, Any]:
         ),
         "middle_depth": depths[-1],
         "context_dim": _constant(options, "cross_attention_dim", 1280),
-        "added_condition_dim": added if kind == "text_time" else None,
+        "added_condition_dim": added if kind or embedded else None,
         **_heads(options, attention),
     }
 
@@ -317,10 +320,11 @@ def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -
 
 
 def current_name(key: str) -> str:
-    """The current name of a tensor in diffusers, given its current or old name."""
+    """The name of a tensor in `names`, given its current or old name in diffusers."""
     for old, new in OLD_ATTENTION_NAMES.items():
         key = key.replace(old, new)
-    return key
+    # "projection" of Stable Diffusion unCLIP computes what SDXL's added condition does
+    return key.replace("class_embedding.linear_", "add_embedding.linear_")
 
 
 def names(model: nn.Module) -> Sources:
