@@ -496,7 +496,7 @@ def test_other_models_and_files_are_refused(home: Path, tmp_path: Path) -> None:
         ("controlnet_conditioning_channel_order", "bgr", "expected pictures as RGB"),
         ("global_pool_conditions", True, "without global pooling"),
         ("conditioning_embedding_out_channels", [16, 32, 96], "ratio of picture and latents 4"),
-        ("class_embed_type", "timestep", "class_embed_type must be absent or off"),
+        ("encoder_hid_dim", 32, "ControlNetModel: encoder_hid_dim must be absent or off"),
         ("layers_per_block", 1, "residual blocks per level 1, the model's 2"),
     ):
         (tmp_path / "other").mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ from fastdiff.checkpoint.weights import Shapes, Sources, Weights, read_json, som
 from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.unet import UNet, UNetConfig
 
-CLASS = "ControlNetModel"
+CLASS, UNET = "ControlNetModel", "UNet2DConditionModel"
 PREFIX = "control_model."
 MARK = "input_hint_block.0.weight"
 DIFFUSERS_MARK = "controlnet_cond_embedding.conv_in.weight"
@@ -115,15 +115,19 @@ def diffusers_config(data: Mapping[str, Any]) -> ControlNetConfig:
         )
     own = ("conditioning_channels", "conditioning_embedding_out_channels", *_TRAINING)
     down = list(data.get("down_block_types") or [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"])
-    encoder = {
+    unet = {
         **{name: value for name, value in data.items() if name not in own},
-        "_class_name": "UNet2DConditionModel",
+        "_class_name": UNET,
         "out_channels": data.get("in_channels"),
         "down_block_types": down,
         "up_block_types": [_UP.get(name, name) for name in reversed(down)],
     }
+    try:
+        encoder = diffusers.unet_config(unet)
+    except ValueError as error:
+        raise ValueError(str(error).replace(UNET, CLASS)) from None
     return ControlNetConfig(
-        encoder=diffusers.unet_config(encoder),
+        encoder=encoder,
         image_channels=data.get("conditioning_channels", 3),
         hint_channels=tuple(data.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)),
     )
